@@ -1,0 +1,35 @@
+"""Reinforcement learning of diffusion language models with quantised rollouts.
+
+The public names below are imported on first use, so that `import dllm_rl` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "types": ["Prompts", "Processors", "Rollout", "Batch"],
+    "tasks.base": ["Problem", "Reward", "Task"],
+    "policies": ["load_policy", "Policy", "DiffusionPolicy", "AutoregressivePolicy"],
+    "samplers.unmask": ["unmask"],
+    "samplers.autoregress": ["autoregress"],
+    "likelihoods": ["LikelihoodEstimator", "one_step", "coupled", "trajectory", "causal"],
+    "correctors": ["Corrector", "none", "tis"],
+    "quantize": ["quantized_copy", "sync_weights"],
+    "recipe": ["Recipe", "describe"],
+    "train": ["train"],
+    "evaluate": ["evaluate"],
+}
+_MODULE_OF = {name: f"dllm_rl.{module}" for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'dllm_rl' has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
