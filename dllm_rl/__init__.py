@@ -18,8 +18,8 @@ _HOME = {
     "correctors": ["Corrector", "none", "tis"],
     "quantize": ["quantized_copy", "sync_weights"],
     "recipe": ["Recipe", "describe"],
-    "train": ["train"],
-    "evaluate": ["evaluate"],
+    "training": ["train"],
+    "evaluation": ["evaluate"],
 }
 _MODULE_OF = {name: f"dllm_rl.{module}" for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)
