@@ -6,6 +6,10 @@ The public names below are imported on first use, so that `import dllm_rl` costs
 from importlib import import_module
 from typing import Any
 
+from dllm_rl.quiet import hush_imports
+
+hush_imports()
+
 __version__ = "0.1.0"
 
 _HOME = {
