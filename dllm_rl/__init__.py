@@ -19,7 +19,7 @@ _HOME = {
     "samplers.unmask": ["unmask"],
     "samplers.autoregress": ["autoregress"],
     "likelihoods": ["LikelihoodEstimator", "one_step", "coupled", "trajectory", "causal"],
-    "correctors": ["Corrector", "none", "tis"],
+    "correctors": ["Corrector", "none", "tis", "mis", "icepop", "reject", "ais", "tbpo", "aligned", "qarl", "compose"],
     "quantize": ["quantized_copy", "sync_weights"],
     "recipe": ["Recipe", "describe"],
     "training": ["train"],

@@ -8,7 +8,6 @@ Log-probabilities are in nats, fp32.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,10 +17,10 @@ from torch import Generator, Tensor
 class _Movable:
     """Records of tensors that move to a device, or keep some rows, as one."""
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str):
         return self._map(lambda x: x.to(device))
 
-    def _map(self, f) -> Self:
+    def _map(self, f):
         tensors = {f_.name: getattr(self, f_.name) for f_ in dataclasses.fields(self)}
         return dataclasses.replace(self, **{k: f(v) for k, v in tensors.items() if isinstance(v, Tensor)})
 
@@ -70,7 +69,7 @@ class Prompts(_Movable):
         pad_id: int,
         group_size: int = 1,
         seeds: Sequence[int] | None = None,
-    ) -> Self:
+    ) -> "Prompts":
         """Left-pad lists of token ids. Raises ValueError on an empty batch or a group_size below 1."""
         if not len(ids):
             raise ValueError("ids is empty: at least one prompt is needed")
