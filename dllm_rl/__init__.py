@@ -21,7 +21,8 @@ _HOME = {
     "likelihoods": ["LikelihoodEstimator", "one_step", "coupled", "trajectory", "causal"],
     "correctors": ["Corrector", "none", "tis"],
     "quantize": ["quantized_copy", "sync_weights"],
-    "recipe": ["Recipe", "describe"],
+    "recipe": ["Recipe"],
+    "command_line": ["describe", "from_command_line"],
     "training": ["train"],
     "evaluation": ["evaluate"],
 }
