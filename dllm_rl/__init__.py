@@ -18,7 +18,10 @@ _HOME = {
     "policies": ["load_policy", "Policy", "DiffusionPolicy", "AutoregressivePolicy"],
     "samplers.unmask": ["unmask"],
     "samplers.autoregress": ["autoregress"],
-    "likelihoods": ["LikelihoodEstimator", "one_step", "coupled", "trajectory", "causal"],
+    "likelihoods": [
+        *["LikelihoodEstimator", "one_step", "elbo", "coupled", "quadrature", "block", "eubo", "sandwich"],
+        *["trajectory", "causal"],
+    ],
     "correctors": ["Corrector", "none", "tis"],
     "quantize": ["quantized_copy", "sync_weights"],
     "recipe": ["Recipe"],
