@@ -147,13 +147,16 @@ class Noise(_Movable):
 
     masked  positions hidden from the model in view n.
     weight  coefficient of the position's log-prob in view n; 0 where it is not scored.
+    upper_share  how much of an upper bound a row's estimate holds, in [0, 1]; None where there is none (`sandwich`).
     """
 
     masked: Bool[Tensor, "N B T"]
     weight: Float[Tensor, "N B T"]
+    upper_share: Float[Tensor, " B"] | None = None
 
     def rows(self, keep: Int[Tensor, " R"]) -> "Noise":
-        return Noise(self.masked[:, keep], self.weight[:, keep])
+        share = None if self.upper_share is None else self.upper_share[keep]
+        return Noise(self.masked[:, keep], self.weight[:, keep], share)
 
 
 def row_seeds(generator: Generator, num_rows: int) -> Int[Tensor, " B"]:
