@@ -1,7 +1,7 @@
 """One interface over every backbone: logits for the token AT each position, whatever the family's own convention."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +12,7 @@ from dllm_rl.models.loading import load_module, save_module, spec_of
 from dllm_rl.models.spec import FamilySpec
 
 
+@runtime_checkable
 class Policy(Protocol):
     """A model with its tokenizer and the facts that a sampler or an estimator needs. `version` counts weight updates."""
 
