@@ -3,18 +3,32 @@
 An estimator is a number of views of the batch. In view n some positions are masked and some are scored; `combine`
 turns the views' log-probs into one contribution per position, whose sum over T estimates log p(completion | prompt).
 Keeping views apart is what lets the learner take them one at a time, in constant memory.
+
+Notation: y a completion of L tokens, m a set of its positions, l_i(m) = log p(y_i | prompt, y with m masked), nats.
+The any-order ELBO is  sum_{k=1..L} (1/k) E_{|m|=k} sum_{i in m} l_i(m)  <=  log p(y) = log E_order prod_i p(y_i | those
+before it in the order). Cost is in forwards of the whole batch, for one scoring of it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from dllm_rl.head import token_logprobs
+from dllm_rl.masks import (
+    block_view,
+    choose,
+    coupled_views,
+    exact_view,
+    row_generators,
+    uniforms_at,
+    uniforms_per_row,
+)
 from dllm_rl.policies import Policy
-from dllm_rl.types import Noise, Rollout, row_seeds
+from dllm_rl.types import Noise, Rollout
 
 
 def weighted_sum(scores: Float[Tensor, "N B T"], noise: Noise) -> Float[Tensor, "B T"]:
@@ -22,9 +36,19 @@ def weighted_sum(scores: Float[Tensor, "N B T"], noise: Noise) -> Float[Tensor, 
     return (scores * noise.weight).sum(0)
 
 
+def as_drawn(noise: Noise, advantages: Float[Tensor, " B"]) -> Noise:
+    """The noise itself: most estimates do not depend on the advantages."""
+    return noise
+
+
 @dataclass(frozen=True)
 class LikelihoodEstimator:
-    """A named pair of pure functions: draw the masks, and combine the views' log-probs.
+    """A named set of pure functions: draw the masks, and combine the views' log-probs.
+
+    draw     rollout, generator -> masks and weights of every view.
+    combine  scores (N, B, T), noise -> contributions (B, T); differentiable.
+    given    noise, advantages (B,) -> noise, for estimates that depend on the advantage's sign (`sandwich`).
+    replays  scoring a rollout policy gives what its sampler recorded, so that nobody need score it again.
 
     Contract: contributions are zero off the completion; both sides of any ratio use the same estimator and noise.
     """
@@ -32,7 +56,9 @@ class LikelihoodEstimator:
     name: str
     draw: Callable[[Rollout, Generator], Noise]
     combine: Callable[[Tensor, Noise], Tensor] = weighted_sum
+    given: Callable[[Noise, Tensor], Noise] = as_drawn
     attention: tuple[str, ...] = ("full", "block_causal")
+    replays: bool = False
 
     @torch.no_grad()
     def scores(
@@ -54,6 +80,7 @@ class LikelihoodEstimator:
         return self.combine(self.scores(policy, rollout, noise, micro_batch_size=micro_batch_size), noise)
 
     def check(self, policy: Policy) -> None:
+        """Raise ValueError when the estimate is not one of this policy's likelihood."""
         if policy.spec.attention not in self.attention:
             raise ValueError(
                 f"likelihood={self.name!r} is for {' or '.join(self.attention)} attention, but the policy's is "
@@ -63,6 +90,8 @@ class LikelihoodEstimator:
 
 def row_chunks(num_rows: int, micro_batch_size: int | None, group_size: int, device) -> tuple[Tensor, ...]:
     """Row indices in chunks of whole groups, of at most micro_batch_size rows (but at least one group)."""
+    if not num_rows:
+        return ()
     size = num_rows if micro_batch_size is None else max(group_size, micro_batch_size // group_size * group_size)
     return torch.arange(num_rows, device=device).split(size)
 
@@ -93,18 +122,6 @@ def score_view(
     return torch.zeros(scored.shape, device=scored.device).masked_scatter(scored, logp)
 
 
-def _uniforms(mask: Bool[Tensor, "B T"], generators: list[Generator]) -> Float[Tensor, "B T"]:
-    """Uniforms in [0, 1) where `mask` holds, +inf elsewhere; row i's come from its own generator."""
-    out = torch.full(mask.shape, torch.inf)
-    for row, marked, generator in zip(out, mask.cpu(), generators, strict=True):
-        row[marked] = torch.rand(int(marked.sum()), generator=generator)
-    return out.to(mask.device)
-
-
-def _generators(rollout: Rollout, generator: Generator) -> list[Generator]:
-    return [torch.Generator().manual_seed(int(s)) for s in row_seeds(generator, len(rollout.tokens))]
-
-
 def causal() -> LikelihoodEstimator:
     """log p(y) = sum_t log p(y_t | prompt, y_<t). One forward, exact. For autoregressive policies."""
 
@@ -116,43 +133,166 @@ def causal() -> LikelihoodEstimator:
 
 
 def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
-    """d1's mean-field estimate: sum_t log p(y_t | prompt, all of y masked), each prompt token masked with probability
-    `prompt_mask`. One forward; biased, low variance. Source: arXiv 2504.12216 [paper]."""
+    """d1's mean-field estimate: sum_i l_i(all of y), each prompt token masked with probability `prompt_mask`.
+
+    One forward (a G-th of one at prompt_mask=0, where a prompt's completions all look the same). No noise but the
+    prompt's; biased: tokens count as independent given the prompt. Source: d1, arXiv 2504.12216 [paper].
+    """
     if not 0 <= prompt_mask < 1:
         raise ValueError(f"prompt_mask={prompt_mask} must lie in [0, 1)")
 
     def draw(rollout: Rollout, generator: Generator) -> Noise:
         prompt = rollout.attention_mask & ~rollout.completion_mask
-        hidden = _uniforms(prompt, _generators(rollout, generator)) < prompt_mask
+        hidden = uniforms_at(prompt, row_generators(rollout, generator)) < prompt_mask
         return Noise((hidden | rollout.completion_mask)[None], rollout.completion_mask[None].float())
 
     return LikelihoodEstimator("one_step", draw)
 
 
+def elbo(*, num_samples: int = 4, stratified: bool = True, antithetic: bool = False) -> LikelihoodEstimator:
+    """The any-order ELBO by masks of exactly k tokens: the mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}.
+
+    num_samples forwards; unbiased for the ELBO, high variance. Sources: LLaDA eq. 14, VRPO [paper].
+    stratified  k spread evenly over 1..L among the samples.
+    antithetic  samples in pairs (num_samples even): k with L+1-k, the second mask taken from the other end of the same
+                random order, so that a pair scores every token at least once.
+    """
+    _at_least_one("num_samples", num_samples)
+    if antithetic and num_samples % 2:
+        raise ValueError(f"num_samples={num_samples} must be even with antithetic=True; use {num_samples + 1}")
+
+    def draw(rollout: Rollout, generator: Generator) -> Noise:
+        completion, generators = rollout.completion_mask, row_generators(rollout, generator)
+        size = completion.sum(-1, keepdim=True)
+        drawn = num_samples // 2 if antithetic else num_samples
+        u = uniforms_per_row(generators, drawn, stratified=stratified, device=size.device)
+        keys = [uniforms_at(completion, generators) for _ in range(drawn)]
+        if antithetic:
+            k = 1 + choose(u / 2, size)
+            counts, keys = torch.cat([k, size + 1 - k]), [*keys, *(-key for key in keys)]
+        else:
+            counts = 1 + choose(u, size)
+        return _mean_of([exact_view(completion, key, k) for key, k in zip(keys, counts, strict=True)])
+
+    return LikelihoodEstimator("elbo", draw)
+
+
 def coupled(*, num_samples: int = 1) -> LikelihoodEstimator:
     """The any-order ELBO from a mask and its complement, so that every token is scored.
 
-    k is stratified over 0..L, m holds exactly k of the L completion positions, and with l_i(m) = log p(y_i | y, m masked)
+    k is stratified over 0..L, m holds exactly k of the L completion positions:
         ( sum_{i in m} l_i(m) (L+1)/k + sum_{i not in m} l_i(m^c) (L+1)/(L-k) ) / 2,
     a term with an empty set being 0. Unbiased for the ELBO; 2 * num_samples forwards. Source: ESPO's form [paper].
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} must be at least 1")
+    _at_least_one("num_samples", num_samples)
 
     def draw(rollout: Rollout, generator: Generator) -> Noise:
-        completion, generators = rollout.completion_mask, _generators(rollout, generator)
+        completion, generators = rollout.completion_mask, row_generators(rollout, generator)
         size = completion.sum(-1, keepdim=True)
-        masked, weight = [], []
-        for j in range(num_samples):
-            u = torch.stack([torch.rand(1, generator=g) for g in generators]).to(size.device)
-            k = ((j + u) / num_samples * (size + 1)).long().clamp(max=size)
-            order = _uniforms(completion, generators).argsort(-1).argsort(-1)
-            for mask, count in ((completion & (order < k), k), (completion & (order >= k), size - k)):
-                masked.append(mask)
-                weight.append(mask * (size + 1) / (2 * num_samples * count.clamp(min=1)))
-        return Noise(torch.stack(masked), torch.stack(weight))
+        u = uniforms_per_row(generators, num_samples, stratified=True, device=size.device)
+        pairs = [coupled_views(completion, uniforms_at(completion, generators), k) for k in choose(u, size + 1)]
+        return _mean_of([view for pair in pairs for view in pair], samples=num_samples)
 
     return LikelihoodEstimator("coupled", draw)
+
+
+def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
+    """The any-order ELBO, integral_0^1 E_m[(L/k) sum_{i in m} l_i(m)] dt, by Gauss-Legendre nodes t_n with weights w_n:
+    sum_n w_n (L/k_n) sum_{i in m_n} l_i(m_n), k_n = floor(t_n L) + 1, one random mask of exactly k_n tokens a node.
+
+    `nodes` forwards; no variance from k. Bias: that of the quadrature rule and of rounding k_n to an integer, zero when
+    the integrand is linear in k and t_n L + 1/2 is an integer; it does not shrink with more masks. Sources: GDPO/SDMC,
+    arXiv 2510.08554 [paper]; exactly k masked tokens instead of independent ones [ours].
+    """
+    _at_least_one("nodes", nodes)
+    points, weights = np.polynomial.legendre.leggauss(nodes)
+
+    def draw(rollout: Rollout, generator: Generator) -> Noise:
+        completion, generators = rollout.completion_mask, row_generators(rollout, generator)
+        size = completion.sum(-1, keepdim=True)
+        views = []
+        for t, w in zip((points + 1) / 2, weights / 2, strict=True):
+            k = 1 + choose(torch.full(size.shape, t, dtype=torch.float64, device=size.device), size)
+            masked, weight = exact_view(completion, uniforms_at(completion, generators), k)
+            views.append((masked, w * weight))
+        return _mean_of(views, samples=1)
+
+    return LikelihoodEstimator("quadrature", draw)
+
+
+def block(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
+    """The ELBO of block-wise decoding: blocks before a chosen one clean, a mask inside it, later ones fully masked.
+
+    With blocks b = 1..N of L_b tokens, k ~ U{1..L_b} and m in b with |m| = k, the mean over samples of
+        N (L_b / k) sum_{i in m} l_i(m and all later blocks),  b ~ U{1..N}, stratified over the samples.
+    Unbiased for the sum over blocks of each one's any-order ELBO given those before it: a lower bound of the likelihood
+    under the block-wise sampler. num_samples forwards; num_samples = N scores every block. Source: SPG, arXiv
+    2510.09541 [paper]; its code averages over all masked tokens, later blocks' included, where only the chosen block's
+    are scored here [ours]. Blocks start at the completion, as `unmask`'s do; a last block may be short.
+    """
+    _at_least_one("num_samples", num_samples)
+    _at_least_one("block_size", block_size)
+
+    def draw(rollout: Rollout, generator: Generator) -> Noise:
+        completion, generators = rollout.completion_mask, row_generators(rollout, generator)
+        device = completion.device
+        u = uniforms_per_row(generators, num_samples, stratified=True, device=device)
+        v = uniforms_per_row(generators, num_samples, stratified=False, device=device)
+        keys = (uniforms_at(completion, generators) for _ in range(num_samples))
+        draws = zip(keys, u, v, strict=True)
+        return _mean_of([block_view(completion, *draw, block_size=block_size) for draw in draws])
+
+    return LikelihoodEstimator("block", draw)
+
+
+def upper_bound(scores: Float[Tensor, "N B T"], noise: Noise, *, beta: float) -> Float[Tensor, "B T"]:
+    """(1/beta) log sum_n weight_n p_i(view n)^beta per position, nats; 0 where no view scores it."""
+    scored = noise.weight > 0
+    # A position that no view scores would be log 0: its terms are replaced before the log, and its result after.
+    logits = torch.where(scored, beta * scores + noise.weight.where(scored, 1).log(), -torch.inf)
+    nowhere = ~scored.any(0)
+    return torch.where(nowhere, 0, logits.masked_fill(nowhere, 0).logsumexp(0) / beta)
+
+
+def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
+    """SPG's evidence upper bound: sum_i (1/beta) log mean_t[ p_i^beta 1(i in m) / t ], on the masks of `base`.
+
+    base  elbo, coupled (the default, `coupled()`), quadrature or block: the same masks, and their weights for 1/t.
+    Cost as base. Over all masks it is at least the ELBO for every beta > 0 (Jensen). It is at least log p for beta >= L
+    (Hoelder), and for any beta when the model's conditionals belong to one joint distribution; in between an
+    inconsistent model can lie above it [ours]: SPG's theorem (beta >= 1) adds a constant that no gradient sees. With
+    few masks the log of a mean is biased downwards. Source: SPG, arXiv 2510.09541, and its code [paper], which divides
+    by the number of scored tokens where this is a sum.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta={beta} must be above 0")
+    base = coupled() if base is None else base
+    return replace(base, name="eubo", combine=lambda scores, noise: upper_bound(scores, noise, beta=beta))
+
+
+def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
+    """SPG's pair of bounds: the ELBO where the advantage is >= 0, mix * EUBO + (1 - mix) * ELBO where it is negative.
+
+    Raising a lower bound or lowering an upper one moves log p itself. Both bounds come from the same views of `base`
+    (see `eubo`), at its cost. `given(noise, advantages)` records each row's share of the upper bound with its masks, so
+    that every side of a ratio uses the same mixture; noise that was not given advantages is scored by the ELBO alone.
+    Source: SPG, arXiv 2510.09541, and its code [paper]; inside a clipped ratio, per token and unnormalised [ours].
+    """
+    if not beta > 0:
+        raise ValueError(f"beta={beta} must be above 0")
+    if not 0 <= mix <= 1:
+        raise ValueError(f"mix={mix} must lie in [0, 1]")
+
+    def combine(scores: Tensor, noise: Noise) -> Tensor:
+        lower = weighted_sum(scores, noise)
+        if noise.upper_share is None:
+            return lower
+        return torch.lerp(lower, upper_bound(scores, noise, beta=beta), noise.upper_share[:, None])
+
+    def given(noise: Noise, advantages: Tensor) -> Noise:
+        return replace(noise, upper_share=mix * (advantages < 0).to(noise.weight))
+
+    return replace(coupled() if base is None else base, name="sandwich", combine=combine, given=given)
 
 
 def trajectory(*, num_segments: int | None = None) -> LikelihoodEstimator:
@@ -162,8 +302,8 @@ def trajectory(*, num_segments: int | None = None) -> LikelihoodEstimator:
     num_segments each row's steps are merged into that many equal parts. One forward a segment. Sources: TraceRL,
     d2's StepMerge [paper].
     """
-    if num_segments is not None and num_segments < 1:
-        raise ValueError(f"num_segments={num_segments} must be at least 1, or None for every step")
+    if num_segments is not None:
+        _at_least_one("num_segments", num_segments, "None for every step")
 
     def draw(rollout: Rollout, generator: Generator) -> Noise:
         segment = rollout.unmask_step
@@ -174,4 +314,15 @@ def trajectory(*, num_segments: int | None = None) -> LikelihoodEstimator:
         masked = rollout.completion_mask & (segment >= index)
         return Noise(masked, (rollout.completion_mask & (segment == index)).float())
 
-    return LikelihoodEstimator("trajectory", draw)
+    return LikelihoodEstimator("trajectory", draw, replays=num_segments is None)
+
+
+def _mean_of(views: list[tuple[Tensor, Tensor]], *, samples: int | None = None) -> Noise:
+    """Views as one record, the weights divided by the number of samples (that of the views unless it is given)."""
+    masked, weight = (torch.stack(column) for column in zip(*views, strict=True))
+    return Noise(masked, (weight / (samples or len(views))).float())
+
+
+def _at_least_one(name: str, value: int, otherwise: str | None = None) -> None:
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1" + (f", or {otherwise}" if otherwise else ""))

@@ -1,7 +1,7 @@
 """One interface over every backbone: logits for the token AT each position, whatever the family's own convention."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dllm_rl.models.families import FamilySpec, load_module, spec_of
 
 
+@runtime_checkable
 class Policy(Protocol):
     """A model with its tokenizer and the facts that a sampler or an estimator needs. `version` counts weight updates."""
 

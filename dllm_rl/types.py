@@ -8,7 +8,6 @@ Log-probabilities are in nats, fp32.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,10 +17,10 @@ from torch import Generator, Tensor
 class _Movable:
     """Records of tensors that move to a device, or keep some rows, as one."""
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str):
         return self._map(lambda x: x.to(device))
 
-    def _map(self, f) -> Self:
+    def _map(self, f):
         tensors = {f_.name: getattr(self, f_.name) for f_ in dataclasses.fields(self)}
         return dataclasses.replace(self, **{k: f(v) for k, v in tensors.items() if isinstance(v, Tensor)})
 
@@ -70,7 +69,7 @@ class Prompts(_Movable):
         pad_id: int,
         group_size: int = 1,
         seeds: Sequence[int] | None = None,
-    ) -> Self:
+    ) -> "Prompts":
         """Left-pad lists of token ids. Raises ValueError on an empty batch or a group_size below 1."""
         if not len(ids):
             raise ValueError("ids is empty: at least one prompt is needed")
@@ -148,13 +147,16 @@ class Noise(_Movable):
 
     masked  positions hidden from the model in view n.
     weight  coefficient of the position's log-prob in view n; 0 where it is not scored.
+    upper_share  how much of an upper bound a row's estimate holds, in [0, 1]; None where there is none (`sandwich`).
     """
 
     masked: Bool[Tensor, "N B T"]
     weight: Float[Tensor, "N B T"]
+    upper_share: Float[Tensor, " B"] | None = None
 
     def rows(self, keep: Int[Tensor, " R"]) -> "Noise":
-        return Noise(self.masked[:, keep], self.weight[:, keep])
+        share = None if self.upper_share is None else self.upper_share[keep]
+        return Noise(self.masked[:, keep], self.weight[:, keep], share)
 
 
 def row_seeds(generator: Generator, num_rows: int) -> Int[Tensor, " B"]:
