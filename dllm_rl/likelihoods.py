@@ -88,6 +88,8 @@ class LikelihoodEstimator:
 
 def row_chunks(num_rows: int, micro_batch_size: int | None, group_size: int, device) -> tuple[Tensor, ...]:
     """Row indices in chunks of whole groups, of at most micro_batch_size rows (but at least one group)."""
+    if not num_rows:
+        return ()
     size = num_rows if micro_batch_size is None else max(group_size, micro_batch_size // group_size * group_size)
     return torch.arange(num_rows, device=device).split(size)
 

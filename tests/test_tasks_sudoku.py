@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from dllm_rl.tasks.base import Problem, Task
 from dllm_rl.tasks.grids import SOLVED, SPLITS, completions
-from dllm_rl.tasks.sudoku import Sudoku, first_cells, score
+from dllm_rl.tasks.sudoku import Sudoku
+from dllm_rl.tasks.sudoku_graders import first_cells, score
 
 GRID = "1234341221434321"
+WEIGHTS = {"solved_weight": 1.0, "match_weight": 4.0}
 UNITS = (
     [[4 * r + c for c in range(4)] for r in range(4)]
     + [[4 * r + c for r in range(4)] for c in range(4)]
@@ -163,11 +165,11 @@ def test_the_best_of_several_completions_counts() -> None:
     puzzle = "1234341200000000"
     assert set(completions(puzzle)) >= {first, second}
     for grid in completions(puzzle):
-        assert score(puzzle, grid).breakdown["solve_rate"] == 1.0
+        assert score(puzzle, grid, **WEIGHTS).breakdown["solve_rate"] == 1.0
     cells = second[:15] + "1"  # 15 of second, fewer of every other
     best = max(sum(a == b for a, b in zip(cells, grid, strict=True)) for grid in brute_force(puzzle))
-    assert best == 15 and score(puzzle, cells).value == 4 * 15 / 16
-    assert score(puzzle, cells).breakdown["cell_accuracy"] == 7 / 8
+    assert best == 15 and score(puzzle, cells, **WEIGHTS).value == 4 * 15 / 16
+    assert score(puzzle, cells, **WEIGHTS).breakdown["cell_accuracy"] == 7 / 8
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_the_best_of_several_completions_counts() -> None:
     ],
 )
 def test_first_cells(text: str, cells: str) -> None:
-    assert first_cells(text) == cells
+    assert first_cells(text, 16) == cells
 
 
 HOSTILE = ["", "<|endoftext|>" * 9, "\uff11\uff12\uff13\uff14" * 4, "\x00" * 16, "\u0966" * 16, "\ud800", "\u0663" * 99]

@@ -1,14 +1,18 @@
-"""The 288 solved 4x4 Sudoku grids, their fixed split, and every completion of a 4x4 puzzle.
+"""The 288 solved 4x4 Sudoku grids, their fixed split, and the completions of a puzzle.
 
-A grid or puzzle is a string of 16 characters, row by row; in a puzzle 0 is a blank.
+A grid or puzzle is a string of 16 or 81 characters, row by row; in a puzzle 0 is a blank.
 """
 
 from functools import lru_cache
 from hashlib import sha256
-from itertools import permutations
-from typing import Literal
+from itertools import islice, permutations
 
-Split = Literal["train", "validation", "test"]
+from dllm_rl.tasks.splits import Split
+from dllm_rl.tasks.sudoku_solver import solutions
+
+# No more completions than this are listed for a 9x9 puzzle, which may have billions.
+MOST_COMPLETIONS = 64
+
 SPLIT_SIZES: dict[Split, int] = {"test": 88, "validation": 24, "train": 176}
 
 
@@ -53,27 +57,41 @@ SPLITS = _split()
 
 
 def count_completions(puzzle: str) -> int:
-    """How many solved grids agree with the givens of a puzzle of 16 characters 0-4."""
+    """How many of the 288 grids agree with the givens of a 4x4 puzzle."""
     return _agreeing(puzzle).bit_count()
 
 
 @lru_cache(maxsize=65536)
 def completions(puzzle: str) -> tuple[str, ...]:
-    """Every solved grid that agrees with the puzzle's givens, in lexicographic order.
+    """Every solved grid that agrees with a puzzle's givens; of a 9x9 puzzle the first MOST_COMPLETIONS.
 
-    Errors: ValueError when the puzzle is not 16 characters 0-4 or has no completion.
+    Errors: ValueError when the puzzle is not 16 characters 0-4 or 81 characters 0-9, or has no completion.
     """
-    if len(puzzle) != 16 or not set(puzzle) <= set("01234"):
-        raise ValueError(f"puzzle={puzzle!r} must be 16 characters 0-4, row by row, 0 for a blank")
-    bits = _agreeing(puzzle)
-    if not bits:
+    check_puzzle(puzzle)
+    if len(puzzle) == 81:
+        found = tuple(islice(solutions(puzzle), MOST_COMPLETIONS))
+    else:
+        bits = _agreeing(puzzle)
+        places = (place for place in range(bits.bit_length()) if bits >> place & 1)
+        found = tuple(SOLVED[place] for place in places)
+    if not found:
         raise ValueError(f"puzzle={puzzle!r} has no valid completion")
-    found = []
-    while bits:
-        lowest = bits & -bits
-        found.append(SOLVED[lowest.bit_length() - 1])
-        bits ^= lowest
-    return tuple(found)
+    return found
+
+
+def check_puzzle(puzzle: str) -> None:
+    digits = {16: "01234", 81: "0123456789"}.get(len(puzzle))
+    if digits is None or not set(puzzle) <= set(digits):
+        raise ValueError(f"puzzle={puzzle!r} must be 16 characters 0-4 or 81 characters 0-9, row by row, 0 for a blank")
+
+
+def is_completion(puzzle: str, cells: str) -> bool:
+    """Whether the cells, digits without blanks, keep every given and obey every rule."""
+    if len(puzzle) == 16:
+        return cells in completions(puzzle)
+    if len(cells) != 81 or "0" in cells or not (cells.isascii() and cells.isdigit()):
+        return False
+    return all(given in ("0", cell) for given, cell in zip(puzzle, cells, strict=True)) and any(solutions(cells))
 
 
 def _agreeing(puzzle: str) -> int:

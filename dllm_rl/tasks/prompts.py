@@ -1,6 +1,7 @@
-"""Prompts from templates, and the answer block they ask for."""
+"""Prompts from templates: ours, a string, or a file with another paper's wording."""
 
 import json
+import re
 from pathlib import Path
 
 Prompt = str | list[dict[str, str]]
@@ -13,14 +14,13 @@ def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
     path of a file: `.json` holds chat messages [{"role": ..., "content": ...}], other suffixes hold plain text.
     Errors: ValueError when the file is missing or a placeholder occurs nowhere.
     """
-    if isinstance(template, str) and any("{" + name + "}" in template for name in needs):
+    if isinstance(template, str) and ("\n" in template or any("{" + name + "}" in template for name in needs)):
         loaded: Prompt = template
     else:
         path = Path(template)
-        if not path.is_file():
+        if len(str(path)) > 1000 or not path.is_file():
             raise ValueError(f"prompt_format={str(template)!r} is neither a template with {{{needs[0]}}} nor a file")
-        text = path.read_text(encoding="utf-8")
-        loaded = json.loads(text) if path.suffix == ".json" else text
+        loaded = _messages(path) if path.suffix == ".json" else path.read_text(encoding="utf-8")
     whole = loaded if isinstance(loaded, str) else "".join(message["content"] for message in loaded)
     missing = [name for name in needs if "{" + name + "}" not in whole]
     if missing:
@@ -28,10 +28,26 @@ def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
     return loaded
 
 
+def _messages(path: Path) -> list[dict[str, str]]:
+    loaded = json.loads(path.read_text(encoding="utf-8"))
+    good = isinstance(loaded, list) and all(
+        isinstance(message, dict) and set(message) == {"role", "content"} and all(map(_is_text, message.values()))
+        for message in loaded
+    )
+    if not good:
+        raise ValueError(f"{path} must hold a list of chat messages with exactly a role and a content, both text")
+    return loaded
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
 def fill(template: Prompt, *, chat: bool, **values: str) -> Prompt:
     """The template with each `{name}` replaced, as one user message when `chat` and the template is plain text.
 
-    Plain replacement, not str.format: templates may hold other braces, such as \\boxed{}.
+    Only the names given are replaced, each once and never inside a value: templates and problems may hold other
+    braces, such as \\boxed{}.
     """
     if not isinstance(template, str):
         return [{"role": m["role"], "content": _replace(m["content"], values)} for m in template]
@@ -40,16 +56,5 @@ def fill(template: Prompt, *, chat: bool, **values: str) -> Prompt:
 
 
 def _replace(text: str, values: dict[str, str]) -> str:
-    for name, value in values.items():
-        text = text.replace("{" + name + "}", value)
-    return text
-
-
-def last_answer(text: str) -> str | None:
-    """What stands after the last `<answer>`, up to the next `</answer>` or the end; None without an `<answer>`."""
-    start = text.rfind("<answer>")
-    if start < 0:
-        return None
-    start += len("<answer>")
-    end = text.find("</answer>", start)
-    return text[start:] if end < 0 else text[start:end]
+    names = re.compile("|".join("\\{" + re.escape(name) + "\\}" for name in values))
+    return names.sub(lambda found: values[found[0][1:-1]], text)

@@ -2,38 +2,47 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import eq
+from math import isqrt
 from pathlib import Path
 from random import Random
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from dllm_rl.tasks.base import Problem, Reward
-from dllm_rl.tasks.grids import SPLITS, Split, completions, count_completions
-from dllm_rl.tasks.prompts import Prompt, fill, last_answer, load_template
+from dllm_rl.tasks.grids import SPLITS, completions, count_completions
+from dllm_rl.tasks.loading import load_rows
+from dllm_rl.tasks.prompts import Prompt, fill, load_template
+from dllm_rl.tasks.reading import last_answer
+from dllm_rl.tasks.splits import Split, check_split, hashed_split
+from dllm_rl.tasks.sudoku_graders import first_cells, score, sudoku_d1_training
+from dllm_rl.tasks.sudoku_solver import random_grid, random_unique_puzzle
 
-TEXT = """Fill in this 4x4 Sudoku. Every row, every column and each of the four 2x2 boxes must contain 1, 2, 3 and 4 \
-exactly once; a dot marks an empty cell, and the given digits must stay where they are.
+TEXT = """Fill in this {side}x{side} Sudoku. Every row, every column and each of the {box}x{box} boxes must contain \
+the digits 1 to {side} exactly once; a dot marks an empty cell, and the given digits must stay where they are.
 
 {puzzle}
 
-Think it through first if you like, then write the completed grid, four rows of four digits, between <answer> and \
+Think it through first if you like, then write the completed grid, {side} rows of {side} digits, between <answer> and \
 </answer>."""
 
 
 @dataclass(frozen=True)
 class Sudoku:
-    """4x4 Sudoku puzzles; problem i is a pure function of (seed, split, i), and of nothing else.
+    """Sudoku puzzles; problem i is a pure function of (seed, split, i) and the settings.
 
     split          solution grids of train, validation and test are disjoint, whatever the seeds.
-    clues          how many digits are given, or an inclusive range that each problem draws from.
-    unique         whether every puzzle has exactly one completion; the clues are uniform among those that qualify.
-    size           number of problems.
-    prompt_format  "compact": 16 characters of digits and dots, then "="; the completion is the 16 digits of the grid.
-                   "text": an instruction with the grid in four lines; the answer stands between <answer> tags.
+    side           4 or 9.
+    clues          how many digits are given, or an inclusive range that each problem draws from; 9x9 needs 26.
+    unique         whether every puzzle has exactly one completion. On 4x4 the clues are uniform among those that
+                   qualify; 9x9 puzzles are always unique.
+    size           number of problems; fewer when a file has fewer.
+    path           problems from a CSV or JSONL file with Puzzle and Solution instead of generated ones.
+    prompt_format  "compact": the cells row by row, a dot for a blank, then "="; answered by the digits of the grid.
+                   "text": an instruction with the grid in lines; the answer stands between <answer> tags.
                    A template with {puzzle}, or the path of a file with one: as "text", in those words.
     chat           "text" and templates: one user message (True) or plain text (False).
-    Value of a completion: solved_weight * solved + match_weight * (cells of the best matching valid completion)/16.
-    All 16 cells count: over the empties alone training lets the givens drift [ours].
+    Value of a completion: "own": solved_weight * solved + match_weight * (share of cells that agree with the best
+    matching valid completion). All cells count: over the empties alone training lets the givens drift [ours].
+    "d1": empty cells that agree with the reference / empty cells [paper].
     """
 
     name: ClassVar[str] = "sudoku"
@@ -44,31 +53,59 @@ class Sudoku:
     unique: bool = True
     size: int = 10_000
     seed: int = 0
+    side: int = 4
+    path: str | Path | None = None
     prompt_format: str | Path = "compact"
     chat: bool = True
+    reward_rule: Literal["own", "d1"] = "own"
     solved_weight: float = 1.0
     match_weight: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise ValueError(f"split={self.split!r} must be one of {sorted(SPLITS)}")
-        low, high = _range(self.clues)
-        fewest = 4 if self.unique else 0
-        if not fewest <= low <= high <= 16:
-            reason = " with unique=True (no puzzle with fewer than 4 has one completion)" if self.unique else ""
-            raise ValueError(f"clues={self.clues} must lie in {fewest}..16{reason}")
+        check_split(self.split)
+        if self.side not in (4, 9):
+            raise ValueError(f"side={self.side} must be 4 or 9")
+        if self.side == 9 and not self.unique:
+            raise ValueError("unique=False needs side=4: 9x9 puzzles are always made with one completion")
+        if self.path is None:
+            low, high = _range(self.clues)
+            fewest, reason = (26, " on 9x9") if self.side == 9 else (4, " with unique=True") if self.unique else (0, "")
+            if not fewest <= low <= high <= self.side**2:
+                raise ValueError(f"clues={self.clues} must lie in {fewest}..{self.side**2}{reason}")
         if self.size < 1:
             raise ValueError(f"size={self.size} must be at least 1")
+        if self.reward_rule not in ("own", "d1") or (self.reward_rule == "d1" and self.side == 9):
+            raise ValueError(f"reward_rule={self.reward_rule!r} must be 'own', or on 4x4 'd1'")
         _template(self.prompt_format)
 
     def __len__(self) -> int:
-        return self.size
+        return self.size if self.path is None else min(self.size, len(_stored(self.path)))
 
     def __getitem__(self, index: int) -> Problem:
-        if not 0 <= index < self.size:
-            raise IndexError(f"problem {index} of {self.size}")
-        # Only random() is used: Python promises its sequence for a seed, in every version and under every hash seed.
-        rng = Random(f"sudoku/{self.seed}/{self.split}/{index}")
+        if not 0 <= index < len(self):
+            raise IndexError(f"problem {index} of {len(self)}")
+        if self.path is not None:
+            puzzle, solution = _stored(self.path)[index]
+        else:
+            # Only random() is used: Python promises its sequence for a seed, in every version.
+            board = "" if self.side == 4 else "9x9/"
+            rng = Random(f"sudoku/{board}{self.seed}/{self.split}/{index}")
+            puzzle, solution = self._drawn4(rng) if self.side == 4 else self._drawn9(rng)
+        return Problem(self._prompt(puzzle), {"puzzle": puzzle, "solution": solution}, self._answer(solution))
+
+    def reward(self, problem: Problem, completion: str) -> Reward:
+        """Grades the first 16 (81) non-blank characters: solved when they are a valid completion, else cell by cell.
+
+        `parsed`: they are all digits of the game. Other characters match nothing. Linear in the text's length.
+        """
+        if self.reward_rule == "d1":
+            return sudoku_d1_training(problem.fields, completion)
+        text = completion if self.prompt_format == "compact" else last_answer(completion) or ""
+        puzzle = problem.fields["puzzle"]
+        cells = first_cells(text, len(puzzle))
+        return score(puzzle, cells, solved_weight=self.solved_weight, match_weight=self.match_weight)
+
+    def _drawn4(self, rng: Random) -> tuple[str, str]:
         grids = SPLITS[self.split]
         solution = grids[int(rng.random() * len(grids))]
         low, high = _range(self.clues)
@@ -76,52 +113,25 @@ class Sudoku:
         puzzle = _blanked(solution, given, rng)
         while self.unique and count_completions(puzzle) > 1:
             puzzle = _blanked(solution, given, rng)
-        return Problem(self._prompt(puzzle), {"puzzle": puzzle, "solution": solution}, self._answer(solution))
+        return puzzle, solution
 
-    def reward(self, problem: Problem, completion: str) -> Reward:
-        """Grades the first 16 non-blank characters: solved when they are a valid completion, else cell by cell.
-
-        `parsed`: the 16 characters are digits 1-4. Other characters match nothing. Linear in the text's length.
-        """
-        text = completion if self.prompt_format == "compact" else last_answer(completion)
-        return score(problem.fields["puzzle"], first_cells(text or ""), self.solved_weight, self.match_weight)
+    def _drawn9(self, rng: Random) -> tuple[str, str]:
+        low, high = _range(self.clues)
+        given = low + int(rng.random() * (high - low + 1))
+        while True:
+            solution = random_grid(rng)
+            if hashed_split(solution) == self.split and (puzzle := random_unique_puzzle(solution, given, rng)):
+                return puzzle, solution
 
     def _prompt(self, puzzle: str) -> Prompt:
-        dotted = puzzle.replace("0", ".")
+        dotted, side = puzzle.replace("0", "."), isqrt(len(puzzle))
         if self.prompt_format == "compact":
             return dotted + "="
-        return fill(_template(self.prompt_format), chat=self.chat, puzzle=_lines(dotted))
+        values = {"puzzle": _lines(dotted), "side": str(side), "box": str(isqrt(side))}
+        return fill(_template(self.prompt_format), chat=self.chat, **values)
 
     def _answer(self, solution: str) -> str:
         return solution if self.prompt_format == "compact" else f"<answer>\n{_lines(solution)}\n</answer>"
-
-
-def first_cells(text: str) -> str:
-    """The first 16 characters of the text that are not white space."""
-    # 15 splits leave the rest as a 16th piece: the pieces' first 16 characters are all that is asked for.
-    return "".join(text.split(None, 15))[:16]
-
-
-def score(puzzle: str, cells: str, solved_weight: float = 1.0, match_weight: float = 4.0) -> Reward:
-    """Compares up to 16 characters with every valid completion of the puzzle.
-
-    solve_rate     1 when they are a valid completion: every rule holds and the givens are kept.
-    cell_accuracy  originally empty cells that agree with the best matching completion / empty cells (1 if none).
-    givens_kept    the same over the given cells (1 if none).
-    """
-    grids = completions(puzzle)
-    solved = cells in grids
-    # The givens are the same in every completion, so the best match over all cells is the best over the empties.
-    matching = 16 if solved else max(sum(map(eq, cells, grid)) for grid in grids)
-    empty = puzzle.count("0")
-    kept = sum(a == b for a, b in zip(cells, puzzle, strict=False) if b != "0")
-    breakdown = {
-        "solve_rate": float(solved),
-        "cell_accuracy": (matching - kept) / empty if empty else 1.0,
-        "givens_kept": kept / (16 - empty) if empty < 16 else 1.0,
-    }
-    parsed = solved or (len(cells) == 16 and not cells.strip("1234"))
-    return Reward(solved_weight * solved + match_weight * matching / 16, parsed, breakdown)
 
 
 def _range(clues: int | tuple[int, int]) -> tuple[int, int]:
@@ -139,11 +149,28 @@ def _blanked(solution: str, given: int, rng: Random) -> str:
 
 
 def _lines(grid: str) -> str:
-    return "\n".join(grid[start : start + 4] for start in range(0, 16, 4))
+    side = isqrt(len(grid))
+    return "\n".join(grid[start : start + side] for start in range(0, len(grid), side))
+
+
+@lru_cache(maxsize=16)
+def _stored(path: str | Path) -> tuple[tuple[str, str], ...]:
+    problems = []
+    for place, row in load_rows(path):
+        puzzle, solution = (str(row.get(name) or row.get(name.title()) or "") for name in ("puzzle", "solution"))
+        puzzle = puzzle.replace(".", "0")
+        try:
+            valid = solution in completions(puzzle)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        if not valid:
+            raise ValueError(f"{place}: solution={solution!r} is no completion of puzzle={puzzle!r}")
+        problems.append((puzzle, solution))
+    return tuple(problems)
 
 
 @lru_cache(maxsize=64)
 def _template(prompt_format: str | Path) -> Prompt:
     if prompt_format == "compact":
-        return "{puzzle}="
+        return ""
     return TEXT if prompt_format == "text" else load_template(prompt_format, needs=("puzzle",))

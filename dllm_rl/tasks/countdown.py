@@ -1,0 +1,180 @@
+"""Countdown: reach a target with given numbers, each used exactly once."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import ClassVar, Literal
+
+from dllm_rl.tasks.base import Problem, Reward
+from dllm_rl.tasks.countdown_graders import countdown_d1_training, countdown_strict
+from dllm_rl.tasks.countdown_solver import signed_sums, write
+from dllm_rl.tasks.expressions import evaluate
+from dllm_rl.tasks.loading import load_rows
+from dllm_rl.tasks.prompts import Prompt, fill, load_template
+from dllm_rl.tasks.splits import Split, check_split, hashed_split
+
+TEXT = """Write an arithmetic expression that is worth exactly {target}. It must use each of the numbers {numbers} \
+exactly once and no other number; you may add, subtract, multiply, divide and use parentheses.
+
+Think it through first if you like, then write the expression alone, without an equals sign, between <answer> and \
+</answer>."""
+
+
+@dataclass(frozen=True)
+class Countdown:
+    """Countdown problems; problem i is a pure function of (seed, split, i) and the settings.
+
+    split          the sets of numbers of train, validation and test are disjoint (70, 10 and 20 in 100 by a hash).
+    count          how many numbers, 3 to 6, or an inclusive range.
+    max_number     numbers are drawn from 1 to this; targets lie between 1 and max_target.
+    operators      those a solution may need; each problem is made from a solution, so it has one.
+    difficulty     "sums": + and - alone suffice. "products": they do not. "any".
+    size           number of problems; fewer when a file has fewer.
+    path           problems from a JSONL file instead, {"input": "30,100,93", "output": "23"} or numbers and target.
+    prompt_format  "compact": fixed-width characters, " 3,25, 7> 82=", answered by an expression padded with spaces to
+                   `width` characters. "text": an instruction; the answer stands between <answer> tags.
+                   A template with {numbers} and {target}, or the path of a file with one.
+    chat           "text" and templates: one user message (True) or plain text (False).
+    Value of a completion: "own": solved_weight * accuracy + numbers_weight * numbers_used, under the strict reading
+    [ours]; "d1": 0, 0.1 or 1 [paper].
+    """
+
+    name: ClassVar[str] = "countdown"
+    version: ClassVar[str] = "1"
+
+    split: Split = "train"
+    count: int | tuple[int, int] = 3
+    max_number: int = 99
+    max_target: int = 99
+    operators: str = "+-*/"
+    difficulty: Literal["any", "sums", "products"] = "any"
+    size: int = 10_000
+    seed: int = 0
+    path: str | Path | None = None
+    prompt_format: str | Path = "compact"
+    chat: bool = True
+    reward_rule: Literal["own", "d1"] = "own"
+    solved_weight: float = 1.0
+    numbers_weight: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_split(self.split)
+        low, high = _range(self.count)
+        if not 3 <= low <= high <= 6:
+            raise ValueError(f"count={self.count} must lie in 3..6")
+        if not self.operators or not set(self.operators) <= set("+-*/"):
+            raise ValueError(f"operators={self.operators!r} must be some of '+-*/'")
+        if self.difficulty not in ("any", "sums", "products"):
+            raise ValueError(f"difficulty={self.difficulty!r} must be 'any', 'sums' or 'products'")
+        if self.difficulty == "products" and not set(self.operators) & set("*/"):
+            raise ValueError(f"difficulty='products' needs * or / among operators={self.operators!r}")
+        if self.difficulty == "sums" and not set(self.operators) & set("+-"):
+            raise ValueError(f"difficulty='sums' needs + or - among operators={self.operators!r}")
+        if min(self.max_number, self.max_target) < 10:
+            raise ValueError(f"max_number={self.max_number} and max_target={self.max_target} must be at least 10")
+        if self.size < 1:
+            raise ValueError(f"size={self.size} must be at least 1")
+        if self.reward_rule not in ("own", "d1"):
+            raise ValueError(f"reward_rule={self.reward_rule!r} must be 'own' or 'd1'")
+        _template(self.prompt_format)
+
+    def __len__(self) -> int:
+        return self.size if self.path is None else min(self.size, len(_stored(self.path)))
+
+    def __getitem__(self, index: int) -> Problem:
+        if not 0 <= index < len(self):
+            raise IndexError(f"problem {index} of {len(self)}")
+        numbers, target, expression = self._drawn(index) if self.path is None else (*_stored(self.path)[index], None)
+        fields = {"numbers": list(numbers), "target": target}
+        return Problem(self._prompt(numbers, target), fields, self._answer(expression))
+
+    def reward(self, problem: Problem, completion: str) -> Reward:
+        """Grades one completion; see grade_expression for the breakdown. Linear in the text's length."""
+        if self.reward_rule == "d1":
+            return countdown_d1_training(problem.fields, completion)
+        graded = countdown_strict(problem.fields, completion)
+        share = graded.breakdown["numbers_used"]
+        return Reward(self.solved_weight * graded.value + self.numbers_weight * share, graded.parsed, graded.breakdown)
+
+    @property
+    def width(self) -> int:
+        """Characters of the longest solution: the numbers, the operators and parentheses where they can be needed."""
+        count = _range(self.count)[1]
+        return count * len(str(self.max_number)) + (count - 1) + 2 * (count - 2)
+
+    def _drawn(self, index: int) -> tuple[tuple[int, ...], int, str]:
+        low, high = _range(self.count)
+        # Only random() is used: Python promises its sequence for a seed, in every version.
+        rng = Random(f"countdown/{self.seed}/{self.split}/{index}")
+        count = low + int(rng.random() * (high - low + 1))
+        while True:
+            numbers = tuple(1 + int(rng.random() * self.max_number) for _ in range(count))
+            if hashed_split(repr(sorted(numbers))) != self.split:
+                continue
+            target, expression = _random_expression(numbers, self.operators, rng)
+            if 1 <= target <= self.max_target and self._difficult(numbers, target):
+                found = evaluate(expression)
+                assert found and found.value == target and sorted(found.numbers) == sorted(numbers), expression
+                return numbers, target, expression
+
+    def _difficult(self, numbers: tuple[int, ...], target: int) -> bool:
+        return self.difficulty == "any" or (target in signed_sums(numbers)) == (self.difficulty == "sums")
+
+    def _prompt(self, numbers: tuple[int, ...], target: int) -> Prompt:
+        if self.prompt_format == "compact":
+            listed = ",".join(str(number).rjust(len(str(self.max_number))) for number in numbers)
+            return f"{listed}>{str(target).rjust(len(str(self.max_target)))}="
+        listed = ", ".join(map(str, numbers))
+        return fill(_template(self.prompt_format), chat=self.chat, numbers=listed, target=str(target))
+
+    def _answer(self, expression: str | None) -> str | None:
+        if expression is None:
+            return None
+        return expression.ljust(self.width) if self.prompt_format == "compact" else f"<answer>{expression}</answer>"
+
+
+def _range(count: int | tuple[int, int]) -> tuple[int, int]:
+    return (count, count) if isinstance(count, int) else count
+
+
+def _random_expression(numbers: tuple[int, ...], operators: str, rng: Random) -> tuple[int, str]:
+    """Two random operands are joined by a random operator until one is left.
+
+    Every value on the way is a positive integer: a difference is taken the positive way round, and a difference of
+    equals, an inexact quotient or a value beyond a million ends the attempt with the target 0, which no problem has.
+    """
+    operands = [(number, (str(number), "")) for number in numbers]
+    while len(operands) > 1:
+        a, left = operands.pop(int(rng.random() * len(operands)))
+        b, right = operands.pop(int(rng.random() * len(operands)))
+        operator = operators[int(rng.random() * len(operators))]
+        if operator in "-/" and a < b:
+            (a, left), (b, right) = (b, right), (a, left)
+        if (operator == "-" and a == b) or (operator == "/" and a % b):
+            return 0, ""
+        value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operator]
+        if value > 10**6:
+            return 0, ""
+        operands.append((value, write(left, operator, right)))
+    return operands[0][0], operands[0][1][0]
+
+
+@lru_cache(maxsize=16)
+def _stored(path: str | Path) -> tuple[tuple[tuple[int, ...], int], ...]:
+    problems = []
+    for place, row in load_rows(path):
+        try:
+            listed = row["numbers"] if "numbers" in row else [int(part) for part in row["input"].split(",")]
+            target = row["target"] if "target" in row else int(row["output"])
+            problems.append((tuple(map(int, listed)), int(target)))
+        except (KeyError, ValueError, TypeError, AttributeError):
+            raise ValueError(f"{place}: a Countdown problem needs numbers and target, or input and output") from None
+    return tuple(problems)
+
+
+@lru_cache(maxsize=64)
+def _template(prompt_format: str | Path) -> Prompt:
+    if prompt_format == "compact":
+        return ""
+    return TEXT if prompt_format == "text" else load_template(prompt_format, needs=("numbers", "target"))

@@ -1,0 +1,139 @@
+"""Exact answers to Countdown: is there an expression that uses every number once and equals the target?"""
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+# Subsets up to this size are tabulated whole (a few thousand values); larger ones are split into two parts and met in
+# the middle, so that six numbers take some hundredths of a second, with or without a solution.
+_TABULATED = 4
+_BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "": 3}
+
+# An expression: its value's text and the operator at its top, "" for a number.
+_Expression = tuple[str, str]
+
+
+def solve(numbers: Sequence[int], target: int, operators: str = "+-*/") -> str | None:
+    """An expression for the target that uses each of the numbers exactly once, or None when there is none.
+
+    Exact and complete over rational intermediate values. Unary minus would reach no further positive target: a
+    negative value's opposite is reachable too, by exchanging the sides of a difference inside it.
+    Errors: ValueError unless there are 1 to 6 positive numbers and only the operators + - * /.
+    """
+    if not 1 <= len(numbers) <= 6 or min(numbers) < 1:
+        raise ValueError(f"numbers={list(numbers)} must be 1 to 6 positive integers")
+    if not operators or not set(operators) <= set("+-*/"):
+        raise ValueError(f"operators={operators!r} must be some of + - * /")
+    found = _Solver(tuple(numbers), operators).reach((1 << len(numbers)) - 1, Fraction(target))
+    return None if found is None else found[0]
+
+
+def signed_sums(numbers: Sequence[int]) -> set[int]:
+    """Every value that + and - alone can give: the sums with at least one number counted positively."""
+    totals = {(0, False)}
+    for number in numbers:
+        totals = {(total + number, True) for total, _ in totals} | {(total - number, plus) for total, plus in totals}
+    return {total for total, plus in totals if plus}
+
+
+class _Solver:
+    """One problem's tables: for each subset of the numbers, the values it can give and an expression for each."""
+
+    def __init__(self, numbers: tuple[int, ...], operators: str) -> None:
+        self.numbers = numbers
+        self.operators = operators
+        self.tables: dict[int, dict[Fraction, _Expression]] = {}
+        self.reached: dict[tuple[int, Fraction], _Expression | None] = {}
+
+    def table(self, subset: int) -> dict[Fraction, _Expression]:
+        if subset not in self.tables:
+            table: dict[Fraction, _Expression] = {}
+            if subset.bit_count() == 1:
+                number = self.numbers[subset.bit_length() - 1]
+                table[Fraction(number)] = (str(number), "")
+            for part in _parts(subset):
+                for a, left in self.table(part).items():
+                    for b, right in self.table(subset ^ part).items():
+                        for value, expression in self._combine(a, left, b, right):
+                            table.setdefault(value, expression)
+            self.tables[subset] = table
+        return self.tables[subset]
+
+    def _combine(
+        self, a: Fraction, left: _Expression, b: Fraction, right: _Expression
+    ) -> Iterator[tuple[Fraction, _Expression]]:
+        for operator in self.operators:
+            if operator == "+":
+                yield a + b, write(left, "+", right)
+            elif operator == "*":
+                yield a * b, write(left, "*", right)
+            elif operator == "-":
+                yield a - b, write(left, "-", right)
+                yield b - a, write(right, "-", left)
+            else:
+                if b:
+                    yield a / b, write(left, "/", right)
+                if a:
+                    yield b / a, write(right, "/", left)
+
+    def reach(self, subset: int, target: Fraction) -> _Expression | None:
+        if subset.bit_count() <= _TABULATED:
+            return self.table(subset).get(target)
+        key = (subset, target)
+        if key not in self.reached:
+            self.reached[key] = next(self._meetings(subset, target), None)
+        return self.reached[key]
+
+    def _meetings(self, subset: int, target: Fraction) -> Iterator[_Expression]:
+        """Expressions for the target: a value of the smaller part, and what the larger part must then be."""
+        for part in _parts(subset):
+            rest = subset ^ part
+            for a, left in self.table(part).items():
+                for operator, b, part_first in self._needed(a, target, rest):
+                    right = self.reach(rest, b)
+                    if right is not None:
+                        yield write(left, operator, right) if part_first else write(right, operator, left)
+
+    def _needed(self, a: Fraction, target: Fraction, rest: int) -> Iterator[tuple[str, Fraction, bool]]:
+        """(operator, b, whether a stands first) for every b with a operator b, or b operator a, equal to the target."""
+        for operator in self.operators:
+            if operator == "+":
+                yield "+", target - a, True
+            elif operator == "-":
+                yield "-", a - target, True
+                yield "-", target + a, False
+            elif operator == "*" and a:
+                yield "*", target / a, True
+            elif operator == "/" and a:
+                yield "/", target * a, False
+                if target:
+                    yield "/", a / target, True
+            elif not target:  # 0 * b and 0 / b are 0 for any b but 0, and some b is always there: a product, a sum ...
+                yield operator, self._nonzero(rest), True
+
+    def _nonzero(self, subset: int) -> Fraction:
+        operator = self.operators.replace("-", "")[0]  # a is 0 only through a difference of equals
+        values = [Fraction(number) for place, number in enumerate(self.numbers) if subset >> place & 1]
+        total = values[0]
+        for value in values[1:]:
+            total = total + value if operator == "+" else total * value if operator == "*" else total / value
+        return total
+
+
+def _parts(subset: int) -> Iterator[int]:
+    """Each way to cut a subset in two, once: the smaller part (of two equals, the one with the highest member)."""
+    part = (subset - 1) & subset
+    while part:
+        rest = subset ^ part
+        if (part.bit_count(), rest) < (rest.bit_count(), part):
+            yield part
+        part = (part - 1) & subset
+
+
+def write(left: _Expression, operator: str, right: _Expression) -> _Expression:
+    """The text of left operator right, with parentheses only where they are needed."""
+    first, second = left[0], right[0]
+    if _BINDS[left[1]] < _BINDS[operator]:
+        first = f"({first})"
+    if _BINDS[right[1]] < _BINDS[operator] or (right[1] and operator in "-/" and _BINDS[right[1]] == _BINDS[operator]):
+        second = f"({second})"
+    return f"{first}{operator}{second}", operator

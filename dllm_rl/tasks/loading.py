@@ -1,0 +1,85 @@
+"""Rows of a data set in its own published format: JSONL, JSON, CSV or Parquet, a folder of these, or `datasets`."""
+
+import csv
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def load_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
+    """(where it stands, row) for each row of one file. Errors: ValueError naming the file and line."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no file {path}: give the path of a {', '.join(_SUFFIXES)} file")
+    if path.suffix == ".jsonl":
+        yield from _json_lines(path)
+    elif path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            for row in reader:
+                yield f"{path}, line {reader.line_num}", dict(row)
+    elif path.suffix == ".json":
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path} must hold a list of objects")
+        for number, row in enumerate(rows, 1):
+            yield f"{path}, row {number}", row
+    elif path.suffix == ".parquet":
+        from pyarrow.parquet import read_table
+
+        for number, row in enumerate(read_table(path).to_pylist(), 1):
+            yield f"{path}, row {number}", row
+    else:
+        raise ValueError(f"{path} must end in one of {', '.join(_SUFFIXES)}")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open("rb") as file:  # binary: only "\n" ends a line, not the other line separators of Unicode
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: must be a JSON object, not {type(row).__name__}")
+            yield f"{path}, line {number}", row
+
+
+@lru_cache(maxsize=16)
+def load_split(path: str | Path | None, split: str, dataset: tuple[str, str | None]) -> tuple[tuple[str, Row], ...]:
+    """The rows of a split: of a file, of the file in a folder whose name holds the split's name, or of a data set
+    (name, configuration) that `datasets` finds in its cache or downloads.
+
+    Errors: ValueError saying what is missing and what to give.
+    """
+    if path is not None:
+        return tuple(load_rows(_split_file(Path(path), split)))
+    import datasets
+
+    name, configuration = dataset
+    try:
+        loaded = datasets.load_dataset(name, configuration, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"data set {name} (split {split}) is not here and could not be fetched ({reason}); "
+            f"give path= the file or folder that holds it"
+        ) from None
+    return tuple((f"{name} {split}, row {number}", dict(row)) for number, row in enumerate(loaded, 1))
+
+
+def _split_file(path: Path, split: str) -> Path:
+    if not path.is_dir():
+        return path
+    files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and split in file.stem.lower())
+    if len(files) != 1:
+        found = ", ".join(str(file.relative_to(path)) for file in files) or "none"
+        raise ValueError(f"{path} must hold exactly one {split} file ({', '.join(_SUFFIXES)}); found: {found}")
+    return files[0]
