@@ -39,13 +39,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
             advantages = recipe.advantages(rewards)                                                  # (P, G)
         with log.stage("scoring"), accelerator.autocast():
             live = live_rows(advantages, recipe, accelerator)
-            noise = recipe.likelihood.draw(rollout, noise_stream(recipe, step, accelerator))         # shared by every policy
-            old, old_scores = scored(recipe, policy, rollout, noise, live)
-            behind = old if rollout_policy is policy else scored(recipe, rollout_policy, rollout, noise, live)[0]
-            anchor = None if reference is None else scored(recipe, reference, rollout, noise, live)[0]
+            noise = recipe.likelihood.draw(rollout, noise_stream(recipe, step, accelerator))
+            noise = recipe.likelihood.given(noise, local(advantages.flatten(), accelerator))
+            part, noise = rollout.rows(live), noise.rows(live)                                       # shared by every policy
+            old, old_scores = scored(recipe, policy, part, noise)
+            behind = old if rollout_policy is policy else scored(recipe, rollout_policy, part, noise)[0]
+            anchor = None if reference is None else scored(recipe, reference, part, noise)[0]
         with log.stage("update"), accelerator.autocast():
             mismatch, weights, keep = weigh(recipe, accelerator, rollout, live, advantages, old - behind)
-            batch = live_batch(accelerator, rollout, noise, live, advantages, old, old_scores, weights, keep, anchor)
+            batch = live_batch(accelerator, rollout, part, noise, live, advantages, old, old_scores, weights, keep, anchor)
             learning = update(policy, optimizer, accelerator, batch, recipe, step)
         with log.stage("sync"):
             sync_weights(policy, rollout_policy)
@@ -113,44 +115,45 @@ def live_rows(advantages: Tensor, recipe: Recipe, accelerator: Accelerator) -> T
     return local(live.repeat_interleave(recipe.num_generations), accelerator).nonzero()[:, 0]
 
 
-def scored(recipe: Recipe, policy: Policy, rollout: Rollout, noise: Noise, live: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-prob contributions (B, T) and their scores (N, B, T), nats; zero in rows that are not live."""
-    scores = torch.zeros(noise.weight.shape, device=noise.weight.device)
-    scores[:, live] = recipe.likelihood.scores(
-        policy, rollout.rows(live), noise.rows(live), micro_batch_size=recipe.micro_batch_size
-    )
+def scored(recipe: Recipe, policy: Policy, part: Rollout, noise: Noise) -> tuple[Tensor, Tensor]:
+    """Log-prob contributions (R, T) of the live rows and their scores (N, R, T), nats."""
+    scores = recipe.likelihood.scores(policy, part, noise, micro_batch_size=recipe.micro_batch_size)
     return recipe.likelihood.combine(scores, noise), scores
 
 
 def weigh(
     recipe: Recipe, accelerator: Accelerator, rollout: Rollout, live: Tensor, advantages: Tensor, log_mismatch: Tensor
 ) -> tuple[dict[str, float], Tensor, Tensor]:
-    """Mismatch metrics over the live rows of all processes, and this process's weights and keep mask (B, T)."""
-    mask = torch.zeros_like(rollout.completion_mask)
-    mask[live] = rollout.completion_mask[live]
+    """Mismatch metrics over the live rows of all processes, and this process's weights and keep mask (B, T).
+
+    log_mismatch  (R, T), of this process's live rows.
+    """
+    mask, spread = torch.zeros_like(rollout.completion_mask), torch.zeros_like(rollout.logprobs)
+    mask[live], spread[live] = rollout.completion_mask[live], log_mismatch
     width = mask.shape[1]
-    together = [accelerator.gather(accelerator.pad_across_processes(x, dim=1)) for x in (log_mismatch, mask)]
+    together = [accelerator.gather(accelerator.pad_across_processes(x, dim=1)) for x in (spread, mask)]
     weights, keep, reasons = recipe.corrector.weigh(together[0], advantages.flatten(), together[1])
     metrics = mismatch_metrics(*together) | reasons
     metrics["rollout_corr/rollout_rs_masked_fraction"] = 1 - (keep.sum() / together[1].sum()).item()
     return metrics, local(weights, accelerator)[:, :width], local(keep, accelerator)[:, :width]
 
 
-def live_batch(accelerator, rollout, noise, live, advantages, old, old_scores, weights, keep, anchor) -> Batch:
+def live_batch(accelerator, rollout, part, noise, live, advantages, old, old_scores, weights, keep, anchor) -> Batch:
     """The live rows as a Batch; the loss's denominators count all rows, the live and the others."""
-    others = torch.ones(len(old), dtype=torch.bool, device=old.device)
+    others = torch.ones(len(rollout.tokens), dtype=torch.bool, device=old.device)
     others[live] = False
-    counts = torch.stack([keep[live].sum() + rollout.completion_mask[others].sum(), torch.tensor(len(old), device=old.device)])
+    tokens = keep[live].sum() + rollout.completion_mask[others].sum()
+    counts = torch.stack([tokens, torch.tensor(len(others), device=old.device)])
     num_tokens, num_sequences = accelerator.reduce(counts, reduction="sum").tolist()
     return Batch(
-        rollout=rollout.rows(live),
-        noise=noise.rows(live),
+        rollout=part,
+        noise=noise,
         advantages=local(advantages.flatten(), accelerator)[live],
-        old=old[live],
-        old_scores=old_scores[:, live],
+        old=old,
+        old_scores=old_scores,
         weights=weights[live],
         keep=keep[live],
-        reference=None if anchor is None else anchor[live],
+        reference=anchor,
         num_tokens=num_tokens,
         num_sequences=num_sequences,
     )
