@@ -48,6 +48,7 @@ class LikelihoodEstimator:
     draw     rollout, generator -> masks and weights of every view.
     combine  scores (N, B, T), noise -> contributions (B, T); differentiable.
     given    noise, advantages (B,) -> noise, for estimates that depend on the advantage's sign (`sandwich`).
+    replays  scoring a rollout policy gives what its sampler recorded, so that nobody need score it again.
 
     Contract: contributions are zero off the completion; both sides of any ratio use the same estimator and noise.
     """
@@ -57,6 +58,7 @@ class LikelihoodEstimator:
     combine: Callable[[Tensor, Noise], Tensor] = weighted_sum
     given: Callable[[Noise, Tensor], Noise] = as_drawn
     attention: tuple[str, ...] = ("full", "block_causal")
+    replays: bool = False
 
     @torch.no_grad()
     def scores(
@@ -278,7 +280,7 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
     if not beta > 0:
         raise ValueError(f"beta={beta} must be above 0")
     base = coupled() if base is None else base
-    return replace(base, name="eubo", combine=lambda scores, noise: upper_bound(scores, noise, beta=beta))
+    return replace(base, name="eubo", replays=False, combine=lambda scores, noise: upper_bound(scores, noise, beta=beta))
 
 
 def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
@@ -303,7 +305,7 @@ def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator |
     def given(noise: Noise, advantages: Tensor) -> Noise:
         return replace(noise, upper_share=mix * (advantages < 0).to(noise.weight))
 
-    return replace(coupled() if base is None else base, name="sandwich", combine=combine, given=given)
+    return replace(coupled() if base is None else base, name="sandwich", replays=False, combine=combine, given=given)
 
 
 def trajectory(*, num_segments: int | None = None) -> LikelihoodEstimator:
@@ -325,7 +327,7 @@ def trajectory(*, num_segments: int | None = None) -> LikelihoodEstimator:
         masked = rollout.completion_mask & (segment >= index)
         return Noise(masked, (rollout.completion_mask & (segment == index)).float())
 
-    return LikelihoodEstimator("trajectory", draw)
+    return LikelihoodEstimator("trajectory", draw, replays=num_segments is None)
 
 
 def _mean_of(views: list[tuple[Tensor, Tensor]], *, samples: int | None = None) -> Noise:
