@@ -22,7 +22,9 @@ _HOME = {
         *["LikelihoodEstimator", "one_step", "elbo", "coupled", "quadrature", "block", "eubo", "sandwich"],
         *["trajectory", "causal"],
     ],
-    "correctors": ["Corrector", "none", "tis"],
+    "correctors": [
+        *["Corrector", "none", "tis", "mis", "icepop", "reject", "ais", "tbpo", "aligned", "qarl", "compose"],
+    ],
     "quantize": ["quantized_copy", "sync_weights"],
     "recipe": ["Recipe"],
     "command_line": ["describe", "from_command_line"],

@@ -1,14 +1,12 @@
 """Advantages: rewards (P, G) -> advantages (P, G), over the G completions of each prompt."""
 
-from typing import Literal
-
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
 def group_relative(
-    rewards: Float[Tensor, "P G"], *, scale_rewards: Literal["group", "batch", "none"] = "group", eps: float = 1e-4
+    rewards: Float[Tensor, "P G"], *, scale_rewards: str = "group", eps: float = 1e-4
 ) -> Float[Tensor, "P G"]:
     """A = (R - mean) / (std + eps), with the group's mean and the sample standard deviation of the group (GRPO), of the
     whole batch, or without division (d1, Dr.GRPO) [paper]. A group of one, or of equal rewards, gives zeros."""
@@ -30,6 +28,12 @@ def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     if size == 1:
         return torch.zeros_like(rewards)
     return (rewards - rewards.mean(-1, keepdim=True)) * size / (size - 1)
+
+
+def informative(rewards: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
+    """Groups whose rewards are not all equal: the others have advantage 0 and teach nothing (DAPO's dynamic sampling
+    draws prompts until enough groups are informative [paper]). A group of one is not."""
+    return (rewards != rewards[:, :1]).any(-1)
 
 
 def _std(rewards: Tensor, *, dim: int) -> Tensor:

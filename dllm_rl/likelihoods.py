@@ -48,6 +48,7 @@ class LikelihoodEstimator:
     draw     rollout, generator -> masks and weights of every view.
     combine  scores (N, B, T), noise -> contributions (B, T); differentiable.
     given    noise, advantages (B,) -> noise, for estimates that depend on the advantage's sign (`sandwich`).
+    replays  scoring a rollout policy gives what its sampler recorded, so that nobody need score it again.
 
     Contract: contributions are zero off the completion; both sides of any ratio use the same estimator and noise.
     """
@@ -57,6 +58,7 @@ class LikelihoodEstimator:
     combine: Callable[[Tensor, Noise], Tensor] = weighted_sum
     given: Callable[[Noise, Tensor], Noise] = as_drawn
     attention: tuple[str, ...] = ("full", "block_causal")
+    replays: bool = False
 
     @torch.no_grad()
     def scores(
@@ -312,7 +314,7 @@ def trajectory(*, num_segments: int | None = None) -> LikelihoodEstimator:
         masked = rollout.completion_mask & (segment >= index)
         return Noise(masked, (rollout.completion_mask & (segment == index)).float())
 
-    return LikelihoodEstimator("trajectory", draw)
+    return LikelihoodEstimator("trajectory", draw, replays=num_segments is None)
 
 
 def _mean_of(views: list[tuple[Tensor, Tensor]], *, samples: int | None = None) -> Noise:

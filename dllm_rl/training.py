@@ -1,12 +1,14 @@
 """The loop: task -> prompts -> rollout -> rewards -> advantages -> likelihoods -> corrector -> update -> weight sync."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dllm_rl.aligned import aligned
 from dllm_rl.evaluation import score
 from dllm_rl.launch import begin, catch_interrupt, draw_problems, evaluate_with, finish, prepare, save
 from dllm_rl.learner import update
@@ -37,14 +39,14 @@ def train(recipe: Recipe) -> dict[str, Any]:
             graded = score(recipe.task, problems, decode(policy, rollout))
             rewards = gather_rewards(graded, recipe.num_generations, accelerator)                    # (P, G)
             advantages = recipe.advantages(rewards)                                                  # (P, G)
-        with log.stage("scoring"), accelerator.autocast():
+        with log.stage("scoring"), accelerator.autocast(), forward_of(recipe, policy, rollout_policy):
             live = live_rows(advantages, recipe, accelerator)
-            noise = recipe.likelihood.draw(rollout, noise_stream(recipe, step, accelerator))         # shared by every policy
+            noise = draw_noise(recipe, step, rollout, advantages, accelerator)                       # shared by every policy
             old, old_scores = scored(recipe, policy, rollout, noise, live)
-            behind = old if rollout_policy is policy else scored(recipe, rollout_policy, rollout, noise, live)[0]
+            behind = behaviour(recipe, policy, rollout_policy, rollout, noise, live, old)
             anchor = None if reference is None else scored(recipe, reference, rollout, noise, live)[0]
-        with log.stage("update"), accelerator.autocast():
-            mismatch, weights, keep = weigh(recipe, accelerator, rollout, live, advantages, old - behind)
+        with log.stage("update"), accelerator.autocast(), forward_of(recipe, policy, rollout_policy):
+            mismatch, weights, keep = weigh(recipe, accelerator, rollout, live, advantages, old, behind)
             batch = live_batch(accelerator, rollout, noise, live, advantages, old, old_scores, weights, keep, anchor)
             learning = update(policy, optimizer, accelerator, batch, recipe, step)
         with log.stage("sync"):
@@ -75,12 +77,17 @@ def seeds_of(recipe: Recipe, step: int, accelerator: Accelerator) -> list[int]:
     return seeds[accelerator.process_index * share : (accelerator.process_index + 1) * share]
 
 
-def noise_stream(recipe: Recipe, step: int, accelerator: Accelerator) -> torch.Generator:
-    """The generator of the step's masks, past the seeds of the rows that processes before this one hold."""
+def draw_noise(recipe: Recipe, step: int, rollout: Rollout, advantages: Tensor, accelerator: Accelerator) -> Noise:
+    """The step's masks; the generator is taken past the seeds of the rows that processes before this one hold."""
     generator = stream(recipe.seed, "noise", step)
-    share = recipe.train_batch_size * recipe.num_generations // accelerator.num_processes
-    row_seeds(generator, accelerator.process_index * share)
-    return generator
+    row_seeds(generator, accelerator.process_index * len(rollout.tokens))
+    return recipe.likelihood.given(recipe.likelihood.draw(rollout, generator), local(advantages.flatten(), accelerator))
+
+
+def forward_of(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> AbstractContextManager:
+    """With align_forward the learner's forward runs through the rollout's quantised operands."""
+    align = recipe.corrector.align_forward and rollout_policy is not policy
+    return aligned(policy, rollout_policy) if align else nullcontext()
 
 
 def check_version(rollout: Rollout, policy: Policy) -> None:
@@ -122,17 +129,30 @@ def scored(recipe: Recipe, policy: Policy, rollout: Rollout, noise: Noise, live:
     return recipe.likelihood.combine(scores, noise), scores
 
 
+def behaviour(recipe: Recipe, policy, rollout_policy, rollout: Rollout, noise: Noise, live: Tensor, old: Tensor) -> Tensor:
+    """The rollout policy's side of the ratio (B, T), nats.
+
+    An estimator that replays the sampler step by step would only compute again what the sampler recorded.
+    """
+    if recipe.likelihood.replays:
+        recorded = torch.zeros_like(rollout.logprobs)
+        recorded[live] = rollout.logprobs[live]
+        return recorded
+    return old if rollout_policy is policy else scored(recipe, rollout_policy, rollout, noise, live)[0]
+
+
 def weigh(
-    recipe: Recipe, accelerator: Accelerator, rollout: Rollout, live: Tensor, advantages: Tensor, log_mismatch: Tensor
+    recipe: Recipe, accelerator: Accelerator, rollout: Rollout, live: Tensor, advantages: Tensor, old: Tensor, behind: Tensor
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """Mismatch metrics over the live rows of all processes, and this process's weights and keep mask (B, T)."""
     mask = torch.zeros_like(rollout.completion_mask)
     mask[live] = rollout.completion_mask[live]
-    width = mask.shape[1]
-    together = [accelerator.gather(accelerator.pad_across_processes(x, dim=1)) for x in (log_mismatch, mask)]
-    weights, keep, reasons = recipe.corrector.weigh(together[0], advantages.flatten(), together[1])
-    metrics = mismatch_metrics(*together) | reasons
-    metrics["rollout_corr/rollout_rs_masked_fraction"] = 1 - (keep.sum() / together[1].sum()).item()
+    width, flat = mask.shape[1], advantages.flatten()
+    padded = [accelerator.pad_across_processes(x, dim=1) for x in (old - behind, mask, old)]
+    log_mismatch, mask, old = (accelerator.gather(x) for x in padded)
+    weights, keep, reasons = recipe.corrector.weigh(log_mismatch, flat, mask)
+    metrics = mismatch_metrics(log_mismatch, mask, old=old, advantages=flat) | reasons
+    metrics["rollout_corr/rollout_rs_masked_fraction"] = 1 - (keep.sum() / mask.sum()).item()
     return metrics, local(weights, accelerator)[:, :width], local(keep, accelerator)[:, :width]
 
 
