@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 
-def read_metrics(directory: Path) -> list[dict[str, float]]:
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
