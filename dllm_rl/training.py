@@ -1,12 +1,14 @@
 """The loop: task -> prompts -> rollout -> rewards -> advantages -> likelihoods -> corrector -> update -> weight sync."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dllm_rl.aligned import aligned
 from dllm_rl.evaluation import score
 from dllm_rl.launch import begin, catch_interrupt, draw_problems, evaluate_with, finish, prepare, save
 from dllm_rl.learner import update
@@ -40,13 +42,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
         with log.stage("scoring"), accelerator.autocast():
             live = live_rows(advantages, recipe, accelerator)
             noise = recipe.likelihood.draw(rollout, noise_stream(recipe, step, accelerator))         # shared by every policy
-            old, old_scores = scored(recipe, policy, rollout, noise, live)
+            with forward(recipe, policy, rollout_policy):
+                old, old_scores = scored(recipe, policy, rollout, noise, live)
             behind = old if rollout_policy is policy else scored(recipe, rollout_policy, rollout, noise, live)[0]
             anchor = None if reference is None else scored(recipe, reference, rollout, noise, live)[0]
         with log.stage("update"), accelerator.autocast():
             mismatch, weights, keep = weigh(recipe, accelerator, rollout, live, advantages, old - behind)
             batch = live_batch(accelerator, rollout, noise, live, advantages, old, old_scores, weights, keep, anchor)
-            learning = update(policy, optimizer, accelerator, batch, recipe, step)
+            with forward(recipe, policy, rollout_policy):
+                learning = update(policy, optimizer, accelerator, batch, recipe, step)
         with log.stage("sync"):
             sync_weights(policy, rollout_policy)
 
@@ -65,6 +69,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
             log.say(f"interrupted after step {done}; continue with --resume_from_checkpoint latest --output_dir {recipe.directory}")
             raise SystemExit(130)
     return finish(recipe, accelerator, log, policy, rollout_policy, history)
+
+
+def forward(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> AbstractContextManager:
+    """The learner's forward inside the block: through the rollout's quantised operands where the corrector aligns it."""
+    if recipe.corrector.align_forward and rollout_policy is not policy:
+        return aligned(policy, rollout_policy)
+    return nullcontext()
 
 
 def seeds_of(recipe: Recipe, step: int, accelerator: Accelerator) -> list[int]:
@@ -131,7 +142,7 @@ def weigh(
     width = mask.shape[1]
     together = [accelerator.gather(accelerator.pad_across_processes(x, dim=1)) for x in (log_mismatch, mask)]
     weights, keep, reasons = recipe.corrector.weigh(together[0], advantages.flatten(), together[1])
-    metrics = mismatch_metrics(*together) | reasons
+    metrics = mismatch_metrics(*together, advantages=advantages.flatten()) | reasons
     metrics["rollout_corr/rollout_rs_masked_fraction"] = 1 - (keep.sum() / together[1].sum()).item()
     return metrics, local(weights, accelerator)[:, :width], local(keep, accelerator)[:, :width]
 
