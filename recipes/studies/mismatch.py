@@ -13,11 +13,13 @@ below `--output_dir`; started again, the script runs only what is missing. One t
 import argparse
 import json
 import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from dllm_rl import correctors as c
@@ -160,12 +162,22 @@ def result_path(run: Run, root: Path) -> Path:
     return root / "results" / ("_".join(map(str, run)) + ".json")
 
 
-def launch(arguments: list[str], log: Path) -> int:
-    """This script again, for one piece of work, in a process of its own with one thread."""
+def work(job: Callable[[], object], log: Path) -> str | None:
+    """Run the job with its output in a file; returns what went wrong, if anything did."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as out:
-        command = [sys.executable, "-m", "recipes.studies.mismatch", *arguments]
-        return subprocess.run(command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+    with log.open("w") as out, redirect_stdout(out):
+        try:
+            job()
+        except Exception as error:  # one run's failure is reported, and does not end the others
+            traceback.print_exc(file=out)
+            return f"{type(error).__name__}: {error}; see {log}"
+    return None
+
+
+def single_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def main() -> None:
@@ -179,36 +191,22 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS)
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--report", action="store_true")
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--warm", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     root = options.output_dir
-    if options.warm:
-        family, seed = options.warm
-        warm_up(family, int(seed), root / "warm" / f"{family}-{seed}")
-        return
-    if options.one:
-        *names, seed = options.one
-        run_one((*names, int(seed)), root, options.num_steps)
-        return
-
     runs = plan(options.seeds, options.families, options.levels, options.arms)
     missing = [run for run in runs if not result_path(run, root).exists()]
     if options.plan:
         print(f"{len(runs)} runs, {len(missing)} of them missing:", *(" ".join(map(str, run)) for run in missing), sep="\n")
         return
     if not options.report:
-        common = ["--output_dir", str(root), "--num_steps", str(options.num_steps)]
-        with ThreadPoolExecutor(options.workers) as pool:
-            warm = dict.fromkeys((family, seed) for family, _, _, seed in missing)
-            jobs = [pool.submit(launch, [*common, "--warm", f, str(s)], root / "logs" / f"warm-{f}-{s}.txt") for f, s in warm]
-            if any(job.result() for job in jobs):
-                raise SystemExit(f"a warm-up failed; see {root / 'logs'}")
-            logs = [root / "logs" / ("_".join(map(str, run)) + ".txt") for run in missing]
-            jobs = [pool.submit(launch, [*common, "--one", *map(str, run)], log) for run, log in zip(missing, logs, strict=True)]
-            failed = [str(log) for log, job in zip(logs, jobs, strict=True) if job.result()]
-        if failed:
-            print("failed:", *failed, sep="\n")
+        with ProcessPoolExecutor(options.workers, get_context("spawn"), single_thread) as pool:
+            for jobs in (
+                {f"warm-{f}-{s}": partial(warm_up, f, s, root / "warm" / f"{f}-{s}") for f, s in {(r[0], r[3]): 0 for r in missing}},
+                {"_".join(map(str, run)): partial(run_one, run, root, options.num_steps) for run in missing},
+            ):
+                waiting = [pool.submit(work, job, root / "logs" / f"{name}.txt") for name, job in jobs.items()]
+                for failure in filter(None, (job.result() for job in waiting)):
+                    print("failed:", failure)
     mismatch_report.write(root / "results", Path(__file__).parent, order=list(ARMS))
 
 
