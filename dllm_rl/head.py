@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from dllm_rl.types import Processors
 
 CHUNK_ELEMENTS = 2**23  # fp32 logits held at once: 32 MiB
+ROWS = 16  # the head always runs on a multiple of this: fp32 kernels round differently when rows are few
+GROUP = 256  # tokens whose mass is summed before the search for the one that is drawn
 
 
 def process(
@@ -63,21 +65,25 @@ class _TokenLogprob(torch.autograd.Function):
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """How many rows of logits fit CHUNK_ELEMENTS, at least one."""
-    return max(1, CHUNK_ELEMENTS // vocabulary)
+    """How many rows of logits fit CHUNK_ELEMENTS, in whole multiples of ROWS and at least one of them."""
+    return max(ROWS, CHUNK_ELEMENTS // vocabulary // ROWS * ROWS)
 
 
 def chunked(f: Callable, *rows: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
     """Apply `f` (rows -> tuple of per-row tensors) to chunks of rows that fit CHUNK_ELEMENTS logits.
 
-    With more than one chunk and gradients on, each chunk's logits are recomputed in the backward.
+    Rows of zeros fill up the last chunk to a multiple of ROWS, so that a row's value does not depend on how many others
+    come with it. With more than one chunk and gradients on, each chunk's logits are recomputed in the backward.
     """
     size = chunk_rows(vocabulary)
-    if len(rows[0]) <= size:
-        return f(*rows)
+    count, missing = len(rows[0]), -len(rows[0]) % ROWS
+    if missing:
+        rows = tuple(torch.cat([r, r.new_zeros(missing, *r.shape[1:])]) for r in rows)
+    if count <= size:
+        return tuple(column[:count] for column in f(*rows))
     run = (lambda *a: checkpoint(f, *a, use_reentrant=False)) if torch.is_grad_enabled() else f
     parts = [run(*chunk) for chunk in zip(*(r.split(size) for r in rows), strict=True)]
-    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+    return tuple(torch.cat(columns)[:count] for columns in zip(*parts, strict=True))
 
 
 def token_logprobs(
@@ -136,11 +142,26 @@ def backward_token_logprobs(
 
 
 def sample(logits: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Tensor, " K"]:
-    """One token per row of processed logits by inverting the cumulative distribution at `uniforms` in [0, 1).
+    """One token per row of processed logits by inverting the cumulative distribution at `uniforms` in [0, 1)."""
+    return invert((logits - logits.amax(-1, keepdim=True)).exp(), uniforms)
 
-    Exact to fp64 rounding, one random number per token; a token of probability 0 is never drawn.
+
+def invert(mass: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Tensor, " K"]:
+    """One token per row, with probability in proportion to its non-negative mass: the cumulative mass at `uniforms`.
+
+    First among groups of GROUP tokens, then within one: no cumulative sum over the vocabulary. Exact to the fp32 rounding
+    of the mass, one random number a token; a token of mass 0 is never drawn.
     """
-    mass = (logits - logits.amax(-1, keepdim=True)).double().exp().cumsum(-1)
-    total = mass[:, -1:]
+    size, whole = mass.shape[-1], mass.shape[-1] // GROUP
+    groups = mass[:, : whole * GROUP].unflatten(-1, (whole, GROUP)).sum(-1)
+    groups = torch.cat([groups, mass[:, whole * GROUP :].sum(-1, keepdim=True)], dim=-1).double().cumsum(-1)
+    total = groups[:, -1:]
     point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(mass, point, right=True)[:, 0]
+    group = torch.searchsorted(groups, point, right=True)
+    point = point - torch.where(group > 0, groups.gather(-1, (group - 1).clamp(min=0)), 0.0)
+
+    members = group * GROUP + torch.arange(GROUP, device=mass.device)
+    inside = mass.gather(-1, members.clamp(max=size - 1)).masked_fill(members >= size, 0).double().cumsum(-1)
+    total = inside[:, -1:]
+    point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
+    return (group * GROUP + torch.searchsorted(inside, point, right=True))[:, 0]
