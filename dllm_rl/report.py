@@ -2,10 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
+def read_metrics(directory: Path) -> list[dict[str, float | int]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
