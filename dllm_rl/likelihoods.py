@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from dllm_rl.head import token_logprobs
+from dllm_rl.head import backward_token_logprobs, token_logprobs
 from dllm_rl.masks import (
     block_view,
     choose,
@@ -99,7 +99,28 @@ def row_chunks(num_rows: int, micro_batch_size: int | None, group_size: int, dev
 def score_view(
     policy: Policy, rollout: Rollout, masked: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """One forward: log p of the rollout's tokens at `scored`, with `masked` positions hidden; nats, 0 elsewhere.
+    """One forward: log p of the rollout's tokens at `scored`, with `masked` positions hidden; nats, 0 elsewhere."""
+    if not scored.any():
+        return torch.zeros(scored.shape, device=scored.device)
+    states = view_states(policy, rollout, masked, scored)
+    logp = token_logprobs(policy, states, rollout.tokens[scored], rollout.processors)
+    return torch.zeros(scored.shape, device=scored.device).masked_scatter(scored, logp)
+
+
+def backward_view(
+    policy: Policy, rollout: Rollout, masked: Bool[Tensor, "B T"], vector: Float[Tensor, "B T"]
+) -> None:
+    """score_view(...).backward(vector) in one forward and backward; positions where `vector` is 0 are left out."""
+    scored = vector != 0
+    if scored.any():
+        states = view_states(policy, rollout, masked, scored)
+        backward_token_logprobs(policy, states, rollout.tokens[scored], rollout.processors, vector[scored])
+
+
+def view_states(
+    policy: Policy, rollout: Rollout, masked: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]
+) -> Float[Tensor, "K D"]:
+    """The hidden states at `scored` (not empty), row by row, with `masked` positions hidden from the model.
 
     Where all completions of a prompt look the same to the model, one forward serves the group; rows without a scored
     position are left out.
@@ -109,17 +130,9 @@ def score_view(
     group, attention_mask = rollout.group_size, rollout.attention_mask
     first = lambda x: x[::group].repeat_interleave(group, dim=0)  # noqa: E731
     if group > 1 and torch.equal(tokens, first(tokens)) and torch.equal(attention_mask, first(attention_mask)):
-        states = policy.hidden(tokens[::group], attention_mask[::group]).repeat_interleave(group, dim=0)[scored]
-    else:
-        live = scored.any(-1)
-        if live.all():
-            states = policy.hidden(tokens, attention_mask)[scored]
-        elif live.any():
-            states = policy.hidden(tokens[live], attention_mask[live])[scored[live]]
-        else:
-            return torch.zeros(scored.shape, device=scored.device)
-    logp = token_logprobs(policy, states, rollout.tokens[scored], rollout.processors)
-    return torch.zeros(scored.shape, device=scored.device).masked_scatter(scored, logp)
+        return policy.hidden(tokens[::group], attention_mask[::group]).repeat_interleave(group, dim=0)[scored]
+    live = scored.any(-1)
+    return policy.hidden(tokens[live], attention_mask[live])[scored[live]]
 
 
 def causal() -> LikelihoodEstimator:
@@ -267,7 +280,7 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
     if not beta > 0:
         raise ValueError(f"beta={beta} must be above 0")
     base = coupled() if base is None else base
-    return replace(base, name="eubo", combine=lambda scores, noise: upper_bound(scores, noise, beta=beta))
+    return replace(base, name="eubo", replays=False, combine=lambda scores, noise: upper_bound(scores, noise, beta=beta))
 
 
 def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
@@ -292,7 +305,7 @@ def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator |
     def given(noise: Noise, advantages: Tensor) -> Noise:
         return replace(noise, upper_share=mix * (advantages < 0).to(noise.weight))
 
-    return replace(coupled() if base is None else base, name="sandwich", combine=combine, given=given)
+    return replace(coupled() if base is None else base, name="sandwich", replays=False, combine=combine, given=given)
 
 
 def trajectory(*, num_segments: int | None = None) -> LikelihoodEstimator:
