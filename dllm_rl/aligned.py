@@ -13,14 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl.policies import Policy
-from dllm_rl.quantize import (
-    dequantized_input,
-    dequantized_weight,
-    load_weight_,
-    operand_version,
-    product,
-    quantized_layers,
-)
+from dllm_rl.quantize import quantized_layers
+from dllm_rl.quantize_layers import dequantized_input, dequantized_weight, load_weight_, operand_version, product
 
 
 class StraightThrough(torch.autograd.Function):
@@ -50,8 +44,8 @@ class StraightThrough(torch.autograd.Function):
 class _Link:
     """The operand that a learner's layer shares with the rollout's, quantised again when the learner's weight moved."""
 
-    def __init__(self, source: nn.Linear, target: nn.Linear) -> None:
-        self.source, self.target, self.seen = source, target, source.weight._version
+    def __init__(self, name: str, source: nn.Linear, target: nn.Linear) -> None:
+        self.name, self.source, self.target, self.seen = name, source, target, source.weight._version
 
     def forward(self, x: Tensor) -> Tensor:
         if self.source.weight._version != self.seen:
@@ -59,7 +53,7 @@ class _Link:
         return StraightThrough.apply(x, self.source.weight, self.source.bias, self.target)
 
     def refresh(self) -> None:
-        load_weight_(self.target, self.source.weight)
+        load_weight_(self.target, self.source.weight, self.name)
         self.seen = self.source.weight._version
 
 
@@ -85,7 +79,7 @@ def aligned(
     links = []
     for name, target in quantized_layers(rollout_policy):
         if scope is None or scope(name):
-            links.append(_Link(sources[name], target))
+            links.append(_Link(name, sources[name], target))
     swapped: list[nn.Module] = []
     try:
         for link in links:

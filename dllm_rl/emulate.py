@@ -73,36 +73,31 @@ def codes_and_scale(
     return (x.float() / scale).round_().clamp_(-bound, bound), scale
 
 
-def rounded(x: Float[Tensor, "... K"], scheme: str | None, granularity: str) -> Float[Tensor, "... K"]:
-    """x after quantisation and back, in x's dtype."""
-    if scheme is None:
-        return x
-    codes, scale = codes_and_scale(x, scheme, granularity)
-    return (codes * scale).to(x.dtype)
-
-
 class EmulatedLinear(nn.Linear):
     """A linear layer whose weight holds rounded values; `load_` rounds a fresh weight into the same storage.
 
-    y = (q_x q_w^T) s_x s_w + b where both sides are rounded, as an integer or float8 kernel has it; otherwise the
-    product with the dequantised weight.
+    y = (q_x q_w^T) s_x s_w + b where both sides are integers, as an integer kernel has it; otherwise the product of the
+    dequantised operands, as a float8 kernel has it. With a rounded input it is taken in fp32 and then cast, which on a
+    CPU equals torchao's dynamic float8 bit for bit, and its dynamic int8 in fp32.
     """
 
-    def __init__(self, layer: nn.Linear, config: FakeQuantize) -> None:
+    def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, config: FakeQuantize) -> None:
         # The parent's constructor would draw random weights: this layer takes the ones it is given.
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.config = layer.in_features, layer.out_features, config
-        self.weight = nn.Parameter(torch.empty_like(layer.weight), requires_grad=False)
-        self.bias = layer.bias
+        (self.out_features, self.in_features), self.config = weight.shape, config
+        dtype = weight.dtype if config.activation is None else torch.float32
+        self.weight = nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False)
+        self.bias = bias
         self.register_buffer("weight_scale", None)
         if self.scales_product:
-            rows = layer.out_features if config.granularity == "row" else 1
-            self.weight_scale = torch.empty(rows, dtype=torch.float32, device=layer.weight.device)
-        self.load_(layer.weight)
+            rows = self.out_features if config.granularity == "row" else 1
+            self.weight_scale = torch.empty(rows, dtype=torch.float32, device=weight.device)
+        self.load_(weight)
 
     @property
     def scales_product(self) -> bool:
-        return self.config.weight is not None and self.config.activation is not None
+        sides = (self.config.weight, self.config.activation)
+        return None not in sides and not FLOATS.keys() & set(sides)
 
     @torch.no_grad()
     def load_(self, weight: Float[Tensor, "N K"]) -> None:
@@ -111,8 +106,11 @@ class EmulatedLinear(nn.Linear):
             codes, scale = codes_and_scale(weight, self.config.weight, self.config.granularity)
             self.weight.copy_(codes)
             self.weight_scale.copy_(scale.flatten())
+        elif self.config.weight is None:
+            self.weight.copy_(weight)
         else:
-            self.weight.copy_(rounded(weight, self.config.weight, self.config.granularity))
+            codes, scale = codes_and_scale(weight, self.config.weight, self.config.granularity)
+            self.weight.copy_(codes.mul_(scale))
 
     def forward(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... N"]:
         return self.product(x, self.bias)[0]
@@ -124,13 +122,12 @@ class EmulatedLinear(nn.Linear):
         if self.config.activation is None:
             return F.linear(x, self.weight, bias), (x,)
         codes, scale = codes_and_scale(x, self.config.activation, self.config.granularity)
+        bias = None if bias is None else bias.float()
         if not self.scales_product:
-            return F.linear((codes * scale).to(x.dtype), self.weight, bias), (codes, scale)
-        y = F.linear(codes.to(self.weight.dtype), self.weight).float().mul_(scale).mul_(self.weight_scale).to(x.dtype)
-        return (y if bias is None else y.add_(bias)), (codes, scale)
+            return F.linear(codes * scale, self.weight, bias).to(x.dtype), (codes, scale)
+        y = F.linear(codes, self.weight).float().mul_(scale).mul_(self.weight_scale)
+        return (y if bias is None else y.add_(bias)).to(x.dtype), (codes, scale)
 
     def dequantized(self) -> Float[Tensor, "N K"]:
         """The rounded weight in the learner's units."""
-        if not self.scales_product:
-            return self.weight
-        return (self.weight * self.weight_scale[:, None]).to(self.weight.dtype)
+        return self.weight * self.weight_scale[:, None] if self.scales_product else self.weight

@@ -36,7 +36,7 @@ def evaluate(
 
     Problem i's random numbers depend on (seed, i) only. With an accelerator the problems are shared out to processes.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or Accelerator(cpu=policy.device.type == "cpu")
     sums: dict[str, float] = {}
     mine = range(accelerator.process_index, len(task), accelerator.num_processes)
     for begin in range(0, len(mine), batch_size):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import Tensor
 
 from dllm_rl import checkpoint, report
 from dllm_rl.command_line import described
@@ -25,7 +26,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.runlog import RunLog, write_json
 from dllm_rl.tasks.base import Problem, Task
 from dllm_rl.text import decode, encode, stream
-from dllm_rl.warmup import examples, warmup
+from dllm_rl.warmup import draw_levels, examples, warmup
 
 # Fields that may change between the parts of a resumed run: they do not touch what is computed, or only extend it.
 FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "save_steps", "save_total_limit", "logging_steps", "num_steps"}
@@ -33,7 +34,7 @@ FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "save_st
 
 def prepare(recipe: Recipe) -> tuple[Accelerator, RunLog, Path | None]:
     """Check the recipe, open its folder and log, find the checkpoint to resume from. Raises ValueError."""
-    accelerator = Accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
+    accelerator = make_accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(f"distributed_type={accelerator.distributed_type.value} is not supported by train(); use data parallel (MULTI_GPU)")
     for name in ("train_batch_size", "warmup_batch_size"):
@@ -64,6 +65,16 @@ def prepare(recipe: Recipe) -> tuple[Accelerator, RunLog, Path | None]:
     if recipe.resume_from_checkpoint:
         log.say(f"resuming from {folder}" if folder else "no checkpoint yet: starting from the beginning")
     return accelerator, log, folder
+
+
+def make_accelerator(*, mixed_precision: str = "no") -> Accelerator:
+    """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched."""
+    # Accelerate joins the processes of a CPU launch only when told that there is no accelerator.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision)
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise RuntimeError(f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}; check the config file")
+    return accelerator
 
 
 def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -142,6 +153,11 @@ def warm_up(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLo
         return 0
     progress = log.bar("warm-up", recipe.warmup_steps)
 
+    def draw_noise(step: int) -> tuple[Tensor, Tensor]:
+        generator = stream(recipe.seed, "warm-up masks", step)
+        drawn = draw_levels(generator, recipe.warmup_batch_size, recipe.max_new_tokens)
+        return tuple(x.chunk(accelerator.num_processes)[accelerator.process_index] for x in drawn)
+
     def on_step(step: int, loss: float) -> bool:
         done = (step + 1) % recipe.warmup_eval_steps == 0
         found = evaluate_with(recipe, policy, recipe.validation_task, accelerator)[recipe.warmup_metric] if done else 0.0
@@ -154,7 +170,7 @@ def warm_up(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLo
         max_new_tokens=recipe.max_new_tokens,
         num_steps=recipe.warmup_steps,
         learning_rate=recipe.warmup_learning_rate,
-        generator_of=lambda step: stream(recipe.seed, "warm-up masks", step, accelerator.process_index),
+        draw_noise=draw_noise,
         on_step=on_step,
         reduce_gradients=lambda policy: sum_gradients(policy, accelerator, mean=True),
     )

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dllm_rl.likelihoods import LikelihoodEstimator, row_chunks, score_view
+from dllm_rl.likelihoods import LikelihoodEstimator, backward_view, row_chunks
 from dllm_rl.losses import policy_loss
 from dllm_rl.policies import Policy
 from dllm_rl.types import Batch
@@ -30,6 +30,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, accelerator: Accele
     for iteration in range(recipe.num_iterations):
         scores = batch.old_scores
         if iteration:
+            torch.clear_autocast_cache()  # autocast's bf16 copies are those of the weights before the last step
             scores = recipe.likelihood.scores(policy, batch.rollout, batch.noise, micro_batch_size=recipe.micro_batch_size)
         optimizer.zero_grad(set_to_none=True)
         metrics = accumulate_gradients(policy, batch, scores, recipe)
@@ -57,11 +58,8 @@ def accumulate_gradients(policy: Policy, batch: Batch, scores: Tensor, recipe) -
     for rows in row_chunks(len(rollout.tokens), recipe.micro_batch_size, group, rollout.tokens.device):
         part, masks = rollout.rows(rows), batch.noise.rows(rows)
         for n in range(len(masks.masked)):
-            vector = vectors[n, rows]
             # Only positions that move the loss are scored again; with none left in this view, no forward is run.
-            scored = (masks.weight[n] != 0) & (vector != 0)
-            if scored.any():
-                score_view(policy, part, masks.masked[n], scored).backward(vector)
+            backward_view(policy, part, masks.masked[n], vectors[n, rows])
     return metrics
 
 

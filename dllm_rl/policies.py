@@ -8,7 +8,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dllm_rl.models.families import FamilySpec, load_module, spec_of
+from dllm_rl.lora import Lora, adapter_free, add_lora
+from dllm_rl.models.loading import load_module, save_module, spec_of
+from dllm_rl.models.spec import FamilySpec
 
 
 @runtime_checkable
@@ -32,6 +34,7 @@ class _Backbone:
 
     def __init__(self, module: nn.Module, spec: FamilySpec, tokenizer: PreTrainedTokenizerBase) -> None:
         self.module, self.spec, self.tokenizer, self.version = module.eval(), spec, tokenizer, 0
+        self.lora: Lora | None = None
 
     @property
     def device(self) -> torch.device:
@@ -49,8 +52,7 @@ class _Backbone:
         """Final hidden states; `head` of the one at t gives logits for the token at t. Padding is never attended to."""
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         states = self.spec.encode(self.module, tokens, attention_mask, positions)
-        # A shifted family predicts position t from the state at t-1; the first position has only its own.
-        return torch.cat([states[:, :1], states[:, :-1]], dim=1) if self.spec.shift else states
+        return shifted(states, attention_mask) if self.spec.shift else states
 
     def head(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits from hidden states, in the module's dtype."""
@@ -66,10 +68,16 @@ class _Backbone:
         hidden = self.hidden(tokens, attention_mask)
         return self.head(hidden if positions is None else hidden[positions])
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write weights (safetensors), config and tokenizer; `load_policy(directory)` opens them bit for bit."""
-        self.module.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
+    def save_pretrained(self, directory: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
+        """Write weights (safetensors), config and tokenizer in the checkpoint's own layout, adapters merged.
+
+        The authors' tools open the folder, and so does `load_policy(directory)`, bit for bit.
+        """
+        save_module(self.module, self.tokenizer, self.spec, directory, max_shard_size=max_shard_size)
+
+    def reference(self):
+        """The policy that RL started from, on the same weights with the adapters left out. Raises ValueError without any."""
+        return adapter_free(self)
 
     def to(self, device: torch.device | str):
         self.module.to(device)
@@ -84,40 +92,73 @@ class AutoregressivePolicy(_Backbone):
     """A causal model under the same interface: its logits at t are the predictions FOR t, made from what precedes."""
 
 
-def make_policy(module: nn.Module, tokenizer: PreTrainedTokenizerBase) -> DiffusionPolicy | AutoregressivePolicy:
+def shifted(states: Float[Tensor, "B T D"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    """For families that predict position t from the state at t-1; a row's first token has only its own state."""
+    before = torch.cat([torch.zeros_like(attention_mask[:, :1]), attention_mask[:, :-1]], dim=1)
+    return torch.where(before[..., None], states.roll(1, dims=1), states)
+
+
+def make_policy(
+    module: nn.Module, tokenizer: PreTrainedTokenizerBase, spec: FamilySpec | None = None
+) -> DiffusionPolicy | AutoregressivePolicy:
     """Wrap a module whose family is known, after proving that its attention is what the family says."""
-    spec = spec_of(module.config, tokenizer)
+    spec = spec_of(module.config, tokenizer) if spec is None else spec
     policy = (AutoregressivePolicy if spec.attention == "causal" else DiffusionPolicy)(module, spec, tokenizer)
     check_attention(policy)
     return policy
 
 
 def load_policy(
-    path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path_or_id: str | Path,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    block_size: int | None = None,
+    quantization: str | None = None,
+    lora: Lora | None = None,
 ) -> DiffusionPolicy | AutoregressivePolicy:
     """Open a checkpoint with stock transformers classes, and prove that it attends as its family says.
+
+    dtype         of the weights; "auto" keeps the checkpoint's.
+    block_size    of a block-causal model, where it is not what the checkpoint says.
+    quantization  "nf4" or "int8": a frozen bitsandbytes base to put adapters on; None keeps the weights as they are.
+    lora          adapters to train in place of the weights.
 
     Raises ValueError on an unknown architecture, missing or unexpected tensors, a mask id outside the vocabulary,
     or attention that is not what the family needs.
     """
-    module, tokenizer = load_module(path_or_id, dtype=dtype)
-    return make_policy(module.to(device), tokenizer)
+    module, tokenizer, spec = load_module(path_or_id, dtype=dtype, block_size=block_size, quantization=quantization)
+    policy = make_policy(module if quantization else module.to(device), tokenizer, spec)
+    if lora is not None:
+        add_lora(policy, lora)
+    return policy
 
 
 @torch.no_grad()
 def check_attention(policy: _Backbone) -> None:
-    """Change the last token; a bidirectional model's first state must move, a causal one's must not."""
-    device, size = policy.device, policy.vocab_size
-    length = 8 if policy.spec.block_size is None else min(8, policy.spec.block_size)
-    tokens = (torch.arange(length, device=device) % max(1, size - 1))[None]
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    changed = tokens.clone()
-    changed[0, -1] = (tokens[0, -1] + 1) % size
-    first = policy.hidden(torch.cat([tokens, changed]), mask.expand(2, -1))[:, 0].float()
-    moved, causal = not torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-6), policy.spec.attention == "causal"
-    if moved == causal:
-        raise ValueError(
-            f"attention={policy.spec.attention!r} is what {type(policy.module).__name__} should have, but changing the last "
-            f"token {'moved' if moved else 'did not move'} the first position's state; "
-            + ("load it as a diffusion model" if causal else "upgrade transformers (>= 5.2 honours config.is_causal=False)")
-        )
+    """Change one token: the first state must move, or stay, as the family's attention says.
+
+    A bidirectional model's moves with the last token, a causal one's does not; a block-causal one's moves with the last
+    token of its own block and does not with the first of the next.
+    """
+    attention, block = policy.spec.attention, policy.spec.block_size
+    if attention == "block_causal":
+        expected = {block - 1: block > 1, block: False}
+    else:
+        expected = {7: attention == "full"}
+    for position, moves in expected.items():
+        if first_moves(policy, position) != moves and position:
+            raise ValueError(
+                f"attention={attention!r} is what {type(policy.module).__name__} should have, but changing token {position} "
+                f"{'did not move' if moves else 'moved'} the first position's state; "
+                + ("upgrade transformers (>= 5.2 honours config.is_causal=False)" if moves else "load it as a diffusion model")
+            )
+
+
+def first_moves(policy: _Backbone, position: int) -> bool:
+    """Whether the first state of a sequence that ends at `position` depends on its last token."""
+    size, device = policy.vocab_size, policy.device
+    tokens = (torch.arange(position + 1, device=device) % max(1, size - 1))[None].repeat(2, 1)
+    tokens[1, -1] = (tokens[0, -1] + 1) % size
+    first = policy.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 0].float()
+    return not torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-6)

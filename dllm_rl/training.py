@@ -41,13 +41,14 @@ def train(recipe: Recipe) -> dict[str, Any]:
             advantages = recipe.advantages(rewards)                                                  # (P, G)
         with log.stage("scoring"), accelerator.autocast(), forward_of(recipe, policy, rollout_policy):
             live = live_rows(advantages, recipe, accelerator)
-            noise = draw_noise(recipe, step, rollout, advantages, accelerator)                       # shared by every policy
-            old, old_scores = scored(recipe, policy, rollout, noise, live)
-            behind = behaviour(recipe, policy, rollout_policy, rollout, noise, live, old)
-            anchor = None if reference is None else scored(recipe, reference, rollout, noise, live)[0]
+            part = rollout.rows(live)
+            noise = draw_noise(recipe, step, rollout, advantages, accelerator).rows(live)            # shared by every policy
+            old, old_scores = scored(recipe, policy, part, noise)
+            behind = behaviour(recipe, policy, rollout_policy, part, noise, old)
+            anchor = None if reference is None else scored(recipe, reference, part, noise)[0]
         with log.stage("update"), accelerator.autocast(), forward_of(recipe, policy, rollout_policy):
             mismatch, weights, keep = weigh(recipe, accelerator, rollout, live, advantages, old, behind)
-            batch = live_batch(accelerator, rollout, noise, live, advantages, old, old_scores, weights, keep, anchor)
+            batch = live_batch(accelerator, rollout, part, noise, live, advantages, old, old_scores, weights, keep, anchor)
             learning = update(policy, optimizer, accelerator, batch, recipe, step)
         with log.stage("sync"):
             sync_weights(policy, rollout_policy)
@@ -120,35 +121,33 @@ def live_rows(advantages: Tensor, recipe: Recipe, accelerator: Accelerator) -> T
     return local(live.repeat_interleave(recipe.num_generations), accelerator).nonzero()[:, 0]
 
 
-def scored(recipe: Recipe, policy: Policy, rollout: Rollout, noise: Noise, live: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-prob contributions (B, T) and their scores (N, B, T), nats; zero in rows that are not live."""
-    scores = torch.zeros(noise.weight.shape, device=noise.weight.device)
-    scores[:, live] = recipe.likelihood.scores(
-        policy, rollout.rows(live), noise.rows(live), micro_batch_size=recipe.micro_batch_size
-    )
+def scored(recipe: Recipe, policy: Policy, part: Rollout, noise: Noise) -> tuple[Tensor, Tensor]:
+    """Log-prob contributions (R, T) of the live rows and their scores (N, R, T), nats."""
+    scores = recipe.likelihood.scores(policy, part, noise, micro_batch_size=recipe.micro_batch_size)
     return recipe.likelihood.combine(scores, noise), scores
 
 
-def behaviour(recipe: Recipe, policy, rollout_policy, rollout: Rollout, noise: Noise, live: Tensor, old: Tensor) -> Tensor:
-    """The rollout policy's side of the ratio (B, T), nats.
+def behaviour(recipe: Recipe, policy, rollout_policy, part: Rollout, noise: Noise, old: Tensor) -> Tensor:
+    """The rollout policy's side of the ratio (R, T) in the live rows, nats.
 
     An estimator that replays the sampler step by step would only compute again what the sampler recorded.
     """
     if recipe.likelihood.replays:
-        recorded = torch.zeros_like(rollout.logprobs)
-        recorded[live] = rollout.logprobs[live]
-        return recorded
-    return old if rollout_policy is policy else scored(recipe, rollout_policy, rollout, noise, live)[0]
+        return part.logprobs
+    return old if rollout_policy is policy else scored(recipe, rollout_policy, part, noise)[0]
 
 
 def weigh(
     recipe: Recipe, accelerator: Accelerator, rollout: Rollout, live: Tensor, advantages: Tensor, old: Tensor, behind: Tensor
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """Mismatch metrics over the live rows of all processes, and this process's weights and keep mask (B, T)."""
-    mask = torch.zeros_like(rollout.completion_mask)
-    mask[live] = rollout.completion_mask[live]
-    width, flat = mask.shape[1], advantages.flatten()
-    padded = [accelerator.pad_across_processes(x, dim=1) for x in (old - behind, mask, old)]
+    width, flat = rollout.tokens.shape[1], advantages.flatten()
+    everywhere = []  # every process gathers as many rows, those that are not live as zeros
+    for part in (old - behind, rollout.completion_mask[live], old):
+        rows = torch.zeros(rollout.tokens.shape, dtype=part.dtype, device=part.device)
+        rows[live] = part
+        everywhere.append(rows)
+    padded = [accelerator.pad_across_processes(x, dim=1) for x in everywhere]
     log_mismatch, mask, old = (accelerator.gather(x) for x in padded)
     weights, keep, reasons = recipe.corrector.weigh(log_mismatch, flat, mask)
     metrics = mismatch_metrics(log_mismatch, mask, old=old, advantages=flat) | reasons
@@ -156,21 +155,22 @@ def weigh(
     return metrics, local(weights, accelerator)[:, :width], local(keep, accelerator)[:, :width]
 
 
-def live_batch(accelerator, rollout, noise, live, advantages, old, old_scores, weights, keep, anchor) -> Batch:
+def live_batch(accelerator, rollout, part, noise, live, advantages, old, old_scores, weights, keep, anchor) -> Batch:
     """The live rows as a Batch; the loss's denominators count all rows, the live and the others."""
-    others = torch.ones(len(old), dtype=torch.bool, device=old.device)
+    others = torch.ones(len(rollout.tokens), dtype=torch.bool, device=old.device)
     others[live] = False
-    counts = torch.stack([keep[live].sum() + rollout.completion_mask[others].sum(), torch.tensor(len(old), device=old.device)])
+    tokens = keep[live].sum() + rollout.completion_mask[others].sum()
+    counts = torch.stack([tokens, torch.tensor(len(others), device=old.device)])
     num_tokens, num_sequences = accelerator.reduce(counts, reduction="sum").tolist()
     return Batch(
-        rollout=rollout.rows(live),
-        noise=noise.rows(live),
+        rollout=part,
+        noise=noise,
         advantages=local(advantages.flatten(), accelerator)[live],
-        old=old[live],
-        old_scores=old_scores[:, live],
+        old=old,
+        old_scores=old_scores,
         weights=weights[live],
         keep=keep[live],
-        reference=None if anchor is None else anchor[live],
+        reference=anchor,
         num_tokens=num_tokens,
         num_sequences=num_sequences,
     )

@@ -48,21 +48,31 @@ def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int
     )
 
 
-def supervised_loss(policy: Policy, batch: Rollout, generator: Generator, *, min_t: float = 0.02) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood per completion token, nats.
+def draw_levels(
+    generator: Generator, num_rows: int, length: int, *, min_t: float = 0.02
+) -> tuple[Float[Tensor, " B"], Float[Tensor, "B L"]]:
+    """Masking levels t ~ U(min_t, 1], stratified over the batch, and the uniforms that are compared with them."""
+    strata = (torch.randperm(num_rows, generator=generator) + torch.rand(num_rows, generator=generator)) / num_rows
+    return min_t + (1 - min_t) * strata, torch.rand(num_rows, length, generator=generator)
 
-    causal     -sum_t log p(y_t | before) / (B L)
-    diffusion  each row hides every completion token with probability t ~ U(min_t, 1], stratified over the batch:
-               -sum_{masked} log p(y_i | rest) / t / (B L) (LLaDA eq. 5 [paper]; the floor on t and strata are ours).
+
+def supervised_loss(
+    policy: Policy, batch: Rollout, levels: Float[Tensor, " B"], uniforms: Float[Tensor, "B L"]
+) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood per completion token, nats. The L completion positions stand at the rows' end.
+
+    causal     -sum_t log p(y_t | before) / tokens
+    diffusion  each row hides every completion token with its probability t:
+               -sum_{masked} log p(y_i | rest) / t / tokens (LLaDA eq. 5 [paper]; the floor on t and strata are ours).
     """
-    num = len(batch.tokens)
     if policy.spec.attention == "causal":
         scored, weight = batch.completion_mask, batch.completion_mask.float()
     else:
-        strata = (torch.randperm(num, generator=generator) + torch.rand(num, generator=generator)) / num
-        t = (min_t + (1 - min_t) * strata)[:, None]
-        scored = (torch.rand(batch.tokens.shape, generator=generator) < t).to(batch.tokens.device) & batch.completion_mask
-        weight = scored / t.to(batch.tokens.device)
+        t, below = levels[:, None].to(policy.device), (uniforms < levels[:, None]).to(policy.device)
+        scored = torch.zeros_like(batch.completion_mask)
+        scored[:, -uniforms.shape[1] :] = below
+        scored &= batch.completion_mask
+        weight = scored / t
     logps = score_view(policy, batch, scored, scored)
     return -(logps * weight).sum() / batch.completion_mask.sum()
 
@@ -74,7 +84,7 @@ def warmup(
     max_new_tokens: int,
     num_steps: int,
     learning_rate: float,
-    generator_of: Callable[[int], Generator],
+    draw_noise: Callable[[int], tuple[Tensor, Tensor]],
     weight_decay: float = 0.01,
     betas: tuple[float, float] = (0.9, 0.95),
     lr_warmup_steps: int = 30,
@@ -84,14 +94,14 @@ def warmup(
 ) -> int:
     """AdamW on `supervised_loss`; returns the number of steps taken.
 
-    draw_problems(step), generator_of(step)  the data and random numbers of a step.
+    draw_problems(step), draw_noise(step)  the data, and the masking levels and uniforms of `draw_levels`.
     on_step(step, loss)  after each step; returning True ends the warm-up.
     reduce_gradients     sums gradients over processes, each of which holds its share of the batch.
     """
     optimizer = torch.optim.AdamW(policy.module.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
     for step in range(num_steps):
         batch = examples(policy, draw_problems(step), max_new_tokens=max_new_tokens)
-        loss = supervised_loss(policy, batch, generator_of(step))
+        loss = supervised_loss(policy, batch, *draw_noise(step))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         reduce_gradients(policy)

@@ -6,9 +6,14 @@ import torch.nn.functional as F
 from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, PerTensor, quantize_
 
-from dllm_rl.emulate import EmulatedLinear, FakeQuantize, codes_and_scale, round_to_float, rounded
+from dllm_rl.emulate import EmulatedLinear, FakeQuantize, codes_and_scale, round_to_float
 
 FLOAT8 = {"e4m3": (torch.float8_e4m3fn, 3, -6), "e5m2": (torch.float8_e5m2, 2, -14)}
+
+
+def rounded(x, scheme, granularity):
+    codes, scale = codes_and_scale(x, scheme, granularity)
+    return codes * scale
 
 
 def weight(rows=48, columns=32, dtype=torch.float32):
@@ -64,7 +69,7 @@ def test_float8_weights_equal_torchao_bitwise(scheme, granularity, dtype):
     plain, x = nn.Linear(32, 48, dtype=dtype), weight(7, dtype=dtype)
     with torch.no_grad():
         plain.weight.copy_(weight(dtype=dtype))
-    emulated = EmulatedLinear(plain, FakeQuantize(scheme, None, granularity))
+    emulated = EmulatedLinear(plain.weight.detach(), plain.bias, FakeQuantize(scheme, None, granularity))
     config = Float8WeightOnlyConfig(weight_dtype=FLOAT8[scheme][0])
     config.granularity = PerTensor() if granularity == "tensor" else config.granularity
     quantize_(plain, config)
@@ -74,7 +79,7 @@ def test_float8_weights_equal_torchao_bitwise(scheme, granularity, dtype):
 
 def test_dynamic_int8_equals_torchao_bitwise():
     plain, x = nn.Linear(32, 48), weight(7)
-    emulated = EmulatedLinear(plain, FakeQuantize("int8", "int8"))
+    emulated = EmulatedLinear(plain.weight.detach(), plain.bias, FakeQuantize("int8", "int8"))
     quantize_(plain, Int8DynamicActivationInt8WeightConfig())
     assert torch.equal(emulated.weight.to(torch.int8), plain.weight.qdata)
     assert torch.equal(emulated(x), plain(x))

@@ -7,7 +7,7 @@ a Sudoku grid in minutes: embeddings std 0.3, linear layers 0.7/sqrt(fan_in), he
 import math
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Generator, nn
 from transformers import (
     LlamaConfig,
@@ -23,10 +23,14 @@ PAD, MASK, EOS = "<pad>", "<mask>", "<eos>"
 
 
 def char_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """One token per character, after <pad> 0, <mask> 1, <eos> 2. Unknown characters raise no error: they become <pad>."""
+    """One token per character, after <pad> 0, <mask> 1, <eos> 2; decoding gives the text back exactly.
+
+    There is no unknown token: a character outside `characters` stops the encoding with an exception.
+    """
     vocabulary = {token: i for i, token in enumerate([PAD, MASK, EOS, *dict.fromkeys(characters)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, mask_token=MASK, eos_token=EOS, clean_up_tokenization_spaces=False
     )
