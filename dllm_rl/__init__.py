@@ -6,6 +6,10 @@ The public names below are imported on first use, so that `import dllm_rl` costs
 from importlib import import_module
 from typing import Any
 
+from dllm_rl.quiet import hush_imports
+
+hush_imports()
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -14,10 +18,16 @@ _HOME = {
     "policies": ["load_policy", "Policy", "DiffusionPolicy", "AutoregressivePolicy"],
     "samplers.unmask": ["unmask"],
     "samplers.autoregress": ["autoregress"],
-    "likelihoods": ["LikelihoodEstimator", "one_step", "coupled", "trajectory", "causal"],
-    "correctors": ["Corrector", "none", "tis"],
+    "likelihoods": [
+        *["LikelihoodEstimator", "one_step", "elbo", "coupled", "quadrature", "block", "eubo", "sandwich"],
+        *["trajectory", "causal"],
+    ],
+    "correctors": [
+        *["Corrector", "none", "tis", "mis", "icepop", "reject", "ais", "tbpo", "aligned", "qarl", "compose"],
+    ],
     "quantize": ["quantized_copy", "sync_weights"],
-    "recipe": ["Recipe", "describe"],
+    "recipe": ["Recipe"],
+    "command_line": ["describe", "from_command_line"],
     "training": ["train"],
     "evaluation": ["evaluate"],
 }

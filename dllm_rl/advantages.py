@@ -1,0 +1,40 @@
+"""Advantages: rewards (P, G) -> advantages (P, G), over the G completions of each prompt."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def group_relative(
+    rewards: Float[Tensor, "P G"], *, scale_rewards: str = "group", eps: float = 1e-4
+) -> Float[Tensor, "P G"]:
+    """A = (R - mean) / (std + eps), with the group's mean and the sample standard deviation of the group (GRPO), of the
+    whole batch, or without division (d1, Dr.GRPO) [paper]. A group of one, or of equal rewards, gives zeros."""
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    match scale_rewards:
+        case "none":
+            return centred
+        case "group":
+            return centred / (_std(rewards, dim=-1) + eps)
+        case "batch":
+            return centred / (_std(rewards.flatten(), dim=0) + eps)
+        case _:
+            raise ValueError(f"scale_rewards={scale_rewards!r} must be 'group', 'batch' or 'none'")
+
+
+def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+    """A = R - mean of the group's OTHER rewards (RLOO, ESPO) [paper]. A group of one gives zero."""
+    size = rewards.shape[-1]
+    if size == 1:
+        return torch.zeros_like(rewards)
+    return (rewards - rewards.mean(-1, keepdim=True)) * size / (size - 1)
+
+
+def informative(rewards: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
+    """Groups whose rewards are not all equal: the others have advantage 0 and teach nothing (DAPO's dynamic sampling
+    draws prompts until enough groups are informative [paper]). A group of one is not."""
+    return (rewards != rewards[:, :1]).any(-1)
+
+
+def _std(rewards: Tensor, *, dim: int) -> Tensor:
+    return rewards.std(dim=dim, keepdim=True, correction=1 if rewards.shape[dim] > 1 else 0)

@@ -1,0 +1,93 @@
+"""Aligned forward (QaRL, arXiv 2604.07853 [paper]): the learner computes with the rollout's own quantised operands.
+
+Forward: the rollout's low-bit product, bit for bit. Backward: straight-through, that is the gradient with respect to
+the high-precision weight and input as if the forward had been the product of the dequantised operands,
+    y = Q(x) Q(w)^T + b,   dx = dy Q(w),   dw = dy^T Q(x),   db = sum dy.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from dllm_rl.policies import Policy
+from dllm_rl.quantize import quantized_layers
+from dllm_rl.quantize_layers import dequantized_input, dequantized_weight, load_weight_, operand_version, product
+
+
+class StraightThrough(torch.autograd.Function):
+    """The product of a rollout's layer, differentiated as if quantisation were the identity."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Linear) -> Tensor:
+        y, seen = product(layer, x, bias)
+        ctx.save_for_backward(*seen)
+        ctx.layer, ctx.version = layer, operand_version(layer)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        if operand_version(ctx.layer) != ctx.version:
+            raise RuntimeError("rollout weights changed between a forward and its backward: sync after the backward")
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ dequantized_weight(ctx.layer).to(dy.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = dy.flatten(0, -2).T @ dequantized_input(ctx.layer, *ctx.saved_tensors).to(dy.dtype).flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            db = dy.flatten(0, -2).sum(0)
+        return dx, dw, db, None
+
+
+class _Link:
+    """The operand that a learner's layer shares with the rollout's, quantised again when the learner's weight moved."""
+
+    def __init__(self, name: str, source: nn.Linear, target: nn.Linear) -> None:
+        self.name, self.source, self.target, self.seen = name, source, target, source.weight._version
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.source.weight._version != self.seen:
+            self.refresh()
+        return StraightThrough.apply(x, self.source.weight, self.source.bias, self.target)
+
+    def refresh(self) -> None:
+        load_weight_(self.target, self.source.weight, self.name)
+        self.seen = self.source.weight._version
+
+
+@contextmanager
+def aligned(
+    policy: Policy, rollout_policy: Policy, scope: Callable[[str], bool] | None = None
+) -> Iterator[Callable[[], None]]:
+    """For the time of the block, the learner's linear layers run the rollout's quantised operands.
+
+    scope  name of a layer -> whether to align it; None aligns every layer that the rollout has quantised.
+
+    Inside the block an optimiser step is noticed at the next forward, which quantises the moved weight again, once,
+    into the rollout's own storage. What is yielded does that at once for every layer, for an optimiser that writes
+    past autograd's version counters. The layers' own forward is restored however the block ends.
+    Raises ValueError when the rollout's weights are not those of the learner at the start of the block.
+    """
+    if policy.version != rollout_policy.version:
+        raise ValueError(
+            f"weights_version={rollout_policy.version} of the rollout is not the learner's {policy.version}, and an "
+            "aligned forward uses its operands: call sync_weights(policy, rollout_policy) first"
+        )
+    sources = dict(policy.module.named_modules())
+    links = []
+    for name, target in quantized_layers(rollout_policy):
+        if scope is None or scope(name):
+            links.append(_Link(name, sources[name], target))
+    swapped: list[nn.Module] = []
+    try:
+        for link in links:
+            if "forward" in vars(link.source):
+                raise ValueError("a layer's forward is already replaced: is this block inside another aligned()?")
+            link.source.forward = partial(_Link.forward, link)
+            swapped.append(link.source)
+        yield lambda: [link.refresh() for link in links] and None
+    finally:
+        for layer in swapped:
+            del layer.forward

@@ -1,0 +1,75 @@
+"""Checkpoints: atomic to write, bounded in number, enough to continue a run bit for bit."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dllm_rl.policies import Policy
+
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+def save(directory: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int) -> Path:
+    """Write `directory`/step-NNNNNN, then drop all but the newest `keep`. `load_policy` opens the folder as it is.
+
+    The folder is written under another name, flushed to disk and renamed, so that what bears a checkpoint's name is
+    whole. state must be JSON-serialisable; the random numbers of a run are functions of (seed, step) and need no saving.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    final, partial = directory / f"step-{step:06d}", directory / f".partial-{step:06d}-{os.getpid()}"
+    for stale in directory.glob(".partial-*"):
+        shutil.rmtree(stale)
+    policy.save_pretrained(partial)
+    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    (partial / "state.json").write_text(json.dumps({"step": step, "version": policy.version, **state}, indent=1))
+    for path in sorted(partial.rglob("*")) + [partial]:
+        flush(path)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    flush(directory)
+    for _, old in found(directory)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def flush(path: Path) -> None:
+    """Force a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def found(directory: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every whole checkpoint, oldest first."""
+    folders = directory.iterdir() if directory.is_dir() else []
+    return sorted((int(m[1]), p) for p in folders if (m := _NAME.fullmatch(p.name)))
+
+
+def locate(which: str, directory: Path) -> Path | None:
+    """The folder that `resume_from_checkpoint` means; None for 'latest' when there is none yet.
+
+    Raises ValueError when a named folder is no checkpoint.
+    """
+    if which == "latest":
+        checkpoints = found(directory)
+        return checkpoints[-1][1] if checkpoints else None
+    path = Path(which)
+    if not (path / "state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint={which!r} is not a checkpoint folder (no state.json); give one, or 'latest'")
+    return path
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "state.json").read_text())
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))

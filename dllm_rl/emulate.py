@@ -1,0 +1,133 @@
+"""Emulated quantisation for study, on any device: rounded values held in the learner's dtype.
+
+A layer keeps the rounded weights (rounded once per sync), and rounds its input in a few vectorised operations, so that
+an emulated rollout costs about what a plain one does. Nothing is packed: it saves neither memory nor time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+FLOATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}  # mantissa bits, smallest normal exponent, largest value
+LEVELS = {"int4": 7, "int3": 3, "five_level": 2}  # codes are the integers -n..n
+SCHEMES = (*FLOATS, "int8", *LEVELS, "ternary")
+TINY = 1e-12  # lower bound of the range, so that an all-zero row gives zeros and not 0/0
+
+
+@dataclass(frozen=True)
+class FakeQuantize:
+    """What to round, how, and with how many scales: a config that `quantized_copy` takes like a torchao one.
+
+    weight, activation  a scheme, or None to leave it in the learner's dtype.
+    granularity         "row": one scale per output row of a weight and per token of an input; "tensor": one in all.
+    """
+
+    weight: str | None
+    activation: str | None = None
+    granularity: str = "row"
+
+    def __post_init__(self) -> None:
+        for field, value in (("weight", self.weight), ("activation", self.activation)):
+            if value not in (None, *SCHEMES):
+                raise ValueError(f"{field}={value!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
+        if self.granularity not in ("row", "tensor"):
+            raise ValueError(f"granularity={self.granularity!r} must be 'row' or 'tensor'")
+
+
+def round_to_float(x: Float[Tensor, "*S"], *, mantissa: int, exponent: int) -> Float[Tensor, "*S"]:
+    """fp32 values rounded to `mantissa` explicit bits, ties to even, with subnormals below 2**exponent.
+
+    Equal to a cast to that float8 type and back for values in its range, without the cast, which is slow on a CPU.
+    """
+    # 2**e of each value, no smaller than the smallest normal's; then a sum whose last bit is worth 2**(e - mantissa).
+    anchor = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**exponent)
+    anchor.mul_(1.5 * 2.0 ** (23 - mantissa))
+    return (x + anchor).sub_(anchor)
+
+
+def codes_and_scale(
+    x: Float[Tensor, "... K"], scheme: str, granularity: str
+) -> tuple[Float[Tensor, "... K"], Float[Tensor, "*S"]]:
+    """Integers (or float8 values) q held in fp32, and the fp32 scale s with x ~ q * s; a = max |x| over a row or all x.
+
+    e4m3, e5m2   s = a / largest value, q = x/s rounded to the format (torchao's float8, bit for bit)
+    int8         s = a / 127.5, q = round(x/s) in -128..127 (torchao's int8, bit for bit)
+    int4, int3, five_level   s = a/7, a/3, a/2; q = round(x/s) in -7..7, -3..3, -2..2 [ours]
+    ternary      s = mean |x|, q = round(x/s) in -1..1 (BitNet b1.58's rule [paper])
+    """
+    magnitude, dims = x.abs(), -1 if granularity == "row" else tuple(range(x.dim()))
+    top = magnitude.mean(dims, keepdim=True) if scheme == "ternary" else magnitude.amax(dims, keepdim=True)
+    if scheme in FLOATS:
+        mantissa, exponent, largest = FLOATS[scheme]
+        scale = (top.clamp(min=TINY) / largest).float()
+        # |x| / s exceeds the largest value by a rounding error at most, which rounds away: no clamp is needed.
+        return round_to_float(x.float() / scale, mantissa=mantissa, exponent=exponent), scale
+    if scheme == "int8":
+        scale = (top / 127.5).clamp(min=torch.finfo(torch.float32).eps).float()
+        return (x * (1.0 / scale)).round_().clamp_(-128, 127), scale
+    bound = 1 if scheme == "ternary" else LEVELS[scheme]
+    scale = (top.float() if scheme == "ternary" else top.float() / bound).clamp(min=TINY)
+    return (x.float() / scale).round_().clamp_(-bound, bound), scale
+
+
+class EmulatedLinear(nn.Linear):
+    """A linear layer whose weight holds rounded values; `load_` rounds a fresh weight into the same storage.
+
+    y = (q_x q_w^T) s_x s_w + b where both sides are integers, as an integer kernel has it; otherwise the product of the
+    dequantised operands, as a float8 kernel has it. With a rounded input it is taken in fp32 and then cast, which on a
+    CPU equals torchao's dynamic float8 bit for bit, and its dynamic int8 in fp32.
+    """
+
+    def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, config: FakeQuantize) -> None:
+        # The parent's constructor would draw random weights: this layer takes the ones it is given.
+        nn.Module.__init__(self)
+        (self.out_features, self.in_features), self.config = weight.shape, config
+        dtype = weight.dtype if config.activation is None else torch.float32
+        self.weight = nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False)
+        self.bias = bias
+        self.register_buffer("weight_scale", None)
+        if self.scales_product:
+            rows = self.out_features if config.granularity == "row" else 1
+            self.weight_scale = torch.empty(rows, dtype=torch.float32, device=weight.device)
+        self.load_(weight)
+
+    @property
+    def scales_product(self) -> bool:
+        sides = (self.config.weight, self.config.activation)
+        return None not in sides and not FLOATS.keys() & set(sides)
+
+    @torch.no_grad()
+    def load_(self, weight: Float[Tensor, "N K"]) -> None:
+        """Round `weight` into this layer, in place."""
+        if self.scales_product:
+            codes, scale = codes_and_scale(weight, self.config.weight, self.config.granularity)
+            self.weight.copy_(codes)
+            self.weight_scale.copy_(scale.flatten())
+        elif self.config.weight is None:
+            self.weight.copy_(weight)
+        else:
+            codes, scale = codes_and_scale(weight, self.config.weight, self.config.granularity)
+            self.weight.copy_(codes.mul_(scale))
+
+    def forward(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... N"]:
+        return self.product(x, self.bias)[0]
+
+    def product(
+        self, x: Float[Tensor, "... K"], bias: Float[Tensor, " N"] | None
+    ) -> tuple[Float[Tensor, "... N"], tuple[Tensor, ...]]:
+        """The layer's output with the given bias, and the input as the layer saw it (its codes and scale)."""
+        if self.config.activation is None:
+            return F.linear(x, self.weight, bias), (x,)
+        codes, scale = codes_and_scale(x, self.config.activation, self.config.granularity)
+        bias = None if bias is None else bias.float()
+        if not self.scales_product:
+            return F.linear(codes * scale, self.weight, bias).to(x.dtype), (codes, scale)
+        y = F.linear(codes, self.weight).float().mul_(scale).mul_(self.weight_scale)
+        return (y if bias is None else y.add_(bias)).to(x.dtype), (codes, scale)
+
+    def dequantized(self) -> Float[Tensor, "N K"]:
+        """The rounded weight in the learner's units."""
+        return self.weight * self.weight_scale[:, None] if self.scales_product else self.weight

@@ -1,0 +1,167 @@
+"""From hidden states to log-probabilities of the distribution that is sampled from, without a (B, T, V) tensor."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dllm_rl.types import Processors
+
+CHUNK_ELEMENTS = 2**23  # fp32 logits held at once: 32 MiB
+ROWS = 16  # the head always runs on a multiple of this: fp32 kernels round differently when rows are few
+GROUP = 256  # tokens whose mass is summed before the search for the one that is drawn
+
+
+def process(
+    logits: Float[Tensor, "K V"], processors: Processors, keep: Int[Tensor, " K"] | None = None
+) -> Float[Tensor, "K V"]:
+    """Raw logits -> fp32 logits of the distribution sampled from: suppress, divide by temperature, top-k, top-p.
+
+    At temperature 0 the division is left out (log-probs of a greedy sampler are reported at temperature 1).
+    keep  a token per row that top-k and top-p never remove. A scored token may have left the set that the current
+          weights (or another context) keep; its log-prob is then the one with itself added to the set, not -inf [ours].
+    """
+    logits = logits.float()
+    if processors.suppress:
+        suppressed = torch.tensor(processors.suppress, device=logits.device)
+        logits = logits.index_fill(-1, suppressed, -torch.inf)
+    if processors.temperature not in (0, 1):
+        logits = logits / processors.temperature
+    if processors.top_k is not None and processors.top_k < logits.shape[-1]:
+        kth = logits.topk(processors.top_k, dim=-1).values[:, -1:]
+        logits = _drop(logits, logits < kth, keep)
+    if processors.top_p is not None and processors.top_p < 1:
+        # Stable, so that ties go to the lowest index. A token stays while the mass before it is below top_p.
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        probs = ordered.softmax(-1)
+        late = probs.cumsum(-1) - probs >= processors.top_p
+        logits = _drop(logits, torch.zeros_like(late).scatter(-1, index, late), keep)
+    return logits
+
+
+def _drop(logits: Tensor, dropped: Tensor, keep: Tensor | None) -> Tensor:
+    if keep is not None:
+        dropped = dropped.scatter(-1, keep[:, None], False)
+    return logits.masked_fill(dropped, -torch.inf)
+
+
+class _TokenLogprob(torch.autograd.Function):
+    """logits[k, tokens_k] - logsumexp(logits_k), whose backward makes one (K, V) tensor: g (onehot - softmax)."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, tokens: Tensor) -> Tensor:
+        total = logits.logsumexp(-1)
+        ctx.save_for_backward(logits, total, tokens)
+        return logits.gather(-1, tokens[:, None])[:, 0] - total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, total, tokens = ctx.saved_tensors
+        out = (logits - total[:, None]).exp_().mul_(-gradient[:, None])
+        return out.scatter_add_(-1, tokens[:, None], gradient[:, None]), None
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """How many rows of logits fit CHUNK_ELEMENTS, in whole multiples of ROWS and at least one of them."""
+    return max(ROWS, CHUNK_ELEMENTS // vocabulary // ROWS * ROWS)
+
+
+def chunked(f: Callable, *rows: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
+    """Apply `f` (rows -> tuple of per-row tensors) to chunks of rows that fit CHUNK_ELEMENTS logits.
+
+    Rows of zeros fill up the last chunk to a multiple of ROWS, so that a row's value does not depend on how many others
+    come with it. With more than one chunk and gradients on, each chunk's logits are recomputed in the backward.
+    """
+    size = chunk_rows(vocabulary)
+    count, missing = len(rows[0]), -len(rows[0]) % ROWS
+    if missing:
+        rows = tuple(torch.cat([r, r.new_zeros(missing, *r.shape[1:])]) for r in rows)
+    if count <= size:
+        return tuple(column[:count] for column in f(*rows))
+    run = (lambda *a: checkpoint(f, *a, use_reentrant=False)) if torch.is_grad_enabled() else f
+    parts = [run(*chunk) for chunk in zip(*(r.split(size) for r in rows), strict=True)]
+    return tuple(torch.cat(columns)[:count] for columns in zip(*parts, strict=True))
+
+
+def token_logprobs(
+    policy,
+    hidden: Float[Tensor, "K D"],
+    tokens: Int[Tensor, " K"],
+    processors: Processors,
+) -> Float[Tensor, " K"]:
+    """log p(tokens_k | hidden_k) in nats, under the processed distribution; the head runs in chunks of rows."""
+
+    def score(h: Tensor, y: Tensor) -> tuple[Tensor]:
+        return (_TokenLogprob.apply(process(policy.head(h), processors, y), y),)
+
+    return chunked(score, hidden, tokens, vocabulary=policy.vocab_size)[0]
+
+
+def token_logprobs_and_entropies(
+    policy,
+    hidden: Float[Tensor, "K D"],
+    tokens: Int[Tensor, " K"],
+    processors: Processors,
+) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
+    """`token_logprobs`, and the entropy -sum_v p_v log p_v of each row's processed distribution, nats, in one pass.
+
+    Differentiable; a filtered token adds 0 to the entropy.
+    """
+
+    def score(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = process(policy.head(h), processors, y)
+        logp = logits.log_softmax(-1)
+        entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
+        return _TokenLogprob.apply(logits, y), entropy
+
+    return chunked(score, hidden, tokens, vocabulary=policy.vocab_size)
+
+
+def backward_token_logprobs(
+    policy,
+    hidden: Float[Tensor, "K D"],
+    tokens: Int[Tensor, " K"],
+    processors: Processors,
+    vector: Float[Tensor, " K"],
+) -> None:
+    """token_logprobs(...).backward(vector), with each chunk of logits made once instead of twice.
+
+    The vector is known before the forward, so that a chunk goes through the head and back at once and leaves only its
+    gradient with respect to the hidden states, which then takes one backward through the body.
+    """
+    size, gradients = chunk_rows(policy.vocab_size), []
+    for h, y, v in zip(hidden.split(size), tokens.split(size), vector.split(size), strict=True):
+        leaf = h.detach().requires_grad_()
+        _TokenLogprob.apply(process(policy.head(leaf), processors, y), y).backward(v)
+        gradients.append(leaf.grad)
+    if gradients and hidden.requires_grad:
+        hidden.backward(torch.cat(gradients))
+
+
+def sample(logits: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Tensor, " K"]:
+    """One token per row of processed logits by inverting the cumulative distribution at `uniforms` in [0, 1)."""
+    return invert((logits - logits.amax(-1, keepdim=True)).exp(), uniforms)
+
+
+def invert(mass: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Tensor, " K"]:
+    """One token per row, with probability in proportion to its non-negative mass: the cumulative mass at `uniforms`.
+
+    First among groups of GROUP tokens, then within one: no cumulative sum over the vocabulary. Exact to the fp32 rounding
+    of the mass, one random number a token; a token of mass 0 is never drawn.
+    """
+    size, whole = mass.shape[-1], mass.shape[-1] // GROUP
+    groups = mass[:, : whole * GROUP].unflatten(-1, (whole, GROUP)).sum(-1)
+    groups = torch.cat([groups, mass[:, whole * GROUP :].sum(-1, keepdim=True)], dim=-1).double().cumsum(-1)
+    total = groups[:, -1:]
+    point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    group = torch.searchsorted(groups, point, right=True)
+    point = point - torch.where(group > 0, groups.gather(-1, (group - 1).clamp(min=0)), 0.0)
+
+    members = group * GROUP + torch.arange(GROUP, device=mass.device)
+    inside = mass.gather(-1, members.clamp(max=size - 1)).masked_fill(members >= size, 0).double().cumsum(-1)
+    total = inside[:, -1:]
+    point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
+    return (group * GROUP + torch.searchsorted(inside, point, right=True))[:, 0]

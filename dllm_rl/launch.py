@@ -1,0 +1,273 @@
+"""How a run begins and ends: checks, folders, warm-up or resume, checkpoints, summary."""
+
+import copy
+import os
+import platform
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from dllm_rl import checkpoint, report
+from dllm_rl.command_line import described
+from dllm_rl.evaluation import evaluate, score
+from dllm_rl.learner import sum_gradients
+from dllm_rl.policies import Policy, load_policy
+from dllm_rl.recipe import Recipe
+from dllm_rl.runlog import RunLog, write_json
+from dllm_rl.tasks.base import Problem, Task
+from dllm_rl.text import decode, encode, stream
+from dllm_rl.warmup import draw_levels, examples, warmup
+
+# Fields that may change between the parts of a resumed run: they do not touch what is computed, or only extend it.
+FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "save_steps", "save_total_limit", "logging_steps", "num_steps"}
+
+
+def prepare(recipe: Recipe) -> tuple[Accelerator, RunLog, Path | None]:
+    """Check the recipe, open its folder and log, find the checkpoint to resume from. Raises ValueError."""
+    accelerator = make_accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(f"distributed_type={accelerator.distributed_type.value} is not supported by train(); use data parallel (MULTI_GPU)")
+    for name in ("train_batch_size", "warmup_batch_size"):
+        if getattr(recipe, name) % accelerator.num_processes:
+            raise ValueError(f"{name}={getattr(recipe, name)} must be a multiple of the {accelerator.num_processes} processes")
+    directory = Path(recipe.directory)
+    held = [name for name in ("metrics.jsonl", "checkpoints", "summary.json") if (directory / name).exists()]
+    folder = None
+    if recipe.resume_from_checkpoint:
+        folder = checkpoint.locate(recipe.resume_from_checkpoint, directory / "checkpoints")
+    elif held and not recipe.overwrite_output_dir:
+        raise ValueError(
+            f"output_dir={str(directory)!r} already holds a run ({', '.join(held)}); give another, or "
+            "--resume_from_checkpoint latest, or --overwrite_output_dir"
+        )
+    state = checkpoint.read_state(folder) if folder else {"step": 0}
+    if folder:
+        _check_same_recipe(state["recipe"], described(recipe))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
+            for name in held + ["tensorboard", "training.png"]:
+                path = directory / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    log = RunLog(directory, start=state["step"], main=accelerator.is_main_process)
+    if recipe.resume_from_checkpoint:
+        log.say(f"resuming from {folder}" if folder else "no checkpoint yet: starting from the beginning")
+    return accelerator, log, folder
+
+
+def make_accelerator(*, mixed_precision: str = "no") -> Accelerator:
+    """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched."""
+    # Accelerate joins the processes of a CPU launch only when told that there is no accelerator.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision)
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise RuntimeError(f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}; check the config file")
+    return accelerator
+
+
+def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
+    if changed:
+        name = changed[0]
+        raise ValueError(f"{name}={now[name]!r} differs from the checkpoint's {before.get(name)!r}; resume with the same recipe")
+
+
+def begin(recipe: Recipe, accelerator: Accelerator, log: RunLog, folder: Path | None):
+    """(policy, reference, optimizer, first step, history): from the checkpoint, or made, warmed up and evaluated."""
+    history: dict[str, Any] = {"begun": time.perf_counter(), "seconds": 0.0}
+    if folder:
+        state = checkpoint.read_state(folder)
+        policy = load_policy(folder, dtype=getattr(torch, state["dtype"]), device=accelerator.device)
+        optimizer = make_optimizer(recipe, policy)
+        checkpoint.load_optimizer(folder, optimizer)
+        policy.version, log.seconds, start = state["version"], state["stages"], state["step"]
+        history |= {key: state[key] for key in ("seconds", "eval_before", "warmup_steps")}
+    else:
+        policy = load_policy(recipe.model) if isinstance(recipe.model, str) else recipe.model(seed=recipe.seed)
+        policy.to(accelerator.device)
+        rehearse(recipe, policy)
+        with log.stage("warm-up"):
+            history["warmup_steps"] = warm_up(recipe, policy, accelerator, log)
+        with log.stage("evaluation"):
+            history["eval_before"] = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
+        optimizer, start = make_optimizer(recipe, policy), 0
+        log.say(f"before RL: {shown(history['eval_before'])} on {len(recipe.eval_task)} held-out problems")
+        save(recipe, accelerator, log, 0, policy, optimizer, history)
+    return policy, reference_of(recipe, policy, accelerator, fresh=folder is None), optimizer, start, history
+
+
+def rehearse(recipe: Recipe, policy: Policy) -> None:
+    """One completion of one problem through every stage that can refuse it, before any expensive work."""
+    recipe.likelihood.check(policy)
+    problem = recipe.task[0]
+    rollout = recipe.sampler(policy, encode(policy, [problem]), stream(recipe.seed, "rehearsal"))
+    score(recipe.task, [problem], decode(policy, rollout))
+    if recipe.warmup_steps:
+        examples(policy, [problem], max_new_tokens=recipe.max_new_tokens)
+
+
+def make_optimizer(recipe: Recipe, policy: Policy) -> torch.optim.Optimizer:
+    trainable = [p for p in policy.module.parameters() if p.requires_grad]
+    betas = (recipe.adam_beta1, recipe.adam_beta2)
+    return torch.optim.AdamW(trainable, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
+
+
+def reference_of(recipe: Recipe, policy: Policy, accelerator: Accelerator, *, fresh: bool) -> Policy | None:
+    """The policy that RL started from, frozen, for the KL term; kept in the run's folder for a resumed run."""
+    if not recipe.beta:
+        return None
+    folder = Path(recipe.directory) / "reference"
+    if fresh:
+        if accelerator.is_main_process:
+            policy.save_pretrained(folder)
+        reference = copy.copy(policy)
+        reference.module = copy.deepcopy(policy.module)
+    else:
+        reference = load_policy(folder, dtype=next(policy.module.parameters()).dtype, device=accelerator.device)
+    reference.module.requires_grad_(False)
+    return reference
+
+
+def draw_problems(task: Task, purpose: str, seed: int, step: int, size: int, accelerator: Accelerator) -> list[Problem]:
+    """This process's share of the step's problems, a pure function of (seed, step)."""
+    chosen = torch.randint(len(task), (size,), generator=stream(seed, purpose, step)).tolist()
+    share = size // accelerator.num_processes
+    return [task[i] for i in chosen[accelerator.process_index * share : (accelerator.process_index + 1) * share]]
+
+
+def warm_up(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog) -> int:
+    """Supervised steps until warmup_metric on the validation task reaches its target; returns how many were taken."""
+    if not recipe.warmup_steps:
+        return 0
+    progress = log.bar("warm-up", recipe.warmup_steps)
+
+    def draw_noise(step: int) -> tuple[Tensor, Tensor]:
+        generator = stream(recipe.seed, "warm-up masks", step)
+        drawn = draw_levels(generator, recipe.warmup_batch_size, recipe.max_new_tokens)
+        return tuple(x.chunk(accelerator.num_processes)[accelerator.process_index] for x in drawn)
+
+    def on_step(step: int, loss: float) -> bool:
+        done = (step + 1) % recipe.warmup_eval_steps == 0
+        found = evaluate_with(recipe, policy, recipe.validation_task, accelerator)[recipe.warmup_metric] if done else 0.0
+        progress({recipe.warmup_metric: found} if done else {"loss": loss}, show=False)
+        return done and found >= recipe.warmup_target
+
+    taken = warmup(
+        policy,
+        lambda step: draw_problems(recipe.task, "warm-up", recipe.seed, step, recipe.warmup_batch_size, accelerator),
+        max_new_tokens=recipe.max_new_tokens,
+        num_steps=recipe.warmup_steps,
+        learning_rate=recipe.warmup_learning_rate,
+        draw_noise=draw_noise,
+        on_step=on_step,
+        reduce_gradients=lambda policy: sum_gradients(policy, accelerator, mean=True),
+    )
+    progress({}, show=False, close=True)
+    return taken
+
+
+def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accelerator) -> dict[str, float]:
+    return evaluate(
+        policy, task, recipe.eval_sampler, seed=recipe.seed, batch_size=recipe.eval_batch_size, accelerator=accelerator
+    )
+
+
+def shown(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name in ("solve_rate", "cell_accuracy", "accuracy", "reward"))
+
+
+def catch_interrupt(accelerator: Accelerator) -> Callable[[], bool]:
+    """Turn the first Ctrl-C into a flag that all processes read alike after a step; the second one stops at once."""
+    asked = threading.Event()
+
+    def handle(signum: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, handle)
+
+    def interrupted() -> bool:
+        if accelerator.num_processes == 1:
+            return asked.is_set()
+        return bool(accelerator.reduce(torch.tensor(float(asked.is_set()), device=accelerator.device), reduction="sum"))
+
+    return interrupted
+
+
+def save(recipe, accelerator: Accelerator, log: RunLog, step: int, policy: Policy, optimizer, history: dict[str, Any]) -> None:
+    """Checkpoint after `step` steps, by the main process."""
+    if accelerator.is_main_process:
+        state = {
+            "dtype": str(next(policy.module.parameters()).dtype).removeprefix("torch."),
+            "stages": log.seconds,
+            "seconds": history["seconds"] + time.perf_counter() - history["begun"],
+            "eval_before": history["eval_before"],
+            "warmup_steps": history["warmup_steps"],
+            "recipe": described(recipe),
+        }
+        checkpoint.save(Path(recipe.directory) / "checkpoints", step, policy, optimizer, state, keep=recipe.save_total_limit)
+    accelerator.wait_for_everyone()
+
+
+def finish(recipe, accelerator: Accelerator, log: RunLog, policy: Policy, rollout_policy: Policy, history) -> dict[str, Any]:
+    """Evaluate on held-out problems, write summary.json and the picture, say in a paragraph what happened."""
+    with log.stage("evaluation"):
+        after = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
+        quantized = after if rollout_policy is policy else evaluate_with(recipe, rollout_policy, recipe.eval_task, accelerator)
+    log.close()
+    directory = Path(recipe.directory)
+    summary = {
+        "eval_before": history["eval_before"],
+        "eval_after": after,
+        "eval_after_quantized": quantized,
+        "eval_problems": len(recipe.eval_task),
+        "seconds": history["seconds"] + time.perf_counter() - history["begun"],
+        "stages": {name: round(spent, 3) for name, spent in log.seconds.items()},
+        "warmup_steps": history["warmup_steps"],
+        "seed": recipe.seed,
+        "num_processes": accelerator.num_processes,
+        "checkpoint": str(checkpoint.found(directory / "checkpoints")[-1][1]),
+        "machine": machine(accelerator),
+        "recipe": described(recipe),
+    }
+    if accelerator.is_main_process:
+        write_json(directory / "summary.json", summary)
+        picture = report.draw(directory) if recipe.num_steps else None
+        log.say(
+            f"\n{recipe.name}, seed {recipe.seed}: {shown(history['eval_before'])}  ->  {shown(after)}  on {len(recipe.eval_task)} "
+            f"held-out problems, after {history['warmup_steps']} warm-up and {recipe.num_steps} RL steps in {summary['seconds']:.0f} s.\n"
+            f"Checkpoint: {summary['checkpoint']}\nPicture:    {picture}\nNumbers:    {directory / 'summary.json'}\n"
+            f"Sample:     dllm-rl sample {summary['checkpoint']} {_example(recipe)}"
+        )
+    accelerator.wait_for_everyone()
+    return summary
+
+
+def _example(recipe: Recipe) -> str:
+    prompt = recipe.eval_task[0].prompt
+    return repr(prompt) if isinstance(prompt, str) else repr(prompt[-1]["content"])
+
+
+def machine(accelerator: Accelerator) -> dict[str, Any]:
+    """Where a number was measured: versions, device, cores, threads."""
+    versions = {}
+    for package in ("dllm_rl", "torch", "transformers", "accelerate", "torchao"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.processor() or platform.machine()
+    return {"versions": versions, "device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}

@@ -1,0 +1,93 @@
+"""One optimiser update on one Batch, in memory that does not grow with the number of masks.
+
+The loss is a function f of the log-prob estimates l (B, T), and l combines the scores s_n of N masked forwards. So
+    grad f = sum_n (df/ds_n) . grad s_n:
+df/dl is taken once, on detached l, pulled back to the scores, and then one forward and backward per mask and row chunk
+carries that vector through the model. It is exact. At the first inner iteration the current scores ARE the old ones,
+and no forward is spent to find them.
+"""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from dllm_rl.likelihoods import LikelihoodEstimator, backward_view, row_chunks
+from dllm_rl.losses import policy_loss
+from dllm_rl.policies import Policy
+from dllm_rl.types import Batch
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+
+
+def update(policy: Policy, optimizer: torch.optim.Optimizer, accelerator: Accelerator, batch: Batch, recipe, step: int) -> dict[str, float]:
+    """`recipe.num_iterations` optimiser steps on one batch; returns metrics of the last, gradient norms of all.
+
+    Raises FloatingPointError on a gradient that is not finite, before the weights are touched.
+    """
+    gathered: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        group["lr"] = gathered["learning_rate"] = recipe.learning_rate * recipe.lr_schedule(step, recipe.num_steps)
+    for iteration in range(recipe.num_iterations):
+        scores = batch.old_scores
+        if iteration:
+            torch.clear_autocast_cache()  # autocast's bf16 copies are those of the weights before the last step
+            scores = recipe.likelihood.scores(policy, batch.rollout, batch.noise, micro_batch_size=recipe.micro_batch_size)
+        optimizer.zero_grad(set_to_none=True)
+        metrics = accumulate_gradients(policy, batch, scores, recipe)
+        sum_gradients(policy, accelerator)
+        norm = torch.nn.utils.clip_grad_norm_(policy.module.parameters(), recipe.max_grad_norm)
+        if not norm.isfinite():
+            raise FloatingPointError(f"gradient norm is {norm.item()} at inner iteration {iteration}; the update was not applied")
+        optimizer.step()
+        gathered |= reduce_metrics(metrics, accelerator)
+        gathered[f"grad_norm/iteration_{iteration}"] = gathered["grad_norm"] = norm.item()
+    policy.version += 1
+    return gathered
+
+
+def accumulate_gradients(policy: Policy, batch: Batch, scores: Tensor, recipe) -> Metrics:
+    """Add this process's share of the loss gradient to the parameters; returns its metrics as (sum, count) pairs."""
+    estimator: LikelihoodEstimator = recipe.likelihood
+    leaves = scores.detach().requires_grad_()
+    logps = estimator.combine(leaves, batch.noise)
+    _, metrics, gradient = policy_loss(
+        logps.detach(), batch, surrogate=recipe.corrector.surrogate, aggregate=recipe.aggregate, beta=recipe.beta, kl=recipe.kl
+    )
+    (vectors,) = torch.autograd.grad(logps, leaves, gradient)
+    rollout, group = batch.rollout, batch.rollout.group_size
+    for rows in row_chunks(len(rollout.tokens), recipe.micro_batch_size, group, rollout.tokens.device):
+        part, masks = rollout.rows(rows), batch.noise.rows(rows)
+        for n in range(len(masks.masked)):
+            # Only positions that move the loss are scored again; with none left in this view, no forward is run.
+            backward_view(policy, part, masks.masked[n], vectors[n, rows])
+    return metrics
+
+
+def sum_gradients(policy: Policy, accelerator: Accelerator, *, mean: bool = False) -> None:
+    """Sum gradients over processes: the loss is a sum over the global batch, divided by its global counts already.
+
+    A parameter that no token reached gets zeros, so that the optimiser and the other processes treat it like any other.
+    """
+    parameters = [p for p in policy.module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if accelerator.num_processes == 1:
+        return
+    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters]), reduction="mean" if mean else "sum")
+    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+
+
+def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, float]:
+    """(sum, count) pairs -> sums over processes, divided once. A metric that counted nothing is left out."""
+    if not metrics:
+        return {}
+    pairs = torch.stack([torch.stack([s.detach().double().cpu(), c.double().cpu()]) for s, c in metrics.values()])
+    pairs = accelerator.reduce(pairs.to(accelerator.device), reduction="sum").cpu()
+    # The loss is a sum of shares; everything else is a mean.
+    return {
+        name: (total if name == "loss" else total / count).item()
+        for name, (total, count) in zip(metrics, pairs, strict=True)
+        if count
+    }

@@ -1,0 +1,277 @@
+"""Sequence-likelihood estimators: masks are drawn once, as data, and every policy is scored under the same ones.
+
+An estimator is a number of views of the batch. In view n some positions are masked and some are scored; `combine`
+turns the views' log-probs into one contribution per position, whose sum over T estimates log p(completion | prompt).
+Keeping views apart is what lets the learner take them one at a time, in constant memory.
+
+Notation: y a completion of L tokens, m a set of its positions, l_i(m) = log p(y_i | prompt, y with m masked), nats.
+The any-order ELBO is  sum_{k=1..L} (1/k) E_{|m|=k} sum_{i in m} l_i(m)  <=  log p(y) = log E_order prod_i p(y_i | those
+before it in the order). Cost is in forwards of the whole batch, for one scoring of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Generator, Tensor
+
+from dllm_rl.head import backward_token_logprobs, token_logprobs
+from dllm_rl.masks import (
+    draw_block,
+    draw_coupled,
+    draw_everything,
+    draw_exact,
+    draw_nothing,
+    draw_quadrature,
+    draw_trajectory,
+)
+from dllm_rl.policies import Policy
+from dllm_rl.types import Noise, Rollout
+
+
+def weighted_sum(scores: Float[Tensor, "N B T"], noise: Noise) -> Float[Tensor, "B T"]:
+    """sum_n weight_n * log p(y_t | view n), per position, nats."""
+    return (scores * noise.weight).sum(0)
+
+
+def as_drawn(noise: Noise, advantages: Float[Tensor, " B"]) -> Noise:
+    """The noise itself: most estimates do not depend on the advantages."""
+    return noise
+
+
+@dataclass(frozen=True)
+class LikelihoodEstimator:
+    """A named set of pure functions: draw the masks, and combine the views' log-probs.
+
+    draw     rollout, generator -> masks and weights of every view.
+    combine  scores (N, B, T), noise -> contributions (B, T); differentiable.
+    given    noise, advantages (B,) -> noise, for estimates that depend on the advantage's sign (`sandwich`).
+    replays  scoring a rollout policy gives what its sampler recorded, so that nobody need score it again.
+
+    Contract: contributions are zero off the completion; both sides of any ratio use the same estimator and noise.
+    """
+
+    name: str
+    draw: Callable[[Rollout, Generator], Noise]
+    combine: Callable[[Tensor, Noise], Tensor] = weighted_sum
+    given: Callable[[Noise, Tensor], Noise] = as_drawn
+    attention: tuple[str, ...] = ("full", "block_causal")
+    replays: bool = False
+
+    @torch.no_grad()
+    def scores(
+        self, policy: Policy, rollout: Rollout, noise: Noise, *, micro_batch_size: int | None = None
+    ) -> Float[Tensor, "N B T"]:
+        """log p(y_t | view n) in nats where view n scores t, 0 elsewhere. No gradient."""
+        self.check(policy)
+        out = torch.zeros(noise.weight.shape, device=rollout.tokens.device)
+        for rows in row_chunks(len(rollout.tokens), micro_batch_size, rollout.group_size, rollout.tokens.device):
+            part, masks = rollout.rows(rows), noise.rows(rows)
+            for n in range(len(masks.masked)):
+                out[n, rows] = score_view(policy, part, masks.masked[n], masks.weight[n] != 0)
+        return out
+
+    def logprobs(
+        self, policy: Policy, rollout: Rollout, noise: Noise, *, micro_batch_size: int | None = None
+    ) -> Float[Tensor, "B T"]:
+        """Per-position contributions to the estimate, nats; their sum over T is the sequence's. No gradient."""
+        return self.combine(self.scores(policy, rollout, noise, micro_batch_size=micro_batch_size), noise)
+
+    def check(self, policy: Policy) -> None:
+        """Raise ValueError when the estimate is not one of this policy's likelihood."""
+        if policy.spec.attention not in self.attention:
+            raise ValueError(
+                f"likelihood={self.name!r} is for {' or '.join(self.attention)} attention, but the policy's is "
+                f"{policy.spec.attention!r}; use {'causal()' if policy.spec.attention == 'causal' else 'trajectory()'}"
+            )
+
+
+def row_chunks(num_rows: int, micro_batch_size: int | None, group_size: int, device) -> tuple[Tensor, ...]:
+    """Row indices in chunks of whole groups, of at most micro_batch_size rows (but at least one group)."""
+    if not num_rows:
+        return ()
+    size = num_rows if micro_batch_size is None else max(group_size, micro_batch_size // group_size * group_size)
+    return torch.arange(num_rows, device=device).split(size)
+
+
+def score_view(
+    policy: Policy, rollout: Rollout, masked: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """One forward: log p of the rollout's tokens at `scored`, with `masked` positions hidden; nats, 0 elsewhere."""
+    if not scored.any():
+        return torch.zeros(scored.shape, device=scored.device)
+    states = view_states(policy, rollout, masked, scored)
+    logp = token_logprobs(policy, states, rollout.tokens[scored], rollout.processors)
+    return torch.zeros(scored.shape, device=scored.device).masked_scatter(scored, logp)
+
+
+def backward_view(
+    policy: Policy, rollout: Rollout, masked: Bool[Tensor, "B T"], vector: Float[Tensor, "B T"]
+) -> None:
+    """score_view(...).backward(vector) in one forward and backward; positions where `vector` is 0 are left out."""
+    scored = vector != 0
+    if scored.any():
+        states = view_states(policy, rollout, masked, scored)
+        backward_token_logprobs(policy, states, rollout.tokens[scored], rollout.processors, vector[scored])
+
+
+def view_states(
+    policy: Policy, rollout: Rollout, masked: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]
+) -> Float[Tensor, "K D"]:
+    """The hidden states at `scored` (not empty), row by row, with `masked` positions hidden from the model.
+
+    Where all completions of a prompt look the same to the model, one forward serves the group; rows without a scored
+    position are left out.
+    """
+    mask_id = policy.spec.mask_id
+    tokens = rollout.tokens if mask_id is None else rollout.tokens.masked_fill(masked, mask_id)
+    group, attention_mask = rollout.group_size, rollout.attention_mask
+    first = lambda x: x[::group].repeat_interleave(group, dim=0)  # noqa: E731
+    if group > 1 and torch.equal(tokens, first(tokens)) and torch.equal(attention_mask, first(attention_mask)):
+        return policy.hidden(tokens[::group], attention_mask[::group]).repeat_interleave(group, dim=0)[scored]
+    live = scored.any(-1)
+    return policy.hidden(tokens[live], attention_mask[live])[scored[live]]
+
+
+def causal() -> LikelihoodEstimator:
+    """log p(y) = sum_t log p(y_t | prompt, y_<t). One forward, exact. For autoregressive policies."""
+    return LikelihoodEstimator("causal", draw_nothing, attention=("causal",))
+
+
+def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
+    """d1's mean-field estimate: sum_i l_i(all of y), each prompt token masked with probability `prompt_mask`.
+
+    One forward (a G-th of one at prompt_mask=0, where a prompt's completions all look the same). No noise but the
+    prompt's; biased: tokens count as independent given the prompt. Source: d1, arXiv 2504.12216 [paper].
+    """
+    if not 0 <= prompt_mask < 1:
+        raise ValueError(f"prompt_mask={prompt_mask} must lie in [0, 1)")
+    return LikelihoodEstimator("one_step", partial(draw_everything, prompt_mask=prompt_mask))
+
+
+def elbo(*, num_samples: int = 4, stratified: bool = True, antithetic: bool = False) -> LikelihoodEstimator:
+    """The any-order ELBO by masks of exactly k tokens: the mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}.
+
+    num_samples forwards; unbiased for the ELBO, high variance. Sources: LLaDA eq. 14, VRPO [paper].
+    stratified  k spread evenly over 1..L among the samples.
+    antithetic  samples in pairs (num_samples even): k with L+1-k, the second mask taken from the other end of the same
+                random order, so that a pair scores every token at least once.
+    """
+    _at_least_one("num_samples", num_samples)
+    if antithetic and num_samples % 2:
+        raise ValueError(f"num_samples={num_samples} must be even with antithetic=True; use {num_samples + 1}")
+    draw = partial(draw_exact, num_samples=num_samples, stratified=stratified, antithetic=antithetic)
+    return LikelihoodEstimator("elbo", draw)
+
+
+def coupled(*, num_samples: int = 1) -> LikelihoodEstimator:
+    """The any-order ELBO from a mask and its complement, so that every token is scored.
+
+    k is stratified over 0..L, m holds exactly k of the L completion positions:
+        ( sum_{i in m} l_i(m) (L+1)/k + sum_{i not in m} l_i(m^c) (L+1)/(L-k) ) / 2,
+    a term with an empty set being 0. Unbiased for the ELBO; 2 * num_samples forwards. Source: ESPO's form [paper].
+    """
+    _at_least_one("num_samples", num_samples)
+    return LikelihoodEstimator("coupled", partial(draw_coupled, num_samples=num_samples))
+
+
+def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
+    """The any-order ELBO, integral_0^1 E_m[(L/k) sum_{i in m} l_i(m)] dt, by Gauss-Legendre nodes t_n with weights w_n:
+    sum_n w_n (L/k_n) sum_{i in m_n} l_i(m_n), k_n = floor(t_n L) + 1, one random mask of exactly k_n tokens a node.
+
+    `nodes` forwards; no variance from k. Bias: that of the quadrature rule and of rounding k_n to an integer, zero when
+    the integrand is linear in k and t_n L + 1/2 is an integer; it does not shrink with more masks. Sources: GDPO/SDMC,
+    arXiv 2510.08554 [paper]; exactly k masked tokens instead of independent ones [ours].
+    """
+    _at_least_one("nodes", nodes)
+    return LikelihoodEstimator("quadrature", partial(draw_quadrature, nodes=nodes))
+
+
+def block(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
+    """The ELBO of block-wise decoding: blocks before a chosen one clean, a mask inside it, later ones fully masked.
+
+    With blocks b = 1..N of L_b tokens, k ~ U{1..L_b} and m in b with |m| = k, the mean over samples of
+        N (L_b / k) sum_{i in m} l_i(m and all later blocks),  b ~ U{1..N}, stratified over the samples.
+    Unbiased for the sum over blocks of each one's any-order ELBO given those before it: a lower bound of the likelihood
+    under the block-wise sampler. num_samples forwards; num_samples = N scores every block. Source: SPG, arXiv
+    2510.09541 [paper]; its code averages over all masked tokens, later blocks' included, where only the chosen block's
+    are scored here [ours]. Blocks start at the completion, as `unmask`'s do; a last block may be short.
+    """
+    _at_least_one("num_samples", num_samples)
+    _at_least_one("block_size", block_size)
+    return LikelihoodEstimator("block", partial(draw_block, block_size=block_size, num_samples=num_samples))
+
+
+def upper_bound(scores: Float[Tensor, "N B T"], noise: Noise, *, beta: float) -> Float[Tensor, "B T"]:
+    """(1/beta) log sum_n weight_n p_i(view n)^beta per position, nats; 0 where no view scores it."""
+    scored = noise.weight > 0
+    # A position that no view scores would be log 0: its terms are replaced before the log, and its result after.
+    logits = torch.where(scored, beta * scores + noise.weight.where(scored, 1).log(), -torch.inf)
+    nowhere = ~scored.any(0)
+    return torch.where(nowhere, 0, logits.masked_fill(nowhere, 0).logsumexp(0) / beta)
+
+
+def mixed_bounds(scores: Float[Tensor, "N B T"], noise: Noise, *, beta: float) -> Float[Tensor, "B T"]:
+    """The lower bound, or upper_share of the upper one and the rest of the lower one, per position, nats."""
+    lower = weighted_sum(scores, noise)
+    if noise.upper_share is None:
+        return lower
+    return torch.lerp(lower, upper_bound(scores, noise, beta=beta), noise.upper_share[:, None])
+
+
+def upper_where_negative(noise: Noise, advantages: Float[Tensor, " B"], *, mix: float) -> Noise:
+    """The noise with upper_share = mix in the rows whose advantage is negative, 0 in the others."""
+    return replace(noise, upper_share=mix * (advantages < 0).to(noise.weight))
+
+
+def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
+    """SPG's evidence upper bound: sum_i (1/beta) log mean_t[ p_i^beta 1(i in m) / t ], on the masks of `base`.
+
+    base  elbo, coupled (the default, `coupled()`), quadrature or block: the same masks, and their weights for 1/t.
+    Cost as base. Over all masks it is at least the ELBO for every beta > 0 (Jensen). It is at least log p for beta >= L
+    (Hoelder), and for any beta when the model's conditionals belong to one joint distribution; in between an
+    inconsistent model's log p can lie above it [ours]: SPG's theorem (beta >= 1) adds a constant that no gradient sees. With
+    few masks the log of a mean is biased downwards. Source: SPG, arXiv 2510.09541, and its code [paper], which divides
+    by the number of scored tokens where this is a sum.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta={beta} must be above 0")
+    base = coupled() if base is None else base
+    return replace(base, name="eubo", replays=False, combine=partial(upper_bound, beta=beta))
+
+
+def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
+    """SPG's pair of bounds: the ELBO where the advantage is >= 0, mix * EUBO + (1 - mix) * ELBO where it is negative.
+
+    Raising a lower bound or lowering an upper one moves log p itself. Both bounds come from the same views of `base`
+    (see `eubo`), at its cost. `given(noise, advantages)` records each row's share of the upper bound with its masks, so
+    that every side of a ratio uses the same mixture; noise that was not given advantages is scored by the ELBO alone.
+    Source: SPG, arXiv 2510.09541, and its code [paper]; inside a clipped ratio, per token and unnormalised [ours].
+    """
+    if not beta > 0:
+        raise ValueError(f"beta={beta} must be above 0")
+    if not 0 <= mix <= 1:
+        raise ValueError(f"mix={mix} must lie in [0, 1]")
+    base, combine = coupled() if base is None else base, partial(mixed_bounds, beta=beta)
+    given = partial(upper_where_negative, mix=mix)
+    return replace(base, name="sandwich", replays=False, combine=combine, given=given)
+
+
+def trajectory(*, num_segments: int | None = None) -> LikelihoodEstimator:
+    """Replay the recorded unmasking: in segment s, score the tokens committed there, everything from s on masked.
+
+    With every step its own segment (None) it is the exact log-probability of the tokens given the order; with
+    num_segments each row's steps are merged into that many equal parts. One forward a segment. Sources: TraceRL,
+    d2's StepMerge [paper].
+    """
+    if num_segments is not None:
+        _at_least_one("num_segments", num_segments, "None for every step")
+    draw = partial(draw_trajectory, num_segments=num_segments)
+    return LikelihoodEstimator("trajectory", draw, replays=num_segments is None)
+
+
+def _at_least_one(name: str, value: int, otherwise: str | None = None) -> None:
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1" + (f", or {otherwise}" if otherwise else ""))

@@ -1,0 +1,228 @@
+"""The published families, each a table entry and at most one small function: what its config says in stock terms.
+
+To add one, write its `FamilySpec` here and list it in FAMILIES; nothing else changes.
+"""
+
+from dataclasses import replace
+
+import transformers
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from dllm_rl.models.spec import BERT_LINEARS, FamilySpec, encode_roberta, mlm_head
+
+_SAME = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act "
+    "max_position_embeddings rms_norm_eps tie_word_embeddings attention_bias attention_dropout initializer_range "
+    "num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers "
+    "first_k_dense_replace n_group topk_group routed_scaling_factor"
+).split()
+
+
+def _fields(raw: dict, **more) -> dict:
+    """Config fields that the authors call as stock classes do, ids that may be absent, rotary parameters, and `more`."""
+    rope = {"rope_type": "default", "rope_theta": raw["rope_theta"]} | (raw.get("rope_scaling") or {})
+    if raw.get("partial_rotary_factor"):
+        rope["partial_rotary_factor"] = raw["partial_rotary_factor"]
+    ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")}
+    same = {key: raw[key] for key in _SAME if raw.get(key) is not None}
+    return same | ids | {"rope_parameters": rope, "is_causal": False, "use_cache": False} | more
+
+
+def _refuse(raw: dict, **supported) -> None:
+    """Raise ValueError when a field has a value other than the one that the stock class computes."""
+    for key, value in supported.items():
+        if raw.get(key) not in (None, value):
+            raise ValueError(f"{key}={raw[key]!r} is not supported for {raw['architectures'][0]}; only {key}={value!r} is")
+
+
+def llada(raw: dict) -> tuple[type, LlamaConfig]:
+    """LLaDA-8B, LLaDA-1.5: a Llama under OLMo's names. No pad id: its embedding must be trained, for it is also eos."""
+    _refuse(raw, block_type="llama", layer_norm_type="rms", activation_type="silu", alibi=False, rope=True)
+    _refuse(raw, include_bias=False, include_qkv_bias=False, bias_for_layer_norm=False, attention_layer_norm=False)
+    _refuse(raw, input_emb_norm=False, scale_logits=False, multi_query_attention=False, block_group_size=1)
+    fields = _fields(
+        raw,
+        vocab_size=raw.get("embedding_size") or raw["vocab_size"],
+        hidden_size=raw["d_model"],
+        intermediate_size=raw.get("mlp_hidden_size") or raw["mlp_ratio"] * raw["d_model"],
+        num_hidden_layers=raw["n_layers"],
+        num_attention_heads=raw["n_heads"],
+        num_key_value_heads=raw.get("n_kv_heads") or raw["n_heads"],
+        head_dim=raw["d_model"] // raw["n_heads"],
+        max_position_embeddings=raw["max_sequence_length"],
+        tie_word_embeddings=raw.get("weight_tying", False),
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM, LlamaConfig(**fields)
+
+
+def llada_moe(raw: dict) -> tuple[type, Qwen3MoeConfig]:
+    """LLaDA-MoE-7B-A1B: a Qwen3-MoE whose chosen experts' weights are not normalised."""
+    if raw.get("moe_router_enable_expert_bias"):
+        raise ValueError(
+            "moe_router_enable_expert_bias=True adds the bias to the experts' weights, which is not supported; "
+            "use a checkpoint without it"
+        )
+    _refuse(raw, moe_router_score_function="softmax", qk_layernorm=True, routed_scaling_factor=1)
+    _refuse(raw, shared_expert_intermediate_size=0, partial_rotary_factor=1, clip_qkv=0, router_num_group=1)
+    fields = _fields(
+        raw,
+        intermediate_size=raw.get("dense_intermediate_size") or raw["expert_intermediate_size"],
+        moe_intermediate_size=raw["expert_intermediate_size"],
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+        num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+        norm_topk_prob=bool(raw.get("norm_topk_prob")),
+        mlp_only_layers=[i for i, sparse in enumerate(raw.get("moe_layer_freq") or []) if not sparse],
+        decoder_sparse_step=1,
+    )
+    fields.pop("routed_scaling_factor", None)
+    return Qwen3MoeForCausalLM, Qwen3MoeConfig(**fields)
+
+
+def llada2(raw: dict) -> tuple[type, Glm4MoeConfig]:
+    """LLaDA2.0, LLaDA2.1: a GLM-4-MoE with fused query-key-value rows; the expert bias only selects."""
+    _refuse(raw, score_function="sigmoid", use_bias=False, norm_head=False, use_rmsnorm=True, use_sliding_window=False)
+    fields = _fields(
+        raw,
+        n_routed_experts=raw["num_experts"],
+        n_shared_experts=raw["num_shared_experts"],
+        attention_bias=bool(raw.get("use_qkv_bias")),
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+        norm_topk_prob=raw.get("norm_topk_prob", True),
+        use_qk_norm=True,
+    )
+    fields.pop("num_experts")
+    return Glm4MoeForCausalLM, Glm4MoeConfig(**fields)
+
+
+def dream(raw: dict) -> tuple[type, Qwen2Config]:
+    """Dream-7B, DiffuCoder: Qwen2 itself, with the shifted head of its autoregressive ancestor."""
+    _refuse(raw, use_sliding_window=False)
+    return Qwen2ForCausalLM, Qwen2Config(**_fields(raw))
+
+
+def sdar(raw: dict) -> tuple[type, Qwen3Config | Qwen3MoeConfig]:
+    """SDAR, TraDo: Qwen3 itself, dense or with experts."""
+    _refuse(raw, use_sliding_window=False)
+    if raw.get("num_experts"):
+        return Qwen3MoeForCausalLM, Qwen3MoeConfig(**_fields(raw))
+    return Qwen3ForCausalLM, Qwen3Config(**_fields(raw))
+
+
+_BLOCK = (("attn_norm", "input_layernorm"), ("ff_norm", "post_attention_layernorm"), ("attn_out", "self_attn.o_proj"))
+_BLOCK += tuple((f"{x}_proj", f"self_attn.{x}_proj") for x in "qkv")
+_BLOCK += (("ff_proj", "mlp.gate_proj"), ("up_proj", "mlp.up_proj"), ("ff_out", "mlp.down_proj"))
+
+LLADA = FamilySpec(
+    name="llada",
+    attention="full",
+    architectures=("LLaDAModelLM", "LLaDAModel"),
+    when=lambda raw: "num_experts" not in raw,
+    native=llada,
+    float32_rope=True,
+    mask_id=126336,
+    end_tokens=("<|eot_id|>",),
+    names=(
+        ("model.transformer.wte", "model.embed_tokens"),
+        ("model.transformer.ln_f", "model.norm"),
+        ("model.transformer.ff_out", "lm_head"),
+        *((f"model.transformer.blocks.*.{a}", f"model.layers.*.{b}") for a, b in _BLOCK),
+    ),
+)
+LLADA_MOE = FamilySpec(
+    name="llada_moe",
+    attention="full",
+    architectures=("LLaDAMoEModelLM", "LLaDAMoEModel", "LLaDAModelLM"),
+    when=lambda raw: "num_experts" in raw,
+    native=llada_moe,
+    mask_id=156895,
+    end_tokens=("<|role_end|>",),
+)
+LLADA2 = FamilySpec(
+    name="llada2",
+    attention="block_causal",
+    block_size=32,
+    architectures=("LLaDA2MoeModelLM",),
+    native=llada2,
+    mask_id=156895,
+    end_tokens=("<|role_end|>",),
+    fused_qkv="model.layers.*.attention.query_key_value",
+    names=(
+        ("model.word_embeddings", "model.embed_tokens"),
+        ("model.layers.*.attention.query_layernorm", "model.layers.*.self_attn.q_norm"),
+        ("model.layers.*.attention.key_layernorm", "model.layers.*.self_attn.k_norm"),
+        ("model.layers.*.attention.dense", "model.layers.*.self_attn.o_proj"),
+        ("model.layers.*.mlp.gate.expert_bias", "model.layers.*.mlp.gate.e_score_correction_bias"),
+    ),
+)
+DREAM = FamilySpec(
+    name="dream",
+    attention="full",
+    shift=True,
+    architectures=("DreamModel",),
+    native=dream,
+    mask_id=151666,
+    end_tokens=("<|im_end|>",),
+)
+SDAR = FamilySpec(
+    name="sdar",
+    attention="block_causal",
+    block_size=4,
+    architectures=("SDARForCausalLM", "SDARMoeForCausalLM"),
+    native=sdar,
+    mask_id=151669,
+    end_tokens=("<|im_end|>",),
+)
+MASKED_LM = FamilySpec(
+    name="masked_lm",
+    attention="full",
+    architectures=("*ForMaskedLM",),
+    head=mlm_head,
+    lora_targets=BERT_LINEARS,
+    ignored=(r".*\.pooler\..*", r"cls\.seq_relationship\..*", r".*\.position_ids"),
+)
+ROBERTA = replace(
+    MASKED_LM,
+    name="roberta",
+    architectures=("*RobertaForMaskedLM", "RobertaPreLayerNormForMaskedLM", "CamembertForMaskedLM"),
+    encode=encode_roberta,
+)
+DIFFUSION_LM = FamilySpec(
+    name="diffusion_lm",  # a stock causal class whose config says is_causal=False
+    attention="full",
+    architectures=("*ForCausalLM", "*LMHeadModel"),
+    when=lambda raw: raw.get("is_causal") is False,
+)
+SHIFTED_DIFFUSION_LM = replace(
+    DIFFUSION_LM, name="shifted_diffusion_lm", shift=True, when=lambda raw: raw.get("is_causal") is False and bool(raw.get("shifted_head"))
+)
+CAUSAL_LM = FamilySpec(name="causal_lm", attention="causal", shift=True, architectures=("*ForCausalLM", "*LMHeadModel"))
+
+# The first that recognises a config is taken: the particular before the general.
+FAMILIES = (LLADA, LLADA_MOE, LLADA2, DREAM, SDAR, ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM)
+
+
+def family_of(raw: dict) -> FamilySpec:
+    """The family that a checkpoint's config fields describe. Raises ValueError for one that is not known."""
+    architecture = (raw.get("architectures") or [None])[0]
+    for family in FAMILIES:
+        # A checkpoint's own class may be called ...ForCausalLM too.
+        if family.recognises(raw) and (family.native or hasattr(transformers, architecture)):
+            return family
+    known = ", ".join(sorted({name.replace("*", "...") for family in FAMILIES for name in family.architectures}))
+    asks = " and its config asks for remote code (auto_map), which is never run" if raw.get("auto_map") else ""
+    raise ValueError(
+        f"architectures={architecture!r} is not known{asks}; known are {known}; "
+        "to add a family, write a FamilySpec in dllm_rl/models/families.py"
+    )

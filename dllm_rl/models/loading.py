@@ -1,0 +1,252 @@
+"""Checkpoint folder -> stock module, tokenizer and spec; and back, bit for bit, in the checkpoint's own layout."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from dllm_rl.lora import has_extras, merged_copy, merged_state
+from dllm_rl.models.families import family_of
+from dllm_rl.models.rope import rotate_in_float32
+from dllm_rl.models.spec import FamilySpec, encode_block_causal, encode_roberta, mlm_head
+from dllm_rl.models.weights import read_tensors, to_original, to_stock, write_tensors
+
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+
+
+def load_module(
+    path_or_id: str | Path,
+    *,
+    dtype: torch.dtype | str,
+    block_size: int | None = None,
+    quantization: str | None = None,
+) -> tuple[nn.Module, PreTrainedTokenizerBase, FamilySpec]:
+    """The stock module, tokenizer and spec of a checkpoint, with every tensor accounted for.
+
+    dtype "auto" keeps the checkpoint's. Raises ValueError when tensors are missing or have no place in the module.
+    """
+    folder = folder_of(path_or_id)
+    raw = json.loads((folder / "config.json").read_text())
+    family = family_of(raw)
+    tokenizer = load_tokenizer(folder, stock=family.native is None)
+    options = {"dtype": dtype, "output_loading_info": True}
+    if quantization is not None:
+        options["quantization_config"] = bitsandbytes_config(quantization, dtype)
+    with quiet_progress():
+        if family.native is None:
+            auto = AutoModelForMaskedLM if family.head is mlm_head else AutoModelForCausalLM
+            module, report = auto.from_pretrained(folder, trust_remote_code=False, **options)
+        else:
+            cls, config = family.native(raw)
+            state = to_stock(read_tensors(folder), family, config)
+            if dtype == "auto":  # not that of whichever tensor comes first: an expert bias is fp32 in a bf16 checkpoint
+                options["dtype"] = state["model.embed_tokens.weight"].dtype
+            module, report = cls.from_pretrained(None, config=config, state_dict=state, **options)
+    check_report(report, family, folder)
+    spec = spec_of(module.config, tokenizer, raw=raw, folder=folder, block_size=block_size)
+    return prepared(module, spec), tokenizer, spec
+
+
+def build_empty(raw: dict) -> nn.Module:
+    """The stock module that config fields describe, on the meta device: shapes without storage."""
+    family = family_of(raw)
+    with torch.device("meta"):
+        if family.native is None:
+            cls = getattr(transformers, raw["architectures"][0])
+            return prepared(cls(cls.config_class.from_dict(raw)), family)
+        cls, config = family.native(raw)
+        return prepared(cls(config), family)
+
+
+def prepared(module: nn.Module, spec: FamilySpec) -> nn.Module:
+    """The module with what its family adds to the stock class."""
+    if spec.float32_rope:
+        rotate_in_float32(module)
+    for layer in module.modules():
+        # bitsandbytes would repack 4-bit weights in place for a CPU path that rounds scales to bf16, at the first forward
+        # without gradients: the scored and the trained model would not be the same.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return module
+
+
+def check_report(report: dict, family: FamilySpec, folder: Path) -> None:
+    """Raise ValueError on a tensor that is missing, has no place, or has another shape."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = [str(n) for n in report[kind] if not any(re.fullmatch(pattern, str(n)) for pattern in family.ignored)]
+        if names:
+            raise ValueError(f"{folder}: {kind} {sorted(names)[:5]}; the checkpoint is not a complete {family.name}")
+
+
+def spec_of(
+    config,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    raw: dict | None = None,
+    folder: Path | None = None,
+    block_size: int | None = None,
+) -> FamilySpec:
+    """The family's spec, with the ids and limits of this checkpoint filled in.
+
+    config  the module's; raw: the fields of the checkpoint's own config.json, where that is another.
+    Raises ValueError when a diffusion model has no mask token, or one outside its vocabulary.
+    """
+    raw = config.to_dict() if raw is None else raw
+    family = family_of(raw)
+    changes = {"eos_ids": end_ids(config, tokenizer, family, folder), "max_length": config.max_position_embeddings}
+    if family.attention != "causal":
+        changes["mask_id"] = mask_id_of(config, tokenizer, family)
+    if family.attention == "block_causal":
+        size = block_size or raw.get("block_size") or family.block_size
+        changes |= {"block_size": size, "encode": partial(encode_block_causal, block_size=size)}
+    elif block_size is not None:
+        raise ValueError(f"block_size={block_size} is for block-causal models, but {family.name} has {family.attention} attention; leave it out")
+    if family.encode is encode_roberta:
+        changes["max_length"] -= config.pad_token_id + 1
+    if family.native:
+        changes |= {"original": raw, "source": str(folder) if folder else None}
+    return replace(family, **changes)
+
+
+def mask_id_of(config, tokenizer: PreTrainedTokenizerBase, family: FamilySpec) -> int:
+    """The config's mask id, else the tokenizer's, else the family's."""
+    candidates = (getattr(config, "mask_token_id", None), tokenizer.mask_token_id, family.mask_id)
+    found = next((i for i in candidates if i is not None), None)
+    if found is None:
+        raise ValueError("mask_token_id is neither in the config nor in the tokenizer; set mask_token_id in config.json")
+    if tokenizer.mask_token_id not in (None, found):
+        raise ValueError(
+            f"mask_token_id={found} in the config, but the tokenizer's mask token {tokenizer.mask_token!r} is "
+            f"{tokenizer.mask_token_id}; correct one of them"
+        )
+    if not 0 <= found < config.vocab_size:
+        raise ValueError(f"mask_token_id={found} is outside the vocabulary of {config.vocab_size} tokens; set it in config.json")
+    return found
+
+
+def end_ids(config, tokenizer: PreTrainedTokenizerBase, family: FamilySpec, folder: Path | None) -> tuple[int, ...]:
+    """Ids that end a completion: the config's, generation_config.json's, the tokenizer's, the family's end tokens."""
+    generation = folder / "generation_config.json" if folder else None
+    also = json.loads(generation.read_text()).get("eos_token_id") if generation and generation.exists() else None
+    ids = [tokenizer.eos_token_id, *(tokenizer.get_vocab().get(token) for token in family.end_tokens)]
+    for some in (also, config.eos_token_id):
+        ids = [*(some if isinstance(some, list) else [some]), *ids]
+    return tuple(dict.fromkeys(i for i in ids if i is not None and i < config.vocab_size))
+
+
+def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
+    """A stock tokenizer from the checkpoint's files; a tokenizer class of its own is never run, only its files read.
+
+    stock  the model is one that transformers knows, so that it may choose the class.
+    """
+    config = folder / "tokenizer_config.json"
+    asked = json.loads(config.read_text()) if config.exists() else {}
+    if stock and "auto_map" not in asked:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if (folder / "tokenizer.json").exists():
+        cls = transformers.PreTrainedTokenizerFast
+    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        cls = transformers.Qwen2Tokenizer
+    else:
+        raise ValueError(
+            f"{folder}: tokenizer_class={asked.get('tokenizer_class')!r} asks for remote code, which is never run; "
+            "add a tokenizer.json, or vocab.json and merges.txt"
+        )
+    tokenizer = cls.from_pretrained(folder)
+    for number, token in asked.get("added_tokens_decoder", {}).items():
+        found = tokenizer.convert_tokens_to_ids(token["content"])
+        if found != int(number):
+            raise ValueError(f"{folder}: token {token['content']!r} is {found}, not {number}; its files need a tokenizer.json")
+    return tokenizer
+
+
+def folder_of(path_or_id: str | Path) -> Path:
+    """The folder itself, or the one that a model hub's id (owner/name) is downloaded to."""
+    path = Path(path_or_id)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith("."):
+        raise ValueError(f"path_or_id={str(path_or_id)!r} is neither a folder nor a model hub's id; give one of them")
+    return Path(snapshot_download(str(path_or_id), allow_patterns=_FILES))
+
+
+def save_module(
+    module: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: FamilySpec,
+    directory: str | Path,
+    *,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Write weights (adapters merged), config and tokenizer in the layout that the checkpoint came in."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with quiet_progress():
+        if spec.native is None:
+            stored = merged_copy(module) if has_extras(module) else module
+            stored.save_pretrained(directory, max_shard_size=max_shard_size)
+        else:
+            skip = transient(module)
+            state = {name: tensor for name, tensor in merged_state(module) if name not in skip}
+            write_tensors(to_original(state, spec, module.config), directory, max_shard_size=max_shard_size)
+            dtype = str(state["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+            fields = spec.original | dict.fromkeys(_dtype_keys(spec.original), dtype)
+            (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+            copy_code(spec, directory)
+        tokenizer.save_pretrained(directory)
+
+
+def transient(module: nn.Module) -> set[str]:
+    """Names of the buffers that no checkpoint holds."""
+    return {f"{path}.{name}" for path, layer in module.named_modules() for name in layer._non_persistent_buffers_set}
+
+
+def _dtype_keys(fields: dict) -> list[str]:
+    return [key for key in ("dtype", "torch_dtype") if key in fields] or ["torch_dtype"]
+
+
+def copy_code(spec: FamilySpec, directory: Path) -> None:
+    """Carry over generation_config.json and the authors' own .py files, unread, so that their tools open what is saved."""
+    source = Path(spec.source) if spec.source else None
+    if source is None or not source.is_dir() or source.resolve() == directory.resolve():
+        return
+    for file in [*source.glob("*.py"), *source.glob("generation_config.json")]:
+        shutil.copyfile(file, directory / file.name)
+
+
+def bitsandbytes_config(quantization: str, dtype: torch.dtype | str):
+    """bitsandbytes' description of a frozen base in 4 ("nf4") or 8 ("int8") bits; heads stay as they are."""
+    compute = torch.bfloat16 if dtype == "auto" else dtype
+    if quantization == "nf4":
+        return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    if quantization == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    raise ValueError(f"quantization={quantization!r} is not known; use 'nf4', 'int8' or None")
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Without transformers' progress bars and load reports, which would run through a caller's own; settings are put back.
+
+    Nothing is lost: a tensor that a report would name stops the loading with an error.
+    """
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

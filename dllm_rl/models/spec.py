@@ -1,0 +1,118 @@
+"""What the library must know of a backbone, and the few functions in which backbones differ when they run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+Attention = Literal["full", "block_causal", "causal"]
+
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BERT_LINEARS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
+
+
+def encode_base(
+    module: nn.Module,
+    tokens: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"] | Bool[Tensor, "B 1 T T"],
+    positions: Int[Tensor, "B T"],
+) -> Float[Tensor, "B T D"]:
+    """The final hidden states of a stock module's backbone."""
+    outputs = module.base_model(input_ids=tokens, attention_mask=attention_mask, position_ids=positions)
+    return outputs.last_hidden_state
+
+
+def encode_roberta(
+    module: nn.Module, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], positions: Int[Tensor, "B T"]
+) -> Float[Tensor, "B T D"]:
+    """RoBERTa counts positions from pad_token_id + 1."""
+    return encode_base(module, tokens, attention_mask, positions + module.config.pad_token_id + 1)
+
+
+def block_causal_mask(
+    attention_mask: Bool[Tensor, "B T"], positions: Int[Tensor, "B T"], block_size: int
+) -> Bool[Tensor, "B 1 T T"]:
+    """Query q may see key k when k is no padding and floor(position_k / block) <= floor(position_q / block).
+
+    Positions count the tokens that are no padding, so blocks start at the first token of a row wherever it is padded.
+    """
+    block = positions // block_size
+    return (attention_mask[:, None, :] & (block[:, None, :] <= block[:, :, None]))[:, None]
+
+
+def encode_block_causal(
+    module: nn.Module,
+    tokens: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
+    positions: Int[Tensor, "B T"],
+    *,
+    block_size: int,
+) -> Float[Tensor, "B T D"]:
+    """The final hidden states under the block-causal mask: a stock class takes a mask of four axes as it is."""
+    return encode_base(module, tokens, block_causal_mask(attention_mask, positions, block_size), positions)
+
+
+def linear_head(module: nn.Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+    return module.get_output_embeddings()(hidden)
+
+
+def mlm_head(module: nn.Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+    """BERT-type heads transform before they project."""
+    if hasattr(module, "decoder"):  # ModernBERT
+        return module.decoder(module.head(hidden))
+    return next(getattr(module, name) for name in ("cls", "lm_head", "predictions") if hasattr(module, name))(hidden)
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """One family of checkpoints. After loading nobody asks what a model is again.
+
+    attention    "full", "block_causal" (blocks of `block_size`, aligned to a row's first token) or "causal".
+    shift        the state at t-1 predicts position t.
+    mask_id      token id of the mask; None for causal models.
+    eos_ids      ids that end a completion.
+    max_length   longest sequence the model can take, in tokens; None if unknown.
+    encode, head module, tokens, attention mask, positions -> hidden states; module, hidden states -> logits.
+    lora_targets names of the linear layers of a block that LoRA adapts unless told otherwise.
+
+    How a checkpoint is recognised and read:
+    architectures  values of the config's `architectures` field (a suffix, when it starts with "*").
+    when           further test of the config's fields.
+    native         config fields -> (stock class, its config); None when the checkpoint is a stock one.
+    names          (original, stock) module or tensor names, `*` standing for a number; names not listed are the same.
+    fused_qkv      original name of a projection that holds query, key and value rows one after the other.
+    float32_rope   rotary embeddings are applied in fp32 whatever the weights' dtype.
+    ignored        patterns of tensors in the checkpoint that the model has no use for.
+    end_tokens     tokens that end a completion besides the config's eos, where the tokenizer has them.
+    original       the checkpoint's own config fields, written back on saving; None for stock ones.
+    source         folder that the checkpoint came from.
+    """
+
+    name: str
+    attention: Attention
+    shift: bool = False
+    block_size: int | None = None
+    mask_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    max_length: int | None = None
+    encode: Callable = encode_base
+    head: Callable = linear_head
+    lora_targets: tuple[str, ...] = LLAMA_LINEARS
+    architectures: tuple[str, ...] = ()
+    when: Callable[[dict], bool] = lambda config: True
+    native: Callable[[dict], tuple] | None = None
+    names: tuple[tuple[str, str], ...] = ()
+    fused_qkv: str | None = None
+    float32_rope: bool = False
+    ignored: tuple[str, ...] = ()
+    end_tokens: tuple[str, ...] = ()
+    original: dict | None = field(default=None, compare=False, repr=False)
+    source: str | None = field(default=None, compare=False, repr=False)
+
+    def recognises(self, config: dict) -> bool:
+        """Whether a checkpoint with these config fields is of this family."""
+        names = config.get("architectures") or [""]
+        fits = lambda a: names[0].endswith(a[1:]) if a.startswith("*") else names[0] == a  # noqa: E731
+        return any(map(fits, self.architectures)) and self.when(config)

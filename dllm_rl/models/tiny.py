@@ -1,0 +1,128 @@
+"""Small models made from scratch: stock transformers classes with a character-level tokenizer.
+
+Their initialisation is not the classes' default (std 0.02 everywhere), with which a model of this size does not learn
+a Sudoku grid in minutes: embeddings std 0.3, linear layers 0.7/sqrt(fan_in), head 0.02.
+"""
+
+import math
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Generator, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaPreLayerNormConfig,
+    RobertaPreLayerNormForMaskedLM,
+)
+
+from dllm_rl.policies import AutoregressivePolicy, DiffusionPolicy, make_policy
+
+PAD, MASK, EOS = "<pad>", "<mask>", "<eos>"
+
+
+def char_tokenizer(characters: str) -> PreTrainedTokenizerFast:
+    """One token per character, after <pad> 0, <mask> 1, <eos> 2; decoding gives the text back exactly.
+
+    There is no unknown token: a character outside `characters` stops the encoding with an exception.
+    """
+    vocabulary = {token: i for i, token in enumerate([PAD, MASK, EOS, *dict.fromkeys(characters)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, mask_token=MASK, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, generator: Generator, *, embedding_std: float, head_std: float, gain: float) -> None:
+    """Draw every weight again: embeddings and head with the given std, other matrices with gain / sqrt(fan_in)."""
+    head = module.get_output_embeddings()
+    for layer in module.modules():
+        if isinstance(layer, nn.Embedding):
+            layer.weight.normal_(0, embedding_std, generator=generator)
+        elif isinstance(layer, nn.Linear):
+            std = head_std if layer is head else gain / math.sqrt(layer.in_features)
+            layer.weight.normal_(0, std, generator=generator)
+            if layer.bias is not None:
+                layer.bias.zero_()
+
+
+def tiny_masked_lm(
+    *,
+    characters: str,
+    seed: int = 0,
+    hidden_size: int = 96,
+    num_layers: int = 3,
+    num_heads: int = 4,
+    intermediate_size: int = 384,
+    max_length: int = 64,
+    embedding_std: float = 0.3,
+    head_std: float = 0.02,
+    gain: float = 0.7,
+) -> DiffusionPolicy:
+    """A pre-norm RoBERTa: bidirectional by nature, with learned positions, which a grid is learned fastest with."""
+    tokenizer = char_tokenizer(characters)
+    config = RobertaPreLayerNormConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        intermediate_size=intermediate_size,
+        max_position_embeddings=max_length + 1,  # counted from pad_token_id + 1
+        type_vocab_size=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id,
+    )
+    return _made(RobertaPreLayerNormForMaskedLM, config, tokenizer, seed, embedding_std, head_std, gain)
+
+
+def tiny_llama(
+    *,
+    characters: str,
+    causal: bool,
+    seed: int = 0,
+    hidden_size: int = 96,
+    num_layers: int = 3,
+    num_heads: int = 4,
+    intermediate_size: int = 256,
+    max_length: int = 64,
+    rope_theta: float = 100.0,
+    embedding_std: float = 0.3,
+    head_std: float = 0.02,
+    gain: float = 0.7,
+) -> DiffusionPolicy | AutoregressivePolicy:
+    """A Llama: causal, or with `causal=False` the layout of LLaDA (the same blocks, un-causaled, rotary positions)."""
+    tokenizer = char_tokenizer(characters)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        intermediate_size=intermediate_size,
+        max_position_embeddings=max_length,
+        rope_theta=rope_theta,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        is_causal=causal,
+        mask_token_id=None if causal else tokenizer.mask_token_id,
+    )
+    return _made(LlamaForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
+
+
+def _made(cls, config, tokenizer, seed, embedding_std, head_std, gain):
+    with torch.random.fork_rng(devices=[]):  # transformers initialises from the global RNG: leave that as it was
+        module = cls(config)
+    module.config.architectures = [cls.__name__]
+    generator = torch.Generator().manual_seed(seed)
+    initialise(module, generator, embedding_std=embedding_std, head_std=head_std, gain=gain)
+    return make_policy(module, tokenizer)

@@ -1,0 +1,119 @@
+"""A checkpoint's tensors: read, renamed between the authors' layout and a stock class's, written."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dllm_rl.models.spec import FamilySpec
+
+State = dict[str, Tensor]
+ATTENTION, QKV = "model.layers.*.self_attn", ("q_proj", "k_proj", "v_proj")
+
+
+def read_tensors(directory: Path) -> State:
+    """All tensors of a folder's safetensors files, memory-mapped. Raises ValueError when there are none."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    elif single.exists():
+        files = [single.name]
+    else:
+        raise ValueError(f"{directory}: no model.safetensors or model.safetensors.index.json; convert the checkpoint to safetensors")
+    absent = [name for name in files if not (directory / name).exists()]
+    if absent:
+        raise ValueError(f"{directory}: {absent[0]} is listed in {index.name} but missing; fetch the checkpoint again")
+    return {name: tensor for file in files for name, tensor in load_file(directory / file).items()}
+
+
+def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None:
+    """safetensors files of at most max_shard_size bytes (or one tensor), with an index when there is more than one."""
+    shards, room = [[]], max_shard_size
+    for name, tensor in state.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append([])
+            room = max_shard_size
+        shards[-1].append(name)
+        room -= tensor.nbytes
+    for old in [*directory.glob("model*.safetensors"), *directory.glob("model.safetensors.index.json")]:
+        old.unlink()
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = files if len(files) > 1 else ["model.safetensors"]
+    for file, names in zip(files, shards, strict=True):
+        # Tensors that are parts of one storage are copied, shard by shard, for safetensors writes whole storages.
+        save_file({name: _alone(state[name].detach().cpu()) for name in names}, directory / file, {"format": "pt"})
+    if len(files) > 1:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(x.nbytes for x in state.values())}, "weight_map": where}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    """The name under the first pair (from, to) that fits all of it, or all but its last part; else the name itself."""
+    stem, _, leaf = name.rpartition(".")
+    for source, target in pairs:
+        for whole, suffix in ((name, ""), (stem, f".{leaf}")):
+            found = re.fullmatch(re.escape(source).replace(r"\*", r"(\d+)"), whole)
+            if found:
+                return target.replace("*", found[1]) + suffix if found.groups() else target + suffix
+    return name
+
+
+def to_stock(state: State, spec: FamilySpec, config) -> State:
+    """From the authors' tensor names to the stock class's; fused query-key-value rows are split."""
+    out = {}
+    for name, tensor in state.items():
+        stem, _, leaf = name.rpartition(".")
+        parent = spec.fused_qkv and renamed(stem, ((spec.fused_qkv, ATTENTION),))
+        if parent and parent != stem:
+            rows = [heads * config.head_dim for heads in _heads(config)]
+            for part, value in zip(QKV, tensor.split(rows), strict=True):
+                out[f"{parent}.{part}.{leaf}"] = value.clone()
+        else:
+            out[renamed(name, spec.names)] = tensor
+    return out
+
+
+def to_original(state: State, spec: FamilySpec, config) -> State:
+    """From the stock class's tensors back to the authors'; the exact inverse of reading them."""
+    state = {name: tensor for name, tensor in state.items() if not (config.tie_word_embeddings and name == "lm_head.weight")}
+    backwards, out = tuple((b, a) for a, b in spec.names), {}
+    for name, tensor in split_experts(state).items():
+        stem, _, leaf = name.rpartition(".")
+        attention, _, part = stem.rpartition(".")
+        fused = spec.fused_qkv and renamed(attention, ((ATTENTION, spec.fused_qkv),))
+        if fused and fused != attention and part in QKV:
+            if part == QKV[0]:
+                out[f"{fused}.{leaf}"] = torch.cat([state[f"{attention}.{p}.{leaf}"] for p in QKV])
+        else:
+            out[renamed(name, backwards)] = tensor
+    return out
+
+
+def split_experts(state: State) -> State:
+    """Stock mixtures of experts stack their experts in one tensor; checkpoints hold them one by one."""
+    out = {}
+    for name, tensor in state.items():
+        if name.endswith(".mlp.experts.gate_up_proj"):
+            prefix = name.removesuffix("gate_up_proj")
+            for i, both in enumerate(tensor):
+                gate, up = both.chunk(2)
+                out[f"{prefix}{i}.gate_proj.weight"], out[f"{prefix}{i}.up_proj.weight"] = gate, up
+        elif name.endswith(".mlp.experts.down_proj"):
+            prefix = name.removesuffix("down_proj")
+            out |= {f"{prefix}{i}.down_proj.weight": one for i, one in enumerate(tensor)}
+        else:
+            out[name] = tensor
+    return out
+
+
+def _heads(config) -> tuple[int, int, int]:
+    return config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads

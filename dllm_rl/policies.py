@@ -1,0 +1,164 @@
+"""One interface over every backbone: logits for the token AT each position, whatever the family's own convention."""
+
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from dllm_rl.lora import Lora, adapter_free, add_lora
+from dllm_rl.models.loading import load_module, save_module, spec_of
+from dllm_rl.models.spec import FamilySpec
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A model with its tokenizer and the facts that a sampler or an estimator needs. `version` counts weight updates."""
+
+    module: nn.Module
+    spec: FamilySpec
+    tokenizer: PreTrainedTokenizerBase
+    version: int
+
+    def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor: ...
+
+    def head(self, hidden: Tensor) -> Tensor: ...
+
+    def logits(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor: ...
+
+
+class _Backbone:
+    """The part that diffusion and autoregressive policies share: a stock module, its head, its device."""
+
+    def __init__(self, module: nn.Module, spec: FamilySpec, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.module, self.spec, self.tokenizer, self.version = module.eval(), spec, tokenizer, 0
+        self.lora: Lora | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.module.config.vocab_size
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.spec.eos_ids[0]
+
+    def hidden(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """Final hidden states; `head` of the one at t gives logits for the token at t. Padding is never attended to."""
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        states = self.spec.encode(self.module, tokens, attention_mask, positions)
+        return shifted(states, attention_mask) if self.spec.shift else states
+
+    def head(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """Logits from hidden states, in the module's dtype."""
+        return self.spec.head(self.module, hidden)
+
+    def logits(
+        self,
+        tokens: Int[Tensor, "B T"],
+        attention_mask: Bool[Tensor, "B T"],
+        positions: Bool[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T V"] | Float[Tensor, "K V"]:
+        """Logits for the token AT each position (B, T, V), or only at the K marked positions, row by row: (K, V)."""
+        hidden = self.hidden(tokens, attention_mask)
+        return self.head(hidden if positions is None else hidden[positions])
+
+    def save_pretrained(self, directory: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
+        """Write weights (safetensors), config and tokenizer in the checkpoint's own layout, adapters merged.
+
+        The authors' tools open the folder, and so does `load_policy(directory)`, bit for bit.
+        """
+        save_module(self.module, self.tokenizer, self.spec, directory, max_shard_size=max_shard_size)
+
+    def reference(self):
+        """The policy that RL started from, on the same weights with the adapters left out. Raises ValueError without any."""
+        return adapter_free(self)
+
+    def to(self, device: torch.device | str):
+        self.module.to(device)
+        return self
+
+
+class DiffusionPolicy(_Backbone):
+    """A masked-diffusion model: every position sees every other one (or its block and those before)."""
+
+
+class AutoregressivePolicy(_Backbone):
+    """A causal model under the same interface: its logits at t are the predictions FOR t, made from what precedes."""
+
+
+def shifted(states: Float[Tensor, "B T D"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    """For families that predict position t from the state at t-1; a row's first token has only its own state."""
+    before = torch.cat([torch.zeros_like(attention_mask[:, :1]), attention_mask[:, :-1]], dim=1)
+    return torch.where(before[..., None], states.roll(1, dims=1), states)
+
+
+def make_policy(
+    module: nn.Module, tokenizer: PreTrainedTokenizerBase, spec: FamilySpec | None = None
+) -> DiffusionPolicy | AutoregressivePolicy:
+    """Wrap a module whose family is known, after proving that its attention is what the family says."""
+    spec = spec_of(module.config, tokenizer) if spec is None else spec
+    policy = (AutoregressivePolicy if spec.attention == "causal" else DiffusionPolicy)(module, spec, tokenizer)
+    check_attention(policy)
+    return policy
+
+
+def load_policy(
+    path_or_id: str | Path,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    block_size: int | None = None,
+    quantization: str | None = None,
+    lora: Lora | None = None,
+) -> DiffusionPolicy | AutoregressivePolicy:
+    """Open a checkpoint with stock transformers classes, and prove that it attends as its family says.
+
+    dtype         of the weights; "auto" keeps the checkpoint's.
+    block_size    of a block-causal model, where it is not what the checkpoint says.
+    quantization  "nf4" or "int8": a frozen bitsandbytes base to put adapters on; None keeps the weights as they are.
+    lora          adapters to train in place of the weights.
+
+    Raises ValueError on an unknown architecture, missing or unexpected tensors, a mask id outside the vocabulary,
+    or attention that is not what the family needs.
+    """
+    module, tokenizer, spec = load_module(path_or_id, dtype=dtype, block_size=block_size, quantization=quantization)
+    policy = make_policy(module if quantization else module.to(device), tokenizer, spec)
+    if lora is not None:
+        add_lora(policy, lora)
+    return policy
+
+
+@torch.no_grad()
+def check_attention(policy: _Backbone) -> None:
+    """Change one token: the first state must move, or stay, as the family's attention says.
+
+    A bidirectional model's moves with the last token, a causal one's does not; a block-causal one's moves with the last
+    token of its own block and does not with the first of the next.
+    """
+    attention, block = policy.spec.attention, policy.spec.block_size
+    if attention == "block_causal":
+        expected = {block - 1: block > 1, block: False}
+    else:
+        expected = {7: attention == "full"}
+    for position, moves in expected.items():
+        if first_moves(policy, position) != moves and position:
+            raise ValueError(
+                f"attention={attention!r} is what {type(policy.module).__name__} should have, but changing token {position} "
+                f"{'did not move' if moves else 'moved'} the first position's state; "
+                + ("upgrade transformers (>= 5.2 honours config.is_causal=False)" if moves else "load it as a diffusion model")
+            )
+
+
+def first_moves(policy: _Backbone, position: int) -> bool:
+    """Whether the first state of a sequence that ends at `position` depends on its last token."""
+    size, device = policy.vocab_size, policy.device
+    tokens = (torch.arange(position + 1, device=device) % max(1, size - 1))[None].repeat(2, 1)
+    tokens[1, -1] = (tokens[0, -1] + 1) % size
+    first = policy.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 0].float()
+    return not torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-6)

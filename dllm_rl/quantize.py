@@ -1,0 +1,189 @@
+"""Quantised rollout copies and their refresh. With its fellow `quantize_*` modules the only room that sees torchao.
+
+A torchao config object, or one of our emulators', describes the quantisation; None is none. `__all__` lists the schemes
+that a recipe or a command line can pick by name.
+"""
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dllm_rl.emulate import EmulatedLinear, FakeQuantize
+from dllm_rl.policies import Policy
+from dllm_rl.quantize_layers import check_finite, is_quantized, load_weight_, misfit, quantized, stored_bytes
+from dllm_rl.quantize_schemes import (
+    e4m3_emulated,
+    e5m2_emulated,
+    fake_quantize,
+    five_level_emulated,
+    float8_dynamic,
+    float8_dynamic_emulated,
+    float8_weight_only,
+    int3_emulated,
+    int4_emulated,
+    int4_packed,
+    int4_weight_only,
+    int8_dynamic,
+    int8_emulated,
+    int8_weight_only,
+    ternary_emulated,
+    usable,
+)
+from dllm_rl.types import Rollout
+
+__all__ = [
+    "e4m3_emulated",
+    "e5m2_emulated",
+    "fake_quantize",
+    "five_level_emulated",
+    "float8_dynamic",
+    "float8_dynamic_emulated",
+    "float8_weight_only",
+    "int3_emulated",
+    "int4_emulated",
+    "int4_packed",
+    "int4_weight_only",
+    "int8_dynamic",
+    "int8_emulated",
+    "int8_weight_only",
+    "ternary_emulated",
+]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What `quantized_copy` did: names of quantised layers, matrices that kept their precision and why, bytes held."""
+
+    quantized: tuple[str, ...]
+    kept: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.kept.items():
+            reasons.setdefault(why, []).append(name)
+        kept = "; ".join(f"{len(names)} kept ({why}): {', '.join(names[:3])}" for why, names in reasons.items())
+        return (
+            f"{len(self.quantized)} layers quantised, {self.bytes_before / 2**20:.1f} -> "
+            f"{self.bytes_after / 2**20:.1f} MiB; {kept or 'nothing kept'}"
+        )
+
+
+def quantized_copy(policy: Policy, config, *, skip: Callable[[nn.Module, str], bool] | None = None) -> Policy:
+    """A second policy whose block linears are quantised by `config`; None copies without quantising.
+
+    skip  (module, name) -> True for further layers that keep their precision.
+
+    Head, embeddings, norms and routers keep theirs, as do layers tied to one of these and experts fused into one
+    3-D parameter (experts that are linear layers are quantised). `rollout_policy.quantization_report` says all that.
+    Beyond the copy itself at most one layer is held twice. Raises ValueError for a config that the device cannot run,
+    a weight with NaN or infinity, or when nothing could be quantised.
+    """
+    module, rollout_policy = policy.module, copy.copy(policy)
+    kept: dict[str, str] = {}
+    memo: dict[int, object] = {}
+    if config is not None:
+        config = usable(config, policy.device, next(module.parameters()).dtype)
+        kept = why_kept(module, config, skip)
+    chosen = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and n not in kept and config is not None]
+    if config is not None and not chosen:
+        raise ValueError(f"{config!r} quantises no layer of {type(module).__name__}; not quantised: {kept}")
+    for name in chosen:
+        # deepcopy takes what the memo holds for an object instead of copying it: no plain copy of a weight is made.
+        layer = module.get_submodule(name)
+        if isinstance(config, FakeQuantize):
+            memo[id(layer)] = EmulatedLinear(layer.weight.detach(), copy.deepcopy(layer.bias, memo), config)
+            check_finite(name, memo[id(layer)].weight)
+        else:
+            packed = quantized(layer.weight.detach(), config, name)
+            memo[id(layer.weight)] = nn.Parameter(packed, requires_grad=False)
+    rollout_policy.module = copy.deepcopy(module, memo).requires_grad_(False)
+    for name in chosen:
+        rollout_policy.module.get_submodule(name).quantization = config
+    rollout_policy.quantization = config
+    report = QuantizationReport(tuple(chosen), kept, held_bytes(module), held_bytes(rollout_policy.module))
+    rollout_policy.quantization_report = report
+    if config is not None:
+        log.info("%s: %s", type(config).__name__, report)
+    return rollout_policy
+
+
+def why_kept(module: nn.Module, config, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
+    """Layers with a matrix that is not to be quantised, and the reason."""
+    owners: dict[int, list[str]] = {}
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(weight), []).append(name.rpartition(".")[0])
+    kept = {}
+    for name, layer in module.named_modules():
+        matrices = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
+        if not matrices:
+            continue
+        others = [other for other in owners[id(matrices[0])] if other != name]
+        if isinstance(layer, nn.Embedding):
+            kept[name] = "embedding"
+        elif not isinstance(layer, nn.Linear):
+            fused = matrices[0].dim() == 3 and not type(layer).__module__.startswith("torch.nn")
+            kept[name] = "fused experts" if fused else f"{type(layer).__name__}, not nn.Linear"
+        elif others:
+            kept[name] = f"tied to {others[0]}"
+        elif not re.search(r"\.\d+\.", name):
+            kept[name] = "outside the blocks"
+        elif re.search(r"(router|\.gate)$", name):
+            kept[name] = "router"
+        elif skip and skip(layer, name):
+            kept[name] = "skip"
+        elif why := misfit(layer.weight, config):
+            kept[name] = why
+        elif "forward" in vars(layer):
+            raise ValueError(f"{name}.forward is replaced: take the quantised copy outside of the aligned() block")
+    return kept
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, shared ones counted once."""
+    return sum(map(stored_bytes, [*module.parameters(), *module.buffers()]))
+
+
+@torch.no_grad()
+def sync_weights(policy: Policy, rollout_policy: Policy) -> None:
+    """Give the rollout policy the learner's weights, quantised afresh, in place: no storage moves.
+
+    Every parameter and buffer is written, one layer at a time; a sharded one is gathered for its turn only, by all
+    processes together. Raises ValueError for a weight with NaN or infinity.
+    """
+    if rollout_policy is not policy:
+        targets = dict(rollout_policy.module.named_parameters()) | dict(rollout_policy.module.named_buffers())
+        for name, value in [*policy.module.named_parameters(), *policy.module.named_buffers()]:
+            layer_name, _, kind = name.rpartition(".")
+            layer = rollout_policy.module.get_submodule(layer_name)
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            if kind == "weight" and is_quantized(layer):
+                load_weight_(layer, value, layer_name)
+            else:
+                targets[name].copy_(value)
+    rollout_policy.version = policy.version
+
+
+def quantized_layers(rollout_policy: Policy) -> Iterator[tuple[str, nn.Linear]]:
+    """Name and module of every quantised linear layer."""
+    return ((name, layer) for name, layer in rollout_policy.module.named_modules() if is_quantized(layer))
+
+
+def check_version(rollout: Rollout, policy: Policy, *, stale_steps: int = 0) -> None:
+    """Raise RuntimeError when a rollout was made by weights more than `stale_steps` updates behind the learner's."""
+    behind = policy.version - rollout.weights_version
+    if not 0 <= behind <= stale_steps:
+        raise RuntimeError(
+            f"weights_version={rollout.weights_version} of the rollout is {behind} updates behind the learner's "
+            f"{policy.version}, and stale_steps={stale_steps} allows {stale_steps}: call sync_weights before sampling"
+        )
+
+

@@ -1,0 +1,119 @@
+"""What is done to one quantised linear layer: quantise, refresh in place, multiply, dequantise."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchao.float8.inference import Float8MMConfig
+from torchao.quantization import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    PerRow,
+    quantize_,
+)
+from torchao.quantization.quantize_.common import _choose_quant_func_and_quantize_tensor
+from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8Tensor, QuantizeTensorToFloat8Kwargs
+
+from dllm_rl.emulate import TINY, EmulatedLinear
+from dllm_rl.quantize_schemes import Float8DynamicEmulated
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    return isinstance(layer, EmulatedLinear) or (isinstance(layer, nn.Linear) and is_packed(layer.weight))
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether a tensor is one of torchao's quantised ones."""
+    return hasattr(weight, "qdata")
+
+
+def misfit(weight: Tensor, config) -> str | None:
+    """Why a weight's shape keeps a torchao config from quantising it, or None: torchao itself skips or asserts."""
+    rows, columns = weight.shape
+    granularity = getattr(config, "granularity", None)
+    group = getattr(granularity, "group_size", None) or getattr(config, "group_size", None)
+    if group and columns % group:
+        return f"{rows}x{columns}: {columns} is not a multiple of the group size {group}"
+    step = 16 if isinstance(config, Float8DynamicActivationFloat8WeightConfig) else 1
+    if isinstance(config, Int8DynamicActivationInt8WeightConfig) and weight.is_cuda:
+        step = 8  # torchao would multiply on the CPU
+    if rows % step or columns % step:
+        return f"{rows}x{columns}: not multiples of {step}"
+    return None
+
+
+@torch.no_grad()
+def quantized(weight: Tensor, config, name: str) -> Tensor:
+    """A fresh quantisation of one linear weight under a config other than a FakeQuantize.
+
+    An all-zero row becomes zeros with the smallest scale. Raises ValueError naming the layer when the weight holds NaN
+    or infinity.
+    """
+    if isinstance(config, Float8DynamicEmulated):
+        inputs = QuantizeTensorToFloat8Kwargs(torch.float8_e4m3fn, PerRow(), hp_value_lb=TINY)
+        packed = Float8Tensor.from_hp(
+            weight,
+            torch.float8_e4m3fn,
+            PerRow(),
+            hp_value_lb=TINY,
+            mm_config=Float8MMConfig(use_fast_accum=False),
+            act_quant_kwargs=inputs,
+        )
+    else:
+        with torch.device("meta"):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        quantize_(layer, config)
+        packed = layer.weight.data
+    scale = getattr(packed, "scale", None)
+    # A maximum passes NaN and infinity on, so that the scales tell of every element; other layouts keep none apart.
+    check_finite(name, weight if scale is None else scale)
+    if isinstance(packed, Float8Tensor) and (scale == 0).any():
+        empty = scale == 0
+        groups = packed.qdata.view(torch.uint8).unflatten(-1, (scale.shape[-1], -1))  # 0/0 made NaN of these
+        groups.masked_fill_(empty.expand(packed.shape[0], -1)[..., None], 0)
+        scale.masked_fill_(empty, TINY)
+    return packed
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise ValueError(f"{name}.weight holds NaN or infinity: it cannot be quantised; has training diverged?")
+
+
+@torch.no_grad()
+def load_weight_(layer: nn.Linear, weight: Tensor, name: str) -> None:
+    """Quantise `weight` into a quantised layer, in place: no storage moves."""
+    if isinstance(layer, EmulatedLinear):
+        layer.load_(weight)
+        check_finite(name, layer.weight)
+    else:
+        layer.weight.copy_(quantized(weight.to(layer.weight.dtype), layer.quantization, name))
+
+
+def product(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The quantised layer's own product with the given bias, and what `dequantized_input` needs of the input."""
+    return layer.product(x, bias) if isinstance(layer, EmulatedLinear) else (F.linear(x, layer.weight, bias), (x,))
+
+
+def dequantized_weight(layer: nn.Linear) -> Tensor:
+    return layer.dequantized() if isinstance(layer, EmulatedLinear) else layer.weight.dequantize()
+
+
+def dequantized_input(layer: nn.Linear, x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """The input as the quantised layer saw it: rounded where the layer rounds its input."""
+    if scale is not None:
+        return x * scale
+    kwargs = getattr(layer.weight, "act_quant_kwargs", None)
+    return x if kwargs is None else _choose_quant_func_and_quantize_tensor(x, kwargs).dequantize()
+
+
+def operand_version(layer: nn.Linear) -> int:
+    """Autograd's count of in-place writes to the quantised data."""
+    return (layer.weight if isinstance(layer, EmulatedLinear) else layer.weight.qdata)._version
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor holds, those of a quantised one being its codes and scales."""
+    if not is_packed(tensor):
+        return tensor.nbytes
+    return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])

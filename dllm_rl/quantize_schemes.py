@@ -1,0 +1,144 @@
+"""Quantisation schemes by name: each function builds the config with the settings that matter here.
+
+What a config is: a torchao config object, a FakeQuantize, or a Float8DynamicEmulated. None is no quantisation.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torchao.quantization import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8WeightOnlyConfig,
+    Int4WeightOnlyConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    PerGroup,
+    PerRow,
+)
+
+from dllm_rl.emulate import TINY, FakeQuantize
+
+
+@dataclass(frozen=True)
+class Float8DynamicEmulated:
+    """torchao's dynamic float8 tensors and torch's scaled product, on a device without float8 hardware: exact, slow."""
+
+
+def float8_weight_only():
+    """e4m3 weights per row, products in the learner's dtype. Saves memory, not time; runs anywhere, CPU included."""
+    return Float8WeightOnlyConfig(set_inductor_config=False)
+
+
+def float8_dynamic():
+    """e4m3 weights per row, e4m3 inputs per token, on float8 hardware: CUDA capability 8.9 or more, bf16 weights."""
+    return Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow(), activation_value_lb=TINY, set_inductor_config=False
+    )
+
+
+def float8_dynamic_emulated() -> Float8DynamicEmulated:
+    """The same arithmetic as float8_dynamic on a CPU, through torchao's own tensors. For tests: slower than bf16."""
+    return Float8DynamicEmulated()
+
+
+def int8_weight_only():
+    """int8 weights per row, products in the learner's dtype. Runs anywhere, CPU included."""
+    return Int8WeightOnlyConfig(set_inductor_config=False)
+
+
+def int8_dynamic():
+    """int8 weights per row, int8 inputs per token, integer products. Runs anywhere; faster than bf16 on many CPUs."""
+    return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+
+
+def int4_weight_only():
+    """4-bit weights in groups of 32, held in bytes, products in the learner's dtype. Runs anywhere, CPU included."""
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+
+
+def int4_packed():
+    """4-bit weights in groups of 128, packed for a CUDA kernel (bf16). Saves memory and, in small batches, time."""
+    return Int4WeightOnlyConfig(
+        group_size=128, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
+    )
+
+
+def fake_quantize(
+    *, weight: str | None = "int8", activation: str | None = None, granularity: str = "row"
+) -> FakeQuantize:
+    """Emulation of any pair of schemes: e4m3, e5m2, int8, int4, int3, five_level, ternary, or None."""
+    return FakeQuantize(weight=weight, activation=activation, granularity=granularity)
+
+
+def e4m3_emulated() -> FakeQuantize:
+    """e4m3 weights per row and e4m3 inputs per token, emulated: what dynamic FP8 does, on any device."""
+    return FakeQuantize("e4m3", "e4m3")
+
+
+def e5m2_emulated() -> FakeQuantize:
+    """e5m2 weights per row and e4m3 inputs per token, emulated."""
+    return FakeQuantize("e5m2", "e4m3")
+
+
+def int8_emulated() -> FakeQuantize:
+    """int8 weights per row and int8 inputs per token, emulated."""
+    return FakeQuantize("int8", "int8")
+
+
+def int4_emulated() -> FakeQuantize:
+    """15-level weights per row and e4m3 inputs per token, emulated."""
+    return FakeQuantize("int4", "e4m3")
+
+
+def int3_emulated() -> FakeQuantize:
+    """7-level weights per row and e4m3 inputs per token, emulated."""
+    return FakeQuantize("int3", "e4m3")
+
+
+def five_level_emulated() -> FakeQuantize:
+    """5-level weights per row and e4m3 inputs per token, emulated."""
+    return FakeQuantize("five_level", "e4m3")
+
+
+def ternary_emulated() -> FakeQuantize:
+    """Ternary weights per row, scaled by their mean magnitude, and e4m3 inputs per token, emulated."""
+    return FakeQuantize("ternary", "e4m3")
+
+
+def usable(config, device: torch.device, dtype: torch.dtype):
+    """The config as it will be applied, without side effects on torch's global settings and safe on all-zero inputs.
+
+    Raises ValueError when `device` cannot run it, naming what it can run instead.
+    """
+    if not any("torchao" in cls.__module__ for cls in type(config).__mro__):
+        if not isinstance(config, (FakeQuantize, Float8DynamicEmulated)):
+            raise ValueError(f"config={config!r} is neither a torchao config nor a FakeQuantize")
+        if isinstance(config, Float8DynamicEmulated) and device.type != "cpu":
+            raise ValueError(f"device={device}: float8_dynamic_emulated is for CPUs; use float8_dynamic")
+        return config
+    config = copy.copy(config)
+    if hasattr(config, "set_inductor_config"):
+        config.set_inductor_config = False
+    if isinstance(config, Float8DynamicActivationFloat8WeightConfig):
+        if device.type != "cuda":
+            raise ValueError(
+                f"device={device} has no float8 products, which dynamic FP8 needs (CUDA capability 8.9 or more); use "
+                "float8_dynamic_emulated or e4m3_emulated (the same arithmetic, slower), or float8_weight_only"
+            )
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
+            raise ValueError(
+                f"device={torch.cuda.get_device_name(device)} is below CUDA capability 8.9, which dynamic FP8 needs; "
+                "use int8_dynamic or float8_weight_only"
+            )
+        if dtype != torch.bfloat16 and any(isinstance(g, PerRow) for g in config.granularity):
+            raise ValueError(f"dtype={dtype}: dynamic FP8 per row needs weights in bfloat16; load the policy in it")
+        if config.activation_value_lb is None and "MSLK" not in str(config.kernel_preference):
+            config.activation_value_lb = TINY
+    if isinstance(config, Int4WeightOnlyConfig):
+        if device.type != "cuda":
+            raise ValueError(f"device={device} has no packed int4 kernel; use int4_weight_only or int4_emulated")
+        if dtype != torch.bfloat16:
+            raise ValueError(f"dtype={dtype}: packed int4 needs weights in bfloat16; load the policy in it")
+    return config

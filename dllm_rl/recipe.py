@@ -1,0 +1,105 @@
+"""A Recipe is the experiment: one flat frozen record. A variant is `replace(base, ...)` in a file of its own."""
+
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field
+from functools import partial
+from typing import Any
+
+from dllm_rl.advantages import group_relative
+from dllm_rl.correctors import Corrector, none
+from dllm_rl.likelihoods import LikelihoodEstimator
+from dllm_rl.losses import kl_k3, token
+from dllm_rl.policies import Policy
+from dllm_rl.tasks.base import Task
+
+
+def linear_decay(step: int, num_steps: int, *, warmup_steps: int = 5, constant_until: float = 0.6, final: float = 0.1) -> float:
+    """Factor on the learning rate at `step`: a linear rise, a plateau until that share of the run, a linear fall."""
+    rise = min(1.0, (step + 1) / max(1, warmup_steps))
+    fall = max(0.0, step / max(1, num_steps) - constant_until) / max(1e-9, 1 - constant_until)
+    return rise * (1 - (1 - final) * fall)
+
+
+def _(help: str, default: Any = MISSING, *, pick: str | None = None) -> Any:
+    """A documented field. `pick` names the module whose public functions the command line may name for it."""
+    return field(default=default, metadata={"help": help, "pick": pick})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained, and how. Names are TRL's and verl's where the meaning is the same."""
+
+    name: str = _("name of the run, and of its folder below runs/")
+    model: Callable[..., Policy] | str = _("function (seed=...) that makes the policy, or a checkpoint's path")
+    task: Task = _("problems to train on")
+    validation_task: Task = _("problems that steer the warm-up and are evaluated every eval_steps")
+    eval_task: Task = _("held-out problems, evaluated before and after RL only")
+
+    sampler: Callable = _("rollout sampler: (policy, prompts, generator) -> Rollout")
+    eval_sampler: Callable = _("the sampler of evaluations")
+    likelihood: LikelihoodEstimator = _("sequence-likelihood estimator", pick="dllm_rl.likelihoods")
+    corrector: Corrector = _("correction of the training-inference mismatch", none(), pick="dllm_rl.correctors")
+    advantages: Callable = _("(P, G) rewards -> (P, G) advantages", group_relative, pick="dllm_rl.advantages")
+    aggregate: Callable = _("how tokens are weighed in the loss", token, pick="dllm_rl.losses")
+    rollout_quantization: Callable[[], Any] | None = _("scheme of the rollout's weights", None, pick="dllm_rl.quantize")
+
+    seed: int = _("the only source of randomness", 0)
+    train_batch_size: int = _("prompts per step, over all processes", 32)
+    num_generations: int = _("completions per prompt (G)", 8)
+    micro_batch_size: int | None = _("completions per forward of scoring and update; None: all at once", None)
+    num_steps: int = _("RL steps", 180)
+    num_iterations: int = _("optimiser updates per rollout", 1)
+    learning_rate: float = _("of AdamW", 5e-4)
+    adam_beta1: float = _("of AdamW", 0.9)
+    adam_beta2: float = _("of AdamW", 0.99)
+    weight_decay: float = _("of AdamW", 0.0)
+    max_grad_norm: float = _("gradients are scaled down to this norm", 1.0)
+    lr_schedule: Callable = _("(step, num_steps) -> factor on the learning rate", linear_decay)
+    beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0)
+    kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.losses")
+    bf16: bool = _("learner's forward in bf16 autocast", False)
+
+    warmup_steps: int = _("most supervised steps before RL; 0: none", 0)
+    warmup_batch_size: int = _("prompts per warm-up step, over all processes", 64)
+    warmup_learning_rate: float = _("of the warm-up's AdamW", 2e-3)
+    warmup_target: float = _("warm-up ends when warmup_metric on validation_task reaches this", 1.0)
+    warmup_metric: str = _("the metric that ends the warm-up", "solve_rate")
+    warmup_eval_steps: int = _("steps between looks at that metric", 5)
+
+    eval_steps: int = _("RL steps between evaluations on validation_task; 0: never", 0)
+    eval_batch_size: int = _("problems per evaluation batch and process", 256)
+    logging_steps: int = _("RL steps between lines on the screen (metrics.jsonl has every step)", 10)
+    save_steps: int = _("RL steps between checkpoints", 50)
+    save_total_limit: int = _("checkpoints kept, the newest ones", 2)
+    output_dir: str | None = _("folder of the run; None: runs/NAME-seedSEED", None)
+    resume_from_checkpoint: str | None = _("a checkpoint folder, or 'latest' in output_dir", None)
+    overwrite_output_dir: bool = _("delete the run that output_dir holds", False)
+
+    def __post_init__(self) -> None:
+        positive = ("train_batch_size", "num_generations", "num_iterations", "warmup_batch_size", "warmup_eval_steps")
+        for name in (*positive, "eval_batch_size", "logging_steps", "save_steps", "save_total_limit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("num_steps", "warmup_steps", "eval_steps", "beta", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("learning_rate", "warmup_learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
+        if self.micro_batch_size is not None and (
+            self.micro_batch_size < self.num_generations or self.micro_batch_size % self.num_generations
+        ):
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} must be a multiple of num_generations={self.num_generations}"
+            )
+
+    @property
+    def directory(self) -> str:
+        return self.output_dir or f"runs/{self.name}-seed{self.seed}"
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Length of a completion, tokens; it is the sampler's."""
+        if isinstance(self.sampler, partial) and "max_new_tokens" in self.sampler.keywords:
+            return self.sampler.keywords["max_new_tokens"]
+        raise ValueError("sampler must be a partial that binds max_new_tokens")

@@ -1,0 +1,36 @@
+"""Pictures of a run, from what it left in its folder."""
+
+import json
+from pathlib import Path
+
+
+def read_metrics(directory: Path) -> list[dict[str, float | int]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def draw(directory: Path) -> Path:
+    """`directory`/training.png: reward, solve rate and mismatch against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = read_metrics(directory)
+    steps = [row["step"] for row in rows]
+    solved = [name for name in ("rewards/solve_rate/mean", "rewards/accuracy/mean") if rows and name in rows[0]]
+    panels = [
+        ("reward", ["reward"], "reward"),
+        ("training problems solved", solved or ["parsed"], "share"),
+        ("mismatch", ["rollout_corr/k3_kl"], "k3 KL, nats"),
+        ("effective sample size", ["rollout_corr/rollout_is_eff_sample_size"], "share"),
+    ]
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
+    for axis, (title, names, unit) in zip(axes, panels, strict=True):
+        for name in names:
+            axis.plot(steps, [row[name] for row in rows], linewidth=1.2)
+        axis.set(title=title, xlabel="RL step", ylabel=unit)
+        axis.grid(alpha=0.3)
+    path = directory / "training.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

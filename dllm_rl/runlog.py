@@ -1,0 +1,110 @@
+"""What a run shows and leaves behind: progress bars, lines, metrics.jsonl, tensorboard events, the clock of its stages."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class RunLog:
+    """Owns the run's open files and its screen; silent on all processes but the main one."""
+
+    def __init__(self, directory: Path, *, start: int, main: bool) -> None:
+        self.main, self.directory = main, directory
+        self.console = Console(quiet=not main)
+        self.seconds: dict[str, float] = {}
+        self._step: dict[str, float] = {}
+        if main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            path = directory / "metrics.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+            # Steps after the checkpoint that a run resumes from will be run again.
+            kept = [line for line in lines if _step_of(line) is not None and _step_of(line) < start]
+            path.write_text("".join(line + "\n" for line in kept))
+            self._jsonl = path.open("a")
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the block's wall-clock seconds to the stage `name`, for the run and for the present step."""
+        begin = time.perf_counter()
+        yield
+        spent = time.perf_counter() - begin
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+        self._step[name] = self._step.get(name, 0.0) + spent
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics.jsonl, the same numbers to tensorboard, with the seconds of this step's stages."""
+        times = {f"time/{name}": spent for name, spent in self._step.items()}
+        self._step = {}
+        row = {**metrics, "step_time": sum(times.values()), **times}
+        if self.main:
+            self._jsonl.write(json.dumps({"step": step, **row}) + "\n")
+            self._jsonl.flush()
+            for name, value in row.items():
+                self._board.add_scalar(name, value, step)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def bar(self, description: str, total: int, *, completed: int = 0) -> Callable[..., None]:
+        """A progress bar with elapsed and remaining time; returns progress(metrics, show=..., close=...), called once a
+        step, which moves the bar, prints the metrics as a line where `show`, and ends the bar when it is full."""
+        columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, disable=not self.main)
+        task = bar.add_task(description, total=total, completed=completed, note="")
+        if completed < total:
+            bar.start()
+
+        def progress(metrics: dict[str, float], *, show: bool, close: bool = False) -> None:
+            bar.update(task, advance=not close, note=one_line(metrics))
+            if show:
+                self.say(f"{description} {int(bar.tasks[0].completed):5}/{total}  {one_line(metrics)}")
+            if close or bar.finished:
+                bar.stop()
+
+        return progress
+
+    def close(self) -> None:
+        if self.main:
+            self._jsonl.close()
+            self._board.close()
+
+
+SHOWN = {
+    "loss": "loss",
+    "solve_rate": "solve rate",
+    "accuracy": "accuracy",
+    "reward": "reward",
+    "rewards/solve_rate/mean": "solved",
+    "rewards/accuracy/mean": "correct",
+    "rollout_corr/rollout_is_eff_sample_size": "ESS",
+    "rollout_corr/k3_kl": "k3",
+    "eval/solve_rate": "validation solve rate",
+}
+
+
+def one_line(metrics: dict[str, float]) -> str:
+    """The few numbers worth a look while a run goes on."""
+    return "  ".join(f"{short} {metrics[name]:.3g}" for name, short in SHOWN.items() if name in metrics)
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of metrics.jsonl; None for one that a killed run left half-written."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write aside and rename, so that a reader never sees half a file."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    aside.replace(path)

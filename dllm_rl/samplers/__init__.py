@@ -1,0 +1,1 @@
+"""Samplers: functions (policy, prompts, generator) -> Rollout."""

@@ -1,0 +1,80 @@
+"""Left-to-right sampling with a key-value cache."""
+
+import torch
+from torch import Generator
+from transformers import DynamicCache
+
+from dllm_rl.head import process, sample
+from dllm_rl.policies import Policy
+from dllm_rl.samplers.unmask import check_fits
+from dllm_rl.types import Processors, Prompts, Rollout, row_seeds
+
+
+@torch.no_grad()
+def autoregress(
+    policy: Policy,
+    prompts: Prompts,
+    generator: Generator,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    suppress: tuple[int, ...] = (),
+) -> Rollout:
+    """Complete every prompt `group_size` times, a token a step, until an end token or max_new_tokens.
+
+    The prompt is read once per group. Log-probs are those of the processed distribution, nats. A row depends on its
+    prompt, its seed and the weights only. Raises ValueError for a diffusion policy or a completion that does not fit.
+    """
+    if policy.spec.attention != "causal":
+        raise ValueError(f"policy is a diffusion model ({type(policy.module).__name__}); autoregress needs a causal one: use unmask")
+    check_fits(policy, prompts, max_new_tokens)
+    processors = Processors(temperature, top_k, top_p, suppress)
+    device, group = policy.device, prompts.group_size
+    seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
+    # One uniform a token, all drawn at the start: a row's numbers do not depend on when its neighbours end.
+    draw = lambda seed: torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(int(seed)), dtype=torch.float64)  # noqa: E731
+    uniforms = torch.stack([draw(seed) for seed in seeds]).to(device)
+
+    new = prompts.tokens.to(device)
+    attention_mask = prompts.attention_mask.to(device)
+    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    cache, eos = DynamicCache(config=policy.module.config), torch.tensor(policy.spec.eos_ids, device=device)
+    alive = torch.ones(prompts.num_rows, dtype=torch.bool, device=device)
+    columns, logprobs, chosen = [], [], []
+    for step in range(max_new_tokens):
+        states = policy.module.base_model(
+            input_ids=new, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state[:, -1]
+        if step == 0:
+            states, attention_mask = states.repeat_interleave(group, 0), attention_mask.repeat_interleave(group, 0)
+            positions = positions.repeat_interleave(group, 0)
+            cache.batch_repeat_interleave(group)
+        logits = process(policy.head(states), processors)
+        token = logits.argmax(-1) if temperature == 0 else sample(logits, uniforms[:, step])
+        logp = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+        columns.append(torch.where(alive, token, policy.pad_id))
+        logprobs.append(torch.where(alive, logp, 0.0))
+        chosen.append(alive)
+        new, positions = columns[-1][:, None], positions[:, -1:] + 1
+        attention_mask = torch.cat([attention_mask, alive[:, None]], dim=1)
+        alive = alive & ~torch.isin(token, eos)
+        if not alive.any():
+            break
+
+    start = prompts.tokens.shape[1]
+    before = prompts.tokens.to(device).repeat_interleave(group, 0)
+    completion_mask = torch.cat([torch.zeros_like(before, dtype=torch.bool), torch.stack(chosen, 1)], dim=1)
+    steps = torch.arange(completion_mask.shape[1], device=device) - start
+    return Rollout(
+        tokens=torch.cat([before, torch.stack(columns, 1)], dim=1),
+        attention_mask=attention_mask,
+        completion_mask=completion_mask,
+        unmask_step=torch.where(completion_mask, steps, -1),
+        logprobs=torch.cat([torch.zeros(before.shape, device=device), torch.stack(logprobs, 1)], dim=1),
+        group_size=group,
+        weights_version=policy.version,
+        processors=processors,
+        forwards=len(columns),
+    )

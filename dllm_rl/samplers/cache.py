@@ -1,0 +1,130 @@
+"""Key-value caches for unmasking: exact for block-causal attention, approximations of it for full attention."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from dllm_rl.policies import Policy
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Which columns' keys and values are kept while a block is unmasked, and for how many steps.
+
+    kind     "block": the blocks before, exact under block-causal attention; "prefix": what precedes the block;
+             "dual": what precedes and what follows it.
+    refresh  steps after which an approximate cache is recomputed within a block; None only at its start.
+    """
+
+    kind: Literal["block", "prefix", "dual"]
+    refresh: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.refresh is not None and self.refresh < 1:
+            raise ValueError(f"refresh={self.refresh} must be at least 1 step, or None for once a block")
+
+    def check(self, attention: str) -> None:
+        """Raise ValueError when this cache is not for such attention."""
+        if (self.kind == "block") != (attention == "block_causal"):
+            fit = "block_cache()" if attention == "block_causal" else "prefix_cache() or dual_cache(), which are approximate"
+            raise ValueError(f"cache={self} is not for {attention!r} attention; use None or {fit}")
+
+
+def block_cache() -> Cache:
+    """The exact cache of block-causal models: the states of a finished block never change again."""
+    return Cache("block")
+
+
+def prefix_cache(*, refresh: int | None = None) -> Cache:
+    """Fast-dLLM's prefix cache (arXiv 2505.22618), APPROXIMATE: keys and values of everything before the block are those
+    of its first step (and of every `refresh`-th after it). refresh=1 is exact. [paper]"""
+    return Cache("prefix", refresh)
+
+
+def dual_cache(*, refresh: int | None = None) -> Cache:
+    """Fast-dLLM's dual cache, APPROXIMATE: as prefix_cache, and the masks after the block are kept too. [paper]"""
+    return Cache("dual", refresh)
+
+
+class CachedStates:
+    """Owns the keys and values of a batch. `advance` gives the states of a block, running as few columns as it may.
+
+    Columns are positions of the padded batch. A shifted family reads a block's first state one column to its left,
+    which therefore counts as part of the block.
+    """
+
+    def __init__(self, policy: Policy, cache: Cache, attention_mask: Bool[Tensor, "B T"]) -> None:
+        self.policy, self.cache, self.attention_mask = policy, cache, attention_mask
+        self.positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        self.past, self.kept, self.rows = None, torch.arange(0), torch.arange(len(attention_mask))
+        self.columns, self.step = None, 0
+
+    def advance(
+        self, tokens: Int[Tensor, "B T"], rows: Int[Tensor, " R"], columns: tuple[int, int], *, alike: int = 1
+    ) -> tuple[Float[Tensor, "r W D"], int]:
+        """States of the block in `columns` = [start, end) for `rows`, and the column that the first of them predicts.
+
+        Rows may become fewer, and are let go at the start of a block. Every run of `alike` rows is the same: one forward
+        serves it, and r = R / alike.
+        """
+        self.step = 0 if columns != self.columns else self.step + 1
+        self.columns = columns
+        start, end = max(0, columns[0] - self.policy.spec.shift), columns[1]
+        everything = torch.arange(tokens.shape[1])
+        if self.cache.kind == "block":
+            fresh, keep = everything[len(self.kept) : end], everything[:start]
+            if self.step == 0 and self.past is not None:
+                wanted = torch.isin(self.rows, rows).nonzero()[:, 0].to(tokens.device)
+                self._map(lambda x: x[wanted])
+        elif self.step == 0 or (self.cache.refresh is not None and self.step % self.cache.refresh == 0):
+            self.past, self.kept, fresh = None, everything[:0], everything
+            keep = everything[:start] if self.cache.kind == "prefix" else torch.cat([everything[:start], everything[end:]])
+        else:
+            fresh, keep = everything[start : None if self.cache.kind == "prefix" else end], self.kept
+        if self.step == 0:
+            self.rows = rows
+        states = self._forward(tokens, self.rows[::alike].to(tokens.device), fresh.to(tokens.device), keep)
+        if alike > 1:
+            self._map(lambda x: x.repeat_interleave(alike, dim=0))
+        elif len(rows) < len(self.rows):
+            states = states[torch.isin(self.rows, rows).nonzero()[:, 0].to(states.device)]
+        return states, int(fresh[0]) + self.policy.spec.shift
+
+    def _forward(self, tokens: Tensor, rows: Tensor, fresh: Tensor, keep: Tensor) -> Tensor:
+        """Run the `fresh` columns of rows against those kept and themselves; afterwards only `keep` are kept."""
+        module, seen = self.policy.module, torch.cat([self.kept.to(fresh.device), fresh])
+        if self.past is None:
+            self.past = DynamicCache(config=module.config)
+        positions = self.positions[rows]
+        mask = self._mask(self.attention_mask[rows], positions, fresh, seen)
+        outputs = module.base_model(
+            input_ids=tokens[rows][:, fresh],
+            attention_mask=mask,
+            position_ids=positions[:, fresh],
+            past_key_values=self.past,
+            use_cache=True,
+        )
+        if self.past.get_seq_length() != len(seen):
+            raise ValueError(f"cache={self.cache} needs a decoder; {type(module).__name__} keeps no keys and values: use cache=None")
+        # Keys carry their own positions, so the order in which they are stored means nothing.
+        wanted = torch.isin(seen, keep.to(fresh.device)).nonzero()[:, 0] if len(keep) != len(self.kept) else None
+        self._map(lambda x: x[:, :, : len(self.kept)] if wanted is None else x[:, :, wanted])
+        self.kept = keep
+        return outputs.last_hidden_state
+
+    def _mask(self, attention_mask: Tensor, positions: Tensor, fresh: Tensor, seen: Tensor) -> Tensor:
+        """What to add to attention scores (R, 1, fresh, seen): 0 where a query may look, the lowest number elsewhere."""
+        allowed = attention_mask[:, None, seen].expand(-1, len(fresh), -1)
+        if self.policy.spec.attention == "block_causal":
+            block = positions // self.policy.spec.block_size
+            allowed = allowed & (block[:, None, seen] <= block[:, fresh, None])
+        dtype = next(self.policy.module.parameters()).dtype
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+
+    def _map(self, f) -> None:
+        for layer in self.past.layers:
+            layer.keys, layer.values = f(layer.keys), f(layer.values)

@@ -1,0 +1,158 @@
+"""What the unmasking loop keeps: the tokens on the device, and on the host how many are masked where."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dllm_rl.policies import Policy
+from dllm_rl.samplers.rules import steps_per_block
+from dllm_rl.types import Processors, Prompts, Rollout
+
+
+@dataclass
+class Canvas:
+    """The batch as the model sees it (B, T), and what is known of the L positions of each completion (B, L).
+
+    columns  where in T a completion's positions lie.
+    block    the block that each belongs to; bounds: the columns of each block.
+    ended    rows that stopped early; what they left masked becomes padding where `pads_ended`.
+    """
+
+    prompts: Prompts
+    tokens: Int[Tensor, "B T"]
+    attention_mask: Bool[Tensor, "B T"]
+    columns: Int[Tensor, "B L"]
+    block: Int[Tensor, "B L"]
+    bounds: list[tuple[int, int]]
+    pad_id: int
+    pads_ended: bool
+    masked: Bool[Tensor, "B L"] = field(init=False)
+    unmask_step: Int[Tensor, "B L"] = field(init=False)
+    logprobs: Float[Tensor, "B L"] = field(init=False)
+    ended: Bool[Tensor, " B"] = field(init=False)
+    forwards: int = 0
+
+    def __post_init__(self) -> None:
+        self.masked = torch.ones_like(self.columns, dtype=torch.bool)
+        self.unmask_step = torch.full_like(self.columns, -1)
+        self.logprobs = torch.zeros(self.columns.shape, device=self.columns.device)
+        self.ended = torch.zeros(len(self.columns), dtype=torch.bool, device=self.columns.device)
+
+    def write(self, rows: Tensor, places: Tensor, tokens: Tensor, logprobs: Tensor, steps: Tensor) -> None:
+        """Commit tokens at places (within the completion) of rows; all are (K,)."""
+        self.tokens[rows, self.columns[rows, places]] = tokens
+        self.masked[rows, places] = False
+        self.logprobs[rows, places] = logprobs
+        self.unmask_step[rows, places] = steps
+
+    def completions(self) -> Int[Tensor, "B L"]:
+        return self.tokens.gather(-1, self.columns)
+
+    def end(self, rows: Tensor, eos_ids: tuple[int, ...]) -> Tensor:
+        """Mark those of `rows` that have written an end token; returns them, on the host."""
+        eos = torch.tensor(eos_ids, dtype=torch.long, device=self.tokens.device)
+        written = (torch.isin(self.completions()[rows.to(eos.device)], eos) & ~self.masked[rows.to(eos.device)]).any(-1)
+        rows = rows[written.cpu()]
+        self.ended[rows.to(eos.device)] = True
+        return rows
+
+    def rollout(self, processors: Processors, weights_version: int) -> Rollout:
+        """The record as it stands: columns are the prompts', then the completion's."""
+        group, device = self.prompts.group_size, self.tokens.device
+        tokens, mask = (x.to(device).repeat_interleave(group, 0) for x in (self.prompts.tokens, self.prompts.attention_mask))
+        nowhere = torch.zeros_like(mask)
+        beyond = self.masked & self.ended[:, None] if self.pads_ended else torch.zeros_like(self.masked)
+        return Rollout(
+            tokens=torch.cat([tokens, self.completions().masked_fill(beyond, self.pad_id)], dim=1),
+            attention_mask=torch.cat([mask, ~beyond], dim=1),
+            completion_mask=torch.cat([nowhere, ~self.masked], dim=1),
+            unmask_step=torch.cat([nowhere.long() - 1, self.unmask_step], dim=1),
+            logprobs=torch.cat([nowhere.float(), self.logprobs], dim=1),
+            group_size=group,
+            weights_version=weights_version,
+            processors=processors,
+            forwards=self.forwards,
+        )
+
+
+def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, *, aligned: bool) -> Canvas:
+    """Prompts, each repeated group_size times and followed by `length` masks.
+
+    Blocks count from the completion's start, or for a block-causal policy from the prompt's. There `aligned` pads every
+    prompt by whole blocks, so that all rows begin to write in the same columns.
+    """
+    spec, device, group = policy.spec, policy.device, prompts.group_size
+    mask = prompts.attention_mask.cpu().repeat_interleave(group, 0)
+    sizes = mask.sum(-1) if spec.attention == "block_causal" else torch.zeros(len(mask), dtype=torch.long)
+    offsets, full = sizes % block_size, sizes // block_size
+    block = (offsets[:, None] + torch.arange(length)) // block_size
+    if aligned:
+        base = int(full.max()) * block_size
+        columns = base + offsets[:, None] + torch.arange(length)
+        starts = base - full * block_size
+        tokens = torch.full((len(mask), int(columns.max()) + 1), policy.pad_id)
+        attention_mask = torch.zeros(tokens.shape, dtype=torch.bool)
+        for row, prompt in enumerate(prompts.tokens.cpu().repeat_interleave(group, 0)):
+            place = slice(int(starts[row]), int(starts[row] + sizes[row]))
+            tokens[row, place], attention_mask[row, place] = prompt[mask[row]], True
+    else:
+        base = prompts.tokens.shape[1]
+        columns = (base + torch.arange(length)).expand(len(mask), -1)
+        blank = torch.zeros(columns.shape, dtype=torch.long)
+        tokens = torch.cat([prompts.tokens.cpu().repeat_interleave(group, 0), blank], dim=1)
+        attention_mask = torch.cat([mask, blank.bool()], dim=1)
+    tokens.scatter_(-1, columns, torch.full_like(columns, spec.mask_id))
+    attention_mask.scatter_(-1, columns, torch.ones_like(columns, dtype=torch.bool))
+    starts = range(base, tokens.shape[1], block_size)
+    return Canvas(
+        prompts=prompts,
+        tokens=tokens.to(device),
+        attention_mask=attention_mask.to(device),
+        columns=columns.contiguous().to(device),
+        block=block.to(device),
+        bounds=[(start, min(start + block_size, tokens.shape[1])) for start in starts],
+        pad_id=policy.pad_id,
+        pads_ended=spec.attention == "block_causal",
+    )
+
+
+class Agenda:
+    """Whose turn it is: on the host, how many positions of each block of each row are masked, and the steps it has left.
+
+    A commit rule that fills a known share then needs no look at the device. Rows move from block to block by themselves,
+    or, in step, wait for the slowest.
+    """
+
+    def __init__(self, block: Int[Tensor, "B L"], num_steps: int | None, *, in_step: bool) -> None:
+        block = block.cpu()
+        self.in_step = in_step
+        self.masked = torch.zeros(len(block), int(block.max()) + 1, dtype=torch.long).scatter_add(-1, block, torch.ones_like(block))
+        self.steps = torch.zeros_like(self.masked)
+        for row, sizes in enumerate(self.masked):
+            self.steps[row, sizes > 0] = torch.tensor(steps_per_block(num_steps, sizes[sizes > 0].tolist()))
+        self.clock = torch.zeros(len(block), dtype=torch.long)  # steps that the row has taken part in
+
+    def turn(self) -> tuple[Int[Tensor, " R"], Int[Tensor, " R"]]:
+        """The rows that take part in the next step, and the block of each; none when all is done."""
+        blocks = (self.masked > 0).int().argmax(-1)
+        taking_part = (self.masked > 0).any(-1)
+        if self.in_step and taking_part.any():
+            taking_part &= blocks == blocks[taking_part].min()
+        rows = taking_part.nonzero()[:, 0]
+        return rows, blocks[rows]
+
+    def left(self, rows: Tensor, blocks: Tensor) -> tuple[Int[Tensor, " R"], Int[Tensor, " R"]]:
+        """Masked positions of those blocks, and steps left for them (at least 1)."""
+        return self.masked[rows, blocks], self.steps[rows, blocks].clamp(min=1)
+
+    def record(self, rows: Tensor, blocks: Tensor, committed: Int[Tensor, " R"]) -> Int[Tensor, " C"]:
+        """Take note of a step; returns the rows whose block is now complete."""
+        self.masked[rows, blocks] -= committed
+        self.steps[rows, blocks] -= 1
+        self.clock[rows] += 1
+        return rows[self.masked[rows, blocks] == 0]
+
+    def drop(self, rows: Tensor) -> None:
+        self.masked[rows] = 0

@@ -1,0 +1,166 @@
+"""Which masked positions come next (rank), and how many of them at once (commit). Users can pass their own.
+
+A rank gives each of K masked positions a score; the highest are committed first. It takes, by name, what it needs:
+    logits      (K, V)  untempered fp32 logits, suppressed ids at -inf; the mask token, which is never sampled, as it is
+    normalizer  (K,)    their log-sum-exp, so that logits - normalizer are log-probabilities in nats
+    tokens      (K,)    the tokens sampled there
+    uniforms    (K,)    fresh random numbers in [0, 1)
+A rank without `tokens` is a function of the state alone: the order is then independent of the draws, log-probs at commit
+are the exact behaviour probabilities, and the sampler draws tokens only where it commits them.
+
+A commit rule (scores (B, L), masked (B, L), steps_left (B,)) -> (B, L) picks positions among the masked ones of each
+row; scores are -inf elsewhere. steps_left counts what remains of the block's share of steps, this one included, and
+is at least 1; a rule must have chosen something by then. Hyper-parameters are bound with functools.partial.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+OFFERED = ("logits", "normalizer", "tokens", "uniforms")
+
+
+def confidence(
+    logits: Float[Tensor, "K V"], normalizer: Float[Tensor, " K"], tokens: Int[Tensor, " K"]
+) -> Float[Tensor, " K"]:
+    """LLaDA's low_confidence remasking: log-probability of the SAMPLED token, nats.
+
+    The commit then depends on the draw, so at-commit log-probs are not the exact behaviour probabilities. [paper]
+    """
+    return logits.gather(-1, tokens[:, None])[:, 0] - normalizer
+
+
+def max_prob(logits: Float[Tensor, "K V"], normalizer: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+    """Log-probability of the likeliest token, nats. State-only. [paper: Dream's maskgit_plus at temperature 0]"""
+    return logits.amax(-1) - normalizer
+
+
+def margin(logits: Float[Tensor, "K V"], normalizer: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+    """Probability of the likeliest token minus that of the second. State-only. [paper: Dream's topk_margin]"""
+    if logits.shape[-1] < 2:
+        raise ValueError("margin needs a vocabulary of at least 2 tokens")
+    first, second = (logits.topk(2, dim=-1).values - normalizer[:, None]).exp().unbind(-1)
+    return first - second
+
+
+def entropy(logits: Float[Tensor, "K V"], normalizer: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+    """Minus the entropy, sum_v p_v log p_v, nats. State-only.
+
+    [paper: Dream's entropy; Dream ranks the tempered and filtered distribution, we the untempered one]
+    """
+    logp = logits - normalizer[:, None]
+    return torch.where(logp == -torch.inf, 0.0, logp.exp() * logp).sum(-1)
+
+
+def random(uniforms: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+    """A uniformly random order, as LLaDA's remasking="random" and Dream's origin. State-only. [paper]"""
+    return uniforms
+
+
+def needs_of(rank: Callable) -> frozenset[str]:
+    """Which of OFFERED a rank takes. Raises ValueError when it wants anything else."""
+    parameters = inspect.signature(rank).parameters.values()
+    unknown = [p.name for p in parameters if p.name not in OFFERED and p.default is p.empty]
+    if unknown:
+        raise ValueError(f"rank {name_of(rank)} takes {unknown[0]!r}, which is not one of {', '.join(OFFERED)}; bind it with functools.partial")
+    return frozenset(p.name for p in parameters if p.name in OFFERED)
+
+
+def name_of(rule: Callable) -> str:
+    return getattr(getattr(rule, "func", rule), "__name__", repr(rule))
+
+
+def schedule(
+    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"]
+) -> Bool[Tensor, "B L"]:
+    """LLaDA's equal shares of the block's positions, the remainder on the first steps: ceil(masked / steps_left). [paper]"""
+    return _best(scores, masked, share(masked.sum(-1), steps_left))
+
+
+def share(num_masked: Int[Tensor, " B"], steps_left: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """How many positions `schedule` commits: ceil(num_masked / steps_left)."""
+    return -(-num_masked // steps_left)
+
+
+def late_schedule(
+    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"]
+) -> Bool[Tensor, "B L"]:
+    """Dream's shares, floor(masked / steps_left), with the remainder on the last steps.
+
+    [paper; ours: Dream's time grid ends at 1e-3 instead of 0, which makes it commit nothing in some steps]
+    """
+    return _best(scores, masked, masked.sum(-1) // steps_left)
+
+
+def origin(
+    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"]
+) -> Bool[Tensor, "B L"]:
+    """Dream's origin, the ancestral step of masked diffusion: each masked position by itself with probability
+    1 - s/t = 1/steps_left. Wants rank=random, whose scores are the uniforms. A step may commit nothing. [paper]"""
+    return masked & (scores >= 1 - 1 / steps_left[:, None])
+
+
+def threshold(
+    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"], *, tau: float
+) -> Bool[Tensor, "B L"]:
+    """Fast-dLLM's parallel decoding (arXiv 2505.22618): every position with probability >= tau, and at least the best one.
+
+    Wants scores that are log-probabilities (confidence, max_prob). The number of steps plays no part. [paper]
+    """
+    if not 0 < tau <= 1:
+        raise ValueError(f"tau={tau} must lie in (0, 1]")
+    log_tau = torch.tensor(tau, dtype=torch.float64).log().item()
+    return masked & (scores >= log_tau) | _best(scores, masked, torch.ones_like(steps_left))
+
+
+def factor(
+    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"], *, f: float
+) -> Bool[Tensor, "B L"]:
+    """Fast-dLLM's factor rule: the n best, n the largest with p_(n) >= 1 - f/(n+1), p sorted downwards; at least one.
+
+    Wants scores that are log-probabilities (confidence, max_prob). The number of steps plays no part. [paper]
+    """
+    if not f > 0:
+        raise ValueError(f"f={f} must be positive")
+    best = scores.sort(dim=-1, descending=True).values.exp()
+    n = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
+    count = torch.where(best >= 1 - f / (n + 1), n, 1).amax(-1)
+    return _best(scores, masked, count)
+
+
+def entropy_bound(
+    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"], *, gamma: float
+) -> Bool[Tensor, "B L"]:
+    """EB-Sampler (arXiv 2505.24857): the most certain positions U, as many as keep sum_U H - max_U H <= gamma, nats.
+
+    Wants rank=entropy, whose scores are -H; one position always fits. The number of steps plays no part. [paper]
+    """
+    if not gamma >= 0:
+        raise ValueError(f"gamma={gamma} must be >= 0 nats")
+    entropies = -scores.sort(dim=-1, descending=True).values
+    # In rising order the largest is the last, so what counts is the sum of those before it.
+    before = torch.nn.functional.pad(entropies.cumsum(-1)[:, :-1], (1, 0))
+    return _best(scores, masked, (before <= gamma).sum(-1))
+
+
+def _best(scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], count: Int[Tensor, " B"]) -> Bool[Tensor, "B L"]:
+    """The `count` best masked positions of every row; ties go to the lowest index."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(scores.shape[-1], device=scores.device)
+    return masked & torch.zeros_like(masked).scatter(-1, order, places < count[:, None])
+
+
+def steps_per_block(num_steps: int | None, sizes: list[int]) -> list[int]:
+    """Equal shares of steps for the blocks of the given sizes, the remainder on the first; None: a step a position.
+
+    Raises ValueError with fewer steps than blocks.
+    """
+    if num_steps is None:
+        return sizes
+    if num_steps < len(sizes):
+        raise ValueError(f"num_steps={num_steps} is fewer than the {len(sizes)} blocks, each of which needs one; use at least {len(sizes)}")
+    each, remainder = divmod(num_steps, len(sizes))
+    return [each + (i < remainder) for i in range(len(sizes))]

@@ -1,0 +1,143 @@
+"""Iterative unmasking, as LLaDA's: blocks from left to right, in each block a few positions a step."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Generator, Tensor
+
+from dllm_rl.policies import Policy
+from dllm_rl.samplers.cache import Cache, CachedStates
+from dllm_rl.samplers.canvas import Agenda, make_canvas
+from dllm_rl.samplers.propose import propose, propose_and_rank, rank_only
+from dllm_rl.samplers.rules import confidence, name_of, needs_of, schedule, share
+from dllm_rl.samplers.uniforms import uniforms
+from dllm_rl.types import Processors, Prompts, Rollout, row_seeds
+
+
+@torch.no_grad()
+def unmask(
+    policy: Policy,
+    prompts: Prompts,
+    generator: Generator,
+    *,
+    max_new_tokens: int,
+    num_steps: int | None = None,
+    block_size: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    suppress: tuple[int, ...] = (),
+    rank: Callable = confidence,
+    commit: Callable = schedule,
+    cache: Cache | None = None,
+    approximate_early_exit: bool = False,
+    watch: Callable[[Rollout], None] | None = None,
+) -> Rollout:
+    """Complete every prompt `group_size` times by iterative unmasking (LLaDA, arXiv 2502.09992, algorithm 5 [paper]).
+
+    max_new_tokens  masked positions appended to each prompt.
+    num_steps       unmasking steps over the whole completion, shared out equally to the blocks; None: one a position.
+                    Adaptive commit rules pay no heed to it.
+    block_size      positions that are open at once; None opens all, or takes a block-causal policy's own. The last block
+                    may be shorter, and of a block-causal policy, whose blocks count from the prompt's start, the first.
+    temperature     of the categorical distribution; 0 takes the likeliest token.
+    rank, commit    see `rules`; ranking is on untempered fp32 log-probabilities.
+    suppress        token ids that are never sampled; the mask token never is.
+    cache           see `cache`; None recomputes every position in every step.
+    approximate_early_exit  full attention only: a row ends with the block in which it has written an end token; the
+                    masks behind it stay in the rollout, attended to and not chosen, so that log-probs are exact for what
+                    was done. It is the learner who never sees what would have stood there. A block-causal policy's rows
+                    always end so, which is exact; there, what lies behind becomes padding.
+    watch           called with the rollout as it stands, after every step.
+
+    A row depends on its prompt, its seed and the weights only, not on its neighbours; a row that is finished leaves the
+    batch. With `schedule` nothing in a step waits for the device. Raises ValueError for a causal policy, a completion
+    that does not fit the model, or rules, blocks and caches that do not go together.
+    """
+    spec, group, device = policy.spec, prompts.group_size, policy.device
+    needs, block_size = needs_of(rank), _check(policy, prompts, max_new_tokens, block_size, cache)
+    processors = Processors(temperature, top_k, top_p, (*suppress, spec.mask_id))
+    # A rank of the state alone leaves the drawing of tokens to when it is known where; the likeliest come for free.
+    draws_first = "tokens" in needs or (temperature == 0 and "logits" in needs)
+    ends = spec.attention == "block_causal" or approximate_early_exit
+
+    canvas = make_canvas(policy, prompts, max_new_tokens, block_size, aligned=cache is not None and cache.kind == "block")
+    agenda = Agenda(canvas.block, num_steps, in_step=cache is not None)
+    cached = None if cache is None else CachedStates(policy, cache, canvas.attention_mask)
+    seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(device)
+
+    while len((turn := agenda.turn())[0]):
+        (rows, blocks), (num_masked, steps_left) = turn, agenda.left(*turn)
+        on_device = rows.to(device)
+        # The first state of all is the same for every completion of a prompt: one forward serves the group.
+        alike = group if canvas.forwards == 0 else 1
+        if cached is None:
+            seen = on_device[::alike]
+            hidden, first = policy.hidden(canvas.tokens[seen], canvas.attention_mask[seen]), 0
+        else:
+            hidden, first = cached.advance(canvas.tokens, rows, canvas.bounds[int(blocks[0])], alike=alike)
+        canvas.forwards += 1
+
+        columns, seed, clock = canvas.columns[on_device], seeds[on_device], agenda.clock[rows].to(device)
+        masked = canvas.masked[on_device] & (canvas.block[on_device] == blocks.to(device)[:, None])
+        r, c = _places(masked, int(num_masked.sum()))
+        states = hidden[r // alike, (columns[r, c] - first).clamp(min=0)]
+        ties = uniforms(seed[r], clock[r], c, stream=1)
+        scores = torch.full(masked.shape, -torch.inf, device=device)
+        if draws_first:
+            draws = uniforms(seed[r], clock[r], c, stream=0)
+            tokens, logprobs, scores[r, c] = propose_and_rank(policy, states, draws, ties, processors, rank)
+        else:
+            scores[r, c] = rank_only(policy, states, ties, processors, rank)
+
+        chosen = commit(scores, masked, steps_left.to(device)) & masked
+        committed = share(num_masked, steps_left) if commit is schedule else chosen.sum(-1).cpu()
+        if ((committed == 0) & (steps_left == 1)).any():
+            raise ValueError(f"commit={name_of(commit)} chose nothing in the last step of a block; it must choose a position by then")
+        picked = _places(chosen[r, c][None], int(committed.sum()))[1]
+        r, c, states = r[picked], c[picked], states[picked]
+        if draws_first:
+            tokens, logprobs = tokens[picked], logprobs[picked]
+        else:
+            tokens, logprobs = propose(policy, states, uniforms(seed[r], clock[r], c, stream=0), processors)
+        canvas.write(on_device[r], c, tokens, logprobs, clock[r])
+
+        complete = agenda.record(rows, blocks, committed)
+        if ends and len(complete):
+            agenda.drop(canvas.end(complete, spec.eos_ids))
+        if watch is not None:
+            watch(canvas.rollout(processors, policy.version))
+    return canvas.rollout(processors, policy.version)
+
+
+def _places(mask: Bool[Tensor, "R L"], count: int) -> tuple[Int[Tensor, " K"], Int[Tensor, " K"]]:
+    """Rows and columns where `mask` holds, row by row; their number is known, so that nobody waits for the device."""
+    flat = mask.flatten().nonzero_static(size=count)[:, 0]
+    return flat // mask.shape[1], flat % mask.shape[1]
+
+
+def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None, cache: Cache | None) -> int:
+    """The block size in force. Raises ValueError as `unmask` says."""
+    attention = policy.spec.attention
+    if attention == "causal":
+        raise ValueError(f"policy is causal ({type(policy.module).__name__}); unmask needs a diffusion model: use autoregress")
+    size = block_size if block_size is not None else policy.spec.block_size or length
+    if length < 1 or size < 1:
+        raise ValueError(f"max_new_tokens={length} and block_size={size} must both be at least 1")
+    if attention == "block_causal" and size != policy.spec.block_size:
+        raise ValueError(f"block_size={size} is not the policy's: its blocks are of {policy.spec.block_size}; leave block_size at None")
+    if cache is not None:
+        cache.check(attention)
+    check_fits(policy, prompts, length)
+    return size
+
+
+def check_fits(policy: Policy, prompts: Prompts, max_new_tokens: int) -> None:
+    """Raise ValueError when the longest prompt and its completion exceed what the model can take."""
+    longest, limit = int(prompts.attention_mask.sum(-1).max()), policy.spec.max_length
+    if limit is not None and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens exceeds the model's {limit} positions; "
+            f"use at most {limit - longest}"
+        )

@@ -1,0 +1,139 @@
+"""Contracts that every method keeps, for the tests of this package and of anyone who writes a method of their own."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dllm_rl.correctors import Corrector, none
+from dllm_rl.losses import kl_k2, policy_loss, sequence
+from dllm_rl.types import Batch, Noise, Rollout
+
+
+def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
+    """Raise AssertionError, saying which promise is broken, unless the corrector
+
+    is `none` bit for bit when both policies agree (weights, mask, loss and gradient); gives finite weights >= 0 without
+    gradient, a keep mask inside the mask and finite float metrics; leaves its inputs alone; does not care for the order
+    of the rows, for padding, or for how the batch is split into micro-batches; drops tokens whose ratio is not finite
+    from the keep mask; and is defined on one row, on a row without tokens, and on a batch without any.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for rows, length in ((6, 5), (1, 3)):
+        mask = torch.rand(rows, length, generator=generator) < 0.8
+        mask[0, 0] = True
+        mismatch = torch.randn(rows, length, generator=generator) * 0.5
+        advantages = torch.randn(rows, generator=generator)
+        step = torch.randn(rows, length, generator=generator) * 0.1
+        _neutral(corrector, mask, advantages)
+        _sound(corrector, mismatch, advantages, mask)
+        _symmetric(corrector, mismatch, advantages, mask, step)
+    empty = mask_without_row(mask=torch.ones(3, 4, dtype=torch.bool), row=1)
+    mismatch, advantages = torch.randn(3, 4, generator=generator), torch.tensor([1.0, -1.0, 0.0])
+    _sound(corrector, mismatch, advantages, empty)
+    _sound(corrector, mismatch, advantages, torch.zeros_like(empty))
+    _drops_nonfinite(corrector, advantages)
+
+
+def mask_without_row(*, mask: Tensor, row: int) -> Tensor:
+    mask = mask.clone()
+    mask[row] = False
+    return mask
+
+
+def make_batch(
+    mask: Tensor,
+    advantages: Tensor,
+    *,
+    weights: Tensor | None = None,
+    old: Tensor | None = None,
+    keep: Tensor | None = None,
+    reference: Tensor | None = None,
+) -> Batch:
+    """A Batch around the tensors a loss reads; everything else is blank."""
+    keep = mask if keep is None else keep
+    old = torch.full(mask.shape, -1.0) if old is None else old
+    blank = torch.zeros(mask.shape, dtype=torch.long)
+    rollout = Rollout(blank, torch.ones_like(mask), mask, blank, torch.zeros(mask.shape), group_size=1)
+    noise = Noise(mask[None], mask[None].float())
+    weights = torch.ones(mask.shape) if weights is None else weights
+    return Batch(rollout, noise, advantages, old, old[None], weights, keep, reference, int(keep.sum()), len(mask))
+
+
+def loss_of(corrector: Corrector, batch: Batch, logps: Tensor) -> tuple[Tensor, dict, Tensor]:
+    return policy_loss(logps, batch, surrogate=corrector.surrogate, aggregate=sequence, beta=0.0, kl=kl_k2)
+
+
+def _neutral(corrector: Corrector, mask: Tensor, advantages: Tensor) -> None:
+    zeros = torch.zeros(mask.shape)
+    weights, keep, _ = corrector.weigh(zeros, advantages, mask)
+    assert torch.equal(keep, mask), "on-policy, the keep mask must be the mask"
+    assert (weights[mask] == 1).all(), f"on-policy, every weight must be exactly 1, got {weights[mask]}"
+    ours = make_batch(mask, advantages, weights=weights, keep=keep)
+    plain = make_batch(mask, advantages)
+    (loss, _, gradient), (loss0, _, gradient0) = loss_of(corrector, ours, ours.old), loss_of(none(), plain, plain.old)
+    assert torch.equal(loss, loss0), f"on-policy, the loss must be that of none() bit for bit: {loss} against {loss0}"
+    assert torch.equal(gradient, gradient0), "on-policy, the gradient must be that of none() bit for bit"
+
+
+def _sound(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, dict]:
+    copies = mismatch.clone().requires_grad_(), advantages.clone(), mask.clone()
+    weights, keep, metrics = corrector.weigh(*copies)
+    assert weights.shape == mask.shape and keep.shape == mask.shape, "weights and keep mask must be (B, T)"
+    assert not weights.requires_grad, "weights must be detached: no gradient flows through them"
+    assert weights.isfinite().all() and (weights >= 0).all(), f"weights must be finite and >= 0, got {weights}"
+    assert keep.dtype == torch.bool and not (keep & ~mask).any(), "the keep mask must be a boolean subset of the mask"
+    assert torch.equal(copies[0], mismatch) and torch.equal(copies[1], advantages) and torch.equal(copies[2], mask), (
+        "the inputs must not be written to"
+    )
+    for name, value in metrics.items():
+        assert isinstance(value, float) and math.isfinite(value), f"metric {name} must be a finite float, got {value!r}"
+    return weights, keep, metrics
+
+
+def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask: Tensor, step: Tensor) -> None:
+    weights, keep, metrics = _sound(corrector, mismatch, advantages, mask)
+    # Two sums in another order; 1e-5 is a hundred roundings of fp32.
+    same = lambda a, b, what: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m: f"{what}: {m}")  # noqa: E731
+
+    near = lambda a, b: math.isclose(float(a), float(b), rel_tol=1e-5, abs_tol=1e-6)  # noqa: E731
+
+    order = torch.arange(len(mask)).flip(0)
+    w, k, m = corrector.weigh(mismatch[order], advantages[order], mask[order])
+    same(w[order][mask], weights[mask], "another order of the rows must give the same weights")
+    assert torch.equal(k[order], keep), "another order of the rows must give the same keep mask"
+    for name, value in metrics.items():
+        assert near(m[name], value), f"metric {name} depends on the order of the rows"
+
+    garbage = torch.where(mask, mismatch, 7.0)
+    padded = torch.cat([mask, torch.zeros_like(mask)], 1)
+    w, _, _ = corrector.weigh(torch.cat([garbage, garbage], 1), advantages, padded)
+    columns = mask.shape[1]
+    same(w[:, :columns][mask], weights[mask], "what stands off the mask must not change the weights")
+
+    batch = make_batch(mask, advantages, weights=weights, keep=keep)
+    logps = batch.old + step
+    loss, sums, gradient = loss_of(corrector, batch, logps)
+    parts = []
+    for rows in torch.arange(len(mask)).split(max(1, len(mask) // 2)):
+        part = make_batch(mask[rows], advantages[rows], weights=weights[rows], keep=keep[rows])
+        part = Batch(**{**part.__dict__, "num_tokens": batch.num_tokens, "num_sequences": batch.num_sequences})
+        parts.append(loss_of(corrector, part, logps[rows]))
+    same(sum(p[0] for p in parts), loss, "micro-batches must add up to the batch's loss")
+    same(torch.cat([p[2] for p in parts]), gradient, "micro-batches must give the batch's gradient")
+    for name in sums:
+        assert name == "loss" or all(near(sum(p[1][name][i] for p in parts), sums[name][i]) for i in (0, 1)), (
+            f"metric {name} must be a (sum, count) that adds up over micro-batches"
+        )
+    assert (gradient[~keep] == 0).all(), "tokens outside the keep mask must get no gradient"
+
+
+def _drops_nonfinite(corrector: Corrector, advantages: Tensor) -> None:
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    mismatch = torch.zeros(3, 4)
+    mismatch[0, 1], mismatch[1, 2], mismatch[2, 0] = math.inf, -math.inf, math.nan
+    weights, keep, metrics = corrector.weigh(mismatch, advantages, mask)
+    assert not keep[~mismatch.isfinite()].any(), "a token whose ratio is not finite must leave the keep mask"
+    assert weights.isfinite().all(), f"weights must stay finite beside a ratio that is not, got {weights}"
+    for name, value in metrics.items():
+        assert math.isfinite(value), f"metric {name}={value} must stay finite beside a ratio that is not"

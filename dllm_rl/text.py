@@ -1,0 +1,39 @@
+"""Between text and tokens: problems -> Prompts, Rollout -> completions."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Generator
+
+from dllm_rl.policies import Policy
+from dllm_rl.tasks.base import Problem
+from dllm_rl.types import Prompts, Rollout
+
+
+def encode(policy: Policy, problems: Sequence[Problem], *, group_size: int = 1, seeds: Sequence[int] | None = None) -> Prompts:
+    """Tokenise prompts: chat messages through the tokenizer's template, text as it is (no special tokens added)."""
+    ids = [prompt_ids(policy, problem.prompt) for problem in problems]
+    return Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group_size, seeds=seeds)
+
+
+def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]]) -> list[int]:
+    if isinstance(prompt, str):
+        return policy.tokenizer.encode(prompt, add_special_tokens=False)
+    return policy.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def decode(policy: Policy, rollout: Rollout) -> list[str]:
+    """Each row's completion as text: the tokens that the policy chose, up to the first end token, specials left out."""
+    completions = []
+    for tokens, chosen in zip(rollout.tokens.tolist(), rollout.completion_mask.tolist(), strict=True):
+        ids = [token for token, mine in zip(tokens, chosen, strict=True) if mine]
+        end = next((i for i, token in enumerate(ids) if token in policy.spec.eos_ids), len(ids))
+        completions.append(ids[:end])
+    return policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+
+
+def stream(*key: object) -> Generator:
+    """A generator that is a pure function of its key, as (seed, "rollout", step): nothing to save, nothing to restore."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,194 @@
+"""The loop: task -> prompts -> rollout -> rewards -> advantages -> likelihoods -> corrector -> update -> weight sync."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from dllm_rl.aligned import aligned
+from dllm_rl.evaluation import score
+from dllm_rl.launch import begin, catch_interrupt, draw_problems, evaluate_with, finish, prepare, save
+from dllm_rl.learner import update
+from dllm_rl.mismatch import mismatch_metrics
+from dllm_rl.policies import Policy
+from dllm_rl.quantize import quantized_copy, sync_weights
+from dllm_rl.recipe import Recipe
+from dllm_rl.tasks.base import Reward
+from dllm_rl.text import decode, encode, stream
+from dllm_rl.types import Batch, Noise, Rollout, row_seeds
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Run a recipe; returns what its summary.json holds. Raises ValueError on one that cannot run, before any work."""
+    accelerator, log, folder = prepare(recipe)
+    policy, reference, optimizer, start, history = begin(recipe, accelerator, log, folder)
+    rollout_policy = policy if recipe.rollout_quantization is None else quantized_copy(policy, recipe.rollout_quantization())
+    rollout_policy.version = policy.version
+    interrupted, progress = catch_interrupt(accelerator), log.bar("training", recipe.num_steps, completed=start)
+
+    for step in range(start, recipe.num_steps):
+        problems = draw_problems(recipe.task, "train", recipe.seed, step, recipe.train_batch_size, accelerator)
+        with log.stage("rollout"), accelerator.autocast():
+            prompts = encode(policy, problems, group_size=recipe.num_generations, seeds=seeds_of(recipe, step, accelerator))
+            rollout = recipe.sampler(rollout_policy, prompts, stream(recipe.seed, "rollout", step))
+            check_version(rollout, policy)
+        with log.stage("reward"):
+            graded = score(recipe.task, problems, decode(policy, rollout))
+            rewards = gather_rewards(graded, recipe.num_generations, accelerator)                    # (P, G)
+            advantages = recipe.advantages(rewards)                                                  # (P, G)
+        with log.stage("scoring"), accelerator.autocast(), forward_of(recipe, policy, rollout_policy):
+            live = live_rows(advantages, recipe, accelerator)
+            part = rollout.rows(live)
+            noise = draw_noise(recipe, step, rollout, advantages, accelerator).rows(live)            # shared by every policy
+            old, old_scores = scored(recipe, policy, part, noise)
+            behind = behaviour(recipe, policy, rollout_policy, part, noise, old)
+            anchor = None if reference is None else scored(recipe, reference, part, noise)[0]
+        with log.stage("update"), accelerator.autocast(), forward_of(recipe, policy, rollout_policy):
+            mismatch, weights, keep = weigh(recipe, accelerator, rollout, live, advantages, old, behind)
+            batch = live_batch(accelerator, rollout, part, noise, live, advantages, old, old_scores, weights, keep, anchor)
+            learning = update(policy, optimizer, accelerator, batch, recipe, step)
+        with log.stage("sync"):
+            sync_weights(policy, rollout_policy)
+
+        metrics = reward_metrics(rewards, graded, rollout, accelerator) | mismatch | learning
+        done = step + 1
+        if recipe.eval_steps and done % recipe.eval_steps == 0:
+            with log.stage("evaluation"):
+                found = evaluate_with(recipe, policy, recipe.validation_task, accelerator)
+            metrics |= {f"eval/{name}": value for name, value in found.items()}
+        log.write(step, metrics)
+        progress(metrics, show=done % recipe.logging_steps == 0 or done == recipe.num_steps)
+        stop = interrupted()
+        if stop or done % recipe.save_steps == 0 or done == recipe.num_steps:
+            save(recipe, accelerator, log, done, policy, optimizer, history)
+        if stop and done < recipe.num_steps:
+            log.say(f"interrupted after step {done}; continue with --resume_from_checkpoint latest --output_dir {recipe.directory}")
+            raise SystemExit(130)
+    return finish(recipe, accelerator, log, policy, rollout_policy, history)
+
+
+def seeds_of(recipe: Recipe, step: int, accelerator: Accelerator) -> list[int]:
+    """Seeds of this process's rows: a row's seed depends on (seed, step, its place in the global batch)."""
+    rows = recipe.train_batch_size * recipe.num_generations
+    seeds = row_seeds(stream(recipe.seed, "rollout", step), rows).tolist()
+    share = rows // accelerator.num_processes
+    return seeds[accelerator.process_index * share : (accelerator.process_index + 1) * share]
+
+
+def draw_noise(recipe: Recipe, step: int, rollout: Rollout, advantages: Tensor, accelerator: Accelerator) -> Noise:
+    """The step's masks; the generator is taken past the seeds of the rows that processes before this one hold."""
+    generator = stream(recipe.seed, "noise", step)
+    row_seeds(generator, accelerator.process_index * len(rollout.tokens))
+    return recipe.likelihood.given(recipe.likelihood.draw(rollout, generator), local(advantages.flatten(), accelerator))
+
+
+def forward_of(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> AbstractContextManager:
+    """With align_forward the learner's forward runs through the rollout's quantised operands."""
+    align = recipe.corrector.align_forward and rollout_policy is not policy
+    return aligned(policy, rollout_policy) if align else nullcontext()
+
+
+def check_version(rollout: Rollout, policy: Policy) -> None:
+    """Raise RuntimeError when the rollout was made by other weights than the learner's present ones."""
+    if rollout.weights_version != policy.version:
+        raise RuntimeError(f"weights_version={rollout.weights_version} of the rollout is not the learner's {policy.version}: sync first")
+
+
+def local(rows: Tensor, accelerator: Accelerator) -> Tensor:
+    """This process's share of a tensor whose first axis runs over the global batch."""
+    return rows.chunk(accelerator.num_processes)[accelerator.process_index]
+
+
+def gather_rewards(graded: Sequence[Reward], group_size: int, accelerator: Accelerator) -> Tensor:
+    """Rewards (P, G) of all processes."""
+    values = torch.tensor([reward.value for reward in graded], dtype=torch.float32, device=accelerator.device)
+    if not values.isfinite().all():
+        raise FloatingPointError(f"a reward is not finite: {[r for r in graded if not abs(r.value) < float('inf')][0]}")
+    return accelerator.gather(values.view(-1, group_size))
+
+
+def live_rows(advantages: Tensor, recipe: Recipe, accelerator: Accelerator) -> Tensor:
+    """Indices of this process's rows in groups with a nonzero advantage: the others move nothing.
+
+    With a KL term, or when no group is left, all rows count (mismatch is measured at every step).
+    """
+    live = (advantages != 0).any(-1)
+    if recipe.beta or not live.any():
+        live = torch.ones_like(live)
+    return local(live.repeat_interleave(recipe.num_generations), accelerator).nonzero()[:, 0]
+
+
+def scored(recipe: Recipe, policy: Policy, part: Rollout, noise: Noise) -> tuple[Tensor, Tensor]:
+    """Log-prob contributions (R, T) of the live rows and their scores (N, R, T), nats."""
+    scores = recipe.likelihood.scores(policy, part, noise, micro_batch_size=recipe.micro_batch_size)
+    return recipe.likelihood.combine(scores, noise), scores
+
+
+def behaviour(recipe: Recipe, policy, rollout_policy, part: Rollout, noise: Noise, old: Tensor) -> Tensor:
+    """The rollout policy's side of the ratio (R, T) in the live rows, nats.
+
+    An estimator that replays the sampler step by step would only compute again what the sampler recorded.
+    """
+    if recipe.likelihood.replays:
+        return part.logprobs
+    return old if rollout_policy is policy else scored(recipe, rollout_policy, part, noise)[0]
+
+
+def weigh(
+    recipe: Recipe, accelerator: Accelerator, rollout: Rollout, live: Tensor, advantages: Tensor, old: Tensor, behind: Tensor
+) -> tuple[dict[str, float], Tensor, Tensor]:
+    """Mismatch metrics over the live rows of all processes, and this process's weights and keep mask (B, T)."""
+    width, flat = rollout.tokens.shape[1], advantages.flatten()
+    everywhere = []  # every process gathers as many rows, those that are not live as zeros
+    for part in (old - behind, rollout.completion_mask[live], old):
+        rows = torch.zeros(rollout.tokens.shape, dtype=part.dtype, device=part.device)
+        rows[live] = part
+        everywhere.append(rows)
+    padded = [accelerator.pad_across_processes(x, dim=1) for x in everywhere]
+    log_mismatch, mask, old = (accelerator.gather(x) for x in padded)
+    weights, keep, reasons = recipe.corrector.weigh(log_mismatch, flat, mask)
+    metrics = mismatch_metrics(log_mismatch, mask, old=old, advantages=flat) | reasons
+    metrics["rollout_corr/rollout_rs_masked_fraction"] = 1 - (keep.sum() / mask.sum()).item()
+    return metrics, local(weights, accelerator)[:, :width], local(keep, accelerator)[:, :width]
+
+
+def live_batch(accelerator, rollout, part, noise, live, advantages, old, old_scores, weights, keep, anchor) -> Batch:
+    """The live rows as a Batch; the loss's denominators count all rows, the live and the others."""
+    others = torch.ones(len(rollout.tokens), dtype=torch.bool, device=old.device)
+    others[live] = False
+    tokens = keep[live].sum() + rollout.completion_mask[others].sum()
+    counts = torch.stack([tokens, torch.tensor(len(others), device=old.device)])
+    num_tokens, num_sequences = accelerator.reduce(counts, reduction="sum").tolist()
+    return Batch(
+        rollout=part,
+        noise=noise,
+        advantages=local(advantages.flatten(), accelerator)[live],
+        old=old,
+        old_scores=old_scores,
+        weights=weights[live],
+        keep=keep[live],
+        reference=anchor,
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+    )
+
+
+def reward_metrics(rewards: Tensor, graded: Sequence[Reward], rollout: Rollout, accelerator: Accelerator) -> dict[str, float]:
+    """TRL's reward and length metrics over all processes."""
+    names = sorted(graded[0].breakdown)
+    rows = [[float(reward.parsed), *(reward.breakdown[name] for name in names)] for reward in graded]
+    lengths = rollout.completion_mask.sum(-1, keepdim=True).double().cpu()
+    totals = torch.cat([torch.tensor(rows, dtype=torch.float64), lengths], dim=1).sum(0).to(accelerator.device)
+    parsed, *means, length = (accelerator.reduce(totals, reduction="sum") / rewards.numel()).tolist()
+    return {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(correction=0).item(),
+        "frac_reward_zero_std": (rewards == rewards[:, :1]).all(-1).double().mean().item(),
+        "parsed": parsed,
+        **{f"rewards/{name}/mean": mean for name, mean in zip(names, means, strict=True)},
+        "completions/mean_length": length,
+        "num_tokens": length * rewards.numel(),
+    }

@@ -1,0 +1,114 @@
+"""Supervised warm-up: the masked-diffusion loss, or the causal one, on prompts with a known completion."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from dllm_rl.likelihoods import score_view
+from dllm_rl.policies import Policy
+from dllm_rl.tasks.base import Problem
+from dllm_rl.text import prompt_ids
+from dllm_rl.types import Processors, Rollout
+
+
+def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int) -> Rollout:
+    """Prompts with their reference completions, as if a sampler had produced them; left-padded prompts.
+
+    The completion ends with the end token where there is room, and is filled up with it (a diffusion model generates
+    all of its positions); a causal model learns the first end token only. Raises ValueError for a problem without a
+    solution, or one that does not fit.
+    """
+    pad, eos = policy.pad_id, policy.spec.eos_ids[0] if policy.spec.eos_ids else policy.pad_id
+    prompts = [prompt_ids(policy, problem.prompt) for problem in problems]
+    width = max(map(len, prompts))
+    rows, attention, scored = [], [], []
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if problem.solution is None:
+            raise ValueError(f"solution is None for the problem {problem.prompt!r}; warm-up needs a reference completion")
+        answer = policy.tokenizer.encode(problem.solution, add_special_tokens=False)
+        if len(answer) > max_new_tokens:
+            raise ValueError(f"max_new_tokens={max_new_tokens} is shorter than a solution of {len(answer)} tokens: {problem.solution!r}")
+        spare = max_new_tokens - len(answer)
+        learnt = max_new_tokens if policy.spec.attention != "causal" else min(max_new_tokens, len(answer) + 1)
+        rows.append([pad] * (width - len(prompt)) + prompt + answer + [eos] * spare)
+        attention.append([False] * (width - len(prompt)) + [True] * (len(prompt) + max_new_tokens))
+        scored.append([False] * width + [True] * learnt + [False] * (max_new_tokens - learnt))
+    tokens = torch.tensor(rows, device=policy.device)
+    blank = torch.zeros(tokens.shape, device=policy.device)
+    return Rollout(
+        tokens=tokens,
+        attention_mask=torch.tensor(attention, device=policy.device),
+        completion_mask=torch.tensor(scored, device=policy.device),
+        unmask_step=torch.full_like(tokens, -1),
+        logprobs=blank,
+        group_size=1,
+        processors=Processors(suppress=() if policy.spec.mask_id is None else (policy.spec.mask_id,)),
+    )
+
+
+def draw_levels(
+    generator: Generator, num_rows: int, length: int, *, min_t: float = 0.02
+) -> tuple[Float[Tensor, " B"], Float[Tensor, "B L"]]:
+    """Masking levels t ~ U(min_t, 1], stratified over the batch, and the uniforms that are compared with them."""
+    strata = (torch.randperm(num_rows, generator=generator) + torch.rand(num_rows, generator=generator)) / num_rows
+    return min_t + (1 - min_t) * strata, torch.rand(num_rows, length, generator=generator)
+
+
+def supervised_loss(
+    policy: Policy, batch: Rollout, levels: Float[Tensor, " B"], uniforms: Float[Tensor, "B L"]
+) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood per completion token, nats. The L completion positions stand at the rows' end.
+
+    causal     -sum_t log p(y_t | before) / tokens
+    diffusion  each row hides every completion token with its probability t:
+               -sum_{masked} log p(y_i | rest) / t / tokens (LLaDA eq. 5 [paper]; the floor on t and strata are ours).
+    """
+    if policy.spec.attention == "causal":
+        scored, weight = batch.completion_mask, batch.completion_mask.float()
+    else:
+        t, below = levels[:, None].to(policy.device), (uniforms < levels[:, None]).to(policy.device)
+        scored = torch.zeros_like(batch.completion_mask)
+        scored[:, -uniforms.shape[1] :] = below
+        scored &= batch.completion_mask
+        weight = scored / t
+    logps = score_view(policy, batch, scored, scored)
+    return -(logps * weight).sum() / batch.completion_mask.sum()
+
+
+def warmup(
+    policy: Policy,
+    draw_problems: Callable[[int], Sequence[Problem]],
+    *,
+    max_new_tokens: int,
+    num_steps: int,
+    learning_rate: float,
+    draw_noise: Callable[[int], tuple[Tensor, Tensor]],
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.95),
+    lr_warmup_steps: int = 30,
+    max_grad_norm: float = 1.0,
+    on_step: Callable[[int, float], bool] = lambda step, loss: False,
+    reduce_gradients: Callable[[Policy], None] = lambda policy: None,
+) -> int:
+    """AdamW on `supervised_loss`; returns the number of steps taken.
+
+    draw_problems(step), draw_noise(step)  the data, and the masking levels and uniforms of `draw_levels`.
+    on_step(step, loss)  after each step; returning True ends the warm-up.
+    reduce_gradients     sums gradients over processes, each of which holds its share of the batch.
+    """
+    optimizer = torch.optim.AdamW(policy.module.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    for step in range(num_steps):
+        batch = examples(policy, draw_problems(step), max_new_tokens=max_new_tokens)
+        loss = supervised_loss(policy, batch, *draw_noise(step))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        reduce_gradients(policy)
+        torch.nn.utils.clip_grad_norm_(policy.module.parameters(), max_grad_norm, error_if_nonfinite=True)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (step + 1) / max(1, lr_warmup_steps))
+        optimizer.step()
+        if on_step(step, loss.item()):
+            return step + 1
+    return num_steps

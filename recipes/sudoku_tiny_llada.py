@@ -1,0 +1,21 @@
+"""The main job with a model in LLaDA's own layout: an un-causaled Llama, rotary positions. Results: recipes/README.md."""
+
+from dataclasses import replace
+from functools import partial
+
+from dllm_rl.command_line import from_command_line
+from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.training import train
+from recipes.sudoku_tiny import recipe as base
+
+recipe = replace(
+    base,
+    name="sudoku-tiny-llada",
+    model=partial(tiny_llama, characters="1234.=", causal=False),
+    warmup_steps=400,
+    warmup_target=0.3,
+    num_steps=400,
+)
+
+if __name__ == "__main__":
+    train(from_command_line(recipe))

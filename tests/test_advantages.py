@@ -1,0 +1,57 @@
+"""Advantages against values worked by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import tensor
+from torch.testing import assert_close
+
+from dllm_rl.advantages import group_relative, informative, leave_one_out
+
+# Two groups of three. Means 2 and 5; centred (-1, 0, 1) and (-4, 0, 4); sample std 1 and sqrt(32/2) = 4.
+REWARDS = tensor([[1.0, 2.0, 3.0], [1.0, 5.0, 9.0]])
+
+
+def test_mean_only():
+    assert_close(group_relative(REWARDS, scale_rewards="none"), tensor([[-1.0, 0.0, 1.0], [-4.0, 0.0, 4.0]]))
+
+
+def test_divided_by_each_groups_sample_deviation():
+    expected = tensor([[-1 / 1.0001, 0, 1 / 1.0001], [-4 / 4.0001, 0, 4 / 4.0001]])
+    assert_close(group_relative(REWARDS), expected, rtol=1e-6, atol=0)
+
+
+def test_divided_by_the_batchs_sample_deviation():
+    # All six: mean 3.5, squares 6.25 + 2.25 + 0.25 + 6.25 + 2.25 + 30.25 = 47.5, sample variance 47.5 / 5 = 9.5.
+    scale = math.sqrt(9.5) + 1e-4
+    expected = tensor([[-1.0, 0.0, 1.0], [-4.0, 0.0, 4.0]]) / scale
+    assert_close(group_relative(REWARDS, scale_rewards="batch"), expected, rtol=1e-6, atol=0)
+
+
+def test_leave_one_out():
+    # Others' means: 2.5, 2, 1.5 and 7, 5, 3.
+    assert_close(leave_one_out(REWARDS), tensor([[-1.5, 0.0, 1.5], [-6.0, 0.0, 6.0]]))
+
+
+@pytest.mark.parametrize(
+    "advantages", [group_relative, leave_one_out, lambda r: group_relative(r, scale_rewards="none")]
+)
+def test_a_group_of_one_and_a_group_of_equal_rewards_teach_nothing(advantages):
+    assert torch.equal(advantages(tensor([[3.0], [7.0]])), torch.zeros(2, 1))
+    assert torch.equal(advantages(tensor([[2.0, 2.0, 2.0]])), torch.zeros(1, 3))
+
+
+def test_a_single_reward_in_the_whole_batch():
+    assert torch.equal(group_relative(tensor([[3.0]]), scale_rewards="batch"), torch.zeros(1, 1))
+
+
+def test_unknown_scaling_is_an_error():
+    with pytest.raises(ValueError, match="scale_rewards='rows' must be"):
+        group_relative(REWARDS, scale_rewards="rows")
+
+
+def test_informative_groups():
+    rewards = tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 1.0], [1.0, 0.0, 1.0]])
+    assert informative(rewards).tolist() == [False, True, True]
+    assert informative(tensor([[1.0]])).tolist() == [False]

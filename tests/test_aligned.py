@@ -1,0 +1,172 @@
+"""The aligned forward is the rollout's, bit for bit; its gradient is the written-out straight-through definition."""
+
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dllm_rl import quantize
+from dllm_rl.aligned import aligned
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.quantize import quantized_copy, quantized_layers, sync_weights
+from dllm_rl.quantize_layers import dequantized_input, dequantized_weight, product
+
+SCHEMES = [getattr(quantize, name) for name in quantize.__all__ if name not in ("float8_dynamic", "int4_packed")]
+DTYPES = [torch.float32, torch.bfloat16]
+small = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
+
+
+def make(family=tiny_masked_lm, dtype=torch.float32):
+    policy = family(**small, **({"causal": False} if family is tiny_llama else {}))
+    policy.module.to(dtype)
+    return policy
+
+
+def batch():
+    tokens = torch.randint(3, 11, (3, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[1, :4] = False
+    return tokens, mask
+
+
+def loss_of(policy):
+    tokens, mask = batch()
+    logits = policy.logits(tokens, mask)
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+
+
+def reference_forward(policy, rollout_policy):
+    """The definition: autograd through the product of dequantised operands, identity through the quantisers."""
+    restore = []
+    for name, target in quantized_layers(rollout_policy):
+        source = policy.module.get_submodule(name)
+
+        def forward(x, source=source, target=target):
+            seen = product(target, x.detach(), None)[1]
+            x_q = x + (dequantized_input(target, *seen) - x.detach())
+            w_q = source.weight + (dequantized_weight(target) - source.weight).detach()
+            y = F.linear(x_q, w_q, source.bias)
+            # The value of the rollout's product, the derivative of the dequantised one.
+            with torch.no_grad():
+                value = target(x)
+            return y + (value - y).detach()
+
+        source.forward = forward
+        restore.append(source)
+    return restore
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
+def test_forward_equals_the_rollouts_bitwise(scheme, dtype):
+    policy = make(dtype=dtype)
+    rollout = quantized_copy(policy, scheme())
+    plain, expected = policy.logits(*batch()), rollout.logits(*batch())
+    with aligned(policy, rollout):
+        assert torch.equal(policy.logits(*batch()), expected)
+        with torch.no_grad():
+            assert torch.equal(policy.logits(*batch()), expected)
+    assert not torch.equal(plain, expected)
+    assert torch.equal(policy.logits(*batch()), plain)
+
+
+@pytest.mark.parametrize("family", [tiny_masked_lm, tiny_llama])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
+def test_gradient_is_the_straight_through_definition(scheme, family):
+    policy = make(family)
+    rollout = quantized_copy(policy, scheme())
+    with aligned(policy, rollout):
+        got = torch.autograd.grad(loss_of(policy), list(policy.module.parameters()), allow_unused=True)
+    swapped = reference_forward(policy, rollout)
+    want = torch.autograd.grad(loss_of(policy), list(policy.module.parameters()), allow_unused=True)
+    for layer in swapped:
+        del layer.forward
+    for (name, _), g, w in zip(policy.module.named_parameters(), got, want, strict=True):
+        assert (g is None) == (w is None), name
+        if w is not None:
+            assert (g - w).norm() <= 1e-6 * w.norm() + 1e-9, name
+            assert (g == 0).all() == (w == 0).all(), name
+
+
+def test_gradient_of_one_layer_by_hand():
+    """w = [[1, -0.4]] in 3 levels of scale 0.7 is [[0.7, -0.7]]: dx = dy * that, dw = dy * x, and not dy * w."""
+    policy = make()
+    rollout = quantized_copy(policy, quantize.fake_quantize(weight="ternary"))
+    name, _ = next(iter(quantized_layers(rollout)))
+    source = policy.module.get_submodule(name)
+    with torch.no_grad():
+        source.weight.zero_()
+        source.weight[0, :2] = torch.tensor([1.0, -0.4]) * 16  # mean over 32 columns: (16 + 6.4)/32 = 0.7
+    sync_weights(policy, rollout)
+    x = torch.zeros(1, 32, requires_grad=True)
+    with aligned(policy, rollout):
+        source(x + 3.0)[0, 0].backward()
+    assert torch.allclose(x.grad[0, :3], torch.tensor([0.7, -0.7, 0.0]))
+    assert torch.equal(source.weight.grad[0], torch.full((32,), 3.0))
+    assert torch.equal(source.bias.grad[:2], torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
+def test_a_step_inside_the_block_is_quantised_again(scheme):
+    policy = make()
+    rollout = quantized_copy(policy, scheme())
+    optimizer = torch.optim.AdamW(policy.module.parameters(), lr=1e-2)
+    with aligned(policy, rollout):
+        loss_of(policy).backward()
+        optimizer.step()
+        first = policy.logits(*batch())
+        with pytest.raises(ValueError, match="outside of the aligned"):
+            quantized_copy(policy, scheme())
+    assert not torch.equal(first, rollout.logits(*batch()))  # norms and embeddings have moved, and are not synced
+    sync_weights(policy, rollout)
+    assert torch.equal(rollout.logits(*batch()), first)
+    assert torch.equal(quantized_copy(policy, scheme()).logits(*batch()), first)
+
+
+def test_scope_chooses_layers():
+    policy = make()
+    rollout = quantized_copy(policy, quantize.int3_emulated())
+    names = [name for name, _ in quantized_layers(rollout)]
+    with aligned(policy, rollout, scope=lambda name: name == names[0]):
+        assert [name for name in names if "forward" in vars(policy.module.get_submodule(name))] == names[:1]
+    with aligned(policy, rollout, scope=lambda name: False):
+        assert torch.equal(policy.logits(*batch()), make().logits(*batch()))
+
+
+def test_forward_is_restored_whatever_happens_and_misuse_is_refused():
+    policy = make()
+    rollout = quantized_copy(policy, quantize.int3_emulated())
+    plain = policy.logits(*batch())
+    with pytest.raises(KeyError), aligned(policy, rollout):
+        raise KeyError("planted")
+    assert torch.equal(policy.logits(*batch()), plain)
+    with pytest.raises(ValueError, match="already replaced"), aligned(policy, rollout), aligned(policy, rollout):
+        pass
+    assert torch.equal(policy.logits(*batch()), plain)
+    policy.version = 1
+    with pytest.raises(ValueError, match="=0 of the rollout is not the learner's 1"), aligned(policy, rollout):
+        pass
+    policy.version = 0
+    with pytest.raises(RuntimeError, match="changed between a forward and its backward"), aligned(policy, rollout):
+        loss = loss_of(policy)
+        sync_weights(policy, rollout)
+        loss.backward()
+
+
+def test_unquantised_rollout_aligns_nothing():
+    policy = make()
+    with aligned(policy, quantized_copy(policy, None)):
+        assert torch.equal(policy.logits(*batch()), make().logits(*batch()))
+
+
+def test_what_is_yielded_refreshes_after_a_write_that_autograd_does_not_see():
+    policy = make()
+    rollout = quantized_copy(policy, quantize.int3_emulated())
+    with aligned(policy, rollout) as refresh:
+        for name, _ in quantized_layers(rollout):
+            policy.module.get_submodule(name).weight.data.mul_(-1)
+        refresh()
+        first = policy.logits(*batch())
+    assert torch.equal(quantized_copy(policy, quantize.int3_emulated()).logits(*batch()), first)
+
+

@@ -1,0 +1,103 @@
+"""One contract for every corrector; a new one joins by one line. And the contract itself notices broken ones."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from dllm_rl import correctors as c
+from dllm_rl.losses import cispo, gspo
+from dllm_rl.testing import check_corrector
+
+CORRECTORS = {
+    "none": c.none(),
+    "tis": c.tis(),
+    "tis-sequence": c.tis(level="sequence"),
+    "tis-geometric": c.tis(level="sequence", aggregate="geometric", cap=3.0),
+    "mis": c.mis(),
+    "mis-sequence": c.mis(level="sequence", aggregate="geometric"),
+    "icepop": c.icepop(),
+    "reject-token": c.reject(level="token", statistic="k1", bound=0.3),
+    "reject-mean": c.reject(bound=0.1),
+    "reject-sum": c.reject(statistic="k2", aggregate="sum", bound=0.5),
+    "reject-max": c.reject(statistic="k3", aggregate="max", bound=0.2),
+    "ais-alarm": c.ais(),
+    "ais-gated": c.ais(combine="gated", aggregate="geometric"),
+    "tbpo": c.tbpo(),
+    "tbpo-wide": c.tbpo(eps_high=0.05, neg_low=0.05, neg_high=0.05),
+    "aligned": c.aligned(),
+    "qarl": c.qarl(),
+    "vexact": c.compose(c.tis(), c.reject()),
+    "composed": c.compose(c.ais(), c.reject(bound=0.2), surrogate=partial(gspo, epsilon=0.1, epsilon_high=0.1)),
+}
+
+
+@pytest.mark.parametrize("name", CORRECTORS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_contract(name, seed):
+    check_corrector(CORRECTORS[name], seed=seed)
+
+
+def _broken(change):
+    def weigh(log_mismatch, advantages, mask):
+        return change(*c.tis().weigh(log_mismatch, advantages, mask), log_mismatch)
+
+    return replace(c.none(), weigh=weigh)
+
+
+BROKEN = {
+    "exactly 1": _broken(lambda w, k, m, x: (w * 1.0001, k, m)),
+    "keep mask must be the mask": _broken(lambda w, k, m, x: (w, k & (torch.arange(k.shape[1]) > 0), m)),
+    "detached": _broken(lambda w, k, m, x: (x.exp(), k, m)),
+    "finite float": _broken(lambda w, k, m, x: (w, k, {"a": torch.ones(())})),
+    "order of the rows must": _broken(
+        lambda w, k, m, x: (w * (1 + torch.arange(len(w)) * w.sub(1).abs().sum())[:, None], k, m)
+    ),
+    "off the mask": _broken(lambda w, k, m, x: (w * (1 + x.detach().clamp(min=5, max=8).sub(5).sum()), k, m)),
+    "subset": _broken(lambda w, k, m, x: (w, k | (x > 0), m)),
+    "leave the keep mask": _broken(lambda w, k, m, x: (w, k | ~x.isfinite(), m)),
+    "loss must be that of none": replace(c.none(), surrogate=lambda r, a, m: r.exp() * a[:, None] + 1e-3),
+    "gradient must be that of none": replace(c.none(), surrogate=partial(cispo, max_ratio=0.5)),
+}
+
+
+@pytest.mark.parametrize("promise", BROKEN)
+def test_contract_notices(promise):
+    corrector = BROKEN[promise]
+    if promise == "gradient must be that of none":  # same value on-policy, half the gradient
+        corrector = replace(corrector, surrogate=lambda r, a, m: (1 + 0.5 * r) * a[:, None])
+    with pytest.raises(AssertionError, match=promise):
+        check_corrector(corrector)
+
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
+
+
+@settings(max_examples=150, deadline=None)
+@given(values=arrays("float32", (3, 4), elements=FINITE), marked=arrays("bool", (3, 4)))
+@pytest.mark.parametrize("combine", ["alarm", "gated"])
+@pytest.mark.parametrize("aggregate", ["product", "geometric"])
+def test_lambda_lies_in_the_unit_interval_for_any_finite_input(combine, aggregate, values, marked):
+    weigh = c.ais(combine=combine, aggregate=aggregate).weigh
+    weights, keep, metrics = weigh(torch.tensor(values), torch.ones(3), torch.tensor(marked))
+    assert 0 <= metrics["ais/lambda"] <= 1
+    assert 1 / 3 - 1e-12 <= metrics["ais/rho"] <= 1 and metrics["ais/CV"] >= 0 and metrics["ais/D"] >= 0
+    assert torch.equal(keep, torch.tensor(marked))
+    assert ((weights >= 0) & (weights <= 2)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=arrays("float32", (3, 4), elements=st.floats(width=32)))
+@pytest.mark.parametrize("name", CORRECTORS)
+def test_any_input_at_all_gives_finite_weights(name, values):
+    mismatch = torch.tensor(values)
+    advantages, mask = torch.tensor([1.0, -1.0, 0.0]), torch.ones(3, 4, dtype=torch.bool)
+    weights, keep, metrics = CORRECTORS[name].weigh(mismatch, advantages, mask)
+    assert weights.isfinite().all() and (weights >= 0).all()
+    assert not keep[~mismatch.isfinite()].any()
+    lost = (~mismatch.isfinite()).double().mean().item()
+    assert metrics["rollout_corr/nonfinite_fraction"] == pytest.approx(lost, abs=1e-12)

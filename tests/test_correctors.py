@@ -1,0 +1,208 @@
+"""Every weight against numbers worked by hand, and the identities that join the correctors."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import tensor
+from torch.testing import assert_close
+
+from dllm_rl import correctors as c
+from dllm_rl.losses import gspo
+from dllm_rl.testing import loss_of, make_batch
+
+# The (B=3, T=4) example: ratios rho = p_old / p_rollout, three, two and four of them marked.
+#   row 0   1    2   4   1/2    product 4, geometric mean 4^(1/4) = sqrt 2
+#   row 1   1/4  1   8   -      product 2, geometric mean 2^(1/3)
+#   row 2   1    1   -   -      product 1, geometric mean 1
+# The unmarked ones hold 100, which must not be seen.
+RHO = tensor([[1, 2, 4, 0.5], [0.25, 1, 8, 100], [1, 1, 100, 100]], dtype=torch.float64)
+MASK = tensor([[True] * 4, [True, True, True, False], [True, True, False, False]])
+X, A = RHO.log(), tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+LN2 = math.log(2)
+
+
+def weigh(corrector):
+    weights, keep, metrics = corrector.weigh(X, A, MASK)
+    return torch.where(keep, weights, 0), keep, metrics
+
+
+def close(actual, expected):
+    # Sequence ratios pass through fp64 logs and exps: a few roundings.
+    assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=1e-12, atol=1e-14)
+
+
+def test_none():
+    weights, keep, metrics = weigh(c.none())
+    assert torch.equal(weights, MASK.double()) and torch.equal(keep, MASK)
+    assert metrics == {"rollout_corr/nonfinite_fraction": 0.0}
+
+
+def test_token_tis():
+    weights, keep, metrics = weigh(c.tis(cap=3.0))
+    close(weights, [[1, 2, 3, 0.5], [0.25, 1, 3, 0], [1, 1, 0, 0]])
+    assert torch.equal(keep, MASK)
+    assert metrics["tis/capped_fraction"] == pytest.approx(2 / 9)
+
+
+def test_sequence_tis_by_product_and_by_geometric_mean():
+    close(weigh(c.tis(level="sequence", cap=3.0))[0], [[3, 3, 3, 3], [2, 2, 2, 0], [1, 1, 0, 0]])
+    root2, cube2 = math.sqrt(2), 2 ** (1 / 3)
+    weights = weigh(c.tis(level="sequence", aggregate="geometric", cap=1.3))[0]
+    close(weights, [[1.3] * 4, [cube2, cube2, cube2, 0], [1, 1, 0, 0]])
+    close(weigh(c.tis(level="sequence", aggregate="geometric"))[0][0], [root2] * 4)
+
+
+def test_mis_and_icepop_zero_what_is_outside_but_keep_it_in_the_mask():
+    weights, keep, metrics = weigh(c.mis(low=0.4, high=5.0))
+    close(weights, [[1, 2, 4, 0.5], [0, 1, 0, 0], [1, 1, 0, 0]])
+    assert torch.equal(keep, MASK)
+    assert metrics["rollout_corr/rollout_is_oob_ratio"] == pytest.approx(2 / 9)
+    close(weigh(c.icepop(low=0.4))[0], weights)
+    close(weigh(c.mis(low=0.5, high=3.0, level="sequence"))[0], [[0] * 4, [2, 2, 2, 0], [1, 1, 0, 0]])
+    assert c.icepop().weigh.keywords == {"low": 0.5, "high": 5.0, "level": "token", "aggregate": "product"}
+
+
+# k3 = rho - 1 - ln rho: 0, 1 - ln 2, 3 - 2 ln 2, -1/2 + ln 2 in row 0; -3/4 + 2 ln 2, 0, 7 - 3 ln 2 in row 1.
+# Row sums: 3.5 - 2 ln 2 = 2.1137 and 6.25 - ln 2 = 5.5569; means 0.5284 and 1.8523; maxima 1.6137 and 4.9206.
+@pytest.mark.parametrize(
+    ("options", "dropped"),
+    [
+        ({"level": "token", "statistic": "k3", "bound": 1.0}, [(0, 2), (1, 2)]),
+        ({"level": "token", "statistic": "k1", "bound": 1.3}, [(0, 2), (1, 0), (1, 2)]),  # |ln rho|: 2 ln 2 = 1.386
+        ({"level": "token", "statistic": "k2", "bound": 1.0}, [(1, 2)]),  # (3 ln 2)^2/2 = 2.16, (2 ln 2)^2/2 = 0.96
+        ({"statistic": "k3", "bound": 1.0}, [(1, 0), (1, 1), (1, 2)]),
+        ({"statistic": "k3", "aggregate": "sum", "bound": 2.1}, [(r, t) for r in (0, 1) for t in range(4 - r)]),
+        ({"statistic": "k3", "aggregate": "max", "bound": 1.62}, [(1, 0), (1, 1), (1, 2)]),
+        # Signed before the absolute value: row means of -ln rho are -(2/4) ln 2 = -0.347 and -(1/3) ln 2 = -0.231.
+        ({"statistic": "k1", "bound": 0.3}, [(0, t) for t in range(4)]),
+    ],
+)
+def test_rejection_leaves_the_mask(options, dropped):
+    weights, keep, metrics = weigh(c.reject(**options))
+    expected = MASK.clone()
+    for row, position in dropped:
+        expected[row, position] = False
+    assert torch.equal(keep, expected)
+    assert torch.equal(weights, expected.double()), "rejection does not weigh"
+    assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(len(dropped) / 9)
+    rows = len({row for row, _ in dropped})
+    assert metrics["rollout_corr/rollout_rs_seq_masked_fraction"] == pytest.approx(rows / 3)
+
+
+# AIS. Sequence weights (products) 4, 2, 1: rho = 7^2 / (3 * 21) = 7/9. D = ln 2 (0+1+2+1 + 2+0+3 + 0+0)/9 = ln 2.
+# Token weights sum to 18.75, mean 25/12; squares sum to 88.3125: variance 88.3125/9 - (25/12)^2.
+CV = math.sqrt(88.3125 / 9 - (25 / 12) ** 2) / (25 / 12)
+ALARM = 1 - (7 / 9) * (0.05 / (LN2 + 0.05)) / (1 + CV)
+GATED = (7 / 9) * (LN2 / (LN2 + 0.05)) / (1 + CV)
+
+
+@pytest.mark.parametrize(("combine", "lam"), [("alarm", ALARM), ("gated", GATED)])
+def test_ais(combine, lam):
+    weights, _, metrics = weigh(c.ais(cap=3.0, combine=combine))
+    assert metrics["ais/rho"] == pytest.approx(7 / 9, rel=1e-12)
+    assert metrics["ais/D"] == pytest.approx(LN2, rel=1e-12)
+    assert metrics["ais/CV"] == pytest.approx(CV, rel=1e-12)
+    assert metrics["ais/lambda"] == pytest.approx(lam, rel=1e-12)
+    mixed = lambda w: 1 + lam * (w - 1)  # noqa: E731
+    expected = [[1, mixed(2), mixed(3), mixed(0.5)], [mixed(0.25), 1, mixed(3), 0], [1, 1, 0, 0]]
+    assert_close(weights, tensor(expected, dtype=torch.float64), rtol=1e-10, atol=0)
+
+
+def test_ais_geometric_reliability():
+    # Sequence weights sqrt 2, 2^(1/3), 1.
+    rows = [math.sqrt(2), 2 ** (1 / 3), 1.0]
+    expected = sum(rows) ** 2 / (3 * sum(w * w for w in rows))
+    assert weigh(c.ais(aggregate="geometric"))[2]["ais/rho"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_alarm_only_grows_with_each_signal_and_gated_falls_with_unreliability():
+    base = (0.8, 0.1, 0.3)
+    assert c.alarm(*base, tau=0.05) < min(c.alarm(0.7, 0.1, 0.3, tau=0.05), c.alarm(0.8, 0.2, 0.3, tau=0.05))
+    assert c.alarm(*base, tau=0.05) < c.alarm(0.8, 0.1, 0.4, tau=0.05)
+    assert c.gated(*base, tau=0.05) > max(c.gated(0.7, 0.1, 0.3, tau=0.05), c.gated(0.8, 0.1, 0.4, tau=0.05))
+    assert c.gated(*base, tau=0.05) < c.gated(0.8, 0.2, 0.3, tau=0.05)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lambda_zero_is_none_and_lambda_one_is_tis_bit_for_bit(seed):
+    generator = torch.Generator().manual_seed(seed)
+    mismatch = torch.randn(16, 33, generator=generator)
+    mask, advantages = torch.rand(16, 33, generator=generator) < 0.7, torch.randn(16, generator=generator)
+    logps = -1 + 0.1 * torch.randn(16, 33, generator=generator)
+    for lam, other in ((0.0, c.none()), (1.0, c.tis(cap=1.7))):
+        ours = c.ais(cap=1.7, combine=lambda rho, divergence, variation, *, tau, lam=lam: lam)
+        w, _, _ = ours.weigh(mismatch, advantages, mask)
+        w0, _, _ = other.weigh(mismatch, advantages, mask)
+        assert torch.equal(w, w0)
+        (loss, _, gradient), (loss0, _, gradient0) = (
+            loss_of(corrector, make_batch(mask, advantages, weights=weights), logps)
+            for corrector, weights in ((ours, w), (other, w0))
+        )
+        assert torch.equal(loss, loss0) and torch.equal(gradient, gradient0)
+
+
+def test_a_lambda_outside_the_unit_interval_is_brought_back():
+    for value, lam in ((3.0, 1.0), (-2.0, 0.0)):
+        ours = c.ais(combine=lambda rho, divergence, variation, *, tau, value=value: value)
+        assert weigh(ours)[2]["ais/lambda"] == lam
+
+
+def test_tbpo_weight_is_the_geometric_ratio_kept_in_a_two_sided_band():
+    # Row logs: (1/2) ln 2, (1/3) ln 2, 0; c = 1.3 has log 0.2624, between the two. Mirrored, the bound is 1/1.3.
+    weights, keep, metrics = weigh(c.tbpo(c=1.3))
+    close(weights, [[1.3] * 4, [2 ** (1 / 3)] * 3 + [0], [1, 1, 0, 0]])
+    assert torch.equal(keep, MASK)
+    assert metrics["tbpo/capped_fraction"] == pytest.approx(4 / 9)
+    mirrored = c.tbpo(c=1.3).weigh(-X, A, MASK)[0]
+    close(mirrored[0], [1 / 1.3] * 4)
+    close(mirrored[1, :3], [2 ** (-1 / 3)] * 3)
+
+
+def test_qarl_is_tbpo_with_an_aligned_forward():
+    ours, plain = c.qarl(eps_high=0.01), c.tbpo(eps_high=0.01)
+    assert ours.align_forward and not plain.align_forward and c.aligned().align_forward
+    assert ours.surrogate.keywords == plain.surrogate.keywords == {"eps_high": 0.01, "neg_low": 3e-4, "neg_high": 7e-4}
+    assert ours.weigh.func is plain.weigh.func and ours.weigh.keywords == plain.weigh.keywords == {"c": 2.0}
+    assert c.compose(c.tbpo(), c.aligned()).align_forward
+
+
+def test_compose_multiplies_weights_and_intersects_masks_in_any_order():
+    weights, keep, metrics = weigh(c.compose(c.tis(cap=3.0), c.reject(bound=1.0)))
+    close(weights, [[1, 2, 3, 0.5], [0, 0, 0, 0], [1, 1, 0, 0]])
+    assert keep.any(-1).tolist() == [True, False, True]
+    assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(3 / 9)
+    assert metrics["tis/capped_fraction"] == pytest.approx(2 / 9), "of the whole mask, whatever else is rejected"
+    other = weigh(c.compose(c.reject(bound=1.0), c.tis(cap=3.0)))
+    assert torch.equal(other[0], weights) and torch.equal(other[1], keep) and other[2] == metrics
+    squared, _, metrics = weigh(c.compose(c.tis(cap=3.0), c.tis(cap=5.0)))
+    close(squared[0], [1, 4, 12, 0.25])
+    assert metrics["tis/capped_fraction"] == pytest.approx(2 / 9)
+    assert metrics["tis/capped_fraction_2"] == pytest.approx(1 / 9)
+
+
+def test_compose_takes_the_one_surrogate_that_is_brought():
+    mine = partial(gspo, epsilon=0.1)
+    assert c.compose(c.tis(), c.Corrector(surrogate=mine)).surrogate is mine
+    assert c.compose(c.tis(), surrogate=mine).surrogate is mine
+    assert c.compose(c.tis().weigh, c.reject().weigh).surrogate is c.none().surrogate
+    assert c.compose() == c.none()
+    with pytest.raises(ValueError, match=r"2 parts bring a surrogate of their own; pick one: surrogate="):
+        c.compose(c.tbpo(), c.Corrector(surrogate=mine))
+
+
+def test_values_that_cannot_be_are_errors():
+    for wrong, message in (
+        (lambda: weigh(c.tis(level="row")), "level='row' must be"),
+        (lambda: weigh(c.tis(level="sequence", aggregate="mean")), "aggregate='mean' must be"),
+        (lambda: weigh(c.reject(statistic="k4")), "statistic='k4' must be"),
+        (lambda: weigh(c.reject(aggregate="median")), "aggregate='median' must be"),
+        (lambda: weigh(c.reject(level="row")), "level='row' must be"),
+        (lambda: weigh(c.ais(combine="both")), "combine='both' must be"),
+        (lambda: weigh(c.ais(tau=0.0)), "tau=0.0 must be > 0"),
+        (lambda: weigh(c.tbpo(c=0.5)), "c=0.5 must be at least 1"),
+        (lambda: c.mis(low=1.5), "must satisfy 0 <= low <= 1 <= high"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()

@@ -1,0 +1,92 @@
+"""Emulated quantisers against a cast to float8, against torchao's tensors, and against values worked by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, PerTensor, quantize_
+
+from dllm_rl.emulate import EmulatedLinear, FakeQuantize, codes_and_scale, round_to_float
+
+FLOAT8 = {"e4m3": (torch.float8_e4m3fn, 3, -6), "e5m2": (torch.float8_e5m2, 2, -14)}
+
+
+def rounded(x, scheme, granularity):
+    codes, scale = codes_and_scale(x, scheme, granularity)
+    return codes * scale
+
+
+def weight(rows=48, columns=32, dtype=torch.float32):
+    return (torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.3).to(dtype)
+
+
+@pytest.mark.parametrize("scheme", FLOAT8)
+def test_round_to_float_is_the_cast_for_every_code_midpoint_and_neighbour(scheme):
+    dtype, mantissa, exponent = FLOAT8[scheme]
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    codes = codes[codes.isfinite()].sort().values
+    middle = (codes[1:] + codes[:-1]) / 2
+    points = torch.cat([codes, middle])
+    points = torch.cat([points, points.nextafter(torch.tensor(9e9)), points.nextafter(torch.tensor(-9e9))])
+    points = points.clamp(codes.min(), codes.max())
+    assert torch.equal(round_to_float(points, mantissa=mantissa, exponent=exponent), points.to(dtype).float())
+    assert len(points) > 700
+
+
+@pytest.mark.parametrize(
+    ("scheme", "codes", "scale"),
+    [
+        ("int4", [7, -3, 1, 0], 0.7 / 7),  # -0.26/0.1 = -2.6, 0.1/0.1 = 1, 0.04/0.1 = 0.4
+        ("int3", [3, -1, 0, 0], 0.7 / 3),  # -0.26/0.2333 = -1.114, 0.1/0.2333 = 0.43
+        ("five_level", [2, -1, 0, 0], 0.7 / 2),  # -0.743, 0.286
+        ("ternary", [1, -1, 0, 0], 1.1 / 4),  # mean |w| = 0.275: 2.5 -> 1, -0.945 -> -1, 0.364 -> 0
+        ("int8", [127, -47, 18, 7], 0.7 / 127.5),  # 127.5 -> 128 -> 127; -47.36; 18.2; 7.3
+        ("e4m3", [448, -160, 64, 26], 0.7 / 448),  # -166.4: step 16 in [128, 256); 25.6: step 2 in [16, 32)
+    ],
+)
+def test_codes_worked_by_hand(scheme, codes, scale):
+    got, s = codes_and_scale(torch.tensor([[0.7, -0.26, 0.1, 0.04]]), scheme, "row")
+    assert got.tolist() == [codes]
+    assert s.item() == pytest.approx(scale, rel=1e-6)
+
+
+def test_one_scale_per_row_or_per_tensor():
+    x = torch.tensor([[1.0, 0.5], [4.0, 3.0]])
+    assert torch.equal(rounded(x, "five_level", "row"), torch.tensor([[1.0, 0.5], [4.0, 4.0]]))  # 3/2 = 1.5 -> 2
+    assert torch.equal(rounded(x, "five_level", "tensor"), torch.tensor([[0.0, 0.0], [4.0, 4.0]]))  # ties to even
+
+
+@pytest.mark.parametrize("scheme", ["e4m3", "e5m2", "int8", "int4", "int3", "five_level", "ternary"])
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_zero_rows_give_zeros(scheme, granularity):
+    assert torch.equal(rounded(torch.zeros(3, 4), scheme, granularity), torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("scheme", FLOAT8)
+def test_float8_weights_equal_torchao_bitwise(scheme, granularity, dtype):
+    plain, x = nn.Linear(32, 48, dtype=dtype), weight(7, dtype=dtype)
+    with torch.no_grad():
+        plain.weight.copy_(weight(dtype=dtype))
+    emulated = EmulatedLinear(plain.weight.detach(), plain.bias, FakeQuantize(scheme, None, granularity))
+    config = Float8WeightOnlyConfig(weight_dtype=FLOAT8[scheme][0])
+    config.granularity = PerTensor() if granularity == "tensor" else config.granularity
+    quantize_(plain, config)
+    assert torch.equal(emulated.weight, plain.weight.dequantize())
+    assert torch.equal(emulated(x), F.linear(x, plain.weight.dequantize(), plain.bias))
+
+
+def test_dynamic_int8_equals_torchao_bitwise():
+    plain, x = nn.Linear(32, 48), weight(7)
+    emulated = EmulatedLinear(plain.weight.detach(), plain.bias, FakeQuantize("int8", "int8"))
+    quantize_(plain, Int8DynamicActivationInt8WeightConfig())
+    assert torch.equal(emulated.weight.to(torch.int8), plain.weight.qdata)
+    assert torch.equal(emulated(x), plain(x))
+
+
+def test_unknown_names_are_refused_by_field_and_value():
+    with pytest.raises(ValueError, match="activation='fp8' is not known; choose one of e4m3"):
+        FakeQuantize("int8", "fp8")
+    with pytest.raises(ValueError, match="granularity='column'"):
+        FakeQuantize("int8", granularity="column")

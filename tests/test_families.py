@@ -1,0 +1,235 @@
+"""Checkpoints in their published layouts: opened without remote code, right about attention, shift and padding, written back."""
+
+import copy
+import json
+
+import pytest
+import torch
+from layouts import MASK, ORIGINAL, STOCK, checkpoint, published, write
+from safetensors.torch import load_file
+
+from dllm_rl import AutoregressivePolicy, DiffusionPolicy, load_policy
+from dllm_rl.models import rope
+
+EVERY = [*ORIGINAL, *STOCK]
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory):
+    """Each family's tiny policy, opened once."""
+    opened = {}
+
+    def get(family: str):
+        if family not in opened:
+            opened[family] = load_policy(checkpoint(tmp_path_factory.mktemp(family), family))
+        return opened[family]
+
+    return get
+
+
+def tensors(directory) -> dict:
+    return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def ids(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 38, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def ones(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(tokens, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ORIGINAL)
+def test_the_original_layout_comes_back_bit_for_bit(tmp_path, family, dtype):
+    source = published(tmp_path / "source", family, dtype=dtype)
+    code = 'raise SystemExit("the checkpoint\'s own code was run")\n'
+    (source / "modeling.py").write_text(code)
+    load_policy(source, dtype="auto").save_pretrained(tmp_path / "saved")
+    before, after = tensors(source), tensors(tmp_path / "saved")
+    assert before.keys() == after.keys()
+    assert all(before[k].dtype == after[k].dtype and torch.equal(before[k], after[k]) for k in before)
+    assert json.loads((tmp_path / "saved/config.json").read_text()) == json.loads((source / "config.json").read_text())
+    assert (tmp_path / "saved/modeling.py").read_text() == code
+
+
+@pytest.mark.parametrize("family", STOCK)
+def test_a_stock_checkpoint_comes_back_bit_for_bit(tmp_path, family):
+    source = checkpoint(tmp_path / "source", family)
+    load_policy(source).save_pretrained(tmp_path / "saved")
+    before, after = tensors(source), tensors(tmp_path / "saved")
+    assert before.keys() - after.keys() <= {"bert.pooler.dense.weight", "cls.seq_relationship.bias"} | aliases(family)
+    assert all(torch.equal(before[k], after[k]) for k in after)
+
+
+def aliases(family: str) -> set[str]:
+    """Heads that stock masked models tie to their embeddings, so that saving leaves them out."""
+    return {
+        "bert": {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"},
+        "roberta": {"lm_head.decoder.weight", "lm_head.decoder.bias"},
+        "modernbert": {"decoder.weight"},
+    }.get(family, set())
+
+
+@pytest.mark.parametrize("family", ["llada_tied", "llada2", "sdar_moe", "smollm2"])
+def test_shards_hold_what_one_file_held(tmp_path, family):
+    source = checkpoint(tmp_path / "source", family)
+    policy = load_policy(source)
+    policy.save_pretrained(tmp_path / "saved", max_shard_size=8000)
+    saved = tmp_path / "saved"
+    assert len(list(saved.glob("*.safetensors"))) > 2
+    assert tensors(saved).keys() == tensors(source).keys()
+    index = json.loads((saved / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors(source).values())
+    again = load_policy(saved)
+    assert torch.equal(again.logits(ids(9), ones(ids(9))), policy.logits(ids(9), ones(ids(9))))
+    policy.save_pretrained(saved)  # one file replaces the shards
+    assert [f.name for f in saved.glob("*.safetensors")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "shift", "block", "kind"),
+    [
+        ("llada", "full", False, None, DiffusionPolicy),
+        ("llada_moe", "full", False, None, DiffusionPolicy),
+        ("llada2", "block_causal", False, 32, DiffusionPolicy),
+        ("dream", "full", True, None, DiffusionPolicy),
+        ("sdar", "block_causal", False, 4, DiffusionPolicy),
+        ("sdar_moe", "block_causal", False, 4, DiffusionPolicy),
+        ("bert", "full", False, None, DiffusionPolicy),
+        ("roberta", "full", False, None, DiffusionPolicy),
+        ("modernbert", "full", False, None, DiffusionPolicy),
+        ("llama", "causal", True, None, AutoregressivePolicy),
+        ("qwen3", "causal", True, None, AutoregressivePolicy),
+        ("smollm2", "causal", True, None, AutoregressivePolicy),
+    ],
+)
+def test_what_a_family_is(policies, family, attention, shift, block, kind):
+    policy = policies(family)
+    assert type(policy) is kind
+    assert (policy.spec.attention, policy.spec.shift, policy.spec.block_size) == (attention, shift, block)
+    assert policy.spec.mask_id == (None if attention == "causal" else MASK)
+    assert policy.spec.eos_ids == (2,)
+    assert policy.spec.max_length == {"roberta": 62, "llada2": 128}.get(family, 64)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_padding_on_either_side_changes_nothing(policies, family):
+    policy, tokens = policies(family), ids(11)
+    alone = policy.logits(tokens, ones(tokens))
+    for left, right in ((5, 0), (0, 3), (2, 4)):
+        padded = torch.nn.functional.pad(tokens, (left, right), value=1)
+        mask = torch.nn.functional.pad(ones(tokens), (left, right))
+        both, masks = torch.cat([padded, ids(padded.shape[1], 1)]), torch.cat([mask, ones(padded)])
+        got = policy.logits(both, masks)[:1, left : left + 11]
+        torch.testing.assert_close(got, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llada", "llada_moe", "dream", "sdar", "llada2", "bert", "modernbert", "qwen3"])
+@pytest.mark.parametrize("left", [0, 3])
+def test_who_sees_whom(policies, family, left):
+    """Change each token in turn: the states that move are exactly those whose attention reaches it."""
+    policy = policies(family)
+    block, length = policy.spec.block_size, 40 if family == "llada2" else 10
+    tokens = torch.nn.functional.pad(ids(length), (left, 0), value=1)
+    mask = torch.nn.functional.pad(torch.ones(1, length, dtype=torch.bool), (left, 0))
+    base = policy.spec.encode(policy.module, tokens, mask, (mask.long().cumsum(-1) - 1).clamp(min=0))[0]
+    for key in range(0, length, 3):
+        changed = tokens.clone()
+        changed[0, left + key] = 3 + (tokens[0, left + key] - 2) % 35
+        states = policy.spec.encode(policy.module, changed, mask, (mask.long().cumsum(-1) - 1).clamp(min=0))[0]
+        moved = ((states - base).abs().amax(-1) > 1e-6)[left:].tolist()
+        sees = {
+            "full": lambda q, k: True,
+            "causal": lambda q, k: k <= q,
+            "block_causal": lambda q, k: k // block <= q // block,
+        }[policy.spec.attention]
+        assert moved == [sees(q, key) for q in range(length)], key
+
+
+@pytest.mark.parametrize("family", ["dream", "llama"])
+def test_a_shifted_head_is_hidden(policies, family):
+    """logits at t are the module's own at t-1; the first token has only its own state."""
+    policy, tokens = policies(family), ids(9)
+    raw = policy.module(input_ids=tokens).logits
+    got = policy.logits(tokens, ones(tokens))
+    torch.testing.assert_close(got[:, 1:], raw[:, :-1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(got[:, 0], raw[:, 0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llada", "bert", "roberta", "modernbert"])
+def test_an_unshifted_head_is_the_modules(policies, family):
+    policy, tokens = policies(family), ids(9)
+    got = policy.logits(tokens, ones(tokens))
+    torch.testing.assert_close(got, policy.module(input_ids=tokens).logits, rtol=0, atol=1e-6)
+    marked = torch.zeros_like(tokens, dtype=torch.bool)
+    marked[0, [2, 5]] = True
+    torch.testing.assert_close(policy.logits(tokens, ones(tokens), marked), got[0, [2, 5]], rtol=0, atol=1e-6)
+
+
+def test_llada_rotates_in_fp32_whatever_its_dtype(tmp_path, monkeypatch):
+    policy = load_policy(published(tmp_path, "llada", dtype=torch.bfloat16), dtype="auto")
+    seen = []
+    plain = rope.sdpa_attention_forward
+    monkeypatch.setattr(rope, "sdpa_attention_forward", lambda m, q, k, v, *a, **kw: seen.append((m, q, k)) or plain(m, q, k, v, *a, **kw))
+    inputs = {}
+    for name, layer in policy.module.named_modules():
+        if name.endswith(("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj")):
+            layer.register_forward_hook(lambda m, a, out, name=name[-6]: inputs.__setitem__(name, out))
+    tokens = ids(30)
+    policy.logits(tokens, ones(tokens))
+    angle = torch.arange(30)[:, None] / 500000.0 ** (torch.arange(0, 8, 2) / 8)
+    cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+    for name, got in zip("qk", seen[0][1:], strict=True):
+        x = inputs[name].float().unflatten(-1, (-1, 8)).transpose(1, 2)
+        turned = x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got, turned.bfloat16())
+
+
+def test_fp32_rotation_changes_bf16_logits_only(tmp_path):
+    tokens = ids(40)
+    for dtype, same in ((torch.float32, True), (torch.bfloat16, False)):
+        policy = load_policy(published(tmp_path / str(dtype), "llada", dtype=dtype), dtype="auto")
+        stock = copy.copy(policy)
+        stock.module = type(policy.module)(copy.deepcopy(policy.module.config)).to(dtype).eval()
+        stock.module.set_attn_implementation("sdpa")
+        stock.module.load_state_dict(policy.module.state_dict())
+        assert torch.equal(policy.logits(tokens, ones(tokens)), stock.logits(tokens, ones(tokens))) == same
+
+
+def test_block_size_can_be_chosen(tmp_path):
+    folder = published(tmp_path, "sdar")
+    assert load_policy(folder).spec.block_size == 4
+    assert load_policy(folder, block_size=8).spec.block_size == 8
+    with pytest.raises(ValueError, match=r"block_size=8 is for block-causal models, but llada has full attention"):
+        load_policy(published(tmp_path / "llada", "llada"), block_size=8)
+
+
+def test_a_tokenizer_of_the_checkpoints_own_is_built_from_its_files(tmp_path):
+    """As Dream's: vocab.json, merges.txt, and a class that only remote code has."""
+    config, state = ORIGINAL["dream"]()
+    folder = write(tmp_path, config | {"mask_token_id": 30}, state)
+    (folder / "tokenizer.json").unlink()
+    vocabulary = {chr(97 + i): i for i in range(26)} | {"ab": 26, "Ġ": 27}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    special = {"28": {"content": "<|endoftext|>", "special": True}, "30": {"content": "<|mask|>", "special": True}}
+    special |= {"29": {"content": "<|im_end|>", "special": True}}
+    config = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+        "added_tokens_decoder": special,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    policy = load_policy(folder)
+    encoded = policy.tokenizer("cab<|mask|>b<|im_end|>")["input_ids"]
+    assert encoded == [2, 26, 30, 1, 29]
+    assert policy.tokenizer.decode(encoded) == "cab<|mask|>b<|im_end|>"
+    assert policy.spec.eos_ids == (2, 28, 29)  # the config's, the tokenizer's, the end of a turn
+    assert policy.pad_id == 28
+    policy.save_pretrained(tmp_path / "saved")
+    assert load_policy(tmp_path / "saved").tokenizer("cab<|mask|>")["input_ids"] == [2, 26, 30]

@@ -1,0 +1,215 @@
+"""Estimators on small models with random weights: exact identities, padding, neighbours, groups, randomness."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dllm_rl import likelihoods as lik
+from dllm_rl.likelihoods import score_view
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.types import Prompts, Rollout
+
+SMALL = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
+SMALL |= {"head_std": 0.2}  # varied, and not so peaked that a group's completions come out alike
+DIFFUSION = {"roberta": tiny_masked_lm(**SMALL), "llada": tiny_llama(causal=False, **SMALL)}
+CAUSAL = tiny_llama(causal=True, **SMALL)
+RAGGED = [[3, 4, 5, 6, 7, 3], [8, 9], [4]]
+ESTIMATORS = {
+    "one_step": lik.one_step(),
+    "elbo": lik.elbo(num_samples=4, antithetic=True),
+    "coupled": lik.coupled(num_samples=2),
+    "quadrature": lik.quadrature(nodes=3),
+    "block": lik.block(block_size=3),
+    "eubo": lik.eubo(base=lik.block(block_size=3, num_samples=3)),
+    "sandwich": lik.sandwich(base=lik.coupled(num_samples=2)),
+    "trajectory": lik.trajectory(),
+    "trajectory, merged": lik.trajectory(num_segments=2),
+}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def sampled(policy, *, group_size: int = 2, ids=RAGGED, **options) -> Rollout:
+    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group_size)
+    options = {"max_new_tokens": 8, "num_steps": 4, "temperature": 1.0, "rank": max_prob} | options
+    return unmask(policy, prompts, seeded(7), **options)
+
+
+@pytest.mark.parametrize("family", DIFFUSION)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_steps": 8},
+        {"num_steps": 1},
+        {"block_size": 4},
+        {"block_size": 3, "num_steps": 8},
+        {"temperature": 0.7, "top_k": 4},
+        {"top_p": 0.8, "suppress": (0, 2)},
+        {"temperature": 0.0},
+    ],
+    ids=str,
+)
+def test_trajectory_over_every_step_is_the_samplers_own_record_bitwise(family, options):
+    policy = DIFFUSION[family]
+    rollout = sampled(policy, group_size=4, **options)
+    estimator = lik.trajectory()
+    logps = estimator.logprobs(policy, rollout, estimator.draw(rollout, seeded()))
+    assert torch.equal(logps, rollout.logprobs)
+    assert rollout.logprobs[rollout.completion_mask].max() < 0 or "top_k" in options or "top_p" in options
+
+
+@pytest.mark.parametrize("processors", [{}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "suppress": (0,)}], ids=str)
+def test_causal_is_transformers_cross_entropy(processors):
+    prompts = Prompts.from_ids(RAGGED, pad_id=CAUSAL.pad_id, group_size=2)
+    rollout = autoregress(CAUSAL, prompts, seeded(), max_new_tokens=7, **processors)
+    estimator = lik.causal()
+    logps = estimator.logprobs(CAUSAL, rollout, estimator.draw(rollout, seeded()))
+    torch.testing.assert_close(logps, rollout.logprobs, atol=2e-6, rtol=0)
+    if processors:
+        return
+    for row, real in enumerate(rollout.attention_mask):  # one row at a time, unpadded, by the stock class
+        tokens = rollout.tokens[row][real][None]
+        chosen = rollout.completion_mask[row][real]
+        logits = CAUSAL.module(input_ids=tokens).logits[0, :-1]
+        expected = -F.cross_entropy(logits, tokens[0, 1:], reduction="none")[chosen[1:]]
+        torch.testing.assert_close(logps[row][rollout.completion_mask[row]], expected, atol=2e-6, rtol=0)
+        labels = tokens.masked_fill(~chosen[None], -100)
+        mean = CAUSAL.module(input_ids=tokens, labels=labels).loss
+        assert logps[row].sum().item() == pytest.approx(-mean.item() * int(chosen.sum()), abs=1e-5)
+
+
+def test_the_wrong_estimator_for_a_policy_is_refused_by_name():
+    rollout = sampled(DIFFUSION["llada"])
+    message = r"likelihood='causal' is for causal attention, but the policy's is 'full'; use trajectory\(\)"
+    with pytest.raises(ValueError, match=message):
+        lik.causal().logprobs(DIFFUSION["llada"], rollout, lik.causal().draw(rollout, seeded()))
+    with pytest.raises(ValueError, match=r"likelihood='elbo' .* 'causal'; use causal\(\)"):
+        lik.elbo().logprobs(CAUSAL, rollout, lik.elbo().draw(rollout, seeded()))
+
+
+@pytest.mark.parametrize("family", DIFFUSION)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_padding_changes_neither_masks_nor_logprobs(family, name):
+    policy, estimator = DIFFUSION[family], ESTIMATORS[name]
+    rollout = sampled(policy)
+    noise = estimator.draw(rollout, seeded(3))
+    logps = estimator.logprobs(policy, rollout, noise)
+    assert logps[rollout.completion_mask].abs().sum() > 1 and logps[~rollout.completion_mask].abs().max() == 0
+    padded = replace(
+        rollout,
+        tokens=F.pad(rollout.tokens, (3, 0), value=policy.pad_id),
+        attention_mask=F.pad(rollout.attention_mask, (3, 0)),
+        completion_mask=F.pad(rollout.completion_mask, (3, 0)),
+        unmask_step=F.pad(rollout.unmask_step, (3, 0), value=-1),
+        logprobs=F.pad(rollout.logprobs, (3, 0)),
+    )
+    again = estimator.draw(padded, seeded(3))
+    assert torch.equal(again.masked[..., 3:], noise.masked) and torch.equal(again.weight[..., 3:], noise.weight)
+    torch.testing.assert_close(estimator.logprobs(policy, padded, again)[:, 3:], logps, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_rows_masks_depend_on_its_place_in_the_draw_only(name):
+    """Row i's seed is the i-th draw: a batch's first rows have the masks of a smaller batch, whatever the
+    others hold; with their seeds, two processes draw what one would."""
+    policy, estimator = DIFFUSION["llada"], ESTIMATORS[name]
+    rollout = sampled(policy)
+    noise = estimator.draw(rollout, seeded(5))
+    fewer = estimator.draw(rollout.rows(torch.arange(2)), seeded(5))
+    assert torch.equal(fewer.masked, noise.masked[: len(fewer.masked), :2])
+    assert torch.equal(fewer.weight, noise.weight[: len(fewer.masked), :2])
+    if not name.startswith("trajectory"):
+        other = estimator.draw(rollout, seeded(6))
+        assert not torch.equal(other.masked, noise.masked)
+        assert not torch.equal(noise.masked[:, 0], noise.masked[:, 1])  # same prompt, a seed of its own
+    assert torch.equal(noise.rows(torch.tensor([4, 1])).masked, noise.masked[:, [4, 1]])
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_micro_batches_give_the_same_logprobs(name):
+    policy, estimator = DIFFUSION["roberta"], ESTIMATORS[name]
+    rollout = sampled(policy)
+    noise = estimator.given(estimator.draw(rollout, seeded()), torch.tensor([1.0, -1, 2, -2, 0, -1]))
+    whole = estimator.logprobs(policy, rollout, noise)
+    for size in (1, 2, 4):
+        parts = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
+        torch.testing.assert_close(parts, whole, atol=3e-6, rtol=1e-5)
+
+
+def counting(policy, monkeypatch) -> list[int]:
+    rows = []
+    hidden = policy.hidden
+    monkeypatch.setattr(policy, "hidden", lambda tokens, mask: (rows.append(len(tokens)), hidden(tokens, mask))[1])
+    return rows
+
+
+def test_a_view_that_a_group_shares_is_forwarded_once_a_prompt(monkeypatch):
+    policy = DIFFUSION["roberta"]
+    rollout = sampled(policy, group_size=4)
+    rows = counting(policy, monkeypatch)
+    for estimator, expected in (
+        (lik.one_step(prompt_mask=0.0), [3]),
+        (lik.one_step(prompt_mask=0.5), [12]),
+        (lik.trajectory(), [3, 12, 12, 12]),
+        (lik.trajectory(num_segments=2), [3, 12]),
+    ):
+        rows.clear()
+        estimator.logprobs(policy, rollout, estimator.draw(rollout, seeded()))
+        assert rows == expected
+
+
+def test_rows_without_a_scored_position_are_left_out(monkeypatch):
+    policy = DIFFUSION["roberta"]
+    rollout = sampled(policy, group_size=1, num_steps=8)
+    steps = torch.where(rollout.unmask_step < torch.tensor([[8], [3], [5]]), rollout.unmask_step, -1)
+    ragged = replace(rollout, unmask_step=steps, completion_mask=steps >= 0)
+    rows = counting(policy, monkeypatch)
+    noise = lik.trajectory().draw(ragged, seeded())
+    lik.trajectory().logprobs(policy, ragged, noise)
+    assert rows == [3, 3, 3, 2, 2, 1, 1, 1]
+    nothing = torch.zeros_like(rollout.completion_mask)
+    assert torch.equal(score_view(policy, rollout, nothing, nothing), torch.zeros(rollout.tokens.shape))
+    assert len(rows) == 8
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_global_generators_are_untouched_and_draws_repeat(name):
+    policy, estimator = DIFFUSION["roberta"], ESTIMATORS[name]
+    rollout = sampled(policy)
+    before = torch.get_rng_state()
+    first, second = estimator.draw(rollout, seeded(2)), estimator.draw(rollout, seeded(2))
+    estimator.logprobs(policy, rollout, first)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.masked, second.masked) and torch.equal(first.weight, second.weight)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_gradient_through_combine_matches_finite_differences(name):
+    estimator, rollout = ESTIMATORS[name], sampled(DIFFUSION["roberta"], group_size=1)
+    noise = estimator.given(estimator.draw(rollout, seeded()), torch.tensor([1.0, -1.0, -0.5]))
+    scored = noise.weight != 0
+    scores = -3 * torch.rand(scored.shape, generator=seeded(1)).double() * scored
+    share = None if noise.upper_share is None else noise.upper_share.double()
+    noise = replace(noise, weight=noise.weight.double(), upper_share=share)
+    assert torch.autograd.gradcheck(partial(estimator.combine, noise=noise), scores.requires_grad_(), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_ratio_under_shared_masks_is_exactly_one_on_policy(name):
+    """The same weights on both sides, scored twice: a log-ratio of exactly 0, and not with masks drawn anew."""
+    policy, estimator = DIFFUSION["roberta"], ESTIMATORS[name]
+    rollout = sampled(policy)
+    noise = estimator.draw(rollout, seeded(0))
+    once, twice = (estimator.logprobs(policy, rollout, noise) for _ in range(2))
+    assert torch.equal(once, twice)
+    if not name.startswith("trajectory"):
+        assert not torch.equal(estimator.logprobs(policy, rollout, estimator.draw(rollout, seeded(1))), once)

@@ -1,0 +1,273 @@
+"""Objectives, KL terms, aggregations and the loss that joins them: values AND gradients, worked by hand."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import tensor
+from torch.testing import assert_close
+
+from dllm_rl import losses
+from dllm_rl.losses import (
+    cispo,
+    constant,
+    gspo,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    policy_loss,
+    ppo_clip,
+    reinforce,
+    sequence,
+    token,
+    trust_band,
+)
+from dllm_rl.testing import make_batch
+
+
+def value_and_gradient(surrogate, ratios, advantages, mask=None):
+    """J and dJ/dlog_ratio of the sum, at the given ratios r = exp(log_ratio)."""
+    log_ratio = tensor(ratios, dtype=torch.float64).log().requires_grad_()
+    mask = torch.ones(log_ratio.shape, dtype=torch.bool) if mask is None else tensor(mask)
+    objective = surrogate(log_ratio, tensor(advantages, dtype=torch.float64), mask)
+    (gradient,) = torch.autograd.grad(objective.sum(), log_ratio)
+    return objective.detach(), gradient
+
+
+def close(actual, expected):
+    assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=1e-12, atol=1e-15)
+
+
+def test_ppo_clip_in_and_out_of_the_range_for_both_signs():
+    # eps 0.2. A = 2: min(2r, 2 clip(r)): below the range and in it r counts, above it is flat at 2.4.
+    # A = -2: min picks the more negative: below the range flat at -1.6, in it and above it r counts.
+    ratios = [[0.5, 0.9, 1.1, 1.5], [0.5, 0.9, 1.1, 1.5]]
+    value, gradient = value_and_gradient(partial(ppo_clip, epsilon=0.2), ratios, [2.0, -2.0])
+    close(value, [[1.0, 1.8, 2.2, 2.4], [-1.6, -1.8, -2.2, -3.0]])
+    # d(r A)/d log r = r A where r counts, 0 where it is clipped.
+    close(gradient, [[1.0, 1.8, 2.2, 0.0], [0.0, -1.8, -2.2, -3.0]])
+
+
+def test_ppo_clip_with_its_own_upper_bound_and_with_delta():
+    # DAPO: the range is [0.8, 1.28].
+    value, gradient = value_and_gradient(partial(ppo_clip, epsilon=0.2, epsilon_high=0.28), [[1.25, 1.3]], [1.0])
+    close(value, [[1.25, 1.28]])
+    close(gradient, [[1.25, 0.0]])
+    # delta 4 bounds the negative side's loss: -1 * min(r, 4).
+    value, gradient = value_and_gradient(partial(ppo_clip, epsilon=0.2, delta=4.0), [[3.0, 5.0]], [-1.0])
+    close(value, [[-3.0, -4.0]])
+    close(gradient, [[-3.0, 0.0]])
+
+
+def test_gspo_clips_the_rows_geometric_ratio():
+    # Row ratio sqrt(1.21 * 1) = 1.1 over the two marked tokens; the third token is not the row's.
+    value, gradient = value_and_gradient(
+        partial(gspo, epsilon=0.2, epsilon_high=0.2), [[1.21, 1.0, 9.0]], [2.0], [[True, True, False]]
+    )
+    close(value[:, :2], [[2.2, 2.2]])
+    # Sum of two equal objectives, each 1.1 * 2, of a mean of two logs: 2 * 2.2 / 2 = 2.2 each.
+    close(gradient, [[2.2, 2.2, 0.0]])
+    value, gradient = value_and_gradient(partial(gspo, epsilon=0.05, epsilon_high=0.05), [[1.21, 1.0]], [2.0])
+    close(value, [[2.1, 2.1]])
+    close(gradient, [[0.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "clamped", "inside"),
+    [
+        (0.5, 2.0, 0.5, True),  # A >= 0 has no lower edge
+        (1.0, 2.0, 1.0, True),
+        (1.05, 2.0, 1.05, True),
+        (1.2, 2.0, 1.1, False),
+        (0.85, -2.0, 0.95, False),
+        (0.97, -2.0, 0.97, True),
+        (1.01, -2.0, 1.01, True),
+        (1.5, -2.0, 1.02, False),  # the branch that PPO's minimum would leave open
+    ],
+)
+def test_trust_band_in_and_out_of_each_band(ratio, advantage, clamped, inside):
+    band = partial(trust_band, eps_high=0.1, neg_low=0.05, neg_high=0.02)
+    # Two tokens with ratios ratio * 1.3 and ratio / 1.3: the row's geometric ratio is `ratio`.
+    value, gradient = value_and_gradient(band, [[ratio * 1.3, ratio / 1.3]], [advantage])
+    close(value, [[clamped * advantage] * 2])
+    if inside:
+        close(gradient, [[ratio * advantage] * 2])
+    else:
+        assert torch.equal(gradient, torch.zeros(1, 2, dtype=torch.float64)), "exactly zero outside the band"
+
+
+def test_trust_band_defaults_are_the_digested_constants():
+    value, _ = value_and_gradient(trust_band, [[2.0], [0.5], [2.0]], [1.0, -1.0, -1.0])
+    close(value, [[1.0004], [-0.9997], [-1.0007]])
+
+
+def test_cispo_weights_grad_log_p_by_the_capped_ratio():
+    value, gradient = value_and_gradient(partial(cispo, max_ratio=2.0), [[0.5, 1.0, 3.0]], [-2.0])
+    close(gradient, [[-1.0, -2.0, -4.0]])
+    close(value, [[-1.0 * math.log(0.5), 0.0, -4.0 * math.log(3.0)]])
+
+
+def test_reinforce_is_the_plain_policy_gradient():
+    value, gradient = value_and_gradient(reinforce, [[0.5, 7.0]], [3.0])
+    close(gradient, [[3.0, 3.0]])
+    close(value, [[3.0 * math.log(0.5), 3.0 * math.log(7.0)]])
+
+
+@pytest.mark.parametrize("surrogate", [ppo_clip, gspo, trust_band, cispo])
+def test_extreme_ratios_stay_finite(surrogate):
+    log_ratio = tensor([[90.0, -90.0], [200.0, 1.0]], requires_grad=True)
+    objective = surrogate(log_ratio, tensor([1.0, -1.0]), torch.ones(2, 2, dtype=torch.bool))
+    (gradient,) = torch.autograd.grad(objective.sum(), log_ratio)
+    assert objective.isfinite().all() and gradient.isfinite().all()
+
+
+def test_kl_terms():
+    # d = log p_ref - log p: k1 = -d, k2 = d^2/2, k3 = e^d - 1 - d, at d = ln 2 and -ln 2; dk/dd = -1, d, e^d - 1.
+    d = tensor([[math.log(2.0), -math.log(2.0)]], dtype=torch.float64, requires_grad=True)
+    ln2 = math.log(2.0)
+    for k, expected, slope in (
+        (kl_k1, [[-ln2, ln2]], [[-1.0, -1.0]]),
+        (kl_k2, [[ln2**2 / 2, ln2**2 / 2]], [[ln2, -ln2]]),
+        (kl_k3, [[1 - ln2, -0.5 + ln2]], [[1.0, -0.5]]),
+    ):
+        close(k(d).detach(), expected)
+        close(torch.autograd.grad(k(d).sum(), d)[0], slope)
+
+
+MASK = tensor([[True, True, True, False], [True, False, False, False], [False, False, False, False]])
+
+
+def test_aggregations():
+    # 4 tokens in 3 sequences of 3, 1 and 0 tokens.
+    counts = {"num_tokens": 4, "num_sequences": 3}
+    assert_close(token(MASK, **counts), MASK / 4)
+    expected = tensor([[1 / 9, 1 / 9, 1 / 9, 0], [1 / 3, 0, 0, 0], [0, 0, 0, 0]])
+    assert_close(sequence(MASK, **counts), expected)
+    assert_close(constant(MASK, length=8, **counts), MASK / 24)
+
+
+def test_an_empty_batch_has_coefficients_of_zero():
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    for aggregate in (token, sequence, partial(constant, length=3)):
+        assert torch.equal(aggregate(nothing, num_tokens=0, num_sequences=0), torch.zeros(2, 3))
+
+
+def test_loss_types_of_trl():
+    log_ratio, advantages, mask = tensor([[1.0]]), tensor([1.0]), tensor([[True]])
+    value = {}
+    for name in ("grpo", "dapo", "bnpo", "cispo"):
+        surrogate, aggregate = losses.loss_type(name)
+        value[name] = surrogate(log_ratio, advantages, mask).item()
+        assert aggregate is (sequence if name == "grpo" else token)
+    assert value == pytest.approx({"grpo": 1.2, "dapo": 1.28, "bnpo": 1.2, "cispo": math.e})
+    _, aggregate = losses.loss_type("dr_grpo", max_completion_length=5)
+    assert_close(aggregate(mask, num_tokens=1, num_sequences=2), tensor([[0.1]]))
+    with pytest.raises(ValueError, match="needs max_completion_length"):
+        losses.loss_type("dr_grpo")
+    with pytest.raises(ValueError, match="loss_type='ppo' must be"):
+        losses.loss_type("ppo")
+
+
+# The (B=3, T=4) example. old = -1 everywhere. Ratios, advantages, weights:
+#   row 0, A = 1    r = 1.1, 1.5 (clipped to 1.2), 0.5, -      w = 1, 2, 1, -
+#   row 1, A = -2   r = 0.5 (clipped to 0.8), -, -, -          w = 0.5
+#   row 2           no token
+RATIO = [[1.1, 1.5, 0.5, 9.0], [0.5, 9.0, 9.0, 9.0], [9.0, 9.0, 9.0, 9.0]]
+WEIGHTS = [[1.0, 2.0, 1.0, 7.0], [0.5, 7.0, 7.0, 7.0], [7.0, 7.0, 7.0, 7.0]]
+
+
+def example(**changes):
+    old = torch.full((3, 4), -1.0, dtype=torch.float64)
+    weights = tensor(WEIGHTS, dtype=torch.float64)
+    batch = make_batch(MASK, tensor([1.0, -2.0, 1.0], dtype=torch.float64), weights=weights, old=old, **changes)
+    return old + tensor(RATIO, dtype=torch.float64).log(), batch
+
+
+def loss_of(logps, batch, *, aggregate=token, beta=0.0, kl=kl_k2, surrogate=ppo_clip):
+    return policy_loss(logps, batch, surrogate=surrogate, aggregate=aggregate, beta=beta, kl=kl)
+
+
+def test_policy_loss_of_the_worked_example():
+    # w J: 1.1, 2 * 1.2 = 2.4, 0.5; 0.5 * (-2 * 0.8) = -0.8. Sum 3.2 over 4 tokens: loss -0.8.
+    loss, metrics, gradient = loss_of(*example())
+    close(loss, -0.8)
+    # -(1/4) w r A where unclipped: -1.1/4, 0, -0.5/4; clipped: 0.
+    close(gradient, [[-0.275, 0, -0.125, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    share = {name: (float(total), float(count)) for name, (total, count) in metrics.items()}
+    assert share["clip_ratio/region_mean"] == (2, 4)
+    assert share["clip_ratio/high_mean"] == (1, 4)
+    assert share["clip_ratio/low_mean"] == (1, 4)
+    assert share["band/positive"] == (2, 3)
+    assert share["band/negative"] == (0, 1)
+    assert share["ratio/mean"] == (pytest.approx(3.6), 4)
+    assert share["loss"] == (pytest.approx(-0.8), 1)
+    # Per sequence: (1.1 + 2.4 + 0.5)/3 and -0.8/1 over three sequences: -(4/3 - 0.8)/3.
+    loss = loss_of(*example(), aggregate=sequence)[0]
+    assert float(loss) == pytest.approx(-(4 / 3 - 0.8) / 3, rel=1e-7)  # coefficients such as 1/9 are fp32
+
+
+def test_kl_is_added_after_the_weights():
+    # d = ref - logp with ref = -1: d = -log r. k2 = d^2/2 over the four tokens, beta 0.1, divided by 4; no weight.
+    logps, batch = example(reference=torch.full((3, 4), -1.0, dtype=torch.float64))
+    logs = [math.log(r) for r in (1.1, 1.5, 0.5, 0.5)]
+    loss, metrics, gradient = loss_of(logps, batch, beta=0.1)
+    close(loss, -0.8 + 0.1 * sum(x * x / 2 for x in logs) / 4)
+    # d k2 / d logp = -d = log r.
+    extra = [0.1 * x / 4 for x in logs]
+    close(gradient, [[-0.275 + extra[0], extra[1], -0.125 + extra[2], 0], [extra[3], 0, 0, 0], [0, 0, 0, 0]])
+    total, count = metrics["kl"]
+    assert (float(total), int(count)) == (pytest.approx(sum(x * x / 2 for x in logs)), 4)
+
+
+def test_entropy_bonus_is_the_gradient_of_the_entropy_in_expectation():
+    # Over all four tokens of p = softmax(z), sum_y p(y) (-log p(y)) d log p(y)/dz = dH/dz.
+    z = tensor([0.3, -1.0, 2.0, 0.1], dtype=torch.float64, requires_grad=True)
+    logp = z.log_softmax(-1)
+    mean = (logp.exp().detach() * losses.entropy_bonus(logp[None])[0]).sum()
+    (estimate,) = torch.autograd.grad(mean, z, retain_graph=True)
+    (exact,) = torch.autograd.grad(-(logp.exp() * logp).sum(), z)
+    assert_close(estimate, exact, rtol=1e-12, atol=1e-15)
+
+
+def test_entropy_enters_the_gradient_with_its_coefficient():
+    logps, batch = example()
+    _, _, plain = loss_of(logps, batch)
+    loss, metrics, gradient = policy_loss(
+        logps, batch, surrogate=ppo_clip, aggregate=token, beta=0.0, kl=kl_k2, entropy=0.1
+    )
+    # -c * 0.1 * (-log p) per kept token, c = 1/4.
+    close(gradient - plain, torch.where(MASK, 0.1 / 4 * logps, 0))
+    close(loss, -0.8)
+    kept = [-1 + math.log(r) for r in (1.1, 1.5, 0.5, 0.5)]
+    assert float(metrics["entropy"][0]) == pytest.approx(-sum(kept))
+
+
+def test_what_stands_off_the_mask_may_be_infinite():
+    logps, batch = example()
+    logps[2], logps[0, 3] = -torch.inf, torch.nan
+    loss, metrics, gradient = loss_of(logps, batch)
+    close(loss, -0.8)
+    options = {"surrogate": ppo_clip, "aggregate": token, "beta": 0.0, "kl": kl_k2, "entropy": 0.1}
+    assert policy_loss(logps, batch, **options)[2].isfinite().all()
+    assert gradient.isfinite().all() and (gradient[~MASK] == 0).all()
+    assert float(metrics["ratio/mean"][0]) == pytest.approx(3.6)
+
+
+def test_rejected_tokens_leave_the_denominator_and_a_wholly_rejected_batch_is_still():
+    keep = MASK.clone()
+    keep[1] = False
+    logps, batch = example(keep=keep)
+    # 1.1 + 2.4 + 0.5 over the three that stay; the coefficient 1/3 is fp32.
+    assert float(loss_of(logps, batch)[0]) == pytest.approx(-4.0 / 3, rel=1e-7)
+    logps, batch = example(keep=torch.zeros_like(MASK))
+    loss, metrics, gradient = loss_of(logps, batch)
+    assert float(loss) == 0 and torch.equal(gradient, torch.zeros(3, 4, dtype=torch.float64))
+    assert int(metrics["clip_ratio/region_mean"][1]) == 0
+
+
+def test_weights_receive_no_gradient():
+    logps, batch = example()
+    batch.weights.requires_grad_()
+    loss, _, gradient = loss_of(logps, batch)
+    assert not loss.requires_grad and not gradient.requires_grad and batch.weights.grad is None

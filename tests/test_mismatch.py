@@ -1,0 +1,175 @@
+"""The mismatch metrics against numbers worked by hand, on the (B=3, T=4) example of the correctors' tests."""
+
+import math
+
+import pytest
+import torch
+from torch import tensor
+
+from dllm_rl.mismatch import mismatch_metrics, repeats, symptom_metrics, weight_metrics
+
+RHO = tensor([[1, 2, 4, 0.5], [0.25, 1, 8, 100], [1, 1, 100, 100]], dtype=torch.float64)
+MASK = tensor([[True] * 4, [True, True, True, False], [True, True, False, False]])
+X = RHO.log()
+LN2 = math.log(2)
+
+
+def metrics(**options):
+    values = mismatch_metrics(X, MASK, **options)
+    return {name.removeprefix("rollout_corr/"): value for name, value in values.items()}
+
+
+def test_divergences():
+    # ln rho / ln 2: 0 1 2 -1 | -2 0 3 | 0 0. Sum 3; absolute sum 9; sum of rho - 1: 18.75 - 9 = 9.75.
+    m = metrics()
+    assert m["kl"] == pytest.approx(-3 * LN2 / 9)
+    assert m["k3_kl"] == pytest.approx((9.75 - 3 * LN2) / 9)
+    assert m["abs_log_ratio_mean"] == pytest.approx(LN2)
+    assert m["abs_log_ratio_max"] == pytest.approx(3 * LN2)
+    # Row means of -ln rho: -1/2, -1/3, 0 times ln 2.
+    assert m["log_ppl_diff"] == pytest.approx(-(1 / 2 + 1 / 3) / 3 * LN2)
+    assert m["log_ppl_abs_diff"] == pytest.approx((1 / 2 + 1 / 3) / 3 * LN2)
+    assert m["log_ppl_diff_max"] == pytest.approx(0, abs=1e-15)
+    assert m["log_ppl_diff_min"] == pytest.approx(-LN2 / 2)
+    assert m["ppl_ratio"] == pytest.approx((2**-0.5 + 2 ** (-1 / 3) + 1) / 3)
+    # Squares of rho sum to 88.3125; products 4, 2, 1 have squares 16, 4, 1.
+    assert m["chi2_token"] == pytest.approx(88.3125 / 9 - 1)
+    assert m["chi2_seq"] == pytest.approx(21 / 3 - 1)
+    assert m["ess"] == pytest.approx(18.75**2 / (9 * 88.3125))
+    assert m["rho_max"] == pytest.approx(8)
+    assert m["nonfinite_fraction"] == 0
+
+
+def test_weight_metrics_are_those_of_the_truncated_weights():
+    # min(rho, 3): 1 2 3 .5 | .25 1 3 | 1 1: sum 12.75, squares 1+4+9+.25+.0625+1+9+1+1 = 26.3125.
+    m = metrics(high=3.0)
+    mean = 12.75 / 9
+    assert m["rollout_is_mean"] == pytest.approx(mean)
+    assert m["rollout_is_std"] == pytest.approx(math.sqrt(26.3125 / 9 - mean**2))
+    assert m["rollout_is_eff_sample_size"] == pytest.approx(12.75**2 / (9 * 26.3125))
+    assert (m["rollout_is_min"], m["rollout_is_max"]) == (pytest.approx(0.25), 3)
+    assert m["rollout_is_ratio_fraction_high"] == pytest.approx(2 / 9)
+    assert m["rollout_is_ratio_fraction_low"] == pytest.approx(1 / 9)
+    # Row means of the weights: 6.5/4, 4.25/3, 1.
+    rows = [1.625, 4.25 / 3, 1.0]
+    assert m["rollout_is_seq_mean"] == pytest.approx(sum(rows) / 3)
+    centre = sum(rows) / 3
+    assert m["rollout_is_seq_std"] == pytest.approx(math.sqrt(sum((r - centre) ** 2 for r in rows) / 2))
+    assert (m["rollout_is_seq_min"], m["rollout_is_seq_max"]) == (pytest.approx(1), pytest.approx(1.625))
+    assert m["rollout_is_seq_max_deviation"] == pytest.approx(0.625)
+    # Raw row means 7.5/4 = 1.875, 9.25/3 = 3.083, 1.
+    assert m["rollout_is_seq_fraction_high"] == pytest.approx(1 / 3)
+    assert m["rollout_is_seq_fraction_low"] == 0
+
+
+def test_weight_metrics_of_sequences_and_of_masked_weights():
+    m = weight_metrics(X, MASK, high=3.0, level="sequence")
+    # Products 4, 2, 1 truncated to 3, 2, 1 on 4, 3 and 2 tokens; minimum and maximum are of the raw products.
+    assert m["rollout_corr/rollout_is_mean"] == pytest.approx((12 + 6 + 2) / 9)
+    assert m["rollout_corr/rollout_is_max"] == pytest.approx(4)
+    assert m["rollout_corr/rollout_is_min"] == pytest.approx(1)
+    assert m["rollout_corr/rollout_is_ratio_fraction_high"] == pytest.approx(1 / 3)
+    m = weight_metrics(X, MASK, low=0.4, high=5.0)
+    # 1/4 and 8 become 0: sum 10.5, squares 24.25.
+    assert m["rollout_corr/rollout_is_oob_ratio"] == pytest.approx(2 / 9)
+    assert m["rollout_corr/rollout_is_mean"] == pytest.approx(10.5 / 9)
+    assert m["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(10.5**2 / (9 * 24.25))
+    assert m["rollout_corr/rollout_is_min"] == 0
+    with pytest.raises(ValueError, match="level='row' must be"):
+        weight_metrics(X, MASK, level="row")
+
+
+def test_every_weight_masked_away_has_no_effective_sample():
+    m = weight_metrics(torch.full((2, 2), 3.0), torch.ones(2, 2, dtype=torch.bool), low=0.5, high=2.0)
+    assert m["rollout_corr/rollout_is_eff_sample_size"] == 0
+    assert m["rollout_corr/rollout_is_oob_ratio"] == 1
+
+
+def test_perplexities_need_the_learners_log_probs():
+    # -1 everywhere under the learner: ppl e. The rollout's row mean is -1 - mean ln rho.
+    m = metrics(old=torch.full((3, 4), -1.0, dtype=torch.float64))
+    assert m["training_ppl"] == pytest.approx(math.e)
+    assert m["training_log_ppl"] == pytest.approx(1)
+    logs = [1 + LN2 / 2, 1 + LN2 / 3, 1]
+    assert m["rollout_log_ppl"] == pytest.approx(sum(logs) / 3)
+    assert m["rollout_ppl"] == pytest.approx(sum(math.exp(x) for x in logs) / 3)
+    assert "training_ppl" not in metrics()
+
+
+def test_contributions_by_sign_of_the_advantage():
+    # -(rho - 1) A: row 0, A = 1: -(0 + 1 + 3 - 0.5) = -3.5; row 1, A = -2: 2 (-0.75 + 0 + 7) = 12.5; over 9 tokens.
+    m = metrics(advantages=tensor([1.0, -2.0, 0.0], dtype=torch.float64))
+    assert m["contribution_positive"] == pytest.approx(-3.5 / 9)
+    assert m["contribution_negative"] == pytest.approx(12.5 / 9)
+
+
+def test_agreement_is_exactly_neutral():
+    mask = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) < 0.7
+    old = torch.full((5, 7), -0.3)
+    values = mismatch_metrics(torch.zeros(5, 7), mask, old=old, advantages=torch.ones(5))
+    ones = {"rollout_is_mean", "rollout_is_min", "rollout_is_max", "rollout_is_eff_sample_size", "rollout_is_seq_mean"}
+    ones |= {"rollout_is_seq_min", "rollout_is_seq_max", "ess", "rho_max", "ppl_ratio"}
+    for name, value in values.items():
+        short = name.removeprefix("rollout_corr/")
+        if "_ppl" not in short or "diff" in short:
+            assert value == (1.0 if short in ones else 0.0), name
+            assert math.copysign(1, value) == 1, f"{name} is -0.0"
+
+
+def test_rows_without_tokens_are_no_sequences_and_nonfinite_ratios_are_counted():
+    plain = mismatch_metrics(X[:2], MASK[:2])
+    mask = MASK.clone()
+    mask[2] = False
+    assert mismatch_metrics(X, mask) == plain
+    x, mask = X.clone(), MASK.clone()
+    x[2, 0], x[2, 1] = -math.inf, math.nan
+    m = mismatch_metrics(x, mask)
+    assert m.pop("rollout_corr/nonfinite_fraction") == pytest.approx(2 / 9)
+    assert m == {name: value for name, value in plain.items() if name != "rollout_corr/nonfinite_fraction"}
+    with pytest.raises(ValueError, match="no token with a finite log_mismatch"):
+        mismatch_metrics(X, torch.zeros_like(MASK))
+
+
+def test_extreme_ratios_are_clamped_before_exp():
+    m = mismatch_metrics(tensor([[80.0, -80.0]]), torch.ones(1, 2, dtype=torch.bool), high=math.inf)
+    assert m["rollout_corr/rollout_is_max"] == pytest.approx(math.exp(20))
+    assert m["rollout_corr/rollout_is_min"] == pytest.approx(math.exp(-20))
+    assert m["rollout_corr/chi2_token"] == pytest.approx((math.exp(40) + math.exp(-40)) / 2 - 1)
+    assert m["rollout_corr/abs_log_ratio_max"] == 80
+
+
+def test_chi2_of_sequences_clamps_the_sum_before_doubling_it():
+    m = mismatch_metrics(tensor([[15.0, 15.0]]), torch.ones(1, 2, dtype=torch.bool))
+    assert m["rollout_corr/chi2_seq"] == pytest.approx(math.exp(40))
+
+
+def test_repeats():
+    #          1 2 3 1 2 3 4 2 3: trigrams 123 231 312 123* 234 342 423; the starred stood at 0, so 3, 4, 5 are marked.
+    tokens = tensor([[1, 2, 3, 1, 2, 3, 4, 2, 3], [5, 5, 5, 5, 6, 7, 8, 9, 9]])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    # Row 1: 555 at 0 and again at 1: positions 1, 2, 3.
+    expected = [[3, 4, 5], [1, 2, 3]]
+    assert [row.nonzero()[:, 0].tolist() for row in repeats(tokens, mask)] == expected
+    # Bigrams of row 0: 12 23 31 12* 23* 34 42 23*: positions 3 4 5 and 7 8.
+    assert repeats(tokens, mask, ngram=2)[0].nonzero()[:, 0].tolist() == [3, 4, 5, 7, 8]
+    # Only marked tokens make n-grams: without position 2, row 0 reads 1 2 1 2 3 4 2 3.
+    mask[0, 2] = False
+    assert repeats(tokens, mask)[0].nonzero()[:, 0].tolist() == []
+    with pytest.raises(ValueError, match="ngram=0 must be at least 1"):
+        repeats(tokens, mask, ngram=0)
+
+
+def test_symptoms_by_sign_of_the_advantage():
+    tokens = tensor([[1, 1, 1, 1], [1, 2, 3, 4], [1, 1, 1, 1]])
+    old = tensor([[-1.0, -9.0, -10.0, -1.0], [-11.0, -1.0, -1.0, -1.0], [-50.0, -50.0, -50.0, -50.0]])
+    mask = tensor([[True] * 4, [True, True, True, False], [True] * 4])
+    # p < 1e-4 is logp < -9.21: one of four with A > 0, one of three with A < 0; the row with A = 0 is in neither.
+    m = symptom_metrics(old, tokens, mask, tensor([1.0, -1.0, 0.0]))
+    assert m == pytest.approx(
+        {
+            "symptoms/error_tokens_positive": 1 / 4,
+            "symptoms/error_tokens_negative": 1 / 3,
+            "symptoms/repetition_positive": 3 / 4,
+            "symptoms/repetition_negative": 0,
+        }
+    )

@@ -1,0 +1,74 @@
+"""The interface over every backbone, on models made from scratch."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.utils import logging
+
+from dllm_rl import load_policy
+from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
+from dllm_rl.policies import shifted
+
+MAKERS = {
+    "masked_lm": tiny_masked_lm,
+    "diffusion_llama": lambda **k: tiny_llama(causal=False, **k),
+    "causal_llama": lambda **k: tiny_llama(causal=True, **k),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_save_and_load_is_bitwise_and_silent(tmp_path, make, capfd):
+    policy = make(characters="0123 =\n", seed=3)
+    policy.save_pretrained(tmp_path)
+    again = load_policy(tmp_path)
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
+    before, after = policy.module.state_dict(), again.module.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert again.spec == policy.spec
+    tokens = torch.tensor([[3, 4, 5, 6, 9]])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    assert torch.equal(again.logits(tokens, mask), policy.logits(tokens, mask))
+    again.save_pretrained(tmp_path / "twice")
+    first, second = (load_file(d / "model.safetensors") for d in (tmp_path, tmp_path / "twice"))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_progress_bars_stay_off_for_who_turned_them_off(tmp_path):
+    logging.disable_progress_bar()
+    try:
+        tiny_masked_lm(characters="ab").save_pretrained(tmp_path)
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar()
+
+
+def test_characters_come_back_as_they_were(tmp_path):
+    tokenizer = char_tokenizer("0123456789 +=\n")
+    text = "12  +3=\n\n 15"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text)
+    assert ids[:3] == [4, 5, 13]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([4, 2, 0, 5], skip_special_tokens=True) == "12"
+    with pytest.raises(Exception, match="Missing"):
+        tokenizer("1 x 2")
+
+
+def test_longest_sequence_is_what_the_model_can_take():
+    """A RoBERTa counts positions from pad_token_id + 1, so it has room for that many fewer."""
+    policy = tiny_masked_lm(characters="ab", max_length=12)
+    assert policy.spec.max_length == 12
+    full = torch.full((1, 12), 3)
+    assert policy.logits(full, torch.ones_like(full, dtype=torch.bool)).shape == (1, 12, 5)
+    too_long = torch.full((1, 13), 3)
+    with pytest.raises((IndexError, RuntimeError)):
+        policy.logits(too_long, torch.ones_like(too_long, dtype=torch.bool))
+
+
+def test_shifting_starts_again_behind_padding():
+    states = torch.arange(10.0).view(2, 5, 1)
+    mask = torch.tensor([[True] * 5, [False, False, True, True, True]])
+    assert shifted(states, mask)[0, :, 0].tolist() == [0, 0, 1, 2, 3]
+    assert shifted(states, mask)[1, 2:, 0].tolist() == [7, 7, 8]  # the first token has its own state, not the padding's

@@ -1,0 +1,234 @@
+"""The sampler against LLaDA's published algorithm, written out row by row; its rows are independent."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from dllm_rl import head
+from dllm_rl.likelihoods import trajectory
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.samplers import rules
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.types import Prompts
+
+CHARACTERS = "0123456789 abcdefghijklmnop"
+LENGTH = 32
+IDS = [[3, 4, 5, 6], [7], [8, 9, 10, 11, 12, 13, 14], [15, 16], [4, 4, 4], [20, 21, 22, 23, 24], [9, 8], [5, 17, 3, 11]]
+
+
+@pytest.fixture(scope="module", params=["masked_lm", "llama"])
+def policy(request):
+    # Head and embeddings large enough that confidences differ widely and tokens depend on their neighbours.
+    if request.param == "llama":
+        return tiny_llama(characters=CHARACTERS, causal=False, num_layers=2, head_std=0.3)
+    return tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3)
+
+
+def published(policy, prompt, *, length, steps, block_length):
+    """LLaDA's generate at temperature 0 with low-confidence remasking, one row, no padding; its num_steps are shared by
+    blocks, equal numbers of tokens a step, the remainder on the first steps. The mask token cannot be chosen."""
+    mask_id = policy.spec.mask_id
+    x = list(prompt) + [mask_id] * length
+    num_blocks = length // block_length
+    assert length % block_length == 0 and steps % num_blocks == 0
+    order, step = {}, 0
+    for block in range(num_blocks):
+        begin, end = len(prompt) + block * block_length, len(prompt) + (block + 1) * block_length
+        in_block = steps // num_blocks
+        transfers = [block_length // in_block + (i < block_length % in_block) for i in range(in_block)]
+        for transfer in transfers:
+            tokens = torch.tensor([x])
+            logits = policy.logits(tokens, torch.ones_like(tokens, dtype=torch.bool))[0].double()
+            probs = logits.softmax(-1)
+            logits[:, mask_id] = -torch.inf
+            candidates = []
+            for position in range(begin, end):
+                if x[position] == mask_id:
+                    token = int(logits[position].argmax())
+                    candidates.append((-float(probs[position, token]), position, token))
+            for _, position, token in sorted(candidates)[:transfer]:
+                x[position], order[position - len(prompt)] = token, step
+            step += 1
+    return x[len(prompt) :], [order[i] for i in range(length)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block_length", [8, 16, 32, None])
+@pytest.mark.parametrize("steps", [32, 16, 20, 12])
+def test_equals_published_algorithm(policy, block_length, steps):
+    """Blocks of 8, 16 and 32, and one open block; steps equal to, below, and not dividing the length; batch 1 and 8."""
+    ids = IDS if block_length in (8, 32) else IDS[:1]
+    rollout = unmask(
+        policy, Prompts.from_ids(ids, pad_id=0), torch.Generator(), max_new_tokens=LENGTH, num_steps=steps, block_size=block_length
+    )
+    start = rollout.tokens.shape[1] - LENGTH
+    picked = (0, 2, 6) if len(ids) > 1 else (0,)
+    for row in picked:
+        tokens, order = published(policy, ids[row], length=LENGTH, steps=steps, block_length=block_length or LENGTH)
+        assert rollout.tokens[row, start:].tolist() == tokens
+        assert rollout.unmask_step[row, start:].tolist() == order
+    assert rollout.forwards == steps
+    assert len(set(rollout.tokens[0, start:].tolist())) > 2  # the comparison is not one of constant rows
+
+
+def test_blocks_and_steps_that_do_not_divide(policy):
+    """20 positions in blocks of 8, 8, 4; 7 steps are 3, 2, 2; the shares are 3,3,2 | 4,4 | 2,2."""
+    rollout = unmask(policy, Prompts.from_ids([[3, 4]], pad_id=0), torch.Generator(), max_new_tokens=20, num_steps=7, block_size=8)
+    steps = rollout.unmask_step[0, 2:]
+    assert [int((steps == s).sum()) for s in range(7)] == [3, 3, 2, 4, 4, 2, 2]
+    assert steps[:8].max() == 2 and steps[8:16].min() == 3 and steps[8:16].max() == 4 and steps[16:].min() == 5
+
+
+RULES = {
+    "confidence": dict(rank=rules.confidence),
+    "max_prob": dict(rank=rules.max_prob, temperature=0.7),
+    "margin": dict(rank=rules.margin, commit=rules.late_schedule),
+    "entropy": dict(rank=rules.entropy, commit=partial(rules.entropy_bound, gamma=4.0)),
+    "random": dict(rank=rules.random),
+    "origin": dict(rank=rules.random, commit=rules.origin),
+    "threshold": dict(commit=partial(rules.threshold, tau=0.3)),
+    "factor": dict(rank=rules.max_prob, commit=partial(rules.factor, f=1.5), top_p=0.8),
+    "greedy": dict(temperature=0.0, commit=partial(rules.threshold, tau=0.3), suppress=(2, 5)),
+}
+
+
+def sample(policy, ids, seeds, *, width=0, length=20, **options):
+    options = {"temperature": 1.0, "block_size": 8, "num_steps": 9} | options
+    prompts = Prompts.from_ids(ids, pad_id=0, seeds=seeds)
+    if width:
+        pad = lambda x: torch.nn.functional.pad(x, (width - x.shape[1], 0))  # noqa: E731
+        prompts = replace(prompts, tokens=pad(prompts.tokens), attention_mask=pad(prompts.attention_mask))
+    return unmask(policy, prompts, torch.Generator(), max_new_tokens=length, **options)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_row_depends_on_itself_only(policy, name):
+    """Alone, among eight, permuted and left-padded: the same tokens, order and log-probs."""
+    seeds = [11, 22, 33, 44, 55, 66, 77, 88]
+    together = sample(policy, IDS, seeds, **RULES[name])
+    order = [5, 2, 7, 0, 1, 3, 6, 4]
+    permuted = sample(policy, [IDS[i] for i in order], [seeds[i] for i in order], **RULES[name])
+    padded = sample(policy, IDS, seeds, width=12, **RULES[name])
+    ends = set()
+    for row in (0, 2, 5):
+        alone = sample(policy, [IDS[row]], [seeds[row]], **RULES[name])
+        for other, index in ((together, row), (permuted, order.index(row)), (padded, row)):
+            torch.testing.assert_close(alone.tokens[0, -20:], other.tokens[index, -20:], rtol=0, atol=0)
+            torch.testing.assert_close(alone.unmask_step[0, -20:], other.unmask_step[index, -20:], rtol=0, atol=0)
+            torch.testing.assert_close(alone.logprobs[0, -20:], other.logprobs[index, -20:], rtol=0, atol=1e-5)
+        ends.add(alone.forwards)
+    if name in ("threshold", "factor", "entropy"):
+        assert len(ends) > 1 and together.forwards == int(together.unmask_step.max()) + 1 < 8 * 20  # ragged ends
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_replay_gives_recorded_logprobs_bitwise(policy, name):
+    for ids, group in ((IDS[:1], 1), (IDS[:3], 2)):
+        prompts = Prompts.from_ids(ids, pad_id=0, group_size=group)
+        options = {"temperature": 1.0, "block_size": 8, "num_steps": 9} | RULES[name]
+        rollout = unmask(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=20, **options)
+        estimator = trajectory()
+        noise = estimator.draw(rollout, torch.Generator())
+        for size in (None, 2):
+            assert torch.equal(estimator.logprobs(policy, rollout, noise, micro_batch_size=size), rollout.logprobs)
+
+
+def test_group_shares_first_forward(policy, monkeypatch):
+    """The first state is read once per prompt, and every later one by rows; completions of a group differ."""
+    rows, hidden = [], policy.hidden
+    monkeypatch.setattr(policy, "hidden", lambda tokens, mask: rows.append(len(tokens)) or hidden(tokens, mask))
+    prompts = Prompts.from_ids(IDS[:2], pad_id=0, group_size=3)
+    rollout = unmask(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=4, num_steps=4, temperature=3.0)
+    assert rows == [2, 6, 6, 6]
+    assert not torch.equal(rollout.tokens[0], rollout.tokens[1])
+
+
+def test_finished_rows_leave_the_batch(policy, monkeypatch):
+    rows, hidden = [], policy.hidden
+    monkeypatch.setattr(policy, "hidden", lambda tokens, mask: rows.append(len(tokens)) or hidden(tokens, mask))
+    rollout = sample(policy, IDS, list(range(8)), commit=partial(rules.threshold, tau=0.3))
+    steps = rollout.unmask_step.amax(-1) + 1
+    assert rows == [int((steps > n).sum()) for n in range(int(steps.max()))] and rows[-1] < 8
+
+
+def test_state_only_rank_draws_only_where_it_commits(policy, monkeypatch):
+    """Inverting the cumulative distribution, the costly part of a draw, sees committed positions and padding to ROWS."""
+    from dllm_rl.samplers import propose
+
+    drawn, invert = [], propose.invert
+    monkeypatch.setattr(propose, "invert", lambda mass, u: drawn.append(len(u)) or invert(mass, u))
+    for rank, count in ((rules.entropy, 32), (rules.confidence, 64)):
+        drawn.clear()
+        unmask(
+            policy, Prompts.from_ids(IDS[:2], pad_id=0), torch.Generator(), max_new_tokens=32, num_steps=2, temperature=1.0, rank=rank
+        )
+        assert drawn[0] == count
+
+
+def test_rank_without_logits_runs_no_head(policy, monkeypatch):
+    rows, run = [], policy.head
+    monkeypatch.setattr(policy, "head", lambda h: rows.append(len(h)) or run(h))
+    unmask(policy, Prompts.from_ids(IDS[:1], pad_id=0), torch.Generator(), max_new_tokens=32, num_steps=2, rank=rules.random)
+    assert rows == [head.ROWS, head.ROWS]
+
+
+def test_suppressed_and_mask_tokens_are_never_drawn(policy):
+    rollout = sample(policy, IDS, list(range(8)), temperature=5.0, suppress=(3, 4, 5, 6, 7))
+    drawn = rollout.tokens[rollout.completion_mask]
+    assert not torch.isin(drawn, torch.tensor([3, 4, 5, 6, 7, policy.spec.mask_id])).any()
+    assert rollout.processors.suppress == (3, 4, 5, 6, 7, policy.spec.mask_id) and rollout.processors.temperature == 5.0
+
+
+def test_approximate_early_exit_keeps_the_tail_masked(policy):
+    """Rows stop after the block in which an end token stands; what was written before is what would have been, and
+    replay, which sees the same masks behind, is exact."""
+    eos, length = policy.spec.eos_ids[0], 24
+    full = sample(policy, IDS, list(range(8)), length=length, num_steps=12)
+    short = sample(policy, IDS, list(range(8)), length=length, num_steps=12, approximate_early_exit=True)
+    stopped = 0
+    for row in range(8):
+        completion = full.tokens[row, -length:].tolist()
+        blocks = [b for b in range(3) if eos in completion[8 * b : 8 * b + 8]]
+        kept = 8 * (blocks[0] + 1) if blocks else length
+        stopped += kept < length
+        assert short.tokens[row, -length:].tolist() == completion[:kept] + [policy.spec.mask_id] * (length - kept)
+        assert short.completion_mask[row, -length:].tolist() == [True] * kept + [False] * (length - kept)
+        assert short.attention_mask[row, -length:].all()
+    assert stopped > 0
+    estimator = trajectory()
+    noise = estimator.draw(short, torch.Generator())
+    assert torch.equal(estimator.logprobs(policy, short, noise), short.logprobs)
+
+
+def test_watch_sees_every_step(policy):
+    seen = []
+    rollout = sample(policy, IDS[:2], [0, 1], watch=seen.append)
+    assert [int((r.unmask_step.max()) + 1) for r in seen] == list(range(1, rollout.forwards + 1))
+    assert torch.equal(seen[-1].tokens, rollout.tokens)
+    hidden = seen[0].completion_mask != rollout.completion_mask
+    assert hidden.any() and (seen[0].tokens[hidden] == policy.spec.mask_id).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(max_new_tokens=0), "max_new_tokens=0"),
+        (dict(block_size=0), "block_size=0"),
+        (dict(num_steps=2, block_size=4), "num_steps=2 is fewer than the 5 blocks"),
+        (dict(max_new_tokens=80), "max_new_tokens=80 after a prompt of 2 tokens exceeds .* use at most 6[23]"),
+        (dict(temperature=-1.0), "temperature=-1.0"),
+        (dict(rank=lambda logits, scale: logits[:, 0]), "takes 'scale'"),
+        (dict(commit=lambda scores, masked, steps_left: masked & False), "chose nothing in the last step"),
+    ],
+)
+def test_errors_name_the_value_and_a_remedy(policy, options, message):
+    options = {"max_new_tokens": 20, "num_steps": 20} | options
+    with pytest.raises(ValueError, match=message):
+        unmask(policy, Prompts.from_ids([[3, 4]], pad_id=0), torch.Generator(), **options)
+
+
+def test_causal_policy_is_refused():
+    with pytest.raises(ValueError, match="use autoregress"):
+        unmask(tiny_llama(characters="ab", causal=True), Prompts.from_ids([[3]], pad_id=0), torch.Generator(), max_new_tokens=2)
