@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dllm_rl.emulate import EmulatedLinear, FakeQuantize
+from dllm_rl.lora import has_extras, merged_copy, merged_state
 from dllm_rl.policies import Policy
 from dllm_rl.quantize_layers import check_finite, is_quantized, load_weight_, misfit, quantized, stored_bytes
 from dllm_rl.quantize_schemes import (
@@ -84,10 +85,10 @@ def quantized_copy(policy: Policy, config, *, skip: Callable[[nn.Module, str], b
 
     Head, embeddings, norms and routers keep theirs, as do layers tied to one of these and experts fused into one
     3-D parameter (experts that are linear layers are quantised): `rollout_policy.quantization_report` says what and why.
-    Beyond the copy itself at most one layer is held twice. Raises ValueError for a config that the device cannot run,
+    Adapters are merged first. Beyond the copy itself at most one layer is held twice (with adapters: the module). Raises ValueError for a config that the device cannot run,
     a weight with NaN or infinity, or when nothing could be quantised.
     """
-    module, rollout_policy = policy.module, copy.copy(policy)
+    module, rollout_policy = merged_copy(policy.module) if has_extras(policy.module) else policy.module, copy.copy(policy)
     rollout_policy.quantization, fresh = config, {}
     if config is None:
         kept = {}
@@ -163,8 +164,9 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> None:
     processes together. Raises ValueError for a weight with NaN or infinity.
     """
     if rollout_policy is not policy:
-        targets = dict(rollout_policy.module.named_parameters()) | dict(rollout_policy.module.named_buffers())
-        for name, value in [*policy.module.named_parameters(), *policy.module.named_buffers()]:
+        targets = dict(rollout_policy.module.named_parameters(remove_duplicate=False))
+        targets |= dict(rollout_policy.module.named_buffers(remove_duplicate=False))
+        for name, value in merged_state(policy.module):
             layer_name, _, kind = name.rpartition(".")
             layer = rollout_policy.module.get_submodule(layer_name)
             value = value.full_tensor() if hasattr(value, "full_tensor") else value
