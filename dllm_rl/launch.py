@@ -1,6 +1,7 @@
 """How a run begins and ends: checks, folders, warm-up or resume, checkpoints, summary."""
 
 import copy
+import inspect
 import os
 import platform
 import shutil
@@ -117,7 +118,11 @@ def begin(recipe: Recipe, accelerator: Accelerator, log: RunLog, folder: Path | 
 
 
 def make_policy(recipe: Recipe) -> Policy:
-    return load_policy(recipe.model) if isinstance(recipe.model, str) else recipe.model()
+    """The recipe's model: a checkpoint, or what its function makes, from the run's seed where that takes one."""
+    if isinstance(recipe.model, str):
+        return load_policy(recipe.model)
+    seeded = "seed" in inspect.signature(recipe.model).parameters
+    return recipe.model(seed=recipe.seed) if seeded else recipe.model()
 
 
 def base_of(recipe: Recipe, *, warmed_up: bool) -> Policy:
