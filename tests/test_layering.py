@@ -14,12 +14,12 @@ PACKAGE = Path(dllm_rl.__file__).parent
 # Rooms from the ground up: a module may import from its own room and from those above it in this list.
 FLOORS = """
 quiet tasks types statistics
-losses advantages grading lora
-models
+losses advantages grading
+models lora
 mismatch policies
 head correctors
 models.tiny samplers
-likelihoods masks
+likelihoods masks optimizers
 quantize emulate
 aligned text testing zero_mismatch
 evaluation warmup recipe show
