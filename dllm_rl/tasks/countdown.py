@@ -36,6 +36,7 @@ class Countdown:
                    `width` characters. "text": an instruction; the answer stands between <answer> tags.
                    A template with {numbers} and {target}, or the path of a file with one.
     chat           "text" and templates: one user message (True) or plain text (False).
+    opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
     Value of a completion: "own": solved_weight * accuracy + numbers_weight * numbers_used, under the strict reading
     [ours]; "d1": 0, 0.1 or 1 [paper].
     """
@@ -54,6 +55,7 @@ class Countdown:
     path: str | Path | None = None
     prompt_format: str | Path = "compact"
     chat: bool = True
+    opening: str = ""
     reward_rule: Literal["own", "d1"] = "own"
     solved_weight: float = 1.0
     numbers_weight: float = 0.2
@@ -125,8 +127,8 @@ class Countdown:
         if self.prompt_format == "compact":
             listed = ",".join(str(number).rjust(len(str(self.max_number))) for number in numbers)
             return f"{listed}>{str(target).rjust(len(str(self.max_target)))}="
-        listed = ", ".join(map(str, numbers))
-        return fill(_template(self.prompt_format), chat=self.chat, numbers=listed, target=str(target))
+        values = {"numbers": ", ".join(map(str, numbers)), "target": str(target)}
+        return fill(_template(self.prompt_format), chat=self.chat, opening=self.opening, **values)
 
     def _answer(self, expression: str | None) -> str | None:
         if expression is None:

@@ -43,16 +43,20 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def fill(template: Prompt, *, chat: bool, **values: str) -> Prompt:
+def fill(template: Prompt, *, chat: bool, opening: str = "", **values: str) -> Prompt:
     """The template with each `{name}` replaced, as one user message when `chat` and the template is plain text.
 
     Only the names given are replaced, each once and never inside a value: templates and problems may hold other
-    braces, such as \\boxed{}.
+    braces, such as \\boxed{}. With an `opening`, a last message of the assistant's begins its turn with that text.
+    Errors: ValueError for an opening without chat.
     """
-    if not isinstance(template, str):
-        return [{"role": m["role"], "content": _replace(m["content"], values)} for m in template]
-    text = _replace(template, values)
-    return [{"role": "user", "content": text}] if chat else text
+    if isinstance(template, str) and not chat:
+        if opening:
+            raise ValueError(f"opening={opening!r} needs chat=True: it begins the assistant's turn")
+        return _replace(template, values)
+    asked = [{"role": "user", "content": template}] if isinstance(template, str) else template
+    messages = [{"role": message["role"], "content": _replace(message["content"], values)} for message in asked]
+    return [*messages, {"role": "assistant", "content": opening}] if opening else messages
 
 
 def _replace(text: str, values: dict[str, str]) -> str:

@@ -7,8 +7,10 @@ from fractions import Fraction
 LONGEST = 10_000
 
 _ENDS = ("</answer>", "<|eot_id|>", "<|endoftext|>")
-_BOX = re.compile(r"\\boxed\{([^}]*+)\}")
-_DIGIT = re.compile(r"\d")
+# An opened box up to its first digit. Neither pattern runs on into the next opening, so no text is scanned twice.
+_BOX_IN_LINE = re.compile(r"\\boxed\{(?:[^}\n\\\d]++|\\++(?!boxed\{))*+\d")
+_BOX = re.compile(r"\\boxed\{(?:[^}\\\d]++|\\++(?!boxed\{))*+\d")
+_UNCLOSED = 10_000  # boxes without an end after which the search for one is given up
 _NUMBER = re.compile(r"-?\d+\.?\d*")
 _PLAIN = re.compile(r"([+-]?)\$?([+-]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
 
@@ -56,10 +58,23 @@ def final_answer(text: str) -> str | None:
 
 
 def first_boxed_number(text: str) -> float | None:
-    """The first `\\boxed{...}`, up to its first closing brace, with a digit: as a float, else its first number."""
-    # Nothing is searched behind the last brace: every opening then has its closing, and no text is scanned twice.
-    boxes = _BOX.findall(text, 0, text.rfind("}") + 1)
-    return next((_number(box, last=False) for box in boxes if _DIGIT.search(box)), None)
+    """The first `\\boxed{...}`, up to its first closing brace, with a digit: as a float, else its first number.
+
+    Boxes within one line come first; only without any are those read that a line break cuts.
+    """
+    for pattern, border in ((_BOX_IN_LINE, "\n"), (_BOX, "")):
+        start = 0
+        for _ in range(_UNCLOSED):
+            found = pattern.search(text, start)
+            if found is None:
+                break
+            end = text.find(border, found.end()) if border else -1
+            end = len(text) if end < 0 else end
+            closing = text.find("}", found.end(), end)
+            if closing >= 0 and closing - found.start() <= LONGEST:
+                return _number(text[found.start() + len("\\boxed{") : closing], last=False)
+            start = end if closing < 0 else closing
+    return None
 
 
 def last_number(text: str) -> float | None:

@@ -40,6 +40,7 @@ class Sudoku:
                    "text": an instruction with the grid in lines; the answer stands between <answer> tags.
                    A template with {puzzle}, or the path of a file with one: as "text", in those words.
     chat           "text" and templates: one user message (True) or plain text (False).
+    opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
     Value of a completion: "own": solved_weight * solved + match_weight * (share of cells that agree with the best
     matching valid completion). All cells count: over the empties alone training lets the givens drift [ours].
     "d1": empty cells that agree with the reference / empty cells [paper].
@@ -57,6 +58,7 @@ class Sudoku:
     path: str | Path | None = None
     prompt_format: str | Path = "compact"
     chat: bool = True
+    opening: str = ""
     reward_rule: Literal["own", "d1"] = "own"
     solved_weight: float = 1.0
     match_weight: float = 4.0
@@ -128,7 +130,7 @@ class Sudoku:
         if self.prompt_format == "compact":
             return dotted + "="
         values = {"puzzle": _lines(dotted), "side": str(side), "box": str(isqrt(side))}
-        return fill(_template(self.prompt_format), chat=self.chat, **values)
+        return fill(_template(self.prompt_format), chat=self.chat, opening=self.opening, **values)
 
     def _answer(self, solution: str) -> str:
         return solution if self.prompt_format == "compact" else f"<answer>\n{_lines(solution)}\n</answer>"

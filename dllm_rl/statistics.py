@@ -1,0 +1,76 @@
+"""How sure a measured rate is: Wilson and bootstrap intervals, and the unbiased pass@k. No torch."""
+
+from collections.abc import Sequence
+from math import sqrt
+from statistics import NormalDist
+
+import numpy as np
+
+
+def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval for a proportion.
+
+    (p + z^2/2n -+ z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n), p = successes/n, z the two-sided normal quantile.
+    Within [0, 1] and of positive width even when no or every trial succeeds. Source: Wilson 1927.
+    Errors: ValueError unless 0 <= successes <= n, n >= 1 and 0 < confidence < 1.
+    """
+    if not (n >= 1 and 0 <= successes <= n):
+        raise ValueError(f"successes={successes} of n={n}: needs 0 <= successes <= n and n >= 1")
+    z = NormalDist().inv_cdf(0.5 + _level(confidence) / 2)
+    p = successes / n
+    middle = p + z * z / (2 * n)
+    reach = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # With no (every) success the bound is 0 (1) exactly; rounding must not move it.
+    low = 0.0 if successes == 0 else (middle - reach) / scale
+    high = 1.0 if successes == n else (middle + reach) / scale
+    return low, high
+
+
+def bootstrap_mean(
+    values: Sequence[float],
+    generator: np.random.Generator,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    weights: Sequence[float] | None = None,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval for a mean, or for sum(values)/sum(weights) when weights are given.
+
+    Rows are drawn with replacement, value and weight together, so a ratio such as correct cells over empty cells is
+    resampled by puzzle. Source: Efron 1979. Undercovers with few rows (93 % of 95 % at 30 normal ones).
+    Errors: ValueError for no values, for weights of another length, and for weights that are not positive.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    shares = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
+    if len(numbers) == 0 or len(numbers) != len(shares) or not (shares > 0).all():
+        raise ValueError(f"{len(numbers)} values, {len(shares)} weights: needs some values, a positive weight for each")
+    level = _level(confidence)
+    means = np.empty(resamples)
+    for draw in range(resamples):
+        rows = generator.integers(0, len(numbers), len(numbers))
+        means[draw] = numbers[rows].sum() / shares[rows].sum()
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """The unbiased estimate of the chance that one of k samples is correct, from n samples with `correct` right.
+
+    1 - C(n - correct, k) / C(n, k), as a product that neither overflows nor cancels. Source: Chen et al. 2021, eq. 1.
+    Errors: ValueError unless 0 <= correct <= n and 1 <= k <= n.
+    """
+    if not (0 <= correct <= n and 1 <= k <= n):
+        raise ValueError(f"n={n}, correct={correct}, k={k}: needs 0 <= correct <= n and 1 <= k <= n")
+    if n - correct < k:
+        return 1.0
+    none_right = 1.0
+    for i in range(n - correct + 1, n + 1):
+        none_right *= 1 - k / i
+    return 1 - none_right
+
+
+def _level(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must lie between 0 and 1")
+    return confidence

@@ -1,0 +1,181 @@
+"""Other people's problems as tasks: a data set with TRL-style reward functions, and reasoning-gym's generators."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+from dllm_rl.tasks.base import Problem, Reward
+from dllm_rl.tasks.countdown_graders import countdown_strict
+from dllm_rl.tasks.maths_graders import gsm8k_strict
+from dllm_rl.tasks.sudoku_graders import sudoku_strict
+
+# f(prompts=[...], completions=[...], **columns) -> one number, or None where it does not apply, for each completion.
+RewardFunction = Callable[..., Sequence[float | None]]
+
+
+@dataclass(frozen=True)
+class DatasetTask:
+    """The rows of a data set, graded by a weighted sum of functions; made by task_from_dataset."""
+
+    dataset: Any
+    reward_funcs: tuple[RewardFunction, ...]
+    weights: tuple[float, ...]
+    name: str
+    version: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Problem:
+        if not 0 <= index < len(self):
+            raise IndexError(f"problem {index} of {len(self)}")
+        row = dict(self.dataset[index])
+        prompt, solution = row.pop("prompt"), row.pop("completion", None)
+        return Problem(prompt, row, solution[-1]["content"] if isinstance(solution, list) else solution)
+
+    def reward(self, problem: Problem, completion: str) -> Reward:
+        return self.rewards([problem], [completion])[0]
+
+    def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
+        """Grades many completions with one call of each function; problems[i] belongs to completions[i].
+
+        Value: the sum of weight * number over the functions that gave a number; each is in the breakdown by its name.
+        `parsed` is True: such functions do not say whether they found an answer.
+        Errors: ValueError when a function returns too few, no finite number, or all of them None for a completion.
+        """
+        chat = [not isinstance(problem.prompt, str) for problem in problems]
+        told = [
+            [{"role": "assistant", "content": text}] if is_chat else text
+            for text, is_chat in zip(completions, chat, strict=True)
+        ]
+        columns = {name: [problem.fields[name] for problem in problems] for name in problems[0].fields}
+        prompts = [problem.prompt for problem in problems]
+        breakdowns: list[dict[str, float]] = [{} for _ in problems]
+        values = [0.0] * len(problems)
+        for label, function, weight in zip(self._labels(), self.reward_funcs, self.weights, strict=True):
+            numbers = function(prompts=prompts, completions=told, **columns)
+            if len(numbers) != len(problems):
+                raise ValueError(f"reward function {label} returned {len(numbers)} numbers for {len(problems)} texts")
+            for place, number in enumerate(numbers):
+                if number is None:
+                    continue
+                if not math.isfinite(number):
+                    raise ValueError(f"reward function {label} returned {number} for completion {told[place]!r}")
+                breakdowns[place][label] = float(number)
+                values[place] += weight * float(number)
+        for place, breakdown in enumerate(breakdowns):
+            if not breakdown:
+                raise ValueError(f"every reward function returned None for completion {told[place]!r}")
+        return [Reward(value, True, breakdown) for value, breakdown in zip(values, breakdowns, strict=True)]
+
+    def _labels(self) -> list[str]:
+        names = [_label(function) for function in self.reward_funcs]
+        return [name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names, 1)]
+
+
+def task_from_dataset(
+    dataset: Any,
+    *,
+    reward_funcs: RewardFunction | Sequence[RewardFunction],
+    weights: Sequence[float] | None = None,
+    name: str = "dataset",
+    version: str = "1",
+) -> DatasetTask:
+    """A task from a `datasets.Dataset`, or any sequence of rows, with a `prompt` column of text or chat messages.
+
+    reward_funcs  TRL-style functions; they get the other columns as keyword lists. Chat prompts come with completions
+                  as one-message chats, as in TRL.
+    weights       one for each function; 1 by default.
+    version       change it when a function changes, so that stored results are not mixed up.
+    A `completion` column, text or chat, becomes the solution for supervised warm-up.
+    """
+    functions = (reward_funcs,) if callable(reward_funcs) else tuple(reward_funcs)
+    if not functions:
+        raise ValueError("reward_funcs is empty: give at least one function")
+    scales = (1.0,) * len(functions) if weights is None else tuple(map(float, weights))
+    if len(scales) != len(functions):
+        raise ValueError(f"weights has {len(scales)} entries for {len(functions)} reward_funcs")
+    columns = getattr(dataset, "column_names", None) or list(dataset[0])
+    if "prompt" not in columns:
+        raise ValueError(f"dataset has no column 'prompt', only {sorted(columns)}: rename one")
+    return DatasetTask(dataset, functions, scales, name, version)
+
+
+def _label(function: RewardFunction) -> str:
+    inner = getattr(function, "func", function)  # a functools.partial
+    return getattr(inner, "__name__", type(inner).__name__)
+
+
+@dataclass(frozen=True)
+class ReasoningGym:
+    """A reasoning-gym generator with our strict graders (its own scorers run model text through an evaluator).
+
+    generator  "mini_sudoku", "sudoku", "countdown" or "gsm_symbolic".
+    settings   the generator's own, as JSON: '{"min_numbers": 3, "max_numbers": 3}'.
+    Problem i is a pure function of (seed, i) and the settings. The prompt is the generator's question and a line that
+    asks for <answer> tags; value: 1 when right, else 0.
+    """
+
+    version: ClassVar[str] = "1"
+
+    generator: str
+    size: int = 1000
+    seed: int = 0
+    settings: str = "{}"
+
+    def __post_init__(self) -> None:
+        if self.generator not in _GYM:
+            known = ", ".join(map(repr, _GYM))
+            raise ValueError(f"generator={self.generator!r} must be one of {known}: only these have graders of ours")
+        _generated(self.generator, self.size, self.seed, self.settings)
+
+    @property
+    def name(self) -> str:
+        return f"reasoning_gym/{self.generator}"
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Problem:
+        if not 0 <= index < self.size:
+            raise IndexError(f"problem {index} of {self.size}")
+        entry = _generated(self.generator, self.size, self.seed, self.settings)[index]
+        asked = f"{entry['question']}\n\nWrite the final answer between <answer> and </answer>."
+        fields = _GYM[self.generator][0](entry)
+        return Problem([{"role": "user", "content": asked}], fields, f"<answer>\n{entry['answer']}\n</answer>")
+
+    def reward(self, problem: Problem, completion: str) -> Reward:
+        return _GYM[self.generator][1](problem.fields, completion)
+
+
+@lru_cache(maxsize=8)
+def _generated(generator: str, size: int, seed: int, settings: str) -> Any:
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise ImportError("ReasoningGym needs the reasoning-gym package: pip install 'dllm_rl[gym]'") from None
+    return reasoning_gym.create_dataset(generator, size=size, seed=seed, **json.loads(settings))
+
+
+def _sudoku_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {name: "".join(str(d) for row in entry["metadata"][name] for d in row) for name in ("puzzle", "solution")}
+    return flat
+
+
+def _countdown_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {"numbers": list(entry["metadata"]["numbers"]), "target": entry["metadata"]["target"]}
+
+
+def _number_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {"answer": str(entry["answer"])}
+
+
+_GYM = {
+    "mini_sudoku": (_sudoku_fields, sudoku_strict),
+    "sudoku": (_sudoku_fields, sudoku_strict),
+    "countdown": (_countdown_fields, countdown_strict),
+    "gsm_symbolic": (_number_fields, gsm8k_strict),
+}

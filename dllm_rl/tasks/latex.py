@@ -1,0 +1,66 @@
+"""When two LaTeX answers say the same: the usual string normalisation of the MATH data set [paper]."""
+
+import re
+from fractions import Fraction
+
+from dllm_rl.tasks.reading import LONGEST, exact_number
+
+_DROPPED = ("\n", "\\!")
+_UNWRITTEN = ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")
+_SQRT = re.compile(r"\\sqrt([^{])")
+_FRAC = re.compile(r"\\frac([^{])(.)")
+_QUOTIENT = re.compile(r"(-?[0-9]+)/(-?[0-9]+)")
+_PLAIN_FRAC = re.compile(r"(-?)\\frac\{(-?[0-9]{1,100})\}\{(-?[0-9]{1,100})\}")
+
+
+def normalise(answer: str) -> str:
+    """A canonical spelling: two answers count as equal when theirs are the same string.
+
+    Dropped: line breaks, \\!, \\left, \\right, degrees, \\$, \\%, a unit behind "\\text{ " and all spaces. tfrac and
+    dfrac become frac; .5 becomes 0.5; a name of at most two characters before a single "=" goes; \\sqrt3 becomes
+    \\sqrt{3}, \\frac12 and 1/2 become \\frac{1}{2}, and so does 0.5 when it is the whole answer.
+    """
+    if len(answer) > LONGEST:
+        return answer
+    for mark in _DROPPED:
+        answer = answer.replace(mark, "")
+    answer = answer.replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
+    for mark in _UNWRITTEN:
+        answer = answer.replace(mark, "")
+    answer = answer.split("\\text{ ")[0].replace("\\%", "")
+    answer = answer.replace(" .", " 0.").replace("{.", "{0.")
+    if answer.startswith("."):
+        answer = "0" + answer
+    name, *rest = answer.split("=")
+    if len(rest) == 1 and len(name) <= 2:
+        answer = rest[0]
+    # Spaces go before the root is mended, so that "\\sqrt 3" is read too; the original makes "\\sqrt{}3" of it [ours].
+    answer = _SQRT.sub(r"\\sqrt{\1}", answer.replace(" ", ""))
+    answer = _FRAC.sub(_braced, answer)
+    if answer == "0.5":
+        return "\\frac{1}{2}"
+    quotient = _QUOTIENT.fullmatch(answer)
+    if quotient and all(_canonical(part) for part in quotient.groups()):
+        return f"\\frac{{{quotient[1]}}}{{{quotient[2]}}}"
+    return answer
+
+
+def rational(answer: str) -> Fraction | None:
+    """The value of a decimal number or a fraction of integers; None for anything else."""
+    answer = normalise(answer)
+    found = _PLAIN_FRAC.fullmatch(answer)
+    if found is None:
+        return exact_number(answer)
+    numerator, denominator = int(found[2]), int(found[3])
+    if denominator == 0:
+        return None
+    return Fraction(-numerator if found[1] else numerator, denominator)
+
+
+def _braced(found: re.Match[str]) -> str:
+    second = found[2] if found[2] == "{" else f"{{{found[2]}}}"
+    return f"\\frac{{{found[1]}}}{second}"
+
+
+def _canonical(integer: str) -> bool:
+    return integer == "0" or not integer.removeprefix("-").startswith("0")

@@ -1,0 +1,147 @@
+"""GSM8K and MATH500 graders by protocol. Field: `answer`, the reference."""
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+from dllm_rl.tasks import math_check
+from dllm_rl.tasks.base import Reward
+from dllm_rl.tasks.latex import normalise, rational
+from dllm_rl.tasks.reading import (
+    LONGEST,
+    exact_number,
+    final_answer,
+    first_boxed_number,
+    first_closed_answer,
+    last_box,
+    last_number,
+)
+
+_STATED = re.compile(r"The answer is (-?[0-9.,]+)"), re.compile(r"#### (-?[0-9.,]+)")
+_REASONED = re.compile(r"</reasoning>\s*+<answer>")
+
+
+def gsm8k_strict(fields: Mapping[str, Any], completion: str) -> Reward:
+    """The strict answer (box inside answer block, block, box) is one number, exactly the reference [ours].
+
+    A dollar sign, commas between thousands and a final point are allowed; anything else beside the number is not.
+    """
+    answer = final_answer(completion)
+    number = None if answer is None else exact_number(answer)
+    return _graded(number is not None, number == reference_number(fields["answer"]))
+
+
+def gsm8k_d1(fields: Mapping[str, Any], completion: str) -> Reward:
+    """d1's evaluation [paper]: the first boxed number, else the first answer block as a float or its LAST number."""
+    number = first_boxed_number(completion)
+    if number is None:
+        number = last_number((first_closed_answer(completion) or "").strip())
+    return _graded(number is not None, number == float(reference_number(fields["answer"])))
+
+
+def gsm8k_spg(fields: Mapping[str, Any], completion: str) -> Reward:
+    """SPG's evaluation [paper]: as d1's; where that finds nothing, the last number after the last `<answer>`, or of
+    the whole text when it has no such tag, up to `</answer>` or the end.
+    """
+    graded = gsm8k_d1(fields, completion)
+    if graded.parsed:
+        return graded
+    number = last_number(_after_last_tag(completion))
+    return _graded(number is not None, number == float(reference_number(fields["answer"])))
+
+
+def gsm8k_espo(fields: Mapping[str, Any], completion: str) -> Reward:
+    """ESPO's binary reward [paper]: the number after "The answer is", else after "####", else the last integer.
+
+    Numbers are compared, not strings, and points and commas behind them are dropped [ours].
+    """
+    stated = next((found[1] for pattern in _STATED if (found := pattern.search(completion))), None)
+    if stated is None:
+        last = re.search("[0-9]+-?", completion[::-1])
+        stated = last[0][::-1] if last else ""
+    number = exact_number(stated.rstrip(".,"))
+    return _graded(number is not None, number == reference_number(fields["answer"]))
+
+
+def gsm8k_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
+    """d1's training reward [paper]: a sum of up to 4.
+
+    correct    2.0  the text after the last `<answer>` (of all without one) up to `</answer>` is the reference's text
+    integer    0.5  that text is all digits
+    strict     0.5  reasoning and answer blocks, each tag on a line of its own, and nothing else
+    soft       0.5  the text begins with a reasoning block, followed by an answer block
+    tags       0.5  0.125 for each of the four tags that stands exactly once with its line breaks
+    d1 also takes off 0.001 for each character behind the end; that term, which has no bound, is left out [ours].
+    """
+    answer = _after_last_tag(completion).strip()
+    correct = answer == _after_hashes(fields["answer"])
+    tags = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
+    terms = {
+        "correct": 2.0 * correct,
+        "integer": 0.5 * answer.isdigit(),
+        "strict": 0.5 * _strict_layout(completion),
+        "soft": 0.5 * _soft_layout(completion),
+        "tags": 0.125 * sum(completion.count(tag) == 1 for tag in tags),
+    }
+    return Reward(sum(terms.values()), "<answer>" in completion, {"accuracy": float(correct), **terms})
+
+
+def math500_strict(fields: Mapping[str, Any], completion: str) -> Reward:
+    """The strict answer equals the reference: the same after normalisation, or the same rational number [ours]."""
+    answer = final_answer(completion)
+    if not answer:
+        return _graded(False, False)
+    value = rational(answer)
+    same = normalise(answer) == normalise(fields["answer"])
+    return _graded(True, same or (value is not None and value == rational(fields["answer"])))
+
+
+def math500_d1(fields: Mapping[str, Any], completion: str) -> Reward:
+    """d1's evaluation [paper]: the last box, or when empty the first answer block, after normalisation."""
+    answer = last_box(completion) or (first_closed_answer(completion) or "").strip()
+    if not answer or len(answer) > LONGEST:
+        return _graded(False, False)
+    return _graded(True, normalise(answer) == normalise(fields["answer"]))
+
+
+def math500_math_verify(fields: Mapping[str, Any], completion: str) -> Reward:
+    """The strict answer is symbolically equal to the reference, by math-verify [library].
+
+    The one grader that is not fast: a comparison may use a second of processor time, and then counts as unequal.
+    """
+    answer = final_answer(completion)
+    return _graded(bool(answer), bool(answer) and math_check.equal(fields["answer"], answer))
+
+
+def reference_number(answer: str | int | float) -> Fraction:
+    """The number of a GSM8K reference: what follows "####", or all of it. Errors: ValueError when it is none."""
+    number = exact_number(_after_hashes(str(answer)))
+    if number is None:
+        raise ValueError(f"answer={answer!r} is no number, and has none behind ####")
+    return number
+
+
+def _after_hashes(answer: str) -> str:
+    return str(answer).rpartition("####")[2].strip()
+
+
+def _after_last_tag(text: str) -> str:
+    return text[text.rfind("<answer>") + len("<answer>") if "<answer>" in text else 0 :].partition("</answer>")[0]
+
+
+def _strict_layout(text: str) -> bool:
+    text = text.removesuffix("\n") if text.endswith("\n\n") else text
+    if not text.startswith("<reasoning>\n") or not text.endswith("\n</answer>\n"):
+        return False
+    turn = text.find("\n</reasoning>\n<answer>\n", len("<reasoning>\n"))
+    return turn >= 0 and turn + len("\n</reasoning>\n<answer>\n") <= len(text) - len("\n</answer>\n")
+
+
+def _soft_layout(text: str) -> bool:
+    turn = _REASONED.search(text) if text.startswith("<reasoning>") else None
+    return turn is not None and text.find("</answer>", turn.end()) >= 0
+
+
+def _graded(parsed: bool, correct: bool) -> Reward:
+    return Reward(float(correct), parsed, {"accuracy": float(correct)})
