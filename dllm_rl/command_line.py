@@ -87,6 +87,7 @@ def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
             found[path] = Setting(value, metadata.get("help", ""), partial(_read, path, annotation))
         if isinstance(value, partial) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
             found |= paths(value, f"{path}.")
+    found.pop("model.seed", None)  # the recipe's own seed is what the model is made with
     return found
 
 
@@ -106,7 +107,7 @@ def _replace(owner: Any, keys: list[str], value: Any) -> Any:
     return dataclasses.replace(owner, **{keys[0]: value})
 
 
-def pickable(module_name: str, value: Any, annotation: Any) -> dict[str, Callable]:
+def pickable(module_name: str, value: Any, annotation: Any) -> dict[str, Any]:
     """Public functions of the module that can stand where `value` does: the same positional parameters, or, where a
     record or a built object is wanted, functions that make one and need no argument."""
     module = import_module(module_name)

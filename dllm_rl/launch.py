@@ -95,7 +95,7 @@ def begin(recipe: Recipe, accelerator: Accelerator, log: RunLog, folder: Path | 
         policy.version, log.seconds, start = state["version"], state["stages"], state["step"]
         history |= {key: state[key] for key in ("seconds", "eval_before", "warmup_steps")}
     else:
-        policy = load_policy(recipe.model) if isinstance(recipe.model, str) else recipe.model()
+        policy = load_policy(recipe.model) if isinstance(recipe.model, str) else recipe.model(seed=recipe.seed)
         policy.to(accelerator.device)
         rehearse(recipe, policy)
         with log.stage("warm-up"):

@@ -30,6 +30,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, accelerator: Accele
     for iteration in range(recipe.num_iterations):
         scores = batch.old_scores
         if iteration:
+            torch.clear_autocast_cache()  # autocast's bf16 copies are those of the weights before the last step
             scores = recipe.likelihood.scores(policy, batch.rollout, batch.noise, micro_batch_size=recipe.micro_batch_size)
         optimizer.zero_grad(set_to_none=True)
         metrics = accumulate_gradients(policy, batch, scores, recipe)

@@ -11,21 +11,21 @@ before it in the order). Cost is in forwards of the whole batch, for one scoring
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from dllm_rl.head import backward_token_logprobs, token_logprobs
 from dllm_rl.masks import (
-    block_view,
-    choose,
-    coupled_views,
-    exact_view,
-    row_generators,
-    uniforms_at,
-    uniforms_per_row,
+    draw_block,
+    draw_coupled,
+    draw_everything,
+    draw_exact,
+    draw_nothing,
+    draw_quadrature,
+    draw_trajectory,
 )
 from dllm_rl.policies import Policy
 from dllm_rl.types import Noise, Rollout
@@ -137,12 +137,7 @@ def view_states(
 
 def causal() -> LikelihoodEstimator:
     """log p(y) = sum_t log p(y_t | prompt, y_<t). One forward, exact. For autoregressive policies."""
-
-    def draw(rollout: Rollout, generator: Generator) -> Noise:
-        scored = rollout.completion_mask[None]
-        return Noise(torch.zeros_like(scored), scored.float())
-
-    return LikelihoodEstimator("causal", draw, attention=("causal",))
+    return LikelihoodEstimator("causal", draw_nothing, attention=("causal",))
 
 
 def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
@@ -153,13 +148,7 @@ def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
     """
     if not 0 <= prompt_mask < 1:
         raise ValueError(f"prompt_mask={prompt_mask} must lie in [0, 1)")
-
-    def draw(rollout: Rollout, generator: Generator) -> Noise:
-        prompt = rollout.attention_mask & ~rollout.completion_mask
-        hidden = uniforms_at(prompt, row_generators(rollout, generator)) < prompt_mask
-        return Noise((hidden | rollout.completion_mask)[None], rollout.completion_mask[None].float())
-
-    return LikelihoodEstimator("one_step", draw)
+    return LikelihoodEstimator("one_step", partial(draw_everything, prompt_mask=prompt_mask))
 
 
 def elbo(*, num_samples: int = 4, stratified: bool = True, antithetic: bool = False) -> LikelihoodEstimator:
@@ -173,20 +162,7 @@ def elbo(*, num_samples: int = 4, stratified: bool = True, antithetic: bool = Fa
     _at_least_one("num_samples", num_samples)
     if antithetic and num_samples % 2:
         raise ValueError(f"num_samples={num_samples} must be even with antithetic=True; use {num_samples + 1}")
-
-    def draw(rollout: Rollout, generator: Generator) -> Noise:
-        completion, generators = rollout.completion_mask, row_generators(rollout, generator)
-        size = completion.sum(-1, keepdim=True)
-        drawn = num_samples // 2 if antithetic else num_samples
-        u = uniforms_per_row(generators, drawn, stratified=stratified, device=size.device)
-        keys = [uniforms_at(completion, generators) for _ in range(drawn)]
-        if antithetic:
-            k = 1 + choose(u / 2, size)
-            counts, keys = torch.cat([k, size + 1 - k]), [*keys, *(-key for key in keys)]
-        else:
-            counts = 1 + choose(u, size)
-        return _mean_of([exact_view(completion, key, k) for key, k in zip(keys, counts, strict=True)])
-
+    draw = partial(draw_exact, num_samples=num_samples, stratified=stratified, antithetic=antithetic)
     return LikelihoodEstimator("elbo", draw)
 
 
@@ -198,15 +174,7 @@ def coupled(*, num_samples: int = 1) -> LikelihoodEstimator:
     a term with an empty set being 0. Unbiased for the ELBO; 2 * num_samples forwards. Source: ESPO's form [paper].
     """
     _at_least_one("num_samples", num_samples)
-
-    def draw(rollout: Rollout, generator: Generator) -> Noise:
-        completion, generators = rollout.completion_mask, row_generators(rollout, generator)
-        size = completion.sum(-1, keepdim=True)
-        u = uniforms_per_row(generators, num_samples, stratified=True, device=size.device)
-        pairs = [coupled_views(completion, uniforms_at(completion, generators), k) for k in choose(u, size + 1)]
-        return _mean_of([view for pair in pairs for view in pair], samples=num_samples)
-
-    return LikelihoodEstimator("coupled", draw)
+    return LikelihoodEstimator("coupled", partial(draw_coupled, num_samples=num_samples))
 
 
 def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
@@ -218,19 +186,7 @@ def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
     arXiv 2510.08554 [paper]; exactly k masked tokens instead of independent ones [ours].
     """
     _at_least_one("nodes", nodes)
-    points, weights = np.polynomial.legendre.leggauss(nodes)
-
-    def draw(rollout: Rollout, generator: Generator) -> Noise:
-        completion, generators = rollout.completion_mask, row_generators(rollout, generator)
-        size = completion.sum(-1, keepdim=True)
-        views = []
-        for t, w in zip((points + 1) / 2, weights / 2, strict=True):
-            k = 1 + choose(torch.full(size.shape, t, dtype=torch.float64, device=size.device), size)
-            masked, weight = exact_view(completion, uniforms_at(completion, generators), k)
-            views.append((masked, w * weight))
-        return _mean_of(views, samples=1)
-
-    return LikelihoodEstimator("quadrature", draw)
+    return LikelihoodEstimator("quadrature", partial(draw_quadrature, nodes=nodes))
 
 
 def block(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
@@ -245,17 +201,7 @@ def block(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
     """
     _at_least_one("num_samples", num_samples)
     _at_least_one("block_size", block_size)
-
-    def draw(rollout: Rollout, generator: Generator) -> Noise:
-        completion, generators = rollout.completion_mask, row_generators(rollout, generator)
-        device = completion.device
-        u = uniforms_per_row(generators, num_samples, stratified=True, device=device)
-        v = uniforms_per_row(generators, num_samples, stratified=False, device=device)
-        keys = (uniforms_at(completion, generators) for _ in range(num_samples))
-        draws = zip(keys, u, v, strict=True)
-        return _mean_of([block_view(completion, *draw, block_size=block_size) for draw in draws])
-
-    return LikelihoodEstimator("block", draw)
+    return LikelihoodEstimator("block", partial(draw_block, block_size=block_size, num_samples=num_samples))
 
 
 def upper_bound(scores: Float[Tensor, "N B T"], noise: Noise, *, beta: float) -> Float[Tensor, "B T"]:
@@ -267,20 +213,33 @@ def upper_bound(scores: Float[Tensor, "N B T"], noise: Noise, *, beta: float) ->
     return torch.where(nowhere, 0, logits.masked_fill(nowhere, 0).logsumexp(0) / beta)
 
 
+def mixed_bounds(scores: Float[Tensor, "N B T"], noise: Noise, *, beta: float) -> Float[Tensor, "B T"]:
+    """The lower bound, or upper_share of the upper one and the rest of the lower one, per position, nats."""
+    lower = weighted_sum(scores, noise)
+    if noise.upper_share is None:
+        return lower
+    return torch.lerp(lower, upper_bound(scores, noise, beta=beta), noise.upper_share[:, None])
+
+
+def upper_where_negative(noise: Noise, advantages: Float[Tensor, " B"], *, mix: float) -> Noise:
+    """The noise with upper_share = mix in the rows whose advantage is negative, 0 in the others."""
+    return replace(noise, upper_share=mix * (advantages < 0).to(noise.weight))
+
+
 def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
     """SPG's evidence upper bound: sum_i (1/beta) log mean_t[ p_i^beta 1(i in m) / t ], on the masks of `base`.
 
     base  elbo, coupled (the default, `coupled()`), quadrature or block: the same masks, and their weights for 1/t.
     Cost as base. Over all masks it is at least the ELBO for every beta > 0 (Jensen). It is at least log p for beta >= L
     (Hoelder), and for any beta when the model's conditionals belong to one joint distribution; in between an
-    inconsistent model can lie above it [ours]: SPG's theorem (beta >= 1) adds a constant that no gradient sees. With
+    inconsistent model's log p can lie above it [ours]: SPG's theorem (beta >= 1) adds a constant that no gradient sees. With
     few masks the log of a mean is biased downwards. Source: SPG, arXiv 2510.09541, and its code [paper], which divides
     by the number of scored tokens where this is a sum.
     """
     if not beta > 0:
         raise ValueError(f"beta={beta} must be above 0")
     base = coupled() if base is None else base
-    return replace(base, name="eubo", replays=False, combine=lambda scores, noise: upper_bound(scores, noise, beta=beta))
+    return replace(base, name="eubo", replays=False, combine=partial(upper_bound, beta=beta))
 
 
 def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
@@ -295,17 +254,9 @@ def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator |
         raise ValueError(f"beta={beta} must be above 0")
     if not 0 <= mix <= 1:
         raise ValueError(f"mix={mix} must lie in [0, 1]")
-
-    def combine(scores: Tensor, noise: Noise) -> Tensor:
-        lower = weighted_sum(scores, noise)
-        if noise.upper_share is None:
-            return lower
-        return torch.lerp(lower, upper_bound(scores, noise, beta=beta), noise.upper_share[:, None])
-
-    def given(noise: Noise, advantages: Tensor) -> Noise:
-        return replace(noise, upper_share=mix * (advantages < 0).to(noise.weight))
-
-    return replace(coupled() if base is None else base, name="sandwich", replays=False, combine=combine, given=given)
+    base, combine = coupled() if base is None else base, partial(mixed_bounds, beta=beta)
+    given = partial(upper_where_negative, mix=mix)
+    return replace(base, name="sandwich", replays=False, combine=combine, given=given)
 
 
 def trajectory(*, num_segments: int | None = None) -> LikelihoodEstimator:
@@ -317,23 +268,8 @@ def trajectory(*, num_segments: int | None = None) -> LikelihoodEstimator:
     """
     if num_segments is not None:
         _at_least_one("num_segments", num_segments, "None for every step")
-
-    def draw(rollout: Rollout, generator: Generator) -> Noise:
-        segment = rollout.unmask_step
-        if num_segments is not None:
-            steps = rollout.unmask_step.amax(-1, keepdim=True) + 1
-            segment = torch.where(segment < 0, -1, segment * num_segments // steps.clamp(min=1))
-        index = torch.arange(int(segment.max()) + 1, device=segment.device)[:, None, None]
-        masked = rollout.completion_mask & (segment >= index)
-        return Noise(masked, (rollout.completion_mask & (segment == index)).float())
-
+    draw = partial(draw_trajectory, num_segments=num_segments)
     return LikelihoodEstimator("trajectory", draw, replays=num_segments is None)
-
-
-def _mean_of(views: list[tuple[Tensor, Tensor]], *, samples: int | None = None) -> Noise:
-    """Views as one record, the weights divided by the number of samples (that of the views unless it is given)."""
-    masked, weight = (torch.stack(column) for column in zip(*views, strict=True))
-    return Noise(masked, (weight / (samples or len(views))).float())
 
 
 def _at_least_one(name: str, value: int, otherwise: str | None = None) -> None:

@@ -1,19 +1,268 @@
-"""Low-rank adapters: put on, taken off for the reference, merged for the rollout and for saving. peft is imported only where
-adapters are made; everything else recognises them by their parts."""
+"""Low-rank adapters: put on, left out for the reference, merged for the rollout and for saving, written as peft writes them.
 
+Adapters live inside the stock module, so that every other room goes on as before; their parameters are the trainable ones.
+The base may be in bitsandbytes' 4 or 8 bits.
+"""
+
+import copy
+import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Generator, Tensor, nn
+
+from dllm_rl.models.weights import renamed
 
 
-def adapted_layers(module: nn.Module) -> dict[str, nn.Module]:
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """W + (alpha / r) B A on linear layers of the blocks: A is random, B zero, so that nothing changes at first.
+
+    targets  names of layers (`q_proj`), or their full paths; None takes the family's own list. Routers, embeddings, heads
+             and experts that are stacked in one tensor are not adapted.
+    dropout  share of the adapters' inputs that is dropped, in forwards that are differentiated only.
+    seed     of A, and of dropout.
+    Source: LoRA, arXiv 2106.09685 [paper]; A uniform in +-1/sqrt(in_features), as peft does.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora.r={self.r} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout={self.dropout} must lie in [0, 1)")
+
+
+class LoraLinear(nn.Module):
+    """A linear layer and its adapter, in fp32. `calls` counts dropout masks: number n has its own seed, so runs repeat."""
+
+    def __init__(self, base_layer: nn.Linear, lora: Lora, generator: Generator) -> None:
+        super().__init__()
+        self.base_layer, self.lora, self.active, self.calls = base_layer, lora, True, 0
+        self.seed = int(torch.randint(2**40, (), generator=generator))
+        device = base_layer.weight.device
+        bound = base_layer.in_features**-0.5
+        a = (torch.rand(lora.r, base_layer.in_features, generator=generator) * 2 - 1) * bound
+        self.lora_A = nn.Linear(base_layer.in_features, lora.r, bias=False, device="meta")
+        self.lora_B = nn.Linear(lora.r, base_layer.out_features, bias=False, device="meta")
+        self.lora_A.weight = nn.Parameter(a.to(device))
+        self.lora_B.weight = nn.Parameter(torch.zeros(base_layer.out_features, lora.r, device=device))
+
+    def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
+        out = self.base_layer(x)
+        if not self.active:
+            return out
+        added = self.lora_B(self.lora_A(self.dropped(x.float()))) * (self.lora.alpha / self.lora.r)
+        return (out + added).to(out.dtype)
+
+    def dropped(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... I"]:
+        if not self.lora.dropout or not torch.is_grad_enabled():
+            return x
+        keep = torch.rand(x.shape, generator=Generator().manual_seed(self.seed + self.calls)) >= self.lora.dropout
+        self.calls += 1
+        return x * keep.to(x.device) / (1 - self.lora.dropout)
+
+    @torch.no_grad()
+    def merged(self) -> Float[Tensor, "O I"]:
+        """W + (alpha / r) B A, summed in fp32 and rounded once to the dtype of W."""
+        weight = plain_weight(self.base_layer)
+        added = self.lora_B.weight.float() @ self.lora_A.weight.float()
+        return (weight.float() + added * (self.lora.alpha / self.lora.r)).to(weight.dtype)
+
+
+def add_lora(policy, lora: Lora) -> None:
+    """Put adapters on the policy's module, in place, and freeze everything else.
+
+    Raises ValueError when no layer has one of the target names, or adapters are there already.
+    """
+    module, names = policy.module, lora.targets or policy.spec.lora_targets
+    if adapted_layers(module):
+        raise ValueError("lora: the policy has adapters already; merge them first (merge_lora)")
+    chosen = {
+        path: layer
+        for path, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and (path in names or (re.search(r"\.\d+\.", path) and path.rpartition(".")[2] in names))
+    }
+    if not chosen:
+        raise ValueError(f"lora.targets={names} names no linear layer in a block of {type(module).__name__}; name other layers")
+    module.requires_grad_(False)
+    generator = Generator().manual_seed(lora.seed)
+    for path, layer in chosen.items():
+        module.set_submodule(path, LoraLinear(layer, lora, generator))
+    policy.lora = lora
+
+
+def adapted_layers(module: nn.Module) -> dict[str, LoraLinear]:
     """The layers that carry adapters, by name."""
-    return {name: layer for name, layer in module.named_modules() if hasattr(layer, "base_layer") and hasattr(layer, "lora_A")}
+    return {path: layer for path, layer in module.named_modules() if isinstance(layer, LoraLinear)}
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """The module without its adapters."""
+    layers = adapted_layers(module).values()
+    before = [layer.active for layer in layers]
+    for layer in layers:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.active = was
+
+
+def adapter_free(policy):
+    """A second policy on the same weights with the adapters left out: the reference that RL started from, without a copy.
+
+    Raises ValueError when there are no adapters: the policy itself would move.
+    """
+    if not adapted_layers(policy.module):
+        raise ValueError(f"{type(policy.module).__name__} has no adapters to leave out; keep a copy of it as the reference")
+    reference, spec = copy.copy(policy), policy.spec
+    reference.spec = replace(spec, encode=partial(_without, spec.encode), head=partial(_without, spec.head))
+    return reference
+
+
+def _without(f, module: nn.Module, *args):
+    with adapters_off(module):
+        return f(module, *args)
+
+
+def is_bitsandbytes(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and type(layer.weight).__module__.startswith("bitsandbytes")
+
+
+def has_extras(module: nn.Module) -> bool:
+    """Whether the module holds anything but ordinary layers: adapters, or bitsandbytes weights."""
+    return any(isinstance(layer, LoraLinear) or is_bitsandbytes(layer) for layer in module.modules())
+
+
+@torch.no_grad()
+def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
+    """The weight of a linear layer, a bitsandbytes one's dequantised."""
+    if not is_bitsandbytes(layer):
+        return layer.weight.detach()
+    if hasattr(layer.weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    # An 8-bit layer hands its rows and scales (absolute maxima, 127 steps) over to `state` at its first forward.
+    kept = layer.state if layer.weight.SCB is None else layer.weight
+    return kept.CB * (kept.SCB.float() / 127)[:, None]
 
 
 @torch.no_grad()
 def merged_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every weight and persistent buffer under the names of the adapter-free module."""
-    yield from module.state_dict().items()
+    """(name, tensor) of all parameters and buffers under the names that they have without adapters, one at a time.
+
+    Adapters are merged and bitsandbytes weights dequantised; everything else is the module's own tensor, not a copy.
+    """
+    for path, layer in module.named_modules():
+        if re.search(r"\.(base_layer|lora_A|lora_B)$", path):
+            continue
+        own = layer.base_layer if isinstance(layer, LoraLinear) else layer
+        for kind, tensor in [*own.named_parameters(recurse=False), *own.named_buffers(recurse=False)]:
+            if kind == "weight" and own is not layer:
+                tensor = layer.merged()
+            elif kind == "weight" and is_bitsandbytes(own):
+                tensor = plain_weight(own)
+            yield f"{path}.{kind}" if path else kind, tensor
+
+
+def merged_copy(module: nn.Module) -> nn.Module:
+    """A copy of the module that holds `merged_state` in ordinary layers."""
+    twin = copy.deepcopy(module)
+    _merge(twin)
+    return twin
+
+
+def merge_lora(policy) -> None:
+    """Turn the policy's adapters into part of its weights, in place; all of them are trainable again."""
+    _merge(policy.module)
+    policy.module.requires_grad_(True)
+    policy.lora = None
+
+
+def _merge(module: nn.Module) -> None:
+    for path, layer in list(module.named_modules()):
+        if path.endswith(".base_layer") or not (isinstance(layer, LoraLinear) or is_bitsandbytes(layer)):
+            continue
+        base = getattr(layer, "base_layer", layer)
+        plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        plain.weight = nn.Parameter(layer.merged() if base is not layer else plain_weight(layer), requires_grad=False)
+        plain.bias = base.bias
+        module.set_submodule(path, plain)
+    for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
+        vars(module).pop(name, None)
+    vars(module.config).pop("quantization_config", None)
+
+
+def adapter_state(policy) -> dict[str, Tensor]:
+    """The adapters' tensors as peft names them, after the authors' own module names where these differ from the stock ones."""
+    backwards, out = tuple((b, a) for a, b in policy.spec.names), {}
+    for path, layer in adapted_layers(policy.module).items():
+        stem = renamed(f"{path}.weight", backwards).removesuffix(".weight")
+        for part in ("lora_A", "lora_B"):
+            out[f"base_model.model.{stem}.{part}.weight"] = getattr(layer, part).weight.detach()
+    return out
+
+
+def save_adapter(policy, directory: str | Path) -> None:
+    """Write the adapters alone, in peft's format: adapter_model.safetensors and adapter_config.json."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state, lora = adapter_state(policy), policy.lora
+    calls = next(iter(adapted_layers(policy.module).values())).calls
+    metadata = {"format": "pt", "seed": str(lora.seed), "dropout_calls": str(calls)}
+    save_file({name: tensor.cpu().clone() for name, tensor in state.items()}, directory / "adapter_model.safetensors", metadata)
+    config = {
+        "peft_type": "LORA",
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": "none",
+        "target_modules": sorted({name.split(".lora_")[0].removeprefix("base_model.model.") for name in state}),
+        "base_model_name_or_path": policy.spec.source,
+        "inference_mode": True,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(policy, directory: str | Path) -> None:
+    """Put saved adapters, ours or peft's, on the policy, in place, with every tensor accounted for.
+
+    Raises ValueError on another method than plain LoRA, or on tensors that do not fit the module.
+    """
+    directory = Path(directory)
+    config = json.loads((directory / "adapter_config.json").read_text())
+    plain = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}}
+    for field, value in plain.items():
+        if config.get(field) not in (value, None):
+            raise ValueError(f"{directory}: {field}={config[field]!r} is not supported; only plain LoRA ({field}={value!r}) is")
+    with safe_open(directory / "adapter_model.safetensors", "pt") as file:
+        state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    stems = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in state}
+    paths = tuple(sorted(renamed(f"{stem}.weight", policy.spec.names).removesuffix(".weight") for stem in stems))
+    seed = int(metadata.get("seed", 0))
+    add_lora(policy, Lora(r=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"], targets=paths, seed=seed))
+    have = adapter_state(policy)
+    odd = sorted(n for n in state.keys() | have.keys() if n not in state or n not in have or state[n].shape != have[n].shape)
+    if odd:
+        raise ValueError(f"{directory}: adapter tensors {odd[:3]} do not fit {type(policy.module).__name__}; give the base they were trained on")
+    for name, tensor in state.items():
+        have[name].copy_(tensor)
+    for layer in adapted_layers(policy.module).values():
+        layer.calls = int(metadata.get("dropout_calls", 0))

@@ -2,14 +2,15 @@
 
 Every row has a generator of its own, seeded from the caller's: its masks depend on its seed and on its own completion,
 not on its neighbours or on padding. A view is a pair (masked, weight): the positions hidden from the model, and the
-coefficient of each scored log-prob (0 where none is scored).
+coefficient of each scored log-prob (0 where none is scored). A draw makes all views of an estimator, as one Noise.
 """
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from dllm_rl.types import Rollout, row_seeds
+from dllm_rl.types import Noise, Rollout, row_seeds
 
 
 def row_generators(rollout: Rollout, generator: Generator) -> list[Generator]:
@@ -91,3 +92,79 @@ def block_index(completion: Bool[Tensor, "B T"], block_size: int) -> Int[Tensor,
     """The block of each completion position, -1 elsewhere; blocks start at the row's first completion position."""
     offset = torch.arange(completion.shape[-1], device=completion.device) - completion.long().argmax(-1, keepdim=True)
     return torch.where(completion, offset // block_size, -1)
+
+
+def stacked(views: list[tuple[Tensor, Tensor]], *, samples: int) -> Noise:
+    """Views as one record, the weights divided by the number of samples."""
+    masked, weight = (torch.stack(column) for column in zip(*views, strict=True))
+    return Noise(masked, (weight / samples).float())
+
+
+def draw_nothing(rollout: Rollout, generator: Generator) -> Noise:
+    """No mask at all; the completion is scored."""
+    scored = rollout.completion_mask[None]
+    return Noise(torch.zeros_like(scored), scored.float())
+
+
+def draw_everything(rollout: Rollout, generator: Generator, *, prompt_mask: float) -> Noise:
+    """All of the completion, and each prompt token with probability `prompt_mask`."""
+    prompt = rollout.attention_mask & ~rollout.completion_mask
+    hidden = uniforms_at(prompt, row_generators(rollout, generator)) < prompt_mask
+    return Noise((hidden | rollout.completion_mask)[None], rollout.completion_mask[None].float())
+
+
+def draw_exact(
+    rollout: Rollout, generator: Generator, *, num_samples: int, stratified: bool, antithetic: bool
+) -> Noise:
+    """`exact_view`s with k uniform over 1..L. Antithetic pairs: L+1-k for k, from the other end of the same order."""
+    completion, generators = rollout.completion_mask, row_generators(rollout, generator)
+    size, drawn = completion.sum(-1, keepdim=True), num_samples // 2 if antithetic else num_samples
+    u = uniforms_per_row(generators, drawn, stratified=stratified, device=size.device)
+    keys = [uniforms_at(completion, generators) for _ in range(drawn)]
+    if antithetic:
+        k = 1 + choose(u / 2, size)
+        counts, keys = torch.cat([k, size + 1 - k]), [*keys, *(-key for key in keys)]
+    else:
+        counts = 1 + choose(u, size)
+    views = [exact_view(completion, key, k) for key, k in zip(keys, counts, strict=True)]
+    return stacked(views, samples=num_samples)
+
+
+def draw_coupled(rollout: Rollout, generator: Generator, *, num_samples: int) -> Noise:
+    """`coupled_views` with k stratified over 0..L: two views a sample."""
+    completion, generators = rollout.completion_mask, row_generators(rollout, generator)
+    size = completion.sum(-1, keepdim=True)
+    u = uniforms_per_row(generators, num_samples, stratified=True, device=size.device)
+    pairs = [coupled_views(completion, uniforms_at(completion, generators), k) for k in choose(u, size + 1)]
+    return stacked([view for pair in pairs for view in pair], samples=num_samples)
+
+
+def draw_quadrature(rollout: Rollout, generator: Generator, *, nodes: int) -> Noise:
+    """An `exact_view` at each Gauss-Legendre node t of [0, 1], with k = floor(t L) + 1 and the node's weight."""
+    completion, generators = rollout.completion_mask, row_generators(rollout, generator)
+    size, views = completion.sum(-1, keepdim=True), []
+    for point, w in zip(*np.polynomial.legendre.leggauss(nodes), strict=True):
+        t = torch.full(size.shape, (point + 1) / 2, dtype=torch.float64, device=size.device)
+        masked, weight = exact_view(completion, uniforms_at(completion, generators), 1 + choose(t, size))
+        views.append((masked, w / 2 * weight))
+    return stacked(views, samples=1)
+
+
+def draw_block(rollout: Rollout, generator: Generator, *, block_size: int, num_samples: int) -> Noise:
+    """`block_view`s, the block stratified over the samples, k uniform inside it."""
+    completion, generators = rollout.completion_mask, row_generators(rollout, generator)
+    u = uniforms_per_row(generators, num_samples, stratified=True, device=completion.device)
+    v = uniforms_per_row(generators, num_samples, stratified=False, device=completion.device)
+    draws = [(uniforms_at(completion, generators), *uv) for uv in zip(u, v, strict=True)]
+    return stacked([block_view(completion, *draw, block_size=block_size) for draw in draws], samples=num_samples)
+
+
+def draw_trajectory(rollout: Rollout, generator: Generator, *, num_segments: int | None) -> Noise:
+    """The rollout's own masks: view s hides what was committed in segment s or later, and scores segment s."""
+    segment = rollout.unmask_step
+    if num_segments is not None:
+        steps = rollout.unmask_step.amax(-1, keepdim=True) + 1
+        segment = torch.where(segment < 0, -1, segment * num_segments // steps.clamp(min=1))
+    index = torch.arange(int(segment.max()) + 1, device=segment.device)[:, None, None]
+    masked = rollout.completion_mask & (segment >= index)
+    return Noise(masked, (rollout.completion_mask & (segment == index)).float())

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from dllm_rl.lora import Lora, adapter_free, add_lora
 from dllm_rl.models.loading import load_module, save_module, spec_of
 from dllm_rl.models.spec import FamilySpec
 
@@ -33,6 +34,7 @@ class _Backbone:
 
     def __init__(self, module: nn.Module, spec: FamilySpec, tokenizer: PreTrainedTokenizerBase) -> None:
         self.module, self.spec, self.tokenizer, self.version = module.eval(), spec, tokenizer, 0
+        self.lora: Lora | None = None
 
     @property
     def device(self) -> torch.device:
@@ -73,6 +75,10 @@ class _Backbone:
         """
         save_module(self.module, self.tokenizer, self.spec, directory, max_shard_size=max_shard_size)
 
+    def reference(self):
+        """The policy that RL started from, on the same weights with the adapters left out. Raises ValueError without any."""
+        return adapter_free(self)
+
     def to(self, device: torch.device | str):
         self.module.to(device)
         return self
@@ -109,18 +115,23 @@ def load_policy(
     device: torch.device | str = "cpu",
     block_size: int | None = None,
     quantization: str | None = None,
+    lora: Lora | None = None,
 ) -> DiffusionPolicy | AutoregressivePolicy:
     """Open a checkpoint with stock transformers classes, and prove that it attends as its family says.
 
     dtype         of the weights; "auto" keeps the checkpoint's.
     block_size    of a block-causal model, where it is not what the checkpoint says.
     quantization  "nf4" or "int8": a frozen bitsandbytes base to put adapters on; None keeps the weights as they are.
+    lora          adapters to train in place of the weights.
 
     Raises ValueError on an unknown architecture, missing or unexpected tensors, a mask id outside the vocabulary,
     or attention that is not what the family needs.
     """
     module, tokenizer, spec = load_module(path_or_id, dtype=dtype, block_size=block_size, quantization=quantization)
-    return make_policy(module.to(device), tokenizer, spec)
+    policy = make_policy(module if quantization else module.to(device), tokenizer, spec)
+    if lora is not None:
+        add_lora(policy, lora)
+    return policy
 
 
 @torch.no_grad()

@@ -83,47 +83,40 @@ def quantized_copy(policy: Policy, config, *, skip: Callable[[nn.Module, str], b
     skip  (module, name) -> True for further layers that keep their precision.
 
     Head, embeddings, norms and routers keep theirs, as do layers tied to one of these and experts fused into one
-    3-D parameter (experts that are linear layers are quantised): `rollout_policy.quantization_report` says what and why.
+    3-D parameter (experts that are linear layers are quantised). `rollout_policy.quantization_report` says all that.
     Beyond the copy itself at most one layer is held twice. Raises ValueError for a config that the device cannot run,
     a weight with NaN or infinity, or when nothing could be quantised.
     """
     module, rollout_policy = policy.module, copy.copy(policy)
-    rollout_policy.quantization, fresh = config, {}
-    if config is None:
-        kept = {}
-        rollout_policy.module = copy.deepcopy(module).requires_grad_(False)
-    else:
-        rollout_policy.quantization = config = usable(config, policy.device, next(module.parameters()).dtype)
-        kept = why_kept(module, skip)
-        # deepcopy takes what the memo holds for a weight instead of copying it: no plain copy is ever made.
-        memo: dict[int, object] = {}
-        for name, layer in module.named_modules():
-            if not isinstance(layer, nn.Linear) or name in kept:
-                continue
-            if "forward" in vars(layer):
-                raise ValueError(f"{name}.forward is replaced: take the quantised copy outside of the aligned() block")
-            weight = layer.weight.detach()
-            if isinstance(config, FakeQuantize):
-                fresh[name] = memo[id(layer)] = EmulatedLinear(weight, copy.deepcopy(layer.bias, memo), config)
-                check_finite(name, fresh[name].weight)
-            elif why := misfit(weight, config):
-                kept[name] = why
-            else:
-                packed = nn.Parameter(quantized(weight, config, name), requires_grad=False)
-                memo[id(layer.weight)] = fresh[name] = packed
-        if not fresh:
-            raise ValueError(f"config={config!r} quantises no layer of {type(module).__name__}: {kept or 'no linear layers'}")
-        rollout_policy.module = copy.deepcopy(module, memo).requires_grad_(False)
-        for name in fresh:
-            rollout_policy.module.get_submodule(name).quantization = config
-    report = QuantizationReport(tuple(fresh), kept, held_bytes(module), held_bytes(rollout_policy.module))
+    kept: dict[str, str] = {}
+    memo: dict[int, object] = {}
+    if config is not None:
+        config = usable(config, policy.device, next(module.parameters()).dtype)
+        kept = why_kept(module, config, skip)
+    chosen = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and n not in kept and config is not None]
+    if config is not None and not chosen:
+        raise ValueError(f"{config!r} quantises no layer of {type(module).__name__}; not quantised: {kept}")
+    for name in chosen:
+        # deepcopy takes what the memo holds for an object instead of copying it: no plain copy of a weight is made.
+        layer = module.get_submodule(name)
+        if isinstance(config, FakeQuantize):
+            memo[id(layer)] = EmulatedLinear(layer.weight.detach(), copy.deepcopy(layer.bias, memo), config)
+            check_finite(name, memo[id(layer)].weight)
+        else:
+            packed = quantized(layer.weight.detach(), config, name)
+            memo[id(layer.weight)] = nn.Parameter(packed, requires_grad=False)
+    rollout_policy.module = copy.deepcopy(module, memo).requires_grad_(False)
+    for name in chosen:
+        rollout_policy.module.get_submodule(name).quantization = config
+    rollout_policy.quantization = config
+    report = QuantizationReport(tuple(chosen), kept, held_bytes(module), held_bytes(rollout_policy.module))
     rollout_policy.quantization_report = report
     if config is not None:
         log.info("%s: %s", type(config).__name__, report)
     return rollout_policy
 
 
-def why_kept(module: nn.Module, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
+def why_kept(module: nn.Module, config, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
     """Layers with a matrix that is not to be quantised, and the reason."""
     owners: dict[int, list[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):
@@ -137,7 +130,7 @@ def why_kept(module: nn.Module, skip: Callable[[nn.Module, str], bool] | None) -
         if isinstance(layer, nn.Embedding):
             kept[name] = "embedding"
         elif not isinstance(layer, nn.Linear):
-            fused = any(p.dim() == 3 for p in matrices)
+            fused = matrices[0].dim() == 3 and not type(layer).__module__.startswith("torch.nn")
             kept[name] = "fused experts" if fused else f"{type(layer).__name__}, not nn.Linear"
         elif others:
             kept[name] = f"tied to {others[0]}"
@@ -147,6 +140,10 @@ def why_kept(module: nn.Module, skip: Callable[[nn.Module, str], bool] | None) -
             kept[name] = "router"
         elif skip and skip(layer, name):
             kept[name] = "skip"
+        elif why := misfit(layer.weight, config):
+            kept[name] = why
+        elif "forward" in vars(layer):
+            raise ValueError(f"{name}.forward is replaced: take the quantised copy outside of the aligned() block")
     return kept
 
 

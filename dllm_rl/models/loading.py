@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from dllm_rl.lora import merged_state
+from dllm_rl.lora import has_extras, merged_copy, merged_state
 from dllm_rl.models.families import family_of
 from dllm_rl.models.rope import rotate_in_float32
 from dllm_rl.models.spec import FamilySpec, encode_block_causal, encode_roberta, mlm_head
@@ -73,6 +73,11 @@ def prepared(module: nn.Module, spec: FamilySpec) -> nn.Module:
     """The module with what its family adds to the stock class."""
     if spec.float32_rope:
         rotate_in_float32(module)
+    for layer in module.modules():
+        # bitsandbytes would repack 4-bit weights in place for a CPU path that rounds scales to bf16, at the first forward
+        # without gradients: the scored and the trained model would not be the same.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     return module
 
 
@@ -187,16 +192,24 @@ def save_module(
     """Write weights (adapters merged), config and tokenizer in the layout that the checkpoint came in."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = dict(merged_state(module))
     with quiet_progress():
         if spec.native is None:
-            module.save_pretrained(directory, state_dict=state, max_shard_size=max_shard_size)
+            stored = merged_copy(module) if has_extras(module) else module
+            stored.save_pretrained(directory, max_shard_size=max_shard_size)
         else:
+            skip = transient(module)
+            state = {name: tensor for name, tensor in merged_state(module) if name not in skip}
             write_tensors(to_original(state, spec, module.config), directory, max_shard_size=max_shard_size)
-            fields = spec.original | {key: str(module.dtype).removeprefix("torch.") for key in _dtype_keys(spec.original)}
+            dtype = str(state["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+            fields = spec.original | dict.fromkeys(_dtype_keys(spec.original), dtype)
             (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
             copy_code(spec, directory)
         tokenizer.save_pretrained(directory)
+
+
+def transient(module: nn.Module) -> set[str]:
+    """Names of the buffers that no checkpoint holds."""
+    return {f"{path}.{name}" for path, layer in module.named_modules() for name in layer._non_persistent_buffers_set}
 
 
 def _dtype_keys(fields: dict) -> list[str]:
@@ -224,11 +237,16 @@ def bitsandbytes_config(quantization: str, dtype: torch.dtype | str):
 
 @contextmanager
 def quiet_progress() -> Iterator[None]:
-    """Without transformers' progress bars, which would run through a caller's own; the setting is put back."""
-    was = logging.is_progress_bar_enabled()
+    """Without transformers' progress bars and load reports, which would run through a caller's own; settings are put back.
+
+    Nothing is lost: a tensor that a report would name stops the loading with an error.
+    """
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        if was:
+        logging.set_verbosity(verbosity)
+        if bars:
             logging.enable_progress_bar()

@@ -1,0 +1,141 @@
+"""Left-to-right sampling: the argmax is generate's, the frequencies are the distribution's, the log-probs are a forward's."""
+
+import itertools
+
+import pytest
+import torch
+from layouts import checkpoint
+
+from dllm_rl import Processors, Prompts, autoregress, load_policy
+from dllm_rl.head import process
+from dllm_rl.models.tiny import tiny_llama
+
+PROMPTS = [[5, 9, 4], [7, 12, 30, 8, 21, 6], [11]]
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return load_policy(checkpoint(tmp_path_factory.mktemp("qwen3"), "qwen3"))
+
+
+def gen(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def prompts(ids=PROMPTS, **more) -> Prompts:
+    return Prompts.from_ids(ids, pad_id=1, **more)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm2"])
+def test_greedy_is_generate(tmp_path, family):
+    policy = load_policy(checkpoint(tmp_path, family))
+    rollout = autoregress(policy, prompts(), gen(), max_new_tokens=12, temperature=0.0)
+    for row, ids in zip(rollout.tokens[:, 6:], PROMPTS, strict=True):
+        alone = torch.tensor([ids])
+        # One by one: generate's own left padding is not what is tested here.
+        expected = policy.module.generate(
+            alone, attention_mask=torch.ones_like(alone), max_new_tokens=12, do_sample=False, pad_token_id=1, eos_token_id=2
+        )[0, len(ids) :]
+        assert row[: len(expected)].tolist() == expected.tolist()
+        assert (row[len(expected) :] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "processors"),
+    [
+        ({}, Processors(1.0)),
+        ({"temperature": 0.7}, Processors(0.7)),
+        ({"temperature": 1.3, "top_k": 5}, Processors(1.3, 5)),
+        ({"top_p": 0.6}, Processors(1.0, None, 0.6)),
+        ({"temperature": 0.8, "top_k": 9, "top_p": 0.9, "suppress": (3, 4)}, Processors(0.8, 9, 0.9, (3, 4))),
+        ({"temperature": 0.0}, Processors(0.0)),
+    ],
+)
+def test_logprobs_are_those_of_a_forward_over_the_result(qwen, options, processors):
+    rollout = autoregress(qwen, prompts(group_size=4), gen(1), max_new_tokens=10, **options)
+    assert rollout.processors == processors
+    marked = rollout.completion_mask
+    logits = process(qwen.logits(rollout.tokens, rollout.attention_mask)[marked], processors)
+    expected = logits.log_softmax(-1).gather(-1, rollout.tokens[marked][:, None])[:, 0]
+    torch.testing.assert_close(rollout.logprobs[marked], expected, rtol=0, atol=1e-5)
+    assert (rollout.logprobs[~marked] == 0).all()
+    assert not torch.isin(rollout.tokens[marked], torch.tensor(processors.suppress, dtype=torch.long)).any()
+
+
+def test_a_row_does_not_depend_on_padding_or_neighbours(qwen):
+    seeds = list(range(12))
+    together = autoregress(qwen, prompts(group_size=4, seeds=seeds), gen(), max_new_tokens=9)
+    for p, ids in enumerate(PROMPTS):
+        alone = autoregress(qwen, prompts([ids], group_size=4, seeds=seeds[4 * p : 4 * p + 4]), gen(5), max_new_tokens=9)
+        width = alone.tokens.shape[1] - len(ids)  # all four may have ended early
+        rows = slice(4 * p, 4 * p + 4)
+        assert torch.equal(together.tokens[rows, 6 : 6 + width], alone.tokens[:, len(ids) :])
+        torch.testing.assert_close(together.logprobs[rows, 6 : 6 + width], alone.logprobs[:, len(ids) :], rtol=0, atol=1e-5)
+
+
+def test_a_longer_limit_begins_with_the_shorter_ones_tokens(qwen):
+    short, long = (autoregress(qwen, prompts(), gen(3), max_new_tokens=n).tokens for n in (4, 20))
+    assert torch.equal(short, long[:, : short.shape[1]])
+
+
+def test_frequencies_are_the_exact_distribution():
+    """All 4 * 4 completions of two tokens, the end token among them; chi-squared at the 0.1 % level."""
+    policy = tiny_llama(characters="a", causal=True, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16, head_std=0.2)
+    ids, count = [3, 3], 20_000
+    rollout = autoregress(policy, prompts([ids], group_size=count), gen(2), max_new_tokens=2, temperature=0.8, suppress=(1,))
+    found = {}
+    for row, mask in zip(rollout.tokens[:, 2:].tolist(), rollout.completion_mask[:, 2:].tolist(), strict=True):
+        key = tuple(t for t, m in zip(row, mask, strict=True) if m)
+        found[key] = found.get(key, 0) + 1
+
+    def probs(prefix):
+        tokens = torch.tensor([[*ids, *prefix, 0]])
+        logits = policy.logits(tokens, torch.ones_like(tokens, dtype=torch.bool))[0, -1] / 0.8
+        logits[1] = -torch.inf
+        return logits.double().softmax(-1).tolist()
+
+    exact, first = {}, probs([])
+    for a, b in itertools.product((0, 2, 3), repeat=2):
+        key, p = ((2,), first[2]) if a == 2 else ((a, b), first[a] * probs([a])[b])
+        exact[key] = p
+    assert set(found) <= set(exact)
+    assert abs(sum(exact.values()) - 1) < 1e-12
+    chi = sum((found.get(k, 0) - count * p) ** 2 / (count * p) for k, p in exact.items())
+    assert len(exact) == 7
+    assert min(exact.values()) * count > 20
+    assert chi < 22.46  # 6 degrees of freedom
+
+
+def test_top_k_and_top_p_draw_from_what_they_keep(qwen):
+    """The first token of 2000 rows, against sets worked out from the raw logits."""
+    ids = [5, 9, 4]
+    tokens = torch.tensor([[*ids, 0]])
+    probs = qwen.logits(tokens, torch.ones_like(tokens, dtype=torch.bool))[0, -1].double().softmax(-1)
+    order = probs.argsort(descending=True)
+    nucleus = order[: int((probs[order].cumsum(0) < 0.5).sum()) + 1]
+    for options, kept in (({"top_k": 4}, order[:4]), ({"top_p": 0.5}, nucleus)):
+        rollout = autoregress(qwen, prompts([ids], group_size=2000), gen(4), max_new_tokens=1, **options)
+        drawn, counts = rollout.tokens[:, 3].unique(return_counts=True)
+        assert set(drawn.tolist()) == set(kept.tolist())
+        share = torch.zeros(40, dtype=torch.float64).index_put((drawn,), counts.double() / 2000)
+        torch.testing.assert_close(share[kept], probs[kept] / probs[kept].sum(), rtol=0, atol=0.04)
+
+
+def test_the_end_token_ends_a_row():
+    policy = tiny_llama(characters="ab", causal=True, head_std=0.3)
+    rollout = autoregress(policy, prompts([[3], [4, 3]], group_size=50), gen(), max_new_tokens=30)
+    new, mask = rollout.tokens[:, 2:], rollout.completion_mask[:, 2:]
+    ends = (new == 2) & mask
+    assert (ends.sum(-1) <= 1).all()
+    assert 0.1 < ends.any(-1).float().mean() < 0.9
+    for row, kept in zip(new.tolist(), mask.tolist(), strict=True):
+        length = row.index(2) + 1 if 2 in row else len(row)
+        assert kept == [i < length for i in range(len(row))]
+        assert row[length:] == [policy.pad_id] * (len(row) - length)
+    assert torch.equal(rollout.attention_mask[:, 2:], mask)
+    assert torch.equal(rollout.unmask_step[:, 2:], torch.where(mask, torch.arange(mask.shape[1]), -1))
+
+
+def test_what_does_not_fit_is_refused(qwen):
+    with pytest.raises(ValueError, match="max_new_tokens=60 after a prompt of 6 tokens exceeds the model's 64 positions"):
+        autoregress(qwen, prompts(), gen(), max_new_tokens=60)

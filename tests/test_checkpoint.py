@@ -1,0 +1,107 @@
+"""Checkpoints: whole or absent, a bounded number, and continuing bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import assert_same_weights, metrics_of
+from tiny_recipe import tiny_recipe
+
+from dllm_rl import checkpoint
+from dllm_rl.training import train
+
+
+def test_resume_continues_bit_for_bit(tmp_path):
+    changes = {"warmup_steps": 2, "num_iterations": 2, "beta": 0.01, "save_steps": 2}
+    whole = train(tiny_recipe(tmp_path / "whole", num_steps=5, **changes))
+    train(tiny_recipe(tmp_path / "parts", num_steps=5, save_total_limit=9, **changes))
+    for folder in checkpoint.found(tmp_path / "parts" / "checkpoints"):
+        step, path = folder
+        again = train(tiny_recipe(tmp_path / "parts", num_steps=5, resume_from_checkpoint=str(path), **changes))
+        assert_same_weights(whole, again)
+        assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts"), f"resumed at {step}"
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    train(tiny_recipe(tmp_path, num_steps=5, save_steps=1, save_total_limit=2))
+    assert [step for step, _ in checkpoint.found(tmp_path / "checkpoints")] == [4, 5]
+
+
+def test_a_half_written_folder_is_no_checkpoint(tmp_path):
+    train(tiny_recipe(tmp_path, num_steps=1))
+    (tmp_path / "checkpoints" / ".partial-000009-1").mkdir()
+    assert checkpoint.locate("latest", tmp_path / "checkpoints").name == "step-000001"
+    with pytest.raises(ValueError, match="is not a checkpoint folder"):
+        checkpoint.locate(str(tmp_path / "checkpoints" / ".partial-000009-1"), tmp_path / "checkpoints")
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    train(tiny_recipe(tmp_path, num_steps=1))
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        train(tiny_recipe(tmp_path, num_steps=3, resume_from_checkpoint="latest"))
+    assert [step for step, _ in checkpoint.found(tmp_path / "checkpoints")] == [0, 1]
+
+
+PROGRAM = """
+import sys
+sys.path[:0] = {path!r}
+from tiny_recipe import tiny_recipe
+from dllm_rl.training import train
+train(tiny_recipe({directory!r}, num_steps=40, save_steps=3, warmup_steps=10, resume_from_checkpoint={resume!r}))
+"""
+
+
+def start(directory: Path, *, resume: str | None = None) -> subprocess.Popen:
+    path = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    code = PROGRAM.format(path=path, directory=str(directory), resume=resume)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(process: subprocess.Popen) -> None:
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_run_ends_with_the_same_weights(tmp_path):
+    begin = time.time()
+    whole = start(tmp_path / "whole")
+    finished(whole)
+    duration = time.time() - begin
+    chance = random.Random()
+    moments = [chance.uniform(0.3, 1.0) * duration for _ in range(3)]
+    killed = 0
+    for number, moment in enumerate(moments):
+        process = start(tmp_path / f"run{number}")
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        finished(start(tmp_path / f"run{number}", resume="latest"))
+        ends = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", f"run{number}")]
+        assert_same_weights(*ends), f"killed after {moment:.2f} s"
+        assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / f"run{number}")
+    assert killed or os.environ.get("CI"), "every run ended before its signal"
+
+
+@pytest.mark.slow
+def test_interrupt_saves_and_says_how_to_resume(tmp_path):
+    process = start(tmp_path / "run")
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume_from_checkpoint latest" in out
+    finished(start(tmp_path / "run", resume="latest"))

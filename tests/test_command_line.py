@@ -1,0 +1,88 @@
+"""Overrides by name: good ones, unknown fields, bad values; recipes as text."""
+
+from functools import partial
+
+import pytest
+from tiny_recipe import tiny_recipe
+
+from dllm_rl import correctors, likelihoods
+from dllm_rl.command_line import describe, described, from_command_line, override, paths
+from dllm_rl.losses import ppo_clip, sequence, token
+from dllm_rl.quantize import int8_weight_only
+from recipes.sudoku_tiny import recipe as main_job
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return tiny_recipe(tmp_path)
+
+
+def test_scalars_at_every_depth(recipe):
+    new = from_command_line(
+        recipe,
+        ["--num_steps", "7", "--learning_rate=1e-4", "--bf16", "--sampler.temperature", "0.5", "--task.clues", "8,9"]
+        + ["--corrector.weigh.cap", "3", "--corrector.surrogate.epsilon", "0.1", "--micro_batch_size", "8", "--output_dir", "x"],
+    )
+    assert (new.num_steps, new.learning_rate, new.bf16, new.micro_batch_size, new.output_dir) == (7, 1e-4, True, 8, "x")
+    assert new.sampler.keywords == {**recipe.sampler.keywords, "temperature": 0.5}
+    assert new.task.clues == (8, 9) and recipe.task.clues == (10, 12)
+    assert new.corrector.weigh.keywords["cap"] == 3 and new.corrector.surrogate.keywords["epsilon"] == 0.1
+
+
+def test_functions_by_name(recipe):
+    new = from_command_line(
+        recipe,
+        ["--corrector", "none", "--likelihood", "one_step", "--aggregate", "sequence", "--kl", "kl_k2"]
+        + ["--rollout_quantization", "int8_weight_only", "--advantages", "leave_one_out", "--sampler.rank", "max_prob"],
+    )
+    assert new.corrector == correctors.none() and new.likelihood.name == "one_step"
+    assert new.aggregate is sequence and new.rollout_quantization is int8_weight_only
+    assert new.sampler.keywords["rank"].__name__ == "max_prob"
+    assert override(recipe, "rollout_quantization", "none").rollout_quantization is None
+    assert override(recipe, "micro_batch_size", "none").micro_batch_size is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rat", "1"], "the nearest is --learning_rate"),
+        (["--sampler.temprature", "1"], "the nearest is --sampler.temperature"),
+        (["--num_steps", "many"], "--num_steps 'many' is not a valid int"),
+        (["--num_steps", "1.5"], "--num_steps '1.5' is not a valid int"),
+        (["--learning_rate", "nan"], "--learning_rate 'nan' is not a valid float"),
+        (["--learning_rate", "-1"], "learning_rate=-1.0 must be positive and finite"),
+        (["--corrector", "tiss"], "the nearest is 'tis'"),
+        (["--corrector", "Corrector"], "is not known"),
+        (["--rollout_quantization", "quantized_copy"], "is not known"),
+        (["--bf16", "yes"], "--bf16 'yes' is not a valid bool"),
+        (["--task.split", "tset"], "split"),
+        (["num_steps", "1"], "options are written --name value"),
+    ],
+)
+def test_what_is_refused_in_one_line(recipe, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        from_command_line(recipe, arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_help_lists_every_path(recipe, capsys):
+    with pytest.raises(SystemExit) as stop:
+        from_command_line(recipe, ["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    for path in paths(recipe):
+        assert f"--{path} " in out
+
+
+def test_describe_fills_in_defaults():
+    assert describe(partial(ppo_clip, epsilon=0.1)) == "ppo_clip(epsilon=0.1, epsilon_high=None, delta=None)"
+    assert describe(token) == "token"
+    text = described(main_job)
+    assert text["corrector"].startswith("Corrector(weigh=") and "0x" not in str(text)
+    assert "temperature=1.0" in text["sampler"] and "max_new_tokens=16" in text["sampler"]
+
+
+@pytest.mark.parametrize("make", [likelihoods.coupled, likelihoods.one_step])
+def test_different_estimators_are_described_differently(make):
+    assert describe(make()) != describe(likelihoods.trajectory())

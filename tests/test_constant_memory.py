@@ -1,0 +1,299 @@
+"""The learner's gradient, taken mask by mask, against plain autograd through every mask at once."""
+
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dllm_rl import correctors as c
+from dllm_rl import head as head_module
+from dllm_rl import likelihoods as lik
+from dllm_rl import losses
+from dllm_rl.advantages import group_relative
+from dllm_rl.aligned import aligned
+from dllm_rl.learner import accumulate_gradients, update
+from dllm_rl.likelihoods import score_view
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.quantize import int8_weight_only, quantized_copy
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.types import Batch, Prompts
+
+SMALL = {"characters": "abcdefgh", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 24}
+SMALL |= {"head_std": 0.3}
+ESTIMATORS = {
+    "one_step": lik.one_step(),
+    "elbo": lik.elbo(num_samples=4, antithetic=True),
+    "coupled": lik.coupled(num_samples=2),
+    "quadrature": lik.quadrature(nodes=2),
+    "block": lik.block(block_size=3, num_samples=2),
+    "eubo": lik.eubo(base=lik.coupled(num_samples=2)),
+    "sandwich": lik.sandwich(base=lik.elbo(num_samples=3)),
+    "trajectory": lik.trajectory(),
+    "trajectory, merged": lik.trajectory(num_segments=2),
+    "causal": lik.causal(),
+}
+CORRECTORS = {
+    "none": c.none(),
+    "tis": c.tis(),
+    "icepop": c.icepop(),
+    "reject": c.reject(level="token", statistic="k1", bound=0.4),
+    "ais": c.ais(),
+    "tbpo": c.tbpo(eps_high=0.1, neg_low=0.1, neg_high=0.1),
+}
+LOSSES = {
+    "ppo": partial(losses.ppo_clip, epsilon=0.2),
+    "gspo": partial(losses.gspo, epsilon=0.05, epsilon_high=0.05),
+    "cispo": losses.cispo,
+    "reinforce": losses.reinforce,
+}
+AGGREGATIONS = {"token": losses.token, "sequence": losses.sequence, "constant": partial(losses.constant, length=9)}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def setting(name: str, *, policy=None):
+    """A policy, its rollout, and the noise of an estimator that has been told the advantages."""
+    estimator = ESTIMATORS[name]
+    if policy is None:
+        policy = tiny_llama(causal=True, **SMALL) if name == "causal" else tiny_masked_lm(**SMALL)
+    prompts = Prompts.from_ids([[3, 4, 5, 6], [7, 8], [9]], pad_id=policy.pad_id, group_size=4)
+    if name == "causal":
+        rollout = autoregress(policy, prompts, seeded(1), max_new_tokens=6)
+    else:
+        options = {"max_new_tokens": 6, "num_steps": 3, "temperature": 1.0, "rank": max_prob}
+        rollout = unmask(policy, prompts, seeded(1), **options)
+    advantages = group_relative(torch.randn(3, 4, generator=seeded(2))).flatten()
+    noise = estimator.given(estimator.draw(rollout, seeded(3)), advantages)
+    return policy, estimator, rollout, noise, advantages
+
+
+def make_batch(policy, estimator, rollout, noise, advantages, *, corrector, beta: float) -> tuple[Batch, torch.Tensor]:
+    """A batch whose old, rollout and reference log-probs lie off the current ones, so that clips and weights bite."""
+    scores = estimator.scores(policy, rollout, noise)
+    current, mask = estimator.combine(scores, noise), rollout.completion_mask
+    off = lambda seed, scale: scale * torch.randn(current.shape, generator=seeded(seed)) * mask  # noqa: E731
+    old = current + off(4, 0.3)
+    weights, keep, _ = corrector.weigh(off(5, 0.5), advantages, mask)
+    return Batch(
+        rollout=rollout,
+        noise=noise,
+        advantages=advantages,
+        old=old,
+        old_scores=scores,
+        weights=weights,
+        keep=keep,
+        reference=current + off(6, 0.3) if beta else None,
+        num_tokens=int(keep.sum()) + 3,
+        num_sequences=len(advantages) + 1,
+    ), scores
+
+
+def recipe_of(estimator, corrector, aggregate, *, beta=0.0, micro_batch_size=None, **more):
+    names = {"likelihood": estimator, "corrector": corrector, "aggregate": aggregate, "beta": beta, "kl": losses.kl_k3}
+    return SimpleNamespace(**names, micro_batch_size=micro_batch_size, **more)
+
+
+def plain_logps(policy, estimator, rollout, noise) -> torch.Tensor:
+    """One graph through every view."""
+    views = [score_view(policy, rollout, m, w != 0) for m, w in zip(noise.masked, noise.weight, strict=True)]
+    return estimator.combine(torch.stack(views), noise)
+
+
+def plain_loss(logps, batch: Batch, recipe) -> torch.Tensor:
+    """The loss written out, with autograd all the way."""
+    keep = batch.keep
+    coefficient = recipe.aggregate(keep, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
+    log_ratio = torch.where(keep, logps - batch.old, 0)
+    objective = recipe.corrector.surrogate(log_ratio, batch.advantages, keep)
+    loss = -(coefficient * batch.weights * objective * keep).sum()
+    if batch.reference is not None:
+        penalty = recipe.kl(torch.where(keep, batch.reference - logps, 0))
+        loss = loss + recipe.beta * (coefficient * penalty * keep).sum()
+    return loss
+
+
+def parameters(policy) -> list[torch.nn.Parameter]:
+    return [p for p in policy.module.parameters() if p.requires_grad]
+
+
+def flat(gradients, policy) -> torch.Tensor:
+    pairs = zip(gradients, parameters(policy), strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten().double() for g, p in pairs])
+
+
+def learned(policy, batch, scores, recipe) -> torch.Tensor:
+    for parameter in parameters(policy):
+        parameter.grad = None
+    accumulate_gradients(policy, batch, scores, recipe)
+    return flat([p.grad for p in parameters(policy)], policy)
+
+
+def assert_same(ours: torch.Tensor, plain: torch.Tensor) -> None:
+    assert plain.norm() > 1e-4  # a zero gradient would prove nothing
+    assert ((ours - plain).norm() / plain.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("correction", CORRECTORS)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_gradient_is_plain_autograds(name, correction):
+    """Every loss and aggregation; the KL term and the micro-batch size change from case to case."""
+    policy, estimator, rollout, noise, advantages = setting(name)
+    logps, own = plain_logps(policy, estimator, rollout, noise), CORRECTORS[correction]
+    batches = {
+        beta: make_batch(policy, estimator, rollout, noise, advantages, corrector=own, beta=beta) for beta in (0.0, 0.1)
+    }
+    surrogates = [own.surrogate] if correction == "tbpo" else LOSSES.values()
+    for i, (surrogate, aggregate) in enumerate(product(surrogates, AGGREGATIONS.values())):
+        beta, size = (0.0, 0.1)[i % 2], (None, 4, 8)[(i // 2) % 3]
+        batch, scores = batches[beta]
+        recipe = recipe_of(estimator, replace(own, surrogate=surrogate), aggregate, beta=beta, micro_batch_size=size)
+        loss = plain_loss(logps, batch, recipe)
+        plain = torch.autograd.grad(loss, parameters(policy), retain_graph=True, allow_unused=True)
+        assert_same(learned(policy, batch, scores, recipe), flat(plain, policy))
+
+
+@pytest.mark.parametrize("variant", ["chunked head", "gradient checkpointing", "lora", "aligned", "tempered", "llada"])
+@pytest.mark.parametrize("name", ["coupled", "eubo", "trajectory"])
+def test_gradient_survives(variant, name, monkeypatch):
+    policy = tiny_llama(causal=False, **SMALL) if variant == "llada" else tiny_masked_lm(**SMALL)
+    rollout_policy = quantized_copy(policy, int8_weight_only()) if variant == "aligned" else policy
+    if variant == "chunked head":
+        monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", 4 * policy.vocab_size)
+    if variant == "gradient checkpointing":
+        policy.module.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.module.train()
+    if variant == "lora":
+        from peft import LoraConfig, inject_adapter_in_model
+
+        policy.module = inject_adapter_in_model(LoraConfig(r=4, target_modules=["query", "value"]), policy.module)
+        for parameter_name, parameter in policy.module.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.3, generator=seeded(8))
+    policy, estimator, rollout, noise, advantages = setting(name, policy=policy)
+    if variant == "tempered":
+        rollout = replace(rollout, processors=replace(rollout.processors, temperature=0.5, top_k=4))
+    with aligned(policy, rollout_policy) if variant == "aligned" else torch.enable_grad():
+        batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.tis(), beta=0.0)
+        recipe = recipe_of(estimator, c.tis(), losses.token, micro_batch_size=4)
+        loss = plain_loss(plain_logps(policy, estimator, rollout, noise), batch, recipe)
+        plain = torch.autograd.grad(loss, parameters(policy), allow_unused=True)
+        assert_same(learned(policy, batch, scores, recipe), flat(plain, policy))
+
+
+def test_accumulated_batches_give_the_whole_batchs_gradient():
+    """Two processes' shares, or two accumulated batches, with the global counts: the sum is one batch's gradient."""
+    policy, estimator, rollout, noise, advantages = setting("sandwich")
+    batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.tis(), beta=0.1)
+    recipe = recipe_of(estimator, c.tis(), losses.sequence, beta=0.1)
+    whole, total = learned(policy, batch, scores, recipe), 0
+    for rows in (torch.arange(4), torch.arange(4, 12)):
+        share = replace(
+            batch,
+            rollout=rollout.rows(rows),
+            noise=noise.rows(rows),
+            advantages=advantages[rows],
+            old=batch.old[rows],
+            old_scores=scores[:, rows],
+            weights=batch.weights[rows],
+            keep=batch.keep[rows],
+            reference=batch.reference[rows],
+        )
+        total = total + learned(policy, share, scores[:, rows], recipe)
+    assert_same(total, whole)
+
+
+def spying(policy, monkeypatch) -> list[int]:
+    rows, hidden = [], policy.hidden
+    monkeypatch.setattr(policy, "hidden", lambda tokens, mask: (rows.append(len(tokens)), hidden(tokens, mask))[1])
+    return rows
+
+
+@pytest.mark.parametrize("num_iterations", [1, 3])
+def test_the_first_inner_iteration_pays_no_extra_forward(num_iterations, monkeypatch):
+    policy, estimator, rollout, noise, advantages = setting("coupled")
+    batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.none(), beta=0.0)
+    batch = replace(batch, old=estimator.combine(scores, noise))
+    more = {"num_iterations": num_iterations, "learning_rate": 1e-3, "lr_schedule": lambda s, n: 1.0, "num_steps": 1}
+    recipe = recipe_of(estimator, c.none(), losses.token, **more, max_grad_norm=1.0)
+    optimizer = torch.optim.AdamW(policy.module.parameters())
+    rows = spying(policy, monkeypatch)
+    metrics = update(policy, optimizer, Accelerator(cpu=True), batch, recipe, 0)
+    views = 4
+    assert len(rows) == views * (1 + 2 * (num_iterations - 1))
+    if num_iterations == 1:
+        assert metrics["ratio/mean"] == 1.0 and metrics["clip_ratio/region_mean"] == 0.0
+    else:
+        assert metrics["ratio/mean"] != 1.0
+
+
+def test_what_moves_nothing_is_not_forwarded(monkeypatch):
+    """Rows without an advantage, and views whose tokens are all clipped, cost no forward and change no gradient."""
+    policy, estimator, rollout, noise, advantages = setting("trajectory")
+    advantages = advantages.clone()
+    advantages[:4] = 0
+    batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.none(), beta=0.0)
+    batch = replace(batch, old=estimator.combine(scores, noise))
+    recipe = recipe_of(estimator, c.none(), losses.token)
+    rows = spying(policy, monkeypatch)
+    learned(policy, batch, scores, recipe)
+    assert rows[0] == 3 and rows[1:] == [8, 8]  # the shared first view is forwarded once a prompt
+    clipped = replace(batch, old=batch.old - noise.weight[2] * torch.where(advantages[:, None] > 0, 1.0, -1.0))
+    rows.clear()
+    ours = learned(policy, clipped, scores, recipe)
+    assert rows == [3, 8]
+    loss = plain_loss(plain_logps(policy, estimator, rollout, noise), clipped, recipe)
+    plain = torch.autograd.grad(loss, parameters(policy), allow_unused=True)
+    assert_same(ours, flat(plain, policy))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_move():
+    policy, estimator, rollout, noise, advantages = setting("elbo")
+    batch, _ = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.none(), beta=0.0)
+    more = {"num_iterations": 1, "learning_rate": 1e-3, "lr_schedule": lambda s, n: 1.0, "num_steps": 1}
+    recipe = recipe_of(estimator, c.none(), losses.token, **more, max_grad_norm=1.0)
+    before = [p.detach().clone() for p in parameters(policy)]
+    broken = replace(batch, weights=batch.weights.masked_fill(batch.keep, torch.nan))
+    with pytest.raises(FloatingPointError, match=r"gradient norm is nan at inner iteration 0"):
+        update(policy, torch.optim.AdamW(policy.module.parameters()), Accelerator(cpu=True), broken, recipe, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(policy), strict=True))
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_bf16_autocast_sees_the_weights_of_each_inner_iteration(num_iterations):
+    """Autocast keeps bf16 copies of weights for the length of its block, which the optimiser's step must not leave
+    stale: the second iteration's gradient is that of the moved weights."""
+    policy, estimator, rollout, noise, advantages = setting("coupled")
+    with torch.autocast("cpu", torch.bfloat16):
+        batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.none(), beta=0.0)
+    batch = replace(batch, old=estimator.combine(scores, noise))
+    more = {"learning_rate": 0.05, "lr_schedule": lambda s, n: 1.0, "num_steps": 1, "max_grad_norm": 1e9}
+    corrector = replace(c.none(), surrogate=losses.reinforce)
+    recipe = recipe_of(estimator, corrector, losses.token, num_iterations=num_iterations, **more)
+    optimizer = torch.optim.SGD(policy.module.parameters(), lr=0.05)
+    start = [p.detach().clone() for p in parameters(policy)]
+    with torch.autocast("cpu", torch.bfloat16):
+        update(policy, optimizer, Accelerator(cpu=True), batch, recipe, 0)
+    ours = [p.grad.clone() for p in parameters(policy)]
+
+    # The same steps with a block of autocast for each forward.
+    with torch.no_grad():
+        for p, s in zip(parameters(policy), start, strict=True):
+            p.copy_(s)
+    for iteration in range(num_iterations):
+        if iteration:
+            optimizer.step()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = plain_loss(plain_logps(policy, estimator, rollout, noise), batch, recipe)
+        plain = torch.autograd.grad(loss, parameters(policy), allow_unused=True)
+        for p, g in zip(parameters(policy), plain, strict=True):
+            p.grad = torch.zeros_like(p) if g is None else g
+    a, b = flat(ours, policy), flat([p.grad for p in parameters(policy)], policy)
+    assert ((a - b).norm() / b.norm()).item() < 0.02  # bf16 rounding of sums in another order

@@ -1,0 +1,283 @@
+"""Quantised copies: what is quantised and what not, guards, and syncs that equal a fresh quantisation bit for bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig
+
+from dllm_rl import quantize
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.quantize import check_version, quantized_copy, quantized_layers, sync_weights, why_kept
+from dllm_rl.quantize_layers import stored_bytes
+from dllm_rl.types import Processors, Rollout
+
+CUDA_ONLY = ("float8_dynamic", "int4_packed")
+SCHEMES = [getattr(quantize, name) for name in quantize.__all__ if name not in CUDA_ONLY]
+small = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
+
+
+def masked_lm():
+    return tiny_masked_lm(**small)
+
+
+def llada(tied=False):
+    policy = tiny_llama(**small, causal=False)
+    if tied:
+        policy.module.lm_head.weight = policy.module.model.embed_tokens.weight
+        policy.module.config.tie_word_embeddings = True
+    return policy
+
+
+def batch():
+    tokens = torch.randint(3, 11, (3, 12), generator=torch.Generator().manual_seed(1))
+    return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+
+def storages(module):
+    """Address of every tensor that a module holds, codes and scales one by one."""
+    found = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "qdata") else [None]
+        for part in parts:
+            found[name, part] = (tensor if part is None else getattr(tensor, part)).data_ptr()
+    return found
+
+
+def contents(module):
+    found = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "qdata") else [None]
+        for part in parts:
+            found[name, part] = (tensor if part is None else getattr(tensor, part)).clone()
+    return found
+
+
+def equal(a, b):
+    view = lambda x: x.view(torch.uint8) if x.element_size() == 1 else x  # noqa: E731
+    return a.keys() == b.keys() and all(torch.equal(view(a[k]), view(b[k])) for k in a)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, lambda: None], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [masked_lm, llada, lambda: llada(tied=True)], ids=["masked_lm", "untied", "tied"])
+def test_twenty_steps_and_syncs_equal_a_fresh_quantisation_and_move_no_storage(make, scheme):
+    policy = make()
+    rollout = quantized_copy(policy, scheme())
+    addresses = storages(rollout.module)
+    optimizer = torch.optim.AdamW(policy.module.parameters(), lr=1e-2)
+    tokens, mask = batch()
+    for step in range(20):
+        before = contents(rollout.module)
+        F.cross_entropy(policy.logits(tokens, mask).flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        policy.version += 1
+        sync_weights(policy, rollout)
+        assert rollout.version == policy.version == step + 1
+        assert not equal(contents(rollout.module), before)
+    assert equal(contents(rollout.module), contents(quantized_copy(policy, scheme()).module))
+    assert storages(rollout.module) == addresses
+    assert torch.equal(rollout.logits(tokens, mask), quantized_copy(policy, scheme()).logits(tokens, mask))
+    if make is not masked_lm:
+        head, embedding = rollout.module.lm_head.weight, rollout.module.model.embed_tokens.weight
+        assert (head is embedding) == policy.module.config.tie_word_embeddings
+
+
+def test_sync_also_copies_norms_biases_embeddings_head_and_buffers():
+    policy = masked_lm()
+    policy.module.register_buffer("table", torch.zeros(3), persistent=False)
+    rollout = quantized_copy(policy, quantize.int8_weight_only())
+    with torch.no_grad():
+        for parameter in policy.module.parameters():
+            parameter.add_(1.0)
+    policy.module.table += 2
+    sync_weights(policy, rollout)
+    quantised = {f"{name}.weight" for name, _ in quantized_layers(rollout)}
+    for name, value in policy.module.named_parameters():
+        if name not in quantised:
+            assert torch.equal(rollout.module.get_parameter(name), value), name
+    assert rollout.module.table.tolist() == [2, 2, 2]
+
+
+def test_report_says_what_was_quantised_what_not_and_why():
+    skip = lambda module, name: name.endswith("layers.1.mlp.up_proj")  # noqa: E731
+    rollout = quantized_copy(llada(), quantize.int8_weight_only(), skip=skip)
+    report = rollout.quantization_report
+    assert len(report.quantized) == 2 * 7 - 1
+    assert report.kept == {
+        "model.embed_tokens": "embedding",
+        "lm_head": "outside the blocks",
+        "model.layers.1.mlp.up_proj": "skip",
+    }
+    # Weights that turn from 4 bytes into 1, with a fp32 scale and an int8 zero point per row.
+    layers = [llada().module.get_submodule(name).weight for name in report.quantized]
+    saved = sum(3 * w.numel() - 5 * w.shape[0] for w in layers)
+    assert report.bytes_before - report.bytes_after == saved
+    assert str(report).startswith("13 layers quantised, 0.1 -> 0.0 MiB; 1 kept (embedding): model.embed_tokens; 1 kept")
+
+
+def test_tied_routers_fused_experts_and_shapes_are_kept():
+    block = nn.Module()
+    block.gate, block.up, block.odd = nn.Linear(32, 4, bias=False), nn.Linear(32, 64), nn.Linear(24, 32)
+    block.router, block.tied, block.conv = nn.Linear(32, 4), nn.Linear(32, 10, bias=False), nn.Conv1d(4, 4, 3)
+    block.expert_list = nn.ModuleList([nn.Linear(32, 32)])
+    block.experts = type("Experts", (nn.Module,), {"__module__": "models"})()
+    block.experts.down_proj = nn.Parameter(torch.zeros(2, 4, 4))
+    module = nn.Module()
+    module.layers, module.embedding = nn.ModuleList([block]), nn.Embedding(10, 32)
+    block.tied.weight = module.embedding.weight
+    assert why_kept(module, quantize.int4_weight_only(), None) == {
+        "embedding": "embedding",
+        "layers.0.gate": "router",
+        "layers.0.router": "router",
+        "layers.0.odd": "32x24: 24 is not a multiple of the group size 32",
+        "layers.0.tied": "tied to embedding",
+        "layers.0.conv": "Conv1d, not nn.Linear",
+        "layers.0.experts": "fused experts",
+    }
+    dynamic = why_kept(module, Float8DynamicActivationFloat8WeightConfig(), None)
+    assert dynamic["layers.0.odd"] == "32x24: not multiples of 16"
+    with pytest.raises(ValueError, match="quantises no layer of RobertaPreLayerNormForMaskedLM"):
+        quantized_copy(masked_lm(), quantize.int8_weight_only(), skip=lambda m, name: True)
+
+
+def test_no_plain_copy_of_a_quantised_weight_is_made():
+    seen = []
+
+    class Clones(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.clone.default and args[0].is_floating_point():
+                seen.append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    policy = llada()
+    with Clones():
+        rollout = quantized_copy(policy, quantize.int8_weight_only())
+    shapes = {tuple(layer.weight.shape) for _, layer in quantized_layers(rollout)}
+    assert len(shapes) == 3 and seen and not shapes & set(seen)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
+def test_weights_that_are_not_finite_are_refused_by_name(scheme, bad):
+    policy = llada()
+    rollout = quantized_copy(policy, scheme())
+    policy.module.model.layers[1].mlp.up_proj.weight.data[3, 5] = bad
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+        sync_weights(policy, rollout)
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+        quantized_copy(policy, scheme())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
+def test_zero_rows_and_zero_inputs_give_zeros(scheme):
+    policy = llada()
+    policy.module.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    policy.module.model.layers[0].mlp.up_proj.weight.data[::2].zero_()
+    rollout = quantized_copy(policy, scheme())
+    layers = rollout.module.model.layers
+    assert torch.equal(layers[0].self_attn.o_proj(torch.randn(2, 32)), torch.zeros(2, 32))
+    assert (layers[0].mlp.up_proj(torch.randn(2, 32))[:, ::2] == 0).all()
+    assert torch.equal(layers[1].mlp.up_proj(torch.zeros(2, 32)), torch.zeros(2, 64))
+    sync_weights(policy, rollout)
+    assert rollout.logits(*batch()).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fast_emulation_equals_torchaos_dynamic_float8_bitwise(dtype):
+    policy = masked_lm()
+    policy.module.to(dtype)
+    fast = quantized_copy(policy, quantize.e4m3_emulated()).logits(*batch())
+    exact = quantized_copy(policy, quantize.float8_dynamic_emulated()).logits(*batch())
+    assert torch.equal(fast, exact)
+    assert not torch.equal(fast, policy.logits(*batch()))
+
+
+def test_quantisation_error_is_bounded_by_the_format():
+    """Half a step: e4m3 keeps 4 significant bits (2^-4 relative), int8 rows a/127.5/2, 15 and 7 levels a/14 and a/6."""
+    weight = llada().module.model.layers[0].mlp.up_proj.weight
+    top = weight.abs().amax(-1, keepdim=True)
+    bounds = {
+        "float8_weight_only": weight.abs() * 2**-4 + top * 2**-17,
+        "int8_weight_only": top / 127.5 / 2 + top / 127.5 / 2 * (weight.abs() >= top * 127 / 127.5),
+        "int4_emulated": top / 14,
+        "int3_emulated": top / 6,
+        "five_level_emulated": top / 4,
+    }
+    for name, bound in bounds.items():
+        rollout = quantized_copy(llada(), getattr(quantize, name)())
+        layer = rollout.module.model.layers[0].mlp.up_proj
+        rounded = layer.dequantized() if hasattr(layer, "dequantized") else layer.weight.dequantize()
+        assert ((rounded - weight).abs() <= bound * (1 + 1e-5)).all(), name
+
+
+def test_global_settings_and_the_users_config_are_left_alone():
+    before = torch.get_float32_matmul_precision()
+    config = Float8WeightOnlyConfig()
+    assert config.set_inductor_config
+    quantized_copy(llada(), config)
+    assert torch.get_float32_matmul_precision() == before
+    assert config.set_inductor_config
+
+
+def test_what_a_cpu_cannot_run_is_refused_with_the_alternative():
+    with pytest.raises(ValueError, match=r"device=cpu has no float8 products.*use float8_dynamic_emulated"):
+        quantized_copy(llada(), quantize.float8_dynamic())
+    with pytest.raises(ValueError, match="device=cpu has no packed int4 kernel; use int4_weight_only"):
+        quantized_copy(llada(), quantize.int4_packed())
+    with pytest.raises(ValueError, match="'int8' is neither a torchao config nor a FakeQuantize"):
+        quantized_copy(llada(), "int8")
+
+
+def test_every_scheme_is_found_under_its_own_name():
+    for name in quantize.__all__:
+        assert getattr(quantize, name).__name__ == name
+        assert getattr(quantize, name)() is not None
+
+
+def test_stale_rollouts_are_refused_unless_allowed():
+    policy = masked_lm()
+    tokens, mask = batch()
+    rollout = Rollout(tokens, mask, mask, tokens, torch.zeros(tokens.shape), 1, 3, Processors())
+    policy.version = 3
+    check_version(rollout, policy)
+    policy.version = 5
+    check_version(rollout, policy, stale_steps=2)
+    with pytest.raises(RuntimeError, match="weights_version=3 of the rollout is 2 updates behind the learner's 5"):
+        check_version(rollout, policy, stale_steps=1)
+    with pytest.raises(RuntimeError, match="weights_version=6"):
+        check_version(replace(rollout, weights_version=6), policy, stale_steps=2)
+
+
+def test_stored_bytes_counts_codes_and_scales():
+    packed = quantized_copy(llada(), quantize.float8_weight_only()).module.model.layers[0].mlp.up_proj.weight
+    assert stored_bytes(packed) == 64 * 32 + 64 * 4
+    assert stored_bytes(torch.zeros(3, 5, dtype=torch.bfloat16)) == 30
+
+
+def test_a_sharded_learner_syncs_as_a_whole_one(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    whole, policy = llada(), llada()
+    rollout, expected = (quantized_copy(p, quantize.int3_emulated()) for p in (policy, whole))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        for layer in [*policy.module.model.layers, policy.module]:
+            fully_shard(layer, mesh=mesh)
+        for module in (policy.module, whole.module):
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.mul_(1.25)
+        assert hasattr(policy.module.lm_head.weight, "full_tensor")
+        sync_weights(policy, rollout)
+    finally:
+        dist.destroy_process_group()
+    sync_weights(whole, expected)
+    assert equal(contents(rollout.module), contents(expected.module))
+
+

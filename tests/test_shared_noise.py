@@ -1,0 +1,101 @@
+"""One training step end to end: every policy is scored under the same masks, and no global random state moves."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from dllm_rl import learner
+from dllm_rl import likelihoods as lik
+from dllm_rl.correctors import tis
+from dllm_rl.likelihoods import LikelihoodEstimator
+from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.quantize import int8_weight_only
+from dllm_rl.recipe import Recipe
+from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.tasks.sudoku import Sudoku
+from dllm_rl.training import train
+
+SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 24}
+
+
+def recipe(tmp_path, likelihood, **changes) -> Recipe:
+    sampler = partial(unmask, max_new_tokens=16, num_steps=4, rank=max_prob)
+    problems = partial(Sudoku, clues=(10, 12), size=8)
+    base = Recipe(
+        name="shared-noise",
+        model=partial(tiny_masked_lm, characters="1234.=", **SMALL),
+        task=problems(split="train"),
+        validation_task=problems(split="validation"),
+        eval_task=problems(split="test"),
+        sampler=partial(sampler, temperature=1.0),
+        eval_sampler=partial(sampler, temperature=0.0),
+        likelihood=likelihood,
+        corrector=tis(),
+        rollout_quantization=int8_weight_only,
+        train_batch_size=4,
+        num_generations=4,
+        num_iterations=2,
+        num_steps=1,
+        beta=0.05,
+        warmup_steps=2,
+        output_dir=str(tmp_path / "run"),
+    )
+    return replace(base, **changes)
+
+
+MAKERS = [partial(lik.coupled, num_samples=2), partial(lik.sandwich)]
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=["coupled", "sandwich"])
+def test_old_rollout_reference_and_current_share_one_noise_object(make, tmp_path, monkeypatch):
+    estimator, seen = make(), []
+    scores, accumulate = LikelihoodEstimator.scores, learner.accumulate_gradients
+
+    def spied_scores(self, policy, rollout, noise, **options):
+        seen.append((policy, noise))
+        return scores(self, policy, rollout, noise, **options)
+
+    def spied_accumulate(policy, batch, *rest):
+        seen.append((policy, batch.noise))
+        return accumulate(policy, batch, *rest)
+
+    monkeypatch.setattr(LikelihoodEstimator, "scores", spied_scores)
+    monkeypatch.setattr(learner, "accumulate_gradients", spied_accumulate)
+    train(recipe(tmp_path, estimator))
+    noises = [noise for _, noise in seen]
+    # old, rollout, reference; then a gradient, scores again and a gradient for the two inner iterations
+    assert len(noises) == 6 and all(noise is noises[0] for noise in noises)
+    assert len({id(policy) for policy, _ in seen}) == 3
+    if make.func is lik.sandwich:
+        assert set(noises[0].upper_share.tolist()) == {0.0, 0.5}
+
+
+@pytest.mark.parametrize("name", ["one_step", "elbo", "coupled", "quadrature", "sandwich", "trajectory"])
+def test_training_leaves_torchs_and_numpys_global_generators_alone(name, tmp_path):
+    torch.manual_seed(5)
+    np.random.seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    train(recipe(tmp_path, getattr(lik, name)()))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+
+
+def test_training_leaves_pythons_random_alone_too(tmp_path):
+    """In a process of its own: the shape checks of the test run draw from `random` themselves."""
+    program = (
+        "import random; from pathlib import Path; import test_shared_noise as t\n"
+        f"random.seed(5); before = random.getstate(); t.train(t.recipe(Path({str(tmp_path)!r}), t.lik.sandwich()))\n"
+        "assert random.getstate() == before"
+    )
+    path = os.pathsep.join(p or os.getcwd() for p in [os.path.dirname(__file__), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,155 @@
+"""The loop as a whole: what a run leaves, identities on- and off-policy, equal batches however they are split."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_recipe import tiny_recipe, tiny_recipe_ar
+
+from dllm_rl import correctors, likelihoods, load_policy
+from dllm_rl.correctors import none, tis
+from dllm_rl.losses import constant, kl_k1, kl_k2, sequence, token
+from dllm_rl.quantize import float8_weight_only
+from dllm_rl.report import read_metrics
+from dllm_rl.training import train
+
+TIMES = ("time/", "step_time")
+
+
+def metrics_of(directory) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in read_metrics(Path(directory))]
+
+
+def weights_of(summary) -> dict[str, torch.Tensor]:
+    return load_policy(summary["checkpoint"]).module.state_dict()
+
+
+def assert_same_weights(a, b, **tolerance):
+    first, second = weights_of(a), weights_of(b)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+@pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])
+def test_a_run_leaves_what_it_promises(make, tmp_path, capsys):
+    summary = train(make(tmp_path / "run", warmup_steps=3, warmup_eval_steps=2, eval_steps=1))
+    run = tmp_path / "run"
+    assert json.loads((run / "summary.json").read_text()) == summary
+    for part in ("eval_before", "eval_after"):
+        assert 0 <= summary[part]["solve_rate"] <= 1 and 0 <= summary[part]["cell_accuracy"] <= 1
+    assert summary["seed"] == 0 and summary["seconds"] > 0 and summary["recipe"]["num_generations"] == 4
+    assert {"torch", "transformers"} <= set(summary["machine"]["versions"])
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == [0, 1]
+    wanted = {"reward", "reward_std", "frac_reward_zero_std", "rollout_corr/k3_kl", "rollout_corr/rollout_is_eff_sample_size"}
+    wanted |= {"step_time", "grad_norm", "clip_ratio/region_mean", "completions/mean_length", "eval/solve_rate", "time/rollout"}
+    assert wanted <= set(rows[0])
+    assert rows[0]["reward_std"] > 0, "equal rewards would prove nothing"
+    assert rows[0]["rollout_corr/k3_kl"] > 0, "FP8 weights must differ from the learner's"
+    assert (run / "training.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert list((run / "tensorboard").glob("events*"))
+    out = capsys.readouterr().out
+    assert "->" in out and "dllm-rl sample" in out
+    policy = load_policy(summary["checkpoint"])
+    assert policy.tokenizer.encode("12") == [3, 4]
+
+
+@pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])
+def test_unquantised_rollouts_have_exactly_no_mismatch(make, tmp_path):
+    train(make(tmp_path, rollout_quantization=None, micro_batch_size=8))
+    for row in metrics_of(tmp_path):
+        exact = {"kl": 0, "k3_kl": 0, "abs_log_ratio_max": 0, "chi2_token": 0, "chi2_seq": 0, "log_ppl_diff": 0}
+        exact |= {"rollout_is_mean": 1, "rollout_is_min": 1, "rollout_is_max": 1, "rollout_is_eff_sample_size": 1}
+        assert {name: row[f"rollout_corr/{name}"] for name in exact} == exact
+
+
+@pytest.mark.parametrize("corrector", [tis(), tis(level="sequence"), correctors.icepop(), correctors.ais()])
+def test_on_policy_every_weighting_is_none(corrector, tmp_path):
+    a = train(tiny_recipe(tmp_path / "a", rollout_quantization=None, corrector=none()))
+    b = train(tiny_recipe(tmp_path / "b", rollout_quantization=None, corrector=corrector))
+    assert_same_weights(a, b)
+
+
+@pytest.mark.parametrize("aggregate", [token, sequence, partial(constant, length=16)])
+def test_micro_batches_change_nothing_beyond_rounding(aggregate, tmp_path):
+    changes = {"aggregate": aggregate, "num_iterations": 2, "beta": 0.04, "kl": kl_k2}
+    whole = train(tiny_recipe(tmp_path / "whole", **changes))
+    parts = train(tiny_recipe(tmp_path / "parts", micro_batch_size=4, **changes))
+    assert_same_weights(whole, parts, rtol=1e-4, atol=2e-6)
+    for a, b in zip(metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "parts"), strict=True):
+        assert a == pytest.approx(b, rel=2e-4, abs=1e-6)
+
+
+def test_leaving_out_groups_without_advantage_changes_nothing_but_time(tmp_path):
+    # A KL term of weight 1e-30 keeps every row in the batch and adds nothing that fp32 could show.
+    changes = {"advantages": one_live_group, "rollout_quantization": None}
+    skipped = train(tiny_recipe(tmp_path / "skipped", **changes))
+    kept = train(tiny_recipe(tmp_path / "kept", beta=1e-30, kl=kl_k1, **changes))
+    assert_same_weights(skipped, kept, rtol=1e-5, atol=1e-7)
+
+
+def one_live_group(rewards):
+    advantages = rewards - rewards.mean(-1, keepdim=True)
+    advantages[1:] = 0
+    return advantages
+
+
+def test_a_batch_without_any_advantage_still_measures_mismatch(tmp_path):
+    before = tiny_recipe(tmp_path, advantages=torch.zeros_like, num_steps=1)
+    summary = train(before)
+    (row,) = metrics_of(tmp_path)
+    assert row["rollout_corr/k3_kl"] > 0 and row["grad_norm"] == 0
+    untouched = before.model().module.state_dict()
+    assert all(torch.equal(value, untouched[name]) for name, value in weights_of(summary).items())
+
+
+@pytest.mark.parametrize("likelihood", [likelihoods.one_step(), likelihoods.coupled(num_samples=2), likelihoods.trajectory(num_segments=2)])
+def test_estimators_train(likelihood, tmp_path):
+    train(tiny_recipe(tmp_path, likelihood=likelihood, num_iterations=2, micro_batch_size=8))
+    assert all(row["grad_norm"] > 0 and row["rollout_corr/k3_kl"] > 0 for row in metrics_of(tmp_path))
+
+
+def test_aligned_forward_leaves_no_mismatch(tmp_path):
+    train(tiny_recipe(tmp_path, corrector=correctors.aligned(), num_iterations=2))
+    assert all(row["rollout_corr/abs_log_ratio_max"] == 0 and row["grad_norm"] > 0 for row in metrics_of(tmp_path))
+
+
+def test_global_random_state_is_untouched(tmp_path):
+    before = torch.random.get_rng_state()
+    train(tiny_recipe(tmp_path, warmup_steps=2, rollout_quantization=float8_weight_only))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_kl_starts_at_zero_and_grows(tmp_path):
+    train(tiny_recipe(tmp_path, beta=0.1, num_steps=3, learning_rate=1e-2))
+    kls = [row["kl"] for row in metrics_of(tmp_path)]
+    assert kls[0] == 0 and kls[-1] > 0
+
+
+class TestRefusals:
+    def test_a_folder_that_holds_a_run(self, tmp_path):
+        train(tiny_recipe(tmp_path, num_steps=1))
+        with pytest.raises(ValueError, match="already holds a run"):
+            train(tiny_recipe(tmp_path, num_steps=1))
+        train(tiny_recipe(tmp_path, num_steps=1, overwrite_output_dir=True))
+
+    def test_a_resume_with_another_recipe(self, tmp_path):
+        train(tiny_recipe(tmp_path, num_steps=1))
+        with pytest.raises(ValueError, match="learning_rate=0.1 differs from the checkpoint's"):
+            train(tiny_recipe(tmp_path, learning_rate=0.1, resume_from_checkpoint="latest"))
+
+    def test_a_sampler_of_the_other_kind_before_any_work(self, tmp_path):
+        wrong = replace(tiny_recipe_ar(tmp_path), sampler=tiny_recipe(tmp_path).sampler, warmup_steps=10**6)
+        with pytest.raises(ValueError, match="use autoregress"):
+            train(wrong)
+
+    def test_a_likelihood_of_the_other_kind_before_any_work(self, tmp_path):
+        with pytest.raises(ValueError, match="likelihood='causal'"):
+            train(tiny_recipe(tmp_path, likelihood=likelihoods.causal(), warmup_steps=10**6))
+
+    def test_a_micro_batch_that_cuts_a_group(self, tmp_path):
+        with pytest.raises(ValueError, match="micro_batch_size=6 must be a multiple of num_generations=4"):
+            tiny_recipe(tmp_path, micro_batch_size=6)

@@ -1,0 +1,41 @@
+"""Two processes with half the batch each give, to fp32 rounding, what one process gives."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_training import metrics_of
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--num_steps 3 --warmup_steps 8 --warmup_eval_steps 4 --eval_task.size 20 --validation_task.size 20 --train_batch_size 8".split()
+
+
+def launch(directory, *launcher, recipe="sudoku_tiny", more=()):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(ROOT / "recipes" / f"{recipe}.py"), *SMALL, *more]
+    done = subprocess.run([*command, "--output_dir", str(directory)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return metrics_of(directory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [("sudoku_tiny", []), ("sudoku_tiny_ar", []), ("sudoku_tiny", ["--likelihood", "coupled", "--beta", "0.1", "--num_iterations", "2"])],
+)
+def test_two_processes_equal_one(tmp_path, recipe, more):
+    one = launch(tmp_path / "one", "--cpu", recipe=recipe, more=more)
+    two = launch(tmp_path / "two", "--config_file", "recipes/accelerate/cpu_2.yaml", recipe=recipe, more=more)
+    assert len(one) == 3
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=2e-3, abs=2e-5)
+    assert one[0]["loss"] != 0
+
+
+def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch):
+    from dllm_rl.launch import make_accelerator
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("dllm_rl.launch.Accelerator", lambda **kw: type("One", (), {"num_processes": 1})())
+    with pytest.raises(RuntimeError, match="2 processes were launched, but Accelerate joined 1"):
+        make_accelerator()

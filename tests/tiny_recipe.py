@@ -1,0 +1,43 @@
+"""A recipe that runs in a second: what the tests of the loop start from."""
+
+from dataclasses import replace
+from functools import partial
+
+from dllm_rl.likelihoods import causal
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.tasks.sudoku import Sudoku
+from recipes.sudoku_tiny import recipe as main_job
+
+SIZES = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
+
+
+def tiny_recipe(directory, **changes):
+    """Two steps of four prompts with four completions each, on an untrained model: rewards are dense and varied."""
+    base = replace(
+        main_job,
+        name="tiny",
+        model=partial(tiny_masked_lm, **SIZES),
+        validation_task=Sudoku(split="validation", size=8),
+        eval_task=Sudoku(split="test", size=8),
+        sampler=partial(unmask, max_new_tokens=16, num_steps=3, temperature=1.0),
+        eval_sampler=partial(unmask, max_new_tokens=16, num_steps=3),
+        train_batch_size=4,
+        num_generations=4,
+        num_steps=2,
+        warmup_steps=0,
+        output_dir=str(directory),
+    )
+    return replace(base, **changes)
+
+
+def tiny_recipe_ar(directory, **changes):
+    return tiny_recipe(
+        directory,
+        model=partial(tiny_llama, causal=True, **SIZES),
+        sampler=partial(autoregress, max_new_tokens=16, temperature=1.0),
+        eval_sampler=partial(autoregress, max_new_tokens=16, temperature=0.0),
+        likelihood=causal(),
+        **changes,
+    )
