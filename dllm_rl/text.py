@@ -36,7 +36,7 @@ def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]]) -> list[int]:
     try:
         return tokenizer.encode(text, add_special_tokens=False)
     except Exception as error:  # a bare Exception is what the tokenizers library raises
-        raise ValueError(f"prompt {text!r} cannot be tokenised by this model: {error}") from error
+        raise ValueError(f"text {text!r} cannot be tokenised by this model: {error}") from error
 
 
 def decode(policy: Policy, rollout: Rollout) -> list[str]:
