@@ -209,9 +209,8 @@ def warm_up(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLo
 
 
 def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accelerator) -> dict[str, float]:
-    return evaluate(
-        policy, task, recipe.eval_sampler, seed=recipe.seed, batch_size=recipe.eval_batch_size, accelerator=accelerator
-    )
+    options = {"seed": recipe.seed, "batch_size": recipe.eval_batch_size, "accelerator": accelerator}
+    return evaluate(policy, task, recipe.eval_sampler, **options).means
 
 
 def shown(found: dict[str, float]) -> str:
