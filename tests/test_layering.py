@@ -21,8 +21,8 @@ head correctors
 models.tiny samplers
 likelihoods masks optimizers
 quantize emulate
-aligned text testing zero_mismatch
-evaluation warmup recipe show
+alignment text testing zero_mismatch
+evaluation evaluate_command warmup recipe show
 doctor command_line plan harness
 learner checkpoint runlog report
 launch
@@ -41,7 +41,7 @@ def modules() -> dict[str, Path]:
 
 
 def floor_of(module: str) -> int:
-    for name in (module, module.split(".")[0].split("_")[0], module.split(".")[0]):
+    for name in (module, module.split(".")[0], module.split(".")[0].split("_")[0]):
         for number, rooms in enumerate(FLOORS):
             if name in rooms.split():
                 return number
