@@ -2,20 +2,22 @@
 
 import json
 import math
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.head import CHUNK_ELEMENTS
 from dllm_rl.lora import LoraLinear, add_lora
 from dllm_rl.models.families import family_of
 from dllm_rl.models.loading import build_empty
-from dllm_rl.models.spec import encode_block_causal
+from dllm_rl.models.spec import FamilySpec
+from dllm_rl.policies import DiffusionPolicy
 from dllm_rl.quantize import why_kept
 from dllm_rl.recipe import Recipe
+from dllm_rl.text import prompt_ids
 
 GB = 1e9
 GPU_BYTES = 80 * GB
@@ -32,26 +34,31 @@ def config_of(path_or_id: str | Path) -> dict:
     raise ValueError(f"model={str(path_or_id)!r} is no checkpoint's folder, and no config is carried for it; carried are {known}")
 
 
-def outline(recipe: Recipe) -> SimpleNamespace:
+class Outline(DiffusionPolicy):
+    """A policy without weights or tokenizer: what can be known of it before either is fetched."""
+
+    def __init__(self, module: nn.Module, spec: FamilySpec, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.module, self.spec, self.tokenizer, self.version, self.lora = module, spec, tokenizer, 0, None
+        self.parameters = sum(p.numel() for p in module.parameters())
+
+
+def outline(recipe: Recipe) -> Outline:
     """The recipe's policy without weights: its module on the meta device (or the small model itself) and its spec."""
     if not isinstance(recipe.model, str):
         policy = recipe.model()
-        module, spec = policy.module, policy.spec
+        module, spec, tokenizer = policy.module, policy.spec, policy.tokenizer
     else:
         raw = config_of(recipe.model)
-        family, module = family_of(raw), build_empty(raw)
+        family, module, tokenizer = family_of(raw), build_empty(raw), None
         # As load_policy does, but for the ids that only the tokenizer knows.
-        spec = SimpleNamespace(**{name: getattr(family, name) for name in ("name", "attention", "shift", "lora_targets", "block_size")})
-        spec.max_length = module.config.max_position_embeddings
-        spec.encode = partial(encode_block_causal, block_size=spec.block_size) if spec.block_size else family.encode
-    found = SimpleNamespace(module=module, spec=spec, lora=None)
-    found.parameters = sum(p.numel() for p in module.parameters())
+        spec = replace(family, max_length=module.config.max_position_embeddings)
+    found = Outline(module, spec, tokenizer)
     if recipe.lora is not None:
         add_lora(found, recipe.lora())
     return found
 
 
-def check(recipe: Recipe, policy: SimpleNamespace, prompt_tokens: int) -> None:
+def check(recipe: Recipe, policy: Outline, prompt_tokens: int) -> None:
     """Raise ValueError when sampler, likelihood and model do not go together, or a completion does not fit."""
     recipe.likelihood.check(policy)
     name, causal = getattr(recipe.sampler, "func", recipe.sampler).__name__, policy.spec.attention == "causal"
@@ -69,7 +76,7 @@ def element_bytes(recipe: Recipe, module: nn.Module) -> int:
     return getattr(torch, str(name or "float32").removeprefix("torch.")).itemsize
 
 
-def memory(recipe: Recipe, policy: SimpleNamespace, prompt_tokens: int) -> dict[str, float]:
+def memory(recipe: Recipe, policy: Outline, prompt_tokens: int) -> dict[str, int]:
     """Bytes per GPU (data parallel: every GPU holds all of them).
 
     activations  what a forward keeps for its backward, per token and layer: 8 hidden, 3 feed-forward and 2 attention
@@ -79,8 +86,8 @@ def memory(recipe: Recipe, policy: SimpleNamespace, prompt_tokens: int) -> dict[
     module, config = policy.module, policy.module.config
     size, trainable = element_bytes(recipe, module), sum(p.numel() for p in module.parameters() if p.requires_grad)
     small = linear_elements(module) if recipe.base_quantization else 0
-    # nf4: half a byte and an fp32 scale per 64; int8: a byte and an fp32 scale per row.
-    packed = small * (0.5 + 4 / 64 if recipe.base_quantization == "nf4" else 1.0)
+    # nf4: half a byte a weight and an fp32 scale per 64; int8: a byte a weight.
+    packed = small * 9 // 16 if recipe.base_quantization == "nf4" else small
     adapters = trainable if recipe.lora is not None else 0
     rows = recipe.micro_batch_size or recipe.train_batch_size * recipe.num_generations
     heads, kv = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -112,7 +119,7 @@ def linear_elements(module: nn.Module) -> int:
     )
 
 
-def quantisable(recipe: Recipe, policy: SimpleNamespace) -> tuple[int, int, dict[str, str]]:
+def quantisable(recipe: Recipe, policy: Outline) -> tuple[int, int, dict[str, str]]:
     """Number of layers and of weights that the rollout quantises, and why the others keep their precision."""
     if recipe.rollout_quantization is None:
         return 0, 0, {}
@@ -126,18 +133,21 @@ def quantisable(recipe: Recipe, policy: SimpleNamespace) -> tuple[int, int, dict
     return len(chosen), sum(layer.weight.numel() for layer in chosen), kept
 
 
-def rollout_bytes(recipe: Recipe, policy: SimpleNamespace, size: int) -> float:
+def rollout_bytes(recipe: Recipe, policy: Outline, size: int) -> int:
     """The quantised copy at a byte a weight; adapters are merged for it, in a copy that is held for that moment."""
     layers, weights, _ = quantisable(recipe, policy)
-    return 0.0 if not layers else weights + (policy.parameters - weights) * size
+    return 0 if not layers else weights + (policy.parameters - weights) * size
 
 
-def plan(recipe: Recipe, *, prompt_tokens: int = 256) -> str:
+def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
     """The plan as text, after every check that needs no weights. Raises ValueError where the recipe cannot run.
 
-    prompt_tokens  length that prompts are assumed to have.
+    prompt_tokens  length that prompts are assumed to have; None: the first one's of a model that is made here, whose
+                   tokenizer is known, else 256.
     """
     policy = outline(recipe)
+    if prompt_tokens is None:
+        prompt_tokens = len(prompt_ids(policy, recipe.task[0].prompt)) if policy.tokenizer else 256
     check(recipe, policy, prompt_tokens)
     trainable = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
     parts = memory(recipe, policy, prompt_tokens)
