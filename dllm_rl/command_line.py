@@ -83,11 +83,16 @@ def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
         elif inspect.isfunction(value):
             choices = pickable(value.__module__, value, annotation)
             found[path] = Setting(value, metadata.get("help", ""), partial(_pick, path, choices, False))
-        elif any(kind in SCALARS for kind in _kinds(annotation)) and not callable(value):
+        elif any(map(_readable, _kinds(annotation))) and not callable(value):
             found[path] = Setting(value, metadata.get("help", ""), partial(_read, path, annotation))
         if isinstance(value, partial) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
             found |= paths(value, f"{path}.")
+    found.pop("model.seed", None)  # the recipe's own seed is what the model is made with
     return found
+
+
+def _readable(kind: Any) -> bool:
+    return kind in SCALARS or typing.get_origin(kind) is typing.Literal
 
 
 def _members(owner: Any) -> list[tuple[str, Any, Any, dict]]:
@@ -106,7 +111,7 @@ def _replace(owner: Any, keys: list[str], value: Any) -> Any:
     return dataclasses.replace(owner, **{keys[0]: value})
 
 
-def pickable(module_name: str, value: Any, annotation: Any) -> dict[str, Callable]:
+def pickable(module_name: str, value: Any, annotation: Any) -> dict[str, Any]:
     """Public functions of the module that can stand where `value` does: the same positional parameters, or, where a
     record or a built object is wanted, functions that make one and need no argument."""
     module = import_module(module_name)

@@ -129,6 +129,12 @@ def kl_k3(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     return torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) - log_ratio
 
 
+def entropy_bonus(logps: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """-sg(log p) log p, whose gradient -log p grad log p has mean grad H over tokens sampled from p: an objective that
+    raises the entropy, in nats, from the sampled tokens alone (score-function estimate; exact only on-policy)."""
+    return -logps.detach() * logps
+
+
 def token(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int) -> Float[Tensor, "B T"]:
     """Every token weighs the same: 1 / (tokens of the global batch) (DAPO [paper])."""
     return mask / max(num_tokens, 1)
@@ -171,13 +177,15 @@ def loss_type(
 
 
 def policy_loss(
-    logps: Float[Tensor, "B T"], batch: Batch, *, surrogate, aggregate, beta: float, kl
+    logps: Float[Tensor, "B T"], batch: Batch, *, surrogate, aggregate, beta: float, kl, entropy: float = 0.0
 ) -> tuple[Float[Tensor, ""], dict[str, tuple[Tensor, Tensor]], Float[Tensor, "B T"]]:
-    """This process's share of the loss -sum_t c_t (w_t J_t - beta KL_t), metrics as (sum, count), and d loss / d logps.
+    """This process's share of the loss, its metrics as (sum, count), and d loss / d logps.
 
-    J is the surrogate, w the corrector's detached weights, c the aggregation's coefficients. The gradient is taken
-    here, once; the learner carries it through the model mask by mask. Positions outside `batch.keep` may hold anything,
-    an infinity included: they see log-ratio 0 and get gradient 0.
+        loss = -sum_t c_t (w_t J_t - beta KL_t + entropy H_t)
+    J is the surrogate, w the corrector's detached weights, c the aggregation's coefficients, H the `entropy_bonus` (of
+    which the loss that is returned counts nothing, the gradient everything). The gradient is taken here, once; the
+    learner carries it through the model mask by mask. Positions outside `batch.keep` may hold anything, an infinity
+    included: they see log-ratio 0 and get gradient 0.
 
     clip_ratio/*  share of tokens with A != 0 whose policy term has no gradient, all / A < 0 / A > 0 over all of them;
     band/positive, band/negative  share of the tokens with A > 0 / A < 0 that still have one: the band's occupancy.
@@ -207,5 +215,9 @@ def policy_loss(
         term = beta * (coefficient[keep] * penalty).sum()
         loss, gradient = loss + term, gradient + torch.autograd.grad(term, logps)[0]
         metrics["kl"] = (penalty.detach().sum(), keep.sum())
+    if entropy:
+        bonus = entropy * (coefficient[keep] * entropy_bonus(torch.where(keep, logps, 0))[keep]).sum()
+        gradient = gradient - torch.autograd.grad(bonus, logps)[0]
+        metrics["entropy"] = (-logps.detach()[keep].sum(), keep.sum())
     metrics["loss"] = (loss.detach(), torch.ones(()))
     return loss.detach(), metrics, gradient

@@ -14,15 +14,15 @@ PACKAGE = Path(dllm_rl.__file__).parent
 # Rooms from the ground up: a module may import from its own room and from those above it in this list.
 FLOORS = """
 quiet tasks types statistics
-losses advantages grading lora
-models
+losses advantages grading
+models lora
 mismatch policies
 head correctors
 models.tiny samplers
-likelihoods masks
+likelihoods masks optimizers
 quantize emulate
-aligned text testing zero_mismatch
-evaluation warmup recipe show
+alignment text testing zero_mismatch
+evaluation evaluate_command warmup recipe show
 doctor command_line plan harness
 learner checkpoint runlog report
 launch
@@ -41,7 +41,7 @@ def modules() -> dict[str, Path]:
 
 
 def floor_of(module: str) -> int:
-    for name in (module, module.split(".")[0].split("_")[0], module.split(".")[0]):
+    for name in (module, module.split(".")[0], module.split(".")[0].split("_")[0]):
         for number, rooms in enumerate(FLOORS):
             if name in rooms.split():
                 return number

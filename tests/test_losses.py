@@ -220,11 +220,36 @@ def test_kl_is_added_after_the_weights():
     assert (float(total), int(count)) == (pytest.approx(sum(x * x / 2 for x in logs)), 4)
 
 
+def test_entropy_bonus_is_the_gradient_of_the_entropy_in_expectation():
+    # Over all four tokens of p = softmax(z), sum_y p(y) (-log p(y)) d log p(y)/dz = dH/dz.
+    z = tensor([0.3, -1.0, 2.0, 0.1], dtype=torch.float64, requires_grad=True)
+    logp = z.log_softmax(-1)
+    mean = (logp.exp().detach() * losses.entropy_bonus(logp[None])[0]).sum()
+    (estimate,) = torch.autograd.grad(mean, z, retain_graph=True)
+    (exact,) = torch.autograd.grad(-(logp.exp() * logp).sum(), z)
+    assert_close(estimate, exact, rtol=1e-12, atol=1e-15)
+
+
+def test_entropy_enters_the_gradient_with_its_coefficient():
+    logps, batch = example()
+    _, _, plain = loss_of(logps, batch)
+    loss, metrics, gradient = policy_loss(
+        logps, batch, surrogate=ppo_clip, aggregate=token, beta=0.0, kl=kl_k2, entropy=0.1
+    )
+    # -c * 0.1 * (-log p) per kept token, c = 1/4.
+    close(gradient - plain, torch.where(MASK, 0.1 / 4 * logps, 0))
+    close(loss, -0.8)
+    kept = [-1 + math.log(r) for r in (1.1, 1.5, 0.5, 0.5)]
+    assert float(metrics["entropy"][0]) == pytest.approx(-sum(kept))
+
+
 def test_what_stands_off_the_mask_may_be_infinite():
     logps, batch = example()
     logps[2], logps[0, 3] = -torch.inf, torch.nan
     loss, metrics, gradient = loss_of(logps, batch)
     close(loss, -0.8)
+    options = {"surrogate": ppo_clip, "aggregate": token, "beta": 0.0, "kl": kl_k2, "entropy": 0.1}
+    assert policy_loss(logps, batch, **options)[2].isfinite().all()
     assert gradient.isfinite().all() and (gradient[~MASK] == 0).all()
     assert float(metrics["ratio/mean"][0]) == pytest.approx(3.6)
 

@@ -65,12 +65,10 @@ Run = tuple[str, str, str, int]  # family, level, arm, seed
 
 def plan(seeds: int, families: list[str], levels: list[str], arms: list[str] | None) -> list[Run]:
     """The runs, the most telling first, so that an interrupted study can be read."""
-    tiers = [("diffusion", TELLING), ("autoregressive", FEWER), ("diffusion", tuple(ARMS)), ("autoregressive", tuple(ARMS))]
+    tiers = [("diffusion", TELLING), ("autoregressive", FEWER), ("diffusion", tuple(ARMS))]
     tiers = [tier for tier in tiers if tier[0] in families]
     if arms is not None:
         tiers = [(family, tuple(arms)) for family in families]
-    else:
-        tiers = [tier for tier in tiers if tier != ("autoregressive", tuple(ARMS))]
     runs: dict[Run, None] = {}
     for family, names in tiers:
         for seed in range(seeds):
@@ -109,7 +107,8 @@ def warm_up(family: str, seed: int, folder: Path) -> Path:
     if not (folder / "summary.json").exists():
         base = FAMILIES[family]
         model = partial(base.model.func, **{**base.model.keywords, "seed": seed})
-        train(replace(base, model=model, seed=seed, num_steps=0, rollout_quantization=None, output_dir=str(folder), overwrite_output_dir=True))
+        base = replace(base, model=model, seed=seed, num_steps=0, rollout_quantization=None)
+        train(replace(base, output_dir=str(folder), overwrite_output_dir=True))
     return found(folder / "checkpoints")[-1][1]
 
 
@@ -125,9 +124,9 @@ def run_one(run: Run, root: Path, num_steps: int) -> None:
     curves, summary, before, diverged = {name: [] for name in KEPT}, {}, None, False
     for i, quantization in enumerate(stages):
         folder = root / "runs" / "-".join(map(str, (*run, i)))
-        recipe = replace(recipe_of(run, folder, warm=warm, num_steps=bounds[i + 1] - bounds[i]), rollout_quantization=quantization)
+        recipe = recipe_of(run, folder, warm=warm, num_steps=bounds[i + 1] - bounds[i])
         try:
-            summary = train(recipe)
+            summary = train(replace(recipe, rollout_quantization=quantization))
         except FloatingPointError as error:
             print(f"diverged: {error}")
             diverged = True
@@ -196,14 +195,15 @@ def main() -> None:
     runs = plan(options.seeds, options.families, options.levels, options.arms)
     missing = [run for run in runs if not result_path(run, root).exists()]
     if options.plan:
-        print(f"{len(runs)} runs, {len(missing)} of them missing:", *(" ".join(map(str, run)) for run in missing), sep="\n")
+        print(f"{len(runs)} runs, {len(missing)} of them missing:")
+        print(*(" ".join(map(str, run)) for run in missing), sep="\n")
         return
     if not options.report:
+        starts = dict.fromkeys((family, seed) for family, _, _, seed in missing)
+        warm = {f"warm-{f}-{s}": partial(warm_up, f, s, root / "warm" / f"{f}-{s}") for f, s in starts}
+        arms = {"_".join(map(str, run)): partial(run_one, run, root, options.num_steps) for run in missing}
         with ProcessPoolExecutor(options.workers, get_context("spawn"), single_thread) as pool:
-            for jobs in (
-                {f"warm-{f}-{s}": partial(warm_up, f, s, root / "warm" / f"{f}-{s}") for f, s in {(r[0], r[3]): 0 for r in missing}},
-                {"_".join(map(str, run)): partial(run_one, run, root, options.num_steps) for run in missing},
-            ):
+            for jobs in (warm, arms):
                 waiting = [pool.submit(work, job, root / "logs" / f"{name}.txt") for name, job in jobs.items()]
                 for failure in filter(None, (job.result() for job in waiting)):
                     print("failed:", failure)

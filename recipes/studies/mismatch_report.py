@@ -12,11 +12,11 @@ HEADER = (
     "| arm | seeds | learner's solve rate | through the quantised net | each seed, learner / quantised "
     "| area | worst abs log ratio | lowest ESS | lambda, first / last 10 steps | collapsed |"
 )
-LEGEND = """Solve rates are on 400 held-out puzzles, greedy; mean ± half the 95 % interval (Student's t over seeds). Area: mean over
-steps of the share of rollouts that solve, so it is the quantised policy's own. Log ratios and ESS are per token, learner
-against rollout. A run has collapsed when the net that it trains (the quantised one for aligned and qarl, else the
-learner's) ends below the solve rate it started from, or its gradient was not finite (its rates then count as 0).
-With `unquantised` the rollout is the learner and the mismatch is exactly zero, bit for bit."""
+LEGEND = """Solve rates are on 400 held-out puzzles, greedy; mean ± half the 95 % interval (Student's t over seeds).
+Area: mean over steps of the share of rollouts that solve, so it is the quantised policy's own. Log ratios and ESS are
+per token, learner against rollout. A run has collapsed when the net that it trains (the quantised one for aligned and
+qarl, else the learner's) ends below the solve rate it started from, or its gradient was not finite (its rates then
+count as 0). With `unquantised` the rollout is the learner and the mismatch is exactly zero, bit for bit."""
 
 
 def load(results: Path) -> list[dict]:
@@ -57,10 +57,13 @@ def grouped(results: list[dict], order: list[str]) -> dict[tuple[str, str], dict
     """(family, level) -> arm -> its runs by seed; the unquantised runs stand beside every level of their family."""
     tables: dict = defaultdict(lambda: defaultdict(list))
     for run in sorted(results, key=lambda run: (order.index(run["arm"]), run["seed"])):
-        levels = {r["level"] for r in results if r["family"] == run["family"]} - {"-"} if run["level"] == "-" else {run["level"]}
-        for level in levels or {"-"}:
+        levels = {run["level"]}
+        if run["level"] == "-":
+            levels = {other["level"] for other in results if other["family"] == run["family"]} - {"-"} or levels
+        for level in levels:
             tables[run["family"], level][run["arm"]].append(run)
-    return dict(sorted(tables.items(), key=lambda item: (item[0][0] != "diffusion", item[0][1] == "ramp", item[0][1] != "int3")))
+    places = ["diffusion", "autoregressive"], ["-", "int3", "five_level", "ramp"]
+    return {key: tables[key] for key in sorted(tables, key=lambda k: (places[0].index(k[0]), places[1].index(k[1])))}
 
 
 def write(results: Path, folder: Path, *, order: list[str]) -> None:
@@ -81,7 +84,8 @@ def write(results: Path, folder: Path, *, order: list[str]) -> None:
     ]
     for (family, level), arms in tables.items():
         before = fmean(run["before"] for group in arms.values() for run in group if run["before"] is not None)
-        lines += ["", f"## {family}, {level} (before RL: {before:.3f})", "", HEADER, "|---" * (HEADER.count("|") - 1) + "|"]
+        lines += ["", f"## {family}, {level} (before RL: {before:.3f})", "", HEADER]
+        lines += ["|---" * (HEADER.count("|") - 1) + "|"]
         lines += [row(arm, group) for arm, group in arms.items()]
     (folder / "mismatch.md").write_text("\n".join(lines) + "\n")
     draw(tables, folder / "mismatch.png", order)

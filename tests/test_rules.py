@@ -1,0 +1,148 @@
+"""Rank and commit rules by hand."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from dllm_rl import head
+from dllm_rl.head import invert, sample
+from dllm_rl.samplers import rules
+
+LN2 = math.log(2)
+# One position with probabilities 1/2, 1/4, 1/4, 0, and a uniform one.
+LOGITS = torch.tensor([[1.0 + LN2, 1.0, 1.0, -torch.inf], [0.0, 0.0, 0.0, 0.0]])
+NORMALIZER = LOGITS.logsumexp(-1)
+
+
+def test_ranks_by_hand():
+    tokens = torch.tensor([1, 3])
+    close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
+    close(rules.confidence(LOGITS, NORMALIZER, tokens), torch.tensor([-2 * LN2, -2 * LN2]))
+    close(rules.max_prob(LOGITS, NORMALIZER), torch.tensor([-LN2, -2 * LN2]))
+    close(rules.margin(LOGITS, NORMALIZER), torch.tensor([0.25, 0.0]))
+    close(rules.entropy(LOGITS, NORMALIZER), torch.tensor([-1.5 * LN2, -2 * LN2]))
+    assert torch.equal(rules.random(torch.tensor([0.3, 0.7])), torch.tensor([0.3, 0.7]))
+
+
+def test_needs_are_read_from_the_names():
+    assert rules.needs_of(rules.confidence) == {"logits", "normalizer", "tokens"}
+    assert rules.needs_of(rules.random) == {"uniforms"}
+    assert all("tokens" not in rules.needs_of(r) for r in (rules.max_prob, rules.margin, rules.entropy, rules.random))
+
+
+def commit(rule, probs, steps_left=1, **options):
+    """Positions chosen in one row; None stands for one that is not masked."""
+    masked = torch.tensor([[p is not None for p in probs]])
+    scores = torch.tensor([[-torch.inf if p is None else p for p in probs]])
+    chosen = rule(scores, masked, torch.tensor([steps_left]), **options)
+    return chosen[0].nonzero()[:, 0].tolist()
+
+
+def logs(*probs):
+    return [None if p is None else math.log(p) for p in probs]
+
+
+def test_schedule_takes_the_best_and_breaks_ties_by_index():
+    assert commit(rules.schedule, [None, 0.2, 0.9, 0.2, 0.5], 2) == [2, 4]
+    assert commit(rules.schedule, [0.5, 0.5, 0.5, 0.5], 2) == [0, 1]
+    assert commit(rules.schedule, [None, 0.5, None], 4) == [1]
+    assert commit(rules.schedule, [None, None], 4) == []
+
+
+@pytest.mark.parametrize(("length", "steps", "shares"), [(10, 4, [3, 3, 2, 2]), (8, 8, [1] * 8), (3, 5, [1, 1, 1]), (7, 1, [7])])
+def test_schedule_is_llada_equal_shares_remainder_first(length, steps, shares):
+    left, out = length, []
+    for n in range(steps):
+        if left:
+            out.append(int(rules.share(torch.tensor([left]), torch.tensor([steps - n]))))
+            left -= out[-1]
+    assert out == shares and left == 0
+
+
+def test_late_schedule_keeps_the_remainder_for_the_end():
+    """10 in 4 steps: 2, 2, 3, 3."""
+    left, out = 10, []
+    for n in range(4):
+        out.append(len(commit(rules.late_schedule, [0.1] * left, 4 - n)))
+        left -= out[-1]
+    assert out == [2, 2, 3, 3]
+
+
+def test_threshold():
+    assert commit(rules.threshold, logs(0.95, 0.2, None, 0.91, 0.9), tau=0.9) == [0, 3, 4]
+    assert commit(rules.threshold, logs(0.3, 0.5, None, 0.5), tau=0.9) == [1]  # at least one, the first of equals
+    assert commit(rules.threshold, [None, None], tau=0.9) == []
+    with pytest.raises(ValueError, match=r"tau=1\.5"):
+        commit(rules.threshold, logs(0.5), tau=1.5)
+
+
+def test_factor():
+    """f = 1: p_(n) >= 1 - 1/(n+1) asks 1/2, 2/3, 3/4, 4/5 of the best, second, third, fourth."""
+    assert commit(rules.factor, logs(0.76, 0.8, 0.9, 0.7), f=1.0) == [0, 1, 2]
+    assert commit(rules.factor, logs(0.81, 0.82, 0.9, 0.85), f=1.0) == [0, 1, 2, 3]
+    assert commit(rules.factor, logs(0.3, 0.4, None, 0.2), f=1.0) == [1]
+    assert commit(rules.factor, logs(0.3, 0.4, None, 0.2), f=5.0) == [0, 1, 3]
+    # The LARGEST n counts: the second fails (0.65 < 2/3) and so does the third; with f = 1.2 the third passes again.
+    assert commit(rules.factor, logs(0.65, 0.64, 0.66), f=1.0) == [2]
+    assert commit(rules.factor, logs(0.65, 0.7, 0.72), f=1.2) == [1, 2]
+    with pytest.raises(ValueError, match="f=0"):
+        commit(rules.factor, logs(0.5), f=0.0)
+
+
+def test_entropy_bound():
+    """Entropies 0.1, 0.2, 0.4, 1.0: sums without the largest are 0, 0.1, 0.3, 0.7."""
+    scores = [-0.4, -0.1, -1.0, None, -0.2]
+    assert commit(rules.entropy_bound, scores, gamma=0.0) == [1]
+    assert commit(rules.entropy_bound, scores, gamma=0.15) == [1, 4]
+    assert commit(rules.entropy_bound, scores, gamma=0.31) == [0, 1, 4]
+    assert commit(rules.entropy_bound, scores, gamma=0.71) == [0, 1, 2, 4]
+    with pytest.raises(ValueError, match="gamma=-1"):
+        commit(rules.entropy_bound, scores, gamma=-1.0)
+
+
+def test_origin():
+    assert commit(rules.origin, [0.74, 0.75, 0.9, None], 4) == [1, 2]
+    assert commit(rules.origin, [0.0, 0.5, None], 1) == [0, 1]
+
+
+def test_rows_have_their_own_steps():
+    scores = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).expand(2, -1)
+    chosen = rules.schedule(scores, torch.ones(2, 4, dtype=torch.bool), torch.tensor([4, 2]))
+    assert chosen.tolist() == [[False, True, False, False], [False, True, True, False]]
+
+
+def test_steps_per_block():
+    assert rules.steps_per_block(7, [8, 8, 4]) == [3, 2, 2]
+    assert rules.steps_per_block(None, [8, 8, 4]) == [8, 8, 4]
+    with pytest.raises(ValueError, match="num_steps=2 is fewer than the 3 blocks"):
+        rules.steps_per_block(2, [8, 8, 4])
+
+
+@pytest.mark.parametrize("size", [3, 256, 1000])
+def test_inversion_is_the_cumulative_distribution(size):
+    """At every edge of the cumulative mass the token changes; a token of mass 0 is never drawn, not even at the end."""
+    mass = torch.randint(0, 4, (1, size), generator=torch.Generator().manual_seed(1)).float()
+    mass[0, -1] = 0  # and small integers, whose sums are exact
+    edges = mass[0].double().cumsum(-1)
+    u = torch.arange(4 * int(edges[-1])).double() / (4 * edges[-1])
+    u = torch.cat([u, torch.tensor([1 - 2.0**-53], dtype=torch.float64)])
+    expected = torch.searchsorted(edges, u * edges[-1], right=True)
+    expected[-1] = int(mass[0].nonzero()[-1])
+    assert torch.equal(invert(mass.expand(len(u), -1), u), expected)
+    assert (mass[0, expected] > 0).all()
+
+
+def test_sample_needs_no_normalised_logits():
+    logits = torch.tensor([[200.0, 200.0 + LN2, -torch.inf]]).expand(3, -1)
+    assert sample(logits, torch.tensor([0.0, 0.33, 0.34], dtype=torch.float64)).tolist() == [0, 0, 1]
+
+
+def test_head_rows_do_not_depend_on_how_many_there_are():
+    """fp32 products of one to three rows round otherwise than those of many; the padded head does not show it."""
+    generator = torch.Generator().manual_seed(0)
+    weight, hidden = torch.randn(50, 96, generator=generator), torch.randn(40, 96, generator=generator)
+    run = lambda h: head.chunked(lambda x: (x @ weight.T,), h, vocabulary=50)[0]  # noqa: E731
+    for rows in (1, 2, 3, 5, 17):
+        assert torch.equal(run(hidden[:rows]), run(hidden)[:rows])
