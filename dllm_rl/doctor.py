@@ -236,7 +236,7 @@ def worst_tokens(
 def worst_layers(
     policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise, count: int
 ) -> tuple[tuple[str, float], ...]:
-    """Layers by ||output under the learner - under the rollout|| / ||output||, on at most eight rows of the first view."""
+    """Layers by ||output under the learner - under the rollout|| / ||output||, on at most eight rows of a view."""
     tokens, attention_mask = rollout.tokens[:8], rollout.attention_mask[:8]
     if policy.spec.mask_id is not None:
         tokens = tokens.masked_fill(noise.masked[0, :8], policy.spec.mask_id)
