@@ -13,6 +13,7 @@ from dllm_rl.evaluation import score
 from dllm_rl.launch import begin, catch_interrupt, draw_problems, evaluate_with, finish, prepare, save
 from dllm_rl.learner import update
 from dllm_rl.mismatch import mismatch_metrics
+from dllm_rl.plan import plan
 from dllm_rl.policies import Policy
 from dllm_rl.quantize import quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
@@ -23,6 +24,9 @@ from dllm_rl.types import Batch, Noise, Rollout, row_seeds
 
 def train(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe; returns what its summary.json holds. Raises ValueError on one that cannot run, before any work."""
+    if recipe.dry_run:
+        print(text := plan(recipe))
+        return {"plan": text}
     accelerator, log, folder = prepare(recipe)
     policy, reference, optimizer, start, history = begin(recipe, accelerator, log, folder)
     rollout_policy = policy if recipe.rollout_quantization is None else quantized_copy(policy, recipe.rollout_quantization())
