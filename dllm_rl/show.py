@@ -22,7 +22,7 @@ from dllm_rl.tasks.base import Problem
 from dllm_rl.text import decode, encode, stream
 from dllm_rl.types import Rollout
 
-RANKS = {f.__name__: f for f in (rules.confidence, rules.max_prob, rules.margin, rules.entropy, rules.random)}
+RANKS = {f.__name__: f for f in rules.RANKS}
 COMMITS = {
     f.__name__: f
     for f in (rules.schedule, rules.late_schedule, rules.origin, rules.threshold, rules.factor, rules.entropy_bound)
