@@ -9,6 +9,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dllm-rl", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sample(commands)
+    add_evaluate(commands)
+    add_grade(commands)
     add_report(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -16,6 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def add_sample(commands) -> None:
@@ -67,6 +72,57 @@ def sample(arguments: argparse.Namespace) -> None:
         commit=None if arguments.commit is None else commit_rule(arguments.commit),
         cache=None if arguments.cache is None else cache_of(arguments.cache),
     )
+
+
+def add_evaluate(commands) -> None:
+    sub = commands.add_parser("evaluate", help="complete a task's problems with a checkpoint and grade the completions")
+    sub.add_argument("model", help="a checkpoint folder, or a model hub's id")
+    sub.add_argument("--task", required=True, help="sudoku, countdown, gsm8k, math500 or mini")
+    sub.add_argument("--protocol", help="how completions are graded: strict (default), d1, spg, espo or math-verify")
+    sub.add_argument("--split", choices=("train", "validation", "test"), help="default: test")
+    sub.add_argument("--path", help="a file or folder with the problems")
+    sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting of the task")
+    sub.add_argument("--lengths", type=_numbers, help="tokens per completion, as 128,256 (default: the task's)")
+    sub.add_argument("--num_steps", type=_numbers, help="unmasking steps, one number or one a length (default: as tokens)")
+    sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    sub.add_argument("--samples", type=int, default=1, help="completions of each problem, for pass@k")
+    sub.add_argument("--limit", type=int, help="the first so many problems (default: all, or 500 made)")
+    sub.add_argument("--batch_size", type=int, default=32, help="completions at a time (default 32)")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "auto"))
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--output_dir", help="keep completions; the same command continues what was interrupted")
+    sub.add_argument("--json", action="store_true", help="one JSON object a length instead of a table")
+    sub.set_defaults(run=evaluate)
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
+    return numbers
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from dllm_rl.evaluate_command import evaluate_command
+
+    evaluate_command(arguments)
+
+
+def add_grade(commands) -> None:
+    sub = commands.add_parser("grade", help="grade stored completions, anyone's")
+    sub.add_argument("file", help="a .jsonl file; a row holds `completion` and the task's fields")
+    sub.add_argument("--task", required=True, help="sudoku, countdown, gsm8k or math500")
+    sub.add_argument("--protocol", default="strict", help="strict (default), d1, spg, espo or math-verify")
+    sub.set_defaults(run=grade)
+
+
+def grade(arguments: argparse.Namespace) -> None:
+    import json
+
+    from dllm_rl.grading import grade_file
+
+    print(json.dumps(grade_file(arguments.file, task=arguments.task, protocol=arguments.protocol)))
 
 
 def add_report(commands) -> None:

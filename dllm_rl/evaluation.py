@@ -1,13 +1,20 @@
-"""Evaluate a policy on a task."""
+"""Evaluate a policy on a task: one function for training, for code and for `dllm-rl evaluate`."""
 
+import dataclasses
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
+from dllm_rl.command_line import describe
+from dllm_rl.completions import Completions, Row, fingerprint, make_row
 from dllm_rl.policies import Policy
+from dllm_rl.results import Answer, Evaluation
 from dllm_rl.tasks.base import Problem, Reward, Task
-from dllm_rl.text import decode, encode, stream
+from dllm_rl.text import completion_ids, decode, encode, stream
 from dllm_rl.types import Rollout
 
 
@@ -19,7 +26,9 @@ def score(task: Task, problems: Sequence[Problem], completions: Sequence[str]) -
         try:
             graded.append(task.reward(problem, completion))
         except Exception as error:
-            raise RuntimeError(f"the grader of task {task.name!r} raised on problem {problem!r}, completion {completion!r}") from error
+            raise RuntimeError(
+                f"the grader of task {task.name!r} raised on problem {problem!r}, completion {completion!r}"
+            ) from error
     return graded
 
 
@@ -30,23 +39,94 @@ def evaluate(
     *,
     seed: int = 0,
     batch_size: int = 256,
+    samples: int = 1,
+    limit: int | None = None,
+    completions: str | Path | None = None,
+    model: str = "",
     accelerator: Accelerator | None = None,
-) -> dict[str, float]:
-    """Means over all problems of the task: reward, parsed, and every name of the rewards' breakdown.
+    progress: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Complete the task's problems, or its first `limit`, `samples` times each, and grade the completions.
 
-    Problem i's random numbers depend on (seed, i) only. With an accelerator the problems are shared out to processes.
+    Random numbers depend on (seed, problem, sample) only; sample 0 is what samples=1 gives.
+    batch_size   completions per call of the sampler and process, but at least those of one problem.
+    completions  a .jsonl file that keeps every completion; those that it holds are graded again, not made again.
+    model        a name, for the records.
+    accelerator  shares the problems out to its processes; all of them return the same.
+    progress     called with the number of completions done by then, over all processes.
+
+    Raises ValueError when the file holds completions of other weights, seed, sampler or problems.
     """
+    count = len(task) if limit is None else min(limit, len(task))
+    for name, value in {"samples": samples, "batch_size": batch_size, "limit": count}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     accelerator = accelerator or Accelerator(cpu=policy.device.type == "cpu")
-    sums: dict[str, float] = {}
-    mine = range(accelerator.process_index, len(task), accelerator.num_processes)
-    for begin in range(0, len(mine), batch_size):
-        indices = mine[begin : begin + batch_size]
-        problems = [task[i] for i in indices]
-        seeds = [stream(seed, "evaluate", i).initial_seed() for i in indices]
-        rollout = sampler(policy, encode(policy, problems, seeds=seeds), stream(seed, "evaluate"))
-        for reward in score(task, problems, decode(policy, rollout)):
-            for name, value in {"reward": reward.value, "parsed": reward.parsed, **reward.breakdown}.items():
-                sums[name] = sums.get(name, 0.0) + value
-    names = sorted({name for part in accelerator.gather_for_metrics([list(sums)], use_gather_object=True) for name in part})
-    totals = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64, device=accelerator.device)
-    return dict(zip(names, (accelerator.reduce(totals, reduction="sum") / len(task)).tolist(), strict=True))
+    path = None if completions is None else Path(completions)
+    made_with = {"seed": seed, "sampler": describe(sampler), "weights": path and fingerprint(policy)}
+    keeper = Completions(path, made_with, accelerator)
+    facts = facts_of(task) | {"model": model} | made_with
+
+    answers: list[Answer] = []
+    size = min(max(1, batch_size // samples), -(-count // accelerator.num_processes))
+    starts = range(accelerator.process_index * size, count, accelerator.num_processes * size)
+    for batch in (range(start, min(start + size, count)) for start in starts):
+        problems = {i: task[i] for i in batch}
+        keys = [(i, j) for i in batch for j in range(samples)]
+        rows = keeper.held(keys, problems)
+        if len(rows) < len(keys):
+            # The batch is run whole, though some of it may be there: nothing then depends on when a run was killed.
+            made = complete(policy, problems, sampler, seed, samples, facts)
+            fresh = {key: made[key] for key in keys if key not in rows}
+            keeper.append(fresh.values())
+            rows |= fresh
+        graded = score(task, list(problems.values()), [rows[key]["completion"] for key in keys])
+        for key, reward in zip(keys, graded, strict=True):
+            record = rows[key]["evaluation"]
+            answers.append(Answer(*key, reward, record["tokens"], record["forwards"], record["seconds"]))
+        progress(min(len(answers) * accelerator.num_processes, count * samples))
+    keeper.close()
+    return Evaluation(tuple(sorted(gather_object(answers), key=lambda answer: (answer.problem, answer.sample))), facts)
+
+
+def complete(
+    policy: Policy,
+    problems: dict[int, Problem],
+    sampler: Callable[..., Rollout],
+    seed: int,
+    samples: int,
+    facts: dict[str, Any],
+) -> dict[tuple[int, int], Row]:
+    """The rows of a batch: every problem completed `samples` times."""
+    keys = [(i, j) for i in problems for j in range(samples)]
+    seeds = [stream(seed, "evaluate", i, *([j] if j else [])).initial_seed() for i, j in keys]
+    begin = time.perf_counter()
+    prompts = encode(policy, list(problems.values()), group_size=samples, seeds=seeds)
+    rollout = sampler(policy, prompts, stream(seed, "evaluate"))
+    texts, lengths = decode(policy, rollout), map(len, completion_ids(policy, rollout))
+    share = {"forwards": rollout.forwards / len(keys), "seconds": (time.perf_counter() - begin) / len(keys)}
+    return {
+        (i, j): make_row(problems[i], text, {"problem": i, "sample": j, "tokens": length, **share, **facts})
+        for (i, j), text, length in zip(keys, texts, lengths, strict=True)
+    }
+
+
+def facts_of(task: Task) -> dict[str, Any]:
+    """Name, version, protocol, split, and those of the task's settings that are plain values."""
+    inner = getattr(task, "task", task)  # under a protocol, the settings are those of the task itself
+    fields = dataclasses.fields(inner) if dataclasses.is_dataclass(inner) else ()
+    values = {field.name: getattr(inner, field.name) for field in fields}
+    plain = {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if _plain(v)}
+    return {
+        "task": task.name,
+        "version": task.version,
+        "protocol": getattr(task, "protocol", "own"),
+        "split": plain.get("split"),
+        "settings": plain,
+    }
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | Path)

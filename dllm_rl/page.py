@@ -44,7 +44,7 @@ button, select { font: inherit; color: inherit; background: var(--card); border:
   <output id="where" for="step"></output>
   <label>colour <select id="colour"><option value="step">commit step</option><option value="confidence">confidence</option></select></label>
 </div>
-<div class="legend"><span id="low"></span><span class="ramp" id="ramp"></span><span id="high"></span></div>
+<div class="legend"><span id="low"></span><span class="ramp" id="ramp"></span><span id="high"></span><span>· outlined: written in this step</span></div>
 <div id="rows"></div>
 </main>
 <script type="application/json" id="data">@DATA@</script>

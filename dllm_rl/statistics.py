@@ -28,12 +28,12 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
 
 
 def bootstrap_mean(
-    values: Sequence[float],
+    values: Sequence[float] | np.ndarray,
     generator: np.random.Generator,
     *,
     confidence: float = 0.95,
     resamples: int = 2000,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | np.ndarray | None = None,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval for a mean, or for sum(values)/sum(weights) when weights are given.
 

@@ -11,29 +11,50 @@ from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Prompts, Rollout
 
 
-def encode(policy: Policy, problems: Sequence[Problem], *, group_size: int = 1, seeds: Sequence[int] | None = None) -> Prompts:
+def encode(
+    policy: Policy, problems: Sequence[Problem], *, group_size: int = 1, seeds: Sequence[int] | None = None
+) -> Prompts:
     """Tokenise prompts: chat messages through the tokenizer's template, text as it is (no special tokens added)."""
     ids = [prompt_ids(policy, problem.prompt) for problem in problems]
     return Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group_size, seeds=seeds)
 
 
 def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]]) -> list[int]:
-    if isinstance(prompt, str):
-        return policy.tokenizer.encode(prompt, add_special_tokens=False)
-    return policy.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+    """Token ids of a prompt; a last message of the assistant's is the text that its turn begins with.
+
+    Raises ValueError for chat messages without a chat template, and for text outside the model's vocabulary.
+    """
+    tokenizer, text = policy.tokenizer, prompt
+    if not isinstance(prompt, str):
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "prompt is chat messages, but the model's tokenizer has no chat template; give plain text (chat=False)"
+            )
+        opening = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
+        asked = prompt[:-1] if opening else prompt
+        text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False) + opening
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # a bare Exception is what the tokenizers library raises
+        raise ValueError(f"text {text!r} cannot be tokenised by this model: {error}") from error
 
 
 def decode(policy: Policy, rollout: Rollout) -> list[str]:
     """Each row's completion as text: the tokens that the policy chose, up to the first end token, specials left out."""
+    return policy.tokenizer.batch_decode(completion_ids(policy, rollout), skip_special_tokens=True)
+
+
+def completion_ids(policy: Policy, rollout: Rollout) -> list[list[int]]:
+    """Each row's chosen tokens before its first end token."""
     completions = []
     for tokens, chosen in zip(rollout.tokens.tolist(), rollout.completion_mask.tolist(), strict=True):
         ids = [token for token, mine in zip(tokens, chosen, strict=True) if mine]
         end = next((i for i, token in enumerate(ids) if token in policy.spec.eos_ids), len(ids))
         completions.append(ids[:end])
-    return policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    return completions
 
 
 def stream(*key: object) -> Generator:
-    """A generator that is a pure function of its key, as (seed, "rollout", step): nothing to save, nothing to restore."""
+    """A generator that is a pure function of its key, as (seed, "rollout", step): nothing to save or restore."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -5,16 +5,18 @@ import subprocess
 import sys
 from itertools import product
 from random import Random
-from time import perf_counter
+from time import process_time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm_rl.tasks.base import Problem, Task
-from dllm_rl.tasks.grids import SOLVED, SPLITS, completions
+from dllm_rl.tasks.grids import MOST_COMPLETIONS, SOLVED, SPLITS, completions, is_completion
+from dllm_rl.tasks.splits import hashed_split
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.tasks.sudoku_graders import first_cells, score
+from dllm_rl.tasks.sudoku_solver import is_unique, random_grid, random_unique_puzzle, solutions
 
 GRID = "1234341221434321"
 WEIGHTS = {"solved_weight": 1.0, "match_weight": 4.0}
@@ -236,7 +238,21 @@ def test_templates(tmp_path) -> None:
         Sudoku(prompt_format="no such file")
 
 
-@pytest.mark.parametrize("bad", [{"split": "dev"}, {"clues": 3}, {"clues": (12, 10)}, {"clues": 17}, {"size": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"split": "dev"},
+        {"clues": 3},
+        {"clues": (12, 10)},
+        {"clues": 17},
+        {"clues": 25, "side": 9},
+        {"side": 5},
+        {"unique": False, "side": 9, "clues": 30},
+        {"size": 0},
+        {"reward_rule": "d1", "side": 9, "clues": 30},
+        {"opening": "<reasoning>"},
+    ],
+)
 def test_bad_settings_name_the_field(bad: dict) -> None:
     with pytest.raises(Exception, match=next(iter(bad))):
         Sudoku(**bad)
@@ -267,6 +283,115 @@ def test_any_text_gets_a_finite_grade(text: str) -> None:
 def test_a_million_characters_take_no_time(piece: str) -> None:
     text = piece * (10**6 // len(piece))
     for task in (Sudoku(), Sudoku(prompt_format="text")):
-        start = perf_counter()
+        start = process_time()
         task.reward(problem(PUZZLE), text)
-        assert perf_counter() - start < 0.05
+        assert process_time() - start < 0.05
+
+
+def valid9(grid: str) -> bool:
+    rows = [grid[9 * r : 9 * r + 9] for r in range(9)]
+    columns = [grid[c::9] for c in range(9)]
+    boxes = [
+        "".join(grid[9 * (r + i) + c : 9 * (r + i) + c + 3] for i in range(3)) for r in (0, 3, 6) for c in (0, 3, 6)
+    ]
+    return all(sorted(unit) == list("123456789") for unit in rows + columns + boxes)
+
+
+# Well-known puzzles with the least number of givens a 9x9 can have, and two that are hard to search.
+PUZZLES9 = [
+    "000000010400000000020000000000050407008000300001090000300400200050100000000806000",
+    "000000010400000000020000000000050604008000300001090000300400200050100000000807000",
+    "000000012000035000000600070700000300000400800100000000000120000080000040050000600",
+    "800000000003600000070090200050007000000045700000100030001000068008500010090000400",
+    "000000000000003085001020000000507000004000100090000000500000073002010000000040009",
+]
+
+
+@pytest.mark.parametrize("puzzle", PUZZLES9)
+def test_the_solver_solves_9x9_with_17_clues(puzzle: str) -> None:
+    start = process_time()
+    (grid,) = solutions(puzzle)
+    assert process_time() - start < 1.0
+    assert valid9(grid) and all(given in ("0", digit) for given, digit in zip(puzzle, grid, strict=True))
+    assert sum(digit != "0" for digit in PUZZLES9[0]) == 17
+    assert is_unique(puzzle) and completions(puzzle) == (grid,)
+
+
+def test_the_solver_agrees_with_the_288_grids() -> None:
+    assert sorted(solutions("0" * 16)) == list(SOLVED)
+    rng = Random(8)
+    for _ in range(60):
+        puzzle = list(rng.choice(SOLVED))
+        for cell in rng.sample(range(16), rng.randint(0, 15)):
+            puzzle[cell] = rng.choice("000000001")
+        agreeing = [grid for grid in SOLVED if all(p in ("0", g) for p, g in zip(puzzle, grid, strict=True))]
+        assert sorted(solutions("".join(puzzle))) == agreeing
+
+
+def test_the_solver_finds_every_completion_of_a_9x9() -> None:
+    """A rectangle of two digits in two rows, two columns and two boxes can be filled in two ways."""
+    for seed in range(50):
+        grid = random_grid(Random(seed))
+        for r, s, c, d in product(range(9), repeat=4):
+            crossed = grid[9 * r + c] == grid[9 * s + d] and grid[9 * r + d] == grid[9 * s + c]
+            if r < s and c < d and crossed and (r // 3 == s // 3) != (c // 3 == d // 3):
+                puzzle = list(grid)
+                for cell in (9 * r + c, 9 * r + d, 9 * s + c, 9 * s + d):
+                    puzzle[cell] = "0"
+                found = list(solutions("".join(puzzle)))
+                assert len(found) == len(set(found)) == 2 and grid in found and all(map(valid9, found))
+                break
+        else:
+            continue
+        break
+    else:
+        pytest.fail("no grid with such a rectangle")
+    assert list(solutions("11" + "0" * 79)) == []
+    assert len(completions("0" * 81)) == MOST_COMPLETIONS
+
+
+def test_random_grids_and_puzzles_9x9() -> None:
+    rng = Random(1)
+    grids = [random_grid(rng) for _ in range(5)]
+    assert len(set(grids)) == 5 and all(map(valid9, grids))
+    puzzle = random_unique_puzzle(grids[0], 30, rng)
+    assert puzzle is not None and 81 - puzzle.count("0") == 30 and list(solutions(puzzle)) == [grids[0]]
+    assert random_unique_puzzle(grids[0], 17, rng) is None  # next to no grid has a puzzle of 17 at the first attempt
+    assert random_unique_puzzle(grids[0], 81, rng) == grids[0]
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_9x9_problems(split: str) -> None:
+    task = Sudoku(side=9, clues=(30, 40), split=split, size=4, seed=1)
+    for problem in task:
+        puzzle, solution = problem.fields["puzzle"], problem.fields["solution"]
+        assert 30 <= 81 - puzzle.count("0") <= 40 and is_unique(puzzle) and hashed_split(solution) == split
+        assert task.reward(problem, solution).value == 5.0
+        wrong = task.reward(problem, solution[:80])
+        assert wrong.value == pytest.approx(4 * 80 / 81) and not wrong.parsed
+    assert task[3] == Sudoku(side=9, clues=(30, 40), split=split, size=9, seed=1)[3]
+    asked = Sudoku(side=9, clues=40, prompt_format="text", split=split)[0]
+    assert "9x9 Sudoku" in asked.prompt[0]["content"] and "3x3 boxes" in asked.prompt[0]["content"]
+
+
+def test_is_completion() -> None:
+    (grid,) = completions(PUZZLES9[0])
+    assert is_completion(PUZZLES9[0], grid) and is_completion("0" * 81, grid)
+    swapped = grid.translate(str.maketrans("12", "21"))
+    assert not is_completion(PUZZLES9[0], swapped) and is_completion("0" * 81, swapped)
+    for wrong in (grid[:80], grid[:80] + "0", grid[:80] + "\u0661", grid[:80] + str(int(grid[80]) % 9 + 1)):
+        assert not is_completion("0" * 81, wrong)
+    assert score("0" * 81, swapped, **WEIGHTS).breakdown["solve_rate"] == 1.0  # beyond the listed completions
+
+
+def test_stored_puzzles(tmp_path) -> None:
+    path = tmp_path / "puzzles.csv"
+    path.write_text(f"Puzzle,Solution\n{PUZZLE},{GRID}\n{PUZZLE.replace('0', '.')},{GRID}\n")
+    task = Sudoku(path=path)
+    assert len(task) == 2 and task[0].fields == task[1].fields == {"puzzle": PUZZLE, "solution": GRID}
+    assert task[0].prompt == PUZZLE.replace("0", ".") + "="
+    for row, message in ((f"{PUZZLE},{GRID[:15]}2", "is no completion"), (f"{PUZZLE[1:]},{GRID}", "16 characters")):
+        bad = tmp_path / f"{len(message)}.csv"
+        bad.write_text(f"Puzzle,Solution\n{PUZZLE},{GRID}\n{row}\n")
+        with pytest.raises(ValueError, match=f"line 3: .*{message}"):
+            len(Sudoku(path=bad))

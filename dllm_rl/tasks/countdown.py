@@ -11,7 +11,7 @@ from dllm_rl.tasks.countdown_graders import countdown_d1_training, countdown_str
 from dllm_rl.tasks.countdown_solver import signed_sums, write
 from dllm_rl.tasks.expressions import evaluate
 from dllm_rl.tasks.loading import load_rows
-from dllm_rl.tasks.prompts import Prompt, fill, load_template
+from dllm_rl.tasks.prompts import Prompt, check_opening, fill, load_template
 from dllm_rl.tasks.splits import Split, check_split, hashed_split
 
 TEXT = """Write an arithmetic expression that is worth exactly {target}. It must use each of the numbers {numbers} \
@@ -79,6 +79,7 @@ class Countdown:
             raise ValueError(f"size={self.size} must be at least 1")
         if self.reward_rule not in ("own", "d1"):
             raise ValueError(f"reward_rule={self.reward_rule!r} must be 'own' or 'd1'")
+        check_opening(self.opening, chat=self.chat, prompt_format=self.prompt_format)
         _template(self.prompt_format)
 
     def __len__(self) -> int:

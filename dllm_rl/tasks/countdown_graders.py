@@ -29,7 +29,7 @@ def countdown_d1(fields: Mapping[str, Any], completion: str) -> Reward:
     Where digits, operators, parentheses and spaces run up to an equals sign with a digit, point or space behind, the
     first such run is the expression. d1 evaluates with Python; here ** and // do not count, nor do decimals [ours].
     """
-    box = last_box(completion)
+    box = last_box(completion, names=("\\boxed",))
     block = first_closed_answer(completion)
     text = box if box is not None else completion if block is None else block.strip()
     text = text.replace("\\div", "/").replace("\\times", "*").replace("\\cdot", "*")

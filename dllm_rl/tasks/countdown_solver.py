@@ -53,27 +53,29 @@ class _Solver:
             for part in _parts(subset):
                 for a, left in self.table(part).items():
                     for b, right in self.table(subset ^ part).items():
-                        for value, expression in self._combine(a, left, b, right):
-                            table.setdefault(value, expression)
+                        for operator, value, in_order in self._values(a, b):
+                            if value not in table:
+                                table[value] = (
+                                    write(left, operator, right) if in_order else write(right, operator, left)
+                                )
             self.tables[subset] = table
         return self.tables[subset]
 
-    def _combine(
-        self, a: Fraction, left: _Expression, b: Fraction, right: _Expression
-    ) -> Iterator[tuple[Fraction, _Expression]]:
+    def _values(self, a: Fraction, b: Fraction) -> Iterator[tuple[str, Fraction, bool]]:
+        """(operator, value, whether a stands first) for all that two values can be joined to."""
         for operator in self.operators:
             if operator == "+":
-                yield a + b, write(left, "+", right)
+                yield "+", a + b, True
             elif operator == "*":
-                yield a * b, write(left, "*", right)
+                yield "*", a * b, True
             elif operator == "-":
-                yield a - b, write(left, "-", right)
-                yield b - a, write(right, "-", left)
+                yield "-", a - b, True
+                yield "-", b - a, False
             else:
                 if b:
-                    yield a / b, write(left, "/", right)
+                    yield "/", a / b, True
                 if a:
-                    yield b / a, write(right, "/", left)
+                    yield "/", b / a, False
 
     def reach(self, subset: int, target: Fraction) -> _Expression | None:
         if subset.bit_count() <= _TABULATED:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.loading import load_split
 from dllm_rl.tasks.maths_graders import gsm8k_d1_training, gsm8k_espo, gsm8k_strict, reference_number
-from dllm_rl.tasks.prompts import Prompt, fill, load_template
+from dllm_rl.tasks.prompts import Prompt, check_opening, fill, load_template
 from dllm_rl.tasks.splits import Split, check_split, hashed_split
 
 TEXT = """Solve this problem step by step. Put your working between <reasoning> and </reasoning>, then the final \
@@ -48,6 +48,7 @@ class GSM8K:
         check_split(self.split)
         if self.reward_rule not in _RULES:
             raise ValueError(f"reward_rule={self.reward_rule!r} must be one of {', '.join(map(repr, _RULES))}")
+        check_opening(self.opening, chat=self.chat, prompt_format=self.prompt_format)
         _template(self.prompt_format)
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.loading import load_split
 from dllm_rl.tasks.maths_graders import math500_math_verify, math500_strict
-from dllm_rl.tasks.prompts import Prompt, fill, load_template
+from dllm_rl.tasks.prompts import Prompt, check_opening, fill, load_template
 from dllm_rl.tasks.reading import last_box
 from dllm_rl.tasks.splits import Split, check_split, hashed_split
 
@@ -51,6 +51,7 @@ class MATH500:
             raise ValueError(f"split={self.split!r} needs path=: MATH-500 is a test set; give a file of MATH problems")
         if self.reward_rule not in _RULES:
             raise ValueError(f"reward_rule={self.reward_rule!r} must be one of {', '.join(map(repr, _RULES))}")
+        check_opening(self.opening, chat=self.chat, prompt_format=self.prompt_format)
         _template(self.prompt_format)
 
     def __len__(self) -> int:

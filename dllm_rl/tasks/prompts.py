@@ -43,16 +43,19 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def check_opening(opening: str, *, chat: bool, prompt_format: str | Path) -> None:
+    """Errors: ValueError for an opening where the prompt has no assistant's turn to begin."""
+    if opening and (not chat or prompt_format == "compact"):
+        raise ValueError(f"opening={opening!r} begins the assistant's turn: it needs chat=True and a text prompt")
+
+
 def fill(template: Prompt, *, chat: bool, opening: str = "", **values: str) -> Prompt:
     """The template with each `{name}` replaced, as one user message when `chat` and the template is plain text.
 
     Only the names given are replaced, each once and never inside a value: templates and problems may hold other
     braces, such as \\boxed{}. With an `opening`, a last message of the assistant's begins its turn with that text.
-    Errors: ValueError for an opening without chat.
     """
     if isinstance(template, str) and not chat:
-        if opening:
-            raise ValueError(f"opening={opening!r} needs chat=True: it begins the assistant's turn")
         return _replace(template, values)
     asked = [{"role": "user", "content": template}] if isinstance(template, str) else template
     messages = [{"role": message["role"], "content": _replace(message["content"], values)} for message in asked]

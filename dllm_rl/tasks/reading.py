@@ -40,12 +40,12 @@ def last_closed_answer(text: str) -> str | None:
     return None
 
 
-def last_box(text: str) -> str | None:
+def last_box(text: str, *, names: tuple[str, ...] = ("\\boxed", "\\fbox")) -> str | None:
     """The content of the last `\\boxed{...}`, or failing that of the last `\\fbox{...}`, with balanced braces."""
-    for opening in ("\\boxed{", "\\fbox{"):
-        start = text.rfind(opening)
+    for name in names:
+        start = text.rfind(name + "{")
         if start >= 0:
-            return _balanced(text, start + len(opening))
+            return _balanced(text, start + len(name) + 1)
     return None
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.grids import SPLITS, completions, count_completions
 from dllm_rl.tasks.loading import load_rows
-from dllm_rl.tasks.prompts import Prompt, fill, load_template
+from dllm_rl.tasks.prompts import Prompt, check_opening, fill, load_template
 from dllm_rl.tasks.reading import last_answer
 from dllm_rl.tasks.splits import Split, check_split, hashed_split
 from dllm_rl.tasks.sudoku_graders import first_cells, score, sudoku_d1_training
@@ -78,6 +78,7 @@ class Sudoku:
             raise ValueError(f"size={self.size} must be at least 1")
         if self.reward_rule not in ("own", "d1") or (self.reward_rule == "d1" and self.side == 9):
             raise ValueError(f"reward_rule={self.reward_rule!r} must be 'own', or on 4x4 'd1'")
+        check_opening(self.opening, chat=self.chat, prompt_format=self.prompt_format)
         _template(self.prompt_format)
 
     def __len__(self) -> int:

@@ -1,0 +1,143 @@
+"""Stored completions: a JSONL file that grows while an evaluation runs, survives a kill, and can be graded again.
+
+A row holds `prompt`, `completion`, the problem's fields under their own names, and under `evaluation` what made it.
+Each process appends to a part of its own, NAME.partN.jsonl; as an evaluation begins and ends, parts are folded into
+NAME.jsonl.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from dllm_rl.policies import Policy
+from dllm_rl.quantize_layers import is_packed
+from dllm_rl.tasks.base import Problem
+from dllm_rl.tasks.loading import load_rows
+
+Key = tuple[int, int]  # (problem, sample)
+Row = dict[str, Any]
+OWN = ("prompt", "completion", "evaluation")
+
+
+class Completions:
+    """Owns the file: the rows that it held, and the part that this process adds to. Without a path it keeps nothing.
+
+    made_with  facts that stored rows must share with those to come (weights, seed, sampler).
+    Raises ValueError on rows made with others, and on lines that are no rows.
+    """
+
+    def __init__(self, path: Path | None, made_with: Mapping[str, Any], accelerator: Accelerator) -> None:
+        self.path, self.accelerator, self.rows = path, accelerator, {}
+        if path is not None:
+            self._fold()
+            self.rows = read(path)
+            self.part = path.with_name(f"{path.stem}.part{accelerator.process_index}.jsonl")
+            for row in self.rows.values():
+                for name, value in made_with.items():
+                    if row["evaluation"].get(name) != value:
+                        before = row["evaluation"].get(name)
+                        raise ValueError(
+                            f"{path} holds completions made with {name}={before}, not {value}; give another output_dir"
+                        )
+
+    def held(self, keys: Sequence[Key], problems: Mapping[int, Problem]) -> dict[Key, Row]:
+        """Those of the keys' rows that are there. Raises ValueError when one belongs to another problem."""
+        rows = {key: self.rows[key] for key in keys if key in self.rows}
+        for key, row in rows.items():
+            now = json.loads(json.dumps(make_row(problems[key[0]], row["completion"], row["evaluation"])))
+            changed = [name for name in now if now[name] != row.get(name)]
+            if changed:
+                name = changed[0]
+                raise ValueError(
+                    f"{self.path} holds another problem {key[0]}: its {name} is {row.get(name)!r}, "
+                    f"the task's is {now[name]!r}; give another output_dir"
+                )
+        return rows
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add whole lines to this process's part, and have them on disk on return."""
+        if self.path is not None:
+            with self.part.open("a", encoding="utf-8") as file:
+                file.write("".join(map(_line, rows)))
+                _to_disk(file)
+
+    def close(self) -> None:
+        if self.path is not None:
+            self._fold()
+
+    def _fold(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            fold(self.path)
+        self.accelerator.wait_for_everyone()
+
+
+def make_row(problem: Problem, completion: str, evaluation: Mapping[str, Any]) -> Row:
+    """A row of the file. Raises ValueError when a field of the problem bears a name that rows need."""
+    taken = [name for name in problem.fields if name in OWN]
+    if taken:
+        raise ValueError(f"field {taken[0]!r} of the problem has a name that stored completions need; rename it")
+    return {**problem.fields, "prompt": problem.prompt, "completion": completion, "evaluation": dict(evaluation)}
+
+
+def fold(path: Path) -> None:
+    """Gather the file and its parts in one file, by problem and sample; atomic, so that a kill loses nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = sorted(path.parent.glob(f"{path.stem}.part*.jsonl"))
+    if not parts:
+        return
+    rows = read(path)
+    for part in parts:
+        _drop_torn_line(part)
+        rows |= read(part)
+    aside = path.with_name(f".{path.name}.aside")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(_line(rows[key]) for key in sorted(rows))
+        _to_disk(file)
+    aside.replace(path)
+    for part in parts:
+        part.unlink()
+
+
+def read(path: Path) -> dict[Key, Row]:
+    """The file's rows by (problem, sample); none without a file. Raises ValueError naming the line that is no row."""
+    return {_key(place, row): row for place, row in load_rows(path)} if path.exists() else {}
+
+
+def fingerprint(policy: Policy) -> str:
+    """Sixteen hex digits that tell weights apart: of every layer's kind and each parameter's first 1024 numbers."""
+    digest = hashlib.sha256()
+    for name, module in policy.module.named_modules():
+        digest.update(f"{name} {type(module).__name__}\n".encode())
+    for parameter in policy.module.parameters():
+        values = parameter.detach()
+        values = values.dequantize() if is_packed(values) else values
+        digest.update(values.flatten()[:1024].double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _key(place: str, row: Row) -> Key:
+    try:
+        return int(row["evaluation"]["problem"]), int(row["evaluation"]["sample"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{place}: not a stored completion (no evaluation.problem and evaluation.sample)") from None
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _to_disk(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _drop_torn_line(part: Path) -> None:
+    """Cut what a killed process left of a last line."""
+    with part.open("rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)

@@ -1,0 +1,100 @@
+"""What an evaluation found, as numbers: means, 95 % intervals, pass@k, cost. No torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from dllm_rl.statistics import bootstrap_mean, pass_at_k, wilson
+from dllm_rl.tasks.base import Reward
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One graded completion.
+
+    tokens             those before its first end token.
+    forwards, seconds  its share of the model calls and of the time of its batch.
+    """
+
+    problem: int
+    sample: int
+    reward: Reward
+    tokens: int
+    forwards: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every graded completion, by problem and sample, and the facts that the result depends on."""
+
+    answers: tuple[Answer, ...]
+    facts: Mapping[str, Any]
+
+    @cached_property
+    def means(self) -> dict[str, float]:
+        """Means over all completions: reward, parsed, and every name of the rewards' breakdown."""
+        breakdown = {name for answer in self.answers for name in answer.reward.breakdown}
+        names = sorted({"reward", "parsed", *breakdown} - {"correct_cells", "empty_cells"})
+        return {name: mean(*by_problem(self.answers, name)) for name in names}
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """The facts, n problems, samples of each, every mean and pass@k with its interval, and the cost; plain JSON."""
+        problems = len({answer.problem for answer in self.answers})
+        samples = len(self.answers) // problems
+        found = {name: by_problem(self.answers, name) for name in self.means}
+        right = next((name for name in ("accuracy", "solve_rate") if name in self.means), None)
+        if samples > 1 and right:
+            counts = [round(value) for value in found[right][0]]
+            for k in (*(2**i for i in range(samples.bit_length()) if 2**i < samples), samples):
+                found[f"pass@{k}"] = [pass_at_k(samples, count, k) for count in counts], [1.0] * problems
+        shown: dict[str, Any] = {**self.facts, "n": problems, "samples": samples}
+        for name, (values, weights) in found.items():
+            shown[name] = mean(values, weights)
+            shown[f"{name}_interval"] = list(interval(name, values, weights))
+        return {
+            **shown,
+            "tokens": sum(answer.tokens for answer in self.answers),
+            "forwards": round(sum(answer.forwards for answer in self.answers)),
+            "seconds": round(sum(answer.seconds for answer in self.answers), 3),
+        }
+
+
+def by_problem(answers: Sequence[Answer], name: str) -> tuple[list[float], list[float]]:
+    """Each problem's sum of a metric and what it is to be divided by; problems without the metric are left out.
+
+    The divisor is the number of completions that have the metric, or, for a cell_accuracy whose protocol counts cells,
+    the number of empty cells: cell_accuracy is then all correct cells over all empty ones.
+    """
+    sums: dict[int, tuple[float, float]] = {}
+    for answer in answers:
+        reward = answer.reward
+        named = {"reward": reward.value, "parsed": float(reward.parsed), **reward.breakdown}
+        value, weight = named.get(name, 0.0), float(name in named)
+        if name == "cell_accuracy" and "empty_cells" in named:
+            value, weight = named["correct_cells"], named["empty_cells"]
+        before = sums.get(answer.problem, (0.0, 0.0))
+        sums[answer.problem] = before[0] + value, before[1] + weight
+    kept = [pair for pair in sums.values() if pair[1]] or [(0.0, 1.0)]
+    return [value for value, _ in kept], [weight for _, weight in kept]
+
+
+def mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    return sum(values) / sum(weights)
+
+
+def interval(name: str, values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """A 95 % interval: Wilson's where every problem gives 0 or 1, else a bootstrap over problems, from a fixed seed.
+
+    Samples of one problem are not independent, so problems are what is resampled. Where they all agree, a problem
+    counts as one trial. reward and cell_accuracy are means by nature and always resampled.
+    """
+    if name not in ("reward", "cell_accuracy") and all(
+        value in (0.0, weight) for value, weight in zip(values, weights, strict=True)
+    ):
+        return wilson(sum(value > 0 for value in values), len(values))
+    return bootstrap_mean(values, np.random.default_rng(0), weights=weights)

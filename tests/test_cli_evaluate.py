@@ -1,0 +1,176 @@
+"""`dllm-rl evaluate` and `dllm-rl grade`, as a user calls them."""
+
+import json
+
+import pytest
+
+from dllm_rl.cli import main
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.tasks import Countdown, Sudoku
+
+SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+CHARACTERS = "0123456789+-*/(),>.= "
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_masked_lm(characters=CHARACTERS, **SMALL).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def causal_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("causal")
+    tiny_llama(characters=CHARACTERS, causal=True, **SMALL).save_pretrained(folder)
+    return str(folder)
+
+
+def output(capsys, *arguments):
+    """What the command prints, having ended well."""
+    assert main(list(map(str, arguments))) == 0
+    return capsys.readouterr().out
+
+
+def refusal(capsys, *arguments):
+    """The one line with which the command refuses."""
+    assert main(list(map(str, arguments))) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_json_says_what_was_evaluated_and_how(model, capsys, tmp_path):
+    text = output(
+        capsys,
+        *("evaluate", model, "--task", "sudoku", "--protocol", "d1", "--limit", 6, "--num_steps", 2, "--seed", 3),
+        *(
+            "--samples",
+            2,
+            "--temperature",
+            0.5,
+            "--block_size",
+            8,
+            "--set",
+            "clues=9",
+            "--output_dir",
+            tmp_path,
+            "--json",
+        ),
+    )
+    assert text.count("\n") == 1
+    found = json.loads(text)
+    said = {"task": "sudoku", "protocol": "d1", "split": "test", "seed": 3, "n": 6, "samples": 2, "model": model}
+    said |= {"max_new_tokens": 16, "num_steps": 2, "block_size": 8, "temperature": 0.5, "version": Sudoku.version}
+    assert {name: found[name] for name in said} == said
+    assert found["settings"]["clues"] == 9
+    for name in ("cell_accuracy", "solve_rate", "parsed", "pass@1", "pass@2"):
+        low, high = found[f"{name}_interval"]
+        assert low <= found[name] <= high
+    assert found["forwards"] == 2 and 0 <= found["tokens"] <= 12 * 16 and found["seconds"] > 0
+    assert json.loads((tmp_path / "results.json").read_text()) == [found]
+    rows = [json.loads(line) for line in (tmp_path / "completions-16.jsonl").read_text().splitlines()]
+    task = Sudoku(split="test", clues=9)
+    assert [row["puzzle"] for row in rows] == [task[i // 2].fields["puzzle"] for i in range(12)]
+
+
+def test_several_lengths_give_a_table_and_a_file_each(model, capsys, tmp_path):
+    options = ("--task", "countdown", "--lengths", "8,12", "--num_steps", "2,3", "--limit", 4, "--output_dir", tmp_path)
+    text = output(capsys, "evaluate", model, *options)
+    assert "countdown (version 1), protocol strict, test split, seed 0, 4 problems x 1" in " ".join(text.split())
+    assert "8 tokens, 2 steps" in text and "12 tokens, 3 steps" in text
+    assert "accuracy" in text and "[0.000, 0.490]" in text  # Wilson's interval of none in four
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "completions-12.jsonl",
+        "completions-8.jsonl",
+        "results.json",
+    ]
+    lines = output(capsys, "evaluate", model, *options, "--json").splitlines()
+    assert [json.loads(line)["max_new_tokens"] for line in lines] == [8, 12]
+
+
+def test_evaluate_and_grade_agree_and_a_second_run_makes_nothing_again(model, capsys, tmp_path, monkeypatch):
+    command = ("evaluate", model, "--task", "sudoku", "--limit", 5, "--output_dir", tmp_path, "--json")
+    found = json.loads(output(capsys, *command))
+    for protocol in ("strict", "d1"):
+        again = json.loads(output(capsys, *command, "--protocol", protocol))
+        graded = json.loads(
+            output(capsys, "grade", "--task", "sudoku", "--protocol", protocol, tmp_path / "completions-16.jsonl")
+        )
+        assert graded["protocol"] == protocol and {name: again[name] for name in graded} == graded
+    assert found["seconds"] == again["seconds"]  # the time is that of the first run, which made the completions
+
+
+def test_grade_by_hand(capsys, tmp_path):
+    path = tmp_path / "theirs.jsonl"
+    rows = [
+        {"numbers": [3, 5, 7], "target": 22, "completion": "<answer>3*5+7</answer>"},
+        {"numbers": [3, 5, 7], "target": 22, "completion": "<answer>3+5+7</answer>"},
+        {"numbers": [3, 5, 7], "target": 22, "completion": "no idea", "note": "ignored"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = json.loads(output(capsys, "grade", "--task", "countdown", path))
+    assert (found["n"], found["accuracy"], found["parsed"], found["protocol"]) == (3, 1 / 3, 2 / 3, "strict")
+    path.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"completion": "1", "numbers": [1]}) + "\n")
+    assert "theirs.jsonl, line 2: no field 'target'" in refusal(capsys, "grade", "--task", "countdown", path)
+    assert "task='chess'" in refusal(capsys, "grade", "--task", "chess", path)
+    assert "protocol='d2' is none of countdown's" in refusal(
+        capsys, "grade", "--task", "countdown", "--protocol", "d2", path
+    )
+
+
+def test_a_causal_model_and_a_task_without_protocols(causal_model, capsys):
+    found = json.loads(output(capsys, "evaluate", causal_model, "--task", "mini", "--limit", 3, "--json"))
+    assert (found["task"], found["protocol"], found["split"], found["max_new_tokens"]) == ("mini", "own", None, 4)
+    assert "num_steps" not in found and found["n"] == 3
+    message = refusal(capsys, "evaluate", causal_model, "--task", "mini", "--num_steps", 2)
+    assert "--num_steps is for diffusion models" in message
+
+
+def test_problems_from_a_file_are_all_evaluated(model, capsys, tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"input": "3,5,7", "output": "22"}\n' * 3)
+    found = json.loads(
+        output(capsys, "evaluate", model, "--task", "countdown", "--path", path, "--lengths", 9, "--json")
+    )
+    assert (found["n"], found["settings"]["path"]) == (3, str(path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--task", "chess"), "task='chess' is none of sudoku, countdown, gsm8k, math500, mini"),
+        (("--task", "sudoku", "--protocol", "d2"), "protocol='d2' is none of sudoku's: strict, d1, spg, espo"),
+        (("--task", "mini", "--protocol", "strict"), "task='mini' has no protocols"),
+        (("--task", "mini", "--split", "test"), "--split is no setting of task 'mini'"),
+        (("--task", "countdown", "--set", "difficulty=hard"), "--difficulty 'hard' is not a valid"),
+        (("--task", "sudoku", "--set", "clue=3"), "--set clue=3: write FIELD=VALUE, where task 'sudoku' has split, "),
+        (("--task", "sudoku", "--set", "clues=ten"), "--clues 'ten' is not a valid"),
+        (("--task", "sudoku", "--path", "nowhere.csv"), "nowhere.csv"),
+        (("--task", "sudoku", "--limit", "0"), "limit=0 must be at least 1"),
+        (("--task", "sudoku", "--samples", "0"), "samples=0 must be at least 1"),
+        (("--task", "sudoku", "--num_steps", "2,4"), "--num_steps has 2 numbers for 1 lengths"),
+        (("--task", "sudoku", "--lengths", "100"), "max_new_tokens=100 after a prompt of 17 tokens exceeds"),
+        (("--task", "sudoku", "--set", "prompt_format=text"), "no chat template"),
+        (("--task", "sudoku", "--set", "prompt_format=text", "--set", "chat=false"), "cannot be tokenised"),
+    ],
+)
+def test_a_refusal_is_one_line(model, capsys, options, message):
+    assert message in refusal(capsys, "evaluate", model, *options)
+
+
+def test_a_model_that_is_not_there(capsys, tmp_path):
+    assert "no/such/model" in refusal(capsys, "evaluate", "no/such/model", "--task", "sudoku")
+    assert "config.json" in refusal(capsys, "evaluate", tmp_path, "--task", "sudoku")
+
+
+def test_lengths_that_are_no_numbers_are_refused_by_the_parser(model, capsys):
+    for option, text in [("--lengths", "0"), ("--lengths", "128,x"), ("--split", "dev")]:
+        with pytest.raises(SystemExit) as stopped:
+            main(["evaluate", model, "--task", "sudoku", option, text])
+        assert stopped.value.code == 2 and option in capsys.readouterr().err
+
+
+def test_the_usual_length_is_that_of_the_answer(model, capsys):
+    found = json.loads(output(capsys, "evaluate", model, "--task", "countdown", "--limit", 1, "--json"))
+    assert found["max_new_tokens"] == found["num_steps"] == Countdown().width == 10

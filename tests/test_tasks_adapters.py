@@ -1,0 +1,134 @@
+"""Data sets with TRL-style functions, reasoning-gym with our graders, and the smallest task."""
+
+from functools import partial
+from itertools import pairwise
+
+import pytest
+
+from dllm_rl.tasks import Mini, ReasoningGym, Task, task_from_dataset
+
+ROWS = [
+    {"prompt": "2+2=", "answer": "4", "completion": "4"},
+    {"prompt": "2+3=", "answer": "5", "completion": "5"},
+]
+
+
+def right(prompts, completions, answer, **_) -> list[float]:
+    return [float(text.strip() == wanted) for text, wanted in zip(completions, answer, strict=True)]
+
+
+def short(completions, **_) -> list[float | None]:
+    return [None if "?" in text else -float(len(text)) for text in completions]
+
+
+def scaled(completions, *, by: float, **_) -> list[float]:
+    return [by] * len(completions)
+
+
+def test_weighted_sum_of_functions() -> None:
+    task = task_from_dataset(ROWS, reward_funcs=[right, short], weights=[2.0, 0.5], name="sums", version="7")
+    assert isinstance(task, Task) and (task.name, task.version, len(task)) == ("sums", "7", 2)
+    problem = task[1]
+    assert (problem.prompt, problem.fields, problem.solution) == ("2+3=", {"answer": "5"}, "5")
+    graded = task.reward(problem, " 5")
+    assert graded.value == 2.0 * 1.0 + 0.5 * -2.0
+    assert graded.breakdown == {"right": 1.0, "short": -2.0} and graded.parsed
+    unasked = task.reward(problem, "5?")  # None: left out of the sum and of the breakdown
+    assert (unasked.value, unasked.breakdown) == (0.0, {"right": 0.0})
+
+
+def test_many_at_once_equal_one_by_one() -> None:
+    task = task_from_dataset(ROWS, reward_funcs=[right, short])
+    problems, texts = [task[0], task[1], task[1]], ["4", "5?", "no"]
+    assert task.rewards(problems, texts) == [task.reward(p, t) for p, t in zip(problems, texts, strict=True)]
+
+
+def test_functions_get_columns_and_chats_as_in_trl() -> None:
+    seen = {}
+
+    def look(prompts, completions, **columns):
+        seen.update(prompts=prompts, completions=completions, columns=columns)
+        return [1.0]
+
+    chat = [{"role": "user", "content": "2+2="}]
+    rows = [{"prompt": chat, "answer": "4", "completion": [{"role": "assistant", "content": "4"}]}]
+    task = task_from_dataset(rows, reward_funcs=look)
+    assert task[0].solution == "4"
+    task.reward(task[0], "four")
+    assert seen == {
+        "prompts": [chat],
+        "completions": [[{"role": "assistant", "content": "four"}]],
+        "columns": {"answer": ["4"]},
+    }
+
+
+def test_a_datasets_dataset() -> None:
+    from datasets import Dataset
+
+    task = task_from_dataset(Dataset.from_list(ROWS), reward_funcs=[right])
+    assert [task.reward(problem, problem.solution).value for problem in task] == [1.0, 1.0]
+
+
+def test_names_of_functions() -> None:
+    task = task_from_dataset(ROWS, reward_funcs=[partial(scaled, by=1.0), partial(scaled, by=2.0), right])
+    assert task.reward(task[0], "4").breakdown == {"scaled_1": 1.0, "scaled_2": 2.0, "right": 1.0}
+
+
+def test_bad_functions_and_data_sets_are_refused() -> None:
+    def none(completions, **_):
+        return [None]
+
+    def endless(completions, **_):
+        return [float("nan")]
+
+    def too_few(completions, **_):
+        return []
+
+    for function, message in ((none, "returned None"), (endless, "returned nan"), (too_few, "returned 0 numbers")):
+        task = task_from_dataset(ROWS, reward_funcs=[function])
+        with pytest.raises(ValueError, match=message):
+            task.reward(task[0], "4")
+    with pytest.raises(ValueError, match="no column 'prompt'"):
+        task_from_dataset([{"question": "q"}], reward_funcs=[right])
+    with pytest.raises(ValueError, match="weights has 1 entries for 2"):
+        task_from_dataset(ROWS, reward_funcs=[right, short], weights=[1.0])
+    with pytest.raises(ValueError, match="empty"):
+        task_from_dataset(ROWS, reward_funcs=[])
+    with pytest.raises(IndexError):
+        task_from_dataset(ROWS, reward_funcs=[right])[2]
+
+
+@pytest.mark.parametrize("generator", ["mini_sudoku", "sudoku", "countdown", "gsm_symbolic"])
+def test_reasoning_gym_under_our_graders(generator: str) -> None:
+    task = ReasoningGym(generator, size=4, seed=3)
+    assert isinstance(task, Task) and task.name == f"reasoning_gym/{generator}"
+    for problem in task:
+        assert task.reward(problem, problem.solution).value == 1.0
+        assert task.reward(problem, "no answer").value == 0.0
+    assert task[2] == ReasoningGym(generator, size=4, seed=3)[2] != ReasoningGym(generator, size=4, seed=4)[2]
+    with pytest.raises(IndexError):
+        task[4]
+
+
+def test_reasoning_gyms_scorers_would_run_this_and_ours_do_not() -> None:
+    task = ReasoningGym("countdown", size=1, settings='{"min_numbers": 3, "max_numbers": 3}')
+    assert len(task[0].fields["numbers"]) == 3
+    for text in ("__import__('os').abort()", "9**9**9**9"):
+        assert task.reward(task[0], f"<answer>{text}</answer>").value == 0.0
+    with pytest.raises(ValueError, match="generator='chess' must be one of 'mini_sudoku'"):
+        ReasoningGym("chess")
+
+
+def test_mini() -> None:
+    task = Mini(size=200)
+    assert isinstance(task, Task) and len(list(task)) == 200
+    for problem in task:
+        asked, solution = problem.prompt.removesuffix("="), problem.solution
+        assert sorted(asked) == list(solution) and all(a <= b for a, b in pairwise(solution))
+        assert task.reward(problem, solution).value == 1.0
+    problem = next(problem for problem in task if problem.solution == "".join(sorted(set(problem.solution))))
+    for wrong in (1, 2, 3, 4):
+        graded = task.reward(problem, "x" * wrong + problem.solution[wrong:])
+        assert graded.value == 1 - wrong / 4 and graded.breakdown == {"accuracy": 0.0}
+    assert task.reward(problem, problem.solution + "1").breakdown == {"accuracy": 0.0}
+    assert task.reward(problem, "").parsed is False

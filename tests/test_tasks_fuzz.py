@@ -1,0 +1,89 @@
+"""Every grader on hostile text: it never raises, its numbers stay in range, and its time stays linear and small.
+
+A longer campaign: benchmarks/fuzz_graders.py.
+"""
+
+import math
+from time import process_time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dllm_rl.grading import PROTOCOLS
+from dllm_rl.tasks.base import Reward
+from dllm_rl.tasks.countdown_graders import countdown_d1_training
+from dllm_rl.tasks.maths_graders import gsm8k_d1_training
+from dllm_rl.tasks.sudoku_graders import sudoku_d1_training
+
+FIELDS = {
+    "sudoku": {"puzzle": "1234341200430021", "solution": "1234341221434321"},
+    "countdown": {"numbers": [3, 4, 5], "target": 17},
+    "gsm8k": {"answer": "42"},
+    "math500": {"answer": "\\frac{1}{2}"},
+}
+GRADERS = [
+    (task, grader)
+    for task, protocols in PROTOCOLS.items()
+    for grader in dict.fromkeys(protocols.values())
+    if grader.__name__ != "math500_math_verify"  # symbolic, and bounded otherwise: test_tasks_maths.py
+] + [("sudoku", sudoku_d1_training), ("countdown", countdown_d1_training), ("gsm8k", gsm8k_d1_training)]
+NAMES = [grader.__name__ for _, grader in GRADERS]
+
+PIECES = [
+    *["<answer>", "</answer>", "<reasoning>\n", "\n</reasoning>\n", "<|eot_id|>", "<|endoftext|>", "```", "\n", " "],
+    *["\\boxed{", "\\fbox{", "\\boxed", "{", "}", "\\frac", "\\sqrt", "\\text{ ", "\\left(", "\\times", "\\", "$", "="],
+    *["1234341221434321", "1234", "42", "3*4+5", "9**9**9", "1/0", "((", "))", "-", "+", ".", ",", "####", "%"],
+    *["The answer is ", "1e999", "nan", "\u0663", "\uff11", "\u2003", "\u00d7", "\x00", "\ud800", "x", "_"],
+]
+HOSTILE = st.one_of(st.lists(st.sampled_from(PIECES), max_size=24).map("".join), st.text(max_size=60))
+
+
+def check(graded: Reward) -> None:
+    assert math.isfinite(graded.value) and 0.0 <= graded.value <= 4.0
+    assert all(math.isfinite(number) and 0.0 <= number <= 16.0 for number in graded.breakdown.values())
+    assert graded.parsed or graded.breakdown.get("accuracy", 0.0) == 0.0 or "tags" in graded.breakdown
+
+
+@pytest.mark.parametrize(("task", "grader"), GRADERS, ids=NAMES)
+@given(text=HOSTILE)
+@settings(max_examples=150, deadline=None)
+def test_no_text_raises_or_leaves_the_range(task: str, grader, text: str) -> None:
+    check(grader(FIELDS[task], text))
+
+
+LONG = [piece * (10**6 // len(piece)) for piece in PIECES] + [
+    "<answer>" + " " * 10**6 + "</answer>",
+    "<answer>" + "1" * 10**6 + "</answer>",
+    "<answer>" + "(" * 10**6 + "</answer>",
+    "\\boxed{" + "{" * 10**6 + "}",
+    "\\boxed{" + "9" * 10**6 + "}",
+    "```" + " " * 10**6 + "```",
+    "<answer>```" + "1 " * (10**6 // 2) + "x",
+    "\\boxed{1\n" * 10**5 + "}",
+    "\\boxed{x\n" * 10**5 + "}",
+    "\\boxed{}" * 10**5 + "\\boxed{42}",
+    "1 " * (10**6 // 2) + "=1",
+    "1=" * (10**6 // 2),
+    "9**" * (10**6 // 3),
+    "</answer>1" * 10**5,
+    "1</answer>" * 10**5,
+    "1" * 15 + (" " + "1" * 15) * (10**6 // 16),
+    "The answer is -" * (10**6 // 15),
+    "-" * 10**6 + "1",
+    "\\frac1" * (10**6 // 6),
+]
+
+
+@pytest.mark.parametrize(("task", "grader"), GRADERS, ids=NAMES)
+def test_a_million_characters_take_under_50_ms(task: str, grader) -> None:
+    """Processor time, best of three: the machine may be busy with other things."""
+    slowest = 0.0
+    for text in LONG:
+        spent = []
+        while len(spent) < 3 and (not spent or min(spent) > 0.02):
+            start = process_time()
+            check(grader(FIELDS[task], text))
+            spent.append(process_time() - start)
+        slowest = max(slowest, min(spent))
+    assert slowest < 0.05

@@ -1,0 +1,273 @@
+"""GSM8K and MATH500: loaders of the published formats, normalisation, numbers, and the wall around math-verify."""
+
+import json
+import os
+import time
+from fractions import Fraction
+
+import pytest
+
+from dllm_rl.tasks import GSM8K, MATH500, Problem, Task, math_check
+from dllm_rl.tasks.latex import normalise, rational
+from dllm_rl.tasks.loading import load_rows, load_split
+from dllm_rl.tasks.maths_graders import reference_number
+from dllm_rl.tasks.reading import LONGEST, exact_number, first_boxed_number, last_box, last_number
+
+TRAIN = [
+    {
+        "question": f"Ann has {n} apples and eats one. How many?",
+        "answer": f"{n} - 1 = <<{n}-1={n - 1}>>{n - 1}\n#### {n - 1:,}",
+    }
+    for n in range(990, 1050)
+]
+TEST = [{"question": "What is 40 + 2?", "answer": "40 + 2 = 42\n#### 42"}]
+MATH = [
+    {
+        "problem": "Halve 1.",
+        "solution": "It is $\\boxed{\\frac{1}{2}}$.",
+        "answer": "\\frac{1}{2}",
+        "subject": "Algebra",
+    },
+    {"problem": "Square 3.", "solution": "It is $\\boxed{9}$.", "level": "Level 1"},
+]
+
+
+def write_lines(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_lines(tmp_path / "train.jsonl", TRAIN)
+    write_lines(tmp_path / "test.jsonl", TEST)
+    return tmp_path
+
+
+def test_gsm8k_splits(folder) -> None:
+    tasks = {split: GSM8K(split=split, path=folder) for split in ("train", "validation", "test")}
+    assert all(isinstance(task, Task) for task in tasks.values())
+    asked = {split: {problem.prompt[0]["content"] for problem in task} for split, task in tasks.items()}
+    assert len(asked["train"] | asked["validation"]) == len(tasks["train"]) + len(tasks["validation"]) == len(TRAIN)
+    assert not asked["train"] & asked["validation"] and 0 < len(tasks["validation"]) < 20
+    assert len(GSM8K(split="train", path=folder, size=3)) == 3
+
+    problem = tasks["test"][0]
+    assert problem.fields == {"answer": "42"} and problem.prompt[0]["content"].endswith("What is 40 + 2?")
+    assert problem.solution == "<reasoning>\n40 + 2 = 42\n</reasoning>\n<answer>\n42\n</answer>\n"
+    for rule, value in (("own", 1.0), ("d1", 4.0), ("espo", 1.0)):
+        task = GSM8K(split="test", path=folder / "test.jsonl", reward_rule=rule)
+        assert task.reward(problem, problem.solution).value == value
+        assert task.reward(problem, "no idea").value == 0.0
+    with pytest.raises(IndexError):
+        tasks["test"][1]
+
+
+def test_gsm8k_prompts(folder) -> None:
+    path = folder / "test.jsonl"
+    assert GSM8K(split="test", path=path, prompt_format="Q: {question} {x}", chat=False)[0].prompt == (
+        "Q: What is 40 + 2? {x}"
+    )
+    opened = GSM8K(split="test", path=path, opening="<reasoning>\n")[0]
+    assert opened.prompt[-1] == {"role": "assistant", "content": "<reasoning>\n"}
+    assert opened.solution.startswith("40 + 2")  # the opening is the prompt's, not the completion's
+
+
+def test_math500_from_its_published_form(tmp_path) -> None:
+    task = MATH500(path=write_lines(tmp_path / "test.jsonl", MATH))
+    assert [problem.fields["answer"] for problem in task] == ["\\frac{1}{2}", "9"]
+    assert all(task.reward(problem, problem.solution).value == 1.0 for problem in task)
+    assert task[0].solution.endswith("<answer>\n\\boxed{\\frac{1}{2}}\n</answer>\n")
+    with pytest.raises(ValueError, match="split='train' needs path="):
+        MATH500(split="train")
+    both = [MATH500(split=split, path=tmp_path / "test.jsonl") for split in ("train", "validation")]
+    assert sum(map(len, both)) == 2
+
+
+def test_every_file_format(tmp_path) -> None:
+    from datasets import Dataset
+
+    lines = write_lines(tmp_path / "a.jsonl", TEST)
+    (tmp_path / "b.json").write_text(json.dumps(TEST))
+    Dataset.from_list(TEST).to_parquet(str(tmp_path / "c.parquet"))
+    (tmp_path / "d.csv").write_text('question,answer\nWhat is 40 + 2?,"40 + 2 = 42\n#### 42"\n')
+    for path in (lines, tmp_path / "b.json", tmp_path / "c.parquet", tmp_path / "d.csv"):
+        assert [row for _, row in load_rows(path)] == TEST
+        assert GSM8K(split="test", path=path)[0].fields == {"answer": "42"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"question": "q", "answer": "#### 1"}\n{"question"', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", b"\n[1]\n", "a.jsonl, line 2: must be a JSON object"),
+        ("a.jsonl", b'{"question": "\xff"}\n', "a.jsonl, line 1: not JSON in UTF-8"),
+        ("a.jsonl", b'{"question": "q"}\n', "a.jsonl, line 1: a GSM8K row needs"),
+        ("a.jsonl", b'{"question": "q", "answer": "#### many"}\n', "line 1: answer='#### many' is no number"),
+        ("a.json", b'{"question": 1}', "must hold a list of objects"),
+        ("a.txt", b"", "must end in one of"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(tmp_path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        len(GSM8K(split="test", path=tmp_path / name))
+
+
+def test_absent_data_says_what_to_give(tmp_path, monkeypatch) -> None:
+    with pytest.raises(ValueError, match="no file"):
+        len(GSM8K(split="test", path=tmp_path / "absent.jsonl"))
+    with pytest.raises(ValueError, match=r"exactly one test file .* found: none"):
+        len(GSM8K(split="test", path=tmp_path))
+
+    import datasets
+
+    def absent(*_, **__):
+        raise ConnectionError("Couldn't reach the hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", absent)
+    with pytest.raises(
+        ValueError, match=r"openai/gsm8k \(split test\) is not here .*Couldn't reach the hub\); give path="
+    ):
+        load_split(None, "test", ("openai/gsm8k", "main"))
+
+
+def test_published_data_through_datasets(monkeypatch) -> None:
+    import datasets
+
+    calls = []
+
+    def fake(name, configuration, split):
+        calls.append((name, configuration, split))
+        return datasets.Dataset.from_list(TEST)
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    load_split.cache_clear()
+    assert [row for _, row in load_split(None, "test", ("openai/gsm8k", "main"))] == TEST
+    assert calls == [("openai/gsm8k", "main", "test")]
+    load_split.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("42", Fraction(42)),
+        ("-42", Fraction(-42)),
+        ("+1,234.50.", Fraction(2469, 2)),
+        ("$-5", Fraction(-5)),
+        ("-$5", Fraction(-5)),
+        ("\\$5", Fraction(5)),
+        (".5", Fraction(1, 2)),
+        ("-$-5", None),
+        ("12,34", None),
+        ("1,2345", None),
+        ("1e3", None),
+        ("5 %", None),
+        ("\u0665", None),
+        ("", None),
+        ("nan", None),
+        ("1" * 101, None),
+    ],
+)
+def test_exact_numbers(text: str, value: Fraction | None) -> None:
+    assert exact_number(text) == value
+
+
+def test_reference_numbers() -> None:
+    assert reference_number("so 3\n#### 1,000") == 1000 and reference_number(18.5) == Fraction(37, 2)
+    with pytest.raises(ValueError, match="no number"):
+        reference_number("#### x")
+
+
+def test_numbers_in_text() -> None:
+    assert last_number("12 and -7.") == -7.0 and last_number("1.2.3") == 3.0 and last_number("1e2") == 100.0
+    assert last_number("none") is None and last_number("1" * (LONGEST + 1)) is None
+    assert first_boxed_number("\\boxed{3 \\boxed{4}") == 3.0
+    assert first_boxed_number("\\boxed{x \\boxed{4}") == 4.0
+    assert first_boxed_number("\\boxed{3\n\\boxed{4}") == 4.0  # the first is not closed within its line
+    assert first_boxed_number("\\boxed{3\n} \\boxed{x}") == 3.0
+    assert first_boxed_number("\\boxed{3") is None
+    assert first_boxed_number("\\boxed{" + "x" * LONGEST + "1} \\boxed{2}") == 2.0
+
+
+def test_boxes_are_balanced() -> None:
+    assert last_box("\\boxed{a{b}c} d}") == "a{b}c"
+    assert last_box("\\boxed{1} \\boxed{2") is None
+    assert last_box("\\fbox{1}") == "1" and last_box("\\fbox{1}", names=("\\boxed",)) is None
+    assert last_box("\\boxed{" + "x" * LONGEST + "}") is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "same"),
+    [
+        ("\\frac{a}12", "\\frac{a}12"),  # a braced numerator is left alone
+        ("\\frac1{23}", "\\frac{1}{23}"),
+        ("\\frac12+\\frac34", "\\frac{1}{2}+\\frac{3}{4}"),
+        ("\\sqrt2\\sqrt{3}", "\\sqrt{2}\\sqrt{3}"),
+        ("3/4", "\\frac{3}{4}"),
+        ("-3/4", "\\frac{-3}{4}"),
+        ("03/4", "03/4"),
+        ("a/4", "a/4"),
+        ("x=0.5", "\\frac{1}{2}"),
+        ("x=.5", ".5"),
+        ("a=b=c", "a=b=c"),
+        ("10\\\\text{ m}", "10"),
+        ("", ""),
+        ("\\frac", "\\frac"),
+        ("\\sqrt", "\\sqrt"),
+    ],
+)
+def test_normalisation(answer: str, same: str) -> None:
+    assert normalise(answer) == same
+
+
+def test_rationals() -> None:
+    assert rational("-\\frac{3}{6}") == Fraction(-1, 2) == rational("-0.5") == rational("\\frac{-1}{2}")
+    assert rational("\\frac{1}{0}") is None and rational("\\pi") is None
+    assert rational("1/3") == Fraction(1, 3)
+
+
+def test_math_verify_within_its_wall(monkeypatch) -> None:
+    monkeypatch.setattr(math_check, "SECONDS", 0.3)
+    math_check.equal.cache_clear()
+    math_check._WORKER.stop()
+    assert math_check.equal("x^2-1", "(x-1)(x+1)")
+    first = math_check._WORKER.process
+    assert not math_check.equal("x^2-1", "(x-1)(x+2)") and math_check._WORKER.process is first
+    start = time.monotonic()
+    assert not math_check.equal("2", "9^{9^{9^{9}}}")
+    assert time.monotonic() - start < 20  # a loaded machine; the processor time is bounded by 0.3 s
+    assert math_check._WORKER.process is None or math_check._WORKER.process is not first
+    assert math_check.equal("\\sqrt{2}+1", "1+\\sqrt 2")  # it is there again
+    for hostile in ("}{", "\ud800", "\x00", "{" * 150, "1\n2", "x" * 301, "\\input{/etc/passwd}", "__import__('os')"):
+        assert not math_check.equal("2", hostile)
+    math_check._WORKER.stop()
+
+
+def test_math_verify_does_not_share_a_child_with_a_fork(monkeypatch) -> None:
+    math_check.equal.cache_clear()
+    assert math_check.equal("2x", "x+x")
+    mine = math_check._WORKER.process
+    monkeypatch.setattr(math_check._WORKER, "parent", os.getpid() + 1)  # as a forked process sees it
+    assert math_check.equal("3x", "x+x+x")
+    assert math_check._WORKER.process is not mine
+    mine.kill()
+    mine.wait()
+    math_check._WORKER.stop()
+
+
+def test_without_math_verify_the_protocol_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setattr(math_check, "find_spec", lambda name: None)
+    math_check._WORKER.stop()
+    math_check.equal.cache_clear()
+    task = MATH500(path="unused.jsonl", reward_rule="espo")
+    with pytest.raises(ImportError, match=r"pip install 'dllm_rl\[math\]'"):
+        task.reward(Problem("", {"answer": "2x"}), "\\boxed{x+x}")
+
+
+def test_no_task_imports_torch(monkeypatch) -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, dllm_rl.tasks, dllm_rl.grading; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

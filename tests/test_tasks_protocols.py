@@ -1,0 +1,106 @@
+"""Every parser rule of every protocol, by hand: tests/golden/graded.jsonl holds a completion for each, each way."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dllm_rl.grading import PROTOCOLS, VERSIONS, find_grader, under_protocol
+from dllm_rl.tasks import Countdown, Mini, Problem, Sudoku
+from dllm_rl.tasks.maths_graders import gsm8k_d1_training
+from dllm_rl.tasks.sudoku_graders import sudoku_d1_training
+
+GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden" / "graded.jsonl").open()]
+RESULT = {"task", "version", "protocol", "rule", "completion", "value", "parsed", "breakdown"}
+
+
+@pytest.mark.parametrize("row", GOLDEN, ids=lambda row: f"{row['task']}-{row['protocol']}-{row['rule']}")
+def test_golden_grades(row: dict) -> None:
+    """When a grade is meant to change, change the task's `version` too, and this file."""
+    fields = {name: value for name, value in row.items() if name not in RESULT}
+    graded = find_grader(row["task"], row["protocol"])(fields, row["completion"])
+    assert (graded.value, graded.parsed) == (row["value"], row["parsed"])
+    assert dict(graded.breakdown) == row["breakdown"]
+    assert VERSIONS[row["task"]] == row["version"]
+
+
+def test_every_protocol_has_a_right_and_a_wrong_completion() -> None:
+    for task, protocols in PROTOCOLS.items():
+        for protocol in protocols:
+            values = {row["value"] for row in GOLDEN if (row["task"], row["protocol"]) == (task, protocol)}
+            assert {0.0, 1.0} <= values, (task, protocol)
+
+
+def test_unknown_names_are_refused_with_those_that_exist() -> None:
+    with pytest.raises(ValueError, match="sudoku, countdown, gsm8k, math500"):
+        find_grader("chess", "d1")
+    with pytest.raises(ValueError, match="strict, d1, spg, espo, math-verify"):
+        find_grader("math500", "strikt")
+    with pytest.raises(ValueError, match="task='mini' has no protocols"):
+        under_protocol(Mini(), "strict")
+
+
+def test_a_task_under_a_protocol() -> None:
+    task = under_protocol(Countdown(size=5, prompt_format="text"), "d1")
+    assert (task.name, task.version, len(task)) == ("countdown", Countdown.version, 5)
+    assert task[3] == Countdown(size=5, prompt_format="text")[3]
+    assert task.reward(task[3], task[3].solution).value == 1.0
+    grid = under_protocol(Sudoku(size=5), "strict")
+    assert grid.reward(grid[0], grid[0].solution).breakdown["solve_rate"] == 1.0
+
+
+FIELDS = {"puzzle": "1234341200430021", "solution": "1234341221434321"}
+
+
+@pytest.mark.parametrize(
+    ("completion", "value", "parsed"),
+    [
+        ("<answer>1234341221434321</answer>", 1.0, True),
+        ("<answer>row: 1 2 3 4, 3 4 1 2, 2 1 4 3, 4 3 2 1.</answer>", 1.0, True),  # the digits alone are read
+        ("<answer>1234341221434321", 0.0, False),  # no closing tag
+        ("1234341221434321", 0.0, False),
+        ("<answer>123434122</answer>", 0.25, True),  # padded
+        ("<answer>2222222222222222</answer><answer>1234341221434321</answer>", 1.0, True),
+        ("<answer>1234341221434321</answer><answer>2</answer>", 0.0, True),
+        ("<answer></answer>", 0.0, True),
+    ],
+)
+def test_d1s_sudoku_training_reward(completion: str, value: float, parsed: bool) -> None:
+    for graded in (
+        sudoku_d1_training(FIELDS, completion),
+        Sudoku(reward_rule="d1").reward(Problem("", FIELDS), completion),
+    ):
+        assert (graded.value, graded.parsed) == (value, parsed)
+
+
+LAID_OUT = "<reasoning>\nwork\n</reasoning>\n<answer>\n42\n</answer>\n"
+
+
+@pytest.mark.parametrize(
+    ("completion", "correct", "integer", "strict", "soft", "tags"),
+    [
+        (LAID_OUT, 2.0, 0.5, 0.5, 0.5, 0.5),
+        (LAID_OUT + "\n", 2.0, 0.5, 0.5, 0.5, 0.5),
+        (LAID_OUT.replace("42", "41"), 0.0, 0.5, 0.5, 0.5, 0.5),
+        (LAID_OUT.replace("42", "42.0"), 0.0, 0.0, 0.5, 0.5, 0.5),
+        (LAID_OUT + "x", 2.0, 0.5, 0.0, 0.5, 0.5),
+        (LAID_OUT[:-1], 2.0, 0.5, 0.0, 0.5, 0.5),
+        ("\n" + LAID_OUT, 2.0, 0.5, 0.0, 0.0, 0.5),
+        ("<reasoning>work</reasoning> <answer>42</answer>", 2.0, 0.5, 0.0, 0.5, 0.0),
+        ("<reasoning>work</reasoning> so <answer>42</answer>", 2.0, 0.5, 0.0, 0.0, 0.0),
+        ("<answer>\n42\n</answer>", 2.0, 0.5, 0.0, 0.0, 0.125),
+        ("\n<answer>\n42\n</answer>", 2.0, 0.5, 0.0, 0.0, 0.25),
+        (LAID_OUT * 2, 2.0, 0.5, 0.5, 0.5, 0.0),
+        ("42", 2.0, 0.5, 0.0, 0.0, 0.0),
+        ("<reasoning>\n</reasoning>\n<answer>\n</answer>\n", 0.0, 0.0, 0.0, 0.5, 0.5),
+        ("", 0.0, 0.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_d1s_gsm8k_training_reward(
+    completion: str, correct: float, integer: float, strict: float, soft: float, tags: float
+) -> None:
+    graded = gsm8k_d1_training({"answer": "#### 42"}, completion)
+    terms = {"correct": correct, "integer": integer, "strict": strict, "soft": soft, "tags": tags}
+    assert graded.breakdown == {"accuracy": float(correct == 2.0), **terms}
+    assert graded.value == sum(terms.values())
+    assert graded.parsed == ("<answer>" in completion)

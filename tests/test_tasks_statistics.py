@@ -1,0 +1,100 @@
+"""Intervals and pass@k against closed forms, enumeration and simulation."""
+
+from itertools import combinations
+from math import comb, sqrt
+
+import numpy as np
+import pytest
+
+from dllm_rl.statistics import bootstrap_mean, pass_at_k, wilson
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (1, 10), (37, 400), (200, 400)])
+@pytest.mark.parametrize(("confidence", "z"), [(0.95, 1.959963984540054), (0.9, 1.6448536269514722)])
+def test_wilson_solves_its_equation(successes: int, n: int, confidence: float, z: float) -> None:
+    """The bounds are the two p with |successes/n - p| = z sqrt(p (1-p) / n)."""
+    for bound in wilson(successes, n, confidence):
+        assert abs(abs(successes / n - bound) - z * sqrt(bound * (1 - bound) / n)) < 1e-9
+    low, high = wilson(successes, n, confidence)
+    assert 0.0 <= low <= successes / n <= high <= 1.0 and high > low
+
+
+def test_wilson_known_values() -> None:
+    assert wilson(0, 10)[0] == 0.0 and wilson(10, 10)[1] == 1.0
+    z2 = 1.959963984540054**2
+    assert wilson(0, 10)[1] == pytest.approx(z2 / (10 + z2), abs=1e-12)  # the root of p = z sqrt(p (1-p) / 10)
+    assert wilson(5, 10)[0] + wilson(5, 10)[1] == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("p", [0.02, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("n", [30, 400])
+def test_wilson_covers(p: float, n: int) -> None:
+    """Exact coverage: the probability of the counts whose interval holds p."""
+    covered = sum(
+        comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1) if wilson(k, n)[0] <= p <= wilson(k, n)[1]
+    )
+    assert 0.92 < covered < 0.99
+
+
+def test_bootstrap_covers() -> None:
+    generator = np.random.default_rng(1)
+    trials, n, hits = 300, 60, 0
+    for _ in range(trials):
+        low, high = bootstrap_mean(generator.exponential(2.0, n), generator, resamples=300)
+        hits += low <= 2.0 <= high
+    assert 0.88 < hits / trials < 0.98  # 0.95 less what skewed data cost; standard error 0.013
+
+
+def test_bootstrap_of_a_ratio_covers() -> None:
+    """Correct cells over empty cells: sizes 4 to 6, each cell right with probability 0.7 but alike within a row."""
+    generator = np.random.default_rng(2)
+    trials, n, hits = 300, 80, 0
+    for _ in range(trials):
+        sizes = generator.integers(4, 7, n)
+        right = np.where(generator.random(n) < 0.5, sizes, generator.binomial(sizes, 0.4))
+        low, high = bootstrap_mean(right, generator, resamples=300, weights=sizes)
+        hits += low <= 0.7 <= high
+    assert 0.90 < hits / trials < 0.985
+
+
+def test_bootstrap_width_is_the_normal_one_for_many_rows() -> None:
+    values = np.random.default_rng(3).normal(5.0, 2.0, 4000)
+    low, high = bootstrap_mean(values, np.random.default_rng(4))
+    assert (high - low) == pytest.approx(2 * 1.96 * values.std() / sqrt(4000), rel=0.06)
+    assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.01)
+
+
+def test_bootstrap_is_a_function_of_its_generator() -> None:
+    values = [0.0, 1.0, 1.0]
+    assert bootstrap_mean(values, np.random.default_rng(0)) == bootstrap_mean(values, np.random.default_rng(0))
+    assert bootstrap_mean([0.5, 0.5], np.random.default_rng(0)) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_pass_at_k_is_the_share_of_samples_with_a_hit(n: int) -> None:
+    for correct in range(n + 1):
+        results = [True] * correct + [False] * (n - correct)
+        for k in range(1, n + 1):
+            draws = list(combinations(results, k))
+            assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
+
+
+def test_pass_at_k_closed_form_and_large_numbers() -> None:
+    assert pass_at_k(10, 3, 1) == pytest.approx(0.3, abs=1e-12)
+    assert pass_at_k(200, 7, 100) == pytest.approx(1 - comb(193, 100) / comb(200, 100), abs=1e-12)
+    assert pass_at_k(100_000, 1, 50_000) == pytest.approx(0.5, abs=1e-9)
+
+
+def test_bad_arguments() -> None:
+    for bad in ((1, 0), (-1, 5), (6, 5)):
+        with pytest.raises(ValueError, match="successes"):
+            wilson(*bad)
+    with pytest.raises(ValueError, match="confidence"):
+        wilson(1, 2, 1.0)
+    for bad in ((5, 6, 1), (5, 2, 6), (5, 2, 0), (5, -1, 1)):
+        with pytest.raises(ValueError, match="correct"):
+            pass_at_k(*bad)
+    generator = np.random.default_rng(0)
+    for values, weights in (([], None), ([1.0], [1.0, 2.0]), ([1.0], [0.0])):
+        with pytest.raises(ValueError, match="weights"):
+            bootstrap_mean(values, generator, weights=weights)
