@@ -13,7 +13,7 @@ import dllm_rl
 PACKAGE = Path(dllm_rl.__file__).parent
 # Rooms from the ground up: a module may import from its own room and from those above it in this list.
 FLOORS = """
-quiet tasks types statistics results
+quiet tasks types statistics results page
 losses advantages grading
 models lora
 mismatch policies
