@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dllm_rl.lora import save_adapter
 from dllm_rl.policies import Policy
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -25,6 +26,8 @@ def save(directory: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
     for stale in directory.glob(".partial-*"):
         shutil.rmtree(stale)
     policy.save_pretrained(partial)
+    if policy.lora is not None:
+        save_adapter(policy, partial / "adapter")
     torch.save(optimizer.state_dict(), partial / "optimizer.pt")
     (partial / "state.json").write_text(json.dumps({"step": step, "version": policy.version, **state}, indent=1))
     for path in sorted(partial.rglob("*")) + [partial]:

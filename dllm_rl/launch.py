@@ -1,6 +1,7 @@
 """How a run begins and ends: checks, folders, warm-up or resume, checkpoints, summary."""
 
 import copy
+import inspect
 import os
 import platform
 import shutil
@@ -21,6 +22,7 @@ from dllm_rl import checkpoint, report
 from dllm_rl.command_line import described
 from dllm_rl.evaluation import evaluate, score
 from dllm_rl.learner import sum_gradients
+from dllm_rl.lora import add_lora, load_adapter
 from dllm_rl.policies import Policy, load_policy
 from dllm_rl.recipe import Recipe
 from dllm_rl.runlog import RunLog, write_json
@@ -89,23 +91,46 @@ def begin(recipe: Recipe, accelerator: Accelerator, log: RunLog, folder: Path | 
     history: dict[str, Any] = {"begun": time.perf_counter(), "seconds": 0.0}
     if folder:
         state = checkpoint.read_state(folder)
-        policy = load_policy(folder, dtype=getattr(torch, state["dtype"]), device=accelerator.device)
+        if recipe.lora is None:
+            policy = load_policy(folder, dtype=getattr(torch, state["dtype"]), device=accelerator.device)
+        else:
+            policy = base_of(recipe, warmed_up=state["warmup_steps"] > 0).to(accelerator.device)
+            load_adapter(policy, folder / "adapter")
         optimizer = make_optimizer(recipe, policy)
         checkpoint.load_optimizer(folder, optimizer)
         policy.version, log.seconds, start = state["version"], state["stages"], state["step"]
         history |= {key: state[key] for key in ("seconds", "eval_before", "warmup_steps")}
     else:
-        policy = load_policy(recipe.model) if isinstance(recipe.model, str) else recipe.model(seed=recipe.seed)
-        policy.to(accelerator.device)
+        policy = make_policy(recipe).to(accelerator.device)
         rehearse(recipe, policy)
         with log.stage("warm-up"):
             history["warmup_steps"] = warm_up(recipe, policy, accelerator, log)
+        if recipe.lora is not None:
+            if history["warmup_steps"] and accelerator.is_main_process:
+                policy.save_pretrained(Path(recipe.directory) / "reference")
+            add_lora(policy, recipe.lora())
         with log.stage("evaluation"):
             history["eval_before"] = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
         optimizer, start = make_optimizer(recipe, policy), 0
         log.say(f"before RL: {shown(history['eval_before'])} on {len(recipe.eval_task)} held-out problems")
         save(recipe, accelerator, log, 0, policy, optimizer, history)
     return policy, reference_of(recipe, policy, accelerator, fresh=folder is None), optimizer, start, history
+
+
+def make_policy(recipe: Recipe) -> Policy:
+    """The recipe's model: a checkpoint, or what its function makes, from the run's seed where that takes one."""
+    if isinstance(recipe.model, str):
+        return load_policy(recipe.model)
+    seeded = "seed" in inspect.signature(recipe.model).parameters
+    return recipe.model(seed=recipe.seed) if seeded else recipe.model()
+
+
+def base_of(recipe: Recipe, *, warmed_up: bool) -> Policy:
+    """What a resumed run's adapters stand on: the warmed-up weights, or the recipe's model where there was no warm-up."""
+    policy = make_policy(recipe)
+    if warmed_up:
+        return load_policy(Path(recipe.directory) / "reference", dtype=next(policy.module.parameters()).dtype)
+    return policy
 
 
 def rehearse(recipe: Recipe, policy: Policy) -> None:
@@ -121,13 +146,18 @@ def rehearse(recipe: Recipe, policy: Policy) -> None:
 def make_optimizer(recipe: Recipe, policy: Policy) -> torch.optim.Optimizer:
     trainable = [p for p in policy.module.parameters() if p.requires_grad]
     betas = (recipe.adam_beta1, recipe.adam_beta2)
-    return torch.optim.AdamW(trainable, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
+    return recipe.optim(trainable, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
 
 
 def reference_of(recipe: Recipe, policy: Policy, accelerator: Accelerator, *, fresh: bool) -> Policy | None:
-    """The policy that RL started from, frozen, for the KL term; kept in the run's folder for a resumed run."""
+    """The policy that RL started from, frozen, for the KL term; kept in the run's folder for a resumed run.
+
+    With adapters it is the policy itself without them, not a copy.
+    """
     if not recipe.beta:
         return None
+    if recipe.lora is not None:
+        return policy.reference()
     folder = Path(recipe.directory) / "reference"
     if fresh:
         if accelerator.is_main_process:

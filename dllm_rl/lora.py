@@ -22,6 +22,20 @@ from torch import Generator, Tensor, nn
 from dllm_rl.models.weights import renamed
 
 
+__all__ = [
+    "Lora",
+    "adapter_free",
+    "add_lora",
+    "load_adapter",
+    "lora_d1",
+    "lora_r16",
+    "merge_lora",
+    "merged_copy",
+    "merged_state",
+    "save_adapter",
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lora:
     """W + (alpha / r) B A on linear layers of the blocks: A is random, B zero, so that nothing changes at first.
@@ -44,6 +58,16 @@ class Lora:
             raise ValueError(f"lora.r={self.r} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout={self.dropout} must lie in [0, 1)")
+
+
+def lora_r16() -> Lora:
+    """Small adapters: r 16, alpha 32, no dropout."""
+    return Lora()
+
+
+def lora_d1() -> Lora:
+    """d1's adapters (arXiv 2504.12216): r 128, alpha 64, dropout 0.05."""
+    return Lora(r=128, alpha=64.0, dropout=0.05)
 
 
 class LoraLinear(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dllm_rl.emulate import EmulatedLinear, FakeQuantize
+from dllm_rl.lora import LoraLinear, is_bitsandbytes, merged_state, plain_weight
 from dllm_rl.policies import Policy
 from dllm_rl.quantize_layers import check_finite, is_quantized, load_weight_, misfit, quantized, stored_bytes
 from dllm_rl.quantize_schemes import (
@@ -84,7 +85,8 @@ def quantized_copy(policy: Policy, config, *, skip: Callable[[nn.Module, str], b
 
     Head, embeddings, norms and routers keep theirs, as do layers tied to one of these and experts fused into one
     3-D parameter (experts that are linear layers are quantised). `rollout_policy.quantization_report` says all that.
-    Beyond the copy itself at most one layer is held twice. Raises ValueError for a config that the device cannot run,
+    Adapters are merged and what bitsandbytes holds is dequantised, layer by layer: beyond the copy itself at most one
+    layer is held twice. Raises ValueError for a config that the device cannot run,
     a weight with NaN or infinity, or when nothing could be quantised.
     """
     module, rollout_policy = policy.module, copy.copy(policy)
@@ -93,22 +95,30 @@ def quantized_copy(policy: Policy, config, *, skip: Callable[[nn.Module, str], b
     if config is not None:
         config = usable(config, policy.device, next(module.parameters()).dtype)
         kept = why_kept(module, config, skip)
-    chosen = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and n not in kept and config is not None]
+    chosen = [] if config is None else [name for name, _ in linear_layers(module) if name not in kept]
     if config is not None and not chosen:
         raise ValueError(f"{config!r} quantises no layer of {type(module).__name__}; not quantised: {kept}")
-    for name in chosen:
+    for name, layer in linear_layers(module):
         # deepcopy takes what the memo holds for an object instead of copying it: no plain copy of a weight is made.
-        layer = module.get_submodule(name)
-        if isinstance(config, FakeQuantize):
-            memo[id(layer)] = EmulatedLinear(layer.weight.detach(), copy.deepcopy(layer.bias, memo), config)
+        base, quantise = getattr(layer, "base_layer", layer), name in chosen
+        weight = layer.merged() if base is not layer else plain_weight(layer)
+        if quantise and isinstance(config, FakeQuantize):
+            memo[id(layer)] = EmulatedLinear(weight, copy.deepcopy(base.bias, memo), config)
             check_finite(name, memo[id(layer)].weight)
-        else:
-            packed = quantized(layer.weight.detach(), config, name)
-            memo[id(layer.weight)] = nn.Parameter(packed, requires_grad=False)
+            continue
+        if quantise:
+            weight = quantized(weight, config, name)
+        if base is not layer or is_bitsandbytes(layer):
+            memo[id(layer)] = plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+            plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), copy.deepcopy(base.bias, memo)
+        elif quantise:
+            memo[id(layer.weight)] = nn.Parameter(weight, requires_grad=False)
     rollout_policy.module = copy.deepcopy(module, memo).requires_grad_(False)
     for name in chosen:
         rollout_policy.module.get_submodule(name).quantization = config
-    rollout_policy.quantization = config
+    for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
+        vars(rollout_policy.module).pop(name, None)
+    rollout_policy.quantization, rollout_policy.lora = config, None
     report = QuantizationReport(tuple(chosen), kept, held_bytes(module), held_bytes(rollout_policy.module))
     rollout_policy.quantization_report = report
     if config is not None:
@@ -120,9 +130,10 @@ def why_kept(module: nn.Module, config, skip: Callable[[nn.Module, str], bool] |
     """Layers with a matrix that is not to be quantised, and the reason."""
     owners: dict[int, list[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(weight), []).append(name.rpartition(".")[0])
+        owners.setdefault(id(weight), []).append(name.removesuffix(".weight").removesuffix(".base_layer"))
     kept = {}
-    for name, layer in module.named_modules():
+    for name, layer in without_adapters(module):
+        layer = getattr(layer, "base_layer", layer)
         matrices = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
         if not matrices:
             continue
@@ -140,11 +151,23 @@ def why_kept(module: nn.Module, config, skip: Callable[[nn.Module, str], bool] |
             kept[name] = "router"
         elif skip and skip(layer, name):
             kept[name] = "skip"
-        elif why := misfit(layer.weight, config):
+        elif why := misfit(layer, config):
             kept[name] = why
-        elif "forward" in vars(layer):
-            raise ValueError(f"{name}.forward is replaced: take the quantised copy outside of the aligned() block")
     return kept
+
+
+def without_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and layers, an adapted layer standing for its own parts."""
+    return ((n, m) for n, m in module.named_modules() if not re.search(r"\.(base_layer|lora_A|lora_B)$", n))
+
+
+def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear | LoraLinear]]:
+    """Linear layers, with or without an adapter. Raises ValueError inside an aligned() block."""
+    for name, layer in without_adapters(module):
+        if isinstance(layer, (nn.Linear, LoraLinear)):
+            if "forward" in vars(layer):
+                raise ValueError(f"{name}.forward is replaced: take the quantised copy outside of the aligned() block")
+            yield name, layer
 
 
 def held_bytes(module: nn.Module) -> int:
@@ -156,18 +179,18 @@ def held_bytes(module: nn.Module) -> int:
 def sync_weights(policy: Policy, rollout_policy: Policy) -> None:
     """Give the rollout policy the learner's weights, quantised afresh, in place: no storage moves.
 
-    Every parameter and buffer is written, one layer at a time; a sharded one is gathered for its turn only, by all
-    processes together. Raises ValueError for a weight with NaN or infinity.
+    Every parameter and buffer is written, one layer at a time: an adapter is merged, and a sharded tensor gathered by
+    all processes together, for its turn only. Raises ValueError for a weight with NaN or infinity.
     """
     if rollout_policy is not policy:
         targets = dict(rollout_policy.module.named_parameters()) | dict(rollout_policy.module.named_buffers())
-        for name, value in [*policy.module.named_parameters(), *policy.module.named_buffers()]:
+        for name, value in merged_state(policy.module):
             layer_name, _, kind = name.rpartition(".")
             layer = rollout_policy.module.get_submodule(layer_name)
             value = value.full_tensor() if hasattr(value, "full_tensor") else value
             if kind == "weight" and is_quantized(layer):
                 load_weight_(layer, value, layer_name)
-            else:
+            elif name in targets:  # a tied tensor is written under its first name
                 targets[name].copy_(value)
     rollout_policy.version = policy.version
 

@@ -8,7 +8,9 @@ from typing import Any
 from dllm_rl.advantages import group_relative
 from dllm_rl.correctors import Corrector, none
 from dllm_rl.likelihoods import LikelihoodEstimator
+from dllm_rl.lora import Lora
 from dllm_rl.losses import kl_k3, token
+from dllm_rl.optimizers import adamw
 from dllm_rl.policies import Policy
 from dllm_rl.tasks.base import Task
 
@@ -42,6 +44,9 @@ class Recipe:
     advantages: Callable = _("(P, G) rewards -> (P, G) advantages", group_relative, pick="dllm_rl.advantages")
     aggregate: Callable = _("how tokens are weighed in the loss", token, pick="dllm_rl.losses")
     rollout_quantization: Callable[[], Any] | None = _("scheme of the rollout's weights", None, pick="dllm_rl.quantize")
+
+    lora: Callable[[], Lora] | None = _("adapters that RL trains in place of the weights; None: all", None, pick="dllm_rl.lora")
+    optim: Callable = _("optimiser: (parameters, lr, betas, weight_decay) -> Optimizer", adamw, pick="dllm_rl.optimizers")
 
     seed: int = _("the only source of randomness", 0)
     train_batch_size: int = _("prompts per step, over all processes", 32)
@@ -86,6 +91,8 @@ class Recipe:
         for name in ("learning_rate", "warmup_learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
+        if self.lora is not None and self.corrector.align_forward:
+            raise ValueError("lora does not go with corrector.align_forward=True, which computes with whole weights; use one of them")
         if self.micro_batch_size is not None and (
             self.micro_batch_size < self.num_generations or self.micro_batch_size % self.num_generations
         ):

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from dllm_rl import quantize
-from dllm_rl.aligned import aligned
+from dllm_rl.alignment import aligned
+from dllm_rl.lora import Lora, adapter_free, add_lora, merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantize import quantized_copy, quantized_layers, sync_weights
 from dllm_rl.quantize_layers import dequantized_input, dequantized_weight, product
@@ -151,6 +152,46 @@ def test_forward_is_restored_whatever_happens_and_misuse_is_refused():
         loss = loss_of(policy)
         sync_weights(policy, rollout)
         loss.backward()
+
+
+def test_adapters_align_and_take_the_gradient_of_the_merged_weight():
+    policy = make(tiny_llama)
+    add_lora(policy, Lora(r=4))
+    for name, parameter in policy.module.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    rollout = quantized_copy(policy, quantize.int3_emulated())
+    expected, plain, base = rollout.logits(*batch()), policy.logits(*batch()), adapter_free(policy).logits(*batch())
+    with aligned(policy, rollout):
+        assert torch.equal(policy.logits(*batch()), expected)
+        assert torch.equal(adapter_free(policy).logits(*batch()), base)  # the reference is not aligned
+        loss_of(policy).backward()
+        layer = policy.module.model.layers[0].mlp.up_proj
+        with torch.no_grad():
+            layer.lora_B.weight.add_(0.01)
+        moved = policy.logits(*batch())
+    sync_weights(policy, rollout)
+    assert torch.equal(rollout.logits(*batch()), moved)
+    assert torch.equal(make(tiny_llama).logits(*batch()), base) and not torch.equal(plain, expected)
+    # dA = s B^T dW and dB = s dW A^T, with dW the gradient of the merged weight in a module without adapters.
+    with torch.no_grad():
+        layer.lora_B.weight.sub_(0.01)
+    merged = make(tiny_llama)
+    merged.module = merged_copy(policy.module).requires_grad_(True)
+    sync_weights(policy, rollout)
+    with aligned(merged, rollout):
+        loss_of(merged).backward()
+    dw, s = merged.module.model.layers[0].mlp.up_proj.weight.grad, 32.0 / 4
+    torch.testing.assert_close(layer.lora_A.weight.grad, s * layer.lora_B.weight.T @ dw, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(layer.lora_B.weight.grad, s * dw @ layer.lora_A.weight.T, rtol=1e-4, atol=1e-8)
+
+
+def test_adapters_with_dropout_are_refused():
+    policy = make(tiny_llama)
+    add_lora(policy, Lora(r=4, dropout=0.1))
+    rollout = quantized_copy(policy, quantize.int3_emulated())
+    with pytest.raises(ValueError, match=r"lora.dropout=0.1: aligned\(\) merges"), aligned(policy, rollout):
+        pass
 
 
 def test_unquantised_rollout_aligns_nothing():

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig
 
 from dllm_rl import quantize
+from dllm_rl.lora import Lora, add_lora, merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantize import check_version, quantized_copy, quantized_layers, sync_weights, why_kept
 from dllm_rl.quantize_layers import stored_bytes
@@ -29,6 +30,15 @@ def llada(tied=False):
     if tied:
         policy.module.lm_head.weight = policy.module.model.embed_tokens.weight
         policy.module.config.tie_word_embeddings = True
+    return policy
+
+
+def adapted():
+    policy = llada()
+    add_lora(policy, Lora(r=4))
+    for name, parameter in policy.module.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
     return policy
 
 
@@ -62,12 +72,14 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, lambda: None], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("make", [masked_lm, llada, lambda: llada(tied=True)], ids=["masked_lm", "untied", "tied"])
+@pytest.mark.parametrize(
+    "make", [masked_lm, llada, lambda: llada(tied=True), adapted], ids=["masked_lm", "untied", "tied", "lora"]
+)
 def test_twenty_steps_and_syncs_equal_a_fresh_quantisation_and_move_no_storage(make, scheme):
     policy = make()
     rollout = quantized_copy(policy, scheme())
     addresses = storages(rollout.module)
-    optimizer = torch.optim.AdamW(policy.module.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in policy.module.parameters() if p.requires_grad], lr=1e-2)
     tokens, mask = batch()
     for step in range(20):
         before = contents(rollout.module)
@@ -81,9 +93,22 @@ def test_twenty_steps_and_syncs_equal_a_fresh_quantisation_and_move_no_storage(m
     assert equal(contents(rollout.module), contents(quantized_copy(policy, scheme()).module))
     assert storages(rollout.module) == addresses
     assert torch.equal(rollout.logits(tokens, mask), quantized_copy(policy, scheme()).logits(tokens, mask))
-    if make is not masked_lm:
+    if make not in (masked_lm, adapted):
         head, embedding = rollout.module.lm_head.weight, rollout.module.model.embed_tokens.weight
         assert (head is embedding) == policy.module.config.tie_word_embeddings
+
+
+def test_adapters_are_merged_and_gone():
+    policy = adapted()
+    rollout, merged = quantized_copy(policy, None), llada()
+    merged.module = merged_copy(policy.module)
+    assert [name for name, _ in rollout.module.named_parameters()] == [n for n, _ in llada().module.named_parameters()]
+    assert torch.equal(rollout.logits(*batch()), merged.logits(*batch()))
+    assert not torch.equal(rollout.logits(*batch()), llada().logits(*batch()))
+    assert rollout.lora is None and policy.lora is not None
+    quantised = quantized_copy(policy, quantize.int8_weight_only())
+    assert torch.equal(quantised.logits(*batch()), quantized_copy(merged, quantize.int8_weight_only()).logits(*batch()))
+    assert len(quantised.quantization_report.quantized) == 14
 
 
 def test_sync_also_copies_norms_biases_embeddings_head_and_buffers():

@@ -42,7 +42,7 @@ def load_module(
     tokenizer = load_tokenizer(folder, stock=family.native is None)
     options = {"dtype": dtype, "output_loading_info": True}
     if quantization is not None:
-        options["quantization_config"] = bitsandbytes_config(quantization, dtype)
+        options["quantization_config"] = bitsandbytes_config(quantization, dtype, masked=family.head is mlm_head)
     with quiet_progress():
         if family.native is None:
             auto = AutoModelForMaskedLM if family.head is mlm_head else AutoModelForCausalLM
@@ -225,13 +225,17 @@ def copy_code(spec: FamilySpec, directory: Path) -> None:
         shutil.copyfile(file, directory / file.name)
 
 
-def bitsandbytes_config(quantization: str, dtype: torch.dtype | str):
+def bitsandbytes_config(quantization: str, dtype: torch.dtype | str, *, masked: bool):
     """bitsandbytes' description of a frozen base in 4 ("nf4") or 8 ("int8") bits; heads stay as they are."""
+    # transformers leaves the output embedding alone by itself, but not the layers that masked models have before it.
+    skip = {"llm_int8_skip_modules": ["cls", "lm_head", "predictions", "head", "decoder"]} if masked else {}
     compute = torch.bfloat16 if dtype == "auto" else dtype
     if quantization == "nf4":
-        return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, **skip
+        )
     if quantization == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, **skip)
     raise ValueError(f"quantization={quantization!r} is not known; use 'nf4', 'int8' or None")
 
 

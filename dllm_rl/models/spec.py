@@ -16,19 +16,25 @@ BERT_LINEARS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
 def encode_base(
     module: nn.Module,
     tokens: Int[Tensor, "B T"],
-    attention_mask: Bool[Tensor, "B T"] | Bool[Tensor, "B 1 T T"],
+    attention_mask: Bool[Tensor, "B T"] | Bool[Tensor, "B 1 T T"] | Float[Tensor, "B 1 T S"],
     positions: Int[Tensor, "B T"],
+    **cache,
 ) -> Float[Tensor, "B T D"]:
-    """The final hidden states of a stock module's backbone."""
-    outputs = module.base_model(input_ids=tokens, attention_mask=attention_mask, position_ids=positions)
+    """The final hidden states of a stock module's backbone. `cache` may bring keys and values of other columns, which
+    then come first among the S that a mask of four axes is about."""
+    outputs = module.base_model(input_ids=tokens, attention_mask=attention_mask, position_ids=positions, **cache)
     return outputs.last_hidden_state
 
 
 def encode_roberta(
-    module: nn.Module, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], positions: Int[Tensor, "B T"]
+    module: nn.Module,
+    tokens: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"] | Float[Tensor, "B 1 T S"],
+    positions: Int[Tensor, "B T"],
+    **cache,
 ) -> Float[Tensor, "B T D"]:
     """RoBERTa counts positions from pad_token_id + 1."""
-    return encode_base(module, tokens, attention_mask, positions + module.config.pad_token_id + 1)
+    return encode_base(module, tokens, attention_mask, positions + module.config.pad_token_id + 1, **cache)
 
 
 def block_causal_mask(

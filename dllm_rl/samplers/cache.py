@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from dllm_rl.models.spec import encode_base
 from dllm_rl.policies import Policy
 
 
@@ -101,20 +102,16 @@ class CachedStates:
             self.past = DynamicCache(config=module.config)
         positions = self.positions[rows]
         mask = self._mask(self.attention_mask[rows], positions, fresh, seen)
-        outputs = module.base_model(
-            input_ids=tokens[rows][:, fresh],
-            attention_mask=mask,
-            position_ids=positions[:, fresh],
-            past_key_values=self.past,
-            use_cache=True,
-        )
+        # The block-causal mask is made here, with the columns that are not run in it.
+        encode = encode_base if self.policy.spec.attention == "block_causal" else self.policy.spec.encode
+        states = encode(module, tokens[rows][:, fresh], mask, positions[:, fresh], past_key_values=self.past, use_cache=True)
         if self.past.get_seq_length() != len(seen):
             raise ValueError(f"cache={self.cache} needs a decoder; {type(module).__name__} keeps no keys and values: use cache=None")
         # Keys carry their own positions, so the order in which they are stored means nothing.
         wanted = torch.isin(seen, keep.to(fresh.device)).nonzero()[:, 0] if len(keep) != len(self.kept) else None
         self._map(lambda x: x[:, :, : len(self.kept)] if wanted is None else x[:, :, wanted])
         self.kept = keep
-        return outputs.last_hidden_state
+        return states
 
     def _mask(self, attention_mask: Tensor, positions: Tensor, fresh: Tensor, seen: Tensor) -> Tensor:
         """What to add to attention scores (R, 1, fresh, seen): 0 where a query may look, the lowest number elsewhere."""

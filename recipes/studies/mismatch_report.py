@@ -12,11 +12,11 @@ HEADER = (
     "| arm | seeds | learner's solve rate | through the quantised net | each seed, learner / quantised "
     "| area | worst abs log ratio | lowest ESS | lambda, first / last 10 steps | collapsed |"
 )
-LEGEND = """Solve rates are on 400 held-out puzzles, greedy; mean ± half the 95 % interval (Student's t over seeds). Area:
-mean over steps of the share of rollouts that solve, so it is the quantised policy's own. Log ratios and ESS are per
-token, learner against rollout. A run has collapsed when the net that it trains (the quantised one for aligned and qarl,
-else the learner's) ends below the solve rate it started from, or its gradient was not finite (its rates then count as
-0). With `unquantised` the rollout is the learner and the mismatch is exactly zero, bit for bit."""
+LEGEND = """Solve rates are on 400 held-out puzzles, greedy; mean ± half the 95 % interval (Student's t over seeds).
+Area: mean over steps of the share of rollouts that solve, so it is the quantised policy's own. Log ratios and ESS are
+per token, learner against rollout. A run has collapsed when the net that it trains (the quantised one for aligned and
+qarl, else the learner's) ends below the solve rate it started from, or its gradient was not finite (its rates then
+count as 0). With `unquantised` the rollout is the learner and the mismatch is exactly zero, bit for bit."""
 
 
 def load(results: Path) -> list[dict]:

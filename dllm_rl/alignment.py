@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from dllm_rl.lora import LoraLinear, plain_weight
 from dllm_rl.policies import Policy
 from dllm_rl.quantize import quantized_layers
 from dllm_rl.quantize_layers import dequantized_input, dequantized_weight, load_weight_, operand_version, product
@@ -44,17 +45,32 @@ class StraightThrough(torch.autograd.Function):
 class _Link:
     """The operand that a learner's layer shares with the rollout's, quantised again when the learner's weight moved."""
 
-    def __init__(self, name: str, source: nn.Linear, target: nn.Linear) -> None:
-        self.name, self.source, self.target, self.seen = name, source, target, source.weight._version
+    def __init__(self, name: str, source: nn.Linear | LoraLinear, target: nn.Linear) -> None:
+        self.name, self.source, self.target = name, source, target
+        self.base = getattr(source, "base_layer", source)
+        self.seen = self.versions()
+
+    def versions(self) -> list[int]:
+        return [parameter._version for parameter in self.source.parameters()]
+
+    def weight(self) -> Tensor:
+        """The learner's high-precision weight, an adapter's part included, differentiable."""
+        if self.base is self.source:
+            return self.source.weight
+        weight, lora = plain_weight(self.base), self.source.lora
+        added = self.source.lora_B.weight.float() @ self.source.lora_A.weight.float()
+        return (weight.float() + added * (lora.alpha / lora.r)).to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.source.weight._version != self.seen:
+        if not getattr(self.source, "active", True):  # the reference, with its adapters left out
+            return type(self.source).forward(self.source, x)
+        if self.versions() != self.seen:
             self.refresh()
-        return StraightThrough.apply(x, self.source.weight, self.source.bias, self.target)
+        return StraightThrough.apply(x, self.weight(), self.base.bias, self.target)
 
     def refresh(self) -> None:
-        load_weight_(self.target, self.source.weight, self.name)
-        self.seen = self.source.weight._version
+        load_weight_(self.target, self.weight().detach(), self.name)
+        self.seen = self.versions()
 
 
 @contextmanager
@@ -65,10 +81,13 @@ def aligned(
 
     scope  name of a layer -> whether to align it; None aligns every layer that the rollout has quantised.
 
-    Inside the block an optimiser step is noticed at the next forward, which quantises the moved weight again, once,
-    into the rollout's own storage. What is yielded does that at once for every layer, for an optimiser that writes
-    past autograd's version counters. The layers' own forward is restored however the block ends.
-    Raises ValueError when the rollout's weights are not those of the learner at the start of the block.
+    Adapters are merged into the operand, and take their gradient from that of the merged weight. Inside the block an
+    optimiser step is noticed at the next forward, which quantises the moved weight again, once, into the rollout's own
+    storage. What is yielded does that at once for every layer, for an optimiser that writes past autograd's version
+    counters. The layers' own forward is restored however the block ends.
+
+    Raises ValueError when the rollout's weights are not those of the learner at the start of the block, or for adapters
+    with dropout, which a merged weight cannot have.
     """
     if policy.version != rollout_policy.version:
         raise ValueError(
@@ -84,7 +103,9 @@ def aligned(
     try:
         for link in links:
             if "forward" in vars(link.source):
-                raise ValueError("a layer's forward is already replaced: is this block inside another aligned()?")
+                raise ValueError(f"{link.name}.forward is already replaced: is this inside another aligned()?")
+            if link.base is not link.source and link.source.lora.dropout:
+                raise ValueError(f"lora.dropout={link.source.lora.dropout}: aligned() merges adapters; set it to 0")
             link.source.forward = partial(_Link.forward, link)
             swapped.append(link.source)
         yield lambda: [link.refresh() for link in links] and None

@@ -1,0 +1,88 @@
+"""Seconds and peak memory of a function, each arm in a process of its own so that no arm inherits another's memory."""
+
+import json
+import multiprocessing
+import platform
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def in_fresh_process(function: Callable[..., Any], **arguments: Any) -> Any:
+    """The function's result, computed in a new interpreter. Function and arguments must be picklable."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, kwds=arguments)
+
+
+def seconds_and_peak(run: Callable[[], Any], device: str, *, repeats: int = 3) -> dict[str, float]:
+    """Fastest of `repeats` runs in seconds, and the highest memory during them above that at the start, in MiB.
+
+    seconds are of the wall clock, cpu_seconds of the process's own work: the ones to compare on a shared machine.
+    Memory on CUDA: allocated bytes; on the CPU: the kernel's high-water mark of the resident set, reset at the start.
+    """
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+    else:
+        _reset_high_water_mark()
+        start = _status("VmRSS")
+    times, works = [], []
+    for _ in range(repeats):
+        begin, work = time.perf_counter(), time.process_time()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+        works.append(time.process_time() - work)
+    peak = torch.cuda.max_memory_allocated() if cuda else _status("VmHWM")
+    mib = round((peak - start) / 2**20, 1)
+    return {"seconds": round(min(times), 4), "cpu_seconds": round(min(works), 4), "peak_mib": mib}
+
+
+def speed_up(slow: dict[str, Any], fast: dict[str, Any], device: str) -> float:
+    """How many times faster the second is: by the clock on CUDA, by the work done on the CPU."""
+    key = "seconds" if torch.device(device).type == "cuda" else "cpu_seconds"
+    return round(slow[key] / fast[key], 2)
+
+
+def _reset_high_water_mark() -> None:
+    marker = Path("/proc/self/clear_refs")
+    if marker.exists():
+        marker.write_text("5")
+
+
+def _status(field: str) -> int:
+    """Bytes of a field of /proc/self/status; elsewhere the process's maximum so far."""
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    line = next(line for line in path.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    cuda = torch.device(device).type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"device": name, "threads": torch.get_num_threads(), **versions}
+
+
+def write_json(path: str | None, result: dict[str, Any]) -> None:
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written to {path}")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of equal keys as a Markdown table."""
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([str(row[key]) for key in head] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,152 @@
+"""A reference without training-inference mismatch: rollout and learner agree bit for bit (VeXact, 2605.14220 [paper]).
+
+Two forwards of the same weights differ when a kernel is chosen, or splits a sum, by the shape of the batch. Here every
+kernel sees one shape whatever the batch: matrix products run in tiles of a fixed number of rows, attention row by row.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from dllm_rl.policies import Policy
+from dllm_rl.types import Noise, Rollout
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS is deterministic only with one of two settings of this variable
+
+
+class FixedShapes(TorchFunctionMode):
+    """Linear layers in tiles of `tile` rows, the last filled up with zeros; attention one row of the batch at a time."""
+
+    def __init__(self, tile: int) -> None:
+        super().__init__()
+        self.tile = tile
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return self.linear(*args, **kwargs)
+        if func is torch.addmm and not kwargs:
+            return self.linear(args[1], args[2].T, args[0])
+        if func is F.scaled_dot_product_attention:
+            return self.attention(*args, **kwargs)
+        if func is torch.matmul and args[0].dim() == args[1].dim() == 4:
+            return torch.cat([torch.matmul(a, b) for a, b in zip(*(x.split(1) for x in args), strict=True)])
+        return func(*args, **kwargs)
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows = input.reshape(-1, input.shape[-1])
+        filled = F.pad(rows, (0, 0, 0, -len(rows) % self.tile))
+        out = torch.cat([F.linear(part, weight, bias) for part in filled.split(self.tile)])
+        return out[: len(rows)].unflatten(0, input.shape[:-1])
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args, **kwargs):
+        masks = [None] * len(query) if attn_mask is None else attn_mask.expand(len(query), -1, -1, -1).split(1)
+        rows = zip(query.split(1), key.split(1), value.split(1), masks, strict=True)
+        return torch.cat([F.scaled_dot_product_attention(q, k, v, m, *args, **kwargs) for q, k, v, m in rows])
+
+
+@contextmanager
+def zero_mismatch(*, tile: int = 64) -> Iterator[None]:
+    """Batch-invariant and deterministic arithmetic for the time of the block; every setting is put back after it.
+
+    Deterministic algorithms on; TF32, reduced-precision reductions and cuDNN's autotuner off; fp32 products at full
+    precision; on CUDA attention by its plain kernel; fixed shapes as in FixedShapes. Slower, for runs that are to be
+    judged against. A sampler with a key-value cache computes other shapes than the learner and stays outside of it, as
+    do inputs quantised with one scale per tensor.
+    """
+    if tile < 1:
+        raise ValueError(f"tile={tile} must be at least 1 row")
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches = [
+        (matmul, "allow_fp16_reduced_precision_reduction", False),
+        (matmul, "allow_bf16_reduced_precision_reduction", False),
+        (cudnn, "allow_tf32", False),
+        (cudnn, "benchmark", False),
+        (cudnn, "deterministic", True),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in switches]
+    precision, workspace = torch.get_float32_matmul_precision(), os.environ.get(WORKSPACE)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    plain = sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext()
+    try:
+        for owner, name, value in switches:
+            setattr(owner, name, value)
+        torch.set_float32_matmul_precision("highest")  # also switches TF32 products off
+        os.environ.setdefault(WORKSPACE, ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        with FixedShapes(tile), plain:
+            yield
+    finally:
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn)
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)
+
+
+def check_zero(
+    policy: Policy,
+    rollout_policy: Policy,
+    rollout: Rollout,
+    noise: Noise,
+    old: Float[Tensor, "B T"],
+    behind: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+) -> None:
+    """Raise RuntimeError unless both sides' log-probs are equal bit for bit at every marked position.
+
+    The error names the first position that differs, its two log-probs (nats), and the layer where the hidden states of
+    that row part.
+    """
+    differs = mask & (old != behind)
+    if not differs.any():
+        return
+    row, position = (int(i) for i in differs.nonzero()[0])
+    token = int(rollout.tokens[row, position])
+    view = int((noise.weight[:, row, position] != 0).nonzero()[0]) if noise.weight[:, row, position].any() else 0
+    tokens = rollout.tokens[row : row + 1]
+    if policy.spec.mask_id is not None:
+        tokens = tokens.masked_fill(noise.masked[view, row : row + 1], policy.spec.mask_id)
+    layer = parting_layer(policy, rollout_policy, tokens, rollout.attention_mask[row : row + 1])
+    where = (
+        f"the hidden states part at {layer}"
+        if layer
+        else "no layer differs when both score this row alone: the sampler, the batch's shape, or the settings do"
+    )
+    raise RuntimeError(
+        f"zero_mismatch: {int(differs.sum())} of {int(mask.sum())} log-probs differ, the first at row {row}, position "
+        f"{position} (token {token}, {policy.tokenizer.decode([token])!r}): learner {float(old[row, position]):.9g}, "
+        f"rollout {float(behind[row, position]):.9g} nats; {where}"
+    )
+
+
+def parting_layer(policy: Policy, rollout_policy: Policy, tokens: Tensor, attention_mask: Tensor) -> str | None:
+    """The first layer, in the order of the forward, whose outputs under the two policies differ in any bit."""
+    ours, theirs = (layer_outputs(p, tokens, attention_mask) for p in (policy, rollout_policy))
+    return next((name for name, out in ours.items() if name in theirs and not torch.equal(out, theirs[name])), None)
+
+
+@torch.no_grad()
+def layer_outputs(policy: Policy, tokens: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Outputs of every layer that has weights of its own (an adapted layer as one), in order of execution."""
+    outputs: dict[str, Tensor] = {}
+    hooks = []
+    for name, layer in policy.module.named_modules():
+        inside = any(part in name for part in (".base_layer", ".lora_A", ".lora_B"))
+        if hasattr(layer, "base_layer") or (not inside and any(True for _ in layer.parameters(recurse=False))):
+            hooks.append(layer.register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(name, out)))
+    try:
+        policy.logits(tokens, attention_mask)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: out.detach() for name, out in outputs.items() if isinstance(out, Tensor)}

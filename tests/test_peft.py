@@ -1,0 +1,276 @@
+"""Adapters: nothing changes at first, peft reads them, they merge, resume and quantise; 4- and 8-bit bases; 8-bit AdamW."""
+
+import copy
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from layouts import checkpoint, published
+from safetensors.torch import load_file
+
+from dllm_rl import checkpoint as checkpoints
+from dllm_rl import load_policy, quantized_copy, sync_weights, train
+from dllm_rl.lora import Lora, adapted_layers, add_lora, load_adapter, lora_d1, merge_lora, merged_copy, merged_state, save_adapter
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.optimizers import adamw_8bit
+from dllm_rl.quantize import int8_weight_only
+
+FAMILIES = {
+    "llada": 14, "llada_moe": 8, "llada2": 14, "dream": 14, "sdar": 14, "sdar_moe": 8,
+    "bert": 12, "roberta": 12, "modernbert": 8, "llama": 14, "qwen3": 14, "smollm2": 14,
+}  # fmt: skip
+
+
+def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(3, 38, (2, 9), generator=torch.Generator().manual_seed(seed))
+    return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+
+def stir(policy, std: float = 0.1) -> None:
+    """Make the adapters matter: B is zero at first."""
+    generator = torch.Generator().manual_seed(7)
+    for layer in adapted_layers(policy.module).values():
+        layer.lora_B.weight.data.normal_(0, std, generator=generator)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_every_family(tmp_path, family):
+    folder = checkpoint(tmp_path / "base", family)
+    policy, plain = load_policy(folder), load_policy(folder)
+    state = torch.random.get_rng_state()
+    add_lora(policy, Lora(r=4))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len(adapted_layers(policy.module)) == FAMILIES[family]
+    assert {n.rpartition(".")[2] for n, p in policy.module.named_parameters() if p.requires_grad} == {"weight"}
+    assert all(".lora_" in n for n, p in policy.module.named_parameters() if p.requires_grad)
+    base = plain.logits(*batch())
+    assert torch.equal(policy.logits(*batch()), base)  # B is zero
+    stir(policy)
+    moved, reference = policy.logits(*batch()), policy.reference()
+    assert (moved - base).abs().max() > 0.1
+    assert torch.equal(reference.logits(*batch()), base)
+    assert reference.module is policy.module  # no second copy
+    assert torch.equal(policy.logits(*batch()), moved)  # and the adapters are back
+
+    merged = copy.copy(policy)
+    merged.module = merged_copy(policy.module)
+    torch.testing.assert_close(merged.logits(*batch()), moved, rtol=0, atol=1e-4)
+    whole = dict(merged.module.named_parameters(remove_duplicate=False)) | dict(merged.module.named_buffers(remove_duplicate=False))
+    found = dict(merged_state(policy.module))
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in found)
+
+    policy.save_pretrained(tmp_path / "merged")  # an ordinary checkpoint in the family's own layout
+    assert torch.equal(load_policy(tmp_path / "merged").logits(*batch()), merged.logits(*batch()))
+    assert load_file(tmp_path / "merged/model.safetensors").keys() <= load_file(folder / "model.safetensors").keys()
+
+    save_adapter(policy, tmp_path / "adapter")
+    load_adapter(plain, tmp_path / "adapter")
+    assert torch.equal(plain.logits(*batch()), moved)
+    merge_lora(plain)
+    assert torch.equal(plain.logits(*batch()), merged.logits(*batch()))
+    assert all(p.requires_grad for p in plain.module.parameters())
+
+
+def test_merged_weight_by_hand():
+    policy = tiny_llama(characters="ab", causal=False, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8)
+    before = policy.module.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    add_lora(policy, Lora(r=2, alpha=6.0, targets=("q_proj",)))
+    (layer,) = adapted_layers(policy.module).values()
+    layer.lora_A.weight.data = torch.eye(2, 8)
+    layer.lora_B.weight.data = torch.arange(16.0).view(8, 2)
+    expected = before.clone()
+    expected[:, :2] += 3.0 * torch.arange(16.0).view(8, 2)  # alpha / r = 3, and A picks the first two inputs
+    assert torch.equal(dict(merged_state(policy.module))["model.layers.0.self_attn.q_proj.weight"], expected)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x), x @ expected.T, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "dream"])
+def test_peft_opens_what_we_save_and_we_what_it_saves(tmp_path, family):
+    peft = pytest.importorskip("peft")
+    policy = load_policy(checkpoint(tmp_path / "base", family), lora=Lora(r=4, alpha=8.0))
+    stir(policy)
+    save_adapter(policy, tmp_path / "ours")
+    bare = load_policy(tmp_path / "base")
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(bare.module), tmp_path / "ours")
+    other = copy.copy(bare)
+    other.module = wrapped.get_base_model()
+    torch.testing.assert_close(other.logits(*batch()), policy.logits(*batch()), rtol=0, atol=1e-5)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    load_adapter(bare, tmp_path / "theirs")
+    assert torch.equal(bare.logits(*batch()), policy.logits(*batch()))
+
+
+def test_adapters_of_llada_bear_the_authors_names(tmp_path):
+    policy = load_policy(published(tmp_path / "base", "llada"), lora=Lora(r=4, targets=("q_proj", "down_proj")))
+    save_adapter(policy, tmp_path / "adapter")
+    names = load_file(tmp_path / "adapter/adapter_model.safetensors").keys()
+    assert "base_model.model.model.transformer.blocks.0.q_proj.lora_A.weight" in names
+    assert "base_model.model.model.transformer.blocks.1.ff_out.lora_B.weight" in names
+    targets = json.loads((tmp_path / "adapter/adapter_config.json").read_text())["target_modules"]
+    assert targets == [f"model.transformer.blocks.{n}.{x}" for n in (0, 1) for x in ("ff_out", "q_proj")]
+
+
+def test_dropout_repeats_and_spares_what_is_not_differentiated():
+    make = lambda: tiny_masked_lm(characters="ab")  # noqa: E731
+    policy, again = make(), make()
+    tokens, mask = torch.tensor([[3, 4, 3]]), torch.ones(1, 3, dtype=torch.bool)
+    for p in (policy, again):
+        add_lora(p, replace(lora_d1(), r=4, dropout=0.5))
+        stir(p)
+    with torch.no_grad():
+        exact = policy.logits(tokens, mask)
+        assert torch.equal(policy.logits(tokens, mask), exact)
+    first, second = policy.logits(tokens, mask), policy.logits(tokens, mask)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, exact)
+    assert torch.equal(again.logits(tokens, mask), first)
+    assert torch.equal(again.logits(tokens, mask), second)
+    layer = next(iter(adapted_layers(policy.module).values()))
+    kept = layer.dropped(torch.ones(200, 100))
+    assert set(kept.unique().tolist()) == {0.0, 2.0}
+    assert abs(kept.mean() - 1) < 0.03
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("family", ["llada", "llada2", "qwen3", "bert"])
+def test_a_base_in_few_bits_trains(tmp_path, family, quantization):
+    """Three AdamW steps on the adapters lower a loss; the base does not move; what is saved is the merged model."""
+    pytest.importorskip("bitsandbytes")
+    policy = load_policy(checkpoint(tmp_path / "base", family), quantization=quantization, lora=Lora(r=4))
+    bits = {n for n, layer in policy.module.named_modules() if type(layer).__name__.startswith("Linear") and "bit" in type(layer).__name__}
+    assert len(bits) == FAMILIES[family]
+    assert not any(layer.endswith(("lm_head", "decoder")) for layer in bits)
+    tokens, mask = batch()
+    start = policy.reference().logits(tokens, mask)
+    assert torch.equal(policy.logits(tokens, mask), start)
+    optimizer = torch.optim.AdamW([p for p in policy.module.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = torch.nn.functional.cross_entropy(policy.logits(tokens, mask).flatten(0, 1).float(), tokens.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0] - 0.05
+    assert torch.equal(policy.reference().logits(tokens, mask), start)
+    policy.save_pretrained(tmp_path / "merged")
+    merged = load_policy(tmp_path / "merged")
+    state = merged.module.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in merged_state(policy.module) if name in state)
+    if quantization == "nf4":  # 8-bit products round their inputs too, the merged model does not
+        torch.testing.assert_close(merged.logits(tokens, mask), policy.logits(tokens, mask), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=4)])
+def test_a_quantised_rollout_is_made_and_refreshed_from_merged_weights(lora):
+    policy = tiny_llama(characters="abc", causal=False)
+    if lora:
+        add_lora(policy, lora)
+        stir(policy)
+    before = {name: tensor.clone() for name, tensor in policy.module.state_dict().items()}
+    rollout = quantized_copy(policy, int8_weight_only())
+    for layer in adapted_layers(policy.module).values():
+        layer.lora_B.weight.data += 0.05
+    sync_weights(policy, rollout)
+    plain = copy.copy(policy)
+    plain.module = merged_copy(policy.module)
+    expected = quantized_copy(plain, int8_weight_only())
+    tokens, mask = torch.tensor([[3, 4, 5, 3]]), torch.ones(1, 4, dtype=torch.bool)
+    assert torch.equal(rollout.logits(tokens, mask), expected.logits(tokens, mask))
+    frozen = [n for n in before if ".lora_B" not in n]
+    assert all(torch.equal(policy.module.state_dict()[n], before[n]) for n in frozen)  # the trained ones are not disturbed
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"r": 0}, "lora.r=0 must be at least 1"),
+        ({"dropout": 1.0}, r"lora.dropout=1.0 must lie in \[0, 1\)"),
+    ],
+)
+def test_settings_that_cannot_be(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        Lora(**kwargs)
+
+
+def test_adapters_that_do_not_fit(tmp_path):
+    policy = tiny_llama(characters="ab", causal=False)
+    with pytest.raises(ValueError, match="no adapters to leave out"):
+        policy.reference()
+    with pytest.raises(ValueError, match=r"lora.targets=\('query',\) names no linear layer"):
+        add_lora(policy, Lora(targets=("query",)))
+    add_lora(policy, Lora(r=2))
+    with pytest.raises(ValueError, match="has adapters already"):
+        add_lora(policy, Lora(r=2))
+    save_adapter(policy, tmp_path)
+    with pytest.raises(ValueError, match="do not fit"):
+        load_adapter(tiny_llama(characters="ab", causal=False, num_layers=2), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(ValueError, match="use_dora=True is not supported"):
+        load_adapter(tiny_llama(characters="ab", causal=False), tmp_path)
+
+
+# The loop, on the smallest Sudoku.
+
+
+def recipe(tmp_path, name: str, **fields):
+    from recipes.sudoku_tiny_llada import recipe as base
+
+    small = partial(tiny_llama, causal=False, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=32, characters=base.model.keywords["characters"])
+    few = {"model": small, "train_batch_size": 2, "num_generations": 4, "warmup_steps": 0, "eval_steps": 0, "num_steps": 3}
+    few |= {"eval_task": base.validation_task, "save_steps": 1, "save_total_limit": 9, "output_dir": str(tmp_path / name), "beta": 0.1}
+    return replace(base, **(few | fields))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("full", {}),
+        ("full in 8 bits", {"optim": adamw_8bit}),
+        ("lora", {"lora": partial(Lora, r=4, dropout=0.1)}),
+        ("lora after warm-up", {"lora": partial(Lora, r=4), "warmup_steps": 2, "optim": adamw_8bit}),
+        ("qlora", {"lora": partial(Lora, r=4)}),
+    ],
+)
+def test_three_steps_then_resume_and_merge(tmp_path, kind, fields):
+    if "8 bits" in kind or kind == "qlora":
+        pytest.importorskip("bitsandbytes")
+    run = recipe(tmp_path, "run", **fields)
+    if kind == "qlora":
+        run.model().save_pretrained(tmp_path / "base")
+        run = replace(run, model=partial(load_policy, tmp_path / "base", quantization="nf4"))
+    train(run)
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps[0]["kl"] == 0.0  # the reference is what RL starts from, exactly
+    assert steps[2]["kl"] > 0
+    assert all(step["grad_norm"] > 0 for step in steps)
+
+    folders = dict(checkpoints.found(tmp_path / "run/checkpoints"))
+    first, last = (load_file(folders[n] / "model.safetensors") for n in (0, 3))
+    moved = {name for name in first if not torch.equal(first[name], last[name])}
+    assert moved
+    if "lora" in kind:
+        assert all(".layers." in name and "norm" not in name for name in moved)
+        base = run.model() if not run.warmup_steps else load_policy(tmp_path / "run/reference")
+        load_adapter(base, folders[3] / "adapter")
+        merge_lora(base)
+        assert all(torch.equal(base.module.state_dict()[name], tensor) for name, tensor in last.items())
+
+    for n in (2, 3):
+        folders[n].rename(tmp_path / f"before-{n}")
+    train(replace(run, resume_from_checkpoint="latest"))
+    again = load_file(folders[3] / "model.safetensors")
+    assert again.keys() == last.keys()
+    assert all(torch.equal(again[name], last[name]) for name in last)
+
+
+def test_lora_and_an_aligned_forward_are_refused(tmp_path):
+    from dllm_rl.correctors import none
+
+    with pytest.raises(ValueError, match="lora does not go with corrector.align_forward=True"):
+        recipe(tmp_path, "run", lora=partial(Lora, r=4), corrector=replace(none(), align_forward=True))

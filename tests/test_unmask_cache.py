@@ -1,0 +1,184 @@
+"""Key-value caches and block-causal models: exact where they are exact, and only there."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from layouts import checkpoint
+
+from dllm_rl import load_policy
+from dllm_rl.likelihoods import trajectory
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.samplers import rules
+from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.types import Prompts
+
+IDS = [[5, 6, 7, 8, 9], [10], [11, 12, 13, 14, 15, 16, 17, 18], [3, 4, 5, 6]]
+COMMITS = {"schedule": rules.schedule, "threshold": partial(rules.threshold, tau=0.1)}
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory):
+    opened = {}
+
+    def get(family: str):
+        if family not in opened:
+            policy = load_policy(checkpoint(tmp_path_factory.mktemp(family), family))
+            if policy.spec.attention == "block_causal":
+                policy.spec = replace(policy.spec, eos_ids=())  # a test that wants an early end says so
+            opened[family] = policy
+        return opened[family]
+
+    return get
+
+
+def run(policy, *, ids=IDS, group=2, length=11, **options):
+    options = {"temperature": 1.0, "rank": rules.max_prob} | options
+    prompts = Prompts.from_ids(ids, pad_id=0, group_size=group, seeds=range(len(ids) * group))
+    return unmask(policy, prompts, torch.Generator(), max_new_tokens=length, **options)
+
+
+def assert_same(a, b):
+    assert torch.equal(a.tokens, b.tokens)
+    assert torch.equal(a.unmask_step, b.unmask_step)
+    assert torch.equal(a.completion_mask, b.completion_mask) and torch.equal(a.attention_mask, b.attention_mask)
+    torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-5)
+
+
+def columns_run(policy, monkeypatch, **options):
+    """Token positions that went through the body."""
+    total, forward = [], policy.module.base_model.forward
+
+    def counted(*args, **kwargs):
+        total.append(kwargs["input_ids"].numel())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(policy.module.base_model, "forward", counted)
+    run(policy, **options)
+    monkeypatch.undo()
+    return sum(total)
+
+
+@pytest.mark.parametrize("commit", COMMITS)
+@pytest.mark.parametrize("family", ["sdar", "llada2"])
+def test_block_cache_is_exact(policies, family, commit, monkeypatch):
+    policy, length = policies(family), {"sdar": 11, "llada2": 70}[family]
+    options = {"commit": COMMITS[commit], "length": length, "num_steps": length // 2}
+    plain, cached = run(policy, **options), run(policy, cache=block_cache(), **options)
+    assert_same(plain, cached)
+    assert cached.completion_mask[:, -length:].all()
+    assert columns_run(policy, monkeypatch, cache=block_cache(), **options) < columns_run(policy, monkeypatch, **options)
+
+
+@pytest.mark.parametrize("cache", [None, block_cache()])
+def test_blocks_count_from_the_prompt(policies, cache):
+    """Blocks of 4: after a prompt of 5 the completion's blocks hold 3, 4, 4 positions; after one of 8: 4, 4, 3."""
+    rollout = run(policies("sdar"), group=1, num_steps=11, cache=cache)
+    for row, sizes in ((0, [3, 4, 4]), (2, [4, 4, 3])):
+        steps, begin = rollout.unmask_step[row, -11:].tolist(), 0
+        for size in sizes:
+            block = steps[begin : begin + size]
+            assert max(steps[:begin], default=-1) < min(block)
+            begin += size
+
+
+def test_block_causal_replay_is_bitwise(policies):
+    policy = policies("sdar")
+    rollout, estimator = run(policy), trajectory()
+    noise = estimator.draw(rollout, torch.Generator())
+    assert torch.equal(estimator.logprobs(policy, rollout, noise), rollout.logprobs)
+
+
+@pytest.mark.parametrize("cache", [None, block_cache()])
+def test_early_exit_of_block_causal_models_is_exact(policies, cache):
+    """Up to the block that holds an end token nothing differs from a run that goes on; behind it there is padding."""
+    policy = policies("sdar")
+    full = run(policy, num_steps=11)
+    start, length = full.tokens.shape[1] - 11, 11
+    # A token that stands in some rows' first eight places and not in all of them.
+    held = [set(row) for row in full.tokens[:, start : start + 4].tolist()]
+    eos = next(t for t in sorted(set.union(*held)) if not all(t in row for row in full.tokens[:, start:].tolist()))
+    policy.spec = replace(policy.spec, eos_ids=(eos,))
+    short = run(policy, num_steps=11, cache=cache)
+    policy.spec = replace(policy.spec, eos_ids=())
+    ended = 0
+    for row in range(8):
+        size = len(IDS[row // 2])
+        tokens = full.tokens[row, start:].tolist()
+        kept = length
+        if eos in tokens:
+            last = (size + tokens.index(eos)) // 4
+            kept = min(length, (last + 1) * 4 - size)
+        ended += kept < length
+        assert short.tokens[row, start:].tolist() == tokens[:kept] + [policy.pad_id] * (length - kept)
+        assert short.completion_mask[row, start:].tolist() == [True] * kept + [False] * (length - kept)
+        assert short.attention_mask[row, start:].tolist() == [True] * kept + [False] * (length - kept)
+        torch.testing.assert_close(short.logprobs[row, start : start + kept], full.logprobs[row, start : start + kept], rtol=0, atol=1e-5)
+    assert 0 < ended < 8
+    assert (short.logprobs[~short.completion_mask] == 0).all()
+    if cache is None:
+        estimator = trajectory()
+        noise = estimator.draw(short, torch.Generator())
+        assert torch.equal(estimator.logprobs(policy, short, noise), short.logprobs)
+
+
+@pytest.mark.parametrize("commit", COMMITS)
+@pytest.mark.parametrize("kind", [prefix_cache, dual_cache])
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_refreshing_every_step_is_exact(policies, family, kind, commit):
+    policy, options = policies(family), {"block_size": 4, "num_steps": 8, "commit": COMMITS[commit]}
+    exact = run(policy, **options)
+    assert_same(exact, run(policy, cache=kind(refresh=1), **options))
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("kind", [prefix_cache, dual_cache])
+def test_stale_keys_are_an_approximation_and_save_work(policies, family, kind, monkeypatch):
+    """Up to the second step of the first block nothing has been cached that matters; from there log-probs drift."""
+    policy, options = policies(family), {"block_size": 4, "num_steps": 11}
+    exact, cached = run(policy, **options), run(policy, cache=kind(), **options)
+    first = exact.unmask_step == 0
+    assert torch.equal(exact.tokens[first], cached.tokens[first])
+    torch.testing.assert_close(exact.logprobs[first], cached.logprobs[first], rtol=0, atol=1e-5)
+    estimator = trajectory()
+    noise = estimator.draw(cached, torch.Generator())
+    drift = (estimator.logprobs(policy, cached, noise) - cached.logprobs).abs()
+    assert drift.max() > 1e-4
+    work = columns_run(policy, monkeypatch, **options)
+    often = columns_run(policy, monkeypatch, cache=kind(refresh=2), **options)
+    seldom = columns_run(policy, monkeypatch, cache=kind(), **options)
+    assert seldom < often < work
+
+
+@pytest.mark.parametrize("kind", [prefix_cache, dual_cache])
+@pytest.mark.parametrize("make", [tiny_masked_lm, partial(tiny_llama, causal=False)])
+def test_one_layer_is_exact_without_refresh(make, kind):
+    """The keys of a first layer depend on nothing but their own token, so that keeping them is no approximation."""
+    policy = make(characters="0123456789abcdefgh", num_layers=1, head_std=0.3)
+    options = {"block_size": 4, "num_steps": 8}
+    assert_same(run(policy, **options), run(policy, cache=kind(), **options))
+
+
+def test_dual_runs_fewer_columns_than_prefix(policies, monkeypatch):
+    """One row, prompt of 4, 12 new in blocks of 4, a step a position. Exact: 12 x 16. Prefix: per block 16 + 3 x what is
+    not before it (12, 8, 4) = 120. Dual: per block 16 + 3 x 4 = 84."""
+    policy, options = policies("llada"), {"ids": IDS[3:], "group": 1, "length": 12, "block_size": 4}
+    assert columns_run(policy, monkeypatch, **options) == 192
+    assert columns_run(policy, monkeypatch, cache=prefix_cache(), **options) == 120
+    assert columns_run(policy, monkeypatch, cache=dual_cache(), **options) == 84
+
+
+def test_errors(policies, tmp_path):
+    with pytest.raises(ValueError, match="use None or block_cache"):
+        run(policies("sdar"), cache=prefix_cache())
+    with pytest.raises(ValueError, match="use None or prefix_cache"):
+        run(policies("llada"), cache=block_cache())
+    with pytest.raises(ValueError, match="refresh=0"):
+        dual_cache(refresh=0)
+    with pytest.raises(ValueError, match="block_size=8 is not the policy's"):
+        run(policies("sdar"), block_size=8)
+    bert = load_policy(checkpoint(tmp_path, "modernbert"))
+    with pytest.raises(ValueError, match="keeps no keys and values"):
+        run(bert, cache=prefix_cache())

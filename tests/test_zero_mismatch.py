@@ -1,0 +1,178 @@
+"""Batch-invariant arithmetic, its settings put back, and a difference of one ulp traced to its layer."""
+
+import json
+import os
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dllm_rl.likelihoods import trajectory
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.quantize import quantized_copy
+from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.types import Prompts
+from dllm_rl.zero_mismatch import check_zero, zero_mismatch
+
+small = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
+MODELS = {
+    "masked_lm": partial(tiny_masked_lm, **small),
+    "llada": partial(tiny_llama, **small, causal=False),
+}
+
+
+def settings():
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.deterministic,
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        torch.overrides._get_current_function_mode_stack(),
+    )
+
+
+def test_settings_are_made_and_put_back_whatever_happens():
+    torch.set_float32_matmul_precision("medium")
+    before = settings()
+    with pytest.raises(KeyError), zero_mismatch():
+        assert settings()[:6] == ("highest", True, False, False, True, ":4096:8")
+        raise KeyError("planted")
+    assert settings() == before
+    with pytest.raises(ValueError, match="tile=0 must be at least 1"), zero_mismatch(tile=0):
+        pass
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(96, 96), (8, 96), (9, 512)])
+def test_a_row_of_a_product_does_not_depend_on_how_many_there_are(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, shape[1], generator=generator).to(dtype) for n in (70, shape[0]))
+    with zero_mismatch():
+        whole = F.linear(x, w)
+        for rows in (1, 2, 3, 15, 64, 65):
+            assert torch.equal(F.linear(x[:rows], w), whole[:rows])
+            assert torch.equal(torch.addmm(torch.zeros(shape[0]).to(dtype), x[:rows], w.T), whole[:rows])
+    torch.testing.assert_close(whole, F.linear(x, w), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
+
+
+def test_attention_row_by_row_is_the_attention():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, 5, 8, generator=generator) for _ in range(3))
+    mask = torch.rand(3, 1, 5, 5, generator=generator) > 0.3
+    mask[..., 0] = True
+    expected, scores = F.scaled_dot_product_attention(q, k, v, mask), q @ k.mT
+    with zero_mismatch():
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, mask), expected)
+        whole = F.scaled_dot_product_attention(q, k, v)
+        assert torch.equal(whole[:1], F.scaled_dot_product_attention(q[:1], k[:1], v[:1]))
+        torch.testing.assert_close(torch.matmul(q, k.mT), scores)
+        q.requires_grad_()
+        F.scaled_dot_product_attention(q, k, v).sum().backward()
+    assert q.grad.isfinite().all()
+
+
+def sampled(policy, lengths=(5, 9, 16, 3)):
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, policy.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=2)
+    return unmask(policy, prompts, generator, max_new_tokens=8, num_steps=5, temperature=1.0, rank=max_prob)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model", MODELS)
+def test_ragged_rollouts_are_scored_bit_for_bit_however_they_are_cut(model, attention, dtype):
+    policy, estimator = MODELS[model](), trajectory()
+    policy.module.to(dtype).set_attn_implementation(attention)
+    with zero_mismatch():
+        rollout = sampled(policy)
+        noise = estimator.draw(rollout, torch.Generator())
+        for size in (None, 2, 4):
+            old = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
+            assert torch.equal(old, rollout.logprobs)
+            check_zero(policy, policy, rollout, noise, old, rollout.logprobs, rollout.completion_mask)
+        some = torch.tensor([2, 3, 6, 7])
+        part = estimator.logprobs(policy, rollout.rows(some), noise.rows(some))
+        assert torch.equal(part, rollout.logprobs[some])
+
+
+LAYERS = {
+    "masked_lm": ["encoder.layer.1.intermediate.dense", "encoder.layer.0.attention.self.value", "lm_head.dense"],
+    "llada": ["model.layers.1.mlp.up_proj", "model.layers.0.input_layernorm", "model.embed_tokens"],
+}
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("model", MODELS)
+def test_one_ulp_in_one_layer_is_caught_with_its_name(model, index):
+    policy = MODELS[model]()
+    other, estimator = quantized_copy(policy, None), trajectory()
+    name = next(n for n, _ in other.module.named_modules() if n.endswith(LAYERS[model][index]))
+    weight = other.module.get_submodule(name).weight.data
+    # One unit in the last place of every element: of a single one it may round away.
+    weight.copy_(weight.nextafter(torch.full_like(weight, torch.inf)))
+    with zero_mismatch():
+        rollout = sampled(other)
+        noise = estimator.draw(rollout, torch.Generator())
+        old = estimator.logprobs(policy, rollout, noise)
+        behind = estimator.logprobs(other, rollout, noise)
+        row, position = (rollout.completion_mask & (old != behind)).nonzero()[0].tolist()
+        expected = f"row {row}, position {position} .*the hidden states part at {name}$"
+        with pytest.raises(RuntimeError, match=expected) as caught:
+            check_zero(policy, other, rollout, noise, old, behind, rollout.completion_mask)
+    ours, theirs = old[row, position].item(), behind[row, position].item()
+    assert f"learner {ours:.9g}, rollout {theirs:.9g} nats" in str(caught.value)
+
+
+def test_a_difference_that_no_layer_makes_is_said_to_be_so():
+    policy, estimator = MODELS["llada"](), trajectory()
+    rollout = sampled(policy)
+    noise = estimator.draw(rollout, torch.Generator())
+    old = estimator.logprobs(policy, rollout, noise)
+    recorded = old.clone()
+    recorded[1, -1] += 0.5
+    expected = r"1 of 64 log-probs differ, the first at row 1, position 23 .*no layer differs"
+    with pytest.raises(RuntimeError, match=expected):
+        check_zero(policy, policy, rollout, noise, old, recorded, rollout.completion_mask)
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_the_main_job_log_exactly_zero(tmp_path):
+    from dllm_rl.tasks.sudoku import Sudoku
+    from dllm_rl.training import train
+    from recipes.sudoku_tiny import recipe
+
+    class Ragged(Sudoku):
+        """Prompts of unequal lengths: some lose their first cells."""
+
+        def __getitem__(self, index):
+            problem = super().__getitem__(index)
+            return replace(problem, prompt=problem.prompt[index % 4 :])
+
+    run = replace(
+        recipe,
+        name="zero",
+        model=MODELS["masked_lm"],
+        task=Ragged(split="train", clues=(10, 12)),
+        rollout_quantization=None,
+        train_batch_size=4,
+        num_generations=4,
+        micro_batch_size=8,
+        num_steps=20,
+        warmup_steps=0,
+        validation_task=Sudoku(split="validation", clues=(10, 12), size=4),
+        eval_task=Sudoku(split="test", clues=(10, 12), size=4),
+        output_dir=str(tmp_path / "run"),
+    )
+    with zero_mismatch():
+        train(run)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    worst = [line["rollout_corr/abs_log_ratio_max"] for line in logged if "rollout_corr/abs_log_ratio_max" in line]
+    assert len(worst) == 20 and max(worst) == 0
+    assert any(line.get("grad_norm", 0) > 0 for line in logged)
