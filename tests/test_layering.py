@@ -28,6 +28,7 @@ evaluation doctor harness
 learner checkpoint runlog report
 launch
 training evaluate_command
+doctor_command
 cli
 """.strip().split("\n")
 
