@@ -80,8 +80,8 @@ def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
         if metadata.get("pick"):
             choices = pickable(metadata["pick"], value, annotation)
             found[path] = Setting(value, metadata.get("help", ""), partial(_pick, path, choices, _optional(annotation)))
-        elif inspect.isfunction(value):
-            choices = pickable(value.__module__, value, annotation)
+        elif inspect.isfunction(value) and isinstance(owner, partial):
+            choices = siblings(value)
             found[path] = Setting(value, metadata.get("help", ""), partial(_pick, path, choices, False))
         elif any(map(_readable, _kinds(annotation))) and not callable(value):
             found[path] = Setting(value, metadata.get("help", ""), partial(_read, path, annotation))
@@ -119,11 +119,24 @@ def pickable(module_name: str, value: Any, annotation: Any) -> dict[str, Any]:
     functions = {n: f for n in names if inspect.isfunction(f := getattr(module, n)) and f.__module__.startswith(module_name)}
     example = value.func if isinstance(value, partial) else value
     if inspect.isfunction(example) and _positional(example):
-        return {n: f for n, f in functions.items() if _positional(f) == _positional(example)}
+        return {n: f for n, f in siblings(example).items() if n in functions and _positional(f) == _positional(example)}
     makers = {n: f for n, f in functions.items() if not _required(f)}
     if dataclasses.is_dataclass(example):
         return {n: f() for n, f in makers.items() if inspect.signature(f).return_annotation is type(example)}
     return {n: f for n, f in makers.items() if not _positional(f)}
+
+
+def siblings(function: Callable) -> dict[str, Callable]:
+    """Public functions of the same module that return the same kind of thing and need no other keyword."""
+    found = {n: f for n, f in vars(import_module(function.__module__)).items() if inspect.isfunction(f) and not n.startswith("_")}
+    kind, given = str(inspect.signature(function).return_annotation), _needed_keywords(function)
+    alike = {n: f for n, f in found.items() if str(inspect.signature(f).return_annotation) == kind}
+    return {n: f for n, f in alike.items() if _needed_keywords(f) <= given}
+
+
+def _needed_keywords(function: Callable) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
 
 
 def _positional(function: Callable) -> list[str]:
