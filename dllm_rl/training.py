@@ -12,7 +12,8 @@ from dllm_rl.alignment import aligned
 from dllm_rl.evaluation import score
 from dllm_rl.launch import begin, catch_interrupt, draw_problems, evaluate_with, finish, prepare, save
 from dllm_rl.learner import update
-from dllm_rl.mismatch import mismatch_metrics
+from dllm_rl.mismatch import mismatch_metrics, symptom_metrics
+from dllm_rl.plan import plan
 from dllm_rl.policies import Policy
 from dllm_rl.quantize import check_version, quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
@@ -24,6 +25,9 @@ from dllm_rl.zero_mismatch import check_zero, zero_mismatch
 
 def train(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe; returns what its summary.json holds. Raises ValueError on one that cannot run, before any work."""
+    if recipe.dry_run:
+        print(text := plan(recipe))
+        return {"plan": text}
     accelerator, log, folder = prepare(recipe)
     policy, reference, optimizer, start, history = begin(recipe, accelerator, log, folder)
     rollout_policy = policy if recipe.rollout_quantization is None else quantized_copy(policy, recipe.rollout_quantization())
@@ -145,14 +149,17 @@ def weigh(
     """Mismatch metrics over the live rows of all processes, and this process's weights and keep mask (B, T)."""
     width, flat = rollout.tokens.shape[1], advantages.flatten()
     everywhere = []  # every process gathers as many rows, those that are not live as zeros
-    for part in (old - behind, rollout.completion_mask[live], old):
+    for part in (old - behind, rollout.completion_mask[live], old, rollout.tokens[live]):
         rows = torch.zeros(rollout.tokens.shape, dtype=part.dtype, device=part.device)
         rows[live] = part
         everywhere.append(rows)
     padded = [accelerator.pad_across_processes(x, dim=1) for x in everywhere]
-    log_mismatch, mask, old = (accelerator.gather(x) for x in padded)
+    log_mismatch, mask, old, tokens = (accelerator.gather(x) for x in padded)
     weights, keep, reasons = recipe.corrector.weigh(log_mismatch, flat, mask)
     metrics = mismatch_metrics(log_mismatch, mask, old=old, advantages=flat) | reasons
+    # Of an estimate that is no log-probability of single tokens, repetition is all that can be said.
+    exact = recipe.likelihood.replays or recipe.likelihood.attention == ("causal",)
+    metrics |= symptom_metrics(tokens, mask, flat, old=old if exact else None)
     metrics["rollout_corr/rollout_rs_masked_fraction"] = 1 - (keep.sum() / mask.sum()).item()
     return metrics, local(weights, accelerator)[:, :width], local(keep, accelerator)[:, :width]
 
