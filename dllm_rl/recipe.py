@@ -65,6 +65,7 @@ class Recipe:
     beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0)
     kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.losses")
     bf16: bool = _("learner's forward in bf16 autocast", False)
+    zero_mismatch: bool = _("arithmetic that does not depend on the batch; stop where rollout and learner differ at all", False)
 
     warmup_steps: int = _("most supervised steps before RL; 0: none", 0)
     warmup_batch_size: int = _("prompts per warm-up step, over all processes", 64)
@@ -102,6 +103,8 @@ class Recipe:
             raise ValueError(f"base_quantization={self.base_quantization!r} is a frozen base: set lora, or leave it out")
         if self.lora is not None and self.corrector.align_forward:
             raise ValueError("lora does not go with corrector.align_forward=True, which computes with whole weights; use one of them")
+        if self.zero_mismatch and self.rollout_quantization is not None and not self.corrector.align_forward:
+            raise ValueError("zero_mismatch=True needs rollout_quantization=None, or a corrector that aligns the forward")
         if self.micro_batch_size is not None and (
             self.micro_batch_size < self.num_generations or self.micro_batch_size % self.num_generations
         ):

@@ -15,11 +15,12 @@ from dllm_rl.learner import update
 from dllm_rl.mismatch import mismatch_metrics, symptom_metrics
 from dllm_rl.plan import plan
 from dllm_rl.policies import Policy
-from dllm_rl.quantize import quantized_copy, sync_weights
+from dllm_rl.quantize import check_version, quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.tasks.base import Reward
 from dllm_rl.text import decode, encode, stream
 from dllm_rl.types import Batch, Noise, Rollout, row_seeds
+from dllm_rl.zero_mismatch import check_zero, zero_mismatch
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     for step in range(start, recipe.num_steps):
         problems = draw_problems(recipe.task, "train", recipe.seed, step, recipe.train_batch_size, accelerator)
-        with log.stage("rollout"), accelerator.autocast():
+        with log.stage("rollout"), accelerator.autocast(), arithmetic_of(recipe):
             prompts = encode(policy, problems, group_size=recipe.num_generations, seeds=seeds_of(recipe, step, accelerator))
             rollout = recipe.sampler(rollout_policy, prompts, stream(recipe.seed, "rollout", step))
             check_version(rollout, policy)
@@ -43,14 +44,16 @@ def train(recipe: Recipe) -> dict[str, Any]:
             graded = score(recipe.task, problems, decode(policy, rollout))
             rewards = gather_rewards(graded, recipe.num_generations, accelerator)                    # (P, G)
             advantages = recipe.advantages(rewards)                                                  # (P, G)
-        with log.stage("scoring"), accelerator.autocast(), forward_of(recipe, policy, rollout_policy):
+        with log.stage("scoring"), accelerator.autocast(), forward_of(recipe, policy, rollout_policy), arithmetic_of(recipe):
             live = live_rows(advantages, recipe, accelerator)
             part = rollout.rows(live)
             noise = draw_noise(recipe, step, rollout, advantages, accelerator).rows(live)            # shared by every policy
             old, old_scores = scored(recipe, policy, part, noise)
             behind = behaviour(recipe, policy, rollout_policy, part, noise, old)
+            if recipe.zero_mismatch:
+                check_zero(policy, rollout_policy, part, noise, old, behind, part.completion_mask)
             anchor = None if reference is None else scored(recipe, reference, part, noise)[0]
-        with log.stage("update"), accelerator.autocast(), forward_of(recipe, policy, rollout_policy):
+        with log.stage("update"), accelerator.autocast(), forward_of(recipe, policy, rollout_policy), arithmetic_of(recipe):
             mismatch, weights, keep = weigh(recipe, accelerator, rollout, live, advantages, old, behind)
             batch = live_batch(accelerator, rollout, part, noise, live, advantages, old, old_scores, weights, keep, anchor)
             learning = update(policy, optimizer, accelerator, batch, recipe, step)
@@ -95,10 +98,9 @@ def forward_of(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> Abstra
     return aligned(policy, rollout_policy) if align else nullcontext()
 
 
-def check_version(rollout: Rollout, policy: Policy) -> None:
-    """Raise RuntimeError when the rollout was made by other weights than the learner's present ones."""
-    if rollout.weights_version != policy.version:
-        raise RuntimeError(f"weights_version={rollout.weights_version} of the rollout is not the learner's {policy.version}: sync first")
+def arithmetic_of(recipe: Recipe) -> AbstractContextManager:
+    """With zero_mismatch a row's result does not depend on the batch it is computed in."""
+    return zero_mismatch() if recipe.zero_mismatch else nullcontext()
 
 
 def local(rows: Tensor, accelerator: Accelerator) -> Tensor:
