@@ -110,7 +110,7 @@ def frame(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows:
     """The state of a rollout as text: prompts and masks dim, what the last step wrote bright."""
     lines = []
     for row in tell(policy, rollout, prompts)["rows"][:max_rows]:
-        line, newest = Text(visible(row["prompt"]), style="dim"), max(token["step"] for token in row["tokens"])
+        line, newest = Text().append(visible(row["prompt"]), style="dim"), max(token["step"] for token in row["tokens"])
         for token in row["tokens"]:
             fresh = token["step"] == newest == rollout.forwards - 1
             style = "dim" if token["step"] < 0 else "bold bright_yellow" if fresh else "default"

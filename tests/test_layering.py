@@ -19,7 +19,7 @@ models lora
 mismatch policies
 head correctors
 models.tiny models.convert samplers
-likelihoods masks optimizers
+likelihoods masks packed optimizers
 quantize emulate
 alignment text testing completions zero_mismatch
 warmup recipe show
