@@ -18,7 +18,7 @@ losses advantages grading
 models lora
 mismatch policies
 head correctors
-models.tiny samplers
+models.tiny models.convert samplers
 likelihoods masks packed optimizers
 quantize emulate
 alignment text testing completions zero_mismatch
