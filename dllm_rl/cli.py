@@ -11,6 +11,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_sample(commands)
     add_evaluate(commands)
     add_grade(commands)
+    add_doctor(commands)
     add_report(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -24,35 +25,54 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_sample(commands) -> None:
-    sub = commands.add_parser("sample", help="complete prompts with a checkpoint")
+    sub = commands.add_parser("sample", help="complete prompts with a checkpoint, and watch it being done")
     sub.add_argument("model", help="a checkpoint folder")
     sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to complete; none: a line each from standard input")
     sub.add_argument("--max_new_tokens", type=int, default=16, help="tokens per completion (default 16)")
     sub.add_argument("--num_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)")
     sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    sub.add_argument("--top_k", type=int)
+    sub.add_argument("--top_p", type=float)
+    sub.add_argument("--rank", help="confidence (default), max_prob, margin, entropy or random")
+    sub.add_argument("--commit", help="schedule (default), threshold=TAU, factor=F, entropy_bound=GAMMA ...")
+    sub.add_argument("--cache", help="block (exact, block-causal models), prefix or dual (approximate; =STEPS between refreshes)")
+    sub.add_argument("--group_size", type=int, default=1, help="completions of each prompt")
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--html", metavar="FILE", help="write a page that replays the completions")
+    sub.add_argument("--json", action="store_true", help="print one JSON object with every token, its step and probability")
+    sub.add_argument("--no_live", dest="live", action="store_false", default=None, help="do not draw the steps in a terminal")
+    sub.add_argument("--delay", type=float, default=0.0, help="seconds to rest on each step of the live view")
     sub.set_defaults(run=sample)
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    from dllm_rl.policies import load_policy
-    from dllm_rl.samplers.autoregress import autoregress
-    from dllm_rl.samplers.unmask import unmask
-    from dllm_rl.tasks.base import Problem
-    from dllm_rl.text import decode, encode, stream
+    from pathlib import Path
 
-    policy = load_policy(arguments.model)
-    texts = arguments.prompts or [line.rstrip("\n") for line in sys.stdin]
-    prompts = encode(policy, [Problem(text) for text in texts])
-    options = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
-    if policy.spec.attention == "causal":
-        rollout = autoregress(policy, prompts, stream(arguments.seed), **options)
-    else:
-        steps = arguments.num_steps or arguments.max_new_tokens
-        rollout = unmask(policy, prompts, stream(arguments.seed), num_steps=steps, block_size=arguments.block_size, **options)
-    for completion in decode(policy, rollout):
-        print(completion)
+    from dllm_rl.policies import load_policy
+    from dllm_rl.show import RANKS, cache_of, commit_rule, show
+
+    if arguments.rank is not None and arguments.rank not in RANKS:
+        raise ValueError(f"rank={arguments.rank!r} is not one of {', '.join(RANKS)}")
+    show(
+        load_policy(arguments.model),
+        arguments.prompts or [line.rstrip("\n") for line in sys.stdin],
+        html=None if arguments.html is None else Path(arguments.html),
+        as_json=arguments.json,
+        live=arguments.live,
+        delay=arguments.delay,
+        seed=arguments.seed,
+        group_size=arguments.group_size,
+        max_new_tokens=arguments.max_new_tokens,
+        num_steps=arguments.num_steps,
+        block_size=arguments.block_size,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        rank=None if arguments.rank is None else RANKS[arguments.rank],
+        commit=None if arguments.commit is None else commit_rule(arguments.commit),
+        cache=None if arguments.cache is None else cache_of(arguments.cache),
+    )
 
 
 def add_evaluate(commands) -> None:
@@ -104,6 +124,28 @@ def grade(arguments: argparse.Namespace) -> None:
     from dllm_rl.grading import grade_file
 
     print(json.dumps(grade_file(arguments.file, task=arguments.task, protocol=arguments.protocol)))
+
+
+def add_doctor(commands) -> None:
+    sub = commands.add_parser("doctor", help="say where the mismatch of quantised rollouts comes from")
+    sub.add_argument("model", help="a checkpoint folder")
+    sub.add_argument("--quantization", default="float8_weight_only", help="a scheme's name, or none (default float8_weight_only)")
+    sub.add_argument("--task", default="sudoku", help="whose prompts are sampled (default sudoku)")
+    sub.add_argument("--num_prompts", type=int, default=32, help="two completions each (default 32)")
+    sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the task's)")
+    sub.add_argument("--num_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)")
+    sub.add_argument("--temperature", type=float, default=1.0)
+    sub.add_argument("--bound", type=float, help="exit with 1 when the mean |log-ratio| is above this, nats")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    sub.add_argument("--output_dir", help="also write doctor.json, doctor.png and doctor.html here")
+    sub.set_defaults(run=doctor)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from dllm_rl.doctor_command import doctor_command
+
+    return doctor_command(arguments)
 
 
 def add_report(commands) -> None:

@@ -13,13 +13,13 @@ import dllm_rl
 PACKAGE = Path(dllm_rl.__file__).parent
 # Rooms from the ground up: a module may import from its own room and from those above it in this list.
 FLOORS = """
-quiet tasks types statistics results
+quiet tasks types statistics results page
 losses advantages grading
 models lora
 mismatch policies
 head correctors
-models.tiny samplers
-likelihoods masks optimizers
+models.tiny models.convert samplers
+likelihoods masks packed optimizers
 quantize emulate
 alignment text testing completions zero_mismatch
 warmup recipe show
@@ -28,6 +28,7 @@ evaluation doctor harness
 learner checkpoint runlog report
 launch
 training evaluate_command
+doctor_command
 cli
 """.strip().split("\n")
 

@@ -36,6 +36,8 @@ def load_module(
 
     dtype "auto" keeps the checkpoint's. Raises ValueError when tensors are missing or have no place in the module.
     """
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype)
     folder = folder_of(path_or_id)
     raw = json.loads((folder / "config.json").read_text())
     family = family_of(raw)

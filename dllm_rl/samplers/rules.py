@@ -60,6 +60,9 @@ def random(uniforms: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
     return uniforms
 
 
+RANKS = (confidence, max_prob, margin, entropy, random)
+
+
 def needs_of(rank: Callable) -> frozenset[str]:
     """Which of OFFERED a rank takes. Raises ValueError when it wants anything else."""
     parameters = inspect.signature(rank).parameters.values()

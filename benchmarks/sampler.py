@@ -1,0 +1,254 @@
+"""The sampler against a plain implementation of LLaDA's published algorithm: same weights, same prompts, one run.
+
+    python benchmarks/sampler.py --preset cpu --json benchmarks/results/sampler_cpu.json
+
+Each line is one way to unmask; ratios are to the first. Memory is what a line needs on top of the weights.
+"""
+
+import argparse
+import json
+import platform
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dllm_rl.models.tiny import char_tokenizer
+from dllm_rl.policies import make_policy
+from dllm_rl.samplers.cache import dual_cache, prefix_cache
+from dllm_rl.samplers.rules import random, threshold
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.types import Prompts
+
+
+@dataclass(frozen=True)
+class Shape:
+    layers: int
+    hidden: int
+    heads: int
+    intermediate: int
+    vocabulary: int
+    batch: int
+    prompt: int
+    new: int
+    block: int
+    steps: int
+    dtype: torch.dtype = torch.float32
+
+
+PRESETS = {
+    "tiny": Shape(2, 64, 4, 128, 2048, 4, 16, 32, 16, 8),
+    "cpu": Shape(4, 512, 8, 1536, 126464, 8, 64, 128, 32, 16),
+    "llada-8b": Shape(32, 4096, 32, 12288, 126464, 8, 64, 128, 32, 64, torch.bfloat16),
+}
+
+
+@torch.no_grad()
+def random_policy(shape: Shape, device: torch.device):
+    """An un-causaled Llama of that shape, normal weights drawn on the device."""
+    tokenizer = char_tokenizer("ab")
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.intermediate,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        mask_token_id=tokenizer.mask_token_id,
+        is_causal=False,
+        architectures=["LlamaForCausalLM"],
+        dtype=shape.dtype,
+    )
+    with torch.device(device):
+        torch.set_default_dtype(shape.dtype)
+        module = LlamaForCausalLM._from_config(config, dtype=shape.dtype)
+        torch.set_default_dtype(torch.float32)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, weight in module.named_parameters():
+        if weight.dim() == 2:
+            std = 1.0 if "embed" in name else (4.0 if "lm_head" in name else 1.0) / weight.shape[1] ** 0.5
+            weight.normal_(0, std, generator=generator)
+    return make_policy(module, tokenizer)
+
+
+@torch.no_grad()
+def plain(policy, prompts: Prompts, shape: Shape, *, masked_only: bool = False) -> torch.Tensor:
+    """LLaDA's generate at temperature 0: logits of every position, fp64 softmax of them, confidence, top k of the block.
+
+    masked_only: the same with logits at the masked positions of the block alone. Returns (B, T) tokens.
+    """
+    mask_id, start = policy.spec.mask_id, prompts.tokens.shape[1]
+    device = policy.device
+    x = torch.cat([prompts.tokens, torch.full((len(prompts.tokens), shape.new), mask_id)], dim=1).to(device)
+    attention = torch.ones_like(x, dtype=torch.bool)
+    num_blocks = shape.new // shape.block
+    steps = shape.steps // num_blocks
+    for block in range(num_blocks):
+        begin, end = start + block * shape.block, start + (block + 1) * shape.block
+        for step in range(steps):
+            transfer = shape.block // steps + (step < shape.block % steps)
+            hidden = policy.hidden(x, attention)
+            open_ = x == mask_id
+            open_[:, end:] = False
+            logits = policy.head(hidden[open_] if masked_only else hidden)
+            logits[..., mask_id] = -torch.inf
+            drawn = logits.argmax(-1)
+            probs = logits.double().softmax(-1).gather(-1, drawn[..., None])[..., 0]
+            if masked_only:
+                tokens = x.masked_scatter(open_, drawn)
+                confidence = torch.full(x.shape, -torch.inf, dtype=torch.float64, device=device).masked_scatter(open_, probs)
+            else:
+                tokens, confidence = torch.where(open_, drawn, x), torch.where(open_, probs, -torch.inf)
+            for row in range(len(x)):
+                best = confidence[row].topk(transfer).indices
+                x[row, best] = tokens[row, best]
+    return x
+
+
+class Memory:
+    """Bytes in use at the peak since `start`, less what was in use then."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.base = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets its high-water mark
+            self.base = self._status("VmRSS")
+
+    def peak(self) -> int:
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else self._status("VmHWM")
+        return peak - self.base
+
+    def _status(self, field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def measure(run, policy, shape: Shape, device: torch.device, repeats: int) -> dict:
+    """Best time of `repeats`, peak memory, forwards, token positions through the body and rows through the head."""
+    body, head, forward, heads = [], [], policy.module.base_model.forward, policy.head
+    policy.module.base_model.forward = lambda *a, **k: body.append(k["input_ids"].numel()) or forward(*a, **k)
+    policy.head = lambda h: head.append(h.numel() // h.shape[-1]) or heads(h)
+    memory, times = Memory(device), []
+    try:
+        for _ in range(repeats):
+            body.clear(), head.clear(), memory.start()
+            began = time.perf_counter()
+            out = run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+            peak = memory.peak()
+    finally:
+        policy.module.base_model.forward, policy.head = forward, heads
+    weights = sum(p.numel() for n, p in policy.module.named_parameters() if p.dim() == 2 and "embed" not in n and "lm_head" not in n)
+    flops = 2 * (weights * sum(body) + shape.hidden * shape.vocabulary * sum(head))
+    tokens = out if isinstance(out, torch.Tensor) else out.tokens
+    seconds = min(times)
+    return {
+        "seconds": seconds,
+        "tokens_per_second": shape.batch * shape.new / seconds,
+        "peak_bytes": peak,
+        "forwards": len(body),
+        "body_positions": sum(body),
+        "head_rows": sum(head),
+        "flops_per_second": flops / seconds,
+        "tokens": tokens.cpu(),
+    }
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Floating-point operations per second of a square product: the roofline that matmuls are held against."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def benchmark(preset: str, device: torch.device, repeats: int) -> dict:
+    shape = PRESETS[preset]
+    policy = random_policy(shape, device)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, shape.vocabulary, (shape.batch, shape.prompt), generator=generator).tolist()
+    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id)
+    ours = partial(
+        unmask, policy, prompts, torch.Generator(), max_new_tokens=shape.new, num_steps=shape.steps, block_size=shape.block
+    )
+    lines = {
+        "plain: the published algorithm": partial(plain, policy, prompts, shape),
+        "plain, head on open positions only": partial(plain, policy, prompts, shape, masked_only=True),
+        "exact sampler": ours,
+        "exact sampler, temperature 1": partial(ours, temperature=1.0),
+        "exact sampler, random order, temperature 1": partial(ours, temperature=1.0, rank=random),
+        "threshold 0.9": partial(ours, commit=partial(threshold, tau=0.9)),
+        "prefix cache (approximate)": partial(ours, cache=prefix_cache()),
+        "dual cache (approximate)": partial(ours, cache=dual_cache()),
+    }
+    if preset == "cpu":  # with random weights nothing passes a threshold: a step a position, and no news
+        del lines["threshold 0.9"]
+    roof = matmul_flops(device, shape.dtype, 4096 if device.type == "cuda" else 1024)
+    unmask(policy, prompts, torch.Generator(), max_new_tokens=2, num_steps=1)  # warm up
+    rows = {name: measure(run, policy, shape, device, repeats) for name, run in lines.items()}
+    base = rows["plain: the published algorithm"]
+    for row in rows.values():
+        row["speedup"] = base["seconds"] / row["seconds"]
+        row["memory_ratio"] = row["peak_bytes"] / base["peak_bytes"] if base["peak_bytes"] else None
+        row["share_of_matmul_roofline"] = row["flops_per_second"] / roof
+    first = base["tokens"]
+    for row in rows.values():
+        row["same_tokens"] = (row.pop("tokens") == first).double().mean().item()
+    return {
+        "preset": preset,
+        "shape": {k: str(v) for k, v in vars(shape).items()},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)",
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "weights_bytes": sum(p.numel() * p.element_size() for p in policy.module.parameters()),
+        "matmul_flops_per_second": roof,
+        "repeats": repeats,
+        "lines": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--smoke", action="store_true", help="the tiny preset, once: seconds on a CPU")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    arguments = parser.parse_args()
+    preset = "tiny" if arguments.smoke else arguments.preset
+    result = benchmark(preset, torch.device(arguments.device), 1 if arguments.smoke else arguments.repeats)
+    print(f"{result['device']}, preset {preset}, weights {result['weights_bytes'] / 2**20:.0f} MiB")
+    print(f"{'':44} {'seconds':>8} {'speedup':>8} {'tok/s':>8} {'peak MiB':>9} {'forwards':>8} {'roofline':>8} {'same':>6}")
+    for name, row in result["lines"].items():
+        print(
+            f"{name:44} {row['seconds']:8.2f} {row['speedup']:8.2f} {row['tokens_per_second']:8.1f} "
+            f"{row['peak_bytes'] / 2**20:9.0f} {row['forwards']:8} {row['share_of_matmul_roofline']:8.1%} {row['same_tokens']:6.1%}"
+        )
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

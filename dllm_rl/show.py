@@ -1,0 +1,161 @@
+"""Showing how a completion is written: live in the terminal, as a page, as JSON."""
+
+import inspect
+import json
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from dllm_rl.page import page
+from dllm_rl.policies import Policy
+from dllm_rl.samplers import cache, rules
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.tasks.base import Problem
+from dllm_rl.text import decode, encode, stream
+from dllm_rl.types import Rollout
+
+RANKS = {f.__name__: f for f in rules.RANKS}
+COMMITS = {
+    f.__name__: f
+    for f in (rules.schedule, rules.late_schedule, rules.origin, rules.threshold, rules.factor, rules.entropy_bound)
+}
+CACHES = {"block": cache.block_cache, "prefix": cache.prefix_cache, "dual": cache.dual_cache}
+
+
+def show(
+    policy: Policy,
+    texts: Sequence[str],
+    *,
+    html: Path | None = None,
+    as_json: bool = False,
+    live: bool | None = None,
+    delay: float = 0.0,
+    seed: int = 0,
+    group_size: int = 1,
+    **options,
+) -> None:
+    """Complete texts and show it: completions on standard output, one a line (or one JSON object), speed on standard error.
+
+    html  also write the page there.
+    live  draw each step as it is made; None where standard output is a terminal and JSON is not wanted.
+    delay seconds that the live view rests on each step.
+    options  go to the sampler of the policy's kind; those at None are left out.
+    """
+    if not texts:
+        raise ValueError("no prompts: give them as arguments, or one a line on standard input")
+    console, options = Console(), {name: value for name, value in options.items() if value is not None}
+    live = console.is_terminal and not as_json if live is None else live
+    prompts = encode(policy, [Problem(text) for text in texts], group_size=group_size)
+    sampler = autoregress if policy.spec.attention == "causal" else unmask
+    if sampler is autoregress:
+        extra = set(options) - set(inspect.signature(autoregress).parameters)
+        if extra:
+            raise ValueError(f"{sorted(extra)[0]} is for diffusion models; {type(policy.module).__name__} is causal: leave it out")
+    prompt_texts = [text for text in texts for _ in range(group_size)]
+    began = time.perf_counter()
+    if live and sampler is unmask:
+        with Live(console=console, auto_refresh=False, vertical_overflow="visible") as screen:
+
+            def watch(rollout: Rollout) -> None:
+                screen.update(frame(policy, rollout, prompt_texts), refresh=True)
+                time.sleep(delay)
+
+            rollout = unmask(policy, prompts, stream(seed), watch=watch, **options)
+    else:
+        rollout = sampler(policy, prompts, stream(seed), **options)
+    story = tell(policy, rollout, prompt_texts, seconds=time.perf_counter() - began)
+    if html is not None:
+        html.write_text(page(story), encoding="utf-8")
+    if as_json:
+        print(json.dumps(story))
+        return
+    for row in story["rows"]:
+        print(row["completion"])
+    print(story["facts"], file=sys.stderr)
+
+
+def tell(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, seconds: float | None = None) -> dict:
+    """What happened, as plain data: for each row its prompt, its completion, and every token with its text, its step and
+    its probability as sampled; tokens left masked have step -1."""
+    rows = []
+    width = int(rollout.completion_mask.any(0).nonzero()[0]) if rollout.completion_mask.any() else rollout.tokens.shape[1]
+    probabilities = rollout.logprobs.exp().tolist()
+    for i, (ids, steps) in enumerate(zip(rollout.tokens.tolist(), rollout.unmask_step.tolist(), strict=True)):
+        kept = [j for j in range(width, len(ids)) if steps[j] >= 0 or ids[j] == policy.spec.mask_id]
+        tokens = [
+            {"id": ids[j], "text": policy.tokenizer.decode([ids[j]]), "step": steps[j], "probability": probabilities[i][j]}
+            for j in kept
+        ]
+        rows.append({"prompt": prompts[i], "tokens": tokens})
+    for row, completion in zip(rows, decode(policy, rollout), strict=True):
+        row["completion"] = completion
+    count = int(rollout.completion_mask.sum())
+    facts = f"{count} tokens, {rollout.forwards} forwards"
+    speed = {}
+    if seconds is not None:
+        speed = {"seconds": seconds, "tokens_per_second": count / seconds}
+        facts += f", {seconds:.2f} s, {count / seconds:.0f} tokens/s"
+    return {"facts": facts, "num_tokens": count, "forwards": rollout.forwards, **speed, "rows": rows}
+
+
+def frame(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows: int = 8) -> Group:
+    """The state of a rollout as text: prompts and masks dim, what the last step wrote bright."""
+    lines = []
+    for row in tell(policy, rollout, prompts)["rows"][:max_rows]:
+        line, newest = Text().append(visible(row["prompt"]), style="dim"), max(token["step"] for token in row["tokens"])
+        for token in row["tokens"]:
+            fresh = token["step"] == newest == rollout.forwards - 1
+            style = "dim" if token["step"] < 0 else "bold bright_yellow" if fresh else "default"
+            line.append("░" if token["step"] < 0 else visible(token["text"]) or "∅", style=style)
+        lines.append(line)
+    hidden = len(rollout.tokens) - len(lines)
+    left = int((rollout.tokens == policy.spec.mask_id).sum())
+    lines.append(Text(f"step {rollout.forwards}, {left} masked" + (f", {hidden} more rows" if hidden else ""), style="dim italic"))
+    return Group(*lines)
+
+
+def visible(text: str) -> str:
+    """Text that cannot move the cursor, ring, or turn its neighbours round: control and format characters made visible."""
+    shown = []
+    for c in text:
+        if c == "\n":
+            shown.append("↵")
+        elif unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+            shown.append(chr(0x2400 + ord(c)) if ord(c) < 0x20 else "\ufffd")
+        else:
+            shown.append(c)
+    return "".join(shown)
+
+
+def commit_rule(text: str) -> Callable:
+    """`schedule`, or a rule with its number, as `threshold=0.9`. Raises ValueError on anything else."""
+    name, _, value = text.partition("=")
+    if name not in COMMITS:
+        raise ValueError(f"commit={text!r} is not one of {', '.join(COMMITS)}")
+    parameters = [p.name for p in inspect.signature(COMMITS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if bool(value) != bool(parameters):
+        raise ValueError(f"commit={text!r}: {name} takes " + (f"a number, as {name}=0.9" if parameters else "no number"))
+    return partial(COMMITS[name], **{parameters[0]: _number(text, value)}) if parameters else COMMITS[name]
+
+
+def cache_of(text: str) -> cache.Cache:
+    """`block`, `prefix`, `dual`, or the latter two with the steps between refreshes, as `dual=4`."""
+    name, _, value = text.partition("=")
+    if name not in CACHES or (value and name == "block"):
+        raise ValueError(f"cache={text!r} is not block, prefix, dual, prefix=STEPS or dual=STEPS")
+    return CACHES[name](refresh=int(_number(text, value))) if value else CACHES[name]()
+
+
+def _number(text: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{text!r}: {value!r} is not a number") from None

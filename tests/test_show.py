@@ -1,0 +1,191 @@
+"""Watching completions: plain data, the terminal's view, the page in a browser, the command."""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+import torch
+from rich.console import Console
+
+from dllm_rl import cli, show
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.page import page
+from dllm_rl.samplers import rules
+from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
+from dllm_rl.types import Rollout
+
+HOSTILE = "</script><img src=x onerror=alert(1)>&\"'\u2028"
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny_masked_lm(characters="1234.=<>&", head_std=0.3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(policy, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    policy.save_pretrained(directory)
+    return str(directory)
+
+
+def rollout_by_hand() -> Rollout:
+    """Ids of char_tokenizer("1234.=<>&"): "1" is 3, "2" is 4, "<" is 9; <pad> 0, <mask> 1, <eos> 2. Prompt "12";
+    the completion "<", masked, "1", with steps 1, none, 0."""
+    return Rollout(
+        tokens=torch.tensor([[3, 4, 9, 1, 3]]),
+        attention_mask=torch.ones(1, 5, dtype=torch.bool),
+        completion_mask=torch.tensor([[False, False, True, False, True]]),
+        unmask_step=torch.tensor([[-1, -1, 1, -1, 0]]),
+        logprobs=torch.tensor([[0.0, 0.0, 0.5, 0.0, 0.25]]).clamp(min=1e-9).log() * torch.tensor([[0.0, 0.0, 1.0, 0.0, 1.0]]),
+        group_size=1,
+        forwards=2,
+    )
+
+
+def test_tell_by_hand(policy):
+    story = show.tell(policy, rollout_by_hand(), ["12"], seconds=0.5)
+    (row,) = story["rows"]
+    assert (row["prompt"], row["completion"]) == ("12", "<1")
+    assert [(t["text"], t["step"], round(t["probability"], 6)) for t in row["tokens"]] == [
+        ("<", 1, 0.5),
+        ("<mask>", -1, 1.0),
+        ("1", 0, 0.25),
+    ]
+    assert (story["num_tokens"], story["forwards"], story["tokens_per_second"]) == (2, 2, 4.0)
+
+
+def test_frame_dims_what_is_masked_and_lights_what_is_fresh(policy):
+    console = Console(record=True, width=40, force_terminal=True, color_system="truecolor")
+    console.print(show.frame(policy, rollout_by_hand(), ["12"]))
+    text = console.export_text(styles=True)
+    assert "\x1b[2m12\x1b[0m\x1b[1;93m<\x1b[0m\x1b[2m░\x1b[0m1" in text
+    assert "step 2, 1 masked" in text
+
+
+def test_terminal_text_cannot_steer_the_terminal():
+    assert show.visible("a\x1b[2J\x07\nb\r\u202e\x9b") == "a\u241b[2J\u2407↵b\u240d\ufffd\ufffd"
+    assert show.visible("naïve 数独 ✓") == "naïve 数独 ✓"
+
+
+def test_page_keeps_text_out_of_its_markup():
+    token = {"id": 1, "text": HOSTILE, "step": 0, "probability": 0.5}
+    text = page({"facts": HOSTILE, "rows": [{"prompt": HOSTILE, "completion": HOSTILE, "tokens": [token]}]})
+    assert text.count("<img") == 0 and text.count("</script>") == 2
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1)
+    assert json.loads(data)["rows"][0]["tokens"][0]["text"] == HOSTILE
+    assert not re.search(r"(src|href)=|https?://|@import|url\(", page({"facts": "", "rows": []}))  # nothing is fetched
+
+
+def test_command_prints_json(checkpoint, capsys):
+    assert cli.main(["sample", checkpoint, "12.=", "3=", "--json", "--num_steps", "4", "--max_new_tokens", "8"]) == 0
+    story = json.loads(capsys.readouterr().out)
+    assert [row["prompt"] for row in story["rows"]] == ["12.=", "3="] and story["forwards"] == 4
+    for row in story["rows"]:
+        assert sorted(t["step"] for t in row["tokens"]) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_command_prints_text_and_writes_the_page(checkpoint, capsys, tmp_path):
+    options = ["--temperature", "1", "--rank", "random", "--commit", "threshold=0.5", "--cache", "dual=2", "--block_size", "4"]
+    options += ["--group_size", "2", "--max_new_tokens", "8", "--html", str(tmp_path / "page.html")]
+    assert cli.main(["sample", checkpoint, "12.=", *options]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2 and "tokens/s" in err
+    assert '"prompt": "12.="' in (tmp_path / "page.html").read_text()
+
+
+def test_command_draws_every_step(checkpoint, capsys):
+    from dllm_rl.policies import load_policy
+
+    show.show(load_policy(checkpoint), ["12.="], live=True, max_new_tokens=4)
+    out = capsys.readouterr().out
+    assert "step 4, 0 masked" in out and "░" not in out.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "best"], "rank='best' is not one of confidence, max_prob, margin, entropy, random"),
+        (["--commit", "threshold"], "threshold takes a number, as threshold=0.9"),
+        (["--commit", "schedule=3"], "schedule takes no number"),
+        (["--commit", "threshold=x"], "'x' is not a number"),
+        (["--cache", "half"], "cache='half' is not block, prefix, dual"),
+        (["--max_new_tokens", "900"], "max_new_tokens=900"),
+    ],
+)
+def test_command_names_what_is_wrong(checkpoint, capsys, arguments, message):
+    assert cli.main(["sample", checkpoint, "1", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_causal_model_has_no_unmasking_options():
+    with pytest.raises(ValueError, match="num_steps is for diffusion models"):
+        show.show(tiny_llama(characters="ab", causal=True), ["a"], max_new_tokens=4, num_steps=2)
+
+
+def test_rules_and_caches_by_name():
+    rule = show.commit_rule("factor=1.5")
+    assert rule.func is rules.factor and rule.keywords == {"f": 1.5} and show.commit_rule("origin") is rules.origin
+    assert [show.cache_of(t) for t in ("block", "prefix", "dual=3")] == [block_cache(), prefix_cache(), dual_cache(refresh=3)]
+
+
+@contextmanager
+def browser():
+    """A chromium driven over the WebDriver protocol: yields run(script) -> its value, and open(url)."""
+    with subprocess.Popen(["chromedriver", "--port=9517"], stdout=subprocess.DEVNULL) as driver:
+
+        def call(path, body=None, method="POST"):
+            data = json.dumps(body or {}).encode() if method == "POST" else None
+            request = urllib.request.Request(f"http://127.0.0.1:9517{path}", data, {"Content-Type": "application/json"}, method=method)
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return json.load(reply)["value"]
+
+        try:
+            for _ in range(100):
+                try:
+                    call("/status", method="GET")
+                    break
+                except urllib.error.URLError:
+                    time.sleep(0.1)
+            options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu"]}
+            session = call("/session", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}})["sessionId"]
+            yield (
+                lambda script: call(f"/session/{session}/execute/sync", {"script": script, "args": []}),
+                lambda url: call(f"/session/{session}/url", {"url": url}),
+            )
+            call(f"/session/{session}", method="DELETE")
+        finally:
+            driver.terminate()
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not (shutil.which("chromedriver") and shutil.which("chromium")), reason="chromium or chromedriver is not installed")
+def test_slider_changes_the_tokens_in_a_browser(policy, tmp_path):
+    """Steps 0 to 2 of a completion made by hand, hostile text among its tokens; colours follow step and confidence."""
+    story = show.tell(policy, rollout_by_hand(), [HOSTILE])
+    story["rows"][0]["tokens"][0]["text"] = HOSTILE
+    (tmp_path / "page.html").write_text(page(story), encoding="utf-8")
+    cells = "return [...document.querySelectorAll('.cell')].map(c => c.textContent)"
+    move = "const s = document.getElementById('step'); s.value = {}; s.dispatchEvent(new Event('input'));"
+    colours = "return [...document.querySelectorAll('.cell')].map(c => c.style.background)"
+    with browser() as (run, open_page):
+        open_page(f"file://{tmp_path}/page.html")
+        assert run(cells) == [HOSTILE, "▒", "1"]
+        run(move.format(0))
+        assert run(cells) == ["▒", "▒", "▒"] and run("return document.getElementById('where').textContent") == "step 0 of 2"
+        run(move.format(1))
+        assert run(cells) == ["▒", "▒", "1"]
+        assert run("return [...document.querySelectorAll('.fresh')].length") == 1
+        run(move.format(2))
+        by_step = run(colours)
+        assert by_step[0] == "rgb(250, 226, 110)" and by_step[2] == "rgb(122, 146, 214)" and by_step[1] == ""
+        run("const c = document.getElementById('colour'); c.value = 'confidence'; c.dispatchEvent(new Event('change'))")
+        assert run(colours) != by_step
+        assert run("return document.images.length") == 0
+        assert run("return document.querySelector('.prompt').textContent") == HOSTILE
