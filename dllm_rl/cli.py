@@ -11,6 +11,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_sample(commands)
     add_evaluate(commands)
     add_grade(commands)
+    add_doctor(commands)
     add_report(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -123,6 +124,28 @@ def grade(arguments: argparse.Namespace) -> None:
     from dllm_rl.grading import grade_file
 
     print(json.dumps(grade_file(arguments.file, task=arguments.task, protocol=arguments.protocol)))
+
+
+def add_doctor(commands) -> None:
+    sub = commands.add_parser("doctor", help="say where the mismatch of quantised rollouts comes from")
+    sub.add_argument("model", help="a checkpoint folder")
+    sub.add_argument("--quantization", default="float8_weight_only", help="a scheme's name, or none (default float8_weight_only)")
+    sub.add_argument("--task", default="sudoku", help="whose prompts are sampled (default sudoku)")
+    sub.add_argument("--num_prompts", type=int, default=32, help="two completions each (default 32)")
+    sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the task's)")
+    sub.add_argument("--num_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)")
+    sub.add_argument("--temperature", type=float, default=1.0)
+    sub.add_argument("--bound", type=float, help="exit with 1 when the mean |log-ratio| is above this, nats")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    sub.add_argument("--output_dir", help="also write doctor.json, doctor.png and doctor.html here")
+    sub.set_defaults(run=doctor)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from dllm_rl.doctor_command import doctor_command
+
+    return doctor_command(arguments)
 
 
 def add_report(commands) -> None:

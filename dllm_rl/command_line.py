@@ -112,16 +112,12 @@ def _replace(owner: Any, keys: list[str], value: Any) -> Any:
 
 
 def pickable(module_name: str, value: Any, annotation: Any) -> dict[str, Any]:
-    """Public functions of the module that can stand where `value` does: those that a tuple of the module lists beside it,
-    or that have the same positional parameters, or, where a record or a built object is wanted, functions that make one
-    and need no argument."""
+    """Public functions of the module that can stand where `value` does: the same positional parameters, or, where a
+    record or a built object is wanted, functions that make one and need no argument."""
     module = import_module(module_name)
     names = getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])
     functions = {n: f for n in names if inspect.isfunction(f := getattr(module, n)) and f.__module__.startswith(module_name)}
     example = value.func if isinstance(value, partial) else value
-    for group in vars(module).values():
-        if isinstance(group, tuple) and any(f is example for f in group):
-            return {f.__name__: f for f in group}
     if inspect.isfunction(example) and _positional(example):
         return {n: f for n, f in siblings(example).items() if n in functions and _positional(f) == _positional(example)}
     makers = {n: f for n, f in functions.items() if not _required(f)}

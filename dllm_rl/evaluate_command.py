@@ -102,6 +102,8 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[tupl
     """For each length: its settings, for the records, and the sampler bound to them."""
     lengths = arguments.lengths or [usual_length(policy, task)]
     temperature = arguments.temperature
+    if arguments.samples > 1 and temperature == 0:
+        raise ValueError(f"--samples {arguments.samples} at --temperature 0 are all alike; give a temperature above 0")
     if policy.spec.attention == "causal":
         for name in ("num_steps", "block_size"):
             if getattr(arguments, name) is not None:

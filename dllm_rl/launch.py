@@ -31,7 +31,7 @@ from dllm_rl.text import decode, encode, stream
 from dllm_rl.warmup import draw_levels, examples, warmup
 
 # Fields that may change between the parts of a resumed run: they do not touch what is computed, or only extend it.
-FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "save_steps", "save_total_limit", "logging_steps", "num_steps"}
+FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "save_steps", "save_total_limit", "logging_steps", "num_steps", "dry_run"}
 
 
 def prepare(recipe: Recipe) -> tuple[Accelerator, RunLog, Path | None]:
@@ -120,7 +120,7 @@ def begin(recipe: Recipe, accelerator: Accelerator, log: RunLog, folder: Path | 
 def make_policy(recipe: Recipe) -> Policy:
     """The recipe's model: a checkpoint, or what its function makes, from the run's seed where that takes one."""
     if isinstance(recipe.model, str):
-        return load_policy(recipe.model)
+        return load_policy(recipe.model, dtype=recipe.dtype, quantization=recipe.base_quantization)
     seeded = "seed" in inspect.signature(recipe.model).parameters
     return recipe.model(seed=recipe.seed) if seeded else recipe.model()
 

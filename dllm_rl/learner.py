@@ -59,7 +59,7 @@ def accumulate_gradients(policy: Policy, batch: Batch, scores: Tensor, recipe) -
         part, masks = rollout.rows(rows), batch.noise.rows(rows)
         for n in range(len(masks.masked)):
             # Only positions that move the loss are scored again; with none left in this view, no forward is run.
-            backward_view(policy, part, masks.masked[n], vectors[n, rows])
+            backward_view(policy, part, masks.masked[n], vectors[n, rows], packed=estimator.packed is not None)
     return metrics
 
 

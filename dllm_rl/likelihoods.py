@@ -25,8 +25,10 @@ from dllm_rl.masks import (
     draw_exact,
     draw_nothing,
     draw_quadrature,
+    draw_rounds,
     draw_trajectory,
 )
+from dllm_rl.packed import packed_hidden
 from dllm_rl.policies import Policy
 from dllm_rl.types import Noise, Rollout
 
@@ -49,6 +51,7 @@ class LikelihoodEstimator:
     combine  scores (N, B, T), noise -> contributions (B, T); differentiable.
     given    noise, advantages (B,) -> noise, for estimates that depend on the advantage's sign (`sandwich`).
     replays  scoring a rollout policy gives what its sampler recorded, so that nobody need score it again.
+    packed   block size of a block-causal model whose views mask every block at once, each seeing the others clean.
 
     Contract: contributions are zero off the completion; both sides of any ratio use the same estimator and noise.
     """
@@ -59,6 +62,7 @@ class LikelihoodEstimator:
     given: Callable[[Noise, Tensor], Noise] = as_drawn
     attention: tuple[str, ...] = ("full", "block_causal")
     replays: bool = False
+    packed: int | None = None
 
     @torch.no_grad()
     def scores(
@@ -70,7 +74,8 @@ class LikelihoodEstimator:
         for rows in row_chunks(len(rollout.tokens), micro_batch_size, rollout.group_size, rollout.tokens.device):
             part, masks = rollout.rows(rows), noise.rows(rows)
             for n in range(len(masks.masked)):
-                out[n, rows] = score_view(policy, part, masks.masked[n], masks.weight[n] != 0)
+                scored = masks.weight[n] != 0
+                out[n, rows] = score_view(policy, part, masks.masked[n], scored, packed=self.packed is not None)
         return out
 
     def logprobs(
@@ -86,6 +91,8 @@ class LikelihoodEstimator:
                 f"likelihood={self.name!r} is for {' or '.join(self.attention)} attention, but the policy's is "
                 f"{policy.spec.attention!r}; use {'causal()' if policy.spec.attention == 'causal' else 'trajectory()'}"
             )
+        if self.packed is not None and self.packed != policy.spec.block_size:
+            raise ValueError(f"block_size={self.packed} is not the policy's block size, {policy.spec.block_size}")
 
 
 def row_chunks(num_rows: int, micro_batch_size: int | None, group_size: int, device) -> tuple[Tensor, ...]:
@@ -97,41 +104,57 @@ def row_chunks(num_rows: int, micro_batch_size: int | None, group_size: int, dev
 
 
 def score_view(
-    policy: Policy, rollout: Rollout, masked: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]
+    policy: Policy,
+    rollout: Rollout,
+    masked: Bool[Tensor, "B T"],
+    scored: Bool[Tensor, "B T"],
+    *,
+    packed: bool = False,
 ) -> Float[Tensor, "B T"]:
-    """One forward: log p of the rollout's tokens at `scored`, with `masked` positions hidden; nats, 0 elsewhere."""
+    """One forward: log p of the rollout's tokens at `scored`, with `masked` positions hidden; nats, 0 elsewhere.
+
+    packed  every block sees the others without masks (`packed_hidden`).
+    """
     if not scored.any():
         return torch.zeros(scored.shape, device=scored.device)
-    states = view_states(policy, rollout, masked, scored)
+    states = view_states(policy, rollout, masked, scored, packed)
     logp = token_logprobs(policy, states, rollout.tokens[scored], rollout.processors)
     return torch.zeros(scored.shape, device=scored.device).masked_scatter(scored, logp)
 
 
 def backward_view(
-    policy: Policy, rollout: Rollout, masked: Bool[Tensor, "B T"], vector: Float[Tensor, "B T"]
+    policy: Policy,
+    rollout: Rollout,
+    masked: Bool[Tensor, "B T"],
+    vector: Float[Tensor, "B T"],
+    *,
+    packed: bool = False,
 ) -> None:
     """score_view(...).backward(vector) in one forward and backward; positions where `vector` is 0 are left out."""
     scored = vector != 0
     if scored.any():
-        states = view_states(policy, rollout, masked, scored)
+        states = view_states(policy, rollout, masked, scored, packed)
         backward_token_logprobs(policy, states, rollout.tokens[scored], rollout.processors, vector[scored])
 
 
 def view_states(
-    policy: Policy, rollout: Rollout, masked: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]
+    policy: Policy, rollout: Rollout, masked: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"], packed: bool
 ) -> Float[Tensor, "K D"]:
     """The hidden states at `scored` (not empty), row by row, with `masked` positions hidden from the model.
 
     Where all completions of a prompt look the same to the model, one forward serves the group; rows without a scored
     position are left out.
     """
+    live = scored.any(-1)
+    if packed:
+        states = packed_hidden(policy, rollout.tokens[live], masked[live], rollout.attention_mask[live])
+        return states[scored[live]]
     mask_id = policy.spec.mask_id
     tokens = rollout.tokens if mask_id is None else rollout.tokens.masked_fill(masked, mask_id)
     group, attention_mask = rollout.group_size, rollout.attention_mask
     first = lambda x: x[::group].repeat_interleave(group, dim=0)  # noqa: E731
     if group > 1 and torch.equal(tokens, first(tokens)) and torch.equal(attention_mask, first(attention_mask)):
         return policy.hidden(tokens[::group], attention_mask[::group]).repeat_interleave(group, dim=0)[scored]
-    live = scored.any(-1)
     return policy.hidden(tokens[live], attention_mask[live])[scored[live]]
 
 
@@ -232,9 +255,9 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
     base  elbo, coupled (the default, `coupled()`), quadrature or block: the same masks, and their weights for 1/t.
     Cost as base. Over all masks it is at least the ELBO for every beta > 0 (Jensen). It is at least log p for beta >= L
     (Hoelder), and for any beta when the model's conditionals belong to one joint distribution; in between an
-    inconsistent model's log p can lie above it [ours]: SPG's theorem (beta >= 1) adds a constant that no gradient sees. With
-    few masks the log of a mean is biased downwards. Source: SPG, arXiv 2510.09541, and its code [paper], which divides
-    by the number of scored tokens where this is a sum.
+    inconsistent model's log p can lie above it [ours]: SPG's theorem (beta >= 1) adds a constant that no gradient sees.
+    With few masks the log of a mean is biased downwards. Source: SPG, arXiv 2510.09541, and its code [paper], which
+    divides by the number of scored tokens where this is a sum.
     """
     if not beta > 0:
         raise ValueError(f"beta={beta} must be above 0")
@@ -259,17 +282,29 @@ def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator |
     return replace(base, name="sandwich", replays=False, combine=combine, given=given)
 
 
-def trajectory(*, num_segments: int | None = None) -> LikelihoodEstimator:
+def trajectory(*, num_segments: int | None = None, block_size: int | None = None) -> LikelihoodEstimator:
     """Replay the recorded unmasking: in segment s, score the tokens committed there, everything from s on masked.
 
     With every step its own segment (None) it is the exact log-probability of the tokens given the order; with
     num_segments each row's steps are merged into that many equal parts. One forward a segment. Sources: TraceRL,
     d2's StepMerge [paper].
+
+    block_size  of a block-causal model: the same likelihood from one packed forward for each place of a step in its
+                block, all blocks together, instead of one for each step; num_segments then counts those of a block.
     """
-    if num_segments is not None:
-        _at_least_one("num_segments", num_segments, "None for every step")
-    draw = partial(draw_trajectory, num_segments=num_segments)
-    return LikelihoodEstimator("trajectory", draw, replays=num_segments is None)
+    for name, value, otherwise in (
+        ("num_segments", num_segments, "None for every step"),
+        ("block_size", block_size, "None to score steps one by one"),
+    ):
+        if value is not None:
+            _at_least_one(name, value, otherwise)
+    replays = num_segments is None
+    if block_size is None:
+        draw = partial(draw_trajectory, num_segments=num_segments)
+        return LikelihoodEstimator("trajectory", draw, replays=replays)
+    draw = partial(draw_rounds, num_segments=num_segments, block_size=block_size)
+    attention = ("block_causal",)
+    return LikelihoodEstimator("trajectory", draw, replays=replays, attention=attention, packed=block_size)
 
 
 def _at_least_one(name: str, value: int, otherwise: str | None = None) -> None:

@@ -165,6 +165,25 @@ def draw_trajectory(rollout: Rollout, generator: Generator, *, num_segments: int
     if num_segments is not None:
         steps = rollout.unmask_step.amax(-1, keepdim=True) + 1
         segment = torch.where(segment < 0, -1, segment * num_segments // steps.clamp(min=1))
+    return _segments(rollout, segment)
+
+
+def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | None, block_size: int) -> Noise:
+    """`draw_trajectory` in every block at once: view r hides what was committed r or more steps after the block's first
+    step, and scores what was committed just then. Blocks are counted from the row's first token."""
+    completion, step = rollout.completion_mask, rollout.unmask_step
+    block = ((rollout.attention_mask.long().cumsum(-1) - 1) // block_size).clamp(min=0)
+    far = torch.iinfo(step.dtype).max
+    blank = step.new_full((len(step), int(block.max()) + 1), far)
+    first = blank.scatter_reduce(1, block, torch.where(completion, step, far), "amin").gather(1, block)
+    segment = step - first
+    if num_segments is not None:
+        last = (-blank).scatter_reduce(1, block, torch.where(completion, step, -far), "amax").gather(1, block)
+        segment = segment * num_segments // (last - first + 1).clamp(min=1)
+    return _segments(rollout, torch.where(completion, segment, -1))
+
+
+def _segments(rollout: Rollout, segment: Int[Tensor, "B T"]) -> Noise:
     index = torch.arange(int(segment.max()) + 1, device=segment.device)[:, None, None]
     masked = rollout.completion_mask & (segment >= index)
     return Noise(masked, (rollout.completion_mask & (segment == index)).float())

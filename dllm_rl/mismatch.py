@@ -133,28 +133,29 @@ def weight_metrics(
 
 
 def symptom_metrics(
-    old: Float[Tensor, "B T"],
     tokens: Int[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
     *,
+    old: Float[Tensor, "B T"] | None = None,
     threshold: float = 1e-4,
     ngram: int = 3,
 ) -> dict[str, float]:
     """What QaRL sees before training falls apart [digest], each over the tokens with A > 0 and those with A < 0.
 
-    symptoms/error_tokens_*  share with p_learner < threshold, although the rollout sampled them. `old` must hold
-                             per-token log-probs (trajectory, one_step, causal), not weighted contributions.
+    symptoms/error_tokens_*  share with p_learner < threshold, although the rollout sampled them; with `old`, which must
+                             hold log-probs of single tokens (trajectory, causal), not an ELBO's contributions.
     symptoms/repetition_*    share inside an n-gram that stood earlier in the same completion; n-grams may overlap.
     A sign without tokens gives 0.
     """
-    error = mask & (old < math.log(threshold))
+    error = None if old is None else mask & (old < math.log(threshold))
     repeated = repeats(tokens, mask, ngram=ngram)
     metrics = {}
     for name, sign in (("positive", advantages > 0), ("negative", advantages < 0)):
         counted = mask & sign[:, None]
         total = max(counted.sum().item(), 1)
-        metrics[f"symptoms/error_tokens_{name}"] = (error & counted).sum().item() / total
+        if error is not None:
+            metrics[f"symptoms/error_tokens_{name}"] = (error & counted).sum().item() / total
         metrics[f"symptoms/repetition_{name}"] = (repeated & counted).sum().item() / total
     return metrics
 

@@ -45,6 +45,8 @@ class Recipe:
     aggregate: Callable = _("how tokens are weighed in the loss", token, pick="dllm_rl.losses")
     rollout_quantization: Callable[[], Any] | None = _("scheme of the rollout's weights", None, pick="dllm_rl.quantize")
 
+    dtype: str = _("of the weights, where model is a path: float32, bfloat16, or auto for the checkpoint's", "float32")
+    base_quantization: str | None = _("nf4 or int8: a frozen bitsandbytes base, where model is a path and lora is set", None)
     lora: Callable[[], Lora] | None = _("adapters that RL trains in place of the weights; None: all", None, pick="dllm_rl.lora")
     optim: Callable = _("optimiser: (parameters, lr, betas, weight_decay) -> Optimizer", adamw, pick="dllm_rl.optimizers")
 
@@ -63,6 +65,7 @@ class Recipe:
     beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0)
     kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.losses")
     bf16: bool = _("learner's forward in bf16 autocast", False)
+    zero_mismatch: bool = _("arithmetic that does not depend on the batch; stop where rollout and learner differ at all", False)
 
     warmup_steps: int = _("most supervised steps before RL; 0: none", 0)
     warmup_batch_size: int = _("prompts per warm-up step, over all processes", 64)
@@ -78,6 +81,7 @@ class Recipe:
     save_total_limit: int = _("checkpoints kept, the newest ones", 2)
     output_dir: str | None = _("folder of the run; None: runs/NAME-seedSEED", None)
     resume_from_checkpoint: str | None = _("a checkpoint folder, or 'latest' in output_dir", None)
+    dry_run: bool = _("print what the recipe would take, without its weights, and stop", False)
     overwrite_output_dir: bool = _("delete the run that output_dir holds", False)
 
     def __post_init__(self) -> None:
@@ -91,8 +95,16 @@ class Recipe:
         for name in ("learning_rate", "warmup_learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
+        if self.dtype not in ("float32", "bfloat16", "auto"):
+            raise ValueError(f"dtype={self.dtype!r} is not known; use 'float32', 'bfloat16' or 'auto'")
+        if self.base_quantization not in (None, "nf4", "int8"):
+            raise ValueError(f"base_quantization={self.base_quantization!r} is not known; use 'nf4', 'int8' or none")
+        if self.base_quantization is not None and self.lora is None:
+            raise ValueError(f"base_quantization={self.base_quantization!r} is a frozen base: set lora, or leave it out")
         if self.lora is not None and self.corrector.align_forward:
             raise ValueError("lora does not go with corrector.align_forward=True, which computes with whole weights; use one of them")
+        if self.zero_mismatch and self.rollout_quantization is not None and not self.corrector.align_forward:
+            raise ValueError("zero_mismatch=True needs rollout_quantization=None, or a corrector that aligns the forward")
         if self.micro_batch_size is not None and (
             self.micro_batch_size < self.num_generations or self.micro_batch_size % self.num_generations
         ):

@@ -1,11 +1,14 @@
 """Contracts that every method keeps, for the tests of this package and of anyone who writes a method of their own."""
 
 import math
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dllm_rl.correctors import Corrector, none
+from dllm_rl.likelihoods import LikelihoodEstimator
 from dllm_rl.losses import kl_k2, policy_loss, sequence
 from dllm_rl.types import Batch, Noise, Rollout
 
@@ -137,3 +140,74 @@ def _drops_nonfinite(corrector: Corrector, advantages: Tensor) -> None:
     assert weights.isfinite().all(), f"weights must stay finite beside a ratio that is not, got {weights}"
     for name, value in metrics.items():
         assert math.isfinite(value), f"metric {name}={value} must stay finite beside a ratio that is not"
+
+
+def check_estimator(estimator: LikelihoodEstimator, policy, rollout: Rollout, *, seed: int = 0) -> None:
+    """Raise AssertionError, saying which promise is broken, unless the estimator
+
+    draws the same masks from the same seed, for a row whatever its neighbours and padding, and leaves the global
+    generator and its inputs alone; masks and scores real tokens only, and scores no token that it does not mask (but a
+    causal one); gives finite contributions, zero off the completion, the same in micro-batches, padded, or with the
+    groups in another order; gives the same contributions twice, so that a ratio on-policy is exactly 1; and passes a
+    finite gradient to what a view scores and none to what it does not.
+
+    rollout  of at least two prompts, made by `policy`; completions of at least two tokens.
+    """
+    draw = lambda r, s=seed: estimator.draw(r, torch.Generator().manual_seed(s))  # noqa: E731
+    before, tokens = torch.get_rng_state(), rollout.tokens.clone()
+    noise, again = draw(rollout), draw(rollout)
+    completion, group = rollout.completion_mask, rollout.group_size
+    advantages = torch.arange(len(tokens), device=tokens.device) % 2 - 0.5
+    told = estimator.given(noise, advantages)
+    logps = estimator.logprobs(policy, rollout, told)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator must be left alone"
+    assert torch.equal(rollout.tokens, tokens), "the rollout must not be written to"
+    assert _same_noise(noise, again), "the same seed must give the same masks"
+    assert told.masked is noise.masked and told.weight is noise.weight, "given() must keep the masks that it is given"
+
+    assert not (noise.masked & ~rollout.attention_mask).any(), "padding must not be masked"
+    assert not noise.weight.masked_fill(completion, 0).any(), "weights must be zero off the completion"
+    if policy.spec.mask_id is not None:
+        seen = (noise.weight != 0) & ~noise.masked
+        assert not seen.any(), "a token must be masked where it is scored: the model could read it off"
+    assert logps.shape == completion.shape and logps.isfinite().all(), "contributions must be finite, (B, T)"
+    assert not logps.masked_fill(completion, 0).any(), "contributions must be zero off the completion"
+    assert torch.equal(estimator.logprobs(policy, rollout, told), logps), "on-policy, a ratio must be exactly 1"
+
+    first = torch.arange(group, device=tokens.device)
+    fewer = draw(rollout.rows(first))
+    assert _same_noise(fewer, noise.rows(first)), "a row's masks must not depend on the rows that follow it"
+    padded = _padded(rollout, policy.pad_id)
+    wider = draw(padded)
+    assert torch.equal(wider.masked[..., 2:], noise.masked), "a row's masks must not depend on padding"
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    found = estimator.logprobs(policy, padded, estimator.given(wider, advantages))[:, 2:]
+    torch.testing.assert_close(found, logps, **near, msg=lambda m: f"padding must not change contributions: {m}")
+    parts = estimator.logprobs(policy, rollout, told, micro_batch_size=group)
+    torch.testing.assert_close(parts, logps, **near, msg=lambda m: f"micro-batches must not change contributions: {m}")
+    order = torch.arange(len(tokens), device=tokens.device).view(-1, group).flip(0).flatten()
+    turned = estimator.logprobs(policy, rollout.rows(order), told.rows(order))
+    torch.testing.assert_close(turned, logps[order], **near, msg=lambda m: f"the order of prompts must not matter: {m}")
+
+    scores = estimator.scores(policy, rollout, told).requires_grad_()
+    combined = estimator.combine(scores, told)
+    (gradient,) = torch.autograd.grad(combined.sum(), scores)
+    assert gradient.isfinite().all(), "the gradient with respect to scores must be finite"
+    assert not gradient[noise.weight == 0].any(), "a view that does not score a token must get no gradient there"
+    assert gradient.any(), "combine must pass a gradient to the scores"
+
+
+def _same_noise(a: Noise, b: Noise) -> bool:
+    """Equal masks and weights; views that one lacks must be empty in the other (a trajectory's length may differ)."""
+    few = min(len(a.masked), len(b.masked))
+    rest = [x for noise in (a, b) for x in (noise.masked[few:], noise.weight[few:])]
+    equal = torch.equal(a.masked[:few], b.masked[:few]) and torch.equal(a.weight[:few], b.weight[:few])
+    return equal and not any(x.any() for x in rest)
+
+
+def _padded(rollout: Rollout, pad_id: int) -> Rollout:
+    """The rollout with two more columns of padding on the left."""
+    values = {"tokens": pad_id, "unmask_step": -1}
+    names = ("tokens", "attention_mask", "completion_mask", "unmask_step", "logprobs")
+    wider = {name: F.pad(getattr(rollout, name), (2, 0), value=values.get(name, 0)) for name in names}
+    return replace(rollout, **wider)

@@ -12,17 +12,22 @@ from dllm_rl.alignment import aligned
 from dllm_rl.evaluation import score
 from dllm_rl.launch import begin, catch_interrupt, draw_problems, evaluate_with, finish, prepare, save
 from dllm_rl.learner import update
-from dllm_rl.mismatch import mismatch_metrics
+from dllm_rl.mismatch import mismatch_metrics, symptom_metrics
+from dllm_rl.plan import plan
 from dllm_rl.policies import Policy
-from dllm_rl.quantize import quantized_copy, sync_weights
+from dllm_rl.quantize import check_version, quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.tasks.base import Reward
 from dllm_rl.text import decode, encode, stream
 from dllm_rl.types import Batch, Noise, Rollout, row_seeds
+from dllm_rl.zero_mismatch import check_zero, zero_mismatch
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe; returns what its summary.json holds. Raises ValueError on one that cannot run, before any work."""
+    if recipe.dry_run:
+        print(text := plan(recipe))
+        return {"plan": text}
     accelerator, log, folder = prepare(recipe)
     policy, reference, optimizer, start, history = begin(recipe, accelerator, log, folder)
     rollout_policy = policy if recipe.rollout_quantization is None else quantized_copy(policy, recipe.rollout_quantization())
@@ -31,7 +36,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     for step in range(start, recipe.num_steps):
         problems = draw_problems(recipe.task, "train", recipe.seed, step, recipe.train_batch_size, accelerator)
-        with log.stage("rollout"), accelerator.autocast():
+        with log.stage("rollout"), accelerator.autocast(), arithmetic_of(recipe):
             prompts = encode(policy, problems, group_size=recipe.num_generations, seeds=seeds_of(recipe, step, accelerator))
             rollout = recipe.sampler(rollout_policy, prompts, stream(recipe.seed, "rollout", step))
             check_version(rollout, policy)
@@ -39,14 +44,16 @@ def train(recipe: Recipe) -> dict[str, Any]:
             graded = score(recipe.task, problems, decode(policy, rollout))
             rewards = gather_rewards(graded, recipe.num_generations, accelerator)                    # (P, G)
             advantages = recipe.advantages(rewards)                                                  # (P, G)
-        with log.stage("scoring"), accelerator.autocast(), forward_of(recipe, policy, rollout_policy):
+        with log.stage("scoring"), accelerator.autocast(), forward_of(recipe, policy, rollout_policy), arithmetic_of(recipe):
             live = live_rows(advantages, recipe, accelerator)
             part = rollout.rows(live)
             noise = draw_noise(recipe, step, rollout, advantages, accelerator).rows(live)            # shared by every policy
             old, old_scores = scored(recipe, policy, part, noise)
             behind = behaviour(recipe, policy, rollout_policy, part, noise, old)
+            if recipe.zero_mismatch:
+                check_zero(policy, rollout_policy, part, noise, old, behind, part.completion_mask)
             anchor = None if reference is None else scored(recipe, reference, part, noise)[0]
-        with log.stage("update"), accelerator.autocast(), forward_of(recipe, policy, rollout_policy):
+        with log.stage("update"), accelerator.autocast(), forward_of(recipe, policy, rollout_policy), arithmetic_of(recipe):
             mismatch, weights, keep = weigh(recipe, accelerator, rollout, live, advantages, old, behind)
             batch = live_batch(accelerator, rollout, part, noise, live, advantages, old, old_scores, weights, keep, anchor)
             learning = update(policy, optimizer, accelerator, batch, recipe, step)
@@ -91,10 +98,9 @@ def forward_of(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> Abstra
     return aligned(policy, rollout_policy) if align else nullcontext()
 
 
-def check_version(rollout: Rollout, policy: Policy) -> None:
-    """Raise RuntimeError when the rollout was made by other weights than the learner's present ones."""
-    if rollout.weights_version != policy.version:
-        raise RuntimeError(f"weights_version={rollout.weights_version} of the rollout is not the learner's {policy.version}: sync first")
+def arithmetic_of(recipe: Recipe) -> AbstractContextManager:
+    """With zero_mismatch a row's result does not depend on the batch it is computed in."""
+    return zero_mismatch() if recipe.zero_mismatch else nullcontext()
 
 
 def local(rows: Tensor, accelerator: Accelerator) -> Tensor:
@@ -143,14 +149,17 @@ def weigh(
     """Mismatch metrics over the live rows of all processes, and this process's weights and keep mask (B, T)."""
     width, flat = rollout.tokens.shape[1], advantages.flatten()
     everywhere = []  # every process gathers as many rows, those that are not live as zeros
-    for part in (old - behind, rollout.completion_mask[live], old):
+    for part in (old - behind, rollout.completion_mask[live], old, rollout.tokens[live]):
         rows = torch.zeros(rollout.tokens.shape, dtype=part.dtype, device=part.device)
         rows[live] = part
         everywhere.append(rows)
     padded = [accelerator.pad_across_processes(x, dim=1) for x in everywhere]
-    log_mismatch, mask, old = (accelerator.gather(x) for x in padded)
+    log_mismatch, mask, old, tokens = (accelerator.gather(x) for x in padded)
     weights, keep, reasons = recipe.corrector.weigh(log_mismatch, flat, mask)
     metrics = mismatch_metrics(log_mismatch, mask, old=old, advantages=flat) | reasons
+    # Of an estimate that is no log-probability of single tokens, repetition is all that can be said.
+    exact = recipe.likelihood.replays or recipe.likelihood.attention == ("causal",)
+    metrics |= symptom_metrics(tokens, mask, flat, old=old if exact else None)
     metrics["rollout_corr/rollout_rs_masked_fraction"] = 1 - (keep.sum() / mask.sum()).item()
     return metrics, local(weights, accelerator)[:, :width], local(keep, accelerator)[:, :width]
 

@@ -22,7 +22,7 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS is deterministic only with one o
 
 
 class FixedShapes(TorchFunctionMode):
-    """Linear layers in tiles of `tile` rows, the last filled up with zeros; attention one row of the batch at a time."""
+    """Linear layers in tiles of `tile` rows, the last filled up with zeros; attention row by row of the batch."""
 
     def __init__(self, tile: int) -> None:
         super().__init__()

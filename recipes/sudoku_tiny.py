@@ -32,6 +32,7 @@ recipe = Recipe(
     rollout_quantization=float8_weight_only,
     warmup_steps=200,
     warmup_target=0.2,
+    num_steps=360,
 )
 
 if __name__ == "__main__":

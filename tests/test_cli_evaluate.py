@@ -149,6 +149,7 @@ def test_problems_from_a_file_are_all_evaluated(model, capsys, tmp_path):
         (("--task", "sudoku", "--path", "nowhere.csv"), "nowhere.csv"),
         (("--task", "sudoku", "--limit", "0"), "limit=0 must be at least 1"),
         (("--task", "sudoku", "--samples", "0"), "samples=0 must be at least 1"),
+        (("--task", "sudoku", "--samples", "4"), "--samples 4 at --temperature 0 are all alike"),
         (("--task", "sudoku", "--num_steps", "2,4"), "--num_steps has 2 numbers for 1 lengths"),
         (("--task", "sudoku", "--lengths", "100"), "max_new_tokens=100 after a prompt of 17 tokens exceeds"),
         (("--task", "sudoku", "--set", "prompt_format=text"), "no chat template"),

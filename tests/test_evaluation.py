@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from dllm_rl import Problem, Reward, evaluate
+from dllm_rl import Problem, Reward, evaluate, quantized_copy
 from dllm_rl.completions import fingerprint, fold, read
 from dllm_rl.evaluation import score
 from dllm_rl.grading import grade_file, under_protocol
 from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.quantize import float8_weight_only
 from dllm_rl.results import Answer, Evaluation, by_problem, interval, mean
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.statistics import wilson
@@ -184,6 +185,15 @@ def test_completions_of_anything_else_are_refused(policy, tmp_path):
     path.write_text('{"completion": "1"}\n')
     with pytest.raises(ValueError, match=r"c.jsonl, line 1: not a stored completion"):
         run()
+
+
+def test_fingerprints_tell_weights_apart(policy):
+    other = tiny_masked_lm(**MODEL)
+    assert fingerprint(other) == fingerprint(policy)
+    assert fingerprint(quantized_copy(policy, float8_weight_only())) != fingerprint(policy)
+    with torch.no_grad():
+        list(other.module.parameters())[-1].view(-1)[0] += 1e-3
+    assert fingerprint(other) != fingerprint(policy)
 
 
 def test_folding_survives_a_kill_between_the_file_and_its_parts(tmp_path):

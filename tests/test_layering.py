@@ -18,8 +18,8 @@ losses advantages grading
 models lora
 mismatch policies
 head correctors
-models.tiny samplers
-likelihoods masks optimizers
+models.tiny models.convert samplers
+likelihoods masks packed optimizers
 quantize emulate
 alignment text testing completions zero_mismatch
 warmup recipe show
@@ -28,6 +28,7 @@ evaluation doctor harness
 learner checkpoint runlog report
 launch
 training evaluate_command
+doctor_command
 cli
 """.strip().split("\n")
 

@@ -207,6 +207,18 @@ def test_policy_loss_of_the_worked_example():
     assert float(loss) == pytest.approx(-(4 / 3 - 0.8) / 3, rel=1e-7)  # coefficients such as 1/9 are fp32
 
 
+def test_clipped_shares_are_told_apart_by_sign():
+    # A = 1: 1.5 and 1.3 are clipped, 1 is not; A = -1: 0.5 is clipped, 1 and 1.3 are not; A = 0 counts nowhere.
+    ratio = tensor([[1.5, 1.3, 1.0], [0.5, 1.0, 1.3], [1.5, 0.5, 1.0]], dtype=torch.float64)
+    old = torch.full((3, 3), -1.0, dtype=torch.float64)
+    batch = make_batch(torch.ones(3, 3, dtype=torch.bool), tensor([1.0, -1.0, 0.0], dtype=torch.float64), old=old)
+    _, metrics, _ = loss_of(old + ratio.log(), batch)
+    share = {name: (float(total), float(count)) for name, (total, count) in metrics.items()}
+    assert share["clip_ratio/high_mean"] == (2, 6) and share["clip_ratio/low_mean"] == (1, 6)
+    assert share["clip_ratio/region_mean"] == (3, 6)
+    assert share["band/positive"] == (1, 3) and share["band/negative"] == (2, 3)
+
+
 def test_kl_is_added_after_the_weights():
     # d = ref - logp with ref = -1: d = -log r. k2 = d^2/2 over the four tokens, beta 0.1, divided by 4; no weight.
     logps, batch = example(reference=torch.full((3, 4), -1.0, dtype=torch.float64))
@@ -248,6 +260,9 @@ def test_what_stands_off_the_mask_may_be_infinite():
     logps[2], logps[0, 3] = -torch.inf, torch.nan
     loss, metrics, gradient = loss_of(logps, batch)
     close(loss, -0.8)
+    # A surrogate without any clamp of its own meets log-ratio 0 there.
+    bare = lambda log_ratio, advantages, mask: log_ratio.exp() * advantages[:, None]  # noqa: E731
+    assert loss_of(logps, batch, surrogate=bare)[2].isfinite().all()
     options = {"surrogate": ppo_clip, "aggregate": token, "beta": 0.0, "kl": kl_k2, "entropy": 0.1}
     assert policy_loss(logps, batch, **options)[2].isfinite().all()
     assert gradient.isfinite().all() and (gradient[~MASK] == 0).all()

@@ -164,7 +164,7 @@ def test_symptoms_by_sign_of_the_advantage():
     old = tensor([[-1.0, -9.0, -10.0, -1.0], [-11.0, -1.0, -1.0, -1.0], [-50.0, -50.0, -50.0, -50.0]])
     mask = tensor([[True] * 4, [True, True, True, False], [True] * 4])
     # p < 1e-4 is logp < -9.21: one of four with A > 0, one of three with A < 0; the row with A = 0 is in neither.
-    m = symptom_metrics(old, tokens, mask, tensor([1.0, -1.0, 0.0]))
+    m = symptom_metrics(tokens, mask, tensor([1.0, -1.0, 0.0]), old=old)
     assert m == pytest.approx(
         {
             "symptoms/error_tokens_positive": 1 / 4,
@@ -173,3 +173,5 @@ def test_symptoms_by_sign_of_the_advantage():
             "symptoms/repetition_negative": 0,
         }
     )
+    m = symptom_metrics(tokens, mask, tensor([1.0, -1.0, 0.0]))
+    assert m == pytest.approx({"symptoms/repetition_positive": 3 / 4, "symptoms/repetition_negative": 0})

@@ -201,6 +201,7 @@ def test_reward_by_d1s_rule() -> None:
         ("<answer>nonsense</answer>", 0.1),
         ("<answer>3+4+5</answer>", 0.1),
         ("<answer>3*4+5</answer>", 1.0),
+        ("<answer>\u2003\n3*4+5\u00a0</answer>", 1.0),
         ("<answer>3*4+5</answer><answer>5</answer>", 0.1),
         ("<answer>5</answer><answer>3*4+5</answer>", 1.0),
     ]:

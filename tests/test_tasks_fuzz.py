@@ -4,6 +4,7 @@ A longer campaign: benchmarks/fuzz_graders.py.
 """
 
 import math
+import sys
 from time import process_time
 
 import pytest
@@ -51,6 +52,31 @@ def check(graded: Reward) -> None:
 def test_no_text_raises_or_leaves_the_range(task: str, grader, text: str) -> None:
     check(grader(FIELDS[task], text))
 
+
+@pytest.mark.parametrize(("task", "grader"), GRADERS, ids=NAMES)
+def test_no_text_is_compiled_executed_or_imported(task: str, grader) -> None:
+    """The interpreter's own audit hook would see any of these, whoever asks for them."""
+    grader(FIELDS[task], "first, so that every regular expression is compiled")
+    code = ["__import__('os').abort()", "9**9**9", "open('/etc/passwd')", "(lambda: 3*4+5)()", "3*4+5", "42", "exit()"]
+    SEEN.clear()
+    WATCHING.append(True)
+    for text in code:
+        for answer in (text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}", f"{text} = 17", f"```{text}```"):
+            grader(FIELDS[task], answer)
+    WATCHING.clear()
+    assert SEEN == []
+
+
+WATCHING: list[bool] = []
+SEEN: list[str] = []
+
+
+def _listen(event: str, _: tuple) -> None:
+    if WATCHING and event.startswith(("exec", "compile", "import", "open", "os.", "subprocess.", "code.")):
+        SEEN.append(event)
+
+
+sys.addaudithook(_listen)
 
 LONG = [piece * (10**6 // len(piece)) for piece in PIECES] + [
     "<answer>" + " " * 10**6 + "</answer>",

@@ -251,6 +251,8 @@ def test_templates(tmp_path) -> None:
         {"size": 0},
         {"reward_rule": "d1", "side": 9, "clues": 30},
         {"opening": "<reasoning>"},
+        {"shots": -1, "prompt_format": "text"},
+        {"shots": 1},
     ],
 )
 def test_bad_settings_name_the_field(bad: dict) -> None:
@@ -286,6 +288,22 @@ def test_a_million_characters_take_no_time(piece: str) -> None:
         start = process_time()
         task.reward(problem(PUZZLE), text)
         assert process_time() - start < 0.05
+
+
+def test_worked_examples_come_from_train_solutions() -> None:
+    plain, shown = (Sudoku(split="test", prompt_format="text", shots=shots, size=40) for shots in (0, 3))
+    for index in range(40):
+        assert shown[index].fields == plain[index].fields == Sudoku(split="test")[index].fields
+        examples, _, asked = shown[index].prompt[0]["content"].partition("Your puzzle:\n")
+        assert asked == plain[index].prompt[0]["content"].partition("exactly once; ")[2].partition("\n\n")[2]
+        solved = [part[:19].replace("\n", "") for part in examples.split("Solved:\n")[1:]]
+        assert len(solved) == len(set(solved) & set(SPLITS["train"])) == 3 or len(set(solved)) < 3
+        assert set(solved) <= set(SPLITS["train"])
+    train = Sudoku(prompt_format="text", shots=3, size=200)
+    for problem in train:
+        solution = problem.fields["solution"]
+        assert "\n".join(solution[i : i + 4] for i in (0, 4, 8, 12)) not in problem.prompt[0]["content"]
+    assert len({problem.prompt[0]["content"].partition("Your puzzle")[0] for problem in train}) > 150
 
 
 def valid9(grid: str) -> bool:

@@ -31,9 +31,9 @@ def countdown_d1(fields: Mapping[str, Any], completion: str) -> Reward:
     """
     box = last_box(completion, names=("\\boxed",))
     block = first_closed_answer(completion)
-    text = box if box is not None else completion if block is None else block.strip()
+    text = box if box is not None else completion if block is None else block
     text = text.replace("\\div", "/").replace("\\times", "*").replace("\\cdot", "*")
-    return grade_expression(fields, left_of_equals(text), tolerance=1e-5, lines=False)
+    return grade_expression(fields, left_of_equals(text).strip(), tolerance=1e-5, lines=False)
 
 
 def countdown_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -41,7 +41,7 @@ def countdown_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
     block = last_closed_answer(completion)
     if block is None:
         return Reward(0.0, False, dict.fromkeys(("accuracy", "valid", "numbers_used"), 0.0))
-    graded = grade_expression(fields, block, tolerance=1e-5, lines=False)
+    graded = grade_expression(fields, block.strip(), tolerance=1e-5, lines=False)
     return Reward(1.0 if graded.value else 0.1, True, graded.breakdown)
 
 
@@ -68,7 +68,7 @@ def left_of_equals(text: str) -> str:
     if found is None:
         return text
     before = text[: found.start() + 1]
-    return before[len(before.rstrip(_RUN)) :].strip()
+    return before[len(before.rstrip(_RUN)) :]
 
 
 def _close(found: Value, target: int, tolerance: float) -> bool:

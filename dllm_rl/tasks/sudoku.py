@@ -1,5 +1,6 @@
 """Sudoku: puzzles without downloads or leaks, graded against every valid completion."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
@@ -41,6 +42,7 @@ class Sudoku:
                    A template with {puzzle}, or the path of a file with one: as "text", in those words.
     chat           "text" and templates: one user message (True) or plain text (False).
     opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
+    shots          worked examples before the puzzle, from the solutions of the train split; 4x4 and text only.
     Value of a completion: "own": solved_weight * solved + match_weight * (share of cells that agree with the best
     matching valid completion). All cells count: over the empties alone training lets the givens drift [ours].
     "d1": empty cells that agree with the reference / empty cells [paper].
@@ -59,6 +61,7 @@ class Sudoku:
     prompt_format: str | Path = "compact"
     chat: bool = True
     opening: str = ""
+    shots: int = 0
     reward_rule: Literal["own", "d1"] = "own"
     solved_weight: float = 1.0
     match_weight: float = 4.0
@@ -74,6 +77,8 @@ class Sudoku:
             fewest, reason = (26, " on 9x9") if self.side == 9 else (4, " with unique=True") if self.unique else (0, "")
             if not fewest <= low <= high <= self.side**2:
                 raise ValueError(f"clues={self.clues} must lie in {fewest}..{self.side**2}{reason}")
+        if self.shots < 0 or (self.shots and (self.side == 9 or self.prompt_format == "compact")):
+            raise ValueError(f"shots={self.shots} must not be negative, and needs 4x4 puzzles and a text prompt")
         if self.size < 1:
             raise ValueError(f"size={self.size} must be at least 1")
         if self.reward_rule not in ("own", "d1") or (self.reward_rule == "d1" and self.side == 9):
@@ -93,8 +98,10 @@ class Sudoku:
             # Only random() is used: Python promises its sequence for a seed, in every version.
             board = "" if self.side == 4 else "9x9/"
             rng = Random(f"sudoku/{board}{self.seed}/{self.split}/{index}")
-            puzzle, solution = self._drawn4(rng) if self.side == 4 else self._drawn9(rng)
-        return Problem(self._prompt(puzzle), {"puzzle": puzzle, "solution": solution}, self._answer(solution))
+            puzzle, solution = self._drawn4(rng, SPLITS[self.split]) if self.side == 4 else self._drawn9(rng)
+        return Problem(
+            self._prompt(puzzle, solution, index), {"puzzle": puzzle, "solution": solution}, self._answer(solution)
+        )
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         """Grades the first 16 (81) non-blank characters: solved when they are a valid completion, else cell by cell.
@@ -108,8 +115,7 @@ class Sudoku:
         cells = first_cells(text, len(puzzle))
         return score(puzzle, cells, solved_weight=self.solved_weight, match_weight=self.match_weight)
 
-    def _drawn4(self, rng: Random) -> tuple[str, str]:
-        grids = SPLITS[self.split]
+    def _drawn4(self, rng: Random, grids: Sequence[str]) -> tuple[str, str]:
         solution = grids[int(rng.random() * len(grids))]
         low, high = _range(self.clues)
         given = low + int(rng.random() * (high - low + 1))
@@ -126,11 +132,18 @@ class Sudoku:
             if hashed_split(solution) == self.split and (puzzle := random_unique_puzzle(solution, given, rng)):
                 return puzzle, solution
 
-    def _prompt(self, puzzle: str) -> Prompt:
+    def _prompt(self, puzzle: str, solution: str, index: int) -> Prompt:
         dotted, side = puzzle.replace("0", "."), isqrt(len(puzzle))
         if self.prompt_format == "compact":
             return dotted + "="
-        values = {"puzzle": _lines(dotted), "side": str(side), "box": str(isqrt(side))}
+        asked = _lines(dotted)
+        if self.shots:
+            rng = Random(f"sudoku/shots/{self.seed}/{self.split}/{index}")
+            grids = [grid for grid in SPLITS["train"] if grid != solution]
+            examples = [self._drawn4(rng, grids) for _ in range(self.shots)]
+            solved = [f"{_lines(given.replace('0', '.'))}\n\nSolved:\n{_lines(grid)}" for given, grid in examples]
+            asked = "\n\n".join([*(f"An example:\n{example}" for example in solved), f"Your puzzle:\n{asked}"])
+        values = {"puzzle": asked, "side": str(side), "box": str(isqrt(side))}
         return fill(_template(self.prompt_format), chat=self.chat, opening=self.opening, **values)
 
     def _answer(self, solution: str) -> str:

@@ -1,0 +1,120 @@
+"""A campaign of hostile completions against every grader: no exception, no code run, numbers in range, little time.
+
+    python benchmarks/fuzz_graders.py --count 1000000 --seed 0 --output fuzz.json
+
+Half of the completions are random strings of the pieces that parsers look for, a quarter are right answers with random
+characters changed, a quarter are random Unicode; one in a thousand is a piece or two repeated to 100,000 characters.
+The interpreter's audit hook counts every attempt to compile, execute, import, open or start anything while grading.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from random import Random
+from time import process_time
+
+from dllm_rl.grading import PROTOCOLS
+from dllm_rl.tasks.countdown_graders import countdown_d1_training
+from dllm_rl.tasks.maths_graders import gsm8k_d1_training
+from dllm_rl.tasks.sudoku_graders import sudoku_d1_training
+
+FIELDS = {
+    "sudoku": {"puzzle": "1234341200430021", "solution": "1234341221434321"},
+    "countdown": {"numbers": [3, 4, 5], "target": 17},
+    "gsm8k": {"answer": "42"},
+    "math500": {"answer": "\\frac{1}{2}"},
+}
+RIGHT = {
+    "sudoku": ["1234341221434321", "<answer>\n1234\n3412\n2143\n4321\n</answer>", "<answer>```\n1234341221434321```"],
+    "countdown": ["3*4+5", "<answer>5+4*3</answer>", "so \\boxed{3 \\times 4 + 5 = 17}", "(3*4)+5 = 17"],
+    "gsm8k": ["\\boxed{42}", "<answer>42</answer>", "The answer is 42.", "#### 42", "<answer>40 + 2 = $42.00</answer>"],
+    "math500": ["\\boxed{\\frac12}", "<answer>\\dfrac{1}{2}</answer>", "\\fbox{0.5}", "\\boxed{x = 1/2\\text{ cm}}"],
+}
+PIECES = [
+    *["<answer>", "</answer>", "<reasoning>\n", "\n</reasoning>\n", "<|eot_id|>", "<|endoftext|>", "```", "\n", " "],
+    *["\\boxed{", "\\fbox{", "\\boxed", "{", "}", "\\frac", "\\sqrt", "\\text{ ", "\\left(", "\\times", "\\div", "\\"],
+    *["$", "=", "1234341221434321", "1234", "42", "3*4+5", "9**9**9", "9^{9^{9}}", "1/0", "((", "))", "-", "+", "*"],
+    *[".", ",", "####", "%", "The answer is ", "1e999", "nan", "inf", "\u0663", "\uff11", "\u2003", "\u00d7", "\x00"],
+    *["\ud800", "x", "_", "__import__('os').system('true')", "lambda: 0", "[].__class__", "0x1F", "1_0", "10" * 30],
+]
+FORBIDDEN = ("exec", "compile", "import", "open", "os.", "subprocess.", "socket.", "ctypes.", "code.", "pickle.")
+
+
+def completion(task: str, rng: Random) -> str:
+    kind = rng.random()
+    if kind < 0.001:
+        piece = "".join(rng.choices(PIECES, k=rng.randint(1, 2)))
+        return piece * (100_000 // len(piece)) + rng.choice(PIECES)
+    if kind < 0.5:
+        return "".join(rng.choices(PIECES, k=rng.randint(0, 24)))
+    if kind < 0.75:
+        characters = list(rng.choice(RIGHT[task]))
+        for _ in range(rng.randint(0, 3)):
+            characters[rng.randrange(len(characters))] = rng.choice(PIECES)
+        return "".join(characters)
+    return "".join(
+        chr(rng.choice((rng.randrange(32, 127), rng.randrange(0x110000)))) for _ in range(rng.randint(0, 40))
+    )
+
+
+def campaign(task: str, grader, count: int, seed: int, watch: Counter) -> dict:
+    rng = Random(f"{grader.__name__}/{seed}")
+    found: Counter = Counter()
+    slowest, slowest_text = 0.0, ""
+    for _ in range(count):
+        text = completion(task, rng)
+        watch.clear()
+        watch["on"] = 1
+        start = process_time()
+        try:
+            graded = grader(FIELDS[task], text)
+        except Exception as error:  # the campaign's purpose is to count them
+            found["exceptions"] += 1
+            found[f"{type(error).__name__} on {text[:80]!r}"] += 1
+            continue
+        finally:
+            spent = process_time() - start
+            watch["on"] = 0
+        found["events"] += sum(number for name, number in watch.items() if name != "on")
+        numbers = [graded.value, *graded.breakdown.values()]
+        found["out_of_range"] += not all(math.isfinite(number) and 0 <= number <= 16 for number in numbers)
+        found["parsed"] += graded.parsed
+        found["right"] += graded.breakdown.get("accuracy", graded.breakdown.get("solve_rate", 0)) == 1
+        if spent > slowest:
+            slowest, slowest_text = spent, text
+    shown = {"grader": grader.__name__, "count": count, "exceptions": 0, "events": 0, "out_of_range": 0}
+    return shown | dict(found) | {"slowest_ms": round(slowest * 1e3, 2), "slowest_text": slowest_text[:60]}
+
+
+def observe(watch: Counter, event: str, arguments: tuple) -> None:
+    if watch["on"] and event.startswith(FORBIDDEN):
+        watch[event] += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=1_000_000, help="completions per grader")
+    parser.add_argument("--math_verify", type=int, default=2_000, help="completions for the symbolic grader")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    options = parser.parse_args()
+    graders = [(task, grader) for task, named in PROTOCOLS.items() for grader in dict.fromkeys(named.values())]
+    graders += [("sudoku", sudoku_d1_training), ("countdown", countdown_d1_training), ("gsm8k", gsm8k_d1_training)]
+    watch: Counter = Counter()
+    sys.addaudithook(partial(observe, watch))
+    results = []
+    for task, grader in graders:
+        symbolic = grader.__name__ == "math500_math_verify"  # its child process is started by opening pipes
+        result = campaign(task, grader, options.math_verify if symbolic else options.count, options.seed, watch)
+        results.append(result)
+        print(" ".join(f"{name}={value!r}" for name, value in result.items()), flush=True)
+        if options.output:
+            options.output.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

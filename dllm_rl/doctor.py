@@ -1,0 +1,249 @@
+"""Where does the mismatch come from? Rollout and learner are made equal one thing at a time, and each step is measured.
+
+The learner's log-probs are carried to the rollout's through intermediate policies that differ in one thing each, so
+that the steps add up to the whole, token by token:
+    log_mismatch = sum over causes of (score before the switch - score after it), nats.
+Two more causes, which both sides share, are probed on the learner alone: padding and the shape of the batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Generator, Tensor
+
+from dllm_rl.likelihoods import LikelihoodEstimator, causal, trajectory
+from dllm_rl.mismatch import mismatch_metrics
+from dllm_rl.policies import Policy
+from dllm_rl.quantize import quantized_copy, quantized_layers
+from dllm_rl.quantize_layers import dequantized_weight
+from dllm_rl.types import Noise, Processors, Prompts, Rollout
+from dllm_rl.zero_mismatch import layer_outputs
+
+ADVICE = {
+    "processors": "score under the rollout's own temperature and filters (rollout.processors)",
+    "estimator noise": "score both sides under the same masks, or use an estimator with less variance",
+    "precision": "give both sides one dtype for weights, rotary tables and logits",
+    "quantised weights": "correct for it (tis, ais), align the forward (qarl), or keep more bits",
+    "quantised activations": "correct for it (tis, ais), align the forward (qarl), or quantise weights only",
+    "stale weights": "call sync_weights after every update",
+    "cache or sampler": "refresh the cache more often, or treat it as off-policy with a corrector",
+    "padding": "the model attends to padding or counts it in positions: pass the attention mask on",
+    "batch shape": "kernels depend on the batch's shape: run under zero_mismatch(), or accept it as noise",
+}
+PADDING = 3  # columns that the padding probe adds on the left
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One cause alone: mean and max |d|, k3 = mean(rho - 1 - log rho) in nats, effective sample size; rho = exp(d)."""
+
+    name: str
+    mean_abs: float
+    max_abs: float
+    k3: float
+    ess: float
+
+    @property
+    def advice(self) -> str:
+        return ADVICE.get(self.name, "")
+
+
+@dataclass(frozen=True)
+class WorstToken:
+    """A token on which the sides disagree most: log-probs in nats, and the text around it."""
+
+    row: int
+    position: int
+    token: str
+    before: str
+    after: str
+    learner: float
+    rollout: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """total  of all causes that the loop would see; causes by mean |d|; layers by relative error of their outputs."""
+
+    scheme: str
+    num_tokens: int
+    total: Cause
+    causes: tuple[Cause, ...]
+    tokens: tuple[WorstToken, ...]
+    layers: tuple[tuple[str, float], ...]
+
+    @property
+    def worst(self) -> float:
+        """Mean |d| of the whole, or of a probed cause where that is larger; nats."""
+        return max(self.total.mean_abs, self.causes[0].mean_abs)
+
+    @property
+    def verdict(self) -> str:
+        first = self.causes[0]
+        if self.worst < 1e-5:
+            return f"No mismatch worth a correction: mean |d| is {self.worst:.1e} nats."
+        share = f"mean |d| {first.mean_abs:.2g} of {self.worst:.2g} nats in all"
+        return f"Mostly {first.name}: {share}. To do: {first.advice}."
+
+    def as_json(self) -> dict:
+        return asdict(self) | {"verdict": self.verdict}
+
+
+def diagnose(
+    policy: Policy,
+    config=None,
+    *,
+    prompts: Prompts,
+    sampler: Callable,
+    likelihood: LikelihoodEstimator | None = None,
+    rollout_policy: Policy | None = None,
+    learner_processors: Processors | None = None,
+    share_noise: bool = True,
+    micro_batch_size: int | None = None,
+    seed: int = 0,
+    num_worst: int = 5,
+) -> Report:
+    """Sample `prompts` as a run would, and attribute log_mismatch = logp_learner - logp_rollout to its causes.
+
+    config              of the rollout's quantisation; None: that of rollout_policy, or none.
+    likelihood          that scores; None: the exact one (trajectory, or causal).
+    rollout_policy      that samples; None: a fresh copy. Give one to have it looked at for stale weights or precision.
+    learner_processors  of the learner's scoring; None mirrors the rollout's.
+    share_noise         both sides use the same masks.
+    Raises ValueError when the sampler chose no token.
+    """
+    config = getattr(rollout_policy, "quantization", None) if config is None else config
+    rollout_policy = quantized_copy(policy, config) if rollout_policy is None else rollout_policy
+    exact = causal() if policy.spec.attention == "causal" else trajectory()
+    likelihood = exact if likelihood is None else likelihood
+    rollout = sampler(rollout_policy, prompts, Generator().manual_seed(seed))
+    mask = rollout.completion_mask
+    noise = likelihood.draw(rollout, Generator().manual_seed(seed))
+    own_noise = noise if share_noise else likelihood.draw(rollout, Generator().manual_seed(seed + 1))
+
+    def score(p: Policy, r: Rollout, n: Noise, size: int | None = micro_batch_size) -> Tensor:
+        return likelihood.logprobs(p, r, n, micro_batch_size=size)
+
+    scored_as = rollout if learner_processors is None else replace(rollout, processors=learner_processors)
+    plain = with_forward_of(policy, rollout_policy)
+    rounded, fresh = (plain, plain) if config is None else operands(plain, config)
+    learner = score(policy, scored_as, own_noise)
+    states = [
+        ("", learner),
+        ("processors", score(policy, rollout, own_noise)),
+        ("estimator noise", score(policy, rollout, noise)),
+        ("precision", score(plain, rollout, noise)),
+    ]
+    if config is not None:
+        states.append(("quantised weights", score(rounded, rollout, noise)))
+        states.append(("quantised activations", score(fresh, rollout, noise)))
+    states.append(("stale weights", score(rollout_policy, rollout, noise)))
+    steps = {name: before - after for (_, before), (name, after) in pairwise(states)}
+
+    order = exact.draw(rollout, Generator())
+    replay = exact.logprobs(rollout_policy, rollout, order, micro_batch_size=micro_batch_size)
+    steps["cache or sampler"] = torch.where(mask, replay - rollout.logprobs, 0)
+    behind = rollout.logprobs if likelihood.replays else states[-1][1]
+    padded = score(policy, *pad_left(rollout, noise, policy.pad_id))[:, PADDING:]
+    steps["padding"] = states[2][1] - padded
+    steps["batch shape"] = score(policy, rollout, noise, None) - score(policy, rollout, noise, rollout.group_size)
+
+    causes = sorted((measure(name, d, mask) for name, d in steps.items()), key=lambda c: c.mean_abs, reverse=True)
+    return Report(
+        scheme="none" if config is None else repr(config),
+        num_tokens=int(mask.sum()),
+        total=measure("all", learner - behind, mask),
+        causes=tuple(causes),
+        tokens=worst_tokens(policy, rollout, learner, behind, num_worst),
+        layers=worst_layers(policy, rollout_policy, rollout, noise, num_worst),
+    )
+
+
+def measure(name: str, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Cause:
+    """A difference of log-probs (nats) over the marked tokens."""
+    found = mismatch_metrics(d, mask)
+    keys = ("abs_log_ratio_mean", "abs_log_ratio_max", "k3_kl", "rollout_is_eff_sample_size")
+    return Cause(name, *(found[f"rollout_corr/{key}"] for key in keys))
+
+
+@torch.no_grad()
+def with_forward_of(policy: Policy, rollout_policy: Policy) -> Policy:
+    """The learner's weights in the rollout's forward: its dtype, its buffers (rotary tables), its head."""
+    plain = quantized_copy(policy, None)
+    plain.spec = rollout_policy.spec
+    quantised = {f"{name}.weight" for name, _ in quantized_layers(rollout_policy)}
+    theirs = dict(rollout_policy.module.named_parameters())
+    for name, parameter in plain.module.named_parameters():
+        if name in theirs and name not in quantised:
+            parameter.data = parameter.data.to(theirs[name].dtype)
+    kinds = {p.dtype for n, p in theirs.items() if n not in quantised}
+    for name, parameter in plain.module.named_parameters():
+        if name in quantised and len(kinds) == 1:
+            parameter.data = parameter.data.to(next(iter(kinds)))
+    for name, buffer in rollout_policy.module.named_buffers():
+        owner, _, kind = name.rpartition(".")
+        if kind != "weight_scale":
+            setattr(plain.module.get_submodule(owner), kind, buffer.clone())
+    return plain
+
+
+@torch.no_grad()
+def operands(plain: Policy, config) -> tuple[Policy, Policy]:
+    """Two copies: with the weights rounded and nothing else, and quantised in full."""
+    fresh, rounded = quantized_copy(plain, config), quantized_copy(plain, None)
+    for name, layer in quantized_layers(fresh):
+        rounded.module.get_submodule(name).weight.copy_(dequantized_weight(layer))
+    return rounded, fresh
+
+
+def pad_left(rollout: Rollout, noise: Noise, pad_id: int) -> tuple[Rollout, Noise]:
+    """The same batch with PADDING more columns of padding on the left: it should score the same."""
+    wider = lambda x, value: F.pad(x, (PADDING, 0), value=value)  # noqa: E731
+    padded = replace(
+        rollout,
+        tokens=wider(rollout.tokens, pad_id),
+        attention_mask=wider(rollout.attention_mask, False),
+        completion_mask=wider(rollout.completion_mask, False),
+        unmask_step=wider(rollout.unmask_step, -1),
+        logprobs=wider(rollout.logprobs, 0.0),
+    )
+    return padded, replace(noise, masked=wider(noise.masked, False), weight=wider(noise.weight, 0.0))
+
+
+def worst_tokens(
+    policy: Policy, rollout: Rollout, learner: Float[Tensor, "B T"], behind: Float[Tensor, "B T"], count: int
+) -> tuple[WorstToken, ...]:
+    """The tokens with the largest |learner - rollout|, and eight tokens of text on either side."""
+    gap = torch.where(rollout.completion_mask, (learner - behind).abs(), -1.0)
+    best = gap.flatten().topk(min(count, int(rollout.completion_mask.sum()))).indices
+    found = []
+    for index in best.tolist():
+        row, position = divmod(index, gap.shape[1])
+        text = lambda part: policy.tokenizer.decode(part.tolist())  # noqa: E731
+        live = rollout.attention_mask[row]
+        before = rollout.tokens[row, max(0, position - 8) : position][live[max(0, position - 8) : position]]
+        after = rollout.tokens[row, position + 1 : position + 9]
+        token = text(rollout.tokens[row, position : position + 1])
+        logps = learner[row, position].item(), behind[row, position].item()
+        found.append(WorstToken(row, position, token, text(before), text(after), *logps))
+    return tuple(found)
+
+
+def worst_layers(
+    policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise, count: int
+) -> tuple[tuple[str, float], ...]:
+    """Layers by ||output under the learner - under the rollout|| / ||output||, on at most eight rows of a view."""
+    tokens, attention_mask = rollout.tokens[:8], rollout.attention_mask[:8]
+    if policy.spec.mask_id is not None:
+        tokens = tokens.masked_fill(noise.masked[0, :8], policy.spec.mask_id)
+    ours, theirs = (layer_outputs(p, tokens, attention_mask) for p in (policy, rollout_policy))
+    live = lambda out: (out[attention_mask] if out.shape[:2] == tokens.shape else out).float()  # noqa: E731
+    error = lambda a, b: ((a - b).norm() / a.norm().clamp(min=1e-12)).item()  # noqa: E731
+    found = [(name, error(live(out), live(theirs[name]))) for name, out in ours.items() if name in theirs]
+    return tuple(sorted(found, key=lambda pair: pair[1], reverse=True)[:count])
+
+

@@ -1,0 +1,35 @@
+"""`dllm-rl doctor`: a few rollouts of a checkpoint, and where their mismatch comes from."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from dllm_rl import quantize
+from dllm_rl.command_line import pickable
+from dllm_rl.doctor import diagnose
+from dllm_rl.doctor_report import write_doctor
+from dllm_rl.evaluate_command import TASKS, usual_length
+from dllm_rl.policies import load_policy
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.text import encode
+
+
+def doctor_command(arguments: argparse.Namespace) -> int:
+    """Print the report; 1 when the mismatch is above --bound (mean |log-ratio|, nats), else 0."""
+    schemes = pickable(quantize.__name__, None, None)
+    if arguments.quantization != "none" and arguments.quantization not in schemes:
+        raise ValueError(f"quantization={arguments.quantization!r} is none of none, {', '.join(sorted(schemes))}")
+    if arguments.task not in TASKS:
+        raise ValueError(f"task={arguments.task!r} is none of {', '.join(TASKS)}")
+    config = None if arguments.quantization == "none" else schemes[arguments.quantization]()
+    policy, task = load_policy(arguments.model), TASKS[arguments.task]()
+    length = arguments.max_new_tokens or usual_length(policy, task)
+    if policy.spec.attention == "causal":
+        sampler = partial(autoregress, max_new_tokens=length, temperature=arguments.temperature)
+    else:
+        sampler = partial(unmask, max_new_tokens=length, num_steps=arguments.num_steps, temperature=arguments.temperature)
+    prompts = encode(policy, [task[i] for i in range(arguments.num_prompts)], group_size=2)
+    found = diagnose(policy, config, prompts=prompts, sampler=sampler, seed=arguments.seed)
+    write_doctor(found, as_json=arguments.json, directory=arguments.output_dir and Path(arguments.output_dir))
+    return int(arguments.bound is not None and found.worst > arguments.bound)

@@ -1,0 +1,100 @@
+"""A doctor's report on the screen, as JSON, as a figure and as a page."""
+
+import base64
+import html
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dllm_rl.doctor import Report
+
+COLUMNS = ("cause", "mean |d|", "max |d|", "k3", "ESS", "to do")
+
+
+def rows(report: Report) -> list[tuple[str, ...]]:
+    """The whole, then each cause, as text; nats."""
+    return [
+        (c.name, f"{c.mean_abs:.2e}", f"{c.max_abs:.2e}", f"{c.k3:.1e}", f"{c.ess:.4f}", c.advice)
+        for c in (report.total, *report.causes)
+    ]
+
+
+def token_rows(report: Report) -> list[tuple[str, ...]]:
+    return [
+        (f"{t.row}, {t.position}", f"{t.before}[{t.token}]{t.after}", f"{t.learner:.4f}", f"{t.rollout:.4f}")
+        for t in report.tokens
+    ]
+
+
+def layer_rows(report: Report) -> list[tuple[str, ...]]:
+    return [(name, f"{error:.2e}") for name, error in report.layers]
+
+
+def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    return [
+        (f"log-prob mismatch over {report.num_tokens} tokens, nats; rollout: {report.scheme}", COLUMNS, rows(report)),
+        ("worst tokens", ("row, position", "in context", "learner", "rollout"), token_rows(report)),
+        ("worst layers, relative error of their outputs", ("layer", "error"), layer_rows(report)),
+    ]
+
+
+def write_doctor(report: Report, *, as_json: bool = False, directory: Path | None = None) -> None:
+    """Print the report, as tables or as JSON; with a directory also write doctor.json, doctor.png and doctor.html."""
+    text = json.dumps(report.as_json(), indent=2)
+    if as_json:
+        print(text)
+    else:
+        console = Console()
+        for title, columns, lines in tables(report):
+            table = Table(*columns, title=escape(title), title_justify="left")
+            for line in lines:
+                table.add_row(*map(escape, line))
+            console.print(table)
+        console.print(report.verdict, markup=False)
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "doctor.json").write_text(text + "\n")
+        draw(report, directory / "doctor.png")
+        (directory / "doctor.html").write_text(page(report, (directory / "doctor.png").read_bytes()))
+
+
+def draw(report: Report, path: Path) -> None:
+    """Bars of mean |d| by cause, and of the worst layers' errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 3.6), layout="constrained")
+    panels = [
+        ("mismatch by cause", "mean |d|, nats", [(c.name, c.mean_abs) for c in report.causes]),
+        ("worst layers", "relative error of the output", report.layers),
+    ]
+    for axis, (title, unit, bars) in zip(axes, panels, strict=True):
+        names, values = zip(*reversed(bars), strict=True)
+        axis.barh(names, values)
+        axis.set(title=title, xlabel=unit)
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def page(report: Report, picture: bytes) -> str:
+    """One self-contained page."""
+    head = "<!doctype html><meta charset=utf-8><title>mismatch</title>"
+    parts = [head, STYLE, f"<p>{html.escape(report.verdict)}</p>"]
+    for title, columns, lines in tables(report):
+        cells = lambda line, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)  # noqa: E731
+        body = "".join(f"<tr>{cells(line, 'td')}</tr>" for line in lines)
+        parts.append(f"<h2>{html.escape(title)}</h2><table><tr>{cells(columns, 'th')}</tr>{body}</table>")
+    parts.append(f'<img alt="mismatch by cause" src="data:image/png;base64,{base64.b64encode(picture).decode()}">')
+    return "\n".join(parts) + "\n"
+
+
+STYLE = (
+    "<style>body{font:15px sans-serif;max-width:70em;margin:2em auto}td,th{padding:.2em .8em;text-align:left}"
+    "td:nth-child(n+2){font-variant-numeric:tabular-nums}img{max-width:100%}</style>"
+)

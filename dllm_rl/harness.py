@@ -1,0 +1,153 @@
+"""A policy as a model of lm-evaluation-harness: `lm_eval.simple_evaluate(model=HarnessModel(...), tasks=[...])`."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise ImportError("dllm_rl.harness needs lm-evaluation-harness: pip install 'dllm_rl[harness]'") from error
+
+from dllm_rl.likelihoods import LikelihoodEstimator
+from dllm_rl.policies import Policy
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.text import decode, prompt_ids, stream
+from dllm_rl.types import Prompts, Rollout
+
+Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
+
+
+class HarnessModel(TemplateLM):
+    """Answers the harness's three kinds of request with a sampler and a likelihood estimator.
+
+    sampler     unmask or autoregress with its settings bound. Its length and temperature count, not those that a task
+                asks for; of a task's generation settings only `until` does.
+    likelihood  any estimator that needs no recorded unmasking: causal(), elbo(), coupled(), quadrature() ...; nats.
+    greedy      whether to find out if greedy decoding, a token a step, gives the continuation: a forward a token, which
+                tasks of multiple choice have no use for. Without it no continuation counts as greedy.
+
+    One process. Raises ValueError for an estimator that is not one of this policy's, and for a text that does not fit.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        sampler: Callable[..., Rollout],
+        likelihood: LikelihoodEstimator,
+        batch_size: int = 32,
+        greedy: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        likelihood.check(policy)
+        if likelihood.name == "trajectory":
+            raise ValueError(
+                "likelihood='trajectory' replays a recorded unmasking; a text has none: use elbo() or coupled()"
+            )
+        self.policy, self.sampler, self.likelihood = policy, sampler, likelihood
+        self.batch_size, self.greedy, self.seed = batch_size, greedy, seed
+        self.tokenizer = policy.tokenizer
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.policy.spec.eos_ids[0]
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return prompt_ids(self.policy, string)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        ending = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **ending)
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        texts: list[str] = []
+        for start in range(0, len(requests), self.batch_size):
+            arguments = [request.args for request in requests[start : start + self.batch_size]]
+            prompts = self._prompts([self.tok_encode(context) for context, _ in arguments])
+            rollout = self.sampler(self.policy, prompts, stream(self.seed, "generate", start))
+            made = decode(self.policy, rollout)
+            texts += [_cut(text, asked.get("until")) for text, (_, asked) in zip(made, arguments, strict=True)]
+        return texts
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            longest = self.policy.spec.max_length or len(tokens) + 1
+            parts = get_rolling_token_windows(
+                tokens, prefix_token=self.prefix_token_id, max_seq_len=longest - 1, context_len=1
+            )
+            windows += [make_disjoint_window(part) for part in parts]
+            owners += [owner] * (len(windows) - len(owners))
+        totals = [0.0] * len(requests)
+        for owner, value in zip(owners, self._scored(windows), strict=True):
+            totals[owner] += value
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        greedy = self._is_greedy(pairs) if self.greedy else [False] * len(pairs)
+        return list(zip(self._scored(pairs), greedy, strict=True))
+
+    def _scored(self, pairs: Sequence[Pair]) -> list[float]:
+        """Estimates of log p(continuation | context), nats."""
+        values: list[float] = []
+        for start in range(0, len(pairs), self.batch_size):
+            rollout = as_rollout(self.policy, pairs[start : start + self.batch_size])
+            noise = self.likelihood.draw(rollout, stream(self.seed, "score", start))
+            values += self.likelihood.logprobs(self.policy, rollout, noise).sum(-1).tolist()
+        return values
+
+    def _is_greedy(self, pairs: Sequence[Pair]) -> list[bool]:
+        """Whether greedy decoding of as many tokens, one at a time, gives the continuation."""
+        decoder = partial(autoregress if self.policy.spec.attention == "causal" else unmask, temperature=0.0)
+        found = [False] * len(pairs)
+        for length in sorted({len(continuation) for _, continuation in pairs}):
+            alike = [i for i, (_, continuation) in enumerate(pairs) if len(continuation) == length]
+            for start in range(0, len(alike), self.batch_size):
+                some = alike[start : start + self.batch_size]
+                prompts = self._prompts([pairs[i][0] for i in some])
+                made = decoder(self.policy, prompts, stream(self.seed), max_new_tokens=length).tokens
+                for i, tokens in zip(some, made[:, prompts.tokens.shape[1] :].tolist(), strict=True):
+                    found[i] = tokens == list(pairs[i][1])
+        return found
+
+    def _prompts(self, ids: Sequence[Sequence[int]]) -> Prompts:
+        return Prompts.from_ids(ids, pad_id=self.policy.pad_id)
+
+
+def as_rollout(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
+    """Continuations as if a sampler had made them: rows are left-padded and end with their continuation.
+
+    Raises ValueError for a pair that is longer than the model allows.
+    """
+    width, limit = max(len(context) + len(continuation) for context, continuation in pairs), policy.spec.max_length
+    if limit is not None and width > limit:
+        raise ValueError(f"a context and continuation of {width} tokens exceed the model's {limit} positions")
+    tokens = torch.full((len(pairs), width), policy.pad_id)
+    attended, chosen = torch.zeros(tokens.shape, dtype=torch.bool), torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, (context, continuation) in enumerate(pairs):
+        ids = [*context, *continuation]
+        tokens[row, width - len(ids) :] = torch.tensor(ids)
+        attended[row, width - len(ids) :] = True
+        chosen[row, width - len(continuation) :] = True
+    blank = torch.zeros(tokens.shape)
+    return Rollout(tokens, attended, chosen, torch.full_like(tokens, -1), blank, group_size=1).to(policy.device)
+
+
+def _cut(text: str, until: str | Sequence[str] | None) -> str:
+    """The text before the first of the stop strings."""
+    stops = [until] if isinstance(until, str) else list(until or [])
+    return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]

@@ -1,0 +1,40 @@
+"""From a causal language model to a masked-diffusion one: the same weights, un-causaled, and a mask token."""
+
+import copy
+from pathlib import Path
+
+import torch
+
+from dllm_rl.policies import AutoregressivePolicy, DiffusionPolicy, load_policy, make_policy
+
+MASK = "<|mask|>"
+
+
+def to_diffusion(policy: AutoregressivePolicy | DiffusionPolicy) -> DiffusionPolicy:
+    """A masked-diffusion policy on a copy of the causal policy's weights, to be trained further by a warm-up.
+
+    The head stays shifted, as in Dream: the state at t-1 predicts position t, which the weights know already. The
+    mask token's embedding starts as the mean of all others. `save_pretrained` writes a stock folder whose config says
+    is_causal=False, shifted_head=True and mask_token_id; load_policy opens it.
+    Raises ValueError for a policy that is no causal one.
+    """
+    if policy.spec.attention != "causal":
+        raise ValueError(f"policy is a diffusion model already ({type(policy.module).__name__}); use it as it is")
+    module, tokenizer = copy.deepcopy(policy.module), copy.deepcopy(policy.tokenizer)
+    old = module.config.vocab_size
+    if tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": MASK})
+    mask_id = tokenizer.mask_token_id
+    if mask_id >= old:
+        with torch.random.fork_rng(devices=[]):  # transformers fills new rows from the global RNG: leave that as it was
+            module.resize_token_embeddings(mask_id + 1, mean_resizing=False)
+    with torch.no_grad():
+        for table in {id(t): t for t in (module.get_input_embeddings(), module.get_output_embeddings())}.values():
+            table.weight[min(old, mask_id) :] = table.weight[: min(old, mask_id)].mean(0)
+    module.config.is_causal, module.config.shifted_head, module.config.mask_token_id = False, True, mask_id
+    return make_policy(module, tokenizer)
+
+
+def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32) -> DiffusionPolicy:
+    """`to_diffusion` of a checkpoint: what a recipe can bind as its model."""
+    return to_diffusion(load_policy(path_or_id, dtype=dtype))

@@ -1,0 +1,12 @@
+"""Dream-7B-Instruct learns Countdown with three numbers, with LLaDA's sampler and settings. Not run yet: no results."""
+
+from dataclasses import replace
+
+from dllm_rl.command_line import from_command_line
+from dllm_rl.training import train
+from recipes.llada_8b_countdown import recipe as base
+
+recipe = replace(base, name="dream-7b-countdown", model="Dream-org/Dream-v0-Instruct-7B")
+
+if __name__ == "__main__":
+    train(from_command_line(recipe))

@@ -1,0 +1,18 @@
+"""LLaDA2.0-mini, block-causal with blocks of 32, learns GSM8K; the likelihood replays the sampler in 8 segments.
+
+Not run yet: no results.
+"""
+
+from dataclasses import replace
+
+from dllm_rl.command_line import from_command_line
+from dllm_rl.likelihoods import trajectory
+from dllm_rl.training import train
+from recipes.llada_8b_gsm8k import recipe as base
+
+recipe = replace(
+    base, name="llada2-mini-gsm8k", model="inclusionAI/LLaDA2.0-mini", likelihood=trajectory(num_segments=8)
+)
+
+if __name__ == "__main__":
+    train(from_command_line(recipe))

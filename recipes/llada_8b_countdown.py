@@ -1,0 +1,24 @@
+"""LLaDA-8B-Instruct learns Countdown with three numbers, as `llada_8b_sudoku`. Not run yet: no results."""
+
+from dataclasses import replace
+from functools import partial
+
+from dllm_rl.command_line import from_command_line
+from dllm_rl.tasks.countdown import Countdown
+from dllm_rl.training import train
+from recipes.llada_8b_sudoku import in_blocks
+from recipes.llada_8b_sudoku import recipe as base
+
+numbers = partial(Countdown, count=3, prompt_format="text", opening="<reasoning>", reward_rule="d1")
+
+recipe = replace(
+    base,
+    name="llada-8b-countdown",
+    task=numbers(split="train"),
+    validation_task=numbers(split="validation", size=256),
+    eval_task=numbers(split="test", size=256),
+    sampler=partial(in_blocks, temperature=0.9),
+)
+
+if __name__ == "__main__":
+    train(from_command_line(recipe))

@@ -1,0 +1,26 @@
+"""LLaDA-8B-Instruct learns GSM8K: d1's settings, 12 updates per rollout. Not run yet: no results."""
+
+from dataclasses import replace
+from functools import partial
+
+from dllm_rl.command_line import from_command_line
+from dllm_rl.tasks.gsm8k import GSM8K
+from dllm_rl.training import train
+from recipes.llada_8b_sudoku import in_blocks
+from recipes.llada_8b_sudoku import recipe as base
+
+questions = partial(GSM8K, opening="<reasoning>", reward_rule="d1")
+
+recipe = replace(
+    base,
+    name="llada-8b-gsm8k",
+    task=questions(split="train"),
+    validation_task=questions(split="validation", size=256),
+    eval_task=questions(split="test"),
+    sampler=partial(in_blocks, temperature=0.9),
+    num_iterations=12,
+    warmup_metric="accuracy",
+)
+
+if __name__ == "__main__":
+    train(from_command_line(recipe))

@@ -1,0 +1,15 @@
+"""LLaDA-MoE-7B-A1B-Instruct learns GSM8K; adapters and FP8 are on attention only, experts stay as they are.
+
+Not run yet: no results.
+"""
+
+from dataclasses import replace
+
+from dllm_rl.command_line import from_command_line
+from dllm_rl.training import train
+from recipes.llada_8b_gsm8k import recipe as base
+
+recipe = replace(base, name="llada-moe-gsm8k", model="inclusionAI/LLaDA-MoE-7B-A1B-Instruct")
+
+if __name__ == "__main__":
+    train(from_command_line(recipe))

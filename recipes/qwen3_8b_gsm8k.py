@@ -1,0 +1,32 @@
+"""Qwen3-8B, autoregressive, learns GSM8K with FP8 rollouts and an exact likelihood. Not run yet: no results."""
+
+from dataclasses import replace
+from functools import partial
+
+from dllm_rl.command_line import from_command_line
+from dllm_rl.likelihoods import causal
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.tasks.gsm8k import GSM8K
+from dllm_rl.training import train
+from recipes.llada_8b_gsm8k import recipe as base
+
+questions = partial(GSM8K, reward_rule="own")
+
+recipe = replace(
+    base,
+    name="qwen3-8b-gsm8k",
+    model="Qwen/Qwen3-8B",
+    task=questions(split="train"),
+    validation_task=questions(split="validation", size=256),
+    eval_task=questions(split="test"),
+    sampler=partial(autoregress, max_new_tokens=512, temperature=1.0),
+    eval_sampler=partial(autoregress, max_new_tokens=512, temperature=0.0),
+    likelihood=causal(),
+    num_generations=8,
+    micro_batch_size=8,
+    num_iterations=1,
+    beta=0.0,
+)
+
+if __name__ == "__main__":
+    train(from_command_line(recipe))

@@ -1,0 +1,41 @@
+"""SmolLM2-135M, an autoregressive model, becomes a masked-diffusion one and learns 4x4 Sudoku: a warm-up, then RL.
+
+Fetch the weights first, as `recipes/smollm2_weights.py` says. Results: recipes/README.md.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from dllm_rl.command_line import from_command_line
+from dllm_rl.models.convert import diffusion_from_causal
+from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.training import train
+from recipes.sudoku_tiny import recipe as base
+
+# Digits and dots are a token each, so a grid of 16 cells is 16 tokens.
+in_four = partial(unmask, max_new_tokens=16, num_steps=4, rank=max_prob)
+
+recipe = replace(
+    base,
+    name="smollm2-sudoku",
+    model=partial(diffusion_from_causal, "weights/smollm2-135m-instruct"),
+    validation_task=replace(base.validation_task, size=32),
+    eval_task=replace(base.eval_task, size=64),
+    sampler=partial(in_four, temperature=1.0),
+    eval_sampler=partial(in_four, temperature=0.0),
+    train_batch_size=4,
+    num_generations=8,
+    num_steps=20,
+    learning_rate=2e-5,
+    warmup_steps=60,
+    warmup_batch_size=16,
+    warmup_learning_rate=2e-4,
+    warmup_target=0.1,
+    warmup_eval_steps=20,
+    save_steps=20,
+    eval_batch_size=32,
+)
+
+if __name__ == "__main__":
+    train(from_command_line(recipe))

@@ -1,0 +1,66 @@
+"""From causal to masked diffusion: the same weights, a new token, and the head shifted as before."""
+
+import pytest
+import torch
+from layouts import checkpoint
+
+from dllm_rl import DiffusionPolicy, Prompts, load_policy, unmask
+from dllm_rl.models.convert import diffusion_from_causal, to_diffusion
+from dllm_rl.models.tiny import tiny_llama
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm2"])
+def test_a_causal_checkpoint_becomes_a_masked_diffusion_one(tmp_path, family):
+    folder = checkpoint(tmp_path / "causal", family)
+    causal, state = load_policy(folder), torch.random.get_rng_state()
+    policy = diffusion_from_causal(folder)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert type(policy) is DiffusionPolicy
+    assert (policy.spec.attention, policy.spec.shift, policy.spec.mask_id) == ("full", True, 39)
+    assert policy.tokenizer.convert_tokens_to_ids("<|mask|>") == 39
+    before, after = causal.module.state_dict(), policy.module.state_dict()
+    for name in before:  # 39 words and one to spare: the mask takes the spare row
+        assert (
+            torch.equal(before[name][:39], after[name][:39])
+            if before[name].shape[0] == 40
+            else torch.equal(before[name], after[name])
+        )
+    rows = after["model.embed_tokens.weight"]
+    torch.testing.assert_close(rows[39], rows[:39].mean(0))
+
+    tokens = torch.tensor([[5, 9, 39, 7, 11]])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    logits = policy.logits(tokens, mask)
+    # One token attends to itself alone, causal or not: the shifted head makes the same prediction for the second.
+    one = torch.tensor([[5, 6]])
+    torch.testing.assert_close(causal.logits(one, mask[:, :2])[0, 1, :39], _second(policy)[:39], rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits[:, 1:], policy.module(input_ids=tokens).logits[:, :-1], rtol=0, atol=1e-5)
+
+    policy.save_pretrained(tmp_path / "diffusion")
+    again = load_policy(tmp_path / "diffusion")
+    assert again.spec == policy.spec
+    assert torch.equal(again.logits(tokens, mask), logits)
+    rollout = unmask(again, Prompts.from_ids([[5, 9]], pad_id=1), torch.Generator(), max_new_tokens=6, num_steps=3)
+    assert not (rollout.tokens == 39).any()
+
+
+def _second(policy) -> torch.Tensor:
+    """The prediction made from a first token that sees nothing else."""
+    states = policy.module.base_model(input_ids=torch.tensor([[5]])).last_hidden_state
+    return policy.module.lm_head(states)[0, 0]
+
+
+def test_a_vocabulary_without_room_grows():
+    causal = tiny_llama(characters="ab", causal=True)
+    causal.tokenizer.mask_token = None
+    policy = to_diffusion(causal)
+    assert policy.spec.mask_id == policy.vocab_size - 1 == 5
+    assert causal.vocab_size == 5  # the causal policy is left as it was
+    rows = policy.module.lm_head.weight
+    assert rows.shape[0] == 6
+    torch.testing.assert_close(rows[5], rows[:5].mean(0))
+
+
+def test_a_diffusion_model_is_refused():
+    with pytest.raises(ValueError, match="is a diffusion model already"):
+        to_diffusion(tiny_llama(characters="ab", causal=False))

@@ -1,0 +1,169 @@
+"""Each cause of mismatch, planted, is ranked first; the steps add up to the whole; a healthy setup is called so."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from dllm_rl.doctor import ADVICE, diagnose
+from dllm_rl.doctor_report import write_doctor
+from dllm_rl.likelihoods import coupled
+from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.quantize import fake_quantize, int3_emulated, quantized_copy
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.cache import dual_cache
+from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.types import Processors, Prompts
+
+sampler = partial(unmask, max_new_tokens=8, num_steps=4, temperature=1.0, rank=max_prob)
+
+
+def make(causal=False):
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
+    return tiny_llama(characters="123456789", causal=causal, head_std=0.5, **sizes)
+
+
+def prompts():
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 12, (n,), generator=generator).tolist() for n in (5, 9, 3)]
+    return Prompts.from_ids(ids, pad_id=0, group_size=4)
+
+
+def weights(policy):
+    return {"config": fake_quantize(weight="int3")}
+
+
+def activations(policy):
+    return {"config": fake_quantize(weight=None, activation="five_level")}
+
+
+def stale(policy):
+    other = quantized_copy(policy, None)
+    for parameter in other.module.parameters():
+        parameter.data.mul_(1.05)
+    return {"rollout_policy": other}
+
+
+def precision(policy):
+    other = quantized_copy(policy, None)
+    other.module.bfloat16()
+    return {"rollout_policy": other}
+
+
+def rotary(policy):
+    other = quantized_copy(policy, None)
+    tables = other.module.model.rotary_emb
+    tables.inv_freq = tables.inv_freq.to(torch.float8_e4m3fn).float()
+    return {"rollout_policy": other}
+
+
+def logits(policy):
+    other, head = quantized_copy(policy, None), policy.spec.head
+    other.spec = replace(policy.spec, head=lambda module, hidden: head(module, hidden).bfloat16().float())
+    return {"rollout_policy": other}
+
+
+def noise(policy):
+    return {"share_noise": False, "likelihood": coupled()}
+
+
+def processors(policy):
+    return {"sampler": partial(sampler, temperature=0.5), "learner_processors": Processors(suppress=(1,))}
+
+
+def cache(policy):
+    return {"sampler": partial(sampler, block_size=4, cache=dual_cache())}
+
+
+def padding(policy):
+    encode = policy.spec.encode
+    blind = lambda module, tokens, mask, positions: encode(module, tokens, torch.ones_like(mask), positions)  # noqa: E731
+    policy.spec = replace(policy.spec, encode=blind)
+    return {}
+
+
+def batch_shape(policy):
+    encode = policy.spec.encode
+    shaky = lambda module, tokens, *rest: encode(module, tokens, *rest) * (1.05 if len(tokens) > 4 else 1.0)  # noqa: E731
+    policy.spec = replace(policy.spec, encode=shaky)
+    return {}
+
+
+PLANTED = {
+    "quantised weights": [weights],
+    "quantised activations": [activations],
+    "stale weights": [stale],
+    "precision": [precision, rotary, logits],
+    "estimator noise": [noise],
+    "processors": [processors],
+    "cache or sampler": [cache],
+    "padding": [padding],
+    "batch shape": [batch_shape],
+}
+
+
+@pytest.mark.parametrize(("name", "plant"), [(name, plant) for name, plants in PLANTED.items() for plant in plants])
+def test_a_planted_cause_is_ranked_first(name, plant):
+    policy = make()
+    report = diagnose(policy, **({"prompts": prompts(), "sampler": sampler} | plant(policy)))
+    assert report.causes[0].name == name, report.causes
+    assert report.causes[0].mean_abs > 2 * report.causes[1].mean_abs
+    assert name in report.verdict and ADVICE[name] in report.verdict
+    assert set(PLANTED) >= {cause.name for cause in report.causes}
+
+
+def test_without_a_cause_everything_is_exactly_zero_or_rounding():
+    report = diagnose(make(), prompts=prompts(), sampler=sampler)
+    by_name = {cause.name: cause for cause in report.causes}
+    for name in ("processors", "estimator noise", "precision", "stale weights"):
+        assert by_name[name].max_abs == 0 and by_name[name].ess == 1
+    assert report.worst < 1e-5 and report.verdict.startswith("No mismatch worth a correction")
+
+
+def test_the_steps_add_up_to_the_whole():
+    """Token by token the chain telescopes; with one sign per cause the means would too, here an inequality remains."""
+    policy = make()
+    cached = partial(sampler, block_size=4, cache=dual_cache())
+    report = diagnose(policy, int3_emulated(), prompts=prompts(), sampler=cached)
+    by_name = {cause.name: cause.mean_abs for cause in report.causes}
+    chain = sum(by_name[n] for n in ("quantised weights", "quantised activations", "stale weights", "cache or sampler"))
+    assert 0 < report.total.mean_abs <= chain
+    assert report.total.mean_abs >= 2 * max(by_name.values()) - chain
+    assert by_name["quantised weights"] > by_name["quantised activations"] > by_name["stale weights"] == 0
+
+
+def test_worst_tokens_and_layers_are_the_ones_that_differ_most():
+    policy = make()
+    other = quantized_copy(policy, None)
+    other.module.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
+    report = diagnose(policy, prompts=prompts(), sampler=sampler, rollout_policy=other, num_worst=3)
+    assert report.layers[0][0] == "model.layers.1.mlp.up_proj"
+    assert report.layers[0][1] == pytest.approx(0.5, rel=1e-5)  # ||1.5 y - y|| / ||y||
+    gaps = [abs(token.learner - token.rollout) for token in report.tokens]
+    assert gaps == sorted(gaps, reverse=True) and gaps[0] == pytest.approx(report.total.max_abs, rel=1e-6)
+    assert len(report.tokens) == 3 and report.num_tokens == 12 * 8
+
+
+def test_autoregressive_policies_are_examined_too():
+    six = partial(autoregress, max_new_tokens=6)
+    report = diagnose(make(causal=True), int3_emulated(), prompts=prompts(), sampler=six)
+    assert report.causes[0].name == "quantised weights"
+    assert {c.name: c.mean_abs for c in report.causes}["cache or sampler"] < 1e-5
+
+
+def test_report_is_written_as_table_json_figure_and_page(tmp_path, capsys):
+    report = diagnose(make(), int3_emulated(), prompts=prompts(), sampler=sampler)
+    write_doctor(report, directory=tmp_path)
+    table = capsys.readouterr().out
+    assert "quantised weights" in table and report.verdict[:40] in table.replace("\n", " ")
+    found = json.loads((tmp_path / "doctor.json").read_text())
+    assert found["causes"][0]["name"] == report.causes[0].name and found["verdict"] == report.verdict
+    assert (tmp_path / "doctor.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    page = (tmp_path / "doctor.html").read_text()
+    assert "quantised weights" in page and "<script" not in page
+    assert page.count("<tr>") == 1 + 1 + len(report.causes) + 1 + len(report.tokens) + 1 + len(report.layers)
+    write_doctor(report, as_json=True)
+    assert json.loads(capsys.readouterr().out)["num_tokens"] == report.num_tokens

@@ -1,0 +1,150 @@
+"""lm-evaluation-harness asks, a policy of ours answers: hand-checked likelihoods, and a local task from end to end."""
+
+import json
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dllm_rl.likelihoods import causal, coupled, elbo, trajectory
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.unmask import unmask
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an optional extra")
+lm_tasks = pytest.importorskip("lm_eval.tasks")
+harness = pytest.importorskip("dllm_rl.harness")
+
+SMALL = {"characters": "abcdef=? \n", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+BIG_HEAD = {"head_std": 1.0}  # so that an untrained model prefers some tokens to others
+
+
+def diffusion(**options):
+    sampler = partial(unmask, max_new_tokens=4, temperature=0.0)
+    return harness.HarnessModel(
+        tiny_masked_lm(**SMALL, **BIG_HEAD), sampler=sampler, **{"likelihood": elbo(), **options}
+    )
+
+
+def autoregressive():
+    sampler = partial(autoregress, max_new_tokens=4, temperature=0.0)
+    return harness.HarnessModel(tiny_llama(causal=True, **SMALL, **BIG_HEAD), sampler=sampler, likelihood=causal())
+
+
+def asked(*arguments):
+    return [SimpleNamespace(args=each) for each in arguments]
+
+
+def log_softmax(policy, text):
+    """log p of each of the text's tokens, from the model's own logits."""
+    ids = torch.tensor([policy.tokenizer.encode(text, add_special_tokens=False)])
+    logits = policy.logits(ids, torch.ones_like(ids, dtype=torch.bool)).detach()
+    return logits.log_softmax(-1)[0].gather(-1, ids[0][:, None])[:, 0]
+
+
+def test_causal_likelihoods_are_sums_of_token_log_probs():
+    model = autoregressive()
+    requests = asked(("ab=", "cd"), ("a", "bcd"), ("abcdef", "?"))
+    found = model.loglikelihood(requests, disable_tqdm=True)
+    for (value, _), request in zip(found, requests, strict=True):
+        context, continuation = request.args
+        expected = log_softmax(model.policy, context + continuation)[len(context) :].sum()
+        assert value == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_greedy_continuation_is_known_as_one():
+    for model in (autoregressive(), diffusion()):
+        decoder = partial(model.sampler, max_new_tokens=3)
+        prompts = model._prompts([model.tok_encode("ab=")])
+        ids = decoder(model.policy, prompts, torch.Generator()).tokens[0, 3:].tolist()
+        other = [*ids[:2], (ids[2] - 3 + 1) % 10 + 3]
+        pairs = [(None, model.tok_encode("ab="), each) for each in (ids, other, ids[:1])]
+        greedy = [flag for _, flag in model._loglikelihood_tokens(pairs)]
+        assert greedy[:2] == [True, False]
+
+
+def test_a_diffusion_models_likelihood_of_one_token_is_exact_whatever_the_estimator():
+    """With one token every mask is the same one: all estimates are log p(token | context, mask)."""
+    for likelihood in (elbo(num_samples=3), coupled()):
+        model = diffusion(likelihood=likelihood, greedy=False)
+        (value, flag), *_ = model.loglikelihood(asked(("ab=", "c"), ("abcd=", "d")), disable_tqdm=True)
+        assert not flag
+        hidden = masked_log_softmax(model.policy, "ab=c", 3)
+        assert value == pytest.approx(hidden, abs=1e-5)
+
+
+def masked_log_softmax(policy, text, place):
+    ids = torch.tensor([policy.tokenizer.encode(text, add_special_tokens=False)])
+    shown = ids.index_fill(1, torch.tensor([place]), policy.spec.mask_id)
+    logits = policy.logits(shown, torch.ones_like(ids, dtype=torch.bool)).detach()[0, place]
+    return logits.log_softmax(-1)[ids[0, place]].item()
+
+
+def test_rolling_likelihood_counts_every_token_once():
+    model = autoregressive()
+    (value,) = model.loglikelihood_rolling(asked(("abcdef",)), disable_tqdm=True)
+    eos = model.policy.spec.eos_ids[0]
+    ids = torch.tensor([[eos, *model.tok_encode("abcdef")]])
+    logits = model.policy.logits(ids, torch.ones_like(ids, dtype=torch.bool)).detach().log_softmax(-1)
+    assert value == pytest.approx(logits[0].gather(-1, ids[0][:, None])[1:].sum().item(), abs=1e-5)
+    long = "abcdef" * 30  # 180 characters, in windows of at most 64 positions
+    (whole,) = model.loglikelihood_rolling(asked((long,)), disable_tqdm=True)
+    assert -180 * 6 < whole < 10 * value
+
+
+def test_generation_stops_where_the_task_says():
+    model = diffusion()
+    (text,) = model.generate_until(asked(("ab=", {})), disable_tqdm=True)
+    assert 0 < len(text) <= 4
+    stop = text[-1]
+    cut = model.generate_until(asked(("ab=", {"until": [stop, "zz"]}), ("ab=", {"until": stop})), disable_tqdm=True)
+    assert cut == [text[: text.index(stop)]] * 2
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="likelihood='trajectory' replays a recorded unmasking"):
+        diffusion(likelihood=trajectory())
+    with pytest.raises(ValueError, match="likelihood='causal' is for causal attention"):
+        diffusion(likelihood=causal())
+    with pytest.raises(ValueError, match="of 71 tokens exceed the model's 64 positions"):
+        diffusion(greedy=False).loglikelihood(asked(("a" * 70, "b")), disable_tqdm=True)
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """Two local tasks of the harness's own making: pick the likelier letter, and generate."""
+    rows = [
+        {"question": f"{a}{b}=", "choices": ["c", "d", "e"], "answer": i % 3}
+        for i, (a, b) in enumerate(["ab", "ba", "ff", "ce"])
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/rows.jsonl\ntest_split: test\n"
+    (tmp_path / "letters.yaml").write_text(
+        "task: letters\n" + data + "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: answer\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n"
+    )
+    (tmp_path / "writing.yaml").write_text(
+        "task: writing\n"
+        + data
+        + "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{choices[answer]}}'\n"
+        "target_delimiter: ''\ngeneration_kwargs:\n  until: ['=']\nmetric_list:\n  - metric: exact_match\n"
+    )
+    return rows, lm_tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+
+
+@pytest.mark.slow
+def test_local_tasks_from_end_to_end(tasks, tmp_path, monkeypatch):
+    rows, manager = tasks
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    model = diffusion(greedy=False)
+    options = {"task_manager": manager, "bootstrap_iters": 0, "log_samples": True}
+    found = lm_eval.simple_evaluate(model=model, tasks=["letters", "writing"], **options)
+    likeliest = [
+        max(range(3), key=lambda i, q=row["question"]: masked_log_softmax(model.policy, q + "cde"[i], 3))
+        for row in rows
+    ]
+    expected = sum(best == row["answer"] for best, row in zip(likeliest, rows, strict=True)) / 4
+    assert found["results"]["letters"]["acc,none"] == expected
+    written = [sample["resps"][0][0] for sample in found["samples"]["writing"]]
+    assert written == model.generate_until(asked(*((row["question"], {"until": "="}) for row in rows)))

@@ -1,0 +1,142 @@
+"""Recipes for published models, dry: every check that needs no weights, counts exact, memory as the parts say."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+
+import pytest
+
+from dllm_rl import train
+from dllm_rl.command_line import from_command_line
+from dllm_rl.optimizers import adamw_8bit
+from dllm_rl.plan import CONFIGS, memory, outline, plan, quantisable
+from dllm_rl.quantize import float8_weight_only
+from dllm_rl.samplers.autoregress import autoregress
+
+# (recipe, parameters, quantised layers). 8,015,581,184 is LLaDA-8B's published count; the others are sums by hand of
+# embeddings, attention, feed-forward, experts, routers and norms.
+HIDDEN, WIDE = 2048, 157184 * 2048
+MOE = 2 * WIDE + HIDDEN + 16 * (4 * HIDDEN**2 + 2 * 128 + 2 * HIDDEN + 64 * HIDDEN + 64 * 3 * HIDDEN * 1024)
+LLADA2 = (
+    2 * WIDE + HIDDEN + 20 * (HIDDEN * 24 * 128 + HIDDEN**2 + 2 * 128 + 2 * HIDDEN)
+    + 3 * HIDDEN * 5120 + 19 * (256 * HIDDEN + 257 * 3 * HIDDEN * 512)
+)  # fmt: skip
+QWEN = 2 * 151936 * 4096 + 4096 + 36 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128)
+DREAM = 2 * 152064 * 3584 + 3584 + 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3584 + 2 * 512 + 3 * 3584 * 18944 + 2 * 3584)
+REAL = {
+    "llada_8b_sudoku": (8_015_581_184, 32 * 7),
+    "llada_8b_countdown": (8_015_581_184, 32 * 7),
+    "llada_8b_gsm8k": (8_015_581_184, 32 * 7),
+    "dream_7b_countdown": (DREAM, 28 * 7),
+    "llada_moe_gsm8k": (MOE, 16 * 4),
+    "llada2_mini_gsm8k": (LLADA2, 20 * 4 + 3 + 19 * 3),
+    "qwen3_8b_gsm8k": (QWEN, 36 * 7),
+}
+
+
+def recipe_of(name: str):
+    return import_module(f"recipes.{name}").recipe
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_every_recipe_runs_dry(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = from_command_line(recipe_of(name), ["--dry_run"])
+    train(recipe)
+    parameters, layers = REAL[name]
+    printed = capsys.readouterr().out
+    assert f"parameters            {parameters:,}\n" in printed
+    assert f"quantised layers      {layers} with" in printed
+    assert "trainable parameters" in printed
+    assert "GPUs needed" in printed
+    assert not list(tmp_path.iterdir())  # a dry run leaves nothing behind
+
+
+def test_llada_8b_to_the_parameter():
+    recipe = recipe_of("llada_8b_sudoku")
+    full = outline(replace(recipe, lora=None))
+    assert full.parameters == 8_015_581_184
+    assert all(p.is_meta for p in full.module.parameters())
+    adapted = outline(recipe)
+    trainable = sum(p.numel() for p in adapted.module.parameters() if p.requires_grad)
+    attention, ahead = 4 * 128 * (4096 + 4096), 3 * 128 * (4096 + 12288)
+    assert trainable == 32 * (attention + ahead)
+    parts = memory(recipe, adapted, 256)
+    assert parts["weights"] == 2 * 8_015_581_184
+    assert parts["adapters"] == parts["gradients"] == 4 * trainable
+    assert parts["optimiser"] == 8 * trainable
+    layers, weights, kept = quantisable(recipe, adapted)
+    assert (layers, weights) == (224, 32 * (4 * 4096**2 + 3 * 4096 * 12288))
+    assert parts["rollout copy"] == weights + 2 * (8_015_581_184 - weights)
+    assert sorted(kept) == ["lm_head", "model.embed_tokens"]
+
+
+def test_variants_are_fields():
+    recipe = recipe_of("llada_8b_sudoku")
+    full = from_command_line(recipe, ["--lora", "none", "--dtype", "float32", "--bf16"])
+    parts = memory(full, outline(full), 256)
+    assert parts["weights"] == parts["gradients"] == 4 * 8_015_581_184
+    assert parts["optimiser"] == 8 * 8_015_581_184
+    assert "does not fit one with 80 GB, and train() does not shard" in plan(full)
+    eight = replace(full, optim=adamw_8bit)
+    assert memory(eight, outline(eight), 256)["optimiser"] == 2 * 8_015_581_184
+    small = from_command_line(recipe, ["--base_quantization", "nf4", "--lora.r", "16"])
+    blocks = 32 * (4 * 4096**2 + 3 * 4096 * 12288)
+    assert memory(small, outline(small), 256)["weights"] == blocks * 0.5625 + 2 * (8_015_581_184 - blocks)
+
+
+def test_a_small_model_is_planned_from_itself(capsys):
+    from recipes.sudoku_tiny import recipe
+
+    train(replace(recipe, dry_run=True, rollout_quantization=float8_weight_only))
+    made = recipe.model().module
+    assert f"parameters            {sum(p.numel() for p in made.parameters()):,}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "someone/unheard-of"}, "no config is carried for it; carried are Dream-org/"),
+        (
+            {"sampler": partial(autoregress, max_new_tokens=64)},
+            "sampler=autoregress is not for 'full' attention; use unmask",
+        ),
+        ({"model": "Qwen/Qwen3-8B"}, "is for full or block_causal attention"),
+    ],
+)
+def test_recipes_that_cannot_run(changes, words):
+    with pytest.raises(ValueError, match=words):
+        plan(replace(recipe_of("llada_8b_sudoku"), **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtype": "float16"}, "dtype='float16' is not known; use 'float32', 'bfloat16' or 'auto'"),
+        ({"base_quantization": "int3"}, "base_quantization='int3' is not known; use 'nf4', 'int8' or none"),
+        (
+            {"base_quantization": "nf4", "lora": None},
+            "base_quantization='nf4' is a frozen base: set lora, or leave it out",
+        ),
+    ],
+)
+def test_fields_that_cannot_be(changes, words):
+    with pytest.raises(ValueError, match=words):
+        replace(recipe_of("llada_8b_sudoku"), **changes)
+
+
+def test_too_long_a_completion():
+    recipe = recipe_of("llada_8b_sudoku")
+    long = replace(recipe, sampler=partial(recipe.sampler, max_new_tokens=4000))
+    with pytest.raises(ValueError, match="max_new_tokens=4000 after 256 tokens exceeds the model's 4096 positions"):
+        plan(long)
+
+
+def test_carried_configs_are_of_known_families():
+    from dllm_rl.models.families import family_of
+
+    names = {file.stem: family_of(json.loads(file.read_text())).name for file in CONFIGS.glob("*.json")}
+    assert names["GSAI-ML--LLaDA-8B-Instruct"] == names["GSAI-ML--LLaDA-1.5"] == "llada"
+    assert names["inclusionAI--LLaDA2.0-mini"] == "llada2"
+    assert all(v in ("llada", "llada_moe", "llada2", "dream", "causal_lm") for v in names.values())
