@@ -1,6 +1,6 @@
-"""Low-rank adapters: put on, left out for the reference, merged for the rollout and for saving, written as peft writes them.
+"""Low-rank adapters: put on, left out for the reference, merged for the rollout, saved as peft saves them.
 
-Adapters live inside the stock module, so that every other room goes on as before; their parameters are the trainable ones.
+Adapters live inside the stock module, so that every other room goes on as before; they are what is trained.
 The base may be in bitsandbytes' 4 or 8 bits.
 """
 
@@ -21,7 +21,6 @@ from torch import Generator, Tensor, nn
 
 from dllm_rl.models.weights import renamed
 
-
 __all__ = [
     "Lora",
     "adapter_free",
@@ -40,7 +39,7 @@ __all__ = [
 class Lora:
     """W + (alpha / r) B A on linear layers of the blocks: A is random, B zero, so that nothing changes at first.
 
-    targets  names of layers (`q_proj`), or their full paths; None takes the family's own list. Routers, embeddings, heads
+    targets  names of layers (`q_proj`), or full paths; None takes the family's own list. Routers, embeddings, heads
              and experts that are stacked in one tensor are not adapted.
     dropout  share of the adapters' inputs that is dropped, in forwards that are differentiated only.
     seed     of A, and of dropout.
@@ -71,7 +70,7 @@ def lora_d1() -> Lora:
 
 
 class LoraLinear(nn.Module):
-    """A linear layer and its adapter, in fp32. `calls` counts dropout masks: number n has its own seed, so runs repeat."""
+    """A linear layer and its fp32 adapter. `calls` counts dropout masks: each has its own seed, so runs repeat."""
 
     def __init__(self, base_layer: nn.Linear, lora: Lora, generator: Generator) -> None:
         super().__init__()
@@ -118,10 +117,13 @@ def add_lora(policy, lora: Lora) -> None:
     chosen = {
         path: layer
         for path, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) and (path in names or (re.search(r"\.\d+\.", path) and path.rpartition(".")[2] in names))
+        if isinstance(layer, nn.Linear)
+        and (path in names or (re.search(r"\.\d+\.", path) and path.rpartition(".")[2] in names))
     }
     if not chosen:
-        raise ValueError(f"lora.targets={names} names no linear layer in a block of {type(module).__name__}; name other layers")
+        raise ValueError(
+            f"lora.targets={names} names no linear layer in a block of {type(module).__name__}; name other layers"
+        )
     module.requires_grad_(False)
     generator = Generator().manual_seed(lora.seed)
     for path, layer in chosen.items():
@@ -149,12 +151,14 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
 
 
 def adapter_free(policy):
-    """A second policy on the same weights with the adapters left out: the reference that RL started from, without a copy.
+    """A second policy on the same weights, adapters left out: the reference that RL started from, without a copy.
 
     Raises ValueError when there are no adapters: the policy itself would move.
     """
     if not adapted_layers(policy.module):
-        raise ValueError(f"{type(policy.module).__name__} has no adapters to leave out; keep a copy of it as the reference")
+        raise ValueError(
+            f"{type(policy.module).__name__} has no adapters to leave out; keep a copy of it as the reference"
+        )
     reference, spec = copy.copy(policy), policy.spec
     reference.spec = replace(spec, encode=partial(_without, spec.encode), head=partial(_without, spec.head))
     return reference
@@ -235,7 +239,7 @@ def _merge(module: nn.Module) -> None:
 
 
 def adapter_state(policy) -> dict[str, Tensor]:
-    """The adapters' tensors as peft names them, after the authors' own module names where these differ from the stock ones."""
+    """The adapters' tensors as peft names them, after the authors' own module names."""
     backwards, out = tuple((b, a) for a, b in policy.spec.names), {}
     for path, layer in adapted_layers(policy.module).items():
         stem = renamed(f"{path}.weight", backwards).removesuffix(".weight")
@@ -251,7 +255,11 @@ def save_adapter(policy, directory: str | Path) -> None:
     state, lora = adapter_state(policy), policy.lora
     calls = next(iter(adapted_layers(policy.module).values())).calls
     metadata = {"format": "pt", "seed": str(lora.seed), "dropout_calls": str(calls)}
-    save_file({name: tensor.cpu().clone() for name, tensor in state.items()}, directory / "adapter_model.safetensors", metadata)
+    save_file(
+        {name: tensor.cpu().clone() for name, tensor in state.items()},
+        directory / "adapter_model.safetensors",
+        metadata,
+    )
     config = {
         "peft_type": "LORA",
         "r": lora.r,
@@ -272,20 +280,36 @@ def load_adapter(policy, directory: str | Path) -> None:
     """
     directory = Path(directory)
     config = json.loads((directory / "adapter_config.json").read_text())
-    plain = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}}
+    plain = {
+        "peft_type": "LORA",
+        "use_dora": False,
+        "use_rslora": False,
+        "bias": "none",
+        "modules_to_save": None,
+        "rank_pattern": {},
+    }
     for field, value in plain.items():
         if config.get(field) not in (value, None):
-            raise ValueError(f"{directory}: {field}={config[field]!r} is not supported; only plain LoRA ({field}={value!r}) is")
+            raise ValueError(
+                f"{directory}: {field}={config[field]!r} is not supported; only plain LoRA ({field}={value!r}) is"
+            )
     with safe_open(directory / "adapter_model.safetensors", "pt") as file:
         state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     stems = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in state}
     paths = tuple(sorted(renamed(f"{stem}.weight", policy.spec.names).removesuffix(".weight") for stem in stems))
     seed = int(metadata.get("seed", 0))
-    add_lora(policy, Lora(r=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"], targets=paths, seed=seed))
+    add_lora(
+        policy,
+        Lora(r=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"], targets=paths, seed=seed),
+    )
     have = adapter_state(policy)
-    odd = sorted(n for n in state.keys() | have.keys() if n not in state or n not in have or state[n].shape != have[n].shape)
+    odd = sorted(
+        n for n in state.keys() | have.keys() if n not in state or n not in have or state[n].shape != have[n].shape
+    )
     if odd:
-        raise ValueError(f"{directory}: adapter tensors {odd[:3]} do not fit {type(policy.module).__name__}; give the base they were trained on")
+        raise ValueError(
+            f"{directory}: adapter tensors {odd[:3]} do not fit {type(policy.module).__name__}; give their own base"
+        )
     for name, tensor in state.items():
         have[name].copy_(tensor)
     for layer in adapted_layers(policy.module).values():

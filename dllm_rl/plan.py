@@ -1,4 +1,4 @@
-"""What a recipe would take, worked out without its weights: parameters, batches, memory, GPUs. Estimates, but for counts."""
+"""What a recipe would take, worked out without its weights: parameters, batches, memory, GPUs."""
 
 import json
 import math
@@ -31,7 +31,9 @@ def config_of(path_or_id: str | Path) -> dict:
         if file.is_file():
             return json.loads(file.read_text())
     known = ", ".join(sorted(file.stem.replace("--", "/") for file in CONFIGS.glob("*.json")))
-    raise ValueError(f"model={str(path_or_id)!r} is no checkpoint's folder, and no config is carried for it; carried are {known}")
+    raise ValueError(
+        f"model={str(path_or_id)!r} is no checkpoint's folder, and no config is carried for it; carried are {known}"
+    )
 
 
 class Outline(DiffusionPolicy):
@@ -63,10 +65,15 @@ def check(recipe: Recipe, policy: Outline, prompt_tokens: int) -> None:
     recipe.likelihood.check(policy)
     name, causal = getattr(recipe.sampler, "func", recipe.sampler).__name__, policy.spec.attention == "causal"
     if (name == "autoregress") != causal and name in ("autoregress", "unmask"):
-        raise ValueError(f"sampler={name} is not for {policy.spec.attention!r} attention; use {'autoregress' if causal else 'unmask'}")
+        raise ValueError(
+            f"sampler={name} is not for {policy.spec.attention!r} attention; "
+            f"use {'autoregress' if causal else 'unmask'}"
+        )
     limit = policy.spec.max_length
     if limit is not None and prompt_tokens + recipe.max_new_tokens > limit:
-        raise ValueError(f"max_new_tokens={recipe.max_new_tokens} after {prompt_tokens} tokens exceeds the model's {limit} positions")
+        raise ValueError(
+            f"max_new_tokens={recipe.max_new_tokens} after {prompt_tokens} tokens exceeds the model's {limit} positions"
+        )
 
 
 def element_bytes(recipe: Recipe, module: nn.Module) -> int:
@@ -158,10 +165,12 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
         reasons[why.split(" ")[0] if why.startswith("tied") else why] += 1
     total = sum(parts.values())
     lines = [
-        f"{recipe.name}: {recipe.model if isinstance(recipe.model, str) else policy.spec.name} ({type(policy.module).__name__}, {policy.spec.attention} attention)",
+        f"{recipe.name}: {recipe.model if isinstance(recipe.model, str) else policy.spec.name} "
+        f"({type(policy.module).__name__}, {policy.spec.attention} attention)",
         f"parameters            {policy.parameters:,}",
         f"trainable parameters  {trainable:,}" + ("" if recipe.lora is None else f" in {recipe.lora()}"),
-        f"quantised layers      {layers} with {weights:,} weights; kept: " + (", ".join(f"{n} {why}" for why, n in reasons.items()) or "all"),
+        f"quantised layers      {layers} with {weights:,} weights; kept: "
+        + (", ".join(f"{n} {why}" for why, n in reasons.items()) or "all"),
         f"rollout batch         {rows} rows x ({prompt_tokens} assumed prompt + {length} new) tokens: "
         f"{recipe.train_batch_size} prompts x {recipe.num_generations} completions, over all processes",
         f"update batch          {recipe.micro_batch_size or rows} rows at once, {recipe.num_iterations} updates a step",
@@ -175,7 +184,8 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
     else:
         gpus = math.ceil(total / (USABLE * GPU_BYTES))
         lines.append(
-            f"GPUs needed           does not fit one with 80 GB, and train() does not shard; sharded it would take {gpus}. "
+            f"GPUs needed           does not fit one with 80 GB, and train() does not shard; "
+            f"sharded it would take {gpus}. "
             "Use --lora lora_d1, a smaller --micro_batch_size, or --base_quantization nf4"
         )
     return "\n".join(lines)

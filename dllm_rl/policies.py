@@ -15,7 +15,7 @@ from dllm_rl.models.spec import FamilySpec
 
 @runtime_checkable
 class Policy(Protocol):
-    """A model with its tokenizer and the facts that a sampler or an estimator needs. `version` counts weight updates."""
+    """A model, its tokenizer, and what a sampler or an estimator must know. `version` counts weight updates."""
 
     module: nn.Module
     spec: FamilySpec
@@ -76,7 +76,7 @@ class _Backbone:
         save_module(self.module, self.tokenizer, self.spec, directory, max_shard_size=max_shard_size)
 
     def reference(self):
-        """The policy that RL started from, on the same weights with the adapters left out. Raises ValueError without any."""
+        """The policy that RL started from: the same weights, adapters left out. Raises ValueError without any."""
         return adapter_free(self)
 
     def to(self, device: torch.device | str):
@@ -142,16 +142,17 @@ def check_attention(policy: _Backbone) -> None:
     token of its own block and does not with the first of the next.
     """
     attention, block = policy.spec.attention, policy.spec.block_size
-    if attention == "block_causal":
-        expected = {block - 1: block > 1, block: False}
-    else:
-        expected = {7: attention == "full"}
+    expected = {block - 1: block > 1, block: False} if attention == "block_causal" else {7: attention == "full"}
     for position, moves in expected.items():
         if first_moves(policy, position) != moves and position:
             raise ValueError(
-                f"attention={attention!r} is what {type(policy.module).__name__} should have, but changing token {position} "
-                f"{'did not move' if moves else 'moved'} the first position's state; "
-                + ("upgrade transformers (>= 5.2 honours config.is_causal=False)" if moves else "load it as a diffusion model")
+                f"attention={attention!r} is what {type(policy.module).__name__} should have, but "
+                f"changing token {position} {'did not move' if moves else 'moved'} the first position's state; "
+                + (
+                    "upgrade transformers (>= 5.2 honours config.is_causal=False)"
+                    if moves
+                    else "load it as a diffusion model"
+                )
             )
 
 

@@ -1,4 +1,4 @@
-"""Qwen3-8B, autoregressive, learns GSM8K with FP8 rollouts: the same loop, an exact likelihood. Not run yet: no results."""
+"""Qwen3-8B, autoregressive, learns GSM8K with FP8 rollouts and an exact likelihood. Not run yet: no results."""
 
 from dataclasses import replace
 from functools import partial

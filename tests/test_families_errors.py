@@ -1,4 +1,4 @@
-"""What a user can get wrong with a checkpoint: each is one line that names the field, what was found, and the remedy."""
+"""What a user can get wrong with a checkpoint: one line that names the field, what was found, the remedy."""
 
 import json
 
@@ -34,15 +34,23 @@ def test_an_unknown_architecture_lists_the_known_ones_and_how_to_add_one(tmp_pat
 
 
 def test_remote_code_is_never_run(tmp_path):
-    folder = edit(published(tmp_path, "llada"), architectures=["FooForCausalLM"], auto_map={"AutoModel": "modeling.Foo"})
+    folder = edit(
+        published(tmp_path, "llada"), architectures=["FooForCausalLM"], auto_map={"AutoModel": "modeling.Foo"}
+    )
     (folder / "modeling.py").write_text("raise SystemExit('ran')")
-    refused("'FooForCausalLM' is not known and its config asks for remote code (auto_map), which is never run", load_policy, folder)
+    refused(
+        "'FooForCausalLM' is not known and its config asks for remote code (auto_map), which is never run",
+        load_policy,
+        folder,
+    )
 
 
 def test_remote_tokenizer_without_files(tmp_path):
     folder = published(tmp_path, "dream")
     (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["a.Odd", None]}}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["a.Odd", None]}})
+    )
     refused("tokenizer_class='Odd' asks for remote code, which is never run; add a tokenizer.json", load_policy, folder)
 
 
@@ -57,7 +65,18 @@ def test_tokenizer_whose_ids_do_not_come_out_as_it_says(tmp_path):
 def test_missing_and_extra_tensors(tmp_path, family):
     file = checkpoint(tmp_path, family) / "model.safetensors"
     state = load_file(file)
-    name = next(n for n in state if n.endswith(("blocks.1.q_proj.weight", "layers.1.attention.dense.weight", "layer.1.attention.self.query.weight", "layers.1.self_attn.q_proj.weight")))
+    name = next(
+        n
+        for n in state
+        if n.endswith(
+            (
+                "blocks.1.q_proj.weight",
+                "layers.1.attention.dense.weight",
+                "layer.1.attention.self.query.weight",
+                "layers.1.self_attn.q_proj.weight",
+            )
+        )
+    )
     save_file({k: v for k, v in state.items() if k != name}, file, {"format": "pt"})
     refused("missing_keys", load_policy, tmp_path)
     save_file(state | {"surplus.weight": torch.ones(2)}, file, {"format": "pt"})
@@ -76,7 +95,11 @@ def test_no_weights_at_all(tmp_path):
 
 def test_mask_tokens(tmp_path):
     config, state = llada()
-    refused("mask_token_id=400 is outside the vocabulary of 40", load_policy, write(tmp_path / "a", config | {"mask_token_id": 400}, state))
+    refused(
+        "mask_token_id=400 is outside the vocabulary of 40",
+        load_policy,
+        write(tmp_path / "a", config | {"mask_token_id": 400}, state),
+    )
     del config["mask_token_id"]  # then the family's own id, which a vocabulary of 40 has no room for
     refused("mask_token_id=126336 is outside the vocabulary of 40", load_policy, write(tmp_path / "b", config, state))
     assert load_policy(write(tmp_path / "c", config, state, mask=True)).spec.mask_id == MASK  # the tokenizer's
@@ -97,7 +120,12 @@ def test_the_expert_bias_of_llada_moe(tmp_path):
 
 @pytest.mark.parametrize(
     ("layout", "field", "value"),
-    [(llada, "alibi", True), (llada, "include_bias", True), (llada_moe, "qk_layernorm", False), (llada2, "score_function", "softmax")],
+    [
+        (llada, "alibi", True),
+        (llada, "include_bias", True),
+        (llada_moe, "qk_layernorm", False),
+        (llada2, "score_function", "softmax"),
+    ],
 )
 def test_variants_that_the_stock_class_does_not_compute(tmp_path, layout, field, value):
     config, state = layout()
@@ -110,19 +138,44 @@ def test_attention_that_is_not_what_the_family_needs():
     policy = tiny_llama(characters="ab", causal=False)
     spec = policy.spec
     policy.module.config.is_causal = True
-    refused("changing token 7 did not move the first position's state; upgrade transformers (>= 5.2", make_policy, policy.module, policy.tokenizer, spec)
+    refused(
+        "changing token 7 did not move the first position's state; upgrade transformers (>= 5.2",
+        make_policy,
+        policy.module,
+        policy.tokenizer,
+        spec,
+    )
     causal = tiny_llama(characters="ab", causal=True)
     spec = causal.spec
     causal.module.config.is_causal = False
-    refused("changing token 7 moved the first position's state; load it as a diffusion model", make_policy, causal.module, causal.tokenizer, spec)
+    refused(
+        "changing token 7 moved the first position's state; load it as a diffusion model",
+        make_policy,
+        causal.module,
+        causal.tokenizer,
+        spec,
+    )
 
 
 def test_a_sampler_for_the_other_kind_of_policy():
     prompts, generator = Prompts.from_ids([[3, 4]], pad_id=0), torch.Generator()
     causal, diffusion = (tiny_llama(characters="ab", causal=c) for c in (True, False))
-    refused("unmask needs a diffusion model: use autoregress", unmask, causal, prompts, generator, max_new_tokens=2, num_steps=2)
+    refused(
+        "unmask needs a diffusion model: use autoregress",
+        unmask,
+        causal,
+        prompts,
+        generator,
+        max_new_tokens=2,
+        num_steps=2,
+    )
     refused("autoregress needs a causal one: use unmask", autoregress, diffusion, prompts, generator, max_new_tokens=2)
 
 
 def test_unknown_quantization(tmp_path):
-    refused("quantization='int3' is not known; use 'nf4', 'int8' or None", load_policy, published(tmp_path, "llada"), quantization="int3")
+    refused(
+        "quantization='int3' is not known; use 'nf4', 'int8' or None",
+        load_policy,
+        published(tmp_path, "llada"),
+        quantization="int3",
+    )

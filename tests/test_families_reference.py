@@ -1,4 +1,4 @@
-"""Logits against implementations written from the published descriptions: einsum alone, on the original tensor names."""
+"""Logits against implementations written from the published descriptions: einsum, on the original names."""
 
 import math
 
@@ -72,7 +72,9 @@ def reference_qwen(config, w, tokens, *, shift):
     for n in range(config["num_hidden_layers"]):
         layer = {k.removeprefix(f"model.layers.{n}."): v for k, v in w.items() if f".layers.{n}." in k}
         h = norm(x, layer["input_layernorm.weight"], 1e-6)
-        q, k, v = (heads(h, layer[f"self_attn.{a}_proj.weight"], layer.get(f"self_attn.{a}_proj.bias", 0)) for a in "qkv")
+        q, k, v = (
+            heads(h, layer[f"self_attn.{a}_proj.weight"], layer.get(f"self_attn.{a}_proj.bias", 0)) for a in "qkv"
+        )
         if "self_attn.q_norm.weight" in layer:
             q, k = norm(q, layer["self_attn.q_norm.weight"], 1e-6), norm(k, layer["self_attn.k_norm.weight"], 1e-6)
         y = attend(rotate(q, config["rope_theta"]), rotate(k, config["rope_theta"]), v, everyone)
@@ -98,7 +100,11 @@ def sigmoid_experts(x, layer, config):
         biased = scores[t] + layer["mlp.gate.expert_bias"]
         groups = biased.unflatten(0, (config["n_group"], -1))
         best = groups.sort(descending=True).values[:, :2].sum(-1).topk(config["topk_group"]).indices
-        open_ = torch.zeros(config["n_group"], dtype=torch.bool).index_fill(0, best, True).repeat_interleave(groups.shape[1])
+        open_ = (
+            torch.zeros(config["n_group"], dtype=torch.bool)
+            .index_fill(0, best, True)
+            .repeat_interleave(groups.shape[1])
+        )
         chosen = biased.masked_fill(~open_, -math.inf).topk(config["num_experts_per_tok"]).indices
         for e in chosen.tolist():
             expert = [layer[f"mlp.experts.{e}.{name}_proj.weight"] for name in ("gate", "up", "down")]
@@ -114,7 +120,10 @@ def reference_llada2(config, w, tokens):
         h = norm(x, layer["input_layernorm.weight"], 1e-6)
         rows = heads(h, layer["attention.query_key_value.weight"], size=16)
         q, k, v = rows[:HEADS], rows[HEADS : HEADS + KV_HEADS], rows[HEADS + KV_HEADS :]
-        q, k = norm(q, layer["attention.query_layernorm.weight"], 1e-6), norm(k, layer["attention.key_layernorm.weight"], 1e-6)
+        q, k = (
+            norm(q, layer["attention.query_layernorm.weight"], 1e-6),
+            norm(k, layer["attention.key_layernorm.weight"], 1e-6),
+        )
         y = attend(rotate(q, 600000.0, 0.5), rotate(k, 600000.0, 0.5), v, allowed)
         x = x + einsum("to,do->td", y, layer["attention.dense.weight"])
         h = norm(x, layer["post_attention_layernorm.weight"], 1e-6)

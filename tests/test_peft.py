@@ -1,4 +1,4 @@
-"""Adapters: nothing changes at first, peft reads them, they merge, resume and quantise; 4- and 8-bit bases; 8-bit AdamW."""
+"""Adapters: nothing changes at first, peft reads them, they merge, resume and quantise; bases in few bits."""
 
 import copy
 import json
@@ -12,7 +12,17 @@ from safetensors.torch import load_file
 
 from dllm_rl import checkpoint as checkpoints
 from dllm_rl import load_policy, quantized_copy, sync_weights, train
-from dllm_rl.lora import Lora, adapted_layers, add_lora, load_adapter, lora_d1, merge_lora, merged_copy, merged_state, save_adapter
+from dllm_rl.lora import (
+    Lora,
+    adapted_layers,
+    add_lora,
+    load_adapter,
+    lora_d1,
+    merge_lora,
+    merged_copy,
+    merged_state,
+    save_adapter,
+)
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.optimizers import adamw_8bit
 from dllm_rl.quantize import int8_weight_only
@@ -57,7 +67,9 @@ def test_adapters_of_every_family(tmp_path, family):
     merged = copy.copy(policy)
     merged.module = merged_copy(policy.module)
     torch.testing.assert_close(merged.logits(*batch()), moved, rtol=0, atol=1e-4)
-    whole = dict(merged.module.named_parameters(remove_duplicate=False)) | dict(merged.module.named_buffers(remove_duplicate=False))
+    whole = dict(merged.module.named_parameters(remove_duplicate=False)) | dict(
+        merged.module.named_buffers(remove_duplicate=False)
+    )
     found = dict(merged_state(policy.module))
     assert found.keys() == whole.keys()
     assert all(torch.equal(found[name], whole[name]) for name in found)
@@ -141,7 +153,11 @@ def test_a_base_in_few_bits_trains(tmp_path, family, quantization):
     """Three AdamW steps on the adapters lower a loss; the base does not move; what is saved is the merged model."""
     pytest.importorskip("bitsandbytes")
     policy = load_policy(checkpoint(tmp_path / "base", family), quantization=quantization, lora=Lora(r=4))
-    bits = {n for n, layer in policy.module.named_modules() if type(layer).__name__.startswith("Linear") and "bit" in type(layer).__name__}
+    bits = {
+        n
+        for n, layer in policy.module.named_modules()
+        if type(layer).__name__.startswith("Linear") and "bit" in type(layer).__name__
+    }
     assert len(bits) == FAMILIES[family]
     assert not any(layer.endswith(("lm_head", "decoder")) for layer in bits)
     tokens, mask = batch()
@@ -182,7 +198,9 @@ def test_a_quantised_rollout_is_made_and_refreshed_from_merged_weights(lora):
     tokens, mask = torch.tensor([[3, 4, 5, 3]]), torch.ones(1, 4, dtype=torch.bool)
     assert torch.equal(rollout.logits(tokens, mask), expected.logits(tokens, mask))
     frozen = [n for n in before if ".lora_B" not in n]
-    assert all(torch.equal(policy.module.state_dict()[n], before[n]) for n in frozen)  # the trained ones are not disturbed
+    assert all(
+        torch.equal(policy.module.state_dict()[n], before[n]) for n in frozen
+    )  # the trained ones are not disturbed
 
 
 @pytest.mark.parametrize(
@@ -221,9 +239,30 @@ def test_adapters_that_do_not_fit(tmp_path):
 def recipe(tmp_path, name: str, **fields):
     from recipes.sudoku_tiny_llada import recipe as base
 
-    small = partial(tiny_llama, causal=False, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=32, characters=base.model.keywords["characters"])
-    few = {"model": small, "train_batch_size": 2, "num_generations": 4, "warmup_steps": 0, "eval_steps": 0, "num_steps": 3}
-    few |= {"eval_task": base.validation_task, "save_steps": 1, "save_total_limit": 9, "output_dir": str(tmp_path / name), "beta": 0.1}
+    small = partial(
+        tiny_llama,
+        causal=False,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=2,
+        intermediate_size=32,
+        characters=base.model.keywords["characters"],
+    )
+    few = {
+        "model": small,
+        "train_batch_size": 2,
+        "num_generations": 4,
+        "warmup_steps": 0,
+        "eval_steps": 0,
+        "num_steps": 3,
+    }
+    few |= {
+        "eval_task": base.validation_task,
+        "save_steps": 1,
+        "save_total_limit": 9,
+        "output_dir": str(tmp_path / name),
+        "beta": 0.1,
+    }
     return replace(base, **(few | fields))
 
 
@@ -272,5 +311,5 @@ def test_three_steps_then_resume_and_merge(tmp_path, kind, fields):
 def test_lora_and_an_aligned_forward_are_refused(tmp_path):
     from dllm_rl.correctors import none
 
-    with pytest.raises(ValueError, match="lora does not go with corrector.align_forward=True"):
+    with pytest.raises(ValueError, match=r"lora does not go with corrector.align_forward=True"):
         recipe(tmp_path, "run", lora=partial(Lora, r=4), corrector=replace(none(), align_forward=True))

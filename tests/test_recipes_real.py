@@ -98,7 +98,10 @@ def test_a_small_model_is_planned_from_itself(capsys):
     ("changes", "words"),
     [
         ({"model": "someone/unheard-of"}, "no config is carried for it; carried are Dream-org/"),
-        ({"sampler": partial(autoregress, max_new_tokens=64)}, "sampler=autoregress is not for 'full' attention; use unmask"),
+        (
+            {"sampler": partial(autoregress, max_new_tokens=64)},
+            "sampler=autoregress is not for 'full' attention; use unmask",
+        ),
         ({"model": "Qwen/Qwen3-8B"}, "is for full or block_causal attention"),
     ],
 )
@@ -112,7 +115,10 @@ def test_recipes_that_cannot_run(changes, words):
     [
         ({"dtype": "float16"}, "dtype='float16' is not known; use 'float32', 'bfloat16' or 'auto'"),
         ({"base_quantization": "int3"}, "base_quantization='int3' is not known; use 'nf4', 'int8' or none"),
-        ({"base_quantization": "nf4", "lora": None}, "base_quantization='nf4' is a frozen base: set lora, or leave it out"),
+        (
+            {"base_quantization": "nf4", "lora": None},
+            "base_quantization='nf4' is a frozen base: set lora, or leave it out",
+        ),
     ],
 )
 def test_fields_that_cannot_be(changes, words):

@@ -90,6 +90,7 @@ LAID_OUT = "<reasoning>\nwork\n</reasoning>\n<answer>\n42\n</answer>\n"
         ("<reasoning>work</reasoning> so <answer>42</answer>", 2.0, 0.5, 0.0, 0.0, 0.0),
         ("<answer>\n42\n</answer>", 2.0, 0.5, 0.0, 0.0, 0.125),
         ("\n<answer>\n42\n</answer>", 2.0, 0.5, 0.0, 0.0, 0.25),
+        (LAID_OUT.replace("42", "41") + "<answer>42</answer>", 2.0, 0.5, 0.0, 0.5, 0.5),
         (LAID_OUT * 2, 2.0, 0.5, 0.5, 0.5, 0.0),
         ("42", 2.0, 0.5, 0.0, 0.0, 0.0),
         ("<reasoning>\n</reasoning>\n<answer>\n</answer>\n", 0.0, 0.0, 0.0, 0.5, 0.5),

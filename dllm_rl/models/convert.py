@@ -1,4 +1,4 @@
-"""From a causal language model to a masked-diffusion one: the same weights, attention un-causaled, a mask token added."""
+"""From a causal language model to a masked-diffusion one: the same weights, un-causaled, and a mask token."""
 
 import copy
 from pathlib import Path
@@ -13,7 +13,7 @@ MASK = "<|mask|>"
 def to_diffusion(policy: AutoregressivePolicy | DiffusionPolicy) -> DiffusionPolicy:
     """A masked-diffusion policy on a copy of the causal policy's weights, to be trained further by a warm-up.
 
-    The head stays shifted, as in Dream: the state at t-1 predicts position t, which is what the weights know already. The
+    The head stays shifted, as in Dream: the state at t-1 predicts position t, which the weights know already. The
     mask token's embedding starts as the mean of all others. `save_pretrained` writes a stock folder whose config says
     is_causal=False, shifted_head=True and mask_token_id; load_policy opens it.
     Raises ValueError for a policy that is no causal one.

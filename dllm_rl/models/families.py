@@ -21,16 +21,36 @@ from transformers import (
 
 from dllm_rl.models.spec import BERT_LINEARS, FamilySpec, encode_roberta, mlm_head
 
-_SAME = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act "
-    "max_position_embeddings rms_norm_eps tie_word_embeddings attention_bias attention_dropout initializer_range "
-    "num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers "
-    "first_k_dense_replace n_group topk_group routed_scaling_factor"
-).split()
+_SAME = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "attention_dropout",
+    "initializer_range",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "first_k_dense_replace",
+    "n_group",
+    "topk_group",
+    "routed_scaling_factor",
+]
 
 
 def _fields(raw: dict, **more) -> dict:
-    """Config fields that the authors call as stock classes do, ids that may be absent, rotary parameters, and `more`."""
+    """Config fields that bear the stock classes' names, ids that may be absent, rotary parameters, and `more`."""
     rope = {"rope_type": "default", "rope_theta": raw["rope_theta"]} | (raw.get("rope_scaling") or {})
     if raw.get("partial_rotary_factor"):
         rope["partial_rotary_factor"] = raw["partial_rotary_factor"]
@@ -43,7 +63,9 @@ def _refuse(raw: dict, **supported) -> None:
     """Raise ValueError when a field has a value other than the one that the stock class computes."""
     for key, value in supported.items():
         if raw.get(key) not in (None, value):
-            raise ValueError(f"{key}={raw[key]!r} is not supported for {raw['architectures'][0]}; only {key}={value!r} is")
+            raise ValueError(
+                f"{key}={raw[key]!r} is not supported for {raw['architectures'][0]}; only {key}={value!r} is"
+            )
 
 
 def llada(raw: dict) -> tuple[type, LlamaConfig]:
@@ -205,7 +227,10 @@ DIFFUSION_LM = FamilySpec(
     when=lambda raw: raw.get("is_causal") is False,
 )
 SHIFTED_DIFFUSION_LM = replace(
-    DIFFUSION_LM, name="shifted_diffusion_lm", shift=True, when=lambda raw: raw.get("is_causal") is False and bool(raw.get("shifted_head"))
+    DIFFUSION_LM,
+    name="shifted_diffusion_lm",
+    shift=True,
+    when=lambda raw: raw.get("is_causal") is False and bool(raw.get("shifted_head")),
 )
 CAUSAL_LM = FamilySpec(name="causal_lm", attention="causal", shift=True, architectures=("*ForCausalLM", "*LMHeadModel"))
 

@@ -76,8 +76,8 @@ def prepared(module: nn.Module, spec: FamilySpec) -> nn.Module:
     if spec.float32_rope:
         rotate_in_float32(module)
     for layer in module.modules():
-        # bitsandbytes would repack 4-bit weights in place for a CPU path that rounds scales to bf16, at the first forward
-        # without gradients: the scored and the trained model would not be the same.
+        # bitsandbytes would repack 4-bit weights in place for a CPU path that rounds scales to bf16, at the first
+        # forward without gradients: the scored and the trained model would not be the same.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return module
@@ -113,7 +113,10 @@ def spec_of(
         size = block_size or raw.get("block_size") or family.block_size
         changes |= {"block_size": size, "encode": partial(encode_block_causal, block_size=size)}
     elif block_size is not None:
-        raise ValueError(f"block_size={block_size} is for block-causal models, but {family.name} has {family.attention} attention; leave it out")
+        raise ValueError(
+            f"block_size={block_size} is for block-causal models, but {family.name} has {family.attention} attention; "
+            "leave it out"
+        )
     if family.encode is encode_roberta:
         changes["max_length"] -= config.pad_token_id + 1
     if family.native:
@@ -126,14 +129,18 @@ def mask_id_of(config, tokenizer: PreTrainedTokenizerBase, family: FamilySpec) -
     candidates = (getattr(config, "mask_token_id", None), tokenizer.mask_token_id, family.mask_id)
     found = next((i for i in candidates if i is not None), None)
     if found is None:
-        raise ValueError("mask_token_id is neither in the config nor in the tokenizer; set mask_token_id in config.json")
+        raise ValueError(
+            "mask_token_id is neither in the config nor in the tokenizer; set mask_token_id in config.json"
+        )
     if tokenizer.mask_token_id not in (None, found):
         raise ValueError(
             f"mask_token_id={found} in the config, but the tokenizer's mask token {tokenizer.mask_token!r} is "
             f"{tokenizer.mask_token_id}; correct one of them"
         )
     if not 0 <= found < config.vocab_size:
-        raise ValueError(f"mask_token_id={found} is outside the vocabulary of {config.vocab_size} tokens; set it in config.json")
+        raise ValueError(
+            f"mask_token_id={found} is outside the vocabulary of {config.vocab_size} tokens; set it in config.json"
+        )
     return found
 
 
@@ -169,7 +176,9 @@ def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
     for number, token in asked.get("added_tokens_decoder", {}).items():
         found = tokenizer.convert_tokens_to_ids(token["content"])
         if found != int(number):
-            raise ValueError(f"{folder}: token {token['content']!r} is {found}, not {number}; its files need a tokenizer.json")
+            raise ValueError(
+                f"{folder}: token {token['content']!r} is {found}, not {number}; its files need a tokenizer.json"
+            )
     return tokenizer
 
 
@@ -219,7 +228,7 @@ def _dtype_keys(fields: dict) -> list[str]:
 
 
 def copy_code(spec: FamilySpec, directory: Path) -> None:
-    """Carry over generation_config.json and the authors' own .py files, unread, so that their tools open what is saved."""
+    """Carry over generation_config.json and the authors' .py files, unread: their tools open what is saved."""
     source = Path(spec.source) if spec.source else None
     if source is None or not source.is_dir() or source.resolve() == directory.resolve():
         return
@@ -243,7 +252,7 @@ def bitsandbytes_config(quantization: str, dtype: torch.dtype | str, *, masked: 
 
 @contextmanager
 def quiet_progress() -> Iterator[None]:
-    """Without transformers' progress bars and load reports, which would run through a caller's own; settings are put back.
+    """Without transformers' progress bars and load reports, which would run through a caller's own.
 
     Nothing is lost: a tensor that a report would name stops the loading with an error.
     """

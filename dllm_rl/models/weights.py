@@ -22,7 +22,9 @@ def read_tensors(directory: Path) -> State:
     elif single.exists():
         files = [single.name]
     else:
-        raise ValueError(f"{directory}: no model.safetensors or model.safetensors.index.json; convert the checkpoint to safetensors")
+        raise ValueError(
+            f"{directory}: no model.safetensors or model.safetensors.index.json; convert the checkpoint to safetensors"
+        )
     absent = [name for name in files if not (directory / name).exists()]
     if absent:
         raise ValueError(f"{directory}: {absent[0]} is listed in {index.name} but missing; fetch the checkpoint again")
@@ -84,7 +86,9 @@ def to_stock(state: State, spec: FamilySpec, config) -> State:
 
 def to_original(state: State, spec: FamilySpec, config) -> State:
     """From the stock class's tensors back to the authors'; the exact inverse of reading them."""
-    state = {name: tensor for name, tensor in state.items() if not (config.tie_word_embeddings and name == "lm_head.weight")}
+    state = {
+        name: tensor for name, tensor in state.items() if not (config.tie_word_embeddings and name == "lm_head.weight")
+    }
     backwards, out = tuple((b, a) for a, b in spec.names), {}
     for name, tensor in split_experts(state).items():
         stem, _, leaf = name.rpartition(".")

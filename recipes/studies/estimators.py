@@ -119,13 +119,16 @@ def forwarded(estimator, policy: Policy, rollout: Rollout, noise) -> float:
     return sum(rows) / len(rollout.tokens)
 
 
-def measure(root: Path, *, draws: int, gradient_draws: int, prompts: int = 16, group: int = 8) -> dict:
+def measure(root: Path, *, draws: int, gradient_draws: int, prompts: int, group: int = 8) -> dict:
     """Every estimator of MEASURED against the exact likelihood, on completions of the warmed-up model of seed 0.
 
     The ratio is between that model and the one that 20 steps of RL make of it.
     """
     old = load_policy(warm_up(0, root))
-    current = load_policy(trained("trajectory", 0, 20, root / "after-20-steps", root)["checkpoint"])
+    after = root / "after-20-steps"
+    if not (after / "summary.json").exists():
+        trained("trajectory", 0, 20, after, root)
+    current = load_policy(found(after / "checkpoints")[-1][1])
     stream = torch.Generator().manual_seed(7)
     problems = [base.task[i] for i in range(prompts)]
     rollout = base.sampler(old, encode(old, problems, group_size=group), stream)
@@ -163,7 +166,7 @@ def measure(root: Path, *, draws: int, gradient_draws: int, prompts: int = 16, g
                 "seconds": seconds,
             }
         )
-        print({key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()})
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     facts = {"completions": len(log_p), "draws": draws, "gradient_draws": gradient_draws, "torch": torch.__version__}
     facts |= {"log_p": log_p.mean().item(), "elbo": elbo.mean().item(), "log_ratio_std": log_ratio.std().item()}
     return facts | {"rows": rows}
@@ -199,6 +202,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of RL for each run of part two")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", choices=TRAINED, default=list(TRAINED))
+    parser.add_argument("--prompts", type=int, default=16, help="of part one, 8 completions each")
     parser.add_argument("--draws", type=int, default=24)
     parser.add_argument("--gradient_draws", type=int, default=12)
     parser.add_argument("--report", action="store_true")
@@ -210,8 +214,8 @@ def main() -> None:
     if not options.report:
         path = results / "measured.json"
         if not path.exists():
-            found_ = measure(root, draws=options.draws, gradient_draws=options.gradient_draws)
-            path.write_text(json.dumps(found_, indent=1) + "\n")
+            counts = {"draws": options.draws, "gradient_draws": options.gradient_draws, "prompts": options.prompts}
+            path.write_text(json.dumps(measure(root, **counts), indent=1) + "\n")
         for seed in range(options.seeds):
             for arm in options.arms:
                 path = results / f"trained-{options.seconds:g}s-{arm}-{seed}.json"

@@ -1,0 +1,37 @@
+"""The benchmarks' ways of doing one thing do the same thing (in this process, at the smallest size)."""
+
+import pytest
+
+from benchmarks import learner, measure, scoring
+
+SMOKE = {"preset": "smoke", "device": "cpu", "dtype": "float32", "repeats": 1}
+
+
+@pytest.mark.parametrize("task", ["score", "update"])
+def test_plain_and_chunked_scoring_agree(task):
+    plain, chunked = (scoring.arm(name=name, task=task, **SMOKE) for name in ("plain", "chunked"))
+    assert plain["result"] == pytest.approx(chunked["result"], rel=1e-5)
+    assert plain["seconds"] > 0 and plain["cpu_seconds"] > 0
+
+
+@pytest.mark.parametrize("masks", [1, 4])
+def test_plain_and_constant_memory_gradients_agree(masks):
+    plain, constant = (
+        learner.arm(name=name, masks=masks, micro_batch_size=2, **SMOKE) for name in ("plain", "constant")
+    )
+    assert plain["gradient_norm"] == pytest.approx(constant["gradient_norm"], rel=1e-5)
+
+
+def test_peak_memory_is_that_of_the_run():
+    """64 MiB written during the run are seen, those before it are not."""
+    import torch
+
+    held = torch.ones(2**24)
+    measured = measure.seconds_and_peak(lambda: torch.ones(2**24).sum(), "cpu", repeats=1)
+    assert 60 < measured["peak_mib"] < 90
+    assert held.sum() == 2**24
+    assert measure.speed_up({"cpu_seconds": 3.0}, {"cpu_seconds": 2.0}, "cpu") == 1.5
+
+
+def test_table_is_markdown():
+    assert measure.table([{"a": 1, "b": 2.5}]) == "| a | b |\n| --- | --- |\n| 1 | 2.5 |"
