@@ -80,7 +80,7 @@ def random_policy(shape: Shape, device: torch.device):
 
 @torch.no_grad()
 def plain(policy, prompts: Prompts, shape: Shape, *, masked_only: bool = False) -> torch.Tensor:
-    """LLaDA's generate at temperature 0: logits of every position, fp64 softmax of them, confidence, top k of the block.
+    """LLaDA's generate at temperature 0: logits everywhere, fp64 softmax of them, confidence, top k of the block.
 
     masked_only: the same with logits at the masked positions of the block alone. Returns (B, T) tokens.
     """
@@ -91,7 +91,7 @@ def plain(policy, prompts: Prompts, shape: Shape, *, masked_only: bool = False) 
     num_blocks = shape.new // shape.block
     steps = shape.steps // num_blocks
     for block in range(num_blocks):
-        begin, end = start + block * shape.block, start + (block + 1) * shape.block
+        _begin, end = start + block * shape.block, start + (block + 1) * shape.block
         for step in range(steps):
             transfer = shape.block // steps + (step < shape.block % steps)
             hidden = policy.hidden(x, attention)
@@ -103,7 +103,9 @@ def plain(policy, prompts: Prompts, shape: Shape, *, masked_only: bool = False) 
             probs = logits.double().softmax(-1).gather(-1, drawn[..., None])[..., 0]
             if masked_only:
                 tokens = x.masked_scatter(open_, drawn)
-                confidence = torch.full(x.shape, -torch.inf, dtype=torch.float64, device=device).masked_scatter(open_, probs)
+                confidence = torch.full(x.shape, -torch.inf, dtype=torch.float64, device=device).masked_scatter(
+                    open_, probs
+                )
             else:
                 tokens, confidence = torch.where(open_, drawn, x), torch.where(open_, probs, -torch.inf)
             for row in range(len(x)):
@@ -152,7 +154,11 @@ def measure(run, policy, shape: Shape, device: torch.device, repeats: int) -> di
             peak = memory.peak()
     finally:
         policy.module.base_model.forward, policy.head = forward, heads
-    weights = sum(p.numel() for n, p in policy.module.named_parameters() if p.dim() == 2 and "embed" not in n and "lm_head" not in n)
+    weights = sum(
+        p.numel()
+        for n, p in policy.module.named_parameters()
+        if p.dim() == 2 and "embed" not in n and "lm_head" not in n
+    )
     flops = 2 * (weights * sum(body) + shape.hidden * shape.vocabulary * sum(head))
     tokens = out if isinstance(out, torch.Tensor) else out.tokens
     seconds = min(times)
@@ -190,7 +196,13 @@ def benchmark(preset: str, device: torch.device, repeats: int) -> dict:
     ids = torch.randint(3, shape.vocabulary, (shape.batch, shape.prompt), generator=generator).tolist()
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id)
     ours = partial(
-        unmask, policy, prompts, torch.Generator(), max_new_tokens=shape.new, num_steps=shape.steps, block_size=shape.block
+        unmask,
+        policy,
+        prompts,
+        torch.Generator(),
+        max_new_tokens=shape.new,
+        num_steps=shape.steps,
+        block_size=shape.block,
     )
     lines = {
         "plain: the published algorithm": partial(plain, policy, prompts, shape),
@@ -218,7 +230,9 @@ def benchmark(preset: str, device: torch.device, repeats: int) -> dict:
     return {
         "preset": preset,
         "shape": {k: str(v) for k, v in vars(shape).items()},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)",
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} thread(s)",
         "machine": platform.machine(),
         "torch": torch.__version__,
         "weights_bytes": sum(p.numel() * p.element_size() for p in policy.module.parameters()),
@@ -239,11 +253,15 @@ def main() -> None:
     preset = "tiny" if arguments.smoke else arguments.preset
     result = benchmark(preset, torch.device(arguments.device), 1 if arguments.smoke else arguments.repeats)
     print(f"{result['device']}, preset {preset}, weights {result['weights_bytes'] / 2**20:.0f} MiB")
-    print(f"{'':44} {'seconds':>8} {'speedup':>8} {'tok/s':>8} {'peak MiB':>9} {'forwards':>8} {'roofline':>8} {'same':>6}")
+    print(
+        f"{'':44} {'seconds':>8} {'speedup':>8} {'tok/s':>8} "
+        f"{'peak MiB':>9} {'forwards':>8} {'roofline':>8} {'same':>6}"
+    )
     for name, row in result["lines"].items():
         print(
             f"{name:44} {row['seconds']:8.2f} {row['speedup']:8.2f} {row['tokens_per_second']:8.1f} "
-            f"{row['peak_bytes'] / 2**20:9.0f} {row['forwards']:8} {row['share_of_matmul_roofline']:8.1%} {row['same_tokens']:6.1%}"
+            f"{row['peak_bytes'] / 2**20:9.0f} {row['forwards']:8} "
+            f"{row['share_of_matmul_roofline']:8.1%} {row['same_tokens']:6.1%}"
         )
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

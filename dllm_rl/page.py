@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (markup)
 """A self-contained HTML page that replays how completions were written."""
 
 import json

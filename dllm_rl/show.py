@@ -42,7 +42,7 @@ def show(
     group_size: int = 1,
     **options,
 ) -> None:
-    """Complete texts and show it: completions on standard output, one a line (or one JSON object), speed on standard error.
+    """Complete texts and show it: completions go to standard output (or one JSON object does), speed to standard error.
 
     html  also write the page there.
     live  draw each step as it is made; None where standard output is a terminal and JSON is not wanted.
@@ -58,7 +58,9 @@ def show(
     if sampler is autoregress:
         extra = set(options) - set(inspect.signature(autoregress).parameters)
         if extra:
-            raise ValueError(f"{sorted(extra)[0]} is for diffusion models; {type(policy.module).__name__} is causal: leave it out")
+            raise ValueError(
+                f"{sorted(extra)[0]} is for diffusion models; {type(policy.module).__name__} is causal: leave it out"
+            )
     prompt_texts = [text for text in texts for _ in range(group_size)]
     began = time.perf_counter()
     if live and sampler is unmask:
@@ -83,15 +85,22 @@ def show(
 
 
 def tell(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, seconds: float | None = None) -> dict:
-    """What happened, as plain data: for each row its prompt, its completion, and every token with its text, its step and
-    its probability as sampled; tokens left masked have step -1."""
+    """What happened, as plain data: for each row its prompt, its completion, and every token with its text, step and
+    probability as sampled; tokens left masked have step -1."""
     rows = []
-    width = int(rollout.completion_mask.any(0).nonzero()[0]) if rollout.completion_mask.any() else rollout.tokens.shape[1]
+    width = (
+        int(rollout.completion_mask.any(0).nonzero()[0]) if rollout.completion_mask.any() else rollout.tokens.shape[1]
+    )
     probabilities = rollout.logprobs.exp().tolist()
     for i, (ids, steps) in enumerate(zip(rollout.tokens.tolist(), rollout.unmask_step.tolist(), strict=True)):
         kept = [j for j in range(width, len(ids)) if steps[j] >= 0 or ids[j] == policy.spec.mask_id]
         tokens = [
-            {"id": ids[j], "text": policy.tokenizer.decode([ids[j]]), "step": steps[j], "probability": probabilities[i][j]}
+            {
+                "id": ids[j],
+                "text": policy.tokenizer.decode([ids[j]]),
+                "step": steps[j],
+                "probability": probabilities[i][j],
+            }
             for j in kept
         ]
         rows.append({"prompt": prompts[i], "tokens": tokens})
@@ -113,17 +122,21 @@ def frame(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows:
         line, newest = Text().append(visible(row["prompt"]), style="dim"), max(token["step"] for token in row["tokens"])
         for token in row["tokens"]:
             fresh = token["step"] == newest == rollout.forwards - 1
-            style = "dim" if token["step"] < 0 else "bold bright_yellow" if fresh else "default"
+            style = "dim" if token["step"] < 0 else "bold bright_yellow" if fresh else ""
             line.append("░" if token["step"] < 0 else visible(token["text"]) or "∅", style=style)
         lines.append(line)
     hidden = len(rollout.tokens) - len(lines)
     left = int((rollout.tokens == policy.spec.mask_id).sum())
-    lines.append(Text(f"step {rollout.forwards}, {left} masked" + (f", {hidden} more rows" if hidden else ""), style="dim italic"))
+    lines.append(
+        Text(
+            f"step {rollout.forwards}, {left} masked" + (f", {hidden} more rows" if hidden else ""), style="dim italic"
+        )
+    )
     return Group(*lines)
 
 
 def visible(text: str) -> str:
-    """Text that cannot move the cursor, ring, or turn its neighbours round: control and format characters made visible."""
+    """Text that cannot move the cursor, ring, or turn its neighbours round: control and format characters shown."""
     shown = []
     for c in text:
         if c == "\n":
@@ -142,7 +155,9 @@ def commit_rule(text: str) -> Callable:
         raise ValueError(f"commit={text!r} is not one of {', '.join(COMMITS)}")
     parameters = [p.name for p in inspect.signature(COMMITS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
     if bool(value) != bool(parameters):
-        raise ValueError(f"commit={text!r}: {name} takes " + (f"a number, as {name}=0.9" if parameters else "no number"))
+        raise ValueError(
+            f"commit={text!r}: {name} takes " + (f"a number, as {name}=0.9" if parameters else "no number")
+        )
     return partial(COMMITS[name], **{parameters[0]: _number(text, value)}) if parameters else COMMITS[name]
 
 

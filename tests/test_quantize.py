@@ -306,3 +306,16 @@ def test_a_sharded_learner_syncs_as_a_whole_one(tmp_path):
     assert equal(contents(rollout.module), contents(expected.module))
 
 
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float8_weights_are_torchaos_own(dtype):
+    from torchao.quantization import Float8WeightOnlyConfig, quantize_
+
+    from dllm_rl.quantize_layers import quantized
+
+    layer = torch.nn.Linear(384, 96, bias=False, dtype=dtype)
+    ours = quantized(layer.weight.detach().clone(), Float8WeightOnlyConfig(), "layer")
+    quantize_(layer, Float8WeightOnlyConfig())
+    assert torch.equal(ours.qdata.view(torch.uint8), layer.weight.qdata.view(torch.uint8))
+    assert torch.equal(ours.scale, layer.weight.scale)

@@ -51,7 +51,9 @@ def test_schedule_takes_the_best_and_breaks_ties_by_index():
     assert commit(rules.schedule, [None, None], 4) == []
 
 
-@pytest.mark.parametrize(("length", "steps", "shares"), [(10, 4, [3, 3, 2, 2]), (8, 8, [1] * 8), (3, 5, [1, 1, 1]), (7, 1, [7])])
+@pytest.mark.parametrize(
+    ("length", "steps", "shares"), [(10, 4, [3, 3, 2, 2]), (8, 8, [1] * 8), (3, 5, [1, 1, 1]), (7, 1, [7])]
+)
 def test_schedule_is_llada_equal_shares_remainder_first(length, steps, shares):
     left, out = length, []
     for n in range(steps):

@@ -43,7 +43,8 @@ def rollout_by_hand() -> Rollout:
         attention_mask=torch.ones(1, 5, dtype=torch.bool),
         completion_mask=torch.tensor([[False, False, True, False, True]]),
         unmask_step=torch.tensor([[-1, -1, 1, -1, 0]]),
-        logprobs=torch.tensor([[0.0, 0.0, 0.5, 0.0, 0.25]]).clamp(min=1e-9).log() * torch.tensor([[0.0, 0.0, 1.0, 0.0, 1.0]]),
+        logprobs=torch.tensor([[0.0, 0.0, 0.5, 0.0, 0.25]]).clamp(min=1e-9).log()
+        * torch.tensor([[0.0, 0.0, 1.0, 0.0, 1.0]]),
         group_size=1,
         forwards=2,
     )
@@ -92,7 +93,18 @@ def test_command_prints_json(checkpoint, capsys):
 
 
 def test_command_prints_text_and_writes_the_page(checkpoint, capsys, tmp_path):
-    options = ["--temperature", "1", "--rank", "random", "--commit", "threshold=0.5", "--cache", "dual=2", "--block_size", "4"]
+    options = [
+        "--temperature",
+        "1",
+        "--rank",
+        "random",
+        "--commit",
+        "threshold=0.5",
+        "--cache",
+        "dual=2",
+        "--block_size",
+        "4",
+    ]
     options += ["--group_size", "2", "--max_new_tokens", "8", "--html", str(tmp_path / "page.html")]
     assert cli.main(["sample", checkpoint, "12.=", *options]) == 0
     out, err = capsys.readouterr()
@@ -132,7 +144,11 @@ def test_a_causal_model_has_no_unmasking_options():
 def test_rules_and_caches_by_name():
     rule = show.commit_rule("factor=1.5")
     assert rule.func is rules.factor and rule.keywords == {"f": 1.5} and show.commit_rule("origin") is rules.origin
-    assert [show.cache_of(t) for t in ("block", "prefix", "dual=3")] == [block_cache(), prefix_cache(), dual_cache(refresh=3)]
+    assert [show.cache_of(t) for t in ("block", "prefix", "dual=3")] == [
+        block_cache(),
+        prefix_cache(),
+        dual_cache(refresh=3),
+    ]
 
 
 @contextmanager
@@ -142,7 +158,9 @@ def browser():
 
         def call(path, body=None, method="POST"):
             data = json.dumps(body or {}).encode() if method == "POST" else None
-            request = urllib.request.Request(f"http://127.0.0.1:9517{path}", data, {"Content-Type": "application/json"}, method=method)
+            request = urllib.request.Request(
+                f"http://127.0.0.1:9517{path}", data, {"Content-Type": "application/json"}, method=method
+            )
             with urllib.request.urlopen(request, timeout=60) as reply:
                 return json.load(reply)["value"]
 
@@ -165,7 +183,9 @@ def browser():
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(not (shutil.which("chromedriver") and shutil.which("chromium")), reason="chromium or chromedriver is not installed")
+@pytest.mark.skipif(
+    not (shutil.which("chromedriver") and shutil.which("chromium")), reason="chromium or chromedriver is not installed"
+)
 def test_slider_changes_the_tokens_in_a_browser(policy, tmp_path):
     """Steps 0 to 2 of a completion made by hand, hostile text among its tokens; colours follow step and confidence."""
     story = show.tell(policy, rollout_by_hand(), [HOSTILE])
@@ -178,7 +198,10 @@ def test_slider_changes_the_tokens_in_a_browser(policy, tmp_path):
         open_page(f"file://{tmp_path}/page.html")
         assert run(cells) == [HOSTILE, "▒", "1"]
         run(move.format(0))
-        assert run(cells) == ["▒", "▒", "▒"] and run("return document.getElementById('where').textContent") == "step 0 of 2"
+        assert (
+            run(cells) == ["▒", "▒", "▒"]
+            and run("return document.getElementById('where').textContent") == "step 0 of 2"
+        )
         run(move.format(1))
         assert run(cells) == ["▒", "▒", "1"]
         assert run("return [...document.querySelectorAll('.fresh')].length") == 1

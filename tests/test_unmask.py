@@ -61,7 +61,12 @@ def test_equals_published_algorithm(policy, block_length, steps):
     """Blocks of 8, 16 and 32, and one open block; steps equal to, below, and not dividing the length; batch 1 and 8."""
     ids = IDS if block_length in (8, 32) else IDS[:1]
     rollout = unmask(
-        policy, Prompts.from_ids(ids, pad_id=0), torch.Generator(), max_new_tokens=LENGTH, num_steps=steps, block_size=block_length
+        policy,
+        Prompts.from_ids(ids, pad_id=0),
+        torch.Generator(),
+        max_new_tokens=LENGTH,
+        num_steps=steps,
+        block_size=block_length,
     )
     start = rollout.tokens.shape[1] - LENGTH
     picked = (0, 2, 6) if len(ids) > 1 else (0,)
@@ -75,22 +80,24 @@ def test_equals_published_algorithm(policy, block_length, steps):
 
 def test_blocks_and_steps_that_do_not_divide(policy):
     """20 positions in blocks of 8, 8, 4; 7 steps are 3, 2, 2; the shares are 3,3,2 | 4,4 | 2,2."""
-    rollout = unmask(policy, Prompts.from_ids([[3, 4]], pad_id=0), torch.Generator(), max_new_tokens=20, num_steps=7, block_size=8)
+    rollout = unmask(
+        policy, Prompts.from_ids([[3, 4]], pad_id=0), torch.Generator(), max_new_tokens=20, num_steps=7, block_size=8
+    )
     steps = rollout.unmask_step[0, 2:]
     assert [int((steps == s).sum()) for s in range(7)] == [3, 3, 2, 4, 4, 2, 2]
     assert steps[:8].max() == 2 and steps[8:16].min() == 3 and steps[8:16].max() == 4 and steps[16:].min() == 5
 
 
 RULES = {
-    "confidence": dict(rank=rules.confidence),
-    "max_prob": dict(rank=rules.max_prob, temperature=0.7),
-    "margin": dict(rank=rules.margin, commit=rules.late_schedule),
-    "entropy": dict(rank=rules.entropy, commit=partial(rules.entropy_bound, gamma=4.0)),
-    "random": dict(rank=rules.random),
-    "origin": dict(rank=rules.random, commit=rules.origin),
-    "threshold": dict(commit=partial(rules.threshold, tau=0.3)),
-    "factor": dict(rank=rules.max_prob, commit=partial(rules.factor, f=1.5), top_p=0.8),
-    "greedy": dict(temperature=0.0, commit=partial(rules.threshold, tau=0.3), suppress=(2, 5)),
+    "confidence": {"rank": rules.confidence},
+    "max_prob": {"rank": rules.max_prob, "temperature": 0.7},
+    "margin": {"rank": rules.margin, "commit": rules.late_schedule},
+    "entropy": {"rank": rules.entropy, "commit": partial(rules.entropy_bound, gamma=4.0)},
+    "random": {"rank": rules.random},
+    "origin": {"rank": rules.random, "commit": rules.origin},
+    "threshold": {"commit": partial(rules.threshold, tau=0.3)},
+    "factor": {"rank": rules.max_prob, "commit": partial(rules.factor, f=1.5), "top_p": 0.8},
+    "greedy": {"temperature": 0.0, "commit": partial(rules.threshold, tau=0.3), "suppress": (2, 5)},
 }
 
 
@@ -154,7 +161,7 @@ def test_finished_rows_leave_the_batch(policy, monkeypatch):
 
 
 def test_state_only_rank_draws_only_where_it_commits(policy, monkeypatch):
-    """Inverting the cumulative distribution, the costly part of a draw, sees committed positions and padding to ROWS."""
+    """Inverting the cumulative distribution, the costly part of a draw, sees committed positions, padded to ROWS."""
     from dllm_rl.samplers import propose
 
     drawn, invert = [], propose.invert
@@ -162,7 +169,13 @@ def test_state_only_rank_draws_only_where_it_commits(policy, monkeypatch):
     for rank, count in ((rules.entropy, 32), (rules.confidence, 64)):
         drawn.clear()
         unmask(
-            policy, Prompts.from_ids(IDS[:2], pad_id=0), torch.Generator(), max_new_tokens=32, num_steps=2, temperature=1.0, rank=rank
+            policy,
+            Prompts.from_ids(IDS[:2], pad_id=0),
+            torch.Generator(),
+            max_new_tokens=32,
+            num_steps=2,
+            temperature=1.0,
+            rank=rank,
         )
         assert drawn[0] == count
 
@@ -170,7 +183,14 @@ def test_state_only_rank_draws_only_where_it_commits(policy, monkeypatch):
 def test_rank_without_logits_runs_no_head(policy, monkeypatch):
     rows, run = [], policy.head
     monkeypatch.setattr(policy, "head", lambda h: rows.append(len(h)) or run(h))
-    unmask(policy, Prompts.from_ids(IDS[:1], pad_id=0), torch.Generator(), max_new_tokens=32, num_steps=2, rank=rules.random)
+    unmask(
+        policy,
+        Prompts.from_ids(IDS[:1], pad_id=0),
+        torch.Generator(),
+        max_new_tokens=32,
+        num_steps=2,
+        rank=rules.random,
+    )
     assert rows == [head.ROWS, head.ROWS]
 
 
@@ -214,13 +234,13 @@ def test_watch_sees_every_step(policy):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(max_new_tokens=0), "max_new_tokens=0"),
-        (dict(block_size=0), "block_size=0"),
-        (dict(num_steps=2, block_size=4), "num_steps=2 is fewer than the 5 blocks"),
-        (dict(max_new_tokens=80), "max_new_tokens=80 after a prompt of 2 tokens exceeds .* use at most 6[23]"),
-        (dict(temperature=-1.0), "temperature=-1.0"),
-        (dict(rank=lambda logits, scale: logits[:, 0]), "takes 'scale'"),
-        (dict(commit=lambda scores, masked, steps_left: masked & False), "chose nothing in the last step"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"num_steps": 2, "block_size": 4}, "num_steps=2 is fewer than the 5 blocks"),
+        ({"max_new_tokens": 80}, "max_new_tokens=80 after a prompt of 2 tokens exceeds .* use at most 6[23]"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"rank": lambda logits, scale: logits[:, 0]}, "takes 'scale'"),
+        ({"commit": lambda scores, masked, steps_left: masked & False}, "chose nothing in the last step"),
     ],
 )
 def test_errors_name_the_value_and_a_remedy(policy, options, message):
@@ -231,4 +251,9 @@ def test_errors_name_the_value_and_a_remedy(policy, options, message):
 
 def test_causal_policy_is_refused():
     with pytest.raises(ValueError, match="use autoregress"):
-        unmask(tiny_llama(characters="ab", causal=True), Prompts.from_ids([[3]], pad_id=0), torch.Generator(), max_new_tokens=2)
+        unmask(
+            tiny_llama(characters="ab", causal=True),
+            Prompts.from_ids([[3]], pad_id=0),
+            torch.Generator(),
+            max_new_tokens=2,
+        )

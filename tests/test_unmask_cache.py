@@ -69,7 +69,9 @@ def test_block_cache_is_exact(policies, family, commit, monkeypatch):
     plain, cached = run(policy, **options), run(policy, cache=block_cache(), **options)
     assert_same(plain, cached)
     assert cached.completion_mask[:, -length:].all()
-    assert columns_run(policy, monkeypatch, cache=block_cache(), **options) < columns_run(policy, monkeypatch, **options)
+    assert columns_run(policy, monkeypatch, cache=block_cache(), **options) < columns_run(
+        policy, monkeypatch, **options
+    )
 
 
 @pytest.mark.parametrize("cache", [None, block_cache()])
@@ -115,7 +117,9 @@ def test_early_exit_of_block_causal_models_is_exact(policies, cache):
         assert short.tokens[row, start:].tolist() == tokens[:kept] + [policy.pad_id] * (length - kept)
         assert short.completion_mask[row, start:].tolist() == [True] * kept + [False] * (length - kept)
         assert short.attention_mask[row, start:].tolist() == [True] * kept + [False] * (length - kept)
-        torch.testing.assert_close(short.logprobs[row, start : start + kept], full.logprobs[row, start : start + kept], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            short.logprobs[row, start : start + kept], full.logprobs[row, start : start + kept], rtol=0, atol=1e-5
+        )
     assert 0 < ended < 8
     assert (short.logprobs[~short.completion_mask] == 0).all()
     if cache is None:
@@ -162,8 +166,8 @@ def test_one_layer_is_exact_without_refresh(make, kind):
 
 
 def test_dual_runs_fewer_columns_than_prefix(policies, monkeypatch):
-    """One row, prompt of 4, 12 new in blocks of 4, a step a position. Exact: 12 x 16. Prefix: per block 16 + 3 x what is
-    not before it (12, 8, 4) = 120. Dual: per block 16 + 3 x 4 = 84."""
+    """One row, prompt of 4, 12 new in blocks of 4, a step a position. Exact: 12 x 16. Prefix: per block 16 + 3 x what
+    is not before it (12, 8, 4) = 120. Dual: per block 16 + 3 x 4 = 84."""
     policy, options = policies("llada"), {"ids": IDS[3:], "group": 1, "length": 12, "block_size": 4}
     assert columns_run(policy, monkeypatch, **options) == 192
     assert columns_run(policy, monkeypatch, cache=prefix_cache(), **options) == 120

@@ -10,8 +10,8 @@ import torch
 
 from dllm_rl.models.families import FamilySpec
 from dllm_rl.samplers import rules
-from dllm_rl.samplers.unmask import unmask
 from dllm_rl.samplers.uniforms import uniforms
+from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts
 
 MASK, LENGTH, DRAWS = 3, 3, 50_000
@@ -71,7 +71,9 @@ def enumerate_outcomes(name, quotas, temperature):
         for words in itertools.product(range(MASK), repeat=len(masked)):
             drawn = math.prod(math.exp(logp[i][w]) for i, w in zip(masked, words, strict=True))
             if name == "random":
-                orders = [(list(o), 1 / math.factorial(len(masked))) for o in itertools.permutations(range(len(masked)))]
+                orders = [
+                    (list(o), 1 / math.factorial(len(masked))) for o in itertools.permutations(range(len(masked)))
+                ]
             else:
                 scores = [ranks(name, tuple(tokens), i)[w] for i, w in zip(masked, words, strict=True)]
                 orders = [(sorted(range(len(masked)), key=lambda j: (-scores[j], j)), 1.0)]
@@ -166,7 +168,12 @@ def test_uniforms_are_uniform_and_independent_of_the_batch():
     u = uniforms(seeds, steps, places, stream=0)
     counts = torch.histc(u, bins=100, min=0, max=1)
     assert float(((counts - 1000) ** 2 / 1000).sum()) < upper_bound(99)
-    for other in (uniforms(seeds, steps, places, stream=1), uniforms(seeds + 1, steps, places, stream=0), uniforms(seeds, steps + 1, places, stream=0), uniforms(seeds, steps, places + 1, stream=0)):
+    for other in (
+        uniforms(seeds, steps, places, stream=1),
+        uniforms(seeds + 1, steps, places, stream=0),
+        uniforms(seeds, steps + 1, places, stream=0),
+        uniforms(seeds, steps, places + 1, stream=0),
+    ):
         assert abs(float(torch.corrcoef(torch.stack([u, other]))[0, 1])) < 0.02
     pick = torch.tensor([9, 40_000, 77])
     assert torch.equal(uniforms(seeds[pick], steps[pick], places[pick], stream=0), u[pick])
@@ -185,7 +192,10 @@ def test_uniforms_are_splitmix64():
         gamma = 0x9E3779B97F4A7C15
         state = mix(seed + (2 * step + stream + 1) * gamma & wrap)
         expected = (mix(state + (position + 1) * gamma & wrap) >> 11) / 2**53
-        assert uniforms(torch.tensor([seed]), torch.tensor([step]), torch.tensor([position]), stream=stream).item() == expected
+        assert (
+            uniforms(torch.tensor([seed]), torch.tensor([step]), torch.tensor([position]), stream=stream).item()
+            == expected
+        )
     assert mix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # the first output of SplitMix64 for seed 0
 
 
@@ -195,7 +205,7 @@ def test_order_of_partial_rules_is_by_name():
     def own(logits, normalizer, *, sharpness):
         return (logits.amax(-1) - normalizer) * sharpness
 
-    plain = dict(max_new_tokens=LENGTH, num_steps=3, temperature=1.0)
+    plain = {"max_new_tokens": LENGTH, "num_steps": 3, "temperature": 1.0}
     prompts = Prompts.from_ids([[0]], pad_id=0, group_size=50)
     a = unmask(POLICY, prompts, torch.Generator().manual_seed(1), rank=partial(own, sharpness=2.0), **plain)
     b = unmask(POLICY, prompts, torch.Generator().manual_seed(1), rank=rules.max_prob, **plain)

@@ -1,22 +1,19 @@
 """The README's worked example of a corrector runs as it is printed, and does what it says."""
 
 import math
-import re
 import runpy
-from pathlib import Path
 
 import pytest
+from readme import example
 from torch import tensor
 from torch.testing import assert_close
-
-SNIPPET = Path(__file__).parents[1] / "recipes" / "README-snippets" / "write_a_corrector.md"
 
 
 def test_the_example_runs_and_weighs_as_it_says(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         program = tmp_path / "example.py"
-        program.write_text("\n".join(re.findall(r"```python\n(.*?)```", SNIPPET.read_text(), flags=re.DOTALL)))
+        program.write_text(example("Write a corrector"))
         corrector = runpy.run_path(str(program))["corrector"]
     mismatch = tensor([[0.0, 0.5, -1.0, math.nan]])
     weights, keep, metrics = corrector.weigh(mismatch, tensor([1.0]), tensor([[True, True, True, True]]))

@@ -31,7 +31,11 @@ class Cache:
     def check(self, attention: str) -> None:
         """Raise ValueError when this cache is not for such attention."""
         if (self.kind == "block") != (attention == "block_causal"):
-            fit = "block_cache()" if attention == "block_causal" else "prefix_cache() or dual_cache(), which are approximate"
+            fit = (
+                "block_cache()"
+                if attention == "block_causal"
+                else "prefix_cache() or dual_cache(), which are approximate"
+            )
             raise ValueError(f"cache={self} is not for {attention!r} attention; use None or {fit}")
 
 
@@ -41,8 +45,8 @@ def block_cache() -> Cache:
 
 
 def prefix_cache(*, refresh: int | None = None) -> Cache:
-    """Fast-dLLM's prefix cache (arXiv 2505.22618), APPROXIMATE: keys and values of everything before the block are those
-    of its first step (and of every `refresh`-th after it). refresh=1 is exact. [paper]"""
+    """Fast-dLLM's prefix cache (arXiv 2505.22618), APPROXIMATE: keys and values of all that precedes the block are
+    those of its first step (and of every `refresh`-th after it). refresh=1 is exact. [paper]"""
     return Cache("prefix", refresh)
 
 
@@ -69,8 +73,8 @@ class CachedStates:
     ) -> tuple[Float[Tensor, "r W D"], int]:
         """States of the block in `columns` = [start, end) for `rows`, and the column that the first of them predicts.
 
-        Rows may become fewer, and are let go at the start of a block. Every run of `alike` rows is the same: one forward
-        serves it, and r = R / alike.
+        Rows may become fewer, and are let go at the start of a block. Every run of `alike` rows is the same: one
+        forward serves it, and r = R / alike.
         """
         self.step = 0 if columns != self.columns else self.step + 1
         self.columns = columns
@@ -83,7 +87,9 @@ class CachedStates:
                 self._map(lambda x: x[wanted])
         elif self.step == 0 or (self.cache.refresh is not None and self.step % self.cache.refresh == 0):
             self.past, self.kept, fresh = None, everything[:0], everything
-            keep = everything[:start] if self.cache.kind == "prefix" else torch.cat([everything[:start], everything[end:]])
+            keep = (
+                everything[:start] if self.cache.kind == "prefix" else torch.cat([everything[:start], everything[end:]])
+            )
         else:
             fresh, keep = everything[start : None if self.cache.kind == "prefix" else end], self.kept
         if self.step == 0:
@@ -104,9 +110,13 @@ class CachedStates:
         mask = self._mask(self.attention_mask[rows], positions, fresh, seen)
         # The block-causal mask is made here, with the columns that are not run in it.
         encode = encode_base if self.policy.spec.attention == "block_causal" else self.policy.spec.encode
-        states = encode(module, tokens[rows][:, fresh], mask, positions[:, fresh], past_key_values=self.past, use_cache=True)
+        states = encode(
+            module, tokens[rows][:, fresh], mask, positions[:, fresh], past_key_values=self.past, use_cache=True
+        )
         if self.past.get_seq_length() != len(seen):
-            raise ValueError(f"cache={self.cache} needs a decoder; {type(module).__name__} keeps no keys and values: use cache=None")
+            raise ValueError(
+                f"cache={self.cache} needs a decoder; {type(module).__name__} keeps no keys and values: use cache=None"
+            )
         # Keys carry their own positions, so the order in which they are stored means nothing.
         wanted = torch.isin(seen, keep.to(fresh.device)).nonzero()[:, 0] if len(keep) != len(self.kept) else None
         self._map(lambda x: x[:, :, : len(self.kept)] if wanted is None else x[:, :, wanted])
@@ -114,13 +124,15 @@ class CachedStates:
         return states
 
     def _mask(self, attention_mask: Tensor, positions: Tensor, fresh: Tensor, seen: Tensor) -> Tensor:
-        """What to add to attention scores (R, 1, fresh, seen): 0 where a query may look, the lowest number elsewhere."""
+        """What to add to attention scores, (R, 1, fresh, seen): 0 where a query may look, else the lowest number."""
         allowed = attention_mask[:, None, seen].expand(-1, len(fresh), -1)
         if self.policy.spec.attention == "block_causal":
             block = positions // self.policy.spec.block_size
             allowed = allowed & (block[:, None, seen] <= block[:, fresh, None])
         dtype = next(self.policy.module.parameters()).dtype
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
+            ~allowed, torch.finfo(dtype).min
+        )[:, None]
 
     def _map(self, f) -> None:
         for layer in self.past.layers:

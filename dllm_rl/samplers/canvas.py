@@ -61,7 +61,9 @@ class Canvas:
     def rollout(self, processors: Processors, weights_version: int) -> Rollout:
         """The record as it stands: columns are the prompts', then the completion's."""
         group, device = self.prompts.group_size, self.tokens.device
-        tokens, mask = (x.to(device).repeat_interleave(group, 0) for x in (self.prompts.tokens, self.prompts.attention_mask))
+        tokens, mask = (
+            x.to(device).repeat_interleave(group, 0) for x in (self.prompts.tokens, self.prompts.attention_mask)
+        )
         nowhere = torch.zeros_like(mask)
         beyond = self.masked & self.ended[:, None] if self.pads_ended else torch.zeros_like(self.masked)
         return Rollout(
@@ -119,16 +121,18 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
 
 
 class Agenda:
-    """Whose turn it is: on the host, how many positions of each block of each row are masked, and the steps it has left.
+    """Whose turn it is: on the host, how many positions of each block of each row are masked, and its steps left.
 
-    A commit rule that fills a known share then needs no look at the device. Rows move from block to block by themselves,
-    or, in step, wait for the slowest.
+    A commit rule that fills a known share then needs no look at the device. Rows move from block to block by
+    themselves, or, in step, wait for the slowest.
     """
 
     def __init__(self, block: Int[Tensor, "B L"], num_steps: int | None, *, in_step: bool) -> None:
         block = block.cpu()
         self.in_step = in_step
-        self.masked = torch.zeros(len(block), int(block.max()) + 1, dtype=torch.long).scatter_add(-1, block, torch.ones_like(block))
+        self.masked = torch.zeros(len(block), int(block.max()) + 1, dtype=torch.long).scatter_add(
+            -1, block, torch.ones_like(block)
+        )
         self.steps = torch.zeros_like(self.masked)
         for row, sizes in enumerate(self.masked):
             self.steps[row, sizes > 0] = torch.tensor(steps_per_block(num_steps, sizes[sizes > 0].tolist()))

@@ -63,7 +63,7 @@ def rank_only(
     """Scores of a rank that does not ask for tokens; the head does not run for one that asks for no logits either."""
     needs = needs_of(rank)
     if not needs & {"logits", "normalizer"}:
-        return rank(**{name: ties for name in needs}).float()
+        return rank(**dict.fromkeys(needs, ties)).float()
 
     def one(logits: Tensor, v: Tensor) -> tuple[Tensor]:
         offered = {"logits": logits, "uniforms": v}

@@ -5,8 +5,8 @@ A rank gives each of K masked positions a score; the highest are committed first
     normalizer  (K,)    their log-sum-exp, so that logits - normalizer are log-probabilities in nats
     tokens      (K,)    the tokens sampled there
     uniforms    (K,)    fresh random numbers in [0, 1)
-A rank without `tokens` is a function of the state alone: the order is then independent of the draws, log-probs at commit
-are the exact behaviour probabilities, and the sampler draws tokens only where it commits them.
+A rank without `tokens` is a function of the state alone: the order is then independent of the draws, log-probs at
+commit are the exact behaviour probabilities, and the sampler draws tokens only where it commits them.
 
 A commit rule (scores (B, L), masked (B, L), steps_left (B,)) -> (B, L) picks positions among the masked ones of each
 row; scores are -inf elsewhere. steps_left counts what remains of the block's share of steps, this one included, and
@@ -68,7 +68,10 @@ def needs_of(rank: Callable) -> frozenset[str]:
     parameters = inspect.signature(rank).parameters.values()
     unknown = [p.name for p in parameters if p.name not in OFFERED and p.default is p.empty]
     if unknown:
-        raise ValueError(f"rank {name_of(rank)} takes {unknown[0]!r}, which is not one of {', '.join(OFFERED)}; bind it with functools.partial")
+        raise ValueError(
+            f"rank {name_of(rank)} takes {unknown[0]!r}, which is not one of {', '.join(OFFERED)}; "
+            "bind it with functools.partial"
+        )
     return frozenset(p.name for p in parameters if p.name in OFFERED)
 
 
@@ -79,7 +82,7 @@ def name_of(rule: Callable) -> str:
 def schedule(
     scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"]
 ) -> Bool[Tensor, "B L"]:
-    """LLaDA's equal shares of the block's positions, the remainder on the first steps: ceil(masked / steps_left). [paper]"""
+    """LLaDA's equal shares of a block, the remainder on the first steps: ceil(masked / steps_left). [paper]"""
     return _best(scores, masked, share(masked.sum(-1), steps_left))
 
 
@@ -109,7 +112,7 @@ def origin(
 def threshold(
     scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"], *, tau: float
 ) -> Bool[Tensor, "B L"]:
-    """Fast-dLLM's parallel decoding (arXiv 2505.22618): every position with probability >= tau, and at least the best one.
+    """Fast-dLLM's parallel decoding (arXiv 2505.22618): all positions with probability >= tau, the best one at least.
 
     Wants scores that are log-probabilities (confidence, max_prob). The number of steps plays no part. [paper]
     """
@@ -164,6 +167,9 @@ def steps_per_block(num_steps: int | None, sizes: list[int]) -> list[int]:
     if num_steps is None:
         return sizes
     if num_steps < len(sizes):
-        raise ValueError(f"num_steps={num_steps} is fewer than the {len(sizes)} blocks, each of which needs one; use at least {len(sizes)}")
+        raise ValueError(
+            f"num_steps={num_steps} is fewer than the {len(sizes)} blocks, each of which needs one; "
+            f"use at least {len(sizes)}"
+        )
     each, remainder = divmod(num_steps, len(sizes))
     return [each + (i < remainder) for i in range(len(sizes))]

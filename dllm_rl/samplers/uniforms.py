@@ -1,6 +1,5 @@
 """Random numbers that are a function of (row seed, step, position): no state, so no row can disturb another's."""
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 

@@ -39,15 +39,16 @@ def unmask(
     max_new_tokens  masked positions appended to each prompt.
     num_steps       unmasking steps over the whole completion, shared out equally to the blocks; None: one a position.
                     Adaptive commit rules pay no heed to it.
-    block_size      positions that are open at once; None opens all, or takes a block-causal policy's own. The last block
-                    may be shorter, and of a block-causal policy, whose blocks count from the prompt's start, the first.
+    block_size      positions that are open at once; None opens all, or takes a block-causal policy's own. The last
+                    block may be shorter, and so may the first of a block-causal policy: its blocks count from the
+                    prompt's start.
     temperature     of the categorical distribution; 0 takes the likeliest token.
     rank, commit    see `rules`; ranking is on untempered fp32 log-probabilities.
     suppress        token ids that are never sampled; the mask token never is.
     cache           see `cache`; None recomputes every position in every step.
     approximate_early_exit  full attention only: a row ends with the block in which it has written an end token; the
-                    masks behind it stay in the rollout, attended to and not chosen, so that log-probs are exact for what
-                    was done. It is the learner who never sees what would have stood there. A block-causal policy's rows
+                    masks behind it stay in the rollout, attended to and not chosen, so that log-probs are exact for
+                    what was done; what would have been written there stays unknown. A block-causal policy's rows
                     always end so, which is exact; there, what lies behind becomes padding.
     watch           called with the rollout as it stands, after every step.
 
@@ -62,7 +63,9 @@ def unmask(
     draws_first = "tokens" in needs or (temperature == 0 and "logits" in needs)
     ends = spec.attention == "block_causal" or approximate_early_exit
 
-    canvas = make_canvas(policy, prompts, max_new_tokens, block_size, aligned=cache is not None and cache.kind == "block")
+    canvas = make_canvas(
+        policy, prompts, max_new_tokens, block_size, aligned=cache is not None and cache.kind == "block"
+    )
     agenda = Agenda(canvas.block, num_steps, in_step=cache is not None)
     cached = None if cache is None else CachedStates(policy, cache, canvas.attention_mask)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(device)
@@ -94,7 +97,9 @@ def unmask(
         chosen = commit(scores, masked, steps_left.to(device)) & masked
         committed = share(num_masked, steps_left) if commit is schedule else chosen.sum(-1).cpu()
         if ((committed == 0) & (steps_left == 1)).any():
-            raise ValueError(f"commit={name_of(commit)} chose nothing in the last step of a block; it must choose a position by then")
+            raise ValueError(
+                f"commit={name_of(commit)} chose nothing in the last step of a block; it must choose a position by then"
+            )
         picked = _places(chosen[r, c][None], int(committed.sum()))[1]
         r, c, states = r[picked], c[picked], states[picked]
         if draws_first:
@@ -121,12 +126,17 @@ def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None
     """The block size in force. Raises ValueError as `unmask` says."""
     attention = policy.spec.attention
     if attention == "causal":
-        raise ValueError(f"policy is causal ({type(policy.module).__name__}); unmask needs a diffusion model: use autoregress")
+        raise ValueError(
+            f"policy is causal ({type(policy.module).__name__}); unmask needs a diffusion model: use autoregress"
+        )
     size = block_size if block_size is not None else policy.spec.block_size or length
     if length < 1 or size < 1:
         raise ValueError(f"max_new_tokens={length} and block_size={size} must both be at least 1")
     if attention == "block_causal" and size != policy.spec.block_size:
-        raise ValueError(f"block_size={size} is not the policy's: its blocks are of {policy.spec.block_size}; leave block_size at None")
+        raise ValueError(
+            f"block_size={size} is not the policy's: its blocks are of {policy.spec.block_size}; "
+            "leave block_size at None"
+        )
     if cache is not None:
         cache.check(attention)
     check_fits(policy, prompts, length)
@@ -138,6 +148,6 @@ def check_fits(policy: Policy, prompts: Prompts, max_new_tokens: int) -> None:
     longest, limit = int(prompts.attention_mask.sum(-1).max()), policy.spec.max_length
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
-            f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens exceeds the model's {limit} positions; "
-            f"use at most {limit - longest}"
+            f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens exceeds the model's {limit} "
+            f"positions; use at most {limit - longest}"
         )

@@ -1,0 +1,23 @@
+"""The benchmark's smoke preset: it runs, and its plain algorithm and the sampler write the same tokens."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+PATH = Path(__file__).parent.parent / "benchmarks" / "sampler.py"
+
+
+def test_smoke():
+    spec = importlib.util.spec_from_file_location("benchmark_of_the_sampler", PATH)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    lines = benchmark.benchmark("tiny", torch.device("cpu"), 1)["lines"]
+    plain, exact = lines["plain: the published algorithm"], lines["exact sampler"]
+    assert exact["same_tokens"] == lines["plain, head on open positions only"]["same_tokens"] == 1.0
+    assert plain["forwards"] == exact["forwards"] == 8
+    # 4 rows, 48 columns, 8 steps; open positions of a block of 16 in 4 steps: 16 + 12 + 8 + 4.
+    assert plain["body_positions"] == plain["head_rows"] == 4 * 48 * 8
+    assert exact["body_positions"] == 4 * 48 * 8 and exact["head_rows"] == 4 * 2 * (16 + 12 + 8 + 4)
+    assert lines["dual cache (approximate)"]["body_positions"] == 4 * 2 * (48 + 3 * 16)
+    assert all(row["seconds"] > 0 and row["speedup"] > 0 for row in lines.values())
