@@ -1,4 +1,4 @@
-"""The main job with a model in LLaDA's own layout: an un-causaled Llama, rotary positions. Results: recipes/README.md."""
+"""The main job with a model in LLaDA's own layout: un-causaled Llama blocks. Results: recipes/README.md."""
 
 from dataclasses import replace
 from functools import partial
