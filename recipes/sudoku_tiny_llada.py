@@ -14,7 +14,7 @@ recipe = replace(
     model=partial(tiny_llama, characters="1234.=", causal=False),
     warmup_steps=400,
     warmup_target=0.3,
-    num_steps=400,
+    num_steps=500,
 )
 
 if __name__ == "__main__":
