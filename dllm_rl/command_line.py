@@ -30,11 +30,26 @@ def from_command_line(recipe: Recipe, argv: list[str] | None = None) -> Recipe:
         print(usage(recipe))
         raise SystemExit(0)
     try:
-        for path, text in _pairs(arguments):
-            recipe = override(recipe, path, text)
+        recipe = _overridden(recipe, _pairs(arguments))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    return recipe
+
+
+def _overridden(recipe: Recipe, pairs: list[tuple[str, str]]) -> Recipe:
+    """All overrides, in whatever order they fit: one may be valid only once another is in place."""
+    while pairs:
+        waiting, errors = [], []
+        for path, text in pairs:
+            try:
+                recipe = override(recipe, path, text)
+            except ValueError as error:
+                waiting.append((path, text))
+                errors.append(error)
+        if len(waiting) == len(pairs):
+            raise errors[0]
+        pairs = waiting
     return recipe
 
 

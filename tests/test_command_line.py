@@ -38,6 +38,12 @@ def test_scalars_at_every_depth(recipe):
     assert new.corrector.weigh.keywords["cap"] == 3 and new.corrector.surrogate.keywords["epsilon"] == 0.1
 
 
+def test_the_order_of_overrides_does_not_matter(recipe):
+    words = ["--zero_mismatch", "--rollout_quantization", "none"]
+    for arguments in (words, words[1:] + words[:1]):
+        assert from_command_line(recipe, arguments).zero_mismatch
+
+
 def test_functions_by_name(recipe):
     new = from_command_line(
         recipe,
