@@ -11,7 +11,7 @@ from torch import Tensor
 from dllm_rl.alignment import aligned
 from dllm_rl.evaluation import score
 from dllm_rl.launch import begin, catch_interrupt, draw_problems, evaluate_with, finish, prepare, save
-from dllm_rl.learner import update
+from dllm_rl.learner import reduce_metrics, update
 from dllm_rl.mismatch import mismatch_metrics, symptom_metrics
 from dllm_rl.plan import plan
 from dllm_rl.policies import Policy
@@ -205,18 +205,19 @@ def live_batch(accelerator, rollout, part, noise, live, advantages, old, old_sco
 def reward_metrics(
     rewards: Tensor, graded: Sequence[Reward], rollout: Rollout, accelerator: Accelerator
 ) -> dict[str, float]:
-    """TRL's reward and length metrics over all processes."""
-    names = sorted(graded[0].breakdown)
-    rows = [[float(reward.parsed), *(reward.breakdown[name] for name in names)] for reward in graded]
-    lengths = rollout.completion_mask.sum(-1, keepdim=True).double().cpu()
-    totals = torch.cat([torch.tensor(rows, dtype=torch.float64), lengths], dim=1).sum(0).to(accelerator.device)
-    parsed, *means, length = (accelerator.reduce(totals, reduction="sum") / rewards.numel()).tolist()
+    """TRL's reward and length metrics over all processes; a name's mean is over the rewards that have it."""
+    mine = [sorted({name for reward in graded for name in reward.breakdown})]
+    names = sorted({name for part in accelerator.gather_for_metrics(mine, use_gather_object=True) for name in part})
+    columns = {"parsed": [float(reward.parsed) for reward in graded]}
+    columns["completions/mean_length"] = rollout.completion_mask.sum(-1).tolist()
+    for name in names:
+        columns[f"rewards/{name}/mean"] = [r.breakdown[name] for r in graded if name in r.breakdown]
+    pairs = {name: (torch.tensor(float(sum(c))), torch.tensor(float(len(c)))) for name, c in columns.items()}
+    means = reduce_metrics(pairs, accelerator)
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(correction=0).item(),
         "frac_reward_zero_std": (rewards == rewards[:, :1]).all(-1).double().mean().item(),
-        "parsed": parsed,
-        **{f"rewards/{name}/mean": mean for name, mean in zip(names, means, strict=True)},
-        "completions/mean_length": length,
-        "num_tokens": length * rewards.numel(),
+        "num_tokens": means["completions/mean_length"] * rewards.numel(),
+        **means,
     }

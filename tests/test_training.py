@@ -144,6 +144,31 @@ def test_global_random_state_is_untouched(tmp_path):
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_a_reward_that_does_not_apply_everywhere_is_averaged_where_it_does():
+    import torch
+    from accelerate import Accelerator
+
+    from dllm_rl.tasks.base import Reward
+    from dllm_rl.training import reward_metrics
+    from dllm_rl.types import Rollout
+
+    mask = torch.tensor([[False, True, True], [False, True, False]])
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    rollout = Rollout(tokens, torch.ones_like(mask), mask, tokens, torch.zeros(2, 3), group_size=2)
+    graded = [Reward(1.0, True, {"a": 0.25, "b": 3.0}), Reward(0.0, False, {"a": 0.75})]
+    found = reward_metrics(torch.tensor([[1.0, 0.0]]), graded, rollout, Accelerator(cpu=True))
+    assert found == {
+        "reward": 0.5,
+        "reward_std": 0.5,
+        "frac_reward_zero_std": 0.0,
+        "num_tokens": 3.0,
+        "parsed": 0.5,
+        "completions/mean_length": 1.5,
+        "rewards/a/mean": 0.5,
+        "rewards/b/mean": 3.0,
+    }
+
+
 def test_kl_starts_at_zero_and_grows(tmp_path):
     train(tiny_recipe(tmp_path, beta=0.1, num_steps=3, learning_rate=1e-2))
     kls = [row["kl"] for row in metrics_of(tmp_path)]
