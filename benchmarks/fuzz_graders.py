@@ -114,7 +114,7 @@ def main() -> None:
     sys.addaudithook(partial(observe, watch))
     results = []
     for task, named in PROTOCOLS.items():
-        graders = {grader: options.count for grader in (*named.values(), *TRAINING.get(task, []))}
+        graders = dict.fromkeys((*named.values(), *TRAINING.get(task, [])), options.count)
         if math500_math_verify in graders:  # symbolic, and slow; its events are the start of a child process
             graders[math500_math_verify] = options.math_verify
         for result in campaign(task, graders, options.count, options.seed, watch):
