@@ -19,7 +19,7 @@ from time import process_time
 
 from dllm_rl.grading import PROTOCOLS
 from dllm_rl.tasks.countdown_graders import countdown_d1_training
-from dllm_rl.tasks.maths_graders import gsm8k_d1_training
+from dllm_rl.tasks.maths_graders import gsm8k_d1_training, math500_math_verify
 from dllm_rl.tasks.sudoku_graders import sudoku_d1_training
 
 FIELDS = {
@@ -28,6 +28,7 @@ FIELDS = {
     "gsm8k": {"answer": "42"},
     "math500": {"answer": "\\frac{1}{2}"},
 }
+TRAINING = {"sudoku": [sudoku_d1_training], "countdown": [countdown_d1_training], "gsm8k": [gsm8k_d1_training]}
 RIGHT = {
     "sudoku": ["1234341221434321", "<answer>\n1234\n3412\n2143\n4321\n</answer>", "<answer>```\n1234341221434321```"],
     "countdown": ["3*4+5", "<answer>5+4*3</answer>", "so \\boxed{3 \\times 4 + 5 = 17}", "(3*4)+5 = 17"],
@@ -61,33 +62,40 @@ def completion(task: str, rng: Random) -> str:
     )
 
 
-def campaign(task: str, grader, count: int, seed: int, watch: Counter) -> dict:
-    rng = Random(f"{grader.__name__}/{seed}")
-    found: Counter = Counter()
-    slowest, slowest_text = 0.0, ""
-    for _ in range(count):
+def campaign(task: str, graders: dict, count: int, seed: int, watch: Counter) -> list[dict]:
+    """Each completion goes to every grader of the task that has not had its own count of them yet."""
+    rng = Random(f"{task}/{seed}")
+    results = {grader: Counter(exceptions=0, events=0, out_of_range=0, parsed=0, right=0) for grader in graders}
+    slowest: dict = dict.fromkeys(graders, (0.0, ""))
+    for place in range(count):
         text = completion(task, rng)
-        watch.clear()
-        watch["on"] = 1
-        start = process_time()
-        try:
-            graded = grader(FIELDS[task], text)
-        except Exception as error:  # the campaign's purpose is to count them
-            found["exceptions"] += 1
-            found[f"{type(error).__name__} on {text[:80]!r}"] += 1
-            continue
-        finally:
-            spent = process_time() - start
-            watch["on"] = 0
-        found["events"] += sum(number for name, number in watch.items() if name != "on")
-        numbers = [graded.value, *graded.breakdown.values()]
-        found["out_of_range"] += not all(math.isfinite(number) and 0 <= number <= 16 for number in numbers)
-        found["parsed"] += graded.parsed
-        found["right"] += graded.breakdown.get("accuracy", graded.breakdown.get("solve_rate", 0)) == 1
-        if spent > slowest:
-            slowest, slowest_text = spent, text
-    shown = {"grader": grader.__name__, "count": count, "exceptions": 0, "events": 0, "out_of_range": 0}
-    return shown | dict(found) | {"slowest_ms": round(slowest * 1e3, 2), "slowest_text": slowest_text[:60]}
+        for grader, limit in graders.items():
+            if place >= limit:
+                continue
+            found = results[grader]
+            watch.clear()
+            watch["on"] = 1
+            start = process_time()
+            try:
+                graded = grader(FIELDS[task], text)
+            except Exception as error:  # the campaign's purpose is to count them
+                found["exceptions"] += 1
+                found[f"{type(error).__name__} on {text[:80]!r}"] += 1
+                continue
+            finally:
+                spent = process_time() - start
+                watch["on"] = 0
+            found["events"] += sum(number for name, number in watch.items() if name != "on")
+            numbers = [graded.value, *graded.breakdown.values()]
+            found["out_of_range"] += not all(math.isfinite(number) and 0 <= number <= 16 for number in numbers)
+            found["parsed"] += graded.parsed
+            found["right"] += graded.breakdown.get("accuracy", graded.breakdown.get("solve_rate", 0)) == 1
+            slowest[grader] = max(slowest[grader], (spent, text[:60]))
+    return [
+        {"grader": grader.__name__, "count": min(count, graders[grader]), **found}
+        | {"slowest_ms": round(slowest[grader][0] * 1e3, 2), "slowest_text": slowest[grader][1]}
+        for grader, found in results.items()
+    ]
 
 
 def observe(watch: Counter, event: str, arguments: tuple) -> None:
@@ -102,16 +110,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
-    graders = [(task, grader) for task, named in PROTOCOLS.items() for grader in dict.fromkeys(named.values())]
-    graders += [("sudoku", sudoku_d1_training), ("countdown", countdown_d1_training), ("gsm8k", gsm8k_d1_training)]
     watch: Counter = Counter()
     sys.addaudithook(partial(observe, watch))
     results = []
-    for task, grader in graders:
-        symbolic = grader.__name__ == "math500_math_verify"  # its child process is started by opening pipes
-        result = campaign(task, grader, options.math_verify if symbolic else options.count, options.seed, watch)
-        results.append(result)
-        print(" ".join(f"{name}={value!r}" for name, value in result.items()), flush=True)
+    for task, named in PROTOCOLS.items():
+        graders = dict.fromkeys((*named.values(), *TRAINING.get(task, [])), options.count)
+        if math500_math_verify in graders:  # symbolic, and slow; its events are the start of a child process
+            graders[math500_math_verify] = options.math_verify
+        for result in campaign(task, graders, options.count, options.seed, watch):
+            results.append(result)
+            print(" ".join(f"{name}={value!r}" for name, value in result.items()), flush=True)
         if options.output:
             options.output.write_text(json.dumps(results, indent=1))
 

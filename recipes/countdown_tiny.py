@@ -8,7 +8,7 @@ numbers that are rightly used.
 from functools import partial
 
 from dllm_rl.command_line import from_command_line
-from dllm_rl.correctors import tis
+from dllm_rl.correctors import ais
 from dllm_rl.likelihoods import trajectory
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantize import float8_weight_only
@@ -30,7 +30,7 @@ recipe = Recipe(
     sampler=partial(unmask_in_three, temperature=1.0),
     eval_sampler=partial(unmask_in_three, temperature=0.0),
     likelihood=trajectory(),
-    corrector=tis(cap=2.0),
+    corrector=ais(),
     rollout_quantization=float8_weight_only,
     train_batch_size=16,
     num_steps=150,

@@ -28,6 +28,7 @@ MATH = [
         "answer": "\\frac{1}{2}",
         "subject": "Algebra",
     },
+    {"problem": "Double 3.", "solution": "It is $\\boxed{5}$, plus one.", "answer": "6"},
     {"problem": "Square 3.", "solution": "It is $\\boxed{9}$.", "level": "Level 1"},
 ]
 
@@ -75,13 +76,13 @@ def test_gsm8k_prompts(folder) -> None:
 
 def test_math500_from_its_published_form(tmp_path) -> None:
     task = MATH500(path=write_lines(tmp_path / "test.jsonl", MATH))
-    assert [problem.fields["answer"] for problem in task] == ["\\frac{1}{2}", "9"]
+    assert [problem.fields["answer"] for problem in task] == ["\\frac{1}{2}", "6", "9"]
     assert all(task.reward(problem, problem.solution).value == 1.0 for problem in task)
     assert task[0].solution.endswith("<answer>\n\\boxed{\\frac{1}{2}}\n</answer>\n")
     with pytest.raises(ValueError, match="split='train' needs path="):
         MATH500(split="train")
     both = [MATH500(split=split, path=tmp_path / "test.jsonl") for split in ("train", "validation")]
-    assert sum(map(len, both)) == 2
+    assert sum(map(len, both)) == 3
 
 
 def test_every_file_format(tmp_path) -> None:
@@ -118,6 +119,12 @@ def test_absent_data_says_what_to_give(tmp_path, monkeypatch) -> None:
     with pytest.raises(ValueError, match="no file"):
         len(GSM8K(split="test", path=tmp_path / "absent.jsonl"))
     with pytest.raises(ValueError, match=r"exactly one test file .* found: none"):
+        len(GSM8K(split="test", path=tmp_path))
+
+    for name in ("main", "socratic"):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "test-00000-of-00001.jsonl", TEST)
+    with pytest.raises(ValueError, match=r"found: main/test-00000.*, socratic/test-00000"):
         len(GSM8K(split="test", path=tmp_path))
 
     import datasets

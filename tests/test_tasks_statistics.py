@@ -68,6 +68,8 @@ def test_bootstrap_is_a_function_of_its_generator() -> None:
     values = [0.0, 1.0, 1.0]
     assert bootstrap_mean(values, np.random.default_rng(0)) == bootstrap_mean(values, np.random.default_rng(0))
     assert bootstrap_mean([0.5, 0.5], np.random.default_rng(0)) == (0.5, 0.5)
+    # Rows of one ratio and different sizes: whatever is drawn, value and weight come together.
+    assert bootstrap_mean([1.0, 2.0, 4.0], np.random.default_rng(0), weights=[2.0, 4.0, 8.0]) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
