@@ -15,11 +15,13 @@ from dllm_rl.policies import Policy
 _NAME = re.compile(r"step-(\d{6,})")
 
 
-def save(directory: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int) -> Path:
+def save(
+    directory: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int
+) -> Path:
     """Write `directory`/step-NNNNNN, then drop all but the newest `keep`. `load_policy` opens the folder as it is.
 
     The folder is written under another name, flushed to disk and renamed, so that what bears a checkpoint's name is
-    whole. state must be JSON-serialisable; the random numbers of a run are functions of (seed, step) and need no saving.
+    whole. state must be JSON-serialisable; a run's random numbers are functions of (seed, step) and need no saving.
     """
     directory.mkdir(parents=True, exist_ok=True)
     final, partial = directory / f"step-{step:06d}", directory / f".partial-{step:06d}-{os.getpid()}"
@@ -30,7 +32,7 @@ def save(directory: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
         save_adapter(policy, partial / "adapter")
     torch.save(optimizer.state_dict(), partial / "optimizer.pt")
     (partial / "state.json").write_text(json.dumps({"step": step, "version": policy.version, **state}, indent=1))
-    for path in sorted(partial.rglob("*")) + [partial]:
+    for path in [*sorted(partial.rglob("*")), partial]:
         flush(path)
     if final.exists():
         shutil.rmtree(final)
@@ -66,7 +68,9 @@ def locate(which: str, directory: Path) -> Path | None:
         return checkpoints[-1][1] if checkpoints else None
     path = Path(which)
     if not (path / "state.json").is_file():
-        raise ValueError(f"resume_from_checkpoint={which!r} is not a checkpoint folder (no state.json); give one, or 'latest'")
+        raise ValueError(
+            f"resume_from_checkpoint={which!r} is not a checkpoint folder (no state.json); give one, or 'latest'"
+        )
     return path
 
 

@@ -36,7 +36,9 @@ def add_sample(commands) -> None:
     sub.add_argument("--top_p", type=float)
     sub.add_argument("--rank", help="confidence (default), max_prob, margin, entropy or random")
     sub.add_argument("--commit", help="schedule (default), threshold=TAU, factor=F, entropy_bound=GAMMA ...")
-    sub.add_argument("--cache", help="block (exact, block-causal models), prefix, dual (approximate; =STEPS to refresh)")
+    sub.add_argument(
+        "--cache", help="block (exact, block-causal models), prefix, dual (approximate; =STEPS to refresh)"
+    )
     sub.add_argument("--group_size", type=int, default=1, help="completions of each prompt")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--html", metavar="FILE", help="write a page that replays the completions")
@@ -84,7 +86,9 @@ def add_evaluate(commands) -> None:
     sub.add_argument("--path", help="a file or folder with the problems")
     sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting of the task")
     sub.add_argument("--lengths", type=_numbers, help="tokens per completion, as 128,256 (default: the task's)")
-    sub.add_argument("--num_steps", type=_numbers, help="unmasking steps, one number or one a length (default: as tokens)")
+    sub.add_argument(
+        "--num_steps", type=_numbers, help="unmasking steps, one number or one a length (default: as tokens)"
+    )
     sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     sub.add_argument("--samples", type=int, default=1, help="completions of each problem, for pass@k")
@@ -129,7 +133,9 @@ def grade(arguments: argparse.Namespace) -> None:
 def add_doctor(commands) -> None:
     sub = commands.add_parser("doctor", help="say where the mismatch of quantised rollouts comes from")
     sub.add_argument("model", help="a checkpoint folder")
-    sub.add_argument("--quantization", default="float8_weight_only", help="a scheme's name, or none (default float8_weight_only)")
+    sub.add_argument(
+        "--quantization", default="float8_weight_only", help="a scheme's name, or none (default float8_weight_only)"
+    )
     sub.add_argument("--task", default="sudoku", help="whose prompts are sampled (default sudoku)")
     sub.add_argument("--num_prompts", type=int, default=32, help="two completions each (default 32)")
     sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the task's)")

@@ -30,11 +30,26 @@ def from_command_line(recipe: Recipe, argv: list[str] | None = None) -> Recipe:
         print(usage(recipe))
         raise SystemExit(0)
     try:
-        for path, text in _pairs(arguments):
-            recipe = override(recipe, path, text)
+        recipe = _overridden(recipe, _pairs(arguments))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    return recipe
+
+
+def _overridden(recipe: Recipe, pairs: list[tuple[str, str]]) -> Recipe:
+    """All overrides, in whatever order they fit: one may be valid only once another is in place."""
+    while pairs:
+        waiting, errors = [], []
+        for path, text in pairs:
+            try:
+                recipe = override(recipe, path, text)
+            except ValueError as error:
+                waiting.append((path, text))
+                errors.append(error)
+        if len(waiting) == len(pairs):
+            raise errors[0]
+        pairs = waiting
     return recipe
 
 
@@ -56,7 +71,9 @@ def override(recipe: Recipe, path: str, text: str) -> Recipe:
     """The recipe with the value at `path` read from text. Raises ValueError naming the field, the value, the remedy."""
     known = paths(recipe)
     if path not in known:
-        near = difflib.get_close_matches(path, known, n=1, cutoff=0.5) or difflib.get_close_matches(path, known, n=1, cutoff=0)
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0.5) or difflib.get_close_matches(
+            path, known, n=1, cutoff=0
+        )
         raise ValueError(f"--{path} is not a field of the recipe; the nearest is --{near[0]} (--help lists all)")
     try:
         return _replace(recipe, path.split("."), known[path].read(text))
@@ -105,7 +122,7 @@ def _members(owner: Any) -> list[tuple[str, Any, Any, dict]]:
 
 def _replace(owner: Any, keys: list[str], value: Any) -> Any:
     if len(keys) > 1:
-        value = _replace(dict((n, v) for n, v, *_ in _members(owner))[keys[0]], keys[1:], value)
+        value = _replace({n: v for n, v, *_ in _members(owner)}[keys[0]], keys[1:], value)
     if isinstance(owner, partial):
         return partial(owner.func, *owner.args, **{**owner.keywords, keys[0]: value})
     return dataclasses.replace(owner, **{keys[0]: value})
@@ -116,7 +133,9 @@ def pickable(module_name: str, value: Any, annotation: Any) -> dict[str, Any]:
     record or a built object is wanted, functions that make one and need no argument."""
     module = import_module(module_name)
     names = getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])
-    functions = {n: f for n in names if inspect.isfunction(f := getattr(module, n)) and f.__module__.startswith(module_name)}
+    functions = {
+        n: f for n in names if inspect.isfunction(f := getattr(module, n)) and f.__module__.startswith(module_name)
+    }
     example = value.func if isinstance(value, partial) else value
     if inspect.isfunction(example) and _positional(example):
         return {n: f for n, f in siblings(example).items() if n in functions and _positional(f) == _positional(example)}
@@ -128,7 +147,11 @@ def pickable(module_name: str, value: Any, annotation: Any) -> dict[str, Any]:
 
 def siblings(function: Callable) -> dict[str, Callable]:
     """Public functions of the same module that return the same kind of thing and need no other keyword."""
-    found = {n: f for n, f in vars(import_module(function.__module__)).items() if inspect.isfunction(f) and not n.startswith("_")}
+    found = {
+        n: f
+        for n, f in vars(import_module(function.__module__)).items()
+        if inspect.isfunction(f) and not n.startswith("_")
+    }
     kind, given = str(inspect.signature(function).return_annotation), _needed_keywords(function)
     alike = {n: f for n, f in found.items() if str(inspect.signature(f).return_annotation) == kind}
     return {n: f for n, f in alike.items() if _needed_keywords(f) <= given}

@@ -245,5 +245,3 @@ def worst_layers(
     error = lambda a, b: ((a - b).norm() / a.norm().clamp(min=1e-12)).item()  # noqa: E731
     found = [(name, error(live(out), live(theirs[name]))) for name, out in ours.items() if name in theirs]
     return tuple(sorted(found, key=lambda pair: pair[1], reverse=True)[:count])
-
-

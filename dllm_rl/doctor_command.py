@@ -28,7 +28,9 @@ def doctor_command(arguments: argparse.Namespace) -> int:
     if policy.spec.attention == "causal":
         sampler = partial(autoregress, max_new_tokens=length, temperature=arguments.temperature)
     else:
-        sampler = partial(unmask, max_new_tokens=length, num_steps=arguments.num_steps, temperature=arguments.temperature)
+        sampler = partial(
+            unmask, max_new_tokens=length, num_steps=arguments.num_steps, temperature=arguments.temperature
+        )
     prompts = encode(policy, [task[i] for i in range(arguments.num_prompts)], group_size=2)
     found = diagnose(policy, config, prompts=prompts, sampler=sampler, seed=arguments.seed)
     write_doctor(found, as_json=arguments.json, directory=arguments.output_dir and Path(arguments.output_dir))

@@ -15,9 +15,16 @@ COLUMNS = ("cause", "mean |d|", "max |d|", "k3", "ESS", "to do")
 
 
 def rows(report: Report) -> list[tuple[str, ...]]:
-    """The whole, then each cause, as text; nats."""
+    """The whole, then each cause, as text; nats. Advice where a cause is a hundredth of the mismatch or more."""
     return [
-        (c.name, f"{c.mean_abs:.2e}", f"{c.max_abs:.2e}", f"{c.k3:.1e}", f"{c.ess:.4f}", c.advice)
+        (
+            c.name,
+            f"{c.mean_abs:.2e}",
+            f"{c.max_abs:.2e}",
+            f"{c.k3:.1e}",
+            f"{c.ess:.4f}",
+            c.advice * (c.mean_abs >= report.worst / 100),
+        )
         for c in (report.total, *report.causes)
     ]
 

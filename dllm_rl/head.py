@@ -149,8 +149,8 @@ def sample(logits: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[T
 def invert(mass: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Tensor, " K"]:
     """One token per row, with probability in proportion to its non-negative mass: the cumulative mass at `uniforms`.
 
-    First among groups of GROUP tokens, then within one: no cumulative sum over the vocabulary. Exact to the fp32 rounding
-    of the mass, one random number a token; a token of mass 0 is never drawn.
+    First among groups of GROUP tokens, then within one: no cumulative sum over the vocabulary. Exact to the fp32
+    rounding of the mass, one random number a token; a token of mass 0 is never drawn.
     """
     size, whole = mass.shape[-1], mass.shape[-1] // GROUP
     groups = mass[:, : whole * GROUP].unflatten(-1, (whole, GROUP)).sum(-1)

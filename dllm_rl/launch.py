@@ -31,17 +31,30 @@ from dllm_rl.text import decode, encode, stream
 from dllm_rl.warmup import draw_levels, examples, warmup
 
 # Fields that may change between the parts of a resumed run: they do not touch what is computed, or only extend it.
-FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "save_steps", "save_total_limit", "logging_steps", "num_steps", "dry_run"}
+FREE = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "num_steps",
+    "dry_run",
+}
 
 
 def prepare(recipe: Recipe) -> tuple[Accelerator, RunLog, Path | None]:
     """Check the recipe, open its folder and log, find the checkpoint to resume from. Raises ValueError."""
     accelerator = make_accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(f"distributed_type={accelerator.distributed_type.value} is not supported by train(); use data parallel (MULTI_GPU)")
+        raise ValueError(
+            f"distributed_type={accelerator.distributed_type.value} is not supported by train(); use MULTI_GPU"
+        )
     for name in ("train_batch_size", "warmup_batch_size"):
         if getattr(recipe, name) % accelerator.num_processes:
-            raise ValueError(f"{name}={getattr(recipe, name)} must be a multiple of the {accelerator.num_processes} processes")
+            raise ValueError(
+                f"{name}={getattr(recipe, name)} must be a multiple of the {accelerator.num_processes} processes"
+            )
     directory = Path(recipe.directory)
     held = [name for name in ("metrics.jsonl", "checkpoints", "summary.json") if (directory / name).exists()]
     folder = None
@@ -58,7 +71,7 @@ def prepare(recipe: Recipe) -> tuple[Accelerator, RunLog, Path | None]:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
-            for name in held + ["tensorboard", "training.png"]:
+            for name in [*held, "tensorboard", "training.png"]:
                 path = directory / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         directory.mkdir(parents=True, exist_ok=True)
@@ -75,7 +88,9 @@ def make_accelerator(*, mixed_precision: str = "no") -> Accelerator:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
-        raise RuntimeError(f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}; check the config file")
+        raise RuntimeError(
+            f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}: check the config"
+        )
     return accelerator
 
 
@@ -83,7 +98,9 @@ def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
     if changed:
         name = changed[0]
-        raise ValueError(f"{name}={now[name]!r} differs from the checkpoint's {before.get(name)!r}; resume with the same recipe")
+        raise ValueError(
+            f"{name}={now[name]!r} differs from the checkpoint's {before.get(name)!r}; resume with the same recipe"
+        )
 
 
 def begin(recipe: Recipe, accelerator: Accelerator, log: RunLog, folder: Path | None):
@@ -126,7 +143,7 @@ def make_policy(recipe: Recipe) -> Policy:
 
 
 def base_of(recipe: Recipe, *, warmed_up: bool) -> Policy:
-    """What a resumed run's adapters stand on: the warmed-up weights, or the recipe's model where there was no warm-up."""
+    """What a resumed run's adapters stand on: the warmed-up weights, or the recipe's model without a warm-up."""
     policy = make_policy(recipe)
     if warmed_up:
         return load_policy(Path(recipe.directory) / "reference", dtype=next(policy.module.parameters()).dtype)
@@ -190,7 +207,9 @@ def warm_up(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLo
 
     def on_step(step: int, loss: float) -> bool:
         done = (step + 1) % recipe.warmup_eval_steps == 0
-        found = evaluate_with(recipe, policy, recipe.validation_task, accelerator)[recipe.warmup_metric] if done else 0.0
+        found = (
+            evaluate_with(recipe, policy, recipe.validation_task, accelerator)[recipe.warmup_metric] if done else 0.0
+        )
         progress({recipe.warmup_metric: found} if done else {"loss": loss}, show=False)
         return done and found >= recipe.warmup_target
 
@@ -214,7 +233,11 @@ def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accel
 
 
 def shown(found: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name in ("solve_rate", "cell_accuracy", "accuracy", "reward"))
+    return ", ".join(
+        f"{name} {value:.3f}"
+        for name, value in found.items()
+        if name in ("solve_rate", "cell_accuracy", "accuracy", "reward")
+    )
 
 
 def catch_interrupt(accelerator: Accelerator) -> Callable[[], bool]:
@@ -236,7 +259,9 @@ def catch_interrupt(accelerator: Accelerator) -> Callable[[], bool]:
     return interrupted
 
 
-def save(recipe, accelerator: Accelerator, log: RunLog, step: int, policy: Policy, optimizer, history: dict[str, Any]) -> None:
+def save(
+    recipe, accelerator: Accelerator, log: RunLog, step: int, policy: Policy, optimizer, history: dict[str, Any]
+) -> None:
     """Checkpoint after `step` steps, by the main process."""
     if accelerator.is_main_process:
         state = {
@@ -247,15 +272,21 @@ def save(recipe, accelerator: Accelerator, log: RunLog, step: int, policy: Polic
             "warmup_steps": history["warmup_steps"],
             "recipe": described(recipe),
         }
-        checkpoint.save(Path(recipe.directory) / "checkpoints", step, policy, optimizer, state, keep=recipe.save_total_limit)
+        checkpoint.save(
+            Path(recipe.directory) / "checkpoints", step, policy, optimizer, state, keep=recipe.save_total_limit
+        )
     accelerator.wait_for_everyone()
 
 
-def finish(recipe, accelerator: Accelerator, log: RunLog, policy: Policy, rollout_policy: Policy, history) -> dict[str, Any]:
+def finish(
+    recipe, accelerator: Accelerator, log: RunLog, policy: Policy, rollout_policy: Policy, history
+) -> dict[str, Any]:
     """Evaluate on held-out problems, write summary.json and the picture, say in a paragraph what happened."""
     with log.stage("evaluation"):
         after = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
-        quantized = after if rollout_policy is policy else evaluate_with(recipe, rollout_policy, recipe.eval_task, accelerator)
+        quantized = (
+            after if rollout_policy is policy else evaluate_with(recipe, rollout_policy, recipe.eval_task, accelerator)
+        )
     log.close()
     directory = Path(recipe.directory)
     summary = {
@@ -276,8 +307,9 @@ def finish(recipe, accelerator: Accelerator, log: RunLog, policy: Policy, rollou
         write_json(directory / "summary.json", summary)
         picture = report.draw(directory) if recipe.num_steps else None
         log.say(
-            f"\n{recipe.name}, seed {recipe.seed}: {shown(history['eval_before'])}  ->  {shown(after)}  on {len(recipe.eval_task)} "
-            f"held-out problems, after {history['warmup_steps']} warm-up and {recipe.num_steps} RL steps in {summary['seconds']:.0f} s.\n"
+            f"\n{recipe.name}, seed {recipe.seed}: {shown(history['eval_before'])}  ->  {shown(after)}  on "
+            f"{len(recipe.eval_task)} held-out problems, after {history['warmup_steps']} warm-up and "
+            f"{recipe.num_steps} RL steps in {summary['seconds']:.0f} s.\n"
             f"Checkpoint: {summary['checkpoint']}\nPicture:    {picture}\nNumbers:    {directory / 'summary.json'}\n"
             f"Sample:     dllm-rl sample {summary['checkpoint']} {_example(recipe)}"
         )
@@ -298,5 +330,9 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.processor() or platform.machine()
+    device = (
+        torch.cuda.get_device_name()
+        if accelerator.device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     return {"versions": versions, "device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}

@@ -19,7 +19,9 @@ from dllm_rl.types import Batch
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
 
-def update(policy: Policy, optimizer: torch.optim.Optimizer, accelerator: Accelerator, batch: Batch, recipe, step: int) -> dict[str, float]:
+def update(
+    policy: Policy, optimizer: torch.optim.Optimizer, accelerator: Accelerator, batch: Batch, recipe, step: int
+) -> dict[str, float]:
     """`recipe.num_iterations` optimiser steps on one batch; returns metrics of the last, gradient norms of all.
 
     Raises FloatingPointError on a gradient that is not finite, before the weights are touched.
@@ -31,13 +33,17 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, accelerator: Accele
         scores = batch.old_scores
         if iteration:
             torch.clear_autocast_cache()  # autocast's bf16 copies are those of the weights before the last step
-            scores = recipe.likelihood.scores(policy, batch.rollout, batch.noise, micro_batch_size=recipe.micro_batch_size)
+            scores = recipe.likelihood.scores(
+                policy, batch.rollout, batch.noise, micro_batch_size=recipe.micro_batch_size
+            )
         optimizer.zero_grad(set_to_none=True)
         metrics = accumulate_gradients(policy, batch, scores, recipe)
         sum_gradients(policy, accelerator)
         norm = torch.nn.utils.clip_grad_norm_(policy.module.parameters(), recipe.max_grad_norm)
         if not norm.isfinite():
-            raise FloatingPointError(f"gradient norm is {norm.item()} at inner iteration {iteration}; the update was not applied")
+            raise FloatingPointError(
+                f"gradient norm is {norm.item()} at inner iteration {iteration}; the update was not applied"
+            )
         optimizer.step()
         gathered |= reduce_metrics(metrics, accelerator)
         gathered[f"grad_norm/iteration_{iteration}"] = gathered["grad_norm"] = norm.item()
@@ -51,7 +57,12 @@ def accumulate_gradients(policy: Policy, batch: Batch, scores: Tensor, recipe) -
     leaves = scores.detach().requires_grad_()
     logps = estimator.combine(leaves, batch.noise)
     _, metrics, gradient = policy_loss(
-        logps.detach(), batch, surrogate=recipe.corrector.surrogate, aggregate=recipe.aggregate, beta=recipe.beta, kl=recipe.kl
+        logps.detach(),
+        batch,
+        surrogate=recipe.corrector.surrogate,
+        aggregate=recipe.aggregate,
+        beta=recipe.beta,
+        kl=recipe.kl,
     )
     (vectors,) = torch.autograd.grad(logps, leaves, gradient)
     rollout, group = batch.rollout, batch.rollout.group_size

@@ -150,9 +150,7 @@ def constant(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int, 
     return mask / (max(num_sequences, 1) * length)
 
 
-def loss_type(
-    name: str, *, max_completion_length: int | None = None
-) -> tuple[Callable, Callable]:
+def loss_type(name: str, *, max_completion_length: int | None = None) -> tuple[Callable, Callable]:
     """(surrogate, aggregation) of a loss under TRL's name for it.
 
     grpo: ppo_clip, sequence. dapo: ppo_clip with epsilon_high 0.28, token. dr_grpo: ppo_clip, constant with

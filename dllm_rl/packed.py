@@ -14,9 +14,7 @@ from dllm_rl.models.spec import encode_base
 from dllm_rl.policies import Policy
 
 
-def packed_mask(
-    attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], start: int
-) -> Bool[Tensor, "B 1 Q Q"]:
+def packed_mask(attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], start: int) -> Bool[Tensor, "B 1 Q Q"]:
     """Who sees whom among T clean columns and the noisy columns start..T-1; Q = 2 T - start.
 
     Padding sees the clean block that it is counted in, so that no row of the mask is empty.

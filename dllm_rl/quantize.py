@@ -208,5 +208,3 @@ def check_version(rollout: Rollout, policy: Policy, *, stale_steps: int = 0) -> 
             f"weights_version={rollout.weights_version} of the rollout is {behind} updates behind the learner's "
             f"{policy.version}, and stale_steps={stale_steps} allows {stale_steps}: call sync_weights before sampling"
         )
-
-

@@ -60,9 +60,7 @@ def int4_weight_only():
 
 def int4_packed():
     """4-bit weights in groups of 128, packed for a CUDA kernel (bf16). Saves memory and, in small batches, time."""
-    return Int4WeightOnlyConfig(
-        group_size=128, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
-    )
+    return Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
 
 
 def fake_quantize(

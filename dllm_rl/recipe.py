@@ -15,7 +15,9 @@ from dllm_rl.policies import Policy
 from dllm_rl.tasks.base import Task
 
 
-def linear_decay(step: int, num_steps: int, *, warmup_steps: int = 5, constant_until: float = 0.6, final: float = 0.1) -> float:
+def linear_decay(
+    step: int, num_steps: int, *, warmup_steps: int = 5, constant_until: float = 0.6, final: float = 0.1
+) -> float:
     """Factor on the learning rate at `step`: a linear rise, a plateau until that share of the run, a linear fall."""
     rise = min(1.0, (step + 1) / max(1, warmup_steps))
     fall = max(0.0, step / max(1, num_steps) - constant_until) / max(1e-9, 1 - constant_until)
@@ -46,9 +48,15 @@ class Recipe:
     rollout_quantization: Callable[[], Any] | None = _("scheme of the rollout's weights", None, pick="dllm_rl.quantize")
 
     dtype: str = _("of the weights, where model is a path: float32, bfloat16, or auto for the checkpoint's", "float32")
-    base_quantization: str | None = _("nf4 or int8: a frozen bitsandbytes base, where model is a path and lora is set", None)
-    lora: Callable[[], Lora] | None = _("adapters that RL trains in place of the weights; None: all", None, pick="dllm_rl.lora")
-    optim: Callable = _("optimiser: (parameters, lr, betas, weight_decay) -> Optimizer", adamw, pick="dllm_rl.optimizers")
+    base_quantization: str | None = _(
+        "nf4 or int8: a frozen bitsandbytes base, where model is a path and lora is set", None
+    )
+    lora: Callable[[], Lora] | None = _(
+        "adapters that RL trains in place of the weights; None: all", None, pick="dllm_rl.lora"
+    )
+    optim: Callable = _(
+        "optimiser: (parameters, lr, betas, weight_decay) -> Optimizer", adamw, pick="dllm_rl.optimizers"
+    )
 
     seed: int = _("the only source of randomness", 0)
     train_batch_size: int = _("prompts per step, over all processes", 32)
@@ -65,7 +73,9 @@ class Recipe:
     beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0)
     kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.losses")
     bf16: bool = _("learner's forward in bf16 autocast", False)
-    zero_mismatch: bool = _("arithmetic that does not depend on the batch; stop where rollout and learner differ at all", False)
+    zero_mismatch: bool = _(
+        "arithmetic that does not depend on the batch; stop where rollout and learner differ at all", False
+    )
 
     warmup_steps: int = _("most supervised steps before RL; 0: none", 0)
     warmup_batch_size: int = _("prompts per warm-up step, over all processes", 64)
@@ -100,11 +110,17 @@ class Recipe:
         if self.base_quantization not in (None, "nf4", "int8"):
             raise ValueError(f"base_quantization={self.base_quantization!r} is not known; use 'nf4', 'int8' or none")
         if self.base_quantization is not None and self.lora is None:
-            raise ValueError(f"base_quantization={self.base_quantization!r} is a frozen base: set lora, or leave it out")
+            raise ValueError(
+                f"base_quantization={self.base_quantization!r} is a frozen base: set lora, or leave it out"
+            )
         if self.lora is not None and self.corrector.align_forward:
-            raise ValueError("lora does not go with corrector.align_forward=True, which computes with whole weights; use one of them")
+            raise ValueError(
+                "lora does not go with corrector.align_forward=True, which computes with whole weights; use one of them"
+            )
         if self.zero_mismatch and self.rollout_quantization is not None and not self.corrector.align_forward:
-            raise ValueError("zero_mismatch=True needs rollout_quantization=None, or a corrector that aligns the forward")
+            raise ValueError(
+                "zero_mismatch=True needs rollout_quantization=None, or a corrector that aligns the forward"
+            )
         if self.micro_batch_size is not None and (
             self.micro_batch_size < self.num_generations or self.micro_batch_size % self.num_generations
         ):

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: progress bars, lines, metrics.jsonl, tensorboard events, the clock of its stages."""
+"""What a run shows and leaves behind: bars, lines, metrics.jsonl, tensorboard events, the clock of its stages."""
 
 import json
 import time
@@ -56,7 +56,13 @@ class RunLog:
     def bar(self, description: str, total: int, *, completed: int = 0) -> Callable[..., None]:
         """A progress bar with elapsed and remaining time; returns progress(metrics, show=..., close=...), called once a
         step, which moves the bar, prints the metrics as a line where `show`, and ends the bar when it is full."""
-        columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description:8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, disable=not self.main)
         task = bar.add_task(description, total=total, completed=completed, note="")
         if completed < total:

@@ -1,7 +1,7 @@
-"""The loop: task -> prompts -> rollout -> rewards -> advantages -> likelihoods -> corrector -> update -> weight sync."""
+"""The loop: task, prompts, rollout, rewards, advantages, likelihoods, corrector, update, weight sync."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from dllm_rl.alignment import aligned
 from dllm_rl.evaluation import score
 from dllm_rl.launch import begin, catch_interrupt, draw_problems, evaluate_with, finish, prepare, save
-from dllm_rl.learner import update
+from dllm_rl.learner import reduce_metrics, update
 from dllm_rl.mismatch import mismatch_metrics, symptom_metrics
 from dllm_rl.plan import plan
 from dllm_rl.policies import Policy
@@ -30,32 +30,36 @@ def train(recipe: Recipe) -> dict[str, Any]:
         return {"plan": text}
     accelerator, log, folder = prepare(recipe)
     policy, reference, optimizer, start, history = begin(recipe, accelerator, log, folder)
-    rollout_policy = policy if recipe.rollout_quantization is None else quantized_copy(policy, recipe.rollout_quantization())
+    rollout_policy = (
+        policy if recipe.rollout_quantization is None else quantized_copy(policy, recipe.rollout_quantization())
+    )
     rollout_policy.version = policy.version
     interrupted, progress = catch_interrupt(accelerator), log.bar("training", recipe.num_steps, completed=start)
 
     for step in range(start, recipe.num_steps):
         problems = draw_problems(recipe.task, "train", recipe.seed, step, recipe.train_batch_size, accelerator)
-        with log.stage("rollout"), accelerator.autocast(), arithmetic_of(recipe):
-            prompts = encode(policy, problems, group_size=recipe.num_generations, seeds=seeds_of(recipe, step, accelerator))
+        with log.stage("rollout"), arithmetic(recipe, accelerator):
+            seeds = seeds_of(recipe, step, accelerator)
+            prompts = encode(policy, problems, group_size=recipe.num_generations, seeds=seeds)
             rollout = recipe.sampler(rollout_policy, prompts, stream(recipe.seed, "rollout", step))
             check_version(rollout, policy)
         with log.stage("reward"):
             graded = score(recipe.task, problems, decode(policy, rollout))
-            rewards = gather_rewards(graded, recipe.num_generations, accelerator)                    # (P, G)
-            advantages = recipe.advantages(rewards)                                                  # (P, G)
-        with log.stage("scoring"), accelerator.autocast(), forward_of(recipe, policy, rollout_policy), arithmetic_of(recipe):
+            rewards = gather_rewards(graded, recipe.num_generations, accelerator)  # (P, G)
+            advantages = recipe.advantages(rewards)  # (P, G)
+        with log.stage("scoring"), arithmetic(recipe, accelerator), forward_of(recipe, policy, rollout_policy):
             live = live_rows(advantages, recipe, accelerator)
             part = rollout.rows(live)
-            noise = draw_noise(recipe, step, rollout, advantages, accelerator).rows(live)            # shared by every policy
+            noise = draw_noise(recipe, step, rollout, advantages, accelerator).rows(live)  # shared by every policy
             old, old_scores = scored(recipe, policy, part, noise)
             behind = behaviour(recipe, policy, rollout_policy, part, noise, old)
             if recipe.zero_mismatch:
                 check_zero(policy, rollout_policy, part, noise, old, behind, part.completion_mask)
             anchor = None if reference is None else scored(recipe, reference, part, noise)[0]
-        with log.stage("update"), accelerator.autocast(), forward_of(recipe, policy, rollout_policy), arithmetic_of(recipe):
+        with log.stage("update"), arithmetic(recipe, accelerator), forward_of(recipe, policy, rollout_policy):
             mismatch, weights, keep = weigh(recipe, accelerator, rollout, live, advantages, old, behind)
-            batch = live_batch(accelerator, rollout, part, noise, live, advantages, old, old_scores, weights, keep, anchor)
+            shares = (advantages, old, old_scores, weights, keep, anchor)
+            batch = live_batch(accelerator, rollout, part, noise, live, *shares)
             learning = update(policy, optimizer, accelerator, batch, recipe, step)
         with log.stage("sync"):
             sync_weights(policy, rollout_policy)
@@ -72,7 +76,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
         if stop or done % recipe.save_steps == 0 or done == recipe.num_steps:
             save(recipe, accelerator, log, done, policy, optimizer, history)
         if stop and done < recipe.num_steps:
-            log.say(f"interrupted after step {done}; continue with --resume_from_checkpoint latest --output_dir {recipe.directory}")
+            log.say(
+                f"interrupted after step {done}; continue with --resume_from_checkpoint latest "
+                f"--output_dir {recipe.directory}"
+            )
             raise SystemExit(130)
     return finish(recipe, accelerator, log, policy, rollout_policy, history)
 
@@ -98,9 +105,11 @@ def forward_of(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> Abstra
     return aligned(policy, rollout_policy) if align else nullcontext()
 
 
-def arithmetic_of(recipe: Recipe) -> AbstractContextManager:
-    """With zero_mismatch a row's result does not depend on the batch it is computed in."""
-    return zero_mismatch() if recipe.zero_mismatch else nullcontext()
+@contextmanager
+def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
+    """bf16 autocast where asked for; with zero_mismatch a row's result does not depend on its batch."""
+    with accelerator.autocast(), zero_mismatch() if recipe.zero_mismatch else nullcontext():
+        yield
 
 
 def local(rows: Tensor, accelerator: Accelerator) -> Tensor:
@@ -112,7 +121,9 @@ def gather_rewards(graded: Sequence[Reward], group_size: int, accelerator: Accel
     """Rewards (P, G) of all processes."""
     values = torch.tensor([reward.value for reward in graded], dtype=torch.float32, device=accelerator.device)
     if not values.isfinite().all():
-        raise FloatingPointError(f"a reward is not finite: {[r for r in graded if not abs(r.value) < float('inf')][0]}")
+        raise FloatingPointError(
+            f"a reward is not finite: {next(r for r in graded if not abs(r.value) < float('inf'))}"
+        )
     return accelerator.gather(values.view(-1, group_size))
 
 
@@ -144,7 +155,13 @@ def behaviour(recipe: Recipe, policy, rollout_policy, part: Rollout, noise: Nois
 
 
 def weigh(
-    recipe: Recipe, accelerator: Accelerator, rollout: Rollout, live: Tensor, advantages: Tensor, old: Tensor, behind: Tensor
+    recipe: Recipe,
+    accelerator: Accelerator,
+    rollout: Rollout,
+    live: Tensor,
+    advantages: Tensor,
+    old: Tensor,
+    behind: Tensor,
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """Mismatch metrics over the live rows of all processes, and this process's weights and keep mask (B, T)."""
     width, flat = rollout.tokens.shape[1], advantages.flatten()
@@ -185,19 +202,22 @@ def live_batch(accelerator, rollout, part, noise, live, advantages, old, old_sco
     )
 
 
-def reward_metrics(rewards: Tensor, graded: Sequence[Reward], rollout: Rollout, accelerator: Accelerator) -> dict[str, float]:
-    """TRL's reward and length metrics over all processes."""
-    names = sorted(graded[0].breakdown)
-    rows = [[float(reward.parsed), *(reward.breakdown[name] for name in names)] for reward in graded]
-    lengths = rollout.completion_mask.sum(-1, keepdim=True).double().cpu()
-    totals = torch.cat([torch.tensor(rows, dtype=torch.float64), lengths], dim=1).sum(0).to(accelerator.device)
-    parsed, *means, length = (accelerator.reduce(totals, reduction="sum") / rewards.numel()).tolist()
+def reward_metrics(
+    rewards: Tensor, graded: Sequence[Reward], rollout: Rollout, accelerator: Accelerator
+) -> dict[str, float]:
+    """TRL's reward and length metrics over all processes; a name's mean is over the rewards that have it."""
+    mine = [sorted({name for reward in graded for name in reward.breakdown})]
+    names = sorted({name for part in accelerator.gather_for_metrics(mine, use_gather_object=True) for name in part})
+    columns = {"parsed": [float(reward.parsed) for reward in graded]}
+    columns["completions/mean_length"] = rollout.completion_mask.sum(-1).tolist()
+    for name in names:
+        columns[f"rewards/{name}/mean"] = [r.breakdown[name] for r in graded if name in r.breakdown]
+    pairs = {name: (torch.tensor(float(sum(c))), torch.tensor(float(len(c)))) for name, c in columns.items()}
+    means = reduce_metrics(pairs, accelerator)
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(correction=0).item(),
         "frac_reward_zero_std": (rewards == rewards[:, :1]).all(-1).double().mean().item(),
-        "parsed": parsed,
-        **{f"rewards/{name}/mean": mean for name, mean in zip(names, means, strict=True)},
-        "completions/mean_length": length,
-        "num_tokens": length * rewards.numel(),
+        "num_tokens": means["completions/mean_length"] * rewards.numel(),
+        **means,
     }

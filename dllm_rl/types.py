@@ -76,7 +76,9 @@ class Prompts(_Movable):
         if group_size < 1:
             raise ValueError(f"group_size={group_size} must be at least 1")
         if seeds is not None and len(seeds) != len(ids) * group_size:
-            raise ValueError(f"seeds has {len(seeds)} entries; {len(ids)} prompts x {group_size} completions need one each")
+            raise ValueError(
+                f"seeds has {len(seeds)} entries; {len(ids)} prompts x {group_size} completions need one each"
+            )
         width = max(1, max(len(row) for row in ids))
         tokens = torch.full((len(ids), width), pad_id, dtype=torch.long)
         attention_mask = torch.zeros((len(ids), width), dtype=torch.bool)

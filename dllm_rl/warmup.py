@@ -26,10 +26,14 @@ def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int
     rows, attention, scored = [], [], []
     for problem, prompt in zip(problems, prompts, strict=True):
         if problem.solution is None:
-            raise ValueError(f"solution is None for the problem {problem.prompt!r}; warm-up needs a reference completion")
+            raise ValueError(
+                f"solution is None for the problem {problem.prompt!r}; warm-up needs a reference completion"
+            )
         answer = policy.tokenizer.encode(problem.solution, add_special_tokens=False)
         if len(answer) > max_new_tokens:
-            raise ValueError(f"max_new_tokens={max_new_tokens} is shorter than a solution of {len(answer)} tokens: {problem.solution!r}")
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} is too short for a solution of {len(answer)}: {problem.solution!r}"
+            )
         spare = max_new_tokens - len(answer)
         learnt = max_new_tokens if policy.spec.attention != "causal" else min(max_new_tokens, len(answer) + 1)
         rows.append([pad] * (width - len(prompt)) + prompt + answer + [eos] * spare)

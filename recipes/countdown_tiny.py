@@ -1,13 +1,14 @@
 """A small masked-diffusion model, made here, learns Countdown by GRPO with FP8 rollouts. Results: recipes/README.md.
 
-Three numbers up to 12 make a target up to 30. An undertrained model fills the ten characters of an expression in five
-parallel steps; RL does the rest from rewards alone: 1 for the target, and 0.2 for the share of numbers rightly used.
+Three numbers up to 10, added and subtracted, make a target up to 20. An undertrained model fills the ten characters of
+an expression in three parallel steps; RL does the rest from rewards alone: 1 for the target, and half the share of the
+numbers that are rightly used.
 """
 
 from functools import partial
 
 from dllm_rl.command_line import from_command_line
-from dllm_rl.correctors import tis
+from dllm_rl.correctors import ais
 from dllm_rl.likelihoods import trajectory
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantize import float8_weight_only
@@ -17,8 +18,8 @@ from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.countdown import Countdown
 from dllm_rl.training import train
 
-small_numbers = partial(Countdown, count=3, max_number=12, max_target=30, operators="+-*")
-unmask_in_five = partial(unmask, max_new_tokens=10, num_steps=5, rank=max_prob)
+small_numbers = partial(Countdown, count=3, max_number=10, max_target=20, operators="+-", numbers_weight=0.5)
+unmask_in_three = partial(unmask, max_new_tokens=10, num_steps=3, rank=max_prob)
 
 recipe = Recipe(
     name="countdown-tiny",
@@ -26,14 +27,18 @@ recipe = Recipe(
     task=small_numbers(split="train"),
     validation_task=small_numbers(split="validation", size=200),
     eval_task=small_numbers(split="test", size=400),
-    sampler=partial(unmask_in_five, temperature=1.0),
-    eval_sampler=partial(unmask_in_five, temperature=0.0),
+    sampler=partial(unmask_in_three, temperature=1.0),
+    eval_sampler=partial(unmask_in_three, temperature=0.0),
     likelihood=trajectory(),
-    corrector=tis(cap=2.0),
+    corrector=ais(),
     rollout_quantization=float8_weight_only,
+    train_batch_size=16,
+    num_steps=150,
+    learning_rate=1e-3,
     warmup_steps=600,
-    warmup_target=0.2,
+    warmup_target=0.08,
     warmup_metric="accuracy",
+    warmup_eval_steps=20,
 )
 
 if __name__ == "__main__":

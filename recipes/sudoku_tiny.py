@@ -7,7 +7,7 @@ RL does the rest from rewards alone.
 from functools import partial
 
 from dllm_rl.command_line import from_command_line
-from dllm_rl.correctors import tis
+from dllm_rl.correctors import ais
 from dllm_rl.likelihoods import trajectory
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantize import float8_weight_only
@@ -28,7 +28,7 @@ recipe = Recipe(
     sampler=partial(unmask_in_two, temperature=1.0),
     eval_sampler=partial(unmask_in_two, temperature=0.0),
     likelihood=trajectory(),
-    corrector=tis(cap=2.0),
+    corrector=ais(),
     rollout_quantization=float8_weight_only,
     warmup_steps=200,
     warmup_target=0.2,

@@ -1,4 +1,4 @@
-"""The same task, loop and style with a small causal model, through the same policy interface. Results: recipes/README.md."""
+"""The same task, loop and style with a small causal model, through the same interface. Results: recipes/README.md."""
 
 from dataclasses import replace
 from functools import partial

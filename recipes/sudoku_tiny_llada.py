@@ -1,4 +1,4 @@
-"""The main job with a model in LLaDA's own layout: an un-causaled Llama, rotary positions. Results: recipes/README.md."""
+"""The main job with a model in LLaDA's own layout: un-causaled Llama blocks. Results: recipes/README.md."""
 
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,7 @@ recipe = replace(
     model=partial(tiny_llama, characters="1234.=", causal=False),
     warmup_steps=400,
     warmup_target=0.3,
-    num_steps=400,
+    num_steps=500,
 )
 
 if __name__ == "__main__":

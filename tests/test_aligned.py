@@ -1,6 +1,5 @@
 """The aligned forward is the rollout's, bit for bit; its gradient is the written-out straight-through definition."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -209,8 +208,6 @@ def test_what_is_yielded_refreshes_after_a_write_that_autograd_does_not_see():
         refresh()
         first = policy.logits(*batch())
     assert torch.equal(quantized_copy(policy, quantize.int3_emulated()).logits(*batch()), first)
-
-
 
 
 @pytest.mark.parametrize("scheme", [quantize.int3_emulated, quantize.float8_weight_only, quantize.int8_dynamic])

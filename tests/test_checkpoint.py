@@ -24,7 +24,11 @@ def test_resume_continues_bit_for_bit(tmp_path):
     train(tiny_recipe(tmp_path / "parts", num_steps=5, save_total_limit=9, **changes))
     for folder in checkpoint.found(tmp_path / "parts" / "checkpoints"):
         step, path = folder
-        again = train(tiny_recipe(tmp_path / "parts", num_steps=5, resume_from_checkpoint=str(path), **changes))
+        again = train(
+            tiny_recipe(
+                tmp_path / "parts", num_steps=5, save_total_limit=9, resume_from_checkpoint=str(path), **changes
+            )
+        )
         assert_same_weights(whole, again)
         assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts"), f"resumed at {step}"
 

@@ -21,12 +21,27 @@ def test_scalars_at_every_depth(recipe):
     new = from_command_line(
         recipe,
         ["--num_steps", "7", "--learning_rate=1e-4", "--bf16", "--sampler.temperature", "0.5", "--task.clues", "8,9"]
-        + ["--corrector.weigh.cap", "3", "--corrector.surrogate.epsilon", "0.1", "--micro_batch_size", "8", "--output_dir", "x"],
+        + [
+            "--corrector.weigh.cap",
+            "3",
+            "--corrector.surrogate.epsilon",
+            "0.1",
+            "--micro_batch_size",
+            "8",
+            "--output_dir",
+            "x",
+        ],
     )
     assert (new.num_steps, new.learning_rate, new.bf16, new.micro_batch_size, new.output_dir) == (7, 1e-4, True, 8, "x")
     assert new.sampler.keywords == {**recipe.sampler.keywords, "temperature": 0.5}
     assert new.task.clues == (8, 9) and recipe.task.clues == (10, 12)
     assert new.corrector.weigh.keywords["cap"] == 3 and new.corrector.surrogate.keywords["epsilon"] == 0.1
+
+
+def test_the_order_of_overrides_does_not_matter(recipe):
+    words = ["--zero_mismatch", "--rollout_quantization", "none"]
+    for arguments in (words, words[1:] + words[:1]):
+        assert from_command_line(recipe, arguments).zero_mismatch
 
 
 def test_functions_by_name(recipe):

@@ -24,9 +24,18 @@ def environment() -> dict[str, str]:
 
     cpu = torch.backends.cpu.get_cpu_capability()
     info = Path("/proc/cpuinfo")
-    model = {line for line in info.read_text().splitlines() if line.startswith(("model", "vendor", "cpu family"))} if info.exists() else set()
+    model = (
+        {line for line in info.read_text().splitlines() if line.startswith(("model", "vendor", "cpu family"))}
+        if info.exists()
+        else set()
+    )
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "torchao": torchao.__version__}
-    return {**versions, "machine": platform.machine(), "cpu": cpu, "model": "; ".join(sorted(line.replace("\t", " ") for line in model))}
+    return {
+        **versions,
+        "machine": platform.machine(),
+        "cpu": cpu,
+        "model": "; ".join(sorted(line.replace("\t", " ") for line in model)),
+    }
 
 
 def curve(directory) -> list[list[float]]:

@@ -86,7 +86,9 @@ def test_libraries_stay_in_their_rooms(module):
 
 
 def test_importing_the_package_costs_nothing():
-    program = "import sys, dllm_rl; print([n for n in ('torch', 'torchao', 'datasets', 'matplotlib') if n in sys.modules])"
+    program = (
+        "import sys, dllm_rl; print([n for n in ('torch', 'torchao', 'datasets', 'matplotlib') if n in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n" and done.stderr == ""
 

@@ -306,8 +306,6 @@ def test_a_sharded_learner_syncs_as_a_whole_one(tmp_path):
     assert equal(contents(rollout.module), contents(expected.module))
 
 
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_float8_weights_are_torchaos_own(dtype):
     from torchao.quantization import Float8WeightOnlyConfig, quantize_

@@ -44,8 +44,21 @@ def test_a_run_leaves_what_it_promises(make, tmp_path, capsys):
     assert {"torch", "transformers"} <= set(summary["machine"]["versions"])
     rows = read_metrics(run)
     assert [row["step"] for row in rows] == [0, 1]
-    wanted = {"reward", "reward_std", "frac_reward_zero_std", "rollout_corr/k3_kl", "rollout_corr/rollout_is_eff_sample_size"}
-    wanted |= {"step_time", "grad_norm", "clip_ratio/region_mean", "completions/mean_length", "eval/solve_rate", "time/rollout"}
+    wanted = {
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "rollout_corr/k3_kl",
+        "rollout_corr/rollout_is_eff_sample_size",
+    }
+    wanted |= {
+        "step_time",
+        "grad_norm",
+        "clip_ratio/region_mean",
+        "completions/mean_length",
+        "eval/solve_rate",
+        "time/rollout",
+    }
     assert wanted <= set(rows[0])
     assert rows[0]["reward_std"] > 0, "equal rewards would prove nothing"
     assert rows[0]["rollout_corr/k3_kl"] > 0, "FP8 weights must differ from the learner's"
@@ -75,10 +88,12 @@ def test_on_policy_every_weighting_is_none(corrector, tmp_path):
 
 @pytest.mark.parametrize("aggregate", [token, sequence, partial(constant, length=16)])
 def test_micro_batches_change_nothing_beyond_rounding(aggregate, tmp_path):
-    changes = {"aggregate": aggregate, "num_iterations": 2, "beta": 0.04, "kl": kl_k2}
+    # Plain descent: AdamW divides a gradient by its own size, and so shows the rounding of one near zero at full scale.
+    changes = {"aggregate": aggregate, "num_iterations": 2, "beta": 0.04, "kl": kl_k2, "optim": descent}
+    changes["learning_rate"] = 0.5
     whole = train(tiny_recipe(tmp_path / "whole", **changes))
     parts = train(tiny_recipe(tmp_path / "parts", micro_batch_size=4, **changes))
-    assert_same_weights(whole, parts, rtol=1e-4, atol=2e-6)
+    assert_same_weights(whole, parts, rtol=1e-5, atol=1e-6)
     for a, b in zip(metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "parts"), strict=True):
         assert a == pytest.approx(b, rel=2e-4, abs=1e-6)
 
@@ -89,6 +104,10 @@ def test_leaving_out_groups_without_advantage_changes_nothing_but_time(tmp_path)
     skipped = train(tiny_recipe(tmp_path / "skipped", **changes))
     kept = train(tiny_recipe(tmp_path / "kept", beta=1e-30, kl=kl_k1, **changes))
     assert_same_weights(skipped, kept, rtol=1e-5, atol=1e-7)
+
+
+def descent(parameters, lr, betas, weight_decay):
+    return torch.optim.SGD(parameters, lr=lr)
 
 
 def one_live_group(rewards):
@@ -106,7 +125,9 @@ def test_a_batch_without_any_advantage_still_measures_mismatch(tmp_path):
     assert all(torch.equal(value, untouched[name]) for name, value in weights_of(summary).items())
 
 
-@pytest.mark.parametrize("likelihood", [likelihoods.one_step(), likelihoods.coupled(num_samples=2), likelihoods.trajectory(num_segments=2)])
+@pytest.mark.parametrize(
+    "likelihood", [likelihoods.one_step(), likelihoods.coupled(num_samples=2), likelihoods.trajectory(num_segments=2)]
+)
 def test_estimators_train(likelihood, tmp_path):
     train(tiny_recipe(tmp_path, likelihood=likelihood, num_iterations=2, micro_batch_size=8))
     assert all(row["grad_norm"] > 0 and row["rollout_corr/k3_kl"] > 0 for row in metrics_of(tmp_path))
@@ -121,6 +142,31 @@ def test_global_random_state_is_untouched(tmp_path):
     before = torch.random.get_rng_state()
     train(tiny_recipe(tmp_path, warmup_steps=2, rollout_quantization=float8_weight_only))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_reward_that_does_not_apply_everywhere_is_averaged_where_it_does():
+    import torch
+    from accelerate import Accelerator
+
+    from dllm_rl.tasks.base import Reward
+    from dllm_rl.training import reward_metrics
+    from dllm_rl.types import Rollout
+
+    mask = torch.tensor([[False, True, True], [False, True, False]])
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    rollout = Rollout(tokens, torch.ones_like(mask), mask, tokens, torch.zeros(2, 3), group_size=2)
+    graded = [Reward(1.0, True, {"a": 0.25, "b": 3.0}), Reward(0.0, False, {"a": 0.75})]
+    found = reward_metrics(torch.tensor([[1.0, 0.0]]), graded, rollout, Accelerator(cpu=True))
+    assert found == {
+        "reward": 0.5,
+        "reward_std": 0.5,
+        "frac_reward_zero_std": 0.0,
+        "num_tokens": 3.0,
+        "parsed": 0.5,
+        "completions/mean_length": 1.5,
+        "rewards/a/mean": 0.5,
+        "rewards/b/mean": 3.0,
+    }
 
 
 def test_kl_starts_at_zero_and_grows(tmp_path):
@@ -138,7 +184,7 @@ class TestRefusals:
 
     def test_a_resume_with_another_recipe(self, tmp_path):
         train(tiny_recipe(tmp_path, num_steps=1))
-        with pytest.raises(ValueError, match="learning_rate=0.1 differs from the checkpoint's"):
+        with pytest.raises(ValueError, match=r"learning_rate=0\.1 differs from the checkpoint's"):
             train(tiny_recipe(tmp_path, learning_rate=0.1, resume_from_checkpoint="latest"))
 
     def test_a_sampler_of_the_other_kind_before_any_work(self, tmp_path):

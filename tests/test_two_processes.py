@@ -8,12 +8,24 @@ import pytest
 from test_training import metrics_of
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--num_steps 3 --warmup_steps 8 --warmup_eval_steps 4 --eval_task.size 20 --validation_task.size 20 --train_batch_size 8".split()
+SETTINGS = {"num_steps": 3, "warmup_steps": 8, "warmup_eval_steps": 4, "train_batch_size": 8}
+SETTINGS |= {"eval_task.size": 20, "validation_task.size": 20}
+SMALL = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
 
 
 def launch(directory, *launcher, recipe="sudoku_tiny", more=()):
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(ROOT / "recipes" / f"{recipe}.py"), *SMALL, *more]
-    done = subprocess.run([*command, "--output_dir", str(directory)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *launcher,
+        str(ROOT / "recipes" / f"{recipe}.py"),
+        *SMALL,
+        *more,
+    ]
+    done = subprocess.run(
+        [*command, "--output_dir", str(directory)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return metrics_of(directory)
 
@@ -21,7 +33,11 @@ def launch(directory, *launcher, recipe="sudoku_tiny", more=()):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "more"),
-    [("sudoku_tiny", []), ("sudoku_tiny_ar", []), ("sudoku_tiny", ["--likelihood", "coupled", "--beta", "0.1", "--num_iterations", "2"])],
+    [
+        ("sudoku_tiny", []),
+        ("sudoku_tiny_ar", []),
+        ("sudoku_tiny", ["--likelihood", "coupled", "--beta", "0.1", "--num_iterations", "2"]),
+    ],
 )
 def test_two_processes_equal_one(tmp_path, recipe, more):
     one = launch(tmp_path / "one", "--cpu", recipe=recipe, more=more)

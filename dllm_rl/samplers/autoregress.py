@@ -28,14 +28,17 @@ def autoregress(
     prompt, its seed and the weights only. Raises ValueError for a diffusion policy or a completion that does not fit.
     """
     if policy.spec.attention != "causal":
-        raise ValueError(f"policy is a diffusion model ({type(policy.module).__name__}); autoregress needs a causal one: use unmask")
+        raise ValueError(
+            f"policy is a diffusion model ({type(policy.module).__name__}); autoregress needs a causal one: use unmask"
+        )
     check_fits(policy, prompts, max_new_tokens)
     processors = Processors(temperature, top_k, top_p, suppress)
     device, group = policy.device, prompts.group_size
     seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
     # One uniform a token, all drawn at the start: a row's numbers do not depend on when its neighbours end.
-    draw = lambda seed: torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(int(seed)), dtype=torch.float64)  # noqa: E731
-    uniforms = torch.stack([draw(seed) for seed in seeds]).to(device)
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    rows = [torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
+    uniforms = torch.stack(rows).to(device)
 
     new = prompts.tokens.to(device)
     attention_mask = prompts.attention_mask.to(device)

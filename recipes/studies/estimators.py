@@ -99,9 +99,7 @@ def gradient(estimator, policy: Policy, rollout: Rollout, noise, advantages: tor
     """The on-policy GRPO gradient (every ratio is 1) that an estimator gives, as one vector."""
     scores = estimator.scores(policy, rollout, noise)
     old, mask = estimator.combine(scores, noise), rollout.completion_mask
-    batch = Batch(
-        rollout, noise, advantages, old, scores, torch.ones_like(old), mask, None, int(mask.sum()), len(mask)
-    )
+    batch = Batch(rollout, noise, advantages, old, scores, torch.ones_like(old), mask, None, int(mask.sum()), len(mask))
     loss = {"corrector": none(), "aggregate": token, "beta": 0.0, "kl": kl_k3, "micro_batch_size": None}
     parameters = list(policy.module.parameters())
     for parameter in parameters:

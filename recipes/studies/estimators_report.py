@@ -23,7 +23,7 @@ def write(results: Path, folder: Path, *, seconds: float, order: list[str]) -> N
     runs = [json.loads(path.read_text()) for path in sorted(results.glob(f"trained-{seconds:g}s-*.json"))]
     runs.sort(key=lambda run: (order.index(run["arm"]), run["seed"]))
     text = ["# The estimator study: numbers", ""]
-    text += ["Written by `python -m recipes.studies.estimators`; what they say is in README.md beside this file.", ""]
+    text += ["Written by `python -m recipes.studies.estimators`; what they say is in WHICH_ESTIMATOR.md.", ""]
     text += ["## Bias, noise and cost", "", MEASURED_LEGEND.format(**measured), "", *_measured(measured["rows"]), ""]
     if runs:
         text += ["## GRPO at equal cost", "", TRAINED_LEGEND.format(seconds=seconds), "", *_trained(runs)]
@@ -67,11 +67,14 @@ def _figure(rows: list[dict], runs: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
-    for row in rows:
-        for axis, key in ((axes[0], "std"), (axes[1], "cosine")):
-            axis.plot(row["forwards"], row[key], "o", markersize=5)
-            axis.annotate(row["estimator"], (row["forwards"], row[key]), (4, 3), textcoords="offset points", fontsize=7)
+    panels = 3 if runs else 2
+    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4.8), layout="constrained")
+    markers, colours = "osD^vP*X", plt.get_cmap("tab20").colors
+    for i, row in enumerate(rows):
+        for axis, key, label in ((axes[0], "std", row["estimator"]), (axes[1], "cosine", None)):
+            look = {"marker": markers[i % len(markers)], "color": colours[i % 20], "linestyle": "", "markersize": 8}
+            axis.plot(row["forwards"], row[key], alpha=0.8, label=label, **look)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     axes[0].set(title="noise from the masks", ylabel="std, nats per completion", xlabel="forwards a completion")
     axes[1].set(title="one draw's GRPO gradient", ylabel="cosine with the exact one", xlabel="forwards a completion")
     for axis in axes[:2]:
@@ -81,8 +84,8 @@ def _figure(rows: list[dict], runs: list[dict], path: Path) -> None:
             seconds = [run["budget"] * (step + 1) / run["num_steps"] for step in range(len(run["curve"]))]
             first = run["seed"] == 0
             axes[2].plot(seconds, _smooth(run["curve"]), f"C{i % 10}", linewidth=1, label=arm if first else None)
-    axes[2].set(title="rollouts that solve, all seeds", xlabel="CPU seconds of RL", ylabel="share (mean of 9 steps)")
     if runs:
+        axes[2].set(title="rollouts that solve, all seeds", xlabel="CPU seconds of RL", ylabel="share, 9-step mean")
         axes[2].legend(fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -76,7 +76,7 @@ def write(results: Path, folder: Path, *, order: list[str]) -> None:
     lines = [
         "# The mismatch study: numbers",
         "",
-        "Written by `python -m recipes.studies.mismatch`; what they say is in README.md beside this file.",
+        "Written by `python -m recipes.studies.mismatch`; what they say is in mismatch_reading.md.",
         f"{len(runs)} runs of {', '.join(map(str, steps))} RL steps, seeds {sorted({run['seed'] for run in runs})}, "
         f"torch {machine['versions']['torch']}, one CPU thread a run. Every finished run is in the table.",
         "",

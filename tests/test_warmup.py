@@ -1,0 +1,87 @@
+"""The supervised losses against transformers' cross-entropy and a loop over positions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_recipe import SIZES
+
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.tasks.base import Problem
+from dllm_rl.warmup import draw_levels, examples, supervised_loss, warmup
+
+PROBLEMS = [Problem("12=", solution="3412"), Problem("1.2.4=", solution="21")]
+
+
+def test_examples_fill_up_with_the_end_token():
+    policy = tiny_masked_lm(**SIZES)
+    one, two, three, four, dot, equals, eos, pad = 3, 4, 5, 6, 7, 8, 2, 0
+    batch = examples(policy, PROBLEMS, max_new_tokens=5)
+    assert batch.tokens.tolist() == [
+        [pad, pad, pad, one, two, equals, three, four, one, two, eos],
+        [one, dot, two, dot, four, equals, two, one, eos, eos, eos],
+    ]
+    assert batch.completion_mask.tolist() == [[False] * 6 + [True] * 5] * 2
+    causal = examples(tiny_llama(causal=True, **SIZES), PROBLEMS, max_new_tokens=5)
+    assert causal.completion_mask[1].tolist() == [False] * 6 + [True] * 3 + [False] * 2
+
+
+def test_causal_loss_is_cross_entropy():
+    policy = tiny_llama(causal=True, **SIZES)
+    batch = examples(policy, PROBLEMS, max_new_tokens=5)
+    labels = batch.tokens.masked_fill(~batch.completion_mask, -100)
+    positions = (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    logits = policy.module(batch.tokens, attention_mask=batch.attention_mask, position_ids=positions).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    found = supervised_loss(policy, batch, torch.ones(2), torch.zeros(2, 5))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_diffusion_loss_weighs_masked_tokens_by_one_over_t():
+    policy = tiny_masked_lm(**SIZES)
+    batch = examples(policy, PROBLEMS, max_new_tokens=5)
+    t = torch.tensor([0.5, 0.25])
+    uniforms = torch.tensor([[0.1, 0.6, 0.4, 0.5, 0.9], [0.9, 0.2, 0.3, 0.24, 0.99]])
+    masked = [[0, 2], [1, 3]]  # uniforms < t
+    tokens = batch.tokens.clone()
+    for row, columns in enumerate(masked):
+        for column in columns:
+            tokens[row, 6 + column] = 1
+    logits = policy.logits(tokens, batch.attention_mask)
+    logits[..., 1] = -torch.inf  # the mask is never an answer
+    logps = logits.log_softmax(-1)
+    total = sum(
+        logps[row, 6 + column, batch.tokens[row, 6 + column]] / t[row]
+        for row, columns in enumerate(masked)
+        for column in columns
+    )
+    torch.testing.assert_close(supervised_loss(policy, batch, t, uniforms), -total / 10, rtol=1e-5, atol=1e-6)
+
+
+def test_levels_are_stratified_and_floored():
+    levels, uniforms = draw_levels(torch.Generator().manual_seed(0), 50, 7, min_t=0.02)
+    strata = ((levels - 0.02) / 0.98 * 50).sort().values.floor()
+    assert strata.tolist() == list(range(50)) and uniforms.shape == (50, 7)
+
+
+def test_warmup_learns_what_it_is_shown():
+    policy, seen = tiny_masked_lm(**SIZES), []
+    taken = warmup(
+        policy,
+        lambda step: PROBLEMS[:1] * 8,
+        max_new_tokens=4,
+        num_steps=60,
+        learning_rate=1e-2,
+        draw_noise=lambda step: draw_levels(torch.Generator().manual_seed(step), 8, 4),
+        lr_warmup_steps=5,
+        on_step=lambda step, loss: seen.append(loss) or loss < 0.05,
+    )
+    assert taken == len(seen) < 60 and seen[-1] < 0.05 < seen[0]
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [(Problem("1="), "solution is None"), (Problem("1=", solution="12341"), "max_new_tokens=4 is too short")],
+)
+def test_what_cannot_be_shown_is_refused(problem, message):
+    with pytest.raises(ValueError, match=message):
+        examples(tiny_masked_lm(**SIZES), [problem], max_new_tokens=4)
