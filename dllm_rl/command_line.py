@@ -102,6 +102,8 @@ def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
             found[path] = Setting(value, metadata.get("help", ""), partial(_pick, path, choices, False))
         elif any(map(_readable, _kinds(annotation))) and not callable(value):
             found[path] = Setting(value, metadata.get("help", ""), partial(_read, path, annotation))
+        if metadata.get("whole"):
+            continue
         if isinstance(value, partial) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
             found |= paths(value, f"{path}.")
     found.pop("model.seed", None)  # the recipe's own seed is what the model is made with

@@ -24,9 +24,10 @@ def linear_decay(
     return rise * (1 - (1 - final) * fall)
 
 
-def _(help: str, default: Any = MISSING, *, pick: str | None = None) -> Any:
-    """A documented field. `pick` names the module whose public functions the command line may name for it."""
-    return field(default=default, metadata={"help": help, "pick": pick})
+def _(help: str, default: Any = MISSING, *, pick: str | None = None, whole: bool = False) -> Any:
+    """A documented field. `pick` names the module whose public functions the command line may name for it; `whole` is
+    for a record whose parts belong together, so that none of them is changed alone."""
+    return field(default=default, metadata={"help": help, "pick": pick, "whole": whole})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Recipe:
 
     sampler: Callable = _("rollout sampler: (policy, prompts, generator) -> Rollout")
     eval_sampler: Callable = _("the sampler of evaluations")
-    likelihood: LikelihoodEstimator = _("sequence-likelihood estimator", pick="dllm_rl.likelihoods")
+    likelihood: LikelihoodEstimator = _("sequence-likelihood estimator", pick="dllm_rl.likelihoods", whole=True)
     corrector: Corrector = _("correction of the training-inference mismatch", none(), pick="dllm_rl.correctors")
     advantages: Callable = _("(P, G) rewards -> (P, G) advantages", group_relative, pick="dllm_rl.advantages")
     aggregate: Callable = _("how tokens are weighed in the loss", token, pick="dllm_rl.losses")

@@ -44,6 +44,11 @@ def test_the_order_of_overrides_does_not_matter(recipe):
         assert from_command_line(recipe, arguments).zero_mismatch
 
 
+def test_an_estimators_parts_are_not_changed_one_by_one(recipe):
+    # trajectory() says of itself that it replays the sampler; with fewer segments it would not.
+    assert not [path for path in paths(recipe) if path.startswith("likelihood.")]
+
+
 def test_functions_by_name(recipe):
     new = from_command_line(
         recipe,
