@@ -397,7 +397,8 @@ def test_is_completion() -> None:
     assert is_completion(PUZZLES9[0], grid) and is_completion("0" * 81, grid)
     swapped = grid.translate(str.maketrans("12", "21"))
     assert not is_completion(PUZZLES9[0], swapped) and is_completion("0" * 81, swapped)
-    for wrong in (grid[:80], grid[:80] + "0", grid[:80] + chr(0x660 + int(grid[80])), grid[:80] + str(int(grid[80]) % 9 + 1)):
+    last = int(grid[80])
+    for wrong in (grid[:80], *(grid[:80] + end for end in ("0", chr(0x660 + last), str(last % 9 + 1)))):
         assert not is_completion("0" * 81, wrong)
     assert score("0" * 81, swapped, **WEIGHTS).breakdown["solve_rate"] == 1.0  # beyond the listed completions
 
