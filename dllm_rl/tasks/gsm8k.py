@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dllm_rl.tasks.base import Problem, Reward
-from dllm_rl.tasks.loading import load_split
+from dllm_rl.tasks.loading import load_problems
 from dllm_rl.tasks.maths_graders import gsm8k_d1_training, gsm8k_espo, gsm8k_strict, reference_number
 from dllm_rl.tasks.prompts import Prompt, check_opening, fill, load_template
-from dllm_rl.tasks.splits import Split, check_split, hashed_split
+from dllm_rl.tasks.splits import Split, check_split
 
 TEXT = """Solve this problem step by step. Put your working between <reasoning> and </reasoning>, then the final \
 number, and nothing else, between <answer> and </answer>.
@@ -69,11 +69,7 @@ class GSM8K:
 
 @lru_cache(maxsize=8)
 def _problems(path: str | Path | None, split: Split) -> tuple[tuple[str, str, str], ...]:
-    rows = load_split(path, "test" if split == "test" else "train", ("openai/gsm8k", "main"))
-    problems = [_problem(place, row) for place, row in rows]
-    if split != "test":
-        problems = [p for p in problems if (hashed_split(p[0]) == "validation") == (split == "validation")]
-    return tuple(problems)
+    return load_problems(path, split, ("openai/gsm8k", "main"), _problem)
 
 
 def _problem(place: str, row: dict[str, Any]) -> tuple[str, str, str]:

@@ -2,10 +2,12 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from dllm_rl.tasks.splits import Split, hashed_split
 
 Row = dict[str, Any]
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -83,3 +85,17 @@ def _split_file(path: Path, split: str) -> Path:
         found = ", ".join(str(file.relative_to(path)) for file in files) or "none"
         raise ValueError(f"{path} must hold exactly one {split} file ({', '.join(_SUFFIXES)}); found: {found}")
     return files[0]
+
+
+def load_problems(
+    path: str | Path | None, split: Split, hub: tuple[str, str | None], parse: Callable[[str, Row], tuple]
+) -> tuple[tuple, ...]:
+    """The split's rows as `parse(place, row)` makes them, the question first.
+
+    "test" is the published one; "validation" is a tenth of the published train rows, by a hash of the question, and
+    "train" the rest.
+    """
+    problems = [parse(place, row) for place, row in load_split(path, "test" if split == "test" else "train", hub)]
+    if split != "test":
+        problems = [p for p in problems if (hashed_split(p[0]) == "validation") == (split == "validation")]
+    return tuple(problems)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dllm_rl.tasks.base import Problem, Reward
-from dllm_rl.tasks.loading import load_split
+from dllm_rl.tasks.loading import load_problems
 from dllm_rl.tasks.maths_graders import math500_math_verify, math500_strict
 from dllm_rl.tasks.prompts import Prompt, check_opening, fill, load_template
 from dllm_rl.tasks.reading import last_box
-from dllm_rl.tasks.splits import Split, check_split, hashed_split
+from dllm_rl.tasks.splits import Split, check_split
 
 TEXT = """Solve this problem step by step. Put your working between <reasoning> and </reasoning>, then the final \
 answer as \\boxed{...}, and nothing else, between <answer> and </answer>.
@@ -72,11 +72,7 @@ class MATH500:
 
 @lru_cache(maxsize=8)
 def _problems(path: str | Path | None, split: Split) -> tuple[tuple[str, str, str], ...]:
-    rows = load_split(path, "test" if split == "test" else "train", ("HuggingFaceH4/MATH-500", None))
-    problems = [_problem(place, row) for place, row in rows]
-    if split != "test":
-        problems = [p for p in problems if (hashed_split(p[0]) == "validation") == (split == "validation")]
-    return tuple(problems)
+    return load_problems(path, split, ("HuggingFaceH4/MATH-500", None), _problem)
 
 
 def _problem(place: str, row: dict[str, Any]) -> tuple[str, str, str]:
