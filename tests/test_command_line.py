@@ -20,16 +20,19 @@ def recipe(tmp_path):
 def test_scalars_at_every_depth(recipe):
     new = from_command_line(
         recipe,
-        ["--num_steps", "7", "--learning_rate=1e-4", "--bf16", "--sampler.temperature", "0.5", "--task.clues", "8,9"]
-        + [
-            "--corrector.weigh.cap",
-            "3",
-            "--corrector.surrogate.epsilon",
-            "0.1",
-            "--micro_batch_size",
-            "8",
-            "--output_dir",
-            "x",
+        [
+            *[
+                "--num_steps",
+                "7",
+                "--learning_rate=1e-4",
+                "--bf16",
+                "--sampler.temperature",
+                "0.5",
+                "--task.clues",
+                "8,9",
+            ],
+            *["--corrector.weigh.cap", "3", "--corrector.surrogate.epsilon", "0.1", "--micro_batch_size", "8"],
+            *["--output_dir", "x"],
         ],
     )
     assert (new.num_steps, new.learning_rate, new.bf16, new.micro_batch_size, new.output_dir) == (7, 1e-4, True, 8, "x")
@@ -52,8 +55,11 @@ def test_an_estimators_parts_are_not_changed_one_by_one(recipe):
 def test_functions_by_name(recipe):
     new = from_command_line(
         recipe,
-        ["--corrector", "none", "--likelihood", "one_step", "--aggregate", "sequence", "--kl", "kl_k2"]
-        + ["--rollout_quantization", "int8_weight_only", "--advantages", "leave_one_out", "--sampler.rank", "max_prob"],
+        [
+            *["--corrector", "none", "--likelihood", "one_step", "--aggregate", "sequence", "--kl", "kl_k2"],
+            *["--rollout_quantization", "int8_weight_only", "--advantages", "leave_one_out"],
+            *["--sampler.rank", "max_prob"],
+        ],
     )
     assert new.corrector == correctors.none() and new.likelihood.name == "one_step"
     assert new.aggregate is sequence and new.rollout_quantization is int8_weight_only

@@ -2,15 +2,17 @@
 
 import json
 import os
-import time
+import signal
+from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
 from dllm_rl.tasks import GSM8K, MATH500, Problem, Task, math_check
 from dllm_rl.tasks.latex import normalise, rational
 from dllm_rl.tasks.loading import load_rows, load_split
-from dllm_rl.tasks.maths_graders import reference_number
+from dllm_rl.tasks.maths_graders import math500_math_verify, reference_number
 from dllm_rl.tasks.reading import LONGEST, exact_number, first_boxed_number, last_box, last_number
 
 TRAIN = [
@@ -234,21 +236,57 @@ def test_rationals() -> None:
     assert rational("1/3") == Fraction(1, 3)
 
 
-def test_math_verify_within_its_wall(monkeypatch) -> None:
-    monkeypatch.setattr(math_check, "SECONDS", 0.3)
+def test_math_verify_within_its_wall(worker) -> None:
+    assert math_check.equal("x^2-1", "(x-1)(x+1)")
+    first = worker.process
+    assert math_check.equal("x^2-1", "(x-1)(x+2)") is False
+    for hostile in ("9^{9^{9^{9}}}", "((((((((1))))))))", "\\int e^{-x^2} \\sin x dx", "{" * 150, "1\n2", "x" * 301):
+        assert math_check.equal("2", hostile) is None
+        assert math_check.equal("\\sqrt{2}+1", "1+\\sqrt 2")  # each answer belongs to its own question
+        math_check.equal.cache_clear()
+    for hostile in ("}{", "\ud800", "\x00", "\\input{/etc/passwd}", "__import__('os')"):
+        assert not math_check.equal("2", hostile)
+    assert worker.process is first
+
+
+def test_math_verify_ends_a_comparison_by_its_processor_time(worker) -> None:
+    """The kernel's account of the whole worker: start, one comparison without an end, and what follows it."""
+    math_check.equal("2", "3")
+    before = _processor_seconds(worker.process.pid)
+    for power in range(20):
+        assert math_check.equal("2", f"9^{{9^{{9^{{{power + 9}}}}}}}") is None
+    assert (_processor_seconds(worker.process.pid) - before) / 20 < 0.05
+
+
+def test_a_worker_without_a_question_dies_unnoticed(worker) -> None:
+    """Its end must not pass for the answer to the next question."""
+    assert math_check.equal("2", "1+1")
+    pid = worker.process.pid
+    child = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+    os.kill(child, signal.SIGKILL)
+    assert math_check.equal("2", "3-1") is True and math_check.equal("2", "3-2") is False
+    assert worker.process.pid == pid
+
+
+def test_an_undecided_answer_is_wrong_and_says_so(worker) -> None:
+    graded = math500_math_verify({"answer": "2"}, "\\boxed{9^{9^{9^{9}}}}")
+    assert graded.parsed and graded.value == 0 and graded.breakdown == {"accuracy": 0.0, "undecided": 1.0}
+    graded = math500_math_verify({"answer": "2"}, "\\boxed{1 + 1}")
+    assert graded.value == 1 and graded.breakdown == {"accuracy": 1.0, "undecided": 0.0}
+
+
+@pytest.fixture
+def worker() -> Iterator[math_check._Worker]:
     math_check.equal.cache_clear()
     math_check._WORKER.stop()
-    assert math_check.equal("x^2-1", "(x-1)(x+1)")
-    first = math_check._WORKER.process
-    assert not math_check.equal("x^2-1", "(x-1)(x+2)") and math_check._WORKER.process is first
-    start = time.monotonic()
-    assert not math_check.equal("2", "9^{9^{9^{9}}}")
-    assert time.monotonic() - start < 20  # a loaded machine; the processor time is bounded by 0.3 s
-    assert math_check._WORKER.process is None or math_check._WORKER.process is not first
-    assert math_check.equal("\\sqrt{2}+1", "1+\\sqrt 2")  # it is there again
-    for hostile in ("}{", "\ud800", "\x00", "{" * 150, "1\n2", "x" * 301, "\\input{/etc/passwd}", "__import__('os')"):
-        assert not math_check.equal("2", hostile)
+    yield math_check._WORKER
     math_check._WORKER.stop()
+
+
+def _processor_seconds(pid: int) -> float:
+    """Of a process and the children that it has waited for [proc(5): utime, stime, cutime, cstime]."""
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 def test_math_verify_does_not_share_a_child_with_a_fork(monkeypatch) -> None:

@@ -35,7 +35,7 @@ class MATH500:
     """
 
     name: ClassVar[str] = "math500"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     split: Split = "test"
     path: str | Path | None = None

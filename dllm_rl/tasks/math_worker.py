@@ -1,32 +1,103 @@
-"""The process in which math-verify compares two answers: one JSON pair a line in, 1 or 0 out.
+"""The process in which math-verify compares two answers: one JSON pair a line in, one verdict a line out.
 
-Run as a script by math_check.py, never imported. Symbolic algebra on a model's text can take any time and memory, much
-of it inside single C calls that no Python timeout reaches. So the kernel ends this process when one comparison has used
-its processor time or memory, and the parent takes the silence for "not equal".
+Verdicts: 1 equal, 0 unequal, ? not decided within the bounds. Run as a script by math_check.py, never imported.
+
+Symbolic algebra on a model's text can take any time and memory, much of it inside single C calls that no Python timeout
+reaches. So a forked child does the work, and the kernel ends it when one comparison has used its processor time or
+memory. The parent, which has math-verify loaded and warm, says "?" and forks another in a few milliseconds.
 """
 
+import gc
 import json
+import logging
+import mmap
+import os
 import resource
 import signal
 import sys
+from functools import lru_cache
 
 from math_verify import LatexExtractionConfig, parse, verify
 
-MEMORY = 3 << 30  # bytes of address space
+MEMORY = 2 << 30  # bytes of address space
+REFERENCE = 1.0  # seconds of processor time for reading a reference, once
+# Both libraries learn each construction when they first meet it, at many times the later cost.
+WARM = {
+    "(-3, \\frac{\\pi}{2})": "\\left(-3, \\pi/2\\right)",
+    "(-\\infty, 2] \\cup [3, \\infty)": "x \\in (-\\infty,2]\\cup[3,\\infty)",
+    "\\{1, -2, 3\\}": "x = -2, 1, 3",
+    "1 \\pm \\sqrt{19}": "1 + \\sqrt{19}, 1 - \\sqrt{19}",
+    "y = 2x + 3": "3 + 2x",
+    "(x - 2)(x + 2)(x^2 + 4)": "x^4 - 16",
+    "\\frac{3}{x-2} + \\frac{4}{x+1}": "\\frac{7x - 5}{(x-2)(x+1)}",
+    "\\frac{m^2 - n^2}{m}": "m - \\frac{n^2}{m}",
+    "\\begin{pmatrix} -1/3 \\\\ 2 \\end{pmatrix}": "\\begin{pmatrix} -\\frac13 \\\\ 2 \\end{pmatrix}",
+    "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}": "\\begin{pmatrix} 1 & 2 \\\\ 3 & 5 \\end{pmatrix}",
+    "\\sin x \\cos x": "\\frac{1}{2} \\sin 2x",
+    "\\tan^2 x": "\\sec^2 x - 1",
+    "\\frac{\\sqrt{6} + \\sqrt{2}}{4}": "\\cos 15^\\circ",
+    "\\frac{1}{1 + \\sqrt[3]{2}}": "\\frac{1 - \\sqrt[3]{2} + \\sqrt[3]{4}}{3}",
+    "6 - 5i": "-5i + 6",
+    "e^{i \\pi}": "-1",
+    "\\log_2 8 + \\ln x": "3 + \\ln x",
+    "2^{100}": "4^{50}",
+    "10,\\!080": "10080.5",
+    "4210_{5}": "4210_5",
+    "120^\\circ": "120 \\text{ degrees}",
+    "\\text{Eve}": "Ada",
+    "\\frac{n!}{2}": "3 \\times 4 \\div 5",
+    "|x - 3| \\le 5": "-\\frac12 \\le x < 8",
+    "\\left[\\frac{\\pi}{8}, 1\\right)": "[\\pi/8, 1)",
+    "\\begin{pmatrix} 4/9 & 8 \\\\ 1/3 & 2\\end{pmatrix}": "\\begin{pmatrix} \\frac49 & 8\\\\1 & x\\end{pmatrix}",
+    "\\left(-\\frac{1}{2}, \\frac{\\sqrt{3}}{2}, 0\\right)": "(-1/2,\\sqrt3/2,0)",
+    "-\\frac{1}{3} < x \\le 4": "x\\in(-1/3,4]",
+    "\\frac{a}{b} + \\frac{b}{a}": "\\frac{a^2+b^2}{ab}",
+    "x^3 + y^3": "(x+y)(x^2-xy+y^2)",
+    "\\cot x": "\\frac{\\cos x}{\\sin x}",
+    "\\frac{1 - i\\sqrt{3}}{2}": "e^{-i\\pi/3}",
+    "\\sqrt[4]{x^3}": "x^{3/4}",
+    "x > 3": "(3, \\infty)",
+}
+_CONFIG = [LatexExtractionConfig(boxed_match_priority=0)]
 
 
 def main() -> None:
     seconds = float(sys.argv[1])
+    logging.disable(logging.WARNING)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
+    for pair in WARM.items():
+        verify(*map(read, pair), timeout_seconds=None)
+    gc.freeze()
+    busy = mmap.mmap(-1, 1)  # shared: whether a question is being answered
     print("ready", flush=True)
+    while True:
+        child = os.fork()
+        if child == 0:
+            serve(seconds, busy)
+            os._exit(0)
+        if os.waitpid(child, 0)[1] == 0:
+            return
+        if busy[0]:
+            busy[0] = 0
+            print("?", flush=True)
+
+
+def serve(seconds: float, busy: mmap.mmap) -> None:
     for line in sys.stdin:
-        boxed = [f"\\boxed{{{answer}}}" for answer in json.loads(line)]
+        reference, answer = json.loads(line)
+        busy[0] = 1
+        signal.setitimer(signal.ITIMER_PROF, REFERENCE)
+        known = read(reference)
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        reference, answer = (parse(text, extraction_config=config, parsing_timeout=None) for text in boxed)
-        equal = verify(reference, answer, timeout_seconds=None)
+        equal = verify(known, read.__wrapped__(answer), timeout_seconds=None)
         signal.setitimer(signal.ITIMER_PROF, 0)
+        busy[0] = 0
         print(int(equal), flush=True)
+
+
+@lru_cache(maxsize=1024)
+def read(answer: str) -> list:
+    return parse(f"\\boxed{{{answer}}}", extraction_config=_CONFIG, parsing_timeout=None)
 
 
 if __name__ == "__main__":

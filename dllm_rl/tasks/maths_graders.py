@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -108,10 +109,13 @@ def math500_d1(fields: Mapping[str, Any], completion: str) -> Reward:
 def math500_math_verify(fields: Mapping[str, Any], completion: str) -> Reward:
     """The strict answer is symbolically equal to the reference, by math-verify [library].
 
-    The one grader that is not fast: a comparison may use a second of processor time, and then counts as unequal.
+    A comparison that is not decided within math_check.SECONDS of processor time counts as unequal, and as "undecided"
+    in the breakdown: whether one is depends on the machine.
     """
     answer = final_answer(completion)
-    return _graded(bool(answer), bool(answer) and math_check.equal(fields["answer"], answer))
+    equal = math_check.equal(fields["answer"], answer) if answer else False
+    graded = _graded(bool(answer), equal is True)
+    return replace(graded, breakdown={**graded.breakdown, "undecided": float(equal is None)})
 
 
 def reference_number(answer: str | int | float) -> Fraction:
