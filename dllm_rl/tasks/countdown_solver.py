@@ -90,13 +90,17 @@ class _Solver:
         for part in _parts(subset):
             rest = subset ^ part
             for a, left in self.table(part).items():
-                for operator, b, part_first in self._needed(a, target, rest):
+                for operator, b, part_first in self._needed(a, target):
                     right = self.reach(rest, b)
                     if right is not None:
                         yield write(left, operator, right) if part_first else write(right, operator, left)
 
-    def _needed(self, a: Fraction, target: Fraction, rest: int) -> Iterator[tuple[str, Fraction, bool]]:
-        """(operator, b, whether a stands first) for every b with a operator b, or b operator a, equal to the target."""
+    def _needed(self, a: Fraction, target: Fraction) -> Iterator[tuple[str, Fraction, bool]]:
+        """(operator, b, whether a stands first) for every b with a operator b, or b operator a, equal to the target.
+
+        A zero needs no case of its own: 0 * b and 0 / b are also reached by joining b's numbers to the 0 one by one,
+        and a number is never 0.
+        """
         for operator in self.operators:
             if operator == "+":
                 yield "+", target - a, True
@@ -109,16 +113,6 @@ class _Solver:
                 yield "/", target * a, False
                 if target:
                     yield "/", a / target, True
-            elif not target:  # 0 * b and 0 / b are 0 for any b but 0, and some b is always there: a product, a sum ...
-                yield operator, self._nonzero(rest), True
-
-    def _nonzero(self, subset: int) -> Fraction:
-        operator = self.operators.replace("-", "")[0]  # a is 0 only through a difference of equals
-        values = [Fraction(number) for place, number in enumerate(self.numbers) if subset >> place & 1]
-        total = values[0]
-        for value in values[1:]:
-            total = total + value if operator == "+" else total * value if operator == "*" else total / value
-        return total
 
 
 def _parts(subset: int) -> Iterator[int]:
