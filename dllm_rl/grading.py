@@ -111,15 +111,16 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
 def summarise(rewards: Sequence[Reward]) -> dict[str, Any]:
     """n, and for `parsed` and each rate of the breakdowns its mean and a 95 % interval, [low, high].
 
-    accuracy, solve_rate and parsed: proportions, with Wilson's interval. cell_accuracy: where cells were counted, all
-    correct cells over all empty cells, else the mean over problems; bootstrap over problems, from a fixed seed.
+    accuracy, solve_rate, undecided (math-verify found no end) and parsed: proportions, with Wilson's interval.
+    cell_accuracy: where cells were counted, all correct cells over all empty cells, else the mean over problems;
+    bootstrap over problems, from a fixed seed.
     """
     n = len(rewards)
     shown: dict[str, Any] = {"n": n}
     rates = {"parsed": [reward.parsed for reward in rewards]}
     rates |= {
         name: [reward.breakdown[name] for reward in rewards]
-        for name in ("accuracy", "solve_rate")
+        for name in ("accuracy", "solve_rate", "undecided")
         if name in rewards[0].breakdown
     }
     for name, hits in rates.items():
