@@ -32,7 +32,7 @@ def arm(
     advantages = torch.linspace(-1, 1, len(mask), device=device)
     ones, count = torch.ones_like(old), int(mask.sum())
     batch = Batch(rollout, noise, advantages, old, scores, ones, mask, None, count, len(mask))
-    loss = {"corrector": none(), "aggregate": losses.token, "beta": 0.0, "kl": losses.kl_k3}
+    loss = {"corrector": none(), "aggregate": losses.token, "beta": 0.0, "kl": losses.kl_k3, "entropy_coeff": 0.0}
     recipe = SimpleNamespace(likelihood=estimator, **loss, micro_batch_size=micro_batch_size)
     parameters = list(policy.module.parameters())
     for parameter in parameters:

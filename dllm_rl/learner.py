@@ -63,6 +63,7 @@ def accumulate_gradients(policy: Policy, batch: Batch, scores: Tensor, recipe) -
         aggregate=recipe.aggregate,
         beta=recipe.beta,
         kl=recipe.kl,
+        entropy=recipe.entropy_coeff,
     )
     (vectors,) = torch.autograd.grad(logps, leaves, gradient)
     rollout, group = batch.rollout, batch.rollout.group_size

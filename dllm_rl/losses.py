@@ -129,10 +129,20 @@ def kl_k3(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     return torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) - log_ratio
 
 
-def entropy_bonus(logps: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """-sg(log p) log p, whose gradient -log p grad log p has mean grad H over tokens sampled from p: an objective that
-    raises the entropy, in nats, from the sampled tokens alone (score-function estimate; exact only on-policy)."""
-    return -logps.detach() * logps
+def entropy_bonus(
+    logps: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, group_size: int = 1
+) -> Float[Tensor, "B T"]:
+    """(-sg(log p) - b) log p: an objective that raises the entropy, in nats, from the sampled tokens alone.
+
+    Over tokens sampled from p, the mean of (-log p - b) grad log p is grad H for every b that does not depend on the
+    row (score-function estimate; exact only on-policy). b is the mean of -log p over the tokens of the OTHER
+    completions of the same prompt (0 where there are none): without it every sampled token is made likelier, and the
+    noise of that lowers the entropy [ours].
+    """
+    surprise = torch.where(mask, -logps.detach(), 0)
+    totals = surprise.sum(-1).view(-1, group_size), mask.sum(-1).view(-1, group_size)
+    total, count = (x.sum(-1, keepdim=True) - x for x in totals)
+    return (surprise - (total / count.clamp(min=1)).view(-1, 1)) * torch.where(mask, logps, 0)
 
 
 def token(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int) -> Float[Tensor, "B T"]:
@@ -214,7 +224,7 @@ def policy_loss(
         loss, gradient = loss + term, gradient + torch.autograd.grad(term, logps)[0]
         metrics["kl"] = (penalty.detach().sum(), keep.sum())
     if entropy:
-        bonus = entropy * (coefficient[keep] * entropy_bonus(torch.where(keep, logps, 0))[keep]).sum()
+        bonus = entropy * (coefficient * entropy_bonus(logps, keep, group_size=batch.rollout.group_size)).sum()
         gradient = gradient - torch.autograd.grad(bonus, logps)[0]
         metrics["entropy"] = (-logps.detach()[keep].sum(), keep.sum())
     metrics["loss"] = (loss.detach(), torch.ones(()))

@@ -63,6 +63,7 @@ class Recipe:
     train_batch_size: int = _("prompts per step, over all processes", 32)
     num_generations: int = _("completions per prompt (G)", 8)
     micro_batch_size: int | None = _("completions per forward of scoring and update; None: all at once", None)
+    max_num_gen_batches: int = _("draws of prompts a step, until no group's rewards are all equal; 1: no second", 1)
     num_steps: int = _("RL steps", 180)
     num_iterations: int = _("optimiser updates per rollout", 1)
     learning_rate: float = _("of AdamW", 5e-4)
@@ -73,6 +74,7 @@ class Recipe:
     lr_schedule: Callable = _("(step, num_steps) -> factor on the learning rate", linear_decay)
     beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0)
     kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.losses")
+    entropy_coeff: float = _("weight of the entropy bonus; 0: none", 0.0)
     bf16: bool = _("learner's forward in bf16 autocast", False)
     zero_mismatch: bool = _(
         "arithmetic that does not depend on the batch; stop where rollout and learner differ at all", False
@@ -97,10 +99,17 @@ class Recipe:
 
     def __post_init__(self) -> None:
         positive = ("train_batch_size", "num_generations", "num_iterations", "warmup_batch_size", "warmup_eval_steps")
-        for name in (*positive, "eval_batch_size", "logging_steps", "save_steps", "save_total_limit"):
+        for name in (
+            *positive,
+            "max_num_gen_batches",
+            "eval_batch_size",
+            "logging_steps",
+            "save_steps",
+            "save_total_limit",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("num_steps", "warmup_steps", "eval_steps", "beta", "weight_decay"):
+        for name in ("num_steps", "warmup_steps", "eval_steps", "beta", "entropy_coeff", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         for name in ("learning_rate", "warmup_learning_rate", "max_grad_norm"):

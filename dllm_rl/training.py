@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dllm_rl.advantages import informative
 from dllm_rl.alignment import aligned
 from dllm_rl.evaluation import score
 from dllm_rl.launch import begin, catch_interrupt, draw_problems, evaluate_with, finish, prepare, save
@@ -46,7 +47,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
         with log.stage("reward"):
             graded = score(recipe.task, problems, decode(policy, rollout))
             rewards = gather_rewards(graded, recipe.num_generations, accelerator)  # (P, G)
-            advantages = recipe.advantages(rewards)  # (P, G)
+            drawn = reward_metrics(rewards, graded, rollout, accelerator)
+        if recipe.max_num_gen_batches > 1:
+            rollout, rewards, again = draw_again(
+                recipe, accelerator, log, policy, rollout_policy, rollout, rewards, step
+            )
+            drawn |= again
+        advantages = recipe.advantages(rewards)  # (P, G)
         with log.stage("scoring"), arithmetic(recipe, accelerator), forward_of(recipe, policy, rollout_policy):
             live = live_rows(advantages, recipe, accelerator)
             part = rollout.rows(live)
@@ -64,7 +71,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         with log.stage("sync"):
             sync_weights(policy, rollout_policy)
 
-        metrics = reward_metrics(rewards, graded, rollout, accelerator) | mismatch | learning
+        metrics = drawn | mismatch | learning
         done = step + 1
         if recipe.eval_steps and done % recipe.eval_steps == 0:
             with log.stage("evaluation"):
@@ -84,12 +91,43 @@ def train(recipe: Recipe) -> dict[str, Any]:
     return finish(recipe, accelerator, log, policy, rollout_policy, history)
 
 
-def seeds_of(recipe: Recipe, step: int, accelerator: Accelerator) -> list[int]:
-    """Seeds of this process's rows: a row's seed depends on (seed, step, its place in the global batch)."""
+def seeds_of(recipe: Recipe, step: int, accelerator: Accelerator, *draw: int) -> list[int]:
+    """Seeds of this process's rows: a row's seed depends on (seed, step, draw, its place in the global batch)."""
     rows = recipe.train_batch_size * recipe.num_generations
-    seeds = row_seeds(stream(recipe.seed, "rollout", step), rows).tolist()
+    seeds = row_seeds(stream(recipe.seed, "rollout", step, *draw), rows).tolist()
     share = rows // accelerator.num_processes
     return seeds[accelerator.process_index * share : (accelerator.process_index + 1) * share]
+
+
+def draw_again(
+    recipe: Recipe, accelerator: Accelerator, log, policy, rollout_policy, rollout: Rollout, rewards: Tensor, step: int
+) -> tuple[Rollout, Tensor, dict[str, float]]:
+    """DAPO's dynamic sampling [paper]: other prompts in place of the groups whose rewards are all equal.
+
+    Repeated until there are none, or max_num_gen_batches draws were made. A place's prompt and seeds depend on (seed,
+    step, draw) alone, so that any number of processes draws the same; DAPO pools the draws instead [ours].
+    """
+    draws, group = 1, recipe.num_generations
+    while draws < recipe.max_num_gen_batches and not informative(rewards).all():
+        places = local(~informative(rewards), accelerator).nonzero()[:, 0]
+        mine = local(rewards, accelerator).clone()
+        if len(places):
+            rows = (places[:, None] * group + torch.arange(group, device=places.device)).flatten()
+            purpose = f"train, draw {draws}"
+            problems = draw_problems(recipe.task, purpose, recipe.seed, step, recipe.train_batch_size, accelerator)
+            problems = [problems[i] for i in places.tolist()]
+            seeds = [seeds_of(recipe, step, accelerator, draws)[i] for i in rows.tolist()]
+            with log.stage("rollout"), arithmetic(recipe, accelerator):
+                prompts = encode(policy, problems, group_size=group, seeds=seeds)
+                part = recipe.sampler(rollout_policy, prompts, stream(recipe.seed, "rollout", step, draws))
+                check_version(part, policy)
+            with log.stage("reward"):
+                graded = score(recipe.task, problems, decode(policy, part))
+                mine[places] = reward_values(graded, mine.device).view(-1, group)
+            rollout = rollout.replaced(rows, part, pad_id=policy.pad_id)
+        rewards, draws = accelerator.gather(mine), draws + 1
+    equal = 1 - informative(rewards).double().mean().item()
+    return rollout, rewards, {"dynamic_sampling/draws": float(draws), "dynamic_sampling/frac_reward_zero_std": equal}
 
 
 def draw_noise(recipe: Recipe, step: int, rollout: Rollout, advantages: Tensor, accelerator: Accelerator) -> Noise:
@@ -119,21 +157,26 @@ def local(rows: Tensor, accelerator: Accelerator) -> Tensor:
 
 def gather_rewards(graded: Sequence[Reward], group_size: int, accelerator: Accelerator) -> Tensor:
     """Rewards (P, G) of all processes."""
-    values = torch.tensor([reward.value for reward in graded], dtype=torch.float32, device=accelerator.device)
+    return accelerator.gather(reward_values(graded, accelerator.device).view(-1, group_size))
+
+
+def reward_values(graded: Sequence[Reward], device: torch.device) -> Tensor:
+    """The rewards as numbers. Raises FloatingPointError on one that is not finite."""
+    values = torch.tensor([reward.value for reward in graded], dtype=torch.float32, device=device)
     if not values.isfinite().all():
         raise FloatingPointError(
             f"a reward is not finite: {next(r for r in graded if not abs(r.value) < float('inf'))}"
         )
-    return accelerator.gather(values.view(-1, group_size))
+    return values
 
 
 def live_rows(advantages: Tensor, recipe: Recipe, accelerator: Accelerator) -> Tensor:
     """Indices of this process's rows in groups with a nonzero advantage: the others move nothing.
 
-    With a KL term, or when no group is left, all rows count (mismatch is measured at every step).
+    With a KL term or an entropy bonus, or when no group is left, all rows count (mismatch is measured at every step).
     """
     live = (advantages != 0).any(-1)
-    if recipe.beta or not live.any():
+    if recipe.beta or recipe.entropy_coeff or not live.any():
         live = torch.ones_like(live)
     return local(live.repeat_interleave(recipe.num_generations), accelerator).nonzero()[:, 0]
 

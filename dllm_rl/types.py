@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
@@ -118,6 +119,22 @@ class Rollout(_Movable):
     def rows(self, keep: Int[Tensor, " R"]) -> "Rollout":
         """The given rows, in the given order. group_size must still divide them."""
         return self._map(lambda x: x[keep])
+
+    def replaced(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":
+        """This rollout with `rows` replaced by those of another; the narrower of the two is padded on the left."""
+        width = max(self.tokens.shape[1], by.tokens.shape[1])
+        blank = {
+            "tokens": pad_id,
+            "attention_mask": False,
+            "completion_mask": False,
+            "unmask_step": -1,
+            "logprobs": 0.0,
+        }
+        joined = {}
+        for name, value in blank.items():
+            old, new = (F.pad(getattr(x, name), (width - x.tokens.shape[1], 0), value=value) for x in (self, by))
+            joined[name] = old.index_copy(0, rows, new)
+        return dataclasses.replace(self, **joined, forwards=self.forwards + by.forwards)
 
 
 @dataclass(frozen=True)

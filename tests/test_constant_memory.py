@@ -96,9 +96,9 @@ def make_batch(policy, estimator, rollout, noise, advantages, *, corrector, beta
     ), scores
 
 
-def recipe_of(estimator, corrector, aggregate, *, beta=0.0, micro_batch_size=None, **more):
+def recipe_of(estimator, corrector, aggregate, *, beta=0.0, entropy_coeff=0.0, micro_batch_size=None, **more):
     names = {"likelihood": estimator, "corrector": corrector, "aggregate": aggregate, "beta": beta, "kl": losses.kl_k3}
-    return SimpleNamespace(**names, micro_batch_size=micro_batch_size, **more)
+    return SimpleNamespace(**names, entropy_coeff=entropy_coeff, micro_batch_size=micro_batch_size, **more)
 
 
 def plain_logps(policy, estimator, rollout, noise) -> torch.Tensor:
@@ -117,7 +117,8 @@ def plain_loss(logps, batch: Batch, recipe) -> torch.Tensor:
     if batch.reference is not None:
         penalty = recipe.kl(torch.where(keep, batch.reference - logps, 0))
         loss = loss + recipe.beta * (coefficient * penalty * keep).sum()
-    return loss
+    bonus = losses.entropy_bonus(logps, keep, group_size=batch.rollout.group_size)
+    return loss - recipe.entropy_coeff * (coefficient * bonus).sum()
 
 
 def parameters(policy) -> list[torch.nn.Parameter]:
@@ -144,7 +145,7 @@ def assert_same(ours: torch.Tensor, plain: torch.Tensor) -> None:
 @pytest.mark.parametrize("correction", CORRECTORS)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_gradient_is_plain_autograds(name, correction):
-    """Every loss and aggregation; the KL term and the micro-batch size change from case to case."""
+    """Every loss and aggregation; KL term, entropy bonus and micro-batch size change from case to case."""
     policy, estimator, rollout, noise, advantages = setting(name)
     logps, own = plain_logps(policy, estimator, rollout, noise), CORRECTORS[correction]
     batches = {
@@ -154,7 +155,8 @@ def test_gradient_is_plain_autograds(name, correction):
     for i, (surrogate, aggregate) in enumerate(product(surrogates, AGGREGATIONS.values())):
         beta, size = (0.0, 0.1)[i % 2], (None, 4, 8)[(i // 2) % 3]
         batch, scores = batches[beta]
-        recipe = recipe_of(estimator, replace(own, surrogate=surrogate), aggregate, beta=beta, micro_batch_size=size)
+        terms = {"beta": beta, "entropy_coeff": (0.0, 0.2, 0.0)[i % 3], "micro_batch_size": size}
+        recipe = recipe_of(estimator, replace(own, surrogate=surrogate), aggregate, **terms)
         loss = plain_loss(logps, batch, recipe)
         plain = torch.autograd.grad(loss, parameters(policy), retain_graph=True, allow_unused=True)
         assert_same(learned(policy, batch, scores, recipe), flat(plain, policy))

@@ -1,5 +1,6 @@
 """Objectives, KL terms, aggregations and the loss that joins them: values AND gradients, worked by hand."""
 
+import itertools
 import math
 from functools import partial
 
@@ -236,10 +237,25 @@ def test_entropy_bonus_is_the_gradient_of_the_entropy_in_expectation():
     # Over all four tokens of p = softmax(z), sum_y p(y) (-log p(y)) d log p(y)/dz = dH/dz.
     z = tensor([0.3, -1.0, 2.0, 0.1], dtype=torch.float64, requires_grad=True)
     logp = z.log_softmax(-1)
-    mean = (logp.exp().detach() * losses.entropy_bonus(logp[None])[0]).sum()
+    one = torch.ones(1, 4, dtype=torch.bool)
+    mean = (logp.exp().detach() * losses.entropy_bonus(logp[None], one)[0]).sum()
     (estimate,) = torch.autograd.grad(mean, z, retain_graph=True)
-    (exact,) = torch.autograd.grad(-(logp.exp() * logp).sum(), z)
+    (exact,) = torch.autograd.grad(-(logp.exp() * logp).sum(), z, retain_graph=True)
     assert_close(estimate, exact, rtol=1e-12, atol=1e-15)
+    # And over all sixteen pairs of completions, each of which is the other's baseline.
+    total = 0
+    for pair in itertools.product(range(4), repeat=2):
+        bonus = losses.entropy_bonus(logp[list(pair)][:, None], torch.ones(2, 1, dtype=torch.bool), group_size=2)
+        total = total + logp[list(pair)].sum().exp().detach() * bonus.mean()
+    assert_close(torch.autograd.grad(total, z)[0], exact, rtol=1e-12, atol=1e-15)
+
+
+def test_entropy_bonus_by_hand():
+    # Means of -log p of the other completion: 1.5 for row 0 (two tokens), 4 for row 1 (one token); row 2, 3: no token.
+    logps = tensor([[-4.0, 9.0], [-1.0, -2.0], [7.0, 7.0], [-3.0, 7.0]], requires_grad=True)
+    mask = tensor([[True, False], [True, True], [False, False], [True, False]])
+    losses.entropy_bonus(logps, mask, group_size=2).sum().backward()
+    assert logps.grad.tolist() == [[2.5, 0], [-3.0, -2.0], [0, 0], [3.0, 0]]
 
 
 def test_entropy_enters_the_gradient_with_its_coefficient():

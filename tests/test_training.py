@@ -11,10 +11,14 @@ from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import correctors, likelihoods, load_policy
 from dllm_rl.correctors import none, tis
+from dllm_rl.launch import make_accelerator
 from dllm_rl.losses import constant, kl_k1, kl_k2, sequence, token
 from dllm_rl.quantize import float8_weight_only
 from dllm_rl.report import read_metrics
-from dllm_rl.training import train
+from dllm_rl.runlog import RunLog
+from dllm_rl.tasks.sudoku import Sudoku
+from dllm_rl.text import decode, encode
+from dllm_rl.training import draw_again, train
 
 TIMES = ("time/", "step_time")
 
@@ -104,6 +108,89 @@ def test_leaving_out_groups_without_advantage_changes_nothing_but_time(tmp_path)
     skipped = train(tiny_recipe(tmp_path / "skipped", **changes))
     kept = train(tiny_recipe(tmp_path / "kept", beta=1e-30, kl=kl_k1, **changes))
     assert_same_weights(skipped, kept, rtol=1e-5, atol=1e-7)
+
+
+def test_entropy_bonus_reaches_the_weights_without_any_advantage(tmp_path):
+    """With advantages 0 the bonus is all there is: it must raise -log p of what is sampled, and 0 must move nothing."""
+    still = {"advantages": torch.zeros_like, "rollout_quantization": None, "num_steps": 6}
+    a = train(tiny_recipe(tmp_path / "a", **still))
+    b = train(tiny_recipe(tmp_path / "b", num_iterations=2, **still))
+    assert_same_weights(a, b)
+    still |= {"num_steps": 20, "train_batch_size": 16}
+    train(tiny_recipe(tmp_path / "c", entropy_coeff=0.5, learning_rate=1e-3, warmup_steps=60, **still))
+    entropy = [row["entropy"] for row in metrics_of(tmp_path / "c")]
+    assert sum(entropy[-5:]) / 5 > sum(entropy[:5]) / 5 + 0.03  # without its baseline the bonus LOWERS it, by 0.3
+    assert "entropy" not in metrics_of(tmp_path / "a")[0]
+
+
+class OddPuzzles:
+    """Sudoku, but only every other prompt tells completions apart: the rest are all worth 1."""
+
+    name, version = "odd", "1"
+
+    def __init__(self):
+        self.task = Sudoku(split="train", size=64)
+
+    def __len__(self):
+        return len(self.task)
+
+    def __getitem__(self, index):
+        problem = self.task[index]
+        prompt = problem.prompt + "=" * (index % 5)  # so that a later draw is wider or narrower
+        return replace(problem, prompt=prompt, fields={**problem.fields, "dull": index % 2 == 0})
+
+    def reward(self, problem, completion):
+        graded = self.task.reward(problem, completion)
+        return replace(graded, value=1.0) if problem.fields["dull"] else graded
+
+
+@pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])
+def test_dynamic_sampling_draws_until_groups_differ(make, tmp_path):
+    changes = {"task": OddPuzzles(), "train_batch_size": 8, "num_steps": 3, "rollout_quantization": None}
+    train(make(tmp_path / "one", **changes))
+    train(make(tmp_path / "some", max_num_gen_batches=2, **changes))
+    train(make(tmp_path / "many", max_num_gen_batches=40, **changes))
+    one, some, many = (metrics_of(tmp_path / name)[0] for name in ("one", "some", "many"))
+    before = one["frac_reward_zero_std"]
+    assert before > 0 and {some["frac_reward_zero_std"], many["frac_reward_zero_std"]} == {before}  # of the first draw
+    assert many["dynamic_sampling/frac_reward_zero_std"] == 0 < many["dynamic_sampling/draws"] < 40
+    assert some["dynamic_sampling/draws"] == 2 and some["dynamic_sampling/frac_reward_zero_std"] <= before
+    for row in metrics_of(tmp_path / "many"):  # what was sampled at another width is scored the same
+        assert row["rollout_corr/abs_log_ratio_max"] < 1e-5
+
+
+def test_after_dynamic_sampling_every_reward_is_its_own_rows(tmp_path):
+    recipe, task = tiny_recipe(tmp_path, train_batch_size=8, max_num_gen_batches=3), OddPuzzles()
+    recipe = replace(recipe, task=task)
+    policy, accelerator = recipe.model(seed=0), make_accelerator()
+    log = RunLog(tmp_path, start=0, main=False)
+    prompts = encode(policy, [task[i] for i in range(8)], group_size=4)
+    rollout = recipe.sampler(policy, prompts, torch.Generator().manual_seed(0))
+    rewards = torch.arange(32.0).view(8, 4)
+    rewards[[1, 2, 6]] = 0.0
+    after, found, metrics = draw_again(recipe, accelerator, log, policy, policy, rollout, rewards, 0)
+    assert metrics["dynamic_sampling/draws"] > 1
+    known = {problem.prompt: problem for problem in (task[i] for i in range(len(task)))}
+    width, kept = after.tokens.shape[1] - rollout.tokens.shape[1], [0, 3, 4, 5, 7]
+    assert torch.equal(found[kept], rewards[kept])
+    for place in range(8):
+        rows = slice(4 * place, 4 * place + 4)
+        if place in kept:
+            assert torch.equal(after.tokens[rows, width:], rollout.tokens[rows])
+            continue
+        for row, reward in enumerate(found[place].tolist(), start=4 * place):
+            completion = decode(policy, after)[row]
+            asked = after.tokens[row, after.attention_mask[row] & ~after.completion_mask[row]]
+            graded = task.reward(known[policy.tokenizer.decode(asked)], completion)
+            assert graded.value == pytest.approx(reward)
+    assert not after.attention_mask[:, :width][:4].any() and (after.unmask_step >= 0).equal(after.completion_mask)
+
+
+def test_dynamic_sampling_with_nothing_to_replace_changes_nothing(tmp_path):
+    a = train(tiny_recipe(tmp_path / "a"))
+    b = train(tiny_recipe(tmp_path / "b", max_num_gen_batches=5))
+    assert metrics_of(tmp_path / "a")[0]["frac_reward_zero_std"] == 0
+    assert_same_weights(a, b)
 
 
 def descent(parameters, lr, betas, weight_decay):

@@ -37,6 +37,7 @@ def launch(directory, *launcher, recipe="sudoku_tiny", more=()):
         ("sudoku_tiny", []),
         ("sudoku_tiny_ar", []),
         ("sudoku_tiny", ["--likelihood", "coupled", "--beta", "0.1", "--num_iterations", "2"]),
+        ("sudoku_tiny", ["--max_num_gen_batches", "3", "--num_generations", "2", "--entropy_coeff", "0.01"]),
     ],
 )
 def test_two_processes_equal_one(tmp_path, recipe, more):
@@ -46,6 +47,8 @@ def test_two_processes_equal_one(tmp_path, recipe, more):
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=2e-3, abs=2e-5)
     assert one[0]["loss"] != 0
+    if "--max_num_gen_batches" in more:
+        assert one[0]["dynamic_sampling/draws"] > 1
 
 
 def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch):
