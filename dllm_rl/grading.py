@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dllm_rl.statistics import bootstrap_mean, wilson
+from dllm_rl.tasks import math_check
 from dllm_rl.tasks.base import Problem, Reward, Task
 from dllm_rl.tasks.countdown import Countdown
 from dllm_rl.tasks.countdown_graders import countdown_d1, countdown_strict
@@ -83,6 +84,8 @@ def find_grader(task: str, protocol: str) -> Grader:
         raise ValueError(f"task={task!r} has no protocols; those that have: {', '.join(PROTOCOLS)}")
     if protocol not in PROTOCOLS[task]:
         raise ValueError(f"protocol={protocol!r} is none of {task}'s: {', '.join(PROTOCOLS[task])}")
+    if PROTOCOLS[task][protocol] is math500_math_verify:
+        math_check.require()
     return PROTOCOLS[task][protocol]
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dllm_rl.tasks import GSM8K, MATH500, Problem, Task, math_check
+from dllm_rl import cli
+from dllm_rl.grading import under_protocol
+from dllm_rl.tasks import GSM8K, MATH500, Task, math_check
 from dllm_rl.tasks.latex import normalise, rational
 from dllm_rl.tasks.loading import load_rows, load_split
 from dllm_rl.tasks.maths_graders import math500_math_verify, reference_number
@@ -301,13 +303,19 @@ def test_math_verify_does_not_share_a_child_with_a_fork(monkeypatch) -> None:
     math_check._WORKER.stop()
 
 
-def test_without_math_verify_the_protocol_says_what_to_install(monkeypatch) -> None:
+def test_without_math_verify_the_protocol_says_what_to_install(monkeypatch, tmp_path, capsys) -> None:
+    """Before any work: when the task is made, and when a protocol is named."""
     monkeypatch.setattr(math_check, "find_spec", lambda name: None)
-    math_check._WORKER.stop()
-    math_check.equal.cache_clear()
-    task = MATH500(path="unused.jsonl", reward_rule="espo")
+    (tmp_path / "rows.jsonl").write_text('{"completion": "\\\\boxed{x+x}", "answer": "2x"}\n')
     with pytest.raises(ImportError, match=r"pip install 'dllm_rl\[math\]'"):
-        task.reward(Problem("", {"answer": "2x"}), "\\boxed{x+x}")
+        MATH500(path="unused.jsonl", reward_rule="espo")
+    for protocol in ("math-verify", "espo"):
+        with pytest.raises(ImportError, match="math-verify"):
+            under_protocol(MATH500(path="unused.jsonl"), protocol)
+    command = ["grade", "--task", "math500", "--protocol", "math-verify", str(tmp_path / "rows.jsonl")]
+    assert cli.main(command) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: grading by math-verify needs") and err.count("\n") == 1
 
 
 def test_no_task_imports_torch(monkeypatch) -> None:

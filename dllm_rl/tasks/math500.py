@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from dllm_rl.tasks import math_check
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.loading import load_problems
 from dllm_rl.tasks.maths_graders import math500_math_verify, math500_strict
@@ -51,6 +52,8 @@ class MATH500:
             raise ValueError(f"split={self.split!r} needs path=: MATH-500 is a test set; give a file of MATH problems")
         if self.reward_rule not in _RULES:
             raise ValueError(f"reward_rule={self.reward_rule!r} must be one of {', '.join(map(repr, _RULES))}")
+        if self.reward_rule == "espo":
+            math_check.require()
         check_opening(self.opening, chat=self.chat, prompt_format=self.prompt_format)
         _template(self.prompt_format)
 

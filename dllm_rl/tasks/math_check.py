@@ -17,6 +17,12 @@ SECONDS = 0.035  # of processor time for one comparison
 PATIENCE = 60.0  # seconds of waiting, for a machine that is busy with other things
 
 
+def require() -> None:
+    """Errors: ImportError when math-verify is not installed."""
+    if find_spec("math_verify") is None:
+        raise ImportError("grading by math-verify needs the math-verify package: pip install 'dllm_rl[math]'")
+
+
 @lru_cache(maxsize=65536)
 def equal(reference: str, answer: str) -> bool | None:
     """Whether math-verify holds the answer equal to the reference; None when it has not decided within the bounds.
@@ -49,8 +55,7 @@ class _Worker:
             return {b"1\n": True, b"0\n": False}.get(reply or b"")
 
     def start(self) -> None:
-        if find_spec("math_verify") is None:
-            raise ImportError("protocol math-verify needs the math-verify package: pip install 'dllm_rl[math]'")
+        require()
         self.parent = os.getpid()
         script = Path(__file__).with_name("math_worker.py")
         self.process = subprocess.Popen(
