@@ -23,12 +23,11 @@ FIELDS = {
     "gsm8k": {"answer": "42"},
     "math500": {"answer": "\\frac{1}{2}"},
 }
-GRADERS = [
-    (task, grader)
-    for task, protocols in PROTOCOLS.items()
-    for grader in dict.fromkeys(protocols.values())
-    if grader.__name__ != "math500_math_verify"  # symbolic, and bounded otherwise: test_tasks_maths.py
-] + [("sudoku", sudoku_d1_training), ("countdown", countdown_d1_training), ("gsm8k", gsm8k_d1_training)]
+GRADERS = [(task, grader) for task, protocols in PROTOCOLS.items() for grader in dict.fromkeys(protocols.values())] + [
+    ("sudoku", sudoku_d1_training),
+    ("countdown", countdown_d1_training),
+    ("gsm8k", gsm8k_d1_training),
+]
 NAMES = [grader.__name__ for _, grader in GRADERS]
 
 PIECES = [
@@ -56,7 +55,7 @@ def test_no_text_raises_or_leaves_the_range(task: str, grader, text: str) -> Non
 @pytest.mark.parametrize(("task", "grader"), GRADERS, ids=NAMES)
 def test_no_text_is_compiled_executed_or_imported(task: str, grader) -> None:
     """The interpreter's own audit hook would see any of these, whoever asks for them."""
-    grader(FIELDS[task], "first, so that every regular expression is compiled")
+    grader(FIELDS[task], "\\boxed{2x}, so that every pattern is compiled and every child process started")
     code = ["__import__('os').abort()", "9**9**9", "open('/etc/passwd')", "(lambda: 3*4+5)()", "3*4+5", "42", "exit()"]
     SEEN.clear()
     WATCHING.append(True)
@@ -103,7 +102,8 @@ LONG = [piece * (10**6 // len(piece)) for piece in PIECES] + [
 
 @pytest.mark.parametrize(("task", "grader"), GRADERS, ids=NAMES)
 def test_a_million_characters_take_under_50_ms(task: str, grader) -> None:
-    """Processor time, best of three: the machine may be busy with other things."""
+    """Processor time, best of three: the machine may be busy with other things. That of math-verify's own process is
+    bounded otherwise, in test_tasks_maths.py."""
     slowest = 0.0
     for text in LONG:
         spent = []

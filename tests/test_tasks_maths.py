@@ -260,6 +260,62 @@ def test_math_verify_ends_a_comparison_by_its_processor_time(worker) -> None:
     assert (_processor_seconds(worker.process.pid) - before) / 20 < 0.05
 
 
+LATEX = [
+    *[
+        "x^2 - 1",
+        "(x-2)(x+2)(x^2+4)",
+        "\\frac{2}{3}x^3",
+        "[\\pi^2/8, 5\\pi^2/4]",
+        "(5,\\frac{\\pi}{4}*3)",
+        "1,-2",
+        "2^{100}",
+        "5 r^5",
+    ],
+    *[
+        "-\\frac12\\le x\\le 3",
+        "(-\\infty,2)\\cup(3,\\infty)",
+        "1\\pm\\sqrt8",
+        "\\{1,2\\}",
+        "120^\\circ",
+        "\\log_2 8",
+        "y = 2x + 3",
+    ],
+    *[
+        "\\begin{pmatrix} 1 & \\frac12 \\\\ x^2 & 4 \\end{pmatrix}",
+        "\\sin 2x\\cos x",
+        "x^{}",
+        "((1)",
+        "1 2 3",
+        "\\frac{1}{}",
+        "a=b=c^2",
+    ],
+]
+
+
+@pytest.mark.parametrize("latex", LATEX)
+def test_parsing_in_two_stages_gives_what_one_gives(latex: str, monkeypatch) -> None:
+    """SLL prediction first changes no result: neither where it succeeds nor where it must start again."""
+    from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
+    from math_verify.parser import extract_latex, parse_latex_cached
+
+    from dllm_rl.tasks import math_worker
+
+    found, plain, runs = [], _Latex2Sympy.create_parser, []
+
+    def counted(converter, text):
+        runs.append(text)
+        return plain(converter, text)
+
+    for create_parser in (plain, math_worker.two_stages(counted)):
+        monkeypatch.setattr(_Latex2Sympy, "create_parser", create_parser)
+        extract_latex.cache_clear()
+        parse_latex_cached.cache_clear()
+        found.append(repr(math_worker.read.__wrapped__(latex)))
+    assert found[0] == found[1] and runs
+    if latex in LATEX[:4]:  # where SLL alone would fail
+        assert len(runs) == 2
+
+
 def test_a_worker_without_a_question_dies_unnoticed(worker) -> None:
     """Its end must not pass for the answer to the next question."""
     assert math_check.equal("2", "1+1")

@@ -13,7 +13,7 @@ from threading import Lock
 from dllm_rl.tasks.latex import normalise
 
 LONGEST = 300  # characters of an answer that is worth comparing symbolically
-SECONDS = 0.035  # of processor time for one comparison
+SECONDS = 0.028  # of processor time for one comparison
 PATIENCE = 60.0  # seconds of waiting, for a machine that is busy with other things
 
 
