@@ -9,7 +9,7 @@ import torch
 
 from dllm_rl.doctor import ADVICE, diagnose
 from dllm_rl.doctor_report import write_doctor
-from dllm_rl.likelihoods import coupled
+from dllm_rl.likelihoods import coupled, trajectory
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantize import fake_quantize, int3_emulated, quantized_copy
 from dllm_rl.samplers.autoregress import autoregress
@@ -135,6 +135,36 @@ def test_the_steps_add_up_to_the_whole():
     assert by_name["quantised weights"] > by_name["quantised activations"] > by_name["stale weights"] == 0
 
 
+@pytest.mark.parametrize("plant", [weights, stale, cache])
+def test_a_lone_cause_is_the_whole_sign_included(plant):
+    """k3 = mean(rho - 1 - log rho) and the ESS would change with the sign of log rho = learner - rollout."""
+    policy = make()
+    report = diagnose(policy, **({"prompts": prompts(), "sampler": sampler} | plant(policy)))
+    first, whole = report.causes[0], report.total
+    for part in ("mean_abs", "max_abs", "k3", "ess"):
+        assert getattr(first, part) == pytest.approx(getattr(whole, part), rel=1e-4), part
+    assert abs(whole.k3 - opposite_k3(policy, plant)) > 1e-3 * whole.k3
+
+
+def opposite_k3(policy, plant):
+    """k3 of rollout - learner, from the log-probs themselves."""
+    given = {"sampler": sampler} | plant(policy)
+    other = given.get("rollout_policy") or quantized_copy(policy, given.get("config"))
+    rollout = given["sampler"](other, prompts(), torch.Generator().manual_seed(0))
+    learner = trajectory().logprobs(policy, rollout, trajectory().draw(rollout, torch.Generator()))
+    log_rho = (rollout.logprobs - learner)[rollout.completion_mask].double()
+    return (log_rho.exp() - 1 - log_rho).mean().item()
+
+
+def test_a_quantised_rollout_in_bf16_is_precision_and_quantisation_and_nothing_else():
+    policy, half = make(), make()
+    half.module.bfloat16()
+    rollout_policy = quantized_copy(half, fake_quantize(weight="int3"))
+    report = diagnose(policy, prompts=prompts(), sampler=sampler, rollout_policy=rollout_policy)
+    by_name = {cause.name: cause.mean_abs for cause in report.causes}
+    assert by_name["quantised weights"] > by_name["precision"] > 0 == by_name["stale weights"]
+
+
 def test_worst_tokens_and_layers_are_the_ones_that_differ_most():
     policy = make()
     other = quantized_copy(policy, None)
@@ -145,6 +175,12 @@ def test_worst_tokens_and_layers_are_the_ones_that_differ_most():
     gaps = [abs(token.learner - token.rollout) for token in report.tokens]
     assert gaps == sorted(gaps, reverse=True) and gaps[0] == pytest.approx(report.total.max_abs, rel=1e-6)
     assert len(report.tokens) == 3 and report.num_tokens == 12 * 8
+    rollout = sampler(other, prompts(), torch.Generator().manual_seed(0))
+    for token in report.tokens:
+        row, live = rollout.tokens[token.row], rollout.attention_mask[token.row]
+        before = [x for x, real in zip(row[: token.position][-8:], live[: token.position][-8:], strict=True) if real]
+        parts = before, row[token.position : token.position + 1], row[token.position + 1 :][:8]
+        assert (token.before, token.token, token.after) == tuple(map(policy.tokenizer.decode, parts))
 
 
 def test_autoregressive_policies_are_examined_too():
