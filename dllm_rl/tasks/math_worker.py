@@ -72,6 +72,9 @@ WARM = {
     "\\frac{e^x - e^{-x}}{2}": "\\sinh x",
     "x \\ne 2": "x < 2",
     "4n^2 + 1": "1 + 4n(2n + 1)",
+    "-\\frac{5}{2} < x < \\frac{7}{3}": "(-\\frac52, \\frac73)",
+    "\\left(\\frac{\\sqrt{2}}{2}, -\\frac{\\sqrt{2}}{2}\\right)": "(1/\\sqrt2, -1/\\sqrt2)",
+    "y = \\frac{3}{4}x - \\frac{5}{4}": "3x - 4y = 5",
 }
 _CONFIG = [LatexExtractionConfig(boxed_match_priority=0)]
 
