@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
-from layouts import MASK, ORIGINAL, STOCK, checkpoint, published, write
+from layouts import LAYERS, MASK, ORIGINAL, STOCK, checkpoint, llada_moe, published, write
 from safetensors.torch import load_file
 
 from dllm_rl import AutoregressivePolicy, DiffusionPolicy, load_policy
-from dllm_rl.models import rope
+from dllm_rl.models import families, rope
 
 EVERY = [*ORIGINAL, *STOCK]
 
@@ -237,3 +237,11 @@ def test_a_tokenizer_of_the_checkpoints_own_is_built_from_its_files(tmp_path):
     assert policy.pad_id == 28
     policy.save_pretrained(tmp_path / "saved")
     assert load_policy(tmp_path / "saved").tokenizer("cab<|mask|>")["input_ids"] == [2, 26, 30]
+
+
+def test_dense_and_expert_layers_of_llada_moe_have_their_own_width():
+    raw, _ = llada_moe(moe_layer_freq=[0] + [1] * (LAYERS - 1))
+    _, config = families.llada_moe(raw)
+    assert (config.intermediate_size, config.moe_intermediate_size, config.mlp_only_layers) == (48, 24, [0])
+    _, config = families.llada_moe(raw | {"dense_intermediate_size": None})
+    assert config.intermediate_size == 24

@@ -181,6 +181,26 @@ def test_a_base_in_few_bits_trains(tmp_path, family, quantization):
         torch.testing.assert_close(merged.logits(tokens, mask), policy.logits(tokens, mask), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("forward", [False, True])
+def test_eight_bit_weights_are_read_back_to_half_a_step(tmp_path, forward):
+    """Before the first forward, which moves rows and scales to another place, and after it."""
+    pytest.importorskip("bitsandbytes")
+    folder = checkpoint(tmp_path, "qwen3")
+    exact = load_policy(folder).module.state_dict()
+    policy = load_policy(folder, quantization="int8", lora=Lora(r=4))
+    if forward:
+        policy.logits(*batch())
+    compared = 0
+    for name, found in merged_state(policy.module):
+        if name not in exact:  # a buffer that is not saved
+            continue
+        step = exact[name].abs().amax(-1, keepdim=True) / 127
+        if not torch.equal(found, exact[name]):
+            compared += 1
+            assert ((found - exact[name]).abs() <= 0.51 * step + 1e-3 * exact[name].abs()).all(), name
+    assert compared == FAMILIES["qwen3"]
+
+
 @pytest.mark.parametrize("lora", [None, Lora(r=4)])
 def test_a_quantised_rollout_is_made_and_refreshed_from_merged_weights(lora):
     policy = tiny_llama(characters="abc", causal=False)
