@@ -251,6 +251,7 @@ def test_math_verify_within_its_wall(worker) -> None:
     assert worker.process is first
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_math_verify_ends_a_comparison_by_its_processor_time(worker) -> None:
     """The kernel's account of the whole worker: start, one comparison without an end, and what follows it."""
     math_check.equal("2", "3")
@@ -316,6 +317,7 @@ def test_parsing_in_two_stages_gives_what_one_gives(latex: str, monkeypatch) -> 
         assert len(runs) == 2
 
 
+@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="needs /proc/PID/task")
 def test_a_worker_without_a_question_dies_unnoticed(worker) -> None:
     """Its end must not pass for the answer to the next question."""
     assert math_check.equal("2", "1+1")

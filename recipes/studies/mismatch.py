@@ -34,6 +34,7 @@ from recipes.sudoku_tiny_ar import recipe as autoregressive
 FAMILIES = {"diffusion": diffusion, "autoregressive": autoregressive}
 # A ramp: the level changes at a third and at two thirds of the run, each part with a fresh optimiser.
 LEVELS = {
+    "int4": (int4_emulated,),
     "int3": (int3_emulated,),
     "five_level": (five_level_emulated,),
     "ramp": (int4_emulated, int3_emulated, five_level_emulated),

@@ -62,7 +62,7 @@ def grouped(results: list[dict], order: list[str]) -> dict[tuple[str, str], dict
             levels = {other["level"] for other in results if other["family"] == run["family"]} - {"-"} or levels
         for level in levels:
             tables[run["family"], level][run["arm"]].append(run)
-    places = ["diffusion", "autoregressive"], ["-", "int3", "five_level", "ramp"]
+    places = ["diffusion", "autoregressive"], ["-", "int4", "int3", "five_level", "ramp"]
     return {key: tables[key] for key in sorted(tables, key=lambda k: (places[0].index(k[0]), places[1].index(k[1])))}
 
 
