@@ -9,7 +9,7 @@ about 40 s of one core, the whole plan about an hour of one. What the numbers sa
     python -m recipes.studies.mismatch                     run what is missing, then write mismatch.md and mismatch.png
     python -m recipes.studies.mismatch --plan              say what would be run
     python -m recipes.studies.mismatch --report            write table and figure from what is there
-    python -m recipes.studies.mismatch --families diffusion --levels ramp --arms none tis ais-alarm ais-gated
+    python -m recipes.studies.mismatch --families diffusion --levels int4 ramp --arms none tis ais-alarm ais-gated
 """
 
 import argparse

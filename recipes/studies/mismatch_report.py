@@ -103,6 +103,7 @@ def draw(tables: dict, path: Path, order: list[str]) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from PIL import Image  # matplotlib brings it
 
     panels = [("solve rate", "linear"), ("ess", "linear"), ("lambda", "linear"), ("gradient norm", "log")]
     figure, axes = plt.subplots(len(tables), 4, figsize=(17, 3.6 * len(tables)), layout="constrained", squeeze=False)
@@ -121,3 +122,6 @@ def draw(tables: dict, path: Path, order: list[str]) -> None:
         line[0].legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=90)
     plt.close(figure)
+    with Image.open(path) as picture:  # hundreds of thin lines: a palette takes a quarter of the bytes
+        small = picture.convert("RGB").quantize(128)
+    small.save(path, optimize=True)
