@@ -18,7 +18,6 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -28,7 +27,6 @@ from dllm_rl.checkpoint import found
 from dllm_rl.correctors import none
 from dllm_rl.evaluation import score
 from dllm_rl.learner import accumulate_gradients
-from dllm_rl.losses import kl_k3, token
 from dllm_rl.policies import Policy, load_policy
 from dllm_rl.report import read_metrics
 from dllm_rl.text import decode, encode
@@ -100,11 +98,10 @@ def gradient(estimator, policy: Policy, rollout: Rollout, noise, advantages: tor
     scores = estimator.scores(policy, rollout, noise)
     old, mask = estimator.combine(scores, noise), rollout.completion_mask
     batch = Batch(rollout, noise, advantages, old, scores, torch.ones_like(old), mask, None, int(mask.sum()), len(mask))
-    loss = {"corrector": none(), "aggregate": token, "beta": 0.0, "kl": kl_k3, "micro_batch_size": None}
     parameters = list(policy.module.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    accumulate_gradients(policy, batch, scores, SimpleNamespace(likelihood=estimator, **loss))
+    accumulate_gradients(policy, batch, scores, replace(base, likelihood=estimator, corrector=none()))
     return torch.cat([p.grad.flatten() for p in parameters]).double()
 
 

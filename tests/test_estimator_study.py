@@ -1,0 +1,30 @@
+"""The estimator study's own arithmetic: its gradient is plain autograd's."""
+
+from functools import partial
+
+import torch
+from tiny_recipe import SIZES
+
+from dllm_rl import Prompts, trajectory, unmask
+from dllm_rl.likelihoods import score_view
+from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.samplers.rules import max_prob
+from recipes.studies.estimators import gradient
+
+
+def test_the_studys_gradient_is_plain_autograds():
+    """On-policy every ratio is 1, so that the loss has the gradient of -sum A log p over the number of tokens."""
+    policy, estimator = tiny_masked_lm(**SIZES), trajectory()
+    prompts = Prompts.from_ids([[3, 4, 5], [6]], pad_id=policy.pad_id, group_size=2)
+    sampler = partial(unmask, max_new_tokens=4, num_steps=2, temperature=1.0, rank=max_prob)
+    rollout = sampler(policy, prompts, torch.Generator().manual_seed(0))
+    noise = estimator.draw(rollout, torch.Generator())
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    views = [score_view(policy, rollout, m, w != 0) for m, w in zip(noise.masked, noise.weight, strict=True)]
+    logps = estimator.combine(torch.stack(views), noise)
+    loss = -(advantages[:, None] * logps)[rollout.completion_mask].sum() / rollout.completion_mask.sum()
+    plain = torch.autograd.grad(loss, list(policy.module.parameters()), allow_unused=True, materialize_grads=True)
+    expected = torch.cat([g.flatten() for g in plain]).double()
+    found = gradient(estimator, policy, rollout, noise, advantages)
+    assert expected.norm() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
