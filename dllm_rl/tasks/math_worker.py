@@ -22,6 +22,8 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from antlr4.atn.PredictionMode import PredictionMode
+from antlr4.error.ErrorListener import ErrorListener
+from antlr4.error.Errors import ParseCancellationException
 from latex2sympy2_extended import latex2sympy2
 from math_verify import LatexExtractionConfig, parse, verify
 
@@ -97,10 +99,11 @@ def main() -> None:
             os._exit(0)
         if os.waitpid(child, 0)[1] == 0:
             return
-        idle += not busy[0]
         if busy[0]:
             busy[0] = 0
             print("?", flush=True)
+        else:
+            idle += 1
 
 
 def serve(seconds: float, busy: mmap.mmap) -> None:
@@ -116,18 +119,27 @@ def serve(seconds: float, busy: mmap.mmap) -> None:
         print(int(equal), flush=True)
 
 
+class StartAgain(ErrorListener):
+    """Ends a parse at its first syntax error, by the exception that ANTLR has for it."""
+
+    def syntaxError(self, recognizer, offendingSymbol, line, column, msg, e):
+        raise ParseCancellationException(msg)
+
+
 def two_stages(plain: Callable) -> Callable:
-    """create_parser, made to try SLL prediction first and to start again with LL where that ends in an error."""
+    """create_parser, made to try SLL prediction first and to start again with LL after a syntax error."""
 
     def create_parser(converter, latex: str):
         parser = plain(converter, latex)
         parser._interp.predictionMode = PredictionMode.SLL
+        parser.removeErrorListeners()
+        parser.addErrorListener(StartAgain())
         first = parser.math
 
         def math():
             try:
                 return first()
-            except Exception:  # what the library raises on a syntax error
+            except ParseCancellationException:
                 return plain(converter, latex).math()
 
         parser.math = math
