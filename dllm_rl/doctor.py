@@ -202,16 +202,10 @@ def operands(plain: Policy, config) -> tuple[Policy, Policy]:
 
 def pad_left(rollout: Rollout, noise: Noise, pad_id: int) -> tuple[Rollout, Noise]:
     """The same batch with PADDING more columns of padding on the left: it should score the same."""
-    wider = lambda x, value: F.pad(x, (PADDING, 0), value=value)  # noqa: E731
-    padded = replace(
-        rollout,
-        tokens=wider(rollout.tokens, pad_id),
-        attention_mask=wider(rollout.attention_mask, False),
-        completion_mask=wider(rollout.completion_mask, False),
-        unmask_step=wider(rollout.unmask_step, -1),
-        logprobs=wider(rollout.logprobs, 0.0),
+    wider = lambda x: F.pad(x, (PADDING, 0))  # noqa: E731
+    return rollout.padded(PADDING, pad_id=pad_id), replace(
+        noise, masked=wider(noise.masked), weight=wider(noise.weight)
     )
-    return padded, replace(noise, masked=wider(noise.masked, False), weight=wider(noise.weight, 0.0))
 
 
 def worst_tokens(

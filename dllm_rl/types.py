@@ -123,18 +123,22 @@ class Rollout(_Movable):
     def replaced(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":
         """This rollout with `rows` replaced by those of another; the narrower of the two is padded on the left."""
         width = max(self.tokens.shape[1], by.tokens.shape[1])
-        blank = {
-            "tokens": pad_id,
-            "attention_mask": False,
-            "completion_mask": False,
-            "unmask_step": -1,
-            "logprobs": 0.0,
-        }
-        joined = {}
-        for name, value in blank.items():
-            old, new = (F.pad(getattr(x, name), (width - x.tokens.shape[1], 0), value=value) for x in (self, by))
-            joined[name] = old.index_copy(0, rows, new)
+        old, new = (x.padded(width - x.tokens.shape[1], pad_id=pad_id) for x in (self, by))
+        names = ("tokens", "attention_mask", "completion_mask", "unmask_step", "logprobs")
+        joined = {name: getattr(old, name).index_copy(0, rows, getattr(new, name)) for name in names}
         return dataclasses.replace(self, **joined, forwards=self.forwards + by.forwards)
+
+    def padded(self, columns: int, *, pad_id: int) -> "Rollout":
+        """The same rows with so many more columns of padding on the left."""
+        wider = lambda x, value: F.pad(x, (columns, 0), value=value)  # noqa: E731
+        return dataclasses.replace(
+            self,
+            tokens=wider(self.tokens, pad_id),
+            attention_mask=wider(self.attention_mask, False),
+            completion_mask=wider(self.completion_mask, False),
+            unmask_step=wider(self.unmask_step, -1),
+            logprobs=wider(self.logprobs, 0.0),
+        )
 
 
 @dataclass(frozen=True)
