@@ -67,23 +67,9 @@ SYMBOLIC = [
         "\\sin",
         "\\log",
         " dx",
-        "|",
     ],
-    *[
-        "\\begin{pmatrix}",
-        "\\end{pmatrix}",
-        "&",
-        "\\\\",
-        "\\pi",
-        "10^{10^{8}}",
-        "(",
-        ")",
-        "[",
-        "]",
-        "\\lim_{x \\to 0}",
-        "y",
-        "i",
-    ],
+    *["|", "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", "\\pi", "10^{10^{8}}", "(", ")", "[", "]"],
+    *["\\lim_{x \\to 0}", "y", "i"],
 ]
 FORBIDDEN = ("exec", "compile", "import", "open", "os.", "subprocess.", "socket.", "ctypes.", "code.", "pickle.")
 

@@ -70,7 +70,7 @@ class UnderProtocol:
         return self.task[index]
 
     def reward(self, problem: Problem, completion: str) -> Reward:
-        return find_grader(self.name, self.protocol)(problem.fields, completion)
+        return PROTOCOLS[self.name][self.protocol](problem.fields, completion)
 
 
 def under_protocol(task: Task, protocol: str) -> UnderProtocol:

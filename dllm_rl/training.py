@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Generator, Tensor
 
 from dllm_rl.advantages import informative
 from dllm_rl.alignment import aligned
@@ -41,9 +41,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         problems = draw_problems(recipe.task, "train", recipe.seed, step, recipe.train_batch_size, accelerator)
         with log.stage("rollout"), arithmetic(recipe, accelerator):
             seeds = seeds_of(recipe, step, accelerator)
-            prompts = encode(policy, problems, group_size=recipe.num_generations, seeds=seeds)
-            rollout = recipe.sampler(rollout_policy, prompts, stream(recipe.seed, "rollout", step))
-            check_version(rollout, policy)
+            rollout = sampled(recipe, policy, rollout_policy, problems, seeds, stream(recipe.seed, "rollout", step))
         with log.stage("reward"):
             graded = score(recipe.task, problems, decode(policy, rollout))
             rewards = gather_rewards(graded, recipe.num_generations, accelerator)  # (P, G)
@@ -99,6 +97,14 @@ def seeds_of(recipe: Recipe, step: int, accelerator: Accelerator, *draw: int) ->
     return seeds[accelerator.process_index * share : (accelerator.process_index + 1) * share]
 
 
+def sampled(recipe: Recipe, policy, rollout_policy, problems: list, seeds: list[int], generator: Generator) -> Rollout:
+    """The rollout policy's completions of the problems, num_generations each. Raises RuntimeError on stale weights."""
+    prompts = encode(policy, problems, group_size=recipe.num_generations, seeds=seeds)
+    rollout = recipe.sampler(rollout_policy, prompts, generator)
+    check_version(rollout, policy)
+    return rollout
+
+
 def draw_again(
     recipe: Recipe, accelerator: Accelerator, log, policy, rollout_policy, rollout: Rollout, rewards: Tensor, step: int
 ) -> tuple[Rollout, Tensor, dict[str, float]]:
@@ -116,18 +122,22 @@ def draw_again(
             purpose = f"train, draw {draws}"
             problems = draw_problems(recipe.task, purpose, recipe.seed, step, recipe.train_batch_size, accelerator)
             problems = [problems[i] for i in places.tolist()]
-            seeds = [seeds_of(recipe, step, accelerator, draws)[i] for i in rows.tolist()]
+            seeds = seeds_of(recipe, step, accelerator, draws)
+            seeds = [seeds[i] for i in rows.tolist()]
             with log.stage("rollout"), arithmetic(recipe, accelerator):
-                prompts = encode(policy, problems, group_size=group, seeds=seeds)
-                part = recipe.sampler(rollout_policy, prompts, stream(recipe.seed, "rollout", step, draws))
-                check_version(part, policy)
+                generator = stream(recipe.seed, "rollout", step, draws)
+                part = sampled(recipe, policy, rollout_policy, problems, seeds, generator)
             with log.stage("reward"):
                 graded = score(recipe.task, problems, decode(policy, part))
                 mine[places] = reward_values(graded, mine.device).view(-1, group)
             rollout = rollout.replaced(rows, part, pad_id=policy.pad_id)
         rewards, draws = accelerator.gather(mine), draws + 1
-    equal = 1 - informative(rewards).double().mean().item()
+    equal = zero_std_fraction(rewards)
     return rollout, rewards, {"dynamic_sampling/draws": float(draws), "dynamic_sampling/frac_reward_zero_std": equal}
+
+
+def zero_std_fraction(rewards: Tensor) -> float:
+    return (~informative(rewards)).double().mean().item()
 
 
 def draw_noise(recipe: Recipe, step: int, rollout: Rollout, advantages: Tensor, accelerator: Accelerator) -> Noise:
@@ -260,7 +270,7 @@ def reward_metrics(
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(correction=0).item(),
-        "frac_reward_zero_std": (rewards == rewards[:, :1]).all(-1).double().mean().item(),
+        "frac_reward_zero_std": zero_std_fraction(rewards),
         "num_tokens": means["completions/mean_length"] * rewards.numel(),
         **means,
     }

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -114,8 +113,7 @@ def math500_math_verify(fields: Mapping[str, Any], completion: str) -> Reward:
     """
     answer = final_answer(completion)
     equal = math_check.equal(fields["answer"], answer) if answer else False
-    graded = _graded(bool(answer), equal is True)
-    return replace(graded, breakdown={**graded.breakdown, "undecided": float(equal is None)})
+    return _graded(bool(answer), equal is True, undecided=float(equal is None))
 
 
 def reference_number(answer: str | int | float) -> Fraction:
@@ -147,5 +145,5 @@ def _soft_layout(text: str) -> bool:
     return turn is not None and text.find("</answer>", turn.end()) >= 0
 
 
-def _graded(parsed: bool, correct: bool) -> Reward:
-    return Reward(float(correct), parsed, {"accuracy": float(correct)})
+def _graded(parsed: bool, correct: bool, **more: float) -> Reward:
+    return Reward(float(correct), parsed, {"accuracy": float(correct), **more})
