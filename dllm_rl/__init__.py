@@ -27,7 +27,7 @@ _HOME = {
     ],
     "quantize": ["quantized_copy", "sync_weights"],
     "recipe": ["Recipe"],
-    "command_line": ["describe", "from_command_line"],
+    "config": ["describe", "from_command_line"],
     "training": ["train"],
     "evaluation": ["evaluate"],
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dllm_rl.files import flush
 from dllm_rl.lora import save_adapter
 from dllm_rl.policies import Policy
 
@@ -41,15 +42,6 @@ def save(
     for _, old in found(directory)[:-keep]:
         shutil.rmtree(old)
     return final
-
-
-def flush(path: Path) -> None:
-    """Force a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def found(directory: Path) -> list[tuple[int, Path]]:

@@ -7,13 +7,13 @@ NAME.jsonl.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from dllm_rl.files import to_disk
 from dllm_rl.policies import Policy
 from dllm_rl.quantize_layers import is_packed
 from dllm_rl.tasks.base import Problem
@@ -64,7 +64,7 @@ class Completions:
         if self.path is not None:
             with self.part.open("a", encoding="utf-8") as file:
                 file.write("".join(map(_line, rows)))
-                _to_disk(file)
+                to_disk(file)
 
     def close(self) -> None:
         if self.path is not None:
@@ -98,7 +98,7 @@ def fold(path: Path) -> None:
     aside = path.with_name(f".{path.name}.aside")
     with aside.open("w", encoding="utf-8") as file:
         file.writelines(_line(rows[key]) for key in sorted(rows))
-        _to_disk(file)
+        to_disk(file)
     aside.replace(path)
     for part in parts:
         part.unlink()
@@ -130,11 +130,6 @@ def _key(place: str, row: Row) -> Key:
 
 def _line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _to_disk(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _drop_torn_line(part: Path) -> None:

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from dllm_rl import quantize
-from dllm_rl.command_line import pickable
+from dllm_rl.config import pickable
 from dllm_rl.doctor import diagnose
 from dllm_rl.doctor_report import write_doctor
 from dllm_rl.evaluate_command import TASKS, usual_length

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dllm_rl.command_line import paths
+from dllm_rl.config import paths
+from dllm_rl.distributed import make_accelerator
 from dllm_rl.evaluation import evaluate
+from dllm_rl.files import write_json
 from dllm_rl.grading import PROTOCOLS, under_protocol
-from dllm_rl.launch import make_accelerator
 from dllm_rl.policies import Policy, load_policy
-from dllm_rl.runlog import write_json
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks import GSM8K, MATH500, Countdown, Mini, Sudoku, Task

@@ -14,9 +14,10 @@ except ImportError as error:
 
 from dllm_rl.likelihoods import LikelihoodEstimator
 from dllm_rl.policies import Policy
+from dllm_rl.rng import stream
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.text import decode, prompt_ids, stream
+from dllm_rl.text import decode, prompt_ids
 from dllm_rl.types import Prompts, Rollout
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation

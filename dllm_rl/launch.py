@@ -19,15 +19,17 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from dllm_rl import checkpoint, report
-from dllm_rl.command_line import described
+from dllm_rl.config import described
+from dllm_rl.distributed import make_accelerator, sum_gradients
 from dllm_rl.evaluation import evaluate, score
-from dllm_rl.learner import sum_gradients
+from dllm_rl.files import write_json
 from dllm_rl.lora import add_lora, load_adapter
 from dllm_rl.policies import Policy, load_policy
 from dllm_rl.recipe import Recipe
-from dllm_rl.runlog import RunLog, write_json
+from dllm_rl.rng import stream
+from dllm_rl.runlog import RunLog
 from dllm_rl.tasks.base import Problem, Task
-from dllm_rl.text import decode, encode, stream
+from dllm_rl.text import decode, encode
 from dllm_rl.warmup import draw_levels, examples, warmup
 
 # Fields that may change between the parts of a resumed run: they do not touch what is computed, or only extend it.
@@ -80,18 +82,6 @@ def prepare(recipe: Recipe) -> tuple[Accelerator, RunLog, Path | None]:
     if recipe.resume_from_checkpoint:
         log.say(f"resuming from {folder}" if folder else "no checkpoint yet: starting from the beginning")
     return accelerator, log, folder
-
-
-def make_accelerator(*, mixed_precision: str = "no") -> Accelerator:
-    """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched."""
-    # Accelerate joins the processes of a CPU launch only when told that there is no accelerator.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision)
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != launched:
-        raise RuntimeError(
-            f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}: check the config"
-        )
-    return accelerator
 
 
 def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -221,7 +211,7 @@ def warm_up(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLo
         learning_rate=recipe.warmup_learning_rate,
         draw_noise=draw_noise,
         on_step=on_step,
-        reduce_gradients=lambda policy: sum_gradients(policy, accelerator, mean=True),
+        reduce_gradients=lambda policy: sum_gradients(policy.module, accelerator, mean=True),
     )
     progress({}, show=False, close=True)
     return taken

@@ -11,12 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dllm_rl.distributed import Metrics, reduce_metrics, sum_gradients
 from dllm_rl.likelihoods import LikelihoodEstimator, backward_view, row_chunks
 from dllm_rl.losses import policy_loss
 from dllm_rl.policies import Policy
 from dllm_rl.types import Batch
-
-Metrics = dict[str, tuple[Tensor, Tensor]]
 
 
 def update(
@@ -38,7 +37,7 @@ def update(
             )
         optimizer.zero_grad(set_to_none=True)
         metrics = accumulate_gradients(policy, batch, scores, recipe)
-        sum_gradients(policy, accelerator)
+        sum_gradients(policy.module, accelerator)
         norm = torch.nn.utils.clip_grad_norm_(policy.module.parameters(), recipe.max_grad_norm)
         if not norm.isfinite():
             raise FloatingPointError(
@@ -73,33 +72,3 @@ def accumulate_gradients(policy: Policy, batch: Batch, scores: Tensor, recipe) -
             # Only positions that move the loss are scored again; with none left in this view, no forward is run.
             backward_view(policy, part, masks.masked[n], vectors[n, rows], packed=estimator.packed is not None)
     return metrics
-
-
-def sum_gradients(policy: Policy, accelerator: Accelerator, *, mean: bool = False) -> None:
-    """Sum gradients over processes: the loss is a sum over the global batch, divided by its global counts already.
-
-    A parameter that no token reached gets zeros, so that the optimiser and the other processes treat it like any other.
-    """
-    parameters = [p for p in policy.module.parameters() if p.requires_grad]
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    if accelerator.num_processes == 1:
-        return
-    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters]), reduction="mean" if mean else "sum")
-    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = gradient.view_as(parameter)
-
-
-def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, float]:
-    """(sum, count) pairs -> sums over processes, divided once. A metric that counted nothing is left out."""
-    if not metrics:
-        return {}
-    pairs = torch.stack([torch.stack([s.detach().double().cpu(), c.double().cpu()]) for s, c in metrics.values()])
-    pairs = accelerator.reduce(pairs.to(accelerator.device), reduction="sum").cpu()
-    # The loss is a sum of shares; everything else is a mean.
-    return {
-        name: (total if name == "loss" else total / count).item()
-        for name, (total, count) in zip(metrics, pairs, strict=True)
-        if count
-    }

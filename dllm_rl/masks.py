@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from dllm_rl.types import Noise, Rollout, row_seeds
+from dllm_rl.rng import row_seeds
+from dllm_rl.types import Noise, Rollout
 
 
 def row_generators(rollout: Rollout, generator: Generator) -> list[Generator]:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -107,10 +106,3 @@ def _step_of(line: str) -> int | None:
         return json.loads(line)["step"]
     except json.JSONDecodeError:
         return None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write aside and rename, so that a reader never sees half a file."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    aside.replace(path)

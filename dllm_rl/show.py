@@ -15,11 +15,12 @@ from rich.text import Text
 
 from dllm_rl.page import page
 from dllm_rl.policies import Policy
+from dllm_rl.rng import stream
 from dllm_rl.samplers import cache, rules
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.base import Problem
-from dllm_rl.text import decode, encode, stream
+from dllm_rl.text import decode, encode
 from dllm_rl.types import Rollout
 
 RANKS = {f.__name__: f for f in rules.RANKS}

@@ -1,10 +1,6 @@
 """Between text and tokens: problems -> Prompts, Rollout -> completions."""
 
-import hashlib
 from collections.abc import Sequence
-
-import torch
-from torch import Generator
 
 from dllm_rl.policies import Policy
 from dllm_rl.tasks.base import Problem
@@ -52,9 +48,3 @@ def completion_ids(policy: Policy, rollout: Rollout) -> list[list[int]]:
         end = next((i for i, token in enumerate(ids) if token in policy.spec.eos_ids), len(ids))
         completions.append(ids[:end])
     return completions
-
-
-def stream(*key: object) -> Generator:
-    """A generator that is a pure function of its key, as (seed, "rollout", step): nothing to save or restore."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -10,17 +10,19 @@ from torch import Generator, Tensor
 
 from dllm_rl.advantages import informative
 from dllm_rl.alignment import aligned
+from dllm_rl.distributed import local, reduce_metrics
 from dllm_rl.evaluation import score
 from dllm_rl.launch import begin, catch_interrupt, draw_problems, evaluate_with, finish, prepare, save
-from dllm_rl.learner import reduce_metrics, update
+from dllm_rl.learner import update
 from dllm_rl.mismatch import mismatch_metrics, symptom_metrics
 from dllm_rl.plan import plan
 from dllm_rl.policies import Policy
 from dllm_rl.quantize import check_version, quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
+from dllm_rl.rng import row_seeds, stream
 from dllm_rl.tasks.base import Reward
-from dllm_rl.text import decode, encode, stream
-from dllm_rl.types import Batch, Noise, Rollout, row_seeds
+from dllm_rl.text import decode, encode
+from dllm_rl.types import Batch, Noise, Rollout
 from dllm_rl.zero_mismatch import check_zero, zero_mismatch
 
 
@@ -158,11 +160,6 @@ def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
     """bf16 autocast where asked for; with zero_mismatch a row's result does not depend on its batch."""
     with accelerator.autocast(), zero_mismatch() if recipe.zero_mismatch else nullcontext():
         yield
-
-
-def local(rows: Tensor, accelerator: Accelerator) -> Tensor:
-    """This process's share of a tensor whose first axis runs over the global batch."""
-    return rows.chunk(accelerator.num_processes)[accelerator.process_index]
 
 
 def gather_rewards(graded: Sequence[Reward], group_size: int, accelerator: Accelerator) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Generator, Tensor
+from torch import Tensor
 
 
 class _Movable:
@@ -180,8 +180,3 @@ class Noise(_Movable):
     def rows(self, keep: Int[Tensor, " R"]) -> "Noise":
         share = None if self.upper_share is None else self.upper_share[keep]
         return Noise(self.masked[:, keep], self.weight[:, keep], share)
-
-
-def row_seeds(generator: Generator, num_rows: int) -> Int[Tensor, " B"]:
-    """One seed per row, drawn from `generator`; row i's seed does not depend on how many rows follow it."""
-    return torch.randint(2**63 - 1, (num_rows,), generator=generator)

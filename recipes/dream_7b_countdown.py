@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from dllm_rl.command_line import from_command_line
+from dllm_rl.config import from_command_line
 from dllm_rl.training import train
 from recipes.llada_8b_countdown import recipe as base
 

@@ -5,7 +5,7 @@ Written for a GPU with 80 GB or more; --dry_run prints what it takes. Not run ye
 
 from functools import partial
 
-from dllm_rl.command_line import from_command_line
+from dllm_rl.config import from_command_line
 from dllm_rl.correctors import ais
 from dllm_rl.likelihoods import one_step
 from dllm_rl.lora import Lora

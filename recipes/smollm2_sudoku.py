@@ -6,7 +6,7 @@ Fetch the weights first, as `recipes/smollm2_weights.py` says. Results: recipes/
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl.command_line import from_command_line
+from dllm_rl.config import from_command_line
 from dllm_rl.models.convert import diffusion_from_causal
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask

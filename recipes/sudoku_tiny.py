@@ -6,7 +6,7 @@ RL does the rest from rewards alone.
 
 from functools import partial
 
-from dllm_rl.command_line import from_command_line
+from dllm_rl.config import from_command_line
 from dllm_rl.correctors import ais
 from dllm_rl.likelihoods import trajectory
 from dllm_rl.models.tiny import tiny_masked_lm

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl.command_line import from_command_line
+from dllm_rl.config import from_command_line
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.training import train
 from recipes.sudoku_tiny import recipe as base

@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 
 from dllm_rl import train
-from dllm_rl.command_line import from_command_line
+from dllm_rl.config import from_command_line
 from dllm_rl.optimizers import adamw_8bit
 from dllm_rl.plan import CONFIGS, memory, outline, plan, quantisable
 from dllm_rl.quantize import float8_weight_only

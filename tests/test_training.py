@@ -11,7 +11,7 @@ from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import correctors, likelihoods, load_policy
 from dllm_rl.correctors import none, tis
-from dllm_rl.launch import make_accelerator
+from dllm_rl.distributed import make_accelerator
 from dllm_rl.losses import constant, kl_k1, kl_k2, sequence, token
 from dllm_rl.quantize import float8_weight_only
 from dllm_rl.report import read_metrics

@@ -52,7 +52,7 @@ def test_two_processes_equal_one(tmp_path, recipe, more):
 
 
 def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch):
-    from dllm_rl.launch import make_accelerator
+    from dllm_rl.distributed import make_accelerator
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("dllm_rl.launch.Accelerator", lambda **kw: type("One", (), {"num_processes": 1})())

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dllm_rl.models.families import FamilySpec
+from dllm_rl.rng import uniforms
 from dllm_rl.samplers import rules
-from dllm_rl.samplers.uniforms import uniforms
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts
 

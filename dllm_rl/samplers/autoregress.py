@@ -6,8 +6,9 @@ from transformers import DynamicCache
 
 from dllm_rl.head import process, sample
 from dllm_rl.policies import Policy
+from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.unmask import check_fits
-from dllm_rl.types import Processors, Prompts, Rollout, row_seeds
+from dllm_rl.types import Processors, Prompts, Rollout
 
 
 @torch.no_grad()

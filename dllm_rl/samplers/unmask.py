@@ -7,12 +7,12 @@ from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
 from dllm_rl.policies import Policy
+from dllm_rl.rng import row_seeds, uniforms
 from dllm_rl.samplers.cache import Cache, CachedStates
 from dllm_rl.samplers.canvas import Agenda, make_canvas
 from dllm_rl.samplers.propose import propose, propose_and_rank, rank_only
 from dllm_rl.samplers.rules import confidence, name_of, needs_of, schedule, share
-from dllm_rl.samplers.uniforms import uniforms
-from dllm_rl.types import Processors, Prompts, Rollout, row_seeds
+from dllm_rl.types import Processors, Prompts, Rollout
 
 
 @torch.no_grad()

@@ -1,10 +1,29 @@
-"""Random numbers that are a function of (row seed, step, position): no state, so no row can disturb another's."""
+"""Randomness: every random number is a function of a key, so that nothing needs saving or restoring."""
 
+import hashlib
+
+import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Generator, Tensor
+
+
+def stream(*key: object) -> Generator:
+    """A generator that is a pure function of its key, as (seed, "rollout", step): nothing to save or restore."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def row_seeds(generator: Generator, num_rows: int) -> Int[Tensor, " B"]:
+    """One seed per row, drawn from `generator`; row i's seed does not depend on how many rows follow it."""
+    return torch.randint(2**63 - 1, (num_rows,), generator=generator)
+
 
 GAMMA = 0x9E3779B97F4A7C15 - 2**64  # the odd 64-bit constants of SplitMix64, as signed integers
+
+
 FIRST = 0xBF58476D1CE4E5B9 - 2**64
+
+
 SECOND = 0x94D049BB133111EB - 2**64
 
 

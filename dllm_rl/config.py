@@ -15,14 +15,13 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dllm_rl.recipe import Recipe
-
+Record = TypeVar("Record")  # a frozen dataclass, as Recipe or a task
 SCALARS = (bool, int, float, str, Path)
 
 
-def from_command_line(recipe: Recipe, argv: list[str] | None = None) -> Recipe:
+def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
     """The recipe with `--path value` overrides applied. Exits with status 2 and one line on an unknown path or a bad
     value, naming the nearest valid one; `--help` lists every path with its value."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -37,7 +36,7 @@ def from_command_line(recipe: Recipe, argv: list[str] | None = None) -> Recipe:
     return recipe
 
 
-def _overridden(recipe: Recipe, pairs: list[tuple[str, str]]) -> Recipe:
+def _overridden(recipe: Record, pairs: list[tuple[str, str]]) -> Record:
     """All overrides, in whatever order they fit: one may be valid only once another is in place."""
     while pairs:
         waiting, errors = [], []
@@ -67,7 +66,7 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def override(recipe: Recipe, path: str, text: str) -> Recipe:
+def override(recipe: Record, path: str, text: str) -> Record:
     """The recipe with the value at `path` read from text. Raises ValueError naming the field, the value, the remedy."""
     known = paths(recipe)
     if path not in known:
@@ -226,13 +225,13 @@ def describe(value: Any) -> str:
     return repr(value)
 
 
-def described(recipe: Recipe) -> dict[str, Any]:
+def described(recipe: Record) -> dict[str, Any]:
     """Field by field: scalars as they are, everything else as text; for JSON."""
     plain = lambda v: v if v is None or isinstance(v, bool | int | float | str) else describe(v)  # noqa: E731
     return {f.name: plain(getattr(recipe, f.name)) for f in dataclasses.fields(recipe)}
 
 
-def usage(recipe: Recipe) -> str:
+def usage(recipe: Record) -> str:
     lines = [f"usage: [accelerate launch] RECIPE.py [--FIELD VALUE ...]      recipe {recipe.name}", ""]
     for path, setting in paths(recipe).items():
         choices = setting.read.args[1] if setting.read.func is _pick else {}

@@ -1,0 +1,56 @@
+"""Processes: a process's share of a batch, gathering, reducing. With training/ the one room of accelerate."""
+
+import os
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+
+
+def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = False) -> None:
+    """Sum gradients over processes: the loss is a sum over the global batch, divided by its global counts already.
+
+    A parameter that no token reached gets zeros, so that the optimiser and the other processes treat it like any other.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if accelerator.num_processes == 1:
+        return
+    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters]), reduction="mean" if mean else "sum")
+    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+
+
+def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, float]:
+    """(sum, count) pairs -> sums over processes, divided once. A metric that counted nothing is left out."""
+    if not metrics:
+        return {}
+    pairs = torch.stack([torch.stack([s.detach().double().cpu(), c.double().cpu()]) for s, c in metrics.values()])
+    pairs = accelerator.reduce(pairs.to(accelerator.device), reduction="sum").cpu()
+    # The loss is a sum of shares; everything else is a mean.
+    return {
+        name: (total if name == "loss" else total / count).item()
+        for name, (total, count) in zip(metrics, pairs, strict=True)
+        if count
+    }
+
+
+def make_accelerator(*, mixed_precision: str = "no") -> Accelerator:
+    """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched."""
+    # Accelerate joins the processes of a CPU launch only when told that there is no accelerator.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision)
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise RuntimeError(
+            f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}: check the config"
+        )
+    return accelerator
+
+
+def local(rows: Tensor, accelerator: Accelerator) -> Tensor:
+    """This process's share of a tensor whose first axis runs over the global batch."""
+    return rows.chunk(accelerator.num_processes)[accelerator.process_index]
