@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dllm_rl.models.policy import DiffusionPolicy, make_policy
 from dllm_rl.models.tiny import char_tokenizer
-from dllm_rl.policies import DiffusionPolicy, make_policy
 from dllm_rl.types import Processors, Rollout
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dllm_rl.models.policy import make_policy
 from dllm_rl.models.tiny import char_tokenizer
-from dllm_rl.policies import make_policy
 from dllm_rl.samplers.cache import dual_cache, prefix_cache
 from dllm_rl.samplers.rules import random, threshold
 from dllm_rl.samplers.unmask import unmask

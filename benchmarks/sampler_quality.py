@@ -19,13 +19,14 @@ import torch
 from dllm_rl.evaluation import score
 from dllm_rl.likelihoods import trajectory
 from dllm_rl.mismatch import mismatch_metrics
-from dllm_rl.policies import Policy, load_policy
+from dllm_rl.models.base import Policy
+from dllm_rl.models.policy import load_policy
+from dllm_rl.models.tokens import decode, encode
 from dllm_rl.rng import stream
 from dllm_rl.samplers.cache import dual_cache, prefix_cache
 from dllm_rl.samplers.rules import entropy, entropy_bound, factor, max_prob, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.text import decode, encode
 
 LINES = {
     "a token a step": {},

@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _HOME = {
     "types": ["Prompts", "Processors", "Rollout", "Batch"],
     "tasks.base": ["Problem", "Reward", "Task"],
-    "policies": ["load_policy", "Policy", "DiffusionPolicy", "AutoregressivePolicy"],
+    "models.policy": ["load_policy", "Policy", "DiffusionPolicy", "AutoregressivePolicy"],
     "samplers.unmask": ["unmask"],
     "samplers.autoregress": ["autoregress"],
     "likelihoods": [

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dllm_rl.lora import LoraLinear, plain_weight
-from dllm_rl.policies import Policy
+from dllm_rl.models.base import Policy
+from dllm_rl.models.lora import LoraLinear, plain_weight
 from dllm_rl.quantize import quantized_layers
 from dllm_rl.quantize_layers import dequantized_input, dequantized_weight, load_weight_, operand_version, product
 

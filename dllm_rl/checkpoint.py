@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from dllm_rl.files import flush
-from dllm_rl.lora import save_adapter
-from dllm_rl.policies import Policy
+from dllm_rl.models.base import Policy
+from dllm_rl.models.lora import save_adapter
 
 _NAME = re.compile(r"step-(\d{6,})")
 

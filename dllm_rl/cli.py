@@ -51,7 +51,7 @@ def add_sample(commands) -> None:
 def sample(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from dllm_rl.policies import load_policy
+    from dllm_rl.models.policy import load_policy
     from dllm_rl.show import RANKS, cache_of, commit_rule, show
 
     if arguments.rank is not None and arguments.rank not in RANKS:

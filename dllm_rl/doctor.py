@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from dllm_rl.likelihoods import LikelihoodEstimator, causal, trajectory
 from dllm_rl.mismatch import mismatch_metrics
-from dllm_rl.policies import Policy
+from dllm_rl.models.base import Policy
 from dllm_rl.quantize import quantized_copy, quantized_layers
 from dllm_rl.quantize_layers import dequantized_weight
 from dllm_rl.types import Noise, Processors, Prompts, Rollout

@@ -19,11 +19,12 @@ from dllm_rl.distributed import make_accelerator
 from dllm_rl.evaluation import evaluate
 from dllm_rl.files import write_json
 from dllm_rl.grading import PROTOCOLS, under_protocol
-from dllm_rl.policies import Policy, load_policy
+from dllm_rl.models.base import Policy
+from dllm_rl.models.policy import load_policy
+from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks import GSM8K, MATH500, Countdown, Mini, Sudoku, Task
-from dllm_rl.text import prompt_ids
 
 TASKS = {task.name: task for task in (Sudoku, Countdown, GSM8K, MATH500, Mini)}
 GENERATED = 500  # problems of a task that could make any number

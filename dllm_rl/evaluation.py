@@ -11,11 +11,11 @@ from accelerate.utils import gather_object
 
 from dllm_rl.completions import Completions, Row, fingerprint, make_row
 from dllm_rl.config import describe
-from dllm_rl.policies import Policy
+from dllm_rl.models.base import Policy
+from dllm_rl.models.tokens import completion_ids, decode, encode
 from dllm_rl.results import Answer, Evaluation
 from dllm_rl.rng import stream
 from dllm_rl.tasks.base import Problem, Reward, Task
-from dllm_rl.text import completion_ids, decode, encode
 from dllm_rl.types import Rollout
 
 

@@ -13,11 +13,11 @@ except ImportError as error:
     raise ImportError("dllm_rl.harness needs lm-evaluation-harness: pip install 'dllm_rl[harness]'") from error
 
 from dllm_rl.likelihoods import LikelihoodEstimator
-from dllm_rl.policies import Policy
+from dllm_rl.models.base import Policy
+from dllm_rl.models.tokens import decode, prompt_ids
 from dllm_rl.rng import stream
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.text import decode, prompt_ids
 from dllm_rl.types import Prompts, Rollout
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation

@@ -23,13 +23,14 @@ from dllm_rl.config import described
 from dllm_rl.distributed import make_accelerator, sum_gradients
 from dllm_rl.evaluation import evaluate, score
 from dllm_rl.files import write_json
-from dllm_rl.lora import add_lora, load_adapter
-from dllm_rl.policies import Policy, load_policy
+from dllm_rl.models.base import Policy
+from dllm_rl.models.lora import add_lora, load_adapter
+from dllm_rl.models.policy import load_policy
+from dllm_rl.models.tokens import decode, encode
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import stream
 from dllm_rl.runlog import RunLog
 from dllm_rl.tasks.base import Problem, Task
-from dllm_rl.text import decode, encode
 from dllm_rl.warmup import draw_levels, examples, warmup
 
 # Fields that may change between the parts of a resumed run: they do not touch what is computed, or only extend it.

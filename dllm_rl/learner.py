@@ -14,7 +14,7 @@ from torch import Tensor
 from dllm_rl.distributed import Metrics, reduce_metrics, sum_gradients
 from dllm_rl.likelihoods import LikelihoodEstimator, backward_view, row_chunks
 from dllm_rl.losses import policy_loss
-from dllm_rl.policies import Policy
+from dllm_rl.models.base import Policy
 from dllm_rl.types import Batch
 
 

@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from dllm_rl.head import backward_token_logprobs, token_logprobs
 from dllm_rl.masks import (
     draw_block,
     draw_coupled,
@@ -28,8 +27,9 @@ from dllm_rl.masks import (
     draw_rounds,
     draw_trajectory,
 )
+from dllm_rl.models.base import Policy
+from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
 from dllm_rl.packed import packed_hidden
-from dllm_rl.policies import Policy
 from dllm_rl.types import Noise, Rollout
 
 

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dllm_rl.head import CHUNK_ELEMENTS
-from dllm_rl.lora import LoraLinear, add_lora
+from dllm_rl.models.base import FamilySpec
 from dllm_rl.models.families import family_of
 from dllm_rl.models.loading import build_empty
-from dllm_rl.models.spec import FamilySpec
-from dllm_rl.policies import DiffusionPolicy
+from dllm_rl.models.logprobs import CHUNK_ELEMENTS
+from dllm_rl.models.lora import LoraLinear, add_lora
+from dllm_rl.models.policy import DiffusionPolicy
+from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.quantize import why_kept
 from dllm_rl.recipe import Recipe
-from dllm_rl.text import prompt_ids
 
 GB = 1e9
 GPU_BYTES = 80 * GB

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from dllm_rl.emulate import EmulatedLinear, FakeQuantize
-from dllm_rl.lora import LoraLinear, is_bitsandbytes, merged_state, plain_weight
-from dllm_rl.policies import Policy
+from dllm_rl.models.base import Policy
+from dllm_rl.models.lora import LoraLinear, is_bitsandbytes, merged_state, plain_weight
 from dllm_rl.quantize_layers import check_finite, is_quantized, load_weight_, misfit, quantized, stored_bytes
 from dllm_rl.quantize_schemes import (
     e4m3_emulated,

@@ -8,10 +8,10 @@ from typing import Any
 from dllm_rl.advantages import group_relative
 from dllm_rl.correctors import Corrector, none
 from dllm_rl.likelihoods import LikelihoodEstimator
-from dllm_rl.lora import Lora
 from dllm_rl.losses import kl_k3, token
+from dllm_rl.models.base import Policy
+from dllm_rl.models.lora import Lora
 from dllm_rl.optimizers import adamw
-from dllm_rl.policies import Policy
 from dllm_rl.tasks.base import Task
 
 
@@ -53,7 +53,7 @@ class Recipe:
         "nf4 or int8: a frozen bitsandbytes base, where model is a path and lora is set", None
     )
     lora: Callable[[], Lora] | None = _(
-        "adapters that RL trains in place of the weights; None: all", None, pick="dllm_rl.lora"
+        "adapters that RL trains in place of the weights; None: all", None, pick="dllm_rl.models.lora"
     )
     optim: Callable = _(
         "optimiser: (parameters, lr, betas, weight_decay) -> Optimizer", adamw, pick="dllm_rl.optimizers"

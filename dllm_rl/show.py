@@ -13,14 +13,14 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from dllm_rl.models.base import Policy
+from dllm_rl.models.tokens import decode, encode
 from dllm_rl.page import page
-from dllm_rl.policies import Policy
 from dllm_rl.rng import stream
 from dllm_rl.samplers import cache, rules
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.base import Problem
-from dllm_rl.text import decode, encode
 from dllm_rl.types import Rollout
 
 RANKS = {f.__name__: f for f in rules.RANKS}

@@ -15,13 +15,13 @@ from dllm_rl.evaluation import score
 from dllm_rl.launch import begin, catch_interrupt, draw_problems, evaluate_with, finish, prepare, save
 from dllm_rl.learner import update
 from dllm_rl.mismatch import mismatch_metrics, symptom_metrics
+from dllm_rl.models.base import Policy
+from dllm_rl.models.tokens import decode, encode
 from dllm_rl.plan import plan
-from dllm_rl.policies import Policy
 from dllm_rl.quantize import check_version, quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import row_seeds, stream
 from dllm_rl.tasks.base import Reward
-from dllm_rl.text import decode, encode
 from dllm_rl.types import Batch, Noise, Rollout
 from dllm_rl.zero_mismatch import check_zero, zero_mismatch
 

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from dllm_rl.likelihoods import score_view
-from dllm_rl.policies import Policy
+from dllm_rl.models.base import Policy
+from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.tasks.base import Problem
-from dllm_rl.text import prompt_ids
 from dllm_rl.types import Processors, Rollout
 
 

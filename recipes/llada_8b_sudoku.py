@@ -8,8 +8,8 @@ from functools import partial
 from dllm_rl.config import from_command_line
 from dllm_rl.correctors import ais
 from dllm_rl.likelihoods import one_step
-from dllm_rl.lora import Lora
 from dllm_rl.losses import kl_k3
+from dllm_rl.models.lora import Lora
 from dllm_rl.quantize import float8_dynamic
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.unmask import unmask

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from dllm_rl import quantize
 from dllm_rl.alignment import aligned
-from dllm_rl.lora import Lora, adapter_free, add_lora, merged_copy
+from dllm_rl.models.lora import Lora, adapter_free, add_lora, merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantize import quantized_copy, quantized_layers, sync_weights
 from dllm_rl.quantize_layers import dequantized_input, dequantized_weight, product

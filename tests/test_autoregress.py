@@ -7,7 +7,7 @@ import torch
 from layouts import checkpoint
 
 from dllm_rl import Processors, Prompts, autoregress, load_policy
-from dllm_rl.head import process
+from dllm_rl.models.logprobs import process
 from dllm_rl.models.tiny import tiny_llama
 
 PROMPTS = [[5, 9, 4], [7, 12, 30, 8, 21, 6], [11]]

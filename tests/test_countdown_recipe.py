@@ -7,8 +7,8 @@ import pytest
 
 from dllm_rl.config import from_command_line
 from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.models.tokens import decode, encode
 from dllm_rl.rng import stream
-from dllm_rl.text import decode, encode
 from dllm_rl.training import train
 from recipes.countdown_tiny import recipe, small_numbers
 

@@ -17,12 +17,12 @@ from dllm_rl.completions import fingerprint, fold, read
 from dllm_rl.evaluation import score
 from dllm_rl.grading import grade_file, under_protocol
 from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.models.tokens import completion_ids, decode, prompt_ids
 from dllm_rl.quantize import float8_weight_only
 from dllm_rl.results import Answer, Evaluation, by_problem, interval, mean
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.statistics import wilson
 from dllm_rl.tasks import Mini, Sudoku
-from dllm_rl.text import completion_ids, decode, prompt_ids
 from dllm_rl.types import Rollout
 
 ROOT = Path(__file__).parents[1]

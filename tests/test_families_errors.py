@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from dllm_rl import Prompts, autoregress, load_policy, unmask
 from dllm_rl.models.loading import load_tokenizer
+from dllm_rl.models.policy import make_policy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.policies import make_policy
 
 
 def refused(words: str, call, *args, **kwargs) -> None:

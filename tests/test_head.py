@@ -9,8 +9,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_rl import head as head_module
-from dllm_rl.head import backward_token_logprobs, process, sample, token_logprobs, token_logprobs_and_entropies
+from dllm_rl.models import logprobs as head_module
+from dllm_rl.models.logprobs import (
+    backward_token_logprobs,
+    process,
+    sample,
+    token_logprobs,
+    token_logprobs_and_entropies,
+)
 from dllm_rl.types import Processors
 
 ROWS, WIDTH, VOCABULARY = 23, 8, 50

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from dllm_rl import likelihoods as lik
 from dllm_rl.likelihoods import score_view
-from dllm_rl.models.spec import encode_block_causal
+from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.packed import packed_mask
 from dllm_rl.samplers.rules import max_prob

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dllm_rl import checkpoint as checkpoints
 from dllm_rl import load_policy, quantized_copy, sync_weights, train
-from dllm_rl.lora import (
+from dllm_rl.models.lora import (
     Lora,
     adapted_layers,
     add_lora,

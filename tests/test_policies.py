@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 from dllm_rl import load_policy
+from dllm_rl.models.policy import shifted
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
-from dllm_rl.policies import shifted
 
 MAKERS = {
     "masked_lm": tiny_masked_lm,

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig
 
 from dllm_rl import quantize
-from dllm_rl.lora import Lora, add_lora, merged_copy
+from dllm_rl.models.lora import Lora, add_lora, merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantize import check_version, quantized_copy, quantized_layers, sync_weights, why_kept
 from dllm_rl.quantize_layers import stored_bytes

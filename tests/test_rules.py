@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from dllm_rl import head
-from dllm_rl.head import invert, sample
+from dllm_rl.models import logprobs as head
+from dllm_rl.models.logprobs import invert, sample
 from dllm_rl.samplers import rules
 
 LN2 = math.log(2)

@@ -113,7 +113,7 @@ def test_command_prints_text_and_writes_the_page(checkpoint, capsys, tmp_path):
 
 
 def test_command_draws_every_step(checkpoint, capsys):
-    from dllm_rl.policies import load_policy
+    from dllm_rl.models.policy import load_policy
 
     show.show(load_policy(checkpoint), ["12.="], live=True, max_new_tokens=4)
     out = capsys.readouterr().out

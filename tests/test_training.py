@@ -13,11 +13,11 @@ from dllm_rl import correctors, likelihoods, load_policy
 from dllm_rl.correctors import none, tis
 from dllm_rl.distributed import make_accelerator
 from dllm_rl.losses import constant, kl_k1, kl_k2, sequence, token
+from dllm_rl.models.tokens import decode, encode
 from dllm_rl.quantize import float8_weight_only
 from dllm_rl.report import read_metrics
 from dllm_rl.runlog import RunLog
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.text import decode, encode
 from dllm_rl.training import draw_again, train
 
 TIMES = ("time/", "step_time")

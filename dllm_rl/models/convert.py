@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dllm_rl.policies import AutoregressivePolicy, DiffusionPolicy, load_policy, make_policy
+from dllm_rl.models.policy import AutoregressivePolicy, DiffusionPolicy, load_policy, make_policy
 
 MASK = "<|mask|>"
 

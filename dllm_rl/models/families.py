@@ -19,7 +19,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from dllm_rl.models.spec import BERT_LINEARS, FamilySpec, encode_roberta, mlm_head
+from dllm_rl.models.base import BERT_LINEARS, FamilySpec, encode_roberta, mlm_head
 
 _SAME = [
     "vocab_size",

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from dllm_rl.lora import has_extras, merged_copy, merged_state
+from dllm_rl.models.base import FamilySpec, encode_block_causal, encode_roberta, mlm_head
 from dllm_rl.models.families import family_of
+from dllm_rl.models.lora import has_extras, merged_copy, merged_state
 from dllm_rl.models.rope import rotate_in_float32
-from dllm_rl.models.spec import FamilySpec, encode_block_causal, encode_roberta, mlm_head
 from dllm_rl.models.weights import read_tensors, to_original, to_stock, write_tensors
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]

@@ -17,7 +17,7 @@ from transformers import (
     RobertaPreLayerNormForMaskedLM,
 )
 
-from dllm_rl.policies import AutoregressivePolicy, DiffusionPolicy, make_policy
+from dllm_rl.models.policy import AutoregressivePolicy, DiffusionPolicy, make_policy
 
 PAD, MASK, EOS = "<pad>", "<mask>", "<eos>"
 

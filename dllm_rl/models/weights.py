@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dllm_rl.models.spec import FamilySpec
+from dllm_rl.models.base import FamilySpec
 
 State = dict[str, Tensor]
 ATTENTION, QKV = "model.layers.*.self_attn", ("q_proj", "k_proj", "v_proj")

@@ -4,8 +4,8 @@ import torch
 from torch import Generator
 from transformers import DynamicCache
 
-from dllm_rl.head import process, sample
-from dllm_rl.policies import Policy
+from dllm_rl.models.base import Policy
+from dllm_rl.models.logprobs import process, sample
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.unmask import check_fits
 from dllm_rl.types import Processors, Prompts, Rollout

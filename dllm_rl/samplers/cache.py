@@ -8,8 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from dllm_rl.models.spec import encode_base
-from dllm_rl.policies import Policy
+from dllm_rl.models.base import Policy, encode_base
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.policies import Policy
+from dllm_rl.models.base import Policy
 from dllm_rl.samplers.rules import steps_per_block
 from dllm_rl.types import Processors, Prompts, Rollout
 

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.head import chunked, invert, process
-from dllm_rl.policies import Policy
+from dllm_rl.models.base import Policy
+from dllm_rl.models.logprobs import chunked, invert, process
 from dllm_rl.samplers.rules import needs_of
 from dllm_rl.types import Processors
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from dllm_rl.policies import Policy
+from dllm_rl.models.base import Policy
 from dllm_rl.rng import row_seeds, uniforms
 from dllm_rl.samplers.cache import Cache, CachedStates
 from dllm_rl.samplers.canvas import Agenda, make_canvas

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dllm_rl.policies import Policy
+from dllm_rl.models.base import Policy
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Prompts, Rollout
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 Attention = Literal["full", "block_causal", "causal"]
 
@@ -122,3 +123,19 @@ class FamilySpec:
         names = config.get("architectures") or [""]
         fits = lambda a: names[0].endswith(a[1:]) if a.startswith("*") else names[0] == a  # noqa: E731
         return any(map(fits, self.architectures)) and self.when(config)
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A model, its tokenizer, and what a sampler or an estimator must know. `version` counts weight updates."""
+
+    module: nn.Module
+    spec: FamilySpec
+    tokenizer: PreTrainedTokenizerBase
+    version: int
+
+    def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor: ...
+
+    def head(self, hidden: Tensor) -> Tensor: ...
+
+    def logits(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor: ...

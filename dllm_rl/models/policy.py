@@ -1,32 +1,15 @@
 """One interface over every backbone: logits for the token AT each position, whatever the family's own convention."""
 
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dllm_rl.lora import Lora, adapter_free, add_lora
+from dllm_rl.models.base import FamilySpec
 from dllm_rl.models.loading import load_module, save_module, spec_of
-from dllm_rl.models.spec import FamilySpec
-
-
-@runtime_checkable
-class Policy(Protocol):
-    """A model, its tokenizer, and what a sampler or an estimator must know. `version` counts weight updates."""
-
-    module: nn.Module
-    spec: FamilySpec
-    tokenizer: PreTrainedTokenizerBase
-    version: int
-
-    def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor: ...
-
-    def head(self, hidden: Tensor) -> Tensor: ...
-
-    def logits(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor: ...
+from dllm_rl.models.lora import Lora, adapter_free, add_lora
 
 
 class _Backbone:
