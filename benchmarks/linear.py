@@ -15,11 +15,11 @@ from torch import nn
 from benchmarks.measure import machine, seconds_and_peak, speed_up, table, write_json
 from benchmarks.presets import PRESETS
 from benchmarks.sync import ANYWHERE
-from dllm_rl import quantize
-from dllm_rl.alignment import StraightThrough
-from dllm_rl.emulate import EmulatedLinear, FakeQuantize
-from dllm_rl.quantize_layers import quantized, stored_bytes
-from dllm_rl.quantize_schemes import usable
+from dllm_rl.quantization import schemes as quantize
+from dllm_rl.quantization.aligned import StraightThrough
+from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize
+from dllm_rl.quantization.linear import quantized, stored_bytes
+from dllm_rl.quantization.schemes import usable
 
 
 def shapes(preset: str) -> list[tuple[int, int]]:
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--preset", default="small", choices=PRESETS)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--schemes", nargs="*", default=ANYWHERE, help="names in dllm_rl.quantize")
+    parser.add_argument("--schemes", nargs="*", default=ANYWHERE, help="names in dllm_rl.quantization.schemes")
     parser.add_argument("--tokens", type=int, default=512, help="rows of the input")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")

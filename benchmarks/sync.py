@@ -13,9 +13,9 @@ import torch
 
 from benchmarks.measure import machine, seconds_and_peak, table, write_json
 from benchmarks.presets import PRESETS, make
-from dllm_rl import quantize
 from dllm_rl.likelihoods import backward_view, trajectory
-from dllm_rl.quantize import quantized_copy, sync_weights
+from dllm_rl.quantization import schemes as quantize
+from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts
@@ -71,7 +71,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--preset", default="tiny", choices=PRESETS)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--schemes", nargs="*", default=["none", *ANYWHERE], help="names in dllm_rl.quantize, or none")
+    parser.add_argument(
+        "--schemes", nargs="*", default=["none", *ANYWHERE], help="names in quantization.schemes, or none"
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     parser.add_argument("--json", metavar="FILE")

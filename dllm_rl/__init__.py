@@ -15,7 +15,8 @@ __version__ = "0.1.0"
 _HOME = {
     "types": ["Prompts", "Processors", "Rollout", "Batch"],
     "tasks.base": ["Problem", "Reward", "Task"],
-    "models.policy": ["load_policy", "Policy", "DiffusionPolicy", "AutoregressivePolicy"],
+    "models.base": ["Policy"],
+    "models.policy": ["load_policy", "DiffusionPolicy", "AutoregressivePolicy"],
     "samplers.unmask": ["unmask"],
     "samplers.autoregress": ["autoregress"],
     "likelihoods": [
@@ -25,7 +26,7 @@ _HOME = {
     "correctors": [
         *["Corrector", "none", "tis", "mis", "icepop", "reject", "ais", "tbpo", "aligned", "qarl", "compose"],
     ],
-    "quantize": ["quantized_copy", "sync_weights"],
+    "quantization.rollout_policy": ["quantized_copy", "sync_weights"],
     "recipe": ["Recipe"],
     "config": ["describe", "from_command_line"],
     "training": ["train"],

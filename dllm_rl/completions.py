@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from dllm_rl.files import to_disk
 from dllm_rl.models.base import Policy
-from dllm_rl.quantize_layers import is_packed
+from dllm_rl.quantization.linear import is_packed
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.loading import load_rows
 

@@ -133,9 +133,10 @@ def pickable(module_name: str, value: Any, annotation: Any) -> dict[str, Any]:
     """Public functions of the module that can stand where `value` does: the same positional parameters, or, where a
     record or a built object is wanted, functions that make one and need no argument."""
     module = import_module(module_name)
-    names = getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])
     functions = {
-        n: f for n in names if inspect.isfunction(f := getattr(module, n)) and f.__module__.startswith(module_name)
+        n: f
+        for n, f in vars(module).items()
+        if inspect.isfunction(f) and not n.startswith("_") and f.__module__ == module_name
     }
     example = value.func if isinstance(value, partial) else value
     if inspect.isfunction(example) and _positional(example):

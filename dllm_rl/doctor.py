@@ -18,8 +18,8 @@ from torch import Generator, Tensor
 from dllm_rl.likelihoods import LikelihoodEstimator, causal, trajectory
 from dllm_rl.mismatch import mismatch_metrics
 from dllm_rl.models.base import Policy
-from dllm_rl.quantize import quantized_copy, quantized_layers
-from dllm_rl.quantize_layers import dequantized_weight
+from dllm_rl.quantization.linear import dequantized_weight
+from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
 from dllm_rl.types import Noise, Processors, Prompts, Rollout
 from dllm_rl.zero_mismatch import layer_outputs
 

@@ -16,7 +16,7 @@ from dllm_rl.models.logprobs import CHUNK_ELEMENTS
 from dllm_rl.models.lora import LoraLinear, add_lora
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.models.tokens import prompt_ids
-from dllm_rl.quantize import why_kept
+from dllm_rl.quantization.rollout_policy import why_kept
 from dllm_rl.recipe import Recipe
 
 GB = 1e9

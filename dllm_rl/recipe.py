@@ -46,7 +46,9 @@ class Recipe:
     corrector: Corrector = _("correction of the training-inference mismatch", none(), pick="dllm_rl.correctors")
     advantages: Callable = _("(P, G) rewards -> (P, G) advantages", group_relative, pick="dllm_rl.advantages")
     aggregate: Callable = _("how tokens are weighed in the loss", token, pick="dllm_rl.losses")
-    rollout_quantization: Callable[[], Any] | None = _("scheme of the rollout's weights", None, pick="dllm_rl.quantize")
+    rollout_quantization: Callable[[], Any] | None = _(
+        "scheme of the rollout's weights", None, pick="dllm_rl.quantization.schemes"
+    )
 
     dtype: str = _("of the weights, where model is a path: float32, bfloat16, or auto for the checkpoint's", "float32")
     base_quantization: str | None = _(

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from torch import Generator, Tensor
 
 from dllm_rl.advantages import informative
-from dllm_rl.alignment import aligned
 from dllm_rl.distributed import local, reduce_metrics
 from dllm_rl.evaluation import score
 from dllm_rl.launch import begin, catch_interrupt, draw_problems, evaluate_with, finish, prepare, save
@@ -18,7 +17,8 @@ from dllm_rl.mismatch import mismatch_metrics, symptom_metrics
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.plan import plan
-from dllm_rl.quantize import check_version, quantized_copy, sync_weights
+from dllm_rl.quantization.aligned import aligned
+from dllm_rl.quantization.rollout_policy import check_version, quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import row_seeds, stream
 from dllm_rl.tasks.base import Reward

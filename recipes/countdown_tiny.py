@@ -11,7 +11,7 @@ from dllm_rl.config import from_command_line
 from dllm_rl.correctors import ais
 from dllm_rl.likelihoods import trajectory
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.quantize import float8_weight_only
+from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask

@@ -10,7 +10,7 @@ from dllm_rl.correctors import ais
 from dllm_rl.likelihoods import one_step
 from dllm_rl.losses import kl_k3
 from dllm_rl.models.lora import Lora
-from dllm_rl.quantize import float8_dynamic
+from dllm_rl.quantization.schemes import float8_dynamic
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku

@@ -4,14 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dllm_rl import quantize
-from dllm_rl.alignment import aligned
+from dllm_rl.config import pickable
 from dllm_rl.models.lora import Lora, adapter_free, add_lora, merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.quantize import quantized_copy, quantized_layers, sync_weights
-from dllm_rl.quantize_layers import dequantized_input, dequantized_weight, product
+from dllm_rl.quantization import schemes as quantize
+from dllm_rl.quantization.aligned import aligned
+from dllm_rl.quantization.linear import dequantized_input, dequantized_weight, product
+from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, sync_weights
 
-SCHEMES = [getattr(quantize, name) for name in quantize.__all__ if name not in ("float8_dynamic", "int4_packed")]
+NAMES = pickable(quantize.__name__, None, None)
+SCHEMES = [make for name, make in NAMES.items() if name not in ("float8_dynamic", "int4_packed")]
 DTYPES = [torch.float32, torch.bfloat16]
 small = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
 

@@ -8,7 +8,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl import correctors, likelihoods
 from dllm_rl.config import describe, described, from_command_line, override, paths
 from dllm_rl.losses import ppo_clip, sequence, token
-from dllm_rl.quantize import int8_weight_only
+from dllm_rl.quantization.schemes import int8_weight_only
 from recipes.sudoku_tiny import recipe as main_job
 
 

@@ -13,12 +13,13 @@ from dllm_rl import correctors as c
 from dllm_rl import likelihoods as lik
 from dllm_rl import losses
 from dllm_rl.advantages import group_relative
-from dllm_rl.alignment import aligned
 from dllm_rl.learner import accumulate_gradients, update
 from dllm_rl.likelihoods import score_view
 from dllm_rl.models import logprobs as head_module
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.quantize import int8_weight_only, quantized_copy
+from dllm_rl.quantization.aligned import aligned
+from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask

@@ -11,7 +11,8 @@ from dllm_rl.doctor import ADVICE, diagnose
 from dllm_rl.doctor_report import write_doctor
 from dllm_rl.likelihoods import coupled, trajectory
 from dllm_rl.models.tiny import tiny_llama
-from dllm_rl.quantize import fake_quantize, int3_emulated, quantized_copy
+from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.quantization.schemes import fake_quantize, int3_emulated
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.rules import max_prob

@@ -18,7 +18,7 @@ from dllm_rl.evaluation import score
 from dllm_rl.grading import grade_file, under_protocol
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import completion_ids, decode, prompt_ids
-from dllm_rl.quantize import float8_weight_only
+from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.results import Answer, Evaluation, by_problem, interval, mean
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.statistics import wilson

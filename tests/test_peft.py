@@ -25,7 +25,7 @@ from dllm_rl.models.lora import (
 )
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.optimizers import adamw_8bit
-from dllm_rl.quantize import int8_weight_only
+from dllm_rl.quantization.schemes import int8_weight_only
 
 FAMILIES = {
     "llada": 14, "llada_moe": 8, "llada2": 14, "dream": 14, "sdar": 14, "sdar_moe": 8,

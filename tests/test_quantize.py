@@ -9,15 +9,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig
 
-from dllm_rl import quantize
+from dllm_rl.config import pickable
 from dllm_rl.models.lora import Lora, add_lora, merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.quantize import check_version, quantized_copy, quantized_layers, sync_weights, why_kept
-from dllm_rl.quantize_layers import stored_bytes
+from dllm_rl.quantization import schemes as quantize
+from dllm_rl.quantization.linear import stored_bytes
+from dllm_rl.quantization.rollout_policy import check_version, quantized_copy, quantized_layers, sync_weights, why_kept
 from dllm_rl.types import Processors, Rollout
 
 CUDA_ONLY = ("float8_dynamic", "int4_packed")
-SCHEMES = [getattr(quantize, name) for name in quantize.__all__ if name not in CUDA_ONLY]
+NAMES = pickable(quantize.__name__, None, None)
+SCHEMES = [make for name, make in NAMES.items() if name not in CUDA_ONLY]
 small = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
 
 
@@ -258,9 +260,9 @@ def test_what_a_cpu_cannot_run_is_refused_with_the_alternative():
 
 
 def test_every_scheme_is_found_under_its_own_name():
-    for name in quantize.__all__:
-        assert getattr(quantize, name).__name__ == name
-        assert getattr(quantize, name)() is not None
+    assert len(NAMES) == 15
+    for name, make in NAMES.items():
+        assert make.__name__ == name and make() is not None
 
 
 def test_stale_rollouts_are_refused_unless_allowed():
@@ -310,7 +312,7 @@ def test_a_sharded_learner_syncs_as_a_whole_one(tmp_path):
 def test_float8_weights_are_torchaos_own(dtype):
     from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
-    from dllm_rl.quantize_layers import quantized
+    from dllm_rl.quantization.linear import quantized
 
     layer = torch.nn.Linear(384, 96, bias=False, dtype=dtype)
     ours = quantized(layer.weight.detach().clone(), Float8WeightOnlyConfig(), "layer")

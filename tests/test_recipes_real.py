@@ -11,7 +11,7 @@ from dllm_rl import train
 from dllm_rl.config import from_command_line
 from dllm_rl.optimizers import adamw_8bit
 from dllm_rl.plan import CONFIGS, memory, outline, plan, quantisable
-from dllm_rl.quantize import float8_weight_only
+from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers.autoregress import autoregress
 
 # (recipe, parameters, quantised layers). 8,015,581,184 is LLaDA-8B's published count; the others are sums by hand of

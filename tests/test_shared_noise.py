@@ -15,7 +15,7 @@ from dllm_rl import likelihoods as lik
 from dllm_rl.correctors import tis
 from dllm_rl.likelihoods import LikelihoodEstimator
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.quantize import int8_weight_only
+from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask

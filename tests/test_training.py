@@ -14,7 +14,7 @@ from dllm_rl.correctors import none, tis
 from dllm_rl.distributed import make_accelerator
 from dllm_rl.losses import constant, kl_k1, kl_k2, sequence, token
 from dllm_rl.models.tokens import decode, encode
-from dllm_rl.quantize import float8_weight_only
+from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.report import read_metrics
 from dllm_rl.runlog import RunLog
 from dllm_rl.tasks.sudoku import Sudoku

@@ -13,7 +13,8 @@ from tiny_recipe import tiny_recipe
 from dllm_rl.correctors import aligned
 from dllm_rl.likelihoods import trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.quantize import int3_emulated, quantized_copy
+from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.quantization.schemes import int3_emulated
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku

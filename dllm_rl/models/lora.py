@@ -21,19 +21,6 @@ from torch import Generator, Tensor, nn
 
 from dllm_rl.models.weights import renamed
 
-__all__ = [
-    "Lora",
-    "adapter_free",
-    "add_lora",
-    "load_adapter",
-    "lora_d1",
-    "lora_r16",
-    "merge_lora",
-    "merged_copy",
-    "merged_state",
-    "save_adapter",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:

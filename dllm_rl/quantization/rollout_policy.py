@@ -1,7 +1,6 @@
-"""Quantised rollout copies and their refresh. With its fellow `quantize_*` modules the only room that sees torchao.
+"""Quantised rollout copies and their refresh.
 
-A torchao config object, or one of our emulators', describes the quantisation; None is none. `__all__` lists the schemes
-that a recipe or a command line can pick by name.
+A torchao config object, or one of our emulators', describes the quantisation; None is none.
 """
 
 import copy
@@ -13,47 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dllm_rl.emulate import EmulatedLinear, FakeQuantize
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import LoraLinear, is_bitsandbytes, merged_state, plain_weight
-from dllm_rl.quantize_layers import check_finite, is_quantized, load_weight_, misfit, quantized, stored_bytes
-from dllm_rl.quantize_schemes import (
-    e4m3_emulated,
-    e5m2_emulated,
-    fake_quantize,
-    five_level_emulated,
-    float8_dynamic,
-    float8_dynamic_emulated,
-    float8_weight_only,
-    int3_emulated,
-    int4_emulated,
-    int4_packed,
-    int4_weight_only,
-    int8_dynamic,
-    int8_emulated,
-    int8_weight_only,
-    ternary_emulated,
-    usable,
-)
+from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize
+from dllm_rl.quantization.linear import check_finite, is_quantized, load_weight_, misfit, quantized, stored_bytes
+from dllm_rl.quantization.schemes import usable
 from dllm_rl.types import Rollout
-
-__all__ = [
-    "e4m3_emulated",
-    "e5m2_emulated",
-    "fake_quantize",
-    "five_level_emulated",
-    "float8_dynamic",
-    "float8_dynamic_emulated",
-    "float8_weight_only",
-    "int3_emulated",
-    "int4_emulated",
-    "int4_packed",
-    "int4_weight_only",
-    "int8_dynamic",
-    "int8_emulated",
-    "int8_weight_only",
-    "ternary_emulated",
-]
 
 log = logging.getLogger(__name__)
 

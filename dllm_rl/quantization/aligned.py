@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import LoraLinear, plain_weight
-from dllm_rl.quantize import quantized_layers
-from dllm_rl.quantize_layers import dequantized_input, dequantized_weight, load_weight_, operand_version, product
+from dllm_rl.quantization.linear import dequantized_input, dequantized_weight, load_weight_, operand_version, product
+from dllm_rl.quantization.rollout_policy import quantized_layers
 
 
 class StraightThrough(torch.autograd.Function):

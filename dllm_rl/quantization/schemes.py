@@ -4,7 +4,6 @@ What a config is: a torchao config object, a FakeQuantize, or a Float8DynamicEmu
 """
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torchao.quantization import (
@@ -18,12 +17,7 @@ from torchao.quantization import (
     PerRow,
 )
 
-from dllm_rl.emulate import TINY, FakeQuantize
-
-
-@dataclass(frozen=True)
-class Float8DynamicEmulated:
-    """torchao's dynamic float8 tensors and torch's scaled product, on a device without float8 hardware: exact, slow."""
+from dllm_rl.quantization.fake import TINY, FakeQuantize, Float8DynamicEmulated
 
 
 def float8_weight_only():

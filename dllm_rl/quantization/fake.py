@@ -131,3 +131,8 @@ class EmulatedLinear(nn.Linear):
     def dequantized(self) -> Float[Tensor, "N K"]:
         """The rounded weight in the learner's units."""
         return self.weight * self.weight_scale[:, None] if self.scales_product else self.weight
+
+
+@dataclass(frozen=True)
+class Float8DynamicEmulated:
+    """torchao's dynamic float8 tensors and torch's scaled product, on a device without float8 hardware: exact, slow."""

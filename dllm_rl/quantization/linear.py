@@ -14,8 +14,7 @@ from torchao.quantization import (
 from torchao.quantization.quantize_.common import _choose_quant_func_and_quantize_tensor
 from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8Tensor, QuantizeTensorToFloat8Kwargs
 
-from dllm_rl.emulate import TINY, EmulatedLinear
-from dllm_rl.quantize_schemes import Float8DynamicEmulated
+from dllm_rl.quantization.fake import TINY, EmulatedLinear, Float8DynamicEmulated
 
 
 def is_quantized(layer: nn.Module) -> bool:

@@ -1,0 +1,1 @@
+"""The rollout's quantised copy of a policy: schemes, layers, sync, aligned forward. The one room of torchao."""
