@@ -13,10 +13,11 @@ import torch
 
 from benchmarks.measure import in_fresh_process, machine, seconds_and_peak, speed_up, table, write_json
 from benchmarks.presets import PRESETS, make
-from dllm_rl import losses
-from dllm_rl.correctors import none
+from dllm_rl.algorithms import losses
+from dllm_rl.algorithms.correctors import none
 from dllm_rl.learner import accumulate_gradients
-from dllm_rl.likelihoods import elbo, score_view
+from dllm_rl.likelihoods.estimators import elbo
+from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.types import Batch
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
+from dllm_rl.algorithms.mismatch import mismatch_metrics
 from dllm_rl.evaluation import score
-from dllm_rl.likelihoods import trajectory
-from dllm_rl.mismatch import mismatch_metrics
+from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import decode, encode

@@ -12,7 +12,8 @@ import torch
 
 from benchmarks.measure import in_fresh_process, machine, seconds_and_peak, speed_up, table, write_json
 from benchmarks.presets import PRESETS, make
-from dllm_rl.likelihoods import backward_view, one_step, score_view
+from dllm_rl.likelihoods.estimators import one_step
+from dllm_rl.likelihoods.scoring import backward_view, score_view
 
 
 def plain(policy, rollout, masked, scored) -> torch.Tensor:

@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.measure import machine, seconds_and_peak, table, write_json
 from benchmarks.presets import PRESETS, make
-from dllm_rl.likelihoods import backward_view, trajectory
+from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.scoring import backward_view
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers.rules import max_prob

@@ -19,11 +19,11 @@ _HOME = {
     "models.policy": ["load_policy", "DiffusionPolicy", "AutoregressivePolicy"],
     "samplers.unmask": ["unmask"],
     "samplers.autoregress": ["autoregress"],
-    "likelihoods": [
+    "likelihoods.estimators": [
         *["LikelihoodEstimator", "one_step", "elbo", "coupled", "quadrature", "block", "eubo", "sandwich"],
         *["trajectory", "causal"],
     ],
-    "correctors": [
+    "algorithms.correctors": [
         *["Corrector", "none", "tis", "mis", "icepop", "reject", "ais", "tbpo", "aligned", "qarl", "compose"],
     ],
     "quantization.rollout_policy": ["quantized_copy", "sync_weights"],

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from dllm_rl.likelihoods import LikelihoodEstimator, causal, trajectory
-from dllm_rl.mismatch import mismatch_metrics
+from dllm_rl.algorithms.mismatch import mismatch_metrics
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator, causal, trajectory
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.linear import dequantized_weight
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers

@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     raise ImportError("dllm_rl.harness needs lm-evaluation-harness: pip install 'dllm_rl[harness]'") from error
 
-from dllm_rl.likelihoods import LikelihoodEstimator
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, prompt_ids
 from dllm_rl.rng import stream

@@ -11,9 +11,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dllm_rl.algorithms.losses import policy_loss
 from dllm_rl.distributed import Metrics, reduce_metrics, sum_gradients
-from dllm_rl.likelihoods import LikelihoodEstimator, backward_view, row_chunks
-from dllm_rl.losses import policy_loss
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator
+from dllm_rl.likelihoods.scoring import backward_view, row_chunks
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Batch
 

@@ -5,23 +5,14 @@ from dataclasses import MISSING, dataclass, field
 from functools import partial
 from typing import Any
 
-from dllm_rl.advantages import group_relative
-from dllm_rl.correctors import Corrector, none
-from dllm_rl.likelihoods import LikelihoodEstimator
-from dllm_rl.losses import kl_k3, token
+from dllm_rl.algorithms.advantages import group_relative
+from dllm_rl.algorithms.correctors import Corrector, none
+from dllm_rl.algorithms.losses import kl_k3, token
+from dllm_rl.algorithms.optimizers import adamw, linear_decay
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import Lora
-from dllm_rl.optimizers import adamw
 from dllm_rl.tasks.base import Task
-
-
-def linear_decay(
-    step: int, num_steps: int, *, warmup_steps: int = 5, constant_until: float = 0.6, final: float = 0.1
-) -> float:
-    """Factor on the learning rate at `step`: a linear rise, a plateau until that share of the run, a linear fall."""
-    rise = min(1.0, (step + 1) / max(1, warmup_steps))
-    fall = max(0.0, step / max(1, num_steps) - constant_until) / max(1e-9, 1 - constant_until)
-    return rise * (1 - (1 - final) * fall)
 
 
 def _(help: str, default: Any = MISSING, *, pick: str | None = None, whole: bool = False) -> Any:
@@ -42,10 +33,16 @@ class Recipe:
 
     sampler: Callable = _("rollout sampler: (policy, prompts, generator) -> Rollout")
     eval_sampler: Callable = _("the sampler of evaluations")
-    likelihood: LikelihoodEstimator = _("sequence-likelihood estimator", pick="dllm_rl.likelihoods", whole=True)
-    corrector: Corrector = _("correction of the training-inference mismatch", none(), pick="dllm_rl.correctors")
-    advantages: Callable = _("(P, G) rewards -> (P, G) advantages", group_relative, pick="dllm_rl.advantages")
-    aggregate: Callable = _("how tokens are weighed in the loss", token, pick="dllm_rl.losses")
+    likelihood: LikelihoodEstimator = _(
+        "sequence-likelihood estimator", pick="dllm_rl.likelihoods.estimators", whole=True
+    )
+    corrector: Corrector = _(
+        "correction of the training-inference mismatch", none(), pick="dllm_rl.algorithms.correctors"
+    )
+    advantages: Callable = _(
+        "(P, G) rewards -> (P, G) advantages", group_relative, pick="dllm_rl.algorithms.advantages"
+    )
+    aggregate: Callable = _("how tokens are weighed in the loss", token, pick="dllm_rl.algorithms.losses")
     rollout_quantization: Callable[[], Any] | None = _(
         "scheme of the rollout's weights", None, pick="dllm_rl.quantization.schemes"
     )
@@ -58,7 +55,7 @@ class Recipe:
         "adapters that RL trains in place of the weights; None: all", None, pick="dllm_rl.models.lora"
     )
     optim: Callable = _(
-        "optimiser: (parameters, lr, betas, weight_decay) -> Optimizer", adamw, pick="dllm_rl.optimizers"
+        "optimiser: (parameters, lr, betas, weight_decay) -> Optimizer", adamw, pick="dllm_rl.algorithms.optimizers"
     )
 
     seed: int = _("the only source of randomness", 0)
@@ -75,7 +72,7 @@ class Recipe:
     max_grad_norm: float = _("gradients are scaled down to this norm", 1.0)
     lr_schedule: Callable = _("(step, num_steps) -> factor on the learning rate", linear_decay)
     beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0)
-    kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.losses")
+    kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.algorithms.losses")
     entropy_coeff: float = _("weight of the entropy bonus; 0: none", 0.0)
     bf16: bool = _("learner's forward in bf16 autocast", False)
     zero_mismatch: bool = _(

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm_rl.correctors import Corrector, none
-from dllm_rl.likelihoods import LikelihoodEstimator
-from dllm_rl.losses import kl_k2, policy_loss, sequence
+from dllm_rl.algorithms.correctors import Corrector, none
+from dllm_rl.algorithms.losses import kl_k2, policy_loss, sequence
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.types import Batch, Noise, Rollout
 
 

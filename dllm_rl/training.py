@@ -8,12 +8,12 @@ import torch
 from accelerate import Accelerator
 from torch import Generator, Tensor
 
-from dllm_rl.advantages import informative
+from dllm_rl.algorithms.advantages import informative
+from dllm_rl.algorithms.mismatch import mismatch_metrics, symptom_metrics
 from dllm_rl.distributed import local, reduce_metrics
 from dllm_rl.evaluation import score
 from dllm_rl.launch import begin, catch_interrupt, draw_problems, evaluate_with, finish, prepare, save
 from dllm_rl.learner import update
-from dllm_rl.mismatch import mismatch_metrics, symptom_metrics
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.plan import plan

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from dllm_rl.likelihoods import score_view
+from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.tasks.base import Problem

@@ -7,9 +7,9 @@ numbers that are rightly used.
 
 from functools import partial
 
+from dllm_rl.algorithms.correctors import ais
 from dllm_rl.config import from_command_line
-from dllm_rl.correctors import ais
-from dllm_rl.likelihoods import trajectory
+from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.recipe import Recipe

@@ -6,7 +6,7 @@ Not run yet: no results.
 from dataclasses import replace
 
 from dllm_rl.config import from_command_line
-from dllm_rl.likelihoods import trajectory
+from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.training import train
 from recipes.llada_8b_gsm8k import recipe as base
 

@@ -5,10 +5,10 @@ Written for a GPU with 80 GB or more; --dry_run prints what it takes. Not run ye
 
 from functools import partial
 
+from dllm_rl.algorithms.correctors import ais
+from dllm_rl.algorithms.losses import kl_k3
 from dllm_rl.config import from_command_line
-from dllm_rl.correctors import ais
-from dllm_rl.likelihoods import one_step
-from dllm_rl.losses import kl_k3
+from dllm_rl.likelihoods.estimators import one_step
 from dllm_rl.models.lora import Lora
 from dllm_rl.quantization.schemes import float8_dynamic
 from dllm_rl.recipe import Recipe

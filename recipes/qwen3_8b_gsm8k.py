@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 from dllm_rl.config import from_command_line
-from dllm_rl.likelihoods import causal
+from dllm_rl.likelihoods.estimators import causal
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.tasks.gsm8k import GSM8K
 from dllm_rl.training import train

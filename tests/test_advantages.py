@@ -7,7 +7,7 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
-from dllm_rl.advantages import group_relative, informative, leave_one_out
+from dllm_rl.algorithms.advantages import group_relative, informative, leave_one_out
 
 # Two groups of three. Means 2 and 5; centred (-1, 0, 1) and (-4, 0, 4); sample std 1 and sqrt(32/2) = 4.
 REWARDS = tensor([[1.0, 2.0, 3.0], [1.0, 5.0, 9.0]])

@@ -5,9 +5,10 @@ from functools import partial
 import pytest
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import correctors, likelihoods
+from dllm_rl.algorithms import correctors
+from dllm_rl.algorithms.losses import ppo_clip, sequence, token
 from dllm_rl.config import describe, described, from_command_line, override, paths
-from dllm_rl.losses import ppo_clip, sequence, token
+from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.quantization.schemes import int8_weight_only
 from recipes.sudoku_tiny import recipe as main_job
 

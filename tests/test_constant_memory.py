@@ -9,12 +9,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dllm_rl import correctors as c
-from dllm_rl import likelihoods as lik
-from dllm_rl import losses
-from dllm_rl.advantages import group_relative
+from dllm_rl.algorithms import correctors as c
+from dllm_rl.algorithms import losses
+from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.learner import accumulate_gradients, update
-from dllm_rl.likelihoods import score_view
+from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models import logprobs as head_module
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned

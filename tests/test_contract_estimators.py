@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 import torch
 
-from dllm_rl import likelihoods as lik
+from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.rules import max_prob

@@ -8,8 +8,8 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
-from dllm_rl import correctors as c
-from dllm_rl.losses import gspo
+from dllm_rl.algorithms import correctors as c
+from dllm_rl.algorithms.losses import gspo
 from dllm_rl.testing import loss_of, make_batch
 
 # The (B=3, T=4) example: ratios rho = p_old / p_rollout, three, two and four of them marked.

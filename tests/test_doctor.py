@@ -9,7 +9,7 @@ import torch
 
 from dllm_rl.doctor import ADVICE, diagnose
 from dllm_rl.doctor_report import write_doctor
-from dllm_rl.likelihoods import coupled, trajectory
+from dllm_rl.likelihoods.estimators import coupled, trajectory
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import fake_quantize, int3_emulated

@@ -6,7 +6,7 @@ import torch
 from tiny_recipe import SIZES
 
 from dllm_rl import Prompts, trajectory, unmask
-from dllm_rl.likelihoods import score_view
+from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.rules import max_prob
 from recipes.studies.estimators import gradient

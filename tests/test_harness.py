@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dllm_rl.likelihoods import causal, coupled, elbo, trajectory
+from dllm_rl.likelihoods.estimators import causal, coupled, elbo, trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from likelihood_toys import TablePolicy, elbo_by_hand, eubo_by_hand, log_any_order
 
-from dllm_rl import likelihoods as lik
-from dllm_rl.masks import block_view, coupled_views, exact_view, ranks, uniforms_per_row
+from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.likelihoods.masks import block_view, coupled_views, exact_view, ranks, uniforms_per_row
 from dllm_rl.types import Noise
 
 LENGTH, WORDS = 3, 3

@@ -9,8 +9,8 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
-from dllm_rl import losses
-from dllm_rl.losses import (
+from dllm_rl.algorithms import losses
+from dllm_rl.algorithms.losses import (
     cispo,
     constant,
     gspo,

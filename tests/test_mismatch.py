@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import tensor
 
-from dllm_rl.mismatch import mismatch_metrics, repeats, symptom_metrics, weight_metrics
+from dllm_rl.algorithms.mismatch import mismatch_metrics, repeats, symptom_metrics, weight_metrics
 
 RHO = tensor([[1, 2, 4, 0.5], [0.25, 1, 8, 100], [1, 1, 100, 100]], dtype=torch.float64)
 MASK = tensor([[True] * 4, [True, True, True, False], [True, True, False, False]])

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dllm_rl import likelihoods as lik
-from dllm_rl.likelihoods import score_view
+from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.likelihoods.packed import packed_mask
+from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama
-from dllm_rl.packed import packed_mask
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.testing import check_estimator

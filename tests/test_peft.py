@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from dllm_rl import checkpoint as checkpoints
 from dllm_rl import load_policy, quantized_copy, sync_weights, train
+from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.models.lora import (
     Lora,
     adapted_layers,
@@ -24,7 +25,6 @@ from dllm_rl.models.lora import (
     save_adapter,
 )
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.optimizers import adamw_8bit
 from dllm_rl.quantization.schemes import int8_weight_only
 
 FAMILIES = {
@@ -329,7 +329,7 @@ def test_three_steps_then_resume_and_merge(tmp_path, kind, fields):
 
 
 def test_lora_and_an_aligned_forward_are_refused(tmp_path):
-    from dllm_rl.correctors import none
+    from dllm_rl.algorithms.correctors import none
 
     with pytest.raises(ValueError, match=r"lora does not go with corrector.align_forward=True"):
         recipe(tmp_path, "run", lora=partial(Lora, r=4), corrector=replace(none(), align_forward=True))

@@ -8,8 +8,8 @@ from importlib import import_module
 import pytest
 
 from dllm_rl import train
+from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.config import from_command_line
-from dllm_rl.optimizers import adamw_8bit
 from dllm_rl.plan import CONFIGS, memory, outline, plan, quantisable
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers.autoregress import autoregress

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dllm_rl import learner
-from dllm_rl import likelihoods as lik
-from dllm_rl.correctors import tis
-from dllm_rl.likelihoods import LikelihoodEstimator
+from dllm_rl.algorithms.correctors import tis
+from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.recipe import Recipe

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from dllm_rl.likelihoods import trajectory
+from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models import logprobs as head
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules

@@ -8,7 +8,7 @@ import torch
 from layouts import checkpoint
 
 from dllm_rl import load_policy
-from dllm_rl.likelihoods import trajectory
+from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from tiny_recipe import tiny_recipe
 
-from dllm_rl.correctors import aligned
-from dllm_rl.likelihoods import trajectory
+from dllm_rl.algorithms.correctors import aligned
+from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import int3_emulated

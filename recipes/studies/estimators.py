@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-from dllm_rl import likelihoods as lik
-from dllm_rl.advantages import group_relative
+from dllm_rl.algorithms.advantages import group_relative
+from dllm_rl.algorithms.correctors import none
 from dllm_rl.checkpoint import found
-from dllm_rl.correctors import none
 from dllm_rl.evaluation import score
 from dllm_rl.learner import accumulate_gradients
+from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import decode, encode

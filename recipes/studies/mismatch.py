@@ -24,7 +24,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from dllm_rl import correctors as c
+from dllm_rl.algorithms import correctors as c
 from dllm_rl.quantization.schemes import five_level_emulated, int3_emulated, int4_emulated
 from dllm_rl.recipe import Recipe
 from recipes.studies import mismatch_report

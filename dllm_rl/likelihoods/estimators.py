@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Generator, Tensor
 
-from dllm_rl.masks import (
+from dllm_rl.likelihoods.masks import (
     draw_block,
     draw_coupled,
     draw_everything,
@@ -27,9 +27,8 @@ from dllm_rl.masks import (
     draw_rounds,
     draw_trajectory,
 )
+from dllm_rl.likelihoods.scoring import row_chunks, score_view
 from dllm_rl.models.base import Policy
-from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
-from dllm_rl.packed import packed_hidden
 from dllm_rl.types import Noise, Rollout
 
 
@@ -93,69 +92,6 @@ class LikelihoodEstimator:
             )
         if self.packed is not None and self.packed != policy.spec.block_size:
             raise ValueError(f"block_size={self.packed} is not the policy's block size, {policy.spec.block_size}")
-
-
-def row_chunks(num_rows: int, micro_batch_size: int | None, group_size: int, device) -> tuple[Tensor, ...]:
-    """Row indices in chunks of whole groups, of at most micro_batch_size rows (but at least one group)."""
-    if not num_rows:
-        return ()
-    size = num_rows if micro_batch_size is None else max(group_size, micro_batch_size // group_size * group_size)
-    return torch.arange(num_rows, device=device).split(size)
-
-
-def score_view(
-    policy: Policy,
-    rollout: Rollout,
-    masked: Bool[Tensor, "B T"],
-    scored: Bool[Tensor, "B T"],
-    *,
-    packed: bool = False,
-) -> Float[Tensor, "B T"]:
-    """One forward: log p of the rollout's tokens at `scored`, with `masked` positions hidden; nats, 0 elsewhere.
-
-    packed  every block sees the others without masks (`packed_hidden`).
-    """
-    if not scored.any():
-        return torch.zeros(scored.shape, device=scored.device)
-    states = view_states(policy, rollout, masked, scored, packed)
-    logp = token_logprobs(policy, states, rollout.tokens[scored], rollout.processors)
-    return torch.zeros(scored.shape, device=scored.device).masked_scatter(scored, logp)
-
-
-def backward_view(
-    policy: Policy,
-    rollout: Rollout,
-    masked: Bool[Tensor, "B T"],
-    vector: Float[Tensor, "B T"],
-    *,
-    packed: bool = False,
-) -> None:
-    """score_view(...).backward(vector) in one forward and backward; positions where `vector` is 0 are left out."""
-    scored = vector != 0
-    if scored.any():
-        states = view_states(policy, rollout, masked, scored, packed)
-        backward_token_logprobs(policy, states, rollout.tokens[scored], rollout.processors, vector[scored])
-
-
-def view_states(
-    policy: Policy, rollout: Rollout, masked: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"], packed: bool
-) -> Float[Tensor, "K D"]:
-    """The hidden states at `scored` (not empty), row by row, with `masked` positions hidden from the model.
-
-    Where all completions of a prompt look the same to the model, one forward serves the group; rows without a scored
-    position are left out.
-    """
-    live = scored.any(-1)
-    if packed:
-        states = packed_hidden(policy, rollout.tokens[live], masked[live], rollout.attention_mask[live])
-        return states[scored[live]]
-    mask_id = policy.spec.mask_id
-    tokens = rollout.tokens if mask_id is None else rollout.tokens.masked_fill(masked, mask_id)
-    group, attention_mask = rollout.group_size, rollout.attention_mask
-    first = lambda x: x[::group].repeat_interleave(group, dim=0)  # noqa: E731
-    if group > 1 and torch.equal(tokens, first(tokens)) and torch.equal(attention_mask, first(attention_mask)):
-        return policy.hidden(tokens[::group], attention_mask[::group]).repeat_interleave(group, dim=0)[scored]
-    return policy.hidden(tokens[live], attention_mask[live])[scored[live]]
 
 
 def causal() -> LikelihoodEstimator:

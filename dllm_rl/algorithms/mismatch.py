@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.losses import MAX_LOG
+from dllm_rl.algorithms.losses import MAX_LOG
 
 PREFIX = "rollout_corr/"
 

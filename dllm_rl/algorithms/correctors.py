@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dllm_rl.losses import MAX_LOG, ppo_clip, trust_band
+from dllm_rl.algorithms.losses import MAX_LOG, ppo_clip, trust_band
 
 Level = str  # "token" or "sequence"
 Aggregate = str  # "product" or "geometric"

@@ -1,0 +1,73 @@
+"""One forward of one view: its log-probs, and its backward for a given vector."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dllm_rl.likelihoods.packed import packed_hidden
+from dllm_rl.models.base import Policy
+from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
+from dllm_rl.types import Rollout
+
+
+def row_chunks(num_rows: int, micro_batch_size: int | None, group_size: int, device) -> tuple[Tensor, ...]:
+    """Row indices in chunks of whole groups, of at most micro_batch_size rows (but at least one group)."""
+    if not num_rows:
+        return ()
+    size = num_rows if micro_batch_size is None else max(group_size, micro_batch_size // group_size * group_size)
+    return torch.arange(num_rows, device=device).split(size)
+
+
+def score_view(
+    policy: Policy,
+    rollout: Rollout,
+    masked: Bool[Tensor, "B T"],
+    scored: Bool[Tensor, "B T"],
+    *,
+    packed: bool = False,
+) -> Float[Tensor, "B T"]:
+    """One forward: log p of the rollout's tokens at `scored`, with `masked` positions hidden; nats, 0 elsewhere.
+
+    packed  every block sees the others without masks (`packed_hidden`).
+    """
+    if not scored.any():
+        return torch.zeros(scored.shape, device=scored.device)
+    states = view_states(policy, rollout, masked, scored, packed)
+    logp = token_logprobs(policy, states, rollout.tokens[scored], rollout.processors)
+    return torch.zeros(scored.shape, device=scored.device).masked_scatter(scored, logp)
+
+
+def backward_view(
+    policy: Policy,
+    rollout: Rollout,
+    masked: Bool[Tensor, "B T"],
+    vector: Float[Tensor, "B T"],
+    *,
+    packed: bool = False,
+) -> None:
+    """score_view(...).backward(vector) in one forward and backward; positions where `vector` is 0 are left out."""
+    scored = vector != 0
+    if scored.any():
+        states = view_states(policy, rollout, masked, scored, packed)
+        backward_token_logprobs(policy, states, rollout.tokens[scored], rollout.processors, vector[scored])
+
+
+def view_states(
+    policy: Policy, rollout: Rollout, masked: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"], packed: bool
+) -> Float[Tensor, "K D"]:
+    """The hidden states at `scored` (not empty), row by row, with `masked` positions hidden from the model.
+
+    Where all completions of a prompt look the same to the model, one forward serves the group; rows without a scored
+    position are left out.
+    """
+    live = scored.any(-1)
+    if packed:
+        states = packed_hidden(policy, rollout.tokens[live], masked[live], rollout.attention_mask[live])
+        return states[scored[live]]
+    mask_id = policy.spec.mask_id
+    tokens = rollout.tokens if mask_id is None else rollout.tokens.masked_fill(masked, mask_id)
+    group, attention_mask = rollout.group_size, rollout.attention_mask
+    first = lambda x: x[::group].repeat_interleave(group, dim=0)  # noqa: E731
+    if group > 1 and torch.equal(tokens, first(tokens)) and torch.equal(attention_mask, first(attention_mask)):
+        return policy.hidden(tokens[::group], attention_mask[::group]).repeat_interleave(group, dim=0)[scored]
+    return policy.hidden(tokens[live], attention_mask[live])[scored[live]]
