@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from dllm_rl.algorithms.mismatch import mismatch_metrics
-from dllm_rl.evaluation import score
 from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import load_policy
@@ -26,6 +25,7 @@ from dllm_rl.rng import stream
 from dllm_rl.samplers.cache import dual_cache, prefix_cache
 from dllm_rl.samplers.rules import entropy, entropy_bound, factor, max_prob, threshold
 from dllm_rl.samplers.unmask import unmask
+from dllm_rl.tasks.base import score
 from dllm_rl.tasks.sudoku import Sudoku
 
 LINES = {

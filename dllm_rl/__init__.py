@@ -30,7 +30,7 @@ _HOME = {
     "recipe": ["Recipe"],
     "config": ["describe", "from_command_line"],
     "training": ["train"],
-    "evaluation": ["evaluate"],
+    "evaluation.evaluate": ["evaluate"],
 }
 _MODULE_OF = {name: f"dllm_rl.{module}" for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

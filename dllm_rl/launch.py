@@ -21,7 +21,7 @@ from torch import Tensor
 from dllm_rl import checkpoint, report
 from dllm_rl.config import described
 from dllm_rl.distributed import make_accelerator, sum_gradients
-from dllm_rl.evaluation import evaluate, score
+from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import write_json
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import add_lora, load_adapter
@@ -30,7 +30,7 @@ from dllm_rl.models.tokens import decode, encode
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import stream
 from dllm_rl.runlog import RunLog
-from dllm_rl.tasks.base import Problem, Task
+from dllm_rl.tasks.base import Problem, Task, score
 from dllm_rl.warmup import draw_levels, examples, warmup
 
 # Fields that may change between the parts of a resumed run: they do not touch what is computed, or only extend it.

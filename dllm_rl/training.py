@@ -10,8 +10,8 @@ from torch import Generator, Tensor
 
 from dllm_rl.algorithms.advantages import informative
 from dllm_rl.algorithms.mismatch import mismatch_metrics, symptom_metrics
+from dllm_rl.diagnostics.batch_invariance import check_zero, zero_mismatch
 from dllm_rl.distributed import local, reduce_metrics
-from dllm_rl.evaluation import score
 from dllm_rl.launch import begin, catch_interrupt, draw_problems, evaluate_with, finish, prepare, save
 from dllm_rl.learner import update
 from dllm_rl.models.base import Policy
@@ -21,9 +21,8 @@ from dllm_rl.quantization.aligned import aligned
 from dllm_rl.quantization.rollout_policy import check_version, quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import row_seeds, stream
-from dllm_rl.tasks.base import Reward
+from dllm_rl.tasks.base import Reward, score
 from dllm_rl.types import Batch, Noise, Rollout
-from dllm_rl.zero_mismatch import check_zero, zero_mismatch
 
 
 def train(recipe: Recipe) -> dict[str, Any]:

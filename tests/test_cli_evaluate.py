@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dllm_rl.cli import main
+from dllm_rl.cli.main import main
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.tasks import Countdown, Sudoku
 

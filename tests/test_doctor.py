@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from dllm_rl.doctor import ADVICE, diagnose
-from dllm_rl.doctor_report import write_doctor
+from dllm_rl.diagnostics.doctor import ADVICE, diagnose
+from dllm_rl.diagnostics.report import write_doctor
 from dllm_rl.likelihoods.estimators import coupled, trajectory
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy

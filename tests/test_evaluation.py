@@ -13,16 +13,17 @@ import pytest
 import torch
 
 from dllm_rl import Problem, Reward, evaluate, quantized_copy
-from dllm_rl.completions import fingerprint, fold, read
-from dllm_rl.evaluation import score
-from dllm_rl.grading import grade_file, under_protocol
+from dllm_rl.evaluation.completions import fingerprint, fold, read
+from dllm_rl.evaluation.intervals import wilson
+from dllm_rl.evaluation.regrade import grade_file
+from dllm_rl.evaluation.results import Answer, Evaluation, by_problem, interval, mean
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import completion_ids, decode, prompt_ids
 from dllm_rl.quantization.schemes import float8_weight_only
-from dllm_rl.results import Answer, Evaluation, by_problem, interval, mean
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.statistics import wilson
 from dllm_rl.tasks import Mini, Sudoku
+from dllm_rl.tasks.base import score
+from dllm_rl.tasks.protocols import under_protocol
 from dllm_rl.types import Rollout
 
 ROOT = Path(__file__).parents[1]
@@ -215,7 +216,7 @@ def test_two_processes_give_what_one_gives(policy, tmp_path):
         "import json, os, sys\n"
         "from tests.test_evaluation import MODEL, SAMPLER, sudoku\n"
         "from dllm_rl import evaluate\n"
-        "from dllm_rl.launch import make_accelerator\n"
+        "from dllm_rl.distributed import make_accelerator\n"
         "from dllm_rl.models.tiny import tiny_masked_lm\n"
         "options = {'batch_size': 3, 'completions': 'two.jsonl', 'accelerator': make_accelerator()}\n"
         "found = evaluate(tiny_masked_lm(**MODEL), sudoku(), SAMPLER, **options)\n"

@@ -14,7 +14,7 @@ from dllm_rl.samplers.unmask import unmask
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an optional extra")
 lm_tasks = pytest.importorskip("lm_eval.tasks")
-harness = pytest.importorskip("dllm_rl.harness")
+harness = pytest.importorskip("dllm_rl.evaluation.lm_eval")
 
 SMALL = {"characters": "abcdef=? \n", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
 BIG_HEAD = {"head_std": 1.0}  # so that an untrained model prefers some tokens to others

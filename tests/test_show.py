@@ -13,9 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from dllm_rl import cli, show
+from dllm_rl.cli import main as cli
+from dllm_rl.cli import sample as show
+from dllm_rl.cli.replay_page import page
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.page import page
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.types import Rollout

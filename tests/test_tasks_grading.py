@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dllm_rl.grading import grade_file, summarise
-from dllm_rl.statistics import wilson
+from dllm_rl.evaluation.intervals import wilson
+from dllm_rl.evaluation.regrade import grade_file, summarise
 from dllm_rl.tasks import Reward
 
 GRID, PUZZLE = "1234341221434321", "1234341200430021"

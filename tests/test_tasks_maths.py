@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from dllm_rl import cli
-from dllm_rl.grading import under_protocol
+from dllm_rl.cli import main as cli
 from dllm_rl.tasks import GSM8K, MATH500, Task, math_check
 from dllm_rl.tasks.latex import normalise, rational
 from dllm_rl.tasks.loading import load_rows, load_split
 from dllm_rl.tasks.maths_graders import math500_math_verify, reference_number
+from dllm_rl.tasks.protocols import under_protocol
 from dllm_rl.tasks.reading import LONGEST, exact_number, first_boxed_number, last_box, last_number
 
 TRAIN = [
@@ -380,5 +380,5 @@ def test_no_task_imports_torch(monkeypatch) -> None:
     import subprocess
     import sys
 
-    code = "import sys, dllm_rl.tasks, dllm_rl.grading; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
+    code = "import sys, dllm_rl.tasks, dllm_rl.tasks.protocols; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -6,7 +6,7 @@ from math import comb, sqrt
 import numpy as np
 import pytest
 
-from dllm_rl.statistics import bootstrap_mean, pass_at_k, wilson
+from dllm_rl.evaluation.intervals import bootstrap_mean, pass_at_k, wilson
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (1, 10), (37, 400), (200, 400)])

@@ -55,6 +55,6 @@ def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch):
     from dllm_rl.distributed import make_accelerator
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("dllm_rl.launch.Accelerator", lambda **kw: type("One", (), {"num_processes": 1})())
+    monkeypatch.setattr("dllm_rl.distributed.Accelerator", lambda **kw: type("One", (), {"num_processes": 1})())
     with pytest.raises(RuntimeError, match="2 processes were launched, but Accelerate joined 1"):
         make_accelerator()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms.correctors import aligned
+from dllm_rl.diagnostics.batch_invariance import check_zero, zero_mismatch
 from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -20,7 +21,6 @@ from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training import train
 from dllm_rl.types import Prompts
-from dllm_rl.zero_mismatch import check_zero, zero_mismatch
 
 small = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
 MODELS = {

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from dllm_rl.models.base import Policy
+from dllm_rl.tasks import Task
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Prompts, Rollout
 
@@ -48,3 +49,11 @@ def completion_ids(policy: Policy, rollout: Rollout) -> list[list[int]]:
         end = next((i for i, token in enumerate(ids) if token in policy.spec.eos_ids), len(ids))
         completions.append(ids[:end])
     return completions
+
+
+def usual_length(policy: Policy, task: Task) -> int:
+    """Tokens of the first problem's solution where the prompt is plain text, whose answers have one form; else 256."""
+    problem = task[0]
+    if isinstance(problem.prompt, str) and problem.solution is not None:
+        return len(prompt_ids(policy, problem.solution))
+    return 256

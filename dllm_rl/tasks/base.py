@@ -1,6 +1,6 @@
 """What a task is: text in, numbers out. Nothing here, nor in any task, imports torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -45,3 +45,17 @@ class Task(Protocol):
     def __getitem__(self, index: int) -> Problem: ...
 
     def reward(self, problem: Problem, completion: str) -> Reward: ...
+
+
+def score(task: Task, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
+    """Grade completions, G in a row for each problem. A grader that raises stops the run, with what it was given."""
+    group, graded = len(completions) // len(problems), []
+    for i, completion in enumerate(completions):
+        problem = problems[i // group]
+        try:
+            graded.append(task.reward(problem, completion))
+        except Exception as error:
+            raise RuntimeError(
+                f"the grader of task {task.name!r} raised on problem {problem!r}, completion {completion!r}"
+            ) from error
+    return graded

@@ -13,9 +13,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from dllm_rl.cli.replay_page import page
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, encode
-from dllm_rl.page import page
 from dllm_rl.rng import stream
 from dllm_rl.samplers import cache, rules
 from dllm_rl.samplers.autoregress import autoregress

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dllm_rl.doctor import Report
+from dllm_rl.diagnostics.doctor import Report
 
 COLUMNS = ("cause", "mean |d|", "max |d|", "k3", "ESS", "to do")
 

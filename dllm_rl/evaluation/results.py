@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dllm_rl.statistics import bootstrap_mean, pass_at_k, wilson
+from dllm_rl.evaluation.intervals import bootstrap_mean, pass_at_k, wilson
 from dllm_rl.tasks.base import Reward
 
 

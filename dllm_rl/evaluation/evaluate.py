@@ -2,35 +2,21 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from dllm_rl.completions import Completions, Row, fingerprint, make_row
 from dllm_rl.config import describe
+from dllm_rl.evaluation.completions import Completions, Row, fingerprint, make_row
+from dllm_rl.evaluation.results import Answer, Evaluation
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import completion_ids, decode, encode
-from dllm_rl.results import Answer, Evaluation
 from dllm_rl.rng import stream
-from dllm_rl.tasks.base import Problem, Reward, Task
+from dllm_rl.tasks.base import Problem, Task, score
 from dllm_rl.types import Rollout
-
-
-def score(task: Task, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
-    """Grade completions, G in a row for each problem. A grader that raises stops the run, with what it was given."""
-    group, graded = len(completions) // len(problems), []
-    for i, completion in enumerate(completions):
-        problem = problems[i // group]
-        try:
-            graded.append(task.reward(problem, completion))
-        except Exception as error:
-            raise RuntimeError(
-                f"the grader of task {task.name!r} raised on problem {problem!r}, completion {completion!r}"
-            ) from error
-    return graded
 
 
 def evaluate(

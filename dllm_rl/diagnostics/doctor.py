@@ -16,12 +16,12 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from dllm_rl.algorithms.mismatch import mismatch_metrics
+from dllm_rl.diagnostics.batch_invariance import layer_outputs
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, causal, trajectory
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.linear import dequantized_weight
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
 from dllm_rl.types import Noise, Processors, Prompts, Rollout
-from dllm_rl.zero_mismatch import layer_outputs
 
 ADVICE = {
     "processors": "score under the rollout's own temperature and filters (rollout.processors)",

@@ -5,14 +5,14 @@ from functools import partial
 from pathlib import Path
 
 from dllm_rl.config import pickable
-from dllm_rl.doctor import diagnose
-from dllm_rl.doctor_report import write_doctor
-from dllm_rl.evaluate_command import TASKS, usual_length
+from dllm_rl.diagnostics.doctor import diagnose
+from dllm_rl.diagnostics.report import write_doctor
 from dllm_rl.models.policy import load_policy
-from dllm_rl.models.tokens import encode
+from dllm_rl.models.tokens import encode, usual_length
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
+from dllm_rl.tasks.protocols import TASKS
 
 
 def doctor_command(arguments: argparse.Namespace) -> int:

@@ -51,8 +51,8 @@ def add_sample(commands) -> None:
 def sample(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
+    from dllm_rl.cli.sample import RANKS, cache_of, commit_rule, show
     from dllm_rl.models.policy import load_policy
-    from dllm_rl.show import RANKS, cache_of, commit_rule, show
 
     if arguments.rank is not None and arguments.rank not in RANKS:
         raise ValueError(f"rank={arguments.rank!r} is not one of {', '.join(RANKS)}")
@@ -109,7 +109,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from dllm_rl.evaluate_command import evaluate_command
+    from dllm_rl.cli.evaluate import evaluate_command
 
     evaluate_command(arguments)
 
@@ -125,7 +125,7 @@ def add_grade(commands) -> None:
 def grade(arguments: argparse.Namespace) -> None:
     import json
 
-    from dllm_rl.grading import grade_file
+    from dllm_rl.evaluation.regrade import grade_file
 
     print(json.dumps(grade_file(arguments.file, task=arguments.task, protocol=arguments.protocol)))
 
@@ -149,7 +149,7 @@ def add_doctor(commands) -> None:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    from dllm_rl.doctor_command import doctor_command
+    from dllm_rl.cli.doctor import doctor_command
 
     return doctor_command(arguments)
 
@@ -166,7 +166,3 @@ def report(arguments: argparse.Namespace) -> None:
     from dllm_rl.report import draw
 
     print(draw(Path(arguments.directory)))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -16,17 +16,16 @@ from rich.table import Table
 
 from dllm_rl.config import paths
 from dllm_rl.distributed import make_accelerator
-from dllm_rl.evaluation import evaluate
+from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import write_json
-from dllm_rl.grading import PROTOCOLS, under_protocol
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import load_policy
-from dllm_rl.models.tokens import prompt_ids
+from dllm_rl.models.tokens import usual_length
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.tasks import GSM8K, MATH500, Countdown, Mini, Sudoku, Task
+from dllm_rl.tasks import GSM8K, MATH500, Task
+from dllm_rl.tasks.protocols import PROTOCOLS, TASKS, under_protocol
 
-TASKS = {task.name: task for task in (Sudoku, Countdown, GSM8K, MATH500, Mini)}
 GENERATED = 500  # problems of a task that could make any number
 
 
@@ -119,14 +118,6 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[tupl
         for n, s in zip(lengths, steps * (len(lengths) if len(steps) == 1 else 1), strict=True)
     ]
     return [(bound, partial(unmask, **bound)) for bound in settings]
-
-
-def usual_length(policy: Policy, task: Task) -> int:
-    """Tokens of the first problem's solution where the prompt is plain text, whose answers have one form; else 256."""
-    problem = task[0]
-    if isinstance(problem.prompt, str) and problem.solution is not None:
-        return len(prompt_ids(policy, problem.solution))
-    return 256
 
 
 @contextmanager

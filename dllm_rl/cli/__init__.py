@@ -1,0 +1,1 @@
+"""The `dllm-rl` command."""

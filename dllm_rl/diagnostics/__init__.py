@@ -1,0 +1,1 @@
+"""Where the mismatch comes from, and a reference without any."""
