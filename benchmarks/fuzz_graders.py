@@ -26,12 +26,12 @@ from time import perf_counter, sleep
 
 from rich.progress import track
 
-from dllm_rl.tasks import math_check
 from dllm_rl.tasks.base import Reward
-from dllm_rl.tasks.countdown_graders import countdown_d1_training
-from dllm_rl.tasks.maths_graders import gsm8k_d1_training
+from dllm_rl.tasks.countdown.graders import countdown_d1_training
+from dllm_rl.tasks.math import verify as math_check
+from dllm_rl.tasks.math.graders import gsm8k_d1_training
 from dllm_rl.tasks.protocols import PROTOCOLS
-from dllm_rl.tasks.sudoku_graders import sudoku_d1_training
+from dllm_rl.tasks.sudoku.graders import sudoku_d1_training
 
 FIELDS = {
     "sudoku": {"puzzle": "1234341200430021", "solution": "1234341221434321"},

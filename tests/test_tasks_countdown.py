@@ -10,12 +10,12 @@ from random import Random
 
 import pytest
 
-from dllm_rl.tasks import countdown_solver
 from dllm_rl.tasks.base import Problem, Task
 from dllm_rl.tasks.countdown import Countdown
-from dllm_rl.tasks.countdown_solver import signed_sums, solve
-from dllm_rl.tasks.expressions import evaluate
-from dllm_rl.tasks.splits import hashed_split
+from dllm_rl.tasks.countdown import solver as countdown_solver
+from dllm_rl.tasks.countdown.expressions import evaluate
+from dllm_rl.tasks.countdown.solver import signed_sums, solve
+from dllm_rl.tasks.loading import hashed_split
 
 
 @cache

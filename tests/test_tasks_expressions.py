@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_rl.tasks.expressions import DEEPEST, LARGEST, LONGEST, Value, apply, evaluate
+from dllm_rl.tasks.countdown.expressions import DEEPEST, LARGEST, LONGEST, Value, apply, evaluate
 
 OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from dllm_rl.cli import main as cli
-from dllm_rl.tasks import GSM8K, MATH500, Task, math_check
-from dllm_rl.tasks.latex import normalise, rational
+from dllm_rl.tasks import GSM8K, MATH500, Task
+from dllm_rl.tasks.answers import LONGEST, exact_number, first_boxed_number, last_box, last_number
 from dllm_rl.tasks.loading import load_rows, load_split
-from dllm_rl.tasks.maths_graders import math500_math_verify, reference_number
+from dllm_rl.tasks.math import verify as math_check
+from dllm_rl.tasks.math.graders import math500_math_verify, reference_number
+from dllm_rl.tasks.math.latex import normalise, rational
 from dllm_rl.tasks.protocols import under_protocol
-from dllm_rl.tasks.reading import LONGEST, exact_number, first_boxed_number, last_box, last_number
 
 TRAIN = [
     {
@@ -299,7 +300,7 @@ def test_parsing_in_two_stages_gives_what_one_gives(latex: str, monkeypatch) -> 
     from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
     from math_verify.parser import extract_latex, parse_latex_cached
 
-    from dllm_rl.tasks import math_worker
+    from dllm_rl.tasks.math import verify_worker as math_worker
 
     found, plain, runs = [], _Latex2Sympy.create_parser, []
 
@@ -380,5 +381,5 @@ def test_no_task_imports_torch(monkeypatch) -> None:
     import subprocess
     import sys
 
-    code = "import sys, dllm_rl.tasks, dllm_rl.tasks.protocols; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
+    code = "import sys, dllm_rl.tasks.protocols; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

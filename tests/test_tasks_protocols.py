@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from dllm_rl.tasks import Countdown, Mini, Problem, Sudoku
-from dllm_rl.tasks.maths_graders import gsm8k_d1_training
+from dllm_rl.tasks.math.graders import gsm8k_d1_training
 from dllm_rl.tasks.protocols import PROTOCOLS, VERSIONS, find_grader, under_protocol
-from dllm_rl.tasks.sudoku_graders import sudoku_d1_training
+from dllm_rl.tasks.sudoku.graders import sudoku_d1_training
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden" / "graded.jsonl").open()]
 RESULT = {"task", "version", "protocol", "rule", "completion", "value", "parsed", "breakdown"}

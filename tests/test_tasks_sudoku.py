@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm_rl.tasks.base import Problem, Task
-from dllm_rl.tasks.grids import MOST_COMPLETIONS, SOLVED, SPLITS, completions, is_completion
-from dllm_rl.tasks.splits import hashed_split
+from dllm_rl.tasks.loading import hashed_split
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.tasks.sudoku_graders import first_cells, score
-from dllm_rl.tasks.sudoku_solver import is_unique, random_grid, random_unique_puzzle, solutions
+from dllm_rl.tasks.sudoku.graders import first_cells, score
+from dllm_rl.tasks.sudoku.grids import MOST_COMPLETIONS, SOLVED, SPLITS, completions, is_completion
+from dllm_rl.tasks.sudoku.solver import is_unique, random_grid, random_unique_puzzle, solutions
 
 GRID = "1234341221434321"
 WEIGHTS = {"solved_weight": 1.0, "match_weight": 4.0}

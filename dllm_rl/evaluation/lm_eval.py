@@ -10,7 +10,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise ImportError("dllm_rl.evaluation.lm_eval needs lm-evaluation-harness: pip install 'dllm_rl[harness]'") from error
+    raise ImportError("lm_eval.py needs lm-evaluation-harness: pip install 'dllm_rl[harness]'") from error
 
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy

@@ -8,10 +8,10 @@ import numpy as np
 
 from dllm_rl.evaluation.intervals import bootstrap_mean, wilson
 from dllm_rl.tasks.base import Reward
-from dllm_rl.tasks.grids import completions, is_completion
 from dllm_rl.tasks.loading import load_rows
-from dllm_rl.tasks.maths_graders import reference_number
+from dllm_rl.tasks.math.graders import reference_number
 from dllm_rl.tasks.protocols import VERSIONS, find_grader
+from dllm_rl.tasks.sudoku.grids import completions, is_completion
 
 
 def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict[str, Any]:

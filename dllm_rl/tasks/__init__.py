@@ -1,11 +1,11 @@
 """Tasks: prompts and graders. Text in, numbers out; no torch."""
 
-from dllm_rl.tasks.adapters import DatasetTask, ReasoningGym, task_from_dataset
 from dllm_rl.tasks.base import Problem, Reward, Task
 from dllm_rl.tasks.countdown import Countdown
-from dllm_rl.tasks.gsm8k import GSM8K
-from dllm_rl.tasks.math500 import MATH500
-from dllm_rl.tasks.mini import Mini
+from dllm_rl.tasks.datasets import DatasetTask, task_from_dataset
+from dllm_rl.tasks.math import GSM8K, MATH500
+from dllm_rl.tasks.reasoning_gym import ReasoningGym
+from dllm_rl.tasks.sorting import Mini
 from dllm_rl.tasks.sudoku import Sudoku
 
 __all__ = [

@@ -1,16 +1,29 @@
-"""Rows of a data set in its own published format: JSONL, JSON, CSV or Parquet, a folder of these, or `datasets`."""
+"""Rows of a data set in its own published format (JSONL, JSON, CSV, Parquet, a folder, or `datasets`), and splits."""
 
 import csv
 import json
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
-
-from dllm_rl.tasks.splits import Split, hashed_split
+from typing import Any, Literal
 
 Row = dict[str, Any]
+Split = Literal["train", "validation", "test"]
+NAMES: tuple[Split, ...] = ("train", "validation", "test")
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def hashed_split(key: str) -> Split:
+    """Split by a hash of the key that must not leak across splits; the same for ever: 70 in 100 train, 10 validation,
+    20 test."""
+    place = int.from_bytes(sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % 100
+    return "test" if place < 20 else "validation" if place < 30 else "train"
+
+
+def check_split(split: str, names: tuple[str, ...] = NAMES) -> None:
+    if split not in names:
+        raise ValueError(f"split={split!r} must be one of {', '.join(map(repr, names))}")
 
 
 def load_rows(path: str | Path) -> Iterator[tuple[str, Row]]:

@@ -4,13 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_rl.tasks import math_check
 from dllm_rl.tasks.base import Problem, Reward, Task
-from dllm_rl.tasks.countdown import Countdown
-from dllm_rl.tasks.countdown_graders import countdown_d1, countdown_strict
-from dllm_rl.tasks.gsm8k import GSM8K
-from dllm_rl.tasks.math500 import MATH500
-from dllm_rl.tasks.maths_graders import (
+from dllm_rl.tasks.countdown.graders import countdown_d1, countdown_strict
+from dllm_rl.tasks.countdown.task import Countdown
+from dllm_rl.tasks.math import verify as math_check
+from dllm_rl.tasks.math.graders import (
     gsm8k_d1,
     gsm8k_espo,
     gsm8k_spg,
@@ -19,9 +17,11 @@ from dllm_rl.tasks.maths_graders import (
     math500_math_verify,
     math500_strict,
 )
-from dllm_rl.tasks.mini import Mini
-from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.tasks.sudoku_graders import sudoku_d1, sudoku_strict
+from dllm_rl.tasks.math.gsm8k import GSM8K
+from dllm_rl.tasks.math.math500 import MATH500
+from dllm_rl.tasks.sorting import Mini
+from dllm_rl.tasks.sudoku.graders import sudoku_d1, sudoku_strict
+from dllm_rl.tasks.sudoku.task import Sudoku
 
 Grader = Callable[[Mapping[str, Any], str], Reward]
 

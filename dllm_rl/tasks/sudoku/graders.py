@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from operator import eq
 from typing import Any
 
+from dllm_rl.tasks.answers import last_answer, last_closed_answer, standalone_digits, until_end, until_special
 from dllm_rl.tasks.base import Reward
-from dllm_rl.tasks.grids import MOST_COMPLETIONS, completions, is_completion
-from dllm_rl.tasks.reading import last_answer, last_closed_answer, standalone_digits, until_end, until_special
+from dllm_rl.tasks.sudoku.grids import MOST_COMPLETIONS, completions, is_completion
 
 _FENCED = re.compile(r"```([\d\s]++)```")
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from random import Random
 from typing import ClassVar, Literal
 
+from dllm_rl.tasks.answers import last_answer
 from dllm_rl.tasks.base import Problem, Reward
-from dllm_rl.tasks.grids import SPLITS, completions, count_completions
-from dllm_rl.tasks.loading import load_rows
+from dllm_rl.tasks.loading import Split, check_split, hashed_split, load_rows
 from dllm_rl.tasks.prompts import Prompt, check_opening, fill, load_template
-from dllm_rl.tasks.reading import last_answer
-from dllm_rl.tasks.splits import Split, check_split, hashed_split
-from dllm_rl.tasks.sudoku_graders import first_cells, score, sudoku_d1_training
-from dllm_rl.tasks.sudoku_solver import random_grid, random_unique_puzzle
+from dllm_rl.tasks.sudoku.graders import first_cells, score, sudoku_d1_training
+from dllm_rl.tasks.sudoku.grids import SPLITS, completions, count_completions
+from dllm_rl.tasks.sudoku.solver import random_grid, random_unique_puzzle
 
 TEXT = """Fill in this {side}x{side} Sudoku. Every row, every column and each of the {box}x{box} boxes must contain \
 the digits 1 to {side} exactly once; a dot marks an empty cell, and the given digits must stay where they are.

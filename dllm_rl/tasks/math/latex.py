@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 
-from dllm_rl.tasks.reading import LONGEST, exact_number
+from dllm_rl.tasks.answers import LONGEST, exact_number
 
 _DROPPED = ("\n", "\\!")
 _UNWRITTEN = ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")

@@ -7,12 +7,11 @@ from random import Random
 from typing import ClassVar, Literal
 
 from dllm_rl.tasks.base import Problem, Reward
-from dllm_rl.tasks.countdown_graders import countdown_d1_training, countdown_strict
-from dllm_rl.tasks.countdown_solver import signed_sums, write
-from dllm_rl.tasks.expressions import evaluate
-from dllm_rl.tasks.loading import load_rows
+from dllm_rl.tasks.countdown.expressions import evaluate
+from dllm_rl.tasks.countdown.graders import countdown_d1_training, countdown_strict
+from dllm_rl.tasks.countdown.solver import signed_sums, write
+from dllm_rl.tasks.loading import Split, check_split, hashed_split, load_rows
 from dllm_rl.tasks.prompts import Prompt, check_opening, fill, load_template
-from dllm_rl.tasks.splits import Split, check_split, hashed_split
 
 TEXT = """Write an arithmetic expression that is worth exactly {target}. It must use each of the numbers {numbers} \
 exactly once and no other number; you may add, subtract, multiply, divide and use parentheses.

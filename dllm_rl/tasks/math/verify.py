@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 
-from dllm_rl.tasks.latex import normalise
+from dllm_rl.tasks.math.latex import normalise
 
 LONGEST = 300  # characters of an answer that is worth comparing symbolically
 SECONDS = 0.028  # of processor time for one comparison
@@ -57,7 +57,7 @@ class _Worker:
     def start(self) -> None:
         require()
         self.parent = os.getpid()
-        script = Path(__file__).with_name("math_worker.py")
+        script = Path(__file__).with_name("verify_worker.py")
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(script), str(SECONDS)],
             stdin=subprocess.PIPE,

@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from dllm_rl.tasks.answers import LONGEST, final_answer, first_closed_answer, last_box, last_closed_answer
 from dllm_rl.tasks.base import Reward
-from dllm_rl.tasks.expressions import Value, evaluate
-from dllm_rl.tasks.reading import LONGEST, final_answer, first_closed_answer, last_box, last_closed_answer
+from dllm_rl.tasks.countdown.expressions import Value, evaluate
 
 _RUN = "0123456789+-*/() "
 _EQUALS = re.compile(r"[0-9+\-*/() ]=[0-9. ]")

@@ -5,10 +5,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from dllm_rl.tasks import math_check
-from dllm_rl.tasks.base import Reward
-from dllm_rl.tasks.latex import normalise, rational
-from dllm_rl.tasks.reading import (
+from dllm_rl.tasks.answers import (
     LONGEST,
     exact_number,
     final_answer,
@@ -17,6 +14,9 @@ from dllm_rl.tasks.reading import (
     last_box,
     last_number,
 )
+from dllm_rl.tasks.base import Reward
+from dllm_rl.tasks.math import verify as math_check
+from dllm_rl.tasks.math.latex import normalise, rational
 
 _STATED = re.compile(r"The answer is (-?[0-9.,]+)"), re.compile(r"#### (-?[0-9.,]+)")
 _REASONED = re.compile(r"</reasoning>\s*+<answer>")

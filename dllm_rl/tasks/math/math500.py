@@ -5,13 +5,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from dllm_rl.tasks import math_check
+from dllm_rl.tasks.answers import last_box
 from dllm_rl.tasks.base import Problem, Reward
-from dllm_rl.tasks.loading import load_problems
-from dllm_rl.tasks.maths_graders import math500_math_verify, math500_strict
+from dllm_rl.tasks.loading import Split, check_split, load_problems
+from dllm_rl.tasks.math import verify as math_check
+from dllm_rl.tasks.math.graders import math500_math_verify, math500_strict
 from dllm_rl.tasks.prompts import Prompt, check_opening, fill, load_template
-from dllm_rl.tasks.reading import last_box
-from dllm_rl.tasks.splits import Split, check_split
 
 TEXT = """Solve this problem step by step. Put your working between <reasoning> and </reasoning>, then the final \
 answer as \\boxed{...}, and nothing else, between <answer> and </answer>.

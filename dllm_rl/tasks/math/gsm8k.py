@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dllm_rl.tasks.base import Problem, Reward
-from dllm_rl.tasks.loading import load_problems
-from dllm_rl.tasks.maths_graders import gsm8k_d1_training, gsm8k_espo, gsm8k_strict, reference_number
+from dllm_rl.tasks.loading import Split, check_split, load_problems
+from dllm_rl.tasks.math.graders import gsm8k_d1_training, gsm8k_espo, gsm8k_strict, reference_number
 from dllm_rl.tasks.prompts import Prompt, check_opening, fill, load_template
-from dllm_rl.tasks.splits import Split, check_split
 
 TEXT = """Solve this problem step by step. Put your working between <reasoning> and </reasoning>, then the final \
 number, and nothing else, between <answer> and </answer>.

@@ -1,0 +1,5 @@
+"""Countdown: the task, its graders, a solver, and a reader of expressions."""
+
+from dllm_rl.tasks.countdown.task import Countdown
+
+__all__ = ["Countdown"]
