@@ -15,9 +15,9 @@ from benchmarks.measure import in_fresh_process, machine, seconds_and_peak, spee
 from benchmarks.presets import PRESETS, make
 from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.correctors import none
-from dllm_rl.learner import accumulate_gradients
 from dllm_rl.likelihoods.estimators import elbo
 from dllm_rl.likelihoods.scoring import score_view
+from dllm_rl.training.learner import accumulate_gradients
 from dllm_rl.types import Batch
 
 

@@ -29,7 +29,7 @@ _HOME = {
     "quantization.rollout_policy": ["quantized_copy", "sync_weights"],
     "recipe": ["Recipe"],
     "config": ["describe", "from_command_line"],
-    "training": ["train"],
+    "training.loop": ["train"],
     "evaluation.evaluate": ["evaluate"],
 }
 _MODULE_OF = {name: f"dllm_rl.{module}" for module, names in _HOME.items() for name in names}

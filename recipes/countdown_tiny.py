@@ -16,7 +16,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.countdown import Countdown
-from dllm_rl.training import train
+from dllm_rl.training.loop import train
 
 small_numbers = partial(Countdown, count=3, max_number=10, max_target=20, operators="+-", numbers_weight=0.5)
 unmask_in_three = partial(unmask, max_new_tokens=10, num_steps=3, rank=max_prob)

@@ -5,7 +5,7 @@ from functools import partial
 
 from dllm_rl.config import from_command_line
 from dllm_rl.tasks.countdown import Countdown
-from dllm_rl.training import train
+from dllm_rl.training.loop import train
 from recipes.llada_8b_sudoku import in_blocks
 from recipes.llada_8b_sudoku import recipe as base
 

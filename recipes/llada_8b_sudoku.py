@@ -14,7 +14,7 @@ from dllm_rl.quantization.schemes import float8_dynamic
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training import train
+from dllm_rl.training.loop import train
 
 in_blocks = partial(unmask, max_new_tokens=256, num_steps=128, block_size=32)
 puzzles = partial(Sudoku, clues=8, prompt_format="text", opening="<reasoning>", reward_rule="d1")

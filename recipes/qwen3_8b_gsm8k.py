@@ -7,7 +7,7 @@ from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods.estimators import causal
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.tasks.math import GSM8K
-from dllm_rl.training import train
+from dllm_rl.training.loop import train
 from recipes.llada_8b_gsm8k import recipe as base
 
 questions = partial(GSM8K, reward_rule="own")

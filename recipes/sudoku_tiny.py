@@ -15,7 +15,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training import train
+from dllm_rl.training.loop import train
 
 unmask_in_two = partial(unmask, max_new_tokens=16, num_steps=2, rank=max_prob)
 

@@ -7,7 +7,7 @@ from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods.estimators import causal
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.training import train
+from dllm_rl.training.loop import train
 from recipes.sudoku_tiny import recipe as base
 
 recipe = replace(

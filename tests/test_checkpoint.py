@@ -13,8 +13,8 @@ import torch
 from test_training import assert_same_weights, metrics_of
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import checkpoint
-from dllm_rl.training import train
+from dllm_rl.training import checkpoint
+from dllm_rl.training.loop import train
 
 
 def test_resume_continues_bit_for_bit(tmp_path):

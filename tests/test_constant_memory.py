@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.advantages import group_relative
-from dllm_rl.learner import accumulate_gradients, update
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models import logprobs as head_module
@@ -23,6 +22,7 @@ from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
+from dllm_rl.training.learner import accumulate_gradients, update
 from dllm_rl.types import Batch, Prompts
 
 SMALL = {"characters": "abcdefgh", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 24}

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from tiny_recipe import tiny_recipe
 
-from dllm_rl.report import read_metrics
-from dllm_rl.training import train
+from dllm_rl.training.loop import train
+from dllm_rl.training.plots import read_metrics
 
 GOLDEN = Path(__file__).parent / "golden" / "curve.json"
 NAMES = ("reward", "loss", "grad_norm", "rollout_corr/k3_kl", "rollout_corr/rollout_is_eff_sample_size")

@@ -10,7 +10,6 @@ import torch
 from layouts import checkpoint, published
 from safetensors.torch import load_file
 
-from dllm_rl import checkpoint as checkpoints
 from dllm_rl import load_policy, quantized_copy, sync_weights, train
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.models.lora import (
@@ -26,6 +25,7 @@ from dllm_rl.models.lora import (
 )
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.schemes import int8_weight_only
+from dllm_rl.training import checkpoint as checkpoints
 
 FAMILIES = {
     "llada": 14, "llada_moe": 8, "llada2": 14, "dream": 14, "sdar": 14, "sdar_moe": 8,

@@ -14,7 +14,8 @@ from dllm_rl.models.lora import Lora, add_lora, merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.linear import stored_bytes
-from dllm_rl.quantization.rollout_policy import check_version, quantized_copy, quantized_layers, sync_weights, why_kept
+from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, sync_weights, why_kept
+from dllm_rl.training.rollouts import check_version
 from dllm_rl.types import Processors, Rollout
 
 CUDA_ONLY = ("float8_dynamic", "int4_packed")

@@ -10,9 +10,9 @@ import pytest
 from dllm_rl import train
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.config import from_command_line
-from dllm_rl.plan import CONFIGS, memory, outline, plan, quantisable
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.training.dry_run import CONFIGS, memory, outline, plan, quantisable
 
 # (recipe, parameters, quantised layers). 8,015,581,184 is LLaDA-8B's published count; the others are sums by hand of
 # embeddings, attention, feed-forward, experts, routers and norms.

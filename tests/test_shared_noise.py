@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from dllm_rl import learner
 from dllm_rl.algorithms.correctors import tis
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
@@ -20,7 +19,8 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training import train
+from dllm_rl.training import learner
+from dllm_rl.training.loop import train
 
 SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 24}
 

@@ -17,10 +17,11 @@ from dllm_rl.distributed import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.quantization.schemes import float8_weight_only
-from dllm_rl.report import read_metrics
-from dllm_rl.runlog import RunLog
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training import draw_again, train
+from dllm_rl.training.log import RunLog
+from dllm_rl.training.loop import train
+from dllm_rl.training.plots import read_metrics
+from dllm_rl.training.rollouts import draw_again
 
 TIMES = ("time/", "step_time")
 
@@ -238,7 +239,7 @@ def test_a_reward_that_does_not_apply_everywhere_is_averaged_where_it_does():
     from accelerate import Accelerator
 
     from dllm_rl.tasks.base import Reward
-    from dllm_rl.training import reward_metrics
+    from dllm_rl.training.rollouts import reward_metrics
     from dllm_rl.types import Rollout
 
     mask = torch.tensor([[False, True, True], [False, True, False]])

@@ -7,7 +7,7 @@ from tiny_recipe import SIZES
 
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.tasks.base import Problem
-from dllm_rl.warmup import draw_levels, examples, supervised_loss, warmup
+from dllm_rl.training.warmup import draw_levels, examples, supervised_loss, warmup
 
 PROBLEMS = [Problem("12=", solution="3412"), Problem("1.2.4=", solution="21")]
 

@@ -163,6 +163,6 @@ def add_report(commands) -> None:
 def report(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from dllm_rl.report import draw
+    from dllm_rl.training.plots import draw
 
     print(draw(Path(arguments.directory)))

@@ -17,7 +17,6 @@ from dllm_rl.models.lora import LoraLinear, is_bitsandbytes, merged_state, plain
 from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize
 from dllm_rl.quantization.linear import check_finite, is_quantized, load_weight_, misfit, quantized, stored_bytes
 from dllm_rl.quantization.schemes import usable
-from dllm_rl.types import Rollout
 
 log = logging.getLogger(__name__)
 
@@ -162,13 +161,3 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> None:
 def quantized_layers(rollout_policy: Policy) -> Iterator[tuple[str, nn.Linear]]:
     """Name and module of every quantised linear layer."""
     return ((name, layer) for name, layer in rollout_policy.module.named_modules() if is_quantized(layer))
-
-
-def check_version(rollout: Rollout, policy: Policy, *, stale_steps: int = 0) -> None:
-    """Raise RuntimeError when a rollout was made by weights more than `stale_steps` updates behind the learner's."""
-    behind = policy.version - rollout.weights_version
-    if not 0 <= behind <= stale_steps:
-        raise RuntimeError(
-            f"weights_version={rollout.weights_version} of the rollout is {behind} updates behind the learner's "
-            f"{policy.version}, and stale_steps={stale_steps} allows {stale_steps}: call sync_weights before sampling"
-        )

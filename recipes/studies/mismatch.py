@@ -104,8 +104,8 @@ def recipe_of(run: Run, folder: Path, *, warm: Path, num_steps: int) -> Recipe:
 
 def warm_up(family: str, seed: int, folder: Path) -> Path:
     """The checkpoint that all arms of this family and seed start from; made on first use."""
-    from dllm_rl.checkpoint import found
-    from dllm_rl.training import train
+    from dllm_rl.training.checkpoint import found
+    from dllm_rl.training.loop import train
 
     if not (folder / "summary.json").exists():
         base = FAMILIES[family]
@@ -117,8 +117,8 @@ def warm_up(family: str, seed: int, folder: Path) -> Path:
 
 def run_one(run: Run, root: Path, num_steps: int) -> None:
     """Train and evaluate one arm; leaves `root`/results/....json. A gradient that is not finite ends it as diverged."""
-    from dllm_rl.report import read_metrics
-    from dllm_rl.training import train
+    from dllm_rl.training.loop import train
+    from dllm_rl.training.plots import read_metrics
 
     family, level, arm, seed = run
     warm = warm_up(family, seed, root / "warm" / f"{family}-{seed}")

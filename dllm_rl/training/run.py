@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from dllm_rl import checkpoint, report
 from dllm_rl.config import described
 from dllm_rl.distributed import make_accelerator, sum_gradients
 from dllm_rl.evaluation.evaluate import evaluate
@@ -29,9 +28,12 @@ from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import stream
-from dllm_rl.runlog import RunLog
-from dllm_rl.tasks.base import Problem, Task, score
-from dllm_rl.warmup import draw_levels, examples, warmup
+from dllm_rl.tasks.base import Task, score
+from dllm_rl.training import checkpoint
+from dllm_rl.training import plots as report
+from dllm_rl.training.log import RunLog
+from dllm_rl.training.rollouts import draw_problems
+from dllm_rl.training.warmup import draw_levels, examples, warmup
 
 # Fields that may change between the parts of a resumed run: they do not touch what is computed, or only extend it.
 FREE = {
@@ -176,13 +178,6 @@ def reference_of(recipe: Recipe, policy: Policy, accelerator: Accelerator, *, fr
         reference = load_policy(folder, dtype=next(policy.module.parameters()).dtype, device=accelerator.device)
     reference.module.requires_grad_(False)
     return reference
-
-
-def draw_problems(task: Task, purpose: str, seed: int, step: int, size: int, accelerator: Accelerator) -> list[Problem]:
-    """This process's share of the step's problems, a pure function of (seed, step)."""
-    chosen = torch.randint(len(task), (size,), generator=stream(seed, purpose, step)).tolist()
-    share = size // accelerator.num_processes
-    return [task[i] for i in chosen[accelerator.process_index * share : (accelerator.process_index + 1) * share]]
 
 
 def warm_up(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog) -> int:

@@ -22,7 +22,7 @@ from dllm_rl.recipe import Recipe
 GB = 1e9
 GPU_BYTES = 80 * GB
 USABLE = 0.9  # of a GPU's memory; the rest is the allocator's and the kernels'
-CONFIGS = Path(__file__).parent / "models" / "configs"
+CONFIGS = Path(__file__).parent.parent / "models" / "configs"
 
 
 def config_of(path_or_id: str | Path) -> dict:
