@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_training import metrics_of
+from runs import metrics_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SETTINGS = {"num_steps": 3, "warmup_steps": 8, "warmup_eval_steps": 4, "train_batch_size": 8}
 SETTINGS |= {"eval_task.size": 20, "validation_task.size": 20}
 SMALL = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]

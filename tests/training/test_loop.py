@@ -3,10 +3,10 @@
 import json
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from runs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import load_policy
@@ -22,22 +22,6 @@ from dllm_rl.training.log import RunLog
 from dllm_rl.training.loop import train
 from dllm_rl.training.plots import read_metrics
 from dllm_rl.training.rollouts import draw_again
-
-TIMES = ("time/", "step_time")
-
-
-def metrics_of(directory) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in read_metrics(Path(directory))]
-
-
-def weights_of(summary) -> dict[str, torch.Tensor]:
-    return load_policy(summary["checkpoint"]).module.state_dict()
-
-
-def assert_same_weights(a, b, **tolerance):
-    first, second = weights_of(a), weights_of(b)
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], **(tolerance or {"rtol": 0, "atol": 0}))
 
 
 @pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])

@@ -10,7 +10,7 @@ from dllm_rl.tasks.math.graders import gsm8k_d1_training
 from dllm_rl.tasks.protocols import PROTOCOLS, VERSIONS, find_grader, under_protocol
 from dllm_rl.tasks.sudoku.graders import sudoku_d1_training
 
-GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden" / "graded.jsonl").open()]
+GOLDEN = [json.loads(line) for line in (Path(__file__).parents[1] / "golden" / "graded.jsonl").open()]
 RESULT = {"task", "version", "protocol", "rule", "completion", "value", "parsed", "breakdown"}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-PATH = Path(__file__).parent.parent / "benchmarks" / "sampler.py"
+PATH = Path(__file__).parents[2] / "benchmarks" / "sampler.py"
 
 
 def test_smoke():

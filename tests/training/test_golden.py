@@ -14,7 +14,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl.training.loop import train
 from dllm_rl.training.plots import read_metrics
 
-GOLDEN = Path(__file__).parent / "golden" / "curve.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "curve.json"
 NAMES = ("reward", "loss", "grad_norm", "rollout_corr/k3_kl", "rollout_corr/rollout_is_eff_sample_size")
 
 

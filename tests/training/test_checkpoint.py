@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import assert_same_weights, metrics_of
+from runs import assert_same_weights, metrics_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.training import checkpoint
@@ -67,7 +67,8 @@ train(tiny_recipe({directory!r}, num_steps=40, save_steps=3, warmup_steps=10, re
 
 
 def start(directory: Path, *, resume: str | None = None) -> subprocess.Popen:
-    path = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    tests = Path(__file__).parents[1]
+    path = [str(tests / "support"), str(tests.parent)]
     code = PROGRAM.format(path=path, directory=str(directory), resume=resume)
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
