@@ -7,7 +7,7 @@ python -m benchmarks.learner [--device cuda] [--preset small] [--masks 1,4,16] [
 """
 
 import argparse
-from types import SimpleNamespace
+from functools import partial
 
 import torch
 
@@ -33,8 +33,8 @@ def arm(
     advantages = torch.linspace(-1, 1, len(mask), device=device)
     ones, count = torch.ones_like(old), int(mask.sum())
     batch = Batch(rollout, noise, advantages, old, scores, ones, mask, None, count, len(mask))
-    loss = {"corrector": none(), "aggregate": losses.token, "beta": 0.0, "kl": losses.kl_k3, "entropy_coeff": 0.0}
-    recipe = SimpleNamespace(likelihood=estimator, **loss, micro_batch_size=micro_batch_size)
+    surrogate = none().surrogate
+    loss = partial(losses.policy_loss, surrogate=surrogate, aggregate=losses.token, beta=0.0, kl=losses.kl_k3)
     parameters = list(policy.module.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter).zero_()  # written to, so that its pages are there
@@ -44,11 +44,13 @@ def arm(
         for parameter in parameters:
             parameter.grad.zero_()
         if name == "constant":
-            accumulate_gradients(policy, batch, scores, recipe)
+            accumulate_gradients(
+                policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=micro_batch_size
+            )
         else:
             views = zip(noise.masked, noise.weight, strict=True)
             logps = estimator.combine(torch.stack([score_view(policy, rollout, m, w != 0) for m, w in views]), noise)
-            objective = recipe.corrector.surrogate(logps - old, advantages, mask)
+            objective = surrogate(logps - old, advantages, mask)
             (-(objective * mask).sum() / count).backward()
         norms.append(sum(p.grad.double().norm().item() ** 2 for p in parameters) ** 0.5)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.algorithms.correctors import Corrector, none
-from dllm_rl.algorithms.losses import kl_k3, token
+from dllm_rl.algorithms.losses import kl_k3, policy_loss, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
@@ -140,6 +140,29 @@ class Recipe:
     @property
     def directory(self) -> str:
         return self.output_dir or f"runs/{self.name}-seed{self.seed}"
+
+    @property
+    def loss(self) -> Callable:
+        """(log-probs (B, T), batch) -> loss, metrics, gradient: `policy_loss` with the recipe's parts bound."""
+        return partial(
+            policy_loss,
+            surrogate=self.corrector.surrogate,
+            aggregate=self.aggregate,
+            beta=self.beta,
+            kl=self.kl,
+            entropy=self.entropy_coeff,
+        )
+
+    def update_settings(self, step: int) -> dict[str, Any]:
+        """The keyword arguments of `training.learner.update` at a step."""
+        return {
+            "loss": self.loss,
+            "likelihood": self.likelihood,
+            "learning_rate": self.learning_rate * self.lr_schedule(step, self.num_steps),
+            "num_iterations": self.num_iterations,
+            "max_grad_norm": self.max_grad_norm,
+            "micro_batch_size": self.micro_batch_size,
+        }
 
     @property
     def max_new_tokens(self) -> int:

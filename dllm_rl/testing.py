@@ -1,10 +1,8 @@
 """Contracts that every method keeps, for the tests of this package and of anyone who writes a method of their own."""
 
 import math
-from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, none
@@ -177,7 +175,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy, rollout: Rollout, *,
     first = torch.arange(group, device=tokens.device)
     fewer = draw(rollout.rows(first))
     assert _same_noise(fewer, noise.rows(first)), "a row's masks must not depend on the rows that follow it"
-    padded = _padded(rollout, policy.pad_id)
+    padded = rollout.padded(2, pad_id=policy.pad_id)
     wider = draw(padded)
     assert torch.equal(wider.masked[..., 2:], noise.masked), "a row's masks must not depend on padding"
     near = {"rtol": 1e-4, "atol": 1e-5}
@@ -203,11 +201,3 @@ def _same_noise(a: Noise, b: Noise) -> bool:
     rest = [x for noise in (a, b) for x in (noise.masked[few:], noise.weight[few:])]
     equal = torch.equal(a.masked[:few], b.masked[:few]) and torch.equal(a.weight[:few], b.weight[:few])
     return equal and not any(x.any() for x in rest)
-
-
-def _padded(rollout: Rollout, pad_id: int) -> Rollout:
-    """The rollout with two more columns of padding on the left."""
-    values = {"tokens": pad_id, "unmask_step": -1}
-    names = ("tokens", "attention_mask", "completion_mask", "unmask_step", "logprobs")
-    wider = {name: F.pad(getattr(rollout, name), (2, 0), value=values.get(name, 0)) for name in names}
-    return replace(rollout, **wider)

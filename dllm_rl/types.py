@@ -142,6 +142,21 @@ class Rollout(_Movable):
 
 
 @dataclass(frozen=True)
+class Logprobs:
+    """Log-prob contributions of one rollout under every policy that a step compares; nats, 0 where none is scored.
+
+    old        under the learner at the start of the update; old_scores: the same per mask, before they are combined.
+    rollout    under the policy that sampled.
+    reference  under the reference policy, or None without a KL term.
+    """
+
+    old: Float[Tensor, "B T"]
+    old_scores: Float[Tensor, "N B T"]
+    rollout: Float[Tensor, "B T"]
+    reference: Float[Tensor, "B T"] | None
+
+
+@dataclass(frozen=True)
 class Batch:
     """All that one optimiser update needs. Rows are those of one process; counts are over all processes.
 
@@ -180,3 +195,11 @@ class Noise(_Movable):
     def rows(self, keep: Int[Tensor, " R"]) -> "Noise":
         share = None if self.upper_share is None else self.upper_share[keep]
         return Noise(self.masked[:, keep], self.weight[:, keep], share)
+
+    def only(self, live: Bool[Tensor, " B"]) -> "Noise":
+        """The same masks, with the other rows not scored."""
+        return dataclasses.replace(self, weight=self.weight * live[:, None])
+
+    def scored(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+        """`mask` in the rows that any view scores."""
+        return mask & (self.weight != 0).any(0).any(-1, keepdim=True)

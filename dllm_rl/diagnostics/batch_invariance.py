@@ -10,13 +10,12 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from dllm_rl.models.base import Policy
-from dllm_rl.types import Noise, Rollout
+from dllm_rl.types import Logprobs, Noise, Rollout
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS is deterministic only with one of two settings of this variable
 
@@ -93,20 +92,13 @@ def zero_mismatch(*, tile: int = 64) -> Iterator[None]:
             os.environ.pop(WORKSPACE, None)
 
 
-def check_zero(
-    policy: Policy,
-    rollout_policy: Policy,
-    rollout: Rollout,
-    noise: Noise,
-    old: Float[Tensor, "B T"],
-    behind: Float[Tensor, "B T"],
-    mask: Bool[Tensor, "B T"],
-) -> None:
-    """Raise RuntimeError unless both sides' log-probs are equal bit for bit at every marked position.
+def check_zero(rollout: Rollout, noise: Noise, logps: Logprobs, *, policy: Policy, rollout_policy: Policy) -> None:
+    """Raise RuntimeError unless learner and rollout agree bit for bit at every completion position of a scored row.
 
     The error names the first position that differs, its two log-probs (nats), and the layer where the hidden states of
     that row part.
     """
+    old, behind, mask = logps.old, logps.rollout, noise.scored(rollout.completion_mask)
     differs = mask & (old != behind)
     if not differs.any():
         return

@@ -70,7 +70,7 @@ class LikelihoodEstimator:
         """log p(y_t | view n) in nats where view n scores t, 0 elsewhere. No gradient."""
         self.check(policy)
         out = torch.zeros(noise.weight.shape, device=rollout.tokens.device)
-        for rows in row_chunks(len(rollout.tokens), micro_batch_size, rollout.group_size, rollout.tokens.device):
+        for rows in row_chunks(noise, micro_batch_size, rollout.group_size):
             part, masks = rollout.rows(rows), noise.rows(rows)
             for n in range(len(masks.masked)):
                 scored = masks.weight[n] != 0

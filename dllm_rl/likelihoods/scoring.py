@@ -1,21 +1,24 @@
 """One forward of one view: its log-probs, and its backward for a given vector."""
 
 import torch
-from jaxtyping import Bool, Float
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
-from dllm_rl.types import Rollout
+from dllm_rl.types import Noise, Rollout
 
 
-def row_chunks(num_rows: int, micro_batch_size: int | None, group_size: int, device) -> tuple[Tensor, ...]:
-    """Row indices in chunks of whole groups, of at most micro_batch_size rows (but at least one group)."""
-    if not num_rows:
+def row_chunks(noise: Noise, micro_batch_size: int | None, group_size: int) -> tuple[Int[Tensor, " R"], ...]:
+    """Rows of the groups that any view scores, in chunks of whole groups of at most micro_batch_size (or one group)."""
+    scored = rearrange((noise.weight != 0).any(0).any(-1), "(p g) -> p g", g=group_size).any(-1)
+    rows = repeat(scored, "p -> (p g)", g=group_size).nonzero()[:, 0]
+    if not len(rows):
         return ()
-    size = num_rows if micro_batch_size is None else max(group_size, micro_batch_size // group_size * group_size)
-    return torch.arange(num_rows, device=device).split(size)
+    size = len(rows) if micro_batch_size is None else max(group_size, micro_batch_size // group_size * group_size)
+    return rows.split(size)
 
 
 def score_view(

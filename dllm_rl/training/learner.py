@@ -1,22 +1,24 @@
-"""One optimiser update on one Batch, in memory that does not grow with the number of masks.
+"""What the learner does with a rollout: score it, correct for the mismatch, update the weights.
 
-The loss is a function f of the log-prob estimates l (B, T), and l combines the scores s_n of N masked forwards. So
+The update's memory does not grow with the number of masks. The loss is a function f of the log-prob estimates l (B, T),
+and l combines the scores s_n of N masked forwards. So
     grad f = sum_n (df/ds_n) . grad s_n:
 df/dl is taken once, on detached l, pulled back to the scores, and then one forward and backward per mask and row chunk
 carries that vector through the model. It is exact. At the first inner iteration the current scores ARE the old ones,
 and no forward is spent to find them.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
+from einops import rearrange, repeat
+from jaxtyping import Float
 from torch import Tensor
 
-from dllm_rl.algorithms.losses import policy_loss
 from dllm_rl.algorithms.mismatch import mismatch_metrics, symptom_metrics
-from dllm_rl.diagnostics.batch_invariance import zero_mismatch
+from dllm_rl.diagnostics.batch_invariance import check_zero, zero_mismatch
 from dllm_rl.distributed import Metrics, local, reduce_metrics, sum_gradients
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
@@ -24,30 +26,165 @@ from dllm_rl.models.base import Policy
 from dllm_rl.quantization.aligned import aligned
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import row_seeds, stream
-from dllm_rl.types import Batch, Noise, Rollout
+from dllm_rl.types import Batch, Logprobs, Noise, Rollout
+
+
+@contextmanager
+def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
+    """bf16 autocast where asked for; with zero_mismatch a row's result does not depend on its batch."""
+    with accelerator.autocast(), zero_mismatch() if recipe.zero_mismatch else nullcontext():
+        yield
+
+
+@contextmanager
+def learner_forward(recipe: Recipe, policy: Policy, rollout_policy: Policy, accelerator: Accelerator) -> Iterator[None]:
+    """The recipe's arithmetic; with align_forward the learner runs through the rollout's quantised operands."""
+    align = recipe.corrector.align_forward and rollout_policy is not policy
+    with arithmetic(recipe, accelerator), aligned(policy, rollout_policy) if align else nullcontext():
+        yield
+
+
+def draw_noise(
+    recipe: Recipe, rollout: Rollout, advantages: Float[Tensor, "P G"], step: int, accelerator: Accelerator
+) -> Noise:
+    """The step's masks. Groups without a nonzero advantage contribute no gradient and are not scored.
+
+    With a KL term or an entropy bonus, or when no group is left, all are (mismatch is measured at every step). The
+    generator is taken past the seeds of the rows that processes before this one hold.
+    """
+    generator = stream(recipe.seed, "noise", step)
+    row_seeds(generator, accelerator.process_index * len(rollout.tokens))
+    noise = recipe.likelihood.draw(rollout, generator)
+    noise = recipe.likelihood.given(noise, local(rearrange(advantages, "p g -> (p g)"), accelerator))
+    live = (advantages != 0).any(-1)
+    if recipe.beta or recipe.entropy_coeff or not live.any():
+        return noise
+    return noise.only(local(repeat(live, "p -> (p g)", g=recipe.num_generations), accelerator))
+
+
+def score(
+    recipe: Recipe,
+    rollout: Rollout,
+    noise: Noise,
+    *,
+    policy: Policy,
+    rollout_policy: Policy,
+    reference: Policy | None,
+) -> Logprobs:
+    """The rollout under every policy, with the same masks.
+
+    The sampler's own record stands for the rollout policy's side where the estimator is exact for the sampler, which
+    would only compute it again. Raises RuntimeError with zero_mismatch where the sides differ.
+    """
+    likelihood, size = recipe.likelihood, recipe.micro_batch_size
+    scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size)
+    old = behind = likelihood.combine(scores, noise)
+    if likelihood.replays:
+        behind = rollout.logprobs
+    elif rollout_policy is not policy:
+        behind = likelihood.logprobs(rollout_policy, rollout, noise, micro_batch_size=size)
+    logps = Logprobs(
+        old=old,
+        old_scores=scores,
+        rollout=behind,
+        reference=None if reference is None else likelihood.logprobs(reference, rollout, noise, micro_batch_size=size),
+    )
+    if recipe.zero_mismatch:
+        check_zero(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
+    return logps
+
+
+def correct(
+    recipe: Recipe,
+    rollout: Rollout,
+    noise: Noise,
+    logps: Logprobs,
+    advantages: Float[Tensor, "P G"],
+    accelerator: Accelerator,
+) -> tuple[Batch, dict[str, float]]:
+    """The batch to learn from, with the corrector's weights and keep mask, and mismatch metrics over all processes.
+
+    The loss's denominators count every row, also those of groups that are not scored.
+    """
+    (rows, width), flat = rollout.tokens.shape, rearrange(advantages, "p g -> (p g)")
+    mask = noise.scored(rollout.completion_mask)
+    parts = (torch.where(mask, logps.old - logps.rollout, 0), mask, logps.old, rollout.tokens)
+    padded = [accelerator.pad_across_processes(x, dim=1) for x in parts]
+    log_mismatch, everywhere, old, tokens = (accelerator.gather(x) for x in padded)
+    weights, keep, reasons = recipe.corrector.weigh(log_mismatch, flat, everywhere)
+    metrics = mismatch_metrics(log_mismatch, everywhere, old=old, advantages=flat) | reasons
+    # Error-token rates need per-token log-probs; ELBO contributions are not, so only repetition is measured.
+    exact = recipe.likelihood.replays or recipe.likelihood.attention == ("causal",)
+    metrics |= symptom_metrics(tokens, everywhere, flat, old=old if exact else None)
+    metrics["rollout_corr/rollout_rs_masked_fraction"] = 1 - (keep.sum() / everywhere.sum()).item()
+
+    weights, keep = (local(x, accelerator)[:, :width] for x in (weights, keep))
+    unscored = rollout.completion_mask & ~mask
+    counts = torch.stack([(keep | unscored).sum(), torch.tensor(rows, device=keep.device)])
+    num_tokens, num_sequences = accelerator.reduce(counts, reduction="sum").tolist()
+    return Batch(
+        rollout=rollout,
+        noise=noise,
+        advantages=local(flat, accelerator),
+        old=logps.old,
+        old_scores=logps.old_scores,
+        weights=weights,
+        keep=keep,
+        reference=logps.reference,
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+    ), metrics
+
+
+def check_version(rollout: Rollout, policy: Policy, *, stale_steps: int = 0) -> None:
+    """Raise RuntimeError when a rollout was made by weights more than `stale_steps` updates behind the learner's."""
+    behind = policy.version - rollout.weights_version
+    if not 0 <= behind <= stale_steps:
+        raise RuntimeError(
+            f"weights_version={rollout.weights_version} of the rollout is {behind} updates behind the learner's "
+            f"{policy.version}, and stale_steps={stale_steps} allows {stale_steps}: call sync_weights before sampling"
+        )
+
+
+Loss = Callable[[Tensor, Batch], tuple[Tensor, Metrics, Tensor]]  # detached log-probs, batch -> loss, metrics, gradient
 
 
 def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, accelerator: Accelerator, batch: Batch, recipe, step: int
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    accelerator: Accelerator,
+    *,
+    loss: Loss,
+    likelihood: LikelihoodEstimator,
+    learning_rate: float,
+    num_iterations: int = 1,
+    max_grad_norm: float = 1.0,
+    micro_batch_size: int | None = None,
 ) -> dict[str, float]:
-    """`recipe.num_iterations` optimiser steps on one batch; returns metrics of the last, gradient norms of all.
+    """`num_iterations` optimiser steps on one batch; returns metrics of the last, gradient norms of all.
 
-    Raises FloatingPointError on a gradient that is not finite, before the weights are touched.
+    loss              (log-probs (B, T), batch) -> this process's share of the loss, metrics, d loss / d log-probs.
+    micro_batch_size  rows a forward, whole groups; None takes all at once.
+
+    Raises RuntimeError on a rollout of other weights than the learner's, FloatingPointError on a gradient that is not
+    finite; both before the weights are touched.
     """
-    gathered: dict[str, float] = {}
+    check_version(batch.rollout, policy)
+    gathered = {"learning_rate": learning_rate}
     for group in optimizer.param_groups:
-        group["lr"] = gathered["learning_rate"] = recipe.learning_rate * recipe.lr_schedule(step, recipe.num_steps)
-    for iteration in range(recipe.num_iterations):
+        group["lr"] = learning_rate
+    for iteration in range(num_iterations):
         scores = batch.old_scores
         if iteration:
             torch.clear_autocast_cache()  # autocast's bf16 copies are those of the weights before the last step
-            scores = recipe.likelihood.scores(
-                policy, batch.rollout, batch.noise, micro_batch_size=recipe.micro_batch_size
-            )
+            scores = likelihood.scores(policy, batch.rollout, batch.noise, micro_batch_size=micro_batch_size)
         optimizer.zero_grad(set_to_none=True)
-        metrics = accumulate_gradients(policy, batch, scores, recipe)
+        metrics = accumulate_gradients(
+            policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=micro_batch_size
+        )
         sum_gradients(policy.module, accelerator)
-        norm = torch.nn.utils.clip_grad_norm_(policy.module.parameters(), recipe.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(policy.module.parameters(), max_grad_norm)
         if not norm.isfinite():
             raise FloatingPointError(
                 f"gradient norm is {norm.item()} at inner iteration {iteration}; the update was not applied"
@@ -59,120 +196,27 @@ def update(
     return gathered
 
 
-def accumulate_gradients(policy: Policy, batch: Batch, scores: Tensor, recipe) -> Metrics:
-    """Add this process's share of the loss gradient to the parameters; returns its metrics as (sum, count) pairs."""
-    estimator: LikelihoodEstimator = recipe.likelihood
+def accumulate_gradients(
+    policy: Policy,
+    batch: Batch,
+    scores: Float[Tensor, "N B T"],
+    *,
+    loss: Loss,
+    likelihood: LikelihoodEstimator,
+    micro_batch_size: int | None = None,
+) -> Metrics:
+    """Add this process's share of the loss gradient to the parameters; returns its metrics as (sum, count) pairs.
+
+    scores  the current log-probs of every view, nats. The arguments are those of `update`.
+    """
     leaves = scores.detach().requires_grad_()
-    logps = estimator.combine(leaves, batch.noise)
-    _, metrics, gradient = policy_loss(
-        logps.detach(),
-        batch,
-        surrogate=recipe.corrector.surrogate,
-        aggregate=recipe.aggregate,
-        beta=recipe.beta,
-        kl=recipe.kl,
-        entropy=recipe.entropy_coeff,
-    )
+    logps = likelihood.combine(leaves, batch.noise)
+    _, metrics, gradient = loss(logps.detach(), batch)
     (vectors,) = torch.autograd.grad(logps, leaves, gradient)
-    rollout, group = batch.rollout, batch.rollout.group_size
-    for rows in row_chunks(len(rollout.tokens), recipe.micro_batch_size, group, rollout.tokens.device):
+    rollout = batch.rollout
+    for rows in row_chunks(batch.noise, micro_batch_size, rollout.group_size):
         part, masks = rollout.rows(rows), batch.noise.rows(rows)
         for n in range(len(masks.masked)):
             # Only positions that move the loss are scored again; with none left in this view, no forward is run.
-            backward_view(policy, part, masks.masked[n], vectors[n, rows], packed=estimator.packed is not None)
+            backward_view(policy, part, masks.masked[n], vectors[n, rows], packed=likelihood.packed is not None)
     return metrics
-
-
-def draw_noise(recipe: Recipe, step: int, rollout: Rollout, advantages: Tensor, accelerator: Accelerator) -> Noise:
-    """The step's masks; the generator is taken past the seeds of the rows that processes before this one hold."""
-    generator = stream(recipe.seed, "noise", step)
-    row_seeds(generator, accelerator.process_index * len(rollout.tokens))
-    return recipe.likelihood.given(recipe.likelihood.draw(rollout, generator), local(advantages.flatten(), accelerator))
-
-
-def forward_of(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> AbstractContextManager:
-    """With align_forward the learner's forward runs through the rollout's quantised operands."""
-    align = recipe.corrector.align_forward and rollout_policy is not policy
-    return aligned(policy, rollout_policy) if align else nullcontext()
-
-
-@contextmanager
-def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
-    """bf16 autocast where asked for; with zero_mismatch a row's result does not depend on its batch."""
-    with accelerator.autocast(), zero_mismatch() if recipe.zero_mismatch else nullcontext():
-        yield
-
-
-def live_rows(advantages: Tensor, recipe: Recipe, accelerator: Accelerator) -> Tensor:
-    """Indices of this process's rows in groups with a nonzero advantage: the others move nothing.
-
-    With a KL term or an entropy bonus, or when no group is left, all rows count (mismatch is measured at every step).
-    """
-    live = (advantages != 0).any(-1)
-    if recipe.beta or recipe.entropy_coeff or not live.any():
-        live = torch.ones_like(live)
-    return local(live.repeat_interleave(recipe.num_generations), accelerator).nonzero()[:, 0]
-
-
-def scored(recipe: Recipe, policy: Policy, part: Rollout, noise: Noise) -> tuple[Tensor, Tensor]:
-    """Log-prob contributions (R, T) of the live rows and their scores (N, R, T), nats."""
-    scores = recipe.likelihood.scores(policy, part, noise, micro_batch_size=recipe.micro_batch_size)
-    return recipe.likelihood.combine(scores, noise), scores
-
-
-def behaviour(recipe: Recipe, policy, rollout_policy, part: Rollout, noise: Noise, old: Tensor) -> Tensor:
-    """The rollout policy's side of the ratio (R, T) in the live rows, nats.
-
-    An estimator that replays the sampler step by step would only compute again what the sampler recorded.
-    """
-    if recipe.likelihood.replays:
-        return part.logprobs
-    return old if rollout_policy is policy else scored(recipe, rollout_policy, part, noise)[0]
-
-
-def weigh(
-    recipe: Recipe,
-    accelerator: Accelerator,
-    rollout: Rollout,
-    live: Tensor,
-    advantages: Tensor,
-    old: Tensor,
-    behind: Tensor,
-) -> tuple[dict[str, float], Tensor, Tensor]:
-    """Mismatch metrics over the live rows of all processes, and this process's weights and keep mask (B, T)."""
-    width, flat = rollout.tokens.shape[1], advantages.flatten()
-    everywhere = []  # every process gathers as many rows, those that are not live as zeros
-    for part in (old - behind, rollout.completion_mask[live], old, rollout.tokens[live]):
-        rows = torch.zeros(rollout.tokens.shape, dtype=part.dtype, device=part.device)
-        rows[live] = part
-        everywhere.append(rows)
-    padded = [accelerator.pad_across_processes(x, dim=1) for x in everywhere]
-    log_mismatch, mask, old, tokens = (accelerator.gather(x) for x in padded)
-    weights, keep, reasons = recipe.corrector.weigh(log_mismatch, flat, mask)
-    metrics = mismatch_metrics(log_mismatch, mask, old=old, advantages=flat) | reasons
-    # Of an estimate that is no log-probability of single tokens, repetition is all that can be said.
-    exact = recipe.likelihood.replays or recipe.likelihood.attention == ("causal",)
-    metrics |= symptom_metrics(tokens, mask, flat, old=old if exact else None)
-    metrics["rollout_corr/rollout_rs_masked_fraction"] = 1 - (keep.sum() / mask.sum()).item()
-    return metrics, local(weights, accelerator)[:, :width], local(keep, accelerator)[:, :width]
-
-
-def live_batch(accelerator, rollout, part, noise, live, advantages, old, old_scores, weights, keep, anchor) -> Batch:
-    """The live rows as a Batch; the loss's denominators count all rows, the live and the others."""
-    others = torch.ones(len(rollout.tokens), dtype=torch.bool, device=old.device)
-    others[live] = False
-    tokens = keep[live].sum() + rollout.completion_mask[others].sum()
-    counts = torch.stack([tokens, torch.tensor(len(others), device=old.device)])
-    num_tokens, num_sequences = accelerator.reduce(counts, reduction="sum").tolist()
-    return Batch(
-        rollout=part,
-        noise=noise,
-        advantages=local(advantages.flatten(), accelerator)[live],
-        old=old,
-        old_scores=old_scores,
-        weights=weights[live],
-        keep=keep[live],
-        reference=anchor,
-        num_tokens=num_tokens,
-        num_sequences=num_sequences,
-    )

@@ -1,4 +1,4 @@
-"""How a run begins and ends: checks, folders, warm-up or resume, checkpoints, summary."""
+"""Starting, resuming, checkpointing and finishing a run."""
 
 import copy
 import inspect
@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,20 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from dllm_rl.config import described
-from dllm_rl.distributed import make_accelerator, sum_gradients
+from dllm_rl.distributed import local, make_accelerator, sum_gradients
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import write_json
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import decode, encode
+from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import stream
-from dllm_rl.tasks.base import Task, score
-from dllm_rl.training import checkpoint
-from dllm_rl.training import plots as report
+from dllm_rl.tasks.base import Problem, Task, score
+from dllm_rl.training import checkpoint, plots
 from dllm_rl.training.log import RunLog
-from dllm_rl.training.rollouts import draw_problems
+from dllm_rl.training.rollouts import draw_indices
 from dllm_rl.training.warmup import draw_levels, examples, warmup
 
 # Fields that may change between the parts of a resumed run: they do not touch what is computed, or only extend it.
@@ -48,9 +49,65 @@ FREE = {
 }
 
 
-def prepare(recipe: Recipe) -> tuple[Accelerator, RunLog, Path | None]:
-    """Check the recipe, open its folder and log, find the checkpoint to resume from. Raises ValueError."""
+@dataclass(frozen=True)
+class Run:
+    """What a run owns from its start to its summary. It says how a run goes on; no mathematics takes it."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    log: RunLog
+    policy: Policy
+    rollout_policy: Policy
+    reference: Policy | None
+    optimizer: torch.optim.Optimizer
+    first_step: int
+    history: dict[str, Any]
+    interrupted: Callable[[], bool]
+    progress: Callable[..., None]
+
+
+def start(recipe: Recipe) -> Run:
+    """A run at its first step: fresh, warmed up and evaluated, or as a checkpoint left it. Raises ValueError."""
     accelerator = make_accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
+    check_processes(recipe, accelerator)
+    folder = open_folder(recipe, accelerator)
+    state = checkpoint.read_state(folder) if folder else {"step": 0}
+    log = RunLog(Path(recipe.directory), start=state["step"], main=accelerator.is_main_process)
+    if recipe.resume_from_checkpoint:
+        log.say(f"resuming from {folder}" if folder else "no checkpoint yet: starting from the beginning")
+    history: dict[str, Any] = {"begun": time.perf_counter(), "seconds": 0.0}
+    if folder:
+        policy = resumed_policy(recipe, folder, state, accelerator)
+        optimizer = make_optimizer(recipe, policy)
+        checkpoint.load_optimizer(folder, optimizer)
+        policy.version, log.seconds = state["version"], state["stages"]
+        history |= {key: state[key] for key in ("seconds", "eval_before", "warmup_steps")}
+    else:
+        policy = fresh_policy(recipe, accelerator, log, history)
+        optimizer = make_optimizer(recipe, policy)
+    scheme = recipe.rollout_quantization
+    rollout_policy = policy if scheme is None else quantized_copy(policy, scheme())
+    rollout_policy.version = policy.version
+    run = Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        log=log,
+        policy=policy,
+        rollout_policy=rollout_policy,
+        reference=reference_policy(recipe, policy, accelerator, fresh=folder is None),
+        optimizer=optimizer,
+        first_step=state["step"],
+        history=history,
+        interrupted=catch_interrupt(accelerator),
+        progress=log.bar("training", recipe.num_steps, completed=state["step"]),
+    )
+    if not folder:
+        save(run, 0)
+    return run
+
+
+def check_processes(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Raise ValueError where the launch cannot run the recipe."""
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
             f"distributed_type={accelerator.distributed_type.value} is not supported by train(); use MULTI_GPU"
@@ -60,6 +117,10 @@ def prepare(recipe: Recipe) -> tuple[Accelerator, RunLog, Path | None]:
             raise ValueError(
                 f"{name}={getattr(recipe, name)} must be a multiple of the {accelerator.num_processes} processes"
             )
+
+
+def open_folder(recipe: Recipe, accelerator: Accelerator) -> Path | None:
+    """Make the run's folder, or empty it where asked to; returns the checkpoint to resume from. Raises ValueError."""
     directory = Path(recipe.directory)
     held = [name for name in ("metrics.jsonl", "checkpoints", "summary.json") if (directory / name).exists()]
     folder = None
@@ -70,9 +131,8 @@ def prepare(recipe: Recipe) -> tuple[Accelerator, RunLog, Path | None]:
             f"output_dir={str(directory)!r} already holds a run ({', '.join(held)}); give another, or "
             "--resume_from_checkpoint latest, or --overwrite_output_dir"
         )
-    state = checkpoint.read_state(folder) if folder else {"step": 0}
     if folder:
-        _check_same_recipe(state["recipe"], described(recipe))
+        _check_same_recipe(checkpoint.read_state(folder)["recipe"], described(recipe))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
@@ -81,10 +141,7 @@ def prepare(recipe: Recipe) -> tuple[Accelerator, RunLog, Path | None]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         directory.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    log = RunLog(directory, start=state["step"], main=accelerator.is_main_process)
-    if recipe.resume_from_checkpoint:
-        log.say(f"resuming from {folder}" if folder else "no checkpoint yet: starting from the beginning")
-    return accelerator, log, folder
+    return folder
 
 
 def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -96,35 +153,29 @@ def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def begin(recipe: Recipe, accelerator: Accelerator, log: RunLog, folder: Path | None):
-    """(policy, reference, optimizer, first step, history): from the checkpoint, or made, warmed up and evaluated."""
-    history: dict[str, Any] = {"begun": time.perf_counter(), "seconds": 0.0}
-    if folder:
-        state = checkpoint.read_state(folder)
-        if recipe.lora is None:
-            policy = load_policy(folder, dtype=getattr(torch, state["dtype"]), device=accelerator.device)
-        else:
-            policy = base_of(recipe, warmed_up=state["warmup_steps"] > 0).to(accelerator.device)
-            load_adapter(policy, folder / "adapter")
-        optimizer = make_optimizer(recipe, policy)
-        checkpoint.load_optimizer(folder, optimizer)
-        policy.version, log.seconds, start = state["version"], state["stages"], state["step"]
-        history |= {key: state[key] for key in ("seconds", "eval_before", "warmup_steps")}
-    else:
-        policy = make_policy(recipe).to(accelerator.device)
-        rehearse(recipe, policy)
-        with log.stage("warm-up"):
-            history["warmup_steps"] = warm_up(recipe, policy, accelerator, log)
-        if recipe.lora is not None:
-            if history["warmup_steps"] and accelerator.is_main_process:
-                policy.save_pretrained(Path(recipe.directory) / "reference")
-            add_lora(policy, recipe.lora())
-        with log.stage("evaluation"):
-            history["eval_before"] = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
-        optimizer, start = make_optimizer(recipe, policy), 0
-        log.say(f"before RL: {shown(history['eval_before'])} on {len(recipe.eval_task)} held-out problems")
-        save(recipe, accelerator, log, 0, policy, optimizer, history)
-    return policy, reference_of(recipe, policy, accelerator, fresh=folder is None), optimizer, start, history
+def fresh_policy(recipe: Recipe, accelerator: Accelerator, log: RunLog, history: dict[str, Any]) -> Policy:
+    """The recipe's model, warmed up, with its adapters, and evaluated; `history` gets what the summary says of it."""
+    policy = make_policy(recipe).to(accelerator.device)
+    smoke_test(recipe, policy)
+    with log.stage("warm-up"):
+        history["warmup_steps"] = warm_up(recipe, policy, accelerator, log)
+    if recipe.lora is not None:
+        if history["warmup_steps"] and accelerator.is_main_process:
+            policy.save_pretrained(Path(recipe.directory) / "reference")
+        add_lora(policy, recipe.lora())
+    with log.stage("evaluation"):
+        history["eval_before"] = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
+    log.say(f"before RL: {shown(history['eval_before'])} on {len(recipe.eval_task)} held-out problems")
+    return policy
+
+
+def resumed_policy(recipe: Recipe, folder: Path, state: dict[str, Any], accelerator: Accelerator) -> Policy:
+    """The policy as a checkpoint left it."""
+    if recipe.lora is None:
+        return load_policy(folder, dtype=getattr(torch, state["dtype"]), device=accelerator.device)
+    policy = adapter_base(recipe, warmed_up=state["warmup_steps"] > 0).to(accelerator.device)
+    load_adapter(policy, folder / "adapter")
+    return policy
 
 
 def make_policy(recipe: Recipe) -> Policy:
@@ -135,7 +186,7 @@ def make_policy(recipe: Recipe) -> Policy:
     return recipe.model(seed=recipe.seed) if seeded else recipe.model()
 
 
-def base_of(recipe: Recipe, *, warmed_up: bool) -> Policy:
+def adapter_base(recipe: Recipe, *, warmed_up: bool) -> Policy:
     """What a resumed run's adapters stand on: the warmed-up weights, or the recipe's model without a warm-up."""
     policy = make_policy(recipe)
     if warmed_up:
@@ -143,8 +194,9 @@ def base_of(recipe: Recipe, *, warmed_up: bool) -> Policy:
     return policy
 
 
-def rehearse(recipe: Recipe, policy: Policy) -> None:
-    """One completion of one problem through every stage that can refuse it, before any expensive work."""
+def smoke_test(recipe: Recipe, policy: Policy) -> None:
+    """Run one problem through sampling, grading and warm-up encoding, so that a bad setting fails before any expensive
+    work."""
     recipe.likelihood.check(policy)
     problem = recipe.task[0]
     rollout = recipe.sampler(policy, encode(policy, [problem]), stream(recipe.seed, "rehearsal"))
@@ -159,7 +211,7 @@ def make_optimizer(recipe: Recipe, policy: Policy) -> torch.optim.Optimizer:
     return recipe.optim(trainable, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
 
 
-def reference_of(recipe: Recipe, policy: Policy, accelerator: Accelerator, *, fresh: bool) -> Policy | None:
+def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *, fresh: bool) -> Policy | None:
     """The policy that RL started from, frozen, for the KL term; kept in the run's folder for a resumed run.
 
     With adapters it is the policy itself without them, not a copy.
@@ -189,7 +241,11 @@ def warm_up(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLo
     def draw_noise(step: int) -> tuple[Tensor, Tensor]:
         generator = stream(recipe.seed, "warm-up masks", step)
         drawn = draw_levels(generator, recipe.warmup_batch_size, recipe.max_new_tokens)
-        return tuple(x.chunk(accelerator.num_processes)[accelerator.process_index] for x in drawn)
+        return tuple(local(x, accelerator) for x in drawn)
+
+    def draw_problems(step: int) -> list[Problem]:
+        chosen = draw_indices(len(recipe.task), recipe.warmup_batch_size, recipe.seed, "warm-up", step)
+        return [recipe.task[i] for i in local(chosen, accelerator).tolist()]
 
     def on_step(step: int, loss: float) -> bool:
         done = (step + 1) % recipe.warmup_eval_steps == 0
@@ -201,7 +257,7 @@ def warm_up(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLo
 
     taken = warmup(
         policy,
-        lambda step: draw_problems(recipe.task, "warm-up", recipe.seed, step, recipe.warmup_batch_size, accelerator),
+        draw_problems,
         max_new_tokens=recipe.max_new_tokens,
         num_steps=recipe.warmup_steps,
         learning_rate=recipe.warmup_learning_rate,
@@ -245,29 +301,50 @@ def catch_interrupt(accelerator: Accelerator) -> Callable[[], bool]:
     return interrupted
 
 
-def save(
-    recipe, accelerator: Accelerator, log: RunLog, step: int, policy: Policy, optimizer, history: dict[str, Any]
-) -> None:
+def validate(run: Run, step: int) -> dict[str, float]:
+    """Metrics on the validation task every eval_steps; none in between."""
+    recipe = run.recipe
+    if not recipe.eval_steps or (step + 1) % recipe.eval_steps:
+        return {}
+    with run.log.stage("evaluation"):
+        means = evaluate_with(recipe, run.policy, recipe.validation_task, run.accelerator)
+    return {f"eval/{name}": value for name, value in means.items()}
+
+
+def checkpoint_if_due(run: Run, step: int) -> None:
+    """Save every save_steps, after the last step, and on Ctrl-C; that ends the process with status 130."""
+    recipe, done, stop = run.recipe, step + 1, run.interrupted()
+    if stop or done % recipe.save_steps == 0 or done == recipe.num_steps:
+        save(run, done)
+    if stop and done < recipe.num_steps:
+        run.log.say(
+            f"interrupted after step {done}; continue with --resume_from_checkpoint latest "
+            f"--output_dir {recipe.directory}"
+        )
+        raise SystemExit(130)
+
+
+def save(run: Run, step: int) -> None:
     """Checkpoint after `step` steps, by the main process."""
-    if accelerator.is_main_process:
+    recipe, history = run.recipe, run.history
+    if run.accelerator.is_main_process:
         state = {
-            "dtype": str(next(policy.module.parameters()).dtype).removeprefix("torch."),
-            "stages": log.seconds,
+            "dtype": str(next(run.policy.module.parameters()).dtype).removeprefix("torch."),
+            "stages": run.log.seconds,
             "seconds": history["seconds"] + time.perf_counter() - history["begun"],
             "eval_before": history["eval_before"],
             "warmup_steps": history["warmup_steps"],
             "recipe": described(recipe),
         }
-        checkpoint.save(
-            Path(recipe.directory) / "checkpoints", step, policy, optimizer, state, keep=recipe.save_total_limit
-        )
-    accelerator.wait_for_everyone()
+        directory = Path(recipe.directory) / "checkpoints"
+        checkpoint.save(directory, step, run.policy, run.optimizer, state, keep=recipe.save_total_limit)
+    run.accelerator.wait_for_everyone()
 
 
-def finish(
-    recipe, accelerator: Accelerator, log: RunLog, policy: Policy, rollout_policy: Policy, history
-) -> dict[str, Any]:
+def finish(run: Run) -> dict[str, Any]:
     """Evaluate on held-out problems, write summary.json and the picture, say in a paragraph what happened."""
+    recipe, accelerator, log, history = run.recipe, run.accelerator, run.log, run.history
+    policy, rollout_policy = run.policy, run.rollout_policy
     with log.stage("evaluation"):
         after = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
         quantized = (
@@ -291,7 +368,7 @@ def finish(
     }
     if accelerator.is_main_process:
         write_json(directory / "summary.json", summary)
-        picture = report.draw(directory) if recipe.num_steps else None
+        picture = plots.draw(directory) if recipe.num_steps else None
         log.say(
             f"\n{recipe.name}, seed {recipe.seed}: {shown(history['eval_before'])}  ->  {shown(after)}  on "
             f"{len(recipe.eval_task)} held-out problems, after {history['warmup_steps']} warm-up and "

@@ -41,3 +41,24 @@ def tiny_recipe_ar(directory, **changes):
         likelihood=causal(),
         **changes,
     )
+
+
+class OddPuzzles:
+    """Sudoku, but only every other prompt tells completions apart: the rest are all worth 1."""
+
+    name, version = "odd", "1"
+
+    def __init__(self):
+        self.task = Sudoku(split="train", size=64)
+
+    def __len__(self):
+        return len(self.task)
+
+    def __getitem__(self, index):
+        problem = self.task[index]
+        prompt = problem.prompt + "=" * (index % 5)  # so that a later draw is wider or narrower
+        return replace(problem, prompt=prompt, fields={**problem.fields, "dull": index % 2 == 0})
+
+    def reward(self, problem, completion):
+        graded = self.task.reward(problem, completion)
+        return replace(graded, value=1.0) if problem.fields["dull"] else graded

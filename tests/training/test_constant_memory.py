@@ -97,9 +97,11 @@ def make_batch(policy, estimator, rollout, noise, advantages, *, corrector, beta
     ), scores
 
 
-def recipe_of(estimator, corrector, aggregate, *, beta=0.0, entropy_coeff=0.0, micro_batch_size=None, **more):
-    names = {"likelihood": estimator, "corrector": corrector, "aggregate": aggregate, "beta": beta, "kl": losses.kl_k3}
-    return SimpleNamespace(**names, entropy_coeff=entropy_coeff, micro_batch_size=micro_batch_size, **more)
+def loss_of(corrector, aggregate, *, beta: float = 0.0, entropy: float = 0.0) -> partial:
+    surrogate = corrector.surrogate
+    return partial(
+        losses.policy_loss, surrogate=surrogate, aggregate=aggregate, beta=beta, kl=losses.kl_k3, entropy=entropy
+    )
 
 
 def plain_logps(policy, estimator, rollout, noise) -> torch.Tensor:
@@ -108,18 +110,18 @@ def plain_logps(policy, estimator, rollout, noise) -> torch.Tensor:
     return estimator.combine(torch.stack(views), noise)
 
 
-def plain_loss(logps, batch: Batch, recipe) -> torch.Tensor:
+def plain_loss(logps, batch: Batch, loss_function: partial) -> torch.Tensor:
     """The loss written out, with autograd all the way."""
-    keep = batch.keep
-    coefficient = recipe.aggregate(keep, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
+    keep, terms = batch.keep, SimpleNamespace(**loss_function.keywords)
+    coefficient = terms.aggregate(keep, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
     log_ratio = torch.where(keep, logps - batch.old, 0)
-    objective = recipe.corrector.surrogate(log_ratio, batch.advantages, keep)
+    objective = terms.surrogate(log_ratio, batch.advantages, keep)
     loss = -(coefficient * batch.weights * objective * keep).sum()
     if batch.reference is not None:
-        penalty = recipe.kl(torch.where(keep, batch.reference - logps, 0))
-        loss = loss + recipe.beta * (coefficient * penalty * keep).sum()
+        penalty = terms.kl(torch.where(keep, batch.reference - logps, 0))
+        loss = loss + terms.beta * (coefficient * penalty * keep).sum()
     bonus = losses.entropy_bonus(logps, keep, group_size=batch.rollout.group_size)
-    return loss - recipe.entropy_coeff * (coefficient * bonus).sum()
+    return loss - terms.entropy * (coefficient * bonus).sum()
 
 
 def parameters(policy) -> list[torch.nn.Parameter]:
@@ -131,10 +133,10 @@ def flat(gradients, policy) -> torch.Tensor:
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten().double() for g, p in pairs])
 
 
-def learned(policy, batch, scores, recipe) -> torch.Tensor:
+def learned(policy, batch, scores, estimator, loss, *, micro_batch_size: int | None = None) -> torch.Tensor:
     for parameter in parameters(policy):
         parameter.grad = None
-    accumulate_gradients(policy, batch, scores, recipe)
+    accumulate_gradients(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=micro_batch_size)
     return flat([p.grad for p in parameters(policy)], policy)
 
 
@@ -156,11 +158,10 @@ def test_gradient_is_plain_autograds(name, correction):
     for i, (surrogate, aggregate) in enumerate(product(surrogates, AGGREGATIONS.values())):
         beta, size = (0.0, 0.1)[i % 2], (None, 4, 8)[(i // 2) % 3]
         batch, scores = batches[beta]
-        terms = {"beta": beta, "entropy_coeff": (0.0, 0.2, 0.0)[i % 3], "micro_batch_size": size}
-        recipe = recipe_of(estimator, replace(own, surrogate=surrogate), aggregate, **terms)
-        loss = plain_loss(logps, batch, recipe)
-        plain = torch.autograd.grad(loss, parameters(policy), retain_graph=True, allow_unused=True)
-        assert_same(learned(policy, batch, scores, recipe), flat(plain, policy))
+        loss = loss_of(replace(own, surrogate=surrogate), aggregate, beta=beta, entropy=(0.0, 0.2, 0.0)[i % 3])
+        total = plain_loss(logps, batch, loss)
+        plain = torch.autograd.grad(total, parameters(policy), retain_graph=True, allow_unused=True)
+        assert_same(learned(policy, batch, scores, estimator, loss, micro_batch_size=size), flat(plain, policy))
 
 
 @pytest.mark.parametrize("variant", ["chunked head", "gradient checkpointing", "lora", "aligned", "tempered", "llada"])
@@ -185,18 +186,18 @@ def test_gradient_survives(variant, name, monkeypatch):
         rollout = replace(rollout, processors=replace(rollout.processors, temperature=0.5, top_k=4))
     with aligned(policy, rollout_policy) if variant == "aligned" else torch.enable_grad():
         batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.tis(), beta=0.0)
-        recipe = recipe_of(estimator, c.tis(), losses.token, micro_batch_size=4)
-        loss = plain_loss(plain_logps(policy, estimator, rollout, noise), batch, recipe)
-        plain = torch.autograd.grad(loss, parameters(policy), allow_unused=True)
-        assert_same(learned(policy, batch, scores, recipe), flat(plain, policy))
+        loss = loss_of(c.tis(), losses.token)
+        total = plain_loss(plain_logps(policy, estimator, rollout, noise), batch, loss)
+        plain = torch.autograd.grad(total, parameters(policy), allow_unused=True)
+        assert_same(learned(policy, batch, scores, estimator, loss, micro_batch_size=4), flat(plain, policy))
 
 
 def test_accumulated_batches_give_the_whole_batchs_gradient():
     """Two processes' shares, or two accumulated batches, with the global counts: the sum is one batch's gradient."""
     policy, estimator, rollout, noise, advantages = setting("sandwich")
     batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.tis(), beta=0.1)
-    recipe = recipe_of(estimator, c.tis(), losses.sequence, beta=0.1)
-    whole, total = learned(policy, batch, scores, recipe), 0
+    loss = loss_of(c.tis(), losses.sequence, beta=0.1)
+    whole, total = learned(policy, batch, scores, estimator, loss), 0
     for rows in (torch.arange(4), torch.arange(4, 12)):
         share = replace(
             batch,
@@ -209,7 +210,7 @@ def test_accumulated_batches_give_the_whole_batchs_gradient():
             keep=batch.keep[rows],
             reference=batch.reference[rows],
         )
-        total = total + learned(policy, share, scores[:, rows], recipe)
+        total = total + learned(policy, share, scores[:, rows], estimator, loss)
     assert_same(total, whole)
 
 
@@ -224,11 +225,10 @@ def test_the_first_inner_iteration_pays_no_extra_forward(num_iterations, monkeyp
     policy, estimator, rollout, noise, advantages = setting("coupled")
     batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.none(), beta=0.0)
     batch = replace(batch, old=estimator.combine(scores, noise))
-    more = {"num_iterations": num_iterations, "learning_rate": 1e-3, "lr_schedule": lambda s, n: 1.0, "num_steps": 1}
-    recipe = recipe_of(estimator, c.none(), losses.token, **more, max_grad_norm=1.0)
+    settings = {"loss": loss_of(c.none(), losses.token), "likelihood": estimator, "learning_rate": 1e-3}
     optimizer = torch.optim.AdamW(policy.module.parameters())
     rows = spying(policy, monkeypatch)
-    metrics = update(policy, optimizer, Accelerator(cpu=True), batch, recipe, 0)
+    metrics = update(policy, optimizer, batch, Accelerator(cpu=True), num_iterations=num_iterations, **settings)
     views = 4
     assert len(rows) == views * (1 + 2 * (num_iterations - 1))
     if num_iterations == 1:
@@ -244,28 +244,27 @@ def test_what_moves_nothing_is_not_forwarded(monkeypatch):
     advantages[:4] = 0
     batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.none(), beta=0.0)
     batch = replace(batch, old=estimator.combine(scores, noise))
-    recipe = recipe_of(estimator, c.none(), losses.token)
+    loss = loss_of(c.none(), losses.token)
     rows = spying(policy, monkeypatch)
-    learned(policy, batch, scores, recipe)
+    learned(policy, batch, scores, estimator, loss)
     assert rows[0] == 3 and rows[1:] == [8, 8]  # the shared first view is forwarded once a prompt
     clipped = replace(batch, old=batch.old - noise.weight[2] * torch.where(advantages[:, None] > 0, 1.0, -1.0))
     rows.clear()
-    ours = learned(policy, clipped, scores, recipe)
+    ours = learned(policy, clipped, scores, estimator, loss)
     assert rows == [3, 8]
-    loss = plain_loss(plain_logps(policy, estimator, rollout, noise), clipped, recipe)
-    plain = torch.autograd.grad(loss, parameters(policy), allow_unused=True)
+    total = plain_loss(plain_logps(policy, estimator, rollout, noise), clipped, loss)
+    plain = torch.autograd.grad(total, parameters(policy), allow_unused=True)
     assert_same(ours, flat(plain, policy))
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_move():
     policy, estimator, rollout, noise, advantages = setting("elbo")
     batch, _ = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.none(), beta=0.0)
-    more = {"num_iterations": 1, "learning_rate": 1e-3, "lr_schedule": lambda s, n: 1.0, "num_steps": 1}
-    recipe = recipe_of(estimator, c.none(), losses.token, **more, max_grad_norm=1.0)
+    settings = {"loss": loss_of(c.none(), losses.token), "likelihood": estimator, "learning_rate": 1e-3}
     before = [p.detach().clone() for p in parameters(policy)]
     broken = replace(batch, weights=batch.weights.masked_fill(batch.keep, torch.nan))
     with pytest.raises(FloatingPointError, match=r"gradient norm is nan at inner iteration 0"):
-        update(policy, torch.optim.AdamW(policy.module.parameters()), Accelerator(cpu=True), broken, recipe, 0)
+        update(policy, torch.optim.AdamW(policy.module.parameters()), broken, Accelerator(cpu=True), **settings)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(policy), strict=True))
 
 
@@ -277,13 +276,12 @@ def test_bf16_autocast_sees_the_weights_of_each_inner_iteration(num_iterations):
     with torch.autocast("cpu", torch.bfloat16):
         batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.none(), beta=0.0)
     batch = replace(batch, old=estimator.combine(scores, noise))
-    more = {"learning_rate": 0.05, "lr_schedule": lambda s, n: 1.0, "num_steps": 1, "max_grad_norm": 1e9}
-    corrector = replace(c.none(), surrogate=losses.reinforce)
-    recipe = recipe_of(estimator, corrector, losses.token, num_iterations=num_iterations, **more)
+    loss = loss_of(replace(c.none(), surrogate=losses.reinforce), losses.token)
+    settings = {"loss": loss, "likelihood": estimator, "learning_rate": 0.05, "max_grad_norm": 1e9}
     optimizer = torch.optim.SGD(policy.module.parameters(), lr=0.05)
     start = [p.detach().clone() for p in parameters(policy)]
     with torch.autocast("cpu", torch.bfloat16):
-        update(policy, optimizer, Accelerator(cpu=True), batch, recipe, 0)
+        update(policy, optimizer, batch, Accelerator(cpu=True), num_iterations=num_iterations, **settings)
     ours = [p.grad.clone() for p in parameters(policy)]
 
     # The same steps with a block of autocast for each forward.
@@ -294,8 +292,8 @@ def test_bf16_autocast_sees_the_weights_of_each_inner_iteration(num_iterations):
         if iteration:
             optimizer.step()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = plain_loss(plain_logps(policy, estimator, rollout, noise), batch, recipe)
-        plain = torch.autograd.grad(loss, parameters(policy), allow_unused=True)
+            total = plain_loss(plain_logps(policy, estimator, rollout, noise), batch, loss)
+        plain = torch.autograd.grad(total, parameters(policy), allow_unused=True)
         for p, g in zip(parameters(policy), plain, strict=True):
             p.grad = torch.zeros_like(p) if g is None else g
     a, b = flat(ours, policy), flat([p.grad for p in parameters(policy)], policy)

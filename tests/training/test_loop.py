@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from runs import assert_same_weights, metrics_of, weights_of
-from tiny_recipe import tiny_recipe, tiny_recipe_ar
+from tiny_recipe import OddPuzzles, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms import correctors
@@ -15,13 +15,12 @@ from dllm_rl.algorithms.correctors import none, tis
 from dllm_rl.algorithms.losses import constant, kl_k1, kl_k2, sequence, token
 from dllm_rl.distributed import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
-from dllm_rl.models.tokens import decode, encode
+from dllm_rl.models.tokens import decode
 from dllm_rl.quantization.schemes import float8_weight_only
-from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.loop import train
 from dllm_rl.training.plots import read_metrics
-from dllm_rl.training.rollouts import draw_again
+from dllm_rl.training.rollouts import collect
 
 
 @pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])
@@ -110,27 +109,6 @@ def test_entropy_bonus_reaches_the_weights_without_any_advantage(tmp_path):
     assert "entropy" not in metrics_of(tmp_path / "a")[0]
 
 
-class OddPuzzles:
-    """Sudoku, but only every other prompt tells completions apart: the rest are all worth 1."""
-
-    name, version = "odd", "1"
-
-    def __init__(self):
-        self.task = Sudoku(split="train", size=64)
-
-    def __len__(self):
-        return len(self.task)
-
-    def __getitem__(self, index):
-        problem = self.task[index]
-        prompt = problem.prompt + "=" * (index % 5)  # so that a later draw is wider or narrower
-        return replace(problem, prompt=prompt, fields={**problem.fields, "dull": index % 2 == 0})
-
-    def reward(self, problem, completion):
-        graded = self.task.reward(problem, completion)
-        return replace(graded, value=1.0) if problem.fields["dull"] else graded
-
-
 @pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])
 def test_dynamic_sampling_draws_until_groups_differ(make, tmp_path):
     changes = {"task": OddPuzzles(), "train_batch_size": 8, "num_steps": 3, "rollout_quantization": None}
@@ -147,30 +125,26 @@ def test_dynamic_sampling_draws_until_groups_differ(make, tmp_path):
 
 
 def test_after_dynamic_sampling_every_reward_is_its_own_rows(tmp_path):
-    recipe, task = tiny_recipe(tmp_path, train_batch_size=8, max_num_gen_batches=3), OddPuzzles()
-    recipe = replace(recipe, task=task)
+    recipe = replace(tiny_recipe(tmp_path, train_batch_size=8), task=OddPuzzles())
     policy, accelerator = recipe.model(seed=0), make_accelerator()
-    log = RunLog(tmp_path, start=0, main=False)
-    prompts = encode(policy, [task[i] for i in range(8)], group_size=4)
-    rollout = recipe.sampler(policy, prompts, torch.Generator().manual_seed(0))
-    rewards = torch.arange(32.0).view(8, 4)
-    rewards[[1, 2, 6]] = 0.0
-    after, found, metrics = draw_again(recipe, accelerator, log, policy, policy, rollout, rewards, 0)
+    log, task = RunLog(tmp_path, start=0, main=False), recipe.task
+    first, rewards, _ = collect(recipe, policy, 0, accelerator, log)
+    after, rewards_after, metrics = collect(replace(recipe, max_num_gen_batches=3), policy, 0, accelerator, log)
     assert metrics["dynamic_sampling/draws"] > 1
+    dull = (rewards == rewards[:, :1]).all(-1)
+    assert 0 < dull.sum() < 8 and torch.equal(rewards_after[~dull], rewards[~dull])
+    width = after.tokens.shape[1] - first.tokens.shape[1]
+    kept = (~dull).repeat_interleave(4)
+    assert torch.equal(after.tokens[kept, width:], first.tokens[kept])
+    assert not after.attention_mask[kept, :width].any() and (after.unmask_step >= 0).equal(after.completion_mask)
     known = {problem.prompt: problem for problem in (task[i] for i in range(len(task)))}
-    width, kept = after.tokens.shape[1] - rollout.tokens.shape[1], [0, 3, 4, 5, 7]
-    assert torch.equal(found[kept], rewards[kept])
-    for place in range(8):
-        rows = slice(4 * place, 4 * place + 4)
-        if place in kept:
-            assert torch.equal(after.tokens[rows, width:], rollout.tokens[rows])
-            continue
-        for row, reward in enumerate(found[place].tolist(), start=4 * place):
-            completion = decode(policy, after)[row]
-            asked = after.tokens[row, after.attention_mask[row] & ~after.completion_mask[row]]
-            graded = task.reward(known[policy.tokenizer.decode(asked)], completion)
-            assert graded.value == pytest.approx(reward)
-    assert not after.attention_mask[:, :width][:4].any() and (after.unmask_step >= 0).equal(after.completion_mask)
+    replaced = 0
+    for row, completion in enumerate(decode(policy, after)):
+        asked = policy.tokenizer.decode(after.tokens[row, after.attention_mask[row] & ~after.completion_mask[row]])
+        before = policy.tokenizer.decode(first.tokens[row, first.attention_mask[row] & ~first.completion_mask[row]])
+        replaced += asked != before
+        assert task.reward(known[asked], completion).value == pytest.approx(rewards_after[row // 4, row % 4].item())
+    assert replaced >= 4
 
 
 def test_dynamic_sampling_with_nothing_to_replace_changes_nothing(tmp_path):

@@ -62,9 +62,9 @@ def test_old_rollout_reference_and_current_share_one_noise_object(make, tmp_path
         seen.append((policy, noise))
         return scores(self, policy, rollout, noise, **options)
 
-    def spied_accumulate(policy, batch, *rest):
+    def spied_accumulate(policy, batch, *rest, **settings):
         seen.append((policy, batch.noise))
-        return accumulate(policy, batch, *rest)
+        return accumulate(policy, batch, *rest, **settings)
 
     monkeypatch.setattr(LikelihoodEstimator, "scores", spied_scores)
     monkeypatch.setattr(learner, "accumulate_gradients", spied_accumulate)
@@ -94,7 +94,7 @@ def test_training_leaves_pythons_random_alone_too(tmp_path):
         f"random.seed(5); before = random.getstate(); t.train(t.recipe(Path({str(tmp_path)!r}), t.lik.sandwich()))\n"
         "assert random.getstate() == before"
     )
-    path = os.pathsep.join(p or os.getcwd() for p in [os.path.dirname(__file__), *sys.path])
+    path = os.pathsep.join(p or os.getcwd() for p in [str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
     )
