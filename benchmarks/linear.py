@@ -19,7 +19,7 @@ from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.aligned import StraightThrough
 from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize
 from dllm_rl.quantization.linear import quantized, stored_bytes
-from dllm_rl.quantization.schemes import usable
+from dllm_rl.quantization.schemes import check_scheme
 
 
 def shapes(preset: str) -> list[tuple[int, int]]:
@@ -35,7 +35,7 @@ def arm(scheme: str, columns: int, rows: int, tokens: int, device: str, dtype: s
     x = torch.randn(tokens, columns, device=device, dtype=plain.weight.dtype, requires_grad=True)
     layer = plain
     if scheme != "none":
-        config = usable(getattr(quantize, scheme)(), torch.device(device), plain.weight.dtype)
+        config = check_scheme(getattr(quantize, scheme)(), torch.device(device), plain.weight.dtype)
         if isinstance(config, FakeQuantize):
             layer = EmulatedLinear(plain.weight.detach(), plain.bias, config)
         else:

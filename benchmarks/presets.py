@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dllm_rl.models.policy import DiffusionPolicy, make_policy
 from dllm_rl.models.tiny import char_tokenizer
-from dllm_rl.types import Processors, Rollout
+from dllm_rl.types import Rollout, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,6 @@ def make(shape: Shape, device: str, dtype: torch.dtype) -> tuple[DiffusionPolicy
         unmask_step=steps,
         logprobs=torch.zeros(tokens.shape),
         group_size=1,
-        processors=Processors(suppress=(policy.spec.mask_id,)),
+        sampling_params=SamplingParams(suppress=(policy.spec.mask_id,)),
     )
     return policy, rollout.to(device)

@@ -21,11 +21,11 @@ from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import decode, encode
-from dllm_rl.rng import stream
+from dllm_rl.rng import generator_for
 from dllm_rl.samplers.cache import dual_cache, prefix_cache
 from dllm_rl.samplers.rules import entropy, entropy_bound, factor, max_prob, threshold
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.tasks.base import score
+from dllm_rl.tasks.base import grade
 from dllm_rl.tasks.sudoku import Sudoku
 
 LINES = {
@@ -57,13 +57,13 @@ def measure(policy: Policy, size: int, seeds: int, clues: tuple[int, int], optio
         problems = [task[i] for i in range(size)]
         prompts = encode(policy, problems)
         began = time.perf_counter()
-        greedy = unmask(policy, prompts, stream(seed), max_new_tokens=16, **options)
+        greedy = unmask(policy, prompts, generator_for(seed), max_new_tokens=16, **options)
         seconds += time.perf_counter() - began
-        rates.append(sum(r.breakdown["solve_rate"] for r in score(task, problems, decode(policy, greedy))) / size)
+        rates.append(sum(r.breakdown["solve_rate"] for r in grade(task, problems, decode(policy, greedy))) / size)
         forwards += float((greedy.unmask_step.amax(-1) + 1).double().mean()) / seeds
         columns = sum(positions)
         drawn = unmask(
-            policy, prompts, stream(seed), max_new_tokens=16, **{"rank": max_prob} | options, temperature=1.0
+            policy, prompts, generator_for(seed), max_new_tokens=16, **{"rank": max_prob} | options, temperature=1.0
         )
         exact = trajectory()
         replay = exact.logprobs(policy, drawn, exact.draw(drawn, torch.Generator()))

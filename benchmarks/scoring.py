@@ -19,7 +19,7 @@ from dllm_rl.likelihoods.scoring import backward_view, score_view
 def plain(policy, rollout, masked, scored) -> torch.Tensor:
     """log p (B, T) from full logits."""
     logits = policy.logits(rollout.tokens.masked_fill(masked, policy.spec.mask_id), rollout.attention_mask).float()
-    logits[..., list(rollout.processors.suppress)] = -torch.inf
+    logits[..., list(rollout.sampling_params.suppress)] = -torch.inf
     logps = logits.log_softmax(-1).gather(-1, rollout.tokens[..., None])[..., 0]
     return torch.where(scored, logps, 0)
 

@@ -6,14 +6,14 @@ The public names below are imported on first use, so that `import dllm_rl` costs
 from importlib import import_module
 from typing import Any
 
-from dllm_rl.quiet import hush_imports
+from dllm_rl.quiet import silence_import_noise
 
-hush_imports()
+silence_import_noise()
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "types": ["Prompts", "Processors", "Rollout", "Batch"],
+    "types": ["Prompts", "SamplingParams", "Rollout", "Batch"],
     "tasks.base": ["Problem", "Reward", "Task"],
     "models.base": ["Policy"],
     "models.policy": ["load_policy", "DiffusionPolicy", "AutoregressivePolicy"],

@@ -37,7 +37,8 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
 
 
 def _overridden(recipe: Record, pairs: list[tuple[str, str]]) -> Record:
-    """All overrides, in whatever order they fit: one may be valid only once another is in place."""
+    """Apply overrides until none is left; one may become valid only after another (as a field of a newly picked
+    record)."""
     while pairs:
         waiting, errors = [], []
         for path, text in pairs:
@@ -130,8 +131,8 @@ def _replace(owner: Any, keys: list[str], value: Any) -> Any:
 
 
 def pickable(module_name: str, value: Any, annotation: Any) -> dict[str, Any]:
-    """Public functions of the module that can stand where `value` does: the same positional parameters, or, where a
-    record or a built object is wanted, functions that make one and need no argument."""
+    """Public functions of the module whose signature is compatible with `value`: the same positional parameters, or,
+    where a record or a built object is wanted, functions that make one and need no argument."""
     module = import_module(module_name)
     functions = {
         n: f

@@ -1,9 +1,17 @@
 """Processes: a process's share of a batch, gathering, reducing. With training/ the one room of accelerate."""
 
 import os
+import platform
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -51,6 +59,61 @@ def make_accelerator(*, mixed_precision: str = "no") -> Accelerator:
     return accelerator
 
 
+@dataclass(frozen=True)
+class OneProcess:
+    """What an Accelerator says of its processes, where there is one and nothing was launched."""
+
+    num_processes: int = 1
+    process_index: int = 0
+    is_main_process: bool = True
+
+    def wait_for_everyone(self) -> None:
+        """Nothing to wait for."""
+
+
+Processes = Accelerator | OneProcess
+
+
+def gather_objects(objects: list[Any], processes: Processes) -> list[Any]:
+    """The lists of all processes, joined; every process gets the whole."""
+    return objects if processes.num_processes == 1 else gather_object(objects)
+
+
 def local(rows: Tensor, accelerator: Accelerator) -> Tensor:
     """This process's share of a tensor whose first axis runs over the global batch."""
     return rows.chunk(accelerator.num_processes)[accelerator.process_index]
+
+
+def catch_interrupt(accelerator: Accelerator) -> Callable[[], bool]:
+    """Turn the first Ctrl-C into a flag that all processes read alike after a step; the second one stops at once."""
+    asked = threading.Event()
+
+    def handle(signum: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, handle)
+
+    def interrupted() -> bool:
+        if accelerator.num_processes == 1:
+            return asked.is_set()
+        return bool(accelerator.reduce(torch.tensor(float(asked.is_set()), device=accelerator.device), reduction="sum"))
+
+    return interrupted
+
+
+def machine(accelerator: Accelerator) -> dict[str, Any]:
+    """Where a number was measured: versions, device, cores, threads."""
+    versions = {}
+    for package in ("dllm_rl", "torch", "transformers", "accelerate", "torchao"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    device = (
+        torch.cuda.get_device_name()
+        if accelerator.device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {"versions": versions, "device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}

@@ -1,4 +1,4 @@
-"""Messages of other libraries that say nothing to a user of this one."""
+"""Filters for irrelevant import-time warnings of other libraries."""
 
 import logging
 
@@ -10,7 +10,7 @@ _NOISE = {
 }
 
 
-def hush_imports() -> None:
+def silence_import_noise() -> None:
     """Drop just these messages, whoever imports the library that logs them; everything else is still logged."""
     for name, start in _NOISE.items():
         logging.getLogger(name).addFilter(lambda record, start=start: start not in str(record.msg))

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 
-def stream(*key: object) -> Generator:
+def generator_for(*key: object) -> Generator:
     """A generator that is a pure function of its key, as (seed, "rollout", step): nothing to save or restore."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

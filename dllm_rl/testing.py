@@ -3,6 +3,7 @@
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, none
@@ -156,7 +157,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy, rollout: Rollout, *,
     noise, again = draw(rollout), draw(rollout)
     completion, group = rollout.completion_mask, rollout.group_size
     advantages = torch.arange(len(tokens), device=tokens.device) % 2 - 0.5
-    told = estimator.given(noise, advantages)
+    told = estimator.with_advantages(noise, advantages)
     logps = estimator.logprobs(policy, rollout, told)
     assert torch.equal(torch.get_rng_state(), before), "the global generator must be left alone"
     assert torch.equal(rollout.tokens, tokens), "the rollout must not be written to"
@@ -179,11 +180,12 @@ def check_estimator(estimator: LikelihoodEstimator, policy, rollout: Rollout, *,
     wider = draw(padded)
     assert torch.equal(wider.masked[..., 2:], noise.masked), "a row's masks must not depend on padding"
     near = {"rtol": 1e-4, "atol": 1e-5}
-    found = estimator.logprobs(policy, padded, estimator.given(wider, advantages))[:, 2:]
+    found = estimator.logprobs(policy, padded, estimator.with_advantages(wider, advantages))[:, 2:]
     torch.testing.assert_close(found, logps, **near, msg=lambda m: f"padding must not change contributions: {m}")
     parts = estimator.logprobs(policy, rollout, told, micro_batch_size=group)
     torch.testing.assert_close(parts, logps, **near, msg=lambda m: f"micro-batches must not change contributions: {m}")
-    order = torch.arange(len(tokens), device=tokens.device).view(-1, group).flip(0).flatten()
+    order = rearrange(torch.arange(len(tokens), device=tokens.device), "(p g) -> p g", g=group).flip(0)
+    order = rearrange(order, "p g -> (p g)")
     turned = estimator.logprobs(policy, rollout.rows(order), told.rows(order))
     torch.testing.assert_close(turned, logps[order], **near, msg=lambda m: f"the order of prompts must not matter: {m}")
 

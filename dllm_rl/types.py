@@ -27,7 +27,7 @@ class _Movable:
 
 
 @dataclass(frozen=True)
-class Processors:
+class SamplingParams:
     """What turns raw logits into the distribution that is sampled from; the learner mirrors it.
 
     temperature  divides the logits; 0 means greedy, whose log-probs are reported at temperature 1.
@@ -102,7 +102,7 @@ class Rollout(_Movable):
     completion_mask  True where the policy chose the token.
     unmask_step      step that committed it (autoregressive: 0, 1, 2 ...); -1 elsewhere.
     logprobs         at commit, under the rollout policy, of the distribution sampled from; nats; 0 elsewhere.
-    processors       that distribution's temperature and filters, so that the learner can mirror them.
+    sampling_params  that distribution's temperature and filters, so that the learner can mirror them.
     forwards         model calls that were made, counted per batch.
     """
 
@@ -113,7 +113,7 @@ class Rollout(_Movable):
     logprobs: Float[Tensor, "B T"]
     group_size: int
     weights_version: int = 0
-    processors: Processors = Processors()
+    sampling_params: SamplingParams = SamplingParams()
     forwards: int = 0
 
     def rows(self, keep: Int[Tensor, " R"]) -> "Rollout":
@@ -185,15 +185,15 @@ class Noise(_Movable):
 
     masked  positions hidden from the model in view n.
     weight  coefficient of the position's log-prob in view n; 0 where it is not scored.
-    upper_share  how much of an upper bound a row's estimate holds, in [0, 1]; None where there is none (`sandwich`).
+    upper_bound_weight  weight of the upper bound in each row's estimate, in [0, 1]; None: lower bound only.
     """
 
     masked: Bool[Tensor, "N B T"]
     weight: Float[Tensor, "N B T"]
-    upper_share: Float[Tensor, " B"] | None = None
+    upper_bound_weight: Float[Tensor, " B"] | None = None
 
     def rows(self, keep: Int[Tensor, " R"]) -> "Noise":
-        share = None if self.upper_share is None else self.upper_share[keep]
+        share = None if self.upper_bound_weight is None else self.upper_bound_weight[keep]
         return Noise(self.masked[:, keep], self.weight[:, keep], share)
 
     def only(self, live: Bool[Tensor, " B"]) -> "Noise":

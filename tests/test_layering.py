@@ -1,9 +1,8 @@
-"""Imports go strictly downwards; costly libraries stay in their rooms."""
+"""The packages from the ground up, and who may import whom. ARCHITECTURE.md says what each is for."""
 
 import ast
 import subprocess
 import sys
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,47 +11,130 @@ import dllm_rl
 
 PACKAGE = Path(dllm_rl.__file__).parent
 
+# Each may import what stands in its row and, of course, itself; nothing else of dllm_rl.
+MAY_IMPORT = {
+    # the ground
+    "types": "",
+    "rng": "",
+    "files": "",
+    "quiet": "",
+    "config": "",
+    "distributed": "",
+    "tasks": "",
+    # on types
+    "algorithms": "types",
+    "models": "types tasks files",
+    # on models
+    "samplers": "types rng models",
+    "likelihoods": "types rng models",
+    "quantization": "types models",
+    # on all of these
+    "diagnostics": "types rng files models samplers likelihoods quantization algorithms",
+    "evaluation": "types rng files config distributed tasks models samplers likelihoods quantization",
+    "recipe": "algorithms likelihoods models tasks",
+    "testing": "types algorithms likelihoods models",
+    "training": "types rng files config distributed tasks algorithms models samplers likelihoods quantization "
+    "diagnostics evaluation recipe",
+    # the outside
+    "cli": "types rng files config distributed tasks models samplers likelihoods quantization diagnostics evaluation "
+    "training",
+}
+# Costly libraries, and the only packages that may import them.
+ROOMS = {"torchao": {"quantization"}, "accelerate": {"distributed", "training"}}
+NO_TORCH = {"tasks", "files", "quiet", "config"}
 
-def modules() -> dict[str, Path]:
-    found = {}
-    for path in PACKAGE.rglob("*.py"):
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        if not name.endswith("__init__"):
-            found[name] = path
-    return found
 
-
-def imported(path: Path) -> set[str]:
+def imported(source: str, where: str) -> set[str]:
+    """Dotted names that a module imports, at its top or inside a function."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"relative import in {path}"
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            assert node.level == 0, f"relative import in {where}"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def edges() -> dict[str, set[str]]:
-    """module -> the modules of the package that it imports."""
-    known = modules()
-    inside = {name: {other.removeprefix("dllm_rl.") for other in imported(path)} for name, path in known.items()}
-    return {name: {other for other in others if other in known and other != name} for name, others in inside.items()}
+def package_of(module: str) -> str:
+    """`dllm_rl.samplers.rules.max_prob` -> `samplers`; a name of the public face stands for its home."""
+    name = module.split(".")[1]
+    return dllm_rl._MODULE_OF[name].split(".")[1] if name in dllm_rl._MODULE_OF else name
 
 
-def test_imports_go_downwards():
-    TopologicalSorter(edges()).prepare()  # raises CycleError
+def violations(sources: dict[str, str]) -> list[str]:
+    """What the modules, given by path in the package, break of the rules above."""
+    found = []
+    for path, source in sources.items():
+        package = path.split("/")[0].removesuffix(".py")
+        if package == "__init__":
+            continue
+        names = imported(source, path)
+        for other in {package_of(name) for name in names if name.startswith("dllm_rl.")}:
+            if other != package and other not in MAY_IMPORT[package].split():
+                found.append(f"{path} imports {other}")
+        tops = {name.split(".")[0] for name in names}
+        found += [f"{path} imports {lib}" for lib, rooms in ROOMS.items() if lib in tops and package not in rooms]
+        if package in NO_TORCH and "torch" in tops:
+            found.append(f"{path} imports torch")
+    return found
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
-def test_libraries_stay_in_their_rooms(module):
-    tops = {name.split(".")[0] for name in imported(modules()[module])}
-    if not module.startswith("quantization"):
-        assert "torchao" not in tops
-    if module not in ("training", "learner", "launch", "evaluation.evaluate", "evaluation.completions", "distributed"):
-        assert "accelerate" not in tops
-    if module.startswith("tasks."):
-        assert "torch" not in tops
+def sources() -> dict[str, str]:
+    return {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
+
+
+def floors() -> dict[str, int]:
+    """Each package stands on the floor above all that it may import. Raises RecursionError on a circle."""
+
+    def floor(package: str) -> int:
+        return 1 + max(map(floor, MAY_IMPORT[package].split()), default=0)
+
+    return {package: floor(package) for package in MAY_IMPORT}
+
+
+def test_the_table_lists_every_package_and_stands_on_six_floors():
+    entries = {path.stem for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "__init__.py", "py.typed")}
+    assert entries == set(MAY_IMPORT)
+    assert max(floors().values()) <= 6
+    assert len(entries) + 2 <= 22
+
+
+def test_every_module_keeps_to_the_table():
+    assert violations(sources()) == []
+
+
+def test_every_permission_is_used():
+    """The table is a picture of what is, not of what might be."""
+    used = {package: set() for package in MAY_IMPORT}
+    for path, source in sources().items():
+        package = path.split("/")[0].removesuffix(".py")
+        if package in used:
+            used[package] |= {package_of(n) for n in imported(source, path) if n.startswith("dllm_rl.")} - {package}
+    assert {p: set(row.split()) - used[p] for p, row in MAY_IMPORT.items() if set(row.split()) - used[p]} == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "said"),
+    [
+        ("samplers/rules.py", "from dllm_rl.training.loop import train", "samplers/rules.py imports training"),
+        ("samplers/rules.py", "from dllm_rl import train", "samplers/rules.py imports training"),
+        ("models/base.py", "def f():\n    import dllm_rl.samplers.rules", "models/base.py imports samplers"),
+        ("algorithms/losses.py", "from dllm_rl.models.base import Policy", "algorithms/losses.py imports models"),
+        ("tasks/base.py", "import torch", "tasks/base.py imports torch"),
+        ("tasks/sudoku/task.py", "from torch import nn", "tasks/sudoku/task.py imports torch"),
+        ("samplers/unmask.py", "from torchao.quantization import PerRow", "samplers/unmask.py imports torchao"),
+        ("evaluation/evaluate.py", "import accelerate.utils", "evaluation/evaluate.py imports accelerate"),
+    ],
+)
+def test_each_kind_of_violation_is_seen(path, line, said):
+    assert violations({path: f"{sources()[path]}\n{line}\n"}) == [said]
+
+
+def test_a_circle_in_the_table_is_seen(monkeypatch):
+    monkeypatch.setitem(MAY_IMPORT, "types", "training")
+    with pytest.raises(RecursionError):
+        floors()
 
 
 def test_importing_the_package_costs_nothing():
@@ -64,7 +146,7 @@ def test_importing_the_package_costs_nothing():
 
 
 def test_tasks_import_no_torch():
-    program = "import sys, dllm_rl.tasks.sudoku; print('torch' in sys.modules)"
+    program = "import sys, dllm_rl.tasks.protocols; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -81,5 +163,5 @@ def test_start_up_chatter_of_libraries_is_dropped():
 
 
 def test_no_file_is_longer_than_400_lines():
-    long = {name: n for name, path in modules().items() if (n := len(path.read_text().splitlines())) > 400}
+    long = {path: n for path, source in sources().items() if (n := len(source.splitlines())) > 400}
     assert not long

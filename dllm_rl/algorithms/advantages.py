@@ -1,6 +1,7 @@
 """Advantages: rewards (P, G) -> advantages (P, G), over the G completions of each prompt."""
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -17,7 +18,7 @@ def group_relative(
         case "group":
             return centred / (_std(rewards, dim=-1) + eps)
         case "batch":
-            return centred / (_std(rewards.flatten(), dim=0) + eps)
+            return centred / (_std(rearrange(rewards, "p g -> (p g)"), dim=0) + eps)
         case _:
             raise ValueError(f"scale_rewards={scale_rewards!r} must be 'group', 'batch' or 'none'")
 

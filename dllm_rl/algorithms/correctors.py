@@ -70,12 +70,12 @@ def per_level(
     return torch.where(mask, total.clamp(-MAX_LOG, MAX_LOG).to(log_w.dtype), 0)
 
 
-def share(event: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
+def fraction(event: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
     """Share of the marked tokens at which `event` holds; 0 when none is marked."""
     return (event & mask).sum().item() / max(mask.sum().item(), 1)
 
 
-def truncated(
+def truncated_weights(
     log_mismatch: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
     mask: Bool[Tensor, "B T"],
@@ -91,11 +91,11 @@ def truncated(
     """
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     weights = per_level(log_mismatch, keep, level=level, aggregate=aggregate).clamp(-MAX_LOG, MAX_LOG).exp()
-    metrics["tis/capped_fraction"] = share(weights > cap, keep)
+    metrics["tis/capped_fraction"] = fraction(weights > cap, keep)
     return torch.where(keep, weights.clamp(max=cap), 1), keep, metrics
 
 
-def masked(
+def masked_weights(
     log_mismatch: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
     mask: Bool[Tensor, "B T"],
@@ -107,16 +107,17 @@ def masked(
 ) -> Weighed:
     """Masked importance weights, w = rho inside [low, high] and 0 outside [paper: MIS, IcePop].
 
-    A weight of 0 leaves the token in the mask: the denominator of the loss does not change. rho as in `truncated`.
+    A weight of 0 leaves the token in the mask: the denominator of the loss does not change. rho as in
+    `truncated_weights`.
     """
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     weights = per_level(log_mismatch, keep, level=level, aggregate=aggregate).clamp(-MAX_LOG, MAX_LOG).exp()
     outside = (weights < low) | (weights > high)
-    metrics["rollout_corr/rollout_is_oob_ratio"] = share(outside, keep)
+    metrics["rollout_corr/rollout_is_oob_ratio"] = fraction(outside, keep)
     return torch.where(keep, weights.masked_fill(outside, 0), 1), keep, metrics
 
 
-def rejected(
+def rejection(
     log_mismatch: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
     mask: Bool[Tensor, "B T"],
@@ -159,25 +160,25 @@ def rejected(
     keep = finite_mask & (k.abs() <= bound)
     dropped, rows = finite_mask & ~keep, finite_mask.any(-1)
     metrics |= {
-        "rollout_corr/rollout_rs_masked_fraction": share(dropped, finite_mask),
+        "rollout_corr/rollout_rs_masked_fraction": fraction(dropped, finite_mask),
         "rollout_corr/rollout_rs_seq_masked_fraction": dropped.any(-1).sum().item() / max(rows.sum().item(), 1),
     }
     return torch.ones_like(d), keep, metrics
 
 
-def alarm(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
+def severity_product(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
     """lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): all three signal severity; 0 on-policy, towards 1 as the mismatch
     grows [ours: AIS's own combination is not public]."""
     return 1 - reliability * (tau / (divergence + tau)) * (1 / (1 + variation))
 
 
-def gated(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
+def need_times_trust(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
     """lam = rho * D/(D + tau) * 1/(1 + CV): need times trust; falls again when the weights become unreliable [ours:
     AIS's own combination is not public]."""
     return reliability * (divergence / (divergence + tau)) * (1 / (1 + variation))
 
 
-def adaptive(
+def adaptive_weights(
     log_mismatch: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
     mask: Bool[Tensor, "B T"],
@@ -220,9 +221,9 @@ def adaptive(
 def _combination(combine: str | Callable[..., float]) -> Callable[..., float]:
     match combine:
         case "alarm":
-            return alarm
+            return severity_product
         case "gated":
-            return gated
+            return need_times_trust
         case str():
             raise ValueError(f"combine={combine!r} must be 'alarm', 'gated' or a function of (rho, D, CV, *, tau)")
         case _:
@@ -238,7 +239,7 @@ def band_weights(
         raise ValueError(f"c={c} must be at least 1: weights lie in [1/c, c]")
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     log_w, bound = per_level(log_mismatch, keep, level="sequence", aggregate="geometric"), math.log(c)
-    metrics["tbpo/capped_fraction"] = share(log_w.abs() > bound, keep)
+    metrics["tbpo/capped_fraction"] = fraction(log_w.abs() > bound, keep)
     return log_w.clamp(-bound, bound).exp(), keep, metrics
 
 
@@ -265,15 +266,15 @@ def none() -> Corrector:
 
 
 def tis(*, cap: float = 2.0, level: Level = "token", aggregate: Aggregate = "product") -> Corrector:
-    """Truncated importance sampling; see `truncated`."""
-    return Corrector(weigh=partial(truncated, cap=cap, level=level, aggregate=aggregate))
+    """Truncated importance sampling; see `truncated_weights`."""
+    return Corrector(weigh=partial(truncated_weights, cap=cap, level=level, aggregate=aggregate))
 
 
 def mis(*, low: float = 0.5, high: float = 2.0, level: Level = "token", aggregate: Aggregate = "product") -> Corrector:
-    """Masked importance sampling; see `masked`."""
+    """Masked importance sampling; see `masked_weights`."""
     if not 0 <= low <= 1 <= high:
         raise ValueError(f"low={low}, high={high} must satisfy 0 <= low <= 1 <= high: on-policy tokens stay")
-    return Corrector(weigh=partial(masked, low=low, high=high, level=level, aggregate=aggregate))
+    return Corrector(weigh=partial(masked_weights, low=low, high=high, level=level, aggregate=aggregate))
 
 
 def icepop(*, low: float = 0.5, high: float = 5.0) -> Corrector:
@@ -288,8 +289,8 @@ def reject(
     bound: float = 0.001,
     aggregate: str = "mean",
 ) -> Corrector:
-    """Rejection of tokens or sequences; see `rejected`."""
-    return Corrector(weigh=partial(rejected, level=level, statistic=statistic, bound=bound, aggregate=aggregate))
+    """Rejection of tokens or sequences; see `rejection`."""
+    return Corrector(weigh=partial(rejection, level=level, statistic=statistic, bound=bound, aggregate=aggregate))
 
 
 def ais(
@@ -299,8 +300,8 @@ def ais(
     combine: str | Callable[..., float] = "alarm",
     aggregate: Aggregate = "product",
 ) -> Corrector:
-    """Adaptive importance sampling; see `adaptive`."""
-    return Corrector(weigh=partial(adaptive, cap=cap, tau=tau, combine=combine, aggregate=aggregate))
+    """Adaptive importance sampling; see `adaptive_weights`."""
+    return Corrector(weigh=partial(adaptive_weights, cap=cap, tau=tau, combine=combine, aggregate=aggregate))
 
 
 def tbpo(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-4, c: float = 2.0) -> Corrector:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -140,9 +141,9 @@ def entropy_bonus(
     noise of that lowers the entropy [ours].
     """
     surprise = torch.where(mask, -logps.detach(), 0)
-    totals = surprise.sum(-1).view(-1, group_size), mask.sum(-1).view(-1, group_size)
+    totals = (rearrange(x.sum(-1), "(p g) -> p g", g=group_size) for x in (surprise, mask))
     total, count = (x.sum(-1, keepdim=True) - x for x in totals)
-    return (surprise - (total / count.clamp(min=1)).view(-1, 1)) * torch.where(mask, logps, 0)
+    return (surprise - rearrange(total / count.clamp(min=1), "p g -> (p g) 1")) * torch.where(mask, logps, 0)
 
 
 def token(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int) -> Float[Tensor, "B T"]:

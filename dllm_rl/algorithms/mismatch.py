@@ -141,7 +141,7 @@ def symptom_metrics(
     threshold: float = 1e-4,
     ngram: int = 3,
 ) -> dict[str, float]:
-    """What QaRL sees before training falls apart [digest], each over the tokens with A > 0 and those with A < 0.
+    """QaRL's early-warning metrics [digest], each over the tokens with A > 0 and those with A < 0.
 
     symptoms/error_tokens_*  share with p_learner < threshold, although the rollout sampled them; with `old`, which must
                              hold log-probs of single tokens (trajectory, causal), not an ELBO's contributions.

@@ -10,8 +10,7 @@ from dllm_rl.diagnostics.report import write_doctor
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import encode, usual_length
 from dllm_rl.quantization import schemes as quantize
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers import sampler_for
 from dllm_rl.tasks.protocols import TASKS
 
 
@@ -25,12 +24,9 @@ def doctor_command(arguments: argparse.Namespace) -> int:
     config = None if arguments.quantization == "none" else schemes[arguments.quantization]()
     policy, task = load_policy(arguments.model), TASKS[arguments.task]()
     length = arguments.max_new_tokens or usual_length(policy, task)
-    if policy.spec.attention == "causal":
-        sampler = partial(autoregress, max_new_tokens=length, temperature=arguments.temperature)
-    else:
-        sampler = partial(
-            unmask, max_new_tokens=length, num_steps=arguments.num_steps, temperature=arguments.temperature
-        )
+    sampler = partial(sampler_for(policy), max_new_tokens=length, temperature=arguments.temperature)
+    if policy.spec.attention != "causal":
+        sampler = partial(sampler, num_steps=arguments.num_steps)
     prompts = encode(policy, [task[i] for i in range(arguments.num_prompts)], group_size=2)
     found = diagnose(policy, config, prompts=prompts, sampler=sampler, seed=arguments.seed)
     write_doctor(found, as_json=arguments.json, directory=arguments.output_dir and Path(arguments.output_dir))

@@ -35,7 +35,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     accelerator = make_accelerator()
     policy = load_policy(arguments.model, dtype=arguments.dtype, device=accelerator.device)
     plans = plan(policy, task, arguments)
-    limit = limit_of(task, arguments)
+    limit = num_problems(task, arguments)
     found = []
     for settings, sampler in plans:
         length = settings["max_new_tokens"]
@@ -89,7 +89,7 @@ def make_task(arguments: argparse.Namespace) -> Task:
     return under_protocol(task, arguments.protocol or "strict")
 
 
-def limit_of(task: Task, arguments: argparse.Namespace) -> int:
+def num_problems(task: Task, arguments: argparse.Namespace) -> int:
     """How many problems: as asked, else all of a file or data set, or GENERATED of what can be made at will."""
     inner = getattr(task, "task", task)
     made_at_will = getattr(inner, "path", None) is None and not isinstance(inner, GSM8K | MATH500)

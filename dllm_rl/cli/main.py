@@ -51,7 +51,7 @@ def add_sample(commands) -> None:
 def sample(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from dllm_rl.cli.sample import RANKS, cache_of, commit_rule, show
+    from dllm_rl.cli.sample import RANKS, commit_rule, read_cache, show
     from dllm_rl.models.policy import load_policy
 
     if arguments.rank is not None and arguments.rank not in RANKS:
@@ -73,7 +73,7 @@ def sample(arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
         rank=None if arguments.rank is None else RANKS[arguments.rank],
         commit=None if arguments.commit is None else commit_rule(arguments.commit),
-        cache=None if arguments.cache is None else cache_of(arguments.cache),
+        cache=None if arguments.cache is None else read_cache(arguments.cache),
     )
 
 
@@ -163,6 +163,6 @@ def add_report(commands) -> None:
 def report(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from dllm_rl.training.plots import draw
+    from dllm_rl.training.plots import plot
 
-    print(draw(Path(arguments.directory)))
+    print(plot(Path(arguments.directory)))

@@ -116,7 +116,7 @@ draw();
 """
 
 
-def page(story: dict) -> str:
-    """The page for a story (see `show.tell`). Texts reach it as data, never as markup: `<` cannot end the script block."""
-    data = json.dumps(story).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+def page(record: dict) -> str:
+    """The page for a story (see `sample.to_record`). Texts reach it as data, never as markup: `<` cannot end the script block."""
+    data = json.dumps(record).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return _PAGE.replace("@DATA@", data)

@@ -16,8 +16,8 @@ from rich.text import Text
 from dllm_rl.cli.replay_page import page
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, encode
-from dllm_rl.rng import stream
-from dllm_rl.samplers import cache, rules
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers import cache, rules, sampler_for
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.base import Problem
@@ -55,7 +55,7 @@ def show(
     console, options = Console(), {name: value for name, value in options.items() if value is not None}
     live = console.is_terminal and not as_json if live is None else live
     prompts = encode(policy, [Problem(text) for text in texts], group_size=group_size)
-    sampler = autoregress if policy.spec.attention == "causal" else unmask
+    sampler = sampler_for(policy)
     if sampler is autoregress:
         extra = set(options) - set(inspect.signature(autoregress).parameters)
         if extra:
@@ -68,24 +68,24 @@ def show(
         with Live(console=console, auto_refresh=False, vertical_overflow="visible") as screen:
 
             def watch(rollout: Rollout) -> None:
-                screen.update(frame(policy, rollout, prompt_texts), refresh=True)
+                screen.update(render(policy, rollout, prompt_texts), refresh=True)
                 time.sleep(delay)
 
-            rollout = unmask(policy, prompts, stream(seed), watch=watch, **options)
+            rollout = unmask(policy, prompts, generator_for(seed), watch=watch, **options)
     else:
-        rollout = sampler(policy, prompts, stream(seed), **options)
-    story = tell(policy, rollout, prompt_texts, seconds=time.perf_counter() - began)
+        rollout = sampler(policy, prompts, generator_for(seed), **options)
+    record = to_record(policy, rollout, prompt_texts, seconds=time.perf_counter() - began)
     if html is not None:
-        html.write_text(page(story), encoding="utf-8")
+        html.write_text(page(record), encoding="utf-8")
     if as_json:
-        print(json.dumps(story))
+        print(json.dumps(record))
         return
-    for row in story["rows"]:
+    for row in record["rows"]:
         print(row["completion"])
-    print(story["facts"], file=sys.stderr)
+    print(record["facts"], file=sys.stderr)
 
 
-def tell(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, seconds: float | None = None) -> dict:
+def to_record(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, seconds: float | None = None) -> dict:
     """What happened, as plain data: for each row its prompt, its completion, and every token with its text, step and
     probability as sampled; tokens left masked have step -1."""
     rows = []
@@ -116,15 +116,18 @@ def tell(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, seconds: f
     return {"facts": facts, "num_tokens": count, "forwards": rollout.forwards, **speed, "rows": rows}
 
 
-def frame(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows: int = 8) -> Group:
+def render(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows: int = 8) -> Group:
     """The state of a rollout as text: prompts and masks dim, what the last step wrote bright."""
     lines = []
-    for row in tell(policy, rollout, prompts)["rows"][:max_rows]:
-        line, newest = Text().append(visible(row["prompt"]), style="dim"), max(token["step"] for token in row["tokens"])
+    for row in to_record(policy, rollout, prompts)["rows"][:max_rows]:
+        line, newest = (
+            Text().append(escape_controls(row["prompt"]), style="dim"),
+            max(token["step"] for token in row["tokens"]),
+        )
         for token in row["tokens"]:
             fresh = token["step"] == newest == rollout.forwards - 1
             style = "dim" if token["step"] < 0 else "bold bright_yellow" if fresh else ""
-            line.append("░" if token["step"] < 0 else visible(token["text"]) or "∅", style=style)
+            line.append("░" if token["step"] < 0 else escape_controls(token["text"]) or "∅", style=style)
         lines.append(line)
     hidden = len(rollout.tokens) - len(lines)
     left = int((rollout.tokens == policy.spec.mask_id).sum())
@@ -136,7 +139,7 @@ def frame(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows:
     return Group(*lines)
 
 
-def visible(text: str) -> str:
+def escape_controls(text: str) -> str:
     """Text that cannot move the cursor, ring, or turn its neighbours round: control and format characters shown."""
     shown = []
     for c in text:
@@ -162,7 +165,7 @@ def commit_rule(text: str) -> Callable:
     return partial(COMMITS[name], **{parameters[0]: _number(text, value)}) if parameters else COMMITS[name]
 
 
-def cache_of(text: str) -> cache.Cache:
+def read_cache(text: str) -> cache.Cache:
     """`block`, `prefix`, `dual`, or the latter two with the steps between refreshes, as `dual=4`."""
     name, _, value = text.partition("=")
     if name not in CACHES or (value and name == "block"):

@@ -20,7 +20,7 @@ from dllm_rl.types import Logprobs, Noise, Rollout
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS is deterministic only with one of two settings of this variable
 
 
-class FixedShapes(TorchFunctionMode):
+class BatchInvariantOps(TorchFunctionMode):
     """Linear layers in tiles of `tile` rows, the last filled up with zeros; attention row by row of the batch."""
 
     def __init__(self, tile: int) -> None:
@@ -52,13 +52,13 @@ class FixedShapes(TorchFunctionMode):
 
 
 @contextmanager
-def zero_mismatch(*, tile: int = 64) -> Iterator[None]:
+def batch_invariant(*, tile: int = 64) -> Iterator[None]:
     """Batch-invariant and deterministic arithmetic for the time of the block; every setting is put back after it.
 
     Deterministic algorithms on; TF32, reduced-precision reductions and cuDNN's autotuner off; fp32 products at full
-    precision; on CUDA attention by its plain kernel; fixed shapes as in FixedShapes. Slower, for runs that are to be
-    judged against. A sampler with a key-value cache computes other shapes than the learner and stays outside of it, as
-    do inputs quantised with one scale per tensor.
+    precision; on CUDA attention by its plain kernel; fixed shapes as in BatchInvariantOps. Slower, for runs that are
+    to be judged against. A sampler with a key-value cache computes other shapes than the learner and stays outside of
+    it, as do inputs quantised with one scale per tensor.
     """
     if tile < 1:
         raise ValueError(f"tile={tile} must be at least 1 row")
@@ -81,7 +81,7 @@ def zero_mismatch(*, tile: int = 64) -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")  # also switches TF32 products off
         os.environ.setdefault(WORKSPACE, ":4096:8")
         torch.use_deterministic_algorithms(True)
-        with FixedShapes(tile), plain:
+        with BatchInvariantOps(tile), plain:
             yield
     finally:
         for (owner, name, _), value in zip(switches, before, strict=True):
@@ -92,14 +92,16 @@ def zero_mismatch(*, tile: int = 64) -> Iterator[None]:
             os.environ.pop(WORKSPACE, None)
 
 
-def check_zero(rollout: Rollout, noise: Noise, logps: Logprobs, *, policy: Policy, rollout_policy: Policy) -> None:
+def check_bitwise_equal(
+    rollout: Rollout, noise: Noise, logps: Logprobs, *, policy: Policy, rollout_policy: Policy
+) -> None:
     """Raise RuntimeError unless learner and rollout agree bit for bit at every completion position of a scored row.
 
     The error names the first position that differs, its two log-probs (nats), and the layer where the hidden states of
     that row part.
     """
-    old, behind, mask = logps.old, logps.rollout, noise.scored(rollout.completion_mask)
-    differs = mask & (old != behind)
+    old, sampled, mask = logps.old, logps.rollout, noise.scored(rollout.completion_mask)
+    differs = mask & (old != sampled)
     if not differs.any():
         return
     row, position = (int(i) for i in differs.nonzero()[0])
@@ -108,7 +110,7 @@ def check_zero(rollout: Rollout, noise: Noise, logps: Logprobs, *, policy: Polic
     tokens = rollout.tokens[row : row + 1]
     if policy.spec.mask_id is not None:
         tokens = tokens.masked_fill(noise.masked[view, row : row + 1], policy.spec.mask_id)
-    layer = parting_layer(policy, rollout_policy, tokens, rollout.attention_mask[row : row + 1])
+    layer = first_differing_layer(policy, rollout_policy, tokens, rollout.attention_mask[row : row + 1])
     where = (
         f"the hidden states part at {layer}"
         if layer
@@ -117,11 +119,11 @@ def check_zero(rollout: Rollout, noise: Noise, logps: Logprobs, *, policy: Polic
     raise RuntimeError(
         f"zero_mismatch: {int(differs.sum())} of {int(mask.sum())} log-probs differ, the first at row {row}, position "
         f"{position} (token {token}, {policy.tokenizer.decode([token])!r}): learner {float(old[row, position]):.9g}, "
-        f"rollout {float(behind[row, position]):.9g} nats; {where}"
+        f"rollout {float(sampled[row, position]):.9g} nats; {where}"
     )
 
 
-def parting_layer(policy: Policy, rollout_policy: Policy, tokens: Tensor, attention_mask: Tensor) -> str | None:
+def first_differing_layer(policy: Policy, rollout_policy: Policy, tokens: Tensor, attention_mask: Tensor) -> str | None:
     """The first layer, in the order of the forward, whose outputs under the two policies differ in any bit."""
     ours, theirs = (layer_outputs(p, tokens, attention_mask) for p in (policy, rollout_policy))
     return next((name for name, out in ours.items() if name in theirs and not torch.equal(out, theirs[name])), None)

@@ -1,4 +1,4 @@
-"""Where does the mismatch come from? Rollout and learner are made equal one thing at a time, and each step is measured.
+"""Attribution by ablation: remove one difference between rollout and learner at a time, and measure the log-probs.
 
 The learner's log-probs are carried to the rollout's through intermediate policies that differ in one thing each, so
 that the steps add up to the whole, token by token:
@@ -21,10 +21,10 @@ from dllm_rl.likelihoods.estimators import LikelihoodEstimator, causal, trajecto
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.linear import dequantized_weight
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
-from dllm_rl.types import Noise, Processors, Prompts, Rollout
+from dllm_rl.types import Noise, Prompts, Rollout, SamplingParams
 
 ADVICE = {
-    "processors": "score under the rollout's own temperature and filters (rollout.processors)",
+    "sampling parameters": "score under the rollout's own temperature and filters (rollout.sampling_params)",
     "estimator noise": "score both sides under the same masks, or use an estimator with less variance",
     "precision": "give both sides one dtype for weights, rotary tables and logits",
     "quantised weights": "correct for it (tis, ais), align the forward (qarl), or keep more bits",
@@ -101,7 +101,7 @@ def diagnose(
     sampler: Callable,
     likelihood: LikelihoodEstimator | None = None,
     rollout_policy: Policy | None = None,
-    learner_processors: Processors | None = None,
+    learner_sampling_params: SamplingParams | None = None,
     share_noise: bool = True,
     micro_batch_size: int | None = None,
     seed: int = 0,
@@ -112,7 +112,7 @@ def diagnose(
     config              of the rollout's quantisation; None: that of rollout_policy, or none.
     likelihood          that scores; None: the exact one (trajectory, or causal).
     rollout_policy      that samples; None: a fresh copy. Give one to have it looked at for stale weights or precision.
-    learner_processors  of the learner's scoring; None mirrors the rollout's.
+    learner_sampling_params  of the learner's scoring; None mirrors the rollout's.
     share_noise         both sides use the same masks.
     Raises ValueError when the sampler chose no token.
     """
@@ -128,13 +128,15 @@ def diagnose(
     def score(p: Policy, r: Rollout, n: Noise, size: int | None = micro_batch_size) -> Tensor:
         return likelihood.logprobs(p, r, n, micro_batch_size=size)
 
-    scored_as = rollout if learner_processors is None else replace(rollout, processors=learner_processors)
-    plain = with_forward_of(policy, rollout_policy)
+    scored_as = (
+        rollout if learner_sampling_params is None else replace(rollout, sampling_params=learner_sampling_params)
+    )
+    plain = in_rollout_forward(policy, rollout_policy)
     rounded, fresh = (plain, plain) if config is None else operands(plain, config)
     learner = score(policy, scored_as, own_noise)
     states = [
         ("", learner),
-        ("processors", score(policy, rollout, own_noise)),
+        ("sampling parameters", score(policy, rollout, own_noise)),
         ("estimator noise", score(policy, rollout, noise)),
         ("precision", score(plain, rollout, noise)),
     ]
@@ -147,7 +149,7 @@ def diagnose(
     order = exact.draw(rollout, Generator())
     replay = exact.logprobs(rollout_policy, rollout, order, micro_batch_size=micro_batch_size)
     steps["cache or sampler"] = torch.where(mask, replay - rollout.logprobs, 0)
-    behind = rollout.logprobs if likelihood.replays else states[-1][1]
+    sampled = rollout.logprobs if likelihood.exact_for_sampler else states[-1][1]
     padded = score(policy, *pad_left(rollout, noise, policy.pad_id))[:, PADDING:]
     steps["padding"] = states[2][1] - padded
     steps["batch shape"] = score(policy, rollout, noise, None) - score(policy, rollout, noise, rollout.group_size)
@@ -156,9 +158,9 @@ def diagnose(
     return Report(
         scheme="none" if config is None else repr(config),
         num_tokens=int(mask.sum()),
-        total=measure("all", learner - behind, mask),
+        total=measure("all", learner - sampled, mask),
         causes=tuple(causes),
-        tokens=worst_tokens(policy, rollout, learner, behind, num_worst),
+        tokens=worst_tokens(policy, rollout, learner, sampled, num_worst),
         layers=worst_layers(policy, rollout_policy, rollout, noise, num_worst),
     )
 
@@ -171,7 +173,7 @@ def measure(name: str, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Ca
 
 
 @torch.no_grad()
-def with_forward_of(policy: Policy, rollout_policy: Policy) -> Policy:
+def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
     """The learner's weights in the rollout's forward: its dtype, its buffers (rotary tables), its head."""
     plain = quantized_copy(policy, None)
     plain.spec = rollout_policy.spec
@@ -209,10 +211,10 @@ def pad_left(rollout: Rollout, noise: Noise, pad_id: int) -> tuple[Rollout, Nois
 
 
 def worst_tokens(
-    policy: Policy, rollout: Rollout, learner: Float[Tensor, "B T"], behind: Float[Tensor, "B T"], count: int
+    policy: Policy, rollout: Rollout, learner: Float[Tensor, "B T"], sampled: Float[Tensor, "B T"], count: int
 ) -> tuple[WorstToken, ...]:
     """The tokens with the largest |learner - rollout|, and eight tokens of text on either side."""
-    gap = torch.where(rollout.completion_mask, (learner - behind).abs(), -1.0)
+    gap = torch.where(rollout.completion_mask, (learner - sampled).abs(), -1.0)
     best = gap.flatten().topk(min(count, int(rollout.completion_mask.sum()))).indices
     found = []
     for index in best.tolist():
@@ -222,7 +224,7 @@ def worst_tokens(
         before = rollout.tokens[row, max(0, position - 8) : position][live[max(0, position - 8) : position]]
         after = rollout.tokens[row, position + 1 : position + 9]
         token = text(rollout.tokens[row, position : position + 1])
-        logps = learner[row, position].item(), behind[row, position].item()
+        logps = learner[row, position].item(), sampled[row, position].item()
         found.append(WorstToken(row, position, token, text(before), text(after), *logps))
     return tuple(found)
 

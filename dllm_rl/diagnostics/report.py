@@ -64,11 +64,11 @@ def write_doctor(report: Report, *, as_json: bool = False, directory: Path | Non
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "doctor.json").write_text(text + "\n")
-        draw(report, directory / "doctor.png")
+        plot(report, directory / "doctor.png")
         (directory / "doctor.html").write_text(page(report, (directory / "doctor.png").read_bytes()))
 
 
-def draw(report: Report, path: Path) -> None:
+def plot(report: Report, path: Path) -> None:
     """Bars of mean |d| by cause, and of the worst layers' errors."""
     import matplotlib
 

@@ -11,9 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
-from dllm_rl.files import to_disk
+from dllm_rl.distributed import Processes
+from dllm_rl.files import replacing, to_disk
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.linear import is_packed
 from dllm_rl.tasks.base import Problem
@@ -31,7 +30,7 @@ class Completions:
     Raises ValueError on rows made with others, and on lines that are no rows.
     """
 
-    def __init__(self, path: Path | None, made_with: Mapping[str, Any], accelerator: Accelerator) -> None:
+    def __init__(self, path: Path | None, made_with: Mapping[str, Any], accelerator: Processes) -> None:
         self.path, self.accelerator, self.rows = path, accelerator, {}
         if path is not None:
             self._fold()
@@ -46,7 +45,7 @@ class Completions:
                         )
 
     def held(self, keys: Sequence[Key], problems: Mapping[int, Problem]) -> dict[Key, Row]:
-        """Those of the keys' rows that are there. Raises ValueError when one belongs to another problem."""
+        """The stored rows among `keys`. Raises ValueError when one belongs to another problem."""
         rows = {key: self.rows[key] for key in keys if key in self.rows}
         for key, row in rows.items():
             now = json.loads(json.dumps(make_row(problems[key[0]], row["completion"], row["evaluation"])))
@@ -95,11 +94,8 @@ def fold(path: Path) -> None:
     for part in parts:
         _drop_torn_line(part)
         rows |= read(part)
-    aside = path.with_name(f".{path.name}.aside")
-    with aside.open("w", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(_line(rows[key]) for key in sorted(rows))
-        to_disk(file)
-    aside.replace(path)
     for part in parts:
         part.unlink()
 

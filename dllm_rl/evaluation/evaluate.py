@@ -6,16 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-
 from dllm_rl.config import describe
+from dllm_rl.distributed import OneProcess, Processes, gather_objects
 from dllm_rl.evaluation.completions import Completions, Row, fingerprint, make_row
-from dllm_rl.evaluation.results import Answer, Evaluation
+from dllm_rl.evaluation.results import Evaluation, Graded
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import completion_ids, decode, encode
-from dllm_rl.rng import stream
-from dllm_rl.tasks.base import Problem, Task, score
+from dllm_rl.rng import generator_for
+from dllm_rl.tasks.base import Problem, Task, grade
 from dllm_rl.types import Rollout
 
 
@@ -30,16 +28,16 @@ def evaluate(
     limit: int | None = None,
     completions: str | Path | None = None,
     model: str = "",
-    accelerator: Accelerator | None = None,
+    accelerator: Processes | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Complete the task's problems, or its first `limit`, `samples` times each, and grade the completions.
 
     Random numbers depend on (seed, problem, sample) only; sample 0 is what samples=1 gives.
     batch_size   completions per call of the sampler and process, but at least those of one problem.
-    completions  a .jsonl file that keeps every completion; those that it holds are graded again, not made again.
+    completions  a .jsonl file that keeps every completion; stored completions are re-graded instead of sampled again.
     model        a name, for the records.
-    accelerator  shares the problems out to its processes; all of them return the same.
+    accelerator  shares the problems out to its processes; all of them return the same. None: this process alone.
     progress     called with the number of completions done by then, over all processes.
 
     Raises ValueError when the file holds completions of other weights, seed, sampler or problems.
@@ -48,13 +46,13 @@ def evaluate(
     for name, value in {"samples": samples, "batch_size": batch_size, "limit": count}.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    accelerator = accelerator or Accelerator(cpu=policy.device.type == "cpu")
+    accelerator = accelerator or OneProcess()
     path = None if completions is None else Path(completions)
     made_with = {"seed": seed, "sampler": describe(sampler), "weights": path and fingerprint(policy)}
     keeper = Completions(path, made_with, accelerator)
-    facts = facts_of(task) | {"model": model} | made_with
+    facts = task_facts(task) | {"model": model} | made_with
 
-    answers: list[Answer] = []
+    answers: list[Graded] = []
     size = min(max(1, batch_size // samples), -(-count // accelerator.num_processes))
     starts = range(accelerator.process_index * size, count, accelerator.num_processes * size)
     for batch in (range(start, min(start + size, count)) for start in starts):
@@ -62,18 +60,21 @@ def evaluate(
         keys = [(i, j) for i in batch for j in range(samples)]
         rows = keeper.held(keys, problems)
         if len(rows) < len(keys):
-            # The batch is run whole, though some of it may be there: nothing then depends on when a run was killed.
+            # Always run the whole batch, even if part of it is stored: results must not depend on where a previous run
+            # was killed.
             made = complete(policy, problems, sampler, seed, samples, facts)
             fresh = {key: made[key] for key in keys if key not in rows}
             keeper.append(fresh.values())
             rows |= fresh
-        graded = score(task, list(problems.values()), [rows[key]["completion"] for key in keys])
+        graded = grade(task, list(problems.values()), [rows[key]["completion"] for key in keys])
         for key, reward in zip(keys, graded, strict=True):
             record = rows[key]["evaluation"]
-            answers.append(Answer(*key, reward, record["tokens"], record["forwards"], record["seconds"]))
+            answers.append(Graded(*key, reward, record["tokens"], record["forwards"], record["seconds"]))
         progress(min(len(answers) * accelerator.num_processes, count * samples))
     keeper.close()
-    return Evaluation(tuple(sorted(gather_object(answers), key=lambda answer: (answer.problem, answer.sample))), facts)
+    return Evaluation(
+        tuple(sorted(gather_objects(answers, accelerator), key=lambda answer: (answer.problem, answer.sample))), facts
+    )
 
 
 def complete(
@@ -86,10 +87,10 @@ def complete(
 ) -> dict[tuple[int, int], Row]:
     """The rows of a batch: every problem completed `samples` times."""
     keys = [(i, j) for i in problems for j in range(samples)]
-    seeds = [stream(seed, "evaluate", i, *([j] if j else [])).initial_seed() for i, j in keys]
+    seeds = [generator_for(seed, "evaluate", i, *([j] if j else [])).initial_seed() for i, j in keys]
     begin = time.perf_counter()
     prompts = encode(policy, list(problems.values()), group_size=samples, seeds=seeds)
-    rollout = sampler(policy, prompts, stream(seed, "evaluate"))
+    rollout = sampler(policy, prompts, generator_for(seed, "evaluate"))
     texts, lengths = decode(policy, rollout), map(len, completion_ids(policy, rollout))
     share = {"forwards": rollout.forwards / len(keys), "seconds": (time.perf_counter() - begin) / len(keys)}
     return {
@@ -98,7 +99,7 @@ def complete(
     }
 
 
-def facts_of(task: Task) -> dict[str, Any]:
+def task_facts(task: Task) -> dict[str, Any]:
     """Name, version, protocol, split, and those of the task's settings that are plain values."""
     inner = getattr(task, "task", task)  # under a protocol, the settings are those of the task itself
     fields = dataclasses.fields(inner) if dataclasses.is_dataclass(inner) else ()

@@ -1,4 +1,4 @@
-"""How sure a measured rate is: Wilson and bootstrap intervals, and the unbiased pass@k. No torch."""
+"""Confidence intervals (Wilson, bootstrap) and the unbiased pass@k estimator. No torch."""
 
 from collections.abc import Sequence
 from math import sqrt

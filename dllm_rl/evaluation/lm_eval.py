@@ -15,9 +15,8 @@ except ImportError as error:
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, prompt_ids
-from dllm_rl.rng import stream
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers import sampler_for
 from dllm_rl.types import Prompts, Rollout
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
@@ -75,7 +74,7 @@ class HarnessModel(TemplateLM):
         for start in range(0, len(requests), self.batch_size):
             arguments = [request.args for request in requests[start : start + self.batch_size]]
             prompts = self._prompts([self.tok_encode(context) for context, _ in arguments])
-            rollout = self.sampler(self.policy, prompts, stream(self.seed, "generate", start))
+            rollout = self.sampler(self.policy, prompts, generator_for(self.seed, "generate", start))
             made = decode(self.policy, rollout)
             texts += [_cut(text, asked.get("until")) for text, (_, asked) in zip(made, arguments, strict=True)]
         return texts
@@ -107,20 +106,20 @@ class HarnessModel(TemplateLM):
         values: list[float] = []
         for start in range(0, len(pairs), self.batch_size):
             rollout = as_rollout(self.policy, pairs[start : start + self.batch_size])
-            noise = self.likelihood.draw(rollout, stream(self.seed, "score", start))
+            noise = self.likelihood.draw(rollout, generator_for(self.seed, "score", start))
             values += self.likelihood.logprobs(self.policy, rollout, noise).sum(-1).tolist()
         return values
 
     def _is_greedy(self, pairs: Sequence[Pair]) -> list[bool]:
         """Whether greedy decoding of as many tokens, one at a time, gives the continuation."""
-        decoder = partial(autoregress if self.policy.spec.attention == "causal" else unmask, temperature=0.0)
+        decoder = partial(sampler_for(self.policy), temperature=0.0)
         found = [False] * len(pairs)
         for length in sorted({len(continuation) for _, continuation in pairs}):
             alike = [i for i, (_, continuation) in enumerate(pairs) if len(continuation) == length]
             for start in range(0, len(alike), self.batch_size):
                 some = alike[start : start + self.batch_size]
                 prompts = self._prompts([pairs[i][0] for i in some])
-                made = decoder(self.policy, prompts, stream(self.seed), max_new_tokens=length).tokens
+                made = decoder(self.policy, prompts, generator_for(self.seed), max_new_tokens=length).tokens
                 for i, tokens in zip(some, made[:, prompts.tokens.shape[1] :].tolist(), strict=True):
                     found[i] = tokens == list(pairs[i][1])
         return found

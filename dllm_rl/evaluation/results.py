@@ -12,7 +12,7 @@ from dllm_rl.tasks.base import Reward
 
 
 @dataclass(frozen=True)
-class Answer:
+class Graded:
     """One graded completion.
 
     tokens             those before its first end token.
@@ -31,7 +31,7 @@ class Answer:
 class Evaluation:
     """Every graded completion, by problem and sample, and the facts that the result depends on."""
 
-    answers: tuple[Answer, ...]
+    answers: tuple[Graded, ...]
     facts: Mapping[str, Any]
 
     @cached_property
@@ -64,7 +64,7 @@ class Evaluation:
         }
 
 
-def by_problem(answers: Sequence[Answer], name: str) -> tuple[list[float], list[float]]:
+def by_problem(answers: Sequence[Graded], name: str) -> tuple[list[float], list[float]]:
     """Each problem's sum of a metric and what it is to be divided by; problems without the metric are left out.
 
     The divisor is the number of completions that have the metric, or, for a cell_accuracy whose protocol counts cells,

@@ -48,8 +48,9 @@ class LikelihoodEstimator:
 
     draw     rollout, generator -> masks and weights of every view.
     combine  scores (N, B, T), noise -> contributions (B, T); differentiable.
-    given    noise, advantages (B,) -> noise, for estimates that depend on the advantage's sign (`sandwich`).
-    replays  scoring a rollout policy gives what its sampler recorded, so that nobody need score it again.
+    with_advantages    adapts the noise to the advantages (B,); only `sandwich` needs it.
+    exact_for_sampler  True if scoring under the rollout policy equals the log-probs that the sampler recorded; they
+                       are then reused.
     packed   block size of a block-causal model whose views mask every block at once, each seeing the others clean.
 
     Contract: contributions are zero off the completion; both sides of any ratio use the same estimator and noise.
@@ -58,9 +59,9 @@ class LikelihoodEstimator:
     name: str
     draw: Callable[[Rollout, Generator], Noise]
     combine: Callable[[Tensor, Noise], Tensor] = weighted_sum
-    given: Callable[[Noise, Tensor], Noise] = as_drawn
+    with_advantages: Callable[[Noise, Tensor], Noise] = as_drawn
     attention: tuple[str, ...] = ("full", "block_causal")
-    replays: bool = False
+    exact_for_sampler: bool = False
     packed: int | None = None
 
     @torch.no_grad()
@@ -173,16 +174,16 @@ def upper_bound(scores: Float[Tensor, "N B T"], noise: Noise, *, beta: float) ->
 
 
 def mixed_bounds(scores: Float[Tensor, "N B T"], noise: Noise, *, beta: float) -> Float[Tensor, "B T"]:
-    """The lower bound, or upper_share of the upper one and the rest of the lower one, per position, nats."""
+    """The lower bound mixed with the upper one by `upper_bound_weight`, per position, nats."""
     lower = weighted_sum(scores, noise)
-    if noise.upper_share is None:
+    if noise.upper_bound_weight is None:
         return lower
-    return torch.lerp(lower, upper_bound(scores, noise, beta=beta), noise.upper_share[:, None])
+    return torch.lerp(lower, upper_bound(scores, noise, beta=beta), noise.upper_bound_weight[:, None])
 
 
 def upper_where_negative(noise: Noise, advantages: Float[Tensor, " B"], *, mix: float) -> Noise:
-    """The noise with upper_share = mix in the rows whose advantage is negative, 0 in the others."""
-    return replace(noise, upper_share=mix * (advantages < 0).to(noise.weight))
+    """The noise with upper_bound_weight = mix in the rows whose advantage is negative, 0 in the others."""
+    return replace(noise, upper_bound_weight=mix * (advantages < 0).to(noise.weight))
 
 
 def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
@@ -198,15 +199,15 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
     if not beta > 0:
         raise ValueError(f"beta={beta} must be above 0")
     base = coupled() if base is None else base
-    return replace(base, name="eubo", replays=False, combine=partial(upper_bound, beta=beta))
+    return replace(base, name="eubo", exact_for_sampler=False, combine=partial(upper_bound, beta=beta))
 
 
 def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
     """SPG's pair of bounds: the ELBO where the advantage is >= 0, mix * EUBO + (1 - mix) * ELBO where it is negative.
 
     Raising a lower bound or lowering an upper one moves log p itself. Both bounds come from the same views of `base`
-    (see `eubo`), at its cost. `given(noise, advantages)` records each row's share of the upper bound with its masks, so
-    that every side of a ratio uses the same mixture; noise that was not given advantages is scored by the ELBO alone.
+    (see `eubo`), at its cost. `with_advantages(noise, advantages)` records each row's weight of the upper bound with
+    its masks, so that every side of a ratio uses the same mixture; noise without it is scored by the ELBO alone.
     Source: SPG, arXiv 2510.09541, and its code [paper]; inside a clipped ratio, per token and unnormalised [ours].
     """
     if not beta > 0:
@@ -214,8 +215,8 @@ def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator |
     if not 0 <= mix <= 1:
         raise ValueError(f"mix={mix} must lie in [0, 1]")
     base, combine = coupled() if base is None else base, partial(mixed_bounds, beta=beta)
-    given = partial(upper_where_negative, mix=mix)
-    return replace(base, name="sandwich", replays=False, combine=combine, given=given)
+    with_advantages = partial(upper_where_negative, mix=mix)
+    return replace(base, name="sandwich", exact_for_sampler=False, combine=combine, with_advantages=with_advantages)
 
 
 def trajectory(*, num_segments: int | None = None, block_size: int | None = None) -> LikelihoodEstimator:
@@ -234,13 +235,15 @@ def trajectory(*, num_segments: int | None = None, block_size: int | None = None
     ):
         if value is not None:
             _at_least_one(name, value, otherwise)
-    replays = num_segments is None
+    exact_for_sampler = num_segments is None
     if block_size is None:
         draw = partial(draw_trajectory, num_segments=num_segments)
-        return LikelihoodEstimator("trajectory", draw, replays=replays)
+        return LikelihoodEstimator("trajectory", draw, exact_for_sampler=exact_for_sampler)
     draw = partial(draw_rounds, num_segments=num_segments, block_size=block_size)
     attention = ("block_causal",)
-    return LikelihoodEstimator("trajectory", draw, replays=replays, attention=attention, packed=block_size)
+    return LikelihoodEstimator(
+        "trajectory", draw, exact_for_sampler=exact_for_sampler, attention=attention, packed=block_size
+    )
 
 
 def _at_least_one(name: str, value: int, otherwise: str | None = None) -> None:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
+from dllm_rl.models.base import position_ids
 from dllm_rl.rng import row_seeds
 from dllm_rl.types import Noise, Rollout
 
@@ -173,7 +174,7 @@ def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | N
     """`draw_trajectory` in every block at once: view r hides what was committed r or more steps after the block's first
     step, and scores what was committed just then. Blocks are counted from the row's first token."""
     completion, step = rollout.completion_mask, rollout.unmask_step
-    block = ((rollout.attention_mask.long().cumsum(-1) - 1) // block_size).clamp(min=0)
+    block = position_ids(rollout.attention_mask) // block_size
     far = torch.iinfo(step.dtype).max
     blank = step.new_full((len(step), int(block.max()) + 1), far)
     first = blank.scatter_reduce(1, block, torch.where(completion, step, far), "amin").gather(1, block)

@@ -1,16 +1,16 @@
 """Scoring every block of a block-causal model at once: a clean copy and a noisy copy of the row in one forward.
 
-A block sees the blocks before it as they ended, and itself as it stood. So the states of all blocks at the same number
-of steps into each are those of one forward over [clean | noisy], where clean tokens see clean ones of their own block
-and those before, and noisy tokens see clean ones of the blocks before and noisy ones of their own. Exact: no token
-sees anything that it would not see in a forward of its block alone.
+A block attends to the final tokens of earlier blocks and to its own tokens as they were at that step. So the states of
+all blocks at the same number of steps into each are those of one forward over [clean | noisy], where clean tokens see
+clean ones of their own block and those before, and noisy tokens see clean ones of the blocks before and noisy ones of
+their own. Exact: no token sees anything that it would not see in a forward of its block alone.
 """
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.models.base import Policy, encode_base
+from dllm_rl.models.base import Policy, encode_base, position_ids
 
 
 def packed_mask(attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], start: int) -> Bool[Tensor, "B 1 Q Q"]:
@@ -38,7 +38,7 @@ def packed_hidden(
     spec = policy.spec
     if spec.attention != "block_causal" or spec.shift:
         raise ValueError(f"packed scoring is for block-causal models without a shift; the policy is {spec.name!r}")
-    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    positions = position_ids(attention_mask)
     block = positions // spec.block_size
     first = torch.where(masked, block, block.max() + 1).amin(-1, keepdim=True)
     start = int((attention_mask & (block >= first)).any(0).long().argmax())

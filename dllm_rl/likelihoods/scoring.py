@@ -36,7 +36,7 @@ def score_view(
     if not scored.any():
         return torch.zeros(scored.shape, device=scored.device)
     states = view_states(policy, rollout, masked, scored, packed)
-    logp = token_logprobs(policy, states, rollout.tokens[scored], rollout.processors)
+    logp = token_logprobs(policy, states, rollout.tokens[scored], rollout.sampling_params)
     return torch.zeros(scored.shape, device=scored.device).masked_scatter(scored, logp)
 
 
@@ -52,7 +52,7 @@ def backward_view(
     scored = vector != 0
     if scored.any():
         states = view_states(policy, rollout, masked, scored, packed)
-        backward_token_logprobs(policy, states, rollout.tokens[scored], rollout.processors, vector[scored])
+        backward_token_logprobs(policy, states, rollout.tokens[scored], rollout.sampling_params, vector[scored])
 
 
 def view_states(
@@ -70,7 +70,7 @@ def view_states(
     mask_id = policy.spec.mask_id
     tokens = rollout.tokens if mask_id is None else rollout.tokens.masked_fill(masked, mask_id)
     group, attention_mask = rollout.group_size, rollout.attention_mask
-    first = lambda x: x[::group].repeat_interleave(group, dim=0)  # noqa: E731
+    first = lambda x: repeat(x[::group], "p t -> (p g) t", g=group)  # noqa: E731
     if group > 1 and torch.equal(tokens, first(tokens)) and torch.equal(attention_mask, first(attention_mask)):
-        return policy.hidden(tokens[::group], attention_mask[::group]).repeat_interleave(group, dim=0)[scored]
+        return repeat(policy.hidden(tokens[::group], attention_mask[::group]), "p t d -> (p g) t d", g=group)[scored]
     return policy.hidden(tokens[live], attention_mask[live])[scored[live]]

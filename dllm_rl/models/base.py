@@ -14,6 +14,11 @@ LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 BERT_LINEARS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
 
 
+def position_ids(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Each token's place among the row's real ones, from 0; padding on the left is at 0."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
 def encode_base(
     module: nn.Module,
     tokens: Int[Tensor, "B T"],
@@ -74,7 +79,7 @@ def mlm_head(module: nn.Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor,
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """One family of checkpoints. After loading nobody asks what a model is again.
+    """One family of checkpoints. After loading, family differences are hidden behind the policy.
 
     attention    "full", "block_causal" (blocks of `block_size`, aligned to a row's first token) or "causal".
     shift        the state at t-1 predicts position t.

@@ -238,7 +238,7 @@ CAUSAL_LM = FamilySpec(name="causal_lm", attention="causal", shift=True, archite
 FAMILIES = (LLADA, LLADA_MOE, LLADA2, DREAM, SDAR, ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM)
 
 
-def family_of(raw: dict) -> FamilySpec:
+def find_family(raw: dict) -> FamilySpec:
     """The family that a checkpoint's config fields describe. Raises ValueError for one that is not known."""
     architecture = (raw.get("architectures") or [None])[0]
     for family in FAMILIES:

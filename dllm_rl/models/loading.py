@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from transformers.utils import logging
 
 from dllm_rl.models.base import FamilySpec, encode_block_causal, encode_roberta, mlm_head
-from dllm_rl.models.families import family_of
+from dllm_rl.models.families import find_family
 from dllm_rl.models.lora import has_extras, merged_copy, merged_state
 from dllm_rl.models.rope import rotate_in_float32
 from dllm_rl.models.weights import read_tensors, to_original, to_stock, write_tensors
@@ -38,9 +38,9 @@ def load_module(
     """
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
-    folder = folder_of(path_or_id)
+    folder = checkpoint_folder(path_or_id)
     raw = json.loads((folder / "config.json").read_text())
-    family = family_of(raw)
+    family = find_family(raw)
     tokenizer = load_tokenizer(folder, stock=family.native is None)
     options = {"dtype": dtype, "output_loading_info": True}
     if quantization is not None:
@@ -56,13 +56,13 @@ def load_module(
                 options["dtype"] = state["model.embed_tokens.weight"].dtype
             module, report = cls.from_pretrained(None, config=config, state_dict=state, **options)
     check_report(report, family, folder)
-    spec = spec_of(module.config, tokenizer, raw=raw, folder=folder, block_size=block_size)
+    spec = family_spec(module.config, tokenizer, raw=raw, folder=folder, block_size=block_size)
     return prepared(module, spec), tokenizer, spec
 
 
 def build_empty(raw: dict) -> nn.Module:
     """The stock module that config fields describe, on the meta device: shapes without storage."""
-    family = family_of(raw)
+    family = find_family(raw)
     with torch.device("meta"):
         if family.native is None:
             cls = getattr(transformers, raw["architectures"][0])
@@ -91,7 +91,7 @@ def check_report(report: dict, family: FamilySpec, folder: Path) -> None:
             raise ValueError(f"{folder}: {kind} {sorted(names)[:5]}; the checkpoint is not a complete {family.name}")
 
 
-def spec_of(
+def family_spec(
     config,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -105,10 +105,10 @@ def spec_of(
     Raises ValueError when a diffusion model has no mask token, or one outside its vocabulary.
     """
     raw = config.to_dict() if raw is None else raw
-    family = family_of(raw)
+    family = find_family(raw)
     changes = {"eos_ids": end_ids(config, tokenizer, family, folder), "max_length": config.max_position_embeddings}
     if family.attention != "causal":
-        changes["mask_id"] = mask_id_of(config, tokenizer, family)
+        changes["mask_id"] = find_mask_id(config, tokenizer, family)
     if family.attention == "block_causal":
         size = block_size or raw.get("block_size") or family.block_size
         changes |= {"block_size": size, "encode": partial(encode_block_causal, block_size=size)}
@@ -124,7 +124,7 @@ def spec_of(
     return replace(family, **changes)
 
 
-def mask_id_of(config, tokenizer: PreTrainedTokenizerBase, family: FamilySpec) -> int:
+def find_mask_id(config, tokenizer: PreTrainedTokenizerBase, family: FamilySpec) -> int:
     """The config's mask id, else the tokenizer's, else the family's."""
     candidates = (getattr(config, "mask_token_id", None), tokenizer.mask_token_id, family.mask_id)
     found = next((i for i in candidates if i is not None), None)
@@ -182,7 +182,7 @@ def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def folder_of(path_or_id: str | Path) -> Path:
+def checkpoint_folder(path_or_id: str | Path) -> Path:
     """The folder itself, or the one that a model hub's id (owner/name) is downloaded to."""
     path = Path(path_or_id)
     if path.is_dir():
@@ -228,7 +228,8 @@ def _dtype_keys(fields: dict) -> list[str]:
 
 
 def copy_code(spec: FamilySpec, directory: Path) -> None:
-    """Carry over generation_config.json and the authors' .py files, unread: their tools open what is saved."""
+    """Copy generation_config.json and the authors' .py files without executing them, so that their tools can open the
+    saved folder."""
     source = Path(spec.source) if spec.source else None
     if source is None or not source.is_dir() or source.resolve() == directory.resolve():
         return

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dllm_rl.types import Processors
+from dllm_rl.types import SamplingParams
 
 CHUNK_ELEMENTS = 2**23  # fp32 logits held at once: 32 MiB
 ROWS = 16  # the head always runs on a multiple of this: fp32 kernels round differently when rows are few
@@ -15,28 +16,28 @@ GROUP = 256  # tokens whose mass is summed before the search for the one that is
 
 
 def process(
-    logits: Float[Tensor, "K V"], processors: Processors, keep: Int[Tensor, " K"] | None = None
+    logits: Float[Tensor, "K V"], sampling_params: SamplingParams, keep: Int[Tensor, " K"] | None = None
 ) -> Float[Tensor, "K V"]:
     """Raw logits -> fp32 logits of the distribution sampled from: suppress, divide by temperature, top-k, top-p.
 
     At temperature 0 the division is left out (log-probs of a greedy sampler are reported at temperature 1).
-    keep  a token per row that top-k and top-p never remove. A scored token may have left the set that the current
-          weights (or another context) keep; its log-prob is then the one with itself added to the set, not -inf [ours].
+    keep  a token per row that top-k and top-p never remove: a sampled token may fall outside the current set. It is
+          then added back, so that its log-prob is finite [ours].
     """
     logits = logits.float()
-    if processors.suppress:
-        suppressed = torch.tensor(processors.suppress, device=logits.device)
+    if sampling_params.suppress:
+        suppressed = torch.tensor(sampling_params.suppress, device=logits.device)
         logits = logits.index_fill(-1, suppressed, -torch.inf)
-    if processors.temperature not in (0, 1):
-        logits = logits / processors.temperature
-    if processors.top_k is not None and processors.top_k < logits.shape[-1]:
-        kth = logits.topk(processors.top_k, dim=-1).values[:, -1:]
+    if sampling_params.temperature not in (0, 1):
+        logits = logits / sampling_params.temperature
+    if sampling_params.top_k is not None and sampling_params.top_k < logits.shape[-1]:
+        kth = logits.topk(sampling_params.top_k, dim=-1).values[:, -1:]
         logits = _drop(logits, logits < kth, keep)
-    if processors.top_p is not None and processors.top_p < 1:
+    if sampling_params.top_p is not None and sampling_params.top_p < 1:
         # Stable, so that ties go to the lowest index. A token stays while the mass before it is below top_p.
         ordered, index = logits.sort(dim=-1, descending=True, stable=True)
         probs = ordered.softmax(-1)
-        late = probs.cumsum(-1) - probs >= processors.top_p
+        late = probs.cumsum(-1) - probs >= sampling_params.top_p
         logits = _drop(logits, torch.zeros_like(late).scatter(-1, index, late), keep)
     return logits
 
@@ -90,12 +91,12 @@ def token_logprobs(
     policy,
     hidden: Float[Tensor, "K D"],
     tokens: Int[Tensor, " K"],
-    processors: Processors,
+    sampling_params: SamplingParams,
 ) -> Float[Tensor, " K"]:
     """log p(tokens_k | hidden_k) in nats, under the processed distribution; the head runs in chunks of rows."""
 
     def score(h: Tensor, y: Tensor) -> tuple[Tensor]:
-        return (_TokenLogprob.apply(process(policy.head(h), processors, y), y),)
+        return (_TokenLogprob.apply(process(policy.head(h), sampling_params, y), y),)
 
     return chunked(score, hidden, tokens, vocabulary=policy.vocab_size)[0]
 
@@ -104,7 +105,7 @@ def token_logprobs_and_entropies(
     policy,
     hidden: Float[Tensor, "K D"],
     tokens: Int[Tensor, " K"],
-    processors: Processors,
+    sampling_params: SamplingParams,
 ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
     """`token_logprobs`, and the entropy -sum_v p_v log p_v of each row's processed distribution, nats, in one pass.
 
@@ -112,7 +113,7 @@ def token_logprobs_and_entropies(
     """
 
     def score(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = process(policy.head(h), processors, y)
+        logits = process(policy.head(h), sampling_params, y)
         logp = logits.log_softmax(-1)
         entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
         return _TokenLogprob.apply(logits, y), entropy
@@ -124,7 +125,7 @@ def backward_token_logprobs(
     policy,
     hidden: Float[Tensor, "K D"],
     tokens: Int[Tensor, " K"],
-    processors: Processors,
+    sampling_params: SamplingParams,
     vector: Float[Tensor, " K"],
 ) -> None:
     """token_logprobs(...).backward(vector), with each chunk of logits made once instead of twice.
@@ -135,7 +136,7 @@ def backward_token_logprobs(
     size, gradients = chunk_rows(policy.vocab_size), []
     for h, y, v in zip(hidden.split(size), tokens.split(size), vector.split(size), strict=True):
         leaf = h.detach().requires_grad_()
-        _TokenLogprob.apply(process(policy.head(leaf), processors, y), y).backward(v)
+        _TokenLogprob.apply(process(policy.head(leaf), sampling_params, y), y).backward(v)
         gradients.append(leaf.grad)
     if gradients and hidden.requires_grad:
         hidden.backward(torch.cat(gradients))
@@ -153,7 +154,7 @@ def invert(mass: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Ten
     rounding of the mass, one random number a token; a token of mass 0 is never drawn.
     """
     size, whole = mass.shape[-1], mass.shape[-1] // GROUP
-    groups = mass[:, : whole * GROUP].unflatten(-1, (whole, GROUP)).sum(-1)
+    groups = rearrange(mass[:, : whole * GROUP], "k (n v) -> k n v", v=GROUP).sum(-1)
     groups = torch.cat([groups, mass[:, whole * GROUP :].sum(-1, keepdim=True)], dim=-1).double().cumsum(-1)
     total = groups[:, -1:]
     point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))

@@ -1,4 +1,5 @@
-"""Low-rank adapters: put on, left out for the reference, merged for the rollout, saved as peft saves them.
+"""LoRA: adding adapters, disabling them for the reference policy, merging them for the rollout, saving in peft's
+format.
 
 Adapters live inside the stock module, so that every other room goes on as before; they are what is trained.
 The base may be in bitsandbytes' 4 or 8 bits.
@@ -85,9 +86,8 @@ class LoraLinear(nn.Module):
         self.calls += 1
         return x * keep.to(x.device) / (1 - self.lora.dropout)
 
-    @torch.no_grad()
     def merged(self) -> Float[Tensor, "O I"]:
-        """W + (alpha / r) B A, summed in fp32 and rounded once to the dtype of W."""
+        """W + (alpha / r) B A, summed in fp32 and rounded once to the dtype of W; differentiable in A and B."""
         weight = plain_weight(self.base_layer)
         added = self.lora_B.weight.float() @ self.lora_A.weight.float()
         return (weight.float() + added * (self.lora.alpha / self.lora.r)).to(weight.dtype)
@@ -124,7 +124,7 @@ def adapted_layers(module: nn.Module) -> dict[str, LoraLinear]:
 
 
 @contextmanager
-def adapters_off(module: nn.Module) -> Iterator[None]:
+def disable_adapters(module: nn.Module) -> Iterator[None]:
     """The module without its adapters."""
     layers = adapted_layers(module).values()
     before = [layer.active for layer in layers]
@@ -137,7 +137,7 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
             layer.active = was
 
 
-def adapter_free(policy):
+def without_adapters(policy):
     """A second policy on the same weights, adapters left out: the reference that RL started from, without a copy.
 
     Raises ValueError when there are no adapters: the policy itself would move.
@@ -152,7 +152,7 @@ def adapter_free(policy):
 
 
 def _without(f, module: nn.Module, *args):
-    with adapters_off(module):
+    with disable_adapters(module):
         return f(module, *args)
 
 
@@ -211,6 +211,7 @@ def merge_lora(policy) -> None:
     policy.lora = None
 
 
+@torch.no_grad()
 def _merge(module: nn.Module) -> None:
     for path, layer in list(module.named_modules()):
         if path.endswith(".base_layer") or not (isinstance(layer, LoraLinear) or is_bitsandbytes(layer)):
@@ -220,9 +221,14 @@ def _merge(module: nn.Module) -> None:
         plain.weight = nn.Parameter(layer.merged() if base is not layer else plain_weight(layer), requires_grad=False)
         plain.bias = base.bias
         module.set_submodule(path, plain)
+    forget_quantizer(module)
+    vars(module.config).pop("quantization_config", None)
+
+
+def forget_quantizer(module: nn.Module) -> None:
+    """Drop what transformers sets on a module that bitsandbytes quantised: its weights are ordinary ones."""
     for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
         vars(module).pop(name, None)
-    vars(module.config).pop("quantization_config", None)
 
 
 def adapter_state(policy) -> dict[str, Tensor]:

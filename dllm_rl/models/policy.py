@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dllm_rl.models.base import FamilySpec
-from dllm_rl.models.loading import load_module, save_module, spec_of
-from dllm_rl.models.lora import Lora, adapter_free, add_lora
+from dllm_rl.models.base import FamilySpec, position_ids
+from dllm_rl.models.loading import family_spec, load_module, save_module
+from dllm_rl.models.lora import Lora, add_lora, without_adapters
 
 
 class _Backbone:
@@ -33,7 +33,7 @@ class _Backbone:
 
     def hidden(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Final hidden states; `head` of the one at t gives logits for the token at t. Padding is never attended to."""
-        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        positions = position_ids(attention_mask)
         states = self.spec.encode(self.module, tokens, attention_mask, positions)
         return shifted(states, attention_mask) if self.spec.shift else states
 
@@ -60,7 +60,7 @@ class _Backbone:
 
     def reference(self):
         """The policy that RL started from: the same weights, adapters left out. Raises ValueError without any."""
-        return adapter_free(self)
+        return without_adapters(self)
 
     def to(self, device: torch.device | str):
         self.module.to(device)
@@ -85,7 +85,7 @@ def make_policy(
     module: nn.Module, tokenizer: PreTrainedTokenizerBase, spec: FamilySpec | None = None
 ) -> DiffusionPolicy | AutoregressivePolicy:
     """Wrap a module whose family is known, after proving that its attention is what the family says."""
-    spec = spec_of(module.config, tokenizer) if spec is None else spec
+    spec = family_spec(module.config, tokenizer) if spec is None else spec
     policy = (AutoregressivePolicy if spec.attention == "causal" else DiffusionPolicy)(module, spec, tokenizer)
     check_attention(policy)
     return policy

@@ -13,8 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.lora import LoraLinear, plain_weight
-from dllm_rl.quantization.linear import dequantized_input, dequantized_weight, load_weight_, operand_version, product
+from dllm_rl.models.lora import LoraLinear
+from dllm_rl.quantization.linear import (
+    dequantized_input,
+    dequantized_weight,
+    load_weight_,
+    quantized_forward,
+    write_count,
+)
 from dllm_rl.quantization.rollout_policy import quantized_layers
 
 
@@ -23,14 +29,14 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Linear) -> Tensor:
-        y, seen = product(layer, x, bias)
+        y, seen = quantized_forward(layer, x, bias)
         ctx.save_for_backward(*seen)
-        ctx.layer, ctx.version = layer, operand_version(layer)
+        ctx.layer, ctx.version = layer, write_count(layer)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        if operand_version(ctx.layer) != ctx.version:
+        if write_count(ctx.layer) != ctx.version:
             raise RuntimeError("rollout weights changed between a forward and its backward: sync after the backward")
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
@@ -42,7 +48,7 @@ class StraightThrough(torch.autograd.Function):
         return dx, dw, db, None
 
 
-class _Link:
+class _AlignedLinear:
     """The operand that a learner's layer shares with the rollout's, quantised again when the learner's weight moved."""
 
     def __init__(self, name: str, source: nn.Linear | LoraLinear, target: nn.Linear) -> None:
@@ -55,11 +61,7 @@ class _Link:
 
     def weight(self) -> Tensor:
         """The learner's high-precision weight, an adapter's part included, differentiable."""
-        if self.base is self.source:
-            return self.source.weight
-        weight, lora = plain_weight(self.base), self.source.lora
-        added = self.source.lora_B.weight.float() @ self.source.lora_A.weight.float()
-        return (weight.float() + added * (lora.alpha / lora.r)).to(weight.dtype)
+        return self.source.weight if self.base is self.source else self.source.merged()
 
     def forward(self, x: Tensor) -> Tensor:
         if not getattr(self.source, "active", True):  # the reference, with its adapters left out
@@ -74,7 +76,7 @@ class _Link:
 
 
 @contextmanager
-def aligned(
+def aligned_forward(
     policy: Policy, rollout_policy: Policy, scope: Callable[[str], bool] | None = None
 ) -> Iterator[Callable[[], None]]:
     """For the time of the block, the learner's linear layers run the rollout's quantised operands.
@@ -98,15 +100,17 @@ def aligned(
     links = []
     for name, target in quantized_layers(rollout_policy):
         if scope is None or scope(name):
-            links.append(_Link(name, sources[name], target))
+            links.append(_AlignedLinear(name, sources[name], target))
     swapped: list[nn.Module] = []
     try:
         for link in links:
             if "forward" in vars(link.source):
-                raise ValueError(f"{link.name}.forward is already replaced: is this inside another aligned()?")
+                raise ValueError(f"{link.name}.forward is already replaced: is this inside another aligned_forward()?")
             if link.base is not link.source and link.source.lora.dropout:
-                raise ValueError(f"lora.dropout={link.source.lora.dropout}: aligned() merges adapters; set it to 0")
-            link.source.forward = partial(_Link.forward, link)
+                raise ValueError(
+                    f"lora.dropout={link.source.lora.dropout}: an aligned forward merges adapters; set it to 0"
+                )
+            link.source.forward = partial(_AlignedLinear.forward, link)
             swapped.append(link.source)
         yield lambda: [link.refresh() for link in links] and None
     finally:

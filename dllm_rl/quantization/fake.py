@@ -113,9 +113,9 @@ class EmulatedLinear(nn.Linear):
             self.weight.copy_(codes.mul_(scale))
 
     def forward(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... N"]:
-        return self.product(x, self.bias)[0]
+        return self.quantized_forward(x, self.bias)[0]
 
-    def product(
+    def quantized_forward(
         self, x: Float[Tensor, "... K"], bias: Float[Tensor, " N"] | None
     ) -> tuple[Float[Tensor, "... N"], tuple[Tensor, ...]]:
         """The layer's output with the given bias, and the input as the layer saw it (its codes and scale)."""

@@ -26,7 +26,7 @@ def is_packed(weight: Tensor) -> bool:
     return hasattr(weight, "qdata")
 
 
-def misfit(layer: nn.Linear, config) -> str | None:
+def unsupported_reason(layer: nn.Linear, config) -> str | None:
     """Why a layer's shape keeps a torchao config from quantising it, or None: torchao itself skips or asserts."""
     rows, columns = layer.out_features, layer.in_features
     granularity = getattr(config, "granularity", None)
@@ -69,7 +69,8 @@ def quantized(weight: Tensor, config, name: str) -> Tensor:
         quantize_(layer, config)
         packed = layer.weight.data
     scale = getattr(packed, "scale", None)
-    # A maximum passes NaN and infinity on, so that the scales tell of every element; other layouts keep none apart.
+    # amax propagates NaN and infinity into the scale, so checking scales checks every weight; formats without a scale
+    # are checked directly.
     check_finite(name, weight if scale is None else scale)
     if isinstance(packed, Float8Tensor) and (scale == 0).any():
         empty = scale == 0
@@ -94,9 +95,13 @@ def load_weight_(layer: nn.Linear, weight: Tensor, name: str) -> None:
         layer.weight.copy_(quantized(weight.to(layer.weight.dtype), layer.quantization, name))
 
 
-def product(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+def quantized_forward(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The quantised layer's own product with the given bias, and what `dequantized_input` needs of the input."""
-    return layer.product(x, bias) if isinstance(layer, EmulatedLinear) else (F.linear(x, layer.weight, bias), (x,))
+    return (
+        layer.quantized_forward(x, bias)
+        if isinstance(layer, EmulatedLinear)
+        else (F.linear(x, layer.weight, bias), (x,))
+    )
 
 
 def dequantized_weight(layer: nn.Linear) -> Tensor:
@@ -111,7 +116,7 @@ def dequantized_input(layer: nn.Linear, x: Tensor, scale: Tensor | None = None) 
     return x if kwargs is None else _choose_quant_func_and_quantize_tensor(x, kwargs).dequantize()
 
 
-def operand_version(layer: nn.Linear) -> int:
+def write_count(layer: nn.Linear) -> int:
     """Autograd's count of in-place writes to the quantised data."""
     return (layer.weight if isinstance(layer, EmulatedLinear) else layer.weight.qdata)._version
 

@@ -13,10 +13,17 @@ import torch
 from torch import nn
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.lora import LoraLinear, is_bitsandbytes, merged_state, plain_weight
+from dllm_rl.models.lora import LoraLinear, forget_quantizer, is_bitsandbytes, merged_state, plain_weight
 from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize
-from dllm_rl.quantization.linear import check_finite, is_quantized, load_weight_, misfit, quantized, stored_bytes
-from dllm_rl.quantization.schemes import usable
+from dllm_rl.quantization.linear import (
+    check_finite,
+    is_quantized,
+    load_weight_,
+    quantized,
+    stored_bytes,
+    unsupported_reason,
+)
+from dllm_rl.quantization.schemes import check_scheme
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +48,7 @@ class QuantizationReport:
         )
 
 
+@torch.no_grad()
 def quantized_copy(policy: Policy, config, *, skip: Callable[[nn.Module, str], bool] | None = None) -> Policy:
     """A second policy whose block linears are quantised by `config`; None copies without quantising.
 
@@ -56,8 +64,8 @@ def quantized_copy(policy: Policy, config, *, skip: Callable[[nn.Module, str], b
     kept: dict[str, str] = {}
     memo: dict[int, object] = {}
     if config is not None:
-        config = usable(config, policy.device, next(module.parameters()).dtype)
-        kept = why_kept(module, config, skip)
+        config = check_scheme(config, policy.device, next(module.parameters()).dtype)
+        kept = skip_reasons(module, config, skip)
     chosen = [] if config is None else [name for name, _ in linear_layers(module) if name not in kept]
     if config is not None and not chosen:
         raise ValueError(f"{config!r} quantises no layer of {type(module).__name__}; not quantised: {kept}")
@@ -79,8 +87,7 @@ def quantized_copy(policy: Policy, config, *, skip: Callable[[nn.Module, str], b
     rollout_policy.module = copy.deepcopy(module, memo).requires_grad_(False)
     for name in chosen:
         rollout_policy.module.get_submodule(name).quantization = config
-    for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
-        vars(rollout_policy.module).pop(name, None)
+    forget_quantizer(rollout_policy.module)
     rollout_policy.quantization, rollout_policy.lora = config, None
     report = QuantizationReport(tuple(chosen), kept, held_bytes(module), held_bytes(rollout_policy.module))
     rollout_policy.quantization_report = report
@@ -89,13 +96,13 @@ def quantized_copy(policy: Policy, config, *, skip: Callable[[nn.Module, str], b
     return rollout_policy
 
 
-def why_kept(module: nn.Module, config, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
+def skip_reasons(module: nn.Module, config, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
     """Layers with a matrix that is not to be quantised, and the reason."""
     owners: dict[int, list[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):
         owners.setdefault(id(weight), []).append(name.removesuffix(".weight").removesuffix(".base_layer"))
     kept = {}
-    for name, layer in without_adapters(module):
+    for name, layer in plain_layers(module):
         layer = getattr(layer, "base_layer", layer)
         matrices = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
         if not matrices:
@@ -114,22 +121,22 @@ def why_kept(module: nn.Module, config, skip: Callable[[nn.Module, str], bool] |
             kept[name] = "router"
         elif skip and skip(layer, name):
             kept[name] = "skip"
-        elif why := misfit(layer, config):
+        elif why := unsupported_reason(layer, config):
             kept[name] = why
     return kept
 
 
-def without_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def plain_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and layers, an adapted layer standing for its own parts."""
     return ((n, m) for n, m in module.named_modules() if not re.search(r"\.(base_layer|lora_A|lora_B)$", n))
 
 
 def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear | LoraLinear]]:
-    """Linear layers, with or without an adapter. Raises ValueError inside an aligned() block."""
-    for name, layer in without_adapters(module):
+    """Linear layers, with or without an adapter. Raises ValueError inside an aligned_forward() block."""
+    for name, layer in plain_layers(module):
         if isinstance(layer, (nn.Linear, LoraLinear)):
             if "forward" in vars(layer):
-                raise ValueError(f"{name}.forward is replaced: take the quantised copy outside of the aligned() block")
+                raise ValueError(f"{name}.forward is replaced: take the quantised copy outside of aligned_forward()")
             yield name, layer
 
 

@@ -1,14 +1,15 @@
 """Left-to-right sampling with a key-value cache."""
 
 import torch
+from einops import repeat
 from torch import Generator
 from transformers import DynamicCache
 
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.logprobs import process, sample
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.unmask import check_fits
-from dllm_rl.types import Processors, Prompts, Rollout
+from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def autoregress(
             f"policy is a diffusion model ({type(policy.module).__name__}); autoregress needs a causal one: use unmask"
         )
     check_fits(policy, prompts, max_new_tokens)
-    processors = Processors(temperature, top_k, top_p, suppress)
+    sampling_params = SamplingParams(temperature, top_k, top_p, suppress)
     device, group = policy.device, prompts.group_size
     seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
     # One uniform a token, all drawn at the start: a row's numbers do not depend on when its neighbours end.
@@ -43,7 +44,7 @@ def autoregress(
 
     new = prompts.tokens.to(device)
     attention_mask = prompts.attention_mask.to(device)
-    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    positions = position_ids(attention_mask)
     cache, eos = DynamicCache(config=policy.module.config), torch.tensor(policy.spec.eos_ids, device=device)
     alive = torch.ones(prompts.num_rows, dtype=torch.bool, device=device)
     columns, logprobs, chosen = [], [], []
@@ -52,10 +53,11 @@ def autoregress(
             input_ids=new, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
         if step == 0:
-            states, attention_mask = states.repeat_interleave(group, 0), attention_mask.repeat_interleave(group, 0)
-            positions = positions.repeat_interleave(group, 0)
+            states, attention_mask, positions = (
+                repeat(x, "p s -> (p g) s", g=group) for x in (states, attention_mask, positions)
+            )
             cache.batch_repeat_interleave(group)
-        logits = process(policy.head(states), processors)
+        logits = process(policy.head(states), sampling_params)
         token = logits.argmax(-1) if temperature == 0 else sample(logits, uniforms[:, step])
         logp = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
         columns.append(torch.where(alive, token, policy.pad_id))
@@ -68,7 +70,7 @@ def autoregress(
             break
 
     start = prompts.tokens.shape[1]
-    before = prompts.tokens.to(device).repeat_interleave(group, 0)
+    before = repeat(prompts.tokens.to(device), "p s -> (p g) s", g=group)
     completion_mask = torch.cat([torch.zeros_like(before, dtype=torch.bool), torch.stack(chosen, 1)], dim=1)
     steps = torch.arange(completion_mask.shape[1], device=device) - start
     return Rollout(
@@ -79,6 +81,6 @@ def autoregress(
         logprobs=torch.cat([torch.zeros(before.shape, device=device), torch.stack(logprobs, 1)], dim=1),
         group_size=group,
         weights_version=policy.version,
-        processors=processors,
+        sampling_params=sampling_params,
         forwards=len(columns),
     )

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from dllm_rl.models.base import Policy, encode_base
+from dllm_rl.models.base import Policy, encode_base, position_ids
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class CachedStates:
 
     def __init__(self, policy: Policy, cache: Cache, attention_mask: Bool[Tensor, "B T"]) -> None:
         self.policy, self.cache, self.attention_mask = policy, cache, attention_mask
-        self.positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        self.positions = position_ids(attention_mask)
         self.past, self.kept, self.rows = None, torch.arange(0), torch.arange(len(attention_mask))
         self.columns, self.step = None, 0
 

@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field
 
 import torch
+from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers.rules import steps_per_block
-from dllm_rl.types import Processors, Prompts, Rollout
+from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
 @dataclass
@@ -58,11 +59,11 @@ class Canvas:
         self.ended[rows.to(eos.device)] = True
         return rows
 
-    def rollout(self, processors: Processors, weights_version: int) -> Rollout:
+    def rollout(self, sampling_params: SamplingParams, weights_version: int) -> Rollout:
         """The record as it stands: columns are the prompts', then the completion's."""
         group, device = self.prompts.group_size, self.tokens.device
         tokens, mask = (
-            x.to(device).repeat_interleave(group, 0) for x in (self.prompts.tokens, self.prompts.attention_mask)
+            repeat(x.to(device), "p s -> (p g) s", g=group) for x in (self.prompts.tokens, self.prompts.attention_mask)
         )
         nowhere = torch.zeros_like(mask)
         beyond = self.masked & self.ended[:, None] if self.pads_ended else torch.zeros_like(self.masked)
@@ -74,36 +75,36 @@ class Canvas:
             logprobs=torch.cat([nowhere.float(), self.logprobs], dim=1),
             group_size=group,
             weights_version=weights_version,
-            processors=processors,
+            sampling_params=sampling_params,
             forwards=self.forwards,
         )
 
 
-def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, *, aligned: bool) -> Canvas:
+def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, *, block_aligned: bool) -> Canvas:
     """Prompts, each repeated group_size times and followed by `length` masks.
 
-    Blocks count from the completion's start, or for a block-causal policy from the prompt's. There `aligned` pads every
-    prompt by whole blocks, so that all rows begin to write in the same columns.
+    Blocks count from the completion's start, or for a block-causal policy from the prompt's. There `block_aligned`
+    pads every prompt by whole blocks, so that all rows begin to write in the same columns.
     """
     spec, device, group = policy.spec, policy.device, prompts.group_size
-    mask = prompts.attention_mask.cpu().repeat_interleave(group, 0)
+    mask = repeat(prompts.attention_mask.cpu(), "p s -> (p g) s", g=group)
     sizes = mask.sum(-1) if spec.attention == "block_causal" else torch.zeros(len(mask), dtype=torch.long)
     offsets, full = sizes % block_size, sizes // block_size
     block = (offsets[:, None] + torch.arange(length)) // block_size
-    if aligned:
+    if block_aligned:
         base = int(full.max()) * block_size
         columns = base + offsets[:, None] + torch.arange(length)
         starts = base - full * block_size
         tokens = torch.full((len(mask), int(columns.max()) + 1), policy.pad_id)
         attention_mask = torch.zeros(tokens.shape, dtype=torch.bool)
-        for row, prompt in enumerate(prompts.tokens.cpu().repeat_interleave(group, 0)):
+        for row, prompt in enumerate(repeat(prompts.tokens.cpu(), "p s -> (p g) s", g=group)):
             place = slice(int(starts[row]), int(starts[row] + sizes[row]))
             tokens[row, place], attention_mask[row, place] = prompt[mask[row]], True
     else:
         base = prompts.tokens.shape[1]
         columns = (base + torch.arange(length)).expand(len(mask), -1)
         blank = torch.zeros(columns.shape, dtype=torch.long)
-        tokens = torch.cat([prompts.tokens.cpu().repeat_interleave(group, 0), blank], dim=1)
+        tokens = torch.cat([repeat(prompts.tokens.cpu(), "p s -> (p g) s", g=group), blank], dim=1)
         attention_mask = torch.cat([mask, blank.bool()], dim=1)
     tokens.scatter_(-1, columns, torch.full_like(columns, spec.mask_id))
     attention_mask.scatter_(-1, columns, torch.ones_like(columns, dtype=torch.bool))
@@ -120,11 +121,11 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
     )
 
 
-class Agenda:
-    """Whose turn it is: on the host, how many positions of each block of each row are masked, and its steps left.
+class BlockQueue:
+    """Host-side bookkeeping: for each row and block, the masked positions and the steps left. Keeping it off the device
+    avoids synchronisation.
 
-    A commit rule that fills a known share then needs no look at the device. Rows move from block to block by
-    themselves, or, in step, wait for the slowest.
+    Rows move from block to block by themselves, or, in step, wait for the slowest.
     """
 
     def __init__(self, block: Int[Tensor, "B L"], num_steps: int | None, *, in_step: bool) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import chunked, invert, process
-from dllm_rl.samplers.rules import needs_of
-from dllm_rl.types import Processors
+from dllm_rl.samplers.rules import rank_inputs
+from dllm_rl.types import SamplingParams
 
 SLAB = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits reduced at once; on a CPU they should stay in its cache
 
@@ -19,15 +19,15 @@ def propose(
     policy: Policy,
     hidden: Float[Tensor, "K D"],
     uniforms: Float[Tensor, " K"],
-    processors: Processors,
+    sampling_params: SamplingParams,
 ) -> tuple[Int[Tensor, " K"], Float[Tensor, " K"]]:
     """A token for each of K positions, and its log-probability (nats) under the distribution it was drawn from."""
 
     def one(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         logits[:, policy.spec.mask_id] = -torch.inf
-        return _draw(logits, u, processors)[:2]
+        return _draw(logits, u, sampling_params)[:2]
 
-    return _slabs(policy, one, processors, hidden, uniforms)
+    return _slabs(policy, one, sampling_params, hidden, uniforms)
 
 
 def propose_and_rank(
@@ -35,33 +35,37 @@ def propose_and_rank(
     hidden: Float[Tensor, "K D"],
     uniforms: Float[Tensor, " K"],
     ties: Float[Tensor, " K"],
-    processors: Processors,
+    sampling_params: SamplingParams,
     rank: Callable,
 ) -> tuple[Int[Tensor, " K"], Float[Tensor, " K"], Float[Tensor, " K"]]:
     """`propose`, and the rank's score of each position. Where temperature and filters change nothing, the rank's
     log-sum-exp is that of the draw with the mask token put back, as the published algorithms have it."""
-    needs, mask_id = needs_of(rank), policy.spec.mask_id
-    filtered = processors.top_k is not None or (processors.top_p is not None and processors.top_p < 1)
-    same = processors.temperature in (0, 1) and not filtered
+    needs, mask_id = rank_inputs(rank), policy.spec.mask_id
+    filtered = sampling_params.top_k is not None or (sampling_params.top_p is not None and sampling_params.top_p < 1)
+    same = sampling_params.temperature in (0, 1) and not filtered
 
     def one(logits: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mask = logits[:, mask_id].clone()
         logits[:, mask_id] = -torch.inf
-        tokens, logp, normalizer = _draw(logits, u, processors)
+        tokens, logp, normalizer = _draw(logits, u, sampling_params)
         logits[:, mask_id] = mask
         offered = {"logits": logits, "tokens": tokens, "uniforms": v}
         if "normalizer" in needs:
             offered["normalizer"] = normalizer.logaddexp(mask) if same else logits.logsumexp(-1)
         return tokens, logp, rank(**{name: offered[name] for name in needs}).float()
 
-    return _slabs(policy, one, processors, hidden, uniforms, ties)
+    return _slabs(policy, one, sampling_params, hidden, uniforms, ties)
 
 
 def rank_only(
-    policy: Policy, hidden: Float[Tensor, "K D"], ties: Float[Tensor, " K"], processors: Processors, rank: Callable
+    policy: Policy,
+    hidden: Float[Tensor, "K D"],
+    ties: Float[Tensor, " K"],
+    sampling_params: SamplingParams,
+    rank: Callable,
 ) -> Float[Tensor, " K"]:
     """Scores of a rank that does not ask for tokens; the head does not run for one that asks for no logits either."""
-    needs = needs_of(rank)
+    needs = rank_inputs(rank)
     if not needs & {"logits", "normalizer"}:
         return rank(**dict.fromkeys(needs, ties)).float()
 
@@ -71,16 +75,18 @@ def rank_only(
             offered["normalizer"] = logits.logsumexp(-1)
         return (rank(**{name: offered[name] for name in needs}).float(),)
 
-    return _slabs(policy, one, processors, hidden, ties)[0]
+    return _slabs(policy, one, sampling_params, hidden, ties)[0]
 
 
-def _slabs(policy: Policy, one: Callable, processors: Processors, hidden: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+def _slabs(
+    policy: Policy, one: Callable, sampling_params: SamplingParams, hidden: Tensor, *rows: Tensor
+) -> tuple[Tensor, ...]:
     """Run the head in chunks, and `one` on fp32 slabs of them; all suppressed ids but the mask token are at -inf."""
     size = max(1, SLAB.get(hidden.device.type, SLAB["cuda"]) // policy.vocab_size)
 
     def chunk(h: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         raw = policy.head(h)
-        for token in set(processors.suppress) - {policy.spec.mask_id}:
+        for token in set(sampling_params.suppress) - {policy.spec.mask_id}:
             raw[:, token] = -torch.inf
         parts = [one(x.float(), *others) for x, *others in zip(*(r.split(size) for r in (raw, *rest)), strict=True)]
         return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
@@ -88,10 +94,10 @@ def _slabs(policy: Policy, one: Callable, processors: Processors, hidden: Tensor
     return chunked(chunk, hidden, *rows, vocabulary=policy.vocab_size)
 
 
-def _draw(logits: Tensor, u: Tensor, processors: Processors) -> tuple[Tensor, Tensor, Tensor]:
+def _draw(logits: Tensor, u: Tensor, sampling_params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, log-probabilities and log-sum-exp of the processed distribution, from one exponential of its logits."""
-    logits = process(logits, replace(processors, suppress=()))  # they are at -inf already
-    if processors.temperature == 0:
+    logits = process(logits, replace(sampling_params, suppress=()))  # they are at -inf already
+    if sampling_params.temperature == 0:
         best, tokens = logits.max(-1)  # the first of equals
         normalizer = logits.sub(best[:, None]).exp_().sum(-1).log_().add_(best)
         return tokens, best - normalizer, normalizer

@@ -63,7 +63,7 @@ def random(uniforms: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
 RANKS = (confidence, max_prob, margin, entropy, random)
 
 
-def needs_of(rank: Callable) -> frozenset[str]:
+def rank_inputs(rank: Callable) -> frozenset[str]:
     """Which of OFFERED a rank takes. Raises ValueError when it wants anything else."""
     parameters = inspect.signature(rank).parameters.values()
     unknown = [p.name for p in parameters if p.name not in OFFERED and p.default is p.empty]
@@ -114,7 +114,7 @@ def threshold(
 ) -> Bool[Tensor, "B L"]:
     """Fast-dLLM's parallel decoding (arXiv 2505.22618): all positions with probability >= tau, the best one at least.
 
-    Wants scores that are log-probabilities (confidence, max_prob). The number of steps plays no part. [paper]
+    Wants scores that are log-probabilities (confidence, max_prob). Ignores steps_left. [paper]
     """
     if not 0 < tau <= 1:
         raise ValueError(f"tau={tau} must lie in (0, 1]")
@@ -127,7 +127,7 @@ def factor(
 ) -> Bool[Tensor, "B L"]:
     """Fast-dLLM's factor rule: the n best, n the largest with p_(n) >= 1 - f/(n+1), p sorted downwards; at least one.
 
-    Wants scores that are log-probabilities (confidence, max_prob). The number of steps plays no part. [paper]
+    Wants scores that are log-probabilities (confidence, max_prob). Ignores steps_left. [paper]
     """
     if not f > 0:
         raise ValueError(f"f={f} must be positive")
@@ -142,7 +142,7 @@ def entropy_bound(
 ) -> Bool[Tensor, "B L"]:
     """EB-Sampler (arXiv 2505.24857): the most certain positions U, as many as keep sum_U H - max_U H <= gamma, nats.
 
-    Wants rank=entropy, whose scores are -H; one position always fits. The number of steps plays no part. [paper]
+    Wants rank=entropy, whose scores are -H; one position always fits. Ignores steps_left. [paper]
     """
     if not gamma >= 0:
         raise ValueError(f"gamma={gamma} must be >= 0 nats")

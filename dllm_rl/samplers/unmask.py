@@ -9,10 +9,10 @@ from torch import Generator, Tensor
 from dllm_rl.models.base import Policy
 from dllm_rl.rng import row_seeds, uniforms
 from dllm_rl.samplers.cache import Cache, CachedStates
-from dllm_rl.samplers.canvas import Agenda, make_canvas
+from dllm_rl.samplers.canvas import BlockQueue, make_canvas
 from dllm_rl.samplers.propose import propose, propose_and_rank, rank_only
-from dllm_rl.samplers.rules import confidence, name_of, needs_of, schedule, share
-from dllm_rl.types import Processors, Prompts, Rollout
+from dllm_rl.samplers.rules import confidence, name_of, rank_inputs, schedule, share
+from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def unmask(
 
     max_new_tokens  masked positions appended to each prompt.
     num_steps       unmasking steps over the whole completion, shared out equally to the blocks; None: one a position.
-                    Adaptive commit rules pay no heed to it.
+                    Ignored by adaptive commit rules.
     block_size      positions that are open at once; None opens all, or takes a block-causal policy's own. The last
                     block may be shorter, and so may the first of a block-causal policy: its blocks count from the
                     prompt's start.
@@ -57,21 +57,21 @@ def unmask(
     that does not fit the model, or rules, blocks and caches that do not go together.
     """
     spec, group, device = policy.spec, prompts.group_size, policy.device
-    needs, block_size = needs_of(rank), _check(policy, prompts, max_new_tokens, block_size, cache)
-    processors = Processors(temperature, top_k, top_p, (*suppress, spec.mask_id))
+    needs, block_size = rank_inputs(rank), _check(policy, prompts, max_new_tokens, block_size, cache)
+    sampling_params = SamplingParams(temperature, top_k, top_p, (*suppress, spec.mask_id))
     # A rank of the state alone leaves the drawing of tokens to when it is known where; the likeliest come for free.
     draws_first = "tokens" in needs or (temperature == 0 and "logits" in needs)
     ends = spec.attention == "block_causal" or approximate_early_exit
 
     canvas = make_canvas(
-        policy, prompts, max_new_tokens, block_size, aligned=cache is not None and cache.kind == "block"
+        policy, prompts, max_new_tokens, block_size, block_aligned=cache is not None and cache.kind == "block"
     )
-    agenda = Agenda(canvas.block, num_steps, in_step=cache is not None)
+    queue = BlockQueue(canvas.block, num_steps, in_step=cache is not None)
     cached = None if cache is None else CachedStates(policy, cache, canvas.attention_mask)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(device)
 
-    while len((turn := agenda.turn())[0]):
-        (rows, blocks), (num_masked, steps_left) = turn, agenda.left(*turn)
+    while len((turn := queue.turn())[0]):
+        (rows, blocks), (num_masked, steps_left) = turn, queue.left(*turn)
         on_device = rows.to(device)
         # The first state of all is the same for every completion of a prompt: one forward serves the group.
         alike = group if canvas.forwards == 0 else 1
@@ -82,7 +82,7 @@ def unmask(
             hidden, first = cached.advance(canvas.tokens, rows, canvas.bounds[int(blocks[0])], alike=alike)
         canvas.forwards += 1
 
-        columns, seed, clock = canvas.columns[on_device], seeds[on_device], agenda.clock[rows].to(device)
+        columns, seed, clock = canvas.columns[on_device], seeds[on_device], queue.clock[rows].to(device)
         masked = canvas.masked[on_device] & (canvas.block[on_device] == blocks.to(device)[:, None])
         r, c = _places(masked, int(num_masked.sum()))
         states = hidden[r // alike, (columns[r, c] - first).clamp(min=0)]
@@ -90,9 +90,9 @@ def unmask(
         scores = torch.full(masked.shape, -torch.inf, device=device)
         if draws_first:
             draws = uniforms(seed[r], clock[r], c, stream=0)
-            tokens, logprobs, scores[r, c] = propose_and_rank(policy, states, draws, ties, processors, rank)
+            tokens, logprobs, scores[r, c] = propose_and_rank(policy, states, draws, ties, sampling_params, rank)
         else:
-            scores[r, c] = rank_only(policy, states, ties, processors, rank)
+            scores[r, c] = rank_only(policy, states, ties, sampling_params, rank)
 
         chosen = commit(scores, masked, steps_left.to(device)) & masked
         committed = share(num_masked, steps_left) if commit is schedule else chosen.sum(-1).cpu()
@@ -105,19 +105,19 @@ def unmask(
         if draws_first:
             tokens, logprobs = tokens[picked], logprobs[picked]
         else:
-            tokens, logprobs = propose(policy, states, uniforms(seed[r], clock[r], c, stream=0), processors)
+            tokens, logprobs = propose(policy, states, uniforms(seed[r], clock[r], c, stream=0), sampling_params)
         canvas.write(on_device[r], c, tokens, logprobs, clock[r])
 
-        complete = agenda.record(rows, blocks, committed)
+        complete = queue.record(rows, blocks, committed)
         if ends and len(complete):
-            agenda.drop(canvas.end(complete, spec.eos_ids))
+            queue.drop(canvas.end(complete, spec.eos_ids))
         if watch is not None:
-            watch(canvas.rollout(processors, policy.version))
-    return canvas.rollout(processors, policy.version)
+            watch(canvas.rollout(sampling_params, policy.version))
+    return canvas.rollout(sampling_params, policy.version)
 
 
 def _places(mask: Bool[Tensor, "R L"], count: int) -> tuple[Int[Tensor, " K"], Int[Tensor, " K"]]:
-    """Rows and columns where `mask` holds, row by row; their number is known, so that nobody waits for the device."""
+    """Rows and columns where `mask` holds, row by row; their number is known, so that the device is not waited for."""
     flat = mask.flatten().nonzero_static(size=count)[:, 0]
     return flat // mask.shape[1], flat % mask.shape[1]
 

@@ -47,7 +47,7 @@ class Task(Protocol):
     def reward(self, problem: Problem, completion: str) -> Reward: ...
 
 
-def score(task: Task, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
+def grade(task: Task, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
     """Grade completions, G in a row for each problem. A grader that raises stops the run, with what it was given."""
     group, graded = len(completions) // len(problems), []
     for i, completion in enumerate(completions):

@@ -1,15 +1,13 @@
 """Checkpoints: atomic to write, bounded in number, enough to continue a run bit for bit."""
 
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dllm_rl.files import flush
+from dllm_rl.files import remove, replacing
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import save_adapter
 
@@ -21,26 +19,21 @@ def save(
 ) -> Path:
     """Write `directory`/step-NNNNNN, then drop all but the newest `keep`. `load_policy` opens the folder as it is.
 
-    The folder is written under another name, flushed to disk and renamed, so that what bears a checkpoint's name is
-    whole. state must be JSON-serialisable; a run's random numbers are functions of (seed, step) and need no saving.
+    The folder is written under another name, flushed to disk and renamed, so a folder with a checkpoint's name is
+    always complete. state must be JSON-serialisable; a run's random numbers are functions of (seed, step) and need no
+    saving.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    final, partial = directory / f"step-{step:06d}", directory / f".partial-{step:06d}-{os.getpid()}"
-    for stale in directory.glob(".partial-*"):
-        shutil.rmtree(stale)
-    policy.save_pretrained(partial)
-    if policy.lora is not None:
-        save_adapter(policy, partial / "adapter")
-    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-    (partial / "state.json").write_text(json.dumps({"step": step, "version": policy.version, **state}, indent=1))
-    for path in [*sorted(partial.rglob("*")), partial]:
-        flush(path)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    flush(directory)
+    for stale in [*directory.glob(".*.partial"), *directory.glob(".partial-*")]:
+        remove(stale)
+    final = directory / f"step-{step:06d}"
+    with replacing(final) as partial:
+        policy.save_pretrained(partial)
+        if policy.lora is not None:
+            save_adapter(policy, partial / "adapter")
+        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+        (partial / "state.json").write_text(json.dumps({"step": step, "version": policy.version, **state}, indent=1))
     for _, old in found(directory)[:-keep]:
-        shutil.rmtree(old)
+        remove(old)
     return final
 
 

@@ -10,14 +10,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.models.base import FamilySpec
-from dllm_rl.models.families import family_of
+from dllm_rl.models.families import find_family
 from dllm_rl.models.loading import build_empty
 from dllm_rl.models.logprobs import CHUNK_ELEMENTS
 from dllm_rl.models.lora import LoraLinear, add_lora
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.models.tokens import prompt_ids
-from dllm_rl.quantization.rollout_policy import why_kept
+from dllm_rl.quantization.rollout_policy import skip_reasons
 from dllm_rl.recipe import Recipe
+from dllm_rl.samplers import autoregress, sampler_for, unmask
 
 GB = 1e9
 GPU_BYTES = 80 * GB
@@ -25,7 +26,7 @@ USABLE = 0.9  # of a GPU's memory; the rest is the allocator's and the kernels'
 CONFIGS = Path(__file__).parent.parent / "models" / "configs"
 
 
-def config_of(path_or_id: str | Path) -> dict:
+def published_config(path_or_id: str | Path) -> dict:
     """Config fields of a checkpoint's folder, or of one of the published models whose configs the package carries."""
     for file in (Path(path_or_id) / "config.json", CONFIGS / f"{str(path_or_id).replace('/', '--')}.json"):
         if file.is_file():
@@ -36,7 +37,7 @@ def config_of(path_or_id: str | Path) -> dict:
     )
 
 
-class Outline(DiffusionPolicy):
+class MetaPolicy(DiffusionPolicy):
     """A policy without weights or tokenizer: what can be known of it before either is fetched."""
 
     def __init__(self, module: nn.Module, spec: FamilySpec, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -44,30 +45,29 @@ class Outline(DiffusionPolicy):
         self.parameters = sum(p.numel() for p in module.parameters())
 
 
-def outline(recipe: Recipe) -> Outline:
+def meta_policy(recipe: Recipe) -> MetaPolicy:
     """The recipe's policy without weights: its module on the meta device (or the small model itself) and its spec."""
     if not isinstance(recipe.model, str):
         policy = recipe.model()
         module, spec, tokenizer = policy.module, policy.spec, policy.tokenizer
     else:
-        raw = config_of(recipe.model)
-        family, module, tokenizer = family_of(raw), build_empty(raw), None
+        raw = published_config(recipe.model)
+        family, module, tokenizer = find_family(raw), build_empty(raw), None
         # As load_policy does, but for the ids that only the tokenizer knows.
         spec = replace(family, max_length=module.config.max_position_embeddings)
-    found = Outline(module, spec, tokenizer)
+    found = MetaPolicy(module, spec, tokenizer)
     if recipe.lora is not None:
         add_lora(found, recipe.lora())
     return found
 
 
-def check(recipe: Recipe, policy: Outline, prompt_tokens: int) -> None:
+def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
     """Raise ValueError when sampler, likelihood and model do not go together, or a completion does not fit."""
     recipe.likelihood.check(policy)
-    name, causal = getattr(recipe.sampler, "func", recipe.sampler).__name__, policy.spec.attention == "causal"
-    if (name == "autoregress") != causal and name in ("autoregress", "unmask"):
+    sampler, wanted = getattr(recipe.sampler, "func", recipe.sampler), sampler_for(policy)
+    if sampler in (autoregress, unmask) and sampler is not wanted:
         raise ValueError(
-            f"sampler={name} is not for {policy.spec.attention!r} attention; "
-            f"use {'autoregress' if causal else 'unmask'}"
+            f"sampler={sampler.__name__} is not for {policy.spec.attention!r} attention; use {wanted.__name__}"
         )
     limit = policy.spec.max_length
     if limit is not None and prompt_tokens + recipe.max_new_tokens > limit:
@@ -83,7 +83,7 @@ def element_bytes(recipe: Recipe, module: nn.Module) -> int:
     return getattr(torch, str(name or "float32").removeprefix("torch.")).itemsize
 
 
-def memory(recipe: Recipe, policy: Outline, prompt_tokens: int) -> dict[str, int]:
+def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> dict[str, int]:
     """Bytes per GPU (data parallel: every GPU holds all of them).
 
     activations  what a forward keeps for its backward, per token and layer: 8 hidden, 3 feed-forward and 2 attention
@@ -126,11 +126,11 @@ def linear_elements(module: nn.Module) -> int:
     )
 
 
-def quantisable(recipe: Recipe, policy: Outline) -> tuple[int, int, dict[str, str]]:
+def quantisable(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str, str]]:
     """Number of layers and of weights that the rollout quantises, and why the others keep their precision."""
     if recipe.rollout_quantization is None:
         return 0, 0, {}
-    kept = why_kept(policy.module, recipe.rollout_quantization(), None)
+    kept = skip_reasons(policy.module, recipe.rollout_quantization(), None)
     layers = {
         name.removesuffix(".base_layer"): getattr(layer, "base_layer", layer)
         for name, layer in policy.module.named_modules()
@@ -140,7 +140,7 @@ def quantisable(recipe: Recipe, policy: Outline) -> tuple[int, int, dict[str, st
     return len(chosen), sum(layer.weight.numel() for layer in chosen), kept
 
 
-def rollout_bytes(recipe: Recipe, policy: Outline, size: int) -> int:
+def rollout_bytes(recipe: Recipe, policy: MetaPolicy, size: int) -> int:
     """The quantised copy at a byte a weight; adapters are merged for it, in a copy that is held for that moment."""
     layers, weights, _ = quantisable(recipe, policy)
     return 0 if not layers else weights + (policy.parameters - weights) * size
@@ -152,7 +152,7 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
     prompt_tokens  length that prompts are assumed to have; None: the first one's of a model that is made here, whose
                    tokenizer is known, else 256.
     """
-    policy = outline(recipe)
+    policy = meta_policy(recipe)
     if prompt_tokens is None:
         prompt_tokens = len(prompt_ids(policy, recipe.task[0].prompt)) if policy.tokenizer else 256
     check(recipe, policy, prompt_tokens)

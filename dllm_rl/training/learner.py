@@ -18,21 +18,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl.algorithms.mismatch import mismatch_metrics, symptom_metrics
-from dllm_rl.diagnostics.batch_invariance import check_zero, zero_mismatch
+from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
 from dllm_rl.distributed import Metrics, local, reduce_metrics, sum_gradients
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
 from dllm_rl.models.base import Policy
-from dllm_rl.quantization.aligned import aligned
+from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
-from dllm_rl.rng import row_seeds, stream
+from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 
 
 @contextmanager
 def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
     """bf16 autocast where asked for; with zero_mismatch a row's result does not depend on its batch."""
-    with accelerator.autocast(), zero_mismatch() if recipe.zero_mismatch else nullcontext():
+    with accelerator.autocast(), batch_invariant() if recipe.zero_mismatch else nullcontext():
         yield
 
 
@@ -40,7 +40,7 @@ def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
 def learner_forward(recipe: Recipe, policy: Policy, rollout_policy: Policy, accelerator: Accelerator) -> Iterator[None]:
     """The recipe's arithmetic; with align_forward the learner runs through the rollout's quantised operands."""
     align = recipe.corrector.align_forward and rollout_policy is not policy
-    with arithmetic(recipe, accelerator), aligned(policy, rollout_policy) if align else nullcontext():
+    with arithmetic(recipe, accelerator), aligned_forward(policy, rollout_policy) if align else nullcontext():
         yield
 
 
@@ -52,10 +52,10 @@ def draw_noise(
     With a KL term or an entropy bonus, or when no group is left, all are (mismatch is measured at every step). The
     generator is taken past the seeds of the rows that processes before this one hold.
     """
-    generator = stream(recipe.seed, "noise", step)
+    generator = generator_for(recipe.seed, "noise", step)
     row_seeds(generator, accelerator.process_index * len(rollout.tokens))
     noise = recipe.likelihood.draw(rollout, generator)
-    noise = recipe.likelihood.given(noise, local(rearrange(advantages, "p g -> (p g)"), accelerator))
+    noise = recipe.likelihood.with_advantages(noise, local(rearrange(advantages, "p g -> (p g)"), accelerator))
     live = (advantages != 0).any(-1)
     if recipe.beta or recipe.entropy_coeff or not live.any():
         return noise
@@ -78,19 +78,19 @@ def score(
     """
     likelihood, size = recipe.likelihood, recipe.micro_batch_size
     scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size)
-    old = behind = likelihood.combine(scores, noise)
-    if likelihood.replays:
-        behind = rollout.logprobs
+    old = sampled = likelihood.combine(scores, noise)
+    if likelihood.exact_for_sampler:
+        sampled = rollout.logprobs
     elif rollout_policy is not policy:
-        behind = likelihood.logprobs(rollout_policy, rollout, noise, micro_batch_size=size)
+        sampled = likelihood.logprobs(rollout_policy, rollout, noise, micro_batch_size=size)
     logps = Logprobs(
         old=old,
         old_scores=scores,
-        rollout=behind,
+        rollout=sampled,
         reference=None if reference is None else likelihood.logprobs(reference, rollout, noise, micro_batch_size=size),
     )
     if recipe.zero_mismatch:
-        check_zero(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
+        check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
     return logps
 
 
@@ -114,7 +114,7 @@ def correct(
     weights, keep, reasons = recipe.corrector.weigh(log_mismatch, flat, everywhere)
     metrics = mismatch_metrics(log_mismatch, everywhere, old=old, advantages=flat) | reasons
     # Error-token rates need per-token log-probs; ELBO contributions are not, so only repetition is measured.
-    exact = recipe.likelihood.replays or recipe.likelihood.attention == ("causal",)
+    exact = recipe.likelihood.exact_for_sampler or recipe.likelihood.attention == ("causal",)
     metrics |= symptom_metrics(tokens, everywhere, flat, old=old if exact else None)
     metrics["rollout_corr/rollout_rs_masked_fraction"] = 1 - (keep.sum() / everywhere.sum()).item()
 

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: bars, lines, metrics.jsonl, tensorboard events, the clock of its stages."""
+"""Progress bars, log lines, metrics.jsonl, TensorBoard events and stage timers."""
 
 import json
 import time
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dllm_rl.files import write_text
 
 
 class RunLog:
@@ -25,7 +27,7 @@ class RunLog:
             lines = path.read_text().splitlines() if path.exists() else []
             # Steps after the checkpoint that a run resumes from will be run again.
             kept = [line for line in lines if _step_of(line) is not None and _step_of(line) < start]
-            path.write_text("".join(line + "\n" for line in kept))
+            write_text(path, "".join(line + "\n" for line in kept))
             self._jsonl = path.open("a")
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start)
 

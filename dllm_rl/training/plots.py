@@ -8,7 +8,7 @@ def read_metrics(directory: Path) -> list[dict[str, float | int]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def draw(directory: Path) -> Path:
+def plot(directory: Path) -> Path:
     """`directory`/training.png: reward, solve rate and mismatch against steps."""
     import matplotlib
 

@@ -13,8 +13,8 @@ from dllm_rl.distributed import local, reduce_metrics
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.recipe import Recipe
-from dllm_rl.rng import row_seeds, stream
-from dllm_rl.tasks.base import Reward, score
+from dllm_rl.rng import generator_for, row_seeds
+from dllm_rl.tasks.base import Reward, grade
 from dllm_rl.training.learner import arithmetic
 from dllm_rl.training.log import RunLog
 from dllm_rl.types import Rollout
@@ -66,20 +66,20 @@ def sample_and_grade(
     indices = draw_indices(len(recipe.task), recipe.train_batch_size, recipe.seed, purpose, step)
     problems = [recipe.task[i] for i in local(indices, accelerator)[places].tolist()]
     key = (recipe.seed, "rollout", step, *([draw] if draw else []))
-    seeds = local(row_seeds(stream(*key), len(indices) * group), accelerator)
+    seeds = local(row_seeds(generator_for(*key), len(indices) * group), accelerator)
     seeds = rearrange(rearrange(seeds, "(p g) -> p g", g=group)[places], "p g -> (p g)")
     with log.stage("rollout"), arithmetic(recipe, accelerator):
         prompts = encode(rollout_policy, problems, group_size=group, seeds=seeds.tolist())
-        rollout = recipe.sampler(rollout_policy, prompts, stream(*key))
+        rollout = recipe.sampler(rollout_policy, prompts, generator_for(*key))
     with log.stage("reward"):
-        graded = score(recipe.task, problems, decode(rollout_policy, rollout))
+        graded = grade(recipe.task, problems, decode(rollout_policy, rollout))
         values = reward_values(graded, accelerator.device)
     return rollout, graded, rearrange(values, "(p g) -> p g", g=group)
 
 
 def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " size"]:
     """Problems of a step, of all processes, with replacement: a pure function of the key."""
-    return torch.randint(num_problems, (size,), generator=stream(*key))
+    return torch.randint(num_problems, (size,), generator=generator_for(*key))
 
 
 def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:

@@ -2,25 +2,20 @@
 
 import copy
 import inspect
-import os
-import platform
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor
 
 from dllm_rl.config import described
-from dllm_rl.distributed import local, make_accelerator, sum_gradients
+from dllm_rl.distributed import catch_interrupt, machine, make_accelerator
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import write_json
 from dllm_rl.models.base import Policy
@@ -29,12 +24,11 @@ from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe
-from dllm_rl.rng import stream
-from dllm_rl.tasks.base import Problem, Task, score
+from dllm_rl.rng import generator_for
+from dllm_rl.tasks.base import Task, grade
 from dllm_rl.training import checkpoint, plots
 from dllm_rl.training.log import RunLog
-from dllm_rl.training.rollouts import draw_indices
-from dllm_rl.training.warmup import draw_levels, examples, warmup
+from dllm_rl.training.warmup import examples, warm_up
 
 # Fields that may change between the parts of a resumed run: they do not touch what is computed, or only extend it.
 FREE = {
@@ -158,7 +152,13 @@ def fresh_policy(recipe: Recipe, accelerator: Accelerator, log: RunLog, history:
     policy = make_policy(recipe).to(accelerator.device)
     smoke_test(recipe, policy)
     with log.stage("warm-up"):
-        history["warmup_steps"] = warm_up(recipe, policy, accelerator, log)
+        history["warmup_steps"] = warm_up(
+            recipe,
+            policy,
+            accelerator,
+            log,
+            partial(evaluate_with, recipe, policy, recipe.validation_task, accelerator),
+        )
     if recipe.lora is not None:
         if history["warmup_steps"] and accelerator.is_main_process:
             policy.save_pretrained(Path(recipe.directory) / "reference")
@@ -199,8 +199,8 @@ def smoke_test(recipe: Recipe, policy: Policy) -> None:
     work."""
     recipe.likelihood.check(policy)
     problem = recipe.task[0]
-    rollout = recipe.sampler(policy, encode(policy, [problem]), stream(recipe.seed, "rehearsal"))
-    score(recipe.task, [problem], decode(policy, rollout))
+    rollout = recipe.sampler(policy, encode(policy, [problem]), generator_for(recipe.seed, "rehearsal"))
+    grade(recipe.task, [problem], decode(policy, rollout))
     if recipe.warmup_steps:
         examples(policy, [problem], max_new_tokens=recipe.max_new_tokens)
 
@@ -232,43 +232,6 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
     return reference
 
 
-def warm_up(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog) -> int:
-    """Supervised steps until warmup_metric on the validation task reaches its target; returns how many were taken."""
-    if not recipe.warmup_steps:
-        return 0
-    progress = log.bar("warm-up", recipe.warmup_steps)
-
-    def draw_noise(step: int) -> tuple[Tensor, Tensor]:
-        generator = stream(recipe.seed, "warm-up masks", step)
-        drawn = draw_levels(generator, recipe.warmup_batch_size, recipe.max_new_tokens)
-        return tuple(local(x, accelerator) for x in drawn)
-
-    def draw_problems(step: int) -> list[Problem]:
-        chosen = draw_indices(len(recipe.task), recipe.warmup_batch_size, recipe.seed, "warm-up", step)
-        return [recipe.task[i] for i in local(chosen, accelerator).tolist()]
-
-    def on_step(step: int, loss: float) -> bool:
-        done = (step + 1) % recipe.warmup_eval_steps == 0
-        found = (
-            evaluate_with(recipe, policy, recipe.validation_task, accelerator)[recipe.warmup_metric] if done else 0.0
-        )
-        progress({recipe.warmup_metric: found} if done else {"loss": loss}, show=False)
-        return done and found >= recipe.warmup_target
-
-    taken = warmup(
-        policy,
-        draw_problems,
-        max_new_tokens=recipe.max_new_tokens,
-        num_steps=recipe.warmup_steps,
-        learning_rate=recipe.warmup_learning_rate,
-        draw_noise=draw_noise,
-        on_step=on_step,
-        reduce_gradients=lambda policy: sum_gradients(policy.module, accelerator, mean=True),
-    )
-    progress({}, show=False, close=True)
-    return taken
-
-
 def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accelerator) -> dict[str, float]:
     options = {"seed": recipe.seed, "batch_size": recipe.eval_batch_size, "accelerator": accelerator}
     return evaluate(policy, task, recipe.eval_sampler, **options).means
@@ -280,25 +243,6 @@ def shown(found: dict[str, float]) -> str:
         for name, value in found.items()
         if name in ("solve_rate", "cell_accuracy", "accuracy", "reward")
     )
-
-
-def catch_interrupt(accelerator: Accelerator) -> Callable[[], bool]:
-    """Turn the first Ctrl-C into a flag that all processes read alike after a step; the second one stops at once."""
-    asked = threading.Event()
-
-    def handle(signum: int, frame: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, handle)
-
-    def interrupted() -> bool:
-        if accelerator.num_processes == 1:
-            return asked.is_set()
-        return bool(accelerator.reduce(torch.tensor(float(asked.is_set()), device=accelerator.device), reduction="sum"))
-
-    return interrupted
 
 
 def validate(run: Run, step: int) -> dict[str, float]:
@@ -368,7 +312,7 @@ def finish(run: Run) -> dict[str, Any]:
     }
     if accelerator.is_main_process:
         write_json(directory / "summary.json", summary)
-        picture = plots.draw(directory) if recipe.num_steps else None
+        picture = plots.plot(directory) if recipe.num_steps else None
         log.say(
             f"\n{recipe.name}, seed {recipe.seed}: {shown(history['eval_before'])}  ->  {shown(after)}  on "
             f"{len(recipe.eval_task)} held-out problems, after {history['warmup_steps']} warm-up and "
@@ -383,19 +327,3 @@ def finish(run: Run) -> dict[str, Any]:
 def _example(recipe: Recipe) -> str:
     prompt = recipe.eval_task[0].prompt
     return repr(prompt) if isinstance(prompt, str) else repr(prompt[-1]["content"])
-
-
-def machine(accelerator: Accelerator) -> dict[str, Any]:
-    """Where a number was measured: versions, device, cores, threads."""
-    versions = {}
-    for package in ("dllm_rl", "torch", "transformers", "accelerate", "torchao"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    device = (
-        torch.cuda.get_device_name()
-        if accelerator.device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    return {"versions": versions, "device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}

@@ -3,14 +3,20 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from dllm_rl.distributed import local, sum_gradients
 from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import prompt_ids
+from dllm_rl.recipe import Recipe
+from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem
-from dllm_rl.types import Processors, Rollout
+from dllm_rl.training.log import RunLog
+from dllm_rl.training.rollouts import draw_indices
+from dllm_rl.types import Rollout, SamplingParams
 
 
 def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int) -> Rollout:
@@ -48,7 +54,7 @@ def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int
         unmask_step=torch.full_like(tokens, -1),
         logprobs=blank,
         group_size=1,
-        processors=Processors(suppress=() if policy.spec.mask_id is None else (policy.spec.mask_id,)),
+        sampling_params=SamplingParams(suppress=() if policy.spec.mask_id is None else (policy.spec.mask_id,)),
     )
 
 
@@ -116,3 +122,43 @@ def warmup(
         if on_step(step, loss.item()):
             return step + 1
     return num_steps
+
+
+def warm_up(
+    recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog, measure: Callable[[], dict[str, float]]
+) -> int:
+    """`warmup` with a recipe's settings, until warmup_metric reaches its target; returns how many steps were taken.
+
+    measure  evaluates the policy on the validation task.
+    """
+    if not recipe.warmup_steps:
+        return 0
+    progress = log.bar("warm-up", recipe.warmup_steps)
+
+    def draw_noise(step: int) -> tuple[Tensor, Tensor]:
+        generator = generator_for(recipe.seed, "warm-up masks", step)
+        drawn = draw_levels(generator, recipe.warmup_batch_size, recipe.max_new_tokens)
+        return tuple(local(x, accelerator) for x in drawn)
+
+    def draw_problems(step: int) -> list[Problem]:
+        chosen = draw_indices(len(recipe.task), recipe.warmup_batch_size, recipe.seed, "warm-up", step)
+        return [recipe.task[i] for i in local(chosen, accelerator).tolist()]
+
+    def on_step(step: int, loss: float) -> bool:
+        done = (step + 1) % recipe.warmup_eval_steps == 0
+        found = measure()[recipe.warmup_metric] if done else 0.0
+        progress({recipe.warmup_metric: found} if done else {"loss": loss}, show=False)
+        return done and found >= recipe.warmup_target
+
+    taken = warmup(
+        policy,
+        draw_problems,
+        max_new_tokens=recipe.max_new_tokens,
+        num_steps=recipe.warmup_steps,
+        learning_rate=recipe.warmup_learning_rate,
+        draw_noise=draw_noise,
+        on_step=on_step,
+        reduce_gradients=lambda policy: sum_gradients(policy.module, accelerator, mean=True),
+    )
+    progress({}, show=False, close=True)
+    return taken

@@ -27,7 +27,7 @@ from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import decode, encode
-from dllm_rl.tasks.base import score
+from dllm_rl.tasks.base import grade
 from dllm_rl.training.checkpoint import found
 from dllm_rl.training.learner import accumulate_gradients
 from dllm_rl.training.loop import train
@@ -128,7 +128,7 @@ def measure(root: Path, *, draws: int, gradient_draws: int, prompts: int, group:
     stream = torch.Generator().manual_seed(7)
     problems = [base.task[i] for i in range(prompts)]
     rollout = base.sampler(old, encode(old, problems, group_size=group), stream)
-    rewards = torch.tensor([r.value for r in score(base.task, problems, decode(old, rollout))]).view(prompts, group)
+    rewards = torch.tensor([r.value for r in grade(base.task, problems, decode(old, rollout))]).view(prompts, group)
     advantages = group_relative(rewards.float()).flatten()
 
     exact, reference = lik.trajectory(), lik.coupled(num_samples=256)
@@ -139,7 +139,7 @@ def measure(root: Path, *, draws: int, gradient_draws: int, prompts: int, group:
     elbo = sequences(reference, old, rollout, reference.draw(rollout, stream))
     rows = []
     for name, estimator in MEASURED.items():
-        told = [estimator.given(estimator.draw(rollout, stream), advantages) for _ in range(draws)]
+        told = [estimator.with_advantages(estimator.draw(rollout, stream), advantages) for _ in range(draws)]
         begin = time.process_time()
         totals = torch.stack([sequences(estimator, old, rollout, noise) for noise in told])
         seconds = (time.process_time() - begin) / draws

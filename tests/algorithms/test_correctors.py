@@ -119,10 +119,14 @@ def test_ais_geometric_reliability():
 
 def test_alarm_only_grows_with_each_signal_and_gated_falls_with_unreliability():
     base = (0.8, 0.1, 0.3)
-    assert c.alarm(*base, tau=0.05) < min(c.alarm(0.7, 0.1, 0.3, tau=0.05), c.alarm(0.8, 0.2, 0.3, tau=0.05))
-    assert c.alarm(*base, tau=0.05) < c.alarm(0.8, 0.1, 0.4, tau=0.05)
-    assert c.gated(*base, tau=0.05) > max(c.gated(0.7, 0.1, 0.3, tau=0.05), c.gated(0.8, 0.1, 0.4, tau=0.05))
-    assert c.gated(*base, tau=0.05) < c.gated(0.8, 0.2, 0.3, tau=0.05)
+    assert c.severity_product(*base, tau=0.05) < min(
+        c.severity_product(0.7, 0.1, 0.3, tau=0.05), c.severity_product(0.8, 0.2, 0.3, tau=0.05)
+    )
+    assert c.severity_product(*base, tau=0.05) < c.severity_product(0.8, 0.1, 0.4, tau=0.05)
+    assert c.need_times_trust(*base, tau=0.05) > max(
+        c.need_times_trust(0.7, 0.1, 0.3, tau=0.05), c.need_times_trust(0.8, 0.1, 0.4, tau=0.05)
+    )
+    assert c.need_times_trust(*base, tau=0.05) < c.need_times_trust(0.8, 0.2, 0.3, tau=0.05)
 
 
 @pytest.mark.parametrize("seed", range(3))

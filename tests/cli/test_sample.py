@@ -52,28 +52,28 @@ def rollout_by_hand() -> Rollout:
 
 
 def test_tell_by_hand(policy):
-    story = show.tell(policy, rollout_by_hand(), ["12"], seconds=0.5)
-    (row,) = story["rows"]
+    record = show.to_record(policy, rollout_by_hand(), ["12"], seconds=0.5)
+    (row,) = record["rows"]
     assert (row["prompt"], row["completion"]) == ("12", "<1")
     assert [(t["text"], t["step"], round(t["probability"], 6)) for t in row["tokens"]] == [
         ("<", 1, 0.5),
         ("<mask>", -1, 1.0),
         ("1", 0, 0.25),
     ]
-    assert (story["num_tokens"], story["forwards"], story["tokens_per_second"]) == (2, 2, 4.0)
+    assert (record["num_tokens"], record["forwards"], record["tokens_per_second"]) == (2, 2, 4.0)
 
 
 def test_frame_dims_what_is_masked_and_lights_what_is_fresh(policy):
     console = Console(record=True, width=40, force_terminal=True, color_system="truecolor")
-    console.print(show.frame(policy, rollout_by_hand(), ["12"]))
+    console.print(show.render(policy, rollout_by_hand(), ["12"]))
     text = console.export_text(styles=True)
     assert "\x1b[2m12\x1b[0m\x1b[1;93m<\x1b[0m\x1b[2m░\x1b[0m1" in text
     assert "step 2, 1 masked" in text
 
 
 def test_terminal_text_cannot_steer_the_terminal():
-    assert show.visible("a\x1b[2J\x07\nb\r\u202e\x9b") == "a\u241b[2J\u2407↵b\u240d\ufffd\ufffd"
-    assert show.visible("naïve 数独 ✓") == "naïve 数独 ✓"
+    assert show.escape_controls("a\x1b[2J\x07\nb\r\u202e\x9b") == "a\u241b[2J\u2407↵b\u240d\ufffd\ufffd"
+    assert show.escape_controls("naïve 数独 ✓") == "naïve 数独 ✓"
 
 
 def test_page_keeps_text_out_of_its_markup():
@@ -87,9 +87,9 @@ def test_page_keeps_text_out_of_its_markup():
 
 def test_command_prints_json(checkpoint, capsys):
     assert cli.main(["sample", checkpoint, "12.=", "3=", "--json", "--num_steps", "4", "--max_new_tokens", "8"]) == 0
-    story = json.loads(capsys.readouterr().out)
-    assert [row["prompt"] for row in story["rows"]] == ["12.=", "3="] and story["forwards"] == 4
-    for row in story["rows"]:
+    record = json.loads(capsys.readouterr().out)
+    assert [row["prompt"] for row in record["rows"]] == ["12.=", "3="] and record["forwards"] == 4
+    for row in record["rows"]:
         assert sorted(t["step"] for t in row["tokens"]) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -145,7 +145,7 @@ def test_a_causal_model_has_no_unmasking_options():
 def test_rules_and_caches_by_name():
     rule = show.commit_rule("factor=1.5")
     assert rule.func is rules.factor and rule.keywords == {"f": 1.5} and show.commit_rule("origin") is rules.origin
-    assert [show.cache_of(t) for t in ("block", "prefix", "dual=3")] == [
+    assert [show.read_cache(t) for t in ("block", "prefix", "dual=3")] == [
         block_cache(),
         prefix_cache(),
         dual_cache(refresh=3),
@@ -189,9 +189,9 @@ def browser():
 )
 def test_slider_changes_the_tokens_in_a_browser(policy, tmp_path):
     """Steps 0 to 2 of a completion made by hand, hostile text among its tokens; colours follow step and confidence."""
-    story = show.tell(policy, rollout_by_hand(), [HOSTILE])
-    story["rows"][0]["tokens"][0]["text"] = HOSTILE
-    (tmp_path / "page.html").write_text(page(story), encoding="utf-8")
+    record = show.to_record(policy, rollout_by_hand(), [HOSTILE])
+    record["rows"][0]["tokens"][0]["text"] = HOSTILE
+    (tmp_path / "page.html").write_text(page(record), encoding="utf-8")
     cells = "return [...document.querySelectorAll('.cell')].map(c => c.textContent)"
     move = "const s = document.getElementById('step'); s.value = {}; s.dispatchEvent(new Event('input'));"
     colours = "return [...document.querySelectorAll('.cell')].map(c => c.style.background)"

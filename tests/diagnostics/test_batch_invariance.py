@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms.correctors import aligned
-from dllm_rl.diagnostics.batch_invariance import check_zero, zero_mismatch
+from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
 from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -20,7 +20,7 @@ from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.loop import train
-from dllm_rl.types import Prompts
+from dllm_rl.types import Logprobs, Prompts
 
 small = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
 MODELS = {
@@ -44,11 +44,11 @@ def settings():
 def test_settings_are_made_and_put_back_whatever_happens():
     torch.set_float32_matmul_precision("medium")
     before = settings()
-    with pytest.raises(KeyError), zero_mismatch():
+    with pytest.raises(KeyError), batch_invariant():
         assert settings()[:6] == ("highest", True, False, False, True, ":4096:8")
         raise KeyError("planted")
     assert settings() == before
-    with pytest.raises(ValueError, match="tile=0 must be at least 1"), zero_mismatch(tile=0):
+    with pytest.raises(ValueError, match="tile=0 must be at least 1"), batch_invariant(tile=0):
         pass
     torch.set_float32_matmul_precision("highest")
 
@@ -58,7 +58,7 @@ def test_settings_are_made_and_put_back_whatever_happens():
 def test_a_row_of_a_product_does_not_depend_on_how_many_there_are(shape, dtype):
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(n, shape[1], generator=generator).to(dtype) for n in (70, shape[0]))
-    with zero_mismatch():
+    with batch_invariant():
         whole = F.linear(x, w)
         for rows in (1, 2, 3, 15, 64, 65):
             assert torch.equal(F.linear(x[:rows], w), whole[:rows])
@@ -72,7 +72,7 @@ def test_attention_row_by_row_is_the_attention():
     mask = torch.rand(3, 1, 5, 5, generator=generator) > 0.3
     mask[..., 0] = True
     expected, scores = F.scaled_dot_product_attention(q, k, v, mask), q @ k.mT
-    with zero_mismatch():
+    with batch_invariant():
         torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, mask), expected)
         whole = F.scaled_dot_product_attention(q, k, v)
         assert torch.equal(whole[:1], F.scaled_dot_product_attention(q[:1], k[:1], v[:1]))
@@ -95,16 +95,21 @@ def sampled(policy, lengths=(5, 9, 16, 3)):
 def test_ragged_rollouts_are_scored_bit_for_bit_however_they_are_cut(model, attention, dtype):
     policy, estimator = MODELS[model](), trajectory()
     policy.module.to(dtype).set_attn_implementation(attention)
-    with zero_mismatch():
+    with batch_invariant():
         rollout = sampled(policy)
         noise = estimator.draw(rollout, torch.Generator())
         for size in (None, 2, 4):
             old = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
             assert torch.equal(old, rollout.logprobs)
-            check_zero(policy, policy, rollout, noise, old, rollout.logprobs, rollout.completion_mask)
+            check(rollout, noise, old, rollout.logprobs, policy, policy)
         some = torch.tensor([2, 3, 6, 7])
         part = estimator.logprobs(policy, rollout.rows(some), noise.rows(some))
         assert torch.equal(part, rollout.logprobs[some])
+
+
+def check(rollout, noise, old, sampled, policy, rollout_policy) -> None:
+    logps = Logprobs(old=old, old_scores=old[None], rollout=sampled, reference=None)
+    check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
 
 
 LAYERS = {
@@ -122,16 +127,16 @@ def test_one_ulp_in_one_layer_is_caught_with_its_name(model, index):
     weight = other.module.get_submodule(name).weight.data
     # One unit in the last place of every element: of a single one it may round away.
     weight.copy_(weight.nextafter(torch.full_like(weight, torch.inf)))
-    with zero_mismatch():
+    with batch_invariant():
         rollout = sampled(other)
         noise = estimator.draw(rollout, torch.Generator())
         old = estimator.logprobs(policy, rollout, noise)
-        behind = estimator.logprobs(other, rollout, noise)
-        row, position = (rollout.completion_mask & (old != behind)).nonzero()[0].tolist()
+        sampled_logps = estimator.logprobs(other, rollout, noise)
+        row, position = (rollout.completion_mask & (old != sampled_logps)).nonzero()[0].tolist()
         expected = f"row {row}, position {position} .*the hidden states part at {name}$"
         with pytest.raises(RuntimeError, match=expected) as caught:
-            check_zero(policy, other, rollout, noise, old, behind, rollout.completion_mask)
-    ours, theirs = old[row, position].item(), behind[row, position].item()
+            check(rollout, noise, old, sampled_logps, policy, other)
+    ours, theirs = old[row, position].item(), sampled_logps[row, position].item()
     assert f"learner {ours:.9g}, rollout {theirs:.9g} nats" in str(caught.value)
 
 
@@ -144,7 +149,7 @@ def test_a_difference_that_no_layer_makes_is_said_to_be_so():
     recorded[1, -1] += 0.5
     expected = r"1 of 64 log-probs differ, the first at row 1, position 23 .*no layer differs"
     with pytest.raises(RuntimeError, match=expected):
-        check_zero(policy, policy, rollout, noise, old, recorded, rollout.completion_mask)
+        check(rollout, noise, old, recorded, policy, policy)
 
 
 class Ragged(Sudoku):

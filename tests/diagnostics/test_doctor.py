@@ -17,7 +17,7 @@ from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.types import Processors, Prompts
+from dllm_rl.types import Prompts, SamplingParams
 
 sampler = partial(unmask, max_new_tokens=8, num_steps=4, temperature=1.0, rank=max_prob)
 
@@ -71,8 +71,8 @@ def noise(policy):
     return {"share_noise": False, "likelihood": coupled()}
 
 
-def processors(policy):
-    return {"sampler": partial(sampler, temperature=0.5), "learner_processors": Processors(suppress=(1,))}
+def sampling_params(policy):
+    return {"sampler": partial(sampler, temperature=0.5), "learner_sampling_params": SamplingParams(suppress=(1,))}
 
 
 def cache(policy):
@@ -99,7 +99,7 @@ PLANTED = {
     "stale weights": [stale],
     "precision": [precision, rotary, logits],
     "estimator noise": [noise],
-    "processors": [processors],
+    "sampling parameters": [sampling_params],
     "cache or sampler": [cache],
     "padding": [padding],
     "batch shape": [batch_shape],
@@ -119,7 +119,7 @@ def test_a_planted_cause_is_ranked_first(name, plant):
 def test_without_a_cause_everything_is_exactly_zero_or_rounding():
     report = diagnose(make(), prompts=prompts(), sampler=sampler)
     by_name = {cause.name: cause for cause in report.causes}
-    for name in ("processors", "estimator noise", "precision", "stale weights"):
+    for name in ("sampling parameters", "estimator noise", "precision", "stale weights"):
         assert by_name[name].max_abs == 0 and by_name[name].ess == 1
     assert report.worst < 1e-5 and report.verdict.startswith("No mismatch worth a correction")
 

@@ -16,13 +16,13 @@ from dllm_rl import Problem, Reward, evaluate, quantized_copy
 from dllm_rl.evaluation.completions import fingerprint, fold, read
 from dllm_rl.evaluation.intervals import wilson
 from dllm_rl.evaluation.regrade import grade_file
-from dllm_rl.evaluation.results import Answer, Evaluation, by_problem, interval, mean
+from dllm_rl.evaluation.results import Evaluation, Graded, by_problem, interval, mean
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import completion_ids, decode, prompt_ids
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks import Mini, Sudoku
-from dllm_rl.tasks.base import score
+from dllm_rl.tasks.base import grade
 from dllm_rl.tasks.protocols import under_protocol
 from dllm_rl.types import Rollout
 
@@ -48,7 +48,7 @@ def texts(path):
 def answers(values, *, name="accuracy", per_problem=1):
     """Graded completions with the given value of one metric, per_problem samples of each problem in a row."""
     graded = (Reward(float(value), True, {name: float(value)}) for value in values)
-    return tuple(Answer(i // per_problem, i % per_problem, reward, 3, 0.5, 0.25) for i, reward in enumerate(graded))
+    return tuple(Graded(i // per_problem, i % per_problem, reward, 3, 0.5, 0.25) for i, reward in enumerate(graded))
 
 
 # --- what is drawn -----------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_two_processes_give_what_one_gives(policy, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import json, os, sys\n"
-        "from tests.test_evaluation import MODEL, SAMPLER, sudoku\n"
+        "from test_evaluation import MODEL, SAMPLER, sudoku\n"
         "from dllm_rl import evaluate\n"
         "from dllm_rl.distributed import make_accelerator\n"
         "from dllm_rl.models.tiny import tiny_masked_lm\n"
@@ -229,7 +229,11 @@ def test_two_processes_give_what_one_gives(policy, tmp_path):
         "--config_file",
         f"{ROOT}/recipes/accelerate/cpu_2.yaml",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+        "OMP_NUM_THREADS": "1",
+    }
     subprocess.run([*launch, str(script)], check=True, cwd=tmp_path, env=environment, capture_output=True)
     one = evaluate(policy, sudoku(), SAMPLER, batch_size=3, completions=tmp_path / "one.jsonl")
     assert texts(tmp_path / "two.jsonl") == texts(tmp_path / "one.jsonl") and len(one.answers) == 10
@@ -281,13 +285,13 @@ def test_cells_that_a_protocol_counts_are_summed_before_dividing():
     def counted(right, empty):
         return Reward(right / max(empty, 1), True, {"cell_accuracy": 0.0, "correct_cells": right, "empty_cells": empty})
 
-    rows = [Answer(i, 0, counted(*cells), 1, 1.0, 1.0) for i, cells in enumerate([(1.0, 2.0), (6.0, 8.0), (0.0, 0.0)])]
+    rows = [Graded(i, 0, counted(*cells), 1, 1.0, 1.0) for i, cells in enumerate([(1.0, 2.0), (6.0, 8.0), (0.0, 0.0)])]
     assert by_problem(rows, "cell_accuracy") == ([1.0, 6.0], [2.0, 8.0])
     assert Evaluation(tuple(rows), {}).means == {"cell_accuracy": 0.7, "parsed": 1.0, "reward": pytest.approx(1.25 / 3)}
 
 
 def test_a_metric_that_some_completions_lack_is_a_mean_over_the_others():
-    rows = [Answer(i, 0, Reward(1.0, True, {"length": 2.0} if i else {}), 1, 1.0, 1.0) for i in range(3)]
+    rows = [Graded(i, 0, Reward(1.0, True, {"length": 2.0} if i else {}), 1, 1.0, 1.0) for i in range(3)]
     assert Evaluation(tuple(rows), {}).means["length"] == 2.0
 
 
@@ -332,7 +336,7 @@ def test_a_grader_that_raises_stops_the_run_with_what_it_was_given():
     with pytest.raises(
         RuntimeError, match=r"grader of task 'mini' raised on problem Problem\(prompt='.*completion '7'"
     ):
-        score(Raising(), [Raising()[0]], ["7"])
+        grade(Raising(), [Raising()[0]], ["7"])
 
 
 def test_fields_that_rows_need_for_themselves_are_refused(policy):

@@ -71,7 +71,7 @@ BROKEN = {
     "global generator": drawing(global_noise),
     "written to": drawing(lambda n, r: (r.tokens.fill_(4), n)[1]),
     "same seed": drawing(lambda n, r: replace(n, weight=n.weight * next(TIMES))),
-    "keep the masks": replace(lik.elbo(), given=lambda n, a: Noise(n.masked.clone(), n.weight)),
+    "keep the masks": replace(lik.elbo(), with_advantages=lambda n, a: Noise(n.masked.clone(), n.weight)),
     "padding must not be masked": drawing(lambda n, r: replace(n, masked=n.masked | ~r.attention_mask)),
     "zero off the completion": drawing(lambda n, r: replace(n, weight=n.weight + 1.0)),
     "read it off": drawing(lambda n, r: replace(n, weight=n.weight + r.completion_mask)),

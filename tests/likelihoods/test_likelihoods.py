@@ -232,14 +232,14 @@ def test_sandwich_takes_the_bound_that_the_advantage_calls_for():
     lower = base.logprobs(TOY, rollout, noise)
     upper = lik.eubo(beta=1.5, base=base).logprobs(TOY, rollout, noise)
     assert torch.equal(both.logprobs(TOY, rollout, noise), lower)  # no advantages given yet
-    told = both.given(noise, advantages)
+    told = both.with_advantages(noise, advantages)
     assert told.masked is noise.masked and told.weight is noise.weight
     mixed = both.logprobs(TOY, rollout, told)
     assert torch.equal(mixed[[0, 2]], lower[[0, 2]])
     torch.testing.assert_close(mixed[1], 0.25 * upper[1] + 0.75 * lower[1])
     assert (upper[1] - lower[1]).abs().sum() > 0.05
-    assert torch.equal(told.rows(torch.tensor([1])).upper_share, torch.tensor([0.25]))
-    assert base.given(noise, advantages) is noise
+    assert torch.equal(told.rows(torch.tensor([1])).upper_bound_weight, torch.tensor([0.25]))
+    assert base.with_advantages(noise, advantages) is noise
 
 
 def test_one_step_is_the_product_of_marginals_and_masks_only_prompts():

@@ -67,14 +67,17 @@ def test_trajectory_over_every_step_is_the_samplers_own_record_bitwise(family, o
     assert rollout.logprobs[rollout.completion_mask].max() < 0 or "top_k" in options or "top_p" in options
 
 
-@pytest.mark.parametrize("processors", [{}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "suppress": (0,)}], ids=str)
-def test_causal_is_transformers_cross_entropy(processors):
+FILTERED = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "suppress": (0,)}
+
+
+@pytest.mark.parametrize("sampling_params", [{}, FILTERED], ids=str)
+def test_causal_is_transformers_cross_entropy(sampling_params):
     prompts = Prompts.from_ids(RAGGED, pad_id=CAUSAL.pad_id, group_size=2)
-    rollout = autoregress(CAUSAL, prompts, seeded(), max_new_tokens=7, **processors)
+    rollout = autoregress(CAUSAL, prompts, seeded(), max_new_tokens=7, **sampling_params)
     estimator = lik.causal()
     logps = estimator.logprobs(CAUSAL, rollout, estimator.draw(rollout, seeded()))
     torch.testing.assert_close(logps, rollout.logprobs, atol=2e-6, rtol=0)
-    if processors:
+    if sampling_params:
         return
     for row, real in enumerate(rollout.attention_mask):  # one row at a time, unpadded, by the stock class
         tokens = rollout.tokens[row][real][None]
@@ -138,7 +141,7 @@ def test_a_rows_masks_depend_on_its_place_in_the_draw_only(name):
 def test_micro_batches_give_the_same_logprobs(name):
     policy, estimator = DIFFUSION["roberta"], ESTIMATORS[name]
     rollout = sampled(policy)
-    noise = estimator.given(estimator.draw(rollout, seeded()), torch.tensor([1.0, -1, 2, -2, 0, -1]))
+    noise = estimator.with_advantages(estimator.draw(rollout, seeded()), torch.tensor([1.0, -1, 2, -2, 0, -1]))
     whole = estimator.logprobs(policy, rollout, noise)
     for size in (1, 2, 4):
         parts = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
@@ -195,11 +198,11 @@ def test_the_global_generators_are_untouched_and_draws_repeat(name):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_gradient_through_combine_matches_finite_differences(name):
     estimator, rollout = ESTIMATORS[name], sampled(DIFFUSION["roberta"], group_size=1)
-    noise = estimator.given(estimator.draw(rollout, seeded()), torch.tensor([1.0, -1.0, -0.5]))
+    noise = estimator.with_advantages(estimator.draw(rollout, seeded()), torch.tensor([1.0, -1.0, -0.5]))
     scored = noise.weight != 0
     scores = -3 * torch.rand(scored.shape, generator=seeded(1)).double() * scored
-    share = None if noise.upper_share is None else noise.upper_share.double()
-    noise = replace(noise, weight=noise.weight.double(), upper_share=share)
+    share = None if noise.upper_bound_weight is None else noise.upper_bound_weight.double()
+    noise = replace(noise, weight=noise.weight.double(), upper_bound_weight=share)
     assert torch.autograd.gradcheck(partial(estimator.combine, noise=noise), scores.requires_grad_(), atol=1e-6)
 
 

@@ -17,17 +17,17 @@ from dllm_rl.models.logprobs import (
     token_logprobs,
     token_logprobs_and_entropies,
 )
-from dllm_rl.types import Processors
+from dllm_rl.types import SamplingParams
 
 ROWS, WIDTH, VOCABULARY = 23, 8, 50
 FILTERS = {
-    "plain": Processors(),
-    "temperature": Processors(temperature=0.6),
-    "greedy": Processors(temperature=0.0),
-    "suppress": Processors(suppress=(0, 7)),
-    "top_k": Processors(top_k=6),
-    "top_p": Processors(top_p=0.7),
-    "all": Processors(temperature=1.3, top_k=12, top_p=0.8, suppress=(3,)),
+    "plain": SamplingParams(),
+    "temperature": SamplingParams(temperature=0.6),
+    "greedy": SamplingParams(temperature=0.0),
+    "suppress": SamplingParams(suppress=(0, 7)),
+    "top_k": SamplingParams(top_k=6),
+    "top_p": SamplingParams(top_p=0.7),
+    "all": SamplingParams(temperature=1.3, top_k=12, top_p=0.8, suppress=(3,)),
 }
 
 
@@ -46,7 +46,7 @@ def toy(dtype=torch.float32):
     return policy, hidden, tokens
 
 
-def plain(policy, hidden, tokens, p: Processors):
+def plain(policy, hidden, tokens, p: SamplingParams):
     """Log-probs and entropies by masking and normalising probabilities in fp64, written out a row at a time."""
     logps, entropies = [], []
     for row, y in zip(policy.head(hidden).double(), tokens.tolist(), strict=True):
@@ -108,7 +108,7 @@ def test_by_hand():
     """Logits (log 1, log 2, log 5), token 1: log 2/8; without token 2, log 2/3; the two likeliest at T = 1/2, 4/29."""
     row = torch.tensor([[math.log(1), math.log(2), math.log(5)]])
     policy = SimpleNamespace(head=lambda h: h, vocab_size=3)
-    at = lambda y, **p: token_logprobs(policy, row, torch.tensor([y]), Processors(**p)).item()  # noqa: E731
+    at = lambda y, **p: token_logprobs(policy, row, torch.tensor([y]), SamplingParams(**p)).item()  # noqa: E731
     assert at(1) == pytest.approx(math.log(2 / 8))
     assert at(1, suppress=(2,)) == pytest.approx(math.log(2 / 3))
     assert at(1, temperature=0.5, top_k=2) == pytest.approx(math.log(4 / 29))
@@ -117,7 +117,7 @@ def test_by_hand():
     # Token 0 is outside the two likeliest: it is scored with itself added to them, 1/8, and not as impossible.
     assert at(0, top_k=2) == pytest.approx(math.log(1 / 8))
     assert at(0, top_k=1, top_p=0.5) == pytest.approx(math.log(1 / 6))
-    _, entropy = token_logprobs_and_entropies(policy, row, torch.tensor([2]), Processors(top_k=2))
+    _, entropy = token_logprobs_and_entropies(policy, row, torch.tensor([2]), SamplingParams(top_k=2))
     assert entropy.item() == pytest.approx(-(2 / 7 * math.log(2 / 7) + 5 / 7 * math.log(5 / 7)))
 
 
@@ -159,16 +159,16 @@ def test_each_chunk_of_logits_is_made_once_when_the_vector_is_known(monkeypatch)
     policy, hidden, tokens = toy()
     layer, calls = policy.head, []
     policy.head = lambda h: (calls.append(len(h)), layer(h))[1]
-    backward_token_logprobs(policy, hidden, tokens, Processors(), torch.ones(ROWS))
+    backward_token_logprobs(policy, hidden, tokens, SamplingParams(), torch.ones(ROWS))
     assert calls == [16, 7]
     calls.clear()
-    token_logprobs(policy, hidden, tokens, Processors()).sum().backward()
+    token_logprobs(policy, hidden, tokens, SamplingParams()).sum().backward()
     assert calls == [16, 16, 16, 16]  # padded to whole multiples, and recomputed in the backward
 
 
 def test_bf16_inputs_are_reduced_in_fp32(chunk):
     policy, hidden, tokens = toy(torch.bfloat16)
-    logps = token_logprobs(policy, hidden, tokens, Processors(temperature=0.5))
+    logps = token_logprobs(policy, hidden, tokens, SamplingParams(temperature=0.5))
     assert logps.dtype == torch.float32
     logits = policy.head(hidden).double() / 0.5  # bf16 logits, everything after them in fp64
     expected = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
@@ -193,20 +193,20 @@ def test_nothing_to_score():
 
 def test_filters_leave_the_tokens_that_they_should():
     logits = torch.tensor([[3.0, 1.0, 3.0, 0.0, 2.0]])
-    kept = lambda **p: torch.isfinite(process(logits, Processors(**p)))[0].tolist()  # noqa: E731
+    kept = lambda **p: torch.isfinite(process(logits, SamplingParams(**p)))[0].tolist()  # noqa: E731
     assert kept(top_k=1) == [True, False, True, False, False]  # a tie with the k-th stays
     assert kept(top_k=3) == [True, False, True, False, True]
     assert kept(suppress=(0, 4)) == [False, True, True, True, False]
     assert kept(top_p=0.3) == [True, False, False, False, False]  # a tie in top-p goes to the lowest index
     assert kept(suppress=(0,), top_k=2) == [False, False, True, False, True]
-    keep = process(logits, Processors(top_k=1, top_p=0.3, suppress=(0,)), torch.tensor([3]))
+    keep = process(logits, SamplingParams(top_k=1, top_p=0.3, suppress=(0,)), torch.tensor([3]))
     assert torch.isfinite(keep)[0].tolist() == [False, False, True, True, False]
-    assert torch.equal(process(logits, Processors(temperature=0.0)), logits)
+    assert torch.equal(process(logits, SamplingParams(temperature=0.0)), logits)
 
 
 def test_samples_follow_the_processed_distribution():
     """100,000 draws at even quantiles: shares within 1/100,000 of the probabilities; filtered tokens never drawn."""
-    logits = process(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), Processors(temperature=0.8, suppress=(3,), top_k=2))
+    logits = process(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), SamplingParams(temperature=0.8, suppress=(3,), top_k=2))
     uniforms = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     drawn = sample(logits.expand(100_000, -1), uniforms)
     share = torch.bincount(drawn, minlength=4).double() / 100_000
@@ -217,7 +217,10 @@ def test_samples_follow_the_processed_distribution():
 
 
 def test_defaults_are_neutral():
-    assert replace(Processors(), top_k=VOCABULARY, top_p=1.0) != Processors()
+    assert replace(SamplingParams(), top_k=VOCABULARY, top_p=1.0) != SamplingParams()
     policy, hidden, tokens = toy()
-    a, b = (token_logprobs(policy, hidden, tokens, p) for p in (Processors(), Processors(top_k=VOCABULARY, top_p=1.0)))
+    a, b = (
+        token_logprobs(policy, hidden, tokens, p)
+        for p in (SamplingParams(), SamplingParams(top_k=VOCABULARY, top_p=1.0))
+    )
     assert torch.equal(a, b)

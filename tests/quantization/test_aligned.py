@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from dllm_rl.config import pickable
-from dllm_rl.models.lora import Lora, adapter_free, add_lora, merged_copy
+from dllm_rl.models.lora import Lora, add_lora, merged_copy, without_adapters
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes as quantize
-from dllm_rl.quantization.aligned import aligned
-from dllm_rl.quantization.linear import dequantized_input, dequantized_weight, product
+from dllm_rl.quantization.aligned import aligned_forward
+from dllm_rl.quantization.linear import dequantized_input, dequantized_weight, quantized_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, sync_weights
 
 NAMES = pickable(quantize.__name__, None, None)
@@ -44,7 +44,7 @@ def reference_forward(policy, rollout_policy):
         source = policy.module.get_submodule(name)
 
         def forward(x, source=source, target=target):
-            seen = product(target, x.detach(), None)[1]
+            seen = quantized_forward(target, x.detach(), None)[1]
             x_q = x + (dequantized_input(target, *seen) - x.detach())
             w_q = source.weight + (dequantized_weight(target) - source.weight).detach()
             y = F.linear(x_q, w_q, source.bias)
@@ -64,7 +64,7 @@ def test_forward_equals_the_rollouts_bitwise(scheme, dtype):
     policy = make(dtype=dtype)
     rollout = quantized_copy(policy, scheme())
     plain, expected = policy.logits(*batch()), rollout.logits(*batch())
-    with aligned(policy, rollout):
+    with aligned_forward(policy, rollout):
         assert torch.equal(policy.logits(*batch()), expected)
         with torch.no_grad():
             assert torch.equal(policy.logits(*batch()), expected)
@@ -77,7 +77,7 @@ def test_forward_equals_the_rollouts_bitwise(scheme, dtype):
 def test_gradient_is_the_straight_through_definition(scheme, family):
     policy = make(family)
     rollout = quantized_copy(policy, scheme())
-    with aligned(policy, rollout):
+    with aligned_forward(policy, rollout):
         got = torch.autograd.grad(loss_of(policy), list(policy.module.parameters()), allow_unused=True)
     swapped = reference_forward(policy, rollout)
     want = torch.autograd.grad(loss_of(policy), list(policy.module.parameters()), allow_unused=True)
@@ -101,7 +101,7 @@ def test_gradient_of_one_layer_by_hand():
         source.weight[0, :2] = torch.tensor([1.0, -0.4]) * 16  # mean over 32 columns: (16 + 6.4)/32 = 0.7
     sync_weights(policy, rollout)
     x = torch.zeros(1, 32, requires_grad=True)
-    with aligned(policy, rollout):
+    with aligned_forward(policy, rollout):
         source(x + 3.0)[0, 0].backward()
     assert torch.allclose(x.grad[0, :3], torch.tensor([0.7, -0.7, 0.0]))
     assert torch.equal(source.weight.grad[0], torch.full((32,), 3.0))
@@ -113,11 +113,11 @@ def test_a_step_inside_the_block_is_quantised_again(scheme):
     policy = make()
     rollout = quantized_copy(policy, scheme())
     optimizer = torch.optim.AdamW(policy.module.parameters(), lr=1e-2)
-    with aligned(policy, rollout):
+    with aligned_forward(policy, rollout):
         loss_of(policy).backward()
         optimizer.step()
         first = policy.logits(*batch())
-        with pytest.raises(ValueError, match="outside of the aligned"):
+        with pytest.raises(ValueError, match="outside of aligned"):
             quantized_copy(policy, scheme())
     assert not torch.equal(first, rollout.logits(*batch()))  # norms and embeddings have moved, and are not synced
     sync_weights(policy, rollout)
@@ -129,9 +129,9 @@ def test_scope_chooses_layers():
     policy = make()
     rollout = quantized_copy(policy, quantize.int3_emulated())
     names = [name for name, _ in quantized_layers(rollout)]
-    with aligned(policy, rollout, scope=lambda name: name == names[0]):
+    with aligned_forward(policy, rollout, scope=lambda name: name == names[0]):
         assert [name for name in names if "forward" in vars(policy.module.get_submodule(name))] == names[:1]
-    with aligned(policy, rollout, scope=lambda name: False):
+    with aligned_forward(policy, rollout, scope=lambda name: False):
         assert torch.equal(policy.logits(*batch()), make().logits(*batch()))
 
 
@@ -139,17 +139,24 @@ def test_forward_is_restored_whatever_happens_and_misuse_is_refused():
     policy = make()
     rollout = quantized_copy(policy, quantize.int3_emulated())
     plain = policy.logits(*batch())
-    with pytest.raises(KeyError), aligned(policy, rollout):
+    with pytest.raises(KeyError), aligned_forward(policy, rollout):
         raise KeyError("planted")
     assert torch.equal(policy.logits(*batch()), plain)
-    with pytest.raises(ValueError, match="already replaced"), aligned(policy, rollout), aligned(policy, rollout):
+    with (
+        pytest.raises(ValueError, match="already replaced"),
+        aligned_forward(policy, rollout),
+        aligned_forward(policy, rollout),
+    ):
         pass
     assert torch.equal(policy.logits(*batch()), plain)
     policy.version = 1
-    with pytest.raises(ValueError, match="=0 of the rollout is not the learner's 1"), aligned(policy, rollout):
+    with pytest.raises(ValueError, match="=0 of the rollout is not the learner's 1"), aligned_forward(policy, rollout):
         pass
     policy.version = 0
-    with pytest.raises(RuntimeError, match="changed between a forward and its backward"), aligned(policy, rollout):
+    with (
+        pytest.raises(RuntimeError, match="changed between a forward and its backward"),
+        aligned_forward(policy, rollout),
+    ):
         loss = loss_of(policy)
         sync_weights(policy, rollout)
         loss.backward()
@@ -162,10 +169,10 @@ def test_adapters_align_and_take_the_gradient_of_the_merged_weight():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
     rollout = quantized_copy(policy, quantize.int3_emulated())
-    expected, plain, base = rollout.logits(*batch()), policy.logits(*batch()), adapter_free(policy).logits(*batch())
-    with aligned(policy, rollout):
+    expected, plain, base = rollout.logits(*batch()), policy.logits(*batch()), without_adapters(policy).logits(*batch())
+    with aligned_forward(policy, rollout):
         assert torch.equal(policy.logits(*batch()), expected)
-        assert torch.equal(adapter_free(policy).logits(*batch()), base)  # the reference is not aligned
+        assert torch.equal(without_adapters(policy).logits(*batch()), base)  # the reference is not aligned
         loss_of(policy).backward()
         layer = policy.module.model.layers[0].mlp.up_proj
         with torch.no_grad():
@@ -180,7 +187,7 @@ def test_adapters_align_and_take_the_gradient_of_the_merged_weight():
     merged = make(tiny_llama)
     merged.module = merged_copy(policy.module).requires_grad_(True)
     sync_weights(policy, rollout)
-    with aligned(merged, rollout):
+    with aligned_forward(merged, rollout):
         loss_of(merged).backward()
     dw, s = merged.module.model.layers[0].mlp.up_proj.weight.grad, 32.0 / 4
     torch.testing.assert_close(layer.lora_A.weight.grad, s * layer.lora_B.weight.T @ dw, rtol=1e-4, atol=1e-8)
@@ -191,20 +198,23 @@ def test_adapters_with_dropout_are_refused():
     policy = make(tiny_llama)
     add_lora(policy, Lora(r=4, dropout=0.1))
     rollout = quantized_copy(policy, quantize.int3_emulated())
-    with pytest.raises(ValueError, match=r"lora.dropout=0.1: aligned\(\) merges"), aligned(policy, rollout):
+    with (
+        pytest.raises(ValueError, match=r"lora.dropout=0.1: an aligned forward merges"),
+        aligned_forward(policy, rollout),
+    ):
         pass
 
 
 def test_unquantised_rollout_aligns_nothing():
     policy = make()
-    with aligned(policy, quantized_copy(policy, None)):
+    with aligned_forward(policy, quantized_copy(policy, None)):
         assert torch.equal(policy.logits(*batch()), make().logits(*batch()))
 
 
 def test_what_is_yielded_refreshes_after_a_write_that_autograd_does_not_see():
     policy = make()
     rollout = quantized_copy(policy, quantize.int3_emulated())
-    with aligned(policy, rollout) as refresh:
+    with aligned_forward(policy, rollout) as refresh:
         for name, _ in quantized_layers(rollout):
             policy.module.get_submodule(name).weight.data.mul_(-1)
         refresh()
@@ -216,7 +226,7 @@ def test_what_is_yielded_refreshes_after_a_write_that_autograd_does_not_see():
 def test_under_bf16_autocast_both_sides_still_agree_bitwise(scheme):
     policy = make()
     rollout = quantized_copy(policy, scheme())
-    with torch.autocast("cpu", torch.bfloat16), aligned(policy, rollout):
+    with torch.autocast("cpu", torch.bfloat16), aligned_forward(policy, rollout):
         assert torch.equal(policy.logits(*batch()), rollout.logits(*batch()))
         loss_of(policy).backward()
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in policy.module.parameters())

@@ -14,9 +14,9 @@ from dllm_rl.models.lora import Lora, add_lora, merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.linear import stored_bytes
-from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, sync_weights, why_kept
-from dllm_rl.training.rollouts import check_version
-from dllm_rl.types import Processors, Rollout
+from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, skip_reasons, sync_weights
+from dllm_rl.training.learner import check_version
+from dllm_rl.types import Rollout, SamplingParams
 
 CUDA_ONLY = ("float8_dynamic", "int4_packed")
 NAMES = pickable(quantize.__name__, None, None)
@@ -157,7 +157,7 @@ def test_tied_routers_fused_experts_and_shapes_are_kept():
     module = nn.Module()
     module.layers, module.embedding = nn.ModuleList([block]), nn.Embedding(10, 32)
     block.tied.weight = module.embedding.weight
-    assert why_kept(module, quantize.int4_weight_only(), None) == {
+    assert skip_reasons(module, quantize.int4_weight_only(), None) == {
         "embedding": "embedding",
         "layers.0.gate": "router",
         "layers.0.router": "router",
@@ -166,7 +166,7 @@ def test_tied_routers_fused_experts_and_shapes_are_kept():
         "layers.0.conv": "Conv1d, not nn.Linear",
         "layers.0.experts": "fused experts",
     }
-    dynamic = why_kept(module, Float8DynamicActivationFloat8WeightConfig(), None)
+    dynamic = skip_reasons(module, Float8DynamicActivationFloat8WeightConfig(), None)
     assert dynamic["layers.0.odd"] == "32x24: not multiples of 16"
     with pytest.raises(ValueError, match="quantises no layer of RobertaPreLayerNormForMaskedLM"):
         quantized_copy(masked_lm(), quantize.int8_weight_only(), skip=lambda m, name: True)
@@ -269,7 +269,7 @@ def test_every_scheme_is_found_under_its_own_name():
 def test_stale_rollouts_are_refused_unless_allowed():
     policy = masked_lm()
     tokens, mask = batch()
-    rollout = Rollout(tokens, mask, mask, tokens, torch.zeros(tokens.shape), 1, 3, Processors())
+    rollout = Rollout(tokens, mask, mask, tokens, torch.zeros(tokens.shape), 1, 3, SamplingParams())
     policy.version = 3
     check_version(rollout, policy)
     policy.version = 5

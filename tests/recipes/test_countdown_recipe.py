@@ -8,7 +8,7 @@ import pytest
 from dllm_rl.config import from_command_line
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import decode, encode
-from dllm_rl.rng import stream
+from dllm_rl.rng import generator_for
 from dllm_rl.training.loop import train
 from recipes.countdown_tiny import recipe, small_numbers
 
@@ -28,7 +28,7 @@ def test_it_runs(tmp_path):
 def test_every_problem_can_be_read_and_answered_by_its_model():
     policy = tiny_masked_lm(**recipe.model.keywords | {"hidden_size": 16, "num_layers": 1, "num_heads": 2})
     problems = [recipe.task[i] for i in range(40)]
-    rollout = recipe.sampler(policy, encode(policy, problems), stream(0))
+    rollout = recipe.sampler(policy, encode(policy, problems), generator_for(0))
     assert rollout.forwards == 3 and len(decode(policy, rollout)) == 40
     for problem in problems:
         spelled = policy.tokenizer.encode(problem.solution, add_special_tokens=False)

@@ -12,7 +12,7 @@ from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.config import from_command_line
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.training.dry_run import CONFIGS, memory, outline, plan, quantisable
+from dllm_rl.training.dry_run import CONFIGS, memory, meta_policy, plan, quantisable
 
 # (recipe, parameters, quantised layers). 8,015,581,184 is LLaDA-8B's published count; the others are sums by hand of
 # embeddings, attention, feed-forward, experts, routers and norms.
@@ -55,10 +55,10 @@ def test_every_recipe_runs_dry(name, capsys, tmp_path, monkeypatch):
 
 def test_llada_8b_to_the_parameter():
     recipe = recipe_of("llada_8b_sudoku")
-    full = outline(replace(recipe, lora=None))
+    full = meta_policy(replace(recipe, lora=None))
     assert full.parameters == 8_015_581_184
     assert all(p.is_meta for p in full.module.parameters())
-    adapted = outline(recipe)
+    adapted = meta_policy(recipe)
     trainable = sum(p.numel() for p in adapted.module.parameters() if p.requires_grad)
     attention, ahead = 4 * 128 * (4096 + 4096), 3 * 128 * (4096 + 12288)
     assert trainable == 32 * (attention + ahead)
@@ -75,15 +75,15 @@ def test_llada_8b_to_the_parameter():
 def test_variants_are_fields():
     recipe = recipe_of("llada_8b_sudoku")
     full = from_command_line(recipe, ["--lora", "none", "--dtype", "float32", "--bf16"])
-    parts = memory(full, outline(full), 256)
+    parts = memory(full, meta_policy(full), 256)
     assert parts["weights"] == parts["gradients"] == 4 * 8_015_581_184
     assert parts["optimiser"] == 8 * 8_015_581_184
     assert "does not fit one with 80 GB, and train() does not shard" in plan(full)
     eight = replace(full, optim=adamw_8bit)
-    assert memory(eight, outline(eight), 256)["optimiser"] == 2 * 8_015_581_184
+    assert memory(eight, meta_policy(eight), 256)["optimiser"] == 2 * 8_015_581_184
     small = from_command_line(recipe, ["--base_quantization", "nf4", "--lora.r", "16"])
     blocks = 32 * (4 * 4096**2 + 3 * 4096 * 12288)
-    assert memory(small, outline(small), 256)["weights"] == blocks * 0.5625 + 2 * (8_015_581_184 - blocks)
+    assert memory(small, meta_policy(small), 256)["weights"] == blocks * 0.5625 + 2 * (8_015_581_184 - blocks)
 
 
 def test_a_small_model_is_planned_from_itself(capsys):
@@ -134,9 +134,9 @@ def test_too_long_a_completion():
 
 
 def test_carried_configs_are_of_known_families():
-    from dllm_rl.models.families import family_of
+    from dllm_rl.models.families import find_family
 
-    names = {file.stem: family_of(json.loads(file.read_text())).name for file in CONFIGS.glob("*.json")}
+    names = {file.stem: find_family(json.loads(file.read_text())).name for file in CONFIGS.glob("*.json")}
     assert names["GSAI-ML--LLaDA-8B-Instruct"] == names["GSAI-ML--LLaDA-1.5"] == "llada"
     assert names["inclusionAI--LLaDA2.0-mini"] == "llada2"
     assert all(v in ("llada", "llada_moe", "llada2", "dream", "causal_lm") for v in names.values())

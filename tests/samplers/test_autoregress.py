@@ -6,7 +6,7 @@ import pytest
 import torch
 from layouts import checkpoint
 
-from dllm_rl import Processors, Prompts, autoregress, load_policy
+from dllm_rl import Prompts, SamplingParams, autoregress, load_policy
 from dllm_rl.models.logprobs import process
 from dllm_rl.models.tiny import tiny_llama
 
@@ -46,25 +46,25 @@ def test_greedy_is_generate(tmp_path, family):
 
 
 @pytest.mark.parametrize(
-    ("options", "processors"),
+    ("options", "sampling_params"),
     [
-        ({}, Processors(1.0)),
-        ({"temperature": 0.7}, Processors(0.7)),
-        ({"temperature": 1.3, "top_k": 5}, Processors(1.3, 5)),
-        ({"top_p": 0.6}, Processors(1.0, None, 0.6)),
-        ({"temperature": 0.8, "top_k": 9, "top_p": 0.9, "suppress": (3, 4)}, Processors(0.8, 9, 0.9, (3, 4))),
-        ({"temperature": 0.0}, Processors(0.0)),
+        ({}, SamplingParams(1.0)),
+        ({"temperature": 0.7}, SamplingParams(0.7)),
+        ({"temperature": 1.3, "top_k": 5}, SamplingParams(1.3, 5)),
+        ({"top_p": 0.6}, SamplingParams(1.0, None, 0.6)),
+        ({"temperature": 0.8, "top_k": 9, "top_p": 0.9, "suppress": (3, 4)}, SamplingParams(0.8, 9, 0.9, (3, 4))),
+        ({"temperature": 0.0}, SamplingParams(0.0)),
     ],
 )
-def test_logprobs_are_those_of_a_forward_over_the_result(qwen, options, processors):
+def test_logprobs_are_those_of_a_forward_over_the_result(qwen, options, sampling_params):
     rollout = autoregress(qwen, prompts(group_size=4), gen(1), max_new_tokens=10, **options)
-    assert rollout.processors == processors
+    assert rollout.sampling_params == sampling_params
     marked = rollout.completion_mask
-    logits = process(qwen.logits(rollout.tokens, rollout.attention_mask)[marked], processors)
+    logits = process(qwen.logits(rollout.tokens, rollout.attention_mask)[marked], sampling_params)
     expected = logits.log_softmax(-1).gather(-1, rollout.tokens[marked][:, None])[:, 0]
     torch.testing.assert_close(rollout.logprobs[marked], expected, rtol=0, atol=1e-5)
     assert (rollout.logprobs[~marked] == 0).all()
-    assert not torch.isin(rollout.tokens[marked], torch.tensor(processors.suppress, dtype=torch.long)).any()
+    assert not torch.isin(rollout.tokens[marked], torch.tensor(sampling_params.suppress, dtype=torch.long)).any()
 
 
 def test_a_row_does_not_depend_on_padding_or_neighbours(qwen):

@@ -27,9 +27,11 @@ def test_ranks_by_hand():
 
 
 def test_needs_are_read_from_the_names():
-    assert rules.needs_of(rules.confidence) == {"logits", "normalizer", "tokens"}
-    assert rules.needs_of(rules.random) == {"uniforms"}
-    assert all("tokens" not in rules.needs_of(r) for r in (rules.max_prob, rules.margin, rules.entropy, rules.random))
+    assert rules.rank_inputs(rules.confidence) == {"logits", "normalizer", "tokens"}
+    assert rules.rank_inputs(rules.random) == {"uniforms"}
+    assert all(
+        "tokens" not in rules.rank_inputs(r) for r in (rules.max_prob, rules.margin, rules.entropy, rules.random)
+    )
 
 
 def commit(rule, probs, steps_left=1, **options):

@@ -198,7 +198,10 @@ def test_suppressed_and_mask_tokens_are_never_drawn(policy):
     rollout = sample(policy, IDS, list(range(8)), temperature=5.0, suppress=(3, 4, 5, 6, 7))
     drawn = rollout.tokens[rollout.completion_mask]
     assert not torch.isin(drawn, torch.tensor([3, 4, 5, 6, 7, policy.spec.mask_id])).any()
-    assert rollout.processors.suppress == (3, 4, 5, 6, 7, policy.spec.mask_id) and rollout.processors.temperature == 5.0
+    assert (
+        rollout.sampling_params.suppress == (3, 4, 5, 6, 7, policy.spec.mask_id)
+        and rollout.sampling_params.temperature == 5.0
+    )
 
 
 def test_approximate_early_exit_keeps_the_tail_masked(policy):

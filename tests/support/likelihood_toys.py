@@ -7,7 +7,7 @@ from itertools import combinations, permutations
 import torch
 
 from dllm_rl.models.families import DIFFUSION_LM
-from dllm_rl.types import Processors, Rollout
+from dllm_rl.types import Rollout, SamplingParams
 
 
 class TablePolicy:
@@ -50,7 +50,7 @@ class TablePolicy:
             unmask_step=torch.where(mask, torch.arange(mask.shape[1]) - prompt, -1),
             logprobs=torch.zeros(mask.shape),
             group_size=group_size,
-            processors=Processors(suppress=(self.words, self.words + 1, self.words + 2)),
+            sampling_params=SamplingParams(suppress=(self.words, self.words + 1, self.words + 2)),
         )
         return replace(record, **changes)
 

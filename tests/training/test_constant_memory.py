@@ -16,7 +16,7 @@ from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models import logprobs as head_module
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.quantization.aligned import aligned
+from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.samplers.autoregress import autoregress
@@ -72,7 +72,7 @@ def setting(name: str, *, policy=None):
         options = {"max_new_tokens": 6, "num_steps": 3, "temperature": 1.0, "rank": max_prob}
         rollout = unmask(policy, prompts, seeded(1), **options)
     advantages = group_relative(torch.randn(3, 4, generator=seeded(2))).flatten()
-    noise = estimator.given(estimator.draw(rollout, seeded(3)), advantages)
+    noise = estimator.with_advantages(estimator.draw(rollout, seeded(3)), advantages)
     return policy, estimator, rollout, noise, advantages
 
 
@@ -183,8 +183,8 @@ def test_gradient_survives(variant, name, monkeypatch):
                 torch.nn.init.normal_(parameter, std=0.3, generator=seeded(8))
     policy, estimator, rollout, noise, advantages = setting(name, policy=policy)
     if variant == "tempered":
-        rollout = replace(rollout, processors=replace(rollout.processors, temperature=0.5, top_k=4))
-    with aligned(policy, rollout_policy) if variant == "aligned" else torch.enable_grad():
+        rollout = replace(rollout, sampling_params=replace(rollout.sampling_params, temperature=0.5, top_k=4))
+    with aligned_forward(policy, rollout_policy) if variant == "aligned" else torch.enable_grad():
         batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.tis(), beta=0.0)
         loss = loss_of(c.tis(), losses.token)
         total = plain_loss(plain_logps(policy, estimator, rollout, noise), batch, loss)

@@ -74,7 +74,7 @@ def test_old_rollout_reference_and_current_share_one_noise_object(make, tmp_path
     assert len(noises) == 6 and all(noise is noises[0] for noise in noises)
     assert len({id(policy) for policy, _ in seen}) == 3
     if make.func is lik.sandwich:
-        assert set(noises[0].upper_share.tolist()) == {0.0, 0.5}
+        assert set(noises[0].upper_bound_weight.tolist()) == {0.0, 0.5}
 
 
 @pytest.mark.parametrize("name", ["one_step", "elbo", "coupled", "quadrature", "sandwich", "trajectory"])
@@ -94,7 +94,7 @@ def test_training_leaves_pythons_random_alone_too(tmp_path):
         f"random.seed(5); before = random.getstate(); t.train(t.recipe(Path({str(tmp_path)!r}), t.lik.sandwich()))\n"
         "assert random.getstate() == before"
     )
-    path = os.pathsep.join(p or os.getcwd() for p in [str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join(p or os.getcwd() for p in [os.path.dirname(__file__), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
     )
