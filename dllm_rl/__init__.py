@@ -13,26 +13,33 @@ silence_import_noise()
 __version__ = "0.1.0"
 
 _HOME = {
-    "types": ["Prompts", "SamplingParams", "Rollout", "Batch"],
-    "tasks.base": ["Problem", "Reward", "Task"],
-    "models.base": ["Policy"],
-    "models.policy": ["load_policy", "DiffusionPolicy", "AutoregressivePolicy"],
-    "samplers.unmask": ["unmask"],
-    "samplers.autoregress": ["autoregress"],
-    "likelihoods.estimators": [
-        *["LikelihoodEstimator", "one_step", "elbo", "coupled", "quadrature", "block", "eubo", "sandwich"],
-        *["trajectory", "causal"],
-    ],
-    "algorithms.correctors": [
-        *["Corrector", "none", "tis", "mis", "icepop", "reject", "ais", "tbpo", "aligned", "qarl", "compose"],
-    ],
-    "quantization.rollout_policy": ["quantized_copy", "sync_weights"],
-    "recipe": ["Recipe"],
-    "config": ["describe", "from_command_line"],
-    "training.loop": ["train"],
-    "evaluation.evaluate": ["evaluate"],
+    "types": "Prompts SamplingParams Rollout Noise Logprobs Batch",
+    "recipe": "Recipe",
+    "config": "describe from_command_line",
+    "tasks": "Problem Reward Task Sudoku Countdown GSM8K MATH500 ReasoningGym task_from_dataset",
+    "models.base": "Policy FamilySpec",
+    "models.policy": "load_policy make_policy DiffusionPolicy AutoregressivePolicy",
+    "models.lora": "Lora lora_r16 lora_d1 add_lora merge_lora",
+    "models.tiny": "tiny_masked_lm tiny_llama",
+    "models.convert": "diffusion_from_causal",
+    "samplers": "unmask autoregress sampler_for",
+    "samplers.rules": "confidence max_prob margin schedule threshold factor entropy_bound",
+    "samplers.cache": "block_cache prefix_cache dual_cache",
+    "quantization.schemes": "float8_weight_only float8_dynamic float8_dynamic_emulated int8_weight_only int8_dynamic "
+    "int4_weight_only int4_packed fake_quantize e4m3_emulated e5m2_emulated int8_emulated int4_emulated int3_emulated "
+    "five_level_emulated ternary_emulated",
+    "quantization.rollout_policy": "quantized_copy sync_weights",
+    "likelihoods": "LikelihoodEstimator one_step elbo coupled quadrature block eubo sandwich trajectory causal",
+    "algorithms.advantages": "group_relative leave_one_out",
+    "algorithms.correctors": "Corrector none tis mis icepop reject ais tbpo aligned qarl compose finite",
+    "algorithms.losses": "ppo_clip gspo trust_band cispo reinforce token sequence constant kl_k1 kl_k2 kl_k3 loss_type",
+    "algorithms.optimizers": "adamw adamw_8bit linear_decay",
+    "training.loop": "train",
+    "evaluation.evaluate": "evaluate",
+    "diagnostics.doctor": "diagnose",
+    "testing": "check_corrector check_estimator",
 }
-_MODULE_OF = {name: f"dllm_rl.{module}" for module, names in _HOME.items() for name in names}
+_MODULE_OF = {name: f"dllm_rl.{module}" for module, names in _HOME.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)
 
 

@@ -7,16 +7,9 @@ numbers that are rightly used.
 
 from functools import partial
 
-from dllm_rl.algorithms.correctors import ais
-from dllm_rl.config import from_command_line
-from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl import Recipe, ais, float8_weight_only, from_command_line, max_prob, train, trajectory, unmask
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.quantization.schemes import float8_weight_only
-from dllm_rl.recipe import Recipe
-from dllm_rl.samplers.rules import max_prob
-from dllm_rl.samplers.unmask import unmask
-from dllm_rl.tasks.countdown import Countdown
-from dllm_rl.training.loop import train
+from dllm_rl.tasks import Countdown
 
 small_numbers = partial(Countdown, count=3, max_number=10, max_target=20, operators="+-", numbers_weight=0.5)
 unmask_in_three = partial(unmask, max_new_tokens=10, num_steps=3, rank=max_prob)

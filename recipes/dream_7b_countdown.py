@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from dllm_rl.config import from_command_line
-from dllm_rl.training.loop import train
+from dllm_rl import from_command_line, train
 from recipes.llada_8b_countdown import recipe as base
 
 recipe = replace(base, name="dream-7b-countdown", model="Dream-org/Dream-v0-Instruct-7B")

@@ -5,9 +5,7 @@ Not run yet: no results.
 
 from dataclasses import replace
 
-from dllm_rl.config import from_command_line
-from dllm_rl.likelihoods.estimators import trajectory
-from dllm_rl.training.loop import train
+from dllm_rl import from_command_line, train, trajectory
 from recipes.llada_8b_gsm8k import recipe as base
 
 recipe = replace(

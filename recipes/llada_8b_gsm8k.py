@@ -3,9 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl.config import from_command_line
-from dllm_rl.tasks.math import GSM8K
-from dllm_rl.training.loop import train
+from dllm_rl import GSM8K, from_command_line, train
 from recipes.llada_8b_sudoku import in_blocks
 from recipes.llada_8b_sudoku import recipe as base
 

@@ -5,16 +5,7 @@ Written for a GPU with 80 GB or more; --dry_run prints what it takes. Not run ye
 
 from functools import partial
 
-from dllm_rl.algorithms.correctors import ais
-from dllm_rl.algorithms.losses import kl_k3
-from dllm_rl.config import from_command_line
-from dllm_rl.likelihoods.estimators import one_step
-from dllm_rl.models.lora import Lora
-from dllm_rl.quantization.schemes import float8_dynamic
-from dllm_rl.recipe import Recipe
-from dllm_rl.samplers.unmask import unmask
-from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training.loop import train
+from dllm_rl import Lora, Recipe, Sudoku, ais, float8_dynamic, from_command_line, kl_k3, one_step, train, unmask
 
 in_blocks = partial(unmask, max_new_tokens=256, num_steps=128, block_size=32)
 puzzles = partial(Sudoku, clues=8, prompt_format="text", opening="<reasoning>", reward_rule="d1")

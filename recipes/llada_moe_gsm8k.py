@@ -5,8 +5,7 @@ Not run yet: no results.
 
 from dataclasses import replace
 
-from dllm_rl.config import from_command_line
-from dllm_rl.training.loop import train
+from dllm_rl import from_command_line, train
 from recipes.llada_8b_gsm8k import recipe as base
 
 recipe = replace(base, name="llada-moe-gsm8k", model="inclusionAI/LLaDA-MoE-7B-A1B-Instruct")

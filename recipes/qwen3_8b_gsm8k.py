@@ -3,11 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl.config import from_command_line
-from dllm_rl.likelihoods.estimators import causal
-from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.tasks.math import GSM8K
-from dllm_rl.training.loop import train
+from dllm_rl import GSM8K, autoregress, causal, from_command_line, train
 from recipes.llada_8b_gsm8k import recipe as base
 
 questions = partial(GSM8K, reward_rule="own")

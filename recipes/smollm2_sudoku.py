@@ -6,11 +6,7 @@ Fetch the weights first, as `recipes/smollm2_weights.py` says. Results: recipes/
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl.config import from_command_line
-from dllm_rl.models.convert import diffusion_from_causal
-from dllm_rl.samplers.rules import max_prob
-from dllm_rl.samplers.unmask import unmask
-from dllm_rl.training.loop import train
+from dllm_rl import diffusion_from_causal, from_command_line, max_prob, train, unmask
 from recipes.sudoku_tiny import recipe as base
 
 # Digits and dots are a token each, so a grid of 16 cells is 16 tokens.

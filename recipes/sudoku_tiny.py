@@ -6,16 +6,9 @@ RL does the rest from rewards alone.
 
 from functools import partial
 
-from dllm_rl.algorithms.correctors import ais
-from dllm_rl.config import from_command_line
-from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl import Recipe, ais, float8_weight_only, from_command_line, max_prob, train, trajectory, unmask
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.quantization.schemes import float8_weight_only
-from dllm_rl.recipe import Recipe
-from dllm_rl.samplers.rules import max_prob
-from dllm_rl.samplers.unmask import unmask
-from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training.loop import train
+from dllm_rl.tasks import Sudoku
 
 unmask_in_two = partial(unmask, max_new_tokens=16, num_steps=2, rank=max_prob)
 

@@ -3,9 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl.config import from_command_line
-from dllm_rl.models.tiny import tiny_llama
-from dllm_rl.training.loop import train
+from dllm_rl import from_command_line, tiny_llama, train
 from recipes.sudoku_tiny import recipe as base
 
 recipe = replace(

@@ -25,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from dllm_rl.algorithms import correctors as c
+from dllm_rl.algorithms.losses import ppo_clip
 from dllm_rl.quantization.schemes import five_level_emulated, int3_emulated, int4_emulated
 from dllm_rl.recipe import Recipe
 from recipes.studies import mismatch_report
@@ -40,6 +41,8 @@ LEVELS = {
     "ramp": (int4_emulated, int3_emulated, five_level_emulated),
 }
 BAND = {"eps_high": 0.05, "neg_low": 0.05, "neg_high": 0.05}  # TBPO's own constants are for thousands of tokens, not 16
+# A dual clip: without it an update beyond the first has an unbounded gradient where A < 0 and r > 1 + epsilon.
+DUAL = partial(ppo_clip, epsilon=0.2, delta=1.2)
 ARMS = {
     "unquantised": c.none(),  # the rollout is the learner: mismatch is exactly 0
     "none": c.none(),
@@ -51,6 +54,8 @@ ARMS = {
     "tbpo": c.tbpo(**BAND),
     "aligned": c.aligned(),
     "qarl": c.qarl(**BAND),
+    "none-dual": replace(c.none(), surrogate=DUAL),
+    "tis-dual": replace(c.tis(), surrogate=DUAL),
     "tis-reject": c.compose(c.tis(), c.reject(statistic="k3", bound=0.1)),  # 0.001 would reject every low-bit sequence
 }
 TELLING = ("unquantised", "none", "tis", "ais-alarm", "aligned", "tbpo", "qarl")

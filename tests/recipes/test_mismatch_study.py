@@ -58,7 +58,7 @@ def test_unquantised_runs_stand_beside_every_level(tmp_path):
 
 def test_the_plan_asks_for_the_telling_arms_first_and_for_each_run_once():
     runs = mismatch.plan(3, ["diffusion", "autoregressive"], ["int3", "five_level"], None)
-    assert len(runs) == len(set(runs)) == 3 * (1 + 10 * 2) + 3 * (1 + 4 * 2)
+    assert len(runs) == len(set(runs)) == 3 * (1 + 12 * 2) + 3 * (1 + 4 * 2)
     assert runs[:2] == [("diffusion", "-", "unquantised", 0), ("diffusion", "int3", "none", 0)]
     assert ("autoregressive", "int3", "tbpo", 0) not in runs
     assert mismatch.plan(1, ["diffusion"], ["ramp"], ["none"]) == [("diffusion", "ramp", "none", 0)]
