@@ -229,8 +229,16 @@ def describe(value: Any) -> str:
 
 def described(recipe: Record) -> dict[str, Any]:
     """Field by field: scalars as they are, everything else as text; for JSON."""
-    plain = lambda v: v if v is None or isinstance(v, bool | int | float | str) else describe(v)  # noqa: E731
-    return {f.name: plain(getattr(recipe, f.name)) for f in dataclasses.fields(recipe)}
+    return {f.name: _plain(getattr(recipe, f.name)) for f in dataclasses.fields(recipe)}
+
+
+def described_defaults(recipe: Record) -> dict[str, Any]:
+    """`described` of the defaults, of the fields that have one."""
+    return {f.name: _plain(f.default) for f in dataclasses.fields(recipe) if f.default is not dataclasses.MISSING}
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float | str) else describe(value)
 
 
 def usage(recipe: Record) -> str:

@@ -11,6 +11,15 @@ from dllm_rl.files import remove, replacing
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import save_adapter
 
+# Names in the descriptions of recipes that version 0.1.0 wrote.
+RENAMED = {
+    "given": "with_advantages",
+    "replays": "exact_for_sampler",
+    "adaptive": "adaptive_weights",
+    "masked": "masked_weights",
+    "rejected": "rejection",
+    "truncated": "truncated_weights",
+}
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -60,7 +69,13 @@ def locate(which: str, directory: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text())
+    """What `save` was given, with the recipe's functions and fields under the names that they have today."""
+    state = json.loads((folder / "state.json").read_text())
+    names = re.compile(rf"\b({'|'.join(RENAMED)})(?=[(=])")
+    for field, value in state["recipe"].items():
+        if isinstance(value, str):
+            state["recipe"][field] = names.sub(lambda match: RENAMED[match[1]], value)
+    return state
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from dllm_rl.config import described
+from dllm_rl.config import described, described_defaults
 from dllm_rl.distributed import catch_interrupt, machine, make_accelerator
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import write_json
@@ -126,7 +126,9 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> Path | None:
             "--resume_from_checkpoint latest, or --overwrite_output_dir"
         )
     if folder:
-        _check_same_recipe(checkpoint.read_state(folder)["recipe"], described(recipe))
+        # A field that is newer than the checkpoint had no effect then, as its default has none.
+        before = described_defaults(recipe) | checkpoint.read_state(folder)["recipe"]
+        _check_same_recipe(before, described(recipe))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
