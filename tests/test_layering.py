@@ -23,13 +23,13 @@ MAY_IMPORT = {
     "tasks": "",
     # on types
     "algorithms": "types",
-    "models": "types tasks files",
+    "models": "types tasks",
     # on models
     "samplers": "types rng models",
     "likelihoods": "types rng models",
-    "quantization": "types models",
+    "quantization": "models",
     # on all of these
-    "diagnostics": "types rng files models samplers likelihoods quantization algorithms",
+    "diagnostics": "types files algorithms models likelihoods quantization",
     "evaluation": "types rng files config distributed tasks models samplers likelihoods quantization",
     "recipe": "algorithms likelihoods models tasks",
     "testing": "types algorithms likelihoods models",

@@ -36,9 +36,7 @@ def add_sample(commands) -> None:
     sub.add_argument("--top_p", type=float)
     sub.add_argument("--rank", help="confidence (default), max_prob, margin, entropy or random")
     sub.add_argument("--commit", help="schedule (default), threshold=TAU, factor=F, entropy_bound=GAMMA ...")
-    sub.add_argument(
-        "--cache", help="block (exact, block-causal models), prefix, dual (approximate; =STEPS to refresh)"
-    )
+    sub.add_argument("--cache", help="key-value cache by name, as prefix, or dual=4 for 4 steps a refresh")
     sub.add_argument("--group_size", type=int, default=1, help="completions of each prompt")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--html", metavar="FILE", help="write a page that replays the completions")
@@ -51,11 +49,15 @@ def add_sample(commands) -> None:
 def sample(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from dllm_rl.cli.sample import RANKS, commit_rule, read_cache, show
+    from dllm_rl.cli.sample import show
     from dllm_rl.models.policy import load_policy
+    from dllm_rl.samplers.by_name import read_cache, read_commit, read_rank
 
-    if arguments.rank is not None and arguments.rank not in RANKS:
-        raise ValueError(f"rank={arguments.rank!r} is not one of {', '.join(RANKS)}")
+    names = {
+        "rank": None if arguments.rank is None else read_rank(arguments.rank),
+        "commit": None if arguments.commit is None else read_commit(arguments.commit),
+        "cache": None if arguments.cache is None else read_cache(arguments.cache),
+    }
     show(
         load_policy(arguments.model),
         arguments.prompts or [line.rstrip("\n") for line in sys.stdin],
@@ -71,9 +73,7 @@ def sample(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
-        rank=None if arguments.rank is None else RANKS[arguments.rank],
-        commit=None if arguments.commit is None else commit_rule(arguments.commit),
-        cache=None if arguments.cache is None else read_cache(arguments.cache),
+        **names,
     )
 
 

@@ -5,8 +5,7 @@ import json
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -17,18 +16,11 @@ from dllm_rl.cli.replay_page import page
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.rng import generator_for
-from dllm_rl.samplers import cache, rules, sampler_for
+from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
-
-RANKS = {f.__name__: f for f in rules.RANKS}
-COMMITS = {
-    f.__name__: f
-    for f in (rules.schedule, rules.late_schedule, rules.origin, rules.threshold, rules.factor, rules.entropy_bound)
-}
-CACHES = {"block": cache.block_cache, "prefix": cache.prefix_cache, "dual": cache.dual_cache}
 
 
 def show(
@@ -150,31 +142,3 @@ def escape_controls(text: str) -> str:
         else:
             shown.append(c)
     return "".join(shown)
-
-
-def commit_rule(text: str) -> Callable:
-    """`schedule`, or a rule with its number, as `threshold=0.9`. Raises ValueError on anything else."""
-    name, _, value = text.partition("=")
-    if name not in COMMITS:
-        raise ValueError(f"commit={text!r} is not one of {', '.join(COMMITS)}")
-    parameters = [p.name for p in inspect.signature(COMMITS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    if bool(value) != bool(parameters):
-        raise ValueError(
-            f"commit={text!r}: {name} takes " + (f"a number, as {name}=0.9" if parameters else "no number")
-        )
-    return partial(COMMITS[name], **{parameters[0]: _number(text, value)}) if parameters else COMMITS[name]
-
-
-def read_cache(text: str) -> cache.Cache:
-    """`block`, `prefix`, `dual`, or the latter two with the steps between refreshes, as `dual=4`."""
-    name, _, value = text.partition("=")
-    if name not in CACHES or (value and name == "block"):
-        raise ValueError(f"cache={text!r} is not block, prefix, dual, prefix=STEPS or dual=STEPS")
-    return CACHES[name](refresh=int(_number(text, value))) if value else CACHES[name]()
-
-
-def _number(text: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError(f"{text!r}: {value!r} is not a number") from None

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dllm_rl.diagnostics.doctor import Report
+from dllm_rl.files import replacing, write_text
 
 COLUMNS = ("cause", "mean |d|", "max |d|", "k3", "ESS", "to do")
 
@@ -63,9 +64,10 @@ def write_doctor(report: Report, *, as_json: bool = False, directory: Path | Non
         console.print(report.verdict, markup=False)
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "doctor.json").write_text(text + "\n")
-        plot(report, directory / "doctor.png")
-        (directory / "doctor.html").write_text(page(report, (directory / "doctor.png").read_bytes()))
+        write_text(directory / "doctor.json", text + "\n")
+        with replacing(directory / "doctor.png") as partial:
+            plot(report, partial)
+        write_text(directory / "doctor.html", page(report, (directory / "doctor.png").read_bytes()))
 
 
 def plot(report: Report, path: Path) -> None:
@@ -85,7 +87,7 @@ def plot(report: Report, path: Path) -> None:
         axis.barh(names, values)
         axis.set(title=title, xlabel=unit)
         axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
 
 

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from dllm_rl.files import replacing
+
 
 def read_metrics(directory: Path) -> list[dict[str, float | int]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -31,6 +33,7 @@ def plot(directory: Path) -> Path:
         axis.set(title=title, xlabel="RL step", ylabel=unit)
         axis.grid(alpha=0.3)
     path = directory / "training.png"
-    figure.savefig(path, dpi=110)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
     return path

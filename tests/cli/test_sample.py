@@ -17,7 +17,7 @@ from dllm_rl.cli import main as cli
 from dllm_rl.cli import sample as show
 from dllm_rl.cli.replay_page import page
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.samplers import rules
+from dllm_rl.samplers import by_name, rules
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.types import Rollout
 
@@ -143,9 +143,9 @@ def test_a_causal_model_has_no_unmasking_options():
 
 
 def test_rules_and_caches_by_name():
-    rule = show.commit_rule("factor=1.5")
-    assert rule.func is rules.factor and rule.keywords == {"f": 1.5} and show.commit_rule("origin") is rules.origin
-    assert [show.read_cache(t) for t in ("block", "prefix", "dual=3")] == [
+    rule = by_name.read_commit("factor=1.5")
+    assert rule.func is rules.factor and rule.keywords == {"f": 1.5} and by_name.read_commit("origin") is rules.origin
+    assert [by_name.read_cache(t) for t in ("block", "prefix", "dual=3")] == [
         block_cache(),
         prefix_cache(),
         dual_cache(refresh=3),

@@ -1,0 +1,50 @@
+"""Ranks, commit rules and caches under the names that a command line gives them."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+
+from dllm_rl.samplers import rules
+from dllm_rl.samplers.cache import Cache, block_cache, dual_cache, prefix_cache
+
+RANKS = {f.__name__: f for f in rules.RANKS}
+COMMITS = {
+    f.__name__: f
+    for f in (rules.schedule, rules.late_schedule, rules.origin, rules.threshold, rules.factor, rules.entropy_bound)
+}
+CACHES = {"block": block_cache, "prefix": prefix_cache, "dual": dual_cache}
+
+
+def read_rank(text: str) -> Callable:
+    """A rank by its name. Raises ValueError on an unknown one, listing all."""
+    if text not in RANKS:
+        raise ValueError(f"rank={text!r} is not one of {', '.join(RANKS)}")
+    return RANKS[text]
+
+
+def read_commit(text: str) -> Callable:
+    """`schedule`, or a rule with its number, as `threshold=0.9`. Raises ValueError on anything else."""
+    name, _, value = text.partition("=")
+    if name not in COMMITS:
+        raise ValueError(f"commit={text!r} is not one of {', '.join(COMMITS)}")
+    parameters = [p.name for p in inspect.signature(COMMITS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if bool(value) != bool(parameters):
+        raise ValueError(
+            f"commit={text!r}: {name} takes " + (f"a number, as {name}=0.9" if parameters else "no number")
+        )
+    return partial(COMMITS[name], **{parameters[0]: _number(text, value)}) if parameters else COMMITS[name]
+
+
+def read_cache(text: str) -> Cache:
+    """`block`, `prefix`, `dual`, or the latter two with the steps between refreshes, as `dual=4`."""
+    name, _, value = text.partition("=")
+    if name not in CACHES or (value and name == "block"):
+        raise ValueError(f"cache={text!r} is not block, prefix, dual, prefix=STEPS or dual=STEPS")
+    return CACHES[name](refresh=int(_number(text, value))) if value else CACHES[name]()
+
+
+def _number(text: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{text!r}: {value!r} is not a number") from None
