@@ -36,8 +36,7 @@ MAY_IMPORT = {
     "training": "types rng files config distributed tasks algorithms models samplers likelihoods quantization "
     "diagnostics evaluation recipe",
     # the outside
-    "cli": "types rng files config distributed tasks models samplers likelihoods quantization diagnostics evaluation "
-    "training",
+    "cli": "types rng files config distributed tasks models samplers quantization diagnostics evaluation training",
 }
 # Costly libraries, and the only packages that may import them.
 ROOMS = {"torchao": {"quantization"}, "accelerate": {"distributed", "training"}}

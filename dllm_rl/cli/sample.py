@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from dllm_rl.cli.replay_page import page
+from dllm_rl.files import write_text
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.rng import generator_for
@@ -68,7 +69,7 @@ def show(
         rollout = sampler(policy, prompts, generator_for(seed), **options)
     record = to_record(policy, rollout, prompt_texts, seconds=time.perf_counter() - began)
     if html is not None:
-        html.write_text(page(record), encoding="utf-8")
+        write_text(html, page(record))
     if as_json:
         print(json.dumps(record))
         return
