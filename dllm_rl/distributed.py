@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -71,7 +71,7 @@ class OneProcess:
         """Nothing to wait for."""
 
 
-Processes = Accelerator | OneProcess
+Processes: TypeAlias = Accelerator | OneProcess
 
 
 def gather_objects(objects: list[Any], processes: Processes) -> list[Any]:
@@ -105,7 +105,7 @@ def catch_interrupt(accelerator: Accelerator) -> Callable[[], bool]:
 
 def machine(accelerator: Accelerator) -> dict[str, Any]:
     """Where a number was measured: versions, device, cores, threads."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("dllm_rl", "torch", "transformers", "accelerate", "torchao"):
         try:
             versions[package] = version(package)

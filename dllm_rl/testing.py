@@ -9,6 +9,7 @@ from torch import Tensor
 from dllm_rl.algorithms.correctors import Corrector, none
 from dllm_rl.algorithms.losses import kl_k2, policy_loss, sequence
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
+from dllm_rl.models.base import Policy
 from dllm_rl.types import Batch, Noise, Rollout
 
 
@@ -141,7 +142,7 @@ def _drops_nonfinite(corrector: Corrector, advantages: Tensor) -> None:
         assert math.isfinite(value), f"metric {name}={value} must stay finite beside a ratio that is not"
 
 
-def check_estimator(estimator: LikelihoodEstimator, policy, rollout: Rollout, *, seed: int = 0) -> None:
+def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rollout, *, seed: int = 0) -> None:
     """Raise AssertionError, saying which promise is broken, unless the estimator
 
     draws the same masks from the same seed, for a row whatever its neighbours and padding, and leaves the global

@@ -6,7 +6,7 @@ Log-probabilities are in nats, fp32.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +15,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class _Movable:
     """Records of tensors that move to a device, or keep some rows, as one."""
 
     def to(self, device: torch.device | str):
         return self._map(lambda x: x.to(device))
 
-    def _map(self, f):
+    def _map(self, f: Callable[[Tensor], Tensor]):
         tensors = {f_.name: getattr(self, f_.name) for f_ in dataclasses.fields(self)}
         return dataclasses.replace(self, **{k: f(v) for k, v in tensors.items() if isinstance(v, Tensor)})
 

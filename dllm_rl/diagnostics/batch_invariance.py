@@ -5,8 +5,9 @@ kernel sees one shape whatever the batch: matrix products run in tiles of a fixe
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,9 @@ class BatchInvariantOps(TorchFunctionMode):
         super().__init__()
         self.tile = tile
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.linear:
             return self.linear(*args, **kwargs)

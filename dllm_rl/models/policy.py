@@ -1,13 +1,14 @@
 """One interface over every backbone: logits for the token AT each position, whatever the family's own convention."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dllm_rl.models.base import FamilySpec, position_ids
+from dllm_rl.models.base import FamilySpec, Module, position_ids
 from dllm_rl.models.loading import family_spec, load_module, save_module
 from dllm_rl.models.lora import Lora, add_lora, without_adapters
 
@@ -15,9 +16,12 @@ from dllm_rl.models.lora import Lora, add_lora, without_adapters
 class _Backbone:
     """The part that diffusion and autoregressive policies share: a stock module, its head, its device."""
 
-    def __init__(self, module: nn.Module, spec: FamilySpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    lora: Lora | None = None
+    quantization: Any = None
+    quantization_report: Any = None
+
+    def __init__(self, module: Module, spec: FamilySpec, tokenizer: PreTrainedTokenizerBase) -> None:
         self.module, self.spec, self.tokenizer, self.version = module.eval(), spec, tokenizer, 0
-        self.lora: Lora | None = None
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +86,7 @@ def shifted(states: Float[Tensor, "B T D"], attention_mask: Bool[Tensor, "B T"])
 
 
 def make_policy(
-    module: nn.Module, tokenizer: PreTrainedTokenizerBase, spec: FamilySpec | None = None
+    module: Module, tokenizer: PreTrainedTokenizerBase, spec: FamilySpec | None = None
 ) -> DiffusionPolicy | AutoregressivePolicy:
     """Wrap a module whose family is known, after proving that its attention is what the family says."""
     spec = family_spec(module.config, tokenizer) if spec is None else spec

@@ -8,6 +8,7 @@ the high-precision weight and input as if the forward had been the product of th
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,14 @@ class StraightThrough(torch.autograd.Function):
     """The product of a rollout's layer, differentiated as if quantisation were the identity."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Linear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Linear) -> Tensor:
         y, seen = quantized_forward(layer, x, bias)
         ctx.save_for_backward(*seen)
         ctx.layer, ctx.version = layer, write_count(layer)
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         if write_count(ctx.layer) != ctx.version:
             raise RuntimeError("rollout weights changed between a forward and its backward: sync after the backward")
         dx = dw = db = None

@@ -5,12 +5,14 @@ an emulated rollout costs about what a plain one does. Nothing is packed: it sav
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+Scheme = Any  # a torchao config, a FakeQuantize or a Float8DynamicEmulated
 FLOATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}  # mantissa bits, smallest normal exponent, largest value
 LEVELS = {"int4": 7, "int3": 3, "five_level": 2}  # codes are the integers -n..n
 SCHEMES = (*FLOATS, "int8", *LEVELS, "ternary")

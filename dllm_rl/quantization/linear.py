@@ -14,7 +14,7 @@ from torchao.quantization import (
 from torchao.quantization.quantize_.common import _choose_quant_func_and_quantize_tensor
 from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8Tensor, QuantizeTensorToFloat8Kwargs
 
-from dllm_rl.quantization.fake import TINY, EmulatedLinear, Float8DynamicEmulated
+from dllm_rl.quantization.fake import TINY, EmulatedLinear, Float8DynamicEmulated, Scheme
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -26,7 +26,7 @@ def is_packed(weight: Tensor) -> bool:
     return hasattr(weight, "qdata")
 
 
-def unsupported_reason(layer: nn.Linear, config) -> str | None:
+def unsupported_reason(layer: nn.Linear, config: Scheme) -> str | None:
     """Why a layer's shape keeps a torchao config from quantising it, or None: torchao itself skips or asserts."""
     rows, columns = layer.out_features, layer.in_features
     granularity = getattr(config, "granularity", None)
@@ -42,7 +42,7 @@ def unsupported_reason(layer: nn.Linear, config) -> str | None:
 
 
 @torch.no_grad()
-def quantized(weight: Tensor, config, name: str) -> Tensor:
+def quantized(weight: Tensor, config: Scheme, name: str) -> Tensor:
     """A fresh quantisation of one linear weight under a config other than a FakeQuantize.
 
     An all-zero row becomes zeros with the smallest scale. Raises ValueError naming the layer when the weight holds NaN

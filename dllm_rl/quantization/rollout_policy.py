@@ -14,7 +14,7 @@ from torch import nn
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import LoraLinear, forget_quantizer, is_bitsandbytes, merged_state, plain_weight
-from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize
+from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize, Scheme
 from dllm_rl.quantization.linear import (
     check_finite,
     is_quantized,
@@ -49,7 +49,7 @@ class QuantizationReport:
 
 
 @torch.no_grad()
-def quantized_copy(policy: Policy, config, *, skip: Callable[[nn.Module, str], bool] | None = None) -> Policy:
+def quantized_copy(policy: Policy, config: Scheme, *, skip: Callable[[nn.Module, str], bool] | None = None) -> Policy:
     """A second policy whose block linears are quantised by `config`; None copies without quantising.
 
     skip  (module, name) -> True for further layers that keep their precision.
@@ -96,7 +96,7 @@ def quantized_copy(policy: Policy, config, *, skip: Callable[[nn.Module, str], b
     return rollout_policy
 
 
-def skip_reasons(module: nn.Module, config, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
+def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
     """Layers with a matrix that is not to be quantised, and the reason."""
     owners: dict[int, list[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):

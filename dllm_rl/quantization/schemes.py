@@ -17,7 +17,7 @@ from torchao.quantization import (
     PerRow,
 )
 
-from dllm_rl.quantization.fake import TINY, FakeQuantize, Float8DynamicEmulated
+from dllm_rl.quantization.fake import TINY, FakeQuantize, Float8DynamicEmulated, Scheme
 
 
 def float8_weight_only():
@@ -99,7 +99,7 @@ def ternary_emulated() -> FakeQuantize:
     return FakeQuantize("ternary", "e4m3")
 
 
-def check_scheme(config, device: torch.device, dtype: torch.dtype):
+def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype):
     """The config as it will be applied, without side effects on torch's global settings and safe on all-zero inputs.
 
     Raises ValueError when `device` cannot run it, naming what it can run instead.

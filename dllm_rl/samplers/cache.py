@@ -1,5 +1,6 @@
 """Key-value caches for unmasking: exact for block-causal attention, approximations of it for full attention."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,6 +134,6 @@ class CachedStates:
             ~allowed, torch.finfo(dtype).min
         )[:, None]
 
-    def _map(self, f) -> None:
+    def _map(self, f: Callable[[Tensor], Tensor]) -> None:
         for layer in self.past.layers:
             layer.keys, layer.values = f(layer.keys), f(layer.values)
