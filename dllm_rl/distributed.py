@@ -23,12 +23,16 @@ def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = F
     A parameter that no token reached gets zeros, so that the optimiser and the other processes treat it like any other.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
+    gradients = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
     if accelerator.num_processes == 1:
         return
-    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters]), reduction="mean" if mean else "sum")
+    flat = accelerator.reduce(
+        torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean" if mean else "sum"
+    )
     for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = gradient.view_as(parameter)
 

@@ -1,6 +1,7 @@
 """Contracts that every method keeps, for the tests of this package and of anyone who writes a method of their own."""
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -180,7 +181,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     padded = rollout.padded(2, pad_id=policy.pad_id)
     wider = draw(padded)
     assert torch.equal(wider.masked[..., 2:], noise.masked), "a row's masks must not depend on padding"
-    near = {"rtol": 1e-4, "atol": 1e-5}
+    near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
     found = estimator.logprobs(policy, padded, estimator.with_advantages(wider, advantages))[:, 2:]
     torch.testing.assert_close(found, logps, **near, msg=lambda m: f"padding must not change contributions: {m}")
     parts = estimator.logprobs(policy, rollout, told, micro_batch_size=group)

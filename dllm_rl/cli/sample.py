@@ -24,11 +24,15 @@ from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
 
 RANKS = {f.__name__: f for f in rules.RANKS}
-COMMITS = {
+COMMITS: dict[str, Callable] = {
     f.__name__: f
     for f in (rules.schedule, rules.late_schedule, rules.origin, rules.threshold, rules.factor, rules.entropy_bound)
 }
-CACHES = {"block": cache.block_cache, "prefix": cache.prefix_cache, "dual": cache.dual_cache}
+CACHES: dict[str, Callable[..., cache.Cache]] = {
+    "block": cache.block_cache,
+    "prefix": cache.prefix_cache,
+    "dual": cache.dual_cache,
+}
 
 
 def show(
@@ -130,7 +134,7 @@ def render(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows
             line.append("░" if token["step"] < 0 else escape_controls(token["text"]) or "∅", style=style)
         lines.append(line)
     hidden = len(rollout.tokens) - len(lines)
-    left = int((rollout.tokens == policy.spec.mask_id).sum())
+    left = 0 if policy.spec.mask_id is None else int((rollout.tokens == policy.spec.mask_id).sum())
     lines.append(
         Text(
             f"step {rollout.forwards}, {left} masked" + (f", {hidden} more rows" if hidden else ""), style="dim italic"

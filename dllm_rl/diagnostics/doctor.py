@@ -220,7 +220,7 @@ def worst_tokens(
     found = []
     for index in best.tolist():
         row, position = divmod(index, gap.shape[1])
-        text = lambda part: policy.tokenizer.decode(part.tolist())  # noqa: E731
+        text = lambda part: str(policy.tokenizer.decode(part.tolist()))  # noqa: E731
         live = rollout.attention_mask[row]
         before = rollout.tokens[row, max(0, position - 8) : position][live[max(0, position - 8) : position]]
         after = rollout.tokens[row, position + 1 : position + 9]

@@ -137,7 +137,17 @@ class FamilySpec:
 
 
 @runtime_checkable
-class Policy(Protocol):
+class Head(Protocol):
+    """What makes logits of hidden states: all that scoring a token asks of a policy."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def head(self, hidden: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Policy(Head, Protocol):
     """A model, its tokenizer, and all that samplers, estimators, quantisation and the loop ask of it.
 
     version       counts weight updates.
@@ -157,14 +167,9 @@ class Policy(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def vocab_size(self) -> int: ...
-
-    @property
     def pad_id(self) -> int: ...
 
     def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor: ...
-
-    def head(self, hidden: Tensor) -> Tensor: ...
 
     def logits(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor: ...
 

@@ -142,7 +142,11 @@ def sdar(raw: dict) -> tuple[type, Qwen3Config | Qwen3MoeConfig]:
     return Qwen3ForCausalLM, Qwen3Config(**_fields(raw))
 
 
-_BLOCK = (("attn_norm", "input_layernorm"), ("ff_norm", "post_attention_layernorm"), ("attn_out", "self_attn.o_proj"))
+_BLOCK: tuple[tuple[str, str], ...] = (
+    ("attn_norm", "input_layernorm"),
+    ("ff_norm", "post_attention_layernorm"),
+    ("attn_out", "self_attn.o_proj"),
+)
 _BLOCK += tuple((f"{x}_proj", f"self_attn.{x}_proj") for x in "qkv")
 _BLOCK += (("ff_proj", "mlp.gate_proj"), ("up_proj", "mlp.up_proj"), ("ff_out", "mlp.down_proj"))
 

@@ -48,7 +48,7 @@ def load_module(
         options["quantization_config"] = bitsandbytes_config(quantization, dtype, masked=family.head is mlm_head)
     with quiet_progress():
         if family.native is None:
-            auto = AutoModelForMaskedLM if family.head is mlm_head else AutoModelForCausalLM
+            auto: Any = AutoModelForMaskedLM if family.head is mlm_head else AutoModelForCausalLM
             module, report = auto.from_pretrained(folder, trust_remote_code=False, **options)
         else:
             cls, config = family.native(raw)
@@ -112,6 +112,7 @@ def family_spec(
         changes["mask_id"] = find_mask_id(config, tokenizer, family)
     if family.attention == "block_causal":
         size = block_size or raw.get("block_size") or family.block_size
+        assert size is not None, "a block-causal family has a block size"
         changes |= {"block_size": size, "encode": partial(encode_block_causal, block_size=size)}
     elif block_size is not None:
         raise ValueError(
@@ -211,6 +212,7 @@ def save_module(
             stored = merged_copy(module) if has_extras(module) else module
             stored.save_pretrained(directory, max_shard_size=max_shard_size)
         else:
+            assert spec.original is not None, "a spec of this checkpoint, not of its family"
             skip = transient(module)
             state = {name: tensor for name, tensor in merged_state(module) if name not in skip}
             write_tensors(to_original(state, spec, module.config), directory, max_shard_size=max_shard_size)

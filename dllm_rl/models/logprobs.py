@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Head
 from dllm_rl.types import SamplingParams
 
 CHUNK_ELEMENTS = 2**23  # fp32 logits held at once: 32 MiB
@@ -90,7 +90,7 @@ def chunked(f: Callable, *rows: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
 
 
 def token_logprobs(
-    policy: Policy,
+    policy: Head,
     hidden: Float[Tensor, "K D"],
     tokens: Int[Tensor, " K"],
     sampling_params: SamplingParams,
@@ -104,7 +104,7 @@ def token_logprobs(
 
 
 def token_logprobs_and_entropies(
-    policy: Policy,
+    policy: Head,
     hidden: Float[Tensor, "K D"],
     tokens: Int[Tensor, " K"],
     sampling_params: SamplingParams,
@@ -120,11 +120,12 @@ def token_logprobs_and_entropies(
         entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
         return _TokenLogprob.apply(logits, y), entropy
 
-    return chunked(score, hidden, tokens, vocabulary=policy.vocab_size)
+    logprobs, entropies = chunked(score, hidden, tokens, vocabulary=policy.vocab_size)
+    return logprobs, entropies
 
 
 def backward_token_logprobs(
-    policy: Policy,
+    policy: Head,
     hidden: Float[Tensor, "K D"],
     tokens: Int[Tensor, " K"],
     sampling_params: SamplingParams,

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.weights import renamed
 
 
@@ -200,7 +200,7 @@ def merged_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{path}.{kind}" if path else kind, tensor
 
 
-def merged_copy(module: nn.Module) -> nn.Module:
+def merged_copy(module: Module) -> Module:
     """A copy of the module that holds `merged_state` in ordinary layers."""
     twin = copy.deepcopy(module)
     _merge(twin)
@@ -215,7 +215,7 @@ def merge_lora(policy: Policy) -> None:
 
 
 @torch.no_grad()
-def _merge(module: nn.Module) -> None:
+def _merge(module: Module) -> None:
     for path, layer in list(module.named_modules()):
         if path.endswith(".base_layer") or not (isinstance(layer, LoraLinear) or is_bitsandbytes(layer)):
             continue
@@ -245,10 +245,15 @@ def adapter_state(policy: Policy) -> dict[str, Tensor]:
 
 
 def save_adapter(policy: Policy, directory: str | Path) -> None:
-    """Write the adapters alone, in peft's format: adapter_model.safetensors and adapter_config.json."""
+    """Write the adapters alone, in peft's format: adapter_model.safetensors and adapter_config.json.
+
+    Raises ValueError when the policy has none.
+    """
+    state, lora = adapter_state(policy), policy.lora
+    if lora is None:
+        raise ValueError(f"{type(policy.module).__name__} has no adapters; save_pretrained writes its weights")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state, lora = adapter_state(policy), policy.lora
     calls = next(iter(adapted_layers(policy.module).values())).calls
     metadata = {"format": "pt", "seed": str(lora.seed), "dropout_calls": str(calls)}
     save_file(

@@ -129,7 +129,9 @@ def check_attention(policy: _Backbone) -> None:
     token of its own block and does not with the first of the next.
     """
     attention, block = policy.spec.attention, policy.spec.block_size
-    expected = {block - 1: block > 1, block: False} if attention == "block_causal" else {7: attention == "full"}
+    expected = {7: attention == "full"}
+    if attention == "block_causal" and block is not None:
+        expected = {block - 1: block > 1, block: False}
     for position, moves in expected.items():
         if first_moves(policy, position) != moves and position:
             raise ValueError(

@@ -53,8 +53,9 @@ class _AlignedLinear:
     """The operand that a learner's layer shares with the rollout's, quantised again when the learner's weight moved."""
 
     def __init__(self, name: str, source: nn.Linear | LoraLinear, target: nn.Linear) -> None:
-        self.name, self.source, self.target = name, source, target
-        self.base = getattr(source, "base_layer", source)
+        self.name, self.target = name, target
+        self.source: Any = source
+        self.base = source.base_layer if isinstance(source, LoraLinear) else source
         self.seen = self.versions()
 
     def versions(self) -> list[int]:
@@ -102,7 +103,12 @@ def aligned_forward(
     for name, target in quantized_layers(rollout_policy):
         if scope is None or scope(name):
             links.append(_AlignedLinear(name, sources[name], target))
-    swapped: list[nn.Module] = []
+    swapped: list[Any] = []
+
+    def refresh() -> None:
+        for link in links:
+            link.refresh()
+
     try:
         for link in links:
             if "forward" in vars(link.source):
@@ -113,7 +119,7 @@ def aligned_forward(
                 )
             link.source.forward = partial(_AlignedLinear.forward, link)
             swapped.append(link.source)
-        yield lambda: [link.refresh() for link in links] and None
+        yield refresh
     finally:
         for layer in swapped:
             del layer.forward

@@ -1,5 +1,7 @@
 """What is done to one quantised linear layer: quantise, refresh in place, multiply, dequantise."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,7 +70,7 @@ def quantized(weight: Tensor, config: Scheme, name: str) -> Tensor:
         layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
         quantize_(layer, config)
         packed = layer.weight.data
-    scale = getattr(packed, "scale", None)
+    scale: Any = getattr(packed, "scale", None)
     # amax propagates NaN and infinity into the scale, so checking scales checks every weight; formats without a scale
     # are checked directly.
     check_finite(name, weight if scale is None else scale)
@@ -118,10 +120,11 @@ def dequantized_input(layer: nn.Linear, x: Tensor, scale: Tensor | None = None) 
 
 def write_count(layer: nn.Linear) -> int:
     """Autograd's count of in-place writes to the quantised data."""
-    return (layer.weight if isinstance(layer, EmulatedLinear) else layer.weight.qdata)._version
+    weight: Any = layer.weight
+    return (weight if isinstance(layer, EmulatedLinear) else weight.qdata)._version
 
 
-def stored_bytes(tensor: Tensor) -> int:
+def stored_bytes(tensor: Any) -> int:
     """Bytes that a tensor holds, those of a quantised one being its codes and scales."""
     if not is_packed(tensor):
         return tensor.nbytes

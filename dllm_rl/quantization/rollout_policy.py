@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,7 +63,7 @@ def quantized_copy(policy: Policy, config: Scheme, *, skip: Callable[[nn.Module,
     """
     module, rollout_policy = policy.module, copy.copy(policy)
     kept: dict[str, str] = {}
-    memo: dict[int, object] = {}
+    memo: dict[int, Any] = {}
     if config is not None:
         config = check_scheme(config, policy.device, next(module.parameters()).dtype)
         kept = skip_reasons(module, config, skip)
@@ -71,8 +72,8 @@ def quantized_copy(policy: Policy, config: Scheme, *, skip: Callable[[nn.Module,
         raise ValueError(f"{config!r} quantises no layer of {type(module).__name__}; not quantised: {kept}")
     for name, layer in linear_layers(module):
         # deepcopy takes what the memo holds for an object instead of copying it: no plain copy of a weight is made.
-        base, quantise = getattr(layer, "base_layer", layer), name in chosen
-        weight = layer.merged() if base is not layer else plain_weight(layer)
+        quantise, base = name in chosen, layer.base_layer if isinstance(layer, LoraLinear) else layer
+        weight = layer.merged() if isinstance(layer, LoraLinear) else plain_weight(layer)
         if quantise and isinstance(config, FakeQuantize):
             memo[id(layer)] = EmulatedLinear(weight, copy.deepcopy(base.bias, memo), config)
             check_finite(name, memo[id(layer)].weight)

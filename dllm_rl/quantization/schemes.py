@@ -49,7 +49,8 @@ def int8_dynamic():
 
 def int4_weight_only():
     """4-bit weights in groups of 32, held in bytes, products in the learner's dtype. Runs anywhere, CPU included."""
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    int4 = torch.int4  # type: ignore[attr-defined]  # torch's stubs leave it out
+    return IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(32))
 
 
 def int4_packed():
