@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -45,7 +46,7 @@ def show(
     delay: float = 0.0,
     seed: int = 0,
     group_size: int = 1,
-    **options,
+    **options: Any,
 ) -> None:
     """Complete texts and show it: completions go to standard output (or one JSON object does), speed to standard error.
 

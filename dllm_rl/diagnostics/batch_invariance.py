@@ -48,7 +48,9 @@ class BatchInvariantOps(TorchFunctionMode):
         out = torch.cat([F.linear(part, weight, bias) for part in filled.split(self.tile)])
         return out[: len(rows)].unflatten(0, input.shape[:-1])
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args, **kwargs):
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         masks = [None] * len(query) if attn_mask is None else attn_mask.expand(len(query), -1, -1, -1).split(1)
         rows = zip(query.split(1), key.split(1), value.split(1), masks, strict=True)
         return torch.cat([F.scaled_dot_product_attention(q, k, v, m, *args, **kwargs) for q, k, v, m in rows])

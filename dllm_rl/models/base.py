@@ -30,7 +30,7 @@ def encode_base(
     tokens: Int[Tensor, "B T"],
     attention_mask: Bool[Tensor, "B T"] | Bool[Tensor, "B 1 T T"] | Float[Tensor, "B 1 T S"],
     positions: Int[Tensor, "B T"],
-    **cache,
+    **cache: Any,
 ) -> Float[Tensor, "B T D"]:
     """The final hidden states of a stock module's backbone. `cache` may bring keys and values of other columns, which
     then come first among the S that a mask of four axes is about."""
@@ -43,7 +43,7 @@ def encode_roberta(
     tokens: Int[Tensor, "B T"],
     attention_mask: Bool[Tensor, "B T"] | Float[Tensor, "B 1 T S"],
     positions: Int[Tensor, "B T"],
-    **cache,
+    **cache: Any,
 ) -> Float[Tensor, "B T D"]:
     """RoBERTa counts positions from pad_token_id + 1."""
     return encode_base(module, tokens, attention_mask, positions + module.config.pad_token_id + 1, **cache)

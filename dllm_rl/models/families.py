@@ -4,6 +4,7 @@ To add one, write its `FamilySpec` here and list it in FAMILIES; nothing else ch
 """
 
 from dataclasses import replace
+from typing import Any
 
 import transformers
 from transformers import (
@@ -49,7 +50,7 @@ _SAME = [
 ]
 
 
-def _fields(raw: dict, **more) -> dict:
+def _fields(raw: dict, **more: Any) -> dict:
     """Config fields that bear the stock classes' names, ids that may be absent, rotary parameters, and `more`."""
     rope = {"rope_type": "default", "rope_theta": raw["rope_theta"]} | (raw.get("rope_scaling") or {})
     if raw.get("partial_rotary_factor"):
@@ -59,7 +60,7 @@ def _fields(raw: dict, **more) -> dict:
     return same | ids | {"rope_parameters": rope, "is_causal": False, "use_cache": False} | more
 
 
-def _refuse(raw: dict, **supported) -> None:
+def _refuse(raw: dict, **supported: Any) -> None:
     """Raise ValueError when a field has a value other than the one that the stock class computes."""
     for key, value in supported.items():
         if raw.get(key) not in (None, value):

@@ -43,7 +43,7 @@ def load_module(
     raw = json.loads((folder / "config.json").read_text())
     family = find_family(raw)
     tokenizer = load_tokenizer(folder, stock=family.native is None)
-    options = {"dtype": dtype, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if quantization is not None:
         options["quantization_config"] = bitsandbytes_config(quantization, dtype, masked=family.head is mlm_head)
     with quiet_progress():
@@ -242,7 +242,9 @@ def copy_code(spec: FamilySpec, directory: Path) -> None:
         shutil.copyfile(file, directory / file.name)
 
 
-def bitsandbytes_config(quantization: str, dtype: torch.dtype | str, *, masked: bool):
+def bitsandbytes_config(
+    quantization: str, dtype: torch.dtype | str, *, masked: bool
+) -> transformers.BitsAndBytesConfig:
     """bitsandbytes' description of a frozen base in 4 ("nf4") or 8 ("int8") bits; heads stay as they are."""
     # transformers leaves the output embedding alone by itself, but not the layers that masked models have before it.
     skip = {"llm_int8_skip_modules": ["cls", "lm_head", "predictions", "head", "decoder"]} if masked else {}

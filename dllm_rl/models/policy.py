@@ -1,16 +1,18 @@
 """One interface over every backbone: logits for the token AT each position, whatever the family's own convention."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dllm_rl.models.base import FamilySpec, Module, position_ids
+from dllm_rl.models.base import FamilySpec, Module, Policy, position_ids
 from dllm_rl.models.loading import family_spec, load_module, save_module
 from dllm_rl.models.lora import Lora, add_lora, without_adapters
+
+Moved = TypeVar("Moved", bound="_Backbone")
 
 
 class _Backbone:
@@ -62,11 +64,11 @@ class _Backbone:
         """
         save_module(self.module, self.tokenizer, self.spec, directory, max_shard_size=max_shard_size)
 
-    def reference(self):
+    def reference(self) -> Policy:
         """The policy that RL started from: the same weights, adapters left out. Raises ValueError without any."""
         return without_adapters(self)
 
-    def to(self, device: torch.device | str):
+    def to(self: Moved, device: torch.device | str) -> Moved:
         self.module.to(device)
         return self
 

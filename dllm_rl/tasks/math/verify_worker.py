@@ -137,7 +137,7 @@ def two_stages(plain: Callable) -> Callable:
         parser.addErrorListener(StartAgain())
         first = parser.math
 
-        def math():
+        def math() -> Any:
             try:
                 return first()
             except ParseCancellationException:
