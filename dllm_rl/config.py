@@ -15,9 +15,15 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
-Record = TypeVar("Record")  # a frozen dataclass, as Recipe or a task
+
+@runtime_checkable
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Record = TypeVar("Record", bound=_Dataclass)  # frozen, as Recipe or a task
 SCALARS = (bool, int, float, str, Path)
 
 
@@ -86,7 +92,7 @@ def override(recipe: Record, path: str, text: str) -> Record:
 class Setting:
     value: Any
     help: str
-    read: Callable[[str], Any]
+    read: partial  # of the text alone
 
 
 def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
@@ -241,7 +247,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else describe(value)
 
 
-def usage(recipe: Record) -> str:
+def usage(recipe: Any) -> str:
     lines = [f"usage: [accelerate launch] RECIPE.py [--FIELD VALUE ...]      recipe {recipe.name}", ""]
     for path, setting in paths(recipe).items():
         choices = setting.read.args[1] if setting.read.func is _pick else {}

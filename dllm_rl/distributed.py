@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -23,12 +23,16 @@ def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = F
     A parameter that no token reached gets zeros, so that the optimiser and the other processes treat it like any other.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
+    gradients = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
     if accelerator.num_processes == 1:
         return
-    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters]), reduction="mean" if mean else "sum")
+    flat = accelerator.reduce(
+        torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean" if mean else "sum"
+    )
     for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = gradient.view_as(parameter)
 
@@ -71,7 +75,7 @@ class OneProcess:
         """Nothing to wait for."""
 
 
-Processes = Accelerator | OneProcess
+Processes: TypeAlias = Accelerator | OneProcess
 
 
 def gather_objects(objects: list[Any], processes: Processes) -> list[Any]:
@@ -105,7 +109,7 @@ def catch_interrupt(accelerator: Accelerator) -> Callable[[], bool]:
 
 def machine(accelerator: Accelerator) -> dict[str, Any]:
     """Where a number was measured: versions, device, cores, threads."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("dllm_rl", "torch", "transformers", "accelerate", "torchao"):
         try:
             versions[package] = version(package)

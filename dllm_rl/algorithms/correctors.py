@@ -252,7 +252,8 @@ def composed(
 ) -> Weighed:
     """The product of the weights and the intersection of the keep masks, each computed from the whole mask, so that the
     order does not matter. A metric that two parts log with different values gets the part's number as a suffix."""
-    weights, keep, metrics = torch.ones_like(log_mismatch).detach(), mask, {}
+    weights, keep = torch.ones_like(log_mismatch).detach(), mask
+    metrics: dict[str, float] = {}
     for i, weigh in enumerate(weighs, start=1):
         w, k, m = weigh(log_mismatch, advantages, mask)
         weights, keep = weights * w, keep & k

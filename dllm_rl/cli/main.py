@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def add_sample(commands) -> None:
+def add_sample(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("sample", help="complete prompts with a checkpoint, and watch it being done")
     sub.add_argument("model", help="a checkpoint folder")
     sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to complete; none: lines of standard input")
@@ -77,7 +77,7 @@ def sample(arguments: argparse.Namespace) -> None:
     )
 
 
-def add_evaluate(commands) -> None:
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("evaluate", help="complete a task's problems with a checkpoint and grade the completions")
     sub.add_argument("model", help="a checkpoint folder, or a model hub's id")
     sub.add_argument("--task", required=True, help="sudoku, countdown, gsm8k, math500 or mini")
@@ -114,7 +114,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     evaluate_command(arguments)
 
 
-def add_grade(commands) -> None:
+def add_grade(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("grade", help="grade stored completions, anyone's")
     sub.add_argument("file", help="a .jsonl file; a row holds `completion` and the task's fields")
     sub.add_argument("--task", required=True, help="sudoku, countdown, gsm8k or math500")
@@ -130,7 +130,7 @@ def grade(arguments: argparse.Namespace) -> None:
     print(json.dumps(grade_file(arguments.file, task=arguments.task, protocol=arguments.protocol)))
 
 
-def add_doctor(commands) -> None:
+def add_doctor(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("doctor", help="say where the mismatch of quantised rollouts comes from")
     sub.add_argument("model", help="a checkpoint folder")
     sub.add_argument(
@@ -154,7 +154,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     return doctor_command(arguments)
 
 
-def add_report(commands) -> None:
+def add_report(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("report", help="draw a run's picture again")
     sub.add_argument("directory", help="the output_dir of a run")
     sub.set_defaults(run=report)

@@ -7,6 +7,7 @@ import time
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -34,7 +35,7 @@ def show(
     delay: float = 0.0,
     seed: int = 0,
     group_size: int = 1,
-    **options,
+    **options: Any,
 ) -> None:
     """Complete texts and show it: completions go to standard output (or one JSON object does), speed to standard error.
 
@@ -123,7 +124,7 @@ def render(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows
             line.append("░" if token["step"] < 0 else escape_controls(token["text"]) or "∅", style=style)
         lines.append(line)
     hidden = len(rollout.tokens) - len(lines)
-    left = int((rollout.tokens == policy.spec.mask_id).sum())
+    left = 0 if policy.spec.mask_id is None else int((rollout.tokens == policy.spec.mask_id).sum())
     lines.append(
         Text(
             f"step {rollout.forwards}, {left} masked" + (f", {hidden} more rows" if hidden else ""), style="dim italic"

@@ -45,7 +45,7 @@ def summarise(rewards: Sequence[Reward]) -> dict[str, Any]:
     """
     n = len(rewards)
     shown: dict[str, Any] = {"n": n}
-    rates = {"parsed": [reward.parsed for reward in rewards]}
+    rates: dict[str, list[float]] = {"parsed": [reward.parsed for reward in rewards]}
     rates |= {
         name: [reward.breakdown[name] for reward in rewards]
         for name in ("accuracy", "solve_rate", "undecided")

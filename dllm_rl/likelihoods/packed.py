@@ -36,7 +36,7 @@ def packed_hidden(
     """Final states at each position with `masked` positions hidden in its own block only; zeros before the first block
     that has one. Raises ValueError for a model that is not block-causal, or predicts a token from the one before."""
     spec = policy.spec
-    if spec.attention != "block_causal" or spec.shift:
+    if spec.attention != "block_causal" or spec.shift or spec.block_size is None or spec.mask_id is None:
         raise ValueError(f"packed scoring is for block-causal models without a shift; the policy is {spec.name!r}")
     positions = position_ids(attention_mask)
     block = positions // spec.block_size

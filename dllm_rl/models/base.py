@@ -2,12 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+if TYPE_CHECKING:
+    from dllm_rl.models.lora import Lora
+
+Module = Any  # a stock transformers module; nn.Module would type all that it holds as Tensor | Module
 Attention = Literal["full", "block_causal", "causal"]
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -20,11 +26,11 @@ def position_ids(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
 
 
 def encode_base(
-    module: nn.Module,
+    module: Module,
     tokens: Int[Tensor, "B T"],
     attention_mask: Bool[Tensor, "B T"] | Bool[Tensor, "B 1 T T"] | Float[Tensor, "B 1 T S"],
     positions: Int[Tensor, "B T"],
-    **cache,
+    **cache: Any,
 ) -> Float[Tensor, "B T D"]:
     """The final hidden states of a stock module's backbone. `cache` may bring keys and values of other columns, which
     then come first among the S that a mask of four axes is about."""
@@ -33,11 +39,11 @@ def encode_base(
 
 
 def encode_roberta(
-    module: nn.Module,
+    module: Module,
     tokens: Int[Tensor, "B T"],
     attention_mask: Bool[Tensor, "B T"] | Float[Tensor, "B 1 T S"],
     positions: Int[Tensor, "B T"],
-    **cache,
+    **cache: Any,
 ) -> Float[Tensor, "B T D"]:
     """RoBERTa counts positions from pad_token_id + 1."""
     return encode_base(module, tokens, attention_mask, positions + module.config.pad_token_id + 1, **cache)
@@ -55,7 +61,7 @@ def block_causal_mask(
 
 
 def encode_block_causal(
-    module: nn.Module,
+    module: Module,
     tokens: Int[Tensor, "B T"],
     attention_mask: Bool[Tensor, "B T"],
     positions: Int[Tensor, "B T"],
@@ -66,11 +72,11 @@ def encode_block_causal(
     return encode_base(module, tokens, block_causal_mask(attention_mask, positions, block_size), positions)
 
 
-def linear_head(module: nn.Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+def linear_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
     return module.get_output_embeddings()(hidden)
 
 
-def mlm_head(module: nn.Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+def mlm_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
     """BERT-type heads transform before they project."""
     if hasattr(module, "decoder"):  # ModernBERT
         return module.decoder(module.head(hidden))
@@ -131,16 +137,44 @@ class FamilySpec:
 
 
 @runtime_checkable
-class Policy(Protocol):
-    """A model, its tokenizer, and what a sampler or an estimator must know. `version` counts weight updates."""
+class Head(Protocol):
+    """What makes logits of hidden states: all that scoring a token asks of a policy."""
 
-    module: nn.Module
-    spec: FamilySpec
-    tokenizer: PreTrainedTokenizerBase
-    version: int
-
-    def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor: ...
+    @property
+    def vocab_size(self) -> int: ...
 
     def head(self, hidden: Tensor) -> Tensor: ...
 
+
+@runtime_checkable
+class Policy(Head, Protocol):
+    """A model, its tokenizer, and all that samplers, estimators, quantisation and the loop ask of it.
+
+    version       counts weight updates.
+    lora          the adapters that are trained in place of the weights, or None.
+    quantization  config that a rollout's copy was made with, or None; quantization_report: what that did, or None.
+    """
+
+    module: Module
+    spec: FamilySpec
+    tokenizer: PreTrainedTokenizerBase
+    version: int
+    lora: "Lora | None"
+    quantization: Any
+    quantization_report: Any
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def pad_id(self) -> int: ...
+
+    def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor: ...
+
     def logits(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor: ...
+
+    def to(self, device: torch.device | str) -> "Policy": ...
+
+    def save_pretrained(self, directory: str | Path, *, max_shard_size: int = ...) -> None: ...
+
+    def reference(self) -> "Policy": ...

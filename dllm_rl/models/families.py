@@ -4,6 +4,7 @@ To add one, write its `FamilySpec` here and list it in FAMILIES; nothing else ch
 """
 
 from dataclasses import replace
+from typing import Any
 
 import transformers
 from transformers import (
@@ -49,7 +50,7 @@ _SAME = [
 ]
 
 
-def _fields(raw: dict, **more) -> dict:
+def _fields(raw: dict, **more: Any) -> dict:
     """Config fields that bear the stock classes' names, ids that may be absent, rotary parameters, and `more`."""
     rope = {"rope_type": "default", "rope_theta": raw["rope_theta"]} | (raw.get("rope_scaling") or {})
     if raw.get("partial_rotary_factor"):
@@ -59,7 +60,7 @@ def _fields(raw: dict, **more) -> dict:
     return same | ids | {"rope_parameters": rope, "is_causal": False, "use_cache": False} | more
 
 
-def _refuse(raw: dict, **supported) -> None:
+def _refuse(raw: dict, **supported: Any) -> None:
     """Raise ValueError when a field has a value other than the one that the stock class computes."""
     for key, value in supported.items():
         if raw.get(key) not in (None, value):
@@ -142,7 +143,11 @@ def sdar(raw: dict) -> tuple[type, Qwen3Config | Qwen3MoeConfig]:
     return Qwen3ForCausalLM, Qwen3Config(**_fields(raw))
 
 
-_BLOCK = (("attn_norm", "input_layernorm"), ("ff_norm", "post_attention_layernorm"), ("attn_out", "self_attn.o_proj"))
+_BLOCK: tuple[tuple[str, str], ...] = (
+    ("attn_norm", "input_layernorm"),
+    ("ff_norm", "post_attention_layernorm"),
+    ("attn_out", "self_attn.o_proj"),
+)
 _BLOCK += tuple((f"{x}_proj", f"self_attn.{x}_proj") for x in "qkv")
 _BLOCK += (("ff_proj", "mlp.gate_proj"), ("up_proj", "mlp.up_proj"), ("ff_out", "mlp.down_proj"))
 

@@ -1,7 +1,8 @@
 """Key-value caches for unmasking: exact for block-causal attention, approximations of it for full attention."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -64,8 +65,10 @@ class CachedStates:
     def __init__(self, policy: Policy, cache: Cache, attention_mask: Bool[Tensor, "B T"]) -> None:
         self.policy, self.cache, self.attention_mask = policy, cache, attention_mask
         self.positions = position_ids(attention_mask)
-        self.past, self.kept, self.rows = None, torch.arange(0), torch.arange(len(attention_mask))
-        self.columns, self.step = None, 0
+        self.kept, self.rows = torch.arange(0), torch.arange(len(attention_mask))
+        self.past: Any = None  # a DynamicCache from the first forward on
+        self.columns: tuple[int, int] | None = None
+        self.step = 0
 
     def advance(
         self, tokens: Int[Tensor, "B T"], rows: Int[Tensor, " R"], columns: tuple[int, int], *, alike: int = 1
@@ -126,6 +129,7 @@ class CachedStates:
         """What to add to attention scores, (R, 1, fresh, seen): 0 where a query may look, else the lowest number."""
         allowed = attention_mask[:, None, seen].expand(-1, len(fresh), -1)
         if self.policy.spec.attention == "block_causal":
+            assert self.policy.spec.block_size is not None, "a block-causal model has a block size"
             block = positions // self.policy.spec.block_size
             allowed = allowed & (block[:, None, seen] <= block[:, fresh, None])
         dtype = next(self.policy.module.parameters()).dtype
@@ -133,6 +137,6 @@ class CachedStates:
             ~allowed, torch.finfo(dtype).min
         )[:, None]
 
-    def _map(self, f) -> None:
+    def _map(self, f: Callable[[Tensor], Tensor]) -> None:
         for layer in self.past.layers:
             layer.keys, layer.values = f(layer.keys), f(layer.values)

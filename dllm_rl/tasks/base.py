@@ -37,8 +37,11 @@ class Reward:
 class Task(Protocol):
     """A sized, indexable collection of problems with a grader. `version` changes whenever a grade could."""
 
-    name: str
-    version: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
 
     def __len__(self) -> int: ...
 

@@ -26,7 +26,7 @@ class RunLog:
             path = directory / "metrics.jsonl"
             lines = path.read_text().splitlines() if path.exists() else []
             # Steps after the checkpoint that a run resumes from will be run again.
-            kept = [line for line in lines if _step_of(line) is not None and _step_of(line) < start]
+            kept = [line for line in lines if (step := _step_of(line)) is not None and step < start]
             write_text(path, "".join(line + "\n" for line in kept))
             self._jsonl = path.open("a")
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start)

@@ -65,7 +65,7 @@ def start(recipe: Recipe) -> Run:
     accelerator = make_accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
     check_processes(recipe, accelerator)
     folder = open_folder(recipe, accelerator)
-    state = checkpoint.read_state(folder) if folder else {"step": 0}
+    state: dict[str, Any] = checkpoint.read_state(folder) if folder else {"step": 0}
     log = RunLog(Path(recipe.directory), start=state["step"], main=accelerator.is_main_process)
     if recipe.resume_from_checkpoint:
         log.say(f"resuming from {folder}" if folder else "no checkpoint yet: starting from the beginning")

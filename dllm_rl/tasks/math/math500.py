@@ -80,7 +80,9 @@ def _problems(path: str | Path | None, split: Split) -> tuple[tuple[str, str, st
 def _problem(place: str, row: dict[str, Any]) -> tuple[str, str, str]:
     problem, working = row.get("problem"), row.get("solution")
     answer = row.get("answer") or (last_box(working) if isinstance(working, str) else None)
-    if not all(isinstance(text, str) and text for text in (problem, working, answer)):
+    if not (isinstance(problem, str) and isinstance(working, str) and isinstance(answer, str)) or not (
+        problem and working and answer
+    ):
         raise ValueError(f"{place}: a MATH row needs the texts problem, solution, and answer or a box in the solution")
     return problem, answer, working
 

@@ -20,6 +20,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 from antlr4.atn.PredictionMode import PredictionMode
 from antlr4.error.ErrorListener import ErrorListener
@@ -122,21 +123,21 @@ def serve(seconds: float, busy: mmap.mmap) -> None:
 class StartAgain(ErrorListener):
     """Ends a parse at its first syntax error, by the exception that ANTLR has for it."""
 
-    def syntaxError(self, recognizer, offendingSymbol, line, column, msg, e):
+    def syntaxError(self, recognizer: Any, offendingSymbol: Any, line: int, column: int, msg: str, e: Any) -> None:
         raise ParseCancellationException(msg)
 
 
 def two_stages(plain: Callable) -> Callable:
     """create_parser, made to try SLL prediction first and to start again with LL after a syntax error."""
 
-    def create_parser(converter, latex: str):
+    def create_parser(converter: Any, latex: str) -> Any:
         parser = plain(converter, latex)
         parser._interp.predictionMode = PredictionMode.SLL
         parser.removeErrorListeners()
         parser.addErrorListener(StartAgain())
         first = parser.math
 
-        def math():
+        def math() -> Any:
             try:
                 return first()
             except ParseCancellationException:
