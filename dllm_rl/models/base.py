@@ -22,7 +22,7 @@ def position_ids(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
 def encode_base(
     module: nn.Module,
     tokens: Int[Tensor, "B T"],
-    attention_mask: Bool[Tensor, "B T"] | Bool[Tensor, "B 1 T T"] | Float[Tensor, "B 1 T S"],
+    attention_mask: Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"],
     positions: Int[Tensor, "B T"],
     **cache,
 ) -> Float[Tensor, "B T D"]:
@@ -57,13 +57,16 @@ def block_causal_mask(
 def encode_block_causal(
     module: nn.Module,
     tokens: Int[Tensor, "B T"],
-    attention_mask: Bool[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"],
     positions: Int[Tensor, "B T"],
     *,
     block_size: int,
+    **cache,
 ) -> Float[Tensor, "B T D"]:
-    """The final hidden states under the block-causal mask: a stock class takes a mask of four axes as it is."""
-    return encode_base(module, tokens, block_causal_mask(attention_mask, positions, block_size), positions)
+    """The final hidden states under the block-causal mask, or under a mask of four axes as it is given."""
+    if attention_mask.dim() == 2:
+        attention_mask = block_causal_mask(attention_mask, positions, block_size)
+    return encode_base(module, tokens, attention_mask, positions, **cache)
 
 
 def linear_head(module: nn.Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
@@ -138,6 +141,8 @@ class Policy(Protocol):
     spec: FamilySpec
     tokenizer: PreTrainedTokenizerBase
     version: int
+
+    def encode(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor, **cache) -> Tensor: ...
 
     def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor: ...
 

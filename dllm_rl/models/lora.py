@@ -151,9 +151,9 @@ def without_adapters(policy):
     return reference
 
 
-def _without(f, module: nn.Module, *args):
+def _without(f, module: nn.Module, *args, **kwargs):
     with disable_adapters(module):
-        return f(module, *args)
+        return f(module, *args, **kwargs)
 
 
 def is_bitsandbytes(layer: nn.Module) -> bool:
