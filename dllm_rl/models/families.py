@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from dllm_rl.models.base import BERT_LINEARS, FamilySpec, encode_roberta, mlm_head
+from dllm_rl.models.rope import rope_parameters
 
 _SAME = [
     "vocab_size",
@@ -51,12 +52,9 @@ _SAME = [
 
 def _fields(raw: dict, **more) -> dict:
     """Config fields that bear the stock classes' names, ids that may be absent, rotary parameters, and `more`."""
-    rope = {"rope_type": "default", "rope_theta": raw["rope_theta"]} | (raw.get("rope_scaling") or {})
-    if raw.get("partial_rotary_factor"):
-        rope["partial_rotary_factor"] = raw["partial_rotary_factor"]
     ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")}
     same = {key: raw[key] for key in _SAME if raw.get(key) is not None}
-    return same | ids | {"rope_parameters": rope, "is_causal": False, "use_cache": False} | more
+    return same | ids | {"rope_parameters": rope_parameters(raw), "is_causal": False, "use_cache": False} | more
 
 
 def _refuse(raw: dict, **supported) -> None:
