@@ -86,7 +86,8 @@ class FamilySpec:
 
     attention    "full", "block_causal" (blocks of `block_size`, aligned to a row's first token) or "causal".
     shift        the state at t-1 predicts position t.
-    mask_id      token id of the mask; None for causal models.
+    mask_id      token id of the mask; None for causal models. In a family's table, the id in its own vocabulary, of
+                 `mask_vocabulary` tokens; `mask_names` are what a tokenizer that declares no mask token may call it.
     eos_ids      ids that end a completion.
     max_length   longest sequence the model can take, in tokens; None if unknown.
     encode, head module, tokens, attention mask, positions -> hidden states; module, hidden states -> logits.
@@ -110,6 +111,8 @@ class FamilySpec:
     shift: bool = False
     block_size: int | None = None
     mask_id: int | None = None
+    mask_vocabulary: int | None = None
+    mask_names: tuple[str, ...] = ()
     eos_ids: tuple[int, ...] = ()
     max_length: int | None = None
     encode: Callable = encode_base

@@ -152,6 +152,8 @@ LLADA = FamilySpec(
     native=llada,
     float32_rope=True,
     mask_id=126336,
+    mask_vocabulary=126464,
+    mask_names=("<|mdm_mask|>", "[MDM_MASK]"),
     end_tokens=("<|eot_id|>",),
     names=(
         ("model.transformer.wte", "model.embed_tokens"),
@@ -167,6 +169,8 @@ LLADA_MOE = FamilySpec(
     when=lambda raw: "num_experts" in raw,
     native=llada_moe,
     mask_id=156895,
+    mask_vocabulary=157184,
+    mask_names=("<|mask|>",),
     end_tokens=("<|role_end|>",),
 )
 LLADA2 = FamilySpec(
@@ -176,6 +180,8 @@ LLADA2 = FamilySpec(
     architectures=("LLaDA2MoeModelLM",),
     native=llada2,
     mask_id=156895,
+    mask_vocabulary=157184,
+    mask_names=("<|mask|>",),
     end_tokens=("<|role_end|>",),
     fused_qkv="model.layers.*.attention.query_key_value",
     names=(
@@ -193,6 +199,8 @@ DREAM = FamilySpec(
     architectures=("DreamModel",),
     native=dream,
     mask_id=151666,
+    mask_vocabulary=152064,
+    mask_names=("<|mask|>",),
     end_tokens=("<|im_end|>",),
 )
 SDAR = FamilySpec(
@@ -202,6 +210,8 @@ SDAR = FamilySpec(
     architectures=("SDARForCausalLM", "SDARMoeForCausalLM"),
     native=sdar,
     mask_id=151669,
+    mask_vocabulary=151936,
+    mask_names=("<|MASK|>",),
     end_tokens=("<|im_end|>",),
 )
 MASKED_LM = FamilySpec(

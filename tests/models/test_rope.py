@@ -70,7 +70,7 @@ def test_the_new_spelling_comes_first_and_what_is_inside_before_what_is_beside()
 @pytest.mark.parametrize(
     ("scaling", "words"),
     [
-        ({"type": "su", "factor": 2.0}, "rope_scaling has the kind 'su', which is not known; known are default, linear"),
+        ({"type": "su", "factor": 2.0}, "has the kind 'su', which is not known; known are default, linear"),
         ({"type": "yarn"}, "rope_scaling of the kind 'yarn' has no 'factor'; add it to config.json"),
         ({"type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}, "of the kind 'llama3' has no 'high_freq_factor'"),
         ({"type": "linear", "factor": 2.0, "beta_fast": 3}, "has a 'beta_fast' that is not understood; remove it"),
