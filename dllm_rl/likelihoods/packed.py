@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.models.base import Policy, encode_base, position_ids
+from dllm_rl.models.base import Policy, position_ids
 
 
 def packed_mask(attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], start: int) -> Bool[Tensor, "B 1 Q Q"]:
@@ -44,6 +44,6 @@ def packed_hidden(
     start = int((attention_mask & (block >= first)).any(0).long().argmax())
     both = torch.cat([tokens, tokens.masked_fill(masked, spec.mask_id)[:, start:]], dim=1)
     mask = packed_mask(attention_mask, block, start)
-    states = encode_base(policy.module, both, mask, torch.cat([positions, positions[:, start:]], dim=1))
+    states = policy.encode(both, mask, torch.cat([positions, positions[:, start:]], dim=1))
     noisy = states[:, tokens.shape[1] :]
     return torch.cat([noisy.new_zeros(len(noisy), start, noisy.shape[-1]), noisy], dim=1)

@@ -28,7 +28,7 @@ def position_ids(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
 def encode_base(
     module: Module,
     tokens: Int[Tensor, "B T"],
-    attention_mask: Bool[Tensor, "B T"] | Bool[Tensor, "B 1 T T"] | Float[Tensor, "B 1 T S"],
+    attention_mask: Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"],
     positions: Int[Tensor, "B T"],
     **cache: Any,
 ) -> Float[Tensor, "B T D"]:
@@ -63,13 +63,16 @@ def block_causal_mask(
 def encode_block_causal(
     module: Module,
     tokens: Int[Tensor, "B T"],
-    attention_mask: Bool[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"],
     positions: Int[Tensor, "B T"],
     *,
     block_size: int,
+    **cache: Any,
 ) -> Float[Tensor, "B T D"]:
-    """The final hidden states under the block-causal mask: a stock class takes a mask of four axes as it is."""
-    return encode_base(module, tokens, block_causal_mask(attention_mask, positions, block_size), positions)
+    """The final hidden states under the block-causal mask, or under a mask of four axes as it is given."""
+    if attention_mask.dim() == 2:
+        attention_mask = block_causal_mask(attention_mask, positions, block_size)
+    return encode_base(module, tokens, attention_mask, positions, **cache)
 
 
 def linear_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
@@ -89,7 +92,8 @@ class FamilySpec:
 
     attention    "full", "block_causal" (blocks of `block_size`, aligned to a row's first token) or "causal".
     shift        the state at t-1 predicts position t.
-    mask_id      token id of the mask; None for causal models.
+    mask_id      token id of the mask; None for causal models. In a family's table, the id in its own vocabulary, of
+                 `mask_vocabulary` tokens; `mask_names` are what a tokenizer that declares no mask token may call it.
     eos_ids      ids that end a completion.
     max_length   longest sequence the model can take, in tokens; None if unknown.
     encode, head module, tokens, attention mask, positions -> hidden states; module, hidden states -> logits.
@@ -113,6 +117,8 @@ class FamilySpec:
     shift: bool = False
     block_size: int | None = None
     mask_id: int | None = None
+    mask_vocabulary: int | None = None
+    mask_names: tuple[str, ...] = ()
     eos_ids: tuple[int, ...] = ()
     max_length: int | None = None
     encode: Callable = encode_base
@@ -168,6 +174,8 @@ class Policy(Head, Protocol):
 
     @property
     def pad_id(self) -> int: ...
+
+    def encode(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor, **cache: Any) -> Tensor: ...
 
     def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor: ...
 

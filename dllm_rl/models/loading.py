@@ -127,12 +127,23 @@ def family_spec(
 
 
 def find_mask_id(config: Any, tokenizer: PreTrainedTokenizerBase, family: FamilySpec) -> int:
-    """The config's mask id, else the tokenizer's, else the family's."""
-    candidates = (getattr(config, "mask_token_id", None), tokenizer.mask_token_id, family.mask_id)
+    """The config's mask id, else the tokenizer's, else that of a token with a name of the family's.
+
+    Where there is none of these, the family's id is taken, but only with the vocabulary that it belongs to: in another
+    one the same number is a word. Raises ValueError on no mask id, on two, or on one outside the vocabulary.
+    """
+    named = {tokenizer.get_vocab().get(name) for name in family.mask_names} - {None}
+    default = family.mask_id if config.vocab_size == family.mask_vocabulary else None
+    known = named.pop() if len(named) == 1 else None
+    candidates = (getattr(config, "mask_token_id", None), tokenizer.mask_token_id, known, default)
     found = next((i for i in candidates if i is not None), None)
     if found is None:
+        why = ""
+        if family.mask_id is not None:
+            why = f" (the {family.name} default {family.mask_id} belongs to a vocabulary of {family.mask_vocabulary})"
         raise ValueError(
-            "mask_token_id is neither in the config nor in the tokenizer; set mask_token_id in config.json"
+            f"mask_token_id is neither in the config nor in the tokenizer, for a vocabulary of {config.vocab_size} "
+            f"tokens{why}; set mask_token_id in config.json, or tokenizer.mask_token"
         )
     if tokenizer.mask_token_id not in (None, found):
         raise ValueError(

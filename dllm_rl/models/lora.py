@@ -153,9 +153,9 @@ def without_adapters(policy: Policy) -> Policy:
     return reference
 
 
-def _without(f: Callable[..., Tensor], module: nn.Module, *args: Any) -> Tensor:
+def _without(f: Callable[..., Tensor], module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     with disable_adapters(module):
-        return f(module, *args)
+        return f(module, *args, **kwargs)
 
 
 def is_bitsandbytes(layer: nn.Module) -> bool:

@@ -37,10 +37,26 @@ class _Backbone:
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.spec.eos_ids[0]
 
+    def encode(
+        self,
+        tokens: Int[Tensor, "B T"],
+        attention_mask: Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"],
+        positions: Int[Tensor, "B T"],
+        **cache: Any,
+    ) -> Float[Tensor, "B T D"]:
+        """The backbone's own states at each token, not shifted. Whatever runs the backbone does it here, which is what
+        leaves the adapters out of a `reference()`.
+
+        attention_mask  False on padding, over T columns and those of the cache; the family adds who sees whom. With
+                        four axes it says that itself, in place of the family.
+        positions       each token's place in its row, from 0 (`position_ids`).
+        cache           past_key_values and use_cache, as transformers takes them.
+        """
+        return self.spec.encode(self.module, tokens, attention_mask, positions, **cache)
+
     def hidden(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Final hidden states; `head` of the one at t gives logits for the token at t. Padding is never attended to."""
-        positions = position_ids(attention_mask)
-        states = self.spec.encode(self.module, tokens, attention_mask, positions)
+        states = self.encode(tokens, attention_mask, position_ids(attention_mask))
         return shifted(states, attention_mask) if self.spec.shift else states
 
     def head(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:

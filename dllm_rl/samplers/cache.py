@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from dllm_rl.models.base import Policy, encode_base, position_ids
+from dllm_rl.models.base import Policy, position_ids
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,8 @@ class CachedStates:
             self.past = DynamicCache(config=module.config)
         positions = self.positions[rows]
         mask = self._mask(self.attention_mask[rows], positions, fresh, seen)
-        # The block-causal mask is made here, with the columns that are not run in it.
-        encode = encode_base if self.policy.spec.attention == "block_causal" else self.policy.spec.encode
-        states = encode(
-            module, tokens[rows][:, fresh], mask, positions[:, fresh], past_key_values=self.past, use_cache=True
+        states = self.policy.encode(
+            tokens[rows][:, fresh], mask, positions[:, fresh], past_key_values=self.past, use_cache=True
         )
         if self.past.get_seq_length() != len(seen):
             raise ValueError(
