@@ -227,9 +227,13 @@ def describe(value: Any) -> str:
     return repr(value)
 
 
+def plain(value: Any) -> Any:
+    """Scalars as they are, everything else as text."""
+    return value if value is None or isinstance(value, bool | int | float | str) else describe(value)
+
+
 def described(recipe: Record) -> dict[str, Any]:
-    """Field by field: scalars as they are, everything else as text; for JSON."""
-    plain = lambda v: v if v is None or isinstance(v, bool | int | float | str) else describe(v)  # noqa: E731
+    """Field by field, as `plain` values; for JSON."""
     return {f.name: plain(getattr(recipe, f.name)) for f in dataclasses.fields(recipe)}
 
 
