@@ -233,18 +233,14 @@ def describe(value: Any) -> str:
     return repr(value)
 
 
-def described(recipe: Record) -> dict[str, Any]:
-    """Field by field: scalars as they are, everything else as text; for JSON."""
-    return {f.name: _plain(getattr(recipe, f.name)) for f in dataclasses.fields(recipe)}
-
-
-def described_defaults(recipe: Record) -> dict[str, Any]:
-    """`described` of the defaults, of the fields that have one."""
-    return {f.name: _plain(f.default) for f in dataclasses.fields(recipe) if f.default is not dataclasses.MISSING}
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Scalars as they are, everything else as text."""
     return value if value is None or isinstance(value, bool | int | float | str) else describe(value)
+
+
+def described(recipe: Record) -> dict[str, Any]:
+    """Field by field, as `plain` values; for JSON."""
+    return {f.name: plain(getattr(recipe, f.name)) for f in dataclasses.fields(recipe)}
 
 
 def usage(recipe: Any) -> str:

@@ -62,6 +62,7 @@ class Recipe:
     train_batch_size: int = _("prompts per step, over all processes", 32)
     num_generations: int = _("completions per prompt (G)", 8)
     micro_batch_size: int | None = _("completions per forward of scoring and update; None: all at once", None)
+    mismatch_sample: int = _("groups without advantage scored per step, to measure mismatch over all rows", 2)
     max_num_gen_batches: int = _("draws of prompts a step, until no group's rewards are all equal; 1: no second", 1)
     num_steps: int = _("RL steps", 180)
     num_iterations: int = _("optimiser updates per rollout", 1)
@@ -101,6 +102,7 @@ class Recipe:
         for name in (
             *positive,
             "max_num_gen_batches",
+            "mismatch_sample",
             "eval_batch_size",
             "logging_steps",
             "save_steps",

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def save(
     """
     for stale in [*directory.glob(".*.partial"), *directory.glob(".partial-*")]:
         remove(stale)
-    final = directory / f"step-{step:06d}"
+    final = folder_of(directory, step)
     with replacing(final) as partial:
         policy.save_pretrained(partial)
         if policy.lora is not None:
@@ -44,6 +45,26 @@ def save(
     for _, old in found(directory)[:-keep]:
         remove(old)
     return final
+
+
+def folder_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies, or is to lie."""
+    return directory / f"step-{step:06d}"
+
+
+def set_aside(directory: Path, resumed: Path) -> list[Path]:
+    """Rename the checkpoints in `directory` that a run leaves behind when it goes on from `resumed`; returns new paths.
+
+    Those are the later ones, and another of the same step: step-NNNNNN becomes step-NNNNNN.set-aside, or .set-aside-2
+    and so on where that is taken. They are found no more, neither as the newest nor as surplus; nothing is deleted.
+    """
+    step, moved = read_state(resumed)["step"], []
+    for number, folder in found(directory):
+        if number > step or (number == step and folder.resolve() != resumed.resolve()):
+            names = (f"{folder.name}.set-aside" + (f"-{n}" if n > 1 else "") for n in count(1))
+            free = next(path for name in names if not (path := folder.with_name(name)).exists())
+            moved.append(folder.rename(free))
+    return moved
 
 
 def found(directory: Path) -> list[tuple[int, Path]]:

@@ -1,6 +1,7 @@
 """Starting, resuming, checkpointing and finishing a run."""
 
 import copy
+import dataclasses
 import inspect
 import shutil
 import time
@@ -14,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from dllm_rl.config import described, described_defaults
+from dllm_rl.config import described, plain
 from dllm_rl.distributed import catch_interrupt, machine, make_accelerator
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import write_json
@@ -76,6 +77,10 @@ def start(recipe: Recipe) -> Run:
         checkpoint.load_optimizer(folder, optimizer)
         policy.version, log.seconds = state["version"], state["stages"]
         history |= {key: state[key] for key in ("seconds", "eval_before", "warmup_steps")}
+        history["checkpoint"] = str(folder)
+        if accelerator.is_main_process:
+            for path in checkpoint.set_aside(Path(recipe.directory) / "checkpoints", folder):
+                log.say(f"set aside, as it is not on the way of the resumed run: {path}")
     else:
         policy = fresh_policy(recipe, accelerator, log, history)
         optimizer = make_optimizer(recipe, policy)
@@ -126,9 +131,7 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> Path | None:
             "--resume_from_checkpoint latest, or --overwrite_output_dir"
         )
     if folder:
-        # A field that is newer than the checkpoint had no effect then, as its default has none.
-        before = described_defaults(recipe) | checkpoint.read_state(folder)["recipe"]
-        _check_same_recipe(before, described(recipe))
+        _check_same_recipe(checkpoint.read_state(folder)["recipe"], described(recipe))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
@@ -141,11 +144,13 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> Path | None:
 
 
 def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
+    """Raise ValueError on a setting that differs; one that the checkpoint does not know had its default."""
+    known = {f.name: plain(f.default) for f in dataclasses.fields(Recipe)} | before
+    changed = [name for name in now if name not in FREE and known[name] != now[name]]
     if changed:
         name = changed[0]
         raise ValueError(
-            f"{name}={now[name]!r} differs from the checkpoint's {before.get(name)!r}; resume with the same recipe"
+            f"{name}={now[name]!r} differs from the checkpoint's {known[name]!r}; resume with the same recipe"
         )
 
 
@@ -271,8 +276,9 @@ def checkpoint_if_due(run: Run, step: int) -> None:
 
 
 def save(run: Run, step: int) -> None:
-    """Checkpoint after `step` steps, by the main process."""
+    """Checkpoint after `step` steps, by the main process; `history` gets its folder."""
     recipe, history = run.recipe, run.history
+    directory = Path(recipe.directory) / "checkpoints"
     if run.accelerator.is_main_process:
         state = {
             "dtype": str(next(run.policy.module.parameters()).dtype).removeprefix("torch."),
@@ -282,8 +288,8 @@ def save(run: Run, step: int) -> None:
             "warmup_steps": history["warmup_steps"],
             "recipe": described(recipe),
         }
-        directory = Path(recipe.directory) / "checkpoints"
         checkpoint.save(directory, step, run.policy, run.optimizer, state, keep=recipe.save_total_limit)
+    history["checkpoint"] = str(checkpoint.folder_of(directory, step))
     run.accelerator.wait_for_everyone()
 
 
@@ -308,7 +314,7 @@ def finish(run: Run) -> dict[str, Any]:
         "warmup_steps": history["warmup_steps"],
         "seed": recipe.seed,
         "num_processes": accelerator.num_processes,
-        "checkpoint": str(checkpoint.found(directory / "checkpoints")[-1][1]),
+        "checkpoint": history["checkpoint"],  # the one whose weights were evaluated
         "machine": machine(accelerator),
         "recipe": described(recipe),
     }
