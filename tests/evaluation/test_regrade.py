@@ -5,8 +5,11 @@ import json
 import pytest
 
 from dllm_rl.evaluation.intervals import wilson
-from dllm_rl.evaluation.regrade import grade_file, summarise
-from dllm_rl.tasks import Reward
+from dllm_rl.evaluation.regrade import grade_file
+from dllm_rl.evaluation.results import Answer, Evaluation
+from dllm_rl.tasks import Problem, Reward, Sudoku
+from dllm_rl.tasks.base import addends
+from dllm_rl.tasks.protocols import under_protocol
 
 GRID, PUZZLE = "1234341221434321", "1234341200430021"
 EASY = "1234341221434320"  # one blank
@@ -144,9 +147,24 @@ def test_a_line_separator_of_unicode_does_not_end_a_row(tmp_path) -> None:
     assert grade_file(tmp_path / "a.jsonl", task="gsm8k")["accuracy"] == 1.0
 
 
-def test_summary_of_a_training_reward() -> None:
-    """Without counted cells the cell accuracy is a mean over problems."""
-    rewards = [Reward(0.0, True, {"solve_rate": s, "cell_accuracy": c}) for s, c in ((1.0, 1.0), (0.0, 0.25))]
-    shown = summarise(rewards)
-    assert (shown["n"], shown["solve_rate"], shown["cell_accuracy"]) == (2, 0.5, 0.625)
-    assert shown["cell_accuracy_interval"] == [0.25, 1.0]
+def test_cell_accuracy_is_one_number_under_every_reward() -> None:
+    """3 of 4 empty cells and 1 of 1: 4 of 5 of the set, where the mean of the puzzles' shares is 7/8."""
+    rows = [(PUZZLE, GRID[:8] + "3" + GRID[9:]), (EASY, GRID)]
+    problems = [Problem("", {"puzzle": puzzle, "solution": GRID}) for puzzle, _ in rows]
+    tasks = [Sudoku(), Sudoku(reward_rule="d1"), *(under_protocol(Sudoku(), name) for name in ("strict", "d1"))]
+    for task in tasks:
+        answers = [
+            Answer(i, 0, task.reward(problem, f"<answer>{cells}</answer>" if task is tasks[1] else cells))
+            for i, (problem, (_, cells)) in enumerate(zip(problems, rows, strict=True))
+        ]
+        found = Evaluation(tuple(answers), {})
+        assert found.means["cell_accuracy"] == found.summary["cell_accuracy"] == 4 / 5
+        assert not {"correct_cells", "empty_cells"} & set(found.summary)
+
+
+def test_what_a_completion_adds_to_a_mean() -> None:
+    counts = {"correct_cells": 3.0, "empty_cells": 4.0}
+    added = addends(Reward(2.5, False, {"solve_rate": 0.0, "cell_accuracy": 0.75, **counts}))
+    assert added == {"reward": (2.5, 1.0), "parsed": (0.0, 1.0), "solve_rate": (0.0, 1.0), "cell_accuracy": (3.0, 4.0)}
+    assert addends(Reward(0.0, True, {"cell_accuracy": 0.75}))["cell_accuracy"] == (0.75, 1.0)
+    assert addends(Reward(0.0, True, counts))["correct_cells"] == (3.0, 1.0)

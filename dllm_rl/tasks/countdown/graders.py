@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dllm_rl.tasks.answers import LONGEST, final_answer, first_closed_answer, last_box, last_closed_answer
-from dllm_rl.tasks.base import Reward
+from dllm_rl.tasks.base import Grader, Reward
 from dllm_rl.tasks.countdown.expressions import Value, evaluate
+from dllm_rl.tasks.loading import present
 
 _RUN = "0123456789+-*/() "
 _EQUALS = re.compile(r"[0-9+\-*/() ]=[0-9. ]")
@@ -43,6 +44,24 @@ def countdown_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
         return Reward(0.0, False, dict.fromkeys(("accuracy", "valid", "numbers_used"), 0.0))
     graded = grade_expression(fields, block.strip(), tolerance=1e-5, lines=False)
     return Reward(1.0 if graded.value else 0.1, True, graded.breakdown)
+
+
+GRADERS: dict[str, Grader] = {
+    "strict": countdown_strict,
+    "d1": countdown_d1,
+    "spg": countdown_d1,
+    "espo": countdown_d1,
+}
+
+
+def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
+    """`numbers` and `target` of a stored row. Errors: ValueError saying what is wrong."""
+    numbers, target = present(row, "numbers"), present(row, "target")
+    if not isinstance(numbers, list) or not numbers or not all(type(number) is int for number in numbers):
+        raise ValueError(f"numbers={numbers!r} must be a list of integers")
+    if type(target) is not int:
+        raise ValueError(f"target={target!r} must be an integer")
+    return {"numbers": numbers, "target": target}
 
 
 def grade_expression(fields: Mapping[str, Any], text: str, *, tolerance: float = 0.0, lines: bool = True) -> Reward:

@@ -14,7 +14,8 @@ from dllm_rl.tasks.answers import (
     last_box,
     last_number,
 )
-from dllm_rl.tasks.base import Reward
+from dllm_rl.tasks.base import Grader, Reward
+from dllm_rl.tasks.loading import present
 from dllm_rl.tasks.math import verify as math_check
 from dllm_rl.tasks.math.latex import normalise, rational
 
@@ -114,6 +115,34 @@ def math500_math_verify(fields: Mapping[str, Any], completion: str) -> Reward:
     answer = final_answer(completion)
     equal = math_check.equal(fields["answer"], answer) if answer else False
     return _graded(bool(answer), equal is True, undecided=float(equal is None))
+
+
+GSM8K_GRADERS: dict[str, Grader] = {"strict": gsm8k_strict, "d1": gsm8k_d1, "spg": gsm8k_spg, "espo": gsm8k_espo}
+MATH500_GRADERS: dict[str, Grader] = {
+    "strict": math500_strict,
+    "d1": math500_d1,
+    "spg": math500_d1,
+    "espo": math500_math_verify,
+    "math-verify": math500_math_verify,
+}
+MATH500_NEEDS = dict.fromkeys(("espo", "math-verify"), math_check.require)
+
+
+def read_gsm8k(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
+    """`answer` of a stored row, a number as such or as text. Errors: ValueError saying what is wrong."""
+    answer = present(row, "answer")
+    if type(answer) not in (str, int, float):
+        raise ValueError(f"answer={answer!r} must be a number or a text")
+    reference_number(answer)
+    return {"answer": str(answer)}
+
+
+def read_math500(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
+    """`answer` of a stored row, LaTeX or a number. Errors: ValueError saying what is wrong."""
+    answer = present(row, "answer")
+    if type(answer) not in (str, int, float) or not str(answer).strip():
+        raise ValueError(f"answer={answer!r} must be a number or a text that is not empty")
+    return {"answer": str(answer)}
 
 
 def reference_number(answer: str | int | float) -> Fraction:
