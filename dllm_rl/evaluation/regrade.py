@@ -15,6 +15,7 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
     """Grades the rows of a JSONL file: `completion` and the task's fields.
 
     Fields: sudoku `puzzle`, `solution`; countdown `numbers`, `target`; gsm8k and math500 `answer`. Others are ignored.
+    Rows whose `answer` is null are graded wrong; where there are any, `no_answer` is their number.
     Returns the task, its version, the protocol, n, and each of RATES with its 95 % interval, [low, high].
     Errors: ValueError naming file and line for the first malformed row, before anything is graded, and for no rows.
     """
@@ -33,4 +34,6 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
     answers = [Answer(i, 0, grader(fields, completion)) for i, (fields, completion) in enumerate(rows)]
     names = [name for name in RATES if name in addends(answers[0].reward)]
     rates = with_intervals({name: by_problem(answers, name) for name in names})
-    return {"task": task, "version": entry.task.version, "protocol": protocol, "n": len(answers), **rates}
+    without = sum(None in fields.values() for fields, _ in rows)
+    facts = {"task": task, "version": entry.task.version, "protocol": protocol, "n": len(answers)}
+    return {**facts, **({"no_answer": without} if without else {}), **rates}

@@ -9,7 +9,7 @@ from dllm_rl.evaluation.regrade import grade_file
 from dllm_rl.evaluation.results import Answer, Evaluation
 from dllm_rl.tasks import Problem, Reward, Sudoku
 from dllm_rl.tasks.base import addends
-from dllm_rl.tasks.protocols import under_protocol
+from dllm_rl.tasks.protocols import PROTOCOLS, under_protocol
 
 GRID, PUZZLE = "1234341221434321", "1234341200430021"
 EASY = "1234341221434320"  # one blank
@@ -21,21 +21,26 @@ def write(path, rows) -> str:
 
 
 def test_countdown(tmp_path) -> None:
-    texts = ["<answer>3*4+5</answer>", "3*4+5 = 17", "<answer>3+4+5</answer>", "no"]
+    texts = ["\\boxed{3*4+5}", "<answer>3*4+5 = 17</answer>", "\\boxed{3+4+5}", "no"]
     rows = [{"completion": text, "numbers": [3, 4, 5], "target": 17, "seed": 1} for text in texts]
     path = write(tmp_path / "a.jsonl", rows)
     graded = grade_file(path, task="countdown", protocol="d1")
     assert graded == {
         "task": "countdown",
-        "version": "1",
+        "version": "2",
         "protocol": "d1",
         "n": 4,
         "parsed": 0.75,
         "parsed_interval": list(wilson(3, 4)),
         "accuracy": 0.5,
         "accuracy_interval": list(wilson(2, 4)),
+        "undecided": 0.0,
+        "undecided_interval": list(wilson(0, 4)),
     }
     assert grade_file(path, task="countdown")["accuracy"] == 0.25  # strict: no "= 17" behind
+    rows[3]["completion"] = "\\boxed{3**4**5**99}"
+    graded = grade_file(write(tmp_path / "a.jsonl", rows), task="countdown", protocol="d1")
+    assert (graded["accuracy"], graded["undecided"]) == (0.5, 0.25)
     json.dumps(graded)
 
 
@@ -76,6 +81,17 @@ def test_mathematics(tmp_path) -> None:
     rows = [{"completion": f"\\boxed{{{text}}}", "answer": "2"} for text in ("1+1", "9^{9^{9^9}}", "3", "2.0")]
     found = grade_file(write(tmp_path / "c.jsonl", rows), task="math500", protocol="math-verify")
     assert (found["accuracy"], found["undecided"], found["parsed"]) == (0.5, 0.25, 1.0)
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math500"])
+def test_a_null_answer_is_graded_wrong_and_counted(tmp_path, task: str) -> None:
+    """As d1 counts them: of all rows, they cannot be right."""
+    rows = [{"completion": "\\boxed{42}", "answer": answer} for answer in ("42", None, "42", None, "41")]
+    path = write(tmp_path / "a.jsonl", rows)
+    for protocol in PROTOCOLS[task]:
+        found = grade_file(path, task=task, protocol=protocol)
+        assert (found["n"], found["no_answer"], found["accuracy"], found["parsed"]) == (5, 2, 0.4, 1.0)
+    assert "no_answer" not in grade_file(write(tmp_path / "b.jsonl", rows[:1]), task=task)
 
 
 GOOD = {

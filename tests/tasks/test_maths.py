@@ -11,11 +11,20 @@ import pytest
 
 from dllm_rl.cli import main as cli
 from dllm_rl.tasks import GSM8K, MATH500, Task
-from dllm_rl.tasks.answers import LONGEST, exact_number, first_boxed_number, last_box, last_number
+from dllm_rl.tasks.answers import (
+    FARTHEST,
+    LONGEST,
+    MOST_BOXES,
+    d1_box,
+    exact_number,
+    first_boxed_number,
+    last_box,
+    last_number,
+)
 from dllm_rl.tasks.loading import load_rows, load_split
 from dllm_rl.tasks.math import verify as math_check
 from dllm_rl.tasks.math.graders import math500_math_verify, reference_number
-from dllm_rl.tasks.math.latex import normalise, rational
+from dllm_rl.tasks.math.latex import normalise, rational, same_in_d1
 from dllm_rl.tasks.protocols import under_protocol
 
 TRAIN = [
@@ -193,13 +202,66 @@ def test_reference_numbers() -> None:
 
 def test_numbers_in_text() -> None:
     assert last_number("12 and -7.") == -7.0 and last_number("1.2.3") == 3.0 and last_number("1e2") == 100.0
-    assert last_number("none") is None and last_number("1" * (LONGEST + 1)) is None
+    assert last_number("none") is None and last_number("1 2" + " " * FARTHEST) is None
     assert first_boxed_number("\\boxed{3 \\boxed{4}") == 3.0
     assert first_boxed_number("\\boxed{x \\boxed{4}") == 4.0
     assert first_boxed_number("\\boxed{3\n\\boxed{4}") == 4.0  # the first is not closed within its line
-    assert first_boxed_number("\\boxed{3\n} \\boxed{x}") == 3.0
-    assert first_boxed_number("\\boxed{3") is None
-    assert first_boxed_number("\\boxed{" + "x" * LONGEST + "1} \\boxed{2}") == 2.0
+    assert first_boxed_number("\\boxed{3\n} \\boxed{x}") is None
+    assert first_boxed_number("\\boxed{3") is None and first_boxed_number("") is None
+    assert first_boxed_number("\\boxed{" + "x" * FARTHEST + "1} \\boxed{2}") == 2.0
+    for skipped in ("\\boxed{}", "\\boxed{x}", "\\boxed{\n"):
+        assert first_boxed_number(skipped * (MOST_BOXES - 1) + "\\boxed{2}") == 2.0
+        assert first_boxed_number(skipped * MOST_BOXES + "\\boxed{2}") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("no box", "no box"),
+        ("", ""),
+        ("\\boxed{1} \\boxed{2}", "2"),
+        ("\\boxed{a{b}c} d}", "a{b}c"),
+        ("\\boxed{1} \\boxed{2", None),
+        ("\\boxed", None),
+        ("\\boxed{}", ""),
+        ("\\boxed 1$ \\boxed{2} \\boxed 3$4$", "3"),
+        ("\\boxed{2} \\boxed", None),
+        ("\\boxed\n{2} 3", "\\boxed\n{2}"),
+        ("\\boxed }{2} {{3}}", "}{2} {{3}}"),  # a space behind the command: all of it
+        ("\\boxed}{2} {{3}}", "\\boxed}{2} {{3}"),  # -1, 0, -1, 0, 1, 0: zero at a closing brace
+        ("\\fbox{1}", "\\fbox{1}"),
+        ("\\fbox{1} \\boxed{2}", "2"),
+        ("\\boxed{" + "x" * FARTHEST + "}", None),
+    ],
+)
+def test_d1s_last_box(text: str, content: str | None) -> None:
+    assert d1_box(text) == content
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "same"),
+    [
+        ("\\frac12", "\\frac{1}{2}", True),
+        ("\\frac1{23}", "\\frac{1}{23}", True),
+        ("\\frac12+\\frac3", "\\frac12+\\frac3", True),
+        ("\\frac12+\\frac3", "\\frac{1}{2}+\\frac3", False),  # a short \\frac leaves every \\frac as it is
+        ("\\sqrt2\\sqrt{3}", "\\sqrt{2}\\sqrt{3}", True),
+        ("\\sqrt 3", "\\sqrt{3}", False),  # the space goes into the root
+        ("3/4", "\\frac{3}{4}", True),
+        ("3/04", "\\frac{3}{4}", False),
+        ("x/4 ", "x/4 ", True),  # no integers: as they are
+        ("x/4 ", "x/4", False),
+        ("1/2/3", " 1/2/3", True),  # two slashes: no fraction
+        ("5\\text{ cm}", "5", True),
+        ("5\\text{ cm}\\text{ or}", "5", False),
+        ("x=.5", ".5", False),  # ".5" behind a name gets no zero
+        (".5", "0.5", True),
+        ("", "\\!", True),
+        ("1" + " " * LONGEST, "1", False),
+    ],
+)
+def test_sameness_in_d1(answer: str, reference: str, same: bool) -> None:
+    assert same_in_d1(answer, reference) == same
 
 
 def test_boxes_are_balanced() -> None:

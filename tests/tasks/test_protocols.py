@@ -51,7 +51,9 @@ def test_a_task_under_a_protocol() -> None:
     task = under_protocol(Countdown(size=5, prompt_format="text"), "d1")
     assert (task.name, task.version, len(task)) == ("countdown", Countdown.version, 5)
     assert task[3] == Countdown(size=5, prompt_format="text")[3]
-    assert task.reward(task[3], task[3].solution).value == 1.0
+    assert task.reward(task[3], task[3].solution).value == 0.0  # its tags; d1 wants a box
+    expression = task[3].solution.removeprefix("<answer>").removesuffix("</answer>")
+    assert task.reward(task[3], f"\\boxed{{{expression}}}").value == 1.0
     grid = under_protocol(Sudoku(size=5), "strict")
     assert grid.reward(grid[0], grid[0].solution).breakdown["solve_rate"] == 1.0
 

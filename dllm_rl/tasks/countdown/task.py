@@ -41,7 +41,7 @@ class Countdown(Prompted):
     """
 
     name: ClassVar[str] = "countdown"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     text: ClassVar[str] = TEXT
     placeholders: ClassVar[tuple[str, ...]] = ("numbers", "target")
     has_compact: ClassVar[bool] = True

@@ -31,7 +31,7 @@ class GSM8K(Questions):
     """
 
     name: ClassVar[str] = "gsm8k"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     text: ClassVar[str] = TEXT
     placeholders: ClassVar[tuple[str, ...]] = ("question",)
     hub: ClassVar[tuple[str, str | None]] = ("openai/gsm8k", "main")

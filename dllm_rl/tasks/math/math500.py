@@ -33,7 +33,7 @@ class MATH500(Questions):
     """
 
     name: ClassVar[str] = "math500"
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     text: ClassVar[str] = TEXT
     placeholders: ClassVar[tuple[str, ...]] = ("problem",)
     hub: ClassVar[tuple[str, str | None]] = ("HuggingFaceH4/MATH-500", None)
