@@ -6,7 +6,7 @@ from typing import Any
 from dllm_rl.evaluation.results import Answer, by_problem, with_intervals
 from dllm_rl.tasks.base import addends
 from dllm_rl.tasks.loading import load_rows, text_of
-from dllm_rl.tasks.protocols import TABLE, find_grader
+from dllm_rl.tasks.protocols import TABLE, find_grader, grade_all
 
 RATES = ("parsed", "accuracy", "solve_rate", "undecided", "cell_accuracy")  # what is shown, where a grader has it
 
@@ -19,7 +19,8 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
     Returns the task, its version, the protocol, n, and each of RATES with its 95 % interval, [low, high].
     Errors: ValueError naming file and line for the first malformed row, before anything is graded, and for no rows.
     """
-    grader, entry = find_grader(task, protocol), TABLE[task]
+    find_grader(task, protocol)
+    entry = TABLE[task]
     assert entry.read_fields is not None, f"{task} has graders, but no reader of stored rows"
     if Path(path).suffix != ".jsonl":
         raise ValueError(f"{path} must be a .jsonl file: one JSON object a line")
@@ -31,9 +32,10 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
             raise ValueError(f"{place}: {error}") from None
     if not rows:
         raise ValueError(f"{path} holds no rows")
-    answers = [Answer(i, 0, grader(fields, completion)) for i, (fields, completion) in enumerate(rows)]
+    fields, completions = zip(*rows, strict=True)
+    answers = [Answer(i, 0, reward) for i, reward in enumerate(grade_all(task, protocol, fields, completions))]
     names = [name for name in RATES if name in addends(answers[0].reward)]
     rates = with_intervals({name: by_problem(answers, name) for name in names})
-    without = sum(None in fields.values() for fields, _ in rows)
+    without = sum(None in each.values() for each in fields)
     facts = {"task": task, "version": entry.task.version, "protocol": protocol, "n": len(answers)}
     return {**facts, **({"no_answer": without} if without else {}), **rates}

@@ -36,7 +36,10 @@ class Reward:
 
 @runtime_checkable
 class Task(Protocol):
-    """A sized, indexable collection of problems with a grader. `version` changes whenever a grade could."""
+    """A sized, indexable collection of problems with a grader. `version` changes whenever a grade could.
+
+    A task may also have rewards(problems, completions), which grades many at once as reward would one by one.
+    """
 
     name: str
     version: str
@@ -71,14 +74,25 @@ def addends(reward: Reward) -> dict[str, tuple[float, float]]:
 
 
 def score(task: Task, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
-    """Grade completions, G in a row for each problem. A grader that raises stops the run, with what it was given."""
+    """Grade completions, G in a row for each problem, at once where the task can.
+
+    A grader that raises stops the run, with what it was given: RuntimeError.
+    """
     group, graded = len(completions) // len(problems), []
-    for i, completion in enumerate(completions):
-        problem = problems[i // group]
+    own = [problems[i // group] for i in range(len(completions))]
+    many, failed = getattr(task, "rewards", None), None
+    if many is not None:
+        try:
+            return list(many(own, completions))
+        except Exception as error:
+            failed = error  # one by one, the grader says on what
+    for problem, completion in zip(own, completions, strict=True):
         try:
             graded.append(task.reward(problem, completion))
         except Exception as error:
             raise RuntimeError(
                 f"the grader of task {task.name!r} raised on problem {problem!r}, completion {completion!r}"
             ) from error
+    if failed is not None:
+        raise RuntimeError(f"the grader of task {task.name!r} raised on {len(own)} texts, on none alone") from failed
     return graded

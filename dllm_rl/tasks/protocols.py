@@ -1,6 +1,6 @@
 """The tasks by name, and how each is graded under the protocols of the papers. No text is ever evaluated."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +22,14 @@ class Entry:
     graders      by protocol; none for a task that is graded by its own reward alone.
     read_fields  (row, protocol) -> the fields that a grader needs, of a row of stored completions. Errors: ValueError.
     require      by protocol: raises ImportError when a package that it needs is not installed.
+    prepare      by protocol: (fields, completions) -> None; does the slow part of many grades ahead, in parallel.
     """
 
     task: type[Any]
     graders: Mapping[str, Grader] = field(default_factory=dict)
     read_fields: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
     require: Mapping[str, Callable[[], None]] = field(default_factory=dict)
+    prepare: Mapping[str, Callable[[Sequence[Mapping[str, Any]], Sequence[str]], None]] = field(default_factory=dict)
 
 
 # A line a task. SPG grades Sudoku, Countdown and MATH500 as d1 does, ESPO Sudoku and Countdown; their other differences
@@ -36,7 +38,7 @@ TABLE = {
     "sudoku": Entry(Sudoku, sudoku.GRADERS, sudoku.read_fields),
     "countdown": Entry(Countdown, countdown.GRADERS, countdown.read_fields),
     "gsm8k": Entry(GSM8K, math.GSM8K_GRADERS, math.read_gsm8k),
-    "math500": Entry(MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_NEEDS),
+    "math500": Entry(MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_NEEDS, math.MATH500_AT_ONCE),
     "mini": Entry(Mini),
 }
 TASKS = {name: entry.task for name, entry in TABLE.items()}
@@ -67,6 +69,9 @@ class UnderProtocol:
     def reward(self, problem: Problem, completion: str) -> Reward:
         return PROTOCOLS[self.name][self.protocol](problem.fields, completion)
 
+    def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
+        return grade_all(self.name, self.protocol, [problem.fields for problem in problems], completions)
+
 
 def under_protocol(task: Task, protocol: str) -> UnderProtocol:
     """The task as a protocol grades it. Errors: ValueError for a protocol that the task does not have."""
@@ -82,6 +87,16 @@ def find_grader(task: str, protocol: str) -> Grader:
     if protocol in TABLE[task].require:
         TABLE[task].require[protocol]()
     return PROTOCOLS[task][protocol]
+
+
+def grade_all(
+    task: str, protocol: str, fields: Sequence[Mapping[str, Any]], completions: Sequence[str]
+) -> list[Reward]:
+    """The grades of many completions; completions[i] belongs to fields[i]. Errors: as find_grader."""
+    grader = find_grader(task, protocol)
+    if protocol in TABLE[task].prepare:
+        TABLE[task].prepare[protocol](fields, completions)
+    return [grader(*each) for each in zip(fields, completions, strict=True)]
 
 
 def protocol_names() -> list[str]:

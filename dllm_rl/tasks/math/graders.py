@@ -1,7 +1,7 @@
 """GSM8K and MATH500 graders by protocol. Field: `answer`, the reference; None where there is none, and all is wrong."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -114,11 +114,17 @@ def math500_math_verify(fields: Mapping[str, Any], completion: str) -> Reward:
     """The strict answer is symbolically equal to the reference, by math-verify [library].
 
     A comparison that is not decided within math_check.SECONDS of processor time counts as unequal, and as "undecided"
-    in the breakdown: whether one is depends on the machine.
+    in the breakdown.
     """
     answer = final_answer(completion)
     equal = math_check.equal(fields["answer"], answer) if answer and fields["answer"] is not None else False
     return _graded(bool(answer), equal is True, undecided=float(equal is None))
+
+
+def compare_all(fields: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> None:
+    """Makes the comparisons of math500_math_verify in parallel; the grades that follow find their verdicts."""
+    pairs = [(each["answer"], final_answer(text)) for each, text in zip(fields, completions, strict=True)]
+    math_check.equal_all([(reference, answer) for reference, answer in pairs if reference is not None and answer])
 
 
 GSM8K_GRADERS: dict[str, Grader] = {"strict": gsm8k_strict, "d1": gsm8k_d1, "spg": gsm8k_spg, "espo": gsm8k_espo}
@@ -130,6 +136,7 @@ MATH500_GRADERS: dict[str, Grader] = {
     "math-verify": math500_math_verify,
 }
 MATH500_NEEDS = dict.fromkeys(("espo", "math-verify"), math_check.require)
+MATH500_AT_ONCE = dict.fromkeys(("espo", "math-verify"), compare_all)
 
 
 def read_gsm8k(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """MATH500: 500 problems of the MATH test set, answered by a LaTeX expression."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -7,7 +8,7 @@ from dllm_rl.tasks.answers import last_box
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.loading import Row, Split
 from dllm_rl.tasks.math import verify as math_check
-from dllm_rl.tasks.math.graders import math500_math_verify, math500_strict
+from dllm_rl.tasks.math.graders import compare_all, math500_math_verify, math500_strict
 from dllm_rl.tasks.math.questions import Questions
 
 TEXT = """Solve this problem step by step. Put your working between <reasoning> and </reasoning>, then the final \
@@ -52,6 +53,11 @@ class MATH500(Questions):
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         return _RULES[self.reward_rule](problem.fields, completion)
+
+    def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
+        if self.reward_rule == "espo":
+            compare_all([problem.fields for problem in problems], completions)
+        return [self.reward(*each) for each in zip(problems, completions, strict=True)]
 
     @staticmethod
     def read_row(place: str, row: Row) -> tuple[str, str, str]:
