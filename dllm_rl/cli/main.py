@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,10 +78,13 @@ def sample(arguments: argparse.Namespace) -> None:
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
+    from dllm_rl.tasks.protocols import TASKS, protocol_names
+
     sub = commands.add_parser("evaluate", help="complete a task's problems with a checkpoint and grade the completions")
     sub.add_argument("model", help="a checkpoint folder, or a model hub's id")
-    sub.add_argument("--task", required=True, help="sudoku, countdown, gsm8k, math500 or mini")
-    sub.add_argument("--protocol", help="how completions are graded: strict (default), d1, spg, espo or math-verify")
+    sub.add_argument("--task", required=True, help=_either(TASKS))
+    names = _either(protocol_names(), default="strict")
+    sub.add_argument("--protocol", help=f"how completions are graded: {names}")
     sub.add_argument("--split", choices=("train", "validation", "test"), help="default: test")
     sub.add_argument("--path", help="a file or folder with the problems")
     sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting of the task")
@@ -101,6 +104,12 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.set_defaults(run=evaluate)
 
 
+def _either(names: Iterable[str], default: str | None = None) -> str:
+    """The names as a help text lists them: a (default), b or c."""
+    *others, last = (f"{name} (default)" if name == default else name for name in names)
+    return f"{', '.join(others)} or {last}"
+
+
 def _numbers(text: str) -> list[int]:
     numbers = [int(part) for part in text.split(",")]
     if min(numbers) < 1:
@@ -115,10 +124,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def add_grade(commands: argparse._SubParsersAction) -> None:
+    from dllm_rl.tasks.protocols import PROTOCOLS, protocol_names
+
     sub = commands.add_parser("grade", help="grade stored completions, anyone's")
     sub.add_argument("file", help="a .jsonl file; a row holds `completion` and the task's fields")
-    sub.add_argument("--task", required=True, help="sudoku, countdown, gsm8k or math500")
-    sub.add_argument("--protocol", default="strict", help="strict (default), d1, spg, espo or math-verify")
+    sub.add_argument("--task", required=True, help=_either(PROTOCOLS))
+    sub.add_argument("--protocol", default="strict", help=_either(protocol_names(), default="strict"))
     sub.set_defaults(run=grade)
 
 
