@@ -1,8 +1,13 @@
 """What a task is: text in, numbers out. Nothing here, nor in any task, imports torch."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
+
+from dllm_rl.tasks.deadline import deadline, unlimited
+
+FLOAT32_MAX = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,60 @@ class Task(Protocol):
     def reward(self, problem: Problem, completion: str) -> Reward: ...
 
 
-def grade(task: Task, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
-    """Grade completions, G in a row for each problem. A grader that raises stops the run, with what it was given."""
-    group, graded = len(completions) // len(problems), []
-    for i, completion in enumerate(completions):
-        problem = problems[i // group]
-        try:
-            graded.append(task.reward(problem, completion))
-        except Exception as error:
-            raise RuntimeError(
-                f"the grader of task {task.name!r} raised on problem {problem!r}, completion {completion!r}"
-            ) from error
+def grade(
+    task: Task, problems: Sequence[Problem], completions: Sequence[str], *, timeout: float | None = None
+) -> list[Reward]:
+    """Grade completions, G in a row for each problem.
+
+    timeout  seconds for one completion; see `deadline` for what happens then. None: no limit.
+
+    A grader that raises, or that would end the process, stops the run with what it was given, as RuntimeError; one that
+    returns no reward, or a number that training could not hold, does as ValueError.
+    """
+    group, graded, place = len(completions) // len(problems), [], 0
+
+    def given() -> str:
+        return f"problem {problems[place // group]!r}, completion {completions[place]!r}"
+
+    def late() -> str:
+        return (
+            f"process {os.environ.get('RANK', 0)}: the grader of task {task.name!r} did not return within "
+            f"reward_timeout={timeout:g} s on {given()}; mend it or raise reward_timeout"
+        )
+
+    with unlimited() if timeout is None else deadline(timeout, late) as restart:
+        for place, completion in enumerate(completions):
+            restart()
+            try:
+                reward = task.reward(problems[place // group], completion)
+            except (Exception, SystemExit) as error:
+                raise RuntimeError(f"the grader of task {task.name!r} raised on {given()}: {error!r}") from error
+            if fault := fault_of(reward):
+                raise ValueError(f"the grader of task {task.name!r} returned {fault} on {given()}")
+            graded.append(reward)
     return graded
+
+
+def fault_of(reward: Any) -> str | None:
+    """What is wrong with a reward, if anything: every number of it must be finite, also in fp32, and `value` is one."""
+    if not isinstance(reward, Reward):
+        return f"{reward!r}, which is no Reward(value, parsed, breakdown)"
+    if not isinstance(reward.breakdown, Mapping):
+        return f"breakdown={reward.breakdown!r}, which is no mapping of names to numbers"
+    for name, value in {"value": reward.value, "parsed": reward.parsed, **reward.breakdown}.items():
+        if not _is_number(value):
+            return f"{name}={value!r}, which is no number; give a float"
+        if not abs(float(value)) <= FLOAT32_MAX:
+            return f"{name}={value!r}, which is not a finite number of fp32; scale it, or leave it out of the breakdown"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    """Numbers of Python, NumPy and torch (of one element), and truth values."""
+    if isinstance(value, str | bytes):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
