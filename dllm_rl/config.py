@@ -17,6 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
+from dllm_rl.screen import escape_controls
+
 
 @runtime_checkable
 class _Dataclass(Protocol):
@@ -32,12 +34,12 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
     value, naming the nearest valid one; `--help` lists every path with its value."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
-        print(usage(recipe))
+        print(escape_controls(usage(recipe), keep="\n"))
         raise SystemExit(0)
     try:
         recipe = _overridden(recipe, _pairs(arguments))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape_controls(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     return recipe
 

@@ -94,6 +94,7 @@ class Recipe:
     save_total_limit: int = _("checkpoints kept, the newest ones", 2)
     output_dir: str | None = _("folder of the run; None: runs/NAME-seedSEED", None)
     resume_from_checkpoint: str | None = _("a checkpoint folder, or 'latest' in output_dir", None)
+    reward_timeout: float | None = _("seconds for one completion's reward; later, the process ends: 124", 600.0)
     dry_run: bool = _("print what the recipe would take, without its weights, and stop", False)
     overwrite_output_dir: bool = _("delete the run that output_dir holds", False)
 
@@ -113,6 +114,8 @@ class Recipe:
         for name in ("num_steps", "warmup_steps", "eval_steps", "beta", "entropy_coeff", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.reward_timeout is not None and not self.reward_timeout > 0:
+            raise ValueError(f"reward_timeout={self.reward_timeout} must be positive, or none for no limit")
         for name in ("learning_rate", "warmup_learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")

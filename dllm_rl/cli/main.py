@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 
+from dllm_rl.screen import escape_controls
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dllm-rl", description=__doc__.splitlines()[0])
@@ -17,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments) or 0
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape_controls(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -176,4 +178,4 @@ def report(arguments: argparse.Namespace) -> None:
 
     from dllm_rl.training.plots import plot
 
-    print(plot(Path(arguments.directory)))
+    print(escape_controls(str(plot(Path(arguments.directory)))))

@@ -1,8 +1,13 @@
 """What a task is: text in, numbers out. Nothing here, nor in any task, imports torch."""
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
+
+from dllm_rl.tasks.deadline import deadline, unlimited
+
+FLOAT32_MAX = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -76,26 +81,72 @@ def addends(reward: Reward) -> dict[str, tuple[float, float]]:
     return added
 
 
-def grade(task: Task, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
+def grade(
+    task: Task, problems: Sequence[Problem], completions: Sequence[str], *, timeout: float | None = None
+) -> list[Reward]:
     """Grade completions, G in a row for each problem, at once where the task can.
 
-    A grader that raises stops the run, with what it was given: RuntimeError.
+    timeout  seconds for one call of the grader; see `deadline` for what happens then. None: no limit.
+
+    A grader that raises, or that would end the process, stops the run with what it was given, as RuntimeError; one that
+    returns no reward, or a number that training could not hold, does as ValueError.
     """
-    group, graded = len(completions) // len(problems), []
+    group, place = len(completions) // len(problems), 0
     own = [problems[i // group] for i in range(len(completions))]
-    many, failed = getattr(task, "rewards", None), None
-    if many is not None:
+
+    def given() -> str:
+        return f"problem {own[place]!r}, completion {completions[place]!r}"
+
+    def late() -> str:
+        return (
+            f"process {os.environ.get('RANK', 0)}: the grader of task {task.name!r} did not return within "
+            f"reward_timeout={timeout:g} s on {given()}; mend it or raise reward_timeout"
+        )
+
+    def one_by_one() -> Iterator[Reward]:
+        nonlocal place
+        for place, completion in enumerate(completions):
+            restart()
+            try:
+                yield task.reward(own[place], completion)
+            except (Exception, SystemExit) as error:
+                raise RuntimeError(f"the grader of task {task.name!r} raised on {given()}: {error!r}") from error
+
+    many: Callable[..., Sequence[Reward]] | None = getattr(task, "rewards", None)
+    with unlimited() if timeout is None else deadline(timeout, late) as restart:
         try:
-            return list(many(own, completions))
-        except Exception as error:
-            failed = error  # one by one, the grader says on what
-    for problem, completion in zip(own, completions, strict=True):
-        try:
-            graded.append(task.reward(problem, completion))
-        except Exception as error:
-            raise RuntimeError(
-                f"the grader of task {task.name!r} raised on problem {problem!r}, completion {completion!r}"
-            ) from error
-    if failed is not None:
-        raise RuntimeError(f"the grader of task {task.name!r} raised on {len(own)} texts, on none alone") from failed
+            graded = list(one_by_one() if many is None else many(own, completions))
+        except (Exception, SystemExit) as error:
+            if many is None:
+                raise
+            list(one_by_one())  # which of them the grader raises on
+            raise RuntimeError(f"the grader of task {task.name!r} raised on {len(own)} texts together") from error
+        for place, reward in enumerate(graded):  # noqa: B007 (given() names the place)
+            if fault := fault_of(reward):
+                raise ValueError(f"the grader of task {task.name!r} returned {fault} on {given()}")
     return graded
+
+
+def fault_of(reward: Any) -> str | None:
+    """What is wrong with a reward, if anything: every number of it must be finite, also in fp32, and `value` is one."""
+    if not isinstance(reward, Reward):
+        return f"{reward!r}, which is no Reward(value, parsed, breakdown)"
+    if not isinstance(reward.breakdown, Mapping):
+        return f"breakdown={reward.breakdown!r}, which is no mapping of names to numbers"
+    for name, value in {"value": reward.value, "parsed": reward.parsed, **reward.breakdown}.items():
+        if not _is_number(value):
+            return f"{name}={value!r}, which is no number; give a float"
+        if not abs(float(value)) <= FLOAT32_MAX:
+            return f"{name}={value!r}, which is not a finite number of fp32; scale it, or leave it out of the breakdown"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    """Numbers of Python, NumPy and torch (of one element), and truth values."""
+    if isinstance(value, str | bytes):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True

@@ -4,6 +4,7 @@ from typing import Any
 
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.recipe import Recipe
+from dllm_rl.screen import escape_controls
 from dllm_rl.training.dry_run import plan
 from dllm_rl.training.learner import correct, draw_noise, learner_forward, measured_groups, score, update
 from dllm_rl.training.rollouts import collect
@@ -13,7 +14,7 @@ from dllm_rl.training.run import checkpoint_if_due, finish, start, validate
 def train(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe; returns what its summary.json holds. Raises ValueError, before any work, on one that cannot run."""
     if recipe.dry_run:
-        print(text := plan(recipe))
+        print(escape_controls(text := plan(recipe), keep="\n"))
         return {"plan": text}
     run = start(recipe)  # fresh, or from a checkpoint
     policy, rollout_policy, accelerator, log = run.policy, run.rollout_policy, run.accelerator, run.log

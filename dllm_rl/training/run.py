@@ -41,6 +41,7 @@ FREE = {
     "logging_steps",
     "num_steps",
     "dry_run",
+    "reward_timeout",
 }
 
 
@@ -207,7 +208,7 @@ def smoke_test(recipe: Recipe, policy: Policy) -> None:
     recipe.likelihood.check(policy)
     problem = recipe.task[0]
     rollout = recipe.sampler(policy, encode(policy, [problem]), generator_for(recipe.seed, "rehearsal"))
-    grade(recipe.task, [problem], decode(policy, rollout))
+    grade(recipe.task, [problem], decode(policy, rollout), timeout=recipe.reward_timeout)
     if recipe.warmup_steps:
         examples(policy, [problem], max_new_tokens=recipe.max_new_tokens)
 
@@ -241,7 +242,7 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
 
 def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accelerator) -> dict[str, float]:
     options = {"seed": recipe.seed, "batch_size": recipe.eval_batch_size, "accelerator": accelerator}
-    return evaluate(policy, task, recipe.eval_sampler, **options).means
+    return evaluate(policy, task, recipe.eval_sampler, reward_timeout=recipe.reward_timeout, **options).means
 
 
 def shown(found: dict[str, float]) -> str:
