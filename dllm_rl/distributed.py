@@ -2,8 +2,6 @@
 
 import os
 import platform
-import signal
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -88,36 +86,39 @@ def local(rows: Tensor, accelerator: Accelerator) -> Tensor:
     return rows.chunk(accelerator.num_processes)[accelerator.process_index]
 
 
-def catch_interrupt(accelerator: Accelerator) -> Callable[[], bool]:
-    """Turn the first Ctrl-C into a flag that all processes read alike after a step; the second one stops at once."""
-    asked = threading.Event()
-
-    def handle(signum: int, frame: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, handle)
-
-    def interrupted() -> bool:
-        if accelerator.num_processes == 1:
-            return asked.is_set()
-        return bool(accelerator.reduce(torch.tensor(float(asked.is_set()), device=accelerator.device), reduction="sum"))
-
-    return interrupted
+def from_main(work: Callable[[], Any], processes: Processes) -> Any:
+    """What `work` returns in the main process, in every process; or the error that it raises there, in every process,
+    so that none waits for one that stopped."""
+    if processes.num_processes == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    if processes.is_main_process:
+        try:
+            outcome[0] = work()
+        except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def machine(accelerator: Accelerator) -> dict[str, Any]:
     """Where a number was measured: versions, device, cores, threads."""
-    versions: dict[str, str | None] = {}
-    for package in ("dllm_rl", "torch", "transformers", "accelerate", "torchao"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
     device = (
         torch.cuda.get_device_name()
         if accelerator.device.type == "cuda"
         else platform.processor() or platform.machine()
     )
-    return {"versions": versions, "device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {"versions": versions(), "device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def versions() -> dict[str, str | None]:
+    """Of this library and of those whose numbers it depends on; None where one is not installed."""
+    found: dict[str, str | None] = {}
+    for package in ("dllm_rl", "torch", "transformers", "accelerate", "torchao"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

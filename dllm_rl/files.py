@@ -1,12 +1,20 @@
 """Writing so that a kill leaves no half file: what bears its final name is whole, and on disk."""
 
+import errno
+import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not a POSIX system: folders are not locked there
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -14,12 +22,13 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields `.NAME.partial` beside `path`, to be written as a file or a folder; then flushes it and renames it to
     `path`.
 
-    A file is replaced atomically; of a folder that is there already, the old one is deleted first. When the block
-    raises, what it wrote is deleted and `path` is left as it was.
+    A file is replaced atomically. A folder that is there already is renamed to `.NAME.old`, and deleted when the new
+    one is in its place; `recover` puts it back after a kill between the two. When the block raises, what it wrote is
+    deleted and `path` is left as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    remove(partial)
+    partial, old = _aside(path, "partial"), _aside(path, "old")
+    recover(path)
     try:
         yield partial
         for part in [*sorted(partial.rglob("*")), partial] if partial.is_dir() else [partial]:
@@ -28,9 +37,33 @@ def replacing(path: Path) -> Iterator[Path]:
         remove(partial)
         raise
     if partial.is_dir() and path.exists():
-        remove(path)
+        path.rename(old)
     partial.replace(path)
     flush(path.parent)
+    remove(old)
+
+
+def recover(path: Path) -> None:
+    """Undo what a killed `replacing(path)` or `remove_whole(path)` left: `path` is the old or the new one, whole."""
+    partial, old = _aside(path, "partial"), _aside(path, "old")
+    if old.exists() and not path.exists():
+        old.rename(path)
+    remove(old)
+    remove(partial)
+
+
+def remove_whole(path: Path) -> None:
+    """Delete a folder so that a kill leaves all or nothing of it under its name."""
+    partial = _aside(path, "partial")
+    remove(partial)
+    if path.exists():
+        path.rename(partial)
+        flush(path.parent)
+        remove(partial)
+
+
+def _aside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}")
 
 
 def remove(path: Path) -> None:
@@ -65,3 +98,57 @@ def to_disk(file: IO[Any]) -> None:
     """Force what was written to an open file to disk."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def digest(path: Path, *, limit: int | None = None) -> str:
+    """SHA-256 of a file, in hexadecimal; of its first `limit` bytes where one is given."""
+    found, left = hashlib.sha256(), limit
+    with path.open("rb", buffering=0) as file:
+        while part := file.read(1 << 20 if left is None else min(left, 1 << 20)):
+            found.update(part)
+            left = None if left is None else left - len(part)
+    return found.hexdigest()
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+_LOCKS: dict[tuple[int, Path], IO[str]] = {}  # by process, for a forked child does not hold its parent's
+
+
+def lock(path: Path) -> None:
+    """Hold the lock file until `unlock`, or until the process ends in whatever way. Raises BlockingIOError, which says
+    who holds it, when another process does.
+
+    The lock is POSIX's, which is a process's own: children that it forks do not hold it, and taking it twice is taking
+    it once. Where the file system or the operating system has none, nothing is locked.
+    """
+    path = path.resolve()
+    if fcntl is None or (os.getpid(), path) in _LOCKS:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError(error.errno, f"held by {holder}") from None
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return
+        raise
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _LOCKS[os.getpid(), path] = file
+
+
+def unlock(path: Path) -> None:
+    """Release a lock that this process holds, if it does."""
+    file = _LOCKS.pop((os.getpid(), path.resolve()), None)
+    if file is not None:
+        file.close()

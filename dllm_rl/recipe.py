@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.algorithms.correctors import Corrector, none
@@ -72,6 +72,7 @@ class Recipe:
     weight_decay: float = _("of AdamW", 0.0)
     max_grad_norm: float = _("gradients are scaled down to this norm", 1.0)
     lr_schedule: Callable = _("(step, num_steps) -> factor on the learning rate", linear_decay)
+    lr_schedule_steps: int | None = _("steps that lr_schedule runs over; None: num_steps", None)
     beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0)
     kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.algorithms.losses")
     entropy_coeff: float = _("weight of the entropy bonus; 0: none", 0.0)
@@ -92,6 +93,12 @@ class Recipe:
     logging_steps: int = _("RL steps between lines on the screen (metrics.jsonl has every step)", 10)
     save_steps: int = _("RL steps between checkpoints", 50)
     save_total_limit: int = _("checkpoints kept, the newest ones", 2)
+    verify_checkpoint: Literal["full", "quick"] = _(
+        "how checkpoints are verified before a resume: every byte, or of files over 1 MiB size and start",
+        "full",
+    )
+    on_save_error: Literal["stop", "continue"] = _("what to do when a checkpoint cannot be written", "stop")
+    stop_seconds: float = _("that a signal leaves the step in hand; then the last whole step is saved at once", 20.0)
     output_dir: str | None = _("folder of the run; None: runs/NAME-seedSEED", None)
     resume_from_checkpoint: str | None = _("a checkpoint folder, or 'latest' in output_dir", None)
     reward_timeout: float | None = _("seconds for one completion's reward; later, the process ends: 124", 600.0)
@@ -111,7 +118,15 @@ class Recipe:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("num_steps", "warmup_steps", "eval_steps", "beta", "entropy_coeff", "weight_decay"):
+        for name in (
+            "num_steps",
+            "warmup_steps",
+            "eval_steps",
+            "beta",
+            "entropy_coeff",
+            "weight_decay",
+            "stop_seconds",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.reward_timeout is not None and not self.reward_timeout > 0:
@@ -119,6 +134,11 @@ class Recipe:
         for name in ("learning_rate", "warmup_learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
+        if self.lr_schedule_steps is not None and self.lr_schedule_steps < 1:
+            raise ValueError(f"lr_schedule_steps={self.lr_schedule_steps} must be at least 1, or none")
+        for name, known in (("verify_checkpoint", ("full", "quick")), ("on_save_error", ("stop", "continue"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; use {known[0]!r} or {known[1]!r}")
         if self.dtype not in ("float32", "bfloat16", "auto"):
             raise ValueError(f"dtype={self.dtype!r} is not known; use 'float32', 'bfloat16' or 'auto'")
         if self.base_quantization not in (None, "nf4", "int8"):
@@ -147,6 +167,11 @@ class Recipe:
         return self.output_dir or f"runs/{self.name}-seed{self.seed}"
 
     @property
+    def schedule_steps(self) -> int:
+        """The horizon of the learning-rate schedule, RL steps."""
+        return self.lr_schedule_steps or self.num_steps
+
+    @property
     def loss(self) -> Callable:
         """(log-probs (B, T), batch) -> loss, metrics, gradient: `policy_loss` with the recipe's parts bound."""
         return partial(
@@ -163,7 +188,7 @@ class Recipe:
         return {
             "loss": self.loss,
             "likelihood": self.likelihood,
-            "learning_rate": self.learning_rate * self.lr_schedule(step, self.num_steps),
+            "learning_rate": self.learning_rate * self.lr_schedule(step, self.schedule_steps),
             "num_iterations": self.num_iterations,
             "max_grad_norm": self.max_grad_norm,
             "micro_batch_size": self.micro_batch_size,

@@ -22,7 +22,8 @@ def adamw_8bit(
 def linear_decay(
     step: int, num_steps: int, *, warmup_steps: int = 5, constant_until: float = 0.6, final: float = 0.1
 ) -> float:
-    """Factor on the learning rate at `step`: a linear rise, a plateau until that share of the run, a linear fall."""
+    """Factor on the learning rate at `step`: a linear rise, a plateau until that share of the run, a linear fall, and
+    `final` after num_steps."""
     rise = min(1.0, (step + 1) / max(1, warmup_steps))
-    fall = max(0.0, step / max(1, num_steps) - constant_until) / max(1e-9, 1 - constant_until)
+    fall = max(0.0, min(1.0, step / max(1, num_steps)) - constant_until) / max(1e-9, 1 - constant_until)
     return rise * (1 - (1 - final) * fall)

@@ -96,7 +96,7 @@ class LoraLinear(nn.Module):
 
 
 def add_lora(policy: Policy, lora: Lora) -> None:
-    """Put adapters on the policy's module, in place, and freeze everything else.
+    """Put adapters on the policy's module, in place, and freeze everything else, gradients freed.
 
     Raises ValueError when no layer has one of the target names, or adapters are there already.
     """
@@ -114,6 +114,7 @@ def add_lora(policy: Policy, lora: Lora) -> None:
             f"lora.targets={names} names no linear layer in a block of {type(module).__name__}; name other layers"
         )
     module.requires_grad_(False)
+    module.zero_grad(set_to_none=True)  # what an earlier training left would be a copy of the base, and be clipped with
     generator = Generator().manual_seed(lora.seed)
     for path, layer in chosen.items():
         module.set_submodule(path, LoraLinear(layer, lora, generator))

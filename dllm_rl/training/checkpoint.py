@@ -1,16 +1,24 @@
-"""Checkpoints: atomic to write, bounded in number, enough to continue a run bit for bit."""
+"""Checkpoints: atomic to write, verified when read, bounded in number, enough to continue a run bit for bit."""
 
+import errno
 import json
+import pickle
 import re
-from itertools import count
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from dllm_rl.files import remove, replacing
+from dllm_rl.files import folder_size, recover, remove, remove_whole, replacing, write_text
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import save_adapter
+from dllm_rl.training import manifest
 
 # Names in the descriptions of recipes that version 0.1.0 wrote.
 RENAMED = {
@@ -25,25 +33,45 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 def save(
-    directory: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int
+    directory: Path,
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    processes: int = 1,
+    versions: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `directory`/step-NNNNNN, then drop all but the newest `keep`. `load_policy` opens the folder as it is.
+    """Write `directory`/step-NNNNNN, name it in `directory`/latest, then drop all but the newest `keep`. `load_policy`
+    opens the folder as it is.
 
     The folder is written under another name, flushed to disk and renamed, so a folder with a checkpoint's name is
-    always complete. state must be JSON-serialisable; a run's random numbers are functions of (seed, step) and need no
-    saving.
+    always complete; its manifest is written last. state must be JSON-serialisable; a run's random numbers are functions
+    of (seed, step) and need no saving.
+
+    Raises FloatingPointError, before anything is written, where a weight or a moment is not finite, and OSError that
+    says how much room is missing where the disk is full.
     """
-    for stale in [*directory.glob(".*.partial"), *directory.glob(".partial-*")]:
-        remove(stale)
+    check_finite(f"step {step} was not saved", policy, optimizer)
+    directory.mkdir(parents=True, exist_ok=True)
+    recover_all(directory)
     final = folder_of(directory, step)
-    with replacing(final) as partial:
-        policy.save_pretrained(partial)
-        if policy.lora is not None:
-            save_adapter(policy, partial / "adapter")
-        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-        (partial / "state.json").write_text(json.dumps({"step": step, "version": policy.version, **state}, indent=1))
+    with _enough_room(final, policy, optimizer):
+        with replacing(final) as partial:
+            policy.save_pretrained(partial)
+            if policy.lora is not None:
+                save_adapter(policy, partial / "adapter")
+            try:
+                torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+            except RuntimeError as error:  # what torch makes of a write that fails
+                raise OSError(errno.EIO, f"optimizer.pt: {error}") from error
+            fields = {"format": manifest.FORMAT, "step": step, "version": policy.version, **state}
+            (partial / "state.json").write_text(json.dumps(fields, indent=1))
+            manifest.write(partial, step=step, processes=processes, versions=versions or {})
+        write_text(directory / "latest", final.name + "\n")
     for _, old in found(directory)[:-keep]:
-        remove(old)
+        remove_whole(old)
     return final
 
 
@@ -67,31 +95,125 @@ def set_aside(directory: Path, resumed: Path) -> list[Path]:
     return moved
 
 
+def recover_all(directory: Path) -> None:
+    """Undo what a kill left half-done among the checkpoints. For their only writer."""
+    for path in [*directory.glob(".step-*"), *directory.glob(".latest.*")]:
+        recover(directory / path.name[1:].rpartition(".")[0])
+    for stale in directory.glob(".partial-*"):
+        remove(stale)
+
+
+@contextmanager
+def _enough_room(final: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Raise OSError where the disk has no room for another checkpoint, or the block fails to write one; both say how
+    much is missing."""
+    tensors = sum(x.numel() * x.element_size() for x in _tensors(policy, optimizer).values())
+    last = [folder_size(folder) for _, folder in found(final.parent)[-1:]]
+    needed = max([tensors, *last]) + (1 << 20)
+
+    def fault(why: str) -> OSError:
+        free = shutil.disk_usage(final.parent).free
+        return OSError(
+            errno.ENOSPC,
+            f"{final} was not saved: {why}; it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free, "
+            f"{max(0, needed - free) / 1e6:.1f} MB are missing. Make room, lower --save_total_limit, or train on with "
+            "--on_save_error continue",
+        )
+
+    if shutil.disk_usage(final.parent).free < needed:
+        raise fault("the disk is full")
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise fault(str(error)) from error
+
+
+def _tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights by name, and the optimiser's state of each that is trained."""
+    named = dict(policy.module.named_parameters())
+    found = {name: tensor.detach() for name, tensor in chain(named.items(), policy.module.named_buffers())}
+    for name, parameter in named.items():
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                found[f"{kind} of {name}"] = value
+    return found
+
+
+def check_finite(what: str, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Raise FloatingPointError naming the first weight or moment that is NaN or infinite."""
+    for name, tensor in _tensors(policy, optimizer).items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise FloatingPointError(f"{what}: {name} is not finite; resume from an earlier checkpoint")
+
+
 def found(directory: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every whole checkpoint, oldest first."""
     folders = directory.iterdir() if directory.is_dir() else []
     return sorted((int(m[1]), p) for p in folders if (m := _NAME.fullmatch(p.name)))
 
 
-def locate(which: str, directory: Path) -> Path | None:
-    """The folder that `resume_from_checkpoint` means; None for 'latest' when there is none yet.
+def locate(
+    which: str, directory: Path, *, quick: bool = False, say: Callable[[str], None] = lambda text: None
+) -> Path | None:
+    """The folder that `resume_from_checkpoint` means, verified; None for 'latest' when there is none yet.
 
-    Raises ValueError when a named folder is no checkpoint.
+    'latest' is the newest that verifies; `say` is told what was skipped, and why. Raises ValueError when a named folder
+    is no checkpoint or is damaged, or when all are.
     """
-    if which == "latest":
-        checkpoints = found(directory)
-        return checkpoints[-1][1] if checkpoints else None
-    path = Path(which)
-    if not (path / "state.json").is_file():
+    if which != "latest":
+        path = Path(which)
+        if not (path / "state.json").is_file() and not (path / manifest.NAME).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint={which!r} is not a checkpoint folder (no state.json); give one, or 'latest'"
+            )
+        check(path, quick=quick, say=say)
+        return path
+    skipped = []
+    for _, folder in reversed(found(directory)):
+        try:
+            check(folder, quick=quick, say=say)
+        except ValueError as error:
+            say(f"skipped {error}")
+            skipped.append(str(error))
+        else:
+            return folder
+    if skipped:
         raise ValueError(
-            f"resume_from_checkpoint={which!r} is not a checkpoint folder (no state.json); give one, or 'latest'"
+            f"resume_from_checkpoint='latest': no checkpoint is whole ({'; '.join(skipped)}); "
+            "start again with --overwrite_output_dir"
         )
-    return path
+    return None
+
+
+def check(folder: Path, *, quick: bool = False, say: Callable[[str], None] = lambda text: None) -> None:
+    """Raise ValueError naming what is damaged, missing or mixed in a checkpoint's folder.
+
+    One of version 0.1.0 has no manifest: `say` is told, and only what can be read without one is checked.
+    """
+    listed = (folder / manifest.NAME).exists()
+    held = manifest.verify(folder, quick=quick) if listed else None
+    state = _json(folder / "state.json")
+    named = _NAME.fullmatch(folder.name)
+    steps = {"state.json": state.get("step")} | ({"its name": int(named[1])} if named else {})
+    if held is not None:
+        steps[manifest.NAME] = held["step"]
+    elif "format" in state:
+        raise ValueError(f"{folder}: {manifest.NAME} is missing")
+    if len(set(steps.values())) > 1:
+        raise ValueError(f"{folder}: step is {', but '.join(f'{n} in {where}' for where, n in steps.items())}")
+    if held is None:
+        for file in sorted(folder.rglob("*.safetensors")):
+            try:
+                safe_open(file, "pt").__enter__()
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{folder}: {file.name} is damaged: {error}") from None
+        _optimizer_state(folder)
+        say(f"{folder}: written without a manifest (version 0.1.0), so that its files cannot be verified")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """What `save` was given, with the recipe's functions and fields under the names that they have today."""
-    state = json.loads((folder / "state.json").read_text())
+    state = _json(folder / "state.json")
     names = re.compile(rf"\b({'|'.join(RENAMED)})(?=[(=])")
     for field, value in state["recipe"].items():
         if isinstance(value, str):
@@ -99,5 +221,33 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent}: {path.name} is missing") from None
+    except ValueError:  # neither UTF-8 nor JSON
+        raise ValueError(f"{path.parent}: {path.name} is damaged: it is not JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.parent}: {path.name} is damaged: it is no JSON object")
+    return value
+
+
+def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's moments on the optimiser. Raises ValueError on a file that is damaged or emptied, and
+    FloatingPointError on weights or moments that are not finite."""
+    optimizer.load_state_dict(_optimizer_state(folder))
+    trained = [name for name, p in policy.module.named_parameters() if p.requires_grad and p not in optimizer.state]
+    if trained and policy.version and isinstance(optimizer, torch.optim.AdamW):
+        raise ValueError(f"{folder}: optimizer.pt holds no moments of {trained[0]}, after {policy.version} updates")
+    check_finite(str(folder), policy, optimizer)
+
+
+def _optimizer_state(folder: Path) -> dict[str, Any]:
+    path = folder / "optimizer.pt"
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: {path.name} is missing") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{folder}: {path.name} is damaged: {str(error).splitlines()[0]}") from None

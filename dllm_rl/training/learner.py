@@ -224,7 +224,8 @@ def update(
             policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=micro_batch_size
         )
         sum_gradients(policy.module, accelerator)
-        norm = torch.nn.utils.clip_grad_norm_(policy.module.parameters(), max_grad_norm)
+        trained = [p for p in policy.module.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
         if not norm.isfinite():
             raise FloatingPointError(
                 f"gradient norm is {norm.item()} at inner iteration {iteration}; the update was not applied"

@@ -1,6 +1,7 @@
 """Progress bars, log lines, metrics.jsonl, TensorBoard events and stage timers."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,33 +10,37 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dllm_rl.files import write_text
 from dllm_rl.screen import escape_controls
 
 
 class RunLog:
     """Owns the run's open files and its screen; silent on all processes but the main one."""
 
-    def __init__(self, directory: Path, *, start: int, main: bool) -> None:
-        self.main, self.directory = main, directory
+    def __init__(self, directory: Path, *, start: int, main: bool, patient: bool = False) -> None:
+        """start    the first step; rows of it and of later ones, from before, count no longer.
+        patient  keep a row that the disk has no room for, and write it later, rather than raise OSError.
+        """
+        self.main, self.directory, self.patient = main, directory, patient
         self.console = Console(quiet=not main)
         self.seconds: dict[str, float] = {}
+        self.entered = ""  # the stage entered last
+        self._waiting = b""  # rows that are not written yet
         self._step: dict[str, float] = {}
         if main:
             from torch.utils.tensorboard import SummaryWriter
 
             path = directory / "metrics.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            # Steps after the checkpoint that a run resumes from will be run again.
-            kept = [line for line in lines if (step := _step_of(line)) is not None and step < start]
-            write_text(path, "".join(line + "\n" for line in kept))
-            self._jsonl = path.open("a")
+            self._jsonl = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            if size := os.fstat(self._jsonl).st_size:
+                # A kill may have left half a line. What is there stays: readers skip what the resume runs again.
+                torn = os.pread(self._jsonl, 1, size - 1) != b"\n"
+                self._append("\n" * torn + json.dumps({"resume_from": start}) + "\n")
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the block's wall-clock seconds to the stage `name`, for the run and for the present step."""
-        begin = time.perf_counter()
+        begin, self.entered = time.perf_counter(), name
         yield
         spent = time.perf_counter() - begin
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
@@ -47,10 +52,26 @@ class RunLog:
         self._step = {}
         row = {**metrics, "step_time": sum(times.values()), **times}
         if self.main:
-            self._jsonl.write(json.dumps({"step": step, **row}) + "\n")
-            self._jsonl.flush()
+            self._append(json.dumps({"step": step, **row}) + "\n")
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)
+
+    def _append(self, text: str) -> None:
+        self._waiting += text.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._jsonl, self._waiting) :]
+        except OSError as error:
+            if not self.patient:
+                path = self.directory / "metrics.jsonl"
+                raise OSError(error.errno, f"{path}: {error.strerror}; make room and resume") from error
+
+    def flush(self) -> None:
+        """Force the rows to disk: what a checkpoint is to go on from must not be lost after it."""
+        if self.main:
+            self._append("")
+            os.fsync(self._jsonl)
+            self._board.flush()
 
     def say(self, text: str) -> None:
         """Print lines, which may hold foreign text: no markup and no control character in them is obeyed."""
@@ -83,7 +104,8 @@ class RunLog:
 
     def close(self) -> None:
         if self.main:
-            self._jsonl.close()
+            self._append("")
+            os.close(self._jsonl)
             self._board.close()
 
 
@@ -105,9 +127,22 @@ def one_line(metrics: dict[str, float]) -> str:
     return "  ".join(f"{short} {metrics[name]:.3g}" for name, short in SHOWN.items() if name in metrics)
 
 
-def _step_of(line: str) -> int | None:
-    """The step of a line of metrics.jsonl; None for one that a killed run left half-written."""
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
-        return None
+def current_rows(path: Path) -> list[dict[str, float | int]]:
+    """The rows of a metrics.jsonl that count, a step each.
+
+    `{"resume_from": N}` says that the steps from N on were run again after it. A line that is no JSON object with a
+    step, as a kill may leave one, is none.
+    """
+    rows: list[dict[str, float | int]] = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:  # neither UTF-8 nor JSON
+            continue
+        if not isinstance(row, dict):
+            continue
+        if isinstance(row.get("resume_from"), int):
+            rows = [other for other in rows if other["step"] < row["resume_from"]]
+        elif isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows

@@ -9,8 +9,10 @@ from dllm_rl.training.dry_run import plan
 from dllm_rl.training.learner import correct, draw_noise, learner_forward, measured_groups, score, update
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.run import checkpoint_if_due, finish, start, validate
+from dllm_rl.training.stop import leaving_nothing_behind
 
 
+@leaving_nothing_behind
 def train(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe; returns what its summary.json holds. Raises ValueError, before any work, on one that cannot run."""
     if recipe.dry_run:
@@ -36,5 +38,5 @@ def train(recipe: Recipe) -> dict[str, Any]:
         metrics = sampling | mismatch | learning | validate(run, step)
         log.write(step, metrics)
         run.progress(metrics, show=(step + 1) % recipe.logging_steps == 0 or step + 1 == recipe.num_steps)
-        checkpoint_if_due(run, step)  # every save_steps, after the last step, and on Ctrl-C, which ends the run here
+        checkpoint_if_due(run, step)  # every save_steps, after the last step, and on a signal, which ends the run here
     return finish(run)

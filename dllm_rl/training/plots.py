@@ -1,13 +1,14 @@
 """Pictures of a run, from what it left in its folder."""
 
-import json
 from pathlib import Path
 
 from dllm_rl.files import replacing
+from dllm_rl.training.log import current_rows
 
 
 def read_metrics(directory: Path) -> list[dict[str, float | int]]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    """The rows of a run's metrics.jsonl, a step each; what a resume ran again counts once."""
+    return current_rows(directory / "metrics.jsonl")
 
 
 def plot(directory: Path) -> Path:

@@ -1,9 +1,7 @@
 """Starting, resuming, checkpointing and finishing a run."""
 
 import copy
-import dataclasses
 import inspect
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +13,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from dllm_rl.config import described, plain
-from dllm_rl.distributed import catch_interrupt, machine, make_accelerator
+from dllm_rl.config import described
+from dllm_rl.distributed import from_main, machine, make_accelerator, versions
 from dllm_rl.evaluation.evaluate import evaluate
-from dllm_rl.files import write_json
+from dllm_rl.files import replacing, write_json
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.policy import load_policy
@@ -27,22 +25,11 @@ from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Task, grade
-from dllm_rl.training import checkpoint, plots
+from dllm_rl.training import checkpoint, manifest, plots
+from dllm_rl.training.folder import open_folder
 from dllm_rl.training.log import RunLog
+from dllm_rl.training.stop import Stop, ended_by_launcher
 from dllm_rl.training.warmup import examples, warm_up
-
-# Fields that may change between the parts of a resumed run: they do not touch what is computed, or only extend it.
-FREE = {
-    "output_dir",
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
-    "save_steps",
-    "save_total_limit",
-    "logging_steps",
-    "num_steps",
-    "dry_run",
-    "reward_timeout",
-}
 
 
 @dataclass(frozen=True)
@@ -58,30 +45,33 @@ class Run:
     optimizer: torch.optim.Optimizer
     first_step: int
     history: dict[str, Any]
-    interrupted: Callable[[], bool]
+    stop: Stop
     progress: Callable[..., None]
 
 
 def start(recipe: Recipe) -> Run:
     """A run at its first step: fresh, warmed up and evaluated, or as a checkpoint left it. Raises ValueError."""
+    ended_by_launcher()
     accelerator = make_accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
+    stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
+    stop.last_words = "stopped before the first step: nothing new was saved; start again with the same command"
     check_processes(recipe, accelerator)
-    folder = open_folder(recipe, accelerator)
+    folder, notes = from_main(partial(open_folder, recipe), accelerator)
     state: dict[str, Any] = checkpoint.read_state(folder) if folder else {"step": 0}
-    log = RunLog(Path(recipe.directory), start=state["step"], main=accelerator.is_main_process)
+    patient = recipe.on_save_error == "continue"
+    log = RunLog(Path(recipe.directory), start=state["step"], main=accelerator.is_main_process, patient=patient)
+    for note in notes:
+        log.say(note)
     if recipe.resume_from_checkpoint:
         log.say(f"resuming from {folder}" if folder else "no checkpoint yet: starting from the beginning")
-    history: dict[str, Any] = {"begun": time.perf_counter(), "seconds": 0.0}
+    history: dict[str, Any] = {"begun": time.perf_counter(), "seconds": 0.0, "whole": state["step"]}
     if folder:
         policy = resumed_policy(recipe, folder, state, accelerator)
         optimizer = make_optimizer(recipe, policy)
-        checkpoint.load_optimizer(folder, optimizer)
         policy.version, log.seconds = state["version"], state["stages"]
+        checkpoint.load_optimizer(folder, policy, optimizer)
         history |= {key: state[key] for key in ("seconds", "eval_before", "warmup_steps")}
         history["checkpoint"] = str(folder)
-        if accelerator.is_main_process:
-            for path in checkpoint.set_aside(Path(recipe.directory) / "checkpoints", folder):
-                log.say(f"set aside, as it is not on the way of the resumed run: {path}")
     else:
         policy = fresh_policy(recipe, accelerator, log, history)
         optimizer = make_optimizer(recipe, policy)
@@ -98,11 +88,12 @@ def start(recipe: Recipe) -> Run:
         optimizer=optimizer,
         first_step=state["step"],
         history=history,
-        interrupted=catch_interrupt(accelerator),
+        stop=stop,
         progress=log.bar("training", recipe.num_steps, completed=state["step"]),
     )
     if not folder:
         save(run, 0)
+    stop.last_words, stop.overdue = None, partial(save_at_once, run)
     return run
 
 
@@ -119,42 +110,6 @@ def check_processes(recipe: Recipe, accelerator: Accelerator) -> None:
             )
 
 
-def open_folder(recipe: Recipe, accelerator: Accelerator) -> Path | None:
-    """Make the run's folder, or empty it where asked to; returns the checkpoint to resume from. Raises ValueError."""
-    directory = Path(recipe.directory)
-    held = [name for name in ("metrics.jsonl", "checkpoints", "summary.json") if (directory / name).exists()]
-    folder = None
-    if recipe.resume_from_checkpoint:
-        folder = checkpoint.locate(recipe.resume_from_checkpoint, directory / "checkpoints")
-    elif held and not recipe.overwrite_output_dir:
-        raise ValueError(
-            f"output_dir={str(directory)!r} already holds a run ({', '.join(held)}); give another, or "
-            "--resume_from_checkpoint latest, or --overwrite_output_dir"
-        )
-    if folder:
-        _check_same_recipe(checkpoint.read_state(folder)["recipe"], described(recipe))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
-            for name in [*held, "tensorboard", "training.png"]:
-                path = directory / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        directory.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    return folder
-
-
-def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ValueError on a setting that differs; one that the checkpoint does not know had its default."""
-    known = {f.name: plain(f.default) for f in dataclasses.fields(Recipe)} | before
-    changed = [name for name in now if name not in FREE and known[name] != now[name]]
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"{name}={now[name]!r} differs from the checkpoint's {known[name]!r}; resume with the same recipe"
-        )
-
-
 def fresh_policy(recipe: Recipe, accelerator: Accelerator, log: RunLog, history: dict[str, Any]) -> Policy:
     """The recipe's model, warmed up, with its adapters, and evaluated; `history` gets what the summary says of it."""
     policy = make_policy(recipe).to(accelerator.device)
@@ -168,8 +123,8 @@ def fresh_policy(recipe: Recipe, accelerator: Accelerator, log: RunLog, history:
             partial(evaluate_with, recipe, policy, recipe.validation_task, accelerator),
         )
     if recipe.lora is not None:
-        if history["warmup_steps"] and accelerator.is_main_process:
-            policy.save_pretrained(Path(recipe.directory) / "reference")
+        if history["warmup_steps"]:
+            save_reference(recipe, policy, accelerator)
         add_lora(policy, recipe.lora())
     with log.stage("evaluation"):
         history["eval_before"] = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
@@ -230,14 +185,24 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
         return policy.reference()
     folder = Path(recipe.directory) / "reference"
     if fresh:
-        if accelerator.is_main_process:
-            policy.save_pretrained(folder)
+        save_reference(recipe, policy, accelerator)
         reference = copy.copy(policy)
         reference.module = copy.deepcopy(policy.module)
     else:
         reference = load_policy(folder, dtype=next(policy.module.parameters()).dtype, device=accelerator.device)
     reference.module.requires_grad_(False)
     return reference
+
+
+def save_reference(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> None:
+    """Write the weights that RL starts from to the run's folder, whole or not at all, with a manifest."""
+
+    def write() -> None:
+        with replacing(Path(recipe.directory) / "reference") as partial:
+            policy.save_pretrained(partial)
+            manifest.write(partial, step=None, processes=accelerator.num_processes, versions=versions())
+
+    from_main(write, accelerator)
 
 
 def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accelerator) -> dict[str, float]:
@@ -264,40 +229,80 @@ def validate(run: Run, step: int) -> dict[str, float]:
 
 
 def checkpoint_if_due(run: Run, step: int) -> None:
-    """Save every save_steps, after the last step, and on Ctrl-C; that ends the process with status 130."""
-    recipe, done, stop = run.recipe, step + 1, run.interrupted()
-    if stop or done % recipe.save_steps == 0 or done == recipe.num_steps:
+    """Save every save_steps, after the last step, and on a signal; that ends the process with its status."""
+    recipe, done, signum = run.recipe, step + 1, run.stop.agreed(run.accelerator)
+    run.history["whole"] = done
+    if signum or done % recipe.save_steps == 0 or done == recipe.num_steps:
         save(run, done)
-    if stop and done < recipe.num_steps:
-        run.log.say(
-            f"interrupted after step {done}; continue with --resume_from_checkpoint latest "
-            f"--output_dir {recipe.directory}"
-        )
-        raise SystemExit(130)
+    if signum:
+        run.stop.leave(f"interrupted after step {done}; {how_to_continue(recipe)}")
+
+
+def how_to_continue(recipe: Recipe) -> str:
+    return f"continue with --resume_from_checkpoint latest --output_dir {recipe.directory}"
+
+
+def save_at_once(run: Run) -> None:
+    """When a stop is overdue: save the state after the last whole step, and end the process.
+
+    Between the update and the end of a step there is none, but the step is nearly over.
+    """
+    during = ("rollout", "reward") if run.recipe.corrector.align_forward else ("rollout", "reward", "scoring")
+    if run.log.entered not in during:
+        return
+    done, recipe = run.history["whole"], run.recipe
+    if run.accelerator.is_main_process and done != run.history.get("saved"):
+        write_checkpoint(run, done)
+    run.stop.leave(f"stopped in the step after step {done}, which is saved; {how_to_continue(recipe)}")
 
 
 def save(run: Run, step: int) -> None:
-    """Checkpoint after `step` steps, by the main process; `history` gets its folder."""
-    recipe, history = run.recipe, run.history
-    directory = Path(recipe.directory) / "checkpoints"
-    if run.accelerator.is_main_process:
-        state = {
-            "dtype": str(next(run.policy.module.parameters()).dtype).removeprefix("torch."),
-            "stages": run.log.seconds,
-            "seconds": history["seconds"] + time.perf_counter() - history["begun"],
-            "eval_before": history["eval_before"],
-            "warmup_steps": history["warmup_steps"],
-            "recipe": described(recipe),
-        }
-        checkpoint.save(directory, step, run.policy, run.optimizer, state, keep=recipe.save_total_limit)
-    history["checkpoint"] = str(checkpoint.folder_of(directory, step))
-    run.accelerator.wait_for_everyone()
+    """Checkpoint after `step` steps, by the main process. Raises OSError where it cannot be written and on_save_error
+    is not 'continue'."""
+    if folder := from_main(partial(write_checkpoint, run, step), run.accelerator):
+        run.history["checkpoint"] = str(folder)
+
+
+def write_checkpoint(run: Run, step: int) -> Path | None:
+    """Returns the checkpoint, or None where it could not be written and the run is to go on."""
+    recipe, history, directory = run.recipe, run.history, Path(run.recipe.directory)
+    run.log.flush()
+    state = {
+        "dtype": str(next(run.policy.module.parameters()).dtype).removeprefix("torch."),
+        "stages": run.log.seconds,
+        "seconds": history["seconds"] + time.perf_counter() - history["begun"],
+        "eval_before": history["eval_before"],
+        "warmup_steps": history["warmup_steps"],
+        "recipe": described(recipe),
+    }
+    kept = history["warmup_steps"] if recipe.lora is not None else recipe.beta
+    if kept and (directory / "reference" / manifest.NAME).exists():
+        state["reference"] = manifest.read(directory / "reference")["sha256"]
+    try:
+        folder = checkpoint.save(
+            directory / "checkpoints",
+            step,
+            run.policy,
+            run.optimizer,
+            state,
+            keep=recipe.save_total_limit,
+            processes=run.accelerator.num_processes,
+            versions=versions(),
+        )
+    except OSError as error:
+        if recipe.on_save_error == "stop":
+            raise
+        run.log.say(f"warning: {error.strerror}")
+        return None
+    history["saved"] = step
+    return folder
 
 
 def finish(run: Run) -> dict[str, Any]:
     """Evaluate on held-out problems, write summary.json and the picture, say in a paragraph what happened."""
     recipe, accelerator, log, history = run.recipe, run.accelerator, run.log, run.history
     policy, rollout_policy = run.policy, run.rollout_policy
+    run.stop.last_words = f"stopped after the last step, before the summary; {how_to_continue(recipe)}"
     with log.stage("evaluation"):
         after = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
         quantized = (

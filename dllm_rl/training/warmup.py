@@ -112,13 +112,13 @@ def warmup(
     for step in range(num_steps):
         batch = examples(policy, draw_problems(step), max_new_tokens=max_new_tokens)
         loss = supervised_loss(policy, batch, *draw_noise(step))
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         reduce_gradients(policy)
         torch.nn.utils.clip_grad_norm_(policy.module.parameters(), max_grad_norm, error_if_nonfinite=True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, (step + 1) / max(1, lr_warmup_steps))
         optimizer.step()
+        policy.module.zero_grad(set_to_none=True)
         if on_step(step, loss.item()):
             return step + 1
     return num_steps

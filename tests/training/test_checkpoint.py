@@ -51,6 +51,7 @@ def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, c
     # Three steps in all: with the abandoned 4 and 5 still in place, a limit of 1 would delete the step 3 just written.
     resume = {
         "num_steps": 3,
+        "lr_schedule_steps": 5,
         "save_steps": 1,
         "save_total_limit": 1,
         "resume_from_checkpoint": str(folder / "step-000002"),

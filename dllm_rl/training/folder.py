@@ -1,0 +1,96 @@
+"""The folder of a run: locked, made, emptied or resumed from."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from dllm_rl.config import described, plain
+from dllm_rl.files import lock, recover, remove
+from dllm_rl.recipe import Recipe
+from dllm_rl.training import checkpoint, manifest
+from dllm_rl.training.stop import LOCK
+
+# Fields that may change between the parts of a resumed run: they do not touch what is computed, or only extend it
+# (that the schedule stays as it was is checked).
+FREE = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "num_steps",
+    "lr_schedule_steps",
+    "verify_checkpoint",
+    "on_save_error",
+    "stop_seconds",
+    "reward_timeout",
+    "dry_run",
+}
+
+
+def open_folder(recipe: Recipe) -> tuple[Path | None, list[str]]:
+    """Lock the run's folder, and make it, or empty it where asked to; returns the checkpoint to resume from, and what
+    is to be said of it. Raises ValueError."""
+    directory = Path(recipe.directory)
+    notes: list[str] = []
+    try:
+        lock(directory / LOCK)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"output_dir={str(directory)!r} is being written by another run, {error.strerror}; stop that one, or give "
+            "another output_dir"
+        ) from None
+    recover(directory / "reference")
+    held = [name for name in ("metrics.jsonl", "checkpoints", "summary.json") if (directory / name).exists()]
+    if not recipe.resume_from_checkpoint:
+        if held and not recipe.overwrite_output_dir:
+            raise ValueError(
+                f"output_dir={str(directory)!r} already holds a run ({', '.join(held)}); give another, or "
+                "--resume_from_checkpoint latest, or --overwrite_output_dir"
+            )
+        for name in [*held, "tensorboard", "training.png", "reference"] * recipe.overwrite_output_dir:
+            remove(directory / name)
+        return None, notes
+    checkpoint.recover_all(directory / "checkpoints")
+    quick = recipe.verify_checkpoint == "quick"
+    folder = checkpoint.locate(recipe.resume_from_checkpoint, directory / "checkpoints", quick=quick, say=notes.append)
+    if folder:
+        state = checkpoint.read_state(folder)
+        # A field that is newer than the checkpoint had no effect then, as its default has none.
+        before = {f.name: plain(f.default) for f in dataclasses.fields(Recipe)} | state["recipe"]
+        _check_same_recipe(before, described(recipe))
+        _check_schedule(recipe, before, state["step"])
+        _check_reference(state, directory / "reference", quick=quick)
+        aside = checkpoint.set_aside(directory / "checkpoints", folder)
+        notes += [f"set aside, as it is not on the way of the resumed run: {path}" for path in aside]
+    return folder, notes
+
+
+def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"{name}={now[name]!r} differs from the checkpoint's {before.get(name)!r}; resume with the same recipe"
+        )
+
+
+def _check_schedule(recipe: Recipe, before: dict[str, Any], step: int) -> None:
+    """Raise ValueError when the run would end before it resumes, or with other learning rates than it began with."""
+    if recipe.num_steps < step:
+        raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {step}; give more steps")
+    then, now = before["lr_schedule_steps"] or before["num_steps"], recipe.schedule_steps
+    if any(recipe.lr_schedule(i, then) != recipe.lr_schedule(i, now) for i in range(recipe.num_steps)):
+        field = "num_steps" if recipe.lr_schedule_steps is None else "lr_schedule_steps"
+        raise ValueError(
+            f"{field}={now} would change the learning rates of a schedule that began with {then} steps; "
+            f"add --lr_schedule_steps {then}"
+        )
+
+
+def _check_reference(state: dict[str, Any], folder: Path, *, quick: bool) -> None:
+    """Raise ValueError when the run's reference is not whole, or not that of its checkpoint."""
+    expected = state.get("reference")
+    if expected is not None and manifest.verify(folder, quick=quick)["sha256"] != expected:
+        raise ValueError(f"{folder} is that of another run than the checkpoint's; put the run's own back")

@@ -1,0 +1,96 @@
+"""What a checkpoint's folder must hold: manifest.json, written last, with the size and SHA-256 of every file.
+
+    {"format": 1, "step": 4, "processes": 2, "versions": {...},
+     "files": {NAME: {"size": ..., "sha256": ...}}, "sha256": ...}
+
+Names are relative to the folder. A file over 1 MiB has `head` too, the SHA-256 of its first 1 MiB (a safetensors header
+and the first tensors), which is all of it that a quick check reads. The manifest's own `sha256` is that of its other
+fields, so that no part of it changes unseen; the step binds weights, optimiser and state to one another.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dllm_rl.files import digest
+
+FORMAT = 1
+NAME = "manifest.json"
+HEAD = 1 << 20
+
+
+def write(folder: Path, *, step: int | None, processes: int, versions: dict[str, Any]) -> str:
+    """Write the manifest of what the folder holds; returns its own digest."""
+    names = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != NAME]
+    with ThreadPoolExecutor(4) as pool:
+        described = pool.map(_describe, names)
+    files = {path.relative_to(folder).as_posix(): entry for path, entry in zip(names, described, strict=True)}
+    fields = {"format": FORMAT, "step": step, "processes": processes, "versions": versions, "files": files}
+    own = _own_digest(fields)
+    (folder / NAME).write_text(json.dumps(fields | {"sha256": own}, indent=1) + "\n", encoding="utf-8")
+    return own
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest. Raises ValueError where it is missing, damaged, or of a format that this version does not know."""
+    path = folder / NAME
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: {NAME} is missing") from None
+    except ValueError:  # neither UTF-8 nor JSON
+        raise ValueError(f"{folder}: {NAME} is damaged: it is not JSON") from None
+    own = found.pop("sha256", None) if isinstance(found, dict) else None
+    if not isinstance(found, dict) or own != _own_digest(found):
+        raise ValueError(f"{folder}: {NAME} is damaged: its own SHA-256 differs")
+    if found["format"] != FORMAT:
+        raise ValueError(
+            f"{folder}: format={found['format']} is not known to this version, which reads {FORMAT}; upgrade"
+        )
+    return found | {"sha256": own}
+
+
+def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = ()) -> dict[str, Any]:
+    """The manifest, after every file of the folder was held against it.
+
+    quick  of files over 1 MiB, compare the size and the first 1 MiB only.
+    also   names that the folder may hold besides; hidden files may always be there.
+    Raises ValueError naming what is wrong.
+    """
+    found = read(folder)
+    files = found["files"]
+    here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    for name in files:
+        if name not in here:
+            raise ValueError(f"{folder}: {name} is missing")
+    for name, path in here.items():
+        if name not in files and name not in (NAME, *also) and not path.name.startswith("."):
+            raise ValueError(f"{folder}: {name} is not in {NAME}; move it elsewhere")
+    with ThreadPoolExecutor(4) as pool:
+        for fault in pool.map(partial(_fault, quick=quick), (here[name] for name in files), files.values()):
+            if fault:
+                raise ValueError(f"{folder}: {fault}")
+    return found
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    entry = {"size": size, "sha256": digest(path)}
+    return entry | ({"head": digest(path, limit=HEAD)} if size > HEAD else {})
+
+
+def _fault(path: Path, entry: dict[str, Any], *, quick: bool) -> str | None:
+    size = path.stat().st_size
+    if size != entry["size"]:
+        return f"{path.name} is damaged: {size} bytes, not {entry['size']}"
+    if quick and "head" in entry:
+        return None if digest(path, limit=HEAD) == entry["head"] else f"{path.name} is damaged: its first MiB differs"
+    return None if digest(path) == entry["sha256"] else f"{path.name} is damaged: its SHA-256 differs"
+
+
+def _own_digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,116 @@
+"""Stopping a run: signals end it after the step in hand, or at once; it leaves neither locks nor handlers behind.
+
+The exit status is 128 and the signal's number, as a shell has it: 129 SIGHUP, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from accelerate import Accelerator
+
+from dllm_rl.files import unlock
+from dllm_rl.recipe import Recipe
+
+# SIGUSR1 is what SLURM's --signal=USR1@SECONDS warns with.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+PR_SET_PDEATHSIG = 1
+LOCK = ".lock"
+
+
+class Stop:
+    """The request to stop, as one process hears it.
+
+    A signal asks for the end of the run after the step in hand. Where that takes longer than `seconds`, `overdue` is
+    called, once. A second Ctrl-C ends the process at once, and so does any signal while `last_words` is set: there is
+    no step in hand then, and nothing to save. A SIGHUP that the parent had ignored (nohup) stays ignored.
+    """
+
+    def __init__(self, *, seconds: float, main: bool) -> None:
+        self.seconds, self.main, self.asked = seconds, main, 0
+        self.last_words: str | None = None
+        self.overdue: Callable[[], None] = lambda: None
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
+            if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            signal.signal(number, self._hear)
+        if hasattr(signal, "SIGALRM"):
+            signal.signal(signal.SIGALRM, lambda number, frame: self.overdue())
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        again = self.asked == number == signal.SIGINT
+        if self.last_words is not None or again:
+            self.asked = number
+            self.leave(self.last_words or "stopped at once by a second Ctrl-C: the step in hand was not saved")
+        if not self.asked:
+            self.asked = number
+            self._say(f"{signal.Signals(number).name}: stopping after the step in hand")
+            if hasattr(signal, "SIGALRM"):
+                signal.setitimer(signal.ITIMER_REAL, max(self.seconds, 1e-3))
+
+    def agreed(self, accelerator: Accelerator) -> int:
+        """The signal that any process has heard, 0 for none; the same in all processes, which call it together."""
+        if accelerator.num_processes > 1:
+            heard = torch.tensor([self.asked], device=accelerator.device)
+            self.asked = int(accelerator.gather(heard).max())
+        return self.asked
+
+    def leave(self, text: str) -> NoReturn:
+        """End the process with the signal's status, after one line."""
+        if hasattr(signal, "SIGALRM"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        self._say(text)
+        raise SystemExit(128 + self.asked)
+
+    def _say(self, text: str) -> None:
+        # Straight to the terminal: a handler may have interrupted a write to sys.stdout. Progress bars hide the cursor.
+        if self.main:
+            os.write(1, f"{chr(27) + '[?25h' if os.isatty(1) else ''}\n{text}\n".encode(errors="replace"))
+
+
+def ended_by_launcher() -> None:
+    """Have Linux send SIGTERM when the launcher dies, so that no training process outlives it.
+
+    Does nothing where the parent is not torch's or accelerate's launcher: a shell may leave before its jobs.
+    """
+    parent = os.getppid()
+    launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+    words = Path(f"/proc/{parent}/cmdline")
+    if not sys.platform.startswith("linux") or not launched or not words.exists():
+        return
+    command = words.read_bytes()
+    if not any(word in command for word in (b"accelerate", b"torchrun", b"torch.distributed", b"dllm")):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died in between
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def leaving_nothing_behind(train: Callable[[Recipe], dict[str, Any]]) -> Callable[[Recipe], dict[str, Any]]:
+    """`train`, after which the signals do what they did before and the run's folder is free, however it ends."""
+
+    @wraps(train)
+    def wrapped(recipe: Recipe) -> dict[str, Any]:
+        main = threading.current_thread() is threading.main_thread()
+        timer = [signal.SIGALRM] if hasattr(signal, "SIGALRM") else []
+        before = {number: signal.getsignal(number) for number in [*SIGNALS, *timer]} if main else {}
+        try:
+            return train(recipe)
+        finally:
+            if timer and main:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            unlock(Path(recipe.directory) / LOCK)
+
+    return wrapped
