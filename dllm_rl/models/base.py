@@ -144,6 +144,7 @@ class Policy(Protocol):
     spec: FamilySpec
     tokenizer: PreTrainedTokenizerBase
     version: int
+    float32_head: bool
 
     def encode(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor, **cache) -> Tensor: ...
 
