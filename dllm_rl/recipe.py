@@ -47,7 +47,10 @@ class Recipe:
         "scheme of the rollout's weights", None, pick="dllm_rl.quantization.schemes"
     )
 
-    dtype: str = _("of the weights, where model is a path: float32, bfloat16, or auto for the checkpoint's", "float32")
+    dtype: str = _(
+        "of the weights, where model is a path: float32, bfloat16, float16, or auto for the checkpoint's", "float32"
+    )
+    float32_head: bool = _("logits in fp32 where the model computes in 16 bits, in rollout and learner alike", True)
     base_quantization: str | None = _(
         "nf4 or int8: a frozen bitsandbytes base, where model is a path and lora is set", None
     )
@@ -139,8 +142,13 @@ class Recipe:
         for name, known in (("verify_checkpoint", ("full", "quick")), ("on_save_error", ("stop", "continue"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; use {known[0]!r} or {known[1]!r}")
-        if self.dtype not in ("float32", "bfloat16", "auto"):
-            raise ValueError(f"dtype={self.dtype!r} is not known; use 'float32', 'bfloat16' or 'auto'")
+        if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
+            raise ValueError(f"dtype={self.dtype!r} is not known; use 'float32', 'bfloat16', 'float16' or 'auto'")
+        if self.dtype == "float16" and self.lora is None and self.optim is adamw:
+            raise ValueError(
+                "dtype='float16' needs lora, or another optim: AdamW's second moments of float16 weights underflow to "
+                "0 and so does its epsilon; or use 'bfloat16' or 'float32'"
+            )
         if self.base_quantization not in (None, "nf4", "int8"):
             raise ValueError(f"base_quantization={self.base_quantization!r} is not known; use 'nf4', 'int8' or none")
         if self.base_quantization is not None and self.lora is None:

@@ -22,7 +22,8 @@ def doctor_command(arguments: argparse.Namespace) -> int:
     if arguments.task not in TASKS:
         raise ValueError(f"task={arguments.task!r} is none of {', '.join(TASKS)}")
     config = None if arguments.quantization == "none" else schemes[arguments.quantization]()
-    policy, task = load_policy(arguments.model), TASKS[arguments.task]()
+    policy = load_policy(arguments.model, dtype=arguments.dtype, float32_head=not arguments.half_head)
+    task = TASKS[arguments.task]()
     length = arguments.max_new_tokens or usual_length(policy, task)
     sampler = partial(sampler_for(policy), max_new_tokens=length, temperature=arguments.temperature)
     if policy.spec.attention != "causal":

@@ -154,6 +154,8 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the task's)")
     sub.add_argument("--num_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)")
     sub.add_argument("--temperature", type=float, default=1.0)
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "auto"))
+    sub.add_argument("--half_head", action="store_true", help="logits in 16 bits where --dtype is (default: in fp32)")
     sub.add_argument("--bound", type=float, help="exit with 1 when the mean |log-ratio| is above this, nats")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--json", action="store_true", help="one JSON object instead of tables")

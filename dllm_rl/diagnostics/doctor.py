@@ -3,9 +3,11 @@
 The learner's log-probs are carried to the rollout's through intermediate policies that differ in one thing each, so
 that the steps add up to the whole, token by token:
     log_mismatch = sum over causes of (score before the switch - score after it), nats.
+Every policy on the way has its logits in fp32, so that what heads in 16 bits add is one cause, of both ends together.
 Two more causes, which both sides share, are probed on the learner alone: padding and the shape of the batch.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -20,6 +22,7 @@ from dllm_rl.algorithms.mismatch import mismatch_metrics
 from dllm_rl.diagnostics.batch_invariance import layer_outputs
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, causal, trajectory
 from dllm_rl.models.base import Policy
+from dllm_rl.models.head import HALF
 from dllm_rl.quantization.linear import dequantized_weight
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
 from dllm_rl.types import Noise, Prompts, Rollout, SamplingParams
@@ -28,6 +31,7 @@ ADVICE = {
     "sampling parameters": "score under the rollout's own temperature and filters (rollout.sampling_params)",
     "estimator noise": "score both sides under the same masks, or use an estimator with less variance",
     "precision": "give both sides one dtype for weights, rotary tables and logits",
+    "head precision": "compute logits in fp32 on both sides (float32_head=True)",
     "quantised weights": "correct for it (tis, ais), align the forward (qarl), or keep more bits",
     "quantised activations": "correct for it (tis, ais), align the forward (qarl), or quantise weights only",
     "stale weights": "call sync_weights after every update",
@@ -68,7 +72,11 @@ class WorstToken:
 
 @dataclass(frozen=True)
 class Report:
-    """total  of all causes that the loop would see; causes by mean |d|; layers by relative error of their outputs."""
+    """total  of all causes that the loop would see; causes by mean |d|; layers by relative error of their outputs.
+
+    half_heads  the whole as it would be with 16-bit heads, both sides scored again; None where heads are in 16 bits
+                anyway, or the models are not.
+    """
 
     scheme: str
     num_tokens: int
@@ -76,6 +84,7 @@ class Report:
     causes: tuple[Cause, ...]
     tokens: tuple[WorstToken, ...]
     layers: tuple[tuple[str, float], ...]
+    half_heads: Cause | None = None
 
     @property
     def worst(self) -> float:
@@ -132,29 +141,36 @@ def diagnose(
     scored_as = (
         rollout if learner_sampling_params is None else replace(rollout, sampling_params=learner_sampling_params)
     )
-    plain = in_rollout_forward(policy, rollout_policy)
+    plain = with_head(in_rollout_forward(policy, rollout_policy), float32=True)
     rounded, fresh = (plain, plain) if config is None else operands(plain, config)
     learner = score(policy, scored_as, own_noise)
-    states = [
-        ("", learner),
-        ("sampling parameters", score(policy, rollout, own_noise)),
-        ("estimator noise", score(policy, rollout, noise)),
-        ("precision", score(plain, rollout, noise)),
-    ]
+    ours = score(policy, rollout, noise)
+    theirs = score(rollout_policy, rollout, noise)
+    # Between the two sides' own heads every forward has one in fp32.
+    first = ours if policy.float32_head else score(with_head(policy, float32=True), rollout, noise)
+    last = theirs if rollout_policy.float32_head else score(with_head(rollout_policy, float32=True), rollout, noise)
+    states = [("", first), ("precision", score(plain, rollout, noise))]
     if config is not None:
         states.append(("quantised weights", score(rounded, rollout, noise)))
         states.append(("quantised activations", score(fresh, rollout, noise)))
-    states.append(("stale weights", score(rollout_policy, rollout, noise)))
-    steps = {name: before - after for (_, before), (name, after) in pairwise(states)}
+    states.append(("stale weights", last))
+    mirrored = score(policy, rollout, own_noise)
+    steps = {"sampling parameters": learner - mirrored, "estimator noise": mirrored - ours}
+    steps |= {name: before - after for (_, before), (name, after) in pairwise(states)}
+    steps["head precision"] = (ours - first) + (last - theirs)
 
     order = exact.draw(rollout, Generator())
     replay = exact.logprobs(rollout_policy, rollout, order, micro_batch_size=micro_batch_size)
     steps["cache or sampler"] = torch.where(mask, replay - rollout.logprobs, 0)
-    sampled = rollout.logprobs if likelihood.exact_for_sampler else states[-1][1]
+    sampled = rollout.logprobs if likelihood.exact_for_sampler else theirs
     padded = score(policy, *pad_left(rollout, noise, policy.pad_id))[:, PADDING:]
-    steps["padding"] = states[2][1] - padded
+    steps["padding"] = ours - padded
     steps["batch shape"] = score(policy, rollout, noise, None) - score(policy, rollout, noise, rollout.group_size)
 
+    half_heads = None
+    if policy.float32_head and rollout_policy.float32_head and computes_in_half(policy, rollout_policy):
+        both = (score(with_head(p, float32=False), rollout, noise) for p in (policy, rollout_policy))
+        half_heads = measure("all, 16-bit heads", next(both) - next(both), mask)
     causes = sorted((measure(name, d, mask) for name, d in steps.items()), key=lambda c: c.mean_abs, reverse=True)
     return Report(
         scheme="none" if config is None else repr(config),
@@ -163,6 +179,7 @@ def diagnose(
         causes=tuple(causes),
         tokens=worst_tokens(policy, rollout, learner, sampled, num_worst),
         layers=worst_layers(policy, rollout_policy, rollout, noise, num_worst),
+        half_heads=half_heads,
     )
 
 
@@ -171,6 +188,19 @@ def measure(name: str, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Ca
     found = mismatch_metrics(d, mask)
     keys = ("abs_log_ratio_mean", "abs_log_ratio_max", "k3_kl", "rollout_is_eff_sample_size")
     return Cause(name, *(found[f"rollout_corr/{key}"] for key in keys))
+
+
+def with_head(policy: Policy, *, float32: bool) -> Policy:
+    """The same policy, weights included, with its logits in fp32 or in its own dtype."""
+    other = copy.copy(policy)
+    other.float32_head = float32
+    return other
+
+
+def computes_in_half(*policies: Policy) -> bool:
+    """Whether a head would run in 16 bits if it were let to."""
+    heads = (p.module.get_output_embeddings().weight for p in policies)
+    return any(weight.dtype in HALF or torch.is_autocast_enabled(weight.device.type) for weight in heads)
 
 
 @torch.no_grad()

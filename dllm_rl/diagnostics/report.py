@@ -26,7 +26,7 @@ def rows(report: Report) -> list[tuple[str, ...]]:
             f"{c.ess:.4f}",
             c.advice * (c.mean_abs >= report.worst / 100),
         )
-        for c in (report.total, *report.causes)
+        for c in (report.total, *([report.half_heads] if report.half_heads else []), *report.causes)
     ]
 
 

@@ -157,6 +157,7 @@ class Policy(Head, Protocol):
     """A model, its tokenizer, and all that samplers, estimators, quantisation and the loop ask of it.
 
     version       counts weight updates.
+    float32_head  logits of a model in 16 bits are computed in fp32.
     lora          the adapters that are trained in place of the weights, or None.
     quantization  config that a rollout's copy was made with, or None; quantization_report: what that did, or None.
     """
@@ -165,6 +166,7 @@ class Policy(Head, Protocol):
     spec: FamilySpec
     tokenizer: PreTrainedTokenizerBase
     version: int
+    float32_head: bool
     lora: "Lora | None"
     quantization: Any
     quantization_report: Any

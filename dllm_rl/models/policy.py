@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.models.base import FamilySpec, Module, Policy, position_ids
+from dllm_rl.models.head import head_in_float32
 from dllm_rl.models.loading import family_spec, load_module, save_module
 from dllm_rl.models.lora import Lora, add_lora, without_adapters
 
@@ -16,7 +17,11 @@ Moved = TypeVar("Moved", bound="_Backbone")
 
 
 class _Backbone:
-    """The part that diffusion and autoregressive policies share: a stock module, its head, its device."""
+    """The part that diffusion and autoregressive policies share: a stock module, its head, its device.
+
+    float32_head  logits of a model in 16 bits (or under autocast) are computed in fp32. A rollout's copy, a reference
+                  and an evaluation inherit it, so that both sides of a ratio have the same.
+    """
 
     lora: Lora | None = None
     quantization: Any = None
@@ -24,6 +29,7 @@ class _Backbone:
 
     def __init__(self, module: Module, spec: FamilySpec, tokenizer: PreTrainedTokenizerBase) -> None:
         self.module, self.spec, self.tokenizer, self.version = module.eval(), spec, tokenizer, 0
+        self.float32_head = True
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +66,9 @@ class _Backbone:
         return shifted(states, attention_mask) if self.spec.shift else states
 
     def head(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        """Logits from hidden states, in the module's dtype."""
+        """Logits from hidden states: in fp32 with `float32_head`, else in the module's dtype (or autocast's)."""
+        if self.float32_head:
+            return head_in_float32(self.spec.head, self.module, hidden)
         return self.spec.head(self.module, hidden)
 
     def logits(
@@ -121,19 +129,22 @@ def load_policy(
     block_size: int | None = None,
     quantization: str | None = None,
     lora: Lora | None = None,
+    float32_head: bool = True,
 ) -> DiffusionPolicy | AutoregressivePolicy:
     """Open a checkpoint with stock transformers classes, and prove that it attends as its family says.
 
-    dtype         of the weights; "auto" keeps the checkpoint's.
+    dtype         of the weights: float32, bfloat16 or float16; "auto" keeps the checkpoint's.
     block_size    of a block-causal model, where it is not what the checkpoint says.
     quantization  "nf4" or "int8": a frozen bitsandbytes base to put adapters on; None keeps the weights as they are.
     lora          adapters to train in place of the weights.
+    float32_head  logits in fp32 where the weights are in 16 bits; False: in their own dtype.
 
     Raises ValueError on an unknown architecture, missing or unexpected tensors, a mask id outside the vocabulary,
     or attention that is not what the family needs.
     """
     module, tokenizer, spec = load_module(path_or_id, dtype=dtype, block_size=block_size, quantization=quantization)
     policy = make_policy(module if quantization else module.to(device), tokenizer, spec)
+    policy.float32_head = float32_head
     if lora is not None:
         add_lora(policy, lora)
     return policy

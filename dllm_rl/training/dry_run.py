@@ -42,6 +42,7 @@ class MetaPolicy(DiffusionPolicy):
 
     def __init__(self, module: Module, spec: FamilySpec, tokenizer: Any) -> None:
         self.module, self.spec, self.tokenizer, self.version, self.lora = module, spec, tokenizer, 0, None
+        self.float32_head = True
         self.parameters = sum(p.numel() for p in module.parameters())
 
 

@@ -135,7 +135,8 @@ def fresh_policy(recipe: Recipe, accelerator: Accelerator, log: RunLog, history:
 def resumed_policy(recipe: Recipe, folder: Path, state: dict[str, Any], accelerator: Accelerator) -> Policy:
     """The policy as a checkpoint left it."""
     if recipe.lora is None:
-        return load_policy(folder, dtype=getattr(torch, state["dtype"]), device=accelerator.device)
+        dtype = getattr(torch, state["dtype"])
+        return load_policy(folder, dtype=dtype, device=accelerator.device, float32_head=recipe.float32_head)
     policy = adapter_base(recipe, warmed_up=state["warmup_steps"] > 0).to(accelerator.device)
     load_adapter(policy, folder / "adapter")
     return policy
@@ -144,16 +145,20 @@ def resumed_policy(recipe: Recipe, folder: Path, state: dict[str, Any], accelera
 def make_policy(recipe: Recipe) -> Policy:
     """The recipe's model: a checkpoint, or what its function makes, from the run's seed where that takes one."""
     if isinstance(recipe.model, str):
-        return load_policy(recipe.model, dtype=recipe.dtype, quantization=recipe.base_quantization)
-    seeded = "seed" in inspect.signature(recipe.model).parameters
-    return recipe.model(seed=recipe.seed) if seeded else recipe.model()
+        policy = load_policy(recipe.model, dtype=recipe.dtype, quantization=recipe.base_quantization)
+    else:
+        seeded = "seed" in inspect.signature(recipe.model).parameters
+        policy = recipe.model(seed=recipe.seed) if seeded else recipe.model()
+    policy.float32_head = recipe.float32_head
+    return policy
 
 
 def adapter_base(recipe: Recipe, *, warmed_up: bool) -> Policy:
     """What a resumed run's adapters stand on: the warmed-up weights, or the recipe's model without a warm-up."""
     policy = make_policy(recipe)
     if warmed_up:
-        return load_policy(Path(recipe.directory) / "reference", dtype=next(policy.module.parameters()).dtype)
+        dtype = next(policy.module.parameters()).dtype
+        return load_policy(Path(recipe.directory) / "reference", dtype=dtype, float32_head=recipe.float32_head)
     return policy
 
 
@@ -190,6 +195,7 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
         reference.module = copy.deepcopy(policy.module)
     else:
         reference = load_policy(folder, dtype=next(policy.module.parameters()).dtype, device=accelerator.device)
+        reference.float32_head = policy.float32_head
     reference.module.requires_grad_(False)
     return reference
 

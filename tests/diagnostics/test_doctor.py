@@ -1,5 +1,6 @@
 """Each cause of mismatch, planted, is ranked first; the steps add up to the whole; a healthy setup is called so."""
 
+import copy
 import json
 from dataclasses import replace
 from functools import partial
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from dllm_rl.diagnostics.doctor import ADVICE, diagnose
-from dllm_rl.diagnostics.report import write_doctor
+from dllm_rl.diagnostics.report import rows, write_doctor
 from dllm_rl.likelihoods.estimators import coupled, trajectory
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -67,6 +68,15 @@ def logits(policy):
     return {"rollout_policy": other}
 
 
+def head_in_half(policy):
+    """A head in bf16 on both sides, logits in fp32 on one; the body in fp32, whose own noise would be as large."""
+    policy.module.lm_head.bfloat16()
+    policy.spec = replace(policy.spec, head=lambda module, hidden: module.lm_head(hidden.bfloat16()))
+    other = quantized_copy(policy, None)
+    other.float32_head = False
+    return {"rollout_policy": other}
+
+
 def noise(policy):
     return {"share_noise": False, "likelihood": coupled()}
 
@@ -98,6 +108,7 @@ PLANTED = {
     "quantised activations": [activations],
     "stale weights": [stale],
     "precision": [precision, rotary, logits],
+    "head precision": [head_in_half],
     "estimator noise": [noise],
     "sampling parameters": [sampling_params],
     "cache or sampler": [cache],
@@ -119,7 +130,7 @@ def test_a_planted_cause_is_ranked_first(name, plant):
 def test_without_a_cause_everything_is_exactly_zero_or_rounding():
     report = diagnose(make(), prompts=prompts(), sampler=sampler)
     by_name = {cause.name: cause for cause in report.causes}
-    for name in ("sampling parameters", "estimator noise", "precision", "stale weights"):
+    for name in ("sampling parameters", "estimator noise", "precision", "head precision", "stale weights"):
         assert by_name[name].max_abs == 0 and by_name[name].ess == 1
     assert report.worst < 1e-5 and report.verdict.startswith("No mismatch worth a correction")
 
@@ -204,3 +215,33 @@ def test_report_is_written_as_table_json_figure_and_page(tmp_path, capsys):
     assert page.count("<tr>") == 1 + 1 + len(report.causes) + 1 + len(report.tokens) + 1 + len(report.layers)
     write_doctor(report, as_json=True)
     assert json.loads(capsys.readouterr().out)["num_tokens"] == report.num_tokens
+
+
+def test_heads_in_16_bits_are_a_cause_and_what_fp32_heads_save_is_shown():
+    """The same quantised model with both heads either way: the cause is there or spared, and the parts add up."""
+    policy, config = make(), int3_emulated()
+    policy.module.bfloat16()
+    other = quantized_copy(policy, config)
+    spared = diagnose(policy, config, prompts=prompts(), sampler=sampler, rollout_policy=other)
+    assert {c.name: c.max_abs for c in spared.causes}["head precision"] == 0
+    policy.float32_head = other.float32_head = False
+    report = diagnose(policy, config, prompts=prompts(), sampler=sampler, rollout_policy=other)
+    cause = {c.name: c for c in report.causes}["head precision"]
+    assert 1e-4 < cause.mean_abs < 0.02 and report.half_heads is None
+    policy.float32_head = True
+    one = diagnose(policy, config, prompts=prompts(), sampler=sampler, rollout_policy=other)
+    assert {c.name: c for c in one.causes}["head precision"].mean_abs > cause.mean_abs / 2 and one.half_heads is None
+
+    # What heads in 16 bits would add, on the same tokens: log-probs of both sides, by hand.
+    sides = []
+    other.float32_head = True
+    rollout = sampler(other, prompts(), torch.Generator().manual_seed(0))
+    order = trajectory().draw(rollout, torch.Generator())
+    for p in (policy, other):
+        half = copy.copy(p)
+        half.float32_head = False
+        sides.append(trajectory().logprobs(half, rollout, order))
+    gap = (sides[0] - sides[1])[rollout.completion_mask].abs().mean().item()
+    assert spared.half_heads.mean_abs == pytest.approx(gap, rel=1e-6)
+    assert rows(spared)[1][:2] == ("all, 16-bit heads", f"{gap:.2e}")
+    assert diagnose(make(), prompts=prompts(), sampler=sampler).half_heads is None  # nothing here is in 16 bits

@@ -113,7 +113,7 @@ def test_recipes_that_cannot_run(changes, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"dtype": "float16"}, "dtype='float16' is not known; use 'float32', 'bfloat16' or 'auto'"),
+        ({"dtype": "float8"}, "dtype='float8' is not known; use 'float32', 'bfloat16', 'float16' or 'auto'"),
         ({"base_quantization": "int3"}, "base_quantization='int3' is not known; use 'nf4', 'int8' or none"),
         (
             {"base_quantization": "nf4", "lora": None},

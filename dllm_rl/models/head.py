@@ -1,0 +1,96 @@
+"""Logits in fp32 from a model in 16 bits, without an fp32 copy of the head.
+
+A 16-bit head rounds every logit: bf16 has steps of 0.0625 between 8 and 16, and on which side of a step a logit falls
+depends on the last bit of the hidden state. Two forwards that differ by noise alone, as a sampler's and a learner's do,
+then differ by whole steps in some log-probs. Here the products of 16-bit numbers, which fp32 holds exactly, are summed
+and kept in fp32; the weights are raised a slab of the vocabulary at a time.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+HALF = (torch.bfloat16, torch.float16)
+SLAB = 2**22  # elements of the weight in fp32 at once: 16 MiB
+
+
+class _Float32Linear(torch.autograd.Function):
+    """x W^T + b in fp32, slab of rows of W by slab; gradients are summed in fp32 and rounded once to each dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        out = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.float()
+            for part in slabs(weight):
+                some = None if bias is None else bias[part].float()
+                out[..., part] = F.linear(wide, weight[part].float(), some)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (dy,), (x, weight) = gradients, ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if for_x else None
+        dw = torch.empty_like(weight) if for_weight else None
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.flatten(0, -2).float() if for_weight else None
+            for part in slabs(weight):
+                if dx is not None:
+                    dx += dy[..., part] @ weight[part].float()
+                if dw is not None and rows is not None:
+                    dw[part] = (dy[..., part].flatten(0, -2).T @ rows).to(dw.dtype)
+        db = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if for_bias else None
+        return None if dx is None else dx.to(x.dtype), dw, db
+
+
+def slabs(weight: Float[Tensor, "V D"]) -> Iterator[slice]:
+    """Runs of rows of at most SLAB elements, and of one row at least."""
+    size = max(1, SLAB // weight.shape[1])
+    return (slice(start, start + size) for start in range(0, len(weight), size))
+
+
+def float32_linear(
+    x: Float[Tensor, "... D"], weight: Float[Tensor, "V D"], bias: Float[Tensor, " V"] | None = None
+) -> Float[Tensor, "... V"]:
+    """A linear layer's output in fp32, whatever the dtypes and autocast; differentiable once."""
+    return _Float32Linear.apply(x, weight, bias)
+
+
+def head_in_float32(head: Callable[..., Tensor], module: nn.Module, hidden: Float[Tensor, "... D"]) -> Tensor:
+    """`head(module, hidden)` with its projection on the vocabulary in fp32.
+
+    Weights in 16 bits: what a masked model's head has before the projection stays in 16 bits. Weights in fp32: all of
+    the head runs in fp32, outside of autocast; without autocast nothing changes, to the bit.
+    """
+    output = module.get_output_embeddings()
+    if output is not None and output.weight.dtype in HALF:
+        with projected_in_float32(output):
+            return head(module, hidden)
+    if hidden.dtype in HALF or torch.is_autocast_enabled(hidden.device.type):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return head(module, hidden.float())
+    return head(module, hidden)
+
+
+@contextmanager
+def projected_in_float32(output: nn.Linear) -> Iterator[None]:
+    """For the time of the block, the layer computes its output in fp32; hooks on it go on as they are."""
+    output.forward = partial(_project, output)
+    try:
+        yield
+    finally:
+        del output.forward
+
+
+def _project(output: nn.Linear, hidden: Tensor) -> Tensor:
+    return float32_linear(hidden, output.weight, output.bias)
