@@ -11,14 +11,17 @@ from dllm_rl.algorithms.losses import kl_k3, policy_loss, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora import Lora, check_mergeable
 from dllm_rl.tasks.base import Task
 
 
-def _(help: str, default: Any = MISSING, *, pick: str | None = None, whole: bool = False) -> Any:
-    """A documented field. `pick` names the module whose public functions the command line may name for it; `whole` is
-    for a record whose parts belong together, so that none of them is changed alone."""
-    return field(default=default, metadata={"help": help, "pick": pick, "whole": whole})
+def _(
+    help: str, default: Any = MISSING, *, pick: str | None = None, like: Callable | None = None, whole: bool = False
+) -> Any:
+    """A documented field. `pick` names the module whose public functions the command line may name for it, those that
+    are `like` another where the value itself is None; `whole` is for a record whose parts belong together, so that none
+    of them is changed alone."""
+    return field(default=default, metadata={"help": help, "pick": pick, "like": like, "whole": whole})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,12 @@ class Recipe:
     advantages: Callable = _(
         "(P, G) rewards -> (P, G) advantages", group_relative, pick="dllm_rl.algorithms.advantages"
     )
-    aggregate: Callable = _("how tokens are weighed in the loss", token, pick="dllm_rl.algorithms.losses")
+    aggregate: Callable | None = _(
+        "how tokens are weighed in the loss; None: as the corrector's paper does, else token",
+        None,
+        pick="dllm_rl.algorithms.losses",
+        like=token,
+    )
     rollout_quantization: Callable[[], Any] | None = _(
         "scheme of the rollout's weights", None, pick="dllm_rl.quantization.schemes"
     )
@@ -124,10 +132,8 @@ class Recipe:
             raise ValueError(
                 f"base_quantization={self.base_quantization!r} is a frozen base: set lora, or leave it out"
             )
-        if self.lora is not None and self.corrector.align_forward:
-            raise ValueError(
-                "lora does not go with corrector.align_forward=True, which computes with whole weights; use one of them"
-            )
+        if self.lora is not None and self.corrector.align_forward and self.rollout_quantization is not None:
+            check_mergeable(self.lora())
         if self.zero_mismatch and self.rollout_quantization is not None and not self.corrector.align_forward:
             raise ValueError(
                 "zero_mismatch=True needs rollout_quantization=None, or a corrector that aligns the forward"
@@ -144,12 +150,17 @@ class Recipe:
         return self.output_dir or f"runs/{self.name}-seed{self.seed}"
 
     @property
+    def aggregation(self) -> Callable:
+        """The aggregation in effect: the recipe's, else the corrector's, else `token`."""
+        return self.aggregate or self.corrector.aggregate or token
+
+    @property
     def loss(self) -> Callable:
         """(log-probs (B, T), batch) -> loss, metrics, gradient: `policy_loss` with the recipe's parts bound."""
         return partial(
             policy_loss,
             surrogate=self.corrector.surrogate,
-            aggregate=self.aggregate,
+            aggregate=self.aggregation,
             beta=self.beta,
             kl=self.kl,
             entropy=self.entropy_coeff,

@@ -131,7 +131,7 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> Path | None:
             "--resume_from_checkpoint latest, or --overwrite_output_dir"
         )
     if folder:
-        _check_same_recipe(checkpoint.read_state(folder)["recipe"], described(recipe))
+        _check_same_recipe(checkpoint.read_state(folder)["recipe"], settings_of(recipe))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
@@ -141,6 +141,11 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> Path | None:
         directory.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     return folder
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON, with the aggregation that is in effect."""
+    return described(recipe) | {"aggregate": plain(recipe.aggregation)}
 
 
 def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -286,7 +291,7 @@ def save(run: Run, step: int) -> None:
             "seconds": history["seconds"] + time.perf_counter() - history["begun"],
             "eval_before": history["eval_before"],
             "warmup_steps": history["warmup_steps"],
-            "recipe": described(recipe),
+            "recipe": settings_of(recipe),
         }
         checkpoint.save(directory, step, run.policy, run.optimizer, state, keep=recipe.save_total_limit)
     history["checkpoint"] = str(checkpoint.folder_of(directory, step))
@@ -316,7 +321,7 @@ def finish(run: Run) -> dict[str, Any]:
         "num_processes": accelerator.num_processes,
         "checkpoint": history["checkpoint"],  # the one whose weights were evaluated
         "machine": machine(accelerator),
-        "recipe": described(recipe),
+        "recipe": settings_of(recipe),
     }
     if accelerator.is_main_process:
         write_json(directory / "summary.json", summary)
