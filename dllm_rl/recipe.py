@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from dllm_rl.algorithms.advantages import group_relative
-from dllm_rl.algorithms.correctors import Corrector, none
+from dllm_rl.algorithms.correctors import Corrector, no_weights, none
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
@@ -70,6 +70,11 @@ class Recipe:
     train_batch_size: int = _("prompts per step, over all processes", 32)
     num_generations: int = _("completions per prompt (G)", 8)
     micro_batch_size: int | None = _("completions per forward of scoring and update; None: all at once", None)
+    old_logprobs: Literal["recompute", "rollout"] = _(
+        "what ratios are taken against: the learner's own log-probs at the start of the update, with the corrector "
+        "between them and the rollout's, or the rollout's directly (bypass)",
+        "recompute",
+    )
     mismatch_sample: int = _("groups without advantage scored per step, to measure mismatch over all rows", 2)
     max_num_gen_batches: int = _("draws of prompts a step, until no group's rewards are all equal; 1: no second", 1)
     num_steps: int = _("RL steps", 180)
@@ -134,6 +139,13 @@ class Recipe:
             )
         if self.lora is not None and self.corrector.align_forward and self.rollout_quantization is not None:
             check_mergeable(self.lora())
+        if self.old_logprobs not in ("recompute", "rollout"):
+            raise ValueError(f"old_logprobs={self.old_logprobs!r} must be 'recompute' or 'rollout'")
+        if self.old_logprobs == "rollout" and self.corrector.weigh is not no_weights:
+            raise ValueError(
+                "old_logprobs='rollout' takes ratios against the rollout itself, which a corrector's weights would "
+                "correct a second time: use corrector=none(), or one without weigh, or old_logprobs='recompute'"
+            )
         if self.zero_mismatch and self.rollout_quantization is not None and not self.corrector.align_forward:
             raise ValueError(
                 "zero_mismatch=True needs rollout_quantization=None, or a corrector that aligns the forward"
