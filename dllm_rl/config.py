@@ -103,7 +103,7 @@ def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
     for name, value, annotation, metadata in _members(owner):
         path = f"{prefix}{name}"
         if metadata.get("pick"):
-            choices = pickable(metadata["pick"], value, annotation)
+            choices = pickable(metadata["pick"], metadata.get("like") if value is None else value, annotation)
             found[path] = Setting(value, metadata.get("help", ""), partial(_pick, path, choices, _optional(annotation)))
         elif inspect.isfunction(value) and isinstance(owner, partial):
             choices = siblings(value)
@@ -224,14 +224,16 @@ def _read(path: str, annotation: Any, text: str) -> Any:
 
 
 def describe(value: Any) -> str:
-    """What ran, as text: every bound function as name(k=v) with its defaults filled in, records likewise."""
+    """What ran, as text: every bound function as name(k=v) with its defaults filled in, records likewise; a field whose
+    metadata says `omit_none` is left out where it is None."""
     if isinstance(value, partial):
         arguments = ", ".join(f"{name}={describe(v)}" for name, v, *_ in _members(value))
         return f"{value.func.__name__}({arguments})"
     if inspect.isfunction(value) or isinstance(value, type):
         return value.__name__
     if dataclasses.is_dataclass(value):
-        return f"{type(value).__name__}({', '.join(f'{n}={describe(v)}' for n, v, *_ in _members(value))})"
+        shown = [(n, v) for n, v, _, metadata in _members(value) if not (metadata.get("omit_none") and v is None)]
+        return f"{type(value).__name__}({', '.join(f'{n}={describe(v)}' for n, v in shown)})"
     return repr(value)
 
 

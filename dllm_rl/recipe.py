@@ -6,19 +6,22 @@ from functools import partial
 from typing import Any, Literal
 
 from dllm_rl.algorithms.advantages import group_relative
-from dllm_rl.algorithms.correctors import Corrector, none
+from dllm_rl.algorithms.correctors import Corrector, no_weights, none
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora import Lora, check_mergeable
 from dllm_rl.tasks.base import Task
 
 
-def _(help: str, default: Any = MISSING, *, pick: str | None = None, whole: bool = False) -> Any:
-    """A documented field. `pick` names the module whose public functions the command line may name for it; `whole` is
-    for a record whose parts belong together, so that none of them is changed alone."""
-    return field(default=default, metadata={"help": help, "pick": pick, "whole": whole})
+def _(
+    help: str, default: Any = MISSING, *, pick: str | None = None, like: Callable | None = None, whole: bool = False
+) -> Any:
+    """A documented field. `pick` names the module whose public functions the command line may name for it, those that
+    are `like` another where the value itself is None; `whole` is for a record whose parts belong together, so that none
+    of them is changed alone."""
+    return field(default=default, metadata={"help": help, "pick": pick, "like": like, "whole": whole})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,12 @@ class Recipe:
     advantages: Callable = _(
         "(P, G) rewards -> (P, G) advantages", group_relative, pick="dllm_rl.algorithms.advantages"
     )
-    aggregate: Callable = _("how tokens are weighed in the loss", token, pick="dllm_rl.algorithms.losses")
+    aggregate: Callable | None = _(
+        "how tokens are weighed in the loss; None: as the corrector's paper does, else token",
+        None,
+        pick="dllm_rl.algorithms.losses",
+        like=token,
+    )
     rollout_quantization: Callable[[], Any] | None = _(
         "scheme of the rollout's weights", None, pick="dllm_rl.quantization.schemes"
     )
@@ -65,6 +73,11 @@ class Recipe:
     train_batch_size: int = _("prompts per step, over all processes", 32)
     num_generations: int = _("completions per prompt (G)", 8)
     micro_batch_size: int | None = _("completions per forward of scoring and update; None: all at once", None)
+    old_logprobs: Literal["recompute", "rollout"] = _(
+        "what ratios are taken against: the learner's own log-probs at the start of the update, with the corrector "
+        "between them and the rollout's, or the rollout's directly (bypass)",
+        "recompute",
+    )
     mismatch_sample: int = _("groups without advantage scored per step, to measure mismatch over all rows", 2)
     max_num_gen_batches: int = _("draws of prompts a step, until no group's rewards are all equal; 1: no second", 1)
     num_steps: int = _("RL steps", 180)
@@ -155,9 +168,14 @@ class Recipe:
             raise ValueError(
                 f"base_quantization={self.base_quantization!r} is a frozen base: set lora, or leave it out"
             )
-        if self.lora is not None and self.corrector.align_forward:
+        if self.lora is not None and self.corrector.align_forward and self.rollout_quantization is not None:
+            check_mergeable(self.lora())
+        if self.old_logprobs not in ("recompute", "rollout"):
+            raise ValueError(f"old_logprobs={self.old_logprobs!r} must be 'recompute' or 'rollout'")
+        if self.old_logprobs == "rollout" and self.corrector.weigh is not no_weights:
             raise ValueError(
-                "lora does not go with corrector.align_forward=True, which computes with whole weights; use one of them"
+                "old_logprobs='rollout' takes ratios against the rollout itself, which a corrector's weights would "
+                "correct a second time: use corrector=none(), or one without weigh, or old_logprobs='recompute'"
             )
         if self.zero_mismatch and self.rollout_quantization is not None and not self.corrector.align_forward:
             raise ValueError(
@@ -180,12 +198,17 @@ class Recipe:
         return self.lr_schedule_steps or self.num_steps
 
     @property
+    def aggregation(self) -> Callable:
+        """The aggregation in effect: the recipe's, else the corrector's, else `token`."""
+        return self.aggregate or self.corrector.aggregate or token
+
+    @property
     def loss(self) -> Callable:
         """(log-probs (B, T), batch) -> loss, metrics, gradient: `policy_loss` with the recipe's parts bound."""
         return partial(
             policy_loss,
             surrogate=self.corrector.surrogate,
-            aggregate=self.aggregate,
+            aggregate=self.aggregation,
             beta=self.beta,
             kl=self.kl,
             entropy=self.entropy_coeff,

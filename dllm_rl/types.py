@@ -164,11 +164,14 @@ class Logprobs:
 class Batch:
     """All that one optimiser update needs. Rows are those of one process; counts are over all processes.
 
-    old         log-prob contributions under the weights at the start of the update.
-    old_scores  the same per mask, before an estimator combines them (lets the first inner step skip a forward).
+    old         log-prob contributions that ratios are taken against: under the weights at the start of the update, or,
+                with old_logprobs="rollout", under the policy that sampled.
+    old_scores  under the weights at the start of the update, per mask, before an estimator combines them (lets the
+                first inner step skip a forward).
     weights     detached importance weights of the corrector; keep: positions that stay in the loss.
     reference   log-prob contributions under the reference policy, or None without a KL term.
     num_tokens, num_sequences  denominators of the loss, over the global batch.
+    behaviour   log-prob contributions under the policy that sampled, for metrics alone; None: not known.
     """
 
     rollout: Rollout
@@ -181,6 +184,7 @@ class Batch:
     reference: Float[Tensor, "B T"] | None
     num_tokens: int
     num_sequences: int
+    behaviour: Float[Tensor, "B T"] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Overrides by name: good ones, unknown fields, bad values; recipes as text."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from dllm_rl.algorithms.losses import ppo_clip, sequence, token
 from dllm_rl.config import describe, described, from_command_line, override, paths
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.quantization.schemes import int8_weight_only
+from dllm_rl.training.run import settings_of
 from recipes.sudoku_tiny import recipe as main_job
 
 
@@ -100,6 +102,23 @@ def test_help_lists_every_path(recipe, capsys):
     assert stop.value.code == 0
     for path in paths(recipe):
         assert f"--{path} " in out
+
+
+def test_the_aggregation_is_the_one_given_else_the_correctors_papers_else_token(recipe):
+    taken = lambda *words: from_command_line(recipe, list(words)).aggregation  # noqa: E731
+    assert taken() is token and taken("--corrector", "ais") is token
+    assert taken("--corrector", "tbpo") is sequence and taken("--corrector", "qarl") is sequence
+    assert taken("--corrector", "tbpo", "--aggregate", "token") is token
+    assert taken("--corrector", "none", "--aggregate", "sequence") is sequence
+    assert replace(recipe, corrector=correctors.tbpo()).loss.keywords["aggregate"] is sequence
+
+
+def test_a_run_is_said_to_aggregate_as_it_does(recipe):
+    # Nothing else changes in the text, so that checkpoints of earlier versions can be resumed.
+    assert settings_of(recipe)["aggregate"] == "token"
+    assert settings_of(replace(recipe, corrector=correctors.qarl()))["aggregate"] == "sequence"
+    assert describe(correctors.none()).endswith(", align_forward=False)")
+    assert describe(correctors.tbpo()).endswith(", align_forward=False, aggregate=sequence)")
 
 
 def test_describe_fills_in_defaults():

@@ -10,20 +10,21 @@ whatever the corrector.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dllm_rl.algorithms.losses import MAX_LOG, ppo_clip, trust_band
+from dllm_rl.algorithms.losses import MAX_LOG, ppo_clip, sequence, trust_band
 
 Level = str  # "token" or "sequence"
 Aggregate = str  # "product" or "geometric"
 Weighed = tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"], dict[str, float]]
 Weigh = Callable[[Tensor, Tensor, Tensor], Weighed]
 Surrogate = Callable[[Tensor, Tensor, Tensor], Tensor]
+Aggregation = Callable[..., Tensor]  # of losses: (mask, *, num_tokens, num_sequences) -> coefficients
 CLIPPED = partial(ppo_clip, epsilon=0.2)
 
 
@@ -40,11 +41,13 @@ class Corrector:
     """weigh          (log_mismatch (B, T), advantages (B,), mask (B, T)) -> detached weights, keep mask, metrics.
     surrogate      (log_ratio (B, T), advantages (B,), mask (B, T)) -> per-token objective (B, T).
     align_forward  the learner's forward runs through the rollout's quantised operands.
+    aggregate      the aggregation that the method's paper has, taken where a recipe names none; None: any.
     """
 
     weigh: Weigh = no_weights
     surrogate: Surrogate = CLIPPED
     align_forward: bool = False
+    aggregate: Aggregation | None = field(default=None, metadata={"omit_none": True})
 
 
 def finite(
@@ -310,12 +313,12 @@ def ais(
 
 
 def tbpo(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-4, c: float = 2.0) -> Corrector:
-    """Trust-band policy optimisation: `band_weights` with `trust_band`.
+    """Trust-band policy optimisation: `band_weights` with `trust_band`, the mean over sequences [digest].
 
     The defaults are for long autoregressive responses [digest]; diffusion likelihoods move more and need wider bands.
     """
     surrogate = partial(trust_band, eps_high=eps_high, neg_low=neg_low, neg_high=neg_high)
-    return Corrector(weigh=partial(band_weights, c=c), surrogate=surrogate)
+    return Corrector(weigh=partial(band_weights, c=c), surrogate=surrogate, aggregate=sequence)
 
 
 def aligned() -> Corrector:
@@ -331,15 +334,16 @@ def qarl(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-
 def compose(*parts: Corrector | Weigh, surrogate: Surrogate | None = None, align_forward: bool = False) -> Corrector:
     """One corrector of several, or of bare weigh functions: see `composed`.
 
-    The surrogate is the one given, else the one that a part brings; the forward is aligned if any part's is. Raises
-    ValueError when two parts bring different surrogates and none is given.
+    The surrogate is the one given, else the one that a part brings, and the aggregation that part's; the forward is
+    aligned if any part's is. Raises ValueError when two parts bring different surrogates and none is given.
     """
     correctors = [p if isinstance(p, Corrector) else Corrector(weigh=p) for p in parts]
-    brought = [c.surrogate for c in correctors if c.surrogate is not CLIPPED]
+    brought = [c for c in correctors if c.surrogate is not CLIPPED]
+    aggregate = None
     if surrogate is None:
-        if len(set(brought)) > 1:
+        if len({c.surrogate for c in brought}) > 1:
             raise ValueError(f"{len(brought)} parts bring a surrogate of their own; pick one: surrogate=...")
-        surrogate = brought[0] if brought else CLIPPED
+        surrogate, aggregate = (brought[0].surrogate, brought[0].aggregate) if brought else (CLIPPED, None)
     weighs = tuple(c.weigh for c in correctors if c.weigh is not no_weights)
     weigh = weighs[0] if len(weighs) == 1 else partial(composed, weighs=weighs) if weighs else no_weights
-    return Corrector(weigh, surrogate, align_forward or any(c.align_forward for c in correctors))
+    return Corrector(weigh, surrogate, align_forward or any(c.align_forward for c in correctors), aggregate)

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.algorithms.losses import MAX_LOG
+from dllm_rl.types import Batch
 
 PREFIX = "rollout_corr/"
 
@@ -218,6 +219,35 @@ def weight_metrics(
     if low is not None:
         values["oob_ratio"] = m.per_token(outside[finite].double())
     return {f"{PREFIX}rollout_is_{name}": v.item() + 0.0 for name, v in values.items()}
+
+
+def off_policy_metrics(
+    logps: Float[Tensor, "B T"], batch: Batch, *, old: Float[Tensor, "B T"]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """How far the current log-probs have left those that the data came from, at one inner update, as (sum, count).
+
+    off_policy/old/* with r = p_current / p_old, old at the learner's weights at the start of the update;
+    off_policy/rollout/* with r = p_current / p_rollout, where batch.behaviour is known:
+    contribution_{positive,negative}   C = -(r - 1) A summed over the tokens of each sign of A, divided by the number of
+                 ALL completion tokens (VeXact, eq. 5 [digest]); negative where an update goes its advantages' way.
+    m2           mean over the kept tokens of (log r)^2, nats^2 (M2PO, which bounds it by 0.04 [digest])
+    max          mean over the sequences with a kept token of the largest |log r| in each, nats
+    """
+    keep, advantages = batch.keep, batch.advantages[:, None]
+    metrics: dict[str, tuple[Tensor, Tensor]] = {}
+    tokens, rows = batch.rollout.completion_mask.sum(), keep.any(-1).sum()
+    for name, base in (("old", old), ("rollout", batch.behaviour)):
+        if base is None:
+            continue
+        log_ratio = torch.where(keep, logps - base, 0).double()
+        part = -torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) * advantages
+        metrics |= {
+            f"off_policy/{name}/contribution_positive": (torch.where(advantages > 0, part, 0).sum(), tokens),
+            f"off_policy/{name}/contribution_negative": (torch.where(advantages < 0, part, 0).sum(), tokens),
+            f"off_policy/{name}/m2": (log_ratio.square().sum(), keep.sum()),
+            f"off_policy/{name}/max": (log_ratio.abs().amax(-1).sum(), rows),
+        }
+    return metrics
 
 
 def symptom_metrics(

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dllm_rl.models.base import Module
+
 HALF = (torch.bfloat16, torch.float16)
 SLAB = 2**22  # elements of the weight in fp32 at once: 16 MiB
 
@@ -66,7 +68,7 @@ def float32_linear(
     return _Float32Linear.apply(x, weight, bias)
 
 
-def head_in_float32(head: Callable[..., Tensor], module: nn.Module, hidden: Float[Tensor, "... D"]) -> Tensor:
+def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[Tensor, "... D"]) -> Tensor:
     """`head(module, hidden)` with its projection on the vocabulary in fp32.
 
     Weights in 16 bits: what a masked model's head has before the projection stays in 16 bits. Weights in fp32: all of
@@ -85,7 +87,7 @@ def head_in_float32(head: Callable[..., Tensor], module: nn.Module, hidden: Floa
 @contextmanager
 def projected_in_float32(output: nn.Linear) -> Iterator[None]:
     """For the time of the block, the layer computes its output in fp32; hooks on it go on as they are."""
-    output.forward = partial(_project, output)
+    output.forward = partial(_project, output)  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -49,6 +49,12 @@ class Lora:
             raise ValueError(f"lora.dropout={self.dropout} must lie in [0, 1)")
 
 
+def check_mergeable(lora: Lora) -> None:
+    """Raise ValueError for dropout, which an aligned forward, whose operand holds the adapters merged, cannot have."""
+    if lora.dropout:
+        raise ValueError(f"lora.dropout={lora.dropout}: an aligned forward merges adapters; set it to 0")
+
+
 def lora_r16() -> Lora:
     """Small adapters: r 16, alpha 32, no dropout."""
     return Lora()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.lora import LoraLinear
+from dllm_rl.models.lora import LoraLinear, check_mergeable
 from dllm_rl.quantization.linear import (
     dequantized_input,
     dequantized_weight,
@@ -113,10 +113,8 @@ def aligned_forward(
         for link in links:
             if "forward" in vars(link.source):
                 raise ValueError(f"{link.name}.forward is already replaced: is this inside another aligned_forward()?")
-            if link.base is not link.source and link.source.lora.dropout:
-                raise ValueError(
-                    f"lora.dropout={link.source.lora.dropout}: an aligned forward merges adapters; set it to 0"
-                )
+            if link.base is not link.source:
+                check_mergeable(link.source.lora)
             link.source.forward = partial(_AlignedLinear.forward, link)
             swapped.append(link.source)
         yield refresh

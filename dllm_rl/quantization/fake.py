@@ -91,7 +91,7 @@ class EmulatedLinear(nn.Linear):
         self.weight = nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False)
         self.bias = cast(Any, bias)  # nn.Linear does not say that it may be None
         self.register_buffer("weight_scale", None)
-        if self.scales_product:
+        if config.weight is not None:
             rows = self.out_features if config.granularity == "row" else 1
             self.weight_scale = torch.empty(rows, dtype=torch.float32, device=weight.device)
         self.load_(weight)
@@ -108,11 +108,18 @@ class EmulatedLinear(nn.Linear):
             self.weight.copy_(weight)
             return
         codes, scale = codes_and_scale(weight, self.config.weight, self.config.granularity)
+        self.weight.copy_(codes if self.scales_product else codes.mul_(scale))
+        self.weight_scale.copy_(scale.flatten())
+
+    def codes(self) -> Float[Tensor, "N K"]:
+        """The weight's codes, found again from rounded values: these are code * scale to a bit, and codes lie apart."""
         if self.scales_product:
-            self.weight.copy_(codes)
-            self.weight_scale.copy_(scale.flatten())
-        else:
-            self.weight.copy_(codes.mul_(scale))
+            return self.weight
+        codes = self.weight.float() / self.weight_scale[:, None]
+        if self.config.weight not in FLOATS:
+            return codes.round_()
+        mantissa, exponent, _ = FLOATS[self.config.weight]
+        return round_to_float(codes, mantissa=mantissa, exponent=exponent)
 
     def forward(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... N"]:
         return self.quantized_forward(x, self.bias)[0]

@@ -87,14 +87,58 @@ def check_finite(name: str, values: Tensor) -> None:
         raise ValueError(f"{name}.weight holds NaN or infinity: it cannot be quantised; has training diverged?")
 
 
+Changes = dict[str, tuple[Tensor, int]]  # (sum, count); sums stay on their device until all layers are written
+
+
 @torch.no_grad()
-def load_weight_(layer: nn.Linear, weight: Tensor, name: str) -> None:
-    """Quantise `weight` into a quantised layer, in place: no storage moves."""
-    if isinstance(layer, EmulatedLinear):
+def load_weight_(layer: nn.Linear, weight: Tensor, name: str) -> Changes:
+    """Quantise `weight` into a quantised layer, in place: no storage moves. Returns what that changed.
+
+    codes_changed  (codes that differ from those before, all codes of the layer); empty where the layer's weight is not
+                   quantised. A zero that only changes its sign has not changed.
+    scale_change   (sum of |s' - s| / |s|, scales)
+    """
+    if not isinstance(layer, EmulatedLinear):
+        held: Any = layer.weight
+        fresh: Any = quantized(weight.to(held.dtype), layer.quantization, name)
+        changes = {"codes_changed": differing_codes(held.qdata, fresh.qdata, held.numel())}
+        changes |= scale_change(scales_of(held), scales_of(fresh))
+        held.copy_(fresh)
+        return changes
+    if layer.config.weight is None:
         layer.load_(weight)
         check_finite(name, layer.weight)
-    else:
-        layer.weight.copy_(quantized(weight.to(layer.weight.dtype), layer.quantization, name))
+        return {}
+    codes, scale = layer.codes().clone(), layer.weight_scale.clone()
+    layer.load_(weight)
+    check_finite(name, layer.weight)
+    return {"codes_changed": ((layer.codes() != codes).sum(), codes.numel())} | scale_change(scale, layer.weight_scale)
+
+
+def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tensor, int]:
+    """(codes that differ, codes held) of two packed tensors of the same kind: a code a byte, or two where the bytes are
+    fewer than the codes."""
+    a, b = before.view(torch.uint8), after.view(torch.uint8)
+    if before.nbytes < num_codes:
+        moved = a ^ b
+        return ((moved & 0xF) != 0).sum() + ((moved >> 4) != 0).sum(), 2 * a.numel()
+    moved = a != b
+    if before.is_floating_point():
+        moved &= ((a | b) & 0x7F) != 0
+    return moved.sum(), a.numel()
+
+
+def scales_of(packed: Tensor) -> Tensor | None:
+    """The scales of one of torchao's quantised tensors; None where it has none under a name that is known."""
+    both = getattr(packed, "scale_and_zero", None)
+    return getattr(packed, "scale", None) if both is None else both[..., 0]
+
+
+def scale_change(before: Tensor | None, after: Tensor | None) -> Changes:
+    if before is None or after is None:
+        return {}
+    before, after = before.double(), after.double()
+    return {"scale_change": (((after - before).abs() / before.abs().clamp(min=TINY)).sum(), before.numel())}
 
 
 def quantized_forward(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:

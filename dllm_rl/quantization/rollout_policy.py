@@ -147,12 +147,18 @@ def held_bytes(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def sync_weights(policy: Policy, rollout_policy: Policy) -> None:
+def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     """Give the rollout policy the learner's weights, quantised afresh, in place: no storage moves.
+
+    Returns, where there are quantised layers, whether the update reached them (one below the grid vanishes: QuRL
+    [digest]): quantization/codes_changed, the share of all codes that this sync changed, and
+    quantization/scale_change, the mean of |s' - s| / s over all scales. After an aligned forward of several inner
+    updates, which writes the same storage itself, they are those of the last inner update alone.
 
     Every parameter and buffer is written, one layer at a time: an adapter is merged, and a sharded tensor gathered by
     all processes together, for its turn only. Raises ValueError for a weight with NaN or infinity.
     """
+    totals: dict[str, tuple[torch.Tensor, int]] = {}
     if rollout_policy is not policy:
         targets = dict(rollout_policy.module.named_parameters()) | dict(rollout_policy.module.named_buffers())
         for name, value in merged_state(policy.module):
@@ -160,10 +166,13 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> None:
             layer = rollout_policy.module.get_submodule(layer_name)
             value = value.full_tensor() if hasattr(value, "full_tensor") else value
             if kind == "weight" and is_quantized(layer):
-                load_weight_(layer, value, layer_name)
+                for change, (total, count) in load_weight_(layer, value, layer_name).items():
+                    before, counted = totals.get(change, (torch.zeros_like(total), 0))
+                    totals[change] = (before + total, counted + count)
             elif name in targets:  # a tied tensor is written under its first name
                 targets[name].copy_(value)
     rollout_policy.version = policy.version
+    return {f"quantization/{change}": float(total) / count for change, (total, count) in totals.items()}
 
 
 def quantized_layers(rollout_policy: Policy) -> Iterator[tuple[str, nn.Linear]]:

@@ -59,12 +59,17 @@ def open_folder(recipe: Recipe) -> tuple[Path | None, list[str]]:
         state = checkpoint.read_state(folder)
         # A field that is newer than the checkpoint had no effect then, as its default has none.
         before = {f.name: plain(f.default) for f in dataclasses.fields(Recipe)} | state["recipe"]
-        _check_same_recipe(before, described(recipe))
+        _check_same_recipe(before, settings_of(recipe))
         _check_schedule(recipe, before, state["step"])
         _check_reference(state, directory / "reference", quick=quick)
         aside = checkpoint.set_aside(directory / "checkpoints", folder)
         notes += [f"set aside, as it is not on the way of the resumed run: {path}" for path in aside]
     return folder, notes
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON, with the aggregation that is in effect."""
+    return described(recipe) | {"aggregate": plain(recipe.aggregation)}
 
 
 def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:

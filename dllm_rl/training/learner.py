@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dllm_rl.algorithms.mismatch import PREFIX, group_weights, mismatch_metrics, symptom_metrics
+from dllm_rl.algorithms.mismatch import PREFIX, group_weights, mismatch_metrics, off_policy_metrics, symptom_metrics
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
 from dllm_rl.distributed import Metrics, local, reduce_metrics, sum_gradients
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
@@ -131,7 +131,9 @@ def correct(
             sees, weighs and takes its statistics from the rows that are learned from alone; those rows' metrics, and
             the corrector's own under verl's names, are logged as `live/*`.
 
-    The loss's denominators count every row, also those of groups that are not learned from.
+    The loss's denominators count every row, also those of groups that are not learned from. With old_logprobs="rollout"
+    ratios are current / rollout and need no weights: VeXact's bypass, eq. 4. Under mismatch it fails by one silent
+    decline, with K1 and K3 rising, where recomputation without weights fails in stages, K1 and K3 flat [digest].
     """
     (rows, width), group_size = rollout.tokens.shape, rollout.group_size
     chosen, flat = learned_groups(recipe, advantages), rearrange(advantages, "p g -> (p g)")
@@ -161,13 +163,14 @@ def correct(
         rollout=rollout,
         noise=only_groups(noise, chosen, group_size, accelerator),
         advantages=local(flat, accelerator),
-        old=logps.old,
+        old=logps.rollout if recipe.old_logprobs == "rollout" else logps.old,
         old_scores=logps.old_scores,
         weights=weights,
         keep=keep,
         reference=logps.reference,
         num_tokens=num_tokens,
         num_sequences=num_sequences,
+        behaviour=logps.rollout,
     ), metrics
 
 
@@ -202,7 +205,8 @@ def update(
     max_grad_norm: float = 1.0,
     micro_batch_size: int | None = None,
 ) -> dict[str, float]:
-    """`num_iterations` optimiser steps on one batch; returns metrics of the last, gradient norms of all.
+    """`num_iterations` optimiser steps on one batch; returns metrics of the last, and of each where their name ends in
+    /iteration_I: gradient norms and `off_policy/*`.
 
     loss              (log-probs (B, T), batch) -> this process's share of the loss, metrics, d loss / d log-probs.
     micro_batch_size  rows a forward, whole groups; None takes all at once.
@@ -231,7 +235,9 @@ def update(
                 f"gradient norm is {norm.item()} at inner iteration {iteration}; the update was not applied"
             )
         optimizer.step()
-        gathered |= reduce_metrics(metrics, accelerator)
+        reduced = reduce_metrics(metrics, accelerator)
+        each = {f"{n}/iteration_{iteration}": v for n, v in reduced.items() if n.startswith("off_policy/")}
+        gathered |= reduced | each
         gathered[f"grad_norm/iteration_{iteration}"] = gathered["grad_norm"] = norm.item()
     policy.version += 1
     return gathered
@@ -254,6 +260,7 @@ def accumulate_gradients(
     logps = likelihood.combine(leaves, batch.noise)
     _, metrics, gradient = loss(logps.detach(), batch)
     (vectors,) = torch.autograd.grad(logps, leaves, gradient)
+    metrics |= off_policy_metrics(logps.detach(), batch, old=likelihood.combine(batch.old_scores, batch.noise))
     rollout = batch.rollout
     for rows in row_chunks(batch.noise, micro_batch_size, rollout.group_size):
         part, masks = rollout.rows(rows), batch.noise.rows(rows)

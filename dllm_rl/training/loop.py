@@ -33,9 +33,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
             batch, mismatch = correct(recipe, rollout, noise, logps, advantages, accelerator, groups=groups)
             learning = update(policy, run.optimizer, batch, accelerator, **recipe.update_settings(step))
         with log.stage("sync"):
-            sync_weights(policy, rollout_policy)
+            synced = sync_weights(policy, rollout_policy)
 
-        metrics = sampling | mismatch | learning | validate(run, step)
+        metrics = sampling | mismatch | learning | synced | validate(run, step)
         log.write(step, metrics)
         run.progress(metrics, show=(step + 1) % recipe.logging_steps == 0 or step + 1 == recipe.num_steps)
         checkpoint_if_due(run, step)  # every save_steps, after the last step, and on a signal, which ends the run here

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from dllm_rl.config import described
 from dllm_rl.distributed import from_main, machine, make_accelerator, versions
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import replacing, write_json
@@ -26,7 +25,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Task, grade
 from dllm_rl.training import checkpoint, manifest, plots
-from dllm_rl.training.folder import open_folder
+from dllm_rl.training.folder import open_folder, settings_of
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.stop import Stop, ended_by_launcher
 from dllm_rl.training.warmup import examples, warm_up
@@ -145,7 +144,7 @@ def resumed_policy(recipe: Recipe, folder: Path, state: dict[str, Any], accelera
 def make_policy(recipe: Recipe) -> Policy:
     """The recipe's model: a checkpoint, or what its function makes, from the run's seed where that takes one."""
     if isinstance(recipe.model, str):
-        policy = load_policy(recipe.model, dtype=recipe.dtype, quantization=recipe.base_quantization)
+        policy: Policy = load_policy(recipe.model, dtype=recipe.dtype, quantization=recipe.base_quantization)
     else:
         seeded = "seed" in inspect.signature(recipe.model).parameters
         policy = recipe.model(seed=recipe.seed) if seeded else recipe.model()
@@ -279,7 +278,7 @@ def write_checkpoint(run: Run, step: int) -> Path | None:
         "seconds": history["seconds"] + time.perf_counter() - history["begun"],
         "eval_before": history["eval_before"],
         "warmup_steps": history["warmup_steps"],
-        "recipe": described(recipe),
+        "recipe": settings_of(recipe),
     }
     kept = history["warmup_steps"] if recipe.lora is not None else recipe.beta
     if kept and (directory / "reference" / manifest.NAME).exists():
@@ -328,7 +327,7 @@ def finish(run: Run) -> dict[str, Any]:
         "num_processes": accelerator.num_processes,
         "checkpoint": history["checkpoint"],  # the one whose weights were evaluated
         "machine": machine(accelerator),
-        "recipe": described(recipe),
+        "recipe": settings_of(recipe),
     }
     if accelerator.is_main_process:
         write_json(directory / "summary.json", summary)

@@ -1,6 +1,7 @@
 """Every weight against numbers worked by hand, and the identities that join the correctors."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,8 +10,9 @@ from torch import tensor
 from torch.testing import assert_close
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.losses import gspo
+from dllm_rl.algorithms.losses import gspo, sequence, token
 from dllm_rl.testing import loss_of, make_batch
+from recipes.sudoku_tiny import recipe as main_job
 
 # The (B=3, T=4) example: ratios rho = p_old / p_rollout, three, two and four of them marked.
 #   row 0   1    2   4   1/2    product 4, geometric mean 4^(1/4) = sqrt 2
@@ -184,6 +186,27 @@ def test_compose_multiplies_weights_and_intersects_masks_in_any_order():
     close(squared[0], [1, 4, 12, 0.25])
     assert metrics["tis/capped_fraction"] == pytest.approx(2 / 9)
     assert metrics["tis/capped_fraction_2"] == pytest.approx(1 / 9)
+
+
+def test_tbpo_alone_is_the_papers_mean_over_sequences():
+    """Rows of 1 and 3 tokens with A = 1 and -2, on-policy but for the rollout, weights w = 2^(1/1) and 1.3 (capped)."""
+    mask = tensor([[True, False, False], [True, True, True]])
+    mismatch = tensor([[math.log(1.2), 9.0, 9.0], [math.log(4.0)] * 3])
+    advantages, corrector = tensor([1.0, -2.0]), c.tbpo(c=1.3)
+    weights, keep, _ = corrector.weigh(mismatch, advantages, mask)
+    batch = make_batch(mask, advantages, weights=weights, keep=keep)
+    recipe = replace(main_job, corrector=corrector)
+    loss, _, gradient = recipe.loss(batch.old, batch)
+    assert loss.item() == pytest.approx(-(1.2 * 1 - 1.3 * 2) / 2)
+    assert_close(gradient, tensor([[-1.2 / 2, 0, 0], [1.3 * 2 / 2 / 3] * 3]))
+    by_token, _, _ = replace(recipe, aggregate=token).loss(batch.old, batch)
+    assert by_token.item() == pytest.approx(-(1.2 * 1 - 3 * 1.3 * 2) / 4)
+
+
+def test_compose_takes_the_aggregation_of_the_part_whose_surrogate_it_takes():
+    assert c.compose(c.tbpo(), c.reject()).aggregate is sequence
+    assert c.compose(c.tbpo(), surrogate=gspo).aggregate is None
+    assert c.compose(c.tis(), c.reject()).aggregate is None
 
 
 def test_compose_takes_the_one_surrogate_that_is_brought():

@@ -2,13 +2,22 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
 from torch import tensor
 
-from dllm_rl.algorithms.mismatch import group_weights, mismatch_metrics, repeats, symptom_metrics, weight_metrics
+from dllm_rl.algorithms.mismatch import (
+    group_weights,
+    mismatch_metrics,
+    off_policy_metrics,
+    repeats,
+    symptom_metrics,
+    weight_metrics,
+)
+from dllm_rl.testing import make_batch
 
 RHO = tensor([[1, 2, 4, 0.5], [0.25, 1, 8, 100], [1, 1, 100, 100]], dtype=torch.float64)
 MASK = tensor([[True] * 4, [True, True, True, False], [True, True, False, False]])
@@ -229,6 +238,31 @@ def test_repeats():
     assert repeats(tokens, mask)[0].nonzero()[:, 0].tolist() == []
     with pytest.raises(ValueError, match="ngram=0 must be at least 1"):
         repeats(tokens, mask, ngram=0)
+
+
+def test_off_policy_metrics_by_hand():
+    """Two rows of 2 and 3 tokens, A = 2 and -1; the second's last token is rejected. r = 1, 2 | 1/2, 4."""
+    mask = tensor([[True, True, False], [True, True, True]])
+    keep = tensor([[True, True, False], [True, True, False]])
+    logps = tensor([[0.0, LN2, 7.0], [-LN2, 2 * LN2, math.nan]], dtype=torch.float64)
+    advantages, zeros = tensor([2.0, -1.0]), torch.zeros(2, 3, dtype=torch.float64)
+    batch = make_batch(mask, advantages, keep=keep)
+    found = off_policy_metrics(logps, replace(batch, behaviour=zeros + LN2), old=zeros)
+    values = {name: float(total / count) for name, (total, count) in found.items()}
+    assert values == pytest.approx(
+        {
+            "off_policy/old/contribution_positive": -2 * (0 + 1) / 5,
+            "off_policy/old/contribution_negative": (-1 / 2 + 3) / 5,
+            "off_policy/old/m2": (0 + 1 + 1 + 4) * LN2**2 / 4,
+            "off_policy/old/max": (1 + 2) * LN2 / 2,
+            # Against the rollout every ratio is half as large: 1/2, 1 | 1/4, 2.
+            "off_policy/rollout/contribution_positive": -2 * (-1 / 2 + 0) / 5,
+            "off_policy/rollout/contribution_negative": (-3 / 4 + 1) / 5,
+            "off_policy/rollout/m2": (1 + 0 + 4 + 1) * LN2**2 / 4,
+            "off_policy/rollout/max": (1 + 2) * LN2 / 2,
+        }
+    )
+    assert {name.split("/")[1] for name in off_policy_metrics(logps, batch, old=zeros)} == {"old"}
 
 
 def test_symptoms_by_sign_of_the_advantage():

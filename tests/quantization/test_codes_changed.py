@@ -1,0 +1,114 @@
+"""What a sync changed: by hand on one layer, and against codes counted in full for every scheme."""
+
+import copy
+
+import pytest
+import torch
+from runs import metrics_of
+from tiny_recipe import tiny_recipe
+from torch import nn, tensor
+
+from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.quantization import schemes
+from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize, codes_and_scale
+from dllm_rl.quantization.linear import differing_codes, load_weight_, quantized, scales_of
+from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, sync_weights
+from dllm_rl.training.loop import train
+
+
+def changes(layer, weight):
+    return {name: (float(total), count) for name, (total, count) in load_weight_(layer, weight, "layer").items()}
+
+
+@pytest.mark.parametrize("activation", [None, "int8", "e4m3"])
+def test_codes_and_scales_by_hand(activation):
+    # int3: scale = max |w| / 3 = 1 in both rows, codes the nearest integers.
+    weight = tensor([[3.0, 1.0, -2.0, 0.0], [-3.0, 0.4, 0.0, 2.0]])
+    layer = EmulatedLinear(weight, None, FakeQuantize("int3", activation))
+    assert changes(layer, weight) == {"codes_changed": (0, 8), "scale_change": (0, 2)}
+    weight[0, 1], weight[1, 1] = 1.4, 0.6  # 1 stays 1, 0 becomes 1
+    assert changes(layer, weight) == {"codes_changed": (1, 8), "scale_change": (0, 2)}
+    weight[0, 0] = 6.0  # the row's scale doubles: 3 0.7 -1 0
+    assert changes(layer, weight) == {"codes_changed": (1, 8), "scale_change": (1, 2)}
+    assert layer.codes().tolist() == [[3, 1, -1, 0], [-3, 1, 0, 2]]
+
+
+def test_a_zero_that_changes_its_sign_is_no_change():
+    with torch.device("meta"):
+        layer = nn.Linear(16, 16, bias=False)
+    weight = torch.ones(16, 16)
+    weight[:, 1] = 1e-30
+    layer.weight = nn.Parameter(quantized(weight, schemes.float8_weight_only(), "layer"), requires_grad=False)
+    layer.quantization = schemes.float8_weight_only()
+    moved = weight.clone()
+    moved[:, 1] = -1e-30
+    assert changes(layer, moved) == {"codes_changed": (0, 256), "scale_change": (0, 16)}
+    moved[3, 2] = -1.0
+    assert changes(layer, moved) == {"codes_changed": (1, 256), "scale_change": (0, 16)}
+
+
+def test_two_codes_in_a_byte():
+    before, after = tensor([0x12, 0x34, 0x56], dtype=torch.uint8), tensor([0x13, 0x54, 0x65], dtype=torch.uint8)
+    changed, codes = differing_codes(before, after, 6)  # 2 -> 3; 3 -> 5; both of the last
+    assert (int(changed), codes) == (4, 6)
+    assert int(differing_codes(before, after, 3)[0]) == 3
+
+
+SCHEMES = ["float8_weight_only", "float8_dynamic_emulated", "int8_weight_only", "int8_dynamic", "int4_weight_only"]
+SCHEMES += ["e4m3_emulated", "e5m2_emulated", "int8_emulated", "int4_emulated", "five_level_emulated"]
+SCHEMES += ["ternary_emulated"]
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sync_counts_what_a_full_comparison_counts(name, dtype):
+    make = getattr(schemes, name)
+    policy = tiny_masked_lm(characters="1234.=", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=32)
+    policy.module.to(dtype)
+    rollout_policy = quantized_copy(policy, make())
+    assert sync_weights(policy, rollout_policy) == {"quantization/codes_changed": 0, "quantization/scale_change": 0}
+    before = held(policy, rollout_policy)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.module.parameters():
+            parameter += (0.003 * torch.randn(parameter.shape, generator=generator)).to(dtype)
+    found = sync_weights(policy, rollout_policy)
+    pairs = list(zip(before, held(policy, rollout_policy), strict=True))
+    changed = sum((a != b).sum().item() for (a, _), (b, _) in pairs)
+    scales = torch.cat([((t - s).abs() / s).flatten().double() for (_, s), (_, t) in pairs])
+    assert 0 < changed == round(found["quantization/codes_changed"] * sum(a.numel() for (a, _), _ in pairs))
+    assert found["quantization/scale_change"] == pytest.approx(scales.mean().item(), rel=1e-5)
+    assert scales.mean() > 0
+
+
+def held(policy, rollout_policy):
+    """(codes as numbers, scales) of every quantised layer; an emulated layer's from the learner's weight itself."""
+    found, sources = [], dict(policy.module.named_modules())
+    for name, layer in quantized_layers(rollout_policy):
+        if isinstance(layer, EmulatedLinear):
+            config = layer.config
+            codes, scale = codes_and_scale(sources[name].weight.detach(), config.weight, config.granularity)
+        else:
+            codes, scale = layer.weight.qdata.float(), scales_of(layer.weight).float()
+        found.append((copy.deepcopy(codes), copy.deepcopy(scale)))
+    return found
+
+
+def test_the_loop_logs_whether_updates_reach_the_rollout(tmp_path):
+    coarse = {
+        "rollout_quantization": schemes.five_level_emulated,
+        "num_steps": 1,
+        "lr_schedule": lambda step, num_steps: 1.0,
+    }
+    train(tiny_recipe(tmp_path / "vanishing", learning_rate=1e-9, **coarse))
+    train(tiny_recipe(tmp_path / "felt", learning_rate=1e-2, **coarse))
+    train(tiny_recipe(tmp_path / "none", num_steps=1, rollout_quantization=None))
+    vanishing, felt, none = (metrics_of(tmp_path / name)[0] for name in ("vanishing", "felt", "none"))
+    assert vanishing["quantization/codes_changed"] == 0 and vanishing["grad_norm"] > 0
+    assert felt["quantization/codes_changed"] > 0.01 and felt["quantization/scale_change"] > 1e-3
+    assert not any(name.startswith("quantization/") for name in none)
+
+
+def test_a_layer_whose_weight_is_not_quantised_has_no_codes():
+    weight = torch.ones(2, 2)
+    assert changes(EmulatedLinear(weight, None, FakeQuantize(None, "int8")), weight) == {}
