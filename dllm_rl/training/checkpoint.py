@@ -170,17 +170,18 @@ def check(folder: Path, *, quick: bool = False, say: Callable[[str], None] = lam
 
     One of version 0.1.0 has no manifest: `say` is told, and only what can be read without one is checked.
     """
-    listed = (folder / manifest.NAME).exists()
-    held = manifest.verify(folder, quick=quick) if listed else None
-    state = _json(folder / "state.json")
+    held = manifest.read(folder) if (folder / manifest.NAME).exists() else None
     named = _NAME.fullmatch(folder.name)
-    steps = {"state.json": state.get("step")} | ({"its name": int(named[1])} if named else {})
+    if held is not None and named and int(named[1]) != held["step"]:
+        raise ValueError(f"{folder}: step is {held['step']} in {manifest.NAME}, but {int(named[1])} in its name")
     if held is not None:
-        steps[manifest.NAME] = held["step"]
-    elif "format" in state:
+        manifest.verify(folder, quick=quick)
+    state = _json(folder / "state.json")
+    if held is None and "format" in state:
         raise ValueError(f"{folder}: {manifest.NAME} is missing")
-    if len(set(steps.values())) > 1:
-        raise ValueError(f"{folder}: step is {', but '.join(f'{n} in {where}' for where, n in steps.items())}")
+    expected = held["step"] if held is not None else int(named[1]) if named else state.get("step")
+    if state.get("step") != expected:
+        raise ValueError(f"{folder}: step is {state.get('step')} in state.json, but {expected} elsewhere")
     if held is None:
         for file in sorted(folder.rglob("*.safetensors")):
             try:
@@ -229,5 +230,5 @@ def _optimizer_state(folder: Path) -> dict[str, Any]:
         return torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise ValueError(f"{folder}: {path.name} is missing") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder}: {path.name} is damaged: {str(error).splitlines()[0]}") from None

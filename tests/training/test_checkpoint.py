@@ -53,7 +53,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        train(tiny_recipe(tmp_path, num_steps=3, resume_from_checkpoint="latest"))
+        train(tiny_recipe(tmp_path, num_steps=3, lr_schedule_steps=1, resume_from_checkpoint="latest"))
     assert [step for step, _ in checkpoint.found(tmp_path / "checkpoints")] == [0, 1]
 
 
