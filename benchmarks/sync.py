@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.measure import machine, seconds_and_peak, table, write_json
 from benchmarks.presets import PRESETS, make
+from dllm_rl.config import pickable
 from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.likelihoods.scoring import backward_view
 from dllm_rl.quantization import schemes as quantize
@@ -21,7 +22,8 @@ from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts
 
-ANYWHERE = [name for name in quantize.__all__ if name not in ("fake_quantize", "float8_dynamic", "int4_packed")]
+ELSEWHERE = ("fake_quantize", "float8_dynamic", "int4_packed")
+ANYWHERE = [name for name in pickable(quantize.__name__, None, None) if name not in ELSEWHERE]
 
 SYNCS = 5  # in a row, as one takes little more than the clock's resolution
 

@@ -15,9 +15,17 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
-Record = TypeVar("Record")  # a frozen dataclass, as Recipe or a task
+from dllm_rl.screen import escape_controls
+
+
+@runtime_checkable
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Record = TypeVar("Record", bound=_Dataclass)  # frozen, as Recipe or a task
 SCALARS = (bool, int, float, str, Path)
 
 
@@ -26,12 +34,12 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
     value, naming the nearest valid one; `--help` lists every path with its value."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
-        print(usage(recipe))
+        print(escape_controls(usage(recipe), keep="\n"))
         raise SystemExit(0)
     try:
         recipe = _overridden(recipe, _pairs(arguments))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape_controls(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     return recipe
 
@@ -86,7 +94,7 @@ def override(recipe: Record, path: str, text: str) -> Record:
 class Setting:
     value: Any
     help: str
-    read: Callable[[str], Any]
+    read: partial  # of the text alone
 
 
 def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
@@ -227,21 +235,17 @@ def describe(value: Any) -> str:
     return repr(value)
 
 
-def described(recipe: Record) -> dict[str, Any]:
-    """Field by field: scalars as they are, everything else as text; for JSON."""
-    return {f.name: _plain(getattr(recipe, f.name)) for f in dataclasses.fields(recipe)}
-
-
-def described_defaults(recipe: Record) -> dict[str, Any]:
-    """`described` of the defaults, of the fields that have one."""
-    return {f.name: _plain(f.default) for f in dataclasses.fields(recipe) if f.default is not dataclasses.MISSING}
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Scalars as they are, everything else as text."""
     return value if value is None or isinstance(value, bool | int | float | str) else describe(value)
 
 
-def usage(recipe: Record) -> str:
+def described(recipe: Record) -> dict[str, Any]:
+    """Field by field, as `plain` values; for JSON."""
+    return {f.name: plain(getattr(recipe, f.name)) for f in dataclasses.fields(recipe)}
+
+
+def usage(recipe: Any) -> str:
     lines = [f"usage: [accelerate launch] RECIPE.py [--FIELD VALUE ...]      recipe {recipe.name}", ""]
     for path, setting in paths(recipe).items():
         choices = setting.read.args[1] if setting.read.func is _pick else {}

@@ -5,7 +5,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -21,12 +21,16 @@ def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = F
     A parameter that no token reached gets zeros, so that the optimiser and the other processes treat it like any other.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
+    gradients = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
     if accelerator.num_processes == 1:
         return
-    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters]), reduction="mean" if mean else "sum")
+    flat = accelerator.reduce(
+        torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean" if mean else "sum"
+    )
     for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = gradient.view_as(parameter)
 
@@ -69,7 +73,7 @@ class OneProcess:
         """Nothing to wait for."""
 
 
-Processes = Accelerator | OneProcess
+Processes: TypeAlias = Accelerator | OneProcess
 
 
 def gather_objects(objects: list[Any], processes: Processes) -> list[Any]:
@@ -87,7 +91,7 @@ def from_main(work: Callable[[], Any], processes: Processes) -> Any:
     so that none waits for one that stopped."""
     if processes.num_processes == 1:
         return work()
-    outcome = [None, None]
+    outcome: list[Any] = [None, None]
     if processes.is_main_process:
         try:
             outcome[0] = work()

@@ -14,7 +14,7 @@ from typing import IO, Any
 try:
     import fcntl
 except ModuleNotFoundError:  # not a POSIX system: folders are not locked there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Filters for irrelevant import-time warnings of other libraries."""
 
 import logging
+from collections.abc import Callable
 
 _NOISE = {
     "torchao": "Failed to load",  # CUDA extensions, on a machine without them
@@ -13,4 +14,8 @@ _NOISE = {
 def silence_import_noise() -> None:
     """Drop just these messages, whoever imports the library that logs them; everything else is still logged."""
     for name, start in _NOISE.items():
-        logging.getLogger(name).addFilter(lambda record, start=start: start not in str(record.msg))
+        logging.getLogger(name).addFilter(_other_than(start))
+
+
+def _other_than(start: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: start not in str(record.msg)

@@ -62,6 +62,7 @@ class Recipe:
     train_batch_size: int = _("prompts per step, over all processes", 32)
     num_generations: int = _("completions per prompt (G)", 8)
     micro_batch_size: int | None = _("completions per forward of scoring and update; None: all at once", None)
+    mismatch_sample: int = _("groups without advantage scored per step, to measure mismatch over all rows", 2)
     max_num_gen_batches: int = _("draws of prompts a step, until no group's rewards are all equal; 1: no second", 1)
     num_steps: int = _("RL steps", 180)
     num_iterations: int = _("optimiser updates per rollout", 1)
@@ -100,6 +101,7 @@ class Recipe:
     stop_seconds: float = _("that a signal leaves the step in hand; then the last whole step is saved at once", 20.0)
     output_dir: str | None = _("folder of the run; None: runs/NAME-seedSEED", None)
     resume_from_checkpoint: str | None = _("a checkpoint folder, or 'latest' in output_dir", None)
+    reward_timeout: float | None = _("seconds for one completion's reward; later, the process ends: 124", 600.0)
     dry_run: bool = _("print what the recipe would take, without its weights, and stop", False)
     overwrite_output_dir: bool = _("delete the run that output_dir holds", False)
 
@@ -108,6 +110,7 @@ class Recipe:
         for name in (
             *positive,
             "max_num_gen_batches",
+            "mismatch_sample",
             "eval_batch_size",
             "logging_steps",
             "save_steps",
@@ -126,6 +129,8 @@ class Recipe:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.reward_timeout is not None and not self.reward_timeout > 0:
+            raise ValueError(f"reward_timeout={self.reward_timeout} must be positive, or none for no limit")
         for name in ("learning_rate", "warmup_learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")

@@ -1,6 +1,7 @@
 """Contracts that every method keeps, for the tests of this package and of anyone who writes a method of their own."""
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -9,6 +10,7 @@ from torch import Tensor
 from dllm_rl.algorithms.correctors import Corrector, none
 from dllm_rl.algorithms.losses import kl_k2, policy_loss, sequence
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
+from dllm_rl.models.base import Policy
 from dllm_rl.types import Batch, Noise, Rollout
 
 
@@ -141,7 +143,7 @@ def _drops_nonfinite(corrector: Corrector, advantages: Tensor) -> None:
         assert math.isfinite(value), f"metric {name}={value} must stay finite beside a ratio that is not"
 
 
-def check_estimator(estimator: LikelihoodEstimator, policy, rollout: Rollout, *, seed: int = 0) -> None:
+def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rollout, *, seed: int = 0) -> None:
     """Raise AssertionError, saying which promise is broken, unless the estimator
 
     draws the same masks from the same seed, for a row whatever its neighbours and padding, and leaves the global
@@ -179,7 +181,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy, rollout: Rollout, *,
     padded = rollout.padded(2, pad_id=policy.pad_id)
     wider = draw(padded)
     assert torch.equal(wider.masked[..., 2:], noise.masked), "a row's masks must not depend on padding"
-    near = {"rtol": 1e-4, "atol": 1e-5}
+    near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
     found = estimator.logprobs(policy, padded, estimator.with_advantages(wider, advantages))[:, 2:]
     torch.testing.assert_close(found, logps, **near, msg=lambda m: f"padding must not change contributions: {m}")
     parts = estimator.logprobs(policy, rollout, told, micro_batch_size=group)

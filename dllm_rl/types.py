@@ -6,22 +6,26 @@ Log-probabilities are in nats, fp32.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+Moved = TypeVar("Moved", bound="_Movable")
 
+
+@dataclass(frozen=True)
 class _Movable:
     """Records of tensors that move to a device, or keep some rows, as one."""
 
-    def to(self, device: torch.device | str):
+    def to(self: Moved, device: torch.device | str) -> Moved:
         return self._map(lambda x: x.to(device))
 
-    def _map(self, f):
+    def _map(self: Moved, f: Callable[[Tensor], Tensor]) -> Moved:
         tensors = {f_.name: getattr(self, f_.name) for f_ in dataclasses.fields(self)}
         return dataclasses.replace(self, **{k: f(v) for k, v in tensors.items() if isinstance(v, Tensor)})
 

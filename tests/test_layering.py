@@ -18,10 +18,11 @@ MAY_IMPORT = {
     "rng": "",
     "files": "",
     "quiet": "",
-    "config": "",
+    "screen": "",
     "distributed": "",
     "tasks": "",
-    # on types
+    # on these
+    "config": "screen",
     "algorithms": "types",
     "models": "types tasks",
     # on models
@@ -29,18 +30,19 @@ MAY_IMPORT = {
     "likelihoods": "types rng models",
     "quantization": "models",
     # on all of these
-    "diagnostics": "types files algorithms models likelihoods quantization",
+    "diagnostics": "types files screen algorithms models likelihoods quantization",
     "evaluation": "types rng files config distributed tasks models samplers likelihoods quantization",
     "recipe": "algorithms likelihoods models tasks",
     "testing": "types algorithms likelihoods models",
-    "training": "types rng files config distributed tasks algorithms models samplers likelihoods quantization "
+    "training": "types rng files screen config distributed tasks algorithms models samplers likelihoods quantization "
     "diagnostics evaluation recipe",
     # the outside
-    "cli": "types rng files config distributed tasks models samplers quantization diagnostics evaluation training",
+    "cli": "types rng files screen config distributed tasks models samplers quantization diagnostics evaluation "
+    "training",
 }
 # Costly libraries, and the only packages that may import them.
 ROOMS = {"torchao": {"quantization"}, "accelerate": {"distributed", "training"}}
-NO_TORCH = {"tasks", "files", "quiet", "config"}
+NO_TORCH = {"tasks", "files", "quiet", "screen", "config"}
 
 
 def imported(source: str, where: str) -> set[str]:

@@ -11,7 +11,7 @@ def group_relative(
 ) -> Float[Tensor, "P G"]:
     """A = (R - mean) / (std + eps), with the group's mean and the sample standard deviation of the group (GRPO), of the
     whole batch, or without division (d1, Dr.GRPO) [paper]. A group of one, or of equal rewards, gives zeros."""
-    centred = rewards - rewards.mean(-1, keepdim=True)
+    centred = _centred(rewards)
     match scale_rewards:
         case "none":
             return centred
@@ -24,17 +24,21 @@ def group_relative(
 
 
 def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """A = R - mean of the group's OTHER rewards (RLOO, ESPO) [paper]. A group of one gives zero."""
+    """A = R - mean of the group's OTHER rewards (RLOO, ESPO) [paper]. A group of one, or of equal rewards, gives
+    zeros."""
     size = rewards.shape[-1]
-    if size == 1:
-        return torch.zeros_like(rewards)
-    return (rewards - rewards.mean(-1, keepdim=True)) * size / (size - 1)
+    return _centred(rewards) * size / max(size - 1, 1)
 
 
 def informative(rewards: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
     """Groups whose rewards are not all equal: the others have advantage 0 and teach nothing (DAPO's dynamic sampling
     draws prompts until enough groups are informative [paper]). A group of one is not."""
     return (rewards != rewards[:, :1]).any(-1)
+
+
+def _centred(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+    """R - the group's mean; exactly 0 where all of a group's rewards are equal, whose mean may be rounded."""
+    return torch.where(informative(rewards)[:, None], rewards - rewards.mean(-1, keepdim=True), 0)
 
 
 def _std(rewards: Tensor, *, dim: int) -> Tensor:

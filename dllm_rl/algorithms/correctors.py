@@ -1,8 +1,11 @@
 """Corrections of the training-inference mismatch: three seams with neutral defaults, so that methods compose.
 
-log_mismatch = logp_old - logp_rollout per token (nats), over the GLOBAL batch: all rows of all processes. Weights are
-detached and multiply the surrogate, before any KL term; off the mask they are 1. A token whose log_mismatch is not
-finite leaves the keep mask, and its share is logged, whatever the corrector.
+log_mismatch = logp_old - logp_rollout per token (nats), over the GLOBAL batch, all processes; the mask marks the rows
+that the step corrects: those with an advantage, or all with a KL term or an entropy bonus. A statistic of the batch
+(AIS's lambda, a share of tokens) is one of these rows alone; `rollout_corr/*` in a run's metrics is of all rows, and
+what a corrector names so is logged as `live/*`. Weights are detached and multiply the surrogate, before any KL term;
+off the mask they are 1. A token whose log_mismatch is not finite leaves the keep mask, and its share is logged,
+whatever the corrector.
 """
 
 import math
@@ -194,6 +197,7 @@ def adaptive_weights(
     rho = (sum w)^2 / (B sum w^2) over SEQUENCE weights (`aggregate` of the row's tokens): weight reliability [digest]
     D   = mean |log_mismatch| over tokens, nats: divergence severity [digest]
     CV  = std(w) / mean(w) over TOKEN weights: variance amplification [digest]; at one level rho = 1/(1 + CV^2)
+    All three are of the rows in `mask`, which the step corrects: not of groups without advantage.
     Truncation [digest], cap 2 [ours]; `combine` makes lam of the three: "alarm", "gated" (both [ours]), or a function
     (rho, D, CV, *, tau) -> lam. No gradient through lam or w; B counts the rows that have a token.
     """
@@ -252,7 +256,8 @@ def composed(
 ) -> Weighed:
     """The product of the weights and the intersection of the keep masks, each computed from the whole mask, so that the
     order does not matter. A metric that two parts log with different values gets the part's number as a suffix."""
-    weights, keep, metrics = torch.ones_like(log_mismatch).detach(), mask, {}
+    weights, keep = torch.ones_like(log_mismatch).detach(), mask
+    metrics: dict[str, float] = {}
     for i, weigh in enumerate(weighs, start=1):
         w, k, m = weigh(log_mismatch, advantages, mask)
         weights, keep = weights * w, keep & k

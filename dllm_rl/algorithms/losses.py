@@ -186,7 +186,14 @@ def loss_type(name: str, *, max_completion_length: int | None = None) -> tuple[C
 
 
 def policy_loss(
-    logps: Float[Tensor, "B T"], batch: Batch, *, surrogate, aggregate, beta: float, kl, entropy: float = 0.0
+    logps: Float[Tensor, "B T"],
+    batch: Batch,
+    *,
+    surrogate: Callable[..., Tensor],
+    aggregate: Callable[..., Tensor],
+    beta: float,
+    kl: Callable[[Tensor], Tensor],
+    entropy: float = 0.0,
 ) -> tuple[Float[Tensor, ""], dict[str, tuple[Tensor, Tensor]], Float[Tensor, "B T"]]:
     """This process's share of the loss, its metrics as (sum, count), and d loss / d logps.
 

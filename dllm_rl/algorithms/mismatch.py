@@ -3,17 +3,93 @@
 log_mismatch = logp_old - logp_rollout per token, nats; rho = exp(log_mismatch). Names and definitions are verl's where
 it has them. Every function takes the mask from BEFORE any rejection and the GLOBAL batch. A row without tokens is no
 sequence; a token whose log_mismatch is not finite is left out and counted.
+
+Not every row is scored: those that the step learns from are, and a random sample of the other groups. A row's weight is
+the inverse of the share of its stratum that is scored, and 0 where it is not, so that sums over scored rows estimate
+sums over all.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Generator, Tensor
 
 from dllm_rl.algorithms.losses import MAX_LOG
 
 PREFIX = "rollout_corr/"
+
+
+def group_weights(learned: Bool[Tensor, " P"], sample: int, generator: Generator) -> Float[Tensor, " P"]:
+    """Each group's weight in an estimate over all: 1 where the step learns from it, others / drawn for `drawn` of the
+    other groups (at most `sample`, without replacement), 0 for the rest.
+
+    E[sum_p weight_p x_p] = sum_p x_p over the draws, whatever x (Horvitz and Thompson 1952, two strata).
+    """
+    others = (~learned).nonzero()[:, 0].cpu()
+    drawn = others[torch.randperm(len(others), generator=generator)[:sample]]
+    weights = learned.double()
+    weights[drawn.to(learned.device)] = len(others) / max(len(drawn), 1)
+    return weights
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Scored rows, and what they stand for.
+
+    log_mismatch  fp64, 0 where not `finite`: the tokens of scored rows whose ratio is finite.
+    token_weights, row_weights  of those tokens (K,) and of the rows (R,) that have one.
+    num_tokens, num_rows        of ALL rows, less what is estimated to be not finite; lost: its share of the tokens.
+    """
+
+    log_mismatch: Float[Tensor, "B T"]
+    finite: Bool[Tensor, "B T"]
+    token_weights: Float[Tensor, " K"]
+    row_weights: Float[Tensor, " R"]
+    num_tokens: Float[Tensor, ""]
+    num_rows: Float[Tensor, ""]
+    lost: Float[Tensor, ""]
+
+    @property
+    def rows(self) -> Bool[Tensor, " B"]:
+        return self.finite.any(-1)
+
+    def per_token(self, values: Float[Tensor, " K"]) -> Float[Tensor, ""]:
+        """Mean over the tokens of all rows; unbiased, as the number of tokens is known."""
+        return (values * self.token_weights).sum() / self.num_tokens
+
+    def per_row(self, values: Float[Tensor, " R"]) -> Float[Tensor, ""]:
+        """Mean over all rows; unbiased likewise."""
+        return (values * self.row_weights).sum() / self.num_rows
+
+    def spread(self, values: Float[Tensor, " K"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Mean and mean square over tokens, both divided by the sum of weights: a proper distribution, as what a ratio
+        of two estimates needs (its effective sample size stays within (0, 1])."""
+        total = self.token_weights.sum()
+        return (values * self.token_weights).sum() / total, (values.square() * self.token_weights).sum() / total
+
+
+def _measured(
+    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], row_weights: Float[Tensor, " B"] | None
+) -> _Measured:
+    """Raises ValueError when no token is marked in a scored row, or none of those has a finite ratio."""
+    weights = torch.ones(len(mask), device=mask.device) if row_weights is None else row_weights
+    weights, scored = weights.double(), mask & (weights > 0)[:, None]
+    finite = scored & log_mismatch.isfinite()
+    if not finite.any():
+        raise ValueError("mask marks no token with a finite log_mismatch: there is no mismatch to measure")
+    rows, lost = finite.any(-1), (weights[:, None] * (scored & ~finite)).sum()
+    gone = (weights * (scored.any(-1) & ~rows)).sum()
+    return _Measured(
+        log_mismatch=torch.where(finite, log_mismatch, 0).double(),
+        finite=finite,
+        token_weights=weights[:, None].expand(mask.shape)[finite],
+        row_weights=weights[rows],
+        num_tokens=mask.sum() - lost,
+        num_rows=mask.any(-1).sum() - gone,
+        lost=lost / mask.sum(),
+    )
 
 
 def mismatch_metrics(
@@ -23,6 +99,7 @@ def mismatch_metrics(
     high: float = 2.0,
     old: Float[Tensor, "B T"] | None = None,
     advantages: Float[Tensor, " B"] | None = None,
+    row_weights: Float[Tensor, " B"] | None = None,
 ) -> dict[str, float]:
     """The `rollout_corr/` set over the marked tokens; exactly 0 / exactly 1 where both policies agree bit for bit.
 
@@ -37,42 +114,49 @@ def mismatch_metrics(
     contribution_{positive,negative}   with `advantages`: -(rho - 1) A averaged over all tokens, split by sign of A
                         (VeXact [digest]: k1 and k3 stay flat while these do not)
     nonfinite_fraction  share of marked tokens left out
+    rows                number of rows that were scored
     Log-ratios are clamped to +-20 before exp. Raises ValueError when no token is marked, or none has a finite ratio.
+
+    row_weights  inverse sampling fraction of each row's stratum, 0 where a row is not scored (`group_weights`); None:
+                 every row is. `mask` marks the tokens of ALL rows. Means over tokens and over sequences are unbiased
+                 for all rows while every ratio is finite; ess, rollout_is_std and eff_sample_size are ratios of such
+                 means (consistent, not unbiased); maxima and minima are those of the scored rows.
     """
-    finite = mask & log_mismatch.isfinite()
-    if not finite.any():
-        raise ValueError("mask marks no token with a finite log_mismatch: there is no mismatch to measure")
-    x = torch.where(finite, log_mismatch, 0).double()
-    flat = x[finite]
+    m = _measured(log_mismatch, mask, row_weights)
+    flat = m.log_mismatch[m.finite]
+    excess = torch.expm1(flat.clamp(-MAX_LOG, MAX_LOG))  # rho - 1: means about 1 are exact where all agree
     rho = flat.clamp(-MAX_LOG, MAX_LOG).exp()
-    rows, lengths = finite.any(-1), finite.sum(-1)
-    sums, lengths = x.sum(-1)[rows], lengths[rows]
+    sums, lengths = m.log_mismatch.sum(-1)[m.rows], m.finite.sum(-1)[m.rows]
     log_ppl = -sums / lengths
+    mean, _ = m.spread(rho)
+    _, square = m.spread(rho / mean)
     values = {
-        "ess": 1 / (rho / rho.mean()).square().mean(),
+        "ess": 1 / square,
         "rho_max": rho.max(),
-        "kl": -flat.mean(),
-        "k3_kl": (torch.expm1(flat.clamp(-MAX_LOG, MAX_LOG)) - flat).mean(),
-        "abs_log_ratio_mean": flat.abs().mean(),
+        "kl": -m.per_token(flat),
+        "k3_kl": m.per_token(excess - flat),
+        "abs_log_ratio_mean": m.per_token(flat.abs()),
         "abs_log_ratio_max": flat.abs().max(),
-        "log_ppl_diff": log_ppl.mean(),
-        "log_ppl_abs_diff": log_ppl.abs().mean(),
+        "log_ppl_diff": m.per_row(log_ppl),
+        "log_ppl_abs_diff": m.per_row(log_ppl.abs()),
         "log_ppl_diff_max": log_ppl.max(),
         "log_ppl_diff_min": log_ppl.min(),
-        "ppl_ratio": log_ppl.clamp(-MAX_LOG, MAX_LOG).exp().mean(),
-        "chi2_token": rho.square().mean() - 1,
-        "chi2_seq": (2 * sums.clamp(-MAX_LOG, MAX_LOG)).exp().mean() - 1,
-        "nonfinite_fraction": 1 - finite.sum().double() / mask.sum(),
+        "ppl_ratio": 1 + m.per_row(log_ppl.clamp(-MAX_LOG, MAX_LOG).exp() - 1),
+        "chi2_token": m.per_token(rho.square() - 1),
+        "chi2_seq": m.per_row((2 * sums.clamp(-MAX_LOG, MAX_LOG)).exp() - 1),
+        "nonfinite_fraction": m.lost,
+        "rows": m.rows.sum(),
     }
     if old is not None:
-        training = torch.where(finite, old, 0).double().sum(-1)[rows] / lengths
+        training = torch.where(m.finite, old, 0).double().sum(-1)[m.rows] / lengths
         for name, log_prob in (("training", training), ("rollout", training + log_ppl)):
-            values[f"{name}_ppl"], values[f"{name}_log_ppl"] = (-log_prob).exp().mean(), -log_prob.mean()
+            values[f"{name}_ppl"], values[f"{name}_log_ppl"] = m.per_row((-log_prob).exp()), -m.per_row(log_prob)
     if advantages is not None:
-        part = -torch.expm1(x.clamp(-MAX_LOG, MAX_LOG)) * advantages.double()[:, None]
+        part = -excess * advantages.double()[:, None].expand(mask.shape)[m.finite]
         for name, sign in (("positive", advantages > 0), ("negative", advantages < 0)):
-            values[f"contribution_{name}"] = part[finite & sign[:, None]].sum() / finite.sum()
-    return weight_metrics(log_mismatch, mask, high=high) | {PREFIX + name: v.item() + 0.0 for name, v in values.items()}
+            values[f"contribution_{name}"] = m.per_token(part * sign[:, None].expand(mask.shape)[m.finite])
+    found = {PREFIX + name: v.item() + 0.0 for name, v in values.items()}
+    return weight_metrics(log_mismatch, mask, high=high, row_weights=row_weights) | found
 
 
 def weight_metrics(
@@ -82,6 +166,7 @@ def weight_metrics(
     high: float = 2.0,
     low: float | None = None,
     level: str = "token",
+    row_weights: Float[Tensor, " B"] | None = None,
 ) -> dict[str, float]:
     """verl's rollout_is_* set for truncated weights (low None) or weights masked outside [low, high].
 
@@ -92,43 +177,46 @@ def weight_metrics(
     oob_ratio               with `low`: share of tokens outside
     seq_{mean,std,min,max,max_deviation}   over sequences, of the row's mean w; sample std; largest |mean w - 1|
     seq_fraction_{high,low}     share of rows whose mean raw rho is > high, < low
+    row_weights as in `mismatch_metrics`; the errors are its too.
     """
-    finite = mask & log_mismatch.isfinite()
-    if not finite.any():
-        raise ValueError("mask marks no token with a finite log_mismatch: there is no mismatch to measure")
-    x = torch.where(finite, log_mismatch, 0).double()
-    rows = finite.any(-1)
+    m = _measured(log_mismatch, mask, row_weights)
+    x, finite, rows = m.log_mismatch, m.finite, m.rows
     if level == "sequence":
         x = torch.where(finite, x.sum(-1, keepdim=True), 0)
     elif level != "token":
         raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
     raw = x.clamp(-MAX_LOG, MAX_LOG).exp()
     floor = 1 / high if low is None else low
-    w = raw.clamp(max=high) if low is None else raw.masked_fill((raw < low) | (raw > high), 0)
+    outside = (raw < floor) | (raw > high)
+    w = raw.clamp(max=high) if low is None else raw.masked_fill(outside, 0)
     one = lambda tensor: torch.where(finite, tensor, 0).sum(-1)[rows] / finite.sum(-1)[rows]  # noqa: E731
+    share = lambda event: (m.per_token if level == "token" else m.per_row)(event.double())  # noqa: E731
     flat, each = w[finite], raw[finite] if level == "token" else one(raw)
     extremes = flat if level == "token" else each
     seq, raw_seq = one(w), one(raw)
-    mean = flat.mean()
+    mean, _ = m.spread(flat)
+    _, variance = m.spread(flat - mean)
+    centre = 1 + m.per_row(seq - 1)
+    bessel = m.num_rows / (m.num_rows - 1).clamp(min=1)
     values = {
-        "mean": mean,
-        "std": flat.std(correction=0),
+        "mean": 1 + m.per_token(flat - 1),
+        "std": variance.sqrt(),
         "min": extremes.min(),
         "max": extremes.max(),
         # Every weight zero: no sample is left.
-        "eff_sample_size": 1 / (flat / mean).square().mean() if mean > 0 else mean,
-        "ratio_fraction_high": (each > high).double().mean(),
-        "ratio_fraction_low": (each < floor).double().mean(),
-        "seq_mean": seq.mean(),
-        "seq_std": seq.std() if len(seq) > 1 else torch.zeros(()),
+        "eff_sample_size": 1 / m.spread(flat / mean)[1] if mean > 0 else mean,
+        "ratio_fraction_high": share(each > high),
+        "ratio_fraction_low": share(each < floor),
+        "seq_mean": centre,
+        "seq_std": (m.per_row((seq - centre).square()) * bessel).sqrt(),
         "seq_min": seq.min(),
         "seq_max": seq.max(),
         "seq_max_deviation": (seq - 1).abs().max(),
-        "seq_fraction_high": (raw_seq > high).double().mean(),
-        "seq_fraction_low": (raw_seq < floor).double().mean(),
+        "seq_fraction_high": m.per_row((raw_seq > high).double()),
+        "seq_fraction_low": m.per_row((raw_seq < floor).double()),
     }
     if low is not None:
-        values["oob_ratio"] = ((raw < low) | (raw > high))[finite].double().mean()
+        values["oob_ratio"] = m.per_token(outside[finite].double())
     return {f"{PREFIX}rollout_is_{name}": v.item() + 0.0 for name, v in values.items()}
 
 

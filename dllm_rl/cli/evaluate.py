@@ -23,7 +23,8 @@ from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import usual_length
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.tasks import GSM8K, MATH500, Task
+from dllm_rl.screen import escape_controls, literal
+from dllm_rl.tasks import Task
 from dllm_rl.tasks.protocols import PROTOCOLS, TASKS, under_protocol
 
 GENERATED = 500  # problems of a task that could make any number
@@ -63,7 +64,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         else:
             Console().print(table(found))
             if arguments.output_dir:
-                print(f"Completions and results.json: {arguments.output_dir}")
+                print(f"Completions and results.json: {escape_controls(str(arguments.output_dir))}")
 
 
 def make_task(arguments: argparse.Namespace) -> Task:
@@ -92,7 +93,7 @@ def make_task(arguments: argparse.Namespace) -> Task:
 def num_problems(task: Task, arguments: argparse.Namespace) -> int:
     """How many problems: as asked, else all of a file or data set, or GENERATED of what can be made at will."""
     inner = getattr(task, "task", task)
-    made_at_will = getattr(inner, "path", None) is None and not isinstance(inner, GSM8K | MATH500)
+    made_at_will = hasattr(inner, "seed") and getattr(inner, "path", None) is None
     if arguments.limit is not None:
         return arguments.limit
     return min(len(task), GENERATED) if made_at_will else len(task)
@@ -123,9 +124,10 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[tupl
 @contextmanager
 def progress_bar(description: str, total: int, *, main: bool) -> Iterator[Callable[[int], None]]:
     """progress(done), shown on standard error from its first call on; standard output holds nothing but the result."""
-    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(file=sys.stderr), disable=not main)
-    line = bar.add_task("", total=total)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    shown = TextColumn("{task.description}", markup=False)
+    bar = Progress(shown, *columns, console=Console(file=sys.stderr), disable=not main)
+    line = bar.add_task(escape_controls(description), total=total)
 
     def progress(done: int) -> None:
         bar.start()
@@ -143,14 +145,15 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
     first = found[0]
     split = f", {first['split']} split" if first["split"] else ""
     title = f"{first['task']} (version {first['version']}), protocol {first['protocol']}{split}, seed {first['seed']}"
-    shown = Table(title=f"{title}, {first['n']} problems x {first['samples']}", caption=first["model"])
+    heading = literal(f"{title}, {first['n']} problems x {first['samples']}", style="table.title")
+    shown = Table(title=heading, caption=literal(first["model"], style="table.caption"))
     shown.add_column("")
     for result in found:
         steps = f", {result['num_steps']} steps" if "num_steps" in result else ""
         shown.add_column(f"{result['max_new_tokens']} tokens{steps}", justify="right")
     for name in (name for name in first if f"{name}_interval" in first):
         cells = ((result[name], *result[f"{name}_interval"]) for result in found)
-        shown.add_row(name, *(f"{mean:.3f}  [{low:.3f}, {high:.3f}]" for mean, low, high in cells))
+        shown.add_row(literal(name), *(f"{mean:.3f}  [{low:.3f}, {high:.3f}]" for mean, low, high in cells))
     completions = first["n"] * first["samples"]
     shown.add_row("tokens per completion", *(f"{result['tokens'] / completions:.1f}" for result in found))
     shown.add_row("forwards, of a batch each", *(f"{result['forwards']}" for result in found))

@@ -2,7 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from dllm_rl.screen import escape_controls
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,14 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments) or 0
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape_controls(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
-def add_sample(commands) -> None:
+def add_sample(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("sample", help="complete prompts with a checkpoint, and watch it being done")
     sub.add_argument("model", help="a checkpoint folder")
     sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to complete; none: lines of standard input")
@@ -78,11 +80,14 @@ def sample(arguments: argparse.Namespace) -> None:
     )
 
 
-def add_evaluate(commands) -> None:
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
+    from dllm_rl.tasks.protocols import TASKS, protocol_names
+
     sub = commands.add_parser("evaluate", help="complete a task's problems with a checkpoint and grade the completions")
     sub.add_argument("model", help="a checkpoint folder, or a model hub's id")
-    sub.add_argument("--task", required=True, help="sudoku, countdown, gsm8k, math500 or mini")
-    sub.add_argument("--protocol", help="how completions are graded: strict (default), d1, spg, espo or math-verify")
+    sub.add_argument("--task", required=True, help=_either(TASKS))
+    names = _either(protocol_names(), default="strict")
+    sub.add_argument("--protocol", help=f"how completions are graded: {names}")
     sub.add_argument("--split", choices=("train", "validation", "test"), help="default: test")
     sub.add_argument("--path", help="a file or folder with the problems")
     sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting of the task")
@@ -102,6 +107,12 @@ def add_evaluate(commands) -> None:
     sub.set_defaults(run=evaluate)
 
 
+def _either(names: Iterable[str], default: str | None = None) -> str:
+    """The names as a help text lists them: a (default), b or c."""
+    *others, last = (f"{name} (default)" if name == default else name for name in names)
+    return f"{', '.join(others)} or {last}"
+
+
 def _numbers(text: str) -> list[int]:
     numbers = [int(part) for part in text.split(",")]
     if min(numbers) < 1:
@@ -115,11 +126,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
     evaluate_command(arguments)
 
 
-def add_grade(commands) -> None:
+def add_grade(commands: argparse._SubParsersAction) -> None:
+    from dllm_rl.tasks.protocols import PROTOCOLS, protocol_names
+
     sub = commands.add_parser("grade", help="grade stored completions, anyone's")
     sub.add_argument("file", help="a .jsonl file; a row holds `completion` and the task's fields")
-    sub.add_argument("--task", required=True, help="sudoku, countdown, gsm8k or math500")
-    sub.add_argument("--protocol", default="strict", help="strict (default), d1, spg, espo or math-verify")
+    sub.add_argument("--task", required=True, help=_either(PROTOCOLS))
+    sub.add_argument("--protocol", default="strict", help=_either(protocol_names(), default="strict"))
     sub.set_defaults(run=grade)
 
 
@@ -131,7 +144,7 @@ def grade(arguments: argparse.Namespace) -> None:
     print(json.dumps(grade_file(arguments.file, task=arguments.task, protocol=arguments.protocol)))
 
 
-def add_doctor(commands) -> None:
+def add_doctor(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("doctor", help="say where the mismatch of quantised rollouts comes from")
     sub.add_argument("model", help="a checkpoint folder")
     sub.add_argument(
@@ -155,7 +168,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     return doctor_command(arguments)
 
 
-def add_report(commands) -> None:
+def add_report(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("report", help="draw a run's picture again")
     sub.add_argument("directory", help="the output_dir of a run")
     sub.set_defaults(run=report)
@@ -166,10 +179,10 @@ def report(arguments: argparse.Namespace) -> None:
 
     from dllm_rl.training.plots import plot
 
-    print(plot(Path(arguments.directory)))
+    print(escape_controls(str(plot(Path(arguments.directory)))))
 
 
-def add_verify(commands) -> None:
+def add_verify(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("verify", help="check that checkpoints are whole; exit with 1 when one is not")
     sub.add_argument("path", help="a checkpoint folder, or the output_dir of a run for all of its checkpoints")
     sub.add_argument("--quick", action="store_true", help="of files over 1 MiB, check only the size and the first MiB")

@@ -4,9 +4,9 @@ import inspect
 import json
 import sys
 import time
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,6 +20,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
+from dllm_rl.screen import escape_controls
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
 
@@ -34,10 +35,11 @@ def show(
     delay: float = 0.0,
     seed: int = 0,
     group_size: int = 1,
-    **options,
+    **options: Any,
 ) -> None:
     """Complete texts and show it: completions go to standard output (or one JSON object does), speed to standard error.
 
+    On a terminal, control and format characters are shown as signs; a pipe or a file gets the completion as it is.
     html  also write the page there.
     live  draw each step as it is made; None where standard output is a terminal and JSON is not wanted.
     delay seconds that the live view rests on each step.
@@ -74,7 +76,8 @@ def show(
         print(json.dumps(record))
         return
     for row in record["rows"]:
-        print(row["completion"])
+        # A pipe or a file gets what the model wrote; a terminal would obey its escape sequences.
+        print(escape_controls(row["completion"], keep="\n\t") if sys.stdout.isatty() else row["completion"])
     print(record["facts"], file=sys.stderr)
 
 
@@ -123,23 +126,10 @@ def render(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows
             line.append("░" if token["step"] < 0 else escape_controls(token["text"]) or "∅", style=style)
         lines.append(line)
     hidden = len(rollout.tokens) - len(lines)
-    left = int((rollout.tokens == policy.spec.mask_id).sum())
+    left = 0 if policy.spec.mask_id is None else int((rollout.tokens == policy.spec.mask_id).sum())
     lines.append(
         Text(
             f"step {rollout.forwards}, {left} masked" + (f", {hidden} more rows" if hidden else ""), style="dim italic"
         )
     )
     return Group(*lines)
-
-
-def escape_controls(text: str) -> str:
-    """Text that cannot move the cursor, ring, or turn its neighbours round: control and format characters shown."""
-    shown = []
-    for c in text:
-        if c == "\n":
-            shown.append("↵")
-        elif unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
-            shown.append(chr(0x2400 + ord(c)) if ord(c) < 0x20 else "\ufffd")
-        else:
-            shown.append(c)
-    return "".join(shown)

@@ -5,8 +5,9 @@ kernel sees one shape whatever the batch: matrix products run in tiles of a fixe
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,9 @@ class BatchInvariantOps(TorchFunctionMode):
         super().__init__()
         self.tile = tile
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.linear:
             return self.linear(*args, **kwargs)
@@ -45,7 +48,9 @@ class BatchInvariantOps(TorchFunctionMode):
         out = torch.cat([F.linear(part, weight, bias) for part in filled.split(self.tile)])
         return out[: len(rows)].unflatten(0, input.shape[:-1])
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args, **kwargs):
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         masks = [None] * len(query) if attn_mask is None else attn_mask.expand(len(query), -1, -1, -1).split(1)
         rows = zip(query.split(1), key.split(1), value.split(1), masks, strict=True)
         return torch.cat([F.scaled_dot_product_attention(q, k, v, m, *args, **kwargs) for q, k, v, m in rows])

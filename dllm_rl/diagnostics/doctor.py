@@ -9,6 +9,7 @@ Two more causes, which both sides share, are probed on the learner alone: paddin
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ class Report:
 
 def diagnose(
     policy: Policy,
-    config=None,
+    config: Any = None,
     *,
     prompts: Prompts,
     sampler: Callable,
@@ -194,7 +195,7 @@ def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
 
 
 @torch.no_grad()
-def operands(plain: Policy, config) -> tuple[Policy, Policy]:
+def operands(plain: Policy, config: Any) -> tuple[Policy, Policy]:
     """Two copies: with the weights rounded and nothing else, and quantised in full."""
     fresh, rounded = quantized_copy(plain, config), quantized_copy(plain, None)
     for name, layer in quantized_layers(fresh):
@@ -219,7 +220,7 @@ def worst_tokens(
     found = []
     for index in best.tolist():
         row, position = divmod(index, gap.shape[1])
-        text = lambda part: policy.tokenizer.decode(part.tolist())  # noqa: E731
+        text = lambda part: str(policy.tokenizer.decode(part.tolist()))  # noqa: E731
         live = rollout.attention_mask[row]
         before = rollout.tokens[row, max(0, position - 8) : position][live[max(0, position - 8) : position]]
         after = rollout.tokens[row, position + 1 : position + 9]

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from dllm_rl.diagnostics.doctor import Report
 from dllm_rl.files import replacing, write_text
+from dllm_rl.screen import escape_controls, literal
 
 COLUMNS = ("cause", "mean |d|", "max |d|", "k3", "ESS", "to do")
 
@@ -57,11 +57,11 @@ def write_doctor(report: Report, *, as_json: bool = False, directory: Path | Non
     else:
         console = Console()
         for title, columns, lines in tables(report):
-            table = Table(*columns, title=escape(title), title_justify="left")
+            table = Table(*columns, title=literal(title, style="table.title"), title_justify="left")
             for line in lines:
-                table.add_row(*map(escape, line))
+                table.add_row(*map(literal, line))
             console.print(table)
-        console.print(report.verdict, markup=False)
+        console.print(escape_controls(report.verdict), markup=False)
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / "doctor.json", text + "\n")
@@ -94,13 +94,17 @@ def plot(report: Report, path: Path) -> None:
 def page(report: Report, picture: bytes) -> str:
     """One self-contained page."""
     head = "<!doctype html><meta charset=utf-8><title>mismatch</title>"
-    parts = [head, STYLE, f"<p>{html.escape(report.verdict)}</p>"]
+    parts = [head, STYLE, f"<p>{_shown(report.verdict)}</p>"]
     for title, columns, lines in tables(report):
-        cells = lambda line, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)  # noqa: E731
+        cells = lambda line, tag: "".join(f"<{tag}>{_shown(cell)}</{tag}>" for cell in line)  # noqa: E731
         body = "".join(f"<tr>{cells(line, 'td')}</tr>" for line in lines)
-        parts.append(f"<h2>{html.escape(title)}</h2><table><tr>{cells(columns, 'th')}</tr>{body}</table>")
+        parts.append(f"<h2>{_shown(title)}</h2><table><tr>{cells(columns, 'th')}</tr>{body}</table>")
     parts.append(f'<img alt="mismatch by cause" src="data:image/png;base64,{base64.b64encode(picture).decode()}">')
     return "\n".join(parts) + "\n"
+
+
+def _shown(text: str) -> str:
+    return html.escape(escape_controls(text))
 
 
 STYLE = (

@@ -33,7 +33,7 @@ class Completions:
     def __init__(self, path: Path | None, made_with: Mapping[str, Any], accelerator: Processes) -> None:
         self.path, self.accelerator, self.rows = path, accelerator, {}
         if path is not None:
-            self._fold()
+            self._fold(path)
             self.rows = read(path)
             self.part = path.with_name(f"{path.stem}.part{accelerator.process_index}.jsonl")
             for row in self.rows.values():
@@ -67,12 +67,12 @@ class Completions:
 
     def close(self) -> None:
         if self.path is not None:
-            self._fold()
+            self._fold(self.path)
 
-    def _fold(self) -> None:
+    def _fold(self, path: Path) -> None:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            fold(self.path)
+            fold(path)
         self.accelerator.wait_for_everyone()
 
 

@@ -29,6 +29,7 @@ def evaluate(
     completions: str | Path | None = None,
     model: str = "",
     accelerator: Processes | None = None,
+    reward_timeout: float | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Complete the task's problems, or its first `limit`, `samples` times each, and grade the completions.
@@ -38,6 +39,7 @@ def evaluate(
     completions  a .jsonl file that keeps every completion; stored completions are re-graded instead of sampled again.
     model        a name, for the records.
     accelerator  shares the problems out to its processes; all of them return the same. None: this process alone.
+    reward_timeout  seconds for the grading of one completion; see `tasks.deadline`. None: no limit.
     progress     called with the number of completions done by then, over all processes.
 
     Raises ValueError when the file holds completions of other weights, seed, sampler or problems.
@@ -66,7 +68,8 @@ def evaluate(
             fresh = {key: made[key] for key in keys if key not in rows}
             keeper.append(fresh.values())
             rows |= fresh
-        graded = grade(task, list(problems.values()), [rows[key]["completion"] for key in keys])
+        texts = [rows[key]["completion"] for key in keys]
+        graded = grade(task, list(problems.values()), texts, timeout=reward_timeout)
         for key, reward in zip(keys, graded, strict=True):
             record = rows[key]["evaluation"]
             answers.append(Graded(*key, reward, record["tokens"], record["forwards"], record["seconds"]))

@@ -66,8 +66,13 @@ class HarnessModel(TemplateLM):
         return prompt_ids(self.policy, string)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        ending = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **ending)
+        text = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return str(text)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         texts: list[str] = []
@@ -80,7 +85,8 @@ class HarnessModel(TemplateLM):
         return texts
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        windows, owners = [], []
+        windows: list[Pair] = []
+        owners: list[int] = []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
             longest = self.policy.spec.max_length or len(tokens) + 1

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dllm_rl.evaluation.intervals import bootstrap_mean, pass_at_k, wilson
-from dllm_rl.tasks.base import Reward
+from dllm_rl.tasks.base import Reward, addends
 
 
 @dataclass(frozen=True)
@@ -16,15 +16,15 @@ class Graded:
     """One graded completion.
 
     tokens             those before its first end token.
-    forwards, seconds  its share of the model calls and of the time of its batch.
+    forwards, seconds  its share of the model calls and of the time of its batch; 0 where they are unknown.
     """
 
     problem: int
     sample: int
     reward: Reward
-    tokens: int
-    forwards: float
-    seconds: float
+    tokens: int = 0
+    forwards: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class Evaluation:
     @cached_property
     def means(self) -> dict[str, float]:
         """Means over all completions: reward, parsed, and every name of the rewards' breakdown."""
-        breakdown = {name for answer in self.answers for name in answer.reward.breakdown}
-        names = sorted({"reward", "parsed", *breakdown} - {"correct_cells", "empty_cells"})
+        names = sorted({name for answer in self.answers for name in addends(answer.reward)})
         return {name: mean(*by_problem(self.answers, name)) for name in names}
 
     @cached_property
@@ -52,12 +51,11 @@ class Evaluation:
             counts = [round(value) for value in found[right][0]]
             for k in (*(2**i for i in range(samples.bit_length()) if 2**i < samples), samples):
                 found[f"pass@{k}"] = [pass_at_k(samples, count, k) for count in counts], [1.0] * problems
-        shown: dict[str, Any] = {**self.facts, "n": problems, "samples": samples}
-        for name, (values, weights) in found.items():
-            shown[name] = mean(values, weights)
-            shown[f"{name}_interval"] = list(interval(name, values, weights))
         return {
-            **shown,
+            **self.facts,
+            "n": problems,
+            "samples": samples,
+            **with_intervals(found),
             "tokens": sum(answer.tokens for answer in self.answers),
             "forwards": round(sum(answer.forwards for answer in self.answers)),
             "seconds": round(sum(answer.seconds for answer in self.answers), 3),
@@ -67,16 +65,11 @@ class Evaluation:
 def by_problem(answers: Sequence[Graded], name: str) -> tuple[list[float], list[float]]:
     """Each problem's sum of a metric and what it is to be divided by; problems without the metric are left out.
 
-    The divisor is the number of completions that have the metric, or, for a cell_accuracy whose protocol counts cells,
-    the number of empty cells: cell_accuracy is then all correct cells over all empty ones.
+    The divisor is the number of completions that have the metric, or the count that it is a ratio to: see addends.
     """
     sums: dict[int, tuple[float, float]] = {}
     for answer in answers:
-        reward = answer.reward
-        named = {"reward": reward.value, "parsed": float(reward.parsed), **reward.breakdown}
-        value, weight = named.get(name, 0.0), float(name in named)
-        if name == "cell_accuracy" and "empty_cells" in named:
-            value, weight = named["correct_cells"], named["empty_cells"]
+        value, weight = addends(answer.reward).get(name, (0.0, 0.0))
         before = sums.get(answer.problem, (0.0, 0.0))
         sums[answer.problem] = before[0] + value, before[1] + weight
     kept = [pair for pair in sums.values() if pair[1]] or [(0.0, 1.0)]
@@ -85,6 +78,15 @@ def by_problem(answers: Sequence[Graded], name: str) -> tuple[list[float], list[
 
 def mean(values: Sequence[float], weights: Sequence[float]) -> float:
     return sum(values) / sum(weights)
+
+
+def with_intervals(found: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> dict[str, Any]:
+    """NAME, its mean, and NAME_interval, [low, high], for each name's values and weights."""
+    shown: dict[str, Any] = {}
+    for name, (values, weights) in found.items():
+        shown[name] = mean(values, weights)
+        shown[f"{name}_interval"] = list(interval(name, values, weights))
+    return shown
 
 
 def interval(name: str, values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:

@@ -29,7 +29,7 @@ def uniforms_at(marked: Bool[Tensor, "B T"], generators: list[Generator]) -> Flo
 
 
 def uniforms_per_row(
-    generators: list[Generator], num_samples: int, *, stratified: bool, device
+    generators: list[Generator], num_samples: int, *, stratified: bool, device: torch.device | str
 ) -> Float[Tensor, "N B 1"]:
     """num_samples uniforms in [0, 1) for each row; stratified puts sample j into [j/N, (j+1)/N), so that how many fall
     where adds no variance to a mean over samples."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.models.base import Policy, encode_base, position_ids
+from dllm_rl.models.base import Policy, position_ids
 
 
 def packed_mask(attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], start: int) -> Bool[Tensor, "B 1 Q Q"]:
@@ -36,7 +36,7 @@ def packed_hidden(
     """Final states at each position with `masked` positions hidden in its own block only; zeros before the first block
     that has one. Raises ValueError for a model that is not block-causal, or predicts a token from the one before."""
     spec = policy.spec
-    if spec.attention != "block_causal" or spec.shift:
+    if spec.attention != "block_causal" or spec.shift or spec.block_size is None or spec.mask_id is None:
         raise ValueError(f"packed scoring is for block-causal models without a shift; the policy is {spec.name!r}")
     positions = position_ids(attention_mask)
     block = positions // spec.block_size
@@ -44,6 +44,6 @@ def packed_hidden(
     start = int((attention_mask & (block >= first)).any(0).long().argmax())
     both = torch.cat([tokens, tokens.masked_fill(masked, spec.mask_id)[:, start:]], dim=1)
     mask = packed_mask(attention_mask, block, start)
-    states = encode_base(policy.module, both, mask, torch.cat([positions, positions[:, start:]], dim=1))
+    states = policy.encode(both, mask, torch.cat([positions, positions[:, start:]], dim=1))
     noisy = states[:, tokens.shape[1] :]
     return torch.cat([noisy.new_zeros(len(noisy), start, noisy.shape[-1]), noisy], dim=1)

@@ -2,12 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+if TYPE_CHECKING:
+    from dllm_rl.models.lora import Lora
+
+Module = Any  # a stock transformers module; nn.Module would type all that it holds as Tensor | Module
 Attention = Literal["full", "block_causal", "causal"]
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -20,11 +26,11 @@ def position_ids(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
 
 
 def encode_base(
-    module: nn.Module,
+    module: Module,
     tokens: Int[Tensor, "B T"],
-    attention_mask: Bool[Tensor, "B T"] | Bool[Tensor, "B 1 T T"] | Float[Tensor, "B 1 T S"],
+    attention_mask: Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"],
     positions: Int[Tensor, "B T"],
-    **cache,
+    **cache: Any,
 ) -> Float[Tensor, "B T D"]:
     """The final hidden states of a stock module's backbone. `cache` may bring keys and values of other columns, which
     then come first among the S that a mask of four axes is about."""
@@ -33,11 +39,11 @@ def encode_base(
 
 
 def encode_roberta(
-    module: nn.Module,
+    module: Module,
     tokens: Int[Tensor, "B T"],
     attention_mask: Bool[Tensor, "B T"] | Float[Tensor, "B 1 T S"],
     positions: Int[Tensor, "B T"],
-    **cache,
+    **cache: Any,
 ) -> Float[Tensor, "B T D"]:
     """RoBERTa counts positions from pad_token_id + 1."""
     return encode_base(module, tokens, attention_mask, positions + module.config.pad_token_id + 1, **cache)
@@ -55,22 +61,25 @@ def block_causal_mask(
 
 
 def encode_block_causal(
-    module: nn.Module,
+    module: Module,
     tokens: Int[Tensor, "B T"],
-    attention_mask: Bool[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"],
     positions: Int[Tensor, "B T"],
     *,
     block_size: int,
+    **cache: Any,
 ) -> Float[Tensor, "B T D"]:
-    """The final hidden states under the block-causal mask: a stock class takes a mask of four axes as it is."""
-    return encode_base(module, tokens, block_causal_mask(attention_mask, positions, block_size), positions)
+    """The final hidden states under the block-causal mask, or under a mask of four axes as it is given."""
+    if attention_mask.dim() == 2:
+        attention_mask = block_causal_mask(attention_mask, positions, block_size)
+    return encode_base(module, tokens, attention_mask, positions, **cache)
 
 
-def linear_head(module: nn.Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+def linear_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
     return module.get_output_embeddings()(hidden)
 
 
-def mlm_head(module: nn.Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+def mlm_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
     """BERT-type heads transform before they project."""
     if hasattr(module, "decoder"):  # ModernBERT
         return module.decoder(module.head(hidden))
@@ -83,7 +92,8 @@ class FamilySpec:
 
     attention    "full", "block_causal" (blocks of `block_size`, aligned to a row's first token) or "causal".
     shift        the state at t-1 predicts position t.
-    mask_id      token id of the mask; None for causal models.
+    mask_id      token id of the mask; None for causal models. In a family's table, the id in its own vocabulary, of
+                 `mask_vocabulary` tokens; `mask_names` are what a tokenizer that declares no mask token may call it.
     eos_ids      ids that end a completion.
     max_length   longest sequence the model can take, in tokens; None if unknown.
     encode, head module, tokens, attention mask, positions -> hidden states; module, hidden states -> logits.
@@ -107,6 +117,8 @@ class FamilySpec:
     shift: bool = False
     block_size: int | None = None
     mask_id: int | None = None
+    mask_vocabulary: int | None = None
+    mask_names: tuple[str, ...] = ()
     eos_ids: tuple[int, ...] = ()
     max_length: int | None = None
     encode: Callable = encode_base
@@ -131,16 +143,46 @@ class FamilySpec:
 
 
 @runtime_checkable
-class Policy(Protocol):
-    """A model, its tokenizer, and what a sampler or an estimator must know. `version` counts weight updates."""
+class Head(Protocol):
+    """What makes logits of hidden states: all that scoring a token asks of a policy."""
 
-    module: nn.Module
-    spec: FamilySpec
-    tokenizer: PreTrainedTokenizerBase
-    version: int
-
-    def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor: ...
+    @property
+    def vocab_size(self) -> int: ...
 
     def head(self, hidden: Tensor) -> Tensor: ...
 
+
+@runtime_checkable
+class Policy(Head, Protocol):
+    """A model, its tokenizer, and all that samplers, estimators, quantisation and the loop ask of it.
+
+    version       counts weight updates.
+    lora          the adapters that are trained in place of the weights, or None.
+    quantization  config that a rollout's copy was made with, or None; quantization_report: what that did, or None.
+    """
+
+    module: Module
+    spec: FamilySpec
+    tokenizer: PreTrainedTokenizerBase
+    version: int
+    lora: "Lora | None"
+    quantization: Any
+    quantization_report: Any
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def pad_id(self) -> int: ...
+
+    def encode(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor, **cache: Any) -> Tensor: ...
+
+    def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor: ...
+
     def logits(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor: ...
+
+    def to(self, device: torch.device | str) -> "Policy": ...
+
+    def save_pretrained(self, directory: str | Path, *, max_shard_size: int = ...) -> None: ...
+
+    def reference(self) -> "Policy": ...

@@ -32,7 +32,9 @@ def to_diffusion(policy: AutoregressivePolicy | DiffusionPolicy) -> DiffusionPol
         for table in {id(t): t for t in (module.get_input_embeddings(), module.get_output_embeddings())}.values():
             table.weight[min(old, mask_id) :] = table.weight[: min(old, mask_id)].mean(0)
     module.config.is_causal, module.config.shifted_head, module.config.mask_token_id = False, True, mask_id
-    return make_policy(module, tokenizer)
+    converted = make_policy(module, tokenizer)
+    assert isinstance(converted, DiffusionPolicy), "its config says so"
+    return converted
 
 
 def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32) -> DiffusionPolicy:

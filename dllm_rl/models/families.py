@@ -4,6 +4,7 @@ To add one, write its `FamilySpec` here and list it in FAMILIES; nothing else ch
 """
 
 from dataclasses import replace
+from typing import Any
 
 import transformers
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from dllm_rl.models.base import BERT_LINEARS, FamilySpec, encode_roberta, mlm_head
+from dllm_rl.models.rope import rope_parameters
 
 _SAME = [
     "vocab_size",
@@ -49,17 +51,14 @@ _SAME = [
 ]
 
 
-def _fields(raw: dict, **more) -> dict:
+def _fields(raw: dict, **more: Any) -> dict:
     """Config fields that bear the stock classes' names, ids that may be absent, rotary parameters, and `more`."""
-    rope = {"rope_type": "default", "rope_theta": raw["rope_theta"]} | (raw.get("rope_scaling") or {})
-    if raw.get("partial_rotary_factor"):
-        rope["partial_rotary_factor"] = raw["partial_rotary_factor"]
     ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")}
     same = {key: raw[key] for key in _SAME if raw.get(key) is not None}
-    return same | ids | {"rope_parameters": rope, "is_causal": False, "use_cache": False} | more
+    return same | ids | {"rope_parameters": rope_parameters(raw), "is_causal": False, "use_cache": False} | more
 
 
-def _refuse(raw: dict, **supported) -> None:
+def _refuse(raw: dict, **supported: Any) -> None:
     """Raise ValueError when a field has a value other than the one that the stock class computes."""
     for key, value in supported.items():
         if raw.get(key) not in (None, value):
@@ -142,7 +141,11 @@ def sdar(raw: dict) -> tuple[type, Qwen3Config | Qwen3MoeConfig]:
     return Qwen3ForCausalLM, Qwen3Config(**_fields(raw))
 
 
-_BLOCK = (("attn_norm", "input_layernorm"), ("ff_norm", "post_attention_layernorm"), ("attn_out", "self_attn.o_proj"))
+_BLOCK: tuple[tuple[str, str], ...] = (
+    ("attn_norm", "input_layernorm"),
+    ("ff_norm", "post_attention_layernorm"),
+    ("attn_out", "self_attn.o_proj"),
+)
 _BLOCK += tuple((f"{x}_proj", f"self_attn.{x}_proj") for x in "qkv")
 _BLOCK += (("ff_proj", "mlp.gate_proj"), ("up_proj", "mlp.up_proj"), ("ff_out", "mlp.down_proj"))
 
@@ -154,6 +157,8 @@ LLADA = FamilySpec(
     native=llada,
     float32_rope=True,
     mask_id=126336,
+    mask_vocabulary=126464,
+    mask_names=("<|mdm_mask|>", "[MDM_MASK]"),
     end_tokens=("<|eot_id|>",),
     names=(
         ("model.transformer.wte", "model.embed_tokens"),
@@ -169,6 +174,8 @@ LLADA_MOE = FamilySpec(
     when=lambda raw: "num_experts" in raw,
     native=llada_moe,
     mask_id=156895,
+    mask_vocabulary=157184,
+    mask_names=("<|mask|>",),
     end_tokens=("<|role_end|>",),
 )
 LLADA2 = FamilySpec(
@@ -178,6 +185,8 @@ LLADA2 = FamilySpec(
     architectures=("LLaDA2MoeModelLM",),
     native=llada2,
     mask_id=156895,
+    mask_vocabulary=157184,
+    mask_names=("<|mask|>",),
     end_tokens=("<|role_end|>",),
     fused_qkv="model.layers.*.attention.query_key_value",
     names=(
@@ -195,6 +204,8 @@ DREAM = FamilySpec(
     architectures=("DreamModel",),
     native=dream,
     mask_id=151666,
+    mask_vocabulary=152064,
+    mask_names=("<|mask|>",),
     end_tokens=("<|im_end|>",),
 )
 SDAR = FamilySpec(
@@ -204,6 +215,8 @@ SDAR = FamilySpec(
     architectures=("SDARForCausalLM", "SDARMoeForCausalLM"),
     native=sdar,
     mask_id=151669,
+    mask_vocabulary=151936,
+    mask_names=("<|MASK|>",),
     end_tokens=("<|im_end|>",),
 )
 MASKED_LM = FamilySpec(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from dllm_rl.models.base import FamilySpec, encode_block_causal, encode_roberta, mlm_head
+from dllm_rl.models.base import FamilySpec, Module, encode_block_causal, encode_roberta, mlm_head
 from dllm_rl.models.families import find_family
 from dllm_rl.models.lora import has_extras, merged_copy, merged_state
 from dllm_rl.models.rope import rotate_in_float32
@@ -31,7 +32,7 @@ def load_module(
     dtype: torch.dtype | str,
     block_size: int | None = None,
     quantization: str | None = None,
-) -> tuple[nn.Module, PreTrainedTokenizerBase, FamilySpec]:
+) -> tuple[Module, PreTrainedTokenizerBase, FamilySpec]:
     """The stock module, tokenizer and spec of a checkpoint, with every tensor accounted for.
 
     dtype "auto" keeps the checkpoint's. Raises ValueError when tensors are missing or have no place in the module.
@@ -42,12 +43,12 @@ def load_module(
     raw = json.loads((folder / "config.json").read_text())
     family = find_family(raw)
     tokenizer = load_tokenizer(folder, stock=family.native is None)
-    options = {"dtype": dtype, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if quantization is not None:
         options["quantization_config"] = bitsandbytes_config(quantization, dtype, masked=family.head is mlm_head)
     with quiet_progress():
         if family.native is None:
-            auto = AutoModelForMaskedLM if family.head is mlm_head else AutoModelForCausalLM
+            auto: Any = AutoModelForMaskedLM if family.head is mlm_head else AutoModelForCausalLM
             module, report = auto.from_pretrained(folder, trust_remote_code=False, **options)
         else:
             cls, config = family.native(raw)
@@ -60,7 +61,7 @@ def load_module(
     return prepared(module, spec), tokenizer, spec
 
 
-def build_empty(raw: dict) -> nn.Module:
+def build_empty(raw: dict) -> Module:
     """The stock module that config fields describe, on the meta device: shapes without storage."""
     family = find_family(raw)
     with torch.device("meta"):
@@ -71,7 +72,7 @@ def build_empty(raw: dict) -> nn.Module:
         return prepared(cls(config), family)
 
 
-def prepared(module: nn.Module, spec: FamilySpec) -> nn.Module:
+def prepared(module: Module, spec: FamilySpec) -> Module:
     """The module with what its family adds to the stock class."""
     if spec.float32_rope:
         rotate_in_float32(module)
@@ -92,7 +93,7 @@ def check_report(report: dict, family: FamilySpec, folder: Path) -> None:
 
 
 def family_spec(
-    config,
+    config: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
     raw: dict | None = None,
@@ -111,6 +112,7 @@ def family_spec(
         changes["mask_id"] = find_mask_id(config, tokenizer, family)
     if family.attention == "block_causal":
         size = block_size or raw.get("block_size") or family.block_size
+        assert size is not None, "a block-causal family has a block size"
         changes |= {"block_size": size, "encode": partial(encode_block_causal, block_size=size)}
     elif block_size is not None:
         raise ValueError(
@@ -124,13 +126,24 @@ def family_spec(
     return replace(family, **changes)
 
 
-def find_mask_id(config, tokenizer: PreTrainedTokenizerBase, family: FamilySpec) -> int:
-    """The config's mask id, else the tokenizer's, else the family's."""
-    candidates = (getattr(config, "mask_token_id", None), tokenizer.mask_token_id, family.mask_id)
+def find_mask_id(config: Any, tokenizer: PreTrainedTokenizerBase, family: FamilySpec) -> int:
+    """The config's mask id, else the tokenizer's, else that of a token with a name of the family's.
+
+    Where there is none of these, the family's id is taken, but only with the vocabulary that it belongs to: in another
+    one the same number is a word. Raises ValueError on no mask id, on two, or on one outside the vocabulary.
+    """
+    named = {tokenizer.get_vocab().get(name) for name in family.mask_names} - {None}
+    default = family.mask_id if config.vocab_size == family.mask_vocabulary else None
+    known = named.pop() if len(named) == 1 else None
+    candidates = (getattr(config, "mask_token_id", None), tokenizer.mask_token_id, known, default)
     found = next((i for i in candidates if i is not None), None)
     if found is None:
+        why = ""
+        if family.mask_id is not None:
+            why = f" (the {family.name} default {family.mask_id} belongs to a vocabulary of {family.mask_vocabulary})"
         raise ValueError(
-            "mask_token_id is neither in the config nor in the tokenizer; set mask_token_id in config.json"
+            f"mask_token_id is neither in the config nor in the tokenizer, for a vocabulary of {config.vocab_size} "
+            f"tokens{why}; set mask_token_id in config.json, or tokenizer.mask_token"
         )
     if tokenizer.mask_token_id not in (None, found):
         raise ValueError(
@@ -144,7 +157,9 @@ def find_mask_id(config, tokenizer: PreTrainedTokenizerBase, family: FamilySpec)
     return found
 
 
-def end_ids(config, tokenizer: PreTrainedTokenizerBase, family: FamilySpec, folder: Path | None) -> tuple[int, ...]:
+def end_ids(
+    config: Any, tokenizer: PreTrainedTokenizerBase, family: FamilySpec, folder: Path | None
+) -> tuple[int, ...]:
     """Ids that end a completion: the config's, generation_config.json's, the tokenizer's, the family's end tokens."""
     generation = folder / "generation_config.json" if folder else None
     also = json.loads(generation.read_text()).get("eos_token_id") if generation and generation.exists() else None
@@ -193,7 +208,7 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
 
 
 def save_module(
-    module: nn.Module,
+    module: Module,
     tokenizer: PreTrainedTokenizerBase,
     spec: FamilySpec,
     directory: str | Path,
@@ -208,6 +223,7 @@ def save_module(
             stored = merged_copy(module) if has_extras(module) else module
             stored.save_pretrained(directory, max_shard_size=max_shard_size)
         else:
+            assert spec.original is not None, "a spec of this checkpoint, not of its family"
             skip = transient(module)
             state = {name: tensor for name, tensor in merged_state(module) if name not in skip}
             write_tensors(to_original(state, spec, module.config), directory, max_shard_size=max_shard_size)
@@ -237,7 +253,9 @@ def copy_code(spec: FamilySpec, directory: Path) -> None:
         shutil.copyfile(file, directory / file.name)
 
 
-def bitsandbytes_config(quantization: str, dtype: torch.dtype | str, *, masked: bool):
+def bitsandbytes_config(
+    quantization: str, dtype: torch.dtype | str, *, masked: bool
+) -> transformers.BitsAndBytesConfig:
     """bitsandbytes' description of a frozen base in 4 ("nf4") or 8 ("int8") bits; heads stay as they are."""
     # transformers leaves the output embedding alone by itself, but not the layers that masked models have before it.
     skip = {"llm_int8_skip_modules": ["cls", "lm_head", "predictions", "head", "decoder"]} if masked else {}

@@ -1,6 +1,7 @@
 """From hidden states to log-probabilities of the distribution that is sampled from, without a (B, T, V) tensor."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -8,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dllm_rl.models.base import Head
 from dllm_rl.types import SamplingParams
 
 CHUNK_ELEMENTS = 2**23  # fp32 logits held at once: 32 MiB
@@ -52,14 +54,14 @@ class _TokenLogprob(torch.autograd.Function):
     """logits[k, tokens_k] - logsumexp(logits_k), whose backward makes one (K, V) tensor: g (onehot - softmax)."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, tokens: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
         total = logits.logsumexp(-1)
         ctx.save_for_backward(logits, total, tokens)
         return logits.gather(-1, tokens[:, None])[:, 0] - total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, total, tokens = ctx.saved_tensors
         out = (logits - total[:, None]).exp_().mul_(-gradient[:, None])
         return out.scatter_add_(-1, tokens[:, None], gradient[:, None]), None
@@ -88,7 +90,7 @@ def chunked(f: Callable, *rows: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
 
 
 def token_logprobs(
-    policy,
+    policy: Head,
     hidden: Float[Tensor, "K D"],
     tokens: Int[Tensor, " K"],
     sampling_params: SamplingParams,
@@ -102,7 +104,7 @@ def token_logprobs(
 
 
 def token_logprobs_and_entropies(
-    policy,
+    policy: Head,
     hidden: Float[Tensor, "K D"],
     tokens: Int[Tensor, " K"],
     sampling_params: SamplingParams,
@@ -118,11 +120,12 @@ def token_logprobs_and_entropies(
         entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
         return _TokenLogprob.apply(logits, y), entropy
 
-    return chunked(score, hidden, tokens, vocabulary=policy.vocab_size)
+    logprobs, entropies = chunked(score, hidden, tokens, vocabulary=policy.vocab_size)
+    return logprobs, entropies
 
 
 def backward_token_logprobs(
-    policy,
+    policy: Head,
     hidden: Float[Tensor, "K D"],
     tokens: Int[Tensor, " K"],
     sampling_params: SamplingParams,

@@ -8,11 +8,12 @@ The base may be in bitsandbytes' 4 or 8 bits.
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
+from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.weights import renamed
 
 
@@ -93,7 +95,7 @@ class LoraLinear(nn.Module):
         return (weight.float() + added * (self.lora.alpha / self.lora.r)).to(weight.dtype)
 
 
-def add_lora(policy, lora: Lora) -> None:
+def add_lora(policy: Policy, lora: Lora) -> None:
     """Put adapters on the policy's module, in place, and freeze everything else, gradients freed.
 
     Raises ValueError when no layer has one of the target names, or adapters are there already.
@@ -138,7 +140,7 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
             layer.active = was
 
 
-def without_adapters(policy):
+def without_adapters(policy: Policy) -> Policy:
     """A second policy on the same weights, adapters left out: the reference that RL started from, without a copy.
 
     Raises ValueError when there are no adapters: the policy itself would move.
@@ -152,9 +154,9 @@ def without_adapters(policy):
     return reference
 
 
-def _without(f, module: nn.Module, *args):
+def _without(f: Callable[..., Tensor], module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     with disable_adapters(module):
-        return f(module, *args)
+        return f(module, *args, **kwargs)
 
 
 def is_bitsandbytes(layer: nn.Module) -> bool:
@@ -171,12 +173,13 @@ def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
     """The weight of a linear layer, a bitsandbytes one's dequantised."""
     if not is_bitsandbytes(layer):
         return layer.weight.detach()
-    if hasattr(layer.weight, "quant_state"):
+    weight: Any = layer.weight
+    if hasattr(weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        return dequantize_4bit(weight.data, weight.quant_state)
     # An 8-bit layer hands its rows and scales (absolute maxima, 127 steps) over to `state` at its first forward.
-    kept = layer.state if layer.weight.SCB is None else layer.weight
+    kept: Any = layer.state if weight.SCB is None else weight
     return kept.CB * (kept.SCB.float() / 127)[:, None]
 
 
@@ -198,14 +201,14 @@ def merged_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{path}.{kind}" if path else kind, tensor
 
 
-def merged_copy(module: nn.Module) -> nn.Module:
+def merged_copy(module: Module) -> Module:
     """A copy of the module that holds `merged_state` in ordinary layers."""
     twin = copy.deepcopy(module)
     _merge(twin)
     return twin
 
 
-def merge_lora(policy) -> None:
+def merge_lora(policy: Policy) -> None:
     """Turn the policy's adapters into part of its weights, in place; all of them are trainable again."""
     _merge(policy.module)
     policy.module.requires_grad_(True)
@@ -213,7 +216,7 @@ def merge_lora(policy) -> None:
 
 
 @torch.no_grad()
-def _merge(module: nn.Module) -> None:
+def _merge(module: Module) -> None:
     for path, layer in list(module.named_modules()):
         if path.endswith(".base_layer") or not (isinstance(layer, LoraLinear) or is_bitsandbytes(layer)):
             continue
@@ -232,7 +235,7 @@ def forget_quantizer(module: nn.Module) -> None:
         vars(module).pop(name, None)
 
 
-def adapter_state(policy) -> dict[str, Tensor]:
+def adapter_state(policy: Policy) -> dict[str, Tensor]:
     """The adapters' tensors as peft names them, after the authors' own module names."""
     backwards, out = tuple((b, a) for a, b in policy.spec.names), {}
     for path, layer in adapted_layers(policy.module).items():
@@ -242,11 +245,16 @@ def adapter_state(policy) -> dict[str, Tensor]:
     return out
 
 
-def save_adapter(policy, directory: str | Path) -> None:
-    """Write the adapters alone, in peft's format: adapter_model.safetensors and adapter_config.json."""
+def save_adapter(policy: Policy, directory: str | Path) -> None:
+    """Write the adapters alone, in peft's format: adapter_model.safetensors and adapter_config.json.
+
+    Raises ValueError when the policy has none.
+    """
+    state, lora = adapter_state(policy), policy.lora
+    if lora is None:
+        raise ValueError(f"{type(policy.module).__name__} has no adapters; save_pretrained writes its weights")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state, lora = adapter_state(policy), policy.lora
     calls = next(iter(adapted_layers(policy.module).values())).calls
     metadata = {"format": "pt", "seed": str(lora.seed), "dropout_calls": str(calls)}
     save_file(
@@ -267,7 +275,7 @@ def save_adapter(policy, directory: str | Path) -> None:
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_adapter(policy, directory: str | Path) -> None:
+def load_adapter(policy: Policy, directory: str | Path) -> None:
     """Put saved adapters, ours or peft's, on the policy, in place, with every tensor accounted for.
 
     Raises ValueError on another method than plain LoRA, or on tensors that do not fit the module.

@@ -1,23 +1,29 @@
 """One interface over every backbone: logits for the token AT each position, whatever the family's own convention."""
 
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dllm_rl.models.base import FamilySpec, position_ids
+from dllm_rl.models.base import FamilySpec, Module, Policy, position_ids
 from dllm_rl.models.loading import family_spec, load_module, save_module
 from dllm_rl.models.lora import Lora, add_lora, without_adapters
+
+Moved = TypeVar("Moved", bound="_Backbone")
 
 
 class _Backbone:
     """The part that diffusion and autoregressive policies share: a stock module, its head, its device."""
 
-    def __init__(self, module: nn.Module, spec: FamilySpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    lora: Lora | None = None
+    quantization: Any = None
+    quantization_report: Any = None
+
+    def __init__(self, module: Module, spec: FamilySpec, tokenizer: PreTrainedTokenizerBase) -> None:
         self.module, self.spec, self.tokenizer, self.version = module.eval(), spec, tokenizer, 0
-        self.lora: Lora | None = None
 
     @property
     def device(self) -> torch.device:
@@ -31,10 +37,26 @@ class _Backbone:
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.spec.eos_ids[0]
 
+    def encode(
+        self,
+        tokens: Int[Tensor, "B T"],
+        attention_mask: Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"],
+        positions: Int[Tensor, "B T"],
+        **cache: Any,
+    ) -> Float[Tensor, "B T D"]:
+        """The backbone's own states at each token, not shifted. Whatever runs the backbone does it here, which is what
+        leaves the adapters out of a `reference()`.
+
+        attention_mask  False on padding, over T columns and those of the cache; the family adds who sees whom. With
+                        four axes it says that itself, in place of the family.
+        positions       each token's place in its row, from 0 (`position_ids`).
+        cache           past_key_values and use_cache, as transformers takes them.
+        """
+        return self.spec.encode(self.module, tokens, attention_mask, positions, **cache)
+
     def hidden(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Final hidden states; `head` of the one at t gives logits for the token at t. Padding is never attended to."""
-        positions = position_ids(attention_mask)
-        states = self.spec.encode(self.module, tokens, attention_mask, positions)
+        states = self.encode(tokens, attention_mask, position_ids(attention_mask))
         return shifted(states, attention_mask) if self.spec.shift else states
 
     def head(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
@@ -58,11 +80,11 @@ class _Backbone:
         """
         save_module(self.module, self.tokenizer, self.spec, directory, max_shard_size=max_shard_size)
 
-    def reference(self):
+    def reference(self) -> Policy:
         """The policy that RL started from: the same weights, adapters left out. Raises ValueError without any."""
         return without_adapters(self)
 
-    def to(self, device: torch.device | str):
+    def to(self: Moved, device: torch.device | str) -> Moved:
         self.module.to(device)
         return self
 
@@ -82,7 +104,7 @@ def shifted(states: Float[Tensor, "B T D"], attention_mask: Bool[Tensor, "B T"])
 
 
 def make_policy(
-    module: nn.Module, tokenizer: PreTrainedTokenizerBase, spec: FamilySpec | None = None
+    module: Module, tokenizer: PreTrainedTokenizerBase, spec: FamilySpec | None = None
 ) -> DiffusionPolicy | AutoregressivePolicy:
     """Wrap a module whose family is known, after proving that its attention is what the family says."""
     spec = family_spec(module.config, tokenizer) if spec is None else spec
@@ -125,7 +147,9 @@ def check_attention(policy: _Backbone) -> None:
     token of its own block and does not with the first of the next.
     """
     attention, block = policy.spec.attention, policy.spec.block_size
-    expected = {block - 1: block > 1, block: False} if attention == "block_causal" else {7: attention == "full"}
+    expected = {7: attention == "full"}
+    if attention == "block_causal" and block is not None:
+        expected = {block - 1: block > 1, block: False}
     for position, moves in expected.items():
         if first_moves(policy, position) != moves and position:
             raise ValueError(

@@ -1,14 +1,73 @@
-"""Rotary position embeddings in fp32, for models that were trained with them so whatever their weights' dtype."""
+"""Rotary position embeddings: their parameters as a config gives them, old or new, and their computation in fp32."""
+
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dllm_rl.models.base import Module
+
 ATTENTION = "sdpa_float32_rope"
+# What transformers computes: the fields that each kind of scaling must have, and those that it may have.
+SCALINGS: dict[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, set()),
+    "yarn": (
+        {"factor"},
+        {
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        },
+    ),
+    "longrope": (
+        {"short_factor", "long_factor"},
+        {"original_max_position_embeddings", "attention_factor", "factor"},
+    ),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, {"original_max_position_embeddings"}),
+}
+_COMMON = {"rope_type", "rope_theta", "partial_rotary_factor"}
 
 
-def rotate_in_float32(module: nn.Module) -> None:
+def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
+    """transformers' `rope_parameters` of a checkpoint's config fields.
+
+    The scaling stands under `rope_parameters` or, in older files, `rope_scaling`, where its kind may be called `type`;
+    rope_theta and partial_rotary_factor inside it come before those beside it. None is no scaling.
+    Raises ValueError on a kind, a field or a factor that transformers does not compute with.
+    """
+    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    given = raw.get(name) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{name}={given!r} is not understood; give its fields by name, or null for no scaling")
+    found = {key: value for key, value in given.items() if key != "type" and value is not None}
+    kind = found.setdefault("rope_type", given.get("type", "default"))
+    if given.get("type", kind) != kind:
+        raise ValueError(f"{name} says rope_type={kind!r} and type={given['type']!r}; keep the one that is meant")
+    if kind not in SCALINGS:
+        raise ValueError(f"{name} has the kind {kind!r}, which is not known; known are {', '.join(SCALINGS)}")
+    needed, optional = SCALINGS[kind]
+    for key in sorted(needed - found.keys()):
+        raise ValueError(f"{name} of the kind {kind!r} has no {key!r}; add it to config.json")
+    for key in sorted(found.keys() - needed - optional - _COMMON):
+        raise ValueError(f"{name} of the kind {kind!r} has a {key!r} that is not understood; remove it")
+    factor = found.get("factor", 1.0)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
+        raise ValueError(f"{name} has factor={factor!r}; it must be a number of at least 1")
+    beside = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if raw.get(key) is not None}
+    if "rope_theta" not in beside | found:
+        raise ValueError("rope_theta is not in the config; set the base of the rotary frequencies in config.json")
+    return beside | found
+
+
+def rotate_in_float32(module: Module) -> None:
     """Make a Llama-like module compute cos and sin in fp32, rotate queries and keys in fp32, then round them back.
 
     A stock module rounds cos and sin to the weights' dtype first, which moves the argmax of about 2 % of the logits
@@ -24,7 +83,9 @@ def _as_float32(rotary: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     return (states.new_empty(0).float(), *rest), kwargs
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
     """fp32 cos and sin promote the rotated queries and keys to fp32: round them before the products."""
     return sdpa_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, attention_mask, **kwargs)
 

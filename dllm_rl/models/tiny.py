@@ -5,6 +5,8 @@ a Sudoku grid in minutes: embeddings std 0.3, linear layers 0.7/sqrt(fan_in), he
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -12,11 +14,13 @@ from torch import Generator, nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     RobertaPreLayerNormConfig,
     RobertaPreLayerNormForMaskedLM,
 )
 
+from dllm_rl.models.base import Module
 from dllm_rl.models.policy import AutoregressivePolicy, DiffusionPolicy, make_policy
 
 PAD, MASK, EOS = "<pad>", "<mask>", "<eos>"
@@ -37,7 +41,7 @@ def char_tokenizer(characters: str) -> PreTrainedTokenizerFast:
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, generator: Generator, *, embedding_std: float, head_std: float, gain: float) -> None:
+def initialise(module: Module, generator: Generator, *, embedding_std: float, head_std: float, gain: float) -> None:
     """Draw every weight again: embeddings and head with the given std, other matrices with gain / sqrt(fan_in)."""
     head = module.get_output_embeddings()
     for layer in module.modules():
@@ -79,9 +83,10 @@ def tiny_masked_lm(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        mask_token_id=tokenizer.mask_token_id,
+        **_further(mask_token_id=tokenizer.mask_token_id),
     )
-    return _made(RobertaPreLayerNormForMaskedLM, config, tokenizer, seed, embedding_std, head_std, gain)
+    scales = {"embedding_std": embedding_std, "head_std": head_std, "gain": gain}
+    return _made(RobertaPreLayerNormForMaskedLM, config, tokenizer, seed=seed, **scales)
 
 
 def tiny_llama(
@@ -108,21 +113,33 @@ def tiny_llama(
         num_attention_heads=num_heads,
         intermediate_size=intermediate_size,
         max_position_embeddings=max_length,
-        rope_theta=rope_theta,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        is_causal=causal,
-        mask_token_id=None if causal else tokenizer.mask_token_id,
+        **_further(rope_theta=rope_theta, is_causal=causal, mask_token_id=None if causal else tokenizer.mask_token_id),
     )
-    return _made(LlamaForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
+    scales = {"embedding_std": embedding_std, "head_std": head_std, "gain": gain}
+    return _made(LlamaForCausalLM, config, tokenizer, seed=seed, **scales)
 
 
-def _made(cls, config, tokenizer, seed, embedding_std, head_std, gain):
+def _further(**fields: Any) -> dict[str, Any]:
+    """Fields of a config that its constructor takes without naming them."""
+    return fields
+
+
+def _made(
+    make: Callable[[Any], Module],
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    **scales: float,
+) -> Any:
+    """The policy of a module that `make` builds, with `initialise`'s scales."""
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global RNG: leave that as it was
-        module = cls(config)
-    module.config.architectures = [cls.__name__]
+        module = make(config)
+    module.config.architectures = [type(module).__name__]
     generator = torch.Generator().manual_seed(seed)
-    initialise(module, generator, embedding_std=embedding_std, head_std=head_std, gain=gain)
+    initialise(module, generator, **scales)
     return make_policy(module, tokenizer)

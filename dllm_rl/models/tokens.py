@@ -29,7 +29,7 @@ def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]]) -> list[int]:
             )
         opening = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
         asked = prompt[:-1] if opening else prompt
-        text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False) + opening
+        text = str(tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)) + opening
     try:
         return tokenizer.encode(text, add_special_tokens=False)
     except Exception as error:  # a bare Exception is what the tokenizers library raises

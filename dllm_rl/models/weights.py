@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,7 +34,8 @@ def read_tensors(directory: Path) -> State:
 
 def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None:
     """safetensors files of at most max_shard_size bytes (or one tensor), with an index when there is more than one."""
-    shards, room = [[]], max_shard_size
+    shards: list[list[str]] = [[]]
+    room = max_shard_size
     for name, tensor in state.items():
         if tensor.nbytes > room and shards[-1]:
             shards.append([])
@@ -69,7 +71,7 @@ def renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-def to_stock(state: State, spec: FamilySpec, config) -> State:
+def to_stock(state: State, spec: FamilySpec, config: Any) -> State:
     """From the authors' tensor names to the stock class's; fused query-key-value rows are split."""
     out = {}
     for name, tensor in state.items():
@@ -84,7 +86,7 @@ def to_stock(state: State, spec: FamilySpec, config) -> State:
     return out
 
 
-def to_original(state: State, spec: FamilySpec, config) -> State:
+def to_original(state: State, spec: FamilySpec, config: Any) -> State:
     """From the stock class's tensors back to the authors'; the exact inverse of reading them."""
     state = {
         name: tensor for name, tensor in state.items() if not (config.tie_word_embeddings and name == "lm_head.weight")
@@ -119,5 +121,5 @@ def split_experts(state: State) -> State:
     return out
 
 
-def _heads(config) -> tuple[int, int, int]:
+def _heads(config: Any) -> tuple[int, int, int]:
     return config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads

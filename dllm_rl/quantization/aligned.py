@@ -8,6 +8,7 @@ the high-precision weight and input as if the forward had been the product of th
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,14 @@ class StraightThrough(torch.autograd.Function):
     """The product of a rollout's layer, differentiated as if quantisation were the identity."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Linear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Linear) -> Tensor:
         y, seen = quantized_forward(layer, x, bias)
         ctx.save_for_backward(*seen)
         ctx.layer, ctx.version = layer, write_count(layer)
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         if write_count(ctx.layer) != ctx.version:
             raise RuntimeError("rollout weights changed between a forward and its backward: sync after the backward")
         dx = dw = db = None
@@ -52,8 +53,9 @@ class _AlignedLinear:
     """The operand that a learner's layer shares with the rollout's, quantised again when the learner's weight moved."""
 
     def __init__(self, name: str, source: nn.Linear | LoraLinear, target: nn.Linear) -> None:
-        self.name, self.source, self.target = name, source, target
-        self.base = getattr(source, "base_layer", source)
+        self.name, self.target = name, target
+        self.source: Any = source
+        self.base = source.base_layer if isinstance(source, LoraLinear) else source
         self.seen = self.versions()
 
     def versions(self) -> list[int]:
@@ -101,7 +103,12 @@ def aligned_forward(
     for name, target in quantized_layers(rollout_policy):
         if scope is None or scope(name):
             links.append(_AlignedLinear(name, sources[name], target))
-    swapped: list[nn.Module] = []
+    swapped: list[Any] = []
+
+    def refresh() -> None:
+        for link in links:
+            link.refresh()
+
     try:
         for link in links:
             if "forward" in vars(link.source):
@@ -112,7 +119,7 @@ def aligned_forward(
                 )
             link.source.forward = partial(_AlignedLinear.forward, link)
             swapped.append(link.source)
-        yield lambda: [link.refresh() for link in links] and None
+        yield refresh
     finally:
         for layer in swapped:
             del layer.forward

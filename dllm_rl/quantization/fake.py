@@ -5,12 +5,14 @@ an emulated rollout costs about what a plain one does. Nothing is packed: it sav
 """
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+Scheme = Any  # a torchao config, a FakeQuantize or a Float8DynamicEmulated
 FLOATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}  # mantissa bits, smallest normal exponent, largest value
 LEVELS = {"int4": 7, "int3": 3, "five_level": 2}  # codes are the integers -n..n
 SCHEMES = (*FLOATS, "int8", *LEVELS, "ternary")
@@ -87,7 +89,7 @@ class EmulatedLinear(nn.Linear):
         (self.out_features, self.in_features), self.config = weight.shape, config
         dtype = weight.dtype if config.activation is None else torch.float32
         self.weight = nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False)
-        self.bias = bias
+        self.bias = cast(Any, bias)  # nn.Linear does not say that it may be None
         self.register_buffer("weight_scale", None)
         if self.scales_product:
             rows = self.out_features if config.granularity == "row" else 1
@@ -102,14 +104,14 @@ class EmulatedLinear(nn.Linear):
     @torch.no_grad()
     def load_(self, weight: Float[Tensor, "N K"]) -> None:
         """Round `weight` into this layer, in place."""
+        if self.config.weight is None:
+            self.weight.copy_(weight)
+            return
+        codes, scale = codes_and_scale(weight, self.config.weight, self.config.granularity)
         if self.scales_product:
-            codes, scale = codes_and_scale(weight, self.config.weight, self.config.granularity)
             self.weight.copy_(codes)
             self.weight_scale.copy_(scale.flatten())
-        elif self.config.weight is None:
-            self.weight.copy_(weight)
         else:
-            codes, scale = codes_and_scale(weight, self.config.weight, self.config.granularity)
             self.weight.copy_(codes.mul_(scale))
 
     def forward(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... N"]:

@@ -1,5 +1,7 @@
 """What is done to one quantised linear layer: quantise, refresh in place, multiply, dequantise."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torchao.quantization import (
 from torchao.quantization.quantize_.common import _choose_quant_func_and_quantize_tensor
 from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8Tensor, QuantizeTensorToFloat8Kwargs
 
-from dllm_rl.quantization.fake import TINY, EmulatedLinear, Float8DynamicEmulated
+from dllm_rl.quantization.fake import TINY, EmulatedLinear, Float8DynamicEmulated, Scheme
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -26,7 +28,7 @@ def is_packed(weight: Tensor) -> bool:
     return hasattr(weight, "qdata")
 
 
-def unsupported_reason(layer: nn.Linear, config) -> str | None:
+def unsupported_reason(layer: nn.Linear, config: Scheme) -> str | None:
     """Why a layer's shape keeps a torchao config from quantising it, or None: torchao itself skips or asserts."""
     rows, columns = layer.out_features, layer.in_features
     granularity = getattr(config, "granularity", None)
@@ -42,7 +44,7 @@ def unsupported_reason(layer: nn.Linear, config) -> str | None:
 
 
 @torch.no_grad()
-def quantized(weight: Tensor, config, name: str) -> Tensor:
+def quantized(weight: Tensor, config: Scheme, name: str) -> Tensor:
     """A fresh quantisation of one linear weight under a config other than a FakeQuantize.
 
     An all-zero row becomes zeros with the smallest scale. Raises ValueError naming the layer when the weight holds NaN
@@ -68,7 +70,7 @@ def quantized(weight: Tensor, config, name: str) -> Tensor:
         layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
         quantize_(layer, config)
         packed = layer.weight.data
-    scale = getattr(packed, "scale", None)
+    scale: Any = getattr(packed, "scale", None)
     # amax propagates NaN and infinity into the scale, so checking scales checks every weight; formats without a scale
     # are checked directly.
     check_finite(name, weight if scale is None else scale)
@@ -118,10 +120,11 @@ def dequantized_input(layer: nn.Linear, x: Tensor, scale: Tensor | None = None) 
 
 def write_count(layer: nn.Linear) -> int:
     """Autograd's count of in-place writes to the quantised data."""
-    return (layer.weight if isinstance(layer, EmulatedLinear) else layer.weight.qdata)._version
+    weight: Any = layer.weight
+    return (weight if isinstance(layer, EmulatedLinear) else weight.qdata)._version
 
 
-def stored_bytes(tensor: Tensor) -> int:
+def stored_bytes(tensor: Any) -> int:
     """Bytes that a tensor holds, those of a quantised one being its codes and scales."""
     if not is_packed(tensor):
         return tensor.nbytes

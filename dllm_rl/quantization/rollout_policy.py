@@ -8,13 +8,14 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import LoraLinear, forget_quantizer, is_bitsandbytes, merged_state, plain_weight
-from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize
+from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize, Scheme
 from dllm_rl.quantization.linear import (
     check_finite,
     is_quantized,
@@ -49,7 +50,7 @@ class QuantizationReport:
 
 
 @torch.no_grad()
-def quantized_copy(policy: Policy, config, *, skip: Callable[[nn.Module, str], bool] | None = None) -> Policy:
+def quantized_copy(policy: Policy, config: Scheme, *, skip: Callable[[nn.Module, str], bool] | None = None) -> Policy:
     """A second policy whose block linears are quantised by `config`; None copies without quantising.
 
     skip  (module, name) -> True for further layers that keep their precision.
@@ -62,7 +63,7 @@ def quantized_copy(policy: Policy, config, *, skip: Callable[[nn.Module, str], b
     """
     module, rollout_policy = policy.module, copy.copy(policy)
     kept: dict[str, str] = {}
-    memo: dict[int, object] = {}
+    memo: dict[int, Any] = {}
     if config is not None:
         config = check_scheme(config, policy.device, next(module.parameters()).dtype)
         kept = skip_reasons(module, config, skip)
@@ -71,8 +72,8 @@ def quantized_copy(policy: Policy, config, *, skip: Callable[[nn.Module, str], b
         raise ValueError(f"{config!r} quantises no layer of {type(module).__name__}; not quantised: {kept}")
     for name, layer in linear_layers(module):
         # deepcopy takes what the memo holds for an object instead of copying it: no plain copy of a weight is made.
-        base, quantise = getattr(layer, "base_layer", layer), name in chosen
-        weight = layer.merged() if base is not layer else plain_weight(layer)
+        quantise, base = name in chosen, layer.base_layer if isinstance(layer, LoraLinear) else layer
+        weight = layer.merged() if isinstance(layer, LoraLinear) else plain_weight(layer)
         if quantise and isinstance(config, FakeQuantize):
             memo[id(layer)] = EmulatedLinear(weight, copy.deepcopy(base.bias, memo), config)
             check_finite(name, memo[id(layer)].weight)
@@ -96,7 +97,7 @@ def quantized_copy(policy: Policy, config, *, skip: Callable[[nn.Module, str], b
     return rollout_policy
 
 
-def skip_reasons(module: nn.Module, config, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
+def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
     """Layers with a matrix that is not to be quantised, and the reason."""
     owners: dict[int, list[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):

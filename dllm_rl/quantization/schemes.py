@@ -17,15 +17,15 @@ from torchao.quantization import (
     PerRow,
 )
 
-from dllm_rl.quantization.fake import TINY, FakeQuantize, Float8DynamicEmulated
+from dllm_rl.quantization.fake import TINY, FakeQuantize, Float8DynamicEmulated, Scheme
 
 
-def float8_weight_only():
+def float8_weight_only() -> Float8WeightOnlyConfig:
     """e4m3 weights per row, products in the learner's dtype. Saves memory, not time; runs anywhere, CPU included."""
     return Float8WeightOnlyConfig(set_inductor_config=False)
 
 
-def float8_dynamic():
+def float8_dynamic() -> Float8DynamicActivationFloat8WeightConfig:
     """e4m3 weights per row, e4m3 inputs per token, on float8 hardware: CUDA capability 8.9 or more, bf16 weights."""
     return Float8DynamicActivationFloat8WeightConfig(
         granularity=PerRow(), activation_value_lb=TINY, set_inductor_config=False
@@ -37,22 +37,23 @@ def float8_dynamic_emulated() -> Float8DynamicEmulated:
     return Float8DynamicEmulated()
 
 
-def int8_weight_only():
+def int8_weight_only() -> Int8WeightOnlyConfig:
     """int8 weights per row, products in the learner's dtype. Runs anywhere, CPU included."""
     return Int8WeightOnlyConfig(set_inductor_config=False)
 
 
-def int8_dynamic():
+def int8_dynamic() -> Int8DynamicActivationInt8WeightConfig:
     """int8 weights per row, int8 inputs per token, integer products. Runs anywhere; faster than bf16 on many CPUs."""
     return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
 
 
-def int4_weight_only():
+def int4_weight_only() -> IntxWeightOnlyConfig:
     """4-bit weights in groups of 32, held in bytes, products in the learner's dtype. Runs anywhere, CPU included."""
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    int4 = torch.int4  # type: ignore[attr-defined]  # torch's stubs leave it out
+    return IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(32))
 
 
-def int4_packed():
+def int4_packed() -> Int4WeightOnlyConfig:
     """4-bit weights in groups of 128, packed for a CUDA kernel (bf16). Saves memory and, in small batches, time."""
     return Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
 
@@ -99,7 +100,7 @@ def ternary_emulated() -> FakeQuantize:
     return FakeQuantize("ternary", "e4m3")
 
 
-def check_scheme(config, device: torch.device, dtype: torch.dtype):
+def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Scheme:
     """The config as it will be applied, without side effects on torch's global settings and safe on all-zero inputs.
 
     Raises ValueError when `device` cannot run it, naming what it can run instead.

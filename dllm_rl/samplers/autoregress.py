@@ -49,9 +49,7 @@ def autoregress(
     alive = torch.ones(prompts.num_rows, dtype=torch.bool, device=device)
     columns, logprobs, chosen = [], [], []
     for step in range(max_new_tokens):
-        states = policy.module.base_model(
-            input_ids=new, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
+        states = policy.encode(new, attention_mask, positions, past_key_values=cache, use_cache=True)[:, -1]
         if step == 0:
             states, attention_mask, positions = (
                 repeat(x, "p s -> (p g) s", g=group) for x in (states, attention_mask, positions)

@@ -8,11 +8,11 @@ from dllm_rl.samplers import rules
 from dllm_rl.samplers.cache import Cache, block_cache, dual_cache, prefix_cache
 
 RANKS = {f.__name__: f for f in rules.RANKS}
-COMMITS = {
+COMMITS: dict[str, Callable] = {
     f.__name__: f
     for f in (rules.schedule, rules.late_schedule, rules.origin, rules.threshold, rules.factor, rules.entropy_bound)
 }
-CACHES = {"block": block_cache, "prefix": prefix_cache, "dual": dual_cache}
+CACHES: dict[str, Callable[..., Cache]] = {"block": block_cache, "prefix": prefix_cache, "dual": dual_cache}
 
 
 def read_rank(text: str) -> Callable:

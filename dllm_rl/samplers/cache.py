@@ -1,14 +1,15 @@
 """Key-value caches for unmasking: exact for block-causal attention, approximations of it for full attention."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from dllm_rl.models.base import Policy, encode_base, position_ids
+from dllm_rl.models.base import Policy, position_ids
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ class CachedStates:
     def __init__(self, policy: Policy, cache: Cache, attention_mask: Bool[Tensor, "B T"]) -> None:
         self.policy, self.cache, self.attention_mask = policy, cache, attention_mask
         self.positions = position_ids(attention_mask)
-        self.past, self.kept, self.rows = None, torch.arange(0), torch.arange(len(attention_mask))
-        self.columns, self.step = None, 0
+        self.kept, self.rows = torch.arange(0), torch.arange(len(attention_mask))
+        self.past: Any = None  # a DynamicCache from the first forward on
+        self.columns: tuple[int, int] | None = None
+        self.step = 0
 
     def advance(
         self, tokens: Int[Tensor, "B T"], rows: Int[Tensor, " R"], columns: tuple[int, int], *, alike: int = 1
@@ -107,10 +110,8 @@ class CachedStates:
             self.past = DynamicCache(config=module.config)
         positions = self.positions[rows]
         mask = self._mask(self.attention_mask[rows], positions, fresh, seen)
-        # The block-causal mask is made here, with the columns that are not run in it.
-        encode = encode_base if self.policy.spec.attention == "block_causal" else self.policy.spec.encode
-        states = encode(
-            module, tokens[rows][:, fresh], mask, positions[:, fresh], past_key_values=self.past, use_cache=True
+        states = self.policy.encode(
+            tokens[rows][:, fresh], mask, positions[:, fresh], past_key_values=self.past, use_cache=True
         )
         if self.past.get_seq_length() != len(seen):
             raise ValueError(
@@ -126,6 +127,7 @@ class CachedStates:
         """What to add to attention scores, (R, 1, fresh, seen): 0 where a query may look, else the lowest number."""
         allowed = attention_mask[:, None, seen].expand(-1, len(fresh), -1)
         if self.policy.spec.attention == "block_causal":
+            assert self.policy.spec.block_size is not None, "a block-causal model has a block size"
             block = positions // self.policy.spec.block_size
             allowed = allowed & (block[:, None, seen] <= block[:, fresh, None])
         dtype = next(self.policy.module.parameters()).dtype
@@ -133,6 +135,6 @@ class CachedStates:
             ~allowed, torch.finfo(dtype).min
         )[:, None]
 
-    def _map(self, f) -> None:
+    def _map(self, f: Callable[[Tensor], Tensor]) -> None:
         for layer in self.past.layers:
             layer.keys, layer.values = f(layer.keys), f(layer.values)

@@ -87,6 +87,7 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
     pads every prompt by whole blocks, so that all rows begin to write in the same columns.
     """
     spec, device, group = policy.spec, policy.device, prompts.group_size
+    assert spec.mask_id is not None, "a diffusion model has a mask token"
     mask = repeat(prompts.attention_mask.cpu(), "p s -> (p g) s", g=group)
     sizes = mask.sum(-1) if spec.attention == "block_causal" else torch.zeros(len(mask), dtype=torch.long)
     offsets, full = sizes % block_size, sizes // block_size
@@ -108,14 +109,15 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
         attention_mask = torch.cat([mask, blank.bool()], dim=1)
     tokens.scatter_(-1, columns, torch.full_like(columns, spec.mask_id))
     attention_mask.scatter_(-1, columns, torch.ones_like(columns, dtype=torch.bool))
-    starts = range(base, tokens.shape[1], block_size)
     return Canvas(
         prompts=prompts,
         tokens=tokens.to(device),
         attention_mask=attention_mask.to(device),
         columns=columns.contiguous().to(device),
         block=block.to(device),
-        bounds=[(start, min(start + block_size, tokens.shape[1])) for start in starts],
+        bounds=[
+            (start, min(start + block_size, tokens.shape[1])) for start in range(base, tokens.shape[1], block_size)
+        ],
         pad_id=policy.pad_id,
         pads_ended=spec.attention == "block_causal",
     )

@@ -27,7 +27,8 @@ def propose(
         logits[:, policy.spec.mask_id] = -torch.inf
         return _draw(logits, u, sampling_params)[:2]
 
-    return _slabs(policy, one, sampling_params, hidden, uniforms)
+    tokens, logp = _slabs(policy, one, sampling_params, hidden, uniforms)
+    return tokens, logp
 
 
 def propose_and_rank(
@@ -54,7 +55,8 @@ def propose_and_rank(
             offered["normalizer"] = normalizer.logaddexp(mask) if same else logits.logsumexp(-1)
         return tokens, logp, rank(**{name: offered[name] for name in needs}).float()
 
-    return _slabs(policy, one, sampling_params, hidden, uniforms, ties)
+    tokens, logp, scores = _slabs(policy, one, sampling_params, hidden, uniforms, ties)
+    return tokens, logp, scores
 
 
 def rank_only(

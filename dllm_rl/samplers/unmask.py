@@ -58,6 +58,7 @@ def unmask(
     """
     spec, group, device = policy.spec, prompts.group_size, policy.device
     needs, block_size = rank_inputs(rank), _check(policy, prompts, max_new_tokens, block_size, cache)
+    assert spec.mask_id is not None, "a diffusion model has a mask token"
     sampling_params = SamplingParams(temperature, top_k, top_p, (*suppress, spec.mask_id))
     # A rank of the state alone leaves the drawing of tokens to when it is known where; the likeliest come for free.
     draws_first = "tokens" in needs or (temperature == 0 and "logits" in needs)

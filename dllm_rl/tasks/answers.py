@@ -5,12 +5,12 @@ from fractions import Fraction
 
 # An answer, box or expression longer than this is treated as none: no answer of these tasks comes near.
 LONGEST = 10_000
+# d1's parsers read answers of any length; here, up to this one, and this many boxes.
+FARTHEST, MOST_BOXES = 100_000, 10_000
 
 _ENDS = ("</answer>", "<|eot_id|>", "<|endoftext|>")
-# An opened box up to its first digit. Neither pattern runs on into the next opening, so no text is scanned twice.
-_BOX_IN_LINE = re.compile(r"\\boxed\{(?:[^}\n\\\d]++|\\++(?!boxed\{))*+\d")
-_BOX = re.compile(r"\\boxed\{(?:[^}\\\d]++|\\++(?!boxed\{))*+\d")
-_UNCLOSED = 10_000  # boxes without an end after which the search for one is given up
+_BRACE = re.compile(r"[{}]")
+_BOX_END = re.compile(r"[}\n]")
 _NUMBER = re.compile(r"-?\d+\.?\d*")
 _PLAIN = re.compile(r"([+-]?)\$?([+-]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
 
@@ -57,23 +57,42 @@ def final_answer(text: str) -> str | None:
     return None if found is None or len(found) > LONGEST else found.strip()
 
 
-def first_boxed_number(text: str) -> float | None:
-    """The first `\\boxed{...}`, up to its first closing brace, with a digit: as a float, else its first number.
+def d1_box(text: str) -> str | None:
+    """What d1's evaluation takes for the content of the last box; None when it is not closed.
 
-    Boxes within one line come first; only without any are those read that a line break cuts.
+    A text with neither \\boxed nor \\fbox is its own content. "\\boxed " with a space runs to the next dollar sign;
+    else the last \\boxed, or without one \\fbox, runs to where its braces balance, and unless that begins with
+    "\\boxed{" the command itself belongs to the content.
     """
-    for pattern, border in ((_BOX_IN_LINE, "\n"), (_BOX, "")):
-        start = 0
-        for _ in range(_UNCLOSED):
-            found = pattern.search(text, start)
-            if found is None:
-                break
-            end = text.find(border, found.end()) if border else -1
-            end = len(text) if end < 0 else end
-            closing = text.find("}", found.end(), end)
-            if closing >= 0 and closing - found.start() <= LONGEST:
-                return _number(text[found.start() + len("\\boxed{") : closing], last=False)
-            start = end if closing < 0 else closing
+    if "\\boxed " in text:
+        return text.rpartition("\\boxed ")[2].partition("$")[0]
+    start = text.rfind("\\boxed") if "\\boxed" in text else text.rfind("\\fbox")
+    if start < 0:
+        return text
+    depth = 0
+    for brace in _BRACE.finditer(text, start, start + FARTHEST):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0 and brace[0] == "}":
+            box = text[start : brace.end()]
+            return box[len("\\boxed{") : -1] if box.startswith("\\boxed{") else box
+    return None
+
+
+def first_boxed_number(text: str) -> float | None:
+    """d1's reading of boxes: the first `\\boxed{...}` with a number, as a float, else the first number in it.
+
+    A box ends at the first closing brace, in its own line; one without is no box.
+    """
+    at = text.find("\\boxed{")
+    for _ in range(MOST_BOXES):
+        end = _BOX_END.search(text, at + len("\\boxed{")) if at >= 0 else None
+        if end is None:
+            return None
+        if end[0] == "}":
+            number = _number(text[at + len("\\boxed{") : end.start()].strip(), last=False)
+            if number is not None:
+                return number
+        at = text.find("\\boxed{", end.start())
     return None
 
 
@@ -125,7 +144,7 @@ def _balanced(text: str, start: int) -> str | None:
 
 
 def _number(text: str, *, last: bool) -> float | None:
-    if len(text) > LONGEST:
+    if len(text) > FARTHEST:
         return None
     try:
         return float(text)

@@ -1,8 +1,13 @@
 """What a task is: text in, numbers out. Nothing here, nor in any task, imports torch."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
+
+from dllm_rl.tasks.deadline import deadline, unlimited
+
+FLOAT32_MAX = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,8 @@ class Reward:
 
     value      the number that training maximises.
     parsed     whether an answer was found at all; False is counted and shown, never hidden in the value.
-    breakdown  further numbers, each averaged over problems under its own name ("solve_rate", "cell_accuracy" ...).
+    breakdown  further numbers, each averaged over completions under its own name ("solve_rate", "accuracy" ...);
+               "cell_accuracy" comes with the counts that it is a ratio of, and is averaged as COUNTED says.
     """
 
     value: float
@@ -35,10 +41,16 @@ class Reward:
 
 @runtime_checkable
 class Task(Protocol):
-    """A sized, indexable collection of problems with a grader. `version` changes whenever a grade could."""
+    """A sized, indexable collection of problems with a grader. `version` changes whenever a grade could.
 
-    name: str
-    version: str
+    A task may also have rewards(problems, completions), which grades many at once as reward would one by one.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -47,15 +59,94 @@ class Task(Protocol):
     def reward(self, problem: Problem, completion: str) -> Reward: ...
 
 
-def grade(task: Task, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
-    """Grade completions, G in a row for each problem. A grader that raises stops the run, with what it was given."""
-    group, graded = len(completions) // len(problems), []
-    for i, completion in enumerate(completions):
-        problem = problems[i // group]
+Grader = Callable[[Mapping[str, Any], str], Reward]  # (a problem's fields, a completion) -> its grade
+
+# Ratios of counts: their mean over a set is the sum of one count over the sum of the other.
+COUNTED = {"cell_accuracy": ("correct_cells", "empty_cells")}
+
+
+def addends(reward: Reward) -> dict[str, tuple[float, float]]:
+    """What a graded completion adds to the numerator and the denominator of each mean over a set, by name.
+
+    "reward", "parsed" and each name of the breakdown add (number, 1). A ratio of COUNTED whose counts are in the
+    breakdown adds the counts, which have no mean of their own: cell_accuracy of a set is all correct cells over all
+    empty ones.
+    """
+    added = {"reward": (reward.value, 1.0), "parsed": (float(reward.parsed), 1.0)}
+    added |= {name: (number, 1.0) for name, number in reward.breakdown.items()}
+    for name, counts in COUNTED.items():
+        if name in added and all(count in added for count in counts):
+            (above, _), (below, _) = (added.pop(count) for count in counts)
+            added[name] = above, below
+    return added
+
+
+def grade(
+    task: Task, problems: Sequence[Problem], completions: Sequence[str], *, timeout: float | None = None
+) -> list[Reward]:
+    """Grade completions, G in a row for each problem, at once where the task can.
+
+    timeout  seconds for one call of the grader; see `deadline` for what happens then. None: no limit.
+
+    A grader that raises, or that would end the process, stops the run with what it was given, as RuntimeError; one that
+    returns no reward, or a number that training could not hold, does as ValueError.
+    """
+    group, place = len(completions) // len(problems), 0
+    own = [problems[i // group] for i in range(len(completions))]
+
+    def given() -> str:
+        return f"problem {own[place]!r}, completion {completions[place]!r}"
+
+    def late() -> str:
+        return (
+            f"process {os.environ.get('RANK', 0)}: the grader of task {task.name!r} did not return within "
+            f"reward_timeout={timeout:g} s on {given()}; mend it or raise reward_timeout"
+        )
+
+    def one_by_one() -> Iterator[Reward]:
+        nonlocal place
+        for place, completion in enumerate(completions):
+            restart()
+            try:
+                yield task.reward(own[place], completion)
+            except (Exception, SystemExit) as error:
+                raise RuntimeError(f"the grader of task {task.name!r} raised on {given()}: {error!r}") from error
+
+    many: Callable[..., Sequence[Reward]] | None = getattr(task, "rewards", None)
+    with unlimited() if timeout is None else deadline(timeout, late) as restart:
         try:
-            graded.append(task.reward(problem, completion))
-        except Exception as error:
-            raise RuntimeError(
-                f"the grader of task {task.name!r} raised on problem {problem!r}, completion {completion!r}"
-            ) from error
+            graded = list(one_by_one() if many is None else many(own, completions))
+        except (Exception, SystemExit) as error:
+            if many is None:
+                raise
+            list(one_by_one())  # which of them the grader raises on
+            raise RuntimeError(f"the grader of task {task.name!r} raised on {len(own)} texts together") from error
+        for place, reward in enumerate(graded):  # noqa: B007 (given() names the place)
+            if fault := fault_of(reward):
+                raise ValueError(f"the grader of task {task.name!r} returned {fault} on {given()}")
     return graded
+
+
+def fault_of(reward: Any) -> str | None:
+    """What is wrong with a reward, if anything: every number of it must be finite, also in fp32, and `value` is one."""
+    if not isinstance(reward, Reward):
+        return f"{reward!r}, which is no Reward(value, parsed, breakdown)"
+    if not isinstance(reward.breakdown, Mapping):
+        return f"breakdown={reward.breakdown!r}, which is no mapping of names to numbers"
+    for name, value in {"value": reward.value, "parsed": reward.parsed, **reward.breakdown}.items():
+        if not _is_number(value):
+            return f"{name}={value!r}, which is no number; give a float"
+        if not abs(float(value)) <= FLOAT32_MAX:
+            return f"{name}={value!r}, which is not a finite number of fp32; scale it, or leave it out of the breakdown"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    """Numbers of Python, NumPy and torch (of one element), and truth values."""
+    if isinstance(value, str | bytes):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True

@@ -1,8 +1,9 @@
 """Other people's problems as a task: a data set with TRL-style reward functions."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from dllm_rl.tasks.base import Problem, Reward
@@ -52,13 +53,15 @@ class DatasetTask:
         values = [0.0] * len(problems)
         for label, function, weight in zip(self._labels(), self.reward_funcs, self.weights, strict=True):
             numbers = function(prompts=prompts, completions=told, **columns)
+            if not isinstance(numbers, Sized):
+                raise ValueError(f"reward function {label} returned {numbers!r}, not a list of numbers")
             if len(numbers) != len(problems):
                 raise ValueError(f"reward function {label} returned {len(numbers)} numbers for {len(problems)} texts")
             for place, number in enumerate(numbers):
                 if number is None:
                     continue
-                if not math.isfinite(number):
-                    raise ValueError(f"reward function {label} returned {number} for completion {told[place]!r}")
+                if not isinstance(number, Real) or not math.isfinite(number):
+                    raise ValueError(f"reward function {label} returned {number!r} for completion {told[place]!r}")
                 breakdowns[place][label] = float(number)
                 values[place] += weight * float(number)
         for place, breakdown in enumerate(breakdowns):

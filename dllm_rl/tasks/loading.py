@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -67,6 +67,21 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
             yield f"{path}, line {number}", row
 
 
+def present(row: Mapping[str, Any], name: str) -> Any:
+    """Errors: ValueError when the row lacks the field."""
+    if name not in row:
+        raise ValueError(f"no field {name!r}")
+    return row[name]
+
+
+def text_of(row: Mapping[str, Any], name: str) -> str:
+    """Errors: ValueError when the row lacks the field, or it is no text."""
+    value = present(row, name)
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, not {type(value).__name__}")
+    return value
+
+
 @lru_cache(maxsize=16)
 def load_split(path: str | Path | None, split: str, dataset: tuple[str, str | None]) -> tuple[tuple[str, Row], ...]:
     """The rows of a split: of a file, of the file in a folder whose name holds the split's name, or of a data set
@@ -100,6 +115,7 @@ def _split_file(path: Path, split: str) -> Path:
     return files[0]
 
 
+@lru_cache(maxsize=16)
 def load_problems(
     path: str | Path | None, split: Split, hub: tuple[str, str | None], parse: Callable[[str, Row], tuple]
 ) -> tuple[tuple, ...]:

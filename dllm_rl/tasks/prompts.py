@@ -2,7 +2,9 @@
 
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 Prompt = str | list[dict[str, str]]
 
@@ -43,10 +45,46 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def check_opening(opening: str, *, chat: bool, prompt_format: str | Path) -> None:
-    """Errors: ValueError for an opening where the prompt has no assistant's turn to begin."""
-    if opening and (not chat or prompt_format == "compact"):
-        raise ValueError(f"opening={opening!r} begins the assistant's turn: it needs chat=True and a text prompt")
+class Prompted:
+    """The settings prompt_format, chat and opening of a task, which names them as its fields.
+
+    text          the instruction of prompt_format="text".
+    placeholders  the names that a template must have in braces.
+    A task may also have a format "compact", which it writes itself.
+    """
+
+    text: ClassVar[str]
+    placeholders: ClassVar[tuple[str, ...]]
+    has_compact: ClassVar[bool] = False
+
+    prompt_format: str | Path
+    chat: bool
+    opening: str
+
+    @property
+    def compact(self) -> bool:
+        return self.has_compact and self.prompt_format == "compact"
+
+    def check_prompt(self) -> None:
+        """Errors: ValueError for an opening where no assistant's turn begins, and for a template that is none."""
+        if self.opening and (not self.chat or self.compact):
+            raise ValueError(
+                f"opening={self.opening!r} begins the assistant's turn: it needs chat=True and a text prompt"
+            )
+        if not self.compact:
+            self._template()
+
+    def worded(self, **values: str) -> Prompt:
+        """The template with the values in place of the placeholders."""
+        return fill(self._template(), chat=self.chat, opening=self.opening, **values)
+
+    def _template(self) -> Prompt:
+        return self.text if self.prompt_format == "text" else _loaded(self.prompt_format, self.placeholders)
+
+
+@lru_cache(maxsize=64)
+def _loaded(template: str | Path, needs: tuple[str, ...]) -> Prompt:
+    return load_template(template, needs=needs)
 
 
 def fill(template: Prompt, *, chat: bool, opening: str = "", **values: str) -> Prompt:

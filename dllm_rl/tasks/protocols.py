@@ -1,45 +1,48 @@
 """The tasks by name, and how each is graded under the protocols of the papers. No text is ever evaluated."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from dllm_rl.tasks.base import Problem, Reward, Task
-from dllm_rl.tasks.countdown.graders import countdown_d1, countdown_strict
-from dllm_rl.tasks.countdown.task import Countdown
-from dllm_rl.tasks.math import verify as math_check
-from dllm_rl.tasks.math.graders import (
-    gsm8k_d1,
-    gsm8k_espo,
-    gsm8k_spg,
-    gsm8k_strict,
-    math500_d1,
-    math500_math_verify,
-    math500_strict,
-)
-from dllm_rl.tasks.math.gsm8k import GSM8K
-from dllm_rl.tasks.math.math500 import MATH500
+from dllm_rl.tasks.base import Grader, Problem, Reward, Task
+from dllm_rl.tasks.countdown import Countdown
+from dllm_rl.tasks.countdown import graders as countdown
+from dllm_rl.tasks.math import GSM8K, MATH500
+from dllm_rl.tasks.math import graders as math
 from dllm_rl.tasks.sorting import Mini
-from dllm_rl.tasks.sudoku.graders import sudoku_d1, sudoku_strict
-from dllm_rl.tasks.sudoku.task import Sudoku
+from dllm_rl.tasks.sudoku import Sudoku
+from dllm_rl.tasks.sudoku import graders as sudoku
 
-Grader = Callable[[Mapping[str, Any], str], Reward]
 
-# SPG grades Sudoku, Countdown and MATH500 as d1 does; ESPO grades Sudoku and Countdown as d1 does, mathematics by
-# binary rewards of its own. Their other differences are of prompt, split and training.
-PROTOCOLS: dict[str, dict[str, Grader]] = {
-    "sudoku": {"strict": sudoku_strict, "d1": sudoku_d1, "spg": sudoku_d1, "espo": sudoku_d1},
-    "countdown": {"strict": countdown_strict, "d1": countdown_d1, "spg": countdown_d1, "espo": countdown_d1},
-    "gsm8k": {"strict": gsm8k_strict, "d1": gsm8k_d1, "spg": gsm8k_spg, "espo": gsm8k_espo},
-    "math500": {
-        "strict": math500_strict,
-        "d1": math500_d1,
-        "spg": math500_d1,
-        "espo": math500_math_verify,
-        "math-verify": math500_math_verify,
-    },
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a task by its name.
+
+    task         its class.
+    graders      by protocol; none for a task that is graded by its own reward alone.
+    read_fields  (row, protocol) -> the fields that a grader needs, of a row of stored completions. Errors: ValueError.
+    require      by protocol: raises ImportError when a package that it needs is not installed.
+    prepare      by protocol: (fields, completions) -> None; does the slow part of many grades ahead, in parallel.
+    """
+
+    task: type[Any]
+    graders: Mapping[str, Grader] = field(default_factory=dict)
+    read_fields: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
+    require: Mapping[str, Callable[[], None]] = field(default_factory=dict)
+    prepare: Mapping[str, Callable[[Sequence[Mapping[str, Any]], Sequence[str]], None]] = field(default_factory=dict)
+
+
+# A line a task. SPG grades Sudoku, Countdown and MATH500 as d1 does, ESPO Sudoku and Countdown; their other differences
+# are of prompt, split and training.
+TABLE = {
+    "sudoku": Entry(Sudoku, sudoku.GRADERS, sudoku.read_fields),
+    "countdown": Entry(Countdown, countdown.GRADERS, countdown.read_fields),
+    "gsm8k": Entry(GSM8K, math.GSM8K_GRADERS, math.read_gsm8k),
+    "math500": Entry(MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_NEEDS, math.MATH500_AT_ONCE),
+    "mini": Entry(Mini),
 }
-VERSIONS = {task.name: task.version for task in (Sudoku, Countdown, GSM8K, MATH500)}
+TASKS = {name: entry.task for name, entry in TABLE.items()}
+PROTOCOLS = {name: entry.graders for name, entry in TABLE.items() if entry.graders}
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ class UnderProtocol:
     def reward(self, problem: Problem, completion: str) -> Reward:
         return PROTOCOLS[self.name][self.protocol](problem.fields, completion)
 
+    def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
+        return grade_all(self.name, self.protocol, [problem.fields for problem in problems], completions)
+
 
 def under_protocol(task: Task, protocol: str) -> UnderProtocol:
     """The task as a protocol grades it. Errors: ValueError for a protocol that the task does not have."""
@@ -78,9 +84,21 @@ def find_grader(task: str, protocol: str) -> Grader:
         raise ValueError(f"task={task!r} has no protocols; those that have: {', '.join(PROTOCOLS)}")
     if protocol not in PROTOCOLS[task]:
         raise ValueError(f"protocol={protocol!r} is none of {task}'s: {', '.join(PROTOCOLS[task])}")
-    if PROTOCOLS[task][protocol] is math500_math_verify:
-        math_check.require()
+    if protocol in TABLE[task].require:
+        TABLE[task].require[protocol]()
     return PROTOCOLS[task][protocol]
 
 
-TASKS = {task.name: task for task in (Sudoku, Countdown, GSM8K, MATH500, Mini)}
+def grade_all(
+    task: str, protocol: str, fields: Sequence[Mapping[str, Any]], completions: Sequence[str]
+) -> list[Reward]:
+    """The grades of many completions; completions[i] belongs to fields[i]. Errors: as find_grader."""
+    grader = find_grader(task, protocol)
+    if protocol in TABLE[task].prepare:
+        TABLE[task].prepare[protocol](fields, completions)
+    return [grader(*each) for each in zip(fields, completions, strict=True)]
+
+
+def protocol_names() -> list[str]:
+    """Every protocol, once, in the order of the tasks."""
+    return list(dict.fromkeys(name for graders in PROTOCOLS.values() for name in graders))

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def save(
     check_finite(f"step {step} was not saved", policy, optimizer)
     directory.mkdir(parents=True, exist_ok=True)
     recover_all(directory)
-    final = directory / f"step-{step:06d}"
+    final = folder_of(directory, step)
     with _enough_room(final, policy, optimizer):
         with replacing(final) as partial:
             policy.save_pretrained(partial)
@@ -124,6 +124,28 @@ def check_finite(what: str, policy: Policy, optimizer: torch.optim.Optimizer) ->
     for name, tensor in _tensors(policy, optimizer).items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise FloatingPointError(f"{what}: {name} is not finite; resume from an earlier checkpoint")
+
+
+def folder_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies, or is to lie."""
+    return directory / f"step-{step:06d}"
+
+
+def set_aside(directory: Path, resumed: Path) -> list[Path]:
+    """Rename the checkpoints in `directory` that a run leaves behind when it goes on from `resumed`; returns new paths.
+
+    Those are the later ones, and another of the same step: step-NNNNNN becomes step-NNNNNN.set-aside, or .set-aside-2
+    and so on where that is taken. They are found no more, neither as the newest nor as surplus; nothing is deleted.
+    """
+    step, moved = read_state(resumed)["step"], []
+    for number, folder in reversed(found(directory)):
+        if number > step or (number == step and folder.resolve() != resumed.resolve()):
+            names = (f"{folder.name}.set-aside" + (f"-{n}" if n > 1 else "") for n in count(1))
+            free = next(path for name in names if not (path := folder.with_name(name)).exists())
+            moved.append(folder.rename(free))
+    if (directory / resumed.name).exists():
+        write_text(directory / "latest", resumed.name + "\n")
+    return moved
 
 
 def found(directory: Path) -> list[tuple[int, Path]]:

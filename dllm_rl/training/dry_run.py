@@ -4,12 +4,12 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from dllm_rl.models.base import FamilySpec
+from dllm_rl.models.base import FamilySpec, Module
 from dllm_rl.models.families import find_family
 from dllm_rl.models.loading import build_empty
 from dllm_rl.models.logprobs import CHUNK_ELEMENTS
@@ -40,7 +40,7 @@ def published_config(path_or_id: str | Path) -> dict:
 class MetaPolicy(DiffusionPolicy):
     """A policy without weights or tokenizer: what can be known of it before either is fetched."""
 
-    def __init__(self, module: nn.Module, spec: FamilySpec, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(self, module: Module, spec: FamilySpec, tokenizer: Any) -> None:
         self.module, self.spec, self.tokenizer, self.version, self.lora = module, spec, tokenizer, 0, None
         self.parameters = sum(p.numel() for p in module.parameters())
 
@@ -76,7 +76,7 @@ def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
         )
 
 
-def element_bytes(recipe: Recipe, module: nn.Module) -> int:
+def element_bytes(recipe: Recipe, module: Module) -> int:
     if not isinstance(recipe.model, str):
         return next(module.parameters()).element_size()
     name = module.config.dtype if recipe.dtype == "auto" else recipe.dtype
@@ -131,7 +131,7 @@ def quantisable(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str,
     if recipe.rollout_quantization is None:
         return 0, 0, {}
     kept = skip_reasons(policy.module, recipe.rollout_quantization(), None)
-    layers = {
+    layers: dict[str, Any] = {
         name.removesuffix(".base_layer"): getattr(layer, "base_layer", layer)
         for name, layer in policy.module.named_modules()
         if isinstance(layer, nn.Linear | LoraLinear) and not name.endswith(("lora_A", "lora_B"))

@@ -1,9 +1,10 @@
 """The folder of a run: locked, made, emptied or resumed from."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.config import described, described_defaults
+from dllm_rl.config import described, plain
 from dllm_rl.files import lock, recover, remove
 from dllm_rl.recipe import Recipe
 from dllm_rl.training import checkpoint, manifest
@@ -24,13 +25,15 @@ FREE = {
     "on_save_error",
     "stop_seconds",
     "dry_run",
+    "reward_timeout",
 }
 
 
 def open_folder(recipe: Recipe) -> tuple[Path | None, list[str]]:
     """Lock the run's folder, and make it, or empty it where asked to; returns the checkpoint to resume from, and what
     is to be said of it. Raises ValueError."""
-    directory, notes = Path(recipe.directory), []
+    directory = Path(recipe.directory)
+    notes: list[str] = []
     try:
         lock(directory / LOCK)
     except BlockingIOError as error:
@@ -54,20 +57,23 @@ def open_folder(recipe: Recipe) -> tuple[Path | None, list[str]]:
     folder = checkpoint.locate(recipe.resume_from_checkpoint, directory / "checkpoints", quick=quick, say=notes.append)
     if folder:
         state = checkpoint.read_state(folder)
-        # A field that is newer than the checkpoint had no effect then, as its default has none.
-        before = described_defaults(recipe) | state["recipe"]
+        # A setting that the checkpoint does not know had its default.
+        before = {f.name: plain(f.default) for f in dataclasses.fields(Recipe)} | state["recipe"]
         _check_same_recipe(before, described(recipe))
         _check_schedule(recipe, before, state["step"])
         _check_reference(state, directory / "reference", quick=quick)
+        for path in checkpoint.set_aside(directory / "checkpoints", folder):
+            notes.append(f"set aside, as it is not on the way of the resumed run: {path}")
     return folder, notes
 
 
 def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
+    """Raise ValueError on a setting that differs."""
+    changed = [name for name in now if name not in FREE and before[name] != now[name]]
     if changed:
         name = changed[0]
         raise ValueError(
-            f"{name}={now[name]!r} differs from the checkpoint's {before.get(name)!r}; resume with the same recipe"
+            f"{name}={now[name]!r} differs from the checkpoint's {before[name]!r}; resume with the same recipe"
         )
 
 

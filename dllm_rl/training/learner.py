@@ -14,10 +14,10 @@ from contextlib import contextmanager, nullcontext
 import torch
 from accelerate import Accelerator
 from einops import rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dllm_rl.algorithms.mismatch import mismatch_metrics, symptom_metrics
+from dllm_rl.algorithms.mismatch import PREFIX, group_weights, mismatch_metrics, symptom_metrics
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
 from dllm_rl.distributed import Metrics, local, reduce_metrics, sum_gradients
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
@@ -44,22 +44,43 @@ def learner_forward(recipe: Recipe, policy: Policy, rollout_policy: Policy, acce
         yield
 
 
-def draw_noise(
-    recipe: Recipe, rollout: Rollout, advantages: Float[Tensor, "P G"], step: int, accelerator: Accelerator
-) -> Noise:
-    """The step's masks. Groups without a nonzero advantage contribute no gradient and are not scored.
+def learned_groups(recipe: Recipe, advantages: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
+    """Groups that the update learns from: those with a nonzero advantage; all with a KL term or an entropy bonus."""
+    return (advantages != 0).any(-1) | bool(recipe.beta or recipe.entropy_coeff)
 
-    With a KL term or an entropy bonus, or when no group is left, all are (mismatch is measured at every step). The
-    generator is taken past the seeds of the rows that processes before this one hold.
+
+def measured_groups(recipe: Recipe, advantages: Float[Tensor, "P G"], step: int) -> Float[Tensor, " P"]:
+    """Each group's weight in the step's mismatch metrics, 0 where it is not scored: see `group_weights`.
+
+    All that are learned from are scored, and `mismatch_sample` of the others, drawn from (seed, step) alone, so that
+    any number of processes draws the same.
+    """
+    generator = generator_for(recipe.seed, "mismatch sample", step)
+    return group_weights(learned_groups(recipe, advantages), recipe.mismatch_sample, generator)
+
+
+def draw_noise(
+    recipe: Recipe,
+    rollout: Rollout,
+    advantages: Float[Tensor, "P G"],
+    groups: Float[Tensor, " P"],
+    step: int,
+    accelerator: Accelerator,
+) -> Noise:
+    """The step's masks; groups of weight 0 in `measured_groups` are not scored.
+
+    The generator is taken past the seeds of the rows that processes before this one hold.
     """
     generator = generator_for(recipe.seed, "noise", step)
     row_seeds(generator, accelerator.process_index * len(rollout.tokens))
     noise = recipe.likelihood.draw(rollout, generator)
     noise = recipe.likelihood.with_advantages(noise, local(rearrange(advantages, "p g -> (p g)"), accelerator))
-    live = (advantages != 0).any(-1)
-    if recipe.beta or recipe.entropy_coeff or not live.any():
-        return noise
-    return noise.only(local(repeat(live, "p -> (p g)", g=recipe.num_generations), accelerator))
+    return only_groups(noise, groups > 0, rollout.group_size, accelerator)
+
+
+def only_groups(noise: Noise, chosen: Bool[Tensor, " P"], group_size: int, accelerator: Accelerator) -> Noise:
+    """This process's masks with the other groups not scored; the noise itself where all are chosen."""
+    return noise if chosen.all() else noise.only(local(repeat(chosen, "p -> (p g)", g=group_size), accelerator))
 
 
 def score(
@@ -101,30 +122,44 @@ def correct(
     logps: Logprobs,
     advantages: Float[Tensor, "P G"],
     accelerator: Accelerator,
+    *,
+    groups: Float[Tensor, " P"],
 ) -> tuple[Batch, dict[str, float]]:
     """The batch to learn from, with the corrector's weights and keep mask, and mismatch metrics over all processes.
 
-    The loss's denominators count every row, also those of groups that are not scored.
+    groups  the weights of `measured_groups`: `rollout_corr/*` estimates ALL rows of the step by them. The corrector
+            sees, weighs and takes its statistics from the rows that are learned from alone; those rows' metrics, and
+            the corrector's own under verl's names, are logged as `live/*`.
+
+    The loss's denominators count every row, also those of groups that are not learned from.
     """
-    (rows, width), flat = rollout.tokens.shape, rearrange(advantages, "p g -> (p g)")
+    (rows, width), group_size = rollout.tokens.shape, rollout.group_size
+    chosen, flat = learned_groups(recipe, advantages), rearrange(advantages, "p g -> (p g)")
+    learned, row_weights = (repeat(x, "p -> (p g)", g=group_size) for x in (chosen, groups))
     mask = noise.scored(rollout.completion_mask)
-    parts = (torch.where(mask, logps.old - logps.rollout, 0), mask, logps.old, rollout.tokens)
+    parts = (torch.where(mask, logps.old - logps.rollout, 0), mask, rollout.completion_mask, logps.old, rollout.tokens)
     padded = [accelerator.pad_across_processes(x, dim=1) for x in parts]
-    log_mismatch, everywhere, old, tokens = (accelerator.gather(x) for x in padded)
-    weights, keep, reasons = recipe.corrector.weigh(log_mismatch, flat, everywhere)
-    metrics = mismatch_metrics(log_mismatch, everywhere, old=old, advantages=flat) | reasons
+    log_mismatch, scored, completion, old, tokens = (accelerator.gather(x) for x in padded)
+    metrics = mismatch_metrics(log_mismatch, completion, old=old, advantages=flat, row_weights=row_weights)
+    corrected = scored & learned[:, None]
+    log_mismatch = torch.where(corrected, log_mismatch, 0)
+    weights, keep, reasons = recipe.corrector.weigh(log_mismatch, flat, corrected)
+    metrics |= as_live(reasons)
+    if (corrected & log_mismatch.isfinite()).any():
+        metrics |= as_live(mismatch_metrics(log_mismatch, corrected, old=old, advantages=flat))
+    metrics["live/rollout_rs_masked_fraction"] = 1 - (keep.sum() / corrected.sum().clamp(min=1)).item()
     # Error-token rates need per-token log-probs; ELBO contributions are not, so only repetition is measured.
     exact = recipe.likelihood.exact_for_sampler or recipe.likelihood.attention == ("causal",)
-    metrics |= symptom_metrics(tokens, everywhere, flat, old=old if exact else None)
-    metrics["rollout_corr/rollout_rs_masked_fraction"] = 1 - (keep.sum() / everywhere.sum()).item()
+    metrics |= symptom_metrics(tokens, corrected, flat, old=old if exact else None)
 
-    weights, keep = (local(x, accelerator)[:, :width] for x in (weights, keep))
-    unscored = rollout.completion_mask & ~mask
-    counts = torch.stack([(keep | unscored).sum(), torch.tensor(rows, device=keep.device)])
+    weights, keep, corrected = (local(x, accelerator)[:, :width] for x in (weights, keep, corrected))
+    counts = torch.stack(
+        [(keep | (rollout.completion_mask & ~corrected)).sum(), torch.tensor(rows, device=keep.device)]
+    )
     num_tokens, num_sequences = accelerator.reduce(counts, reduction="sum").tolist()
     return Batch(
         rollout=rollout,
-        noise=noise,
+        noise=only_groups(noise, chosen, group_size, accelerator),
         advantages=local(flat, accelerator),
         old=logps.old,
         old_scores=logps.old_scores,
@@ -134,6 +169,11 @@ def correct(
         num_tokens=num_tokens,
         num_sequences=num_sequences,
     ), metrics
+
+
+def as_live(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics of the rows that are learned from: `rollout_corr/*` under `live/*`, others under their own names."""
+    return {name.replace(PREFIX, "live/"): value for name, value in metrics.items()}
 
 
 def check_version(rollout: Rollout, policy: Policy, *, stale_steps: int = 0) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dllm_rl.screen import escape_controls
+
 
 class RunLog:
     """Owns the run's open files and its screen; silent on all processes but the main one."""
@@ -72,20 +74,22 @@ class RunLog:
             self._board.flush()
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        """Print lines, which may hold foreign text: no markup and no control character in them is obeyed."""
+        self.console.print(escape_controls(text, keep="\n"), markup=False, highlight=False, soft_wrap=True)
 
     def bar(self, description: str, total: int, *, completed: int = 0) -> Callable[..., None]:
         """A progress bar with elapsed and remaining time; returns progress(metrics, show=..., close=...), called once a
         step, which moves the bar, prints the metrics as a line where `show`, and ends the bar when it is full."""
         columns = (
-            TextColumn("{task.description:8}"),
+            TextColumn("{task.description:8}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, disable=not self.main)
-        task = bar.add_task(description, total=total, completed=completed, note="")
+        note = TextColumn("{task.fields[note]}", markup=False)
+        bar = Progress(*columns, note, console=self.console, disable=not self.main)
+        task = bar.add_task(escape_controls(description), total=total, completed=completed, note="")
         if completed < total:
             bar.start()
 

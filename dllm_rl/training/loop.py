@@ -4,8 +4,9 @@ from typing import Any
 
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.recipe import Recipe
+from dllm_rl.screen import escape_controls
 from dllm_rl.training.dry_run import plan
-from dllm_rl.training.learner import correct, draw_noise, learner_forward, score, update
+from dllm_rl.training.learner import correct, draw_noise, learner_forward, measured_groups, score, update
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.run import checkpoint_if_due, finish, start, validate
 from dllm_rl.training.stop import leaving_nothing_behind
@@ -15,7 +16,7 @@ from dllm_rl.training.stop import leaving_nothing_behind
 def train(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe; returns what its summary.json holds. Raises ValueError, before any work, on one that cannot run."""
     if recipe.dry_run:
-        print(text := plan(recipe))
+        print(escape_controls(text := plan(recipe), keep="\n"))
         return {"plan": text}
     run = start(recipe)  # fresh, or from a checkpoint
     policy, rollout_policy, accelerator, log = run.policy, run.rollout_policy, run.accelerator, run.log
@@ -23,12 +24,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
     for step in range(run.first_step, recipe.num_steps):
         rollout, rewards, sampling = collect(recipe, rollout_policy, step, accelerator, log)
         advantages = recipe.advantages(rewards)  # (P, G), of all processes
+        groups = measured_groups(recipe, advantages, step)  # those to learn from, and a sample of the others
 
         with log.stage("scoring"), learner_forward(recipe, policy, rollout_policy, accelerator):
-            noise = draw_noise(recipe, rollout, advantages, step, accelerator)  # masks, shared by every policy
+            noise = draw_noise(recipe, rollout, advantages, groups, step, accelerator)  # shared by every policy
             logps = score(recipe, rollout, noise, policy=policy, rollout_policy=rollout_policy, reference=run.reference)
         with log.stage("update"), learner_forward(recipe, policy, rollout_policy, accelerator):
-            batch, mismatch = correct(recipe, rollout, noise, logps, advantages, accelerator)
+            batch, mismatch = correct(recipe, rollout, noise, logps, advantages, accelerator, groups=groups)
             learning = update(policy, run.optimizer, batch, accelerator, **recipe.update_settings(step))
         with log.stage("sync"):
             sync_weights(policy, rollout_policy)

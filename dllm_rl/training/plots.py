@@ -20,8 +20,10 @@ def plot(directory: Path) -> Path:
 
     rows = read_metrics(directory)
     steps = [row["step"] for row in rows]
-    solved = [name for name in ("rewards/solve_rate/mean", "rewards/accuracy/mean") if rows and name in rows[0]]
-    panels = [
+    solved: list[str] = [
+        name for name in ("rewards/solve_rate/mean", "rewards/accuracy/mean") if rows and name in rows[0]
+    ]
+    panels: list[tuple[str, list[str], str]] = [
         ("reward", ["reward"], "reward"),
         ("training problems solved", solved or ["parsed"], "share"),
         ("mismatch", ["rollout_corr/k3_kl"], "k3 KL, nats"),

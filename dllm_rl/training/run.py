@@ -57,7 +57,7 @@ def start(recipe: Recipe) -> Run:
     stop.last_words = "stopped before the first step: nothing new was saved; start again with the same command"
     check_processes(recipe, accelerator)
     folder, notes = from_main(partial(open_folder, recipe), accelerator)
-    state = checkpoint.read_state(folder) if folder else {"step": 0}
+    state: dict[str, Any] = checkpoint.read_state(folder) if folder else {"step": 0}
     patient = recipe.on_save_error == "continue"
     log = RunLog(Path(recipe.directory), start=state["step"], main=accelerator.is_main_process, patient=patient)
     for note in notes:
@@ -71,6 +71,7 @@ def start(recipe: Recipe) -> Run:
         policy.version, log.seconds = state["version"], state["stages"]
         checkpoint.load_optimizer(folder, policy, optimizer)
         history |= {key: state[key] for key in ("seconds", "eval_before", "warmup_steps")}
+        history["checkpoint"] = str(folder)
     else:
         policy = fresh_policy(recipe, accelerator, log, history)
         optimizer = make_optimizer(recipe, policy)
@@ -162,7 +163,7 @@ def smoke_test(recipe: Recipe, policy: Policy) -> None:
     recipe.likelihood.check(policy)
     problem = recipe.task[0]
     rollout = recipe.sampler(policy, encode(policy, [problem]), generator_for(recipe.seed, "rehearsal"))
-    grade(recipe.task, [problem], decode(policy, rollout))
+    grade(recipe.task, [problem], decode(policy, rollout), timeout=recipe.reward_timeout)
     if recipe.warmup_steps:
         examples(policy, [problem], max_new_tokens=recipe.max_new_tokens)
 
@@ -206,7 +207,7 @@ def save_reference(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> 
 
 def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accelerator) -> dict[str, float]:
     options = {"seed": recipe.seed, "batch_size": recipe.eval_batch_size, "accelerator": accelerator}
-    return evaluate(policy, task, recipe.eval_sampler, **options).means
+    return evaluate(policy, task, recipe.eval_sampler, reward_timeout=recipe.reward_timeout, **options).means
 
 
 def shown(found: dict[str, float]) -> str:
@@ -256,12 +257,14 @@ def save_at_once(run: Run) -> None:
 
 
 def save(run: Run, step: int) -> None:
-    """Checkpoint after `step` steps, by the main process. Raises OSError where it cannot be written and on_save_error
-    is not 'continue'."""
-    from_main(partial(write_checkpoint, run, step), run.accelerator)
+    """Checkpoint after `step` steps, by the main process; `history` gets its folder. Raises OSError where it cannot be
+    written and on_save_error is not 'continue'."""
+    run.history["checkpoint"] = from_main(partial(write_checkpoint, run, step), run.accelerator)
+    run.history["saved"] = step
 
 
-def write_checkpoint(run: Run, step: int) -> None:
+def write_checkpoint(run: Run, step: int) -> str | None:
+    """Returns the folder; None where it could not be written."""
     recipe, history, directory = run.recipe, run.history, Path(run.recipe.directory)
     run.log.flush()
     state = {
@@ -276,7 +279,7 @@ def write_checkpoint(run: Run, step: int) -> None:
     if kept and (directory / "reference" / manifest.NAME).exists():
         state["reference"] = manifest.read(directory / "reference")["sha256"]
     try:
-        checkpoint.save(
+        folder = checkpoint.save(
             directory / "checkpoints",
             step,
             run.policy,
@@ -290,8 +293,8 @@ def write_checkpoint(run: Run, step: int) -> None:
         if recipe.on_save_error == "stop":
             raise
         run.log.say(f"warning: {error.strerror}")
-    else:
-        history["saved"] = step
+        return None
+    return str(folder)
 
 
 def finish(run: Run) -> dict[str, Any]:
@@ -316,7 +319,7 @@ def finish(run: Run) -> dict[str, Any]:
         "warmup_steps": history["warmup_steps"],
         "seed": recipe.seed,
         "num_processes": accelerator.num_processes,
-        "checkpoint": str(saved[-1][1]) if (saved := checkpoint.found(directory / "checkpoints")) else None,
+        "checkpoint": history["checkpoint"],  # the one whose weights were evaluated
         "machine": machine(accelerator),
         "recipe": described(recipe),
     }

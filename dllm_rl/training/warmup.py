@@ -137,8 +137,8 @@ def warm_up(
 
     def draw_noise(step: int) -> tuple[Tensor, Tensor]:
         generator = generator_for(recipe.seed, "warm-up masks", step)
-        drawn = draw_levels(generator, recipe.warmup_batch_size, recipe.max_new_tokens)
-        return tuple(local(x, accelerator) for x in drawn)
+        levels, uniforms = draw_levels(generator, recipe.warmup_batch_size, recipe.max_new_tokens)
+        return local(levels, accelerator), local(uniforms, accelerator)
 
     def draw_problems(step: int) -> list[Problem]:
         chosen = draw_indices(len(recipe.task), recipe.warmup_batch_size, recipe.seed, "warm-up", step)

@@ -1,12 +1,15 @@
 """Advantages against values worked by hand."""
 
+import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import tensor
 from torch.testing import assert_close
 
+from dllm_rl.algorithms import advantages as module
 from dllm_rl.algorithms.advantages import group_relative, informative, leave_one_out
 
 # Two groups of three. Means 2 and 5; centred (-1, 0, 1) and (-4, 0, 4); sample std 1 and sqrt(32/2) = 4.
@@ -34,12 +37,30 @@ def test_leave_one_out():
     assert_close(leave_one_out(REWARDS), tensor([[-1.5, 0.0, 1.5], [-6.0, 0.0, 6.0]]))
 
 
-@pytest.mark.parametrize(
-    "advantages", [group_relative, leave_one_out, lambda r: group_relative(r, scale_rewards="none")]
-)
+EVERY = [partial(group_relative, scale_rewards=by) for by in ("group", "batch", "none")] + [leave_one_out]
+
+
+@pytest.mark.parametrize("advantages", EVERY)
 def test_a_group_of_one_and_a_group_of_equal_rewards_teach_nothing(advantages):
     assert torch.equal(advantages(tensor([[3.0], [7.0]])), torch.zeros(2, 1))
     assert torch.equal(advantages(tensor([[2.0, 2.0, 2.0]])), torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("advantages", EVERY)
+def test_equal_rewards_whose_mean_is_rounded_teach_nothing(advantages):
+    rewards = torch.full((1, 8), 1.2)
+    assert (rewards - rewards.mean(-1, keepdim=True)).abs().min() > 0, "fp32 rounds this mean"
+    assert torch.equal(advantages(rewards), torch.zeros(1, 8))
+    # Beside a group that differs, which keeps its advantages: (1, 3) about 2.
+    found = advantages(torch.cat([rewards, tensor([[1.0, 3.0] * 4])]))
+    assert torch.equal(found[0], torch.zeros(8))
+    assert (found[1, ::2] < 0).all() and torch.equal(found[1, ::2], -found[1, 1::2])
+
+
+def test_every_public_function_of_the_module_is_among_these():
+    public = {n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
+    tested = {f.func.__name__ if isinstance(f, partial) else f.__name__ for f in EVERY}
+    assert {n for n in public if not n.startswith("_")} - {"informative"} == tested
 
 
 def test_a_single_reward_in_the_whole_batch():

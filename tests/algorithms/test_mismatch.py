@@ -1,12 +1,14 @@
 """The mismatch metrics against numbers worked by hand, on the (B=3, T=4) example of the correctors' tests."""
 
 import math
+from collections import Counter
+from itertools import combinations
 
 import pytest
 import torch
 from torch import tensor
 
-from dllm_rl.algorithms.mismatch import mismatch_metrics, repeats, symptom_metrics, weight_metrics
+from dllm_rl.algorithms.mismatch import group_weights, mismatch_metrics, repeats, symptom_metrics, weight_metrics
 
 RHO = tensor([[1, 2, 4, 0.5], [0.25, 1, 8, 100], [1, 1, 100, 100]], dtype=torch.float64)
 MASK = tensor([[True] * 4, [True, True, True, False], [True, True, False, False]])
@@ -111,7 +113,7 @@ def test_agreement_is_exactly_neutral():
     ones |= {"rollout_is_seq_min", "rollout_is_seq_max", "ess", "rho_max", "ppl_ratio"}
     for name, value in values.items():
         short = name.removeprefix("rollout_corr/")
-        if "_ppl" not in short or "diff" in short:
+        if (short != "rows" and "_ppl" not in short) or "diff" in short:
             assert value == (1.0 if short in ones else 0.0), name
             assert math.copysign(1, value) == 1, f"{name} is -0.0"
 
@@ -141,6 +143,76 @@ def test_extreme_ratios_are_clamped_before_exp():
 def test_chi2_of_sequences_clamps_the_sum_before_doubling_it():
     m = mismatch_metrics(tensor([[15.0, 15.0]]), torch.ones(1, 2, dtype=torch.bool))
     assert m["rollout_corr/chi2_seq"] == pytest.approx(math.exp(40))
+
+
+def test_weights_of_groups():
+    weights = lambda learned, sample, seed=0: group_weights(  # noqa: E731
+        tensor(learned, dtype=torch.bool), sample, torch.Generator().manual_seed(seed)
+    ).tolist()
+    found = weights([1, 0, 0, 0, 1], 2)
+    assert found[0] == found[4] == 1 and sorted(found[1:4]) == [0, 1.5, 1.5]
+    assert weights([1, 0, 0, 1], 2) == weights([1, 0, 0, 1], 9) == [1, 1, 1, 1]
+    assert sorted(weights([0, 0, 0, 0, 0], 1)) == [0, 0, 0, 0, 5]
+    assert weights([1, 1], 2) == [1, 1]
+    # Each of the 6 pairs of 4 others a sixth of the time: 100 expected of 600, standard deviation 9.
+    pairs = Counter(tuple(weights([0, 1, 0, 0, 0], 2, seed)) for seed in range(600))
+    assert len(pairs) == 6 and all(60 < n < 140 for n in pairs.values())
+
+
+@pytest.mark.parametrize("live", [(0, 3), ()])
+def test_every_mean_is_unbiased_for_all_rows_over_all_samples_of_the_groups_without_advantage(live):
+    """Six groups of two rows of unequal lengths; two of the others are scored: average over all C(4, 2) or C(6, 2)."""
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    x, old, advantages = 0.7 * draw(12, 5), -1 - draw(12, 5).abs(), torch.zeros(12, dtype=torch.float64)
+    mask = torch.arange(5) < torch.tensor([5, 2, 1, 4, 3, 5, 1, 1, 2, 0, 4, 5])[:, None]  # one row without tokens
+    for group in live:
+        advantages[2 * group : 2 * group + 2] = tensor([1.0, -0.5])
+    measure = lambda weights: mismatch_metrics(x, mask, old=old, advantages=advantages, row_weights=weights)  # noqa: E731
+    every = measure(torch.ones(12))
+    assert every == mismatch_metrics(x, mask, old=old, advantages=advantages)
+    others = [group for group in range(6) if group not in live]
+    samples = []
+    for pair in combinations(others, 2):
+        weights = torch.zeros(6, dtype=torch.float64)
+        weights[list(live)], weights[list(pair)] = 1.0, len(others) / 2
+        hidden = torch.where(weights.repeat_interleave(2)[:, None] > 0, x, math.nan)  # what is not scored is not read
+        found = mismatch_metrics(hidden, mask, old=old, advantages=advantages, row_weights=weights.repeat_interleave(2))
+        assert found == pytest.approx(measure(weights.repeat_interleave(2)))
+        samples.append({name.removeprefix("rollout_corr/"): value for name, value in found.items()})
+    every = {name.removeprefix("rollout_corr/"): value for name, value in every.items()}
+    ratios = {"ess", "rollout_is_std", "rollout_is_eff_sample_size", "rollout_is_seq_std", "rows"}
+    extremes = {name for name in every if name.endswith(("max", "min", "max_deviation"))}
+    for name in every.keys() - ratios - extremes:
+        mean = sum(sample[name] for sample in samples) / len(samples)
+        assert mean == pytest.approx(every[name], rel=1e-9, abs=1e-12), name
+    assert len({sample["k3_kl"] for sample in samples}) == len(samples), "the sample must matter"
+    for sample in samples:
+        assert 0 < sample["ess"] <= 1 and 0 < sample["rollout_is_eff_sample_size"] <= 1
+        assert sample["rho_max"] <= every["rho_max"]
+        if live:  # advantage 0 contributes nothing: these have no sampling error at all
+            assert sample["contribution_positive"] == pytest.approx(every["contribution_positive"])
+    assert max(sample["rho_max"] for sample in samples) == every["rho_max"]
+
+
+def test_a_sample_of_rows_that_agree_is_exactly_neutral():
+    mask = torch.arange(4) < torch.tensor([4, 1, 3, 2, 2, 4])[:, None]
+    x, weights = torch.zeros(6, 4), tensor([1.0, 1.0, 2.0, 2.0, 0.0, 0.0])
+    x[4:] = 9.0  # not scored: must not be read
+    exact = {"ess": 1, "rollout_is_mean": 1, "rollout_is_std": 0, "rollout_is_seq_mean": 1, "rollout_is_seq_std": 0}
+    exact |= {"rollout_is_eff_sample_size": 1, "ppl_ratio": 1, "k3_kl": 0, "chi2_token": 0, "chi2_seq": 0, "rows": 4}
+    found = mismatch_metrics(x, mask, row_weights=weights)
+    assert {name: found[f"rollout_corr/{name}"] for name in exact} == exact
+
+
+def test_nonfinite_ratios_in_a_sample_count_by_weight():
+    # Rows of 2, 2, 2 tokens weigh 1, 2, 0: one bad token in the second is two of six, and four finite ones remain.
+    x = tensor([[LN2, LN2], [math.inf, -LN2], [5.0, 5.0]], dtype=torch.float64)
+    found = mismatch_metrics(x, torch.ones(3, 2, dtype=torch.bool), row_weights=tensor([1.0, 2.0, 0.0]))
+    assert found["rollout_corr/nonfinite_fraction"] == pytest.approx(2 / 6)
+    assert found["rollout_corr/kl"] == pytest.approx(-(2 * LN2 - 2 * LN2) / 4, abs=1e-15)
+    assert found["rollout_corr/abs_log_ratio_mean"] == pytest.approx((2 * LN2 + 2 * LN2) / 4)
+    assert found["rollout_corr/log_ppl_abs_diff"] == pytest.approx((LN2 + 2 * LN2) / 3)
 
 
 def test_repeats():

@@ -1,5 +1,8 @@
 """The benchmarks' ways of doing one thing do the same thing (in this process, at the smallest size)."""
 
+import subprocess
+import sys
+
 import pytest
 
 from benchmarks import learner, measure, scoring
@@ -35,3 +38,10 @@ def test_peak_memory_is_that_of_the_run():
 
 def test_table_is_markdown():
     assert measure.table([{"a": 1, "b": 2.5}]) == "| a | b |\n| --- | --- |\n| 1 | 2.5 |"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["learner", "linear", "scoring", "sync"])
+def test_every_benchmark_runs(name):
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--smoke"], capture_output=True, text=True)
+    assert (done.returncode == 0 and done.stdout.count("|") > 10) or "steps" in done.stdout, done.stderr

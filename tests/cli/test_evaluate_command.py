@@ -77,7 +77,9 @@ def test_json_says_what_was_evaluated_and_how(model, capsys, tmp_path):
 def test_several_lengths_give_a_table_and_a_file_each(model, capsys, tmp_path):
     options = ("--task", "countdown", "--lengths", "8,12", "--num_steps", "2,3", "--limit", 4, "--output_dir", tmp_path)
     text = output(capsys, "evaluate", model, *options)
-    assert "countdown (version 1), protocol strict, test split, seed 0, 4 problems x 1" in " ".join(text.split())
+    assert f"countdown (version {Countdown.version}), protocol strict, test split, seed 0, 4 problems x 1" in " ".join(
+        text.split()
+    )
     assert "8 tokens, 2 steps" in text and "12 tokens, 3 steps" in text
     assert "accuracy" in text and "[0.000, 0.490]" in text  # Wilson's interval of none in four
     assert sorted(path.name for path in tmp_path.iterdir()) == [

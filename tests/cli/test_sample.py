@@ -71,11 +71,6 @@ def test_frame_dims_what_is_masked_and_lights_what_is_fresh(policy):
     assert "step 2, 1 masked" in text
 
 
-def test_terminal_text_cannot_steer_the_terminal():
-    assert show.escape_controls("a\x1b[2J\x07\nb\r\u202e\x9b") == "a\u241b[2J\u2407↵b\u240d\ufffd\ufffd"
-    assert show.escape_controls("naïve 数独 ✓") == "naïve 数独 ✓"
-
-
 def test_page_keeps_text_out_of_its_markup():
     token = {"id": 1, "text": HOSTILE, "step": 0, "probability": 0.5}
     text = page({"facts": HOSTILE, "rows": [{"prompt": HOSTILE, "completion": HOSTILE, "tokens": [token]}]})

@@ -5,8 +5,11 @@ import json
 import pytest
 
 from dllm_rl.evaluation.intervals import wilson
-from dllm_rl.evaluation.regrade import grade_file, summarise
-from dllm_rl.tasks import Reward
+from dllm_rl.evaluation.regrade import grade_file
+from dllm_rl.evaluation.results import Evaluation, Graded
+from dllm_rl.tasks import Problem, Reward, Sudoku
+from dllm_rl.tasks.base import addends
+from dllm_rl.tasks.protocols import PROTOCOLS, under_protocol
 
 GRID, PUZZLE = "1234341221434321", "1234341200430021"
 EASY = "1234341221434320"  # one blank
@@ -18,21 +21,26 @@ def write(path, rows) -> str:
 
 
 def test_countdown(tmp_path) -> None:
-    texts = ["<answer>3*4+5</answer>", "3*4+5 = 17", "<answer>3+4+5</answer>", "no"]
+    texts = ["\\boxed{3*4+5}", "<answer>3*4+5 = 17</answer>", "\\boxed{3+4+5}", "no"]
     rows = [{"completion": text, "numbers": [3, 4, 5], "target": 17, "seed": 1} for text in texts]
     path = write(tmp_path / "a.jsonl", rows)
     graded = grade_file(path, task="countdown", protocol="d1")
     assert graded == {
         "task": "countdown",
-        "version": "1",
+        "version": "2",
         "protocol": "d1",
         "n": 4,
         "parsed": 0.75,
         "parsed_interval": list(wilson(3, 4)),
         "accuracy": 0.5,
         "accuracy_interval": list(wilson(2, 4)),
+        "undecided": 0.0,
+        "undecided_interval": list(wilson(0, 4)),
     }
     assert grade_file(path, task="countdown")["accuracy"] == 0.25  # strict: no "= 17" behind
+    rows[3]["completion"] = "\\boxed{3**4**5**99}"
+    graded = grade_file(write(tmp_path / "a.jsonl", rows), task="countdown", protocol="d1")
+    assert (graded["accuracy"], graded["undecided"]) == (0.5, 0.25)
     json.dumps(graded)
 
 
@@ -73,6 +81,17 @@ def test_mathematics(tmp_path) -> None:
     rows = [{"completion": f"\\boxed{{{text}}}", "answer": "2"} for text in ("1+1", "9^{9^{9^9}}", "3", "2.0")]
     found = grade_file(write(tmp_path / "c.jsonl", rows), task="math500", protocol="math-verify")
     assert (found["accuracy"], found["undecided"], found["parsed"]) == (0.5, 0.25, 1.0)
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math500"])
+def test_a_null_answer_is_graded_wrong_and_counted(tmp_path, task: str) -> None:
+    """As d1 counts them: of all rows, they cannot be right."""
+    rows = [{"completion": "\\boxed{42}", "answer": answer} for answer in ("42", None, "42", None, "41")]
+    path = write(tmp_path / "a.jsonl", rows)
+    for protocol in PROTOCOLS[task]:
+        found = grade_file(path, task=task, protocol=protocol)
+        assert (found["n"], found["no_answer"], found["accuracy"], found["parsed"]) == (5, 2, 0.4, 1.0)
+    assert "no_answer" not in grade_file(write(tmp_path / "b.jsonl", rows[:1]), task=task)
 
 
 GOOD = {
@@ -144,9 +163,24 @@ def test_a_line_separator_of_unicode_does_not_end_a_row(tmp_path) -> None:
     assert grade_file(tmp_path / "a.jsonl", task="gsm8k")["accuracy"] == 1.0
 
 
-def test_summary_of_a_training_reward() -> None:
-    """Without counted cells the cell accuracy is a mean over problems."""
-    rewards = [Reward(0.0, True, {"solve_rate": s, "cell_accuracy": c}) for s, c in ((1.0, 1.0), (0.0, 0.25))]
-    shown = summarise(rewards)
-    assert (shown["n"], shown["solve_rate"], shown["cell_accuracy"]) == (2, 0.5, 0.625)
-    assert shown["cell_accuracy_interval"] == [0.25, 1.0]
+def test_cell_accuracy_is_one_number_under_every_reward() -> None:
+    """3 of 4 empty cells and 1 of 1: 4 of 5 of the set, where the mean of the puzzles' shares is 7/8."""
+    rows = [(PUZZLE, GRID[:8] + "3" + GRID[9:]), (EASY, GRID)]
+    problems = [Problem("", {"puzzle": puzzle, "solution": GRID}) for puzzle, _ in rows]
+    tasks = [Sudoku(), Sudoku(reward_rule="d1"), *(under_protocol(Sudoku(), name) for name in ("strict", "d1"))]
+    for task in tasks:
+        answers = [
+            Graded(i, 0, task.reward(problem, f"<answer>{cells}</answer>" if task is tasks[1] else cells))
+            for i, (problem, (_, cells)) in enumerate(zip(problems, rows, strict=True))
+        ]
+        found = Evaluation(tuple(answers), {})
+        assert found.means["cell_accuracy"] == found.summary["cell_accuracy"] == 4 / 5
+        assert not {"correct_cells", "empty_cells"} & set(found.summary)
+
+
+def test_what_a_completion_adds_to_a_mean() -> None:
+    counts = {"correct_cells": 3.0, "empty_cells": 4.0}
+    added = addends(Reward(2.5, False, {"solve_rate": 0.0, "cell_accuracy": 0.75, **counts}))
+    assert added == {"reward": (2.5, 1.0), "parsed": (0.0, 1.0), "solve_rate": (0.0, 1.0), "cell_accuracy": (3.0, 4.0)}
+    assert addends(Reward(0.0, True, {"cell_accuracy": 0.75}))["cell_accuracy"] == (0.75, 1.0)
+    assert addends(Reward(0.0, True, counts))["correct_cells"] == (3.0, 1.0)

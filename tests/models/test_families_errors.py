@@ -1,14 +1,16 @@
 """What a user can get wrong with a checkpoint: one line that names the field, what was found, the remedy."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from layouts import MASK, checkpoint, llada, llada2, llada_moe, published, write
+from layouts import MASK, checkpoint, llada, llada2, llada_moe, published, tokenizer, write
 from safetensors.torch import load_file, save_file
 
 from dllm_rl import Prompts, autoregress, load_policy, unmask
-from dllm_rl.models.loading import load_tokenizer
+from dllm_rl.models.families import DREAM, LLADA, LLADA2, LLADA_MOE, SDAR
+from dllm_rl.models.loading import find_mask_id, load_tokenizer
 from dllm_rl.models.policy import make_policy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 
@@ -100,11 +102,44 @@ def test_mask_tokens(tmp_path):
         load_policy,
         write(tmp_path / "a", config | {"mask_token_id": 400}, state),
     )
-    del config["mask_token_id"]  # then the family's own id, which a vocabulary of 40 has no room for
-    refused("mask_token_id=126336 is outside the vocabulary of 40", load_policy, write(tmp_path / "b", config, state))
+    del config["mask_token_id"]
+    remedy = "of 40 tokens (the llada default 126336 belongs to a vocabulary of 126464); set mask_token_id in"
+    refused(remedy, load_policy, write(tmp_path / "b", config, state))
     assert load_policy(write(tmp_path / "c", config, state, mask=True)).spec.mask_id == MASK  # the tokenizer's
     folder = write(tmp_path / "d", config | {"mask_token_id": 38}, state, mask=True)
     refused("mask_token_id=38 in the config, but the tokenizer's mask token '<mask>' is 39", load_policy, folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "found"),
+    [
+        (LLADA, 126464, 126336),
+        (LLADA_MOE, 157184, 156895),
+        (LLADA2, 157184, 156895),
+        (DREAM, 152064, 151666),
+        (SDAR, 151936, 151669),
+    ],
+)
+def test_a_familys_mask_id_goes_with_its_own_vocabulary_alone(family, size, found):
+    """126336 is a word in a LLaDA's vocabulary of 155,136 tokens, whose mask is 5."""
+    config = SimpleNamespace(vocab_size=size)
+    assert find_mask_id(config, tokenizer(), family) == found
+    for other in (155136, size + 64):
+        config.vocab_size = other
+        words = f"(the {family.name} default {found} belongs to a vocabulary of {size})"
+        refused(words, find_mask_id, config, tokenizer(), family)
+    config.mask_token_id = 5  # what the config says comes first
+    assert find_mask_id(config, tokenizer(), family) == 5
+
+
+def test_a_token_with_the_familys_name_for_the_mask():
+    """A tokenizer that lists the token but declares no mask token knows its id better than the family does."""
+    named = tokenizer()
+    named.add_tokens(["<|mdm_mask|>"], special_tokens=True)
+    number = named.convert_tokens_to_ids("<|mdm_mask|>")
+    assert number == 39 and named.mask_token is None
+    assert find_mask_id(SimpleNamespace(vocab_size=126464), named, LLADA) == number
+    refused("neither in the config nor in the tokenizer", find_mask_id, SimpleNamespace(vocab_size=126464), named, SDAR)
 
 
 def test_a_masked_model_whose_tokenizer_has_no_mask():

@@ -26,6 +26,8 @@ class TablePolicy:
         self.spec = FamilySpec("table", "full", mask_id=MASK)
         self.tokenizer, self.module, self.version = SimpleNamespace(pad_token_id=0), None, 7
         self.device, self.vocab_size, self.pad_id = torch.device("cpu"), 4, 0
+        self.lora = self.quantization = self.quantization_report = None
+        self.to = self.save_pretrained = self.reference = None  # nothing here asks for them
 
     def hidden(self, tokens, attention_mask):
         state = (tokens[:, 1:] * torch.tensor([16, 4, 1])).sum(-1)

@@ -20,7 +20,8 @@ class TablePolicy:
         self.table = scale * torch.randn((words + 1) ** length, length, self.vocab_size, generator=generator)
         self.spec = replace(DIFFUSION_LM, mask_id=self.mask_id)
         self.device, self.version, self.forwards = torch.device("cpu"), 0, []
-        self.module, self.tokenizer = None, None
+        self.module, self.tokenizer, self.pad_id = None, None, words + 2
+        self.lora = self.quantization = self.quantization_report = None
 
     def hidden(self, tokens, attention_mask):
         """The logits themselves; the head passes them on."""
@@ -37,6 +38,15 @@ class TablePolicy:
     def logits(self, tokens, attention_mask, positions=None):
         hidden = self.hidden(tokens, attention_mask)
         return hidden if positions is None else hidden[positions]
+
+    def to(self, device):
+        return self
+
+    def save_pretrained(self, directory, *, max_shard_size=None):
+        raise NotImplementedError
+
+    def reference(self):
+        raise NotImplementedError
 
     def rollout(self, tokens, *, prompt: int = 1, group_size: int = 1, **changes) -> Rollout:
         """Completions (B, length) behind `prompt` prompt tokens."""

@@ -102,8 +102,8 @@ LONG = [piece * (10**6 // len(piece)) for piece in PIECES] + [
 
 @pytest.mark.parametrize(("task", "grader"), GRADERS, ids=NAMES)
 def test_a_million_characters_take_under_50_ms(task: str, grader) -> None:
-    """Processor time, best of three: the machine may be busy with other things. That of math-verify's own process is
-    bounded otherwise, in test_tasks_maths.py."""
+    """Processor time, best of three: the machine may be busy with other things. That of math-verify's own processes is
+    bounded otherwise, in test_verify.py."""
     slowest = 0.0
     for text in LONG:
         spent = []

@@ -7,7 +7,7 @@ import pytest
 
 from dllm_rl.tasks import Countdown, Mini, Problem, Sudoku
 from dllm_rl.tasks.math.graders import gsm8k_d1_training
-from dllm_rl.tasks.protocols import PROTOCOLS, VERSIONS, find_grader, under_protocol
+from dllm_rl.tasks.protocols import PROTOCOLS, TABLE, TASKS, find_grader, protocol_names, under_protocol
 from dllm_rl.tasks.sudoku.graders import sudoku_d1_training
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parents[1] / "golden" / "graded.jsonl").open()]
@@ -21,7 +21,14 @@ def test_golden_grades(row: dict) -> None:
     graded = find_grader(row["task"], row["protocol"])(fields, row["completion"])
     assert (graded.value, graded.parsed) == (row["value"], row["parsed"])
     assert dict(graded.breakdown) == row["breakdown"]
-    assert VERSIONS[row["task"]] == row["version"]
+    assert TASKS[row["task"]].version == row["version"]
+
+
+def test_the_table_has_a_line_for_each_task() -> None:
+    assert list(TABLE) == ["sudoku", "countdown", "gsm8k", "math500", "mini"]
+    assert all(entry.task.name == name for name, entry in TABLE.items())
+    assert all((entry.read_fields is None) == (not entry.graders) for entry in TABLE.values())
+    assert protocol_names() == ["strict", "d1", "spg", "espo", "math-verify"]
 
 
 def test_every_protocol_has_a_right_and_a_wrong_completion() -> None:
@@ -44,7 +51,9 @@ def test_a_task_under_a_protocol() -> None:
     task = under_protocol(Countdown(size=5, prompt_format="text"), "d1")
     assert (task.name, task.version, len(task)) == ("countdown", Countdown.version, 5)
     assert task[3] == Countdown(size=5, prompt_format="text")[3]
-    assert task.reward(task[3], task[3].solution).value == 1.0
+    assert task.reward(task[3], task[3].solution).value == 0.0  # its tags; d1 wants a box
+    expression = task[3].solution.removeprefix("<answer>").removesuffix("</answer>")
+    assert task.reward(task[3], f"\\boxed{{{expression}}}").value == 1.0
     grid = under_protocol(Sudoku(size=5), "strict")
     assert grid.reward(grid[0], grid[0].solution).breakdown["solve_rate"] == 1.0
 

@@ -47,6 +47,10 @@ def test_d1s_countdown_problems() -> None:
     for problem in graded:
         expression = solve(problem.fields["numbers"], problem.fields["target"])
         assert expression is not None  # every one of them can be solved
-        for text in (f"<answer>{expression}</answer>", f"so \\boxed{{{expression} = {problem.fields['target']}}}"):
+        box = f"\\boxed{{{expression}}}"
+        for text in (f"<answer>{box}</answer>", f"so \\boxed{{{expression} = {problem.fields['target']}}}"):
             assert graded.reward(problem, text).value == 1.0
-        assert graded.reward(problem, f"<answer>{expression}+0</answer>").value == 0.0
+        assert graded.reward(problem, f"\\boxed{{{expression}+0}}").value == 0.0
+        assert (
+            graded.reward(problem, f"<answer>{expression}</answer>").value == 0.0
+        )  # d1 reads all of a text without box

@@ -133,24 +133,29 @@ def test_the_problems_themselves_are_pinned() -> None:
 PUZZLE = "1234341200430021"
 
 
+def cells(correct: int) -> dict[str, float]:
+    """The counts of a grade of PUZZLE, which has four empty cells."""
+    return {"correct_cells": float(correct), "empty_cells": 4.0}
+
+
 def test_reward_worked_by_hand() -> None:
     assert completions(PUZZLE) == (GRID,)
     task = Sudoku()
     right = task.reward(problem(PUZZLE), GRID)
     assert (right.value, right.parsed) == (1 + 4 * 16 / 16, True)
-    assert right.breakdown == {"solve_rate": 1.0, "cell_accuracy": 1.0, "givens_kept": 1.0}
+    assert right.breakdown == {"solve_rate": 1.0, "cell_accuracy": 1.0, **cells(4), "givens_kept": 1.0}
 
     one_wrong = task.reward(problem(PUZZLE), GRID[:8] + "3" + GRID[9:])  # an empty cell
     assert (one_wrong.value, one_wrong.parsed) == (4 * 15 / 16, True)
-    assert one_wrong.breakdown == {"solve_rate": 0.0, "cell_accuracy": 3 / 4, "givens_kept": 1.0}
+    assert one_wrong.breakdown == {"solve_rate": 0.0, "cell_accuracy": 3 / 4, **cells(3), "givens_kept": 1.0}
 
     given_broken = task.reward(problem(PUZZLE), "2" + GRID[1:])
     assert given_broken.value == 4 * 15 / 16
-    assert given_broken.breakdown == {"solve_rate": 0.0, "cell_accuracy": 1.0, "givens_kept": 11 / 12}
+    assert given_broken.breakdown == {"solve_rate": 0.0, "cell_accuracy": 1.0, **cells(4), "givens_kept": 11 / 12}
 
     copied = task.reward(problem(PUZZLE), PUZZLE)  # zeros are no digits of the game
     assert (copied.value, copied.parsed) == (4 * 12 / 16, False)
-    assert copied.breakdown == {"solve_rate": 0.0, "cell_accuracy": 0.0, "givens_kept": 1.0}
+    assert copied.breakdown == {"solve_rate": 0.0, "cell_accuracy": 0.0, **cells(0), "givens_kept": 1.0}
 
     weighted = Sudoku(solved_weight=2.0, match_weight=0.5)
     assert weighted.reward(problem(PUZZLE), GRID).value == 2.5
@@ -198,7 +203,8 @@ HOSTILE = ["", "<|endoftext|>" * 9, "\uff11\uff12\uff13\uff14" * 4, "\x00" * 16,
 def test_text_without_digits_scores_nothing(text: str) -> None:
     reward = Sudoku().reward(problem(PUZZLE), text)
     assert (reward.value, reward.parsed) == (0.0, False)
-    assert set(reward.breakdown.values()) == {0.0}
+    zero = dict.fromkeys(("solve_rate", "cell_accuracy", "givens_kept"), 0.0)
+    assert reward.breakdown == {**zero, **cells(0)}
 
 
 def test_an_unreadable_character_costs_its_own_cell_only() -> None:
@@ -274,7 +280,9 @@ def test_any_text_gets_a_finite_grade(text: str) -> None:
         reward = task.reward(problem(PUZZLE), text)
         stripped = "".join(text.split())[:16]
         assert 0.0 <= reward.value <= 5.0
-        assert all(0.0 <= number <= 1.0 for number in reward.breakdown.values())
+        assert reward.breakdown["empty_cells"] == 4.0
+        assert all(0.0 <= n <= 1.0 for name, n in reward.breakdown.items() if name not in cells(0))
+        assert reward.breakdown["correct_cells"] == 4.0 * reward.breakdown["cell_accuracy"]
         if task.prompt_format == "compact":
             assert reward.breakdown["solve_rate"] == (stripped == GRID)
             assert reward.parsed == (len(stripped) == 16 and set(stripped) <= set("1234"))

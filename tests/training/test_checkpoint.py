@@ -37,6 +37,73 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert [step for step, _ in checkpoint.found(tmp_path / "checkpoints")] == [4, 5]
 
 
+def state_of(folder: Path) -> dict:
+    return json.loads((folder / "state.json").read_text())
+
+
+def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, capsys):
+    every = {"num_steps": 5, "save_steps": 1, "save_total_limit": 9}
+    train(tiny_recipe(tmp_path, **every))
+    folder, before = tmp_path / "checkpoints", {}
+    for step, path in checkpoint.found(folder):
+        before[step] = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    capsys.readouterr()
+    # Three steps in all: with the abandoned 4 and 5 still in place, a limit of 1 would delete the step 3 just written.
+    resume = {
+        "num_steps": 3,
+        "lr_schedule_steps": 5,
+        "save_steps": 1,
+        "save_total_limit": 1,
+        "resume_from_checkpoint": str(folder / "step-000002"),
+    }
+    summary = train(tiny_recipe(tmp_path, **resume))
+    assert summary["checkpoint"] == str(folder / "step-000003") and state_of(Path(summary["checkpoint"]))["step"] == 3
+    assert [step for step, _ in checkpoint.found(folder)] == [3]
+    said = capsys.readouterr().out.replace("\n", "")
+    for step in (3, 4, 5):
+        aside = folder / f"step-00000{step}.set-aside"
+        assert str(aside) in said
+        assert {file.name: file.read_bytes() for file in aside.iterdir() if file.is_file()} == before[step]
+    # One that was set aside can be gone on from, and another of its step is set aside in turn, under a free name.
+    train(tiny_recipe(tmp_path, **every, resume_from_checkpoint="latest"))
+    again = {"resume_from_checkpoint": str(folder / "step-000004.set-aside")}
+    summary = train(tiny_recipe(tmp_path, **every, **again))
+    assert [step for step, _ in checkpoint.found(folder)] == [3, 5] and summary["checkpoint"] == str(
+        folder / "step-000005"
+    )
+    assert {path.name for path in folder.glob("*-2")} == {"step-000004.set-aside-2", "step-000005.set-aside-2"}
+
+
+def test_a_finished_run_that_is_resumed_names_the_checkpoint_that_it_evaluates(tmp_path):
+    train(tiny_recipe(tmp_path, num_steps=3, save_steps=1, save_total_limit=9))
+    folder = tmp_path / "checkpoints"
+    summary = train(
+        tiny_recipe(tmp_path, num_steps=2, lr_schedule_steps=3, resume_from_checkpoint=str(folder / "step-000002"))
+    )
+    assert summary["checkpoint"] == str(folder / "step-000002")
+    assert checkpoint.locate("latest", folder) == folder / "step-000002"
+
+
+def test_a_checkpoint_from_before_a_setting_existed_had_its_default(tmp_path):
+    train(tiny_recipe(tmp_path, num_steps=1))
+    file = tmp_path / "checkpoints/step-000001/state.json"
+    state = json.loads(file.read_text())
+    del state["recipe"]["mismatch_sample"], state["format"]
+    file.write_text(json.dumps(state))
+    (file.parent / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="mismatch_sample=3 differs from the checkpoint's 2"):
+        train(
+            tiny_recipe(tmp_path, num_steps=2, lr_schedule_steps=1, mismatch_sample=3, resume_from_checkpoint="latest")
+        )
+    train(tiny_recipe(tmp_path, num_steps=2, lr_schedule_steps=1, resume_from_checkpoint="latest"))
+
+
+def test_resuming_the_newest_sets_nothing_aside(tmp_path):
+    train(tiny_recipe(tmp_path, num_steps=2, save_steps=1))
+    train(tiny_recipe(tmp_path, num_steps=3, lr_schedule_steps=2, save_steps=1, resume_from_checkpoint="latest"))
+    assert not list((tmp_path / "checkpoints").glob("*set-aside*"))
+
+
 def test_a_half_written_folder_is_no_checkpoint(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=1))
     (tmp_path / "checkpoints" / ".partial-000009-1").mkdir()

@@ -16,7 +16,8 @@ from dllm_rl.algorithms.losses import constant, kl_k1, kl_k2, sequence, token
 from dllm_rl.distributed import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.models.tokens import decode
-from dllm_rl.quantization.schemes import float8_weight_only
+from dllm_rl.quantization.schemes import float8_weight_only, int3_emulated
+from dllm_rl.training.learner import measured_groups
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.loop import train
 from dllm_rl.training.plots import read_metrics
@@ -169,8 +170,42 @@ def test_a_batch_without_any_advantage_still_measures_mismatch(tmp_path):
     summary = train(before)
     (row,) = metrics_of(tmp_path)
     assert row["rollout_corr/k3_kl"] > 0 and row["grad_norm"] == 0
+    assert row["rollout_corr/rows"] == 2 * 4 and not any(name.startswith("live/k3") for name in row)
+    assert row["ais/lambda"] == 0, "there is nothing to correct"
     untouched = before.model().module.state_dict()
     assert all(torch.equal(value, untouched[name]) for name, value in weights_of(summary).items())
+
+
+def test_mismatch_is_that_of_all_rows_whatever_the_number_of_live_ones(tmp_path):
+    """Six groups of which one is live: all scored by a KL term of weight 1e-30, or as a sample of every other group."""
+    changes = {"advantages": one_live_group, "train_batch_size": 6, "num_steps": 1}
+    changes["rollout_quantization"] = int3_emulated
+    train(tiny_recipe(tmp_path / "all", beta=1e-30, kl=kl_k1, **changes))
+    train(tiny_recipe(tmp_path / "five", mismatch_sample=5, **changes))
+    train(tiny_recipe(tmp_path / "two", **changes))
+    every, five, two = (metrics_of(tmp_path / name)[0] for name in ("all", "five", "two"))
+    shared = [name for name in every if name.startswith("rollout_corr/")]
+    assert {name: five[name] for name in shared} == pytest.approx({name: every[name] for name in shared}, rel=1e-4)
+    assert [row["rollout_corr/rows"] for row in (every, five, two)] == [24, 24, 12]
+    assert [row["live/rows"] for row in (every, five, two)] == [24, 4, 4]
+    assert five["live/k3_kl"] == two["live/k3_kl"] != pytest.approx(five["rollout_corr/k3_kl"], rel=1e-3)
+    assert two["rollout_corr/k3_kl"] != pytest.approx(five["rollout_corr/k3_kl"], rel=1e-3), "an estimate, not the mean"
+    # The corrector's own statistics are of the rows that it corrects, however many others are measured.
+    lam = [row["ais/lambda"] for row in (every, five, two)]
+    assert lam[1] == lam[2] != pytest.approx(lam[0], rel=1e-3)
+    assert five["loss"] == two["loss"] and five["grad_norm"] == two["grad_norm"]
+
+
+def test_the_sample_of_groups_depends_on_seed_and_step_alone(tmp_path):
+    recipe, advantages = tiny_recipe(tmp_path, seed=3), torch.zeros(32, 4)
+    advantages[5] = torch.tensor([1.0, -1.0, 0.0, 0.0])
+    found = [measured_groups(recipe, advantages, step) for step in (0, 0, 1)]
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert found[0][5] == 1 and sorted(found[0].tolist())[-3:] == [1, 15.5, 15.5] and found[0].sum() == 32
+    assert not torch.equal(found[0], measured_groups(replace(recipe, seed=4), advantages, 0))
+    assert measured_groups(replace(recipe, beta=0.1), advantages, 0).tolist() == [1.0] * 32
+    with pytest.raises(ValueError, match="mismatch_sample=0 must be at least 1"):
+        replace(recipe, mismatch_sample=0)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def launch(directory, *launcher, recipe="sudoku_tiny", more=()):
     [
         ("sudoku_tiny", []),
         ("sudoku_tiny_ar", []),
+        ("sudoku_tiny", ["--sampler.temperature", "0.2", "--num_generations", "2", "--mismatch_sample", "1"]),
         ("sudoku_tiny", ["--likelihood", "coupled", "--beta", "0.1", "--num_iterations", "2"]),
         ("sudoku_tiny", ["--max_num_gen_batches", "3", "--num_generations", "2", "--entropy_coeff", "0.01"]),
     ],
@@ -47,6 +48,8 @@ def test_two_processes_equal_one(tmp_path, recipe, more):
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=2e-3, abs=2e-5)
     assert one[0]["loss"] != 0
+    if "--mismatch_sample" in more:  # some groups are left out, the same ones
+        assert any(0 < row["live/rows"] < row["rollout_corr/rows"] < 16 for row in one)
     if "--max_num_gen_batches" in more:
         assert one[0]["dynamic_sampling/draws"] > 1
 

@@ -27,13 +27,12 @@ class Value:
     numbers: tuple[int, ...]
 
 
-def evaluate(text: str, *, lines: bool = True) -> Value | None:
+def evaluate(text: str) -> Value | None:
     """The exact value of an expression; None for anything else, for a division by zero, and beyond the bounds.
 
     As in Python an integer has no leading zero, ** and // are no operators here, and juxtaposition is no product.
-    With lines=False a line break outside parentheses ends the expression, as it does in Python; it is then refused.
     """
-    tokens = _tokens(text, lines)
+    tokens = _tokens(text)
     if not tokens:
         return None
     reader = _Reader(tokens)
@@ -43,19 +42,18 @@ def evaluate(text: str, *, lines: bool = True) -> Value | None:
     return Value(value, tuple(int(token) for token in tokens if token.isdigit()))
 
 
-def _tokens(text: str, lines: bool) -> list[str] | None:
+def _tokens(text: str) -> list[str] | None:
     if len(text) > LONGEST:
         return None
     text = text.strip(_SPACE)
-    tokens, at, depth = [], 0, 0
+    tokens, at = [], 0
     while at < len(text):
         found = _TOKEN.match(text, at)
-        if found is None or (not lines and depth == 0 and set(text[at : found.end()]) & {"\n", "\r"}):
+        if found is None:
             return None
         token = found[1] or found[2]
         if found[1] and token != "0" and token[0] == "0":
             return None
-        depth += (token == "(") - (token == ")")
         tokens.append(token)
         at = found.end()
     return tokens

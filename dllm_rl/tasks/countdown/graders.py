@@ -5,9 +5,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from dllm_rl.tasks.answers import LONGEST, final_answer, first_closed_answer, last_box, last_closed_answer
-from dllm_rl.tasks.base import Reward
-from dllm_rl.tasks.countdown.expressions import Value, evaluate
+from dllm_rl.tasks.answers import LONGEST, d1_box, final_answer, first_closed_answer, last_closed_answer
+from dllm_rl.tasks.base import Grader, Reward
+from dllm_rl.tasks.countdown.expressions import evaluate
+from dllm_rl.tasks.countdown.python_arithmetic import Number, OutOfBounds, python_value
+from dllm_rl.tasks.loading import present
 
 _RUN = "0123456789+-*/() "
 _EQUALS = re.compile(r"[0-9+\-*/() ]=[0-9. ]")
@@ -24,28 +26,47 @@ def countdown_strict(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def countdown_d1(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's evaluation [paper]: last box, else first answer block, else the whole text; within 1e-5 of the target.
+    """d1's evaluation [paper]: the last box, which is all of a completion without one; within 1e-5 of the target.
 
-    Where digits, operators, parentheses and spaces run up to an equals sign with a digit, point or space behind, the
-    first such run is the expression. d1 evaluates with Python; here ** and // do not count, nor do decimals [ours].
+    Where the last box is not closed, the first answer block is read, else all. Where digits, operators, parentheses and
+    spaces run up to an equals sign with a digit, point or space behind, the first such run is the expression.
     """
-    box = last_box(completion, names=("\\boxed",))
-    block = first_closed_answer(completion)
-    text = box if box is not None else completion if block is None else block
+    text = d1_box(completion)
+    if text is None:
+        block = first_closed_answer(completion)
+        text = completion if block is None else block.strip()
     text = text.replace("\\div", "/").replace("\\times", "*").replace("\\cdot", "*")
-    return grade_expression(fields, left_of_equals(text).strip(), tolerance=1e-5, lines=False)
+    return grade_python_expression(fields, left_of_equals(text))
 
 
 def countdown_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
     """d1's training reward [paper]: 0 without a closed answer block, 0.1 when it is wrong, 1 when it is correct."""
     block = last_closed_answer(completion)
     if block is None:
-        return Reward(0.0, False, dict.fromkeys(("accuracy", "valid", "numbers_used"), 0.0))
-    graded = grade_expression(fields, block.strip(), tolerance=1e-5, lines=False)
+        return Reward(0.0, False, dict.fromkeys(("accuracy", "valid", "numbers_used", "undecided"), 0.0))
+    graded = grade_python_expression(fields, block)
     return Reward(1.0 if graded.value else 0.1, True, graded.breakdown)
 
 
-def grade_expression(fields: Mapping[str, Any], text: str, *, tolerance: float = 0.0, lines: bool = True) -> Reward:
+GRADERS: dict[str, Grader] = {
+    "strict": countdown_strict,
+    "d1": countdown_d1,
+    "spg": countdown_d1,
+    "espo": countdown_d1,
+}
+
+
+def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
+    """`numbers` and `target` of a stored row. Errors: ValueError saying what is wrong."""
+    numbers, target = present(row, "numbers"), present(row, "target")
+    if not isinstance(numbers, list) or not numbers or not all(type(number) is int for number in numbers):
+        raise ValueError(f"numbers={numbers!r} must be a list of integers")
+    if type(target) is not int:
+        raise ValueError(f"target={target!r} must be an integer")
+    return {"numbers": numbers, "target": target}
+
+
+def grade_expression(fields: Mapping[str, Any], text: str) -> Reward:
     """Grades a text that must be one expression; value 1 when correct, else 0; parsed when it is an expression at all.
 
     accuracy      1 when each number stands exactly once and the value is the target.
@@ -53,13 +74,41 @@ def grade_expression(fields: Mapping[str, Any], text: str, *, tolerance: float =
     numbers_used  given numbers that stand in it, and given that it has no others than these, as a share: the size of
                   the multiset intersection over that of the larger multiset.
     """
-    found = evaluate(text, lines=lines)
+    found = evaluate(text)
     if found is None:
         return Reward(0.0, False, dict.fromkeys(("accuracy", "valid", "numbers_used"), 0.0))
-    valid = sorted(found.numbers) == sorted(fields["numbers"])
-    correct = valid and _close(found, fields["target"], tolerance)
-    breakdown = {"accuracy": float(correct), "valid": float(valid), "numbers_used": _shared(found, fields["numbers"])}
-    return Reward(float(correct), True, breakdown)
+    return _graded(fields, list(found.numbers), found.value == fields["target"])
+
+
+def grade_python_expression(fields: Mapping[str, Any], text: str) -> Reward:
+    """As grade_expression, with d1's rules: the value is Python's, and the numbers are all strings of digits.
+
+    undecided  1 when the expression is beyond the bounds of python_arithmetic; it is graded wrong.
+    """
+    try:
+        value = python_value(text)
+    except OutOfBounds:
+        return Reward(0.0, False, {"accuracy": 0.0, "valid": 0.0, "numbers_used": 0.0, "undecided": 1.0})
+    if value is None:
+        return Reward(0.0, False, dict.fromkeys(("accuracy", "valid", "numbers_used", "undecided"), 0.0))
+    numbers = [int(digits) for digits in re.findall(r"\d+", text)]
+    graded = _graded(fields, numbers, _close(value, fields["target"]))
+    return Reward(graded.value, True, {**graded.breakdown, "undecided": 0.0})
+
+
+def _close(value: Number, target: int) -> bool:
+    try:
+        return abs(value - target) < 1e-5
+    except OverflowError:  # a target, or a complex number's size, beyond a float
+        return False
+
+
+def _graded(fields: Mapping[str, Any], numbers: list[int], on_target: bool) -> Reward:
+    valid = sorted(numbers) == sorted(fields["numbers"])
+    common = sum((Counter(numbers) & Counter(fields["numbers"])).values())
+    used = common / max(len(numbers), len(fields["numbers"]))
+    value = float(valid and on_target)
+    return Reward(value, True, {"accuracy": value, "valid": float(valid), "numbers_used": used})
 
 
 def left_of_equals(text: str) -> str:
@@ -68,16 +117,7 @@ def left_of_equals(text: str) -> str:
     if found is None:
         return text
     before = text[: found.start() + 1]
-    return before[len(before.rstrip(_RUN)) :]
-
-
-def _close(found: Value, target: int, tolerance: float) -> bool:
-    return abs(found.value - target) < tolerance if tolerance else found.value == target
-
-
-def _shared(found: Value, numbers: list[int]) -> float:
-    common = sum((Counter(found.numbers) & Counter(numbers)).values())
-    return common / max(len(found.numbers), len(numbers))
+    return before[len(before.rstrip(_RUN)) :].strip()
 
 
 def _operators(text: str) -> str:

@@ -11,7 +11,7 @@ from dllm_rl.tasks.countdown.expressions import evaluate
 from dllm_rl.tasks.countdown.graders import countdown_d1_training, countdown_strict
 from dllm_rl.tasks.countdown.solver import signed_sums, write
 from dllm_rl.tasks.loading import Split, check_split, hashed_split, load_rows
-from dllm_rl.tasks.prompts import Prompt, check_opening, fill, load_template
+from dllm_rl.tasks.prompts import Prompt, Prompted
 
 TEXT = """Write an arithmetic expression that is worth exactly {target}. It must use each of the numbers {numbers} \
 exactly once and no other number; you may add, subtract, multiply, divide and use parentheses.
@@ -21,7 +21,7 @@ Think it through first if you like, then write the expression alone, without an 
 
 
 @dataclass(frozen=True)
-class Countdown:
+class Countdown(Prompted):
     """Countdown problems; problem i is a pure function of (seed, split, i) and the settings.
 
     split          the sets of numbers of train, validation and test are disjoint (70, 10 and 20 in 100 by a hash).
@@ -41,7 +41,10 @@ class Countdown:
     """
 
     name: ClassVar[str] = "countdown"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
+    text: ClassVar[str] = TEXT
+    placeholders: ClassVar[tuple[str, ...]] = ("numbers", "target")
+    has_compact: ClassVar[bool] = True
 
     split: Split = "train"
     count: int | tuple[int, int] = 3
@@ -78,8 +81,7 @@ class Countdown:
             raise ValueError(f"size={self.size} must be at least 1")
         if self.reward_rule not in ("own", "d1"):
             raise ValueError(f"reward_rule={self.reward_rule!r} must be 'own' or 'd1'")
-        check_opening(self.opening, chat=self.chat, prompt_format=self.prompt_format)
-        _template(self.prompt_format)
+        self.check_prompt()
 
     def __len__(self) -> int:
         return self.size if self.path is None else min(self.size, len(_stored(self.path)))
@@ -124,16 +126,16 @@ class Countdown:
         return self.difficulty == "any" or (target in signed_sums(numbers)) == (self.difficulty == "sums")
 
     def _prompt(self, numbers: tuple[int, ...], target: int) -> Prompt:
-        if self.prompt_format == "compact":
+        if self.compact:
             listed = ",".join(str(number).rjust(len(str(self.max_number))) for number in numbers)
             return f"{listed}>{str(target).rjust(len(str(self.max_target)))}="
         values = {"numbers": ", ".join(map(str, numbers)), "target": str(target)}
-        return fill(_template(self.prompt_format), chat=self.chat, opening=self.opening, **values)
+        return self.worded(**values)
 
     def _answer(self, expression: str | None) -> str | None:
         if expression is None:
             return None
-        return expression.ljust(self.width) if self.prompt_format == "compact" else f"<answer>{expression}</answer>"
+        return expression.ljust(self.width) if self.compact else f"<answer>{expression}</answer>"
 
 
 def _range(count: int | tuple[int, int]) -> tuple[int, int]:
@@ -173,10 +175,3 @@ def _stored(path: str | Path) -> tuple[tuple[tuple[int, ...], int], ...]:
         except (KeyError, ValueError, TypeError, AttributeError):
             raise ValueError(f"{place}: a Countdown problem needs numbers and target, or input and output") from None
     return tuple(problems)
-
-
-@lru_cache(maxsize=64)
-def _template(prompt_format: str | Path) -> Prompt:
-    if prompt_format == "compact":
-        return ""
-    return TEXT if prompt_format == "text" else load_template(prompt_format, needs=("numbers", "target"))

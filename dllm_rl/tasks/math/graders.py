@@ -1,22 +1,22 @@
-"""GSM8K and MATH500 graders by protocol. Field: `answer`, the reference."""
+"""GSM8K and MATH500 graders by protocol. Field: `answer`, the reference; None where there is none, and all is wrong."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 from dllm_rl.tasks.answers import (
-    LONGEST,
+    d1_box,
     exact_number,
     final_answer,
     first_boxed_number,
     first_closed_answer,
-    last_box,
     last_number,
 )
-from dllm_rl.tasks.base import Reward
+from dllm_rl.tasks.base import Grader, Reward
+from dllm_rl.tasks.loading import present
 from dllm_rl.tasks.math import verify as math_check
-from dllm_rl.tasks.math.latex import normalise, rational
+from dllm_rl.tasks.math.latex import normalise, rational, same_in_d1
 
 _STATED = re.compile(r"The answer is (-?[0-9.,]+)"), re.compile(r"#### (-?[0-9.,]+)")
 _REASONED = re.compile(r"</reasoning>\s*+<answer>")
@@ -29,7 +29,7 @@ def gsm8k_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     """
     answer = final_answer(completion)
     number = None if answer is None else exact_number(answer)
-    return _graded(number is not None, number == reference_number(fields["answer"]))
+    return _graded(number is not None, _is_reference(number, fields["answer"]))
 
 
 def gsm8k_d1(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -37,7 +37,7 @@ def gsm8k_d1(fields: Mapping[str, Any], completion: str) -> Reward:
     number = first_boxed_number(completion)
     if number is None:
         number = last_number((first_closed_answer(completion) or "").strip())
-    return _graded(number is not None, number == float(reference_number(fields["answer"])))
+    return _graded(number is not None, _is_reference(number, fields["answer"]))
 
 
 def gsm8k_spg(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -48,7 +48,7 @@ def gsm8k_spg(fields: Mapping[str, Any], completion: str) -> Reward:
     if graded.parsed:
         return graded
     number = last_number(_after_last_tag(completion))
-    return _graded(number is not None, number == float(reference_number(fields["answer"])))
+    return _graded(number is not None, _is_reference(number, fields["answer"]))
 
 
 def gsm8k_espo(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -61,7 +61,7 @@ def gsm8k_espo(fields: Mapping[str, Any], completion: str) -> Reward:
         last = re.search("[0-9]+-?", completion[::-1])
         stated = last[0][::-1] if last else ""
     number = exact_number(stated.rstrip(".,"))
-    return _graded(number is not None, number == reference_number(fields["answer"]))
+    return _graded(number is not None, _is_reference(number, fields["answer"]))
 
 
 def gsm8k_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -75,7 +75,7 @@ def gsm8k_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
     d1 also takes off 0.001 for each character behind the end; that term, which has no bound, is left out [ours].
     """
     answer = _after_last_tag(completion).strip()
-    correct = answer == _after_hashes(fields["answer"])
+    correct = fields["answer"] is not None and answer == _after_hashes(fields["answer"])
     tags = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
     terms = {
         "correct": 2.0 * correct,
@@ -89,31 +89,75 @@ def gsm8k_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
 
 def math500_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     """The strict answer equals the reference: the same after normalisation, or the same rational number [ours]."""
-    answer = final_answer(completion)
+    answer, reference = final_answer(completion), fields["answer"]
     if not answer:
         return _graded(False, False)
     value = rational(answer)
-    same = normalise(answer) == normalise(fields["answer"])
-    return _graded(True, same or (value is not None and value == rational(fields["answer"])))
+    same = reference is not None and normalise(answer) == normalise(reference)
+    return _graded(True, same or (value is not None and reference is not None and value == rational(reference)))
 
 
 def math500_d1(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's evaluation [paper]: the last box, or when empty the first answer block, after normalisation."""
-    answer = last_box(completion) or (first_closed_answer(completion) or "").strip()
-    if not answer or len(answer) > LONGEST:
-        return _graded(False, False)
-    return _graded(True, normalise(answer) == normalise(fields["answer"]))
+    """d1's evaluation [paper]: the last box, which is all of a completion without one; compared as same_in_d1 does.
+
+    Where the last box is empty or not closed, the first answer block is read. `parsed`: something was marked as the
+    answer, or all of the completion is the right one [ours].
+    """
+    answer = d1_box(completion)
+    if not answer:
+        answer = (first_closed_answer(completion) or "").strip()
+    correct = fields["answer"] is not None and same_in_d1(answer, fields["answer"])
+    return _graded(correct or bool(answer and answer != completion), correct)
 
 
 def math500_math_verify(fields: Mapping[str, Any], completion: str) -> Reward:
     """The strict answer is symbolically equal to the reference, by math-verify [library].
 
     A comparison that is not decided within math_check.SECONDS of processor time counts as unequal, and as "undecided"
-    in the breakdown: whether one is depends on the machine.
+    in the breakdown.
     """
     answer = final_answer(completion)
-    equal = math_check.equal(fields["answer"], answer) if answer else False
+    equal = math_check.equal(fields["answer"], answer) if answer and fields["answer"] is not None else False
     return _graded(bool(answer), equal is True, undecided=float(equal is None))
+
+
+def compare_all(fields: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> None:
+    """Makes the comparisons of math500_math_verify in parallel; the grades that follow find their verdicts."""
+    pairs = [(each["answer"], final_answer(text)) for each, text in zip(fields, completions, strict=True)]
+    math_check.equal_all([(reference, answer) for reference, answer in pairs if reference is not None and answer])
+
+
+GSM8K_GRADERS: dict[str, Grader] = {"strict": gsm8k_strict, "d1": gsm8k_d1, "spg": gsm8k_spg, "espo": gsm8k_espo}
+MATH500_GRADERS: dict[str, Grader] = {
+    "strict": math500_strict,
+    "d1": math500_d1,
+    "spg": math500_d1,
+    "espo": math500_math_verify,
+    "math-verify": math500_math_verify,
+}
+MATH500_NEEDS = dict.fromkeys(("espo", "math-verify"), math_check.require)
+MATH500_AT_ONCE = dict.fromkeys(("espo", "math-verify"), compare_all)
+
+
+def read_gsm8k(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
+    """`answer` of a stored row, a number as such or as text, or null. Errors: ValueError saying what is wrong."""
+    answer = present(row, "answer")
+    if answer is None:
+        return {"answer": None}
+    if type(answer) not in (str, int, float):
+        raise ValueError(f"answer={answer!r} must be a number or a text")
+    reference_number(answer)
+    return {"answer": str(answer)}
+
+
+def read_math500(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
+    """`answer` of a stored row, LaTeX, a number or null. Errors: ValueError saying what is wrong."""
+    answer = present(row, "answer")
+    if answer is None:
+        return {"answer": None}
+    if type(answer) not in (str, int, float) or not str(answer).strip():
+        raise ValueError(f"answer={answer!r} must be a number or a text that is not empty")
+    return {"answer": str(answer)}
 
 
 def reference_number(answer: str | int | float) -> Fraction:
@@ -122,6 +166,14 @@ def reference_number(answer: str | int | float) -> Fraction:
     if number is None:
         raise ValueError(f"answer={answer!r} is no number, and has none behind ####")
     return number
+
+
+def _is_reference(number: Fraction | float | None, answer: str | None) -> bool:
+    """Whether a number is that of the reference: exactly, or to a float's precision when it is a float."""
+    if number is None or answer is None:
+        return False
+    reference = reference_number(answer)
+    return number == (float(reference) if isinstance(number, float) else reference)
 
 
 def _after_hashes(answer: str) -> str:

@@ -1,4 +1,4 @@
-"""When two LaTeX answers say the same: the usual string normalisation of the MATH data set [paper]."""
+"""When two LaTeX answers say the same: the usual string normalisation of the MATH data set [paper], and d1's own."""
 
 import re
 from fractions import Fraction
@@ -9,6 +9,7 @@ _DROPPED = ("\n", "\\!")
 _UNWRITTEN = ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")
 _SQRT = re.compile(r"\\sqrt([^{])")
 _FRAC = re.compile(r"\\frac([^{])(.)")
+_FRAC_HEAD = re.compile(r"\A([^{])(.)", re.DOTALL)  # what follows \\frac
 _QUOTIENT = re.compile(r"(-?[0-9]+)/(-?[0-9]+)")
 _PLAIN_FRAC = re.compile(r"(-?)\\frac\{(-?[0-9]{1,100})\}\{(-?[0-9]{1,100})\}")
 
@@ -22,18 +23,7 @@ def normalise(answer: str) -> str:
     """
     if len(answer) > LONGEST:
         return answer
-    for mark in _DROPPED:
-        answer = answer.replace(mark, "")
-    answer = answer.replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
-    for mark in _UNWRITTEN:
-        answer = answer.replace(mark, "")
-    answer = answer.split("\\text{ ")[0].replace("\\%", "")
-    answer = answer.replace(" .", " 0.").replace("{.", "{0.")
-    if answer.startswith("."):
-        answer = "0" + answer
-    name, *rest = answer.split("=")
-    if len(rest) == 1 and len(name) <= 2:
-        answer = rest[0]
+    answer = _without_name(_without_marks(answer).split("\\text{ ")[0])
     # Spaces go before the root is mended, so that "\\sqrt 3" is read too; the original makes "\\sqrt{}3" of it [ours].
     answer = _SQRT.sub(r"\\sqrt{\1}", answer.replace(" ", ""))
     answer = _FRAC.sub(_braced, answer)
@@ -43,6 +33,60 @@ def normalise(answer: str) -> str:
     if quotient and all(_canonical(part) for part in quotient.groups()):
         return f"\\frac{{{quotient[1]}}}{{{quotient[2]}}}"
     return answer
+
+
+def same_in_d1(answer: str, reference: str) -> bool:
+    """Whether d1's evaluation holds two answers equal; an answer longer than LONGEST is none [ours].
+
+    The spellings are compared as d1 normalises them; when its code fails on either, the texts as they are.
+    """
+    if max(len(answer), len(reference)) > LONGEST:
+        return False
+    try:
+        return _normalised_in_d1(answer) == _normalised_in_d1(reference)
+    except (IndexError, ValueError):
+        return answer == reference
+
+
+def _normalised_in_d1(answer: str) -> str:
+    """As `normalise`, with d1's failures: spaces go after the root, and one short \\frac leaves every \\frac as it is.
+
+    Errors: IndexError where nothing follows a \\sqrt or \\frac; ValueError for a second "\\text{ ", and for one slash
+    that stands between other things than integers.
+    """
+    plain, *units = _without_marks(answer).split("\\text{ ")
+    if len(units) > 1:
+        raise ValueError(answer)
+    first, *roots = _without_name(plain).split("\\sqrt")
+    answer = first + "".join("\\sqrt" + (root if root[0] == "{" else f"{{{root[0]}}}{root[1:]}") for root in roots)
+    answer = answer.replace(" ", "")
+    first, *fractions = answer.split("\\frac")
+    if all(fraction[0] == "{" or len(fraction) > 1 for fraction in fractions):
+        answer = first + "".join("\\frac" + _FRAC_HEAD.sub(_braced_head, fraction) for fraction in fractions)
+    if answer == "0.5":
+        return "\\frac{1}{2}"
+    if answer.count("/") == 1:
+        a, b = map(int, answer.split("/"))
+        return f"\\frac{{{a}}}{{{b}}}" if answer == f"{a}/{b}" else answer
+    return answer
+
+
+def _without_marks(answer: str) -> str:
+    for mark in _DROPPED:
+        answer = answer.replace(mark, "")
+    answer = answer.replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
+    for mark in _UNWRITTEN:
+        answer = answer.replace(mark, "")
+    return answer
+
+
+def _without_name(answer: str) -> str:
+    """Without percent signs and a short name before "=", and with a zero before a leading point."""
+    answer = answer.replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
+    if answer.startswith("."):
+        answer = "0" + answer
+    name, *rest = answer.split("=")
+    return rest[0] if len(rest) == 1 and len(name) <= 2 else answer
 
 
 def rational(answer: str) -> Fraction | None:
@@ -60,6 +104,10 @@ def rational(answer: str) -> Fraction | None:
 def _braced(found: re.Match[str]) -> str:
     second = found[2] if found[2] == "{" else f"{{{found[2]}}}"
     return f"\\frac{{{found[1]}}}{second}"
+
+
+def _braced_head(found: re.Match[str]) -> str:
+    return f"{{{found[1]}}}" + (found[2] if found[2] == "{" else f"{{{found[2]}}}")
 
 
 def _canonical(integer: str) -> bool:

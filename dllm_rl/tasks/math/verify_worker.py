@@ -1,10 +1,11 @@
-"""The process in which math-verify compares two answers: one JSON pair a line in, one verdict a line out.
+"""The process that compares answers by math-verify, and forks a worker for each line of questions.
 
-Verdicts: 1 equal, 0 unequal, ? not decided within the bounds. Run as a script by math_check.py, never imported.
+Run as a script by verify.py, never imported by it: SECONDS, then the file descriptors of the lines. Each line says
+"ready"; then a worker answers [number, reference, answer] in JSON by "NUMBER VERDICT", 1 or 0, one at a time.
 
 Symbolic algebra on a model's text can take any time and memory, much of it inside single C calls that no Python timeout
-reaches. So a forked child does the work, and the kernel ends it when one comparison has used its processor time or
-memory. The parent, which has math-verify loaded and warm, says "?" and forks another in a few milliseconds.
+reaches. So the kernel ends a worker when one comparison has used its processor time or memory. The parent, which has
+math-verify loaded and warm, then says "ended" on its line and forks another in a few milliseconds.
 
 Nearly all the time goes to parsing LaTeX, by ANTLR's full LL prediction. Its documentation says to try SLL prediction
 first (PredictionMode.SLL: it gives LL's tree, or a syntax error): that takes a tenth of the time.
@@ -13,13 +14,14 @@ first (PredictionMode.SLL: it gives LL's tree, or a syntax error): that takes a 
 import gc
 import json
 import logging
-import mmap
 import os
 import resource
 import signal
 import sys
 from collections.abc import Callable
 from functools import lru_cache
+from multiprocessing.connection import Connection
+from typing import Any
 
 from antlr4.atn.PredictionMode import PredictionMode
 from antlr4.error.ErrorListener import ErrorListener
@@ -28,7 +30,7 @@ from latex2sympy2_extended import latex2sympy2
 from math_verify import LatexExtractionConfig, parse, verify
 
 MEMORY = 2 << 30  # bytes of address space
-REFERENCE = 1.0  # seconds of processor time for reading a reference, once
+IDLE = 100  # workers in a row that end before their time: no question's fault, and no reason to fork for ever
 # Both libraries learn each construction when they first meet it, at many times the later cost.
 WARM = {
     "(-3, \\frac{\\pi}{2})": "\\left(-3, \\pi/2\\right)",
@@ -82,61 +84,68 @@ _CONFIG = [LatexExtractionConfig(boxed_match_priority=0)]
 
 
 def main() -> None:
-    seconds = float(sys.argv[1])
+    seconds, lines = float(sys.argv[1]), [Connection(int(number)) for number in sys.argv[2:]]
     logging.disable(logging.WARNING)
     latex2sympy2._Latex2Sympy.create_parser = two_stages(latex2sympy2._Latex2Sympy.create_parser)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for pair in WARM.items():
         verify(*map(read, pair), timeout_seconds=None)
     gc.freeze()
-    busy = mmap.mmap(-1, 1)  # shared: whether a question is being answered
-    print("ready", flush=True)
-    idle = 0  # children that ended without a question: not the question's fault, and no reason to fork for ever
-    while idle < 10:
-        child = os.fork()
-        if child == 0:
-            serve(seconds, busy)
-            os._exit(0)
-        if os.waitpid(child, 0)[1] == 0:
+    workers = {fork(line, seconds): line for line in lines}
+    for line in lines:
+        line.send_bytes(b"ready")
+    idle = 0
+    while workers and idle < IDLE:
+        worker, status, used = os.wait4(-1, 0)
+        line = workers.pop(worker)
+        if status != 0:  # 0: the other end is closed
+            idle = idle + 1 if used.ru_utime + used.ru_stime < seconds / 2 else 0
+            workers[fork(line, seconds)] = line
+            line.send_bytes(b"ended")
+
+
+def fork(line: Connection, seconds: float) -> int:
+    """The process that answers a line's questions."""
+    worker = os.fork()
+    if worker == 0:
+        serve(line, seconds)
+        os._exit(0)
+    return worker
+
+
+def serve(line: Connection, seconds: float) -> None:
+    """Reads each reference once. Reading one and comparing an answer with it have a bound each."""
+    while True:
+        try:
+            number, reference, answer = json.loads(line.recv_bytes())
+        except (EOFError, OSError):
             return
-        if busy[0]:
-            busy[0] = 0
-            print("?", flush=True)
-        else:
-            idle += 1
-
-
-def serve(seconds: float, busy: mmap.mmap) -> None:
-    for line in sys.stdin:
-        reference, answer = json.loads(line)
-        busy[0] = 1
-        signal.setitimer(signal.ITIMER_PROF, REFERENCE)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         known = read(reference)
         signal.setitimer(signal.ITIMER_PROF, seconds)
         equal = verify(known, read.__wrapped__(answer), timeout_seconds=None)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        busy[0] = 0
-        print(int(equal), flush=True)
+        line.send_bytes(b"%d %d" % (number, equal))
 
 
 class StartAgain(ErrorListener):
     """Ends a parse at its first syntax error, by the exception that ANTLR has for it."""
 
-    def syntaxError(self, recognizer, offendingSymbol, line, column, msg, e):
+    def syntaxError(self, recognizer: Any, offendingSymbol: Any, line: int, column: int, msg: str, e: Any) -> None:
         raise ParseCancellationException(msg)
 
 
 def two_stages(plain: Callable) -> Callable:
     """create_parser, made to try SLL prediction first and to start again with LL after a syntax error."""
 
-    def create_parser(converter, latex: str):
+    def create_parser(converter: Any, latex: str) -> Any:
         parser = plain(converter, latex)
         parser._interp.predictionMode = PredictionMode.SLL
         parser.removeErrorListeners()
         parser.addErrorListener(StartAgain())
         first = parser.math
 
-        def math():
+        def math() -> Any:
             try:
                 return first()
             except ParseCancellationException:

@@ -6,7 +6,8 @@ from operator import eq
 from typing import Any
 
 from dllm_rl.tasks.answers import last_answer, last_closed_answer, standalone_digits, until_end, until_special
-from dllm_rl.tasks.base import Reward
+from dllm_rl.tasks.base import Grader, Reward
+from dllm_rl.tasks.loading import text_of
 from dllm_rl.tasks.sudoku.grids import MOST_COMPLETIONS, completions, is_completion
 
 _FENCED = re.compile(r"```([\d\s]++)```")
@@ -21,7 +22,7 @@ def sudoku_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     block = last_answer(completion)
     puzzle = fields["puzzle"]
     cells = first_cells(completion if block is None else block, len(puzzle))
-    return _counted(puzzle, score(puzzle, cells, solved_weight=1.0, match_weight=0.0))
+    return score(puzzle, cells, solved_weight=1.0, match_weight=0.0)
 
 
 def sudoku_d1(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -36,9 +37,7 @@ def sudoku_d1(fields: Mapping[str, Any], completion: str) -> Reward:
 def sudoku_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
     """d1's training reward [paper]: empty cells that agree with the reference, among the last answer block's digits."""
     block = last_closed_answer(completion)
-    graded = _against_reference(fields, first_digits(block or "", 16), parsed=block is not None)
-    shown = {name: graded.breakdown[name] for name in ("solve_rate", "cell_accuracy")}
-    return Reward(graded.value, graded.parsed, shown)
+    return _against_reference(fields, first_digits(block or "", 16), parsed=block is not None)
 
 
 def _against_reference(fields: Mapping[str, Any], cells: str, *, parsed: bool) -> Reward:
@@ -93,7 +92,8 @@ def score(puzzle: str, cells: str, *, solved_weight: float, match_weight: float)
 
     solve_rate     1 when they are a valid completion: every rule holds and the givens are kept.
     cell_accuracy  originally empty cells that agree with the best matching completion / empty cells (1 if none).
-    givens_kept    the same over the given cells (1 if none).
+    correct_cells  the cells that cell_accuracy counts; empty_cells: what it divides them by.
+    givens_kept    the same share over the given cells (1 if none).
     Value: solved_weight * solved + match_weight * (cells that agree with the best matching completion) / cells.
     """
     grids = completions(puzzle)
@@ -105,6 +105,8 @@ def score(puzzle: str, cells: str, *, solved_weight: float, match_weight: float)
     breakdown = {
         "solve_rate": float(solved),
         "cell_accuracy": (matching - kept) / empty if empty else 1.0,
+        "correct_cells": float(matching - kept),
+        "empty_cells": float(empty),
         "givens_kept": kept / (size - empty) if empty < size else 1.0,
     }
     digits = "1234" if size == 16 else "123456789"
@@ -112,7 +114,17 @@ def score(puzzle: str, cells: str, *, solved_weight: float, match_weight: float)
     return Reward(solved_weight * solved + match_weight * matching / size, parsed, breakdown)
 
 
-def _counted(puzzle: str, graded: Reward) -> Reward:
-    empty = puzzle.count("0")
-    counts = {"correct_cells": round(graded.breakdown["cell_accuracy"] * empty) + 0.0, "empty_cells": empty + 0.0}
-    return Reward(graded.value, graded.parsed, {**graded.breakdown, **counts})
+GRADERS: dict[str, Grader] = {"strict": sudoku_strict, "d1": sudoku_d1, "spg": sudoku_d1, "espo": sudoku_d1}
+
+
+def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
+    """`puzzle` and `solution` of a stored row; a dot is a blank too. Errors: ValueError saying what is wrong."""
+    puzzle, solution = text_of(row, "puzzle").replace(".", "0"), text_of(row, "solution")
+    if protocol != "strict" and len(puzzle) != 16:
+        raise ValueError(f"puzzle={puzzle!r}: protocol {protocol} is for 4x4, 16 characters; use strict for 9x9")
+    valid = completions(puzzle)
+    if not is_completion(puzzle, solution):
+        raise ValueError(f"solution={solution!r} does not complete puzzle={puzzle!r} by the rules")
+    if protocol == "spg" and len(valid) > 1:
+        raise ValueError(f"puzzle={puzzle!r} has {len(valid)} completions; protocol spg has unique ones only")
+    return {"puzzle": puzzle, "solution": solution}

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from dllm_rl.tasks.answers import last_answer
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.loading import Split, check_split, hashed_split, load_rows
-from dllm_rl.tasks.prompts import Prompt, check_opening, fill, load_template
+from dllm_rl.tasks.prompts import Prompt, Prompted
 from dllm_rl.tasks.sudoku.graders import first_cells, score, sudoku_d1_training
 from dllm_rl.tasks.sudoku.grids import SPLITS, completions, count_completions
 from dllm_rl.tasks.sudoku.solver import random_grid, random_unique_puzzle
@@ -26,7 +26,7 @@ Think it through first if you like, then write the completed grid, {side} rows o
 
 
 @dataclass(frozen=True)
-class Sudoku:
+class Sudoku(Prompted):
     """Sudoku puzzles; problem i is a pure function of (seed, split, i) and the settings.
 
     split          solution grids of train, validation and test are disjoint, whatever the seeds.
@@ -49,6 +49,9 @@ class Sudoku:
 
     name: ClassVar[str] = "sudoku"
     version: ClassVar[str] = "1"
+    text: ClassVar[str] = TEXT
+    placeholders: ClassVar[tuple[str, ...]] = ("puzzle",)
+    has_compact: ClassVar[bool] = True
 
     split: Split = "train"
     clues: int | tuple[int, int] = (10, 12)
@@ -76,14 +79,13 @@ class Sudoku:
             fewest, reason = (26, " on 9x9") if self.side == 9 else (4, " with unique=True") if self.unique else (0, "")
             if not fewest <= low <= high <= self.side**2:
                 raise ValueError(f"clues={self.clues} must lie in {fewest}..{self.side**2}{reason}")
-        if self.shots < 0 or (self.shots and (self.side == 9 or self.prompt_format == "compact")):
+        if self.shots < 0 or (self.shots and (self.side == 9 or self.compact)):
             raise ValueError(f"shots={self.shots} must not be negative, and needs 4x4 puzzles and a text prompt")
         if self.size < 1:
             raise ValueError(f"size={self.size} must be at least 1")
         if self.reward_rule not in ("own", "d1") or (self.reward_rule == "d1" and self.side == 9):
             raise ValueError(f"reward_rule={self.reward_rule!r} must be 'own', or on 4x4 'd1'")
-        check_opening(self.opening, chat=self.chat, prompt_format=self.prompt_format)
-        _template(self.prompt_format)
+        self.check_prompt()
 
     def __len__(self) -> int:
         return self.size if self.path is None else min(self.size, len(_stored(self.path)))
@@ -109,7 +111,7 @@ class Sudoku:
         """
         if self.reward_rule == "d1":
             return sudoku_d1_training(problem.fields, completion)
-        text = completion if self.prompt_format == "compact" else last_answer(completion) or ""
+        text = completion if self.compact else last_answer(completion) or ""
         puzzle = problem.fields["puzzle"]
         cells = first_cells(text, len(puzzle))
         return score(puzzle, cells, solved_weight=self.solved_weight, match_weight=self.match_weight)
@@ -133,7 +135,7 @@ class Sudoku:
 
     def _prompt(self, puzzle: str, solution: str, index: int) -> Prompt:
         dotted, side = puzzle.replace("0", "."), isqrt(len(puzzle))
-        if self.prompt_format == "compact":
+        if self.compact:
             return dotted + "="
         asked = _lines(dotted)
         if self.shots:
@@ -143,10 +145,10 @@ class Sudoku:
             solved = [f"{_lines(given.replace('0', '.'))}\n\nSolved:\n{_lines(grid)}" for given, grid in examples]
             asked = "\n\n".join([*(f"An example:\n{example}" for example in solved), f"Your puzzle:\n{asked}"])
         values = {"puzzle": asked, "side": str(side), "box": str(isqrt(side))}
-        return fill(_template(self.prompt_format), chat=self.chat, opening=self.opening, **values)
+        return self.worded(**values)
 
     def _answer(self, solution: str) -> str:
-        return solution if self.prompt_format == "compact" else f"<answer>\n{_lines(solution)}\n</answer>"
+        return solution if self.compact else f"<answer>\n{_lines(solution)}\n</answer>"
 
 
 def _range(clues: int | tuple[int, int]) -> tuple[int, int]:
@@ -182,10 +184,3 @@ def _stored(path: str | Path) -> tuple[tuple[str, str], ...]:
             raise ValueError(f"{place}: solution={solution!r} is no completion of puzzle={puzzle!r}")
         problems.append((puzzle, solution))
     return tuple(problems)
-
-
-@lru_cache(maxsize=64)
-def _template(prompt_format: str | Path) -> Prompt:
-    if prompt_format == "compact":
-        return ""
-    return TEXT if prompt_format == "text" else load_template(prompt_format, needs=("puzzle",))

@@ -1,0 +1,27 @@
+"""Foreign text on a screen: prompts, completions, paths and names are shown, and can neither steer a terminal nor be
+read as rich's markup."""
+
+import unicodedata
+
+from rich.text import Text
+
+
+def escape_controls(text: str, *, keep: str = "") -> str:
+    """Text that cannot move the cursor, ring, or turn its neighbours round: control and format characters, but those of
+    `keep`, are replaced by signs that stand for them."""
+    shown = []
+    for c in text:
+        if c in keep:
+            shown.append(c)
+        elif c == "\n":
+            shown.append("↵")
+        elif unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+            shown.append(chr(0x2400 + ord(c)) if ord(c) < 0x20 else "\ufffd")
+        else:
+            shown.append(c)
+    return "".join(shown)
+
+
+def literal(text: object, *, style: str = "") -> Text:
+    """What rich prints as it stands, brackets and all: a cell, a title."""
+    return Text(escape_controls(str(text)), style=style)

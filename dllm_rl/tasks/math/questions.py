@@ -1,0 +1,54 @@
+"""What GSM8K and MATH500 share: questions in a published file, answered with working and a final answer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dllm_rl.tasks.base import Problem
+from dllm_rl.tasks.loading import Row, Split, check_split, load_problems
+from dllm_rl.tasks.prompts import Prompted
+
+
+@dataclass(frozen=True)
+class Questions(Prompted):
+    """The rows of a published file, or of a data set `hub` (name, configuration) that `datasets` finds.
+
+    A subclass names them by read_row, (place, row) -> (question, answer, working), and writes an answer by final.
+    """
+
+    hub: ClassVar[tuple[str, str | None]]
+
+    split: Split = "train"
+    path: str | Path | None = None
+    size: int | None = None
+    prompt_format: str | Path = "text"
+    chat: bool = True
+    opening: str = ""
+
+    def __post_init__(self) -> None:
+        check_split(self.split)
+        self.check_prompt()
+
+    def __len__(self) -> int:
+        rows = len(self._rows())
+        return rows if self.size is None else min(self.size, rows)
+
+    def __getitem__(self, index: int) -> Problem:
+        if not 0 <= index < len(self):
+            raise IndexError(f"problem {index} of {len(self)}")
+        question, answer, working = self._rows()[index]
+        solution = f"<reasoning>\n{working}\n</reasoning>\n<answer>\n{self.final(answer)}\n</answer>\n"
+        prompt = self.worded(**{self.placeholders[0]: question})
+        return Problem(prompt, {"answer": answer}, solution.removeprefix(self.opening))
+
+    @staticmethod
+    def read_row(place: str, row: Row) -> tuple[str, str, str]:
+        """Errors: ValueError naming the place when the row is none of the data set's."""
+        raise NotImplementedError
+
+    @staticmethod
+    def final(answer: str) -> str:
+        return answer
+
+    def _rows(self) -> tuple[tuple[Any, ...], ...]:
+        return load_problems(self.path, self.split, self.hub, type(self).read_row)

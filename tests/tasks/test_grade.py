@@ -1,0 +1,142 @@
+"""Graders that raise, return what is no reward, or never return: each is named with its problem and completion."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from dllm_rl.tasks import task_from_dataset
+from dllm_rl.tasks.base import Problem, Reward, grade
+from dllm_rl.tasks.deadline import STATUS
+
+
+@dataclass(frozen=True)
+class Returning:
+    """A task whose grader returns, or raises, what it is given."""
+
+    result: Any
+    name: str = "odd"
+    version: str = "1"
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Problem:
+        return Problem("2+2=")
+
+    def reward(self, problem: Problem, completion: str) -> Any:
+        if isinstance(self.result, BaseException):
+            raise self.result
+        return self.result
+
+
+def odd(value: Any, parsed: Any = True, breakdown: Any = ()) -> Reward:
+    """A Reward of values that its types do not allow, as a user's grader makes it."""
+    reward = object.__new__(Reward)
+    vars(reward).update(value=value, parsed=parsed, breakdown={} if breakdown == () else breakdown)
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (None, "returned None, which is no Reward"),
+        (1.0, "returned 1.0, which is no Reward"),
+        (odd(None, True), "returned value=None, which is no number"),
+        (odd("1", True), "returned value='1', which is no number"),
+        (odd([1.0], True), r"returned value=\[1.0\], which is no number"),
+        (odd(1e39, True), r"returned value=1e\+39, which is not a finite number of fp32"),
+        (odd(-1e39, True), r"returned value=-1e\+39, which is not a finite number of fp32"),
+        (odd(float("nan"), True), "returned value=nan, which is not a finite number"),
+        (odd(1.0, None), "returned parsed=None, which is no number"),
+        (odd(1.0, True, None), "returned breakdown=None, which is no mapping"),
+        (odd(1.0, True, {"accuracy": float("nan")}), "returned accuracy=nan, which is not a finite number"),
+        (odd(1.0, True, {"accuracy": "yes"}), "returned accuracy='yes', which is no number"),
+    ],
+)
+def test_what_is_no_reward_is_refused_in_one_line(result, said):
+    with pytest.raises(ValueError, match=rf"grader of task 'odd' {said}.*prompt='2\+2='.*completion '5'") as raised:
+        grade(Returning(result), [Problem("2+2=")], ["5"])
+    assert "\n" not in str(raised.value)
+
+
+def test_numbers_of_any_kind_are_rewards():
+    for value in (1, True, 3.4e38, -3.4e38):
+        assert grade(Returning(odd(value, True, {"a": value})), [Problem("2+2=")], ["5"])[0].value == value
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), SystemExit("bye"), ZeroDivisionError("by zero")])
+def test_a_grader_cannot_end_the_run_quietly(error):
+    with pytest.raises(RuntimeError, match=r"raised on problem .*2\+2=.*, completion '5': (SystemExit|ZeroDivision)"):
+        grade(Returning(error), [Problem("2+2=")], ["5"])
+
+
+def test_an_interrupt_passes_through():
+    with pytest.raises(KeyboardInterrupt):
+        grade(Returning(KeyboardInterrupt()), [Problem("2+2=")], ["5"])
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (None, "scorer returned None, not a list"),
+        (["1"], "returned '1' for completion 'x'"),
+        ([[1]], r"returned \[1\]"),
+    ],
+)
+def test_a_reward_function_of_a_data_set_is_named(result, said):
+    def scorer(completions, **_):
+        return result
+
+    task = task_from_dataset([{"prompt": "2+2="}], reward_funcs=scorer)
+    with pytest.raises(ValueError, match=said):
+        task.reward(task[0], "x")
+
+
+STUCK = """
+import re, sys, time
+from dllm_rl.tasks.base import Problem, Reward, grade
+
+class Task:
+    name = "stuck"
+    def reward(self, problem, completion):
+        if completion == "good":
+            return Reward(1.0, True)
+        {body}
+
+print("graded", len(grade(Task(), [Problem("p0"), Problem("p1")], ["good", "good"], timeout={timeout})), flush=True)
+grade(Task(), [Problem("p0"), Problem("p1")], ["good", "bad"], timeout={timeout})
+"""
+
+
+def run_stuck(body: str, timeout: float = 0.3) -> subprocess.CompletedProcess:
+    program = STUCK.format(body=body, timeout=timeout)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["time.sleep(1e6)", "while True: pass", "re.match('(a+)+$', 'a' * 60 + 'b')"],
+    ids=["sleeps", "loops", "regex"],
+)
+def test_a_reward_that_never_returns_ends_the_process_by_name(body):
+    done = run_stuck(body)
+    assert done.returncode == STATUS and done.stdout == "graded 2\n"
+    line = done.stderr.splitlines()[0]
+    assert line.startswith(
+        "process 0: the grader of task 'stuck' did not return within reward_timeout=0.3 s on problem"
+    )
+    assert "'p1'" in line and "completion 'bad'" in line and "in reward" in done.stderr
+
+
+@pytest.mark.slow
+def test_c_code_that_cannot_be_interrupted_ends_with_its_stack():
+    done = run_stuck("max(__import__('itertools').repeat(1))")
+    assert done.returncode == 1 and "in reward" in done.stderr
+
+
+def test_graders_in_time_are_left_alone():
+    done = run_stuck("return Reward(0.0, True)", timeout=30)
+    assert done.returncode == 0 and done.stderr == ""

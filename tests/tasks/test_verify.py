@@ -1,0 +1,278 @@
+"""math-verify behind its wall: 191 pairs in different notation, bounds, ended workers, forks, and grades at once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dllm_rl.cli import main as cli
+from dllm_rl.tasks import MATH500, Problem
+from dllm_rl.tasks.base import grade
+from dllm_rl.tasks.math import verify as math_check
+from dllm_rl.tasks.math.graders import math500_math_verify
+from dllm_rl.tasks.protocols import under_protocol
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "equal_answers.jsonl"
+EQUAL = [(row["reference"], row["answer"]) for row in map(json.loads, GOLDEN.open())]
+UNEQUAL = [
+    ("\\frac{1}{2}", "\\frac{1}{3}"),
+    ("2\\sqrt{2}", "\\sqrt{6}"),
+    ("x^2 - 1", "(x-1)(x+2)"),
+    ("(1, 2)", "(2, 1)"),
+    ("(3, \\infty)", "[3, \\infty)"),
+    ("\\{1, 2\\}", "\\{1, 2, 3\\}"),
+    ("1 \\pm \\sqrt{2}", "1 + \\sqrt{2}"),
+    ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "\\begin{pmatrix} 1 & 2 \\\\ 3 & 5 \\end{pmatrix}"),
+    ("\\sin 2x", "2 \\sin x"),
+    ("\\frac{\\pi}{4}", "0.785"),
+    ("x > 3", "x \\ge 3"),
+    ("\\text{even}", "odd"),
+]
+# Of these, SLL prediction alone fails on the first four; the last are no expressions.
+SPECIAL = {
+    "x^2 - 1",
+    "(x-2)(x+2)(x^2+4)",
+    "\\frac{2}{3}x^3",
+    "[\\pi^2/8, 5\\pi^2/4]",
+    "x^{}",
+    "((1)",
+    "1 2 3",
+    "\\frac{1}{}",
+}
+ENDLESS = "9^{9^{9^{9}}}"
+needs_proc = pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="needs /proc")
+
+
+@pytest.fixture
+def pool() -> math_check._Pool:
+    """The workers, with no verdict remembered."""
+    math_check.forget()
+    return math_check._POOL
+
+
+@pytest.fixture
+def own_pool(pool: math_check._Pool) -> Iterator[math_check._Pool]:
+    """Workers of this test's own: they are started with its settings."""
+    math_check.stop()
+    yield pool
+    math_check.stop()
+    math_check.forget()
+
+
+@pytest.fixture
+def load() -> Iterator[None]:
+    """Two processes a core that do nothing but compute, as long as the test runs."""
+    busy = "print(flush=True)\nwhile True: pass"
+    command = [sys.executable, "-c", busy]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2 * math_check.cores())]
+    for process in processes:
+        process.stdout.readline()  # it runs
+    yield
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def workers() -> list[int]:
+    """The ids of the processes that answer."""
+    pid = math_check._POOL.process.pid
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def processor_seconds(pid: int) -> float:
+    """Of a process and the children that it has waited for [proc(5): utime, stime, cutime, cstime]."""
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def test_every_pair_is_decided_and_right_under_load(load, own_pool) -> None:
+    assert len(set(EQUAL)) == 191
+    assert [pair for pair, equal in zip(EQUAL, math_check.equal_all(EQUAL), strict=True) if equal is not True] == []
+    assert math_check.equal_all(UNEQUAL) == [False] * len(UNEQUAL)
+
+
+def test_answers_belong_to_their_questions(pool) -> None:
+    """Whatever is asked beside them, and in any order: an endless one, text that is none, the same twice."""
+    hostile = [("2", text) for text in (ENDLESS, "{" * 150, "}{", "\ud800", "\x00", "\\input{/etc/passwd}")]
+    pairs = [pair for each in zip(EQUAL[:12], UNEQUAL, strict=True) for pair in each]
+    found = math_check.equal_all([*pairs[:8], *hostile, *pairs[8:], *pairs[:2]])
+    assert found[:8] + found[14:] == [True, False] * 13
+    assert found[8] is None and not any(found[9:14])
+    assert pool.process is not None and math_check.equal_all([]) == []
+
+
+def test_what_is_too_long_is_not_asked(monkeypatch, pool) -> None:
+    monkeypatch.setattr(pool, "ask", lambda pairs: pytest.fail(f"asked {pairs}"))
+    assert math_check.equal("2", "x" * 301) is None and math_check.equal("2", "1\n2") is None
+    assert math_check.equal("x+" * 2000 + "x", "2001x") is None
+    assert math_check.equal("x" * 301, "x" * 301) is True  # the same text needs no algebra
+
+
+@needs_proc
+def test_a_comparison_ends_by_its_processor_time_after_two_tries(monkeypatch, own_pool) -> None:
+    """The kernel's account of all workers: a comparison without an end takes twice SECONDS, and is not asked again."""
+    monkeypatch.setattr(math_check, "SECONDS", 0.3)
+    math_check.equal("2", "3")
+    before, first = processor_seconds(own_pool.process.pid), set(workers())
+    assert math_check.equal("2", ENDLESS) is None
+    spent = processor_seconds(own_pool.process.pid) - before
+    assert 1.5 * 0.3 < spent < 4 * 0.3
+    assert math_check.equal("2", ENDLESS) is None  # known
+    assert processor_seconds(own_pool.process.pid) - before == spent
+    assert len(workers()) == math_check.cores() and first - set(workers())
+
+
+@needs_proc
+def test_an_idle_worker_that_dies_costs_no_verdict(pool) -> None:
+    assert math_check.equal("2", "1+1")
+    server = pool.process.pid
+    for round in range(3):
+        for pid in workers():
+            os.kill(pid, signal.SIGKILL)
+        right, wrong = ("2", f"{round}+{2 - round}"), ("2", f"{round}+3")
+        assert math_check.equal_all([right, wrong]) == [True, False]
+    assert pool.process.pid == server
+
+
+@needs_proc
+def test_a_worker_that_dies_at_work_is_replaced_and_asked_again(monkeypatch, pool) -> None:
+    """It is killed as soon as the question is out; the second try is answered."""
+    math_check.equal("2", "3")
+    plain, asked = math_check._Pool.send, []
+
+    def killing(self, line, number, pair):
+        plain(self, line, number, pair)
+        if not asked:
+            for pid in workers():
+                os.kill(pid, signal.SIGKILL)
+        asked.append(pair)
+
+    monkeypatch.setattr(math_check._Pool, "send", killing)
+    assert math_check.equal("x^2-1", "(x-1)(x+1)") is True
+    assert set(asked) == {("x^2-1", "(x-1)(x+1)")} and 1 <= len(asked) <= 2
+
+
+@needs_proc
+def test_workers_that_hang_are_replaced(monkeypatch, pool) -> None:
+    """All are stopped by a signal. The guard's patience ends, others start, and the second try is answered."""
+    math_check.equal("2", "3")
+    hung = pool.process
+    for pid in workers():
+        os.kill(pid, signal.SIGSTOP)
+    plain = math_check._Pool.start
+    monkeypatch.setattr(math_check, "PATIENCE", 0.01)
+
+    def patient(self):
+        monkeypatch.setattr(math_check, "PATIENCE", 60.0)
+        plain(self)
+
+    monkeypatch.setattr(math_check._Pool, "start", patient)
+    assert math_check.equal("2", "1+1") is True
+    assert pool.process is not hung and hung.poll() == -signal.SIGKILL
+
+
+def test_a_server_that_is_gone_is_started_again(pool) -> None:
+    assert math_check.equal("2", "1+1")
+    os.killpg(pool.process.pid, signal.SIGKILL)
+    pool.process.wait()
+    assert all(line.poll(60) for line in pool.lines)  # each has an end of file, and no one writes to it
+    assert math_check.equal_all([("2", "3-1"), ("2", "3-2")]) == [True, False]
+
+
+def test_a_forked_process_has_workers_of_its_own(pool) -> None:
+    program = (
+        "import os, sys\n"
+        "from dllm_rl.tasks.math import verify\n"
+        "assert verify.equal('2x', 'x+x')\n"
+        "child = os.fork()\n"
+        "if child == 0: assert verify._POOL.process is None\n"
+        "server = verify._POOL.process\n"
+        "pairs = [('3x', 'x+x+x'), ('3x', 'x+x')] + [(f'{n}x', f'{n - 1}x+x') for n in range(4, 9)]\n"
+        "assert verify.equal_all(pairs) == [True, False] + 5 * [True]\n"
+        "if child == 0: os._exit(0)\n"
+        "assert verify._POOL.process is server and os.waitpid(child, 0)[1] == 0\n"
+        "assert verify.equal('4y', 'y+3y') and verify._POOL.process is server\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cores_are_shared_by_the_processes_of_a_launcher(monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert math_check.cores() == 8
+    for processes, cores in (("2", 4), ("3", 2), ("16", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert math_check.cores() == cores
+
+
+def test_an_undecided_answer_is_wrong_and_says_so(monkeypatch, own_pool) -> None:
+    monkeypatch.setattr(math_check, "SECONDS", 0.2)
+    graded = math500_math_verify({"answer": "2"}, f"\\boxed{{{ENDLESS}}}")
+    assert graded.parsed and graded.value == 0 and graded.breakdown == {"accuracy": 0.0, "undecided": 1.0}
+    graded = math500_math_verify({"answer": "2"}, "\\boxed{1 + 1}")
+    assert graded.value == 1 and graded.breakdown == {"accuracy": 1.0, "undecided": 0.0}
+
+
+@pytest.mark.parametrize("protocol", ["espo", "math-verify", None])
+def test_many_completions_are_compared_at_once(monkeypatch, pool, protocol: str | None) -> None:
+    """One call for all of them; and the grades are those of each alone."""
+    task = MATH500(path="unused.jsonl", reward_rule="espo" if protocol is None else "own")
+    task = task if protocol is None else under_protocol(task, protocol)
+    batches, plain = [], math_check._POOL.ask
+    monkeypatch.setattr(math_check._POOL, "ask", lambda pairs: batches.append(list(pairs)) or plain(pairs))
+    problems = [Problem("", {"answer": answer}) for answer in ("2x", "x^2-1", "3")]
+    texts = ["\\boxed{x+x}", "none", "\\boxed{(x+1)(x-1)}", "\\boxed{(x+1)^2}", "\\boxed{4-1}", "\\boxed{4-1}"]
+    graded = grade(task, problems, texts)
+    assert [reward.value for reward in graded] == [1.0, 0.0, 1.0, 0.0, 1.0, 1.0]
+    assert [len(batch) for batch in batches] == [4]  # two texts are alike, and one has no answer
+    assert graded == [task.reward(problems[i // 2], text) for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("create", ["plain", "two_stages"])
+def test_parsing_in_two_stages_gives_what_one_gives(create: str, monkeypatch) -> None:
+    """SLL prediction first changes no result: neither where it succeeds nor where it must start again."""
+    from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
+    from math_verify.parser import extract_latex, parse_latex_cached
+
+    from dllm_rl.tasks.math import verify_worker
+
+    plain, runs = _Latex2Sympy.create_parser, []
+
+    def counted(converter, text):
+        runs.append(text)
+        return plain(converter, text)
+
+    def read(latex: str, create_parser) -> str:
+        monkeypatch.setattr(_Latex2Sympy, "create_parser", create_parser)
+        extract_latex.cache_clear()
+        parse_latex_cached.cache_clear()
+        return repr(verify_worker.read.__wrapped__(latex))
+
+    again = 0
+    for latex in {text for pair in EQUAL[::9] + UNEQUAL for text in pair} | SPECIAL:
+        once = read(latex, plain)
+        runs.clear()
+        assert read(latex, counted if create == "plain" else verify_worker.two_stages(counted)) == once
+        again += len(runs) == 2
+    assert (again > 0) == (create == "two_stages")
+
+
+def test_without_math_verify_the_protocol_says_what_to_install(monkeypatch, tmp_path, capsys) -> None:
+    """Before any work: when the task is made, and when a protocol is named."""
+    monkeypatch.setattr(math_check, "find_spec", lambda name: None)
+    (tmp_path / "rows.jsonl").write_text('{"completion": "\\\\boxed{x+x}", "answer": "2x"}\n')
+    with pytest.raises(ImportError, match=r"pip install 'dllm_rl\[math\]'"):
+        MATH500(path="unused.jsonl", reward_rule="espo")
+    for protocol in ("math-verify", "espo"):
+        with pytest.raises(ImportError, match="math-verify"):
+            under_protocol(MATH500(path="unused.jsonl"), protocol)
+    command = ["grade", "--task", "math500", "--protocol", "math-verify", str(tmp_path / "rows.jsonl")]
+    assert cli.main(command) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: grading by math-verify needs") and err.count("\n") == 1

@@ -1,0 +1,141 @@
+"""Foreign text reaches a screen as it is: control characters as signs, brackets as brackets, wherever it is shown."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from _pytest.capture import CaptureIO
+from rich.console import Console
+from tiny_recipe import SIZES, tiny_recipe
+
+from dllm_rl.cli import evaluate as evaluate_cli
+from dllm_rl.cli import main as cli
+from dllm_rl.config import from_command_line
+from dllm_rl.diagnostics.doctor import Cause, Report, WorstToken
+from dllm_rl.diagnostics.report import write_doctor
+from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.screen import escape_controls, literal
+from dllm_rl.tasks.sudoku import Sudoku
+from dllm_rl.training.log import RunLog
+from dllm_rl.training.loop import train
+
+HOSTILE = "[/INST][red]x[/red]\x1b]0;title\x07\u202e{a}"
+SHOWN = "[/INST][red]x[/red]\u241b]0;title\u2407\ufffd{a}"
+
+
+@pytest.fixture
+def terminal(monkeypatch, capsys):
+    """What a terminal gets so far on standard output and error."""
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(CaptureIO, "isatty", lambda self: True)
+    said = []
+
+    def seen() -> str:
+        said.append("".join(capsys.readouterr()))
+        return "".join(said)
+
+    return seen
+
+
+# Of an untrained model: with this seed some completion holds an escape.
+OPTIONS = ("--temperature", "1", "--max_new_tokens", "8", "--group_size", "8")
+
+
+class Bracketed:
+    """Sudoku whose prompts hold what rich would take for the end of a style."""
+
+    name, version = "bracketed", "1"
+
+    def __init__(self):
+        self.task = Sudoku(split="test", size=4)
+
+    def __len__(self):
+        return len(self.task)
+
+    def __getitem__(self, index):
+        problem = self.task[index]
+        return replace(problem, prompt="[/r]" + problem.prompt)
+
+    def reward(self, problem, completion):
+        return self.task.reward(problem, completion)
+
+
+def test_controls_are_shown_as_signs():
+    assert escape_controls("a\x1b[2J\x07\nb\r\u202e\x9b") == "a\u241b[2J\u2407↵b\u240d\ufffd\ufffd"
+    assert escape_controls("a\n\tb\r", keep="\n\t") == "a\n\tb\u240d"
+    assert escape_controls("naïve 数独 ✓") == "naïve 数独 ✓"
+
+
+def test_a_literal_is_no_markup():
+    console = Console(file=io.StringIO(), width=200)
+    console.print(literal(HOSTILE))
+    assert console.file.getvalue() == SHOWN + "\n"
+
+
+def test_the_log_shows_lines_and_bars_as_they_are(terminal, tmp_path):
+    log = RunLog(tmp_path, start=0, main=True)
+    progress = log.bar(HOSTILE, 2)
+    log.say(f"{HOSTILE}\nsecond line")
+    progress({"reward": 1.0}, show=True, close=True)
+    log.close()
+    assert f"{SHOWN}\nsecond line" in terminal() and f"{SHOWN}     0/2  reward 1" in terminal()
+    assert "title\x07" not in terminal()
+
+
+def test_a_run_whose_prompts_look_like_markup_ends_well(tmp_path, capsys):
+    train(
+        tiny_recipe(
+            tmp_path / "[/red]",
+            model=lambda: tiny_masked_lm(**{**SIZES, "characters": "1234.=[/r]"}),
+            task=Bracketed(),
+            eval_task=Bracketed(),
+            num_steps=1,
+        )
+    )
+    out = capsys.readouterr().out
+    assert "'[/r]" in out and f"{tmp_path}/[/red]/summary.json" in out
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model that answers with escape sequences."""
+    directory = tmp_path_factory.mktemp("[red]checkpoint")
+    tiny_masked_lm(characters="\x1b1[").save_pretrained(directory)
+    return str(directory)
+
+
+def test_sampling_to_a_terminal_shows_escape_sequences(terminal, checkpoint):
+    assert cli.main(["sample", checkpoint, "\x1b[1", "--no_live", *OPTIONS]) == 0
+    assert "\u241b" in terminal() and "\x1b" not in terminal()
+
+
+def test_sampling_to_a_pipe_keeps_them(capsys, checkpoint):
+    assert cli.main(["sample", checkpoint, "1", *OPTIONS]) == 0
+    assert "\x1b" in capsys.readouterr().out
+
+
+def test_errors_are_one_line_without_controls(terminal):
+    assert cli.main(["evaluate", "x", "--task", "sudoku", "--set", "\x1b[2J\nwhere"]) == 2
+    assert "--set \u241b[2J↵where" in terminal() and "\x1b" not in terminal()
+    with pytest.raises(SystemExit):
+        from_command_line(tiny_recipe("x"), ["--\x1b[2J", "1"])
+    assert "\x1b" not in terminal()
+
+
+def test_evaluation_tables_and_bars(terminal):
+    found = {"task": HOSTILE, "version": "1", "protocol": "own", "split": None, "seed": 0, "n": 1, "samples": 1}
+    found |= {"model": HOSTILE, "max_new_tokens": 1, "tokens": 1, "forwards": 1, "seconds": 0.0}
+    found |= {HOSTILE: 0.5, f"{HOSTILE}_interval": [0.25, 0.75]}
+    Console().print(evaluate_cli.table([found]))
+    assert terminal().count(SHOWN) == 3 and "0.500  [0.250, 0.750]" in terminal()
+    with evaluate_cli.progress_bar(HOSTILE, 1, main=True) as progress:
+        progress(1)
+    assert terminal().count(SHOWN) > 3
+
+
+def test_the_doctor_shows_tokens_as_they_are(terminal, tmp_path):
+    cause = Cause("weights", 1.0, 1.0, 1.0, 1.0)
+    worst = WorstToken(row=0, position=1, token=HOSTILE, before="", after="", learner=0.0, rollout=0.0)
+    write_doctor(Report(HOSTILE, 1, cause, (cause,), (worst,), ((HOSTILE, 1.0),)), directory=tmp_path)
+    assert terminal().count(SHOWN) == 3 and "title\x07" not in terminal()
+    assert "\x1b" not in (tmp_path / "doctor.html").read_text()
