@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_grade(commands)
     add_doctor(commands)
     add_report(commands)
+    add_verify(commands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments) or 0
@@ -181,3 +182,18 @@ def report(arguments: argparse.Namespace) -> None:
     from dllm_rl.training.plots import plot
 
     print(escape_controls(str(plot(Path(arguments.directory)))))
+
+
+def add_verify(commands: argparse._SubParsersAction) -> None:
+    sub = commands.add_parser("verify", help="check that checkpoints are whole; exit with 1 when one is not")
+    sub.add_argument("path", help="a checkpoint folder, or the output_dir of a run for all of its checkpoints")
+    sub.add_argument("--quick", action="store_true", help="of files over 1 MiB, check only the size and the first MiB")
+    sub.set_defaults(run=verify)
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from dllm_rl.cli.verify import verify_command
+
+    return verify_command(Path(arguments.path), quick=arguments.quick)

@@ -75,26 +75,6 @@ def save(
     return final
 
 
-def folder_of(directory: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lies, or is to lie."""
-    return directory / f"step-{step:06d}"
-
-
-def set_aside(directory: Path, resumed: Path) -> list[Path]:
-    """Rename the checkpoints in `directory` that a run leaves behind when it goes on from `resumed`; returns new paths.
-
-    Those are the later ones, and another of the same step: step-NNNNNN becomes step-NNNNNN.set-aside, or .set-aside-2
-    and so on where that is taken. They are found no more, neither as the newest nor as surplus; nothing is deleted.
-    """
-    step, moved = read_state(resumed)["step"], []
-    for number, folder in found(directory):
-        if number > step or (number == step and folder.resolve() != resumed.resolve()):
-            names = (f"{folder.name}.set-aside" + (f"-{n}" if n > 1 else "") for n in count(1))
-            free = next(path for name in names if not (path := folder.with_name(name)).exists())
-            moved.append(folder.rename(free))
-    return moved
-
-
 def recover_all(directory: Path) -> None:
     """Undo what a kill left half-done among the checkpoints. For their only writer."""
     for path in [*directory.glob(".step-*"), *directory.glob(".latest.*")]:
@@ -146,6 +126,28 @@ def check_finite(what: str, policy: Policy, optimizer: torch.optim.Optimizer) ->
             raise FloatingPointError(f"{what}: {name} is not finite; resume from an earlier checkpoint")
 
 
+def folder_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies, or is to lie."""
+    return directory / f"step-{step:06d}"
+
+
+def set_aside(directory: Path, resumed: Path) -> list[Path]:
+    """Rename the checkpoints in `directory` that a run leaves behind when it goes on from `resumed`; returns new paths.
+
+    Those are the later ones, and another of the same step: step-NNNNNN becomes step-NNNNNN.set-aside, or .set-aside-2
+    and so on where that is taken. They are found no more, neither as the newest nor as surplus; nothing is deleted.
+    """
+    step, moved = read_state(resumed)["step"], []
+    for number, folder in reversed(found(directory)):
+        if number > step or (number == step and folder.resolve() != resumed.resolve()):
+            names = (f"{folder.name}.set-aside" + (f"-{n}" if n > 1 else "") for n in count(1))
+            free = next(path for name in names if not (path := folder.with_name(name)).exists())
+            moved.append(folder.rename(free))
+    if (directory / resumed.name).exists():
+        write_text(directory / "latest", resumed.name + "\n")
+    return moved
+
+
 def found(directory: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every whole checkpoint, oldest first."""
     folders = directory.iterdir() if directory.is_dir() else []
@@ -190,17 +192,18 @@ def check(folder: Path, *, quick: bool = False, say: Callable[[str], None] = lam
 
     One of version 0.1.0 has no manifest: `say` is told, and only what can be read without one is checked.
     """
-    listed = (folder / manifest.NAME).exists()
-    held = manifest.verify(folder, quick=quick) if listed else None
-    state = _json(folder / "state.json")
+    held = manifest.read(folder) if (folder / manifest.NAME).exists() else None
     named = _NAME.fullmatch(folder.name)
-    steps = {"state.json": state.get("step")} | ({"its name": int(named[1])} if named else {})
+    if held is not None and named and int(named[1]) != held["step"]:
+        raise ValueError(f"{folder}: step is {held['step']} in {manifest.NAME}, but {int(named[1])} in its name")
     if held is not None:
-        steps[manifest.NAME] = held["step"]
-    elif "format" in state:
+        manifest.verify(folder, quick=quick)
+    state = _json(folder / "state.json")
+    if held is None and "format" in state:
         raise ValueError(f"{folder}: {manifest.NAME} is missing")
-    if len(set(steps.values())) > 1:
-        raise ValueError(f"{folder}: step is {', but '.join(f'{n} in {where}' for where, n in steps.items())}")
+    expected = held["step"] if held is not None else int(named[1]) if named else state.get("step")
+    if state.get("step") != expected:
+        raise ValueError(f"{folder}: step is {state.get('step')} in state.json, but {expected} elsewhere")
     if held is None:
         for file in sorted(folder.rglob("*.safetensors")):
             try:
@@ -249,5 +252,5 @@ def _optimizer_state(folder: Path) -> dict[str, Any]:
         return torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise ValueError(f"{folder}: {path.name} is missing") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder}: {path.name} is damaged: {str(error).splitlines()[0]}") from None

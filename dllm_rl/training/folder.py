@@ -57,13 +57,13 @@ def open_folder(recipe: Recipe) -> tuple[Path | None, list[str]]:
     folder = checkpoint.locate(recipe.resume_from_checkpoint, directory / "checkpoints", quick=quick, say=notes.append)
     if folder:
         state = checkpoint.read_state(folder)
-        # A field that is newer than the checkpoint had no effect then, as its default has none.
+        # A setting that the checkpoint does not know had its default.
         before = {f.name: plain(f.default) for f in dataclasses.fields(Recipe)} | state["recipe"]
         _check_same_recipe(before, settings_of(recipe))
         _check_schedule(recipe, before, state["step"])
         _check_reference(state, directory / "reference", quick=quick)
-        aside = checkpoint.set_aside(directory / "checkpoints", folder)
-        notes += [f"set aside, as it is not on the way of the resumed run: {path}" for path in aside]
+        for path in checkpoint.set_aside(directory / "checkpoints", folder):
+            notes.append(f"set aside, as it is not on the way of the resumed run: {path}")
     return folder, notes
 
 
@@ -73,11 +73,12 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
+    """Raise ValueError on a setting that differs."""
+    changed = [name for name in now if name not in FREE and before[name] != now[name]]
     if changed:
         name = changed[0]
         raise ValueError(
-            f"{name}={now[name]!r} differs from the checkpoint's {before.get(name)!r}; resume with the same recipe"
+            f"{name}={now[name]!r} differs from the checkpoint's {before[name]!r}; resume with the same recipe"
         )
 
 

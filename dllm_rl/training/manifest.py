@@ -48,9 +48,7 @@ def read(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or own != _own_digest(found):
         raise ValueError(f"{folder}: {NAME} is damaged: its own SHA-256 differs")
     if found["format"] != FORMAT:
-        raise ValueError(
-            f"{folder}: format={found['format']} is not known to this version, which reads {FORMAT}; upgrade"
-        )
+        raise ValueError(f"{folder}: format={found['format']} is newer than {FORMAT}; upgrade dllm_rl")
     return found | {"sha256": own}
 
 

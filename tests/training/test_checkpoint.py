@@ -77,7 +77,9 @@ def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, c
 def test_a_finished_run_that_is_resumed_names_the_checkpoint_that_it_evaluates(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=3, save_steps=1, save_total_limit=9))
     folder = tmp_path / "checkpoints"
-    summary = train(tiny_recipe(tmp_path, num_steps=2, resume_from_checkpoint=str(folder / "step-000002")))
+    summary = train(
+        tiny_recipe(tmp_path, num_steps=2, lr_schedule_steps=3, resume_from_checkpoint=str(folder / "step-000002"))
+    )
     assert summary["checkpoint"] == str(folder / "step-000002")
     assert checkpoint.locate("latest", folder) == folder / "step-000002"
 
@@ -86,16 +88,19 @@ def test_a_checkpoint_from_before_a_setting_existed_had_its_default(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=1))
     file = tmp_path / "checkpoints/step-000001/state.json"
     state = json.loads(file.read_text())
-    del state["recipe"]["mismatch_sample"]
+    del state["recipe"]["mismatch_sample"], state["format"]
     file.write_text(json.dumps(state))
+    (file.parent / "manifest.json").unlink()
     with pytest.raises(ValueError, match="mismatch_sample=3 differs from the checkpoint's 2"):
-        train(tiny_recipe(tmp_path, num_steps=2, mismatch_sample=3, resume_from_checkpoint="latest"))
-    train(tiny_recipe(tmp_path, num_steps=2, resume_from_checkpoint="latest"))
+        train(
+            tiny_recipe(tmp_path, num_steps=2, lr_schedule_steps=1, mismatch_sample=3, resume_from_checkpoint="latest")
+        )
+    train(tiny_recipe(tmp_path, num_steps=2, lr_schedule_steps=1, resume_from_checkpoint="latest"))
 
 
 def test_resuming_the_newest_sets_nothing_aside(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=2, save_steps=1))
-    train(tiny_recipe(tmp_path, num_steps=3, save_steps=1, resume_from_checkpoint="latest"))
+    train(tiny_recipe(tmp_path, num_steps=3, lr_schedule_steps=2, save_steps=1, resume_from_checkpoint="latest"))
     assert not list((tmp_path / "checkpoints").glob("*set-aside*"))
 
 
@@ -115,7 +120,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        train(tiny_recipe(tmp_path, num_steps=3, resume_from_checkpoint="latest"))
+        train(tiny_recipe(tmp_path, num_steps=3, lr_schedule_steps=1, resume_from_checkpoint="latest"))
     assert [step for step, _ in checkpoint.found(tmp_path / "checkpoints")] == [0, 1]
 
 

@@ -1,0 +1,36 @@
+"""`dllm-rl verify`: whether checkpoints are whole."""
+
+from pathlib import Path
+
+from dllm_rl.files import folder_size
+from dllm_rl.training import checkpoint, manifest
+
+
+def folders_of(path: Path) -> list[Path]:
+    """The checkpoint itself, or those of a run's folder and the run's reference. Raises ValueError where there is
+    none."""
+    if (path / "state.json").is_file() or (path / manifest.NAME).is_file():
+        return [path]
+    reference = [path / "reference"] * (path / "reference" / manifest.NAME).is_file()
+    found = [folder for _, folder in checkpoint.found(path / "checkpoints") or checkpoint.found(path)]
+    if not found + reference:
+        raise ValueError(f"{path}: neither a checkpoint nor a run with checkpoints; give one of them")
+    return reference + found
+
+
+def verify_command(path: Path, *, quick: bool) -> int:
+    """Print a line for each checkpoint; returns 1 when one is damaged, else 0."""
+    damaged = 0
+    for folder in folders_of(path):
+        notes: list[str] = []
+        try:
+            if folder.name == "reference":
+                manifest.verify(folder, quick=quick)
+            else:
+                checkpoint.check(folder, quick=quick, say=notes.append)
+        except ValueError as error:
+            damaged += 1
+            print(f"damaged  {error}")
+        else:
+            print(f"whole    {folder} ({folder_size(folder) / 1e6:.1f} MB)" if not notes else f"unknown  {notes[0]}")
+    return int(damaged > 0)

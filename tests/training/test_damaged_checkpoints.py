@@ -1,0 +1,201 @@
+"""Damage to a checkpoint is named and skipped, never loaded."""
+
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from runs import assert_same_weights, metrics_of
+from tiny_recipe import SIZES, tiny_recipe
+
+from dllm_rl import tiny_masked_lm
+from dllm_rl.cli.main import main
+from dllm_rl.training import checkpoint, manifest, train
+
+OLD = Path(__file__).parents[1] / "golden" / "checkpoint-0.1.0"
+SMALL = partial(tiny_masked_lm, **(SIZES | {"hidden_size": 8, "num_layers": 1, "intermediate_size": 8}))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of three steps with a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(recipe(folder))
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def recipe(folder, **changes):
+    common = {"num_steps": 3, "save_steps": 1, "save_total_limit": 9, "learning_rate": 5e-3}
+    return tiny_recipe(folder, **{**common, **changes})
+
+
+def flip(path: Path, at: int | None = None) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def from_another_step(path: Path) -> None:
+    shutil.copyfile(path.parents[1] / "step-000001" / path.name, path)
+
+
+FILES = ("model.safetensors", "optimizer.pt", "state.json", "config.json", "tokenizer.json")
+
+
+@pytest.mark.parametrize("name", [*FILES, manifest.NAME])
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink, from_another_step])
+def test_latest_skips_what_is_damaged_and_names_it(run, name, damage):
+    before, newest = (run / "checkpoints" / f"step-00000{n}" for n in (2, 3))
+    content = (newest / name).read_bytes()
+    damage(newest / name)
+    if (newest / name).is_file() and (newest / name).read_bytes() == content:  # the same in both steps
+        return
+    said = []
+    assert checkpoint.locate("latest", run / "checkpoints", say=said.append) == before
+    assert len(said) == 1 and str(newest) in said[0] and name in said[0], said
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        checkpoint.locate(str(newest), run / "checkpoints")
+
+
+def test_a_run_goes_on_from_the_one_before(run, finished, capsys):
+    flip(run / "checkpoints" / "step-000003" / "model.safetensors")
+    flip(run / "checkpoints" / "step-000002" / "optimizer.pt")
+    again = train(recipe(run, resume_from_checkpoint="latest"))
+    out = capsys.readouterr().out
+    assert "skipped" in out and "step-000003: model.safetensors is damaged" in out.replace("\n", "")
+    assert_same_weights(again, json.loads((finished / "summary.json").read_text()))
+    assert metrics_of(run) == metrics_of(finished)
+    checkpoint.check(run / "checkpoints" / "step-000003")
+
+
+def test_with_nothing_whole_the_run_stops_and_says_so(run):
+    for _, folder in checkpoint.found(run / "checkpoints"):
+        truncate(folder / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"no checkpoint is whole .*step-000003: optimizer\.pt is damaged"):
+        train(recipe(run, resume_from_checkpoint="latest"))
+
+
+def test_a_folder_under_another_steps_name_is_refused(run):
+    shutil.rmtree(run / "checkpoints" / "step-000003")
+    shutil.copytree(run / "checkpoints" / "step-000001", run / "checkpoints" / "step-000003")
+    with pytest.raises(ValueError, match=r"step is 1 in manifest\.json, but 3 in its name"):
+        checkpoint.check(run / "checkpoints" / "step-000003")
+
+
+def test_a_file_that_the_manifest_does_not_know_is_refused(run):
+    folder = run / "checkpoints" / "step-000003"
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is not in manifest\.json"):
+        checkpoint.check(folder)
+
+
+def test_an_unknown_format_asks_for_an_upgrade(run, monkeypatch):
+    monkeypatch.setattr(manifest, "FORMAT", 2)
+    manifest.write(run / "checkpoints" / "step-000003", step=3, processes=1, versions={})
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="format=2 is newer than 1; upgrade"):
+        checkpoint.check(run / "checkpoints" / "step-000003")
+
+
+def test_the_manifest_says_what_wrote_it(run):
+    found = manifest.verify(run / "checkpoints" / "step-000003")
+    assert found["step"] == 3 and found["processes"] == 1 and found["versions"]["torch"] == torch.__version__
+    assert set(found["files"]) == {*FILES, "tokenizer_config.json"}
+    assert (run / "checkpoints" / "latest").read_text() == "step-000003\n"
+
+
+def test_a_quick_check_leaves_the_rest_of_large_files_unread(tmp_path):
+    big = tmp_path / "big.safetensors"
+    big.write_bytes(bytes(3 << 20))
+    manifest.write(tmp_path, step=1, processes=1, versions={})
+    flip(big, at=2 << 20)
+    manifest.verify(tmp_path, quick=True)
+    with pytest.raises(ValueError, match="its SHA-256 differs"):
+        manifest.verify(tmp_path)
+    flip(big, at=8)
+    with pytest.raises(ValueError, match="its first MiB differs"):
+        manifest.verify(tmp_path, quick=True)
+
+
+def test_the_command_says_which_are_whole(run, capsys):
+    assert main(["verify", str(run)]) == 0
+    assert capsys.readouterr().out.count("whole") == 4
+    flip(run / "checkpoints" / "step-000002" / "state.json")
+    assert main(["verify", str(run)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("whole") == 3 and "step-000002: state.json is damaged: its SHA-256 differs" in out
+    assert main(["verify", str(run / "checkpoints" / "step-000003"), "--quick"]) == 0
+    assert main(["verify", str(run.parent)]) == 2
+    assert "neither a checkpoint nor a run" in capsys.readouterr().err
+
+
+class TestWithoutManifest:
+    """Version 0.1.0 wrote none."""
+
+    @pytest.fixture
+    def old(self, tmp_path) -> Path:
+        folder = tmp_path / "checkpoints" / "step-000001"
+        return Path(shutil.copytree(OLD, folder, ignore=shutil.ignore_patterns("next_step.json")))
+
+    def resume(self, old: Path) -> None:
+        train(recipe(old.parents[1], model=SMALL, num_steps=2, resume_from_checkpoint="latest"))
+
+    def test_it_resumes_with_a_word(self, old, capsys):
+        self.resume(old)
+        assert "written without a manifest" in capsys.readouterr().out.replace("\n", " ")
+        assert main(["verify", str(old)]) == 0
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
+    def test_a_truncated_one_is_named(self, old, name):
+        truncate(old / name)
+        with pytest.raises(ValueError, match=rf"step-000001: {name} is damaged"):
+            self.resume(old)
+
+    def test_an_emptied_optimiser_is_refused(self, old):
+        moments = torch.load(old / "optimizer.pt")
+        torch.save(moments | {"state": {}}, old / "optimizer.pt")
+        with pytest.raises(ValueError, match=r"optimizer\.pt holds no moments of .* after 1 updates"):
+            self.resume(old)
+
+    def test_moments_that_are_not_finite_are_refused(self, old):
+        moments = torch.load(old / "optimizer.pt")
+        moments["state"][0]["exp_avg"].fill_(float("nan"))
+        torch.save(moments, old / "optimizer.pt")
+        with pytest.raises(FloatingPointError, match=r"exp_avg of .* is not finite"):
+            self.resume(old)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    from dllm_rl.algorithms.optimizers import adamw
+
+    policy = SMALL()
+    optimizer = adamw(policy.module.parameters(), 1e-3, (0.9, 0.99), 0.0)
+    with torch.no_grad():
+        next(policy.module.parameters())[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"step 7 was not saved: .* is not finite"):
+        checkpoint.save(tmp_path, 7, policy, optimizer, {}, keep=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reference_of_another_run_is_refused(tmp_path):
+    train(recipe(tmp_path / "a", beta=0.1, num_steps=1))
+    train(recipe(tmp_path / "b", beta=0.1, num_steps=1, seed=1))
+    shutil.rmtree(tmp_path / "a" / "reference")
+    shutil.copytree(tmp_path / "b" / "reference", tmp_path / "a" / "reference")
+    with pytest.raises(ValueError, match="reference is that of another run"):
+        train(recipe(tmp_path / "a", beta=0.1, num_steps=1, resume_from_checkpoint="latest"))
+    shutil.rmtree(tmp_path / "a" / "reference")
+    with pytest.raises(ValueError, match=r"reference: manifest\.json is missing"):
+        train(recipe(tmp_path / "a", beta=0.1, num_steps=1, resume_from_checkpoint="latest"))
