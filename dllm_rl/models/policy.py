@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.models.base import FamilySpec, position_ids
-from dllm_rl.models.loading import family_spec, load_module, save_module
+from dllm_rl.models.loading import check_finite, family_spec, load_module, save_module
 from dllm_rl.models.lora import Lora, add_lora, without_adapters
 
 
@@ -107,11 +107,13 @@ def load_policy(
     quantization  "nf4" or "int8": a frozen bitsandbytes base to put adapters on; None keeps the weights as they are.
     lora          adapters to train in place of the weights.
 
-    Raises ValueError on an unknown architecture, missing or unexpected tensors, a mask id outside the vocabulary,
-    or attention that is not what the family needs.
+    Raises ValueError on an unknown architecture, missing or unexpected tensors, weights that are not finite, a mask id
+    outside the vocabulary, or attention that is not what the family needs.
     """
     module, tokenizer, spec = load_module(path_or_id, dtype=dtype, block_size=block_size, quantization=quantization)
-    policy = make_policy(module if quantization else module.to(device), tokenizer, spec)
+    module = module if quantization else module.to(device)
+    check_finite(module, path_or_id)
+    policy = make_policy(module, tokenizer, spec)
     if lora is not None:
         add_lora(policy, lora)
     return policy

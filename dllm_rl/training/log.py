@@ -1,9 +1,10 @@
 """Progress bars, log lines, metrics.jsonl, TensorBoard events and stage timers."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -42,15 +43,31 @@ class RunLog:
         self._step[name] = self._step.get(name, 0.0) + spent
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, the same numbers to tensorboard, with the seconds of this step's stages."""
+        """One line of metrics.jsonl, the same numbers to tensorboard, with the seconds of this step's stages.
+
+        JSON has no number for NaN or infinity: they are null there.
+        """
         times = {f"time/{name}": spent for name, spent in self._step.items()}
         self._step = {}
         row = {**metrics, "step_time": sum(times.values()), **times}
         if self.main:
-            self._jsonl.write(json.dumps({"step": step, **row}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+            self._jsonl.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
             self._jsonl.flush()
+            self._draw(step, row)
+
+    def _draw(self, step: int, row: dict[str, float]) -> None:
+        """The numbers to tensorboard. Its folder may be deleted at any time and is made again; where it cannot be, the
+        run goes on without it."""
+        if self._board is None:
+            return
+        try:
+            (self.directory / "tensorboard").mkdir(exist_ok=True)
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)
+        except OSError as error:
+            self._board = None
+            self.say(f"tensorboard events can no longer be written ({error}): the run goes on without them")
 
     def say(self, text: str) -> None:
         """Print lines, which may hold foreign text: no markup and no control character in them is obeyed."""
@@ -84,7 +101,9 @@ class RunLog:
     def close(self) -> None:
         if self.main:
             self._jsonl.close()
-            self._board.close()
+            if self._board is not None:
+                with suppress(OSError):  # tensorboard's thread raises here what stopped it
+                    self._board.close()
 
 
 SHOWN = {
