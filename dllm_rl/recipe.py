@@ -62,6 +62,7 @@ class Recipe:
     train_batch_size: int = _("prompts per step, over all processes", 32)
     num_generations: int = _("completions per prompt (G)", 8)
     micro_batch_size: int | None = _("completions per forward of scoring and update; None: all at once", None)
+    max_prompt_length: int | None = _("longer training prompts, in tokens, are left out; None: they are refused", None)
     max_num_gen_batches: int = _("draws of prompts a step, until no group's rewards are all equal; 1: no second", 1)
     num_steps: int = _("RL steps", 180)
     num_iterations: int = _("optimiser updates per rollout", 1)
@@ -112,6 +113,8 @@ class Recipe:
         for name in ("num_steps", "warmup_steps", "eval_steps", "beta", "entropy_coeff", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length={self.max_prompt_length} must be at least 1, or none")
         if self.reward_timeout is not None and not self.reward_timeout > 0:
             raise ValueError(f"reward_timeout={self.reward_timeout} must be positive, or none for no limit")
         for name in ("learning_rate", "warmup_learning_rate", "max_grad_norm"):

@@ -150,7 +150,7 @@ def check_fits(policy: Policy, prompts: Prompts, max_new_tokens: int) -> None:
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens exceeds the model's {limit} "
-            f"positions; use at most {limit - longest}"
+            f"positions; use at most {limit - longest}, or shorter prompts (a recipe's max_prompt_length)"
         )
 
 

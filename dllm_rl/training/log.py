@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dllm_rl.files import write_text
 from dllm_rl.screen import escape_controls
+from dllm_rl.training.cautions import PATIENCE, flat_for
 
 
 class RunLog:
@@ -22,6 +23,8 @@ class RunLog:
         self.console = Console(quiet=not main)
         self.seconds: dict[str, float] = {}
         self._step: dict[str, float] = {}
+        self._flat = 0  # steps in a row in which no group's rewards differed
+        self._warned = False
         if main:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -49,6 +52,10 @@ class RunLog:
         """
         times = {f"time/{name}": spent for name, spent in self._step.items()}
         self._step = {}
+        self._flat = self._flat + 1 if metrics.get("frac_reward_zero_std") == 1 else 0
+        if self._flat == PATIENCE and not self._warned:
+            self._warned = True
+            self.say(f"warning: {flat_for(PATIENCE)}")
         row = {**metrics, "step_time": sum(times.values()), **times}
         if self.main:
             finite = {name: value if math.isfinite(value) else None for name, value in row.items()}

@@ -15,7 +15,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem
 from dllm_rl.training.log import RunLog
-from dllm_rl.training.rollouts import draw_indices
+from dllm_rl.training.prompts import choose, draw_indices
 from dllm_rl.types import Rollout, SamplingParams
 
 
@@ -142,7 +142,7 @@ def warm_up(
 
     def draw_problems(step: int) -> list[Problem]:
         chosen = draw_indices(len(recipe.task), recipe.warmup_batch_size, recipe.seed, "warm-up", step)
-        return [recipe.task[i] for i in local(chosen, accelerator).tolist()]
+        return choose(recipe, policy, local(chosen, accelerator).tolist())[0]
 
     def on_step(step: int, loss: float) -> bool:
         done = (step + 1) % recipe.warmup_eval_steps == 0
