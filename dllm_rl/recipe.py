@@ -79,6 +79,7 @@ class Recipe:
         "recompute",
     )
     mismatch_sample: int = _("groups without advantage scored per step, to measure mismatch over all rows", 2)
+    max_prompt_length: int | None = _("longer training prompts, in tokens, are left out; None: they are refused", None)
     max_num_gen_batches: int = _("draws of prompts a step, until no group's rewards are all equal; 1: no second", 1)
     num_steps: int = _("RL steps", 180)
     num_iterations: int = _("optimiser updates per rollout", 1)
@@ -145,6 +146,8 @@ class Recipe:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length={self.max_prompt_length} must be at least 1, or none")
         if self.reward_timeout is not None and not self.reward_timeout > 0:
             raise ValueError(f"reward_timeout={self.reward_timeout} must be positive, or none for no limit")
         for name in ("learning_rate", "warmup_learning_rate", "max_grad_norm"):

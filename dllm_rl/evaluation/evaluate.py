@@ -94,6 +94,8 @@ def complete(
     begin = time.perf_counter()
     prompts = encode(policy, list(problems.values()), group_size=samples, seeds=seeds)
     rollout = sampler(policy, prompts, generator_for(seed, "evaluate"))
+    if not rollout.logprobs.isfinite().all():
+        raise ValueError("the model's log-probabilities are not finite (NaN or infinity): nothing can be evaluated")
     texts, lengths = decode(policy, rollout), map(len, completion_ids(policy, rollout))
     share = {"forwards": rollout.forwards / len(keys), "seconds": (time.perf_counter() - begin) / len(keys)}
     return {

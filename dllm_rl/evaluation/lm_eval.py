@@ -14,7 +14,7 @@ except ImportError as error:
 
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import decode, prompt_ids
+from dllm_rl.models.tokens import decode, text_ids
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import sampler_for
 from dllm_rl.types import Prompts, Rollout
@@ -63,7 +63,7 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.name_or_path
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return prompt_ids(self.policy, string)
+        return text_ids(self.policy, string, special=True)  # the harness has applied the chat template
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         text = self.tokenizer.apply_chat_template(

@@ -21,9 +21,11 @@ from dllm_rl.models.base import FamilySpec, Module, encode_block_causal, encode_
 from dllm_rl.models.families import find_family
 from dllm_rl.models.lora import has_extras, merged_copy, merged_state
 from dllm_rl.models.rope import rotate_in_float32
-from dllm_rl.models.weights import read_tensors, to_original, to_stock, write_tensors
+from dllm_rl.models.weights import count_tensors, read_tensors, to_original, to_stock, weight_files, write_tensors
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MOST_LAYERS = 10_000  # where there are no tensors to count
 
 
 def load_module(
@@ -41,7 +43,8 @@ def load_module(
         dtype = getattr(torch, dtype)
     folder = checkpoint_folder(path_or_id)
     raw = json.loads((folder / "config.json").read_text())
-    family = find_family(raw)
+    family, files = find_family(raw), weight_files(folder)
+    check_depth(raw, count_tensors(folder, files) if files else MOST_LAYERS, folder)
     tokenizer = load_tokenizer(folder, stock=family.native is None)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if quantization is not None:
@@ -64,12 +67,33 @@ def load_module(
 def build_empty(raw: dict) -> Module:
     """The stock module that config fields describe, on the meta device: shapes without storage."""
     family = find_family(raw)
+    check_depth(raw, MOST_LAYERS)
     with torch.device("meta"):
         if family.native is None:
             cls = getattr(transformers, raw["architectures"][0])
             return prepared(cls(cls.config_class.from_dict(raw)), family)
         cls, config = family.native(raw)
         return prepared(cls(config), family)
+
+
+def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> None:
+    """Raise ValueError on a config of more layers than `most`, the tensors that there are: each layer has one or more,
+    and building a module of millions would not end."""
+    for field in ("num_hidden_layers", "n_layers", "n_layer"):
+        number = raw.get(field)
+        if number is not None and not (isinstance(number, int) and 0 <= number <= most):
+            raise ValueError(
+                f"{folder or 'config.json'}: {field}={number!r} is not a number of layers that {most} tensors could "
+                "hold; correct config.json"
+            )
+
+
+@torch.no_grad()
+def check_finite(module: Module, folder: str | Path) -> None:
+    """Raise ValueError on weights that are NaN or infinite: every completion of such a model would be noise."""
+    for name, parameter in module.named_parameters():
+        if parameter.dtype in FLOATS and parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all():
+            raise ValueError(f"{folder}: {name} holds numbers that are not finite; the checkpoint is damaged")
 
 
 def prepared(module: Module, spec: FamilySpec) -> Module:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.models.base import FamilySpec, Module, Policy, position_ids
 from dllm_rl.models.head import head_in_float32
-from dllm_rl.models.loading import family_spec, load_module, save_module
+from dllm_rl.models.loading import check_finite, family_spec, load_module, save_module
 from dllm_rl.models.lora import Lora, add_lora, without_adapters
 
 Moved = TypeVar("Moved", bound="_Backbone")
@@ -139,11 +139,13 @@ def load_policy(
     lora          adapters to train in place of the weights.
     float32_head  logits in fp32 where the weights are in 16 bits; False: in their own dtype.
 
-    Raises ValueError on an unknown architecture, missing or unexpected tensors, a mask id outside the vocabulary,
-    or attention that is not what the family needs.
+    Raises ValueError on an unknown architecture, missing or unexpected tensors, weights that are not finite, a mask id
+    outside the vocabulary, or attention that is not what the family needs.
     """
     module, tokenizer, spec = load_module(path_or_id, dtype=dtype, block_size=block_size, quantization=quantization)
-    policy = make_policy(module if quantization else module.to(device), tokenizer, spec)
+    module = module if quantization else module.to(device)
+    check_finite(module, path_or_id)
+    policy = make_policy(module, tokenizer, spec)
     policy.float32_head = float32_head
     if lora is not None:
         add_lora(policy, lora)

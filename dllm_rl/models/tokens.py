@@ -1,6 +1,9 @@
 """Between text and tokens: problems -> Prompts, Rollout -> completions."""
 
+import re
 from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.models.base import Policy
 from dllm_rl.tasks import Task
@@ -19,21 +22,51 @@ def encode(
 def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]]) -> list[int]:
     """Token ids of a prompt; a last message of the assistant's is the text that its turn begins with.
 
+    What a prompt says is text: where it spells a special token, `<|im_end|>` say, that is tokenised as the characters
+    that it is. Special tokens come from the chat template alone.
+
     Raises ValueError for chat messages without a chat template, and for text outside the model's vocabulary.
     """
-    tokenizer, text = policy.tokenizer, prompt
-    if not isinstance(prompt, str):
-        if not tokenizer.chat_template:
-            raise ValueError(
-                "prompt is chat messages, but the model's tokenizer has no chat template; give plain text (chat=False)"
-            )
-        opening = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
-        asked = prompt[:-1] if opening else prompt
-        text = str(tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)) + opening
+    if isinstance(prompt, str):
+        return text_ids(policy, prompt)
+    tokenizer = policy.tokenizer
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "prompt is chat messages, but the model's tokenizer has no chat template; give plain text (chat=False)"
+        )
+    opening = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
+    asked = prompt[:-1] if opening else prompt
+    # A mark that the template passes on stands for each special token's text, which is put in its place afterwards.
+    specials = special_texts(tokenizer)
+    mark = next(c for c in map(chr, range(0xE000, 0xF900)) if not any(c in str(turn["content"]) for turn in prompt))
+    spelled = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+
+    def hide(text: str) -> str:
+        return spelled.sub(lambda found: f"{mark}{specials.index(found[0])}{mark}", text)
+
+    turns = [turn | {"content": hide(turn["content"])} if isinstance(turn["content"], str) else turn for turn in asked]
+    text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)) + hide(opening)
+    parts = re.split(rf"{mark}(\d+){mark}", text)
+    rendered = [text_ids(policy, part, special=True) for part in parts[::2]]
+    shown = [text_ids(policy, specials[int(number)]) for number in parts[1::2]]
+    return [token for pair in zip(rendered, [*shown, []], strict=True) for ids in pair for token in ids]
+
+
+def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
+    """Token ids of a text; with `special`, the special tokens that it spells are what they are in a chat template.
+
+    Raises ValueError for text outside the model's vocabulary.
+    """
     try:
-        return tokenizer.encode(text, add_special_tokens=False)
+        return policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
     except Exception as error:  # a bare Exception is what the tokenizers library raises
         raise ValueError(f"text {text!r} cannot be tokenised by this model: {error}") from error
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """How the special tokens are spelled, the longest first."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted({*added, *tokenizer.all_special_tokens}, key=lambda text: (-len(text), text))
 
 
 def decode(policy: Policy, rollout: Rollout) -> list[str]:

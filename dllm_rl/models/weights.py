@@ -2,34 +2,56 @@
 
 import json
 import re
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dllm_rl.models.base import FamilySpec
 
 State = dict[str, Tensor]
+INDEX = "model.safetensors.index.json"
 ATTENTION, QKV = "model.layers.*.self_attn", ("q_proj", "k_proj", "v_proj")
 
 
 def read_tensors(directory: Path) -> State:
     """All tensors of a folder's safetensors files, memory-mapped. Raises ValueError when there are none."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    elif single.exists():
-        files = [single.name]
-    else:
+    files = weight_files(directory)
+    if not files:
         raise ValueError(
             f"{directory}: no model.safetensors or model.safetensors.index.json; convert the checkpoint to safetensors"
         )
-    absent = [name for name in files if not (directory / name).exists()]
-    if absent:
-        raise ValueError(f"{directory}: {absent[0]} is listed in {index.name} but missing; fetch the checkpoint again")
     return {name: tensor for file in files for name, tensor in load_file(directory / file).items()}
+
+
+def weight_files(directory: Path) -> list[str]:
+    """The names of a folder's safetensors files, those of its index first; none where it has neither.
+
+    Raises ValueError on an index that names what is missing, or a path that leads out of the folder.
+    """
+    index, single = directory / INDEX, directory / "model.safetensors"
+    if not index.exists():
+        return [single.name] if single.exists() else []
+    files = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+    for name in files:
+        if name in ("", ".", "..") or Path(name).name != name or PureWindowsPath(name).name != name:
+            raise ValueError(f"{directory}: {INDEX} names {name!r}, which is no file of the folder; correct the index")
+        if not (directory / name).exists():
+            raise ValueError(f"{directory}: {name} is listed in {INDEX} but missing; fetch the checkpoint again")
+    return files
+
+
+def count_tensors(directory: Path, files: Sequence[str]) -> int:
+    """How many tensors the headers of safetensors files list; no tensor is read."""
+    total = 0
+    for name in files:
+        with safe_open(directory / name, "pt") as file:
+            total += len(file.keys())
+    return total
 
 
 def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None:
@@ -42,7 +64,7 @@ def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None
             room = max_shard_size
         shards[-1].append(name)
         room -= tensor.nbytes
-    for old in [*directory.glob("model*.safetensors"), *directory.glob("model.safetensors.index.json")]:
+    for old in [*directory.glob("model*.safetensors"), *directory.glob(INDEX)]:
         old.unlink()
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = files if len(files) > 1 else ["model.safetensors"]
@@ -52,7 +74,7 @@ def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None
     if len(files) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(x.nbytes for x in state.values())}, "weight_map": where}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _alone(tensor: Tensor) -> Tensor:

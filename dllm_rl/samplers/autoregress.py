@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.logprobs import process, sample
 from dllm_rl.rng import row_seeds
-from dllm_rl.samplers.unmask import check_fits
+from dllm_rl.samplers.unmask import check_fits, check_suppress
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
@@ -35,6 +35,7 @@ def autoregress(
         )
     check_fits(policy, prompts, max_new_tokens)
     sampling_params = SamplingParams(temperature, top_k, top_p, suppress)
+    check_suppress(policy, sampling_params)
     device, group = policy.device, prompts.group_size
     seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
     # One uniform a token, all drawn at the start: a row's numbers do not depend on when its neighbours end.

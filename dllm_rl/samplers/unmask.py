@@ -68,6 +68,7 @@ def unmask(
         policy, prompts, max_new_tokens, block_size, block_aligned=cache is not None and cache.kind == "block"
     )
     queue = BlockQueue(canvas.block, num_steps, in_step=cache is not None)
+    check_suppress(policy, sampling_params)
     cached = None if cache is None else CachedStates(policy, cache, canvas.attention_mask)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(device)
 
@@ -150,5 +151,17 @@ def check_fits(policy: Policy, prompts: Prompts, max_new_tokens: int) -> None:
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens exceeds the model's {limit} "
-            f"positions; use at most {limit - longest}"
+            f"positions; use at most {limit - longest}, or shorter prompts (a recipe's max_prompt_length)"
+        )
+
+
+def check_suppress(policy: Policy, sampling_params: SamplingParams) -> None:
+    """Raise ValueError when a suppressed id is no token, or no token is left to sample."""
+    tokens = set(sampling_params.suppress)
+    odd = sorted(token for token in tokens if not 0 <= token < policy.vocab_size)
+    if odd:
+        raise ValueError(f"suppress={odd[0]} is no token of the vocabulary of {policy.vocab_size}; leave it out")
+    if len(tokens) == policy.vocab_size:
+        raise ValueError(
+            f"suppress names all {policy.vocab_size} tokens (a mask token is never sampled); leave one to sample"
         )

@@ -1,16 +1,18 @@
 """Progress bars, log lines, metrics.jsonl, TensorBoard events and stage timers."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dllm_rl.screen import escape_controls
+from dllm_rl.training.cautions import PATIENCE, flat_for
 
 
 class RunLog:
@@ -26,6 +28,8 @@ class RunLog:
         self.entered = ""  # the stage entered last
         self._waiting = b""  # rows that are not written yet
         self._step: dict[str, float] = {}
+        self._flat = 0  # steps in a row in which no group's rewards differed
+        self._warned = False
         if main:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -35,7 +39,7 @@ class RunLog:
                 # A kill may have left half a line. What is there stays: readers skip what the resume runs again.
                 torn = os.pread(self._jsonl, 1, size - 1) != b"\n"
                 self._append("\n" * torn + json.dumps({"resume_from": start}) + "\n")
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start)
+            self._board: SummaryWriter | None = SummaryWriter(str(directory / "tensorboard"), purge_step=start)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -47,14 +51,34 @@ class RunLog:
         self._step[name] = self._step.get(name, 0.0) + spent
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, the same numbers to tensorboard, with the seconds of this step's stages."""
+        """One line of metrics.jsonl, the same numbers to tensorboard, with the seconds of this step's stages.
+
+        JSON has no number for NaN or infinity: they are null there.
+        """
         times = {f"time/{name}": spent for name, spent in self._step.items()}
         self._step = {}
+        self._flat = self._flat + 1 if metrics.get("frac_reward_zero_std") == 1 else 0
+        if self._flat == PATIENCE and not self._warned:
+            self._warned = True
+            self.say(f"warning: {flat_for(PATIENCE)}")
         row = {**metrics, "step_time": sum(times.values()), **times}
         if self.main:
-            self._append(json.dumps({"step": step, **row}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+            self._append(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            self._draw(step, row)
+
+    def _draw(self, step: int, row: dict[str, float]) -> None:
+        """The numbers to tensorboard. Its folder may be deleted at any time and is made again; where it cannot be, the
+        run goes on without it."""
+        if self._board is None:
+            return
+        try:
+            (self.directory / "tensorboard").mkdir(exist_ok=True)
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)
+        except OSError as error:
+            self._board = None
+            self.say(f"tensorboard events can no longer be written ({error}): the run goes on without them")
 
     def _append(self, text: str) -> None:
         self._waiting += text.encode()
@@ -71,7 +95,9 @@ class RunLog:
         if self.main:
             self._append("")
             os.fsync(self._jsonl)
-            self._board.flush()
+            if self._board is not None:
+                with suppress(OSError):
+                    self._board.flush()
 
     def say(self, text: str) -> None:
         """Print lines, which may hold foreign text: no markup and no control character in them is obeyed."""
@@ -106,7 +132,9 @@ class RunLog:
         if self.main:
             self._append("")
             os.close(self._jsonl)
-            self._board.close()
+            if self._board is not None:
+                with suppress(OSError):  # tensorboard's thread raises here what stopped it
+                    self._board.close()
 
 
 SHOWN = {

@@ -12,7 +12,7 @@ def read_metrics(directory: Path) -> list[dict[str, float | int]]:
 
 
 def plot(directory: Path) -> Path:
-    """`directory`/training.png: reward, solve rate and mismatch against steps."""
+    """`directory`/training.png: reward, solve rate and mismatch against steps; a gap where a step lacks a number."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -21,7 +21,7 @@ def plot(directory: Path) -> Path:
     rows = read_metrics(directory)
     steps = [row["step"] for row in rows]
     solved: list[str] = [
-        name for name in ("rewards/solve_rate/mean", "rewards/accuracy/mean") if rows and name in rows[0]
+        name for name in ("rewards/solve_rate/mean", "rewards/accuracy/mean") if any(name in row for row in rows)
     ]
     panels: list[tuple[str, list[str], str]] = [
         ("reward", ["reward"], "reward"),
@@ -32,7 +32,7 @@ def plot(directory: Path) -> Path:
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
     for axis, (title, names, unit) in zip(axes, panels, strict=True):
         for name in names:
-            axis.plot(steps, [row[name] for row in rows], linewidth=1.2)
+            axis.plot(steps, [_number(row.get(name)) for row in rows], linewidth=1.2)
         axis.set(title=title, xlabel="RL step", ylabel=unit)
         axis.grid(alpha=0.3)
     path = directory / "training.png"
@@ -40,3 +40,8 @@ def plot(directory: Path) -> Path:
         figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
     return path
+
+
+def _number(value: float | None) -> float:
+    """NaN, a gap, for what is absent, or null because it was not finite."""
+    return float("nan") if value is None else value

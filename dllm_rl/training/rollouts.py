@@ -17,6 +17,7 @@ from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.tasks.base import Reward, grade
 from dllm_rl.training.learner import arithmetic
 from dllm_rl.training.log import RunLog
+from dllm_rl.training.prompts import choose, draw_indices
 from dllm_rl.types import Rollout
 
 
@@ -30,13 +31,16 @@ def collect(
     on (seed, step, draw) alone, so that any number of processes draws the same; DAPO pools the draws instead [ours].
     """
     every = torch.arange(recipe.train_batch_size // accelerator.num_processes, device=accelerator.device)
-    rollout, graded, mine = sample_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
+    rollout, graded, mine, replaced = sample_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
     rewards = accelerator.gather(mine)
     metrics, draws = reward_metrics(rewards, graded, rollout, accelerator), 1
+    if recipe.max_prompt_length is not None:
+        share = (torch.tensor(float(replaced)), torch.tensor(float(len(mine))))
+        metrics |= reduce_metrics({"frac_prompts_too_long": share}, accelerator)
     while draws < recipe.max_num_gen_batches and not informative(rewards).all():
         places = local(~informative(rewards), accelerator).nonzero()[:, 0]
         if len(places):
-            part, _, mine[places] = sample_and_grade(recipe, rollout_policy, (step, draws), places, accelerator, log)
+            part, _, mine[places], _ = sample_and_grade(recipe, rollout_policy, (step, draws), places, accelerator, log)
             group = torch.arange(recipe.num_generations, device=places.device)
             rows = rearrange(places[:, None] * recipe.num_generations + group, "p g -> (p g)")
             rollout = rollout.replaced(rows, part, pad_id=rollout_policy.pad_id)
@@ -56,15 +60,16 @@ def sample_and_grade(
     places: Int[Tensor, " p"],
     accelerator: Accelerator,
     log: RunLog,
-) -> tuple[Rollout, list[Reward], Float[Tensor, "p G"]]:
-    """Rollout and rewards of the prompts at `places` of this process's share of a draw.
+) -> tuple[Rollout, list[Reward], Float[Tensor, "p G"], int]:
+    """Rollout and rewards of the prompts at `places` of this process's share of a draw, and how many of these prompts
+    stand for others that are too long.
 
     A row's seed depends on (seed, step, draw, its place in the global batch).
     """
     step, draw = step_and_draw
     purpose, group, places = "train" if not draw else f"train, draw {draw}", recipe.num_generations, places.cpu()
     indices = draw_indices(len(recipe.task), recipe.train_batch_size, recipe.seed, purpose, step)
-    problems = [recipe.task[i] for i in local(indices, accelerator)[places].tolist()]
+    problems, replaced = choose(recipe, rollout_policy, local(indices, accelerator)[places].tolist())
     key = (recipe.seed, "rollout", step, *([draw] if draw else []))
     seeds = local(row_seeds(generator_for(*key), len(indices) * group), accelerator)
     seeds = rearrange(rearrange(seeds, "(p g) -> p g", g=group)[places], "p g -> (p g)")
@@ -74,12 +79,7 @@ def sample_and_grade(
     with log.stage("reward"):
         graded = grade(recipe.task, problems, decode(rollout_policy, rollout), timeout=recipe.reward_timeout)
         values = reward_values(graded, accelerator.device)
-    return rollout, graded, rearrange(values, "(p g) -> p g", g=group)
-
-
-def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " size"]:
-    """Problems of a step, of all processes, with replacement: a pure function of the key."""
-    return torch.randint(num_problems, (size,), generator=generator_for(*key))
+    return rollout, graded, rearrange(values, "(p g) -> p g", g=group), replaced
 
 
 def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:

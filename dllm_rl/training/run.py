@@ -25,8 +25,10 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Task, grade
 from dllm_rl.training import checkpoint, manifest, plots
+from dllm_rl.training.cautions import cautions
 from dllm_rl.training.folder import open_folder, settings_of
 from dllm_rl.training.log import RunLog
+from dllm_rl.training.prompts import check_prompts, choose
 from dllm_rl.training.stop import Stop, ended_by_launcher
 from dllm_rl.training.warmup import examples, warm_up
 
@@ -63,9 +65,12 @@ def start(recipe: Recipe) -> Run:
         log.say(note)
     if recipe.resume_from_checkpoint:
         log.say(f"resuming from {folder}" if folder else "no checkpoint yet: starting from the beginning")
+    for caution in cautions(recipe):
+        log.say(f"warning: {caution}")
     history: dict[str, Any] = {"begun": time.perf_counter(), "seconds": 0.0, "whole": state["step"]}
     if folder:
         policy = resumed_policy(recipe, folder, state, accelerator)
+        check_prompts(recipe, policy)
         optimizer = make_optimizer(recipe, policy)
         policy.version, log.seconds = state["version"], state["stages"]
         checkpoint.load_optimizer(folder, policy, optimizer)
@@ -165,7 +170,8 @@ def smoke_test(recipe: Recipe, policy: Policy) -> None:
     """Run one problem through sampling, grading and warm-up encoding, so that a bad setting fails before any expensive
     work."""
     recipe.likelihood.check(policy)
-    problem = recipe.task[0]
+    check_prompts(recipe, policy)
+    (problem,), _ = choose(recipe, policy, [0])
     rollout = recipe.sampler(policy, encode(policy, [problem]), generator_for(recipe.seed, "rehearsal"))
     grade(recipe.task, [problem], decode(policy, rollout), timeout=recipe.reward_timeout)
     if recipe.warmup_steps:

@@ -10,12 +10,12 @@ from torch import Generator, Tensor
 from dllm_rl.distributed import local, sum_gradients
 from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import prompt_ids
+from dllm_rl.models.tokens import prompt_ids, text_ids
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem
 from dllm_rl.training.log import RunLog
-from dllm_rl.training.rollouts import draw_indices
+from dllm_rl.training.prompts import choose, draw_indices
 from dllm_rl.types import Rollout, SamplingParams
 
 
@@ -35,7 +35,7 @@ def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int
             raise ValueError(
                 f"solution is None for the problem {problem.prompt!r}; warm-up needs a reference completion"
             )
-        answer = policy.tokenizer.encode(problem.solution, add_special_tokens=False)
+        answer = text_ids(policy, problem.solution)
         if len(answer) > max_new_tokens:
             raise ValueError(
                 f"max_new_tokens={max_new_tokens} is too short for a solution of {len(answer)}: {problem.solution!r}"
@@ -142,7 +142,7 @@ def warm_up(
 
     def draw_problems(step: int) -> list[Problem]:
         chosen = draw_indices(len(recipe.task), recipe.warmup_batch_size, recipe.seed, "warm-up", step)
-        return [recipe.task[i] for i in local(chosen, accelerator).tolist()]
+        return choose(recipe, policy, local(chosen, accelerator).tolist())[0]
 
     def on_step(step: int, loss: float) -> bool:
         done = (step + 1) % recipe.warmup_eval_steps == 0

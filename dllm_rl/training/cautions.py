@@ -1,0 +1,44 @@
+"""Settings and states with which nothing is learnt: each is said once, in a line."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from dllm_rl.recipe import Recipe
+
+PATIENCE = 20  # steps in a row without a group whose rewards differ
+
+
+def cautions(recipe: Recipe) -> list[str]:
+    """What of the recipe cannot learn from rewards, and the remedy."""
+    said, size = [], recipe.num_generations
+    if _bound(recipe.sampler, "temperature") == 0:
+        said.append(
+            "sampler.temperature=0 is greedy: the completions of a prompt are all alike and teach nothing; use 1.0"
+        )
+    rewards = torch.arange(2.0 * size).reshape(2, size)
+    if not recipe.advantages(rewards).any():
+        name = getattr(recipe.advantages, "func", recipe.advantages).__name__
+        said.append(
+            f"num_generations={size} with advantages={name} gives advantages that are all 0, which teach nothing; "
+            "use at least 2"
+        )
+    return said
+
+
+def flat_for(steps: int) -> str:
+    return (
+        f"in the last {steps} steps the rewards of every group were equal, which teaches nothing: see whether the "
+        "grader tells completions apart, or take easier problems or more generations"
+    )
+
+
+def _bound(function: Callable, name: str) -> Any:
+    """The value of a keyword that a function is bound with, or its default; None where it has no such keyword."""
+    target, keywords = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
+    parameter = inspect.signature(target).parameters.get(name)
+    default = None if parameter is None or parameter.default is parameter.empty else parameter.default
+    return keywords.get(name, default)

@@ -1,0 +1,94 @@
+"""Which prompts a run learns from, and that they fit the model."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dllm_rl.models.base import Policy
+from dllm_rl.models.tokens import prompt_ids
+from dllm_rl.recipe import Recipe
+from dllm_rl.rng import generator_for
+from dllm_rl.tasks.base import Problem, Task
+
+CHECKED = 5000  # prompts of a task that are tokenised before a run begins
+
+
+def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " size"]:
+    """Problems of a step, of all processes, with replacement: a pure function of the key."""
+    return torch.randint(num_problems, (size,), generator=generator_for(*key))
+
+
+def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list[Problem], int]:
+    """The training problems at `indices`, and how many of them others stand for: where a prompt is longer than
+    max_prompt_length, the next of the task that is not takes its place.
+
+    Raises ValueError when the task has none.
+    """
+    task, most = recipe.task, recipe.max_prompt_length
+    if most is None:
+        return [task[i] for i in indices], 0
+    chosen, replaced = [], 0
+    for index in indices:
+        candidates = (task[(index + k) % len(task)] for k in range(len(task)))
+        for k, problem in enumerate(candidates):
+            if len(prompt_ids(policy, problem.prompt)) <= most:
+                chosen.append(problem)
+                replaced += k > 0
+                break
+        else:
+            raise ValueError(f"max_prompt_length={most}: every prompt of task {task.name!r} is longer; raise it")
+    return chosen, replaced
+
+
+def check_prompts(recipe: Recipe, policy: Policy) -> None:
+    """Raise ValueError on a prompt that, with its completion, does not fit the model.
+
+    Up to 5000 prompts of each task are looked at: all of a smaller one, else those that the steps draw first. With
+    max_prompt_length, training prompts are looked at as they are drawn instead.
+    """
+    limit, most = policy.spec.max_length, recipe.max_prompt_length
+    trained, evaluated = (_new_tokens(sampler) for sampler in (recipe.sampler, recipe.eval_sampler))
+    if limit is None or trained is None or evaluated is None:
+        return
+    plans: list[tuple[str, Iterable[int], int]] = [("validation_task", _first(recipe.validation_task), evaluated)]
+    plans.append(("eval_task", _first(recipe.eval_task), evaluated))
+    if most is None:
+        plans.append(("task", _drawn(recipe), trained))
+    elif most + trained > limit:
+        raise ValueError(
+            f"max_prompt_length={most} and max_new_tokens={trained} exceed the model's {limit} positions; "
+            f"use at most {limit - trained}"
+        )
+    for field, indices, new in plans:
+        for index in indices:
+            length = len(prompt_ids(policy, getattr(recipe, field)[index].prompt))
+            if length + new > limit:
+                remedy = f"--max_prompt_length {limit - new} leaves such out" if field == "task" else "shorten it"
+                raise ValueError(
+                    f"{field}: the prompt of problem {index} has {length} tokens and its completion {new}, more than "
+                    f"the model's {limit} positions; {remedy}"
+                )
+
+
+def _new_tokens(sampler: Callable) -> int | None:
+    """What the sampler binds; None where that cannot be known."""
+    return getattr(sampler, "keywords", {}).get("max_new_tokens")
+
+
+def _first(task: Task) -> range:
+    return range(min(len(task), CHECKED))
+
+
+def _drawn(recipe: Recipe) -> Iterable[int]:
+    """The whole task, or the first that its steps draw."""
+    size = len(recipe.task)
+    if size <= CHECKED:
+        return range(size)
+    drawn: dict[int, None] = {}
+    for step in range(recipe.num_steps):
+        drawn |= dict.fromkeys(draw_indices(size, recipe.train_batch_size, recipe.seed, "train", step).tolist())
+        if len(drawn) >= CHECKED:
+            break
+    return drawn

@@ -1,0 +1,87 @@
+"""Checkpoints that would hang, read outside their folder, or answer noise: each is refused in one line."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dllm_rl import load_policy
+from dllm_rl.evaluation.evaluate import evaluate
+from dllm_rl.models.loading import build_empty
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.models.weights import INDEX
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers import autoregress, unmask
+from dllm_rl.tasks import Mini
+from dllm_rl.types import Prompts
+
+SIZES = {"characters": "0123456789+=", "hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
+
+
+@pytest.fixture(params=["masked_lm", "llama"])
+def folder(request, tmp_path):
+    policy = tiny_masked_lm(**SIZES) if request.param == "masked_lm" else tiny_llama(causal=False, **SIZES)
+    policy.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def edit(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return config | fields
+
+
+@pytest.mark.parametrize("number", [10**7, -1, "many", 1.5])
+def test_a_number_of_layers_that_no_tensors_hold_is_refused_before_building(folder, number):
+    raw = edit(folder, num_hidden_layers=number)
+    with pytest.raises(ValueError, match=rf"num_hidden_layers={number!r} is not a number of layers"):
+        load_policy(folder)
+    with pytest.raises(ValueError, match="is not a number of layers"):
+        build_empty(raw)  # what --dry_run makes, from a config alone
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/outside.safetensors", "sub/../../x", "..\\x", ".."])
+def test_an_index_cannot_lead_out_of_its_folder(folder, name):
+    state = load_file(folder / "model.safetensors")
+    save_file(state, folder.parent / "outside.safetensors", {"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(state, name)}))
+    with pytest.raises(ValueError, match="which is no file of the folder"):
+        load_policy(folder)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(folder, number):
+    state = load_file(folder / "model.safetensors")
+    name = sorted(state)[-1]
+    state[name].view(-1)[-1] = number
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{name} holds numbers that are not finite; the checkpoint is damaged"):
+        load_policy(folder)
+
+
+def test_a_model_that_computes_nan_is_not_evaluated():
+    policy = tiny_masked_lm(**SIZES)
+    with torch.no_grad():
+        for parameter in policy.module.parameters():
+            parameter.fill_(1e30)  # finite, but nothing that it computes is
+    with pytest.raises(ValueError, match="log-probabilities are not finite"):
+        evaluate(policy, Mini(), lambda *args: unmask(*args, max_new_tokens=2), limit=2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_suppressed_tokens(causal):
+    policy, sampler = tiny_llama(causal=causal, **SIZES), autoregress if causal else unmask
+    prompts = Prompts.from_ids([[3, 4]], pad_id=0)
+
+    def sample(suppress):
+        return sampler(policy, prompts, generator_for(0), max_new_tokens=2, temperature=1.0, suppress=suppress)
+
+    with pytest.raises(ValueError, match=f"suppress names all {policy.vocab_size} tokens"):
+        sample(tuple(range(policy.vocab_size)))
+    with pytest.raises(ValueError, match="suppress=99 is no token"):
+        sample((99,))
+    left = {5} if causal else {5, policy.spec.mask_id}
+    rollout = sample(tuple(set(range(policy.vocab_size)) - left))
+    assert rollout.tokens[0, 2:].tolist() == [5, 5]

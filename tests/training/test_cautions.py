@@ -1,0 +1,55 @@
+"""What cannot learn is said once, in one line; what can is left alone."""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from tiny_recipe import tiny_recipe, tiny_recipe_ar
+
+from dllm_rl.algorithms.advantages import leave_one_out
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.training.cautions import PATIENCE, cautions
+from dllm_rl.training.log import RunLog
+from dllm_rl.training.loop import train
+
+
+def test_what_can_learn_is_left_alone():
+    assert cautions(tiny_recipe("x")) == [] and cautions(tiny_recipe_ar("x")) == []
+    assert cautions(tiny_recipe("x", num_generations=1, advantages=torch.clone)) == []  # rewards as they are
+
+
+def test_greedy_rollouts():
+    greedy = tiny_recipe("x", sampler=partial(unmask, max_new_tokens=16, num_steps=3, temperature=0.0))
+    by_default = tiny_recipe("x", sampler=partial(unmask, max_new_tokens=16))
+    for recipe in (greedy, by_default):
+        (said,) = cautions(recipe)
+        assert "sampler.temperature=0 is greedy" in said and "\n" not in said
+    by_default = partial(autoregress, max_new_tokens=16)  # temperature 1
+    assert cautions(replace(tiny_recipe_ar("x"), sampler=by_default)) == []
+
+
+def test_one_completion_a_group():
+    for advantages, name in ((tiny_recipe("x").advantages, "group_relative"), (leave_one_out, "leave_one_out")):
+        (said,) = cautions(tiny_recipe("x", num_generations=1, advantages=advantages))
+        assert f"num_generations=1 with advantages={name}" in said and "\n" not in said
+
+
+def test_a_run_says_it_once(tmp_path, capsys):
+    train(tiny_recipe(tmp_path, num_generations=1))
+    assert capsys.readouterr().out.count("warning: num_generations=1") == 1
+
+
+def test_equal_rewards_for_many_steps(tmp_path, capsys):
+    log = RunLog(tmp_path, start=0, main=True)
+    for step in range(PATIENCE - 1):
+        log.write(step, {"frac_reward_zero_std": 1.0})
+    log.write(0, {"frac_reward_zero_std": 0.75})  # one group differs: the count starts again
+    for step in range(PATIENCE - 1):
+        log.write(step, {"frac_reward_zero_std": 1.0})
+    assert "warning" not in capsys.readouterr().out
+    for step in range(3 * PATIENCE):
+        log.write(step, {"frac_reward_zero_std": 1.0 if step % PATIENCE else 0.5 * (step > PATIENCE) + 0.5})
+    log.close()
+    said = capsys.readouterr().out
+    assert said.count(f"warning: in the last {PATIENCE} steps the rewards of every group were equal") == 1

@@ -1,0 +1,57 @@
+"""What a run's log does with a deleted folder, and with numbers that JSON does not have."""
+
+import json
+import shutil
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dllm_rl.training.log import RunLog
+from dllm_rl.training.plots import plot
+
+ALWAYS = {"reward": 0.5, "parsed": 1.0, "rollout_corr/k3_kl": 0.0, "rollout_corr/rollout_is_eff_sample_size": 1.0}
+
+
+def test_a_deleted_tensorboard_folder_is_made_again(tmp_path):
+    log = RunLog(tmp_path, start=0, main=True)
+    log.write(0, {"reward": 0.5})
+    log._board.flush()
+    shutil.rmtree(tmp_path / "tensorboard")
+    for step in (1, 2):
+        log.write(step, {"reward": 0.5})
+        log._board.flush()
+    log.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in found.Scalars("reward")] == [1, 2]
+
+
+def test_a_run_goes_on_without_a_tensorboard_folder(tmp_path, capsys):
+    log = RunLog(tmp_path, start=0, main=True)
+    log._board.flush()
+    shutil.rmtree(tmp_path / "tensorboard")
+    (tmp_path / "tensorboard").write_text("in its place")
+    for step in range(3):
+        log.write(step, {"reward": 0.5})
+    log.close()
+    assert capsys.readouterr().out.count("tensorboard events can no longer be written") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_numbers_that_are_not_finite_are_null_and_gaps(tmp_path):
+    log = RunLog(tmp_path, start=0, main=True)
+    log.write(0, {**ALWAYS, "reward": float("nan")})
+    log.write(1, {**ALWAYS, "rollout_corr/k3_kl": float("inf")})
+    log.close()
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert rows[0]["reward"] is None and rows[1]["rollout_corr/k3_kl"] is None and rows[1]["reward"] == 0.5
+    assert plot(tmp_path).is_file()
+
+
+def test_a_report_is_drawn_where_a_step_lacks_a_breakdown(tmp_path):
+    rows = [{"step": 0, **ALWAYS}, {"step": 1, **ALWAYS, "rewards/accuracy/mean": 1.0}, {"step": 2, "reward": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert plot(tmp_path).is_file()

@@ -1,0 +1,96 @@
+"""Prompts that do not fit the model: found before a run begins, or left out and counted."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+from runs import assert_same_weights, metrics_of
+from tiny_recipe import SIZES, tiny_recipe
+
+from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.tasks.base import Problem
+from dllm_rl.tasks.sudoku import Sudoku
+from dllm_rl.training import prompts
+from dllm_rl.training.loop import train
+from dllm_rl.training.prompts import choose
+
+LONG = 60  # with 16 tokens to come, more than the model's 64
+
+
+class SomeLong:
+    """Sudoku, every third prompt of which is too long."""
+
+    name, version = "some long", "1"
+
+    def __init__(self, size=9, every=3):
+        self.task, self.every = Sudoku(split="train", size=size), every
+
+    def __len__(self):
+        return len(self.task)
+
+    def __getitem__(self, index):
+        problem = self.task[index]
+        return replace(problem, prompt=problem.prompt.ljust(LONG, "=")) if index % self.every == 0 else problem
+
+    def reward(self, problem, completion):
+        return self.task.reward(problem, completion)
+
+
+@pytest.mark.parametrize("field", ["task", "validation_task", "eval_task"])
+def test_a_long_prompt_is_found_before_the_run_begins(field, tmp_path):
+    recipe = tiny_recipe(tmp_path, **{field: SomeLong(every=8)})
+    with pytest.raises(ValueError, match=rf"{field}: the prompt of problem 0 has 60 tokens .* the model's 64 pos"):
+        train(recipe)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_of_a_large_task_the_prompts_that_are_drawn_are_looked_at(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, task=SomeLong(size=1000, every=4))
+    monkeypatch.setattr(prompts, "CHECKED", 7)
+    with pytest.raises(ValueError, match=r"task: the prompt of problem \d+ has 60 .*--max_prompt_length 48 leaves"):
+        train(recipe)
+
+
+def test_long_prompts_are_left_out_and_counted(tmp_path):
+    recipe = tiny_recipe(tmp_path / "a", task=SomeLong(), max_prompt_length=48, num_steps=3, warmup_steps=2)
+    train(recipe)
+    shares = [row["frac_prompts_too_long"] for row in metrics_of(tmp_path / "a")]
+    assert any(shares) and all(share in (0, 0.25, 0.5, 0.75, 1) for share in shares)
+
+
+def test_the_next_prompt_that_fits_takes_the_place():
+    recipe = tiny_recipe("x", task=SomeLong(), max_prompt_length=48)
+    chosen, replaced = choose(recipe, recipe.model(), [0, 1, 3, 8])
+    assert chosen == [recipe.task[i] for i in (1, 1, 4, 8)] and replaced == 2
+    with pytest.raises(ValueError, match="max_prompt_length=3: every prompt of task 'some long' is longer; raise it"):
+        choose(replace(recipe, max_prompt_length=3), recipe.model(), [0])
+
+
+def test_a_limit_that_no_prompt_reaches_changes_nothing(tmp_path):
+    a, b = train(tiny_recipe(tmp_path / "a")), train(tiny_recipe(tmp_path / "b", max_prompt_length=48))
+    assert_same_weights(a, b)
+    assert [row["frac_prompts_too_long"] for row in metrics_of(tmp_path / "b")] == [0, 0]
+
+
+def test_a_limit_beyond_the_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="max_prompt_length=49 and max_new_tokens=16 exceed the model's 64"):
+        train(tiny_recipe(tmp_path, max_prompt_length=49))
+    with pytest.raises(ValueError, match="max_prompt_length=0 must be at least 1"):
+        tiny_recipe(tmp_path, max_prompt_length=0)
+
+
+def test_a_run_that_met_a_long_prompt_resumes_with_a_limit(tmp_path, monkeypatch):
+    class Later(SomeLong):
+        """Problem 5 is too long; the check, of one prompt, does not see it."""
+
+        def __getitem__(self, index):
+            problem = self.task[index]
+            return Problem("=" * LONG, problem.fields, problem.solution) if index == 5 else problem
+
+    changes = {"task": Later(size=6), "num_steps": 20, "save_steps": 1, "train_batch_size": 1}
+    changes |= {"model": partial(tiny_masked_lm, **SIZES), "rollout_quantization": None}
+    monkeypatch.setattr(prompts, "CHECKED", 1)
+    with pytest.raises(ValueError, match="a recipe's max_prompt_length"):
+        train(tiny_recipe(tmp_path, **changes))
+    resumed = {"resume_from_checkpoint": "latest", "max_prompt_length": 48}
+    assert train(tiny_recipe(tmp_path, **changes, **resumed))["seed"] == 0
