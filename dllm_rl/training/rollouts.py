@@ -9,12 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import informative
-from dllm_rl.distributed import local, reduce_metrics
+from dllm_rl.distributed import Metrics, gather_objects, local, reduce_metrics
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
-from dllm_rl.tasks.base import Reward, grade
+from dllm_rl.tasks.base import Reward, addends, grade
 from dllm_rl.training.learner import arithmetic
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.prompts import choose, draw_indices
@@ -95,14 +95,14 @@ def reward_values(graded: Sequence[Reward], device: torch.device) -> Float[Tenso
 def reward_metrics(
     rewards: Float[Tensor, "P G"], graded: Sequence[Reward], rollout: Rollout, accelerator: Accelerator
 ) -> dict[str, float]:
-    """TRL's reward and length metrics over all processes; a name's mean is over the rewards that have it."""
-    mine = [sorted({name for reward in graded for name in reward.breakdown})]
-    names = sorted({name for part in accelerator.gather_for_metrics(mine, use_gather_object=True) for name in part})
-    columns = {"parsed": [float(reward.parsed) for reward in graded]}
-    columns["completions/mean_length"] = rollout.completion_mask.sum(-1).tolist()
-    for name in names:
-        columns[f"rewards/{name}/mean"] = [r.breakdown[name] for r in graded if name in r.breakdown]
-    pairs = {name: (torch.tensor(float(sum(c))), torch.tensor(float(len(c)))) for name, c in columns.items()}
+    """TRL's reward and length metrics over all processes; a name's mean is over what has it (`addends`)."""
+    added = [addends(reward) for reward in graded]
+    mine = sorted({name for each in added for name in each} - {"reward", "parsed"})
+    names = sorted(set(gather_objects(mine, accelerator)))
+    lengths = rollout.completion_mask.sum(-1)
+    pairs: Metrics = {"parsed": total(added, "parsed")}
+    pairs["completions/mean_length"] = lengths.sum(), torch.tensor(len(lengths))
+    pairs |= {f"rewards/{name}/mean": total(added, name) for name in names}
     means = reduce_metrics(pairs, accelerator)
     return {
         "reward": rewards.mean().item(),
@@ -111,3 +111,9 @@ def reward_metrics(
         "num_tokens": means["completions/mean_length"] * rewards.numel(),
         **means,
     }
+
+
+def total(added: Sequence[dict[str, tuple[float, float]]], name: str) -> tuple[Tensor, Tensor]:
+    """The sum of a metric's numerators, and of its denominators, over the completions that have it."""
+    above, below = zip(*[each[name] for each in added if name in each] or [(0.0, 0.0)], strict=True)
+    return torch.tensor(sum(above), dtype=torch.float64), torch.tensor(sum(below), dtype=torch.float64)
