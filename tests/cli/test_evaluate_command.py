@@ -1,6 +1,8 @@
 """`dllm-rl evaluate` and `dllm-rl grade`, as a user calls them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -177,3 +179,19 @@ def test_lengths_that_are_no_numbers_are_refused_by_the_parser(model, capsys):
 def test_the_usual_length_is_that_of_the_answer(model, capsys):
     found = json.loads(output(capsys, "evaluate", model, "--task", "countdown", "--limit", 1, "--json"))
     assert found["max_new_tokens"] == found["num_steps"] == Countdown().width == 10
+
+
+def test_help_lists_the_tasks_and_protocols_of_the_table(capsys):
+    for command, tasks in (("evaluate", "sudoku, countdown, gsm8k, math500 or mini"), ("grade", "gsm8k or math500")):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert tasks in shown and "strict (default), d1, spg, espo or math-verify" in shown
+
+
+def test_help_imports_no_torch():
+    program = (
+        "import sys; from dllm_rl.cli.main import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("\nFalse\n")

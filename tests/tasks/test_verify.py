@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing.connection import Pipe
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,31 @@ def test_a_worker_that_dies_at_work_is_replaced_and_asked_again(monkeypatch, poo
     monkeypatch.setattr(math_check._Pool, "send", killing)
     assert math_check.equal("x^2-1", "(x-1)(x+1)") is True
     assert set(asked) == {("x^2-1", "(x-1)(x+1)")} and 1 <= len(asked) <= 2
+
+
+@pytest.mark.parametrize(
+    ("replies", "verdicts", "asked"),
+    [
+        ([[b"%d 1"], [b"%d 0"]], [True, False], 2),
+        ([[b"0 1", b"%d 0"], [b"1 1", b"%d 0"]], [False, False], 2),  # late replies to other questions
+        ([[b"ended"], [b"%d 0"], [b"%d 1"]], [True, False], 3),  # the second try comes after the other question
+        ([[b"ended"], [b"%d 0"], [b"ended"]], [None, False], 3),
+        ([[b"ended"], [b"ended"], [b"ended"], [b"%d 1"]], [None, True], 4),
+    ],
+)
+def test_replies_by_hand(monkeypatch, replies: list[list[bytes]], verdicts: list[bool | None], asked: int) -> None:
+    """One line, whose other end the test holds: what it says to each question that is sent."""
+    pool, (near, far), numbers = math_check._Pool(), Pipe(), []
+    pool.lines, pool.process = [near], object()
+
+    def send(line, number: int, pair) -> None:
+        for reply in replies[len(numbers)]:
+            far.send_bytes(reply % number if b"%" in reply else reply)
+        numbers.append(number)
+
+    monkeypatch.setattr(pool, "send", send)
+    assert pool.ask([("2", "2.5"), ("2", "3.5")]) == verdicts
+    assert numbers == list(range(1, asked + 1))
 
 
 @needs_proc

@@ -1,0 +1,112 @@
+"""The solver of Sudoku puzzles, 9x9 and 4x4, and 9x9 problems."""
+
+from itertools import product
+from random import Random
+from time import process_time
+
+import pytest
+
+from dllm_rl.tasks.loading import hashed_split
+from dllm_rl.tasks.sudoku import Sudoku
+from dllm_rl.tasks.sudoku.graders import score
+from dllm_rl.tasks.sudoku.grids import MOST_COMPLETIONS, SOLVED, completions, is_completion
+from dllm_rl.tasks.sudoku.solver import is_unique, random_grid, random_unique_puzzle, solutions
+
+WEIGHTS = {"solved_weight": 1.0, "match_weight": 4.0}
+
+
+def valid9(grid: str) -> bool:
+    rows = [grid[9 * r : 9 * r + 9] for r in range(9)]
+    columns = [grid[c::9] for c in range(9)]
+    boxes = [
+        "".join(grid[9 * (r + i) + c : 9 * (r + i) + c + 3] for i in range(3)) for r in (0, 3, 6) for c in (0, 3, 6)
+    ]
+    return all(sorted(unit) == list("123456789") for unit in rows + columns + boxes)
+
+
+# Well-known puzzles with the least number of givens a 9x9 can have, and two that are hard to search.
+PUZZLES9 = [
+    "000000010400000000020000000000050407008000300001090000300400200050100000000806000",
+    "000000010400000000020000000000050604008000300001090000300400200050100000000807000",
+    "000000012000035000000600070700000300000400800100000000000120000080000040050000600",
+    "800000000003600000070090200050007000000045700000100030001000068008500010090000400",
+    "000000000000003085001020000000507000004000100090000000500000073002010000000040009",
+]
+
+
+@pytest.mark.parametrize("puzzle", PUZZLES9)
+def test_the_solver_solves_9x9_with_17_clues(puzzle: str) -> None:
+    start = process_time()
+    (grid,) = solutions(puzzle)
+    assert process_time() - start < 1.0
+    assert valid9(grid) and all(given in ("0", digit) for given, digit in zip(puzzle, grid, strict=True))
+    assert sum(digit != "0" for digit in PUZZLES9[0]) == 17
+    assert is_unique(puzzle) and completions(puzzle) == (grid,)
+
+
+def test_the_solver_agrees_with_the_288_grids() -> None:
+    assert sorted(solutions("0" * 16)) == list(SOLVED)
+    rng = Random(8)
+    for _ in range(60):
+        puzzle = list(rng.choice(SOLVED))
+        for cell in rng.sample(range(16), rng.randint(0, 15)):
+            puzzle[cell] = rng.choice("000000001")
+        agreeing = [grid for grid in SOLVED if all(p in ("0", g) for p, g in zip(puzzle, grid, strict=True))]
+        assert sorted(solutions("".join(puzzle))) == agreeing
+
+
+def test_the_solver_finds_every_completion_of_a_9x9() -> None:
+    """A rectangle of two digits in two rows, two columns and two boxes can be filled in two ways."""
+    for seed in range(50):
+        grid = random_grid(Random(seed))
+        for r, s, c, d in product(range(9), repeat=4):
+            crossed = grid[9 * r + c] == grid[9 * s + d] and grid[9 * r + d] == grid[9 * s + c]
+            if r < s and c < d and crossed and (r // 3 == s // 3) != (c // 3 == d // 3):
+                puzzle = list(grid)
+                for cell in (9 * r + c, 9 * r + d, 9 * s + c, 9 * s + d):
+                    puzzle[cell] = "0"
+                found = list(solutions("".join(puzzle)))
+                assert len(found) == len(set(found)) == 2 and grid in found and all(map(valid9, found))
+                break
+        else:
+            continue
+        break
+    else:
+        pytest.fail("no grid with such a rectangle")
+    assert list(solutions("11" + "0" * 79)) == []
+    assert len(completions("0" * 81)) == MOST_COMPLETIONS
+
+
+def test_random_grids_and_puzzles_9x9() -> None:
+    rng = Random(1)
+    grids = [random_grid(rng) for _ in range(5)]
+    assert len(set(grids)) == 5 and all(map(valid9, grids))
+    puzzle = random_unique_puzzle(grids[0], 30, rng)
+    assert puzzle is not None and 81 - puzzle.count("0") == 30 and list(solutions(puzzle)) == [grids[0]]
+    assert random_unique_puzzle(grids[0], 17, rng) is None  # next to no grid has a puzzle of 17 at the first attempt
+    assert random_unique_puzzle(grids[0], 81, rng) == grids[0]
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_9x9_problems(split: str) -> None:
+    task = Sudoku(side=9, clues=(30, 40), split=split, size=4, seed=1)
+    for problem in task:
+        puzzle, solution = problem.fields["puzzle"], problem.fields["solution"]
+        assert 30 <= 81 - puzzle.count("0") <= 40 and is_unique(puzzle) and hashed_split(solution) == split
+        assert task.reward(problem, solution).value == 5.0
+        wrong = task.reward(problem, solution[:80])
+        assert wrong.value == pytest.approx(4 * 80 / 81) and not wrong.parsed
+    assert task[3] == Sudoku(side=9, clues=(30, 40), split=split, size=9, seed=1)[3]
+    asked = Sudoku(side=9, clues=40, prompt_format="text", split=split)[0]
+    assert "9x9 Sudoku" in asked.prompt[0]["content"] and "3x3 boxes" in asked.prompt[0]["content"]
+
+
+def test_is_completion() -> None:
+    (grid,) = completions(PUZZLES9[0])
+    assert is_completion(PUZZLES9[0], grid) and is_completion("0" * 81, grid)
+    swapped = grid.translate(str.maketrans("12", "21"))
+    assert not is_completion(PUZZLES9[0], swapped) and is_completion("0" * 81, swapped)
+    last = int(grid[80])
+    for wrong in (grid[:80], *(grid[:80] + end for end in ("0", chr(0x660 + last), str(last % 9 + 1)))):
+        assert not is_completion("0" * 81, wrong)
+    assert score("0" * 81, swapped, **WEIGHTS).breakdown["solve_rate"] == 1.0  # beyond the listed completions
