@@ -76,6 +76,8 @@ def write(results: Path, folder: Path, *, order: list[str]) -> None:
     lines = [
         "# The mismatch study: numbers",
         "",
+        "Confounded by the clip: read [mismatch_reading.md](mismatch_reading.md) first.",
+        "",
         "Written by `python -m recipes.studies.mismatch`; what they say is in mismatch_reading.md.",
         f"{len(runs)} runs of {', '.join(map(str, steps))} RL steps, seeds {sorted({run['seed'] for run in runs})}, "
         f"torch {machine['versions']['torch']}, one CPU thread a run. Every finished run is in the table.",
