@@ -1,0 +1,394 @@
+"""The loop's numbers, worked out again from the model's logits alone: no stored curve, so they hold on any machine.
+
+One step by plain descent, with rollouts of five levels (far off-policy), rows of unequal lengths, planted advantages
+and a group without any. What `train` makes of the weights is compared with formulas written out here.
+"""
+
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from runs import metrics_of
+from tiny_recipe import SIZES, tiny_recipe
+
+from dllm_rl import load_policy
+from dllm_rl.algorithms.correctors import compose, none, reject, tis
+from dllm_rl.algorithms.losses import constant, kl_k2, ppo_clip, sequence, token
+from dllm_rl.algorithms.optimizers import adamw, linear_decay
+from dllm_rl.likelihoods.estimators import coupled, elbo, one_step, sandwich
+from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.quantization.schemes import five_level_emulated
+from dllm_rl.tasks.base import Reward
+from dllm_rl.training.checkpoint import found
+from dllm_rl.training.loop import train
+
+RATE, PROMPTS, GROUP, SHORTER = 0.5, 3, 4, 5
+A = torch.tensor([[1.0, -0.5, 0.25, -0.75], [0.0, 0.0, 0.0, 0.0], [-1.5, 0.5, 0.75, 0.25]])
+
+
+def descent(parameters, lr, betas, weight_decay):
+    return torch.optim.SGD(parameters, lr=lr)
+
+
+class Planted:
+    """A recipe of one step of plain descent, and what its sampler gave."""
+
+    def __init__(self, directory, **changes):
+        self.rollouts = []
+        base = tiny_recipe(directory)
+        settings = {
+            "model": partial(tiny_masked_lm, **SIZES, head_std=0.3),
+            "seed": 3,
+            "likelihood": one_step(prompt_mask=0.0),
+            "corrector": none(),
+            "rollout_quantization": five_level_emulated,
+            "advantages": lambda rewards: A,
+            "train_batch_size": PROMPTS,
+            "num_generations": GROUP,
+            "num_steps": 1,
+            "optim": descent,
+            "lr_schedule": lambda step, num_steps: 1.0,
+            "learning_rate": RATE,
+            "max_grad_norm": 1e9,
+            "save_steps": 1,
+            "save_total_limit": 99,
+            "sampler": partial(self.sample, base.sampler, max_new_tokens=16),
+        }
+        self.recipe = replace(base, **settings | changes)
+
+    def sample(self, sampler, policy, prompts, generator, *, max_new_tokens):
+        """A rollout whose row i has i % 3 * 5 completion tokens fewer than 16: the first ones count as the prompt."""
+        rollout = sampler(policy, prompts, generator)
+        mask = rollout.completion_mask.clone()
+        for row in range(len(mask)):
+            mask[row, mask[row].nonzero()[: row % 3 * SHORTER, 0]] = False
+        rollout = replace(rollout, completion_mask=mask)
+        self.rollouts.append(rollout)
+        return rollout
+
+    def train(self):
+        self.summary = train(self.recipe)
+        self.rollouts = self.rollouts[1:]  # the first is the rehearsal's
+        folders = found(self.directory / "checkpoints")
+        self.weights = [load_policy(folder).module.state_dict() for _, folder in folders]
+        return metrics_of(self.directory)
+
+    @property
+    def directory(self):
+        return Path(self.recipe.directory)
+
+
+def log_probs(policy, rollout):
+    """log p of each completion token with the whole completion masked, (B, T): the mask token itself is never drawn."""
+    mask = rollout.completion_mask
+    logits = policy.logits(rollout.tokens.masked_fill(mask, policy.spec.mask_id), rollout.attention_mask).float()
+    logits[..., policy.spec.mask_id] = -math.inf
+    logp = torch.log_softmax(logits, -1).gather(-1, rollout.tokens[..., None])[..., 0]
+    return torch.where(mask, logp, 0)
+
+
+def flat(state, names):
+    return torch.cat([state[name].flatten() for name in names])
+
+
+def moved(planted, step=0):
+    """How far the step moved the weights, one vector."""
+    before, after = planted.weights[step : step + 2]
+    return flat(after, before) - flat(before, before)
+
+
+def by_hand(planted, *, weight=None, kept=None, coefficient=None, base="old", updates=1):
+    """The same by plain autograd: -rate * grad of -sum c w min(r A, clip(r, 0.8, 1.2) A), `updates` times."""
+    recipe, rollout = planted.recipe, planted.rollouts[0]
+    policy = recipe.model(seed=recipe.seed)
+    start = {name: value.clone() for name, value in policy.module.state_dict().items()}
+    mask, advantages = rollout.completion_mask, A.flatten()[:, None]
+    with torch.no_grad():
+        old, behind = (log_probs(p, rollout) for p in (policy, quantized_copy(policy, five_level_emulated())))
+    rho = (old - behind).exp()
+    assert rho[mask].max() > 1.5 and rho[mask].min() < 0.7, "without mismatch these tests would prove nothing"
+    weight = torch.ones_like(rho) if weight is None else weight(rho)
+    dead = (A == 0).all(-1).repeat_interleave(GROUP)[:, None]
+    keep = mask if kept is None else mask & (kept(rho) | dead)  # nothing is rejected where nothing is learned
+    c = coefficient(keep)
+    for _ in range(updates):
+        ratio = (log_probs(policy, rollout) - (old if base == "old" else behind)).exp()
+        objective = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+        (-(c * weight * objective)[keep].sum()).backward()
+        with torch.no_grad():
+            for parameter in policy.module.parameters():
+                if parameter.grad is not None:
+                    parameter -= RATE * parameter.grad
+                    parameter.grad = None
+    return flat(policy.module.state_dict(), start) - flat(start, start)
+
+
+def assert_same_direction_and_length(got, want):
+    assert want.norm() > 1e-3, "a step of zero would prove nothing"
+    assert (got - want).norm() < 2e-3 * want.norm(), f"off by {(got - want).norm() / want.norm():.4f} of the step"
+
+
+def by_token(keep):
+    return torch.ones(keep.shape) / keep.sum()
+
+
+def by_sequence(keep):
+    return torch.ones(keep.shape) / keep.sum(-1, keepdim=True).clamp(min=1) / len(keep)
+
+
+def by_constant(keep):
+    return torch.ones(keep.shape) / (len(keep) * 20)
+
+
+CAPPED = partial(torch.clamp, max=1.5)
+LIMIT = 0.3
+CASES = {
+    "no correction": ({}, {}),
+    "weights rho = p_old / p_rollout, capped": ({"corrector": tis(cap=1.5)}, {"weight": CAPPED}),
+    "rejection leaves the mask and its denominator": (
+        {"corrector": reject(level="token", statistic="k1", bound=LIMIT)},
+        {"kept": lambda rho: rho.log().abs() <= LIMIT},
+    ),
+    "weights and rejection": (
+        {"corrector": compose(tis(cap=1.5), reject(level="token", statistic="k1", bound=LIMIT))},
+        {"weight": CAPPED, "kept": lambda rho: rho.log().abs() <= LIMIT},
+    ),
+    "mean over sequences, those without advantage counted": ({"aggregate": sequence}, {"coefficient": by_sequence}),
+    "rejection under sequence": (
+        {"aggregate": sequence, "corrector": reject(level="token", statistic="k1", bound=LIMIT)},
+        {"coefficient": by_sequence, "kept": lambda rho: rho.log().abs() <= LIMIT},
+    ),
+    "constant length": ({"aggregate": partial(constant, length=20)}, {"coefficient": by_constant}),
+    "two updates, ratios against the start of the update": (
+        {"num_iterations": 2, "corrector": tis(cap=1.5)},
+        {"updates": 2, "weight": CAPPED},
+    ),
+    "bypass": ({"old_logprobs": "rollout"}, {"base": "rollout"}),
+    "bypass, two updates": ({"old_logprobs": "rollout", "num_iterations": 2}, {"base": "rollout", "updates": 2}),
+    "micro-batches": (
+        {"micro_batch_size": GROUP, "num_iterations": 2, "corrector": tis(cap=1.5)},
+        {"updates": 2, "weight": CAPPED},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_step_is_the_formula(name, tmp_path):
+    changes, formula = CASES[name]
+    planted = Planted(tmp_path, **changes)
+    planted.train()
+    assert_same_direction_and_length(moved(planted), by_hand(planted, **{"coefficient": by_token} | formula))
+
+
+def test_the_cases_differ(tmp_path):
+    """Each formula is far from the plain one, so that a part that is left out is seen."""
+    planted = Planted(tmp_path)
+    planted.train()
+    plain = by_hand(planted, coefficient=by_token)
+    for name, (_, formula) in list(CASES.items())[1:]:
+        other = by_hand(planted, **{"coefficient": by_token} | formula)
+        assert (other - plain).norm() > 0.02 * plain.norm(), name
+    inverse = by_hand(planted, coefficient=by_token, weight=lambda rho: (1 / rho).clamp(max=1.5))
+    right = by_hand(planted, coefficient=by_token, weight=CAPPED)
+    assert (inverse - right).norm() > 0.02 * right.norm(), "the sign of log_mismatch must matter"
+
+
+def test_metrics_are_of_the_tokens_before_rejection_and_shares_of_what_is_corrected(tmp_path):
+    planted = Planted(tmp_path, corrector=reject(level="token", statistic="k1", bound=LIMIT), mismatch_sample=9)
+    (row,) = planted.train()
+    policy, rollout = planted.recipe.model(seed=3), planted.rollouts[0]
+    mask, live = rollout.completion_mask, (A != 0).any(-1).repeat_interleave(GROUP)
+    with torch.no_grad():
+        d = (log_probs(policy, rollout) - log_probs(quantized_copy(policy, five_level_emulated()), rollout)).double()
+    for prefix, tokens in (("rollout_corr/", mask), ("live/", mask & live[:, None])):
+        x = d[tokens]
+        assert row[f"{prefix}k3_kl"] == pytest.approx((x.exp() - 1 - x).mean().item(), rel=1e-3)
+        assert row[f"{prefix}kl"] == pytest.approx(-x.mean().item(), rel=1e-3, abs=1e-5)
+        assert row[f"{prefix}abs_log_ratio_max"] == pytest.approx(x.abs().max().item(), rel=1e-3)
+    rejected = d[mask & live[:, None]].abs() > LIMIT
+    assert 0.05 < rejected.double().mean() < 0.95
+    assert row["live/rollout_rs_masked_fraction"] == pytest.approx(rejected.double().mean().item())
+    r = d.exp() - 1
+    for name, sign in (("positive", A.flatten() > 0), ("negative", A.flatten() < 0)):
+        sums = (-r * A.flatten()[:, None])[mask & sign[:, None]].sum().item()
+        assert row[f"rollout_corr/contribution_{name}"] == pytest.approx(sums / mask.sum().item(), rel=1e-3)
+
+
+def test_contributions_are_logged_at_every_update(tmp_path):
+    planted = Planted(tmp_path, num_iterations=2, learning_rate=0.02)  # small: the step goes its advantages' way
+    (row,) = planted.train()
+    for name in ("contribution_positive", "contribution_negative"):
+        assert row[f"off_policy/old/{name}/iteration_0"] == 0 > row[f"off_policy/old/{name}/iteration_1"]
+        first = row[f"off_policy/rollout/{name}/iteration_0"]
+        assert first == pytest.approx(row[f"rollout_corr/{name}"], rel=1e-3), "nothing has moved yet"
+        assert row[f"off_policy/rollout/{name}/iteration_1"] == row[f"off_policy/rollout/{name}"] != first
+    policy, rollout = planted.recipe.model(seed=3), planted.rollouts[0]
+    live = rollout.completion_mask & (A != 0).any(-1).repeat_interleave(GROUP)[:, None]
+    with torch.no_grad():
+        d = log_probs(policy, rollout) - log_probs(quantized_copy(policy, five_level_emulated()), rollout)
+    assert row["off_policy/rollout/m2/iteration_0"] == pytest.approx(d[live].square().mean().item(), rel=1e-3)
+
+
+def test_the_gradient_is_scaled_down_to_the_norm_and_logged_before_that(tmp_path):
+    planted = Planted(tmp_path, max_grad_norm=0.01)
+    (row,) = planted.train()
+    want = by_hand(planted, coefficient=by_token)
+    assert row["grad_norm"] == pytest.approx(want.norm().item() / RATE, rel=2e-3) and row["grad_norm"] > 0.02
+    assert moved(planted).norm().item() == pytest.approx(RATE * 0.01, rel=1e-3)
+    assert_same_direction_and_length(moved(planted) / moved(planted).norm(), want / want.norm())
+
+
+def test_the_kl_term_reaches_groups_without_advantage_and_counts_every_token(tmp_path):
+    """The second step's advantages are all 0: what moves is beta * mean over all tokens of (logp - ref)^2 / 2."""
+    steps = iter([A, torch.zeros_like(A)])
+    planted = Planted(tmp_path, num_steps=2, beta=0.7, kl=kl_k2, advantages=lambda rewards: next(steps))
+    rows = planted.train()
+    policy, rollout, mask = planted.recipe.model(seed=3), planted.rollouts[1], planted.rollouts[1].completion_mask
+    with torch.no_grad():
+        reference = log_probs(policy, rollout)
+    policy.module.load_state_dict(planted.weights[1])
+    distance = (log_probs(policy, rollout) - reference)[mask].square() / 2
+    (0.7 * distance.mean()).backward()
+    names = planted.weights[0]
+    gradients = {name: p.grad for name, p in policy.module.named_parameters() if p.grad is not None}
+    want = torch.cat([-RATE * gradients.get(name, torch.zeros_like(value)).flatten() for name, value in names.items()])
+    assert_same_direction_and_length(moved(planted, step=1), want)
+    assert rows[1]["kl"] == pytest.approx(distance.mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("estimator", [elbo(num_samples=2), coupled()], ids=["elbo", "coupled"])
+def test_masks_are_drawn_anew_every_step_and_depend_on_the_seed(estimator, tmp_path):
+    def masks(folder, **changes):
+        drawn = []
+        draw = lambda *arguments: drawn.append(estimator.draw(*arguments)) or drawn[-1]  # noqa: E731
+        planted = Planted(tmp_path / folder, likelihood=replace(estimator, draw=draw), num_steps=3, **changes)
+        once, sample = [], planted.recipe.sampler  # the same completions at every step: only masks can differ
+
+        def same(policy, prompts, generator, *, max_new_tokens):
+            if policy.tokenizer and len(prompts.tokens) == 1:
+                return sample(policy, prompts, generator)
+            once.append(sample(policy, prompts, generator))
+            return replace(once[0], weights_version=policy.version)
+
+        planted.recipe = replace(planted.recipe, sampler=partial(same, max_new_tokens=16))
+        planted.train()
+        return [noise.masked for noise in drawn]
+
+    first, again, other = masks("a"), masks("b"), masks("c", seed=4, model=partial(tiny_masked_lm, **SIZES))
+    assert len(first) == 3 and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+    assert first[0].shape != other[0].shape or not torch.equal(first[0], other[0])
+
+
+def test_the_upper_bound_is_for_negative_advantages(tmp_path):
+    told, estimator = [], sandwich(mix=0.25)
+    with_advantages = lambda *arguments: told.append(estimator.with_advantages(*arguments)) or told[-1]  # noqa: E731
+    Planted(tmp_path, likelihood=replace(estimator, with_advantages=with_advantages)).train()
+    assert told[0].upper_bound_weight.tolist() == [0, 0.25, 0, 0.25] + [0] * 4 + [0.25, 0, 0, 0]
+
+
+def test_the_model_is_made_from_the_runs_seed(tmp_path):
+    planted = Planted(tmp_path, seed=7)
+    planted.train()
+    seven, three = (flat(planted.recipe.model(seed=s).module.state_dict(), planted.weights[0]) for s in (7, 3))
+    assert torch.equal(flat(planted.weights[0], planted.weights[0]), seven) and not torch.equal(seven, three)
+
+
+class Ones:
+    """Rewards the share of the digit 1 in a completion."""
+
+    name, version = "ones", "1"
+
+    def __init__(self, task):
+        self.task = task
+
+    def __len__(self):
+        return len(self.task)
+
+    def __getitem__(self, index):
+        return self.task[index]
+
+    def reward(self, problem, completion):
+        return Reward(completion.count("1") / 16, True, {"solve_rate": float(set(completion) == {"1"})})
+
+
+def test_evaluations_use_the_evaluation_sampler_and_each_policy_is_its_own(tmp_path):
+    """The learner answers 1s and 2s by turns, the quantised policy 1s alone; the training sampler answers neither."""
+    calls = []
+
+    def digits(policy, prompts, generator, *, sampler, max_new_tokens):
+        rollout, mine = sampler(policy, prompts, generator), getattr(policy, "quantization", None) is not None
+        calls.append("quantised" if mine else "learner")
+        one, two = policy.tokenizer.encode("12", add_special_tokens=False)
+        place = rollout.completion_mask.cumsum(-1) % 2
+        answer = torch.full_like(rollout.tokens, one) if mine else torch.where(place == 1, one, two)
+        return replace(rollout, tokens=torch.where(rollout.completion_mask, answer, rollout.tokens))
+
+    plain = tiny_recipe(tmp_path)
+    planted = Planted(
+        tmp_path,
+        eval_sampler=partial(digits, sampler=plain.eval_sampler, max_new_tokens=16),
+        eval_task=Ones(plain.eval_task),
+        validation_task=Ones(plain.validation_task),
+        eval_steps=1,
+    )
+    (row,) = planted.train()
+    summary = planted.summary
+    assert (summary["eval_before"]["reward"], summary["eval_after"]["reward"]) == (0.5, 0.5)
+    assert (summary["eval_after_quantized"]["reward"], summary["eval_after_quantized"]["solve_rate"]) == (1.0, 1.0)
+    assert row["eval/reward"] == 0.5 and calls == ["learner", "learner", "learner", "quantised"]
+
+
+def test_schedule_betas_and_weight_decay_are_those_of_an_adamw_written_by_hand(tmp_path):
+    """Four steps; the rate rises over 2, is flat to the middle, and falls towards a tenth: 1/2, 1, 1, 0.55 of it."""
+    seen = []
+
+    def watched(*arguments, **settings):
+        optimizer = adamw(*arguments, **settings)
+        (group,) = optimizer.param_groups
+        optimizer.register_step_pre_hook(lambda *_: seen.append([p.grad.clone().double() for p in group["params"]]))
+        return optimizer
+
+    rate, (first, second), decay = 0.01, (0.8, 0.95), 0.1
+    planted = Planted(
+        tmp_path,
+        optim=watched,
+        num_steps=4,
+        learning_rate=rate,
+        lr_schedule=partial(linear_decay, warmup_steps=2, constant_until=0.5, final=0.1),
+        adam_beta1=first,
+        adam_beta2=second,
+        weight_decay=decay,
+        max_grad_norm=1.0,
+    )
+    rows = planted.train()
+    rates = [rate * factor for factor in (0.5, 1.0, 1.0, 0.55)]
+    assert [row["learning_rate"] for row in rows] == pytest.approx(rates)
+    policy = planted.recipe.model(seed=3)
+    weights = [p.detach().double() for p in policy.module.parameters()]
+    means, squares = [0.0] * len(weights), [0.0] * len(weights)
+    for t, (lr, gradients) in enumerate(zip(rates, seen, strict=True), start=1):
+        assert torch.cat([g.flatten() for g in gradients]).norm() > 1e-3
+        for i, g in enumerate(gradients):
+            means[i] = first * means[i] + (1 - first) * g
+            squares[i] = second * squares[i] + (1 - second) * g.square()
+            step = (means[i] / (1 - first**t)) / ((squares[i] / (1 - second**t)).sqrt() + 1e-8)
+            weights[i] = weights[i] * (1 - lr * decay) - lr * step
+    names = [name for name, _ in policy.module.named_parameters()]
+    got = torch.cat([planted.weights[-1][name].flatten().double() for name in names])
+    want = torch.cat([w.flatten() for w in weights])
+    start = torch.cat([p.detach().flatten().double() for p in policy.module.parameters()])
+    assert (got - want).norm() < 1e-4 * (want - start).norm()
+
+
+def test_the_surrogate_is_the_correctors(tmp_path):
+    """In bypass r is far from 1 at the first update: another clip is another step."""
+    wide = replace(none(), surrogate=partial(ppo_clip, epsilon=10.0))
+    planted = Planted(tmp_path, old_logprobs="rollout", corrector=wide, aggregate=token)
+    planted.train()
+    narrow = by_hand(planted, coefficient=by_token, base="rollout")
+    assert (moved(planted) - narrow).norm() > 0.05 * narrow.norm()
