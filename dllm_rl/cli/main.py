@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_grade(commands)
     add_doctor(commands)
     add_report(commands)
+    add_replay(commands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments) or 0
@@ -168,3 +169,16 @@ def report(arguments: argparse.Namespace) -> None:
     from dllm_rl.training.plots import plot
 
     print(escape_controls(str(plot(Path(arguments.directory)))))
+
+
+def add_replay(commands) -> None:
+    sub = commands.add_parser("replay", help="run a step that failed again, and compare it with what it left")
+    sub.add_argument("dump", help="the failed-step-NNNNNN folder of a run")
+    sub.add_argument("--recipe", metavar="FILE", help="the run's recipe file; it is run as a program")
+    sub.set_defaults(run=replay)
+
+
+def replay(arguments: argparse.Namespace) -> int:
+    from dllm_rl.cli.replay import replay_command
+
+    return replay_command(arguments)

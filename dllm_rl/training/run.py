@@ -43,6 +43,7 @@ FREE = {
     "num_steps",
     "dry_run",
     "reward_timeout",
+    "collective_timeout",
     "max_prompt_length",
 }
 
@@ -66,7 +67,7 @@ class Run:
 
 def start(recipe: Recipe) -> Run:
     """A run at its first step: fresh, warmed up and evaluated, or as a checkpoint left it. Raises ValueError."""
-    accelerator = make_accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
+    accelerator = make_accelerator(mixed_precision="bf16" if recipe.bf16 else "no", timeout=recipe.collective_timeout)
     check_processes(recipe, accelerator)
     folder = open_folder(recipe, accelerator)
     state = checkpoint.read_state(folder) if folder else {"step": 0}
@@ -135,7 +136,7 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> Path | None:
     if folder:
         # A field that is newer than the checkpoint had no effect then, as its default has none.
         before = described_defaults(recipe) | checkpoint.read_state(folder)["recipe"]
-        _check_same_recipe(before, described(recipe))
+        check_same_recipe(before, described(recipe))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
@@ -147,7 +148,8 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> Path | None:
     return folder
 
 
-def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
+def check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError where two descriptions of recipes differ in a field that is not FREE."""
     changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
     if changed:
         name = changed[0]
