@@ -26,7 +26,8 @@ from dllm_rl.training import checkpoint
 from dllm_rl.training.run import Run, check_same_recipe
 
 FORMAT = 1
-LATE = re.compile(r"timed? ?out", re.IGNORECASE)
+# How gloo, NCCL and the store of processes word it.
+LATE = re.compile(r"Timed out waiting \d+ ?ms|(NCCL|[Ww]atchdog).{0,200}time ?out|wait timeout after", re.DOTALL)
 
 
 @contextmanager
