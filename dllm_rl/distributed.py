@@ -4,12 +4,13 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -49,10 +50,16 @@ def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, floa
     }
 
 
-def make_accelerator(*, mixed_precision: str = "no") -> Accelerator:
-    """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched."""
+def make_accelerator(*, mixed_precision: str = "no", timeout: float | None = None) -> Accelerator:
+    """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched.
+
+    timeout  seconds that a process waits for the others in an exchange before it stops; None: torch's own.
+    """
+    limits = [] if timeout is None else [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
     # Accelerate joins the processes of a CPU launch only when told that there is no accelerator.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision, kwargs_handlers=limits
+    )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise RuntimeError(

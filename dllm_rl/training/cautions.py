@@ -14,16 +14,16 @@ PATIENCE = 20  # steps in a row without a group whose rewards differ
 
 def cautions(recipe: Recipe) -> list[str]:
     """What of the recipe cannot learn from rewards, and the remedy."""
-    said, size = [], recipe.num_generations
+    said, shape = [], (recipe.train_batch_size, recipe.num_generations)
     if _bound(recipe.sampler, "temperature") == 0:
         said.append(
             "sampler.temperature=0 is greedy: the completions of a prompt are all alike and teach nothing; use 1.0"
         )
-    rewards = torch.arange(2.0 * size).reshape(2, size)
+    rewards = torch.arange(float(shape[0] * shape[1])).reshape(shape)
     if not recipe.advantages(rewards).any():
         name = getattr(recipe.advantages, "func", recipe.advantages).__name__
         said.append(
-            f"num_generations={size} with advantages={name} gives advantages that are all 0, which teach nothing; "
+            f"num_generations={shape[1]} with advantages={name} gives advantages that are all 0, which teach nothing; "
             "use at least 2"
         )
     return said

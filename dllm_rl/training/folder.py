@@ -25,6 +25,7 @@ FREE = {
     "on_save_error",
     "stop_seconds",
     "reward_timeout",
+    "collective_timeout",
     "max_prompt_length",
     "dry_run",
 }

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.cautions import PATIENCE, flat_for
+from dllm_rl.training.heartbeat import heartbeat
 
 
 class RunLog:
@@ -30,6 +31,7 @@ class RunLog:
         self._step: dict[str, float] = {}
         self._flat = 0  # steps in a row in which no group's rewards differed
         self._warned = False
+        self._done = start
         if main:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -43,9 +45,11 @@ class RunLog:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the block's wall-clock seconds to the stage `name`, for the run and for the present step."""
+        """Add the block's wall-clock seconds to the stage `name`, for the run and for the present step; one that takes
+        long says so."""
         begin, self.entered = time.perf_counter(), name
-        yield
+        with heartbeat(f"{name}, after {self._done} steps,", self.say if self.main else None):
+            yield
         spent = time.perf_counter() - begin
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
         self._step[name] = self._step.get(name, 0.0) + spent
@@ -56,7 +60,7 @@ class RunLog:
         JSON has no number for NaN or infinity: they are null there.
         """
         times = {f"time/{name}": spent for name, spent in self._step.items()}
-        self._step = {}
+        self._step, self._done = {}, step + 1
         self._flat = self._flat + 1 if metrics.get("frac_reward_zero_std") == 1 else 0
         if self._flat == PATIENCE and not self._warned:
             self._warned = True

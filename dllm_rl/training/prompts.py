@@ -1,5 +1,6 @@
 """Which prompts a run learns from, and that they fit the model."""
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -12,7 +13,8 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem, Task
 
-CHECKED = 5000  # prompts of a task that are tokenised before a run begins
+CHECKED = 5000  # prompts of a task that are tokenised before a run begins,
+SECONDS = 10.0  # and for how long at most: some tasks take long to make a problem
 
 
 def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " size"]:
@@ -45,8 +47,8 @@ def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list
 def check_prompts(recipe: Recipe, policy: Policy) -> None:
     """Raise ValueError on a prompt that, with its completion, does not fit the model.
 
-    Up to 5000 prompts of each task are looked at: all of a smaller one, else those that the steps draw first. With
-    max_prompt_length, training prompts are looked at as they are drawn instead.
+    Up to 5000 prompts of each task are looked at, as far as 10 s go: all of a smaller one, else those that the steps
+    draw first. With max_prompt_length, training prompts are looked at as they are drawn instead.
     """
     limit, most = policy.spec.max_length, recipe.max_prompt_length
     trained, evaluated = (_new_tokens(sampler) for sampler in (recipe.sampler, recipe.eval_sampler))
@@ -62,7 +64,10 @@ def check_prompts(recipe: Recipe, policy: Policy) -> None:
             f"use at most {limit - trained}"
         )
     for field, indices, new in plans:
+        began = time.monotonic()
         for index in indices:
+            if time.monotonic() - began > SECONDS:
+                break
             length = len(prompt_ids(policy, getattr(recipe, field)[index].prompt))
             if length + new > limit:
                 remedy = f"--max_prompt_length {limit - new} leaves such out" if field == "task" else "shorten it"

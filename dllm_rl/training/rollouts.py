@@ -32,7 +32,8 @@ def collect(
     """
     every = torch.arange(recipe.train_batch_size // accelerator.num_processes, device=accelerator.device)
     rollout, graded, mine, replaced = sample_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
-    rewards = accelerator.gather(mine)
+    with log.stage("waiting"):  # for the other processes' rollouts and rewards
+        rewards = accelerator.gather(mine)
     metrics, draws = reward_metrics(rewards, graded, rollout, accelerator), 1
     if recipe.max_prompt_length is not None:
         share = (torch.tensor(float(replaced)), torch.tensor(float(len(mine))))

@@ -53,7 +53,7 @@ class Run:
 def start(recipe: Recipe) -> Run:
     """A run at its first step: fresh, warmed up and evaluated, or as a checkpoint left it. Raises ValueError."""
     ended_by_launcher()
-    accelerator = make_accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
+    accelerator = make_accelerator(mixed_precision="bf16" if recipe.bf16 else "no", timeout=recipe.collective_timeout)
     stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
     stop.last_words = "stopped before the first step: nothing new was saved; start again with the same command"
     check_processes(recipe, accelerator)
