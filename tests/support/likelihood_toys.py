@@ -20,7 +20,10 @@ class TablePolicy:
         self.table = scale * torch.randn((words + 1) ** length, length, self.vocab_size, generator=generator)
         self.spec = replace(DIFFUSION_LM, mask_id=self.mask_id)
         self.device, self.version, self.forwards = torch.device("cpu"), 0, []
-        self.module, self.tokenizer = None, None
+        self.module, self.tokenizer, self.float32_head = None, None, True
+
+    def encode(self, tokens, attention_mask, positions, **cache):
+        return self.hidden(tokens, attention_mask)
 
     def hidden(self, tokens, attention_mask):
         """The logits themselves; the head passes them on."""
