@@ -1,4 +1,4 @@
-"""What heads in 16 bits add to the log-probs of two forwards that should agree, and what logits in fp32 cost.
+"""What heads in 16 bits add to the difference between the log-probs of two forwards that should agree.
 
 batch shape  the same rows scored all at once and one by one.
 padding      the same rows with three columns of padding in front.
@@ -10,7 +10,6 @@ python -m benchmarks.head_precision [--preset small] [--dtype bfloat16] [--smoke
 """
 
 import argparse
-import time
 from dataclasses import replace
 
 import torch
@@ -31,15 +30,13 @@ SHARPER = 8  # on the head's weights: logits of a standard deviation of about 4,
 
 
 def measured(preset: str, dtype: str, *, float32_head: bool) -> list[dict]:
-    """Mean and largest |log-ratio|, nats, for one head; and the seconds of scoring with it."""
+    """Mean and largest |log-ratio|, nats, for one head."""
     shape = replace(PRESETS[preset], vocabulary=min(PRESETS[preset].vocabulary, 16_384), completion_length=32)
     policy, rollout = make(shape, "cpu", getattr(torch, dtype))
     policy.module.lm_head.weight.data *= SHARPER
     policy.float32_head = float32_head
     noise = one_step(prompt_mask=0.0).draw(rollout, torch.Generator())
-    begun = time.perf_counter()
     whole = one_step().logprobs(policy, rollout, noise)
-    seconds = time.perf_counter() - begun
     apart = whole - one_step().logprobs(policy, rollout, noise, micro_batch_size=1)
     rows = [{"between": "batch shape", **sizes(apart[rollout.completion_mask])}]
 
@@ -65,7 +62,7 @@ def measured(preset: str, dtype: str, *, float32_head: bool) -> list[dict]:
     learner = causal().logprobs(causal_policy, sampled, causal().draw(sampled, torch.Generator()))
     rows.append({"between": "cache", **sizes((learner - sampled.logprobs)[sampled.completion_mask])})
     head = "fp32" if float32_head else dtype
-    return [{"dtype": dtype, "head": head, **row, "scoring_seconds": round(seconds, 2)} for row in rows]
+    return [{"dtype": dtype, "head": head, **row} for row in rows]
 
 
 def sizes(d: torch.Tensor) -> dict[str, float]:
