@@ -42,6 +42,11 @@ class Recipe:
     corrector: Corrector = _(
         "correction of the training-inference mismatch", none(), pick="dllm_rl.algorithms.correctors"
     )
+    sampling_support: str = _(
+        "what log-probs are normalised over where the sampler's top_k or top_p filter: own, unfiltered or rollout "
+        "(Rollout.with_support)",
+        "own",
+    )
     advantages: Callable = _(
         "(P, G) rewards -> (P, G) advantages", group_relative, pick="dllm_rl.algorithms.advantages"
     )
@@ -184,6 +189,15 @@ class Recipe:
         if self.zero_mismatch and self.rollout_quantization is not None and not self.corrector.align_forward:
             raise ValueError(
                 "zero_mismatch=True needs rollout_quantization=None, or a corrector that aligns the forward"
+            )
+        if self.sampling_support not in ("own", "unfiltered", "rollout"):
+            raise ValueError(
+                f"sampling_support={self.sampling_support!r} is not known; use 'own', 'unfiltered' or 'rollout'"
+            )
+        if self.zero_mismatch and self.sampling_support == "unfiltered":
+            raise ValueError(
+                "zero_mismatch=True does not go with sampling_support='unfiltered', whose rollout log-probs are sums "
+                "of two recorded numbers and round; use 'own' or 'rollout'"
             )
         if self.micro_batch_size is not None and (
             self.micro_batch_size < self.num_generations or self.micro_batch_size % self.num_generations

@@ -8,7 +8,7 @@ Log-probabilities are in nats, fp32.
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Moved = TypeVar("Moved", bound="_Movable")
+Support = Literal["own", "unfiltered", "rollout"]
+SUPPORTS: tuple[Support, ...] = ("own", "unfiltered", "rollout")
+KEPT_IDS = 64  # most tokens of a filtered distribution whose ids a rollout records
 
 
 @dataclass(frozen=True)
@@ -37,20 +40,29 @@ class SamplingParams:
     temperature  divides the logits; 0 means greedy, whose log-probs are reported at temperature 1.
     top_k, top_p keep the k likeliest tokens / the smallest set with probability >= p; None keeps all.
     suppress     token ids that are never sampled (a mask token always is).
+    support      the tokens that a scorer normalises over where top_k or top_p filter; see `Rollout.with_support`.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     suppress: tuple[int, ...] = ()
+    support: Support = "own"
 
     def __post_init__(self) -> None:
+        if self.support not in SUPPORTS:
+            raise ValueError(f"support={self.support!r} is not one of {', '.join(SUPPORTS)}")
         if not self.temperature >= 0:
             raise ValueError(f"temperature={self.temperature} must be >= 0 (0 is greedy)")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1, or None to keep every token")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1], or None to keep every token")
+
+    @property
+    def filters(self) -> bool:
+        """Whether some tokens are left out by top_k or top_p."""
+        return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,10 @@ class Rollout(_Movable):
     logprobs         at commit, under the rollout policy, of the distribution sampled from; nats; 0 elsewhere.
     sampling_params  that distribution's temperature and filters, so that the learner can mirror them.
     forwards         model calls that were made, counted per batch.
+    log_kept_mass    log of the probability, before top_k and top_p, of the tokens that they kept, at commit; nats, 0
+                     elsewhere. None where nothing filters.
+    kept_ids         the ids of those tokens, at most KEPT_IDS of them, then -1. None where nothing filters, or where
+                     more were kept somewhere.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -119,6 +135,46 @@ class Rollout(_Movable):
     weights_version: int = 0
     sampling_params: SamplingParams = SamplingParams()
     forwards: int = 0
+    log_kept_mass: Float[Tensor, "B T"] | None = None
+    kept_ids: Int[Tensor, "B T C"] | None = None
+
+    def with_support(self, support: Support) -> "Rollout":
+        """The rollout as it is to be scored where top_k or top_p filter; itself where neither does.
+
+        own         each policy normalises over the set that it would keep itself, and the sampled token. A ratio then
+                    holds the masses of two different sets, and its mean under the rollout is not 1.
+        unfiltered  over the whole vocabulary, kept masses left out on both sides: the rollout's log-prob becomes
+                    logprobs + log_kept_mass. The ratio's mean is q(S)/p(S), S the rollout's set.
+        rollout     over the rollout's set S, recorded in kept_ids, for every policy (DeepSeek-V3.2's "keep sampling
+                    mask", arXiv 2512.02556 [digest]). The ratio's mean is 1: weights are unbiased for the learner in S.
+
+        Example: the rollout has p = (.5, .3, .15, .05), the learner q = (.4, .2, .3, .1), and top_k=2. The rollout
+        keeps S = {0, 1}, of mass .8, and samples token 1 with probability .3/.8 = .375. The learner gives token 1
+            own         .2/(.4 + .3 + .2) = .222, for it would keep {0, 2} and adds 1: ratio .222/.375 = .593
+            unfiltered  .2, to the rollout's .3: ratio .667
+            rollout     .2/(.4 + .2) = .333: ratio .889
+        and token 0, which the rollout samples with .625: .571/.625 = .914, .4/.5 = .8, .667/.625 = 1.067. Their means
+        under the rollout: .794, .75 = .6/.8, and 1.
+        Raises ValueError when the rollout did not record what the convention needs.
+        """
+        params = self.sampling_params
+        if support == params.support or not params.filters:
+            return self
+        if params.support != "own":
+            raise ValueError(f"support={support!r}: the rollout has {params.support!r} already; take the sampler's own")
+        if (self.log_kept_mass if support == "unfiltered" else self.kept_ids) is None:
+            raise ValueError(
+                f"support={support!r} needs what the sampler kept, which is not recorded: "
+                + (
+                    f"ids are recorded for at most {KEPT_IDS} tokens; lower top_k or top_p, or use 'unfiltered'"
+                    if support == "rollout"
+                    else "sample with this library's samplers, or use 'own'"
+                )
+            )
+        changed = dataclasses.replace(self, sampling_params=dataclasses.replace(params, support=support))
+        if support == "unfiltered" and self.log_kept_mass is not None:
+            return dataclasses.replace(changed, logprobs=self.logprobs + self.log_kept_mass)
+        return changed
 
     def rows(self, keep: Int[Tensor, " R"]) -> "Rollout":
         """The given rows, in the given order. group_size must still divide them."""
@@ -128,9 +184,21 @@ class Rollout(_Movable):
         """This rollout with `rows` replaced by those of another; the narrower of the two is padded on the left."""
         width = max(self.tokens.shape[1], by.tokens.shape[1])
         old, new = (x.padded(width - x.tokens.shape[1], pad_id=pad_id) for x in (self, by))
-        names = ("tokens", "attention_mask", "completion_mask", "unmask_step", "logprobs")
-        joined = {name: getattr(old, name).index_copy(0, rows, getattr(new, name)) for name in names}
+        if old.kept_ids is not None and new.kept_ids is not None:
+            count = max(old.kept_ids.shape[-1], new.kept_ids.shape[-1])
+            old, new = (x._with_ids(count) for x in (old, new))
+        names = ("tokens", "attention_mask", "completion_mask", "unmask_step", "logprobs", "log_kept_mass", "kept_ids")
+        pairs = {name: (getattr(old, name), getattr(new, name)) for name in names}
+        joined: dict[str, Any] = {
+            n: None if a is None or b is None else a.index_copy(0, rows, b) for n, (a, b) in pairs.items()
+        }
         return dataclasses.replace(self, **joined, forwards=self.forwards + by.forwards)
+
+    def _with_ids(self, count: int) -> "Rollout":
+        """`kept_ids` filled up to so many a token."""
+        if self.kept_ids is None:
+            return self
+        return dataclasses.replace(self, kept_ids=F.pad(self.kept_ids, (0, count - self.kept_ids.shape[-1]), value=-1))
 
     def padded(self, columns: int, *, pad_id: int) -> "Rollout":
         """The same rows with so many more columns of padding on the left."""
@@ -142,6 +210,8 @@ class Rollout(_Movable):
             completion_mask=wider(self.completion_mask, False),
             unmask_step=wider(self.unmask_step, -1),
             logprobs=wider(self.logprobs, 0.0),
+            log_kept_mass=None if self.log_kept_mass is None else wider(self.log_kept_mass, 0.0),
+            kept_ids=None if self.kept_ids is None else F.pad(self.kept_ids, (0, 0, columns, 0), value=-1),
         )
 
 

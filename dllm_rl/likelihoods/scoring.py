@@ -36,7 +36,7 @@ def score_view(
     if not scored.any():
         return torch.zeros(scored.shape, device=scored.device)
     states = view_states(policy, rollout, masked, scored, packed)
-    logp = token_logprobs(policy, states, rollout.tokens[scored], rollout.sampling_params)
+    logp = token_logprobs(policy, states, rollout.tokens[scored], rollout.sampling_params, kept_by(rollout, scored))
     return torch.zeros(scored.shape, device=scored.device).masked_scatter(scored, logp)
 
 
@@ -52,7 +52,14 @@ def backward_view(
     scored = vector != 0
     if scored.any():
         states = view_states(policy, rollout, masked, scored, packed)
-        backward_token_logprobs(policy, states, rollout.tokens[scored], rollout.sampling_params, vector[scored])
+        tokens, kept = rollout.tokens[scored], kept_by(rollout, scored)
+        backward_token_logprobs(policy, states, tokens, rollout.sampling_params, vector[scored], kept)
+
+
+def kept_by(rollout: Rollout, scored: Bool[Tensor, "B T"]) -> Int[Tensor, "K C"] | None:
+    """The ids that the rollout kept at `scored`, where log-probs are normalised over them."""
+    kept = rollout.kept_ids if rollout.sampling_params.support == "rollout" else None
+    return None if kept is None else kept[scored]
 
 
 def view_states(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dllm_rl.models.base import Head
-from dllm_rl.types import SamplingParams
+from dllm_rl.types import KEPT_IDS, SamplingParams
 
 CHUNK_ELEMENTS = 2**23  # fp32 logits held at once: 32 MiB
 ROWS = 16  # the head always runs on a multiple of this: fp32 kernels round differently when rows are few
@@ -18,13 +18,17 @@ GROUP = 256  # tokens whose mass is summed before the search for the one that is
 
 
 def process(
-    logits: Float[Tensor, "K V"], sampling_params: SamplingParams, keep: Int[Tensor, " K"] | None = None
+    logits: Float[Tensor, "K V"],
+    sampling_params: SamplingParams,
+    keep: Int[Tensor, " K"] | None = None,
+    kept: Int[Tensor, "K C"] | None = None,
 ) -> Float[Tensor, "K V"]:
     """Raw logits -> fp32 logits of the distribution sampled from: suppress, divide by temperature, top-k, top-p.
 
     At temperature 0 the division is left out (log-probs of a greedy sampler are reported at temperature 1).
     keep  a token per row that top-k and top-p never remove: a sampled token may fall outside the current set. It is
           then added back, so that its log-prob is finite [ours].
+    kept  the tokens that a rollout kept, -1 for none: they alone stay, in place of top-k and top-p.
     """
     logits = logits.float()
     if sampling_params.suppress:
@@ -32,6 +36,12 @@ def process(
         logits = logits.index_fill(-1, suppressed, -torch.inf)
     if sampling_params.temperature not in (0, 1):
         logits = logits / sampling_params.temperature
+    if not sampling_params.filters or sampling_params.support == "unfiltered":
+        return logits
+    if kept is not None:
+        size = logits.shape[-1]
+        there = torch.zeros(len(logits), size + 1, dtype=torch.bool, device=logits.device)
+        return logits.masked_fill(~there.scatter(-1, kept.long().where(kept >= 0, size), True)[:, :size], -torch.inf)
     if sampling_params.top_k is not None and sampling_params.top_k < logits.shape[-1]:
         kth = logits.topk(sampling_params.top_k, dim=-1).values[:, -1:]
         logits = _drop(logits, logits < kth, keep)
@@ -48,6 +58,24 @@ def _drop(logits: Tensor, dropped: Tensor, keep: Tensor | None) -> Tensor:
     if keep is not None:
         dropped = dropped.scatter(-1, keep[:, None], False)
     return logits.masked_fill(dropped, -torch.inf)
+
+
+def kept_set(
+    logits: Float[Tensor, "K V"], filtered: Float[Tensor, "K V"]
+) -> tuple[Float[Tensor, " K"], Int[Tensor, "K C"]]:
+    """Log of the mass that a filter kept (nats), and the ids that it kept, likeliest first, -1 behind them.
+
+    One id more than KEPT_IDS is given where there are so many, so that a set that does not fit is seen to be one.
+    """
+    log_mass = filtered.logsumexp(-1) - logits.logsumexp(-1)
+    values, ids = filtered.topk(min(KEPT_IDS + 1, filtered.shape[-1]), dim=-1)
+    return log_mass, ids.where(values > -torch.inf, -1).int()
+
+
+def fitting(kept_ids: Int[Tensor, "B T C"]) -> Int[Tensor, "B T c"] | None:
+    """The ids in as few columns as hold them all; None where some set is larger than KEPT_IDS."""
+    width = int((kept_ids >= 0).sum(-1).max())
+    return None if width > KEPT_IDS else kept_ids[..., :width]
 
 
 class _TokenLogprob(torch.autograd.Function):
@@ -94,13 +122,18 @@ def token_logprobs(
     hidden: Float[Tensor, "K D"],
     tokens: Int[Tensor, " K"],
     sampling_params: SamplingParams,
+    kept: Int[Tensor, "K C"] | None = None,
 ) -> Float[Tensor, " K"]:
-    """log p(tokens_k | hidden_k) in nats, under the processed distribution; the head runs in chunks of rows."""
+    """log p(tokens_k | hidden_k) in nats, under the processed distribution; the head runs in chunks of rows.
 
-    def score(h: Tensor, y: Tensor) -> tuple[Tensor]:
-        return (_TokenLogprob.apply(process(policy.head(h), sampling_params, y), y),)
+    kept  the ids that a rollout kept (`process`).
+    """
 
-    return chunked(score, hidden, tokens, vocabulary=policy.vocab_size)[0]
+    def score(h: Tensor, y: Tensor, ids: Tensor | None = None) -> tuple[Tensor]:
+        return (_TokenLogprob.apply(process(policy.head(h), sampling_params, y, ids), y),)
+
+    rows = (hidden, tokens) if kept is None else (hidden, tokens, kept)
+    return chunked(score, *rows, vocabulary=policy.vocab_size)[0]
 
 
 def token_logprobs_and_entropies(
@@ -130,6 +163,7 @@ def backward_token_logprobs(
     tokens: Int[Tensor, " K"],
     sampling_params: SamplingParams,
     vector: Float[Tensor, " K"],
+    kept: Int[Tensor, "K C"] | None = None,
 ) -> None:
     """token_logprobs(...).backward(vector), with each chunk of logits made once instead of twice.
 
@@ -137,9 +171,10 @@ def backward_token_logprobs(
     gradient with respect to the hidden states, which then takes one backward through the body.
     """
     size, gradients = chunk_rows(policy.vocab_size), []
-    for h, y, v in zip(hidden.split(size), tokens.split(size), vector.split(size), strict=True):
+    ids = [None] * -(-len(hidden) // size) if kept is None else kept.split(size)
+    for h, y, v, k in zip(hidden.split(size), tokens.split(size), vector.split(size), ids, strict=True):
         leaf = h.detach().requires_grad_()
-        _TokenLogprob.apply(process(policy.head(leaf), sampling_params, y), y).backward(v)
+        _TokenLogprob.apply(process(policy.head(leaf), sampling_params, y, k), y).backward(v)
         gradients.append(leaf.grad)
     if gradients and hidden.requires_grad:
         hidden.backward(torch.cat(gradients))

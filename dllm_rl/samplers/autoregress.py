@@ -1,12 +1,15 @@
 """Left-to-right sampling with a key-value cache."""
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 from einops import repeat
 from torch import Generator
 from transformers import DynamicCache
 
 from dllm_rl.models.base import Policy, position_ids
-from dllm_rl.models.logprobs import process, sample
+from dllm_rl.models.logprobs import fitting, kept_set, process, sample
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.unmask import check_fits, check_suppress
 from dllm_rl.types import Prompts, Rollout, SamplingParams
@@ -48,7 +51,7 @@ def autoregress(
     positions = position_ids(attention_mask)
     cache, eos = DynamicCache(config=policy.module.config), torch.tensor(policy.spec.eos_ids, device=device)
     alive = torch.ones(prompts.num_rows, dtype=torch.bool, device=device)
-    columns, logprobs, chosen = [], [], []
+    columns, logprobs, chosen, masses, kept = [], [], [], [], []
     for step in range(max_new_tokens):
         states = policy.encode(new, attention_mask, positions, past_key_values=cache, use_cache=True)[:, -1]
         if step == 0:
@@ -56,12 +59,17 @@ def autoregress(
                 repeat(x, "p s -> (p g) s", g=group) for x in (states, attention_mask, positions)
             )
             cache.batch_repeat_interleave(group)
-        logits = process(policy.head(states), sampling_params)
+        raw = policy.head(states)
+        logits = process(raw, sampling_params)
         token = logits.argmax(-1) if temperature == 0 else sample(logits, uniforms[:, step])
         logp = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
         columns.append(torch.where(alive, token, policy.pad_id))
         logprobs.append(torch.where(alive, logp, 0.0))
         chosen.append(alive)
+        if sampling_params.filters:
+            log_mass, ids = kept_set(process(raw, replace(sampling_params, support="unfiltered")), logits)
+            masses.append(torch.where(alive, log_mass, 0.0))
+            kept.append(ids.where(alive[:, None], -1))
         new, positions = columns[-1][:, None], positions[:, -1:] + 1
         attention_mask = torch.cat([attention_mask, alive[:, None]], dim=1)
         alive = alive & ~torch.isin(token, eos)
@@ -72,14 +80,18 @@ def autoregress(
     before = repeat(prompts.tokens.to(device), "p s -> (p g) s", g=group)
     completion_mask = torch.cat([torch.zeros_like(before, dtype=torch.bool), torch.stack(chosen, 1)], dim=1)
     steps = torch.arange(completion_mask.shape[1], device=device) - start
+    blank = torch.zeros(before.shape, device=device)
+    kept_ids = fitting(torch.stack(kept, 1)) if kept else None
     return Rollout(
         tokens=torch.cat([before, torch.stack(columns, 1)], dim=1),
         attention_mask=attention_mask,
         completion_mask=completion_mask,
         unmask_step=torch.where(completion_mask, steps, -1),
-        logprobs=torch.cat([torch.zeros(before.shape, device=device), torch.stack(logprobs, 1)], dim=1),
+        logprobs=torch.cat([blank, torch.stack(logprobs, 1)], dim=1),
         group_size=group,
         weights_version=policy.version,
         sampling_params=sampling_params,
         forwards=len(columns),
+        log_kept_mass=torch.cat([blank, torch.stack(masses, 1)], dim=1) if masses else None,
+        kept_ids=None if kept_ids is None else F.pad(kept_ids, (0, 0, start, 0), value=-1),
     )

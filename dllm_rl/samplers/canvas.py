@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
+from dllm_rl.models.logprobs import fitting
 from dllm_rl.samplers.rules import steps_per_block
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
@@ -32,6 +34,8 @@ class Canvas:
     masked: Bool[Tensor, "B L"] = field(init=False)
     unmask_step: Int[Tensor, "B L"] = field(init=False)
     logprobs: Float[Tensor, "B L"] = field(init=False)
+    log_kept_mass: Float[Tensor, "B L"] | None = field(init=False, default=None)
+    kept_ids: Int[Tensor, "B L C"] | None = field(init=False, default=None)
     ended: Bool[Tensor, " B"] = field(init=False)
     forwards: int = 0
 
@@ -41,12 +45,20 @@ class Canvas:
         self.logprobs = torch.zeros(self.columns.shape, device=self.columns.device)
         self.ended = torch.zeros(len(self.columns), dtype=torch.bool, device=self.columns.device)
 
-    def write(self, rows: Tensor, places: Tensor, tokens: Tensor, logprobs: Tensor, steps: Tensor) -> None:
-        """Commit tokens at places (within the completion) of rows; all are (K,)."""
+    def write(
+        self, rows: Tensor, places: Tensor, steps: Tensor, tokens: Tensor, logprobs: Tensor, *kept: Tensor
+    ) -> None:
+        """Commit tokens at places (within the completion) of rows; all are (K,). kept: what `kept_set` gave, if any."""
         self.tokens[rows, self.columns[rows, places]] = tokens
         self.masked[rows, places] = False
         self.logprobs[rows, places] = logprobs
         self.unmask_step[rows, places] = steps
+        if kept:
+            log_mass, ids = kept
+            if self.log_kept_mass is None or self.kept_ids is None:
+                self.log_kept_mass = torch.zeros_like(self.logprobs)
+                self.kept_ids = ids.new_full((*self.logprobs.shape, ids.shape[-1]), -1)
+            self.log_kept_mass[rows, places], self.kept_ids[rows, places] = log_mass, ids
 
     def completions(self) -> Int[Tensor, "B L"]:
         return self.tokens.gather(-1, self.columns)
@@ -66,6 +78,7 @@ class Canvas:
             repeat(x.to(device), "p s -> (p g) s", g=group) for x in (self.prompts.tokens, self.prompts.attention_mask)
         )
         nowhere = torch.zeros_like(mask)
+        log_mass, kept_ids = self.log_kept_mass, None if self.kept_ids is None else fitting(self.kept_ids)
         beyond = self.masked & self.ended[:, None] if self.pads_ended else torch.zeros_like(self.masked)
         return Rollout(
             tokens=torch.cat([tokens, self.completions().masked_fill(beyond, self.pad_id)], dim=1),
@@ -77,6 +90,8 @@ class Canvas:
             weights_version=weights_version,
             sampling_params=sampling_params,
             forwards=self.forwards,
+            log_kept_mass=None if log_mass is None else torch.cat([nowhere.float(), log_mass], dim=1),
+            kept_ids=None if kept_ids is None else F.pad(kept_ids, (0, 0, nowhere.shape[1], 0), value=-1),
         )
 
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.logprobs import chunked, invert, process
+from dllm_rl.models.logprobs import chunked, invert, kept_set, process
 from dllm_rl.samplers.rules import rank_inputs
 from dllm_rl.types import SamplingParams
 
@@ -20,12 +20,14 @@ def propose(
     hidden: Float[Tensor, "K D"],
     uniforms: Float[Tensor, " K"],
     sampling_params: SamplingParams,
-) -> tuple[Int[Tensor, " K"], Float[Tensor, " K"]]:
-    """A token for each of K positions, and its log-probability (nats) under the distribution it was drawn from."""
+) -> tuple[Tensor, ...]:
+    """A token for each of K positions, and its log-probability (nats) under the distribution it was drawn from; with
+    top_k or top_p also what `kept_set` says."""
 
-    def one(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    def one(logits: Tensor, u: Tensor) -> tuple[Tensor, ...]:
         logits[:, policy.spec.mask_id] = -torch.inf
-        return _draw(logits, u, sampling_params)[:2]
+        tokens, logp, _, kept = _draw(logits, u, sampling_params)
+        return tokens, logp, *kept
 
     tokens, logp = _slabs(policy, one, sampling_params, hidden, uniforms)
     return tokens, logp
@@ -38,22 +40,21 @@ def propose_and_rank(
     ties: Float[Tensor, " K"],
     sampling_params: SamplingParams,
     rank: Callable,
-) -> tuple[Int[Tensor, " K"], Float[Tensor, " K"], Float[Tensor, " K"]]:
-    """`propose`, and the rank's score of each position. Where temperature and filters change nothing, the rank's
-    log-sum-exp is that of the draw with the mask token put back, as the published algorithms have it."""
+) -> tuple[Tensor, ...]:
+    """The rank's score of each position, and what `propose` gives. Where temperature and filters change nothing, the
+    rank's log-sum-exp is that of the draw with the mask token put back, as the published algorithms have it."""
     needs, mask_id = rank_inputs(rank), policy.spec.mask_id
-    filtered = sampling_params.top_k is not None or (sampling_params.top_p is not None and sampling_params.top_p < 1)
-    same = sampling_params.temperature in (0, 1) and not filtered
+    same = sampling_params.temperature in (0, 1) and not sampling_params.filters
 
-    def one(logits: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def one(logits: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         mask = logits[:, mask_id].clone()
         logits[:, mask_id] = -torch.inf
-        tokens, logp, normalizer = _draw(logits, u, sampling_params)
+        tokens, logp, normalizer, kept = _draw(logits, u, sampling_params)
         logits[:, mask_id] = mask
         offered = {"logits": logits, "tokens": tokens, "uniforms": v}
         if "normalizer" in needs:
             offered["normalizer"] = normalizer.logaddexp(mask) if same else logits.logsumexp(-1)
-        return tokens, logp, rank(**{name: offered[name] for name in needs}).float()
+        return rank(**{name: offered[name] for name in needs}).float(), tokens, logp, *kept
 
     tokens, logp, scores = _slabs(policy, one, sampling_params, hidden, uniforms, ties)
     return tokens, logp, scores
@@ -96,15 +97,21 @@ def _slabs(
     return chunked(chunk, hidden, *rows, vocabulary=policy.vocab_size)
 
 
-def _draw(logits: Tensor, u: Tensor, sampling_params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, log-probabilities and log-sum-exp of the processed distribution, from one exponential of its logits."""
-    logits = process(logits, replace(sampling_params, suppress=()))  # they are at -inf already
+def _draw(
+    logits: Tensor, u: Tensor, sampling_params: SamplingParams
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """Tokens, log-probabilities and log-sum-exp of the processed distribution, from one exponential of its logits; and
+    what filters kept."""
+    sampling_params = replace(sampling_params, suppress=())  # they are at -inf already
+    unfiltered = process(logits, replace(sampling_params, support="unfiltered"))
+    logits = process(logits, sampling_params)
+    kept = kept_set(unfiltered, logits) if sampling_params.filters else ()
     if sampling_params.temperature == 0:
         best, tokens = logits.max(-1)  # the first of equals
         normalizer = logits.sub(best[:, None]).exp_().sum(-1).log_().add_(best)
-        return tokens, best - normalizer, normalizer
+        return tokens, best - normalizer, normalizer, kept
     peak = logits.amax(-1, keepdim=True)
     mass = logits.sub(peak).exp_()
     normalizer = mass.sum(-1).log_().add_(peak[:, 0])
     tokens = invert(mass, u)
-    return tokens, logits.gather(-1, tokens[:, None])[:, 0] - normalizer, normalizer
+    return tokens, logits.gather(-1, tokens[:, None])[:, 0] - normalizer, normalizer, kept

@@ -92,7 +92,7 @@ def unmask(
         scores = torch.full(masked.shape, -torch.inf, device=device)
         if draws_first:
             draws = uniforms(seed[r], clock[r], c, stream=0)
-            tokens, logprobs, scores[r, c] = propose_and_rank(policy, states, draws, ties, sampling_params, rank)
+            scores[r, c], *drawn = propose_and_rank(policy, states, draws, ties, sampling_params, rank)
         else:
             scores[r, c] = rank_only(policy, states, ties, sampling_params, rank)
 
@@ -105,10 +105,10 @@ def unmask(
         picked = _places(chosen[r, c][None], int(committed.sum()))[1]
         r, c, states = r[picked], c[picked], states[picked]
         if draws_first:
-            tokens, logprobs = tokens[picked], logprobs[picked]
+            drawn = [x[picked] for x in drawn]
         else:
-            tokens, logprobs = propose(policy, states, uniforms(seed[r], clock[r], c, stream=0), sampling_params)
-        canvas.write(on_device[r], c, tokens, logprobs, clock[r])
+            drawn = list(propose(policy, states, uniforms(seed[r], clock[r], c, stream=0), sampling_params))
+        canvas.write(on_device[r], c, clock[r], *drawn)
 
         complete = queue.record(rows, blocks, committed)
         if ends and len(complete):

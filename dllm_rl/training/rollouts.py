@@ -77,6 +77,7 @@ def sample_and_grade(
     with log.stage("rollout"), arithmetic(recipe, accelerator):
         prompts = encode(rollout_policy, problems, group_size=group, seeds=seeds.tolist())
         rollout = recipe.sampler(rollout_policy, prompts, generator_for(*key))
+        rollout = rollout.with_support(recipe.sampling_support)
     with log.stage("reward"):
         graded = grade(recipe.task, problems, decode(rollout_policy, rollout), timeout=recipe.reward_timeout)
         values = reward_values(graded, accelerator.device)

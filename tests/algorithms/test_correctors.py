@@ -233,3 +233,42 @@ def test_values_that_cannot_be_are_errors():
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
+
+
+def in_front(x, value):
+    """Two columns of padding and prompt before the example."""
+    return torch.cat([torch.full((len(x), 2), value, dtype=x.dtype), x], dim=1)
+
+
+def test_means_over_a_row_are_over_its_finite_tokens_behind_a_prompt():
+    """Row 0 without its 4, row 1 without its 1, two columns of padding and prompt before them.
+
+    What is left: 1, 2, -, 1/2 (product 1, mean of logs 0), 1/4, -, 8 (product 2, geometric mean sqrt 2), 1, 1.
+    """
+    x, mask = in_front(X, 7.0), in_front(MASK, False)
+    x[0, 4], x[1, 3] = math.inf, math.nan
+    left = mask.clone()
+    left[0, 4] = left[1, 3] = False
+    weights, keep, metrics = c.tis(level="sequence", aggregate="geometric").weigh(x, A, mask)
+    assert torch.equal(keep, left)
+    close(weights, [[1] * 6, [1, 1, math.sqrt(2), 1, math.sqrt(2), 1], [1] * 6])
+    assert metrics["rollout_corr/nonfinite_fraction"] == pytest.approx(2 / 9)
+    close(c.tis(level="sequence").weigh(x, A, mask)[0], [[1] * 6, [1, 1, 2, 1, 2, 1], [1] * 6])
+
+    # k3: row 0 has 0, 1 - ln 2, -1/2 + ln 2: mean .5/3 = .1667 over three tokens (.125 over four);
+    # row 1 has -3/4 + 2 ln 2 and 7 - 3 ln 2: mean (6.25 - ln 2)/2 = 2.778 over two (1.852 over three).
+    for bound, rows in ((0.15, [2]), (0.18, [0, 2]), (2.5, [0, 2]), (2.8, [0, 1, 2])):
+        weights, keep, metrics = c.reject(statistic="k3", bound=bound).weigh(x, A, mask)
+        assert keep.any(-1).nonzero()[:, 0].tolist() == rows
+        assert torch.equal(keep, left & keep.any(-1, keepdim=True)) and torch.equal(weights, torch.ones_like(x))
+        lost = sum((3, 2, 2)[row] for row in range(3) if row not in rows)
+        assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(lost / 7)
+        assert metrics["rollout_corr/rollout_rs_seq_masked_fraction"] == pytest.approx((3 - len(rows)) / 3)
+
+    # AIS: products 1, 2, 1: rho = 4^2 / (3 * 6); D = ln 2 (0 + 1 + 1 + 2 + 3 + 0 + 0) / 7; weights sum to 13.75.
+    _, keep, metrics = c.ais().weigh(x, A, mask)
+    assert torch.equal(keep, left)
+    assert metrics["ais/rho"] == pytest.approx(16 / 18, rel=1e-12)
+    assert metrics["ais/D"] == pytest.approx(LN2, rel=1e-12)
+    mean = 13.75 / 7
+    assert metrics["ais/CV"] == pytest.approx(math.sqrt(71.3125 / 7 - mean**2) / mean, rel=1e-12)

@@ -281,3 +281,65 @@ def test_symptoms_by_sign_of_the_advantage():
     )
     m = symptom_metrics(tokens, mask, tensor([1.0, -1.0, 0.0]))
     assert m == pytest.approx({"symptoms/repetition_positive": 3 / 4, "symptoms/repetition_negative": 0})
+
+
+def in_front(x, value):
+    """Two columns of padding and prompt before the example."""
+    return torch.cat([torch.full((len(x), 2), value, dtype=x.dtype), x], dim=1)
+
+
+def with_losses():
+    """The example behind two columns of padding and prompt, with one token of row 0 infinite and one of row 1 nan.
+
+    rho, then: row 0: 1, 2, -, 1/2; row 1: 1/4, -, 8; row 2: 1, 1. Seven tokens of nine are left.
+    """
+    x, mask = in_front(X, 7.0), in_front(MASK, False)
+    x[0, 4], x[1, 3] = math.inf, math.nan
+    return x, mask
+
+
+def test_rows_that_are_partly_finite_behind_a_prompt():
+    x, mask = with_losses()
+    old = torch.where(mask, torch.tensor(-1.0, dtype=torch.float64), -50.0)
+    old[0, 4] = -math.inf
+    found = mismatch_metrics(x, mask, old=old, advantages=tensor([1.0, -2.0, 0.0], dtype=torch.float64))
+    m = {name.removeprefix("rollout_corr/"): value for name, value in found.items()}
+    assert m["nonfinite_fraction"] == pytest.approx(2 / 9)
+    # ln rho / ln 2: 0 1 -1 | -2 3 | 0 0: sum 1, absolute sum 7; rows 0/3, 1/2, 0/2.
+    assert m["kl"] == pytest.approx(-LN2 / 7)
+    assert m["abs_log_ratio_mean"] == pytest.approx(LN2)
+    assert m["log_ppl_diff"] == pytest.approx(-LN2 / 2 / 3)
+    assert m["log_ppl_diff_min"] == pytest.approx(-LN2 / 2)
+    # rho sums to 13.75, its squares to 1 + 4 + 1/4 + 1/16 + 64 + 2 = 71.3125; products 1, 2, 1.
+    assert m["ess"] == pytest.approx(13.75**2 / (7 * 71.3125))
+    assert m["chi2_token"] == pytest.approx(71.3125 / 7 - 1)
+    assert m["chi2_seq"] == pytest.approx((1 + 4 + 1) / 3 - 1)
+    # -1 for every token that counts: perplexity e, whatever was lost.
+    assert m["training_log_ppl"] == pytest.approx(1) and m["training_ppl"] == pytest.approx(math.e)
+    assert m["rollout_log_ppl"] == pytest.approx(1 + LN2 / 2 / 3)
+    # -(rho - 1) A: row 0: -(0 + 1 - 1/2); row 1: 2 (-3/4 + 7); over the seven.
+    assert m["contribution_positive"] == pytest.approx(-0.5 / 7)
+    assert m["contribution_negative"] == pytest.approx(12.5 / 7)
+
+
+def test_weights_of_rows_that_are_partly_finite_behind_a_prompt():
+    x, mask = with_losses()
+    m = {n.removeprefix("rollout_corr/rollout_is_"): v for n, v in weight_metrics(x, mask, high=3.0).items()}
+    # min(rho, 3): 1 2 .5 | .25 3 | 1 1: sum 8.75. Row means 3.5/3, 3.25/2, 1; raw 3.5/3, 8.25/2, 1.
+    assert m["mean"] == pytest.approx(8.75 / 7)
+    assert m["seq_mean"] == pytest.approx((3.5 / 3 + 3.25 / 2 + 1) / 3)
+    assert (m["seq_min"], m["seq_max"]) == (pytest.approx(1), pytest.approx(1.625))
+    assert m["seq_fraction_high"] == pytest.approx(1 / 3)
+    assert m["ratio_fraction_high"] == pytest.approx(1 / 7) and m["ratio_fraction_low"] == pytest.approx(1 / 7)
+    m = {n.removeprefix("rollout_corr/rollout_is_"): v for n, v in weight_metrics(x, mask, level="sequence").items()}
+    # Products 1, 2, 1 on 3, 2 and 2 tokens.
+    assert m["mean"] == pytest.approx((3 + 4 + 2) / 7)
+    assert (m["min"], m["max"], m["seq_mean"]) == (1, pytest.approx(2), pytest.approx(4 / 3))
+
+
+def test_repetition_behind_a_prompt():
+    """Marks stand where the tokens stand, not where they are counted from; the prompt's words make no n-gram."""
+    tokens = tensor([[0, 1, 2, 3, 1, 2, 3, 9], [1, 2, 3, 1, 2, 3, 4, 5]])
+    mask = tensor([[False] + [True] * 7, [False] * 3 + [True] * 5])
+    assert [row.nonzero()[:, 0].tolist() for row in repeats(tokens, mask)] == [[4, 5, 6], []]
+    assert symptom_metrics(tokens, mask, tensor([1.0, -1.0]))["symptoms/repetition_positive"] == pytest.approx(3 / 7)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms.correctors import aligned
-from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
+from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps, batch_invariant, check_bitwise_equal
 from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -198,3 +198,31 @@ def tampered(sampler, policy, prompts, generator, **options):
 def test_a_quantised_rollout_without_alignment_is_refused(tmp_path):
     with pytest.raises(ValueError, match="zero_mismatch=True needs rollout_quantization=None"):
         zero_recipe(tmp_path, rollout_quantization=int3_emulated)
+
+
+def test_a_kernel_that_looks_at_the_batch_is_given_one_row_at_a_time(monkeypatch):
+    """An attention and a product whose results depend on the number of rows: inside, every call sees one."""
+    attention, product, sizes = F.scaled_dot_product_attention, torch.matmul, []
+
+    def shaky(query, *args, **kwargs):
+        sizes.append(len(query))
+        return attention(query, *args, **kwargs) * (1 + 0.1 * (len(query) - 1))
+
+    def shaky_product(a, b):
+        sizes.append(len(a))
+        return product(a, b) * (1 + 0.1 * (len(a) - 1))
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, 5, 8, generator=generator) for _ in range(3))
+    mask = torch.rand(3, 1, 5, 5, generator=generator) > 0.3
+    mask[..., 0] = True
+    plain, bare, scores = attention(q, k, v, mask), attention(q, k, v), product(q, k.mT)
+    ops = BatchInvariantOps(64)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", shaky)
+    monkeypatch.setattr(torch, "matmul", shaky_product)
+    call = lambda f, *args: ops.__torch_function__(f, (), args)  # noqa: E731
+    torch.testing.assert_close(call(shaky, q, k, v, mask), plain)
+    torch.testing.assert_close(call(shaky, q, k, v), bare)
+    torch.testing.assert_close(call(shaky, q, k, v, mask[:1]), attention(q, k, v, mask[:1]))  # one mask for all rows
+    torch.testing.assert_close(call(shaky_product, q, k.mT), scores)
+    assert sizes == [1] * 12

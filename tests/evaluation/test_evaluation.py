@@ -145,15 +145,16 @@ def test_a_killed_evaluation_loses_no_finished_completion_and_ends_with_the_same
 
 def test_a_batch_of_which_some_rows_are_lost_is_run_whole_and_only_they_are_added(policy, tmp_path):
     path, seen = tmp_path / "c.jsonl", []
-    evaluate(policy, sudoku(), SAMPLER, completions=path)
+    counting = dying(99, seen)
+    evaluate(policy, sudoku(), counting, completions=path, batch_size=4)
     before = path.read_text().splitlines()
     path.write_text("\n".join(before[:3] + before[5:]) + "\n")
-    evaluate(policy, sudoku(), partial(SAMPLER), completions=path)
+    evaluate(policy, sudoku(), counting, completions=path, batch_size=4)
     after = path.read_text().splitlines()
     same = lambda line: json.loads(line)["completion"]  # noqa: E731
     assert [same(line) for line in after] == [same(line) for line in before]
     assert [a for i, a in enumerate(after) if i not in (3, 4)] == [b for i, b in enumerate(before) if i not in (3, 4)]
-    assert not seen
+    assert seen == [4, 4, 2, 4, 4]  # rows 3 and 4 lie in the first two batches; the third is not sampled again
 
 
 def test_a_finished_file_is_extended_and_graded_again_under_another_protocol(policy, tmp_path):

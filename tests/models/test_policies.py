@@ -1,5 +1,7 @@
 """The interface over every backbone, on models made from scratch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,6 +10,8 @@ from transformers.utils import logging
 from dllm_rl import load_policy
 from dllm_rl.models.policy import shifted
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
+from dllm_rl.models.tokens import completion_ids, decode
+from dllm_rl.types import Rollout
 
 MAKERS = {
     "masked_lm": tiny_masked_lm,
@@ -72,3 +76,15 @@ def test_shifting_starts_again_behind_padding():
     mask = torch.tensor([[True] * 5, [False, False, True, True, True]])
     assert shifted(states, mask)[0, :, 0].tolist() == [0, 0, 1, 2, 3]
     assert shifted(states, mask)[1, 2:, 0].tolist() == [7, 7, 8]  # the first token has its own state, not the padding's
+
+
+def test_a_completion_ends_before_the_first_of_several_end_tokens():
+    """<eos> is 2; 3, 4 and 5 are a, b, c."""
+    policy = tiny_masked_lm(characters="abc")
+    policy.spec = replace(policy.spec, eos_ids=(2, 4))
+    tokens = torch.tensor([[3, 5, 2, 3, 4], [3, 4, 5, 2, 5], [4, 3, 3, 3, 3], [2, 3, 5, 5, 3]])
+    chosen = torch.ones_like(tokens, dtype=torch.bool)
+    chosen[3, 0] = False  # an end token in the prompt ends nothing
+    rollout = Rollout(tokens, chosen, chosen, tokens * 0, torch.zeros(tokens.shape), group_size=1)
+    assert completion_ids(policy, rollout) == [[3, 5], [3], [], [3, 5, 5, 3]]
+    assert decode(policy, rollout) == ["ac", "a", "", "acca"]

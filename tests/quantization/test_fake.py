@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, PerTensor, quantize_
 
-from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize, codes_and_scale, round_to_float
+from dllm_rl.quantization.fake import FLOATS, EmulatedLinear, FakeQuantize, codes_and_scale, round_to_float
 
-FLOAT8 = {"e4m3": (torch.float8_e4m3fn, 3, -6), "e5m2": (torch.float8_e5m2, 2, -14)}
+FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def rounded(x, scheme, granularity):
@@ -22,9 +21,10 @@ def weight(rows=48, columns=32, dtype=torch.float32):
 
 @pytest.mark.parametrize("scheme", FLOAT8)
 def test_round_to_float_is_the_cast_for_every_code_midpoint_and_neighbour(scheme):
-    dtype, mantissa, exponent = FLOAT8[scheme]
+    dtype, (mantissa, exponent, largest) = FLOAT8[scheme], FLOATS[scheme]
     codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     codes = codes[codes.isfinite()].sort().values
+    assert largest == codes.max() == torch.finfo(dtype).max
     middle = (codes[1:] + codes[:-1]) / 2
     points = torch.cat([codes, middle])
     points = torch.cat([points, points.nextafter(torch.tensor(9e9)), points.nextafter(torch.tensor(-9e9))])
@@ -41,6 +41,7 @@ def test_round_to_float_is_the_cast_for_every_code_midpoint_and_neighbour(scheme
         ("five_level", [2, -1, 0, 0], 0.7 / 2),  # -0.743, 0.286
         ("ternary", [1, -1, 0, 0], 1.1 / 4),  # mean |w| = 0.275: 2.5 -> 1, -0.945 -> -1, 0.364 -> 0
         ("int8", [127, -47, 18, 7], 0.7 / 127.5),  # 127.5 -> 128 -> 127; -47.36; 18.2; 7.3
+        ("e5m2", [57344, -20480, 8192, 3072], 0.7 / 57344),  # -21299: step 4096; 8192; 3276.8: step 512 in [2048, 4096)
         ("e4m3", [448, -160, 64, 26], 0.7 / 448),  # -166.4: step 16 in [128, 256); 25.6: step 2 in [16, 32)
     ],
 )
@@ -70,11 +71,11 @@ def test_float8_weights_equal_torchao_bitwise(scheme, granularity, dtype):
     with torch.no_grad():
         plain.weight.copy_(weight(dtype=dtype))
     emulated = EmulatedLinear(plain.weight.detach(), plain.bias, FakeQuantize(scheme, None, granularity))
-    config = Float8WeightOnlyConfig(weight_dtype=FLOAT8[scheme][0])
+    config = Float8WeightOnlyConfig(weight_dtype=FLOAT8[scheme])
     config.granularity = PerTensor() if granularity == "tensor" else config.granularity
     quantize_(plain, config)
     assert torch.equal(emulated.weight, plain.weight.dequantize())
-    assert torch.equal(emulated(x), F.linear(x, plain.weight.dequantize(), plain.bias))
+    assert torch.equal(emulated(x), plain(x))
 
 
 def test_dynamic_int8_equals_torchao_bitwise():
@@ -90,3 +91,14 @@ def test_unknown_names_are_refused_by_field_and_value():
         FakeQuantize("int8", "fp8")
     with pytest.raises(ValueError, match="granularity='column'"):
         FakeQuantize("int8", granularity="column")
+
+
+@pytest.mark.parametrize("scheme", FLOAT8)
+def test_subnormals_of_a_wide_row_are_the_casts(scheme):
+    """A row whose values span the format: below the smallest normal (2^-6, 2^-14) the steps are equal and then 0."""
+    dtype, (mantissa, exponent, largest) = FLOAT8[scheme], FLOATS[scheme]
+    step = 2.0 ** (exponent - mantissa)
+    x = torch.tensor([[largest, 2.0**exponent, 2.6 * step, 1.5 * step, 0.5 * step, 0.51 * step, -0.4 * step]])
+    codes, scale = codes_and_scale(x, scheme, "row")
+    assert scale.item() == 1 and torch.equal(codes, x.to(dtype).float())
+    assert codes.tolist() == [[largest, 2.0**exponent, 3 * step, 2 * step, 0, step, 0]]

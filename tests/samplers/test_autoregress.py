@@ -1,6 +1,8 @@
 """Left-to-right sampling: generate's argmax, the distribution's frequencies, a forward's log-probs."""
 
 import itertools
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -154,3 +156,23 @@ def test_what_does_not_fit_is_refused(qwen):
         ValueError, match="max_new_tokens=60 after a prompt of 6 tokens exceeds the model's 64 positions"
     ):
         autoregress(qwen, prompts(), gen(), max_new_tokens=60)
+
+
+def test_a_row_ends_with_whichever_end_token_comes_first():
+    """LLaDA and others have several."""
+    policy = tiny_llama(characters="123456789", causal=True, hidden_size=32, num_layers=1, num_heads=2, head_std=0.5)
+    prompts = Prompts.from_ids([[5, 6, 7]], pad_id=policy.pad_id, group_size=40, seeds=range(40))
+    run = partial(autoregress, policy, prompts, torch.Generator(), max_new_tokens=12)
+    policy.spec = replace(policy.spec, eos_ids=())
+    endless = run()
+    ends = (4, 9)
+    policy.spec = replace(policy.spec, eos_ids=ends)
+    rollout = run()
+    stops = {4: 0, 9: 0}
+    for row, free in enumerate(endless.tokens[:, 3:].tolist()):
+        last = next((i for i, token in enumerate(free) if token in ends), 11)
+        stops |= {free[last]: stops.get(free[last], 0) + 1}
+        chosen = rollout.completion_mask[row, 3:].tolist()
+        assert chosen == [i <= last for i in range(len(chosen))]
+        assert rollout.tokens[row, 3 : 4 + last].tolist() == free[: last + 1]
+    assert min(stops[4], stops[9]) >= 5  # each of the two did end rows

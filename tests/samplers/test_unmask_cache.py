@@ -12,6 +12,7 @@ from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
+from dllm_rl.samplers.canvas import make_canvas
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts
 
@@ -186,3 +187,37 @@ def test_errors(policies, tmp_path):
     bert = load_policy(checkpoint(tmp_path, "modernbert"))
     with pytest.raises(ValueError, match="keeps no keys and values"):
         run(bert, cache=prefix_cache())
+
+
+@pytest.mark.parametrize(
+    ("cache", "columns"),
+    [
+        (prefix_cache(), [12, 8, 8, 8, 12, 4, 4, 4]),
+        (prefix_cache(refresh=2), [12, 8, 12, 8, 12, 4, 12, 4]),
+        (prefix_cache(refresh=3), [12, 8, 8, 12, 12, 4, 4, 12]),
+        (dual_cache(), [12, 4, 4, 4, 12, 4, 4, 4]),
+        (dual_cache(refresh=2), [12, 4, 12, 4, 12, 4, 12, 4]),
+    ],
+)
+def test_a_cache_is_recomputed_every_so_many_steps(policies, cache, columns, monkeypatch):
+    """A prompt of 4 and blocks of 4, a step a token: which of the 12 columns are run in each step. In a refresh step
+    the states are those of a forward of everything."""
+    policy, seen = policies("llada"), []
+    encode = policy.encode
+    spy = lambda tokens, *args, **kwargs: (seen.append(tokens.shape[1]), encode(tokens, *args, **kwargs))[1]  # noqa: E731
+    monkeypatch.setattr(policy, "encode", spy)
+    run(policy, ids=[[5, 6, 7, 8]], group=1, length=8, num_steps=8, block_size=4, cache=cache)
+    assert seen == columns
+
+
+@pytest.mark.parametrize("ends", [(30,), (31,), (30, 31)])
+def test_any_of_several_end_tokens_ends_a_row(policies, ends):
+    """Rows 0 and 1 have written 30 and 31, row 2 neither, row 3 has 31 behind a mask that was never filled."""
+    policy = policies("sdar")
+    prompts = Prompts.from_ids([[5, 6, 7, 8]], pad_id=0, group_size=4)
+    canvas = make_canvas(policy, prompts, 4, 4, block_aligned=False)
+    rows, places = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3])
+    canvas.write(rows, places, torch.zeros(3, dtype=torch.long), torch.tensor([30, 31, 9]), torch.zeros(3))
+    expected = [row for row, token in ((0, 30), (1, 31)) if token in ends]
+    assert canvas.end(torch.arange(4), ends).tolist() == expected
+    assert canvas.ended.nonzero()[:, 0].tolist() == expected

@@ -22,6 +22,10 @@ class TablePolicy:
         self.device, self.version, self.forwards = torch.device("cpu"), 0, []
         self.module, self.tokenizer, self.pad_id = None, None, words + 2
         self.lora = self.quantization = self.quantization_report = None
+        self.float32_head = True
+
+    def encode(self, tokens, attention_mask, positions, **cache):
+        return self.hidden(tokens, attention_mask)
 
     def hidden(self, tokens, attention_mask):
         """The logits themselves; the head passes them on."""

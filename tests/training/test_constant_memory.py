@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,18 +109,14 @@ def plain_logps(policy, estimator, rollout, noise) -> torch.Tensor:
     return estimator.combine(torch.stack(views), noise)
 
 
-def plain_loss(logps, batch: Batch, loss_function: partial) -> torch.Tensor:
-    """The loss written out, with autograd all the way."""
-    keep, terms = batch.keep, SimpleNamespace(**loss_function.keywords)
-    coefficient = terms.aggregate(keep, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
-    log_ratio = torch.where(keep, logps - batch.old, 0)
-    objective = terms.surrogate(log_ratio, batch.advantages, keep)
-    loss = -(coefficient * batch.weights * objective * keep).sum()
-    if batch.reference is not None:
-        penalty = terms.kl(torch.where(keep, batch.reference - logps, 0))
-        loss = loss + terms.beta * (coefficient * penalty * keep).sum()
-    bonus = losses.entropy_bonus(logps, keep, group_size=batch.rollout.group_size)
-    return loss - terms.entropy * (coefficient * bonus).sum()
+def plain_gradient(policy, estimator, batch: Batch, loss: partial, *, logps=None) -> torch.Tensor:
+    """Autograd's gradient through every view at once, for the loss's own gradient with respect to the log-probs.
+
+    That one is worked by hand in test_losses; here it is only carried through the model.
+    """
+    logps = plain_logps(policy, estimator, batch.rollout, batch.noise) if logps is None else logps
+    vector = loss(logps.detach(), batch)[2]
+    return flat(torch.autograd.grad(logps, parameters(policy), vector, retain_graph=True, allow_unused=True), policy)
 
 
 def parameters(policy) -> list[torch.nn.Parameter]:
@@ -159,9 +154,8 @@ def test_gradient_is_plain_autograds(name, correction):
         beta, size = (0.0, 0.1)[i % 2], (None, 4, 8)[(i // 2) % 3]
         batch, scores = batches[beta]
         loss = loss_of(replace(own, surrogate=surrogate), aggregate, beta=beta, entropy=(0.0, 0.2, 0.0)[i % 3])
-        total = plain_loss(logps, batch, loss)
-        plain = torch.autograd.grad(total, parameters(policy), retain_graph=True, allow_unused=True)
-        assert_same(learned(policy, batch, scores, estimator, loss, micro_batch_size=size), flat(plain, policy))
+        plain = plain_gradient(policy, estimator, batch, loss, logps=logps)
+        assert_same(learned(policy, batch, scores, estimator, loss, micro_batch_size=size), plain)
 
 
 @pytest.mark.parametrize("variant", ["chunked head", "gradient checkpointing", "lora", "aligned", "tempered", "llada"])
@@ -187,9 +181,8 @@ def test_gradient_survives(variant, name, monkeypatch):
     with aligned_forward(policy, rollout_policy) if variant == "aligned" else torch.enable_grad():
         batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.tis(), beta=0.0)
         loss = loss_of(c.tis(), losses.token)
-        total = plain_loss(plain_logps(policy, estimator, rollout, noise), batch, loss)
-        plain = torch.autograd.grad(total, parameters(policy), allow_unused=True)
-        assert_same(learned(policy, batch, scores, estimator, loss, micro_batch_size=4), flat(plain, policy))
+        plain = plain_gradient(policy, estimator, batch, loss)
+        assert_same(learned(policy, batch, scores, estimator, loss, micro_batch_size=4), plain)
 
 
 def test_accumulated_batches_give_the_whole_batchs_gradient():
@@ -252,9 +245,7 @@ def test_what_moves_nothing_is_not_forwarded(monkeypatch):
     rows.clear()
     ours = learned(policy, clipped, scores, estimator, loss)
     assert rows == [3, 8]
-    total = plain_loss(plain_logps(policy, estimator, rollout, noise), clipped, loss)
-    plain = torch.autograd.grad(total, parameters(policy), allow_unused=True)
-    assert_same(ours, flat(plain, policy))
+    assert_same(ours, plain_gradient(policy, estimator, clipped, loss))
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_move():
@@ -292,8 +283,8 @@ def test_bf16_autocast_sees_the_weights_of_each_inner_iteration(num_iterations):
         if iteration:
             optimizer.step()
         with torch.autocast("cpu", torch.bfloat16):
-            total = plain_loss(plain_logps(policy, estimator, rollout, noise), batch, loss)
-        plain = torch.autograd.grad(total, parameters(policy), allow_unused=True)
+            logps = plain_logps(policy, estimator, rollout, noise)
+        plain = torch.autograd.grad(logps, parameters(policy), loss(logps.detach(), batch)[2], allow_unused=True)
         for p, g in zip(parameters(policy), plain, strict=True):
             p.grad = torch.zeros_like(p) if g is None else g
     a, b = flat(ours, policy), flat([p.grad for p in parameters(policy)], policy)
