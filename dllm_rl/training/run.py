@@ -97,7 +97,7 @@ def start(recipe: Recipe) -> Run:
     )
     if not folder:
         save(run, 0)
-    stop.last_words, stop.overdue = None, partial(save_at_once, run)
+    stop.last_words, stop.overdue, log.entered = None, partial(save_at_once, run), ""
     return run
 
 
@@ -247,6 +247,7 @@ def checkpoint_if_due(run: Run, step: int) -> None:
         save(run, done)
     if signum:
         run.stop.leave(f"interrupted after step {done}; {how_to_continue(recipe)}")
+    run.log.entered = ""
 
 
 def how_to_continue(recipe: Recipe) -> str:
@@ -256,11 +257,12 @@ def how_to_continue(recipe: Recipe) -> str:
 def save_at_once(run: Run) -> None:
     """When a stop is overdue: save the state after the last whole step, and end the process.
 
-    Between the update and the end of a step there is none, but the step is nearly over.
+    Not between the update and the end of the step, where the state is that of neither.
     """
-    during = ("rollout", "reward") if run.recipe.corrector.align_forward else ("rollout", "reward", "scoring")
+    during = ["", "rollout", "reward"] + ["scoring"] * (not run.recipe.corrector.align_forward)
     if run.log.entered not in during:
         return
+    run.stop.disarm()
     done, recipe = run.history["whole"], run.recipe
     if run.accelerator.is_main_process and done != run.history.get("saved"):
         write_checkpoint(run, done)

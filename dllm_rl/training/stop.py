@@ -30,8 +30,8 @@ class Stop:
     """The request to stop, as one process hears it.
 
     A signal asks for the end of the run after the step in hand. Where that takes longer than `seconds`, `overdue` is
-    called, once. A second Ctrl-C ends the process at once, and so does any signal while `last_words` is set: there is
-    no step in hand then, and nothing to save. A SIGHUP that the parent had ignored (nohup) stays ignored.
+    called, every second. A second Ctrl-C ends the process at once, and so does any signal while `last_words` is set:
+    there is no step in hand then, and nothing to save. A SIGHUP that the parent had ignored (nohup) stays ignored.
     """
 
     def __init__(self, *, seconds: float, main: bool) -> None:
@@ -56,7 +56,7 @@ class Stop:
             self.asked = number
             self._say(f"{signal.Signals(number).name}: stopping after the step in hand")
             if hasattr(signal, "SIGALRM"):
-                signal.setitimer(signal.ITIMER_REAL, max(self.seconds, 1e-3))
+                signal.setitimer(signal.ITIMER_REAL, max(self.seconds, 1e-3), 1.0)
 
     def agreed(self, accelerator: Accelerator) -> int:
         """The signal that any process has heard, 0 for none; the same in all processes, which call it together."""
@@ -67,10 +67,14 @@ class Stop:
 
     def leave(self, text: str) -> NoReturn:
         """End the process with the signal's status, after one line."""
-        if hasattr(signal, "SIGALRM"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        self.disarm()
         self._say(text)
         raise SystemExit(128 + self.asked)
+
+    def disarm(self) -> None:
+        """Call `overdue` no more."""
+        if hasattr(signal, "SIGALRM"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _say(self, text: str) -> None:
         # Straight to the terminal: a handler may have interrupted a write to sys.stdout. Progress bars hide the cursor.

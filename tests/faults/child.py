@@ -61,8 +61,8 @@ def run(recipe: Recipe, *, fault: Fault | None = None, processes: int = 1, count
             ranks.remove(pid)
             codes.append(os.waitstatus_to_exitcode(status))
             if codes[-1]:
-                for other in ranks:  # as a launcher does
-                    os.kill(other, signal.SIGKILL)
+                for other in ranks:  # as a launcher does, which waits for those that it ends by SIGTERM
+                    os.kill(other, signal.SIGKILL if codes[-1] < 0 else signal.SIGTERM)
     return codes[0], output.read_text(errors="replace")
 
 

@@ -1,0 +1,260 @@
+"""What a resumed run must not lose or mix up: gradients, metrics, old checkpoints, the schedule, the folder itself."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from runs import assert_same_weights, metrics_of
+from tiny_recipe import SIZES, tiny_recipe
+
+from dllm_rl import files, tiny_masked_lm
+from dllm_rl.algorithms.optimizers import linear_decay
+from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.training import checkpoint, train
+from dllm_rl.training.log import RunLog, current_rows
+from dllm_rl.training.plots import read_metrics
+
+
+def small(directory, **changes):
+    sizes = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
+    settings = {"model": partial(tiny_masked_lm, **sizes), "save_steps": 1, "learning_rate": 5e-3}
+    return tiny_recipe(directory, **settings | changes)
+
+
+class TestLoraAfterAWarmUp:
+    def test_the_gradients_of_the_base_are_freed(self):
+        policy = tiny_masked_lm(**SIZES)
+        for parameter in policy.module.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        add_lora(policy, Lora(r=2))
+        assert all(parameter.grad is None for parameter in policy.module.parameters())
+
+    def test_grad_norm_is_of_what_is_trained_and_a_resumed_run_is_the_same(self, tmp_path):
+        changes = {"lora": partial(Lora, r=2), "warmup_steps": 2, "num_steps": 3, "save_total_limit": 9}
+        whole = train(small(tmp_path / "a", **changes))
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        start = str(tmp_path / "b" / "checkpoints" / "step-000000")
+        again = train(small(tmp_path / "b", **changes, resume_from_checkpoint=start))
+        assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
+        assert_same_weights(whole, again)
+        # What the warm-up left would be as large as its clip, 1.
+        assert all(0 < row["grad_norm"] < 0.5 for row in metrics_of(tmp_path / "a"))
+
+
+class TestSchedule:
+    @pytest.fixture
+    def two_steps(self, tmp_path):
+        train(small(tmp_path, num_steps=2))
+        return tmp_path
+
+    def test_more_steps_would_change_what_was_done(self, two_steps):
+        said = "num_steps=4 would change the learning rates of a schedule that began with 2 steps; add --lr_schedule_st"
+        with pytest.raises(ValueError, match=said):
+            train(small(two_steps, num_steps=4, resume_from_checkpoint="latest"))
+        train(small(two_steps, num_steps=4, lr_schedule_steps=2, resume_from_checkpoint="latest"))
+        assert [row["step"] for row in metrics_of(two_steps)] == [0, 1, 2, 3]
+        with pytest.raises(ValueError, match="lr_schedule_steps=5 would change the learning rates"):
+            train(small(two_steps, num_steps=5, lr_schedule_steps=5, resume_from_checkpoint="latest"))
+
+    def test_with_a_horizon_of_its_own_two_parts_are_the_whole(self, two_steps, tmp_path):
+        whole = train(small(tmp_path / "whole", num_steps=3, lr_schedule_steps=6))
+        train(small(tmp_path / "parts", num_steps=1, lr_schedule_steps=6))
+        parts = train(small(tmp_path / "parts", num_steps=3, lr_schedule_steps=6, resume_from_checkpoint="latest"))
+        assert_same_weights(whole, parts)
+
+    def test_a_schedule_that_ignores_it_may_go_on(self, two_steps):
+        train(small(two_steps / "flat", num_steps=1, lr_schedule=constant))
+        train(small(two_steps / "flat", num_steps=2, lr_schedule=constant, resume_from_checkpoint="latest"))
+
+    def test_fewer_steps_than_were_done_are_refused(self, two_steps):
+        with pytest.raises(ValueError, match="num_steps=1 is less than the checkpoint's step 2"):
+            train(small(two_steps, num_steps=1, resume_from_checkpoint="latest"))
+
+    def test_after_its_horizon_the_rate_stays(self):
+        assert linear_decay(9, 10) > linear_decay(10, 10) == linear_decay(25, 10) == pytest.approx(0.1)
+
+
+def constant(step, num_steps):
+    return 1.0
+
+
+class TestMetrics:
+    def test_nothing_is_rewritten_and_what_was_run_again_counts_once(self, tmp_path):
+        train(small(tmp_path, num_steps=3, save_total_limit=9))
+        before = (tmp_path / "metrics.jsonl").read_bytes()
+        rows = read_metrics(tmp_path)
+        start = str(tmp_path / "checkpoints" / "step-000001")
+        train(small(tmp_path, num_steps=3, resume_from_checkpoint=start))
+        after = (tmp_path / "metrics.jsonl").read_bytes()
+        assert after.startswith(before + b'{"resume_from": 1}\n')
+        assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2]
+        assert metrics_of(tmp_path) == [{k: v for k, v in row.items() if "time" not in k} for row in rows]
+
+    @pytest.mark.parametrize(
+        "tail",
+        [b"null\n", b"17\n", b'"text"\n', b"[1]\n", b"\xff\xfe\n", b'{"step": 2, "rew', b'{"reward": 1}\n', b"\n"],
+    )
+    def test_no_tail_stops_a_resume(self, tmp_path, tail):
+        path = tmp_path / "metrics.jsonl"
+        path.write_bytes(b'{"step": 0, "a": 1}\n{"step": 1, "a": 2}\n' + tail)
+        log = RunLog(tmp_path, start=1, main=True)
+        log.write(1, {"a": 3.0})
+        log.close()
+        assert [(row["step"], row["a"]) for row in current_rows(path)] == [(0, 1), (1, 3)]
+
+    def test_rows_are_on_disk_before_the_checkpoint(self, tmp_path, monkeypatch):
+        order = []
+        monkeypatch.setattr(RunLog, "flush", lambda self: order.append("rows"))
+        saved = checkpoint.save
+        monkeypatch.setattr(checkpoint, "save", lambda *a, **k: [order.append("checkpoint"), saved(*a, **k)][1])
+        train(small(tmp_path, num_steps=1))
+        assert order == ["rows", "checkpoint"] * 2
+
+    def test_a_full_disk_keeps_rows_for_later(self, tmp_path, monkeypatch):
+        full, write = [True], os.write
+
+        def short(handle, content):
+            if full[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(handle, content[:7])
+
+        log = RunLog(tmp_path, start=0, main=True, patient=True)
+        monkeypatch.setattr(os, "write", short)
+        log.write(0, {"a": 1.0})
+        full[0] = False
+        log.write(1, {"a": 2.0})
+        full[0] = True
+        log.patient = False
+        with pytest.raises(OSError, match=r"metrics\.jsonl: No space left on device; make room and resume"):
+            log.write(2, {"a": 3.0})
+        assert [row["a"] for row in current_rows(tmp_path / "metrics.jsonl")] == [1.0, 2.0]
+
+
+class TestFullDisk:
+    def usage(self, free):
+        return lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free)
+
+    def test_it_is_seen_before_anything_is_written(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(shutil, "disk_usage", self.usage(1_000_000))
+        with pytest.raises(OSError, match=r"the disk is full; it takes 1\.1 MB, 1\.0 MB are free"):
+            train(small(tmp_path, num_steps=1))
+        assert not list((tmp_path / "checkpoints").iterdir())
+
+    def test_the_run_goes_on_where_asked_to(self, tmp_path, monkeypatch, capsys):
+        whole = train(small(tmp_path / "whole", num_steps=2))
+        saved, left = checkpoint.torch.save, [0, 1]
+
+        def full(*arguments):
+            if left.pop(0):
+                arguments[1].write_bytes(b"half")
+                raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 679680 vs 679574")
+            saved(*arguments)
+
+        left += [0]
+        monkeypatch.setattr(checkpoint.torch, "save", full)
+        summary = train(small(tmp_path / "run", num_steps=2, on_save_error="continue"))
+        out = capsys.readouterr().out.replace("\n", " ")
+        assert "warning: " in out and "step-000001 was not saved" in out and "MB are missing" in out
+        assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {
+            "latest",
+            "step-000000",
+            "step-000002",
+        }
+        assert_same_weights(whole, summary)
+
+    def test_otherwise_it_stops_and_leaves_nothing_behind(self, tmp_path, monkeypatch):
+        def full(*arguments):
+            arguments[1].write_bytes(b"half")
+            raise RuntimeError("unexpected pos 679680 vs 679574")
+
+        monkeypatch.setattr(checkpoint.torch, "save", full)
+        with pytest.raises(OSError, match=r"was not saved: .*unexpected pos.* --on_save_error continue"):
+            train(small(tmp_path, num_steps=1))
+        assert not list((tmp_path / "checkpoints").iterdir())
+
+
+class TestReplacing:
+    def folder(self, path, text):
+        path.mkdir(parents=True)
+        (path / "file").write_text(text)
+
+    @pytest.mark.parametrize("killed_at", ["old", "new"])
+    def test_a_kill_between_the_renames_leaves_the_old_or_the_new(self, tmp_path, killed_at):
+        path = tmp_path / "step-000001"
+        self.folder(tmp_path / ".step-000001.old", "old")
+        if killed_at == "old":
+            self.folder(tmp_path / ".step-000001.partial", "new")
+        else:
+            self.folder(path, "new")
+        checkpoint.recover_all(tmp_path)
+        assert (path / "file").read_text() == killed_at and [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+
+    def test_the_old_one_is_there_until_the_new_one_is(self, tmp_path, monkeypatch):
+        path, seen = tmp_path / "x", []
+        self.folder(path, "old")
+        replace = Path.replace
+        monkeypatch.setattr(
+            Path, "replace", lambda a, b: [seen.append((tmp_path / ".x.old" / "file").read_text()), replace(a, b)][1]
+        )
+        with files.replacing(path) as partial_:
+            self.folder(partial_, "new")
+        assert seen == ["old"] and (path / "file").read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+    def test_a_surplus_checkpoint_is_never_half_there(self, tmp_path, monkeypatch):
+        self.folder(tmp_path / "x", "a")
+        seen = []
+        monkeypatch.setattr(shutil, "rmtree", lambda path: seen.append((path.name, (tmp_path / "x").exists())))
+        files.remove_whole(tmp_path / "x")
+        assert seen == [(".x.partial", False)]
+
+
+class TestLock:
+    HOLD = """
+import pathlib, sys
+from dllm_rl import files
+files.lock(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+    def test_one_writer_a_folder_and_none_is_overwritten(self, tmp_path):
+        train(small(tmp_path, num_steps=1))
+        command = [sys.executable, "-c", self.HOLD, str(tmp_path / ".lock")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout.readline() == "held\n"
+            for changes in ({"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}):
+                with pytest.raises(ValueError, match=rf"held by process {other.pid} on \S+; stop that one"):
+                    train(small(tmp_path, num_steps=1, **changes))
+            assert (tmp_path / "summary.json").exists()
+            other.send_signal(signal.SIGKILL)
+        train(small(tmp_path, num_steps=1, overwrite_output_dir=True))
+
+
+def test_after_a_run_the_signals_are_as_before(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    train(small(tmp_path, num_steps=1))
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(small(tmp_path, num_steps=1))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)] == before
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        train(small(tmp_path, num_steps=1, advantages=hang_up))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert json.loads((tmp_path / "summary.json").read_text())["checkpoint"].endswith("step-000001")
+
+
+def hang_up(rewards):
+    os.kill(os.getpid(), signal.SIGHUP)
+    return rewards - rewards.mean(-1, keepdim=True)
