@@ -203,7 +203,7 @@ def test_folding_survives_a_kill_between_the_file_and_its_parts(tmp_path):
     first.write_text(line(0, "a") + line(2, "c"))
     second.write_text(line(1, "b") + '{"half')
     path.write_text(line(0, "a"))  # the file was replaced, its parts were not deleted yet
-    (tmp_path / ".c.jsonl.aside").write_text("rubbish of an earlier kill")
+    (tmp_path / ".c.jsonl.partial").write_text("rubbish of an earlier kill")
     fold(path)
     assert list(texts(path).items()) == [((0, 0), "a"), ((1, 0), "b"), ((2, 0), "c")]
     assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]

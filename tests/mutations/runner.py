@@ -105,7 +105,7 @@ def run_all(
             stack.callback(server.close)
             free.put((tree, server))
         wanted = sorted({test for mutation in chosen for test in mutation.tests})
-        code, output = server.pytest(wanted, timeout * 4)
+        code, output = server.pytest(["--maxfail=0", *wanted], timeout * 4)
         if code != 0:
             raise RuntimeError(f"the tests fail without a mutation:\n{output[-4000:]}")
 
