@@ -45,7 +45,7 @@ MUTATIONS = [
             "rows |= read(part)",
             "rows = read(part) | rows",
             "",
-            "the same key in the file and in a part holds the same completion: a part is folded again only after a kill between the two",
+            "a key that is in both holds the same completion: a part is folded twice only after a kill in between",
         ),
     ),
     *mutations(

@@ -89,7 +89,7 @@ MUTATIONS = [
         ("if write_count(ctx.layer) != ctx.version", "if False"),
         (
             "dx = dy @ dequantized_weight(ctx.layer).to(dy.dtype)",
-            "dx = dy @ (ctx.layer.weight if not hasattr(ctx.layer.weight, 'qdata') else dequantized_weight(ctx.layer)).to(dy.dtype)",
+            "dx = -dy @ dequantized_weight(ctx.layer).to(dy.dtype)",
         ),
         ("dequantized_input(ctx.layer, *ctx.saved_tensors).to", "ctx.saved_tensors[0].to"),
         ("db = dy.flatten(0, -2).sum(0)", "db = dy.flatten(0, -2).mean(0)"),
