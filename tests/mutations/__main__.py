@@ -7,7 +7,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 
 from tests.mutations.record import Mutation
-from tests.mutations.runner import Outcome, run_all, score
+from tests.mutations.runner import ROOT, Outcome, applicable, run_all, score
 
 OURS = {"__main__", "record", "runner", "server"}
 
@@ -20,18 +20,18 @@ def everything() -> list[Mutation]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
-    parser.add_argument(
-        "--only", action="append", default=[], help="those whose file (below dllm_rl/) or text holds this"
-    )
-    parser.add_argument("--list", action="store_true", help="print them and run nothing")
+    parser.add_argument("--only", action="append", default=[], help="those whose file or text holds this")
+    parser.add_argument("--list", action="store_true", help="print them, say which are not found, and run nothing")
     parser.add_argument("--jobs", type=int, default=1, help="how many at once, each in a copy of its own")
     arguments = parser.parse_args()
     chosen = [m for m in everything() if not arguments.only or any(part in m.name for part in arguments.only)]
     if arguments.list:
+        gone = [mutation for mutation in chosen if not applicable(mutation, ROOT)]
         for mutation in chosen:
-            print(mutation.name, f"[{' '.join(mutation.tests)}]", mutation.equivalent and f"({mutation.equivalent})")
-        print(f"{len(chosen)} mutations")
-        return 0
+            notes = ["NOT FOUND"] * (mutation in gone) + [mutation.equivalent] * bool(mutation.equivalent)
+            print(mutation.name, f"[{' '.join(mutation.tests)}]", *(f"({note})" for note in notes))
+        print(f"{len(chosen)} mutations, {len(gone)} not found")
+        return 1 if gone else 0
     begin = time.monotonic()
 
     def report(outcome: Outcome) -> None:

@@ -25,21 +25,27 @@ VERDICTS = {0: "survived", 1: "killed"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """verdict  killed, survived, not found (the old text is gone, or stands there more than once) or broken (the tests
-    could not be run: the mutation is no valid code, or names no test)."""
+    """verdict  killed, survived, not found (the old text is gone, or stands there more than once, or a test is gone) or
+    broken (the tests could not be run: the mutation is no valid code)."""
 
     mutation: Mutation
     verdict: str
     output: str = ""
 
 
-def apply(mutation: Mutation, tree: Path) -> bool:
-    """Write the mutation into the tree; False, and nothing is written, unless the old text stands there once."""
+def applicable(mutation: Mutation, tree: Path) -> bool:
+    """Whether the old text stands in its file exactly once, and its tests are there."""
     path = tree / mutation.file
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if text.count(mutation.old) != 1 or mutation.old == mutation.new:
+    once = path.is_file() and path.read_text(encoding="utf-8").count(mutation.old) == 1
+    return once and all((tree / test.partition("::")[0]).exists() for test in mutation.tests)
+
+
+def apply(mutation: Mutation, tree: Path) -> bool:
+    """Write the mutation into the tree; False, and nothing is written, where it is not applicable."""
+    if not applicable(mutation, tree):
         return False
-    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    path = tree / mutation.file
+    path.write_text(path.read_text(encoding="utf-8").replace(mutation.old, mutation.new), encoding="utf-8")
     return True
 
 
