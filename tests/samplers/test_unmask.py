@@ -180,6 +180,24 @@ def test_state_only_rank_draws_only_where_it_commits(policy, monkeypatch):
         assert drawn[0] == count
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.0}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.5}, {"top_p": 1.0}]
+)
+def test_a_rank_reads_the_models_own_probabilities(policy, options):
+    """Whatever is sampled from, logits and normaliser are untempered and unfiltered, with the mask token in them; the
+    fresh numbers of a rank are not those that tokens are drawn with."""
+    seen = []
+
+    def look(logits, normalizer, tokens, uniforms):
+        assert logits.dtype == torch.float32 and logits[:, policy.spec.mask_id].isfinite().all()
+        seen.append((normalizer - logits.logsumexp(-1)).abs().max().item())
+        assert logits[:, 3].isneginf().all() and (tokens != 3).all()
+        return uniforms
+
+    sample(policy, IDS[:2], [5, 6], rank=look, suppress=(3,), **options)
+    assert len(seen) == 9 and max(seen) < 1e-5
+
+
 def test_rank_without_logits_runs_no_head(policy, monkeypatch):
     rows, run = [], policy.head
     monkeypatch.setattr(policy, "head", lambda h: rows.append(len(h)) or run(h))
