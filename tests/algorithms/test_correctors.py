@@ -73,6 +73,7 @@ def test_mis_and_icepop_zero_what_is_outside_but_keep_it_in_the_mask():
         ({"level": "token", "statistic": "k1", "bound": 1.3}, [(0, 2), (1, 0), (1, 2)]),  # |ln rho|: 2 ln 2 = 1.386
         ({"level": "token", "statistic": "k2", "bound": 1.0}, [(1, 2)]),  # (3 ln 2)^2/2 = 2.16, (2 ln 2)^2/2 = 0.96
         ({"statistic": "k3", "bound": 1.0}, [(1, 0), (1, 1), (1, 2)]),
+        ({"statistic": "k3", "bound": 1.5}, [(1, 0), (1, 1), (1, 2)]),  # a mean over three tokens, not four columns
         ({"statistic": "k3", "aggregate": "sum", "bound": 2.1}, [(r, t) for r in (0, 1) for t in range(4 - r)]),
         ({"statistic": "k3", "aggregate": "max", "bound": 1.62}, [(1, 0), (1, 1), (1, 2)]),
         # Signed before the absolute value: row means of -ln rho are -(2/4) ln 2 = -0.347 and -(1/3) ln 2 = -0.231.

@@ -1,5 +1,6 @@
 """Evaluation: random numbers per problem and sample, means and intervals, stored completions, kill and resume."""
 
+import copy
 import json
 import os
 import subprocess
@@ -387,6 +388,9 @@ def test_completions_end_before_the_first_end_token(policy):
     rollout = Rollout(tokens, chosen | True, chosen, blank.long(), blank, group_size=1)
     assert completion_ids(policy, rollout) == [[a, b], [a, b, a]]
     assert decode(policy, rollout) == ["45", "454"]
+    several = copy.copy(policy)
+    several.spec = replace(policy.spec, eos_ids=(policy.spec.mask_id, b))  # any of several ends it
+    assert completion_ids(several, rollout) == [[a], [a]]
 
 
 def test_problems_and_rewards_are_public():

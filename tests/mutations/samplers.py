@@ -3,8 +3,33 @@
 from tests.mutations.record import mutations
 
 RULES = "samplers/test_rules.py"
-LOOP = "samplers/test_unmask.py samplers/test_unmask_cache.py"
+UNMASK, CACHES = "samplers/test_unmask.py", "samplers/test_unmask_cache.py"
 DISTRIBUTION = "samplers/test_unmask_distribution.py"
+# A case or two of the tests that have many, and all of the quick ones.
+CASES = (
+    "a_rank_reads_the_models_own_probabilities",
+    "replay_gives_recorded_logprobs_bitwise[llama-max_prob]",
+    "replay_gives_recorded_logprobs_bitwise[llama-factor]",
+    "replay_gives_recorded_logprobs_bitwise[llama-greedy]",
+    "equals_published_algorithm[llama-20-8]",
+    "row_depends_on_itself_only[llama-confidence]",
+    "row_depends_on_itself_only[llama-entropy]",
+    "blocks_and_steps_that_do_not_divide",
+    "group_shares_first_forward",
+    "finished_rows_leave_the_batch",
+    "state_only_rank_draws_only_where_it_commits",
+    "suppressed_and_mask_tokens_are_never_drawn",
+    "approximate_early_exit_keeps_the_tail_masked",
+    "watch_sees_every_step",
+    "errors_name_the_value_and_a_remedy",
+)
+LOOP = " ".join(f"{UNMASK}::test_{case}" for case in CASES)
+EXITS = f"{CACHES}::test_early_exit_of_block_causal_models_is_exact"
+BLOCKS = f"{EXITS} {CACHES}::test_blocks_count_from_the_prompt {CACHES}::test_block_cache_is_exact"
+DRAWS = " ".join(
+    f"{DISTRIBUTION}::test_tokens_and_order_follow_the_enumerated_distribution[{case}]"
+    for case in ("confidence-1.0-3", "random-0.6-2")
+)
 
 MUTATIONS = [
     *mutations(
@@ -16,7 +41,7 @@ MUTATIONS = [
         ("0.0, logp.exp() * logp).sum(-1)", "0.0, -logp.exp() * logp).sum(-1)"),
         ("    return -(-num_masked // steps_left)", "    return num_masked // steps_left"),
         ("masked.sum(-1) // steps_left)", "-(-masked.sum(-1) // steps_left))"),
-        ("scores >= 1 - 1 / steps_left[:, None]", "scores >= 1 / steps_left[:, None]", f"{RULES} {DISTRIBUTION}"),
+        ("scores >= 1 - 1 / steps_left[:, None]", "scores >= 1 / steps_left[:, None]", f"{RULES} {DRAWS}"),
         ("scores >= log_tau) | _best(scores, masked, torch.ones_like(steps_left))", "scores >= log_tau)"),
         ("(scores >= log_tau)", "(scores > log_tau)"),
         ("if not 0 < tau <= 1", "if not 0 < tau < 1"),
@@ -34,13 +59,13 @@ MUTATIONS = [
         "samplers/propose.py",
         LOOP,
         ("in (0, 1) and not filtered", "in (0, 1)"),
-        ("in (0, 1) and not filtered", "in (0, 1, 0.5) and not filtered", f"{LOOP} {DISTRIBUTION}"),
+        ("in (0, 1) and not filtered", "in (0, 1, 0.5) and not filtered", f"{LOOP} {DRAWS}"),
         ("normalizer.logaddexp(mask) if same", "normalizer if same"),
         ("        logits[:, mask_id] = mask\n", ""),
         (
             'offered = {"logits": logits, "tokens": tokens, "uniforms": v}',
             'offered = {"logits": logits, "tokens": tokens, "uniforms": u}',
-            f"{LOOP} {DISTRIBUTION}",
+            f"{LOOP} {DRAWS}",
         ),
         ("(sampling_params.suppress) - {policy.spec.mask_id}", "() - {policy.spec.mask_id}"),
         ("        logits[:, policy.spec.mask_id] = -torch.inf\n", ""),
@@ -54,22 +79,21 @@ MUTATIONS = [
         LOOP,
         ("(*suppress, spec.mask_id)", "suppress"),
         ('or (temperature == 0 and "logits" in needs)', ""),
-        ("clock[r], c, stream=1)", "clock[r], c, stream=0)", f"{LOOP} {DISTRIBUTION}"),
+        ("clock[r], c, stream=1)", "clock[r], c, stream=0)", f"{LOOP} {DRAWS}"),
         (
             "            draws = uniforms(seed[r], clock[r], c, stream=0)",
             "            draws = uniforms(seed[r], clock[r] * 0, c, stream=0)",
-            f"{LOOP} {DISTRIBUTION}",
+            f"{LOOP} {DRAWS}",
         ),
         (
             "uniforms(seed[r], clock[r], c, stream=0), sampling_params)",
             "uniforms(seed[r], clock[r], c * 0, stream=0), sampling_params)",
-            f"{LOOP} {DISTRIBUTION}",
+            f"{LOOP} {DRAWS}",
         ),
         ('block_causal" or approximate_early_exit', 'block_causal"'),
         ("alike = group if canvas.forwards == 0 else 1", "alike = group"),
         ("& (canvas.block[on_device] == blocks.to(device)[:, None])", ""),
         ("steps_left.to(device)) & masked", "steps_left.to(device))"),
-        ("(committed == 0) & (steps_left == 1)", "(committed == 0) & (steps_left == 0)"),
         ("tokens, logprobs, clock[r])", "tokens, logprobs, clock[r] + 1)"),
         ("queue.drop(canvas.end(complete, spec.eos_ids))", "canvas.end(complete, spec.eos_ids)"),
         ("(columns[r, c] - first).clamp(min=0)", "(columns[r, c] - first + 1).clamp(max=hidden.shape[1] - 1)"),
@@ -78,7 +102,7 @@ MUTATIONS = [
     ),
     *mutations(
         "samplers/canvas.py",
-        LOOP,
+        f"{LOOP} {BLOCKS}",
         ("        self.unmask_step[rows, places] = steps", "        self.unmask_step[rows, places] = steps[:1]"),
         ("        self.logprobs[rows, places] = logprobs", "        self.logprobs[rows, places] = -logprobs"),
         ("eos) & ~self.masked[rows.to(eos.device)]).any(-1)", "eos[:1]) & ~self.masked[rows.to(eos.device)]).any(-1)"),
@@ -124,15 +148,12 @@ MUTATIONS = [
     ),
     *mutations(
         "rng.py",
-        "training/test_shared_noise.py samplers/test_unmask_distribution.py likelihoods/test_likelihoods.py",
+        "test_rng.py",
         ("seeds + (2 * steps + stream + 1) * GAMMA", "seeds + (steps + stream + 1) * GAMMA"),
         ("state + (positions + 1) * GAMMA", "state"),
         ("& ((1 << (64 - bits)) - 1)", ""),
-        (
-            '"/".join(map(str, key))',
-            '"/".join(map(str, key[:2]))',
-            "training/test_loop.py evaluation/test_evaluation.py",
-        ),
+        ('"/".join(map(str, key))', '"/".join(map(str, key[:2]))'),
         ("(positions + 1) * GAMMA), 11)", "(positions + 1) * GAMMA), 12)"),
+        ("(num_rows,), generator=generator)", "(1,), generator=generator).repeat(num_rows)"),
     ),
 ]

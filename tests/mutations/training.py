@@ -10,7 +10,7 @@ GOLDEN = "training/test_golden.py"
 MUTATIONS = [
     *mutations(
         "training/learner.py",
-        f"{LOOP} {MEMORY} {GOLDEN}",
+        f"{GOLDEN} {MEMORY} {LOOP}",
         ("logps.old - logps.rollout", "logps.rollout - logps.old"),
         ("        weights=weights,\n", "        weights=torch.ones_like(weights),\n"),
         ("(keep | unscored).sum()", "keep.sum()"),
@@ -45,7 +45,7 @@ MUTATIONS = [
     ),
     *mutations(
         "training/rollouts.py",
-        f"{LOOP} {GOLDEN}",
+        f"{GOLDEN} {LOOP}",
         (
             '(recipe.seed, "rollout", step, *([draw] if draw else []))',
             '(recipe.seed, "rollout", 0, *([draw] if draw else []))',
@@ -93,7 +93,7 @@ MUTATIONS = [
     ),
     *mutations(
         "training/run.py",
-        f"{LOOP} {CHECKPOINT}",
+        f"{GOLDEN} {LOOP} {CHECKPOINT}",
         ("(step + 1) % recipe.eval_steps", "step % recipe.eval_steps"),
         ("recipe.model(seed=recipe.seed) if seeded else recipe.model()", "recipe.model()"),
         ("betas = (recipe.adam_beta1, recipe.adam_beta2)", "betas = (recipe.adam_beta2, recipe.adam_beta1)"),
@@ -126,7 +126,7 @@ MUTATIONS = [
     ),
     *mutations(
         "recipe.py",
-        f"{LOOP} {GOLDEN} test_config.py",
+        f"test_config.py {GOLDEN} {LOOP}",
         ("self.learning_rate * self.lr_schedule(step, self.num_steps)", "self.learning_rate"),
         (
             "self.learning_rate * self.lr_schedule(step, self.num_steps)",

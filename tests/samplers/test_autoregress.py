@@ -1,6 +1,7 @@
 """Left-to-right sampling: generate's argmax, the distribution's frequencies, a forward's log-probs."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,6 +148,18 @@ def test_the_end_token_ends_a_row():
         assert row[length:] == [policy.pad_id] * (len(row) - length)
     assert torch.equal(rollout.attention_mask[:, 2:], mask)
     assert torch.equal(rollout.unmask_step[:, 2:], torch.where(mask, torch.arange(mask.shape[1]), -1))
+
+
+def test_any_of_several_end_tokens_ends_a_row():
+    policy = tiny_llama(characters="ab", causal=True, head_std=0.3)
+    policy.spec = replace(policy.spec, eos_ids=(2, 4))
+    rollout = autoregress(policy, prompts([[3]], group_size=50), gen(), max_new_tokens=30)
+    ends = set()
+    for row, kept in zip(rollout.tokens[:, 1:].tolist(), rollout.completion_mask[:, 1:].tolist(), strict=True):
+        length = next((i + 1 for i, token in enumerate(row) if token in (2, 4)), len(row))
+        assert kept == [i < length for i in range(len(row))]
+        ends.add(row[length - 1])
+    assert {2, 4} <= ends
 
 
 def test_what_does_not_fit_is_refused(qwen):

@@ -186,16 +186,18 @@ def test_state_only_rank_draws_only_where_it_commits(policy, monkeypatch):
 def test_a_rank_reads_the_models_own_probabilities(policy, options):
     """Whatever is sampled from, logits and normaliser are untempered and unfiltered, with the mask token in them; the
     fresh numbers of a rank are not those that tokens are drawn with."""
-    seen = []
+    seen, alike = [], []
 
     def look(logits, normalizer, tokens, uniforms):
+        drawn = logits.index_fill(-1, torch.tensor([policy.spec.mask_id]), -torch.inf)
+        alike.append(torch.equal(head.sample(drawn, uniforms), tokens))
         assert logits.dtype == torch.float32 and logits[:, policy.spec.mask_id].isfinite().all()
         seen.append((normalizer - logits.logsumexp(-1)).abs().max().item())
         assert logits[:, 3].isneginf().all() and (tokens != 3).all()
         return uniforms
 
     sample(policy, IDS[:2], [5, 6], rank=look, suppress=(3,), **options)
-    assert len(seen) == 9 and max(seen) < 1e-5
+    assert len(seen) == 9 and max(seen) < 1e-5 and not all(alike)
 
 
 def test_rank_without_logits_runs_no_head(policy, monkeypatch):
