@@ -151,6 +151,11 @@ def test_aggregations():
     expected = tensor([[1 / 9, 1 / 9, 1 / 9, 0], [1 / 3, 0, 0, 0], [0, 0, 0, 0]])
     assert_close(sequence(MASK, **counts), expected)
     assert_close(constant(MASK, length=8, **counts), MASK / 24)
+    # Of a global batch of 10 tokens in 5 sequences this is a share: the denominators are those that are given.
+    counts = {"num_tokens": 10, "num_sequences": 5}
+    assert_close(token(MASK, **counts), MASK / 10)
+    assert_close(sequence(MASK, **counts), expected * 3 / 5)
+    assert_close(constant(MASK, length=8, **counts), MASK / 40)
 
 
 def test_an_empty_batch_has_coefficients_of_zero():
@@ -236,6 +241,9 @@ def test_kl_is_added_after_the_weights():
     close(gradient, [[-0.275 + extra[0], extra[1], -0.125 + extra[2], 0], [extra[3], 0, 0, 0], [0, 0, 0, 0]])
     total, count = metrics["kl"]
     assert (float(total), int(count)) == (pytest.approx(sum(x * x / 2 for x in logs)), 4)
+    # k3 knows the direction: with e^d = 1/r it is 1/r - 1 + log r.
+    total = loss_of(logps, batch, beta=0.1, kl=losses.kl_k3)[1]["kl"][0]
+    assert float(total) == pytest.approx(sum(math.exp(-x) - 1 + x for x in logs))
 
 
 def test_kl_and_policy_term_share_the_aggregations_coefficients():

@@ -82,14 +82,14 @@ MUTATIONS = [
         (
             "exact_for_sampler = num_segments is None",
             "exact_for_sampler = True",
-            f"{TOYS} {MODELS} training/test_loop.py",
+            f"{TOYS} {MODELS}",
         ),
         (
             'attention=("causal",))',
             'attention=("causal", "full"))',
-            f"{TOYS} {MODELS} {CONTRACT} training/test_loop.py",
+            f"{TOYS} {MODELS} {CONTRACT}",
         ),
-        ("prompt_mask: float = 0.15", "prompt_mask: float = 0.0", f"{TOYS} {MODELS} test_config.py"),
+        ("prompt_mask: float = 0.15", "prompt_mask: float = 0.0", f"{TOYS} {MODELS}"),
         ("if not 0 <= prompt_mask < 1", "if not 0 < prompt_mask < 1", f"{TOYS} {MODELS} {CONTRACT}"),
         ("and self.packed != policy.spec.block_size", "and False", PACKED),
         (
