@@ -74,13 +74,13 @@ MUTATIONS = [
         (
             "return Corrector(align_forward=True)",
             "return Corrector(align_forward=False)",
-            f"{CORRECTORS} training/test_loop.py",
+            CORRECTORS,
         ),
         ("high: float = 2.0, level: Level", "high: float = 5.0, level: Level"),
         (
             "CLIPPED = partial(ppo_clip, epsilon=0.2)",
             "CLIPPED = partial(ppo_clip, epsilon=0.3)",
-            f"{CORRECTORS} test_config.py algorithms/test_losses.py",
+            CORRECTORS,
         ),
     ),
     *mutations(
@@ -183,7 +183,7 @@ MUTATIONS = [
     ),
     *mutations(
         "algorithms/optimizers.py",
-        "algorithms/test_losses.py training/test_loop.py",
+        "algorithms/test_optimizers.py",
         (
             "optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)",
             "optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)",

@@ -60,7 +60,7 @@ MUTATIONS = [
         (
             "return [torch.Generator().manual_seed(int(seed)) for seed in row_seeds",
             "return [torch.Generator().manual_seed(7) for seed in row_seeds",
-            f"{TOYS} {CONTRACT} training/test_shared_noise.py",
+            f"{TOYS} {CONTRACT}",
         ),
     ),
     *mutations(
