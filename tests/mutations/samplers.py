@@ -17,6 +17,9 @@ CASES = (
     "blocks_and_steps_that_do_not_divide",
     "group_shares_first_forward",
     "finished_rows_leave_the_batch",
+    "half_precision_logits_are_ranked_in_fp32",
+    "greedy_tokens_come_with_the_ranks_own_logits",
+    "what_a_rule_chooses_beyond_the_open_masks_is_not_written",
     "state_only_rank_draws_only_where_it_commits",
     "suppressed_and_mask_tokens_are_never_drawn",
     "approximate_early_exit_keeps_the_tail_masked",
@@ -72,7 +75,7 @@ MUTATIONS = [
         ("return tokens, best - normalizer, normalizer", "return tokens, best, normalizer"),
         ("[:, 0] - normalizer, normalizer", "[:, 0], normalizer"),
         ("log_().add_(peak[:, 0])", "log_()"),
-        ("one(x.float(), *others)", "one(x, *others)", f"{LOOP} samplers/test_rules.py"),
+        ("one(x.float(), *others)", "one(x, *others)", LOOP),
     ),
     *mutations(
         "samplers/unmask.py",

@@ -50,12 +50,13 @@ def serve() -> None:
     for library in LIBRARIES:
         if find_spec(library.partition(".")[0]) is not None:
             import_module(library)
+    parent = os.getppid()
     for line in sys.stdin:
         tests, output, timeout = json.loads(line)
         child = os.fork()
         if child == 0:
             run(tests, output)
-        answers.write(json.dumps(wait(child, timeout)) + "\n")
+        answers.write(json.dumps(wait(child, timeout, parent)) + "\n")
         answers.flush()
 
 
@@ -75,17 +76,19 @@ def run(tests: list[str], output: str) -> None:
         os._exit(code)
 
 
-def wait(child: int, timeout: float) -> int | None:
-    """The child's exit status, None when it had to be ended; nothing that it started is left."""
+def wait(child: int, timeout: float, parent: int) -> int | None:
+    """The child's exit status; None when it had to be ended, as it also is when the runner is gone."""
     end, code = time.monotonic() + timeout, None
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            break
-        time.sleep(0.02)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child, signal.SIGKILL)
+    try:
+        while time.monotonic() < end and os.getppid() == parent:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                code = os.waitstatus_to_exitcode(status)
+                break
+            time.sleep(0.02)
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child, signal.SIGKILL)
     if code is None:
         os.waitpid(child, 0)
     return code
