@@ -80,6 +80,7 @@ def test_functions_by_name(recipe):
         (["--num_steps", "1.5"], "--num_steps '1.5' is not a valid int"),
         (["--learning_rate", "nan"], "--learning_rate 'nan' is not a valid float"),
         (["--learning_rate", "-1"], "learning_rate=-1.0 must be positive and finite"),
+        (["--beta", "inf"], "--beta 'inf' is not a valid float"),
         (["--corrector", "tiss"], "the nearest is 'tis'"),
         (["--corrector", "Corrector"], "is not known"),
         (["--rollout_quantization", "quantized_copy"], "is not known"),

@@ -75,10 +75,13 @@ def test_mis_and_icepop_zero_what_is_outside_but_keep_it_in_the_mask():
         ({"level": "token", "statistic": "k1", "bound": 1.3}, [(0, 2), (1, 0), (1, 2)]),  # |ln rho|: 2 ln 2 = 1.386
         ({"level": "token", "statistic": "k2", "bound": 1.0}, [(1, 2)]),  # (3 ln 2)^2/2 = 2.16, (2 ln 2)^2/2 = 0.96
         ({"statistic": "k3", "bound": 1.0}, [(1, 0), (1, 1), (1, 2)]),
+        ({"statistic": "k3", "bound": 1.5}, [(1, 0), (1, 1), (1, 2)]),  # a mean over three tokens, not four columns
         ({"statistic": "k3", "aggregate": "sum", "bound": 2.1}, [(r, t) for r in (0, 1) for t in range(4 - r)]),
         ({"statistic": "k3", "aggregate": "max", "bound": 1.62}, [(1, 0), (1, 1), (1, 2)]),
         # Signed before the absolute value: row means of -ln rho are -(2/4) ln 2 = -0.347 and -(1/3) ln 2 = -0.231.
         ({"statistic": "k1", "bound": 0.3}, [(0, t) for t in range(4)]),
+        # The largest |ln rho|: 2 ln 2 = 1.386 in row 0, 3 ln 2 = 2.079 in row 1, where -ln rho is 1.386 at most.
+        ({"statistic": "k1", "aggregate": "max", "bound": 1.5}, [(1, 0), (1, 1), (1, 2)]),
     ],
 )
 def test_rejection_leaves_the_mask(options, dropped):
@@ -91,6 +94,40 @@ def test_rejection_leaves_the_mask(options, dropped):
     assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(len(dropped) / 9)
     rows = len({row for row, _ in dropped})
     assert metrics["rollout_corr/rollout_rs_seq_masked_fraction"] == pytest.approx(rows / 3)
+
+
+def test_edges_belong_to_what_is_kept():
+    zeros = torch.zeros_like(X)
+    for corrector in (c.mis(low=1.0, high=1.0), c.reject(bound=0.0), c.reject(level="token", bound=0.0)):
+        weights, keep, metrics = corrector.weigh(zeros, A, MASK)
+        assert torch.equal(keep, MASK) and (weights[MASK] == 1).all()
+        assert set(metrics.values()) == {0.0}
+    assert c.tis(cap=1.0).weigh(zeros, A, MASK)[2]["tis/capped_fraction"] == 0
+    assert c.tbpo(c=1.0).weigh(zeros, A, MASK)[2]["tbpo/capped_fraction"] == 0
+
+
+def test_defaults():
+    # rho up to 8 under a cap of 2; the band [1/2, 2] of mis, [1/2, 5] of the bare weights and of icepop.
+    capped, banded = [[1, 2, 2, 0.5], [0.25, 1, 2, 0], [1, 1, 0, 0]], [[1, 2, 4, 0.5], [0, 1, 0, 0], [1, 1, 0, 0]]
+    close(weigh(c.tis())[0], capped)
+    close(weigh(c.Corrector(weigh=c.truncated_weights))[0], capped)
+    close(weigh(c.Corrector(weigh=c.masked_weights))[0], banded)
+    assert c.mis().weigh.keywords == {"low": 0.5, "high": 2.0, "level": "token", "aggregate": "product"}
+    surrogate = c.none().surrogate(tensor([[0.5, -0.5]]), tensor([1.0]), tensor([[True, True]]))
+    assert_close(surrogate, tensor([[1.2, math.exp(-0.5)]]))  # clipped at 1 + 0.2
+
+
+def test_rows_without_tokens_and_tokens_without_a_ratio_count_nowhere():
+    """Row 2 has no token, and one of row 1's four has no finite ratio: the numbers are those of the two rows' seven."""
+    x, mask = X.clone(), MASK.clone()
+    x[1, 3], mask[1, 3], mask[2] = math.nan, True, False
+    metrics = c.reject(bound=1.0).weigh(x, A, mask)[2]
+    assert metrics["rollout_corr/rollout_rs_seq_masked_fraction"] == pytest.approx(1 / 2)
+    assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(3 / 7)
+    assert metrics["rollout_corr/nonfinite_fraction"] == pytest.approx(1 / 8)
+    # Products 4 and 2: (4 + 2)^2 / (2 * 20); geometric mean of row 1 over its three tokens.
+    assert c.ais().weigh(x, A, mask)[2]["ais/rho"] == pytest.approx(36 / 40)
+    close(c.tbpo(c=9.0).weigh(x, A, mask)[0][1, :3], [2 ** (1 / 3)] * 3)
 
 
 # AIS. Sequence weights (products) 4, 2, 1: rho = 7^2 / (3 * 21) = 7/9. D = ln 2 (0+1+2+1 + 2+0+3 + 0+0)/9 = ln 2.
@@ -117,6 +154,13 @@ def test_ais_geometric_reliability():
     rows = [math.sqrt(2), 2 ** (1 / 3), 1.0]
     expected = sum(rows) ** 2 / (3 * sum(w * w for w in rows))
     assert weigh(c.ais(aggregate="geometric"))[2]["ais/rho"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_ais_reliability_of_extreme_sequences_is_a_number():
+    # Row sums 1600 and 0, of which the first counts as 20: (e^20 + 1)^2 / (2 (e^40 + 1)) is 1/2 and e^-20.
+    mismatch = tensor([[800.0, 800.0], [0.0, 0.0]], dtype=torch.float64)
+    metrics = c.ais().weigh(mismatch, A[:2], torch.ones(2, 2, dtype=torch.bool))[2]
+    assert metrics["ais/rho"] == pytest.approx(0.5 + math.exp(-20), rel=1e-12)
 
 
 def test_alarm_only_grows_with_each_signal_and_gated_falls_with_unreliability():

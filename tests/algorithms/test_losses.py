@@ -103,6 +103,11 @@ def test_trust_band_defaults_are_the_digested_constants():
     close(value, [[1.0004], [-0.9997], [-1.0007]])
 
 
+def test_gspo_defaults_are_the_papers():
+    value, _ = value_and_gradient(gspo, [[2.0], [0.5]], [1.0, -1.0])
+    close(value, [[1.0004], [-0.9997]])
+
+
 def test_cispo_weights_grad_log_p_by_the_capped_ratio():
     value, gradient = value_and_gradient(partial(cispo, max_ratio=2.0), [[0.5, 1.0, 3.0]], [-2.0])
     close(gradient, [[-1.0, -2.0, -4.0]])
@@ -146,6 +151,11 @@ def test_aggregations():
     expected = tensor([[1 / 9, 1 / 9, 1 / 9, 0], [1 / 3, 0, 0, 0], [0, 0, 0, 0]])
     assert_close(sequence(MASK, **counts), expected)
     assert_close(constant(MASK, length=8, **counts), MASK / 24)
+    # Of a global batch of 10 tokens in 5 sequences this is a share: the denominators are those that are given.
+    counts = {"num_tokens": 10, "num_sequences": 5}
+    assert_close(token(MASK, **counts), MASK / 10)
+    assert_close(sequence(MASK, **counts), expected * 3 / 5)
+    assert_close(constant(MASK, length=8, **counts), MASK / 40)
 
 
 def test_an_empty_batch_has_coefficients_of_zero():
@@ -231,6 +241,33 @@ def test_kl_is_added_after_the_weights():
     close(gradient, [[-0.275 + extra[0], extra[1], -0.125 + extra[2], 0], [extra[3], 0, 0, 0], [0, 0, 0, 0]])
     total, count = metrics["kl"]
     assert (float(total), int(count)) == (pytest.approx(sum(x * x / 2 for x in logs)), 4)
+    # k3 knows the direction: with e^d = 1/r it is 1/r - 1 + log r.
+    total = loss_of(logps, batch, beta=0.1, kl=losses.kl_k3)[1]["kl"][0]
+    assert float(total) == pytest.approx(sum(math.exp(-x) - 1 + x for x in logs))
+
+
+def test_kl_and_policy_term_share_the_aggregations_coefficients():
+    # Rows of 3 and 1 tokens among three: coefficients 1/9 and 1/3; d = -log r, k2 = d^2/2.
+    logps, batch = example(reference=torch.full((3, 4), -1.0, dtype=torch.float64))
+    k = [math.log(r) ** 2 / 2 for r in (1.1, 1.5, 0.5, 0.5)]
+    loss, _, _ = loss_of(logps, batch, beta=0.1, aggregate=sequence)
+    expected = -(4 / 3 - 0.8) / 3 + 0.1 * (sum(k[:3]) / 9 + k[3] / 3)
+    assert float(loss) == pytest.approx(expected, rel=1e-7)
+
+
+def test_a_rejected_token_leaves_its_rows_mean():
+    # Without the clipped token row 0 is the mean of 1.1 and 0.5: -(0.8 - 0.8) / 3.
+    keep = MASK.clone()
+    keep[0, 1] = False
+    assert float(loss_of(*example(keep=keep), aggregate=sequence)[0]) == pytest.approx(0, abs=1e-8)
+
+
+def test_a_token_of_weight_zero_is_not_a_clipped_one():
+    logps, batch = example()
+    batch.weights[0, 0] = 0
+    _, metrics, _ = loss_of(logps, batch)
+    assert [int(x) for x in metrics["clip_ratio/region_mean"]] == [2, 3]
+    assert [int(x) for x in metrics["band/positive"]] == [1, 2]
 
 
 def test_entropy_bonus_is_the_gradient_of_the_entropy_in_expectation():

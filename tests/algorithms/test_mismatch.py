@@ -141,6 +141,50 @@ def test_rows_without_tokens_are_no_sequences_and_nonfinite_ratios_are_counted()
         mismatch_metrics(X, torch.zeros_like(MASK))
 
 
+def test_a_row_of_which_some_tokens_are_not_finite_counts_those_that_are():
+    """Two columns of prompt stand in front, and one token of row 1 has no finite ratio: that row is 1/4, 8."""
+    x, mask = (torch.nn.functional.pad(tensor, (2, 0), value=value) for tensor, value in ((X, 3.0), (MASK, False)))
+    x, mask = x[:2].clone(), mask[:2]
+    x[1, 3] = math.inf
+    old = torch.full(x.shape, -1.0, dtype=torch.float64)
+    old[1, 3], old[:, :2] = -math.inf, -7.0
+    m = mismatch_metrics(x, mask, old=old, advantages=tensor([1.0, -2.0], dtype=torch.float64), high=3.0)
+    m = {name.removeprefix("rollout_corr/"): value for name, value in m.items()}
+    assert m["nonfinite_fraction"] == pytest.approx(1 / 7)
+    # Row sums of ln rho: 2 ln 2 over four tokens, ln 2 over two.
+    assert m["log_ppl_diff"] == pytest.approx(-LN2 / 2)
+    assert m["chi2_seq"] == pytest.approx((16 + 4) / 2 - 1)
+    assert m["training_ppl"] == pytest.approx(math.e)
+    assert m["rollout_log_ppl"] == pytest.approx(1 + LN2 / 2)
+    # -(rho - 1) A: -3.5 as above; 2 (-3/4 + 7) = 12.5; over six tokens.
+    assert m["contribution_positive"] == pytest.approx(-3.5 / 6)
+    assert m["contribution_negative"] == pytest.approx(12.5 / 6)
+    # min(rho, 3): row means 6.5 / 4 and 3.25 / 2, both 1.625.
+    assert m["rollout_is_mean"] == pytest.approx(9.75 / 6)
+    assert (m["rollout_is_seq_min"], m["rollout_is_seq_max"]) == (pytest.approx(1.625), pytest.approx(1.625))
+    # Symptoms: the token whose log-prob is -inf is an error, prompts are not.
+    found = symptom_metrics(torch.arange(12).view(2, 6), mask, tensor([1.0, -1.0]), old=old)
+    assert (found["symptoms/error_tokens_positive"], found["symptoms/error_tokens_negative"]) == (0, 1 / 3)
+
+
+def test_bounds_and_their_edges():
+    # The bound is 2 unless told otherwise: min(rho, 2) sums to 1+2+2+.5 + .25+1+2 + 1+1 = 10.75; rho > 2 twice.
+    m = metrics()
+    assert m["rollout_is_mean"] == pytest.approx(10.75 / 9)
+    assert m["rollout_is_ratio_fraction_high"] == pytest.approx(2 / 9)
+    # With `low` it is the lower bound: 1/4 lies below 0.4, and 1/high = 0.2 has none below it.
+    m = weight_metrics(X, MASK, low=0.4, high=5.0)
+    assert m["rollout_corr/rollout_is_ratio_fraction_low"] == pytest.approx(1 / 9)
+    # A ratio on the bound is within it.
+    ones = weight_metrics(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool), low=1.0, high=1.0)
+    assert ones["rollout_corr/rollout_is_oob_ratio"] == 0 and ones["rollout_corr/rollout_is_mean"] == 1
+    edges = ("ratio_fraction_high", "ratio_fraction_low", "seq_fraction_high", "seq_fraction_low")
+    assert [ones[f"rollout_corr/rollout_is_{name}"] for name in edges] == [0, 0, 0, 0]
+    # The largest deviation of a row's mean from 1 may lie below it: means 1/4 and 1.
+    low = weight_metrics(tensor([[-2 * LN2], [0.0]]), torch.ones(2, 1, dtype=torch.bool))
+    assert low["rollout_corr/rollout_is_seq_max_deviation"] == pytest.approx(0.75)
+
+
 def test_extreme_ratios_are_clamped_before_exp():
     m = mismatch_metrics(tensor([[80.0, -80.0]]), torch.ones(1, 2, dtype=torch.bool), high=math.inf)
     assert m["rollout_corr/rollout_is_max"] == pytest.approx(math.exp(20))
@@ -236,6 +280,10 @@ def test_repeats():
     # Only marked tokens make n-grams: without position 2, row 0 reads 1 2 1 2 3 4 2 3.
     mask[0, 2] = False
     assert repeats(tokens, mask)[0].nonzero()[:, 0].tolist() == []
+    # Marks stand at the tokens' own places: 7 8 9 | 7 8 9 with a hole in each and two columns of prompt in front.
+    holed = tensor([[7, 8, 7, 8, 0, 9, 7, 0, 8, 9]])
+    marked = tensor([[False, False, True, True, False, True, True, False, True, True]])
+    assert repeats(holed, marked)[0].nonzero()[:, 0].tolist() == [6, 8, 9]
     with pytest.raises(ValueError, match="ngram=0 must be at least 1"):
         repeats(tokens, mask, ngram=0)
 

@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 
+from dllm_rl.cli.evaluate import num_problems
 from dllm_rl.cli.main import main
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.tasks import Countdown, Sudoku
+from dllm_rl.tasks.protocols import under_protocol
 
 SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
 CHARACTERS = "0123456789+-*/(),>.= "
@@ -138,6 +141,16 @@ def test_problems_from_a_file_are_all_evaluated(model, capsys, tmp_path):
         output(capsys, "evaluate", model, "--task", "countdown", "--path", path, "--lengths", 9, "--json")
     )
     assert (found["n"], found["settings"]["path"]) == (3, str(path))
+
+
+def test_as_many_problems_as_asked_all_of_a_file_or_500_of_what_is_made(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"input": "3,5,7", "output": "22"}\n' * 700)
+    asked = lambda limit: Namespace(limit=limit)  # noqa: E731
+    assert num_problems(Sudoku(), asked(None)) == num_problems(under_protocol(Sudoku(), "d1"), asked(None)) == 500
+    assert num_problems(Sudoku(size=20), asked(None)) == 20
+    assert num_problems(Sudoku(), asked(7)) == 7
+    assert num_problems(Countdown(path=path), asked(None)) == 700
 
 
 @pytest.mark.parametrize(

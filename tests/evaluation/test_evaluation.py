@@ -1,5 +1,6 @@
 """Evaluation: random numbers per problem and sample, means and intervals, stored completions, kill and resume."""
 
+import copy
 import json
 import os
 import subprocess
@@ -204,7 +205,7 @@ def test_folding_survives_a_kill_between_the_file_and_its_parts(tmp_path):
     first.write_text(line(0, "a") + line(2, "c"))
     second.write_text(line(1, "b") + '{"half')
     path.write_text(line(0, "a"))  # the file was replaced, its parts were not deleted yet
-    (tmp_path / ".c.jsonl.aside").write_text("rubbish of an earlier kill")
+    (tmp_path / ".c.jsonl.partial").write_text("rubbish of an earlier kill")
     fold(path)
     assert list(texts(path).items()) == [((0, 0), "a"), ((1, 0), "b"), ((2, 0), "c")]
     assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
@@ -388,6 +389,9 @@ def test_completions_end_before_the_first_end_token(policy):
     rollout = Rollout(tokens, chosen | True, chosen, blank.long(), blank, group_size=1)
     assert completion_ids(policy, rollout) == [[a, b], [a, b, a]]
     assert decode(policy, rollout) == ["45", "454"]
+    several = copy.copy(policy)
+    several.spec = replace(policy.spec, eos_ids=(policy.spec.mask_id, b))  # any of several ends it
+    assert completion_ids(several, rollout) == [[a], [a]]
 
 
 def test_problems_and_rewards_are_public():

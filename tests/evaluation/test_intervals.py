@@ -64,6 +64,12 @@ def test_bootstrap_width_is_the_normal_one_for_many_rows() -> None:
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.01)
 
 
+def test_bootstrap_of_a_ratio_divides_the_sums() -> None:
+    """Half the rows 1 of 1, half 3 of 9: 4 of 10 together, where the mean of the ratios is 2/3."""
+    low, high = bootstrap_mean([1.0, 3.0] * 500, np.random.default_rng(0), weights=[1.0, 9.0] * 500)
+    assert 0.37 < low < 0.4 < high < 0.43
+
+
 def test_bootstrap_is_a_function_of_its_generator() -> None:
     values = [0.0, 1.0, 1.0]
     assert bootstrap_mean(values, np.random.default_rng(0)) == bootstrap_mean(values, np.random.default_rng(0))

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, PerTensor, quantize_
 
+from dllm_rl.quantization import schemes
 from dllm_rl.quantization.fake import FLOATS, EmulatedLinear, FakeQuantize, codes_and_scale, round_to_float
 
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -49,6 +50,53 @@ def test_codes_worked_by_hand(scheme, codes, scale):
     got, s = codes_and_scale(torch.tensor([[0.7, -0.26, 0.1, 0.04]]), scheme, "row")
     assert got.tolist() == [codes]
     assert s.item() == pytest.approx(scale, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "row", "codes"),
+    [
+        # Scale 1. Below the smallest normal, 2^-6 and 2^-14, steps are 2^-9 and 2^-16: 1.4 of them round to one.
+        ("e4m3", [448.0, 1.4 * 2**-9, 2.6 * 2**-9], [448.0, 2**-9, 3 * 2**-9]),
+        ("e5m2", [57344.0, 1.4 * 2**-16, 2.6 * 2**-16], [57344.0, 2**-16, 3 * 2**-16]),
+        ("e5m2", [57344.0, -1.4, 1.1], [57344.0, -1.5, 1.0]),  # steps of 1/4 in [1, 2)
+        ("int8", [-127.5, 63.4, 127.5], [-128.0, 63.0, 127.0]),
+        ("ternary", [-5.0, 0.0, 1.0], [-1.0, 0.0, 0.0]),  # mean |w| is 2: -2.5 -> -1, 0.5 -> 0 (ties to even)
+        ("int3", [-3.0, 2.6, -0.4], [-3.0, 3.0, 0.0]),
+    ],
+)
+def test_codes_at_the_edges(scheme, row, codes):
+    got, _ = codes_and_scale(torch.tensor([row]), scheme, "row")
+    assert got.tolist() == [codes]
+
+
+def test_products_by_hand():
+    """w = [[4, 1.1]] in int3 (scale 4/3) is [3, 1], x = [[2, 0.7]] is [3, 1] of scale 2/3; bias 0.5."""
+    weight, bias, x = torch.tensor([[4.0, 1.1], [8.0, 2.2]]), torch.tensor([0.5, -0.5]), torch.tensor([[2.0, 0.7]])
+    both = EmulatedLinear(weight, bias, FakeQuantize("int3", "int3"))
+    expected = torch.tensor([[10 * 8 / 9 + 0.5, 10 * 16 / 9 - 0.5]])
+    torch.testing.assert_close(both(x), expected)
+    torch.testing.assert_close(both.dequantized(), torch.tensor([[4.0, 4 / 3], [8.0, 8 / 3]]))
+    # Weights only: 2 * 4 + 0.7 * 4/3. Inputs only: 2 * 4 + (2/3) * 1.1.
+    weights = EmulatedLinear(weight, bias, FakeQuantize("int3"))
+    torch.testing.assert_close(weights(x)[0, 0], torch.tensor(8 + 0.7 * 4 / 3 + 0.5))
+    inputs = EmulatedLinear(weight, bias, FakeQuantize(None, "int3"))
+    torch.testing.assert_close(inputs(x)[0, 0], torch.tensor(8 + 2 / 3 * 1.1 + 0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "activation"),
+    [
+        ("e4m3_emulated", "e4m3", "e4m3"),
+        ("e5m2_emulated", "e5m2", "e4m3"),
+        ("int8_emulated", "int8", "int8"),
+        ("int4_emulated", "int4", "e4m3"),
+        ("int3_emulated", "int3", "e4m3"),
+        ("five_level_emulated", "five_level", "e4m3"),
+        ("ternary_emulated", "ternary", "e4m3"),
+    ],
+)
+def test_schemes_are_what_their_names_say(name, weight, activation):
+    assert getattr(schemes, name)() == FakeQuantize(weight, activation, "row")
 
 
 def test_one_scale_per_row_or_per_tensor():

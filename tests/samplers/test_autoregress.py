@@ -151,6 +151,18 @@ def test_the_end_token_ends_a_row():
     assert torch.equal(rollout.unmask_step[:, 2:], torch.where(mask, torch.arange(mask.shape[1]), -1))
 
 
+def test_any_of_several_end_tokens_ends_a_row():
+    policy = tiny_llama(characters="ab", causal=True, head_std=0.3)
+    policy.spec = replace(policy.spec, eos_ids=(2, 4))
+    rollout = autoregress(policy, prompts([[3]], group_size=50), gen(), max_new_tokens=30)
+    ends = set()
+    for row, kept in zip(rollout.tokens[:, 1:].tolist(), rollout.completion_mask[:, 1:].tolist(), strict=True):
+        length = next((i + 1 for i, token in enumerate(row) if token in (2, 4)), len(row))
+        assert kept == [i < length for i in range(len(row))]
+        ends.add(row[length - 1])
+    assert {2, 4} <= ends
+
+
 def test_what_does_not_fit_is_refused(qwen):
     with pytest.raises(
         ValueError, match="max_new_tokens=60 after a prompt of 6 tokens exceeds the model's 64 positions"

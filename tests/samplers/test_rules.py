@@ -78,6 +78,7 @@ def test_threshold():
     assert commit(rules.threshold, logs(0.95, 0.2, None, 0.91, 0.9), tau=0.9) == [0, 3, 4]
     assert commit(rules.threshold, logs(0.3, 0.5, None, 0.5), tau=0.9) == [1]  # at least one, the first of equals
     assert commit(rules.threshold, [None, None], tau=0.9) == []
+    assert commit(rules.threshold, logs(0.99, 1.0, 1.0), tau=1.0) == [1, 2]
     with pytest.raises(ValueError, match=r"tau=1\.5"):
         commit(rules.threshold, logs(0.5), tau=1.5)
 
@@ -120,6 +121,7 @@ def test_rows_have_their_own_steps():
 def test_steps_per_block():
     assert rules.steps_per_block(7, [8, 8, 4]) == [3, 2, 2]
     assert rules.steps_per_block(None, [8, 8, 4]) == [8, 8, 4]
+    assert rules.steps_per_block(3, [8, 8, 4]) == [1, 1, 1]
     with pytest.raises(ValueError, match="num_steps=2 is fewer than the 3 blocks"):
         rules.steps_per_block(2, [8, 8, 4])
 

@@ -1,5 +1,6 @@
 """The sampler against LLaDA's published algorithm, written out row by row; its rows are independent."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -178,6 +179,54 @@ def test_state_only_rank_draws_only_where_it_commits(policy, monkeypatch):
             rank=rank,
         )
         assert drawn[0] == count
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.0}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.5}, {"top_p": 1.0}]
+)
+def test_a_rank_reads_the_models_own_probabilities(policy, options):
+    """Whatever is sampled from, logits and normaliser are untempered and unfiltered, with the mask token in them; the
+    fresh numbers of a rank are not those that tokens are drawn with."""
+    seen, alike = [], []
+
+    def look(logits, normalizer, tokens, uniforms):
+        drawn = logits.index_fill(-1, torch.tensor([policy.spec.mask_id]), -torch.inf)
+        alike.append(torch.equal(head.sample(drawn, uniforms), tokens))
+        assert logits.dtype == torch.float32 and logits[:, policy.spec.mask_id].isfinite().all()
+        seen.append((normalizer - logits.logsumexp(-1)).abs().max().item())
+        assert logits[:, 3].isneginf().all() and (tokens != 3).all()
+        return uniforms
+
+    sample(policy, IDS[:2], [5, 6], rank=look, suppress=(3,), **options)
+    assert len(seen) == 9 and max(seen) < 1e-5 and not all(alike)
+
+
+def test_half_precision_logits_are_ranked_in_fp32(policy):
+    half, dtypes = copy.copy(policy), set()
+    half.module = copy.deepcopy(policy.module).bfloat16()
+
+    def look(logits, tokens):
+        dtypes.add(logits.dtype)
+        return logits[:, 3]
+
+    sample(half, IDS[:1], [5], rank=look)
+    assert dtypes == {torch.float32}
+
+
+def test_greedy_tokens_come_with_the_ranks_own_logits(policy, monkeypatch):
+    """At temperature 0 a rank that reads logits costs one pass of the head a step: 32 positions, then the other 16."""
+    rows, run = [], policy.head
+    monkeypatch.setattr(policy, "head", lambda h: rows.append(len(h)) or run(h))
+    prompts = Prompts.from_ids(IDS[:1], pad_id=0)
+    unmask(policy, prompts, torch.Generator(), max_new_tokens=32, num_steps=2, rank=rules.max_prob)
+    assert rows == [32, 16]
+
+
+def test_what_a_rule_chooses_beyond_the_open_masks_is_not_written(policy):
+    """A rule that marks every position writes a block a step, each position once."""
+    rollout = sample(policy, IDS[:3], [1, 2, 3], commit=lambda scores, masked, steps_left: torch.ones_like(masked))
+    assert rollout.forwards == 3
+    assert rollout.unmask_step[:, -20:].tolist() == [[0] * 8 + [1] * 8 + [2] * 4] * 3
 
 
 def test_rank_without_logits_runs_no_head(policy, monkeypatch):

@@ -1,0 +1,44 @@
+"""AdamW and its schedule against hand-written updates."""
+
+import pytest
+import torch
+
+from dllm_rl.algorithms.optimizers import adamw, adamw_8bit, linear_decay
+
+LR, BETAS, DECAY = 0.1, (0.8, 0.5), 0.25
+
+
+def by_hand(start: float, gradients: list[float]) -> float:
+    """w <- w (1 - lr decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + 1e-8)."""
+    w, m, v = start, 0.0, 0.0
+    for t, g in enumerate(gradients, 1):
+        m, v = BETAS[0] * m + (1 - BETAS[0]) * g, BETAS[1] * v + (1 - BETAS[1]) * g * g
+        w = w * (1 - LR * DECAY)
+        w -= LR * (m / (1 - BETAS[0] ** t)) / ((v / (1 - BETAS[1] ** t)) ** 0.5 + 1e-8)
+    return w
+
+
+def test_adamw_takes_its_betas_and_decay():
+    # First step: m/(1-b1) = g, v/(1-b2) = g^2: 2 * 0.975 - 0.1 = 1.85. The second depends on both betas.
+    assert by_hand(2.0, [3.0]) == pytest.approx(1.85)
+    weight = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    optimizer = adamw([weight], lr=LR, betas=BETAS, weight_decay=DECAY)
+    for gradient in (3.0, -1.0, 0.5):
+        weight.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+    assert weight.item() == pytest.approx(by_hand(2.0, [3.0, -1.0, 0.5]), rel=1e-12)
+
+
+def test_adamw_8bit_is_told_the_same():
+    pytest.importorskip("bitsandbytes")
+    (group,) = adamw_8bit([torch.nn.Parameter(torch.zeros(2))], lr=LR, betas=BETAS, weight_decay=DECAY).param_groups
+    assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (LR, BETAS, DECAY)
+
+
+def test_schedule_by_hand():
+    # A rise over 5 steps, 1 until step 60 of 100, then down to 0.1 at step 100: at 80 half of the way, 0.55.
+    factors = [linear_decay(step, 100) for step in (0, 1, 4, 5, 60, 80, 100)]
+    assert factors == pytest.approx([0.2, 0.4, 1.0, 1.0, 1.0, 0.55, 0.1])
+    # No plateau: step 2 of 4 is half of the way to 0.5, and the rise of 10 steps multiplies it by 3/10.
+    assert linear_decay(2, 4, warmup_steps=10, constant_until=0.0, final=0.5) == pytest.approx(0.3 * 0.75)
+    assert linear_decay(0, 0, warmup_steps=0) == 1.0

@@ -1,0 +1,56 @@
+"""The command line: overriding recipes, sample, evaluate, grade, doctor."""
+
+from tests.mutations.record import mutations
+
+COMMAND = "cli/test_evaluate_command.py"
+
+MUTATIONS = [
+    *mutations(
+        "config.py",
+        "test_config.py",
+        ("if math.isfinite(value)", "if not math.isnan(value)"),
+        ('return text == "true"', 'return text != "true"'),
+        ('if optional and text == "none"', 'if text == "none" and not optional'),
+        ("difflib.get_close_matches(text, names, n=1, cutoff=0)", "names[:1]"),
+        ("raise SystemExit(2) from None", "raise SystemExit(1) from None"),
+        ("if len(waiting) == len(pairs)", "if waiting"),
+        ("**{**owner.keywords, keys[0]: value}", "**{keys[0]: value, **owner.keywords}"),
+        ("_needed_keywords(f) <= given", "_needed_keywords(f) >= given"),
+        ('if metadata.get("whole")', "if False"),
+        ('name, equals, value = head[2:].partition("=")', 'name, equals, value = head[2:].rpartition("=")'),
+        ("owner.keywords.get(p.name, p.default)", "p.default"),
+        ('found.pop("model.seed", None)', "None"),
+    ),
+    *mutations(
+        "cli/evaluate.py",
+        COMMAND,
+        ("min(len(task), GENERATED) if made_at_will", "len(task) if made_at_will"),
+        ('arguments.protocol or "strict"', 'arguments.protocol or "d1"'),
+        ('given["split"] or "test"', 'given["split"] or "train"'),
+        ("arguments.samples > 1 and temperature == 0", "arguments.samples < 0"),
+        ("len(steps) not in (1, len(lengths))", "False"),
+        ('"num_steps": s or n', '"num_steps": n'),
+        ('first["n"] * first["samples"]\n', 'first["n"]\n'),
+    ),
+    *mutations(
+        "cli/main.py",
+        f"{COMMAND} cli/test_sample.py",
+        (
+            'print(f"error: {error}", file=sys.stderr)\n        return 2',
+            'print(f"error: {error}", file=sys.stderr)\n        return 1',
+        ),
+        ("if min(numbers) < 1", "if min(numbers) < 0"),
+        ("arguments.prompts or [line", "[line"),
+        ("        group_size=arguments.group_size,\n", "", "cli/test_sample.py"),
+        ("        seed=arguments.seed,\n", "", "cli/test_sample.py"),
+    ),
+    *mutations(
+        "cli/sample.py",
+        "cli/test_sample.py",
+        ("[text for text in texts for _ in range(group_size)]", "[text for _ in range(group_size) for text in texts]"),
+        ("rollout.logprobs.exp().tolist()", "rollout.logprobs.tolist()"),
+        ("count / seconds}", "rollout.forwards / seconds}"),
+        ('("Cc", "Cf", "Cs", "Zl", "Zp")', '("Cc", "Cs", "Zl", "Zp")'),
+        ("== newest == rollout.forwards - 1", "== newest"),
+    ),
+]

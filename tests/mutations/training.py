@@ -1,0 +1,182 @@
+"""The loop and its parts, the recipe, the records, files and processes."""
+
+from tests.mutations.record import mutations
+
+LOOP = "training/test_loop.py"
+MEMORY = "training/test_constant_memory.py"
+CHECKPOINT = "training/test_checkpoint.py"
+GOLDEN = "training/test_golden.py"
+
+MUTATIONS = [
+    *mutations(
+        "training/learner.py",
+        f"{GOLDEN} {MEMORY} {LOOP}",
+        ("logps.old - logps.rollout", "logps.rollout - logps.old"),
+        ("        weights=weights,\n", "        weights=torch.ones_like(weights),\n"),
+        ("(keep | unscored).sum()", "keep.sum()"),
+        ("(keep | unscored).sum()", "(mask | unscored).sum()"),
+        ("torch.tensor(rows, device", "torch.tensor(int(mask.any(-1).sum()), device"),
+        ("mismatch_metrics(log_mismatch, everywhere, old", "mismatch_metrics(log_mismatch, keep, old"),
+        ("(keep.sum() / everywhere.sum()).item()", "(keep.sum() / everywhere.numel()).item()"),
+        ('"noise", step)', '"noise", 0)'),
+        ("if recipe.beta or recipe.entropy_coeff or not live.any()", "if not live.any()"),
+        ("recipe.likelihood.with_advantages(noise, local(", "recipe.likelihood.with_advantages(noise, -local("),
+        ("max_grad_norm)\n        if not norm", "max_grad_norm * 1e9)\n        if not norm"),
+        ("            torch.clear_autocast_cache()", "            pass"),
+        ("if not norm.isfinite()", "if False"),
+        ("    policy.version += 1\n", ""),
+        ("if not 0 <= behind <= stale_steps", "if not behind <= stale_steps", "quantization/test_quantize.py"),
+        ("if not 0 <= behind <= stale_steps", "if not 0 <= behind <= stale_steps + 1", "quantization/test_quantize.py"),
+        ("        optimizer.zero_grad(set_to_none=True)\n", ""),
+        ("scores = batch.old_scores\n        if iteration:", "scores = batch.old_scores\n        if iteration > 1:"),
+        (
+            "(vectors,) = torch.autograd.grad(logps, leaves, gradient)",
+            "(vectors,) = torch.autograd.grad(logps.sum(), leaves)",
+        ),
+        ("        sampled = rollout.logprobs\n", "        sampled = old\n"),
+        ("likelihood.logprobs(reference, rollout", "likelihood.logprobs(policy, rollout"),
+        ("recipe.corrector.align_forward and rollout_policy is not policy", "False"),
+        (
+            "batch_invariant() if recipe.zero_mismatch else nullcontext()",
+            "nullcontext()",
+            "diagnostics/test_batch_invariance.py",
+        ),
+        ("    if recipe.zero_mismatch:\n", "    if False:\n", "diagnostics/test_batch_invariance.py"),
+    ),
+    *mutations(
+        "training/rollouts.py",
+        f"{GOLDEN} {LOOP}",
+        (
+            '(recipe.seed, "rollout", step, *([draw] if draw else []))',
+            '(recipe.seed, "rollout", 0, *([draw] if draw else []))',
+        ),
+        ("recipe.seed, purpose, step)", "recipe.seed, purpose, 0)"),
+        ("local(~informative(rewards), accelerator)", "local(informative(rewards), accelerator)"),
+        ("rewards, draws = accelerator.gather(mine), draws + 1", "draws = draws + 1"),
+        ("return (~informative(rewards)).double()", "return informative(rewards).double()"),
+        ("if name in r.breakdown]", "if name in r.breakdown] + [0.0] * sum(name not in r.breakdown for r in graded)"),
+        ("rewards.std(correction=0)", "rewards.std()"),
+        ("* rewards.numel()", "* len(rewards)"),
+        ("if not values.isfinite().all()", "if values.isnan().all()"),
+    ),
+    *mutations(
+        "training/warmup.py",
+        "training/test_warmup.py",
+        ("weight = scored / t", "weight = scored.float()"),
+        ("(uniforms < levels[:, None])", "(uniforms > levels[:, None])"),
+        (".sum() / batch.completion_mask.sum()", ".sum() / scored.sum()"),
+        ("return -(logps * weight)", "return (logps * weight)"),
+        ("min(max_new_tokens, len(answer) + 1)", "max_new_tokens"),
+        ("answer + [eos] * spare", "answer + [pad] * spare"),
+        (
+            "+ torch.rand(num_rows, generator=generator)) / num_rows",
+            "+ torch.rand(num_rows, generator=generator) * num_rows) / num_rows",
+        ),
+        ("min_t + (1 - min_t) * strata", "strata"),
+        ("min(1.0, (step + 1) / max(1, lr_warmup_steps))", "1.0"),
+        ("found >= recipe.warmup_target", "found <= recipe.warmup_target", f"{LOOP}"),
+    ),
+    *mutations(
+        "training/checkpoint.py",
+        f"{CHECKPOINT} training/test_old_checkpoint.py",
+        ("found(directory)[:-keep]", "found(directory)[:keep]"),
+        ("checkpoints[-1][1] if checkpoints", "checkpoints[0][1] if checkpoints"),
+        ("_NAME.fullmatch(p.name)", "_NAME.search(p.name)"),
+        ('"rejected": "rejection"', '"rejected": "rejected"'),
+        ("    optimizer.load_state_dict(", "    dict("),
+    ),
+    *mutations(
+        "training/log.py",
+        f"{CHECKPOINT} {LOOP}",
+        ("_step_of(line) < start]", "_step_of(line) <= start]"),
+        ("        self._step = {}\n        row", "        row"),
+    ),
+    *mutations(
+        "training/run.py",
+        f"{GOLDEN} {LOOP} {CHECKPOINT}",
+        ("(step + 1) % recipe.eval_steps", "step % recipe.eval_steps"),
+        ("recipe.model(seed=recipe.seed) if seeded else recipe.model()", "recipe.model()"),
+        ("betas = (recipe.adam_beta1, recipe.adam_beta2)", "betas = (recipe.adam_beta2, recipe.adam_beta1)"),
+        ("reference.module = copy.deepcopy(policy.module)", "reference.module = policy.module"),
+        ("before.get(name) != now[name]]", "False]"),
+        (
+            'described_defaults(recipe) | checkpoint.read_state(folder)["recipe"]',
+            'checkpoint.read_state(folder)["recipe"]',
+            "training/test_old_checkpoint.py",
+        ),
+        (
+            "evaluate_with(recipe, rollout_policy, recipe.eval_task, accelerator)",
+            "evaluate_with(recipe, policy, recipe.eval_task, accelerator)",
+        ),
+        ("task, recipe.eval_sampler, **options", "task, recipe.sampler, **options"),
+        ("done % recipe.save_steps == 0 or done == recipe.num_steps", "done % recipe.save_steps == 0"),
+        ("if stop or done % recipe.save_steps", "if done % recipe.save_steps"),
+        (
+            "evaluate_with(recipe, run.policy, recipe.validation_task, run.accelerator)",
+            "evaluate_with(recipe, run.policy, recipe.eval_task, run.accelerator)",
+        ),
+    ),
+    *mutations(
+        "training/dry_run.py",
+        "recipes/test_recipes_real.py",
+        ("small * 9 // 16", "small // 2"),
+        ('"adamw_8bit": 2', '"adamw_8bit": 4'),
+        ("prompt_tokens + recipe.max_new_tokens > limit", "recipe.max_new_tokens > limit"),
+        ("weights + (policy.parameters - weights) * size", "policy.parameters * size"),
+    ),
+    *mutations(
+        "recipe.py",
+        f"test_config.py {GOLDEN} {LOOP}",
+        ("self.learning_rate * self.lr_schedule(step, self.num_steps)", "self.learning_rate"),
+        (
+            "self.learning_rate * self.lr_schedule(step, self.num_steps)",
+            "self.learning_rate * self.lr_schedule(0, self.num_steps)",
+        ),
+        ("or self.micro_batch_size % self.num_generations", ""),
+        ("entropy=self.entropy_coeff", "entropy=0.0"),
+        ("            beta=self.beta,\n", "            beta=0.0,\n"),
+    ),
+    *mutations(
+        "types.py",
+        f"samplers/test_unmask.py {LOOP} training/test_warmup.py likelihoods/test_likelihoods.py",
+        ("width - len(row) :] = torch.tensor(row", "width - len(row) :] = torch.tensor(row[::-1]"),
+        ("F.pad(x, (columns, 0), value=value)", "F.pad(x, (0, columns), value=value)"),
+        ("weight=self.weight * live[:, None]", "weight=self.weight"),
+        (
+            "mask & (self.weight != 0).any(0).any(-1, keepdim=True)",
+            "mask & (self.weight != 0).any(0)",
+            f"{LOOP} {MEMORY}",
+        ),
+        ("forwards=self.forwards + by.forwards", "forwards=by.forwards"),
+        (
+            "Noise(self.masked[:, keep], self.weight[:, keep], share)",
+            "Noise(self.masked[:, keep], self.weight[:, keep])",
+            f"{MEMORY} likelihoods/test_contract_estimators.py",
+        ),
+        (
+            "not 0 < self.top_p <= 1",
+            "not 0 <= self.top_p <= 1",
+            "samplers/test_unmask.py models/test_logprobs.py samplers/test_autoregress.py",
+        ),
+        ("index_copy(0, rows, getattr(new, name))", "index_copy(0, rows.flip(0), getattr(new, name))"),
+    ),
+    *mutations(
+        "distributed.py",
+        "training/test_two_processes.py",
+        ('reduction="mean" if mean else "sum"', 'reduction="mean"'),
+        ('total if name == "loss" else total / count', "total / count"),
+        (
+            "rows.chunk(accelerator.num_processes)[accelerator.process_index]",
+            "rows.chunk(accelerator.num_processes)[0]",
+        ),
+        ("if accelerator.num_processes != launched", "if False"),
+    ),
+    *mutations(
+        "files.py",
+        f"{CHECKPOINT} {LOOP}",
+        (
+            "    except BaseException:\n        remove(partial)\n        raise",
+            "    except BaseException:\n        raise",
+        ),
+    ),
+]
