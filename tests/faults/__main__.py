@@ -41,6 +41,8 @@ class Suite:
         self.root, self.chance = root, Random(seed)
         self.table: dict[str, Counter[str]] = {}
         self.failures: list[str] = []
+        self.expected: dict[str, tuple] = {}
+        self.places: dict[str, dict[str, int]] = {}
         self.slowest = 0.0
 
     def measure(self, scenario: str) -> None:
@@ -49,11 +51,12 @@ class Suite:
         code, out = run(small_recipe(directory, scenario), processes=PROCESSES.get(scenario, 1), count=True)
         if code:
             raise RuntimeError(f"the run without a fault ended with {code}:\n{out}")
-        self.expected = outcome(directory)
-        self.places = json.loads(out.splitlines()[-1])
+        self.expected[scenario] = outcome(directory)
+        places = json.loads(next(line for line in reversed(out.splitlines()) if line.startswith("{")))
         files = [path for path in directory.rglob("*") if path.is_file() and "tensorboard" not in path.parts]
-        self.places["write"] = max(path.stat().st_size for path in files)
-        print(f"{scenario}: {self.places}", flush=True)
+        places["write"] = max(path.stat().st_size for path in files)
+        self.places[scenario] = places
+        print(f"{scenario}: {places}", flush=True)
 
     def hit(self, scenario: str, kind: str, number: int) -> None:
         """Put a fault in a fresh run, sometimes another in the resumed one, and let it end."""
@@ -61,7 +64,7 @@ class Suite:
         where, signals = KINDS[kind]
         tally, said = self.table.setdefault(f"{scenario}: {kind}", Counter()), []
         for attempt in range(1 + (self.chance.random() < 0.3)):
-            fault = Fault(where, 1 + self.chance.randrange(self.places[where]), self.chance.choice(signals))
+            fault = Fault(where, 1 + self.chance.randrange(self.places[scenario][where]), self.chance.choice(signals))
             changes = {"resume_from_checkpoint": "latest"} if attempt else {}
             begin = time.perf_counter()
             code, out = run(small_recipe(directory, scenario, **changes), fault=fault, processes=processes)
@@ -73,7 +76,7 @@ class Suite:
                 self.failures.append(f"{scenario}, {kind}, {said}\n{out}")
         code, out = run(small_recipe(directory, scenario, resume_from_checkpoint="latest"), processes=processes)
         tally["injected"] += 1
-        if code or outcome(directory) != self.expected:
+        if code or outcome(directory) != self.expected[scenario]:
             self.failures.append(f"{scenario}, {kind}, {said}: ended with {code}, other weights or numbers\n{out}")
         else:
             tally["same weights and numbers"] += 1
@@ -81,17 +84,17 @@ class Suite:
 
     def damage(self, kind: str, number: int) -> None:
         """Damage the newest checkpoints of a finished run, and resume it from `latest`."""
-        scenario, directory = "beta > 0", self.root / f"damaged {number}"
+        scenario, directory = "damages", self.root / f"damaged {number}"
         shutil.copytree(self.root / "whole of damages", directory)
         tally = self.table.setdefault(f"damage: {kind}", Counter())
         newest = [folder for _, folder in checkpoint.found(directory / "checkpoints")][-self.chance.choice((1, 1, 2)) :]
         done = {folder.name: DAMAGES[kind](folder, self.chance) for folder in reversed(newest)}
         changes = {"resume_from_checkpoint": "latest", "save_total_limit": 9}
-        code, out = run(small_recipe(directory, scenario, **changes))
+        code, out = run(small_recipe(directory, "beta > 0", **changes))
         flat = out.replace("\n", "")
         tally["injected"] += 1
         named = all(f"skipped {directory}/checkpoints/{name}: " in flat for name in done)
-        if not named or code or outcome(directory) != self.expected:
+        if not named or code or outcome(directory) != self.expected[scenario]:
             self.failures.append(f"damage {kind}, {done}: ended with {code}, named: {named}\n{out}")
         else:
             tally["skipped by name, same weights"] += 1
@@ -114,18 +117,16 @@ def main() -> int:
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="faults-"))
     suite, scenarios = Suite(root, arguments.seed), arguments.scenario or list(SCENARIOS)
-    for place, scenario in enumerate(scenarios):
+    for scenario in scenarios if arguments.count else ():
         suite.measure(scenario)
-        for number in range(place, arguments.count, len(scenarios)):
-            suite.hit(scenario, list(KINDS)[number // len(scenarios) % len(KINDS)], number)
-            if number // len(scenarios) % 50 == 49:
-                print(f"{scenario}: {number // len(scenarios) + 1} done, {len(suite.failures)} lost", flush=True)
+    for number in range(arguments.count):
+        suite.hit(scenarios[number % len(scenarios)], list(KINDS)[number // len(scenarios) % len(KINDS)], number)
     if arguments.damages:
         whole = root / "whole of damages"
         code, out = run(small_recipe(whole, "beta > 0", save_total_limit=9))
         if code:
             raise RuntimeError(out)
-        suite.expected = outcome(whole)
+        suite.expected["damages"] = outcome(whole)
         for number in range(arguments.damages):
             suite.damage(list(DAMAGES)[number % len(DAMAGES)], number)
     print(suite.report())

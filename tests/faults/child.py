@@ -48,22 +48,20 @@ def run(recipe: Recipe, *, fault: Fault | None = None, processes: int = 1, count
     folder = Path(recipe.directory)
     folder.mkdir(parents=True, exist_ok=True)
     output = folder.with_name(folder.name + ".out")
-    port, ranks = _free_port() if processes > 1 else 0, []
+    port, ranks, codes = _free_port() if processes > 1 else 0, [], {}
     with output.open("wb") as out:
         for rank in range(processes):
             pid = os.fork()
             if pid == 0:
-                _child(recipe, fault if rank == 0 else None, (rank, processes, port), out.fileno(), count)
+                _child(recipe, fault if rank == 0 else None, (rank, processes, port), out.fileno(), count and rank == 0)
             ranks.append(pid)
-        codes = []
-        while ranks:
+        while len(codes) < processes:
             pid, status = os.waitpid(-1, 0)
-            ranks.remove(pid)
-            codes.append(os.waitstatus_to_exitcode(status))
-            if codes[-1]:
-                for other in ranks:  # as a launcher does, which waits for those that it ends by SIGTERM
-                    os.kill(other, signal.SIGKILL if codes[-1] < 0 else signal.SIGTERM)
-    return codes[0], output.read_text(errors="replace")
+            codes[pid] = os.waitstatus_to_exitcode(status)
+            for other in set(ranks) - set(codes) if codes[pid] else ():
+                # As a launcher does, which waits for those that it ends by SIGTERM.
+                os.kill(other, signal.SIGKILL if codes[pid] < 0 else signal.SIGTERM)
+    return codes[ranks[0]], output.read_text(errors="replace")
 
 
 def _free_port() -> int:
