@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "training": "types rng files screen config distributed tasks algorithms models samplers likelihoods quantization "
     "diagnostics evaluation recipe",
     # the outside
-    "cli": "types rng files screen config distributed tasks models samplers quantization diagnostics evaluation recipe "
+    "cli": "types rng files screen config distributed tasks models samplers quantization diagnostics evaluation "
     "training",
 }
 # Costly libraries, and the only packages that may import them.

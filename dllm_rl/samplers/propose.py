@@ -29,8 +29,7 @@ def propose(
         tokens, logp, _, kept = _draw(logits, u, sampling_params)
         return tokens, logp, *kept
 
-    tokens, logp = _slabs(policy, one, sampling_params, hidden, uniforms)
-    return tokens, logp
+    return _slabs(policy, one, sampling_params, hidden, uniforms)
 
 
 def propose_and_rank(
@@ -56,8 +55,7 @@ def propose_and_rank(
             offered["normalizer"] = normalizer.logaddexp(mask) if same else logits.logsumexp(-1)
         return rank(**{name: offered[name] for name in needs}).float(), tokens, logp, *kept
 
-    tokens, logp, scores = _slabs(policy, one, sampling_params, hidden, uniforms, ties)
-    return tokens, logp, scores
+    return _slabs(policy, one, sampling_params, hidden, uniforms, ties)
 
 
 def rank_only(

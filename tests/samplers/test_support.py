@@ -26,8 +26,8 @@ SHAPE = {"characters": "123456789", "hidden_size": 32, "num_layers": 2, "num_hea
 class HeadAlone:
     """A policy of which only the head is asked, whose hidden states are the logits; the last token is the mask."""
 
-    module = tokenizer = version = None
-    float32_head = True
+    module = tokenizer = version = lora = quantization = quantization_report = None
+    float32_head, device, pad_id = True, torch.device("cpu"), 0
 
     def __init__(self, vocabulary: int) -> None:
         self.vocab_size, self.spec = vocabulary, SimpleNamespace(mask_id=vocabulary - 1)
@@ -35,7 +35,7 @@ class HeadAlone:
     def head(self, hidden):
         return hidden.clone()
 
-    encode = hidden = logits = head
+    encode = hidden = logits = to = save_pretrained = reference = head
 
 
 def tiny(*, is_causal: bool, seed: int = 0):

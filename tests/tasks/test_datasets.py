@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from dllm_rl.tasks import Mini, ReasoningGym, Task, task_from_dataset
-from dllm_rl.tasks.base import score
+from dllm_rl.tasks.base import grade
 
 ROWS = [
     {"prompt": "2+2=", "answer": "4", "completion": "4"},
@@ -55,10 +55,10 @@ def test_a_grader_that_raises_is_reported_with_what_it_was_given() -> None:
         return [1.0] * len(completions)
 
     task = task_from_dataset(ROWS, reward_funcs=[picky])
-    assert [reward.value for reward in score(task, [task[0], task[1]], ["a", "b", "c", "d"])] == [1.0] * 4
+    assert [reward.value for reward in grade(task, [task[0], task[1]], ["a", "b", "c", "d"])] == [1.0] * 4
     assert calls == [["a", "b", "c", "d"]]
     with pytest.raises(RuntimeError, match=r"'dataset' raised on problem .*'2\+3=', .* completion 'bad'") as caught:
-        score(task, [task[0], task[1]], ["a", "b", "c", "bad"])
+        grade(task, [task[0], task[1]], ["a", "b", "c", "bad"])
     assert isinstance(caught.value.__cause__, KeyError)
 
     def lonely(completions, **_) -> list[float]:
@@ -66,8 +66,8 @@ def test_a_grader_that_raises_is_reported_with_what_it_was_given() -> None:
             raise KeyError("one at a time")
         return [1.0]
 
-    with pytest.raises(RuntimeError, match="raised on 2 texts, on none alone"):
-        score(task_from_dataset(ROWS, reward_funcs=[lonely]), [task[0]], ["a", "b"])
+    with pytest.raises(RuntimeError, match="raised on 2 texts together"):
+        grade(task_from_dataset(ROWS, reward_funcs=[lonely]), [task[0]], ["a", "b"])
 
 
 def test_functions_get_columns_and_chats_as_in_trl() -> None:
