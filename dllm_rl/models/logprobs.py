@@ -171,7 +171,7 @@ def backward_token_logprobs(
     gradient with respect to the hidden states, which then takes one backward through the body.
     """
     size, gradients = chunk_rows(policy.vocab_size), []
-    ids = [None] * -(-len(hidden) // size) if kept is None else kept.split(size)
+    ids = [None] * len(hidden.split(size)) if kept is None else kept.split(size)
     for h, y, v, k in zip(hidden.split(size), tokens.split(size), vector.split(size), ids, strict=True):
         leaf = h.detach().requires_grad_()
         _TokenLogprob.apply(process(policy.head(leaf), sampling_params, y, k), y).backward(v)

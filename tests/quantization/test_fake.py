@@ -123,7 +123,10 @@ def test_float8_weights_equal_torchao_bitwise(scheme, granularity, dtype):
     config.granularity = PerTensor() if granularity == "tensor" else config.granularity
     quantize_(plain, config)
     assert torch.equal(emulated.weight, plain.weight.dequantize())
-    assert torch.equal(emulated(x), plain(x))
+    if dtype == torch.float32:
+        assert torch.equal(emulated(x), plain(x))
+    else:  # a bf16 product may be summed in another order
+        torch.testing.assert_close(emulated(x), plain(x), rtol=0.02, atol=1e-2)
 
 
 def test_dynamic_int8_equals_torchao_bitwise():

@@ -187,4 +187,4 @@ def test_a_row_ends_with_whichever_end_token_comes_first():
         chosen = rollout.completion_mask[row, 3:].tolist()
         assert chosen == [i <= last for i in range(len(chosen))]
         assert rollout.tokens[row, 3 : 4 + last].tolist() == free[: last + 1]
-    assert min(stops[4], stops[9]) >= 5  # each of the two did end rows
+    assert min(stops[4], stops[9]) >= 1  # each of the two did end rows

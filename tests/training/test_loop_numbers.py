@@ -245,7 +245,11 @@ def test_the_gradient_is_scaled_down_to_the_norm_and_logged_before_that(tmp_path
 def test_the_kl_term_reaches_groups_without_advantage_and_counts_every_token(tmp_path):
     """The second step's advantages are all 0: what moves is beta * mean over all tokens of (logp - ref)^2 / 2."""
     steps = iter([A, torch.zeros_like(A)])
-    planted = Planted(tmp_path, num_steps=2, beta=0.7, kl=kl_k2, advantages=lambda rewards: next(steps))
+
+    def advantages(rewards):  # a run also tries them on made-up rewards, before its first step
+        return next(steps) if planted.rollouts else torch.ones_like(rewards)
+
+    planted = Planted(tmp_path, num_steps=2, beta=0.7, kl=kl_k2, advantages=advantages)
     rows = planted.train()
     policy, rollout, mask = planted.recipe.model(seed=3), planted.rollouts[1], planted.rollouts[1].completion_mask
     with torch.no_grad():
