@@ -40,6 +40,11 @@ def published_config(path_or_id: str | Path) -> dict:
 class MetaPolicy(DiffusionPolicy):
     """A policy without weights or tokenizer: what can be known of it before either is fetched."""
 
+    @property
+    def pad_id(self) -> int:
+        """Nothing is padded here."""
+        return 0
+
     def __init__(self, module: Module, spec: FamilySpec, tokenizer: Any) -> None:
         self.module, self.spec, self.tokenizer, self.version, self.lora = module, spec, tokenizer, 0, None
         self.float32_head = True

@@ -47,8 +47,9 @@ class Signalling:
         return self.task.reward(problem, completion)
 
 
-# One problem is taken before the first step, then four a step (of the warm-up too), in two processes two each.
-IN_WARM_UP, IN_STEP_2, IN_STEP_2_OF_TWO = 3, 7, 4
+# All 32 problems are looked at, and one is taken, before the first step; then four a step (of the warm-up too), in two
+# processes two each.
+IN_WARM_UP, IN_STEP_2, IN_STEP_2_OF_TWO = 35, 39, 36
 CASES: dict[str, tuple[str, Signalling, dict[str, Any]]] = {
     "warm-up": ("plain", Signalling(IN_WARM_UP, (signal.SIGTERM,)), {"warmup_steps": 2}),
     "SIGUSR1": ("plain", Signalling(IN_STEP_2, (signal.SIGUSR1,)), {}),
