@@ -61,12 +61,12 @@ def test_a_training_process_does_not_outlive_its_launcher(tmp_path):
         f"import os, sys\nsys.path[:0] = {[str(ROOT / 'tests' / 'faults'), *SUPPORT]!r}\n"
         "from stops import Signalling\nfrom scenarios import small_recipe\nfrom dllm_rl.training import train\n"
         "print(os.getpid(), flush=True)\n"
-        "task = Signalling(7, wait=True)\n"
+        "task = Signalling(39, wait=True)\n"
         "class Said(type(task)):\n"
         "    def __getitem__(self, index):\n"
         "        if self.taken + 1 == self.at: print('waiting', flush=True)\n"
         "        return super().__getitem__(index)\n"
-        f"train(small_recipe({str(tmp_path / 'run')!r}, 'plain', task=Said(7, wait=True), stop_seconds=0.0))\n"
+        f"train(small_recipe({str(tmp_path / 'run')!r}, 'plain', task=Said(39, wait=True), stop_seconds=0.0))\n"
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", str(program)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
