@@ -26,6 +26,10 @@ PR_SET_PDEATHSIG = 1
 LOCK = ".lock"
 
 
+class Stopped(BaseException):
+    """Ends the run with a status. Not SystemExit, for which a grader's own is taken: nothing in between catches it."""
+
+
 class Stop:
     """The request to stop, as one process hears it.
 
@@ -44,8 +48,6 @@ class Stop:
             if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             signal.signal(number, self._hear)
-        if hasattr(signal, "SIGALRM"):
-            signal.signal(signal.SIGALRM, lambda number, frame: self.overdue())
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         again = self.asked == number == signal.SIGINT
@@ -55,7 +57,8 @@ class Stop:
         if not self.asked:
             self.asked = number
             self._say(f"{signal.Signals(number).name}: stopping after the step in hand")
-            if hasattr(signal, "SIGALRM"):
+            if hasattr(signal, "SIGALRM"):  # until now it was the graders'
+                signal.signal(signal.SIGALRM, lambda number, frame: self.overdue())
                 signal.setitimer(signal.ITIMER_REAL, max(self.seconds, 1e-3), 1.0)
 
     def agreed(self, accelerator: Accelerator) -> int:
@@ -69,11 +72,11 @@ class Stop:
         """End the process with the signal's status, after one line."""
         self.disarm()
         self._say(text)
-        raise SystemExit(128 + self.asked)
+        raise Stopped(128 + self.asked)
 
     def disarm(self) -> None:
         """Call `overdue` no more."""
-        if hasattr(signal, "SIGALRM"):
+        if self.asked and hasattr(signal, "SIGALRM"):
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _say(self, text: str) -> None:
@@ -110,8 +113,10 @@ def leaving_nothing_behind(train: Callable[[Recipe], dict[str, Any]]) -> Callabl
         before = {number: signal.getsignal(number) for number in [*SIGNALS, *timer]} if main else {}
         try:
             return train(recipe)
+        except Stopped as stopped:
+            raise SystemExit(*stopped.args) from None
         finally:
-            if timer and main:
+            if timer and main and signal.getsignal(signal.SIGALRM) is not before[signal.SIGALRM]:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -20,12 +20,14 @@ from dllm_rl.training import checkpoint  # noqa: E402
 
 
 class Signalling:
-    """Sudoku; whoever takes problem number `at` gets `signals`, and where `wait`, nothing more happens but signals."""
+    """Sudoku; whoever takes problem number `at`, or grades completion number `graded_at`, gets `signals`, and where
+    `wait`, nothing more happens but signals."""
 
     name, version = "signalling", "1"
 
-    def __init__(self, at: int, signals: tuple[int, ...] = (), *, wait: bool = False) -> None:
-        self.at, self.signals, self.wait, self.taken = at, signals, wait, 0
+    def __init__(self, at: int, signals: tuple[int, ...] = (), *, wait: bool = False, graded_at: int = 0) -> None:
+        self.at, self.signals, self.wait, self.graded_at = at, signals, wait, graded_at
+        self.taken = self.graded = 0
         self.task = Sudoku(split="train", size=32)
 
     def __repr__(self) -> str:
@@ -37,16 +39,24 @@ class Signalling:
     def __getitem__(self, index: int) -> Any:
         self.taken += 1
         if self.taken == self.at:
-            for number in self.signals:
-                os.kill(os.getpid(), number)
-            while self.wait:
-                signal.pause()
+            self.signal()
         return self.task[index]
 
+    def signal(self) -> None:
+        for number in self.signals:
+            os.kill(os.getpid(), number)
+        while self.wait:
+            signal.pause()
+
     def reward(self, problem: Any, completion: str) -> Any:
+        self.graded += 1
+        if self.graded == self.graded_at:
+            self.signal()
         return self.task.reward(problem, completion)
 
 
+# One completion is graded beforehand, two in the first evaluation, then eight a step.
+GRADED_IN_STEP_2 = 1 + 2 + 8 + 3
 # All 32 problems are looked at, and one is taken, before the first step; then four a step (of the warm-up too), in two
 # processes two each.
 IN_WARM_UP, IN_STEP_2, IN_STEP_2_OF_TWO = 35, 39, 36
@@ -56,6 +66,12 @@ CASES: dict[str, tuple[str, Signalling, dict[str, Any]]] = {
     "Ctrl-C": ("plain", Signalling(IN_STEP_2, (signal.SIGINT,)), {}),
     "overdue": ("plain", Signalling(IN_STEP_2, (signal.SIGTERM,), wait=True), {"stop_seconds": 0.0}),
     "overdue, LoRA": ("LoRA", Signalling(IN_STEP_2 + 8, (signal.SIGHUP,), wait=True), {"stop_seconds": 0.0}),
+    "overdue, grading": (
+        "plain",
+        Signalling(0, (signal.SIGTERM,), wait=True, graded_at=GRADED_IN_STEP_2),
+        {"stop_seconds": 0.0},
+    ),
+    "Ctrl-C, grading": ("plain", Signalling(0, (signal.SIGINT,), graded_at=GRADED_IN_STEP_2), {}),
     "second Ctrl-C": ("plain", Signalling(IN_STEP_2, (signal.SIGINT, signal.SIGINT), wait=True), {}),
     "two processes": ("two processes", Signalling(IN_STEP_2_OF_TWO, (signal.SIGTERM,)), {}),
     "two processes, overdue": (

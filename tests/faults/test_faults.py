@@ -42,6 +42,8 @@ def stops(tmp_path_factory) -> dict:
         ("Ctrl-C", 130, [0, 2], "interrupted after step 2; continue with --resume_from_checkpoint latest"),
         ("overdue", 143, [0, 1], "stopped in the step after step 1, which is saved; continue with"),
         ("overdue, LoRA", 129, [0, 1], "stopped in the step after step 1, which is saved; continue with"),
+        ("overdue, grading", 143, [0, 1], "stopped in the step after step 1, which is saved; continue with"),
+        ("Ctrl-C, grading", 130, [0, 2], "interrupted after step 2; continue with --resume_from_checkpoint latest"),
         ("second Ctrl-C", 130, [0], "stopped at once by a second Ctrl-C: the step in hand was not saved"),
         ("two processes", 143, [0, 2], "interrupted after step 2; continue with --resume_from_checkpoint latest"),
         ("two processes, overdue", 143, [0, 1], "stopped in the step after step 1, which is saved; continue with"),

@@ -21,6 +21,7 @@ from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.training import checkpoint, train
 from dllm_rl.training.log import RunLog, current_rows
 from dllm_rl.training.plots import read_metrics
+from dllm_rl.training.stop import SIGNALS, Stop
 
 
 def small(directory, **changes):
@@ -258,3 +259,21 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path):
 def hang_up(rewards):
     os.kill(os.getpid(), signal.SIGHUP)
     return rewards - rewards.mean(-1, keepdim=True)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="this system has no SIGALRM")
+def test_the_alarm_is_the_graders_until_a_signal_has_come():
+    def of_the_grader(number, frame):
+        pass
+
+    numbers = [*SIGNALS, signal.SIGALRM]
+    before = {number: signal.signal(number, of_the_grader) for number in numbers}
+    try:
+        stop = Stop(seconds=1000.0, main=False)
+        assert signal.getsignal(signal.SIGALRM) is of_the_grader
+        stop._hear(signal.SIGTERM, None)
+        assert signal.getsignal(signal.SIGALRM) is not of_the_grader and signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    finally:
+        stop.disarm()
+        for number, handler in before.items():
+            signal.signal(number, handler)
