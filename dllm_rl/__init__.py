@@ -18,7 +18,8 @@ _HOME = {
     "config": "describe from_command_line",
     "tasks": "Problem Reward Task Sudoku Countdown GSM8K MATH500 ReasoningGym task_from_dataset",
     "models.base": "Policy FamilySpec",
-    "models.policy": "load_policy make_policy DiffusionPolicy AutoregressivePolicy",
+    "models.policy": "load_policy load_weights make_policy DiffusionPolicy AutoregressivePolicy",
+    "models.families": "register_family",
     "models.lora": "Lora lora_r16 lora_d1 add_lora merge_lora",
     "models.tiny": "tiny_masked_lm tiny_llama",
     "models.convert": "diffusion_from_causal",
@@ -37,7 +38,7 @@ _HOME = {
     "training.loop": "train",
     "evaluation.evaluate": "evaluate",
     "diagnostics.doctor": "diagnose",
-    "testing": "check_corrector check_estimator",
+    "testing": "check_corrector check_estimator check_policy",
 }
 _MODULE_OF = {name: f"dllm_rl.{module}" for module, names in _HOME.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)
