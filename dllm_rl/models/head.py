@@ -78,8 +78,8 @@ def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[T
     output = output_embeddings(module)
     if output is None and next(module.parameters()).dtype in HALF:
         raise ValueError(
-            f"float32_head=True needs to know the output layer of {type(module).__name__}, which is in 16 bits; give it "
-            "a method get_output_embeddings(), or set float32_head=False"
+            f"float32_head=True needs to know the output layer of {type(module).__name__}, which is in 16 bits; "
+            "give it a method get_output_embeddings(), or set float32_head=False"
         )
     if output is not None and output.weight.dtype in HALF:
         with projected_in_float32(output):

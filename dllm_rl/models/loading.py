@@ -76,7 +76,7 @@ def build_empty(raw: dict) -> Module:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The fields of a checkpoint's config.json. Raises ValueError where the folder has none, and says what it may be."""
+    """The fields of a checkpoint's config.json. Raises ValueError where there are none, and says what the folder is."""
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_bytes())
@@ -303,7 +303,9 @@ def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 def load_tensors(module: nn.Module, folder: Path) -> None:
     """Put a folder's tensors into the module whose `own_tensors` they are. Raises ValueError where they are not."""
     state, own = read_tensors(folder), own_tensors(module)
-    odd = sorted(n for n in state.keys() | own.keys() if n not in state or n not in own or state[n].shape != own[n].shape)
+    odd = sorted(
+        n for n in state.keys() | own.keys() if n not in state or n not in own or state[n].shape != own[n].shape
+    )
     if odd:
         raise ValueError(
             f"{folder}: tensors {odd[:3]} do not fit {type(module).__name__}; make the module that they were saved from"

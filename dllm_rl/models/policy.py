@@ -176,7 +176,9 @@ def check_spec(module: Module, spec: FamilySpec) -> None:
     """Raise ValueError when a spec lacks what a policy needs, or names ids that the module has no logits for."""
     size = spec.vocab_size or getattr(getattr(module, "config", None), "vocab_size", None)
     if size is None:
-        raise ValueError(f"vocab_size=None of the spec {spec.name!r}, and {type(module).__name__} has no config: set it")
+        raise ValueError(
+            f"vocab_size=None of the spec {spec.name!r}, and {type(module).__name__} has no config: set it"
+        )
     if spec.attention != "causal" and spec.mask_id is None:
         raise ValueError(f"mask_id=None of the spec {spec.name!r}, whose attention is {spec.attention!r}: set it")
     if not spec.eos_ids:

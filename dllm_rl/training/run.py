@@ -356,12 +356,15 @@ def finish(run: Run) -> dict[str, Any]:
             f"{len(recipe.eval_task)} held-out problems, after {history['warmup_steps']} warm-up and "
             f"{recipe.num_steps} RL steps in {summary['seconds']:.0f} s.\n"
             f"Checkpoint: {summary['checkpoint']}\nPicture:    {picture}\nNumbers:    {directory / 'summary.json'}\n"
-            f"Sample:     dllm-rl sample {summary['checkpoint']} {_example(recipe)}"
+            f"{_next_command(recipe, summary['checkpoint'])}"
         )
     accelerator.wait_for_everyone()
     return summary
 
 
-def _example(recipe: Recipe) -> str:
+def _next_command(recipe: Recipe, folder: str) -> str:
+    """How to look at what was trained; of a module of the user's own, how to open it."""
+    if not (Path(folder) / "config.json").exists():
+        return "Open:       dllm_rl.load_weights(policy, folder), with a policy of the same module"
     prompt = recipe.eval_task[0].prompt
-    return repr(prompt) if isinstance(prompt, str) else repr(prompt[-1]["content"])
+    return f"Sample:     dllm-rl sample {folder} {prompt if isinstance(prompt, str) else prompt[-1]['content']!r}"
