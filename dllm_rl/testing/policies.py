@@ -16,8 +16,8 @@ from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.quantization.schemes import int8_emulated
 
-ASKED = ("module", "spec", "tokenizer", "version", "float32_head", "lora", "quantization", "device", "vocab_size")
-ASKED += ("pad_id", "encode", "hidden", "head", "logits", "to", "save_pretrained", "reference")
+ASKED = "module spec tokenizer version float32_head lora quantization quantization_report device vocab_size pad_id"
+ASKED += " encode hidden head logits to save_pretrained reference"
 
 
 def check_policy(policy: Any, *, seed: int = 0) -> None:
@@ -33,7 +33,7 @@ def check_policy(policy: Any, *, seed: int = 0) -> None:
     The policy is left as it is; its module is copied, more than once. Weights of a policy with adapters are not adapted
     again. Sums in another order may differ by 1e-4 of the largest logit (by 0.05 in 16 bits).
     """
-    missing = [name for name in ASKED if not hasattr(policy, name)]
+    missing = [name for name in ASKED.split() if not hasattr(policy, name)]
     assert not missing, f"a policy has {', '.join(missing)}: see dllm_rl.models.base.Policy"
     tokens, mask = _rows(policy, torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -131,7 +131,7 @@ def _check_saving(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) 
     with TemporaryDirectory() as folder:
         policy.save_pretrained(folder)
         if (Path(folder) / "config.json").exists():
-            again = load_policy(folder, dtype="auto", device=policy.device, block_size=policy.spec.block_size)
+            again: Policy = load_policy(folder, dtype="auto", device=policy.device, block_size=policy.spec.block_size)
             again.float32_head = policy.float32_head
         else:
             again = _copy(policy)

@@ -83,13 +83,13 @@ MUTATIONS = [
             f"{REFERENCE} {FAMILIES}",
         ),
         (
-            "ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM)",
-            "MASKED_LM, ROBERTA, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM)",
+            "ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]",
+            "MASKED_LM, ROBERTA, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]",
             FAMILIES,
         ),
         (
-            "MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM)",
-            "MASKED_LM, DIFFUSION_LM, SHIFTED_DIFFUSION_LM, CAUSAL_LM)",
+            "MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]",
+            "MASKED_LM, DIFFUSION_LM, SHIFTED_DIFFUSION_LM, CAUSAL_LM]",
             f"{FAMILIES} models/test_convert.py",
         ),
     ),
@@ -219,5 +219,19 @@ MUTATIONS = [
         ("if kind not in SCALINGS:", "if False:"),
         ("for key in sorted(found.keys() - needed - optional - _COMMON):", "for key in ():"),
         ("states.new_empty(0).float()", "states.new_empty(0)", "models/test_families_reference.py models/test_rope.py"),
+    ),
+    *mutations(
+        "models/policy.py",
+        "models/test_outside.py testing/test_contract_policies.py",
+        ("return self.spec.vocab_size or self.module.config.vocab_size", "return self.module.config.vocab_size"),
+        ("if not spec.eos_ids:", "if False:"),
+        ("if i is not None and not 0 <= i < size]", "if i is not None and not 0 <= i <= size]"),
+    ),
+    *mutations(
+        "models/loading.py",
+        "models/test_outside.py",
+        ("max(counts, key=lambda dtype: counts[dtype])", "next(iter(counts))"),
+        ("if name not in skip and id(tensor) not in seen:", "if name not in skip:"),
+        (" or state[n].shape != own[n].shape", ""),
     ),
 ]
