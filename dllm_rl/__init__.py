@@ -36,6 +36,7 @@ _HOME = {
     "algorithms.losses": "ppo_clip gspo trust_band cispo reinforce token sequence constant kl_k1 kl_k2 kl_k3 loss_type",
     "algorithms.optimizers": "adamw adamw_8bit linear_decay",
     "training.loop": "train",
+    "training.grpo": "grpo grpo_recipe",
     "evaluation.evaluate": "evaluate",
     "diagnostics.doctor": "diagnose",
     "testing": "check_corrector check_estimator check_policy",

@@ -33,6 +33,15 @@ def test_the_module_of_ones_own_is_trained_and_opened_again(tmp_path, monkeypatc
     assert saved.keys() == now.keys() and all(torch.equal(saved[name], now[name]) for name in saved)
 
 
+def test_trls_users_are_served_in_twelve_lines(tmp_path, monkeypatch):
+    block = example("Coming from TRL")
+    assert len([line for line in block.splitlines() if line]) <= 12
+    (tmp_path / "from_trl.py").write_text(block.replace("num_steps=100", "num_steps=2"))
+    monkeypatch.chdir(tmp_path)
+    summary = runpy.run_path(str(tmp_path / "from_trl.py"))["summary"]
+    assert summary["eval_problems"] == 6 and summary["eval_after"].keys() >= {"reward", "turned"}
+
+
 def test_every_file_it_links_to_is_there():
     import re
 
