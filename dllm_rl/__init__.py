@@ -37,6 +37,7 @@ _HOME = {
     "algorithms.optimizers": "adamw adamw_8bit linear_decay",
     "training.loop": "train",
     "training.grpo": "grpo grpo_recipe",
+    "training.main": "main",
     "evaluation.evaluate": "evaluate",
     "diagnostics.doctor": "diagnose",
     "testing": "check_corrector check_estimator check_policy",

@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
-from dllm_rl.screen import escape_controls
+from dllm_rl.screen import escape_controls, interactive
 
 
 @runtime_checkable
@@ -31,8 +31,11 @@ SCALARS = (bool, int, float, str, Path)
 
 def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
     """The recipe with `--path value` overrides applied. Exits with status 2 and one line on an unknown path or a bad
-    value, naming the nearest valid one; `--help` lists every path with its value."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    value, naming the nearest valid one; `--help` lists every path with its value.
+
+    argv  None: the program's arguments; none in a notebook or at a prompt, whose arguments are not the recipe's.
+    """
+    arguments = list(([] if interactive() else sys.argv[1:]) if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
         print(escape_controls(usage(recipe), keep="\n"))
         raise SystemExit(0)

@@ -1,7 +1,7 @@
 """A Recipe is the experiment: one flat frozen record. A variant is `replace(base, ...)` in a file of its own."""
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.algorithms.correctors import Corrector, no_weights, none
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
+from dllm_rl.config import describe
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import Lora, check_mergeable
@@ -24,7 +25,7 @@ def _(
     return field(default=default, metadata={"help": help, "pick": pick, "like": like, "whole": whole})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Recipe:
     """What is trained, and how. Names are TRL's and verl's where the meaning is the same."""
 
@@ -207,6 +208,11 @@ class Recipe:
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} must be a multiple of num_generations={self.num_generations}"
             )
+
+    def __repr__(self) -> str:
+        """The fields that are not at their default, one a line."""
+        chosen = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        return "Recipe(\n" + "".join(f"    {name}={describe(value)},\n" for name, value in chosen) + ")"
 
     @property
     def directory(self) -> str:

@@ -1,9 +1,15 @@
 """Foreign text on a screen: prompts, completions, paths and names are shown, and can neither steer a terminal nor be
 read as rich's markup."""
 
+import sys
 import unicodedata
 
 from rich.text import Text
+
+
+def interactive() -> bool:
+    """Whether someone types at a prompt: a notebook, IPython, Python itself."""
+    return hasattr(sys, "ps1")
 
 
 def escape_controls(text: str, *, keep: str = "") -> str:

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from dllm_rl import from_command_line, train
+from dllm_rl import main
 from recipes.llada_8b_countdown import recipe as base
 
 recipe = replace(base, name="dream-7b-countdown", model="Dream-org/Dream-v0-Instruct-7B")
 
 if __name__ == "__main__":
-    train(from_command_line(recipe))
+    main(recipe)

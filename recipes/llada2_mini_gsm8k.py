@@ -5,7 +5,7 @@ Not run yet: no results.
 
 from dataclasses import replace
 
-from dllm_rl import from_command_line, train, trajectory
+from dllm_rl import main, trajectory
 from recipes.llada_8b_gsm8k import recipe as base
 
 recipe = replace(
@@ -13,4 +13,4 @@ recipe = replace(
 )
 
 if __name__ == "__main__":
-    train(from_command_line(recipe))
+    main(recipe)

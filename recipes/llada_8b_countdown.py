@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl import Countdown, from_command_line, train
+from dllm_rl import Countdown, main
 from recipes.llada_8b_sudoku import in_blocks
 from recipes.llada_8b_sudoku import recipe as base
 
@@ -19,4 +19,4 @@ recipe = replace(
 )
 
 if __name__ == "__main__":
-    train(from_command_line(recipe))
+    main(recipe)

@@ -5,7 +5,7 @@ Written for a GPU with 80 GB or more; --dry_run prints what it takes. Not run ye
 
 from functools import partial
 
-from dllm_rl import Lora, Recipe, Sudoku, ais, float8_dynamic, from_command_line, kl_k3, one_step, train, unmask
+from dllm_rl import Lora, Recipe, Sudoku, ais, float8_dynamic, kl_k3, main, one_step, unmask
 
 in_blocks = partial(unmask, max_new_tokens=256, num_steps=128, block_size=32)
 puzzles = partial(Sudoku, clues=8, prompt_format="text", opening="<reasoning>", reward_rule="d1")
@@ -39,4 +39,4 @@ recipe = Recipe(
 )
 
 if __name__ == "__main__":
-    train(from_command_line(recipe))
+    main(recipe)

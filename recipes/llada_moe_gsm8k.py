@@ -5,10 +5,10 @@ Not run yet: no results.
 
 from dataclasses import replace
 
-from dllm_rl import from_command_line, train
+from dllm_rl import main
 from recipes.llada_8b_gsm8k import recipe as base
 
 recipe = replace(base, name="llada-moe-gsm8k", model="inclusionAI/LLaDA-MoE-7B-A1B-Instruct")
 
 if __name__ == "__main__":
-    train(from_command_line(recipe))
+    main(recipe)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl import GSM8K, autoregress, causal, from_command_line, train
+from dllm_rl import GSM8K, autoregress, causal, main
 from recipes.llada_8b_gsm8k import recipe as base
 
 questions = partial(GSM8K, reward_rule="own")
@@ -25,4 +25,4 @@ recipe = replace(
 )
 
 if __name__ == "__main__":
-    train(from_command_line(recipe))
+    main(recipe)

@@ -6,7 +6,7 @@ Fetch the weights first, as `recipes/smollm2_weights.py` says. Results: recipes/
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl import diffusion_from_causal, from_command_line, max_prob, train, unmask
+from dllm_rl import diffusion_from_causal, main, max_prob, unmask
 from recipes.sudoku_tiny import recipe as base
 
 # Digits and dots are a token each, so a grid of 16 cells is 16 tokens.
@@ -34,4 +34,4 @@ recipe = replace(
 )
 
 if __name__ == "__main__":
-    train(from_command_line(recipe))
+    main(recipe)

@@ -6,7 +6,7 @@ RL does the rest from rewards alone.
 
 from functools import partial
 
-from dllm_rl import Recipe, ais, float8_weight_only, from_command_line, max_prob, train, trajectory, unmask
+from dllm_rl import Recipe, ais, float8_weight_only, main, max_prob, trajectory, unmask
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.tasks import Sudoku
 
@@ -29,4 +29,4 @@ recipe = Recipe(
 )
 
 if __name__ == "__main__":
-    train(from_command_line(recipe))
+    main(recipe)

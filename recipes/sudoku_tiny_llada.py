@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl import from_command_line, tiny_llama, train
+from dllm_rl import main, tiny_llama
 from recipes.sudoku_tiny import recipe as base
 
 recipe = replace(
@@ -16,4 +16,4 @@ recipe = replace(
 )
 
 if __name__ == "__main__":
-    train(from_command_line(recipe))
+    main(recipe)

@@ -24,7 +24,7 @@ class RunLog:
         patient  keep a row that the disk has no room for, and write it later, rather than raise OSError.
         """
         self.main, self.directory, self.patient = main, directory, patient
-        self.console = Console(quiet=not main)
+        self.console = Console(quiet=not main, force_jupyter=False)  # plain lines in a notebook: no widgets
         self.seconds: dict[str, float] = {}
         self.entered = ""  # the stage entered last
         self._waiting = b""  # rows that are not written yet

@@ -54,6 +54,11 @@ def check_prompts(recipe: Recipe, policy: Policy) -> None:
     trained, evaluated = (_new_tokens(sampler) for sampler in (recipe.sampler, recipe.eval_sampler))
     if limit is None or trained is None or evaluated is None:
         return
+    if max(trained, evaluated) >= limit:
+        raise ValueError(
+            f"max_new_tokens={max(trained, evaluated)} leaves no room for a prompt in the model's {limit} positions; "
+            "lower it (--sampler.max_new_tokens, --eval_sampler.max_new_tokens)"
+        )
     plans: list[tuple[str, Iterable[int], int]] = [("validation_task", _first(recipe.validation_task), evaluated)]
     plans.append(("eval_task", _first(recipe.eval_task), evaluated))
     if most is None:

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 
 from dllm_rl.files import unlock
 from dllm_rl.recipe import Recipe
+from dllm_rl.screen import interactive
 
 # SIGUSR1 is what SLURM's --signal=USR1@SECONDS warns with.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
@@ -114,6 +115,8 @@ def leaving_nothing_behind(train: Callable[[Recipe], dict[str, Any]]) -> Callabl
         try:
             return train(recipe)
         except Stopped as stopped:
+            if interactive():  # a notebook goes on; what it shows of a SystemExit says nothing
+                raise KeyboardInterrupt(f"status {stopped.args[0]}") from None
             raise SystemExit(*stopped.args) from None
         finally:
             if timer and main and signal.getsignal(signal.SIGALRM) is not before[signal.SIGALRM]:

@@ -1,0 +1,30 @@
+"""A recipe as a program: its command line, its run, and one line where it cannot."""
+
+import os
+import sys
+from typing import Any
+
+from dllm_rl.config import from_command_line
+from dllm_rl.recipe import Recipe
+from dllm_rl.screen import escape_controls
+from dllm_rl.training.loop import train
+
+
+def main(recipe: Recipe) -> dict[str, Any]:
+    """Train the recipe with what the command line changes of it: the last line of a recipe's script.
+
+    What is wrong with a setting (ValueError) or a file (OSError) is said in one line, once over all processes where it
+    is a setting, and the process exits with 2 or 1. With DLLM_RL_TRACEBACK=1 in the environment they are raised, as
+    `train` raises them. Returns what summary.json holds.
+    """
+    chosen = from_command_line(recipe)
+    try:
+        return train(chosen)
+    except (ValueError, OSError) as error:
+        if os.environ.get("DLLM_RL_TRACEBACK") == "1":
+            raise
+        rank, setting = os.environ.get("RANK", "0"), isinstance(error, ValueError)
+        if rank == "0" or not setting:
+            where = "" if rank == "0" else f"process {rank}: "
+            print(f"error: {where}{escape_controls(str(error))}", file=sys.stderr, flush=True)
+        raise SystemExit(2 if setting else 1) from None

@@ -1,0 +1,118 @@
+"""A recipe as a program and at a prompt: one line where it cannot run, and a session that goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tiny_recipe import SIZES, tiny_recipe
+
+from dllm_rl import Recipe, main, tiny_masked_lm, train
+from dllm_rl.config import from_command_line
+
+ROOT = Path(__file__).parents[2]
+SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
+
+
+def small(directory, **changes) -> Recipe:
+    return tiny_recipe(directory, **{"model": partial(tiny_masked_lm, **SMALL)} | changes)
+
+
+@pytest.fixture
+def at_a_prompt(monkeypatch):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel-1234.json"])
+
+
+def test_a_bad_setting_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--sampler.max_new_tokens", "900"])
+    with pytest.raises(SystemExit) as stopped:
+        main(small(tmp_path))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: max_new_tokens=900 leaves no room for a prompt in the model's 64 positions; lower")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        main(small(tmp_path))
+    assert capsys.readouterr().err == "", "one process says it for all"
+    monkeypatch.setenv("DLLM_RL_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="max_new_tokens=900"):
+        main(small(tmp_path))
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_status_1(tmp_path, monkeypatch, capsys):
+    (tmp_path / "taken").write_text("a file where the folder should be")
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as stopped:
+        main(small(tmp_path / "taken" / "run"))
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: process 3: ") and "taken" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["recipes/sudoku_tiny.py", "recipes/qwen3_8b_gsm8k.py"])
+def test_a_recipes_script_says_one_line(script, tmp_path):
+    command = [sys.executable, script, "--model", str(tmp_path / "nothing")]
+    command += ["--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_the_kernels_arguments_are_not_the_recipes(tmp_path, at_a_prompt):
+    recipe = small(tmp_path)
+    assert from_command_line(recipe) is recipe
+    assert from_command_line(recipe, ["--seed", "3"]).seed == 3
+
+
+class Interrupting:
+    """A task; who takes its `at`-th problem gets a Ctrl-C."""
+
+    name, version = "interrupting", "1"
+
+    def __init__(self, task, at: int) -> None:
+        self.task, self.at, self.taken = task, at, 0
+
+    def __repr__(self) -> str:
+        return "Interrupting"
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index):
+        self.taken += 1
+        if self.taken == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.task[index]
+
+    def reward(self, problem, completion):
+        return self.task.reward(problem, completion)
+
+
+def test_a_ctrl_c_at_a_prompt_interrupts_the_cell_and_the_next_one_is_heard(tmp_path, at_a_prompt):
+    recipe = small(tmp_path, num_steps=3)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="status 130"):
+            train(replace(recipe, task=Interrupting(recipe.task, 4 + 1 + 4 + 2)))
+        assert (tmp_path / "checkpoints" / "step-000002").is_dir()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.sigtimedwait([], 5)  # the handler runs before the next instruction
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_recipe_says_what_was_chosen():
+    recipe = small("runs/x", seed=3)
+    lines = repr(recipe).splitlines()
+    assert lines[0] == "Recipe(" and lines[-1] == ")" and "    seed=3," in lines
+    assert any(line.startswith("    sampler=unmask(max_new_tokens=16, num_steps=3") for line in lines)
+    assert not any(line.startswith("    learning_rate=") for line in lines), "at its default"
+    assert " at 0x" not in repr(recipe)
