@@ -55,6 +55,25 @@ def test_a_signal_saves_what_is_whole_and_the_resumed_run_is_the_same(stops, cas
     assert same is True, same
 
 
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory) -> dict:
+    done = python(str(ROOT / "tests" / "faults" / "processes.py"), str(tmp_path_factory.mktemp("processes")))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["raises", "dies", "is stuck"])
+def test_a_process_that_is_lost_is_told_by_the_others_and_costs_no_step(processes, case):
+    code, out, saved, same = processes[case]
+    said = [
+        line for line in out.splitlines() if line.startswith("process 0: the step after step 1 failed: another pro")
+    ]
+    assert code == 1 and len(said) == 1 and "--resume_from_checkpoint latest" in said[0], out
+    assert ("process 1: the step after step 1 failed; mend the cause" in out) == (case == "raises")
+    assert saved == [0, 1] and same is True, same
+
+
 @pytest.mark.slow
 def test_a_training_process_does_not_outlive_its_launcher(tmp_path):
     """The launcher is killed; its child, which waits for signals only, must end by itself."""
