@@ -50,12 +50,11 @@ def leaving_a_dump(train: Callable[[Recipe], dict[str, Any]]) -> Callable[[Recip
             return train(recipe)
         except Exception as error:  # of any kind: it goes on from here
             frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-            while frames and not {"run", "step"} <= frames[0].f_locals.keys():
+            while frames and frames[0].f_code.co_name != train.__name__:
                 frames.pop(0)
-            if frames:
-                run, step = (frames[0].f_locals[name] for name in ("run", "step"))
-                if isinstance(run, Run) and run.history["whole"] == step:
-                    error.add_note(_leave(run, step, error, frames[1:]))
+            loop = frames[0].f_locals if frames else {}
+            if "step" in loop and loop["run"].history["whole"] == loop["step"]:  # neither at the start nor at the end
+                error.add_note(_leave(loop["run"], loop["step"], error, frames[1:]))
             raise
 
     return wrapped

@@ -211,7 +211,9 @@ def test_what_is_no_failed_step_leaves_none(tmp_path, monkeypatch):
 
 
 def test_where_nothing_can_be_saved_the_error_is_still_the_first(tmp_path, monkeypatch):
-    def nothing(rewards):
+    def failing(rewards):
+        if rewards.max() > 1:  # made-up ones, before the first step
+            return rewards
         monkeypatch.setattr("dllm_rl.training.dump.save_file", unsaved)
         raise KeyError("the first")
 
@@ -219,6 +221,6 @@ def test_where_nothing_can_be_saved_the_error_is_still_the_first(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     with pytest.raises(KeyError, match="the first") as raised:
-        train(tiny_recipe(tmp_path, advantages=nothing))
+        train(tiny_recipe(tmp_path, advantages=failing))
     assert "saving what there was failed too: [Errno 28] No space left" in raised.value.__notes__[0]
     assert not any((tmp_path / "failed").iterdir())
