@@ -38,7 +38,7 @@ def stops(tmp_path_factory) -> dict:
     ("case", "status", "saved", "said"),
     [
         ("warm-up", 129, [], "nothing new was saved; start again with the same command"),
-        ("warm-up, two processes", 138, [], "nothing new was saved; start again with the same command"),
+        ("warm-up, two processes", 143, [], "nothing new was saved; start again with the same command"),
         ("SIGUSR1", 138, [0, 2], "interrupted after step 2; continue with --resume_from_checkpoint latest"),
         ("Ctrl-C", 130, [0, 2], "interrupted after step 2; continue with --resume_from_checkpoint latest"),
         ("overdue", 143, [0, 1], "stopped in the step after step 1, which is saved; continue with"),
