@@ -49,3 +49,20 @@ def test_every_file_it_links_to_is_there():
     prose = re.sub(r"```.*?```", "", README.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#]+)\)", prose):
         assert target.startswith("http") or (root / target).exists(), target
+
+
+def test_its_exit_statuses_are_those_of_the_code():
+    import re
+    import signal
+
+    from dllm_rl.tasks.deadline import STATUS
+    from dllm_rl.training.stop import SIGNALS
+
+    rows = dict(
+        re.findall(r"^\| ([\d, ]+) \| (.*?) \|", README.read_text().partition("| exit status |")[2], re.MULTILINE)
+    )
+    codes = next(row for row in rows if "," in row)
+    named = [getattr(signal, name) for name in re.findall(r"SIG[A-Z0-9]+", rows.pop(codes))]
+    assert [int(code) for code in codes.split(", ")] == [128 + number for number in named]
+    assert set(named) == set(SIGNALS) and set(map(int, rows)) == {0, 1, 2, STATUS}
+    assert "--reward_timeout" in rows[str(STATUS)]

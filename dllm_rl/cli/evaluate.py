@@ -53,6 +53,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
                 completions=arguments.output_dir and Path(arguments.output_dir) / f"completions-{length}.jsonl",
                 model=str(arguments.model),
                 accelerator=accelerator,
+                reward_timeout=arguments.reward_timeout,
                 progress=progress,
             )
         found.append({**result.summary, **settings})

@@ -16,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_doctor(commands)
     add_report(commands)
     add_verify(commands)
+    add_replay(commands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments) or 0
@@ -101,6 +102,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--limit", type=int, help="the first so many problems (default: all, or 500 made)")
     sub.add_argument("--batch_size", type=int, default=32, help="completions at a time (default 32)")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "auto"))
+    sub.add_argument("--reward_timeout", type=_seconds, default=600.0, help="seconds a completion's grading; then: 124")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--output_dir", help="keep completions; the same command continues what was interrupted")
     sub.add_argument("--json", action="store_true", help="one JSON object a length instead of a table")
@@ -118,6 +120,14 @@ def _numbers(text: str) -> list[int]:
     if min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
     return numbers
+
+
+def _seconds(text: str) -> float | None:
+    if text == "none":
+        return None
+    if not 0 < (seconds := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be positive, or none for no limit")
+    return seconds
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -197,3 +207,19 @@ def verify(arguments: argparse.Namespace) -> int:
     from dllm_rl.cli.verify import verify_command
 
     return verify_command(Path(arguments.path), quick=arguments.quick)
+
+
+def add_replay(commands: argparse._SubParsersAction) -> None:
+    sub = commands.add_parser("replay", help="run a failed step again; exit with 1 when it does not fail as it did")
+    sub.add_argument("dump", help="the step's folder, RUN/failed/step-NNNNNN")
+    sub.add_argument("recipe", nargs="?", metavar="RECIPE.py", help="the run's script, which is imported")
+    sub.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--FIELD VALUE", help="the run's options")
+    sub.set_defaults(run=replay)
+
+
+def replay(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from dllm_rl.cli.replay import replay_command
+
+    return replay_command(Path(arguments.dump), arguments.recipe, arguments.overrides)

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -25,6 +28,11 @@ from dllm_rl.models.weights import count_tensors, read_tensors, to_original, to_
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# What transformers, safetensors and json make of files that are not what they should be.
+_DAMAGED = (
+    *(SafetensorError, StrictDataclassError, UnpicklingError, json.JSONDecodeError, UnicodeDecodeError),
+    *(RuntimeError, LookupError, ArithmeticError, TypeError, AttributeError),
+)
 MOST_LAYERS = 10_000  # where there are no tensors to count
 
 
@@ -37,29 +45,31 @@ def load_module(
 ) -> tuple[Module, PreTrainedTokenizerBase, FamilySpec]:
     """The stock module, tokenizer and spec of a checkpoint, with every tensor accounted for.
 
-    dtype "auto" keeps the checkpoint's. Raises ValueError when tensors are missing or have no place in the module.
+    dtype "auto" keeps the checkpoint's. Raises ValueError when tensors are missing or have no place in the module, and
+    on files that are damaged.
     """
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
     folder = checkpoint_folder(path_or_id)
-    raw = read_config(folder)
-    family, files = find_family(raw), weight_files(folder)
-    check_depth(raw, count_tensors(folder, files) if files else MOST_LAYERS, folder)
-    tokenizer = load_tokenizer(folder, stock=family.native is None)
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    if quantization is not None:
-        options["quantization_config"] = bitsandbytes_config(quantization, dtype, masked=family.head is mlm_head)
-    with quiet_progress():
-        if family.native is None:
-            module, report = stock_class(raw).from_pretrained(folder, **options)
-        else:
-            cls, config = family.native(raw)
-            state = to_stock(read_tensors(folder), family, config)
-            if dtype == "auto":  # not that of whichever tensor comes first: an expert bias is fp32 in a bf16 checkpoint
-                options["dtype"] = main_dtype(state)
-            module, report = cls.from_pretrained(None, config=config, state_dict=state, **options)
-    check_report(report, family, folder)
-    spec = family_spec(module.config, tokenizer, raw=raw, folder=folder, block_size=block_size)
+    with named(folder):
+        raw = read_config(folder)
+        family, files = find_family(raw), weight_files(folder)
+        check_depth(raw, count_tensors(folder, files) if files else MOST_LAYERS, folder)
+        tokenizer = load_tokenizer(folder, stock=family.native is None)
+        options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+        if quantization is not None:
+            options["quantization_config"] = bitsandbytes_config(quantization, dtype, masked=family.head is mlm_head)
+        with quiet_progress():
+            if family.native is None:
+                module, report = stock_class(raw).from_pretrained(folder, **options)
+            else:
+                cls, config = family.native(raw)
+                state = to_stock(read_tensors(folder), family, config)
+                if dtype == "auto":  # not that of any one tensor: an expert bias is fp32 in a bf16 checkpoint
+                    options["dtype"] = main_dtype(state)
+                module, report = cls.from_pretrained(None, config=config, state_dict=state, **options)
+        check_report(report, family, folder)
+        spec = family_spec(module.config, tokenizer, raw=raw, folder=folder, block_size=block_size)
     return prepared(module, spec), tokenizer, spec
 
 
@@ -67,7 +77,7 @@ def build_empty(raw: dict) -> Module:
     """The stock module that config fields describe, on the meta device: shapes without storage."""
     family = find_family(raw)
     check_depth(raw, MOST_LAYERS)
-    with torch.device("meta"):
+    with named("config.json"), torch.device("meta"):
         if family.native is None:
             cls = stock_class(raw)
             return prepared(cls(cls.config_class.from_dict(raw)), family)
@@ -347,6 +357,18 @@ def bitsandbytes_config(
     if quantization == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True, **skip)
     raise ValueError(f"quantization={quantization!r} is not known; use 'nf4', 'int8' or None")
+
+
+@contextmanager
+def named(source: str | Path) -> Iterator[None]:
+    """What other libraries raise on damaged files, or on a config that no model can have, as ValueError naming them."""
+    try:
+        yield
+    except _DAMAGED as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if "ignore_mismatched_sizes" in why:
+            why = "tensors have other shapes than config.json gives them"
+        raise ValueError(f"{source}: damaged, or not the model that its config.json describes: {why}") from error
 
 
 @contextmanager

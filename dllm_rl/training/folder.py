@@ -10,6 +10,8 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.training import checkpoint, manifest
 from dllm_rl.training.stop import LOCK
 
+FAILED = "failed"  # where dumps of failed steps lie
+
 # Fields that may change between the parts of a resumed run: they do not touch what is computed, or only extend it
 # (that the schedule stays as it was is checked).
 FREE = {
@@ -54,7 +56,7 @@ def open_folder(recipe: Recipe) -> tuple[Path | None, list[str]]:
                 f"output_dir={str(directory)!r} already holds a run ({', '.join(held)}); give another, or "
                 "--resume_from_checkpoint latest, or --overwrite_output_dir"
             )
-        for name in [*held, "tensorboard", "training.png", "reference"] * recipe.overwrite_output_dir:
+        for name in [*held, "tensorboard", "training.png", "reference", FAILED] * recipe.overwrite_output_dir:
             remove(directory / name)
         return None, notes
     checkpoint.recover_all(directory / "checkpoints")

@@ -6,6 +6,7 @@ from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.dry_run import plan
+from dllm_rl.training.dump import leaving_a_dump
 from dllm_rl.training.learner import correct, draw_noise, learner_forward, measured_groups, score, update
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.run import checkpoint_if_due, finish, start, validate
@@ -13,6 +14,7 @@ from dllm_rl.training.stop import leaving_nothing_behind
 
 
 @leaving_nothing_behind
+@leaving_a_dump
 def train(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe; returns what its summary.json holds. Raises ValueError, before any work, on one that cannot run."""
     if recipe.dry_run:

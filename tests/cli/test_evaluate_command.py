@@ -189,6 +189,21 @@ def test_lengths_that_are_no_numbers_are_refused_by_the_parser(model, capsys):
         assert stopped.value.code == 2 and option in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "seconds"), [((), 600.0), (("--reward_timeout", 7), 7.0), (("--reward_timeout", "none"), None)]
+)
+def test_graders_have_a_time_limit(model, capsys, monkeypatch, options, seconds):
+    from dllm_rl.evaluation import evaluate
+
+    grade, limits = evaluate.grade, []
+    monkeypatch.setattr(evaluate, "grade", lambda *a, timeout: [limits.append(timeout), grade(*a, timeout=timeout)][1])
+    output(capsys, "evaluate", model, "--task", "mini", "--limit", 1, *options)
+    assert limits == [seconds]
+    with pytest.raises(SystemExit):
+        main(["evaluate", model, "--task", "mini", "--reward_timeout", "0"])
+    assert "--reward_timeout: 0 must be positive, or none" in capsys.readouterr().err
+
+
 def test_the_usual_length_is_that_of_the_answer(model, capsys):
     found = json.loads(output(capsys, "evaluate", model, "--task", "countdown", "--limit", 1, "--json"))
     assert found["max_new_tokens"] == found["num_steps"] == Countdown().width == 10

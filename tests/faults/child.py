@@ -59,8 +59,8 @@ def run(recipe: Recipe, *, fault: Fault | None = None, processes: int = 1, count
             pid, status = os.waitpid(-1, 0)
             codes[pid] = os.waitstatus_to_exitcode(status)
             for other in set(ranks) - set(codes) if codes[pid] else ():
-                # As a launcher does, which waits for those that it ends by SIGTERM.
-                os.kill(other, signal.SIGKILL if codes[pid] < 0 else signal.SIGTERM)
+                # As a launcher does, which waits for those that it ends by SIGTERM; a kill of the first is one of all.
+                os.kill(other, signal.SIGKILL if pid == ranks[0] and codes[pid] < 0 else signal.SIGTERM)
     return codes[ranks[0]], output.read_text(errors="replace")
 
 

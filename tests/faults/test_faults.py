@@ -37,7 +37,8 @@ def stops(tmp_path_factory) -> dict:
 @pytest.mark.parametrize(
     ("case", "status", "saved", "said"),
     [
-        ("warm-up", 143, [], "nothing new was saved; start again with the same command"),
+        ("warm-up", 129, [], "nothing new was saved; start again with the same command"),
+        ("warm-up, two processes", 143, [], "nothing new was saved; start again with the same command"),
         ("SIGUSR1", 138, [0, 2], "interrupted after step 2; continue with --resume_from_checkpoint latest"),
         ("Ctrl-C", 130, [0, 2], "interrupted after step 2; continue with --resume_from_checkpoint latest"),
         ("overdue", 143, [0, 1], "stopped in the step after step 1, which is saved; continue with"),
@@ -53,6 +54,25 @@ def test_a_signal_saves_what_is_whole_and_the_resumed_run_is_the_same(stops, cas
     code, out, steps, same = stops[case]
     assert code == status and steps == saved and said in out and "Traceback" not in out, out
     assert same is True, same
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory) -> dict:
+    done = python(str(ROOT / "tests" / "faults" / "processes.py"), str(tmp_path_factory.mktemp("processes")))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["raises", "dies", "is stuck"])
+def test_a_process_that_is_lost_is_told_by_the_others_and_costs_no_step(processes, case):
+    code, out, saved, same = processes[case]
+    said = [
+        line for line in out.splitlines() if line.startswith("process 0: the step after step 1 failed: another pro")
+    ]
+    assert code == 1 and len(said) == 1 and "--resume_from_checkpoint latest" in said[0], out
+    assert ("process 1: the step after step 1 failed; mend the cause" in out) == (case == "raises")
+    assert saved == [0, 1] and same is True, same
 
 
 @pytest.mark.slow

@@ -51,6 +51,45 @@ def test_an_index_cannot_lead_out_of_its_folder(folder, name):
         load_policy(folder)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", 10**9),
+        ("hidden_size", -5),
+        ("vocab_size", 10**12),
+        ("intermediate_size", 10**10),
+        ("num_attention_heads", 0),
+        ("hidden_act", "no such function"),
+    ],
+)
+def test_a_config_that_the_tensors_cannot_have_is_refused_in_one_line(folder, field, value):
+    edit(folder, **{field: value})
+    with pytest.raises(ValueError, match=r"checkpoint: damaged, or not the model that its config\.json") as said:
+        load_policy(folder)
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"[1, 2", b"[]", b"\xff" * 9, (2**62).to_bytes(8, "little") + b"{}"])
+def test_a_file_that_is_something_else_is_refused_in_one_line(folder, name, content):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError) as said:
+        load_policy(folder)
+    assert "\n" not in str(said.value) and str(folder) in str(said.value)
+
+
+def test_pickled_weights_are_not_run(folder, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "written"), "w"))
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"w": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"UnpicklingError|no file named"):
+        load_policy(folder)
+    assert not (tmp_path / "written").exists()
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(folder, number):
     state = load_file(folder / "model.safetensors")

@@ -129,6 +129,17 @@ def test_a_quick_check_leaves_the_rest_of_large_files_unread(tmp_path):
         manifest.verify(tmp_path, quick=True)
 
 
+def test_a_recipe_may_leave_the_rest_of_large_files_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "HEAD", 64)
+    train(recipe(tmp_path, num_steps=1))
+    weights = tmp_path / "checkpoints" / "step-000001" / "model.safetensors"
+    flip(weights, at=weights.stat().st_size - 3)
+    again = {"num_steps": 1, "resume_from_checkpoint": str(weights.parent)}
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its SHA-256 differs"):
+        train(recipe(tmp_path, **again))
+    train(recipe(tmp_path, **again, verify_checkpoint="quick"))
+
+
 def test_the_command_says_which_are_whole(run, capsys):
     assert main(["verify", str(run)]) == 0
     assert capsys.readouterr().out.count("whole") == 4

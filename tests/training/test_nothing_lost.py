@@ -18,7 +18,7 @@ from tiny_recipe import SIZES, tiny_recipe
 from dllm_rl import files, tiny_masked_lm
 from dllm_rl.algorithms.optimizers import linear_decay
 from dllm_rl.models.lora import Lora, add_lora
-from dllm_rl.training import checkpoint, train
+from dllm_rl.training import checkpoint, manifest, train
 from dllm_rl.training.log import RunLog, current_rows
 from dllm_rl.training.plots import read_metrics
 from dllm_rl.training.stop import SIGNALS, Stop
@@ -48,6 +48,18 @@ class TestLoraAfterAWarmUp:
         assert_same_weights(whole, again)
         # What the warm-up left would be as large as its clip, 1.
         assert all(0 < row["grad_norm"] < 0.5 for row in metrics_of(tmp_path / "a"))
+
+
+def test_the_reference_is_whole_before_the_first_checkpoint(tmp_path, monkeypatch):
+    saved, seen = checkpoint.save, []
+
+    def killed(directory, step, *arguments, **options):
+        seen.append((step, manifest.verify(tmp_path / "reference")["step"]))
+        return saved(directory, step, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save", killed)
+    train(small(tmp_path, beta=0.1, num_steps=1))
+    assert seen == [(0, None), (1, None)]
 
 
 class TestSchedule:
