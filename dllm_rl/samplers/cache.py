@@ -55,6 +55,19 @@ def dual_cache(*, refresh: int | None = None) -> Cache:
     return Cache("dual", refresh)
 
 
+class KeysAndValues(DynamicCache):
+    """Stores keys in the dtype of the values.
+
+    Rotary embeddings, or autocast, leave keys in fp32 beside values in 16 bits. Attention rounds such keys in any case;
+    stored as they are they would take twice the memory, and raise the values to fp32 with them.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return super().update(key_states.to(value_states.dtype), value_states, layer_idx, *args, **kwargs)
+
+
 class CachedStates:
     """Owns the keys and values of a batch. `advance` gives the states of a block, running as few columns as it may.
 
@@ -66,7 +79,7 @@ class CachedStates:
         self.policy, self.cache, self.attention_mask = policy, cache, attention_mask
         self.positions = position_ids(attention_mask)
         self.kept, self.rows = torch.arange(0), torch.arange(len(attention_mask))
-        self.past: Any = None  # a DynamicCache from the first forward on
+        self.past: Any = None  # KeysAndValues from the first forward on
         self.columns: tuple[int, int] | None = None
         self.step = 0
 
@@ -107,7 +120,7 @@ class CachedStates:
         """Run the `fresh` columns of rows against those kept and themselves; afterwards only `keep` are kept."""
         module, seen = self.policy.module, torch.cat([self.kept.to(fresh.device), fresh])
         if self.past is None:
-            self.past = DynamicCache(config=module.config)
+            self.past = KeysAndValues(config=module.config)
         positions = self.positions[rows]
         mask = self._mask(self.attention_mask[rows], positions, fresh, seen)
         states = self.policy.encode(

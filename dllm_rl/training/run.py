@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from dllm_rl.diagnostics.batch_invariance import prepare_workspace
 from dllm_rl.distributed import from_main, machine, make_accelerator, versions
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import replacing, write_json
@@ -53,6 +54,8 @@ class Run:
 def start(recipe: Recipe) -> Run:
     """A run at its first step: fresh, warmed up and evaluated, or as a checkpoint left it. Raises ValueError."""
     ended_by_launcher()
+    if recipe.zero_mismatch:
+        prepare_workspace()
     accelerator = make_accelerator(mixed_precision="bf16" if recipe.bf16 else "no", timeout=recipe.collective_timeout)
     stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
     stop.last_words = "stopped before the first step: nothing new was saved; start again with the same command"
@@ -116,7 +119,7 @@ def check_processes(recipe: Recipe, accelerator: Accelerator) -> None:
 
 def fresh_policy(recipe: Recipe, accelerator: Accelerator, log: RunLog, history: dict[str, Any]) -> Policy:
     """The recipe's model, warmed up, with its adapters, and evaluated; `history` gets what the summary says of it."""
-    policy = make_policy(recipe).to(accelerator.device)
+    policy = make_policy(recipe, accelerator.device)
     smoke_test(recipe, policy)
     with log.stage("warm-up"):
         history["warmup_steps"] = warm_up(
@@ -141,28 +144,31 @@ def resumed_policy(recipe: Recipe, folder: Path, state: dict[str, Any], accelera
     if recipe.lora is None:
         dtype = getattr(torch, state["dtype"])
         return load_policy(folder, dtype=dtype, device=accelerator.device, float32_head=recipe.float32_head)
-    policy = adapter_base(recipe, warmed_up=state["warmup_steps"] > 0).to(accelerator.device)
+    policy = adapter_base(recipe, accelerator.device, warmed_up=state["warmup_steps"] > 0)
     load_adapter(policy, folder / "adapter")
     return policy
 
 
-def make_policy(recipe: Recipe) -> Policy:
+def make_policy(recipe: Recipe, device: torch.device) -> Policy:
     """The recipe's model: a checkpoint, or what its function makes, from the run's seed where that takes one."""
     if isinstance(recipe.model, str):
-        policy: Policy = load_policy(recipe.model, dtype=recipe.dtype, quantization=recipe.base_quantization)
+        options: dict[str, Any] = {"dtype": recipe.dtype, "quantization": recipe.base_quantization}
+        policy: Policy = load_policy(recipe.model, device=device, **options)
     else:
         seeded = "seed" in inspect.signature(recipe.model).parameters
-        policy = recipe.model(seed=recipe.seed) if seeded else recipe.model()
+        policy = (recipe.model(seed=recipe.seed) if seeded else recipe.model()).to(device)
     policy.float32_head = recipe.float32_head
     return policy
 
 
-def adapter_base(recipe: Recipe, *, warmed_up: bool) -> Policy:
+def adapter_base(recipe: Recipe, device: torch.device, *, warmed_up: bool) -> Policy:
     """What a resumed run's adapters stand on: the warmed-up weights, or the recipe's model without a warm-up."""
-    policy = make_policy(recipe)
+    policy = make_policy(recipe, device)
     if warmed_up:
-        dtype = next(policy.module.parameters()).dtype
-        return load_policy(Path(recipe.directory) / "reference", dtype=dtype, float32_head=recipe.float32_head)
+        options: dict[str, Any] = {"device": device, "float32_head": recipe.float32_head}
+        return load_policy(
+            Path(recipe.directory) / "reference", dtype=next(policy.module.parameters()).dtype, **options
+        )
     return policy
 
 

@@ -45,7 +45,6 @@ NOTHING = ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"
 ANSWERS = {
     **{f"cuda.{name}": None for name in NOTHING},
     "cuda.is_available": True,
-    "cuda.is_initialized": True,
     "cuda.is_bf16_supported": True,
     "cuda.device_count": 1,
     "cuda.current_device": 0,
@@ -80,6 +79,7 @@ class SimulatedTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     def __new__(cls, real, requires_grad=False):
+        running.initialised = True
         return torch.Tensor._make_subclass(cls, real, requires_grad)
 
     @property
@@ -129,16 +129,21 @@ def check(name, args, kwargs, tensors) -> None:
         if hosts and (args[0] is hosts[0] or hosts[0].dim()):  # a number of the host is a fill
             running.count("copy to the host" if args[0] is hosts[0] else "copy to the device")
     elif name not in TWO_DEVICES and not name.startswith("aten::_foreach"):
-        if any(x.dim() or name in JOINING for x in hosts):
-            shapes = [f"{'cuda:0' if isinstance(x, SimulatedTensor) else 'cpu'}{list(x.shape)}" for x in tensors]
-            found = ", ".join(shapes)
-            raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found {found}")
+        check_devices(name, hosts, tensors)
     if any(isinstance(x, torch.Generator) for x in (*args, *kwargs.values())):
         raise RuntimeError(f"{name}: Expected a 'cuda' device type for generator but found 'cpu'")
     if name in PRODUCTS:
         check_product(name, tensors[-1])
     if name in WAITING:
         running.count(WAITING[name])
+
+
+def check_devices(name, hosts, tensors) -> None:
+    """A number of the host may stand among tensors of the device; nothing else of it."""
+    if any(x.dim() or name in JOINING for x in hosts):
+        shapes = [f"{'cuda:0' if isinstance(x, SimulatedTensor) else 'cpu'}{list(x.shape)}" for x in tensors]
+        found = ", ".join(shapes)
+        raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found {found}")
 
 
 def check_index(name, args) -> None:
@@ -184,7 +189,8 @@ class SimulatedCuda(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.counts, self.current, self.workspace = Counter(), "", None
+        self.counts, self.current = Counter(), ""
+        self.initialised, self.workspace = False, None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, first, method = dict(kwargs or {}), args[0] if args else None, torch.Tensor
@@ -225,10 +231,10 @@ class SimulatedCuda(TorchFunctionMode):
             if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], SimulatedTensor) and args[0] != []:
                 self.count("copy to the device")
         out = func(*args, **kwargs)
-        if isinstance(out, torch.Tensor) and out.device.type in ("cpu", "cuda"):
-            if isinstance(out, SimulatedTensor) != cuda:
-                return SimulatedTensor(out, out.requires_grad) if cuda else on_host(out)
-        return out
+        made = isinstance(out, torch.Tensor) and out.device.type in ("cpu", "cuda")
+        if not made or isinstance(out, SimulatedTensor) == cuda:
+            return out
+        return SimulatedTensor(out, out.requires_grad) if cuda else on_host(out)
 
     def to(self, x, *args, **kwargs):
         """Tensor.to in all its forms: the device is decided here, the rest is torch's."""
@@ -322,6 +328,7 @@ def patches(simulation: SimulatedCuda) -> Iterator:
         yield mock.patch(f"torch.{name}", lambda *a, _answer=answer, **k: _answer)
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         yield mock.patch(f"torch.{name}", on_cpu(getattr(torch, name)))
+    yield mock.patch("torch.cuda.is_initialized", lambda: simulation.initialised)
     yield mock.patch("torch.version.cuda", "13.0")
     autocast = torch.amp.autocast_mode.autocast
     yield mock.patch.object(autocast, "__init__", on_cpu(autocast.__init__))
