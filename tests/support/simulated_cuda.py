@@ -208,18 +208,22 @@ class SimulatedCuda(TorchFunctionMode):
             return self.to(first, *args[1:], **kwargs)
         if func in (method.cpu, method.cuda):
             return self.move(first, func is method.cuda, kwargs.get("non_blocking", False))
-        for kind in types:  # torchao's tensors bring functions of their own, written in Python
+        for kind in types:  # torchao's tensors bring functions of their own
             if func in getattr(kind, "_TORCH_FN_TABLE", {}).get(kind, ()):
-                torch.overrides._push_mode(self)  # torch leaves a mode while its own __torch_function__ runs
-                try:
-                    return kind.__torch_function__(func, types, args, kwargs)
-                finally:
-                    torch.overrides._pop_mode()
+                return self.inside(kind.__torch_function__, func, types, args, kwargs)
         if isinstance(kwargs.get("device"), str | torch.device | int):
             return self.make(func, args, kwargs)
         if kwargs.pop("pin_memory", False):
             return pinned(func(*args, **kwargs))
         return func(*args, **kwargs)
+
+    def inside(self, func, *args, **kwargs):
+        """A call that runs Python of its own, with this mode on: torch leaves it while its __torch_function__ runs."""
+        torch.overrides._push_mode(self)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            torch.overrides._pop_mode()
 
     def make(self, func, args, kwargs):
         """What a factory makes, on the device that it was asked for."""
@@ -330,6 +334,8 @@ def patches(simulation: SimulatedCuda) -> Iterator:
         yield mock.patch(f"torch.{name}", on_cpu(getattr(torch, name)))
     yield mock.patch("torch.cuda.is_initialized", lambda: simulation.initialised)
     yield mock.patch("torch.version.cuda", "13.0")
+    backward = torch.autograd._engine_run_backward  # runs autograd functions that are written in Python
+    yield mock.patch("torch.autograd._engine_run_backward", lambda *a, **k: simulation.inside(backward, *a, **k))
     autocast = torch.amp.autocast_mode.autocast
     yield mock.patch.object(autocast, "__init__", on_cpu(autocast.__init__))
 
