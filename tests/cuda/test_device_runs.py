@@ -310,7 +310,6 @@ PLANTED = {
     "sampler, drawn": ("samplers.unmask", "uniforms"),
     "sampler, scores": ("samplers.unmask", "propose_and_rank"),
     "scoring, log-probs": ("likelihoods.scoring", "token_logprobs"),
-    "scoring, states": ("likelihoods.scoring", "run_view"),
     "learner, masks": ("training.loop", "draw_noise"),
     "learner, loss": ("recipe", "policy_loss"),
 }
