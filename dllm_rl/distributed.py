@@ -50,20 +50,49 @@ def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, floa
     }
 
 
-def make_accelerator(*, mixed_precision: str = "no", timeout: float | None = None) -> Accelerator:
-    """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched.
+def find_device(name: str | None = None) -> torch.device:
+    """The device of that name; without one, the accelerator where there is one, else the CPU.
+
+    A Mac's GPU is passed over unless it is named: it has no fp64, which random numbers and metrics are computed in.
+    Raises ValueError on a device that this machine has not.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None:
+        return torch.device("cpu") if found is None or found.type == "mps" else found
+    there = ["cpu"] if found is None else ["cpu", found.type]
+    kind, colon, index = name.partition(":")
+    count = 1 if kind == "cpu" else torch.accelerator.device_count()
+    if kind not in there or (colon and not (index.isdecimal() and int(index) < count)):
+        raise ValueError(f"device={name!r} is not on this machine, which has {' and '.join(there)}")
+    return torch.device(name)
+
+
+def launched() -> int:
+    """How many processes the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def make_accelerator(
+    *, mixed_precision: str = "no", timeout: float | None = None, device: torch.device | None = None
+) -> Accelerator:
+    """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched, or is
+    on another kind of device, which it keeps from the first Accelerator of a process on.
 
     timeout  seconds that a process waits for the others in an exchange before it stops; None: torch's own.
+    device   the kind of device; None: that of `find_device`.
     """
     limits = [] if timeout is None else [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
+    wanted = find_device() if device is None else device
     # Accelerate joins the processes of a CPU launch only when told that there is no accelerator.
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision, kwargs_handlers=limits
-    )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != launched:
+    accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision=mixed_precision, kwargs_handlers=limits)
+    if accelerator.num_processes != launched():
         raise RuntimeError(
-            f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}: check the config"
+            f"{launched()} processes were launched, but Accelerate joined {accelerator.num_processes}: check the config"
+        )
+    if accelerator.device.type != wanted.type:
+        raise RuntimeError(
+            f"device={wanted.type} is wanted, but Accelerate is on {accelerator.device}, as an earlier Accelerator of "
+            "this process was made to be: start a new process"
         )
     return accelerator
 

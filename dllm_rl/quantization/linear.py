@@ -151,7 +151,18 @@ def quantized_forward(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> tuple
 
 
 def dequantized_weight(layer: nn.Linear) -> Tensor:
-    return layer.dequantized() if isinstance(layer, EmulatedLinear) else layer.weight.dequantize()
+    return layer.dequantized() if isinstance(layer, EmulatedLinear) else unpacked(layer.weight)
+
+
+def unpacked(weight: Tensor) -> Tensor:
+    """One of torchao's quantised weights (O, I) in the learner's units.
+
+    The layout of int4_packed is for one kernel alone and has no way back: its product with the identity holds each
+    weight as that kernel multiplies with it.
+    """
+    if type(weight).dequantize is Tensor.dequantize:
+        return F.linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).T.contiguous()
+    return weight.dequantize()
 
 
 def dequantized_input(layer: nn.Linear, x: Tensor, scale: Tensor | None = None) -> Tensor:
