@@ -98,6 +98,11 @@ class Recipe:
     beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0)
     kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.algorithms.losses")
     entropy_coeff: float = _("weight of the entropy bonus; 0: none", 0.0)
+    gradient_checkpointing: bool = _(
+        "the update's backward runs each block again, in place of keeping all that it needs: a third more work, a small "
+        "part of the memory, the same gradients",
+        False,
+    )
     bf16: bool = _("learner's forward in bf16 autocast", False)
     zero_mismatch: bool = _(
         "arithmetic that does not depend on the batch; stop where rollout and learner differ at all", False

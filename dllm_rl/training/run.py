@@ -19,6 +19,7 @@ from dllm_rl.files import replacing, write_json
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.policy import load_policy
+from dllm_rl.models.recompute import blocks_of
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe
@@ -140,7 +141,7 @@ def resumed_policy(recipe: Recipe, folder: Path, state: dict[str, Any], accelera
     """The policy as a checkpoint left it."""
     if recipe.lora is None:
         dtype = getattr(torch, state["dtype"])
-        return load_policy(folder, dtype=dtype, device=accelerator.device, float32_head=recipe.float32_head)
+        return configured(recipe, load_policy(folder, dtype=dtype, device=accelerator.device))
     policy = adapter_base(recipe, warmed_up=state["warmup_steps"] > 0).to(accelerator.device)
     load_adapter(policy, folder / "adapter")
     return policy
@@ -153,7 +154,14 @@ def make_policy(recipe: Recipe) -> Policy:
     else:
         seeded = "seed" in inspect.signature(recipe.model).parameters
         policy = recipe.model(seed=recipe.seed) if seeded else recipe.model()
-    policy.float32_head = recipe.float32_head
+    return configured(recipe, policy)
+
+
+def configured(recipe: Recipe, policy: Policy) -> Policy:
+    """The policy with the recipe's settings of how it computes. Raises ValueError on one that it cannot have."""
+    policy.float32_head, policy.gradient_checkpointing = recipe.float32_head, recipe.gradient_checkpointing
+    if recipe.gradient_checkpointing:
+        blocks_of(policy.module)
     return policy
 
 
@@ -162,7 +170,7 @@ def adapter_base(recipe: Recipe, *, warmed_up: bool) -> Policy:
     policy = make_policy(recipe)
     if warmed_up:
         dtype = next(policy.module.parameters()).dtype
-        return load_policy(Path(recipe.directory) / "reference", dtype=dtype, float32_head=recipe.float32_head)
+        return configured(recipe, load_policy(Path(recipe.directory) / "reference", dtype=dtype))
     return policy
 
 
