@@ -42,7 +42,7 @@ class Recipe:
     corrector: Corrector = _(
         "correction of the training-inference mismatch", none(), pick="dllm_rl.algorithms.correctors"
     )
-    sampling_support: str = _(
+    sampling_support: Literal["own", "unfiltered", "rollout"] = _(
         "what log-probs are normalised over where the sampler's top_k or top_p filter: own, unfiltered or rollout "
         "(Rollout.with_support)",
         "own",
@@ -77,6 +77,9 @@ class Recipe:
     seed: int = _("the only source of randomness", 0)
     train_batch_size: int = _("prompts per step, over all processes", 32)
     num_generations: int = _("completions per prompt (G)", 8)
+    rollout_batch_size: int | None = _(
+        "completions sampled at a time, which changes memory, time and at most the rounding; None: all at once", None
+    )
     micro_batch_size: int | None = _("completions per forward of scoring and update; None: all at once", None)
     old_logprobs: Literal["recompute", "rollout"] = _(
         "what ratios are taken against: the learner's own log-probs at the start of the update, with the corrector "
@@ -99,8 +102,8 @@ class Recipe:
     kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.algorithms.losses")
     entropy_coeff: float = _("weight of the entropy bonus; 0: none", 0.0)
     gradient_checkpointing: bool = _(
-        "the update's backward runs each block again, in place of keeping all that it needs: a third more work, a small "
-        "part of the memory, the same gradients",
+        "the update's backward runs each block again, in place of keeping all that it needs: a third more work, "
+        "a small part of the memory, the same gradients",
         False,
     )
     bf16: bool = _("learner's forward in bf16 autocast", False)
@@ -204,12 +207,10 @@ class Recipe:
                 "zero_mismatch=True does not go with sampling_support='unfiltered', whose rollout log-probs are sums "
                 "of two recorded numbers and round; use 'own' or 'rollout'"
             )
-        if self.micro_batch_size is not None and (
-            self.micro_batch_size < self.num_generations or self.micro_batch_size % self.num_generations
-        ):
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size} must be a multiple of num_generations={self.num_generations}"
-            )
+        for name in ("rollout_batch_size", "micro_batch_size"):
+            size = getattr(self, name)
+            if size is not None and (size < self.num_generations or size % self.num_generations):
+                raise ValueError(f"{name}={size} must be a multiple of num_generations={self.num_generations}")
 
     @property
     def directory(self) -> str:
