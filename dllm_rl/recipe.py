@@ -45,7 +45,7 @@ class Recipe:
     corrector: Corrector = _(
         "correction of the training-inference mismatch", none(), pick="dllm_rl.algorithms.correctors"
     )
-    sampling_support: str = _(
+    sampling_support: Literal["own", "unfiltered", "rollout"] = _(
         "what log-probs are normalised over where the sampler's top_k or top_p filter: own, unfiltered or rollout "
         "(Rollout.with_support)",
         "own",
@@ -80,6 +80,9 @@ class Recipe:
     seed: int = _("the only source of randomness", 0)
     train_batch_size: int = _("prompts per step, over all processes", 32)
     num_generations: int = _("completions per prompt (G)", 8)
+    rollout_batch_size: int | None = _(
+        "completions sampled at a time, which changes memory, time and at most the rounding; None: all at once", None
+    )
     micro_batch_size: int | None = _("completions per forward of scoring and update; None: all at once", None)
     old_logprobs: Literal["recompute", "rollout"] = _(
         "what ratios are taken against: the learner's own log-probs at the start of the update, with the corrector "
@@ -101,6 +104,11 @@ class Recipe:
     beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0)
     kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.algorithms.losses")
     entropy_coeff: float = _("weight of the entropy bonus; 0: none", 0.0)
+    gradient_checkpointing: bool = _(
+        "the update's backward runs each block again, in place of keeping all that it needs: a third more work, "
+        "a small part of the memory, the same gradients",
+        False,
+    )
     bf16: bool = _("learner's forward in bf16 autocast", False)
     zero_mismatch: bool = _(
         "arithmetic that does not depend on the batch; stop where rollout and learner differ at all", False
@@ -202,12 +210,10 @@ class Recipe:
                 "zero_mismatch=True does not go with sampling_support='unfiltered', whose rollout log-probs are sums "
                 "of two recorded numbers and round; use 'own' or 'rollout'"
             )
-        if self.micro_batch_size is not None and (
-            self.micro_batch_size < self.num_generations or self.micro_batch_size % self.num_generations
-        ):
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size} must be a multiple of num_generations={self.num_generations}"
-            )
+        for name in ("rollout_batch_size", "micro_batch_size"):
+            size = getattr(self, name)
+            if size is not None and (size < self.num_generations or size % self.num_generations):
+                raise ValueError(f"{name}={size} must be a multiple of num_generations={self.num_generations}")
 
     def __repr__(self) -> str:
         """The fields that are not at their default, one a line."""

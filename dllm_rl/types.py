@@ -109,6 +109,18 @@ class Prompts(_Movable):
     def num_rows(self) -> int:
         return self.tokens.shape[0] * self.group_size
 
+    def split(self, rows: int) -> "list[Prompts]":
+        """The same prompts as batches of at most so many completions, whole groups; no column is taken away.
+
+        Raises ValueError where a group is larger, or rows have no seeds of their own and would be given others.
+        """
+        size = rows // self.group_size
+        if not size or self.seeds is None:
+            raise ValueError(f"rows={rows} must hold a group of {self.group_size}, and every row have its seed")
+        seeds = self.seeds.split(size * self.group_size)
+        parts = zip(self.tokens.split(size), self.attention_mask.split(size), seeds, strict=True)
+        return [dataclasses.replace(self, tokens=t, attention_mask=m, seeds=s) for t, m, s in parts]
+
 
 @dataclass(frozen=True)
 class Rollout(_Movable):
@@ -200,9 +212,23 @@ class Rollout(_Movable):
             return self
         return dataclasses.replace(self, kept_ids=F.pad(self.kept_ids, (0, count - self.kept_ids.shape[-1]), value=-1))
 
-    def padded(self, columns: int, *, pad_id: int) -> "Rollout":
-        """The same rows with so many more columns of padding on the left."""
-        wider = lambda x, value: F.pad(x, (columns, 0), value=value)  # noqa: E731
+    @classmethod
+    def joined(cls, parts: "Sequence[Rollout]", *, pad_id: int) -> "Rollout":
+        """The rows of all, in their order; the narrower are padded on the right, like rows that ended early."""
+        width = max(part.tokens.shape[1] for part in parts)
+        parts = [part.padded(width - part.tokens.shape[1], pad_id=pad_id, right=True) for part in parts]
+        ids = [part.kept_ids for part in parts if part.kept_ids is not None]
+        count = max((each.shape[-1] for each in ids), default=0) if len(ids) == len(parts) else 0
+        parts = [part._with_ids(count) if count else dataclasses.replace(part, kept_ids=None) for part in parts]
+        first, forwards = parts[0], sum(part.forwards for part in parts)
+        names = [field.name for field in dataclasses.fields(cls) if isinstance(getattr(first, field.name), Tensor)]
+        columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return dataclasses.replace(first, **columns, forwards=forwards)  # type: ignore[arg-type]
+
+    def padded(self, columns: int, *, pad_id: int, right: bool = False) -> "Rollout":
+        """The same rows with so many more columns of padding on the left, or on the right."""
+        sides = (0, columns) if right else (columns, 0)
+        wider = lambda x, value: F.pad(x, sides, value=value)  # noqa: E731
         return dataclasses.replace(
             self,
             tokens=wider(self.tokens, pad_id),
@@ -211,7 +237,7 @@ class Rollout(_Movable):
             unmask_step=wider(self.unmask_step, -1),
             logprobs=wider(self.logprobs, 0.0),
             log_kept_mass=None if self.log_kept_mass is None else wider(self.log_kept_mass, 0.0),
-            kept_ids=None if self.kept_ids is None else F.pad(self.kept_ids, (0, 0, columns, 0), value=-1),
+            kept_ids=None if self.kept_ids is None else F.pad(self.kept_ids, (0, 0, *sides), value=-1),
         )
 
 

@@ -33,8 +33,9 @@ def encode_base(
     **cache: Any,
 ) -> Float[Tensor, "B T D"]:
     """The final hidden states of a stock module's backbone. `cache` may bring keys and values of other columns, which
-    then come first among the S that a mask of four axes is about."""
-    outputs = module.base_model(input_ids=tokens, attention_mask=attention_mask, position_ids=positions, **cache)
+    then come first among the S that a mask of four axes is about; without it no keys or values are kept."""
+    given = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": False} | cache
+    outputs = module.base_model(input_ids=tokens, **given)
     return outputs.last_hidden_state
 
 
@@ -165,6 +166,7 @@ class Policy(Head, Protocol):
 
     version       counts weight updates.
     float32_head  logits of a model in 16 bits are computed in fp32.
+    gradient_checkpointing  the backward runs each block again, in place of keeping what it needs.
     lora          the adapters that are trained in place of the weights, or None.
     quantization  config that a rollout's copy was made with, or None; quantization_report: what that did, or None.
     """
@@ -174,6 +176,7 @@ class Policy(Head, Protocol):
     tokenizer: PreTrainedTokenizerBase
     version: int
     float32_head: bool
+    gradient_checkpointing: bool
     lora: "Lora | None"
     quantization: Any
     quantization_report: Any

@@ -280,19 +280,23 @@ def save_module(
     *,
     max_shard_size: int = 5 * 10**9,
 ) -> None:
-    """Write weights (adapters merged), config and tokenizer in the layout that the checkpoint came in."""
+    """Write weights (adapters merged), config and tokenizer in the layout that the checkpoint came in.
+
+    What is merged goes to host memory layer by layer: the device holds one layer more, and no second model.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with quiet_progress():
         if not hasattr(module, "save_pretrained"):
-            write_tensors(own_tensors(module), directory, max_shard_size=max_shard_size)
+            state = {name: tensor.detach().cpu() for name, tensor in own_tensors(module).items()}
+            write_tensors(state, directory, max_shard_size=max_shard_size)
         elif spec.native is None:
-            stored = merged_copy(module) if has_extras(module) else module
+            stored = merged_copy(module, device="cpu") if has_extras(module) else module
             stored.save_pretrained(directory, max_shard_size=max_shard_size)
         else:
             assert spec.original is not None, "a spec of this checkpoint, not of its family"
             skip = transient(module)
-            state = {name: tensor for name, tensor in merged_state(module) if name not in skip}
+            state = {name: tensor.detach().cpu() for name, tensor in merged_state(module) if name not in skip}
             write_tensors(to_original(state, spec, module.config), directory, max_shard_size=max_shard_size)
             dtype = str(main_dtype(state)).removeprefix("torch.")
             fields = spec.original | dict.fromkeys(_dtype_keys(spec.original), dtype)

@@ -12,7 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from dllm_rl.models.base import Head
 from dllm_rl.types import KEPT_IDS, SamplingParams
 
-CHUNK_ELEMENTS = 2**23  # fp32 logits held at once: 32 MiB
+CHUNK_ELEMENTS = 2**23  # fp32 logits held at once on a CPU: 32 MiB
+# On an accelerator 256 MiB, 530 rows of LLaDA's vocabulary. A chunk reads the head's weights once, and where they are
+# trained writes a gradient of their size, whatever its rows: at 64 of them that traffic takes longer than the products.
+ACCELERATOR_ELEMENTS = 2**26
 ROWS = 16  # the head always runs on a multiple of this: fp32 kernels round differently when rows are few
 GROUP = 256  # tokens whose mass is summed before the search for the one that is drawn
 
@@ -96,18 +99,22 @@ class _TokenLogprob(torch.autograd.Function):
         return out.scatter_add_(-1, tokens[:, None], gradient[:, None]), None
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """How many rows of logits fit CHUNK_ELEMENTS, in whole multiples of ROWS and at least one of them."""
-    return max(ROWS, CHUNK_ELEMENTS // vocabulary // ROWS * ROWS)
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """How many rows of logits are held at once on a device, in whole multiples of ROWS and at least one of them.
+
+    It does not depend on how much memory is free: a row's rounding may depend on its chunk.
+    """
+    elements = CHUNK_ELEMENTS if device.type == "cpu" else ACCELERATOR_ELEMENTS
+    return max(ROWS, elements // vocabulary // ROWS * ROWS)
 
 
 def chunked(f: Callable, *rows: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
-    """Apply `f` (rows -> tuple of per-row tensors) to chunks of rows that fit CHUNK_ELEMENTS logits.
+    """Apply `f` (rows -> tuple of per-row tensors) to chunks of `chunk_rows`.
 
     Rows of zeros fill up the last chunk to a multiple of ROWS, so that a row's value does not depend on how many others
     come with it. With more than one chunk and gradients on, each chunk's logits are recomputed in the backward.
     """
-    size = chunk_rows(vocabulary)
+    size = chunk_rows(vocabulary, rows[0].device)
     count, missing = len(rows[0]), -len(rows[0]) % ROWS
     if missing:
         rows = tuple(torch.cat([r, r.new_zeros(missing, *r.shape[1:])]) for r in rows)
@@ -171,7 +178,7 @@ def backward_token_logprobs(
     The vector is known before the forward, so that a chunk goes through the head and back at once and leaves only its
     gradient with respect to the hidden states, which then takes one backward through the body.
     """
-    size, gradients = chunk_rows(policy.vocab_size), []
+    size, gradients = chunk_rows(policy.vocab_size, hidden.device), []
     ids = [None] * len(hidden.split(size)) if kept is None else kept.split(size)
     for h, y, v, k in zip(hidden.split(size), tokens.split(size), vector.split(size), ids, strict=True):
         leaf = h.detach().requires_grad_()

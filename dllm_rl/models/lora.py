@@ -218,11 +218,32 @@ def merged_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{path}.{kind}" if path else kind, tensor
 
 
-def merged_copy(module: Module) -> Module:
-    """A copy of the module that holds `merged_state` in ordinary layers."""
-    twin = copy.deepcopy(module)
-    _merge(twin)
+@torch.no_grad()
+def merged_copy(module: Module, *, device: torch.device | str | None = None) -> Module:
+    """A copy of the module, on another device where one is given, that holds `merged_state` in ordinary layers.
+
+    One layer after the other: its own device holds at most one of them a second time.
+    """
+    memo: dict[int, Any] = {}
+    for path, layer in module.named_modules():
+        if re.search(r"\.(base_layer|lora_A|lora_B)$", path):
+            continue
+        if isinstance(layer, LoraLinear) or is_bitsandbytes(layer):
+            memo[id(layer)] = copy.deepcopy(_plain(layer).to(device))
+            continue
+        # deepcopy takes what the memo holds for an object instead of copying it.
+        for parameter in layer.parameters(recurse=False):
+            memo[id(parameter)] = nn.Parameter(_copied(parameter, device), requires_grad=parameter.requires_grad)
+        for buffer in layer.buffers(recurse=False):
+            memo[id(buffer)] = _copied(buffer, device)
+    twin = copy.deepcopy(module, memo)
+    forget_quantizer(twin)
+    vars(twin.config).pop("quantization_config", None)
     return twin
+
+
+def _copied(tensor: Tensor, device: torch.device | str | None) -> Tensor:
+    return tensor.detach().to(device or tensor.device, copy=True)
 
 
 def merge_lora(policy: Policy) -> None:
@@ -237,13 +258,18 @@ def _merge(module: Module) -> None:
     for path, layer in list(module.named_modules()):
         if path.endswith(".base_layer") or not (isinstance(layer, LoraLinear) or is_bitsandbytes(layer)):
             continue
-        base = getattr(layer, "base_layer", layer)
-        plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        plain.weight = nn.Parameter(layer.merged() if base is not layer else plain_weight(layer), requires_grad=False)
-        plain.bias = base.bias
-        module.set_submodule(path, plain)
+        module.set_submodule(path, _plain(layer))
     forget_quantizer(module)
     vars(module.config).pop("quantization_config", None)
+
+
+def _plain(layer: Any) -> nn.Linear:
+    """An ordinary layer in place of one with an adapter or in few bits; the bias is the layer's own."""
+    base = getattr(layer, "base_layer", layer)
+    plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+    plain.weight = nn.Parameter(layer.merged() if base is not layer else plain_weight(layer), requires_grad=False)
+    plain.bias = base.bias
+    return plain
 
 
 def forget_quantizer(module: nn.Module) -> None:

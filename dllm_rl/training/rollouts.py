@@ -76,7 +76,9 @@ def sample_and_grade(
     seeds = rearrange(rearrange(seeds, "(p g) -> p g", g=group)[places], "p g -> (p g)")
     with log.stage("rollout"), arithmetic(recipe, accelerator):
         prompts = encode(rollout_policy, problems, group_size=group, seeds=seeds.tolist())
-        rollout = recipe.sampler(rollout_policy, prompts, generator_for(*key))
+        batches = prompts.split(recipe.rollout_batch_size or prompts.num_rows)
+        parts = [recipe.sampler(rollout_policy, batch, generator_for(*key)) for batch in batches]
+        rollout = parts[0] if len(parts) == 1 else Rollout.joined(parts, pad_id=rollout_policy.pad_id)
         rollout = rollout.with_support(recipe.sampling_support)
     with log.stage("reward"):
         graded = grade(recipe.task, problems, decode(rollout_policy, rollout), timeout=recipe.reward_timeout)

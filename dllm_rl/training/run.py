@@ -20,6 +20,7 @@ from dllm_rl.files import replacing, write_json
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.policy import load_policy, load_weights
+from dllm_rl.models.recompute import blocks_of
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe
@@ -161,14 +162,21 @@ def make_policy(recipe: Recipe, device: torch.device) -> Policy:
     else:
         seeded = "seed" in inspect.signature(recipe.model).parameters
         policy = (recipe.model(seed=recipe.seed) if seeded else recipe.model()).to(device)
-    policy.float32_head = recipe.float32_head
+    return configured(recipe, policy)
+
+
+def configured(recipe: Recipe, policy: Policy) -> Policy:
+    """The policy with the recipe's settings of how it computes. Raises ValueError on one that it cannot have."""
+    policy.float32_head, policy.gradient_checkpointing = recipe.float32_head, recipe.gradient_checkpointing
+    if recipe.gradient_checkpointing:
+        blocks_of(policy.module)
     return policy
 
 
 def opened(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
     """The policy in a folder of this run; a module that is not transformers' is made anew as the recipe says."""
     if (folder / "config.json").exists():
-        return load_policy(folder, dtype=dtype, device=device, float32_head=recipe.float32_head)
+        return configured(recipe, load_policy(folder, dtype=dtype, device=device))
     policy = make_policy(recipe, device)
     load_weights(policy, folder)
     return policy

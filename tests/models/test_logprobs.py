@@ -17,6 +17,7 @@ from dllm_rl.models.logprobs import (
     token_logprobs,
     token_logprobs_and_entropies,
 )
+from dllm_rl.samplers import propose as propose_module
 from dllm_rl.types import SamplingParams
 
 ROWS, WIDTH, VOCABULARY = 23, 8, 50
@@ -152,6 +153,17 @@ def test_no_tensor_of_logits_is_larger_than_a_chunk(name, monkeypatch):
     with Largest(*weights) as largest:
         plain(policy, hidden, tokens, FILTERS[name])
     assert largest.seen == ROWS * VOCABULARY  # the spy does see the plain way's tensor
+
+
+def test_chunks_by_device():
+    """32 MiB of fp32 logits on a CPU, 256 MiB on an accelerator, in multiples of 16 rows; 16 of the widest."""
+    llada = 126_464
+    assert head_module.chunk_rows(llada, torch.device("cpu")) == 64
+    assert head_module.chunk_rows(llada, torch.device("cuda")) == 528
+    assert head_module.chunk_rows(10**9, torch.device("cuda")) == 16
+    # What a sampler reduces at once is a part of that, on either.
+    for device, elements in propose_module.SLAB.items():
+        assert elements < llada * head_module.chunk_rows(llada, torch.device(device))
 
 
 def test_each_chunk_of_logits_is_made_once_when_the_vector_is_known(monkeypatch):

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import DynamicCache
+from transformers.models.llama import modeling_llama
 from transformers.utils import logging
 
 from dllm_rl import load_policy
@@ -69,6 +71,18 @@ def test_longest_sequence_is_what_the_model_can_take():
     too_long = torch.full((1, 13), 3)
     with pytest.raises((IndexError, RuntimeError)):
         policy.logits(too_long, torch.ones_like(too_long, dtype=torch.bool))
+
+
+def test_scoring_and_learning_build_no_cache(monkeypatch):
+    """A stock causal model's config says use_cache=True."""
+    policy, built = tiny_llama(causal=True, characters="abc"), []
+    monkeypatch.setattr(modeling_llama, "DynamicCache", lambda **_: (built.append(1), DynamicCache(**_))[1])
+    tokens = torch.tensor([[3, 4, 5]])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    policy.hidden(tokens, mask).sum().backward()
+    assert not built
+    policy.encode(tokens, mask, torch.arange(3)[None], use_cache=True)
+    assert built  # the spy does see one that is built
 
 
 def test_shifting_starts_again_behind_padding():

@@ -28,8 +28,8 @@ MUTATIONS = [
         ),
         ("entropy = -(logp.exp()", "entropy = (logp.exp()"),
         (
-            "max(ROWS, CHUNK_ELEMENTS // vocabulary // ROWS * ROWS)",
-            "max(ROWS, CHUNK_ELEMENTS // vocabulary)",
+            "max(ROWS, elements // vocabulary // ROWS * ROWS)",
+            "max(ROWS, elements // vocabulary)",
             "models/test_logprobs.py samplers/test_unmask.py",
         ),
         (".backward(v)", ".sum().backward()"),

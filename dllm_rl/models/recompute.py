@@ -1,0 +1,64 @@
+"""Gradient checkpointing: a block keeps its input alone for the backward, which runs the block again.
+
+transformers' own switch does nothing in eval mode, in which policies stay, and does not know every family; here a
+block is whatever stands in the backbone's outermost list of layers.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dllm_rl.models.base import Module
+from dllm_rl.models.lora import LoraLinear
+
+
+def blocks_of(module: Module) -> list[nn.Module]:
+    """The backbone's blocks: the members of its lists of layers that lie in no other one. Raises ValueError without."""
+    lists = [
+        layers
+        for name, layers in getattr(module, "base_model", module).named_modules()
+        if isinstance(layers, nn.ModuleList) and not any(part.isdigit() for part in name.split("."))
+    ]
+    found = [block for layers in lists for block in layers]
+    if not found:
+        raise ValueError(f"gradient_checkpointing=True: {type(module).__name__} has no list of blocks; leave it off")
+    return found
+
+
+@contextmanager
+def recomputed_blocks(module: Module) -> Iterator[None]:
+    """A forward inside keeps the input of each block and nothing else of it. The backward, which may come later, runs
+    the block again with the same dropout masks, so that gradients are the same, bit for bit where kernels repeat."""
+    blocks = blocks_of(module)
+    for block in blocks:
+        block.forward = partial(_checkpointed, block.forward, block)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _checkpointed(forward: Callable, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    adapters = [layer for layer in block.modules() if isinstance(layer, LoraLinear)]
+    first = [layer.calls for layer in adapters]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        now = [layer.calls for layer in adapters]
+        _count(adapters, first)
+        try:
+            return forward(*args, **kwargs)
+        finally:  # the backward, too, leaves the block as soon as it has what it needs: by an exception
+            _count(adapters, [max(layer.calls, count) for layer, count in zip(adapters, now, strict=True)])
+
+    # No block draws from torch's global generator, so that there is no state of it to keep.
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _count(adapters: list[LoraLinear], calls: list[int]) -> None:
+    for layer, count in zip(adapters, calls, strict=True):
+        layer.calls = count

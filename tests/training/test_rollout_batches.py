@@ -1,0 +1,119 @@
+"""rollout_batch_size is a matter of memory: tokens are the same however few rows go at a time, log-probs to rounding,
+and bit for bit in arithmetic in which a row does not depend on how many others are multiplied with it."""
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from layouts import checkpoint
+from tiny_recipe import SIZES, OddPuzzles, tiny_recipe, tiny_recipe_ar
+from torch import Tensor
+
+from dllm_rl import load_policy
+from dllm_rl.diagnostics.batch_invariance import batch_invariant
+from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.cache import block_cache
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.training.log import RunLog
+from dllm_rl.training.rollouts import collect
+from dllm_rl.training.run import make_policy
+from dllm_rl.types import Prompts, Rollout
+
+PROMPTS = Prompts.from_ids(
+    [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]], pad_id=1, group_size=2, seeds=list(range(100, 108))
+)
+
+
+def assert_same(one: Rollout, other: Rollout, *, exact: bool = True) -> None:
+    for field in dataclasses.fields(Rollout):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(a, Tensor):
+            close = not exact and a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=2e-6)
+            assert torch.equal(a, b) or close, field.name
+        elif field.name != "forwards":
+            assert a == b, field.name
+
+
+def sampled(sampler, policy, rows: int) -> Rollout:
+    with batch_invariant():
+        parts = [sampler(policy, batch, generator_for(0)) for batch in PROMPTS.split(rows)]
+    return Rollout.joined(parts, pad_id=policy.pad_id)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 6])
+@pytest.mark.parametrize("how", ["dream", "sdar", "sdar, cached", "llama"])
+def test_batches_of_rows_are_the_batch(tmp_path, how, rows):
+    """Rows end early, at different times; the filters keep different numbers of tokens. Elsewhere than with full
+    attention rows leave a batch at different times, and sums may round in the last bit."""
+    family, exact = how.split(",")[0], how == "dream"
+    policy = load_policy(checkpoint(tmp_path, family))
+    options = {"max_new_tokens": 12, "temperature": 1.2, "top_p": 0.8, "suppress": (0, 1)}
+    sampler = partial(autoregress, **options) if family == "llama" else partial(unmask, **options)
+    if how == "sdar, cached":
+        sampler = partial(sampler, cache=block_cache())
+    whole = sampled(sampler, policy, 8)
+    assert_same(whole, sampled(sampler, policy, rows), exact=exact)
+    lengths = whole.completion_mask.sum(-1)
+    assert len(lengths.unique()) > 1 or family == "dream"
+
+
+def test_shorter_batches_are_filled_up_on_the_right():
+    """Two rollouts of two rows by hand, 3 and 4 columns wide, that kept one token and two."""
+    rollouts = []
+    for width, kept in ((3, 1), (4, 2)):
+        tokens = torch.arange(2 * width).view(2, width) + 10
+        yes = torch.ones(2, width, dtype=torch.bool)
+        rollouts.append(
+            Rollout(tokens, yes, yes, tokens - 10, -tokens.float(), group_size=2, forwards=width,
+                    log_kept_mass=tokens / 100, kept_ids=tokens[..., None].repeat(1, 1, kept).int())
+        )  # fmt: skip
+    both = Rollout.joined(rollouts, pad_id=7)
+    assert both.tokens.tolist() == [[10, 11, 12, 7], [13, 14, 15, 7], [10, 11, 12, 13], [14, 15, 16, 17]]
+    assert both.attention_mask[:, 3].tolist() == both.completion_mask[:, 3].tolist() == [False, False, True, True]
+    assert both.unmask_step[0].tolist() == [0, 1, 2, -1]
+    assert both.logprobs[0].tolist() == [-10, -11, -12, 0] and both.log_kept_mass[0, 3] == 0
+    assert both.kept_ids[0].tolist() == [[10, -1], [11, -1], [12, -1], [-1, -1]]
+    assert both.forwards == 7
+    none = Rollout.joined([rollouts[0], dataclasses.replace(rollouts[1], kept_ids=None)], pad_id=7)
+    assert none.kept_ids is None  # some set was too large to record
+
+
+@pytest.mark.parametrize(
+    "make", [tiny_recipe, tiny_recipe_ar, partial(tiny_recipe, model=partial(tiny_llama, causal=False, **SIZES))]
+)
+def test_a_step_of_a_run(tmp_path, make):
+    """With dynamic sampling, whose second draw has other prompts and fewer."""
+    rows, seen = [], []
+    for size in (None, 4, 8, 12):
+        recipe = make(tmp_path, task=OddPuzzles(), max_num_gen_batches=2, rollout_batch_size=size, train_batch_size=3)
+        sampler = recipe.sampler
+        recipe = dataclasses.replace(recipe, sampler=partial(spy, sampler, rows, max_new_tokens=16))
+        policy = make_policy(recipe)
+        rollout, rewards, _ = collect(
+            recipe, policy, 0, Accelerator(cpu=True), RunLog(tmp_path / str(size), start=0, main=False)
+        )
+        seen.append((rollout, rewards))
+        assert max(rows) <= (size or 12)
+        rows.clear()
+    for rollout, rewards in seen[1:]:
+        assert_same(seen[0][0], rollout, exact=False)
+        assert torch.equal(seen[0][1], rewards)
+
+
+def spy(sampler, rows, policy, prompts, generator, **_):
+    rows.append(prompts.num_rows)
+    return sampler(policy, prompts, generator)
+
+
+def test_groups_stay_whole(tmp_path):
+    for size in (3, 6):
+        with pytest.raises(ValueError, match=f"rollout_batch_size={size} must be a multiple of num_generations=4"):
+            tiny_recipe(tmp_path, rollout_batch_size=size)
+    with pytest.raises(ValueError, match="rows=1 must hold a group of 2, and every row have its seed"):
+        PROMPTS.split(1)
+    with pytest.raises(ValueError, match="and every row have its seed"):
+        dataclasses.replace(PROMPTS, seeds=None).split(2)
