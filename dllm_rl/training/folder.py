@@ -36,9 +36,11 @@ FREE = {
 }
 
 
+HELD = ("metrics.jsonl", "checkpoints", "summary.json")  # what tells a run's folder
+
+
 def open_folder(recipe: Recipe) -> tuple[Path | None, list[str]]:
-    """Lock the run's folder, and make it, or empty it where asked to; returns the checkpoint to resume from, and what
-    is to be said of it. Raises ValueError."""
+    """Lock the run's folder; returns the checkpoint to resume from, and what is to be said of it. Raises ValueError."""
     directory = Path(recipe.directory)
     notes: list[str] = []
     try:
@@ -49,15 +51,13 @@ def open_folder(recipe: Recipe) -> tuple[Path | None, list[str]]:
             "another output_dir"
         ) from None
     recover(directory / "reference")
-    held = [name for name in ("metrics.jsonl", "checkpoints", "summary.json") if (directory / name).exists()]
+    held = [name for name in HELD if (directory / name).exists()]
     if not recipe.resume_from_checkpoint:
         if held and not recipe.overwrite_output_dir:
             raise ValueError(
                 f"output_dir={str(directory)!r} already holds a run ({', '.join(held)}); give another, or "
                 "--resume_from_checkpoint latest, or --overwrite_output_dir"
             )
-        for name in [*held, "tensorboard", "training.png", "reference", FAILED] * recipe.overwrite_output_dir:
-            remove(directory / name)
         return None, notes
     checkpoint.recover_all(directory / "checkpoints")
     quick = recipe.verify_checkpoint == "quick"
@@ -72,6 +72,13 @@ def open_folder(recipe: Recipe) -> tuple[Path | None, list[str]]:
         for path in checkpoint.set_aside(directory / "checkpoints", folder):
             notes.append(f"set aside, as it is not on the way of the resumed run: {path}")
     return folder, notes
+
+
+def clear_folder(recipe: Recipe) -> None:
+    """Delete the run that the folder holds, where that is asked for and it is not resumed."""
+    if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
+        for name in (*HELD, "tensorboard", "training.png", "reference", FAILED):
+            remove(Path(recipe.directory) / name)
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:

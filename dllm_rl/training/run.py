@@ -25,10 +25,10 @@ from dllm_rl.models.tokens import decode, encode
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
-from dllm_rl.tasks.base import Task, grade
+from dllm_rl.tasks.base import Task, addends, grade
 from dllm_rl.training import checkpoint, manifest, plots
 from dllm_rl.training.cautions import cautions
-from dllm_rl.training.folder import open_folder, settings_of
+from dllm_rl.training.folder import clear_folder, open_folder, settings_of
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.prompts import check_prompts, choose
 from dllm_rl.training.stop import Stop, ended_by_launcher
@@ -62,6 +62,8 @@ def start(recipe: Recipe) -> Run:
     stop.last_words = "stopped before the first step: nothing new was saved; start again with the same command"
     check_processes(recipe, accelerator)
     folder, notes = from_main(partial(open_folder, recipe), accelerator)
+    made = None if folder else rehearsed(recipe, accelerator)  # before anything is written or deleted
+    from_main(partial(clear_folder, recipe), accelerator)
     state: dict[str, Any] = checkpoint.read_state(folder) if folder else {"step": 0}
     patient = recipe.on_save_error == "continue"
     log = RunLog(Path(recipe.directory), start=state["step"], main=accelerator.is_main_process, patient=patient)
@@ -81,7 +83,8 @@ def start(recipe: Recipe) -> Run:
         history |= {key: state[key] for key in ("seconds", "eval_before", "warmup_steps")}
         history["checkpoint"] = str(folder)
     else:
-        policy = fresh_policy(recipe, accelerator, log, history)
+        assert made is not None, "a run without a checkpoint begins with the recipe's model"
+        policy = fresh_policy(recipe, made, accelerator, log, history)
         optimizer = make_optimizer(recipe, policy)
     scheme = recipe.rollout_quantization
     rollout_policy = policy if scheme is None else quantized_copy(policy, scheme())
@@ -118,10 +121,10 @@ def check_processes(recipe: Recipe, accelerator: Accelerator) -> None:
             )
 
 
-def fresh_policy(recipe: Recipe, accelerator: Accelerator, log: RunLog, history: dict[str, Any]) -> Policy:
+def fresh_policy(
+    recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog, history: dict[str, Any]
+) -> Policy:
     """The recipe's model, warmed up, with its adapters, and evaluated; `history` gets what the summary says of it."""
-    policy = make_policy(recipe, accelerator.device)
-    smoke_test(recipe, policy)
     with log.stage("warm-up"):
         history["warmup_steps"] = warm_up(
             recipe,
@@ -191,16 +194,23 @@ def adapter_base(recipe: Recipe, device: torch.device, *, warmed_up: bool) -> Po
     return policy
 
 
-def smoke_test(recipe: Recipe, policy: Policy) -> None:
-    """Run one problem through sampling, grading and warm-up encoding, so that a bad setting fails before any expensive
-    work."""
+def rehearsed(recipe: Recipe, accelerator: Accelerator) -> Policy:
+    """The recipe's model, after one problem went through sampling, grading and the warm-up's encoding, so that a bad
+    setting is refused before any expensive work, and before a file is written."""
+    policy = make_policy(recipe, accelerator.device)
     recipe.likelihood.check(policy)
     check_prompts(recipe, policy)
     (problem,), _ = choose(recipe, policy, [0])
     rollout = recipe.sampler(policy, encode(policy, [problem]), generator_for(recipe.seed, "rehearsal"))
-    grade(recipe.task, [problem], decode(policy, rollout), timeout=recipe.reward_timeout)
+    (graded,) = grade(recipe.task, [problem], decode(policy, rollout), timeout=recipe.reward_timeout)
     if recipe.warmup_steps:
         examples(policy, [problem], max_new_tokens=recipe.max_new_tokens)
+        if recipe.warmup_metric not in addends(graded):
+            known = ", ".join(sorted(addends(graded)))
+            raise ValueError(
+                f"warmup_metric={recipe.warmup_metric!r} is none of the task's: {known}; name one of these"
+            )
+    return policy
 
 
 def make_optimizer(recipe: Recipe, policy: Policy) -> torch.optim.Optimizer:

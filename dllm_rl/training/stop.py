@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 
-from dllm_rl.files import unlock
+from dllm_rl.files import remove, unlock
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import interactive
 
@@ -123,6 +123,8 @@ def leaving_nothing_behind(train: Callable[[Recipe], dict[str, Any]]) -> Callabl
                 signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler)
-            unlock(Path(recipe.directory) / LOCK)
+            unlock(lock := Path(recipe.directory) / LOCK)
+            if lock.exists() and not any(path != lock for path in lock.parent.iterdir()):
+                remove(lock.parent)  # a recipe that was refused
 
     return wrapped

@@ -44,7 +44,7 @@ MUTATIONS = [
         ("zip(query.split(1), key.split(1), value.split(1), masks, strict=True)", "[(query, key, value, attn_mask)]"),
         ("if func is F.linear", "if False"),
         ("        torch.set_float32_matmul_precision(precision)\n", ""),
-        ("            os.environ.pop(WORKSPACE, None)", "            pass"),
+        ("    os.environ[WORKSPACE] = SETTINGS[0]\n", "    pass\n"),
         ("differs = mask & (old != sampled)", "differs = mask & ((old - sampled).abs() > 1e-6)"),
         ("differs.nonzero()[0])", "differs.nonzero()[-1])"),
         ("if name in theirs and not torch.equal", "if name in theirs and torch.equal"),

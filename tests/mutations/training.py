@@ -204,7 +204,7 @@ MUTATIONS = [
             "return self.num_steps",
             "training/test_nothing_lost.py training/test_loop_numbers.py",
         ),
-        ("or self.micro_batch_size % self.num_generations", ""),
+        ("or size % self.num_generations", ""),
         ("entropy=self.entropy_coeff", "entropy=0.0"),
         ("            beta=self.beta,\n", "            beta=0.0,\n"),
     ),
@@ -212,7 +212,7 @@ MUTATIONS = [
         "types.py",
         f"samplers/test_unmask.py {LOOP} training/test_warmup.py likelihoods/test_likelihoods.py",
         ("width - len(row) :] = torch.tensor(row", "width - len(row) :] = torch.tensor(row[::-1]"),
-        ("F.pad(x, (columns, 0), value=value)", "F.pad(x, (0, columns), value=value)"),
+        ("(0, columns) if right else (columns, 0)", "(0, columns)"),
         ("weight=self.weight * live[:, None]", "weight=self.weight"),
         (
             "mask & (self.weight != 0).any(0).any(-1, keepdim=True)",

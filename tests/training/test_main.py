@@ -31,17 +31,28 @@ def at_a_prompt(monkeypatch):
 def test_a_bad_setting_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["recipe.py", "--sampler.max_new_tokens", "900"])
     with pytest.raises(SystemExit) as stopped:
-        main(small(tmp_path))
+        main(small(tmp_path / "run"))
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: max_new_tokens=900 leaves no room for a prompt in the model's 64 positions; lower")
+    assert not any(tmp_path.iterdir()), "a refused run leaves nothing: the corrected command starts"
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
-        main(small(tmp_path))
+        main(small(tmp_path / "run"))
     assert capsys.readouterr().err == "", "one process says it for all"
     monkeypatch.setenv("DLLM_RL_TRACEBACK", "1")
     with pytest.raises(ValueError, match="max_new_tokens=900"):
-        main(small(tmp_path))
+        main(small(tmp_path / "run"))
+
+
+def test_a_refused_run_deletes_nothing(tmp_path):
+    train(small(tmp_path / "run"))
+    before = sorted(path for path in (tmp_path / "run").rglob("*"))
+    bad = {"overwrite_output_dir": True, "warmup_steps": 2, "warmup_metric": "solved"}
+    with pytest.raises(ValueError, match=r"warmup_metric='solved' is none of the task's: cell_accuracy, .*solve_rate"):
+        train(small(tmp_path / "run", **bad))
+    assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
+    assert train(small(tmp_path / "run", overwrite_output_dir=True))["checkpoint"]
 
 
 def test_a_file_that_cannot_be_written_is_one_line_and_status_1(tmp_path, monkeypatch, capsys):
