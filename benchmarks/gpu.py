@@ -1,0 +1,296 @@
+"""What a GPU makes of all this, in one command of at most ten minutes: JSON, a table, a picture.
+
+    python -m benchmarks.gpu --json benchmarks/results/gpu.json          on a GPU; LLaDA-8B's shapes, random weights
+    python -m benchmarks.gpu --smoke                                     the same parts at toy size, on a CPU
+
+Parts run one after the other, each in a process of its own, so that one that fails, or runs out of memory, is named
+in the result and takes nothing of the others with it:
+
+    roofline   products in bf16 and FP8, and copying: what the other parts are held against
+    sampler    the plain published algorithm, the exact sampler, threshold decoding, caches; batches of 1, 8 and 64
+    fp8        the exact sampler on FP8 weights, and on FP8 products, eager and compiled block by block
+    sync       a fresh copy's weights, quantised in place
+    learner    a step with adapters, gradient checkpointing off and on, and one of all weights with 8-bit moments
+    mismatch   trained small weights under real FP8 kernels: causes, as `dllm-rl doctor` names them
+    main job   the README's
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import sampler as samplers
+from benchmarks.measure import machine, seconds_and_peak, table, write_json
+from benchmarks.presets import PRESETS, make
+from dllm_rl.algorithms.optimizers import adamw_8bit
+from dllm_rl.diagnostics.doctor import diagnose
+from dllm_rl.likelihoods.estimators import one_step
+from dllm_rl.likelihoods.scoring import backward_view
+from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.tokens import encode
+from dllm_rl.quantization import schemes
+from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
+from dllm_rl.recipe import Recipe
+from dllm_rl.samplers.cache import dual_cache, prefix_cache
+from dllm_rl.samplers.rules import threshold
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.training import train
+from dllm_rl.types import Prompts
+from recipes.sudoku_tiny import recipe as main_job
+
+Row = dict[str, Any]
+SECONDS = 150  # of one part; what takes longer is stopped and said so
+
+
+def roofline(smoke: bool, device: str) -> list[Row]:
+    size, place = 256 if smoke else 8192, torch.device(device)
+    rows = [{"what": f"{size}^3 product, bf16", "TFLOP/s": samplers.matmul_flops(place, torch.bfloat16, size) / 1e12}]
+    if place.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
+        a = torch.randn(size, size, device=place).to(torch.float8_e4m3fn)
+        b = torch.randn(size, size, device=place).to(torch.float8_e4m3fn).t()
+        ones = torch.ones(size, 1, device=place), torch.ones(1, size, device=place)
+        product = partial(torch._scaled_mm, a, b, *ones, out_dtype=torch.bfloat16)
+        rows.append({"what": f"{size}^3 product, FP8, a scale a row", "TFLOP/s": 2 * size**3 / _best(product) / 1e12})
+    big = torch.zeros(2 ** (20 if smoke else 31), dtype=torch.uint8, device=place)
+    rows.append({"what": "copy, read and write", "GB/s": 2 * big.numel() / _best(big.clone, device) / 1e9})
+    return rows
+
+
+def _best(run: Callable[[], Any], device: str = "cuda") -> float:
+    return max(seconds_and_peak(run, device, repeats=5)["seconds"], 1e-9)
+
+
+def _shape(smoke: bool, batch: int) -> samplers.Shape:
+    return replace(samplers.PRESETS["tiny" if smoke else "llada-8b"], batch=min(batch, 4) if smoke else batch)
+
+
+def _prompts(policy: Any, shape: samplers.Shape) -> Prompts:
+    ids = torch.randint(3, shape.vocabulary, (shape.batch, shape.prompt), generator=torch.Generator().manual_seed(1))
+    return Prompts.from_ids(ids.tolist(), pad_id=policy.pad_id)
+
+
+def _sampled(policy: Any, shape: samplers.Shape, **options: Any) -> Callable[[], Any]:
+    settings = {"max_new_tokens": shape.new, "num_steps": shape.steps, "block_size": shape.block, **options}
+    return partial(unmask, policy, _prompts(policy, shape), torch.Generator(), **settings)
+
+
+def _timed(what: str, run: Callable[[], Any], device: str, tokens: int, **more: Any) -> Row:
+    run()  # kernels are chosen and compiled
+    found = seconds_and_peak(run, device, repeats=2)
+    return {"what": what, **more, "seconds": found["seconds"], "tokens/s": tokens / max(found["seconds"], 1e-9)} | {
+        "peak GiB": found["peak_mib"] / 1024
+    }
+
+
+def sampler(smoke: bool, device: str) -> list[Row]:
+    policy = samplers.random_policy(_shape(smoke, 1), torch.device(device))
+    rows = []
+    for batch in (1, 8, 64):
+        shape = _shape(smoke, batch)
+        arms = {
+            "plain: the published algorithm": partial(samplers.plain, policy, _prompts(policy, shape), shape),
+            "exact": _sampled(policy, shape),
+            "threshold 0.9": _sampled(policy, shape, commit=partial(threshold, tau=0.9)),
+            "prefix cache": _sampled(policy, shape, cache=prefix_cache()),
+            "dual cache": _sampled(policy, shape, cache=dual_cache()),
+        }
+        if batch == 64:
+            del arms["threshold 0.9"]  # random weights pass no threshold: it takes a step a position
+        rows += [_timed(name, run, device, shape.batch * shape.new, batch=shape.batch) for name, run in arms.items()]
+    return rows
+
+
+def fp8(smoke: bool, device: str) -> list[Row]:
+    shape = _shape(smoke, 8)
+    policy = samplers.random_policy(shape, torch.device(device))
+    dynamic = schemes.float8_dynamic if device.startswith("cuda") else schemes.float8_dynamic_emulated
+    rows = [_timed("bf16, exact", _sampled(policy, shape), device, shape.batch * shape.new)]
+    for name, scheme in (("weights", schemes.float8_weight_only), ("products", dynamic)):
+        copied = quantized_copy(policy, scheme())
+        rows.append(_timed(f"FP8 {name}, eager", _sampled(copied, shape), device, shape.batch * shape.new))
+        if not smoke:
+            for block in copied.module.base_model.layers:
+                block.compile(dynamic=True)
+            rows.append(_timed(f"FP8 {name}, compiled", _sampled(copied, shape), device, shape.batch * shape.new))
+    return rows
+
+
+def sync(smoke: bool, device: str) -> list[Row]:
+    policy = samplers.random_policy(_shape(smoke, 1), torch.device(device))
+    rows = []
+    for name in ("float8_weight_only", "int8_weight_only"):
+        begin = time.perf_counter()
+        copied = quantized_copy(policy, getattr(schemes, name)())
+        made = time.perf_counter() - begin
+        found = seconds_and_peak(partial(sync_weights, policy, copied), device, repeats=3)
+        rows.append(
+            {"what": name, "first copy, s": made, "sync, s": found["seconds"]}
+            | {
+                "sync peak GiB": found["peak_mib"] / 1024,
+                "copy GiB": copied.quantization_report.bytes_after / 2**30,
+            }
+        )
+    return rows
+
+
+def learner(smoke: bool, device: str) -> list[Row]:
+    """A forward and backward of one view, and the optimiser's step, on 8 completions of 256 tokens after 128."""
+    rows = []
+    arms = {"adapters": (True, False), "adapters, checkpointing": (True, True), "all weights": (False, True)}
+    for name, (adapters, recompute) in arms.items():
+        policy, rollout = make(PRESETS["smoke" if smoke else "8b-slice"], device, torch.bfloat16)
+        if adapters:
+            add_lora(policy, Lora(r=16))
+        policy.gradient_checkpointing = recompute
+        trained = [p for p in policy.module.parameters() if p.requires_grad]
+        optimizer = (
+            torch.optim.AdamW(trained, lr=1e-6)
+            if adapters or smoke
+            else adamw_8bit(trained, 1e-6, (0.9, 0.99), 0.0)
+        )
+        noise = one_step().draw(rollout, torch.Generator().manual_seed(0))
+
+        def step(policy=policy, rollout=rollout, noise=noise, optimizer=optimizer) -> None:
+            for masked, weight in zip(noise.masked, noise.weight, strict=True):
+                backward_view(policy, rollout, masked, weight)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        blocks = len(policy.module.base_model.layers)
+        rows.append(_timed(name, step, device, int(rollout.completion_mask.sum()), blocks=blocks))
+        del policy, rollout, optimizer, trained, noise, step
+    return rows
+
+
+def _small(smoke: bool, device: str, folder: str) -> Recipe:
+    sizes = {"num_steps": 2, "warmup_steps": 5, "warmup_eval_steps": 5} if smoke else {}
+    return replace(main_job, output_dir=folder, **sizes)
+
+
+def mismatch(smoke: bool, device: str) -> list[Row]:
+    from dllm_rl import load_policy
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        summary = train(replace(_small(smoke, device, folder), num_steps=2 if smoke else 60))
+        policy = load_policy(summary["checkpoint"], dtype=torch.bfloat16, device=device)
+    task = main_job.eval_task
+    prompts = encode(policy, [task[i] for i in range(4 if smoke else 64)], group_size=2)
+    names = ["float8_weight_only", "float8_dynamic_emulated"] + ["float8_dynamic"] * device.startswith("cuda")
+    for name in names:
+        report = diagnose(
+            policy, getattr(schemes, name)(), prompts=prompts, sampler=partial(main_job.sampler, temperature=1.0)
+        )
+        first = report.causes[0]
+        rows.append(
+            {"what": name, "mean abs d, nats": report.total.mean_abs, "max abs d": report.total.max_abs}
+            | {
+                "ESS": report.total.ess,
+                "first cause": f"{first.name} {first.mean_abs:.2g}",
+            }
+        )
+    return rows
+
+
+def whole(smoke: bool, device: str) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        summary = train(_small(smoke, device, folder))
+    before, after = (summary[name]["solve_rate"] for name in ("eval_before", "eval_after"))
+    return [
+        {"what": "main job, seed 0", "before": before, "after": after, "seconds": summary["seconds"]}
+        | summary["stages"]
+    ]
+
+
+PARTS: dict[str, Callable[[bool, str], list[Row]]] = {
+    "roofline": roofline,
+    "sampler": sampler,
+    "fp8": fp8,
+    "sync": sync,
+    "learner": learner,
+    "mismatch": mismatch,
+    "main job": whole,
+}
+
+
+def in_own_process(part: str, smoke: bool, device: str) -> dict[str, Any]:
+    """The part's rows and seconds, or what it ended with."""
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "benchmarks.gpu", "--part", part, "--device", device, "--json", str(file)]
+        try:
+            done = subprocess.run(command + ["--smoke"] * smoke, capture_output=True, text=True, timeout=SECONDS)
+            why = (
+                ""
+                if file.exists()
+                else ([*done.stderr.strip().splitlines(), f"status {done.returncode}"])[-1 - bool(done.stderr.strip())]
+            )
+        except subprocess.TimeoutExpired:
+            why = f"stopped after {SECONDS} s"
+        rows = json.loads(file.read_text()) if file.exists() else []
+    return {"rows": rows, "seconds": round(time.perf_counter() - begin, 1)} | ({"failed": why} if why else {})
+
+
+def picture(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Tokens a second of sampler and FP8, and of the learner."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [name for name in ("sampler", "fp8", "learner") if found.get(name, {}).get("rows")]
+    figure, axes = plt.subplots(
+        1, max(1, len(shown)), figsize=(5.5 * max(1, len(shown)), 4), layout="constrained", squeeze=False
+    )
+    for axis, name in zip(axes[0], shown, strict=False):  # an empty picture where nothing is
+        rows = found[name]["rows"][::-1]
+        labels = [f"{row['what']}" + (f", batch {row['batch']}" if "batch" in row else "") for row in rows]
+        axis.barh(labels, [row["tokens/s"] for row in rows])
+        axis.set(title=name, xlabel="tokens a second")
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that every part runs")
+    parser.add_argument("--part", choices=PARTS, help="this one alone, in this process")
+    parser.add_argument("--json", help="file for the numbers; the picture lies beside it")
+    options = parser.parse_args()
+    if options.device == "cpu" and not options.smoke and not options.part:
+        print("error: no GPU is here; --smoke runs the parts at toy size", file=sys.stderr)
+        return 2
+    if options.part:
+        write_json(options.json, PARTS[options.part](options.smoke, options.device))
+        return 0
+    found = {part: in_own_process(part, options.smoke, options.device) for part in PARTS}
+    for part, result in found.items():
+        print(f"\n{part}, {result['seconds']} s" + (f": FAILED, {result['failed']}" if "failed" in result else ""))
+        if result["rows"]:
+            shorter = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in result["rows"]]
+            names = list(dict.fromkeys(name for row in shorter for name in row))
+            print(table([{name: row.get(name, "") for name in names} for row in shorter]))
+    if options.json:
+        picture(found, Path(options.json).with_suffix(".png"))
+        write_json(
+            options.json,
+            {"benchmark": "gpu", "smoke": options.smoke, "machine": machine(options.device), "parts": found},
+        )
+    return 1 if any("failed" in result for result in found.values()) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
