@@ -154,9 +154,7 @@ def learner(smoke: bool, device: str) -> list[Row]:
         policy.gradient_checkpointing = recompute
         trained = [p for p in policy.module.parameters() if p.requires_grad]
         optimizer = (
-            torch.optim.AdamW(trained, lr=1e-6)
-            if adapters or smoke
-            else adamw_8bit(trained, 1e-6, (0.9, 0.99), 0.0)
+            torch.optim.AdamW(trained, lr=1e-6) if adapters or smoke else adamw_8bit(trained, 1e-6, (0.9, 0.99), 0.0)
         )
         noise = one_step().draw(rollout, torch.Generator().manual_seed(0))
 

@@ -37,8 +37,8 @@ def test_adamw_8bit_is_told_the_same():
 
 def test_schedule_by_hand():
     # A rise over 5 steps, 1 until step 60 of 100, then down to 0.1 at step 100: at 80 half of the way, 0.55.
-    factors = [linear_decay(step, 100) for step in (0, 1, 4, 5, 60, 80, 100)]
-    assert factors == pytest.approx([0.2, 0.4, 1.0, 1.0, 1.0, 0.55, 0.1])
+    factors = [linear_decay(step, 100) for step in (0, 1, 4, 5, 60, 80, 100, 150)]
+    assert factors == pytest.approx([0.2, 0.4, 1.0, 1.0, 1.0, 0.55, 0.1, 0.1])
     # No plateau: step 2 of 4 is half of the way to 0.5, and the rise of 10 steps multiplies it by 3/10.
     assert linear_decay(2, 4, warmup_steps=10, constant_until=0.0, final=0.5) == pytest.approx(0.3 * 0.75)
     assert linear_decay(0, 0, warmup_steps=0) == 1.0

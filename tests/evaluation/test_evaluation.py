@@ -195,7 +195,8 @@ def test_fingerprints_tell_weights_apart(policy):
     assert fingerprint(other) == fingerprint(policy)
     assert fingerprint(quantized_copy(policy, float8_weight_only())) != fingerprint(policy)
     with torch.no_grad():
-        list(other.module.parameters())[-1].view(-1)[0] += 1e-3
+        largest = max(other.module.parameters(), key=torch.Tensor.numel)
+        largest.view(-1)[500] += 1e-3
     assert fingerprint(other) != fingerprint(policy)
 
 
@@ -204,7 +205,7 @@ def test_folding_survives_a_kill_between_the_file_and_its_parts(tmp_path):
     path, first, second = (tmp_path / name for name in ("c.jsonl", "c.part0.jsonl", "c.part1.jsonl"))
     first.write_text(line(0, "a") + line(2, "c"))
     second.write_text(line(1, "b") + '{"half')
-    path.write_text(line(0, "a"))  # the file was replaced, its parts were not deleted yet
+    path.write_text(line(0, "older"))  # the file was replaced, its parts were not deleted yet
     (tmp_path / ".c.jsonl.partial").write_text("rubbish of an earlier kill")
     fold(path)
     assert list(texts(path).items()) == [((0, 0), "a"), ((1, 0), "b"), ((2, 0), "c")]
@@ -256,6 +257,8 @@ def test_means_and_intervals_by_hand():
     assert found["accuracy_interval"] == list(wilson(3, 4))
     assert found["parsed"] == 1.0 and found["parsed_interval"] == list(wilson(4, 4))
     assert not [name for name in found if name.startswith("pass@")]
+    # a reward is a number by nature, also where all of them are 0 or 1
+    assert interval("reward", [1.0] * 4, [1.0] * 4) == (1.0, 1.0) and interval("accuracy", [1.0] * 4, [1.0] * 4)[0] < 1
     # a mean of other numbers is resampled: quarter, half -> all resampled means lie between them
     low, high = Evaluation(answers([0.25, 0.5] * 20), {}).summary["accuracy_interval"]
     assert 0.25 < low < 0.375 < high < 0.5
@@ -320,6 +323,18 @@ def test_ratios_of_sums():
 
 
 # --- errors ------------------------------------------------------------------------------------------------------
+
+
+def test_batch_size_counts_completions(policy):
+    seen = []
+
+    def counting(*arguments):
+        rollout = SAMPLER(*arguments)
+        seen.append(len(rollout.tokens))
+        return rollout
+
+    evaluate(policy, sudoku(6), counting, samples=2, batch_size=4)
+    assert seen == [4, 4, 4]
 
 
 def test_counts_below_one_are_refused(policy):
