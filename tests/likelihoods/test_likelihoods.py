@@ -314,7 +314,7 @@ def test_a_stratified_uniform_that_rounds_to_one_chooses_the_last():
 def test_the_strata_of_blocks_say_nothing_of_how_much_of_each_is_hidden():
     """Block and number hidden are independent: with both in strata of the same sample, an early block would always have
     few hidden, and a late one many."""
-    rollout = TablePolicy(length=4, words=2, seed=0).rollout([0, 1, 0, 1])
+    rollout = TablePolicy(length=4, words=2, seed=0).rollout(torch.tensor([[0, 1, 0, 1]]))
     estimator, seen = lik.block(block_size=2, num_samples=2), [set(), set()]
     for seed in range(40):
         noise = estimator.draw(rollout, seeded(seed))
