@@ -72,7 +72,7 @@ def _leave(run: Run, step: int, error: Exception, frames: list[FrameType]) -> st
     try:
         if main and whole and not checkpoint.folder_of(Path(recipe.directory) / "checkpoints", step).exists():
             write_checkpoint(run, step)
-        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+        if run.accelerator.num_processes > 1 and _of_an_exchange(error):
             return (
                 f"{said}: another process ended, and its own message says why, or kept this one waiting for "
                 f"collective_timeout={recipe.collective_timeout:g} s; {how_to_continue(recipe)}"
@@ -83,6 +83,11 @@ def _leave(run: Run, step: int, error: Exception, frames: list[FrameType]) -> st
     script = sys.argv if sys.argv[0].endswith(".py") else ["RECIPE.py"]
     replay = shlex.join(["dllm-rl", "replay", str(dump), *script])
     return f"{said}; mend the cause and {how_to_continue(recipe)}; to run that step alone: {replay}"
+
+
+def _of_an_exchange(error: Exception) -> bool:
+    """Whether it is another process's fault, or the network's; gloo raises RuntimeError that names its source file."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 def write(run: Run, step: int, error: Exception, frames: list[FrameType]) -> Path:

@@ -31,6 +31,7 @@ KINDS = {
     "kill at a file operation": ("file", [signal.SIGKILL]),
     "kill at a call": ("call", [signal.SIGKILL]),
     "kill in mid-write": ("write", [signal.SIGXFSZ]),
+    "kill of the last process": ("call", [signal.SIGKILL]),
     "signal at a call": ("call", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]),
     "full disk": ("write", [FULL]),
 }
@@ -62,12 +63,14 @@ class Suite:
         """Put a fault in a fresh run, sometimes another in the resumed one, and let it end."""
         directory, processes = self.root / f"run {number}", PROCESSES.get(scenario, 1)
         where, signals = KINDS[kind]
+        victim = processes - 1 if kind == "kill of the last process" else 0
         tally, said = self.table.setdefault(f"{scenario}: {kind}", Counter()), []
         for attempt in range(1 + (self.chance.random() < 0.3)):
             fault = Fault(where, 1 + self.chance.randrange(self.places[scenario][where]), self.chance.choice(signals))
             changes = {"resume_from_checkpoint": "latest"} if attempt else {}
             begin = time.perf_counter()
-            code, out = run(small_recipe(directory, scenario, **changes), fault=fault, processes=processes)
+            recipe = small_recipe(directory, scenario, **changes)
+            code, out = run(recipe, fault=fault, victim=victim, processes=processes)
             self.slowest = max(self.slowest, time.perf_counter() - begin)
             said.append(f"{fault} -> {code}")
             if fault.what == FULL and [*directory.rglob(".*.partial")]:
@@ -113,14 +116,16 @@ def main() -> int:
     parser.add_argument("--damages", type=int, default=20, help="damaged checkpoints (default 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenario", action="append", choices=SCENARIOS, help="default: all")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="default: all")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="faults-"))
     suite, scenarios = Suite(root, arguments.seed), arguments.scenario or list(SCENARIOS)
+    kinds = arguments.kind or list(KINDS)
     for scenario in scenarios if arguments.count else ():
         suite.measure(scenario)
     for number in range(arguments.count):
-        suite.hit(scenarios[number % len(scenarios)], list(KINDS)[number // len(scenarios) % len(KINDS)], number)
+        suite.hit(scenarios[number % len(scenarios)], kinds[number // len(scenarios) % len(kinds)], number)
     if arguments.damages:
         whole = root / "whole of damages"
         code, out = run(small_recipe(whole, "beta > 0", save_total_limit=9))

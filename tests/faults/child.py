@@ -6,6 +6,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +43,15 @@ def no_picture(directory: Path) -> Path:
 plots.plot = no_picture
 
 
-def run(recipe: Recipe, *, fault: Fault | None = None, processes: int = 1, count: bool = False) -> tuple[int, str]:
-    """Exit status (negative: the signal that ended it) and output of a run. With `count`, its output ends with the
-    number of file operations and of calls, as JSON."""
+PATIENCE = 20.0  # seconds that processes have to end in, once one has ended badly; torchrun gives them 30
+
+
+def run(
+    recipe: Recipe, *, fault: Fault | None = None, victim: int = 0, processes: int = 1, count: bool = False
+) -> tuple[int, str]:
+    """Exit status (negative: the signal that ended it) of the first process, and output of a run. The fault is put into
+    the process number `victim`. With `count`, the output ends with the number of file operations and of calls, as
+    JSON."""
     folder = Path(recipe.directory)
     folder.mkdir(parents=True, exist_ok=True)
     output = folder.with_name(folder.name + ".out")
@@ -53,15 +60,28 @@ def run(recipe: Recipe, *, fault: Fault | None = None, processes: int = 1, count
         for rank in range(processes):
             pid = os.fork()
             if pid == 0:
-                _child(recipe, fault if rank == 0 else None, (rank, processes, port), out.fileno(), count and rank == 0)
+                mine = fault if rank == victim else None
+                _child(recipe, mine, (rank, processes, port), out.fileno(), count and rank == 0)
             ranks.append(pid)
         while len(codes) < processes:
-            pid, status = os.waitpid(-1, 0)
+            pid, status = os.waitpid(-1, 0) if not any(codes.values()) else _within(PATIENCE, set(ranks) - set(codes))
             codes[pid] = os.waitstatus_to_exitcode(status)
             for other in set(ranks) - set(codes) if codes[pid] else ():
                 # As a launcher does, which waits for those that it ends by SIGTERM; a kill of the first is one of all.
                 os.kill(other, signal.SIGKILL if pid == ranks[0] and codes[pid] < 0 else signal.SIGTERM)
     return codes[ranks[0]], output.read_text(errors="replace")
+
+
+def _within(seconds: float, alive: set[int]) -> tuple[int, int]:
+    """What os.waitpid returns; processes that take longer are killed, as by torchrun."""
+    end = time.monotonic() + seconds
+    while (ended := os.waitpid(-1, os.WNOHANG))[0] == 0:
+        if time.monotonic() > end:
+            for pid in alive:
+                os.kill(pid, signal.SIGKILL)
+            return os.waitpid(-1, 0)
+        time.sleep(0.02)
+    return ended
 
 
 def _free_port() -> int:

@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from dllm_rl import tiny_masked_lm
 from dllm_rl.algorithms.correctors import none
+from dllm_rl.models.lora import Lora
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training import train
 from tiny_recipe import SIZES, tiny_recipe
@@ -55,7 +56,7 @@ def in_second_iteration(log_ratio, advantages, mask):
 def late(step, num_steps):
     return float(step > 0)
 
-twice = {"num_iterations": 2, "lr_schedule": late}
+twice = {"num_iterations": 2, "lr_schedule": late, "lora": partial(Lora, r=2), "warmup_steps": 2}
 FAULTS = {
     "grader": {"task": Raising()},
     "gradient": {"advantages": nothing},
