@@ -160,18 +160,19 @@ def correct(
     exact = recipe.likelihood.exact_for_sampler or recipe.likelihood.attention == ("causal",)
     metrics |= symptom_metrics(tokens, corrected, flat, old=old if exact else None)
 
-    mine = [send(device, local(x, accelerator)[:, :width])[0] for x in (weights, keep)]
+    num_tokens, num_sequences = int((keep | (completion & ~corrected)).sum()), len(keep)
+    weights, keep = (send(device, local(x, accelerator)[:, :width])[0] for x in (weights, keep))
     return Batch(
         rollout=rollout,
         noise=only_groups(noise, chosen, group_size, accelerator),
         advantages=send(device, local(flat, accelerator))[0],
         old=logps.rollout if recipe.old_logprobs == "rollout" else logps.old,
         old_scores=logps.old_scores,
-        weights=mine[0],
-        keep=mine[1],
+        weights=weights,
+        keep=keep,
         reference=logps.reference,
-        num_tokens=int((keep | (completion & ~corrected)).sum()),
-        num_sequences=len(keep),
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
         behaviour=logps.rollout,
     ), metrics
 
