@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, parse_flag_from_env
 from torch import Tensor, nn
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -84,10 +84,11 @@ def make_accelerator(
     on another kind of device, which it keeps from the first Accelerator of a process on.
 
     timeout  seconds that a process waits for the others in an exchange before it stops; None: torch's own.
-    device   the kind of device; None: that of `find_device`.
+    device   the kind of device; None: the CPU where the launch's config says so, else that of `find_device`.
     """
     limits = [] if timeout is None else [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
-    wanted = find_device() if device is None else device
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # what a launch's config with use_cpu sets
+    wanted = device if device is not None else torch.device("cpu") if on_cpu else find_device()
     # Accelerate joins the processes of a CPU launch only when told that there is no accelerator.
     accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision=mixed_precision, kwargs_handlers=limits)
     if accelerator.num_processes != launched():
