@@ -36,7 +36,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     processes: Processes = OneProcess()
     device = find_device(arguments.device)
     if launched() > 1:
-        processes = make_accelerator(device=device)
+        processes = make_accelerator(device=device if arguments.device else None)
         device = processes.device
     policy = open_policy(arguments, device=device)
     plans = plan(policy, task, arguments)

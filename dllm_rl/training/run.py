@@ -160,8 +160,7 @@ def make_policy(recipe: Recipe, device: torch.device) -> Policy:
         policy: Policy = load_policy(recipe.model, device=device, **options)
     elif isinstance(recipe.model, Policy):
         policy = copy.copy(recipe.model)
-        policy.module = copy.deepcopy(policy.module)
-        policy.to(device)
+        policy.module = copy.deepcopy(policy.module).to(device)
     else:
         seeded = "seed" in inspect.signature(recipe.model).parameters
         policy = (recipe.model(seed=recipe.seed) if seeded else recipe.model()).to(device)

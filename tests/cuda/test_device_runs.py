@@ -312,6 +312,7 @@ PLANTED = {
     "scoring, log-probs": ("likelihoods.scoring", "token_logprobs"),
     "learner, masks": ("training.loop", "draw_noise"),
     "learner, loss": ("recipe", "policy_loss"),
+    "metrics": ("training.learner", "off_policy_metrics"),
 }
 
 

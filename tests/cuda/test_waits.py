@@ -6,13 +6,18 @@ import pytest
 import torch
 from layouts import checkpoint
 from simulated_cuda import SimulatedCuda
+from tiny_recipe import tiny_recipe
 
 from dllm_rl import load_policy
+from dllm_rl.algorithms.correctors import ais, compose, reject
 from dllm_rl.likelihoods import elbo, one_step, trajectory
 from dllm_rl.likelihoods.scoring import backward_view, score_view
 from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.quantization import schemes
+from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers import rules, unmask
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
+from dllm_rl.training import train
 from dllm_rl.types import Prompts
 
 SIZES = {"characters": "1234.=", "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 16}
@@ -80,3 +85,31 @@ def test_a_scored_view_waits_twice_at_most(name, tmp_path):
             likelihood.scores(policy, rollout, noise)
         assert 0 < cuda.waits("forward") <= 2 * views and 0 < cuda.waits("backward") <= 2 * views, cuda.report()
         assert cuda.waits("all views") <= 2 * views + 1, "and once for the rows of all views"
+
+
+@pytest.mark.parametrize("scheme", [schemes.float8_weight_only, schemes.int4_weight_only, schemes.int3_emulated])
+def test_a_sync_waits_as_often_for_many_layers_as_for_few(scheme):
+    """Once for whether all weights are finite, once for what has changed."""
+    sizes = SIZES | {"hidden_size": 32, "intermediate_size": 32}
+    with SimulatedCuda() as cuda:
+        for layers in (1, 3):
+            policy = tiny_llama(**(sizes | {"num_layers": layers}), causal=False).to("cuda")
+            with cuda.phase("copy"):
+                rollout_policy = quantized_copy(policy, scheme())
+            with cuda.phase("sync"):
+                sync_weights(policy, rollout_policy)
+        assert (cuda.waits("copy"), cuda.waits("sync")) == (2, 4), cuda.report()
+
+
+def test_the_metrics_of_a_step_are_fetched_together(tmp_path):
+    """What the corrector and the mismatch metrics see comes in one transfer, loss metrics and gradient norm in another,
+    completions' lengths in a third; correctors, losses and metrics themselves wait for nothing."""
+    few = {"num_steps": 1, "train_batch_size": 2, "num_generations": 2}
+    recipe = tiny_recipe(tmp_path, corrector=compose(ais(), reject()), **few)
+    with SimulatedCuda() as cuda:
+        train(recipe)
+        assert cuda.waits(place="gather_on_host") == cuda.waits(place="reduce_metrics") == 1, cuda.report()
+        assert cuda.waits(place="reward_metrics") == 1
+        for room in ("algorithms/mismatch", "algorithms/correctors", "algorithms/advantages", "training/learner"):
+            assert cuda.waits(place=room) == 0, cuda.report()
+        assert cuda.waits(place="algorithms/losses") == 1, "how many positions the loss keeps"

@@ -114,17 +114,17 @@ MUTATIONS = [
             '(noise.weight != 0)[0].any(-1), "(p g)',
             f"{MODELS} training/test_constant_memory.py",
         ),
-        ("at = vector.flatten()[view.places]", "at = vector.flatten()[view.places].abs()"),
+        ("rollout.sampling_params, at, view.kept)", "rollout.sampling_params, at.abs(), view.kept)"),
         ("if mask_id is None else rollout.tokens.masked_fill(masked, mask_id)", "", f"{MODELS}"),
         (
-            "alike = (tokens == first(tokens)).all() & (attention_mask",
-            "alike = (attention_mask",
+            "(tokens == first(tokens)).all() & (attention_mask",
+            "(attention_mask",
             f"{MODELS} {CONTRACT}",
         ),
         (" & (attention_mask == first(attention_mask)).all()", "", f"{MODELS} {CONTRACT}"),
         (
-            "token_logprobs(policy, view.states, view.tokens, rollout.sampling_params, view.kept)",
-            "token_logprobs(policy, view.states, view.tokens, type(rollout.sampling_params)(), view.kept)",
+            "view.states, view.tokens, rollout.sampling_params, view.kept)",
+            "view.states, view.tokens, type(rollout.sampling_params)(), view.kept)",
         ),
         (
             'if rollout.sampling_params.support == "rollout" else None',

@@ -95,7 +95,7 @@ MUTATIONS = [
         ),
         ('block_causal" or approximate_early_exit', 'block_causal"'),
         ("alike = group if canvas.forwards == 0 else 1", "alike = group"),
-        (" & (canvas.block[on_device] == open_block[:, None])", ""),
+        ("& (canvas.block[on_device] == open_block[:, None])", ""),
         ("commit(scores, masked, left) & masked", "commit(scores, masked, left)"),
         ("canvas.write(on_device[r], c, clock[r], *drawn)", "canvas.write(on_device[r], c, clock[r] + 1, *drawn)"),
         ("queue.drop(canvas.end(complete, spec.eos_ids))", "canvas.end(complete, spec.eos_ids)"),

@@ -131,7 +131,7 @@ def test_a_layout_without_a_way_back_is_dequantised_by_its_own_product(monkeypat
     monkeypatch.setattr(ops, "_weight_int4pack_mm", product, raising=False)
     weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     layer = nn.Linear(256, 48, bias=False)
-    layer.weight = nn.Parameter(quantized(weight, quantize.int4_packed(), "layer"), requires_grad=False)
+    layer.weight = nn.Parameter(quantized(weight, quantize.int4_packed())[0], requires_grad=False)
     found = dequantized_weight(layer)
     # Codes are 0..15 about 8, in groups of 128: w = (code - 8) * scale + zero.
     scale, zero = (seen["scales"][:2, :48, i].T.repeat_interleave(128, 1) for i in (0, 1))
@@ -342,7 +342,7 @@ def test_float8_weights_are_torchaos_own(dtype):
     from dllm_rl.quantization.linear import quantized
 
     layer = torch.nn.Linear(384, 96, bias=False, dtype=dtype)
-    ours = quantized(layer.weight.detach().clone(), Float8WeightOnlyConfig(), "layer")
+    ours = quantized(layer.weight.detach().clone(), Float8WeightOnlyConfig())[0]
     quantize_(layer, Float8WeightOnlyConfig())
     assert torch.equal(ours.qdata.view(torch.uint8), layer.weight.qdata.view(torch.uint8))
     assert torch.equal(ours.scale, layer.weight.scale)

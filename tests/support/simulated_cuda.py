@@ -349,6 +349,14 @@ def patches(simulation: SimulatedCuda) -> Iterator:
         return make(cls, *args, **(kwargs | ({"device": "cpu"} if is_cuda(kwargs.get("device")) else {})))
 
     yield mock.patch.object(torch.Tensor, "_make_wrapper_subclass", staticmethod(wrapper))
+    groups = torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype  # asks in C++ for devices
+
+    def grouped(tensors, *args, **kwargs):
+        found = groups(tensors, *args, **kwargs)
+        there = any(isinstance(x, SimulatedTensor) for x in tensors[0])
+        return {(DEVICE if there else device, dtype): group for (device, dtype), group in found.items()}
+
+    yield mock.patch("torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype", grouped)
     if "torchao" in sys.modules:
         from torchao.utils import TorchAOBaseTensor
 

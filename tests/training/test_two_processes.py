@@ -68,6 +68,12 @@ def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch):
         make_accelerator()
 
 
+def test_a_launch_that_asks_for_the_cpu_gets_it(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with SimulatedCuda():
+        assert make_accelerator().device.type == "cpu"
+
+
 def test_a_device_that_another_accelerator_settled_is_refused():
     """Accelerate keeps the first device of a process: a run must not go on on the CPU beside an idle GPU."""
     with SimulatedCuda():
