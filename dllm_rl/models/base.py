@@ -150,6 +150,9 @@ class Head(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def device(self) -> torch.device: ...
+
     def head(self, hidden: Tensor) -> Tensor: ...
 
 
@@ -173,9 +176,6 @@ class Policy(Head, Protocol):
     lora: "Lora | None"
     quantization: Any
     quantization_report: Any
-
-    @property
-    def device(self) -> torch.device: ...
 
     @property
     def pad_id(self) -> int: ...
