@@ -50,10 +50,18 @@ class QuantizationReport:
 
 
 @torch.no_grad()
-def quantized_copy(policy: Policy, config: Scheme, *, skip: Callable[[nn.Module, str], bool] | None = None) -> Policy:
+def quantized_copy(
+    policy: Policy,
+    config: Scheme,
+    *,
+    skip: Callable[[nn.Module, str], bool] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Policy:
     """A second policy whose block linears are quantised by `config`; None copies without quantising.
 
-    skip  (module, name) -> True for further layers that keep their precision.
+    skip   (module, name) -> True for further layers that keep their precision.
+    dtype  that the copy's weights are held in and quantised from; None: the policy's own. bf16 beside fp32 ones is what
+           a learner under autocast computes with.
 
     Head, embeddings, norms and routers keep theirs, as do layers tied to one of these and experts fused into one
     3-D parameter (experts that are linear layers are quantised). `rollout_policy.quantization_report` says all that.
@@ -65,7 +73,7 @@ def quantized_copy(policy: Policy, config: Scheme, *, skip: Callable[[nn.Module,
     kept: dict[str, str] = {}
     memo: dict[int, Any] = {}
     if config is not None:
-        config = check_scheme(config, policy.device, next(module.parameters()).dtype)
+        config = check_scheme(config, policy.device, dtype or next(module.parameters()).dtype)
         kept = skip_reasons(module, config, skip)
     chosen = [] if config is None else [name for name, _ in linear_layers(module) if name not in kept]
     if config is not None and not chosen:
@@ -73,7 +81,7 @@ def quantized_copy(policy: Policy, config: Scheme, *, skip: Callable[[nn.Module,
     for name, layer in linear_layers(module):
         # deepcopy takes what the memo holds for an object instead of copying it: no plain copy of a weight is made.
         quantise, base = name in chosen, layer.base_layer if isinstance(layer, LoraLinear) else layer
-        weight = layer.merged() if isinstance(layer, LoraLinear) else plain_weight(layer)
+        weight = (layer.merged() if isinstance(layer, LoraLinear) else plain_weight(layer)).to(dtype)
         if quantise and isinstance(config, FakeQuantize):
             memo[id(layer)] = EmulatedLinear(weight, copy.deepcopy(base.bias, memo), config)
             check_finite(name, memo[id(layer)].weight)
@@ -85,6 +93,10 @@ def quantized_copy(policy: Policy, config: Scheme, *, skip: Callable[[nn.Module,
             plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), copy.deepcopy(base.bias, memo)
         elif quantise:
             memo[id(layer.weight)] = nn.Parameter(weight, requires_grad=False)
+    if dtype is not None:
+        for parameter in module.parameters():
+            if id(parameter) not in memo and parameter.is_floating_point():
+                memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
     rollout_policy.module = copy.deepcopy(module, memo).requires_grad_(False)
     for name in chosen:
         rollout_policy.module.get_submodule(name).quantization = config

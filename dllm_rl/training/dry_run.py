@@ -99,7 +99,7 @@ def dtype_of(recipe: Recipe, module: Module) -> torch.dtype:
 def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> Memory:
     """Bytes per GPU: data parallel, every GPU holds all of them."""
     dtype = dtype_of(recipe, policy.module)
-    copied = rollout_bytes(recipe, policy, dtype.itemsize)
+    copied = rollout_bytes(recipe, policy, 2 if recipe.bf16 else dtype.itemsize)
     return measure_step(recipe, policy, prompt_tokens=prompt_tokens, dtype=dtype, rollout_copy=copied)
 
 
