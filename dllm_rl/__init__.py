@@ -18,7 +18,8 @@ _HOME = {
     "config": "describe from_command_line",
     "tasks": "Problem Reward Task Sudoku Countdown GSM8K MATH500 ReasoningGym task_from_dataset",
     "models.base": "Policy FamilySpec",
-    "models.policy": "load_policy make_policy DiffusionPolicy AutoregressivePolicy",
+    "models.policy": "load_policy load_weights make_policy DiffusionPolicy AutoregressivePolicy",
+    "models.families": "register_family",
     "models.lora": "Lora lora_r16 lora_d1 add_lora merge_lora",
     "models.tiny": "tiny_masked_lm tiny_llama",
     "models.convert": "diffusion_from_causal",
@@ -35,9 +36,10 @@ _HOME = {
     "algorithms.losses": "ppo_clip gspo trust_band cispo reinforce token sequence constant kl_k1 kl_k2 kl_k3 loss_type",
     "algorithms.optimizers": "adamw adamw_8bit linear_decay",
     "training.loop": "train",
+    "training.grpo": "grpo grpo_recipe",
     "evaluation.evaluate": "evaluate",
     "diagnostics.doctor": "diagnose",
-    "testing": "check_corrector check_estimator",
+    "testing": "check_corrector check_estimator check_policy",
 }
 _MODULE_OF = {name: f"dllm_rl.{module}" for module, names in _HOME.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)

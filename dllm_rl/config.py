@@ -231,8 +231,12 @@ def describe(value: Any) -> str:
         return f"{value.func.__name__}({arguments})"
     if inspect.isfunction(value) or isinstance(value, type):
         return value.__name__
+    if isinstance(value, tuple | list) and any(map(callable, value)):
+        return f"({', '.join(map(describe, value))})"
     if dataclasses.is_dataclass(value):
-        shown = [(n, v) for n, v, _, metadata in _members(value) if not (metadata.get("omit_none") and v is None)]
+        hidden = {f.name for f in dataclasses.fields(value) if not f.repr}
+        members = [(n, v, metadata) for n, v, _, metadata in _members(value) if n not in hidden]
+        shown = [(n, v) for n, v, metadata in members if not (metadata.get("omit_none") and v is None)]
         return f"{type(value).__name__}({', '.join(f'{n}={describe(v)}' for n, v in shown)})"
     return repr(value)
 

@@ -29,7 +29,9 @@ class Recipe:
     """What is trained, and how. Names are TRL's and verl's where the meaning is the same."""
 
     name: str = _("name of the run, and of its folder below runs/")
-    model: Callable[..., Policy] | str = _("function (seed=...) that makes the policy, or a checkpoint's path")
+    model: Callable[..., Policy] | str | Policy = _(
+        "function (seed=...) that makes the policy, a policy (copied), or a checkpoint's path"
+    )
     task: Task = _("problems to train on")
     validation_task: Task = _("problems that steer the warm-up and are evaluated every eval_steps")
     eval_task: Task = _("held-out problems, evaluated before and after RL only")

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "diagnostics": "types files screen algorithms models likelihoods quantization",
     "evaluation": "types rng files config distributed tasks models samplers likelihoods quantization",
     "recipe": "algorithms likelihoods models tasks",
-    "testing": "types algorithms likelihoods models",
+    "testing": "types algorithms likelihoods models quantization",
     "training": "types rng files screen config distributed tasks algorithms models samplers likelihoods quantization "
     "diagnostics evaluation recipe",
     # the outside

@@ -7,7 +7,7 @@ import pytest
 
 from tests.mutations.__main__ import everything
 from tests.mutations.record import Mutation, mutations
-from tests.mutations.runner import ROOT, Outcome, apply, run_all, score
+from tests.mutations.runner import ROOT, Outcome, applicable, apply, run_all, score
 
 SOURCE = "def clamp(x):\n    return min(x, 1)\n"
 TEST = "from toy import clamp\n\n\ndef test_clamp():\n    assert clamp(2) == 1\n"
@@ -86,3 +86,8 @@ def test_a_short_list_becomes_records():
 def test_the_list_is_long_and_without_repetition():
     found = everything()
     assert len({(m.file, m.old, m.new) for m in found}) == len(found) >= 150
+
+
+def test_every_mutation_of_the_list_can_be_applied():
+    gone = [mutation.name for mutation in everything() if not applicable(mutation, ROOT)]
+    assert not gone, "the code has moved on; write these anew: " + "\n".join(gone)

@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from dllm_rl.algorithms.mismatch import mismatch_metrics
 from dllm_rl.diagnostics.batch_invariance import layer_outputs
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, causal, trajectory
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Policy, output_embeddings
 from dllm_rl.models.head import HALF
 from dllm_rl.quantization.linear import dequantized_weight
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
@@ -199,8 +199,9 @@ def with_head(policy: Policy, *, float32: bool) -> Policy:
 
 def computes_in_half(*policies: Policy) -> bool:
     """Whether a head would run in 16 bits if it were let to."""
-    heads = (p.module.get_output_embeddings().weight for p in policies)
-    return any(weight.dtype in HALF or torch.is_autocast_enabled(weight.device.type) for weight in heads)
+    heads = ((output_embeddings(p.module), p) for p in policies)
+    kinds = {(next(p.module.parameters()) if head is None else head.weight).dtype for head, p in heads}
+    return not kinds.isdisjoint(HALF) or any(torch.is_autocast_enabled(p.device.type) for p in policies)
 
 
 @torch.no_grad()

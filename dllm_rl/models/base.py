@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 if TYPE_CHECKING:
     from dllm_rl.models.lora import Lora
 
-Module = Any  # a stock transformers module; nn.Module would type all that it holds as Tensor | Module
+Module = Any  # transformers' or a user's own; nn.Module would type all that it holds as Tensor | Module
 Attention = Literal["full", "block_causal", "causal"]
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -76,6 +76,11 @@ def encode_block_causal(
     return encode_base(module, tokens, attention_mask, positions, **cache)
 
 
+def output_embeddings(module: Module) -> Any:
+    """The layer that projects on the vocabulary; None where a module does not say which one that is."""
+    return module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+
+
 def linear_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
     return module.get_output_embeddings()(hidden)
 
@@ -97,6 +102,7 @@ class FamilySpec:
                  `mask_vocabulary` tokens; `mask_names` are what a tokenizer that declares no mask token may call it.
     eos_ids      ids that end a completion.
     max_length   longest sequence the model can take, in tokens; None if unknown.
+    vocab_size   number of its logits; None: what the module's config says.
     encode, head module, tokens, attention mask, positions -> hidden states; module, hidden states -> logits.
     lora_targets names of the linear layers of a block that LoRA adapts unless told otherwise.
 
@@ -122,6 +128,7 @@ class FamilySpec:
     mask_names: tuple[str, ...] = ()
     eos_ids: tuple[int, ...] = ()
     max_length: int | None = None
+    vocab_size: int | None = None
     encode: Callable = encode_base
     head: Callable = linear_head
     lora_targets: tuple[str, ...] = LLAMA_LINEARS

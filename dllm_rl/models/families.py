@@ -1,6 +1,6 @@
 """The published families, each a table entry and at most one small function: what its config says in stock terms.
 
-To add one, write its `FamilySpec` here and list it in FAMILIES; nothing else changes.
+To add one, write its `FamilySpec` here and list it in FAMILIES; nothing else changes. From outside: `register_family`.
 """
 
 from dataclasses import replace
@@ -8,6 +8,10 @@ from typing import Any
 
 import transformers
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     LlamaConfig,
@@ -248,7 +252,27 @@ SHIFTED_DIFFUSION_LM = replace(
 CAUSAL_LM = FamilySpec(name="causal_lm", attention="causal", shift=True, architectures=("*ForCausalLM", "*LMHeadModel"))
 
 # The first that recognises a config is taken: the particular before the general.
-FAMILIES = (LLADA, LLADA_MOE, LLADA2, DREAM, SDAR, ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM)
+FAMILIES = [LLADA, LLADA_MOE, LLADA2, DREAM, SDAR, ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]
+
+
+def register_family(spec: FamilySpec) -> None:
+    """Let `load_policy` know a family of your own; it comes before those of the package, and one of the same name is
+    replaced. Raises ValueError for a spec without `architectures`, which no checkpoint could be recognised by."""
+    if not spec.architectures:
+        raise ValueError(f"architectures=() of the family {spec.name!r}: name the class that its config.json names")
+    FAMILIES[:] = [spec, *(family for family in FAMILIES if family.name != spec.name)]
+
+
+def stock_class(raw: dict) -> Any:
+    """The class that a config's `architectures` names: transformers', or one registered with its Auto classes; None
+    where it is neither."""
+    architecture, kind = (raw.get("architectures") or [""])[0], raw.get("model_type", "")
+    if kind in CONFIG_MAPPING:
+        for mapping in (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
+            found: Any = mapping.get(CONFIG_MAPPING[kind], None)
+            if getattr(found, "__name__", None) == architecture:
+                return found
+    return getattr(transformers, architecture, None)
 
 
 def find_family(raw: dict) -> FamilySpec:
@@ -256,11 +280,11 @@ def find_family(raw: dict) -> FamilySpec:
     architecture = (raw.get("architectures") or [None])[0]
     for family in FAMILIES:
         # A checkpoint's own class may be called ...ForCausalLM too.
-        if family.recognises(raw) and (family.native or hasattr(transformers, architecture)):
+        if family.recognises(raw) and (family.native or stock_class(raw) is not None):
             return family
     known = ", ".join(sorted({name.replace("*", "...") for family in FAMILIES for name in family.architectures}))
     asks = " and its config asks for remote code (auto_map), which is never run" if raw.get("auto_map") else ""
     raise ValueError(
         f"architectures={architecture!r} is not known{asks}; known are {known}; "
-        "to add a family, write a FamilySpec in dllm_rl/models/families.py"
+        "give your own to register_family (a FamilySpec), or wrap its module with make_policy"
     )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dllm_rl.models.base import Module
+from dllm_rl.models.base import Module, output_embeddings
 
 HALF = (torch.bfloat16, torch.float16)
 SLAB = (
@@ -75,8 +75,14 @@ def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[T
 
     Weights in 16 bits: what a masked model's head has before the projection stays in 16 bits. Weights in fp32: all of
     the head runs in fp32, outside of autocast; without autocast nothing changes, to the bit.
+    Raises ValueError where a module in 16 bits does not say which layer that projection is.
     """
-    output = module.get_output_embeddings()
+    output = output_embeddings(module)
+    if output is None and next(module.parameters()).dtype in HALF:
+        raise ValueError(
+            f"float32_head=True needs to know the output layer of {type(module).__name__}, which is in 16 bits; "
+            "give it a method get_output_embeddings(), or set float32_head=False"
+        )
     if output is not None and output.weight.dtype in HALF:
         with projected_in_float32(output):
             return head(module, hidden)

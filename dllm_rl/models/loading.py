@@ -14,11 +14,11 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from dllm_rl.models.base import FamilySpec, Module, encode_block_causal, encode_roberta, mlm_head
-from dllm_rl.models.families import find_family
+from dllm_rl.models.families import find_family, stock_class
 from dllm_rl.models.lora import has_extras, merged_copy, merged_state
 from dllm_rl.models.rope import rotate_in_float32
 from dllm_rl.models.weights import count_tensors, read_tensors, to_original, to_stock, weight_files, write_tensors
@@ -42,7 +42,7 @@ def load_module(
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
     folder = checkpoint_folder(path_or_id)
-    raw = json.loads((folder / "config.json").read_text())
+    raw = read_config(folder)
     family, files = find_family(raw), weight_files(folder)
     check_depth(raw, count_tensors(folder, files) if files else MOST_LAYERS, folder)
     tokenizer = load_tokenizer(folder, stock=family.native is None)
@@ -51,13 +51,12 @@ def load_module(
         options["quantization_config"] = bitsandbytes_config(quantization, dtype, masked=family.head is mlm_head)
     with quiet_progress():
         if family.native is None:
-            auto: Any = AutoModelForMaskedLM if family.head is mlm_head else AutoModelForCausalLM
-            module, report = auto.from_pretrained(folder, trust_remote_code=False, **options)
+            module, report = stock_class(raw).from_pretrained(folder, **options)
         else:
             cls, config = family.native(raw)
             state = to_stock(read_tensors(folder), family, config)
             if dtype == "auto":  # not that of whichever tensor comes first: an expert bias is fp32 in a bf16 checkpoint
-                options["dtype"] = state["model.embed_tokens.weight"].dtype
+                options["dtype"] = main_dtype(state)
             module, report = cls.from_pretrained(None, config=config, state_dict=state, **options)
     check_report(report, family, folder)
     spec = family_spec(module.config, tokenizer, raw=raw, folder=folder, block_size=block_size)
@@ -70,10 +69,40 @@ def build_empty(raw: dict) -> Module:
     check_depth(raw, MOST_LAYERS)
     with torch.device("meta"):
         if family.native is None:
-            cls = getattr(transformers, raw["architectures"][0])
+            cls = stock_class(raw)
             return prepared(cls(cls.config_class.from_dict(raw)), family)
         cls, config = family.native(raw)
         return prepared(cls(config), family)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of a checkpoint's config.json. Raises ValueError where there are none, and says what the folder is."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        runs = sorted(folder.glob("checkpoints/step-*[0-9]"))
+        if runs:
+            raise ValueError(f"{folder} is the folder of a run; give one of its checkpoints, as {runs[-1]}") from None
+        if weight_files(folder):
+            raise ValueError(
+                f"{folder} holds weights without a config.json, as a module of one's own leaves them: make that module "
+                "and open them with load_weights(policy, folder)"
+            ) from None
+        raise ValueError(f"{folder} has no config.json: it is no checkpoint; give the folder of one") from None
+    except ValueError:  # neither UTF-8 nor JSON
+        raise ValueError(f"{path} is damaged: it is not JSON; fetch the checkpoint again") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is damaged: it is no JSON object; fetch the checkpoint again")
+    return raw
+
+
+def main_dtype(state: dict[str, torch.Tensor]) -> torch.dtype:
+    """The dtype that most of the numbers are in."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in state.values():
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+    return max(counts, key=lambda dtype: counts[dtype])
 
 
 def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> None:
@@ -246,7 +275,9 @@ def save_module(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with quiet_progress():
-        if spec.native is None:
+        if not hasattr(module, "save_pretrained"):
+            write_tensors(own_tensors(module), directory, max_shard_size=max_shard_size)
+        elif spec.native is None:
             stored = merged_copy(module, device="cpu") if has_extras(module) else module
             stored.save_pretrained(directory, max_shard_size=max_shard_size)
         else:
@@ -254,11 +285,36 @@ def save_module(
             skip = transient(module)
             state = {name: tensor.detach().cpu() for name, tensor in merged_state(module) if name not in skip}
             write_tensors(to_original(state, spec, module.config), directory, max_shard_size=max_shard_size)
-            dtype = str(state["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+            dtype = str(main_dtype(state)).removeprefix("torch.")
             fields = spec.original | dict.fromkeys(_dtype_keys(spec.original), dtype)
             (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
             copy_code(spec, directory)
         tokenizer.save_pretrained(directory)
+
+
+def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's parameters and lasting buffers, adapters merged; a tied tensor under its first name."""
+    skip, seen, found = transient(module), set(), {}
+    for name, tensor in merged_state(module):
+        if name not in skip and id(tensor) not in seen:
+            found[name] = tensor
+            seen.add(id(tensor))
+    return found
+
+
+@torch.no_grad()
+def load_tensors(module: nn.Module, folder: Path) -> None:
+    """Put a folder's tensors into the module whose `own_tensors` they are. Raises ValueError where they are not."""
+    state, own = read_tensors(folder), own_tensors(module)
+    odd = sorted(
+        n for n in state.keys() | own.keys() if n not in state or n not in own or state[n].shape != own[n].shape
+    )
+    if odd:
+        raise ValueError(
+            f"{folder}: tensors {odd[:3]} do not fit {type(module).__name__}; make the module that they were saved from"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
 
 
 def transient(module: nn.Module) -> set[str]:

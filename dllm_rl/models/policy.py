@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.models.base import FamilySpec, Module, Policy, position_ids
 from dllm_rl.models.head import head_in_float32
-from dllm_rl.models.loading import check_finite, family_spec, load_module, save_module
+from dllm_rl.models.loading import check_finite, family_spec, load_module, load_tensors, save_module
 from dllm_rl.models.lora import Lora, add_lora, without_adapters
 from dllm_rl.models.recompute import recomputed_blocks
 
@@ -19,7 +19,7 @@ Moved = TypeVar("Moved", bound="_Backbone")
 
 
 class _Backbone:
-    """The part that diffusion and autoregressive policies share: a stock module, its head, its device.
+    """The part that diffusion and autoregressive policies share: a module, its head, its device.
 
     float32_head  logits of a model in 16 bits (or under autocast) are computed in fp32. A rollout's copy, a reference
                   and an evaluation inherit it, so that both sides of a ratio have the same.
@@ -36,13 +36,20 @@ class _Backbone:
         self.module, self.spec, self.tokenizer, self.version = module.eval(), spec, tokenizer, 0
         self.float32_head = True
 
+    def __repr__(self) -> str:
+        number = sum(parameter.numel() for parameter in self.module.parameters())
+        parts = [type(self.module).__name__, f"{number:,} parameters", f"family {self.spec.name}"]
+        parts += [f"lora={self.lora}"] * (self.lora is not None)
+        parts += [f"quantization={self.quantization}"] * (self.quantization is not None)
+        return f"{type(self).__name__}({', '.join(parts)})"
+
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
     @property
     def vocab_size(self) -> int:
-        return self.module.config.vocab_size
+        return self.spec.vocab_size or self.module.config.vocab_size
 
     @property
     def pad_id(self) -> int:
@@ -91,7 +98,8 @@ class _Backbone:
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
         """Write weights (safetensors), config and tokenizer in the checkpoint's own layout, adapters merged.
 
-        The authors' tools open the folder, and so does `load_policy(directory)`, bit for bit.
+        The authors' tools open the folder, and so does `load_policy(directory)`, bit for bit. Of a module that is not
+        transformers', the weights and the tokenizer are written, for `load_weights`.
         """
         save_module(self.module, self.tokenizer, self.spec, directory, max_shard_size=max_shard_size)
 
@@ -121,8 +129,14 @@ def shifted(states: Float[Tensor, "B T D"], attention_mask: Bool[Tensor, "B T"])
 def make_policy(
     module: Module, tokenizer: PreTrainedTokenizerBase, spec: FamilySpec | None = None
 ) -> DiffusionPolicy | AutoregressivePolicy:
-    """Wrap a module whose family is known, after proving that its attention is what the family says."""
+    """A policy of a module, after proving that its attention is what its family says.
+
+    spec  None: that of the known family which the module's config names. For a module of your own, a FamilySpec with
+          `attention`, `encode`, `head`, `vocab_size`, `eos_ids` and, unless it is causal, `mask_id`.
+    Raises ValueError on attention that is not the spec's, or ids outside the vocabulary.
+    """
     spec = family_spec(module.config, tokenizer) if spec is None else spec
+    check_spec(module, spec)
     policy = (AutoregressivePolicy if spec.attention == "causal" else DiffusionPolicy)(module, spec, tokenizer)
     check_attention(policy)
     return policy
@@ -157,6 +171,28 @@ def load_policy(
     if lora is not None:
         add_lora(policy, lora)
     return policy
+
+
+def load_weights(policy: Policy, directory: str | Path) -> None:
+    """Put the tensors that `save_pretrained` wrote into a policy's own module: how a checkpoint of a module that is not
+    transformers' is opened. Raises ValueError where they are not the module's, name by name and shape by shape."""
+    load_tensors(policy.module, Path(directory))
+
+
+def check_spec(module: Module, spec: FamilySpec) -> None:
+    """Raise ValueError when a spec lacks what a policy needs, or names ids that the module has no logits for."""
+    size = spec.vocab_size or getattr(getattr(module, "config", None), "vocab_size", None)
+    if size is None:
+        raise ValueError(
+            f"vocab_size=None of the spec {spec.name!r}, and {type(module).__name__} has no config: set it"
+        )
+    if spec.attention != "causal" and spec.mask_id is None:
+        raise ValueError(f"mask_id=None of the spec {spec.name!r}, whose attention is {spec.attention!r}: set it")
+    if not spec.eos_ids:
+        raise ValueError(f"eos_ids=() of the spec {spec.name!r}: name at least one id that ends a completion")
+    odd = [i for i in (spec.mask_id, *spec.eos_ids) if i is not None and not 0 <= i < size]
+    if odd:
+        raise ValueError(f"the spec {spec.name!r} names the id {odd[0]}, outside its vocabulary of {size}: correct it")
 
 
 @torch.no_grad()

@@ -18,9 +18,10 @@ from dllm_rl.models.lora import LoraLinear
 
 def blocks_of(module: Module) -> list[nn.Module]:
     """The backbone's blocks: the members of its lists of layers that lie in no other one. Raises ValueError without."""
+    backbone: Any = getattr(module, "base_model", module)
     lists = [
         layers
-        for name, layers in module.base_model.named_modules()
+        for name, layers in backbone.named_modules()
         if isinstance(layers, nn.ModuleList) and not any(part.isdigit() for part in name.split("."))
     ]
     found = [block for layers in lists for block in layers]

@@ -1,22 +1,27 @@
 """Other people's problems as a task: a data set with TRL-style reward functions."""
 
+import asyncio
+import inspect
 import math
-from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
 from numbers import Real
 from typing import Any
 
 from dllm_rl.tasks.base import Problem, Reward
 
-# f(prompts=[...], completions=[...], **columns) -> one number, or None where it does not apply, for each completion.
-RewardFunction = Callable[..., Sequence[float | None]]
+# f(prompts=[...], completions=[...], **columns) -> one number, or None where it does not apply, for each completion;
+# or an async function that does.
+RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 
 @dataclass(frozen=True)
 class DatasetTask:
     """The rows of a data set, graded by a weighted sum of functions; made by task_from_dataset."""
 
-    dataset: Any
+    dataset: Any = field(repr=False)
     reward_funcs: tuple[RewardFunction, ...]
     weights: tuple[float, ...]
     name: str
@@ -51,9 +56,9 @@ class DatasetTask:
         prompts = [problem.prompt for problem in problems]
         breakdowns: list[dict[str, float]] = [{} for _ in problems]
         values = [0.0] * len(problems)
-        for label, function, weight in zip(self._labels(), self.reward_funcs, self.weights, strict=True):
-            numbers = function(prompts=prompts, completions=told, **columns)
-            if not isinstance(numbers, Sized):
+        returned = _called(self.reward_funcs, {"prompts": prompts, "completions": told, **columns})
+        for label, numbers, weight in zip(self._labels(), returned, self.weights, strict=True):
+            if not isinstance(numbers, Sized) or not isinstance(numbers, Iterable):
                 raise ValueError(f"reward function {label} returned {numbers!r}, not a list of numbers")
             if len(numbers) != len(problems):
                 raise ValueError(f"reward function {label} returned {len(numbers)} numbers for {len(problems)} texts")
@@ -96,10 +101,46 @@ def task_from_dataset(
     scales = (1.0,) * len(functions) if weights is None else tuple(map(float, weights))
     if len(scales) != len(functions):
         raise ValueError(f"weights has {len(scales)} entries for {len(functions)} reward_funcs")
-    columns = getattr(dataset, "column_names", None) or list(dataset[0])
+    if not isinstance(dataset, Sized):
+        raise ValueError("dataset has no length, as a streamed one: give its first rows, list(itertools.islice(...))")
+    if not len(dataset):
+        raise ValueError("dataset is empty: give at least one row")
+    rows: Any = dataset
+    columns = getattr(dataset, "column_names", None) or list(rows[0])
     if "prompt" not in columns:
         raise ValueError(f"dataset has no column 'prompt', only {sorted(columns)}: rename one")
     return DatasetTask(dataset, functions, scales, name, version)
+
+
+def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
+    """The data set itself where it has a length, else its first `max_rows` rows. Raises ValueError without max_rows."""
+    if isinstance(dataset, Sized):
+        return dataset
+    if max_rows is None:
+        raise ValueError("dataset has no length, as a streamed one: give max_rows, the rows that are read into memory")
+    return list(islice(iter(dataset), max_rows))
+
+
+def part_of(dataset: Any, start: int, stop: int) -> Any:
+    """The rows from start to stop: a view of a `datasets.Dataset`, a list of any other sequence's."""
+    if hasattr(dataset, "select"):
+        return dataset.select(range(start, stop))
+    return [dataset[i] for i in range(start, stop)]
+
+
+def _called(functions: Sequence[RewardFunction], arguments: dict[str, Any]) -> list[Any]:
+    """What each function returns; those that are awaited wait at once."""
+    returned: list[Any] = [function(**arguments) for function in functions]
+    waiting = [place for place, value in enumerate(returned) if inspect.isawaitable(value)]
+    if waiting:
+
+        async def all_of_them() -> list[Any]:
+            return list(await asyncio.gather(*(returned[place] for place in waiting)))
+
+        with ThreadPoolExecutor(1) as pool:  # a notebook has an event loop running in this thread
+            for place, value in zip(waiting, pool.submit(asyncio.run, all_of_them()).result(), strict=True):
+                returned[place] = value
+    return returned
 
 
 def _label(function: RewardFunction) -> str:

@@ -1,5 +1,6 @@
 """What a recipe would take, worked out without its weights: parameters, batches, memory, and the GPUs that it fits."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dllm_rl.models.base import FamilySpec, Module
+from dllm_rl.models.base import FamilySpec, Module, Policy
 from dllm_rl.models.families import find_family
 from dllm_rl.models.loading import build_empty
 from dllm_rl.models.lora import LoraLinear, add_lora
@@ -59,8 +60,8 @@ class MetaPolicy(DiffusionPolicy):
 def meta_policy(recipe: Recipe) -> MetaPolicy:
     """The recipe's policy without weights: its module on the meta device (or the small model itself) and its spec."""
     if not isinstance(recipe.model, str):
-        policy = recipe.model()
-        module, spec, tokenizer = policy.module, policy.spec, policy.tokenizer
+        policy = recipe.model if isinstance(recipe.model, Policy) else recipe.model()
+        module, spec, tokenizer = copy.deepcopy(policy.module), policy.spec, policy.tokenizer
     else:
         raw = published_config(recipe.model)
         family, module, tokenizer = find_family(raw), build_empty(raw), None

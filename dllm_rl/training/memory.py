@@ -230,8 +230,8 @@ def sample_step(recipe: Recipe, policy: Policy, rows: int, prompt_tokens: int, p
     length, given, spec = recipe.max_new_tokens, getattr(recipe.sampler, "keywords", {}), policy.spec
     causal = spec.attention == "causal"
     cache = None
-    if causal or given.get("cache") is not None:
-        config = policy.module.config
+    config = getattr(policy.module, "config", None)
+    if config is not None and (causal or given.get("cache") is not None):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (2, config.num_hidden_layers, rows, heads, prompt_tokens + length, size)

@@ -18,7 +18,7 @@ from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import replacing, write_json
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import add_lora, load_adapter
-from dllm_rl.models.policy import load_policy
+from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.models.recompute import blocks_of
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -141,17 +141,20 @@ def fresh_policy(recipe: Recipe, accelerator: Accelerator, log: RunLog, history:
 def resumed_policy(recipe: Recipe, folder: Path, state: dict[str, Any], accelerator: Accelerator) -> Policy:
     """The policy as a checkpoint left it."""
     if recipe.lora is None:
-        dtype = getattr(torch, state["dtype"])
-        return configured(recipe, load_policy(folder, dtype=dtype, device=accelerator.device))
+        return opened(recipe, folder, getattr(torch, state["dtype"])).to(accelerator.device)
     policy = adapter_base(recipe, warmed_up=state["warmup_steps"] > 0).to(accelerator.device)
     load_adapter(policy, folder / "adapter")
     return policy
 
 
 def make_policy(recipe: Recipe) -> Policy:
-    """The recipe's model: a checkpoint, or what its function makes, from the run's seed where that takes one."""
+    """The recipe's model: a checkpoint, a copy of a policy, or what its function makes, from the run's seed where that
+    takes one."""
     if isinstance(recipe.model, str):
         policy: Policy = load_policy(recipe.model, dtype=recipe.dtype, quantization=recipe.base_quantization)
+    elif isinstance(recipe.model, Policy):
+        policy = copy.copy(recipe.model)
+        policy.module = copy.deepcopy(policy.module)
     else:
         seeded = "seed" in inspect.signature(recipe.model).parameters
         policy = recipe.model(seed=recipe.seed) if seeded else recipe.model()
@@ -166,12 +169,21 @@ def configured(recipe: Recipe, policy: Policy) -> Policy:
     return policy
 
 
+def opened(recipe: Recipe, folder: Path, dtype: torch.dtype) -> Policy:
+    """The policy in a folder of this run; a module that is not transformers' is made anew as the recipe says."""
+    if (folder / "config.json").exists():
+        return configured(recipe, load_policy(folder, dtype=dtype))
+    policy = make_policy(recipe)
+    load_weights(policy, folder)
+    return policy
+
+
 def adapter_base(recipe: Recipe, *, warmed_up: bool) -> Policy:
     """What a resumed run's adapters stand on: the warmed-up weights, or the recipe's model without a warm-up."""
     policy = make_policy(recipe)
     if warmed_up:
         dtype = next(policy.module.parameters()).dtype
-        return configured(recipe, load_policy(Path(recipe.directory) / "reference", dtype=dtype))
+        return opened(recipe, Path(recipe.directory) / "reference", dtype)
     return policy
 
 
@@ -208,8 +220,7 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
         reference = copy.copy(policy)
         reference.module = copy.deepcopy(policy.module)
     else:
-        reference = load_policy(folder, dtype=next(policy.module.parameters()).dtype, device=accelerator.device)
-        reference.float32_head = policy.float32_head
+        reference = opened(recipe, folder, next(policy.module.parameters()).dtype).to(accelerator.device)
     reference.module.requires_grad_(False)
     return reference
 
@@ -354,12 +365,15 @@ def finish(run: Run) -> dict[str, Any]:
             f"{len(recipe.eval_task)} held-out problems, after {history['warmup_steps']} warm-up and "
             f"{recipe.num_steps} RL steps in {summary['seconds']:.0f} s.\n"
             f"Checkpoint: {summary['checkpoint']}\nPicture:    {picture}\nNumbers:    {directory / 'summary.json'}\n"
-            f"Sample:     dllm-rl sample {summary['checkpoint']} {_example(recipe)}"
+            f"{_next_command(recipe, summary['checkpoint'])}"
         )
     accelerator.wait_for_everyone()
     return summary
 
 
-def _example(recipe: Recipe) -> str:
+def _next_command(recipe: Recipe, folder: str) -> str:
+    """How to look at what was trained; of a module of the user's own, how to open it."""
+    if not (Path(folder) / "config.json").exists():
+        return "Open:       dllm_rl.load_weights(policy, folder), with a policy of the same module"
     prompt = recipe.eval_task[0].prompt
-    return repr(prompt) if isinstance(prompt, str) else repr(prompt[-1]["content"])
+    return f"Sample:     dllm-rl sample {folder} {prompt if isinstance(prompt, str) else prompt[-1]['content']!r}"

@@ -32,7 +32,7 @@ def test_an_unknown_architecture_lists_the_known_ones_and_how_to_add_one(tmp_pat
     folder = edit(published(tmp_path, "llada"), architectures=["FooDiffusion"], auto_map={})
     refused("architectures='FooDiffusion' is not known; known are ", load_policy, folder)
     refused("LLaDAModelLM", load_policy, folder)
-    refused("to add a family, write a FamilySpec in dllm_rl/models/families.py", load_policy, folder)
+    refused("give your own to register_family (a FamilySpec)", load_policy, folder)
 
 
 def test_remote_code_is_never_run(tmp_path):

@@ -60,9 +60,30 @@ MUTATIONS = [
         "evaluation/regrade.py",
         "evaluation/test_regrade.py",
         ('protocol: str = "strict"', 'protocol: str = "d1"'),
-        ("shown[name] = sum(hits) / n", "shown[name] = sum(hits) / (n - 1)"),
-        ("= sum(values) / sum(weights)", "= sum(v / w for v, w in zip(values, weights, strict=True)) / len(values)"),
+    ),
+    *mutations(
+        "evaluation/results.py",
+        "evaluation/test_evaluation.py evaluation/test_regrade.py",
+        (
+            "return sum(values) / sum(weights)",
+            "return sum(v / w for v, w in zip(values, weights, strict=True)) / len(values)",
+        ),
         ("np.random.default_rng(0), weights=weights)", "np.random.default_rng(0))"),
-        ('replace(".", "0")', 'replace(",", "0")'),
+        ("if pair[1]] or [(0.0, 1.0)]", "] or [(0.0, 1.0)]"),
+        ("round(value) for value in found[right][0]", "1 for value in found[right][0]"),
+        (
+            "wilson(sum(value > 0 for value in values), len(values))",
+            "wilson(sum(value > 0 for value in values), len(values) + 1)",
+        ),
+        ('if name not in ("reward", "cell_accuracy") and all(', "if all("),
+    ),
+    *mutations(
+        "screen.py",
+        "test_screen.py",
+        ('("Cc", "Cf", "Cs", "Zl", "Zp")', '("Cc", "Cs", "Zl", "Zp")'),
+        (
+            "return Text(escape_controls(str(text)), style=style)",
+            "return Text.from_markup(escape_controls(str(text)), style=style)",
+        ),
     ),
 ]

@@ -114,11 +114,7 @@ MUTATIONS = [
             '(noise.weight != 0)[0].any(-1), "(p g)',
             f"{MODELS} training/test_constant_memory.py",
         ),
-        (
-            "rollout.tokens[scored], rollout.sampling_params, vector[scored]",
-            "rollout.tokens[scored], rollout.sampling_params, vector[scored].abs()",
-            "training/test_constant_memory.py",
-        ),
+        ("rollout.sampling_params, vector[scored], kept)", "rollout.sampling_params, vector[scored].abs(), kept)"),
         ("if mask_id is None else rollout.tokens.masked_fill(masked, mask_id)", "", f"{MODELS}"),
         (
             "torch.equal(tokens, first(tokens)) and torch.equal(attention_mask",
@@ -127,9 +123,12 @@ MUTATIONS = [
         ),
         (" and torch.equal(attention_mask, first(attention_mask))", "", f"{MODELS} {CONTRACT}"),
         (
-            "rollout.tokens[scored], rollout.sampling_params)\n    return",
-            "rollout.tokens[scored], type(rollout.sampling_params)())\n    return",
-            f"{MODELS} samplers/test_unmask.py",
+            "states, rollout.tokens[scored], rollout.sampling_params, kept_by(rollout, scored))",
+            "states, rollout.tokens[scored], type(rollout.sampling_params)(), kept_by(rollout, scored))",
+        ),
+        (
+            'if rollout.sampling_params.support == "rollout" else None',
+            'if rollout.sampling_params.support == "own" else None',
         ),
     ),
     *mutations(

@@ -54,7 +54,6 @@ MUTATIONS = [
     *mutations(
         "models/families.py",
         REFERENCE,
-        ('raw["rope_theta"]} |', "10000.0} |"),
         ('raw.get("embedding_size") or raw["vocab_size"]', 'raw["vocab_size"]', f"{REFERENCE} {FAMILIES}"),
         ('raw.get("n_kv_heads") or raw["n_heads"]', 'raw["n_heads"]', f"{REFERENCE} {FAMILIES}"),
         ("    float32_rope=True,\n", "", f"{REFERENCE} {FAMILIES}"),
@@ -66,7 +65,6 @@ MUTATIONS = [
         ('norm_topk_prob=raw.get("norm_topk_prob", True)', "norm_topk_prob=False"),
         ("not sparse]", "sparse]", FAMILIES),
         ('n_shared_experts=raw["num_shared_experts"]', "n_shared_experts=1", f"{REFERENCE} {FAMILIES}"),
-        ('rope["partial_rotary_factor"] = raw["partial_rotary_factor"]', "pass"),
         (
             'moe_router_score_function="softmax"',
             'moe_router_score_function="sigmoid"',
@@ -85,13 +83,13 @@ MUTATIONS = [
             f"{REFERENCE} {FAMILIES}",
         ),
         (
-            "ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM)",
-            "MASKED_LM, ROBERTA, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM)",
+            "ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]",
+            "MASKED_LM, ROBERTA, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]",
             FAMILIES,
         ),
         (
-            "MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM)",
-            "MASKED_LM, DIFFUSION_LM, SHIFTED_DIFFUSION_LM, CAUSAL_LM)",
+            "MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]",
+            "MASKED_LM, DIFFUSION_LM, SHIFTED_DIFFUSION_LM, CAUSAL_LM]",
             f"{FAMILIES} models/test_convert.py",
         ),
     ),
@@ -113,7 +111,7 @@ MUTATIONS = [
         (">= self.lora.dropout\n", "< self.lora.dropout\n"),
         ("bound = base_layer.in_features**-0.5", "bound = base_layer.out_features**-0.5"),
         ("* 2 - 1) * bound", ") * bound"),
-        ("    module.requires_grad_(False)\n    generator", "    generator"),
+        ("    module.requires_grad_(False)\n", ""),
         (
             "self.lora_B.weight.float() @ self.lora_A.weight.float()",
             "(self.lora_B.weight @ self.lora_A.weight).to(weight.dtype)",
@@ -177,8 +175,12 @@ MUTATIONS = [
         "models/loading.py",
         f"{FAMILIES} models/test_families_errors.py",
         (
-            '(getattr(config, "mask_token_id", None), tokenizer.mask_token_id, family.mask_id)',
-            '(family.mask_id, getattr(config, "mask_token_id", None), tokenizer.mask_token_id)',
+            '(getattr(config, "mask_token_id", None), tokenizer.mask_token_id, known, default)',
+            '(default, getattr(config, "mask_token_id", None), tokenizer.mask_token_id, known)',
+        ),
+        (
+            "default = family.mask_id if config.vocab_size == family.mask_vocabulary else None",
+            "default = family.mask_id",
         ),
         ("(also, config.eos_token_id)", "(config.eos_token_id,)", f"{FAMILIES}"),
         ("if tokenizer.mask_token_id not in (None, found)", "if False"),
@@ -203,5 +205,33 @@ MUTATIONS = [
         "models/tiny.py",
         "models/test_policies.py",
         ("max_length + 1,", "max_length,"),
+    ),
+    *mutations(
+        "models/rope.py",
+        "models/test_rope.py models/test_families_reference.py",
+        (
+            'kind = found.setdefault("rope_type", given.get("type", "default"))',
+            'kind = found.setdefault("rope_type", "default")',
+        ),
+        ("return beside | found", "return found | beside"),
+        ('("rope_theta", "partial_rotary_factor") if', '("rope_theta",) if'),
+        ("or not factor >= 1:", "or not factor >= 0:"),
+        ("if kind not in SCALINGS:", "if False:"),
+        ("for key in sorted(found.keys() - needed - optional - _COMMON):", "for key in ():"),
+        ("states.new_empty(0).float()", "states.new_empty(0)", "models/test_families_reference.py models/test_rope.py"),
+    ),
+    *mutations(
+        "models/policy.py",
+        "models/test_outside.py testing/test_contract_policies.py",
+        ("return self.spec.vocab_size or self.module.config.vocab_size", "return self.module.config.vocab_size"),
+        ("if not spec.eos_ids:", "if False:"),
+        ("if i is not None and not 0 <= i < size]", "if i is not None and not 0 <= i <= size]"),
+    ),
+    *mutations(
+        "models/loading.py",
+        "models/test_outside.py",
+        ("max(counts, key=lambda dtype: counts[dtype])", "next(iter(counts))"),
+        ("if name not in skip and id(tensor) not in seen:", "if name not in skip:"),
+        (" or state[n].shape != own[n].shape", ""),
     ),
 ]

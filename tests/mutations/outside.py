@@ -36,9 +36,10 @@ MUTATIONS = [
         "cli/main.py",
         f"{COMMAND} cli/test_sample.py",
         (
-            'print(f"error: {error}", file=sys.stderr)\n        return 2',
-            'print(f"error: {error}", file=sys.stderr)\n        return 1',
+            'print(f"error: {escape_controls(str(error))}", file=sys.stderr)\n        return 2',
+            'print(f"error: {escape_controls(str(error))}", file=sys.stderr)\n        return 1',
         ),
+        ('print(f"error: {escape_controls(str(error))}"', 'print(f"error: {error}"'),
         ("if min(numbers) < 1", "if min(numbers) < 0"),
         ("arguments.prompts or [line", "[line"),
         ("        group_size=arguments.group_size,\n", "", "cli/test_sample.py"),
@@ -50,7 +51,6 @@ MUTATIONS = [
         ("[text for text in texts for _ in range(group_size)]", "[text for _ in range(group_size) for text in texts]"),
         ("rollout.logprobs.exp().tolist()", "rollout.logprobs.tolist()"),
         ("count / seconds}", "rollout.forwards / seconds}"),
-        ('("Cc", "Cf", "Cs", "Zl", "Zp")', '("Cc", "Cs", "Zl", "Zp")'),
         ("== newest == rollout.forwards - 1", "== newest"),
     ),
 ]

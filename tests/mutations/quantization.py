@@ -31,7 +31,7 @@ MUTATIONS = [
             "self.weight_scale.copy_(scale.flatten().mean())",
             f"{FAKE} {QUANTIZE}",
         ),
-        ("self.weight.copy_(codes.mul_(scale))", "self.weight.copy_(codes)", f"{FAKE} {QUANTIZE}"),
+        ("codes if self.scales_product else codes.mul_(scale)", "codes"),
         (".mul_(scale).mul_(self.weight_scale)", ".mul_(self.weight_scale)", f"{FAKE} {QUANTIZE}"),
         ("F.linear(codes * scale, self.weight, bias)", "F.linear(x.float(), self.weight, bias)", f"{FAKE} {QUANTIZE}"),
         ("y if bias is None else y.add_(bias)", "y", f"{FAKE} {QUANTIZE} quantization/test_aligned.py"),
@@ -73,9 +73,8 @@ MUTATIONS = [
         ("    rollout_policy.version = policy.version\n", ""),
         ("copy.deepcopy(module, memo).requires_grad_(False)", "copy.deepcopy(module, memo)"),
         (
-            "layer.merged() if base is not layer else plain_weight(layer)",
-            "plain_weight(base)",
-            f"{QUANTIZE} models/test_peft.py",
+            "weight = layer.merged() if isinstance(layer, LoraLinear) else plain_weight(layer)",
+            "weight = plain_weight(base)",
         ),
         (
             'value.full_tensor() if hasattr(value, "full_tensor") else value',
@@ -99,7 +98,7 @@ MUTATIONS = [
         ("scope is None or scope(name)", "True"),
         ("            del layer.forward\n", "            pass\n"),
         ("self.source.weight if self.base is self.source else self.source.merged()", "self.base.weight"),
-        ("yield lambda: [link.refresh() for link in links] and None", "yield lambda: None"),
+        ("        yield refresh\n", "        yield lambda: None\n"),
     ),
     *mutations(
         "quantization/schemes.py",

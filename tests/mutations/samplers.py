@@ -61,8 +61,8 @@ MUTATIONS = [
     *mutations(
         "samplers/propose.py",
         LOOP,
-        ("in (0, 1) and not filtered", "in (0, 1)"),
-        ("in (0, 1) and not filtered", "in (0, 1, 0.5) and not filtered", f"{LOOP} {DRAWS}"),
+        ("in (0, 1) and not sampling_params.filters", "in (0, 1)"),
+        ("in (0, 1) and not sampling_params.filters", "in (0, 1, 0.5) and not sampling_params.filters"),
         ("normalizer.logaddexp(mask) if same", "normalizer if same"),
         ("        logits[:, mask_id] = mask\n", ""),
         (
@@ -97,7 +97,7 @@ MUTATIONS = [
         ("alike = group if canvas.forwards == 0 else 1", "alike = group"),
         ("& (canvas.block[on_device] == blocks.to(device)[:, None])", ""),
         ("steps_left.to(device)) & masked", "steps_left.to(device))"),
-        ("tokens, logprobs, clock[r])", "tokens, logprobs, clock[r] + 1)"),
+        ("canvas.write(on_device[r], c, clock[r], *drawn)", "canvas.write(on_device[r], c, clock[r] + 1, *drawn)"),
         ("queue.drop(canvas.end(complete, spec.eos_ids))", "canvas.end(complete, spec.eos_ids)"),
         ("(columns[r, c] - first).clamp(min=0)", "(columns[r, c] - first + 1).clamp(max=hidden.shape[1] - 1)"),
         ("longest + max_new_tokens > limit", "longest + max_new_tokens >= limit"),

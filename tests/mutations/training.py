@@ -6,20 +6,36 @@ LOOP = "training/test_loop.py"
 MEMORY = "training/test_constant_memory.py"
 CHECKPOINT = "training/test_checkpoint.py"
 GOLDEN = "training/test_golden.py"
+NUMBERS = "training/test_loop_numbers.py"
 
 MUTATIONS = [
     *mutations(
         "training/learner.py",
-        f"{GOLDEN} {MEMORY} {LOOP}",
+        f"{GOLDEN} {MEMORY} {LOOP} {NUMBERS}",
+        ('group["lr"] = learning_rate', 'group["lr"] = 1e-3'),
         ("logps.old - logps.rollout", "logps.rollout - logps.old"),
         ("        weights=weights,\n", "        weights=torch.ones_like(weights),\n"),
-        ("(keep | unscored).sum()", "keep.sum()"),
-        ("(keep | unscored).sum()", "(mask | unscored).sum()"),
+        ("(keep | (rollout.completion_mask & ~corrected)).sum()", "keep.sum()", NUMBERS),
+        ("(keep | (rollout.completion_mask & ~corrected)).sum()", "rollout.completion_mask.sum()", NUMBERS),
         ("torch.tensor(rows, device", "torch.tensor(int(mask.any(-1).sum()), device"),
-        ("mismatch_metrics(log_mismatch, everywhere, old", "mismatch_metrics(log_mismatch, keep, old"),
-        ("(keep.sum() / everywhere.sum()).item()", "(keep.sum() / everywhere.numel()).item()"),
+        (
+            "mismatch_metrics(log_mismatch, completion, old=old",
+            "mismatch_metrics(log_mismatch, scored, old=old",
+            NUMBERS,
+        ),
+        ("corrected = scored & learned[:, None]", "corrected = scored", NUMBERS),
+        (
+            "1 - (keep.sum() / corrected.sum().clamp(min=1)).item()",
+            "1 - (keep.sum() / corrected.numel()).item()",
+            NUMBERS,
+        ),
         ('"noise", step)', '"noise", 0)'),
-        ("if recipe.beta or recipe.entropy_coeff or not live.any()", "if not live.any()"),
+        ("| bool(recipe.beta or recipe.entropy_coeff)", "| bool(recipe.entropy_coeff)", NUMBERS),
+        (
+            "| bool(recipe.beta or recipe.entropy_coeff)",
+            "| bool(recipe.beta)",
+            "training/test_loop_numbers.py training/test_loop.py",
+        ),
         ("recipe.likelihood.with_advantages(noise, local(", "recipe.likelihood.with_advantages(noise, -local("),
         ("max_grad_norm)\n        if not norm", "max_grad_norm * 1e9)\n        if not norm"),
         ("            torch.clear_autocast_cache()", "            pass"),
@@ -54,10 +70,13 @@ MUTATIONS = [
         ("local(~informative(rewards), accelerator)", "local(informative(rewards), accelerator)"),
         ("rewards, draws = accelerator.gather(mine), draws + 1", "draws = draws + 1"),
         ("return (~informative(rewards)).double()", "return informative(rewards).double()"),
-        ("if name in r.breakdown]", "if name in r.breakdown] + [0.0] * sum(name not in r.breakdown for r in graded)"),
+        (
+            "if name in each] or [(0.0, 0.0)]",
+            "if name in each] or [(1.0, 1.0)]",
+            "training/test_loop.py training/test_loop_numbers.py",
+        ),
         ("rewards.std(correction=0)", "rewards.std()"),
         ("* rewards.numel()", "* len(rewards)"),
-        ("if not values.isfinite().all()", "if values.isnan().all()"),
     ),
     *mutations(
         "training/warmup.py",
@@ -80,7 +99,34 @@ MUTATIONS = [
         "training/checkpoint.py",
         f"{CHECKPOINT} training/test_old_checkpoint.py",
         ("found(directory)[:-keep]", "found(directory)[:keep]"),
-        ("checkpoints[-1][1] if checkpoints", "checkpoints[0][1] if checkpoints"),
+        (
+            "for _, folder in reversed(found(directory)):\n        try",
+            "for _, folder in found(directory):\n        try",
+            "training/test_checkpoint.py training/test_damaged_checkpoints.py",
+        ),
+        (
+            "if number > step or (number",
+            "if number >= step or (number",
+            "training/test_nothing_lost.py training/test_checkpoint.py",
+        ),
+        ('if state.get("step") != expected:', "if False:", "training/test_damaged_checkpoints.py"),
+        ('if held is None and "format" in state:', "if False:", "training/test_damaged_checkpoints.py"),
+        (
+            "if tensor.is_floating_point() and not tensor.isfinite().all():",
+            "if False:",
+            "training/test_damaged_checkpoints.py training/test_checkpoint.py",
+        ),
+        (
+            "if trained and policy.version and isinstance(optimizer, torch.optim.AdamW):",
+            "if False:",
+            "training/test_damaged_checkpoints.py",
+        ),
+        ("if shutil.disk_usage(final.parent).free < needed:", "if False:", "training/test_nothing_lost.py"),
+        (
+            "for _, old in found(directory)[:-keep]",
+            "for _, old in found(directory)[keep:]",
+            "training/test_checkpoint.py",
+        ),
         ("_NAME.fullmatch(p.name)", "_NAME.search(p.name)"),
         ('"rejected": "rejection"', '"rejected": "rejected"'),
         ("    optimizer.load_state_dict(", "    dict("),
@@ -88,8 +134,24 @@ MUTATIONS = [
     *mutations(
         "training/log.py",
         f"{CHECKPOINT} {LOOP}",
-        ("_step_of(line) < start]", "_step_of(line) <= start]"),
-        ("        self._step = {}\n        row", "        row"),
+        (
+            'if other["step"] < row["resume_from"]]',
+            'if other["step"] <= row["resume_from"]]',
+            "training/test_nothing_lost.py training/test_log.py training/test_checkpoint.py",
+        ),
+        (
+            '"resume_from": start}',
+            '"resume_from": start + 1}',
+            "training/test_nothing_lost.py training/test_log.py training/test_checkpoint.py",
+        ),
+        (
+            "self._step, self._done = {}, step + 1",
+            "self._done = step + 1",
+            "training/test_log.py training/test_loop.py",
+        ),
+        ("value if math.isfinite(value) else None for", "value for", "training/test_log.py"),
+        ('["strong mismatch"] if ess < STRONG', '["strong mismatch"] if ess > STRONG', "training/test_health.py"),
+        ("if max(moved, default=0.0) > BACKWARDS", "if min(moved, default=0.0) > BACKWARDS", "training/test_health.py"),
     ),
     *mutations(
         "training/run.py",
@@ -97,20 +159,20 @@ MUTATIONS = [
         ("(step + 1) % recipe.eval_steps", "step % recipe.eval_steps"),
         ("recipe.model(seed=recipe.seed) if seeded else recipe.model()", "recipe.model()"),
         ("betas = (recipe.adam_beta1, recipe.adam_beta2)", "betas = (recipe.adam_beta2, recipe.adam_beta1)"),
+        ("weight_decay=recipe.weight_decay)", "weight_decay=0.0)", f"{NUMBERS} {GOLDEN}"),
         ("reference.module = copy.deepcopy(policy.module)", "reference.module = policy.module"),
-        ("before.get(name) != now[name]]", "False]"),
-        (
-            'described_defaults(recipe) | checkpoint.read_state(folder)["recipe"]',
-            'checkpoint.read_state(folder)["recipe"]',
-            "training/test_old_checkpoint.py",
-        ),
         (
             "evaluate_with(recipe, rollout_policy, recipe.eval_task, accelerator)",
             "evaluate_with(recipe, policy, recipe.eval_task, accelerator)",
         ),
-        ("task, recipe.eval_sampler, **options", "task, recipe.sampler, **options"),
+        (
+            "evaluate(policy, task, recipe.eval_sampler,",
+            "evaluate(policy, task, recipe.sampler,",
+            "training/test_loop_numbers.py training/test_loop.py",
+        ),
         ("done % recipe.save_steps == 0 or done == recipe.num_steps", "done % recipe.save_steps == 0"),
-        ("if stop or done % recipe.save_steps", "if done % recipe.save_steps"),
+        ("if signum or done % recipe.save_steps == 0", "if done % recipe.save_steps == 0", "faults/test_faults.py"),
+        ("if signum:\n        run.stop.leave", "if False:\n        run.stop.leave", "faults/test_faults.py"),
         (
             "evaluate_with(recipe, run.policy, recipe.validation_task, run.accelerator)",
             "evaluate_with(recipe, run.policy, recipe.eval_task, run.accelerator)",
@@ -127,10 +189,20 @@ MUTATIONS = [
     *mutations(
         "recipe.py",
         f"test_config.py {GOLDEN} {LOOP}",
-        ("self.learning_rate * self.lr_schedule(step, self.num_steps)", "self.learning_rate"),
         (
-            "self.learning_rate * self.lr_schedule(step, self.num_steps)",
-            "self.learning_rate * self.lr_schedule(0, self.num_steps)",
+            "self.learning_rate * self.lr_schedule(step, self.schedule_steps)",
+            "self.learning_rate",
+            "training/test_loop_numbers.py training/test_loop.py",
+        ),
+        (
+            "self.learning_rate * self.lr_schedule(step, self.schedule_steps)",
+            "self.learning_rate * self.lr_schedule(0, self.schedule_steps)",
+            "training/test_loop_numbers.py training/test_loop.py",
+        ),
+        (
+            "return self.lr_schedule_steps or self.num_steps",
+            "return self.num_steps",
+            "training/test_nothing_lost.py training/test_loop_numbers.py",
         ),
         ("or self.micro_batch_size % self.num_generations", ""),
         ("entropy=self.entropy_coeff", "entropy=0.0"),
@@ -158,7 +230,11 @@ MUTATIONS = [
             "not 0 <= self.top_p <= 1",
             "samplers/test_unmask.py models/test_logprobs.py samplers/test_autoregress.py",
         ),
-        ("index_copy(0, rows, getattr(new, name))", "index_copy(0, rows.flip(0), getattr(new, name))"),
+        (
+            "else a.index_copy(0, rows, b)",
+            "else a.index_copy(0, rows.flip(0), b)",
+            "training/test_loop.py training/test_loop_numbers.py samplers/test_unmask.py",
+        ),
     ),
     *mutations(
         "distributed.py",
@@ -178,5 +254,35 @@ MUTATIONS = [
             "    except BaseException:\n        remove(partial)\n        raise",
             "    except BaseException:\n        raise",
         ),
+    ),
+    *mutations(
+        "training/folder.py",
+        "training/test_checkpoint.py training/test_nothing_lost.py training/test_old_checkpoint.py",
+        ("before[name] != now[name]]", "False]"),
+        (
+            'before = {f.name: plain(f.default) for f in dataclasses.fields(Recipe)} | state["recipe"]',
+            'before = state["recipe"]',
+        ),
+        ("if recipe.num_steps < step:", "if False:"),
+        ("if any(recipe.lr_schedule(i, then)", "if all(recipe.lr_schedule(i, then)"),
+        ("if held and not recipe.overwrite_output_dir:", "if False:"),
+        ('for path in checkpoint.set_aside(directory / "checkpoints", folder):', "for path in ():"),
+    ),
+    *mutations(
+        "training/stop.py",
+        "training/test_nothing_lost.py faults/test_faults.py",
+        ("raise Stopped(128 + self.asked)", "raise SystemExit(128 + self.asked)"),
+        ("again = self.asked == number == signal.SIGINT", "again = False"),
+    ),
+    *mutations(
+        "training/manifest.py",
+        "training/test_damaged_checkpoints.py training/test_checkpoint.py",
+        ("own != _own_digest(found)", "False"),
+        ('if found["format"] != FORMAT:', "if False:"),
+        ("        if name not in here:\n", "        if False:\n"),
+        ("if name not in files and name not in (NAME, *also)", "if False and name not in (NAME, *also)"),
+        ('if size != entry["size"]:', "if False:", "", "the digest sees what the size sees; the message is another"),
+        ('None if digest(path) == entry["sha256"] else', "None if True else"),
+        ('None if digest(path, limit=HEAD) == entry["head"] else', "None if True else"),
     ),
 ]

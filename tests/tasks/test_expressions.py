@@ -3,11 +3,11 @@
 import ast
 import re
 from fractions import Fraction
-from time import process_time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear import linear_time
 
 from dllm_rl.tasks.countdown.expressions import DEEPEST, LARGEST, LONGEST, Value, apply, evaluate
 
@@ -115,7 +115,6 @@ def test_agrees_with_pythons_syntax_tree(text: str) -> None:
 
 
 @pytest.mark.parametrize("piece", ["(", ")", "-", "1+", "9", "9**", "((1)", " ", "\n", "\u0663", "()"])
-def test_a_million_characters_take_no_time(piece: str) -> None:
-    start = process_time()
-    assert evaluate(piece * (10**6 // len(piece))) is None
-    assert process_time() - start < 0.05
+def test_a_million_characters_take_linear_time(piece: str) -> None:
+    with linear_time():
+        assert evaluate(piece * (10**6 // len(piece))) is None

@@ -5,11 +5,11 @@ import subprocess
 import sys
 from itertools import product
 from random import Random
-from time import process_time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear import linear_time
 
 from dllm_rl.tasks.base import Problem, Task
 from dllm_rl.tasks.sudoku import Sudoku
@@ -288,12 +288,11 @@ def test_any_text_gets_a_finite_grade(text: str) -> None:
 
 
 @pytest.mark.parametrize("piece", ["1", " ", "1 ", "<answer>", "</answer>", "\u2003x", "é"])
-def test_a_million_characters_take_no_time(piece: str) -> None:
+def test_a_million_characters_take_linear_time(piece: str) -> None:
     text = piece * (10**6 // len(piece))
     for task in (Sudoku(), Sudoku(prompt_format="text")):
-        start = process_time()
-        task.reward(problem(PUZZLE), text)
-        assert process_time() - start < 0.05
+        with linear_time():
+            task.reward(problem(PUZZLE), text)
 
 
 def test_worked_examples_come_from_train_solutions() -> None:

@@ -1,4 +1,4 @@
-"""Contracts that every method keeps, for the tests of this package and of anyone who writes a method of their own."""
+"""Contracts that every method keeps: correctors and estimators."""
 
 import math
 from typing import Any

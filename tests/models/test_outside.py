@@ -1,0 +1,188 @@
+"""Backbones from outside the package: families, classes of transformers' Auto registries, modules of one's own."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from layouts import checkpoint, stock
+from own_module import own_policy
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from dllm_rl import FamilySpec, load_policy, load_weights, make_policy, register_family
+from dllm_rl.models import families
+from dllm_rl.models.base import encode_roberta, mlm_head
+from dllm_rl.models.tiny import char_tokenizer
+
+TOKENS = torch.tensor([[3, 4, 5, 6, 7, 4]])
+MASK = torch.ones_like(TOKENS, dtype=torch.bool)
+
+
+@pytest.fixture
+def own_families(monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", list(families.FAMILIES))
+
+
+class NestConfig(LlamaConfig):
+    model_type = "nest-of-the-tests"
+
+
+class NestForDiffusionLM(LlamaForCausalLM):
+    config_class = NestConfig
+
+
+class EggConfig(RobertaConfig):
+    model_type = "egg-of-the-tests"
+
+
+class EggForMaskedLM(RobertaForMaskedLM):
+    config_class = EggConfig
+
+
+AutoConfig.register("nest-of-the-tests", NestConfig)
+AutoModelForCausalLM.register(NestConfig, NestForDiffusionLM)
+AutoConfig.register("egg-of-the-tests", EggConfig)
+AutoModelForMaskedLM.register(EggConfig, EggForMaskedLM)
+
+
+def renamed_checkpoint(folder, family: str, architecture: str, kind: str, **fields):
+    stock(folder, family)
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"architectures": [architecture], "model_type": kind, **fields}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def test_a_registered_family_of_a_class_in_the_auto_registry(tmp_path, own_families):
+    """A name that no family knows is refused; once registered it is opened, saved and opened again."""
+    folder = renamed_checkpoint(
+        tmp_path / "a", "llama", "NestForDiffusionLM", "nest-of-the-tests", is_causal=False, mask_token_id=39
+    )
+    with pytest.raises(ValueError, match=r"'NestForDiffusionLM' is not known.*give your own to register_family"):
+        load_policy(folder)
+    register_family(FamilySpec(name="nest", attention="full", architectures=("NestForDiffusionLM",)))
+    policy = load_policy(folder)
+    assert type(policy.module) is NestForDiffusionLM and policy.spec.name == "nest" and policy.spec.mask_id == 39
+    policy.save_pretrained(tmp_path / "b")
+    assert torch.equal(load_policy(tmp_path / "b").logits(TOKENS, MASK), policy.logits(TOKENS, MASK))
+
+
+def test_a_class_in_the_auto_registry_whose_name_a_family_knows(tmp_path):
+    policy = load_policy(renamed_checkpoint(tmp_path, "roberta", "EggForMaskedLM", "egg-of-the-tests"))
+    assert type(policy.module) is EggForMaskedLM
+
+
+def test_a_family_is_replaced_under_its_name_and_comes_first(own_families):
+    spec = FamilySpec(name="roberta", attention="full", architectures=("EggForMaskedLM",), head=mlm_head)
+    register_family(spec)
+    register_family(replace(spec, encode=encode_roberta))
+    assert [family.name for family in families.FAMILIES].count("roberta") == 1
+    assert families.FAMILIES[0].encode is encode_roberta
+    with pytest.raises(ValueError, match=r"architectures=\(\) of the family 'mine'"):
+        register_family(FamilySpec(name="mine", attention="full"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_dtype_of_a_native_checkpoint_does_not_hang_on_a_tensors_name(tmp_path, dtype):
+    """`auto` takes the dtype of most numbers; LLaDA2's expert bias is in fp32 beside weights in bf16."""
+    from layouts import published
+
+    policy = load_policy(published(tmp_path / "a", "llada2", dtype=dtype), dtype="auto")
+    assert policy.module.get_input_embeddings().weight.dtype == dtype
+    policy.save_pretrained(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
+
+
+class TestAModuleOfOnesOwn:
+    def test_is_saved_and_opened_bit_for_bit(self, tmp_path):
+        policy, other = own_policy(seed=1), own_policy(seed=2)
+        policy.save_pretrained(tmp_path)
+        assert {file.name for file in tmp_path.iterdir()} >= {"model.safetensors", "tokenizer.json"}
+        assert not torch.equal(other.logits(TOKENS, MASK), policy.logits(TOKENS, MASK))
+        load_weights(other, tmp_path)
+        assert torch.equal(other.logits(TOKENS, MASK), policy.logits(TOKENS, MASK))
+
+    def test_with_tied_weights(self, tmp_path):
+        policies = [own_policy(seed=seed) for seed in (1, 2)]
+        for policy in policies:
+            policy.module.vocabulary.weight = policy.module.embed.weight
+        policies[0].save_pretrained(tmp_path)
+        load_weights(policies[1], tmp_path)
+        assert policies[1].module.vocabulary.weight is policies[1].module.embed.weight
+        assert torch.equal(*(policy.logits(TOKENS, MASK) for policy in policies))
+
+    def test_weights_of_another_module_are_refused(self, tmp_path):
+        own_policy(characters="123").save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"tensors \['embed.weight', .* do not fit Own; make the module"):
+            load_weights(own_policy(), tmp_path)
+
+    def test_load_policy_says_what_the_folder_is(self, tmp_path):
+        own_policy().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"without a config.json, .* load_weights\(policy, folder\)"):
+            load_policy(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"vocab_size": None}, "vocab_size=None of the spec 'own', and Own has no config"),
+            ({"mask_id": None}, "mask_id=None of the spec 'own'"),
+            ({"mask_id": 9}, "names the id 9, outside its vocabulary of 9"),
+            ({"eos_ids": ()}, r"eos_ids=\(\) of the spec 'own'"),
+            ({"attention": "causal"}, "attention='causal' is what Own should have"),
+        ],
+    )
+    def test_a_spec_that_cannot_be_is_refused(self, changes, said):
+        with pytest.raises(ValueError, match=said):
+            own_policy(**changes)
+
+    def test_a_head_in_16_bits_must_be_known(self):
+        policy = own_policy()
+        policy.module.bfloat16()
+        with pytest.raises(ValueError, match=r"float32_head=True needs to know the output layer of Own"):
+            policy.logits(TOKENS, MASK)
+        policy.float32_head = False
+        assert policy.logits(TOKENS, MASK).dtype == torch.bfloat16
+        policy.float32_head = True
+        policy.module.get_output_embeddings = lambda: policy.module.vocabulary
+        assert policy.logits(TOKENS, MASK).dtype == torch.float32
+
+    def test_says_what_it_is(self):
+        assert repr(own_policy()) == "DiffusionPolicy(Own, 19,017 parameters, family own)"
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty has no config.json: it is no checkpoint"):
+        load_policy(tmp_path / "empty")
+    (tmp_path / "run" / "checkpoints" / "step-000002").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"run is the folder of a run; give one of its checkpoints, as .*step-000002"):
+        load_policy(tmp_path / "run")
+    broken = checkpoint(tmp_path / "broken", "llama")
+    (broken / "config.json").write_text('{"architectures": [')
+    with pytest.raises(ValueError, match=r"config.json is damaged: it is not JSON"):
+        load_policy(broken)
+
+
+def test_make_policy_needs_no_spec_for_a_known_class():
+    tokenizer = char_tokenizer("0123")
+    config = LlamaConfig(
+        vocab_size=7,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+        eos_token_id=2,
+        bos_token_id=None,
+        architectures=["LlamaForCausalLM"],
+    )
+    with torch.random.fork_rng(devices=[]):
+        assert make_policy(LlamaForCausalLM(config), tokenizer).spec.attention == "causal"

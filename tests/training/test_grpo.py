@@ -1,0 +1,140 @@
+"""GRPO in one call, as someone who comes from TRL would make it."""
+
+import asyncio
+from functools import partial
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_recipe import SIZES
+
+from dllm_rl import float8_weight_only, grpo, grpo_recipe, tiny_llama, tiny_masked_lm
+from dllm_rl.config import describe
+from dllm_rl.likelihoods.estimators import causal
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.tasks.datasets import task_from_dataset
+from dllm_rl.training.plots import read_metrics
+
+SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
+ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]
+
+
+def right(completions, answer, **_):
+    return [
+        sum(x == y for x, y in zip(text, wanted, strict=False)) / 2
+        for text, wanted in zip(completions, answer, strict=True)
+    ]
+
+
+async def short(completions, **_):
+    await asyncio.sleep(0)
+    return [-float(len(text)) for text in completions]
+
+
+def options(directory, **more):
+    small = {"num_steps": 2, "train_batch_size": 4, "num_generations": 4, "rollout_quantization": float8_weight_only}
+    return {"max_new_tokens": 4, "output_dir": str(directory), **small, **more}
+
+
+@pytest.mark.parametrize("rows", [ROWS, Dataset.from_list(ROWS)], ids=["list", "Dataset"])
+def test_a_policy_a_data_set_and_functions_are_enough(tmp_path, rows):
+    policy = tiny_masked_lm(**SMALL)
+    summary = grpo(policy, rows, [right, short], reward_weights=[1.0, 0.1], **options(tmp_path))
+    assert summary["eval_problems"] == 1 and summary["eval_before"].keys() >= {"right", "short", "reward"}
+    for row in read_metrics(tmp_path):
+        assert row["reward"] == pytest.approx(row["rewards/right/mean"] + 0.1 * row["rewards/short/mean"])
+
+
+def test_the_models_attention_picks_sampler_and_likelihood(tmp_path):
+    recipe = grpo_recipe(partial(tiny_llama, causal=True, **SMALL), ROWS, right, **options(tmp_path))
+    assert recipe.sampler.func is autoregress and recipe.likelihood == causal()
+    recipe = grpo_recipe(partial(tiny_masked_lm, **SMALL), ROWS, right, **options(tmp_path))
+    assert recipe.sampler.func is unmask and recipe.likelihood.exact_for_sampler
+    assert recipe.sampler.keywords["temperature"] == 1.0 and recipe.eval_sampler.keywords["temperature"] == 0.0
+    long = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=32, sampler_options={"num_steps": 16})
+    assert long.sampler.keywords["num_steps"] == 16 and not long.likelihood.exact_for_sampler
+    assert "num_segments=8" in describe(long.likelihood)
+    few = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=32, sampler_options={"num_steps": 8})
+    assert few.likelihood.exact_for_sampler
+
+
+def test_a_path_is_looked_at_without_its_weights(tmp_path, monkeypatch):
+    tiny_llama(causal=True, **SMALL).save_pretrained(tmp_path / "Some-Model")
+    monkeypatch.setattr("dllm_rl.models.policy.load_module", None)
+    recipe = grpo_recipe(str(tmp_path / "Some-Model"), ROWS, right)
+    assert recipe.name == "some-model" and recipe.sampler.func is autoregress
+
+
+def test_a_tenth_is_held_out_and_not_trained_on(tmp_path):
+    rows = [{"prompt": f"{i:03d}="} for i in range(300)]
+    recipe = grpo_recipe(
+        tiny_masked_lm(characters="0123456789="), rows, lambda completions, **_: [0.0] * len(completions)
+    )
+    trained, held = ([task[i].prompt for i in range(len(task))] for task in (recipe.task, recipe.eval_task))
+    assert len(trained) == 270 and held == [row["prompt"] for row in rows[270:]] and not set(trained) & set(held)
+    given = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, eval_dataset=ROWS[:3])
+    assert len(given.task) == 16 and len(given.eval_task) == 3
+
+
+def test_a_streamed_data_set_needs_a_bound():
+    stream = Dataset.from_list(ROWS).to_iterable_dataset()
+    with pytest.raises(ValueError, match="give max_rows, the rows that are read into memory"):
+        grpo_recipe(tiny_masked_lm(**SMALL), stream, right)
+    recipe = grpo_recipe(tiny_masked_lm(**SMALL), stream, right, max_rows=10)
+    assert (len(recipe.task), len(recipe.eval_task)) == (9, 1)
+    with pytest.raises(ValueError, match=r"has no length, as a streamed one: give its first rows"):
+        task_from_dataset(stream, reward_funcs=right)
+
+
+@pytest.mark.parametrize("empty", [[], Dataset.from_list([])], ids=["list", "Dataset"])
+def test_an_empty_data_set_is_refused(empty):
+    with pytest.raises(ValueError, match="dataset is empty: give at least one row"):
+        task_from_dataset(empty, reward_funcs=right)
+    with pytest.raises(ValueError, match="dataset has 0 row"):
+        grpo_recipe(tiny_masked_lm(**SMALL), empty, right)
+
+
+def test_async_functions_wait_at_once_also_inside_a_running_loop():
+    """Each awaits the other's start, so that one after the other would never end; a notebook runs such a loop."""
+    started = []
+
+    async def meets(name: str, completions):
+        started.append(name)
+        while len(started) < 2:
+            await asyncio.sleep(0)
+        return [1.0] * len(completions)
+
+    async def first(completions, **_):
+        return await meets("first", completions)
+
+    async def second(completions, **_):
+        return await meets("second", completions)
+
+    task = task_from_dataset(ROWS, reward_funcs=[first, right, second])
+
+    async def notebook():
+        return task.rewards([task[0], task[1]], ["11", "12"])
+
+    graded = asyncio.run(notebook())
+    assert [reward.breakdown for reward in graded] == [
+        {"first": 1.0, "right": 1.0, "second": 1.0},
+        {"first": 1.0, "right": 0.0, "second": 1.0},
+    ]
+
+
+def test_what_is_stored_of_such_a_task_is_the_same_in_every_process():
+    """A resumed run compares it: no addresses, and not the rows themselves."""
+    text = describe(task_from_dataset(ROWS, reward_funcs=[right, short], name="sums"))
+    assert text == "DatasetTask(reward_funcs=(right, short), weights=(1.0, 1.0), name='sums', version='1')"
+    assert describe((1,)) == "(1,)" and describe([0.5, "a"]) == "[0.5, 'a']"
+
+
+def test_a_run_resumes(tmp_path):
+    arguments = tiny_masked_lm(**SMALL), ROWS, right
+    grpo(*arguments, **options(tmp_path / "parts", num_steps=1, lr_schedule_steps=2))
+    parts = grpo(*arguments, **options(tmp_path / "parts", lr_schedule_steps=2, resume_from_checkpoint="latest"))
+    whole = grpo(*arguments, **options(tmp_path / "whole"))
+    assert parts["eval_after"] == whole["eval_after"]
+    first, second = (torch.load(f"{s['checkpoint']}/optimizer.pt", weights_only=True)["state"] for s in (parts, whole))
+    assert all(torch.equal(first[i]["exp_avg"], second[i]["exp_avg"]) for i in first)

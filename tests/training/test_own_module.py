@@ -1,0 +1,72 @@
+"""A run whose model is nobody's but its author's: trained, stopped, resumed, with adapters and a KL term."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from own_module import own_policy
+from runs import metrics_of
+from safetensors.torch import load_file
+from tiny_recipe import tiny_recipe
+
+from dllm_rl import int8_emulated, load_weights, none, tiny_masked_lm
+from dllm_rl.models.lora import Lora
+from dllm_rl.training import train
+
+
+def weights_of(summary) -> dict[str, torch.Tensor]:
+    return load_file(f"{summary['checkpoint']}/model.safetensors")
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def recipe_of(directory, **changes):
+    return tiny_recipe(
+        directory,
+        **{"model": own_policy, "num_steps": 4, "save_steps": 2, "rollout_quantization": int8_emulated} | changes,
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"beta": 0.1}, {"lora": partial(Lora, r=2), "warmup_steps": 2, "beta": 0.1}],
+    ids=["all weights", "adapters after a warm-up"],
+)
+def test_a_resumed_run_is_the_same(tmp_path, changes):
+    whole = train(recipe_of(tmp_path / "whole", **changes))
+    train(recipe_of(tmp_path / "parts", **changes, num_steps=2, lr_schedule_steps=4))
+    parts = train(recipe_of(tmp_path / "parts", **changes, lr_schedule_steps=4, resume_from_checkpoint="latest"))
+    assert same(weights_of(whole), weights_of(parts))
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
+    assert whole["eval_after"] == parts["eval_after"]
+
+
+def test_the_weights_that_it_leaves_are_the_modules_own(tmp_path):
+    summary = train(recipe_of(tmp_path, seed=5))
+    policy = own_policy(seed=5)
+    before = {name: tensor.clone() for name, tensor in policy.module.state_dict().items()}
+    load_weights(policy, summary["checkpoint"])
+    after = policy.module.state_dict()
+    assert same(weights_of(summary), after) and not same(before, after)
+
+
+def test_a_policy_may_be_given_and_stays_as_it_is(tmp_path):
+    """The same weights as a function's: the same run; and a second run starts where the first one did."""
+    policy = own_policy(seed=0)
+    before = {name: tensor.clone() for name, tensor in policy.module.state_dict().items()}
+    first, second = (train(recipe_of(tmp_path / name, model=policy)) for name in ("first", "second"))
+    made = train(recipe_of(tmp_path / "function", model=own_policy, seed=0))
+    assert same(before, policy.module.state_dict())
+    assert same(weights_of(first), weights_of(second)) and same(weights_of(first), weights_of(made))
+
+
+def test_a_policy_that_is_given_can_be_resumed(tmp_path):
+    policy = tiny_masked_lm(characters="1234.=", hidden_size=16, num_layers=1, intermediate_size=16)
+    recipe = recipe_of(tmp_path / "parts", model=policy, corrector=none())
+    train(replace(recipe, num_steps=2, lr_schedule_steps=4))
+    parts = train(replace(recipe, lr_schedule_steps=4, resume_from_checkpoint="latest"))
+    whole = train(replace(recipe, output_dir=str(tmp_path / "whole")))
+    assert same(weights_of(whole), weights_of(parts))
