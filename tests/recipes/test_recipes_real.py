@@ -29,6 +29,7 @@ QWEN = 2 * 151936 * 4096 + 4096 + 36 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096
 DREAM = 2 * 152064 * 3584 + 3584 + 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3584 + 2 * 512 + 3 * 3584 * 18944 + 2 * 3584)
 REAL = {
     "llada_8b_sudoku": (8_015_581_184, 32 * 7),
+    "llada_8b_sudoku_full": (8_015_581_184, 32 * 7),
     "llada_8b_countdown": (8_015_581_184, 32 * 7),
     "llada_8b_gsm8k": (8_015_581_184, 32 * 7),
     "dream_7b_countdown": (DREAM, 28 * 7),
@@ -46,7 +47,7 @@ def recipe_of(name: str):
 def test_every_recipe_runs_dry(name, capsys, tmp_path, monkeypatch):
     """Parameters and layers of the whole model; the memory, for time's sake, of two blocks of each kind of model."""
     monkeypatch.chdir(tmp_path)
-    alike = name in ("llada_8b_countdown", "llada_8b_gsm8k", "dream_7b_countdown")
+    alike = name in ("llada_8b_sudoku_full", "llada_8b_countdown", "llada_8b_gsm8k", "dream_7b_countdown")
     monkeypatch.setattr(dry_run, "measure_step", (lambda *_, **__: Memory({}, {"update": 1})) if alike else two_blocks)
     recipe = from_command_line(recipe_of(name), ["--dry_run"])
     train(recipe)
@@ -132,6 +133,17 @@ def test_each_way_to_save_memory_saves_it(monkeypatch):
     assert recomputed["update"] < plain["update"] - 150e3 * tokens
     assert peaks(micro_batch_size=6)["update"] < plain["update"] - 6 * 512 * 2 * 200e3
     assert peaks(rollout_batch_size=6)["rollout"] < plain["rollout"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "size"), [("llada_8b_sudoku", 63.2, 80), ("llada_8b_sudoku_full", 108.6, 141)]
+)
+def test_what_the_recipes_say_that_they_take(name, gigabytes, size):
+    recipe = recipe_of(name)
+    peak = memory(recipe, meta_policy(recipe), 256).peak
+    assert peak / 1e9 == pytest.approx(gigabytes, abs=0.5)
+    assert dry_run.fit(peak, size) == "yes"
 
 
 def test_the_gpus_that_a_plan_fits(monkeypatch):
