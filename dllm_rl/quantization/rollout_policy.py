@@ -6,7 +6,7 @@ A torchao config object, or one of our emulators', describes the quantisation; N
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,7 @@ def quantized_copy(
     chosen = [] if config is None else [name for name, _ in linear_layers(module) if name not in kept]
     if config is not None and not chosen:
         raise ValueError(f"{config!r} quantises no layer of {type(module).__name__}; not quantised: {kept}")
+    memo |= in_dtype((p for p in module.parameters() if p.dim() == 1), dtype)  # norms, and biases for what follows
     for name, layer in linear_layers(module):
         # deepcopy takes what the memo holds for an object instead of copying it: no plain copy of a weight is made.
         quantise, base = name in chosen, layer.base_layer if isinstance(layer, LoraLinear) else layer
@@ -93,10 +94,8 @@ def quantized_copy(
             plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), copy.deepcopy(base.bias, memo)
         elif quantise:
             memo[id(layer.weight)] = nn.Parameter(weight, requires_grad=False)
-    if dtype is not None:
-        for parameter in module.parameters():
-            if id(parameter) not in memo and parameter.is_floating_point():
-                memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+    replaced = {id(p) for layer in module.modules() if id(layer) in memo for p in layer.parameters()}
+    memo |= in_dtype((p for p in module.parameters() if id(p) not in memo.keys() | replaced), dtype)
     rollout_policy.module = copy.deepcopy(module, memo).requires_grad_(False)
     for name in chosen:
         rollout_policy.module.get_submodule(name).quantization = config
@@ -107,6 +106,15 @@ def quantized_copy(
     if config is not None:
         log.info("%s: %s", type(config).__name__, report)
     return rollout_policy
+
+
+def in_dtype(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None) -> dict[int, Any]:
+    """Copies of floating parameters in another dtype, by the id of the original: deepcopy's memo. None: no copies."""
+    return {
+        id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False)
+        for p in parameters
+        if dtype is not None and p.is_floating_point()
+    }
 
 
 def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:

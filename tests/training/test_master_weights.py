@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import quantized_copy, sync_weights, train
-from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.models.lora import Lora, add_lora, merged_copy
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.linear import is_quantized
 from dllm_rl.quantization.schemes import float8_dynamic_emulated, float8_weight_only
 from dllm_rl.training.run import make_optimizer
@@ -48,21 +49,23 @@ def test_small_updates_arrive_in_fp32_weights_alone(tmp_path):
     assert share > 0.99 and distance == pytest.approx(exact, rel=0.1)  # bf16 products take little away
 
 
+@pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["full", "lora"])
 @pytest.mark.parametrize("scheme", [float8_weight_only, float8_dynamic_emulated])
-def test_the_rollouts_copy_is_in_bf16(scheme):
+def test_the_rollouts_copy_is_in_bf16(scheme, lora):
     """As if the learner's weights were bf16, which dynamic FP8 needs; a sync keeps it so."""
-    policy = tiny_llama(causal=False, **SIZES)
+    policy = tiny_masked_lm(**SIZES)  # with biases
+    if lora is not None:
+        add_lora(policy, lora)
     copied = quantized_copy(policy, scheme(), dtype=torch.bfloat16)
     for parameter in policy.module.parameters():
-        parameter.data.mul_(1.01)
+        parameter.data.mul_(1.01).add_(0.001)
     sync_weights(policy, copied)
     assert all(p.dtype == torch.float32 for p in policy.module.parameters())
-    rounded = tiny_llama(causal=False, **SIZES)
-    rounded.module.load_state_dict(policy.module.state_dict())
-    rounded.module.to(torch.bfloat16)
+    rounded = tiny_masked_lm(**SIZES)
+    rounded.module = merged_copy(policy.module).to(torch.bfloat16)
     expected = quantized_copy(rounded, scheme())
     layers = zip(copied.module.modules(), expected.module.modules(), strict=True)
-    assert sum(is_quantized(a) for a, _ in layers) == 14
+    assert sum(is_quantized(a) for a, _ in layers) == 12
     for (name, a), b in zip(copied.module.named_parameters(), expected.module.parameters(), strict=True):
         assert a.dtype == b.dtype == torch.bfloat16, name
         assert torch.equal(*(x.dequantize() if hasattr(x, "qdata") else x for x in (a, b))), name
