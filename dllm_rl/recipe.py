@@ -109,7 +109,10 @@ class Recipe:
         "a small part of the memory, the same gradients",
         False,
     )
-    bf16: bool = _("learner's forward in bf16 autocast", False)
+    bf16: bool = _(
+        "forwards compute in bf16 and weights stay in dtype: with dtype float32 the setting for training all weights",
+        False,
+    )
     zero_mismatch: bool = _(
         "arithmetic that does not depend on the batch; stop where rollout and learner differ at all", False
     )

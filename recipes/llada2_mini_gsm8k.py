@@ -9,7 +9,11 @@ from dllm_rl import main, trajectory
 from recipes.llada_8b_gsm8k import recipe as base
 
 recipe = replace(
-    base, name="llada2-mini-gsm8k", model="inclusionAI/LLaDA2.0-mini", likelihood=trajectory(num_segments=8)
+    base,
+    name="llada2-mini-gsm8k",
+    model="inclusionAI/LLaDA2.0-mini",
+    likelihood=trajectory(num_segments=8),
+    gradient_checkpointing=True,
 )
 
 if __name__ == "__main__":

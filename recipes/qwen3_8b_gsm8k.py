@@ -20,6 +20,7 @@ recipe = replace(
     likelihood=causal(),
     num_generations=8,
     micro_batch_size=8,
+    gradient_checkpointing=True,
     num_iterations=1,
     beta=0.0,
 )

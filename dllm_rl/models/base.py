@@ -157,6 +157,9 @@ class Head(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def device(self) -> torch.device: ...
+
     def head(self, hidden: Tensor) -> Tensor: ...
 
 
@@ -180,9 +183,6 @@ class Policy(Head, Protocol):
     lora: "Lora | None"
     quantization: Any
     quantization_report: Any
-
-    @property
-    def device(self) -> torch.device: ...
 
     @property
     def pad_id(self) -> int: ...

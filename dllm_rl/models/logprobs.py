@@ -108,13 +108,13 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
     return max(ROWS, elements // vocabulary // ROWS * ROWS)
 
 
-def chunked(f: Callable, *rows: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
+def chunked(f: Callable, *rows: Tensor, policy: Head) -> tuple[Tensor, ...]:
     """Apply `f` (rows -> tuple of per-row tensors) to chunks of `chunk_rows`.
 
     Rows of zeros fill up the last chunk to a multiple of ROWS, so that a row's value does not depend on how many others
     come with it. With more than one chunk and gradients on, each chunk's logits are recomputed in the backward.
     """
-    size = chunk_rows(vocabulary, rows[0].device)
+    size = chunk_rows(policy.vocab_size, policy.device)
     count, missing = len(rows[0]), -len(rows[0]) % ROWS
     if missing:
         rows = tuple(torch.cat([r, r.new_zeros(missing, *r.shape[1:])]) for r in rows)
@@ -141,7 +141,7 @@ def token_logprobs(
         return (_TokenLogprob.apply(process(policy.head(h), sampling_params, y, ids), y),)
 
     rows = (hidden, tokens) if kept is None else (hidden, tokens, kept)
-    return chunked(score, *rows, vocabulary=policy.vocab_size)[0]
+    return chunked(score, *rows, policy=policy)[0]
 
 
 def token_logprobs_and_entropies(
@@ -161,7 +161,7 @@ def token_logprobs_and_entropies(
         entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
         return _TokenLogprob.apply(logits, y), entropy
 
-    logprobs, entropies = chunked(score, hidden, tokens, vocabulary=policy.vocab_size)
+    logprobs, entropies = chunked(score, hidden, tokens, policy=policy)
     return logprobs, entropies
 
 
@@ -178,7 +178,7 @@ def backward_token_logprobs(
     The vector is known before the forward, so that a chunk goes through the head and back at once and leaves only its
     gradient with respect to the hidden states, which then takes one backward through the body.
     """
-    size, gradients = chunk_rows(policy.vocab_size, hidden.device), []
+    size, gradients = chunk_rows(policy.vocab_size, policy.device), []
     ids = [None] * len(hidden.split(size)) if kept is None else kept.split(size)
     for h, y, v, k in zip(hidden.split(size), tokens.split(size), vector.split(size), ids, strict=True):
         leaf = h.detach().requires_grad_()

@@ -238,7 +238,6 @@ def merged_copy(module: Module, *, device: torch.device | str | None = None) -> 
             memo[id(buffer)] = _copied(buffer, device)
     twin = copy.deepcopy(module, memo)
     forget_quantizer(twin)
-    vars(twin.config).pop("quantization_config", None)
     return twin
 
 
@@ -260,7 +259,6 @@ def _merge(module: Module) -> None:
             continue
         module.set_submodule(path, _plain(layer))
     forget_quantizer(module)
-    vars(module.config).pop("quantization_config", None)
 
 
 def _plain(layer: Any) -> nn.Linear:
@@ -276,6 +274,7 @@ def forget_quantizer(module: nn.Module) -> None:
     """Drop what transformers sets on a module that bitsandbytes quantised: its weights are ordinary ones."""
     for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
         vars(module).pop(name, None)
+    vars(getattr(module, "config", module)).pop("quantization_config", None)
 
 
 def adapter_state(policy: Policy) -> dict[str, Tensor]:

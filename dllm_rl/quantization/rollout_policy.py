@@ -6,7 +6,7 @@ A torchao config object, or one of our emulators', describes the quantisation; N
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,10 +50,18 @@ class QuantizationReport:
 
 
 @torch.no_grad()
-def quantized_copy(policy: Policy, config: Scheme, *, skip: Callable[[nn.Module, str], bool] | None = None) -> Policy:
+def quantized_copy(
+    policy: Policy,
+    config: Scheme,
+    *,
+    skip: Callable[[nn.Module, str], bool] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Policy:
     """A second policy whose block linears are quantised by `config`; None copies without quantising.
 
-    skip  (module, name) -> True for further layers that keep their precision.
+    skip   (module, name) -> True for further layers that keep their precision.
+    dtype  that the copy's weights are held in and quantised from; None: the policy's own. bf16 beside fp32 ones is what
+           a learner under autocast computes with.
 
     Head, embeddings, norms and routers keep theirs, as do layers tied to one of these and experts fused into one
     3-D parameter (experts that are linear layers are quantised). `rollout_policy.quantization_report` says all that.
@@ -66,15 +74,16 @@ def quantized_copy(policy: Policy, config: Scheme, *, skip: Callable[[nn.Module,
     memo: dict[int, Any] = {}
     finite: dict[str, torch.Tensor] = {}
     if config is not None:
-        config = check_scheme(config, policy.device, next(module.parameters()).dtype)
+        config = check_scheme(config, policy.device, dtype or next(module.parameters()).dtype)
         kept = skip_reasons(module, config, skip)
     chosen = [] if config is None else [name for name, _ in linear_layers(module) if name not in kept]
     if config is not None and not chosen:
         raise ValueError(f"{config!r} quantises no layer of {type(module).__name__}; not quantised: {kept}")
+    memo |= in_dtype((p for p in module.parameters() if p.dim() == 1), dtype)  # norms, and biases for what follows
     for name, layer in linear_layers(module):
         # deepcopy takes what the memo holds for an object instead of copying it: no plain copy of a weight is made.
         quantise, base = name in chosen, layer.base_layer if isinstance(layer, LoraLinear) else layer
-        weight = layer.merged() if isinstance(layer, LoraLinear) else plain_weight(layer)
+        weight = (layer.merged() if isinstance(layer, LoraLinear) else plain_weight(layer)).to(dtype)
         if quantise and isinstance(config, FakeQuantize):
             memo[id(layer)] = EmulatedLinear(weight, copy.deepcopy(base.bias, memo), config)
             finite[name] = memo[id(layer)].weight.isfinite().all()
@@ -87,6 +96,8 @@ def quantized_copy(policy: Policy, config: Scheme, *, skip: Callable[[nn.Module,
         elif quantise:
             memo[id(layer.weight)] = nn.Parameter(weight, requires_grad=False)
     check_finite(finite)
+    replaced = {id(p) for layer in module.modules() if id(layer) in memo for p in layer.parameters()}
+    memo |= in_dtype((p for p in module.parameters() if id(p) not in memo.keys() | replaced), dtype)
     rollout_policy.module = copy.deepcopy(module, memo).requires_grad_(False)
     for name in chosen:
         rollout_policy.module.get_submodule(name).quantization = config
@@ -97,6 +108,15 @@ def quantized_copy(policy: Policy, config: Scheme, *, skip: Callable[[nn.Module,
     if config is not None:
         log.info("%s: %s", type(config).__name__, report)
     return rollout_policy
+
+
+def in_dtype(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None) -> dict[int, Any]:
+    """Copies of floating parameters in another dtype, by the id of the original: deepcopy's memo. None: no copies."""
+    return {
+        id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False)
+        for p in parameters
+        if dtype is not None and p.is_floating_point()
+    }
 
 
 def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:

@@ -83,7 +83,7 @@ def _slabs(
     policy: Policy, one: Callable, sampling_params: SamplingParams, hidden: Tensor, *rows: Tensor
 ) -> tuple[Tensor, ...]:
     """Run the head in chunks, and `one` on fp32 slabs of them; all suppressed ids but the mask token are at -inf."""
-    size = max(1, SLAB.get(hidden.device.type, SLAB["cuda"]) // policy.vocab_size)
+    size = max(1, SLAB.get(policy.device.type, SLAB["cuda"]) // policy.vocab_size)
 
     def chunk(h: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         raw = policy.head(h)
@@ -92,7 +92,7 @@ def _slabs(
         parts = [one(x.float(), *others) for x, *others in zip(*(r.split(size) for r in (raw, *rest)), strict=True)]
         return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
-    return chunked(chunk, hidden, *rows, vocabulary=policy.vocab_size)
+    return chunked(chunk, hidden, *rows, policy=policy)
 
 
 def _draw(

@@ -9,15 +9,23 @@ import torch
 
 from dllm_rl.recipe import Recipe
 
+BF16_STEPS = 512  # half a step of bf16 is at least a 512th of the number
+TYPICAL_WEIGHT = 0.02  # of a matrix in a language model
 PATIENCE = 20  # steps in a row without a group whose rewards differ
 
 
 def cautions(recipe: Recipe) -> list[str]:
-    """What of the recipe cannot learn from rewards, and the remedy."""
+    """What of the recipe cannot learn, and the remedy."""
     said, shape = [], (recipe.train_batch_size, recipe.num_generations)
     if _bound(recipe.sampler, "temperature") == 0:
         said.append(
             "sampler.temperature=0 is greedy: the completions of a prompt are all alike and teach nothing; use 1.0"
+        )
+    steps = recipe.learning_rate * BF16_STEPS
+    if recipe.lora is None and isinstance(recipe.model, str) and recipe.dtype == "bfloat16" and steps < TYPICAL_WEIGHT:
+        said.append(
+            f"dtype='bfloat16' without lora and learning_rate={recipe.learning_rate}: bf16 weights above {steps:.1g} "
+            "round such updates away; use --dtype float32 --bf16, whose weights are fp32 and whose products are bf16"
         )
     rewards = torch.arange(float(shape[0] * shape[1])).reshape(shape)
     if not recipe.advantages(rewards).any():

@@ -1,7 +1,7 @@
-"""What a recipe would take, worked out without its weights: parameters, batches, memory, GPUs."""
+"""What a recipe would take, worked out without its weights: parameters, batches, memory, and the GPUs that it fits."""
 
+import copy
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,19 @@ from torch import nn
 from dllm_rl.models.base import FamilySpec, Module, Policy
 from dllm_rl.models.families import find_family
 from dllm_rl.models.loading import build_empty
-from dllm_rl.models.logprobs import CHUNK_ELEMENTS
 from dllm_rl.models.lora import LoraLinear, add_lora
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.models.tokens import prompt_ids
+from dllm_rl.quantization.fake import FakeQuantize
 from dllm_rl.quantization.rollout_policy import skip_reasons
+from dllm_rl.quantization.schemes import int4_packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import autoregress, sampler_for, unmask
+from dllm_rl.training.memory import Memory, measure_step
 
 GB = 1e9
-GPU_BYTES = 80 * GB
-USABLE = 0.9  # of a GPU's memory; the rest is the allocator's and the kernels'
+GPUS = (80, 96, 141, 192)  # GB of memory
+USABLE = 0.9  # of it; the rest is the allocator's, the kernels' and the driver's
 CONFIGS = Path(__file__).parent.parent / "models" / "configs"
 
 
@@ -38,12 +40,16 @@ def published_config(path_or_id: str | Path) -> dict:
 
 
 class MetaPolicy(DiffusionPolicy):
-    """A policy without weights or tokenizer: what can be known of it before either is fetched."""
+    """A policy without weights or tokenizer, as it would be on a GPU: what can be known before either is fetched."""
 
     @property
     def pad_id(self) -> int:
         """Nothing is padded here."""
         return 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda")
 
     def __init__(self, module: Module, spec: FamilySpec, tokenizer: Any) -> None:
         self.module, self.spec, self.tokenizer, self.version, self.lora = module, spec, tokenizer, 0, None
@@ -55,13 +61,14 @@ def meta_policy(recipe: Recipe) -> MetaPolicy:
     """The recipe's policy without weights: its module on the meta device (or the small model itself) and its spec."""
     if not isinstance(recipe.model, str):
         policy = recipe.model if isinstance(recipe.model, Policy) else recipe.model()
-        module, spec, tokenizer = policy.module, policy.spec, policy.tokenizer
+        module, spec, tokenizer = copy.deepcopy(policy.module), policy.spec, policy.tokenizer
     else:
         raw = published_config(recipe.model)
         family, module, tokenizer = find_family(raw), build_empty(raw), None
         # As load_policy does, but for the ids that only the tokenizer knows.
         spec = replace(family, max_length=module.config.max_position_embeddings)
     found = MetaPolicy(module, spec, tokenizer)
+    found.float32_head, found.gradient_checkpointing = recipe.float32_head, recipe.gradient_checkpointing
     if recipe.lora is not None:
         add_lora(found, recipe.lora())
     return found
@@ -82,54 +89,19 @@ def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
         )
 
 
-def element_bytes(recipe: Recipe, module: Module) -> int:
+def dtype_of(recipe: Recipe, module: Module) -> torch.dtype:
+    """Of the weights: the recipe's, or those that a small model is made with."""
     if not isinstance(recipe.model, str):
-        return next(module.parameters()).element_size()
+        return next(module.parameters()).dtype
     name = module.config.dtype if recipe.dtype == "auto" else recipe.dtype
-    return getattr(torch, str(name or "float32").removeprefix("torch.")).itemsize
+    return getattr(torch, str(name or "float32").removeprefix("torch."))
 
 
-def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> dict[str, int]:
-    """Bytes per GPU (data parallel: every GPU holds all of them).
-
-    activations  what a forward keeps for its backward, per token and layer: 8 hidden, 3 feed-forward and 2 attention
-                 widths, times the element size. No checkpointing of layers is assumed.
-    logits       four fp32 chunks of the head: logits, their softmax, its gradient, one copy.
-    """
-    module, config = policy.module, policy.module.config
-    size, trainable = element_bytes(recipe, module), sum(p.numel() for p in module.parameters() if p.requires_grad)
-    small = linear_elements(module) if recipe.base_quantization else 0
-    # nf4: half a byte a weight and an fp32 scale per 64; int8: a byte a weight.
-    packed = small * 9 // 16 if recipe.base_quantization == "nf4" else small
-    adapters = trainable if recipe.lora is not None else 0
-    rows = recipe.micro_batch_size or recipe.train_batch_size * recipe.num_generations
-    heads, kv = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    experts = getattr(config, "num_experts_per_tok", 0) or 0
-    inner = config.intermediate_size if not experts else config.moe_intermediate_size * (experts + 1)
-    width = 8 * config.hidden_size + 3 * inner + 2 * (heads + kv) * head_dim
-    compute = 2 if recipe.bf16 else size
-    tokens = rows * (prompt_tokens + recipe.max_new_tokens)
-    state = {"adamw": 2 * (4 if recipe.lora is not None else size), "adamw_8bit": 2}.get(recipe.optim.__name__, 8)
-    each = 4 if recipe.lora is not None else size
-    return {
-        "weights": (policy.parameters - small) * size + packed,
-        "adapters": adapters * 4,
-        "gradients": trainable * each,
-        "optimiser": trainable * state,
-        "activations": tokens * config.num_hidden_layers * width * compute,
-        "logits": 4 * 4 * CHUNK_ELEMENTS,
-        "rollout copy": rollout_bytes(recipe, policy, size),
-    }
-
-
-def linear_elements(module: nn.Module) -> int:
-    """Weights of linear layers in the blocks: what bitsandbytes quantises."""
-    return sum(
-        layer.weight.numel()
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) and ".layers." in name and not name.endswith(("lora_A", "lora_B"))
-    )
+def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> Memory:
+    """Bytes per GPU: data parallel, every GPU holds all of them."""
+    dtype = dtype_of(recipe, policy.module)
+    copied = rollout_bytes(recipe, policy, 2 if recipe.bf16 else dtype.itemsize)
+    return measure_step(recipe, policy, prompt_tokens=prompt_tokens, dtype=dtype, rollout_copy=copied)
 
 
 def quantisable(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str, str]]:
@@ -147,9 +119,15 @@ def quantisable(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str,
 
 
 def rollout_bytes(recipe: Recipe, policy: MetaPolicy, size: int) -> int:
-    """The quantised copy at a byte a weight; adapters are merged for it, in a copy that is held for that moment."""
+    """The quantised copy: a byte a weight (four where an emulator rounds in fp32, half of one in packed int4) and what
+    keeps its precision; scales are left out, a few in a thousand."""
     layers, weights, _ = quantisable(recipe, policy)
-    return 0 if not layers else weights + (policy.parameters - weights) * size
+    scheme = recipe.rollout_quantization
+    if scheme is None or not layers:
+        return 0
+    made = scheme()
+    each = 4.0 if isinstance(made, FakeQuantize) else 0.5 if isinstance(made, type(int4_packed())) else 1.0
+    return int(weights * each) + (policy.parameters - weights) * size
 
 
 def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
@@ -169,7 +147,6 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
     reasons = {why.split(" ")[0] if why.startswith("tied") else why: 0 for why in kept.values()}
     for why in kept.values():
         reasons[why.split(" ")[0] if why.startswith("tied") else why] += 1
-    total = sum(parts.values())
     lines = [
         f"{recipe.name}: {recipe.model if isinstance(recipe.model, str) else policy.spec.name} "
         f"({type(policy.module).__name__}, {policy.spec.attention} attention)",
@@ -181,17 +158,20 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
         f"{recipe.train_batch_size} prompts x {recipe.num_generations} completions, over all processes",
         f"update batch          {recipe.micro_batch_size or rows} rows at once, {recipe.num_iterations} updates a step",
         f"tokens per step       {rows * length:,} sampled, {rows * (length + prompt_tokens):,} in all",
-        "memory per GPU, estimated (GB = 10^9 bytes)",
-        *(f"  {name:12}  {value / GB:9.3f} GB" for name, value in parts.items()),
-        f"  {'total':12}  {total / GB:9.3f} GB",
+        "memory per GPU, of a step without data (GB = 10^9 bytes)",
+        *(f"  {name:15}  {value / GB:8.3f} GB held" for name, value in parts.held.items()),
+        *(f"  {name:15}  {value / GB:8.3f} GB at most, all of it" for name, value in parts.peaks.items()),
+        f"  {'peak':15}  {parts.peak / GB:8.3f} GB",
+        "fits                  " + ", ".join(f"{size} GB: {fit(parts.peak, size)}" for size in GPUS),
     ]
-    if total <= USABLE * GPU_BYTES:
-        lines.append("GPUs needed           1 with 80 GB; more share the prompts, each with all of the above")
-    else:
-        gpus = math.ceil(total / (USABLE * GPU_BYTES))
+    if parts.peak > USABLE * GPUS[0] * GB:
         lines.append(
-            f"GPUs needed           does not fit one with 80 GB, and train() does not shard; "
-            f"sharded it would take {gpus}. "
-            "Use --lora lora_d1, a smaller --micro_batch_size, or --base_quantization nf4"
+            "less memory           --gradient_checkpointing, a smaller --micro_batch_size or --rollout_batch_size, "
+            "--lora lora_d1, --optim adamw_8bit, --base_quantization nf4; train() does not shard"
         )
     return "\n".join(lines)
+
+
+def fit(peak: int, size: int) -> str:
+    """Whether a step fits a GPU of `size` GB, with what its allocator and kernels need left over."""
+    return "yes" if peak <= USABLE * size * GB else "no"

@@ -87,7 +87,8 @@ def start(recipe: Recipe) -> Run:
         policy = fresh_policy(recipe, made, accelerator, log, history)
         optimizer = make_optimizer(recipe, policy)
     scheme = recipe.rollout_quantization
-    rollout_policy = policy if scheme is None else quantized_copy(policy, scheme())
+    held = torch.bfloat16 if recipe.bf16 else None
+    rollout_policy = policy if scheme is None else quantized_copy(policy, scheme(), dtype=held)
     rollout_policy.version = policy.version
     run = Run(
         recipe=recipe,

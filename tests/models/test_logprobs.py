@@ -41,7 +41,7 @@ def toy(dtype=torch.float32):
     with torch.no_grad():
         layer.weight.normal_(generator=seeded(1))
         layer.bias.normal_(generator=seeded(2))
-    policy = SimpleNamespace(head=layer, vocab_size=VOCABULARY)
+    policy = SimpleNamespace(head=layer, vocab_size=VOCABULARY, device=torch.device("cpu"))
     hidden = torch.randn(ROWS, WIDTH, generator=seeded(3)).to(dtype).requires_grad_()
     tokens = torch.randint(8, VOCABULARY, (ROWS,), generator=seeded(4))  # none of the suppressed ones
     return policy, hidden, tokens
@@ -108,7 +108,7 @@ def test_values_and_gradients_are_those_of_the_plain_computation(name, chunk):
 def test_by_hand():
     """Logits (log 1, log 2, log 5), token 1: log 2/8; without token 2, log 2/3; the two likeliest at T = 1/2, 4/29."""
     row = torch.tensor([[math.log(1), math.log(2), math.log(5)]])
-    policy = SimpleNamespace(head=lambda h: h, vocab_size=3)
+    policy = SimpleNamespace(head=lambda h: h, vocab_size=3, device=torch.device("cpu"))
     at = lambda y, **p: token_logprobs(policy, row, torch.tensor([y]), SamplingParams(**p)).item()  # noqa: E731
     assert at(1) == pytest.approx(math.log(2 / 8))
     assert at(1, suppress=(2,)) == pytest.approx(math.log(2 / 3))

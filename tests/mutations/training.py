@@ -181,10 +181,32 @@ MUTATIONS = [
     *mutations(
         "training/dry_run.py",
         "recipes/test_recipes_real.py",
-        ("small * 9 // 16", "small // 2"),
-        ('"adamw_8bit": 2', '"adamw_8bit": 4'),
         ("prompt_tokens + recipe.max_new_tokens > limit", "recipe.max_new_tokens > limit"),
-        ("weights + (policy.parameters - weights) * size", "policy.parameters * size"),
+        ("int(weights * each) + (policy.parameters - weights) * size", "policy.parameters * size"),
+    ),
+    *mutations(
+        "training/memory.py",
+        "training/test_memory.py",
+        ("NF4 = 9 / 16", "NF4 = 1"),
+        ("        self.now -= size\n", "        pass\n"),
+        ('held["weights"] -= held["adapters"]', "pass"),
+    ),
+    *mutations(
+        "training/dump.py",
+        "training/test_failed_step.py",
+        (
+            'BEFORE_UPDATE = ("", "rollout", "reward", "waiting", "scoring")',
+            'BEFORE_UPDATE = ("", "rollout", "reward", "waiting", "scoring", "update")',
+        ),
+        ('loop["run"].history["whole"] == loop["step"]', "True"),
+    ),
+    *mutations(
+        "models/recompute.py",
+        "models/test_recompute.py",
+        (
+            "        now = [layer.calls for layer in adapters]\n        _count(adapters, first)\n",
+            "        now = [layer.calls for layer in adapters]\n",
+        ),
     ),
     *mutations(
         "recipe.py",

@@ -1,5 +1,6 @@
 """Recipes for published models, dry: every check that needs no weights, counts exact, memory as the parts say."""
 
+import copy
 import json
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,9 @@ from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.config import from_command_line
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.training.dry_run import CONFIGS, memory, meta_policy, plan, quantisable
+from dllm_rl.training import dry_run
+from dllm_rl.training.dry_run import CONFIGS, memory, meta_policy, plan, published_config, quantisable, rollout_bytes
+from dllm_rl.training.memory import Memory, measure_step
 
 # (recipe, parameters, quantised layers). 8,015,581,184 is LLaDA-8B's published count; the others are sums by hand of
 # embeddings, attention, feed-forward, experts, routers and norms.
@@ -26,6 +29,7 @@ QWEN = 2 * 151936 * 4096 + 4096 + 36 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096
 DREAM = 2 * 152064 * 3584 + 3584 + 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3584 + 2 * 512 + 3 * 3584 * 18944 + 2 * 3584)
 REAL = {
     "llada_8b_sudoku": (8_015_581_184, 32 * 7),
+    "llada_8b_sudoku_full": (8_015_581_184, 32 * 7),
     "llada_8b_countdown": (8_015_581_184, 32 * 7),
     "llada_8b_gsm8k": (8_015_581_184, 32 * 7),
     "dream_7b_countdown": (DREAM, 28 * 7),
@@ -41,7 +45,10 @@ def recipe_of(name: str):
 
 @pytest.mark.parametrize("name", REAL)
 def test_every_recipe_runs_dry(name, capsys, tmp_path, monkeypatch):
+    """Parameters and layers of the whole model; the memory, for time's sake, of two blocks of each kind of model."""
     monkeypatch.chdir(tmp_path)
+    alike = name in ("llada_8b_sudoku_full", "llada_8b_countdown", "llada_8b_gsm8k", "dream_7b_countdown")
+    monkeypatch.setattr(dry_run, "measure_step", (lambda *_, **__: Memory({}, {"update": 1})) if alike else two_blocks)
     recipe = from_command_line(recipe_of(name), ["--dry_run"])
     train(recipe)
     parameters, layers = REAL[name]
@@ -49,7 +56,7 @@ def test_every_recipe_runs_dry(name, capsys, tmp_path, monkeypatch):
     assert f"parameters            {parameters:,}\n" in printed
     assert f"quantised layers      {layers} with" in printed
     assert "trainable parameters" in printed
-    assert "GPUs needed" in printed
+    assert "fits                  80 GB: " in printed
     assert not list(tmp_path.iterdir())  # a dry run leaves nothing behind
 
 
@@ -62,28 +69,96 @@ def test_llada_8b_to_the_parameter():
     trainable = sum(p.numel() for p in adapted.module.parameters() if p.requires_grad)
     attention, ahead = 4 * 128 * (4096 + 4096), 3 * 128 * (4096 + 12288)
     assert trainable == 32 * (attention + ahead)
-    parts = memory(recipe, adapted, 256)
-    assert parts["weights"] == 2 * 8_015_581_184
-    assert parts["adapters"] == parts["gradients"] == 4 * trainable
-    assert parts["optimiser"] == 8 * trainable
     layers, weights, kept = quantisable(recipe, adapted)
     assert (layers, weights) == (224, 32 * (4 * 4096**2 + 3 * 4096 * 12288))
-    assert parts["rollout copy"] == weights + 2 * (8_015_581_184 - weights)
+    assert rollout_bytes(recipe, adapted, 2) == weights + 2 * (8_015_581_184 - weights)
     assert sorted(kept) == ["lm_head", "model.embed_tokens"]
 
 
-def test_variants_are_fields():
+def two_blocks(recipe, policy, **options) -> Memory:
+    """The measured step of a model with two of its blocks and a small vocabulary."""
+    policy = copy.copy(policy)
+    policy.module, policy.module.config = copy.deepcopy(policy.module), copy.deepcopy(policy.module.config)
+    policy.module.model.config.num_hidden_layers = 2
+    policy.module.model.layers = policy.module.model.layers[:2]
+    return measure_step(recipe, policy, **options)
+
+
+def shallow(recipe, monkeypatch):
+    """The recipe's policy with two layers and few words, so that its plan takes seconds; and numbers of parameters."""
+    raw = published_config("GSAI-ML/LLaDA-8B-Instruct") | {"n_layers": 2, "embedding_size": 4096, "vocab_size": 4096}
+    monkeypatch.setattr(dry_run, "published_config", lambda _: raw)
+    policy = meta_policy(recipe)
+    policy.spec = replace(policy.spec, mask_id=7)
+    return policy, policy.parameters, sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
+
+
+def test_what_is_held_is_counted_by_hand(monkeypatch):
     recipe = recipe_of("llada_8b_sudoku")
+    policy, parameters, trainable = shallow(recipe, monkeypatch)
+    held = memory(recipe, policy, 256).held
+    assert held["weights"] == pytest.approx(2 * parameters, rel=1e-5)
+    assert held["adapters"] == held["gradients"] == 4 * trainable
+    assert held["optimiser"] == pytest.approx(8 * trainable, rel=1e-5)
+    assert "reference" not in held  # the policy itself, adapters left out
     full = from_command_line(recipe, ["--lora", "none", "--dtype", "float32", "--bf16"])
-    parts = memory(full, meta_policy(full), 256)
-    assert parts["weights"] == parts["gradients"] == 4 * 8_015_581_184
-    assert parts["optimiser"] == 8 * 8_015_581_184
-    assert "does not fit one with 80 GB, and train() does not shard" in plan(full)
-    eight = replace(full, optim=adamw_8bit)
-    assert memory(eight, meta_policy(eight), 256)["optimiser"] == 2 * 8_015_581_184
+    policy, *_ = shallow(full, monkeypatch)
+    held = memory(full, policy, 256).held
+    assert held["weights"] == pytest.approx(4 * parameters, rel=1e-5) and held["reference"] == 4 * parameters
+    assert held["gradients"] == pytest.approx(4 * parameters, rel=1e-5)
+    assert held["optimiser"] == pytest.approx(8 * parameters, rel=1e-5)
+    eight = memory(replace(full, optim=adamw_8bit, beta=0.0), policy, 256)
+    assert eight.held["optimiser"] == pytest.approx(2 * parameters, rel=0.02) and "reference" not in eight.held
     small = from_command_line(recipe, ["--base_quantization", "nf4", "--lora.r", "16"])
-    blocks = 32 * (4 * 4096**2 + 3 * 4096 * 12288)
-    assert memory(small, meta_policy(small), 256)["weights"] == blocks * 0.5625 + 2 * (8_015_581_184 - blocks)
+    policy, *_ = shallow(small, monkeypatch)
+    blocks = 2 * (4 * 4096**2 + 3 * 4096 * 12288)
+    expected = blocks * 0.5625 + 2 * (parameters - blocks)
+    assert memory(small, policy, 256).held["weights"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_each_way_to_save_memory_saves_it(monkeypatch):
+    recipe = recipe_of("llada_8b_sudoku")
+    base = replace(recipe, gradient_checkpointing=False, rollout_batch_size=None, micro_batch_size=12)
+    policy, *_ = shallow(base, monkeypatch)
+
+    def peaks(**changes):
+        changed = replace(base, **changes)
+        policy.gradient_checkpointing = changed.gradient_checkpointing
+        return memory(changed, policy, 256).peaks
+
+    plain, recomputed = peaks(), peaks(gradient_checkpointing=True)
+    tokens = 12 * 512
+    # Both layers' activations, 200 to 400 KB a token each, against one layer's and two inputs of 8 KB a token.
+    assert 2 * 200e3 * tokens < plain["update"] - recomputed["update"] + 250e3 * tokens
+    assert recomputed["update"] < plain["update"] - 150e3 * tokens
+    assert peaks(micro_batch_size=6)["update"] < plain["update"] - 6 * 512 * 2 * 200e3
+    assert peaks(rollout_batch_size=6)["rollout"] < plain["rollout"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "size"), [("llada_8b_sudoku", 63.2, 80), ("llada_8b_sudoku_full", 108.6, 141)]
+)
+def test_what_the_recipes_say_that_they_take(name, gigabytes, size):
+    recipe = recipe_of(name)
+    peak = memory(recipe, meta_policy(recipe), 256).peak
+    assert peak / 1e9 == pytest.approx(gigabytes, abs=0.5)
+    assert dry_run.fit(peak, size) == "yes"
+
+
+def test_the_gpus_that_a_plan_fits(monkeypatch):
+    monkeypatch.setattr(
+        "dllm_rl.training.dry_run.measure_step", lambda *_, **__: Memory({"weights": 1}, {"update": peak})
+    )
+    recipe = recipe_of("llada_8b_sudoku")
+    for peak, said in (
+        (72 * 10**9, "80 GB: yes, 96 GB: yes, 141 GB: yes, 192 GB: yes"),
+        (80 * 10**9, "80 GB: no, 96 GB: yes, 141 GB: yes, 192 GB: yes"),
+        (173 * 10**9, "80 GB: no, 96 GB: no, 141 GB: no, 192 GB: no"),
+    ):
+        text = plan(recipe)
+        assert f"fits                  {said}" in text
+        assert ("--gradient_checkpointing, a smaller" in text) == (peak > 72 * 10**9)
 
 
 def test_a_small_model_is_planned_from_itself(capsys):

@@ -7,6 +7,7 @@ import torch
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import leave_one_out
+from dllm_rl.models.lora import lora_r16
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.cautions import PATIENCE, cautions
@@ -33,6 +34,16 @@ def test_one_completion_a_group():
     for advantages, name in ((tiny_recipe("x").advantages, "group_relative"), (leave_one_out, "leave_one_out")):
         (said,) = cautions(tiny_recipe("x", num_generations=1, advantages=advantages))
         assert f"num_generations=1 with advantages={name}" in said and "\n" not in said
+
+
+def test_weights_that_are_too_coarse_for_their_updates():
+    """bf16 has 8 significant bits: between 0.5 and 1 its steps are 2^-8, and half of one is what an update needs."""
+    assert torch.tensor(0.99).bfloat16() + 0.0009 == torch.tensor(0.99).bfloat16()
+    full = tiny_recipe("x", model="a/checkpoint", dtype="bfloat16", learning_rate=1e-6)
+    (said,) = cautions(full)
+    assert "bf16 weights above 0.0005 round such updates away; use --dtype float32 --bf16" in said
+    for changes in ({"dtype": "float32", "bf16": True}, {"lora": lora_r16}, {"learning_rate": 1e-4}):
+        assert cautions(replace(full, **changes)) == []
 
 
 def test_a_run_says_it_once(tmp_path, capsys):

@@ -1,0 +1,162 @@
+"""The plan's memory against what the allocator says of real steps, and each thing that it must know of."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny_recipe import tiny_recipe
+
+from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.models.lora import Lora, add_lora, merged_copy
+from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.training.learner import update
+from dllm_rl.training.memory import LiveBytes, measure_step
+from dllm_rl.training.run import make_optimizer
+from dllm_rl.types import Batch, Prompts
+
+SIZES = {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "intermediate_size": 384, "max_length": 128}
+LETTERS = {"characters": "".join(chr(c) for c in range(0x4E00, 0x4E00 + 1500))} | SIZES
+PROMPT, LENGTH, ROWS = 24, 72, 8
+
+
+def profiled(work: Callable[[], object]) -> int:
+    """The most bytes that the CPU's allocator held during `work` above those at its start, by its own events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def recipe_of(tmp_path, *, causal: bool = False, **changes):
+    sampler = partial(autoregress, temperature=1.0) if causal else partial(unmask, num_steps=2, temperature=1.0)
+    return tiny_recipe(
+        tmp_path,
+        model=partial(tiny_llama, causal=causal, **LETTERS),
+        sampler=partial(sampler, max_new_tokens=LENGTH),
+        likelihood=lik.causal() if causal else lik.one_step(prompt_mask=0.5),
+        train_batch_size=2,
+        num_generations=4,
+        num_iterations=2,
+        rollout_quantization=None,
+        **changes,
+    )
+
+
+def made(recipe):
+    policy = recipe.model()
+    if recipe.lora is not None:
+        add_lora(policy, recipe.lora())
+    policy.gradient_checkpointing = recipe.gradient_checkpointing
+    return policy
+
+
+CASES = {
+    "full": {},
+    "full, bf16": {"bf16": True},
+    "full, recomputed": {"gradient_checkpointing": True},
+    "adapters": {"lora": partial(Lora, r=16, dropout=0.05)},
+    "adapters, recomputed": {"lora": partial(Lora, r=16, dropout=0.05), "gradient_checkpointing": True},
+    "micro-batches": {"micro_batch_size": 4},
+    "causal": {"causal": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plan_agrees_with_the_allocator_within_a_tenth(tmp_path, case):
+    recipe = recipe_of(tmp_path, **CASES[case])
+    policy = made(recipe)
+    planned = measure_step(recipe, policy, prompt_tokens=PROMPT, dtype=None, rollout_copy=0, on_gpu=False)
+    prompts = Prompts.from_ids([[5 + i] * PROMPT for i in range(2)], pad_id=0, group_size=4, seeds=range(8))
+    weights = sum(p.nbytes for p in policy.module.parameters())
+    optimizer, accelerator = make_optimizer(recipe, policy), Accelerator(cpu=True)
+    kept: dict = {}
+
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16)
+
+    def sample():
+        with autocast():
+            kept["rollout"] = recipe.sampler(policy, prompts, generator_for(0))
+
+    def score():
+        with autocast():
+            noise = kept["noise"] = recipe.likelihood.draw(kept["rollout"], generator_for(1))
+            kept["scores"] = recipe.likelihood.scores(
+                policy, kept["rollout"], noise, micro_batch_size=recipe.micro_batch_size
+            )
+
+    def learn():
+        rollout, noise, scores = kept["rollout"], kept["noise"], kept["scores"]
+        old = recipe.likelihood.combine(scores, noise)
+        batch = Batch(
+            rollout=replace(rollout, weights_version=policy.version), noise=noise, advantages=torch.randn(ROWS),
+            old=old, old_scores=scores, weights=torch.ones_like(old), keep=rollout.completion_mask, reference=None,
+            num_tokens=ROWS * LENGTH, num_sequences=ROWS,
+        )  # fmt: skip
+        with autocast():
+            update(policy, optimizer, batch, accelerator, **recipe.update_settings(0))
+
+    for _ in range(2):  # the second step finds the optimiser's state and the gradients of the first
+        state = sum(x.nbytes for s in optimizer.state.values() for x in s.values())
+        gradients = sum(p.grad.nbytes for p in policy.module.parameters() if p.grad is not None)
+        measured = {n: weights + state + gradients + profiled(f) for n, f in (("rollout", sample), ("scoring", score))}
+        optimizer.zero_grad(set_to_none=True)  # as the update does when it begins
+        measured["update"] = weights + state + profiled(learn)
+    held = planned.held
+    assert held["weights"] + held.get("adapters", 0) == pytest.approx(weights, rel=0.001)
+    assert held["optimiser"] == pytest.approx(state, rel=0.001)
+    assert held["gradients"] == gradients
+    for name, most in measured.items():
+        assert planned.peaks[name] == pytest.approx(most, rel=0.1), name
+
+
+def test_live_bytes_by_hand():
+    """Views share a storage; what is written in place is no new one; what is let go is given back."""
+    found: dict[str, int] = {}
+    with LiveBytes() as live:
+        a = torch.zeros(100)
+        assert live.now == 400
+        b = a[10:].view(9, 10)
+        b.add_(1)
+        assert live.now == 400
+        with live.measured(found, "peak", peak=True):
+            c = (a * 2) + 1  # the product lives until the sum is there
+            assert live.now == 800
+        del a
+        assert live.now == 800  # b holds it
+        del b, c
+        assert live.now == 0 and live.peak == 1200
+    assert found == {"peak": 1200}
+
+
+class OnDevice(LiveBytes):
+    """Counts what is not on the meta device, beyond the tensors of a module."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._alive = {x.untyped_storage()._cdata for x in [*module.parameters(), *module.buffers()]}
+
+    def _count(self, storage):
+        if storage.device.type != "meta":
+            super()._count(storage)
+
+
+def test_what_a_save_merges_leaves_the_device_layer_by_layer():
+    """The meta device stands for the host: on the module's own, one merged layer lives at a time."""
+    policy = tiny_llama(causal=False, **LETTERS)
+    add_lora(policy, Lora(r=4))
+    layer = 4 * 384 * 128  # bytes of the largest layer
+    with OnDevice(policy.module) as live, torch.no_grad():
+        twin = merged_copy(policy.module, device="meta")
+    assert 0 < live.peak < 4 * layer < sum(p.nbytes for p in twin.parameters())
+    assert all(p.is_meta for p in twin.parameters())
