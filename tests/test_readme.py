@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from readme import README, example
+from readme import PAGES, README, example
 from safetensors.torch import load_file
 
 from dllm_rl import Recipe
@@ -45,10 +45,14 @@ def test_trls_users_are_served_in_twelve_lines(tmp_path, monkeypatch):
 def test_every_file_it_links_to_is_there():
     import re
 
-    root = README.parent
-    prose = re.sub(r"```.*?```", "", README.read_text(), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)#]+)\)", prose):
-        assert target.startswith("http") or (root / target).exists(), target
+    for page in PAGES:
+        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)#]+)\)", prose):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_readme_is_read_in_minutes():
+    assert len(README.read_text().splitlines()) <= 150
 
 
 def test_its_exit_statuses_are_those_of_the_code():
