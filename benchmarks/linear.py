@@ -40,7 +40,7 @@ def arm(scheme: str, columns: int, rows: int, tokens: int, device: str, dtype: s
             layer = EmulatedLinear(plain.weight.detach(), plain.bias, config)
         else:
             layer = nn.Linear(columns, rows, device="meta")
-            layer.weight = nn.Parameter(quantized(plain.weight.detach(), config, "layer"), requires_grad=False)
+            layer.weight = nn.Parameter(quantized(plain.weight.detach(), config)[0], requires_grad=False)
             layer.bias = plain.bias
 
     calls = min(50, max(1, 10**9 // (tokens * columns * rows)))  # enough work for the clock

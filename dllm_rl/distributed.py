@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, parse_flag_from_env
 from torch import Tensor, nn
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -37,11 +37,16 @@ def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = F
 
 
 def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, float]:
-    """(sum, count) pairs -> sums over processes, divided once. A metric that counted nothing is left out."""
+    """(sum, count) pairs, all on one device -> sums over processes, divided once; they are fetched in one transfer.
+
+    A metric that counted nothing is left out.
+    """
     if not metrics:
         return {}
-    pairs = torch.stack([torch.stack([s.detach().double().cpu(), c.double().cpu()]) for s, c in metrics.values()])
-    pairs = accelerator.reduce(pairs.to(accelerator.device), reduction="sum").cpu()
+    pairs = torch.stack([torch.stack([s.detach().double(), c.double()]) for s, c in metrics.values()])
+    if accelerator.num_processes > 1:
+        pairs = accelerator.reduce(pairs.to(accelerator.device), reduction="sum")
+    pairs = pairs.cpu()
     # The loss is a sum of shares; everything else is a mean.
     return {
         name: (total if name == "loss" else total / count).item()
@@ -50,20 +55,50 @@ def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, floa
     }
 
 
-def make_accelerator(*, mixed_precision: str = "no", timeout: float | None = None) -> Accelerator:
-    """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched.
+def find_device(name: str | None = None) -> torch.device:
+    """The device of that name; without one, the accelerator where there is one, else the CPU.
+
+    A Mac's GPU is passed over unless it is named: it has no fp64, which random numbers and metrics are computed in.
+    Raises ValueError on a device that this machine has not.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None:
+        return torch.device("cpu") if found is None or found.type == "mps" else found
+    there = ["cpu"] if found is None else ["cpu", found.type]
+    kind, colon, index = name.partition(":")
+    count = 1 if kind == "cpu" else torch.accelerator.device_count()
+    if kind not in there or (colon and not (index.isdecimal() and int(index) < count)):
+        raise ValueError(f"device={name!r} is not on this machine, which has {' and '.join(there)}")
+    return torch.device(name)
+
+
+def launched() -> int:
+    """How many processes the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def make_accelerator(
+    *, mixed_precision: str = "no", timeout: float | None = None, device: torch.device | None = None
+) -> Accelerator:
+    """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched, or is
+    on another kind of device, which it keeps from the first Accelerator of a process on.
 
     timeout  seconds that a process waits for the others in an exchange before it stops; None: torch's own.
+    device   the kind of device; None: the CPU where the launch's config says so, else that of `find_device`.
     """
     limits = [] if timeout is None else [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # what a launch's config with use_cpu sets
+    wanted = device if device is not None else torch.device("cpu") if on_cpu else find_device()
     # Accelerate joins the processes of a CPU launch only when told that there is no accelerator.
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision, kwargs_handlers=limits
-    )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != launched:
+    accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision=mixed_precision, kwargs_handlers=limits)
+    if accelerator.num_processes != launched():
         raise RuntimeError(
-            f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}: check the config"
+            f"{launched()} processes were launched, but Accelerate joined {accelerator.num_processes}: check the config"
+        )
+    if accelerator.device.type != wanted.type:
+        raise RuntimeError(
+            f"device={wanted.type} is wanted, but Accelerate is on {accelerator.device}, as an earlier Accelerator of "
+            "this process was made to be: start a new process"
         )
     return accelerator
 
@@ -91,6 +126,17 @@ def gather_objects(objects: list[Any], processes: Processes) -> list[Any]:
 def local(rows: Tensor, accelerator: Accelerator) -> Tensor:
     """This process's share of a tensor whose first axis runs over the global batch."""
     return rows.chunk(accelerator.num_processes)[accelerator.process_index]
+
+
+def gather_on_host(parts: Sequence[Tensor], accelerator: Accelerator) -> list[Tensor]:
+    """Tensors (B, T) of this process -> those of all processes' rows, on the host, in one transfer.
+
+    They travel in fp64, which holds masks, token ids and fp32 exactly. Narrower ones end in zeros.
+    """
+    together = torch.stack([part.double() for part in parts], dim=1)
+    if accelerator.num_processes > 1:
+        together = accelerator.gather(accelerator.pad_across_processes(together.to(accelerator.device), dim=2))
+    return [x.to(part.dtype) for x, part in zip(together.cpu().unbind(1), parts, strict=True)]
 
 
 def from_main(work: Callable[[], Any], processes: Processes) -> Any:

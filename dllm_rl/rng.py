@@ -1,9 +1,11 @@
 """Randomness: every random number is a function of a key, so that nothing needs saving or restoring."""
 
 import hashlib
+import math
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 
@@ -40,13 +42,25 @@ def uniforms(
     return bits.double() * 2.0**-53
 
 
-def _mix(x: Int[Tensor, " K"]) -> Int[Tensor, " K"]:
+def keep_mask(
+    shape: Sequence[int], *, seed: int, step: int, drop: float, device: torch.device | str
+) -> Bool[Tensor, "*S"]:
+    """False with probability `drop` (to 2^-17): a function of seed, step and place alone, the same on every device.
+
+    Two rounds of SplitMix64 as in `uniforms`, the first on the host; the bits of one number serve four places. [ours]
+    """
+    count, state = math.prod(shape), _mix(torch.tensor(seed) + torch.tensor(step + 1) * GAMMA)
+    bits = _mix(state + torch.arange(1, -(-count // 4) + 1, device=device) * GAMMA).view(torch.int16)[:count]
+    return (bits >= min(round(drop * 2**16), 2**16 - 1) - 2**15).view(*shape)
+
+
+def _mix(x: Int[Tensor, "*K"]) -> Int[Tensor, "*K"]:
     """SplitMix64's finaliser; products wrap around at 64 bits."""
     x = (x ^ _shift(x, 30)) * FIRST
     x = (x ^ _shift(x, 27)) * SECOND
     return x ^ _shift(x, 31)
 
 
-def _shift(x: Int[Tensor, " K"], bits: int) -> Int[Tensor, " K"]:
+def _shift(x: Int[Tensor, "*K"], bits: int) -> Int[Tensor, "*K"]:
     """Shift right and fill with zeros: on signed integers `>>` would fill with the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     # on these
     "config": "screen",
     "algorithms": "types",
-    "models": "types tasks",
+    "models": "types rng tasks",
     # on models
     "samplers": "types rng models",
     "likelihoods": "types rng models",

@@ -2,9 +2,10 @@
 
 import hashlib
 
+import pytest
 import torch
 
-from dllm_rl.rng import generator_for, row_seeds, uniforms
+from dllm_rl.rng import generator_for, keep_mask, row_seeds, uniforms
 
 WORD, GAMMA = 2**64, 0x9E3779B97F4A7C15
 
@@ -35,6 +36,29 @@ def test_uniforms_differ_by_seed_step_position_and_stream():
     found = torch.cat([uniforms(*grid, stream=stream) for stream in (0, 1)])
     assert len(found.unique()) == 16_000
     assert abs(found.mean() - 0.5) < 4 * (1 / 12 / 16_000) ** 0.5 and found.min() >= 0 and found.max() < 1
+
+
+def test_a_mask_takes_sixteen_bits_of_a_number_for_each_place():
+    """To keep with drop=0.3 is to draw at least round(0.3 * 2^16), as a number with a sign, from the lowest bits on."""
+    shape, seed, step = (3, 7), 2**40 - 5, 6
+    state, drawn = finaliser((seed + (step + 1) * GAMMA) % WORD), []
+    for number in range(1, 7):
+        bits = finaliser((state + number * GAMMA) % WORD)
+        drawn += [(bits >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]
+    expected = [(part ^ 0x8000) >= round(0.3 * 2**16) for part in drawn[:21]]
+    found = keep_mask(shape, seed=seed, step=step, drop=0.3, device="cpu")
+    assert found.shape == shape and found.flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.05, 0.5, 0.999999])
+def test_a_mask_drops_its_share_and_differs_by_seed_and_step(drop):
+    masks = [keep_mask((400, 250), seed=s, step=t, drop=drop, device="cpu") for s, t in ((1, 1), (2, 1), (1, 2))]
+    for mask in masks:
+        assert abs((~mask).double().mean() - drop) < 5 * (max(drop * (1 - drop), 1e-5) / mask.numel()) ** 0.5
+    if drop == 0.5:  # independent masks agree at half of the places
+        for one, other in ((0, 1), (0, 2)):
+            assert abs((masks[one] == masks[other]).double().mean() - 0.5) < 5 * (0.25 / 100_000) ** 0.5
+        assert abs((masks[0][:, 1:] == masks[0][:, :-1]).double().mean() - 0.5) < 5 * (0.25 / 100_000) ** 0.5
 
 
 def test_a_generator_is_a_function_of_its_whole_key():

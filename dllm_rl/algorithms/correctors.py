@@ -5,7 +5,7 @@ that the step corrects: those with an advantage, or all with a KL term or an ent
 (AIS's lambda, a share of tokens) is one of these rows alone; `rollout_corr/*` in a run's metrics is of all rows, and
 what a corrector names so is logged as `live/*`. Weights are detached and multiply the surrogate, before any KL term;
 off the mask they are 1. A token whose log_mismatch is not finite leaves the keep mask, and its share is logged,
-whatever the corrector.
+whatever the corrector. In training all tensors are the host's: a number read from one costs nothing.
 """
 
 import math

@@ -210,7 +210,9 @@ def policy_loss(
     coefficient = aggregate(keep, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
     log_ratio = torch.where(keep, logps - batch.old, 0)
     objective = surrogate(log_ratio, batch.advantages, keep)
-    loss = -(coefficient * batch.weights * objective)[keep].sum()
+    places = keep.flatten().nonzero()[:, 0]  # found once: on a GPU the host waits to learn how many there are
+    kept = lambda x: x.flatten()[places]  # noqa: E731
+    loss = -kept(coefficient * batch.weights * objective).sum()
     (gradient,) = torch.autograd.grad(loss, logps)
 
     # A token is clipped when the policy term has lost its gradient there, whatever the surrogate.
@@ -224,16 +226,16 @@ def policy_loss(
         "clip_ratio/high_mean": ((clipped & positive).sum(), count),
         "band/positive": ((counted & ~clipped & positive).sum(), positives),
         "band/negative": ((counted & ~clipped & ~positive).sum(), count - positives),
-        "ratio/mean": (log_ratio.detach()[keep].exp().sum(), keep.sum()),
+        "ratio/mean": (kept(log_ratio.detach()).exp().sum(), keep.sum()),
     }
     if batch.reference is not None:
-        penalty = kl(torch.where(keep, batch.reference - logps, 0))[keep]
-        term = beta * (coefficient[keep] * penalty).sum()
+        penalty = kept(kl(torch.where(keep, batch.reference - logps, 0)))
+        term = beta * (kept(coefficient) * penalty).sum()
         loss, gradient = loss + term, gradient + torch.autograd.grad(term, logps)[0]
         metrics["kl"] = (penalty.detach().sum(), keep.sum())
     if entropy:
         bonus = entropy * (coefficient * entropy_bonus(logps, keep, group_size=batch.rollout.group_size)).sum()
         gradient = gradient - torch.autograd.grad(bonus, logps)[0]
-        metrics["entropy"] = (-logps.detach()[keep].sum(), keep.sum())
-    metrics["loss"] = (loss.detach(), torch.ones(()))
+        metrics["entropy"] = (-kept(logps.detach()).sum(), keep.sum())
+    metrics["loss"] = (loss.detach(), torch.ones_like(loss.detach()))
     return loss.detach(), metrics, gradient

@@ -4,10 +4,10 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from dllm_rl.cli.options import open_policy
 from dllm_rl.config import pickable
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.diagnostics.report import write_doctor
-from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import encode, usual_length
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.samplers import sampler_for
@@ -22,7 +22,7 @@ def doctor_command(arguments: argparse.Namespace) -> int:
     if arguments.task not in TASKS:
         raise ValueError(f"task={arguments.task!r} is none of {', '.join(TASKS)}")
     config = None if arguments.quantization == "none" else schemes[arguments.quantization]()
-    policy = load_policy(arguments.model, dtype=arguments.dtype, float32_head=not arguments.half_head)
+    policy = open_policy(arguments, float32_head=not arguments.half_head)
     task = TASKS[arguments.task]()
     length = arguments.max_new_tokens or usual_length(policy, task)
     sampler = partial(sampler_for(policy), max_new_tokens=length, temperature=arguments.temperature)

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dllm_rl.cli.options import open_policy
 from dllm_rl.config import paths
-from dllm_rl.distributed import make_accelerator
+from dllm_rl.distributed import OneProcess, Processes, find_device, launched, make_accelerator
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import write_json
 from dllm_rl.models.base import Policy
-from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import usual_length
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
@@ -33,15 +33,19 @@ GENERATED = 500  # problems of a task that could make any number
 def evaluate_command(arguments: argparse.Namespace) -> None:
     """Run the command. Raises ValueError on settings that do not go together."""
     task = make_task(arguments)
-    accelerator = make_accelerator()
-    policy = load_policy(arguments.model, dtype=arguments.dtype, device=accelerator.device)
+    processes: Processes = OneProcess()
+    device = find_device(arguments.device)
+    if launched() > 1:
+        processes = make_accelerator(device=device if arguments.device else None)
+        device = processes.device
+    policy = open_policy(arguments, device=device)
     plans = plan(policy, task, arguments)
     limit = num_problems(task, arguments)
     found = []
     for settings, sampler in plans:
         length = settings["max_new_tokens"]
         total = min(len(task), limit) * arguments.samples
-        with progress_bar(f"{task.name}, {length} tokens", total, main=accelerator.is_main_process) as progress:
+        with progress_bar(f"{task.name}, {length} tokens", total, main=processes.is_main_process) as progress:
             result = evaluate(
                 policy,
                 task,
@@ -52,11 +56,11 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
                 limit=limit,
                 completions=arguments.output_dir and Path(arguments.output_dir) / f"completions-{length}.jsonl",
                 model=str(arguments.model),
-                accelerator=accelerator,
+                accelerator=processes,
                 progress=progress,
             )
         found.append({**result.summary, **settings})
-    if accelerator.is_main_process:
+    if processes.is_main_process:
         if arguments.output_dir:
             write_json(Path(arguments.output_dir) / "results.json", found)
         if arguments.json:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 
+from dllm_rl.cli.options import add_model_options, open_policy
 from dllm_rl.screen import escape_controls
 
 
@@ -41,6 +42,7 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--commit", help="schedule (default), threshold=TAU, factor=F, entropy_bound=GAMMA ...")
     sub.add_argument("--cache", help="key-value cache by name, as prefix, or dual=4 for 4 steps a refresh")
     sub.add_argument("--group_size", type=int, default=1, help="completions of each prompt")
+    add_model_options(sub)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--html", metavar="FILE", help="write a page that replays the completions")
     sub.add_argument("--json", action="store_true", help="print an object with every token, its step and probability")
@@ -53,7 +55,6 @@ def sample(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from dllm_rl.cli.sample import show
-    from dllm_rl.models.policy import load_policy
     from dllm_rl.samplers.by_name import read_cache, read_commit, read_rank
 
     names = {
@@ -62,7 +63,7 @@ def sample(arguments: argparse.Namespace) -> None:
         "cache": None if arguments.cache is None else read_cache(arguments.cache),
     }
     show(
-        load_policy(arguments.model),
+        open_policy(arguments),
         arguments.prompts or [line.rstrip("\n") for line in sys.stdin],
         html=None if arguments.html is None else Path(arguments.html),
         as_json=arguments.json,
@@ -100,7 +101,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--samples", type=int, default=1, help="completions of each problem, for pass@k")
     sub.add_argument("--limit", type=int, help="the first so many problems (default: all, or 500 made)")
     sub.add_argument("--batch_size", type=int, default=32, help="completions at a time (default 32)")
-    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "auto"))
+    add_model_options(sub)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--output_dir", help="keep completions; the same command continues what was interrupted")
     sub.add_argument("--json", action="store_true", help="one JSON object a length instead of a table")
@@ -155,7 +156,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the task's)")
     sub.add_argument("--num_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)")
     sub.add_argument("--temperature", type=float, default=1.0)
-    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "auto"))
+    add_model_options(sub)
     sub.add_argument("--half_head", action="store_true", help="logits in 16 bits where --dtype is (default: in fp32)")
     sub.add_argument("--bound", type=float, help="exit with 1 when the mean |log-ratio| is above this, nats")
     sub.add_argument("--seed", type=int, default=0)

@@ -18,7 +18,21 @@ from torch.overrides import TorchFunctionMode
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Logprobs, Noise, Rollout
 
-WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS is deterministic only with one of two settings of this variable
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS is deterministic only with one of two settings of this variable,
+SETTINGS = (":4096:8", ":16:8")  # which torch reads once, at the first product of the process on a GPU
+
+
+def prepare_workspace() -> None:
+    """Set what deterministic products on a GPU need, for the rest of the process; nothing without one. To be called
+    before the GPU is first used. Raises ValueError where it is in use already without the setting."""
+    if not torch.cuda.is_available() or os.environ.get(WORKSPACE) in SETTINGS:
+        return
+    if torch.cuda.is_initialized():
+        raise ValueError(
+            f"zero_mismatch: {WORKSPACE} is {os.environ.get(WORKSPACE)!r}, and this process has used the GPU already, "
+            f"after which setting it has no effect: export {WORKSPACE}={SETTINGS[0]} before Python starts"
+        )
+    os.environ[WORKSPACE] = SETTINGS[0]
 
 
 class BatchInvariantOps(TorchFunctionMode):
@@ -63,7 +77,7 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
     Deterministic algorithms on; TF32, reduced-precision reductions and cuDNN's autotuner off; fp32 products at full
     precision; on CUDA attention by its plain kernel; fixed shapes as in BatchInvariantOps. Slower, for runs that are
     to be judged against. A sampler with a key-value cache computes other shapes than the learner and stays outside of
-    it, as do inputs quantised with one scale per tensor.
+    it, as do inputs quantised with one scale per tensor. Raises ValueError as `prepare_workspace` does.
     """
     if tile < 1:
         raise ValueError(f"tile={tile} must be at least 1 row")
@@ -76,15 +90,15 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
         (cudnn, "deterministic", True),
     ]
     before = [getattr(owner, name) for owner, name, _ in switches]
-    precision, workspace = torch.get_float32_matmul_precision(), os.environ.get(WORKSPACE)
+    precision = torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     plain = sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext()
+    prepare_workspace()
     try:
         for owner, name, value in switches:
             setattr(owner, name, value)
         torch.set_float32_matmul_precision("highest")  # also switches TF32 products off
-        os.environ.setdefault(WORKSPACE, ":4096:8")
         torch.use_deterministic_algorithms(True)
         with BatchInvariantOps(tile), plain:
             yield
@@ -93,8 +107,6 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
             setattr(owner, name, value)
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn)
-        if workspace is None:
-            os.environ.pop(WORKSPACE, None)
 
 
 def check_bitwise_equal(

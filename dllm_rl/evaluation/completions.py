@@ -14,7 +14,7 @@ from typing import Any
 from dllm_rl.distributed import Processes
 from dllm_rl.files import replacing, to_disk
 from dllm_rl.models.base import Policy
-from dllm_rl.quantization.linear import is_packed
+from dllm_rl.quantization.linear import is_packed, unpacked
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.loading import load_rows
 
@@ -112,7 +112,7 @@ def fingerprint(policy: Policy) -> str:
         digest.update(f"{name} {type(module).__name__}\n".encode())
     for parameter in policy.module.parameters():
         values = parameter.detach()
-        values = values.dequantize() if is_packed(values) else values
+        values = unpacked(values) if is_packed(values) else values
         digest.update(values.flatten()[:1024].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

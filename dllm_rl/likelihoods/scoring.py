@@ -1,5 +1,7 @@
 """One forward of one view: its log-probs, and its backward for a given vector."""
 
+from dataclasses import dataclass
+
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
@@ -8,6 +10,7 @@ from torch import Tensor
 from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
+from dllm_rl.models.transfer import send
 from dllm_rl.types import Noise, Rollout
 
 
@@ -33,11 +36,12 @@ def score_view(
 
     packed  every block sees the others without masks (`packed_hidden`).
     """
-    if not scored.any():
-        return torch.zeros(scored.shape, device=scored.device)
-    states = view_states(policy, rollout, masked, scored, packed)
-    logp = token_logprobs(policy, states, rollout.tokens[scored], rollout.sampling_params, kept_by(rollout, scored))
-    return torch.zeros(scored.shape, device=scored.device).masked_scatter(scored, logp)
+    out = torch.zeros(scored.numel(), device=scored.device)
+    view = run_view(policy, rollout, masked, scored, packed)
+    if view is not None:
+        logp = token_logprobs(policy, view.states, view.tokens, rollout.sampling_params, view.kept)
+        out = out.index_copy(0, view.places, logp)
+    return out.view(scored.shape)
 
 
 def backward_view(
@@ -49,35 +53,53 @@ def backward_view(
     packed: bool = False,
 ) -> None:
     """score_view(...).backward(vector) in one forward and backward; positions where `vector` is 0 are left out."""
-    scored = vector != 0
-    if scored.any():
-        states = view_states(policy, rollout, masked, scored, packed)
-        tokens, kept = rollout.tokens[scored], kept_by(rollout, scored)
-        backward_token_logprobs(policy, states, tokens, rollout.sampling_params, vector[scored], kept)
+    view = run_view(policy, rollout, masked, vector != 0, packed)
+    if view is not None:
+        at = vector.flatten()[view.places]
+        backward_token_logprobs(policy, view.states, view.tokens, rollout.sampling_params, at, view.kept)
 
 
-def kept_by(rollout: Rollout, scored: Bool[Tensor, "B T"]) -> Int[Tensor, "K C"] | None:
-    """The ids that the rollout kept at `scored`, where log-probs are normalised over them."""
-    kept = rollout.kept_ids if rollout.sampling_params.support == "rollout" else None
-    return None if kept is None else kept[scored]
+@dataclass(frozen=True)
+class View:
+    """The scored positions of a view, row by row: their places in the flattened batch, their hidden states, their
+    tokens, and, where log-probs are normalised over them, the ids that the rollout kept there."""
+
+    places: Int[Tensor, " K"]
+    states: Float[Tensor, "K D"]
+    tokens: Int[Tensor, " K"]
+    kept: Int[Tensor, "K C"] | None
 
 
-def view_states(
+def run_view(
     policy: Policy, rollout: Rollout, masked: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"], packed: bool
-) -> Float[Tensor, "K D"]:
-    """The hidden states at `scored` (not empty), row by row, with `masked` positions hidden from the model.
+) -> View | None:
+    """One forward with `masked` positions hidden from the model; None, and no forward, where nothing is scored.
 
     Where all completions of a prompt look the same to the model, one forward serves the group; rows without a scored
-    position are left out.
+    position are left out. Which these are is asked of the device once; all that follows from it goes back as one copy.
     """
-    live = scored.any(-1)
-    if packed:
-        states = packed_hidden(policy, rollout.tokens[live], masked[live], rollout.attention_mask[live])
-        return states[scored[live]]
-    mask_id = policy.spec.mask_id
+    mask_id, group, attention_mask = policy.spec.mask_id, rollout.group_size, rollout.attention_mask
     tokens = rollout.tokens if mask_id is None else rollout.tokens.masked_fill(masked, mask_id)
-    group, attention_mask = rollout.group_size, rollout.attention_mask
     first = lambda x: repeat(x[::group], "p t -> (p g) t", g=group)  # noqa: E731
-    if group > 1 and torch.equal(tokens, first(tokens)) and torch.equal(attention_mask, first(attention_mask)):
-        return repeat(policy.hidden(tokens[::group], attention_mask[::group]), "p t d -> (p g) t d", g=group)[scored]
-    return policy.hidden(tokens[live], attention_mask[live])[scored[live]]
+    alike = (tokens == first(tokens)).all() & (attention_mask == first(attention_mask)).all()
+    flat, same = torch.cat([scored.flatten(), alike[None]]).cpu().split([scored.numel(), 1])
+    where = flat.view(scored.shape)
+    live, places = where.any(-1).nonzero()[:, 0], where.flatten().nonzero()[:, 0]
+    if not len(places):
+        return None
+    together = group > 1 and bool(same) and not packed
+    inside = places if together else where[live].flatten().nonzero()[:, 0]
+    live, places, inside = send(scored.device, live, places, inside)
+    if together:
+        hidden = repeat(policy.hidden(tokens[::group], attention_mask[::group]), "p t d -> (p g) t d", g=group)
+    elif packed:
+        hidden = packed_hidden(policy, rollout.tokens[live], masked[live], attention_mask[live])
+    else:
+        hidden = policy.hidden(tokens[live], attention_mask[live])
+    kept = rollout.kept_ids if rollout.sampling_params.support == "rollout" else None
+    return View(
+        places=places,
+        states=hidden.flatten(0, 1)[inside],
+        tokens=rollout.tokens.flatten()[places],
+        kept=None if kept is None else kept.flatten(0, 1)[places],
+    )

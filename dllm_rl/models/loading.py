@@ -34,6 +34,7 @@ def load_module(
     dtype: torch.dtype | str,
     block_size: int | None = None,
     quantization: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[Module, PreTrainedTokenizerBase, FamilySpec]:
     """The stock module, tokenizer and spec of a checkpoint, with every tensor accounted for.
 
@@ -49,6 +50,7 @@ def load_module(
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if quantization is not None:
         options["quantization_config"] = bitsandbytes_config(quantization, dtype, masked=family.head is mlm_head)
+        options["device_map"] = {"": device}  # else bitsandbytes takes the first GPU there is
     with quiet_progress():
         if family.native is None:
             module, report = stock_class(raw).from_pretrained(folder, **options)
@@ -60,7 +62,7 @@ def load_module(
             module, report = cls.from_pretrained(None, config=config, state_dict=state, **options)
     check_report(report, family, folder)
     spec = family_spec(module.config, tokenizer, raw=raw, folder=folder, block_size=block_size)
-    return prepared(module, spec), tokenizer, spec
+    return prepared(module if quantization else module.to(device), spec), tokenizer, spec
 
 
 def build_empty(raw: dict) -> Module:

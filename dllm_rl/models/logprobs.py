@@ -35,8 +35,9 @@ def process(
     """
     logits = logits.float()
     if sampling_params.suppress:
-        suppressed = torch.tensor(sampling_params.suppress, device=logits.device)
-        logits = logits.index_fill(-1, suppressed, -torch.inf)
+        logits = logits.clone()
+        for token in sampling_params.suppress:  # one by one: a tensor of ids would have to be sent to the device
+            logits[..., token] = -torch.inf
     if sampling_params.temperature not in (0, 1):
         logits = logits / sampling_params.temperature
     if not sampling_params.filters or sampling_params.support == "unfiltered":

@@ -23,6 +23,7 @@ from torch import Generator, Tensor, nn
 
 from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.weights import renamed
+from dllm_rl.rng import keep_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,11 @@ def lora_d1() -> Lora:
 
 
 class LoraLinear(nn.Module):
-    """A linear layer and its fp32 adapter. `calls` counts dropout masks: each has its own seed, so runs repeat."""
+    """A linear layer and its fp32 adapter.
+
+    calls  counts dropout masks: each is a function of (seed, its number) alone, so runs repeat, on every device, and a
+           block that a backward runs again drops what it dropped before (`recompute`).
+    """
 
     def __init__(self, base_layer: nn.Linear, lora: Lora, generator: Generator) -> None:
         super().__init__()
@@ -90,9 +95,9 @@ class LoraLinear(nn.Module):
     def dropped(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... I"]:
         if not self.lora.dropout or not torch.is_grad_enabled():
             return x
-        keep = torch.rand(x.shape, generator=Generator().manual_seed(self.seed + self.calls)) >= self.lora.dropout
         self.calls += 1
-        return x * keep.to(x.device) / (1 - self.lora.dropout)
+        keep = keep_mask(x.shape, seed=self.seed, step=self.calls, drop=self.lora.dropout, device=x.device)
+        return x * keep / (1 - self.lora.dropout)
 
     def merged(self) -> Float[Tensor, "O I"]:
         """W + (alpha / r) B A, summed in fp32 and rounded once to the dtype of W; differentiable in A and B."""

@@ -163,8 +163,9 @@ def load_policy(
     Raises ValueError on an unknown architecture, missing or unexpected tensors, weights that are not finite, a mask id
     outside the vocabulary, or attention that is not what the family needs.
     """
-    module, tokenizer, spec = load_module(path_or_id, dtype=dtype, block_size=block_size, quantization=quantization)
-    module = module if quantization else module.to(device)
+    module, tokenizer, spec = load_module(
+        path_or_id, dtype=dtype, block_size=block_size, quantization=quantization, device=device
+    )
     check_finite(module, path_or_id)
     policy = make_policy(module, tokenizer, spec)
     policy.float32_head = float32_head

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import LoraLinear, check_mergeable
 from dllm_rl.quantization.linear import (
+    check_finite,
     dequantized_input,
     dequantized_weight,
     load_weight_,
@@ -73,7 +74,8 @@ class _AlignedLinear:
         return StraightThrough.apply(x, self.weight(), self.base.bias, self.target)
 
     def refresh(self) -> None:
-        load_weight_(self.target, self.weight().detach(), self.name)
+        _, finite = load_weight_(self.target, self.weight().detach())
+        check_finite({self.name: finite})
         self.seen = self.versions()
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torchao.float8.inference import Float8MMConfig
 from torchao.quantization import (
@@ -44,12 +45,9 @@ def unsupported_reason(layer: nn.Linear, config: Scheme) -> str | None:
 
 
 @torch.no_grad()
-def quantized(weight: Tensor, config: Scheme, name: str) -> Tensor:
-    """A fresh quantisation of one linear weight under a config other than a FakeQuantize.
-
-    An all-zero row becomes zeros with the smallest scale. Raises ValueError naming the layer when the weight holds NaN
-    or infinity.
-    """
+def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]:
+    """A fresh quantisation of one linear weight under a config other than a FakeQuantize, and whether the weight is
+    finite (`check_finite`). An all-zero row becomes zeros with the smallest scale."""
     if isinstance(config, Float8DynamicEmulated):
         inputs = QuantizeTensorToFloat8Kwargs(torch.float8_e4m3fn, PerRow(), hp_value_lb=TINY)
         packed = Float8Tensor.from_hp(
@@ -73,17 +71,19 @@ def quantized(weight: Tensor, config: Scheme, name: str) -> Tensor:
     scale: Any = getattr(packed, "scale", None)
     # amax propagates NaN and infinity into the scale, so checking scales checks every weight; formats without a scale
     # are checked directly.
-    check_finite(name, weight if scale is None else scale)
-    if isinstance(packed, Float8Tensor) and (scale == 0).any():
-        empty = scale == 0
+    finite = (weight if scale is None else scale).isfinite().all()
+    if isinstance(packed, Float8Tensor):
+        empty = scale == 0  # whether there are any is not asked: the answer would have to be waited for
         groups = packed.qdata.view(torch.uint8).unflatten(-1, (scale.shape[-1], -1))  # 0/0 made NaN of these
         groups.masked_fill_(empty.expand(packed.shape[0], -1)[..., None], 0)
         scale.masked_fill_(empty, TINY)
-    return packed
+    return packed, finite
 
 
-def check_finite(name: str, values: Tensor) -> None:
-    if not values.isfinite().all():
+def check_finite(finite: dict[str, Bool[Tensor, ""]]) -> None:
+    """Raise ValueError naming the first of the layers whose weight is not finite; all are fetched in one transfer."""
+    found = torch.stack(list(finite.values())).tolist() if finite else []
+    for name in (name for name, fine in zip(finite, found, strict=True) if not fine):
         raise ValueError(f"{name}.weight holds NaN or infinity: it cannot be quantised; has training diverged?")
 
 
@@ -91,8 +91,9 @@ Changes = dict[str, tuple[Tensor, int]]  # (sum, count); sums stay on their devi
 
 
 @torch.no_grad()
-def load_weight_(layer: nn.Linear, weight: Tensor, name: str) -> Changes:
-    """Quantise `weight` into a quantised layer, in place: no storage moves. Returns what that changed.
+def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[Changes, Bool[Tensor, ""]]:
+    """Quantise `weight` into a quantised layer, in place: no storage moves. Returns what that changed, and whether the
+    weight is finite.
 
     codes_changed  (codes that differ from those before, all codes of the layer); empty where the layer's weight is not
                    quantised. A zero that only changes its sign has not changed.
@@ -100,19 +101,19 @@ def load_weight_(layer: nn.Linear, weight: Tensor, name: str) -> Changes:
     """
     if not isinstance(layer, EmulatedLinear):
         held: Any = layer.weight
-        fresh: Any = quantized(weight.to(held.dtype), layer.quantization, name)
+        packed, finite = quantized(weight.to(held.dtype), layer.quantization)
+        fresh: Any = packed
         changes = {"codes_changed": differing_codes(held.qdata, fresh.qdata, held.numel())}
         changes |= scale_change(scales_of(held), scales_of(fresh))
         held.copy_(fresh)
-        return changes
+        return changes, finite
     if layer.config.weight is None:
         layer.load_(weight)
-        check_finite(name, layer.weight)
-        return {}
+        return {}, layer.weight.isfinite().all()
     codes, scale = layer.codes().clone(), layer.weight_scale.clone()
     layer.load_(weight)
-    check_finite(name, layer.weight)
-    return {"codes_changed": ((layer.codes() != codes).sum(), codes.numel())} | scale_change(scale, layer.weight_scale)
+    changes = {"codes_changed": ((layer.codes() != codes).sum(), codes.numel())}
+    return changes | scale_change(scale, layer.weight_scale), layer.weight.isfinite().all()
 
 
 def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tensor, int]:
@@ -151,7 +152,18 @@ def quantized_forward(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> tuple
 
 
 def dequantized_weight(layer: nn.Linear) -> Tensor:
-    return layer.dequantized() if isinstance(layer, EmulatedLinear) else layer.weight.dequantize()
+    return layer.dequantized() if isinstance(layer, EmulatedLinear) else unpacked(layer.weight)
+
+
+def unpacked(weight: Tensor) -> Tensor:
+    """One of torchao's quantised weights (O, I) in the learner's units.
+
+    The layout of int4_packed is for one kernel alone and has no way back: its product with the identity holds each
+    weight as that kernel multiplies with it.
+    """
+    if type(weight).dequantize is Tensor.dequantize:
+        return F.linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).T.contiguous()
+    return weight.dequantize()
 
 
 def dequantized_input(layer: nn.Linear, x: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -72,6 +72,7 @@ def quantized_copy(
     module, rollout_policy = policy.module, copy.copy(policy)
     kept: dict[str, str] = {}
     memo: dict[int, Any] = {}
+    finite: dict[str, torch.Tensor] = {}
     if config is not None:
         config = check_scheme(config, policy.device, dtype or next(module.parameters()).dtype)
         kept = skip_reasons(module, config, skip)
@@ -85,10 +86,10 @@ def quantized_copy(
         weight = (layer.merged() if isinstance(layer, LoraLinear) else plain_weight(layer)).to(dtype)
         if quantise and isinstance(config, FakeQuantize):
             memo[id(layer)] = EmulatedLinear(weight, copy.deepcopy(base.bias, memo), config)
-            check_finite(name, memo[id(layer)].weight)
+            finite[name] = memo[id(layer)].weight.isfinite().all()
             continue
         if quantise:
-            weight = quantized(weight, config, name)
+            weight, finite[name] = quantized(weight, config)
         if base is not layer or is_bitsandbytes(layer):
             memo[id(layer)] = plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
             plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), copy.deepcopy(base.bias, memo)
@@ -96,6 +97,7 @@ def quantized_copy(
             memo[id(layer.weight)] = nn.Parameter(weight, requires_grad=False)
     replaced = {id(p) for layer in module.modules() if id(layer) in memo for p in layer.parameters()}
     memo |= in_dtype((p for p in module.parameters() if id(p) not in memo.keys() | replaced), dtype)
+    check_finite(finite)
     rollout_policy.module = copy.deepcopy(module, memo).requires_grad_(False)
     for name in chosen:
         rollout_policy.module.get_submodule(name).quantization = config
@@ -176,9 +178,11 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     updates, which writes the same storage itself, they are those of the last inner update alone.
 
     Every parameter and buffer is written, one layer at a time: an adapter is merged, and a sharded tensor gathered by
-    all processes together, for its turn only. Raises ValueError for a weight with NaN or infinity.
+    all processes together, for its turn only. Raises ValueError for a weight with NaN or infinity, once all are
+    written: asking layer by layer would make the host wait for each.
     """
     totals: dict[str, tuple[torch.Tensor, int]] = {}
+    finite: dict[str, torch.Tensor] = {}
     if rollout_policy is not policy:
         targets = dict(rollout_policy.module.named_parameters()) | dict(rollout_policy.module.named_buffers())
         for name, value in merged_state(policy.module):
@@ -186,13 +190,16 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
             layer = rollout_policy.module.get_submodule(layer_name)
             value = value.full_tensor() if hasattr(value, "full_tensor") else value
             if kind == "weight" and is_quantized(layer):
-                for change, (total, count) in load_weight_(layer, value, layer_name).items():
+                changes, finite[layer_name] = load_weight_(layer, value)
+                for change, (total, count) in changes.items():
                     before, counted = totals.get(change, (torch.zeros_like(total), 0))
                     totals[change] = (before + total, counted + count)
             elif name in targets:  # a tied tensor is written under its first name
                 targets[name].copy_(value)
+    check_finite(finite)
     rollout_policy.version = policy.version
-    return {f"quantization/{change}": float(total) / count for change, (total, count) in totals.items()}
+    sums = torch.stack([total.double() for total, _ in totals.values()]).tolist() if totals else []
+    return {f"quantization/{change}": sums[i] / count for i, (change, (_, count)) in enumerate(totals.items())}
 
 
 def quantized_layers(rollout_policy: Policy) -> Iterator[tuple[str, nn.Linear]]:

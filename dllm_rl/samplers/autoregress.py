@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from einops import repeat
 from torch import Generator
-from transformers import DynamicCache
 
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.logprobs import fitting, kept_set, process, sample
 from dllm_rl.rng import row_seeds
+from dllm_rl.samplers.cache import KeysAndValues
 from dllm_rl.samplers.unmask import check_fits, check_suppress
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
@@ -49,7 +49,7 @@ def autoregress(
     new = prompts.tokens.to(device)
     attention_mask = prompts.attention_mask.to(device)
     positions = position_ids(attention_mask)
-    cache, eos = DynamicCache(config=policy.module.config), torch.tensor(policy.spec.eos_ids, device=device)
+    cache, eos = KeysAndValues(config=policy.module.config), torch.tensor(policy.spec.eos_ids, device=device)
     alive = torch.ones(prompts.num_rows, dtype=torch.bool, device=device)
     columns, logprobs, chosen, masses, kept = [], [], [], [], []
     for step in range(max_new_tokens):

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dllm_rl.models.base import Policy, position_ids
+from dllm_rl.models.transfer import send
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,19 @@ def dual_cache(*, refresh: int | None = None) -> Cache:
     return Cache("dual", refresh)
 
 
+class KeysAndValues(DynamicCache):
+    """Stores keys in the dtype of the values.
+
+    Rotary embeddings, or autocast, leave keys in fp32 beside values in 16 bits. Attention rounds such keys in any case;
+    stored as they are they would take twice the memory, and raise the values to fp32 with them.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return super().update(key_states.to(value_states.dtype), value_states, layer_idx, *args, **kwargs)
+
+
 class CachedStates:
     """Owns the keys and values of a batch. `advance` gives the states of a block, running as few columns as it may.
 
@@ -66,7 +80,7 @@ class CachedStates:
         self.policy, self.cache, self.attention_mask = policy, cache, attention_mask
         self.positions = position_ids(attention_mask)
         self.kept, self.rows = torch.arange(0), torch.arange(len(attention_mask))
-        self.past: Any = None  # a DynamicCache from the first forward on
+        self.past: Any = None  # KeysAndValues from the first forward on
         self.columns: tuple[int, int] | None = None
         self.step = 0
 
@@ -85,7 +99,7 @@ class CachedStates:
         if self.cache.kind == "block":
             fresh, keep = everything[len(self.kept) : end], everything[:start]
             if self.step == 0 and self.past is not None:
-                wanted = torch.isin(self.rows, rows).nonzero()[:, 0].to(tokens.device)
+                (wanted,) = send(tokens.device, torch.isin(self.rows, rows).nonzero()[:, 0])
                 self._map(lambda x: x[wanted])
         elif self.step == 0 or (self.cache.refresh is not None and self.step % self.cache.refresh == 0):
             self.past, self.kept, fresh = None, everything[:0], everything
@@ -96,18 +110,22 @@ class CachedStates:
             fresh, keep = everything[start : None if self.cache.kind == "prefix" else end], self.kept
         if self.step == 0:
             self.rows = rows
-        states = self._forward(tokens, self.rows[::alike].to(tokens.device), fresh.to(tokens.device), keep)
+        states = self._forward(tokens, self.rows[::alike], fresh, keep)
         if alike > 1:
             self._map(lambda x: x.repeat_interleave(alike, dim=0))
         elif len(rows) < len(self.rows):
-            states = states[torch.isin(self.rows, rows).nonzero()[:, 0].to(states.device)]
+            states = states[send(states.device, torch.isin(self.rows, rows).nonzero()[:, 0])[0]]
         return states, int(fresh[0]) + self.policy.spec.shift
 
     def _forward(self, tokens: Tensor, rows: Tensor, fresh: Tensor, keep: Tensor) -> Tensor:
-        """Run the `fresh` columns of rows against those kept and themselves; afterwards only `keep` are kept."""
-        module, seen = self.policy.module, torch.cat([self.kept.to(fresh.device), fresh])
+        """Run the `fresh` columns of rows against those kept and themselves; afterwards only `keep` are kept. All three
+        are on the host."""
+        module, seen = self.policy.module, torch.cat([self.kept, fresh])
+        # Keys carry their own positions, so the order in which they are stored means nothing.
+        wanted = torch.isin(seen, keep).nonzero()[:, 0]
+        rows, fresh, seen, wanted = send(tokens.device, rows, fresh, seen, wanted)
         if self.past is None:
-            self.past = DynamicCache(config=module.config)
+            self.past = KeysAndValues(config=module.config)
         positions = self.positions[rows]
         mask = self._mask(self.attention_mask[rows], positions, fresh, seen)
         states = self.policy.encode(
@@ -117,9 +135,8 @@ class CachedStates:
             raise ValueError(
                 f"cache={self.cache} needs a decoder; {type(module).__name__} keeps no keys and values: use cache=None"
             )
-        # Keys carry their own positions, so the order in which they are stored means nothing.
-        wanted = torch.isin(seen, keep.to(fresh.device)).nonzero()[:, 0] if len(keep) != len(self.kept) else None
-        self._map(lambda x: x[:, :, : len(self.kept)] if wanted is None else x[:, :, wanted])
+        same = len(keep) == len(self.kept)
+        self._map(lambda x: x[:, :, : len(keep)] if same else x[:, :, wanted])
         self.kept = keep
         return states
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import fitting
+from dllm_rl.models.transfer import send
 from dllm_rl.samplers.rules import steps_per_block
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
@@ -65,11 +66,10 @@ class Canvas:
 
     def end(self, rows: Tensor, eos_ids: tuple[int, ...]) -> Tensor:
         """Mark those of `rows` that have written an end token; returns them, on the host."""
-        eos = torch.tensor(eos_ids, dtype=torch.long, device=self.tokens.device)
-        written = (torch.isin(self.completions()[rows.to(eos.device)], eos) & ~self.masked[rows.to(eos.device)]).any(-1)
-        rows = rows[written.cpu()]
-        self.ended[rows.to(eos.device)] = True
-        return rows
+        eos, there = send(self.tokens.device, torch.tensor(eos_ids, dtype=torch.long), rows)
+        written = (torch.isin(self.completions()[there], eos) & ~self.masked[there]).any(-1)
+        self.ended[there] |= written
+        return rows[written.cpu()]
 
     def rollout(self, sampling_params: SamplingParams, weights_version: int) -> Rollout:
         """The record as it stands: columns are the prompts', then the completion's."""

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
 from dllm_rl.models.base import Policy
+from dllm_rl.models.transfer import send
 from dllm_rl.rng import row_seeds, uniforms
 from dllm_rl.samplers.cache import Cache, CachedStates
 from dllm_rl.samplers.canvas import BlockQueue, make_canvas
@@ -53,8 +54,9 @@ def unmask(
     watch           called with the rollout as it stands, after every step.
 
     A row depends on its prompt, its seed and the weights only, not on its neighbours; a row that is finished leaves the
-    batch. With `schedule` nothing in a step waits for the device. Raises ValueError for a causal policy, a completion
-    that does not fit the model, or rules, blocks and caches that do not go together.
+    batch. With `schedule` the host waits for the device once a step at most, where transformers asks whether there is
+    padding; other commit rules make it ask how many positions they chose. Raises ValueError for a causal policy, a
+    completion that does not fit the model, or rules, blocks and caches that do not go together.
     """
     spec, group, device = policy.spec, prompts.group_size, policy.device
     needs, block_size = rank_inputs(rank), _check(policy, prompts, max_new_tokens, block_size, cache)
@@ -74,7 +76,8 @@ def unmask(
 
     while len((turn := queue.turn())[0]):
         (rows, blocks), (num_masked, steps_left) = turn, queue.left(*turn)
-        on_device = rows.to(device)
+        # All that a step needs of the host's bookkeeping, in one copy that nothing waits for.
+        on_device, open_block, left, clock = send(device, rows, blocks, steps_left, queue.clock[rows])
         # The first state of all is the same for every completion of a prompt: one forward serves the group.
         alike = group if canvas.forwards == 0 else 1
         if cached is None:
@@ -84,8 +87,8 @@ def unmask(
             hidden, first = cached.advance(canvas.tokens, rows, canvas.bounds[int(blocks[0])], alike=alike)
         canvas.forwards += 1
 
-        columns, seed, clock = canvas.columns[on_device], seeds[on_device], queue.clock[rows].to(device)
-        masked = canvas.masked[on_device] & (canvas.block[on_device] == blocks.to(device)[:, None])
+        columns, seed = canvas.columns[on_device], seeds[on_device]
+        masked = canvas.masked[on_device] & (canvas.block[on_device] == open_block[:, None])
         r, c = _places(masked, int(num_masked.sum()))
         states = hidden[r // alike, (columns[r, c] - first).clamp(min=0)]
         ties = uniforms(seed[r], clock[r], c, stream=1)
@@ -96,7 +99,7 @@ def unmask(
         else:
             scores[r, c] = rank_only(policy, states, ties, sampling_params, rank)
 
-        chosen = commit(scores, masked, steps_left.to(device)) & masked
+        chosen = commit(scores, masked, left) & masked
         committed = share(num_masked, steps_left) if commit is schedule else chosen.sum(-1).cpu()
         if ((committed == 0) & (steps_left == 1)).any():
             raise ValueError(

@@ -8,6 +8,7 @@ carries that vector through the model. It is exact. At the first inner iteration
 and no forward is spent to find them.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from dllm_rl.algorithms.mismatch import PREFIX, group_weights, mismatch_metrics, off_policy_metrics, symptom_metrics
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
-from dllm_rl.distributed import Metrics, local, reduce_metrics, sum_gradients
+from dllm_rl.distributed import Metrics, gather_on_host, local, reduce_metrics, sum_gradients
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
 from dllm_rl.models.base import Policy
+from dllm_rl.models.transfer import send
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
@@ -74,13 +76,16 @@ def draw_noise(
     generator = generator_for(recipe.seed, "noise", step)
     row_seeds(generator, accelerator.process_index * len(rollout.tokens))
     noise = recipe.likelihood.draw(rollout, generator)
-    noise = recipe.likelihood.with_advantages(noise, local(rearrange(advantages, "p g -> (p g)"), accelerator))
+    (mine,) = send(accelerator.device, local(rearrange(advantages, "p g -> (p g)"), accelerator))
+    noise = recipe.likelihood.with_advantages(noise, mine)
     return only_groups(noise, groups > 0, rollout.group_size, accelerator)
 
 
 def only_groups(noise: Noise, chosen: Bool[Tensor, " P"], group_size: int, accelerator: Accelerator) -> Noise:
     """This process's masks with the other groups not scored; the noise itself where all are chosen."""
-    return noise if chosen.all() else noise.only(local(repeat(chosen, "p -> (p g)", g=group_size), accelerator))
+    if chosen.all():
+        return noise
+    return noise.only(*send(accelerator.device, local(repeat(chosen, "p -> (p g)", g=group_size), accelerator)))
 
 
 def score(
@@ -134,14 +139,15 @@ def correct(
     The loss's denominators count every row, also those of groups that are not learned from. With old_logprobs="rollout"
     ratios are current / rollout and need no weights: VeXact's bypass, eq. 4. Under mismatch it fails by one silent
     decline, with K1 and K3 rising, where recomputation without weights fails in stages, K1 and K3 flat [digest].
+
+    Corrector and metrics compute on the host, on the log-probs of all processes: one transfer, whatever they are.
     """
-    (rows, width), group_size = rollout.tokens.shape, rollout.group_size
+    width, group_size, device = rollout.tokens.shape[1], rollout.group_size, rollout.tokens.device
     chosen, flat = learned_groups(recipe, advantages), rearrange(advantages, "p g -> (p g)")
     learned, row_weights = (repeat(x, "p -> (p g)", g=group_size) for x in (chosen, groups))
     mask = noise.scored(rollout.completion_mask)
     parts = (torch.where(mask, logps.old - logps.rollout, 0), mask, rollout.completion_mask, logps.old, rollout.tokens)
-    padded = [accelerator.pad_across_processes(x, dim=1) for x in parts]
-    log_mismatch, scored, completion, old, tokens = (accelerator.gather(x) for x in padded)
+    log_mismatch, scored, completion, old, tokens = gather_on_host(parts, accelerator)
     metrics = mismatch_metrics(log_mismatch, completion, old=old, advantages=flat, row_weights=row_weights)
     corrected = scored & learned[:, None]
     log_mismatch = torch.where(corrected, log_mismatch, 0)
@@ -154,15 +160,12 @@ def correct(
     exact = recipe.likelihood.exact_for_sampler or recipe.likelihood.attention == ("causal",)
     metrics |= symptom_metrics(tokens, corrected, flat, old=old if exact else None)
 
-    weights, keep, corrected = (local(x, accelerator)[:, :width] for x in (weights, keep, corrected))
-    counts = torch.stack(
-        [(keep | (rollout.completion_mask & ~corrected)).sum(), torch.tensor(rows, device=keep.device)]
-    )
-    num_tokens, num_sequences = accelerator.reduce(counts, reduction="sum").tolist()
+    num_tokens, num_sequences = int((keep | (completion & ~corrected)).sum()), len(keep)
+    weights, keep = (send(device, local(x, accelerator)[:, :width])[0] for x in (weights, keep))
     return Batch(
         rollout=rollout,
         noise=only_groups(noise, chosen, group_size, accelerator),
-        advantages=local(flat, accelerator),
+        advantages=send(device, local(flat, accelerator))[0],
         old=logps.rollout if recipe.old_logprobs == "rollout" else logps.old,
         old_scores=logps.old_scores,
         weights=weights,
@@ -230,15 +233,15 @@ def update(
         sum_gradients(policy.module, accelerator)
         trained = [p for p in policy.module.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
-        if not norm.isfinite():
+        reduced = reduce_metrics(metrics | {"grad_norm": (norm, torch.ones_like(norm))}, accelerator)
+        if not math.isfinite(reduced["grad_norm"]):
             raise FloatingPointError(
-                f"gradient norm is {norm.item()} at inner iteration {iteration}; the update was not applied"
+                f"gradient norm is {reduced['grad_norm']} at inner iteration {iteration}; the update was not applied"
             )
         optimizer.step()
-        reduced = reduce_metrics(metrics, accelerator)
-        each = {f"{n}/iteration_{iteration}": v for n, v in reduced.items() if n.startswith("off_policy/")}
+        kept = {name: value for name, value in reduced.items() if name.startswith(("off_policy/", "grad_norm"))}
+        each = {f"{name}/iteration_{iteration}": value for name, value in kept.items()}
         gathered |= reduced | each
-        gathered[f"grad_norm/iteration_{iteration}"] = gathered["grad_norm"] = norm.item()
     policy.version += 1
     return gathered
 

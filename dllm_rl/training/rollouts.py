@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import informative
-from dllm_rl.distributed import Metrics, gather_objects, local, reduce_metrics
+from dllm_rl.distributed import Metrics, gather_objects, gather_on_host, local, reduce_metrics
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, encode
+from dllm_rl.models.transfer import send
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.tasks.base import Reward, addends, grade
@@ -24,16 +25,16 @@ from dllm_rl.types import Rollout
 def collect(
     recipe: Recipe, rollout_policy: Policy, step: int, accelerator: Accelerator, log: RunLog
 ) -> tuple[Rollout, Float[Tensor, "P G"], dict[str, float]]:
-    """This process's rollout, the rewards of all processes, and the metrics of both.
+    """This process's rollout, the rewards of all processes (on the host), and the metrics of both.
 
     With max_num_gen_batches > 1, DAPO's dynamic sampling [paper]: groups whose rewards are all equal are replaced by
     completions of other prompts, until there are none or that many draws were made. A place's prompt and seeds depend
     on (seed, step, draw) alone, so that any number of processes draws the same; DAPO pools the draws instead [ours].
     """
-    every = torch.arange(recipe.train_batch_size // accelerator.num_processes, device=accelerator.device)
+    every = torch.arange(recipe.train_batch_size // accelerator.num_processes)
     rollout, graded, mine, replaced = sample_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
     with log.stage("waiting"):  # for the other processes' rollouts and rewards
-        rewards = accelerator.gather(mine)
+        (rewards,) = gather_on_host([mine], accelerator)
     metrics, draws = reward_metrics(rewards, graded, rollout, accelerator), 1
     if recipe.max_prompt_length is not None:
         share = (torch.tensor(float(replaced)), torch.tensor(float(len(mine))))
@@ -42,10 +43,11 @@ def collect(
         places = local(~informative(rewards), accelerator).nonzero()[:, 0]
         if len(places):
             part, _, mine[places], _ = sample_and_grade(recipe, rollout_policy, (step, draws), places, accelerator, log)
-            group = torch.arange(recipe.num_generations, device=places.device)
+            group = torch.arange(recipe.num_generations)
             rows = rearrange(places[:, None] * recipe.num_generations + group, "p g -> (p g)")
+            (rows,) = send(accelerator.device, rows)
             rollout = rollout.replaced(rows, part, pad_id=rollout_policy.pad_id)
-        rewards, draws = accelerator.gather(mine), draws + 1
+        (rewards,), draws = gather_on_host([mine], accelerator), draws + 1
     if recipe.max_num_gen_batches > 1:
         metrics |= {
             "dynamic_sampling/draws": float(draws),
@@ -68,7 +70,7 @@ def sample_and_grade(
     A row's seed depends on (seed, step, draw, its place in the global batch).
     """
     step, draw = step_and_draw
-    purpose, group, places = "train" if not draw else f"train, draw {draw}", recipe.num_generations, places.cpu()
+    purpose, group = "train" if not draw else f"train, draw {draw}", recipe.num_generations
     indices = draw_indices(len(recipe.task), recipe.train_batch_size, recipe.seed, purpose, step)
     problems, replaced = choose(recipe, rollout_policy, local(indices, accelerator)[places].tolist())
     key = (recipe.seed, "rollout", step, *([draw] if draw else []))
@@ -82,7 +84,7 @@ def sample_and_grade(
         rollout = rollout.with_support(recipe.sampling_support)
     with log.stage("reward"):
         graded = grade(recipe.task, problems, decode(rollout_policy, rollout), timeout=recipe.reward_timeout)
-        values = reward_values(graded, accelerator.device)
+        values = reward_values(graded)
     return rollout, graded, rearrange(values, "(p g) -> p g", g=group), replaced
 
 
@@ -91,9 +93,9 @@ def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:
     return (~informative(rewards)).double().mean().item()
 
 
-def reward_values(graded: Sequence[Reward], device: torch.device) -> Float[Tensor, " B"]:
+def reward_values(graded: Sequence[Reward]) -> Float[Tensor, " B"]:
     """The rewards as numbers; `grade` has checked that fp32 holds them."""
-    return torch.tensor([float(reward.value) for reward in graded], dtype=torch.float32, device=device)
+    return torch.tensor([float(reward.value) for reward in graded], dtype=torch.float32)
 
 
 def reward_metrics(
@@ -103,7 +105,7 @@ def reward_metrics(
     added = [addends(reward) for reward in graded]
     mine = sorted({name for each in added for name in each} - {"reward", "parsed"})
     names = sorted(set(gather_objects(mine, accelerator)))
-    lengths = rollout.completion_mask.sum(-1)
+    lengths = rollout.completion_mask.sum(-1).cpu()
     pairs: Metrics = {"parsed": total(added, "parsed")}
     pairs["completions/mean_length"] = lengths.sum(), torch.tensor(len(lengths))
     pairs |= {f"rewards/{name}/mean": total(added, name) for name in names}

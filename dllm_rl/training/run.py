@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from dllm_rl.diagnostics.batch_invariance import prepare_workspace
 from dllm_rl.distributed import from_main, machine, make_accelerator, versions
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import replacing, write_json
@@ -54,6 +55,8 @@ class Run:
 def start(recipe: Recipe) -> Run:
     """A run at its first step: fresh, warmed up and evaluated, or as a checkpoint left it. Raises ValueError."""
     ended_by_launcher()
+    if recipe.zero_mismatch:
+        prepare_workspace()
     accelerator = make_accelerator(mixed_precision="bf16" if recipe.bf16 else "no", timeout=recipe.collective_timeout)
     stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
     stop.last_words = "stopped before the first step: nothing new was saved; start again with the same command"
@@ -118,7 +121,7 @@ def check_processes(recipe: Recipe, accelerator: Accelerator) -> None:
 
 def fresh_policy(recipe: Recipe, accelerator: Accelerator, log: RunLog, history: dict[str, Any]) -> Policy:
     """The recipe's model, warmed up, with its adapters, and evaluated; `history` gets what the summary says of it."""
-    policy = make_policy(recipe).to(accelerator.device)
+    policy = make_policy(recipe, accelerator.device)
     smoke_test(recipe, policy)
     with log.stage("warm-up"):
         history["warmup_steps"] = warm_up(
@@ -141,23 +144,24 @@ def fresh_policy(recipe: Recipe, accelerator: Accelerator, log: RunLog, history:
 def resumed_policy(recipe: Recipe, folder: Path, state: dict[str, Any], accelerator: Accelerator) -> Policy:
     """The policy as a checkpoint left it."""
     if recipe.lora is None:
-        return opened(recipe, folder, getattr(torch, state["dtype"])).to(accelerator.device)
-    policy = adapter_base(recipe, warmed_up=state["warmup_steps"] > 0).to(accelerator.device)
+        return opened(recipe, folder, getattr(torch, state["dtype"]), accelerator.device)
+    policy = adapter_base(recipe, accelerator.device, warmed_up=state["warmup_steps"] > 0)
     load_adapter(policy, folder / "adapter")
     return policy
 
 
-def make_policy(recipe: Recipe) -> Policy:
+def make_policy(recipe: Recipe, device: torch.device) -> Policy:
     """The recipe's model: a checkpoint, a copy of a policy, or what its function makes, from the run's seed where that
     takes one."""
     if isinstance(recipe.model, str):
-        policy: Policy = load_policy(recipe.model, dtype=recipe.dtype, quantization=recipe.base_quantization)
+        options: dict[str, Any] = {"dtype": recipe.dtype, "quantization": recipe.base_quantization}
+        policy: Policy = load_policy(recipe.model, device=device, **options)
     elif isinstance(recipe.model, Policy):
         policy = copy.copy(recipe.model)
-        policy.module = copy.deepcopy(policy.module)
+        policy.module = copy.deepcopy(policy.module).to(device)
     else:
         seeded = "seed" in inspect.signature(recipe.model).parameters
-        policy = recipe.model(seed=recipe.seed) if seeded else recipe.model()
+        policy = (recipe.model(seed=recipe.seed) if seeded else recipe.model()).to(device)
     return configured(recipe, policy)
 
 
@@ -169,21 +173,21 @@ def configured(recipe: Recipe, policy: Policy) -> Policy:
     return policy
 
 
-def opened(recipe: Recipe, folder: Path, dtype: torch.dtype) -> Policy:
+def opened(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
     """The policy in a folder of this run; a module that is not transformers' is made anew as the recipe says."""
     if (folder / "config.json").exists():
-        return configured(recipe, load_policy(folder, dtype=dtype))
-    policy = make_policy(recipe)
+        return configured(recipe, load_policy(folder, dtype=dtype, device=device))
+    policy = make_policy(recipe, device)
     load_weights(policy, folder)
     return policy
 
 
-def adapter_base(recipe: Recipe, *, warmed_up: bool) -> Policy:
+def adapter_base(recipe: Recipe, device: torch.device, *, warmed_up: bool) -> Policy:
     """What a resumed run's adapters stand on: the warmed-up weights, or the recipe's model without a warm-up."""
-    policy = make_policy(recipe)
+    policy = make_policy(recipe, device)
     if warmed_up:
         dtype = next(policy.module.parameters()).dtype
-        return opened(recipe, Path(recipe.directory) / "reference", dtype)
+        return opened(recipe, Path(recipe.directory) / "reference", dtype, device)
     return policy
 
 
@@ -220,7 +224,7 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
         reference = copy.copy(policy)
         reference.module = copy.deepcopy(policy.module)
     else:
-        reference = opened(recipe, folder, next(policy.module.parameters()).dtype).to(accelerator.device)
+        reference = opened(recipe, folder, next(policy.module.parameters()).dtype, accelerator.device)
     reference.module.requires_grad_(False)
     return reference
 

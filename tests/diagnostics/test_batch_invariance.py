@@ -8,10 +8,16 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from simulated_cuda import SimulatedCuda
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms.correctors import aligned
-from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps, batch_invariant, check_bitwise_equal
+from dllm_rl.diagnostics.batch_invariance import (
+    BatchInvariantOps,
+    batch_invariant,
+    check_bitwise_equal,
+    prepare_workspace,
+)
 from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -36,7 +42,6 @@ def settings():
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.deterministic,
-        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         torch.overrides._get_current_function_mode_stack(),
     )
 
@@ -45,12 +50,34 @@ def test_settings_are_made_and_put_back_whatever_happens():
     torch.set_float32_matmul_precision("medium")
     before = settings()
     with pytest.raises(KeyError), batch_invariant():
-        assert settings()[:6] == ("highest", True, False, False, True, ":4096:8")
+        assert settings()[:5] == ("highest", True, False, False, True)
         raise KeyError("planted")
     assert settings() == before
     with pytest.raises(ValueError, match="tile=0 must be at least 1"), batch_invariant(tile=0):
         pass
     torch.set_float32_matmul_precision("highest")
+
+
+def test_on_a_gpu_the_workspace_is_settled_before_the_first_product(monkeypatch):
+    """torch asks for CUBLAS_WORKSPACE_CONFIG once, at the first product; set inside the block it comes too late."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with SimulatedCuda():
+        prepare_workspace()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        x = torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")
+        with batch_invariant():
+            F.linear(x, x)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with SimulatedCuda():
+        torch.ones(2, 2, device="cuda")
+        with pytest.raises(ValueError, match="export CUBLAS_WORKSPACE_CONFIG=:4096:8 before"), batch_invariant():
+            pass
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+        with batch_invariant():
+            F.linear(x, x)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    prepare_workspace()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ, "there is no GPU"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -153,8 +153,8 @@ def test_whatever_is_made_from_a_policy_has_its_head(tmp_path):
     for other in (policy.reference(), quantized_copy(policy, int8_weight_only()), copy.copy(policy)):
         assert other.float32_head is False
     recipe = tiny_recipe(tmp_path / "run", float32_head=False)
-    assert make_policy(recipe).float32_head is False
-    assert make_policy(replace(recipe, float32_head=True)).float32_head is True
+    assert make_policy(recipe, torch.device("cpu")).float32_head is False
+    assert make_policy(replace(recipe, float32_head=True), torch.device("cpu")).float32_head is True
 
 
 def test_a_run_in_float16(tmp_path):

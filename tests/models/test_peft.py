@@ -7,14 +7,17 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from layouts import checkpoint, published
 from safetensors.torch import load_file
+from simulated_cuda import SimulatedCuda
 
 from dllm_rl import load_policy, quantized_copy, sync_weights, train
 from dllm_rl.algorithms.correctors import aligned, qarl
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.models.lora import (
     Lora,
+    LoraLinear,
     adapted_layers,
     add_lora,
     load_adapter,
@@ -146,6 +149,43 @@ def test_dropout_repeats_and_spares_what_is_not_differentiated():
     kept = layer.dropped(torch.ones(200, 100))
     assert set(kept.unique().tolist()) == {0.0, 2.0}
     assert abs(kept.mean() - 1) < 0.03
+
+
+def dropping() -> LoraLinear:
+    layer = LoraLinear(torch.nn.Linear(8, 4), Lora(r=2, dropout=0.5), torch.Generator().manual_seed(0))
+    layer.base_layer.weight.data.copy_(torch.linspace(-1, 1, 32).view(4, 8))
+    layer.base_layer.bias.data.zero_()
+    layer.lora_B.weight.data.fill_(0.1)
+    return layer
+
+
+def test_dropout_draws_the_same_on_a_gpu_and_there_alone():
+    """No mask is made on the host: nothing is copied, nothing waited for."""
+    layer = dropping()
+    x = torch.ones(5, 8)
+    here = layer.dropped(x)
+    with SimulatedCuda() as cuda:
+        layer.calls, x = 0, x.to("cuda")
+        with cuda.phase("dropout"):
+            there = layer.dropped(x)
+        assert cuda.waits("dropout") == 0 and there.is_cuda
+        assert torch.equal(there.cpu(), here)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_base_in_few_bits_is_made_on_the_device_that_was_asked_for(tmp_path, quantization, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    asked, load = [], transformers.LlamaForCausalLM.from_pretrained.__func__
+
+    def spy(cls, *args, **options):
+        asked.append(options["device_map"])
+        return load(cls, *args, **(options | {"device_map": {"": "cpu"}}))
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", classmethod(spy))
+    folder = checkpoint(tmp_path, "llada")
+    assert load_policy(folder, quantization=quantization, device="cpu").device.type == "cpu"
+    load_policy(folder, quantization=quantization, device="cuda:1")
+    assert asked == [{"": "cpu"}, {"": "cuda:1"}]
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

@@ -114,17 +114,17 @@ MUTATIONS = [
             '(noise.weight != 0)[0].any(-1), "(p g)',
             f"{MODELS} training/test_constant_memory.py",
         ),
-        ("rollout.sampling_params, vector[scored], kept)", "rollout.sampling_params, vector[scored].abs(), kept)"),
+        ("rollout.sampling_params, at, view.kept)", "rollout.sampling_params, at.abs(), view.kept)"),
         ("if mask_id is None else rollout.tokens.masked_fill(masked, mask_id)", "", f"{MODELS}"),
         (
-            "torch.equal(tokens, first(tokens)) and torch.equal(attention_mask",
-            "torch.equal(attention_mask",
+            "(tokens == first(tokens)).all() & (attention_mask",
+            "(attention_mask",
             f"{MODELS} {CONTRACT}",
         ),
-        (" and torch.equal(attention_mask, first(attention_mask))", "", f"{MODELS} {CONTRACT}"),
+        (" & (attention_mask == first(attention_mask)).all()", "", f"{MODELS} {CONTRACT}"),
         (
-            "states, rollout.tokens[scored], rollout.sampling_params, kept_by(rollout, scored))",
-            "states, rollout.tokens[scored], type(rollout.sampling_params)(), kept_by(rollout, scored))",
+            "view.states, view.tokens, rollout.sampling_params, view.kept)",
+            "view.states, view.tokens, type(rollout.sampling_params)(), view.kept)",
         ),
         (
             'if rollout.sampling_params.support == "rollout" else None',

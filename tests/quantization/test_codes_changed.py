@@ -17,7 +17,7 @@ from dllm_rl.training.loop import train
 
 
 def changes(layer, weight):
-    return {name: (float(total), count) for name, (total, count) in load_weight_(layer, weight, "layer").items()}
+    return {name: (float(total), count) for name, (total, count) in load_weight_(layer, weight)[0].items()}
 
 
 @pytest.mark.parametrize("activation", [None, "int8", "e4m3"])
@@ -38,7 +38,7 @@ def test_a_zero_that_changes_its_sign_is_no_change():
         layer = nn.Linear(16, 16, bias=False)
     weight = torch.ones(16, 16)
     weight[:, 1] = 1e-30
-    layer.weight = nn.Parameter(quantized(weight, schemes.float8_weight_only(), "layer"), requires_grad=False)
+    layer.weight = nn.Parameter(quantized(weight, schemes.float8_weight_only())[0], requires_grad=False)
     layer.quantization = schemes.float8_weight_only()
     moved = weight.clone()
     moved[:, 1] = -1e-30

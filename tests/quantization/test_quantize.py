@@ -13,7 +13,7 @@ from dllm_rl.config import pickable
 from dllm_rl.models.lora import Lora, add_lora, merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes as quantize
-from dllm_rl.quantization.linear import stored_bytes
+from dllm_rl.quantization.linear import dequantized_weight, quantized, stored_bytes
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, skip_reasons, sync_weights
 from dllm_rl.training.learner import check_version
 from dllm_rl.types import Rollout, SamplingParams
@@ -112,6 +112,32 @@ def test_adapters_are_merged_and_gone():
     quantised = quantized_copy(policy, quantize.int8_weight_only())
     assert torch.equal(quantised.logits(*batch()), quantized_copy(merged, quantize.int8_weight_only()).logits(*batch()))
     assert len(quantised.quantization_report.quantized) == 14
+
+
+def test_a_layout_without_a_way_back_is_dequantised_by_its_own_product(monkeypatch):
+    """int4_packed's kernels are CUDA's; the CPU has twins of them that take the codes one in 32 bits."""
+    seen, ops = {}, torch.ops.aten
+
+    def convert(pairs, tiles):
+        seen["codes"] = torch.stack([pairs >> 4, pairs & 0xF], -1).flatten(1).int()
+        return ops._convert_weight_to_int4pack_for_cpu(seen["codes"], tiles)
+
+    def product(x, weight, group, scale_and_zero):
+        seen["scales"] = scale_and_zero
+        return ops._weight_int4pack_mm_for_cpu(x, weight, group, scale_and_zero)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(ops, "_convert_weight_to_int4pack", convert, raising=False)
+    monkeypatch.setattr(ops, "_weight_int4pack_mm", product, raising=False)
+    weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layer = nn.Linear(256, 48, bias=False)
+    layer.weight = nn.Parameter(quantized(weight, quantize.int4_packed())[0], requires_grad=False)
+    found = dequantized_weight(layer)
+    # Codes are 0..15 about 8, in groups of 128: w = (code - 8) * scale + zero.
+    scale, zero = (seen["scales"][:2, :48, i].T.repeat_interleave(128, 1) for i in (0, 1))
+    expected = (seen["codes"][:48, :256].float() - 8) * scale.float() + zero.float()
+    torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=0)
+    assert (found - weight).abs().max() < 0.6 * scale.max()
 
 
 def test_sync_also_copies_norms_biases_embeddings_head_and_buffers():
@@ -316,7 +342,7 @@ def test_float8_weights_are_torchaos_own(dtype):
     from dllm_rl.quantization.linear import quantized
 
     layer = torch.nn.Linear(384, 96, bias=False, dtype=dtype)
-    ours = quantized(layer.weight.detach().clone(), Float8WeightOnlyConfig(), "layer")
+    ours = quantized(layer.weight.detach().clone(), Float8WeightOnlyConfig())[0]
     quantize_(layer, Float8WeightOnlyConfig())
     assert torch.equal(ours.qdata.view(torch.uint8), layer.weight.qdata.view(torch.uint8))
     assert torch.equal(ours.scale, layer.weight.scale)

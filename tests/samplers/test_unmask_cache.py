@@ -11,7 +11,8 @@ from dllm_rl import load_policy
 from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
-from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.cache import KeysAndValues, block_cache, dual_cache, prefix_cache
 from dllm_rl.samplers.canvas import make_canvas
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts
@@ -137,6 +138,35 @@ def test_refreshing_every_step_is_exact(policies, family, kind, commit):
     policy, options = policies(family), {"block_size": 4, "num_steps": 8, "commit": COMMITS[commit]}
     exact = run(policy, **options)
     assert_same(exact, run(policy, cache=kind(refresh=1), **options))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [prefix_cache, dual_cache])
+def test_keys_are_kept_in_the_dtype_of_the_values(tmp_path, kind, dtype):
+    """LLaDA rotates in fp32, so that in bf16 its keys come in fp32. Rounded as attention rounds them, every step
+    refreshed, not a bit differs from a run without a cache."""
+    policy = load_policy(checkpoint(tmp_path, "llada"), dtype=dtype)
+    plain, cached = (run(policy, block_size=4, num_steps=8, cache=c) for c in (None, kind(refresh=1)))
+    assert torch.equal(plain.tokens, cached.tokens) and torch.equal(plain.logprobs, cached.logprobs)
+    run(policy, block_size=4, num_steps=8, cache=kind())
+
+
+@pytest.mark.parametrize("family", ["llada", "llama"])
+def test_under_autocast_a_cache_is_of_16_bits(tmp_path, family, monkeypatch):
+    policy, held, update = load_policy(checkpoint(tmp_path, family)), set(), KeysAndValues.update
+
+    def spy(self, *args, **kwargs):
+        out = update(self, *args, **kwargs)
+        held.update(x.dtype for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values))
+        return out
+
+    monkeypatch.setattr(KeysAndValues, "update", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        if family == "llada":
+            run(policy, block_size=4, num_steps=8, cache=prefix_cache())
+        else:
+            autoregress(policy, Prompts.from_ids(IDS, pad_id=0), torch.Generator(), max_new_tokens=3)
+    assert held == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])

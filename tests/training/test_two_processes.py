@@ -5,7 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
+from accelerate.state import PartialState
 from runs import metrics_of
+from simulated_cuda import SimulatedCuda
+from tiny_recipe import tiny_recipe
+
+from dllm_rl.distributed import make_accelerator
+from dllm_rl.evaluation.evaluate import evaluate
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"num_steps": 3, "warmup_steps": 8, "warmup_eval_steps": 4, "train_batch_size": 8}
@@ -55,9 +62,31 @@ def test_two_processes_equal_one(tmp_path, recipe, more):
 
 
 def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch):
-    from dllm_rl.distributed import make_accelerator
-
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("dllm_rl.distributed.Accelerator", lambda **kw: type("One", (), {"num_processes": 1})())
     with pytest.raises(RuntimeError, match="2 processes were launched, but Accelerate joined 1"):
         make_accelerator()
+
+
+def test_a_launch_that_asks_for_the_cpu_gets_it(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with SimulatedCuda():
+        assert make_accelerator().device.type == "cpu"
+
+
+def test_a_device_that_another_accelerator_settled_is_refused():
+    """Accelerate keeps the first device of a process: a run must not go on on the CPU beside an idle GPU."""
+    with SimulatedCuda():
+        Accelerator(cpu=True)
+        with pytest.raises(RuntimeError, match="device=cuda is wanted, but Accelerate is on cpu"):
+            make_accelerator()
+    with SimulatedCuda():
+        assert make_accelerator().device.type == "cuda"
+
+
+def test_an_evaluation_leaves_no_state_behind(tmp_path):
+    with SimulatedCuda():
+        recipe = tiny_recipe(tmp_path)
+        evaluate(recipe.model(), recipe.eval_task, recipe.eval_sampler, completions=tmp_path / "c.jsonl")
+        assert PartialState._shared_state == {}
+        assert make_accelerator().device.type == "cuda"

@@ -1,0 +1,326 @@
+"""Everything that runs on a GPU, on a simulated one: no tensor is left behind, and the numbers are the CPU's."""
+
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+
+import pytest
+import torch
+from layouts import checkpoint
+from runs import metrics_of
+from simulated_cuda import SimulatedCuda
+from tiny_recipe import tiny_recipe, tiny_recipe_ar
+from torch.utils._pytree import tree_map
+
+from dllm_rl import load_policy
+from dllm_rl.algorithms import correctors
+from dllm_rl.config import pickable
+from dllm_rl.diagnostics.doctor import diagnose
+from dllm_rl.evaluation.evaluate import evaluate
+from dllm_rl.likelihoods import estimators, scoring
+from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.quantization import schemes
+from dllm_rl.quantization.aligned import aligned_forward
+from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
+from dllm_rl.samplers import autoregress, rules, unmask
+from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
+from dllm_rl.training import train
+from dllm_rl.types import Prompts
+
+SIZES = {"characters": "1234.=", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+FEW = {"train_batch_size": 2, "num_generations": 2, "num_steps": 1, "eval_batch_size": 4, "eval_task.size": 2}
+PLAIN = partial(unmask, max_new_tokens=6, num_steps=3, temperature=1.0)
+
+
+def masked_lm(**more):
+    return tiny_masked_lm(**SIZES, head_std=0.3, **more)
+
+
+def llada(**more):
+    return tiny_llama(**SIZES, causal=False, head_std=0.3, **more)
+
+
+def prompts(group: int = 2) -> Prompts:
+    return Prompts.from_ids([[3, 4, 5], [6, 7]], pad_id=0, group_size=group)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def run(sampler, policy):
+    return sampler(policy, prompts(), generator())
+
+
+def assert_same(there, here):
+    """Records or tensors, from the device and from the host."""
+    if isinstance(here, torch.Tensor):
+        assert there.is_cuda
+        assert torch.equal(there.cpu(), here)
+        return
+    for name, value in vars(here).items():
+        if isinstance(value, torch.Tensor):
+            assert_same(getattr(there, name), value)
+        else:
+            assert getattr(there, name) == value
+
+
+def on_both(work, make=masked_lm):
+    """What `work` makes of a policy on the CPU and of one on the device has the same numbers."""
+    here = work(make())
+    with SimulatedCuda():
+        there = work(make().to("cuda"))
+        assert_same(there, here)
+
+
+RULES = {
+    **{f"rank {rank.__name__}": {"rank": rank} for rank in rules.RANKS},
+    **{f"greedy {rank.__name__}": {"rank": rank, "temperature": 0.0} for rank in (rules.confidence, rules.margin)},
+    "late_schedule": {"commit": rules.late_schedule},
+    "origin": {"commit": rules.origin, "rank": rules.random, "temperature": 0.7},
+    "threshold": {"commit": partial(rules.threshold, tau=0.3)},
+    "factor": {"commit": partial(rules.factor, f=1.0), "rank": rules.max_prob},
+    "entropy_bound": {"commit": partial(rules.entropy_bound, gamma=0.5), "rank": rules.entropy},
+    "filters": {"top_k": 3, "top_p": 0.9, "suppress": (2,)},
+    "blocks, early exit": {"block_size": 3, "approximate_early_exit": True},
+    "watched": {"watch": lambda rollout: rollout.tokens.tolist()},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_sampler_rules(rule):
+    on_both(lambda policy: run(partial(PLAIN, **RULES[rule]), policy))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [("llada", prefix_cache()), ("dream", dual_cache(refresh=2)), ("sdar", block_cache()), ("llama", None)],
+)
+def test_caches_of_loaded_checkpoints(tmp_path, family, cache, dtype):
+    folder = checkpoint(tmp_path, family)
+    settings = {"max_new_tokens": 6, "temperature": 1.0}
+    if family == "llama":
+        sampler = partial(autoregress, **settings)
+    else:
+        size = 4 if family == "sdar" else 3
+        sampler = partial(unmask, **settings, num_steps=4, block_size=size, cache=cache, top_k=5)
+    here = run(sampler, load_policy(folder, dtype=dtype))
+    with SimulatedCuda():
+        policy = load_policy(folder, dtype=dtype, device="cuda")
+        assert_same(run(sampler, policy), here)
+        policy.save_pretrained(tmp_path / "saved")
+    saved, first = (load_policy(path, dtype=dtype).module.state_dict() for path in (tmp_path / "saved", folder))
+    assert all(torch.equal(saved[name], first[name]) for name in first)
+
+
+ESTIMATORS = {
+    "causal": estimators.causal(),
+    "one_step": estimators.one_step(),
+    "one_step, clean prompt": estimators.one_step(prompt_mask=0.0),
+    "elbo": estimators.elbo(num_samples=2, antithetic=True),
+    "coupled": estimators.coupled(),
+    "quadrature": estimators.quadrature(nodes=2),
+    "block": estimators.block(block_size=2),
+    "eubo": estimators.eubo(),
+    "sandwich": estimators.sandwich(),
+    "trajectory": estimators.trajectory(),
+    "segments": estimators.trajectory(num_segments=2),
+    "packed": estimators.trajectory(block_size=4),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators(name, tmp_path):
+    likelihood = ESTIMATORS[name]
+    family = {"causal": "llama", "packed": "sdar"}.get(name)
+    folder = family and checkpoint(tmp_path, family)
+    sampler = partial(autoregress, max_new_tokens=6) if name == "causal" else partial(PLAIN, top_p=0.9)
+
+    def work(policy):
+        rollout = run(sampler, policy).with_support("rollout" if name == "trajectory" else "own")
+        noise = likelihood.draw(rollout, generator())
+        signs = torch.tensor([1.0, -1.0, 0.5, -0.5], device=policy.device)
+        noise = likelihood.with_advantages(noise, signs)
+        logps = likelihood.logprobs(policy, rollout, noise, micro_batch_size=2)
+        vector = logps.sin() * rollout.completion_mask
+        for view in range(len(noise.masked)):
+            scoring.backward_view(
+                policy, rollout, noise.masked[view], vector * noise.weight[view], packed=likelihood.packed is not None
+            )
+        gradient = next(p.grad for p in policy.module.parameters() if p.grad is not None)
+        return torch.cat([logps.flatten(), gradient.flatten()])
+
+    on_both(work, make=masked_lm if folder is None else partial(load_policy, folder))
+
+
+ELSEWHERE = ("float8_dynamic", "int4_packed", "float8_dynamic_emulated")  # kernels of CUDA's, and of the CPU's
+
+CORRECTORS = {
+    "none": correctors.none(),
+    "tis": correctors.tis(),
+    "tis of sequences": correctors.tis(level="sequence", aggregate="geometric"),
+    "mis": correctors.mis(),
+    "icepop": correctors.icepop(),
+    "reject": correctors.reject(),
+    "reject tokens": correctors.reject(level="token", statistic="k2"),
+    "ais": correctors.ais(),
+    "tbpo": correctors.tbpo(),
+    "aligned": correctors.aligned(),
+    "qarl": correctors.qarl(),
+    "compose": correctors.compose(correctors.tis(), correctors.reject()),
+}
+
+
+@pytest.mark.parametrize("name", CORRECTORS)
+def test_correctors(name):
+    corrector = CORRECTORS[name]
+    log_mismatch, advantages = torch.linspace(-1, 1, 12).view(3, 4), torch.tensor([1.0, -1.0, 0.5])
+    log_mismatch[0, 1], mask = torch.inf, torch.ones(3, 4, dtype=torch.bool)
+
+    def work(device):
+        seen = [x.to(device) for x in (log_mismatch, advantages, mask)]
+        weights, keep, metrics = corrector.weigh(*seen)
+        return weights, keep, corrector.surrogate(torch.where(mask.to(device), 0.1, 0.0), *seen[1:]), metrics
+
+    *here, numbers = work("cpu")
+    with SimulatedCuda():
+        *there, same = work("cuda")
+        for one, other in zip(there, here, strict=True):
+            assert_same(one, other)
+        assert same == numbers
+
+
+SCHEMES = [name for name in pickable(schemes.__name__, None, None) if name not in ELSEWHERE]
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_schemes_their_sync_and_the_aligned_forward(name):
+    tokens, mask = torch.tensor([[3, 4, 5, 1]] * 2), torch.ones(2, 4, dtype=torch.bool)
+
+    def work(policy):
+        rollout_policy = quantized_copy(policy, getattr(schemes, name)())
+        seen = tokens.to(policy.device), mask.to(policy.device)
+        with torch.no_grad():
+            policy.module.model.layers[0].mlp.up_proj.weight[0, :9] += 5
+        policy.version += 1
+        changed = sync_weights(policy, rollout_policy)
+        assert changed and all(value > 0 for value in changed.values())
+        with aligned_forward(policy, rollout_policy):
+            logits = policy.logits(*seen)
+            logits.square().mean().backward()
+        assert torch.equal(logits, rollout_policy.logits(*seen))
+        return torch.cat([logits.detach().flatten(), policy.module.model.layers[0].mlp.up_proj.weight.grad.flatten()])
+
+    on_both(work, make=partial(tiny_llama, **(SIZES | {"hidden_size": 32, "intermediate_size": 32}), causal=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_with_dropout(dtype):
+    def work(policy):
+        policy.module.to(dtype)
+        add_lora(policy, Lora(r=2, dropout=0.5))
+        rollout, likelihood = run(PLAIN, policy), estimators.elbo(num_samples=1)
+        noise = likelihood.draw(rollout, generator())
+        scoring.backward_view(policy, rollout, noise.masked[0], noise.weight[0])
+        sync_weights(policy, quantized_copy(policy, None))
+        gradients = [p.grad.flatten() for p in policy.module.parameters() if p.requires_grad]
+        return torch.cat([likelihood.logprobs(policy.reference(), rollout, noise).flatten(), *gradients])
+
+    on_both(work, make=llada)
+
+
+def small(directory, *, causal=False, **changes):
+    """Two steps of two prompts with two completions each."""
+    recipe = (tiny_recipe_ar if causal else tiny_recipe)(directory)
+    few = {"train_batch_size": 2, "num_generations": 2, "mismatch_sample": 1, "num_steps": 2, "save_steps": 1}
+    few |= {"model": partial(tiny_llama, causal=causal, **SIZES), "eval_task": replace(recipe.eval_task, size=2)}
+    return replace(recipe, **few | changes)
+
+
+def trains_alike(recipe, tmp_path):
+    train(recipe(tmp_path / "cpu"))
+    with SimulatedCuda() as cuda:
+        train(recipe(tmp_path / "cuda"))
+        assert cuda.waits() > 0, "it was the CPU that trained"
+    assert metrics_of(tmp_path / "cuda") == metrics_of(tmp_path / "cpu")
+
+
+def resumes(recipe, tmp_path):
+    (tmp_path / "cuda/checkpoints/step-000002").rename(tmp_path / "later")
+    with SimulatedCuda():
+        train(replace(recipe(tmp_path / "cuda"), resume_from_checkpoint="latest"))
+    assert metrics_of(tmp_path / "cuda") == metrics_of(tmp_path / "cpu")
+
+
+def test_a_run_in_bf16_with_adapters_resumes(tmp_path):
+    fields = {"lora": partial(Lora, r=2, dropout=0.1), "bf16": True, "beta": 0.1, "eval_steps": 2, "num_iterations": 2}
+    recipe = partial(small, **fields)
+    trains_alike(recipe, tmp_path)
+    resumes(recipe, tmp_path)
+
+
+def test_a_run_of_all_weights_with_a_warm_up_resumes(tmp_path):
+    fields = {"corrector": correctors.qarl(), "rollout_quantization": schemes.int8_weight_only, "beta": 0.1}
+    recipe = partial(small, warmup_steps=2, warmup_batch_size=2, max_num_gen_batches=2, entropy_coeff=0.01, **fields)
+    trains_alike(recipe, tmp_path)
+    resumes(recipe, tmp_path)
+
+
+def test_an_autoregressive_run(tmp_path):
+    trains_alike(partial(small, causal=True), tmp_path)
+
+
+def test_a_run_without_mismatch(tmp_path, monkeypatch):
+    """On a GPU it takes attention's plain kernel, so that its numbers are others."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # and put back afterwards
+    with SimulatedCuda():
+        train(small(tmp_path, zero_mismatch=True, rollout_quantization=None, num_steps=1))
+    (row,) = metrics_of(tmp_path)
+    assert row["rollout_corr/abs_log_ratio_max"] == 0 and row["grad_norm"] > 0
+
+
+def test_an_evaluation_and_a_diagnosis(tmp_path):
+    task = replace(tiny_recipe(tmp_path).eval_task, size=2)
+
+    def work(policy, kept):
+        found = evaluate(policy, task, PLAIN, samples=2, completions=tmp_path / kept)
+        report = diagnose(policy, schemes.int8_weight_only(), prompts=prompts(), sampler=PLAIN)
+        return found.means, report
+
+    here = work(llada(), "cpu.jsonl")
+    with SimulatedCuda():
+        assert work(llada().to("cuda"), "cuda.jsonl") == here
+
+
+# --- planted: a tensor of the host among those of the device ------------------------------------------------------
+
+
+def on_host(work):
+    """`work`, with the tensors that it returns on the host."""
+
+    def planted(*args, **kwargs):
+        return tree_map(lambda x: x.to("cpu") if hasattr(x, "to") else x, work(*args, **kwargs))
+
+    return planted
+
+
+PLANTED = {
+    "sampler, drawn": ("samplers.unmask", "uniforms"),
+    "sampler, scores": ("samplers.unmask", "propose_and_rank"),
+    "scoring, log-probs": ("likelihoods.scoring", "token_logprobs"),
+    "learner, masks": ("training.loop", "draw_noise"),
+    "learner, loss": ("recipe", "policy_loss"),
+    "metrics": ("training.learner", "off_policy_metrics"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_tensor_left_on_the_host_is_found(name, tmp_path, monkeypatch):
+    place, function = PLANTED[name]
+    module = import_module(f"dllm_rl.{place}")
+    monkeypatch.setattr(module, function, on_host(getattr(module, function)))
+    said = "Expected all tensors to be on the same device|expected the value on cuda:0|indices should be"
+    with SimulatedCuda(), pytest.raises(RuntimeError, match=said):
+        train(small(tmp_path, num_steps=1, corrector=correctors.none()))

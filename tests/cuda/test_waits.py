@@ -1,0 +1,115 @@
+"""How often the host waits for the device, counted on a simulated one."""
+
+from functools import partial
+
+import pytest
+import torch
+from layouts import checkpoint
+from simulated_cuda import SimulatedCuda
+from tiny_recipe import tiny_recipe
+
+from dllm_rl import load_policy
+from dllm_rl.algorithms.correctors import ais, compose, reject
+from dllm_rl.likelihoods import elbo, one_step, trajectory
+from dllm_rl.likelihoods.scoring import backward_view, score_view
+from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.quantization import schemes
+from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
+from dllm_rl.samplers import rules, unmask
+from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
+from dllm_rl.training import train
+from dllm_rl.types import Prompts
+
+SIZES = {"characters": "1234.=", "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 16}
+ESTIMATORS = {
+    "trajectory": trajectory(),
+    "trajectory over the rollout's support": trajectory(),
+    "elbo": elbo(num_samples=3),
+    "one_step, a forward for the group": one_step(prompt_mask=0.0),
+    "packed": trajectory(block_size=4),
+}
+STEPS = {
+    "plain": {},
+    "filters and suppressed tokens": {"top_k": 3, "suppress": (2, 0)},
+    "greedy": {"temperature": 0.0},
+    "drawn where it is known": {"rank": rules.random},
+    "blocks": {"block_size": 4},
+    "prefix cache": {"block_size": 4, "cache": prefix_cache()},
+    "dual cache": {"block_size": 4, "cache": dual_cache(refresh=2)},
+    "block cache": {"cache": block_cache()},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_sampler_step_waits_once_at_most(name, tmp_path):
+    """Twelve positions in 6 steps and in 12: 6 steps more. Each may wait where transformers asks for padding."""
+    waits = []
+    with SimulatedCuda() as cuda:
+        if name == "block cache":
+            policy = load_policy(checkpoint(tmp_path, "sdar"), device="cuda")
+            prompts = Prompts.from_ids([[3, 4, 5, 6], [6, 7, 8, 9]], pad_id=0, group_size=2)
+        else:
+            policy = tiny_llama(**SIZES, causal=False).to("cuda")
+            prompts = Prompts.from_ids([[3, 4, 5], [6, 7]], pad_id=0, group_size=2)
+        sampler = partial(unmask, max_new_tokens=12, **({"temperature": 1.0} | STEPS[name]))
+        for steps in (6, 12):
+            with cuda.phase(f"{steps} steps"):
+                rollout = sampler(policy, prompts, torch.Generator().manual_seed(0), num_steps=steps)
+            assert rollout.forwards == steps
+            waits.append(cuda.waits(f"{steps} steps"))
+        assert waits[1] - waits[0] <= 6, cuda.report()
+        assert cuda.waits(place="samplers/unmask.py") == 2, "the seeds' copy, once a rollout"
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_scored_view_waits_twice_at_most(name, tmp_path):
+    """Forward alone and with its backward: once for which positions are scored, once where transformers asks."""
+    likelihood = ESTIMATORS[name]
+    with SimulatedCuda() as cuda:
+        policy = tiny_llama(**SIZES, causal=False).to("cuda")
+        if name == "packed":
+            policy = load_policy(checkpoint(tmp_path, "sdar"), device="cuda")
+        prompts = Prompts.from_ids([[3, 4, 5], [6, 7]], pad_id=0, group_size=2)
+        generator = torch.Generator().manual_seed(0)
+        rollout = unmask(policy, prompts, generator, max_new_tokens=8, num_steps=4, temperature=1.0, top_k=3)
+        rollout = rollout.with_support("rollout" if "support" in name else "own")
+        noise = likelihood.draw(rollout, generator)
+        views, packed = len(noise.masked), likelihood.packed is not None
+        with cuda.phase("forward"):
+            for masked, weight in zip(noise.masked, noise.weight, strict=True):
+                score_view(policy, rollout, masked, weight != 0, packed=packed)
+        with cuda.phase("backward"):
+            for masked, weight in zip(noise.masked, noise.weight, strict=True):
+                backward_view(policy, rollout, masked, weight, packed=packed)
+        with cuda.phase("all views"):
+            likelihood.scores(policy, rollout, noise)
+        assert 0 < cuda.waits("forward") <= 2 * views and 0 < cuda.waits("backward") <= 2 * views, cuda.report()
+        assert cuda.waits("all views") <= 2 * views + 1, "and once for the rows of all views"
+
+
+@pytest.mark.parametrize("scheme", [schemes.float8_weight_only, schemes.int4_weight_only, schemes.int3_emulated])
+def test_a_sync_waits_as_often_for_many_layers_as_for_few(scheme):
+    """Once for whether all weights are finite, once for what has changed."""
+    sizes = SIZES | {"hidden_size": 32, "intermediate_size": 32}
+    with SimulatedCuda() as cuda:
+        for layers in (1, 3):
+            policy = tiny_llama(**(sizes | {"num_layers": layers}), causal=False).to("cuda")
+            with cuda.phase("copy"):
+                rollout_policy = quantized_copy(policy, scheme())
+            with cuda.phase("sync"):
+                sync_weights(policy, rollout_policy)
+        assert (cuda.waits("copy"), cuda.waits("sync")) == (2, 4), cuda.report()
+
+
+def test_the_metrics_of_a_step_are_fetched_together(tmp_path):
+    """What the corrector and the mismatch metrics see comes in one transfer, loss metrics and gradient norm in another,
+    completions' lengths in a third; correctors, losses and metrics themselves wait for nothing."""
+    few = {"num_steps": 1, "train_batch_size": 2, "num_generations": 2}
+    recipe = tiny_recipe(tmp_path, corrector=compose(ais(), reject()), **few)
+    with SimulatedCuda() as cuda:
+        train(recipe)
+        assert cuda.waits(place="gather_on_host") == cuda.waits(place="reduce_metrics") == 1, cuda.report()
+        assert cuda.waits(place="reward_metrics") == 1
+        for room in ("algorithms/mismatch", "algorithms/correctors", "algorithms/advantages", "training/learner"):
+            assert cuda.waits(place=room) == 0, cuda.report()
+        assert cuda.waits(place="algorithms/losses") == 1, "how many positions the loss keeps"
