@@ -181,10 +181,8 @@ MUTATIONS = [
     *mutations(
         "training/dry_run.py",
         "recipes/test_recipes_real.py",
-        ("small * 9 // 16", "small // 2"),
-        ('"adamw_8bit": 2', '"adamw_8bit": 4'),
         ("prompt_tokens + recipe.max_new_tokens > limit", "recipe.max_new_tokens > limit"),
-        ("weights + (policy.parameters - weights) * size", "policy.parameters * size"),
+        ("(policy.parameters - weights) * size", "policy.parameters * size"),
     ),
     *mutations(
         "recipe.py",
@@ -204,7 +202,7 @@ MUTATIONS = [
             "return self.num_steps",
             "training/test_nothing_lost.py training/test_loop_numbers.py",
         ),
-        ("or self.micro_batch_size % self.num_generations", ""),
+        ("or size % self.num_generations", ""),
         ("entropy=self.entropy_coeff", "entropy=0.0"),
         ("            beta=self.beta,\n", "            beta=0.0,\n"),
     ),
@@ -212,7 +210,7 @@ MUTATIONS = [
         "types.py",
         f"samplers/test_unmask.py {LOOP} training/test_warmup.py likelihoods/test_likelihoods.py",
         ("width - len(row) :] = torch.tensor(row", "width - len(row) :] = torch.tensor(row[::-1]"),
-        ("F.pad(x, (columns, 0), value=value)", "F.pad(x, (0, columns), value=value)"),
+        ("(0, columns) if right else (columns, 0)", "(0, columns)"),
         ("weight=self.weight * live[:, None]", "weight=self.weight"),
         (
             "mask & (self.weight != 0).any(0).any(-1, keepdim=True)",
