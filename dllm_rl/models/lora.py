@@ -69,15 +69,13 @@ def lora_d1() -> Lora:
 class LoraLinear(nn.Module):
     """A linear layer and its fp32 adapter.
 
-    calls  counts dropout masks: each is a function of (seed, its number) alone, so runs repeat, on every device. A
-           forward that a backward runs again (gradient checkpointing, not the reentrant kind) drops what it dropped
-           before; so its backward has to come before the layer's next forward.
+    calls  counts dropout masks: each is a function of (seed, its number) alone, so runs repeat, on every device, and a
+           block that a backward runs again drops what it dropped before (`recompute`).
     """
 
     def __init__(self, base_layer: nn.Linear, lora: Lora, generator: Generator) -> None:
         super().__init__()
         self.base_layer, self.lora, self.active, self.calls = base_layer, lora, True, 0
-        self.recomputed = 0  # the number of the last mask that was drawn a second time
         self.seed = int(torch.randint(2**40, (), generator=generator))
         device = base_layer.weight.device
         bound = base_layer.in_features**-0.5
@@ -97,11 +95,7 @@ class LoraLinear(nn.Module):
     def dropped(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... I"]:
         if not self.lora.dropout or not torch.is_grad_enabled():
             return x
-        again = torch._C._current_graph_task_id() != -1  # inside a backward
-        if again and self.recomputed == self.calls:
-            raise RuntimeError("lora.dropout: under gradient checkpointing each forward needs its backward at once")
-        self.calls += not again
-        self.recomputed = self.calls if again else self.recomputed
+        self.calls += 1
         keep = keep_mask(x.shape, seed=self.seed, step=self.calls, drop=self.lora.dropout, device=x.device)
         return x * keep / (1 - self.lora.dropout)
 

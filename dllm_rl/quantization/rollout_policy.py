@@ -95,9 +95,9 @@ def quantized_copy(
             plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), copy.deepcopy(base.bias, memo)
         elif quantise:
             memo[id(layer.weight)] = nn.Parameter(weight, requires_grad=False)
-    check_finite(finite)
     replaced = {id(p) for layer in module.modules() if id(layer) in memo for p in layer.parameters()}
     memo |= in_dtype((p for p in module.parameters() if id(p) not in memo.keys() | replaced), dtype)
+    check_finite(finite)
     rollout_policy.module = copy.deepcopy(module, memo).requires_grad_(False)
     for name in chosen:
         rollout_policy.module.get_submodule(name).quantization = config

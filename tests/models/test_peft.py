@@ -11,7 +11,6 @@ import transformers
 from layouts import checkpoint, published
 from safetensors.torch import load_file
 from simulated_cuda import SimulatedCuda
-from torch.utils.checkpoint import checkpoint as checkpoint_function
 
 from dllm_rl import load_policy, quantized_copy, sync_weights, train
 from dllm_rl.algorithms.correctors import aligned, qarl
@@ -171,27 +170,6 @@ def test_dropout_draws_the_same_on_a_gpu_and_there_alone():
             there = layer.dropped(x)
         assert cuda.waits("dropout") == 0 and there.is_cuda
         assert torch.equal(there.cpu(), here)
-
-
-def test_dropout_under_gradient_checkpointing_drops_the_same_again():
-    """Gradients with the layer's forward run again in the backward are those without, over several forwards; two
-    forwards before a backward, whose masks would be mixed up, are refused."""
-
-    def gradients(forward):
-        layer = dropping()
-        x = torch.linspace(-1, 1, 40).view(5, 8).requires_grad_()
-        for _ in range(3):
-            forward(layer, x).square().sum().backward()
-        return layer.calls, x.grad, layer.lora_A.weight.grad
-
-    again = lambda layer, x: checkpoint_function(layer, x, use_reentrant=False)  # noqa: E731
-    plain, recomputed = gradients(lambda layer, x: layer(x)), gradients(again)
-    assert plain[0] == recomputed[0] == 3
-    assert torch.equal(plain[1], recomputed[1]) and torch.equal(plain[2], recomputed[2])
-    layer = dropping()
-    x = torch.ones(5, 8, requires_grad=True)
-    with pytest.raises(RuntimeError, match="under gradient checkpointing each forward needs its backward at once"):
-        (again(layer, x) + again(layer, x)).sum().backward()
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

@@ -198,12 +198,12 @@ MUTATIONS = [
         "algorithms/optimizers.py",
         "algorithms/test_optimizers.py",
         (
-            "optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)",
-            "optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)",
+            "optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay,",
+            "optim.AdamW(parameters, lr=lr, weight_decay=weight_decay,",
         ),
         (
-            "optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)",
-            "optim.AdamW(parameters, lr=lr, betas=betas, fused=fused)",
+            "optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay,",
+            "optim.AdamW(parameters, lr=lr, betas=betas,",
         ),
         ("AdamW8bit(parameters, lr=lr, betas=betas,", "AdamW8bit(parameters, lr=lr,"),
         ("(step + 1) / max(1, warmup_steps)", "step / max(1, warmup_steps)"),

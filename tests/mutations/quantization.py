@@ -73,8 +73,8 @@ MUTATIONS = [
         ("    rollout_policy.version = policy.version\n", ""),
         ("copy.deepcopy(module, memo).requires_grad_(False)", "copy.deepcopy(module, memo)"),
         (
-            "(layer.merged() if isinstance(layer, LoraLinear) else plain_weight(layer)).to(dtype)",
-            "plain_weight(base).to(dtype)",
+            "weight = (layer.merged() if isinstance(layer, LoraLinear) else plain_weight(layer)).to(dtype)",
+            "weight = plain_weight(base).to(dtype)",
         ),
         (
             'value.full_tensor() if hasattr(value, "full_tensor") else value',

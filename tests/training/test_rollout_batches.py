@@ -92,7 +92,7 @@ def test_a_step_of_a_run(tmp_path, make):
         recipe = make(tmp_path, task=OddPuzzles(), max_num_gen_batches=2, rollout_batch_size=size, train_batch_size=3)
         sampler = recipe.sampler
         recipe = dataclasses.replace(recipe, sampler=partial(spy, sampler, rows, max_new_tokens=16))
-        policy = make_policy(recipe)
+        policy = make_policy(recipe, torch.device("cpu"))
         rollout, rewards, _ = collect(
             recipe, policy, 0, Accelerator(cpu=True), RunLog(tmp_path / str(size), start=0, main=False)
         )
