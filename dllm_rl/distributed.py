@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from torch import Tensor, nn
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
+BUCKET = 2**25  # gradients that processes sum at once: what is held beside them is two copies of so many
 
 
 def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = False) -> None:
@@ -21,19 +22,29 @@ def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = F
 
     A parameter that no token reached gets zeros, so that the optimiser and the other processes treat it like any other.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
     gradients = []
-    for parameter in parameters:
+    for parameter in (p for p in module.parameters() if p.requires_grad):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
     if accelerator.num_processes == 1:
         return
-    flat = accelerator.reduce(
-        torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean" if mean else "sum"
-    )
-    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = gradient.view_as(parameter)
+    for bucket in buckets(gradients):
+        flat = accelerator.reduce(torch.cat([g.flatten() for g in bucket]), reduction="mean" if mean else "sum")
+        for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+
+def buckets(tensors: Sequence[Tensor], *, numbers: int = BUCKET) -> Iterator[list[Tensor]]:
+    """The tensors in order, in lists of one dtype and of at most so many numbers together, or of one tensor."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or sum(x.numel() for x in bucket) + tensor.numel() > numbers):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, float]:
