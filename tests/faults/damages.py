@@ -51,8 +51,9 @@ def swap(folder: Path, chance: Random) -> str:
 
 
 def rename(folder: Path, chance: Random) -> str:
-    """The whole folder of another step under this one's name."""
-    other = chance.choice([path for _, path in checkpoint.found(folder.parent) if path != folder])
+    """The whole folder of another step under this one's name. (Another one may hold this one's by now.)"""
+    held = {path: json.loads((path / "state.json").read_text())["step"] for _, path in checkpoint.found(folder.parent)}
+    other = chance.choice([path for path in held if folder.name != f"step-{held[path]:06d}"])
     shutil.rmtree(folder)
     shutil.copytree(other, folder)
     return f"all of {other.name}"
