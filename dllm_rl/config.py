@@ -111,14 +111,18 @@ def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
         elif inspect.isfunction(value) and isinstance(owner, partial):
             choices = siblings(value)
             found[path] = Setting(value, metadata.get("help", ""), partial(_pick, path, choices, False))
-        elif any(map(_readable, _kinds(annotation))) and not callable(value):
+        elif any(map(_readable, _kinds(annotation))) and (not callable(value) or str in _kinds(annotation)):
             found[path] = Setting(value, metadata.get("help", ""), partial(_read, path, annotation))
         if metadata.get("whole"):
             continue
-        if isinstance(value, partial) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        if isinstance(value, partial) or inspect.isfunction(value) or _is_record(value):
             found |= paths(value, f"{path}.")
     found.pop("model.seed", None)  # the recipe's own seed is what the model is made with
     return found
+
+
+def _is_record(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def _readable(kind: Any) -> bool:
@@ -126,6 +130,9 @@ def _readable(kind: Any) -> bool:
 
 
 def _members(owner: Any) -> list[tuple[str, Any, Any, dict]]:
+    """Name, value, annotation, metadata of a record's fields, or of the keywords of a function, bound or by default."""
+    if inspect.isfunction(owner):
+        owner = partial(owner)
     if isinstance(owner, partial):
         parameters = inspect.signature(owner.func).parameters.values()
         bound = [(p, owner.keywords.get(p.name, p.default)) for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -136,6 +143,8 @@ def _members(owner: Any) -> list[tuple[str, Any, Any, dict]]:
 def _replace(owner: Any, keys: list[str], value: Any) -> Any:
     if len(keys) > 1:
         value = _replace({n: v for n, v, *_ in _members(owner)}[keys[0]], keys[1:], value)
+    if inspect.isfunction(owner):
+        owner = partial(owner)
     if isinstance(owner, partial):
         return partial(owner.func, *owner.args, **{**owner.keywords, keys[0]: value})
     return dataclasses.replace(owner, **{keys[0]: value})

@@ -4,12 +4,14 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.losses import ppo_clip, sequence, token
 from dllm_rl.config import describe, described, from_command_line, override, paths
 from dllm_rl.likelihoods import estimators as likelihoods
+from dllm_rl.models.lora import Lora
 from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.training.run import settings_of
 from recipes.sudoku_tiny import recipe as main_job
@@ -48,6 +50,23 @@ def test_the_order_of_overrides_does_not_matter(recipe):
     words = ["--zero_mismatch", "--rollout_quantization", "none"]
     for arguments in (words, words[1:] + words[:1]):
         assert from_command_line(recipe, arguments).zero_mismatch
+
+
+def test_what_functions_take_by_default_has_a_name_too(recipe):
+    """A plain function's keywords, and those of one that was just picked."""
+    changed = from_command_line(
+        recipe,
+        ["--advantages.scale_rewards", "none", "--lr_schedule.final", "0.5", "--lora", "lora_r16", "--lora.r", "4"],
+    )
+    assert changed.advantages(torch.tensor([[0.0, 4.0]])).tolist() == [[-2.0, 2.0]]
+    assert changed.lr_schedule(10, 10) == pytest.approx(0.5) and changed.lora() == Lora(r=4)
+    assert describe(changed.advantages) == "group_relative(scale_rewards='none', eps=0.0001)"
+    assert changed.update_settings(0)["learning_rate"] == pytest.approx(recipe.learning_rate * 0.2)
+
+
+def test_any_recipe_takes_a_checkpoint_for_its_model(recipe):
+    assert from_command_line(recipe, ["--model", "runs/x/checkpoints/step-000180"]).model.endswith("step-000180")
+    assert from_command_line(recipe, ["--model.hidden_size", "8"]).model.keywords["hidden_size"] == 8
 
 
 def test_an_estimators_parts_are_not_changed_one_by_one(recipe):

@@ -56,14 +56,14 @@ def check_mergeable(lora: Lora) -> None:
         raise ValueError(f"lora.dropout={lora.dropout}: an aligned forward merges adapters; set it to 0")
 
 
-def lora_r16() -> Lora:
-    """Small adapters: r 16, alpha 32, no dropout."""
-    return Lora()
+def lora_r16(*, r: int = 16, alpha: float = 32.0, dropout: float = 0.0) -> Lora:
+    """Small adapters: r 16, alpha 32, no dropout, unless told otherwise."""
+    return Lora(r=r, alpha=alpha, dropout=dropout)
 
 
-def lora_d1() -> Lora:
-    """d1's adapters (arXiv 2504.12216): r 128, alpha 64, dropout 0.05."""
-    return Lora(r=128, alpha=64.0, dropout=0.05)
+def lora_d1(*, r: int = 128, alpha: float = 64.0, dropout: float = 0.05) -> Lora:
+    """d1's adapters (arXiv 2504.12216): r 128, alpha 64, dropout 0.05, unless told otherwise."""
+    return Lora(r=r, alpha=alpha, dropout=dropout)
 
 
 class LoraLinear(nn.Module):
