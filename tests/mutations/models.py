@@ -127,8 +127,8 @@ MUTATIONS = [
         ('"lora_alpha": lora.alpha', '"lora_alpha": lora.r'),
         ("        layer.calls = int(metadata", "        _ = int(metadata"),
         (
-            "return Lora(r=128, alpha=64.0, dropout=0.05)",
-            "return Lora(r=128, alpha=128.0, dropout=0.05)",
+            "alpha: float = 64.0, dropout: float = 0.05",
+            "alpha: float = 128.0, dropout: float = 0.05",
             f"{PEFT} test_config.py",
         ),
     ),

@@ -8,6 +8,7 @@ import torch
 
 from dllm_rl.models import logprobs as head
 from dllm_rl.models.logprobs import invert, sample
+from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers import rules
 
 LN2 = math.log(2)
@@ -149,6 +150,7 @@ def test_head_rows_do_not_depend_on_how_many_there_are():
     """fp32 products of one to three rows round otherwise than those of many; the padded head does not show it."""
     generator = torch.Generator().manual_seed(0)
     weight, hidden = torch.randn(50, 96, generator=generator), torch.randn(40, 96, generator=generator)
-    run = lambda h: head.chunked(lambda x: (x @ weight.T,), h, vocabulary=50)[0]  # noqa: E731
+    policy = tiny_masked_lm(characters="0123456789")
+    run = lambda h: head.chunked(lambda x: (x @ weight.T,), h, policy=policy)[0]  # noqa: E731
     for rows in (1, 2, 3, 5, 17):
         assert torch.equal(run(hidden[:rows]), run(hidden)[:rows])

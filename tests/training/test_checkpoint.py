@@ -88,14 +88,14 @@ def test_a_checkpoint_from_before_a_setting_existed_had_its_default(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=1))
     file = tmp_path / "checkpoints/step-000001/state.json"
     state = json.loads(file.read_text())
-    del state["recipe"]["mismatch_sample"], state["format"]
+    del state["recipe"]["gradient_checkpointing"], state["format"]
     file.write_text(json.dumps(state))
     (file.parent / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="mismatch_sample=3 differs from the checkpoint's 2"):
-        train(
-            tiny_recipe(tmp_path, num_steps=2, lr_schedule_steps=1, mismatch_sample=3, resume_from_checkpoint="latest")
-        )
-    train(tiny_recipe(tmp_path, num_steps=2, lr_schedule_steps=1, resume_from_checkpoint="latest"))
+    again = {"num_steps": 2, "lr_schedule_steps": 1, "resume_from_checkpoint": "latest"}
+    with pytest.raises(ValueError, match="gradient_checkpointing=True differs from the checkpoint's False"):
+        train(tiny_recipe(tmp_path, **again, gradient_checkpointing=True))
+    # What does not touch training may be another one.
+    train(tiny_recipe(tmp_path, **again, mismatch_sample=3, eval_steps=1, eval_batch_size=2))
 
 
 def test_resuming_the_newest_sets_nothing_aside(tmp_path):

@@ -247,7 +247,8 @@ def test_the_kl_term_reaches_groups_without_advantage_and_counts_every_token(tmp
     steps = iter([A, torch.zeros_like(A)])
 
     def advantages(rewards):  # a run also tries them on made-up rewards, before its first step
-        return next(steps) if planted.rollouts else torch.ones_like(rewards)
+        made_up = torch.equal(rewards.flatten(), torch.arange(float(rewards.numel())))
+        return torch.ones_like(rewards) if made_up else next(steps)
 
     planted = Planted(tmp_path, num_steps=2, beta=0.7, kl=kl_k2, advantages=advantages)
     rows = planted.train()
