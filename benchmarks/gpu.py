@@ -229,11 +229,7 @@ def in_own_process(part: str, smoke: bool, device: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "benchmarks.gpu", "--part", part, "--device", device, "--json", str(file)]
         try:
             done = subprocess.run(command + ["--smoke"] * smoke, capture_output=True, text=True, timeout=SECONDS)
-            why = (
-                ""
-                if file.exists()
-                else ([*done.stderr.strip().splitlines(), f"status {done.returncode}"])[-1 - bool(done.stderr.strip())]
-            )
+            why = "" if file.exists() else (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
         except subprocess.TimeoutExpired:
             why = f"stopped after {SECONDS} s"
         rows = json.loads(file.read_text()) if file.exists() else []

@@ -85,6 +85,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises ValueError naming its folder where it is missing or is no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent}: {path.name} is missing") from None
+    except ValueError:  # neither UTF-8 nor JSON
+        raise ValueError(f"{path.parent}: {path.name} is damaged: it is not JSON") from None
+
+
 def flush(path: Path) -> None:
     """Force a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -1,5 +1,6 @@
 """What the library must know of a backbone, and the few functions in which backbones differ when they run."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,3 +199,10 @@ class Policy(Head, Protocol):
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int = ...) -> None: ...
 
     def reference(self) -> "Policy": ...
+
+
+def copied(policy: Policy) -> Policy:
+    """The same policy over a copy of its module."""
+    twin = copy.copy(policy)
+    twin.module = copy.deepcopy(policy.module)
+    return twin

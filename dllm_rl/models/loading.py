@@ -24,7 +24,15 @@ from dllm_rl.models.base import FamilySpec, Module, encode_block_causal, encode_
 from dllm_rl.models.families import find_family, stock_class
 from dllm_rl.models.lora import has_extras, merged_copy, merged_state
 from dllm_rl.models.rope import rotate_in_float32
-from dllm_rl.models.weights import count_tensors, read_tensors, to_original, to_stock, weight_files, write_tensors
+from dllm_rl.models.weights import (
+    count_tensors,
+    misfits,
+    read_tensors,
+    to_original,
+    to_stock,
+    weight_files,
+    write_tensors,
+)
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -319,10 +327,7 @@ def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 def load_tensors(module: nn.Module, folder: Path) -> None:
     """Put a folder's tensors into the module whose `own_tensors` they are. Raises ValueError where they are not."""
     state, own = read_tensors(folder), own_tensors(module)
-    odd = sorted(
-        n for n in state.keys() | own.keys() if n not in state or n not in own or state[n].shape != own[n].shape
-    )
-    if odd:
+    if odd := misfits(state, own):
         raise ValueError(
             f"{folder}: tensors {odd[:3]} do not fit {type(module).__name__}; make the module that they were saved from"
         )

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
 from dllm_rl.models.base import Module, Policy
-from dllm_rl.models.weights import renamed
+from dllm_rl.models.weights import misfits, renamed
 from dllm_rl.rng import keep_mask
 
 
@@ -341,10 +341,7 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
         Lora(r=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"], targets=paths, seed=seed),
     )
     have = adapter_state(policy)
-    odd = sorted(
-        n for n in state.keys() | have.keys() if n not in state or n not in have or state[n].shape != have[n].shape
-    )
-    if odd:
+    if odd := misfits(state, have):
         raise ValueError(
             f"{directory}: adapter tensors {odd[:3]} do not fit {type(policy.module).__name__}; give their own base"
         )

@@ -77,6 +77,12 @@ def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
+def misfits(state: State, own: State) -> list[str]:
+    """Names that only one of the two has, or that have another shape in each."""
+    names = state.keys() | own.keys()
+    return sorted(n for n in names if n not in state or n not in own or state[n].shape != own[n].shape)
+
+
 def _alone(tensor: Tensor) -> Tensor:
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)

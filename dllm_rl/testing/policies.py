@@ -1,6 +1,5 @@
 """The contract that every policy keeps, whatever its module."""
 
-import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.quantization.aligned import aligned_forward
@@ -110,7 +109,7 @@ def _check_sight(policy: Policy, tokens: Int[Tensor, "1 T"], mask: Bool[Tensor, 
 
 
 def _check_gradient(policy: Policy, tokens: Tensor, mask: Tensor) -> None:
-    twin = _copy(policy)
+    twin = copied(policy)
     twin.module.requires_grad_(policy.lora is None)
     for name, parameter in twin.module.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or ".lora_" in name)
@@ -134,7 +133,7 @@ def _check_saving(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) 
             again: Policy = load_policy(folder, dtype="auto", device=policy.device, block_size=policy.spec.block_size)
             again.float32_head = policy.float32_head
         else:
-            again = _copy(policy)
+            again = copied(policy)
             for parameter in again.module.parameters():
                 parameter.zero_()
             load_weights(again, folder)
@@ -145,7 +144,7 @@ def _check_saving(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) 
 
 
 def _check_quantised(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) -> None:
-    learner = _copy(policy)
+    learner = copied(policy)
     try:
         rollout = quantized_copy(learner, int8_emulated())
     except ValueError as error:
@@ -167,7 +166,7 @@ def _check_quantised(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tenso
 
 
 def _check_adapters(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) -> None:
-    twin = _copy(policy)
+    twin = copied(policy)
     try:
         add_lora(twin, Lora(r=2))
     except ValueError as error:
@@ -181,9 +180,3 @@ def _check_adapters(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor
         assert torch.equal(twin.reference().logits(tokens, mask), logits), "the reference must leave the adapters out"
     trained = [name for name, parameter in twin.module.named_parameters() if parameter.requires_grad]
     assert all(".lora_" in name for name in trained), f"beside adapters, {trained[0]} would be trained"
-
-
-def _copy(policy: Policy) -> Policy:
-    twin = copy.copy(policy)
-    twin.module = copy.deepcopy(policy.module)
-    return twin

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dllm_rl.files import folder_size, recover, remove, remove_whole, replacing, write_text
+from dllm_rl.files import folder_size, read_json, recover, remove, remove_whole, replacing, write_text
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import save_adapter
 from dllm_rl.training import manifest
@@ -225,12 +225,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent}: {path.name} is missing") from None
-    except ValueError:  # neither UTF-8 nor JSON
-        raise ValueError(f"{path.parent}: {path.name} is damaged: it is not JSON") from None
+    value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path.parent}: {path.name} is damaged: it is no JSON object")
     return value

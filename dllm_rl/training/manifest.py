@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.files import digest
+from dllm_rl.files import digest, read_json
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -37,13 +37,7 @@ def write(folder: Path, *, step: int | None, processes: int, versions: dict[str,
 
 def read(folder: Path) -> dict[str, Any]:
     """The manifest. Raises ValueError where it is missing, damaged, or of a format that this version does not know."""
-    path = folder / NAME
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: {NAME} is missing") from None
-    except ValueError:  # neither UTF-8 nor JSON
-        raise ValueError(f"{folder}: {NAME} is damaged: it is not JSON") from None
+    found = read_json(folder / NAME)
     own = found.pop("sha256", None) if isinstance(found, dict) else None
     if not isinstance(found, dict) or own != _own_digest(found):
         raise ValueError(f"{folder}: {NAME} is damaged: its own SHA-256 differs")

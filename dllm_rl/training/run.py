@@ -1,6 +1,5 @@
 """Starting, resuming, checkpointing and finishing a run."""
 
-import copy
 import inspect
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from dllm_rl.diagnostics.batch_invariance import prepare_workspace
 from dllm_rl.distributed import from_main, machine, make_accelerator, versions
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import replacing, write_json
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.models.recompute import blocks_of
@@ -145,10 +144,13 @@ def fresh_policy(
 
 
 def resumed_policy(recipe: Recipe, folder: Path, state: dict[str, Any], accelerator: Accelerator) -> Policy:
-    """The policy as a checkpoint left it."""
+    """The policy as a checkpoint left it: its adapters stand on the warmed-up weights, or, without a warm-up, on the
+    recipe's model."""
+    device, dtype = accelerator.device, getattr(torch, state["dtype"])
     if recipe.lora is None:
-        return opened(recipe, folder, getattr(torch, state["dtype"]), accelerator.device)
-    policy = adapter_base(recipe, accelerator.device, warmed_up=state["warmup_steps"] > 0)
+        return opened(recipe, folder, dtype, device)
+    base = Path(recipe.directory) / "reference"
+    policy = opened(recipe, base, dtype, device) if state["warmup_steps"] else make_policy(recipe, device)
     load_adapter(policy, folder / "adapter")
     return policy
 
@@ -160,8 +162,7 @@ def make_policy(recipe: Recipe, device: torch.device) -> Policy:
         options: dict[str, Any] = {"dtype": recipe.dtype, "quantization": recipe.base_quantization}
         policy: Policy = load_policy(recipe.model, device=device, **options)
     elif isinstance(recipe.model, Policy):
-        policy = copy.copy(recipe.model)
-        policy.module = copy.deepcopy(policy.module).to(device)
+        policy = copied(recipe.model).to(device)
     else:
         seeded = "seed" in inspect.signature(recipe.model).parameters
         policy = (recipe.model(seed=recipe.seed) if seeded else recipe.model()).to(device)
@@ -182,15 +183,6 @@ def opened(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.devic
         return configured(recipe, load_policy(folder, dtype=dtype, device=device))
     policy = make_policy(recipe, device)
     load_weights(policy, folder)
-    return policy
-
-
-def adapter_base(recipe: Recipe, device: torch.device, *, warmed_up: bool) -> Policy:
-    """What a resumed run's adapters stand on: the warmed-up weights, or the recipe's model without a warm-up."""
-    policy = make_policy(recipe, device)
-    if warmed_up:
-        dtype = next(policy.module.parameters()).dtype
-        return opened(recipe, Path(recipe.directory) / "reference", dtype, device)
     return policy
 
 
@@ -231,8 +223,7 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
     folder = Path(recipe.directory) / "reference"
     if fresh:
         save_reference(recipe, policy, accelerator)
-        reference = copy.copy(policy)
-        reference.module = copy.deepcopy(policy.module)
+        reference = copied(policy)
     else:
         reference = opened(recipe, folder, next(policy.module.parameters()).dtype, accelerator.device)
     reference.module.requires_grad_(False)

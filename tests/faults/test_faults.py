@@ -26,11 +26,16 @@ def test_a_sample_of_kills_signals_full_disks_and_damage_loses_nothing():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def stops(tmp_path_factory) -> dict:
-    done = python(str(ROOT / "tests" / "faults" / "stops.py"), str(tmp_path_factory.mktemp("stops")))
+def results_of(script: str, folder: Path) -> dict:
+    """What a script of this folder prints, as JSON."""
+    done = python(str(ROOT / "tests" / "faults" / script), str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def stops(tmp_path_factory) -> dict:
+    return results_of("stops.py", tmp_path_factory.mktemp("stops"))
 
 
 @pytest.mark.slow
@@ -58,9 +63,7 @@ def test_a_signal_saves_what_is_whole_and_the_resumed_run_is_the_same(stops, cas
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory) -> dict:
-    done = python(str(ROOT / "tests" / "faults" / "processes.py"), str(tmp_path_factory.mktemp("processes")))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
+    return results_of("processes.py", tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.slow

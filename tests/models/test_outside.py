@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layouts import checkpoint, stock
+from layouts import checkpoint, published, stock
 from own_module import own_policy
 from transformers import (
     AutoConfig,
@@ -93,8 +93,6 @@ def test_a_family_is_replaced_under_its_name_and_comes_first(own_families):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_dtype_of_a_native_checkpoint_does_not_hang_on_a_tensors_name(tmp_path, dtype):
     """`auto` takes the dtype of most numbers; LLaDA2's expert bias is in fp32 beside weights in bf16."""
-    from layouts import published
-
     policy = load_policy(published(tmp_path / "a", "llada2", dtype=dtype), dtype="auto")
     assert policy.module.get_input_embeddings().weight.dtype == dtype
     policy.save_pretrained(tmp_path / "b")

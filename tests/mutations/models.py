@@ -232,6 +232,10 @@ MUTATIONS = [
         "models/test_outside.py",
         ("max(counts, key=lambda dtype: counts[dtype])", "next(iter(counts))"),
         ("if name not in skip and id(tensor) not in seen:", "if name not in skip:"),
+    ),
+    *mutations(
+        "models/weights.py",
+        "models/test_outside.py models/test_peft.py",
         (" or state[n].shape != own[n].shape", ""),
     ),
 ]

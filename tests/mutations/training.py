@@ -160,7 +160,7 @@ MUTATIONS = [
         ("recipe.model(seed=recipe.seed) if seeded else recipe.model()", "recipe.model()"),
         ("betas = (recipe.adam_beta1, recipe.adam_beta2)", "betas = (recipe.adam_beta2, recipe.adam_beta1)"),
         ("weight_decay=recipe.weight_decay)", "weight_decay=0.0)", f"{NUMBERS} {GOLDEN}"),
-        ("reference.module = copy.deepcopy(policy.module)", "reference.module = policy.module"),
+        ("reference = copied(policy)", "reference = policy"),
         (
             "evaluate_with(recipe, rollout_policy, recipe.eval_task, accelerator)",
             "evaluate_with(recipe, policy, recipe.eval_task, accelerator)",

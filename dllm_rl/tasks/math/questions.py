@@ -1,5 +1,6 @@
 """What GSM8K and MATH500 share: questions in a published file, answered with working and a final answer."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ from dllm_rl.tasks.prompts import Prompted
 
 
 @dataclass(frozen=True)
-class Questions(Prompted):
+class Questions(Prompted, ABC):
     """The rows of a published file, or of a data set `hub` (name, configuration) that `datasets` finds.
 
     A subclass names them by read_row, (place, row) -> (question, answer, working), and writes an answer by final.
@@ -42,9 +43,9 @@ class Questions(Prompted):
         return Problem(prompt, {"answer": answer}, solution.removeprefix(self.opening))
 
     @staticmethod
+    @abstractmethod
     def read_row(place: str, row: Row) -> tuple[str, str, str]:
         """Errors: ValueError naming the place when the row is none of the data set's."""
-        raise NotImplementedError
 
     @staticmethod
     def final(answer: str) -> str:
