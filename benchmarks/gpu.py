@@ -11,6 +11,7 @@ in the result and takes nothing of the others with it:
     fp8        the exact sampler on FP8 weights, and on FP8 products, eager and compiled block by block
     sync       a fresh copy's weights, quantised in place
     learner    a step with adapters, gradient checkpointing off and on, and one of all weights with 8-bit moments
+    plan       what the dry run says that a step takes at most, and what the allocator says that it took
     mismatch   trained small weights under real FP8 kernels: causes, as `dllm-rl doctor` names them
     main job   the README's
 """
@@ -37,7 +38,8 @@ from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.likelihoods.estimators import one_step
 from dllm_rl.likelihoods.scoring import backward_view
 from dllm_rl.models.lora import Lora, add_lora
-from dllm_rl.models.tokens import encode
+from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.models.tokens import encode, prompt_ids
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
@@ -45,11 +47,13 @@ from dllm_rl.samplers.cache import dual_cache, prefix_cache
 from dllm_rl.samplers.rules import threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training import train
+from dllm_rl.training.dry_run import memory, meta_policy
 from dllm_rl.types import Prompts
 from recipes.sudoku_tiny import recipe as main_job
 
 Row = dict[str, Any]
-SECONDS = 150  # of one part; what takes longer is stopped and said so
+WIDE = {"hidden_size": 2048, "num_layers": 6, "intermediate_size": 5504}
+SECONDS = 220  # of one part; what takes longer is stopped and said so
 
 
 def roofline(smoke: bool, device: str) -> list[Row]:
@@ -84,9 +88,12 @@ def _sampled(policy: Any, shape: samplers.Shape, **options: Any) -> Callable[[],
     return partial(unmask, policy, _prompts(policy, shape), torch.Generator(), **settings)
 
 
-def _timed(what: str, run: Callable[[], Any], device: str, tokens: int, **more: Any) -> Row:
-    run()  # kernels are chosen and compiled
-    found = seconds_and_peak(run, device, repeats=2)
+def _timed(
+    what: str, run: Callable[[], Any], device: str, tokens: int, warm: Callable[[], Any] | None = None, **more: Any
+) -> Row:
+    """warm: what is run before, so that kernels are chosen and compiled; None: the same; timed twice then."""
+    (warm or run)()
+    found = seconds_and_peak(run, device, repeats=1 if warm else 2)
     return {"what": what, **more, "seconds": found["seconds"], "tokens/s": tokens / max(found["seconds"], 1e-9)} | {
         "peak GiB": found["peak_mib"] / 1024
     }
@@ -106,14 +113,18 @@ def sampler(smoke: bool, device: str) -> list[Row]:
         }
         if batch == 64:
             del arms["threshold 0.9"]  # random weights pass no threshold: it takes a step a position
-        rows += [_timed(name, run, device, shape.batch * shape.new, batch=shape.batch) for name, run in arms.items()]
+        short = _sampled(policy, shape, num_steps=shape.new // shape.block)
+        warm = short if batch == 64 else None
+        rows += [
+            _timed(name, run, device, shape.batch * shape.new, warm, batch=shape.batch) for name, run in arms.items()
+        ]
     return rows
 
 
 def fp8(smoke: bool, device: str) -> list[Row]:
     shape = _shape(smoke, 8)
     policy = samplers.random_policy(shape, torch.device(device))
-    dynamic = schemes.float8_dynamic if device.startswith("cuda") else schemes.float8_dynamic_emulated
+    dynamic = schemes.float8_dynamic if device.startswith("cuda") else schemes.e4m3_emulated
     rows = [_timed("bf16, exact", _sampled(policy, shape), device, shape.batch * shape.new)]
     for name, scheme in (("weights", schemes.float8_weight_only), ("products", dynamic)):
         copied = quantized_copy(policy, scheme())
@@ -148,7 +159,7 @@ def learner(smoke: bool, device: str) -> list[Row]:
     rows = []
     arms = {"adapters": (True, False), "adapters, checkpointing": (True, True), "all weights": (False, True)}
     for name, (adapters, recompute) in arms.items():
-        policy, rollout = make(PRESETS["smoke" if smoke else "8b-slice"], device, torch.bfloat16)
+        policy, rollout = make(PRESETS["smoke" if smoke else "8b"], device, torch.bfloat16)
         if adapters:
             add_lora(policy, Lora(r=16))
         policy.gradient_checkpointing = recompute
@@ -170,6 +181,35 @@ def learner(smoke: bool, device: str) -> list[Row]:
     return rows
 
 
+def planned(smoke: bool, device: str) -> list[Row]:
+    """Two steps of the main job's recipe on a wider model, 256 rows of 33 tokens: the second finds all that is held."""
+    letters = "1234.=" + "".join(chr(0x4E00 + i) for i in range(100 if smoke else 20_000))
+    sizes = {"hidden_size": 64, "num_layers": 2, "intermediate_size": 128} if smoke else WIDE
+    adapters = partial(Lora, r=16, dropout=0.05)
+    arms: dict[str, Row] = {
+        "all weights": {},
+        "all weights, checkpointing": {"gradient_checkpointing": True},
+        "adapters": {"lora": adapters},
+        "adapters, checkpointing": {"lora": adapters, "gradient_checkpointing": True},
+        "adapters, micro-batches of 32": {"lora": adapters, "micro_batch_size": 32},
+    }
+    if device.startswith("cuda"):
+        arms["all weights, 8-bit moments"] = {"optim": adamw_8bit}
+    rows = []
+    for name, fields in arms.items():
+        fields |= {"model": partial(tiny_llama, characters=letters, causal=False, num_heads=8, **sizes)}
+        fields |= {"validation_task": replace(main_job.validation_task, size=4), "likelihood": one_step()}
+        fields |= {"eval_task": replace(main_job.eval_task, size=4), "warmup_steps": 0, "num_steps": 2, "bf16": True}
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = replace(main_job, output_dir=folder, **fields)
+            policy = meta_policy(recipe)
+            most = memory(recipe, policy, len(prompt_ids(policy, recipe.task[0].prompt))).peaks
+            found = seconds_and_peak(partial(train, recipe), device, repeats=1)
+        row = {"what": name, "planned GiB": max(most.values()) / 2**30, "measured GiB": found["peak_mib"] / 1024}
+        rows.append(row | {"stage": max(most, key=lambda stage: most[stage])})
+    return rows
+
+
 def _small(smoke: bool, device: str, folder: str) -> Recipe:
     sizes = {"num_steps": 2, "warmup_steps": 5, "warmup_eval_steps": 5} if smoke else {}
     return replace(main_job, output_dir=folder, **sizes)
@@ -184,7 +224,7 @@ def mismatch(smoke: bool, device: str) -> list[Row]:
         policy = load_policy(summary["checkpoint"], dtype=torch.bfloat16, device=device)
     task = main_job.eval_task
     prompts = encode(policy, [task[i] for i in range(4 if smoke else 64)], group_size=2)
-    names = ["float8_weight_only", "float8_dynamic_emulated"] + ["float8_dynamic"] * device.startswith("cuda")
+    names = ["float8_weight_only", "e4m3_emulated"] + ["float8_dynamic"] * device.startswith("cuda")
     for name in names:
         report = diagnose(
             policy, getattr(schemes, name)(), prompts=prompts, sampler=partial(main_job.sampler, temperature=1.0)
@@ -216,6 +256,7 @@ PARTS: dict[str, Callable[[bool, str], list[Row]]] = {
     "fp8": fp8,
     "sync": sync,
     "learner": learner,
+    "plan": planned,
     "mismatch": mismatch,
     "main job": whole,
 }
@@ -262,6 +303,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that every part runs")
     parser.add_argument("--part", choices=PARTS, help="this one alone, in this process")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="these alone")
     parser.add_argument("--json", help="file for the numbers; the picture lies beside it")
     options = parser.parse_args()
     if options.device == "cpu" and not options.smoke and not options.part:
@@ -270,19 +312,20 @@ def main() -> int:
     if options.part:
         write_json(options.json, PARTS[options.part](options.smoke, options.device))
         return 0
-    found = {part: in_own_process(part, options.smoke, options.device) for part in PARTS}
-    for part, result in found.items():
-        print(f"\n{part}, {result['seconds']} s" + (f": FAILED, {result['failed']}" if "failed" in result else ""))
+    found: dict[str, dict[str, Any]] = {}
+    for part in options.parts:  # what a part found is there although a later one ends everything
+        found[part] = result = in_own_process(part, options.smoke, options.device)
+        failed = f": FAILED, {result['failed']}" if "failed" in result else ""
+        print(f"\n{part}, {result['seconds']} s{failed}", flush=True)
         if result["rows"]:
             shorter = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in result["rows"]]
             names = list(dict.fromkeys(name for row in shorter for name in row))
-            print(table([{name: row.get(name, "") for name in names} for row in shorter]))
+            print(table([{name: row.get(name, "") for name in names} for row in shorter]), flush=True)
+        if options.json:
+            about = {"benchmark": "gpu", "smoke": options.smoke, "machine": machine(options.device)}
+            write_json(options.json, about | {"parts": found})
     if options.json:
         picture(found, Path(options.json).with_suffix(".png"))
-        write_json(
-            options.json,
-            {"benchmark": "gpu", "smoke": options.smoke, "machine": machine(options.device), "parts": found},
-        )
     return 1 if any("failed" in result for result in found.values()) else 0
 
 

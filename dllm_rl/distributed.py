@@ -88,9 +88,7 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def make_accelerator(
-    *, mixed_precision: str = "no", timeout: float | None = None, device: torch.device | None = None
-) -> Accelerator:
+def make_accelerator(*, timeout: float | None = None, device: torch.device | None = None) -> Accelerator:
     """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched, or is
     on another kind of device, which it keeps from the first Accelerator of a process on.
 
@@ -101,7 +99,7 @@ def make_accelerator(
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # what a launch's config with use_cpu sets
     wanted = device if device is not None else torch.device("cpu") if on_cpu else find_device()
     # Accelerate joins the processes of a CPU launch only when told that there is no accelerator.
-    accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision=mixed_precision, kwargs_handlers=limits)
+    accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision="no", kwargs_handlers=limits)
     if accelerator.num_processes != launched():
         raise RuntimeError(
             f"{launched()} processes were launched, but Accelerate joined {accelerator.num_processes}: check the config"

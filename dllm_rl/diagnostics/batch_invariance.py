@@ -24,15 +24,32 @@ SETTINGS = (":4096:8", ":16:8")  # which torch reads once, at the first product 
 
 def prepare_workspace() -> None:
     """Set what deterministic products on a GPU need, for the rest of the process; nothing without one. To be called
-    before the GPU is first used. Raises ValueError where it is in use already without the setting."""
-    if not torch.cuda.is_available() or os.environ.get(WORKSPACE) in SETTINGS:
+    before the first product there. Raises ValueError where there was one without the setting."""
+    if not torch.cuda.is_available():
         return
-    if torch.cuda.is_initialized():
+    found = os.environ.get(WORKSPACE)
+    if found not in SETTINGS:
+        os.environ[WORKSPACE] = SETTINGS[0]
+    one = torch.ones(1, 1, device="cuda")
+    try:
+        with deterministic():
+            one @ one
+    except RuntimeError:  # torch says so of a setting that came too late, and nowhere else
         raise ValueError(
-            f"zero_mismatch: {WORKSPACE} is {os.environ.get(WORKSPACE)!r}, and this process has used the GPU already, "
-            f"after which setting it has no effect: export {WORKSPACE}={SETTINGS[0]} before Python starts"
-        )
-    os.environ[WORKSPACE] = SETTINGS[0]
+            f"zero_mismatch: {WORKSPACE} was {found!r} at this process's first product on the GPU, after which setting "
+            f"it has no effect: export {WORKSPACE}={SETTINGS[0]} before Python starts"
+        ) from None
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """torch's deterministic algorithms, an error where there is none, for the time of the block."""
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
 
 
 class BatchInvariantOps(TorchFunctionMode):
@@ -91,22 +108,18 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
     ]
     before = [getattr(owner, name) for owner, name, _ in switches]
     precision = torch.get_float32_matmul_precision()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn = torch.is_deterministic_algorithms_warn_only_enabled()
     plain = sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext()
     prepare_workspace()
     try:
         for owner, name, value in switches:
             setattr(owner, name, value)
         torch.set_float32_matmul_precision("highest")  # also switches TF32 products off
-        torch.use_deterministic_algorithms(True)
-        with BatchInvariantOps(tile), plain:
+        with deterministic(), BatchInvariantOps(tile), plain:
             yield
     finally:
         for (owner, name, _), value in zip(switches, before, strict=True):
             setattr(owner, name, value)
         torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn)
 
 
 def check_bitwise_equal(

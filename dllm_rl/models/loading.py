@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,9 +26,9 @@ from dllm_rl.models.families import find_family, stock_class
 from dllm_rl.models.lora import has_extras, merged_copy, merged_state
 from dllm_rl.models.rope import rotate_in_float32
 from dllm_rl.models.weights import (
-    count_tensors,
     misfits,
     read_tensors,
+    shapes_of,
     to_original,
     to_stock,
     weight_files,
@@ -63,9 +64,12 @@ def load_module(
     with named(folder):
         raw = read_config(folder)
         family, files = find_family(raw), weight_files(folder)
-        check_depth(raw, count_tensors(folder, files) if files else MOST_LAYERS, folder)
+        shapes = shapes_of(folder, files)
+        check_depth(raw, len(shapes) if files else MOST_LAYERS, folder)
         tokenizer = load_tokenizer(folder, stock=family.native is None)
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+        if files:
+            check_size(build_empty(raw, folder), sum(map(prod, shapes.values())))
         if quantization is not None:
             options["quantization_config"] = bitsandbytes_config(quantization, dtype, masked=family.head is mlm_head)
             options["device_map"] = {"": device}  # else bitsandbytes takes the first GPU there is
@@ -83,11 +87,11 @@ def load_module(
     return prepared(module if quantization else module.to(device), spec), tokenizer, spec
 
 
-def build_empty(raw: dict) -> Module:
-    """The stock module that config fields describe, on the meta device: shapes without storage."""
+def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
+    """The stock module that config fields describe, on the meta device: shapes without storage. source: for errors."""
     family = find_family(raw)
     check_depth(raw, MOST_LAYERS)
-    with named("config.json"), torch.device("meta"):
+    with named(source), torch.device("meta"):
         if family.native is None:
             cls = stock_class(raw)
             return prepared(cls(cls.config_class.from_dict(raw)), family)
@@ -135,6 +139,14 @@ def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> N
                 f"{folder or 'config.json'}: {field}={number!r} is not a number of layers that {most} tensors could "
                 "hold; correct config.json"
             )
+
+
+def check_size(module: Module, there: int) -> None:
+    """Raise RuntimeError on a module of far more numbers than the files hold, `there`, before memory is taken for it: a
+    checkpoint may leave out what is tied, which is less than what it holds."""
+    needed = sum(p.numel() for p in module.parameters())
+    if needed > 2 * there:
+        raise RuntimeError(f"it describes {needed:,} parameters, and there are {there:,} numbers")
 
 
 @torch.no_grad()

@@ -45,13 +45,13 @@ def weight_files(directory: Path) -> list[str]:
     return files
 
 
-def count_tensors(directory: Path, files: Sequence[str]) -> int:
-    """How many tensors the headers of safetensors files list; no tensor is read."""
-    total = 0
+def shapes_of(directory: Path, files: Sequence[str]) -> dict[str, list[int]]:
+    """The tensors that the headers of safetensors files list, with their shapes; no tensor is read."""
+    shapes: dict[str, list[int]] = {}
     for name in files:
         with safe_open(directory / name, "pt") as file:
-            total += len(file.keys())
-    return total
+            shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    return shapes
 
 
 def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None:

@@ -4,6 +4,7 @@ What a config is: a torchao config object, a FakeQuantize, or a Float8DynamicEmu
 """
 
 import copy
+from functools import cache
 
 import torch
 from torchao.quantization import (
@@ -100,6 +101,17 @@ def ternary_emulated() -> FakeQuantize:
     return FakeQuantize("ternary", "e4m3")
 
 
+@cache
+def has_float8_rows() -> bool:
+    """Whether the CPU multiplies float8 numbers with a scale for each row: some kernels of torch 2.11 do not."""
+    ones, scale = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(ones, ones.t(), scale, scale.t(), out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
+
+
 def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Scheme:
     """The config as it will be applied, without side effects on torch's global settings and safe on all-zero inputs.
 
@@ -110,6 +122,11 @@ def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Sc
             raise ValueError(f"config={config!r} is neither a torchao config nor a FakeQuantize")
         if isinstance(config, Float8DynamicEmulated) and device.type != "cpu":
             raise ValueError(f"device={device}: float8_dynamic_emulated is for CPUs; use float8_dynamic")
+        if isinstance(config, Float8DynamicEmulated) and not has_float8_rows():
+            raise ValueError(
+                f"torch {torch.__version__} has no float8 products with a scale a row on this CPU, which "
+                "float8_dynamic_emulated needs; use e4m3_emulated, the same arithmetic, or torch 2.13"
+            )
         return config
     config = copy.copy(config)
     if hasattr(config, "set_inductor_config"):

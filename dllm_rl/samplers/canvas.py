@@ -51,7 +51,7 @@ class Canvas:
     ) -> None:
         """Commit tokens at places (within the completion) of rows; all are (K,). kept: what `kept_set` gave, if any."""
         self.tokens[rows, self.columns[rows, places]] = tokens
-        self.masked[rows, places] = False
+        self.masked[rows, places] = torch.zeros_like(rows, dtype=torch.bool)  # a number is copied, which is waited for
         self.logprobs[rows, places] = logprobs
         self.unmask_step[rows, places] = steps
         if kept:

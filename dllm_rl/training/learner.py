@@ -34,7 +34,8 @@ from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 @contextmanager
 def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
     """bf16 autocast where asked for; with zero_mismatch a row's result does not depend on its batch."""
-    with accelerator.autocast(), batch_invariant() if recipe.zero_mismatch else nullcontext():
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16)
+    with autocast, batch_invariant() if recipe.zero_mismatch else nullcontext():
         yield
 
 

@@ -56,7 +56,7 @@ def start(recipe: Recipe) -> Run:
     ended_by_launcher()
     if recipe.zero_mismatch:
         prepare_workspace()
-    accelerator = make_accelerator(mixed_precision="bf16" if recipe.bf16 else "no", timeout=recipe.collective_timeout)
+    accelerator = make_accelerator(timeout=recipe.collective_timeout)
     stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
     stop.last_words = "stopped before the first step: nothing new was saved; start again with the same command"
     check_processes(recipe, accelerator)

@@ -1,4 +1,7 @@
-"""Everything that runs on a GPU, on a simulated one: no tensor is left behind, and the numbers are the CPU's."""
+"""Everything that runs on a GPU, on a simulated one: no tensor is left behind, and the numbers are the CPU's.
+
+With `pytest -m gpu` on a machine that has one, on the real one: the numbers are near the CPU's.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -6,9 +9,10 @@ from importlib import import_module
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from devices import REAL, Cuda
 from layouts import checkpoint
 from runs import metrics_of
-from simulated_cuda import SimulatedCuda
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 from torch.utils._pytree import tree_map
 
@@ -28,6 +32,7 @@ from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.training import train
 from dllm_rl.types import Prompts
 
+pytestmark = pytest.mark.gpu
 SIZES = {"characters": "1234.=", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
 FEW = {"train_batch_size": 2, "num_generations": 2, "num_steps": 1, "eval_batch_size": 4, "eval_task.size": 2}
 PLAIN = partial(unmask, max_new_tokens=6, num_steps=3, temperature=1.0)
@@ -53,25 +58,26 @@ def run(sampler, policy):
     return sampler(policy, prompts(), generator())
 
 
-def assert_same(there, here):
-    """Records or tensors, from the device and from the host."""
+def assert_same(there, here, near=1e-3):
+    """Records or tensors, from the device and from the host: the same numbers; near ones where it is real."""
     if isinstance(here, torch.Tensor):
         assert there.is_cuda
-        assert torch.equal(there.cpu(), here)
+        near = near if REAL and here.is_floating_point() else 0
+        torch.testing.assert_close(there.cpu(), here, rtol=near, atol=near)
         return
     for name, value in vars(here).items():
         if isinstance(value, torch.Tensor):
-            assert_same(getattr(there, name), value)
+            assert_same(getattr(there, name), value, near)
         else:
             assert getattr(there, name) == value
 
 
-def on_both(work, make=masked_lm):
+def on_both(work, make=masked_lm, near=1e-3):
     """What `work` makes of a policy on the CPU and of one on the device has the same numbers."""
     here = work(make())
-    with SimulatedCuda():
+    with Cuda():
         there = work(make().to("cuda"))
-        assert_same(there, here)
+        assert_same(there, here, near)
 
 
 RULES = {
@@ -107,9 +113,9 @@ def test_caches_of_loaded_checkpoints(tmp_path, family, cache, dtype):
         size = 4 if family == "sdar" else 3
         sampler = partial(unmask, **settings, num_steps=4, block_size=size, cache=cache, top_k=5)
     here = run(sampler, load_policy(folder, dtype=dtype))
-    with SimulatedCuda():
+    with Cuda():
         policy = load_policy(folder, dtype=dtype, device="cuda")
-        assert_same(run(sampler, policy), here)
+        assert_same(run(sampler, policy), here, near=1e-3 if dtype == "float32" else 5e-2)
         policy.save_pretrained(tmp_path / "saved")
     saved, first = (load_policy(path, dtype=dtype).module.state_dict() for path in (tmp_path / "saved", folder))
     assert all(torch.equal(saved[name], first[name]) for name in first)
@@ -185,7 +191,7 @@ def test_correctors(name):
         return weights, keep, corrector.surrogate(torch.where(mask.to(device), 0.1, 0.0), *seen[1:]), metrics
 
     *here, numbers = work("cpu")
-    with SimulatedCuda():
+    with Cuda():
         *there, same = work("cuda")
         for one, other in zip(there, here, strict=True):
             assert_same(one, other)
@@ -213,7 +219,8 @@ def test_schemes_their_sync_and_the_aligned_forward(name):
         assert torch.equal(logits, rollout_policy.logits(*seen))
         return torch.cat([logits.detach().flatten(), policy.module.model.layers[0].mlp.up_proj.weight.grad.flatten()])
 
-    on_both(work, make=partial(tiny_llama, **(SIZES | {"hidden_size": 32, "intermediate_size": 32}), causal=False))
+    make = partial(tiny_llama, **(SIZES | {"hidden_size": 32, "intermediate_size": 32}), causal=False)
+    on_both(work, make, near=2e-2)  # inputs are rounded to other codes where the sums before them differ
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -228,7 +235,7 @@ def test_adapters_with_dropout(dtype):
         gradients = [p.grad.flatten() for p in policy.module.parameters() if p.requires_grad]
         return torch.cat([likelihood.logprobs(policy.reference(), rollout, noise).flatten(), *gradients])
 
-    on_both(work, make=llada)
+    on_both(work, make=llada, near=1e-3 if dtype == torch.float32 else 0.2)
 
 
 def small(directory, *, causal=False, **changes):
@@ -240,18 +247,32 @@ def small(directory, *, causal=False, **changes):
 
 
 def trains_alike(recipe, tmp_path):
-    train(recipe(tmp_path / "cpu"))
-    with SimulatedCuda() as cuda:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        train(recipe(tmp_path / "cpu"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with Cuda() as cuda, cuda.phase("training"):
         train(recipe(tmp_path / "cuda"))
-        assert cuda.waits() > 0, "it was the CPU that trained"
-    assert metrics_of(tmp_path / "cuda") == metrics_of(tmp_path / "cpu")
+        assert REAL or cuda.waits() > 0, "it was the CPU that trained"
+    assert not REAL or cuda.waits() > 0, "it was the CPU that trained"
+    assert_alike(metrics_of(tmp_path / "cuda"), metrics_of(tmp_path / "cpu"))
+
+
+def assert_alike(there, here):
+    """Metrics of a run on the device and of one on the CPU."""
+    if not REAL:
+        assert there == here
+        return
+    for one, other in zip(there, here, strict=True):
+        assert one == pytest.approx(other, rel=0.02, abs=0.02, nan_ok=True)
 
 
 def resumes(recipe, tmp_path):
     (tmp_path / "cuda/checkpoints/step-000002").rename(tmp_path / "later")
-    with SimulatedCuda():
+    with Cuda():
         train(replace(recipe(tmp_path / "cuda"), resume_from_checkpoint="latest"))
-    assert metrics_of(tmp_path / "cuda") == metrics_of(tmp_path / "cpu")
+    assert_alike(metrics_of(tmp_path / "cuda"), metrics_of(tmp_path / "cpu"))
 
 
 def test_a_run_in_bf16_with_adapters_resumes(tmp_path):
@@ -274,8 +295,10 @@ def test_an_autoregressive_run(tmp_path):
 
 def test_a_run_without_mismatch(tmp_path, monkeypatch):
     """On a GPU it takes attention's plain kernel, so that its numbers are others."""
+    if REAL:
+        pytest.skip("needs a process of its own: see test_gpu.py")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # and put back afterwards
-    with SimulatedCuda():
+    with Cuda():
         train(small(tmp_path, zero_mismatch=True, rollout_quantization=None, num_steps=1))
     (row,) = metrics_of(tmp_path)
     assert row["rollout_corr/abs_log_ratio_max"] == 0 and row["grad_norm"] > 0
@@ -290,8 +313,10 @@ def test_an_evaluation_and_a_diagnosis(tmp_path):
         return found.means, report
 
     here = work(llada(), "cpu.jsonl")
-    with SimulatedCuda():
-        assert work(llada().to("cuda"), "cuda.jsonl") == here
+    with Cuda():
+        means, report = work(llada().to("cuda"), "cuda.jsonl")
+    assert means == here[0]
+    assert report == here[1] or (REAL and report.total.mean_abs == pytest.approx(here[1].total.mean_abs, rel=0.01))
 
 
 # --- planted: a tensor of the host among those of the device ------------------------------------------------------
@@ -321,6 +346,6 @@ def test_a_tensor_left_on_the_host_is_found(name, tmp_path, monkeypatch):
     place, function = PLANTED[name]
     module = import_module(f"dllm_rl.{place}")
     monkeypatch.setattr(module, function, on_host(getattr(module, function)))
-    said = "Expected all tensors to be on the same device|expected the value on cuda:0|indices should be"
-    with SimulatedCuda(), pytest.raises(RuntimeError, match=said):
+    said = "to be on the same device|expected the value on cuda:0|indices should be|expected device cuda:0 but got cpu"
+    with Cuda(), pytest.raises(RuntimeError, match=said):
         train(small(tmp_path, num_steps=1, corrector=correctors.none()))

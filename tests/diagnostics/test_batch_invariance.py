@@ -62,6 +62,7 @@ def test_on_a_gpu_the_workspace_is_settled_before_the_first_product(monkeypatch)
     """torch asks for CUBLAS_WORKSPACE_CONFIG once, at the first product; set inside the block it comes too late."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     with SimulatedCuda():
+        torch.ones(2, 2, device="cuda")  # the GPU is in use already, as importing torchao leaves it
         prepare_workspace()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         x = torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")
@@ -69,12 +70,16 @@ def test_on_a_gpu_the_workspace_is_settled_before_the_first_product(monkeypatch)
             F.linear(x, x)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     with SimulatedCuda():
-        torch.ones(2, 2, device="cuda")
-        with pytest.raises(ValueError, match="export CUBLAS_WORKSPACE_CONFIG=:4096:8 before"), batch_invariant():
-            pass
-        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-        with batch_invariant():
-            F.linear(x, x)
+        x = torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")
+        for late in (None, ":16:8"):
+            if late:
+                monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", late)
+            with pytest.raises(ValueError, match="export CUBLAS_WORKSPACE_CONFIG=:4096:8 before"), batch_invariant():
+                pass
+        assert not torch.are_deterministic_algorithms_enabled()
+    with SimulatedCuda(), batch_invariant():  # a process that was started with the setting
+        F.linear(x.cpu(), x.cpu())
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     prepare_workspace()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ, "there is no GPU"

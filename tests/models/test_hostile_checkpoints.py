@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from dllm_rl import load_policy
 from dllm_rl.evaluation.evaluate import evaluate
@@ -67,6 +68,15 @@ def test_a_config_that_the_tensors_cannot_have_is_refused_in_one_line(folder, fi
     with pytest.raises(ValueError, match=r"checkpoint: damaged, or not the model that its config\.json") as said:
         load_policy(folder)
     assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("field", ["intermediate_size", "vocab_size"])
+def test_memory_is_not_taken_for_more_than_the_files_hold(folder, field, monkeypatch):
+    """A machine with room for it would go on to fill it; one without raises when it asks for it."""
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *a, **k: pytest.fail("memory would be taken"))
+    edit(folder, **{field: 10**7})
+    with pytest.raises(ValueError, match=r"it describes [\d,]+ parameters, and there are [\d,]+ numbers"):
+        load_policy(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])

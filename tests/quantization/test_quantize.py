@@ -240,6 +240,7 @@ def test_zero_rows_and_zero_inputs_give_zeros(scheme):
     assert rollout.logits(*batch()).isfinite().all()
 
 
+@pytest.mark.float8_rows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fast_emulation_equals_torchaos_dynamic_float8_bitwise(dtype):
     policy = masked_lm()

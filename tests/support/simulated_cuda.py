@@ -46,6 +46,7 @@ ANSWERS = {
     **{f"cuda.{name}": None for name in NOTHING},
     "cuda.is_available": True,
     "cuda.is_bf16_supported": True,
+    "cuda.is_current_stream_capturing": False,
     "cuda.device_count": 1,
     "cuda.current_device": 0,
     "cuda.memory_allocated": 0,
@@ -79,7 +80,6 @@ class SimulatedTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     def __new__(cls, real, requires_grad=False):
-        running.initialised = True
         return torch.Tensor._make_subclass(cls, real, requires_grad)
 
     @property
@@ -152,7 +152,10 @@ def check_index(name, args) -> None:
         raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
     if value is not None and not isinstance(value, SimulatedTensor) and value.dim():
         raise RuntimeError(f"{name}: expected the value on cuda:0, but found cpu{list(value.shape)}")
-    fill = value is not None and not isinstance(value, SimulatedTensor) and len(indices) == 1  # x[mask] = 0
+    number = value is not None and not isinstance(value, SimulatedTensor)  # it is copied to the device,
+    fill = number and len(indices) == 1 and indices[0].dtype == torch.bool  # but for x[mask] = 0
+    if number and not fill:
+        running.count("copy to the device")
     for index in indices:
         if index.dtype == torch.bool and not fill:
             running.count("a mask as an index")
@@ -190,7 +193,7 @@ class SimulatedCuda(TorchFunctionMode):
     def __init__(self):
         super().__init__()
         self.counts, self.current = Counter(), ""
-        self.initialised, self.workspace = False, None
+        self.workspace = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, first, method = dict(kwargs or {}), args[0] if args else None, torch.Tensor
@@ -332,7 +335,6 @@ def patches(simulation: SimulatedCuda) -> Iterator:
         yield mock.patch(f"torch.{name}", lambda *a, _answer=answer, **k: _answer)
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         yield mock.patch(f"torch.{name}", on_cpu(getattr(torch, name)))
-    yield mock.patch("torch.cuda.is_initialized", lambda: simulation.initialised)
     yield mock.patch("torch.version.cuda", "13.0")
     backward = torch.autograd._engine_run_backward  # runs autograd functions that are written in Python
     yield mock.patch("torch.autograd._engine_run_backward", lambda *a, **k: simulation.inside(backward, *a, **k))

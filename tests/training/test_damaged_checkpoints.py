@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_an_unknown_format_asks_for_an_upgrade(run, monkeypatch):
 
 def test_the_manifest_says_what_wrote_it(run):
     found = manifest.verify(run / "checkpoints" / "step-000003")
-    assert found["step"] == 3 and found["processes"] == 1 and found["versions"]["torch"] == torch.__version__
+    assert found["step"] == 3 and found["processes"] == 1 and found["versions"]["torch"] == version("torch")
     assert set(found["files"]) == {*FILES, "tokenizer_config.json"}
     assert (run / "checkpoints" / "latest").read_text() == "step-000003\n"
 

@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny_recipe import SIZES, tiny_recipe
 
@@ -50,7 +49,9 @@ def test_small_updates_arrive_in_fp32_weights_alone(tmp_path):
 
 
 @pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["full", "lora"])
-@pytest.mark.parametrize("scheme", [float8_weight_only, float8_dynamic_emulated])
+@pytest.mark.parametrize(
+    "scheme", [float8_weight_only, pytest.param(float8_dynamic_emulated, marks=pytest.mark.float8_rows)]
+)
 def test_the_rollouts_copy_is_in_bf16(scheme, lora):
     """As if the learner's weights were bf16, which dynamic FP8 needs; a sync keeps it so."""
     policy = tiny_masked_lm(**SIZES)  # with biases
@@ -71,11 +72,10 @@ def test_the_rollouts_copy_is_in_bf16(scheme, lora):
         assert torch.equal(*(x.dequantize() if hasattr(x, "qdata") else x for x in (a, b))), name
 
 
-def test_a_run_with_it(tmp_path, request):
+@pytest.mark.float8_rows
+def test_a_run_with_it(tmp_path):
     """Weights are fp32 in the checkpoint, the rollout's copy follows them."""
     model = partial(tiny_llama, causal=False, **SIZES)
-    AcceleratorState._reset_state(reset_partial_state=True)  # other tests' is without mixed precision
-    request.addfinalizer(lambda: AcceleratorState._reset_state(reset_partial_state=True))
     train(tiny_recipe(tmp_path, model=model, bf16=True, rollout_quantization=float8_dynamic_emulated))
     state = load_file(tmp_path / "checkpoints/step-000002/model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}

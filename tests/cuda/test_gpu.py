@@ -1,0 +1,149 @@
+"""What only a real GPU can show: its kernels, its memory, its waits. `pytest -m gpu` on a machine that has one."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from devices import Cuda
+from runs import metrics_of
+from tiny_recipe import tiny_recipe
+
+from dllm_rl import train
+from dllm_rl.algorithms.optimizers import adamw_8bit
+from dllm_rl.diagnostics.doctor import diagnose
+from dllm_rl.likelihoods import one_step, trajectory
+from dllm_rl.likelihoods.scoring import backward_view, score_view
+from dllm_rl.models.lora import Lora
+from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.quantization import schemes
+from dllm_rl.quantization.aligned import aligned_forward
+from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
+from dllm_rl.samplers import unmask
+from dllm_rl.types import Prompts
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: run `pytest -m gpu` where there is one"),
+]
+SIZES = {"characters": "1234.=", "hidden_size": 256, "num_layers": 2, "num_heads": 4, "intermediate_size": 512}
+
+
+def llada(dtype=torch.bfloat16, **more):
+    policy = tiny_llama(**(SIZES | more), causal=False, head_std=0.3)
+    policy.module.to(dtype)
+    return policy.to("cuda")
+
+
+def prompts(rows: int = 4) -> Prompts:
+    return Prompts.from_ids([[3, 4, 5], [6, 7]] * (rows // 2), pad_id=0, group_size=2)
+
+
+def batch():
+    tokens = torch.arange(3, 9, device="cuda").repeat(4, 3)
+    return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+
+KERNELS = {
+    "float8_dynamic": 0.02,
+    "float8_weight_only": 0.02,
+    "int8_weight_only": 0.02,
+    "int8_dynamic": 0.03,
+    "int4_packed": 0.2,
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no FP8 products")
+@pytest.mark.parametrize("name", KERNELS)
+def test_quantised_products_their_sync_and_the_aligned_forward(name):
+    """Logits are near those of the weights dequantised, follow a sync, and are the aligned learner's."""
+    policy = llada()
+    rollout_policy = quantized_copy(policy, getattr(schemes, name)())
+    assert rollout_policy.quantization_report.quantized
+    plain, quantised = policy.logits(*batch()), rollout_policy.logits(*batch())
+    assert torch.isfinite(quantised).all()
+    assert (plain - quantised).float().norm() < KERNELS[name] * 3 * plain.float().norm()
+    with torch.no_grad():
+        policy.module.model.layers[0].mlp.up_proj.weight.mul_(-1)
+    policy.version += 1
+    storage = [p.untyped_storage().data_ptr() for p in rollout_policy.module.parameters()]
+    sync_weights(policy, rollout_policy)
+    assert storage == [p.untyped_storage().data_ptr() for p in rollout_policy.module.parameters()], "in place"
+    fresh = quantized_copy(policy, getattr(schemes, name)()).logits(*batch())
+    assert torch.equal(rollout_policy.logits(*batch()), fresh) and not torch.equal(fresh, quantised)
+    with aligned_forward(policy, rollout_policy):
+        logits = policy.logits(*batch())
+        logits.float().square().mean().backward()
+    assert torch.equal(logits, fresh)
+    gradient = policy.module.model.layers[0].mlp.up_proj.weight.grad
+    assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_doctor_finds_the_kernel(name):
+    sampler = partial(unmask, max_new_tokens=8, num_steps=4, temperature=1.0)
+    report = diagnose(llada(), getattr(schemes, name)(), prompts=prompts(), sampler=sampler)
+    assert 0 < report.total.mean_abs < 1
+
+
+@pytest.mark.parametrize("scheme", ["float8_dynamic", "int8_weight_only"])
+@pytest.mark.parametrize("lora", [None, partial(Lora, r=4, dropout=0.1)])
+def test_a_run_with_real_kernels(tmp_path, scheme, lora):
+    model = partial(tiny_llama, causal=False, **SIZES)
+    fields = {"bf16": True, "beta": 0.1, "num_iterations": 2, "rollout_quantization": getattr(schemes, scheme)}
+    train(tiny_recipe(tmp_path, model=model, lora=lora, **fields))
+    assert all(row["grad_norm"] > 0 for row in metrics_of(tmp_path))
+
+
+def test_moments_in_8_bit(tmp_path):
+    train(tiny_recipe(tmp_path, optim=adamw_8bit))
+    assert all(row["grad_norm"] > 0 for row in metrics_of(tmp_path))
+
+
+def test_a_base_in_few_bits(tmp_path):
+    model = partial(tiny_llama, causal=False, **SIZES)
+    train(tiny_recipe(tmp_path, model=model, base_quantization="nf4", lora=partial(Lora, r=4), bf16=True))
+    assert all(row["grad_norm"] > 0 for row in metrics_of(tmp_path))
+
+
+ZERO = """
+import sys
+from tiny_recipe import tiny_recipe
+from dllm_rl import train
+train(tiny_recipe(sys.argv[1], zero_mismatch=True, rollout_quantization=None))
+"""
+
+
+def test_rollout_and_learner_agree_bit_for_bit(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", ZERO, str(tmp_path)], check=True, env=environment)
+    assert all(row["rollout_corr/abs_log_ratio_max"] == 0 and row["grad_norm"] > 0 for row in metrics_of(tmp_path))
+
+
+def test_the_host_waits_as_often_as_the_simulated_device_says():
+    """At most once a sampler step and twice a scored view, by torch's own warnings of synchronisation."""
+    policy, waits = llada(), []
+    with Cuda() as cuda:
+        for steps in (6, 12):
+            with cuda.phase(f"{steps} steps"):
+                sampler = partial(unmask, max_new_tokens=12, num_steps=steps, temperature=1.0)
+                rollout = sampler(policy, prompts(), torch.Generator().manual_seed(0))
+            waits.append(cuda.waits(f"{steps} steps"))
+        assert waits[1] - waits[0] <= 6, cuda.report()
+        for likelihood in (one_step(), trajectory()):
+            noise = likelihood.draw(rollout, torch.Generator().manual_seed(0))
+            for what, work in (
+                ("forward", lambda m, w: score_view(policy, rollout, m, w != 0)),
+                ("backward", lambda m, w: backward_view(policy, rollout, m, w)),
+            ):
+                name = f"{likelihood.name}, {what}"
+                with cuda.phase(name):
+                    for masked, weight in zip(noise.masked, noise.weight, strict=True):
+                        work(masked, weight)
+                assert cuda.waits(name) <= 2 * len(noise.masked), cuda.report()
+        rollout_policy = quantized_copy(policy, schemes.float8_weight_only())
+        with cuda.phase("sync"):
+            sync_weights(policy, rollout_policy)
+        assert cuda.waits("sync") <= 4, cuda.report()
