@@ -16,8 +16,9 @@ from dllm_rl.models.base import Module
 from dllm_rl.models.lora import LoraLinear
 
 
-def blocks_of(module: Module) -> list[nn.Module]:
-    """The backbone's blocks: the members of its lists of layers that lie in no other one. Raises ValueError without."""
+def blocks_of(module: Module, wanted_by: str = "gradient_checkpointing") -> list[nn.Module]:
+    """The backbone's blocks: the members of its lists of layers that lie in no other one. Raises ValueError without,
+    which names the setting that wants them."""
     backbone: Any = getattr(module, "base_model", module)
     lists = [
         layers
@@ -26,7 +27,7 @@ def blocks_of(module: Module) -> list[nn.Module]:
     ]
     found = [block for layers in lists for block in layers]
     if not found:
-        raise ValueError(f"gradient_checkpointing=True: {type(module).__name__} has no list of blocks; leave it off")
+        raise ValueError(f"{wanted_by}=True: {type(module).__name__} has no list of blocks; leave it off")
     return found
 
 

@@ -17,6 +17,7 @@ from dllm_rl.distributed import from_main, machine, make_accelerator, versions
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import replacing, write_json
 from dllm_rl.models.base import Policy, copied
+from dllm_rl.models.compiled import compile_blocks
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.models.recompute import blocks_of
@@ -89,6 +90,8 @@ def start(recipe: Recipe) -> Run:
     held = torch.bfloat16 if recipe.bf16 else None
     rollout_policy = policy if scheme is None else quantized_copy(policy, scheme(), dtype=held)
     rollout_policy.version = policy.version
+    if recipe.torch_compile:
+        compile_blocks(rollout_policy)
     run = Run(
         recipe=recipe,
         accelerator=accelerator,
@@ -172,8 +175,9 @@ def make_policy(recipe: Recipe, device: torch.device) -> Policy:
 def configured(recipe: Recipe, policy: Policy) -> Policy:
     """The policy with the recipe's settings of how it computes. Raises ValueError on one that it cannot have."""
     policy.float32_head, policy.gradient_checkpointing = recipe.float32_head, recipe.gradient_checkpointing
-    if recipe.gradient_checkpointing:
-        blocks_of(policy.module)
+    for setting in ("gradient_checkpointing", "torch_compile"):
+        if getattr(recipe, setting):
+            blocks_of(policy.module, setting)
     return policy
 
 
