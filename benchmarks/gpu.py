@@ -11,19 +11,21 @@ in the result and takes nothing of the others with it:
     fp8        the exact sampler on FP8 weights, and on FP8 products, eager and compiled block by block
     sync       a fresh copy's weights, quantised in place
     learner    a step with adapters, gradient checkpointing off and on, and one of all weights with 8-bit moments
+    step       steps of recipes/llada_8b_sudoku.py by `train`, a quarter of its sampler's, on random weights
     plan       what the dry run says that a step takes at most, and what the allocator says that it took
     mismatch   trained small weights under real FP8 kernels: causes, as `dllm-rl doctor` names them
     main job   the README's
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.likelihoods.estimators import one_step
 from dllm_rl.likelihoods.scoring import backward_view
+from dllm_rl.models.compiled import compile_blocks
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.models.tokens import encode, prompt_ids
@@ -48,7 +51,9 @@ from dllm_rl.samplers.rules import threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training import train
 from dllm_rl.training.dry_run import memory, meta_policy
+from dllm_rl.training.plots import read_metrics
 from dllm_rl.types import Prompts
+from recipes.llada_8b_sudoku import recipe as job_8b
 from recipes.sudoku_tiny import recipe as main_job
 
 Row = dict[str, Any]
@@ -126,13 +131,18 @@ def fp8(smoke: bool, device: str) -> list[Row]:
     policy = samplers.random_policy(shape, torch.device(device))
     dynamic = schemes.float8_dynamic if device.startswith("cuda") else schemes.e4m3_emulated
     rows = [_timed("bf16, exact", _sampled(policy, shape), device, shape.batch * shape.new)]
-    for name, scheme in (("weights", schemes.float8_weight_only), ("products", dynamic)):
-        copied = quantized_copy(policy, scheme())
-        rows.append(_timed(f"FP8 {name}, eager", _sampled(copied, shape), device, shape.batch * shape.new))
+    for name, scheme in (("bf16", None), ("FP8 weights", schemes.float8_weight_only), ("FP8 products", dynamic)):
+        copied = quantized_copy(policy, scheme and scheme())
+        if scheme:
+            rows.append(_timed(f"{name}, eager", _sampled(copied, shape), device, shape.batch * shape.new))
         if not smoke:
-            for block in copied.module.base_model.layers:
-                block.compile(dynamic=True)
-            rows.append(_timed(f"FP8 {name}, compiled", _sampled(copied, shape), device, shape.batch * shape.new))
+            torch.compiler.reset()
+            compile_blocks(copied)
+            rows.append(_timed(f"{name}, compiled", _sampled(copied, shape), device, shape.batch * shape.new))
+    if not smoke:  # the last of them, on many rows
+        many = replace(shape, batch=64)
+        short = _sampled(copied, many, num_steps=many.new // many.block)
+        rows.append(_timed(f"{name}, compiled, batch 64", _sampled(copied, many), device, many.batch * many.new, short))
     return rows
 
 
@@ -181,9 +191,57 @@ def learner(smoke: bool, device: str) -> list[Row]:
     return rows
 
 
+@dataclass(frozen=True)
+class Varied:
+    """A task whose rewards tell completions apart, whatever a model makes of it: what is measured is the work.
+
+    ahead  characters to put before every prompt.
+    """
+
+    task: Any
+    ahead: int = 0
+    name = "varied"
+    version = "1"
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    def __getitem__(self, index: int) -> Any:
+        problem = self.task[index]
+        return replace(problem, prompt="x" * self.ahead + problem.prompt)
+
+    def reward(self, problem: Any, completion: str) -> Any:
+        return replace(self.task.reward(problem, completion), value=sum(map(ord, completion)) % 7 / 7)
+
+
+def step(smoke: bool, device: str) -> list[Row]:
+    """Of two steps the second: what is compiled, and what is made once, comes in the first."""
+    given: dict[str, Any] = {"max_new_tokens": 8, "num_steps": 2, "block_size": 8} if smoke else {"num_steps": 32}
+    made = samplers.random_policy(_shape(smoke, 1), torch.device(device), characters="1234.=x\n")
+    small: dict[str, Any] = {"train_batch_size": 2, "num_iterations": 2} if smoke else {}
+    few = replace(main_job.eval_task, size=2)
+    rows = []
+    for scheme in ("float8_dynamic",) if device.startswith("cuda") else ("bf16",):
+        torch.compiler.reset()
+        fields: dict[str, Any] = {"rollout_quantization": None} if scheme == "bf16" else {"torch_compile": True}
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = replace(
+                job_8b, model=made, output_dir=folder, num_steps=2, save_steps=2, save_total_limit=1, eval_steps=0,
+                task=Varied(main_job.task, ahead=8 if smoke else 239), validation_task=few,
+                eval_task=few, sampler=partial(job_8b.sampler, **given), eval_sampler=partial(job_8b.sampler, **given),
+                **small, **fields,
+            )  # fmt: skip
+            found = seconds_and_peak(partial(train, recipe), device, repeats=1)
+            last = read_metrics(Path(folder))[-1]
+        times = {name.removeprefix("time/") + ", s": value for name, value in last.items() if name.startswith("time/")}
+        rows.append({"what": f"rollouts in {scheme}", "step, s": last["step_time"], **times})
+        rows[-1] |= {"peak GiB, all": found["peak_mib"] / 1024, "ESS": last.get("rollout_corr/ess", 0.0)}
+    return rows
+
+
 def planned(smoke: bool, device: str) -> list[Row]:
     """Two steps of the main job's recipe on a wider model, 256 rows of 33 tokens: the second finds all that is held."""
-    letters = "1234.=" + "".join(chr(0x4E00 + i) for i in range(100 if smoke else 20_000))
+    letters = "1234.=" + "".join(chr(0x4E00 + i) for i in range(100 if smoke else 8_000))
     sizes = {"hidden_size": 64, "num_layers": 2, "intermediate_size": 128} if smoke else WIDE
     adapters = partial(Lora, r=16, dropout=0.05)
     arms: dict[str, Row] = {
@@ -200,6 +258,8 @@ def planned(smoke: bool, device: str) -> list[Row]:
         fields |= {"model": partial(tiny_llama, characters=letters, causal=False, num_heads=8, **sizes)}
         fields |= {"validation_task": replace(main_job.validation_task, size=4), "likelihood": one_step()}
         fields |= {"eval_task": replace(main_job.eval_task, size=4), "warmup_steps": 0, "num_steps": 2, "bf16": True}
+        fields |= {"task": Varied(main_job.task), "train_batch_size": 4 if smoke else 32}
+        gc.collect()
         with tempfile.TemporaryDirectory() as folder:
             recipe = replace(main_job, output_dir=folder, **fields)
             policy = meta_policy(recipe)
@@ -256,6 +316,7 @@ PARTS: dict[str, Callable[[bool, str], list[Row]]] = {
     "fp8": fp8,
     "sync": sync,
     "learner": learner,
+    "step": step,
     "plan": planned,
     "mismatch": mismatch,
     "main job": whole,

@@ -47,9 +47,9 @@ PRESETS = {
 
 
 @torch.no_grad()
-def random_policy(shape: Shape, device: torch.device):
+def random_policy(shape: Shape, device: torch.device, characters: str = "ab"):
     """An un-causaled Llama of that shape, normal weights drawn on the device."""
-    tokenizer = char_tokenizer("ab")
+    tokenizer = char_tokenizer(characters)
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,

@@ -110,8 +110,7 @@ class Recipe:
         False,
     )
     torch_compile: bool = _(
-        "the rollout's quantised copy runs compiled, block by block and without a cache: FP8 products on a GPU need it to "
-        "be fast",
+        "the rollout's quantised copy runs compiled, block by block, without a cache: FP8 products on a GPU want it",
         False,
     )
     bf16: bool = _(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -67,7 +68,7 @@ def lora_d1(*, r: int = 128, alpha: float = 64.0, dropout: float = 0.05) -> Lora
 
 
 class LoraLinear(nn.Module):
-    """A linear layer and its fp32 adapter.
+    """A linear layer and its fp32 adapter, whose products are in the input's dtype, as the layer's own are.
 
     calls  counts dropout masks: each is a function of (seed, its number) alone, so runs repeat, on every device, and a
            block that a backward runs again drops what it dropped before (`recompute`).
@@ -89,7 +90,8 @@ class LoraLinear(nn.Module):
         out = self.base_layer(x)
         if not self.active:
             return out
-        added = self.lora_B(self.lora_A(self.dropped(x.float()))) * (self.lora.alpha / self.lora.r)
+        small = F.linear(self.dropped(x), self.lora_A.weight.to(x.dtype))
+        added = F.linear(small, self.lora_B.weight.to(x.dtype)) * (self.lora.alpha / self.lora.r)
         return (out + added).to(out.dtype)
 
     def dropped(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... I"]:

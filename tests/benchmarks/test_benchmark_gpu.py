@@ -20,7 +20,9 @@ def test_every_part_runs_at_toy_size(part):
 @pytest.mark.parametrize("part", ["sampler", "sync", "learner"])
 def test_on_the_simulated_device(part, monkeypatch):
     on_the_host = sampler.random_policy  # no generator draws on a device that is none
-    monkeypatch.setattr(sampler, "random_policy", lambda shape, _: on_the_host(shape, torch.device("cpu")).to("cuda"))
+    monkeypatch.setattr(
+        sampler, "random_policy", lambda shape, _, **more: on_the_host(shape, torch.device("cpu"), **more).to("cuda")
+    )
     with SimulatedCuda():
         rows = gpu.PARTS[part](True, "cuda")
     assert len(rows) == {"sampler": 14, "sync": 2, "learner": 3}[part]

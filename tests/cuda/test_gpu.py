@@ -16,6 +16,7 @@ from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.likelihoods import one_step, trajectory
 from dllm_rl.likelihoods.scoring import backward_view, score_view
+from dllm_rl.models.head import float32_linear
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes
@@ -68,9 +69,7 @@ def test_quantised_products_their_sync_and_the_aligned_forward(name):
     with torch.no_grad():
         policy.module.model.layers[0].mlp.up_proj.weight.mul_(-1)
     policy.version += 1
-    storage = [p.untyped_storage().data_ptr() for p in rollout_policy.module.parameters()]
     sync_weights(policy, rollout_policy)
-    assert storage == [p.untyped_storage().data_ptr() for p in rollout_policy.module.parameters()], "in place"
     fresh = quantized_copy(policy, getattr(schemes, name)()).logits(*batch())
     assert torch.equal(rollout_policy.logits(*batch()), fresh) and not torch.equal(fresh, quantised)
     with aligned_forward(policy, rollout_policy):
@@ -108,17 +107,36 @@ def test_a_base_in_few_bits(tmp_path):
     assert all(row["grad_norm"] > 0 for row in metrics_of(tmp_path))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_in_fp32_by_tensor_cores(bias):
+    """Against fp64: forward to fp32's rounding, gradients to that of their own dtype."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, weight = (torch.randn(n, 512, device="cuda", generator=generator).bfloat16() for n in (40, 3000))
+    b = torch.randn(3000, device="cuda", generator=generator).bfloat16() if bias else None
+    upstream = torch.randn(40, 3000, device="cuda", generator=generator)
+    low = [t.requires_grad_() for t in (x, weight, b) if t is not None]
+    wide = [t.detach().double().requires_grad_() for t in low]
+    out, exact = float32_linear(*low), torch.nn.functional.linear(*wide)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-4)
+    gradients = torch.autograd.grad(out, low, upstream), torch.autograd.grad(exact, wide, upstream.double())
+    for got, want in zip(*gradients, strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-3 * want.abs().max().item())
+
+
 ZERO = """
 import sys
 from tiny_recipe import tiny_recipe
 from dllm_rl import train
-train(tiny_recipe(sys.argv[1], zero_mismatch=True, rollout_quantization=None))
+train(tiny_recipe(sys.argv[1], zero_mismatch=True, rollout_quantization=None, bf16=len(sys.argv) > 2))
 """
 
 
-def test_rollout_and_learner_agree_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("more", [[], ["bf16"]])
+def test_rollout_and_learner_agree_bit_for_bit(tmp_path, more):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", ZERO, str(tmp_path)], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", ZERO, str(tmp_path), *more], check=True, env=environment)
     assert all(row["rollout_corr/abs_log_ratio_max"] == 0 and row["grad_norm"] > 0 for row in metrics_of(tmp_path))
 
 

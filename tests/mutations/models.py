@@ -97,8 +97,8 @@ MUTATIONS = [
         "models/lora.py",
         PEFT,
         (
-            "(self.dropped(x.float()))) * (self.lora.alpha / self.lora.r)",
-            "(self.dropped(x.float()))) * (self.lora.alpha)",
+            "self.lora_B.weight.to(x.dtype)) * (self.lora.alpha / self.lora.r)",
+            "self.lora_B.weight.to(x.dtype)) * self.lora.alpha",
         ),
         (
             "added * (self.lora.alpha / self.lora.r)).to(weight.dtype)",
