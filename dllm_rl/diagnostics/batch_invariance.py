@@ -65,8 +65,6 @@ class BatchInvariantOps(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             return self.linear(*args, **kwargs)
-        if func is torch.mm and "out_dtype" in kwargs:  # the head's, in fp32 from bf16 weights
-            return self.tiles(args[0], lambda part: torch.mm(part, args[1], **kwargs))
         if func is torch.addmm and not kwargs:
             return self.linear(args[1], args[2].T, args[0])
         if func is F.scaled_dot_product_attention:
@@ -77,12 +75,9 @@ class BatchInvariantOps(TorchFunctionMode):
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = input.reshape(-1, input.shape[-1])
-        return self.tiles(rows, lambda part: F.linear(part, weight, bias)).unflatten(0, input.shape[:-1])
-
-    def tiles(self, rows: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-        """`product` of the rows, `tile` of them at a time, the last ones filled up with zeros."""
         filled = F.pad(rows, (0, 0, 0, -len(rows) % self.tile))
-        return torch.cat([product(part) for part in filled.split(self.tile)])[: len(rows)]
+        out = torch.cat([F.linear(part, weight, bias) for part in filled.split(self.tile)])
+        return out[: len(rows)].unflatten(0, input.shape[:-1])
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any

@@ -3,7 +3,7 @@
 A 16-bit head rounds every logit: bf16 has steps of 0.0625 between 8 and 16, and on which side of a step a logit falls
 depends on the last bit of the hidden state. Two forwards that differ by noise alone, as a sampler's and a learner's do,
 then differ by whole steps in some log-probs. Here the products of 16-bit numbers, which fp32 holds exactly, are summed
-and kept in fp32: by tensor cores on a GPU, elsewhere with the weights raised a slab of the vocabulary at a time.
+and kept in fp32; the weights are raised a slab of the vocabulary at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,9 +31,6 @@ class _Float32Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if has_fast_products(x, weight):
-            out = wide_product(x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
-            return out if bias is None else out.add_(bias.float())
         out = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.float()
@@ -47,17 +44,6 @@ class _Float32Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (dy,), (x, weight) = gradients, ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        db = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if for_bias else None
-        if has_fast_products(x, weight):
-            rows, dy = x.flatten(0, -2), dy.flatten(0, -2)
-            high = dy.to(x.dtype)
-            halves = high, (dy - high).to(x.dtype)  # 16 of fp32's 24 bits; the sum is rounded to 8 below
-            dx, dw = None, None
-            if for_x:
-                dx = torch.add(*(wide_product(half, weight) for half in halves)).view(x.shape).to(x.dtype)
-            if for_weight:
-                dw = torch.add(*(wide_product(half.t(), rows) for half in halves)).to(weight.dtype)
-            return dx, dw, db
         dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if for_x else None
         dw = torch.empty_like(weight) if for_weight else None
         with torch.autocast(x.device.type, enabled=False):
@@ -67,17 +53,8 @@ class _Float32Linear(torch.autograd.Function):
                     dx += dy[..., part] @ weight[part].float()
                 if dw is not None and rows is not None:
                     dw[part] = (dy[..., part].flatten(0, -2).T @ rows).to(dw.dtype)
+        db = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if for_bias else None
         return None if dx is None else dx.to(x.dtype), dw, db
-
-
-def has_fast_products(x: Tensor, weight: Tensor) -> bool:
-    """Whether the device multiplies these numbers into fp32 sums that it hands out unrounded: CUDA does so in bf16."""
-    return weight.is_cuda and torch.version.hip is None and x.dtype == weight.dtype == torch.bfloat16
-
-
-def wide_product(x: Float[Tensor, "N K"], y: Float[Tensor, "K M"]) -> Float[Tensor, "N M"]:
-    """x y of bf16 numbers in fp32: exact products, summed and kept in fp32 by tensor cores."""
-    return torch.mm(x, y, out_dtype=torch.float32)
 
 
 def slabs(weight: Float[Tensor, "V D"]) -> Iterator[slice]:
