@@ -1,10 +1,9 @@
 """LLaDA-8B-Instruct learns 4x4 Sudoku: d1's settings (arXiv 2504.12216), FP8 rollouts, adaptive importance weights.
 
-Written for one GPU of 80 GB or more. Estimates, not measured on a GPU: --dry_run counts 63 GB at most (with a copy in
-FP8, and 6 rows of 512 tokens kept for their backward; 36 with --gradient_checkpointing). A step is 4.4e16 FLOPs of
-rollout, 1e15 of scoring, 8e15 of updates, and 8e14 in fp32 (head, adapters): at 45 % of an H100's bf16 peak and 75 % of
-its fp32 peak 140 s, of which the rollout takes 100, or 50 if FP8 doubles its speed. An H200 has room for 12 rows at a
-time (96 GB) and the same arithmetic. Not run yet: no results.
+Written for one GPU of 80 GB or more. Estimates, no step has been timed: --dry_run counts 56 GB at most (with a copy in
+FP8, and 6 rows of 512 tokens kept for their backward; 34 with --gradient_checkpointing), and an H200's measured rates
+make a step's rollout 57 s, compiled and in FP8, and its 8 updates 30 s (benchmarks/README.md). An H200 has room for 12
+rows at a time (81 GB). Not run yet: no results.
 """
 
 from functools import partial
@@ -27,6 +26,7 @@ recipe = Recipe(
     likelihood=one_step(prompt_mask=0.15),
     corrector=ais(),
     rollout_quantization=float8_dynamic,
+    torch_compile=True,
     beta=0.04,
     kl=kl_k3,
     train_batch_size=8,
