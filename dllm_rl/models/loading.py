@@ -308,8 +308,7 @@ def save_module(
     directory.mkdir(parents=True, exist_ok=True)
     with quiet_progress():
         if not hasattr(module, "save_pretrained"):
-            state = {name: tensor.detach().cpu() for name, tensor in own_tensors(module).items()}
-            write_tensors(state, directory, max_shard_size=max_shard_size)
+            write_tensors(own_tensors(module, device="cpu"), directory, max_shard_size=max_shard_size)
         elif spec.native is None:
             stored = merged_copy(module, device="cpu") if has_extras(module) else module
             stored.save_pretrained(directory, max_shard_size=max_shard_size)
@@ -325,13 +324,20 @@ def save_module(
         tokenizer.save_pretrained(directory)
 
 
-def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A module's parameters and lasting buffers, adapters merged; a tied tensor under its first name."""
-    skip, seen, found = transient(module), set(), {}
+@torch.no_grad()
+def own_tensors(module: nn.Module, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
+    """A module's parameters and lasting buffers, adapters merged; a tied tensor under its first name.
+
+    device  where they go, one by one as they are merged, so that the module's own device holds one more and not all;
+            None: where they are.
+    """
+    skip, found, seen = transient(module), {}, set()
+    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}  # what is merged is new, and passes
     for name, tensor in merged_state(module):
-        if name not in skip and id(tensor) not in seen:
-            found[name] = tensor
-            seen.add(id(tensor))
+        if name in skip or id(tensor) in seen:
+            continue
+        seen |= own & {id(tensor)}
+        found[name] = tensor if device is None else tensor.detach().to(device)
     return found
 
 
