@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "models": "types rng tasks",
     # on models
     "samplers": "types rng models",
-    "likelihoods": "types rng models",
+    "likelihoods": "types rng config models",
     "quantization": "models",
     # on all of these
     "diagnostics": "types files screen algorithms models likelihoods quantization",

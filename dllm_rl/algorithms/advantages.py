@@ -10,7 +10,11 @@ def group_relative(
     rewards: Float[Tensor, "P G"], *, scale_rewards: str = "group", eps: float = 1e-4
 ) -> Float[Tensor, "P G"]:
     """A = (R - mean) / (std + eps), with the group's mean and the sample standard deviation of the group (GRPO), of the
-    whole batch, or without division (d1, Dr.GRPO) [paper]. A group of one, or of equal rewards, gives zeros."""
+    whole batch, or without division (d1, Dr.GRPO) [paper]. A group of one, or of equal rewards, gives zeros.
+
+    scale_rewards  what a reward is divided by: the standard deviation of its group, of the batch, or none
+    eps            added to that standard deviation
+    """
     centred = _centred(rewards)
     match scale_rewards:
         case "none":
