@@ -34,8 +34,10 @@ MUTATIONS = [
         ('arguments.protocol or "strict"', 'arguments.protocol or "d1"'),
         ('given["split"] or "test"', 'given["split"] or "train"'),
         ("arguments.samples > 1 and temperature == 0", "arguments.samples < 0"),
-        ("len(steps) not in (1, len(lengths))", "False"),
-        ('"num_steps": s or n', '"num_steps": n'),
+        ('[None] if "=" in commit else', ""),
+        ("first[len(measured) - 1]", "first[0]"),
+        ('"seed": arguments.seed, "dtype": arguments.dtype, "weights": fingerprint(policy)', '"seed": arguments.seed'),
+        ('("task", "version", "settings")} | settings', '("task", "version", "settings")}'),
         ('first["n"] * first["samples"]\n', 'first["n"]\n'),
     ),
     *mutations(
