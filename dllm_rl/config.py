@@ -237,7 +237,7 @@ def _choices(member: _Member) -> dict[str, Any]:
     type, or those that can stand where its function does; none for anything else."""
     value, metadata = member.value, member.metadata
     if metadata.get("pick"):
-        return pickable(metadata["pick"], metadata.get("like") if value is None else value, member.annotation)
+        return pickable(metadata["pick"], member.example, member.annotation)
     if record := _record_type(member.annotation):
         return makers_of(record)
     if inspect.isfunction(_function(member.example)):

@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
 
-from dllm_rl.algorithms.advantages import group_relative
+from dllm_rl.algorithms.advantages import decoupled, group_relative
 from dllm_rl.algorithms.correctors import Corrector, no_weights, none
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
@@ -17,8 +17,8 @@ from dllm_rl.tasks.base import Task
 
 
 def _(help: str, default: Any = MISSING, *, pick: str | None = None, like: Callable | None = None) -> Any:
-    """A documented field. `pick` names the module whose public functions the command line may name for it, those that
-    are `like` another where the value itself is None."""
+    """A documented field. `pick` names the module whose public functions the command line may name for it: those that
+    can stand where `like`, or else the default, does."""
     return field(default=default, metadata={"help": help, "pick": pick, "like": like})
 
 
@@ -44,7 +44,11 @@ class Recipe:
         "own",
     )
     advantages: Callable = _(
-        "(P, G) rewards -> (P, G) advantages", group_relative, pick="dllm_rl.algorithms.advantages"
+        "(P, G) rewards -> (P, G) advantages; one that takes `parts` and `weights` gets each reward of the task on its "
+        "own, as decoupled (GDPO)",
+        group_relative,
+        pick="dllm_rl.algorithms.advantages",
+        like=decoupled,
     )
     aggregate: Callable | None = _(
         "how tokens are weighed in the loss; None: as the corrector's paper does, else token",

@@ -10,6 +10,7 @@ import torch
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors
+from dllm_rl.algorithms.advantages import decoupled
 from dllm_rl.algorithms.losses import ppo_clip, sequence, token
 from dllm_rl.config import describe, described, from_command_line, helps_of, override, paths, siblings
 from dllm_rl.likelihoods import estimators as likelihoods
@@ -164,6 +165,7 @@ def test_functions_by_name(recipe):
         ],
     )
     assert new.corrector == correctors.none() and new.likelihood.name == "one_step"
+    assert override(recipe, "advantages", "decoupled").advantages is decoupled
     assert new.aggregate is sequence and new.rollout_quantization is int8_weight_only
     assert new.sampler.keywords["rank"].__name__ == "max_prob"
     assert override(recipe, "rollout_quantization", "none").rollout_quantization is None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dllm_rl.algorithms.advantages import takes_parts
 from dllm_rl.recipe import Recipe
 
 BF16_STEPS = 512  # half a step of bf16 is at least a 512th of the number
@@ -28,7 +29,8 @@ def cautions(recipe: Recipe) -> list[str]:
             "round such updates away; use --dtype float32 --bf16, whose weights are fp32 and whose products are bf16"
         )
     rewards = torch.arange(float(shape[0] * shape[1])).reshape(shape)
-    if not recipe.advantages(rewards).any():
+    parts = {"parts": rewards[None], "weights": torch.ones(1)} if takes_parts(recipe.advantages) else {}
+    if not recipe.advantages(rewards, **parts).any():
         name = getattr(recipe.advantages, "func", recipe.advantages).__name__
         said.append(
             f"num_generations={shape[1]} with advantages={name} gives advantages that are all 0, which teach nothing; "

@@ -24,8 +24,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     policy, rollout_policy, accelerator, log = run.policy, run.rollout_policy, run.accelerator, run.log
 
     for step in range(run.first_step, recipe.num_steps):
-        rollout, rewards, sampling = collect(recipe, rollout_policy, step, accelerator, log)
-        advantages = recipe.advantages(rewards)  # (P, G), of all processes
+        rollout, rewards, parts, sampling = collect(recipe, rollout_policy, step, accelerator, log)
+        advantages = recipe.advantages(rewards, **parts)  # (P, G), of all processes
         groups = measured_groups(recipe, advantages, step)  # those to learn from, and a sample of the others
 
         with log.stage("scoring"), learner_forward(recipe, policy, rollout_policy, accelerator):

@@ -30,6 +30,7 @@ from dllm_rl.training.cautions import cautions
 from dllm_rl.training.folder import clear_folder, open_folder, settings_of
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.prompts import check_prompts, choose
+from dllm_rl.training.rollouts import wanted_parts
 from dllm_rl.training.stop import Stop, ended_by_launcher
 from dllm_rl.training.warmup import examples, warm_up
 
@@ -191,6 +192,7 @@ def rehearsed(recipe: Recipe, accelerator: Accelerator) -> Policy:
     setting is refused before any expensive work, and before a file is written."""
     policy = make_policy(recipe, accelerator.device)
     recipe.likelihood.check(policy)
+    wanted_parts(recipe)
     check_prompts(recipe, policy)
     (problem,), _ = choose(recipe, policy, [0])
     rollout = recipe.sampler(policy, encode(policy, [problem]), generator_for(recipe.seed, "rehearsal"))

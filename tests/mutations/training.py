@@ -67,8 +67,8 @@ MUTATIONS = [
             '(recipe.seed, "rollout", 0, *([draw] if draw else []))',
         ),
         ("recipe.seed, purpose, step)", "recipe.seed, purpose, 0)"),
-        ("local(~informative(rewards), accelerator)", "local(informative(rewards), accelerator)"),
-        ("(rewards,), draws = gather_on_host([mine], accelerator), draws + 1", "draws = draws + 1"),
+        ("local(~informative(graded_all), accelerator)", "local(informative(graded_all), accelerator)"),
+        ("(graded_all,), draws = gather_on_host([mine], accelerator), draws + 1", "draws = draws + 1"),
         ("return (~informative(rewards)).double()", "return informative(rewards).double()"),
         (
             "if name in each] or [(0.0, 0.0)]",
