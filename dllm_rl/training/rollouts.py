@@ -57,14 +57,7 @@ def collect(
             "dynamic_sampling/draws": float(draws),
             "dynamic_sampling/frac_reward_zero_std": zero_std_fraction(rewards),
         }
-    weights = wanted_parts(recipe)
-    parts = rearrange(graded_all[..., 1:], "p g k -> k p g")
-    return (
-        rollout,
-        rewards,
-        {"parts": parts, "weights": torch.tensor(list(weights.values()))} if weights else {},
-        metrics,
-    )
+    return rollout, rewards, parts_of(recipe, graded_all), metrics
 
 
 def sample_and_grade(
@@ -97,6 +90,13 @@ def sample_and_grade(
         graded = grade(recipe.task, problems, decode(rollout_policy, rollout), timeout=recipe.reward_timeout)
         values = reward_values(graded, tuple(wanted_parts(recipe)))
     return rollout, graded, rearrange(values, "(p g) k -> p g k", g=group), replaced
+
+
+def parts_of(recipe: Recipe, graded: Float[Tensor, "P G K"]) -> dict[str, Tensor]:
+    """What the recipe's advantages take beside the rewards: each on its own, and their weights; or nothing."""
+    weights = wanted_parts(recipe)
+    parts = rearrange(graded[..., 1:], "p g k -> k p g")
+    return {"parts": parts, "weights": torch.tensor(list(weights.values()))} if weights else {}
 
 
 def wanted_parts(recipe: Recipe) -> dict[str, float]:

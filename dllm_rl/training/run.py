@@ -20,19 +20,18 @@ from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.models.recompute import blocks_of
-from dllm_rl.models.tokens import decode, encode
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe
-from dllm_rl.rng import generator_for
-from dllm_rl.tasks.base import Task, addends, grade
+from dllm_rl.tasks.base import Task
 from dllm_rl.training import checkpoint, manifest, plots
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.folder import clear_folder, open_folder, settings_of
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.prompts import check_prompts, choose
+from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import wanted_parts
 from dllm_rl.training.stop import Stop, ended_by_launcher
-from dllm_rl.training.warmup import examples, warm_up
+from dllm_rl.training.warmup import warm_up
 
 
 @dataclass(frozen=True)
@@ -188,22 +187,14 @@ def opened(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.devic
 
 
 def rehearsed(recipe: Recipe, accelerator: Accelerator) -> Policy:
-    """The recipe's model, after one problem went through sampling, grading and the warm-up's encoding, so that a bad
-    setting is refused before any expensive work, and before a file is written."""
+    """The recipe's model, after a step was rehearsed with it, so that a bad setting is refused before any expensive
+    work, and before a file is written that stays."""
     policy = make_policy(recipe, accelerator.device)
     recipe.likelihood.check(policy)
     wanted_parts(recipe)
-    check_prompts(recipe, policy)
-    (problem,), _ = choose(recipe, policy, [0])
-    rollout = recipe.sampler(policy, encode(policy, [problem]), generator_for(recipe.seed, "rehearsal"))
-    (graded,) = grade(recipe.task, [problem], decode(policy, rollout), timeout=recipe.reward_timeout)
-    if recipe.warmup_steps:
-        examples(policy, [problem], max_new_tokens=recipe.max_new_tokens)
-        if recipe.warmup_metric not in addends(graded):
-            known = ", ".join(sorted(addends(graded)))
-            raise ValueError(
-                f"warmup_metric={recipe.warmup_metric!r} is none of the task's: {known}; name one of these"
-            )
+    longest = check_prompts(recipe, policy)
+    (problem,), _ = choose(recipe, policy, [longest])
+    rehearse(recipe, policy, problem, accelerator)
     return policy
 
 

@@ -201,6 +201,18 @@ MUTATIONS = [
         ('loop["run"].history["whole"] == loop["step"]', "True"),
     ),
     *mutations(
+        "training/rehearsal.py",
+        "training/test_rehearsal.py",
+        ("with random_numbers_kept(), as_trained", "with as_trained"),
+        ("            parameter.requires_grad_(True)\n", "            pass\n"),
+        ("        module.zero_grad(set_to_none=True)\n", ""),
+        ("learner.module = copy.deepcopy(module, shared)", "learner.module = module"),
+        ("        remove(folder)\n", "        pass\n"),
+        (", reserve=moments", ""),
+        ("        recipe.eval_sampler(learner", "        recipe.sampler(learner"),
+        ("found.shape != rewards.shape or not found.isfinite().all()", "found.shape != rewards.shape"),
+    ),
+    *mutations(
         "models/recompute.py",
         "models/test_recompute.py",
         (

@@ -55,8 +55,8 @@ def test_each_reward_is_normalised_on_its_own(tmp_path, monkeypatch):
 
     policy, rewards = tiny_masked_lm(**SMALL), ([right, short], [1.0, 0.1])
     grpo(policy, ROWS, rewards[0], reward_weights=rewards[1], advantages=spy, **options(tmp_path / "spied"))
-    assert len(seen) == 3 and seen[1][1].shape == (2, 4, 4)  # cautions ask once
-    for (together, parts, weights), row in zip(seen[1:], read_metrics(tmp_path / "spied"), strict=True):
+    assert len(seen) == 4 and seen[2][1].shape == (2, 4, 4)  # rehearsal and cautions ask once each
+    for (together, parts, weights), row in zip(seen[2:], read_metrics(tmp_path / "spied"), strict=True):
         torch.testing.assert_close((weights[:, None, None] * parts).sum(0), together)
         assert row["rewards/short/mean"] == pytest.approx(parts[1].mean().item())
     grpo(policy, ROWS, rewards[0], reward_weights=rewards[1], advantages=decoupled, **options(tmp_path / "plain"))
