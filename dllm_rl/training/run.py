@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,21 @@ from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import wanted_parts
 from dllm_rl.training.stop import Stop, ended_by_launcher
 from dllm_rl.training.warmup import warm_up
+
+
+class Summary(dict[str, Any]):
+    """What summary.json holds, and in this process the policy that was trained, which no file or comparison sees."""
+
+    def __init__(self, numbers: Mapping[str, Any], policy: Policy | None = None) -> None:
+        super().__init__(numbers)
+        self._policy = policy
+
+    @property
+    def policy(self) -> Policy:
+        """As the last step left it, with its adapters. Raises ValueError after a dry run, which trains none."""
+        if self._policy is None:
+            raise ValueError("dry_run=True trains no policy; run without it")
+        return self._policy
 
 
 @dataclass(frozen=True)
@@ -329,7 +344,7 @@ def write_checkpoint(run: Run, step: int) -> Path | None:
     return folder
 
 
-def finish(run: Run) -> dict[str, Any]:
+def finish(run: Run) -> Summary:
     """Evaluate on held-out problems, write summary.json and the picture, say in a paragraph what happened."""
     recipe, accelerator, log, history = run.recipe, run.accelerator, run.log, run.history
     policy, rollout_policy = run.policy, run.rollout_policy
@@ -366,7 +381,8 @@ def finish(run: Run) -> dict[str, Any]:
             f"{_next_command(recipe, summary['checkpoint'])}"
         )
     accelerator.wait_for_everyone()
-    return summary
+    policy.module.zero_grad(set_to_none=True)
+    return Summary(summary, policy)
 
 
 def _next_command(recipe: Recipe, folder: str) -> str:

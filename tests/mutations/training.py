@@ -201,6 +201,18 @@ MUTATIONS = [
         ('loop["run"].history["whole"] == loop["step"]', "True"),
     ),
     *mutations(
+        "training/run.py",
+        "training/test_main.py",
+        ("return Summary(summary, policy)", "return Summary(summary, rollout_policy)"),
+        ("return Summary(summary, policy)", "return Summary(summary | {'policy': policy}, policy)"),
+        ("    policy.module.zero_grad(set_to_none=True)\n    return Summary", "    return Summary"),
+        (
+            "check_prompts(recipe, policy)\n    (problem,)",
+            "0 * check_prompts(recipe, policy)\n    (problem,)",
+            "training/test_rehearsal.py",
+        ),
+    ),
+    *mutations(
         "training/rehearsal.py",
         "training/test_rehearsal.py",
         ("with random_numbers_kept(), as_trained", "with as_trained"),
