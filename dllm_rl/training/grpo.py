@@ -57,7 +57,8 @@ def grpo_recipe(
     reward_funcs    f(prompts=, completions=, **columns) -> a number, or None, for each; plain or async. Each is logged
                     as rewards/NAME/mean.
     eval_dataset    held-out rows; None: the last tenth of `dataset`, at most 256 rows, is kept from training.
-    reward_weights  of the functions in the reward; 1 each by default.
+    reward_weights  of the functions in the reward; 1 each by default. With advantages=decoupled each is normalised in
+                    its group on its own, before it is weighed.
     sampler_options further keywords of `unmask` or `autoregress`: num_steps (unmasking steps; by default one a token),
                     block_size, top_p ...
     max_rows        of a data set without a length, as a streamed one: so many rows are read into memory.
