@@ -299,7 +299,7 @@ def _positional(function: Callable) -> list[str]:
 
 
 def _pick(path: str, member: _Member, choices: dict[str, Any], text: str, below: Mapping[str, str] = NOTHING) -> Any:
-    """The function that text names, with the keywords that it cannot do without, or the record that it makes."""
+    """The function that text names, bound with the keywords that it needs (`below`), or the record that it makes."""
     optional = types.NoneType in _kinds(member.annotation)
     if optional and text == "none":
         return None
@@ -308,7 +308,7 @@ def _pick(path: str, member: _Member, choices: dict[str, Any], text: str, below:
     chosen = choices[text]
     given = _needed_keywords(member.example) if inspect.isfunction(_function(member.example)) else {}
     needs, helps = _needed_keywords(chosen), helps_of(_function(chosen))
-    for name in needs.keys() - given.keys() - below.keys():
+    for name in sorted(needs.keys() - given.keys() - below.keys()):
         raise ValueError(f"--{path} {text} needs --{path}.{name}" + (f" ({helps[name]})" if name in helps else ""))
     bound = {name: _read(f"{path}.{name}", needs[name], below[name]) for name in needs.keys() - given.keys()}
     function = partial(chosen, **bound) if bound else chosen
@@ -326,7 +326,7 @@ def _kinds(annotation: Any) -> tuple:
 
 
 def _read(path: str, annotation: Any, text: str, below: Mapping[str, str] = NOTHING) -> Any:
-    """Text as the first of the annotation's types that takes it."""
+    """Text as the first of the annotation's types that takes it; `below` is for functions, see `_pick`."""
     for kind in _kinds(annotation):
         if kind is types.NoneType and text == "none":
             return None

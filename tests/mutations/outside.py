@@ -17,7 +17,7 @@ MUTATIONS = [
         ("**{**owner.keywords, keys[0]: value}", "**{keys[0]: value, **owner.keywords}"),
         ("_scalar(a) or k in given", "k in given"),
         ("_scalar(a) or k in given", "True"),
-        ("needs.keys() - given.keys() - below.keys()", "needs.keys() - below.keys()"),
+        ("sorted(needs.keys() - given.keys() - below.keys())", "sorted(needs.keys() - below.keys())"),
         ("if owner.made_by is None", "if False"),
         ("return _replace(owner.made_by, keys, value)()", "return _replace(owner.made_by, keys, value)"),
         ('key=lambda pair: pair[0].count(".")', "key=lambda pair: 0"),
