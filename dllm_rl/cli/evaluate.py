@@ -50,11 +50,11 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         device = processes.device
     limit = num_problems(task, arguments)
     found: list[dict[str, Any]] = []
-    first: list[Evaluation] = []  # of the first model, setting by setting
+    first: list[tuple[dict[str, Any], Evaluation]] = []  # of the first model, setting by setting
     for model in arguments.models:
         policy = open_policy(arguments, model, device=device)
         plans = plan(policy, task, arguments)
-        measured: list[Evaluation] = []
+        measured: list[tuple[dict[str, Any], Evaluation]] = []
         for name, scheme in schemes.items():
             sampled = policy if scheme is None else quantized_copy(policy, scheme())
             for settings, sampler in plans:
@@ -78,12 +78,11 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
                         reward_timeout=arguments.reward_timeout,
                         progress=progress,
                     )
-                measured.append(result)
+                measured.append((settings, result))
                 row = {**result.summary, **settings} | ({"completions": file.name} if file else {})
                 row["steps"] = row["forwards"] / num_batches(result, arguments, processes)
-                if first and len(first) >= len(measured):
-                    against = paired_differences(result, first[len(measured) - 1])
-                    row |= {"against": str(arguments.models[0]), "difference": against}
+                for _, before in (each for each in first if each[0] == settings):
+                    row |= {"against": str(arguments.models[0]), "difference": paired_differences(result, before)}
                 found.append(row)
         first = first or measured
     if processes.is_main_process:

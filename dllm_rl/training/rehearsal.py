@@ -136,7 +136,8 @@ def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
 def random_numbers_kept() -> Iterator[None]:
     """The global generators are afterwards as they were, for a grader or a model that draws from one."""
     python, array = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    devices = range(len(torch.cuda.default_generators))  # those of GPUs in use
+    with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:

@@ -35,7 +35,7 @@ MUTATIONS = [
         ('given["split"] or "test"', 'given["split"] or "train"'),
         ("arguments.samples > 1 and temperature == 0", "arguments.samples < 0"),
         ('[None] if "=" in commit else', ""),
-        ("first[len(measured) - 1]", "first[0]"),
+        ("if each[0] == settings", ""),
         ('"seed": arguments.seed, "dtype": arguments.dtype, "weights": fingerprint(policy)', '"seed": arguments.seed'),
         ('("task", "version", "settings")} | settings', '("task", "version", "settings")}'),
         ('first["n"] * first["samples"]\n', 'first["n"]\n'),
