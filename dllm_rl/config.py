@@ -1,18 +1,22 @@
 """Recipes from the command line, and recipes as text.
 
-Every scalar of a recipe has a path: a field (`learning_rate`), a keyword bound in a function (`sampler.temperature`),
-a field of a record (`task.clues`, `corrector.weigh.cap`). Functions are picked by name (`--corrector tis`).
+Every scalar of a recipe has a path: a field (`learning_rate`), a keyword of a function (`sampler.temperature`), of the
+function that made a record (`likelihood.num_segments`), a field of a record (`task.clues`, `corrector.weigh.cap`).
+Functions are picked by name (`--corrector tis`), and so are records, by the functions that make them (`--likelihood
+elbo`). What a path means is read from its docstring, where a line begins with its name and two spaces.
 """
 
 import dataclasses
 import difflib
 import inspect
 import math
+import re
 import sys
+import textwrap
 import types
 import typing
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -27,20 +31,39 @@ class _Dataclass(Protocol):
 
 Record = TypeVar("Record", bound=_Dataclass)  # frozen, as Recipe or a task
 SCALARS = (bool, int, float, str, Path)
+NOTHING: Mapping[str, str] = types.MappingProxyType({})
+Made = TypeVar("Made", bound=Callable[..., Any])
+
+
+def maker(function: Made) -> Made:
+    """A function whose record knows in `made_by` the function and its keywords, so that one of them can be changed.
+
+    The record declares `made_by: partial | None = field(default=None, init=False, repr=False, compare=False)`; a copy
+    with other fields (`dataclasses.replace`) does not inherit it, because the function would not make that.
+    """
+
+    @wraps(function)
+    def make(**keywords: Any) -> Any:
+        made = function(**keywords)
+        object.__setattr__(made, "made_by", partial(make, **keywords))
+        return made
+
+    return typing.cast(Made, make)
 
 
 def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
     """The recipe with `--path value` overrides applied. Exits with status 2 and one line on an unknown path or a bad
-    value, naming the nearest valid one; `--help` lists every path with its value.
+    value, naming the nearest valid one; `--help` lists every path of the recipe that the other arguments make.
 
     argv  None: the program's arguments; none in a notebook or at a prompt, whose arguments are not the recipe's.
     """
     arguments = list(([] if interactive() else sys.argv[1:]) if argv is None else argv)
-    if "--help" in arguments or "-h" in arguments:
-        print(escape_controls(usage(recipe), keep="\n"))
-        raise SystemExit(0)
+    wanted = [word for word in arguments if word not in ("--help", "-h")]
     try:
-        recipe = _overridden(recipe, _pairs(arguments))
+        recipe = _overridden(recipe, _pairs(list(wanted)))
+        if wanted != arguments:
+            print(escape_controls(usage(recipe), keep="\n"))
+            raise SystemExit(0)
     except ValueError as error:
         print(f"error: {escape_controls(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -48,13 +71,15 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
 
 
 def _overridden(recipe: Record, pairs: list[tuple[str, str]]) -> Record:
-    """Apply overrides until none is left; one may become valid only after another (as a field of a newly picked
-    record)."""
+    """Apply overrides, short paths first, until none is left: one may become valid only after another (as a keyword of
+    a function that is picked)."""
+    pairs = sorted(pairs, key=lambda pair: pair[0].count("."))
     while pairs:
         waiting, errors = [], []
         for path, text in pairs:
             try:
-                recipe = override(recipe, path, text)
+                below = {name.removeprefix(f"{path}."): words for name, words in pairs if name.startswith(f"{path}.")}
+                recipe = override(recipe, path, text, below)
             except ValueError as error:
                 waiting.append((path, text))
                 errors.append(error)
@@ -78,16 +103,17 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def override(recipe: Record, path: str, text: str) -> Record:
-    """The recipe with the value at `path` read from text. Raises ValueError naming the field, the value, the remedy."""
+def override(recipe: Record, path: str, text: str, below: Mapping[str, str] = NOTHING) -> Record:
+    """The recipe with the value at `path` read from text. Raises ValueError naming the field, the value, the remedy.
+
+    below  texts of keywords, for a function that is named and cannot do without.
+    """
     known = paths(recipe)
     if path not in known:
-        near = difflib.get_close_matches(path, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-            path, known, n=1, cutoff=0
-        )
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0)
         raise ValueError(f"--{path} is not a field of the recipe; the nearest is --{near[0]} (--help lists all)")
     try:
-        return _replace(recipe, path.split("."), known[path].read(text))
+        return _replace(recipe, path.split("."), known[path].read(text, below))
     except ValueError as error:
         message = str(error)
         raise ValueError(message if path.rpartition(".")[2] in message else f"--{path}: {message}") from None
@@ -97,52 +123,108 @@ def override(recipe: Record, path: str, text: str) -> Record:
 class Setting:
     value: Any
     help: str
-    read: partial  # of the text alone
+    choices: tuple[str, ...]  # empty: any that can be read
+    read: Callable[..., Any]  # of a text, and for a named function of its keywords' texts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """A field of a record, or a keyword of a function. `example` is what it is by default: what may stand there."""
+
+    name: str
+    value: Any
+    annotation: Any
+    help: str
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    example: Any = None
 
 
 def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
-    """Every path below a record or a bound function, with its present value and how to read another from text."""
+    """Every path below a record or a function, with its present value and how to read another from text."""
     found: dict[str, Setting] = {}
-    for name, value, annotation, metadata in _members(owner):
-        path = f"{prefix}{name}"
-        if metadata.get("pick"):
-            choices = pickable(metadata["pick"], metadata.get("like") if value is None else value, annotation)
-            found[path] = Setting(value, metadata.get("help", ""), partial(_pick, path, choices, _optional(annotation)))
-        elif inspect.isfunction(value) and isinstance(owner, partial):
-            choices = siblings(value)
-            found[path] = Setting(value, metadata.get("help", ""), partial(_pick, path, choices, False))
-        elif any(map(_readable, _kinds(annotation))) and (not callable(value) or str in _kinds(annotation)):
-            found[path] = Setting(value, metadata.get("help", ""), partial(_read, path, annotation))
-        if metadata.get("whole"):
-            continue
-        if isinstance(value, partial) or inspect.isfunction(value) or _is_record(value):
+    for member in _members(owner):
+        path, value, kinds = f"{prefix}{member.name}", member.value, _kinds(member.annotation)
+        if choices := _choices(member):
+            names = (*sorted(choices), *["none"] * (types.NoneType in kinds))
+            found[path] = Setting(value, member.help, names, partial(_pick, path, member, choices))
+        elif _scalar(member.annotation) and (not callable(value) or str in kinds):
+            found[path] = Setting(value, member.help, _literals(kinds), partial(_read, path, member.annotation))
+        record = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        if record or isinstance(value, partial | tuple) or inspect.isfunction(value):
             found |= paths(value, f"{path}.")
     found.pop("model.seed", None)  # the recipe's own seed is what the model is made with
     return found
 
 
-def _is_record(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+def _is_literal(kind: Any) -> bool:
+    return typing.get_origin(kind) is typing.Literal
 
 
-def _readable(kind: Any) -> bool:
-    return kind in SCALARS or typing.get_origin(kind) is typing.Literal
+def _literals(kinds: tuple) -> tuple[str, ...]:
+    return tuple(name for kind in kinds if _is_literal(kind) for name in typing.get_args(kind))
 
 
-def _members(owner: Any) -> list[tuple[str, Any, Any, dict]]:
-    """Name, value, annotation, metadata of a record's fields, or of the keywords of a function, bound or by default."""
-    if inspect.isfunction(owner):
-        owner = partial(owner)
-    if isinstance(owner, partial):
-        parameters = inspect.signature(owner.func).parameters.values()
-        bound = [(p, owner.keywords.get(p.name, p.default)) for p in parameters if p.kind is p.KEYWORD_ONLY]
-        return [(p.name, value, p.annotation, {}) for p, value in bound if value is not p.empty]
-    return [(f.name, getattr(owner, f.name), f.type, dict(f.metadata)) for f in dataclasses.fields(owner)]
+def _scalar(annotation: Any) -> bool:
+    return any(kind in SCALARS or _is_literal(kind) for kind in _kinds(annotation))
+
+
+def _function(value: Any) -> Any:
+    """The function of a bound one; anything else as it is."""
+    return value.func if isinstance(value, partial) else value
+
+
+def _members(owner: Any) -> list[_Member]:
+    """A record's fields, or the keywords of its maker where it has one; a function's keywords, bound or by default; the
+    functions of a tuple, counted from 1."""
+    if hasattr(owner, "made_by"):
+        return [] if owner.made_by is None else _members(owner.made_by)
+    if isinstance(owner, tuple):
+        return [_Member(str(i), v, None, "") for i, v in enumerate(owner, 1) if callable(v)]
+    if isinstance(owner, partial) or inspect.isfunction(owner):
+        bound = owner if isinstance(owner, partial) else partial(owner)
+        helps, members = helps_of(bound.func), []
+        for p in inspect.signature(bound.func).parameters.values():
+            value = bound.keywords.get(p.name, p.default)
+            if p.kind is p.KEYWORD_ONLY and value is not p.empty:
+                example = value if p.default is p.empty or p.default is None else p.default
+                members.append(_Member(p.name, value, p.annotation, helps.get(p.name, ""), example=example))
+        return members
+    helps, members = helps_of(type(owner)), []
+    for f in dataclasses.fields(owner):
+        example = f.metadata.get("like") or f.default if f.metadata.get("pick") else None
+        help = f.metadata.get("help") or helps.get(f.name, "")
+        members.append(_Member(f.name, getattr(owner, f.name), f.type, help, f.metadata, example))
+    return members
+
+
+def helps_of(described: Any) -> dict[str, str]:
+    """What a docstring says of names: lines "name  text" or "name, name  text", and the deeper lines below them; a
+    class's bases speak for the names of which it says nothing."""
+    found: dict[str, str] = {}
+    for owner in reversed(getattr(described, "__mro__", (described,))):
+        names: list[str] = []
+        depth = 0
+        for line in inspect.cleandoc(owner.__doc__ or "").splitlines():
+            text = line.lstrip()
+            if start := re.match(r"([a-z_0-9]+(?:, [a-z_0-9]+)*) {2,}(?=\S)", text):
+                names, depth = start[1].split(", "), len(line) - len(text)
+                found |= dict.fromkeys(names, text[start.end() :])
+            elif text and len(line) - len(text) > depth:
+                found |= {name: f"{found[name]} {text}" for name in names}
+            else:
+                names = []
+    return found
 
 
 def _replace(owner: Any, keys: list[str], value: Any) -> Any:
+    if getattr(owner, "made_by", None) is not None:
+        return _replace(owner.made_by, keys, value)()
     if len(keys) > 1:
-        value = _replace({n: v for n, v, *_ in _members(owner)}[keys[0]], keys[1:], value)
+        below = {member.name: member.value for member in _members(owner)}
+        value = _replace(below[keys[0]], keys[1:], value)
+    if isinstance(owner, tuple):
+        place = int(keys[0]) - 1
+        return (*owner[:place], value, *owner[place + 1 :])
     if inspect.isfunction(owner):
         owner = partial(owner)
     if isinstance(owner, partial):
@@ -150,75 +232,107 @@ def _replace(owner: Any, keys: list[str], value: Any) -> Any:
     return dataclasses.replace(owner, **{keys[0]: value})
 
 
+def _choices(member: _Member) -> dict[str, Any]:
+    """What may be named for a field or keyword: functions as a field's `pick` says, those that make a record of its
+    type, or those that can stand where its function does; none for anything else."""
+    value, metadata = member.value, member.metadata
+    if metadata.get("pick"):
+        return pickable(metadata["pick"], member.example, member.annotation)
+    if record := _record_type(member.annotation):
+        return makers_of(record)
+    if inspect.isfunction(_function(member.example)):
+        now = {value.__name__: value} if inspect.isfunction(value) else {}
+        return now | siblings(_function(member.example))
+    return {}
+
+
+def _record_type(annotation: Any) -> type | None:
+    """The record among an annotation's types."""
+    kinds = (kind for kind in _kinds(annotation) if isinstance(kind, type) and dataclasses.is_dataclass(kind))
+    return next(kinds, None)
+
+
+def makers_of(record: type) -> dict[str, Callable]:
+    """The functions of a record's module that make one, of nothing but keywords that can be read from text."""
+    functions = _public_functions(record.__module__).items()
+    alike = {n: f for n, f in functions if inspect.signature(f).return_annotation is record}
+    plain = {n: f for n, f in alike.items() if all(p.kind is p.KEYWORD_ONLY for p in _parameters(f))}
+    return {n: f for n, f in plain.items() if all(map(_scalar, _needed_keywords(f).values()))}
+
+
+def _public_functions(module_name: str) -> dict[str, Callable]:
+    """Functions that a module defines."""
+    held = vars(import_module(module_name)).items()
+    return {n: f for n, f in held if inspect.isfunction(f) and not n.startswith("_") and f.__module__ == module_name}
+
+
 def pickable(module_name: str, value: Any, annotation: Any) -> dict[str, Any]:
     """Public functions of the module whose signature is compatible with `value`: the same positional parameters, or,
-    where a record or a built object is wanted, functions that make one and need no argument."""
-    module = import_module(module_name)
-    functions = {
-        n: f
-        for n, f in vars(module).items()
-        if inspect.isfunction(f) and not n.startswith("_") and f.__module__ == module_name
-    }
-    example = value.func if isinstance(value, partial) else value
+    where something is to be built, functions that need no argument to build it."""
+    functions, example = _public_functions(module_name), _function(value)
     if inspect.isfunction(example) and _positional(example):
         return {n: f for n, f in siblings(example).items() if n in functions and _positional(f) == _positional(example)}
-    makers = {n: f for n, f in functions.items() if not _required(f)}
-    if dataclasses.is_dataclass(example):
-        return {n: f() for n, f in makers.items() if inspect.signature(f).return_annotation is type(example)}
-    return {n: f for n, f in makers.items() if not _positional(f)}
+    return {n: f for n, f in functions.items() if all(p.kind is p.KEYWORD_ONLY for p in _parameters(f))}
 
 
 def siblings(function: Callable) -> dict[str, Callable]:
-    """Public functions of the same module that return the same kind of thing and need no other keyword."""
-    found = {
-        n: f
-        for n, f in vars(import_module(function.__module__)).items()
-        if inspect.isfunction(f) and not n.startswith("_")
-    }
-    kind, given = str(inspect.signature(function).return_annotation), _needed_keywords(function)
-    alike = {n: f for n, f in found.items() if str(inspect.signature(f).return_annotation) == kind}
-    return {n: f for n, f in alike.items() if _needed_keywords(f) <= given}
+    """Public functions of the same module that return the same kind of thing, and need no other keyword than it does
+    but for numbers and names; the function alone, where it does not say what it returns."""
+    if (kind := inspect.signature(function).return_annotation) is inspect.Signature.empty:
+        return {function.__name__: function}
+    public, given = _public_functions(function.__module__), _needed_keywords(function)
+    alike = {n: f for n, f in public.items() if str(inspect.signature(f).return_annotation) == str(kind)}
+    return {n: f for n, f in alike.items() if all(_scalar(a) or k in given for k, a in _needed_keywords(f).items())}
 
 
-def _needed_keywords(function: Callable) -> set[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+def _parameters(function: Callable) -> list[inspect.Parameter]:
+    return list(inspect.signature(function).parameters.values())
+
+
+def _needed_keywords(function: Callable) -> dict[str, Any]:
+    """Keywords without a default and not bound, with their annotations."""
+    return {p.name: p.annotation for p in _parameters(function) if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
 
 
 def _positional(function: Callable) -> list[str]:
-    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return [p.name for p in _parameters(function) if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
-def _required(function: Callable) -> bool:
-    return any(p.default is p.empty for p in inspect.signature(function).parameters.values())
-
-
-def _pick(path: str, choices: dict[str, Any], optional: bool, text: str) -> Any:
+def _pick(path: str, member: _Member, choices: dict[str, Any], text: str, below: Mapping[str, str] = NOTHING) -> Any:
+    """The function that text names, bound with the keywords that it needs (`below`), or the record that it makes."""
+    optional = types.NoneType in _kinds(member.annotation)
     if optional and text == "none":
         return None
-    if text in choices:
-        return choices[text]
-    names = sorted(choices) + (["none"] if optional else [])
+    if text not in choices:
+        raise _unknown(path, text, [*sorted(choices), *["none"] * optional])
+    chosen = choices[text]
+    given = _needed_keywords(member.example) if inspect.isfunction(_function(member.example)) else {}
+    needs, helps = _needed_keywords(chosen), helps_of(_function(chosen))
+    for name in sorted(needs.keys() - given.keys() - below.keys()):
+        raise ValueError(f"--{path} {text} needs --{path}.{name}" + (f" ({helps[name]})" if name in helps else ""))
+    bound = {name: _read(f"{path}.{name}", needs[name], below[name]) for name in needs.keys() - given.keys()}
+    function = partial(chosen, **bound) if bound else chosen
+    return function() if _record_type(member.annotation) else function
+
+
+def _unknown(path: str, text: str, names: list[str]) -> ValueError:
     near = difflib.get_close_matches(text, names, n=1, cutoff=0)
-    raise ValueError(f"--{path} {text!r} is not known; the nearest is {near[0]!r} (one of {', '.join(names)})")
+    return ValueError(f"--{path} {text!r} is not known; the nearest is {near[0]!r} (one of {', '.join(names)})")
 
 
 def _kinds(annotation: Any) -> tuple:
-    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    return typing.get_args(annotation) if union else (annotation,)
 
 
-def _optional(annotation: Any) -> bool:
-    return types.NoneType in _kinds(annotation)
-
-
-def _read(path: str, annotation: Any, text: str) -> Any:
-    """Text as the first of the annotation's types that takes it."""
+def _read(path: str, annotation: Any, text: str, below: Mapping[str, str] = NOTHING) -> Any:
+    """Text as the first of the annotation's types that takes it; `below` is for functions, see `_pick`."""
     for kind in _kinds(annotation):
         if kind is types.NoneType and text == "none":
             return None
         if kind is bool and text in ("true", "false"):
             return text == "true"
-        if typing.get_origin(kind) is typing.Literal and text in typing.get_args(kind):
+        if _is_literal(kind) and text in typing.get_args(kind):
             return text
         if typing.get_origin(kind) is tuple and "," in text:
             return tuple(_read(path, typing.get_args(kind)[0], part) for part in text.split(","))
@@ -231,6 +345,8 @@ def _read(path: str, annotation: Any, text: str) -> Any:
                 return value
         if kind in (str, Path):
             return kind(text)
+    if literal := _literals(_kinds(annotation)):
+        raise _unknown(path, text, [*literal, *["none"] * (types.NoneType in _kinds(annotation))])
     wanted = getattr(annotation, "__name__", str(annotation))
     raise ValueError(f"--{path} {text!r} is not a valid {wanted.replace('types.NoneType', 'none')}")
 
@@ -239,16 +355,15 @@ def describe(value: Any) -> str:
     """What ran, as text: every bound function as name(k=v) with its defaults filled in, records likewise; a field whose
     metadata says `omit_none` is left out where it is None."""
     if isinstance(value, partial):
-        arguments = ", ".join(f"{name}={describe(v)}" for name, v, *_ in _members(value))
+        arguments = ", ".join(f"{member.name}={describe(member.value)}" for member in _members(value))
         return f"{value.func.__name__}({arguments})"
     if inspect.isfunction(value) or isinstance(value, type):
         return value.__name__
     if isinstance(value, tuple | list) and any(map(callable, value)):
         return f"({', '.join(map(describe, value))})"
     if dataclasses.is_dataclass(value):
-        hidden = {f.name for f in dataclasses.fields(value) if not f.repr}
-        members = [(n, v, metadata) for n, v, _, metadata in _members(value) if n not in hidden]
-        shown = [(n, v) for n, v, metadata in members if not (metadata.get("omit_none") and v is None)]
+        members = [(f, getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr]
+        shown = [(f.name, v) for f, v in members if not (f.metadata.get("omit_none") and v is None)]
         return f"{type(value).__name__}({', '.join(f'{n}={describe(v)}' for n, v in shown)})"
     return repr(value)
 
@@ -264,11 +379,22 @@ def described(recipe: Record) -> dict[str, Any]:
 
 
 def usage(recipe: Any) -> str:
-    lines = [f"usage: [accelerate launch] RECIPE.py [--FIELD VALUE ...]      recipe {recipe.name}", ""]
-    for path, setting in paths(recipe).items():
-        choices = setting.read.args[1] if setting.read.func is _pick else {}
-        shown = f"--{path} {describe(setting.value)}"
-        lines.append(f"  {shown}" if len(shown) > 52 else f"  {shown:52}  {setting.help}".rstrip())
-        if choices:
-            lines.append(f"      one of: {', '.join(sorted(choices))}")
+    """Every path with its value, its meaning and its choices, below the field that it belongs to."""
+    lines, listed = (
+        [f"usage: [accelerate launch] RECIPE.py [--FIELD VALUE ...]      recipe {recipe.name}", ""],
+        paths(recipe),
+    )
+    indented = partial(textwrap.fill, width=118, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    for field in dataclasses.fields(recipe):
+        own = {path: setting for path, setting in listed.items() if path.partition(".")[0] == field.name}
+        if field.name not in own and own:
+            lines += [f"  {field.name}", indented(field.metadata.get("help", ""))]
+        for path, setting in own.items():
+            shown = f"--{path} {describe(setting.value)}"
+            short = len(shown) <= 52 and len(setting.help) <= 66
+            lines.append(f"  {shown:52}{setting.help}".rstrip() if short else f"  {shown}")
+            if setting.help and not short:
+                lines.append(indented(setting.help))
+            if setting.choices:
+                lines.append(indented(f"one of: {', '.join(setting.choices)}"))
     return "\n".join(lines)

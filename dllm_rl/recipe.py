@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
 
-from dllm_rl.algorithms.advantages import group_relative
+from dllm_rl.algorithms.advantages import decoupled, group_relative
 from dllm_rl.algorithms.correctors import Corrector, no_weights, none
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
@@ -16,13 +16,10 @@ from dllm_rl.models.lora import Lora, check_mergeable
 from dllm_rl.tasks.base import Task
 
 
-def _(
-    help: str, default: Any = MISSING, *, pick: str | None = None, like: Callable | None = None, whole: bool = False
-) -> Any:
-    """A documented field. `pick` names the module whose public functions the command line may name for it, those that
-    are `like` another where the value itself is None; `whole` is for a record whose parts belong together, so that none
-    of them is changed alone."""
-    return field(default=default, metadata={"help": help, "pick": pick, "like": like, "whole": whole})
+def _(help: str, default: Any = MISSING, *, pick: str | None = None, like: Callable | None = None) -> Any:
+    """A documented field. `pick` names the module whose public functions the command line may name for it: those that
+    can stand where `like`, or else the default, does."""
+    return field(default=default, metadata={"help": help, "pick": pick, "like": like})
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -39,19 +36,19 @@ class Recipe:
 
     sampler: Callable = _("rollout sampler: (policy, prompts, generator) -> Rollout")
     eval_sampler: Callable = _("the sampler of evaluations")
-    likelihood: LikelihoodEstimator = _(
-        "sequence-likelihood estimator", pick="dllm_rl.likelihoods.estimators", whole=True
-    )
-    corrector: Corrector = _(
-        "correction of the training-inference mismatch", none(), pick="dllm_rl.algorithms.correctors"
-    )
+    likelihood: LikelihoodEstimator = _("sequence-likelihood estimator")
+    corrector: Corrector = _("correction of the training-inference mismatch", none())
     sampling_support: Literal["own", "unfiltered", "rollout"] = _(
         "what log-probs are normalised over where the sampler's top_k or top_p filter: own, unfiltered or rollout "
         "(Rollout.with_support)",
         "own",
     )
     advantages: Callable = _(
-        "(P, G) rewards -> (P, G) advantages", group_relative, pick="dllm_rl.algorithms.advantages"
+        "(P, G) rewards -> (P, G) advantages; one that takes `parts` and `weights` gets each reward of the task on its "
+        "own, as decoupled (GDPO)",
+        group_relative,
+        pick="dllm_rl.algorithms.advantages",
+        like=decoupled,
     )
     aggregate: Callable | None = _(
         "how tokens are weighed in the loss; None: as the corrector's paper does, else token",
@@ -63,12 +60,12 @@ class Recipe:
         "scheme of the rollout's weights", None, pick="dllm_rl.quantization.schemes"
     )
 
-    dtype: str = _(
-        "of the weights, where model is a path: float32, bfloat16, float16, or auto for the checkpoint's", "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = _(
+        "of the weights, where model is a path; auto is the checkpoint's", "float32"
     )
     float32_head: bool = _("logits in fp32 where the model computes in 16 bits, in rollout and learner alike", True)
-    base_quantization: str | None = _(
-        "nf4 or int8: a frozen bitsandbytes base, where model is a path and lora is set", None
+    base_quantization: Literal["nf4", "int8"] | None = _(
+        "a frozen bitsandbytes base, where model is a path and lora is set", None
     )
     lora: Callable[[], Lora] | None = _(
         "adapters that RL trains in place of the weights; None: all", None, pick="dllm_rl.models.lora"
@@ -99,7 +96,9 @@ class Recipe:
     adam_beta2: float = _("of AdamW", 0.99)
     weight_decay: float = _("of AdamW", 0.0)
     max_grad_norm: float = _("gradients are scaled down to this norm", 1.0)
-    lr_schedule: Callable = _("(step, num_steps) -> factor on the learning rate", linear_decay)
+    lr_schedule: Callable = _(
+        "(step, num_steps) -> factor on the learning rate", linear_decay, pick="dllm_rl.algorithms.optimizers"
+    )
     lr_schedule_steps: int | None = _("steps that lr_schedule runs over; None: num_steps", None)
     beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0)
     kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.algorithms.losses")
@@ -282,3 +281,6 @@ class Recipe:
         if isinstance(self.sampler, partial) and "max_new_tokens" in self.sampler.keywords:
             return self.sampler.keywords["max_new_tokens"]
         raise ValueError("sampler must be a partial that binds max_new_tokens")
+
+
+Recipe.__doc__ = f"{Recipe.__doc__}\n\n" + "\n".join(f"{f.name:22}  {f.metadata['help']}" for f in fields(Recipe))

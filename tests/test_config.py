@@ -1,19 +1,26 @@
 """Overrides by name: good ones, unknown fields, bad values; recipes as text."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors
+from dllm_rl.algorithms.advantages import decoupled
 from dllm_rl.algorithms.losses import ppo_clip, sequence, token
-from dllm_rl.config import describe, described, from_command_line, override, paths
+from dllm_rl.config import describe, described, from_command_line, helps_of, override, paths, siblings
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.models.lora import Lora
 from dllm_rl.quantization.schemes import int8_weight_only
+from dllm_rl.recipe import Recipe
+from dllm_rl.samplers.cache import dual_cache
+from dllm_rl.samplers.rules import schedule
 from dllm_rl.training.run import settings_of
+from recipes.sudoku_tiny import __file__ as main_job_file
 from recipes.sudoku_tiny import recipe as main_job
 
 
@@ -69,9 +76,83 @@ def test_any_recipe_takes_a_checkpoint_for_its_model(recipe):
     assert from_command_line(recipe, ["--model.hidden_size", "8"]).model.keywords["hidden_size"] == 8
 
 
+def test_an_estimators_keywords_have_names(recipe):
+    changed = from_command_line(recipe, ["--likelihood.num_segments", "2"])
+    assert describe(changed.likelihood) == describe(likelihoods.trajectory(num_segments=2))
+    assert not changed.likelihood.exact_for_sampler and recipe.likelihood.exact_for_sampler
+    again = from_command_line(changed, ["--likelihood.num_segments", "none"])
+    assert describe(again.likelihood) == describe(recipe.likelihood)
+
+
+def test_the_keywords_of_an_estimator_that_is_picked_and_of_one_within_it(recipe):
+    words = [["--likelihood", "sandwich"], ["--likelihood.mix", "0.25"], ["--likelihood.base", "elbo"]]
+    words.append(["--likelihood.base.num_samples", "2"])
+    for order in (words, words[::-1]):
+        changed = from_command_line(recipe, [word for pair in order for word in pair])
+        wanted = likelihoods.sandwich(mix=0.25, base=likelihoods.elbo(num_samples=2))
+        assert describe(changed.likelihood) == describe(wanted)
+
+
+def test_a_shorter_path_is_followed_first(recipe):
+    # Otherwise the estimator that is picked would undo what was said of it before.
+    changed = from_command_line(recipe, ["--likelihood.num_segments", "3", "--likelihood", "trajectory"])
+    assert describe(changed.likelihood) == describe(likelihoods.trajectory(num_segments=3))
+
+
 def test_an_estimators_parts_are_not_changed_one_by_one(recipe):
     # trajectory() says of itself that it replays the sampler; with fewer segments it would not.
-    assert not [path for path in paths(recipe) if path.startswith("likelihood.")]
+    assert [path for path in paths(recipe) if path.startswith("likelihood.")] == [
+        "likelihood.num_segments",
+        "likelihood.block_size",
+    ]
+    mine = replace(recipe, likelihood=replace(recipe.likelihood, name="mine"))  # no function makes this one
+    assert not [path for path in paths(mine) if path.startswith("likelihood.")]
+
+
+def test_what_a_picked_function_needs_has_a_name_and_is_asked_for(recipe, capsys):
+    rules = ["--sampler.commit", "threshold", "--sampler.commit.tau", "0.9"]
+    changed = from_command_line(recipe, rules)
+    assert describe(changed.sampler.keywords["commit"]) == "threshold(tau=0.9)"
+    assert describe(from_command_line(changed, [*rules[2:3], "0.8"]).sampler.keywords["commit"]) == "threshold(tau=0.8)"
+    assert from_command_line(changed, ["--sampler.commit", "schedule"]).sampler.keywords["commit"] is schedule
+    blocks = ["--likelihood", "block", "--likelihood.block_size", "4"]
+    changed = from_command_line(recipe, blocks)
+    assert describe(changed.likelihood) == describe(likelihoods.block(block_size=4))
+    constant = from_command_line(recipe, ["--aggregate", "constant", "--aggregate.length", "16"]).aggregate
+    assert describe(constant.keywords) == "{'length': 16}"  # what the learner gives is not asked for
+    for words, message in [
+        (rules[:2], "--sampler.commit threshold needs --sampler.commit.tau (the probability"),
+        (blocks[:2], "--likelihood block needs --likelihood.block_size (tokens of a block)"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            from_command_line(recipe, words)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_caches_schemes_adapters_and_parts_of_a_composition(recipe):
+    cached = from_command_line(recipe, ["--sampler.cache", "dual_cache", "--sampler.cache.refresh", "4"])
+    assert cached.sampler.keywords["cache"] == dual_cache(refresh=4)
+    assert override(cached, "sampler.cache", "none").sampler.keywords["cache"] is None
+    grouped = ["--rollout_quantization", "int4_weight_only", "--rollout_quantization.group_size", "16"]
+    assert from_command_line(recipe, grouped).rollout_quantization().granularity.group_size == 16
+    fake = ["--rollout_quantization", "fake_quantize", "--rollout_quantization.weight", "int3"]
+    assert from_command_line(recipe, fake).rollout_quantization().weight == "int3"
+    adapted = replace(recipe, lora=partial(Lora, r=128))
+    assert from_command_line(adapted, ["--lora.r", "8"]).lora() == Lora(r=8)
+    assert from_command_line(adapted, ["--lora", "lora_r16"]).lora() == Lora(r=16)
+    two = replace(recipe, corrector=correctors.compose(correctors.tis(), correctors.reject()))
+    weighs = from_command_line(two, ["--corrector.weigh.weighs.2.bound", "0.1"]).corrector.weigh.keywords["weighs"]
+    assert (weighs[0].keywords["cap"], weighs[1].keywords["bound"]) == (2.0, 0.1)
+
+
+def test_a_function_that_does_not_say_what_it_returns_has_no_others_beside_it(recipe):
+    def mine(logits, normalizer):
+        return normalizer
+
+    own = replace(recipe, sampler=partial(recipe.sampler.func, **{**recipe.sampler.keywords, "rank": mine}))
+    choices = paths(own)["sampler.rank"].choices
+    assert "mine" in choices and "max_prob" in choices and "name_of" not in choices
+    assert siblings(mine) == {"mine": mine}
 
 
 def test_functions_by_name(recipe):
@@ -84,6 +165,7 @@ def test_functions_by_name(recipe):
         ],
     )
     assert new.corrector == correctors.none() and new.likelihood.name == "one_step"
+    assert override(recipe, "advantages", "decoupled").advantages is decoupled
     assert new.aggregate is sequence and new.rollout_quantization is int8_weight_only
     assert new.sampler.keywords["rank"].__name__ == "max_prob"
     assert override(recipe, "rollout_quantization", "none").rollout_quantization is None
@@ -104,7 +186,10 @@ def test_functions_by_name(recipe):
         (["--corrector", "Corrector"], "is not known"),
         (["--rollout_quantization", "quantized_copy"], "is not known"),
         (["--bf16", "yes"], "--bf16 'yes' is not a valid bool"),
-        (["--task.split", "tset"], "split"),
+        (["--task.split", "tset"], "--task.split 'tset' is not known; the nearest is 'test'"),
+        (["--dtype", "float8"], "(one of float32, bfloat16, float16, auto)"),
+        (["--base_quantization", "nf"], "the nearest is 'nf4' (one of nf4, int8, none)"),
+        (["--likelihood.num_segments", "0"], "num_segments=0 must be at least 1, or None for every step"),
         (["num_steps", "1"], "options are written --name value"),
     ],
 )
@@ -122,6 +207,61 @@ def test_help_lists_every_path(recipe, capsys):
     assert stop.value.code == 0
     for path in paths(recipe):
         assert f"--{path} " in out
+
+
+def test_help_is_of_the_recipe_that_the_other_arguments_make(recipe, capsys):
+    with pytest.raises(SystemExit) as stop:
+        from_command_line(recipe, ["--sampler.cache", "dual_cache", "--help", "--likelihood", "elbo"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "--likelihood.num_samples 4" in out and "--sampler.cache.refresh None" in out
+    assert "one of: full, quick" in out and "one of: nf4, int8" in out and "one of: train, validation, test" in out
+
+
+NAMES = [path.stem for path in sorted(Path(main_job_file).parent.glob("*.py")) if "recipe" in path.read_text()]
+PICKS = ("likelihood", "corrector", "advantages", "aggregate", "rollout_quantization", "lora", "sampler.commit")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("__init__", "smollm2_weights")])
+def test_every_name_of_every_recipe_is_explained(name):
+    recipe = import_module(f"recipes.{name}").recipe
+    without_dropout = replace(recipe, lora=None)  # which aligned forwards refuse
+    needed = {"tau": "0.9", "f": "1", "gamma": "1", "length": "16", "block_size": "4"}
+    recipes = [recipe] + [
+        override(without_dropout, field, choice, needed)
+        for field in (*PICKS, "sampler.cache", "optim", "kl", "lr_schedule")
+        if field in paths(without_dropout)
+        for choice in paths(without_dropout)[field].choices
+    ]
+    assert len(recipes) > 40
+    assert not {path for each in recipes for path, setting in paths(each).items() if not setting.help}
+
+
+def test_the_record_says_what_its_fields_are():
+    for field in fields(Recipe):
+        assert f"{field.name} " in Recipe.__doc__ and field.metadata["help"] in Recipe.__doc__
+
+
+def test_what_a_docstring_says_of_names():
+    class Base:
+        """A base.
+
+        size    how large
+        colour  the base's
+        """
+
+    class Child(Base):
+        """A child: no  name here.
+
+        colour, shape  seen first,
+                       then more
+            and more.
+        Text that belongs to no name.
+        """
+
+    assert helps_of(Child) == {"size": "how large"} | dict.fromkeys(
+        ("colour", "shape"), "seen first, then more and more."
+    )
+    assert helps_of(lambda: 0) == {}
 
 
 def test_the_aggregation_is_the_one_given_else_the_correctors_papers_else_token(recipe):

@@ -27,11 +27,11 @@ MAY_IMPORT = {
     "models": "types rng tasks",
     # on models
     "samplers": "types rng models",
-    "likelihoods": "types rng models",
+    "likelihoods": "types rng config models",
     "quantization": "models",
     # on all of these
     "diagnostics": "types files screen algorithms models likelihoods quantization",
-    "evaluation": "types rng files config distributed tasks models samplers likelihoods quantization",
+    "evaluation": "types rng files screen config distributed tasks models samplers likelihoods quantization",
     "recipe": "config algorithms likelihoods models tasks",
     "testing": "types algorithms likelihoods models quantization",
     "training": "types rng files screen config distributed tasks algorithms models samplers likelihoods quantization "

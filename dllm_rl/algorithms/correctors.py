@@ -94,6 +94,10 @@ def truncated_weights(
 
     token     rho_t = exp(log_mismatch_t)
     sequence  one rho for the row: exp(sum_t) with `product`, exp(mean_t) with `geometric`.
+
+    cap        largest weight
+    level      what has a ratio of its own: token or sequence
+    aggregate  of a sequence's tokens: product or geometric
     """
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     weights = per_level(log_mismatch, keep, level=level, aggregate=aggregate).clamp(-MAX_LOG, MAX_LOG).exp()
@@ -115,6 +119,10 @@ def masked_weights(
 
     A weight of 0 leaves the token in the mask: the denominator of the loss does not change. rho as in
     `truncated_weights`.
+
+    low, high  the range of ratios that count
+    level      what has a ratio of its own: token or sequence
+    aggregate  of a sequence's tokens: product or geometric
     """
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     weights = per_level(log_mismatch, keep, level=level, aggregate=aggregate).clamp(-MAX_LOG, MAX_LOG).exp()
@@ -139,6 +147,11 @@ def rejection(
     statistic exceeds `bound`, a whole sequence when the mean, sum or maximum of it over its tokens does; k1 has a sign,
     and its absolute value (after the mean or sum) is compared. Sources: verl's names, VeXact's default remedy (sequence
     mean of k3 above 0.001, which fits bf16 kernels; low-bit rollouts need a looser bound) [digest].
+
+    level      what is dropped: token or sequence
+    statistic  k1, k2 or k3
+    bound      its largest value that is kept, nats
+    aggregate  of a sequence's tokens: mean, sum or max
     """
     d, finite_mask, metrics = finite(log_mismatch, mask)
     d = d.clamp(-MAX_LOG, MAX_LOG)
@@ -203,6 +216,11 @@ def adaptive_weights(
     All three are of the rows in `mask`, which the step corrects: not of groups without advantage.
     Truncation [digest], cap 2 [ours]; `combine` makes lam of the three: "alarm", "gated" (both [ours]), or a function
     (rho, D, CV, *, tau) -> lam. No gradient through lam or w; B counts the rows that have a token.
+
+    cap        largest weight
+    tau        nats of mean |log_mismatch| at which half the trust is gone, above 0
+    combine    alarm or gated
+    aggregate  of a sequence's tokens, in rho: product or geometric
     """
     if not tau > 0:
         raise ValueError(f"tau={tau} must be > 0 (nats of mean |log_mismatch| at which half the trust is gone)")
@@ -241,7 +259,10 @@ def band_weights(
     log_mismatch: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"], *, c: float = 2.0
 ) -> Weighed:
     """TBPO's weight exp(clamp(mean_t log_mismatch, -log c, log c)), in [1/c, c], one per row (QaRL, arXiv 2604.07853,
-    eq. 5 [paper], its clamp read in log space [ours]; length-normalised ratio [digest])."""
+    eq. 5 [paper], its clamp read in log space [ours]; length-normalised ratio [digest]).
+
+    c  the largest weight, and one over the smallest; at least 1
+    """
     if not c >= 1:
         raise ValueError(f"c={c} must be at least 1: weights lie in [1/c, c]")
     log_mismatch, keep, metrics = finite(log_mismatch, mask)

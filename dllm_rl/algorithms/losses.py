@@ -30,6 +30,10 @@ def ppo_clip(
 
     epsilon_high defaults to epsilon (DAPO sets it higher); delta, if given, bounds r from above in the unclipped term
     (two-sided clipping, for negative advantages).
+
+    epsilon       how far the ratio may fall below 1 (or rise above it) and keep its gradient
+    epsilon_high  how far it may rise above 1; None: epsilon
+    delta         bound of the unclipped ratio, above 1 + epsilon_high; None: none
     """
     return _clipped(log_ratio, advantages, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta)
 
@@ -42,7 +46,10 @@ def gspo(
     epsilon: float = 3e-4,
     epsilon_high: float | None = 4e-4,
 ) -> Float[Tensor, "B T"]:
-    """ppo_clip on the row's geometric ratio r = exp(mean_t log_ratio), the mean over the mask (GSPO [paper])."""
+    """ppo_clip on the row's geometric ratio r = exp(mean_t log_ratio), the mean over the mask (GSPO [paper]).
+
+    epsilon, epsilon_high  how far the ratio may fall below 1, and rise above it, and keep its gradient
+    """
     return _clipped(row_mean(log_ratio, mask), advantages, epsilon=epsilon, epsilon_high=epsilon_high, delta=None)
 
 
@@ -61,6 +68,9 @@ def trust_band(
     Outside the band the gradient is exactly zero; with PPO's minimum a negative row with r > 1 + neg_high would keep an
     unbounded one. Source: QaRL, arXiv 2604.07853; objective and constants [digest]. With the aggregation `sequence` the
     sum is the paper's mean over sequences.
+
+    eps_high  how far the ratio may rise above 1 where the advantage is not negative
+    neg_low, neg_high  how far it may fall below 1, and rise above it, where the advantage is negative
     """
     ratio = row_mean(log_ratio, mask).clamp(-MAX_LOG, MAX_LOG).exp()
     up = ratio.clamp(0, 1 + eps_high)
@@ -78,6 +88,7 @@ def cispo(
 ) -> Float[Tensor, "B T"]:
     """sg(min(r, max_ratio)) A log_ratio: the gradient of log p, weighted by the capped ratio (CISPO [paper]).
 
+    max_ratio  bound on the ratio
     Every token keeps a gradient. log_ratio stands for logp_current: the two differ by a constant, so the value is 0
     on-policy. max_ratio is TRL's `epsilon_high`, a bound on r itself.
     """
@@ -157,7 +168,10 @@ def sequence(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int) 
 
 
 def constant(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int, length: int) -> Float[Tensor, "B T"]:
-    """1 / (sequences of the global batch * length), whatever the lengths (Dr.GRPO [paper]); length is in tokens."""
+    """1 / (sequences of the global batch * length), whatever the lengths (Dr.GRPO [paper]).
+
+    length  the constant, tokens: usually max_new_tokens
+    """
     return mask / (max(num_sequences, 1) * length)
 
 

@@ -26,7 +26,12 @@ def linear_decay(
     step: int, num_steps: int, *, warmup_steps: int = 5, constant_until: float = 0.6, final: float = 0.1
 ) -> float:
     """Factor on the learning rate at `step`: a linear rise, a plateau until that share of the run, a linear fall, and
-    `final` after num_steps."""
+    `final` after num_steps.
+
+    warmup_steps    steps of the rise
+    constant_until  share of the run at which the fall begins, in [0, 1]
+    final           the factor at the end
+    """
     rise = min(1.0, (step + 1) / max(1, warmup_steps))
     fall = max(0.0, min(1.0, step / max(1, num_steps)) - constant_until) / max(1e-9, 1 - constant_until)
     return rise * (1 - (1 - final) * fall)

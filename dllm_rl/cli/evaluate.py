@@ -1,12 +1,14 @@
-"""What `dllm-rl evaluate` does: build the task and the samplers, evaluate at each length, show a table or JSON."""
+"""What `dllm-rl evaluate` does: build the task and the samplers, evaluate every model at every setting, show it."""
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dllm_rl.cli.options import open_policy
-from dllm_rl.config import paths
+from dllm_rl.config import paths, pickable
 from dllm_rl.distributed import OneProcess, Processes, find_device, launched, make_accelerator
-from dllm_rl.evaluation.evaluate import evaluate
+from dllm_rl.evaluation.completions import fingerprint
+from dllm_rl.evaluation.evaluate import evaluate, task_facts
+from dllm_rl.evaluation.results import Evaluation, headline, paired_differences
+from dllm_rl.evaluation.sweep import plot_curve, varying, write_csv
 from dllm_rl.files import write_json
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import usual_length
+from dllm_rl.quantization import schemes as quantize
+from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.by_name import read_cache, read_commit, read_rank
+from dllm_rl.samplers.rules import steps_per_block
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.screen import escape_controls, literal
 from dllm_rl.tasks import Task
@@ -33,43 +42,98 @@ GENERATED = 500  # problems of a task that could make any number
 def evaluate_command(arguments: argparse.Namespace) -> None:
     """Run the command. Raises ValueError on settings that do not go together."""
     task = make_task(arguments)
+    schemes = read_schemes(arguments.quantization or ["none"])
     processes: Processes = OneProcess()
     device = find_device(arguments.device)
     if launched() > 1:
         processes = make_accelerator(device=device if arguments.device else None)
         device = processes.device
-    policy = open_policy(arguments, device=device)
-    plans = plan(policy, task, arguments)
     limit = num_problems(task, arguments)
-    found = []
-    for settings, sampler in plans:
-        length = settings["max_new_tokens"]
-        total = min(len(task), limit) * arguments.samples
-        with progress_bar(f"{task.name}, {length} tokens", total, main=processes.is_main_process) as progress:
-            result = evaluate(
-                policy,
-                task,
-                sampler,
-                seed=arguments.seed,
-                batch_size=arguments.batch_size,
-                samples=arguments.samples,
-                limit=limit,
-                completions=arguments.output_dir and Path(arguments.output_dir) / f"completions-{length}.jsonl",
-                model=str(arguments.model),
-                accelerator=processes,
-                reward_timeout=arguments.reward_timeout,
-                progress=progress,
-            )
-        found.append({**result.summary, **settings})
+    found: list[dict[str, Any]] = []
+    first: list[tuple[dict[str, Any], Evaluation]] = []  # of the first model, setting by setting
+    for model in arguments.models:
+        policy = open_policy(arguments, model, device=device)
+        plans = plan(policy, task, arguments)
+        measured: list[tuple[dict[str, Any], Evaluation]] = []
+        for name, scheme in schemes.items():
+            sampled = policy if scheme is None else quantized_copy(policy, scheme())
+            for settings, sampler in plans:
+                settings = {"quantization": name, **settings}
+                title = f"{task.name}, {', '.join(f'{value}' for value in [model, *settings.values()])}"
+                file = completions_file(arguments, sampled, task, settings)
+                total = min(len(task), limit) * arguments.samples
+                with progress_bar(title, total, main=processes.is_main_process) as progress:
+                    result = evaluate(
+                        sampled,
+                        task,
+                        sampler,
+                        seed=arguments.seed,
+                        batch_size=arguments.batch_size,
+                        samples=arguments.samples,
+                        limit=limit,
+                        completions=file,
+                        model=str(model),
+                        quantization=scheme and name,
+                        accelerator=processes,
+                        reward_timeout=arguments.reward_timeout,
+                        progress=progress,
+                    )
+                measured.append((settings, result))
+                row = {**result.summary, **settings} | ({"completions": file.name} if file else {})
+                row["steps"] = row["forwards"] / num_batches(result, arguments, processes)
+                for _, before in (each for each in first if each[0] == settings):
+                    row |= {"against": str(arguments.models[0]), "difference": paired_differences(result, before)}
+                found.append(row)
+        first = first or measured
     if processes.is_main_process:
+        show(found, arguments)
+
+
+def show(found: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Print the results, and write what the arguments ask for."""
+    if arguments.output_dir:
+        write_json(Path(arguments.output_dir) / "results.json", found)
+    if arguments.json:
+        print("\n".join(map(json.dumps, found)))
+    else:
+        Console().print(table(found) if len(found) <= 3 and len(arguments.models) == 1 else sweep_table(found))
         if arguments.output_dir:
-            write_json(Path(arguments.output_dir) / "results.json", found)
-        if arguments.json:
-            print("\n".join(map(json.dumps, found)))
-        else:
-            Console().print(table(found))
-            if arguments.output_dir:
-                print(f"Completions and results.json: {escape_controls(str(arguments.output_dir))}")
+            print(f"Completions and results.json: {escape_controls(str(arguments.output_dir))}")
+    if arguments.csv:
+        write_csv(Path(arguments.csv), found)
+    if arguments.plot:
+        plot_curve(Path(arguments.plot), found)
+
+
+def read_schemes(names: Sequence[str]) -> dict[str, Callable[[], Any] | None]:
+    """Schemes of the weights by name; None for none. Raises ValueError on an unknown one."""
+    known = {"none": None, **pickable(quantize.__name__, None, None)}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"quantization={name!r} is none of {', '.join(sorted(known))}")
+    return {name: known[name] for name in names}
+
+
+def completions_file(
+    arguments: argparse.Namespace, policy: Policy, task: Task, settings: dict[str, Any]
+) -> Path | None:
+    """Where completions are kept: a name of its own for everything that they depend on, and not for how they are
+    graded."""
+    if arguments.output_dir is None:
+        return None
+    facts = task_facts(task)
+    made_by = {name: facts[name] for name in ("task", "version", "settings")} | settings
+    made_by |= {"seed": arguments.seed, "dtype": arguments.dtype, "weights": fingerprint(policy)}
+    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]
+    steps = f"-{settings['num_steps']}-steps" if settings.get("num_steps") else ""
+    return Path(arguments.output_dir) / f"completions-{settings['max_new_tokens']}-tokens{steps}-{key}.jsonl"
+
+
+def num_batches(result: Evaluation, arguments: argparse.Namespace, processes: Processes) -> int:
+    """How many times the sampler ran, over all processes."""
+    problems = len(result.answers) // arguments.samples
+    size = min(max(1, arguments.batch_size // arguments.samples), -(-problems // processes.num_processes))
+    return -(-problems // size)
 
 
 def make_task(arguments: argparse.Namespace) -> Task:
@@ -105,25 +169,32 @@ def num_problems(task: Task, arguments: argparse.Namespace) -> int:
 
 
 def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[tuple[dict[str, Any], Callable]]:
-    """For each length: its settings, for the records, and the sampler bound to them."""
-    lengths = arguments.lengths or [usual_length(policy, task)]
+    """For each combination of the settings that are lists: what is said of it, and the sampler bound to it."""
+    lengths = arguments.max_new_tokens or [usual_length(policy, task)]
     temperature = arguments.temperature
     if arguments.samples > 1 and temperature == 0:
         raise ValueError(f"--samples {arguments.samples} at --temperature 0 are all alike; give a temperature above 0")
     if policy.spec.attention == "causal":
-        for name in ("num_steps", "block_size"):
+        for name in ("num_steps", "block_size", "rank", "commit", "cache"):
             if getattr(arguments, name) is not None:
-                raise ValueError(f"--{name} is for diffusion models; {arguments.model} is a causal one")
+                raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} has a causal one")
         settings = [{"max_new_tokens": length, "temperature": temperature} for length in lengths]
         return [(bound, partial(autoregress, **bound)) for bound in settings]
-    steps = arguments.num_steps or [None]
-    if len(steps) not in (1, len(lengths)):
-        raise ValueError(f"--num_steps has {len(steps)} numbers for {len(lengths)} lengths; give one, or one for each")
-    settings = [
-        {"max_new_tokens": n, "num_steps": s or n, "block_size": arguments.block_size, "temperature": temperature}
-        for n, s in zip(lengths, steps * (len(lengths) if len(steps) == 1 else 1), strict=True)
-    ]
-    return [(bound, partial(unmask, **bound)) for bound in settings]
+    plans: list[tuple[dict[str, Any], Callable]] = []
+    lists = (arguments.commit or ["schedule"], arguments.rank or ["confidence"], arguments.cache or ["none"])
+    for length, commit, rank, cache in product(lengths, *lists):
+        # A rule with a number of its own decides itself how many positions a step writes.
+        for steps in [None] if "=" in commit else dict.fromkeys(arguments.num_steps or [length]):
+            block_size = arguments.block_size
+            if block_size and steps:
+                steps_per_block(steps, [block_size] * -(-length // block_size))
+            bound: dict[str, Any] = {"max_new_tokens": length, "num_steps": steps, "block_size": block_size}
+            bound |= {"temperature": temperature}
+            names = {"rank": rank, "commit": commit, "cache": cache}
+            rules: dict[str, Any] = {"rank": read_rank(rank), "commit": read_commit(commit)}
+            sampler = partial(unmask, **bound, **rules, cache=None if cache == "none" else read_cache(cache))
+            plans.append((bound | names, sampler))
+    return plans
 
 
 @contextmanager
@@ -154,7 +225,7 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
     shown = Table(title=heading, caption=literal(first["model"], style="table.caption"))
     shown.add_column("")
     for result in found:
-        steps = f", {result['num_steps']} steps" if "num_steps" in result else ""
+        steps = f", {result['num_steps']} steps" if result.get("num_steps") else ""
         shown.add_column(f"{result['max_new_tokens']} tokens{steps}", justify="right")
     for name in (name for name in first if f"{name}_interval" in first):
         cells = ((result[name], *result[f"{name}_interval"]) for result in found)
@@ -163,4 +234,26 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
     shown.add_row("tokens per completion", *(f"{result['tokens'] / completions:.1f}" for result in found))
     shown.add_row("forwards, of a batch each", *(f"{result['forwards']}" for result in found))
     shown.add_row("seconds", *(f"{result['seconds']:.1f}" for result in found))
+    return shown
+
+
+def sweep_table(found: Sequence[dict[str, Any]]) -> Table:
+    """A row a setting: what differs between them, the metric that the task is known by, and what it costs."""
+    first, metric = found[0], headline(found[0])
+    title = f"{first['task']} (version {first['version']}), protocol {first['protocol']}, seed {first['seed']}"
+    heading = literal(f"{title}, {first['n']} problems x {first['samples']}", style="table.title")
+    against = next((row["against"] for row in found if "against" in row), None)
+    caption = f"less: {metric} less that of {against}, problem by problem, with a 95 % interval" if against else None
+    shown = Table(title=heading, caption=caption and literal(caption, style="table.caption"))
+    names = varying(found)
+    for name in (*names, metric, *["less"] * (against is not None), "steps", "tokens", "seconds"):
+        shown.add_column(literal(name), justify="left" if name in names else "right")
+    for row in found:
+        low, high = row[f"{metric}_interval"]
+        cells = [f"{row[metric]:.3f} [{low:.3f}, {high:.3f}]"]
+        if against is not None:
+            difference = row.get("difference", {}).get(metric)
+            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference) if difference else "")
+        cells += [f"{row['steps']:.1f}", f"{row['tokens'] / (row['n'] * row['samples']):.1f}", f"{row['seconds']:.1f}"]
+        shown.add_row(*(literal(str(row.get(name))) for name in names), *cells)
     return shown

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_sample(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("sample", help="complete prompts with a checkpoint, and watch it being done")
-    sub.add_argument("model", help="a checkpoint folder")
+    sub.add_argument("model", help="a checkpoint's or a run's folder")
     sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to complete; none: lines of standard input")
     sub.add_argument("--max_new_tokens", type=int, default=16, help="tokens per completion (default 16)")
     sub.add_argument("--num_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)")
@@ -85,18 +85,28 @@ def sample(arguments: argparse.Namespace) -> None:
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
     from dllm_rl.tasks.protocols import TASKS, protocol_names
 
-    sub = commands.add_parser("evaluate", help="complete a task's problems with a checkpoint and grade the completions")
-    sub.add_argument("model", help="a checkpoint folder, or a model hub's id")
+    sub = commands.add_parser(
+        "evaluate",
+        help="complete a task's problems with checkpoints and grade the completions",
+        description="Complete a task's problems and grade the completions, once for every checkpoint and every "
+        "combination of the settings that are lists. Later checkpoints are compared with the first, problem by "
+        "problem.",
+    )
+    sub.add_argument("models", nargs="+", metavar="MODEL", help="a checkpoint's or a run's folder, or a hub's id")
     sub.add_argument("--task", required=True, help=_either(TASKS))
     names = _either(protocol_names(), default="strict")
     sub.add_argument("--protocol", help=f"how completions are graded: {names}")
     sub.add_argument("--split", choices=("train", "validation", "test"), help="default: test")
     sub.add_argument("--path", help="a file or folder with the problems")
     sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting of the task")
-    sub.add_argument("--lengths", type=_numbers, help="tokens per completion, as 128,256 (default: the task's)")
     sub.add_argument(
-        "--num_steps", type=_numbers, help="unmasking steps, one number or one a length (default: as tokens)"
+        "--max_new_tokens", "--lengths", type=_numbers, help="tokens per completion, as 128,256 (default: the task's)"
     )
+    sub.add_argument("--num_steps", type=_numbers, help="unmasking steps, as 1,2,4,8 (default: as tokens)")
+    sub.add_argument("--quantization", type=_names, help="schemes of the weights, as none,float8_weight_only")
+    sub.add_argument("--rank", type=_names, help="as confidence,max_prob")
+    sub.add_argument("--commit", type=_names, help="as schedule,threshold=0.9")
+    sub.add_argument("--cache", type=_names, help="as none,dual=4")
     sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     sub.add_argument("--samples", type=int, default=1, help="completions of each problem, for pass@k")
@@ -106,7 +116,9 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--reward_timeout", type=_seconds, default=600.0, help="seconds a completion's grading; then: 124")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--output_dir", help="keep completions; the same command continues what was interrupted")
-    sub.add_argument("--json", action="store_true", help="one JSON object a length instead of a table")
+    sub.add_argument("--json", action="store_true", help="one JSON object a setting instead of a table")
+    sub.add_argument("--csv", metavar="FILE", help="also write a row a setting, with intervals and differences")
+    sub.add_argument("--plot", metavar="FILE", help="also draw accuracy against steps, as a PNG")
     sub.set_defaults(run=evaluate)
 
 
@@ -121,6 +133,10 @@ def _numbers(text: str) -> list[int]:
     if min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
     return numbers
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _seconds(text: str) -> float | None:
@@ -157,7 +173,7 @@ def grade(arguments: argparse.Namespace) -> None:
 
 def add_doctor(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("doctor", help="say where the mismatch of quantised rollouts comes from")
-    sub.add_argument("model", help="a checkpoint folder")
+    sub.add_argument("model", help="a checkpoint's or a run's folder")
     sub.add_argument(
         "--quantization", default="float8_weight_only", help="a scheme's name, or none (default float8_weight_only)"
     )

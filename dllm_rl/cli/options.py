@@ -1,6 +1,8 @@
 """The options that every command with a model has, and the policy that they ask for."""
 
 import argparse
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,10 +16,32 @@ def add_model_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator, where there is one)")
 
 
-def open_policy(arguments: argparse.Namespace, *, device: "torch.device | None" = None, **options: Any) -> "Policy":
-    """The checkpoint that the arguments name, in their dtype and on their device, or on the one given."""
+def checkpoint_of(model: str) -> str:
+    """A checkpoint's folder or a hub's id as it is; of a run's folder, the newest checkpoint that is whole.
+
+    What is skipped is said on standard error. Raises ValueError where a run has none.
+    """
+    folder = Path(model) / "checkpoints"
+    if not folder.is_dir():
+        return model
+    from dllm_rl.screen import escape_controls
+    from dllm_rl.training import checkpoint
+
+    try:
+        newest = checkpoint.locate("latest", folder, say=lambda text: print(escape_controls(text), file=sys.stderr))
+    except ValueError:
+        raise ValueError(f"{model}: none of the run's checkpoints is whole; dllm-rl verify says why") from None
+    if newest is None:
+        raise ValueError(f"{model} is a run's folder without a checkpoint yet; give a checkpoint")
+    return str(newest)
+
+
+def open_policy(
+    arguments: argparse.Namespace, model: str | None = None, *, device: "torch.device | None" = None, **options: Any
+) -> "Policy":
+    """The model, or the one that the arguments name, in their dtype and on their device, or on the one given."""
     from dllm_rl.distributed import find_device
     from dllm_rl.models.policy import load_policy
 
     device = find_device(arguments.device) if device is None else device
-    return load_policy(arguments.model, dtype=arguments.dtype, device=device, **options)
+    return load_policy(checkpoint_of(model or arguments.model), dtype=arguments.dtype, device=device, **options)

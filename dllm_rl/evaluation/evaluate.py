@@ -28,6 +28,7 @@ def evaluate(
     limit: int | None = None,
     completions: str | Path | None = None,
     model: str = "",
+    quantization: str | None = None,
     accelerator: Processes | None = None,
     reward_timeout: float | None = None,
     progress: Callable[[int], None] = lambda done: None,
@@ -38,11 +39,12 @@ def evaluate(
     batch_size   completions per call of the sampler and process, but at least those of one problem.
     completions  a .jsonl file that keeps every completion; stored completions are re-graded instead of sampled again.
     model        a name, for the records.
+    quantization what the policy's weights were quantised with, for the records.
     accelerator  shares the problems out to its processes; all of them return the same. None: this process alone.
     reward_timeout  seconds for the grading of one completion; see `tasks.deadline`. None: no limit.
     progress     called with the number of completions done by then, over all processes.
 
-    Raises ValueError when the file holds completions of other weights, seed, sampler or problems.
+    Raises ValueError when the file holds completions of other weights, quantisation, seed, sampler or problems.
     """
     count = len(task) if limit is None else min(limit, len(task))
     for name, value in {"samples": samples, "batch_size": batch_size, "limit": count}.items():
@@ -51,6 +53,7 @@ def evaluate(
     accelerator = accelerator or OneProcess()
     path = None if completions is None else Path(completions)
     made_with = {"seed": seed, "sampler": describe(sampler), "weights": path and fingerprint(policy)}
+    made_with |= {"quantization": quantization} if quantization else {}
     keeper = Completions(path, made_with, accelerator)
     facts = task_facts(task) | {"model": model} | made_with
 

@@ -1,13 +1,13 @@
 """What an evaluation found, as numbers: means, 95 % intervals, pass@k, cost. No torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from dllm_rl.evaluation.intervals import bootstrap_mean, pass_at_k, wilson
+from dllm_rl.evaluation.intervals import bootstrap_difference, bootstrap_mean, pass_at_k, wilson
 from dllm_rl.tasks.base import Reward, addends
 
 
@@ -46,8 +46,8 @@ class Evaluation:
         problems = len({answer.problem for answer in self.answers})
         samples = len(self.answers) // problems
         found = {name: by_problem(self.answers, name) for name in self.means}
-        right = next((name for name in ("accuracy", "solve_rate") if name in self.means), None)
-        if samples > 1 and right:
+        right = headline(self.means)
+        if samples > 1 and right != "reward":
             counts = [round(value) for value in found[right][0]]
             for k in (*(2**i for i in range(samples.bit_length()) if 2**i < samples), samples):
                 found[f"pass@{k}"] = [pass_at_k(samples, count, k) for count in counts], [1.0] * problems
@@ -67,13 +67,42 @@ def by_problem(answers: Sequence[Graded], name: str) -> tuple[list[float], list[
 
     The divisor is the number of completions that have the metric, or the count that it is a ratio to: see addends.
     """
+    kept = [pair for pair in _sums(answers, name).values() if pair[1]] or [(0.0, 1.0)]
+    return [value for value, _ in kept], [weight for _, weight in kept]
+
+
+def _sums(answers: Sequence[Graded], name: str) -> dict[int, tuple[float, float]]:
+    """The numbers of `by_problem` of every problem, 0 and 0 where it has none."""
     sums: dict[int, tuple[float, float]] = {}
     for answer in answers:
         value, weight = addends(answer.reward).get(name, (0.0, 0.0))
         before = sums.get(answer.problem, (0.0, 0.0))
         sums[answer.problem] = before[0] + value, before[1] + weight
-    kept = [pair for pair in sums.values() if pair[1]] or [(0.0, 1.0)]
-    return [value for value, _ in kept], [weight for _, weight in kept]
+    return sums
+
+
+def headline(names: Collection[str]) -> str:
+    """The metric that a task is known by, of those that it has."""
+    return next((name for name in ("accuracy", "solve_rate") if name in names), "reward")
+
+
+def paired_differences(found: Evaluation, before: Evaluation) -> dict[str, list[float]]:
+    """Each mean less that of another evaluation of the same problems: [difference, low, high], with a 95 % interval.
+
+    Of the problems where both have the metric; these are what is resampled (`bootstrap_difference`, from a fixed seed).
+    """
+    differences = {}
+    for name in (name for name in found.means if name in before.means):
+        now, then = _sums(found.answers, name), _sums(before.answers, name)
+        both = [problem for problem in now if now[problem][1] and then.get(problem, (0.0, 0.0))[1]]
+        if both:
+            values, weights = zip(*(now[problem] for problem in both), strict=True)
+            earlier, shares = zip(*(then[problem] for problem in both), strict=True)
+            low, high = bootstrap_difference(
+                values, earlier, np.random.default_rng(0), weights=weights, weights_before=shares
+            )
+            differences[name] = [mean(values, weights) - mean(earlier, shares), low, high]
+    return differences
 
 
 def mean(values: Sequence[float], weights: Sequence[float]) -> float:

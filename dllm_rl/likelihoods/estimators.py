@@ -10,13 +10,14 @@ before it in the order). Cost is in forwards of the whole batch, for one scoring
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from dllm_rl.config import maker
 from dllm_rl.likelihoods.masks import (
     draw_block,
     draw_coupled,
@@ -52,6 +53,7 @@ class LikelihoodEstimator:
     exact_for_sampler  True if scoring under the rollout policy equals the log-probs that the sampler recorded; they
                        are then reused.
     packed   block size of a block-causal model whose views mask every block at once, each seeing the others clean.
+    made_by  the function below that made it, with its keywords, so that a command line can change one.
 
     Contract: contributions are zero off the completion; both sides of any ratio use the same estimator and noise.
     """
@@ -63,6 +65,7 @@ class LikelihoodEstimator:
     attention: tuple[str, ...] = ("full", "block_causal")
     exact_for_sampler: bool = False
     packed: int | None = None
+    made_by: partial | None = field(default=None, init=False, repr=False, compare=False)
 
     @torch.no_grad()
     def scores(
@@ -95,14 +98,17 @@ class LikelihoodEstimator:
             raise ValueError(f"block_size={self.packed} is not the policy's block size, {policy.spec.block_size}")
 
 
+@maker
 def causal() -> LikelihoodEstimator:
     """log p(y) = sum_t log p(y_t | prompt, y_<t). One forward, exact. For autoregressive policies."""
     return LikelihoodEstimator("causal", draw_nothing, attention=("causal",))
 
 
+@maker
 def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
     """d1's mean-field estimate: sum_i l_i(all of y), each prompt token masked with probability `prompt_mask`.
 
+    prompt_mask  share of the prompt's tokens that are masked, in [0, 1)
     One forward (a G-th of one at prompt_mask=0, where a prompt's completions all look the same). No noise but the
     prompt's; biased: tokens count as independent given the prompt. Source: d1, arXiv 2504.12216 [paper].
     """
@@ -111,10 +117,12 @@ def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
     return LikelihoodEstimator("one_step", partial(draw_everything, prompt_mask=prompt_mask))
 
 
+@maker
 def elbo(*, num_samples: int = 4, stratified: bool = True, antithetic: bool = False) -> LikelihoodEstimator:
     """The any-order ELBO by masks of exactly k tokens: the mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}.
 
-    num_samples forwards; unbiased for the ELBO, high variance. Sources: LLaDA eq. 14, VRPO [paper].
+    num_samples  masks, and forwards
+    Unbiased for the ELBO, high variance. Sources: LLaDA eq. 14, VRPO [paper].
     stratified  k spread evenly over 1..L among the samples.
     antithetic  samples in pairs (num_samples even): k with L+1-k, the second mask taken from the other end of the same
                 random order, so that a pair scores every token at least once.
@@ -126,22 +134,27 @@ def elbo(*, num_samples: int = 4, stratified: bool = True, antithetic: bool = Fa
     return LikelihoodEstimator("elbo", draw)
 
 
+@maker
 def coupled(*, num_samples: int = 1) -> LikelihoodEstimator:
     """The any-order ELBO from a mask and its complement, so that every token is scored.
 
     k is stratified over 0..L, m holds exactly k of the L completion positions:
         ( sum_{i in m} l_i(m) (L+1)/k + sum_{i not in m} l_i(m^c) (L+1)/(L-k) ) / 2,
-    a term with an empty set being 0. Unbiased for the ELBO; 2 * num_samples forwards. Source: ESPO's form [paper].
+    a term with an empty set being 0.
+    num_samples  pairs of masks, of two forwards each
+    Unbiased for the ELBO. Source: ESPO's form [paper].
     """
     _at_least_one("num_samples", num_samples)
     return LikelihoodEstimator("coupled", partial(draw_coupled, num_samples=num_samples))
 
 
+@maker
 def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
     """The any-order ELBO, integral_0^1 E_m[(L/k) sum_{i in m} l_i(m)] dt, by Gauss-Legendre nodes t_n with weights w_n:
     sum_n w_n (L/k_n) sum_{i in m_n} l_i(m_n), k_n = floor(t_n L) + 1, one random mask of exactly k_n tokens a node.
 
-    `nodes` forwards; no variance from k. Bias: that of the quadrature rule and of rounding k_n to an integer, zero when
+    nodes  of the quadrature: masks, and forwards
+    No variance from k. Bias: that of the quadrature rule and of rounding k_n to an integer, zero when
     the integrand is linear in k and t_n L + 1/2 is an integer; it does not shrink with more masks. Sources: GDPO/SDMC,
     arXiv 2510.08554 [paper]; exactly k masked tokens instead of independent ones [ours].
     """
@@ -149,13 +162,17 @@ def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
     return LikelihoodEstimator("quadrature", partial(draw_quadrature, nodes=nodes))
 
 
+@maker
 def block(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
     """The ELBO of block-wise decoding: blocks before a chosen one clean, a mask inside it, later ones fully masked.
 
     With blocks b = 1..N of L_b tokens, k ~ U{1..L_b} and m in b with |m| = k, the mean over samples of
         N (L_b / k) sum_{i in m} l_i(m and all later blocks),  b ~ U{1..N}, stratified over the samples.
     Unbiased for the sum over blocks of each one's any-order ELBO given those before it: a lower bound of the likelihood
-    under the block-wise sampler. num_samples forwards; num_samples = N scores every block. Source: SPG, arXiv
+    under the block-wise sampler.
+    block_size   tokens of a block
+    num_samples  masks, and forwards; as many as there are blocks score every block
+    Source: SPG, arXiv
     2510.09541 [paper]; its code averages over all masked tokens, later blocks' included, where only the chosen block's
     are scored here [ours]. Blocks start at the completion, as `unmask`'s do; a last block may be short.
     """
@@ -186,10 +203,12 @@ def upper_where_negative(noise: Noise, advantages: Float[Tensor, " B"], *, mix: 
     return replace(noise, upper_bound_weight=mix * (advantages < 0).to(noise.weight))
 
 
+@maker
 def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
     """SPG's evidence upper bound: sum_i (1/beta) log mean_t[ p_i^beta 1(i in m) / t ], on the masks of `base`.
 
-    base  elbo, coupled (the default, `coupled()`), quadrature or block: the same masks, and their weights for 1/t.
+    base  elbo, coupled (None: `coupled()`), quadrature or block: the same masks, and their weights for 1/t.
+    beta  exponent of the probabilities, above 0
     Cost as base. Over all masks it is at least the ELBO for every beta > 0 (Jensen). It is at least log p for beta >= L
     (Hoelder), and for any beta when the model's conditionals belong to one joint distribution; in between an
     inconsistent model's log p can lie above it [ours]: SPG's theorem (beta >= 1) adds a constant that no gradient sees.
@@ -202,12 +221,16 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
     return replace(base, name="eubo", exact_for_sampler=False, combine=partial(upper_bound, beta=beta))
 
 
+@maker
 def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
     """SPG's pair of bounds: the ELBO where the advantage is >= 0, mix * EUBO + (1 - mix) * ELBO where it is negative.
 
     Raising a lower bound or lowering an upper one moves log p itself. Both bounds come from the same views of `base`
     (see `eubo`), at its cost. `with_advantages(noise, advantages)` records each row's weight of the upper bound with
     its masks, so that every side of a ratio uses the same mixture; noise without it is scored by the ELBO alone.
+    beta  exponent of the upper bound, above 0
+    mix   weight of the upper bound, in [0, 1]
+    base  the estimate whose masks both bounds take; None: `coupled()`
     Source: SPG, arXiv 2510.09541, and its code [paper]; inside a clipped ratio, per token and unnormalised [ours].
     """
     if not beta > 0:
@@ -219,6 +242,7 @@ def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator |
     return replace(base, name="sandwich", exact_for_sampler=False, combine=combine, with_advantages=with_advantages)
 
 
+@maker
 def trajectory(*, num_segments: int | None = None, block_size: int | None = None) -> LikelihoodEstimator:
     """Replay the recorded unmasking: in segment s, score the tokens committed there, everything from s on masked.
 
@@ -226,6 +250,7 @@ def trajectory(*, num_segments: int | None = None, block_size: int | None = None
     num_segments each row's steps are merged into that many equal parts. One forward a segment. Sources: TraceRL,
     d2's StepMerge [paper].
 
+    num_segments  parts into which a row's steps are merged; None: every step its own, which is exact
     block_size  of a block-causal model: the same likelihood from one packed forward for each place of a step in its
                 block, all blocks together, instead of one for each step; num_segments then counts those of a block.
     """

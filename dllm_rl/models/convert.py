@@ -38,5 +38,8 @@ def to_diffusion(policy: AutoregressivePolicy | DiffusionPolicy) -> DiffusionPol
 
 
 def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32) -> DiffusionPolicy:
-    """`to_diffusion` of a checkpoint: what a recipe can bind as its model."""
+    """`to_diffusion` of a checkpoint: what a recipe can bind as its model.
+
+    dtype  of the weights
+    """
     return to_diffusion(load_policy(path_or_id, dtype=dtype))

@@ -31,6 +31,8 @@ from dllm_rl.rng import keep_mask
 class Lora:
     """W + (alpha / r) B A on linear layers of the blocks: A is random, B zero, so that nothing changes at first.
 
+    r        rank of the adapters
+    alpha    their scale, times r
     targets  names of layers (`q_proj`), or full paths; None takes the family's own list. Routers, embeddings, heads
              and experts that are stacked in one tensor are not adapted.
     dropout  share of the adapters' inputs that is dropped, in forwards that are differentiated only.
@@ -58,12 +60,22 @@ def check_mergeable(lora: Lora) -> None:
 
 
 def lora_r16(*, r: int = 16, alpha: float = 32.0, dropout: float = 0.0) -> Lora:
-    """Small adapters: r 16, alpha 32, no dropout, unless told otherwise."""
+    """Small adapters: r 16, alpha 32, no dropout, unless told otherwise.
+
+    r        rank of the adapters
+    alpha    their scale, times r
+    dropout  share of the adapters' inputs that is dropped, in forwards that are differentiated only
+    """
     return Lora(r=r, alpha=alpha, dropout=dropout)
 
 
 def lora_d1(*, r: int = 128, alpha: float = 64.0, dropout: float = 0.05) -> Lora:
-    """d1's adapters (arXiv 2504.12216): r 128, alpha 64, dropout 0.05, unless told otherwise."""
+    """d1's adapters (arXiv 2504.12216): r 128, alpha 64, dropout 0.05, unless told otherwise.
+
+    r        rank of the adapters
+    alpha    their scale, times r
+    dropout  share of the adapters' inputs that is dropped, in forwards that are differentiated only
+    """
     return Lora(r=r, alpha=alpha, dropout=dropout)
 
 

@@ -67,7 +67,17 @@ def tiny_masked_lm(
     head_std: float = 0.02,
     gain: float = 0.7,
 ) -> DiffusionPolicy:
-    """A pre-norm RoBERTa: bidirectional by nature, with learned positions, which a grid is learned fastest with."""
+    """A pre-norm RoBERTa: bidirectional by nature, with learned positions, which a grid is learned fastest with.
+
+    characters         those that prompts and completions are made of, a token each
+    hidden_size        width of the model
+    num_layers         blocks
+    num_heads          attention heads of a block
+    intermediate_size  width between a block's two feed-forward layers
+    max_length         longest prompt and completion together, tokens
+    embedding_std, head_std  standard deviation of the first embeddings, of the first head
+    gain               of the other first weights: their standard deviation is gain / sqrt(inputs)
+    """
     tokenizer = char_tokenizer(characters)
     config = RobertaPreLayerNormConfig(
         vocab_size=len(tokenizer),
@@ -104,7 +114,19 @@ def tiny_llama(
     head_std: float = 0.02,
     gain: float = 0.7,
 ) -> DiffusionPolicy | AutoregressivePolicy:
-    """A Llama: causal, or with `causal=False` the layout of LLaDA (the same blocks, un-causaled, rotary positions)."""
+    """A Llama: causal, or with `causal=False` the layout of LLaDA (the same blocks, un-causaled, rotary positions).
+
+    causal             an autoregressive model, or a masked-diffusion one
+    rope_theta         base of the rotary positions' wave lengths
+    characters         those that prompts and completions are made of, a token each
+    hidden_size        width of the model
+    num_layers         blocks
+    num_heads          attention heads of a block
+    intermediate_size  width between a block's two feed-forward layers
+    max_length         longest prompt and completion together, tokens
+    embedding_std, head_std  standard deviation of the first embeddings, of the first head
+    gain               of the other first weights: their standard deviation is gain / sqrt(inputs)
+    """
     tokenizer = char_tokenizer(characters)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -48,21 +48,38 @@ def int8_dynamic() -> Int8DynamicActivationInt8WeightConfig:
     return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
 
 
-def int4_weight_only() -> IntxWeightOnlyConfig:
-    """4-bit weights in groups of 32, held in bytes, products in the learner's dtype. Runs anywhere, CPU included."""
+def int4_weight_only(*, group_size: int = 32) -> IntxWeightOnlyConfig:
+    """4-bit weights in groups, held in bytes, products in the learner's dtype. Runs anywhere, CPU included.
+
+    group_size  inputs that share a scale; layers whose inputs it does not divide are not quantised
+    """
+    if group_size < 1:
+        raise ValueError(f"group_size={group_size} must be at least 1")
     int4 = torch.int4  # type: ignore[attr-defined]  # torch's stubs leave it out
-    return IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(32))
+    return IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(group_size))
 
 
-def int4_packed() -> Int4WeightOnlyConfig:
-    """4-bit weights in groups of 128, packed for a CUDA kernel (bf16). Saves memory and, in small batches, time."""
-    return Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
+def int4_packed(*, group_size: int = 128) -> Int4WeightOnlyConfig:
+    """4-bit weights in groups, packed for a CUDA kernel (bf16). Saves memory and, in small batches, time.
+
+    group_size  inputs that share a scale: 32, 64, 128 or 256
+    """
+    if group_size not in (32, 64, 128, 256):
+        raise ValueError(f"group_size={group_size} must be 32, 64, 128 or 256")
+    return Int4WeightOnlyConfig(
+        group_size=group_size, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
+    )
 
 
 def fake_quantize(
     *, weight: str | None = "int8", activation: str | None = None, granularity: str = "row"
 ) -> FakeQuantize:
-    """Emulation of any pair of schemes: e4m3, e5m2, int8, int4, int3, five_level, ternary, or None."""
+    """Emulation of any pair of schemes: e4m3, e5m2, int8, int4, int3, five_level, ternary, or None.
+
+    weight       how weights are rounded: a scheme's name, or none
+    activation   how the inputs of linear layers are rounded: a scheme's name, or none
+    granularity  row: a scale per output row of a weight and per token of an input; tensor: one in all
+    """
     return FakeQuantize(weight=weight, activation=activation, granularity=granularity)
 
 

@@ -47,12 +47,18 @@ def block_cache() -> Cache:
 
 def prefix_cache(*, refresh: int | None = None) -> Cache:
     """Fast-dLLM's prefix cache (arXiv 2505.22618), APPROXIMATE: keys and values of all that precedes the block are
-    those of its first step (and of every `refresh`-th after it). refresh=1 is exact. [paper]"""
+    those of its first step (and of every `refresh`-th after it). refresh=1 is exact. [paper]
+
+    refresh  steps after which it is computed again within a block; None only at its start
+    """
     return Cache("prefix", refresh)
 
 
 def dual_cache(*, refresh: int | None = None) -> Cache:
-    """Fast-dLLM's dual cache, APPROXIMATE: as prefix_cache, and the masks after the block are kept too. [paper]"""
+    """Fast-dLLM's dual cache, APPROXIMATE: as prefix_cache, and the masks after the block are kept too. [paper]
+
+    refresh  steps after which it is computed again within a block; None only at its start
+    """
     return Cache("dual", refresh)
 
 

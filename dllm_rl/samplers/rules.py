@@ -114,6 +114,7 @@ def threshold(
 ) -> Bool[Tensor, "B L"]:
     """Fast-dLLM's parallel decoding (arXiv 2505.22618): all positions with probability >= tau, the best one at least.
 
+    tau  the probability from which on a position is written, in (0, 1]
     Wants scores that are log-probabilities (confidence, max_prob). Ignores steps_left. [paper]
     """
     if not 0 < tau <= 1:
@@ -127,6 +128,7 @@ def factor(
 ) -> Bool[Tensor, "B L"]:
     """Fast-dLLM's factor rule: the n best, n the largest with p_(n) >= 1 - f/(n+1), p sorted downwards; at least one.
 
+    f  above 0; larger writes more at once
     Wants scores that are log-probabilities (confidence, max_prob). Ignores steps_left. [paper]
     """
     if not f > 0:
@@ -142,6 +144,7 @@ def entropy_bound(
 ) -> Bool[Tensor, "B L"]:
     """EB-Sampler (arXiv 2505.24857): the most certain positions U, as many as keep sum_U H - max_U H <= gamma, nats.
 
+    gamma  the bound, nats; larger writes more at once
     Wants rank=entropy, whose scores are -H; one position always fits. Ignores steps_left. [paper]
     """
     if not gamma >= 0:

@@ -44,7 +44,10 @@ def unmask(
                     block may be shorter, and so may the first of a block-causal policy: its blocks count from the
                     prompt's start.
     temperature     of the categorical distribution; 0 takes the likeliest token.
-    rank, commit    see `rules`; ranking is on untempered fp32 log-probabilities.
+    top_k           only so many likeliest tokens are sampled; None: all.
+    top_p           only the likeliest tokens are sampled, as many as have this probability together; None: all.
+    rank            which positions come first, see `rules`; on untempered fp32 log-probabilities.
+    commit          how many positions are written in a step, see `rules`.
     suppress        token ids that are never sampled; the mask token never is.
     cache           see `cache`; None recomputes every position in every step.
     approximate_early_exit  full attention only: a row ends with the block in which it has written an end token; the

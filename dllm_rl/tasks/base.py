@@ -43,7 +43,8 @@ class Reward:
 class Task(Protocol):
     """A sized, indexable collection of problems with a grader. `version` changes whenever a grade could.
 
-    A task may also have rewards(problems, completions), which grades many at once as reward would one by one.
+    A task may also have rewards(problems, completions), which grades many at once as reward would one by one, and
+    reward_weights, where its value is a weighted sum of several rewards: name in the breakdown -> weight.
     """
 
     @property

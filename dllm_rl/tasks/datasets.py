@@ -27,6 +27,11 @@ class DatasetTask:
     name: str
     version: str
 
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """Of each function, by its name in the breakdown."""
+        return dict(zip(self._labels(), self.weights, strict=True))
+
     def __len__(self) -> int:
         return len(self.dataset)
 

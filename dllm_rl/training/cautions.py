@@ -6,7 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from dllm_rl.algorithms.advantages import takes_parts
 from dllm_rl.recipe import Recipe
 
 BF16_STEPS = 512  # half a step of bf16 is at least a 512th of the number
@@ -27,14 +30,21 @@ def cautions(recipe: Recipe) -> list[str]:
             f"dtype='bfloat16' without lora and learning_rate={recipe.learning_rate}: bf16 weights above {steps:.1g} "
             "round such updates away; use --dtype float32 --bf16, whose weights are fp32 and whose products are bf16"
         )
-    rewards = torch.arange(float(shape[0] * shape[1])).reshape(shape)
-    if not recipe.advantages(rewards).any():
+    rewards, parts = made_up_rewards(recipe)
+    if not recipe.advantages(rewards, **parts).any():
         name = getattr(recipe.advantages, "func", recipe.advantages).__name__
         said.append(
             f"num_generations={shape[1]} with advantages={name} gives advantages that are all 0, which teach nothing; "
             "use at least 2"
         )
     return said
+
+
+def made_up_rewards(recipe: Recipe) -> tuple[Float[Tensor, "P G"], dict[str, Tensor]]:
+    """Rewards of a batch that all differ, and what `recipe.advantages` takes beside them."""
+    shape = (recipe.train_batch_size, recipe.num_generations)
+    rewards = torch.arange(float(shape[0] * shape[1])).reshape(shape)
+    return rewards, {"parts": rewards[None], "weights": torch.ones(1)} if takes_parts(recipe.advantages) else {}
 
 
 def flat_for(steps: int) -> str:

@@ -42,13 +42,14 @@ def save(
     keep: int,
     processes: int = 1,
     versions: dict[str, Any] | None = None,
+    reserve: int = 0,
 ) -> Path:
     """Write `directory`/step-NNNNNN, name it in `directory`/latest, then drop all but the newest `keep`. `load_policy`
     opens the folder as it is.
 
     The folder is written under another name, flushed to disk and renamed, so a folder with a checkpoint's name is
     always complete; its manifest is written last. state must be JSON-serialisable; a run's random numbers are functions
-    of (seed, step) and need no saving.
+    of (seed, step) and need no saving. `reserve` is of room, bytes, that later checkpoints take beyond this one.
 
     Raises FloatingPointError, before anything is written, where a weight or a moment is not finite, and OSError that
     says how much room is missing where the disk is full.
@@ -57,7 +58,7 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     recover_all(directory)
     final = folder_of(directory, step)
-    with _enough_room(final, policy, optimizer):
+    with _enough_room(final, policy, optimizer, reserve):
         with replacing(final) as partial:
             policy.save_pretrained(partial)
             if policy.lora is not None:
@@ -84,12 +85,12 @@ def recover_all(directory: Path) -> None:
 
 
 @contextmanager
-def _enough_room(final: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def _enough_room(final: Path, policy: Policy, optimizer: torch.optim.Optimizer, reserve: int) -> Iterator[None]:
     """Raise OSError where the disk has no room for another checkpoint, or the block fails to write one; both say how
     much is missing."""
     tensors = sum(x.numel() * x.element_size() for x in _tensors(policy, optimizer).values())
     last = [folder_size(folder) for _, folder in found(final.parent)[-1:]]
-    needed = max([tensors, *last]) + (1 << 20)
+    needed = max([tensors, *last]) + reserve + (1 << 20)
 
     def fault(why: str) -> OSError:
         free = shutil.disk_usage(final.parent).free

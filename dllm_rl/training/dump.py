@@ -30,14 +30,14 @@ from dllm_rl.files import replacing
 from dllm_rl.recipe import Recipe
 from dllm_rl.training import checkpoint
 from dllm_rl.training.folder import FAILED, settings_of
-from dllm_rl.training.run import Run, how_to_continue, write_checkpoint
+from dllm_rl.training.run import Run, Summary, how_to_continue, write_checkpoint
 
 FORMAT = 1
 BEFORE_UPDATE = ("", "rollout", "reward", "waiting", "scoring")  # stages that leave the weights alone
 MADE = ("rollout", "rewards", "advantages", "groups", "noise", "logps", "batch")
 
 
-def leaving_a_dump(train: Callable[[Recipe], dict[str, Any]]) -> Callable[[Recipe], dict[str, Any]]:
+def leaving_a_dump(train: Callable[[Recipe], Summary]) -> Callable[[Recipe], Summary]:
     """`train`; the error of a failed step bears a note that says what is saved and how to run the step again.
 
     What the step had made is read from the frames that the error came through, as a debugger does, so that the loop
@@ -45,7 +45,7 @@ def leaving_a_dump(train: Callable[[Recipe], dict[str, Any]]) -> Callable[[Recip
     """
 
     @wraps(train)
-    def wrapped(recipe: Recipe) -> dict[str, Any]:
+    def wrapped(recipe: Recipe) -> Summary:
         try:
             return train(recipe)
         except Exception as error:  # of any kind: it goes on from here

@@ -11,6 +11,7 @@ from dllm_rl.training import checkpoint, manifest
 from dllm_rl.training.stop import LOCK
 
 FAILED = "failed"  # where dumps of failed steps lie
+REHEARSAL = ".rehearsal"  # where a rehearsal writes
 
 # Fields that may change between the parts of a resumed run: they do not touch what is computed, or only extend it
 # (that the schedule stays as it was is checked).
@@ -51,6 +52,7 @@ def open_folder(recipe: Recipe) -> tuple[Path | None, list[str]]:
             "another output_dir"
         ) from None
     recover(directory / "reference")
+    remove(directory / REHEARSAL)  # of a run that was killed in it
     held = [name for name in HELD if (directory / name).exists()]
     if not recipe.resume_from_checkpoint:
         if held and not recipe.overwrite_output_dir:

@@ -14,6 +14,7 @@ from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import RewardFunction, in_memory, part_of, task_from_dataset
 from dllm_rl.training.loop import train
+from dllm_rl.training.run import Summary
 
 SEGMENTS = 8  # views of a trajectory that takes more steps than this
 HELD_OUT = 256  # rows at most
@@ -24,8 +25,9 @@ def grpo(
     dataset: Any,
     reward_funcs: RewardFunction | Sequence[RewardFunction],
     **settings: Any,
-) -> dict[str, Any]:
-    """Train a model on a data set with TRL-style reward functions; returns what its summary.json holds.
+) -> Summary:
+    """Train a model on a data set with TRL-style reward functions; returns what its summary.json holds, with the
+    trained `policy` as an attribute.
 
         grpo("GSAI-ML/LLaDA-8B-Instruct", dataset, [correct, short], reward_weights=[1.0, 0.1], max_new_tokens=256,
              num_steps=500, lora=lora_r16)
@@ -55,7 +57,8 @@ def grpo_recipe(
     reward_funcs    f(prompts=, completions=, **columns) -> a number, or None, for each; plain or async. Each is logged
                     as rewards/NAME/mean.
     eval_dataset    held-out rows; None: the last tenth of `dataset`, at most 256 rows, is kept from training.
-    reward_weights  of the functions in the reward; 1 each by default.
+    reward_weights  of the functions in the reward; 1 each by default. With advantages=decoupled each is normalised in
+                    its group on its own, before it is weighed.
     sampler_options further keywords of `unmask` or `autoregress`: num_steps (unmasking steps; by default one a token),
                     block_size, top_p ...
     max_rows        of a data set without a length, as a streamed one: so many rows are read into memory.

@@ -1,7 +1,5 @@
 """The loop: task, prompts, rollout, rewards, advantages, likelihoods, corrector, update, weight sync."""
 
-from typing import Any
-
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
@@ -9,23 +7,26 @@ from dllm_rl.training.dry_run import plan
 from dllm_rl.training.dump import leaving_a_dump
 from dllm_rl.training.learner import correct, draw_noise, learner_forward, measured_groups, score, update
 from dllm_rl.training.rollouts import collect
-from dllm_rl.training.run import checkpoint_if_due, finish, start, validate
+from dllm_rl.training.run import Summary, checkpoint_if_due, finish, start, validate
 from dllm_rl.training.stop import leaving_nothing_behind
 
 
 @leaving_nothing_behind
 @leaving_a_dump
-def train(recipe: Recipe) -> dict[str, Any]:
-    """Run a recipe; returns what its summary.json holds. Raises ValueError, before any work, on one that cannot run."""
+def train(recipe: Recipe) -> Summary:
+    """Run a recipe; returns what its summary.json holds, and as an attribute the policy that it trained.
+
+    Raises ValueError, before any work, on a recipe that cannot run.
+    """
     if recipe.dry_run:
         print(escape_controls(text := plan(recipe), keep="\n"))
-        return {"plan": text}
+        return Summary({"plan": text})
     run = start(recipe)  # fresh, or from a checkpoint
     policy, rollout_policy, accelerator, log = run.policy, run.rollout_policy, run.accelerator, run.log
 
     for step in range(run.first_step, recipe.num_steps):
-        rollout, rewards, sampling = collect(recipe, rollout_policy, step, accelerator, log)
-        advantages = recipe.advantages(rewards)  # (P, G), of all processes
+        rollout, rewards, parts, sampling = collect(recipe, rollout_policy, step, accelerator, log)
+        advantages = recipe.advantages(rewards, **parts)  # (P, G), of all processes
         groups = measured_groups(recipe, advantages, step)  # those to learn from, and a sample of the others
 
         with log.stage("scoring"), learner_forward(recipe, policy, rollout_policy, accelerator):

@@ -2,20 +2,20 @@
 
 import os
 import sys
-from typing import Any
 
 from dllm_rl.config import from_command_line
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.loop import train
+from dllm_rl.training.run import Summary
 
 
-def main(recipe: Recipe) -> dict[str, Any]:
+def main(recipe: Recipe) -> Summary:
     """Train the recipe with what the command line changes of it: the last line of a recipe's script.
 
     What is wrong with a setting (ValueError) or a file (OSError) is said in one line, once over all processes where it
     is a setting, and the process exits with 2 or 1. With DLLM_RL_TRACEBACK=1 in the environment they are raised, as
-    `train` raises them. Returns what summary.json holds.
+    `train` raises them. Returns what `train` returns.
     """
     chosen = from_command_line(recipe)
     try:

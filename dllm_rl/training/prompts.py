@@ -44,8 +44,9 @@ def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list
     return chosen, replaced
 
 
-def check_prompts(recipe: Recipe, policy: Policy) -> None:
-    """Raise ValueError on a prompt that, with its completion, does not fit the model.
+def check_prompts(recipe: Recipe, policy: Policy) -> int:
+    """The training problem with the longest prompt, of those that are looked at; 0 where none is. Raises ValueError on
+    a prompt that, with its completion, does not fit the model.
 
     Up to 5000 prompts of each task are looked at, as far as 10 s go: all of a smaller one, else those that the steps
     draw first. With max_prompt_length, training prompts are looked at as they are drawn instead.
@@ -53,7 +54,7 @@ def check_prompts(recipe: Recipe, policy: Policy) -> None:
     limit, most = policy.spec.max_length, recipe.max_prompt_length
     trained, evaluated = (_new_tokens(sampler) for sampler in (recipe.sampler, recipe.eval_sampler))
     if limit is None or trained is None or evaluated is None:
-        return
+        return 0
     if max(trained, evaluated) >= limit:
         raise ValueError(
             f"max_new_tokens={max(trained, evaluated)} leaves no room for a prompt in the model's {limit} positions; "
@@ -68,18 +69,22 @@ def check_prompts(recipe: Recipe, policy: Policy) -> None:
             f"max_prompt_length={most} and max_new_tokens={trained} exceed the model's {limit} positions; "
             f"use at most {limit - trained}"
         )
+    longest = (0, 0)  # tokens, problem
     for field, indices, new in plans:
         began = time.monotonic()
         for index in indices:
             if time.monotonic() - began > SECONDS:
                 break
             length = len(prompt_ids(policy, getattr(recipe, field)[index].prompt))
+            if field == "task" and length > longest[0]:
+                longest = length, index
             if length + new > limit:
                 remedy = f"--max_prompt_length {limit - new} leaves such out" if field == "task" else "shorten it"
                 raise ValueError(
                     f"{field}: the prompt of problem {index} has {length} tokens and its completion {new}, more than "
                     f"the model's {limit} positions; {remedy}"
                 )
+    return longest[1]
 
 
 def _new_tokens(sampler: Callable) -> int | None:

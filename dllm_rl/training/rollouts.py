@@ -1,5 +1,6 @@
 """Problems in, rollouts and rewards out: what a step learns from."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -8,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.algorithms.advantages import informative
+from dllm_rl.algorithms.advantages import informative, takes_parts
 from dllm_rl.distributed import Metrics, gather_objects, gather_on_host, local, reduce_metrics
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, encode
@@ -24,8 +25,9 @@ from dllm_rl.types import Rollout
 
 def collect(
     recipe: Recipe, rollout_policy: Policy, step: int, accelerator: Accelerator, log: RunLog
-) -> tuple[Rollout, Float[Tensor, "P G"], dict[str, float]]:
-    """This process's rollout, the rewards of all processes (on the host), and the metrics of both.
+) -> tuple[Rollout, Float[Tensor, "P G"], dict[str, Tensor], dict[str, float]]:
+    """This process's rollout, the rewards of all processes (on the host), `parts` (K, P, G) and `weights` (K,) of them
+    where the recipe's advantages want them, and the metrics.
 
     With max_num_gen_batches > 1, DAPO's dynamic sampling [paper]: groups whose rewards are all equal are replaced by
     completions of other prompts, until there are none or that many draws were made. A place's prompt and seeds depend
@@ -34,26 +36,28 @@ def collect(
     every = torch.arange(recipe.train_batch_size // accelerator.num_processes)
     rollout, graded, mine, replaced = sample_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
     with log.stage("waiting"):  # for the other processes' rollouts and rewards
-        (rewards,) = gather_on_host([mine], accelerator)
+        (graded_all,) = gather_on_host([mine], accelerator)
+    rewards = graded_all[..., 0]
     metrics, draws = reward_metrics(rewards, graded, rollout, accelerator), 1
     if recipe.max_prompt_length is not None:
         share = (torch.tensor(float(replaced)), torch.tensor(float(len(mine))))
         metrics |= reduce_metrics({"frac_prompts_too_long": share}, accelerator)
-    while draws < recipe.max_num_gen_batches and not informative(rewards).all():
-        places = local(~informative(rewards), accelerator).nonzero()[:, 0]
+    while draws < recipe.max_num_gen_batches and not informative(graded_all).all():
+        places = local(~informative(graded_all), accelerator).nonzero()[:, 0]
         if len(places):
             part, _, mine[places], _ = sample_and_grade(recipe, rollout_policy, (step, draws), places, accelerator, log)
             group = torch.arange(recipe.num_generations)
             rows = rearrange(places[:, None] * recipe.num_generations + group, "p g -> (p g)")
             (rows,) = send(accelerator.device, rows)
             rollout = rollout.replaced(rows, part, pad_id=rollout_policy.pad_id)
-        (rewards,), draws = gather_on_host([mine], accelerator), draws + 1
+        (graded_all,), draws = gather_on_host([mine], accelerator), draws + 1
+    rewards = graded_all[..., 0]
     if recipe.max_num_gen_batches > 1:
         metrics |= {
             "dynamic_sampling/draws": float(draws),
             "dynamic_sampling/frac_reward_zero_std": zero_std_fraction(rewards),
         }
-    return rollout, rewards, metrics
+    return rollout, rewards, parts_of(recipe, graded_all), metrics
 
 
 def sample_and_grade(
@@ -63,9 +67,9 @@ def sample_and_grade(
     places: Int[Tensor, " p"],
     accelerator: Accelerator,
     log: RunLog,
-) -> tuple[Rollout, list[Reward], Float[Tensor, "p G"], int]:
-    """Rollout and rewards of the prompts at `places` of this process's share of a draw, and how many of these prompts
-    stand for others that are too long.
+) -> tuple[Rollout, list[Reward], Float[Tensor, "p G K"], int]:
+    """Rollout and rewards (the value, then those of `wanted_parts`) of the prompts at `places` of this process's share
+    of a draw, and how many of these prompts stand for others that are too long.
 
     A row's seed depends on (seed, step, draw, its place in the global batch).
     """
@@ -84,8 +88,33 @@ def sample_and_grade(
         rollout = rollout.with_support(recipe.sampling_support)
     with log.stage("reward"):
         graded = grade(recipe.task, problems, decode(rollout_policy, rollout), timeout=recipe.reward_timeout)
-        values = reward_values(graded)
-    return rollout, graded, rearrange(values, "(p g) -> p g", g=group), replaced
+        values = reward_values(graded, tuple(wanted_parts(recipe)))
+    return rollout, graded, rearrange(values, "(p g) k -> p g k", g=group), replaced
+
+
+def parts_of(recipe: Recipe, graded: Float[Tensor, "P G K"]) -> dict[str, Tensor]:
+    """What the recipe's advantages take beside the rewards: each on its own, and their weights; or nothing."""
+    weights = wanted_parts(recipe)
+    parts = rearrange(graded[..., 1:], "p g k -> k p g")
+    return {"parts": parts, "weights": torch.tensor(list(weights.values()))} if weights else {}
+
+
+def wanted_parts(recipe: Recipe) -> dict[str, float]:
+    """Weights of the task's rewards by name, where the recipe's advantages take them one by one; else none.
+
+    Raises ValueError where the task has not several.
+    """
+    function = recipe.advantages
+    if not takes_parts(function):
+        return {}
+    weights = getattr(recipe.task, "reward_weights", None)
+    if not weights:
+        raise ValueError(
+            f"advantages={getattr(function, 'func', function).__name__} takes each reward on its own, and task "
+            f"{recipe.task.name!r} has no `reward_weights` (name in the breakdown -> weight); give it those, or use "
+            "group_relative"
+        )
+    return dict(weights)
 
 
 def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:
@@ -93,9 +122,11 @@ def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:
     return (~informative(rewards)).double().mean().item()
 
 
-def reward_values(graded: Sequence[Reward]) -> Float[Tensor, " B"]:
-    """The rewards as numbers; `grade` has checked that fp32 holds them."""
-    return torch.tensor([float(reward.value) for reward in graded], dtype=torch.float32)
+def reward_values(graded: Sequence[Reward], names: tuple[str, ...] = ()) -> Float[Tensor, "B K"]:
+    """The value of each, and what its breakdown has under `names`, NaN where that is nothing; `grade` has checked that
+    fp32 holds them."""
+    rows = [[reward.value, *(reward.breakdown.get(name, math.nan) for name in names)] for reward in graded]
+    return torch.tensor([[float(number) for number in row] for row in rows], dtype=torch.float32)
 
 
 def reward_metrics(

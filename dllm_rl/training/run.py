@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,18 +21,33 @@ from dllm_rl.models.compiled import compile_blocks
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.models.recompute import blocks_of
-from dllm_rl.models.tokens import decode, encode
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe
-from dllm_rl.rng import generator_for
-from dllm_rl.tasks.base import Task, addends, grade
+from dllm_rl.tasks.base import Task
 from dllm_rl.training import checkpoint, manifest, plots
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.folder import clear_folder, open_folder, settings_of
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.prompts import check_prompts, choose
+from dllm_rl.training.rehearsal import rehearse
+from dllm_rl.training.rollouts import wanted_parts
 from dllm_rl.training.stop import Stop, ended_by_launcher
-from dllm_rl.training.warmup import examples, warm_up
+from dllm_rl.training.warmup import warm_up
+
+
+class Summary(dict[str, Any]):
+    """What summary.json holds, and in this process the policy that was trained, which no file or comparison sees."""
+
+    def __init__(self, numbers: Mapping[str, Any], policy: Policy | None = None) -> None:
+        super().__init__(numbers)
+        self._policy = policy
+
+    @property
+    def policy(self) -> Policy:
+        """As the last step left it, with its adapters. Raises ValueError after a dry run, which trains none."""
+        if self._policy is None:
+            raise ValueError("dry_run=True trains no policy; run without it")
+        return self._policy
 
 
 @dataclass(frozen=True)
@@ -191,21 +206,14 @@ def opened(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.devic
 
 
 def rehearsed(recipe: Recipe, accelerator: Accelerator) -> Policy:
-    """The recipe's model, after one problem went through sampling, grading and the warm-up's encoding, so that a bad
-    setting is refused before any expensive work, and before a file is written."""
+    """The recipe's model, after a step was rehearsed with it, so that a bad setting is refused before any expensive
+    work, and before a file is written that stays."""
     policy = make_policy(recipe, accelerator.device)
     recipe.likelihood.check(policy)
-    check_prompts(recipe, policy)
-    (problem,), _ = choose(recipe, policy, [0])
-    rollout = recipe.sampler(policy, encode(policy, [problem]), generator_for(recipe.seed, "rehearsal"))
-    (graded,) = grade(recipe.task, [problem], decode(policy, rollout), timeout=recipe.reward_timeout)
-    if recipe.warmup_steps:
-        examples(policy, [problem], max_new_tokens=recipe.max_new_tokens)
-        if recipe.warmup_metric not in addends(graded):
-            known = ", ".join(sorted(addends(graded)))
-            raise ValueError(
-                f"warmup_metric={recipe.warmup_metric!r} is none of the task's: {known}; name one of these"
-            )
+    wanted_parts(recipe)
+    longest = check_prompts(recipe, policy)
+    (problem,), _ = choose(recipe, policy, [longest])
+    rehearse(recipe, policy, problem, accelerator)
     return policy
 
 
@@ -340,7 +348,7 @@ def write_checkpoint(run: Run, step: int) -> Path | None:
     return folder
 
 
-def finish(run: Run) -> dict[str, Any]:
+def finish(run: Run) -> Summary:
     """Evaluate on held-out problems, write summary.json and the picture, say in a paragraph what happened."""
     recipe, accelerator, log, history = run.recipe, run.accelerator, run.log, run.history
     policy, rollout_policy = run.policy, run.rollout_policy
@@ -377,7 +385,8 @@ def finish(run: Run) -> dict[str, Any]:
             f"{_next_command(recipe, summary['checkpoint'])}"
         )
     accelerator.wait_for_everyone()
-    return summary
+    policy.module.zero_grad(set_to_none=True)
+    return Summary(summary, policy)
 
 
 def _next_command(recipe: Recipe, folder: str) -> str:

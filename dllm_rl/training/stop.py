@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,7 @@ from dllm_rl.screen import interactive
 
 # SIGUSR1 is what SLURM's --signal=USR1@SECONDS warns with.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+Returned = TypeVar("Returned")
 PR_SET_PDEATHSIG = 1
 LOCK = ".lock"
 
@@ -104,11 +105,11 @@ def ended_by_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def leaving_nothing_behind(train: Callable[[Recipe], dict[str, Any]]) -> Callable[[Recipe], dict[str, Any]]:
+def leaving_nothing_behind(train: Callable[[Recipe], Returned]) -> Callable[[Recipe], Returned]:
     """`train`, after which the signals do what they did before and the run's folder is free, however it ends."""
 
     @wraps(train)
-    def wrapped(recipe: Recipe) -> dict[str, Any]:
+    def wrapped(recipe: Recipe) -> Returned:
         main = threading.current_thread() is threading.main_thread()
         timer = [signal.SIGALRM] if hasattr(signal, "SIGALRM") else []
         before = {number: signal.getsignal(number) for number in [*SIGNALS, *timer]} if main else {}

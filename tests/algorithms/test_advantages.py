@@ -10,7 +10,7 @@ from torch import tensor
 from torch.testing import assert_close
 
 from dllm_rl.algorithms import advantages as module
-from dllm_rl.algorithms.advantages import group_relative, informative, leave_one_out
+from dllm_rl.algorithms.advantages import decoupled, group_relative, informative, leave_one_out
 
 # Two groups of three. Means 2 and 5; centred (-1, 0, 1) and (-4, 0, 4); sample std 1 and sqrt(32/2) = 4.
 REWARDS = tensor([[1.0, 2.0, 3.0], [1.0, 5.0, 9.0]])
@@ -37,7 +37,11 @@ def test_leave_one_out():
     assert_close(leave_one_out(REWARDS), tensor([[-1.5, 0.0, 1.5], [-6.0, 0.0, 6.0]]))
 
 
-EVERY = [partial(group_relative, scale_rewards=by) for by in ("group", "batch", "none")] + [leave_one_out]
+def alone(rewards):
+    return decoupled(rewards, parts=rewards[None], weights=torch.ones(1))
+
+
+EVERY = [partial(group_relative, scale_rewards=by) for by in ("group", "batch", "none")] + [leave_one_out, alone]
 
 
 @pytest.mark.parametrize("advantages", EVERY)
@@ -60,7 +64,9 @@ def test_equal_rewards_whose_mean_is_rounded_teach_nothing(advantages):
 def test_every_public_function_of_the_module_is_among_these():
     public = {n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
     tested = {f.func.__name__ if isinstance(f, partial) else f.__name__ for f in EVERY}
-    assert {n for n in public if not n.startswith("_")} - {"informative"} == tested
+    assert {n for n in public if not n.startswith("_")} - {"informative", "takes_parts", "decoupled"} == tested - {
+        "alone"
+    }
 
 
 def test_a_single_reward_in_the_whole_batch():
@@ -76,3 +82,40 @@ def test_informative_groups():
     rewards = tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 1.0], [1.0, 0.0, 1.0]])
     assert informative(rewards).tolist() == [False, True, True]
     assert informative(tensor([[1.0]])).tolist() == [False]
+
+
+def test_decoupled_by_hand():
+    """Two prompts, two completions, two rewards of 0 or 1. In the first group only reward 1 tells them apart, in the
+    second both do: z = 1/sqrt 2 for each that does, s = (-a, a) and (-2a, 2a) with a = 1/sqrt 2, whose sample variance
+    is 10 a^2 / 3 = 5/3; so A = +-a sqrt(3/5) = +-sqrt(0.3), and twice that. The sum's own normalisation sees no more in
+    the second group than in the first."""
+    parts = tensor([[[0.0, 1.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
+    unit = math.sqrt(0.3)
+    expected = tensor([[-unit, unit], [-2 * unit, 2 * unit]])
+    assert_close(decoupled(parts.sum(0), parts=parts, weights=torch.ones(2), eps=1e-12), expected)
+    alone = group_relative(parts.sum(0), eps=0.0)
+    assert_close(alone[0], alone[1])
+
+
+def test_decoupled_weighs_what_is_normalised():
+    """A reward of another scale counts by its weight alone: reward 2 is a thousand times as large, and weighs a third.
+    s = z_1 + z_2 / 3 with z_1 = (-a, a), z_2 = (a, -a) in one group: 2/3 (-a, a), of sample standard deviation 2/3."""
+    parts = tensor([[[0.0, 1.0]], [[1000.0, 0.0]]])
+    found = decoupled(parts.sum(0), parts=parts, weights=tensor([1.0, 1 / 3]), eps=1e-12)
+    assert_close(found, tensor([[-1.0, 1.0]]) / math.sqrt(2))
+
+
+def test_decoupled_leaves_out_what_does_not_apply_and_what_is_equal():
+    nan = float("nan")
+    parts = tensor([[[0.0, 1.0, nan], [0.1, 0.1, 0.1]], [[nan, nan, nan], [0.7, nan, nan]]])
+    found = decoupled(parts.nan_to_num().sum(0), parts=parts, weights=torch.ones(2), eps=1e-12)
+    # One pair in six places: +-1/sqrt 2 over the sample standard deviation sqrt((1/2 + 1/2) / 5).
+    assert_close(found, tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]) * math.sqrt(5 / 2))
+    assert (found[1] == 0).all()
+
+
+def test_a_group_is_informative_where_any_reward_tells_completions_apart():
+    same_sum = tensor(
+        [[[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]], [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]]
+    )  # value, and two rewards
+    assert informative(same_sum).tolist() == [True, False] and informative(same_sum[..., 0]).tolist() == [False, False]

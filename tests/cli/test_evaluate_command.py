@@ -1,12 +1,15 @@
 """`dllm-rl evaluate` and `dllm-rl grade`, as a user calls them."""
 
+import csv
 import json
 import subprocess
 import sys
 from argparse import Namespace
 
 import pytest
+from tiny_recipe import tiny_recipe
 
+from dllm_rl import train
 from dllm_rl.cli.evaluate import num_problems
 from dllm_rl.cli.main import main
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
@@ -74,22 +77,22 @@ def test_json_says_what_was_evaluated_and_how(model, capsys, tmp_path):
         assert low <= found[name] <= high
     assert found["forwards"] == 2 and 0 <= found["tokens"] <= 12 * 16 and found["seconds"] > 0
     assert json.loads((tmp_path / "results.json").read_text()) == [found]
-    rows = [json.loads(line) for line in (tmp_path / "completions-16.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / found["completions"]).read_text().splitlines()]
     task = Sudoku(split="test", clues=9)
     assert [row["puzzle"] for row in rows] == [task[i // 2].fields["puzzle"] for i in range(12)]
 
 
 def test_several_lengths_give_a_table_and_a_file_each(model, capsys, tmp_path):
-    options = ("--task", "countdown", "--lengths", "8,12", "--num_steps", "2,3", "--limit", 4, "--output_dir", tmp_path)
+    options = ("--task", "countdown", "--lengths", "8,12", "--num_steps", 2, "--limit", 4, "--output_dir", tmp_path)
     text = output(capsys, "evaluate", model, *options)
     assert f"countdown (version {Countdown.version}), protocol strict, test split, seed 0, 4 problems x 1" in " ".join(
         text.split()
     )
-    assert "8 tokens, 2 steps" in text and "12 tokens, 3 steps" in text
+    assert "8 tokens, 2 steps" in text and "12 tokens, 2 steps" in text
     assert "accuracy" in text and "[0.000, 0.490]" in text  # Wilson's interval of none in four
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "completions-12.jsonl",
-        "completions-8.jsonl",
+    assert sorted(path.name.rpartition("-")[0] or path.name for path in tmp_path.iterdir()) == [
+        "completions-12-tokens-2-steps",
+        "completions-8-tokens-2-steps",
         "results.json",
     ]
     lines = output(capsys, "evaluate", model, *options, "--json").splitlines()
@@ -102,10 +105,70 @@ def test_evaluate_and_grade_agree_and_a_second_run_makes_nothing_again(model, ca
     for protocol in ("strict", "d1"):
         again = json.loads(output(capsys, *command, "--protocol", protocol))
         graded = json.loads(
-            output(capsys, "grade", "--task", "sudoku", "--protocol", protocol, tmp_path / "completions-16.jsonl")
+            output(capsys, "grade", "--task", "sudoku", "--protocol", protocol, tmp_path / found["completions"])
         )
         assert graded["protocol"] == protocol and {name: again[name] for name in graded} == graded
     assert found["seconds"] == again["seconds"]  # the time is that of the first run, which made the completions
+
+
+def test_a_sweep_keeps_every_setting_apart_and_goes_on_where_it_stopped(model, capsys, tmp_path, monkeypatch):
+    lists = ("--num_steps", "1,4", "--rank", "max_prob,entropy", "--quantization", "none,int8_weight_only")
+    rules = ("--commit", "schedule,threshold=0.9,threshold=0.5", "--cache", "none,prefix=2")
+    command = ("evaluate", model, "--task", "sudoku", "--limit", 3, "--output_dir", tmp_path, *lists, *rules, "--json")
+    found = [json.loads(line) for line in output(capsys, *command).splitlines()]
+    # (2 steps + 2 thresholds, which decide for themselves) x 2 ranks x 2 caches x 2 schemes
+    assert len(found) == 4 * 2 * 2 * 2 == len({row["completions"] for row in found})
+    assert {row["num_steps"] for row in found if "threshold" in row["commit"]} == {None}
+    assert {row["steps"] for row in found if row["commit"] == "schedule"} == {1.0, 4.0}
+    assert len({row["sampler"] for row in found}) == 16 and len({row["weights"] for row in found}) == 2
+    monkeypatch.setattr("dllm_rl.evaluation.evaluate.complete", None)  # nothing is left to be made
+    again = [json.loads(line) for line in output(capsys, *command).splitlines()]
+    assert again == found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs' folders, the second with a newer checkpoint that is damaged."""
+    folders = [tmp_path_factory.mktemp("runs") / name for name in ("one", "two")]
+    for seed, folder in enumerate(folders):
+        train(tiny_recipe(folder, num_steps=2, save_steps=1, seed=seed))
+    (folders[1] / "checkpoints" / "step-000002" / "state.json").write_text("{}")
+    return folders
+
+
+def test_runs_are_compared_problem_by_problem(runs, capsys, tmp_path):
+    options = ("--task", "sudoku", "--limit", 20, "--num_steps", "1,2", "--csv", tmp_path / "c.csv")
+    command = ("evaluate", *runs, *options, "--plot", tmp_path / "c.png")
+    assert main(list(map(str, (*command, "--json")))) == 0
+    printed = capsys.readouterr()
+    assert "skipped" in printed.err and "step-000002" in printed.err
+    found = [json.loads(line) for line in printed.out.splitlines()]
+    assert [(row["model"], row["num_steps"]) for row in found] == [(str(run), n) for run in runs for n in (1, 2)]
+    assert "difference" not in found[0] and found[2]["against"] == str(runs[0])
+    for before, after in zip(found[:2], found[2:], strict=True):
+        for name, (less, low, high) in after["difference"].items():
+            assert less == pytest.approx(after[name] - before[name]) and low <= less <= high
+    with (tmp_path / "c.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["cell_accuracy"]) for row in rows] == [row["cell_accuracy"] for row in found]
+    assert [row["cell_accuracy_less_high"] for row in rows][:2] == ["", ""]
+    assert float(rows[3]["cell_accuracy_less_high"]) == found[3]["difference"]["cell_accuracy"][2]
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    text = output(capsys, *command)
+    assert "solve_rate less that of" in " ".join(text.split()) and "model" in text and "num_steps" in text
+
+
+def test_a_model_against_itself_differs_by_nothing(model, capsys):
+    command = ("evaluate", model, model, "--task", "sudoku", "--limit", 5, "--num_steps", 2, "--json")
+    first, second = (json.loads(line) for line in output(capsys, *command).splitlines())
+    assert {tuple(numbers) for numbers in second["difference"].values()} == {(0.0, 0.0, 0.0)}
+    assert first["solve_rate"] == second["solve_rate"]
+
+
+def test_a_run_without_a_checkpoint(capsys, tmp_path, runs):
+    (tmp_path / "checkpoints").mkdir()
+    assert "is a run's folder without a checkpoint yet" in refusal(capsys, "evaluate", tmp_path, "--task", "sudoku")
+    assert main(["sample", str(runs[0]), "1234", "--max_new_tokens", "4"]) == 0
 
 
 def test_grade_by_hand(capsys, tmp_path):
@@ -160,14 +223,18 @@ def test_as_many_problems_as_asked_all_of_a_file_or_500_of_what_is_made(tmp_path
         (("--task", "sudoku", "--protocol", "d2"), "protocol='d2' is none of sudoku's: strict, d1, spg, espo"),
         (("--task", "mini", "--protocol", "strict"), "task='mini' has no protocols"),
         (("--task", "mini", "--split", "test"), "--split is no setting of task 'mini'"),
-        (("--task", "countdown", "--set", "difficulty=hard"), "--difficulty 'hard' is not a valid"),
+        (("--task", "countdown", "--set", "difficulty=hard"), "--difficulty 'hard' is not known"),
         (("--task", "sudoku", "--set", "clue=3"), "--set clue=3: write FIELD=VALUE, where task 'sudoku' has split, "),
         (("--task", "sudoku", "--set", "clues=ten"), "--clues 'ten' is not a valid"),
         (("--task", "sudoku", "--path", "nowhere.csv"), "nowhere.csv"),
         (("--task", "sudoku", "--limit", "0"), "limit=0 must be at least 1"),
         (("--task", "sudoku", "--samples", "0"), "samples=0 must be at least 1"),
         (("--task", "sudoku", "--samples", "4"), "--samples 4 at --temperature 0 are all alike"),
-        (("--task", "sudoku", "--num_steps", "2,4"), "--num_steps has 2 numbers for 1 lengths"),
+        (("--task", "sudoku", "--num_steps", "4,2", "--block_size", "4"), "num_steps=2 is fewer than the 4 blocks"),
+        (("--task", "sudoku", "--quantization", "none,fp8"), "quantization='fp8' is none of e4m3_emulated, "),
+        (("--task", "sudoku", "--rank", "max_prob,best"), "rank='best' is not one of confidence, max_prob"),
+        (("--task", "sudoku", "--commit", "threshold"), "threshold takes a number, as threshold=0.9"),
+        (("--task", "sudoku", "--cache", "none,all"), "cache='all' is not block, prefix, dual"),
         (("--task", "sudoku", "--lengths", "100"), "max_new_tokens=100 after a prompt of 17 tokens exceeds"),
         (("--task", "sudoku", "--set", "prompt_format=text"), "no chat template"),
         (("--task", "sudoku", "--set", "prompt_format=text", "--set", "chat=false"), "cannot be tokenised"),

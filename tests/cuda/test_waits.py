@@ -103,13 +103,14 @@ def test_a_sync_waits_as_often_for_many_layers_as_for_few(scheme):
 
 def test_the_metrics_of_a_step_are_fetched_together(tmp_path):
     """What the corrector and the mismatch metrics see comes in one transfer, loss metrics and gradient norm in another,
-    completions' lengths in a third; correctors, losses and metrics themselves wait for nothing."""
+    completions' lengths in a third; correctors, losses and metrics themselves wait for nothing. The rehearsal before
+    the first step sees what the corrector does once more."""
     few = {"num_steps": 1, "train_batch_size": 2, "num_generations": 2}
     recipe = tiny_recipe(tmp_path, corrector=compose(ais(), reject()), **few)
     with SimulatedCuda() as cuda:
         train(recipe)
-        assert cuda.waits(place="gather_on_host") == cuda.waits(place="reduce_metrics") == 1, cuda.report()
+        assert cuda.waits(place="gather_on_host") == 2 and cuda.waits(place="reduce_metrics") == 1, cuda.report()
         assert cuda.waits(place="reward_metrics") == 1
         for room in ("algorithms/mismatch", "algorithms/correctors", "algorithms/advantages", "training/learner"):
             assert cuda.waits(place=room) == 0, cuda.report()
-        assert cuda.waits(place="algorithms/losses") == 1, "how many positions the loss keeps"
+        assert cuda.waits(place="algorithms/losses") == 2, "how many positions the loss keeps"

@@ -6,7 +6,7 @@ from math import comb, sqrt
 import numpy as np
 import pytest
 
-from dllm_rl.evaluation.intervals import bootstrap_mean, pass_at_k, wilson
+from dllm_rl.evaluation.intervals import bootstrap_difference, bootstrap_mean, pass_at_k, wilson
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (1, 10), (37, 400), (200, 400)])
@@ -106,3 +106,31 @@ def test_bad_arguments() -> None:
     for values, weights in (([], None), ([1.0], [1.0, 2.0]), ([1.0], [0.0])):
         with pytest.raises(ValueError, match="weights"):
             bootstrap_mean(values, generator, weights=weights)
+
+
+def test_bootstrap_of_a_difference_is_of_the_same_rows() -> None:
+    """What is common to both cancels: a constant shift has no width, and a noisy one has that of the shift alone."""
+    generator = np.random.default_rng(3)
+    hard = generator.normal(0, 10, 50)
+    assert bootstrap_difference(hard + 1, hard, generator) == pytest.approx((1, 1))
+    shift = generator.normal(1, 1, 50)
+    low, high = bootstrap_difference(hard + shift, hard, np.random.default_rng(0))
+    assert (low, high) == pytest.approx(bootstrap_mean(shift, np.random.default_rng(0)))
+    back = bootstrap_difference(hard, hard + shift, np.random.default_rng(0))
+    assert back == pytest.approx((-high, -low), abs=1e-3)  # the quantiles lie between two draws
+    assert bootstrap_difference([0.0, 0.0], [0.0, 0.0], generator) == (0, 0)
+
+
+def test_bootstrap_of_a_difference_of_ratios_by_hand() -> None:
+    """Two rows, so four draws: (0,0), (0,1), (1,0), (1,1) give 1/2 - 1/4, 4/6 - 2/6 twice, 3/4 - 1/2 (of sums)."""
+    values, weights, before, others = [1.0, 3.0], [2.0, 4.0], [1.0, 1.0], [4.0, 2.0]
+    low, high = bootstrap_difference(
+        values, before, np.random.default_rng(0), weights=weights, weights_before=others, confidence=0.9
+    )
+    assert (low, high) == pytest.approx((1 / 4, 4 / 6 - 2 / 6))
+
+
+def test_bootstrap_of_a_difference_refuses() -> None:
+    for values, before in [([], []), ([1.0], [1.0, 2.0])]:
+        with pytest.raises(ValueError, match="as many of each"):
+            bootstrap_difference(values, before, np.random.default_rng(0))

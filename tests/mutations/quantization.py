@@ -103,7 +103,7 @@ MUTATIONS = [
     *mutations(
         "quantization/schemes.py",
         QUANTIZE,
-        ("PerGroup(32)", "PerGroup(64)"),
+        ("group_size: int = 32", "group_size: int = 64"),
         ('FakeQuantize("e5m2", "e4m3")', 'FakeQuantize("e5m2", "e5m2")', f"{QUANTIZE} {FAKE}"),
         ('FakeQuantize("int8", "int8")', 'FakeQuantize("int8", None)', f"{QUANTIZE} {FAKE}"),
         ('FakeQuantize("five_level", "e4m3")', 'FakeQuantize("int3", "e4m3")', f"{QUANTIZE} {FAKE}"),

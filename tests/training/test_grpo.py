@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 from datasets import Dataset
-from tiny_recipe import SIZES
+from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import float8_weight_only, grpo, grpo_recipe, tiny_llama, tiny_masked_lm
+from dllm_rl import decoupled, float8_weight_only, grpo, grpo_recipe, tiny_llama, tiny_masked_lm, train
 from dllm_rl.config import describe
 from dllm_rl.likelihoods.estimators import causal
 from dllm_rl.samplers.autoregress import autoregress
@@ -44,6 +44,33 @@ def test_a_policy_a_data_set_and_functions_are_enough(tmp_path, rows):
     assert summary["eval_problems"] == 1 and summary["eval_before"].keys() >= {"right", "short", "reward"}
     for row in read_metrics(tmp_path):
         assert row["reward"] == pytest.approx(row["rewards/right/mean"] + 0.1 * row["rewards/short/mean"])
+
+
+def test_each_reward_is_normalised_on_its_own(tmp_path, monkeypatch):
+    seen = []
+
+    def spy(rewards, *, parts, weights):
+        seen.append((rewards, parts, weights))
+        return decoupled(rewards, parts=parts, weights=weights)
+
+    policy, rewards = tiny_masked_lm(**SMALL), ([right, short], [1.0, 0.1])
+    grpo(policy, ROWS, rewards[0], reward_weights=rewards[1], advantages=spy, **options(tmp_path / "spied"))
+    assert len(seen) == 4 and seen[2][1].shape == (2, 4, 4)  # rehearsal and cautions ask once each
+    for (together, parts, weights), row in zip(seen[2:], read_metrics(tmp_path / "spied"), strict=True):
+        torch.testing.assert_close((weights[:, None, None] * parts).sum(0), together)
+        assert row["rewards/short/mean"] == pytest.approx(parts[1].mean().item())
+    grpo(policy, ROWS, rewards[0], reward_weights=rewards[1], advantages=decoupled, **options(tmp_path / "plain"))
+    same = [
+        {k: v for k, v in row.items() if k in ("reward", "loss", "grad_norm")}
+        for row in read_metrics(tmp_path / "plain")
+    ]
+    spied = read_metrics(tmp_path / "spied")
+    assert same == [{k: row[k] for k in ("reward", "loss", "grad_norm")} for row in spied]
+
+
+def test_one_reward_cannot_be_taken_apart(tmp_path):
+    with pytest.raises(ValueError, match="advantages=decoupled takes each reward on its own, and task 'sudoku' has no"):
+        train(tiny_recipe(tmp_path, advantages=decoupled))
 
 
 def test_the_models_attention_picks_sampler_and_likelihood(tmp_path):

@@ -1,5 +1,6 @@
 """A recipe as a program and at a prompt: one line where it cannot run, and a session that goes on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import Recipe, main, tiny_masked_lm, train
+from dllm_rl import Recipe, load_policy, lora_r16, main, tiny_masked_lm, train
 from dllm_rl.config import from_command_line
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +120,24 @@ def test_a_ctrl_c_at_a_prompt_interrupts_the_cell_and_the_next_one_is_heard(tmp_
             signal.sigtimedwait([], 5)  # the handler runs before the next instruction
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": lora_r16, "rollout_quantization": None}], ids=["all", "adapters"])
+def test_a_run_returns_its_summary_and_the_policy_that_it_trained(tmp_path, changes):
+    summary = train(small(tmp_path, **changes))
+    assert summary == json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    saved = load_policy(summary["checkpoint"])
+    tokens = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        logits = summary.policy.logits(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        torch.testing.assert_close(saved.logits(tokens, torch.ones_like(tokens, dtype=torch.bool)), logits)
+    assert all(p.grad is None for p in summary.policy.module.parameters())
+    assert "policy" not in summary
+
+
+def test_a_dry_run_has_no_policy(tmp_path, capsys):
+    with pytest.raises(ValueError, match="dry_run=True trains no policy"):
+        train(small(tmp_path, dry_run=True)).policy  # noqa: B018
 
 
 def test_a_recipe_says_what_was_chosen():

@@ -26,16 +26,20 @@ class Countdown(Prompted):
 
     split          the sets of numbers of train, validation and test are disjoint (70, 10 and 20 in 100 by a hash).
     count          how many numbers, 3 to 6, or an inclusive range.
-    max_number     numbers are drawn from 1 to this; targets lie between 1 and max_target.
+    max_number     numbers are drawn from 1 to this.
+    max_target     targets lie between 1 and this.
     operators      those a solution may need; each problem is made from a solution, so it has one.
     difficulty     "sums": + and - alone suffice. "products": they do not. "any".
     size           number of problems; fewer when a file has fewer.
+    seed           of the problems.
     path           problems from a JSONL file instead, {"input": "30,100,93", "output": "23"} or numbers and target.
     prompt_format  "compact": fixed-width characters, " 3,25, 7> 82=", answered by an expression padded with spaces to
                    `width` characters. "text": an instruction; the answer stands between <answer> tags.
                    A template with {numbers} and {target}, or the path of a file with one.
     chat           "text" and templates: one user message (True) or plain text (False).
     opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
+    reward_rule    the value of a completion.
+    solved_weight, numbers_weight  of the two parts of the value "own".
     Value of a completion: "own": solved_weight * accuracy + numbers_weight * numbers_used, under the strict reading
     [ours]; "d1": 0, 0.1 or 1 [paper].
     """

@@ -26,6 +26,7 @@ class GSM8K(Questions):
     prompt_format  "text": an instruction of ours; a template with {question}, or the path of a file with one.
     chat           one user message (True) or plain text (False).
     opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
+    reward_rule    the value of a completion.
     Value of a completion: "own": 1 when strictly right [ours]; "d1": up to 4 with terms of format [paper]; "espo": 1
     when right by ESPO's reading [paper].
     """

@@ -29,6 +29,7 @@ class MATH500(Questions):
     prompt_format  "text": an instruction of ours; a template with {problem}, or the path of a file with one.
     chat           one user message (True) or plain text (False).
     opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
+    reward_rule    the value of a completion.
     Value of a completion: "own": 1 when right under the strict protocol [ours]; "espo": 1 when math-verify holds it
     equal [paper].
     """

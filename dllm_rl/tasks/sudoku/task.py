@@ -35,6 +35,7 @@ class Sudoku(Prompted):
     unique         whether every puzzle has exactly one completion. On 4x4 the clues are uniform among those that
                    qualify; 9x9 puzzles are always unique.
     size           number of problems; fewer when a file has fewer.
+    seed           of the puzzles.
     path           problems from a CSV or JSONL file with Puzzle and Solution instead of generated ones.
     prompt_format  "compact": the cells row by row, a dot for a blank, then "="; answered by the digits of the grid.
                    "text": an instruction with the grid in lines; the answer stands between <answer> tags.
@@ -42,6 +43,8 @@ class Sudoku(Prompted):
     chat           "text" and templates: one user message (True) or plain text (False).
     opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
     shots          worked examples before the puzzle, from the solutions of the train split; 4x4 and text only.
+    reward_rule    the value of a completion.
+    solved_weight, match_weight  of the two parts of the value "own".
     Value of a completion: "own": solved_weight * solved + match_weight * (share of cells that agree with the best
     matching valid completion). All cells count: over the empties alone training lets the givens drift [ours].
     "d1": empty cells that agree with the reference / empty cells [paper].

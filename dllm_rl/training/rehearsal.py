@@ -1,0 +1,145 @@
+"""The rehearsal: one micro-step of a run before anything expensive, and before anything is written that stays.
+
+Whatever can refuse a recipe is asked once: quantise, sample, grade, score, advantages, corrector, loss, backward, save.
+Nothing of it is kept: weights, gradients, adapters and random numbers are afterwards what they were.
+"""
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor
+
+from dllm_rl.algorithms.optimizers import adamw, adamw_8bit
+from dllm_rl.distributed import from_main
+from dllm_rl.files import remove
+from dllm_rl.models.base import Policy
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.tokens import decode, encode
+from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.recipe import Recipe
+from dllm_rl.rng import generator_for
+from dllm_rl.tasks.base import Problem, addends, grade
+from dllm_rl.training import checkpoint
+from dllm_rl.training.cautions import made_up_rewards
+from dllm_rl.training.folder import REHEARSAL
+from dllm_rl.training.learner import (
+    accumulate_gradients,
+    arithmetic,
+    correct,
+    draw_noise,
+    learner_forward,
+    measured_groups,
+    score,
+)
+from dllm_rl.training.rollouts import reward_values, wanted_parts
+from dllm_rl.training.warmup import examples
+
+MOMENTS: dict[Any, int] = {adamw: 8, adamw_8bit: 2}  # bytes a trained weight; of another optimiser nothing is known
+
+
+def rehearse(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
+    """Run one group of completions of a problem, the longest, through a whole step but for the update, and save it.
+
+    All processes call it together. Raises ValueError, or whatever a part of the recipe raises, and OSError where the
+    disk has no room for a checkpoint and on_save_error is 'stop'.
+    """
+    with random_numbers_kept(), as_trained(recipe, policy) as learner:
+        micro_step(recipe, learner, problem, accelerator)
+        recipe.eval_sampler(learner, encode(learner, [problem]), generator_for(recipe.seed, "rehearsal"))
+        if recipe.on_save_error == "stop":
+            from_main(partial(save_once, recipe, learner), accelerator)
+
+
+def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
+    """One step of the loop on one group a process, up to the gradients; no weight moves."""
+    group, key = recipe.num_generations, (recipe.seed, "rehearsal")
+    scheme, held = recipe.rollout_quantization, torch.bfloat16 if recipe.bf16 else None
+    rollout_policy = policy if scheme is None else quantized_copy(policy, scheme(), dtype=held)
+    with arithmetic(recipe, accelerator):
+        prompts = encode(rollout_policy, [problem], group_size=group)
+        rollout = recipe.sampler(rollout_policy, prompts, generator_for(*key)).with_support(recipe.sampling_support)
+    graded = grade(recipe.task, [problem], decode(rollout_policy, rollout), timeout=recipe.reward_timeout)
+    if recipe.warmup_steps:
+        examples(policy, [problem], max_new_tokens=recipe.max_new_tokens)
+        if recipe.warmup_metric not in addends(graded[0]):
+            known = ", ".join(sorted(addends(graded[0])))
+            raise ValueError(
+                f"warmup_metric={recipe.warmup_metric!r} is none of the task's: {known}; name one of these"
+            )
+    reward_values(graded, tuple(wanted_parts(recipe)))
+    advantages = made_up_advantages(recipe)[: accelerator.num_processes]
+    groups = measured_groups(recipe, advantages, 0)
+    reference = None if not recipe.beta else policy if recipe.lora is None else policy.reference()
+    with learner_forward(recipe, policy, rollout_policy, accelerator):
+        noise = draw_noise(recipe, rollout, advantages, groups, 0, accelerator)
+        logps = score(recipe, rollout, noise, policy=policy, rollout_policy=rollout_policy, reference=reference)
+        batch, _ = correct(recipe, rollout, noise, logps, advantages, accelerator, groups=groups)
+        options: dict[str, Any] = {"loss": recipe.loss, "likelihood": recipe.likelihood}
+        accumulate_gradients(policy, batch, batch.old_scores, **options, micro_batch_size=recipe.micro_batch_size)
+
+
+def made_up_advantages(recipe: Recipe) -> Float[Tensor, "P G"]:
+    """What the recipe makes of rewards that all differ, in a batch of its size; where it makes nothing of a group,
+    numbers of both signs, so that there is a loss. Raises ValueError on another shape, or what is not finite."""
+    rewards, parts = made_up_rewards(recipe)
+    found = recipe.advantages(rewards, **parts)
+    if found.shape != rewards.shape or not found.isfinite().all():
+        wrong = f"of shape {tuple(found.shape)}" if found.shape != rewards.shape else "that are not finite"
+        raise ValueError(f"advantages gave numbers {wrong} for rewards of shape {tuple(rewards.shape)}; give one each")
+    both = torch.linspace(1, -1, rewards.shape[1]).expand_as(rewards)
+    return torch.where((found != 0).any(-1, keepdim=True), found, both)
+
+
+def save_once(recipe: Recipe, policy: Policy) -> None:
+    """Write a checkpoint where the run will, with room for the optimiser's state, and delete it."""
+    folder = Path(recipe.directory) / REHEARSAL
+    trained = [p for p in policy.module.parameters() if p.requires_grad]
+    betas = (recipe.adam_beta1, recipe.adam_beta2)
+    optimizer = recipe.optim(trained, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
+    moments = MOMENTS.get(recipe.optim, 0) * sum(p.numel() for p in trained)
+    try:
+        checkpoint.save(folder, 0, policy, optimizer, {}, keep=1, reserve=moments)
+    finally:
+        remove(folder)
+
+
+@contextmanager
+def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
+    """The policy as RL will train it, with adapters where there are any, on the same weights; it leaves no gradient."""
+    module, learner = policy.module, policy
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if recipe.lora is not None:
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+        learner = copy.copy(policy)
+        learner.module = copy.deepcopy(module, shared)  # layers of its own, over the same tensors
+        add_lora(learner, recipe.lora())
+    try:
+        yield learner
+    finally:
+        module.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        module.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """The global generators are afterwards as they were, for a grader or a model that draws from one."""
+    python, array = random.getstate(), np.random.get_state()
+    devices = range(len(torch.cuda.default_generators))  # those of GPUs in use
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(array)

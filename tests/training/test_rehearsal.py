@@ -1,0 +1,157 @@
+"""What is tried before a run begins: every part is asked once, nothing is left of it."""
+
+import random
+import shutil
+from collections import namedtuple
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from tiny_recipe import SIZES, OddPuzzles, tiny_recipe
+
+from dllm_rl import main, tiny_masked_lm, train
+from dllm_rl.algorithms.correctors import Corrector, ais
+from dllm_rl.distributed import make_accelerator
+from dllm_rl.models.lora import lora_d1
+from dllm_rl.quantization.schemes import five_level_emulated, int4_weight_only
+from dllm_rl.samplers.rules import threshold
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.training.folder import REHEARSAL
+from dllm_rl.training.rehearsal import random_numbers_kept
+from dllm_rl.training.run import make_policy, rehearsed
+
+SMALL = partial(tiny_masked_lm, **SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16})
+
+
+def small(directory, **changes):
+    return tiny_recipe(directory, **{"model": SMALL, "num_steps": 1} | changes)
+
+
+def no_surrogate(log_ratio, advantages, mask):
+    raise ValueError("surrogate: not today")
+
+
+BAD = {
+    "quantise": ({"rollout_quantization": partial(int4_weight_only, group_size=0)}, "group_size=0 must be at least 1"),
+    "sample": (
+        {"sampler": partial(unmask, max_new_tokens=16, commit=partial(threshold, tau=7.0))},
+        r"tau=7\.0 must lie",
+    ),
+    "sample to evaluate": (
+        {"eval_sampler": partial(unmask, max_new_tokens=16, commit=partial(threshold, tau=7.0))},
+        r"tau=7\.0 must lie",
+    ),
+    "warm-up": ({"warmup_steps": 1, "warmup_metric": "solved"}, "warmup_metric='solved' is none of the task's"),
+    "advantages": ({"advantages": lambda rewards: rewards.mean(-1)}, r"numbers of shape \(4,\) for rewards of shape"),
+    "nan": ({"advantages": lambda rewards: rewards / 0 * 0}, "numbers that are not finite for rewards of shape"),
+    "corrector": ({"corrector": ais(tau=0.0)}, r"tau=0\.0 must be > 0"),
+    "loss": ({"corrector": Corrector(surrogate=no_surrogate)}, "surrogate: not today"),
+    "optimiser": (
+        {"optim": lambda parameters, lr, **rest: torch.optim.SGD(parameters, lr=-lr)},
+        "Invalid learning rate",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", BAD)
+def test_a_part_that_refuses_is_heard_before_anything_is_made(part, tmp_path):
+    changes, message = BAD[part]
+    with pytest.raises(ValueError, match=message):
+        train(small(tmp_path / "run", **changes))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_before_a_run_begins(tmp_path, monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr("sys.argv", ["recipe.py"])
+    with pytest.raises(SystemExit) as stopped:
+        main(small(tmp_path / "run"))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and "MB are missing" in error and error.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_room_is_needed_for_the_moments_too(tmp_path, monkeypatch):
+    recipe, usage = small(tmp_path / "run"), namedtuple("usage", "total used free")
+    weights = sum(p.numel() * 4 for p in SMALL().module.parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 2 * weights + (1 << 20)))
+    with pytest.raises(OSError, match="was not saved"):  # two moments as large as the weights
+        train(recipe)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 3 * weights + (2 << 20)))
+    train(recipe)
+
+
+class Drawing:
+    """A task whose grader draws from every global generator."""
+
+    name, version = "drawing", "1"
+
+    def __init__(self, task):
+        self.task = task
+
+    def __len__(self):
+        return len(self.task)
+
+    def __getitem__(self, index):
+        return self.task[index]
+
+    def reward(self, problem, completion):
+        random.random(), np.random.random(), torch.rand(())
+        return self.task.reward(problem, completion)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"lora": lora_d1, "beta": 0.1}, {"rollout_quantization": five_level_emulated, "beta": 0.1}],
+    ids=["plain", "adapters", "quantised"],
+)
+def test_nothing_is_left_of_it(changes, tmp_path):
+    recipe = small(tmp_path, **changes)
+    recipe = replace(recipe, task=Drawing(recipe.task))
+    accelerator = make_accelerator()
+    before = make_policy(recipe, accelerator.device)
+    drawn = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    policy = rehearsed(recipe, accelerator)
+    assert torch.equal(torch.get_rng_state(), drawn[0]) and np.random.get_state()[1].tolist() == drawn[1]
+    assert policy.lora is None and policy.version == before.version
+    now = dict(policy.module.named_parameters())
+    for name, parameter in before.module.named_parameters():
+        assert torch.equal(now.pop(name), parameter) and parameter.requires_grad
+    assert not now and all(p.requires_grad and p.grad is None for p in policy.module.parameters())
+    assert not any(tmp_path.iterdir())
+
+
+def test_global_generators_go_on_as_if_nobody_had_drawn():
+    def draw():
+        return random.random(), np.random.random(), torch.rand(()).item()
+
+    seeds = random.seed, np.random.seed, torch.manual_seed
+    for seed in seeds:
+        seed(3)
+    expected = draw()
+    for seed in seeds:
+        seed(3)
+    with random_numbers_kept():
+        assert draw() == expected
+    assert draw() == expected
+
+
+def test_it_takes_the_longest_prompt_and_a_whole_group(tmp_path):
+    seen = []
+
+    def spy(policy, prompts, generator, *, max_new_tokens):
+        seen.append((prompts.tokens.shape[1], prompts.num_rows))
+        return unmask(policy, prompts, generator, max_new_tokens=max_new_tokens, num_steps=2, temperature=1.0)
+
+    task = OddPuzzles()
+    train(small(tmp_path, task=task, sampler=partial(spy, max_new_tokens=16)))
+    assert seen[0] == (max(len(task[i].prompt) for i in range(len(task))), 4)
+
+
+def test_what_a_kill_left_of_it_is_removed(tmp_path):
+    (tmp_path / REHEARSAL / "step-000000").mkdir(parents=True)
+    train(small(tmp_path))
+    assert not (tmp_path / REHEARSAL).exists()
