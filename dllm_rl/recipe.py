@@ -127,6 +127,9 @@ class Recipe:
     eval_steps: int = _("RL steps between evaluations on validation_task; 0: never", 0)
     eval_batch_size: int = _("problems per evaluation batch and process", 256)
     logging_steps: int = _("RL steps between lines on the screen (metrics.jsonl has every step)", 10)
+    log_completions_steps: int = _(
+        "RL steps between tables of completions, on the screen and in completions.jsonl; 0: never", 50
+    )
     save_steps: int = _("RL steps between checkpoints", 50)
     save_total_limit: int = _("checkpoints kept, the newest ones", 2)
     verify_checkpoint: Literal["full", "quick"] = _(
@@ -159,6 +162,7 @@ class Recipe:
             "num_steps",
             "warmup_steps",
             "eval_steps",
+            "log_completions_steps",
             "beta",
             "entropy_coeff",
             "weight_decay",

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -82,6 +83,24 @@ def completion_ids(policy: Policy, rollout: Rollout) -> list[list[int]]:
         end = next((i for i, token in enumerate(ids) if token in policy.spec.eos_ids), len(ids))
         completions.append(ids[:end])
     return completions
+
+
+def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]]]:
+    """For each row every token of its completion, as plain data: id, text, the step that committed it and its
+    probability as sampled; tokens left masked have step -1."""
+    chosen = rollout.completion_mask.any(0)
+    width, rows = int(chosen.nonzero()[0]) if chosen.any() else len(chosen), []
+    parts = (rollout.tokens, rollout.unmask_step, rollout.logprobs.exp())
+    for ids, steps, probabilities in zip(*(part.tolist() for part in parts), strict=True):
+        kept = [j for j in range(width, len(ids)) if steps[j] >= 0 or ids[j] == policy.spec.mask_id]
+        texts = [policy.tokenizer.decode([ids[j]]) for j in kept]
+        rows.append(
+            [
+                {"id": ids[j], "text": text, "step": steps[j], "probability": probabilities[j]}
+                for j, text in zip(kept, texts, strict=True)
+            ]
+        )
+    return rows
 
 
 def usual_length(policy: Policy, task: Task) -> int:

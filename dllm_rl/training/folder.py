@@ -24,6 +24,7 @@ FREE = {
     "save_steps",
     "save_total_limit",
     "logging_steps",
+    "log_completions_steps",
     "num_steps",
     "lr_schedule_steps",
     "verify_checkpoint",
@@ -77,7 +78,7 @@ def open_folder(recipe: Recipe) -> tuple[Path | None, list[str]]:
 def clear_folder(recipe: Recipe) -> None:
     """Delete the run that the folder holds, where that is asked for and it is not resumed."""
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
-        for name in (*HELD, "tensorboard", "training.png", "reference", FAILED):
+        for name in (*HELD, "completions.jsonl", "tensorboard", "training.png", "reference", FAILED):
             remove(Path(recipe.directory) / name)
 
 

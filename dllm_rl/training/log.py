@@ -1,46 +1,42 @@
-"""Progress bars, log lines, metrics.jsonl, TensorBoard events and stage timers."""
+"""Progress bars, log lines, metrics.jsonl, completions.jsonl, TensorBoard events and stage timers."""
 
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.cautions import PATIENCE, flat_for
 from dllm_rl.training.heartbeat import heartbeat
+from dllm_rl.training.lines import JsonLines
 
 
 class RunLog:
     """Owns the run's open files and its screen; silent on all processes but the main one."""
 
-    def __init__(self, directory: Path, *, start: int, main: bool, patient: bool = False) -> None:
-        """start    the first step; rows of it and of later ones, from before, count no longer.
-        patient  keep a row that the disk has no room for, and write it later, rather than raise OSError.
-        """
-        self.main, self.directory, self.patient = main, directory, patient
+    def __init__(
+        self, directory: Path, *, start: int, main: bool, patient: bool = False, completions: bool = False
+    ) -> None:
+        """start, patient  those of `JsonLines`. completions: a completions.jsonl is to be kept beside metrics.jsonl."""
+        self.main, self.directory = main, directory
         self.console = Console(quiet=not main, force_jupyter=False)  # plain lines in a notebook: no widgets
         self.seconds: dict[str, float] = {}
         self.entered = ""  # the stage entered last
-        self._waiting = b""  # rows that are not written yet
         self._step: dict[str, float] = {}
         self._flat = 0  # steps in a row in which no group's rewards differed
         self._warned = False
         self._done = start
+        kept = ["metrics"] + ["completions"] * (completions or (directory / "completions.jsonl").exists())
+        paths = {name: directory / f"{name}.jsonl" for name in kept if main}
+        self.files = {name: JsonLines(path, start=start, patient=patient) for name, path in paths.items()}
         if main:
             from torch.utils.tensorboard import SummaryWriter
 
-            path = directory / "metrics.jsonl"
-            self._jsonl = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            if size := os.fstat(self._jsonl).st_size:
-                # A kill may have left half a line. What is there stays: readers skip what the resume runs again.
-                torn = os.pread(self._jsonl, 1, size - 1) != b"\n"
-                self._append("\n" * torn + json.dumps({"resume_from": start}) + "\n")
             self._board: SummaryWriter | None = SummaryWriter(str(directory / "tensorboard"), purge_step=start)
 
     @contextmanager
@@ -67,8 +63,7 @@ class RunLog:
             self.say(f"warning: {flat_for(PATIENCE)}")
         row = {**metrics, "step_time": sum(times.values()), **times}
         if self.main:
-            finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-            self._append(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            self.files["metrics"].append({"step": step, **finite(row)})
             self._draw(step, row)
 
     def _draw(self, step: int, row: dict[str, float]) -> None:
@@ -84,24 +79,22 @@ class RunLog:
             self._board = None
             self.say(f"tensorboard events can no longer be written ({error}): the run goes on without them")
 
-    def _append(self, text: str) -> None:
-        self._waiting += text.encode()
-        try:
-            while self._waiting:
-                self._waiting = self._waiting[os.write(self._jsonl, self._waiting) :]
-        except OSError as error:
-            if not self.patient:
-                path = self.directory / "metrics.jsonl"
-                raise OSError(error.errno, f"{path}: {error.strerror}; make room and resume") from error
+    def keep(self, completions: Sequence[dict[str, Any]]) -> None:
+        """Lines of completions.jsonl."""
+        for row in completions if self.main else ():
+            self.files["completions"].append(row)
+
+    def show(self, what: RenderableType) -> None:
+        """Print a table or the like, above the bar."""
+        self.console.print(what)
 
     def flush(self) -> None:
         """Force the rows to disk: what a checkpoint is to go on from must not be lost after it."""
-        if self.main:
-            self._append("")
-            os.fsync(self._jsonl)
-            if self._board is not None:
-                with suppress(OSError):
-                    self._board.flush()
+        for file in self.files.values():
+            file.flush()
+        if self.main and self._board is not None:
+            with suppress(OSError):
+                self._board.flush()
 
     def say(self, text: str) -> None:
         """Print lines, which may hold foreign text: no markup and no control character in them is obeyed."""
@@ -133,12 +126,16 @@ class RunLog:
         return progress
 
     def close(self) -> None:
-        if self.main:
-            self._append("")
-            os.close(self._jsonl)
-            if self._board is not None:
-                with suppress(OSError):  # tensorboard's thread raises here what stopped it
-                    self._board.close()
+        for file in self.files.values():
+            file.close()
+        if self.main and self._board is not None:
+            with suppress(OSError):  # tensorboard's thread raises here what stopped it
+                self._board.close()
+
+
+def finite(numbers: dict[str, float]) -> dict[str, float | None]:
+    """The numbers as JSON can hold them: None for NaN and infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 SHOWN = {
@@ -182,24 +179,3 @@ def health(metrics: dict[str, float]) -> str:
     found = ["strong mismatch"] if ess < STRONG else ["mismatch"] if ess < MILD else []
     found += ["updates backfire"] if max(moved, default=0.0) > BACKWARDS else []
     return ", ".join(found) or "healthy"
-
-
-def current_rows(path: Path) -> list[dict[str, float | int]]:
-    """The rows of a metrics.jsonl that count, a step each.
-
-    `{"resume_from": N}` says that the steps from N on were run again after it. A line that is no JSON object with a
-    step, as a kill may leave one, is none.
-    """
-    rows: list[dict[str, float | int]] = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:  # neither UTF-8 nor JSON
-            continue
-        if not isinstance(row, dict):
-            continue
-        if isinstance(row.get("resume_from"), int):
-            rows = [other for other in rows if other["step"] < row["resume_from"]]
-        elif isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows

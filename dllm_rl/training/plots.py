@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dllm_rl.files import replacing
-from dllm_rl.training.log import current_rows
+from dllm_rl.training.lines import current_rows
 
 
 def read_metrics(directory: Path) -> list[dict[str, float | int]]:

@@ -1,6 +1,7 @@
 """Problems in, rollouts and rewards out: what a step learns from."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -15,36 +16,48 @@ from dllm_rl.models.tokens import decode, encode
 from dllm_rl.models.transfer import send
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
-from dllm_rl.tasks.base import Reward, addends, grade
+from dllm_rl.tasks.base import Problem, Reward, addends, grade
 from dllm_rl.training.learner import arithmetic
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.prompts import choose, draw_indices
 from dllm_rl.types import Rollout
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A graded completion of a rollout's row."""
+
+    problem: Problem
+    completion: str
+    reward: Reward
+
+
 def collect(
     recipe: Recipe, rollout_policy: Policy, step: int, accelerator: Accelerator, log: RunLog
-) -> tuple[Rollout, Float[Tensor, "P G"], dict[str, float]]:
-    """This process's rollout, the rewards of all processes (on the host), and the metrics of both.
+) -> tuple[Rollout, list[Answer], Float[Tensor, "P G"], dict[str, float]]:
+    """This process's rollout and its rows' answers, the rewards of all processes (on the host), and the metrics.
 
     With max_num_gen_batches > 1, DAPO's dynamic sampling [paper]: groups whose rewards are all equal are replaced by
     completions of other prompts, until there are none or that many draws were made. A place's prompt and seeds depend
     on (seed, step, draw) alone, so that any number of processes draws the same; DAPO pools the draws instead [ours].
     """
     every = torch.arange(recipe.train_batch_size // accelerator.num_processes)
-    rollout, graded, mine, replaced = sample_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
+    rollout, answers, mine, replaced = sample_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
     with log.stage("waiting"):  # for the other processes' rollouts and rewards
         (rewards,) = gather_on_host([mine], accelerator)
-    metrics, draws = reward_metrics(rewards, graded, rollout, accelerator), 1
+    metrics, draws = reward_metrics(rewards, [answer.reward for answer in answers], rollout, accelerator), 1
     if recipe.max_prompt_length is not None:
         share = (torch.tensor(float(replaced)), torch.tensor(float(len(mine))))
         metrics |= reduce_metrics({"frac_prompts_too_long": share}, accelerator)
     while draws < recipe.max_num_gen_batches and not informative(rewards).all():
         places = local(~informative(rewards), accelerator).nonzero()[:, 0]
         if len(places):
-            part, _, mine[places], _ = sample_and_grade(recipe, rollout_policy, (step, draws), places, accelerator, log)
+            key = (step, draws)
+            part, others, mine[places], _ = sample_and_grade(recipe, rollout_policy, key, places, accelerator, log)
             group = torch.arange(recipe.num_generations)
             rows = rearrange(places[:, None] * recipe.num_generations + group, "p g -> (p g)")
+            for row, answer in zip(rows.tolist(), others, strict=True):
+                answers[row] = answer
             (rows,) = send(accelerator.device, rows)
             rollout = rollout.replaced(rows, part, pad_id=rollout_policy.pad_id)
         (rewards,), draws = gather_on_host([mine], accelerator), draws + 1
@@ -53,7 +66,7 @@ def collect(
             "dynamic_sampling/draws": float(draws),
             "dynamic_sampling/frac_reward_zero_std": zero_std_fraction(rewards),
         }
-    return rollout, rewards, metrics
+    return rollout, answers, rewards, metrics
 
 
 def sample_and_grade(
@@ -63,9 +76,9 @@ def sample_and_grade(
     places: Int[Tensor, " p"],
     accelerator: Accelerator,
     log: RunLog,
-) -> tuple[Rollout, list[Reward], Float[Tensor, "p G"], int]:
-    """Rollout and rewards of the prompts at `places` of this process's share of a draw, and how many of these prompts
-    stand for others that are too long.
+) -> tuple[Rollout, list[Answer], Float[Tensor, "p G"], int]:
+    """Rollout, answers and rewards of the prompts at `places` of this process's share of a draw, and how many of these
+    prompts stand for others that are too long.
 
     A row's seed depends on (seed, step, draw, its place in the global batch).
     """
@@ -83,9 +96,12 @@ def sample_and_grade(
         rollout = parts[0] if len(parts) == 1 else Rollout.joined(parts, pad_id=rollout_policy.pad_id)
         rollout = rollout.with_support(recipe.sampling_support)
     with log.stage("reward"):
-        graded = grade(recipe.task, problems, decode(rollout_policy, rollout), timeout=recipe.reward_timeout)
+        completions = decode(rollout_policy, rollout)
+        graded = grade(recipe.task, problems, completions, timeout=recipe.reward_timeout)
         values = reward_values(graded)
-    return rollout, graded, rearrange(values, "(p g) -> p g", g=group), replaced
+    own = [problem for problem in problems for _ in range(group)]
+    answers = [Answer(*parts) for parts in zip(own, completions, graded, strict=True)]
+    return rollout, answers, rearrange(values, "(p g) -> p g", g=group), replaced
 
 
 def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:

@@ -65,7 +65,13 @@ def start(recipe: Recipe) -> Run:
     from_main(partial(clear_folder, recipe), accelerator)
     state: dict[str, Any] = checkpoint.read_state(folder) if folder else {"step": 0}
     patient = recipe.on_save_error == "continue"
-    log = RunLog(Path(recipe.directory), start=state["step"], main=accelerator.is_main_process, patient=patient)
+    log = RunLog(
+        Path(recipe.directory),
+        start=state["step"],
+        main=accelerator.is_main_process,
+        patient=patient,
+        completions=bool(recipe.log_completions_steps),
+    )
     for note in notes:
         log.say(note)
     if recipe.resume_from_checkpoint:

@@ -194,6 +194,7 @@ MUTATIONS = [
         ("ids[:end]", "ids[: end + 1]"),
         ("if mine]", "if mine is not None]"),
         ("prompt[:-1] if opening else prompt", "prompt"),
+        ("rollout.logprobs.exp())", "rollout.logprobs)", "cli/test_sample.py"),
     ),
     *mutations(
         "models/convert.py",

@@ -49,7 +49,6 @@ MUTATIONS = [
         "cli/sample.py",
         "cli/test_sample.py",
         ("[text for text in texts for _ in range(group_size)]", "[text for _ in range(group_size) for text in texts]"),
-        ("rollout.logprobs.exp().tolist()", "rollout.logprobs.tolist()"),
         ("count / seconds}", "rollout.forwards / seconds}"),
         ("== newest == rollout.forwards - 1", "== newest"),
     ),

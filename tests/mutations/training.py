@@ -132,18 +132,22 @@ MUTATIONS = [
         ("    optimizer.load_state_dict(", "    dict("),
     ),
     *mutations(
+        "training/lines.py",
+        "training/test_nothing_lost.py training/test_log.py training/test_checkpoint.py",
+        ('if other["step"] < row["resume_from"]]', 'if other["step"] <= row["resume_from"]]'),
+        ('"resume_from": start}', '"resume_from": start + 1}'),
+    ),
+    *mutations(
+        "training/completions.py",
+        "training/test_completions.py",
+        ("(step % every and step + 1 < recipe.num_steps)", "step % every"),
+        ("logps.old[rows] - logps.rollout[rows]", "logps.rollout[rows] - logps.old[rows]"),
+        ("torch.where(scored.any(-1), apart, torch.nan)", "apart"),
+        ("[chosen].tolist()", "[: len(chosen)].tolist()"),
+    ),
+    *mutations(
         "training/log.py",
         f"{CHECKPOINT} {LOOP}",
-        (
-            'if other["step"] < row["resume_from"]]',
-            'if other["step"] <= row["resume_from"]]',
-            "training/test_nothing_lost.py training/test_log.py training/test_checkpoint.py",
-        ),
-        (
-            '"resume_from": start}',
-            '"resume_from": start + 1}',
-            "training/test_nothing_lost.py training/test_log.py training/test_checkpoint.py",
-        ),
         (
             "self._step, self._done = {}, step + 1",
             "self._done = step + 1",

@@ -19,7 +19,8 @@ from dllm_rl import files, tiny_masked_lm
 from dllm_rl.algorithms.optimizers import linear_decay
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.training import checkpoint, manifest, train
-from dllm_rl.training.log import RunLog, current_rows
+from dllm_rl.training.lines import current_rows
+from dllm_rl.training.log import RunLog
 from dllm_rl.training.plots import read_metrics
 from dllm_rl.training.stop import SIGNALS, Stop
 
@@ -145,7 +146,7 @@ class TestMetrics:
         full[0] = False
         log.write(1, {"a": 2.0})
         full[0] = True
-        log.patient = False
+        log.files["metrics"].patient = False
         with pytest.raises(OSError, match=r"metrics\.jsonl: No space left on device; make room and resume"):
             log.write(2, {"a": 3.0})
         assert [row["a"] for row in current_rows(tmp_path / "metrics.jsonl")] == [1.0, 2.0]
