@@ -1,7 +1,9 @@
 """Processes: a process's share of a batch, gathering, reducing. With training/ the one room of accelerate."""
 
+import math
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -175,6 +177,17 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
         else platform.processor() or platform.machine()
     )
     return {"versions": versions(), "device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def peak_memory() -> float:
+    """The most that this process has held so far, GB: on its GPU where it uses one, else in the host's memory."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ModuleNotFoundError:  # not a POSIX system
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def versions() -> dict[str, str | None]:

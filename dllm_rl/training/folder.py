@@ -37,6 +37,7 @@ FREE = {
 }
 
 
+DEFAULTS = {f.name: plain(f.default) for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
 HELD = ("metrics.jsonl", "checkpoints", "summary.json")  # what tells a run's folder
 
 
@@ -66,7 +67,7 @@ def open_folder(recipe: Recipe) -> tuple[Path | None, list[str]]:
     if folder:
         state = checkpoint.read_state(folder)
         # A setting that the checkpoint does not know had its default.
-        before = {f.name: plain(f.default) for f in dataclasses.fields(Recipe)} | state["recipe"]
+        before = DEFAULTS | state["recipe"]
         _check_same_recipe(before, settings_of(recipe))
         _check_schedule(recipe, before, state["step"])
         _check_reference(state, directory / "reference", quick=quick)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,28 @@ def current_rows(path: Path) -> list[dict[str, Any]]:
     step, as a kill may leave one, is none.
     """
     rows: list[dict[str, Any]] = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:  # neither UTF-8 nor JSON
-            continue
-        if not isinstance(row, dict):
-            continue
+    for row in _objects(path):
         if isinstance(row.get("resume_from"), int):
             rows = [other for other in rows if other["step"] < row["resume_from"]]
         elif isinstance(row.get("step"), int):
             rows.append(row)
     return rows
+
+
+def warmup_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl that are the warm-up's, a step each; one that was run again counts once."""
+    rows: list[dict[str, Any]] = []
+    for row in _objects(path):
+        if isinstance(step := row.get("warmup_step"), int):
+            rows = [*rows, row] if step else [row]  # from 0 on it was begun again
+    return rows
+
+
+def _objects(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:  # neither UTF-8 nor JSON
+            continue
+        if isinstance(row, dict):
+            yield row

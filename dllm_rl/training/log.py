@@ -1,19 +1,20 @@
-"""Progress bars, log lines, metrics.jsonl, completions.jsonl, TensorBoard events and stage timers."""
+"""Log lines, metrics.jsonl, completions.jsonl, TensorBoard events and stage timers."""
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dllm_rl.distributed import peak_memory
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.cautions import PATIENCE, flat_for
 from dllm_rl.training.heartbeat import heartbeat
-from dllm_rl.training.lines import JsonLines
+from dllm_rl.training.lines import JsonLines, current_rows
+from dllm_rl.training.view import View
 
 
 class RunLog:
@@ -61,10 +62,16 @@ class RunLog:
         if self._flat == PATIENCE and not self._warned:
             self._warned = True
             self.say(f"warning: {flat_for(PATIENCE)}")
-        row = {**metrics, "step_time": sum(times.values()), **times}
+        row = {**metrics, "step_time": sum(times.values()), "memory/peak_gb": peak_memory(), **times}
         if self.main:
             self.files["metrics"].append({"step": step, **finite(row)})
             self._draw(step, row)
+
+    def write_warmup(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics.jsonl that is no RL step's, `{"warmup_step": 0, "warmup/loss": ...}`."""
+        if self.main:
+            self.files["metrics"].append({"warmup_step": step, **finite(metrics)})
+            self._draw(step, metrics)
 
     def _draw(self, step: int, row: dict[str, float]) -> None:
         """The numbers to tensorboard. Its folder may be deleted at any time and is made again; where it cannot be, the
@@ -100,30 +107,13 @@ class RunLog:
         """Print lines, which may hold foreign text: no markup and no control character in them is obeyed."""
         self.console.print(escape_controls(text, keep="\n"), markup=False, highlight=False, soft_wrap=True)
 
-    def bar(self, description: str, total: int, *, completed: int = 0) -> Callable[..., None]:
-        """A progress bar with elapsed and remaining time; returns progress(metrics, show=..., close=...), called once a
-        step, which moves the bar, prints the metrics as a line where `show`, and ends the bar when it is full."""
-        columns = (
-            TextColumn("{task.description:8}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        note = TextColumn("{task.fields[note]}", markup=False)
-        bar = Progress(*columns, note, console=self.console, disable=not self.main)
-        task = bar.add_task(escape_controls(description), total=total, completed=completed, note="")
-        if completed < total:
-            bar.start()
-
-        def progress(metrics: dict[str, float], *, show: bool, close: bool = False) -> None:
-            bar.update(task, advance=not close, note=one_line(metrics))
-            if show:
-                self.say(f"{description} {int(bar.tasks[0].completed):5}/{total}  {one_line(metrics)}")
-            if close or bar.finished:
-                bar.stop()
-
-        return progress
+    def view(self, description: str, total: int, *, curve: str, completed: int = 0) -> View:
+        """The view of a part of the run, to be called once a step; `curve` is the metric that it draws."""
+        file = self.files.get("metrics")
+        past = [row.get(curve) for row in current_rows(file.path)] if file and completed else []
+        values = [value for value in past if value is not None]
+        stage = lambda: self.entered  # noqa: E731
+        return View(self.console, description, total, curve=curve, completed=completed, past=values, stage=stage)
 
     def close(self) -> None:
         for file in self.files.values():
@@ -136,46 +126,3 @@ class RunLog:
 def finite(numbers: dict[str, float]) -> dict[str, float | None]:
     """The numbers as JSON can hold them: None for NaN and infinity."""
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-
-
-SHOWN = {
-    "loss": "loss",
-    "solve_rate": "solve rate",
-    "accuracy": "accuracy",
-    "reward": "reward",
-    "rewards/solve_rate/mean": "solved",
-    "rewards/accuracy/mean": "correct",
-    "rollout_corr/rollout_is_eff_sample_size": "ESS",
-    "rollout_corr/k3_kl": "k3",
-    "eval/solve_rate": "validation solve rate",
-}
-
-
-MILD, STRONG = 0.95, 0.70  # ESS that AIS reports early in training, and late where nothing is corrected [digest]
-BACKWARDS = 0.005  # largest contribution of a sign of A, averaged over tokens, that still passes for noise [ours]
-
-
-def one_line(metrics: dict[str, float]) -> str:
-    """The few numbers worth a look while a run goes on, and the `health` of the step."""
-    numbers = [f"{short} {metrics[name]:.3g}" for name, short in SHOWN.items() if name in metrics]
-    return "  ".join([*numbers, *filter(None, [health(metrics)])])
-
-
-def health(metrics: dict[str, float]) -> str:
-    """The step in a word or two; empty without mismatch metrics.
-
-    strong mismatch, mismatch  ESS of the raw ratios old / rollout over all rows is below STRONG, below MILD.
-    updates backfire           a contribution C = -(r - 1) A of the step's updates, for one sign of A, against the
-        learner's start or against the rollout, is above BACKWARDS: ratios moved against their advantages. K1 and K3 can
-        stay flat meanwhile (VeXact [digest]). On 4x4 Sudoku (60 steps of two updates, seed 0) it was said at none of
-        120 steps unquantised and at FP8, which ended at 0.585, and at 30 of 60 with five levels and no corrector, which
-        ended at 0.12 [ours].
-    healthy                    none of these.
-    """
-    ess = metrics.get("rollout_corr/ess")
-    if ess is None:
-        return ""
-    moved = [v for n, v in metrics.items() if n.startswith("off_policy/") and "/contribution_" in n]
-    found = ["strong mismatch"] if ess < STRONG else ["mismatch"] if ess < MILD else []
-    found += ["updates backfire"] if max(moved, default=0.0) > BACKWARDS else []
-    return ", ".join(found) or "healthy"

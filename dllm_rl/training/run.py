@@ -106,7 +106,7 @@ def start(recipe: Recipe) -> Run:
         first_step=state["step"],
         history=history,
         stop=stop,
-        progress=log.bar("training", recipe.num_steps, completed=state["step"]),
+        progress=log.view("training", recipe.num_steps, curve="reward", completed=state["step"]),
     )
     if not folder:
         save(run, 0)

@@ -154,8 +154,20 @@ MUTATIONS = [
             "training/test_log.py training/test_loop.py",
         ),
         ("value if math.isfinite(value) else None for", "value for", "training/test_log.py"),
-        ('["strong mismatch"] if ess < STRONG', '["strong mismatch"] if ess > STRONG', "training/test_health.py"),
-        ("if max(moved, default=0.0) > BACKWARDS", "if min(moved, default=0.0) > BACKWARDS", "training/test_health.py"),
+    ),
+    *mutations(
+        "training/health.py",
+        "training/test_health.py",
+        ('"strong" if ess < STRONG', '"strong" if ess > STRONG'),
+        ("max(moved, key=moved.__getitem__", "min(moved, key=moved.__getitem__"),
+    ),
+    *mutations(
+        "training/view.py",
+        "training/test_view.py",
+        ("low, high = min(means), max(means)", "low, high = 0.0, max(means)"),
+        ("advance=not close", "advance=1"),
+        ("speed_estimate_period=math.inf", "speed_estimate_period=30"),
+        ("console.is_terminal and not console.quiet", "not console.quiet"),
     ),
     *mutations(
         "training/run.py",
@@ -286,7 +298,7 @@ MUTATIONS = [
         "training/test_checkpoint.py training/test_nothing_lost.py training/test_old_checkpoint.py",
         ("before[name] != now[name]]", "False]"),
         (
-            'before = {f.name: plain(f.default) for f in dataclasses.fields(Recipe)} | state["recipe"]',
+            'before = DEFAULTS | state["recipe"]',
             'before = state["recipe"]',
         ),
         ("if recipe.num_steps < step:", "if False:"),
