@@ -46,6 +46,21 @@ MUTATIONS = [
         ("        seed=arguments.seed,\n", "", "cli/test_sample.py"),
     ),
     *mutations(
+        "cli/report.py",
+        "cli/test_report.py",
+        ("if len(set(map(str, line[1:]))) > 1]", "]"),
+        ("DEFAULTS[n] != recipe[n]]", "DEFAULTS[n] == recipe[n]]"),
+        ("steps[round(i * last / (STEPS - 1))]", "steps[i]"),
+        ("return html.escape(escape_controls(str(text)))", "return escape_controls(str(text))"),
+        ('escape_controls(token["text"], keep="\\n\\t")', 'token["text"]'),
+    ),
+    *mutations(
+        "training/plots.py",
+        "cli/test_report.py",
+        ("if not math.isnan(x)]", "]"),
+        ("values[max(0, i - width) : i + width + 1]", "values[max(0, i - width) : i + width]"),
+    ),
+    *mutations(
         "cli/sample.py",
         "cli/test_sample.py",
         ("[text for text in texts for _ in range(group_size)]", "[text for _ in range(group_size) for text in texts]"),
