@@ -321,5 +321,6 @@ figure { margin: 0; padding: .6rem .8rem; background: var(--card); border: 1px s
 .row p.facts { margin: .3rem 0 0; }
 figcaption { font-weight: 600; font-size: .9rem; }
 figure svg { width: 100%; height: auto; display: block; }
-@media print { .scroll { overflow: visible; } .row { break-inside: avoid; } main { padding: 0; } .panels { grid-template-columns: 1fr 1fr; } }
+@media print { .scroll { overflow: visible; } .row { break-inside: avoid; } main { padding: 0; }
+  .panels { grid-template-columns: 1fr 1fr; } }
 """

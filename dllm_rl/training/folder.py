@@ -25,6 +25,8 @@ FREE = {
     "save_total_limit",
     "logging_steps",
     "log_completions_steps",
+    "report_to",
+    "push_to_hub",
     "num_steps",
     "lr_schedule_steps",
     "verify_checkpoint",

@@ -1,4 +1,4 @@
-"""Log lines, metrics.jsonl, completions.jsonl, TensorBoard events and stage timers."""
+"""Log lines, metrics.jsonl, completions.jsonl, trackers and stage timers."""
 
 import math
 import time
@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from accelerate.tracking import GeneralTracker
 from rich.console import Console, RenderableType
 
 from dllm_rl.distributed import peak_memory
@@ -14,6 +15,7 @@ from dllm_rl.screen import escape_controls
 from dllm_rl.training.cautions import PATIENCE, flat_for
 from dllm_rl.training.heartbeat import heartbeat
 from dllm_rl.training.lines import JsonLines, current_rows
+from dllm_rl.training.trackers import track
 from dllm_rl.training.view import View
 
 
@@ -21,7 +23,14 @@ class RunLog:
     """Owns the run's open files and its screen; silent on all processes but the main one."""
 
     def __init__(
-        self, directory: Path, *, start: int, main: bool, patient: bool = False, completions: bool = False
+        self,
+        directory: Path,
+        *,
+        start: int,
+        main: bool,
+        patient: bool = False,
+        completions: bool = False,
+        trackers: Sequence[GeneralTracker] = (),
     ) -> None:
         """start, patient  those of `JsonLines`. completions: a completions.jsonl is to be kept beside metrics.jsonl."""
         self.main, self.directory = main, directory
@@ -35,10 +44,8 @@ class RunLog:
         kept = ["metrics"] + ["completions"] * (completions or (directory / "completions.jsonl").exists())
         paths = {name: directory / f"{name}.jsonl" for name in kept if main}
         self.files = {name: JsonLines(path, start=start, patient=patient) for name, path in paths.items()}
-        if main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board: SummaryWriter | None = SummaryWriter(str(directory / "tensorboard"), purge_step=start)
+        self.trackers = list(trackers)
+        self.last: dict[str, float] = {}  # the numbers of the last step
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -52,7 +59,7 @@ class RunLog:
         self._step[name] = self._step.get(name, 0.0) + spent
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, the same numbers to tensorboard, with the seconds of this step's stages.
+        """One line of metrics.jsonl, the same numbers to the trackers, with the seconds of this step's stages.
 
         JSON has no number for NaN or infinity: they are null there.
         """
@@ -63,28 +70,18 @@ class RunLog:
             self._warned = True
             self.say(f"warning: {flat_for(PATIENCE)}")
         row = {**metrics, "step_time": sum(times.values()), "memory/peak_gb": peak_memory(), **times}
+        self.last = row
         if self.main:
             self.files["metrics"].append({"step": step, **finite(row)})
-            self._draw(step, row)
+            self.trackers = track(self.trackers, numbers(row), step, self.say)
 
     def write_warmup(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl that is no RL step's, `{"warmup_step": 0, "warmup/loss": ...}`."""
         if self.main:
             self.files["metrics"].append({"warmup_step": step, **finite(metrics)})
-            self._draw(step, metrics)
-
-    def _draw(self, step: int, row: dict[str, float]) -> None:
-        """The numbers to tensorboard. Its folder may be deleted at any time and is made again; where it cannot be, the
-        run goes on without it."""
-        if self._board is None:
-            return
-        try:
-            (self.directory / "tensorboard").mkdir(exist_ok=True)
-            for name, value in row.items():
-                self._board.add_scalar(name, value, step)
-        except OSError as error:
-            self._board = None
-            self.say(f"tensorboard events can no longer be written ({error}): the run goes on without them")
+            # Others would take no steps that begin at 0 again afterwards.
+            boards = [tracker for tracker in self.trackers if tracker.name == "tensorboard"]
+            track(boards, numbers(metrics), step, self.say)
 
     def keep(self, completions: Sequence[dict[str, Any]]) -> None:
         """Lines of completions.jsonl."""
@@ -99,9 +96,6 @@ class RunLog:
         """Force the rows to disk: what a checkpoint is to go on from must not be lost after it."""
         for file in self.files.values():
             file.flush()
-        if self.main and self._board is not None:
-            with suppress(OSError):
-                self._board.flush()
 
     def say(self, text: str) -> None:
         """Print lines, which may hold foreign text: no markup and no control character in them is obeyed."""
@@ -118,11 +112,16 @@ class RunLog:
     def close(self) -> None:
         for file in self.files.values():
             file.close()
-        if self.main and self._board is not None:
-            with suppress(OSError):  # tensorboard's thread raises here what stopped it
-                self._board.close()
+        for tracker in self.trackers:
+            with suppress(Exception):  # of any kind: a tracker's own, which the run's end does not wait for
+                tracker.finish()
 
 
 def finite(numbers: dict[str, float]) -> dict[str, float | None]:
     """The numbers as JSON can hold them: None for NaN and infinity."""
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def numbers(row: dict[str, float]) -> dict[str, float]:
+    """Those that are finite."""
+    return {name: value for name, value in row.items() if math.isfinite(value)}

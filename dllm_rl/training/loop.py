@@ -8,9 +8,10 @@ from dllm_rl.screen import escape_controls
 from dllm_rl.training.completions import log_completions
 from dllm_rl.training.dry_run import plan
 from dllm_rl.training.dump import leaving_a_dump
+from dllm_rl.training.finish import finish
 from dllm_rl.training.learner import correct, draw_noise, learner_forward, measured_groups, score, update
 from dllm_rl.training.rollouts import collect
-from dllm_rl.training.run import checkpoint_if_due, finish, start, validate
+from dllm_rl.training.run import checkpoint_if_due, start, validate
 from dllm_rl.training.stop import leaving_nothing_behind
 
 

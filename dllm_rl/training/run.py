@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from dllm_rl.diagnostics.batch_invariance import prepare_workspace
-from dllm_rl.distributed import from_main, machine, make_accelerator, versions
+from dllm_rl.distributed import from_main, make_accelerator, versions
 from dllm_rl.evaluation.evaluate import evaluate
-from dllm_rl.files import replacing, write_json
+from dllm_rl.files import replacing
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.policy import load_policy, load_weights
@@ -25,12 +25,14 @@ from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Task, addends, grade
-from dllm_rl.training import checkpoint, manifest, plots
+from dllm_rl.training import checkpoint, manifest
+from dllm_rl.training.card import card, check_hub
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.folder import clear_folder, open_folder, settings_of
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.prompts import check_prompts, choose
 from dllm_rl.training.stop import Stop, ended_by_launcher
+from dllm_rl.training.trackers import check_trackers, start_trackers
 from dllm_rl.training.warmup import examples, warm_up
 
 
@@ -56,7 +58,14 @@ def start(recipe: Recipe) -> Run:
     ended_by_launcher()
     if recipe.zero_mismatch:
         prepare_workspace()
-    accelerator = make_accelerator(mixed_precision="bf16" if recipe.bf16 else "no", timeout=recipe.collective_timeout)
+    check_trackers(recipe)
+    check_hub(recipe)
+    accelerator = make_accelerator(
+        mixed_precision="bf16" if recipe.bf16 else "no",
+        timeout=recipe.collective_timeout,
+        log_with=recipe.trackers,
+        directory=str(Path(recipe.directory) / "tensorboard"),
+    )
     stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
     stop.last_words = "stopped before the first step: nothing new was saved; start again with the same command"
     check_processes(recipe, accelerator)
@@ -71,6 +80,7 @@ def start(recipe: Recipe) -> Run:
         main=accelerator.is_main_process,
         patient=patient,
         completions=bool(recipe.log_completions_steps),
+        trackers=start_trackers(recipe, accelerator, start=state["step"]),
     )
     for note in notes:
         log.say(note)
@@ -332,6 +342,7 @@ def write_checkpoint(run: Run, step: int) -> Path | None:
             keep=recipe.save_total_limit,
             processes=run.accelerator.num_processes,
             versions=versions(),
+            card=card(recipe, step=step, evaluations={"before RL": history["eval_before"]}, metrics=run.log.last),
         )
     except OSError as error:
         if recipe.on_save_error == "stop":
@@ -340,51 +351,3 @@ def write_checkpoint(run: Run, step: int) -> Path | None:
         return None
     history["saved"] = step
     return folder
-
-
-def finish(run: Run) -> dict[str, Any]:
-    """Evaluate on held-out problems, write summary.json and the picture, say in a paragraph what happened."""
-    recipe, accelerator, log, history = run.recipe, run.accelerator, run.log, run.history
-    policy, rollout_policy = run.policy, run.rollout_policy
-    run.stop.last_words = f"stopped after the last step, before the summary; {how_to_continue(recipe)}"
-    with log.stage("evaluation"):
-        after = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
-        quantized = (
-            after if rollout_policy is policy else evaluate_with(recipe, rollout_policy, recipe.eval_task, accelerator)
-        )
-    log.close()
-    directory = Path(recipe.directory)
-    summary = {
-        "eval_before": history["eval_before"],
-        "eval_after": after,
-        "eval_after_quantized": quantized,
-        "eval_problems": len(recipe.eval_task),
-        "seconds": history["seconds"] + time.perf_counter() - history["begun"],
-        "stages": {name: round(spent, 3) for name, spent in log.seconds.items()},
-        "warmup_steps": history["warmup_steps"],
-        "seed": recipe.seed,
-        "num_processes": accelerator.num_processes,
-        "checkpoint": history["checkpoint"],  # the one whose weights were evaluated
-        "machine": machine(accelerator),
-        "recipe": settings_of(recipe),
-    }
-    if accelerator.is_main_process:
-        write_json(directory / "summary.json", summary)
-        picture = plots.plot(directory) if recipe.num_steps else None
-        log.say(
-            f"\n{recipe.name}, seed {recipe.seed}: {shown(history['eval_before'])}  ->  {shown(after)}  on "
-            f"{len(recipe.eval_task)} held-out problems, after {history['warmup_steps']} warm-up and "
-            f"{recipe.num_steps} RL steps in {summary['seconds']:.0f} s.\n"
-            f"Checkpoint: {summary['checkpoint']}\nPicture:    {picture}\nNumbers:    {directory / 'summary.json'}\n"
-            f"{_next_command(recipe, summary['checkpoint'])}"
-        )
-    accelerator.wait_for_everyone()
-    return summary
-
-
-def _next_command(recipe: Recipe, folder: str) -> str:
-    """How to look at what was trained; of a module of the user's own, how to open it."""
-    if not (Path(folder) / "config.json").exists():
-        return "Open:       dllm_rl.load_weights(policy, folder), with a policy of the same module"
-    prompt = recipe.eval_task[0].prompt
-    return f"Sample:     dllm-rl sample {folder} {prompt if isinstance(prompt, str) else prompt[-1]['content']!r}"

@@ -156,6 +156,22 @@ MUTATIONS = [
         ("value if math.isfinite(value) else None for", "value for", "training/test_log.py"),
     ),
     *mutations(
+        "training/trackers.py",
+        "training/test_trackers.py",
+        ("if name not in there:", "if False:"),
+        ('"purge_step": start', '"purge_step": 0'),
+        ('if tracker.name != "tensorboard":  # which', "if False:  # which"),
+        ("            taken.append(tracker)\n", ""),
+    ),
+    *mutations(
+        "training/card.py",
+        "training/test_card.py",
+        ('.replace("`", "\'")', ""),
+        ("private=True", "private=False"),
+        ("ignore_patterns=list(LEFT_OUT)", "ignore_patterns=None"),
+        ("if name not in OWN}", "}"),
+    ),
+    *mutations(
         "training/health.py",
         "training/test_health.py",
         ('"strong" if ess < STRONG', '"strong" if ess > STRONG'),
@@ -178,10 +194,6 @@ MUTATIONS = [
         ("weight_decay=recipe.weight_decay)", "weight_decay=0.0)", f"{NUMBERS} {GOLDEN}"),
         ("reference = copied(policy)", "reference = policy"),
         (
-            "evaluate_with(recipe, rollout_policy, recipe.eval_task, accelerator)",
-            "evaluate_with(recipe, policy, recipe.eval_task, accelerator)",
-        ),
-        (
             "evaluate(policy, task, recipe.eval_sampler,",
             "evaluate(policy, task, recipe.sampler,",
             "training/test_loop_numbers.py training/test_loop.py",
@@ -192,6 +204,14 @@ MUTATIONS = [
         (
             "evaluate_with(recipe, run.policy, recipe.validation_task, run.accelerator)",
             "evaluate_with(recipe, run.policy, recipe.eval_task, run.accelerator)",
+        ),
+    ),
+    *mutations(
+        "training/finish.py",
+        f"{GOLDEN} {LOOP} {CHECKPOINT}",
+        (
+            "evaluate_with(recipe, rollout_policy, recipe.eval_task, accelerator)",
+            "evaluate_with(recipe, policy, recipe.eval_task, accelerator)",
         ),
     ),
     *mutations(
@@ -318,7 +338,7 @@ MUTATIONS = [
         ("own != _own_digest(found)", "False"),
         ('if found["format"] != FORMAT:', "if False:"),
         ("        if name not in here:\n", "        if False:\n"),
-        ("if name not in files and name not in (NAME, *also)", "if False and name not in (NAME, *also)"),
+        ("if name not in files and name not in (NAME, CARD, *also)", "if False and name not in (NAME, CARD, *also)"),
         ('if size != entry["size"]:', "if False:", "", "the digest sees what the size sees; the message is another"),
         ('None if digest(path) == entry["sha256"] else', "None if True else"),
         ('None if digest(path, limit=HEAD) == entry["head"] else', "None if True else"),
