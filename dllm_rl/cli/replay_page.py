@@ -158,7 +158,12 @@ def document(title: str, body: str, *, groups: list[dict[str, Any]], style: str 
     groups  {"title", "facts", "rows": [{"prompt", "tokens", "facts"?}]}, shown one at a time. Texts reach the page as
             data, never as markup: `<` cannot end the script block.
     """
-    data = json.dumps({"groups": groups}).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    data = (
+        json.dumps({"groups": groups}, allow_nan=False)
+        .replace("<", "\\u003c")
+        .replace(">", "\\u003e")
+        .replace("&", "\\u0026")
+    )
     scripts = _SCRIPTS.replace("@DATA@", data) if groups else ""
     head, _, rest = _PAGE.replace("@TITLE@", html.escape(title)).replace("@STYLE@", style).partition("@BODY@")
     return head + body + rest.replace("@SCRIPTS@", scripts)

@@ -15,7 +15,7 @@ from dllm_rl.files import write_text
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.folder import DEFAULTS
 from dllm_rl.training.health import BACKWARDS, MILD, STRONG, health
-from dllm_rl.training.lines import current_rows, warmup_rows
+from dllm_rl.training.lines import current_rows, known, warmup_rows
 from dllm_rl.training.plots import SOLVED, column, curve, headline, held_out, plot, read_metrics, read_summary
 
 COLOURS = (
@@ -102,8 +102,12 @@ def report_command(directories: Sequence[Path], out: Path | None = None) -> list
         if not (directory / "metrics.jsonl").is_file():
             raise ValueError(f"{directory} is no run's folder: it has no metrics.jsonl")
     page = out or directories[0] / "report.html"
-    pictures = [plot(directory) for directory in directories]
-    write_text(page, report([told(directory) for directory in directories]))
+    try:
+        pictures = [plot(directory) for directory in directories]
+        text = report([told(directory) for directory in directories])
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"what a run left is damaged, or not a run's: {error!r}") from error
+    write_text(page, text)
     return [*pictures, page]
 
 
@@ -165,11 +169,6 @@ def results(runs: Sequence[Told]) -> str:
     last = health(known(runs[0].rows[-1])) if len(runs) == 1 and runs[0].rows else None
     why = f"<p>At the last step: {shown(f'{last[0]}: {last[1]}')}.</p>" if last else ""
     return made + why + (f'<ul class="keys">{"".join(keys)}</ul>' if len(runs) > 1 else "")
-
-
-def known(row: dict[str, Any]) -> dict[str, float]:
-    """The metrics of a row that are numbers."""
-    return {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
 
 
 def differences(runs: Sequence[Told]) -> str:

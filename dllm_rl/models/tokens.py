@@ -87,10 +87,10 @@ def completion_ids(policy: Policy, rollout: Rollout) -> list[list[int]]:
 
 def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]]]:
     """For each row every token of its completion, as plain data: id, text, the step that committed it and its
-    probability as sampled; tokens left masked have step -1."""
+    probability as sampled, 0 where that is not a number; tokens left masked have step -1."""
     chosen = rollout.completion_mask.any(0)
     width, rows = int(chosen.nonzero()[0]) if chosen.any() else len(chosen), []
-    parts = (rollout.tokens, rollout.unmask_step, rollout.logprobs.exp())
+    parts = (rollout.tokens, rollout.unmask_step, rollout.logprobs.exp().nan_to_num(0.0))
     for ids, steps, probabilities in zip(*(part.tolist() for part in parts), strict=True):
         kept = [j for j in range(width, len(ids)) if steps[j] >= 0 or ids[j] == policy.spec.mask_id]
         texts = [policy.tokenizer.decode([ids[j]]) for j in kept]

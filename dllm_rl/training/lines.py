@@ -69,6 +69,11 @@ def warmup_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def known(row: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a row that are numbers: those that were not finite are null there."""
+    return {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+
+
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n"):
         try:

@@ -14,7 +14,7 @@ from dllm_rl.distributed import peak_memory
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.cautions import PATIENCE, flat_for
 from dllm_rl.training.heartbeat import heartbeat
-from dllm_rl.training.lines import JsonLines, current_rows
+from dllm_rl.training.lines import JsonLines, current_rows, known
 from dllm_rl.training.trackers import track
 from dllm_rl.training.view import View
 
@@ -45,7 +45,8 @@ class RunLog:
         paths = {name: directory / f"{name}.jsonl" for name in kept if main}
         self.files = {name: JsonLines(path, start=start, patient=patient) for name, path in paths.items()}
         self.trackers = list(trackers)
-        self.last: dict[str, float] = {}  # the numbers of the last step
+        before = current_rows(paths["metrics"]) if main and start else []
+        self.last = known(before[-1]) if before else {}  # the last step's numbers
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -117,9 +118,9 @@ class RunLog:
                 tracker.finish()
 
 
-def finite(numbers: dict[str, float]) -> dict[str, float | None]:
+def finite(row: dict[str, float]) -> dict[str, float | None]:
     """The numbers as JSON can hold them: None for NaN and infinity."""
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
 
 def numbers(row: dict[str, float]) -> dict[str, float]:

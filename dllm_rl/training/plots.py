@@ -56,7 +56,7 @@ def smoothed(values: Sequence[float], *, width: int) -> list[float]:
 def column(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
     """A metric at every row; NaN, a gap, for what is absent, or null because it was not finite."""
     values = (row.get(name) for row in rows)
-    return [math.nan if value is None else float(value) for value in values]
+    return [float(value) if isinstance(value, int | float) else math.nan for value in values]
 
 
 def curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) -> None:

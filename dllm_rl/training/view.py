@@ -1,5 +1,6 @@
 """What a run shows while it goes on: a live view on a terminal, plain lines elsewhere."""
 
+import atexit
 import math
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -51,6 +52,7 @@ class View:
         self.live = Live(self, console=console)
         if console.is_terminal and not console.quiet and completed < total:
             self.live.start()
+            atexit.register(console.show_cursor)  # which is hidden until the end, also until one by an error
 
     def __call__(self, metrics: dict[str, float], *, show: bool, close: bool = False) -> None:
         """A step is done, or with `close` all are. `show`: print a line that stays."""

@@ -10,8 +10,9 @@ import pytest
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.cli import main as cli
-from dllm_rl.cli.report import OWN, STEPS, known, replayed, report, told, written
+from dllm_rl.cli.report import OWN, STEPS, replayed, report, told, written
 from dllm_rl.training import train
+from dllm_rl.training.lines import known
 from dllm_rl.training.plots import headline, read_summary, smoothed
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'\x1b\u202e"
@@ -126,6 +127,27 @@ def test_without_steps_a_completion_is_shown_at_once():
 def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert f"error: {tmp_path} is no run's folder: it has no metrics.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("completions.jsonl", '{"step": 0}\n'),
+        ("completions.jsonl", '{"step": 0, "prompt": 1, "completion": 2, "reward": "x", "advantage": 0}\n'),
+        (
+            "completions.jsonl",
+            '{"step": 0, "prompt": "", "completion": "", "reward": NaN, "advantage": 0, "mismatch": 0, '
+            '"tokens": [{"id": 1, "text": "", "step": 0, "probability": NaN}]}\n',
+        ),
+        ("summary.json", '{"eval_before": [], "recipe": 3}'),
+        ("metrics.jsonl", '{"step": 1' + "0" * 400 + ', "reward": 1}\n'),
+    ],
+)
+def test_what_is_damaged_is_refused_in_one_line(tmp_path, capsys, name, content):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward": 1.0, "grad_norm": {}, "rollout_corr/ess": "x"}\n')
+    (tmp_path / name).write_text(content)
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "report.html").exists()
 
 
 def test_a_run_of_which_little_is_left_is_drawn(tmp_path):

@@ -83,6 +83,21 @@ def test_mismatch_and_advantage_by_hand(tmp_path):
     assert max(chosen) >= 12, "a row that is not scored"
 
 
+def test_a_probability_that_is_no_number_stops_no_run(tmp_path):
+    """JSON has none for it, and a rollout may have one."""
+    run = start(recipe := tiny_recipe(tmp_path))
+    rollout, answers, _, _ = collect(recipe, run.rollout_policy, 0, run.accelerator, run.log)
+    rollout = dataclasses.replace(rollout, logprobs=torch.full_like(rollout.logprobs, torch.nan))
+    advantages = torch.full((4, 4), torch.inf)
+    noise = draw_noise(recipe, rollout, advantages, torch.ones(4, dtype=torch.float64), 0, run.accelerator)
+    logps = Logprobs(old=rollout.logprobs, old_scores=rollout.logprobs[None], rollout=rollout.logprobs, reference=None)
+    log_completions(run, 0, answers, rollout, noise, logps, advantages)
+    run.log.close()
+    for row in current_rows(tmp_path / "completions.jsonl"):
+        assert row["mismatch"] is None and row["advantage"] is None
+        assert {token["probability"] for token in row["tokens"]} == {0.0}
+
+
 def test_the_table_obeys_no_text_and_fits_80_columns():
     hostile = "[red]x[/red]\x1b[2J\x07\u202e" + "long " * 100
     rows = [ROW | {"prompt": [{"role": "user", "content": hostile}], "completion": hostile}, ROW | {"mismatch": None}]

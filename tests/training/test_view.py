@@ -1,5 +1,6 @@
 """What a run shows while it goes on: on a terminal of 80 columns, and where there is none."""
 
+import atexit
 import io
 import re
 
@@ -50,6 +51,16 @@ def test_a_terminal_is_redrawn_and_lines_stay_above():
     assert text.count("mismatch   healthy: ESS 0.988, C at most +0.0012 (A>0, against the step's start)") >= 1
     assert text.endswith("\x1b[?25h"), "the cursor is back"
     assert "now " not in text.rpartition("training")[2], "nothing is being done any more"
+
+
+def test_a_run_that_stops_by_an_error_gives_the_cursor_back(monkeypatch):
+    at_exit, console = [], terminal()
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    view = View(console, "training", 2, curve="reward")
+    assert "\x1b[?25l" in console.file.getvalue()
+    at_exit[0]()
+    assert console.file.getvalue().endswith("\x1b[?25h")
+    view.live.stop()
 
 
 def test_elsewhere_there_are_lines_alone():
