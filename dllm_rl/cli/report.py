@@ -3,6 +3,7 @@
 import html
 import io
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -275,7 +276,8 @@ def times(axis: Any, runs: Sequence[Told]) -> None:
         range(len(runs)), [escape_controls(run.label) if len(runs) > 1 else "" for run in runs], parse_math=False
     )
     axis.invert_yaxis()
-    axis.legend(fontsize=8, frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=4)
+    if stages:
+        axis.legend(fontsize=8, frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=4)
 
 
 def figure(title: str, unit: str, draw: Callable[[Any], None], *, xlabel: str = "RL step") -> str:
@@ -287,7 +289,8 @@ def figure(title: str, unit: str, draw: Callable[[Any], None], *, xlabel: str = 
 
     inked = ("text.color", "xtick.color", "ytick.color", "axes.labelcolor", "axes.edgecolor")
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, **dict.fromkeys(inked, INK)}
-    with plt.rc_context(style):
+    with plt.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of the font that lengths are measured with: the page has its own
         made, axis = plt.subplots(figsize=(4.6, 2.9), layout="constrained")
         draw(axis)
         axis.set(xlabel=xlabel, ylabel=unit)

@@ -38,6 +38,7 @@ def test_all_of_it_fits_80_columns():
     assert "".join(lines[2:4]).endswith(
         "backfiring: C +0.046 (A<0, against the rollout) above 0.005, ESS 0.123 below 0.7"
     )
+    assert view.bar.tasks[0].completed == 99_950, "the end is no step"
     assert lines[4] == "now        step 99951, evaluation"
 
 
