@@ -14,6 +14,7 @@ from typing import Any
 from dllm_rl.cli.replay_page import document, viewer
 from dllm_rl.files import write_text
 from dllm_rl.screen import escape_controls
+from dllm_rl.training.completions import shortened
 from dllm_rl.training.folder import DEFAULTS
 from dllm_rl.training.health import BACKWARDS, MILD, STRONG, health
 from dllm_rl.training.lines import current_rows, known, warmup_rows
@@ -273,7 +274,9 @@ def times(axis: Any, runs: Sequence[Told]) -> None:
         colour, alpha = COLOURS[j % len(COLOURS)], 1.0 if j < len(COLOURS) else 0.5
         axis.barh(range(len(runs)), [each[stage] for each in spent], left=left, color=colour, alpha=alpha, label=stage)
     axis.set_yticks(
-        range(len(runs)), [escape_controls(run.label) if len(runs) > 1 else "" for run in runs], parse_math=False
+        range(len(runs)),
+        [escape_controls(shortened(run.label, characters=20)) if len(runs) > 1 else "" for run in runs],
+        parse_math=False,
     )
     axis.invert_yaxis()
     if stages:

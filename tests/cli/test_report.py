@@ -104,6 +104,7 @@ def test_a_long_run_shows_some_steps_first_and_last_among_them(runs):
     assert len(titles) == STEPS and titles[0] == "step 1" and titles[-1] == "step 496"
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_no_text_of_a_run_is_markup(runs):
     run = told(runs[0])
     row = {"step": 0, "prompt": HOSTILE, "completion": HOSTILE, "reward": 1.0, "parts": {HOSTILE: 1.0}}
