@@ -85,7 +85,7 @@ def test_what_differs_between_recipes(runs):
     text = Markup(report([told(run) for run in runs])).text
     place = text.index("learning_rate")
     assert text[place : place + 3] == ["learning_rate", "0.0005", "0.001"] and "seed" in text
-    assert not {"corrector", *OWN} & set(text[place:])
+    assert not {"corrector", *OWN} & set(text[text.index("What differs between the recipes") :])
     assert "not ended" in " ".join(text), "what is known of it is in its checkpoint"
 
 
@@ -115,7 +115,9 @@ def test_no_text_of_a_run_is_markup(runs):
         found = Markup(page)
         assert "img" not in found.tags and found.tags["script"] == 2
         assert "\x1b" not in page and "\u202e" not in page
-    assert data_of(report([hostile]))["groups"][0]["rows"][0]["prompt"].startswith("</script><img src=x")
+    (row,) = data_of(report([hostile]))["groups"][0]["rows"]
+    for text in (row["prompt"], row["tokens"][0]["text"]):
+        assert text.startswith("</script><img src=x") and text.endswith("\u241b\ufffd")
 
 
 def test_without_steps_a_completion_is_shown_at_once():
