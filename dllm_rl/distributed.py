@@ -1,7 +1,9 @@
 """Processes: a process's share of a batch, gathering, reducing. With training/ the one room of accelerate."""
 
+import math
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,7 +12,13 @@ from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -88,18 +96,31 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def make_accelerator(*, timeout: float | None = None, device: torch.device | None = None) -> Accelerator:
+def make_accelerator(
+    *,
+    timeout: float | None = None,
+    device: torch.device | None = None,
+    log_with: Sequence[str] = (),
+    directory: str | None = None,
+) -> Accelerator:
     """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched, or is
     on another kind of device, which it keeps from the first Accelerator of a process on.
 
     timeout  seconds that a process waits for the others in an exchange before it stops; None: torch's own.
+    log_with, directory  trackers by Accelerate's names, and the folder that tensorboard's events go below.
     device   the kind of device; None: the CPU where the launch's config says so, else that of `find_device`.
     """
     limits = [] if timeout is None else [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # what a launch's config with use_cpu sets
     wanted = device if device is not None else torch.device("cpu") if on_cpu else find_device()
     # Accelerate joins the processes of a CPU launch only when told that there is no accelerator.
-    accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision="no", kwargs_handlers=limits)
+    accelerator = Accelerator(
+        cpu=wanted.type == "cpu",
+        mixed_precision="no",
+        kwargs_handlers=limits,
+        log_with=list(log_with) or None,
+        project_config=ProjectConfiguration(logging_dir=directory),
+    )
     if accelerator.num_processes != launched():
         raise RuntimeError(
             f"{launched()} processes were launched, but Accelerate joined {accelerator.num_processes}: check the config"
@@ -173,6 +194,17 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
         else platform.processor() or platform.machine()
     )
     return {"versions": versions(), "device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def peak_memory() -> float:
+    """The most that this process has held so far, GB: on its GPU where it uses one, else in the host's memory."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ModuleNotFoundError:  # not a POSIX system
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def versions() -> dict[str, str | None]:

@@ -22,6 +22,9 @@ def _(help: str, default: Any = MISSING, *, pick: str | None = None, like: Calla
     return field(default=default, metadata={"help": help, "pick": pick, "like": like})
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Recipe:
     """What is trained, and how. Names are TRL's and verl's where the meaning is the same."""
@@ -130,6 +133,16 @@ class Recipe:
     eval_steps: int = _("RL steps between evaluations on validation_task; 0: never", 0)
     eval_batch_size: int = _("problems per evaluation batch and process", 256)
     logging_steps: int = _("RL steps between lines on the screen (metrics.jsonl has every step)", 10)
+    log_completions_steps: int = _(
+        "RL steps between tables of completions, on the screen and in completions.jsonl; 0: never", 50
+    )
+    report_to: str | None = _(
+        "trackers, with commas between them: tensorboard, wandb, trackio, mlflow; none: metrics.jsonl alone",
+        "tensorboard",
+    )
+    push_to_hub: str | None = _(
+        "OWNER/NAME on the Hugging Face hub, to upload the last checkpoint to; none: nothing is uploaded", None
+    )
     save_steps: int = _("RL steps between checkpoints", 50)
     save_total_limit: int = _("checkpoints kept, the newest ones", 2)
     verify_checkpoint: Literal["full", "quick"] = _(
@@ -162,6 +175,7 @@ class Recipe:
             "num_steps",
             "warmup_steps",
             "eval_steps",
+            "log_completions_steps",
             "beta",
             "entropy_coeff",
             "weight_decay",
@@ -181,6 +195,9 @@ class Recipe:
         for name, known in (("verify_checkpoint", ("full", "quick")), ("on_save_error", ("stop", "continue"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; use {known[0]!r} or {known[1]!r}")
+        unknown = [name for name in self.trackers if name not in TRACKERS]
+        if unknown:
+            raise ValueError(f"report_to={unknown[0]!r} is not known; use {', '.join(TRACKERS)}, or none")
         if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
             raise ValueError(f"dtype={self.dtype!r} is not known; use 'float32', 'bfloat16', 'float16' or 'auto'")
         if self.dtype == "float16" and self.lora is None and self.optim is adamw:
@@ -241,6 +258,11 @@ class Recipe:
     @property
     def directory(self) -> str:
         return self.output_dir or f"runs/{self.name}-seed{self.seed}"
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `report_to`."""
+        return [] if self.report_to is None else [name.strip() for name in self.report_to.split(",")]
 
     @property
     def schedule_steps(self) -> int:

@@ -26,6 +26,7 @@ recipe = Recipe(
     warmup_steps=200,
     warmup_target=0.2,
     num_steps=360,
+    eval_steps=60,
 )
 
 if __name__ == "__main__":

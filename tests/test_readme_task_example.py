@@ -8,6 +8,7 @@ import pytest
 from readme import example
 
 from dllm_rl import Reward
+from dllm_rl.training.lines import current_rows
 
 SHORT = "--warmup_steps 5 --num_steps 2 --train_batch_size 8 --num_generations 4 --logging_steps 1"
 
@@ -25,7 +26,7 @@ def test_the_example_trains_on_its_own_task(program, tmp_path, monkeypatch, caps
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["eval_problems"] == 303 and summary["warmup_steps"] == 5
     assert set(summary["eval_after"]) == {"reward", "parsed", "accuracy"}
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = current_rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1] and all(0 < row["reward"] < 1 for row in rows)
     assert "sorting, seed 0" in capsys.readouterr().out
 

@@ -198,17 +198,19 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def add_report(commands: argparse._SubParsersAction) -> None:
-    sub = commands.add_parser("report", help="draw a run's picture again")
-    sub.add_argument("directory", help="the output_dir of a run")
+    sub = commands.add_parser("report", help="runs side by side on one HTML page, and their pictures drawn again")
+    sub.add_argument("directories", nargs="+", metavar="RUN", help="the output_dir of a run")
+    sub.add_argument("--out", metavar="FILE", help="the page (default: report.html in the first run's folder)")
     sub.set_defaults(run=report)
 
 
 def report(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from dllm_rl.training.plots import plot
+    from dllm_rl.cli.report import report_command
 
-    print(escape_controls(str(plot(Path(arguments.directory)))))
+    made = report_command(list(map(Path, arguments.directories)), arguments.out and Path(arguments.out))
+    print(escape_controls("\n".join(map(str, made)), keep="\n"))
 
 
 def add_verify(commands: argparse._SubParsersAction) -> None:

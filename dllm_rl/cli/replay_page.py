@@ -1,7 +1,9 @@
 # ruff: noqa: E501 (markup)
-"""A self-contained HTML page that replays how completions were written."""
+"""Self-contained HTML pages, and the part of one that replays how completions were written."""
 
+import html
 import json
+from typing import Any
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -9,11 +11,11 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>dllm_rl: how it was written</title>
+<title>@TITLE@</title>
 <style>
-:root { color-scheme: light dark; --ink: #1c1e21; --dim: #8a8f98; --page: #fbfbfa; --card: #fff; --line: #e3e4e6; }
+:root { color-scheme: light dark; --ink: #1c1e21; --dim: #686e78; --page: #fbfbfa; --card: #fff; --line: #e3e4e6; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e9eb; --dim: #7d828b; --page: #16181b; --card: #1e2125; --line: #33373d; }
+  :root { --ink: #e8e9eb; --dim: #9aa0a9; --page: #16181b; --card: #1e2125; --line: #33373d; }
 }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 62rem; margin: 0 auto; padding: 1.5rem; }
@@ -33,13 +35,22 @@ p.facts { color: var(--dim); margin: .2rem 0 1rem; }
 .legend { display: flex; align-items: center; gap: .5rem; color: var(--dim); font-size: .85rem; margin-top: .6rem; }
 .ramp { width: 9rem; height: .7rem; border-radius: .2rem; }
 button, select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: .3rem; padding: .15rem .6rem; }
-</style>
+:focus-visible { outline: 2px solid #3b6fd4; outline-offset: 2px; }
+@media print { .bar, .legend { display: none; } }
+@STYLE@</style>
 </head>
 <body>
 <main>
-<h1>How it was written</h1>
-<p class="facts" id="facts"></p>
+@BODY@
+</main>
+@SCRIPTS@
+</body>
+</html>
+"""
+
+_VIEWER = """<p class="facts" id="facts"></p>
 <div class="bar">
+  <label id="which">show <select id="group"></select></label>
   <button id="play" type="button">Play</button>
   <input id="step" type="range" min="0" aria-label="step">
   <output id="where" for="step"></output>
@@ -47,8 +58,10 @@ button, select { font: inherit; color: inherit; background: var(--card); border:
 </div>
 <div class="legend"><span id="low"></span><span class="ramp" id="ramp"></span><span id="high"></span><span>· outlined: written in this step</span></div>
 <div id="rows"></div>
-</main>
-<script type="application/json" id="data">@DATA@</script>
+<noscript>The completions are shown by a script, which this browser does not run.</noscript>
+"""
+
+_SCRIPTS = """<script type="application/json" id="data">@DATA@</script>
 <script>
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -60,13 +73,22 @@ function colour(x) {
   return "rgb(" + ramp[i].map((c, k) => Math.round(c + (ramp[i + 1][k] - c) * f)).join(",") + ")";
 }
 get("ramp").style.background = "linear-gradient(90deg," + [0, 1 / 3, 2 / 3, 1].map(colour).join(",") + ")";
-get("facts").textContent = data.facts;
-const last = Math.max(0, ...data.rows.flatMap(r => r.tokens.map(t => t.step + 1)));
 const slider = get("step");
-slider.max = last;
-slider.value = last;
-const cells = [];
-for (const row of data.rows) {
+let last = 0, cells = [], timer = null;
+for (const [i, group] of data.groups.entries()) get("group").add(new Option(group.title, i));
+get("which").hidden = data.groups.length < 2;
+function open() {
+  const group = data.groups[Number(get("group").value)];
+  stop();
+  get("facts").textContent = group.facts;
+  last = Math.max(0, ...group.rows.flatMap(r => r.tokens.map(t => t.step + 1)));
+  slider.max = last;
+  slider.value = last;
+  cells = [];
+  get("rows").replaceChildren(...group.rows.map(card));
+  draw();
+}
+function card(row) {
   const card = document.createElement("div"), text = document.createElement("div"), prompt = document.createElement("span");
   card.className = "row";
   text.className = "text";
@@ -79,8 +101,15 @@ for (const row of data.rows) {
     cells.push([cell, token]);
   }
   card.append(text);
-  get("rows").append(card);
+  if (row.facts) {
+    const facts = document.createElement("p");
+    facts.className = "facts";
+    facts.textContent = row.facts;
+    card.append(facts);
+  }
+  return card;
 }
+function stop() { clearInterval(timer); timer = null; get("play").textContent = "Play"; }
 function draw() {
   const now = Number(slider.value), by = get("colour").value;
   get("where").textContent = "step " + now + " of " + last;
@@ -96,9 +125,8 @@ function draw() {
 }
 slider.addEventListener("input", draw);
 get("colour").addEventListener("change", draw);
-let timer = null;
+get("group").addEventListener("change", open);
 get("play").addEventListener("click", () => {
-  const stop = () => { clearInterval(timer); timer = null; get("play").textContent = "Play"; };
   if (timer) return stop();
   if (Number(slider.value) >= last) slider.value = 0;
   get("play").textContent = "Stop";
@@ -109,14 +137,33 @@ get("play").addEventListener("click", () => {
     if (Number(slider.value) >= last) stop();
   }, Math.max(60, Math.min(400, 8000 / Math.max(1, last))));
 });
-draw();
-</script>
-</body>
-</html>
-"""
+open();
+</script>"""
 
 
-def page(record: dict) -> str:
-    """The page for a story (see `sample.to_record`). Texts reach it as data, never as markup: `<` cannot end the script block."""
-    data = json.dumps(record).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    return _PAGE.replace("@DATA@", data)
+def page(record: dict[str, Any]) -> str:
+    """The page for a story (see `sample.to_record`)."""
+    group = {"title": "", "facts": record["facts"], "rows": record["rows"]}
+    return document("dllm_rl: how it was written", "<h1>How it was written</h1>\n" + viewer(), groups=[group])
+
+
+def viewer() -> str:
+    """The part of a document's body that replays its groups."""
+    return _VIEWER
+
+
+def document(title: str, body: str, *, groups: list[dict[str, Any]], style: str = "") -> str:
+    """A page that needs no other file. Its body is markup; it holds `viewer()` where there are groups.
+
+    groups  {"title", "facts", "rows": [{"prompt", "tokens", "facts"?}]}, shown one at a time. Texts reach the page as
+            data, never as markup: `<` cannot end the script block.
+    """
+    data = (
+        json.dumps({"groups": groups}, allow_nan=False)
+        .replace("<", "\\u003c")
+        .replace(">", "\\u003e")
+        .replace("&", "\\u0026")
+    )
+    scripts = _SCRIPTS.replace("@DATA@", data) if groups else ""
+    head, _, rest = _PAGE.replace("@TITLE@", html.escape(title)).replace("@STYLE@", style).partition("@BODY@")
+    return head + body + rest.replace("@SCRIPTS@", scripts)

@@ -15,7 +15,7 @@ from rich.text import Text
 from dllm_rl.cli.replay_page import page
 from dllm_rl.files import write_text
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import decode, encode
+from dllm_rl.models.tokens import decode, encode, written_tokens
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.autoregress import autoregress
@@ -82,27 +82,9 @@ def show(
 
 
 def to_record(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, seconds: float | None = None) -> dict:
-    """What happened, as plain data: for each row its prompt, its completion, and every token with its text, step and
-    probability as sampled; tokens left masked have step -1."""
-    rows = []
-    width = (
-        int(rollout.completion_mask.any(0).nonzero()[0]) if rollout.completion_mask.any() else rollout.tokens.shape[1]
-    )
-    probabilities = rollout.logprobs.exp().tolist()
-    for i, (ids, steps) in enumerate(zip(rollout.tokens.tolist(), rollout.unmask_step.tolist(), strict=True)):
-        kept = [j for j in range(width, len(ids)) if steps[j] >= 0 or ids[j] == policy.spec.mask_id]
-        tokens = [
-            {
-                "id": ids[j],
-                "text": policy.tokenizer.decode([ids[j]]),
-                "step": steps[j],
-                "probability": probabilities[i][j],
-            }
-            for j in kept
-        ]
-        rows.append({"prompt": prompts[i], "tokens": tokens})
-    for row, completion in zip(rows, decode(policy, rollout), strict=True):
-        row["completion"] = completion
+    """What happened, as plain data: for each row its prompt, its completion and its `written_tokens`."""
+    made = zip(prompts, decode(policy, rollout), written_tokens(policy, rollout), strict=True)
+    rows = [{"prompt": prompt, "completion": completion, "tokens": tokens} for prompt, completion, tokens in made]
     count = int(rollout.completion_mask.sum())
     facts = f"{count} tokens, {rollout.forwards} forwards"
     speed = {}

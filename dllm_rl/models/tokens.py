@@ -71,17 +71,45 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def decode(policy: Policy, rollout: Rollout) -> list[str]:
     """Each row's completion as text: the tokens that the policy chose, up to the first end token, specials left out."""
-    return policy.tokenizer.batch_decode(completion_ids(policy, rollout), skip_special_tokens=True)
+    return decode_ids(policy, chosen_ids(rollout))
+
+
+def decode_ids(policy: Policy, chosen: list[list[int]]) -> list[str]:
+    """The texts of `chosen_ids`."""
+    return policy.tokenizer.batch_decode([before_end(policy, ids) for ids in chosen], skip_special_tokens=True)
 
 
 def completion_ids(policy: Policy, rollout: Rollout) -> list[list[int]]:
     """Each row's chosen tokens before its first end token."""
-    completions = []
-    for tokens, chosen in zip(rollout.tokens.tolist(), rollout.completion_mask.tolist(), strict=True):
-        ids = [token for token, mine in zip(tokens, chosen, strict=True) if mine]
-        end = next((i for i, token in enumerate(ids) if token in policy.spec.eos_ids), len(ids))
-        completions.append(ids[:end])
-    return completions
+    return [before_end(policy, ids) for ids in chosen_ids(rollout)]
+
+
+def chosen_ids(rollout: Rollout) -> list[list[int]]:
+    """Each row's tokens that the policy chose, on the host, in one transfer."""
+    tokens = rollout.tokens.masked_fill(~rollout.completion_mask, -1)
+    return [[token for token in row if token >= 0] for row in tokens.tolist()]
+
+
+def before_end(policy: Policy, ids: list[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in policy.spec.eos_ids), len(ids))]
+
+
+def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]]]:
+    """For each row every token of its completion, as plain data: id, text, the step that committed it and its
+    probability as sampled, 0 where that is not a number; tokens left masked have step -1."""
+    chosen = rollout.completion_mask.any(0)
+    width, rows = int(chosen.nonzero()[0]) if chosen.any() else len(chosen), []
+    parts = (rollout.tokens, rollout.unmask_step, rollout.logprobs.exp().nan_to_num(0.0))
+    for ids, steps, probabilities in zip(*(part.tolist() for part in parts), strict=True):
+        kept = [j for j in range(width, len(ids)) if steps[j] >= 0 or ids[j] == policy.spec.mask_id]
+        texts = [policy.tokenizer.decode([ids[j]]) for j in kept]
+        rows.append(
+            [
+                {"id": ids[j], "text": text, "step": steps[j], "probability": probabilities[j]}
+                for j, text in zip(kept, texts, strict=True)
+            ]
+        )
+    return rows
 
 
 def usual_length(policy: Policy, task: Task) -> int:

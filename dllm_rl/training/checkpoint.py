@@ -19,6 +19,7 @@ from dllm_rl.files import folder_size, read_json, recover, remove, remove_whole,
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import save_adapter
 from dllm_rl.training import manifest
+from dllm_rl.training.manifest import CARD
 
 # Names in the descriptions of recipes that version 0.1.0 wrote.
 RENAMED = {
@@ -43,6 +44,7 @@ def save(
     processes: int = 1,
     versions: dict[str, Any] | None = None,
     reserve: int = 0,
+    card: str | None = None,
 ) -> Path:
     """Write `directory`/step-NNNNNN, name it in `directory`/latest, then drop all but the newest `keep`. `load_policy`
     opens the folder as it is.
@@ -69,6 +71,8 @@ def save(
                 raise OSError(errno.EIO, f"optimizer.pt: {error}") from error
             fields = {"format": manifest.FORMAT, "step": step, "version": policy.version, **state}
             (partial / "state.json").write_text(json.dumps(fields, indent=1))
+            if card is not None:
+                (partial / CARD).write_text(card, encoding="utf-8")
             manifest.write(partial, step=step, processes=processes, versions=versions or {})
         write_text(directory / "latest", final.name + "\n")
     for _, old in found(directory)[:-keep]:

@@ -29,8 +29,9 @@ from dllm_rl.distributed import versions
 from dllm_rl.files import replacing
 from dllm_rl.recipe import Recipe
 from dllm_rl.training import checkpoint
+from dllm_rl.training.finish import Summary
 from dllm_rl.training.folder import FAILED, settings_of
-from dllm_rl.training.run import Run, Summary, how_to_continue, write_checkpoint
+from dllm_rl.training.run import Run, how_to_continue, write_checkpoint
 
 FORMAT = 1
 BEFORE_UPDATE = ("", "rollout", "reward", "waiting", "scoring")  # stages that leave the weights alone

@@ -25,6 +25,9 @@ FREE = {
     "save_steps",
     "save_total_limit",
     "logging_steps",
+    "log_completions_steps",
+    "report_to",
+    "push_to_hub",
     "num_steps",
     "lr_schedule_steps",
     "verify_checkpoint",
@@ -37,6 +40,7 @@ FREE = {
 }
 
 
+DEFAULTS = {f.name: plain(f.default) for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
 HELD = ("metrics.jsonl", "checkpoints", "summary.json")  # what tells a run's folder
 
 
@@ -67,7 +71,7 @@ def open_folder(recipe: Recipe) -> tuple[Path | None, list[str]]:
     if folder:
         state = checkpoint.read_state(folder)
         # A setting that the checkpoint does not know had its default.
-        before = {f.name: plain(f.default) for f in dataclasses.fields(Recipe)} | state["recipe"]
+        before = DEFAULTS | state["recipe"]
         _check_same_recipe(before, settings_of(recipe))
         _check_schedule(recipe, before, state["step"])
         _check_reference(state, directory / "reference", quick=quick)
@@ -79,7 +83,7 @@ def open_folder(recipe: Recipe) -> tuple[Path | None, list[str]]:
 def clear_folder(recipe: Recipe) -> None:
     """Delete the run that the folder holds, where that is asked for and it is not resumed."""
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
-        for name in (*HELD, "tensorboard", "training.png", "reference", FAILED):
+        for name in (*HELD, "completions.jsonl", "tensorboard", "training.png", "reference", FAILED):
             remove(Path(recipe.directory) / name)
 
 

@@ -13,8 +13,8 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import RewardFunction, in_memory, part_of, task_from_dataset
+from dllm_rl.training.finish import Summary
 from dllm_rl.training.loop import train
-from dllm_rl.training.run import Summary
 
 SEGMENTS = 8  # views of a trajectory that takes more steps than this
 HELD_OUT = 256  # rows at most

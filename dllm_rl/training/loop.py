@@ -3,11 +3,13 @@
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
+from dllm_rl.training.completions import log_completions
 from dllm_rl.training.dry_run import plan
 from dllm_rl.training.dump import leaving_a_dump
+from dllm_rl.training.finish import Summary, finish
 from dllm_rl.training.learner import correct, draw_noise, learner_forward, measured_groups, score, update
 from dllm_rl.training.rollouts import collect
-from dllm_rl.training.run import Summary, checkpoint_if_due, finish, start, validate
+from dllm_rl.training.run import checkpoint_if_due, start, validate
 from dllm_rl.training.stop import leaving_nothing_behind
 
 
@@ -25,7 +27,7 @@ def train(recipe: Recipe) -> Summary:
     policy, rollout_policy, accelerator, log = run.policy, run.rollout_policy, run.accelerator, run.log
 
     for step in range(run.first_step, recipe.num_steps):
-        rollout, rewards, parts, sampling = collect(recipe, rollout_policy, step, accelerator, log)
+        rollout, answers, rewards, parts, sampling = collect(recipe, rollout_policy, step, accelerator, log)
         advantages = recipe.advantages(rewards, **parts)  # (P, G), of all processes
         groups = measured_groups(recipe, advantages, step)  # those to learn from, and a sample of the others
 
@@ -40,6 +42,7 @@ def train(recipe: Recipe) -> Summary:
 
         metrics = sampling | mismatch | learning | synced | validate(run, step)
         log.write(step, metrics)
+        log_completions(run, step, answers, rollout, noise, logps, advantages)
         run.progress(metrics, show=(step + 1) % recipe.logging_steps == 0 or step + 1 == recipe.num_steps)
         checkpoint_if_due(run, step)  # every save_steps, after the last step, and on a signal, which ends the run here
     return finish(run)

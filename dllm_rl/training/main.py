@@ -6,8 +6,8 @@ import sys
 from dllm_rl.config import from_command_line
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
+from dllm_rl.training.finish import Summary
 from dllm_rl.training.loop import train
-from dllm_rl.training.run import Summary
 
 
 def main(recipe: Recipe) -> Summary:

@@ -20,12 +20,13 @@ from dllm_rl.files import digest, read_json
 
 FORMAT = 1
 NAME = "manifest.json"
+CARD = "README.md"  # is not verified: it may be edited
 HEAD = 1 << 20
 
 
 def write(folder: Path, *, step: int | None, processes: int, versions: dict[str, Any]) -> str:
     """Write the manifest of what the folder holds; returns its own digest."""
-    names = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != NAME]
+    names = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (NAME, CARD)]
     with ThreadPoolExecutor(4) as pool:
         described = pool.map(_describe, names)
     files = {path.relative_to(folder).as_posix(): entry for path, entry in zip(names, described, strict=True)}
@@ -60,7 +61,7 @@ def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = ()) -> di
         if name not in here:
             raise ValueError(f"{folder}: {name} is missing")
     for name, path in here.items():
-        if name not in files and name not in (NAME, *also) and not path.name.startswith("."):
+        if name not in files and name not in (NAME, CARD, *also) and not path.name.startswith("."):
             raise ValueError(f"{folder}: {name} is not in {NAME}; move it elsewhere")
     with ThreadPoolExecutor(4) as pool:
         for fault in pool.map(partial(_fault, quick=quick), (here[name] for name in files), files.values()):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -12,42 +13,55 @@ from torch import Tensor
 from dllm_rl.algorithms.advantages import informative, takes_parts
 from dllm_rl.distributed import Metrics, gather_objects, gather_on_host, local, reduce_metrics
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import decode, encode
+from dllm_rl.models.tokens import chosen_ids, decode_ids, encode
 from dllm_rl.models.transfer import send
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
-from dllm_rl.tasks.base import Reward, addends, grade
+from dllm_rl.tasks.base import Problem, Reward, addends, grade
 from dllm_rl.training.learner import arithmetic
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.prompts import choose, draw_indices
 from dllm_rl.types import Rollout
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A graded completion of a rollout's row."""
+
+    problem: Problem
+    completion: str
+    reward: Reward
+    length: int  # tokens that the policy chose
+
+
 def collect(
     recipe: Recipe, rollout_policy: Policy, step: int, accelerator: Accelerator, log: RunLog
-) -> tuple[Rollout, Float[Tensor, "P G"], dict[str, Tensor], dict[str, float]]:
-    """This process's rollout, the rewards of all processes (on the host), `parts` (K, P, G) and `weights` (K,) of them
-    where the recipe's advantages want them, and the metrics.
+) -> tuple[Rollout, list[Answer], Float[Tensor, "P G"], dict[str, Tensor], dict[str, float]]:
+    """This process's rollout and its rows' answers, the rewards of all processes (on the host), `parts` (K, P, G) and
+    `weights` (K,) of them where the recipe's advantages want them, and the metrics.
 
     With max_num_gen_batches > 1, DAPO's dynamic sampling [paper]: groups whose rewards are all equal are replaced by
     completions of other prompts, until there are none or that many draws were made. A place's prompt and seeds depend
     on (seed, step, draw) alone, so that any number of processes draws the same; DAPO pools the draws instead [ours].
     """
     every = torch.arange(recipe.train_batch_size // accelerator.num_processes)
-    rollout, graded, mine, replaced = sample_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
+    rollout, answers, mine, replaced = sample_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
     with log.stage("waiting"):  # for the other processes' rollouts and rewards
         (graded_all,) = gather_on_host([mine], accelerator)
     rewards = graded_all[..., 0]
-    metrics, draws = reward_metrics(rewards, graded, rollout, accelerator), 1
+    metrics, draws = reward_metrics(rewards, answers, accelerator), 1
     if recipe.max_prompt_length is not None:
         share = (torch.tensor(float(replaced)), torch.tensor(float(len(mine))))
         metrics |= reduce_metrics({"frac_prompts_too_long": share}, accelerator)
     while draws < recipe.max_num_gen_batches and not informative(graded_all).all():
         places = local(~informative(graded_all), accelerator).nonzero()[:, 0]
         if len(places):
-            part, _, mine[places], _ = sample_and_grade(recipe, rollout_policy, (step, draws), places, accelerator, log)
+            key = (step, draws)
+            part, others, mine[places], _ = sample_and_grade(recipe, rollout_policy, key, places, accelerator, log)
             group = torch.arange(recipe.num_generations)
             rows = rearrange(places[:, None] * recipe.num_generations + group, "p g -> (p g)")
+            for row, answer in zip(rows.tolist(), others, strict=True):
+                answers[row] = answer
             (rows,) = send(accelerator.device, rows)
             rollout = rollout.replaced(rows, part, pad_id=rollout_policy.pad_id)
         (graded_all,), draws = gather_on_host([mine], accelerator), draws + 1
@@ -57,7 +71,7 @@ def collect(
             "dynamic_sampling/draws": float(draws),
             "dynamic_sampling/frac_reward_zero_std": zero_std_fraction(rewards),
         }
-    return rollout, rewards, parts_of(recipe, graded_all), metrics
+    return rollout, answers, rewards, parts_of(recipe, graded_all), metrics
 
 
 def sample_and_grade(
@@ -67,9 +81,9 @@ def sample_and_grade(
     places: Int[Tensor, " p"],
     accelerator: Accelerator,
     log: RunLog,
-) -> tuple[Rollout, list[Reward], Float[Tensor, "p G K"], int]:
-    """Rollout and rewards (the value, then those of `wanted_parts`) of the prompts at `places` of this process's share
-    of a draw, and how many of these prompts stand for others that are too long.
+) -> tuple[Rollout, list[Answer], Float[Tensor, "p G K"], int]:
+    """Rollout, answers and rewards (the value, then those of `wanted_parts`) of the prompts at `places` of this
+    process's share of a draw, and how many of these prompts stand for others that are too long.
 
     A row's seed depends on (seed, step, draw, its place in the global batch).
     """
@@ -87,9 +101,13 @@ def sample_and_grade(
         rollout = parts[0] if len(parts) == 1 else Rollout.joined(parts, pad_id=rollout_policy.pad_id)
         rollout = rollout.with_support(recipe.sampling_support)
     with log.stage("reward"):
-        graded = grade(recipe.task, problems, decode(rollout_policy, rollout), timeout=recipe.reward_timeout)
+        chosen = chosen_ids(rollout)
+        completions = decode_ids(rollout_policy, chosen)
+        graded = grade(recipe.task, problems, completions, timeout=recipe.reward_timeout)
         values = reward_values(graded, tuple(wanted_parts(recipe)))
-    return rollout, graded, rearrange(values, "(p g) k -> p g k", g=group), replaced
+    own, lengths = [problem for problem in problems for _ in range(group)], map(len, chosen)
+    answers = [Answer(*parts) for parts in zip(own, completions, graded, lengths, strict=True)]
+    return rollout, answers, rearrange(values, "(p g) k -> p g k", g=group), replaced
 
 
 def parts_of(recipe: Recipe, graded: Float[Tensor, "P G K"]) -> dict[str, Tensor]:
@@ -130,13 +148,13 @@ def reward_values(graded: Sequence[Reward], names: tuple[str, ...] = ()) -> Floa
 
 
 def reward_metrics(
-    rewards: Float[Tensor, "P G"], graded: Sequence[Reward], rollout: Rollout, accelerator: Accelerator
+    rewards: Float[Tensor, "P G"], answers: Sequence[Answer], accelerator: Accelerator
 ) -> dict[str, float]:
     """TRL's reward and length metrics over all processes; a name's mean is over what has it (`addends`)."""
-    added = [addends(reward) for reward in graded]
+    added = [addends(answer.reward) for answer in answers]
     mine = sorted({name for each in added for name in each} - {"reward", "parsed"})
     names = sorted(set(gather_objects(mine, accelerator)))
-    lengths = rollout.completion_mask.sum(-1).cpu()
+    lengths = torch.tensor([answer.length for answer in answers])
     pairs: Metrics = {"parsed": total(added, "parsed")}
     pairs["completions/mean_length"] = lengths.sum(), torch.tensor(len(lengths))
     pairs |= {f"rewards/{name}/mean": total(added, name) for name in names}

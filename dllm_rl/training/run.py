@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from dllm_rl.diagnostics.batch_invariance import prepare_workspace
-from dllm_rl.distributed import from_main, machine, make_accelerator, versions
+from dllm_rl.distributed import from_main, make_accelerator, versions
 from dllm_rl.evaluation.evaluate import evaluate
-from dllm_rl.files import replacing, write_json
+from dllm_rl.files import replacing
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.compiled import compile_blocks
 from dllm_rl.models.lora import add_lora, load_adapter
@@ -24,7 +24,8 @@ from dllm_rl.models.recompute import blocks_of
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.tasks.base import Task
-from dllm_rl.training import checkpoint, manifest, plots
+from dllm_rl.training import checkpoint, manifest
+from dllm_rl.training.card import card, check_hub
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.folder import clear_folder, open_folder, settings_of
 from dllm_rl.training.log import RunLog
@@ -32,22 +33,8 @@ from dllm_rl.training.prompts import check_prompts, choose
 from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import wanted_parts
 from dllm_rl.training.stop import Stop, ended_by_launcher
+from dllm_rl.training.trackers import check_trackers, start_trackers
 from dllm_rl.training.warmup import warm_up
-
-
-class Summary(dict[str, Any]):
-    """What summary.json holds, and in this process the policy that was trained, which no file or comparison sees."""
-
-    def __init__(self, numbers: Mapping[str, Any], policy: Policy | None = None) -> None:
-        super().__init__(numbers)
-        self._policy = policy
-
-    @property
-    def policy(self) -> Policy:
-        """As the last step left it, with its adapters. Raises ValueError after a dry run, which trains none."""
-        if self._policy is None:
-            raise ValueError("dry_run=True trains no policy; run without it")
-        return self._policy
 
 
 @dataclass(frozen=True)
@@ -72,7 +59,13 @@ def start(recipe: Recipe) -> Run:
     ended_by_launcher()
     if recipe.zero_mismatch:
         prepare_workspace()
-    accelerator = make_accelerator(timeout=recipe.collective_timeout)
+    check_trackers(recipe)
+    check_hub(recipe)
+    accelerator = make_accelerator(
+        timeout=recipe.collective_timeout,
+        log_with=recipe.trackers,
+        directory=str(Path(recipe.directory) / "tensorboard"),
+    )
     stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
     stop.last_words = "stopped before the first step: nothing new was saved; start again with the same command"
     check_processes(recipe, accelerator)
@@ -81,7 +74,14 @@ def start(recipe: Recipe) -> Run:
     from_main(partial(clear_folder, recipe), accelerator)
     state: dict[str, Any] = checkpoint.read_state(folder) if folder else {"step": 0}
     patient = recipe.on_save_error == "continue"
-    log = RunLog(Path(recipe.directory), start=state["step"], main=accelerator.is_main_process, patient=patient)
+    log = RunLog(
+        Path(recipe.directory),
+        start=state["step"],
+        main=accelerator.is_main_process,
+        patient=patient,
+        completions=bool(recipe.log_completions_steps),
+        trackers=start_trackers(recipe, accelerator, start=state["step"]),
+    )
     for note in notes:
         log.say(note)
     if recipe.resume_from_checkpoint:
@@ -118,7 +118,7 @@ def start(recipe: Recipe) -> Run:
         first_step=state["step"],
         history=history,
         stop=stop,
-        progress=log.bar("training", recipe.num_steps, completed=state["step"]),
+        progress=log.view("training", recipe.num_steps, curve="reward", completed=state["step"]),
     )
     if not folder:
         save(run, 0)
@@ -338,6 +338,7 @@ def write_checkpoint(run: Run, step: int) -> Path | None:
             keep=recipe.save_total_limit,
             processes=run.accelerator.num_processes,
             versions=versions(),
+            card=card(recipe, step=step, evaluations={"before RL": history["eval_before"]}, metrics=run.log.last),
         )
     except OSError as error:
         if recipe.on_save_error == "stop":
@@ -346,52 +347,3 @@ def write_checkpoint(run: Run, step: int) -> Path | None:
         return None
     history["saved"] = step
     return folder
-
-
-def finish(run: Run) -> Summary:
-    """Evaluate on held-out problems, write summary.json and the picture, say in a paragraph what happened."""
-    recipe, accelerator, log, history = run.recipe, run.accelerator, run.log, run.history
-    policy, rollout_policy = run.policy, run.rollout_policy
-    run.stop.last_words = f"stopped after the last step, before the summary; {how_to_continue(recipe)}"
-    with log.stage("evaluation"):
-        after = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
-        quantized = (
-            after if rollout_policy is policy else evaluate_with(recipe, rollout_policy, recipe.eval_task, accelerator)
-        )
-    log.close()
-    directory = Path(recipe.directory)
-    summary = {
-        "eval_before": history["eval_before"],
-        "eval_after": after,
-        "eval_after_quantized": quantized,
-        "eval_problems": len(recipe.eval_task),
-        "seconds": history["seconds"] + time.perf_counter() - history["begun"],
-        "stages": {name: round(spent, 3) for name, spent in log.seconds.items()},
-        "warmup_steps": history["warmup_steps"],
-        "seed": recipe.seed,
-        "num_processes": accelerator.num_processes,
-        "checkpoint": history["checkpoint"],  # the one whose weights were evaluated
-        "machine": machine(accelerator),
-        "recipe": settings_of(recipe),
-    }
-    if accelerator.is_main_process:
-        write_json(directory / "summary.json", summary)
-        picture = plots.plot(directory) if recipe.num_steps else None
-        log.say(
-            f"\n{recipe.name}, seed {recipe.seed}: {shown(history['eval_before'])}  ->  {shown(after)}  on "
-            f"{len(recipe.eval_task)} held-out problems, after {history['warmup_steps']} warm-up and "
-            f"{recipe.num_steps} RL steps in {summary['seconds']:.0f} s.\n"
-            f"Checkpoint: {summary['checkpoint']}\nPicture:    {picture}\nNumbers:    {directory / 'summary.json'}\n"
-            f"{_next_command(recipe, summary['checkpoint'])}"
-        )
-    accelerator.wait_for_everyone()
-    policy.module.zero_grad(set_to_none=True)
-    return Summary(summary, policy)
-
-
-def _next_command(recipe: Recipe, folder: str) -> str:
-    """How to look at what was trained; of a module of the user's own, how to open it."""
-    if not (Path(folder) / "config.json").exists():
-        return "Open:       dllm_rl.load_weights(policy, folder), with a policy of the same module"
-    prompt = recipe.eval_task[0].prompt
-    return f"Sample:     dllm-rl sample {folder} {prompt if isinstance(prompt, str) else prompt[-1]['content']!r}"

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from dllm_rl.distributed import local, sum_gradients
+from dllm_rl.distributed import local, reduce_metrics, sum_gradients
 from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import prompt_ids, text_ids
@@ -133,7 +133,8 @@ def warm_up(
     """
     if not recipe.warmup_steps:
         return 0
-    progress = log.bar("warm-up", recipe.warmup_steps)
+    name = f"warmup/{recipe.warmup_metric}"
+    progress = log.view("warm-up", recipe.warmup_steps, curve=name)
 
     def draw_noise(step: int) -> tuple[Tensor, Tensor]:
         generator = generator_for(recipe.seed, "warm-up masks", step)
@@ -147,8 +148,12 @@ def warm_up(
     def on_step(step: int, loss: float) -> bool:
         done = (step + 1) % recipe.warmup_eval_steps == 0
         found = measure()[recipe.warmup_metric] if done else 0.0
-        progress({recipe.warmup_metric: found} if done else {"loss": loss}, show=False)
-        return done and found >= recipe.warmup_target
+        reached = done and found >= recipe.warmup_target
+        shares = {"warmup/loss": (torch.tensor(loss), torch.tensor(1.0))}
+        metrics = reduce_metrics(shares, accelerator) | ({name: found} if done else {})
+        log.write_warmup(step, metrics)
+        progress(metrics, show=reached or (step + 1) % recipe.logging_steps == 0)
+        return reached
 
     taken = warmup(
         policy,

@@ -76,7 +76,7 @@ def test_page_keeps_text_out_of_its_markup():
     text = page({"facts": HOSTILE, "rows": [{"prompt": HOSTILE, "completion": HOSTILE, "tokens": [token]}]})
     assert text.count("<img") == 0 and text.count("</script>") == 2
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1)
-    assert json.loads(data)["rows"][0]["tokens"][0]["text"] == HOSTILE
+    assert json.loads(data)["groups"][0]["rows"][0]["tokens"][0]["text"] == HOSTILE
     assert not re.search(r"(src|href)=|https?://|@import|url\(", page({"facts": "", "rows": []}))  # nothing is fetched
 
 

@@ -15,7 +15,10 @@ Damage = Callable[[Path, Random], str]
 
 
 def _file(folder: Path, chance: Random) -> Path:
-    return chance.choice([path for path in sorted(folder.rglob("*")) if path.is_file()])
+    """Any but the model card, which a resume does not read and anyone may edit."""
+    return chance.choice(
+        [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != checkpoint.CARD]
+    )
 
 
 def flip(folder: Path, chance: Random) -> str:

@@ -30,6 +30,7 @@ from dllm_rl.models.lora import (
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.schemes import int3_emulated, int8_weight_only
 from dllm_rl.training import checkpoint as checkpoints
+from dllm_rl.training.lines import current_rows
 
 FAMILIES = {
     "llada": 14, "llada_moe": 8, "llada2": 14, "dream": 14, "sdar": 14, "sdar_moe": 8,
@@ -345,7 +346,7 @@ def test_three_steps_then_resume_and_merge(tmp_path, kind, fields):
         run.model().save_pretrained(tmp_path / "base")
         run = replace(run, model=partial(load_policy, tmp_path / "base", quantization="nf4"))
     train(run)
-    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = current_rows(tmp_path / "run/metrics.jsonl")
     assert steps[0]["kl"] == 0.0  # the reference is what RL starts from, exactly
     assert steps[2]["kl"] > 0
     assert all(step["grad_norm"] > 0 for step in steps)
@@ -374,14 +375,14 @@ def test_adapters_are_trained_through_the_rollouts_quantised_operands(tmp_path, 
     fields = {"rollout_quantization": int3_emulated, "num_iterations": 2, "beta": 0.0, "save_total_limit": 9}
     run = recipe(tmp_path, "run", lora=partial(Lora, r=4), corrector=corrector, **fields)
     train(run)
-    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = current_rows(tmp_path / "run/metrics.jsonl")
     assert all(step["rollout_corr/abs_log_ratio_max"] == 0 and step["grad_norm/iteration_1"] > 0 for step in steps)
     folders = dict(checkpoints.found(tmp_path / "run/checkpoints"))
     first, last = (load_file(folders[n] / "adapter/adapter_model.safetensors") for n in (0, 3))
     assert all(not torch.equal(first[name], last[name]) for name in first)
     # Without alignment the same adapters do see a mismatch, so that the zeros above are alignment's doing.
     train(recipe(tmp_path, "apart", lora=partial(Lora, r=4), **fields))
-    steps = [json.loads(line) for line in (tmp_path / "apart/metrics.jsonl").read_text().splitlines()]
+    steps = current_rows(tmp_path / "apart/metrics.jsonl")
     assert all(step["rollout_corr/abs_log_ratio_max"] > 1e-3 for step in steps)
     train(replace(run, resume_from_checkpoint=str(folders[2])))
     again = load_file(folders[3] / "adapter/adapter_model.safetensors")
@@ -391,7 +392,7 @@ def test_adapters_are_trained_through_the_rollouts_quantised_operands(tmp_path, 
 def test_the_reference_of_aligned_adapters_is_the_plain_base(tmp_path):
     aligned_run = {"lora": partial(Lora, r=4), "corrector": aligned(), "rollout_quantization": int3_emulated}
     train(recipe(tmp_path, "run", **aligned_run, beta=0.1))
-    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = current_rows(tmp_path / "run/metrics.jsonl")
     assert all(step["rollout_corr/abs_log_ratio_max"] == 0 for step in steps)
     assert steps[0]["kl"] > 0, "the learner is quantised, the reference is not: they differ from the start"
 

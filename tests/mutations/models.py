@@ -194,6 +194,8 @@ MUTATIONS = [
         ("ids[:end]", "ids[: end + 1]"),
         ("if mine]", "if mine is not None]"),
         ("prompt[:-1] if opening else prompt", "prompt"),
+        ("rollout.logprobs.exp()", "rollout.logprobs", "cli/test_sample.py"),
+        (".exp().nan_to_num(0.0)", ".exp()", "training/test_completions.py"),
     ),
     *mutations(
         "models/convert.py",

@@ -132,26 +132,58 @@ MUTATIONS = [
         ("    optimizer.load_state_dict(", "    dict("),
     ),
     *mutations(
+        "training/lines.py",
+        "training/test_nothing_lost.py training/test_log.py training/test_checkpoint.py",
+        ('if other["step"] < row["resume_from"]]', 'if other["step"] <= row["resume_from"]]'),
+        ('"resume_from": start}', '"resume_from": start + 1}'),
+    ),
+    *mutations(
+        "training/completions.py",
+        "training/test_completions.py",
+        ("(step % every and step + 1 < recipe.num_steps)", "step % every"),
+        ("logps.old[rows] - logps.rollout[rows]", "logps.rollout[rows] - logps.old[rows]"),
+        ("torch.where(scored.any(-1), apart, torch.nan)", "apart"),
+        ("[chosen].tolist()", "[: len(chosen)].tolist()"),
+    ),
+    *mutations(
         "training/log.py",
         f"{CHECKPOINT} {LOOP}",
-        (
-            'if other["step"] < row["resume_from"]]',
-            'if other["step"] <= row["resume_from"]]',
-            "training/test_nothing_lost.py training/test_log.py training/test_checkpoint.py",
-        ),
-        (
-            '"resume_from": start}',
-            '"resume_from": start + 1}',
-            "training/test_nothing_lost.py training/test_log.py training/test_checkpoint.py",
-        ),
         (
             "self._step, self._done = {}, step + 1",
             "self._done = step + 1",
             "training/test_log.py training/test_loop.py",
         ),
         ("value if math.isfinite(value) else None for", "value for", "training/test_log.py"),
-        ('["strong mismatch"] if ess < STRONG', '["strong mismatch"] if ess > STRONG', "training/test_health.py"),
-        ("if max(moved, default=0.0) > BACKWARDS", "if min(moved, default=0.0) > BACKWARDS", "training/test_health.py"),
+    ),
+    *mutations(
+        "training/trackers.py",
+        "training/test_trackers.py",
+        ("if name not in there:", "if False:"),
+        ('"purge_step": start', '"purge_step": 0'),
+        ('if tracker.name != "tensorboard":  # which', "if False:  # which"),
+        ("            taken.append(tracker)\n", ""),
+    ),
+    *mutations(
+        "training/card.py",
+        "training/test_card.py",
+        ('.replace("`", "\'")', ""),
+        ("private=True", "private=False"),
+        ("ignore_patterns=list(LEFT_OUT)", "ignore_patterns=None"),
+        ("if name not in OWN}", "}"),
+    ),
+    *mutations(
+        "training/health.py",
+        "training/test_health.py",
+        ('"strong" if ess < STRONG', '"strong" if ess > STRONG'),
+        ("max(moved, key=moved.__getitem__", "min(moved, key=moved.__getitem__"),
+    ),
+    *mutations(
+        "training/view.py",
+        "training/test_view.py",
+        ("low, high = min(means), max(means)", "low, high = 0.0, max(means)"),
+        ("advance=not close", "advance=1"),
+        ("speed_estimate_period=math.inf", "speed_estimate_period=30"),
+        ("console.is_terminal and not console.quiet", "not console.quiet"),
     ),
     *mutations(
         "training/run.py",
@@ -161,10 +193,6 @@ MUTATIONS = [
         ("betas = (recipe.adam_beta1, recipe.adam_beta2)", "betas = (recipe.adam_beta2, recipe.adam_beta1)"),
         ("weight_decay=recipe.weight_decay)", "weight_decay=0.0)", f"{NUMBERS} {GOLDEN}"),
         ("reference = copied(policy)", "reference = policy"),
-        (
-            "evaluate_with(recipe, rollout_policy, recipe.eval_task, accelerator)",
-            "evaluate_with(recipe, policy, recipe.eval_task, accelerator)",
-        ),
         (
             "evaluate(policy, task, recipe.eval_sampler,",
             "evaluate(policy, task, recipe.sampler,",
@@ -176,6 +204,14 @@ MUTATIONS = [
         (
             "evaluate_with(recipe, run.policy, recipe.validation_task, run.accelerator)",
             "evaluate_with(recipe, run.policy, recipe.eval_task, run.accelerator)",
+        ),
+    ),
+    *mutations(
+        "training/finish.py",
+        f"{GOLDEN} {LOOP} {CHECKPOINT}",
+        (
+            "evaluate_with(recipe, rollout_policy, recipe.eval_task, accelerator)",
+            "evaluate_with(recipe, policy, recipe.eval_task, accelerator)",
         ),
     ),
     *mutations(
@@ -306,7 +342,7 @@ MUTATIONS = [
         "training/test_checkpoint.py training/test_nothing_lost.py training/test_old_checkpoint.py",
         ("before[name] != now[name]]", "False]"),
         (
-            'before = {f.name: plain(f.default) for f in dataclasses.fields(Recipe)} | state["recipe"]',
+            'before = DEFAULTS | state["recipe"]',
             'before = state["recipe"]',
         ),
         ("if recipe.num_steps < step:", "if False:"),
@@ -326,7 +362,7 @@ MUTATIONS = [
         ("own != _own_digest(found)", "False"),
         ('if found["format"] != FORMAT:', "if False:"),
         ("        if name not in here:\n", "        if False:\n"),
-        ("if name not in files and name not in (NAME, *also)", "if False and name not in (NAME, *also)"),
+        ("if name not in files and name not in (NAME, CARD, *also)", "if False and name not in (NAME, CARD, *also)"),
         ('if size != entry["size"]:', "if False:", "", "the digest sees what the size sees; the message is another"),
         ('None if digest(path) == entry["sha256"] else', "None if True else"),
         ('None if digest(path, limit=HEAD) == entry["head"] else', "None if True else"),

@@ -1,6 +1,5 @@
 """The Countdown recipe, cut short: it runs, its splits share no set of numbers, and its reward is what it says."""
 
-import json
 from functools import partial
 
 import pytest
@@ -9,6 +8,7 @@ from dllm_rl.config import from_command_line
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.rng import generator_for
+from dllm_rl.training.lines import current_rows
 from dllm_rl.training.loop import train
 from recipes.countdown_tiny import recipe, small_numbers
 
@@ -21,7 +21,7 @@ def test_it_runs(tmp_path):
     summary = train(short)
     assert summary["warmup_steps"] == 2 and summary["eval_problems"] == 8
     assert set(summary["eval_after"]) == {"reward", "parsed", "accuracy", "valid", "numbers_used"}
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = current_rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1]
 
 

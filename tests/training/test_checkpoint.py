@@ -14,6 +14,7 @@ from runs import assert_same_weights, metrics_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.training import checkpoint
+from dllm_rl.training.lines import current_rows
 from dllm_rl.training.loop import train
 
 
@@ -147,7 +148,7 @@ def finished(process: subprocess.Popen) -> None:
 
 def steps_done(directory: Path) -> int:
     path = directory / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
+    return len(current_rows(path)) if path.exists() else 0
 
 
 @pytest.mark.slow
@@ -173,7 +174,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_weights(tmp_path):
 @pytest.mark.slow
 def test_interrupt_saves_and_says_how_to_resume(tmp_path):
     process = start(tmp_path / "run")
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
+    while not steps_done(tmp_path / "run"):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

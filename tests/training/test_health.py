@@ -3,8 +3,9 @@
 import pytest
 from tiny_recipe import tiny_recipe
 
-from dllm_rl.training.log import health, one_line
+from dllm_rl.training.health import health
 from dllm_rl.training.loop import train
+from dllm_rl.training.view import one_line
 
 GOOD = {
     "rollout_corr/ess": 0.95,
@@ -15,27 +16,39 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "word", "reason"),
     [
-        ({}, "healthy"),
-        ({"rollout_corr/ess": 0.949}, "mismatch"),
-        ({"rollout_corr/ess": 0.7}, "mismatch"),
-        ({"rollout_corr/ess": 0.699}, "strong mismatch"),
-        ({"off_policy/old/contribution_positive": 0.0051}, "updates backfire"),
-        ({"off_policy/rollout/contribution_negative/iteration_0": 0.0051}, "updates backfire"),
+        ({}, "healthy", "ESS 0.95, C at most +0.005 (A<0, against the rollout)"),
+        ({"rollout_corr/ess": 0.949}, "mild", "ESS 0.949 below 0.95, C at most"),
+        ({"rollout_corr/ess": 0.7}, "mild", "ESS 0.7 below 0.95"),
+        ({"rollout_corr/ess": 0.699}, "strong", "ESS 0.699 below 0.7"),
+        (
+            {"off_policy/old/contribution_positive": 0.0051},
+            "backfiring",
+            "C +0.0051 (A>0, against the step's start) above 0.005, ESS 0.95",
+        ),
+        (
+            {"off_policy/rollout/contribution_negative/iteration_0": 0.0051},
+            "backfiring",
+            "C +0.0051 (A<0, against the r",
+        ),
         (
             {"rollout_corr/ess": 0.5, "off_policy/rollout/contribution_negative": 1.0},
-            "strong mismatch, updates backfire",
+            "backfiring",
+            "C +1 (A<0, against the rollout) above 0.005, ESS 0.5 below 0.7",
         ),
     ],
 )
-def test_health(changes, said):
-    assert health(GOOD | changes) == said
-    assert one_line(GOOD | changes | {"loss": 0.5}) == f"loss 0.5  {said}"
+def test_health(changes, word, reason):
+    said = health(GOOD | changes)
+    assert said[0] == word and said[1].startswith(reason)
+    shown = "healthy" if word == "healthy" else f"mismatch {word} ({said[1]})"
+    assert one_line(GOOD | changes | {"reward": 0.5}) == f"reward 0.5  {shown}"
 
 
 def test_without_mismatch_metrics_nothing_is_said():
-    assert health({"loss": 1.0}) == "" and one_line({"loss": 1.0}) == "loss 1"
+    assert health({"loss": 1.0}) is None and one_line({"reward": 1.0}) == "reward 1"
+    assert health({"rollout_corr/ess": 1.0}) == ("healthy", "ESS 1")
 
 
 def test_a_run_says_how_it_is(tmp_path, capsys):

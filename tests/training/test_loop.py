@@ -54,7 +54,7 @@ def test_a_run_leaves_what_it_promises(make, tmp_path, capsys):
     assert rows[0]["reward_std"] > 0, "equal rewards would prove nothing"
     assert rows[0]["rollout_corr/k3_kl"] > 0, "FP8 weights must differ from the learner's"
     assert (run / "training.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert list((run / "tensorboard").glob("events*"))
+    assert list((run / "tensorboard").glob("*/events*"))
     out = capsys.readouterr().out
     assert "->" in out and "dllm-rl sample" in out
     policy = load_policy(summary["checkpoint"])
@@ -129,8 +129,10 @@ def test_after_dynamic_sampling_every_reward_is_its_own_rows(tmp_path):
     recipe = replace(tiny_recipe(tmp_path, train_batch_size=8), task=OddPuzzles())
     policy, accelerator = recipe.model(seed=0), make_accelerator()
     log, task = RunLog(tmp_path, start=0, main=False), recipe.task
-    first, rewards, _, _ = collect(recipe, policy, 0, accelerator, log)
-    after, rewards_after, _, metrics = collect(replace(recipe, max_num_gen_batches=3), policy, 0, accelerator, log)
+    first, _, rewards, _, _ = collect(recipe, policy, 0, accelerator, log)
+    after, answers, rewards_after, _, metrics = collect(
+        replace(recipe, max_num_gen_batches=3), policy, 0, accelerator, log
+    )
     assert metrics["dynamic_sampling/draws"] > 1
     dull = (rewards == rewards[:, :1]).all(-1)
     assert 0 < dull.sum() < 8 and torch.equal(rewards_after[~dull], rewards[~dull])
@@ -144,6 +146,7 @@ def test_after_dynamic_sampling_every_reward_is_its_own_rows(tmp_path):
         asked = policy.tokenizer.decode(after.tokens[row, after.attention_mask[row] & ~after.completion_mask[row]])
         before = policy.tokenizer.decode(first.tokens[row, first.attention_mask[row] & ~first.completion_mask[row]])
         replaced += asked != before
+        assert (answers[row].problem.prompt, answers[row].completion) == (asked, completion)
         assert task.reward(known[asked], completion).value == pytest.approx(rewards_after[row // 4, row % 4].item())
     assert replaced >= 4
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_weights, metrics_of
+from runs import TIMES, assert_same_weights, metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import files, tiny_masked_lm
@@ -20,7 +20,8 @@ from dllm_rl.algorithms.optimizers import linear_decay
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.training import checkpoint, manifest, train
 from dllm_rl.training.folder import REHEARSAL
-from dllm_rl.training.log import RunLog, current_rows
+from dllm_rl.training.lines import current_rows
+from dllm_rl.training.log import RunLog
 from dllm_rl.training.plots import read_metrics
 from dllm_rl.training.stop import SIGNALS, Stop
 
@@ -111,7 +112,7 @@ class TestMetrics:
         after = (tmp_path / "metrics.jsonl").read_bytes()
         assert after.startswith(before + b'{"resume_from": 1}\n')
         assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2]
-        assert metrics_of(tmp_path) == [{k: v for k, v in row.items() if "time" not in k} for row in rows]
+        assert metrics_of(tmp_path) == [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
 
     @pytest.mark.parametrize(
         "tail",
@@ -147,7 +148,7 @@ class TestMetrics:
         full[0] = False
         log.write(1, {"a": 2.0})
         full[0] = True
-        log.patient = False
+        log.files["metrics"].patient = False
         with pytest.raises(OSError, match=r"metrics\.jsonl: No space left on device; make room and resume"):
             log.write(2, {"a": 3.0})
         assert [row["a"] for row in current_rows(tmp_path / "metrics.jsonl")] == [1.0, 2.0]

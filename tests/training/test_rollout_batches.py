@@ -93,7 +93,7 @@ def test_a_step_of_a_run(tmp_path, make):
         sampler = recipe.sampler
         recipe = dataclasses.replace(recipe, sampler=partial(spy, sampler, rows, max_new_tokens=16))
         policy = make_policy(recipe, torch.device("cpu"))
-        rollout, rewards, _, _ = collect(
+        rollout, _, rewards, _, _ = collect(
             recipe, policy, 0, Accelerator(cpu=True), RunLog(tmp_path / str(size), start=0, main=False)
         )
         seen.append((rollout, rewards))

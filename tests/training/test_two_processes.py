@@ -13,6 +13,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.distributed import make_accelerator
 from dllm_rl.evaluation.evaluate import evaluate
+from dllm_rl.training.lines import current_rows
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"num_steps": 3, "warmup_steps": 8, "warmup_eval_steps": 4, "train_batch_size": 8}
@@ -55,6 +56,10 @@ def test_two_processes_equal_one(tmp_path, recipe, more):
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=2e-3, abs=2e-5)
     assert one[0]["loss"] != 0
+    written = [current_rows(tmp_path / name / "completions.jsonl") for name in ("one", "two")]
+    assert [[row[name] for name in ("step", "prompt")] for row in written[0]] == [
+        [row[name] for name in ("step", "prompt")] for row in written[1]
+    ], "the main process alone writes"
     if "--mismatch_sample" in more:  # some groups are left out, the same ones
         assert any(0 < row["live/rows"] < row["rollout_corr/rows"] < 16 for row in one)
     if "--max_num_gen_batches" in more:

@@ -1,0 +1,331 @@
+"""`dllm-rl report`: runs side by side on one HTML page that needs no other file."""
+
+import html
+import io
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dllm_rl.cli.replay_page import document, viewer
+from dllm_rl.files import write_text
+from dllm_rl.screen import escape_controls
+from dllm_rl.training.completions import shortened
+from dllm_rl.training.folder import DEFAULTS
+from dllm_rl.training.health import BACKWARDS, MILD, STRONG, health
+from dllm_rl.training.lines import current_rows, known, warmup_rows
+from dllm_rl.training.plots import SOLVED, column, curve, headline, held_out, plot, read_metrics, read_summary
+
+COLOURS = (
+    "#3b7dd8",
+    "#d9772b",
+    "#2f9e6e",
+    "#a35fd0",
+    "#d0485a",
+    "#8a8f98",
+)  # of runs; told apart on white and on black
+DASHES = ("-", "--", ":", "-.")  # of a panel's metrics
+INK = "#010203"  # stands for the page's own colour of text, light or dark
+WORDS = ("healthy", "mild", "strong", "backfiring")
+STEPS = 12  # most steps of a run whose completions are shown
+OWN = ("name", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run")  # differ and say nothing
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a run left in its folder."""
+
+    label: str
+    rows: list[dict[str, Any]]
+    warmup: list[dict[str, Any]]
+    completions: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.summary.get("recipe", {})
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure: metrics against steps, `points` for those that only some steps have, bounds as thin lines."""
+
+    title: str
+    unit: str
+    metrics: dict[str, str]  # name -> what the legend says
+    points: tuple[str, ...] = ()
+    bounds: tuple[float, ...] = ()
+
+
+PANELS = (
+    Panel("Reward", "reward", {"reward": "training"}, ("eval/reward",)),
+    Panel(
+        "Problems solved",
+        "share",
+        {f"rewards/{name}/mean": f"{name.replace('_', ' ')}, training" for name in SOLVED},
+        tuple(f"eval/{name}" for name in SOLVED),
+    ),
+    Panel("Mismatch", "nats", {"rollout_corr/k3_kl": "k3 KL", "rollout_corr/abs_log_ratio_mean": "mean |log ratio|"}),
+    Panel("Effective sample size", "share", {"rollout_corr/ess": "of the raw ratios"}, bounds=(MILD, STRONG)),
+    Panel("Lambda of AIS", "λ", {"ais/lambda": "λ"}),
+    Panel(
+        "Contributions C by sign of A",
+        "reward",
+        {
+            f"off_policy/rollout/contribution_{sign}": f"A {'>' if sign == 'positive' else '<'} 0, against the rollout"
+            for sign in ("positive", "negative")
+        },
+        bounds=(BACKWARDS,),
+    ),
+    Panel(
+        "Clipped tokens",
+        "share",
+        {f"clip_ratio/{part}": part.partition("_")[0] for part in ("region_mean", "low_mean", "high_mean")},
+    ),
+    Panel(
+        "Entropy",
+        "nats a token",
+        {"entropy": "estimate in the loss", "rollout_corr/rollout_log_ppl": "mean of -log p as sampled"},
+    ),
+    Panel("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}),
+    Panel("Completion length", "tokens", {"completions/mean_length": "mean"}),
+    Panel("Memory", "GB, peak so far", {"memory/peak_gb": "main process"}),
+)
+
+
+def report_command(directories: Sequence[Path], out: Path | None = None) -> list[Path]:
+    """Draw each run's picture again and write the page, report.html in the first run's folder; returns what was
+    written. Raises ValueError on a folder that is no run's."""
+    for directory in directories:
+        if not (directory / "metrics.jsonl").is_file():
+            raise ValueError(f"{directory} is no run's folder: it has no metrics.jsonl")
+    page = out or directories[0] / "report.html"
+    try:
+        pictures = [plot(directory) for directory in directories]
+        text = report([told(directory) for directory in directories])
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"what a run left is damaged, or not a run's: {error!r}") from error
+    write_text(page, text)
+    return [*pictures, page]
+
+
+def told(directory: Path) -> Told:
+    stored, metrics = directory / "completions.jsonl", directory / "metrics.jsonl"
+    completions = current_rows(stored) if stored.exists() else []
+    return Told(
+        directory.resolve().name, read_metrics(directory), warmup_rows(metrics), completions, read_summary(directory)
+    )
+
+
+def report(runs: Sequence[Told]) -> str:
+    """The page. Every text of a run reaches it escaped, or as data of its script."""
+    groups = [group for run in runs for group in written(run, many=len(runs) > 1)]
+    differ = differences(runs)
+    title = f"{len(runs)} runs" if len(runs) > 1 else headline(runs[0].summary)
+    parts = [
+        f"<h1>{shown(title)}</h1>",
+        section("Runs", results(runs)),
+        section("Curves", f'<div class="panels">{"".join(figures(runs))}</div>'),
+        section(
+            "What differs between the recipes" if len(runs) > 1 else "The recipe, where it is not the default", differ
+        ),
+        section("Completions", viewer() if groups else "<p>None are stored: log_completions_steps was 0.</p>"),
+    ]
+    return document(title, "\n".join(parts), groups=groups, style=STYLE)
+
+
+def section(title: str, body: str) -> str:
+    return f"<section><h2>{shown(title)}</h2>\n{body}</section>"
+
+
+def shown(text: object) -> str:
+    return html.escape(escape_controls(str(text)))
+
+
+def table(head: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
+    cells = lambda line, tag: "".join(f"<{tag}>{shown(cell)}</{tag}>" for cell in line)  # noqa: E731
+    body = "".join(f"<tr>{cells(line, 'td')}</tr>" for line in lines)
+    return f'<div class="scroll" tabindex="0"><table><tr>{cells(head, "th")}</tr>{body}</table></div>'
+
+
+def results(runs: Sequence[Told]) -> str:
+    """A line a run: result, steps, seconds, the mismatch's health over its steps."""
+    lines, keys = [], []
+    for i, run in enumerate(runs):
+        after = run.summary.get("eval_after", {})
+        words = Counter(found[0] for row in run.rows if (found := health(known(row))))
+        told_health = ", ".join(f"{word} {words[word]}" for word in WORDS if words[word]) or "-"
+        before, name = run.summary.get("eval_before", {}), next((n for n in SOLVED if n in after), "reward")
+        result = f"{before[name]:.3f} → {after[name]:.3f} {name.replace('_', ' ')}" if after and before else "not ended"
+        steps = f"{run.rows[-1]['step'] + 1 if run.rows else 0} of {run.recipe.get('num_steps', '?')}"
+        seconds = f"{run.summary['seconds']:.0f}" if "seconds" in run.summary else "-"
+        lines.append((run.label, run.recipe.get("seed", "?"), result, steps, seconds, told_health))
+        keys.append(
+            f'<li><span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{shown(run.label)}</li>'
+        )
+    made = table(("run", "seed", "held out, before → after RL", "RL steps", "seconds", "mismatch, steps"), lines)
+    last = health(known(runs[0].rows[-1])) if len(runs) == 1 and runs[0].rows else None
+    why = f"<p>At the last step: {shown(f'{last[0]}: {last[1]}')}.</p>" if last else ""
+    return made + why + (f'<ul class="keys">{"".join(keys)}</ul>' if len(runs) > 1 else "")
+
+
+def differences(runs: Sequence[Told]) -> str:
+    """The settings that differ between runs; of one run, those that are not the default."""
+    names = [name for name in dict.fromkeys(name for run in runs for name in run.recipe) if name not in OWN]
+    if len(runs) == 1:
+        recipe = runs[0].recipe
+        chosen = [(n, recipe[n]) for n in names if n not in DEFAULTS or DEFAULTS[n] != recipe[n]]
+        return table(("setting", "value"), chosen) if chosen else "<p>Nothing is known of it.</p>"
+    lines = [(name, *(run.recipe.get(name, "-") for run in runs)) for name in names]
+    lines = [line for line in lines if len(set(map(str, line[1:]))) > 1]
+    return table(("setting", *(run.label for run in runs)), lines) if lines else "<p>Nothing differs.</p>"
+
+
+def written(run: Told, *, many: bool) -> list[dict[str, Any]]:
+    """The stored completions as groups of the viewer, of at most STEPS steps evenly spread, first and last included."""
+    steps = sorted({row["step"] for row in run.completions})
+    last = max(len(steps) - 1, 1)
+    chosen = steps if len(steps) <= STEPS else [steps[round(i * last / (STEPS - 1))] for i in range(STEPS)]
+    groups = []
+    for step in chosen:
+        rows = [row for row in run.completions if row["step"] == step]
+        title = f"{run.label}, step {step + 1}" if many else f"step {step + 1}"
+        facts = "Of each prompt the completion of highest and the one of lowest reward."
+        groups.append({"title": escape_controls(title), "facts": facts, "rows": [replayed(row) for row in rows]})
+    return groups
+
+
+def replayed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of completions.jsonl as the viewer's; without unmasking steps its completion is one token."""
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+    numbers = {"reward": row["reward"], **row.get("parts", {}), "advantage": row["advantage"]}
+    facts = [f"{name} {'-' if value is None else f'{value:.3g}'}" for name, value in numbers.items()]
+    if row["mismatch"] is not None:
+        facts.append(f"mismatch {row['mismatch']:+.3g} nats")
+    tokens = row.get("tokens") or [{"id": -1, "text": row["completion"], "step": 0, "probability": 1.0}]
+    made = [token | {"text": escape_controls(token["text"], keep="\n\t")} for token in tokens]
+    return {"prompt": escape_controls(prompt, keep="\n\t"), "facts": escape_controls(" · ".join(facts)), "tokens": made}
+
+
+def figures(runs: Sequence[Told]) -> list[str]:
+    """Every panel that some run has numbers for, as <figure> with inline SVG."""
+    drawn = []
+    for panel in PANELS:
+        names = [
+            name for name in panel.metrics if any(known(row).get(name) is not None for run in runs for row in run.rows)
+        ]
+        if names:
+            drawn.append(figure(panel.title, panel.unit, partial(lines_of, runs=runs, panel=panel, names=names)))
+    if any(health(known(row)) for run in runs for row in run.rows):
+        drawn.insert(min(4, len(drawn)), figure("Mismatch health", "", partial(healths, runs=runs)))
+    if any(run.warmup for run in runs):
+        drawn.append(figure("Warm-up", "loss, nats", partial(warmups, runs=runs), xlabel="supervised step"))
+    return [*drawn, figure("Where the time goes", "", partial(times, runs=runs), xlabel="seconds")]
+
+
+def lines_of(axis: Any, runs: Sequence[Told], panel: Panel, names: list[str]) -> None:
+    for i, run in enumerate(runs):
+        for j, name in enumerate(names):
+            colour = COLOURS[(i if len(runs) > 1 else j) % len(COLOURS)]
+            if any(not math.isnan(x) for x in column(run.rows, name)):
+                label = panel.metrics[name] if i == 0 else None
+                curve(axis, run.rows, name, color=colour, linestyle=DASHES[j % len(DASHES)], label=label)
+        for name in panel.points:
+            label = "held out" if i == 0 and any(name in row for row in run.rows) else None
+            held_out(axis, run.rows, name, color=COLOURS[i % len(COLOURS) if len(runs) > 1 else 1], label=label)
+    for bound in panel.bounds:
+        axis.axhline(bound, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
+    if len(names) > 1 or panel.points:
+        axis.legend(fontsize=8, frameon=False, labelcolor=INK)
+
+
+def healths(axis: Any, runs: Sequence[Told]) -> None:
+    for i, run in enumerate(runs):
+        found = [(row["step"] + 1, WORDS.index(said[0])) for row in run.rows if (said := health(known(row)))]
+        height = (i - (len(runs) - 1) / 2) * 0.5 / len(runs)
+        axis.plot(
+            [x for x, _ in found], [y + height for _, y in found], "|", markersize=9, color=COLOURS[i % len(COLOURS)]
+        )
+    axis.set_yticks(range(len(WORDS)), WORDS)
+    axis.set_ylim(-0.6, len(WORDS) - 0.4)
+
+
+def warmups(axis: Any, runs: Sequence[Told]) -> None:
+    for i, run in enumerate(runs):
+        steps = [row["warmup_step"] + 1 for row in run.warmup]
+        axis.plot(steps, column(run.warmup, "warmup/loss"), linewidth=1.4, color=COLOURS[i % len(COLOURS)])
+
+
+def times(axis: Any, runs: Sequence[Told]) -> None:
+    """Seconds by stage, a bar a run."""
+    spent: list[Counter[str]] = []
+    for run in runs:
+        stages = run.summary.get("stages")
+        spent.append(Counter(stages) if stages else Counter())
+        for row in () if stages else run.rows:
+            spent[-1].update({n.removeprefix("time/"): s for n, s in known(row).items() if n.startswith("time/")})
+    stages = [stage for stage, _ in sum(spent, Counter()).most_common()]
+    for j, stage in enumerate(stages):
+        left = [sum(each[other] for other in stages[:j]) for each in spent]
+        colour, alpha = COLOURS[j % len(COLOURS)], 1.0 if j < len(COLOURS) else 0.5
+        axis.barh(range(len(runs)), [each[stage] for each in spent], left=left, color=colour, alpha=alpha, label=stage)
+    axis.set_yticks(
+        range(len(runs)),
+        [escape_controls(shortened(run.label, characters=20)) if len(runs) > 1 else "" for run in runs],
+        parse_math=False,
+    )
+    axis.invert_yaxis()
+    if stages:
+        axis.legend(fontsize=8, frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=4)
+
+
+def figure(title: str, unit: str, draw: Callable[[Any], None], *, xlabel: str = "RL step") -> str:
+    """An SVG in the page's colours, whose text is text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    inked = ("text.color", "xtick.color", "ytick.color", "axes.labelcolor", "axes.edgecolor")
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, **dict.fromkeys(inked, INK)}
+    with plt.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of the font that lengths are measured with: the page has its own
+        made, axis = plt.subplots(figsize=(4.6, 2.9), layout="constrained")
+        draw(axis)
+        axis.set(xlabel=xlabel, ylabel=unit)
+        axis.grid(alpha=0.15, color=INK)
+        axis.spines[["top", "right"]].set_visible(False)
+        file = io.StringIO()
+        made.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        plt.close(made)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{shown(title)}" ', 1)
+    return f"<figure><figcaption>{shown(title)}</figcaption>{svg}</figure>"
+
+
+STYLE = """
+main { max-width: 82rem; }
+h1 { overflow-wrap: anywhere; }
+h2 { font-size: 1rem; margin: 1.8rem 0 .5rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; }
+td, th { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line);
+  font-variant-numeric: tabular-nums; overflow-wrap: break-word; min-width: 3rem; }
+td:first-child, section:first-of-type :is(td, th) { white-space: nowrap; }
+.keys { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; list-style: none; padding: 0; margin: .8rem 0 0; }
+.key { display: inline-block; width: .9rem; height: .9rem; border-radius: .2rem; margin-right: .4rem;
+  vertical-align: -.1rem; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
+figure { margin: 0; padding: .6rem .8rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+  break-inside: avoid; }
+.row p.facts { margin: .3rem 0 0; }
+figcaption { font-weight: 600; font-size: .9rem; }
+figure svg { width: 100%; height: auto; display: block; }
+@media print { .scroll { overflow: visible; } .row { break-inside: avoid; } main { padding: 0; }
+  .panels { grid-template-columns: 1fr 1fr; } }
+"""

@@ -1,0 +1,93 @@
+"""Completions of a step for people to read: a table on the screen, rows of completions.jsonl."""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+
+from dllm_rl.distributed import local
+from dllm_rl.models.tokens import written_tokens
+from dllm_rl.models.transfer import send
+from dllm_rl.screen import literal
+from dllm_rl.tasks.base import addends
+from dllm_rl.training.log import finite
+from dllm_rl.training.rollouts import Answer
+from dllm_rl.training.run import Run
+from dllm_rl.types import Logprobs, Noise, Rollout
+
+PROMPTS = 4  # of a step; of each the completion of highest reward and that of lowest
+CHARACTERS = 160  # of a text in the table, from its two ends
+
+
+def log_completions(
+    run: Run,
+    step: int,
+    answers: list[Answer],
+    rollout: Rollout,
+    noise: Noise,
+    logps: Logprobs,
+    advantages: Float[Tensor, "P G"],
+) -> None:
+    """Every log_completions_steps, and at the last step, show and store some completions of the main process.
+
+    They are those of highest and of lowest reward of the step's first prompts, which were drawn at random: what earns a
+    reward shows beside what earns none. A row of completions.jsonl:
+
+        {"step", "prompt", "completion", "reward", "parts": {"parsed": 1.0, ...}, "advantage",
+         "mismatch": sum over scored tokens of log p_learner - log p_rollout, nats; null where the row is not scored,
+         "tokens": [{"id", "text", "step": that committed it, "probability"}, ...]}
+    """
+    recipe, log, every = run.recipe, run.log, run.recipe.log_completions_steps
+    if not log.main or not every or (step % every and step + 1 < recipe.num_steps):
+        return
+    chosen = contrasts([float(answer.reward.value) for answer in answers], rollout.group_size)
+    (rows,) = send(rollout.tokens.device, torch.tensor(chosen))
+    part, scored = rollout.rows(rows), noise.rows(rows).scored(rollout.rows(rows).completion_mask)
+    apart = torch.where(scored, logps.old[rows] - logps.rollout[rows], 0).double().sum(-1)
+    nats = torch.where(scored.any(-1), apart, torch.nan).tolist()
+    mine = local(rearrange(advantages, "p g -> (p g)"), run.accelerator)[chosen].tolist()
+    made = []
+    for i, mismatch, advantage, tokens in zip(chosen, nats, mine, written_tokens(run.policy, part), strict=True):
+        answer = answers[i]
+        numbers = finite({"reward": float(answer.reward.value), "advantage": advantage, "mismatch": mismatch})
+        added = addends(answer.reward)
+        parts = {n: float(above) / float(below) for n, (above, below) in added.items() if below and n != "reward"}
+        texts = {"prompt": answer.problem.prompt, "completion": answer.completion}
+        made.append({"step": step, **texts, **numbers, "parts": parts, "tokens": tokens})
+    log.keep(made)
+    log.show(table(f"completions of step {step + 1}: of {PROMPTS} prompts those of highest and lowest reward", made))
+
+
+def contrasts(rewards: list[float], group_size: int) -> list[int]:
+    """Of each of the first groups the place of its highest reward and that of its lowest, once where all are equal."""
+    groups = [range(i, i + group_size) for i in range(0, len(rewards), group_size)][:PROMPTS]
+    at = rewards.__getitem__
+    return [i for group in groups for i in dict.fromkeys((max(group, key=at), min(group, key=at)))]
+
+
+def table(title: str, made: list[dict]) -> Table:
+    """The rows for a terminal of 80 columns or more (A: advantage); no markup and no control character is obeyed."""
+    shown = Table(title=literal(title, style="table.title"), title_justify="left", expand=True, box=SIMPLE_HEAD)
+    for name in ("prompt", "completion", "reward"):
+        shown.add_column(name, ratio=1, overflow="fold")
+    for name in ("A", "mismatch, nats"):
+        shown.add_column(name, justify="right", width=9)
+    above = None
+    for row in made:
+        if row["prompt"] != above:
+            shown.add_section()
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        parts = ", ".join(f"{name} {value:.3g}" for name, value in row["parts"].items())
+        numbers = ["-" if row[name] is None else f"{row[name]:+.3g}" for name in ("advantage", "mismatch")]
+        texts = ("" if row["prompt"] == above else prompt, row["completion"], f"{row['reward']:.3g}: {parts}")
+        shown.add_row(*(literal(shortened(text)) for text in texts), *numbers)
+        above = row["prompt"]
+    return shown
+
+
+def shortened(text: object, *, characters: int = CHARACTERS) -> str:
+    """A text, or its two ends where it is longer."""
+    shown, half = str(text), characters // 2
+    return shown if len(shown) <= characters else f"{shown[:half]} ... {shown[-half:]}"

@@ -1,0 +1,111 @@
+"""What a run shows while it goes on: a live view on a terminal, plain lines elsewhere."""
+
+import atexit
+import math
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+from rich.console import Console, ConsoleRenderable, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from dllm_rl.screen import escape_controls, literal
+from dllm_rl.training.health import health
+
+SHOWN = {
+    "reward": "reward",
+    "rewards/solve_rate/mean": "solved",
+    "rewards/accuracy/mean": "correct",
+    "eval/solve_rate": "held-out",
+    "eval/accuracy": "held-out",
+}
+BLOCKS = "▁▂▃▄▅▆▇█"
+COLOURS = {"healthy": "green", "mild": "yellow"}
+
+
+class View:
+    """Steps, times, a curve and the mismatch's health, complete at 80 columns. Called once a step.
+
+    On a terminal it stays below the lines that are printed; elsewhere only these lines are there.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        description: str,
+        total: int,
+        *,
+        curve: str,
+        completed: int = 0,
+        past: Sequence[float] = (),
+        stage: Callable[[], str] = lambda: "",
+    ) -> None:
+        """curve, past  the metric to draw, and its values so far. stage: what is being done at the moment."""
+        self.console, self.description, self.total = console, escape_controls(description), total
+        self.curve, self.values, self.metrics, self.stage = curve, list(past), dict[str, float](), stage
+        remaining = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        columns = (TextColumn("{task.description:8}", markup=False), MofNCompleteColumn(), BarColumn(None), *remaining)
+        # A speed over all steps: that of rich's last 30 s knows nothing of a step that takes longer.
+        self.bar = Progress(*columns, console=console, expand=True, speed_estimate_period=math.inf)
+        self.task = self.bar.add_task(self.description, total=total, completed=completed)
+        self.live = Live(self, console=console)
+        if console.is_terminal and not console.quiet and completed < total:
+            self.live.start()
+            atexit.register(console.show_cursor)  # which is hidden until the end, also until one by an error
+
+    def __call__(self, metrics: dict[str, float], *, show: bool, close: bool = False) -> None:
+        """A step is done, or with `close` all are. `show`: print a line that stays."""
+        self.metrics |= metrics
+        if math.isfinite(metrics.get(self.curve, math.nan)):
+            self.values.append(metrics[self.curve])
+        self.bar.update(self.task, advance=not close)
+        if show:
+            self.console.print(literal(self.line(metrics)), soft_wrap=True)
+        if close or self.bar.finished:
+            self.stage = lambda: ""
+            self.live.stop()
+
+    def line(self, metrics: dict[str, float]) -> str:
+        task = self.bar.tasks[0]
+        left = task.time_remaining
+        eta = [] if left is None or task.finished else [f"ETA {timedelta(seconds=math.ceil(left))}"]
+        done = f"{self.description} {int(task.completed)}/{self.total}"
+        return "  ".join(filter(None, [done, one_line(metrics), *eta]))
+
+    def __rich__(self) -> ConsoleRenderable:
+        return Group(
+            self.bar, *(Text.assemble(f"{name:11}", literal(text, style=colour)) for name, text, colour in self.rows())
+        )
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Name, text and colour of the lines below the bar."""
+        rows, found = [], health(self.metrics)
+        if self.values:
+            low, high, name = min(self.values), max(self.values), self.curve.rpartition("/")[2]
+            span = f"{self.values[-1]:.3g}  {sparkline(self.values)}  {low:.3g} to {high:.3g}"
+            rows.append((name if len(name) < 11 else "curve", span, ""))
+        if found is not None:
+            rows.append(("mismatch", f"{found[0]}: {found[1]}", COLOURS.get(found[0], "red")))
+        if stage := self.stage():
+            rows.append(("now", f"step {int(self.bar.tasks[0].completed) + 1}, {stage}", "dim"))
+        return rows
+
+
+def sparkline(values: Sequence[float], *, width: int = 30) -> str:
+    """The values as a line of blocks from the lowest to the highest; means of equal shares where they are more."""
+    count = min(width, len(values))
+    shares = [values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count)]
+    means = [math.fsum(share) / len(share) for share in shares]
+    low, high = min(means), max(means)
+    return "".join(BLOCKS[int((x - low) / (high - low) * (len(BLOCKS) - 1) + 0.5) if high > low else 0] for x in means)
+
+
+def one_line(metrics: dict[str, float]) -> str:
+    """The few numbers worth a look while a run goes on, and the `health` of the step, with its reason where it is not
+    healthy."""
+    known = SHOWN | {name: name.removeprefix("warmup/") for name in metrics if name.startswith("warmup/")}
+    said = [f"{short} {metrics[name]:.3g}" for name, short in known.items() if name in metrics]
+    if found := health(metrics):
+        said.append(found[0] if found[0] == "healthy" else f"mismatch {found[0]} ({found[1]})")
+    return "  ".join(said)

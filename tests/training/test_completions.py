@@ -1,0 +1,115 @@
+"""What a run shows and keeps of its completions."""
+
+import dataclasses
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_recipe import tiny_recipe
+
+from dllm_rl.training import train
+from dllm_rl.training.completions import contrasts, log_completions, shortened, table
+from dllm_rl.training.learner import draw_noise
+from dllm_rl.training.lines import current_rows
+from dllm_rl.training.rollouts import collect
+from dllm_rl.training.run import start
+from dllm_rl.types import Logprobs
+
+ROW = {"step": 0, "prompt": "12", "completion": "34", "reward": 1.0, "advantage": 0.5, "mismatch": -0.25}
+ROW |= {"parts": {"parsed": 1.0}, "tokens": []}
+
+
+def test_of_each_group_the_best_and_the_worst():
+    assert contrasts([0.0, 2.0, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0], 4) == [1, 0, 4]
+    assert contrasts([0.0] * 30, 1) == [0, 1, 2, 3]
+    assert contrasts([float(i % 3) for i in range(30)], 3) == [2, 0, 5, 3, 8, 6, 11, 9]
+
+
+def test_rows_of_a_run_are_its_own(tmp_path, capsys):
+    train(recipe := tiny_recipe(tmp_path, num_steps=4, log_completions_steps=2))
+    rows = current_rows(tmp_path / "completions.jsonl")
+    assert sorted({row["step"] for row in rows}) == [0, 2, 3] and 3 * 4 <= len(rows) <= 3 * 8
+    known = {problem.prompt: problem for problem in map(recipe.task.__getitem__, range(len(recipe.task)))}
+    for row in rows:
+        reward = recipe.task.reward(known[row["prompt"]], row["completion"])
+        assert (row["reward"], row["parts"]["parsed"]) == (reward.value, reward.parsed)
+        assert row["parts"]["solve_rate"] == reward.breakdown["solve_rate"] and "correct_cells" not in row["parts"]
+        assert len(row["tokens"]) == 16 and {token["step"] for token in row["tokens"]} == {0, 1, 2}
+        assert row["completion"] in "".join(token["text"] for token in row["tokens"]).replace("<pad>", "")
+    assert any(row["advantage"] > 0 for row in rows) and any(row["mismatch"] for row in rows)
+    assert capsys.readouterr().out.count("those of highest and lowest reward") == 3
+
+
+def test_zero_means_never(tmp_path, capsys):
+    train(tiny_recipe(tmp_path, log_completions_steps=0))
+    assert not (tmp_path / "completions.jsonl").exists()
+    assert "highest and lowest" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="log_completions_steps=-1 must not be negative"):
+        tiny_recipe(tmp_path, log_completions_steps=-1)
+
+
+def test_a_resumed_run_adds_to_them(tmp_path):
+    recipe = tiny_recipe(tmp_path, num_steps=3, log_completions_steps=1, save_steps=1, save_total_limit=9)
+    train(recipe)
+    before, rows = (tmp_path / "completions.jsonl").read_bytes(), current_rows(tmp_path / "completions.jsonl")
+    again = {"resume_from_checkpoint": str(tmp_path / "checkpoints/step-000001"), "log_completions_steps": 0}
+    train(dataclasses.replace(recipe, **again))
+    assert (tmp_path / "completions.jsonl").read_bytes() == before + b'{"resume_from": 1}\n'
+    assert current_rows(tmp_path / "completions.jsonl") == [row for row in rows if row["step"] < 1]
+    train(dataclasses.replace(recipe, **again | {"log_completions_steps": 1}))
+    assert current_rows(tmp_path / "completions.jsonl") == rows
+    train(dataclasses.replace(recipe, overwrite_output_dir=True, log_completions_steps=0))
+    assert not (tmp_path / "completions.jsonl").exists()
+
+
+def test_mismatch_and_advantage_by_hand(tmp_path):
+    """The learner gives every token exp(0.25) times the rollout's probability; the last group is not scored."""
+    run = start(recipe := tiny_recipe(tmp_path))
+    rollout, answers, rewards, _, _ = collect(recipe, run.rollout_policy, 0, run.accelerator, run.log)
+    advantages = torch.arange(16.0).reshape(4, 4)
+    groups = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    noise = draw_noise(recipe, rollout, advantages, groups, 0, run.accelerator)
+    old = rollout.logprobs + 0.25 * rollout.completion_mask
+    logps = Logprobs(old=old, old_scores=old[None], rollout=rollout.logprobs, reference=None)
+    log_completions(run, 0, answers, rollout, noise, logps, advantages)
+    run.log.close()
+    rows = current_rows(tmp_path / "completions.jsonl")
+    chosen = contrasts(rewards.flatten().tolist(), 4)
+    assert [row["advantage"] for row in rows] == chosen
+    assert [row["mismatch"] for row in rows] == [
+        pytest.approx(0.25 * rollout.completion_mask[i].sum().item(), rel=1e-5) if i < 12 else None for i in chosen
+    ]
+    assert max(chosen) >= 12, "a row that is not scored"
+
+
+def test_a_probability_that_is_no_number_stops_no_run(tmp_path):
+    """JSON has none for it, and a rollout may have one."""
+    run = start(recipe := tiny_recipe(tmp_path))
+    rollout, answers, _, _, _ = collect(recipe, run.rollout_policy, 0, run.accelerator, run.log)
+    rollout = dataclasses.replace(rollout, logprobs=torch.full_like(rollout.logprobs, torch.nan))
+    advantages = torch.full((4, 4), torch.inf)
+    noise = draw_noise(recipe, rollout, advantages, torch.ones(4, dtype=torch.float64), 0, run.accelerator)
+    logps = Logprobs(old=rollout.logprobs, old_scores=rollout.logprobs[None], rollout=rollout.logprobs, reference=None)
+    log_completions(run, 0, answers, rollout, noise, logps, advantages)
+    run.log.close()
+    for row in current_rows(tmp_path / "completions.jsonl"):
+        assert row["mismatch"] is None and row["advantage"] is None
+        assert {token["probability"] for token in row["tokens"]} == {0.0}
+
+
+def test_the_table_obeys_no_text_and_fits_80_columns():
+    hostile = "[red]x[/red]\x1b[2J\x07\u202e" + "long " * 100
+    rows = [ROW | {"prompt": [{"role": "user", "content": hostile}], "completion": hostile}, ROW | {"mismatch": None}]
+    rows[0]["parts"] = {"[bold]\x1b": 1.0}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table("completions", rows))
+    text = console.file.getvalue()
+    assert "[red]x[/red]\u241b" in text.replace(" ", "") and "\x1b" not in text and "\u202e" not in text
+    assert max(map(len, text.splitlines())) <= 80 and text.count("long") < 80
+    assert "+0.5" in text and "-0.25" in text
+
+
+def test_a_long_text_is_shown_by_its_ends():
+    assert shortened("a" * 160) == "a" * 160
+    assert shortened("a" * 100 + "b" * 100, characters=10) == "aaaaa ... bbbbb"
