@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.models.base import FamilySpec, Module, Policy, position_ids
 from dllm_rl.models.head import head_in_float32
-from dllm_rl.models.loading import check_finite, family_spec, load_module, load_tensors, save_module
+from dllm_rl.models.loading import check_finite, family_spec, load_module, save_module
 from dllm_rl.models.lora import Lora, add_lora, without_adapters
+from dllm_rl.models.own import load_tensors
 from dllm_rl.models.recompute import recomputed_blocks
 
 Moved = TypeVar("Moved", bound="_Backbone")

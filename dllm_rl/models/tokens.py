@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -79,11 +80,6 @@ def decode_ids(policy: Policy, chosen: list[list[int]]) -> list[str]:
     return policy.tokenizer.batch_decode([before_end(policy, ids) for ids in chosen], skip_special_tokens=True)
 
 
-def completion_ids(policy: Policy, rollout: Rollout) -> list[list[int]]:
-    """Each row's chosen tokens before its first end token."""
-    return [before_end(policy, ids) for ids in chosen_ids(rollout)]
-
-
 def chosen_ids(rollout: Rollout) -> list[list[int]]:
     """Each row's tokens that the policy chose, on the host, in one transfer."""
     tokens = rollout.tokens.masked_fill(~rollout.completion_mask, -1)
@@ -91,6 +87,7 @@ def chosen_ids(rollout: Rollout) -> list[list[int]]:
 
 
 def before_end(policy: Policy, ids: list[int]) -> list[int]:
+    """The ids before the first end token."""
     return ids[: next((i for i, token in enumerate(ids) if token in policy.spec.eos_ids), len(ids))]
 
 

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from dllm_rl import load_policy
 from dllm_rl.models.policy import shifted
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
-from dllm_rl.models.tokens import completion_ids, decode
+from dllm_rl.models.tokens import before_end, chosen_ids, decode
 from dllm_rl.types import Rollout
 
 MAKERS = {
@@ -100,5 +100,5 @@ def test_a_completion_ends_before_the_first_of_several_end_tokens():
     chosen = torch.ones_like(tokens, dtype=torch.bool)
     chosen[3, 0] = False  # an end token in the prompt ends nothing
     rollout = Rollout(tokens, chosen, chosen, tokens * 0, torch.zeros(tokens.shape), group_size=1)
-    assert completion_ids(policy, rollout) == [[3, 5], [3], [], [3, 5, 5, 3]]
+    assert [before_end(policy, ids) for ids in chosen_ids(rollout)] == [[3, 5], [3], [], [3, 5, 5, 3]]
     assert decode(policy, rollout) == ["ac", "a", "", "acca"]

@@ -237,11 +237,15 @@ MUTATIONS = [
         ('loop["run"].history["whole"] == loop["step"]', "True"),
     ),
     *mutations(
-        "training/run.py",
+        "training/finish.py",
         "training/test_main.py",
         ("return Summary(summary, policy)", "return Summary(summary, rollout_policy)"),
         ("return Summary(summary, policy)", "return Summary(summary | {'policy': policy}, policy)"),
         ("    policy.module.zero_grad(set_to_none=True)\n    return Summary", "    return Summary"),
+    ),
+    *mutations(
+        "training/run.py",
+        "training/test_main.py",
         (
             "check_prompts(recipe, policy)\n    (problem,)",
             "0 * check_prompts(recipe, policy)\n    (problem,)",

@@ -7,7 +7,7 @@ from own_module import Own, own_policy
 from torch import nn
 
 from dllm_rl import check_policy, load_policy
-from dllm_rl.models import loading
+from dllm_rl.models import loading, own
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 
@@ -136,7 +136,8 @@ def test_a_spec_that_says_another_thing_than_the_module_does(monkeypatch):
 
 def test_a_weight_that_is_not_saved(monkeypatch):
     everything = loading.own_tensors
-    monkeypatch.setattr(loading, "own_tensors", lambda module, **_: {"norm.bias": everything(module)["norm.bias"]})
+    for module in (loading, own):  # what saves, what loads
+        monkeypatch.setattr(module, "own_tensors", lambda m, **_: {"norm.bias": everything(m)["norm.bias"]})
     with pytest.raises(AssertionError, match="neither a parameter nor a lasting buffer"):
         check_policy(own_policy())
 

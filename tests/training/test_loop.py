@@ -234,15 +234,13 @@ def test_a_reward_that_does_not_apply_everywhere_is_averaged_where_it_does():
     import torch
     from accelerate import Accelerator
 
-    from dllm_rl.tasks.base import Reward
-    from dllm_rl.training.rollouts import reward_metrics
-    from dllm_rl.types import Rollout
+    from dllm_rl.tasks.base import Problem, Reward
+    from dllm_rl.training.rollouts import Answer, reward_metrics
 
-    mask = torch.tensor([[False, True, True], [False, True, False]])
-    tokens = torch.zeros(2, 3, dtype=torch.long)
-    rollout = Rollout(tokens, torch.ones_like(mask), mask, tokens, torch.zeros(2, 3), group_size=2)
-    graded = [Reward(1.0, True, {"a": 0.25, "b": 3.0}), Reward(0.0, False, {"a": 0.75})]
-    found = reward_metrics(torch.tensor([[1.0, 0.0]]), graded, rollout, Accelerator(cpu=True))
+    rewards = [Reward(1.0, True, {"a": 0.25, "b": 3.0}), Reward(0.0, False, {"a": 0.75})]
+    problem = Problem("1 + 1", {})
+    answers = [Answer(problem, "", reward, length) for reward, length in zip(rewards, (2, 1), strict=True)]
+    found = reward_metrics(torch.tensor([[1.0, 0.0]]), answers, Accelerator(cpu=True))
     assert found == {
         "reward": 0.5,
         "reward_std": 0.5,

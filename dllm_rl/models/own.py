@@ -1,0 +1,43 @@
+"""The tensors of any module, one of the user's own included: what is saved of it, and put back."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dllm_rl.models.lora import merged_state
+from dllm_rl.models.weights import misfits, read_tensors
+
+
+@torch.no_grad()
+def own_tensors(module: nn.Module, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
+    """A module's parameters and lasting buffers, adapters merged; a tied tensor under its first name.
+
+    device  where they go, one by one as they are merged, so that the module's own device holds one more and not all;
+            None: where they are.
+    """
+    skip, found, seen = transient(module), {}, set()
+    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}  # what is merged is new, and passes
+    for name, tensor in merged_state(module):
+        if name in skip or id(tensor) in seen:
+            continue
+        seen |= own & {id(tensor)}
+        found[name] = tensor if device is None else tensor.detach().to(device)
+    return found
+
+
+@torch.no_grad()
+def load_tensors(module: nn.Module, folder: Path) -> None:
+    """Put a folder's tensors into the module whose `own_tensors` they are. Raises ValueError where they are not."""
+    state, own = read_tensors(folder), own_tensors(module)
+    if odd := misfits(state, own):
+        raise ValueError(
+            f"{folder}: tensors {odd[:3]} do not fit {type(module).__name__}; make the module that they were saved from"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+def transient(module: nn.Module) -> set[str]:
+    """Names of the buffers that no checkpoint holds."""
+    return {f"{path}.{name}" for path, layer in module.named_modules() for name in layer._non_persistent_buffers_set}
