@@ -153,6 +153,8 @@ def test_a_function_that_does_not_say_what_it_returns_has_no_others_beside_it(re
     choices = paths(own)["sampler.rank"].choices
     assert "mine" in choices and "max_prob" in choices and "name_of" not in choices
     assert siblings(mine) == {"mine": mine}
+    weighs = siblings(correctors.no_weights)
+    assert "band_weights" in weighs and "composed" not in weighs, "its parts cannot be given as text"
 
 
 def test_functions_by_name(recipe):

@@ -105,6 +105,14 @@ def test_decoupled_weighs_what_is_normalised():
     assert_close(found, tensor([[-1.0, 1.0]]) / math.sqrt(2))
 
 
+def test_decoupled_takes_sample_deviations_of_as_many_as_there_are():
+    """Rewards (0, 1, none) and (-1, 0, 1) of one group: z = (-a, a, 0), a = 1/sqrt 2, and (-1, 0, 1)."""
+    parts, a = tensor([[[0.0, 1.0, float("nan")]], [[-1.0, 0.0, 1.0]]]), 1 / math.sqrt(2)
+    total = tensor([[-1 - a, a, 1.0]])
+    expected = total / math.sqrt(((1 + a) ** 2 + a**2 + 1) / 2)
+    assert_close(decoupled(total, parts=parts, weights=torch.ones(2), eps=1e-12), expected)
+
+
 def test_decoupled_leaves_out_what_does_not_apply_and_what_is_equal():
     nan = float("nan")
     parts = tensor([[[0.0, 1.0, nan], [0.1, 0.1, 0.1]], [[nan, nan, nan], [0.7, nan, nan]]])
