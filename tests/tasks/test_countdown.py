@@ -193,6 +193,13 @@ def test_reward_worked_by_hand(completion: str, value: float, parsed: bool) -> N
     assert graded.value == pytest.approx(value) and graded.parsed == parsed
 
 
+def test_a_number_given_twice_must_stand_twice() -> None:
+    twice = Problem(prompt="", fields={"numbers": [5, 5, 2], "target": 7})
+    assert Countdown().reward(twice, "5+2").breakdown == {"accuracy": 0.0, "valid": 0.0, "numbers_used": 2 / 3}
+    once = Problem(prompt="", fields={"numbers": [5, 2], "target": 7})
+    assert Countdown().reward(once, "5+2+5-5").breakdown == {"accuracy": 0.0, "valid": 0.0, "numbers_used": 1 / 2}
+
+
 def test_reward_by_d1s_rule() -> None:
     task = Countdown(reward_rule="d1", prompt_format="text")
     for completion, value in [
