@@ -218,6 +218,22 @@ def test_metrics_are_of_the_tokens_before_rejection_and_shares_of_what_is_correc
         assert row[f"rollout_corr/contribution_{name}"] == pytest.approx(sums / mask.sum().item(), rel=1e-3)
 
 
+def test_a_sample_of_the_groups_without_advantage_stands_for_all_of_them_and_moves_nothing(tmp_path):
+    """Two such groups, of which one is scored: it counts twice, and rows that are not scored stay in denominators."""
+    live = A * torch.tensor([[1.0], [0.0], [0.0]])
+    changes = {"advantages": lambda rewards: live, "aggregate": sequence}
+    both, one = (Planted(tmp_path / str(n), mismatch_sample=n, **changes) for n in (2, 1))
+    both.train()
+    (row,) = one.train()
+    assert_same_direction_and_length(moved(one), moved(both))
+    policy, rollout = one.recipe.model(seed=3), one.rollouts[0]
+    with torch.no_grad():
+        d = log_probs(policy, rollout) - log_probs(quantized_copy(policy, five_level_emulated()), rollout)
+    k3 = (d.double().exp() - 1 - d).sum(-1).view(PROMPTS, GROUP).sum(-1)  # 0 off the completion
+    drawn = [(k3[0] + 2 * k3[group]).item() / rollout.completion_mask.sum().item() for group in (1, 2)]
+    assert min(abs(row["rollout_corr/k3_kl"] / value - 1) for value in drawn) < 1e-3
+
+
 def test_contributions_are_logged_at_every_update(tmp_path):
     planted = Planted(tmp_path, num_iterations=2, learning_rate=0.02)  # small: the step goes its advantages' way
     (row,) = planted.train()
