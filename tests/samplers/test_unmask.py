@@ -11,7 +11,7 @@ from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models import logprobs as head
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.unmask import check_fits, unmask
 from dllm_rl.types import Prompts
 
 CHARACTERS = "0123456789 abcdefghijklmnop"
@@ -299,6 +299,14 @@ def test_errors_name_the_value_and_a_remedy(policy, options, message):
     options = {"max_new_tokens": 20, "num_steps": 20} | options
     with pytest.raises(ValueError, match=message):
         unmask(policy, Prompts.from_ids([[3, 4]], pad_id=0), torch.Generator(), **options)
+
+
+def test_the_longest_prompt_and_its_completion_may_just_fill_the_model():
+    policy = tiny_llama(characters="abcdef", causal=False, num_layers=1, max_length=10)
+    prompts = Prompts.from_ids([[3], [4, 5, 6, 7]], pad_id=0)
+    check_fits(policy, prompts, 6)
+    with pytest.raises(ValueError, match="max_new_tokens=7 after a prompt of 4 tokens exceeds the model's 10"):
+        check_fits(policy, prompts, 7)
 
 
 def test_causal_policy_is_refused():

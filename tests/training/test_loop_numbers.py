@@ -268,6 +268,7 @@ def test_the_kl_term_reaches_groups_without_advantage_and_counts_every_token(tmp
 
     planted = Planted(tmp_path, num_steps=2, beta=0.7, kl=kl_k2, advantages=advantages)
     rows = planted.train()
+    assert [rollout.weights_version for rollout in planted.rollouts] == [0, 1]
     policy, rollout, mask = planted.recipe.model(seed=3), planted.rollouts[1], planted.rollouts[1].completion_mask
     with torch.no_grad():
         reference = log_probs(policy, rollout)
