@@ -73,7 +73,7 @@ MUTATIONS = [
         (
             "if name in each] or [(0.0, 0.0)]",
             "if name in each] or [(1.0, 1.0)]",
-            "training/test_loop.py training/test_loop_numbers.py",
+            "training/test_rollout_batches.py",
         ),
         ("rewards.std(correction=0)", "rewards.std()"),
         ("* rewards.numel()", "* len(rewards)"),

@@ -201,9 +201,10 @@ def test_a_rank_reads_the_models_own_probabilities(policy, options):
     assert len(seen) == 9 and max(seen) < 1e-5 and not all(alike)
 
 
-def test_half_precision_logits_are_ranked_in_fp32(policy):
+@pytest.mark.parametrize("float32_head", [True, False])
+def test_half_precision_logits_are_ranked_in_fp32(policy, float32_head):
     half, dtypes = copy.copy(policy), set()
-    half.module = copy.deepcopy(policy.module).bfloat16()
+    half.module, half.float32_head = copy.deepcopy(policy.module).bfloat16(), float32_head
 
     def look(logits, tokens):
         dtypes.add(logits.dtype)

@@ -78,6 +78,17 @@ def test_warmup_learns_what_it_is_shown():
     assert taken == len(seen) < 60 and seen[-1] < 0.05 < seen[0]
 
 
+def test_the_learning_rate_rises_to_its_full_height():
+    """AdamW's first step moves a weight by the learning rate, and a hundredth of it times the weight: here 1/4 of 1e-3."""
+    policy = tiny_masked_lm(**SIZES)
+    before = [p.detach().clone() for p in policy.module.parameters()]
+    noise = lambda step: draw_levels(torch.Generator().manual_seed(step), 8, 4)  # noqa: E731
+    options = {"max_new_tokens": 4, "num_steps": 1, "learning_rate": 1e-3, "lr_warmup_steps": 4}
+    assert warmup(policy, lambda step: PROBLEMS[:1] * 8, draw_noise=noise, **options) == 1
+    moved = max((p - was).abs().max().item() for p, was in zip(policy.module.parameters(), before, strict=True))
+    assert moved == pytest.approx(1e-3 / 4, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("problem", "message"),
     [(Problem("1="), "solution is None"), (Problem("1=", solution="12341"), "max_new_tokens=4 is too short")],
