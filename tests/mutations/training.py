@@ -93,7 +93,7 @@ MUTATIONS = [
         ),
         ("min_t + (1 - min_t) * strata", "strata"),
         ("min(1.0, (step + 1) / max(1, lr_warmup_steps))", "1.0"),
-        ("found >= recipe.warmup_target", "found <= recipe.warmup_target", f"{LOOP}"),
+        ("found >= recipe.warmup_target", "found <= recipe.warmup_target"),
     ),
     *mutations(
         "training/checkpoint.py",
