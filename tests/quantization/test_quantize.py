@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor import config as inductor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import (
     Float8DynamicActivationFloat8WeightConfig,
@@ -301,7 +302,9 @@ def test_quantisation_error_is_bounded_by_the_format():
 def test_global_settings_and_the_users_config_are_left_alone(config):
     before = torch.get_float32_matmul_precision()
     assert before == "highest" and config.set_inductor_config
-    quantized_copy(llada(), config)
+    with inductor.patch(coordinate_descent_tuning=False):
+        quantized_copy(llada(), config)
+        assert not inductor.coordinate_descent_tuning
     assert torch.get_float32_matmul_precision() == before
     assert config.set_inductor_config
 
