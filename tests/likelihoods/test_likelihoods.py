@@ -45,12 +45,6 @@ def all_exact(length: int):
     return [(masked, weight / len(views)) for masked, weight in views]
 
 
-def test_a_last_stratum_that_rounds_up_to_one_chooses_the_last():
-    """Of four strata, (3 + u) / 4 is 1 in fp64 for the largest u below 1."""
-    u = torch.tensor([[[(3 + (1 - 2**-53)) / 4]]], dtype=torch.float64)
-    assert u.item() == 1 and choose(u, torch.tensor([[5]])).item() == 4
-
-
 def test_elbo_over_all_masks_is_the_hand_enumeration():
     estimate = summed(TOY, TOY.rollout([COMPLETION]), all_exact(LENGTH))
     assert estimate == pytest.approx(elbo_by_hand(TOY, COMPLETION), abs=1e-5)
