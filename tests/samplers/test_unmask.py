@@ -224,10 +224,14 @@ def test_greedy_tokens_come_with_the_ranks_own_logits(policy, monkeypatch):
 
 
 def test_what_a_rule_chooses_beyond_the_open_masks_is_not_written(policy):
-    """A rule that marks every position writes a block a step, each position once."""
+    """A rule that marks every position writes a block a step, each position once; one that marks all but the open
+    masks, and the first of these, a position a step."""
     rollout = sample(policy, IDS[:3], [1, 2, 3], commit=lambda scores, masked, steps_left: torch.ones_like(masked))
     assert rollout.forwards == 3
     assert rollout.unmask_step[:, -20:].tolist() == [[0] * 8 + [1] * 8 + [2] * 4] * 3
+    first = lambda scores, masked, steps_left: ~masked | (masked.cumsum(-1) == 1)  # noqa: E731
+    rollout = sample(policy, IDS[:3], [1, 2, 3], commit=first)
+    assert rollout.unmask_step[:, -20:].tolist() == [list(range(20))] * 3
 
 
 def test_rank_without_logits_runs_no_head(policy, monkeypatch):
