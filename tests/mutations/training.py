@@ -11,7 +11,7 @@ NUMBERS = "training/test_loop_numbers.py"
 MUTATIONS = [
     *mutations(
         "training/learner.py",
-        f"{GOLDEN} {MEMORY} {LOOP} {NUMBERS}",
+        f"{NUMBERS} {GOLDEN} {MEMORY} {LOOP}",
         ('group["lr"] = learning_rate', 'group["lr"] = 1e-3'),
         ("logps.old - logps.rollout", "logps.rollout - logps.old"),
         ("        weights=weights,\n", "        weights=torch.ones_like(weights),\n"),
@@ -155,7 +155,7 @@ MUTATIONS = [
     ),
     *mutations(
         "training/run.py",
-        f"{GOLDEN} {LOOP} {CHECKPOINT}",
+        f"{NUMBERS} {GOLDEN} {LOOP} {CHECKPOINT}",
         ("(step + 1) % recipe.eval_steps", "step % recipe.eval_steps"),
         ("recipe.model(seed=recipe.seed) if seeded else recipe.model()", "recipe.model()"),
         ("betas = (recipe.adam_beta1, recipe.adam_beta2)", "betas = (recipe.adam_beta2, recipe.adam_beta1)"),
@@ -210,7 +210,7 @@ MUTATIONS = [
     ),
     *mutations(
         "recipe.py",
-        f"test_config.py {GOLDEN} {LOOP}",
+        f"test_config.py {NUMBERS} {GOLDEN} {LOOP}",
         (
             "self.learning_rate * self.lr_schedule(step, self.schedule_steps)",
             "self.learning_rate",
@@ -232,31 +232,15 @@ MUTATIONS = [
     ),
     *mutations(
         "types.py",
-        f"samplers/test_unmask.py {LOOP} training/test_warmup.py likelihoods/test_likelihoods.py",
+        "test_types.py",
         ("width - len(row) :] = torch.tensor(row", "width - len(row) :] = torch.tensor(row[::-1]"),
         ("(0, columns) if right else (columns, 0)", "(0, columns)"),
         ("weight=self.weight * live[:, None]", "weight=self.weight"),
-        (
-            "mask & (self.weight != 0).any(0).any(-1, keepdim=True)",
-            "mask & (self.weight != 0).any(0)",
-            f"{LOOP} {MEMORY}",
-        ),
+        ("mask & (self.weight != 0).any(0).any(-1, keepdim=True)", "mask & (self.weight != 0).any(0)"),
         ("forwards=self.forwards + by.forwards", "forwards=by.forwards"),
-        (
-            "Noise(self.masked[:, keep], self.weight[:, keep], share)",
-            "Noise(self.masked[:, keep], self.weight[:, keep])",
-            f"{MEMORY} likelihoods/test_contract_estimators.py",
-        ),
-        (
-            "not 0 < self.top_p <= 1",
-            "not 0 <= self.top_p <= 1",
-            "samplers/test_unmask.py models/test_logprobs.py samplers/test_autoregress.py",
-        ),
-        (
-            "else a.index_copy(0, rows, b)",
-            "else a.index_copy(0, rows.flip(0), b)",
-            "training/test_loop.py training/test_loop_numbers.py samplers/test_unmask.py",
-        ),
+        ("Noise(self.masked[:, keep], self.weight[:, keep], share)", "Noise(self.masked[:, keep], self.weight[:, keep])"),
+        ("not 0 < self.top_p <= 1", "not 0 <= self.top_p <= 1"),
+        ("else a.index_copy(0, rows, b)", "else a.index_copy(0, rows.flip(0), b)"),
     ),
     *mutations(
         "distributed.py",

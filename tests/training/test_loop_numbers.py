@@ -365,6 +365,27 @@ def test_evaluations_use_the_evaluation_sampler_and_each_policy_is_its_own(tmp_p
     assert row["eval/reward"] == 0.5 and calls == ["learner", "learner", "learner", "quantised"]
 
 
+class Worth(Ones):
+    """Rewards every completion alike."""
+
+    def __init__(self, task, value):
+        super().__init__(task)
+        self.value = value
+
+    def reward(self, problem, completion):
+        return Reward(self.value, True, {"solve_rate": self.value})
+
+
+def test_looks_and_checkpoints_come_after_every_so_many_steps_and_the_last(tmp_path):
+    plain = tiny_recipe(tmp_path)
+    tasks = {"eval_task": Worth(plain.eval_task, 0.25), "validation_task": Worth(plain.validation_task, 0.75)}
+    planted = Planted(tmp_path, num_steps=3, eval_steps=2, save_steps=2, **tasks)
+    rows = planted.train()
+    assert [row.get("eval/reward") for row in rows] == [None, 0.75, None]
+    assert planted.summary["eval_before"]["reward"] == planted.summary["eval_after"]["reward"] == 0.25
+    assert [step for step, _ in found(planted.directory / "checkpoints")] == [0, 2, 3]
+
+
 def test_schedule_betas_and_weight_decay_are_those_of_an_adamw_written_by_hand(tmp_path):
     """Four steps; the rate rises over 2, is flat to the middle, and falls towards a tenth: 1/2, 1, 1, 0.55 of it."""
     seen = []
