@@ -238,7 +238,10 @@ MUTATIONS = [
         ("weight=self.weight * live[:, None]", "weight=self.weight"),
         ("mask & (self.weight != 0).any(0).any(-1, keepdim=True)", "mask & (self.weight != 0).any(0)"),
         ("forwards=self.forwards + by.forwards", "forwards=by.forwards"),
-        ("Noise(self.masked[:, keep], self.weight[:, keep], share)", "Noise(self.masked[:, keep], self.weight[:, keep])"),
+        (
+            "Noise(self.masked[:, keep], self.weight[:, keep], share)",
+            "Noise(self.masked[:, keep], self.weight[:, keep])",
+        ),
         ("not 0 < self.top_p <= 1", "not 0 <= self.top_p <= 1"),
         ("else a.index_copy(0, rows, b)", "else a.index_copy(0, rows.flip(0), b)"),
     ),

@@ -168,6 +168,7 @@ def test_the_problems_themselves_are_pinned() -> None:
         ("62,47, 1,69>84=", "62+69/1-47     "),
         ("96,52,43,25>62=", "43+96-(52+25)  "),
     ]
+    assert solve([10, 35, 29, 6], 11) == "10-6/(29-35)" and solve([23, 40, 19, 44], 46) == "44+19-(40-23)"
 
 
 ASKED = Problem(prompt="", fields={"numbers": [3, 4, 5], "target": 17})
