@@ -81,7 +81,7 @@ def test_warmup_learns_what_it_is_shown():
 
 
 def test_the_learning_rate_rises_to_its_full_height():
-    """AdamW's first step moves a weight by the learning rate, here 1/4 of 1e-3, and by its decay, a hundredth of that."""
+    """AdamW moves a weight first by the rate, here 1/4 of 1e-3, and by its decay, a hundredth of that."""
     policy = tiny_masked_lm(**SIZES)
     before = [p.detach().clone() for p in policy.module.parameters()]
     noise = lambda step: draw_levels(torch.Generator().manual_seed(step), 8, 4)  # noqa: E731
