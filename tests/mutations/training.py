@@ -7,6 +7,10 @@ MEMORY = "training/test_constant_memory.py"
 CHECKPOINT = "training/test_checkpoint.py"
 GOLDEN = "training/test_golden.py"
 NUMBERS = "training/test_loop_numbers.py"
+STOPS = (
+    "training/test_checkpoint.py::test_interrupt_saves_and_says_how_to_resume"
+    " faults/test_faults.py::test_a_signal_saves_what_is_whole_and_the_resumed_run_is_the_same"
+)
 
 MUTATIONS = [
     *mutations(
@@ -171,8 +175,8 @@ MUTATIONS = [
             "training/test_loop_numbers.py training/test_loop.py",
         ),
         ("done % recipe.save_steps == 0 or done == recipe.num_steps", "done % recipe.save_steps == 0"),
-        ("if signum or done % recipe.save_steps == 0", "if done % recipe.save_steps == 0", "faults/test_faults.py"),
-        ("if signum:\n        run.stop.leave", "if False:\n        run.stop.leave", "faults/test_faults.py"),
+        ("if signum or done % recipe.save_steps == 0", "if done % recipe.save_steps == 0", STOPS),
+        ("if signum:\n        run.stop.leave", "if False:\n        run.stop.leave", STOPS),
         (
             "evaluate_with(recipe, run.policy, recipe.validation_task, run.accelerator)",
             "evaluate_with(recipe, run.policy, recipe.eval_task, run.accelerator)",
@@ -279,7 +283,7 @@ MUTATIONS = [
     ),
     *mutations(
         "training/stop.py",
-        "training/test_nothing_lost.py faults/test_faults.py",
+        f"training/test_nothing_lost.py {STOPS}",
         ("raise Stopped(128 + self.asked)", "raise SystemExit(128 + self.asked)"),
         ("again = self.asked == number == signal.SIGINT", "again = False"),
     ),
