@@ -230,7 +230,7 @@ MUTATIONS = [
             "return self.num_steps",
             "training/test_nothing_lost.py training/test_loop_numbers.py",
         ),
-        ("or size % self.num_generations", ""),
+        ("or size % self.num_generations", "", f"{LOOP}::TestRefusals"),
         ("entropy=self.entropy_coeff", "entropy=0.0"),
         ("            beta=self.beta,\n", "            beta=0.0,\n"),
     ),
