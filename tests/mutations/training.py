@@ -262,7 +262,7 @@ MUTATIONS = [
     ),
     *mutations(
         "files.py",
-        f"{CHECKPOINT} {LOOP}",
+        "test_files.py",
         (
             "    except BaseException:\n        remove(partial)\n        raise",
             "    except BaseException:\n        raise",
