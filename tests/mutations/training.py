@@ -270,7 +270,7 @@ MUTATIONS = [
     ),
     *mutations(
         "training/folder.py",
-        "training/test_checkpoint.py training/test_nothing_lost.py training/test_old_checkpoint.py",
+        "training/test_old_checkpoint.py training/test_nothing_lost.py training/test_checkpoint.py",
         ("before[name] != now[name]]", "False]"),
         (
             'before = {f.name: plain(f.default) for f in dataclasses.fields(Recipe)} | state["recipe"]',
