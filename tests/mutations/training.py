@@ -276,9 +276,17 @@ MUTATIONS = [
             'before = {f.name: plain(f.default) for f in dataclasses.fields(Recipe)} | state["recipe"]',
             'before = state["recipe"]',
         ),
-        ("if recipe.num_steps < step:", "if False:"),
-        ("if any(recipe.lr_schedule(i, then)", "if all(recipe.lr_schedule(i, then)"),
-        ("if held and not recipe.overwrite_output_dir:", "if False:"),
+        ("if recipe.num_steps < step:", "if False:", "training/test_nothing_lost.py::TestSchedule"),
+        (
+            "if any(recipe.lr_schedule(i, then)",
+            "if all(recipe.lr_schedule(i, then)",
+            "training/test_nothing_lost.py::TestSchedule",
+        ),
+        (
+            "if held and not recipe.overwrite_output_dir:",
+            "if False:",
+            "training/test_nothing_lost.py::test_after_a_run_the_signals_are_as_before",
+        ),
         ('for path in checkpoint.set_aside(directory / "checkpoints", folder):', "for path in ():"),
     ),
     *mutations(
