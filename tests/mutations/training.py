@@ -258,7 +258,11 @@ MUTATIONS = [
             "rows.chunk(accelerator.num_processes)[accelerator.process_index]",
             "rows.chunk(accelerator.num_processes)[0]",
         ),
-        ("if accelerator.num_processes != launched", "if False"),
+        (
+            "if accelerator.num_processes != launched():",
+            "if False:",
+            "training/test_two_processes.py::test_processes_that_accelerate_does_not_join_are_refused",
+        ),
     ),
     *mutations(
         "files.py",
