@@ -90,7 +90,7 @@ MUTATIONS = [
             f"{TOYS} {MODELS} {CONTRACT}",
         ),
         ("prompt_mask: float = 0.15", "prompt_mask: float = 0.0", f"{TOYS} {MODELS}"),
-        ("if not 0 <= prompt_mask < 1", "if not 0 < prompt_mask < 1", f"{TOYS} {MODELS} {CONTRACT}"),
+        ("if not 0 <= prompt_mask < 1", "if not 0 < prompt_mask < 1"),
         ("and self.packed != policy.spec.block_size", "and False", PACKED),
         (
             'name="eubo", exact_for_sampler=False, combine',
