@@ -7,10 +7,11 @@ import sys
 from argparse import Namespace
 
 import pytest
+from rich.console import Console
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import train
-from dllm_rl.cli.evaluate import num_problems
+from dllm_rl.cli.evaluate import num_problems, table
 from dllm_rl.cli.main import main
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.tasks import Countdown, Sudoku
@@ -97,6 +98,21 @@ def test_several_lengths_give_a_table_and_a_file_each(model, capsys, tmp_path):
     ]
     lines = output(capsys, "evaluate", model, *options, "--json").splitlines()
     assert [json.loads(line)["max_new_tokens"] for line in lines] == [8, 12]
+
+
+def test_tokens_are_counted_by_completion_not_by_problem():
+    result = {"task": "t", "version": "1", "protocol": "own", "split": "", "seed": 0, "model": "m", "seconds": 1.0}
+    result |= {"n": 5, "samples": 2, "tokens": 34, "forwards": 7, "max_new_tokens": 4}
+    console = Console(record=True, width=80)
+    console.print(table([result]))
+    assert "tokens per completion 3.4" in " ".join(console.export_text().replace("│", " ").split())
+
+
+def test_an_error_obeys_no_escape_sequence_of_a_path(capsys, tmp_path):
+    path = tmp_path / "the\x1b[2Jirs.jsonl"
+    path.write_text(json.dumps({"completion": "1", "numbers": [1]}) + "\n")
+    message = refusal(capsys, "grade", "--task", "countdown", path)
+    assert "irs.jsonl, line 1: no field 'target'" in message and "\x1b" not in message
 
 
 def test_evaluate_and_grade_agree_and_a_second_run_makes_nothing_again(model, capsys, tmp_path, monkeypatch):

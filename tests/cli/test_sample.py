@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,14 @@ def test_tell_by_hand(policy):
     assert (record["num_tokens"], record["forwards"], record["tokens_per_second"]) == (2, 2, 4.0)
 
 
+def test_a_rate_is_of_tokens_and_nothing_is_fresh_after_a_step_that_wrote_nothing(policy):
+    later = replace(rollout_by_hand(), forwards=3)
+    assert show.to_record(policy, later, ["12"], seconds=0.5)["tokens_per_second"] == 4.0
+    console = Console(record=True, width=40, force_terminal=True, color_system="truecolor")
+    console.print(show.render(policy, later, ["12"]))
+    assert "\x1b[2m12\x1b[0m<\x1b[2m░\x1b[0m1" in console.export_text(styles=True)
+
+
 def test_frame_dims_what_is_masked_and_lights_what_is_fresh(policy):
     console = Console(record=True, width=40, force_terminal=True, color_system="truecolor")
     console.print(show.render(policy, rollout_by_hand(), ["12"]))
@@ -86,6 +95,17 @@ def test_command_prints_json(checkpoint, capsys):
     assert [row["prompt"] for row in record["rows"]] == ["12.=", "3="] and record["forwards"] == 4
     for row in record["rows"]:
         assert sorted(t["step"] for t in row["tokens"]) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_completions_of_a_prompt_stand_together_and_follow_the_seed(checkpoint, capsys):
+    def rows(seed):
+        options = ["--json", "--group_size", "2", "--max_new_tokens", "8", "--temperature", "1", "--seed", seed]
+        assert cli.main(["sample", checkpoint, "12.=", "3=", *options]) == 0
+        return json.loads(capsys.readouterr().out)["rows"]
+
+    first, again, other = rows("1"), rows("1"), rows("2")
+    assert [row["prompt"] for row in first] == ["12.=", "12.=", "3=", "3="]
+    assert first == again and first != other
 
 
 def test_command_prints_text_and_writes_the_page(checkpoint, capsys, tmp_path):
@@ -124,6 +144,7 @@ def test_command_draws_every_step(checkpoint, capsys):
         (["--commit", "schedule=3"], "schedule takes no number"),
         (["--commit", "threshold=x"], "'x' is not a number"),
         (["--cache", "half"], "cache='half' is not block, prefix, dual"),
+        (["--cache", "block=2"], "cache='block=2' is not block, prefix, dual"),
         (["--max_new_tokens", "900"], "max_new_tokens=900"),
     ],
 )

@@ -212,6 +212,25 @@ def test_the_main_job_logs_exactly_zero_mismatch(tmp_path, steps):
     assert min(logged(tmp_path, "grad_norm")) > 0
 
 
+@pytest.mark.parametrize("zero_mismatch", [True, False])
+def test_a_run_samples_and_scores_in_batch_invariant_arithmetic_where_it_says_so(tmp_path, zero_mismatch):
+    seen = []
+    recipe = zero_recipe(tmp_path, num_steps=1, zero_mismatch=zero_mismatch)
+    draw, sample = recipe.likelihood.draw, recipe.sampler
+
+    def watched_draw(*arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return draw(*arguments)
+
+    def watched_sample(policy, prompts, generator, *, max_new_tokens):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return sample(policy, prompts, generator)
+
+    sampler = partial(watched_sample, max_new_tokens=16)
+    train(replace(recipe, sampler=sampler, likelihood=replace(recipe.likelihood, draw=watched_draw)))
+    assert seen[1:] == [zero_mismatch, zero_mismatch]  # the first is of the rehearsal before training
+
+
 def test_the_loop_stops_at_the_first_log_prob_that_differs(tmp_path):
     """One recorded log-prob is off by a millionth of a nat."""
     recipe = zero_recipe(tmp_path, num_steps=2)

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.scoring import score_view
+from dllm_rl.likelihoods.scoring import row_chunks, score_view
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.types import Prompts, Rollout
+from dllm_rl.types import Noise, Prompts, Rollout
 
 SMALL = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
 SMALL |= {"head_std": 0.2}  # varied, and not so peaked that a group's completions come out alike
@@ -118,6 +118,24 @@ def test_padding_changes_neither_masks_nor_logprobs(family, name):
     again = estimator.draw(padded, seeded(3))
     assert torch.equal(again.masked[..., 3:], noise.masked) and torch.equal(again.weight[..., 3:], noise.weight)
     torch.testing.assert_close(estimator.logprobs(policy, padded, again)[:, 3:], logps, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_an_estimator_is_exact_for_the_sampler_where_it_says_so(name):
+    policy, estimator = DIFFUSION["llada"], ESTIMATORS[name]
+    rollout = sampled(policy, group_size=4)
+    logps = estimator.logprobs(policy, rollout, estimator.draw(rollout, seeded(3)))
+    assert torch.allclose(logps, rollout.logprobs, atol=1e-5) == estimator.exact_for_sampler
+
+
+def test_chunks_are_whole_groups_of_which_a_view_scores_a_row():
+    """Groups of 4; the first view scores row 1 alone, the second row 9: the middle group is left out."""
+    weight = torch.zeros(2, 12, 3)
+    weight[0, 1, 2] = weight[1, 9, 0] = 1.0
+    chunks = lambda size: [rows.tolist() for rows in row_chunks(Noise(weight != 0, weight), size, 4)]  # noqa: E731
+    first, last = [0, 1, 2, 3], [8, 9, 10, 11]
+    assert chunks(None) == chunks(8) == [first + last]
+    assert chunks(3) == chunks(4) == chunks(7) == [first, last]
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

@@ -2,14 +2,17 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from layouts import LAYERS, MASK, ORIGINAL, STOCK, checkpoint, llada_moe, published, write
+from layouts import LAYERS, MASK, ORIGINAL, STOCK, checkpoint, llada, llada2, llada_moe, published, tokenizer, write
 from safetensors.torch import load_file
 
 from dllm_rl import AutoregressivePolicy, DiffusionPolicy, load_policy
 from dllm_rl.models import families, rope
+from dllm_rl.models.loading import end_ids
+from dllm_rl.models.weights import write_tensors
 
 EVERY = [*ORIGINAL, *STOCK]
 
@@ -79,6 +82,9 @@ def test_shards_hold_what_one_file_held(tmp_path, family):
     saved = tmp_path / "saved"
     assert len(list(saved.glob("*.safetensors"))) > 2
     assert tensors(saved).keys() == tensors(source).keys()
+    for file in saved.glob("*.safetensors"):
+        held = load_file(file).values()
+        assert sum(x.nbytes for x in held) <= 8000 or len(held) == 1
     index = json.loads((saved / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors(source).values())
     again = load_policy(saved)
@@ -237,6 +243,42 @@ def test_a_tokenizer_of_the_checkpoints_own_is_built_from_its_files(tmp_path):
     assert policy.pad_id == 28
     policy.save_pretrained(tmp_path / "saved")
     assert load_policy(tmp_path / "saved").tokenizer("cab<|mask|>")["input_ids"] == [2, 26, 30]
+
+
+@pytest.mark.parametrize("family", [families.LLADA, families.LLADA_MOE, families.LLADA2, families.DREAM, families.SDAR])
+def test_the_token_that_ends_a_turn_ends_a_completion(family):
+    named, token = tokenizer(), {"llada": "<|eot_id|>", "llada_moe": "<|role_end|>", "llada2": "<|role_end|>"}
+    named.add_tokens([token.get(family.name, "<|im_end|>")], special_tokens=True)
+    config = SimpleNamespace(eos_token_id=2, vocab_size=40)
+    assert end_ids(config, named, family, None) == (2, 39)
+    config.vocab_size = 39  # a token without a row of the embedding is never drawn
+    assert end_ids(config, named, family, None) == (2,)
+
+
+def test_end_tokens_of_the_generation_config(tmp_path):
+    folder = published(tmp_path, "llada")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 2, 400]}))
+    assert load_policy(folder).spec.eos_ids == (2, 5)
+
+
+def test_the_embedding_may_have_more_rows_than_the_vocabulary():
+    raw, _ = llada()
+    assert families.llada(raw | {"vocab_size": 37})[1].vocab_size == raw["embedding_size"] == 40
+    assert families.llada(raw | {"embedding_size": None, "vocab_size": 37})[1].vocab_size == 37
+
+
+def test_shared_experts_are_as_wide_as_all_of_them():
+    raw, _ = llada2()
+    module, config = families.llada2(raw | {"num_shared_experts": 2})
+    with torch.device("meta"):
+        layer = module(config).model.layers[1]
+    assert layer.mlp.shared_experts.gate_proj.weight.shape == (2 * raw["moe_intermediate_size"], raw["hidden_size"])
+
+
+def test_a_part_of_another_tensor_is_written_as_a_tensor_of_its_own(tmp_path):
+    whole = torch.arange(12.0).view(4, 3)
+    write_tensors({"whole": whole, "rows": whole[1:3]}, tmp_path, max_shard_size=10**6)
+    assert torch.equal(tensors(tmp_path)["rows"], whole[1:3]) and torch.equal(tensors(tmp_path)["whole"], whole)
 
 
 def test_dense_and_expert_layers_of_llada_moe_have_their_own_width():

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dllm_rl.models import logprobs as head_module
 from dllm_rl.models.logprobs import (
     backward_token_logprobs,
+    invert,
     process,
     sample,
     token_logprobs,
@@ -226,6 +227,23 @@ def test_samples_follow_the_processed_distribution():
     assert share[0] == 0 and share[3] == 0
     edge = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert sample(logits.expand(2, -1), edge).tolist() == [1, 2]
+
+
+def test_inversion_in_groups_is_inversion_over_the_whole_vocabulary():
+    """600 tokens are two groups of 256 and a rest. Masses of 0 to 2 that sum to 512: quantile k / 512 is exact."""
+    mass = torch.randint(0, 3, (600,), generator=seeded()).float()
+    mass[:300] = 0  # a group and a bit of tokens that are never drawn
+    mass[300] += 512 - mass.sum()
+    quantiles = torch.arange(512, dtype=torch.float64) / 512
+    expected = torch.arange(600).repeat_interleave(mass.long())
+    assert torch.equal(invert(mass.expand(512, -1), quantiles), expected)
+    assert torch.equal(invert(mass.flip(0).expand(512, -1), quantiles), 599 - expected.flip(0))
+
+
+def test_rounding_draws_no_token_outside_of_the_vocabulary():
+    """In fp32 1 + 1.5 * 2^-24 is 1 + 2^-23, more than the two masses: the last quantile lies beyond both."""
+    mass = torch.tensor([[1.0, 1.5 * 2**-24]])
+    assert invert(mass, torch.tensor([1 - 2**-53], dtype=torch.float64)).tolist() == [1]
 
 
 def test_defaults_are_neutral():

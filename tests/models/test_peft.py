@@ -20,8 +20,10 @@ from dllm_rl.models.lora import (
     LoraLinear,
     adapted_layers,
     add_lora,
+    disable_adapters,
     load_adapter,
     lora_d1,
+    lora_r16,
     merge_lora,
     merged_copy,
     merged_state,
@@ -103,6 +105,37 @@ def test_merged_weight_by_hand():
     assert torch.equal(dict(merged_state(policy.module))["model.layers.0.self_attn.q_proj.weight"], expected)
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(layer(x), x @ expected.T, rtol=0, atol=1e-4)
+
+
+def test_the_adapters_sum_is_rounded_once():
+    """1 + 2^-8 (1 + 2^-10) is above the middle of two bf16 numbers; its second summand alone rounds to 2^-8, a tie."""
+    layer = LoraLinear(torch.nn.Linear(1, 1).bfloat16(), Lora(r=1, alpha=1.0), torch.Generator())
+    layer.base_layer.weight.data.fill_(1.0)
+    layer.lora_A.weight.data.fill_(1.0)
+    layer.lora_B.weight.data.fill_(2**-8 * (1 + 2**-10))
+    assert layer.merged().dtype == torch.bfloat16 and layer.merged().item() == 1 + 2**-7
+
+
+def test_a_starts_uniform_between_the_bounds_of_its_inputs():
+    layer = LoraLinear(torch.nn.Linear(64, 4), Lora(r=64), torch.Generator().manual_seed(0))
+    a = layer.lora_A.weight * 64**0.5
+    assert a.abs().max() <= 1 and a.min() < -0.99 and a.max() > 0.99
+    assert abs(a.mean()) < 0.03 and abs(a.square().mean() - 1 / 3) < 0.03
+
+
+def test_adapters_left_out_twice_come_back_after_both():
+    policy = tiny_llama(characters="ab", causal=False)
+    add_lora(policy, Lora(r=2))
+    active = lambda: {layer.active for layer in adapted_layers(policy.module).values()}  # noqa: E731
+    with disable_adapters(policy.module):
+        with disable_adapters(policy.module):
+            assert active() == {False}
+        assert active() == {False}
+    assert active() == {True}
+
+
+def test_named_adapters_are_those_that_were_published():
+    assert lora_d1() == Lora(r=128, alpha=64.0, dropout=0.05) and lora_r16() == Lora(r=16, alpha=32.0)
 
 
 @pytest.mark.parametrize("family", ["llama", "dream"])

@@ -13,12 +13,7 @@ MUTATIONS = [
         TOYS,
         ("[:, None] + u) / num_samples", "[:, None] + u) / (num_samples + 1)"),
         ("(u * count).long()", "(u * count).round().long()"),
-        (
-            "minimum(count - 1).clamp(min=0)",
-            "clamp(min=0)",
-            "",
-            "u below 1 times a count rounds below the count: half a unit in the last place is never reached",
-        ),
+        ("minimum(count - 1).clamp(min=0)", "clamp(min=0)"),
         ("argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)", "argsort(dim=-1, stable=True)"),
         ("masked * inside.sum(-1, keepdim=True) / k.clamp(min=1)", "masked * inside.sum(-1, keepdim=True) / (k + 1)"),
         ("masked * inside.sum(-1, keepdim=True) / k.clamp(min=1)", "masked * inside.shape[-1] / k.clamp(min=1)"),
@@ -95,7 +90,7 @@ MUTATIONS = [
             f"{TOYS} {MODELS} {CONTRACT}",
         ),
         ("prompt_mask: float = 0.15", "prompt_mask: float = 0.0", f"{TOYS} {MODELS}"),
-        ("if not 0 <= prompt_mask < 1", "if not 0 < prompt_mask < 1", f"{TOYS} {MODELS} {CONTRACT}"),
+        ("if not 0 <= prompt_mask < 1", "if not 0 < prompt_mask < 1"),
         ("and self.packed != policy.spec.block_size", "and False", PACKED),
         (
             'name="eubo", exact_for_sampler=False, combine',

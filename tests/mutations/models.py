@@ -115,8 +115,6 @@ MUTATIONS = [
         (
             "self.lora_B.weight.float() @ self.lora_A.weight.float()",
             "(self.lora_B.weight @ self.lora_A.weight).to(weight.dtype)",
-            "",
-            "the adapters are fp32 and the product's rounding to the weight's dtype before the sum changes bf16 only",
         ),
         (
             "            layer.active = was\n",
@@ -220,7 +218,7 @@ MUTATIONS = [
         ("or not factor >= 1:", "or not factor >= 0:"),
         ("if kind not in SCALINGS:", "if False:"),
         ("for key in sorted(found.keys() - needed - optional - _COMMON):", "for key in ():"),
-        ("states.new_empty(0).float()", "states.new_empty(0)", "models/test_families_reference.py models/test_rope.py"),
+        ("states.new_empty(0).float()", "states.new_empty(0)", FAMILIES),
     ),
     *mutations(
         "models/policy.py",

@@ -25,6 +25,7 @@ CASES = (
     "approximate_early_exit_keeps_the_tail_masked",
     "watch_sees_every_step",
     "errors_name_the_value_and_a_remedy",
+    "the_longest_prompt_and_its_completion_may_just_fill_the_model",
 )
 LOOP = " ".join(f"{UNMASK}::test_{case}" for case in CASES)
 EXITS = f"{CACHES}::test_early_exit_of_block_causal_models_is_exact"

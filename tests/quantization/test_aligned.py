@@ -90,6 +90,15 @@ def test_gradient_is_the_straight_through_definition(scheme, family):
             assert (g == 0).all() == (w == 0).all(), name
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
+def test_a_layers_product_is_that_of_its_dequantised_operands(scheme):
+    layer = next(layer for _, layer in quantized_layers(quantized_copy(make(), scheme())))
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
+    y, seen = quantized_forward(layer, x, None)
+    expected = F.linear(dequantized_input(layer, *seen), dequantized_weight(layer))
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_of_one_layer_by_hand():
     """w = [[1, -0.4]] in 3 levels of scale 0.7 is [[0.7, -0.7]]: dx = dy * that, dw = dy * x, and not dy * w."""
     policy = make()

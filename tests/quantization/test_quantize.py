@@ -1,18 +1,26 @@
 """Quantised copies: what is quantised and what not, guards, and syncs that equal a fresh quantisation bit for bit."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor import config as inductor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig
+from torchao.quantization import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8WeightOnlyConfig,
+    Int8WeightOnlyConfig,
+)
 
 from dllm_rl.config import pickable
 from dllm_rl.models.lora import Lora, add_lora, merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes as quantize
+from dllm_rl.quantization.fake import FakeQuantize
 from dllm_rl.quantization.linear import dequantized_weight, quantized, stored_bytes
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, skip_reasons, sync_weights
 from dllm_rl.training.learner import check_version
@@ -226,6 +234,28 @@ def test_weights_that_are_not_finite_are_refused_by_name(scheme, bad):
         quantized_copy(policy, scheme())
 
 
+def test_plain_weights_beside_rounded_inputs_must_be_finite_too():
+    policy = llada()
+    rollout = quantized_copy(policy, FakeQuantize(weight=None, activation="e4m3"))
+    policy.module.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+        sync_weights(policy, rollout)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, lambda: None], ids=lambda f: f.__name__)
+def test_no_weight_of_a_rollout_policy_is_trained(scheme):
+    policy = llada()
+    assert not any(p.requires_grad for p in quantized_copy(policy, scheme()).module.parameters())
+    assert all(p.requires_grad for p in policy.module.parameters())
+
+
+def test_a_row_of_zeros_has_the_smallest_scale():
+    weight = torch.eye(3, 32)
+    weight[1] = 0
+    packed, _ = quantized(weight, quantize.float8_weight_only())
+    assert packed.scale.flatten().tolist() == pytest.approx([1 / 448, 1e-12, 1 / 448], rel=1e-6, abs=0)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
 def test_zero_rows_and_zero_inputs_give_zeros(scheme):
     policy = llada()
@@ -269,11 +299,13 @@ def test_quantisation_error_is_bounded_by_the_format():
         assert ((rounded - weight).abs() <= bound * (1 + 1e-5)).all(), name
 
 
-def test_global_settings_and_the_users_config_are_left_alone():
+@pytest.mark.parametrize("config", [Float8WeightOnlyConfig(), Int8WeightOnlyConfig()], ids=["float8", "int8"])
+def test_global_settings_and_the_users_config_are_left_alone(config):
     before = torch.get_float32_matmul_precision()
-    config = Float8WeightOnlyConfig()
-    assert config.set_inductor_config
-    quantized_copy(llada(), config)
+    assert before == "highest" and config.set_inductor_config
+    with inductor.patch(coordinate_descent_tuning=False):
+        quantized_copy(llada(), config)
+        assert not inductor.coordinate_descent_tuning
     assert torch.get_float32_matmul_precision() == before
     assert config.set_inductor_config
 
@@ -334,6 +366,39 @@ def test_a_sharded_learner_syncs_as_a_whole_one(tmp_path):
         dist.destroy_process_group()
     sync_weights(whole, expected)
     assert equal(contents(rollout.module), contents(expected.module))
+
+
+HALVES = """
+import sys
+import torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
+from dllm_rl.quantization.schemes import int3_emulated
+
+make = lambda: tiny_llama(characters="ab", causal=False, hidden_size=16, num_layers=1, num_heads=2)
+whole, policy = make(), make()
+rollout, expected = (quantized_copy(p, int3_emulated()) for p in (policy, whole))
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
+fully_shard(policy.module, mesh=dist.init_device_mesh("cpu", (2,)))
+with torch.no_grad():
+    for parameter in [*policy.module.parameters(), *whole.module.parameters()]:
+        parameter.mul_(1.25)
+assert policy.module.lm_head.weight.to_local().numel() < whole.module.lm_head.weight.numel()
+sync_weights(policy, rollout)
+sync_weights(whole, expected)
+for ours, theirs in zip(rollout.module.parameters(), expected.module.parameters(), strict=True):
+    assert torch.equal(ours, theirs)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_learner_in_two_halves_syncs_as_a_whole_one(tmp_path):
+    command = [sys.executable, "-c", HALVES, str(tmp_path / "rendezvous")]
+    ranks = [subprocess.Popen([*command, str(i)], stderr=subprocess.PIPE, text=True) for i in range(2)]
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,7 +11,7 @@ from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models import logprobs as head
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.unmask import check_fits, unmask
 from dllm_rl.types import Prompts
 
 CHARACTERS = "0123456789 abcdefghijklmnop"
@@ -201,9 +201,10 @@ def test_a_rank_reads_the_models_own_probabilities(policy, options):
     assert len(seen) == 9 and max(seen) < 1e-5 and not all(alike)
 
 
-def test_half_precision_logits_are_ranked_in_fp32(policy):
+@pytest.mark.parametrize("float32_head", [True, False])
+def test_half_precision_logits_are_ranked_in_fp32(policy, float32_head):
     half, dtypes = copy.copy(policy), set()
-    half.module = copy.deepcopy(policy.module).bfloat16()
+    half.module, half.float32_head = copy.deepcopy(policy.module).bfloat16(), float32_head
 
     def look(logits, tokens):
         dtypes.add(logits.dtype)
@@ -223,10 +224,14 @@ def test_greedy_tokens_come_with_the_ranks_own_logits(policy, monkeypatch):
 
 
 def test_what_a_rule_chooses_beyond_the_open_masks_is_not_written(policy):
-    """A rule that marks every position writes a block a step, each position once."""
+    """A rule that marks every position writes a block a step, each position once; one that marks all but the open
+    masks, and the first of these, a position a step."""
     rollout = sample(policy, IDS[:3], [1, 2, 3], commit=lambda scores, masked, steps_left: torch.ones_like(masked))
     assert rollout.forwards == 3
     assert rollout.unmask_step[:, -20:].tolist() == [[0] * 8 + [1] * 8 + [2] * 4] * 3
+    first = lambda scores, masked, steps_left: ~masked | (masked.cumsum(-1) == 1)  # noqa: E731
+    rollout = sample(policy, IDS[:3], [1, 2, 3], commit=first)
+    assert rollout.unmask_step[:, -20:].tolist() == [list(range(20))] * 3
 
 
 def test_rank_without_logits_runs_no_head(policy, monkeypatch):
@@ -299,6 +304,14 @@ def test_errors_name_the_value_and_a_remedy(policy, options, message):
     options = {"max_new_tokens": 20, "num_steps": 20} | options
     with pytest.raises(ValueError, match=message):
         unmask(policy, Prompts.from_ids([[3, 4]], pad_id=0), torch.Generator(), **options)
+
+
+def test_the_longest_prompt_and_its_completion_may_just_fill_the_model():
+    policy = tiny_llama(characters="abcdef", causal=False, num_layers=1, max_length=10)
+    prompts = Prompts.from_ids([[3], [4, 5, 6, 7]], pad_id=0)
+    check_fits(policy, prompts, 6)
+    with pytest.raises(ValueError, match="max_new_tokens=7 after a prompt of 4 tokens exceeds the model's 10"):
+        check_fits(policy, prompts, 7)
 
 
 def test_causal_policy_is_refused():

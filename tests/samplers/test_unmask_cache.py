@@ -12,7 +12,7 @@ from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.cache import KeysAndValues, block_cache, dual_cache, prefix_cache
+from dllm_rl.samplers.cache import CachedStates, KeysAndValues, block_cache, dual_cache, prefix_cache
 from dllm_rl.samplers.canvas import make_canvas
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts
@@ -239,6 +239,20 @@ def test_a_cache_is_recomputed_every_so_many_steps(policies, cache, columns, mon
     monkeypatch.setattr(policy, "encode", spy)
     run(policy, ids=[[5, 6, 7, 8]], group=1, length=8, num_steps=8, block_size=4, cache=cache)
     assert seen == columns
+
+
+@pytest.mark.parametrize("kind", [prefix_cache, dual_cache])
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_states_from_a_cache_are_those_of_a_forward_of_everything_while_no_token_changes(policies, family, kind):
+    """A shifted head reads the state of the column before the block, so that one is run again with it."""
+    policy, tokens = policies(family), torch.randint(3, 38, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask, shift = torch.ones_like(tokens, dtype=torch.bool), policies(family).spec.shift
+    cached, rows = CachedStates(policy, kind(), mask), torch.arange(2)
+    states, first = cached.advance(tokens, rows, (4, 8))
+    assert (len(states[0]), first) == (12, shift)
+    again, begin = cached.advance(tokens, rows, (4, 8))
+    assert begin == 4 and len(again[0]) == (4 + shift if kind is dual_cache else 8 + shift)
+    torch.testing.assert_close(again, states[:, 4 - shift : 4 - shift + again.shape[1]], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("ends", [(30,), (31,), (30, 31)])

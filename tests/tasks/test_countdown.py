@@ -168,6 +168,7 @@ def test_the_problems_themselves_are_pinned() -> None:
         ("62,47, 1,69>84=", "62+69/1-47     "),
         ("96,52,43,25>62=", "43+96-(52+25)  "),
     ]
+    assert solve([10, 35, 29, 6], 11) == "10-6/(29-35)" and solve([23, 40, 19, 44], 46) == "44+19-(40-23)"
 
 
 ASKED = Problem(prompt="", fields={"numbers": [3, 4, 5], "target": 17})
@@ -191,6 +192,13 @@ ASKED = Problem(prompt="", fields={"numbers": [3, 4, 5], "target": 17})
 def test_reward_worked_by_hand(completion: str, value: float, parsed: bool) -> None:
     graded = Countdown().reward(ASKED, completion)
     assert graded.value == pytest.approx(value) and graded.parsed == parsed
+
+
+def test_a_number_given_twice_must_stand_twice() -> None:
+    twice = Problem(prompt="", fields={"numbers": [5, 5, 2], "target": 7})
+    assert Countdown().reward(twice, "5+2").breakdown == {"accuracy": 0.0, "valid": 0.0, "numbers_used": 2 / 3}
+    once = Problem(prompt="", fields={"numbers": [5, 2], "target": 7})
+    assert Countdown().reward(once, "5+2+5-5").breakdown == {"accuracy": 0.0, "valid": 0.0, "numbers_used": 1 / 2}
 
 
 def test_reward_by_d1s_rule() -> None:

@@ -44,6 +44,12 @@ def test_many_at_once_equal_one_by_one() -> None:
     assert task.rewards(problems, texts) == [task.reward(p, t) for p, t in zip(problems, texts, strict=True)]
 
 
+def test_a_problems_completions_stand_together() -> None:
+    task = task_from_dataset(ROWS, reward_funcs=[right])
+    graded = grade(task, [task[0], task[1]], ["4", "5", "5", "5"])
+    assert [reward.value for reward in graded] == [1.0, 0.0, 1.0, 1.0]
+
+
 def test_a_grader_that_raises_is_reported_with_what_it_was_given() -> None:
     """Graded at once, and one by one where that raises."""
     calls = []
@@ -108,10 +114,14 @@ def test_bad_functions_and_data_sets_are_refused() -> None:
     def endless(completions, **_):
         return [float("nan")]
 
+    def unbounded(completions, **_):
+        return [float("inf")]
+
     def too_few(completions, **_):
         return []
 
-    for function, message in ((none, "returned None"), (endless, "returned nan"), (too_few, "returned 0 numbers")):
+    wrong = {none: "returned None", endless: "returned nan", unbounded: "returned inf", too_few: "returned 0 numbers"}
+    for function, message in wrong.items():
         task = task_from_dataset(ROWS, reward_funcs=[function])
         with pytest.raises(ValueError, match=message):
             task.reward(task[0], "4")
@@ -158,4 +168,5 @@ def test_mini() -> None:
         graded = task.reward(problem, "x" * wrong + problem.solution[wrong:])
         assert graded.value == 1 - wrong / 4 and graded.breakdown == {"accuracy": 0.0}
     assert task.reward(problem, problem.solution + "1").breakdown == {"accuracy": 0.0}
+    assert task.reward(problem, problem.solution[:2]).value == 0.5
     assert task.reward(problem, "").parsed is False

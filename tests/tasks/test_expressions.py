@@ -81,7 +81,7 @@ def test_everything_else_is_refused(text: str) -> None:
 def test_bounds() -> None:
     assert evaluate("1" * 40) is not None and evaluate("1" * 41) is None
     assert evaluate("+".join("1" * 200)) is not None
-    assert evaluate("1" + " " * LONGEST) is None
+    assert evaluate("1" + " " * LONGEST) is None and evaluate("1" + " " * (LONGEST - 1)) == Value(Fraction(1), (1,))
     nested = "(" * DEEPEST + "1" + ")" * DEEPEST
     assert evaluate(nested) is not None and evaluate(f"({nested})") is None
     assert evaluate("-" * DEEPEST + "1") is not None and evaluate("-" * (DEEPEST + 1) + "1") is None

@@ -59,6 +59,7 @@ def test_gsm8k_splits(folder) -> None:
     assert len(asked["train"] | asked["validation"]) == len(tasks["train"]) + len(tasks["validation"]) == len(TRAIN)
     assert not asked["train"] & asked["validation"] and 0 < len(tasks["validation"]) < 20
     assert len(GSM8K(split="train", path=folder, size=3)) == 3
+    assert len(GSM8K(split="train", path=folder, size=1000)) == len(tasks["train"])
 
     problem = tasks["test"][0]
     assert problem.fields == {"answer": "42"} and problem.prompt[0]["content"].endswith("What is 40 + 2?")
@@ -277,6 +278,10 @@ def test_boxes_are_balanced() -> None:
         ("a/4", "a/4"),
         ("x=0.5", "\\frac{1}{2}"),
         ("x=.5", ".5"),
+        ("xy=5", "5"),
+        ("xyz=5", "xyz=5"),  # no name is so long
+        ("\\tfrac34", "\\frac{3}{4}"),
+        ("\\dfrac{3}4", "\\frac{3}4"),
         ("a=b=c", "a=b=c"),
         ("10\\\\text{ m}", "10"),
         ("", ""),

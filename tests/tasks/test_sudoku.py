@@ -209,6 +209,8 @@ def test_an_unreadable_character_costs_its_own_cell_only() -> None:
     assert Sudoku().reward(problem(PUZZLE), "x" + GRID[1:]).value == 4 * 15 / 16
     assert Sudoku().reward(problem(PUZZLE), "x" + GRID[1:]).parsed is False
     assert Sudoku().reward(problem(PUZZLE), GRID[:10]).value == 4 * 10 / 16
+    assert Sudoku().reward(problem(PUZZLE), GRID[:15] + "2").parsed is True
+    assert Sudoku().reward(problem(PUZZLE), GRID[:15] + "5").parsed is False  # no digit of the game
 
 
 def test_text_prompts_read_the_last_answer_block() -> None:

@@ -84,6 +84,22 @@ def test_random_grids_and_puzzles_9x9() -> None:
     assert random_unique_puzzle(grids[0], 81, rng) == grids[0]
 
 
+class InOrder(Random):
+    """Draws larger numbers each time, so that cells are blanked row by row."""
+
+    drawn = 0
+
+    def random(self) -> float:
+        self.drawn += 1
+        return self.drawn / 1000
+
+
+def test_cells_are_blanked_from_the_first_on() -> None:
+    """Three rows without a digit could change places, so that no first half goes at once; one row is unique."""
+    puzzle = random_unique_puzzle(random_grid(Random(0)), 50, InOrder())
+    assert puzzle is not None and puzzle[:9] == "0" * 9 and is_unique(puzzle)
+
+
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_9x9_problems(split: str) -> None:
     task = Sudoku(side=9, clues=(30, 40), split=split, size=4, seed=1)
@@ -103,6 +119,8 @@ def test_is_completion() -> None:
     assert is_completion(PUZZLES9[0], grid) and is_completion("0" * 81, grid)
     swapped = grid.translate(str.maketrans("12", "21"))
     assert not is_completion(PUZZLES9[0], swapped) and is_completion("0" * 81, swapped)
+    only_a_one = "".join(digit if digit == "1" else "0" for digit in grid)
+    assert is_completion(only_a_one, grid) and not is_completion(only_a_one, swapped)
     last = int(grid[80])
     for wrong in (grid[:80], *(grid[:80] + end for end in ("0", chr(0x660 + last), str(last % 9 + 1)))):
         assert not is_completion("0" * 81, wrong)

@@ -95,6 +95,14 @@ def test_a_folder_under_another_steps_name_is_refused(run):
         checkpoint.check(run / "checkpoints" / "step-000003")
 
 
+def test_a_state_of_another_step_than_the_manifests_is_refused(run):
+    folder = run / "checkpoints" / "step-000003"
+    from_another_step(folder / "state.json")
+    manifest.write(folder, step=3, processes=1, versions={})
+    with pytest.raises(ValueError, match=r"step is 1 in state\.json, but 3 elsewhere"):
+        checkpoint.check(folder)
+
+
 def test_a_file_that_the_manifest_does_not_know_is_refused(run):
     folder = run / "checkpoints" / "step-000003"
     (folder / "model.safetensors.index.json").write_text("{}")
@@ -127,6 +135,10 @@ def test_a_quick_check_leaves_the_rest_of_large_files_unread(tmp_path):
         manifest.verify(tmp_path)
     flip(big, at=8)
     with pytest.raises(ValueError, match="its first MiB differs"):
+        manifest.verify(tmp_path, quick=True)
+    flip(big, at=8)
+    truncate(big)
+    with pytest.raises(ValueError, match=f"damaged: {3 << 19} bytes, not {3 << 20}"):
         manifest.verify(tmp_path, quick=True)
 
 

@@ -55,6 +55,19 @@ def test_numbers_that_are_not_finite_are_null_and_gaps(tmp_path):
     assert plot(tmp_path).is_file()
 
 
+def test_a_steps_seconds_are_those_of_its_own_stages(tmp_path):
+    log = RunLog(tmp_path, start=0, main=True)
+    for step, name in enumerate(("rollout", "update")):
+        with log.stage(name):
+            pass
+        log.write(step, {})
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row.keys() for row in rows] == [{"step", "step_time", f"time/{name}"} for name in ("rollout", "update")]
+    for row, (name, spent) in zip(rows, log.seconds.items(), strict=True):
+        assert row["step_time"] == row[f"time/{name}"] == spent > 0
+
+
 def test_a_report_is_drawn_where_a_step_lacks_a_breakdown(tmp_path):
     rows = [{"step": 0, **ALWAYS}, {"step": 1, **ALWAYS, "rewards/accuracy/mean": 1.0}, {"step": 2, "reward": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -218,6 +218,22 @@ def test_metrics_are_of_the_tokens_before_rejection_and_shares_of_what_is_correc
         assert row[f"rollout_corr/contribution_{name}"] == pytest.approx(sums / mask.sum().item(), rel=1e-3)
 
 
+def test_a_sample_of_the_groups_without_advantage_stands_for_all_of_them_and_moves_nothing(tmp_path):
+    """Two such groups, of which one is scored: it counts twice, and rows that are not scored stay in denominators."""
+    live = A * torch.tensor([[1.0], [0.0], [0.0]])
+    changes = {"advantages": lambda rewards: live, "aggregate": sequence}
+    both, one = (Planted(tmp_path / str(n), mismatch_sample=n, **changes) for n in (2, 1))
+    both.train()
+    (row,) = one.train()
+    assert_same_direction_and_length(moved(one), moved(both))
+    policy, rollout = one.recipe.model(seed=3), one.rollouts[0]
+    with torch.no_grad():
+        d = log_probs(policy, rollout) - log_probs(quantized_copy(policy, five_level_emulated()), rollout)
+    k3 = (d.double().exp() - 1 - d).sum(-1).view(PROMPTS, GROUP).sum(-1)  # 0 off the completion
+    drawn = [(k3[0] + 2 * k3[group]).item() / rollout.completion_mask.sum().item() for group in (1, 2)]
+    assert min(abs(row["rollout_corr/k3_kl"] / value - 1) for value in drawn) < 1e-3
+
+
 def test_contributions_are_logged_at_every_update(tmp_path):
     planted = Planted(tmp_path, num_iterations=2, learning_rate=0.02)  # small: the step goes its advantages' way
     (row,) = planted.train()
@@ -252,6 +268,7 @@ def test_the_kl_term_reaches_groups_without_advantage_and_counts_every_token(tmp
 
     planted = Planted(tmp_path, num_steps=2, beta=0.7, kl=kl_k2, advantages=advantages)
     rows = planted.train()
+    assert [rollout.weights_version for rollout in planted.rollouts] == [0, 1]
     policy, rollout, mask = planted.recipe.model(seed=3), planted.rollouts[1], planted.rollouts[1].completion_mask
     with torch.no_grad():
         reference = log_probs(policy, rollout)
@@ -346,6 +363,27 @@ def test_evaluations_use_the_evaluation_sampler_and_each_policy_is_its_own(tmp_p
     assert (summary["eval_before"]["reward"], summary["eval_after"]["reward"]) == (0.5, 0.5)
     assert (summary["eval_after_quantized"]["reward"], summary["eval_after_quantized"]["solve_rate"]) == (1.0, 1.0)
     assert row["eval/reward"] == 0.5 and calls[1:] == ["learner", "learner", "learner", "quantised"]
+
+
+class Worth(Ones):
+    """Rewards every completion alike."""
+
+    def __init__(self, task, value):
+        super().__init__(task)
+        self.value = value
+
+    def reward(self, problem, completion):
+        return Reward(self.value, True, {"solve_rate": self.value})
+
+
+def test_looks_and_checkpoints_come_after_every_so_many_steps_and_the_last(tmp_path):
+    plain = tiny_recipe(tmp_path)
+    tasks = {"eval_task": Worth(plain.eval_task, 0.25), "validation_task": Worth(plain.validation_task, 0.75)}
+    planted = Planted(tmp_path, num_steps=3, eval_steps=2, save_steps=2, **tasks)
+    rows = planted.train()
+    assert [row.get("eval/reward") for row in rows] == [None, 0.75, None]
+    assert planted.summary["eval_before"]["reward"] == planted.summary["eval_after"]["reward"] == 0.25
+    assert [step for step, _ in found(planted.directory / "checkpoints")] == [0, 2, 3]
 
 
 def test_schedule_betas_and_weight_decay_are_those_of_an_adamw_written_by_hand(tmp_path):

@@ -10,6 +10,10 @@ from runs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import load_policy, tiny_masked_lm, train
+from dllm_rl.algorithms.correctors import ais, icepop, reject, tis
+from dllm_rl.config import describe
+from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.training.checkpoint import read_state
 
 OLD = Path(__file__).parents[1] / "golden" / "checkpoint-0.1.0"
 SMALL = SIZES | {"hidden_size": 8, "num_layers": 1, "intermediate_size": 8}
@@ -36,6 +40,25 @@ def test_another_recipe_is_still_refused(tmp_path):
     changed = tiny_recipe(tmp_path, model=partial(tiny_masked_lm, **SMALL), resume_from_checkpoint="latest")
     with pytest.raises(ValueError, match=r"learning_rate=0\.0005 differs from the checkpoint's 0\.005"):
         train(changed)
+
+
+@pytest.mark.parametrize(
+    ("made", "then"),
+    [
+        (tis(), {"truncated_weights(": "truncated("}),
+        (icepop(), {"masked_weights(": "masked("}),
+        (ais(), {"adaptive_weights(": "adaptive("}),
+        (reject(), {"rejection(": "rejected("}),
+        (trajectory(), {"exact_for_sampler=": "replays=", "with_advantages=": "given="}),
+    ],
+)
+def test_functions_and_fields_of_then_are_read_under_the_names_of_today(tmp_path, made, then):
+    written = today = describe(made)
+    for name, old in then.items():
+        assert name in written
+        written = written.replace(name, old)
+    (tmp_path / "state.json").write_text(json.dumps({"recipe": {"a": written, "b": 1}}))
+    assert read_state(tmp_path)["recipe"] == {"a": today, "b": 1}
 
 
 def test_a_field_that_the_checkpoint_does_not_know_counts_as_its_default(tmp_path):

@@ -19,7 +19,7 @@ from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import block_cache
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.log import RunLog
-from dllm_rl.training.rollouts import collect
+from dllm_rl.training.rollouts import collect, total
 from dllm_rl.training.run import make_policy
 from dllm_rl.types import Prompts, Rollout
 
@@ -117,3 +117,9 @@ def test_groups_stay_whole(tmp_path):
         PROMPTS.split(1)
     with pytest.raises(ValueError, match="and every row have its seed"):
         dataclasses.replace(PROMPTS, seeds=None).split(2)
+
+
+def test_a_process_whose_completions_have_no_such_number_adds_nothing_to_its_mean():
+    added = [{"reward": (0.5, 1.0)}, {"reward": (0.0, 1.0), "accuracy": (3.0, 4.0)}]
+    assert [x.item() for x in total(added, "accuracy")] == [3.0, 4.0]
+    assert [x.item() for x in total(added[:1], "accuracy")] == [0.0, 0.0]

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_recipe import SIZES
+from tiny_recipe import SIZES, tiny_recipe
 
+from dllm_rl.distributed import make_accelerator
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.tasks.base import Problem
-from dllm_rl.training.warmup import draw_levels, examples, supervised_loss, warmup
+from dllm_rl.training.log import RunLog
+from dllm_rl.training.warmup import draw_levels, examples, supervised_loss, warm_up, warmup
 
 PROBLEMS = [Problem("12=", solution="3412"), Problem("1.2.4=", solution="21")]
 
@@ -76,6 +78,24 @@ def test_warmup_learns_what_it_is_shown():
         on_step=lambda step, loss: seen.append(loss) or loss < 0.05,
     )
     assert taken == len(seen) < 60 and seen[-1] < 0.05 < seen[0]
+
+
+def test_the_learning_rate_rises_to_its_full_height():
+    """AdamW moves a weight first by the rate, here 1/4 of 1e-3, and by its decay, a hundredth of that."""
+    policy = tiny_masked_lm(**SIZES)
+    before = [p.detach().clone() for p in policy.module.parameters()]
+    noise = lambda step: draw_levels(torch.Generator().manual_seed(step), 8, 4)  # noqa: E731
+    options = {"max_new_tokens": 4, "num_steps": 1, "learning_rate": 1e-3, "lr_warmup_steps": 4}
+    assert warmup(policy, lambda step: PROBLEMS[:1] * 8, draw_noise=noise, **options) == 1
+    moved = max((p - was).abs().max().item() for p, was in zip(policy.module.parameters(), before, strict=True))
+    assert moved == pytest.approx(1e-3 / 4, rel=0.05)
+
+
+def test_warm_up_ends_with_the_first_look_that_finds_the_target(tmp_path):
+    recipe = tiny_recipe(tmp_path, warmup_steps=8, warmup_eval_steps=2, warmup_target=0.5)
+    policy, log, looks = recipe.model(), RunLog(tmp_path, start=0, main=True), iter([0.25, 0.5, 0.75])
+    taken = warm_up(recipe, policy, make_accelerator(), log, lambda: {"solve_rate": next(looks)})
+    assert taken == 4 and list(looks) == [0.75]
 
 
 @pytest.mark.parametrize(

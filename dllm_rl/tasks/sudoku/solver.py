@@ -75,9 +75,7 @@ def _search(alive: int, demands: list[int], rivals: tuple[int, ...], rng: Random
         if not tightest:
             yield alive
             return
-        if fewest == 0:
-            return
-        if fewest > 1:
+        if fewest != 1:  # none leaves no choice below
             break
         forced = alive & tightest
         alive &= ~rivals[forced.bit_length() - 1]

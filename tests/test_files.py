@@ -1,0 +1,27 @@
+"""What bears its final name is whole; what a failed block wrote is gone."""
+
+import pytest
+
+from dllm_rl.files import replacing
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_block_that_raises_leaves_what_was_there_and_nothing_beside_it(tmp_path, folder, error):
+    path = tmp_path / "kept"
+    inside = "part" if folder else ""
+
+    def write(text, fault=None):
+        with replacing(path) as partial:
+            if folder:
+                partial.mkdir()
+            (partial / inside).write_text(text)
+            if fault is not None:
+                raise fault
+
+    write("old")
+    with pytest.raises(error):
+        write("new", error())
+    assert [item.name for item in tmp_path.iterdir()] == ["kept"] and (path / inside).read_text() == "old"
+    write("new")
+    assert [item.name for item in tmp_path.iterdir()] == ["kept"] and (path / inside).read_text() == "new"

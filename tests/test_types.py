@@ -1,0 +1,65 @@
+"""The records that flow, by hand: padding on either side, rows that are taken, replaced and not scored."""
+
+import pytest
+import torch
+
+from dllm_rl.types import Noise, Prompts, Rollout, SamplingParams
+
+
+def rollout(tokens: list[list[int]], *, forwards: int = 1) -> Rollout:
+    """The last two columns are the completion; log-probs are the tokens, negated."""
+    ids = torch.tensor(tokens)
+    completion = torch.zeros_like(ids, dtype=torch.bool)
+    completion[:, -2:] = True
+    return Rollout(
+        tokens=ids,
+        attention_mask=torch.ones_like(completion),
+        completion_mask=completion,
+        unmask_step=torch.where(completion, 0, -1),
+        logprobs=torch.where(completion, -ids, 0).float(),
+        group_size=1,
+        forwards=forwards,
+    )
+
+
+def test_prompts_are_padded_on_the_left():
+    prompts = Prompts.from_ids([[3, 4, 5], [6], [7, 8]], pad_id=9)
+    assert prompts.tokens.tolist() == [[3, 4, 5], [9, 9, 6], [9, 7, 8]]
+    assert prompts.attention_mask.tolist() == [[True, True, True], [False, False, True], [False, True, True]]
+
+
+@pytest.mark.parametrize(("right", "tokens"), [(False, [[9, 9, 3, 4, 5]]), (True, [[3, 4, 5, 9, 9]])])
+def test_a_rollout_is_padded_on_the_side_that_is_asked_for(right, tokens):
+    wide = rollout([[3, 4, 5]]).padded(2, pad_id=9, right=right)
+    there = torch.tensor(tokens) != 9
+    assert wide.tokens.tolist() == tokens and torch.equal(wide.attention_mask, there)
+    assert wide.completion_mask.sum() == 2 and wide.unmask_step[~there].tolist() == [-1, -1]
+    assert torch.equal(wide.logprobs, torch.where(wide.completion_mask, -wide.tokens, 0).float())
+
+
+def test_rows_are_replaced_by_those_of_another_in_their_order():
+    old, new = rollout([[1, 2], [3, 4], [5, 6]], forwards=3), rollout([[0, 7, 8], [0, 9, 10]], forwards=4)
+    both = old.replaced(torch.tensor([2, 0]), new, pad_id=0)
+    assert both.tokens.tolist() == [[0, 9, 10], [0, 3, 4], [0, 7, 8]]
+    assert both.logprobs.tolist() == [[0, -9, -10], [0, -3, -4], [0, -7, -8]]
+    assert both.attention_mask.tolist() == [[True] * 3, [False, True, True], [True] * 3] and both.forwards == 7
+
+
+def test_masks_of_rows_and_rows_that_are_not_scored():
+    """Two views of three rows; no view scores the last."""
+    weight = torch.tensor([[[0.0, 2.0], [0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [3.0, 0.0], [0.0, 0.0]]])
+    noise = Noise(weight != 0, weight, torch.tensor([0.25, 0.5, 0.75]))
+    assert noise.scored(torch.ones(3, 2, dtype=torch.bool)).tolist() == [[True, True], [True, True], [False, False]]
+    taken = noise.rows(torch.tensor([1, 0]))
+    assert taken.weight.tolist() == [[[0, 0], [0, 2]], [[3, 0], [0, 0]]]
+    assert torch.equal(taken.masked, taken.weight != 0) and taken.upper_bound_weight.tolist() == [0.5, 0.25]
+    only = noise.only(torch.tensor([True, False, True]))
+    assert only.weight.tolist() == [[[0, 2], [0, 0], [0, 0]], [[0, 0], [0, 0], [0, 0]]]
+    assert torch.equal(only.masked, noise.masked) and only.upper_bound_weight is noise.upper_bound_weight
+
+
+@pytest.mark.parametrize("top_p", [0.0, -0.1, 1.5, float("nan")])
+def test_a_top_p_that_keeps_nothing_or_more_than_all_is_refused(top_p):
+    SamplingParams(top_p=1.0)
+    with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
+        SamplingParams(top_p=top_p)
