@@ -153,13 +153,26 @@ def runs(tmp_path_factory):
 
 
 def test_runs_are_compared_problem_by_problem(runs, capsys, tmp_path):
-    options = ("--task", "sudoku", "--limit", 20, "--num_steps", "1,2", "--csv", tmp_path / "c.csv")
-    command = ("evaluate", *runs, *options, "--plot", tmp_path / "c.png")
+    options = (
+        "--task",
+        "sudoku",
+        "--limit",
+        20,
+        "--num_steps",
+        "1,16",
+        "--temperature",
+        1,
+        "--csv",
+        tmp_path / "c.csv",
+    )
+    command = ("evaluate", *runs, *options, "--plot", tmp_path / "c.png", "--output_dir", tmp_path)
     assert main(list(map(str, (*command, "--json")))) == 0
     printed = capsys.readouterr()
     assert "skipped" in printed.err and "step-000002" in printed.err
     found = [json.loads(line) for line in printed.out.splitlines()]
-    assert [(row["model"], row["num_steps"]) for row in found] == [(str(run), n) for run in runs for n in (1, 2)]
+    assert [(row["model"], row["num_steps"]) for row in found] == [(str(run), n) for run in runs for n in (1, 16)]
+    assert len({row["completions"] for row in found}) == 4, "models are kept apart, as settings are"
+    assert found[0]["cell_accuracy"] != found[1]["cell_accuracy"], "or each could be held against the other's setting"
     assert "difference" not in found[0] and found[2]["against"] == str(runs[0])
     for before, after in zip(found[:2], found[2:], strict=True):
         for name, (less, low, high) in after["difference"].items():

@@ -189,6 +189,12 @@ def test_make_policy_needs_no_spec_for_a_known_class():
         assert make_policy(LlamaForCausalLM(config), tokenizer).spec.attention == "causal"
 
 
+def test_a_tied_tensor_has_its_first_name_alone():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2))
+    module[1].weight = module[0].weight
+    assert list(own_tensors(module)) == ["0.weight", "1.bias"]
+
+
 def test_an_own_modules_tensors_leave_its_device_as_they_are_merged(monkeypatch):
     """Sent elsewhere, each merged weight is let go before the next is made; a tied weight is sent once."""
     policy, merged, alive = own_policy(), LoraLinear.merged, []
