@@ -115,6 +115,9 @@ class Recipe:
         "the rollout's quantised copy runs compiled, block by block, without a cache: FP8 products on a GPU want it",
         False,
     )
+    torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = _(
+        "torch.compile's: default is for all shapes at once; the others for one at a time, with CUDA graphs", "default"
+    )
     bf16: bool = _(
         "forwards compute in bf16 and weights stay in dtype: with dtype float32 the setting for training all weights",
         False,
@@ -232,18 +235,6 @@ class Recipe:
             raise ValueError(
                 "zero_mismatch=True does not go with sampling_support='unfiltered', whose rollout log-probs are sums "
                 "of two recorded numbers and round; use 'own' or 'rollout'"
-            )
-        if self.torch_compile and self.rollout_quantization is None:
-            raise ValueError(
-                "torch_compile=True compiles the rollout's copy, and rollout_quantization=None makes none: set one, as "
-                "float8_dynamic, or leave torch_compile off"
-            )
-        if self.torch_compile and (
-            getattr(self.sampler, "keywords", {}).get("cache") is not None or self.likelihood.name == "causal"
-        ):
-            raise ValueError(
-                "torch_compile=True does not go with a cache, whose state would be compiled anew at every step: leave "
-                "out the sampler's cache, or torch_compile; an autoregressive sampler always has one"
             )
         for name in ("rollout_batch_size", "micro_batch_size"):
             size = getattr(self, name)

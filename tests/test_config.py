@@ -11,7 +11,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.advantages import decoupled
-from dllm_rl.algorithms.losses import constant, ppo_clip, sequence, token
+from dllm_rl.algorithms.losses import ppo_clip, sequence, token
 from dllm_rl.config import describe, described, from_command_line, helps_of, override, paths, siblings
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.models.lora import Lora
@@ -200,12 +200,6 @@ def test_what_is_refused_in_one_line(recipe, arguments, message, capsys):
         from_command_line(recipe, arguments)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
-
-
-def test_functions_that_need_a_further_keyword_are_offered_only_where_it_is_bound(recipe):
-    assert "constant" not in paths(recipe)["aggregate"].read.args[1]
-    bound = paths(replace(recipe, aggregate=partial(constant, length=20)))["aggregate"].read.args[1]
-    assert {"constant", "token", "sequence"} <= bound.keys()
 
 
 def test_the_models_seed_is_the_runs(recipe):

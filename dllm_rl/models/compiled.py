@@ -8,13 +8,16 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.recompute import blocks_of
 
 
-def compile_blocks(policy: Policy) -> None:
+def compile_blocks(policy: Policy, *, mode: str = "default") -> None:
     """Every block of the policy's module runs compiled from now on; compiling takes place at the first forward, and
     again for shapes of another kind. The weights stay where they are, and a sync writes them as before.
+
+    mode  torch.compile's. "default": once for all shapes. "reduce-overhead", "max-autotune": for each shape anew, for
+          eight of them at most, so that CUDA graphs can be replayed; torch goes on uncompiled after that.
 
     For policies that are sampled from without a cache, and not trained: a block that is compiled is not differentiated
     with adapters or recomputed, and a cache's growing state would be compiled anew at every step.
     Raises ValueError where the module has no list of blocks.
     """
     for block in blocks_of(policy.module, "torch_compile"):
-        block.compile(dynamic=True)
+        block.compile(mode=mode, dynamic=mode == "default")

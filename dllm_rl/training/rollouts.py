@@ -34,6 +34,21 @@ class Answer:
     length: int  # tokens that the policy chose
 
 
+def check_compiled(recipe: Recipe) -> None:
+    """Raise ValueError where torch_compile has nothing to compile, or what would be compiled anew at every step."""
+    if recipe.torch_compile and recipe.rollout_quantization is None:
+        raise ValueError(
+            "torch_compile=True compiles the rollout's copy, and rollout_quantization=None makes none: set one, as "
+            "float8_dynamic, or torch_compile=False"
+        )
+    cached = getattr(recipe.sampler, "keywords", {}).get("cache") is not None or recipe.likelihood.name == "causal"
+    if recipe.torch_compile and cached:
+        raise ValueError(
+            "torch_compile=True does not go with a cache, whose state would be compiled anew at every step: leave out "
+            "the sampler's cache, or set torch_compile=False; an autoregressive sampler always has one"
+        )
+
+
 def collect(
     recipe: Recipe, rollout_policy: Policy, step: int, accelerator: Accelerator, log: RunLog
 ) -> tuple[Rollout, list[Answer], Float[Tensor, "P G"], dict[str, Tensor], dict[str, float]]:

@@ -31,7 +31,7 @@ from dllm_rl.training.folder import clear_folder, open_folder, settings_of
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.prompts import check_prompts, choose
 from dllm_rl.training.rehearsal import rehearse
-from dllm_rl.training.rollouts import wanted_parts
+from dllm_rl.training.rollouts import check_compiled, wanted_parts
 from dllm_rl.training.stop import Stop, ended_by_launcher
 from dllm_rl.training.trackers import check_trackers, start_trackers
 from dllm_rl.training.warmup import warm_up
@@ -59,6 +59,7 @@ def start(recipe: Recipe) -> Run:
     ended_by_launcher()
     if recipe.zero_mismatch:
         prepare_workspace()
+    check_compiled(recipe)
     check_trackers(recipe)
     check_hub(recipe)
     accelerator = make_accelerator(
@@ -106,7 +107,7 @@ def start(recipe: Recipe) -> Run:
     rollout_policy = policy if scheme is None else quantized_copy(policy, scheme(), dtype=held)
     rollout_policy.version = policy.version
     if recipe.torch_compile:
-        compile_blocks(rollout_policy)
+        compile_blocks(rollout_policy, mode=recipe.torch_compile_mode)
     run = Run(
         recipe=recipe,
         accelerator=accelerator,

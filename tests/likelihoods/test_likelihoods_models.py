@@ -128,6 +128,16 @@ def test_an_estimator_is_exact_for_the_sampler_where_it_says_so(name):
     assert torch.allclose(logps, rollout.logprobs, atol=1e-5) == estimator.exact_for_sampler
 
 
+def test_rows_of_a_group_that_attend_to_other_columns_are_scored_apart():
+    policy, rollout = DIFFUSION["llada"], sampled(DIFFUSION["llada"], ids=[[3, 4, 5]])
+    mask, alike = rollout.attention_mask.clone(), rollout.tokens[:1].repeat(2, 1)
+    mask[1, 0] = False
+    rollout, scored = replace(rollout, tokens=alike, attention_mask=mask), rollout.completion_mask
+    together = score_view(policy, rollout, scored, scored)
+    torch.testing.assert_close(together, score_view(policy, replace(rollout, group_size=1), scored, scored))
+    assert not torch.allclose(together[0], together[1], atol=1e-4)
+
+
 def test_chunks_are_whole_groups_of_which_a_view_scores_a_row():
     """Groups of 4; the first view scores row 1 alone, the second row 9: the middle group is left out."""
     weight = torch.zeros(2, 12, 3)

@@ -109,7 +109,11 @@ MUTATIONS = [
             '(noise.weight != 0)[0].any(-1), "(p g)',
             f"{MODELS} training/test_constant_memory.py",
         ),
-        ("rollout.sampling_params, at, view.kept)", "rollout.sampling_params, at.abs(), view.kept)"),
+        (
+            "rollout.sampling_params, at, view.kept)",
+            "rollout.sampling_params, at.abs(), view.kept)",
+            "training/test_loop_numbers.py",
+        ),
         ("if mask_id is None else rollout.tokens.masked_fill(masked, mask_id)", "", f"{MODELS}"),
         (
             "(tokens == first(tokens)).all() & (attention_mask",
@@ -124,6 +128,7 @@ MUTATIONS = [
         (
             'if rollout.sampling_params.support == "rollout" else None',
             'if rollout.sampling_params.support == "own" else None',
+            "samplers/test_support.py",
         ),
     ),
     *mutations(
