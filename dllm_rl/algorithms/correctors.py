@@ -307,7 +307,7 @@ def mis(*, low: float = 0.5, high: float = 2.0, level: Level = "token", aggregat
 
 
 def icepop(*, low: float = 0.5, high: float = 5.0) -> Corrector:
-    """IcePop: masked importance sampling per token, in [0.5, 5] [paper]."""
+    """IcePop: masked importance sampling per token, from 0.5 to 5 [paper]."""
     return mis(low=low, high=high, level="token")
 
 

@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_report(commands)
     add_verify(commands)
     add_replay(commands)
+    add_env(commands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments) or 0
@@ -242,3 +243,15 @@ def replay(arguments: argparse.Namespace) -> int:
     from dllm_rl.cli.replay import replay_command
 
     return replay_command(Path(arguments.dump), arguments.recipe, arguments.overrides)
+
+
+def add_env(commands: argparse._SubParsersAction) -> None:
+    sub = commands.add_parser("env", help="versions, devices, memory and missing extras, for a report of a problem")
+    sub.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    sub.set_defaults(run=env)
+
+
+def env(arguments: argparse.Namespace) -> None:
+    from dllm_rl.cli.env import env_command
+
+    env_command(as_json=arguments.json)

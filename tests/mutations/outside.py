@@ -75,4 +75,14 @@ MUTATIONS = [
         ("count / seconds}", "rollout.forwards / seconds}"),
         ("== newest == rollout.forwards - 1", "== newest"),
     ),
+    *mutations(
+        "cli/env.py",
+        "cli/test_env.py",
+        ("not always and need.marker", "need.marker"),
+        ("if not wanted or", "if"),
+        ("if here is None:", "if False:"),
+        ("not need.specifier.contains", "need.specifier.contains"),
+        ("gpu.total_memory / 1e9", "gpu.total_memory / 2**30"),
+        ("if needs else", "if not needs else"),
+    ),
 ]

@@ -1,0 +1,75 @@
+"""What mkdocs needs besides: pages of the repository that docs link to, and the table of a recipe's fields."""
+
+import ast
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def place(path: Path) -> str:
+    """Where a file of the repository lies in the site: docs/ is its top, the rest a folder of it."""
+    return (path.relative_to(DOCS) if path.is_relative_to(DOCS) else "repository" / path.relative_to(ROOT)).as_posix()
+
+
+def targets(page: Path) -> list[Path]:
+    """The files of the repository that a page links to."""
+    found = [match[1] for match in LINK.finditer(page.read_text(encoding="utf-8")) if "://" not in match[1]]
+    return [path for path in (Path(os.path.normpath(page.parent / target)) for target in found) if path.is_file()]
+
+
+def linked(pages: list[Path]) -> list[Path]:
+    """The files outside of docs/ that these pages link to, and those that the pages among them link to."""
+    found: dict[Path, None] = {}
+    while pages:
+        new = [path for path in targets(pages.pop()) if path not in found and not path.is_relative_to(DOCS)]
+        found |= dict.fromkeys(new)
+        pages += [path for path in new if path.suffix == ".md"]
+    return list(found)
+
+
+def relinked(text: str, source: Path) -> str:
+    """A page's text, whose links lead to where the files lie in the site; links to folders become plain text."""
+    here = Path(place(source)).parent
+
+    def rewrite(match: re.Match[str]) -> str:
+        if "://" in match[1]:
+            return match[0]
+        target = Path(os.path.normpath(source.parent / match[1]))
+        if target.is_dir():
+            return "]"
+        return f"]({Path(os.path.relpath(place(target), here)).as_posix()}{match[2] or ''})"
+
+    return LINK.sub(rewrite, text)
+
+
+def recipe_fields() -> str:
+    """A Markdown table of Recipe's fields: name, default, meaning."""
+    tree = ast.parse((ROOT / "dllm_rl" / "recipe.py").read_text(encoding="utf-8"))
+    recipe = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Recipe")
+    rows = ["| field | default | what it is |", "| --- | --- | --- |"]
+    for node in recipe.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call) and isinstance(node.target, ast.Name):
+            meaning, *default = node.value.args
+            shown = f"`{ast.unparse(default[0])}`" if default else "required"
+            cells = (f"`{node.target.id}`", shown, ast.literal_eval(meaning))
+            rows.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+    return "\n".join(rows)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    from mkdocs.structure.files import File
+
+    for path in linked(sorted(DOCS.rglob("*.md"))):
+        added = File.generated(config, place(path), abs_src_path=str(path))
+        added.inclusion = type(added.inclusion).NOT_IN_NAV
+        files.append(added)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    return relinked(markdown, Path(page.file.abs_src_path)).replace("<!-- recipe fields -->", recipe_fields())

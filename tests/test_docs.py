@@ -1,0 +1,81 @@
+"""The site of docs/site: its pages are there, its reference is whole, its quickstart runs; all without mkdocs."""
+
+import dataclasses
+import importlib.util
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from readme import example
+
+import dllm_rl
+
+DOCS = Path(__file__).parents[1] / "docs"
+hooks = importlib.util.module_from_spec(importlib.util.spec_from_file_location("hooks", DOCS / "site" / "hooks.py"))
+hooks.__spec__.loader.exec_module(hooks)
+
+
+def pages(nav):
+    for entry in nav:
+        (value,) = entry.values()
+        yield from [value] if isinstance(value, str) else pages(value)
+
+
+def test_every_page_has_its_place_and_every_place_its_page():
+    nav = yaml.safe_load((DOCS / "site" / "mkdocs.yml").read_text())["nav"]
+    assert sorted(pages(nav)) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+def test_every_public_name_is_in_the_reference_once():
+    listed = re.findall(r"^::: (\S+)$", "".join(p.read_text() for p in (DOCS / "reference").glob("*.md")), re.MULTILINE)
+    assert sorted(listed) == sorted(f"{dllm_rl._MODULE_OF[name]}.{name}" for name in dllm_rl.__all__)
+
+
+def test_what_is_public_says_what_it_is():
+    assert not [name for name in dllm_rl.__all__ if not (getattr(dllm_rl, name).__doc__ or "").strip()]
+
+
+def test_the_table_of_a_recipes_fields_is_whole():
+    rows = hooks.recipe_fields().splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == [field.name for field in dataclasses.fields(dllm_rl.Recipe)]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 4 for row in rows)
+    assert "| `num_generations` | `8` | completions per prompt (G) |" in rows
+    assert "<!-- recipe fields -->" in (DOCS / "reference" / "training.md").read_text()
+
+
+def test_links_lead_to_where_files_lie_in_the_site():
+    root = DOCS.parent
+    for source, link, becomes in [
+        ("docs/running.md", "[a](../README.md)", "[a](repository/README.md)"),
+        ("docs/reference/training.md", "[a](../../README.md#x)", "[a](../repository/README.md#x)"),
+        ("docs/running.md", "[a](models.md#b)", "[a](models.md#b)"),
+        ("docs/running.md", "[a](https://x.org/b)", "[a](https://x.org/b)"),
+        ("README.md", "![a](recipes/sudoku_tiny.png)", "![a](recipes/sudoku_tiny.png)"),
+        ("README.md", "[a](docs/models.md)", "[a](../models.md)"),
+        ("README.md", "[a](docs)", "[a]"),
+    ]:
+        assert hooks.relinked(link, root / source) == becomes
+    outside = hooks.linked(sorted(DOCS.rglob("*.md")))
+    assert root / "README.md" in outside and root / "recipes" / "sudoku_tiny.png" in outside
+    assert not [path for path in outside if path.is_relative_to(DOCS)] and len(outside) == len(set(outside))
+
+
+def test_the_quickstart_runs(tmp_path, monkeypatch):
+    (tmp_path / "quick.py").write_text(example("A run in one call").replace("num_steps=60", "num_steps=2"))
+    monkeypatch.chdir(tmp_path)
+    summary = runpy.run_path(str(tmp_path / "quick.py"))["summary"]
+    assert summary["eval_problems"] == 6 and (tmp_path / "runs/quickstart/summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(DOCS / "site" / "mkdocs.yml")]
+    done = subprocess.run([*command, "-d", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'id="dllm_rl.recipe.Recipe"' in (tmp_path / "reference/training/index.html").read_text()

@@ -1,0 +1,53 @@
+"""What is installed is the whole package: every module, and the data files beside them."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "dllm_rl").rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts
+}
+DATA = {name for name in FILES if not name.endswith(".py")}
+
+
+def test_every_data_file_is_named():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["dllm_rl"]
+    named = {path.relative_to(ROOT).as_posix() for each in patterns for path in (ROOT / "dllm_rl").glob(each)}
+    assert named == DATA and len(DATA) > 1
+
+
+def test_every_folder_of_modules_is_a_package():
+    folders = {str(Path(name).parent) for name in FILES if name.endswith(".py")}
+    assert {folder for folder in folders if f"{folder}/__init__.py" not in FILES} == set()
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+    try:
+        if int(version("setuptools").split(".")[0]) < 77:
+            pytest.skip("setuptools is older than pyproject.toml asks for")
+    except PackageNotFoundError:
+        pytest.skip("setuptools is not installed")
+    tree = tmp_path / "tree"  # a build leaves folders in the tree that it builds
+    shutil.copytree(ROOT / "dllm_rl", tree / "dllm_rl", ignore=shutil.ignore_patterns("__pycache__"))
+    (tree / "recipes").mkdir()
+    (tree / "recipes" / "__init__.py").touch()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tree / name)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*command, "-w", str(tmp_path), str(tree)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    inside = zipfile.ZipFile(wheel)
+    assert {name for name in inside.namelist() if ".dist-info/" not in name} == FILES
+    points = next(name for name in inside.namelist() if name.endswith("entry_points.txt"))
+    assert b"dllm-rl = dllm_rl.cli.main:main" in inside.read(points)
