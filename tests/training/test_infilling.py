@@ -10,6 +10,7 @@ from runs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.algorithms.correctors import none
+from dllm_rl.cli.main import main
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.likelihoods.estimators import one_step, trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
@@ -59,7 +60,7 @@ def recipe_of(directory, **changes):
     )
 
 
-def test_a_step_learns_from_the_filled_text(tmp_path):
+def test_a_step_learns_from_the_filled_text(tmp_path, capsys):
     """At least one digit is given and stands where it stood; the learner's log-probs are those recorded."""
     recipe = recipe_of(tmp_path / "run", num_steps=3, log_completions_steps=1)
     summary = train(recipe)
@@ -68,6 +69,10 @@ def test_a_step_learns_from_the_filled_text(tmp_path):
     assert all(2 <= row["completions/mean_length"] <= 3 and row["parsed"] == 1 for row in rows)
     assert all(row["reward"] >= 0.25 and row["reward_std"] > 0 for row in rows)
     assert summary["eval_after"]["parsed"] == 1
+    assert "'__2_' --blank '_' --max_new_tokens 0" in capsys.readouterr().out
+    main(["sample", summary["checkpoint"], "4__7", "--blank", "_", "--max_new_tokens", "0"])
+    said = capsys.readouterr().out.strip()
+    assert len(said) == 4 and (said[0], said[3]) == ("4", "7") and "_" not in said
     lines = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     for line in lines:
         prompt, text = line["prompt"], line["completion"]
