@@ -29,10 +29,12 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module", params=["masked_lm", "llama"])
+@pytest.fixture(scope="module", params=["masked_lm", "llama", "shifted"])
 def policy(request):
-    if request.param == "llama":
-        return tiny_llama(characters=CHARACTERS, causal=False, num_layers=2, head_std=0.3)
+    if request.param != "masked_lm":
+        made = tiny_llama(characters=CHARACTERS, causal=False, num_layers=2, head_std=0.3)
+        made.spec = replace(made.spec, shift=request.param == "shifted")
+        return made
     return tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3)
 
 
@@ -185,6 +187,7 @@ def test_errors_name_the_value_and_a_remedy(policy):
     run = partial(unmask, policy, generator=torch.Generator())
     with pytest.raises(ValueError, match="max_new_tokens=0, and prompt 1 has no open position"):
         run(prompts=prompts, max_new_tokens=0)
+    assert run(prompts=prompts, max_new_tokens=1).completion_mask.sum(-1).tolist() == [2, 1]
     with pytest.raises(ValueError, match="max_new_tokens=-1"):
         run(prompts=prompts, max_new_tokens=-1)
     with pytest.raises(ValueError, match="max_new_tokens=0"):
