@@ -100,10 +100,8 @@ def complete(
     if not rollout.logprobs.isfinite().all():
         raise ValueError("the model's log-probabilities are not finite (NaN or infinity): nothing can be evaluated")
     chosen = chosen_ids(rollout)
-    texts, lengths = (
-        graded_texts(policy, rollout, list(problems.values()), chosen),
-        [len(before_end(policy, ids)) for ids in chosen],
-    )
+    texts = graded_texts(policy, rollout, list(problems.values()), chosen)
+    lengths = [len(before_end(policy, ids)) for ids in chosen]
     share = {"forwards": rollout.forwards / len(keys), "seconds": (time.perf_counter() - begin) / len(keys)}
     return {
         (i, j): make_row(problems[i], text, {"problem": i, "sample": j, "tokens": length, **share, **facts})
