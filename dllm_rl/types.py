@@ -71,12 +71,15 @@ class Prompts(_Movable):
 
     seeds  one per row (B,), for a caller who wants to fix each row's own random numbers; otherwise the sampler
            draws them from its generator.
+    open   positions inside the prompts that are to be filled in (infilling): they belong to the completion, with what
+           is written behind the prompt. None: there are none.
     """
 
     tokens: Int[Tensor, "P S"]
     attention_mask: Bool[Tensor, "P S"]
     group_size: int = 1
     seeds: Int[Tensor, " B"] | None = None
+    open: Bool[Tensor, "P S"] | None = None
 
     @classmethod
     def from_ids(
@@ -86,8 +89,14 @@ class Prompts(_Movable):
         pad_id: int,
         group_size: int = 1,
         seeds: Sequence[int] | None = None,
+        mask_id: int | None = None,
+        open_positions: Sequence[Sequence[bool]] | None = None,
     ) -> "Prompts":
-        """Left-pad lists of token ids. Raises ValueError on an empty batch or a group_size below 1."""
+        """Left-pad lists of token ids. Raises ValueError on an empty batch or a group_size below 1.
+
+        mask_id         an id that stands for a position to fill in; None: no id does, a mask token is a token.
+        open_positions  those positions themselves, a list of bools beside each list of ids, instead of `mask_id`.
+        """
         if not len(ids):
             raise ValueError("ids is empty: at least one prompt is needed")
         if group_size < 1:
@@ -96,6 +105,12 @@ class Prompts(_Movable):
             raise ValueError(
                 f"seeds has {len(seeds)} entries; {len(ids)} prompts x {group_size} completions need one each"
             )
+        if mask_id is not None and open_positions is not None:
+            raise ValueError("mask_id and open_positions both say what is open; give one of them")
+        if mask_id is not None:
+            open_positions = [[token == mask_id for token in row] for row in ids]
+        if open_positions is not None and list(map(len, open_positions)) != list(map(len, ids)):
+            raise ValueError("open_positions must have one bool for each of the ids, row by row")
         width = max(1, max(len(row) for row in ids))
         tokens = torch.full((len(ids), width), pad_id, dtype=torch.long)
         attention_mask = torch.zeros((len(ids), width), dtype=torch.bool)
@@ -103,7 +118,11 @@ class Prompts(_Movable):
             if len(row):
                 tokens[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
                 attention_mask[i, width - len(row) :] = True
-        return cls(tokens, attention_mask, group_size, None if seeds is None else torch.tensor(seeds, dtype=torch.long))
+        opened = None
+        if open_positions is not None and any(map(any, open_positions)):
+            opened = torch.tensor([[False] * (width - len(row)) + list(map(bool, row)) for row in open_positions])
+        row_seeds = None if seeds is None else torch.tensor(seeds, dtype=torch.long)
+        return cls(tokens, attention_mask, group_size, row_seeds, opened)
 
     @property
     def num_rows(self) -> int:
@@ -118,8 +137,9 @@ class Prompts(_Movable):
         if not size or self.seeds is None:
             raise ValueError(f"rows={rows} must hold a group of {self.group_size}, and every row have its seed")
         seeds = self.seeds.split(size * self.group_size)
-        parts = zip(self.tokens.split(size), self.attention_mask.split(size), seeds, strict=True)
-        return [dataclasses.replace(self, tokens=t, attention_mask=m, seeds=s) for t, m, s in parts]
+        opened = [None] * len(seeds) if self.open is None else self.open.split(size)
+        parts = zip(self.tokens.split(size), self.attention_mask.split(size), seeds, opened, strict=True)
+        return [dataclasses.replace(self, tokens=t, attention_mask=m, seeds=s, open=o) for t, m, s, o in parts]
 
 
 @dataclass(frozen=True)

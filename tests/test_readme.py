@@ -1,5 +1,6 @@
 """What README promises: its test command is CI's, its examples run."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -70,3 +71,14 @@ def test_its_exit_statuses_are_those_of_the_code():
     assert [int(code) for code in codes.split(", ")] == [128 + number for number in named]
     assert set(named) == set(SIGNALS) and set(map(int, rows)) == {0, 1, 2, STATUS}
     assert "--reward_timeout" in rows[str(STATUS)]
+
+
+def test_the_infilling_example_trains(tmp_path, monkeypatch):
+    (tmp_path / "missing.py").write_text(example("Infilling"))
+    arguments = "--num_steps 2 --train_batch_size 4 --num_generations 4 --output_dir run"
+    monkeypatch.setattr("sys.argv", ["missing.py", *arguments.split()])
+    monkeypatch.chdir(tmp_path)
+    recipe = runpy.run_path("missing.py", run_name="__main__")["recipe"]
+    assert recipe.task[8].prompt == "8__1" and recipe.task.reward(recipe.task[8], "8911").value == 0.75
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval_after"]["parsed"] == 1 and summary["eval_after"]["reward"] >= 0.5

@@ -63,3 +63,21 @@ def test_a_top_p_that_keeps_nothing_or_more_than_all_is_refused(top_p):
     SamplingParams(top_p=1.0)
     with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
         SamplingParams(top_p=top_p)
+
+
+def test_open_positions_of_prompts():
+    """By an id, or by bools; none is None. Padding is not open, and rows take theirs along."""
+    ids = [[3, 1, 5], [6], [8, 1]]
+    opened = [[False, True, False], [False, False, False], [False, False, True]]
+    prompts = Prompts.from_ids(ids, pad_id=1, group_size=2, seeds=range(6), mask_id=1)
+    assert prompts.open.tolist() == opened and prompts.seeds.tolist() == list(range(6))
+    bools = [[False, True, False], [False], [False, True]]
+    assert Prompts.from_ids(ids, pad_id=1, open_positions=bools).open.tolist() == opened
+    assert Prompts.from_ids(ids, pad_id=1).open is None and Prompts.from_ids(ids, pad_id=0, mask_id=9).open is None
+    assert [part.open.tolist() for part in prompts.split(4)] == [opened[:2], opened[2:]]
+    with pytest.raises(ValueError, match="give one of them"):
+        Prompts.from_ids(ids, pad_id=1, mask_id=1, open_positions=bools)
+    with pytest.raises(ValueError, match="one bool for each of the ids"):
+        Prompts.from_ids(ids, pad_id=1, open_positions=bools[:2])
+    with pytest.raises(ValueError, match="one bool for each of the ids"):
+        Prompts.from_ids(ids, pad_id=1, open_positions=[[True], *bools[1:]])

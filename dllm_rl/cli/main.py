@@ -35,6 +35,7 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("model", help="a checkpoint's or a run's folder")
     sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to complete; none: lines of standard input")
     sub.add_argument("--max_new_tokens", type=int, default=16, help="tokens per completion (default 16)")
+    sub.add_argument("--blank", metavar="TEXT", help="what stands for a token to fill in, wherever a prompt has it")
     sub.add_argument("--num_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)")
     sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -73,6 +74,7 @@ def sample(arguments: argparse.Namespace) -> None:
         delay=arguments.delay,
         seed=arguments.seed,
         group_size=arguments.group_size,
+        blank=arguments.blank,
         max_new_tokens=arguments.max_new_tokens,
         num_steps=arguments.num_steps,
         block_size=arguments.block_size,

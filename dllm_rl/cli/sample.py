@@ -15,7 +15,7 @@ from rich.text import Text
 from dllm_rl.cli.replay_page import page
 from dllm_rl.files import write_text
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import decode, encode, written_tokens
+from dllm_rl.models.tokens import decode, encode, filled, written_tokens
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.autoregress import autoregress
@@ -35,6 +35,7 @@ def show(
     delay: float = 0.0,
     seed: int = 0,
     group_size: int = 1,
+    blank: str | None = None,
     **options: Any,
 ) -> None:
     """Complete texts and show it: completions go to standard output (or one JSON object does), speed to standard error.
@@ -43,13 +44,14 @@ def show(
     html  also write the page there.
     live  draw each step as it is made; None where standard output is a terminal and JSON is not wanted.
     delay seconds that the live view rests on each step.
+    blank what stands for a token to fill in; the completion shown is then the whole text, its tokens those filled in.
     options  go to the sampler of the policy's kind; those at None are left out.
     """
     if not texts:
         raise ValueError("no prompts: give them as arguments, or one a line on standard input")
     console, options = Console(), {name: value for name, value in options.items() if value is not None}
     live = console.is_terminal and not as_json if live is None else live
-    prompts = encode(policy, [Problem(text) for text in texts], group_size=group_size)
+    prompts = encode(policy, [Problem(text, blank=blank) for text in texts], group_size=group_size)
     sampler = sampler_for(policy)
     if sampler is autoregress:
         extra = set(options) - set(inspect.signature(autoregress).parameters)
@@ -70,6 +72,9 @@ def show(
     else:
         rollout = sampler(policy, prompts, generator_for(seed), **options)
     record = to_record(policy, rollout, prompt_texts, seconds=time.perf_counter() - began)
+    if blank is not None:
+        for row, text in zip(record["rows"], filled(policy, rollout), strict=True):
+            row["completion"] = text
     if html is not None:
         write_text(html, page(record))
     if as_json:

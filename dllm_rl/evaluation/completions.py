@@ -78,10 +78,12 @@ class Completions:
 
 def make_row(problem: Problem, completion: str, evaluation: Mapping[str, Any]) -> Row:
     """A row of the file. Raises ValueError when a field of the problem bears a name that rows need."""
-    taken = [name for name in problem.fields if name in OWN]
+    blank = {} if problem.blank is None else {"blank": problem.blank}
+    taken = [name for name in problem.fields if name in (*OWN, *blank)]
     if taken:
         raise ValueError(f"field {taken[0]!r} of the problem has a name that stored completions need; rename it")
-    return {**problem.fields, "prompt": problem.prompt, "completion": completion, "evaluation": dict(evaluation)}
+    own = {"prompt": problem.prompt, "completion": completion, "evaluation": dict(evaluation)}
+    return {**problem.fields, **blank, **own}
 
 
 def fold(path: Path) -> None:

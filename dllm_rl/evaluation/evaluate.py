@@ -11,7 +11,7 @@ from dllm_rl.distributed import OneProcess, Processes, gather_objects
 from dllm_rl.evaluation.completions import Completions, Row, fingerprint, make_row
 from dllm_rl.evaluation.results import Evaluation, Graded
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import before_end, chosen_ids, decode_ids, encode
+from dllm_rl.models.tokens import before_end, chosen_ids, encode, graded_texts
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem, Task, grade
 from dllm_rl.types import Rollout
@@ -100,7 +100,8 @@ def complete(
     if not rollout.logprobs.isfinite().all():
         raise ValueError("the model's log-probabilities are not finite (NaN or infinity): nothing can be evaluated")
     chosen = chosen_ids(rollout)
-    texts, lengths = decode_ids(policy, chosen), [len(before_end(policy, ids)) for ids in chosen]
+    texts = graded_texts(policy, rollout, list(problems.values()), chosen)
+    lengths = [len(before_end(policy, ids)) for ids in chosen]
     share = {"forwards": rollout.forwards / len(keys), "seconds": (time.perf_counter() - begin) / len(keys)}
     return {
         (i, j): make_row(problems[i], text, {"problem": i, "sample": j, "tokens": length, **share, **facts})

@@ -91,9 +91,10 @@ def block_view(
 
 
 def block_index(completion: Bool[Tensor, "B T"], block_size: int) -> Int[Tensor, "B T"]:
-    """The block of each completion position, -1 elsewhere; blocks start at the row's first completion position."""
-    offset = torch.arange(completion.shape[-1], device=completion.device) - completion.long().argmax(-1, keepdim=True)
-    return torch.where(completion, offset // block_size, -1)
+    """The block of each completion position, -1 elsewhere; blocks start at the row's first completion position, and
+    count what is open of a prompt alone."""
+    place = completion.long().cumsum(-1) - 1
+    return torch.where(completion, place // block_size, -1)
 
 
 def stacked(views: list[tuple[Tensor, Tensor]], *, samples: int) -> Noise:

@@ -15,21 +15,37 @@ from dllm_rl.types import Prompts, Rollout
 def encode(
     policy: Policy, problems: Sequence[Problem], *, group_size: int = 1, seeds: Sequence[int] | None = None
 ) -> Prompts:
-    """Tokenise prompts: chat messages through the tokenizer's template, text as it is (no special tokens added)."""
-    ids = [prompt_ids(policy, problem.prompt) for problem in problems]
-    return Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group_size, seeds=seeds)
+    """Tokenise prompts: chat messages through the tokenizer's template, text as it is (no special tokens added).
+    Problems' blanks become open positions."""
+    found = [ids_and_blanks(policy, problem.prompt, problem.blank) for problem in problems]
+    ids, blanks = zip(*found, strict=True) if found else ((), ())
+    return Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group_size, seeds=seeds, open_positions=blanks)
 
 
-def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Token ids of a prompt; a last message of the assistant's is the text that its turn begins with.
+def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]], blank: str | None = None) -> list[int]:
+    """The first of `ids_and_blanks`."""
+    return ids_and_blanks(policy, prompt, blank)[0]
+
+
+def ids_and_blanks(
+    policy: Policy, prompt: str | list[dict[str, str]], blank: str | None
+) -> tuple[list[int], list[bool]]:
+    """Token ids of a prompt, and which of them are blanks, each a mask token where the text has `blank`; a last message
+    of the assistant's is the text that its turn begins with.
 
     What a prompt says is text: where it spells a special token, `<|im_end|>` say, that is tokenised as the characters
     that it is. Special tokens come from the chat template alone.
 
-    Raises ValueError for chat messages without a chat template, and for text outside the model's vocabulary.
+    Raises ValueError for chat messages without a chat template, for text outside the model's vocabulary, and for
+    blanks where the model has no mask token.
     """
+    if blank is not None and (not blank or policy.spec.mask_id is None):
+        wrong = "is no text" if not blank else "is to be filled in, and the model has no mask token"
+        raise ValueError(f"blank={blank!r} {wrong}; leave it at None" + (", or use a diffusion model" if blank else ""))
+    gap: list[int] = [] if policy.spec.mask_id is None else [policy.spec.mask_id]
     if isinstance(prompt, str):
-        return text_ids(policy, prompt)
+        texts = [prompt] if blank is None else prompt.split(blank)
+        return _joined([text_ids(policy, text) for text in texts], [(gap, True)] * (len(texts) - 1))
     tokenizer = policy.tokenizer
     if not tokenizer.chat_template:
         raise ValueError(
@@ -38,7 +54,7 @@ def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]]) -> list[int]:
     opening = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
     asked = prompt[:-1] if opening else prompt
     # A mark that the template passes on stands for each special token's text, which is put in its place afterwards.
-    specials = special_texts(tokenizer)
+    specials = [*([] if blank is None else [blank]), *special_texts(tokenizer)]
     mark = next(c for c in map(chr, range(0xE000, 0xF900)) if not any(c in str(turn["content"]) for turn in prompt))
     spelled = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
@@ -49,8 +65,17 @@ def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]]) -> list[int]:
     text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)) + hide(opening)
     parts = re.split(rf"{mark}(\d+){mark}", text)
     rendered = [text_ids(policy, part, special=True) for part in parts[::2]]
-    shown = [text_ids(policy, specials[int(number)]) for number in parts[1::2]]
-    return [token for pair in zip(rendered, [*shown, []], strict=True) for ids in pair for token in ids]
+    spelled_out = [specials[int(number)] for number in parts[1::2]]
+    return _joined(rendered, [(gap, True) if s == blank else (text_ids(policy, s), False) for s in spelled_out])
+
+
+def _joined(parts: list[list[int]], between: list[tuple[list[int], bool]]) -> tuple[list[int], list[bool]]:
+    """Ids of parts and of what stands between them, and for each id whether it is a blank."""
+    ids, blanks = list(parts[0]), [False] * len(parts[0])
+    for (more, blank), part in zip(between, parts[1:], strict=True):
+        ids += [*more, *part]
+        blanks += [blank] * len(more) + [False] * len(part)
+    return ids, blanks
 
 
 def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
@@ -78,6 +103,28 @@ def decode(policy: Policy, rollout: Rollout) -> list[str]:
 def decode_ids(policy: Policy, chosen: list[list[int]]) -> list[str]:
     """The texts of `chosen_ids`."""
     return policy.tokenizer.batch_decode([before_end(policy, ids) for ids in chosen], skip_special_tokens=True)
+
+
+def graded_texts(policy: Policy, rollout: Rollout, problems: Sequence[Problem], chosen: list[list[int]]) -> list[str]:
+    """What a task grades of each row: its completion, the texts of `chosen`; where its problem has blanks, all of it,
+    filled in."""
+    texts = decode_ids(policy, chosen)
+    if all(problem.blank is None for problem in problems):
+        return texts
+    whole, group = filled(policy, rollout), rollout.group_size
+    return [text if problems[i // group].blank is None else whole[i] for i, text in enumerate(texts)]
+
+
+def filled(policy: Policy, rollout: Rollout) -> list[str]:
+    """Each row's whole text, prompt and completion in their places, specials left out. An end token ends it only behind
+    the prompt's last token; in a gap before that it is left out."""
+    masks = (rollout.tokens, rollout.attention_mask, rollout.completion_mask)
+    rows = []
+    for row in zip(*(mask.tolist() for mask in masks), strict=True):
+        ids, chosen = zip(*((token, own) for token, kept, own in zip(*row, strict=True) if kept), strict=True)
+        behind = max((i + 1 for i, own in enumerate(chosen) if not own), default=0)
+        rows.append([*ids[:behind], *before_end(policy, list(ids[behind:]))])
+    return policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
 def chosen_ids(rollout: Rollout) -> list[list[int]]:
@@ -110,8 +157,11 @@ def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]
 
 
 def usual_length(policy: Policy, task: Task) -> int:
-    """Tokens of the first problem's solution where the prompt is plain text, whose answers have one form; else 256."""
+    """Tokens of the first problem's solution where the prompt is plain text, whose answers have one form; else 256.
+    With blanks, 0: nothing is written behind it."""
     problem = task[0]
+    if problem.blank is not None:
+        return 0
     if isinstance(problem.prompt, str) and problem.solution is not None:
         return len(prompt_ids(policy, problem.solution))
     return 256

@@ -42,6 +42,8 @@ def autoregress(
         raise ValueError(
             f"policy is a diffusion model ({type(policy.module).__name__}); autoregress needs a causal one: use unmask"
         )
+    if prompts.open is not None:
+        raise ValueError("prompts have open positions, which a causal model cannot fill in; use a diffusion model")
     check_fits(policy, prompts, max_new_tokens)
     sampling_params = SamplingParams(temperature, top_k, top_p, suppress)
     check_suppress(policy, sampling_params)

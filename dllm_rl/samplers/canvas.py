@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from einops import repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
@@ -22,6 +22,8 @@ class Canvas:
     columns  where in T a completion's positions lie.
     block    the block that each belongs to; bounds: the columns of each block.
     ended    rows that stopped early; what they left masked becomes padding where `pads_ended`.
+    open     infilling only: which of the T columns are the completion's, those inside the prompt among them. Rows then
+             may have fewer than L positions: places behind a row's last are never masked, their `columns` mean nothing.
     """
 
     prompts: Prompts
@@ -39,9 +41,13 @@ class Canvas:
     kept_ids: Int[Tensor, "B L C"] | None = field(init=False, default=None)
     ended: Bool[Tensor, " B"] = field(init=False)
     forwards: int = 0
+    open: Bool[Tensor, "B T"] | None = None
 
     def __post_init__(self) -> None:
         self.masked = torch.ones_like(self.columns, dtype=torch.bool)
+        if self.open is not None:
+            places = torch.arange(self.columns.shape[1], device=self.columns.device)
+            self.masked = places < self.open.sum(-1, keepdim=True)
         self.unmask_step = torch.full_like(self.columns, -1)
         self.logprobs = torch.zeros(self.columns.shape, device=self.columns.device)
         self.ended = torch.zeros(len(self.columns), dtype=torch.bool, device=self.columns.device)
@@ -72,7 +78,9 @@ class Canvas:
         return rows[written.cpu()]
 
     def rollout(self, sampling_params: SamplingParams, weights_version: int) -> Rollout:
-        """The record as it stands: columns are the prompts', then the completion's."""
+        """The record as it stands: columns are the prompts', then those of what is written behind them."""
+        if self.open is not None:
+            return self._infilled(sampling_params, weights_version)
         group, device = self.prompts.group_size, self.tokens.device
         tokens, mask = (
             repeat(x.to(device), "p s -> (p g) s", g=group) for x in (self.prompts.tokens, self.prompts.attention_mask)
@@ -94,15 +102,42 @@ class Canvas:
             kept_ids=None if kept_ids is None else F.pad(kept_ids, (0, 0, nowhere.shape[1], 0), value=-1),
         )
 
+    def _infilled(self, sampling_params: SamplingParams, weights_version: int) -> Rollout:
+        log_mass, kept_ids = self.log_kept_mass, None if self.kept_ids is None else fitting(self.kept_ids)
+        return Rollout(
+            tokens=self.tokens.clone(),
+            attention_mask=self.attention_mask.clone(),
+            completion_mask=~self._at_columns(self.masked, True),
+            unmask_step=self._at_columns(self.unmask_step, -1),
+            logprobs=self._at_columns(self.logprobs, 0.0),
+            group_size=self.prompts.group_size,
+            weights_version=weights_version,
+            sampling_params=sampling_params,
+            forwards=self.forwards,
+            log_kept_mass=None if log_mass is None else self._at_columns(log_mass, 0.0),
+            kept_ids=None if kept_ids is None else self._at_columns(kept_ids, -1),
+        )
+
+    def _at_columns(self, values: Shaped[Tensor, "B L *C"], elsewhere: bool | int | float) -> Shaped[Tensor, "B T *C"]:
+        """What is known of the completion's places, at the columns of those places; `elsewhere` in the others."""
+        assert self.open is not None, "only an infilling canvas has columns that differ by row"
+        place = (self.open.long().cumsum(-1) - 1).clamp(min=0)
+        wide = (..., *[None] * (values.dim() - 2))
+        found = values.gather(1, place[wide].expand(*place.shape, *values.shape[2:]))
+        return torch.where(self.open[wide], found, torch.full_like(found, elsewhere))
+
 
 def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, *, block_aligned: bool) -> Canvas:
     """Prompts, each repeated group_size times and followed by `length` masks.
 
     Blocks count from the completion's start, or for a block-causal policy from the prompt's. There `block_aligned`
-    pads every prompt by whole blocks, so that all rows begin to write in the same columns.
+    pads every prompt by whole blocks, so that all rows begin to write in the same columns. With open positions the
+    completion is those and the masks behind, and blocks count them alone.
     """
     spec, device, group = policy.spec, policy.device, prompts.group_size
     assert spec.mask_id is not None, "a diffusion model has a mask token"
+    if prompts.open is not None:
+        return _infilling(policy, prompts, prompts.open.cpu(), length, block_size)
     mask = repeat(prompts.attention_mask.cpu(), "p s -> (p g) s", g=group)
     sizes = mask.sum(-1) if spec.attention == "block_causal" else torch.zeros(len(mask), dtype=torch.long)
     offsets, full = sizes % block_size, sizes // block_size
@@ -138,18 +173,49 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
     )
 
 
+def _infilling(policy: Policy, prompts: Prompts, opened: Bool[Tensor, "P S"], length: int, block_size: int) -> Canvas:
+    """The canvas of prompts with open positions: a row's completion is its open columns, from left to right."""
+    assert policy.spec.mask_id is not None, "a diffusion model has a mask token"
+    behind = torch.ones(len(opened), length, dtype=torch.bool)
+    attended = prompts.attention_mask.cpu()
+    opened, mask = torch.cat([opened & attended, behind], dim=1), torch.cat([attended, behind], dim=1)
+    tokens = F.pad(prompts.tokens.cpu(), (0, length)).masked_fill(opened, policy.spec.mask_id)
+    columns = (~opened).long().argsort(dim=-1, stable=True)[:, : int(opened.sum(-1).max())]
+    block = (torch.arange(columns.shape[1]) // block_size).expand_as(columns)
+    per_row = lambda x: repeat(x, "p t -> (p g) t", g=prompts.group_size).contiguous().to(policy.device)  # noqa: E731
+    return Canvas(
+        prompts=prompts,
+        tokens=per_row(tokens),
+        attention_mask=per_row(mask),
+        columns=per_row(columns),
+        block=per_row(block),
+        bounds=[],  # only caches read them
+        pad_id=policy.pad_id,
+        pads_ended=False,
+        open=per_row(opened),
+    )
+
+
 class BlockQueue:
     """Host-side bookkeeping: for each row and block, the masked positions and the steps left. Keeping it off the device
     avoids synchronisation.
 
     Rows move from block to block by themselves, or, in step, wait for the slowest.
+    masked  the places that begin masked; None: all of them.
     """
 
-    def __init__(self, block: Int[Tensor, "B L"], num_steps: int | None, *, in_step: bool) -> None:
+    def __init__(
+        self,
+        block: Int[Tensor, "B L"],
+        num_steps: int | None,
+        *,
+        in_step: bool,
+        masked: Bool[Tensor, "B L"] | None = None,
+    ) -> None:
         block = block.cpu()
         self.in_step = in_step
         self.masked = torch.zeros(len(block), int(block.max()) + 1, dtype=torch.long).scatter_add(
-            -1, block, torch.ones_like(block)
+            -1, block, torch.ones_like(block) if masked is None else masked.cpu().long()
         )
         self.steps = torch.zeros_like(self.masked)
         for row, sizes in enumerate(self.masked):

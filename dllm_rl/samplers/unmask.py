@@ -37,7 +37,7 @@ def unmask(
 ) -> Rollout:
     """Complete every prompt `group_size` times by iterative unmasking (LLaDA, arXiv 2502.09992, algorithm 5 [paper]).
 
-    max_new_tokens  masked positions appended to each prompt.
+    max_new_tokens  masked positions appended to each prompt; may be 0 where every prompt has open positions.
     num_steps       unmasking steps over the whole completion, shared out equally to the blocks; None: one a position.
                     Ignored by adaptive commit rules.
     block_size      positions that are open at once; None opens all, or takes a block-causal policy's own. The last
@@ -56,6 +56,9 @@ def unmask(
                     always end so, which is exact; there, what lies behind becomes padding.
     watch           called with the rollout as it stands, after every step.
 
+    Prompts with open positions are filled in there too (infilling, full attention only): a row's completion is its open
+    positions, then those appended, and blocks count these alone. Rows may differ in which are open and in how many.
+
     A row depends on its prompt, its seed and the weights only, not on its neighbours; a row that is finished leaves the
     batch. With `schedule` the host waits for the device once a step at most, where transformers asks whether there is
     padding; other commit rules make it ask how many positions they chose. Raises ValueError for a causal policy, a
@@ -63,6 +66,8 @@ def unmask(
     """
     spec, group, device = policy.spec, prompts.group_size, policy.device
     needs, block_size = rank_inputs(rank), _check(policy, prompts, max_new_tokens, block_size, cache)
+    if prompts.open is not None:
+        _check_infilling(policy, prompts, max_new_tokens, cache, approximate_early_exit)
     assert spec.mask_id is not None, "a diffusion model has a mask token"
     sampling_params = SamplingParams(temperature, top_k, top_p, (*suppress, spec.mask_id))
     # A rank of the state alone leaves the drawing of tokens to when it is known where; the likeliest come for free.
@@ -72,7 +77,12 @@ def unmask(
     canvas = make_canvas(
         policy, prompts, max_new_tokens, block_size, block_aligned=cache is not None and cache.kind == "block"
     )
-    queue = BlockQueue(canvas.block, num_steps, in_step=cache is not None)
+    queue = BlockQueue(
+        canvas.block,
+        num_steps,
+        in_step=cache is not None,
+        masked=None if prompts.open is None else canvas.masked,
+    )
     check_suppress(policy, sampling_params)
     cached = None if cache is None else CachedStates(policy, cache, canvas.attention_mask)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(device)
@@ -137,8 +147,9 @@ def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None
         raise ValueError(
             f"policy is causal ({type(policy.module).__name__}); unmask needs a diffusion model: use autoregress"
         )
-    size = block_size if block_size is not None else policy.spec.block_size or length
-    if length < 1 or size < 1:
+    width, least = (length, 1) if prompts.open is None else (prompts.open.shape[1] + length, 0)
+    size = block_size if block_size is not None else policy.spec.block_size or width
+    if length < least or size < 1:
         raise ValueError(f"max_new_tokens={length} and block_size={size} must both be at least 1")
     if attention == "block_causal" and size != policy.spec.block_size:
         raise ValueError(
@@ -149,6 +160,25 @@ def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None
         cache.check(attention)
     check_fits(policy, prompts, length)
     return size
+
+
+def _check_infilling(
+    policy: Policy, prompts: Prompts, length: int, cache: Cache | None, approximate_early_exit: bool
+) -> None:
+    """Raise ValueError where prompts with open positions cannot be filled in, or a row has nothing to fill."""
+    assert prompts.open is not None
+    if policy.spec.attention != "full":
+        raise ValueError(
+            f"prompts have open positions, but the policy's attention is {policy.spec.attention!r} and a gap would not "
+            "see what follows it; use a model of full attention"
+        )
+    if cache is not None:
+        raise ValueError(f"cache={cache} keeps what surrounds a block, but open positions lie apart; use cache=None")
+    if approximate_early_exit:
+        raise ValueError("approximate_early_exit would leave gaps behind an end token unfilled; leave it out")
+    empty = (~(prompts.open & prompts.attention_mask).any(-1)).nonzero()[:, 0].tolist()
+    if length == 0 and empty:
+        raise ValueError(f"max_new_tokens=0, and prompt {empty[0]} has no open position: there is nothing to fill")
 
 
 def check_fits(policy: Policy, prompts: Prompts, max_new_tokens: int) -> None:

@@ -17,11 +17,14 @@ class Problem:
     prompt    text, or chat messages [{"role": ..., "content": ...}] that the policy's tokenizer renders.
     fields    JSON-serialisable facts for the grader (a puzzle, a target ...); they travel with stored completions.
     solution  a correct completion, for supervised warm-up; None where there is none.
+    blank     the piece of the prompt's text that stands for one token to fill in (infilling), wherever it occurs; what
+              is graded is then the whole text, filled in. None: the completion follows the prompt.
     """
 
     prompt: str | list[dict[str, str]]
     fields: Mapping[str, Any] = field(default_factory=dict)
     solution: str | None = None
+    blank: str | None = None
 
 
 @dataclass(frozen=True)

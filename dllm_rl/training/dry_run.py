@@ -138,7 +138,8 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
     """
     policy = meta_policy(recipe)
     if prompt_tokens is None:
-        prompt_tokens = len(prompt_ids(policy, recipe.task[0].prompt)) if policy.tokenizer else 256
+        first = recipe.task[0]
+        prompt_tokens = len(prompt_ids(policy, first.prompt, first.blank)) if policy.tokenizer else 256
     check(recipe, policy, prompt_tokens)
     trainable = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
     parts = memory(recipe, policy, prompt_tokens)

@@ -97,5 +97,7 @@ def _next_command(recipe: Recipe, folder: str) -> str:
     """How to look at what was trained; of a module of the user's own, how to open it."""
     if not (Path(folder) / "config.json").exists():
         return "Open:       dllm_rl.load_weights(policy, folder), with a policy of the same module"
-    prompt = recipe.eval_task[0].prompt
-    return f"Sample:     dllm-rl sample {folder} {prompt if isinstance(prompt, str) else prompt[-1]['content']!r}"
+    problem = recipe.eval_task[0]
+    text = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
+    gaps = "" if problem.blank is None else f" --blank {problem.blank!r} --max_new_tokens 0"
+    return f"Sample:     dllm-rl sample {folder} {text!r}{gaps}"

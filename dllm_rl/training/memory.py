@@ -205,11 +205,12 @@ def sampling_params(recipe: Recipe, policy: Policy) -> SamplingParams:
 
 
 def view_states(recipe: Recipe, policy: Policy, rows: int, prompt_tokens: int) -> Tensor:
-    """The states (K, D) at all completion positions of `rows` rows, as one view of the estimator computes them."""
+    """The states (K, D) at all completion positions of `rows` rows, as one view of the estimator computes them; with
+    nothing behind the prompt, at all of its positions, which are the most that can be open."""
     length = recipe.max_new_tokens
     if recipe.likelihood.packed is None:
         tokens, mask = batch_of(rows, prompt_tokens + length)
-        return policy.hidden(tokens, mask)[:, prompt_tokens:].flatten(0, 1)
+        return policy.hidden(tokens, mask)[:, -(length or prompt_tokens) :].flatten(0, 1)
     tokens, mask = batch_of(rows, prompt_tokens + 2 * length)
     whole = mask[:, None, None, :].expand(-1, -1, mask.shape[1], -1).clone()
     return policy.encode(tokens, whole, position_ids(mask))[:, -length:].flatten(0, 1)
@@ -243,8 +244,8 @@ def sample_step(recipe: Recipe, policy: Policy, rows: int, prompt_tokens: int, p
     if causal:
         token_logprobs(policy, states[:, -1], tokens[:, -1], params)
         return
-    block = given.get("block_size") or spec.block_size or length
-    states = two_chunks(policy, states[:, prompt_tokens : prompt_tokens + block].flatten(0, 1))
+    block, begin = given.get("block_size") or spec.block_size or length or prompt_tokens, prompt_tokens if length else 0
+    states = two_chunks(policy, states[:, begin : begin + block].flatten(0, 1))
     propose(policy, states, torch.zeros(len(states), dtype=torch.float64), params)
     del cache
 

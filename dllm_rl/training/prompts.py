@@ -35,7 +35,7 @@ def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list
     for index in indices:
         candidates = (task[(index + k) % len(task)] for k in range(len(task)))
         for k, problem in enumerate(candidates):
-            if len(prompt_ids(policy, problem.prompt)) <= most:
+            if len(prompt_ids(policy, problem.prompt, problem.blank)) <= most:
                 chosen.append(problem)
                 replaced += k > 0
                 break
@@ -75,7 +75,8 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
         for index in indices:
             if time.monotonic() - began > SECONDS:
                 break
-            length = len(prompt_ids(policy, getattr(recipe, field)[index].prompt))
+            problem = getattr(recipe, field)[index]
+            length = len(prompt_ids(policy, problem.prompt, problem.blank))
             if field == "task" and length > longest[0]:
                 longest = length, index
             if length + new > limit:

@@ -24,7 +24,7 @@ from dllm_rl.distributed import from_main
 from dllm_rl.files import remove
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import add_lora
-from dllm_rl.models.tokens import decode, encode
+from dllm_rl.models.tokens import chosen_ids, encode, graded_texts
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
@@ -68,7 +68,8 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
     with arithmetic(recipe, accelerator):
         prompts = encode(rollout_policy, [problem], group_size=group)
         rollout = recipe.sampler(rollout_policy, prompts, generator_for(*key)).with_support(recipe.sampling_support)
-    graded = grade(recipe.task, [problem], decode(rollout_policy, rollout), timeout=recipe.reward_timeout)
+    texts = graded_texts(rollout_policy, rollout, [problem], chosen_ids(rollout))
+    graded = grade(recipe.task, [problem], texts, timeout=recipe.reward_timeout)
     if recipe.warmup_steps:
         examples(policy, [problem], max_new_tokens=recipe.max_new_tokens)
         if recipe.warmup_metric not in addends(graded[0]):

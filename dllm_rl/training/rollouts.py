@@ -13,7 +13,7 @@ from torch import Tensor
 from dllm_rl.algorithms.advantages import informative, takes_parts
 from dllm_rl.distributed import Metrics, gather_objects, gather_on_host, local, reduce_metrics
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import chosen_ids, decode_ids, encode
+from dllm_rl.models.tokens import chosen_ids, encode, graded_texts
 from dllm_rl.models.transfer import send
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
@@ -117,7 +117,7 @@ def sample_and_grade(
         rollout = rollout.with_support(recipe.sampling_support)
     with log.stage("reward"):
         chosen = chosen_ids(rollout)
-        completions = decode_ids(rollout_policy, chosen)
+        completions = graded_texts(rollout_policy, rollout, problems, chosen)
         graded = grade(recipe.task, problems, completions, timeout=recipe.reward_timeout)
         values = reward_values(graded, tuple(wanted_parts(recipe)))
     own, lengths = [problem for problem in problems for _ in range(group)], map(len, chosen)

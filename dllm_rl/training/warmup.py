@@ -27,6 +27,8 @@ def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int
     solution, or one that does not fit.
     """
     pad, eos = policy.pad_id, policy.spec.eos_ids[0] if policy.spec.eos_ids else policy.pad_id
+    if any(problem.blank is not None for problem in problems):
+        raise ValueError("a problem has blanks, and warm-up writes solutions behind the prompt; use warmup_steps=0")
     prompts = [prompt_ids(policy, problem.prompt) for problem in problems]
     width = max(map(len, prompts))
     rows, attention, scored = [], [], []

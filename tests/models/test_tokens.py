@@ -1,11 +1,25 @@
 """Text of users is text: what spells a special token does not become one, and templates keep their own."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.models.tokens import prompt_ids, special_texts, text_ids
+from dllm_rl.models.tokens import (
+    chosen_ids,
+    decode,
+    encode,
+    filled,
+    graded_texts,
+    ids_and_blanks,
+    prompt_ids,
+    special_texts,
+    text_ids,
+)
+from dllm_rl.tasks.base import Problem
+from dllm_rl.types import Rollout
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<eos>{% endfor %}"
@@ -64,3 +78,43 @@ def test_longer_spellings_come_first(policy):
 def test_a_vocabulary_without_the_characters_refuses_them():
     with pytest.raises(ValueError, match=r"text '12<eos>' cannot be tokenised by this model"):
         prompt_ids(tiny_masked_lm(characters="12", num_layers=1), "12<eos>")
+
+
+def test_blanks_are_open_positions(policy):
+    """In text, and in chat messages and openings; elsewhere a mask token's text is text, and so is a blank's."""
+    spell = partial(text_ids, policy)
+    ids, blanks = ids_and_blanks(policy, "ab__c_", "_")
+    assert ids == [*spell("ab"), MASK, MASK, *spell("c"), MASK]
+    assert blanks == [False, False, True, True, False, True] and prompt_ids(policy, "a_", "_") == [*spell("a"), MASK]
+    ids, blanks = ids_and_blanks(policy, "<mask>a", "<mask>")
+    assert (ids, blanks) == ([MASK, *spell("a")], [True, False])
+    chat = [user("hi <eos>_"), {"role": "assistant", "content": "so _ <mask>"}]
+    ids, blanks = ids_and_blanks(policy, chat, "_")
+    assert [i for i, blank in enumerate(blanks) if blank] == [i for i, token in enumerate(ids) if token == MASK]
+    assert policy.tokenizer.decode(ids) == "<user>hi <eos><mask><eos><assistant>so <mask> <mask>" and sum(blanks) == 2
+    asked = [Problem("a_", blank="_"), Problem("<mask>"), Problem("bc_d", blank="_")]
+    prompts = encode(policy, asked, group_size=2)
+    assert prompts.open.sum(-1).tolist() == [1, 0, 1] and (prompts.tokens[prompts.open] == MASK).all()
+    assert encode(policy, [Problem("ab")]).open is None
+    with pytest.raises(ValueError, match="blank='' is no text; leave it at None"):
+        encode(policy, [Problem("ab", blank="")])
+
+
+def test_the_text_of_what_is_filled_in(policy):
+    """The completion is what fills the gaps; the whole text stops at an end token only behind the prompt's last."""
+    ids = [[PAD, *text_ids(policy, "ab"), EOS, *text_ids(policy, "cde")], [*text_ids(policy, "fghijk"), EOS]]
+    ids[1][4:6] = [EOS, MASK]
+    own = torch.tensor([[0, 0, 1, 1, 0, 1, 1], [1, 0, 1, 0, 1, 0, 1]]).bool()
+    tokens = torch.tensor(ids)
+    rollout = Rollout(tokens, tokens != PAD, own, torch.where(own, 0, -1), torch.zeros(2, 7), group_size=1)
+    assert chosen_ids(rollout)[0] == [ids[0][i] for i in (2, 3, 5, 6)]
+    assert decode(policy, rollout) == ["b", "fh"]
+    assert filled(policy, rollout) == ["abcde", "fghi"]
+    ended = rollout.tokens.clone()
+    ended[0, 5] = EOS
+    assert filled(policy, replace(rollout, tokens=ended)) == ["abc", "fghi"]
+    problems = [Problem("", blank="_"), Problem("")]
+    assert graded_texts(policy, rollout, problems, chosen_ids(rollout)) == ["abcde", "fh"]
+    twice = rollout.rows(torch.tensor([0, 0, 1, 1]))
+    texts = graded_texts(policy, replace(twice, group_size=2), problems[::-1], chosen_ids(twice))
+    assert texts == ["b", "b", "fghi", "fghi"]

@@ -28,7 +28,7 @@ MUTATIONS = [
         ("k = 1 + choose(u_count,", "k = choose(u_count,"),
         ("masked | (completion & (block > chosen))", "masked"),
         ("weight * (block.amax(-1, keepdim=True) + 1)", "weight"),
-        ("- completion.long().argmax(-1, keepdim=True)", "- 0 * completion.long().argmax(-1, keepdim=True)"),
+        ("completion.long().cumsum(-1) - 1\n", "completion.long().cumsum(-1)\n"),
         ("(weight / samples).float()", "weight.float()"),
         ("hidden | rollout.completion_mask", "hidden"),
         ("generator)) < prompt_mask", "generator)) > prompt_mask"),

@@ -5,6 +5,7 @@ from tests.mutations.record import mutations
 RULES = "samplers/test_rules.py"
 UNMASK, CACHES = "samplers/test_unmask.py", "samplers/test_unmask_cache.py"
 DISTRIBUTION = "samplers/test_unmask_distribution.py"
+INFILLING = "samplers/test_infilling.py"
 # A case or two of the tests that have many, and all of the quick ones.
 CASES = (
     "a_rank_reads_the_models_own_probabilities",
@@ -121,6 +122,25 @@ MUTATIONS = [
         ("self.steps[rows, blocks] -= 1", "self.steps[rows, blocks] -= 0"),
         ("self.clock[rows] += 1", "self.clock += 1"),
         ("[rows, blocks] == 0]", "[rows, blocks] <= 1]"),
+    ),
+    *mutations(
+        "samplers/canvas.py",
+        INFILLING,
+        ("places < self.open.sum(-1, keepdim=True)", "places <= self.open.sum(-1, keepdim=True)"),
+        ("(self.open.long().cumsum(-1) - 1).clamp(min=0)", "self.open.long().cumsum(-1).clamp(max=0)"),
+        ("torch.where(self.open[wide], found, ", "torch.where(found == found, found, "),
+        ("            tokens=self.tokens.clone(),", "            tokens=self.tokens,"),
+        ("[opened & attended, behind]", "[opened & ~attended, behind]"),
+        ("torch.ones_like(block) if masked is None else masked.cpu().long()", "torch.ones_like(block)"),
+        ("(~opened).long().argsort(dim=-1, stable=True)", "opened.long().argsort(dim=-1, stable=True)"),
+        ("torch.arange(columns.shape[1]) // block_size)", "torch.arange(columns.shape[1]) // (block_size + 1))"),
+    ),
+    *mutations(
+        "samplers/unmask.py",
+        INFILLING,
+        ("if length == 0 and empty", "if empty"),
+        ("prompts.open.shape[1] + length, 0)", "length, 0)"),
+        ('    if policy.spec.attention != "full":', '    if policy.spec.attention == "causal":'),
     ),
     *mutations(
         "samplers/cache.py",

@@ -303,6 +303,8 @@ MUTATIONS = [
         "test_types.py",
         ("width - len(row) :] = torch.tensor(row", "width - len(row) :] = torch.tensor(row[::-1]"),
         ("(0, columns) if right else (columns, 0)", "(0, columns)"),
+        ("[False] * (width - len(row)) + list(map(bool, row))", "list(map(bool, row)) + [False] * (width - len(row))"),
+        ("else self.open.split(size)", "else self.open.flip(0).split(size)"),
         ("weight=self.weight * live[:, None]", "weight=self.weight"),
         ("mask & (self.weight != 0).any(0).any(-1, keepdim=True)", "mask & (self.weight != 0).any(0)"),
         ("forwards=self.forwards + by.forwards", "forwards=by.forwards"),

@@ -64,7 +64,7 @@ def ranks(name, tokens, position):
     return [float(states[name])] * MASK if name in states else p.tolist()
 
 
-def enumerate_outcomes(name, quotas, temperature):
+def enumerate_outcomes(name, quotas, temperature, start=(MASK,) * LENGTH):
     """{(tokens, steps, log-probs at commit): probability} by following every draw of every step."""
     outcomes = {}
 
@@ -92,7 +92,7 @@ def enumerate_outcomes(name, quotas, temperature):
                     after[2][position] = logp[position][word]
                 follow(*after, step + 1, probability * drawn * chance)
 
-    follow([MASK] * LENGTH, [-1] * LENGTH, [0.0] * LENGTH, 0, 1.0)
+    follow(list(start), [-1] * LENGTH, [0.0] * LENGTH, 0, 1.0)
     return outcomes
 
 
@@ -113,7 +113,31 @@ def test_tokens_and_order_follow_the_enumerated_distribution(name, temperature, 
         temperature=temperature,
         rank=getattr(rules, name),
     )
-    expected = enumerate_outcomes(name, {3: [1, 1, 1], 2: [2, 1]}[num_steps], temperature)
+    agrees(rollout, enumerate_outcomes(name, {3: [1, 1, 1], 2: [2, 1]}[num_steps], temperature), least_cells=20)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "steps"), [([0, MASK, 2, MASK], 0, [1, 1]), ([0, MASK, 1], 1, [1, 1]), ([0, MASK, 0], 1, [2])]
+)
+@pytest.mark.parametrize("name", ["confidence", "max_prob", "random"])
+def test_open_positions_follow_the_enumerated_distribution(name, prompt, new, steps):
+    """Gaps before and after what the prompt says: tokens, order and log-probs are those of the enumeration."""
+    rollout = unmask(
+        POLICY,
+        Prompts.from_ids([prompt], pad_id=0, group_size=DRAWS, mask_id=MASK),
+        torch.Generator().manual_seed(7),
+        max_new_tokens=new,
+        num_steps=len(steps),
+        temperature=0.8,
+        rank=getattr(rules, name),
+    )
+    start = [*prompt[1:], *[MASK] * new]
+    assert (rollout.completion_mask[:, 1:] == (torch.tensor(start) == MASK)).all() and rollout.attention_mask.all()
+    agrees(rollout, enumerate_outcomes(name, steps, 0.8, start), least_cells=7)
+
+
+def agrees(rollout, expected, *, least_cells):
+    """The rollout's tokens and steps are drawn from `expected`, and its log-probs are those of what was drawn."""
     assert abs(sum(expected.values()) - 1) < 1e-9
     keys = {(tokens, steps): (p, logps) for (tokens, steps, logps), p in expected.items()}
     assert len(keys) == len(expected)
@@ -131,7 +155,7 @@ def test_tokens_and_order_follow_the_enumerated_distribution(name, temperature, 
     if sum(e for _, e in rare) >= 10:
         cells.append((sum(o for o, _ in rare), sum(e for _, e in rare)))
     statistic = sum((o - e) ** 2 / e for o, e in cells)
-    assert len(cells) >= 20 and statistic < upper_bound(len(cells) - 1)
+    assert len(cells) >= least_cells and statistic < upper_bound(len(cells) - 1)
 
     for row in range(0, DRAWS, 997):
         logps = keys[tuple(tokens[row].tolist()), tuple(steps[row].tolist())][1]

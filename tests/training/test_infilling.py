@@ -1,0 +1,124 @@
+"""A run on prompts with blanks: rewards of the whole text, filled in, and log-probs that are the sampler's."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from runs import metrics_of
+from tiny_recipe import SIZES, tiny_recipe
+
+from dllm_rl.algorithms.correctors import none
+from dllm_rl.cli.main import main
+from dllm_rl.evaluation.evaluate import evaluate
+from dllm_rl.likelihoods.estimators import one_step, trajectory
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.models.tokens import encode
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.tasks.base import Problem, Reward
+from dllm_rl.training.dry_run import plan
+from dllm_rl.training.loop import train
+from dllm_rl.training.prompts import check_prompts
+from dllm_rl.training.warmup import examples
+
+DIGITS = "0123456789"
+
+
+class Missing:
+    """Runs of digits with two or three left out: "1__4" is filled in as "1234"."""
+
+    name, version = "missing", "1"
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        whole = DIGITS[index % 6 : index % 6 + 4 + index % 2]
+        gaps = {1, 2} if index % 3 else {0, 1, 3}
+        prompt = "".join("_" if i in gaps else digit for i, digit in enumerate(whole))
+        return Problem(prompt, fields={"whole": whole}, blank="_")
+
+    def reward(self, problem, completion):
+        whole = problem.fields["whole"]
+        right = sum(a == b for a, b in zip(completion, whole, strict=False)) / len(whole)
+        return Reward(right, len(completion) == len(whole), {"solve_rate": float(completion == whole)})
+
+
+def recipe_of(directory, **changes):
+    sampler = partial(unmask, max_new_tokens=0, temperature=1.0, suppress=(0, 2))
+    return tiny_recipe(
+        directory,
+        model=partial(tiny_masked_lm, **SIZES | {"characters": DIGITS}),
+        task=Missing(),
+        validation_task=Missing(),
+        eval_task=Missing(),
+        sampler=sampler,
+        eval_sampler=partial(sampler, temperature=0.0),
+        **{"likelihood": trajectory(), "rollout_quantization": None, "corrector": none()} | changes,
+    )
+
+
+def test_a_step_learns_from_the_filled_text(tmp_path, capsys):
+    """At least one digit is given and stands where it stood; the learner's log-probs are those recorded."""
+    recipe = recipe_of(tmp_path / "run", num_steps=3, log_completions_steps=1)
+    summary = train(recipe)
+    rows = metrics_of(tmp_path / "run")
+    assert all(row["rollout_corr/k3_kl"] == 0 and row["grad_norm"] > 0 for row in rows)
+    assert all(2 <= row["completions/mean_length"] <= 3 and row["parsed"] == 1 for row in rows)
+    assert all(row["reward"] >= 0.25 and row["reward_std"] > 0 for row in rows)
+    assert summary["eval_after"]["parsed"] == 1
+    assert "'__2_' --blank '_' --max_new_tokens 0" in capsys.readouterr().out
+    main(["sample", summary["checkpoint"], "4__7", "--blank", "_", "--max_new_tokens", "0"])
+    said = capsys.readouterr().out.strip()
+    assert len(said) == 4 and (said[0], said[3]) == ("4", "7") and "_" not in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    for line in lines:
+        prompt, text = line["prompt"], line["completion"]
+        assert all(p in ("_", c) for p, c in zip(prompt, text, strict=True)) and "_" not in text
+
+
+def test_rewards_rise(tmp_path):
+    train(recipe_of(tmp_path / "run", num_steps=24, train_batch_size=16, num_generations=8, learning_rate=1e-2))
+    rewards = [row["reward"] for row in metrics_of(tmp_path / "run")]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
+
+
+@pytest.mark.parametrize("changes", [{"likelihood": one_step()}, {"rollout_batch_size": 4}, {"max_num_gen_batches": 2}])
+def test_other_ways_of_a_step_take_it(tmp_path, changes):
+    train(recipe_of(tmp_path / "run", num_steps=1, **changes))
+    assert metrics_of(tmp_path / "run")[0]["grad_norm"] > 0
+
+
+def test_an_evaluation_grades_and_keeps_the_whole_text(tmp_path):
+    policy, stored = tiny_masked_lm(**SIZES | {"characters": DIGITS}), tmp_path / "made.jsonl"
+    sampler = partial(unmask, max_new_tokens=0, suppress=(0, 2))
+    first = evaluate(policy, Missing(), sampler, limit=4, completions=stored)
+    rows = [json.loads(line) for line in stored.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["__2_", "1__45", "2__5", "__5_7"]
+    assert all(len(row["completion"]) == len(row["prompt"]) and row["blank"] == "_" for row in rows)
+    assert [row["evaluation"]["tokens"] for row in rows] == [3, 2, 2, 3]
+    alone = evaluate(policy, Missing(), sampler, limit=4, batch_size=1)
+    assert [answer.reward for answer in first.answers] == [answer.reward for answer in alone.answers]
+
+
+def test_memory_and_lengths_are_known_before(tmp_path):
+    recipe = recipe_of(tmp_path / "run")
+    assert "rows x (4 assumed prompt + 0 new) tokens" in plan(recipe)
+    policy = recipe.model()
+    policy.spec = replace(policy.spec, max_length=4)
+    with pytest.raises(ValueError, match="has 5 tokens and its completion 0"):
+        check_prompts(recipe, policy)
+
+
+def test_what_cannot_be_infilled_is_refused():
+    policy = tiny_masked_lm(**SIZES | {"characters": DIGITS})
+    with pytest.raises(ValueError, match="a problem has blanks, and warm-up writes"):
+        examples(policy, [replace(Missing()[0], solution="12")], max_new_tokens=4)
+    causal = tiny_llama(causal=True, **SIZES | {"characters": DIGITS})
+    with pytest.raises(ValueError, match="blank='_' is to be filled in, and the model has no mask token"):
+        encode(causal, [Missing()[0]])
+    prompts = encode(policy, [Missing()[0]])
+    with pytest.raises(ValueError, match="cannot fill in"):
+        autoregress(causal, prompts, torch.Generator(), max_new_tokens=1)
