@@ -206,7 +206,7 @@ def test_what_is_no_failed_step_leaves_none(tmp_path, monkeypatch):
         train(tiny_recipe(tmp_path / "a", max_prompt_length=10**6))
     assert not hasattr(raised.value, "__notes__") and not (tmp_path / "a/failed").exists()
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space") as raised:
-        patched.setattr("dllm_rl.training.run.plots.plot", full)  # after the last step, which is whole
+        patched.setattr("dllm_rl.training.finish.plots.plot", full)  # after the last step, which is whole
         train(tiny_recipe(tmp_path / "end", num_steps=1))
     assert not hasattr(raised.value, "__notes__") and not (tmp_path / "end/failed").exists()
     monkeypatch.setattr(checkpoint.torch, "save", full)

@@ -63,7 +63,9 @@ def test_a_steps_seconds_are_those_of_its_own_stages(tmp_path):
         log.write(step, {})
     log.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row.keys() for row in rows] == [{"step", "step_time", f"time/{name}"} for name in ("rollout", "update")]
+    assert [row.keys() for row in rows] == [
+        {"step", "step_time", "memory/peak_gb", f"time/{name}"} for name in ("rollout", "update")
+    ]
     for row, (name, spent) in zip(rows, log.seconds.items(), strict=True):
         assert row["step_time"] == row[f"time/{name}"] == spent > 0
 
