@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import token_logprobs
 from dllm_rl.models.tokens import conversation_ids, text_ids
@@ -145,12 +146,11 @@ class Layout:
 
     @property
     def positions(self) -> Int[Tensor, "B T"]:
-        """Each token's place in its own sequence, from 0; padding is at 0."""
+        """Each token's place in its own sequence, from 0; padding counts as one."""
         places = torch.arange(self.segment.shape[1], device=self.segment.device).expand_as(self.segment)
         begins = torch.ones_like(self.segment, dtype=torch.bool)
         begins[:, 1:] = self.segment[:, 1:] != self.segment[:, :-1]
-        own = places - torch.where(begins, places, 0).cummax(-1).values
-        return own.masked_fill(self.segment == 0, 0)
+        return places - torch.where(begins, places, 0).cummax(-1).values
 
 
 def lay_out(shown: Sequence[Shown], rows: Sequence[Sequence[int]], *, pad_id: int, device: torch.device) -> Layout:
@@ -167,18 +167,18 @@ def lay_out(shown: Sequence[Shown], rows: Sequence[Sequence[int]], *, pad_id: in
 def hidden_states(policy: Policy, layout: Layout, *, packed: bool) -> Float[Tensor, "B T D"]:
     """Final states whose head gives the logits AT each position, masks in place of hidden tokens.
 
-    packed  a mask of four axes: a token sees those of its own sequence that its family would let it see.
+    A block of a block-causal model sees the blocks before it without masks (`packed_hidden`), as when it is sampled.
+    packed  a mask of four axes: a token sees those of its own sequence alone, a causal model's those before it.
     """
     spec, segment = policy.spec, layout.segment
+    if spec.attention == "block_causal":
+        return packed_hidden(policy, layout.tokens, layout.hidden, segment > 0)
     tokens = layout.tokens if spec.mask_id is None else layout.tokens.masked_fill(layout.hidden, spec.mask_id)
     if not packed:
         return policy.hidden(tokens, segment > 0)
-    positions = layout.positions
-    seen = segment[:, :, None] == segment[:, None, :]
-    if spec.attention != "full":
-        place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        block = positions // spec.block_size if spec.block_size and spec.attention == "block_causal" else place
-        seen = seen & (block[:, None, :] <= block[:, :, None])
+    seen, positions = segment[:, :, None] == segment[:, None, :], layout.positions
+    if spec.attention == "causal":
+        seen = seen.tril()
     dtype = next(policy.module.parameters()).dtype
     if torch.is_autocast_enabled(tokens.device.type):
         dtype = torch.get_autocast_dtype(tokens.device.type)
@@ -198,6 +198,11 @@ def weighted_loss(policy: Policy, layout: Layout, *, packed: bool = False) -> Fl
 @torch.no_grad()
 def check_packing(policy: Policy) -> None:
     """Raise ValueError where a sequence's states depend on what else stands in its row."""
+    if policy.spec.attention == "block_causal":
+        raise ValueError(
+            f"packing=True does not go with {policy.spec.name!r}, a block-causal model, whose rows are scored in a "
+            "clean and a noisy copy; leave packing off"
+        )
     size, lengths = policy.vocab_size, (5, 7)
     alone = [Shown(*_plain((torch.arange(n) + n) % size)) for n in lengths]
     options: dict[str, Any] = {"pad_id": policy.pad_id, "device": policy.device}
