@@ -111,12 +111,13 @@ def digest_of(dataset: Any) -> str | None:
 
 
 def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ValueError on a setting that differs."""
-    changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
+    """Raise ValueError on a setting that differs, or that the checkpoint's kind of run has not."""
+    before = dict.fromkeys(now) | before
+    changed = [name for name in now if name not in FREE and before[name] != now[name]]
     if changed:
         name = changed[0]
         raise ValueError(
-            f"{name}={now[name]!r} differs from the checkpoint's {before.get(name)!r}; resume with the same recipe"
+            f"{name}={now[name]!r} differs from the checkpoint's {before[name]!r}; resume with the same recipe"
         )
 
 

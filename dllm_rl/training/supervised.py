@@ -180,8 +180,6 @@ def hidden_states(policy: Policy, layout: Layout, *, packed: bool) -> Float[Tens
     if spec.attention == "causal":
         seen = seen.tril()
     dtype = next(policy.module.parameters()).dtype
-    if torch.is_autocast_enabled(tokens.device.type):
-        dtype = torch.get_autocast_dtype(tokens.device.type)
     barred = torch.zeros(seen.shape, dtype=dtype, device=tokens.device).masked_fill(~seen, torch.finfo(dtype).min)
     states = policy.encode(tokens, barred[:, None], positions)
     return torch.where((positions > 0)[..., None], states.roll(1, dims=1), states) if spec.shift else states

@@ -111,7 +111,6 @@ MUTATIONS = [
         ("return places - torch.where(begins, places, 0)", "return places - 0 * torch.where(begins, places, 0)"),
         ("segment[:, :, None] == segment[:, None, :], layout", "segment[:, :, None] >= 0, layout"),
         ("torch.where((positions > 0)[..., None], states.roll", "torch.where((positions >= 0)[..., None], states.roll"),
-        ("torch.get_autocast_dtype(tokens.device.type)", "dtype"),
         (
             "packed_hidden(policy, layout.tokens, layout.hidden, segment > 0)",
             "policy.hidden(layout.tokens, segment > 0)",

@@ -42,7 +42,7 @@ from dllm_rl.training.supervised import (
 ROOT = Path(__file__).parents[2]
 PAD, MASK, EOS, ONE, TWO, THREE, FOUR, DOT, EQUALS = range(9)
 ROWS = [{"prompt": f"{a}{b}=", "completion": f"{b}{a}"[: 1 + (a < b)]} for a, b in product("1234", repeat=2)]
-CHAT = "{% for m in messages %}{{ '.' if m.role == 'user' else '=' }}{{ m.content }}<eos>{% endfor %}"
+CHAT = "{% for m in messages %}{{ '' if m.role == 'user' else '=' }}{{ m.content }}<eos>.{% endfor %}"
 CHAT += "{% if add_generation_prompt %}={% endif %}"
 
 
@@ -149,10 +149,10 @@ def test_the_causal_loss_is_that_of_transformers():
         ({"prompt": "1=", "completion": "2"}, {}, "1 = 2+ e+"),
         ({"prompt": "1=", "completion": "2", "text": None}, {"completion_only_loss": False}, "1+ =+ 2+ e+"),
         ({"prompt": "1=", "completion": "2"}, {"completion_length": 4}, "1 = 2+ e+ e+ e+"),
-        ({"messages": "u1 a2 u3 a4"}, {}, ". 1 e = 2+ e+ . 3 e = 4+ e+"),
-        ({"messages": "u1 a2 u3"}, {}, ". 1 e = 2+ e+"),
-        ({"messages": "u1 a2"}, {"assistant_only_loss": False}, ".+ 1+ e+ =+ 2+ e+"),
-        ({"prompt": "u1 a2 u3", "completion": "a4"}, {}, ". 1 e = 2 e . 3 e = 4+ e+"),
+        ({"messages": "u1 a2 u3 a4"}, {}, "1 e . = 2+ e+ . 3 e . = 4+ e+"),
+        ({"messages": "u1 a2 u3"}, {}, "1 e . = 2+ e+"),
+        ({"messages": "u1 a2"}, {"assistant_only_loss": False}, "1+ e+ .+ =+ 2+ e+"),
+        ({"prompt": "u1 a2 u3", "completion": "a4"}, {}, "1 e . = 2 e . 3 e . = 4+ e+"),
     ],
 )
 def test_what_is_learned_of_each_kind_of_row(row, settings, expected):
@@ -361,6 +361,12 @@ def test_longer_rows_are_left_out_and_counted():
     policy = tiny_masked_lm(**SIZES)
     kept = read_examples(tiny_sft(max_length=5), policy, ROWS, "dataset", say=said.append)
     assert len(kept) == 10 and said == ["dataset: 6 of 16 rows are longer than max_length=5 and left out"]
+
+
+def test_another_kind_of_run_is_not_resumed(tmp_path):
+    fine_tune(tiny_sft(tmp_path, num_steps=1))
+    with pytest.raises(ValueError, match="differs from the checkpoint's None; resume with the same recipe"):
+        train(tiny_recipe(tmp_path, name="tiny", resume_from_checkpoint="latest"))
 
 
 def test_a_template_that_rewrites_what_came_before_is_refused():
