@@ -385,3 +385,10 @@ def test_padding_states_are_finite():
     shown = [Shown(torch.full((n,), ONE), torch.zeros(n, dtype=torch.bool), torch.ones(n)) for n in (2, 3, 4)]
     states = hidden_states(policy, laid(policy, shown, [[0, 1], [2]]), packed=True)
     assert states.isfinite().all()
+
+
+def test_each_step_hides_other_tokens():
+    policy, accelerator = tiny_masked_lm(**SIZES), make_accelerator()
+    examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
+    losses = [add_gradients(tiny_sft(), policy, examples, accelerator, "masks", step)[0].item() for step in (0, 1, 1)]
+    assert losses[0] != losses[1] == losses[2]
