@@ -37,6 +37,8 @@ _HOME = {
     "algorithms.optimizers": "adamw adamw_8bit linear_decay",
     "training.loop": "train",
     "training.grpo": "grpo grpo_recipe",
+    "training.sft": "sft",
+    "training.sft_recipe": "SFT",
     "training.main": "main",
     "evaluation.evaluate": "evaluate",
     "diagnostics.doctor": "diagnose",

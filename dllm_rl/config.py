@@ -327,9 +327,9 @@ def _kinds(annotation: Any) -> tuple:
 
 def _read(path: str, annotation: Any, text: str, below: Mapping[str, str] = NOTHING) -> Any:
     """Text as the first of the annotation's types that takes it; `below` is for functions, see `_pick`."""
+    if text == "none" and types.NoneType in _kinds(annotation):
+        return None
     for kind in _kinds(annotation):
-        if kind is types.NoneType and text == "none":
-            return None
         if kind is bool and text in ("true", "false"):
             return text == "true"
         if _is_literal(kind) and text in typing.get_args(kind):

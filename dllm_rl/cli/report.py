@@ -159,7 +159,7 @@ def results(runs: Sequence[Told]) -> str:
         after = run.summary.get("eval_after", {})
         words = Counter(found[0] for row in run.rows if (found := health(known(row))))
         told_health = ", ".join(f"{word} {words[word]}" for word in WORDS if words[word]) or "-"
-        before, name = run.summary.get("eval_before", {}), next((n for n in SOLVED if n in after), "reward")
+        before, name = run.summary.get("eval_before", {}), next((n for n in (*SOLVED, "loss") if n in after), "reward")
         result = f"{before[name]:.3f} → {after[name]:.3f} {name.replace('_', ' ')}" if after and before else "not ended"
         steps = f"{run.rows[-1]['step'] + 1 if run.rows else 0} of {run.recipe.get('num_steps', '?')}"
         seconds = f"{run.summary['seconds']:.0f}" if "seconds" in run.summary else "-"

@@ -46,27 +46,9 @@ def ids_and_blanks(
     if isinstance(prompt, str):
         texts = [prompt] if blank is None else prompt.split(blank)
         return _joined([text_ids(policy, text) for text in texts], [(gap, True)] * (len(texts) - 1))
-    tokenizer = policy.tokenizer
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "prompt is chat messages, but the model's tokenizer has no chat template; give plain text (chat=False)"
-        )
     opening = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
-    asked = prompt[:-1] if opening else prompt
-    # A mark that the template passes on stands for each special token's text, which is put in its place afterwards.
-    specials = [*([] if blank is None else [blank]), *special_texts(tokenizer)]
-    mark = next(c for c in map(chr, range(0xE000, 0xF900)) if not any(c in str(turn["content"]) for turn in prompt))
-    spelled = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
-
-    def hide(text: str) -> str:
-        return spelled.sub(lambda found: f"{mark}{specials.index(found[0])}{mark}", text)
-
-    turns = [turn | {"content": hide(turn["content"])} if isinstance(turn["content"], str) else turn for turn in asked]
-    text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)) + hide(opening)
-    parts = re.split(rf"{mark}(\d+){mark}", text)
-    rendered = [text_ids(policy, part, special=True) for part in parts[::2]]
-    spelled_out = [specials[int(number)] for number in parts[1::2]]
-    return _joined(rendered, [(gap, True) if s == blank else (text_ids(policy, s), False) for s in spelled_out])
+    chat = _Chat(policy, prompt, blank=blank)
+    return chat.ids_and_blanks(chat.rendered(prompt[:-1] if opening else prompt, answered=True) + chat.hide(opening))
 
 
 def _joined(parts: list[list[int]], between: list[tuple[list[int], bool]]) -> tuple[list[int], list[bool]]:
@@ -76,6 +58,70 @@ def _joined(parts: list[list[int]], between: list[tuple[list[int], bool]]) -> tu
         ids += [*more, *part]
         blanks += [blank] * len(more) + [False] * len(part)
     return ids, blanks
+
+
+def conversation_ids(
+    policy: Policy, messages: Sequence[dict[str, Any]], *, since: int = 0
+) -> list[tuple[list[int], bool]]:
+    """Token ids of a conversation, as it was, in pieces; with each, whether an assistant wrote it in the messages from
+    `since` on. A piece of the assistant's begins where `prompt_ids` of what precedes ends, and ends with its turn.
+
+    Raises ValueError as `prompt_ids` does, and where the template writes the beginning of a conversation otherwise than
+    it writes the whole, so that no turn has a place.
+    """
+    chat, turns = _Chat(policy, messages), list(messages)
+    whole, done, pieces = chat.rendered(turns), 0, list[tuple[list[int], bool]]()
+    for i, turn in enumerate(turns):
+        if turn["role"] != "assistant" or i < since:
+            continue
+        before, after = chat.rendered(turns[:i], answered=True), chat.rendered(turns[: i + 1])
+        if not (whole.startswith(after) and after.startswith(before)):
+            raise ValueError(
+                f"messages: the chat template does not write message {i} as the continuation of those before it; give "
+                "a row for each turn, with prompt and completion as text"
+            )
+        pieces += [(chat.ids(whole[done : len(before)]), False), (chat.ids(whole[len(before) : len(after)]), True)]
+        done = len(after)
+    return [*pieces, (chat.ids(whole[done:]), False)]
+
+
+class _Chat:
+    """A tokenizer's chat template, to which what messages spell is text.
+
+    A mark that the template passes on stands for each special token's text, which is put in its place afterwards.
+    """
+
+    def __init__(self, policy: Policy, messages: Sequence[dict[str, Any]], *, blank: str | None = None) -> None:
+        if not policy.tokenizer.chat_template:
+            raise ValueError(
+                "prompt is chat messages, but the model's tokenizer has no chat template; give plain text (chat=False)"
+            )
+        self.policy, self.blank = policy, blank
+        self.specials = [*([] if blank is None else [blank]), *special_texts(policy.tokenizer)]
+        said = [str(turn["content"]) for turn in messages]
+        self.mark = next(c for c in map(chr, range(0xE000, 0xF900)) if not any(c in text for text in said))
+        self.spelled = re.compile("|".join(map(re.escape, self.specials)) or r"(?!)")
+
+    def hide(self, text: str) -> str:
+        """The text, with a mark for each special token that it spells."""
+        return self.spelled.sub(lambda found: f"{self.mark}{self.specials.index(found[0])}{self.mark}", text)
+
+    def rendered(self, messages: Sequence[dict[str, Any]], *, answered: bool = False) -> str:
+        """What the template writes, with marks; `answered`: up to where the assistant's answer begins."""
+        turns = [t | {"content": self.hide(t["content"])} if isinstance(t["content"], str) else t for t in messages]
+        return str(self.policy.tokenizer.apply_chat_template(turns, add_generation_prompt=answered, tokenize=False))
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of what `rendered` and `hide` give."""
+        return self.ids_and_blanks(text)[0]
+
+    def ids_and_blanks(self, text: str) -> tuple[list[int], list[bool]]:
+        """The same, and for each id whether it is a blank."""
+        parts = re.split(rf"{self.mark}(\d+){self.mark}", text)
+        rendered = [text_ids(self.policy, part, special=True) for part in parts[::2]]
+        shown = [self.specials[int(number)] for number in parts[1::2]]
+        gap: list[int] = [] if self.policy.spec.mask_id is None else [self.policy.spec.mask_id]
+        return _joined(rendered, [(gap, True) if s == self.blank else (text_ids(self.policy, s), False) for s in shown])
 
 
 def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:

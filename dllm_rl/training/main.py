@@ -8,10 +8,12 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.finish import Summary
 from dllm_rl.training.loop import train
+from dllm_rl.training.sft import fine_tune
+from dllm_rl.training.sft_recipe import SFT
 
 
-def main(recipe: Recipe) -> Summary:
-    """Train the recipe with what the command line changes of it: the last line of a recipe's script.
+def main(recipe: Recipe | SFT) -> Summary:
+    """Train the recipe, of RL or of SFT, with what the command line changes of it: the last line of a recipe's script.
 
     What is wrong with a setting (ValueError) or a file (OSError) is said in one line, once over all processes where it
     is a setting, and the process exits with 2 or 1. With DLLM_RL_TRACEBACK=1 in the environment they are raised, as
@@ -19,7 +21,7 @@ def main(recipe: Recipe) -> Summary:
     """
     chosen = from_command_line(recipe)
     try:
-        return train(chosen)
+        return fine_tune(chosen) if isinstance(chosen, SFT) else train(chosen)
     except (ValueError, OSError) as error:
         if os.environ.get("DLLM_RL_TRACEBACK") == "1":
             raise

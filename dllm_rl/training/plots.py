@@ -36,7 +36,7 @@ def headline(summary: dict[str, Any]) -> str:
     """Name, seed and result of a run in a line."""
     recipe, before, after = summary.get("recipe", {}), summary.get("eval_before", {}), summary.get("eval_after")
     text = f"{recipe.get('name', 'a run')}, seed {recipe.get('seed', '?')}"
-    name = next((name for name in SOLVED if name in before), "reward")
+    name = next((name for name in (*SOLVED, "reward") if name in before), "loss")
     if name in before:
         result = "not ended" if after is None else f"{after[name]:.3f}"
         problems = f" on {summary['eval_problems']} held-out problems" if "eval_problems" in summary else ""
@@ -91,6 +91,9 @@ def plot(directory: Path) -> Path:
         ("mismatch", "rollout_corr/k3_kl", "", "k3 KL, nats"),
         ("effective sample size", "rollout_corr/ess", "", "share"),
     ]
+    rl = not rows or "reward" in rows[0]
+    if not rl:
+        panels = [("loss", "loss", "eval/loss", "nats a token"), ("gradient norm", "grad_norm", "", "")]
     count = len(panels) + bool(warmup)
     figure, axes = plt.subplots(1, count, figsize=(3.75 * count, 3.4), layout="constrained")
     figure.suptitle(headline(summary), parse_math=False)
@@ -105,8 +108,8 @@ def plot(directory: Path) -> Path:
             label = f"held out: {ends[0]:.3f} → {ends[1]:.3f}"
             axis.plot([0, rows[-1]["step"] + 1], ends, "s", color="tab:red", markersize=6, label=label, clip_on=False)
             axis.legend(fontsize="small", framealpha=0.5)
-        axis.set(title=title, xlabel="RL step", ylabel=unit)
-    for bound in (MILD, STRONG):
+        axis.set(title=title, xlabel="RL step" if rl else "step", ylabel=unit)
+    for bound in (MILD, STRONG) if rl else ():
         axes[-1].axhline(bound, color="gray", linewidth=0.8, linestyle=":")
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -32,6 +32,7 @@ from dllm_rl.training.log import RunLog
 from dllm_rl.training.prompts import check_prompts, choose
 from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import check_compiled, wanted_parts
+from dllm_rl.training.sft_recipe import SFT
 from dllm_rl.training.stop import Stop, ended_by_launcher
 from dllm_rl.training.trackers import check_trackers, start_trackers
 from dllm_rl.training.warmup import warm_up
@@ -127,14 +128,14 @@ def start(recipe: Recipe) -> Run:
     return run
 
 
-def check_processes(recipe: Recipe, accelerator: Accelerator) -> None:
+def check_processes(recipe: Recipe | SFT, accelerator: Accelerator) -> None:
     """Raise ValueError where the launch cannot run the recipe."""
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
             f"distributed_type={accelerator.distributed_type.value} is not supported by train(); use MULTI_GPU"
         )
     for name in ("train_batch_size", "warmup_batch_size"):
-        if getattr(recipe, name) % accelerator.num_processes:
+        if getattr(recipe, name, 0) % accelerator.num_processes:
             raise ValueError(
                 f"{name}={getattr(recipe, name)} must be a multiple of the {accelerator.num_processes} processes"
             )
@@ -174,7 +175,7 @@ def resumed_policy(recipe: Recipe, folder: Path, state: dict[str, Any], accelera
     return policy
 
 
-def make_policy(recipe: Recipe, device: torch.device) -> Policy:
+def make_policy(recipe: Recipe | SFT, device: torch.device) -> Policy:
     """The recipe's model: a checkpoint, a copy of a policy, or what its function makes, from the run's seed where that
     takes one."""
     if isinstance(recipe.model, str):
@@ -188,16 +189,16 @@ def make_policy(recipe: Recipe, device: torch.device) -> Policy:
     return configured(recipe, policy)
 
 
-def configured(recipe: Recipe, policy: Policy) -> Policy:
+def configured(recipe: Recipe | SFT, policy: Policy) -> Policy:
     """The policy with the recipe's settings of how it computes. Raises ValueError on one that it cannot have."""
     policy.float32_head, policy.gradient_checkpointing = recipe.float32_head, recipe.gradient_checkpointing
     for setting in ("gradient_checkpointing", "torch_compile"):
-        if getattr(recipe, setting):
+        if getattr(recipe, setting, False):
             blocks_of(policy.module, setting)
     return policy
 
 
-def opened(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
+def opened(recipe: Recipe | SFT, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
     """The policy in a folder of this run; a module that is not transformers' is made anew as the recipe says."""
     if (folder / "config.json").exists():
         return configured(recipe, load_policy(folder, dtype=dtype, device=device))
@@ -218,7 +219,7 @@ def rehearsed(recipe: Recipe, accelerator: Accelerator) -> Policy:
     return policy
 
 
-def make_optimizer(recipe: Recipe, policy: Policy) -> torch.optim.Optimizer:
+def make_optimizer(recipe: Recipe | SFT, policy: Policy) -> torch.optim.Optimizer:
     trainable = [p for p in policy.module.parameters() if p.requires_grad]
     betas = (recipe.adam_beta1, recipe.adam_beta2)
     return recipe.optim(trainable, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
@@ -288,7 +289,7 @@ def checkpoint_if_due(run: Run, step: int) -> None:
     run.log.entered = ""
 
 
-def how_to_continue(recipe: Recipe) -> str:
+def how_to_continue(recipe: Recipe | SFT) -> str:
     return f"continue with --resume_from_checkpoint latest --output_dir {recipe.directory}"
 
 

@@ -20,10 +20,12 @@ from accelerate import Accelerator
 from dllm_rl.files import remove, unlock
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import interactive
+from dllm_rl.training.sft_recipe import SFT
 
 # SIGUSR1 is what SLURM's --signal=USR1@SECONDS warns with.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 Returned = TypeVar("Returned")
+Record = TypeVar("Record", bound=Recipe | SFT)
 PR_SET_PDEATHSIG = 1
 LOCK = ".lock"
 
@@ -105,11 +107,11 @@ def ended_by_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def leaving_nothing_behind(train: Callable[[Recipe], Returned]) -> Callable[[Recipe], Returned]:
+def leaving_nothing_behind(train: Callable[[Record], Returned]) -> Callable[[Record], Returned]:
     """`train`, after which the signals do what they did before and the run's folder is free, however it ends."""
 
     @wraps(train)
-    def wrapped(recipe: Recipe) -> Returned:
+    def wrapped(recipe: Record) -> Returned:
         main = threading.current_thread() is threading.main_thread()
         timer = [signal.SIGALRM] if hasattr(signal, "SIGALRM") else []
         before = {number: signal.getsignal(number) for number in [*SIGNALS, *timer]} if main else {}

@@ -9,9 +9,10 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.folder import settings_of
+from dllm_rl.training.sft_recipe import SFT
 
 
-def check_trackers(recipe: Recipe) -> None:
+def check_trackers(recipe: Recipe | SFT) -> None:
     """Raise ValueError where a tracker's package is not installed."""
     there = set(map(str, get_available_trackers()))
     for name in recipe.trackers:
@@ -21,7 +22,7 @@ def check_trackers(recipe: Recipe) -> None:
             )
 
 
-def start_trackers(recipe: Recipe, accelerator: Accelerator, *, start: int) -> list[GeneralTracker]:
+def start_trackers(recipe: Recipe | SFT, accelerator: Accelerator, *, start: int) -> list[GeneralTracker]:
     """The recipe's trackers, on the main process: the project is the recipe's name, the run its folder's. Raises
     ValueError on one that does not start, as where nobody is logged in."""
     run = Path(recipe.directory).name

@@ -19,6 +19,7 @@ SHOWN = {
     "rewards/accuracy/mean": "correct",
     "eval/solve_rate": "held-out",
     "eval/accuracy": "held-out",
+    "eval/loss": "held-out loss",
 }
 BLOCKS = "▁▂▃▄▅▆▇█"
 COLOURS = {"healthy": "green", "mild": "yellow"}
@@ -104,7 +105,8 @@ def sparkline(values: Sequence[float], *, width: int = 30) -> str:
 def one_line(metrics: dict[str, float]) -> str:
     """The few numbers worth a look while a run goes on, and the `health` of the step, with its reason where it is not
     healthy."""
-    known = SHOWN | {name: name.removeprefix("warmup/") for name in metrics if name.startswith("warmup/")}
+    plain = {} if "reward" in metrics else {"loss": "loss"}  # of GRPO's it says nothing
+    known = plain | SHOWN | {name: name.removeprefix("warmup/") for name in metrics if name.startswith("warmup/")}
     said = [f"{short} {metrics[name]:.3g}" for name, short in known.items() if name in metrics]
     if found := health(metrics):
         said.append(found[0] if found[0] == "healthy" else f"mismatch {found[0]} ({found[1]})")
