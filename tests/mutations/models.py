@@ -195,7 +195,7 @@ MUTATIONS = [
         ("rollout.logprobs.exp()", "rollout.logprobs", "cli/test_sample.py"),
         (".exp().nan_to_num(0.0)", ".exp()", "training/test_completions.py"),
         ("blanks += [blank] * len(more)", "blanks += [False] * len(more)", "models/test_tokens.py"),
-        ("(gap, True) if s == blank else", "(gap, True) if not s else", "models/test_tokens.py"),
+        ("(gap, True) if s == self.blank else", "(gap, True) if not s else", "models/test_tokens.py"),
         ("max((i + 1 for i, own", "max((0 for i, own", "models/test_tokens.py"),
         ("problems[i // group].blank is None", "problems[0].blank is None", "models/test_tokens.py"),
     ),
