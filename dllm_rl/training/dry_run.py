@@ -137,9 +137,11 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
                    tokenizer is known, else 256.
     """
     policy = meta_policy(recipe)
-    if prompt_tokens is None:
+    if prompt_tokens is None and policy.tokenizer is None:
+        prompt_tokens = 256  # no task is opened: its data may not be here
+    elif prompt_tokens is None:
         first = recipe.task[0]
-        prompt_tokens = len(prompt_ids(policy, first.prompt, first.blank)) if policy.tokenizer else 256
+        prompt_tokens = len(prompt_ids(policy, first.prompt, first.blank))
     check(recipe, policy, prompt_tokens)
     trainable = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
     parts = memory(recipe, policy, prompt_tokens)
