@@ -25,8 +25,38 @@ def _(help: str, default: Any = MISSING, *, pick: str | None = None, like: Calla
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
+class Settings:
+    """What follows from the fields that every record of a run has."""
+
+    name: str
+    seed: int
+    num_steps: int
+    lr_schedule_steps: int | None
+    output_dir: str | None
+    report_to: str | None
+
+    @property
+    def directory(self) -> str:
+        return self.output_dir or f"runs/{self.name}-seed{self.seed}"
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `report_to`."""
+        return [] if self.report_to is None else [name.strip() for name in self.report_to.split(",")]
+
+    def check_settings(self) -> None:
+        """Raise ValueError on what no record may hold in these fields."""
+        if unknown := [name for name in self.trackers if name not in TRACKERS]:
+            raise ValueError(f"report_to={unknown[0]!r} is not known; use {', '.join(TRACKERS)}, or none")
+
+    @property
+    def schedule_steps(self) -> int:
+        """The horizon of the learning-rate schedule, steps."""
+        return self.lr_schedule_steps or self.num_steps
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Recipe:
+class Recipe(Settings):
     """What is trained, and how. Names are TRL's and verl's where the meaning is the same."""
 
     name: str = _("name of the run, and of its folder below runs/")
@@ -162,6 +192,7 @@ class Recipe:
     overwrite_output_dir: bool = _("delete the run that output_dir holds", False)
 
     def __post_init__(self) -> None:
+        self.check_settings()
         positive = ("train_batch_size", "num_generations", "num_iterations", "warmup_batch_size", "warmup_eval_steps")
         for name in (
             *positive,
@@ -198,9 +229,6 @@ class Recipe:
         for name, known in (("verify_checkpoint", ("full", "quick")), ("on_save_error", ("stop", "continue"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; use {known[0]!r} or {known[1]!r}")
-        unknown = [name for name in self.trackers if name not in TRACKERS]
-        if unknown:
-            raise ValueError(f"report_to={unknown[0]!r} is not known; use {', '.join(TRACKERS)}, or none")
         if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
             raise ValueError(f"dtype={self.dtype!r} is not known; use 'float32', 'bfloat16', 'float16' or 'auto'")
         if self.dtype == "float16" and self.lora is None and self.optim is adamw:
@@ -245,20 +273,6 @@ class Recipe:
         """The fields that are not at their default, one a line."""
         chosen = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
         return "Recipe(\n" + "".join(f"    {name}={describe(value)},\n" for name, value in chosen) + ")"
-
-    @property
-    def directory(self) -> str:
-        return self.output_dir or f"runs/{self.name}-seed{self.seed}"
-
-    @property
-    def trackers(self) -> list[str]:
-        """The names in `report_to`."""
-        return [] if self.report_to is None else [name.strip() for name in self.report_to.split(",")]
-
-    @property
-    def schedule_steps(self) -> int:
-        """The horizon of the learning-rate schedule, RL steps."""
-        return self.lr_schedule_steps or self.num_steps
 
     @property
     def aggregation(self) -> Callable:

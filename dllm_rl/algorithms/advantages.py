@@ -53,11 +53,9 @@ def decoupled(
     eps      added to both standard deviations
     """
     there = ~parts.isnan()
-    count, numbers = there.sum(-1, keepdim=True), parts.nan_to_num(0.0)
-    centred = torch.where(there, numbers - numbers.sum(-1, keepdim=True) / count.clamp(min=1), 0)
-    largest = torch.where(there, parts, -torch.inf).amax(-1, keepdim=True)
-    smallest = torch.where(there, parts, torch.inf).amin(-1, keepdim=True)
-    centred = torch.where(largest > smallest, centred, 0)  # exactly 0, where the mean of equal ones may be rounded
+    count, mean = there.sum(-1, keepdim=True), parts.nanmean(-1, keepdim=True)
+    # Exactly 0 also where all are equal, whose mean may be rounded.
+    centred = torch.where(there & _differ(parts)[..., None], parts - mean, 0)
     std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     total = (weights[:, None, None] * centred / (std + eps)).sum(0)
     return total / (_std(rearrange(total, "p g -> (p g)"), dim=0) + eps)
@@ -71,15 +69,22 @@ def takes_parts(advantages: Callable) -> bool:
 
 def informative(rewards: Float[Tensor, "P G *K"]) -> Bool[Tensor, " P"]:
     """Groups whose rewards are not all equal: the others have advantage 0 and teach nothing (DAPO's dynamic sampling
-    draws prompts until enough groups are informative [paper]). A group of one is not; a reward that is NaN everywhere
-    tells nothing apart."""
-    numbers = rewards.nan_to_num(0.0)
-    return (numbers != numbers[:, :1]).flatten(1).any(-1)
+    draws prompts until enough groups are informative [paper]). A group of one is not. Of K rewards one that differs is
+    enough; NaN (it does not apply) differs from nothing."""
+    return _differ(rearrange(rewards, "p g ... -> p (...) g")).any(-1)
+
+
+def _differ(rewards: Float[Tensor, "*S G"]) -> Bool[Tensor, "*S"]:
+    """Whether a group's rewards, of those that apply, are not all equal."""
+    there = ~rewards.isnan()
+    largest = torch.where(there, rewards, -torch.inf).amax(-1)
+    return largest > torch.where(there, rewards, torch.inf).amin(-1)
 
 
 def _centred(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """R - the group's mean; exactly 0 where all of a group's rewards are equal, whose mean may be rounded."""
-    return torch.where(informative(rewards)[:, None], rewards - rewards.mean(-1, keepdim=True), 0)
+    """R - the group's mean; exactly 0 where a group's rewards are equal, whose mean may be rounded. NaN stays NaN."""
+    equal = (rewards == rewards[:, :1]).all(-1, keepdim=True)
+    return torch.where(equal, 0, rewards - rewards.mean(-1, keepdim=True))
 
 
 def _std(rewards: Tensor, *, dim: int) -> Tensor:

@@ -119,8 +119,8 @@ function draw() {
     const known = token.step >= 0 && token.step < now;
     cell.textContent = known ? (token.text.replace(/\\n/g, "\\u21b5\\n") || "\\u2205") : "\\u2592";
     cell.className = "cell" + (known ? (token.step === now - 1 ? " fresh" : "") : " masked");
-    cell.style.background = known ? colour(by === "step" ? token.step / Math.max(1, last - 1) : token.probability) : "";
-    cell.title = known ? "token " + token.id + ", step " + (token.step + 1) + ", probability " + token.probability.toFixed(3) : "masked";
+    cell.style.background = known ? colour(by === "step" ? token.step / Math.max(1, last - 1) : token.probability ?? 0) : "";
+    cell.title = known ? "token " + token.id + ", step " + (token.step + 1) + ", probability " + (token.probability?.toFixed(3) ?? "not a number") : "masked";
   }
 }
 slider.addEventListener("input", draw);

@@ -1,5 +1,6 @@
 """Between text and tokens: problems -> Prompts, Rollout -> completions."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -186,17 +187,17 @@ def before_end(policy: Policy, ids: list[int]) -> list[int]:
 
 def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]]]:
     """For each row every token of its completion, as plain data: id, text, the step that committed it and its
-    probability as sampled, 0 where that is not a number; tokens left masked have step -1."""
+    probability as sampled, None where that is no number; tokens left masked have step -1."""
     chosen = rollout.completion_mask.any(0)
     width, rows = int(chosen.nonzero()[0]) if chosen.any() else len(chosen), []
-    parts = (rollout.tokens, rollout.unmask_step, rollout.logprobs.exp().nan_to_num(0.0))
+    parts = (rollout.tokens, rollout.unmask_step, rollout.logprobs.exp())
     for ids, steps, probabilities in zip(*(part.tolist() for part in parts), strict=True):
         kept = [j for j in range(width, len(ids)) if steps[j] >= 0 or ids[j] == policy.spec.mask_id]
         texts = [policy.tokenizer.decode([ids[j]]) for j in kept]
         rows.append(
             [
-                {"id": ids[j], "text": text, "step": steps[j], "probability": probabilities[j]}
-                for j, text in zip(kept, texts, strict=True)
+                {"id": ids[j], "text": text, "step": steps[j], "probability": p if math.isfinite(p) else None}
+                for j, text, p in zip(kept, texts, (probabilities[j] for j in kept), strict=True)
             ]
         )
     return rows

@@ -26,6 +26,7 @@ def log_completions(
     step: int,
     answers: list[Answer],
     rollout: Rollout,
+    *,
     noise: Noise,
     logps: Logprobs,
     advantages: Float[Tensor, "P G"],

@@ -16,10 +16,8 @@ from dllm_rl.training.stop import leaving_nothing_behind
 @leaving_nothing_behind
 @leaving_a_dump
 def train(recipe: Recipe) -> Summary:
-    """Run a recipe; returns what its summary.json holds, and as an attribute the policy that it trained.
-
-    Raises ValueError, before any work, on a recipe that cannot run.
-    """
+    """Run a recipe; returns what its summary.json holds, and as an attribute the policy that it trained. Raises
+    ValueError, before any work, on a recipe that cannot run."""
     if recipe.dry_run:
         print(escape_controls(text := plan(recipe), keep="\n"))
         return Summary({"plan": text})
@@ -42,7 +40,7 @@ def train(recipe: Recipe) -> Summary:
 
         metrics = sampling | mismatch | learning | synced | validate(run, step)
         log.write(step, metrics)
-        log_completions(run, step, answers, rollout, noise, logps, advantages)
+        log_completions(run, step, answers, rollout, noise=noise, logps=logps, advantages=advantages)
         run.progress(metrics, show=(step + 1) % recipe.logging_steps == 0 or step + 1 == recipe.num_steps)
         checkpoint_if_due(run, step)  # every save_steps, after the last step, and on a signal, which ends the run here
     return finish(run)

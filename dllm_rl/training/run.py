@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,37 +57,16 @@ class Run:
 
 def start(recipe: Recipe) -> Run:
     """A run at its first step: fresh, warmed up and evaluated, or as a checkpoint left it. Raises ValueError."""
-    ended_by_launcher()
     if recipe.zero_mismatch:
         prepare_workspace()
     check_compiled(recipe)
-    check_trackers(recipe)
     check_hub(recipe)
-    accelerator = make_accelerator(
-        timeout=recipe.collective_timeout,
-        log_with=recipe.trackers,
-        directory=str(Path(recipe.directory) / "tensorboard"),
-    )
-    stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
-    stop.last_words = "stopped before the first step: nothing new was saved; start again with the same command"
-    check_processes(recipe, accelerator)
+    accelerator, stop = launch(recipe)
     folder, notes = from_main(partial(open_folder, recipe), accelerator)
     made = None if folder else rehearsed(recipe, accelerator)  # before anything is written or deleted
     from_main(partial(clear_folder, recipe), accelerator)
     state: dict[str, Any] = checkpoint.read_state(folder) if folder else {"step": 0}
-    patient = recipe.on_save_error == "continue"
-    log = RunLog(
-        Path(recipe.directory),
-        start=state["step"],
-        main=accelerator.is_main_process,
-        patient=patient,
-        completions=bool(recipe.log_completions_steps),
-        trackers=start_trackers(recipe, accelerator, start=state["step"]),
-    )
-    for note in notes:
-        log.say(note)
-    if recipe.resume_from_checkpoint:
-        log.say(f"resuming from {folder}" if folder else "no checkpoint yet: starting from the beginning")
+    log = open_log(recipe, accelerator, state["step"], [*notes, *told_of(recipe, folder)])
     for caution in cautions(recipe):
         log.say(f"warning: {caution}")
     history: dict[str, Any] = {"begun": time.perf_counter(), "seconds": 0.0, "whole": state["step"]}
@@ -126,6 +105,43 @@ def start(recipe: Recipe) -> Run:
         save(run, 0)
     stop.last_words, stop.overdue, log.entered = None, partial(save_at_once, run), ""
     return run
+
+
+def launch(recipe: Recipe | SFT) -> tuple[Accelerator, Stop]:
+    """The launch's processes, and what ends the run on a signal. Raises ValueError where they cannot run the recipe."""
+    ended_by_launcher()
+    check_trackers(recipe)
+    accelerator = make_accelerator(
+        timeout=recipe.collective_timeout,
+        log_with=recipe.trackers,
+        directory=str(Path(recipe.directory) / "tensorboard"),
+    )
+    stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
+    stop.last_words = "stopped before the first step: nothing new was saved; start again with the same command"
+    check_processes(recipe, accelerator)
+    return accelerator, stop
+
+
+def open_log(recipe: Recipe | SFT, accelerator: Accelerator, start: int, notes: Sequence[str]) -> RunLog:
+    """The run's files and trackers, from step `start` on, and `notes` said."""
+    log = RunLog(
+        Path(recipe.directory),
+        start=start,
+        main=accelerator.is_main_process,
+        patient=recipe.on_save_error == "continue",
+        completions=bool(getattr(recipe, "log_completions_steps", 0)),
+        trackers=start_trackers(recipe, accelerator, start=start),
+    )
+    for note in notes:
+        log.say(note)
+    return log
+
+
+def told_of(recipe: Recipe | SFT, folder: Path | None) -> list[str]:
+    """What is said of a resume."""
+    if not recipe.resume_from_checkpoint:
+        return []
+    return [f"resuming from {folder}" if folder else "no checkpoint yet: starting from the beginning"]
 
 
 def check_processes(recipe: Recipe | SFT, accelerator: Accelerator) -> None:
@@ -318,34 +334,47 @@ def save(run: Run, step: int) -> None:
 def write_checkpoint(run: Run, step: int) -> Path | None:
     """Returns the checkpoint, or None where it could not be written and the run is to go on."""
     recipe, history, directory = run.recipe, run.history, Path(run.recipe.directory)
-    run.log.flush()
     state = {
-        "dtype": str(next(run.policy.module.parameters()).dtype).removeprefix("torch."),
-        "stages": run.log.seconds,
         "seconds": history["seconds"] + time.perf_counter() - history["begun"],
         "eval_before": history["eval_before"],
         "warmup_steps": history["warmup_steps"],
-        "recipe": settings_of(recipe),
     }
     kept = history["warmup_steps"] if recipe.lora is not None else recipe.beta
     if kept and (directory / "reference" / manifest.NAME).exists():
         state["reference"] = manifest.read(directory / "reference")["sha256"]
+    told = card(recipe, step=step, evaluations={"before RL": history["eval_before"]}, metrics=run.log.last)
+    folder = write_state(recipe, run.accelerator, step, state, held=(run.log, run.policy, run.optimizer), card=told)
+    history["saved"] = step if folder else history.get("saved")
+    return folder
+
+
+def write_state(
+    recipe: Recipe | SFT,
+    accelerator: Accelerator,
+    step: int,
+    state: dict[str, Any],
+    *,
+    held: tuple[RunLog, Policy, torch.optim.Optimizer],
+    card: str | None = None,
+) -> Path | None:
+    """Write what the run holds as a checkpoint; returns it, or None where that failed and the run is to go on."""
+    log, policy, optimizer = held
+    log.flush()
+    dtype = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
     try:
-        folder = checkpoint.save(
-            directory / "checkpoints",
+        return checkpoint.save(
+            Path(recipe.directory) / "checkpoints",
             step,
-            run.policy,
-            run.optimizer,
-            state,
+            policy,
+            optimizer,
+            {"dtype": dtype, "stages": log.seconds, **state, "recipe": settings_of(recipe)},
             keep=recipe.save_total_limit,
-            processes=run.accelerator.num_processes,
+            processes=accelerator.num_processes,
             versions=versions(),
-            card=card(recipe, step=step, evaluations={"before RL": history["eval_before"]}, metrics=run.log.last),
+            card=card,
         )
     except OSError as error:
         if recipe.on_save_error == "stop":
             raise
-        run.log.say(f"warning: {error.strerror}")
+        log.say(f"warning: {error.strerror}")
         return None
-    history["saved"] = step
-    return folder

@@ -12,14 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dllm_rl.distributed import (
-    from_main,
-    machine,
-    make_accelerator,
-    reduce_metrics,
-    sum_gradients,
-    versions,
-)
+from dllm_rl.distributed import from_main, machine, reduce_metrics, sum_gradients
 from dllm_rl.files import write_json
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import add_lora, load_adapter
@@ -30,9 +23,18 @@ from dllm_rl.training.finish import Summary
 from dllm_rl.training.folder import clear_folder, open_folder, settings_of
 from dllm_rl.training.grpo import HELD_OUT
 from dllm_rl.training.log import RunLog
-from dllm_rl.training.run import check_processes, how_to_continue, make_optimizer, make_policy, opened
+from dllm_rl.training.run import (
+    how_to_continue,
+    launch,
+    make_optimizer,
+    make_policy,
+    open_log,
+    opened,
+    told_of,
+    write_state,
+)
 from dllm_rl.training.sft_recipe import SFT
-from dllm_rl.training.stop import Stop, ended_by_launcher, leaving_nothing_behind
+from dllm_rl.training.stop import Stop, leaving_nothing_behind
 from dllm_rl.training.supervised import (
     Example,
     Layout,
@@ -43,7 +45,6 @@ from dllm_rl.training.supervised import (
     show,
     weighted_loss,
 )
-from dllm_rl.training.trackers import check_trackers, start_trackers
 from dllm_rl.training.warmup import draw_levels
 
 VIEWS = 4  # masks that a diffusion model's held-out loss takes of each row
@@ -80,16 +81,7 @@ class State:
 @leaving_nothing_behind
 def fine_tune(recipe: SFT) -> Summary:
     """Run a recipe of SFT. Raises ValueError, before any work, on one that cannot run."""
-    ended_by_launcher()
-    check_trackers(recipe)
-    accelerator = make_accelerator(
-        timeout=recipe.collective_timeout,
-        log_with=recipe.trackers,
-        directory=str(Path(recipe.directory) / "tensorboard"),
-    )
-    stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
-    stop.last_words = "stopped before the first step: nothing new was saved; start again with the same command"
-    check_processes(recipe, accelerator)
+    accelerator, stop = launch(recipe)
     recipe = read_datasets(recipe)
     folder, notes = from_main(partial(open_folder, recipe), accelerator)
     policy = _policy(recipe, accelerator, folder)
@@ -170,17 +162,7 @@ def _begin(recipe: SFT, accelerator: Accelerator, policy: Policy, folder: Path |
     state: dict[str, Any] = checkpoint.read_state(folder) if folder else {"step": 0}
     optimizer = make_optimizer(recipe, policy)
     from_main(partial(clear_folder, recipe), accelerator)
-    log = RunLog(
-        Path(recipe.directory),
-        start=state["step"],
-        main=accelerator.is_main_process,
-        patient=recipe.on_save_error == "continue",
-        trackers=start_trackers(recipe, accelerator, start=state["step"]),
-    )
-    for note in notes:
-        log.say(note)
-    if recipe.resume_from_checkpoint:
-        log.say(f"resuming from {folder}" if folder else "no checkpoint yet: starting from the beginning")
+    log = open_log(recipe, accelerator, state["step"], [*notes, *told_of(recipe, folder)])
     run = State(recipe, accelerator, log, policy, optimizer, begun=time.perf_counter())
     if folder:
         policy.version, log.seconds = state["version"], state["stages"]
@@ -211,8 +193,7 @@ def take_step(run: State, examples: Sequence[Example], step: int) -> dict[str, f
         trained = [p for p in policy.module.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
         shares = {"loss": (loss, torch.ones_like(loss)), "grad_norm": (norm, torch.ones_like(norm))}
-        shares = {name: (a.cpu(), b.cpu()) for name, (a, b) in shares.items()} | {"frac_padding": padding}
-        metrics = reduce_metrics(shares, accelerator)
+        metrics = reduce_metrics(shares, accelerator) | reduce_metrics({"frac_padding": padding}, accelerator)
     if not math.isfinite(metrics["grad_norm"]):
         raise FloatingPointError(f"gradient norm is {metrics['grad_norm']} at step {step}; the update was not applied")
     with run.log.stage("update"):
@@ -232,22 +213,23 @@ def add_gradients(
 
     chosen  the examples of all processes; their masks follow from (seed, *key), whatever the layout.
     """
-    loss, places, filled = torch.zeros((), device=policy.device), 0, 0
-    parts, total = _parts(recipe, policy, chosen, accelerator, recipe.micro_batch_size, *key)
+    loss, places = torch.zeros((), device=policy.device), 0
+    parts, total, filled = _parts(recipe, policy, chosen, accelerator, recipe.micro_batch_size, *key)
     for part in parts:
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16):
             share = weighted_loss(policy, part, packed=recipe.packing) / total
         if share.requires_grad:  # else nothing was hidden
             share.backward()
         loss += share.detach()
-        places, filled = places + part.segment.numel(), filled + int((part.segment > 0).sum())
+        places += part.segment.numel()
     return loss, (torch.tensor(float(places - filled)), torch.tensor(float(places)))
 
 
 def _parts(
     recipe: SFT, policy: Policy, examples: Sequence[Example], accelerator: Accelerator, size: int | None, *key: object
-) -> tuple[Iterator[Layout], int]:
-    """This process's examples with their masks, laid out in rows, `size` rows at a time, and what divides the loss."""
+) -> tuple[Iterator[Layout], int, int]:
+    """This process's examples with their masks, laid out in rows, `size` rows at a time; what divides the loss; how
+    many tokens they have."""
     causal = policy.spec.attention == "causal"
     longest = max(int(one.learned.sum()) for one in examples)
     levels, uniforms = draw_levels(generator_for(recipe.seed, *key), len(examples), longest)
@@ -257,14 +239,15 @@ def _parts(
     rows = pack(lengths, recipe.max_length) if recipe.packing else [[i] for i in range(len(mine))]
     size = size or max(1, len(rows))
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return (lay_out(mine, chunk, pad_id=policy.pad_id, device=policy.device) for chunk in chunks), total
+    layouts = (lay_out(mine, chunk, pad_id=policy.pad_id, device=policy.device) for chunk in chunks)
+    return layouts, total, sum(lengths)
 
 
 @torch.no_grad()
 def held_out_loss(recipe: SFT, policy: Policy, examples: Sequence[Example], accelerator: Accelerator) -> float:
     """The loss over all examples, nats: the same masks at every call, VIEWS of each row for a diffusion model."""
     views = 1 if policy.spec.attention == "causal" else VIEWS
-    parts, total = _parts(recipe, policy, [*examples] * views, accelerator, recipe.eval_batch_size, "sft held-out")
+    parts, total, _ = _parts(recipe, policy, [*examples] * views, accelerator, recipe.eval_batch_size, "sft held-out")
     loss = torch.zeros((), dtype=torch.float64)
     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16):
         for part in parts:
@@ -281,32 +264,10 @@ def save(run: State, step: int) -> None:
 
 def write_checkpoint(run: State, step: int) -> Path | None:
     """Returns the checkpoint, or None where it could not be written and the run is to go on."""
-    recipe = run.recipe
-    run.log.flush()
-    state = {
-        "dtype": str(next(run.policy.module.parameters()).dtype).removeprefix("torch."),
-        "stages": run.log.seconds,
-        "seconds": run.seconds + time.perf_counter() - run.begun,
-        "eval_before": {"loss": run.before},
-        "recipe": settings_of(recipe),
-    }
-    try:
-        folder = checkpoint.save(
-            Path(recipe.directory) / "checkpoints",
-            step,
-            run.policy,
-            run.optimizer,
-            state,
-            keep=recipe.save_total_limit,
-            processes=run.accelerator.num_processes,
-            versions=versions(),
-        )
-    except OSError as error:
-        if recipe.on_save_error == "stop":
-            raise
-        run.log.say(f"warning: {error.strerror}")
-        return None
-    run.saved = step
+    state = {"seconds": run.seconds + time.perf_counter() - run.begun, "eval_before": {"loss": run.before}}
+    held = (run.log, run.policy, run.optimizer)
+    folder = write_state(run.recipe, run.accelerator, step, state, held=held)
+    run.saved = step if folder else run.saved
     return folder
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from dllm_rl.config import describe
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import Lora
-from dllm_rl.recipe import TRACKERS, Recipe
+from dllm_rl.recipe import Recipe, Settings
 
 _OF_RL = {f.name: f for f in fields(Recipe)}
 
@@ -23,7 +23,7 @@ def _same(name: str, **changed: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class SFT:
+class SFT(Settings):
     """What is shown to a model, and how. Names are TRL's where the meaning is the same."""
 
     name: str = _same("name")
@@ -80,6 +80,7 @@ class SFT:
     overwrite_output_dir: bool = _same("overwrite_output_dir")
 
     def __post_init__(self) -> None:
+        self.check_settings()
         least = {"train_batch_size": 1, "eval_batch_size": 1, "logging_steps": 1, "save_steps": 1}
         least |= {"save_total_limit": 1, "max_length": 2, "num_steps": 0, "eval_steps": 0}
         for name, bound in least.items():
@@ -94,9 +95,6 @@ class SFT:
         for name in ("weight_decay", "stop_seconds"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        unknown = [name for name in self.trackers if name not in TRACKERS]
-        if unknown:
-            raise ValueError(f"report_to={unknown[0]!r} is not known; use {', '.join(TRACKERS)}, or none")
         if self.dtype == "float16" and self.lora is None:
             raise ValueError("dtype='float16' needs lora; or use 'bfloat16' or 'float32'")
         if self.base_quantization is not None and self.lora is None:
@@ -109,20 +107,6 @@ class SFT:
         chosen = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not f.default]
         shown = [(name, value) for name, value in chosen if "dataset" not in name or isinstance(value, str)]
         return "SFT(\n" + "".join(f"    {name}={describe(value)},\n" for name, value in shown) + ")"
-
-    @property
-    def directory(self) -> str:
-        return self.output_dir or f"runs/{self.name}-seed{self.seed}"
-
-    @property
-    def trackers(self) -> list[str]:
-        """The names in `report_to`."""
-        return [] if self.report_to is None else [name.strip() for name in self.report_to.split(",")]
-
-    @property
-    def schedule_steps(self) -> int:
-        """The horizon of the learning-rate schedule, steps."""
-        return self.lr_schedule_steps or self.num_steps
 
 
 SFT.__doc__ = f"{SFT.__doc__}\n\n" + "\n".join(f"{f.name:22}  {f.metadata['help']}" for f in fields(SFT))

@@ -206,8 +206,8 @@ def check_packing(policy: Policy) -> None:
     options: dict[str, Any] = {"pad_id": policy.pad_id, "device": policy.device}
     try:
         together = hidden_states(policy, lay_out(alone, [[0, 1]], **options), packed=True)[0].float()
-    except Exception as error:  # of any kind: the module's own
-        raise ValueError(f"packing=True: {type(policy.module).__name__} takes no mask of four axes: {error}") from None
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        raise ValueError(f"packing=True: {type(policy.module).__name__} takes no mask of four axes: {error}") from error
     apart = [hidden_states(policy, lay_out(alone, [[i]], **options), packed=False)[0].float() for i in (0, 1)]
     tolerance = 1e-4 if next(policy.module.parameters()).dtype == torch.float32 else 0.1
     if not torch.allclose(together, torch.cat(apart), rtol=tolerance, atol=tolerance):

@@ -127,3 +127,13 @@ def test_a_group_is_informative_where_any_reward_tells_completions_apart():
         [[[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]], [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]]
     )  # value, and two rewards
     assert informative(same_sum).tolist() == [True, False] and informative(same_sum[..., 0]).tolist() == [False, False]
+
+
+def test_nan_is_never_taken_for_a_number():
+    """A reward that does not apply tells nothing apart from those that do; an advantage of NaN is NaN."""
+    nan = float("nan")
+    parts = tensor([[[1.0, nan], [1.0, 0.5], [1.0, 0.5]], [[1.0, nan], [1.0, 0.5], [1.0, 0.2]]])
+    assert informative(parts).tolist() == [False, True]
+    assert informative(tensor([[nan, 1.0, 1.0], [nan, nan, nan]])).tolist() == [False, False]
+    for function in (group_relative, leave_one_out):
+        assert function(tensor([[nan, 1.0, 1.0]])).isnan().all() and function(tensor([[nan, nan]])).isnan().all()

@@ -43,6 +43,21 @@ def tiny_recipe_ar(directory, **changes):
     )
 
 
+class Wrapped:
+    """Another task's problems; a subclass grades them."""
+
+    name, version = "wrapped", "1"
+
+    def __init__(self, task):
+        self.task = task
+
+    def __len__(self):
+        return len(self.task)
+
+    def __getitem__(self, index):
+        return self.task[index]
+
+
 class OddPuzzles:
     """Sudoku, but only every other prompt tells completions apart: the rest are all worth 1."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import metrics_of
-from tiny_recipe import SIZES, tiny_recipe
+from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms.correctors import compose, none, reject, tis
@@ -320,19 +320,10 @@ def test_the_model_is_made_from_the_runs_seed(tmp_path):
     assert torch.equal(flat(planted.weights[0], planted.weights[0]), seven) and not torch.equal(seven, three)
 
 
-class Ones:
+class Ones(Wrapped):
     """Rewards the share of the digit 1 in a completion."""
 
-    name, version = "ones", "1"
-
-    def __init__(self, task):
-        self.task = task
-
-    def __len__(self):
-        return len(self.task)
-
-    def __getitem__(self, index):
-        return self.task[index]
+    name = "ones"
 
     def reward(self, problem, completion):
         return Reward(completion.count("1") / 16, True, {"solve_rate": float(set(completion) == {"1"})})

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from tiny_recipe import SIZES, OddPuzzles, tiny_recipe
+from tiny_recipe import SIZES, OddPuzzles, Wrapped, tiny_recipe
 
 from dllm_rl import main, tiny_masked_lm, train
 from dllm_rl.algorithms.correctors import Corrector, ais
@@ -84,19 +84,10 @@ def test_room_is_needed_for_the_moments_too(tmp_path, monkeypatch):
     train(recipe)
 
 
-class Drawing:
+class Drawing(Wrapped):
     """A task whose grader draws from every global generator."""
 
-    name, version = "drawing", "1"
-
-    def __init__(self, task):
-        self.task = task
-
-    def __len__(self):
-        return len(self.task)
-
-    def __getitem__(self, index):
-        return self.task[index]
+    name = "drawing"
 
     def reward(self, problem, completion):
         random.random(), np.random.random(), torch.rand(())
