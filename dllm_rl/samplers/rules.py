@@ -217,6 +217,8 @@ def edit(
 
     tau       the probability from which on a masked position is written, in (0, 1]
     tau_edit  the probability from which on a written one is replaced, in [0, 1]
+    For models that were trained to see wrong tokens, as LLaDA2.1's are: what one that has learned to fill masks alone
+    says of a written position means nothing (LOG.md: it destroys the answer).
     Once nothing is masked edits go on while the block's steps last and a step changes something. Wants scores that are
     log-probabilities of the proposal (confidence; max_prob at temperature 0). [paper; ours: the block's steps bound
     what its code bounds by max_post_steps]
