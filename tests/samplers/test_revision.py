@@ -120,6 +120,12 @@ def test_editing_by_hand():
         torch.testing.assert_close(rollout.logprobs[0, 1:], wanted)
 
 
+def test_a_rank_of_the_state_edits_too():
+    """max_prob asks for no tokens, but a change can only be seen once they are drawn; this cold, they are the likeliest."""
+    options = {"rank": rules.max_prob, "commit": partial(rules.edit, tau=0.5), "temperature": 0.01}
+    assert sample(Scripted(), [[3]], [0], length=3, **options).tokens[0, 1:].tolist() == [0, 1, 0]
+
+
 def test_a_block_without_steps_left_is_not_edited():
     rollout = sample(Scripted(), [[3]], [0], length=3, num_steps=1, rank=rules.max_prob, temperature=0.0,
                      commit=partial(rules.edit, tau=0.5))  # fmt: skip
