@@ -219,3 +219,17 @@ def test_a_run_learns_from_it_by_an_estimate_that_does_not_replay(tmp_path):
     summary = train(recipe)
     moved = zip(before.parameters(), summary.policy.module.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in moved)
+
+
+def test_a_row_that_ends_early_ends_with_the_block_of_its_end_token(policy):
+    eos, length = policy.spec.eos_ids[0], 18
+    options = {"length": length, "num_steps": 9, "block_size": 6, **REMASK}
+    full = sample(policy, IDS * 4, range(12), **options)
+    short = sample(policy, IDS * 4, range(12), approximate_early_exit=True, **options)
+    stopped = 0
+    for row in range(12):
+        completion = full.tokens[row, -length:].tolist()
+        kept = next((6 * b + 6 for b in range(3) if eos in completion[6 * b : 6 * b + 6]), length)
+        stopped += kept < length
+        assert short.tokens[row, -length:].tolist() == completion[:kept] + [policy.spec.mask_id] * (length - kept)
+    assert stopped > 0
