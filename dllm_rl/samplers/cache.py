@@ -124,30 +124,29 @@ class CachedStates:
         if alike > 1:
             self.past = mapped(self.past, lambda x: x.repeat_interleave(alike, dim=0))
         if self.cache.kind == "block" and self.step == 0:
-            self.whole = mapped(self.past, lambda x: x), rows
+            self.whole = self.past, rows
         return states, int(fresh[0]) + self.policy.spec.shift
 
     def _forward(self, tokens: Tensor, rows: Tensor, fresh: Tensor, keep: Tensor) -> Tensor:
-        """Run the `fresh` columns of rows against those kept and themselves; afterwards only `keep` are kept. All three
-        are on the host."""
+        """Run the `fresh` columns of rows against those kept and themselves; afterwards only `keep` are kept, which are
+        those from before or hold them all. All three are on the host."""
         module, seen = self.policy.module, torch.cat([self.kept, fresh])
-        # Keys carry their own positions, so the order in which they are stored means nothing.
-        wanted = torch.isin(seen, keep).nonzero()[:, 0]
-        rows, fresh, seen, wanted = send(tokens.device, rows, fresh, seen, wanted)
-        if self.past is None:
-            self.past = KeysAndValues(config=module.config)
-        positions = self.positions[rows]
-        mask = self._mask(self.attention_mask[rows], positions, fresh, seen)
+        on_device, new, columns = send(tokens.device, rows, fresh, seen)
+        # The model puts the fresh keys behind those that it is given: into a copy, so that the kept ones stay.
+        past = KeysAndValues(config=module.config) if self.past is None else mapped(self.past, lambda x: x)
+        positions = self.positions[on_device]
+        mask = self._mask(self.attention_mask[on_device], positions, new, columns)
         states = self.policy.encode(
-            tokens[rows][:, fresh], mask, positions[:, fresh], past_key_values=self.past, use_cache=True
+            tokens[on_device][:, new], mask, positions[:, new], past_key_values=past, use_cache=True
         )
-        if self.past.get_seq_length() != len(seen):
+        if past.get_seq_length() != len(seen):
             raise ValueError(
                 f"cache={self.cache} needs a decoder; {type(module).__name__} keeps no keys and values: use cache=None"
             )
-        same = len(keep) == len(self.kept)
-        self.past = mapped(self.past, lambda x: x[:, :, : len(keep)] if same else x[:, :, wanted])
-        self.kept = keep
+        if self.past is None or len(keep) != len(self.kept):
+            # Keys carry their own positions, so the order in which they are stored means nothing.
+            (wanted,) = send(tokens.device, torch.isin(seen, keep).nonzero()[:, 0])
+            self.past, self.kept = mapped(past, lambda x: x[:, :, wanted]), keep
         return states
 
     def _mask(self, attention_mask: Tensor, positions: Tensor, fresh: Tensor, seen: Tensor) -> Tensor:
