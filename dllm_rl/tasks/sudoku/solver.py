@@ -162,6 +162,7 @@ def _closed(alive: int) -> int:
     """The candidates of a 9x9 grid that are left when all that is forced is in place; 0 where a demand has none.
 
     All demands of a kind are seen at once: shifted onto one another, their places show which have one candidate left.
+    Two that are forced against each other leave a demand without any.
     """
     rivals, placed = _cover(3)[1], 0
     while True:
@@ -182,8 +183,6 @@ def _closed(alive: int) -> int:
         while forced:
             low = forced & -forced
             forced ^= low
-            if not alive & low:
-                return 0
             alive &= ~rivals[low.bit_length() - 1]
 
 
