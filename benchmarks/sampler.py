@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from dllm_rl.models.policy import make_policy
 from dllm_rl.models.tiny import char_tokenizer
@@ -130,6 +130,39 @@ def plain(policy, prompts: Prompts, shape: Shape, *, masked_only: bool = False, 
     return x
 
 
+@torch.no_grad()
+def plain_dual(policy, prompts: Prompts, shape: Shape) -> torch.Tensor:
+    """Fast-dLLM's dual cache at temperature 0 as published: a forward and logits of everything at the start of a block,
+    then forwards and logits of the block alone, against the keys and values of all that is outside. Prompts of one
+    length. Returns (B, T) tokens."""
+    mask_id, start, num_blocks = policy.spec.mask_id, prompts.tokens.shape[1], shape.new // shape.block
+    steps, device = shape.steps // num_blocks, policy.device
+    x = torch.cat([prompts.tokens, torch.full((len(prompts.tokens), shape.new), mask_id)], dim=1).to(device)
+    positions = torch.arange(x.shape[1], device=device).expand_as(x)
+    for begin in range(start, x.shape[1], shape.block):
+        end, kept = begin + shape.block, []
+        others = torch.cat([positions[0, :begin], positions[0, end:]])
+        for step in range(steps):
+            past = DynamicCache(config=policy.module.config)
+            for number, (keys, values) in enumerate(kept):
+                past.update(keys, values, number)
+            columns = slice(0, None) if step == 0 else slice(begin, end)
+            seen = torch.zeros(len(x), 1, x[:, columns].shape[1], x.shape[1], dtype=shape.dtype, device=device)
+            hidden = policy.encode(x[:, columns], seen, positions[:, columns], past_key_values=past, use_cache=True)
+            logits = policy.spec.head(policy.module, hidden)
+            if step == 0:
+                kept = [(layer.keys[:, :, others], layer.values[:, :, others]) for layer in past.layers]
+                logits = logits[:, begin:end]
+            logits[..., mask_id] = -torch.inf
+            drawn = logits.argmax(-1)
+            probs = logits.softmax(-1).gather(-1, drawn[..., None])[..., 0]
+            confidence = torch.where(x[:, begin:end] == mask_id, probs, -torch.inf)
+            for row in range(len(x)):
+                best = confidence[row].topk(shape.block // steps + (step < shape.block % steps)).indices
+                x[row, begin + best] = drawn[row, best]
+    return x
+
+
 class Memory:
     """Bytes in use at the peak since `start`, less what was in use then."""
 
@@ -233,7 +266,10 @@ def benchmark(preset: str, device: torch.device, repeats: int) -> dict:
         "threshold 0.9": partial(ours, commit=partial(threshold, tau=0.9)),
         "prefix cache (approximate)": partial(ours, cache=prefix_cache()),
         "dual cache (approximate)": partial(ours, cache=dual_cache()),
+        "plain dual cache: Fast-dLLM's, as published": partial(plain_dual, policy, prompts, shape),
     }
+    if shape.shortest is not None:
+        del lines["plain dual cache: Fast-dLLM's, as published"]
     if preset in ("cpu", "ragged"):  # with random weights nothing passes a threshold: a step a position, and no news
         del lines["threshold 0.9"]
     roof = matmul_flops(device, shape.dtype, 4096 if device.type == "cuda" else 1024)

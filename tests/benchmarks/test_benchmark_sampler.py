@@ -28,6 +28,13 @@ def test_smoke():
     assert lines["plain, softmax in fp64"]["same_tokens"] == 1.0
 
 
+def test_the_published_dual_cache_writes_what_ours_does():
+    lines = run("tiny")
+    ours, plain = lines["dual cache (approximate)"], lines["plain dual cache: Fast-dLLM's, as published"]
+    assert ours["same_tokens"] == plain["same_tokens"] and ours["forwards"] == plain["forwards"]
+    assert ours["body_positions"] == plain["body_positions"] and ours["head_rows"] < plain["head_rows"]
+
+
 def test_ragged_prompts_are_padded_for_the_plain_algorithm_and_not_for_the_sampler():
     lines = run("tiny-ragged")
     plain, exact = lines["plain: the published algorithm"], lines["exact sampler"]
