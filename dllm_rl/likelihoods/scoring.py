@@ -10,6 +10,13 @@ from torch import Tensor
 from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
+from dllm_rl.models.order import (
+    backward_committed,
+    backward_left,
+    last_committed,
+    left_logprobs,
+    token_logprobs_and_confidences,
+)
 from dllm_rl.models.transfer import send
 from dllm_rl.types import Noise, Rollout
 
@@ -30,17 +37,26 @@ def score_view(
     masked: Bool[Tensor, "B T"],
     scored: Bool[Tensor, "B T"],
     *,
+    left: Bool[Tensor, "B T"] | None = None,
     packed: bool = False,
 ) -> Float[Tensor, "B T"]:
     """One forward: log p of the rollout's tokens at `scored`, with `masked` positions hidden; nats, 0 elsewhere.
 
+    left    those of `scored` that have, in place of it, the log-prob of having been left there (`models.order`).
     packed  every block sees the others without masks (`packed_hidden`).
     """
     out = torch.zeros(scored.numel(), device=scored.device)
     view = run_view(policy, rollout, masked, scored, packed)
-    if view is not None:
+    if view is not None and left is None:
         logp = token_logprobs(policy, view.states, view.tokens, rollout.sampling_params, view.kept)
         out = out.index_copy(0, view.places, logp)
+    elif view is not None and left is not None:
+        c, j = _apart(view, left)
+        params = rollout.sampling_params
+        logp, confidences = token_logprobs_and_confidences(policy, view.states[c], view.tokens[c], params)
+        out = out.index_copy(0, view.places[c], logp)
+        bound = _bounds(rollout, view.places[c], confidences, view.places[j])
+        out = out.index_copy(0, view.places[j], left_logprobs(policy, view.states[j], *bound, params))
     return out.view(scored.shape)
 
 
@@ -50,13 +66,56 @@ def backward_view(
     masked: Bool[Tensor, "B T"],
     vector: Float[Tensor, "B T"],
     *,
+    scored: Bool[Tensor, "B T"] | None = None,
+    left: Bool[Tensor, "B T"] | None = None,
     packed: bool = False,
 ) -> None:
-    """score_view(...).backward(vector) in one forward and backward; positions where `vector` is 0 are left out."""
+    """score_view(...).backward(vector) in one forward and backward; positions where `vector` is 0 are left out.
+
+    scored  as in `score_view`, to be given with `left`: what a row committed says what it left, moved or not.
+    """
+    if left is not None and scored is not None:
+        moved = vector != 0
+        view = run_view(policy, rollout, masked, moved | (scored & ~left & moved.any(-1, keepdim=True)), packed)
+        if view is not None:
+            _backward_order(policy, rollout, view, vector.flatten()[view.places], left)
+        return
     view = run_view(policy, rollout, masked, vector != 0, packed)
     if view is not None:
         at = vector.flatten()[view.places]
         backward_token_logprobs(policy, view.states, view.tokens, rollout.sampling_params, at, view.kept)
+
+
+def _backward_order(
+    policy: Policy, rollout: Rollout, view: "View", vector: Float[Tensor, " K"], left: Bool[Tensor, "B T"]
+) -> None:
+    (c, j), params = _apart(view, left), rollout.sampling_params
+    first, confidences = backward_committed(policy, view.states[c], view.tokens[c], params, vector[c])
+    bound = _bounds(rollout, view.places[c], confidences, view.places[j])
+    second = backward_left(policy, view.states[j], *bound, params, vector[j])
+    if view.states.requires_grad:
+        view.states.backward(torch.zeros_like(view.states).index_copy(0, c, first).index_copy(0, j, second))
+
+
+def _apart(view: "View", left: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, " C"], Int[Tensor, " J"]]:
+    """Which of a view's positions were committed in it, and which were left."""
+    stayed = left.flatten()[view.places]
+    return (~stayed).nonzero()[:, 0], stayed.nonzero()[:, 0]
+
+
+def _bounds(
+    rollout: Rollout, committed: Int[Tensor, " C"], confidences: Float[Tensor, " C"], left: Int[Tensor, " J"]
+) -> tuple[Float[Tensor, " J"], Bool[Tensor, " J"]]:
+    """For each place that was left, the lowest confidence that its block committed, and whether it stands behind that.
+
+    A view commits in one block of a row; a packed one in several, told apart by the steps that they were opened in.
+    """
+    assert rollout.open_step is not None, "an order has a law only where the sampler recorded the blocks"
+    width = rollout.tokens.shape[1]
+    block = lambda places: places // width * width + rollout.open_step.flatten()[places]  # noqa: E731
+    lowest, last = last_committed(confidences, block(committed), committed % width, rollout.tokens.numel())
+    mine = block(left)
+    return lowest[mine], left % width > last[mine]
 
 
 @dataclass(frozen=True)

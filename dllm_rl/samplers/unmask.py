@@ -11,8 +11,8 @@ from dllm_rl.models.transfer import send
 from dllm_rl.rng import row_seeds, uniforms
 from dllm_rl.samplers.cache import Cache, CachedStates
 from dllm_rl.samplers.canvas import BlockQueue, make_canvas
-from dllm_rl.samplers.propose import propose, propose_and_rank, rank_only
-from dllm_rl.samplers.rules import confidence, name_of, rank_inputs, schedule, share
+from dllm_rl.samplers.propose import order_logprobs, propose, propose_and_rank, rank_only
+from dllm_rl.samplers.rules import confidence, name_of, order_has_law, rank_inputs, rank_name, schedule, share
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
@@ -72,6 +72,7 @@ def unmask(
     sampling_params = SamplingParams(temperature, top_k, top_p, (*suppress, spec.mask_id))
     # A rank of the state alone leaves the drawing of tokens to when it is known where; the likeliest come for free.
     draws_first = "tokens" in needs or (temperature == 0 and "logits" in needs)
+    lawful = order_has_law(rank, commit) and temperature > 0  # else the order does not depend on what is drawn
     ends = spec.attention == "block_causal" or approximate_early_exit
 
     canvas = make_canvas(
@@ -83,6 +84,7 @@ def unmask(
         in_step=cache is not None,
         masked=None if prompts.open is None else canvas.masked,
     )
+    canvas.rank = rank_name(rank)
     check_suppress(policy, sampling_params)
     cached = None if cache is None else CachedStates(policy, cache, canvas.attention_mask)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(device)
@@ -119,6 +121,10 @@ def unmask(
                 f"commit={name_of(commit)} chose nothing in the last step of a block; it must choose a position by then"
             )
         picked = _places(chosen[r, c][None], int(committed.sum()))[1]
+        if lawful:
+            stayed = _places(~chosen[r, c][None], len(r) - int(committed.sum()))[1]
+            order = order_logprobs(policy, states, scores[r, c], r, c, picked, stayed, sampling_params)
+            canvas.leave(on_device[r[stayed]], c[stayed], order)
         r, c, states = r[picked], c[picked], states[picked]
         if draws_first:
             drawn = [x[picked] for x in drawn]

@@ -21,7 +21,7 @@ from torch import Tensor
 from dllm_rl.algorithms.mismatch import PREFIX, group_weights, mismatch_metrics, off_policy_metrics, symptom_metrics
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
 from dllm_rl.distributed import Metrics, gather_on_host, local, reduce_metrics, sum_gradients
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
 from dllm_rl.models.base import Policy
 from dllm_rl.models.transfer import send
@@ -107,7 +107,7 @@ def score(
     scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size)
     old = sampled = likelihood.combine(scores, noise)
     if likelihood.exact_for_sampler:
-        sampled = rollout.logprobs
+        sampled = recorded(rollout, noise)
     elif rollout_policy is not policy:
         sampled = likelihood.logprobs(rollout_policy, rollout, noise, micro_batch_size=size)
     logps = Logprobs(
@@ -270,5 +270,7 @@ def accumulate_gradients(
         part, masks = rollout.rows(rows), batch.noise.rows(rows)
         for n in range(len(masks.masked)):
             # Only positions that move the loss are scored again; with none left in this view, no forward is run.
-            backward_view(policy, part, masks.masked[n], vectors[n, rows], packed=likelihood.packed is not None)
+            order = {} if masks.left is None else {"scored": masks.weight[n] != 0, "left": masks.left[n]}
+            view = (masks.masked[n], vectors[n, rows])
+            backward_view(policy, part, *view, **order, packed=likelihood.packed is not None)
     return metrics
