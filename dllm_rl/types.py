@@ -7,7 +7,7 @@ Log-probabilities are in nats, fp32.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -278,12 +278,15 @@ class Logprobs:
     old        under the learner at the start of the update; old_scores: the same per mask, before they are combined.
     rollout    under the policy that sampled.
     reference  under the reference policy, or None without a KL term.
+    order      how far the learner would have chosen the rollout's order itself, as (sum, count) pairs by name; empty
+               where both sides are one policy, or the order depends on none.
     """
 
     old: Float[Tensor, "B T"]
     old_scores: Float[Tensor, "N B T"]
     rollout: Float[Tensor, "B T"]
     reference: Float[Tensor, "B T"] | None
+    order: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -46,15 +46,14 @@ def score_view(
     packed  every block sees the others without masks (`packed_hidden`).
     """
     out = torch.zeros(scored.numel(), device=scored.device)
-    view = run_view(policy, rollout, masked, scored, packed)
+    view = run_view(policy, rollout, masked, scored, packed, left)
     if view is not None and left is None:
         logp = token_logprobs(policy, view.states, view.tokens, rollout.sampling_params, view.kept)
-        out = out.index_copy(0, view.places, logp)
-    elif view is not None and left is not None:
-        c, j = _apart(view, left)
-        params = rollout.sampling_params
+        out = out.to(logp.dtype).index_copy(0, view.places, logp)
+    elif view is not None:
+        c, j, params = view.committed, view.left, rollout.sampling_params
         logp, confidences = token_logprobs_and_confidences(policy, view.states[c], view.tokens[c], params)
-        out = out.index_copy(0, view.places[c], logp)
+        out = out.to(logp.dtype).index_copy(0, view.places[c], logp)
         bound = _bounds(rollout, view.places[c], confidences, view.places[j])
         out = out.index_copy(0, view.places[j], left_logprobs(policy, view.states[j], *bound, params))
     return out.view(scored.shape)
@@ -76,9 +75,10 @@ def backward_view(
     """
     if left is not None and scored is not None:
         moved = vector != 0
-        view = run_view(policy, rollout, masked, moved | (scored & ~left & moved.any(-1, keepdim=True)), packed)
+        wanted = moved | (scored & ~left & moved.any(-1, keepdim=True))
+        view = run_view(policy, rollout, masked, wanted, packed, left)
         if view is not None:
-            _backward_order(policy, rollout, view, vector.flatten()[view.places], left)
+            _backward_order(policy, rollout, view, vector.flatten()[view.places])
         return
     view = run_view(policy, rollout, masked, vector != 0, packed)
     if view is not None:
@@ -86,21 +86,13 @@ def backward_view(
         backward_token_logprobs(policy, view.states, view.tokens, rollout.sampling_params, at, view.kept)
 
 
-def _backward_order(
-    policy: Policy, rollout: Rollout, view: "View", vector: Float[Tensor, " K"], left: Bool[Tensor, "B T"]
-) -> None:
-    (c, j), params = _apart(view, left), rollout.sampling_params
+def _backward_order(policy: Policy, rollout: Rollout, view: "View", vector: Float[Tensor, " K"]) -> None:
+    c, j, params = view.committed, view.left, rollout.sampling_params
     first, confidences = backward_committed(policy, view.states[c], view.tokens[c], params, vector[c])
     bound = _bounds(rollout, view.places[c], confidences, view.places[j])
     second = backward_left(policy, view.states[j], *bound, params, vector[j])
     if view.states.requires_grad:
         view.states.backward(torch.zeros_like(view.states).index_copy(0, c, first).index_copy(0, j, second))
-
-
-def _apart(view: "View", left: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, " C"], Int[Tensor, " J"]]:
-    """Which of a view's positions were committed in it, and which were left."""
-    stayed = left.flatten()[view.places]
-    return (~stayed).nonzero()[:, 0], stayed.nonzero()[:, 0]
 
 
 def _bounds(
@@ -121,16 +113,27 @@ def _bounds(
 @dataclass(frozen=True)
 class View:
     """The scored positions of a view, row by row: their places in the flattened batch, their hidden states, their
-    tokens, and, where log-probs are normalised over them, the ids that the rollout kept there."""
+    tokens, and, where log-probs are normalised over them, the ids that the rollout kept there.
+
+    committed, left  which of the K were committed in the view, and which were left in it; all are the former without
+                     an order's law.
+    """
 
     places: Int[Tensor, " K"]
     states: Float[Tensor, "K D"]
     tokens: Int[Tensor, " K"]
     kept: Int[Tensor, "K C"] | None
+    committed: Int[Tensor, " M"]
+    left: Int[Tensor, " J"]
 
 
 def run_view(
-    policy: Policy, rollout: Rollout, masked: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"], packed: bool
+    policy: Policy,
+    rollout: Rollout,
+    masked: Bool[Tensor, "B T"],
+    scored: Bool[Tensor, "B T"],
+    packed: bool,
+    left: Bool[Tensor, "B T"] | None = None,
 ) -> View | None:
     """One forward with `masked` positions hidden from the model; None, and no forward, where nothing is scored.
 
@@ -141,14 +144,17 @@ def run_view(
     tokens = rollout.tokens if mask_id is None else rollout.tokens.masked_fill(masked, mask_id)
     first = lambda x: repeat(x[::group], "p t -> (p g) t", g=group)  # noqa: E731
     alike = (tokens == first(tokens)).all() & (attention_mask == first(attention_mask)).all()
-    flat, same = torch.cat([scored.flatten(), alike[None]]).cpu().split([scored.numel(), 1])
+    stayed = torch.zeros_like(scored) if left is None else left
+    both = torch.cat([scored.flatten(), stayed.flatten(), alike[None]]).cpu()
+    flat, stay, same = both.split([scored.numel(), scored.numel(), 1])
     where = flat.view(scored.shape)
     live, places = where.any(-1).nonzero()[:, 0], where.flatten().nonzero()[:, 0]
     if not len(places):
         return None
     together = group > 1 and bool(same) and not packed
     inside = places if together else where[live].flatten().nonzero()[:, 0]
-    live, places, inside = send(scored.device, live, places, inside)
+    split = ((~stay[places]).nonzero()[:, 0], stay[places].nonzero()[:, 0])
+    live, places, inside, *split = send(scored.device, live, places, inside, *split)
     if together:
         hidden = repeat(policy.hidden(tokens[::group], attention_mask[::group]), "p t d -> (p g) t d", g=group)
     elif packed:
@@ -161,4 +167,6 @@ def run_view(
         states=hidden.flatten(0, 1)[inside],
         tokens=rollout.tokens.flatten()[places],
         kept=None if kept is None else kept.flatten(0, 1)[places],
+        committed=split[0],
+        left=split[1],
     )

@@ -28,6 +28,7 @@ from dllm_rl.models.transfer import send
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
+from dllm_rl.samplers.agreement import order_agreement
 from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 
 
@@ -115,6 +116,7 @@ def score(
         old_scores=scores,
         rollout=sampled,
         reference=None if reference is None else likelihood.logprobs(reference, rollout, noise, micro_batch_size=size),
+        order={} if rollout_policy is policy else order_agreement(policy, rollout),
     )
     if recipe.zero_mismatch:
         check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
@@ -159,6 +161,8 @@ def correct(
     metrics["live/rollout_rs_masked_fraction"] = 1 - (keep.sum() / corrected.sum().clamp(min=1)).item()
     # Error-token rates need per-token log-probs; ELBO contributions are not, so only repetition is measured.
     exact = recipe.likelihood.exact_for_sampler or recipe.likelihood.attention == ("causal",)
+    exact = exact and noise.left is None  # nor are contributions that hold an order's log-probs
+    metrics |= {PREFIX + name: value for name, value in reduce_metrics(logps.order, accelerator).items()}
     metrics |= symptom_metrics(tokens, corrected, flat, old=old if exact else None)
 
     num_tokens, num_sequences = int((keep | (completion & ~corrected)).sum()), len(keep)

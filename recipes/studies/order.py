@@ -1,11 +1,10 @@
-"""The order's part of confidence-ranked unmasking in training: the main job with it, without it, and in a state's order.
+"""The order's part of confidence-ranked unmasking in training: the main job with it and without it.
 
-Every arm trains the same warmed-up model (one per seed) on 4x4 Sudoku, unquantised and on-policy, its rollouts ranked as
-LLaDA ranks (`confidence`) or by `max_prob`; held-out puzzles are then filled in greedily by `max_prob` from every arm's
-learner. Finished runs are kept as one JSON each below `--output_dir`; started again, the script runs what is missing.
+Both arms train the same warmed-up model (one per seed) on 4x4 Sudoku, unquantised and on-policy, their rollouts ranked
+as LLaDA ranks them (`confidence`); held-out puzzles are filled in greedily, as in the main job. Finished runs are kept as one JSON each below `--output_dir`; started again, the script runs what is missing.
 What the numbers say: order.md.
 
-    python -m recipes.studies.order                        run what is missing, then write order.md's table
+    python -m recipes.studies.order                        run what is missing, then print the table
     python -m recipes.studies.order --num_steps 60 --seeds 2
 """
 
@@ -22,35 +21,30 @@ from statistics import mean, stdev
 
 from dllm_rl.algorithms.correctors import none
 from dllm_rl.likelihoods.estimators import trajectory
-from dllm_rl.samplers.rules import confidence, max_prob
+from dllm_rl.samplers.rules import confidence
 from recipes.studies.mismatch import single_thread, warm_up, work
 from recipes.sudoku_tiny import recipe as base
 
-ARMS = {
-    "confidence, tokens and order": (confidence, trajectory()),
-    "confidence, tokens alone": (confidence, trajectory(order="given")),
-    "max_prob": (max_prob, trajectory()),
-}
+ARMS = {"tokens and order": trajectory(), "tokens alone": trajectory(order="given")}
 T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # Student's, 95 %, by the number of seeds
 
 
 def result_path(arm: str, seed: int, root: Path) -> Path:
-    return root / "results" / f"{arm.replace(', ', '_').replace(' ', '-')}_{seed}.json"
+    return root / "results" / f"{arm.replace(' ', '-')}_{seed}.json"
 
 
 def run_one(arm: str, seed: int, root: Path, num_steps: int) -> None:
     """Train and evaluate one arm; leaves `root`/results/....json."""
     from dllm_rl.training.loop import train
 
-    rank, likelihood = ARMS[arm]
     folder = root / "runs" / result_path(arm, seed, root).stem
     recipe = replace(
         base,
         name=f"order-{folder.name}",
         model=str(warm_up("diffusion", seed, root / "warm" / f"diffusion-{seed}")),
         warmup_steps=0,
-        sampler=partial(base.sampler, rank=rank),
-        likelihood=likelihood,
+        sampler=partial(base.sampler, rank=confidence),
+        likelihood=ARMS[arm],
         corrector=none(),
         rollout_quantization=None,
         seed=seed,
@@ -70,12 +64,12 @@ def run_one(arm: str, seed: int, root: Path, num_steps: int) -> None:
 def table(results: dict[tuple[str, int], dict], seeds: list[int]) -> str:
     """Solve rates by arm and seed, their mean, and the paired difference to the arm without the order's part."""
     lines = [
-        f"| rollouts ranked by, scored | {' | '.join(f'seed {s}' for s in seeds)} | mean | less tokens alone, 95 % |",
+        f"| scored | {' | '.join(f'seed {s}' for s in seeds)} | mean | less tokens alone, 95 % |",
         f"| --- | {' | '.join('---' for _ in seeds)} | --- | --- |",
     ]
     for arm in ARMS:
         after = [results[arm, seed]["after"] for seed in seeds]
-        apart = [a - results["confidence, tokens alone", seed]["after"] for a, seed in zip(after, seeds, strict=True)]
+        apart = [a - results["tokens alone", seed]["after"] for a, seed in zip(after, seeds, strict=True)]
         said = "-"
         if any(apart) and len(seeds) in T:
             said = f"{mean(apart):+.3f} ± {T[len(seeds)] * stdev(apart) / len(seeds) ** 0.5:.3f}"

@@ -12,7 +12,7 @@ from dllm_rl.types import Rollout, SamplingParams
 def drawn_from(logits, *, temperature=1.0, top_k=None, top_p=None):
     """Probabilities (W,) that words are drawn with: divide, keep the top k, then those that begin below top_p."""
     scaled = logits / temperature
-    order = sorted(range(len(logits)), key=lambda v: (-float(scaled[v]), v))[:top_k]
+    order = sorted(range(len(logits)), key=lambda v: (-float(scaled[v].detach()), v))[:top_k]
     if top_p is not None:
         p, before, kept = scaled[order].softmax(-1).tolist(), 0.0, []
         for word, mass in zip(order, p, strict=True):

@@ -37,7 +37,8 @@ def test_a_run_resumes_from_it(tmp_path):
 
 def test_another_recipe_is_still_refused(tmp_path):
     shutil.copytree(OLD, tmp_path / "checkpoints" / "step-000001")
-    changed = tiny_recipe(tmp_path, model=partial(tiny_masked_lm, **SMALL), resume_from_checkpoint="latest")
+    settings = {"model": partial(tiny_masked_lm, **SMALL), "likelihood": trajectory(order="given")}
+    changed = tiny_recipe(tmp_path, **settings, resume_from_checkpoint="latest")
     with pytest.raises(ValueError, match=r"learning_rate=0\.0005 differs from the checkpoint's 0\.005"):
         train(changed)
 
