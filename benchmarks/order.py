@@ -32,7 +32,9 @@ def main() -> None:
     sizes = {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "intermediate_size": 704, "max_length": 512}
     policy = tiny_llama(characters=characters, causal=False, **sizes)
     prompts = Prompts.from_ids([[5, 6, 7, 8] * 8] * 2, pad_id=policy.pad_id, group_size=4)
-    sample = partial(unmask, policy, prompts, max_new_tokens=options.length, num_steps=options.num_steps, temperature=1.0)
+    sample = partial(
+        unmask, policy, prompts, max_new_tokens=options.length, num_steps=options.num_steps, temperature=1.0
+    )
     seeded = lambda: torch.Generator().manual_seed(0)  # noqa: E731
     lawful = sample(seeded(), rank=confidence)
     times: dict[str, list[float]] = {}

@@ -257,8 +257,8 @@ class Recipe(Settings):
             )
         if self.zero_mismatch and self.rollout_quantization is None and not self.likelihood.exact_for_sampler:
             raise ValueError(
-                f"zero_mismatch=True with likelihood={self.likelihood.name!r} would compare the learner's log-probs with "
-                "themselves: that estimator does not replay the sampler; use trajectory(), or zero_mismatch=False"
+                f"zero_mismatch=True with likelihood={self.likelihood.name!r} would compare the learner's log-probs "
+                "with themselves: that estimator does not replay the sampler; use trajectory(), or zero_mismatch=False"
             )
         if self.sampling_support not in ("own", "unfiltered", "rollout"):
             raise ValueError(

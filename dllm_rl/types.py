@@ -156,7 +156,7 @@ class Rollout(_Movable):
                      elsewhere. None where nothing filters.
     kept_ids         the ids of those tokens, at most KEPT_IDS of them, then -1. None where nothing filters, or where
                      more were kept somewhere.
-    rank             name of the rule that chose which positions come first, one of `samplers.rules.RANKS`; None: another.
+    rank             name of the rule for which positions come first, one of `samplers.rules.RANKS`; None: another.
     open_step        the first step of the position's block, from which on it could be committed; -1 elsewhere.
     order_logprobs   log-probability that the position was left in the steps before its commit, summed over those of its
                      block, under the rollout policy; nats, 0 elsewhere (`models.order`). None where the order does not

@@ -251,7 +251,10 @@ def pad_left(rollout: Rollout, noise: Noise, pad_id: int) -> tuple[Rollout, Nois
     """The same batch with PADDING more columns of padding on the left: it should score the same."""
     wider = lambda x: F.pad(x, (PADDING, 0))  # noqa: E731
     return rollout.padded(PADDING, pad_id=pad_id), replace(
-        noise, masked=wider(noise.masked), weight=wider(noise.weight), left=noise.left if noise.left is None else wider(noise.left)
+        noise,
+        masked=wider(noise.masked),
+        weight=wider(noise.weight),
+        left=noise.left if noise.left is None else wider(noise.left),
     )
 
 

@@ -45,7 +45,9 @@ def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, .
     positions, prompts = report.order or (1.0, 1.0)
     order = (f"{positions:.3f}", f"{prompts:.3f}", ORDER_ADVICE * (prompts < 1))
     title = "order of the first step, shares that are the learner's own"
-    in_order = [(title, ("positions", "prompts", "to do"), [order])] * (report.order is not None)
+    in_order: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [
+        (title, ("positions", "prompts", "to do"), [order])
+    ] * (report.order is not None)
     return [
         (f"log-prob mismatch over {report.num_tokens} tokens, nats; rollout: {report.scheme}", COLUMNS, rows(report)),
         *in_order,

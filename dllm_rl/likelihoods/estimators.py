@@ -293,7 +293,7 @@ def trajectory(
 
 
 def recorded(rollout: Rollout, noise: Noise) -> Float[Tensor, "B T"]:
-    """What the sampler's record says of the contributions that an estimate which is `exact_for_sampler` scores, nats."""
+    """What the sampler recorded of the contributions that an estimate which is `exact_for_sampler` scores, nats."""
     if noise.left is None:
         return rollout.logprobs
     assert rollout.order_logprobs is not None, "positions are scored as left only where the sampler recorded it"

@@ -153,8 +153,8 @@ def run_view(
         return None
     together = group > 1 and bool(same) and not packed
     inside = places if together else where[live].flatten().nonzero()[:, 0]
-    split = ((~stay[places]).nonzero()[:, 0], stay[places].nonzero()[:, 0])
-    live, places, inside, *split = send(scored.device, live, places, inside, *split)
+    apart = ((~stay[places]).nonzero()[:, 0], stay[places].nonzero()[:, 0])
+    live, places, inside, committed, stayed = send(scored.device, live, places, inside, *apart)
     if together:
         hidden = repeat(policy.hidden(tokens[::group], attention_mask[::group]), "p t d -> (p g) t d", g=group)
     elif packed:
@@ -167,6 +167,6 @@ def run_view(
         states=hidden.flatten(0, 1)[inside],
         tokens=rollout.tokens.flatten()[places],
         kept=None if kept is None else kept.flatten(0, 1)[places],
-        committed=split[0],
-        left=split[1],
+        committed=committed,
+        left=stayed,
     )

@@ -38,6 +38,10 @@ class ToyPolicy:
         draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
         self.weights = [draw(wide, hidden) / length**0.5, draw(hidden, length * words) / hidden**0.5]
         self.spec, self.device = replace(DIFFUSION_LM, mask_id=words), torch.device("cpu")
+        # What else a policy has; scoring asks for none of it.
+        self.module, self.tokenizer, self.pad_id, self.version = None, None, 0, 0
+        self.float32_head, self.gradient_checkpointing = True, False
+        self.lora = self.quantization = self.quantization_report = None
 
     def moved(self, sigma: float, generator: Generator) -> "ToyPolicy":
         """The same network with Gaussian noise on its weights, of `sigma` times each matrix's own spread."""
@@ -56,6 +60,8 @@ class ToyPolicy:
     def head(self, hidden: Tensor) -> Tensor:
         return hidden
 
+    encode = logits = to = save_pretrained = reference = hidden
+
     def rollout(self, num_steps: int) -> Rollout:
         """All outcomes, a row each, written from left to right in equal parts; no log-probs."""
         tokens = torch.tensor(list(product(range(self.words), repeat=self.length)))
@@ -69,14 +75,18 @@ def contributions(
     policy: ToyPolicy, rollout: Rollout, noise: Noise, estimator: LikelihoodEstimator
 ) -> Float[Tensor, "B T"]:
     """The estimator's contributions, nats, differentiable and in fp64."""
-    views = zip(noise.masked, noise.weight != 0, [None] * len(noise.masked) if noise.left is None else noise.left)
-    scores = [score_view(policy, rollout, masked, scored, left=left) for masked, scored, left in views]  # type: ignore[arg-type]
+    lefts = [None] * len(noise.masked) if noise.left is None else list(noise.left)
+    views = zip(noise.masked, noise.weight != 0, lefts, strict=True)
+    scores = [score_view(policy, rollout, masked, scored, left=left) for masked, scored, left in views]
     return estimator.combine(torch.stack(scores), noise)
 
 
 def per_outcome(policy: ToyPolicy, logps: Float[Tensor, "B T"]) -> Float[Tensor, "B T W"]:
     """The gradient of every contribution with respect to all weights."""
-    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(x, policy.weights, retain_graph=True)]) for x in logps.flatten()]
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(x, policy.weights, retain_graph=True)])
+        for x in logps.flatten()
+    ]
     return torch.stack(rows).view(*logps.shape, -1)
 
 

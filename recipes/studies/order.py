@@ -1,8 +1,8 @@
 """The order's part of confidence-ranked unmasking in training: the main job with it and without it.
 
 Both arms train the same warmed-up model (one per seed) on 4x4 Sudoku, unquantised and on-policy, their rollouts ranked
-as LLaDA ranks them (`confidence`); held-out puzzles are filled in greedily, as in the main job. Finished runs are kept as one JSON each below `--output_dir`; started again, the script runs what is missing.
-What the numbers say: order.md.
+as LLaDA ranks them (`confidence`); held-out puzzles are filled in greedily, as in the main job. Finished runs are kept
+as one JSON each below `--output_dir`; started again, the script runs what is missing. What the numbers say: order.md.
 
     python -m recipes.studies.order                        run what is missing, then print the table
     python -m recipes.studies.order --num_steps 60 --seeds 2
@@ -58,7 +58,9 @@ def run_one(arm: str, seed: int, root: Path, num_steps: int) -> None:
     solved = {when: summary[f"eval_{when}"]["solve_rate"] for when in ("before", "after")}
     path = result_path(arm, seed, root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"arm": arm, "seed": seed, "num_steps": num_steps, **solved} | {"s": summary["seconds"]}))
+    path.write_text(
+        json.dumps({"arm": arm, "seed": seed, "num_steps": num_steps, **solved} | {"s": summary["seconds"]})
+    )
 
 
 def table(results: dict[tuple[str, int], dict], seeds: list[int]) -> str:

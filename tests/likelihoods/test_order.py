@@ -119,7 +119,7 @@ def test_only_what_moves_is_scored_again(fp64):
 
 @pytest.mark.parametrize("options", [{}, {"block_size": 2}, {"temperature": 0.6, "top_k": 2}], ids=str)
 def test_a_sampler_records_what_scoring_finds(options):
-    """Draws of the sampler itself: its record is the law's, bit for bit, and frequencies are those of the enumeration."""
+    """A sampler's own rollouts: its record is the law's, bit for bit, and the enumeration's numbers."""
     policy = TablePolicy(length=4, words=3, seed=5)
     settings = {"temperature": 1.0, "num_steps": 4 if "block_size" in options else 2} | options
     rows = 4000

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.packed import packed_mask

@@ -16,7 +16,10 @@ MUTATIONS = [
         ("score(policy, rollout, noise, None) - score", "score(policy, rollout, noise, rollout.group_size) - score"),
         ("sampled = recorded(rollout, noise) if likelihood.exact_for_sampler else theirs", "sampled = theirs"),
         ("(ours - first) + (last - theirs)", "(ours - first)"),
-        ("torch.where(mask, replay - recorded(rollout, order), 0)", "torch.where(mask, recorded(rollout, order) - replay, 0)"),
+        (
+            "torch.where(mask, replay - recorded(rollout, order), 0)",
+            "torch.where(mask, recorded(rollout, order) - replay, 0)",
+        ),
         ("key=lambda c: c.mean_abs, reverse=True)", "key=lambda c: c.mean_abs)"),
         ('keys = ("abs_log_ratio_mean", "abs_log_ratio_max"', 'keys = ("abs_log_ratio_max", "abs_log_ratio_mean"'),
         ("learner - sampled, mask)", "sampled - learner, mask)"),

@@ -281,7 +281,7 @@ def test_approximate_early_exit_keeps_the_tail_masked(policy):
     assert stopped > 0
     estimator = trajectory()
     noise = estimator.draw(short, torch.Generator())
-    assert torch.equal(estimator.logprobs(policy, short, noise), short.logprobs)
+    assert torch.equal(estimator.logprobs(policy, short, noise), recorded(short, noise))
 
 
 def test_watch_sees_every_step(policy):
