@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
 from statistics import median
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +21,7 @@ from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, trajectory
 from dllm_rl.likelihoods.scoring import score_view
+from dllm_rl.models.base import Policy
 from dllm_rl.models.families import DIFFUSION_LM
 from dllm_rl.types import Batch, Noise, Rollout, SamplingParams
 
@@ -77,7 +79,8 @@ def contributions(
     """The estimator's contributions, nats, differentiable and in fp64."""
     lefts = [None] * len(noise.masked) if noise.left is None else list(noise.left)
     views = zip(noise.masked, noise.weight != 0, lefts, strict=True)
-    scores = [score_view(policy, rollout, masked, scored, left=left) for masked, scored, left in views]
+    scored = cast(Policy, policy)  # it has what scoring asks of one
+    scores = [score_view(scored, rollout, masked, where, left=left) for masked, where, left in views]
     return estimator.combine(torch.stack(scores), noise)
 
 

@@ -55,8 +55,8 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
         merged = "" if likelihood.exact_for_sampler else " and num_segments"
         said.append(
             f"sampler.rank={name_of(rank)} with commit={name_of(commit)}{merged}: the order depends on what is drawn "
-            "by a law that likelihood=trajectory does not know, and its ratios leave the order out; use rank=max_prob or "
-            "random, or order='given' to say that it is meant"
+            "by a law that likelihood=trajectory does not know, and its ratios leave the order out; use rank=max_prob "
+            "or random, or order='given' to say that it is meant"
         )
     if not exact and recipe.corrector.weigh is not no_weights and recipe.rollout_quantization is not None:
         said.append(
