@@ -161,6 +161,8 @@ class Rollout(_Movable):
     order_logprobs   log-probability that the position was left in the steps before its commit, summed over those of its
                      block, under the rollout policy; nats, 0 elsewhere (`models.order`). None where the order does not
                      depend on what was drawn, or its law is not known.
+    revised          whether the sampler may have come back to what it wrote (`remask`, `edit`): step and log-prob are
+                     then those of the last writing, whose context is not recorded, and no likelihood of the completion.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -177,6 +179,7 @@ class Rollout(_Movable):
     rank: str | None = None
     open_step: Int[Tensor, "B T"] | None = None
     order_logprobs: Float[Tensor, "B T"] | None = None
+    revised: bool = False
 
     def with_support(self, support: Support) -> "Rollout":
         """The rollout as it is to be scored where top_k or top_p filter; itself where neither does.

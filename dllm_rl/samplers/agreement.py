@@ -24,7 +24,7 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
     """
     ranks = {rank.__name__: rank for rank in RANKS if not rank_inputs(rank) & {"tokens", "uniforms"}}
     rank, mask_id = ranks.get(rollout.rank or ""), policy.spec.mask_id
-    if rank is None or rollout.open_step is None or mask_id is None:
+    if rank is None or rollout.open_step is None or mask_id is None or rollout.revised:
         return {}
     first = slice(None, None, rollout.group_size)
     masked, opened = rollout.completion_mask[first], rollout.open_step[first] == 0
