@@ -30,7 +30,7 @@ def test_agreement_is_logged_where_the_learner_would_choose_for_itself(tmp_path)
 
 
 def test_unquantised_the_orders_log_probs_have_no_mismatch_bit_for_bit(tmp_path):
-    """The sampler's record of tokens and order is what the learner finds, in micro-batches too: or the run would stop."""
+    """The sampler's record of tokens and order is what the learner finds, in micro-batches too, or the run stops."""
     settings = {"rollout_quantization": None, "zero_mismatch": True, "micro_batch_size": 4}
     row = one_step(tmp_path, confidence, **settings)
     assert row["rollout_corr/abs_log_ratio_max"] == 0 and row["grad_norm"] > 0
