@@ -265,7 +265,8 @@ class Rollout(_Movable):
 class Logprobs:
     """Log-prob contributions of one rollout under every policy that a step compares; nats, 0 where none is scored.
 
-    old        under the learner at the start of the update; old_scores: the same per mask, before they are combined.
+    old        under the learner at the start of the update; old_scores: the same per mask, before they are combined,
+               with the graphs of their forwards where the update is to go back through those.
     rollout    under the policy that sampled.
     reference  under the reference policy, or None without a KL term.
     """
@@ -283,7 +284,7 @@ class Batch:
     old         log-prob contributions that ratios are taken against: under the weights at the start of the update, or,
                 with old_logprobs="rollout", under the policy that sampled.
     old_scores  under the weights at the start of the update, per mask, before an estimator combines them (lets the
-                first inner step skip a forward).
+                first inner step skip a forward, and with their graphs every one).
     weights     detached importance weights of the corrector; keep: positions that stay in the loss.
     reference   log-prob contributions under the reference policy, or None without a KL term.
     num_tokens, num_sequences  denominators of the loss, over the global batch.
@@ -310,15 +311,17 @@ class Noise(_Movable):
     masked  positions hidden from the model in view n.
     weight  coefficient of the position's log-prob in view n; 0 where it is not scored.
     upper_bound_weight  weight of the upper bound in each row's estimate, in [0, 1]; None: lower bound only.
+    learned  rows that the update learns from, whose graphs scoring may keep; None: all.
     """
 
     masked: Bool[Tensor, "N B T"]
     weight: Float[Tensor, "N B T"]
     upper_bound_weight: Float[Tensor, " B"] | None = None
+    learned: Bool[Tensor, " B"] | None = None
 
     def rows(self, keep: Int[Tensor, " R"]) -> "Noise":
-        share = None if self.upper_bound_weight is None else self.upper_bound_weight[keep]
-        return Noise(self.masked[:, keep], self.weight[:, keep], share)
+        share, learned = (None if x is None else x[keep] for x in (self.upper_bound_weight, self.learned))
+        return Noise(self.masked[:, keep], self.weight[:, keep], share, learned)
 
     def only(self, live: Bool[Tensor, " B"]) -> "Noise":
         """The same masks, with the other rows not scored."""

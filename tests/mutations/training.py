@@ -53,8 +53,25 @@ MUTATIONS = [
             "(vectors,) = torch.autograd.grad(logps, leaves, gradient)",
             "(vectors,) = torch.autograd.grad(logps.sum(), leaves)",
         ),
-        ("        sampled = rollout.logprobs\n", "        sampled = old\n"),
-        ("likelihood.logprobs(reference, rollout", "likelihood.logprobs(policy, rollout"),
+        ("sampled = rollout.logprobs if", "sampled = None if"),
+        ("else under(reference)", "else under(policy)"),
+        ("return forwards <= recipe.kept_graphs and", "return", "training/test_kept_graphs.py"),
+        (" and not (policy.lora is not None and policy.lora.dropout)", "", "training/test_kept_graphs.py"),
+        (
+            "        scores.backward(vectors)\n        return metrics\n",
+            "        pass\n",
+            "training/test_kept_graphs.py",
+        ),
+        (
+            "micro_batch_size=micro_batch_size, keep_graphs=keep\n",
+            "micro_batch_size=micro_batch_size\n",
+            "training/test_kept_graphs.py",
+        ),
+        (
+            "with_advantages(noise, mine), learned=learned)",
+            "with_advantages(noise, mine))",
+            "training/test_kept_graphs.py",
+        ),
         ("recipe.corrector.align_forward and rollout_policy is not policy", "False"),
         (
             "batch_invariant() if recipe.zero_mismatch else nullcontext()",
