@@ -5,8 +5,8 @@ and l combines the scores s_n of N masked forwards. So
     grad f = sum_n (df/ds_n) . grad s_n:
 df/dl is taken once, on detached l, pulled back to the scores, and then one forward and backward per mask and row chunk
 carries that vector through the model. It is exact. At the first inner iteration the current scores ARE the old ones,
-and no forward is spent to find them. Where the batch takes few forwards (`keeps_graphs`) scoring keeps their graphs, and
-the vector goes back through those: no forward is run twice.
+and no forward is spent to find them. Where the batch takes few forwards (`keeps_graphs`) scoring keeps their graphs,
+and the vector goes back through those: no forward is run twice.
 """
 
 import math
@@ -26,6 +26,7 @@ from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_
 from dllm_rl.distributed import Metrics, gather_on_host, local, reduce_metrics, sum_gradients
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
+from dllm_rl.models.attention import PlainAttention
 from dllm_rl.models.base import Policy
 from dllm_rl.models.transfer import send
 from dllm_rl.quantization.aligned import aligned_forward
@@ -36,9 +37,11 @@ from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 
 @contextmanager
 def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
-    """bf16 autocast where asked for; with zero_mismatch a row's result does not depend on its batch."""
+    """bf16 autocast where asked for; with zero_mismatch a row's result does not depend on its batch; else, in 16 bits on
+    a CPU, attention of short rows by plain products."""
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16)
-    with autocast, batch_invariant() if recipe.zero_mismatch else nullcontext():
+    plain = accelerator.device.type == "cpu" and (recipe.bf16 or recipe.dtype != "float32")
+    with autocast, batch_invariant() if recipe.zero_mismatch else PlainAttention() if plain else nullcontext():
         yield
 
 

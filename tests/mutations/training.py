@@ -7,6 +7,7 @@ MEMORY = "training/test_constant_memory.py"
 CHECKPOINT = "training/test_checkpoint.py"
 GOLDEN = "training/test_golden.py"
 NUMBERS = "training/test_loop_numbers.py"
+KEPT = "training/test_kept_graphs.py"
 STOPS = (
     "training/test_checkpoint.py::test_interrupt_saves_and_says_how_to_resume"
     " faults/test_faults.py::test_a_signal_saves_what_is_whole_and_the_resumed_run_is_the_same"
@@ -55,22 +56,22 @@ MUTATIONS = [
         ),
         ("sampled = rollout.logprobs if", "sampled = None if"),
         ("else under(reference)", "else under(policy)"),
-        ("return forwards <= recipe.kept_graphs and", "return", "training/test_kept_graphs.py"),
-        (" and not (policy.lora is not None and policy.lora.dropout)", "", "training/test_kept_graphs.py"),
+        ("return forwards <= recipe.kept_graphs and", "return", KEPT),
+        (" and not (policy.lora is not None and policy.lora.dropout)", "", KEPT),
         (
             "        scores.backward(vectors)\n        return metrics\n",
             "        pass\n",
-            "training/test_kept_graphs.py",
+            KEPT,
         ),
         (
             "micro_batch_size=micro_batch_size, keep_graphs=keep\n",
             "micro_batch_size=micro_batch_size\n",
-            "training/test_kept_graphs.py",
+            KEPT,
         ),
         (
             "with_advantages(noise, mine), learned=learned)",
             "with_advantages(noise, mine))",
-            "training/test_kept_graphs.py",
+            KEPT,
         ),
         ("recipe.corrector.align_forward and rollout_policy is not policy", "False"),
         (
