@@ -208,9 +208,10 @@ class Rollout(_Movable):
             return dataclasses.replace(changed, logprobs=self.logprobs + self.log_kept_mass)
         return changed
 
-    def rows(self, keep: Int[Tensor, " R"]) -> "Rollout":
-        """The given rows, in the given order. group_size must still divide them."""
-        return self._map(lambda x: x[keep])
+    def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Rollout":
+        """The given rows, in the given order, and of their positions those in `columns`. group_size must still divide
+        the rows."""
+        return self._map(lambda x: x[keep][:, columns])
 
     def replaced(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":
         """This rollout with `rows` replaced by those of another; the narrower of the two is padded on the left."""
@@ -319,9 +320,10 @@ class Noise(_Movable):
     upper_bound_weight: Float[Tensor, " B"] | None = None
     learned: Bool[Tensor, " B"] | None = None
 
-    def rows(self, keep: Int[Tensor, " R"]) -> "Noise":
+    def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Noise":
+        """The given rows, in the given order, and of their positions those in `columns`."""
         share, learned = (None if x is None else x[keep] for x in (self.upper_bound_weight, self.learned))
-        return Noise(self.masked[:, keep], self.weight[:, keep], share, learned)
+        return Noise(self.masked[:, keep][..., columns], self.weight[:, keep][..., columns], share, learned)
 
     def only(self, live: Bool[Tensor, " B"]) -> "Noise":
         """The same masks, with the other rows not scored."""

@@ -85,11 +85,12 @@ class LikelihoodEstimator:
             parts = [(noise.only(~noise.learned), False), (noise.only(noise.learned), True)]
         for part, kept in parts:
             with torch.set_grad_enabled(kept):
-                for rows in row_chunks(part, micro_batch_size, rollout.group_size):
-                    some, masks = rollout.rows(rows), part.rows(rows)
+                for chunk in row_chunks(rollout, part, micro_batch_size):
+                    some, masks = chunk.of(rollout, part)
                     for n, masked in enumerate(masks.masked):
                         scored = masks.weight[n] != 0
-                        out[n, rows] = score_view(policy, some, masked, scored, packed=self.packed is not None)
+                        logps = score_view(policy, some, masked, scored, packed=self.packed is not None)
+                        out[n, chunk.rows, chunk.columns] = logps
         return out
 
     def logprobs(

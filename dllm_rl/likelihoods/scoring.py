@@ -13,15 +13,52 @@ from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
 from dllm_rl.models.transfer import send
 from dllm_rl.types import Noise, Rollout
 
+SPREAD = 0.75  # of the longest row of a forward: padding is at most a quarter of it
 
-def row_chunks(noise: Noise, micro_batch_size: int | None, group_size: int) -> tuple[Int[Tensor, " R"], ...]:
-    """Rows of the groups that any view scores, in chunks of whole groups of at most micro_batch_size (or one group)."""
-    scored = rearrange((noise.weight != 0).any(0).any(-1), "(p g) -> p g", g=group_size).any(-1)
-    rows = repeat(scored, "p -> (p g)", g=group_size).nonzero()[:, 0]
-    if not len(rows):
-        return ()
-    size = len(rows) if micro_batch_size is None else max(group_size, micro_batch_size // group_size * group_size)
-    return rows.split(size)
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows that go through the model together, and the columns that any of them has tokens in."""
+
+    rows: Int[Tensor, " R"]
+    columns: slice
+
+    def of(self, rollout: Rollout, noise: Noise) -> tuple[Rollout, Noise]:
+        return rollout.rows(self.rows, self.columns), noise.rows(self.rows, self.columns)
+
+
+def row_chunks(rollout: Rollout, noise: Noise, micro_batch_size: int | None) -> list[Chunk]:
+    """The groups that any view scores, in chunks of like lengths (`buckets`) of whole groups, of at most
+    micro_batch_size rows (or one group), each without the columns that are padding in all of its rows.
+
+    A row's log-probs do not depend on the chunk that it is in but by the rounding of attention's sums, whose terms are
+    grouped by the columns; where all rows are of like length nothing moves, and nothing is rounded anew.
+    """
+    group = rollout.group_size
+    scored = rearrange((noise.weight != 0).any(0).any(-1), "(p g) -> p g", g=group).any(-1)
+    columns = rearrange(rollout.attention_mask, "(p g) t -> p g t", g=group).any(1)
+    facts = torch.cat([scored[:, None], columns], dim=-1).cpu()
+    chosen, columns = facts[:, 0].nonzero()[:, 0], facts[:, 1:]
+    begin, end = columns.long().argmax(-1), columns.shape[1] - columns.flip(-1).long().argmax(-1)
+    places, found = torch.arange(group), []
+    for bucket in buckets((end - begin)[chosen].tolist()):
+        groups = chosen[bucket]
+        for part in groups.split(len(groups) if micro_batch_size is None else max(1, micro_batch_size // group)):
+            (rows,) = send(rollout.tokens.device, rearrange(part[:, None] * group + places, "p g -> (p g)"))
+            found.append(Chunk(rows, slice(int(begin[part].min()), int(end[part].max()))))
+    return found
+
+
+def buckets(lengths: list[int]) -> list[list[int]]:
+    """Indices of lengths of which none is below SPREAD times the longest, in their order; the longest first."""
+    found: list[list[int]] = []
+    longest = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not found or lengths[i] < SPREAD * longest:
+            found.append([])
+            longest = lengths[i]
+        found[-1].append(i)
+    return [sorted(bucket) for bucket in found]
 
 
 def score_view(

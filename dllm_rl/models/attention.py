@@ -44,7 +44,7 @@ def plain_attention(
     draw from torch's global generator."""
     if dropout_p:
         raise ValueError(
-            f"dropout_p={dropout_p}: attention with dropout is not reproducible; set it to 0 in the config"
+            f"dropout_p={dropout_p}: attention with dropout does not repeat; set it to 0 in the config"
         )
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]

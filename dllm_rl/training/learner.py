@@ -37,8 +37,8 @@ from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 
 @contextmanager
 def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
-    """bf16 autocast where asked for; with zero_mismatch a row's result does not depend on its batch; else, in 16 bits on
-    a CPU, attention of short rows by plain products."""
+    """bf16 autocast where asked for; with zero_mismatch a row's result does not depend on its batch; without, in 16
+    bits on a CPU, attention of short rows by plain products."""
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16)
     plain = accelerator.device.type == "cpu" and (recipe.bf16 or recipe.dtype != "float32")
     with autocast, batch_invariant() if recipe.zero_mismatch else PlainAttention() if plain else nullcontext():
@@ -288,10 +288,10 @@ def accumulate_gradients(
     if scores.grad_fn is not None:
         scores.backward(vectors)
         return metrics
-    rollout = batch.rollout
-    for rows in row_chunks(batch.noise, micro_batch_size, rollout.group_size):
-        part, masks = rollout.rows(rows), batch.noise.rows(rows)
-        for n in range(len(masks.masked)):
+    for chunk in row_chunks(batch.rollout, batch.noise, micro_batch_size):
+        part, masks = chunk.of(batch.rollout, batch.noise)
+        for n, masked in enumerate(masks.masked):
             # Only positions that move the loss are scored again; with none left in this view, no forward is run.
-            backward_view(policy, part, masks.masked[n], vectors[n, rows], packed=likelihood.packed is not None)
+            vector = vectors[n, chunk.rows][:, chunk.columns]
+            backward_view(policy, part, masked, vector, packed=likelihood.packed is not None)
     return metrics

@@ -44,7 +44,7 @@ def test_it_is_torchs_attention(case, heads):
 
 
 def test_dropout_is_refused():
-    with pytest.raises(ValueError, match=r"dropout_p=0.1: attention with dropout is not reproducible"):
+    with pytest.raises(ValueError, match=r"dropout_p=0.1: attention with dropout does not repeat"):
         plain_attention(*drawn(heads=2), dropout_p=0.1)
 
 
