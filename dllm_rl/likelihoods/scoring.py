@@ -9,16 +9,15 @@ from torch import Tensor
 
 from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
+from dllm_rl.models.buckets import length_buckets
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
 from dllm_rl.models.transfer import send
 from dllm_rl.types import Noise, Rollout
 
-SPREAD = 0.75  # of the longest row of a forward: padding is at most a quarter of it
-
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that go through the model together, and the columns that any of them has tokens in."""
+    """Rows that go through the model together, and the columns from the first that one of them does not pad."""
 
     rows: Int[Tensor, " R"]
     columns: slice
@@ -28,37 +27,27 @@ class Chunk:
 
 
 def row_chunks(rollout: Rollout, noise: Noise, micro_batch_size: int | None) -> list[Chunk]:
-    """The groups that any view scores, in chunks of like lengths (`buckets`) of whole groups, of at most
-    micro_batch_size rows (or one group), each without the columns that are padding in all of its rows.
+    """The groups that any view scores, in chunks of whole groups, of at most micro_batch_size rows (or one group), and
+    of like lengths, without the padding that all of them begin with.
 
-    A row's log-probs do not depend on the chunk that it is in but by the rounding of attention's sums, whose terms are
-    grouped by the columns; where all rows are of like length nothing moves, and nothing is rounded anew.
+    Lengths are those of the whole rollout (`length_buckets`), scored or not: a row is run at the width that it was
+    sampled at. Where all rows go together they keep their columns.
     """
     group = rollout.group_size
     scored = rearrange((noise.weight != 0).any(0).any(-1), "(p g) -> p g", g=group).any(-1)
-    columns = rearrange(rollout.attention_mask, "(p g) t -> p g t", g=group).any(1)
-    facts = torch.cat([scored[:, None], columns], dim=-1).cpu()
-    chosen, columns = facts[:, 0].nonzero()[:, 0], facts[:, 1:]
-    begin, end = columns.long().argmax(-1), columns.shape[1] - columns.flip(-1).long().argmax(-1)
-    places, found = torch.arange(group), []
-    for bucket in buckets((end - begin)[chosen].tolist()):
-        groups = chosen[bucket]
-        for part in groups.split(len(groups) if micro_batch_size is None else max(1, micro_batch_size // group)):
-            (rows,) = send(rollout.tokens.device, rearrange(part[:, None] * group + places, "p g -> (p g)"))
-            found.append(Chunk(rows, slice(int(begin[part].min()), int(end[part].max()))))
+    first = rearrange(rollout.attention_mask.long().argmax(-1), "(p g) -> p g", g=group).amin(-1)
+    chosen, starts = torch.stack([scored, first]).cpu()
+    size = len(chosen) if micro_batch_size is None else max(1, micro_batch_size // group)
+    found, width = [], rollout.tokens.shape[1]
+    alike = length_buckets(starts.repeat_interleave(group), width, rollout.tokens.device)
+    for bucket in alike:
+        columns = slice(bucket.start if len(alike) > 1 else 0, width)
+        groups = bucket.rows[::group] // group
+        for part in groups[chosen[groups] != 0].split(size):
+            if len(part):
+                rows = rearrange(part[:, None] * group + torch.arange(group), "p g -> (p g)")
+                found.append(Chunk(*send(rollout.tokens.device, rows), columns))
     return found
-
-
-def buckets(lengths: list[int]) -> list[list[int]]:
-    """Indices of lengths of which none is below SPREAD times the longest, in their order; the longest first."""
-    found: list[list[int]] = []
-    longest = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not found or lengths[i] < SPREAD * longest:
-            found.append([])
-            longest = lengths[i]
-        found[-1].append(i)
-    return [sorted(bucket) for bucket in found]
 
 
 def score_view(

@@ -43,9 +43,7 @@ def plain_attention(
     """`scaled_dot_product_attention` by its definition. Raises ValueError on dropout, which no policy has: it would
     draw from torch's global generator."""
     if dropout_p:
-        raise ValueError(
-            f"dropout_p={dropout_p}: attention with dropout does not repeat; set it to 0 in the config"
-        )
+        raise ValueError(f"dropout_p={dropout_p}: attention with dropout does not repeat; set it to 0 in the config")
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
