@@ -34,15 +34,17 @@ def ragged(kind: str = "llada"):
 
 def test_chunks_by_hand():
     """Of two rows each; the rule of `length_buckets`, which a test of its own works out."""
-    policy, rollout = ragged()
+    _, rollout = ragged()
     noise = one_step().draw(rollout, generator_for(1))
-    chunks = lambda noise, size: [(c.rows.tolist(), c.columns.start) for c in row_chunks(rollout, noise, size)]  # noqa: E731
+
+    def chunks(noise, size):
+        return [(chunk.rows.tolist(), chunk.columns.start) for chunk in row_chunks(rollout, noise, size)]
+
     assert chunks(noise, None) == [([2, 3, 6, 7], 0), ([0, 1, 4, 5, 8, 9], 28)]
     assert chunks(noise, 5) == [([2, 3, 6, 7], 0), ([0, 1, 4, 5], 28), ([8, 9], 28)]
     assert chunks(noise, 2) == [([2, 3], 0), ([6, 7], 0), ([0, 1], 28), ([4, 5], 28), ([8, 9], 28)]
-    assert chunks(noise.only(torch.arange(10) == 4), None) == [([4, 5], 28)], (
-        "at the width of the whole rollout's bucket"
-    )
+    one = noise.only(torch.arange(10) == 4)
+    assert chunks(one, None) == [([4, 5], 28)], "the width is that of the whole rollout's bucket"
 
 
 @pytest.mark.parametrize("kind", ["llada", "roberta", "causal"])
