@@ -160,7 +160,7 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
         f"rollout batch         {rows} rows x ({prompt_tokens} assumed prompt + {length} new) tokens: "
         f"{recipe.train_batch_size} prompts x {recipe.num_generations} completions, over all processes",
         f"update batch          {recipe.micro_batch_size or rows} rows at once, {recipe.num_iterations} updates a step",
-        f"graphs kept           {kept(recipe, policy, rows)}",
+        f"graphs kept           {graphs_kept(recipe, policy, rows)}",
         f"tokens per step       {rows * length:,} sampled, {rows * (length + prompt_tokens):,} in all",
         "memory per GPU, of a step without data (GB = 10^9 bytes)",
         *(f"  {name:15}  {value / GB:8.3f} GB held" for name, value in parts.held.items()),
@@ -176,7 +176,7 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def kept(recipe: Recipe, policy: MetaPolicy, rows: int) -> str:
+def graphs_kept(recipe: Recipe, policy: MetaPolicy, rows: int) -> str:
     """Whether the first update goes back through scoring's forwards."""
     found = most_graphs(recipe, policy, rows=rows)
     if not found:
