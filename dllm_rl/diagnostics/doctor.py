@@ -23,6 +23,7 @@ from dllm_rl.diagnostics.batch_invariance import layer_outputs
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, causal, recorded, trajectory
 from dllm_rl.models.base import Policy, output_embeddings
 from dllm_rl.models.head import HALF
+from dllm_rl.quantization.experts import place
 from dllm_rl.quantization.linear import dequantized_weight
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
 from dllm_rl.samplers.agreement import order_agreement
@@ -222,7 +223,7 @@ def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
     """The learner's weights in the rollout's forward: its dtype, its buffers (rotary tables), its head."""
     plain = quantized_copy(policy, None)
     plain.spec = rollout_policy.spec
-    quantised = {f"{name}.weight" for name, _ in quantized_layers(rollout_policy)}
+    quantised = {place(name)[0] for name, _ in quantized_layers(rollout_policy)}
     theirs = dict(rollout_policy.module.named_parameters())
     for name, parameter in plain.module.named_parameters():
         if name in theirs and name not in quantised:
@@ -242,8 +243,10 @@ def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
 def operands(plain: Policy, config: Any) -> tuple[Policy, Policy]:
     """Two copies: with the weights rounded and nothing else, and quantised in full."""
     fresh, rounded = quantized_copy(plain, config), quantized_copy(plain, None)
+    weights = dict(rounded.module.named_parameters())
     for name, layer in quantized_layers(fresh):
-        rounded.module.get_submodule(name).weight.copy_(dequantized_weight(layer))
+        where, expert = place(name)
+        (weights[where] if expert is None else weights[where][expert]).copy_(dequantized_weight(layer))
     return rounded, fresh
 
 

@@ -21,6 +21,7 @@ class Canvas:
 
     columns  where in T a completion's positions lie.
     block    the block that each belongs to; bounds: the columns of each block.
+    starts   the first of the T columns that a row does not pad, on the host.
     ended    rows that stopped early; what they left masked becomes padding where `pads_ended`.
     revised  whether the commit rule may come back to what it wrote.
     open     infilling only: which of the T columns are the completion's, those inside the prompt among them. Rows then
@@ -33,6 +34,7 @@ class Canvas:
     columns: Int[Tensor, "B L"]
     block: Int[Tensor, "B L"]
     bounds: list[tuple[int, int]]
+    starts: Int[Tensor, " B"]
     pad_id: int
     pads_ended: bool
     masked: Bool[Tensor, "B L"] = field(init=False)
@@ -204,6 +206,7 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
         bounds=[
             (start, min(start + block_size, tokens.shape[1])) for start in range(base, tokens.shape[1], block_size)
         ],
+        starts=attention_mask.long().argmax(-1),
         pad_id=policy.pad_id,
         pads_ended=spec.attention == "block_causal",
     )
@@ -226,6 +229,7 @@ def _infilling(policy: Policy, prompts: Prompts, opened: Bool[Tensor, "P S"], le
         columns=per_row(columns),
         block=per_row(block),
         bounds=[],  # only caches read them
+        starts=repeat(mask.long().argmax(-1), "p -> (p g)", g=prompts.group_size),
         pad_id=policy.pad_id,
         pads_ended=False,
         open=per_row(opened),

@@ -23,7 +23,7 @@ MUTATIONS = [
         ("key=lambda c: c.mean_abs, reverse=True)", "key=lambda c: c.mean_abs)"),
         ('keys = ("abs_log_ratio_mean", "abs_log_ratio_max"', 'keys = ("abs_log_ratio_max", "abs_log_ratio_mean"'),
         ("learner - sampled, mask)", "sampled - learner, mask)"),
-        ("rounded.module.get_submodule(name).weight.copy_(dequantized_weight(layer))", "pass"),
+        ("(weights[where] if expert is None else weights[where][expert]).copy_(dequantized_weight(layer))", "pass"),
         ("if self.worst < 1e-5", "if self.worst < 1e-1"),
         ("max(self.total.mean_abs, self.causes[0].mean_abs)", "self.total.mean_abs"),
         ("generator().manual_seed(seed + 1)".replace("generator", "Generator"), "Generator().manual_seed(seed)"),
