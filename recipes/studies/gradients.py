@@ -48,6 +48,7 @@ SURROGATES = {
     "dual clip, delta 3": partial(losses.ppo_clip, epsilon=0.2, delta=3.0),
     "DAPO, .2 and .28": partial(losses.ppo_clip, epsilon=0.2, epsilon_high=0.28),
     "cispo, 5": losses.cispo,
+    "vespo": losses.vespo,
     "gspo, .2": partial(losses.gspo, epsilon=0.2, epsilon_high=0.2),
     "TBPO's band, .05": partial(losses.trust_band, **BAND),
 }
