@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.measure import machine, table, write_json
 from benchmarks.sampler import Shape, random_policy
+from dllm_rl.models import buckets
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers import rules, states
@@ -31,7 +32,7 @@ LESS = Shape(4, 512, 8, 1536, 16384, batch=8, prompt=64, new=64, block=32, steps
 SMOKE = Shape(1, 32, 2, 64, 512, batch=4, prompt=64, new=16, block=8, steps=4)
 LENGTHS = {
     "prompts of 40 to 260": [40, 260, 100, 180, 60, 220, 140, 75],
-    "one of 900 beside 15 of 60": [900] + [60] * 15,
+    "one of 900 beside 7 of 60": [900] + [60] * 7,
 }
 
 
@@ -48,11 +49,11 @@ class Waiting(CachedStates):
 @contextmanager
 def whole_batches() -> Iterator[None]:
     """As it was: rows of all lengths in one batch."""
-    before, states.forward_cost = states.forward_cost, lambda policy: 10**9
+    before, buckets.FORWARD["cpu"] = buckets.FORWARD["cpu"], 10**9
     try:
         yield
     finally:
-        states.forward_cost = before
+        buckets.FORWARD["cpu"] = before
 
 
 @contextmanager

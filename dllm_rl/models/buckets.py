@@ -7,16 +7,14 @@ of sums over other numbers of columns, and where nothing can be left out they ar
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dllm_rl.models.base import Policy
-
-# What a forward costs beside its products, as so many multiplications by a matrix of hidden x hidden for a position of
-# hidden size 1: Python and launches, a block's on a CPU about 0.4 ms. An H200 takes as long for 600 positions of an 8B
-# model (4096 wide) as for one.
-FORWARD = {"cpu": 2**20, "cuda": 2**34}
-LEAST = 16  # positions: a product of fewer rows is no faster
+# A forward costs as much as so many more positions: Python, launches and the reading of the weights. An H200 takes as
+# long for 600 positions of an 8B model as for one, and for more of a smaller model; a CPU as long for 100 of a model 96
+# wide, and for 10 of one 512 wide.
+FORWARD = {"cpu": 128, "cuda": 1024}
 
 
 @dataclass(frozen=True)
@@ -27,29 +25,25 @@ class Bucket:
     start: int
 
 
-def forward_cost(policy: Policy) -> int:
-    """So many more positions cost as much as a forward more: FORWARD[device] / hidden size ** 2. A module without a
-    config is taken for one of 512."""
-    width = getattr(getattr(policy.module, "config", None), "hidden_size", 512)
-    return max(LEAST, FORWARD.get(policy.device.type, FORWARD["cuda"]) // width**2)
-
-
-def length_buckets(starts: Int[Tensor, " B"], columns: int, *, forward: int) -> list[Bucket]:
+def length_buckets(
+    starts: Int[Tensor, " B"], columns: int, device: torch.device | str, *, forwards: int = 1
+) -> list[Bucket]:
     """The batch in buckets, the longest rows first, as cost least by the rule
 
-        sum over buckets of (rows x columns + forward).
+        sum over buckets of (rows x columns + forwards x FORWARD[device]).
 
-    starts   each row's first column that is no padding, on the host; columns: of the batch.
-    forward  positions that a bucket more costs as much as (`forward_cost`; with a cache, in each step of a block).
+    starts    each row's first column that is no padding, on the host; columns: of the batch.
+    forwards  model calls that a bucket costs for each in which its padding is run: a cache makes them many.
 
-    Exact, by dynamic programming over the distinct lengths. What attention costs beyond a product a column is left out:
-    it speaks for more buckets.
+    Rows that all go together keep their columns. Exact, by dynamic programming over the distinct lengths. What
+    attention costs beyond a product a column is left out: it speaks for more buckets.
     """
     distinct, count = starts.unique(return_counts=True)  # rising: the longest rows first
     begins, rows_before = distinct.tolist(), [0, *count.cumsum(0).tolist()]
+    least = forwards * FORWARD.get(torch.device(device).type, FORWARD["cuda"])
     best, cut = [0], [0]  # of the first n distinct lengths: the cost, and where their last bucket begins
     for end in range(1, len(begins) + 1):
-        costs = [best[i] + (rows_before[end] - rows_before[i]) * (columns - begins[i]) + forward for i in range(end)]
+        costs = [best[i] + (rows_before[end] - rows_before[i]) * (columns - begins[i]) + least for i in range(end)]
         best.append(min(costs))
         cut.append(costs.index(best[-1]))
     found, end = [], len(begins)
@@ -57,4 +51,4 @@ def length_buckets(starts: Int[Tensor, " B"], columns: int, *, forward: int) -> 
         begin, last = begins[cut[end]], begins[end - 1]
         found.append(Bucket(((starts >= begin) & (starts <= last)).nonzero()[:, 0], begin))
         end = cut[end]
-    return found[::-1]
+    return found[::-1] if len(found) > 1 else [Bucket(torch.arange(len(starts)), 0)]

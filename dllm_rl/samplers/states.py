@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.buckets import forward_cost, length_buckets
+from dllm_rl.models.buckets import length_buckets
 from dllm_rl.models.transfer import send
 from dllm_rl.samplers.cache import Cache, CachedStates
 from dllm_rl.samplers.canvas import Canvas
@@ -19,8 +19,8 @@ class States:
 
     def __init__(self, policy: Policy, canvas: Canvas, cache: Cache | None, steps: Int[Tensor, "B N"]) -> None:
         self.policy, self.canvas = policy, canvas
-        forward = forward_cost(policy) * (1 if cache is None else int(steps.max()))
-        self.buckets = length_buckets(canvas.starts, canvas.tokens.shape[1], forward=forward)
+        forwards = 1 if cache is None else int(steps.max())
+        self.buckets = length_buckets(canvas.starts, canvas.tokens.shape[1], policy.device, forwards=forwards)
         self.bucket = torch.zeros_like(canvas.starts)
         self.caches = []
         for number, bucket in enumerate(self.buckets):

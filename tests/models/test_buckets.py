@@ -5,8 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from dllm_rl.models.buckets import forward_cost, length_buckets
-from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.models.buckets import FORWARD, length_buckets
 
 
 def cost(groups, starts, columns, least):
@@ -21,41 +20,30 @@ def cheapest(starts, columns, least):
     return min(cost(groups, starts, columns, least) for groups in grouped)
 
 
-@pytest.mark.parametrize("forward", [64, 192])
-def test_no_grouping_costs_less(forward):
+@pytest.mark.parametrize("forwards", [1, 3])
+def test_no_grouping_costs_less(forwards):
     generator, sizes = torch.Generator().manual_seed(0), set()
     for _ in range(40):
-        starts = torch.randint(0, 150, (8,), generator=generator)
-        found = length_buckets(starts, 160, forward=forward)
+        starts = torch.randint(0, 300, (8,), generator=generator)
+        found = length_buckets(starts, 310, "cpu", forwards=forwards)
         rows = torch.cat([bucket.rows for bucket in found])
         assert rows.sort().values.tolist() == list(range(8))
-        assert [bucket.start for bucket in found] == sorted(int(starts[bucket.rows].min()) for bucket in found)
+        begins = sorted(int(starts[bucket.rows].min()) for bucket in found)
+        assert [bucket.start for bucket in found] == (begins if len(found) > 1 else [0])
+        least = forwards * FORWARD["cpu"]
         groups = [bucket.rows.tolist() for bucket in found]
-        assert cost(groups, starts.tolist(), 160, forward) == cheapest(starts.tolist(), 160, forward)
+        assert cost(groups, starts.tolist(), 310, least) == cheapest(starts.tolist(), 310, least)
         sizes.add(len(found))
     assert len(sizes) > 1
 
 
 def test_rows_of_one_length_stay_one_batch():
-    (only,) = length_buckets(torch.zeros(6, dtype=torch.long), 4096, forward=0)
-    assert only.rows.tolist() == list(range(6)) and only.start == 0
+    (only,) = length_buckets(torch.full((6,), 7), 4096, "cpu")
+    assert only.rows.tolist() == list(range(6)) and only.start == 0, "with all of its columns"
 
 
-def test_a_dearer_forward_splits_later():
+def test_a_device_whose_forwards_cost_more_splits_later():
     """One row of 300 columns beside seven of 100: 7 x 200 = 1,400 positions saved, for a forward more."""
     starts = torch.tensor([0, *[200] * 7])
-    split = [[0], [1, 2, 3, 4, 5, 6, 7]]
-    assert [bucket.rows.tolist() for bucket in length_buckets(starts, 300, forward=1399)] == split
-    assert len(length_buckets(starts, 300, forward=1400)) == 1
-
-
-def test_a_forward_costs_more_positions_the_narrower_the_model_and_the_faster_the_device(monkeypatch):
-    policy = tiny_llama(characters="ab", hidden_size=16, num_heads=2, num_layers=1, causal=False)
-
-    def cost(width):
-        monkeypatch.setattr(policy.module.config, "hidden_size", width)
-        return forward_cost(policy)
-
-    assert [cost(width) for width in (64, 128, 4096)] == [256, 64, 16]
-    monkeypatch.setattr(type(policy), "device", torch.device("cuda"))
-    assert [cost(width) for width in (1024, 4096)] == [16384, 1024]
+    assert [bucket.rows.tolist() for bucket in length_buckets(starts, 300, "cpu")] == [[0], [1, 2, 3, 4, 5, 6, 7]]
+    assert len(length_buckets(starts, 300, "cuda")) == 2 and len(length_buckets(starts, 300, "cuda", forwards=2)) == 1

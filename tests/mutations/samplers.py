@@ -127,8 +127,8 @@ MUTATIONS = [
     *mutations(
         "models/buckets.py",
         "models/test_buckets.py",
-        ("* (columns - begins[i]) + forward", "* (columns - begins[i])"),
-        ("// width**2)", "// width)"),
+        ("* (columns - begins[i]) + least", "* (columns - begins[i])"),
+        ("forwards * FORWARD.get", "FORWARD.get"),
         ("(starts >= begin) & (starts <= last)", "(starts > begin) & (starts <= last)"),
     ),
     *mutations(

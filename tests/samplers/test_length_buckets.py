@@ -8,8 +8,9 @@ from layouts import checkpoint
 from simulated_cuda import SimulatedCuda
 
 from dllm_rl import load_policy
+from dllm_rl.models import buckets
 from dllm_rl.models.tiny import tiny_llama
-from dllm_rl.samplers import rules, states
+from dllm_rl.samplers import rules
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts
@@ -31,7 +32,7 @@ OPTIONS = {
 @pytest.fixture
 def split(monkeypatch):
     """How many positions a forward costs: 0 gives every length a bucket, NEVER keeps the batch whole."""
-    return lambda cost: monkeypatch.setattr(states, "forward_cost", lambda policy: cost)
+    return lambda cost: monkeypatch.setitem(buckets.FORWARD, "cpu", cost)
 
 
 def policy_for(name, tmp_path):
@@ -105,7 +106,7 @@ def test_rows_of_one_length_are_one_batch_whatever_a_forward_costs(split, monkey
 
 
 def test_a_step_waits_for_the_device_once_a_bucket_at_most(monkeypatch):
-    monkeypatch.setattr(states, "forward_cost", lambda policy: 0)
+    monkeypatch.setitem(buckets.FORWARD, "cuda", 0)
     waits = []
     with SimulatedCuda() as cuda:
         policy = tiny_llama(characters=CHARACTERS, causal=False, num_layers=1).to("cuda")
