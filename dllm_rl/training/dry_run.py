@@ -21,7 +21,7 @@ from dllm_rl.quantization.rollout_policy import skip_reasons
 from dllm_rl.quantization.schemes import int4_packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import autoregress, sampler_for, unmask
-from dllm_rl.training.memory import Memory, measure_step
+from dllm_rl.training.memory import ONE_VIEW, Memory, measure_step, most_graphs
 
 GB = 1e9
 GPUS = (80, 96, 141, 192)  # GB of memory
@@ -164,6 +164,7 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
         f"rollout batch         {rows} rows x ({prompt_tokens} assumed prompt + {length} new) tokens: "
         f"{recipe.train_batch_size} prompts x {recipe.num_generations} completions, over all processes",
         f"update batch          {recipe.micro_batch_size or rows} rows at once, {recipe.num_iterations} updates a step",
+        f"graphs kept           {graphs_kept(recipe, policy, rows)}",
         f"tokens per step       {rows * length:,} sampled, {rows * (length + prompt_tokens):,} in all",
         "memory per GPU, of a step without data (GB = 10^9 bytes)",
         *(f"  {name:15}  {value / GB:8.3f} GB held" for name, value in parts.held.items()),
@@ -177,6 +178,15 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
             "--lora lora_d1, --optim adamw_8bit, --base_quantization nf4; train() does not shard"
         )
     return "\n".join(lines)
+
+
+def graphs_kept(recipe: Recipe, policy: MetaPolicy, rows: int) -> str:
+    """Whether the first update goes back through scoring's forwards."""
+    found = most_graphs(recipe, policy, rows=rows)
+    if not found:
+        return "none: an update runs every forward again, one at a time"
+    sure = recipe.likelihood.name in ONE_VIEW
+    return f"{'' if sure else 'up to '}{found} of scoring's forwards, for the first update (kept_graphs)"
 
 
 def fit(peak: int, size: int) -> str:
