@@ -11,8 +11,17 @@ from dllm_rl.models.transfer import send
 from dllm_rl.rng import row_seeds, uniforms
 from dllm_rl.samplers.cache import Cache
 from dllm_rl.samplers.canvas import BlockQueue, make_canvas
-from dllm_rl.samplers.propose import propose, propose_and_rank, rank_only
-from dllm_rl.samplers.rules import commit_inputs, confidence, name_of, rank_inputs, schedule, share
+from dllm_rl.samplers.propose import order_logprobs, propose, propose_and_rank, rank_only
+from dllm_rl.samplers.rules import (
+    commit_inputs,
+    confidence,
+    name_of,
+    order_has_law,
+    rank_inputs,
+    rank_name,
+    schedule,
+    share,
+)
 from dllm_rl.samplers.states import States
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
@@ -76,6 +85,7 @@ def unmask(
     sampling_params = SamplingParams(temperature, top_k, top_p, (*suppress, spec.mask_id))
     # A rank of the state alone leaves the drawing of tokens to when it is known where; the likeliest come for free.
     draws_first = "tokens" in needs or (temperature == 0 and "logits" in needs) or "changed" in revising
+    lawful = order_has_law(rank, commit) and temperature > 0  # else the order does not depend on what is drawn
     ends = spec.attention == "block_causal" or approximate_early_exit
 
     canvas = make_canvas(
@@ -87,7 +97,7 @@ def unmask(
         in_step=cache is not None,
         masked=None if prompts.open is None else canvas.masked,
     )
-    canvas.revised = bool(revising)
+    canvas.rank, canvas.revised = rank_name(rank), bool(revising)
     check_suppress(policy, sampling_params)
     states_of = States(policy, canvas, cache, queue.steps)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(device)
@@ -133,6 +143,10 @@ def unmask(
             where, place = _places(again, int(reopened.sum()))
             canvas.reopen(on_device[where], place, spec.mask_id)
         picked = _places(chosen[r, c][None], int(num_chosen.sum()))[1]
+        if lawful:
+            stayed = _places(~chosen[r, c][None], len(r) - int(committed.sum()))[1]
+            order = order_logprobs(policy, states, scores[r, c], r, c, picked, stayed, sampling_params)
+            canvas.leave(on_device[r[stayed]], c[stayed], order)
         r, c, states = r[picked], c[picked], states[picked]
         if draws_first:
             drawn = [x[picked] for x in drawn]

@@ -24,7 +24,7 @@ from torch import Tensor
 from dllm_rl.algorithms.mismatch import PREFIX, group_weights, mismatch_metrics, off_policy_metrics, symptom_metrics
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
 from dllm_rl.distributed import Metrics, gather_on_host, local, reduce_metrics, sum_gradients
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
 from dllm_rl.models.attention import PlainAttention
 from dllm_rl.models.base import Policy
@@ -32,6 +32,7 @@ from dllm_rl.models.transfer import send
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
+from dllm_rl.samplers.agreement import order_agreement
 from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 
 
@@ -125,13 +126,20 @@ def score(
     likelihood, size = recipe.likelihood, recipe.micro_batch_size
     under = partial(likelihood.logprobs, rollout=rollout, noise=noise, micro_batch_size=size)
     anchor = None if reference is None else under(reference)
-    sampled = rollout.logprobs if likelihood.exact_for_sampler else None
+    sampled = recorded(rollout, noise) if likelihood.exact_for_sampler else None
     if sampled is None and rollout_policy is not policy:
         sampled = under(rollout_policy)
+    order = {} if rollout_policy is policy else order_agreement(policy, rollout)
     keep = keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
     scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep)
     old = likelihood.combine(scores.detach(), noise)
-    logps = Logprobs(old=old, old_scores=scores, rollout=old if sampled is None else sampled, reference=anchor)
+    logps = Logprobs(
+        old=old,
+        old_scores=scores,
+        rollout=old if sampled is None else sampled,
+        reference=anchor,
+        order=order,
+    )
     if recipe.zero_mismatch:
         check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
     return logps
@@ -175,6 +183,8 @@ def correct(
     metrics["live/rollout_rs_masked_fraction"] = 1 - (keep.sum() / corrected.sum().clamp(min=1)).item()
     # Error-token rates need per-token log-probs; ELBO contributions are not, so only repetition is measured.
     exact = recipe.likelihood.exact_for_sampler or recipe.likelihood.attention == ("causal",)
+    exact = exact and noise.left is None  # nor are contributions that hold an order's log-probs
+    metrics |= {PREFIX + name: value for name, value in reduce_metrics(logps.order, accelerator).items()}
     metrics |= symptom_metrics(tokens, corrected, flat, old=old if exact else None)
 
     num_tokens, num_sequences = int((keep | (completion & ~corrected)).sum()), len(keep)
@@ -293,5 +303,6 @@ def accumulate_gradients(
         for n, masked in enumerate(masks.masked):
             # Only positions that move the loss are scored again; with none left in this view, no forward is run.
             vector = vectors[n, chunk.rows][:, chunk.columns]
-            backward_view(policy, part, masked, vector, packed=likelihood.packed is not None)
+            order = {} if masks.left is None else {"scored": masks.weight[n] != 0, "left": masks.left[n]}
+            backward_view(policy, part, masked, vector, **order, packed=likelihood.packed is not None)
     return metrics

@@ -39,6 +39,13 @@ DRAWS = " ".join(
 
 MUTATIONS = [
     *mutations(
+        "samplers/agreement.py",
+        "samplers/test_agreement.py",
+        ("rollout.open_step[first] == 0", "masked"),
+        ("chosen == committed).all(-1)", "chosen == committed).any(-1)"),
+        ("(chosen & committed).sum(), committed.sum()", "chosen.sum(), committed.sum()"),
+    ),
+    *mutations(
         "samplers/rules.py",
         RULES,
         ("[:, 0] - normalizer\n\n\ndef max_prob", "[:, 0]\n\n\ndef max_prob"),
