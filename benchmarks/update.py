@@ -6,9 +6,10 @@ published  against the published algorithms, stated anew here: logits of every p
            ESPO: the coupled masks of two samples.
 ragged     rows of unlike lengths: padded to the longest, against buckets.
 bf16       attention of short rows: torch's fused kernel, against plain products.
+main_job   the same of the main job's model and batch, against fp32.
 growth     of a gradient's cost with masks, rows and length: constant memory, and kept graphs.
 
-python -m benchmarks.update [--parts published,ragged,bf16,growth] [--repeats 3] [--smoke] [--json FILE]
+python -m benchmarks.update [--parts published,ragged,bf16,main_job,growth] [--repeats 3] [--smoke] [--json FILE]
 """
 
 import argparse
@@ -30,6 +31,7 @@ from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.scoring import backward_view
 from dllm_rl.models.attention import PlainAttention
 from dllm_rl.models.base import Policy, copied
+from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.training.learner import accumulate_gradients, update
 from dllm_rl.types import Batch, Noise, Rollout
 
@@ -209,6 +211,20 @@ def bf16(shape: Shape, repeats: int, *, lengths: tuple[int, ...]) -> list[dict]:
     return rows
 
 
+def main_job(rows: int, repeats: int) -> list[dict]:
+    """Forward and backward of the main job's model and batch."""
+    policy = tiny_masked_lm(characters="1234.=")
+    _, rollout = make(Shape(8, 1, 2, 8, policy.vocab_size, rows, 17, 16), "cpu", torch.float32)
+    noise = one_step().draw(rollout, torch.Generator().manual_seed(0))
+
+    def run(narrow: bool, plain: bool) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow), PlainAttention() if plain else nullcontext():
+            gradient(policy, rollout, noise, one_step(), keep=True)
+
+    arms = {"fp32": (False, False), "bf16, fused": (True, False), "bf16, plain products": (True, True)}
+    return against(fastest({name: partial(run, *arm) for name, arm in arms.items()}, repeats), "fp32", rows=rows)
+
+
 def growth(shape: Shape, repeats: int, *, masks: list[int], batch: list[int], length: list[int]) -> list[dict]:
     rows = []
     for axis, values in (("masks", masks), ("rows", batch), ("tokens", length)):
@@ -232,7 +248,7 @@ def growth(shape: Shape, repeats: int, *, masks: list[int], batch: list[int], le
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="published,ragged,bf16,growth")
+    parser.add_argument("--parts", default="published,ragged,bf16,main_job,growth")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     parser.add_argument("--json", help="file for the numbers")
@@ -249,6 +265,8 @@ def main() -> None:
             found[part] = ragged(small, repeats, longest=26 if options.smoke else 260)
         if part == "bf16":
             found[part] = bf16(small, repeats, lengths=(8,) if options.smoke else (32, 64, 128, 192, 256))
+        if part == "main_job":
+            found[part] = main_job(8 if options.smoke else 256, repeats)
         if part == "growth":
             found[part] = growth(small, repeats, **sizes)
         print(f"\n{part}\n{table(found[part])}", flush=True)

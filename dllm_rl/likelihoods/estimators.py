@@ -93,9 +93,10 @@ class LikelihoodEstimator:
             with torch.set_grad_enabled(kept):
                 for chunk in row_chunks(rollout, part, micro_batch_size):
                     some, masks = chunk.of(rollout, part)
-                    for n, masked in enumerate(masks.masked):
-                        scored, left = masks.weight[n] != 0, None if masks.left is None else masks.left[n]
-                        logps = score_view(policy, some, masked, scored, left=left, packed=self.packed is not None)
+                    for n in range(len(masks.masked)):
+                        left = None if masks.left is None else masks.left[n]
+                        view = (masks.masked[n], masks.weight[n] != 0)
+                        logps = score_view(policy, some, *view, left=left, packed=self.packed is not None)
                         out[n, chunk.rows, chunk.columns] = logps
         return out
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-SHORT = 128  # keys, up to which forward and backward of the plain products are the faster ones
+SHORT = 128  # keys, up to which the plain products are clearly the faster ones, forward and backward
 
 
 class PlainAttention(TorchFunctionMode):

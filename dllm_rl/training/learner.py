@@ -129,12 +129,17 @@ def score(
     sampled = recorded(rollout, noise) if likelihood.exact_for_sampler else None
     if sampled is None and rollout_policy is not policy:
         sampled = under(rollout_policy)
+    order = {} if rollout_policy is policy else order_agreement(policy, rollout)
     keep = keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
     scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep)
     old = likelihood.combine(scores.detach(), noise)
-    order = {} if rollout_policy is policy else order_agreement(policy, rollout)
-    sampled = old if sampled is None else sampled
-    logps = Logprobs(old=old, old_scores=scores, rollout=sampled, reference=anchor, order=order)
+    logps = Logprobs(
+        old=old,
+        old_scores=scores,
+        rollout=old if sampled is None else sampled,
+        reference=anchor,
+        order=order,
+    )
     if recipe.zero_mismatch:
         check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
     return logps

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from tiny_recipe import Wrapped, tiny_recipe
 
 from dllm_rl.likelihoods import causal, coupled, elbo, one_step
+from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks, score_view
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.models.tokens import encode
@@ -115,4 +116,4 @@ def test_what_is_scored_is_bit_for_bit_what_was_sampled(tmp_path, zero_mismatch)
         assert len(row_chunks(rollout, noise, None)) == 2
         logps = score(recipe, rollout, noise, policy=policy, rollout_policy=policy, reference=None)
     there = torch.arange(16)[:, None] != 3
-    assert torch.equal(logps.old, rollout.logprobs * there) and (logps.old != 0).any()
+    assert torch.equal(logps.old, recorded(rollout, noise) * there) and (logps.old != 0).any()
