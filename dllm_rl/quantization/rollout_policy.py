@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Module, Policy, whole
 from dllm_rl.models.lora import LoraLinear, forget_quantizer, is_bitsandbytes, merged_state, plain_weight
 from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize, Scheme
 from dllm_rl.quantization.linear import (
@@ -65,25 +65,29 @@ def quantized_copy(
 
     Head, embeddings, norms and routers keep theirs, as do layers tied to one of these and experts fused into one
     3-D parameter (experts that are linear layers are quantised). `rollout_policy.quantization_report` says all that.
-    Adapters are merged and what bitsandbytes holds is dequantised, layer by layer: beyond the copy itself at most one
-    layer is held twice. Raises ValueError for a config that the device cannot run,
+    Adapters are merged, what bitsandbytes holds is dequantised and what is sharded gathered, layer by layer: beyond the
+    copy itself, which each process has whole, at most one layer is held twice. Raises ValueError for a config that the device cannot run,
     a weight with NaN or infinity, or when nothing could be quantised.
     """
     module, rollout_policy = policy.module, copy.copy(policy)
+    layers = module.sharding.plain if hasattr(module, "sharding") else module  # what is copied, without weights if so
     kept: dict[str, str] = {}
     memo: dict[int, Any] = {}
     finite: dict[str, torch.Tensor] = {}
     if config is not None:
         config = check_scheme(config, policy.device, dtype or next(module.parameters()).dtype)
-        kept = skip_reasons(module, config, skip)
+        kept = skip_reasons(layers, config, skip)
     chosen = [] if config is None else [name for name, _ in linear_layers(module) if name not in kept]
     if config is not None and not chosen:
         raise ValueError(f"{config!r} quantises no layer of {type(module).__name__}; not quantised: {kept}")
-    memo |= in_dtype((p for p in module.parameters() if p.dim() == 1), dtype)  # norms, and biases for what follows
-    for name, layer in linear_layers(module):
+    memo |= copies(module, layers, dtype, lambda p: p.dim() == 1)  # norms, and biases for what follows
+    for name, layer in linear_layers(layers):
         # deepcopy takes what the memo holds for an object instead of copying it: no plain copy of a weight is made.
         quantise, base = name in chosen, layer.base_layer if isinstance(layer, LoraLinear) else layer
-        weight = (layer.merged() if isinstance(layer, LoraLinear) else plain_weight(layer)).to(dtype)
+        if not quantise and base is layer and not is_bitsandbytes(layer):
+            continue
+        held = module.get_submodule(name)
+        weight = (held.merged() if isinstance(held, LoraLinear) else plain_weight(held)).to(dtype)
         if quantise and isinstance(config, FakeQuantize):
             memo[id(layer)] = EmulatedLinear(weight, copy.deepcopy(base.bias, memo), config)
             finite[name] = memo[id(layer)].weight.isfinite().all()
@@ -93,12 +97,12 @@ def quantized_copy(
         if base is not layer or is_bitsandbytes(layer):
             memo[id(layer)] = plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
             plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), copy.deepcopy(base.bias, memo)
-        elif quantise:
+        else:
             memo[id(layer.weight)] = nn.Parameter(weight, requires_grad=False)
-    replaced = {id(p) for layer in module.modules() if id(layer) in memo for p in layer.parameters()}
-    memo |= in_dtype((p for p in module.parameters() if id(p) not in memo.keys() | replaced), dtype)
+    replaced = {id(p) for layer in layers.modules() if id(layer) in memo for p in layer.parameters()}
+    memo |= copies(module, layers, dtype, lambda p: id(p) not in memo.keys() | replaced)
     check_finite(finite)
-    rollout_policy.module = copy.deepcopy(module, memo).requires_grad_(False)
+    rollout_policy.module = copy.deepcopy(layers, memo).requires_grad_(False)
     for name in chosen:
         rollout_policy.module.get_submodule(name).quantization = config
     forget_quantizer(rollout_policy.module)
@@ -110,13 +114,20 @@ def quantized_copy(
     return rollout_policy
 
 
-def in_dtype(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None) -> dict[int, Any]:
-    """Copies of floating parameters in another dtype, by the id of the original: deepcopy's memo. None: no copies."""
-    return {
-        id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False)
-        for p in parameters
-        if dtype is not None and p.is_floating_point()
-    }
+def copies(
+    module: Module, layers: Module, dtype: torch.dtype | None, wanted: Callable[[torch.Tensor], bool]
+) -> dict[int, Any]:
+    """Copies of a module's tensors, by the id of the tensor in `layers`, if `wanted` of that one: floating parameters
+    in `dtype`, and where `layers` is not the module itself everything, gathered. That is deepcopy's memo, which copies
+    all else."""
+    found: dict[int, Any] = {}
+    for place, tensor in zip(layers.parameters(), module.parameters(), strict=True):
+        cast = dtype if tensor.is_floating_point() else None
+        if wanted(place) and (cast or place is not tensor):
+            found[id(place)] = nn.Parameter(whole(tensor.detach()).to(cast, copy=place is tensor), requires_grad=False)
+    if layers is not module:
+        found |= {id(a): b.clone() for a, b in zip(layers.buffers(), module.buffers(), strict=True)}
+    return found
 
 
 def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:

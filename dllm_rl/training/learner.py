@@ -20,10 +20,10 @@ from torch import Tensor
 
 from dllm_rl.algorithms.mismatch import PREFIX, group_weights, mismatch_metrics, off_policy_metrics, symptom_metrics
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
-from dllm_rl.distributed import Metrics, gather_on_host, local, reduce_metrics, sum_gradients
+from dllm_rl.distributed import Metrics, gather_on_host, in_pace, local, reduce_metrics, sum_gradients
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Policy, whole
 from dllm_rl.models.transfer import send
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
@@ -34,7 +34,8 @@ from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 @contextmanager
 def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
     """bf16 autocast where asked for; with zero_mismatch a row's result does not depend on its batch."""
-    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16)
+    kept = recipe.shard_size == 1  # autocast's bf16 copies would hold a sharded model whole
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16, cache_enabled=kept)
     with autocast, batch_invariant() if recipe.zero_mismatch else nullcontext():
         yield
 
@@ -104,18 +105,18 @@ def score(
     would only compute it again. Raises RuntimeError with zero_mismatch where the sides differ.
     """
     likelihood, size = recipe.likelihood, recipe.micro_batch_size
-    scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size)
+    with in_pace(policy):
+        scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size)
     old = sampled = likelihood.combine(scores, noise)
     if likelihood.exact_for_sampler:
         sampled = rollout.logprobs
     elif rollout_policy is not policy:
         sampled = likelihood.logprobs(rollout_policy, rollout, noise, micro_batch_size=size)
-    logps = Logprobs(
-        old=old,
-        old_scores=scores,
-        rollout=sampled,
-        reference=None if reference is None else likelihood.logprobs(reference, rollout, noise, micro_batch_size=size),
-    )
+    before = None
+    if reference is not None:
+        with in_pace(reference):
+            before = likelihood.logprobs(reference, rollout, noise, micro_batch_size=size)
+    logps = Logprobs(old=old, old_scores=scores, rollout=sampled, reference=before)
     if recipe.zero_mismatch:
         check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
     return logps
@@ -226,14 +227,15 @@ def update(
         scores = batch.old_scores
         if iteration:
             torch.clear_autocast_cache()  # autocast's bf16 copies are those of the weights before the last step
-            scores = likelihood.scores(policy, batch.rollout, batch.noise, micro_batch_size=micro_batch_size)
+            with in_pace(policy):
+                scores = likelihood.scores(policy, batch.rollout, batch.noise, micro_batch_size=micro_batch_size)
         optimizer.zero_grad(set_to_none=True)
         metrics = accumulate_gradients(
             policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=micro_batch_size
         )
         sum_gradients(policy.module, accelerator)
         trained = [p for p in policy.module.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm))
         reduced = reduce_metrics(metrics | {"grad_norm": (norm, torch.ones_like(norm))}, accelerator)
         if not math.isfinite(reduced["grad_norm"]):
             raise FloatingPointError(
@@ -266,9 +268,10 @@ def accumulate_gradients(
     (vectors,) = torch.autograd.grad(logps, leaves, gradient)
     metrics |= off_policy_metrics(logps.detach(), batch, old=likelihood.combine(batch.old_scores, batch.noise))
     rollout = batch.rollout
-    for rows in row_chunks(batch.noise, micro_batch_size, rollout.group_size):
-        part, masks = rollout.rows(rows), batch.noise.rows(rows)
-        for n in range(len(masks.masked)):
-            # Only positions that move the loss are scored again; with none left in this view, no forward is run.
-            backward_view(policy, part, masks.masked[n], vectors[n, rows], packed=likelihood.packed is not None)
+    with in_pace(policy, backward=True):
+        for rows in row_chunks(batch.noise, micro_batch_size, rollout.group_size):
+            part, masks = rollout.rows(rows), batch.noise.rows(rows)
+            for n in range(len(masks.masked)):
+                # Only positions that move the loss are scored again; with none left in this view, no forward is run.
+                backward_view(policy, part, masks.masked[n], vectors[n, rows], packed=likelihood.packed is not None)
     return metrics
