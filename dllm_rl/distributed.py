@@ -176,7 +176,8 @@ def shard(module: Any, blocks: Sequence[nn.Module], accelerator: Accelerator, *,
     one, as FSDP2 can, they alone would take as much as a quarter of what one process holds in all.
     """
     count, device = accelerator.num_processes, accelerator.device.type
-    mesh = init_device_mesh(device, (count,) if size == count else (count // size, size))
+    hybrid = {"mesh_shape": (count // size, size), "mesh_dim_names": ("replicate", "shard")}
+    mesh = init_device_mesh(device, **(hybrid if size < count else {"mesh_shape": (count,)}))
     meta = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()}
     plain, backbone = copy.deepcopy(module, meta), module.base_model
     heads = [child for child in module.children() if child is not backbone and any(True for _ in child.parameters())]
@@ -197,8 +198,9 @@ def part_like(value: Tensor, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor) or value.shape != tensor.shape:
         return value
     mine = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local().clone()
-    layout = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
-    return DTensor.from_local(mine, tensor.device_mesh, tensor.placements, **layout)
+    return DTensor.from_local(
+        mine, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 @contextmanager

@@ -66,8 +66,8 @@ def evaluate(
             keys = [(i, j) for i in batch for j in range(samples)]
             rows = keeper.held(keys, problems)
             if len(rows) < len(keys):
-                # Always run the whole batch, even if part of it is stored: results must not depend on where a previous run
-                # was killed.
+                # Always run the whole batch, even if part of it is stored: results must not depend on where a previous
+                # run was killed.
                 made = complete(policy, problems, sampler, seed, samples, facts)
                 fresh = {key: made[key] for key in keys if key not in rows}
                 keeper.append(fresh.values())

@@ -48,7 +48,7 @@ def transient(module: nn.Module) -> set[str]:
 
 
 @torch.no_grad()
-def gathered(module: Module, *, keep: bool) -> Module | None:
+def gathered(module: Module, *, keep: bool) -> Module:
     """A sharded module, whole, on the host, adapters as they are: all processes call it together, and get it where they
     `keep` it. The device holds one tensor whole at a time."""
     memo: dict[int, Any] = {}

@@ -6,7 +6,7 @@ A torchao config object, or one of our emulators', describes the quantisation; N
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +66,8 @@ def quantized_copy(
     Head, embeddings, norms and routers keep theirs, as do layers tied to one of these and experts fused into one
     3-D parameter (experts that are linear layers are quantised). `rollout_policy.quantization_report` says all that.
     Adapters are merged, what bitsandbytes holds is dequantised and what is sharded gathered, layer by layer: beyond the
-    copy itself, which each process has whole, at most one layer is held twice. Raises ValueError for a config that the device cannot run,
-    a weight with NaN or infinity, or when nothing could be quantised.
+    copy itself, which each process has whole, at most one layer is held twice. Raises ValueError for a config that the
+    device cannot run, a weight with NaN or infinity, or when nothing could be quantised.
     """
     module, rollout_policy = policy.module, copy.copy(policy)
     layers = module.sharding.plain if hasattr(module, "sharding") else module  # what is copied, without weights if so

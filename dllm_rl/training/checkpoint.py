@@ -242,8 +242,8 @@ def _json(path: Path) -> dict[str, Any]:
 def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's moments on the optimiser. Raises ValueError on a file that is damaged or emptied, and
     FloatingPointError on weights or moments that are not finite."""
-    state = _optimizer_state(folder)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = _optimizer_state(folder, mapped=any(isinstance(p, DTensor) for p in parameters))
     for index, held in state["state"].items():
         held |= {kind: part_like(value, parameters[index]) for kind, value in held.items()}
     optimizer.load_state_dict(state)
@@ -253,10 +253,11 @@ def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimize
     check_finite(str(folder), policy, optimizer)
 
 
-def _optimizer_state(folder: Path) -> dict[str, Any]:
+def _optimizer_state(folder: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """What optimizer.pt holds. mapped: tensors stay in the file until they are read, for processes that take parts."""
     path = folder / "optimizer.pt"
     try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
     except FileNotFoundError:
         raise ValueError(f"{folder}: {path.name} is missing") from None
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
 from dllm_rl.diagnostics.batch_invariance import prepare_workspace
 from dllm_rl.distributed import from_main, make_accelerator, sharding_of, versions
@@ -32,7 +31,7 @@ from dllm_rl.training.prompts import check_prompts, choose
 from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import check_compiled, rollout_copy, wanted_parts
 from dllm_rl.training.sft_recipe import SFT
-from dllm_rl.training.sharding import check_sharding, first_home, on_main, share_out
+from dllm_rl.training.sharding import check_engine, check_sharding, first_home, on_main, share_out
 from dllm_rl.training.stop import Stop, ended_by_launcher
 from dllm_rl.training.trackers import check_trackers, start_trackers
 from dllm_rl.training.warmup import warm_up
@@ -144,12 +143,7 @@ def told_of(recipe: Recipe | SFT, folder: Path | None) -> list[str]:
 
 def check_processes(recipe: Recipe | SFT, accelerator: Accelerator) -> None:
     """Raise ValueError where the launch cannot run the recipe."""
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(
-            f"distributed_type={accelerator.distributed_type.value}: weights are shared out by torch's FSDP2, which the "
-            "recipe asks for; DeepSpeed's engine and Accelerate's own FSDP would own the model, and a sync of the "
-            "rollout's copy could not take it layer by layer: use MULTI_GPU and --shard_size"
-        )
+    check_engine()
     check_sharding(recipe, accelerator.num_processes)
     for name in ("train_batch_size", "warmup_batch_size"):
         if getattr(recipe, name, 0) % accelerator.num_processes:

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor
 
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.distributed import shard, sharding_of
-from dllm_rl.models.base import Policy, whole
+from dllm_rl.models.base import Module, Policy, whole
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.own import gathered
 from dllm_rl.models.recompute import blocks_of
@@ -26,6 +28,17 @@ def group_size(recipe: Recipe | SFT, processes: int) -> int:
 def first_home(recipe: Recipe | SFT, accelerator: Accelerator) -> torch.device:
     """Where the learner's weights are read to: the host, where they are to be shared out, a part to each device."""
     return torch.device("cpu") if group_size(recipe, accelerator.num_processes) > 1 else accelerator.device
+
+
+def check_engine() -> None:
+    """Raise ValueError where the launch asks for an engine, which on a CPU Accelerate silently leaves out."""
+    for name in ("DEEPSPEED", "FSDP"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ValueError(
+                f"distributed_type={name} in the launch's config: such an engine would own the model, whose layers the "
+                "sync of the rollout's copy and the constant-memory update take one by one; use MULTI_GPU, and "
+                "--shard_size 0 to share the weights out (torch's FSDP2)"
+            )
 
 
 def check_sharding(recipe: Recipe | SFT, processes: int) -> None:
@@ -54,27 +67,32 @@ def check_sharding(recipe: Recipe | SFT, processes: int) -> None:
 
 def share_out(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Policy:
     """The policy, its weights shared out over the processes where the recipe asks for that, with its adapters, which
-    cannot be added later. Raises ValueError on a module that cannot be."""
+    cannot be added later."""
     size, module = group_size(recipe, accelerator.num_processes), policy.module
     if size == 1:
         return policy
+    check_module(module, size)
+    if recipe.lora is not None and policy.lora is None:
+        add_lora(policy, recipe.lora())
+    shard(module, blocks_of(module, "shard_size"), accelerator, size=size)
+    return policy
+
+
+def check_module(module: Module, size: int) -> None:
+    """Raise ValueError on a module whose weights cannot be shared out."""
     backbone = getattr(module, "base_model", module)
     if backbone is module:
         raise ValueError(
             f"shard_size={size} needs a transformers module with a backbone and a head, not {type(module).__name__}; "
             "use shard_size=1"
         )
-    if recipe.lora is not None and policy.lora is None:
-        add_lora(policy, recipe.lora())
-    blocks, inside = blocks_of(module, "shard_size"), {id(parameter) for parameter in backbone.parameters()}
+    inside, before = {id(parameter) for parameter in backbone.parameters()}, f"{module.base_model_prefix}."
     named = [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in inside]
-    if tied := [name for name in named if not name.startswith(f"{module.base_model_prefix}.")]:
+    if tied := [name for name in named if not name.startswith(before)]:
         raise ValueError(
             f"shard_size={size}: {tied[0]} of {type(module).__name__} is tied to the backbone's embeddings, and would "
             "be shared out twice; use shard_size=1"
         )
-    shard(module, blocks, accelerator, size=size)
-    return policy
 
 
 def on_main(
@@ -84,18 +102,18 @@ def on_main(
     the main process's host, which all processes make together. The others get nothing that can be saved."""
     if sharding_of(policy.module) is None:
         return policy, optimizer
-    main, twin = accelerator.is_main_process, copy.copy(policy)
-    twin.module = gathered(policy.module, keep=main)
+    twin: Any = copy.copy(policy)
+    main = accelerator.is_main_process
+    twin.module = gathered(policy.module, keep=main) or policy.module
     if optimizer is None:
         return twin, None
-    trained = [p for p in policy.module.parameters() if p.requires_grad]
-    places = [p for p in twin.module.parameters() if p.requires_grad] if main else trained
+    trained, places = ([p for p in each.module.parameters() if p.requires_grad] for each in (policy, twin))
     saved = torch.optim.AdamW(places)  # for the layout of its state alone
     for parameter, place in zip(trained, places, strict=True):
         for kind, value in optimizer.state.get(parameter, {}).items():
             found = whole(value)
             if main:
-                saved.state[place][kind] = found.cpu()
+                saved.state[place][kind] = found.cpu() if isinstance(found, Tensor) else found
     for group, other in zip(optimizer.param_groups, saved.param_groups, strict=True):
         other.update({name: value for name, value in group.items() if name != "params"})
     return twin, saved

@@ -1,0 +1,130 @@
+"""What the processes of test_sharding.py run, and the recipes that one process runs beside them."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import torch
+from tiny_recipe import tiny_recipe, tiny_recipe_ar
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dllm_rl import lora_r16
+from dllm_rl.distributed import in_pace, make_accelerator, shard, sharding_of, sum_gradients
+from dllm_rl.likelihoods.estimators import coupled
+from dllm_rl.models.base import whole
+from dllm_rl.models.logprobs import backward_token_logprobs
+from dllm_rl.models.recompute import blocks_of
+from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
+from dllm_rl.training import loop, train
+from dllm_rl.training.memory import LiveBytes
+from dllm_rl.types import SamplingParams
+
+EVERY = {"report_to": None, "collective_timeout": 60.0}
+FULL = {**EVERY, "likelihood": coupled(), "num_iterations": 2, "micro_batch_size": 4, "beta": 0.1, "save_steps": 2}
+LORA = {**EVERY, "lora": lora_r16, "num_iterations": 2, "max_num_gen_batches": 2, "num_generations": 2, "save_steps": 2}
+PLAIN = {**EVERY, "rollout_quantization": None, "gradient_checkpointing": True}
+
+
+def recipes(folder, **changes):
+    return {
+        "full": tiny_recipe(folder / "full", **{"num_steps": 4, **FULL, **changes}),
+        "lora": tiny_recipe_ar(folder / "lora", **{"num_steps": 4, **LORA, **changes}),
+        "plain": tiny_recipe(folder / "plain", **{"num_steps": 2, **PLAIN, **changes}),
+    }
+
+
+def trained(recipe):
+    """A run's summary, and the tokens and log-probs of its rollouts, step by step."""
+    seen, collect = [], loop.collect
+
+    def collected(*arguments):
+        found = collect(*arguments)
+        mask = found[0].completion_mask
+        seen.append((found[0].tokens[mask], found[0].logprobs[mask]))
+        return found
+
+    with mock.patch.object(loop, "collect", collected):
+        return train(recipe), seen
+
+
+def train_all(folder, size):
+    for name, recipe in recipes(Path(folder), shard_size=size).items():
+        _, seen = trained(recipe)
+        torch.save(seen, Path(folder) / name / f"rollouts-{os.environ['RANK']}.pt")
+
+
+def resume(folder):
+    for name in ("full", "lora"):
+        policy = train(recipes(Path(folder), shard_size=0, resume_from_checkpoint="latest")[name]).policy
+        assert sharding_of(policy.module) is not None
+        assert 0.45 < share_of(policy.module.parameters()) < 0.55
+
+
+def share_of(tensors):
+    """Bytes of sharded tensors that this process holds, of all."""
+    tensors = list(tensors)
+    return sum(x.to_local().nbytes for x in tensors) / sum(x.nbytes for x in tensors)
+
+
+class Sent(TorchDispatchMode):
+    """Bytes of the whole tensors that collectives gather, and sum over processes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        place = {"_allgather_base_": 0, "_reduce_scatter_base_": 1}.get(func.__name__.split(".")[0])
+        if place is not None:
+            self.bytes[func.__name__.split(".")[0]] += args[place].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def uneven(shares):
+    """Updates of which each process does its share of four views, against one process that does all: gradients, their
+    norm, weights. Bytes sent are those of the formula; memory is what the docs say."""
+    sizes = {"hidden_size": 64, "num_layers": 4, "num_heads": 2, "intermediate_size": 128}
+    policy, alone = (tiny_masked_lm(characters="1234.=", **sizes) for _ in range(2))
+    module, accelerator = policy.module, make_accelerator(timeout=60)
+    count, rank, blocks = accelerator.num_processes, accelerator.process_index, blocks_of(module)
+    layer, body, head = (sum(p.nbytes for p in x.parameters()) for x in (blocks[0], module.base_model, module.lm_head))
+    shard(module, blocks, accelerator, size=count)
+    optimizers = [torch.optim.AdamW(p.module.parameters(), lr=1e-3) for p in (policy, alone)]
+    views = (torch.arange(8 * 6).reshape(8, 6) % 9).chunk(4)
+
+    def run(which, rows):
+        states = which.hidden(rows, torch.ones_like(rows, dtype=torch.bool)).flatten(0, 1)
+        backward_token_logprobs(which, states, rows.flatten(), SamplingParams(), torch.linspace(1, -1, rows.numel()))
+
+    for numbers in shares:
+        for rows in views[: sum(numbers)]:
+            run(alone, rows)
+        with Sent() as sent, in_pace(policy, backward=True):
+            for rows in views[sum(numbers[:rank]) : sum(numbers[: rank + 1])]:
+                run(policy, rows)
+        passes = max(numbers)
+        padded = 1.1  # rows of zeros, where a tensor's are no multiple of the processes
+        assert 2 * passes * body + head <= sent.bytes["_allgather_base_"] < padded * (2 * passes * body + head)
+        assert passes * body + head <= sent.bytes["_reduce_scatter_base_"] < padded * (passes * body + head)
+        sum_gradients(module, accelerator)
+        for ours, theirs in zip(module.parameters(), alone.module.parameters(), strict=True):
+            expected = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+            torch.testing.assert_close(whole(ours.grad), expected, rtol=1e-4, atol=1e-5)
+        norms = [whole(torch.nn.utils.clip_grad_norm_(p.module.parameters(), 1.0)) for p in (policy, alone)]
+        torch.testing.assert_close(*norms, rtol=1e-5, atol=0)
+        gradients = [p.grad for p in module.parameters()]
+        for optimizer in optimizers:
+            optimizer.step()
+    moments = [x for state in optimizers[0].state.values() for x in state.values() if x.dim()]
+    share = share_of([*module.parameters(), *gradients, *moments])
+    rollout = quantized_copy(policy, None)
+    with LiveBytes() as live:
+        for tensor in rollout.module.parameters():  # what is written is not new
+            live._count(tensor.untyped_storage())
+        live.peak = before = live.now
+        sync_weights(policy, rollout)
+    extra = live.peak - before
+    print(f"{count} processes: {share:.3f} of the learner's state each; the sync holds {extra / layer:.2f} layers more")
+    assert share < 1.2 / count and extra <= 2 * layer, (share, extra, layer)
