@@ -24,7 +24,7 @@ _HOME = {
     "models.tiny": "tiny_masked_lm tiny_llama",
     "models.convert": "diffusion_from_causal",
     "samplers": "unmask autoregress sampler_for",
-    "samplers.rules": "confidence max_prob margin schedule threshold factor entropy_bound",
+    "samplers.rules": "confidence max_prob margin schedule threshold factor entropy_bound remask edit",
     "samplers.cache": "block_cache prefix_cache dual_cache",
     "quantization.schemes": "float8_weight_only float8_dynamic float8_dynamic_emulated int8_weight_only int8_dynamic "
     "int4_weight_only int4_packed fake_quantize e4m3_emulated e5m2_emulated int8_emulated int4_emulated int3_emulated "

@@ -156,6 +156,8 @@ class Rollout(_Movable):
                      elsewhere. None where nothing filters.
     kept_ids         the ids of those tokens, at most KEPT_IDS of them, then -1. None where nothing filters, or where
                      more were kept somewhere.
+    revised          whether the sampler may have come back to what it wrote (`remask`, `edit`): step and log-prob are
+                     then those of the last writing, whose context is not recorded, and no likelihood of the completion.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -169,6 +171,7 @@ class Rollout(_Movable):
     forwards: int = 0
     log_kept_mass: Float[Tensor, "B T"] | None = None
     kept_ids: Int[Tensor, "B T C"] | None = None
+    revised: bool = False
 
     def with_support(self, support: Support) -> "Rollout":
         """The rollout as it is to be scored where top_k or top_p filter; itself where neither does.

@@ -117,6 +117,8 @@ def test_what_a_picked_function_needs_has_a_name_and_is_asked_for(recipe, capsys
     rules = ["--sampler.commit", "threshold", "--sampler.commit.tau", "0.9"]
     changed = from_command_line(recipe, rules)
     assert describe(changed.sampler.keywords["commit"]) == "threshold(tau=0.9)"
+    again = ["--sampler.commit", "remask", "--sampler.commit.eta", "0.1", "--sampler.rank", "random"]
+    assert describe(from_command_line(recipe, again).sampler.keywords["commit"]) == "remask(eta=0.1)"
     assert describe(from_command_line(changed, [*rules[2:3], "0.8"]).sampler.keywords["commit"]) == "threshold(tau=0.8)"
     assert from_command_line(changed, ["--sampler.commit", "schedule"]).sampler.keywords["commit"] is schedule
     blocks = ["--likelihood", "block", "--likelihood.block_size", "4"]
@@ -235,7 +237,7 @@ PICKS = ("likelihood", "corrector", "advantages", "aggregate", "rollout_quantiza
 def test_every_name_of_every_recipe_is_explained(name):
     recipe = import_module(f"recipes.{name}").recipe
     without_dropout = replace(recipe, lora=None)  # which aligned forwards refuse
-    needed = {"tau": "0.9", "f": "1", "gamma": "1", "length": "16", "block_size": "4"}
+    needed = {"tau": "0.9", "f": "1", "gamma": "1", "eta": "0.1", "length": "16", "block_size": "4"}
     recipes = [recipe] + [
         override(without_dropout, field, choice, needed)
         for field in (*PICKS, "sampler.cache", "optim", "kl", "lr_schedule")

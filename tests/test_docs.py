@@ -73,8 +73,6 @@ def test_the_quickstart_runs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_site_builds(tmp_path):
-    pytest.importorskip("mkdocs")
-    pytest.importorskip("mkdocstrings")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(DOCS / "site" / "mkdocs.yml")]
     done = subprocess.run([*command, "-d", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -29,7 +29,7 @@ from dllm_rl.models.tokens import usual_length
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.by_name import read_cache, read_commit, read_rank
+from dllm_rl.samplers.by_name import ADAPTIVE, read_cache, read_commit, read_rank
 from dllm_rl.samplers.rules import steps_per_block
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.screen import escape_controls, literal
@@ -183,8 +183,9 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[tupl
     plans: list[tuple[dict[str, Any], Callable]] = []
     lists = (arguments.commit or ["schedule"], arguments.rank or ["confidence"], arguments.cache or ["none"])
     for length, commit, rank, cache in product(lengths, *lists):
-        # A rule with a number of its own decides itself how many positions a step writes.
-        for steps in [None] if "=" in commit else dict.fromkeys(arguments.num_steps or [length]):
+        # An adaptive rule decides itself how many steps it takes.
+        adaptive = commit.partition("=")[0] in {f.__name__ for f in ADAPTIVE}
+        for steps in [None] if adaptive else dict.fromkeys(arguments.num_steps or [length]):
             block_size = arguments.block_size
             if block_size and steps:
                 steps_per_block(steps, [block_size] * -(-length // block_size))

@@ -187,6 +187,11 @@ def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | N
 
 
 def _segments(rollout: Rollout, segment: Int[Tensor, "B T"]) -> Noise:
+    if rollout.revised:
+        raise ValueError(
+            "likelihood='trajectory' replays an unmasking that writes a position once; this rollout's commit rule may "
+            "have come back to what it wrote (remask, edit): use one_step(), elbo() or coupled()"
+        )
     index = torch.arange(int(segment.max()) + 1, device=segment.device)[:, None, None]
     masked = rollout.completion_mask & (segment >= index)
     return Noise(masked, (rollout.completion_mask & (segment == index)).float())

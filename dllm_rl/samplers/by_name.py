@@ -8,10 +8,9 @@ from dllm_rl.samplers import rules
 from dllm_rl.samplers.cache import Cache, block_cache, dual_cache, prefix_cache
 
 RANKS = {f.__name__: f for f in rules.RANKS}
-COMMITS: dict[str, Callable] = {
-    f.__name__: f
-    for f in (rules.schedule, rules.late_schedule, rules.origin, rules.threshold, rules.factor, rules.entropy_bound)
-}
+PACED = (rules.schedule, rules.late_schedule, rules.origin, rules.remask)  # in as many steps as num_steps says
+ADAPTIVE = (rules.threshold, rules.factor, rules.entropy_bound, rules.edit)
+COMMITS: dict[str, Callable] = {f.__name__: f for f in (*PACED, *ADAPTIVE)}
 CACHES: dict[str, Callable[..., Cache]] = {"block": block_cache, "prefix": prefix_cache, "dual": dual_cache}
 
 
@@ -27,7 +26,8 @@ def read_commit(text: str) -> Callable:
     name, _, value = text.partition("=")
     if name not in COMMITS:
         raise ValueError(f"commit={text!r} is not one of {', '.join(COMMITS)}")
-    parameters = [p.name for p in inspect.signature(COMMITS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    keywords = inspect.signature(COMMITS[name]).parameters.values()
+    parameters = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     if bool(value) != bool(parameters):
         raise ValueError(
             f"commit={text!r}: {name} takes " + (f"a number, as {name}=0.9" if parameters else "no number")

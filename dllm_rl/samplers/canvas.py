@@ -22,6 +22,7 @@ class Canvas:
     columns  where in T a completion's positions lie.
     block    the block that each belongs to; bounds: the columns of each block.
     ended    rows that stopped early; what they left masked becomes padding where `pads_ended`.
+    revised  whether the commit rule may come back to what it wrote.
     open     infilling only: which of the T columns are the completion's, those inside the prompt among them. Rows then
              may have fewer than L positions: places behind a row's last are never masked, their `columns` mean nothing.
     """
@@ -41,6 +42,7 @@ class Canvas:
     kept_ids: Int[Tensor, "B L C"] | None = field(init=False, default=None)
     ended: Bool[Tensor, " B"] = field(init=False)
     forwards: int = 0
+    revised: bool = False
     open: Bool[Tensor, "B T"] | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +68,16 @@ class Canvas:
                 self.log_kept_mass = torch.zeros_like(self.logprobs)
                 self.kept_ids = ids.new_full((*self.logprobs.shape, ids.shape[-1]), -1)
             self.log_kept_mass[rows, places], self.kept_ids[rows, places] = log_mass, ids
+
+    def reopen(self, rows: Tensor, places: Tensor, mask_id: int) -> None:
+        """Mask places (within the completion) of rows again; both are (K,)."""
+        self.tokens[rows, self.columns[rows, places]] = torch.full_like(rows, mask_id)
+        self.masked[rows, places] = torch.ones_like(rows, dtype=torch.bool)
+        self.logprobs[rows, places] = torch.zeros_like(rows, dtype=self.logprobs.dtype)
+        self.unmask_step[rows, places] = torch.full_like(rows, -1)
+        if self.log_kept_mass is not None and self.kept_ids is not None:
+            self.log_kept_mass[rows, places] = torch.zeros_like(rows, dtype=self.log_kept_mass.dtype)
+            self.kept_ids[rows, places] = torch.full_like(self.kept_ids[rows, places], -1)
 
     def completions(self) -> Int[Tensor, "B L"]:
         return self.tokens.gather(-1, self.columns)
@@ -98,6 +110,7 @@ class Canvas:
             weights_version=weights_version,
             sampling_params=sampling_params,
             forwards=self.forwards,
+            revised=self.revised,
             log_kept_mass=None if log_mass is None else torch.cat([nowhere.float(), log_mass], dim=1),
             kept_ids=None if kept_ids is None else F.pad(kept_ids, (0, 0, nowhere.shape[1], 0), value=-1),
         )
@@ -114,6 +127,7 @@ class Canvas:
             weights_version=weights_version,
             sampling_params=sampling_params,
             forwards=self.forwards,
+            revised=self.revised,
             log_kept_mass=None if log_mass is None else self._at_columns(log_mass, 0.0),
             kept_ids=None if kept_ids is None else self._at_columns(kept_ids, -1),
         )
@@ -202,6 +216,7 @@ class BlockQueue:
 
     Rows move from block to block by themselves, or, in step, wait for the slowest.
     masked  the places that begin masked; None: all of them.
+    Of each block: its size and its share of steps, what is masked and left of them, and whether a row stays in it.
     """
 
     def __init__(
@@ -220,12 +235,14 @@ class BlockQueue:
         self.steps = torch.zeros_like(self.masked)
         for row, sizes in enumerate(self.masked):
             self.steps[row, sizes > 0] = torch.tensor(steps_per_block(num_steps, sizes[sizes > 0].tolist()))
+        self.sizes, self.shares = self.masked.clone(), self.steps.clone()
+        self.held = torch.zeros_like(self.masked, dtype=torch.bool)
         self.clock = torch.zeros(len(block), dtype=torch.long)  # steps that the row has taken part in
 
     def turn(self) -> tuple[Int[Tensor, " R"], Int[Tensor, " R"]]:
         """The rows that take part in the next step, and the block of each; none when all is done."""
-        blocks = (self.masked > 0).int().argmax(-1)
-        taking_part = (self.masked > 0).any(-1)
+        open_blocks = (self.masked > 0) | self.held
+        blocks, taking_part = open_blocks.int().argmax(-1), open_blocks.any(-1)
         if self.in_step and taking_part.any():
             taking_part &= blocks == blocks[taking_part].min()
         rows = taking_part.nonzero()[:, 0]
@@ -235,12 +252,17 @@ class BlockQueue:
         """Masked positions of those blocks, and steps left for them (at least 1)."""
         return self.masked[rows, blocks], self.steps[rows, blocks].clamp(min=1)
 
-    def record(self, rows: Tensor, blocks: Tensor, committed: Int[Tensor, " R"]) -> Int[Tensor, " C"]:
-        """Take note of a step; returns the rows whose block is now complete."""
+    def record(
+        self, rows: Tensor, blocks: Tensor, committed: Int[Tensor, " R"], held: Bool[Tensor, " R"] | None = None
+    ) -> Int[Tensor, " C"]:
+        """Take note of a step; returns the rows whose block is now complete. held: rows that stay in their block while
+        it has steps left, though nothing may be masked there."""
         self.masked[rows, blocks] -= committed
         self.steps[rows, blocks] -= 1
         self.clock[rows] += 1
-        return rows[self.masked[rows, blocks] == 0]
+        if held is not None:
+            self.held[rows, blocks] = held & (self.steps[rows, blocks] > 0)
+        return rows[(self.masked[rows, blocks] == 0) & ~self.held[rows, blocks]]
 
     def drop(self, rows: Tensor) -> None:
-        self.masked[rows] = 0
+        self.masked[rows], self.held[rows] = 0, False

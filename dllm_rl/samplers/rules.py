@@ -11,6 +11,15 @@ commit are the exact behaviour probabilities, and the sampler draws tokens only 
 A commit rule (scores (B, L), masked (B, L), steps_left (B,)) -> (B, L) picks positions among the masked ones of each
 row; scores are -inf elsewhere. steps_left counts what remains of the block's share of steps, this one included, and
 is at least 1; a rule must have chosen something by then. Hyper-parameters are bound with functools.partial.
+
+A rule may also come back to what it wrote in the open block, where it takes one of these by name; scores are then
+given there too, and log-probs at commit are those of the last writing, no likelihood of the completion:
+    written  (B, L)  positions written before; those that it picks are masked again
+    changed  (B, L)  positions whose proposal is another token than the one written; those that it picks take it
+and, with either, if it wants:
+    steps    (B,)    the block's share of steps in all
+With `written` a row leaves its block when its steps are spent; with `changed` also when nothing is masked and a step
+changed nothing.
 """
 
 import inspect
@@ -21,6 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 OFFERED = ("logits", "normalizer", "tokens", "uniforms")
+REVISING = ("written", "changed", "steps")
 
 
 def confidence(
@@ -73,6 +83,19 @@ def rank_inputs(rank: Callable) -> frozenset[str]:
             "bind it with functools.partial"
         )
     return frozenset(p.name for p in parameters if p.name in OFFERED)
+
+
+def commit_inputs(commit: Callable) -> frozenset[str]:
+    """Which of REVISING a commit rule takes; none for one that never comes back. Raises ValueError when it takes both
+    `written` and `changed`."""
+    parameters = inspect.signature(commit).parameters.values()
+    taken = frozenset(p.name for p in parameters if p.name in REVISING and p.default is p.empty)
+    if {"written", "changed"} <= taken:
+        raise ValueError(
+            f"commit={name_of(commit)} takes written and changed; a position that it picks would be masked again and "
+            "edited at once: take one of them"
+        )
+    return taken if taken & {"written", "changed"} else frozenset()
 
 
 def name_of(rule: Callable) -> str:
@@ -153,6 +176,58 @@ def entropy_bound(
     # In rising order the largest is the last, so what counts is the sum of those before it.
     before = torch.nn.functional.pad(entropies.cumsum(-1)[:, :-1], (1, 0))
     return _best(scores, masked, (before <= gamma).sum(-1))
+
+
+def remask(
+    scores: Float[Tensor, "B L"],
+    masked: Bool[Tensor, "B L"],
+    steps_left: Int[Tensor, " B"],
+    written: Bool[Tensor, "B L"],
+    steps: Int[Tensor, " B"],
+    *,
+    eta: float,
+) -> Bool[Tensor, "B L"]:
+    """ReMDM's capped remasking (arXiv 2503.00307): a written position is masked again with probability sigma, a masked
+    one written with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), each by itself.
+
+    eta  the cap, in [0, 1]: sigma = min(eta, (1 - alpha_s) / alpha_t); 0 never masks again and is `origin`
+    alpha_t, the share that is written, is j/n before step j of n, and (j+1)/n after it: as without remasking, but every
+    position may be reconsidered; the last step masks nothing again. Wants rank=random, whose scores are the uniforms.
+    [paper; ours: alpha linear over the block's steps]
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta} must lie in [0, 1]")
+    done = (steps - steps_left).clamp(min=0)
+    sigma = ((steps_left - 1) / done.clamp(min=1)).clamp(max=eta)
+    write = (1 + sigma * done) / steps_left
+    return masked & (scores >= 1 - write[:, None]) | written & (scores >= 1 - sigma[:, None])
+
+
+def edit(
+    scores: Float[Tensor, "B L"],
+    masked: Bool[Tensor, "B L"],
+    steps_left: Int[Tensor, " B"],
+    changed: Bool[Tensor, "B L"],
+    *,
+    tau: float,
+    tau_edit: float = 0.5,
+) -> Bool[Tensor, "B L"]:
+    """LLaDA2.1's token editing (arXiv 2602.08676): masked positions as `threshold`, and a written one whose proposal is
+    another token of probability >= tau_edit takes it.
+
+    tau       the probability from which on a masked position is written, in (0, 1]
+    tau_edit  the probability from which on a written one is replaced, in [0, 1]
+    For models that were trained to see wrong tokens, as LLaDA2.1's are: what one that has learned to fill masks alone
+    says of a written position means nothing (LOG.md: it destroys the answer).
+    Once nothing is masked edits go on while the block's steps last and a step changes something. Wants scores that are
+    log-probabilities of the proposal (confidence; max_prob at temperature 0). [paper; ours: the block's steps bound
+    what its code bounds by max_post_steps]
+    """
+    if not 0 <= tau_edit <= 1:
+        raise ValueError(f"tau_edit={tau_edit} must lie in [0, 1]")
+    log_edit = torch.tensor(tau_edit, dtype=torch.float64).log().item()
+    best = threshold(scores.masked_fill(~masked, -torch.inf), masked, steps_left, tau=tau)
+    return best | changed & (scores >= log_edit)
 
 
 def _best(scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], count: Int[Tensor, " B"]) -> Bool[Tensor, "B L"]:

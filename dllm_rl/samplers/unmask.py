@@ -12,7 +12,7 @@ from dllm_rl.rng import row_seeds, uniforms
 from dllm_rl.samplers.cache import Cache, CachedStates
 from dllm_rl.samplers.canvas import BlockQueue, make_canvas
 from dllm_rl.samplers.propose import propose, propose_and_rank, rank_only
-from dllm_rl.samplers.rules import confidence, name_of, rank_inputs, schedule, share
+from dllm_rl.samplers.rules import commit_inputs, confidence, name_of, rank_inputs, schedule, share
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
@@ -47,7 +47,8 @@ def unmask(
     top_k           only so many likeliest tokens are sampled; None: all.
     top_p           only the likeliest tokens are sampled, as many as have this probability together; None: all.
     rank            which positions come first, see `rules`; on untempered fp32 log-probabilities.
-    commit          how many positions are written in a step, see `rules`.
+    commit          how many positions are written in a step, see `rules`. One that comes back to what it wrote
+                    (`remask`, `edit`) leaves no likelihood of the completion: `Rollout.revised` says so.
     suppress        token ids that are never sampled; the mask token never is.
     cache           see `cache`; None recomputes every position in every step.
     approximate_early_exit  full attention only: a row ends with the block in which it has written an end token; the
@@ -66,12 +67,13 @@ def unmask(
     """
     spec, group, device = policy.spec, prompts.group_size, policy.device
     needs, block_size = rank_inputs(rank), _check(policy, prompts, max_new_tokens, block_size, cache)
+    revising = commit_inputs(commit)
     if prompts.open is not None:
         _check_infilling(policy, prompts, max_new_tokens, cache, approximate_early_exit)
     assert spec.mask_id is not None, "a diffusion model has a mask token"
     sampling_params = SamplingParams(temperature, top_k, top_p, (*suppress, spec.mask_id))
     # A rank of the state alone leaves the drawing of tokens to when it is known where; the likeliest come for free.
-    draws_first = "tokens" in needs or (temperature == 0 and "logits" in needs)
+    draws_first = "tokens" in needs or (temperature == 0 and "logits" in needs) or "changed" in revising
     ends = spec.attention == "block_causal" or approximate_early_exit
 
     canvas = make_canvas(
@@ -83,6 +85,7 @@ def unmask(
         in_step=cache is not None,
         masked=None if prompts.open is None else canvas.masked,
     )
+    canvas.revised = bool(revising)
     check_suppress(policy, sampling_params)
     cached = None if cache is None else CachedStates(policy, cache, canvas.attention_mask)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(device)
@@ -90,7 +93,8 @@ def unmask(
     while len((turn := queue.turn())[0]):
         (rows, blocks), (num_masked, steps_left) = turn, queue.left(*turn)
         # All that a step needs of the host's bookkeeping, in one copy that nothing waits for.
-        on_device, open_block, left, clock = send(device, rows, blocks, steps_left, queue.clock[rows])
+        host = (rows, blocks, steps_left, queue.clock[rows], queue.shares[turn])
+        on_device, open_block, left, clock, steps = send(device, *host)
         # The first state of all is the same for every completion of a prompt: one forward serves the group.
         alike = group if canvas.forwards == 0 else 1
         if cached is None:
@@ -101,8 +105,11 @@ def unmask(
         canvas.forwards += 1
 
         columns, seed = canvas.columns[on_device], seeds[on_device]
-        masked = canvas.masked[on_device] & (canvas.block[on_device] == open_block[:, None])
-        r, c = _places(masked, int(num_masked.sum()))
+        inside = canvas.block[on_device] == open_block[:, None]
+        masked, num_places = canvas.masked[on_device] & inside, num_masked
+        if revising:
+            written, num_places = inside & (canvas.unmask_step[on_device] >= 0), queue.sizes[turn]
+        r, c = _places(masked | written if revising else masked, int(num_places.sum()))
         states = hidden[r // alike, (columns[r, c] - first).clamp(min=0)]
         ties = uniforms(seed[r], clock[r], c, stream=1)
         scores = torch.full(masked.shape, -torch.inf, device=device)
@@ -112,13 +119,24 @@ def unmask(
         else:
             scores[r, c] = rank_only(policy, states, ties, sampling_params, rank)
 
-        chosen = commit(scores, masked, left) & masked
-        committed = share(num_masked, steps_left) if commit is schedule else chosen.sum(-1).cpu()
-        if ((committed == 0) & (steps_left == 1)).any():
-            raise ValueError(
-                f"commit={name_of(commit)} chose nothing in the last step of a block; it must choose a position by then"
-            )
-        picked = _places(chosen[r, c][None], int(committed.sum()))[1]
+        if revising:
+            another = torch.zeros_like(masked)
+            if draws_first:
+                another[r, c] = drawn[0] != canvas.tokens[on_device[r], columns[r, c]]
+            offered = {"written": written, "changed": written & another, "steps": steps}
+            flipped = commit(scores, masked, left, **{name: offered[name] for name in revising})
+            again = flipped & written & ("written" in revising)
+            chosen = flipped & (masked | offered["changed"]) & ~again
+            committed, num_chosen, reopened = torch.stack([chosen & masked, chosen, again]).sum(-1).cpu()
+        else:
+            chosen = commit(scores, masked, left) & masked
+            committed = num_chosen = share(num_masked, steps_left) if commit is schedule else chosen.sum(-1).cpu()
+            reopened = torch.zeros_like(committed)
+        _check_last(commit, steps_left, masked=num_masked, committed=committed, reopened=reopened)
+        if revising:
+            where, place = _places(again, int(reopened.sum()))
+            canvas.reopen(on_device[where], place, spec.mask_id)
+        picked = _places(chosen[r, c][None], int(num_chosen.sum()))[1]
         r, c, states = r[picked], c[picked], states[picked]
         if draws_first:
             drawn = [x[picked] for x in drawn]
@@ -126,7 +144,8 @@ def unmask(
             drawn = list(propose(policy, states, uniforms(seed[r], clock[r], c, stream=0), sampling_params))
         canvas.write(on_device[r], c, clock[r], *drawn)
 
-        complete = queue.record(rows, blocks, committed)
+        held = ((num_chosen > 0) | ("written" in revising)) if revising else None
+        complete = queue.record(rows, blocks, committed - reopened, held)
         if ends and len(complete):
             queue.drop(canvas.end(complete, spec.eos_ids))
         if watch is not None:
@@ -138,6 +157,18 @@ def _places(mask: Bool[Tensor, "R L"], count: int) -> tuple[Int[Tensor, " K"], I
     """Rows and columns where `mask` holds, row by row; their number is known, so that the device is not waited for."""
     flat = mask.flatten().nonzero_static(size=count)[:, 0]
     return flat // mask.shape[1], flat % mask.shape[1]
+
+
+def _check_last(commit: Callable, steps_left: Tensor, *, masked: Tensor, committed: Tensor, reopened: Tensor) -> None:
+    """Raise ValueError where a block's last step leaves it as it is, or opens it again; all are (R,), on the host."""
+    last, name = steps_left == 1, name_of(commit)
+    if (last & (masked > 0) & (committed == 0)).any():
+        raise ValueError(
+            f"commit={name} chose nothing in the last step of a block; it must choose a position by then: are the "
+            "rank's scores those that it wants?"
+        )
+    if (last & (reopened > 0)).any():
+        raise ValueError(f"commit={name} masked positions again in the last step of a block; it must not by then")
 
 
 def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None, cache: Cache | None) -> int:

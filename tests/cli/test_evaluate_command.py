@@ -319,3 +319,12 @@ def test_help_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("\nFalse\n")
+
+
+def test_a_paced_rule_with_a_number_of_its_own_takes_the_steps_that_are_asked_for(model, capsys, tmp_path):
+    rules = ("--commit", "remask=0.5,edit=0.5", "--rank", "random", "--num_steps", "2,4")
+    command = ("evaluate", model, "--task", "sudoku", "--limit", 2, "--output_dir", tmp_path, *rules, "--json")
+    found = [json.loads(line) for line in output(capsys, *command).splitlines()]
+    assert [(row["commit"].partition("=")[0], row["num_steps"]) for row in found] == [
+        ("remask", 2), ("remask", 4), ("edit", None)]  # fmt: skip
+    assert [row["steps"] for row in found[:2]] == [2.0, 4.0]

@@ -34,7 +34,7 @@ MUTATIONS = [
         ('arguments.protocol or "strict"', 'arguments.protocol or "d1"'),
         ('given["split"] or "test"', 'given["split"] or "train"'),
         ("arguments.samples > 1 and temperature == 0", "arguments.samples < 0"),
-        ('[None] if "=" in commit else', ""),
+        ("[None] if adaptive else", ""),
         ("if each[0] == settings", ""),
         ('"seed": arguments.seed, "dtype": arguments.dtype, "weights": fingerprint(policy)', '"seed": arguments.seed'),
         ('("task", "version", "settings")} | settings', '("task", "version", "settings")}'),

@@ -6,6 +6,7 @@ RULES = "samplers/test_rules.py"
 UNMASK, CACHES = "samplers/test_unmask.py", "samplers/test_unmask_cache.py"
 DISTRIBUTION = "samplers/test_unmask_distribution.py"
 INFILLING = "samplers/test_infilling.py"
+REVISION = "samplers/test_revision.py"
 # A case or two of the tests that have many, and all of the quick ones.
 CASES = (
     "a_rank_reads_the_models_own_probabilities",
@@ -57,6 +58,16 @@ MUTATIONS = [
         ("descending=True, stable=True", "descending=False, stable=True"),
         ("places < count[:, None]", "places <= count[:, None]"),
         ("return masked & torch.zeros_like(masked)", "return torch.zeros_like(masked)"),
+        ("clamp(max=eta)", "clamp(max=1)", REVISION),
+        ("(steps_left - 1) / done", "steps_left / done", REVISION),
+        ("(1 + sigma * done) / steps_left", "1 / steps_left", REVISION),
+        ("| written & (scores >= 1 - sigma[:, None])", "", REVISION),
+        ("if not 0 <= eta <= 1", "if not 0 <= eta", REVISION),
+        ("best | changed & (scores >= log_edit)", "best | changed", REVISION),
+        ("best | changed & (scores >= log_edit)", "best", REVISION),
+        ("threshold(scores.masked_fill(~masked, -torch.inf), masked", "threshold(scores, masked", REVISION),
+        ("if not 0 <= tau_edit <= 1", "if not tau_edit <= 1", REVISION),
+        ('{"written", "changed"} <= taken', "False", REVISION),
         ("each + (i < remainder)", "each + (i <= remainder)"),
         ("if num_steps < len(sizes)", "if num_steps <= len(sizes)"),
     ),
@@ -97,7 +108,7 @@ MUTATIONS = [
         ),
         ('block_causal" or approximate_early_exit', 'block_causal"'),
         ("alike = group if canvas.forwards == 0 else 1", "alike = group"),
-        ("& (canvas.block[on_device] == open_block[:, None])", ""),
+        ("canvas.masked[on_device] & inside, num_masked", "canvas.masked[on_device], num_masked"),
         ("commit(scores, masked, left) & masked", "commit(scores, masked, left)"),
         ("canvas.write(on_device[r], c, clock[r], *drawn)", "canvas.write(on_device[r], c, clock[r] + 1, *drawn)"),
         ("queue.drop(canvas.end(complete, spec.eos_ids))", "canvas.end(complete, spec.eos_ids)"),
@@ -121,7 +132,7 @@ MUTATIONS = [
         ("blocks == blocks[taking_part].min()", "blocks == blocks[taking_part].max()"),
         ("self.steps[rows, blocks] -= 1", "self.steps[rows, blocks] -= 0"),
         ("self.clock[rows] += 1", "self.clock += 1"),
-        ("[rows, blocks] == 0]", "[rows, blocks] <= 1]"),
+        ("[rows, blocks] == 0) &", "[rows, blocks] <= 1) &"),
     ),
     *mutations(
         "samplers/canvas.py",
@@ -135,6 +146,32 @@ MUTATIONS = [
         ("(~opened).long().argsort(dim=-1, stable=True)", "opened.long().argsort(dim=-1, stable=True)"),
         ("torch.arange(columns.shape[1]) // block_size)", "torch.arange(columns.shape[1]) // (block_size + 1))"),
     ),
+    *mutations(
+        "samplers/unmask.py",
+        REVISION,
+        ('or "changed" in revising', ""),
+        ("inside & (canvas.unmask_step[on_device] >= 0)", "inside & (canvas.unmask_step[on_device] > 0)"),
+        ("!= canvas.tokens[on_device[r], columns[r, c]]", "== canvas.tokens[on_device[r], columns[r, c]]"),
+        ('{"written": written, "changed": written & another', '{"written": masked, "changed": written & another'),
+        ('flipped & written & ("written" in revising)', "torch.zeros_like(written)"),
+        ("            canvas.reopen(on_device[where], place, spec.mask_id)", "            pass"),
+        ("committed - reopened, held)", "committed, held)"),
+        ('((num_chosen > 0) | ("written" in revising)) if revising else None', "None"),
+        ("if (last & (reopened > 0)).any()", "if (last & (reopened > 99)).any()"),
+        ("    canvas.revised = bool(revising)", "    pass"),
+    ),
+    *mutations(
+        "samplers/canvas.py",
+        REVISION,
+        ("= torch.full_like(rows, mask_id)", "= torch.full_like(rows, mask_id + 1)"),
+        (
+            "[rows, places] = torch.ones_like(rows, dtype=torch.bool)",
+            "[rows, places] = torch.zeros_like(rows, dtype=torch.bool)",
+        ),
+        ("(self.masked > 0) | self.held", "self.masked > 0"),
+        ("held & (self.steps[rows, blocks] > 0)", "held"),
+    ),
+    *mutations("likelihoods/masks.py", REVISION, ("    if rollout.revised:", "    if False:")),
     *mutations(
         "samplers/unmask.py",
         INFILLING,

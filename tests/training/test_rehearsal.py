@@ -16,7 +16,8 @@ from dllm_rl.algorithms.correctors import Corrector, ais
 from dllm_rl.distributed import make_accelerator
 from dllm_rl.models.lora import lora_d1
 from dllm_rl.quantization.schemes import five_level_emulated, int4_weight_only
-from dllm_rl.samplers.rules import threshold
+from dllm_rl.samplers.rules import random as random_order
+from dllm_rl.samplers.rules import remask, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.folder import REHEARSAL
 from dllm_rl.training.rehearsal import random_numbers_kept
@@ -42,6 +43,14 @@ BAD = {
     "sample to evaluate": (
         {"eval_sampler": partial(unmask, max_new_tokens=16, commit=partial(threshold, tau=7.0))},
         r"tau=7\.0 must lie",
+    ),
+    "replay of a sampler that comes back": (
+        {
+            "sampler": partial(
+                unmask, max_new_tokens=16, num_steps=3, rank=random_order, commit=partial(remask, eta=0.5)
+            )
+        },
+        r"trajectory.*come back to what it wrote \(remask, edit\)",
     ),
     "warm-up": ({"warmup_steps": 1, "warmup_metric": "solved"}, "warmup_metric='solved' is none of the task's"),
     "advantages": ({"advantages": lambda rewards: rewards.mean(-1)}, r"numbers of shape \(4,\) for rewards of shape"),

@@ -1,0 +1,235 @@
+"""Commit rules that come back to what they wrote: remasking (ReMDM) and editing (LLaDA2.1)."""
+
+import itertools
+import math
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+
+from dllm_rl import train
+from dllm_rl.likelihoods import estimators
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.samplers import rules
+from dllm_rl.samplers.by_name import read_commit
+from dllm_rl.samplers.cache import dual_cache
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.types import Prompts
+from tests.support.likelihood_toys import TablePolicy
+from tests.support.tiny_recipe import SIZES, tiny_recipe
+
+REMASK = {"rank": rules.random, "commit": partial(rules.remask, eta=0.5)}
+EDIT = {"rank": rules.confidence, "commit": partial(rules.edit, tau=0.5)}
+
+
+def sample(policy, ids, seeds, *, length=6, group=1, **options):
+    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group, seeds=list(seeds))
+    return unmask(policy, prompts, torch.Generator(), max_new_tokens=length, **{"temperature": 1.0} | options)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.1, 1.0])
+def test_remasking_keeps_the_share_that_is_written(eta):
+    """In step j of n a position is masked with probability 1 - j/n, whatever eta: what makes it a sampler of the same
+    model (ReMDM, theorem 3.1). Every uniform of a fine grid stands for a position."""
+    n, size = 5, 40_000
+    grid, state = (torch.arange(size) + 0.5) / size, 1.0
+    for j in range(n):
+        chosen = [
+            rules.remask(
+                grid[None], masked, torch.tensor([n - j]), ~masked, steps=torch.tensor([n]), eta=eta
+            ).float().mean()
+            for masked in (torch.ones(1, size, dtype=torch.bool), torch.zeros(1, size, dtype=torch.bool))
+        ]  # fmt: skip
+        state = state * (1 - chosen[0]) + (1 - state) * chosen[1]
+        torch.testing.assert_close(float(state), 1 - (j + 1) / n, rtol=0, atol=2e-4)
+        assert eta or chosen[1] == 0
+
+
+def test_without_remasking_it_is_the_ancestral_sampler():
+    scores, masked = torch.rand(3, 50, generator=torch.Generator().manual_seed(0)), torch.ones(3, 50, dtype=torch.bool)
+    left, steps = torch.tensor([4, 2, 1]), torch.tensor([4, 4, 4])
+    chosen = rules.remask(scores, masked, left, ~masked, steps, eta=0.0)
+    assert torch.equal(chosen, rules.origin(scores, masked, left))
+
+
+def law(policy: TablePolicy, num_steps: int, eta: float) -> dict[tuple[int, ...], float]:
+    """What completions the remasking sampler writes, by enumeration over states in plain floats."""
+    mask, states = policy.mask_id, {(policy.mask_id,) * policy.length: 1.0}
+    for j in range(num_steps):
+        a_t, a_s = j / num_steps, (j + 1) / num_steps
+        sigma = min(eta, (1 - a_s) / a_t) if j else 0.0
+        write = (a_s - (1 - sigma) * a_t) / (1 - a_t)
+        after: Counter = Counter()
+        for state, p in states.items():
+            tokens = torch.tensor([[policy.words + 1, *state]])
+            logits = policy.hidden(tokens, torch.ones_like(tokens))[0, 1:, : policy.words].double()
+            probs = logits.softmax(-1).tolist()
+            ways = [
+                [(v, write * q) for v, q in enumerate(probs[i])] + [(mask, 1 - write)]
+                if token == mask
+                else [(token, 1 - sigma), (mask, sigma)]
+                for i, token in enumerate(state)
+            ]
+            for way in itertools.product(*ways):
+                after[tuple(t for t, _ in way)] += p * math.prod(q for _, q in way)
+        states = after
+    return {state: p for state, p in states.items() if p > 0}
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_what_remasking_writes_follows_the_enumerated_law(eta):
+    policy, rows = TablePolicy(length=2, words=2, seed=3, scale=3.0), 30_000
+    expected = law(policy, 3, eta)
+    rule = partial(rules.remask, eta=eta)
+    options = {"rank": rules.random, "commit": rule, "suppress": (3, 4)}
+    rollout = sample(policy, [[3]] * rows, range(rows), length=2, num_steps=3, **options)
+    counts = Counter(map(tuple, rollout.tokens[:, 1:].tolist()))
+    assert math.isclose(sum(expected.values()), 1) and set(counts) <= set(expected)
+    for state, p in expected.items():
+        assert abs(counts[state] - rows * p) < 5 * math.sqrt(rows * p * (1 - p)) + 1, state
+    without = law(policy, 3, 0.0)  # the test can tell: another cap is another law
+    assert any(abs(without.get(s, 0) - p) * rows > 10 * math.sqrt(rows * p * (1 - p)) for s, p in expected.items())
+
+
+class Scripted(TablePolicy):
+    """Two words, three positions: alone, each proposes 0 with probability .6 (.55 in the middle); once the outer two
+    are written, the middle is 1 with .9, and nothing else changes."""
+
+    def __init__(self):
+        super().__init__(length=3, words=2, seed=0)
+        self.table = torch.full_like(self.table, -torch.inf)
+        for first, middle, last in itertools.product(range(3), repeat=3):
+            row = self.table[first + 3 * middle + 9 * last]
+            seen = first != self.mask_id and last != self.mask_id
+            for i, p in enumerate((0.6, 0.1 if seen else 0.55, 0.6)):
+                row[i, 0], row[i, 1] = math.log(p), math.log(1 - p)
+
+
+def test_editing_by_hand():
+    """tau .5: the first step writes 0 0 0; the second sees them and proposes 1 in the middle with .9, above tau_edit;
+    the third changes nothing, and the block ends. With tau_edit .95 the second changes nothing."""
+    greedy = {"rank": rules.max_prob, "temperature": 0.0}
+    for tau_edit, tokens, steps, forwards in ((0.5, [0, 1, 0], [0, 1, 0], 3), (0.95, [0, 0, 0], [0, 0, 0], 2)):
+        policy = Scripted()
+        rule = partial(rules.edit, tau=0.5, tau_edit=tau_edit)
+        rollout = sample(policy, [[3]], [0], length=3, commit=rule, **greedy)
+        assert rollout.tokens[0, 1:].tolist() == tokens and rollout.unmask_step[0, 1:].tolist() == steps
+        assert rollout.forwards == forwards and rollout.revised
+        wanted = torch.tensor([0.6, 0.9 if steps[1] else 0.55, 0.6]).log()
+        torch.testing.assert_close(rollout.logprobs[0, 1:], wanted)
+
+
+def test_a_rank_of_the_state_edits_too():
+    """max_prob asks for no tokens, but a change can only be seen once they are drawn; this cold, they are the likeliest."""
+    options = {"rank": rules.max_prob, "commit": partial(rules.edit, tau=0.5), "temperature": 0.01}
+    assert sample(Scripted(), [[3]], [0], length=3, **options).tokens[0, 1:].tolist() == [0, 1, 0]
+
+
+def test_a_block_without_steps_left_is_not_edited():
+    rollout = sample(Scripted(), [[3]], [0], length=3, num_steps=1, rank=rules.max_prob, temperature=0.0,
+                     commit=partial(rules.edit, tau=0.5))  # fmt: skip
+    assert rollout.forwards == 1 and rollout.tokens[0, 1:].tolist() == [0, 0, 0]
+
+
+@pytest.fixture(scope="module", params=["masked_lm", "llama"])
+def policy(request):
+    characters = "0123456789 abcdefghijklmnop"
+    if request.param == "llama":
+        return tiny_llama(characters=characters, causal=False, num_layers=2, head_std=0.3)
+    return tiny_masked_lm(characters=characters, num_layers=2, head_std=0.3)
+
+
+IDS = [[3, 4, 5], [7], [8, 9, 10, 11, 12]]
+
+
+@pytest.mark.parametrize("options", [REMASK, EDIT], ids=["remask", "edit"])
+def test_a_row_depends_on_itself_alone_and_ends_whole(policy, options):
+    together = sample(policy, IDS, [5, 6, 7], num_steps=4, **options)
+    assert together.completion_mask.sum(-1).tolist() == [6, 6, 6] and together.revised
+    for row, (ids, seed) in enumerate(zip(IDS, [5, 6, 7], strict=True)):
+        alone = sample(policy, [ids], [seed], num_steps=4, **options)
+        assert torch.equal(alone.tokens[0, -6:], together.tokens[row, -6:])
+        assert torch.equal(alone.unmask_step[0, -6:], together.unmask_step[row, -6:])
+
+
+def test_positions_are_masked_again_and_none_is_left(policy):
+    masks, policy_mask = [], policy.spec.mask_id
+    rollout = sample(policy, IDS * 4, range(12), length=12, num_steps=6, block_size=6, **REMASK,
+                     watch=lambda r: masks.append(r.tokens[:, -12:] == policy_mask))  # fmt: skip
+    states = torch.stack(masks)
+    assert (~states[:-1] & states[1:]).any() and not states[-1].any() and rollout.forwards == 6
+    assert not (~states[:-1] & states[1:])[2:, :, :6].any()  # a finished block is not opened again
+    assert rollout.logprobs[:, -12:].lt(0).all() and (rollout.unmask_step[:, -12:] >= 0).all()
+
+
+@pytest.mark.parametrize("options", [REMASK, EDIT], ids=["remask", "edit"])
+def test_filters_caches_and_infilling(policy, options):
+    if "llama" in type(policy.module).__name__.lower():
+        cached = sample(policy, IDS, range(3), num_steps=4, block_size=3, cache=dual_cache(refresh=1), **options)
+        exact = sample(policy, IDS, range(3), num_steps=4, block_size=3, **options)
+        assert torch.equal(cached.tokens[:, -6:], exact.tokens[:, -6:])
+    filtered = sample(policy, IDS, range(3), num_steps=4, top_k=3, **options)
+    assert ((filtered.kept_ids[:, -6:] >= 0).sum(-1) == 3).all() and (filtered.log_kept_mass[:, -6:] < 0).all()
+    prompts = Prompts.from_ids([[3, 1, 4, 1, 1], [1, 5]], pad_id=0, seeds=[1, 2], mask_id=1)
+    filled = unmask(policy, prompts, torch.Generator(), max_new_tokens=0, num_steps=2, temperature=1.0, **options)
+    assert filled.completion_mask.sum(-1).tolist() == [3, 1] and not (filled.tokens[filled.completion_mask] == 1).any()
+
+
+def test_a_likelihood_of_the_order_is_refused(policy):
+    rollout = sample(policy, IDS, range(3), num_steps=4, **REMASK)
+    for estimator in (estimators.trajectory(), estimators.trajectory(num_segments=2)):
+        with pytest.raises(ValueError, match=r"trajectory.*come back.*remask, edit.*one_step"):
+            estimator.draw(rollout, torch.Generator())
+    noise = estimators.coupled().draw(rollout, torch.Generator())
+    assert noise.masked.any() and not sample(policy, IDS, range(3), num_steps=4).revised
+
+
+def test_a_rule_takes_written_or_changed_and_leaves_the_last_step_whole(policy):
+    def both(scores, masked, steps_left, written, changed):
+        return masked
+
+    def stubborn(scores, masked, steps_left, written):
+        return masked | written
+
+    with pytest.raises(ValueError, match="commit=both takes written and changed"):
+        sample(policy, IDS, range(3), commit=both)
+    with pytest.raises(ValueError, match="commit=stubborn masked positions again in the last step"):
+        sample(policy, IDS, range(3), num_steps=2, commit=stubborn)
+    assert rules.commit_inputs(rules.schedule) == rules.commit_inputs(partial(rules.threshold, tau=0.5)) == frozenset()
+    assert rules.commit_inputs(rules.remask) == {"written", "steps"} and rules.commit_inputs(rules.edit) == {"changed"}
+
+
+def test_errors_and_names():
+    one, yes = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    left = torch.tensor([1])
+    with pytest.raises(ValueError, match=r"eta=1.5 must lie in \[0, 1\]"):
+        rules.remask(one, yes, left, yes, left, eta=1.5)
+    with pytest.raises(ValueError, match=r"tau_edit=-1.0 must lie in \[0, 1\]"):
+        rules.edit(one, yes, left, yes, tau=0.5, tau_edit=-1.0)
+    assert read_commit("remask=0.1").keywords == {"eta": 0.1} and read_commit("edit=0.7").keywords == {"tau": 0.7}
+    with pytest.raises(ValueError, match="remask takes a number"):
+        read_commit("remask")
+
+
+def test_a_run_learns_from_it_by_an_estimate_that_does_not_replay(tmp_path):
+    sampler = partial(unmask, max_new_tokens=16, num_steps=3, temperature=1.0, **REMASK)
+    recipe = tiny_recipe(tmp_path / "run", sampler=sampler, likelihood=estimators.coupled(), num_steps=1)
+    before = tiny_masked_lm(**SIZES, seed=recipe.seed).module
+    summary = train(recipe)
+    moved = zip(before.parameters(), summary.policy.module.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in moved)
+
+
+def test_a_row_that_ends_early_ends_with_the_block_of_its_end_token(policy):
+    eos, length = policy.spec.eos_ids[0], 18
+    options = {"length": length, "num_steps": 9, "block_size": 6, **REMASK}
+    full = sample(policy, IDS * 4, range(12), **options)
+    short = sample(policy, IDS * 4, range(12), approximate_early_exit=True, **options)
+    stopped = 0
+    for row in range(12):
+        completion = full.tokens[row, -length:].tolist()
+        kept = next((6 * b + 6 for b in range(3) if eos in completion[6 * b : 6 * b + 6]), length)
+        stopped += kept < length
+        assert short.tokens[row, -length:].tolist() == completion[:kept] + [policy.spec.mask_id] * (length - kept)
+    assert stopped > 0
