@@ -166,7 +166,9 @@ def sharding_of(module: Any) -> Sharding | None:
     return getattr(module, "sharding", None)
 
 
-def shard(module: Any, blocks: Sequence[nn.Module], accelerator: Accelerator, *, size: int) -> None:
+def shard(
+    module: Any, blocks: Sequence[nn.Module], accelerator: Accelerator, *, size: int, timeout: float | None = None
+) -> None:
     """Share the weights out, in place, by torch's FSDP2: groups of `size` processes, which follow one another, hold the
     module between them (`size` below the number of processes: HSDP). Gradients and optimiser state follow the weights.
 
@@ -174,6 +176,8 @@ def shard(module: Any, blocks: Sequence[nn.Module], accelerator: Accelerator, *,
     other weights, and each head, which stays whole for the time of an `in_pace` block, so that log-probs in chunks do
     not gather it chunk by chunk. Gradients are summed over all processes in every backward: kept whole until the last
     one, as FSDP2 can, they alone would take as much as a quarter of what one process holds in all.
+
+    timeout  seconds that a process waits for another in `in_pace`; None: torch's own.
     """
     count, device = accelerator.num_processes, accelerator.device.type
     hybrid = {"mesh_shape": (count // size, size), "mesh_dim_names": ("replicate", "shard")}
@@ -189,7 +193,7 @@ def shard(module: Any, blocks: Sequence[nn.Module], accelerator: Accelerator, *,
         unit.set_gradient_divide_factor(1.0)  # the loss is a sum over the global batch already
         unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     module.to(accelerator.device)  # buffers
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=None if timeout is None else timedelta(seconds=timeout))
     module.sharding = Sharding(backbone, heads, plain, group)
 
 

@@ -74,13 +74,13 @@ def share_out(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Polic
     check_module(module, size)
     if recipe.lora is not None and policy.lora is None:
         add_lora(policy, recipe.lora())
-    shard(module, blocks_of(module, "shard_size"), accelerator, size=size)
+    shard(module, blocks_of(module, "shard_size"), accelerator, size=size, timeout=recipe.collective_timeout)
     return policy
 
 
 def check_module(module: Module, size: int) -> None:
     """Raise ValueError on a module whose weights cannot be shared out."""
-    backbone = getattr(module, "base_model", module)
+    backbone: Module = getattr(module, "base_model", module)
     if backbone is module:
         raise ValueError(
             f"shard_size={size} needs a transformers module with a backbone and a head, not {type(module).__name__}; "

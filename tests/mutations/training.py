@@ -41,7 +41,7 @@ MUTATIONS = [
             "training/test_loop_numbers.py training/test_loop.py",
         ),
         ("recipe.likelihood.with_advantages(noise, mine)", "recipe.likelihood.with_advantages(noise, -mine)"),
-        ("max_grad_norm)\n        reduced", "max_grad_norm * 1e9)\n        reduced"),
+        ("max_grad_norm))\n        reduced", "max_grad_norm * 1e9))\n        reduced"),
         ("            torch.clear_autocast_cache()", "            pass"),
         ('if not math.isfinite(reduced["grad_norm"])', "if False"),
         ("    policy.version += 1\n", ""),
@@ -148,7 +148,7 @@ MUTATIONS = [
         ('if state.get("step") != expected:', "if False:", "training/test_damaged_checkpoints.py"),
         ('if held is None and "format" in state:', "if False:", "training/test_damaged_checkpoints.py"),
         (
-            "if tensor.is_floating_point() and not tensor.isfinite().all():",
+            "if mine.is_floating_point() and not mine.isfinite().all():",
             "if False:",
             "training/test_damaged_checkpoints.py training/test_checkpoint.py",
         ),

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PATHS = [str(ROOT), str(ROOT / "tests/support")]
+PATHS = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("support", "training"))]
 
 
 def run_ranks(program: str, processes: int, *arguments: object) -> list[str]:

@@ -2,6 +2,8 @@
 
 import os
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -17,9 +19,11 @@ from dllm_rl.models.logprobs import backward_token_logprobs
 from dllm_rl.models.recompute import blocks_of
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
+from dllm_rl.rng import generator_for
 from dllm_rl.training import loop, train
-from dllm_rl.training.memory import LiveBytes
-from dllm_rl.types import SamplingParams
+from dllm_rl.training.learner import update
+from dllm_rl.training.memory import LiveBytes, shared_out
+from dllm_rl.types import Batch, SamplingParams
 
 EVERY = {"report_to": None, "collective_timeout": 60.0}
 FULL = {**EVERY, "likelihood": coupled(), "num_iterations": 2, "micro_batch_size": 4, "beta": 0.1, "save_steps": 2}
@@ -80,6 +84,42 @@ class Sent(TorchDispatchMode):
         if place is not None:
             self.bytes[func.__name__.split(".")[0]] += args[place].nbytes
         return func(*args, **(kwargs or {}))
+
+
+def plan_and_allocator(cases):
+    """What the plan counts for a process that shares the learner out, against what the allocator says of the second
+    update. The plan may be above by a tenth, and by little below."""
+    import test_memory as plan
+
+    accelerator = make_accelerator(timeout=60)
+    for case in cases:
+        recipe = replace(plan.recipe_of(Path("nowhere"), **plan.CASES[case]), shard_size=accelerator.num_processes)
+        policy = plan.made(recipe)
+        options = {"prompt_tokens": plan.PROMPT, "dtype": None, "rollout_copy": 0, "on_gpu": False}
+        planned = shared_out(plan.measure_step(recipe, policy, **options), policy.module, accelerator.num_processes)
+        shard(policy.module, blocks_of(policy.module), accelerator, size=accelerator.num_processes)
+        optimizer = plan.make_optimizer(recipe, policy)
+        prompts = plan.Prompts.from_ids(
+            [[5 + i] * plan.PROMPT for i in range(2)], pad_id=0, group_size=4, seeds=range(8)
+        )
+        with in_pace(policy):
+            rollout = recipe.sampler(policy, prompts, generator_for(0))
+            noise = recipe.likelihood.draw(rollout, generator_for(1))
+            scores = recipe.likelihood.scores(policy, rollout, noise)
+        old = recipe.likelihood.combine(scores, noise)
+        batch = Batch(
+            rollout=rollout, noise=noise, advantages=torch.linspace(-1, 1, plan.ROWS), old=old, old_scores=scores,
+            weights=torch.ones_like(old), keep=rollout.completion_mask, reference=None,
+            num_tokens=plan.ROWS * plan.LENGTH, num_sequences=plan.ROWS,
+        )  # fmt: skip
+        for step in range(2):
+            state = [x for each in optimizer.state.values() for x in each.values() if x.dim()]
+            held = sum(x.to_local().nbytes for x in [*policy.module.parameters(), *state])
+            batch = replace(batch, rollout=replace(rollout, weights_version=step))
+            optimizer.zero_grad(set_to_none=True)
+            settings = recipe.update_settings(0)
+            peak = held + plan.profiled(partial(update, policy, optimizer, batch, accelerator, **settings))
+        assert 0.97 * peak < planned.peaks["update"] < 1.1 * peak, (case, peak, planned)
 
 
 def uneven(shares):

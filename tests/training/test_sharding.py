@@ -1,12 +1,15 @@
 """A learner shared out over processes (FSDP2) runs as one that each process holds whole."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import ROOT, run_ranks
 from runs import assert_same_weights, metrics_of
 from sharded import recipes, trained
 from tiny_recipe import tiny_recipe
@@ -68,6 +71,37 @@ def test_a_run_goes_on_on_another_number_of_processes(tmp_path, one):
 def test_processes_with_different_numbers_of_forwards_share_gradients_memory_and_bytes():
     """The last update has no forward at all."""
     run_ranks("import sharded; sharded.uneven([[2, 2], [4, 0], [0, 0]])", 2)
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_shared_out_learner_agrees_with_the_allocator():
+    run_ranks("import sharded; sharded.plan_and_allocator(['full, recomputed', 'adapters'])", 2)
+
+
+def test_slurm_starts_a_process_a_task_and_queues_the_job_again_after_its_warning(tmp_path):
+    """srun runs two tasks; those that save at the warning end with 138, others with what they end with."""
+    (tmp_path / "task.py").write_text(
+        "import os, sys\n"
+        "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR')\n"
+        "print(*(os.environ[name] for name in names), *sys.argv[1:])\n"
+        "sys.exit(int(sys.argv[2]))\n"
+    )
+    (tmp_path / "srun").write_text(
+        "#!/bin/bash\nshift\nfor i in 0 1; do\n"
+        'SLURM_PROCID=$((i + 8)) SLURM_LOCALID=$i "$@"; status=$?\ndone\nexit $status\n'
+    )
+    (tmp_path / "scontrol").write_text('#!/bin/bash\n[ "$1" = show ] && echo first && echo second || echo "$@"\n')
+    (tmp_path / "python").symlink_to(sys.executable)
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    names = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "7"}
+    for status, again in (("138", ["requeue 7"]), ("1", [])):
+        command = ["bash", str(ROOT / "recipes/accelerate/slurm.sh"), str(tmp_path / "task.py"), "--seed", status]
+        done = subprocess.run(
+            command, env=os.environ | names | {"SLURM_JOB_NODELIST": "n"}, capture_output=True, text=True
+        )
+        said = [f"{i + 8} {i} 16 first --seed {status} --resume_from_checkpoint latest" for i in (0, 1)]
+        assert done.stdout.splitlines() == said + again and done.returncode == int(status), done.stderr
 
 
 @pytest.mark.parametrize(
