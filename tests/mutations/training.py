@@ -132,6 +132,28 @@ MUTATIONS = [
         ("loss / total, torch.ones_like", "loss / 1, torch.ones_like"),
     ),
     *mutations(
+        "training/sharding.py",
+        "training/test_sharding.py",
+        ("if processes % size:", "if False:"),
+        (
+            "            if main:\n                saved.state[place]",
+            "            if False:\n                saved.state[place]",
+        ),
+        ("if backbone is module:", "if False:"),
+        ("id(p) in inside]", "False]"),
+        ('if parse_flag_from_env(f"ACCELERATE_USE_{name}"):', "if False:"),
+    ),
+    *mutations(
+        "distributed.py",
+        "training/test_sharding.py",
+        ("while shards.anyone(False):", "while False:"),
+        ("        head.set_requires_gradient_sync(False)\n", ""),
+        ("unit.set_gradient_divide_factor(1.0)", "unit.set_gradient_divide_factor(2.0)"),
+        ("            head.set_requires_gradient_sync(True)\n", ""),
+        ("or sharding_of(module) is not None:", "or False:"),
+        (".to_local().clone()", ".to_local().clone() * 0"),
+    ),
+    *mutations(
         "training/checkpoint.py",
         f"{CHECKPOINT} training/test_old_checkpoint.py",
         ("found(directory)[:-keep]", "found(directory)[:keep]"),
