@@ -2,7 +2,9 @@
 
     python benchmarks/sampler.py --preset cpu --json benchmarks/results/sampler_cpu.json
 
-Each line is one way to unmask; ratios are to the first. Memory is what a line needs on top of the weights.
+Each line is one way to unmask; ratios are to the first, of processor time on a CPU and of the clock on a GPU. Repeats
+go round all lines, so that what else the machine does falls on all of them. Memory is what a line needs on top of the
+weights.
 """
 
 import argparse
@@ -14,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from dllm_rl.models.policy import make_policy
 from dllm_rl.models.tiny import char_tokenizer
@@ -37,11 +39,14 @@ class Shape:
     block: int
     steps: int
     dtype: torch.dtype = torch.float32
+    shortest: int | None = None  # prompts' lengths are drawn between it and `prompt`; None: all have that one
 
 
 PRESETS = {
     "tiny": Shape(2, 64, 4, 128, 2048, 4, 16, 32, 16, 8),
     "cpu": Shape(4, 512, 8, 1536, 126464, 8, 64, 128, 32, 16),
+    "ragged": Shape(4, 512, 8, 1536, 16384, 8, 260, 128, 32, 16, shortest=40),
+    "tiny-ragged": Shape(2, 64, 4, 128, 2048, 4, 160, 32, 16, 8, shortest=4),
     "llada-8b": Shape(32, 4096, 32, 12288, 126464, 8, 64, 128, 32, 64, torch.bfloat16),
 }
 
@@ -78,16 +83,27 @@ def random_policy(shape: Shape, device: torch.device, characters: str = "ab"):
     return make_policy(module, tokenizer)
 
 
-@torch.no_grad()
-def plain(policy, prompts: Prompts, shape: Shape, *, masked_only: bool = False) -> torch.Tensor:
-    """LLaDA's generate at temperature 0: logits everywhere, fp64 softmax of them, confidence, top k of the block.
+def random_prompts(policy, shape: Shape) -> Prompts:
+    generator = torch.Generator().manual_seed(1)
+    sizes = [shape.prompt] * shape.batch
+    if shape.shortest is not None:
+        sizes = torch.randint(shape.shortest, shape.prompt + 1, (shape.batch,), generator=generator).tolist()
+    ids = [torch.randint(3, shape.vocabulary, (size,), generator=generator).tolist() for size in sizes]
+    return Prompts.from_ids(ids, pad_id=policy.pad_id)
 
-    masked_only: the same with logits at the masked positions of the block alone. Returns (B, T) tokens.
+
+@torch.no_grad()
+def plain(policy, prompts: Prompts, shape: Shape, *, masked_only: bool = False, double: bool = False) -> torch.Tensor:
+    """LLaDA's generate at temperature 0 as its authors have it: logits everywhere, softmax of them in their own dtype,
+    confidence, top k of the block; a batch is padded on the left, and padding is not attended to.
+
+    masked_only: the same with logits at the masked positions of the block alone. double: softmax in fp64, as their code
+    once had it. Returns (B, T) tokens.
     """
     mask_id, start = policy.spec.mask_id, prompts.tokens.shape[1]
     device = policy.device
     x = torch.cat([prompts.tokens, torch.full((len(prompts.tokens), shape.new), mask_id)], dim=1).to(device)
-    attention = torch.ones_like(x, dtype=torch.bool)
+    attention = torch.cat([prompts.attention_mask, torch.ones(len(x), shape.new, dtype=torch.bool)], dim=1).to(device)
     num_blocks = shape.new // shape.block
     steps = shape.steps // num_blocks
     for block in range(num_blocks):
@@ -95,15 +111,15 @@ def plain(policy, prompts: Prompts, shape: Shape, *, masked_only: bool = False) 
         for step in range(steps):
             transfer = shape.block // steps + (step < shape.block % steps)
             hidden = policy.hidden(x, attention)
-            open_ = x == mask_id
+            open_ = (x == mask_id) & attention
             open_[:, end:] = False
-            logits = policy.head(hidden[open_] if masked_only else hidden)
+            logits = policy.spec.head(policy.module, hidden[open_] if masked_only else hidden)
             logits[..., mask_id] = -torch.inf
             drawn = logits.argmax(-1)
-            probs = logits.double().softmax(-1).gather(-1, drawn[..., None])[..., 0]
+            probs = (logits.double() if double else logits).softmax(-1).gather(-1, drawn[..., None])[..., 0]
             if masked_only:
                 tokens = x.masked_scatter(open_, drawn)
-                confidence = torch.full(x.shape, -torch.inf, dtype=torch.float64, device=device).masked_scatter(
+                confidence = torch.full(x.shape, -torch.inf, dtype=probs.dtype, device=device).masked_scatter(
                     open_, probs
                 )
             else:
@@ -111,6 +127,39 @@ def plain(policy, prompts: Prompts, shape: Shape, *, masked_only: bool = False) 
             for row in range(len(x)):
                 best = confidence[row].topk(transfer).indices
                 x[row, best] = tokens[row, best]
+    return x
+
+
+@torch.no_grad()
+def plain_dual(policy, prompts: Prompts, shape: Shape) -> torch.Tensor:
+    """Fast-dLLM's dual cache at temperature 0 as published: a forward and logits of everything at the start of a block,
+    then forwards and logits of the block alone, against the keys and values of all that is outside. Prompts of one
+    length. Returns (B, T) tokens."""
+    mask_id, start, num_blocks = policy.spec.mask_id, prompts.tokens.shape[1], shape.new // shape.block
+    steps, device = shape.steps // num_blocks, policy.device
+    x = torch.cat([prompts.tokens, torch.full((len(prompts.tokens), shape.new), mask_id)], dim=1).to(device)
+    positions = torch.arange(x.shape[1], device=device).expand_as(x)
+    for begin in range(start, x.shape[1], shape.block):
+        end, kept = begin + shape.block, []
+        others = torch.cat([positions[0, :begin], positions[0, end:]])
+        for step in range(steps):
+            past = DynamicCache(config=policy.module.config)
+            for number, (keys, values) in enumerate(kept):
+                past.update(keys, values, number)
+            columns = slice(0, None) if step == 0 else slice(begin, end)
+            seen = torch.zeros(len(x), 1, x[:, columns].shape[1], x.shape[1], dtype=shape.dtype, device=device)
+            hidden = policy.encode(x[:, columns], seen, positions[:, columns], past_key_values=past, use_cache=True)
+            logits = policy.spec.head(policy.module, hidden)
+            if step == 0:
+                kept = [(layer.keys[:, :, others], layer.values[:, :, others]) for layer in past.layers]
+                logits = logits[:, begin:end]
+            logits[..., mask_id] = -torch.inf
+            drawn = logits.argmax(-1)
+            probs = logits.softmax(-1).gather(-1, drawn[..., None])[..., 0]
+            confidence = torch.where(x[:, begin:end] == mask_id, probs, -torch.inf)
+            for row in range(len(x)):
+                best = confidence[row].topk(shape.block // steps + (step < shape.block % steps)).indices
+                x[row, begin + best] = drawn[row, best]
     return x
 
 
@@ -137,41 +186,45 @@ class Memory:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def measure(run, policy, shape: Shape, device: torch.device, repeats: int) -> dict:
-    """Best time of `repeats`, peak memory, forwards, token positions through the body and rows through the head."""
-    body, head, forward, heads = [], [], policy.module.base_model.forward, policy.head
+def measure(run, policy, shape: Shape, device: torch.device) -> dict:
+    """Seconds of the clock and of the processor, peak memory, forwards, token positions through the body and rows
+    through the head."""
+    body, head, forward, output = [], [], policy.module.base_model.forward, policy.module.get_output_embeddings()
     policy.module.base_model.forward = lambda *a, **k: body.append(k["input_ids"].numel()) or forward(*a, **k)
-    policy.head = lambda h: head.append(h.numel() // h.shape[-1]) or heads(h)
-    memory, times = Memory(device), []
+    hook = output.register_forward_pre_hook(lambda _, args: head.append(args[0].numel() // args[0].shape[-1]))
+    memory = Memory(device)
     try:
-        for _ in range(repeats):
-            body.clear(), head.clear(), memory.start()
-            began = time.perf_counter()
-            out = run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-            peak = memory.peak()
+        memory.start()
+        began, worked = time.perf_counter(), time.process_time()
+        out = run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
+        peak = memory.peak()
     finally:
-        policy.module.base_model.forward, policy.head = forward, heads
+        policy.module.base_model.forward = forward
+        hook.remove()
     weights = sum(
         p.numel()
         for n, p in policy.module.named_parameters()
         if p.dim() == 2 and "embed" not in n and "lm_head" not in n
     )
-    flops = 2 * (weights * sum(body) + shape.hidden * shape.vocabulary * sum(head))
     tokens = out if isinstance(out, torch.Tensor) else out.tokens
-    seconds = min(times)
     return {
         "seconds": seconds,
-        "tokens_per_second": shape.batch * shape.new / seconds,
+        "cpu_seconds": cpu_seconds,
         "peak_bytes": peak,
         "forwards": len(body),
         "body_positions": sum(body),
         "head_rows": sum(head),
-        "flops_per_second": flops / seconds,
+        "flops": 2 * (weights * sum(body) + shape.hidden * shape.vocabulary * sum(head)),
         "tokens": tokens.cpu(),
     }
+
+
+def best_of(found: list[dict], clock: str) -> dict:
+    """The repeat that took least, and the memory of the first: later ones reuse what it allocated."""
+    return min(found, key=lambda row: row[clock]) | {"peak_bytes": found[0]["peak_bytes"]}
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
@@ -181,20 +234,19 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
     for _ in range(5):
         if device.type == "cuda":
             torch.cuda.synchronize()
-        began = time.perf_counter()
+        clock = time.perf_counter if device.type == "cuda" else time.process_time
+        began = clock()
         a @ b
         if device.type == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
+        best = min(best, clock() - began)
     return 2 * size**3 / best
 
 
 def benchmark(preset: str, device: torch.device, repeats: int) -> dict:
     shape = PRESETS[preset]
     policy = random_policy(shape, device)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, shape.vocabulary, (shape.batch, shape.prompt), generator=generator).tolist()
-    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id)
+    prompts = random_prompts(policy, shape)
     ours = partial(
         unmask,
         policy,
@@ -206,6 +258,7 @@ def benchmark(preset: str, device: torch.device, repeats: int) -> dict:
     )
     lines = {
         "plain: the published algorithm": partial(plain, policy, prompts, shape),
+        "plain, softmax in fp64": partial(plain, policy, prompts, shape, double=True),
         "plain, head on open positions only": partial(plain, policy, prompts, shape, masked_only=True),
         "exact sampler": ours,
         "exact sampler, temperature 1": partial(ours, temperature=1.0),
@@ -213,17 +266,25 @@ def benchmark(preset: str, device: torch.device, repeats: int) -> dict:
         "threshold 0.9": partial(ours, commit=partial(threshold, tau=0.9)),
         "prefix cache (approximate)": partial(ours, cache=prefix_cache()),
         "dual cache (approximate)": partial(ours, cache=dual_cache()),
+        "plain dual cache: Fast-dLLM's, as published": partial(plain_dual, policy, prompts, shape),
     }
-    if preset == "cpu":  # with random weights nothing passes a threshold: a step a position, and no news
+    if shape.shortest is not None:
+        del lines["plain dual cache: Fast-dLLM's, as published"]
+    if preset in ("cpu", "ragged"):  # with random weights nothing passes a threshold: a step a position, and no news
         del lines["threshold 0.9"]
     roof = matmul_flops(device, shape.dtype, 4096 if device.type == "cuda" else 1024)
     unmask(policy, prompts, torch.Generator(), max_new_tokens=2, num_steps=1)  # warm up
-    rows = {name: measure(run, policy, shape, device, repeats) for name, run in lines.items()}
+    clock, found = "seconds" if device.type == "cuda" else "cpu_seconds", {name: [] for name in lines}
+    for _ in range(repeats):
+        for name, run in lines.items():
+            found[name].append(measure(run, policy, shape, device))
+    rows = {name: best_of(each, clock) for name, each in found.items()}
     base = rows["plain: the published algorithm"]
     for row in rows.values():
-        row["speedup"] = base["seconds"] / row["seconds"]
+        row["speedup"] = base[clock] / row[clock]
+        row["tokens_per_second"] = shape.batch * shape.new / row[clock]
         row["memory_ratio"] = row["peak_bytes"] / base["peak_bytes"] if base["peak_bytes"] else None
-        row["share_of_matmul_roofline"] = row["flops_per_second"] / roof
+        row["share_of_matmul_roofline"] = row.pop("flops") / row[clock] / roof
     first = base["tokens"]
     for row in rows.values():
         row["same_tokens"] = (row.pop("tokens") == first).double().mean().item()
@@ -254,13 +315,13 @@ def main() -> None:
     result = benchmark(preset, torch.device(arguments.device), 1 if arguments.smoke else arguments.repeats)
     print(f"{result['device']}, preset {preset}, weights {result['weights_bytes'] / 2**20:.0f} MiB")
     print(
-        f"{'':44} {'seconds':>8} {'speedup':>8} {'tok/s':>8} "
+        f"{'':44} {'seconds':>8} {'cpu s':>8} {'speedup':>8} {'tok/s':>8} "
         f"{'peak MiB':>9} {'forwards':>8} {'roofline':>8} {'same':>6}"
     )
     for name, row in result["lines"].items():
         print(
-            f"{name:44} {row['seconds']:8.2f} {row['speedup']:8.2f} {row['tokens_per_second']:8.1f} "
-            f"{row['peak_bytes'] / 2**20:9.0f} {row['forwards']:8} "
+            f"{name:44} {row['seconds']:8.2f} {row['cpu_seconds']:8.2f} {row['speedup']:8.2f} "
+            f"{row['tokens_per_second']:8.1f} {row['peak_bytes'] / 2**20:9.0f} {row['forwards']:8} "
             f"{row['share_of_matmul_roofline']:8.1%} {row['same_tokens']:6.1%}"
         )
     if arguments.json:

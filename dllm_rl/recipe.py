@@ -261,6 +261,11 @@ class Recipe(Settings):
             raise ValueError(
                 "zero_mismatch=True needs rollout_quantization=None, or a corrector that aligns the forward"
             )
+        if self.zero_mismatch and self.rollout_quantization is None and not self.likelihood.exact_for_sampler:
+            raise ValueError(
+                f"zero_mismatch=True with likelihood={self.likelihood.name!r} would compare the learner's log-probs "
+                "with themselves: that estimator does not replay the sampler; use trajectory(), or zero_mismatch=False"
+            )
         if self.sampling_support not in ("own", "unfiltered", "rollout"):
             raise ValueError(
                 f"sampling_support={self.sampling_support!r} is not known; use 'own', 'unfiltered' or 'rollout'"

@@ -7,7 +7,7 @@ Log-probabilities are in nats, fp32.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -156,6 +156,11 @@ class Rollout(_Movable):
                      elsewhere. None where nothing filters.
     kept_ids         the ids of those tokens, at most KEPT_IDS of them, then -1. None where nothing filters, or where
                      more were kept somewhere.
+    rank             name of the rule for which positions come first, one of `samplers.rules.RANKS`; None: another.
+    open_step        the first step of the position's block, from which on it could be committed; -1 elsewhere.
+    order_logprobs   log-probability that the position was left in the steps before its commit, summed over those of its
+                     block, under the rollout policy; nats, 0 elsewhere (`models.order`). None where the order does not
+                     depend on what was drawn, or its law is not known.
     revised          whether the sampler may have come back to what it wrote (`remask`, `edit`): step and log-prob are
                      then those of the last writing, whose context is not recorded, and no likelihood of the completion.
     """
@@ -171,6 +176,9 @@ class Rollout(_Movable):
     forwards: int = 0
     log_kept_mass: Float[Tensor, "B T"] | None = None
     kept_ids: Int[Tensor, "B T C"] | None = None
+    rank: str | None = None
+    open_step: Int[Tensor, "B T"] | None = None
+    order_logprobs: Float[Tensor, "B T"] | None = None
     revised: bool = False
 
     def with_support(self, support: Support) -> "Rollout":
@@ -222,7 +230,7 @@ class Rollout(_Movable):
         if old.kept_ids is not None and new.kept_ids is not None:
             count = max(old.kept_ids.shape[-1], new.kept_ids.shape[-1])
             old, new = (x._with_ids(count) for x in (old, new))
-        names = ("tokens", "attention_mask", "completion_mask", "unmask_step", "logprobs", "log_kept_mass", "kept_ids")
+        names = [f.name for f in dataclasses.fields(self) if isinstance(getattr(old, f.name), Tensor)]
         pairs = {name: (getattr(old, name), getattr(new, name)) for name in names}
         joined: dict[str, Any] = {
             n: None if a is None or b is None else a.index_copy(0, rows, b) for n, (a, b) in pairs.items()
@@ -261,6 +269,8 @@ class Rollout(_Movable):
             logprobs=wider(self.logprobs, 0.0),
             log_kept_mass=None if self.log_kept_mass is None else wider(self.log_kept_mass, 0.0),
             kept_ids=None if self.kept_ids is None else F.pad(self.kept_ids, (0, 0, *sides), value=-1),
+            open_step=None if self.open_step is None else wider(self.open_step, -1),
+            order_logprobs=None if self.order_logprobs is None else wider(self.order_logprobs, 0.0),
         )
 
 
@@ -271,12 +281,15 @@ class Logprobs:
     old        under the learner at the start of the update; old_scores: the same per mask, before they are combined.
     rollout    under the policy that sampled.
     reference  under the reference policy, or None without a KL term.
+    order      how far the learner would have chosen the rollout's order itself, as (sum, count) pairs by name; empty
+               where both sides are one policy, or the order depends on none.
     """
 
     old: Float[Tensor, "B T"]
     old_scores: Float[Tensor, "N B T"]
     rollout: Float[Tensor, "B T"]
     reference: Float[Tensor, "B T"] | None
+    order: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -313,15 +326,19 @@ class Noise(_Movable):
     masked  positions hidden from the model in view n.
     weight  coefficient of the position's log-prob in view n; 0 where it is not scored.
     upper_bound_weight  weight of the upper bound in each row's estimate, in [0, 1]; None: lower bound only.
+    left    positions that are scored in view n by the probability of having been left there, not by their token
+            (`models.order`); None: there are none.
     """
 
     masked: Bool[Tensor, "N B T"]
     weight: Float[Tensor, "N B T"]
     upper_bound_weight: Float[Tensor, " B"] | None = None
+    left: Bool[Tensor, "N B T"] | None = None
 
     def rows(self, keep: Int[Tensor, " R"]) -> "Noise":
         share = None if self.upper_bound_weight is None else self.upper_bound_weight[keep]
-        return Noise(self.masked[:, keep], self.weight[:, keep], share)
+        left = None if self.left is None else self.left[:, keep]
+        return Noise(self.masked[:, keep], self.weight[:, keep], share, left)
 
     def only(self, live: Bool[Tensor, " B"]) -> "Noise":
         """The same masks, with the other rows not scored."""

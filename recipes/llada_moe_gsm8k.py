@@ -1,4 +1,4 @@
-"""LLaDA-MoE-7B-A1B-Instruct learns GSM8K; adapters and FP8 are on attention only, experts stay as they are.
+"""LLaDA-MoE-7B-A1B-Instruct learns GSM8K; adapters are on attention only, FP8 is on the experts too.
 
 Not run yet: no results.
 """

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "likelihoods": "types rng config models",
     "quantization": "models",
     # on all of these
-    "diagnostics": "types files screen algorithms models likelihoods quantization",
+    "diagnostics": "types files screen algorithms models samplers likelihoods quantization",
     "evaluation": "types rng files screen config distributed tasks models samplers likelihoods quantization",
     "recipe": "config algorithms likelihoods models tasks",
     "testing": "types algorithms likelihoods models quantization",

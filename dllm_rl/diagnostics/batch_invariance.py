@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from dllm_rl.models.base import Policy
+from dllm_rl.quantization.experts import Experts
 from dllm_rl.types import Logprobs, Noise, Rollout
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS is deterministic only with one of two settings of this variable,
@@ -52,6 +53,10 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warn)
 
 
+# The names that torch and transformers have for the product of rows, sorted by expert, with stacked experts.
+GROUPED = [f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None]
+
+
 class BatchInvariantOps(TorchFunctionMode):
     """Linear layers in tiles of `tile` rows, the last filled up with zeros; attention row by row of the batch."""
 
@@ -67,6 +72,8 @@ class BatchInvariantOps(TorchFunctionMode):
             return self.linear(*args, **kwargs)
         if func is torch.addmm and not kwargs:
             return self.linear(args[1], args[2].T, args[0])
+        if func in GROUPED:
+            return self.grouped(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self.attention(*args, **kwargs)
         if func is torch.matmul and args[0].dim() == args[1].dim() == 4:
@@ -78,6 +85,15 @@ class BatchInvariantOps(TorchFunctionMode):
         filled = F.pad(rows, (0, 0, 0, -len(rows) % self.tile))
         out = torch.cat([F.linear(part, weight, bias) for part in filled.split(self.tile)])
         return out[: len(rows)].unflatten(0, input.shape[:-1])
+
+    def grouped(
+        self, input: Tensor, weight: Tensor, *, offs: Tensor, bias: None = None, out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The products of stacked experts, expert by expert: rows up to offs[0] with weight[0] (K, N), and so on."""
+        counts = offs.diff(prepend=offs.new_zeros(1)).tolist()
+        parts = input.split([*counts, len(input) - sum(counts)])
+        out = torch.cat([self.linear(part, one.T) for part, one in zip(parts, weight, strict=False)])
+        return out.to(out_dtype or out.dtype)
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
@@ -166,7 +182,8 @@ def layer_outputs(policy: Policy, tokens: Tensor, attention_mask: Tensor) -> dic
     hooks = []
     for name, layer in policy.module.named_modules():
         inside = any(part in name for part in (".base_layer", ".lora_A", ".lora_B"))
-        if hasattr(layer, "base_layer") or (not inside and any(True for _ in layer.parameters(recurse=False))):
+        whole = hasattr(layer, "base_layer") or isinstance(layer, Experts)
+        if whole or (not inside and any(True for _ in layer.parameters(recurse=False))):
             hooks.append(layer.register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(name, out)))
     try:
         policy.logits(tokens, attention_mask)

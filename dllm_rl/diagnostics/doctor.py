@@ -20,11 +20,13 @@ from torch import Generator, Tensor
 
 from dllm_rl.algorithms.mismatch import mismatch_metrics
 from dllm_rl.diagnostics.batch_invariance import layer_outputs
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator, causal, trajectory
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator, causal, recorded, trajectory
 from dllm_rl.models.base import Policy, output_embeddings
 from dllm_rl.models.head import HALF
+from dllm_rl.quantization.experts import place
 from dllm_rl.quantization.linear import dequantized_weight
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
+from dllm_rl.samplers.agreement import order_agreement
 from dllm_rl.types import Noise, Prompts, Rollout, SamplingParams
 
 ADVICE = {
@@ -39,6 +41,10 @@ ADVICE = {
     "padding": "the model attends to padding or counts it in positions: pass the attention mask on",
     "batch shape": "kernels depend on the batch's shape: run under zero_mismatch(), or accept it as noise",
 }
+ORDER_ADVICE = (
+    "no weight corrects it: roll out in an order that does not depend on the weights (rank=random), in one whose law "
+    "trajectory() scores (rank=confidence), align the forward (qarl), or keep more bits"
+)
 PADDING = 3  # columns that the padding probe adds on the left
 
 
@@ -76,6 +82,8 @@ class Report:
 
     half_heads  the whole as it would be with 16-bit heads, both sides scored again; None where heads are in 16 bits
                 anyway, or the models are not.
+    order       of the first step's positions, and of the prompts, the share whose order is the learner's own
+                (`order_agreement`): what log-probs given the order do not see; None where no policy decides it.
     """
 
     scheme: str
@@ -85,6 +93,7 @@ class Report:
     tokens: tuple[WorstToken, ...]
     layers: tuple[tuple[str, float], ...]
     half_heads: Cause | None = None
+    order: tuple[float, float] | None = None
 
     @property
     def worst(self) -> float:
@@ -93,11 +102,14 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        first = self.causes[0]
+        first, order = self.causes[0], ""
+        if self.order is not None and self.order[1] < 1:
+            order = f" Order: {1 - self.order[1]:.0%} of the prompts begin in another order than the learner's own;"
+            order += f" {ORDER_ADVICE}."
         if self.worst < 1e-5:
-            return f"No mismatch worth a correction: mean |d| is {self.worst:.1e} nats."
+            return f"No mismatch worth a correction: mean |d| is {self.worst:.1e} nats.{order}"
         share = f"mean |d| {first.mean_abs:.2g} of {self.worst:.2g} nats in all"
-        return f"Mostly {first.name}: {share}. To do: {first.advice}."
+        return f"Mostly {first.name}: {share}. To do: {first.advice}.{order}"
 
     def as_json(self) -> dict:
         return asdict(self) | {"verdict": self.verdict}
@@ -161,12 +173,13 @@ def diagnose(
 
     order = exact.draw(rollout, Generator())
     replay = exact.logprobs(rollout_policy, rollout, order, micro_batch_size=micro_batch_size)
-    steps["cache or sampler"] = torch.where(mask, replay - rollout.logprobs, 0)
-    sampled = rollout.logprobs if likelihood.exact_for_sampler else theirs
+    steps["cache or sampler"] = torch.where(mask, replay - recorded(rollout, order), 0)
+    sampled = recorded(rollout, noise) if likelihood.exact_for_sampler else theirs
     padded = score(policy, *pad_left(rollout, noise, policy.pad_id))[:, PADDING:]
     steps["padding"] = ours - padded
     steps["batch shape"] = score(policy, rollout, noise, None) - score(policy, rollout, noise, rollout.group_size)
 
+    agreement = order_agreement(policy, rollout)
     half_heads = None
     if policy.float32_head and rollout_policy.float32_head and computes_in_half(policy, rollout_policy):
         both = (score(with_head(p, float32=False), rollout, noise) for p in (policy, rollout_policy))
@@ -180,6 +193,7 @@ def diagnose(
         tokens=worst_tokens(policy, rollout, learner, sampled, num_worst),
         layers=worst_layers(policy, rollout_policy, rollout, noise, num_worst),
         half_heads=half_heads,
+        order=tuple((above / below).item() for above, below in agreement.values()) or None,  # type: ignore[arg-type]
     )
 
 
@@ -209,7 +223,7 @@ def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
     """The learner's weights in the rollout's forward: its dtype, its buffers (rotary tables), its head."""
     plain = quantized_copy(policy, None)
     plain.spec = rollout_policy.spec
-    quantised = {f"{name}.weight" for name, _ in quantized_layers(rollout_policy)}
+    quantised = {place(name)[0] for name, _ in quantized_layers(rollout_policy)}
     theirs = dict(rollout_policy.module.named_parameters())
     for name, parameter in plain.module.named_parameters():
         if name in theirs and name not in quantised:
@@ -229,8 +243,10 @@ def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
 def operands(plain: Policy, config: Any) -> tuple[Policy, Policy]:
     """Two copies: with the weights rounded and nothing else, and quantised in full."""
     fresh, rounded = quantized_copy(plain, config), quantized_copy(plain, None)
+    weights = dict(rounded.module.named_parameters())
     for name, layer in quantized_layers(fresh):
-        rounded.module.get_submodule(name).weight.copy_(dequantized_weight(layer))
+        where, expert = place(name)
+        (weights[where] if expert is None else weights[where][expert]).copy_(dequantized_weight(layer))
     return rounded, fresh
 
 
@@ -238,7 +254,10 @@ def pad_left(rollout: Rollout, noise: Noise, pad_id: int) -> tuple[Rollout, Nois
     """The same batch with PADDING more columns of padding on the left: it should score the same."""
     wider = lambda x: F.pad(x, (PADDING, 0))  # noqa: E731
     return rollout.padded(PADDING, pad_id=pad_id), replace(
-        noise, masked=wider(noise.masked), weight=wider(noise.weight)
+        noise,
+        masked=wider(noise.masked),
+        weight=wider(noise.weight),
+        left=noise.left if noise.left is None else wider(noise.left),
     )
 
 

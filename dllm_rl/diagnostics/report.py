@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dllm_rl.diagnostics.doctor import Report
+from dllm_rl.diagnostics.doctor import ORDER_ADVICE, Report
 from dllm_rl.files import replacing, write_text
 from dllm_rl.screen import escape_controls, literal
 
@@ -42,8 +42,15 @@ def layer_rows(report: Report) -> list[tuple[str, ...]]:
 
 
 def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    positions, prompts = report.order or (1.0, 1.0)
+    order = (f"{positions:.3f}", f"{prompts:.3f}", ORDER_ADVICE * (prompts < 1))
+    title = "order of the first step, shares that are the learner's own"
+    in_order: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [
+        (title, ("positions", "prompts", "to do"), [order])
+    ] * (report.order is not None)
     return [
         (f"log-prob mismatch over {report.num_tokens} tokens, nats; rollout: {report.scheme}", COLUMNS, rows(report)),
+        *in_order,
         ("worst tokens", ("row, position", "in context", "learner", "rollout"), token_rows(report)),
         ("worst layers, relative error of their outputs", ("layer", "error"), layer_rows(report)),
     ]

@@ -27,6 +27,7 @@ from dllm_rl.likelihoods.masks import (
     draw_quadrature,
     draw_rounds,
     draw_trajectory,
+    with_order,
 )
 from dllm_rl.likelihoods.scoring import row_chunks, score_view
 from dllm_rl.models.base import Policy
@@ -35,7 +36,12 @@ from dllm_rl.types import Noise, Rollout
 
 def weighted_sum(scores: Float[Tensor, "N B T"], noise: Noise) -> Float[Tensor, "B T"]:
     """sum_n weight_n * log p(y_t | view n), per position, nats."""
-    return (scores * noise.weight).sum(0)
+    if noise.left is None:
+        return (scores * noise.weight).sum(0)
+    total = torch.zeros_like(scores[0])
+    for score, weight in zip(scores, noise.weight, strict=True):  # view by view, as a sampler adds up its record
+        total = total + score * weight
+    return total
 
 
 def as_drawn(noise: Noise, advantages: Float[Tensor, " B"]) -> Noise:
@@ -50,8 +56,8 @@ class LikelihoodEstimator:
     draw     rollout, generator -> masks and weights of every view.
     combine  scores (N, B, T), noise -> contributions (B, T); differentiable.
     with_advantages    adapts the noise to the advantages (B,); only `sandwich` needs it.
-    exact_for_sampler  True if scoring under the rollout policy equals the log-probs that the sampler recorded; they
-                       are then reused.
+    exact_for_sampler  True if scoring under the rollout policy equals what the sampler recorded (`recorded`), which
+                       is then reused.
     packed   block size of a block-causal model whose views mask every block at once, each seeing the others clean.
     made_by  the function below that made it, with its keywords, so that a command line can change one.
 
@@ -77,8 +83,9 @@ class LikelihoodEstimator:
         for rows in row_chunks(noise, micro_batch_size, rollout.group_size):
             part, masks = rollout.rows(rows), noise.rows(rows)
             for n in range(len(masks.masked)):
-                scored = masks.weight[n] != 0
-                out[n, rows] = score_view(policy, part, masks.masked[n], scored, packed=self.packed is not None)
+                left = None if masks.left is None else masks.left[n]
+                view = (masks.masked[n], masks.weight[n] != 0)
+                out[n, rows] = score_view(policy, part, *view, left=left, packed=self.packed is not None)
         return out
 
     def logprobs(
@@ -243,17 +250,28 @@ def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator |
 
 
 @maker
-def trajectory(*, num_segments: int | None = None, block_size: int | None = None) -> LikelihoodEstimator:
+def trajectory(
+    *, num_segments: int | None = None, block_size: int | None = None, order: str = "law"
+) -> LikelihoodEstimator:
     """Replay the recorded unmasking: in segment s, score the tokens committed there, everything from s on masked.
 
     With every step its own segment (None) it is the exact log-probability of the tokens given the order; with
     num_segments each row's steps are merged into that many equal parts. One forward a segment. Sources: TraceRL,
     d2's StepMerge [paper].
 
+    Under the sampler's rank `confidence` the order depends on what was drawn. Every step then also scores the positions
+    that it left masked, by the probability of having drawn there what ranks lower (`models.order` [ours]), so that a
+    row's sum is the exact log-probability of tokens AND order. A position's contribution is its token's log-prob and
+    those of having been left before. The other ranks' orders have nothing to add: they are the same whatever is drawn.
+
     num_segments  parts into which a row's steps are merged; None: every step its own, which is exact
     block_size  of a block-causal model: the same likelihood from one packed forward for each place of a step in its
                 block, all blocks together, instead of one for each step; num_segments then counts those of a block.
+    order       law: the order's part too, where the rollout recorded one (rank=confidence with commit=schedule) and
+                num_segments is None; given: the tokens' alone
     """
+    if order not in ("law", "given"):
+        raise ValueError(f"order={order!r} must be 'law' or 'given'")
     for name, value, otherwise in (
         ("num_segments", num_segments, "None for every step"),
         ("block_size", block_size, "None to score steps one by one"),
@@ -261,14 +279,25 @@ def trajectory(*, num_segments: int | None = None, block_size: int | None = None
         if value is not None:
             _at_least_one(name, value, otherwise)
     exact_for_sampler = num_segments is None
+    draw = partial(draw_trajectory, num_segments=num_segments)
+    if block_size is not None:
+        draw = partial(draw_rounds, num_segments=num_segments, block_size=block_size)
+    if order == "law" and num_segments is None:
+        draw = partial(with_order, draw=draw, packed=block_size is not None)
     if block_size is None:
-        draw = partial(draw_trajectory, num_segments=num_segments)
         return LikelihoodEstimator("trajectory", draw, exact_for_sampler=exact_for_sampler)
-    draw = partial(draw_rounds, num_segments=num_segments, block_size=block_size)
     attention = ("block_causal",)
     return LikelihoodEstimator(
         "trajectory", draw, exact_for_sampler=exact_for_sampler, attention=attention, packed=block_size
     )
+
+
+def recorded(rollout: Rollout, noise: Noise) -> Float[Tensor, "B T"]:
+    """What the sampler recorded of the contributions that an estimate which is `exact_for_sampler` scores, nats."""
+    if noise.left is None:
+        return rollout.logprobs
+    assert rollout.order_logprobs is not None, "positions are scored as left only where the sampler recorded it"
+    return rollout.order_logprobs + rollout.logprobs
 
 
 def _at_least_one(name: str, value: int, otherwise: str | None = None) -> None:

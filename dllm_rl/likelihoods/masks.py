@@ -5,6 +5,9 @@ not on its neighbours or on padding. A view is a pair (masked, weight): the posi
 coefficient of each scored log-prob (0 where none is scored). A draw makes all views of an estimator, as one Noise.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -184,6 +187,29 @@ def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | N
         last = (-blank).scatter_reduce(1, block, torch.where(completion, step, -far), "amax").gather(1, block)
         segment = segment * num_segments // (last - first + 1).clamp(min=1)
     return _segments(rollout, torch.where(completion, segment, -1))
+
+
+def with_order(
+    rollout: Rollout, generator: Generator, *, draw: Callable[[Rollout, Generator], Noise], packed: bool = False
+) -> Noise:
+    """The views of `draw`, one a step, where each scores also what the step left, if the rollout's order has a law.
+
+    A step could have committed what is masked in its block; in a packed view every block is at a step of its own.
+    Raises ValueError where the law is of a filtered distribution that is not recorded.
+    """
+    noise, params = draw(rollout, generator), rollout.sampling_params
+    if rollout.order_logprobs is None:
+        return noise
+    if params.filters and params.support != "own":
+        raise ValueError(
+            f"sampling_support={params.support!r}: what the sampler kept is not recorded where it left a position "
+            "masked, so that its order has no law there; use sampling_support='own', or trajectory(order='given')"
+        )
+    assert rollout.open_step is not None, "a sampler that records an order's log-probs records its blocks"
+    left = noise.masked & (noise.weight == 0)
+    if not packed:
+        left &= rollout.open_step <= torch.arange(len(left), device=left.device)[:, None, None]
+    return dataclasses.replace(noise, weight=noise.weight + left, left=left)
 
 
 def _segments(rollout: Rollout, segment: Int[Tensor, "B T"]) -> Noise:

@@ -10,6 +10,13 @@ from torch import Tensor
 from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
+from dllm_rl.models.order import (
+    backward_committed,
+    backward_left,
+    last_committed,
+    left_logprobs,
+    token_logprobs_and_confidences,
+)
 from dllm_rl.models.transfer import send
 from dllm_rl.types import Noise, Rollout
 
@@ -30,17 +37,25 @@ def score_view(
     masked: Bool[Tensor, "B T"],
     scored: Bool[Tensor, "B T"],
     *,
+    left: Bool[Tensor, "B T"] | None = None,
     packed: bool = False,
 ) -> Float[Tensor, "B T"]:
     """One forward: log p of the rollout's tokens at `scored`, with `masked` positions hidden; nats, 0 elsewhere.
 
+    left    those of `scored` that have, in place of it, the log-prob of having been left there (`models.order`).
     packed  every block sees the others without masks (`packed_hidden`).
     """
     out = torch.zeros(scored.numel(), device=scored.device)
-    view = run_view(policy, rollout, masked, scored, packed)
-    if view is not None:
+    view = run_view(policy, rollout, masked, scored, packed, left)
+    if view is not None and left is None:
         logp = token_logprobs(policy, view.states, view.tokens, rollout.sampling_params, view.kept)
-        out = out.index_copy(0, view.places, logp)
+        out = out.to(logp.dtype).index_copy(0, view.places, logp)
+    elif view is not None:
+        c, j, params = view.committed, view.left, rollout.sampling_params
+        logp, confidences = token_logprobs_and_confidences(policy, view.states[c], view.tokens[c], params)
+        out = out.to(logp.dtype).index_copy(0, view.places[c], logp)
+        bound = _bounds(rollout, view.places[c], confidences, view.places[j])
+        out = out.index_copy(0, view.places[j], left_logprobs(policy, view.states[j], *bound, params))
     return out.view(scored.shape)
 
 
@@ -50,28 +65,75 @@ def backward_view(
     masked: Bool[Tensor, "B T"],
     vector: Float[Tensor, "B T"],
     *,
+    scored: Bool[Tensor, "B T"] | None = None,
+    left: Bool[Tensor, "B T"] | None = None,
     packed: bool = False,
 ) -> None:
-    """score_view(...).backward(vector) in one forward and backward; positions where `vector` is 0 are left out."""
+    """score_view(...).backward(vector) in one forward and backward; positions where `vector` is 0 are left out.
+
+    scored  as in `score_view`, to be given with `left`: what a row committed says what it left, moved or not.
+    """
+    if left is not None and scored is not None:
+        moved = vector != 0
+        wanted = moved | (scored & ~left & moved.any(-1, keepdim=True))
+        view = run_view(policy, rollout, masked, wanted, packed, left)
+        if view is not None:
+            _backward_order(policy, rollout, view, vector.flatten()[view.places])
+        return
     view = run_view(policy, rollout, masked, vector != 0, packed)
     if view is not None:
         at = vector.flatten()[view.places]
         backward_token_logprobs(policy, view.states, view.tokens, rollout.sampling_params, at, view.kept)
 
 
+def _backward_order(policy: Policy, rollout: Rollout, view: "View", vector: Float[Tensor, " K"]) -> None:
+    c, j, params = view.committed, view.left, rollout.sampling_params
+    first, confidences = backward_committed(policy, view.states[c], view.tokens[c], params, vector[c])
+    bound = _bounds(rollout, view.places[c], confidences, view.places[j])
+    second = backward_left(policy, view.states[j], *bound, params, vector[j])
+    if view.states.requires_grad:
+        view.states.backward(torch.zeros_like(view.states).index_copy(0, c, first).index_copy(0, j, second))
+
+
+def _bounds(
+    rollout: Rollout, committed: Int[Tensor, " C"], confidences: Float[Tensor, " C"], left: Int[Tensor, " J"]
+) -> tuple[Float[Tensor, " J"], Bool[Tensor, " J"]]:
+    """For each place that was left, the lowest confidence that its block committed, and whether it stands behind that.
+
+    A view commits in one block of a row; a packed one in several, told apart by the steps that they were opened in.
+    """
+    assert rollout.open_step is not None, "an order has a law only where the sampler recorded the blocks"
+    width = rollout.tokens.shape[1]
+    block = lambda places: places // width * width + rollout.open_step.flatten()[places]  # noqa: E731
+    lowest, last = last_committed(confidences, block(committed), committed % width, rollout.tokens.numel())
+    mine = block(left)
+    return lowest[mine], left % width > last[mine]
+
+
 @dataclass(frozen=True)
 class View:
     """The scored positions of a view, row by row: their places in the flattened batch, their hidden states, their
-    tokens, and, where log-probs are normalised over them, the ids that the rollout kept there."""
+    tokens, and, where log-probs are normalised over them, the ids that the rollout kept there.
+
+    committed, left  which of the K were committed in the view, and which were left in it; all are the former without
+                     an order's law.
+    """
 
     places: Int[Tensor, " K"]
     states: Float[Tensor, "K D"]
     tokens: Int[Tensor, " K"]
     kept: Int[Tensor, "K C"] | None
+    committed: Int[Tensor, " M"]
+    left: Int[Tensor, " J"]
 
 
 def run_view(
-    policy: Policy, rollout: Rollout, masked: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"], packed: bool
+    policy: Policy,
+    rollout: Rollout,
+    masked: Bool[Tensor, "B T"],
+    scored: Bool[Tensor, "B T"],
+    packed: bool,
+    left: Bool[Tensor, "B T"] | None = None,
 ) -> View | None:
     """One forward with `masked` positions hidden from the model; None, and no forward, where nothing is scored.
 
@@ -82,14 +144,17 @@ def run_view(
     tokens = rollout.tokens if mask_id is None else rollout.tokens.masked_fill(masked, mask_id)
     first = lambda x: repeat(x[::group], "p t -> (p g) t", g=group)  # noqa: E731
     alike = (tokens == first(tokens)).all() & (attention_mask == first(attention_mask)).all()
-    flat, same = torch.cat([scored.flatten(), alike[None]]).cpu().split([scored.numel(), 1])
+    stayed = torch.zeros_like(scored) if left is None else left
+    both = torch.cat([scored.flatten(), stayed.flatten(), alike[None]]).cpu()
+    flat, stay, same = both.split([scored.numel(), scored.numel(), 1])
     where = flat.view(scored.shape)
     live, places = where.any(-1).nonzero()[:, 0], where.flatten().nonzero()[:, 0]
     if not len(places):
         return None
     together = group > 1 and bool(same) and not packed
     inside = places if together else where[live].flatten().nonzero()[:, 0]
-    live, places, inside = send(scored.device, live, places, inside)
+    apart = ((~stay[places]).nonzero()[:, 0], stay[places].nonzero()[:, 0])
+    live, places, inside, committed, stayed = send(scored.device, live, places, inside, *apart)
     if together:
         hidden = repeat(policy.hidden(tokens[::group], attention_mask[::group]), "p t d -> (p g) t d", g=group)
     elif packed:
@@ -102,4 +167,6 @@ def run_view(
         states=hidden.flatten(0, 1)[inside],
         tokens=rollout.tokens.flatten()[places],
         kept=None if kept is None else kept.flatten(0, 1)[places],
+        committed=committed,
+        left=stayed,
     )

@@ -20,6 +20,11 @@ ROWS = 16  # the head always runs on a multiple of this: fp32 kernels round diff
 GROUP = 256  # tokens whose mass is summed before the search for the one that is drawn
 
 
+def wide(logits: Tensor) -> Tensor:
+    """In fp32 at least; what is in fp64 stays so."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def process(
     logits: Float[Tensor, "K V"],
     sampling_params: SamplingParams,
@@ -33,7 +38,7 @@ def process(
           then added back, so that its log-prob is finite [ours].
     kept  the tokens that a rollout kept, -1 for none: they alone stay, in place of top-k and top-p.
     """
-    logits = logits.float()
+    logits = wide(logits)
     if sampling_params.suppress:
         logits = logits.clone()
         for token in sampling_params.suppress:  # one by one: a tensor of ids would have to be sent to the device
@@ -82,7 +87,7 @@ def fitting(kept_ids: Int[Tensor, "B T C"]) -> Int[Tensor, "B T c"] | None:
     return None if width > KEPT_IDS else kept_ids[..., :width]
 
 
-class _TokenLogprob(torch.autograd.Function):
+class TokenLogprob(torch.autograd.Function):
     """logits[k, tokens_k] - logsumexp(logits_k), whose backward makes one (K, V) tensor: g (onehot - softmax)."""
 
     @staticmethod
@@ -138,7 +143,7 @@ def token_logprobs(
     """
 
     def score(h: Tensor, y: Tensor, ids: Tensor | None = None) -> tuple[Tensor]:
-        return (_TokenLogprob.apply(process(policy.head(h), sampling_params, y, ids), y),)
+        return (TokenLogprob.apply(process(policy.head(h), sampling_params, y, ids), y),)
 
     rows = (hidden, tokens) if kept is None else (hidden, tokens, kept)
     return chunked(score, *rows, policy=policy)[0]
@@ -159,7 +164,7 @@ def token_logprobs_and_entropies(
         logits = process(policy.head(h), sampling_params, y)
         logp = logits.log_softmax(-1)
         entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
-        return _TokenLogprob.apply(logits, y), entropy
+        return TokenLogprob.apply(logits, y), entropy
 
     logprobs, entropies = chunked(score, hidden, tokens, policy=policy)
     return logprobs, entropies
@@ -182,7 +187,7 @@ def backward_token_logprobs(
     ids = [None] * len(hidden.split(size)) if kept is None else kept.split(size)
     for h, y, v, k in zip(hidden.split(size), tokens.split(size), vector.split(size), ids, strict=True):
         leaf = h.detach().requires_grad_()
-        _TokenLogprob.apply(process(policy.head(leaf), sampling_params, y, k), y).backward(v)
+        TokenLogprob.apply(process(policy.head(leaf), sampling_params, y, k), y).backward(v)
         gradients.append(leaf.grad)
     if gradients and hidden.requires_grad:
         hidden.backward(torch.cat(gradients))

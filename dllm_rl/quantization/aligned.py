@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import LoraLinear, check_mergeable
+from dllm_rl.quantization.experts import STACKS, Experts, mixture
 from dllm_rl.quantization.linear import (
     check_finite,
     dequantized_input,
     dequantized_weight,
+    is_quantized,
     load_weight_,
     quantized_forward,
     write_count,
 )
-from dllm_rl.quantization.rollout_policy import quantized_layers
 
 
 class StraightThrough(torch.autograd.Function):
@@ -50,10 +51,15 @@ class StraightThrough(torch.autograd.Function):
         return dx, dw, db, None
 
 
+def straight_through(x: Tensor, *, weight: Tensor, layer: nn.Linear) -> Tensor:
+    """The product of a rollout's layer without a bias, differentiated with respect to the input and `weight`."""
+    return StraightThrough.apply(x, weight, None, layer)
+
+
 class _AlignedLinear:
     """The operand that a learner's layer shares with the rollout's, quantised again when the learner's weight moved."""
 
-    def __init__(self, name: str, source: nn.Linear | LoraLinear, target: nn.Linear) -> None:
+    def __init__(self, name: str, source: Any, target: Any) -> None:
         self.name, self.target = name, target
         self.source: Any = source
         self.base = source.base_layer if isinstance(source, LoraLinear) else source
@@ -66,16 +72,44 @@ class _AlignedLinear:
         """The learner's high-precision weight, an adapter's part included, differentiable."""
         return self.source.weight if self.base is self.source else self.source.merged()
 
+    def follow(self) -> None:
+        """Quantise again where the learner's weight has moved."""
+        if self.versions() != self.seen:
+            self.refresh()
+
     def forward(self, x: Tensor) -> Tensor:
         if not getattr(self.source, "active", True):  # the reference, with its adapters left out
             return type(self.source).forward(self.source, x)
-        if self.versions() != self.seen:
-            self.refresh()
+        self.follow()
         return StraightThrough.apply(x, self.weight(), self.base.bias, self.target)
 
     def refresh(self) -> None:
         _, finite = load_weight_(self.target, self.weight().detach())
         check_finite({self.name: finite})
+        self.seen = self.versions()
+
+
+class _AlignedExperts(_AlignedLinear):
+    """The same for experts that the learner holds in stacks."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
+        self.follow()
+        products = [
+            [
+                partial(straight_through, weight=weight, layer=layer)
+                for weight, layer in zip(getattr(self.source, stack).unbind(), getattr(self.target, stack), strict=True)
+            ]
+            for stack in STACKS
+        ]
+        return mixture(hidden_states, top_k_index, top_k_weights, *products, act_fn=self.source.act_fn)
+
+    def refresh(self) -> None:
+        finite = {}
+        for stack in STACKS:
+            weights = zip(getattr(self.target, stack), getattr(self.source, stack).detach(), strict=True)
+            for expert, (layer, weight) in enumerate(weights):
+                _, finite[f"{self.name}.{stack}.{expert}"] = load_weight_(layer, weight)
+        check_finite(finite)
         self.seen = self.versions()
 
 
@@ -101,9 +135,13 @@ def aligned_forward(
             "aligned forward uses its operands: call sync_weights(policy, rollout_policy) first"
         )
     sources = dict(policy.module.named_modules())
-    links = []
-    for name, target in quantized_layers(rollout_policy):
-        if scope is None or scope(name):
+    links: list[_AlignedLinear] = []
+    for name, target in rollout_policy.module.named_modules():
+        if scope is not None and not scope(name):
+            continue
+        if isinstance(target, Experts):
+            links.append(_AlignedExperts(name, sources[name], target))
+        elif name in sources and is_quantized(target):
             links.append(_AlignedLinear(name, sources[name], target))
     swapped: list[Any] = []
 
@@ -117,7 +155,7 @@ def aligned_forward(
                 raise ValueError(f"{link.name}.forward is already replaced: is this inside another aligned_forward()?")
             if link.base is not link.source:
                 check_mergeable(link.source.lora)
-            link.source.forward = partial(_AlignedLinear.forward, link)
+            link.source.forward = link.forward
             swapped.append(link.source)
         yield refresh
     finally:

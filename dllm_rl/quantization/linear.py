@@ -29,15 +29,15 @@ def is_packed(weight: Tensor) -> bool:
     return hasattr(weight, "qdata")
 
 
-def unsupported_reason(layer: nn.Linear, config: Scheme) -> str | None:
-    """Why a layer's shape keeps a torchao config from quantising it, or None: torchao itself skips or asserts."""
-    rows, columns = layer.out_features, layer.in_features
+def unsupported_reason(weight: Tensor, config: Scheme) -> str | None:
+    """Why a weight's shape (..., O, I) keeps a torchao config from quantising it, or None: torchao skips or asserts."""
+    rows, columns = weight.shape[-2:]
     granularity = getattr(config, "granularity", None)
     group = getattr(granularity, "group_size", None) or getattr(config, "group_size", None)
     if group and columns % group:
         return f"{rows}x{columns}: {columns} is not a multiple of the group size {group}"
     step = 16 if isinstance(config, Float8DynamicActivationFloat8WeightConfig) else 1
-    if isinstance(config, Int8DynamicActivationInt8WeightConfig) and layer.weight.is_cuda:
+    if isinstance(config, Int8DynamicActivationInt8WeightConfig) and weight.is_cuda:
         step = 8  # torchao would multiply on the CPU
     if rows % step or columns % step:
         return f"{rows}x{columns}: not multiples of {step}"

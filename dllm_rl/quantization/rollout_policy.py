@@ -8,13 +8,14 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from dllm_rl.models.base import Module, Policy, whole
 from dllm_rl.models.lora import LoraLinear, forget_quantizer, is_bitsandbytes, merged_state, plain_weight
+from dllm_rl.quantization.experts import STACKS, Experts, is_stacked
 from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize, Scheme
 from dllm_rl.quantization.linear import (
     check_finite,
@@ -63,8 +64,8 @@ def quantized_copy(
     dtype  that the copy's weights are held in and quantised from; None: the policy's own. bf16 beside fp32 ones is what
            a learner under autocast computes with.
 
-    Head, embeddings, norms and routers keep theirs, as do layers tied to one of these and experts fused into one
-    3-D parameter (experts that are linear layers are quantised). `rollout_policy.quantization_report` says all that.
+    Head, embeddings, norms and routers keep theirs, as do layers tied to one of these. Experts that a stock class
+    stacks in one tensor are quantised one by one (`Experts`). `rollout_policy.quantization_report` says all that.
     Adapters are merged, what bitsandbytes holds is dequantised and what is sharded gathered, layer by layer: beyond the
     copy itself, which each process has whole, at most one layer is held twice. Raises ValueError for a config that the
     device cannot run, a weight with NaN or infinity, or when nothing could be quantised.
@@ -76,9 +77,10 @@ def quantized_copy(
     finite: dict[str, torch.Tensor] = {}
     if config is not None:
         config = check_scheme(config, policy.device, dtype or next(module.parameters()).dtype)
-        kept = skip_reasons(layers, config, skip)
+        kept = skip_reasons(module, config, skip)
+    stacked = [] if config is None else [(n, m) for n, m in layers.named_modules() if is_stacked(m) and n not in kept]
     chosen = [] if config is None else [name for name, _ in linear_layers(module) if name not in kept]
-    if config is not None and not chosen:
+    if config is not None and not chosen and not stacked:
         raise ValueError(f"{config!r} quantises no layer of {type(module).__name__}; not quantised: {kept}")
     memo |= copies(module, layers, dtype, lambda p: p.dim() == 1)  # norms, and biases for what follows
     for name, layer in linear_layers(layers):
@@ -99,6 +101,10 @@ def quantized_copy(
             plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), copy.deepcopy(base.bias, memo)
         else:
             memo[id(layer.weight)] = nn.Parameter(weight, requires_grad=False)
+    for name, layer in stacked:
+        memo[id(layer)], fine = quantized_experts(module.get_submodule(name), config, dtype)
+        finite |= {f"{name}.{part}": value for part, value in fine.items()}
+        chosen += [f"{name}.{part}" for part in fine]
     replaced = {id(p) for layer in layers.modules() if id(layer) in memo for p in layer.parameters()}
     memo |= copies(module, layers, dtype, lambda p: id(p) not in memo.keys() | replaced)
     check_finite(finite)
@@ -122,19 +128,41 @@ def copies(
     all else."""
     found: dict[int, Any] = {}
     for place, tensor in zip(layers.parameters(), module.parameters(), strict=True):
-        cast = dtype if tensor.is_floating_point() else None
-        if wanted(place) and (cast or place is not tensor):
-            found[id(place)] = nn.Parameter(whole(tensor.detach()).to(cast, copy=place is tensor), requires_grad=False)
+        kind = dtype if tensor.is_floating_point() else None
+        if wanted(place) and (kind or place is not tensor):
+            found[id(place)] = nn.Parameter(whole(tensor.detach()).to(kind, copy=place is tensor), requires_grad=False)
     if layers is not module:
         found |= {id(a): b.clone() for a, b in zip(layers.buffers(), module.buffers(), strict=True)}
     return found
+
+
+def quantized_experts(
+    layer: nn.Module, config: Scheme, dtype: torch.dtype | None
+) -> tuple[Experts, dict[str, torch.Tensor]]:
+    """A stock module's experts, each quantised, and whether their weights are finite, by their names in it."""
+    finite = {}
+    stacks: list[list[nn.Linear]] = []
+    for stack in STACKS:
+        stacks.append([])
+        for expert, weight in enumerate(whole(getattr(layer, stack).detach()).unbind()):
+            weight = weight.to(dtype)
+            if isinstance(config, FakeQuantize):
+                one: nn.Linear = EmulatedLinear(weight, None, config)
+                fine = one.weight.isfinite().all()
+            else:
+                one = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+                packed, fine = quantized(weight, config)
+                one.weight = nn.Parameter(packed, requires_grad=False)
+            stacks[-1].append(one)
+            finite[f"{stack}.{expert}"] = fine
+    return Experts(stacks[0], stacks[1], cast(nn.Module, layer.act_fn)), finite
 
 
 def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
     """Layers with a matrix that is not to be quantised, and the reason."""
     owners: dict[int, list[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(weight), []).append(name.removesuffix(".weight").removesuffix(".base_layer"))
+        owners.setdefault(id(weight), []).append(name.rpartition(".")[0].removesuffix(".base_layer"))
     kept = {}
     for name, layer in plain_layers(module):
         layer = getattr(layer, "base_layer", layer)
@@ -142,21 +170,22 @@ def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, s
         if not matrices:
             continue
         others = [other for other in owners[id(matrices[0])] if other != name]
+        router = re.search(r"(router|\.gate)$", name)
         if isinstance(layer, nn.Embedding):
             kept[name] = "embedding"
-        elif not isinstance(layer, nn.Linear):
+        elif not (isinstance(layer, nn.Linear) or is_stacked(layer) or router):
             fused = matrices[0].dim() == 3 and not type(layer).__module__.startswith("torch.nn")
             kept[name] = "fused experts" if fused else f"{type(layer).__name__}, not nn.Linear"
         elif others:
             kept[name] = f"tied to {others[0]}"
         elif not re.search(r"\.\d+\.", name):
             kept[name] = "outside the blocks"
-        elif re.search(r"(router|\.gate)$", name):
+        elif router:
             kept[name] = "router"
         elif skip and skip(layer, name):
             kept[name] = "skip"
-        elif why := unsupported_reason(layer, config):
-            kept[name] = why
+        elif misfits := [why for matrix in matrices if (why := unsupported_reason(matrix, config))]:
+            kept[name] = misfits[0]
     return kept
 
 
@@ -200,12 +229,18 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
             layer_name, _, kind = name.rpartition(".")
             layer = rollout_policy.module.get_submodule(layer_name)
             value = value.full_tensor() if hasattr(value, "full_tensor") else value
-            if kind == "weight" and is_quantized(layer):
-                changes, finite[layer_name] = load_weight_(layer, value)
+            written = {layer_name: (layer, value)} if kind == "weight" and is_quantized(layer) else {}
+            if isinstance(layer, Experts):
+                experts = zip(getattr(layer, kind), value, strict=True)
+                written = {f"{name}.{expert}": one for expert, one in enumerate(experts)}
+            for part, (one, weight) in written.items():
+                changes, finite[part] = load_weight_(one, weight)
                 for change, (total, count) in changes.items():
                     before, counted = totals.get(change, (torch.zeros_like(total), 0))
                     totals[change] = (before + total, counted + count)
-            elif name in targets:  # a tied tensor is written under its first name
+            if written:
+                continue
+            if name in targets:  # a tied tensor is written under its first name
                 targets[name].copy_(value)
     check_finite(finite)
     rollout_policy.version = policy.version
@@ -214,5 +249,5 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
 
 
 def quantized_layers(rollout_policy: Policy) -> Iterator[tuple[str, nn.Linear]]:
-    """Name and module of every quantised linear layer."""
+    """Name and module of every quantised linear layer, those of experts among them: see `experts.place`."""
     return ((name, layer) for name, layer in rollout_policy.module.named_modules() if is_quantized(layer))

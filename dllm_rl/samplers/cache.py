@@ -1,5 +1,6 @@
 """Key-value caches for unmasking: exact for block-causal attention, approximations of it for full attention."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,7 +77,8 @@ class KeysAndValues(DynamicCache):
 
 
 class CachedStates:
-    """Owns the keys and values of a batch. `advance` gives the states of a block, running as few columns as it may.
+    """Owns the keys and values of a batch. `advance` gives the states of a block, running as few rows and columns as it
+    may.
 
     Columns are positions of the padded batch. A shifted family reads a block's first state one column to its left,
     which therefore counts as part of the block.
@@ -86,7 +88,8 @@ class CachedStates:
         self.policy, self.cache, self.attention_mask = policy, cache, attention_mask
         self.positions = position_ids(attention_mask)
         self.kept, self.rows = torch.arange(0), torch.arange(len(attention_mask))
-        self.past: Any = None  # KeysAndValues from the first forward on
+        self.past: Any = None  # KeysAndValues of `rows` from the first forward on
+        self.whole: tuple[Any, Tensor] | None = None  # block-causal: those of all rows that began the block, and these
         self.columns: tuple[int, int] | None = None
         self.step = 0
 
@@ -95,18 +98,17 @@ class CachedStates:
     ) -> tuple[Float[Tensor, "r W D"], int]:
         """States of the block in `columns` = [start, end) for `rows`, and the column that the first of them predicts.
 
-        Rows may become fewer, and are let go at the start of a block. Every run of `alike` rows is the same: one
-        forward serves it, and r = R / alike.
+        Rows may become fewer from step to step; those that a block lets go may be back in the next. Every run of
+        `alike` rows is the same: one forward serves it, and r = R / alike.
         """
         self.step = 0 if columns != self.columns else self.step + 1
         self.columns = columns
         start, end = max(0, columns[0] - self.policy.spec.shift), columns[1]
         everything = torch.arange(tokens.shape[1])
         if self.cache.kind == "block":
+            if self.step == 0 and self.whole is not None:
+                self.past, self.rows = self.whole
             fresh, keep = everything[len(self.kept) : end], everything[:start]
-            if self.step == 0 and self.past is not None:
-                (wanted,) = send(tokens.device, torch.isin(self.rows, rows).nonzero()[:, 0])
-                self._map(lambda x: x[wanted])
         elif self.step == 0 or (self.cache.refresh is not None and self.step % self.cache.refresh == 0):
             self.past, self.kept, fresh = None, everything[:0], everything
             keep = (
@@ -114,36 +116,37 @@ class CachedStates:
             )
         else:
             fresh, keep = everything[start : None if self.cache.kind == "prefix" else end], self.kept
-        if self.step == 0:
-            self.rows = rows
-        states = self._forward(tokens, self.rows[::alike], fresh, keep)
+        if self.past is not None and len(rows) < len(self.rows):
+            (wanted,) = send(tokens.device, torch.isin(self.rows, rows).nonzero()[:, 0])
+            self.past = mapped(self.past, lambda x: x[wanted])
+        self.rows = rows
+        states = self._forward(tokens, rows[::alike], fresh, keep)
         if alike > 1:
-            self._map(lambda x: x.repeat_interleave(alike, dim=0))
-        elif len(rows) < len(self.rows):
-            states = states[send(states.device, torch.isin(self.rows, rows).nonzero()[:, 0])[0]]
+            self.past = mapped(self.past, lambda x: x.repeat_interleave(alike, dim=0))
+        if self.cache.kind == "block" and self.step == 0:
+            self.whole = self.past, rows
         return states, int(fresh[0]) + self.policy.spec.shift
 
     def _forward(self, tokens: Tensor, rows: Tensor, fresh: Tensor, keep: Tensor) -> Tensor:
-        """Run the `fresh` columns of rows against those kept and themselves; afterwards only `keep` are kept. All three
-        are on the host."""
+        """Run the `fresh` columns of rows against those kept and themselves; afterwards only `keep` are kept, which are
+        those from before or hold them all. All three are on the host."""
         module, seen = self.policy.module, torch.cat([self.kept, fresh])
-        # Keys carry their own positions, so the order in which they are stored means nothing.
-        wanted = torch.isin(seen, keep).nonzero()[:, 0]
-        rows, fresh, seen, wanted = send(tokens.device, rows, fresh, seen, wanted)
-        if self.past is None:
-            self.past = KeysAndValues(config=module.config)
-        positions = self.positions[rows]
-        mask = self._mask(self.attention_mask[rows], positions, fresh, seen)
+        on_device, new, columns = send(tokens.device, rows, fresh, seen)
+        # The model puts the fresh keys behind those that it is given: into a copy, so that the kept ones stay.
+        past = KeysAndValues(config=module.config) if self.past is None else mapped(self.past, lambda x: x)
+        positions = self.positions[on_device]
+        mask = self._mask(self.attention_mask[on_device], positions, new, columns)
         states = self.policy.encode(
-            tokens[rows][:, fresh], mask, positions[:, fresh], past_key_values=self.past, use_cache=True
+            tokens[on_device][:, new], mask, positions[:, new], past_key_values=past, use_cache=True
         )
-        if self.past.get_seq_length() != len(seen):
+        if past.get_seq_length() != len(seen):
             raise ValueError(
                 f"cache={self.cache} needs a decoder; {type(module).__name__} keeps no keys and values: use cache=None"
             )
-        same = len(keep) == len(self.kept)
-        self._map(lambda x: x[:, :, : len(keep)] if same else x[:, :, wanted])
-        self.kept = keep
+        if self.past is None or len(keep) != len(self.kept):
+            # Keys carry their own positions, so the order in which they are stored means nothing.
+            (wanted,) = send(tokens.device, torch.isin(seen, keep).nonzero()[:, 0])
+            self.past, self.kept = mapped(past, lambda x: x[:, :, wanted]), keep
         return states
 
     def _mask(self, attention_mask: Tensor, positions: Tensor, fresh: Tensor, seen: Tensor) -> Tensor:
@@ -158,6 +161,11 @@ class CachedStates:
             ~allowed, torch.finfo(dtype).min
         )[:, None]
 
-    def _map(self, f: Callable[[Tensor], Tensor]) -> None:
-        for layer in self.past.layers:
-            layer.keys, layer.values = f(layer.keys), f(layer.values)
+
+def mapped(past: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    """The same cache with other keys and values, those of the given one as they are."""
+    out = copy.copy(past)
+    out.layers = [copy.copy(layer) for layer in past.layers]
+    for layer in out.layers:
+        layer.keys, layer.values = f(layer.keys), f(layer.values)
+    return out

@@ -21,6 +21,7 @@ class Canvas:
 
     columns  where in T a completion's positions lie.
     block    the block that each belongs to; bounds: the columns of each block.
+    starts   the first of the T columns that a row does not pad, on the host.
     ended    rows that stopped early; what they left masked becomes padding where `pads_ended`.
     revised  whether the commit rule may come back to what it wrote.
     open     infilling only: which of the T columns are the completion's, those inside the prompt among them. Rows then
@@ -33,6 +34,7 @@ class Canvas:
     columns: Int[Tensor, "B L"]
     block: Int[Tensor, "B L"]
     bounds: list[tuple[int, int]]
+    starts: Int[Tensor, " B"]
     pad_id: int
     pads_ended: bool
     masked: Bool[Tensor, "B L"] = field(init=False)
@@ -40,6 +42,8 @@ class Canvas:
     logprobs: Float[Tensor, "B L"] = field(init=False)
     log_kept_mass: Float[Tensor, "B L"] | None = field(init=False, default=None)
     kept_ids: Int[Tensor, "B L C"] | None = field(init=False, default=None)
+    order_logprobs: Float[Tensor, "B L"] | None = field(init=False, default=None)
+    rank: str | None = field(init=False, default=None)
     ended: Bool[Tensor, " B"] = field(init=False)
     forwards: int = 0
     revised: bool = False
@@ -68,6 +72,19 @@ class Canvas:
                 self.log_kept_mass = torch.zeros_like(self.logprobs)
                 self.kept_ids = ids.new_full((*self.logprobs.shape, ids.shape[-1]), -1)
             self.log_kept_mass[rows, places], self.kept_ids[rows, places] = log_mass, ids
+
+    def leave(self, rows: Tensor, places: Tensor, logprobs: Float[Tensor, " K"]) -> None:
+        """Note that a step left these places masked, which had this log-probability."""
+        if self.order_logprobs is None:
+            self.order_logprobs = torch.zeros_like(self.logprobs)
+        self.order_logprobs[rows, places] += logprobs
+
+    def open_step(self) -> Int[Tensor, "B L"]:
+        """The first step of each place's block, -1 where the block has none yet."""
+        step, far = self.unmask_step, torch.iinfo(self.unmask_step.dtype).max
+        steps = torch.where(step < 0, far, step)
+        first = torch.full_like(steps, far).scatter_reduce(1, self.block, steps, "amin").gather(1, self.block)
+        return torch.where(first < far, first, -1)
 
     def reopen(self, rows: Tensor, places: Tensor, mask_id: int) -> None:
         """Mask places (within the completion) of rows again; both are (K,)."""
@@ -99,6 +116,7 @@ class Canvas:
         )
         nowhere = torch.zeros_like(mask)
         log_mass, kept_ids = self.log_kept_mass, None if self.kept_ids is None else fitting(self.kept_ids)
+        order = self.order_logprobs
         beyond = self.masked & self.ended[:, None] if self.pads_ended else torch.zeros_like(self.masked)
         return Rollout(
             tokens=torch.cat([tokens, self.completions().masked_fill(beyond, self.pad_id)], dim=1),
@@ -113,6 +131,9 @@ class Canvas:
             revised=self.revised,
             log_kept_mass=None if log_mass is None else torch.cat([nowhere.float(), log_mass], dim=1),
             kept_ids=None if kept_ids is None else F.pad(kept_ids, (0, 0, nowhere.shape[1], 0), value=-1),
+            rank=self.rank,
+            open_step=torch.cat([nowhere.long() - 1, self.open_step().masked_fill(self.masked, -1)], dim=1),
+            order_logprobs=None if order is None else torch.cat([nowhere.float(), order], dim=1),
         )
 
     def _infilled(self, sampling_params: SamplingParams, weights_version: int) -> Rollout:
@@ -130,6 +151,9 @@ class Canvas:
             revised=self.revised,
             log_kept_mass=None if log_mass is None else self._at_columns(log_mass, 0.0),
             kept_ids=None if kept_ids is None else self._at_columns(kept_ids, -1),
+            rank=self.rank,
+            open_step=self._at_columns(self.open_step().masked_fill(self.masked, -1), -1),
+            order_logprobs=None if self.order_logprobs is None else self._at_columns(self.order_logprobs, 0.0),
         )
 
     def _at_columns(self, values: Shaped[Tensor, "B L *C"], elsewhere: bool | int | float) -> Shaped[Tensor, "B T *C"]:
@@ -182,6 +206,7 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
         bounds=[
             (start, min(start + block_size, tokens.shape[1])) for start in range(base, tokens.shape[1], block_size)
         ],
+        starts=attention_mask.long().argmax(-1),
         pad_id=policy.pad_id,
         pads_ended=spec.attention == "block_causal",
     )
@@ -204,6 +229,7 @@ def _infilling(policy: Policy, prompts: Prompts, opened: Bool[Tensor, "P S"], le
         columns=per_row(columns),
         block=per_row(block),
         bounds=[],  # only caches read them
+        starts=repeat(mask.long().argmax(-1), "p -> (p g)", g=prompts.group_size),
         pad_id=policy.pad_id,
         pads_ended=False,
         open=per_row(opened),

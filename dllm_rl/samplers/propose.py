@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import chunked, invert, kept_set, process
+from dllm_rl.models.order import last_committed, left_logprobs
 from dllm_rl.samplers.rules import rank_inputs
 from dllm_rl.types import SamplingParams
 
@@ -56,6 +57,23 @@ def propose_and_rank(
         return rank(**{name: offered[name] for name in needs}).float(), tokens, logp, *kept
 
     return _slabs(policy, one, sampling_params, hidden, uniforms, ties)
+
+
+def order_logprobs(
+    policy: Policy,
+    hidden: Float[Tensor, "K D"],
+    scores: Float[Tensor, " K"],
+    rows: Int[Tensor, " K"],
+    places: Int[Tensor, " K"],
+    committed: Int[Tensor, " C"],
+    left: Int[Tensor, " J"],
+    sampling_params: SamplingParams,
+) -> Float[Tensor, " J"]:
+    """For each of the K positions that a step left, the log-prob of its draw having ranked behind those that the row
+    committed, by `confidence`; nats. The head runs on them once more: only now is known what was committed."""
+    lowest, last = last_committed(scores[committed], rows[committed], places[committed], len(rows))
+    mine = rows[left]
+    return left_logprobs(policy, hidden[left], lowest[mine], places[left] > last[mine], sampling_params)
 
 
 def rank_only(

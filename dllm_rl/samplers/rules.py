@@ -38,7 +38,8 @@ def confidence(
 ) -> Float[Tensor, " K"]:
     """LLaDA's low_confidence remasking: log-probability of the SAMPLED token, nats.
 
-    The commit then depends on the draw, so at-commit log-probs are not the exact behaviour probabilities. [paper]
+    The commit then depends on the draw, so at-commit log-probs are not the exact behaviour probabilities. [paper] What
+    is missing is recorded beside them (`Rollout.order_logprobs`) and scored by `trajectory()`. [ours]
     """
     return logits.gather(-1, tokens[:, None])[:, 0] - normalizer
 
@@ -100,6 +101,17 @@ def commit_inputs(commit: Callable) -> frozenset[str]:
 
 def name_of(rule: Callable) -> str:
     return getattr(getattr(rule, "func", rule), "__name__", repr(rule))
+
+
+def rank_name(rank: Callable) -> str | None:
+    """The name of one of RANKS; None for any other."""
+    return name_of(rank) if rank in RANKS else None
+
+
+def order_has_law(rank: Callable, commit: Callable) -> bool:
+    """Whether the order depends on the draws, by a law that is known (`models.order`): the rank `confidence`, where how
+    many positions a step writes does not depend on the draws."""
+    return rank is confidence and commit in (schedule, late_schedule)
 
 
 def schedule(

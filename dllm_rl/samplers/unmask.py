@@ -9,10 +9,20 @@ from torch import Generator, Tensor
 from dllm_rl.models.base import Policy
 from dllm_rl.models.transfer import send
 from dllm_rl.rng import row_seeds, uniforms
-from dllm_rl.samplers.cache import Cache, CachedStates
+from dllm_rl.samplers.cache import Cache
 from dllm_rl.samplers.canvas import BlockQueue, make_canvas
-from dllm_rl.samplers.propose import propose, propose_and_rank, rank_only
-from dllm_rl.samplers.rules import commit_inputs, confidence, name_of, rank_inputs, schedule, share
+from dllm_rl.samplers.propose import order_logprobs, propose, propose_and_rank, rank_only
+from dllm_rl.samplers.rules import (
+    commit_inputs,
+    confidence,
+    name_of,
+    order_has_law,
+    rank_inputs,
+    rank_name,
+    schedule,
+    share,
+)
+from dllm_rl.samplers.states import States
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
@@ -61,9 +71,10 @@ def unmask(
     positions, then those appended, and blocks count these alone. Rows may differ in which are open and in how many.
 
     A row depends on its prompt, its seed and the weights only, not on its neighbours; a row that is finished leaves the
-    batch. With `schedule` the host waits for the device once a step at most, where transformers asks whether there is
-    padding; other commit rules make it ask how many positions they chose. Raises ValueError for a causal policy, a
-    completion that does not fit the model, or rules, blocks and caches that do not go together.
+    batch, and rows of like length go through the model together (`length_buckets`), which moves no more than the last
+    bits of a sum. With `schedule` the host waits for the device once a forward at most, where transformers asks whether
+    there is padding; other commit rules make it ask how many positions they chose. Raises ValueError for a causal
+    policy, a completion that does not fit the model, or rules, blocks and caches that do not go together.
     """
     spec, group, device = policy.spec, prompts.group_size, policy.device
     needs, block_size = rank_inputs(rank), _check(policy, prompts, max_new_tokens, block_size, cache)
@@ -74,6 +85,7 @@ def unmask(
     sampling_params = SamplingParams(temperature, top_k, top_p, (*suppress, spec.mask_id))
     # A rank of the state alone leaves the drawing of tokens to when it is known where; the likeliest come for free.
     draws_first = "tokens" in needs or (temperature == 0 and "logits" in needs) or "changed" in revising
+    lawful = order_has_law(rank, commit) and temperature > 0  # else the order does not depend on what is drawn
     ends = spec.attention == "block_causal" or approximate_early_exit
 
     canvas = make_canvas(
@@ -85,9 +97,9 @@ def unmask(
         in_step=cache is not None,
         masked=None if prompts.open is None else canvas.masked,
     )
-    canvas.revised = bool(revising)
+    canvas.rank, canvas.revised = rank_name(rank), bool(revising)
     check_suppress(policy, sampling_params)
-    cached = None if cache is None else CachedStates(policy, cache, canvas.attention_mask)
+    states_of = States(policy, canvas, cache, queue.steps)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(device)
 
     while len((turn := queue.turn())[0]):
@@ -95,22 +107,16 @@ def unmask(
         # All that a step needs of the host's bookkeeping, in one copy that nothing waits for.
         host = (rows, blocks, steps_left, queue.clock[rows], queue.shares[turn])
         on_device, open_block, left, clock, steps = send(device, *host)
-        # The first state of all is the same for every completion of a prompt: one forward serves the group.
-        alike = group if canvas.forwards == 0 else 1
-        if cached is None:
-            seen = on_device[::alike]
-            hidden, first = policy.hidden(canvas.tokens[seen], canvas.attention_mask[seen]), 0
-        else:
-            hidden, first = cached.advance(canvas.tokens, rows, canvas.bounds[int(blocks[0])], alike=alike)
-        canvas.forwards += 1
-
         columns, seed = canvas.columns[on_device], seeds[on_device]
         inside = canvas.block[on_device] == open_block[:, None]
         masked, num_places = canvas.masked[on_device] & inside, num_masked
         if revising:
             written, num_places = inside & (canvas.unmask_step[on_device] >= 0), queue.sizes[turn]
         r, c = _places(masked | written if revising else masked, int(num_places.sum()))
-        states = hidden[r // alike, (columns[r, c] - first).clamp(min=0)]
+        # The first state of all is the same for every completion of a prompt: one forward serves the group.
+        alike = group if canvas.forwards == 0 else 1
+        states = states_of(rows, int(blocks[0]), num_places, r, columns[r, c], alike=alike)
+        canvas.forwards += 1
         ties = uniforms(seed[r], clock[r], c, stream=1)
         scores = torch.full(masked.shape, -torch.inf, device=device)
         if draws_first:
@@ -137,6 +143,10 @@ def unmask(
             where, place = _places(again, int(reopened.sum()))
             canvas.reopen(on_device[where], place, spec.mask_id)
         picked = _places(chosen[r, c][None], int(num_chosen.sum()))[1]
+        if lawful:
+            stayed = _places(~chosen[r, c][None], len(r) - int(committed.sum()))[1]
+            order = order_logprobs(policy, states, scores[r, c], r, c, picked, stayed, sampling_params)
+            canvas.leave(on_device[r[stayed]], c[stayed], order)
         r, c, states = r[picked], c[picked], states[picked]
         if draws_first:
             drawn = [x[picked] for x in drawn]

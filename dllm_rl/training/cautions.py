@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import takes_parts
+from dllm_rl.algorithms.correctors import no_weights
 from dllm_rl.recipe import Recipe
+from dllm_rl.samplers.rules import name_of, order_has_law, rank_inputs
 
 BF16_STEPS = 512  # half a step of bf16 is at least a 512th of the number
 TYPICAL_WEIGHT = 0.02  # of a matrix in a language model
@@ -30,12 +32,41 @@ def cautions(recipe: Recipe) -> list[str]:
             f"dtype='bfloat16' without lora and learning_rate={recipe.learning_rate}: bf16 weights above {steps:.1g} "
             "round such updates away; use --dtype float32 --bf16, whose weights are fp32 and whose products are bf16"
         )
+    said += of_the_likelihood(recipe)
     rewards, parts = made_up_rewards(recipe)
     if not recipe.advantages(rewards, **parts).any():
         name = getattr(recipe.advantages, "func", recipe.advantages).__name__
         said.append(
             f"num_generations={shape[1]} with advantages={name} gives advantages that are all 0, which teach nothing; "
             "use at least 2"
+        )
+    return said
+
+
+def of_the_likelihood(recipe: Recipe) -> list[str]:
+    """What the ratios of the recipe's estimator cannot correct, and the remedy."""
+    said, likelihood = [], recipe.likelihood
+    exact = likelihood.exact_for_sampler or likelihood.attention == ("causal",)
+    rank, commit, cache = (_bound(recipe.sampler, name) for name in ("rank", "commit", "cache"))
+    given = likelihood.made_by is not None and likelihood.made_by.keywords.get("order") == "given"
+    lawful = rank is not None and order_has_law(rank, commit) and likelihood.exact_for_sampler
+    by_draws = rank is not None and "tokens" in rank_inputs(rank) and _bound(recipe.sampler, "temperature") != 0
+    if likelihood.name == "trajectory" and by_draws and not lawful and not given:
+        merged = "" if likelihood.exact_for_sampler else " and num_segments"
+        said.append(
+            f"sampler.rank={name_of(rank)} with commit={name_of(commit)}{merged}: the order depends on what is drawn "
+            "by a law that likelihood=trajectory does not know, and its ratios leave the order out; use rank=max_prob "
+            "or random, or order='given' to say that it is meant"
+        )
+    if not exact and recipe.corrector.weigh is not no_weights and recipe.rollout_quantization is not None:
+        said.append(
+            f"likelihood={likelihood.name!r} gives no likelihood ratios: the mean of the corrector's weights is not 1, "
+            "and they need not bring the gradient nearer to the learner's own; use trajectory(), or corrector=none"
+        )
+    if not exact and cache is not None and cache.kind != "block" and cache.refresh != 1:
+        said.append(
+            f"sampler.cache={cache.kind!r} is approximate, and likelihood={likelihood.name!r} does not replay the "
+            "sampler: what the cache changes enters neither loss nor metrics; use trajectory(), or no cache"
         )
     return said
 

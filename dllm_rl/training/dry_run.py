@@ -16,6 +16,7 @@ from dllm_rl.models.loading import build_empty
 from dllm_rl.models.lora import LoraLinear, add_lora
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.models.tokens import prompt_ids
+from dllm_rl.quantization.experts import is_stacked
 from dllm_rl.quantization.fake import FakeQuantize
 from dllm_rl.quantization.rollout_policy import skip_reasons
 from dllm_rl.quantization.schemes import int4_packed
@@ -123,8 +124,11 @@ def quantisable(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str,
         for name, layer in policy.module.named_modules()
         if isinstance(layer, nn.Linear | LoraLinear) and not name.endswith(("lora_A", "lora_B"))
     }
-    chosen = [layer for name, layer in layers.items() if name not in kept]
-    return len(chosen), sum(layer.weight.numel() for layer in chosen), kept
+    chosen = [layer.weight for name, layer in layers.items() if name not in kept]
+    for name, layer in policy.module.named_modules():
+        if is_stacked(layer) and name not in kept:
+            chosen += [weight for stack in layer.parameters(recurse=False) for weight in stack.unbind()]
+    return len(chosen), sum(weight.numel() for weight in chosen), kept
 
 
 def rollout_bytes(recipe: Recipe, policy: MetaPolicy, size: int) -> int:

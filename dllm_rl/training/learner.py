@@ -21,13 +21,14 @@ from torch import Tensor
 from dllm_rl.algorithms.mismatch import PREFIX, group_weights, mismatch_metrics, off_policy_metrics, symptom_metrics
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
 from dllm_rl.distributed import Metrics, gather_on_host, in_pace, local, reduce_metrics, sum_gradients
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
 from dllm_rl.models.base import Policy, whole
 from dllm_rl.models.transfer import send
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
+from dllm_rl.samplers.agreement import order_agreement
 from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 
 
@@ -109,14 +110,16 @@ def score(
         scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size)
     old = sampled = likelihood.combine(scores, noise)
     if likelihood.exact_for_sampler:
-        sampled = rollout.logprobs
+        sampled = recorded(rollout, noise)
     elif rollout_policy is not policy:
         sampled = likelihood.logprobs(rollout_policy, rollout, noise, micro_batch_size=size)
     before = None
     if reference is not None:
         with in_pace(reference):
             before = likelihood.logprobs(reference, rollout, noise, micro_batch_size=size)
-    logps = Logprobs(old=old, old_scores=scores, rollout=sampled, reference=before)
+    with in_pace(policy):
+        order = {} if rollout_policy is policy else order_agreement(policy, rollout)
+    logps = Logprobs(old=old, old_scores=scores, rollout=sampled, reference=before, order=order)
     if recipe.zero_mismatch:
         check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
     return logps
@@ -160,6 +163,8 @@ def correct(
     metrics["live/rollout_rs_masked_fraction"] = 1 - (keep.sum() / corrected.sum().clamp(min=1)).item()
     # Error-token rates need per-token log-probs; ELBO contributions are not, so only repetition is measured.
     exact = recipe.likelihood.exact_for_sampler or recipe.likelihood.attention == ("causal",)
+    exact = exact and noise.left is None  # nor are contributions that hold an order's log-probs
+    metrics |= {PREFIX + name: value for name, value in reduce_metrics(logps.order, accelerator).items()}
     metrics |= symptom_metrics(tokens, corrected, flat, old=old if exact else None)
 
     num_tokens, num_sequences = int((keep | (completion & ~corrected)).sum()), len(keep)
@@ -273,5 +278,7 @@ def accumulate_gradients(
             part, masks = rollout.rows(rows), batch.noise.rows(rows)
             for n in range(len(masks.masked)):
                 # Only positions that move the loss are scored again; with none left in this view, no forward is run.
-                backward_view(policy, part, masks.masked[n], vectors[n, rows], packed=likelihood.packed is not None)
+                order = {} if masks.left is None else {"scored": masks.weight[n] != 0, "left": masks.left[n]}
+                view = (masks.masked[n], vectors[n, rows])
+                backward_view(policy, part, *view, **order, packed=likelihood.packed is not None)
     return metrics

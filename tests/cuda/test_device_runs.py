@@ -131,7 +131,8 @@ ESTIMATORS = {
     "block": estimators.block(block_size=2),
     "eubo": estimators.eubo(),
     "sandwich": estimators.sandwich(),
-    "trajectory": estimators.trajectory(),
+    "trajectory": estimators.trajectory(order="given"),
+    "trajectory, its order too": estimators.trajectory(),
     "segments": estimators.trajectory(num_segments=2),
     "packed": estimators.trajectory(block_size=4),
 }
@@ -152,9 +153,9 @@ def test_estimators(name, tmp_path):
         logps = likelihood.logprobs(policy, rollout, noise, micro_batch_size=2)
         vector = logps.sin() * rollout.completion_mask
         for view in range(len(noise.masked)):
-            scoring.backward_view(
-                policy, rollout, noise.masked[view], vector * noise.weight[view], packed=likelihood.packed is not None
-            )
+            order = {} if noise.left is None else {"scored": noise.weight[view] != 0, "left": noise.left[view]}
+            packed, vectors = likelihood.packed is not None, vector * noise.weight[view]
+            scoring.backward_view(policy, rollout, noise.masked[view], vectors, **order, packed=packed)
         gradient = next(p.grad for p in policy.module.parameters() if p.grad is not None)
         return torch.cat([logps.flatten(), gradient.flatten()])
 
@@ -334,7 +335,8 @@ def on_host(work):
 PLANTED = {
     "sampler, drawn": ("samplers.unmask", "uniforms"),
     "sampler, scores": ("samplers.unmask", "propose_and_rank"),
-    "scoring, log-probs": ("likelihoods.scoring", "token_logprobs"),
+    "scoring, log-probs": ("likelihoods.scoring", "token_logprobs_and_confidences"),
+    "scoring, order": ("likelihoods.scoring", "left_logprobs"),
     "learner, masks": ("training.loop", "draw_noise"),
     "learner, loss": ("recipe", "policy_loss"),
     "metrics": ("training.learner", "off_policy_metrics"),

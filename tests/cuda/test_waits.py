@@ -23,7 +23,7 @@ from dllm_rl.types import Prompts
 SIZES = {"characters": "1234.=", "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 16}
 ESTIMATORS = {
     "trajectory": trajectory(),
-    "trajectory over the rollout's support": trajectory(),
+    "trajectory over the rollout's support": trajectory(order="given"),
     "elbo": elbo(num_samples=3),
     "one_step, a forward for the group": one_step(prompt_mask=0.0),
     "packed": trajectory(block_size=4),
@@ -75,12 +75,14 @@ def test_a_scored_view_waits_twice_at_most(name, tmp_path):
         rollout = rollout.with_support("rollout" if "support" in name else "own")
         noise = likelihood.draw(rollout, generator)
         views, packed = len(noise.masked), likelihood.packed is not None
+        lefts = [None] * views if noise.left is None else noise.left
+        assert (noise.left is None) == (likelihood not in (ESTIMATORS["trajectory"], ESTIMATORS["packed"]))
         with cuda.phase("forward"):
-            for masked, weight in zip(noise.masked, noise.weight, strict=True):
-                score_view(policy, rollout, masked, weight != 0, packed=packed)
+            for masked, weight, left in zip(noise.masked, noise.weight, lefts, strict=True):
+                score_view(policy, rollout, masked, weight != 0, left=left, packed=packed)
         with cuda.phase("backward"):
-            for masked, weight in zip(noise.masked, noise.weight, strict=True):
-                backward_view(policy, rollout, masked, weight, packed=packed)
+            for masked, weight, left in zip(noise.masked, noise.weight, lefts, strict=True):
+                backward_view(policy, rollout, masked, weight, scored=weight != 0, left=left, packed=packed)
         with cuda.phase("all views"):
             likelihood.scores(policy, rollout, noise)
         assert 0 < cuda.waits("forward") <= 2 * views and 0 < cuda.waits("backward") <= 2 * views, cuda.report()

@@ -16,7 +16,7 @@ from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import fake_quantize, int3_emulated
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import dual_cache
-from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.rules import confidence, max_prob, random
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts, SamplingParams
 
@@ -267,3 +267,21 @@ def test_rows_and_page_by_hand():
     ]
     text = page(report, b"")
     assert "<td>a&amp;[&lt;b&gt;]c</td><td>-1.0000</td><td>-2.5000</td>" in text and "<b>" not in text
+
+
+def test_an_order_that_the_learner_would_not_choose_is_named():
+    """int3's weights change which position is the most certain; a copy's do not; a random order has none to compare."""
+    policy = make()
+    report = diagnose(policy, int3_emulated(), prompts=prompts(), sampler=sampler)
+    assert report.order is not None and report.order[1] < 1 and report.order[0] <= 1
+    assert "of the prompts begin in another order than the learner's own" in report.verdict
+    assert "rank=random" in report.verdict and "order of the first step" in page(report, b"")
+    same = diagnose(policy, None, prompts=prompts(), sampler=sampler)
+    assert same.order == (1.0, 1.0) and "another order" not in same.verdict
+    assert diagnose(policy, None, prompts=prompts(), sampler=partial(sampler, rank=random)).order is None
+
+
+def test_ranked_by_confidence_tokens_and_order_are_one_record():
+    """Unquantised, nothing is left of the whole, though every row holds the order's log-probs."""
+    report = diagnose(make(), None, prompts=prompts(), sampler=partial(sampler, rank=confidence))
+    assert report.worst < 1e-5 and report.order is None

@@ -107,14 +107,7 @@ def test_padding_changes_neither_masks_nor_logprobs(family, name):
     noise = estimator.draw(rollout, seeded(3))
     logps = estimator.logprobs(policy, rollout, noise)
     assert logps[rollout.completion_mask].abs().sum() > 1 and logps[~rollout.completion_mask].abs().max() == 0
-    padded = replace(
-        rollout,
-        tokens=F.pad(rollout.tokens, (3, 0), value=policy.pad_id),
-        attention_mask=F.pad(rollout.attention_mask, (3, 0)),
-        completion_mask=F.pad(rollout.completion_mask, (3, 0)),
-        unmask_step=F.pad(rollout.unmask_step, (3, 0), value=-1),
-        logprobs=F.pad(rollout.logprobs, (3, 0)),
-    )
+    padded = rollout.padded(3, pad_id=policy.pad_id)
     again = estimator.draw(padded, seeded(3))
     assert torch.equal(again.masked[..., 3:], noise.masked) and torch.equal(again.weight[..., 3:], noise.weight)
     torch.testing.assert_close(estimator.logprobs(policy, padded, again)[:, 3:], logps, atol=3e-6, rtol=1e-5)

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.packed import packed_mask
@@ -135,14 +134,7 @@ def test_it_is_refused_where_it_would_be_wrong():
 def test_padding_rows_stay_finite():
     policy = block_causal_policy()
     rollout = sampled(policy)
-    wide = replace(
-        rollout,
-        tokens=F.pad(rollout.tokens, (5, 0), value=policy.pad_id),
-        attention_mask=F.pad(rollout.attention_mask, (5, 0)),
-        completion_mask=F.pad(rollout.completion_mask, (5, 0)),
-        unmask_step=F.pad(rollout.unmask_step, (5, 0), value=-1),
-        logprobs=F.pad(rollout.logprobs, (5, 0)),
-    )
+    wide = rollout.padded(5, pad_id=policy.pad_id)
     estimator = lik.trajectory(block_size=SIZE)
     found = estimator.logprobs(policy, wide, estimator.draw(wide, torch.Generator()))
     assert found.isfinite().all()

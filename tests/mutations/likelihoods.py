@@ -6,6 +6,7 @@ TOYS = "likelihoods/test_likelihoods.py"
 CONTRACT = "likelihoods/test_contract_estimators.py"
 MODELS = "likelihoods/test_likelihoods_models.py"
 PACKED = "likelihoods/test_packed.py"
+ORDER = "likelihoods/test_order.py"
 
 MUTATIONS = [
     *mutations(
@@ -31,6 +32,15 @@ MUTATIONS = [
         ("completion.long().cumsum(-1) - 1\n", "completion.long().cumsum(-1)\n"),
         ("(weight / samples).float()", "weight.float()"),
         ("hidden | rollout.completion_mask", "hidden"),
+        ("left = noise.masked & (noise.weight == 0)", "left = noise.masked", ORDER),
+        ("left &= rollout.open_step <= torch", "left &= rollout.open_step < torch", ORDER),
+        ("weight=noise.weight + left, left=left", "weight=noise.weight, left=left", ORDER),
+        (
+            "if params.filters and params.support",
+            "if params.support",
+            ORDER,
+            "without filters the support is always own",
+        ),
         ("generator)) < prompt_mask", "generator)) > prompt_mask"),
         (
             "prompt = rollout.attention_mask & ~rollout.completion_mask",
@@ -68,6 +78,9 @@ MUTATIONS = [
         TOYS,
         ("(scores * noise.weight).sum(0)", "(scores * noise.weight).mean(0)"),
         ("(scores * noise.weight).sum(0)", "scores.sum(0)"),
+        ("total = total + score * weight", "total = score * weight", ORDER),
+        ("return rollout.order_logprobs + rollout.logprobs", "return rollout.logprobs", ORDER),
+        ('if order == "law" and num_segments is None:', 'if order == "law":', ORDER),
         ("beta * scores + noise.weight.where(scored, 1).log()", "beta * scores"),
         ("beta * scores + noise.weight", "scores + noise.weight"),
         (".logsumexp(0) / beta)", ".logsumexp(0))"),

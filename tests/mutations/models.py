@@ -8,6 +8,20 @@ PEFT = "models/test_peft.py"
 
 MUTATIONS = [
     *mutations(
+        "models/order.py",
+        "likelihoods/test_order.py",
+        ('groups, scores, "amin")', 'groups, scores, "amax")'),
+        ("return drawn.logsumexp(-1).logaddexp(wide(logits[:, mask_id]))", "return drawn.logsumexp(-1)"),
+        ("if token != mask_id)", "if token == mask_id)"),
+        ("inside |= behind[:, None] &", "inside &= ~behind[:, None] |"),
+        ("out -= (logits - total[:, None]).exp_()", "out -= 0"),
+        (
+            "drawn = process(logits, sampling_params)\n    with",
+            "drawn = process(logits, SamplingParams(suppress=sampling_params.suppress))\n    with",
+        ),
+        ("gradient.where(possible, 0)[:, None]", "gradient[:, None] + 1"),
+    ),
+    *mutations(
         "models/logprobs.py",
         "models/test_logprobs.py",
         ("logits / sampling_params.temperature", "logits * sampling_params.temperature"),

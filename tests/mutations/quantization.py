@@ -4,6 +4,7 @@ from tests.mutations.record import mutations
 
 FAKE = "quantization/test_fake.py"
 QUANTIZE = "quantization/test_quantize.py"
+EXPERTS = "quantization/test_experts.py"
 
 MUTATIONS = [
     *mutations(
@@ -67,7 +68,7 @@ MUTATIONS = [
             "elif skip and not skip(layer, name)",
             f"{QUANTIZE} quantization/test_aligned.py",
         ),
-        ("load_weight_(layer, value)", "{}, torch.ones((), dtype=torch.bool)"),
+        ("load_weight_(one, weight)", "{}, torch.ones((), dtype=torch.bool)"),
         ("targets[name].copy_(value)", "pass"),
         ("targets[name].copy_(value)", "targets[name].copy_(value) if value.dim() > 1 else None"),
         ("    rollout_policy.version = policy.version\n", ""),
@@ -95,10 +96,49 @@ MUTATIONS = [
         ("if self.versions() != self.seen", "if False"),
         ('if not getattr(self.source, "active", True)', "if False", "quantization/test_aligned.py models/test_peft.py"),
         ("if policy.version != rollout_policy.version", "if False"),
-        ("scope is None or scope(name)", "True"),
+        ("scope is not None and not scope(name)", "False"),
         ("            del layer.forward\n", "            pass\n"),
         ("self.source.weight if self.base is self.source else self.source.merged()", "self.base.weight"),
         ("        yield refresh\n", "        yield lambda: None\n"),
+    ),
+    *mutations(
+        "quantization/experts.py",
+        EXPERTS,
+        ("chosen.argsort(stable=True)", "chosen.argsort(stable=True, descending=True)"),
+        ("hidden_states[order // top_k_index.shape[1]]", "hidden_states[order % len(hidden_states)]"),
+        ("act_fn(gate) * up", "act_fn(up) * gate"),
+        (" * top_k_weights.flatten()[order][:, None]", " * top_k_weights.flatten()[:, None]"),
+        ("weighted[back]", "weighted"),
+        ("all(getattr(layer, name, value) == value for name, value in LAYOUT.items())", "True"),
+        ("len(list(layer.parameters(recurse=False))) == len(STACKS)", "True"),
+        ("int(stacked[2])) if stacked", "0) if stacked"),
+    ),
+    *mutations(
+        "quantization/rollout_policy.py",
+        EXPERTS,
+        (
+            'name.rpartition(".")[0].removesuffix(".base_layer")',
+            'name.removesuffix(".weight").removesuffix(".base_layer")',
+        ),
+        ("(isinstance(layer, nn.Linear) or is_stacked(layer) or router)", "(isinstance(layer, nn.Linear) or router)"),
+        ("if is_stacked(m) and n not in kept]", "if is_stacked(m)]"),
+        ("        finite |= {f", "        _ = {f"),
+        ("experts = zip(getattr(layer, kind), value, strict=True)", "experts = zip(getattr(layer, kind), value[:1])"),
+    ),
+    *mutations(
+        "quantization/aligned.py",
+        EXPERTS,
+        ("layer, weight)\n        check_finite(finite)", "layer, weight)\n        finite = {}"),
+        (
+            "zip(getattr(self.source, stack).unbind(), getattr",
+            "zip(getattr(self.source, stack).detach().unbind(), getattr",
+        ),
+        ("        self.follow()\n        products", "        products"),
+    ),
+    *mutations(
+        "diagnostics/batch_invariance.py",
+        EXPERTS,
+        ("        if func in GROUPED:", "        if False:"),
     ),
     *mutations(
         "quantization/schemes.py",

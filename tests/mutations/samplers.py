@@ -39,6 +39,13 @@ DRAWS = " ".join(
 
 MUTATIONS = [
     *mutations(
+        "samplers/agreement.py",
+        "samplers/test_agreement.py",
+        ("rollout.open_step[first] == 0", "masked"),
+        ("chosen == committed).all(-1)", "chosen == committed).any(-1)"),
+        ("(chosen & committed).sum(), committed.sum()", "chosen.sum(), committed.sum()"),
+    ),
+    *mutations(
         "samplers/rules.py",
         RULES,
         ("[:, 0] - normalizer\n\n\ndef max_prob", "[:, 0]\n\n\ndef max_prob"),
@@ -112,9 +119,24 @@ MUTATIONS = [
         ("commit(scores, masked, left) & masked", "commit(scores, masked, left)"),
         ("canvas.write(on_device[r], c, clock[r], *drawn)", "canvas.write(on_device[r], c, clock[r] + 1, *drawn)"),
         ("queue.drop(canvas.end(complete, spec.eos_ids))", "canvas.end(complete, spec.eos_ids)"),
-        ("(columns[r, c] - first).clamp(min=0)", "(columns[r, c] - first + 1).clamp(max=hidden.shape[1] - 1)"),
         ("longest + max_new_tokens > limit", "longest + max_new_tokens >= limit"),
         ("prompts.attention_mask.sum(-1).max()), policy", "prompts.attention_mask.sum(-1).min()), policy"),
+    ),
+    *mutations(
+        "samplers/states.py",
+        "samplers/test_length_buckets.py",
+        ("hidden[r // alike, (columns - first).clamp", "hidden[r // alike, (columns - first - 1).clamp", LOOP),
+        ("within[here] = torch.arange(len(here))", "within[here] = torch.arange(len(here)).flip(0)"),
+        ("hidden[within[r[place]] // alike", "hidden[within[r[place]] // alike * 0"),
+        ("states[place] = found", "states[: len(found)] = found"),
+        ("return hidden, first + start", "return hidden, first"),
+    ),
+    *mutations(
+        "models/buckets.py",
+        "models/test_buckets.py",
+        ("* (columns - begins[i]) + least", "* (columns - begins[i])"),
+        ("forwards * FORWARD.get", "FORWARD.get"),
+        ("(starts >= begin) & (starts <= last)", "(starts > begin) & (starts <= last)"),
     ),
     *mutations(
         "samplers/canvas.py",

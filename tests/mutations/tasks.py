@@ -37,6 +37,9 @@ MUTATIONS = [
         ("choices.sort(key=lambda _: rng.random())", "pass"),
         ("for cell in order[ahead:]:", "for cell in order[ahead + 1 :]:"),
         ("min(81 - clues, 40)", "min(82 - clues, 40)"),
+        ("<< own // 9 * 9) & ~(1 << own)", "<< own // 9 * 9)"),
+        ("            if once != base:\n                return 0\n", ""),
+        ("        if _completes(alive & ~_cover", "        return _completes(alive & ~_cover"),
     ),
     *mutations(
         "tasks/sudoku/grids.py",

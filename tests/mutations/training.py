@@ -53,7 +53,7 @@ MUTATIONS = [
             "(vectors,) = torch.autograd.grad(logps, leaves, gradient)",
             "(vectors,) = torch.autograd.grad(logps.sum(), leaves)",
         ),
-        ("        sampled = rollout.logprobs\n", "        sampled = old\n"),
+        ("        sampled = recorded(rollout, noise)\n", "        sampled = old\n"),
         ("likelihood.logprobs(reference, rollout", "likelihood.logprobs(policy, rollout"),
         ("recipe.corrector.align_forward and rollout_policy is not policy", "False"),
         (
@@ -363,8 +363,8 @@ MUTATIONS = [
         ("mask & (self.weight != 0).any(0).any(-1, keepdim=True)", "mask & (self.weight != 0).any(0)"),
         ("forwards=self.forwards + by.forwards", "forwards=by.forwards"),
         (
-            "Noise(self.masked[:, keep], self.weight[:, keep], share)",
-            "Noise(self.masked[:, keep], self.weight[:, keep])",
+            "Noise(self.masked[:, keep], self.weight[:, keep], share, left)",
+            "Noise(self.masked[:, keep], self.weight[:, keep], None, left)",
         ),
         ("not 0 < self.top_p <= 1", "not 0 <= self.top_p <= 1"),
         ("else a.index_copy(0, rows, b)", "else a.index_copy(0, rows.flip(0), b)"),

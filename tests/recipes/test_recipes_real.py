@@ -33,8 +33,8 @@ REAL = {
     "llada_8b_countdown": (8_015_581_184, 32 * 7),
     "llada_8b_gsm8k": (8_015_581_184, 32 * 7),
     "dream_7b_countdown": (DREAM, 28 * 7),
-    "llada_moe_gsm8k": (MOE, 16 * 4),
-    "llada2_mini_gsm8k": (LLADA2, 20 * 4 + 3 + 19 * 3),
+    "llada_moe_gsm8k": (MOE, 16 * (4 + 2 * 64)),
+    "llada2_mini_gsm8k": (LLADA2, 20 * 4 + 3 + 19 * (3 + 2 * 256)),
     "qwen3_8b_gsm8k": (QWEN, 36 * 7),
 }
 

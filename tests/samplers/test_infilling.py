@@ -104,7 +104,8 @@ def test_replay_gives_recorded_logprobs_bitwise(policy, name):
         rollout = fill(policy, IDS[rows], range(len(IDS[rows]) * group), new=1, group=group, **WAYS[name])
         estimator = estimators.trajectory()
         noise = estimator.draw(rollout, torch.Generator())
-        assert torch.equal(estimator.logprobs(policy, rollout, noise), rollout.logprobs)
+        assert torch.equal(estimator.logprobs(policy, rollout, noise), estimators.recorded(rollout, noise))
+        assert (noise.left is None) == (name != "confidence")
 
 
 def test_filters_record_what_they_kept(policy):
@@ -159,7 +160,7 @@ def test_one_step_and_elbo_score_the_open_positions():
 
 def test_gradients_are_those_of_the_open_positions(policy):
     rollout = fill(policy, IDS[:2], range(2))
-    noise = estimators.trajectory().draw(rollout, torch.Generator())
+    noise = estimators.trajectory(order="given").draw(rollout, torch.Generator())
     policy.module.zero_grad()
     for masked, weight in zip(noise.masked, noise.weight, strict=True):
         backward_view(policy, rollout, masked, weight)

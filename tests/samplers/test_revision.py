@@ -121,7 +121,7 @@ def test_editing_by_hand():
 
 
 def test_a_rank_of_the_state_edits_too():
-    """max_prob asks for no tokens, but a change can only be seen once they are drawn; this cold, they are the likeliest."""
+    """max_prob asks for no tokens, but a change is only seen once they are drawn: this cold, the likeliest."""
     options = {"rank": rules.max_prob, "commit": partial(rules.edit, tau=0.5), "temperature": 0.01}
     assert sample(Scripted(), [[3]], [0], length=3, **options).tokens[0, 1:].tolist() == [0, 1, 0]
 

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.estimators import recorded, trajectory
 from dllm_rl.models import logprobs as head
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
@@ -140,7 +140,12 @@ def test_replay_gives_recorded_logprobs_bitwise(policy, name):
         estimator = trajectory()
         noise = estimator.draw(rollout, torch.Generator())
         for size in (None, 2):
-            assert torch.equal(estimator.logprobs(policy, rollout, noise, micro_batch_size=size), rollout.logprobs)
+            found = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
+            assert torch.equal(found, recorded(rollout, noise))
+        assert (noise.left is None) == (name != "confidence")
+        given = trajectory(order="given")
+        tokens = given.logprobs(policy, rollout, given.draw(rollout, torch.Generator()))
+        assert torch.equal(tokens, rollout.logprobs)
 
 
 def test_group_shares_first_forward(policy, monkeypatch):
@@ -276,7 +281,7 @@ def test_approximate_early_exit_keeps_the_tail_masked(policy):
     assert stopped > 0
     estimator = trajectory()
     noise = estimator.draw(short, torch.Generator())
-    assert torch.equal(estimator.logprobs(policy, short, noise), short.logprobs)
+    assert torch.equal(estimator.logprobs(policy, short, noise), recorded(short, noise))
 
 
 def test_watch_sees_every_step(policy):

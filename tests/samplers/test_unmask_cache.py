@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -138,6 +139,30 @@ def test_refreshing_every_step_is_exact(policies, family, kind, commit):
     policy, options = policies(family), {"block_size": 4, "num_steps": 8, "commit": COMMITS[commit]}
     exact = run(policy, **options)
     assert_same(exact, run(policy, cache=kind(refresh=1), **options))
+
+
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [("llada", prefix_cache()), ("llada", dual_cache(refresh=3)), ("dream", dual_cache()), ("sdar", block_cache())],
+)
+def test_rows_that_have_finished_a_block_are_not_run_until_the_next(policies, family, cache, monkeypatch):
+    """Each step runs the rows that write in it, after a first one that serves both completions of a prompt; what they
+    write is what each writes alone, where no row ever waits for another."""
+    policy, seen, encode = policies(family), [], policies(family).encode
+    some = lambda scores, masked, left: masked & ((scores > 0.6) | (scores == scores.amax(-1, keepdim=True)))  # noqa: E731
+    options = {"block_size": 4, "cache": cache, "rank": rules.random, "commit": some, "num_steps": 11}
+    spy = lambda tokens, *args, **kwargs: (seen.append(len(tokens)), encode(tokens, *args, **kwargs))[1]  # noqa: E731
+    monkeypatch.setattr(policy, "encode", spy)
+    together = run(policy, **options)
+    monkeypatch.undo()
+    assert seen[0] == 4 and len(set(seen[1:])) > 2 and any(a < b for a, b in pairwise(seen[1:]))
+    assert 8 + sum(seen[1:]) == sum(len(set(steps[steps >= 0].tolist())) for steps in together.unmask_step)
+    for row in (0, 3, 5, 7):
+        prompts = Prompts.from_ids([IDS[row // 2]], pad_id=0, seeds=[row])
+        alone = unmask(policy, prompts, torch.Generator(), max_new_tokens=11, temperature=1.0, **options)
+        width = alone.tokens.shape[1]
+        assert torch.equal(together.tokens[row, -width:], alone.tokens[0])
+        torch.testing.assert_close(together.logprobs[row, -width:], alone.logprobs[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -7,7 +7,7 @@ from tiny_recipe import OddPuzzles, tiny_recipe
 
 from dllm_rl.algorithms.correctors import compose, qarl, reject, tis
 from dllm_rl.algorithms.losses import kl_k2
-from dllm_rl.likelihoods import coupled, elbo, one_step, sandwich
+from dllm_rl.likelihoods import coupled, elbo, one_step, sandwich, trajectory
 from dllm_rl.training import train
 
 PAIRS = {"num_generations": 2, "train_batch_size": 8}
@@ -26,5 +26,6 @@ CONFIGURATIONS = {
 
 def run(name: str, directory: Path) -> list[dict[str, float]]:
     """Every number of metrics.jsonl but the times."""
-    train(tiny_recipe(directory, **{"num_steps": 3, "learning_rate": 5e-3, **CONFIGURATIONS[name]}))
+    settings = {"num_steps": 3, "learning_rate": 5e-3, "likelihood": trajectory(order="given")}
+    train(tiny_recipe(directory, **{**settings, **CONFIGURATIONS[name]}))
     return metrics_of(directory)

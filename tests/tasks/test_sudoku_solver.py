@@ -1,5 +1,6 @@
 """The solver of Sudoku puzzles, 9x9 and 4x4, and 9x9 problems."""
 
+from hashlib import sha256
 from itertools import product
 from random import Random
 
@@ -9,7 +10,13 @@ from dllm_rl.tasks.loading import hashed_split
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.tasks.sudoku.graders import score
 from dllm_rl.tasks.sudoku.grids import MOST_COMPLETIONS, SOLVED, completions, is_completion
-from dllm_rl.tasks.sudoku.solver import is_unique, random_grid, random_unique_puzzle, solutions
+from dllm_rl.tasks.sudoku.solver import (
+    _completes_otherwise,
+    is_unique,
+    random_grid,
+    random_unique_puzzle,
+    solutions,
+)
 
 WEIGHTS = {"solved_weight": 1.0, "match_weight": 4.0}
 
@@ -98,6 +105,32 @@ def test_cells_are_blanked_from_the_first_on() -> None:
     """Three rows without a digit could change places, so that no first half goes at once; one row is unique."""
     puzzle = random_unique_puzzle(random_grid(Random(0)), 50, InOrder())
     assert puzzle is not None and puzzle[:9] == "0" * 9 and is_unique(puzzle)
+
+
+def test_a_cell_can_go_where_no_completion_has_another_digit_there() -> None:
+    """Against the search for a completion with each of them, from many givens down to where nothing is unique."""
+    rng, seen = Random(5), set()
+    for grid in (random_grid(rng) for _ in range(2)):
+        order = sorted(range(81), key=lambda _: rng.random())
+        whole = [9 * cell + int(digit) - 1 for cell, digit in enumerate(grid)]
+        for blank in range(24, 60, 3):
+            cells, kept = order[:blank], order[blank:]
+            puzzle = "".join("0" if cell in cells else digit for cell, digit in enumerate(grid))
+            for cell in cells[:4]:
+                tried = (puzzle[:cell] + digit + puzzle[cell + 1 :] for digit in "123456789" if digit != grid[cell])
+                otherwise = _completes_otherwise([whole[place] for place in kept], whole[cell])
+                assert otherwise == any(any(solutions(other)) for other in tried)
+                seen.add((otherwise, is_unique(puzzle)))
+    assert seen == {(False, True), (True, False), (False, False)}
+
+
+def test_the_problems_of_a_seed_are_those_of_the_tasks_version() -> None:
+    """A faster generator makes the same ones: their digest is of the time when each cell asked for two completions."""
+    assert Sudoku.version == "1"
+    parts = (("train", (28, 32), 8), ("test", (26, 26), 4))
+    made = [Sudoku(side=9, clues=c, size=n, split=s, seed=3)[i] for s, c, n in parts for i in range(n)]
+    digest = sha256("".join(problem.fields["puzzle"] for problem in made).encode()).hexdigest()
+    assert digest[:16] == "8a00c41182c51c0d"
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])

@@ -3,12 +3,17 @@
 from dataclasses import replace
 from functools import partial
 
+import pytest
 import torch
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import leave_one_out
+from dllm_rl.algorithms.correctors import none
+from dllm_rl.likelihoods import elbo, one_step, trajectory
 from dllm_rl.models.lora import lora_r16
 from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.cache import dual_cache, prefix_cache
+from dllm_rl.samplers.rules import max_prob, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.cautions import PATIENCE, cautions
 from dllm_rl.training.log import RunLog
@@ -64,3 +69,48 @@ def test_equal_rewards_for_many_steps(tmp_path, capsys):
     log.close()
     said = capsys.readouterr().out
     assert said.count(f"warning: in the last {PATIENCE} steps the rewards of every group were equal") == 1
+
+
+def sampler(**options):
+    return partial(unmask, max_new_tokens=16, num_steps=3, temperature=1.0, **options)
+
+
+def test_orders_whose_law_is_not_known():
+    def own(logits, tokens):
+        return logits[:, 0]
+
+    unknown = "by a law that likelihood=trajectory does not know"
+    for options, likelihood, name in (
+        ({"commit": partial(threshold, tau=0.9)}, trajectory(), "rank=confidence with commit=threshold"),
+        ({}, trajectory(num_segments=2), "rank=confidence with commit=schedule and num_segments"),
+        ({"rank": own}, trajectory(), "rank=own with commit=schedule"),
+    ):
+        recipe = tiny_recipe("x", sampler=sampler(**options), likelihood=likelihood, corrector=none())
+        (said,) = cautions(recipe)
+        assert unknown in said and name in said and "\n" not in said
+        meant = likelihood.made_by.keywords | {"order": "given"}
+        assert cautions(replace(recipe, likelihood=trajectory(**meant))) == []
+        if "rank" not in options:
+            assert cautions(replace(recipe, sampler=sampler(**options | {"rank": max_prob}))) == []
+
+
+def test_weights_of_what_is_no_likelihood_ratio():
+    for likelihood in (one_step(), elbo(), trajectory(num_segments=2, order="given")):
+        recipe = tiny_recipe("x", likelihood=likelihood, sampler=sampler(rank=max_prob))
+        (said,) = cautions(recipe)
+        assert f"likelihood={likelihood.name!r} gives no likelihood ratios" in said and "\n" not in said
+        assert cautions(replace(recipe, corrector=none())) == []
+        assert cautions(replace(recipe, rollout_quantization=None)) == []
+
+
+def test_approximate_caches_that_the_estimator_does_not_see():
+    recipe = tiny_recipe("x", likelihood=elbo(), corrector=none(), sampler=sampler(cache=dual_cache()))
+    (said,) = cautions(recipe)
+    assert "sampler.cache='dual' is approximate, and likelihood='elbo' does not replay" in said and "\n" not in said
+    assert cautions(replace(recipe, likelihood=trajectory())) == []
+    assert cautions(replace(recipe, sampler=sampler(cache=prefix_cache(refresh=1)))) == []
+
+
+def test_a_zero_that_would_compare_a_tensor_with_itself_is_refused():
+    with pytest.raises(ValueError, match="zero_mismatch=True with likelihood='elbo' would compare"):
+        tiny_recipe("x", likelihood=elbo(), zero_mismatch=True, rollout_quantization=None)

@@ -27,8 +27,8 @@ def test_a_run_resumes_from_it(tmp_path):
     """The next step's numbers are those that version 0.1.0 went on to write, to the rounding of another CPU."""
     folder = tmp_path / "checkpoints" / "step-000001"
     shutil.copytree(OLD, folder, ignore=shutil.ignore_patterns("next_step.json"))
-    model = partial(tiny_masked_lm, **SMALL)
-    train(tiny_recipe(tmp_path, model=model, num_steps=2, learning_rate=5e-3, resume_from_checkpoint="latest"))
+    settings = {"model": partial(tiny_masked_lm, **SMALL), "likelihood": trajectory(order="given")}
+    train(tiny_recipe(tmp_path, **settings, num_steps=2, learning_rate=5e-3, resume_from_checkpoint="latest"))
     (row,) = metrics_of(tmp_path)
     expected = json.loads((OLD / "next_step.json").read_text())
     names = ("step", "reward", "grad_norm", "learning_rate", "rollout_corr/k3_kl", "ais/lambda")
@@ -37,7 +37,8 @@ def test_a_run_resumes_from_it(tmp_path):
 
 def test_another_recipe_is_still_refused(tmp_path):
     shutil.copytree(OLD, tmp_path / "checkpoints" / "step-000001")
-    changed = tiny_recipe(tmp_path, model=partial(tiny_masked_lm, **SMALL), resume_from_checkpoint="latest")
+    settings = {"model": partial(tiny_masked_lm, **SMALL), "likelihood": trajectory(order="given")}
+    changed = tiny_recipe(tmp_path, **settings, resume_from_checkpoint="latest")
     with pytest.raises(ValueError, match=r"learning_rate=0\.0005 differs from the checkpoint's 0\.005"):
         train(changed)
 
@@ -67,7 +68,8 @@ def test_a_field_that_the_checkpoint_does_not_know_counts_as_its_default(tmp_pat
     state = json.loads((folder / "state.json").read_text())
     del state["recipe"]["entropy_coeff"]
     (folder / "state.json").write_text(json.dumps(state))
-    recipe = partial(tiny_recipe, model=partial(tiny_masked_lm, **SMALL), num_steps=2, learning_rate=5e-3)
+    settings = {"model": partial(tiny_masked_lm, **SMALL), "likelihood": trajectory(order="given")}
+    recipe = partial(tiny_recipe, **settings, num_steps=2, learning_rate=5e-3)
     with pytest.raises(ValueError, match=r"entropy_coeff=0\.1 differs from the checkpoint's 0\.0"):
         train(recipe(tmp_path, entropy_coeff=0.1, resume_from_checkpoint="latest"))
     train(recipe(tmp_path, resume_from_checkpoint="latest"))

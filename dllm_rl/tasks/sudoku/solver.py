@@ -105,16 +105,102 @@ def random_unique_puzzle(solution: str, clues: int, rng: Random) -> str | None:
     order = sorted(range(81), key=lambda _: rng.random())
     # The first half goes at once where it can: of the grids with 41 clues or more, nearly all are unique.
     ahead = min(81 - clues, 40)
-    puzzle = _blank(solution, order[:ahead])
-    if not is_unique(puzzle):
-        ahead, puzzle = 0, solution
+    whole = [9 * cell + int(digit) - 1 for cell, digit in enumerate(solution)]
+    givens = [whole[cell] for cell in order[ahead:]]
+    if _closed(_allowed(givens)).bit_count() != 81 and not is_unique(_blank(solution, order[:ahead])):
+        ahead, givens = 0, whole
     for cell in order[ahead:]:
-        if 81 - puzzle.count("0") == clues:
+        if len(givens) == clues:
             break
-        fewer = _blank(puzzle, [cell])
-        if is_unique(fewer):
-            puzzle = fewer
-    return puzzle if 81 - puzzle.count("0") == clues else None
+        fewer = [given for given in givens if given != whole[cell]]
+        if not _completes_otherwise(fewer, whole[cell]):
+            givens = fewer
+    kept = {given // 9 for given in givens}
+    return _blank(solution, [cell for cell in range(81) if cell not in kept]) if len(kept) == clues else None
+
+
+def _allowed(givens: list[int]) -> int:
+    """The candidates of a 9x9 grid that the given ones, which break no rule, do not rule out."""
+    alive, rivals = (1 << 729) - 1, _cover(3)[1]
+    for given in givens:
+        alive &= ~rivals[given]
+    return alive
+
+
+def _completes_otherwise(givens: list[int], own: int) -> bool:
+    """Whether 9x9 givens have a completion with another digit in the cell of the candidate `own`.
+
+    Of a puzzle with one completion, `own` among its givens, that is whether it has more without it: much less to show
+    than by two completions of the whole.
+    """
+    alive, rivals = _allowed(givens), _cover(3)[1]
+    others = alive & (0b111111111 << own // 9 * 9) & ~(1 << own)
+    while others:
+        other = others & -others
+        others ^= other
+        if _completes(alive & ~rivals[other.bit_length() - 1]):
+            return True
+    return False
+
+
+def _completes(alive: int) -> bool:
+    """Whether candidates of a 9x9 grid hold a completion."""
+    alive = _closed(alive)
+    cells = [alive & (0b111111111 << place) for place in range(0, 729, 9)]
+    choices = min((cell for cell in cells if cell & (cell - 1)), key=int.bit_count, default=0)
+    if not choices:
+        return alive != 0
+    while choices:
+        low = choices & -choices
+        choices ^= low
+        if _completes(alive & ~_cover(3)[1][low.bit_length() - 1]):
+            return True
+    return False
+
+
+def _closed(alive: int) -> int:
+    """The candidates of a 9x9 grid that are left when all that is forced is in place; 0 where a demand has none.
+
+    All demands of a kind are seen at once: shifted onto one another, their places show which have one candidate left.
+    Two that are forced against each other leave a demand without any.
+    """
+    rivals, placed = _cover(3)[1], 0
+    while True:
+        forced = 0
+        for base, shifts, spread in _KINDS:
+            once = twice = 0
+            for shift in shifts:
+                here = alive >> shift & base
+                twice |= once & here
+                once |= here
+            if once != base:
+                return 0
+            forced |= alive & (once ^ twice) * spread
+        forced &= ~placed
+        if not forced:
+            return alive
+        placed |= forced
+        while forced:
+            low = forced & -forced
+            forced ^= low
+            alive &= ~rivals[low.bit_length() - 1]
+
+
+def _kind(bases: list[int], shifts: list[int]) -> tuple[int, tuple[int, ...], int]:
+    return sum(1 << base for base in bases), tuple(shifts), sum(1 << shift for shift in shifts)
+
+
+# Candidate (81 row + 9 column + digit) of the first place of every demand of a kind, and how far its nine places lie
+# from it: cells, rows, columns, boxes.
+_KINDS = (
+    _kind([9 * cell for cell in range(81)], list(range(9))),
+    _kind([81 * row + digit for row in range(9) for digit in range(9)], [9 * column for column in range(9)]),
+    _kind([9 * column + digit for column in range(9) for digit in range(9)], [81 * row for row in range(9)]),
+    _kind(
+        [243 * r + 27 * c + digit for r in range(3) for c in range(3) for digit in range(9)],
+        [81 * r + 9 * c for r in range(3) for c in range(3)],
+    ),
+)
 
 
 def _blank(grid: str, cells: list[int]) -> str:

@@ -1,0 +1,69 @@
+"""What the order's part of confidence-ranked unmasking costs: sampling, scoring and update, with and without it.
+
+Processor time of one thread, the arms in turn in one process, the median of `--repeats`.
+
+    python -m benchmarks.order
+"""
+
+import argparse
+import statistics
+import time
+from functools import partial
+
+import torch
+
+from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.scoring import backward_view
+from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.samplers.rules import confidence, max_prob
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.types import Prompts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--num_steps", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    characters = "".join(chr(0x4E00 + i) for i in range(options.vocabulary - 6))
+    sizes = {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "intermediate_size": 704, "max_length": 512}
+    policy = tiny_llama(characters=characters, causal=False, **sizes)
+    prompts = Prompts.from_ids([[5, 6, 7, 8] * 8] * 2, pad_id=policy.pad_id, group_size=4)
+    sample = partial(
+        unmask, policy, prompts, max_new_tokens=options.length, num_steps=options.num_steps, temperature=1.0
+    )
+    seeded = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    lawful = sample(seeded(), rank=confidence)
+    times: dict[str, list[float]] = {}
+
+    def timed(name: str, job: object) -> None:
+        start = time.process_time()
+        job()  # type: ignore[operator]
+        times.setdefault(name, []).append(time.process_time() - start)
+
+    def score(rollout: object, order: str, *, backward: bool) -> None:
+        estimator = trajectory(order=order)
+        noise = estimator.draw(rollout, seeded())
+        if not backward:
+            estimator.scores(policy, rollout, noise)
+            return
+        for n, (masked, weight) in enumerate(zip(noise.masked, noise.weight, strict=True)):
+            more = {} if noise.left is None else {"scored": weight != 0, "left": noise.left[n]}
+            backward_view(policy, rollout, masked, weight, **more)
+
+    for _ in range(options.repeats):
+        for rank in (max_prob, confidence):
+            timed(f"sampling, {rank.__name__}", lambda rank=rank: sample(seeded(), rank=rank))
+        for order in ("given", "law"):
+            timed(f"scoring, {order}", lambda order=order: score(lawful, order, backward=False))
+            timed(f"backward, {order}", lambda order=order: score(lawful, order, backward=True))
+    policy.module.zero_grad()
+    for name, seconds in times.items():
+        print(f"{name:24} {statistics.median(seconds):7.3f} s")
+
+
+if __name__ == "__main__":
+    main()

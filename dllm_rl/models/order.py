@@ -1,0 +1,171 @@
+"""The law of confidence-ranked unmasking: how likely it is that a position is left masked in a step.
+
+LLaDA's `low_confidence` draws a token y_j ~ p_j at every masked position of a step, and commits the k positions whose
+draws have the highest confidence conf_j(y_j), the untempered log-prob. The draws are independent, so that of a set S of
+committed positions with tokens y_S
+    log P(S, y_S | state) = sum_{i in S} log p_i(y_i) + sum_{j masked, not in S} log F_j(c),
+    c = min_{i in S} conf_i(y_i),   F_j(c) = sum_v p_j(v) [v at j ranks behind the last of S].
+A draw at j ranks behind where conf_j(v) < c, and where conf_j(v) = c and j stands behind the position that c is of: the
+sampler's ties go to the lowest index. The gradient goes through p_i and F_j; c is a threshold and has none [ours:
+derived in docs/order.md and equal to the enumeration of all draws; in no paper that we know of].
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dllm_rl.models.base import Policy
+from dllm_rl.models.logprobs import TokenLogprob, chunk_rows, chunked, process, wide
+from dllm_rl.types import SamplingParams
+
+LEAST = -20.0  # nats; an order that a policy cannot choose has this log-prob and no gradient, as log-ratios are clamped
+
+
+def last_committed(
+    scores: Float[Tensor, " K"], groups: Int[Tensor, " K"], places: Int[Tensor, " K"], num_groups: int
+) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
+    """Of each group of committed positions the lowest score, +inf where there are none, and the last place that has it.
+
+    groups  the group that each belongs to: those committed in one step of one row; places: in the completion.
+    """
+    lowest = scores.new_full((num_groups,), torch.inf).scatter_reduce(0, groups, scores, "amin")
+    at = torch.where(scores == lowest[groups], places, -1)
+    return lowest, places.new_full((num_groups,), -1).scatter_reduce(0, groups, at, "amax")
+
+
+def confidence_normalizer(
+    logits: Float[Tensor, "K V"], drawn: Float[Tensor, "K V"], sampling_params: SamplingParams, mask_id: int
+) -> Float[Tensor, " K"]:
+    """What `confidence` takes off the untempered logits: their log-sum-exp, without suppressed ids, but with the mask
+    token. Where temperature and filters change nothing it is that of the draw with the mask token put back, as in the
+    sampler, to the bit.
+
+    drawn  `process(logits, sampling_params)`
+    """
+    if sampling_params.temperature in (0, 1) and not sampling_params.filters:
+        return drawn.logsumexp(-1).logaddexp(wide(logits[:, mask_id]))
+    others = tuple(token for token in sampling_params.suppress if token != mask_id)
+    return process(logits, SamplingParams(suppress=others)).logsumexp(-1)
+
+
+class _LeftLogprob(torch.autograd.Function):
+    """log sum_{v inside} p(v), at least LEAST; its backward makes one (K, V) tensor, g (p(v | inside) - p(v))."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, inside: Tensor) -> Tensor:
+        total, part = logits.logsumexp(-1), logits.masked_fill(~inside, -torch.inf).logsumexp(-1)
+        ctx.save_for_backward(logits, inside, total, part)
+        return (part - total).clamp(min=LEAST)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, inside, total, part = ctx.saved_tensors
+        possible = part - total > LEAST
+        part = part.where(possible, 0)
+        out = (logits - part[:, None]).masked_fill_(~inside, -torch.inf).exp_()
+        out -= (logits - total[:, None]).exp_()
+        return out.mul_(gradient.where(possible, 0)[:, None]).masked_fill_(~possible[:, None], 0), None
+
+
+def _left(
+    logits: Tensor, lowest: Tensor, behind: Tensor, sampling_params: SamplingParams, mask_id: int
+) -> Float[Tensor, " K"]:
+    drawn = process(logits, sampling_params)
+    with torch.no_grad():
+        confidences = wide(logits) - confidence_normalizer(logits, drawn, sampling_params, mask_id)[:, None]
+        inside = confidences < lowest[:, None]
+        inside |= behind[:, None] & (confidences == lowest[:, None])
+    return _LeftLogprob.apply(drawn, inside)
+
+
+def left_logprobs(
+    policy: Policy,
+    hidden: Float[Tensor, "K D"],
+    lowest: Float[Tensor, " K"],
+    behind: Bool[Tensor, " K"],
+    sampling_params: SamplingParams,
+) -> Float[Tensor, " K"]:
+    """log F_j(c) of K positions that a step left masked, nats, at least LEAST; the head runs in chunks of rows.
+
+    lowest  c, the lowest confidence of those that the step committed; behind: the position stands behind the one that
+            c is of, so that it is left at a tie.
+    """
+    mask_id = _mask_id(policy)
+    one = lambda h, c, after: (_left(policy.head(h), c, after, sampling_params, mask_id),)  # noqa: E731
+    return chunked(one, hidden, lowest, behind, policy=policy)[0]
+
+
+def token_logprobs_and_confidences(
+    policy: Policy, hidden: Float[Tensor, "K D"], tokens: Int[Tensor, " K"], sampling_params: SamplingParams
+) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
+    """log p(tokens_k) under the distribution drawn from, and their confidence, which has no gradient; both in nats."""
+    return chunked(_committed(policy, sampling_params), hidden, tokens, policy=policy)  # type: ignore[return-value]
+
+
+def _committed(policy: Policy, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor, Tensor]]:
+    mask_id = _mask_id(policy)
+
+    def one(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = policy.head(h)
+        drawn = process(logits, sampling_params, y)
+        with torch.no_grad():
+            normalizer = confidence_normalizer(logits, drawn, sampling_params, mask_id)
+            confidence = wide(logits).gather(-1, y[:, None])[:, 0] - normalizer
+        return TokenLogprob.apply(drawn, y), confidence
+
+    return one
+
+
+def backward_committed(
+    policy: Policy,
+    hidden: Float[Tensor, "K D"],
+    tokens: Int[Tensor, " K"],
+    sampling_params: SamplingParams,
+    vector: Float[Tensor, " K"],
+) -> tuple[Float[Tensor, "K D"], Float[Tensor, " K"]]:
+    """The gradient of `token_logprobs_and_confidences` with respect to the states, and the confidences.
+
+    Gradients of the head's weights are added to them, chunk by chunk.
+    """
+    gradients, confidences = _chunk_by_chunk(_committed(policy, sampling_params), policy, vector, hidden, tokens)
+    return gradients, confidences[0]
+
+
+def backward_left(
+    policy: Policy,
+    hidden: Float[Tensor, "K D"],
+    lowest: Float[Tensor, " K"],
+    behind: Bool[Tensor, " K"],
+    sampling_params: SamplingParams,
+    vector: Float[Tensor, " K"],
+) -> Float[Tensor, "K D"]:
+    """The gradient of `left_logprobs` with respect to the states; that of the head's weights is added to them."""
+    mask_id = _mask_id(policy)
+    one = lambda h, c, after: (_left(policy.head(h), c, after, sampling_params, mask_id),)  # noqa: E731
+    return _chunk_by_chunk(one, policy, vector, hidden, lowest, behind)[0]
+
+
+def _chunk_by_chunk(
+    f: Callable, policy: Policy, vector: Tensor, hidden: Tensor, *rows: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One forward and backward of f(hidden, *rows) -> (value, ...) a chunk: the states' gradient, and what else f
+    gives."""
+    size = chunk_rows(policy.vocab_size, policy.device)
+    gradients, others = [torch.zeros_like(hidden[:0])], []
+    for h, v, *rest in zip(*(x.split(size) for x in (hidden, vector, *rows)), strict=True):
+        leaf = h.detach().requires_grad_()
+        value, *more = f(leaf, *rest)
+        value.backward(v)
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+        others.append(more)
+    return torch.cat(gradients), tuple(torch.cat(column) for column in zip(*others, strict=True))
+
+
+def _mask_id(policy: Policy) -> int:
+    assert policy.spec.mask_id is not None, "a diffusion model has a mask token"
+    return policy.spec.mask_id

@@ -1,0 +1,73 @@
+"""Stacked experts as linear layers, one an expert, so that each is quantised, synced and aligned like any other layer.
+
+Stock classes hold the experts of a layer as two stacks, gate_up_proj (E, 2I, D) and down_proj (E, D, I), and multiply
+by one grouped product. Quantised tensors are two-dimensional, with kernels of their own, so a quantised copy multiplies
+expert by expert.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+STACKS = ("gate_up_proj", "down_proj")
+LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+
+
+class Experts(nn.Module):
+    """The experts of one layer, in place of a stock module of two stacks."""
+
+    def __init__(self, gate_up_proj: list[nn.Linear], down_proj: list[nn.Linear], act_fn: nn.Module) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.ModuleList(gate_up_proj), nn.ModuleList(down_proj)
+        self.act_fn = act_fn
+
+    @torch.compiler.disable  # how many rows an expert gets is known on the host alone, and differs from step to step
+    def forward(
+        self, hidden_states: Float[Tensor, "S D"], top_k_index: Int[Tensor, "S K"], top_k_weights: Float[Tensor, "S K"]
+    ) -> Float[Tensor, "S D"]:
+        products = (list(self.gate_up_proj), list(self.down_proj))
+        return mixture(hidden_states, top_k_index, top_k_weights, *products, act_fn=self.act_fn)
+
+
+def mixture(
+    hidden_states: Float[Tensor, "S D"],
+    top_k_index: Int[Tensor, "S K"],
+    top_k_weights: Float[Tensor, "S K"],
+    gate_up: Sequence[Callable[[Tensor], Tensor]],
+    down: Sequence[Callable[[Tensor], Tensor]],
+    *,
+    act_fn: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "S D"]:
+    """sum_k weight_k down_e(act(gate_e(x)) * up_e(x)), e = index_k: what a stock mixture computes, each product as
+    given. The host waits for the device once, for how many rows chose which expert."""
+    chosen = top_k_index.flatten()
+    order = chosen.argsort(stable=True)
+    counts = chosen.bincount(minlength=len(gate_up)).tolist()
+    parts = []
+    for expert, rows in enumerate(hidden_states[order // top_k_index.shape[1]].split(counts)):
+        if len(rows):
+            gate, up = gate_up[expert](rows).chunk(2, dim=-1)
+            parts.append(down[expert](act_fn(gate) * up))
+    weighted = torch.cat(parts) * top_k_weights.flatten()[order][:, None]
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return weighted[back].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
+
+
+def is_stacked(layer: nn.Module) -> bool:
+    """Whether a module holds experts as stock classes do: two stacks, gated, without biases, each (E, out, in)."""
+    stacks = [getattr(layer, name, None) for name in STACKS]
+    return (
+        all(isinstance(stack, nn.Parameter) and stack.dim() == 3 for stack in stacks)
+        and len(list(layer.parameters(recurse=False))) == len(STACKS)
+        and isinstance(getattr(layer, "act_fn", None), nn.Module)
+        and all(getattr(layer, name, value) == value for name, value in LAYOUT.items())
+    )
+
+
+def place(name: str) -> tuple[str, int | None]:
+    """Where a quantised layer's weight lies in a plain module: the parameter's name, and the expert in a stack."""
+    stacked = re.fullmatch(rf"(.*\.(?:{'|'.join(STACKS)}))\.(\d+)", name)
+    return (stacked[1], int(stacked[2])) if stacked else (f"{name}.weight", None)

@@ -1,0 +1,68 @@
+"""The hidden states that a step reads, from as few positions as it may run: rows of like length go together."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dllm_rl.models.base import Policy
+from dllm_rl.models.buckets import length_buckets
+from dllm_rl.models.transfer import send
+from dllm_rl.samplers.cache import Cache, CachedStates
+from dllm_rl.samplers.canvas import Canvas
+
+
+class States:
+    """Owns which rows of a canvas are run together, and each bucket's keys and values, where there is a cache.
+
+    steps  of every block of every row: of a cached bucket so many forwards run its padding once.
+    """
+
+    def __init__(self, policy: Policy, canvas: Canvas, cache: Cache | None, steps: Int[Tensor, "B N"]) -> None:
+        self.policy, self.canvas = policy, canvas
+        forwards = 1 if cache is None else int(steps.max())
+        self.buckets = length_buckets(canvas.starts, canvas.tokens.shape[1], policy.device, forwards=forwards)
+        self.bucket = torch.zeros_like(canvas.starts)
+        self.caches = []
+        for number, bucket in enumerate(self.buckets):
+            self.bucket[bucket.rows] = number
+            seen = canvas.attention_mask[:, bucket.start :]
+            self.caches.append(None if cache is None else CachedStates(policy, cache, seen))
+
+    def __call__(
+        self, rows: Int[Tensor, " R"], block: int, counts: Int[Tensor, " R"], r: Tensor, columns: Tensor, *, alike: int
+    ) -> Float[Tensor, "K D"]:
+        """The states of K positions: `columns` (K,) of the r-th (K,) of rows, row by row, both on the device.
+
+        rows    that take part, on the host, and how many of the K each of them has; block: of the first of them, and
+                of all where there is a cache.
+        alike   every run of so many rows is the same: one forward serves it.
+        """
+        owner = self.bucket[rows]
+        numbers = owner.unique().tolist()
+        if len(numbers) == 1:
+            hidden, first = self._run(numbers[0], rows, block, alike)
+            return hidden[r // alike, (columns - first).clamp(min=0)]
+        members = [(owner == number).nonzero()[:, 0] for number in numbers]
+        within = torch.empty_like(rows)  # the place of each row in its bucket
+        for here in members:
+            within[here] = torch.arange(len(here))
+        of = owner.repeat_interleave(counts)
+        within, *places = send(r.device, within, *((of == number).nonzero()[:, 0] for number in numbers))
+        states = None
+        for number, here, place in zip(numbers, members, places, strict=True):
+            hidden, first = self._run(number, rows[here], block, alike)
+            found = hidden[within[r[place]] // alike, (columns[place] - first).clamp(min=0)]
+            states = found.new_empty(len(r), found.shape[-1]) if states is None else states
+            states[place] = found
+        assert states is not None, "a step has rows"
+        return states
+
+    def _run(self, number: int, rows: Tensor, block: int, alike: int) -> tuple[Float[Tensor, "r W D"], int]:
+        """The states of rows of one bucket, and the canvas's column that the first of them predicts."""
+        canvas, start, cached = self.canvas, self.buckets[number].start, self.caches[number]
+        if cached is None:
+            (seen,) = send(self.policy.device, rows[::alike])
+            return self.policy.hidden(canvas.tokens[seen, start:], canvas.attention_mask[seen, start:]), start
+        begin, end = canvas.bounds[block]
+        hidden, first = cached.advance(canvas.tokens[:, start:], rows, (begin - start, end - start), alike=alike)
+        return hidden, first + start

@@ -1,0 +1,235 @@
+"""The bias and the noise of a policy gradient, exactly: a network so small that all its rollouts can be enumerated.
+
+A rollout policy q (the learner p with Gaussian noise on its weights) writes `length` words in a few steps of a fixed
+order; each of the words ** length outcomes y has a reward. Of the gradient that a batch of n rollouts gives,
+    g(y) = sum_t dJ_t/dlogp_t * grad logp_t(y),   J the library's own surrogate under the corrector's own weights,
+mean and covariance under q are sums over all outcomes, and the truth is grad E_p[reward]. Nothing is sampled.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import product
+from statistics import median
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor
+
+from dllm_rl.algorithms.correctors import Corrector
+from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator, trajectory
+from dllm_rl.likelihoods.scoring import score_view
+from dllm_rl.models.base import Policy
+from dllm_rl.models.families import DIFFUSION_LM
+from dllm_rl.types import Batch, Noise, Rollout, SamplingParams
+
+POPULATION = 2**13  # rows of the batch that a corrector sees: each outcome as often as it is likely, once at least
+
+
+class ToyPolicy:
+    """A network of one hidden layer on a one-hot canvas: logits of each of `length` positions over words and a mask.
+
+    sharpness  factor on the logits: 1 is soft, as early in training, 3 concentrated.
+    """
+
+    def __init__(self, *, length: int, words: int, sharpness: float, generator: Generator) -> None:
+        self.length, self.words, self.sharpness, self.vocab_size = length, words, sharpness, words + 1
+        wide, hidden = length * (words + 1), 12
+        draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+        self.weights = [draw(wide, hidden) / length**0.5, draw(hidden, length * words) / hidden**0.5]
+        self.spec, self.device = replace(DIFFUSION_LM, mask_id=words), torch.device("cpu")
+        # What else a policy has; scoring asks for none of it.
+        self.module, self.tokenizer, self.pad_id, self.version = None, None, 0, 0
+        self.float32_head, self.gradient_checkpointing = True, False
+        self.lora = self.quantization = self.quantization_report = None
+
+    def moved(self, sigma: float, generator: Generator) -> "ToyPolicy":
+        """The same network with Gaussian noise on its weights, of `sigma` times each matrix's own spread."""
+        other = object.__new__(ToyPolicy)
+        other.__dict__ = dict(vars(self))
+        noise = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in self.weights]
+        other.weights = [w.detach() + sigma * w.detach().std() * z for w, z in zip(self.weights, noise, strict=True)]
+        return other
+
+    def hidden(self, tokens: Int[Tensor, "B T"], attention_mask: Tensor) -> Float[Tensor, "B T V"]:
+        """The logits themselves; the head passes them on."""
+        canvas = torch.nn.functional.one_hot(tokens, self.words + 1).double().flatten(1)
+        logits = self.sharpness * (torch.tanh(canvas @ self.weights[0]) @ self.weights[1])
+        return torch.nn.functional.pad(logits.view(*tokens.shape, self.words), (0, 1))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    encode = logits = to = save_pretrained = reference = hidden
+
+    def rollout(self, num_steps: int) -> Rollout:
+        """All outcomes, a row each, written from left to right in equal parts; no log-probs."""
+        tokens = torch.tensor(list(product(range(self.words), repeat=self.length)))
+        step = (torch.arange(self.length) * num_steps // self.length).expand_as(tokens)
+        everywhere, params = torch.ones_like(tokens, dtype=torch.bool), SamplingParams(suppress=(self.words,))
+        blank = torch.zeros(tokens.shape, dtype=torch.float64)
+        return Rollout(tokens, everywhere, everywhere, step, blank, group_size=1, sampling_params=params)
+
+
+def contributions(
+    policy: ToyPolicy, rollout: Rollout, noise: Noise, estimator: LikelihoodEstimator
+) -> Float[Tensor, "B T"]:
+    """The estimator's contributions, nats, differentiable and in fp64."""
+    lefts = [None] * len(noise.masked) if noise.left is None else list(noise.left)
+    views = zip(noise.masked, noise.weight != 0, lefts, strict=True)
+    scored = cast(Policy, policy)  # it has what scoring asks of one
+    scores = [score_view(scored, rollout, masked, where, left=left) for masked, where, left in views]
+    return estimator.combine(torch.stack(scores), noise)
+
+
+def per_outcome(policy: ToyPolicy, logps: Float[Tensor, "B T"]) -> Float[Tensor, "B T W"]:
+    """The gradient of every contribution with respect to all weights."""
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(x, policy.weights, retain_graph=True)])
+        for x in logps.flatten()
+    ]
+    return torch.stack(rows).view(*logps.shape, -1)
+
+
+@dataclass(frozen=True)
+class GradientRow:
+    """One corrector in one setting: medians over networks.
+
+    bias        |E g - truth| / |truth|, exact; 0 is unbiased
+    rmse        (E |mean of n g - truth|^2)^(1/2) / |truth|, of batches of `batch` rows whose weights are those of a
+                batch without end
+    efficiency  <E g, truth> / (|truth| (E |mean of n g|^2)^(1/2)): rmse's complement, indifferent to scale; 1 is best
+    mean_weight E w over the rollout's tokens; ess 1 / E (w / E w)^2 of them
+    """
+
+    policy: str
+    sigma: float
+    batch: int
+    bias: float
+    rmse: float
+    efficiency: float
+    mean_weight: float
+    ess: float
+
+
+def gradient_table(
+    corrector: Corrector,
+    *,
+    sigmas: Sequence[float] = (0.1, 0.3, 0.5),
+    policies: Sequence[str] = ("early", "late"),
+    batch: int = 128,
+    length: int = 4,
+    words: int = 3,
+    num_steps: int = 2,
+    networks: int = 8,
+    moved: str = "rollout",
+    seed: int = 0,
+) -> list[GradientRow]:
+    """How far a corrector's gradient is from the learner's own, by enumeration: a row for each policy and sigma.
+
+    sigmas    noise on the weights, in parts of their spread
+    policies  early: soft distributions; late: concentrated ones
+    batch     rows of the batch whose noise is given
+    length, words, num_steps  of the toy: words ** length outcomes
+    networks  random networks, rewards and directions of the noise; medians over them are given
+    moved     rollout: the rollout policy has the noise, and the learner has made no update (what weights correct);
+              old: the rollout is the learner's before an update of that size (what a surrogate's clip is for)
+    """
+    if moved not in ("rollout", "old"):
+        raise ValueError(f"moved={moved!r} must be 'rollout' or 'old'")
+    table = []
+    for kind, sigma in product(policies, sigmas):
+        seeds = (seed + 1000 * network for network in range(networks))
+        cases = [_case(length, words, num_steps, {"early": 1.0, "late": 3.0}[kind], each) for each in seeds]
+        found = [_measure(case, corrector, sigma, batch, moved) for case in cases]
+        table.append(GradientRow(kind, sigma, batch, *map(median, zip(*found, strict=True))))
+    return table
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A network, and what does not depend on the noise: all outcomes, their rewards, log-probs and gradients."""
+
+    toy: ToyPolicy
+    rollout: Rollout
+    noise: Noise
+    rewards: Float[Tensor, " B"]
+    logps: Float[Tensor, "B T"]
+    jacobian: Float[Tensor, "B T W"]
+    seed: int
+
+
+@lru_cache(maxsize=64)
+def _case(length: int, words: int, num_steps: int, sharpness: float, seed: int) -> _Case:
+    generator = torch.Generator().manual_seed(seed)
+    toy = ToyPolicy(length=length, words=words, sharpness=sharpness, generator=generator)
+    rollout = toy.rollout(num_steps)
+    noise = trajectory().draw(rollout, generator)
+    rewards = torch.randn(len(rollout.tokens), generator=generator, dtype=torch.float64)
+    for weight in toy.weights:
+        weight.requires_grad_()
+    logps = contributions(toy, rollout, noise, trajectory())
+    return _Case(toy, rollout, noise, rewards, logps.detach(), per_outcome(toy, logps), seed)
+
+
+def _measure(case: _Case, corrector: Corrector, sigma: float, batch: int, moved: str) -> tuple[float, ...]:
+    rollout, noise, current = case.rollout, case.noise, case.logps
+    behaviour = case.toy.moved(sigma, torch.Generator().manual_seed(case.seed + 1))
+    sampled = contributions(behaviour, rollout, noise, trajectory())
+    p, q = (each.sum(-1).exp() for each in (current, sampled))
+    advantages = case.rewards - (q * case.rewards).sum()
+    truth = torch.einsum("b,btw->w", p * advantages, case.jacobian)
+
+    old = current if moved == "rollout" else sampled
+    weights, keep = weighed(corrector, old - sampled, advantages, q)
+    gradient = surrogate_gradient(corrector, rollout, noise, advantages, current, old, weights, keep)
+    each = torch.einsum("bt,btw->bw", gradient, case.jacobian)
+    w = torch.where(keep, weights, 0)
+    mean_weight, square = (float((q[:, None] * x).sum() / w.shape[1]) for x in (w, w.square()))
+    return *against(truth, each, q, batch), mean_weight, mean_weight**2 / square if square else 0.0
+
+
+def against(
+    truth: Float[Tensor, " W"], each: Float[Tensor, "B W"], chances: Float[Tensor, " B"], batch: int
+) -> tuple[float, float, float]:
+    """Bias, root mean square error and efficiency of the mean of `batch` draws of the rows of `each`."""
+    mean = chances @ each
+    variance = (chances @ each.square().sum(-1) - mean.square().sum()) / batch
+    bias, size = (mean - truth).norm(), truth.norm()
+    rmse = (bias.square() + variance).sqrt()
+    efficiency = (mean @ truth) / (size * (mean.square().sum() + variance).sqrt()).clamp(min=1e-300)
+    return (bias / size).item(), (rmse / size).item(), efficiency.item()
+
+
+def weighed(
+    corrector: Corrector,
+    log_mismatch: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    chances: Float[Tensor, " B"],
+) -> tuple[Float[Tensor, "B T"], Tensor]:
+    """The weights and keep mask of each outcome in a batch that holds it as often as it is likely."""
+    counts = (chances * POPULATION).round().long().clamp(min=1)
+    rows = torch.arange(len(chances)).repeat_interleave(counts)
+    mask = torch.ones_like(log_mismatch, dtype=torch.bool)
+    weights, keep, _ = corrector.weigh(log_mismatch[rows], advantages[rows], mask[rows])
+    first = counts.cumsum(0) - counts
+    return weights[first], keep[first]
+
+
+def surrogate_gradient(
+    corrector: Corrector,
+    rollout: Rollout,
+    noise: Noise,
+    advantages: Float[Tensor, " B"],
+    current: Float[Tensor, "B T"],
+    old: Float[Tensor, "B T"],
+    weights: Float[Tensor, "B T"],
+    keep: Tensor,
+) -> Float[Tensor, "B T"]:
+    """d objective / d log-probs of each outcome alone, by `policy_loss`; every sequence counts 1."""
+    aggregate: Callable[..., Tensor] = partial(constant, length=1)
+    made = Batch(rollout, noise, advantages, old, old[None], weights, keep, None, num_tokens=1, num_sequences=1)
+    loss = partial(policy_loss, surrogate=corrector.surrogate, aggregate=aggregate, beta=0.0, kl=kl_k2)
+    return -loss(current, made)[2]

@@ -1,0 +1,220 @@
+"""The gradient laboratory: bias, error and efficiency of correctors, surrogates, estimators and orders, by enumeration.
+
+Three words at four positions in two steps, written by a network of 336 weights: 81 outcomes (and their orders), so that
+mean and covariance of a policy gradient are sums and nothing is sampled, but for an estimator's masks. Every number is
+a median over 8 networks. A corrector of your own: `dllm_rl.testing.gradient_table(corrector)`. About two minutes of one
+core. What the numbers say: gradients.md.
+
+    python -m recipes.studies.gradients                    write gradients_tables.md and gradients.png
+"""
+
+import argparse
+from dataclasses import replace
+from functools import partial
+from itertools import combinations, product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from dllm_rl.algorithms import correctors as c
+from dllm_rl.algorithms import losses
+from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.testing.gradients import GradientRow, ToyPolicy, against, contributions, gradient_table, per_outcome
+from dllm_rl.types import Rollout
+
+BAND = {"eps_high": 0.05, "neg_low": 0.05, "neg_high": 0.05}
+CORRECTORS = {
+    "none": c.none(),
+    "TIS, tokens, cap 2": c.tis(),
+    "token IS, no cap": c.tis(cap=1e8),
+    "TIS, sequence, cap 2": c.tis(level="sequence"),
+    "sequence IS, no cap": c.tis(cap=1e8, level="sequence"),
+    "geometric mean, cap 2": c.tis(level="sequence", aggregate="geometric"),
+    "TBPO's weight": c.Corrector(weigh=c.tbpo().weigh),
+    "MIS, tokens, .5 to 2": c.mis(),
+    "IcePop": c.icepop(),
+    "reject, k3 > .1": c.reject(bound=0.1),
+    "TIS and reject": c.compose(c.tis(), c.reject(bound=0.1)),
+    "AIS, alarm": c.ais(),
+    "AIS, gated": c.ais(combine="gated"),
+}
+SURROGATES = {
+    "reinforce": losses.reinforce,
+    "r A, no clip": partial(losses.ppo_clip, epsilon=1e8),
+    "ppo_clip, .2": partial(losses.ppo_clip, epsilon=0.2),
+    "dual clip, delta 1.2": partial(losses.ppo_clip, epsilon=0.2, delta=1.2),
+    "dual clip, delta 3": partial(losses.ppo_clip, epsilon=0.2, delta=3.0),
+    "DAPO, .2 and .28": partial(losses.ppo_clip, epsilon=0.2, epsilon_high=0.28),
+    "cispo, 5": losses.cispo,
+    "gspo, .2": partial(losses.gspo, epsilon=0.2, epsilon_high=0.2),
+    "TBPO's band, .05": partial(losses.trust_band, **BAND),
+}
+ESTIMATORS = {
+    "trajectory": lik.trajectory(),
+    "trajectory, 1 segment": lik.trajectory(num_segments=1),
+    "one_step": lik.one_step(prompt_mask=0.0),
+    "elbo, 2 masks": lik.elbo(num_samples=2),
+    "elbo, 8 masks": lik.elbo(num_samples=8),
+    "coupled, 2 masks": lik.coupled(),
+    "quadrature, 3 masks": lik.quadrature(),
+    "block of 2, 2 masks": lik.block(block_size=2),
+    "eubo, 2 masks": lik.eubo(),
+    "sandwich, 2 masks": lik.sandwich(),
+}
+SIGMAS, KINDS, SHARPNESS = (0.1, 0.3, 0.5), ("early", "late"), {"early": 1.0, "late": 3.0}
+COLUMNS = [f"{kind} {sigma}" for kind, sigma in product(KINDS, SIGMAS)]
+
+
+def shown(bias: float, rmse: float, efficiency: float) -> str:
+    return "/".join(f"{x:.2f}" for x in (bias, rmse, efficiency))
+
+
+def table(title: str, columns: list[str], rows: dict[str, list[str]]) -> str:
+    head = f"| {title} | {' | '.join(columns)} |\n| --- |{' --- |' * len(columns)}\n"
+    return head + "".join(f"| {name} | {' | '.join(cells)} |\n" for name, cells in rows.items())
+
+
+def of_correctors(made: dict[str, c.Corrector], **options: Any) -> dict[str, list[GradientRow]]:
+    tables = partial(gradient_table, sigmas=SIGMAS, policies=KINDS, **options)
+    return {name: tables(corrector) for name, corrector in made.items()}
+
+
+def as_cells(rows: dict[str, list[GradientRow]]) -> dict[str, list[str]]:
+    return {name: [shown(row.bias, row.rmse, row.efficiency) for row in each] for name, each in rows.items()}
+
+
+def toys(kind: str, networks: int) -> list[tuple[ToyPolicy, torch.Generator]]:
+    generators = [torch.Generator().manual_seed(1000 * network) for network in range(networks)]
+    made = [ToyPolicy(length=4, words=3, sharpness=SHARPNESS[kind], generator=g) for g in generators]
+    return list(zip(made, generators, strict=True))
+
+
+def of_estimators(networks: int, *, draws: int = 8, batch: int = 128) -> dict[str, list[str]]:
+    """On-policy: the gradient of mean A * estimate, of `draws` draws of the masks, against that of the exact reward.
+
+    The scale of a bound's gradient is its own: what counts of it is the efficiency, and the cosine of its mean.
+    """
+    found: dict[str, list[str]] = {name: [] for name in ESTIMATORS}
+    for kind, name in product(KINDS, ESTIMATORS):
+        numbers = []
+        for toy, generator in toys(kind, networks):
+            rollout, estimator = toy.rollout(2), ESTIMATORS[name]
+            rewards = torch.randn(len(rollout.tokens), generator=generator, dtype=torch.float64)
+            for weight in toy.weights:
+                weight.requires_grad_()
+            exact = lik.trajectory()
+            logps = contributions(toy, rollout, exact.draw(rollout, generator), exact)
+            p = logps.detach().sum(-1).exp()
+            advantages = rewards - p @ rewards
+            truth = torch.einsum("b,btw->w", p * advantages, per_outcome(toy, logps))
+            each = []
+            for _ in range(draws if "mask" in name else 1):
+                noise = estimator.with_advantages(estimator.draw(rollout, generator), advantages)
+                if noise.upper_bound_weight is not None:
+                    noise = replace(noise, upper_bound_weight=noise.upper_bound_weight.double())
+                sums = contributions(toy, rollout, noise, estimator).sum(-1, keepdim=True)
+                each.append(advantages[:, None] * per_outcome(toy, sums)[:, 0])
+            rows, chances = torch.cat(each), p.repeat(len(each)) / len(each)
+            bias, rmse, efficiency = against(truth, rows, chances, batch)
+            mean = chances @ rows
+            numbers.append((bias, rmse, efficiency, float(mean @ truth / (mean.norm() * truth.norm()))))
+        *three, cosine = (median(column) for column in zip(*numbers, strict=True))
+        found[name] += [shown(*three), f"{cosine:.2f}"]
+    return found
+
+
+def confidence_outcomes(toy: ToyPolicy) -> Rollout:
+    """Every set of two positions that the first of two steps can commit, with every outcome: 6 * 81 rows, whose order
+    has a law; where it cannot be chosen, its log-prob is the floor of `models.order`."""
+    base = toy.rollout(2)
+    firsts = list(combinations(range(toy.length), 2))
+    steps = [[int(i not in first) for i in range(toy.length)] for first in firsts]
+    rows = torch.arange(len(base.tokens)).repeat(len(steps))
+    step = torch.tensor(steps).repeat_interleave(len(base.tokens), 0)
+    record = {"order_logprobs": torch.zeros(step.shape), "open_step": torch.zeros_like(step)}
+    return replace(base.rows(rows), unmask_step=step, **record)
+
+
+def of_orders(networks: int, *, batch: int = 128) -> dict[str, list[str]]:
+    """Rollouts ranked by confidence: tokens and order, or tokens alone, on-policy and with sequence weights."""
+    found: dict[str, list[str]] = {}
+    for kind, sigma in product(KINDS, (0.0, *SIGMAS)):
+        numbers: dict[str, list[tuple[float, float, float]]] = {}
+        for toy, generator in toys(kind, networks):
+            rollout, behaviour = confidence_outcomes(toy), toy.moved(sigma, generator)
+            rewards = torch.randn(81, generator=generator, dtype=torch.float64).repeat(6)
+            for weight in toy.weights:
+                weight.requires_grad_()
+            laws = {order: lik.trajectory(order=order) for order in ("law", "given")}
+            noises = {order: law.draw(rollout, generator) for order, law in laws.items()}
+            ours = {order: contributions(toy, rollout, noises[order], laws[order]).sum(-1) for order in laws}
+            theirs = {order: contributions(behaviour, rollout, noises[order], laws[order]).sum(-1) for order in laws}
+            scores = {order: per_outcome(toy, ours[order][:, None])[:, 0] for order in laws}
+            p, q = ours["law"].detach().exp(), theirs["law"].detach().exp()
+            p, q = (torch.where(x > 1e-8, x, 0) for x in (p, q))  # the floor stands for 0
+            advantages = rewards - q @ rewards
+            truth = torch.einsum("b,bw->w", p * advantages, scores["law"])
+            for order, weighted in product(laws, (False, True)):
+                ratio = (ours[order] - theirs[order]).detach().clamp(-20, 20).exp() if weighted else torch.ones_like(q)
+                each = (ratio * advantages)[:, None] * scores[order]
+                name = "tokens and order" if order == "law" else "tokens alone"
+                name += ", sequence IS" if weighted else ", none"
+                numbers.setdefault(name, []).append(against(truth, each, q, batch))
+        for name, rows in numbers.items():
+            found.setdefault(name, []).append(shown(*(median(column) for column in zip(*rows, strict=True))))
+    return found
+
+
+def plot(rows: dict[str, list[GradientRow]], path: Path) -> None:
+    """Bias against error of each corrector, early and late, as sigma grows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
+    for axis, kind in zip(axes, KINDS, strict=True):
+        for i, (name, each) in enumerate(rows.items()):
+            points = [(row.bias, row.rmse) for row in each if row.policy == kind]
+            style = {"marker": "osDv^<>PX*hd8"[i], "markersize": 5, "linewidth": 1}
+            axis.plot(*zip(*points, strict=True), label=name, color=plt.colormaps["tab20"](i), **style)
+        axis.set(title=f"{kind} policies", xlabel="bias / |gradient|", ylim=(0, 1.6))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("error of 128 rows / |gradient|")
+    axes[1].legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", type=int, default=8)
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
+    options = parser.parse_args()
+    networks = options.networks
+    many = of_correctors(CORRECTORS, networks=networks)
+    few = of_correctors(CORRECTORS, networks=networks, batch=16)
+    weights = {name: [f"{row.mean_weight:.2f}/{row.ess:.2f}" for row in rows] for name, rows in many.items()}
+    sized = partial(of_correctors, CORRECTORS, networks=networks, words=2, num_steps=2)
+    short, long = sized(length=2), sized(length=6)
+    clipped = {name: replace(c.none(), surrogate=surrogate) for name, surrogate in SURROGATES.items()}
+    updated = of_correctors(clipped, networks=networks, moved="old")
+    parts = [
+        table("corrector, n = 128", COLUMNS, as_cells(many)),
+        table("corrector, n = 16", COLUMNS, as_cells(few)),
+        table("corrector: mean weight/ESS", COLUMNS, weights),
+        table("corrector, 2 tokens of 2 words, n = 128", COLUMNS, as_cells(short)),
+        table("corrector, 6 tokens of 2 words, n = 128", COLUMNS, as_cells(long)),
+        table("surrogate after an update, n = 128", COLUMNS, as_cells(updated)),
+        table("estimator, n = 128", ["early", "cosine", "late", "cosine"], of_estimators(networks)),
+        table("rank confidence, n = 128", [f"{k} {s}" for k, s in product(KINDS, (0.0, *SIGMAS))], of_orders(networks)),
+    ]
+    (options.output_dir / "gradients_tables.md").write_text("\n".join(parts))
+    plot(many, options.output_dir / "gradients.png")
+    print("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Order agreement by hand, on a table: which positions a learner would have begun with, against which were."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from likelihood_toys import TablePolicy
+
+from dllm_rl.samplers import rules
+from dllm_rl.samplers.agreement import order_agreement
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.types import Prompts
+
+LENGTH = 4
+
+
+def policy_of(*tops):
+    """A table whose likeliest word has, in the first state, these logits at the four positions, all others 0."""
+    policy = TablePolicy(length=LENGTH, words=3, seed=0)
+    policy.table = torch.zeros_like(policy.table)
+    policy.table[-1, :, 0] = torch.tensor(tops)  # the state of four masks is the last
+    return policy
+
+
+def sampled(policy, **options):
+    prompts = Prompts.from_ids([[4], [4]], pad_id=5, group_size=3)
+    settings = {"temperature": 1.0, "rank": rules.max_prob, "suppress": (4, 5), "num_steps": 2} | options
+    return unmask(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=LENGTH, **settings)
+
+
+@pytest.mark.parametrize("rank", [rules.max_prob, rules.margin, rules.entropy])
+def test_positions_and_prompts_that_agree(rank):
+    rollout = sampled(policy_of(4.0, 3.0, 2.0, 1.0), rank=rank)
+    assert ((rollout.unmask_step[:, 1:] == 0) == torch.tensor([True, True, False, False])).all()
+    for tops, positions, prompts in (
+        ((4.0, 3.0, 2.0, 1.0), 4, 2),  # of two committed positions in each of two prompts
+        ((4.0, 1.0, 3.0, 2.0), 2, 0),
+        ((1.0, 2.0, 3.0, 4.0), 0, 0),
+        ((3.0, 4.0, 2.0, 1.0), 4, 2),  # a set, whatever the order inside it
+    ):
+        found = {name: tuple(map(int, pair)) for name, pair in order_agreement(policy_of(*tops), rollout).items()}
+        assert found == {"order_agreement": (positions, 4), "order_agreement_rows": (prompts, 2)}
+
+
+def test_only_the_open_block_can_be_chosen():
+    rollout = sampled(policy_of(1.0, 2.0, 3.0, 4.0), block_size=2, num_steps=4)
+    found = order_agreement(policy_of(1.0, 2.0, 9.0, 9.0), rollout)
+    assert tuple(map(int, found["order_agreement"])) == (2, 2)
+
+
+def test_orders_that_depend_on_no_policy_or_on_the_draws_are_not_compared():
+    policy = policy_of(4.0, 3.0, 2.0, 1.0)
+    for rank in (rules.random, rules.confidence, lambda logits: logits[:, 0]):
+        assert order_agreement(policy, sampled(policy, rank=rank)) == {}
+    assert order_agreement(policy, replace(sampled(policy), rank=None)) == {}

@@ -1,0 +1,68 @@
+"""Every draw of confidence-ranked unmasking on a table of logits, followed one by one: the law, knowing no formula."""
+
+import itertools
+import math
+
+import torch
+from likelihood_toys import TablePolicy
+
+from dllm_rl.types import Rollout, SamplingParams
+
+
+def drawn_from(logits, *, temperature=1.0, top_k=None, top_p=None):
+    """Probabilities (W,) that words are drawn with: divide, keep the top k, then those that begin below top_p."""
+    scaled = logits / temperature
+    order = sorted(range(len(logits)), key=lambda v: (-float(scaled[v].detach()), v))[:top_k]
+    if top_p is not None:
+        p, before, kept = scaled[order].softmax(-1).tolist(), 0.0, []
+        for word, mass in zip(order, p, strict=True):
+            if before < top_p:
+                kept.append(word)
+            before += mass
+        order = kept
+    return torch.zeros_like(logits).index_put((torch.tensor(order),), scaled[order].softmax(-1))
+
+
+def outcomes(policy: TablePolicy, blocks: list[list[int]], num_steps: int, *, differentiable=False, **options):
+    """{(tokens, steps, opened): probability} of all that `blocks`, each in `num_steps` steps, can end in.
+
+    A step draws a word at every masked position of the block (which has at most a step for each), and keeps the
+    ceil(masked / steps left) with the highest untempered log-prob; ties go to the lowest position.
+    """
+    hole, found = policy.mask_id, {((policy.mask_id,) * policy.length, (-1,) * policy.length): 1.0}
+    opened, clock = [0] * policy.length, 0
+    for block in blocks:
+        for position in block:
+            opened[position] = clock
+        for left in range(min(num_steps, len(block)), 0, -1):
+            after = {}
+            for (tokens, steps), chance in found.items():
+                masked = [i for i in block if tokens[i] == hole]
+                count = math.ceil(len(masked) / left)
+                state = sum(t * (policy.words + 1) ** i for i, t in enumerate(tokens))
+                rows = [policy.table[state, i] for i in masked]
+                p = [drawn_from(row[: policy.words], **options) for row in rows]
+                confidence = [row[: policy.words + 1].log_softmax(-1).tolist() for row in rows]  # the mask token counts
+                p = p if differentiable else [row.tolist() for row in p]
+                for words in itertools.product(range(policy.words), repeat=len(masked)):
+                    scores = [confidence[i][word] for i, word in enumerate(words)]
+                    best = sorted(range(len(masked)), key=lambda i: (-scores[i], i))[:count]
+                    tokens2, steps2 = list(tokens), list(steps)
+                    for i in best:
+                        tokens2[masked[i]], steps2[masked[i]] = words[i], clock
+                    drawn = chance
+                    for i, word in enumerate(words):
+                        drawn = drawn * p[i][word]
+                    key = (tuple(tokens2), tuple(steps2))
+                    after[key] = after.get(key, 0.0) + drawn
+            found, clock = after, clock + 1
+    return {(*key, tuple(opened)): p for key, p in found.items() if p > 0}
+
+
+def as_rollout(policy: TablePolicy, keys, **options) -> Rollout:
+    """A rollout whose rows are these outcomes; its order has a law, and its own record of it is left at 0."""
+    tokens, steps, opened = (torch.tensor(column) for column in zip(*keys, strict=True))
+    ahead = torch.full((len(tokens), 1), -1)
+    made = policy.rollout(tokens, unmask_step=torch.cat([ahead, steps], 1), open_step=torch.cat([ahead, opened], 1))
+    params = SamplingParams(**options, suppress=made.sampling_params.suppress)
+    return Rollout(**{**vars(made), "sampling_params": params, "order_logprobs": torch.zeros(made.tokens.shape)})

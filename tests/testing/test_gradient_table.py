@@ -1,0 +1,123 @@
+"""The gradient laboratory: its truth against autograd, rows as theory has them, planted faults that move them."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from dllm_rl.algorithms import correctors as c
+from dllm_rl.algorithms.losses import ppo_clip, reinforce
+from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.testing import gradient_table
+from dllm_rl.testing.gradients import ToyPolicy, against, contributions, per_outcome
+
+SMALL = {"networks": 3, "sigmas": (0.3,), "length": 3}
+SEQUENCE = c.tis(cap=1e9, level="sequence")
+
+
+def table(corrector, **options):
+    return gradient_table(corrector, **{**SMALL, **options})
+
+
+def test_its_truth_is_autograds_gradient_of_the_expected_reward():
+    generator = torch.Generator().manual_seed(0)
+    toy = ToyPolicy(length=3, words=3, sharpness=2.0, generator=generator)
+    for weight in toy.weights:
+        weight.requires_grad_()
+    rollout, rewards = toy.rollout(2), torch.randn(27, dtype=torch.float64, generator=generator)
+    noise = trajectory().draw(rollout, generator)
+    logps = contributions(toy, rollout, noise, trajectory())
+    chances = logps.sum(-1).exp()
+    torch.testing.assert_close(chances.sum(), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-12)
+    jacobian = per_outcome(toy, logps)
+    by_scores = torch.einsum("b,btw->w", chances.detach() * rewards, jacobian)
+    direct = torch.autograd.grad((chances * rewards).sum(), toy.weights)
+    torch.testing.assert_close(by_scores, torch.cat([g.flatten() for g in direct]), rtol=0, atol=1e-12)
+
+
+def test_bias_noise_and_efficiency_by_hand():
+    """Two outcomes, likely .25 and .75, of gradients (4, 0) and (0, 4): mean (1, 3), E|g|^2 = 16, variance 6."""
+    each, chances = torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.tensor([0.25, 0.75])
+    bias, rmse, efficiency = against(torch.tensor([1.0, 0.0]), each, chances, 2)
+    assert bias == pytest.approx(3) and rmse == pytest.approx((9 + 3) ** 0.5)
+    assert efficiency == pytest.approx(1 / 13**0.5)
+
+
+def test_on_policy_every_corrector_is_unbiased():
+    for corrector in (c.none(), c.tis(), SEQUENCE, c.ais(), c.icepop(), c.tbpo(), c.reject()):
+        for row in table(corrector, sigmas=(0.0,)):
+            assert row.bias < 1e-12 and row.mean_weight == pytest.approx(1, abs=1e-12) == row.ess
+
+
+def test_sequence_weights_are_unbiased_and_have_mean_one():
+    for row in table(SEQUENCE, sigmas=(0.1, 0.5)):
+        assert row.bias < 1e-12 and row.mean_weight == pytest.approx(1, abs=1e-12) and row.ess < 1
+
+
+def test_token_weights_are_biased_with_a_cap_and_without():
+    for corrector in (c.tis(), c.tis(cap=1e9), c.icepop()):
+        for row, none in zip(table(corrector), table(c.none()), strict=True):
+            assert 0.05 < row.bias < none.bias
+    for row in table(c.tis(cap=1e9)):
+        assert row.mean_weight == pytest.approx(1, abs=1e-12), "each token's weights have mean one all the same"
+
+
+def test_a_cap_buys_less_noise_with_bias():
+    capped, raw = table(c.tis(level="sequence"), sigmas=(0.5,)), table(SEQUENCE, sigmas=(0.5,))
+    for one, other in zip(capped, raw, strict=True):
+        assert one.bias > 0.01 and one.ess > other.ess
+    assert capped[1].rmse < raw[1].rmse  # concentrated policies
+
+
+def test_more_rows_less_noise_and_the_same_bias():
+    few, many = (table(c.none(), batch=batch) for batch in (16, 1024))
+    for one, other in zip(few, many, strict=True):
+        assert one.bias == other.bias and one.rmse > other.rmse and one.efficiency < other.efficiency
+
+
+def planted(weigh):
+    return c.Corrector(weigh=weigh, surrogate=reinforce)
+
+
+def upside_down(log_mismatch, advantages, mask):
+    return c.truncated_weights(-log_mismatch, advantages, mask, cap=1e9, level="sequence")
+
+
+def doubled(log_mismatch, advantages, mask):
+    weights, keep, metrics = c.truncated_weights(log_mismatch, advantages, mask, cap=1e9, level="sequence")
+    return 2 * weights, keep, metrics
+
+
+def of_the_first_token(log_mismatch, advantages, mask):
+    return c.truncated_weights(log_mismatch[:, :1].expand_as(mask), advantages, mask, cap=1e9)
+
+
+def only_where_positive(log_mismatch, advantages, mask):
+    weights, keep, metrics = c.truncated_weights(log_mismatch, advantages, mask, cap=1e9, level="sequence")
+    return torch.where(advantages[:, None] > 0, weights, 1), keep, metrics
+
+
+@pytest.mark.parametrize("fault", [upside_down, doubled, of_the_first_token, only_where_positive])
+def test_planted_faults_move_a_row(fault):
+    good = table(planted(SEQUENCE.weigh))
+    for right, wrong in zip(good, table(planted(fault)), strict=True):
+        assert right.bias < 1e-12 and wrong.bias > 0.05
+
+
+def test_an_update_off_policy_needs_the_ratio():
+    """Rollouts of the learner before an update: r A has the learner's own gradient where tokens are one, `reinforce`
+    has none of it, and PPO's clip gives some of it away for a bound."""
+    single = {"length": 1, "num_steps": 1, "moved": "old"}
+    for name, surrogate, unbiased in (
+        ("ratio", partial(ppo_clip, epsilon=1e9), True),
+        ("reinforce", reinforce, False),
+        ("clipped", partial(ppo_clip, epsilon=0.05), False),
+    ):
+        for row in table(replace(c.none(), surrogate=surrogate), **single):
+            assert (row.bias < 1e-12) == unbiased, name
+
+
+def test_errors_name_what_moved():
+    with pytest.raises(ValueError, match="moved='reference' must be 'rollout' or 'old'"):
+        gradient_table(c.none(), moved="reference")
