@@ -8,14 +8,16 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from layouts import published
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_rl import lora_r16
+from dllm_rl import float8_weight_only, int3_emulated, load_policy, lora_r16
 from dllm_rl.distributed import in_pace, make_accelerator, shard, sharding_of, sum_gradients
 from dllm_rl.likelihoods.estimators import coupled
 from dllm_rl.models.base import whole
 from dllm_rl.models.logprobs import backward_token_logprobs
+from dllm_rl.models.own import gathered
 from dllm_rl.models.recompute import blocks_of
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
@@ -84,6 +86,48 @@ class Sent(TorchDispatchMode):
         if place is not None:
             self.bytes[func.__name__.split(".")[0]] += args[place].nbytes
         return func(*args, **(kwargs or {}))
+
+
+def families(folder):
+    """Published layouts, stacked experts among them: the rollout's copy, its sync and what is gathered are bit for bit
+    those of a whole learner; gradients are, to rounding, with one process doing three of four views."""
+    accelerator = make_accelerator(timeout=60)
+    rank, count = accelerator.process_index, accelerator.num_processes
+    tokens = (torch.arange(8 * 6).reshape(8, 6) % 20 + 4).chunk(4)
+
+    def equal(a, b):
+        kinds = [{n: getattr(x, "qdata", x).float() for n, x in each.module.state_dict().items()} for each in (a, b)]
+        return kinds[0].keys() == kinds[1].keys() and all(torch.equal(kinds[0][n], kinds[1][n]) for n in kinds[0])
+
+    def run(policy, rows):
+        states = policy.hidden(rows, torch.ones_like(rows, dtype=torch.bool)).flatten(0, 1)
+        vector = torch.linspace(1, -1, rows.numel())
+        backward_token_logprobs(policy, states, rows.flatten(), SamplingParams(), vector)
+
+    for family in ("llada", "dream", "llada_moe", "llada2"):
+        source = Path(folder) / f"{family}-{rank}"
+        source.mkdir()
+        policy, alone = (load_policy(published(source, family)) for _ in range(2))
+        shard(policy.module, blocks_of(policy.module), accelerator, size=count)
+        for scheme in (float8_weight_only, int3_emulated, None):
+            copies = [quantized_copy(p, scheme and scheme()) for p in (policy, alone)]
+            assert equal(*copies)
+        for rows in tokens:
+            run(alone, rows)
+        with in_pace(policy, backward=True):
+            for rows in tokens[:3] if rank == 0 else tokens[3:]:
+                run(policy, rows)
+        for ours, theirs in zip(policy.module.parameters(), alone.module.parameters(), strict=True):
+            if theirs.grad is not None:
+                torch.testing.assert_close(whole(ours.grad), theirs.grad, rtol=1e-4, atol=1e-5)
+        for each, rollout in zip((policy, alone), copies, strict=True):
+            with torch.no_grad():
+                for parameter in each.module.parameters():
+                    parameter.mul_(1.25)
+            sync_weights(each, rollout)
+        assert equal(*copies)
+        policy.module = gathered(policy.module, keep=True)
+        assert equal(policy, alone)
 
 
 def plan_and_allocator(cases):

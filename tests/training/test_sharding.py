@@ -74,6 +74,11 @@ def test_processes_with_different_numbers_of_forwards_share_gradients_memory_and
 
 
 @pytest.mark.slow
+def test_copies_syncs_and_gradients_of_published_layouts_are_those_of_a_whole_learner(tmp_path):
+    run_ranks("import sys, sharded; sharded.families(sys.argv[1])", 2, tmp_path)
+
+
+@pytest.mark.slow
 def test_the_plan_of_a_shared_out_learner_agrees_with_the_allocator():
     run_ranks("import sharded; sharded.plan_and_allocator(['full, recomputed', 'adapters'])", 2)
 
