@@ -53,7 +53,8 @@ def row_chunks(rollout: Rollout, noise: Noise, micro_batch_size: int | None) -> 
         for part in groups[chosen[groups] != 0].split(size):
             if len(part):
                 rows = rearrange(part[:, None] * group + torch.arange(group), "p g -> (p g)")
-                found.append(Chunk(*send(rollout.tokens.device, rows), columns))
+                (rows,) = send(rollout.tokens.device, rows)
+                found.append(Chunk(rows, columns))
     return found
 
 
