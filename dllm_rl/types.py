@@ -328,9 +328,9 @@ class Noise(_Movable):
     masked  positions hidden from the model in view n.
     weight  coefficient of the position's log-prob in view n; 0 where it is not scored.
     upper_bound_weight  weight of the upper bound in each row's estimate, in [0, 1]; None: lower bound only.
-    learned  rows that the update learns from, whose graphs scoring may keep; None: all.
     left    positions that are scored in view n by the probability of having been left there, not by their token
             (`models.order`); None: there are none.
+    learned  rows that the update learns from, whose graphs scoring may keep; None: all.
     """
 
     masked: Bool[Tensor, "N B T"]

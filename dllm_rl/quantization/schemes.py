@@ -21,9 +21,13 @@ from torchao.quantization import (
 from dllm_rl.quantization.fake import TINY, FakeQuantize, Float8DynamicEmulated, Scheme
 
 
-def float8_weight_only() -> Float8WeightOnlyConfig:
-    """e4m3 weights per row, products in the learner's dtype. Saves memory, not time; runs anywhere, CPU included."""
-    return Float8WeightOnlyConfig(set_inductor_config=False)
+def float8_weight_only(*, dequantised: bool = False) -> Float8WeightOnlyConfig | FakeQuantize:
+    """e4m3 weights per row, products in the learner's dtype. Saves memory, not time; runs anywhere, CPU included.
+
+    dequantised  weights are rounded and dequantised once a sync instead of in every product: the same numbers in the
+                 time of a plain copy, and in its memory, which --dry_run says
+    """
+    return FakeQuantize("e4m3") if dequantised else Float8WeightOnlyConfig(set_inductor_config=False)
 
 
 def float8_dynamic() -> Float8DynamicActivationFloat8WeightConfig:

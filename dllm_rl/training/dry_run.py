@@ -123,14 +123,17 @@ def quantisable(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str,
 
 
 def rollout_bytes(recipe: Recipe, policy: MetaPolicy, size: int) -> int:
-    """The quantised copy: a byte a weight (four where an emulator rounds in fp32, half of one in packed int4) and what
-    keeps its precision; scales are left out, a few in a thousand."""
+    """The quantised copy: a byte a weight, half of one in packed int4, `size` where rounded weights are held in their
+    own dtype and four where inputs are rounded with them; and what keeps its precision. Scales are left out, a few in a
+    thousand."""
     layers, weights, _ = quantisable(recipe, policy)
     scheme = recipe.rollout_quantization
     if scheme is None or not layers:
         return 0
     made = scheme()
-    each = 4.0 if isinstance(made, FakeQuantize) else 0.5 if isinstance(made, type(int4_packed())) else 1.0
+    each = 0.5 if isinstance(made, type(int4_packed())) else 1.0
+    if isinstance(made, FakeQuantize):
+        each = size if made.activation is None else 4.0
     return int(weights * each) + (policy.parameters - weights) * size
 
 

@@ -348,8 +348,8 @@ MUTATIONS = [
         ("mask & (self.weight != 0).any(0).any(-1, keepdim=True)", "mask & (self.weight != 0).any(0)"),
         ("forwards=self.forwards + by.forwards", "forwards=by.forwards"),
         (
-            "self.weight[:, keep][..., columns], share, left",
-            "self.weight[:, keep][..., columns], None, left",
+            "self.weight[:, keep][..., columns], share, left, learned)",
+            "self.weight[:, keep][..., columns], None, left, learned)",
         ),
         ("not 0 < self.top_p <= 1", "not 0 <= self.top_p <= 1"),
         ("else a.index_copy(0, rows, b)", "else a.index_copy(0, rows.flip(0), b)"),

@@ -73,6 +73,8 @@ def test_llada_8b_to_the_parameter():
     assert (layers, weights) == (224, 32 * (4 * 4096**2 + 3 * 4096 * 12288))
     assert rollout_bytes(recipe, adapted, 2) == weights + 2 * (8_015_581_184 - weights)
     assert sorted(kept) == ["lm_head", "model.embed_tokens"]
+    held = replace(recipe, rollout_quantization=partial(float8_weight_only, dequantised=True))
+    assert rollout_bytes(held, adapted, 2) == 2 * 8_015_581_184  # in bf16, what a plain copy takes
 
 
 def two_blocks(recipe, policy, **options) -> Memory:

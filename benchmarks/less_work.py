@@ -1,0 +1,154 @@
+"""What less work for the same completions is worth: each way against itself with the saving taken back.
+
+    python -m benchmarks.less_work --json benchmarks/results/less-work-cpu.json
+
+Processor seconds of a rollout (preset `less`: LLaDA's layout, 4 blocks of 512, random weights), one thread, best of
+`--repeats`, the two arms by turns in one process. The tokens of both are compared too.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import machine, table, write_json
+from benchmarks.sampler import Shape, random_policy
+from dllm_rl.models import buckets
+from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.quantization.schemes import float8_weight_only
+from dllm_rl.samplers import rules, states
+from dllm_rl.samplers.cache import CachedStates, dual_cache, prefix_cache
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.tasks.sudoku import solver
+from dllm_rl.types import Prompts
+
+LESS = Shape(4, 512, 8, 1536, 16384, batch=8, prompt=64, new=64, block=32, steps=8)
+SMOKE = Shape(1, 32, 2, 64, 512, batch=4, prompt=64, new=16, block=8, steps=4)
+LENGTHS = {
+    "prompts of 40 to 260": [40, 260, 100, 180, 60, 220, 140, 75],
+    "one of 900 beside 7 of 60": [900] + [60] * 7,
+}
+
+
+class Waiting(CachedStates):
+    """As it was: all rows that began a block run until the slowest has ended."""
+
+    def advance(self, tokens: Tensor, rows: Tensor, columns: tuple[int, int], *, alike: int = 1) -> tuple[Tensor, int]:
+        if columns != self.columns:
+            self.begun = rows
+        found, first = super().advance(tokens, self.begun, columns, alike=alike)
+        return (found if alike > 1 else found[torch.isin(self.begun, rows)]), first
+
+
+@contextmanager
+def whole_batches() -> Iterator[None]:
+    """As it was: rows of all lengths in one batch."""
+    before, buckets.FORWARD["cpu"] = buckets.FORWARD["cpu"], 10**9
+    try:
+        yield
+    finally:
+        buckets.FORWARD["cpu"] = before
+
+
+@contextmanager
+def waiting_rows() -> Iterator[None]:
+    states.CachedStates = Waiting
+    try:
+        yield
+    finally:
+        states.CachedStates = CachedStates
+
+
+def compared(what: str, before: Callable[[], Any], now: Callable[[], Any], repeats: int) -> dict[str, Any]:
+    best, found = [float("inf")] * 2, [None] * 2
+    for _ in range(repeats):
+        for arm, run in enumerate((before, now)):
+            began = time.process_time()
+            found[arm] = run()
+            best[arm] = min(best[arm], time.process_time() - began)
+    same = found[0] == found[1] if isinstance(found[0], list) else torch.equal(found[0].tokens, found[1].tokens)
+    row = {"what": what, "before, s": round(best[0], 3), "now, s": round(best[1], 3)}
+    row |= {"ratio": round(best[0] / best[1], 2), "same result": same}
+    print(row, flush=True)
+    return row
+
+
+def with_it(context: Callable[[], Any], run: Callable[[], Any]) -> Any:
+    with context():
+        return run()
+
+
+def some(scores: Tensor, masked: Tensor, steps_left: Tensor) -> Tensor:
+    """With random weights no probability passes a threshold: a position passes by its uniform number, one in three."""
+    return masked & ((scores > 2 / 3) | (scores == scores.amax(-1, keepdim=True)))
+
+
+def sudoku(count: int, checked: Callable[[list[int], int], bool]) -> list[str | None]:
+    """Puzzles of 30 givens, a cell's removal checked by `checked`."""
+    fast, solver._completes_otherwise = solver._completes_otherwise, checked
+    try:
+        return [solver.random_unique_puzzle(solver.random_grid(rng), 30, rng) for rng in map(Random, range(count))]
+    finally:
+        solver._completes_otherwise = fast
+
+
+def by_two_completions(givens: list[int], own: int) -> bool:
+    """As it was: whether a search for two completions of the whole finds them."""
+    cells = dict(divmod(given, 9) for given in givens)
+    return not solver.is_unique("".join(str(cells[cell] + 1) if cell in cells else "0" for cell in range(81)))
+
+
+def rows(shape: Shape, repeats: int, smoke: bool) -> Iterator[dict[str, Any]]:
+    policy = random_policy(shape, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    caches = {"no cache": None, "prefix cache": prefix_cache(), "dual cache": dual_cache()}
+
+    def sampled(lengths: list[int], policy: Any = policy, **options: Any) -> Callable[[], Any]:
+        ids = [torch.randint(3, shape.vocabulary, (length,), generator=generator).tolist() for length in lengths]
+        prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, seeds=range(len(ids)))
+        more = {"max_new_tokens": shape.new, "num_steps": shape.steps, "block_size": shape.block}
+        return partial(unmask, policy, prompts, torch.Generator(), **(more | options))
+
+    for name, lengths in LENGTHS.items():
+        for cache in caches:
+            run = sampled([length // 4 for length in lengths] if smoke else lengths, cache=caches[cache])
+            yield compared(f"length buckets, {name}, {cache}", partial(with_it, whole_batches, run), run, repeats)
+    for cache in ("prefix cache", "dual cache"):
+        run = sampled([shape.prompt] * shape.batch, cache=caches[cache], rank=rules.random, commit=some)
+        yield compared(f"finished rows leave, {cache}", partial(with_it, waiting_rows, run), run, repeats)
+    in_products, once = (quantized_copy(policy, float8_weight_only(dequantised=d)) for d in (False, True))
+    for batch in (1, shape.batch):
+        lengths = [shape.prompt] * batch
+        state = generator.get_state()
+        before = sampled(lengths, in_products)
+        generator.set_state(state)
+        yield compared(f"FP8 weights dequantised once, batch {batch}", before, sampled(lengths, once), repeats)
+    count = 4 if smoke else 40
+    before, now = (partial(sudoku, count, f) for f in (by_two_completions, solver._completes_otherwise))
+    yield compared(f"{count} 9x9 Sudoku problems", before, now, repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, once: seconds")
+    parser.add_argument("--json", help="where to write the numbers")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    shape = SMOKE if arguments.smoke else LESS
+    found = list(rows(shape, 1 if arguments.smoke else arguments.repeats, arguments.smoke))
+    print(table(found))
+    write_json(
+        arguments.json,
+        {"machine": machine("cpu"), "shape": {k: str(v) for k, v in vars(shape).items()}} | {"rows": found},
+    )
+
+
+if __name__ == "__main__":
+    main()
