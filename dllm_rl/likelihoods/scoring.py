@@ -46,15 +46,13 @@ def row_chunks(rollout: Rollout, noise: Noise, micro_batch_size: int | None) -> 
     chosen, starts = torch.stack([scored, first]).cpu()
     size = len(chosen) if micro_batch_size is None else max(1, micro_batch_size // group)
     found, width = [], rollout.tokens.shape[1]
-    alike = length_buckets(starts.repeat_interleave(group), width, rollout.tokens.device)
-    for bucket in alike:
-        columns = slice(bucket.start if len(alike) > 1 else 0, width)
+    for bucket in length_buckets(starts.repeat_interleave(group), width, rollout.tokens.device):
         groups = bucket.rows[::group] // group
         for part in groups[chosen[groups] != 0].split(size):
             if len(part):
                 rows = rearrange(part[:, None] * group + torch.arange(group), "p g -> (p g)")
                 (rows,) = send(rollout.tokens.device, rows)
-                found.append(Chunk(rows, columns))
+                found.append(Chunk(rows, slice(bucket.start, width)))
     return found
 
 

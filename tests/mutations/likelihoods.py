@@ -116,7 +116,7 @@ MUTATIONS = [
         "likelihoods/scoring.py",
         f"{MODELS} {PACKED}",
         (
-            "slice(bucket.start if len(alike) > 1 else 0, width)",
+            "slice(bucket.start, width)",
             "slice(0, width)",
             "likelihoods/test_length_buckets.py",
         ),
