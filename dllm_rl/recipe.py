@@ -114,6 +114,11 @@ class Recipe(Settings):
         "completions sampled at a time, which changes memory, time and at most the rounding; None: all at once", None
     )
     micro_batch_size: int | None = _("completions per forward of scoring and update; None: all at once", None)
+    kept_graphs: int = _(
+        "most forwards (views x micro-batches) that a step's scoring keeps the graphs of, for the first update to go "
+        "back through in place of forwards of its own; with more, and at 0, memory does not grow with their number",
+        1,
+    )
     old_logprobs: Literal["recompute", "rollout"] = _(
         "what ratios are taken against: the learner's own log-probs at the start of the update, with the corrector "
         "between them and the rollout's, or the rollout's directly (bypass)",
@@ -220,6 +225,7 @@ class Recipe(Settings):
             "weight_decay",
             "stop_seconds",
             "shard_size",
+            "kept_graphs",
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")

@@ -97,7 +97,8 @@ def unmask(
         in_step=cache is not None,
         masked=None if prompts.open is None else canvas.masked,
     )
-    canvas.rank, canvas.revised = rank_name(rank), bool(revising)
+    canvas.rank = rank_name(rank)
+    canvas.revised = bool(revising)
     check_suppress(policy, sampling_params)
     states_of = States(policy, canvas, cache, queue.steps)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(device)

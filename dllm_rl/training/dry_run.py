@@ -22,7 +22,7 @@ from dllm_rl.quantization.rollout_policy import skip_reasons
 from dllm_rl.quantization.schemes import int4_packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import autoregress, sampler_for, unmask
-from dllm_rl.training.memory import Memory, measure_step, shared_out
+from dllm_rl.training.memory import ONE_VIEW, Memory, measure_step, most_graphs, shared_out
 from dllm_rl.training.sharding import check_module, check_sharding, group_size
 
 GB = 1e9
@@ -149,7 +149,8 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
     prompt_tokens  length that prompts are assumed to have; None: the first one's of a model that is made here, whose
                    tokenizer is known, else 256.
     """
-    policy = meta_policy(recipe)
+    policy, size = meta_policy(recipe), group_size(recipe, launched())
+    recipe = recipe if size == 1 else replace(recipe, kept_graphs=0)  # as in training
     if prompt_tokens is None and policy.tokenizer is None:
         prompt_tokens = 256  # no task is opened: its data may not be here
     elif prompt_tokens is None:
@@ -163,7 +164,6 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
     reasons = {why.split(" ")[0] if why.startswith("tied") else why: 0 for why in kept.values()}
     for why in kept.values():
         reasons[why.split(" ")[0] if why.startswith("tied") else why] += 1
-    size = group_size(recipe, launched())
     between = f", {size} GPUs holding the learner between them" if size > 1 else ""
     lines = [
         f"{recipe.name}: {recipe.model if isinstance(recipe.model, str) else policy.spec.name} "
@@ -175,6 +175,7 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
         f"rollout batch         {rows} rows x ({prompt_tokens} assumed prompt + {length} new) tokens: "
         f"{recipe.train_batch_size} prompts x {recipe.num_generations} completions, over all processes",
         f"update batch          {recipe.micro_batch_size or rows} rows at once, {recipe.num_iterations} updates a step",
+        f"graphs kept           {graphs_kept(recipe, policy, rows)}",
         f"tokens per step       {rows * length:,} sampled, {rows * (length + prompt_tokens):,} in all",
         f"memory per GPU, of a step without data (GB = 10^9 bytes){between}",
         *(f"  {name:15}  {value / GB:8.3f} GB held" for name, value in parts.held.items()),
@@ -188,6 +189,15 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
             "--lora lora_d1, --optim adamw_8bit, --base_quantization nf4, or --shard_size on several GPUs"
         )
     return "\n".join(lines)
+
+
+def graphs_kept(recipe: Recipe, policy: MetaPolicy, rows: int) -> str:
+    """Whether the first update goes back through scoring's forwards."""
+    found = most_graphs(recipe, policy, rows=rows)
+    if not found:
+        return "none: an update runs every forward again, one at a time"
+    sure = recipe.likelihood.name in ONE_VIEW
+    return f"{'' if sure else 'up to '}{found} of scoring's forwards, for the first update (kept_graphs)"
 
 
 def fit(peak: int, size: int) -> str:

@@ -7,6 +7,7 @@ MEMORY = "training/test_constant_memory.py"
 CHECKPOINT = "training/test_checkpoint.py"
 GOLDEN = "training/test_golden.py"
 NUMBERS = "training/test_loop_numbers.py"
+KEPT = "training/test_kept_graphs.py"
 STOPS = (
     "training/test_checkpoint.py::test_interrupt_saves_and_says_how_to_resume"
     " faults/test_faults.py::test_a_signal_saves_what_is_whole_and_the_resumed_run_is_the_same"
@@ -53,12 +54,18 @@ MUTATIONS = [
             "(vectors,) = torch.autograd.grad(logps, leaves, gradient)",
             "(vectors,) = torch.autograd.grad(logps.sum(), leaves)",
         ),
-        ("        sampled = recorded(rollout, noise)\n", "        sampled = old\n"),
-        ("likelihood.logprobs(reference, rollout", "likelihood.logprobs(policy, rollout"),
+        ("sampled = recorded(rollout, noise) if", "sampled = None if"),
+        ("else under(reference)", "else under(policy)"),
+        ("PlainAttention() if plain else nullcontext()", "nullcontext()", "models/test_attention.py"),
+        ("return forwards <= recipe.kept_graphs and", "return", KEPT),
+        (" and not (policy.lora is not None and policy.lora.dropout)", "", KEPT),
+        ("        scores.backward(vectors)\n        return metrics\n", "        pass\n", KEPT),
+        ("micro_batch_size=micro_batch_size, keep_graphs=keep\n", "micro_batch_size=micro_batch_size\n", KEPT),
+        ("with_advantages(noise, mine), learned=learned)", "with_advantages(noise, mine))", KEPT),
         ("recipe.corrector.align_forward and rollout_policy is not policy", "False"),
         (
-            "batch_invariant() if recipe.zero_mismatch else nullcontext()",
-            "nullcontext()",
+            "batch_invariant() if recipe.zero_mismatch else",
+            "",
             "diagnostics/test_batch_invariance.py",
         ),
         ("    if recipe.zero_mismatch:\n", "    if False:\n", "diagnostics/test_batch_invariance.py"),
@@ -363,8 +370,8 @@ MUTATIONS = [
         ("mask & (self.weight != 0).any(0).any(-1, keepdim=True)", "mask & (self.weight != 0).any(0)"),
         ("forwards=self.forwards + by.forwards", "forwards=by.forwards"),
         (
-            "Noise(self.masked[:, keep], self.weight[:, keep], share, left)",
-            "Noise(self.masked[:, keep], self.weight[:, keep], None, left)",
+            "self.weight[:, keep][..., columns], share, left, learned)",
+            "self.weight[:, keep][..., columns], None, left, learned)",
         ),
         ("not 0 < self.top_p <= 1", "not 0 <= self.top_p <= 1"),
         ("else a.index_copy(0, rows, b)", "else a.index_copy(0, rows.flip(0), b)"),
