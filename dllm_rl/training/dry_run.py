@@ -152,7 +152,8 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
     prompt_tokens  length that prompts are assumed to have; None: the first one's of a model that is made here, whose
                    tokenizer is known, else 256.
     """
-    policy = meta_policy(recipe)
+    policy, size = meta_policy(recipe), group_size(recipe, launched())
+    recipe = recipe if size == 1 else replace(recipe, kept_graphs=0)  # as in training
     if prompt_tokens is None and policy.tokenizer is None:
         prompt_tokens = 256  # no task is opened: its data may not be here
     elif prompt_tokens is None:
@@ -166,7 +167,6 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
     reasons = {why.split(" ")[0] if why.startswith("tied") else why: 0 for why in kept.values()}
     for why in kept.values():
         reasons[why.split(" ")[0] if why.startswith("tied") else why] += 1
-    size = group_size(recipe, launched())
     between = f", {size} GPUs holding the learner between them" if size > 1 else ""
     lines = [
         f"{recipe.name}: {recipe.model if isinstance(recipe.model, str) else policy.spec.name} "

@@ -140,12 +140,11 @@ def score(
         sampled = under(rollout_policy)
     keep = keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
     with in_pace(policy):
-        order = {} if rollout_policy is policy else order_agreement(policy, rollout)
         scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep)
+        order = {} if rollout_policy is policy else order_agreement(policy, rollout)
     old = likelihood.combine(scores.detach(), noise)
-    logps = Logprobs(
-        old=old, old_scores=scores, rollout=old if sampled is None else sampled, reference=anchor, order=order
-    )
+    sampled = old if sampled is None else sampled
+    logps = Logprobs(old=old, old_scores=scores, rollout=sampled, reference=anchor, order=order)
     if recipe.zero_mismatch:
         check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
     return logps
@@ -258,11 +257,9 @@ def update(
         scores = batch.old_scores
         if iteration:
             torch.clear_autocast_cache()  # autocast's bf16 copies are those of the weights before the last step
-            keep = scores.grad_fn is not None
+            keep, size = scores.grad_fn is not None, micro_batch_size
             with in_pace(policy):
-                scores = likelihood.scores(
-                    policy, batch.rollout, batch.noise, micro_batch_size=micro_batch_size, keep_graphs=keep
-                )
+                scores = likelihood.scores(policy, batch.rollout, batch.noise, micro_batch_size=size, keep_graphs=keep)
         optimizer.zero_grad(set_to_none=True)
         metrics = accumulate_gradients(
             policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=micro_batch_size

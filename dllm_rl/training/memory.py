@@ -134,8 +134,8 @@ def measure_step(
     held: dict[str, int] = {}
     peaks: dict[str, int] = {}
     policy, module = copy.copy(policy), copy.deepcopy(policy.module)
-    whole = recipe.shard_size == 1  # as in training: autocast's copies of the weights
-    autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16, cache_enabled=whole)  # noqa: E731
+    cached = recipe.shard_size == 1  # as in training: autocast's copies of the weights
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16, cache_enabled=cached)  # noqa: E731
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         with live.measured(held, "weights"):
             policy.module = forget_data(module, dtype, recipe.base_quantization)

@@ -60,7 +60,7 @@ MUTATIONS = [
         ("        and forwards <= recipe.kept_graphs\n", "", KEPT),
         (" and not (policy.lora is not None and policy.lora.dropout)", "", KEPT),
         ("        scores.backward(vectors)\n        return metrics\n", "        pass\n", KEPT),
-        ("micro_batch_size=micro_batch_size, keep_graphs=keep\n", "micro_batch_size=micro_batch_size\n", KEPT),
+        ("batch.noise, micro_batch_size=size, keep_graphs=keep)", "batch.noise, micro_batch_size=size)", KEPT),
         ("with_advantages(noise, mine), learned=learned)", "with_advantages(noise, mine))", KEPT),
         ("recipe.corrector.align_forward and rollout_policy is not policy", "False"),
         (

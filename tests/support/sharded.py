@@ -137,7 +137,9 @@ def plan_and_allocator(cases):
 
     accelerator = make_accelerator(timeout=60)
     for case in cases:
-        recipe = replace(plan.recipe_of(Path("nowhere"), **plan.CASES[case]), shard_size=accelerator.num_processes)
+        recipe = replace(
+            plan.recipe_of(Path("nowhere"), **plan.CASES[case]), shard_size=accelerator.num_processes, kept_graphs=0
+        )
         policy = plan.made(recipe)
         options = {"prompt_tokens": plan.PROMPT, "dtype": None, "rollout_copy": 0, "on_gpu": False}
         planned = shared_out(plan.measure_step(recipe, policy, **options), policy.module, accelerator.num_processes)
