@@ -63,6 +63,7 @@ def order_logprobs(
     policy: Policy,
     hidden: Float[Tensor, "K D"],
     scores: Float[Tensor, " K"],
+    *,
     rows: Int[Tensor, " K"],
     places: Int[Tensor, " K"],
     committed: Int[Tensor, " C"],

@@ -146,7 +146,8 @@ def unmask(
         picked = _places(chosen[r, c][None], int(num_chosen.sum()))[1]
         if lawful:
             stayed = _places(~chosen[r, c][None], len(r) - int(committed.sum()))[1]
-            order = order_logprobs(policy, states, scores[r, c], r, c, picked, stayed, sampling_params)
+            at = {"rows": r, "places": c, "committed": picked, "left": stayed}
+            order = order_logprobs(policy, states, scores[r, c], **at, sampling_params=sampling_params)
             canvas.leave(on_device[r[stayed]], c[stayed], order)
         r, c, states = r[picked], c[picked], states[picked]
         if draws_first:
