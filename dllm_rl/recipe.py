@@ -153,6 +153,11 @@ class Recipe(Settings):
     torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = _(
         "torch.compile's: default is for all shapes at once; the others for one at a time, with CUDA graphs", "default"
     )
+    shard_size: int = _(
+        "processes that hold the learner's weights, gradients and optimiser state between them (FSDP2), a divisor of "
+        "their number; 0: all of them; 1: each holds the whole",
+        1,
+    )
     bf16: bool = _(
         "forwards compute in bf16 and weights stay in dtype: with dtype float32 the setting for training all weights",
         False,
@@ -220,6 +225,7 @@ class Recipe(Settings):
             "weight_decay",
             "stop_seconds",
             "kept_graphs",
+            "shard_size",
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")

@@ -146,8 +146,9 @@ def unmask(
         picked = _places(chosen[r, c][None], int(num_chosen.sum()))[1]
         if lawful:
             stayed = _places(~chosen[r, c][None], len(r) - int(committed.sum()))[1]
-            at = {"rows": r, "places": c, "committed": picked, "left": stayed}
-            order = order_logprobs(policy, states, scores[r, c], **at, sampling_params=sampling_params)
+            order = order_logprobs(
+                policy, states, sampling_params, scores=scores[r, c], rows=r, places=c, committed=picked, left=stayed
+            )
             canvas.leave(on_device[r[stayed]], c[stayed], order)
         r, c, states = r[picked], c[picked], states[picked]
         if draws_first:

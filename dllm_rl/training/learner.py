@@ -23,11 +23,11 @@ from torch import Tensor
 
 from dllm_rl.algorithms.mismatch import PREFIX, group_weights, mismatch_metrics, off_policy_metrics, symptom_metrics
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
-from dllm_rl.distributed import Metrics, gather_on_host, local, reduce_metrics, sum_gradients
+from dllm_rl.distributed import Metrics, gather_on_host, in_pace, local, reduce_metrics, sum_gradients
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
 from dllm_rl.models.attention import PlainAttention
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Policy, whole
 from dllm_rl.models.transfer import send
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
@@ -40,7 +40,8 @@ from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
     """bf16 autocast where asked for; with zero_mismatch a row's result does not depend on its batch; without, in 16
     bits on a CPU, attention of short rows by plain products."""
-    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16)
+    kept = recipe.shard_size == 1  # autocast's bf16 copies would hold a sharded model whole
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16, cache_enabled=kept)
     plain = accelerator.device.type == "cpu" and (recipe.bf16 or recipe.dtype != "float32")
     with autocast, batch_invariant() if recipe.zero_mismatch else PlainAttention() if plain else nullcontext():
         yield
@@ -102,10 +103,15 @@ def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bo
     """Whether scoring keeps the graphs of its forwards for the first update, and each later inner iteration those of
     its own: where they are at most `kept_graphs` of a whole micro-batch.
 
-    One graph is what an update holds in any case. Never with dropout in adapters, which scoring goes without.
+    One graph is what an update holds in any case. Never with dropout in adapters, which scoring goes without, nor with
+    weights that are shared out, whose processes agree on every forward and its backward (`in_pace`).
     """
     forwards = views * math.ceil(rows / (recipe.micro_batch_size or rows))
-    return forwards <= recipe.kept_graphs and not (policy.lora is not None and policy.lora.dropout)
+    return (
+        recipe.shard_size == 1
+        and forwards <= recipe.kept_graphs
+        and not (policy.lora is not None and policy.lora.dropout)
+    )
 
 
 def score(
@@ -125,20 +131,20 @@ def score(
     """
     likelihood, size = recipe.likelihood, recipe.micro_batch_size
     under = partial(likelihood.logprobs, rollout=rollout, noise=noise, micro_batch_size=size)
-    anchor = None if reference is None else under(reference)
+    anchor = None
+    if reference is not None:
+        with in_pace(reference):
+            anchor = under(reference)
     sampled = recorded(rollout, noise) if likelihood.exact_for_sampler else None
     if sampled is None and rollout_policy is not policy:
         sampled = under(rollout_policy)
-    order = {} if rollout_policy is policy else order_agreement(policy, rollout)
     keep = keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
-    scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep)
+    with in_pace(policy):
+        order = {} if rollout_policy is policy else order_agreement(policy, rollout)
+        scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep)
     old = likelihood.combine(scores.detach(), noise)
     logps = Logprobs(
-        old=old,
-        old_scores=scores,
-        rollout=old if sampled is None else sampled,
-        reference=anchor,
-        order=order,
+        old=old, old_scores=scores, rollout=old if sampled is None else sampled, reference=anchor, order=order
     )
     if recipe.zero_mismatch:
         check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
@@ -253,16 +259,17 @@ def update(
         if iteration:
             torch.clear_autocast_cache()  # autocast's bf16 copies are those of the weights before the last step
             keep = scores.grad_fn is not None
-            scores = likelihood.scores(
-                policy, batch.rollout, batch.noise, micro_batch_size=micro_batch_size, keep_graphs=keep
-            )
+            with in_pace(policy):
+                scores = likelihood.scores(
+                    policy, batch.rollout, batch.noise, micro_batch_size=micro_batch_size, keep_graphs=keep
+                )
         optimizer.zero_grad(set_to_none=True)
         metrics = accumulate_gradients(
             policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=micro_batch_size
         )
         sum_gradients(policy.module, accelerator)
         trained = [p for p in policy.module.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm))
         reduced = reduce_metrics(metrics | {"grad_norm": (norm, torch.ones_like(norm))}, accelerator)
         if not math.isfinite(reduced["grad_norm"]):
             raise FloatingPointError(
@@ -298,11 +305,12 @@ def accumulate_gradients(
     if scores.grad_fn is not None:
         scores.backward(vectors)
         return metrics
-    for chunk in row_chunks(batch.rollout, batch.noise, micro_batch_size):
-        part, masks = chunk.of(batch.rollout, batch.noise)
-        for n, masked in enumerate(masks.masked):
-            # Only positions that move the loss are scored again; with none left in this view, no forward is run.
-            vector = vectors[n, chunk.rows][:, chunk.columns]
-            order = {} if masks.left is None else {"scored": masks.weight[n] != 0, "left": masks.left[n]}
-            backward_view(policy, part, masked, vector, **order, packed=likelihood.packed is not None)
+    with in_pace(policy, backward=True):
+        for chunk in row_chunks(batch.rollout, batch.noise, micro_batch_size):
+            part, masks = chunk.of(batch.rollout, batch.noise)
+            for n, masked in enumerate(masks.masked):
+                # Only positions that move the loss are scored again; with none left in this view, no forward is run.
+                vector = vectors[n, chunk.rows][:, chunk.columns]
+                order = {} if masks.left is None else {"scored": masks.weight[n] != 0, "left": masks.left[n]}
+                backward_view(policy, part, masked, vector, **order, packed=likelihood.packed is not None)
     return metrics

@@ -24,6 +24,7 @@ from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.models.base import Module, Policy, position_ids
 from dllm_rl.models.logprobs import backward_token_logprobs, chunk_rows, token_logprobs
 from dllm_rl.models.lora import merged_state
+from dllm_rl.models.recompute import blocks_of
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.propose import propose
 from dllm_rl.training.learner import keeps_graphs
@@ -133,7 +134,8 @@ def measure_step(
     held: dict[str, int] = {}
     peaks: dict[str, int] = {}
     policy, module = copy.copy(policy), copy.deepcopy(policy.module)
-    autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16)  # noqa: E731
+    whole = recipe.shard_size == 1  # as in training: autocast's copies of the weights
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16, cache_enabled=whole)  # noqa: E731
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         with live.measured(held, "weights"):
             policy.module = forget_data(module, dtype, recipe.base_quantization)
@@ -182,6 +184,37 @@ def measure_step(
         del optimizer, beside
     order = ("weights", "adapters", "gradients", "optimiser", "reference", "rollout copy")
     return Memory({name: held[name] for name in order if held.get(name)}, peaks)
+
+
+def shared_out(memory: Memory, module: Module, size: int) -> Memory:
+    """What one of `size` processes takes that hold the learner between them, from what one alone takes.
+
+    What is held is parted, but for the rollout's copy. Whole, for their turn, are two blocks (the next is fetched), the
+    backbone's other weights and the head; in the update with the gradients of these, once more where they are summed
+    over processes, but for the head's; in the sync the largest tensor.
+    """
+    held = {name: value if name == "rollout copy" else -(-value // size) for name, value in memory.held.items()}
+    before, now = sum(memory.held.values()), sum(held.values())
+    numbers = [p.numel() for name, p in module.named_parameters() if ".lora_" not in name]
+    each, blocks = memory.held["weights"] / sum(numbers), blocks_of(module, "shard_size")
+
+    def units(trained: bool) -> tuple[float, float, float]:
+        def size_of(part: Module) -> float:
+            return each * sum(p.numel() for p in part.parameters() if p.requires_grad or not trained)
+
+        inside = size_of(module.base_model)
+        return max(map(size_of, blocks)), inside - sum(map(size_of, blocks)), size_of(module) - inside
+
+    (block, rest, head), (block_grad, rest_grad, head_grad) = units(False), units(True)
+    scoring = 2 * block + rest + head
+    extra = {"scoring": scoring, "update": scoring + 2 * (block_grad + rest_grad) + head_grad}
+    extra["sync or save"] = each * max(numbers)
+    parted = {"optimiser step"}
+    peaks = {
+        name: int(now + (peak - before) / (size if name in parted else 1) + extra.get(name, 0))
+        for name, peak in memory.peaks.items()
+    }
+    return Memory(held, peaks)
 
 
 def forget_data(module: Module, dtype: torch.dtype | None, quantization: str | None) -> Module:

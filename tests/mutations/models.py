@@ -127,7 +127,7 @@ MUTATIONS = [
         ("* 2 - 1) * bound", ") * bound"),
         ("    module.requires_grad_(False)\n", ""),
         (
-            "self.lora_B.weight.float() @ self.lora_A.weight.float()",
+            "whole(self.lora_B.weight).float() @ whole(self.lora_A.weight).float()",
             "(self.lora_B.weight @ self.lora_A.weight).to(weight.dtype)",
         ),
         (
