@@ -183,7 +183,7 @@ def shard(
     hybrid = {"mesh_shape": (count // size, size), "mesh_dim_names": ("replicate", "shard")}
     mesh = init_device_mesh(device, **(hybrid if size < count else {"mesh_shape": (count,)}))
     meta = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()}
-    plain, backbone = copy.deepcopy(module, meta), module.base_model
+    plain, backbone = copy.deepcopy(module, meta), getattr(module, module.base_model_prefix)
     heads = [child for child in module.children() if child is not backbone and any(True for _ in child.parameters())]
     for unit in [*blocks, backbone]:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
@@ -197,7 +197,7 @@ def shard(
     module.sharding = Sharding(backbone, heads, plain, group)
 
 
-def part_like(value: Tensor, tensor: Tensor) -> Tensor:
+def part_like(value: Any, tensor: Tensor) -> Any:
     """This process's part of a whole tensor, laid out as `tensor` is; the value itself where that is held whole."""
     if not isinstance(tensor, DTensor) or value.shape != tensor.shape:
         return value

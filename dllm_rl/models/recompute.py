@@ -5,21 +5,27 @@ block is whatever stands in the backbone's outermost list of layers.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from dllm_rl.models.base import Module
 from dllm_rl.models.lora import LoraLinear
 
 
+def backbone_of(module: Module) -> Any:
+    """The part of a stock module that its heads stand on; of any other the whole."""
+    return getattr(module, "base_model", module)
+
+
 def blocks_of(module: Module, wanted_by: str = "gradient_checkpointing") -> list[nn.Module]:
     """The backbone's blocks: the members of its lists of layers that lie in no other one. Raises ValueError without,
     which names the setting that wants them."""
-    backbone: Any = getattr(module, "base_model", module)
+    backbone = backbone_of(module)
     lists = [
         layers
         for name, layers in backbone.named_modules()
@@ -47,13 +53,16 @@ def recomputed_blocks(module: Module) -> Iterator[None]:
 
 def _checkpointed(forward: Callable, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     adapters = [layer for layer in block.modules() if isinstance(layer, LoraLinear)]
-    first = [layer.calls for layer in adapters]
+    first, modes = [layer.calls for layer in adapters], _get_current_function_mode_stack()
 
     def run(*args: Any, **kwargs: Any) -> Any:
         now = [layer.calls for layer in adapters]
         _count(adapters, first)
         try:
-            return forward(*args, **kwargs)
+            with ExitStack() as again:  # a backward is outside of the modes that the forward ran in
+                for mode in modes[len(_get_current_function_mode_stack()) :]:
+                    again.enter_context(mode)
+                return forward(*args, **kwargs)
         finally:  # the backward, too, leaves the block as soon as it has what it needs: by an exception
             _count(adapters, [max(layer.calls, count) for layer, count in zip(adapters, now, strict=True)])
 

@@ -24,7 +24,7 @@ from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.models.base import Module, Policy, position_ids
 from dllm_rl.models.logprobs import backward_token_logprobs, chunk_rows, token_logprobs
 from dllm_rl.models.lora import merged_state
-from dllm_rl.models.recompute import blocks_of
+from dllm_rl.models.recompute import backbone_of, blocks_of
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.propose import propose
 from dllm_rl.training.learner import keeps_graphs
@@ -202,7 +202,7 @@ def shared_out(memory: Memory, module: Module, size: int) -> Memory:
         def size_of(part: Module) -> float:
             return each * sum(p.numel() for p in part.parameters() if p.requires_grad or not trained)
 
-        inside = size_of(module.base_model)
+        inside = size_of(backbone_of(module))
         return max(map(size_of, blocks)), inside - sum(map(size_of, blocks)), size_of(module) - inside
 
     (block, rest, head), (block_grad, rest_grad, head_grad) = units(False), units(True)

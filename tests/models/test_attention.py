@@ -86,3 +86,18 @@ def test_a_recipe_in_16_bits_computes_with_it_in_rollout_and_learner(tmp_path, c
         torch.testing.assert_close(recipe.likelihood.combine(scores, noise), recorded(rollout, noise), rtol=0, atol=0)
         scores.sum().backward()
     assert bool(calls) == plain
+
+
+@pytest.mark.parametrize("mode", [PlainAttention, lambda: BatchInvariantOps(16)], ids=["plain", "batch invariant"])
+def test_a_block_that_is_run_again_in_the_backward_runs_in_the_mode_of_its_forward(mode):
+    """A backward is outside of every mode: without them a block would be recomputed by other kernels, and torch stops."""
+    gradients = []
+    for again in (False, True):
+        policy = tiny_masked_lm(characters="abc", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=32)
+        tokens = torch.arange(3, 6).repeat(2, 3)
+        with torch.autocast("cpu", torch.bfloat16), mode():
+            with recomputed_blocks(policy.module) if again else nullcontext():
+                logits = policy.logits(tokens, torch.ones_like(tokens, dtype=torch.bool))
+            logits.float().square().mean().backward()
+        gradients.append([p.grad for p in policy.module.parameters() if p.grad is not None])
+    assert gradients[0] and all(map(torch.equal, *gradients))

@@ -100,6 +100,7 @@ def test_leaving_out_groups_without_advantage_changes_nothing_but_time(tmp_path)
 def test_entropy_bonus_reaches_the_weights_without_any_advantage(tmp_path):
     """With advantages 0 the bonus is all there is: it must raise -log p of what is sampled, and 0 must move nothing."""
     still = {"advantages": torch.zeros_like, "rollout_quantization": None, "num_steps": 6}
+    still |= {"likelihood": likelihoods.trajectory(order="given")}
     a = train(tiny_recipe(tmp_path / "a", **still))
     b = train(tiny_recipe(tmp_path / "b", num_iterations=2, **still))
     assert_same_weights(a, b)
