@@ -114,6 +114,11 @@ class Recipe(Settings):
         "completions sampled at a time, which changes memory, time and at most the rounding; None: all at once", None
     )
     micro_batch_size: int | None = _("completions per forward of scoring and update; None: all at once", None)
+    kept_graphs: int = _(
+        "most forwards (views x micro-batches) that a step's scoring keeps the graphs of, for the first update to go "
+        "back through in place of forwards of its own; with more, and at 0, memory does not grow with their number",
+        1,
+    )
     old_logprobs: Literal["recompute", "rollout"] = _(
         "what ratios are taken against: the learner's own log-probs at the start of the update, with the corrector "
         "between them and the rollout's, or the rollout's directly (bypass)",
@@ -147,6 +152,11 @@ class Recipe(Settings):
     )
     torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = _(
         "torch.compile's: default is for all shapes at once; the others for one at a time, with CUDA graphs", "default"
+    )
+    shard_size: int = _(
+        "processes that hold the learner's weights, gradients and optimiser state between them (FSDP2), a divisor of "
+        "their number; 0: all of them; 1: each holds the whole",
+        1,
     )
     bf16: bool = _(
         "forwards compute in bf16 and weights stay in dtype: with dtype float32 the setting for training all weights",
@@ -214,6 +224,8 @@ class Recipe(Settings):
             "entropy_coeff",
             "weight_decay",
             "stop_seconds",
+            "kept_graphs",
+            "shard_size",
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")

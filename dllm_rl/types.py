@@ -219,9 +219,10 @@ class Rollout(_Movable):
             return dataclasses.replace(changed, logprobs=self.logprobs + self.log_kept_mass)
         return changed
 
-    def rows(self, keep: Int[Tensor, " R"]) -> "Rollout":
-        """The given rows, in the given order. group_size must still divide them."""
-        return self._map(lambda x: x[keep])
+    def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Rollout":
+        """The given rows, in the given order, and of their positions those in `columns`. group_size must still divide
+        the rows."""
+        return self._map(lambda x: x[keep][:, columns])
 
     def replaced(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":
         """This rollout with `rows` replaced by those of another; the narrower of the two is padded on the left."""
@@ -278,7 +279,8 @@ class Rollout(_Movable):
 class Logprobs:
     """Log-prob contributions of one rollout under every policy that a step compares; nats, 0 where none is scored.
 
-    old        under the learner at the start of the update; old_scores: the same per mask, before they are combined.
+    old        under the learner at the start of the update; old_scores: the same per mask, before they are combined,
+               with the graphs of their forwards where the update is to go back through those.
     rollout    under the policy that sampled.
     reference  under the reference policy, or None without a KL term.
     order      how far the learner would have chosen the rollout's order itself, as (sum, count) pairs by name; empty
@@ -299,7 +301,7 @@ class Batch:
     old         log-prob contributions that ratios are taken against: under the weights at the start of the update, or,
                 with old_logprobs="rollout", under the policy that sampled.
     old_scores  under the weights at the start of the update, per mask, before an estimator combines them (lets the
-                first inner step skip a forward).
+                first inner step skip a forward, and with their graphs every one).
     weights     detached importance weights of the corrector; keep: positions that stay in the loss.
     reference   log-prob contributions under the reference policy, or None without a KL term.
     num_tokens, num_sequences  denominators of the loss, over the global batch.
@@ -328,17 +330,20 @@ class Noise(_Movable):
     upper_bound_weight  weight of the upper bound in each row's estimate, in [0, 1]; None: lower bound only.
     left    positions that are scored in view n by the probability of having been left there, not by their token
             (`models.order`); None: there are none.
+    learned  rows that the update learns from, whose graphs scoring may keep; None: all.
     """
 
     masked: Bool[Tensor, "N B T"]
     weight: Float[Tensor, "N B T"]
     upper_bound_weight: Float[Tensor, " B"] | None = None
     left: Bool[Tensor, "N B T"] | None = None
+    learned: Bool[Tensor, " B"] | None = None
 
-    def rows(self, keep: Int[Tensor, " R"]) -> "Noise":
-        share = None if self.upper_bound_weight is None else self.upper_bound_weight[keep]
-        left = None if self.left is None else self.left[:, keep]
-        return Noise(self.masked[:, keep], self.weight[:, keep], share, left)
+    def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Noise":
+        """The given rows, in the given order, and of their positions those in `columns`."""
+        share, learned = (None if x is None else x[keep] for x in (self.upper_bound_weight, self.learned))
+        left = None if self.left is None else self.left[:, keep][..., columns]
+        return Noise(self.masked[:, keep][..., columns], self.weight[:, keep][..., columns], share, left, learned)
 
     def only(self, live: Bool[Tensor, " B"]) -> "Noise":
         """The same masks, with the other rows not scored."""

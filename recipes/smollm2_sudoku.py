@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from dllm_rl import diffusion_from_causal, main, max_prob, unmask
-from recipes.sudoku_tiny import recipe as base
+from recipes.sudoku_tiny import in_float32 as base
 
 # Digits and dots are a token each, so a grid of 16 cells is 16 tokens.
 in_four = partial(unmask, max_new_tokens=16, num_steps=4, rank=max_prob)

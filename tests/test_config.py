@@ -108,6 +108,7 @@ def test_an_estimators_parts_are_not_changed_one_by_one(recipe):
     assert [path for path in paths(recipe) if path.startswith("likelihood.")] == [
         "likelihood.num_segments",
         "likelihood.block_size",
+        "likelihood.order",
     ]
     mine = replace(recipe, likelihood=replace(recipe.likelihood, name="mine"))  # no function makes this one
     assert not [path for path in paths(mine) if path.startswith("likelihood.")]

@@ -95,6 +95,32 @@ def cispo(
     return log_ratio.detach().clamp(-MAX_LOG, MAX_LOG).exp().clamp(max=max_ratio) * advantages[:, None] * log_ratio
 
 
+def vespo(
+    log_ratio: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    k_pos: float = 2.0,
+    lam_pos: float = 3.0,
+    k_neg: float = 3.0,
+    lam_neg: float = 2.0,
+) -> Float[Tensor, "B T"]:
+    """sg(phi(w)) A log_ratio, phi(w) = e^lam w^k e^(-lam w), w the product of the row's ratios (VESPO, arXiv
+    2602.10693, its authors' code [paper]).
+
+    phi(1) = 1; phi is largest at w = k / lam and falls to 0 on both sides, so that no clip is needed. log_ratio stands
+    for logp_current, as in `cispo`. VESPO's w is current / rollout: with old_logprobs="rollout" it is the same here;
+    otherwise w is current / old, and a corrector's weights multiply phi(w) in place of w [ours].
+
+    k_pos, lam_pos  where the advantage is >= 0; above 0
+    k_neg, lam_neg  where it is negative
+    """
+    log_w = torch.where(mask, log_ratio.detach(), 0).sum(-1, keepdim=True).clamp(-MAX_LOG, MAX_LOG)
+    positive = (advantages >= 0)[:, None]
+    k, lam = torch.where(positive, k_pos, k_neg), torch.where(positive, lam_pos, lam_neg)
+    return (lam + k * log_w - lam * log_w.exp()).exp() * advantages[:, None] * log_ratio
+
+
 def reinforce(
     log_ratio: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.config import describe
-from dllm_rl.distributed import OneProcess, Processes, gather_objects
+from dllm_rl.distributed import OneProcess, Processes, gather_objects, in_pace
 from dllm_rl.evaluation.completions import Completions, Row, fingerprint, make_row
 from dllm_rl.evaluation.results import Evaluation, Graded
 from dllm_rl.models.base import Policy
@@ -60,23 +60,24 @@ def evaluate(
     answers: list[Graded] = []
     size = min(max(1, batch_size // samples), -(-count // accelerator.num_processes))
     starts = range(accelerator.process_index * size, count, accelerator.num_processes * size)
-    for batch in (range(start, min(start + size, count)) for start in starts):
-        problems = {i: task[i] for i in batch}
-        keys = [(i, j) for i in batch for j in range(samples)]
-        rows = keeper.held(keys, problems)
-        if len(rows) < len(keys):
-            # Always run the whole batch, even if part of it is stored: results must not depend on where a previous run
-            # was killed.
-            made = complete(policy, problems, sampler, seed, samples, facts)
-            fresh = {key: made[key] for key in keys if key not in rows}
-            keeper.append(fresh.values())
-            rows |= fresh
-        texts = [rows[key]["completion"] for key in keys]
-        graded = grade(task, list(problems.values()), texts, timeout=reward_timeout)
-        for key, reward in zip(keys, graded, strict=True):
-            record = rows[key]["evaluation"]
-            answers.append(Graded(*key, reward, record["tokens"], record["forwards"], record["seconds"]))
-        progress(min(len(answers) * accelerator.num_processes, count * samples))
+    with in_pace(policy):
+        for batch in (range(start, min(start + size, count)) for start in starts):
+            problems = {i: task[i] for i in batch}
+            keys = [(i, j) for i in batch for j in range(samples)]
+            rows = keeper.held(keys, problems)
+            if len(rows) < len(keys):
+                # Always run the whole batch, even if part of it is stored: results must not depend on where a previous
+                # run was killed.
+                made = complete(policy, problems, sampler, seed, samples, facts)
+                fresh = {key: made[key] for key in keys if key not in rows}
+                keeper.append(fresh.values())
+                rows |= fresh
+            texts = [rows[key]["completion"] for key in keys]
+            graded = grade(task, list(problems.values()), texts, timeout=reward_timeout)
+            for key, reward in zip(keys, graded, strict=True):
+                record = rows[key]["evaluation"]
+                answers.append(Graded(*key, reward, record["tokens"], record["forwards"], record["seconds"]))
+            progress(min(len(answers) * accelerator.num_processes, count * samples))
     keeper.close()
     return Evaluation(
         tuple(sorted(gather_objects(answers, accelerator), key=lambda answer: (answer.problem, answer.sample))), facts

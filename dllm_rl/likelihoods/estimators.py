@@ -73,19 +73,31 @@ class LikelihoodEstimator:
     packed: int | None = None
     made_by: partial | None = field(default=None, init=False, repr=False, compare=False)
 
-    @torch.no_grad()
     def scores(
-        self, policy: Policy, rollout: Rollout, noise: Noise, *, micro_batch_size: int | None = None
+        self,
+        policy: Policy,
+        rollout: Rollout,
+        noise: Noise,
+        *,
+        micro_batch_size: int | None = None,
+        keep_graphs: bool = False,
     ) -> Float[Tensor, "N B T"]:
-        """log p(y_t | view n) in nats where view n scores t, 0 elsewhere. No gradient."""
+        """log p(y_t | view n) in nats where view n scores t, 0 elsewhere. No gradient without `keep_graphs`, which
+        holds what the backward of every forward of `noise.learned` rows needs until that has run."""
         self.check(policy)
         out = torch.zeros(noise.weight.shape, device=rollout.tokens.device)
-        for rows in row_chunks(noise, micro_batch_size, rollout.group_size):
-            part, masks = rollout.rows(rows), noise.rows(rows)
-            for n in range(len(masks.masked)):
-                left = None if masks.left is None else masks.left[n]
-                view = (masks.masked[n], masks.weight[n] != 0)
-                out[n, rows] = score_view(policy, part, *view, left=left, packed=self.packed is not None)
+        parts = [(noise, keep_graphs)]
+        if keep_graphs and noise.learned is not None:
+            parts = [(noise.only(~noise.learned), False), (noise.only(noise.learned), True)]
+        for part, kept in parts:
+            with torch.set_grad_enabled(kept):
+                for chunk in row_chunks(rollout, part, micro_batch_size):
+                    some, masks = chunk.of(rollout, part)
+                    for n in range(len(masks.masked)):
+                        left = None if masks.left is None else masks.left[n]
+                        view = (masks.masked[n], masks.weight[n] != 0)
+                        logps = score_view(policy, some, *view, left=left, packed=self.packed is not None)
+                        out[n, chunk.rows, chunk.columns] = logps
         return out
 
     def logprobs(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
+from dllm_rl.models.buckets import length_buckets
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
 from dllm_rl.models.order import (
     backward_committed,
@@ -21,14 +22,38 @@ from dllm_rl.models.transfer import send
 from dllm_rl.types import Noise, Rollout
 
 
-def row_chunks(noise: Noise, micro_batch_size: int | None, group_size: int) -> tuple[Int[Tensor, " R"], ...]:
-    """Rows of the groups that any view scores, in chunks of whole groups of at most micro_batch_size (or one group)."""
-    scored = rearrange((noise.weight != 0).any(0).any(-1), "(p g) -> p g", g=group_size).any(-1)
-    rows = repeat(scored, "p -> (p g)", g=group_size).nonzero()[:, 0]
-    if not len(rows):
-        return ()
-    size = len(rows) if micro_batch_size is None else max(group_size, micro_batch_size // group_size * group_size)
-    return rows.split(size)
+@dataclass(frozen=True)
+class Chunk:
+    """Rows that go through the model together, and the columns from the first that one of them does not pad."""
+
+    rows: Int[Tensor, " R"]
+    columns: slice
+
+    def of(self, rollout: Rollout, noise: Noise) -> tuple[Rollout, Noise]:
+        return rollout.rows(self.rows, self.columns), noise.rows(self.rows, self.columns)
+
+
+def row_chunks(rollout: Rollout, noise: Noise, micro_batch_size: int | None) -> list[Chunk]:
+    """The groups that any view scores, in chunks of whole groups, of at most micro_batch_size rows (or one group), and
+    of like lengths, without the padding that all of them begin with.
+
+    Lengths are those of the whole rollout (`length_buckets`), scored or not: a row is run at the width that it was
+    sampled at. Where all rows go together they keep their columns.
+    """
+    group = rollout.group_size
+    scored = rearrange((noise.weight != 0).any(0).any(-1), "(p g) -> p g", g=group).any(-1)
+    first = rearrange(rollout.attention_mask.long().argmax(-1), "(p g) -> p g", g=group).amin(-1)
+    chosen, starts = torch.stack([scored, first]).cpu()
+    size = len(chosen) if micro_batch_size is None else max(1, micro_batch_size // group)
+    found, width = [], rollout.tokens.shape[1]
+    for bucket in length_buckets(starts.repeat_interleave(group), width, rollout.tokens.device):
+        groups = bucket.rows[::group] // group
+        for part in groups[chosen[groups] != 0].split(size):
+            if len(part):
+                rows = rearrange(part[:, None] * group + torch.arange(group), "p g -> (p g)")
+                (rows,) = send(rollout.tokens.device, rows)
+                found.append(Chunk(rows, slice(bucket.start, width)))
+    return found
 
 
 def score_view(

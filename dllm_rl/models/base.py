@@ -201,6 +201,11 @@ class Policy(Head, Protocol):
     def reference(self) -> "Policy": ...
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor; of one that several processes hold between them, all of it, gathered by all of them together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def copied(policy: Policy) -> Policy:
     """The same policy over a copy of its module."""
     twin = copy.copy(policy)

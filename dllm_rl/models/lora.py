@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
-from dllm_rl.models.base import Module, Policy
+from dllm_rl.models.base import Module, Policy, whole
 from dllm_rl.models.weights import misfits, renamed
 from dllm_rl.rng import keep_mask
 
@@ -116,7 +116,7 @@ class LoraLinear(nn.Module):
     def merged(self) -> Float[Tensor, "O I"]:
         """W + (alpha / r) B A, summed in fp32 and rounded once to the dtype of W; differentiable in A and B."""
         weight = plain_weight(self.base_layer)
-        added = self.lora_B.weight.float() @ self.lora_A.weight.float()
+        added = whole(self.lora_B.weight).float() @ whole(self.lora_A.weight).float()
         return (weight.float() + added * (self.lora.alpha / self.lora.r)).to(weight.dtype)
 
 
@@ -195,9 +195,9 @@ def has_extras(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
-    """The weight of a linear layer, a bitsandbytes one's dequantised."""
+    """The weight of a linear layer: a bitsandbytes one's dequantised, a sharded one's whole."""
     if not is_bitsandbytes(layer):
-        return layer.weight.detach()
+        return whole(layer.weight.detach())
     weight: Any = layer.weight
     if hasattr(weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit

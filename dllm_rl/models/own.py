@@ -1,11 +1,15 @@
 """The tensors of any module, one of the user's own included: what is saved of it, and put back."""
 
+import copy
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from dllm_rl.models.lora import merged_state
+from dllm_rl.models.base import Module, whole
+from dllm_rl.models.lora import adapted_layers, merged_state
 from dllm_rl.models.weights import misfits, read_tensors
 
 
@@ -41,3 +45,22 @@ def load_tensors(module: nn.Module, folder: Path) -> None:
 def transient(module: nn.Module) -> set[str]:
     """Names of the buffers that no checkpoint holds."""
     return {f"{path}.{name}" for path, layer in module.named_modules() for name in layer._non_persistent_buffers_set}
+
+
+@torch.no_grad()
+def gathered(module: Module, *, keep: bool) -> Module:
+    """A sharded module, whole, on the host, adapters as they are: all processes call it together, and get it where they
+    `keep` it. The device holds one tensor whole at a time."""
+    memo: dict[int, Any] = {}
+    tensors, plain = (chain(each.parameters(), each.buffers()) for each in (module, module.sharding.plain))
+    for tensor, place in zip(tensors, plain, strict=True):
+        value = whole(tensor.detach())
+        if keep:  # deepcopy takes what the memo holds for an object instead of copying it
+            value = value.to("cpu", copy=True)
+            memo[id(place)] = nn.Parameter(value, tensor.requires_grad) if isinstance(place, nn.Parameter) else value
+    if not keep:
+        return None
+    found = copy.deepcopy(module.sharding.plain, memo)
+    for path, layer in adapted_layers(module).items():
+        found.get_submodule(path).calls = layer.calls
+    return found

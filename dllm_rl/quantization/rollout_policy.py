@@ -6,14 +6,14 @@ A torchao config object, or one of our emulators', describes the quantisation; N
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Module, Policy, whole
 from dllm_rl.models.lora import LoraLinear, forget_quantizer, is_bitsandbytes, merged_state, plain_weight
 from dllm_rl.quantization.experts import STACKS, Experts, is_stacked
 from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize, Scheme
@@ -66,26 +66,30 @@ def quantized_copy(
 
     Head, embeddings, norms and routers keep theirs, as do layers tied to one of these. Experts that a stock class
     stacks in one tensor are quantised one by one (`Experts`). `rollout_policy.quantization_report` says all that.
-    Adapters are merged and what bitsandbytes holds is dequantised, layer by layer: beyond the copy itself at most one
-    layer is held twice. Raises ValueError for a config that the device cannot run,
-    a weight with NaN or infinity, or when nothing could be quantised.
+    Adapters are merged, what bitsandbytes holds is dequantised and what is sharded gathered, layer by layer: beyond the
+    copy itself, which each process has whole, at most one layer is held twice. Raises ValueError for a config that the
+    device cannot run, a weight with NaN or infinity, or when nothing could be quantised.
     """
     module, rollout_policy = policy.module, copy.copy(policy)
+    layers = module.sharding.plain if hasattr(module, "sharding") else module  # what is copied, without weights if so
     kept: dict[str, str] = {}
     memo: dict[int, Any] = {}
     finite: dict[str, torch.Tensor] = {}
     if config is not None:
         config = check_scheme(config, policy.device, dtype or next(module.parameters()).dtype)
         kept = skip_reasons(module, config, skip)
-    stacked = [] if config is None else [(n, m) for n, m in module.named_modules() if is_stacked(m) and n not in kept]
+    stacked = [] if config is None else [(n, m) for n, m in layers.named_modules() if is_stacked(m) and n not in kept]
     chosen = [] if config is None else [name for name, _ in linear_layers(module) if name not in kept]
     if config is not None and not chosen and not stacked:
         raise ValueError(f"{config!r} quantises no layer of {type(module).__name__}; not quantised: {kept}")
-    memo |= in_dtype((p for p in module.parameters() if p.dim() == 1), dtype)  # norms, and biases for what follows
-    for name, layer in linear_layers(module):
+    memo |= copies(module, layers, dtype, lambda p: p.dim() == 1)  # norms, and biases for what follows
+    for name, layer in linear_layers(layers):
         # deepcopy takes what the memo holds for an object instead of copying it: no plain copy of a weight is made.
         quantise, base = name in chosen, layer.base_layer if isinstance(layer, LoraLinear) else layer
-        weight = (layer.merged() if isinstance(layer, LoraLinear) else plain_weight(layer)).to(dtype)
+        if not quantise and base is layer and not is_bitsandbytes(layer):
+            continue
+        held = module.get_submodule(name)
+        weight = (held.merged() if isinstance(held, LoraLinear) else plain_weight(held)).to(dtype)
         if quantise and isinstance(config, FakeQuantize):
             memo[id(layer)] = EmulatedLinear(weight, copy.deepcopy(base.bias, memo), config)
             finite[name] = memo[id(layer)].weight.isfinite().all()
@@ -95,16 +99,16 @@ def quantized_copy(
         if base is not layer or is_bitsandbytes(layer):
             memo[id(layer)] = plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
             plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), copy.deepcopy(base.bias, memo)
-        elif quantise:
+        else:
             memo[id(layer.weight)] = nn.Parameter(weight, requires_grad=False)
     for name, layer in stacked:
-        memo[id(layer)], fine = quantized_experts(layer, config, dtype)
+        memo[id(layer)], fine = quantized_experts(module.get_submodule(name), config, dtype)
         finite |= {f"{name}.{part}": value for part, value in fine.items()}
         chosen += [f"{name}.{part}" for part in fine]
-    replaced = {id(p) for layer in module.modules() if id(layer) in memo for p in layer.parameters()}
-    memo |= in_dtype((p for p in module.parameters() if id(p) not in memo.keys() | replaced), dtype)
+    replaced = {id(p) for layer in layers.modules() if id(layer) in memo for p in layer.parameters()}
+    memo |= copies(module, layers, dtype, lambda p: id(p) not in memo.keys() | replaced)
     check_finite(finite)
-    rollout_policy.module = copy.deepcopy(module, memo).requires_grad_(False)
+    rollout_policy.module = copy.deepcopy(layers, memo).requires_grad_(False)
     for name in chosen:
         rollout_policy.module.get_submodule(name).quantization = config
     forget_quantizer(rollout_policy.module)
@@ -116,6 +120,22 @@ def quantized_copy(
     return rollout_policy
 
 
+def copies(
+    module: Module, layers: Module, dtype: torch.dtype | None, wanted: Callable[[torch.Tensor], bool]
+) -> dict[int, Any]:
+    """Copies of a module's tensors, by the id of the tensor in `layers`, if `wanted` of that one: floating parameters
+    in `dtype`, and where `layers` is not the module itself everything, gathered. That is deepcopy's memo, which copies
+    all else."""
+    found: dict[int, Any] = {}
+    for place, tensor in zip(layers.parameters(), module.parameters(), strict=True):
+        kind = dtype if tensor.is_floating_point() else None
+        if wanted(place) and (kind or place is not tensor):
+            found[id(place)] = nn.Parameter(whole(tensor.detach()).to(kind, copy=place is tensor), requires_grad=False)
+    if layers is not module:
+        found |= {id(a): b.clone() for a, b in zip(layers.buffers(), module.buffers(), strict=True)}
+    return found
+
+
 def quantized_experts(
     layer: nn.Module, config: Scheme, dtype: torch.dtype | None
 ) -> tuple[Experts, dict[str, torch.Tensor]]:
@@ -124,7 +144,7 @@ def quantized_experts(
     stacks: list[list[nn.Linear]] = []
     for stack in STACKS:
         stacks.append([])
-        for expert, weight in enumerate(getattr(layer, stack).detach().unbind()):
+        for expert, weight in enumerate(whole(getattr(layer, stack).detach()).unbind()):
             weight = weight.to(dtype)
             if isinstance(config, FakeQuantize):
                 one: nn.Linear = EmulatedLinear(weight, None, config)
@@ -136,15 +156,6 @@ def quantized_experts(
             stacks[-1].append(one)
             finite[f"{stack}.{expert}"] = fine
     return Experts(stacks[0], stacks[1], cast(nn.Module, layer.act_fn)), finite
-
-
-def in_dtype(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None) -> dict[int, Any]:
-    """Copies of floating parameters in another dtype, by the id of the original: deepcopy's memo. None: no copies."""
-    return {
-        id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False)
-        for p in parameters
-        if dtype is not None and p.is_floating_point()
-    }
 
 
 def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:

@@ -62,12 +62,13 @@ def propose_and_rank(
 def order_logprobs(
     policy: Policy,
     hidden: Float[Tensor, "K D"],
+    sampling_params: SamplingParams,
+    *,
     scores: Float[Tensor, " K"],
     rows: Int[Tensor, " K"],
     places: Int[Tensor, " K"],
     committed: Int[Tensor, " C"],
     left: Int[Tensor, " J"],
-    sampling_params: SamplingParams,
 ) -> Float[Tensor, " J"]:
     """For each of the K positions that a step left, the log-prob of its draw having ranked behind those that the row
     committed, by `confidence`; nats. The head runs on them once more: only now is known what was committed."""

@@ -97,7 +97,8 @@ def unmask(
         in_step=cache is not None,
         masked=None if prompts.open is None else canvas.masked,
     )
-    canvas.rank, canvas.revised = rank_name(rank), bool(revising)
+    canvas.rank = rank_name(rank)
+    canvas.revised = bool(revising)
     check_suppress(policy, sampling_params)
     states_of = States(policy, canvas, cache, queue.steps)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(device)
@@ -145,7 +146,9 @@ def unmask(
         picked = _places(chosen[r, c][None], int(num_chosen.sum()))[1]
         if lawful:
             stayed = _places(~chosen[r, c][None], len(r) - int(committed.sum()))[1]
-            order = order_logprobs(policy, states, scores[r, c], r, c, picked, stayed, sampling_params)
+            order = order_logprobs(
+                policy, states, sampling_params, scores=scores[r, c], rows=r, places=c, committed=picked, left=stayed
+            )
             canvas.leave(on_device[r[stayed]], c[stayed], order)
         r, c, states = r[picked], c[picked], states[picked]
         if draws_first:

@@ -184,7 +184,9 @@ def _measure(case: _Case, corrector: Corrector, sigma: float, batch: int, moved:
 
     old = current if moved == "rollout" else sampled
     weights, keep = weighed(corrector, old - sampled, advantages, q)
-    gradient = surrogate_gradient(corrector, rollout, noise, advantages, current, old, weights, keep)
+    gradient = surrogate_gradient(
+        corrector, rollout, noise, advantages, current=current, old=old, weights=weights, keep=keep
+    )
     each = torch.einsum("bt,btw->bw", gradient, case.jacobian)
     w = torch.where(keep, weights, 0)
     mean_weight, square = (float((q[:, None] * x).sum() / w.shape[1]) for x in (w, w.square()))
@@ -223,6 +225,7 @@ def surrogate_gradient(
     rollout: Rollout,
     noise: Noise,
     advantages: Float[Tensor, " B"],
+    *,
     current: Float[Tensor, "B T"],
     old: Float[Tensor, "B T"],
     weights: Float[Tensor, "B T"],

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from dllm_rl.distributed import part_like
 from dllm_rl.files import folder_size, read_json, recover, remove, remove_whole, replacing, write_text
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import save_adapter
@@ -127,7 +129,8 @@ def _tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tens
 def check_finite(what: str, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     """Raise FloatingPointError naming the first weight or moment that is NaN or infinite."""
     for name, tensor in _tensors(policy, optimizer).items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if mine.is_floating_point() and not mine.isfinite().all():
             raise FloatingPointError(f"{what}: {name} is not finite; resume from an earlier checkpoint")
 
 
@@ -239,17 +242,22 @@ def _json(path: Path) -> dict[str, Any]:
 def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's moments on the optimiser. Raises ValueError on a file that is damaged or emptied, and
     FloatingPointError on weights or moments that are not finite."""
-    optimizer.load_state_dict(_optimizer_state(folder))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = _optimizer_state(folder, mapped=any(isinstance(p, DTensor) for p in parameters))
+    for index, held in state["state"].items():
+        held |= {kind: part_like(value, parameters[index]) for kind, value in held.items()}
+    optimizer.load_state_dict(state)
     trained = [name for name, p in policy.module.named_parameters() if p.requires_grad and p not in optimizer.state]
     if trained and policy.version and isinstance(optimizer, torch.optim.AdamW):
         raise ValueError(f"{folder}: optimizer.pt holds no moments of {trained[0]}, after {policy.version} updates")
     check_finite(str(folder), policy, optimizer)
 
 
-def _optimizer_state(folder: Path) -> dict[str, Any]:
+def _optimizer_state(folder: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """What optimizer.pt holds. mapped: tensors stay in the file until they are read, for processes that take parts."""
     path = folder / "optimizer.pt"
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
     except FileNotFoundError:
         raise ValueError(f"{folder}: {path.name} is missing") from None
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:

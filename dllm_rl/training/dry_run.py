@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dllm_rl.distributed import launched
 from dllm_rl.models.base import FamilySpec, Module, Policy
 from dllm_rl.models.families import find_family
 from dllm_rl.models.loading import build_empty
@@ -21,7 +22,8 @@ from dllm_rl.quantization.rollout_policy import skip_reasons
 from dllm_rl.quantization.schemes import int4_packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import autoregress, sampler_for, unmask
-from dllm_rl.training.memory import Memory, measure_step
+from dllm_rl.training.memory import ONE_VIEW, Memory, measure_step, most_graphs, shared_out
+from dllm_rl.training.sharding import check_module, check_sharding, group_size
 
 GB = 1e9
 GPUS = (80, 96, 141, 192)  # GB of memory
@@ -78,6 +80,10 @@ def meta_policy(recipe: Recipe) -> MetaPolicy:
 def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
     """Raise ValueError when sampler, likelihood and model do not go together, or a completion does not fit."""
     recipe.likelihood.check(policy)
+    size = group_size(recipe, launched())
+    check_sharding(recipe, max(size, launched()))
+    if size > 1:
+        check_module(policy.module, size)
     sampler, wanted = getattr(recipe.sampler, "func", recipe.sampler), sampler_for(policy)
     if sampler in (autoregress, unmask) and sampler is not wanted:
         raise ValueError(
@@ -99,10 +105,13 @@ def dtype_of(recipe: Recipe, module: Module) -> torch.dtype:
 
 
 def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> Memory:
-    """Bytes per GPU: data parallel, every GPU holds all of them."""
-    dtype = dtype_of(recipe, policy.module)
+    """Bytes per GPU: data parallel, every GPU holds all of them, or its part of what a shared-out learner has."""
+    dtype, size = dtype_of(recipe, policy.module), group_size(recipe, launched())
     copied = rollout_bytes(recipe, policy, 2 if recipe.bf16 else dtype.itemsize)
-    return measure_step(recipe, policy, prompt_tokens=prompt_tokens, dtype=dtype, rollout_copy=copied)
+    if size > 1 and recipe.rollout_quantization is None:
+        copied = policy.parameters * dtype.itemsize
+    found = measure_step(recipe, policy, prompt_tokens=prompt_tokens, dtype=dtype, rollout_copy=copied)
+    return found if size == 1 else shared_out(found, policy.module, size)
 
 
 def quantisable(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str, str]]:
@@ -143,7 +152,8 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
     prompt_tokens  length that prompts are assumed to have; None: the first one's of a model that is made here, whose
                    tokenizer is known, else 256.
     """
-    policy = meta_policy(recipe)
+    policy, size = meta_policy(recipe), group_size(recipe, launched())
+    recipe = recipe if size == 1 else replace(recipe, kept_graphs=0)  # as in training
     if prompt_tokens is None and policy.tokenizer is None:
         prompt_tokens = 256  # no task is opened: its data may not be here
     elif prompt_tokens is None:
@@ -157,6 +167,7 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
     reasons = {why.split(" ")[0] if why.startswith("tied") else why: 0 for why in kept.values()}
     for why in kept.values():
         reasons[why.split(" ")[0] if why.startswith("tied") else why] += 1
+    between = f", {size} GPUs holding the learner between them" if size > 1 else ""
     lines = [
         f"{recipe.name}: {recipe.model if isinstance(recipe.model, str) else policy.spec.name} "
         f"({type(policy.module).__name__}, {policy.spec.attention} attention)",
@@ -167,8 +178,9 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
         f"rollout batch         {rows} rows x ({prompt_tokens} assumed prompt + {length} new) tokens: "
         f"{recipe.train_batch_size} prompts x {recipe.num_generations} completions, over all processes",
         f"update batch          {recipe.micro_batch_size or rows} rows at once, {recipe.num_iterations} updates a step",
+        f"graphs kept           {graphs_kept(recipe, policy, rows)}",
         f"tokens per step       {rows * length:,} sampled, {rows * (length + prompt_tokens):,} in all",
-        "memory per GPU, of a step without data (GB = 10^9 bytes)",
+        f"memory per GPU, of a step without data (GB = 10^9 bytes){between}",
         *(f"  {name:15}  {value / GB:8.3f} GB held" for name, value in parts.held.items()),
         *(f"  {name:15}  {value / GB:8.3f} GB at most, all of it" for name, value in parts.peaks.items()),
         f"  {'peak':15}  {parts.peak / GB:8.3f} GB",
@@ -177,9 +189,18 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
     if parts.peak > USABLE * GPUS[0] * GB:
         lines.append(
             "less memory           --gradient_checkpointing, a smaller --micro_batch_size or --rollout_batch_size, "
-            "--lora lora_d1, --optim adamw_8bit, --base_quantization nf4; train() does not shard"
+            "--lora lora_d1, --optim adamw_8bit, --base_quantization nf4, or --shard_size on several GPUs"
         )
     return "\n".join(lines)
+
+
+def graphs_kept(recipe: Recipe, policy: MetaPolicy, rows: int) -> str:
+    """Whether the first update goes back through scoring's forwards."""
+    found = most_graphs(recipe, policy, rows=rows)
+    if not found:
+        return "none: an update runs every forward again, one at a time"
+    sure = recipe.likelihood.name in ONE_VIEW
+    return f"{'' if sure else 'up to '}{found} of scoring's forwards, for the first update (kept_graphs)"
 
 
 def fit(peak: int, size: int) -> str:

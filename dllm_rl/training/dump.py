@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dllm_rl.distributed import versions
+from dllm_rl.distributed import sharding_of, versions
 from dllm_rl.files import replacing
 from dllm_rl.recipe import Recipe
 from dllm_rl.training import checkpoint
@@ -71,7 +71,8 @@ def _leave(run: Run, step: int, error: Exception, frames: list[FrameType]) -> st
     )
     whole = stage in BEFORE_UPDATE or (stage == "update" and not updating)
     try:
-        if main and whole and not checkpoint.folder_of(Path(recipe.directory) / "checkpoints", step).exists():
+        alone = sharding_of(run.policy.module) is None  # else saving takes all processes
+        if main and alone and whole and not checkpoint.folder_of(Path(recipe.directory) / "checkpoints", step).exists():
             write_checkpoint(run, step)
         if run.accelerator.num_processes > 1 and _of_an_exchange(error):
             return (

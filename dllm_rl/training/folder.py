@@ -39,6 +39,7 @@ FREE = {
     "stop_seconds",
     "reward_timeout",
     "collective_timeout",
+    "shard_size",
     "max_prompt_length",
     "dry_run",
 }

@@ -5,12 +5,15 @@ and l combines the scores s_n of N masked forwards. So
     grad f = sum_n (df/ds_n) . grad s_n:
 df/dl is taken once, on detached l, pulled back to the scores, and then one forward and backward per mask and row chunk
 carries that vector through the model. It is exact. At the first inner iteration the current scores ARE the old ones,
-and no forward is spent to find them.
+and no forward is spent to find them. Where the batch takes few forwards (`keeps_graphs`) scoring keeps their graphs,
+and the vector goes back through those: no forward is run twice.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -20,10 +23,11 @@ from torch import Tensor
 
 from dllm_rl.algorithms.mismatch import PREFIX, group_weights, mismatch_metrics, off_policy_metrics, symptom_metrics
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
-from dllm_rl.distributed import Metrics, gather_on_host, local, reduce_metrics, sum_gradients
+from dllm_rl.distributed import Metrics, gather_on_host, in_pace, local, reduce_metrics, sum_gradients
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
-from dllm_rl.models.base import Policy
+from dllm_rl.models.attention import PlainAttention
+from dllm_rl.models.base import Policy, whole
 from dllm_rl.models.transfer import send
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
@@ -34,9 +38,12 @@ from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 
 @contextmanager
 def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
-    """bf16 autocast where asked for; with zero_mismatch a row's result does not depend on its batch."""
-    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16)
-    with autocast, batch_invariant() if recipe.zero_mismatch else nullcontext():
+    """bf16 autocast where asked for; with zero_mismatch a row's result does not depend on its batch; without, in 16
+    bits on a CPU, attention of short rows by plain products."""
+    kept = recipe.shard_size == 1  # autocast's bf16 copies would hold a sharded model whole
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16, cache_enabled=kept)
+    plain = accelerator.device.type == "cpu" and (recipe.bf16 or recipe.dtype != "float32")
+    with autocast, batch_invariant() if recipe.zero_mismatch else PlainAttention() if plain else nullcontext():
         yield
 
 
@@ -71,15 +78,17 @@ def draw_noise(
     step: int,
     accelerator: Accelerator,
 ) -> Noise:
-    """The step's masks; groups of weight 0 in `measured_groups` are not scored.
+    """The step's masks; groups of weight 0 in `measured_groups` are not scored, and `learned_groups` are marked.
 
     The generator is taken past the seeds of the rows that processes before this one hold.
     """
     generator = generator_for(recipe.seed, "noise", step)
     row_seeds(generator, accelerator.process_index * len(rollout.tokens))
     noise = recipe.likelihood.draw(rollout, generator)
-    (mine,) = send(accelerator.device, local(rearrange(advantages, "p g -> (p g)"), accelerator))
-    noise = recipe.likelihood.with_advantages(noise, mine)
+    learned = repeat(learned_groups(recipe, advantages), "p -> (p g)", g=rollout.group_size)
+    flat = rearrange(advantages, "p g -> (p g)")
+    (mine,), (learned,) = (send(accelerator.device, local(x, accelerator)) for x in (flat, learned))
+    noise = replace(recipe.likelihood.with_advantages(noise, mine), learned=learned)
     return only_groups(noise, groups > 0, rollout.group_size, accelerator)
 
 
@@ -88,6 +97,21 @@ def only_groups(noise: Noise, chosen: Bool[Tensor, " P"], group_size: int, accel
     if chosen.all():
         return noise
     return noise.only(*send(accelerator.device, local(repeat(chosen, "p -> (p g)", g=group_size), accelerator)))
+
+
+def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bool:
+    """Whether scoring keeps the graphs of its forwards for the first update, and each later inner iteration those of
+    its own: where they are at most `kept_graphs` of a whole micro-batch.
+
+    One graph is what an update holds in any case. Never with dropout in adapters, which scoring goes without, nor with
+    weights that are shared out, whose processes agree on every forward and its backward (`in_pace`).
+    """
+    forwards = views * math.ceil(rows / (recipe.micro_batch_size or rows))
+    return (
+        recipe.shard_size == 1
+        and forwards <= recipe.kept_graphs
+        and not (policy.lora is not None and policy.lora.dropout)
+    )
 
 
 def score(
@@ -102,22 +126,25 @@ def score(
     """The rollout under every policy, with the same masks.
 
     The sampler's own record stands for the rollout policy's side where the estimator is exact for the sampler, which
-    would only compute it again. Raises RuntimeError with zero_mismatch where the sides differ.
+    would only compute it again. The learner comes last, so that graphs that are kept lie beside no other forward.
+    Raises RuntimeError with zero_mismatch where the sides differ.
     """
     likelihood, size = recipe.likelihood, recipe.micro_batch_size
-    scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size)
-    old = sampled = likelihood.combine(scores, noise)
-    if likelihood.exact_for_sampler:
-        sampled = recorded(rollout, noise)
-    elif rollout_policy is not policy:
-        sampled = likelihood.logprobs(rollout_policy, rollout, noise, micro_batch_size=size)
-    logps = Logprobs(
-        old=old,
-        old_scores=scores,
-        rollout=sampled,
-        reference=None if reference is None else likelihood.logprobs(reference, rollout, noise, micro_batch_size=size),
-        order={} if rollout_policy is policy else order_agreement(policy, rollout),
-    )
+    under = partial(likelihood.logprobs, rollout=rollout, noise=noise, micro_batch_size=size)
+    anchor = None
+    if reference is not None:
+        with in_pace(reference):
+            anchor = under(reference)
+    sampled = recorded(rollout, noise) if likelihood.exact_for_sampler else None
+    if sampled is None and rollout_policy is not policy:
+        sampled = under(rollout_policy)
+    keep = keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
+    with in_pace(policy):
+        scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep)
+        order = {} if rollout_policy is policy else order_agreement(policy, rollout)
+    old = likelihood.combine(scores.detach(), noise)
+    sampled = old if sampled is None else sampled
+    logps = Logprobs(old=old, old_scores=scores, rollout=sampled, reference=anchor, order=order)
     if recipe.zero_mismatch:
         check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
     return logps
@@ -230,14 +257,16 @@ def update(
         scores = batch.old_scores
         if iteration:
             torch.clear_autocast_cache()  # autocast's bf16 copies are those of the weights before the last step
-            scores = likelihood.scores(policy, batch.rollout, batch.noise, micro_batch_size=micro_batch_size)
+            keep, size = scores.grad_fn is not None, micro_batch_size
+            with in_pace(policy):
+                scores = likelihood.scores(policy, batch.rollout, batch.noise, micro_batch_size=size, keep_graphs=keep)
         optimizer.zero_grad(set_to_none=True)
         metrics = accumulate_gradients(
             policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=micro_batch_size
         )
         sum_gradients(policy.module, accelerator)
         trained = [p for p in policy.module.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm))
         reduced = reduce_metrics(metrics | {"grad_norm": (norm, torch.ones_like(norm))}, accelerator)
         if not math.isfinite(reduced["grad_norm"]):
             raise FloatingPointError(
@@ -262,19 +291,23 @@ def accumulate_gradients(
 ) -> Metrics:
     """Add this process's share of the loss gradient to the parameters; returns its metrics as (sum, count) pairs.
 
-    scores  the current log-probs of every view, nats. The arguments are those of `update`.
+    scores  the current log-probs of every view, nats; with their graphs, the backward goes through those and frees
+            them, and no forward is run. The other arguments are those of `update`.
     """
     leaves = scores.detach().requires_grad_()
     logps = likelihood.combine(leaves, batch.noise)
     _, metrics, gradient = loss(logps.detach(), batch)
     (vectors,) = torch.autograd.grad(logps, leaves, gradient)
-    metrics |= off_policy_metrics(logps.detach(), batch, old=likelihood.combine(batch.old_scores, batch.noise))
-    rollout = batch.rollout
-    for rows in row_chunks(batch.noise, micro_batch_size, rollout.group_size):
-        part, masks = rollout.rows(rows), batch.noise.rows(rows)
-        for n in range(len(masks.masked)):
-            # Only positions that move the loss are scored again; with none left in this view, no forward is run.
-            order = {} if masks.left is None else {"scored": masks.weight[n] != 0, "left": masks.left[n]}
-            view = (masks.masked[n], vectors[n, rows])
-            backward_view(policy, part, *view, **order, packed=likelihood.packed is not None)
+    metrics |= off_policy_metrics(logps.detach(), batch, old=likelihood.combine(batch.old_scores.detach(), batch.noise))
+    if scores.grad_fn is not None:
+        scores.backward(vectors)
+        return metrics
+    with in_pace(policy, backward=True):
+        for chunk in row_chunks(batch.rollout, batch.noise, micro_batch_size):
+            part, masks = chunk.of(batch.rollout, batch.noise)
+            for n, masked in enumerate(masks.masked):
+                # Only positions that move the loss are scored again; with none left in this view, no forward is run.
+                vector = vectors[n, chunk.rows][:, chunk.columns]
+                order = {} if masks.left is None else {"scored": masks.weight[n] != 0, "left": masks.left[n]}
+                backward_view(policy, part, masked, vector, **order, packed=likelihood.packed is not None)
     return metrics

@@ -6,6 +6,7 @@ Attention is the fused kernel, which keeps no scores. The rollout's forward is t
 """
 
 import copy
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,8 +24,10 @@ from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.models.base import Module, Policy, position_ids
 from dllm_rl.models.logprobs import backward_token_logprobs, chunk_rows, token_logprobs
 from dllm_rl.models.lora import merged_state
+from dllm_rl.models.recompute import blocks_of
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.propose import propose
+from dllm_rl.training.learner import keeps_graphs
 from dllm_rl.types import SamplingParams
 
 ONE_VIEW = ("one_step", "causal")  # estimators that score the batch in one view
@@ -123,14 +126,16 @@ def measure_step(
     rollout_copy  bytes of the quantised copy.
     on_gpu        the optimiser's step is one fused kernel. (The head's chunks are those of the policy's device.)
 
-    Gradients are taken to be there from an earlier micro-batch or view, unless the batch is one of each.
+    Gradients are taken to be there from an earlier micro-batch or view, unless the batch is one of each. Where scoring
+    keeps its graphs (`most_graphs`), they are there in the stages of scoring and update.
     """
     all_rows = recipe.train_batch_size * recipe.num_generations
     micro, rollout_rows = recipe.micro_batch_size or all_rows, recipe.rollout_batch_size or all_rows
     held: dict[str, int] = {}
     peaks: dict[str, int] = {}
     policy, module = copy.copy(policy), copy.deepcopy(policy.module)
-    autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16)  # noqa: E731
+    cached = recipe.shard_size == 1  # as in training: autocast's copies of the weights
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16, cache_enabled=cached)  # noqa: E731
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         with live.measured(held, "weights"):
             policy.module = forget_data(module, dtype, recipe.base_quantization)
@@ -150,27 +155,66 @@ def measure_step(
                 parameter.grad = torch.zeros_like(parameter)
         with live.measured(held, "optimiser"), live.measured(peaks, "optimiser step", peak=True):
             optimizer = step_optimizer(recipe, trained, on_gpu=on_gpu)
+        params, graphs, kept = sampling_params(recipe, policy), most_graphs(recipe, policy, rows=all_rows), []
+        if graphs:  # beside the gradients of the step before
+            with autocast(), live.measured(peaks, "scoring", peak=True):
+                kept = [view_logprobs(recipe, policy, micro, prompt_tokens, params) for _ in range(graphs)]
         if micro >= all_rows and recipe.likelihood.name in ONE_VIEW:
             for parameter in trained:
                 parameter.grad = None
-        params = sampling_params(recipe, policy)
         with autocast(), live.measured(peaks, "update", peak=True):
-            states = view_states(recipe, policy, micro, prompt_tokens)
-            tokens = torch.zeros(len(states), dtype=torch.long)
-            backward_token_logprobs(policy, states, tokens, params, torch.ones(len(states)))
-            del states, tokens
+            if graphs:
+                torch.cat(kept).sum().backward()
+                kept.clear()
+            else:
+                states = view_states(recipe, policy, micro, prompt_tokens)
+                tokens = torch.zeros(len(states), dtype=torch.long)
+                backward_token_logprobs(policy, states, tokens, params, torch.ones(len(states)))
+                del states, tokens
         with live.measured(peaks, "sync or save", peak=True), torch.no_grad():
             for _ in merged_state(policy.module):
                 pass
         with live.measured(peaks, "rollout", peak=True), torch.no_grad(), autocast():
             sample_step(recipe, policy, rollout_rows, prompt_tokens, params)
-        with live.measured(peaks, "scoring", peak=True), torch.no_grad(), autocast():
-            states = two_chunks(policy, view_states(recipe, policy, micro, prompt_tokens))
-            token_logprobs(policy, states, torch.zeros(len(states), dtype=torch.long), params)
-            del states
+        if not graphs:
+            with live.measured(peaks, "scoring", peak=True), torch.no_grad(), autocast():
+                states = two_chunks(policy, view_states(recipe, policy, micro, prompt_tokens))
+                token_logprobs(policy, states, torch.zeros(len(states), dtype=torch.long), params)
+                del states
         del optimizer, beside
     order = ("weights", "adapters", "gradients", "optimiser", "reference", "rollout copy")
     return Memory({name: held[name] for name in order if held.get(name)}, peaks)
+
+
+def shared_out(memory: Memory, module: Module, size: int) -> Memory:
+    """What one of `size` processes takes that hold the learner between them, from what one alone takes.
+
+    What is held is parted, but for the rollout's copy. Whole, for their turn, are two blocks (the next is fetched), the
+    backbone's other weights and the head; in the update with the gradients of these, once more where they are summed
+    over processes, but for the head's; in the sync the largest tensor.
+    """
+    held = {name: value if name == "rollout copy" else -(-value // size) for name, value in memory.held.items()}
+    before, now = sum(memory.held.values()), sum(held.values())
+    numbers = [p.numel() for name, p in module.named_parameters() if ".lora_" not in name]
+    each, blocks = memory.held["weights"] / sum(numbers), blocks_of(module, "shard_size")
+
+    def units(trained: bool) -> tuple[float, float, float]:
+        def size_of(part: Module) -> float:
+            return each * sum(p.numel() for p in part.parameters() if p.requires_grad or not trained)
+
+        inside = size_of(module.base_model)
+        return max(map(size_of, blocks)), inside - sum(map(size_of, blocks)), size_of(module) - inside
+
+    (block, rest, head), (block_grad, rest_grad, head_grad) = units(False), units(True)
+    scoring = 2 * block + rest + head
+    extra = {"scoring": scoring, "update": scoring + 2 * (block_grad + rest_grad) + head_grad}
+    extra["sync or save"] = each * max(numbers)
+    parted = {"optimiser step"}
+    peaks = {
+        name: int(now + (peak - before) / (size if name in parted else 1) + extra.get(name, 0))
+        for name, peak in memory.peaks.items()
+    }
+    return Memory(held, peaks)
 
 
 def forget_data(module: Module, dtype: torch.dtype | None, quantization: str | None) -> Module:
@@ -214,6 +258,20 @@ def view_states(recipe: Recipe, policy: Policy, rows: int, prompt_tokens: int) -
     tokens, mask = batch_of(rows, prompt_tokens + 2 * length)
     whole = mask[:, None, None, :].expand(-1, -1, mask.shape[1], -1).clone()
     return policy.encode(tokens, whole, position_ids(mask))[:, -length:].flatten(0, 1)
+
+
+def most_graphs(recipe: Recipe, policy: Policy, *, rows: int) -> int:
+    """Forwards of a micro-batch whose graphs `kept_graphs` can hold at once; how many views an estimator has is known
+    where it has one, and else taken to be as many as fit."""
+    chunks = math.ceil(rows / (recipe.micro_batch_size or rows))
+    views = 1 if recipe.likelihood.name in ONE_VIEW else recipe.kept_graphs // chunks
+    return views * chunks if views and keeps_graphs(recipe, policy, views=views, rows=rows) else 0
+
+
+def view_logprobs(recipe: Recipe, policy: Policy, rows: int, prompt_tokens: int, params: SamplingParams) -> Tensor:
+    """The log-probs of a view's states, with the graph of all that made them."""
+    states = view_states(recipe, policy, rows, prompt_tokens)
+    return token_logprobs(policy, states, torch.zeros(len(states), dtype=torch.long), params)
 
 
 def two_chunks(policy: Policy, states: Tensor) -> Tensor:

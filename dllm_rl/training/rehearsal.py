@@ -20,12 +20,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl.algorithms.optimizers import adamw, adamw_8bit
-from dllm_rl.distributed import from_main
+from dllm_rl.distributed import from_main, in_pace
 from dllm_rl.files import remove
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tokens import chosen_ids, encode, graded_texts
-from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem, addends, grade
@@ -41,7 +40,8 @@ from dllm_rl.training.learner import (
     measured_groups,
     score,
 )
-from dllm_rl.training.rollouts import reward_values, wanted_parts
+from dllm_rl.training.rollouts import reward_values, rollout_copy, wanted_parts
+from dllm_rl.training.sharding import on_main
 from dllm_rl.training.warmup import examples
 
 MOMENTS: dict[Any, int] = {adamw: 8, adamw_8bit: 2}  # bytes a trained weight; of another optimiser nothing is known
@@ -55,16 +55,16 @@ def rehearse(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Acce
     """
     with random_numbers_kept(), as_trained(recipe, policy) as learner:
         micro_step(recipe, learner, problem, accelerator)
-        recipe.eval_sampler(learner, encode(learner, [problem]), generator_for(recipe.seed, "rehearsal"))
+        with in_pace(learner):
+            recipe.eval_sampler(learner, encode(learner, [problem]), generator_for(recipe.seed, "rehearsal"))
         if recipe.on_save_error == "stop":
-            from_main(partial(save_once, recipe, learner), accelerator)
+            saved, _ = on_main(recipe, learner, None, accelerator)
+            from_main(partial(save_once, recipe, saved), accelerator)
 
 
 def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
     """One step of the loop on one group a process, up to the gradients; no weight moves."""
-    group, key = recipe.num_generations, (recipe.seed, "rehearsal")
-    scheme, held = recipe.rollout_quantization, torch.bfloat16 if recipe.bf16 else None
-    rollout_policy = policy if scheme is None else quantized_copy(policy, scheme(), dtype=held)
+    group, key, rollout_policy = recipe.num_generations, (recipe.seed, "rehearsal"), rollout_copy(recipe, policy)
     with arithmetic(recipe, accelerator):
         prompts = encode(rollout_policy, [problem], group_size=group)
         rollout = recipe.sampler(rollout_policy, prompts, generator_for(*key)).with_support(recipe.sampling_support)
@@ -119,7 +119,7 @@ def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
     """The policy as RL will train it, with adapters where there are any, on the same weights; it leaves no gradient."""
     module, learner = policy.module, policy
     trained = [p for p in module.parameters() if p.requires_grad]
-    if recipe.lora is not None:
+    if recipe.lora is not None and policy.lora is None:
         shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
         learner = copy.copy(policy)
         learner.module = copy.deepcopy(module, shared)  # layers of its own, over the same tensors

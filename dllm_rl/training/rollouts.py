@@ -11,10 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import informative, takes_parts
-from dllm_rl.distributed import Metrics, gather_objects, gather_on_host, local, reduce_metrics
+from dllm_rl.distributed import Metrics, gather_objects, gather_on_host, local, reduce_metrics, sharding_of
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import chosen_ids, encode, graded_texts
 from dllm_rl.models.transfer import send
+from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.tasks.base import Problem, Reward, addends, grade
@@ -32,6 +33,15 @@ class Answer:
     completion: str
     reward: Reward
     length: int  # tokens that the policy chose
+
+
+def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:
+    """What samples: the learner's quantised copy, or without a scheme the learner itself, or where its weights are
+    shared out a whole copy of them."""
+    scheme, held = recipe.rollout_quantization, torch.bfloat16 if recipe.bf16 else None
+    if scheme is None:
+        return policy if sharding_of(policy.module) is None else quantized_copy(policy, None)
+    return quantized_copy(policy, scheme(), dtype=held)
 
 
 def check_compiled(recipe: Recipe) -> None:

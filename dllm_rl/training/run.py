@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
 from dllm_rl.diagnostics.batch_invariance import prepare_workspace
-from dllm_rl.distributed import from_main, make_accelerator, versions
+from dllm_rl.distributed import from_main, make_accelerator, sharding_of, versions
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import replacing
 from dllm_rl.models.base import Policy, copied
@@ -21,7 +20,6 @@ from dllm_rl.models.compiled import compile_blocks
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.models.recompute import blocks_of
-from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.tasks.base import Task
 from dllm_rl.training import checkpoint, manifest
@@ -31,8 +29,9 @@ from dllm_rl.training.folder import clear_folder, open_folder, settings_of
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.prompts import check_prompts, choose
 from dllm_rl.training.rehearsal import rehearse
-from dllm_rl.training.rollouts import check_compiled, wanted_parts
+from dllm_rl.training.rollouts import check_compiled, rollout_copy, wanted_parts
 from dllm_rl.training.sft_recipe import SFT
+from dllm_rl.training.sharding import check_engine, check_sharding, first_home, on_main, share_out
 from dllm_rl.training.stop import Stop, ended_by_launcher
 from dllm_rl.training.trackers import check_trackers, start_trackers
 from dllm_rl.training.warmup import warm_up
@@ -82,9 +81,7 @@ def start(recipe: Recipe) -> Run:
         assert made is not None, "a run without a checkpoint begins with the recipe's model"
         policy = fresh_policy(recipe, made, accelerator, log, history)
         optimizer = make_optimizer(recipe, policy)
-    scheme = recipe.rollout_quantization
-    held = torch.bfloat16 if recipe.bf16 else None
-    rollout_policy = policy if scheme is None else quantized_copy(policy, scheme(), dtype=held)
+    rollout_policy = rollout_copy(recipe, policy)
     rollout_policy.version = policy.version
     if recipe.torch_compile:
         compile_blocks(rollout_policy, mode=recipe.torch_compile_mode)
@@ -146,10 +143,8 @@ def told_of(recipe: Recipe | SFT, folder: Path | None) -> list[str]:
 
 def check_processes(recipe: Recipe | SFT, accelerator: Accelerator) -> None:
     """Raise ValueError where the launch cannot run the recipe."""
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(
-            f"distributed_type={accelerator.distributed_type.value} is not supported by train(); use MULTI_GPU"
-        )
+    check_engine()
+    check_sharding(recipe, accelerator.num_processes)
     for name in ("train_batch_size", "warmup_batch_size"):
         if getattr(recipe, name, 0) % accelerator.num_processes:
             raise ValueError(
@@ -169,7 +164,7 @@ def fresh_policy(
             log,
             partial(evaluate_with, recipe, policy, recipe.validation_task, accelerator),
         )
-    if recipe.lora is not None:
+    if recipe.lora is not None and policy.lora is None:
         if history["warmup_steps"]:
             save_reference(recipe, policy, accelerator)
         add_lora(policy, recipe.lora())
@@ -182,13 +177,13 @@ def fresh_policy(
 def resumed_policy(recipe: Recipe, folder: Path, state: dict[str, Any], accelerator: Accelerator) -> Policy:
     """The policy as a checkpoint left it: its adapters stand on the warmed-up weights, or, without a warm-up, on the
     recipe's model."""
-    device, dtype = accelerator.device, getattr(torch, state["dtype"])
+    device, dtype = first_home(recipe, accelerator), getattr(torch, state["dtype"])
     if recipe.lora is None:
-        return opened(recipe, folder, dtype, device)
+        return share_out(recipe, opened(recipe, folder, dtype, device), accelerator)
     base = Path(recipe.directory) / "reference"
     policy = opened(recipe, base, dtype, device) if state["warmup_steps"] else make_policy(recipe, device)
     load_adapter(policy, folder / "adapter")
-    return policy
+    return share_out(recipe, policy, accelerator)
 
 
 def make_policy(recipe: Recipe | SFT, device: torch.device) -> Policy:
@@ -226,11 +221,12 @@ def opened(recipe: Recipe | SFT, folder: Path, dtype: torch.dtype, device: torch
 def rehearsed(recipe: Recipe, accelerator: Accelerator) -> Policy:
     """The recipe's model, after a step was rehearsed with it, so that a bad setting is refused before any expensive
     work, and before a file is written that stays."""
-    policy = make_policy(recipe, accelerator.device)
+    policy = make_policy(recipe, first_home(recipe, accelerator))
     recipe.likelihood.check(policy)
     wanted_parts(recipe)
     longest = check_prompts(recipe, policy)
     (problem,), _ = choose(recipe, policy, [longest])
+    policy = share_out(recipe, policy, accelerator)
     rehearse(recipe, policy, problem, accelerator)
     return policy
 
@@ -253,19 +249,22 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
     folder = Path(recipe.directory) / "reference"
     if fresh:
         save_reference(recipe, policy, accelerator)
+    if fresh and sharding_of(policy.module) is None:
         reference = copied(policy)
     else:
-        reference = opened(recipe, folder, next(policy.module.parameters()).dtype, accelerator.device)
+        dtype, device = next(policy.module.parameters()).dtype, first_home(recipe, accelerator)
+        reference = share_out(recipe, opened(recipe, folder, dtype, device), accelerator)
     reference.module.requires_grad_(False)
     return reference
 
 
 def save_reference(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> None:
     """Write the weights that RL starts from to the run's folder, whole or not at all, with a manifest."""
+    saved, _ = on_main(recipe, policy, None, accelerator)
 
     def write() -> None:
         with replacing(Path(recipe.directory) / "reference") as partial:
-            policy.save_pretrained(partial)
+            saved.save_pretrained(partial)
             manifest.write(partial, step=None, processes=accelerator.num_processes, versions=versions())
 
     from_main(write, accelerator)
@@ -312,10 +311,11 @@ def how_to_continue(recipe: Recipe | SFT) -> str:
 def save_at_once(run: Run) -> None:
     """When a stop is overdue: save the state after the last whole step, and end the process.
 
-    Not between the update and the end of the step, where the state is that of neither.
+    Not between the update and the end of the step, where the state is that of neither; and not where weights are shared
+    out, which all processes save together, after the step in hand.
     """
     during = ["", "rollout", "reward"] + ["scoring"] * (not run.recipe.corrector.align_forward)
-    if run.log.entered not in during:
+    if run.log.entered not in during or sharding_of(run.policy.module) is not None:
         return
     run.stop.disarm()
     done, recipe = run.history["whole"], run.recipe
@@ -327,12 +327,16 @@ def save_at_once(run: Run) -> None:
 def save(run: Run, step: int) -> None:
     """Checkpoint after `step` steps, by the main process. Raises OSError where it cannot be written and on_save_error
     is not 'continue'."""
-    if folder := from_main(partial(write_checkpoint, run, step), run.accelerator):
+    held = on_main(run.recipe, run.policy, run.optimizer, run.accelerator)
+    if folder := from_main(partial(write_checkpoint, run, step, held), run.accelerator):
         run.history["checkpoint"] = str(folder)
 
 
-def write_checkpoint(run: Run, step: int) -> Path | None:
-    """Returns the checkpoint, or None where it could not be written and the run is to go on."""
+def write_checkpoint(run: Run, step: int, held: tuple[Policy, Any] | None = None) -> Path | None:
+    """Returns the checkpoint, or None where it could not be written and the run is to go on.
+
+    held  policy and optimiser to save (`on_main`); None: the run's own.
+    """
     recipe, history, directory = run.recipe, run.history, Path(run.recipe.directory)
     state = {
         "seconds": history["seconds"] + time.perf_counter() - history["begun"],
@@ -343,7 +347,8 @@ def write_checkpoint(run: Run, step: int) -> Path | None:
     if kept and (directory / "reference" / manifest.NAME).exists():
         state["reference"] = manifest.read(directory / "reference")["sha256"]
     told = card(recipe, step=step, evaluations={"before RL": history["eval_before"]}, metrics=run.log.last)
-    folder = write_state(recipe, run.accelerator, step, state, held=(run.log, run.policy, run.optimizer), card=told)
+    policy, optimizer = held or (run.policy, run.optimizer)
+    folder = write_state(recipe, run.accelerator, step, state, held=(run.log, policy, optimizer), card=told)
     history["saved"] = step if folder else history.get("saved")
     return folder
 

@@ -48,6 +48,7 @@ SURROGATES = {
     "dual clip, delta 3": partial(losses.ppo_clip, epsilon=0.2, delta=3.0),
     "DAPO, .2 and .28": partial(losses.ppo_clip, epsilon=0.2, epsilon_high=0.28),
     "cispo, 5": losses.cispo,
+    "vespo": losses.vespo,
     "gspo, .2": partial(losses.gspo, epsilon=0.2, epsilon_high=0.2),
     "TBPO's band, .05": partial(losses.trust_band, **BAND),
 }
@@ -211,6 +212,8 @@ def main() -> None:
         table("estimator, n = 128", ["early", "cosine", "late", "cosine"], of_estimators(networks)),
         table("rank confidence, n = 128", [f"{k} {s}" for k, s in product(KINDS, (0.0, *SIGMAS))], of_orders(networks)),
     ]
+    head = "# The gradient laboratory: all tables\n\nCells are bias/error/efficiency; what they are and say: "
+    parts.insert(0, head + "[gradients.md](gradients.md).\n")
     (options.output_dir / "gradients_tables.md").write_text("\n".join(parts))
     plot(many, options.output_dir / "gradients.png")
     print("\n".join(parts))

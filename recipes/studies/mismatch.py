@@ -29,7 +29,7 @@ from dllm_rl.algorithms.losses import ppo_clip
 from dllm_rl.quantization.schemes import five_level_emulated, int3_emulated, int4_emulated
 from dllm_rl.recipe import Recipe
 from recipes.studies import mismatch_report
-from recipes.sudoku_tiny import recipe as diffusion
+from recipes.sudoku_tiny import in_float32 as diffusion
 from recipes.sudoku_tiny_ar import recipe as autoregressive
 
 FAMILIES = {"diffusion": diffusion, "autoregressive": autoregressive}

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms.losses import gspo, sequence, token
 from dllm_rl.testing import loss_of, make_batch
-from recipes.sudoku_tiny import recipe as main_job
+from recipes.sudoku_tiny import in_float32 as main_job
 
 # The (B=3, T=4) example: ratios rho = p_old / p_rollout, three, two and four of them marked.
 #   row 0   1    2   4   1/2    product 4, geometric mean 4^(1/4) = sqrt 2

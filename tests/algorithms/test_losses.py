@@ -23,6 +23,7 @@ from dllm_rl.algorithms.losses import (
     sequence,
     token,
     trust_band,
+    vespo,
 )
 from dllm_rl.testing import make_batch
 
@@ -114,13 +115,25 @@ def test_cispo_weights_grad_log_p_by_the_capped_ratio():
     close(value, [[-1.0 * math.log(0.5), 0.0, -4.0 * math.log(3.0)]])
 
 
+def test_vespo_weighs_a_row_by_phi_of_its_product():
+    # w = 2 * 0.25 = 0.5, the last token off the mask. A >= 0: phi = e^3 w^2 e^(-3 w); A < 0: phi = e^2 w^3 e^(-2 w).
+    for advantage, phi in ((2.0, 0.25 * math.exp(1.5)), (-2.0, 0.125 * math.exp(1.0))):
+        value, gradient = value_and_gradient(vespo, [[2.0, 0.25, 9.0]], [advantage], [[True, True, False]])
+        close(gradient[:, :2], [[advantage * phi] * 2])
+        close(value[:, :2], [[advantage * phi * math.log(2.0), advantage * phi * math.log(0.25)]])
+    _, gradient = value_and_gradient(vespo, [[1.0, 1.0], [1.0, 1.0]], [3.0, -0.5])
+    assert gradient.tolist() == [[3.0, 3.0], [-0.5, -0.5]], "phi(1) is exactly 1"
+    _, gradient = value_and_gradient(partial(vespo, k_pos=1.0, lam_pos=0.5), [[4.0]], [1.0])
+    close(gradient, [[4.0 * math.exp(0.5 - 2.0)]])
+
+
 def test_reinforce_is_the_plain_policy_gradient():
     value, gradient = value_and_gradient(reinforce, [[0.5, 7.0]], [3.0])
     close(gradient, [[3.0, 3.0]])
     close(value, [[3.0 * math.log(0.5), 3.0 * math.log(7.0)]])
 
 
-@pytest.mark.parametrize("surrogate", [ppo_clip, gspo, trust_band, cispo])
+@pytest.mark.parametrize("surrogate", [ppo_clip, gspo, trust_band, cispo, vespo])
 def test_extreme_ratios_stay_finite(surrogate):
     log_ratio = tensor([[90.0, -90.0], [200.0, 1.0]], requires_grad=True)
     objective = surrogate(log_ratio, tensor([1.0, -1.0]), torch.ones(2, 2, dtype=torch.bool))

@@ -212,7 +212,7 @@ def test_report_is_written_as_table_json_figure_and_page(tmp_path, capsys):
     assert (tmp_path / "doctor.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     page = (tmp_path / "doctor.html").read_text()
     assert "quantised weights" in page and "<script" not in page
-    assert page.count("<tr>") == 1 + 1 + len(report.causes) + 1 + len(report.tokens) + 1 + len(report.layers)
+    assert page.count("<tr>") == 1 + 1 + len(report.causes) + 2 + 1 + len(report.tokens) + 1 + len(report.layers)
     write_doctor(report, as_json=True)
     assert json.loads(capsys.readouterr().out)["num_tokens"] == report.num_tokens
 

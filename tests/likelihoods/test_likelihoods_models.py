@@ -135,7 +135,10 @@ def test_chunks_are_whole_groups_of_which_a_view_scores_a_row():
     """Groups of 4; the first view scores row 1 alone, the second row 9: the middle group is left out."""
     weight = torch.zeros(2, 12, 3)
     weight[0, 1, 2] = weight[1, 9, 0] = 1.0
-    chunks = lambda size: [rows.tolist() for rows in row_chunks(Noise(weight != 0, weight), size, 4)]  # noqa: E731
+    whole = torch.ones(12, 3, dtype=torch.bool)
+    rollout = Rollout(whole.long(), whole, whole, whole.long(), whole.float(), group_size=4)
+    noise = Noise(weight != 0, weight)
+    chunks = lambda size: [chunk.rows.tolist() for chunk in row_chunks(rollout, noise, size)]  # noqa: E731
     first, last = [0, 1, 2, 3], [8, 9, 10, 11]
     assert chunks(None) == chunks(8) == [first + last]
     assert chunks(3) == chunks(4) == chunks(7) == [first, last]

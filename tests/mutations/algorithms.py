@@ -95,6 +95,9 @@ MUTATIONS = [
     *mutations(
         "algorithms/losses.py",
         "algorithms/test_losses.py",
+        ("lam + k * log_w - lam * log_w.exp()", "k * log_w - lam * log_w.exp()"),
+        ("log_ratio.detach(), 0).sum(-1, keepdim=True).clamp", "log_ratio.detach(), 0).mean(-1, keepdim=True).clamp"),
+        ("torch.where(positive, k_pos, k_neg)", "torch.where(positive, k_neg, k_pos)"),
         ("1 - epsilon, 1 + (epsilon if", "1 + epsilon, 1 + (epsilon if"),
         ("(epsilon if epsilon_high is None else epsilon_high)", "epsilon"),
         ("ratio.clamp(max=delta)", "ratio.clamp(min=delta)"),

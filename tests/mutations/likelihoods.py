@@ -115,8 +115,17 @@ MUTATIONS = [
     *mutations(
         "likelihoods/scoring.py",
         f"{MODELS} {PACKED}",
-        ("max(group_size, micro_batch_size // group_size * group_size)", "max(1, micro_batch_size)"),
-        ("g=group_size).any(-1)\n", "g=group_size).all(-1)\n", f"{MODELS} training/test_constant_memory.py"),
+        (
+            "slice(bucket.start, width)",
+            "slice(0, width)",
+            "likelihoods/test_length_buckets.py",
+        ),
+        ("max(1, micro_batch_size // group)", "max(1, micro_batch_size)"),
+        (
+            '"(p g) -> p g", g=group).any(-1)',
+            '"(p g) -> p g", g=group).all(-1)',
+            f"{MODELS} training/test_constant_memory.py",
+        ),
         (
             '(noise.weight != 0).any(0).any(-1), "(p g)',
             '(noise.weight != 0)[0].any(-1), "(p g)',

@@ -34,7 +34,7 @@ MUTATIONS = [
         ("probs.cumsum(-1) - probs >= sampling_params.top_p", "probs.cumsum(-1) >= sampling_params.top_p"),
         ("probs = ordered.softmax(-1)", "probs = ordered.mul(sampling_params.temperature).softmax(-1)"),
         ("dropped = dropped.scatter(-1, keep[:, None], False)", "pass"),
-        ("    logits = logits.float()\n", ""),
+        ("    logits = wide(logits)\n", ""),
         ("mul_(-gradient[:, None])", "mul_(gradient[:, None])"),
         (
             "out.scatter_add_(-1, tokens[:, None], gradient[:, None])",
@@ -127,7 +127,7 @@ MUTATIONS = [
         ("* 2 - 1) * bound", ") * bound"),
         ("    module.requires_grad_(False)\n", ""),
         (
-            "self.lora_B.weight.float() @ self.lora_A.weight.float()",
+            "whole(self.lora_B.weight).float() @ whole(self.lora_A.weight).float()",
             "(self.lora_B.weight @ self.lora_A.weight).to(weight.dtype)",
         ),
         (

@@ -72,9 +72,9 @@ MUTATIONS = [
         ("targets[name].copy_(value)", "pass"),
         ("targets[name].copy_(value)", "targets[name].copy_(value) if value.dim() > 1 else None"),
         ("    rollout_policy.version = policy.version\n", ""),
-        ("copy.deepcopy(module, memo).requires_grad_(False)", "copy.deepcopy(module, memo)"),
+        ("copy.deepcopy(layers, memo).requires_grad_(False)", "copy.deepcopy(layers, memo)"),
         (
-            "weight = (layer.merged() if isinstance(layer, LoraLinear) else plain_weight(layer)).to(dtype)",
+            "weight = (held.merged() if isinstance(held, LoraLinear) else plain_weight(held)).to(dtype)",
             "weight = plain_weight(base).to(dtype)",
         ),
         (

@@ -180,7 +180,7 @@ MUTATIONS = [
         ("committed - reopened, held)", "committed, held)"),
         ('((num_chosen > 0) | ("written" in revising)) if revising else None', "None"),
         ("if (last & (reopened > 0)).any()", "if (last & (reopened > 99)).any()"),
-        ("    canvas.revised = bool(revising)", "    pass"),
+        ("canvas.revised = bool(revising)", "pass"),
     ),
     *mutations(
         "samplers/canvas.py",

@@ -7,6 +7,7 @@ MEMORY = "training/test_constant_memory.py"
 CHECKPOINT = "training/test_checkpoint.py"
 GOLDEN = "training/test_golden.py"
 NUMBERS = "training/test_loop_numbers.py"
+KEPT = "training/test_kept_graphs.py"
 STOPS = (
     "training/test_checkpoint.py::test_interrupt_saves_and_says_how_to_resume"
     " faults/test_faults.py::test_a_signal_saves_what_is_whole_and_the_resumed_run_is_the_same"
@@ -41,7 +42,7 @@ MUTATIONS = [
             "training/test_loop_numbers.py training/test_loop.py",
         ),
         ("recipe.likelihood.with_advantages(noise, mine)", "recipe.likelihood.with_advantages(noise, -mine)"),
-        ("max_grad_norm)\n        reduced", "max_grad_norm * 1e9)\n        reduced"),
+        ("max_grad_norm))\n        reduced", "max_grad_norm * 1e9))\n        reduced"),
         ("            torch.clear_autocast_cache()", "            pass"),
         ('if not math.isfinite(reduced["grad_norm"])', "if False"),
         ("    policy.version += 1\n", ""),
@@ -53,12 +54,18 @@ MUTATIONS = [
             "(vectors,) = torch.autograd.grad(logps, leaves, gradient)",
             "(vectors,) = torch.autograd.grad(logps.sum(), leaves)",
         ),
-        ("        sampled = recorded(rollout, noise)\n", "        sampled = old\n"),
-        ("likelihood.logprobs(reference, rollout", "likelihood.logprobs(policy, rollout"),
+        ("sampled = recorded(rollout, noise) if", "sampled = None if"),
+        ("anchor = under(reference)", "anchor = under(policy)"),
+        ("PlainAttention() if plain else nullcontext()", "nullcontext()", "models/test_attention.py"),
+        ("        and forwards <= recipe.kept_graphs\n", "", KEPT),
+        (" and not (policy.lora is not None and policy.lora.dropout)", "", KEPT),
+        ("        scores.backward(vectors)\n        return metrics\n", "        pass\n", KEPT),
+        ("batch.noise, micro_batch_size=size, keep_graphs=keep)", "batch.noise, micro_batch_size=size)", KEPT),
+        ("with_advantages(noise, mine), learned=learned)", "with_advantages(noise, mine))", KEPT),
         ("recipe.corrector.align_forward and rollout_policy is not policy", "False"),
         (
-            "batch_invariant() if recipe.zero_mismatch else nullcontext()",
-            "nullcontext()",
+            "batch_invariant() if recipe.zero_mismatch else",
+            "",
             "diagnostics/test_batch_invariance.py",
         ),
         ("    if recipe.zero_mismatch:\n", "    if False:\n", "diagnostics/test_batch_invariance.py"),
@@ -132,6 +139,28 @@ MUTATIONS = [
         ("loss / total, torch.ones_like", "loss / 1, torch.ones_like"),
     ),
     *mutations(
+        "training/sharding.py",
+        "training/test_sharding.py",
+        ("if processes % size:", "if False:"),
+        (
+            "            if main:\n                saved.state[place]",
+            "            if False:\n                saved.state[place]",
+        ),
+        ("if backbone is module:", "if False:"),
+        ("id(p) in inside]", "False]"),
+        ('if parse_flag_from_env(f"ACCELERATE_USE_{name}"):', "if False:"),
+    ),
+    *mutations(
+        "distributed.py",
+        "training/test_sharding.py",
+        ("while shards.anyone(False):", "while False:"),
+        ("        head.set_requires_gradient_sync(False)\n", ""),
+        ("unit.set_gradient_divide_factor(1.0)", "unit.set_gradient_divide_factor(2.0)"),
+        ("            head.set_requires_gradient_sync(True)\n", ""),
+        ("or sharding_of(module) is not None:", "or False:"),
+        (".to_local().clone()", ".to_local().clone() * 0"),
+    ),
+    *mutations(
         "training/checkpoint.py",
         f"{CHECKPOINT} training/test_old_checkpoint.py",
         ("found(directory)[:-keep]", "found(directory)[:keep]"),
@@ -148,7 +177,7 @@ MUTATIONS = [
         ('if state.get("step") != expected:', "if False:", "training/test_damaged_checkpoints.py"),
         ('if held is None and "format" in state:', "if False:", "training/test_damaged_checkpoints.py"),
         (
-            "if tensor.is_floating_point() and not tensor.isfinite().all():",
+            "if mine.is_floating_point() and not mine.isfinite().all():",
             "if False:",
             "training/test_damaged_checkpoints.py training/test_checkpoint.py",
         ),
@@ -341,8 +370,8 @@ MUTATIONS = [
         ("mask & (self.weight != 0).any(0).any(-1, keepdim=True)", "mask & (self.weight != 0).any(0)"),
         ("forwards=self.forwards + by.forwards", "forwards=by.forwards"),
         (
-            "Noise(self.masked[:, keep], self.weight[:, keep], share, left)",
-            "Noise(self.masked[:, keep], self.weight[:, keep], None, left)",
+            "self.weight[:, keep][..., columns], share, left, learned)",
+            "self.weight[:, keep][..., columns], None, left, learned)",
         ),
         ("not 0 < self.top_p <= 1", "not 0 <= self.top_p <= 1"),
         ("else a.index_copy(0, rows, b)", "else a.index_copy(0, rows.flip(0), b)"),

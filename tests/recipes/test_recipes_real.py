@@ -167,8 +167,11 @@ def test_a_small_model_is_planned_from_itself(capsys):
     from recipes.sudoku_tiny import recipe
 
     train(replace(recipe, dry_run=True, rollout_quantization=float8_weight_only))
-    made = recipe.model().module
-    assert f"parameters            {sum(p.numel() for p in made.parameters()):,}\n" in capsys.readouterr().out
+    made, out = recipe.model().module, capsys.readouterr().out
+    assert f"parameters            {sum(p.numel() for p in made.parameters()):,}\n" in out
+    assert "graphs kept           up to 2 of scoring's forwards, for the first update (kept_graphs)\n" in out
+    train(replace(recipe, dry_run=True, kept_graphs=0))
+    assert "graphs kept           none: an update runs every forward again, one at a time\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

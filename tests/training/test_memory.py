@@ -15,7 +15,7 @@ from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.training.learner import update
+from dllm_rl.training.learner import keeps_graphs, update
 from dllm_rl.training.memory import LiveBytes, measure_step
 from dllm_rl.training.run import make_optimizer
 from dllm_rl.types import Batch, Prompts
@@ -25,8 +25,9 @@ LETTERS = {"characters": "".join(chr(c) for c in range(0x4E00, 0x4E00 + 1500))} 
 PROMPT, LENGTH, ROWS = 24, 72, 8
 
 
-def profiled(work: Callable[[], object]) -> int:
-    """The most bytes that the CPU's allocator held during `work` above those at its start, by its own events."""
+def profiled(work: Callable[[], object]) -> tuple[int, int]:
+    """The most bytes that the CPU's allocator held during `work` above those at its start, by its own events, and those
+    that it held at its end."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -34,7 +35,7 @@ def profiled(work: Callable[[], object]) -> int:
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    return peak
+    return peak, now
 
 
 def recipe_of(tmp_path, *, causal: bool = False, **changes):
@@ -67,6 +68,8 @@ CASES = {
     "adapters": {"lora": partial(Lora, r=16, dropout=0.05)},
     "adapters, recomputed": {"lora": partial(Lora, r=16, dropout=0.05), "gradient_checkpointing": True},
     "micro-batches": {"micro_batch_size": 4},
+    "micro-batches, kept": {"micro_batch_size": 4, "kept_graphs": 2},
+    "constant memory": {"kept_graphs": 0},
     "causal": {"causal": True},
 }
 
@@ -80,6 +83,8 @@ def test_the_plan_agrees_with_the_allocator_within_a_tenth(tmp_path, case):
     weights = sum(p.nbytes for p in policy.module.parameters())
     optimizer, accelerator = make_optimizer(recipe, policy), Accelerator(cpu=True)
     kept: dict = {}
+    keep = keeps_graphs(recipe, policy, views=1, rows=ROWS)
+    assert keep == (case not in ("adapters", "adapters, recomputed", "micro-batches", "constant memory"))
 
     def autocast():
         return torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16)
@@ -92,12 +97,12 @@ def test_the_plan_agrees_with_the_allocator_within_a_tenth(tmp_path, case):
         with autocast():
             noise = kept["noise"] = recipe.likelihood.draw(kept["rollout"], generator_for(1))
             kept["scores"] = recipe.likelihood.scores(
-                policy, kept["rollout"], noise, micro_batch_size=recipe.micro_batch_size
+                policy, kept["rollout"], noise, micro_batch_size=recipe.micro_batch_size, keep_graphs=keep
             )
 
     def learn():
         rollout, noise, scores = kept["rollout"], kept["noise"], kept["scores"]
-        old = recipe.likelihood.combine(scores, noise)
+        old = recipe.likelihood.combine(scores.detach(), noise)
         batch = Batch(
             rollout=replace(rollout, weights_version=policy.version), noise=noise, advantages=torch.randn(ROWS),
             old=old, old_scores=scores, weights=torch.ones_like(old), keep=rollout.completion_mask, reference=None,
@@ -109,9 +114,10 @@ def test_the_plan_agrees_with_the_allocator_within_a_tenth(tmp_path, case):
     for _ in range(2):  # the second step finds the optimiser's state and the gradients of the first
         state = sum(x.nbytes for s in optimizer.state.values() for x in s.values())
         gradients = sum(p.grad.nbytes for p in policy.module.parameters() if p.grad is not None)
-        measured = {n: weights + state + gradients + profiled(f) for n, f in (("rollout", sample), ("scoring", score))}
+        (sampling, _), (scoring, graphs) = profiled(sample), profiled(score)
+        measured = {"rollout": weights + state + gradients + sampling, "scoring": weights + state + gradients + scoring}
         optimizer.zero_grad(set_to_none=True)  # as the update does when it begins
-        measured["update"] = weights + state + profiled(learn)
+        measured["update"] = weights + state + graphs + profiled(learn)[0]
     held = planned.held
     assert held["weights"] + held.get("adapters", 0) == pytest.approx(weights, rel=0.001)
     assert held["optimiser"] == pytest.approx(state, rel=0.001)

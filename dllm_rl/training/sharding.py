@@ -1,0 +1,119 @@
+"""A learner whose weights several processes hold between them: what does not go with it, and its state on one host."""
+
+import copy
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor
+
+from dllm_rl.algorithms.optimizers import adamw_8bit
+from dllm_rl.distributed import shard, sharding_of
+from dllm_rl.models.base import Module, Policy, whole
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.own import gathered
+from dllm_rl.models.recompute import blocks_of
+from dllm_rl.recipe import Recipe
+from dllm_rl.training.sft_recipe import SFT
+
+WHOLE = "or shard_size=1, with which each process holds the weights whole"
+
+
+def group_size(recipe: Recipe | SFT, processes: int) -> int:
+    """How many processes hold the learner between them."""
+    return getattr(recipe, "shard_size", 1) or processes
+
+
+def first_home(recipe: Recipe | SFT, accelerator: Accelerator) -> torch.device:
+    """Where the learner's weights are read to: the host, where they are to be shared out, a part to each device."""
+    return torch.device("cpu") if group_size(recipe, accelerator.num_processes) > 1 else accelerator.device
+
+
+def check_engine() -> None:
+    """Raise ValueError where the launch asks for an engine, which on a CPU Accelerate silently leaves out."""
+    for name in ("DEEPSPEED", "FSDP"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ValueError(
+                f"distributed_type={name} in the launch's config: such an engine would own the model, whose layers the "
+                "sync of the rollout's copy and the constant-memory update take one by one; use MULTI_GPU, and "
+                "--shard_size 0 to share the weights out (torch's FSDP2)"
+            )
+
+
+def check_sharding(recipe: Recipe | SFT, processes: int) -> None:
+    """Raise ValueError on a setting that a shared-out learner cannot have, before anything is loaded."""
+    size = group_size(recipe, processes)
+    if processes % size:
+        raise ValueError(f"shard_size={size} must divide the {processes} processes; give a divisor, or 0 for all")
+    if size == 1 or not isinstance(recipe, Recipe):
+        return
+    wrong = {
+        f"warmup_steps={recipe.warmup_steps}": recipe.warmup_steps
+        and "the warm-up trains whole weights: warm up in a run of its own, and start from its checkpoint",
+        "zero_mismatch=True": recipe.zero_mismatch
+        and "where the sides differ, one process alone would look for the layer",
+        "a corrector that aligns the forward": recipe.corrector.align_forward
+        and recipe.rollout_quantization is not None
+        and "the aligned operands follow the weights' own tensors, which come and go: use another corrector",
+        f"base_quantization={recipe.base_quantization!r}": recipe.base_quantization
+        and "bitsandbytes' weights cannot be parted",
+        "optim=adamw_8bit": recipe.optim is adamw_8bit and "its moments cannot be parted: use adamw",
+    }
+    for name, why in wrong.items():
+        if why:
+            raise ValueError(f"{name} does not go with shard_size={size}: {why}; {WHOLE}")
+
+
+def share_out(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Policy:
+    """The policy, its weights shared out over the processes where the recipe asks for that, with its adapters, which
+    cannot be added later."""
+    size, module = group_size(recipe, accelerator.num_processes), policy.module
+    if size == 1:
+        return policy
+    check_module(module, size)
+    if recipe.lora is not None and policy.lora is None:
+        add_lora(policy, recipe.lora())
+    shard(module, blocks_of(module, "shard_size"), accelerator, size=size, timeout=recipe.collective_timeout)
+    return policy
+
+
+def check_module(module: Module, size: int) -> None:
+    """Raise ValueError on a module whose weights cannot be shared out."""
+    backbone: Module = getattr(module, "base_model", module)
+    if backbone is module:
+        raise ValueError(
+            f"shard_size={size} needs a transformers module with a backbone and a head, not {type(module).__name__}; "
+            "use shard_size=1"
+        )
+    inside, before = {id(parameter) for parameter in backbone.parameters()}, f"{module.base_model_prefix}."
+    named = [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in inside]
+    if tied := [name for name in named if not name.startswith(before)]:
+        raise ValueError(
+            f"shard_size={size}: {tied[0]} of {type(module).__name__} is tied to the backbone's embeddings, and would "
+            "be shared out twice; use shard_size=1"
+        )
+
+
+def on_main(
+    recipe: Recipe, policy: Policy, optimizer: torch.optim.Optimizer | None, accelerator: Accelerator
+) -> tuple[Policy, Any]:
+    """Policy and optimiser as one process has them, to be saved: those themselves, or of a shared-out learner a copy on
+    the main process's host, which all processes make together. The others get nothing that can be saved."""
+    if sharding_of(policy.module) is None:
+        return policy, optimizer
+    twin: Any = copy.copy(policy)
+    main = accelerator.is_main_process
+    twin.module = gathered(policy.module, keep=main) or policy.module
+    if optimizer is None:
+        return twin, None
+    trained, places = ([p for p in each.module.parameters() if p.requires_grad] for each in (policy, twin))
+    saved = torch.optim.AdamW(places)  # for the layout of its state alone
+    for parameter, place in zip(trained, places, strict=True):
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            found = whole(value)
+            if main:
+                saved.state[place][kind] = found.cpu() if isinstance(found, Tensor) else found
+    for group, other in zip(optimizer.param_groups, saved.param_groups, strict=True):
+        other.update({name: value for name, value in group.items() if name != "params"})
+    return twin, saved

@@ -1,0 +1,22 @@
+#!/bin/bash
+# A run on SLURM, which goes on by itself after its time limit:   sbatch recipes/accelerate/slurm.sh RECIPE.py --FIELD VALUE ...
+# SLURM itself starts one process a GPU. It warns them before the limit; they save, end with 138, and the job is queued again.
+#SBATCH --job-name=dllm-rl
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=29500 WORLD_SIZE=$SLURM_NTASKS
+# A process that ended by the warning must not have the others killed while they end, too.
+srun --kill-on-bad-exit=0 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python "$0" "$@"' \
+    "$@" --resume_from_checkpoint latest
+status=$?
+if [ "$status" -eq 138 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

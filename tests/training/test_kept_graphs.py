@@ -1,0 +1,166 @@
+"""Scoring that keeps its graphs: the first update goes back through them, and takes the gradient of the constant-memory
+update without a forward."""
+
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny_recipe import tiny_recipe, tiny_recipe_ar
+
+from dllm_rl.algorithms.advantages import group_relative
+from dllm_rl.algorithms.correctors import none, qarl, tis
+from dllm_rl.likelihoods import coupled, elbo, one_step, sandwich
+from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.tokens import encode
+from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.rng import generator_for
+from dllm_rl.training.learner import (
+    accumulate_gradients,
+    correct,
+    draw_noise,
+    keeps_graphs,
+    learner_forward,
+    measured_groups,
+    score,
+    update,
+)
+from dllm_rl.training.run import make_optimizer
+
+MANY = 99
+
+
+class Step:
+    """The learner's part of a step of a recipe, by its own functions, up to the batch; counts the model's forwards.
+
+    The first of four groups teaches nothing, and is scored for its mismatch.
+    """
+
+    def __init__(self, recipe):
+        self.recipe, self.accelerator = recipe, Accelerator(cpu=True)
+        self.policy = recipe.model(seed=0)
+        self.policy.gradient_checkpointing = recipe.gradient_checkpointing
+        if recipe.lora is not None:
+            add_lora(self.policy, recipe.lora())
+            for name, parameter in self.policy.module.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.3, generator=generator_for(5))
+        scheme = recipe.rollout_quantization
+        self.rollout_policy = self.policy if scheme is None else quantized_copy(self.policy, scheme())
+        problems = [recipe.task[i] for i in range(recipe.train_batch_size)]
+        with learner_forward(recipe, self.policy, self.rollout_policy, self.accelerator):
+            prompts = encode(self.rollout_policy, problems, group_size=recipe.num_generations)
+            self.rollout = recipe.sampler(self.rollout_policy, prompts, generator_for(1))
+        rewards = torch.rand(recipe.train_batch_size, recipe.num_generations, generator=generator_for(2))
+        rewards[0] = 0
+        self.advantages = group_relative(rewards)
+        self.forwards = []
+        encode_ = self.policy.encode
+        self.policy.encode = lambda *a, **k: (self.forwards.append(torch.is_grad_enabled()), encode_(*a, **k))[1]
+
+    def forward(self):
+        return learner_forward(self.recipe, self.policy, self.rollout_policy, self.accelerator)
+
+    def batch(self):
+        recipe, policies = self.recipe, {"policy": self.policy, "rollout_policy": self.rollout_policy}
+        groups = measured_groups(recipe, self.advantages, 0)
+        if not recipe.beta:
+            assert (groups > 0).all() and not (self.advantages[0] != 0).any()
+        anchor = None if not recipe.beta else self.policy.reference() if recipe.lora else recipe.model(seed=3)
+        with self.forward():
+            noise = draw_noise(recipe, self.rollout, self.advantages, groups, 0, self.accelerator)
+            self.logps = score(recipe, self.rollout, noise, reference=anchor, **policies)
+        given = (recipe, self.rollout, noise, self.logps, self.advantages, self.accelerator)
+        return correct(*given, groups=groups)[0]
+
+    def gradient(self):
+        """And the forwards of the update: one flag each, whether it was differentiated."""
+        batch, recipe = self.batch(), self.recipe
+        self.forwards.clear()
+        with self.forward():
+            size, options = recipe.micro_batch_size, {"loss": recipe.loss, "likelihood": recipe.likelihood}
+            metrics = accumulate_gradients(self.policy, batch, batch.old_scores, micro_batch_size=size, **options)
+        found = {n: p.grad for n, p in self.policy.module.named_parameters() if p.grad is not None}
+        return found, {name: [x.item() for x in pair] for name, pair in metrics.items()}
+
+
+CASES = {
+    "trajectory": {},
+    "one_step": {"likelihood": one_step()},
+    "shared prompts": {"likelihood": one_step(prompt_mask=0.0)},
+    "elbo, micro-batches": {"likelihood": elbo(num_samples=2), "micro_batch_size": 8},
+    "sandwich, KL": {"likelihood": sandwich(), "beta": 0.1},
+    "recomputed": {"likelihood": coupled(), "gradient_checkpointing": True},
+    "aligned": {"corrector": qarl()},
+    "aligned, recomputed": {"corrector": qarl(), "gradient_checkpointing": True},
+    "adapters, KL": {"lora": partial(Lora, r=4), "beta": 0.1},
+    "weights of the mismatch": {"corrector": tis(), "likelihood": coupled(), "entropy_coeff": 0.1},
+    "bf16": {"bf16": True},
+    "zero_mismatch": {"zero_mismatch": True, "rollout_quantization": None, "corrector": none()},
+    "causal": {"causal": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kept_graphs_give_the_same_scores_and_gradient_without_a_forward(case, tmp_path):
+    """Bit for bit with one forward: the same rows meet the same kernels. With several, one backward adds the views'
+    gradients from the last to the first, where the constant-memory update goes from the first to the last."""
+    changes = dict(CASES[case])
+    make = tiny_recipe_ar if changes.pop("causal", False) else tiny_recipe
+    kept, plain = (Step(make(tmp_path, kept_graphs=number, **changes)) for number in (MANY, 0))
+    (ours, ours_metrics), (theirs, metrics) = kept.gradient(), plain.gradient()
+    assert kept.logps.old_scores.grad_fn is not None and plain.logps.old_scores.grad_fn is None
+    assert torch.equal(kept.logps.old, plain.logps.old) and torch.equal(kept.logps.rollout, plain.logps.rollout)
+    assert kept.forwards == [] and plain.forwards and all(plain.forwards)
+    assert ours.keys() == theirs.keys() and ours_metrics == metrics
+    assert max(x.abs().max() for x in theirs.values()) > 1e-3
+    whole = torch.cat([x.flatten() for x in theirs.values()]).norm()
+    for name, gradient in theirs.items():
+        if len(plain.forwards) == 1:
+            assert torch.equal(ours[name], gradient), name
+        assert (ours[name] - gradient).norm() < (1e-2 if changes.get("bf16") else 1e-6) * whole, name
+    assert (len(plain.forwards) == 1) == (case in ("one_step", "shared prompts", "causal"))
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_an_update_runs_one_forward_for_each_later_inner_iteration(tmp_path, iterations):
+    """And the weights end where two forwards an iteration take them: the second's graph is of the moved weights."""
+    ends = []
+    for number in (MANY, 0):
+        step = Step(tiny_recipe(tmp_path, kept_graphs=number, num_iterations=iterations, likelihood=one_step()))
+        batch, optimizer = step.batch(), make_optimizer(step.recipe, step.policy)
+        step.forwards.clear()
+        with step.forward():
+            metrics = update(step.policy, optimizer, batch, step.accelerator, **step.recipe.update_settings(0))
+        ends.append(([p.detach().clone() for p in step.policy.module.parameters()], metrics))
+        assert step.forwards == ([True] * (iterations - 1) if number else [True, *[False, True] * (iterations - 1)])
+    (ours, metrics), (theirs, others) = ends
+    assert metrics == others and all(map(torch.equal, ours, theirs))
+
+
+def test_rows_that_teach_nothing_keep_no_graph(tmp_path):
+    """They are scored, in a forward of their own."""
+    step = Step(tiny_recipe(tmp_path, likelihood=one_step()))
+    step.batch()
+    assert step.forwards == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "views", "kept"),
+    [
+        ({}, 1, True),
+        ({}, 2, False),
+        ({"kept_graphs": 0}, 1, False),
+        ({"kept_graphs": 2}, 2, True),
+        ({"kept_graphs": 2, "micro_batch_size": 8}, 1, True),
+        ({"kept_graphs": 2, "micro_batch_size": 8}, 2, False),
+        ({"lora": partial(Lora, r=4)}, 1, True),
+        ({"lora": partial(Lora, r=4, dropout=0.1)}, 1, False),  # scores have no dropout, the update's forwards have
+    ],
+)
+def test_what_is_kept(tmp_path, changes, views, kept):
+    recipe = tiny_recipe(tmp_path, **changes)
+    policy = recipe.model()
+    if recipe.lora is not None:
+        add_lora(policy, recipe.lora())
+    assert keeps_graphs(recipe, policy, views=views, rows=16) == kept

@@ -1,0 +1,145 @@
+"""A learner shared out over processes (FSDP2) runs as one that each process holds whole."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from ranks import ROOT, run_ranks
+from runs import assert_same_weights, metrics_of
+from sharded import recipes, trained
+from tiny_recipe import tiny_recipe
+
+from dllm_rl import aligned, tiny_masked_lm
+from dllm_rl.algorithms.optimizers import adamw_8bit
+from dllm_rl.training import train
+from dllm_rl.training.sharding import check_engine, check_module, check_sharding
+
+CLOSE = {"rel": 2e-3, "abs": 2e-5}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The runs of one process: their folder, and by name their summary and rollouts."""
+    folder = tmp_path_factory.mktemp("one")
+    return folder, {name: trained(recipe) for name, recipe in recipes(folder).items()}
+
+
+@pytest.mark.slow
+def test_a_learner_shared_out_trains_as_a_whole_one(tmp_path, one):
+    """Two replicas of halves, in four processes, whose numbers of forwards differ: metrics and weights to fp32
+    rounding, rollouts token by token."""
+    run_ranks("import sys, sharded; sharded.train_all(sys.argv[1], 2)", 4, tmp_path)
+    folder, runs = one
+    for name, (alone, seen) in runs.items():
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        for a, b in zip(metrics_of(folder / name), metrics_of(tmp_path / name), strict=True):
+            assert a == pytest.approx(b, **CLOSE)
+        assert_same_weights(alone, summary, rtol=0, atol=5e-5)
+        for when in ("eval_before", "eval_after", "eval_after_quantized"):
+            assert alone[when] == summary[when]
+        ranks = [torch.load(path) for path in sorted((tmp_path / name).glob("rollouts-*.pt"))]
+        for step, (tokens, logprobs) in enumerate(seen):
+            theirs = [torch.cat(parts) for parts in zip(*(rank[step] for rank in ranks), strict=True)]
+            assert torch.equal(tokens, theirs[0])
+            torch.testing.assert_close(logprobs, theirs[1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_number_of_processes(tmp_path, one):
+    """From one process to halves on two; and from what these have saved back to one."""
+    folder, runs = one
+    for name in ("full", "lora"):
+        shutil.copytree(folder / name, tmp_path / name, ignore=shutil.ignore_patterns("step-000004", "summary.json"))
+    run_ranks("import sys, sharded; sharded.resume(sys.argv[1])", 2, tmp_path)
+    for name in ("full", "lora"):
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert_same_weights(runs[name][0], summary, rtol=0, atol=5e-5)
+        shutil.copytree(folder / name, tmp_path / "alone" / name)
+        more = {"num_steps": 5, "lr_schedule_steps": 4, "resume_from_checkpoint": "latest"}
+        ends = [train(recipes(where, **more)[name]) for where in (tmp_path, tmp_path / "alone")]
+        assert_same_weights(*ends, rtol=0, atol=5e-5)
+        for a, b in zip(*(metrics_of(where / name) for where in (tmp_path, tmp_path / "alone")), strict=True):
+            assert a == pytest.approx(b, **CLOSE)
+
+
+@pytest.mark.slow
+def test_processes_with_different_numbers_of_forwards_share_gradients_memory_and_bytes():
+    """The last update has no forward at all."""
+    run_ranks("import sharded; sharded.uneven([[2, 2], [4, 0], [0, 0]])", 2)
+
+
+@pytest.mark.slow
+def test_copies_syncs_and_gradients_of_published_layouts_are_those_of_a_whole_learner(tmp_path):
+    run_ranks("import sys, sharded; sharded.families(sys.argv[1])", 2, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_shared_out_learner_agrees_with_the_allocator():
+    run_ranks("import sharded; sharded.plan_and_allocator(['full, recomputed', 'adapters'])", 2)
+
+
+def test_slurm_starts_a_process_a_task_and_queues_the_job_again_after_its_warning(tmp_path):
+    """srun runs two tasks; those that save at the warning end with 138, others with what they end with."""
+    (tmp_path / "task.py").write_text(
+        "import os, sys\n"
+        "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR')\n"
+        "print(*(os.environ[name] for name in names), *sys.argv[1:])\n"
+        "sys.exit(int(sys.argv[2]))\n"
+    )
+    (tmp_path / "srun").write_text(
+        "#!/bin/bash\nshift\nfor i in 0 1; do\n"
+        'SLURM_PROCID=$((i + 8)) SLURM_LOCALID=$i "$@"; status=$?\ndone\nexit $status\n'
+    )
+    (tmp_path / "scontrol").write_text('#!/bin/bash\n[ "$1" = show ] && echo first && echo second || echo "$@"\n')
+    (tmp_path / "python").symlink_to(sys.executable)
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    names = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "7"}
+    for status, again in (("138", ["requeue 7"]), ("1", [])):
+        command = ["bash", str(ROOT / "recipes/accelerate/slurm.sh"), str(tmp_path / "task.py"), "--seed", status]
+        done = subprocess.run(
+            command, env=os.environ | names | {"SLURM_JOB_NODELIST": "n"}, capture_output=True, text=True
+        )
+        said = [f"{i + 8} {i} 16 first --seed {status} --resume_from_checkpoint latest" for i in (0, 1)]
+        assert done.stdout.splitlines() == said + again and done.returncode == int(status), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"shard_size": 3}, "shard_size=3 must divide the 4 processes"),
+        ({"warmup_steps": 5}, "warmup_steps=5 does not go with shard_size=2"),
+        ({"zero_mismatch": True, "rollout_quantization": None}, "zero_mismatch=True does not go"),
+        ({"corrector": aligned()}, "a corrector that aligns the forward does not go"),
+        ({"optim": adamw_8bit}, "optim=adamw_8bit does not go"),
+    ],
+)
+def test_what_does_not_go_with_a_shared_out_learner_is_refused(tmp_path, change, said):
+    recipe = tiny_recipe(tmp_path, **{"shard_size": 2, **change})
+    with pytest.raises(ValueError, match=said):
+        check_sharding(recipe, 4)
+    check_sharding(replace(recipe, shard_size=1), 4)
+    check_sharding(replace(recipe, shard_size=0), 1)
+
+
+def test_a_module_whose_head_is_tied_or_that_is_not_known_is_refused():
+    module = tiny_masked_lm(characters="1234.=", hidden_size=16, num_heads=2).module
+    check_module(module, 2)
+    module.lm_head.decoder.weight = module.get_input_embeddings().weight
+    with pytest.raises(ValueError, match=r"lm_head.decoder.weight of .* is tied to the backbone's embeddings"):
+        check_module(module, 2)
+    with pytest.raises(ValueError, match="needs a transformers module with a backbone and a head, not Linear"):
+        check_module(torch.nn.Linear(2, 2), 2)
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_an_engine_of_the_launch_is_refused_also_where_accelerate_would_leave_it_out(monkeypatch, engine):
+    check_engine()
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ValueError, match=f"distributed_type={engine} .* use MULTI_GPU, and --shard_size 0"):
+        check_engine()
