@@ -1,14 +1,19 @@
 """Attention by plain products against torch's own kernel in fp64, and where it stands in for it."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from tiny_recipe import tiny_recipe
 
+from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.models import attention
 from dllm_rl.models.attention import SHORT, PlainAttention, plain_attention
+from dllm_rl.models.recompute import recomputed_blocks
+from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
 from dllm_rl.training.learner import arithmetic
@@ -90,7 +95,7 @@ def test_a_recipe_in_16_bits_computes_with_it_in_rollout_and_learner(tmp_path, c
 
 @pytest.mark.parametrize("mode", [PlainAttention, lambda: BatchInvariantOps(16)], ids=["plain", "batch invariant"])
 def test_a_block_that_is_run_again_in_the_backward_runs_in_the_mode_of_its_forward(mode):
-    """A backward is outside of every mode: without them a block would be recomputed by other kernels, and torch stops."""
+    """A backward is outside of every mode: a block recomputed by other kernels stops torch."""
     gradients = []
     for again in (False, True):
         policy = tiny_masked_lm(characters="abc", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=32)

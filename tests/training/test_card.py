@@ -8,6 +8,7 @@ import yaml
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.cli import main as cli
+from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.training import train
 from dllm_rl.training.card import LEFT_OUT, card
 
@@ -15,7 +16,9 @@ HOSTILE = "a`b|c\n# <img src=x> \x1b[2J"
 
 
 def test_every_checkpoint_says_what_it_is_and_the_last_how_it_did(tmp_path):
-    summary = train(tiny_recipe(tmp_path, num_steps=2, save_steps=1, save_total_limit=9))
+    summary = train(
+        tiny_recipe(tmp_path, num_steps=2, save_steps=1, save_total_limit=9, likelihood=trajectory(order="given"))
+    )
     first, last = ((tmp_path / f"checkpoints/step-00000{i}/README.md").read_text() for i in (1, 2))
     front = yaml.safe_load(last.split("---\n")[1])
     assert front == {"library_name": "dllm_rl", "tags": ["reinforcement-learning", "grpo", "dllm_rl"]}
@@ -27,7 +30,7 @@ def test_every_checkpoint_says_what_it_is_and_the_last_how_it_did(tmp_path):
         "8 problems of the task `sudoku`, version `1`" in last
         and "| `eval_sampler` | `unmask(max_new_tokens=16" in last
     )
-    assert "| `rollout_quantization` | `float8_weight_only` |" in last and "| `mismatch` | `healthy: ESS " in last
+    assert "| `rollout_quantization` | `float8_weight_only` |" in last and "| `mismatch` | `healthy: ESS 1" in last
     assert str(tmp_path) not in last, "no path of the machine"
 
 
