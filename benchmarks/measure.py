@@ -60,6 +60,17 @@ def seconds_and_peak(run: Callable[[], Any], device: str, *, repeats: int = 3) -
     return {"seconds": round(min(times), 4), "cpu_seconds": round(min(works), 4), "peak_mib": mib}
 
 
+def fastest(arms: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Seconds of processor time of each, the least of `repeats` rounds in which they take turns."""
+    best = dict.fromkeys(arms, float("inf"))
+    for _ in range(repeats):
+        for name, run in arms.items():
+            begin = time.process_time()
+            run()
+            best[name] = min(best[name], time.process_time() - begin)
+    return best
+
+
 def speed_up(slow: dict[str, Any], fast: dict[str, Any], device: str) -> float:
     """How many times faster the second is: by the clock on CUDA, by the work done on the CPU."""
     key = "seconds" if torch.device(device).type == "cuda" else "cpu_seconds"

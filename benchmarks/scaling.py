@@ -7,7 +7,6 @@ published algorithm, the exact sampler, and the dual cache.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import machine, table, write_json
+from benchmarks.measure import fastest, machine, table, write_json
 from benchmarks.sampler import Shape, plain, random_policy, random_prompts
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.unmask import unmask
@@ -43,13 +42,7 @@ def measure(shape: Shape, repeats: int) -> dict[str, float]:
         "exact": ours,
         "dual cache": partial(ours, cache=dual_cache()),
     }
-    best = dict.fromkeys(arms, float("inf"))
-    for _ in range(repeats):
-        for name, run in arms.items():
-            began = time.process_time()
-            run()
-            best[name] = min(best[name], time.process_time() - began)
-    return {name: round(seconds, 4) for name, seconds in best.items()}
+    return {name: round(seconds, 4) for name, seconds in fastest(arms, repeats).items()}
 
 
 def sweep(base: Shape, axes: dict[str, dict[int, dict[str, Any]]], repeats: int) -> list[dict[str, Any]]:

@@ -13,8 +13,6 @@ python -m benchmarks.update [--parts published,ragged,bf16,main_job,growth] [--r
 """
 
 import argparse
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from benchmarks.measure import machine, table, write_json
+from benchmarks.measure import fastest, machine, table, write_json
 from benchmarks.presets import PRESETS, Shape, make
 from dllm_rl.algorithms import losses
 from dllm_rl.likelihoods import coupled, elbo, one_step
@@ -37,17 +35,6 @@ from dllm_rl.types import Batch, Noise, Rollout
 
 BETA = 0.04
 SHAPES = {"growth": Shape(128, 2, 4, 352, 1_000, 16, 32, 32), "smoke": PRESETS["smoke"]}
-
-
-def fastest(arms: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of processor time of each, the least of `repeats` rounds in which they take turns."""
-    best = dict.fromkeys(arms, float("inf"))
-    for _ in range(repeats):
-        for name, run in arms.items():
-            begin = time.process_time()
-            run()
-            best[name] = min(best[name], time.process_time() - begin)
-    return best
 
 
 def against(best: dict[str, float], base: str, **facts: object) -> list[dict]:

@@ -183,14 +183,31 @@ def backward_token_logprobs(
     The vector is known before the forward, so that a chunk goes through the head and back at once and leaves only its
     gradient with respect to the hidden states, which then takes one backward through the body.
     """
-    size, gradients = chunk_rows(policy.vocab_size, policy.device), []
-    ids = [None] * len(hidden.split(size)) if kept is None else kept.split(size)
-    for h, y, v, k in zip(hidden.split(size), tokens.split(size), vector.split(size), ids, strict=True):
+
+    def score(h: Tensor, y: Tensor, ids: Tensor | None = None) -> tuple[Tensor]:
+        return (TokenLogprob.apply(process(policy.head(h), sampling_params, y, ids), y),)
+
+    rows = (tokens,) if kept is None else (tokens, kept)
+    gradient, _ = backward_chunked(score, policy, vector, hidden, *rows)
+    if len(hidden) and hidden.requires_grad:
+        hidden.backward(gradient)
+
+
+def backward_chunked(
+    f: Callable, policy: Head, vector: Float[Tensor, " K"], hidden: Float[Tensor, "K D"], *rows: Tensor
+) -> tuple[Float[Tensor, "K D"], tuple[Tensor, ...]]:
+    """One forward and backward of f(hidden, *rows) -> (value (K,), ...) a chunk of rows: the gradient with respect to
+    the hidden states, and what else f gives. Gradients of the head's weights are added to them."""
+    size = chunk_rows(policy.vocab_size, policy.device)
+    gradients, others = [torch.zeros_like(hidden[:0])], []
+    for h, v, *rest in zip(*(x.split(size) for x in (hidden, vector, *rows)), strict=True):
         leaf = h.detach().requires_grad_()
-        TokenLogprob.apply(process(policy.head(leaf), sampling_params, y, k), y).backward(v)
+        value, *more = f(leaf, *rest)
+        value.backward(v)
+        assert leaf.grad is not None
         gradients.append(leaf.grad)
-    if gradients and hidden.requires_grad:
-        hidden.backward(torch.cat(gradients))
+        others.append(more)
+    return torch.cat(gradients), tuple(torch.cat(column) for column in zip(*others, strict=True))
 
 
 def sample(logits: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Tensor, " K"]:

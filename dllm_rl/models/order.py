@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.logprobs import TokenLogprob, chunk_rows, chunked, process, wide
+from dllm_rl.models.logprobs import TokenLogprob, backward_chunked, chunked, process, wide
 from dllm_rl.types import SamplingParams
 
 LEAST = -20.0  # nats; an order that a policy cannot choose has this log-prob and no gradient, as log-ratios are clamped
@@ -131,7 +131,7 @@ def backward_committed(
 
     Gradients of the head's weights are added to them, chunk by chunk.
     """
-    gradients, confidences = _chunk_by_chunk(_committed(policy, sampling_params), policy, vector, hidden, tokens)
+    gradients, confidences = backward_chunked(_committed(policy, sampling_params), policy, vector, hidden, tokens)
     return gradients, confidences[0]
 
 
@@ -146,24 +146,7 @@ def backward_left(
     """The gradient of `left_logprobs` with respect to the states; that of the head's weights is added to them."""
     mask_id = _mask_id(policy)
     one = lambda h, c, after: (_left(policy.head(h), c, after, sampling_params, mask_id),)  # noqa: E731
-    return _chunk_by_chunk(one, policy, vector, hidden, lowest, behind)[0]
-
-
-def _chunk_by_chunk(
-    f: Callable, policy: Policy, vector: Tensor, hidden: Tensor, *rows: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One forward and backward of f(hidden, *rows) -> (value, ...) a chunk: the states' gradient, and what else f
-    gives."""
-    size = chunk_rows(policy.vocab_size, policy.device)
-    gradients, others = [torch.zeros_like(hidden[:0])], []
-    for h, v, *rest in zip(*(x.split(size) for x in (hidden, vector, *rows)), strict=True):
-        leaf = h.detach().requires_grad_()
-        value, *more = f(leaf, *rest)
-        value.backward(v)
-        assert leaf.grad is not None
-        gradients.append(leaf.grad)
-        others.append(more)
-    return torch.cat(gradients), tuple(torch.cat(column) for column in zip(*others, strict=True))
+    return backward_chunked(one, policy, vector, hidden, lowest, behind)[0]
 
 
 def _mask_id(policy: Policy) -> int:

@@ -228,7 +228,7 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
         for name, value in merged_state(policy.module):
             layer_name, _, kind = name.rpartition(".")
             layer = rollout_policy.module.get_submodule(layer_name)
-            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            value = whole(value)
             written = {layer_name: (layer, value)} if kind == "weight" and is_quantized(layer) else {}
             if isinstance(layer, Experts):
                 experts = zip(getattr(layer, kind), value, strict=True)

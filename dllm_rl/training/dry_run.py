@@ -153,7 +153,6 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
                    tokenizer is known, else 256.
     """
     policy, size = meta_policy(recipe), group_size(recipe, launched())
-    recipe = recipe if size == 1 else replace(recipe, kept_graphs=0)  # as in training
     if prompt_tokens is None and policy.tokenizer is None:
         prompt_tokens = 256  # no task is opened: its data may not be here
     elif prompt_tokens is None:

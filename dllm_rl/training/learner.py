@@ -140,8 +140,8 @@ def score(
         sampled = under(rollout_policy)
     keep = keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
     with in_pace(policy):
-        scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep)
         order = {} if rollout_policy is policy else order_agreement(policy, rollout)
+        scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep)
     old = likelihood.combine(scores.detach(), noise)
     sampled = old if sampled is None else sampled
     logps = Logprobs(old=old, old_scores=scores, rollout=sampled, reference=anchor, order=order)

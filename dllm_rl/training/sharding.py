@@ -13,7 +13,7 @@ from dllm_rl.distributed import shard, sharding_of
 from dllm_rl.models.base import Module, Policy, whole
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.own import gathered
-from dllm_rl.models.recompute import blocks_of
+from dllm_rl.models.recompute import backbone_of, blocks_of
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.sft_recipe import SFT
 
@@ -80,7 +80,7 @@ def share_out(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Polic
 
 def check_module(module: Module, size: int) -> None:
     """Raise ValueError on a module whose weights cannot be shared out."""
-    backbone: Module = getattr(module, "base_model", module)
+    backbone: Module = backbone_of(module)
     if backbone is module:
         raise ValueError(
             f"shard_size={size} needs a transformers module with a backbone and a head, not {type(module).__name__}; "

@@ -78,8 +78,8 @@ MUTATIONS = [
             "weight = plain_weight(base).to(dtype)",
         ),
         (
-            'value.full_tensor() if hasattr(value, "full_tensor") else value',
-            'value.to_local() if hasattr(value, "to_local") else value',
+            "            value = whole(value)\n",
+            '            value = value.to_local() if hasattr(value, "to_local") else value\n',
         ),
         (" | dict(rollout_policy.module.named_buffers())", ""),
     ),
