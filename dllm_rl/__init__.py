@@ -21,7 +21,7 @@ _HOME = {
     "models.policy": "load_policy load_weights make_policy DiffusionPolicy AutoregressivePolicy",
     "models.families": "register_family",
     "models.lora": "Lora lora_r16 lora_d1 add_lora merge_lora",
-    "models.tiny": "tiny_masked_lm tiny_llama",
+    "models.tiny": "tiny_masked_lm tiny_llama tiny_moe",
     "models.convert": "diffusion_from_causal",
     "samplers": "unmask autoregress sampler_for",
     "samplers.rules": "confidence max_prob margin schedule threshold factor entropy_bound remask edit",

@@ -62,6 +62,13 @@ def buckets(tensors: Sequence[Tensor], *, numbers: int = BUCKET) -> Iterator[lis
         yield bucket
 
 
+def sum_over(counts: Tensor, accelerator: Accelerator) -> Tensor:
+    """Counts, summed over processes, on the host."""
+    if accelerator.num_processes > 1:
+        counts = accelerator.reduce(counts.to(accelerator.device), reduction="sum")
+    return counts.cpu()
+
+
 def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, float]:
     """(sum, count) pairs, all on one device -> sums over processes, divided once; they are fetched in one transfer.
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 Moved = TypeVar("Moved", bound="_Movable")
@@ -161,6 +161,8 @@ class Rollout(_Movable):
     order_logprobs   log-probability that the position was left in the steps before its commit, summed over those of its
                      block, under the rollout policy; nats, 0 elsewhere (`models.order`). None where the order does not
                      depend on what was drawn, or its law is not known.
+    experts          ids of the experts that the state took which the token was drawn from, in each of M mixtures; of
+                     columns without a token, whatever is there. None where they are not noted (`records_experts`).
     revised          whether the sampler may have come back to what it wrote (`remask`, `edit`): step and log-prob are
                      then those of the last writing, whose context is not recorded, and no likelihood of the completion.
     """
@@ -179,6 +181,7 @@ class Rollout(_Movable):
     rank: str | None = None
     open_step: Int[Tensor, "B T"] | None = None
     order_logprobs: Float[Tensor, "B T"] | None = None
+    experts: Integer[Tensor, "B T M E"] | None = None
     revised: bool = False
 
     def with_support(self, support: Support) -> "Rollout":
@@ -272,6 +275,7 @@ class Rollout(_Movable):
             kept_ids=None if self.kept_ids is None else F.pad(self.kept_ids, (0, 0, *sides), value=-1),
             open_step=None if self.open_step is None else wider(self.open_step, -1),
             order_logprobs=None if self.order_logprobs is None else wider(self.order_logprobs, 0.0),
+            experts=None if self.experts is None else F.pad(self.experts, (0, 0, 0, 0, *sides)),
         )
 
 
@@ -285,6 +289,9 @@ class Logprobs:
     reference  under the reference policy, or None without a KL term.
     order      how far the learner would have chosen the rollout's order itself, as (sum, count) pairs by name; empty
                where both sides are one policy, or the order depends on none.
+    routing    how far mixtures of experts sent tokens to the same experts on both sides (`likelihoods.replay`); None
+               where both sides are one policy, or there are none.
+    noise      the masks that the learner was scored under, with the experts that it is to take again; None: no replay.
     """
 
     old: Float[Tensor, "B T"]
@@ -292,6 +299,8 @@ class Logprobs:
     rollout: Float[Tensor, "B T"]
     reference: Float[Tensor, "B T"] | None
     order: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    routing: Int[Tensor, "M X"] | None = None
+    noise: "Noise | None" = None
 
 
 @dataclass(frozen=True)
@@ -331,6 +340,8 @@ class Noise(_Movable):
     left    positions that are scored in view n by the probability of having been left there, not by their token
             (`models.order`); None: there are none.
     learned  rows that the update learns from, whose graphs scoring may keep; None: all.
+    experts  of mixtures: ids that tokens take again in view n, or in every view (n = 1), where `routed` holds; of the
+             state that predicts the token there. None: routers choose.
     """
 
     masked: Bool[Tensor, "N B T"]
@@ -338,12 +349,22 @@ class Noise(_Movable):
     upper_bound_weight: Float[Tensor, " B"] | None = None
     left: Bool[Tensor, "N B T"] | None = None
     learned: Bool[Tensor, " B"] | None = None
+    experts: Integer[Tensor, "n B T M E"] | None = None
+    routed: Bool[Tensor, "N B T"] | None = None
 
     def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Noise":
         """The given rows, in the given order, and of their positions those in `columns`."""
         share, learned = (None if x is None else x[keep] for x in (self.upper_bound_weight, self.learned))
-        left = None if self.left is None else self.left[:, keep][..., columns]
-        return Noise(self.masked[:, keep][..., columns], self.weight[:, keep][..., columns], share, left, learned)
+        views = (self.masked, self.weight, self.left, self.experts, self.routed)
+        masked, weight, left, experts, routed = (None if x is None else x[:, keep][:, :, columns] for x in views)
+        assert masked is not None and weight is not None
+        return Noise(masked, weight, share, left, learned, experts, routed)
+
+    def routes(self, view: int) -> "tuple[Tensor, Tensor] | None":
+        """The experts that tokens take again in a view (B, T, M, E), and where (B, T); None: routers choose."""
+        if self.experts is None or self.routed is None:
+            return None
+        return self.experts[view if len(self.experts) > 1 else 0], self.routed[view]
 
     def only(self, live: Bool[Tensor, " B"]) -> "Noise":
         """The same masks, with the other rows not scored."""

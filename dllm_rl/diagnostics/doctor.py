@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.algorithms.mismatch import mismatch_metrics
 from dllm_rl.diagnostics.batch_invariance import layer_outputs
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, causal, recorded, trajectory
+from dllm_rl.likelihoods.replay import as_noted, blank, routing_counts
 from dllm_rl.models.base import Policy, output_embeddings
 from dllm_rl.models.head import HALF
+from dllm_rl.models.routing import mixtures
 from dllm_rl.quantization.experts import place
 from dllm_rl.quantization.linear import dequantized_weight
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
@@ -34,6 +36,7 @@ ADVICE = {
     "estimator noise": "score both sides under the same masks, or use an estimator with less variance",
     "precision": "give both sides one dtype for weights, rotary tables and logits",
     "head precision": "compute logits in fp32 on both sides (float32_head=True)",
+    "routing": "take the rollout's experts again (router_replay='R3'), correct for it (tis, ais), or keep more bits",
     "quantised weights": "correct for it (tis, ais), align the forward (qarl), or keep more bits",
     "quantised activations": "correct for it (tis, ais), align the forward (qarl), or quantise weights only",
     "stale weights": "call sync_weights after every update",
@@ -84,6 +87,8 @@ class Report:
                 anyway, or the models are not.
     order       of the first step's positions, and of the prompts, the share whose order is the learner's own
                 (`order_agreement`): what log-probs given the order do not see; None where no policy decides it.
+    routing     share of the rollout's experts that the learner takes too, by layer; None without mixtures of experts.
+    load        tokens of each expert, by layer, in the rollout and in the learner; None without.
     """
 
     scheme: str
@@ -94,6 +99,8 @@ class Report:
     layers: tuple[tuple[str, float], ...]
     half_heads: Cause | None = None
     order: tuple[float, float] | None = None
+    routing: tuple[float, ...] | None = None
+    load: tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]] | None = None
 
     @property
     def worst(self) -> float:
@@ -147,8 +154,10 @@ def diagnose(
     noise = likelihood.draw(rollout, Generator().manual_seed(seed))
     own_noise = noise if share_noise else likelihood.draw(rollout, Generator().manual_seed(seed + 1))
 
-    def score(p: Policy, r: Rollout, n: Noise, size: int | None = micro_batch_size) -> Tensor:
-        return likelihood.logprobs(p, r, n, micro_batch_size=size)
+    def score(
+        p: Policy, r: Rollout, n: Noise, size: int | None = micro_batch_size, note: Tensor | None = None
+    ) -> Tensor:
+        return likelihood.logprobs(p, r, n, micro_batch_size=size, note=note)
 
     scored_as = (
         rollout if learner_sampling_params is None else replace(rollout, sampling_params=learner_sampling_params)
@@ -157,14 +166,19 @@ def diagnose(
     rounded, fresh = (plain, plain) if config is None else operands(plain, config)
     learner = score(policy, scored_as, own_noise)
     ours = score(policy, rollout, noise)
-    theirs = score(rollout_policy, rollout, noise)
+    note = blank(policy, rollout, noise) if mixtures(policy.module) else None
+    theirs = score(rollout_policy, rollout, noise, note=note)
+    taken = noise if note is None else as_noted(noise, rollout, note)  # with the rollout's experts, all along the way
     # Between the two sides' own heads every forward has one in fp32.
     first = ours if policy.float32_head else score(with_head(policy, float32=True), rollout, noise)
     last = theirs if rollout_policy.float32_head else score(with_head(rollout_policy, float32=True), rollout, noise)
-    states = [("", first), ("precision", score(plain, rollout, noise))]
+    states = [("", first)]
+    if note is not None:
+        states.append(("routing", score(with_head(policy, float32=True), rollout, taken)))
+    states.append(("precision", score(plain, rollout, taken)))
     if config is not None:
-        states.append(("quantised weights", score(rounded, rollout, noise)))
-        states.append(("quantised activations", score(fresh, rollout, noise)))
+        states.append(("quantised weights", score(rounded, rollout, taken)))
+        states.append(("quantised activations", score(fresh, rollout, taken)))
     states.append(("stale weights", last))
     mirrored = score(policy, rollout, own_noise)
     steps = {"sampling parameters": learner - mirrored, "estimator noise": mirrored - ours}
@@ -180,6 +194,7 @@ def diagnose(
     steps["batch shape"] = score(policy, rollout, noise, None) - score(policy, rollout, noise, rollout.group_size)
 
     agreement = order_agreement(policy, rollout)
+    counts = routing_counts(policy, rollout_policy, rollout, noise)
     half_heads = None
     if policy.float32_head and rollout_policy.float32_head and computes_in_half(policy, rollout_policy):
         both = (score(with_head(p, float32=False), rollout, noise) for p in (policy, rollout_policy))
@@ -194,7 +209,13 @@ def diagnose(
         layers=worst_layers(policy, rollout_policy, rollout, noise, num_worst),
         half_heads=half_heads,
         order=tuple((above / below).item() for above, below in agreement.values()) or None,  # type: ignore[arg-type]
+        routing=None if counts is None else tuple((counts[:, 0] / counts[:, 1]).tolist()),
+        load=None if counts is None else tuple(as_tuples(side) for side in counts[:, 2:].chunk(2, 1)),  # type: ignore
     )
+
+
+def as_tuples(table: Int[Tensor, "M X"]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(row) for row in table.tolist())
 
 
 def measure(name: str, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Cause:

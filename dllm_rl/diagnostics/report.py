@@ -4,6 +4,7 @@ import base64
 import html
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +42,14 @@ def layer_rows(report: Report) -> list[tuple[str, ...]]:
     return [(name, f"{error:.2e}") for name, error in report.layers]
 
 
+def routing_rows(report: Report) -> list[tuple[Any, ...]]:
+    """Of each mixture: the share of experts that both sides take, and each side's busiest expert against the mean."""
+    if report.routing is None or report.load is None:
+        return []
+    busiest = ([f"{max(row) * len(row) / sum(row):.2f}" for row in side] for side in report.load)
+    return list(zip(report.routing, *busiest, strict=True))
+
+
 def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     positions, prompts = report.order or (1.0, 1.0)
     order = (f"{positions:.3f}", f"{prompts:.3f}", ORDER_ADVICE * (prompts < 1))
@@ -48,9 +57,13 @@ def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, .
     in_order: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [
         (title, ("positions", "prompts", "to do"), [order])
     ] * (report.order is not None)
+    routes = [(f"layer {i}", f"{share:.3f}", *loads) for i, (share, *loads) in enumerate(routing_rows(report))]
+    columns = ("mixture", "same experts", "busiest / mean, rollout", "learner")
+    routed = [("experts, shares that both sides take", columns, routes)] * bool(routes)
     return [
         (f"log-prob mismatch over {report.num_tokens} tokens, nats; rollout: {report.scheme}", COLUMNS, rows(report)),
         *in_order,
+        *routed,
         ("worst tokens", ("row, position", "in context", "learner", "rollout"), token_rows(report)),
         ("worst layers, relative error of their outputs", ("layer", "error"), layer_rows(report)),
     ]

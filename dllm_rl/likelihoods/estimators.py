@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Generator, Tensor
 
 from dllm_rl.config import maker
@@ -81,9 +81,11 @@ class LikelihoodEstimator:
         *,
         micro_batch_size: int | None = None,
         keep_graphs: bool = False,
+        note: Integer[Tensor, "N B T M E"] | None = None,
     ) -> Float[Tensor, "N B T"]:
         """log p(y_t | view n) in nats where view n scores t, 0 elsewhere. No gradient without `keep_graphs`, which
-        holds what the backward of every forward of `noise.learned` rows needs until that has run."""
+        holds what the backward of every forward of `noise.learned` rows needs until that has run. note: where the
+        experts that tokens take are written, in rows that are scored."""
         self.check(policy)
         out = torch.zeros(noise.weight.shape, device=rollout.tokens.device)
         parts = [(noise, keep_graphs)]
@@ -96,15 +98,25 @@ class LikelihoodEstimator:
                     for n in range(len(masks.masked)):
                         left = None if masks.left is None else masks.left[n]
                         view = (masks.masked[n], masks.weight[n] != 0)
-                        logps = score_view(policy, some, *view, left=left, packed=self.packed is not None)
+                        taken = None if note is None else note[n, chunk.rows, chunk.columns]
+                        one = partial(score_view, policy, some, *view, left=left, packed=self.packed is not None)
+                        logps = one(routes=masks.routes(n), note=taken)
                         out[n, chunk.rows, chunk.columns] = logps
+                        if note is not None and taken is not None:
+                            note[n, chunk.rows, chunk.columns] = taken
         return out
 
     def logprobs(
-        self, policy: Policy, rollout: Rollout, noise: Noise, *, micro_batch_size: int | None = None
+        self,
+        policy: Policy,
+        rollout: Rollout,
+        noise: Noise,
+        *,
+        micro_batch_size: int | None = None,
+        note: Integer[Tensor, "N B T M E"] | None = None,
     ) -> Float[Tensor, "B T"]:
         """Per-position contributions to the estimate, nats; their sum over T is the sequence's. No gradient."""
-        return self.combine(self.scores(policy, rollout, noise, micro_batch_size=micro_batch_size), noise)
+        return self.combine(self.scores(policy, rollout, noise, micro_batch_size=micro_batch_size, note=note), noise)
 
     def check(self, policy: Policy) -> None:
         """Raise ValueError when the estimate is not one of this policy's likelihood."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from dllm_rl.likelihoods.packed import packed_hidden
@@ -18,6 +18,7 @@ from dllm_rl.models.order import (
     left_logprobs,
     token_logprobs_and_confidences,
 )
+from dllm_rl.models.routing import Routes, routed
 from dllm_rl.models.transfer import send
 from dllm_rl.types import Noise, Rollout
 
@@ -64,14 +65,17 @@ def score_view(
     *,
     left: Bool[Tensor, "B T"] | None = None,
     packed: bool = False,
+    routes: Routes | None = None,
+    note: Integer[Tensor, "B T M E"] | None = None,
 ) -> Float[Tensor, "B T"]:
     """One forward: log p of the rollout's tokens at `scored`, with `masked` positions hidden; nats, 0 elsewhere.
 
     left    those of `scored` that have, in place of it, the log-prob of having been left there (`models.order`).
     packed  every block sees the others without masks (`packed_hidden`).
+    routes  experts that tokens take again, and where (`Noise.routes`); note: where those that they take are written.
     """
     out = torch.zeros(scored.numel(), device=scored.device)
-    view = run_view(policy, rollout, masked, scored, packed, left)
+    view = run_view(policy, rollout, masked, scored, packed, left, routes=routes, note=note)
     if view is not None and left is None:
         logp = token_logprobs(policy, view.states, view.tokens, rollout.sampling_params, view.kept)
         out = out.to(logp.dtype).index_copy(0, view.places, logp)
@@ -93,6 +97,7 @@ def backward_view(
     scored: Bool[Tensor, "B T"] | None = None,
     left: Bool[Tensor, "B T"] | None = None,
     packed: bool = False,
+    routes: Routes | None = None,
 ) -> None:
     """score_view(...).backward(vector) in one forward and backward; positions where `vector` is 0 are left out.
 
@@ -101,11 +106,11 @@ def backward_view(
     if left is not None and scored is not None:
         moved = vector != 0
         wanted = moved | (scored & ~left & moved.any(-1, keepdim=True))
-        view = run_view(policy, rollout, masked, wanted, packed, left)
+        view = run_view(policy, rollout, masked, wanted, packed, left, routes=routes)
         if view is not None:
             _backward_order(policy, rollout, view, vector.flatten()[view.places])
         return
-    view = run_view(policy, rollout, masked, vector != 0, packed)
+    view = run_view(policy, rollout, masked, vector != 0, packed, routes=routes)
     if view is not None:
         at = vector.flatten()[view.places]
         backward_token_logprobs(policy, view.states, view.tokens, rollout.sampling_params, at, view.kept)
@@ -159,6 +164,9 @@ def run_view(
     scored: Bool[Tensor, "B T"],
     packed: bool,
     left: Bool[Tensor, "B T"] | None = None,
+    *,
+    routes: Routes | None = None,
+    note: Integer[Tensor, "B T M E"] | None = None,
 ) -> View | None:
     """One forward with `masked` positions hidden from the model; None, and no forward, where nothing is scored.
 
@@ -176,16 +184,21 @@ def run_view(
     live, places = where.any(-1).nonzero()[:, 0], where.flatten().nonzero()[:, 0]
     if not len(places):
         return None
-    together = group > 1 and bool(same) and not packed
+    together = group > 1 and bool(same) and not packed and routes is None
     inside = places if together else where[live].flatten().nonzero()[:, 0]
     apart = ((~stay[places]).nonzero()[:, 0], stay[places].nonzero()[:, 0])
     live, places, inside, committed, stayed = send(scored.device, live, places, inside, *apart)
+    rows = torch.arange(0, len(tokens), group, device=live.device) if together else live
+    noted = None if note is None else torch.zeros_like(note[rows])
+    with routed(policy, None if routes is None else (routes[0][rows], routes[1][rows]), noted):
+        if packed:
+            hidden = packed_hidden(policy, rollout.tokens[live], masked[live], attention_mask[live])
+        else:
+            hidden = policy.hidden(tokens[rows], attention_mask[rows])
+    if note is not None and noted is not None:
+        note[live] = noted.repeat_interleave(group, 0)[live] if together else noted
     if together:
-        hidden = repeat(policy.hidden(tokens[::group], attention_mask[::group]), "p t d -> (p g) t d", g=group)
-    elif packed:
-        hidden = packed_hidden(policy, rollout.tokens[live], masked[live], attention_mask[live])
-    else:
-        hidden = policy.hidden(tokens[live], attention_mask[live])
+        hidden = repeat(hidden, "p t d -> (p g) t d", g=group)
     kept = rollout.kept_ids if rollout.sampling_params.support == "rollout" else None
     return View(
         places=places,

@@ -171,6 +171,7 @@ class Policy(Head, Protocol):
     version       counts weight updates.
     float32_head  logits of a model in 16 bits are computed in fp32.
     gradient_checkpointing  the backward runs each block again, in place of keeping what it needs.
+    records_experts  samplers note which experts of its mixtures tokens went to (`Rollout.experts`).
     lora          the adapters that are trained in place of the weights, or None.
     quantization  config that a rollout's copy was made with, or None; quantization_report: what that did, or None.
     """
@@ -181,6 +182,7 @@ class Policy(Head, Protocol):
     version: int
     float32_head: bool
     gradient_checkpointing: bool
+    records_experts: bool
     lora: "Lora | None"
     quantization: Any
     quantization_report: Any

@@ -26,9 +26,11 @@ class _Backbone:
                   and an evaluation inherit it, so that both sides of a ratio have the same.
     gradient_checkpointing  a forward that is differentiated keeps the input of each block alone, and its backward runs
                   the block again: a third more work, a small part of the memory, the same gradients.
+    records_experts  samplers note which experts of its mixtures tokens went to (`Rollout.experts`).
     """
 
     gradient_checkpointing: bool = False
+    records_experts: bool = False
     lora: Lora | None = None
     quantization: Any = None
     quantization_report: Any = None

@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RobertaPreLayerNormConfig,
     RobertaPreLayerNormForMaskedLM,
 )
@@ -52,6 +54,10 @@ def initialise(module: Module, generator: Generator, *, embedding_std: float, he
             layer.weight.normal_(0, std, generator=generator)
             if layer.bias is not None:
                 layer.bias.zero_()
+        else:  # routers, and experts in stacks
+            for weight in layer.parameters(recurse=False):
+                if weight.dim() > 1:
+                    weight.normal_(0, gain / math.sqrt(weight.shape[-1]), generator=generator)
 
 
 def tiny_masked_lm(
@@ -143,6 +149,60 @@ def tiny_llama(
     )
     scales = {"embedding_std": embedding_std, "head_std": head_std, "gain": gain}
     return _made(LlamaForCausalLM, config, tokenizer, seed=seed, **scales)
+
+
+def tiny_moe(
+    *,
+    characters: str,
+    causal: bool = False,
+    seed: int = 0,
+    hidden_size: int = 96,
+    num_layers: int = 3,
+    num_heads: int = 4,
+    intermediate_size: int = 128,
+    num_experts: int = 8,
+    num_experts_per_tok: int = 2,
+    max_length: int = 64,
+    rope_theta: float = 100.0,
+    embedding_std: float = 0.3,
+    head_std: float = 0.02,
+    gain: float = 0.7,
+) -> DiffusionPolicy | AutoregressivePolicy:
+    """A mixture of experts in every block, in the layout of LLaDA-MoE: a Qwen3-MoE, un-causaled; or a causal one.
+
+    causal             an autoregressive model, or a masked-diffusion one
+    num_experts        of a block; num_experts_per_tok: those that a token takes
+    rope_theta         base of the rotary positions' wave lengths
+    characters         those that prompts and completions are made of, a token each
+    hidden_size        width of the model
+    num_layers         blocks
+    num_heads          attention heads of a block
+    intermediate_size  width between an expert's layers
+    max_length         longest prompt and completion together, tokens
+    embedding_std, head_std  standard deviation of the first embeddings, of the first head
+    gain               of the other first weights: their standard deviation is gain / sqrt(inputs)
+    """
+    tokenizer = char_tokenizer(characters)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        moe_intermediate_size=intermediate_size,
+        num_experts=num_experts,
+        num_experts_per_tok=num_experts_per_tok,
+        **_further(head_dim=hidden_size // num_heads),
+        norm_topk_prob=True,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        **_further(rope_theta=rope_theta, is_causal=causal, mask_token_id=None if causal else tokenizer.mask_token_id),
+    )
+    scales = {"embedding_std": embedding_std, "head_std": head_std, "gain": gain}
+    return _made(Qwen3MoeForCausalLM, config, tokenizer, seed=seed, **scales)
 
 
 def _further(**fields: Any) -> dict[str, Any]:

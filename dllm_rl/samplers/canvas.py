@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from einops import repeat
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
@@ -43,6 +43,7 @@ class Canvas:
     log_kept_mass: Float[Tensor, "B L"] | None = field(init=False, default=None)
     kept_ids: Int[Tensor, "B L C"] | None = field(init=False, default=None)
     order_logprobs: Float[Tensor, "B L"] | None = field(init=False, default=None)
+    experts: Integer[Tensor, "B L M E"] | None = field(init=False, default=None)
     rank: str | None = field(init=False, default=None)
     ended: Bool[Tensor, " B"] = field(init=False)
     forwards: int = 0
@@ -72,6 +73,12 @@ class Canvas:
                 self.log_kept_mass = torch.zeros_like(self.logprobs)
                 self.kept_ids = ids.new_full((*self.logprobs.shape, ids.shape[-1]), -1)
             self.log_kept_mass[rows, places], self.kept_ids[rows, places] = log_mass, ids
+
+    def route(self, rows: Tensor, places: Tensor, experts: Integer[Tensor, "K M E"]) -> None:
+        """Note the experts of the states that places (within the completion) of rows were committed from."""
+        if self.experts is None:
+            self.experts = experts.new_zeros((*self.masked.shape, *experts.shape[1:]))
+        self.experts[rows, places] = experts
 
     def leave(self, rows: Tensor, places: Tensor, logprobs: Float[Tensor, " K"]) -> None:
         """Note that a step left these places masked, which had this log-probability."""
@@ -134,6 +141,7 @@ class Canvas:
             rank=self.rank,
             open_step=torch.cat([nowhere.long() - 1, self.open_step().masked_fill(self.masked, -1)], dim=1),
             order_logprobs=None if order is None else torch.cat([nowhere.float(), order], dim=1),
+            experts=None if self.experts is None else F.pad(self.experts, (0, 0, 0, 0, nowhere.shape[1], 0)),
         )
 
     def _infilled(self, sampling_params: SamplingParams, weights_version: int) -> Rollout:
@@ -154,6 +162,7 @@ class Canvas:
             rank=self.rank,
             open_step=self._at_columns(self.open_step().masked_fill(self.masked, -1), -1),
             order_logprobs=None if self.order_logprobs is None else self._at_columns(self.order_logprobs, 0.0),
+            experts=None if self.experts is None else self._at_columns(self.experts, 0),
         )
 
     def _at_columns(self, values: Shaped[Tensor, "B L *C"], elsewhere: bool | int | float) -> Shaped[Tensor, "B T *C"]:

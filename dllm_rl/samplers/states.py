@@ -1,11 +1,14 @@
 """The hidden states that a step reads, from as few positions as it may run: rows of like length go together."""
 
+from typing import Any
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.buckets import length_buckets
+from dllm_rl.models.routing import Routing, of_tokens
 from dllm_rl.models.transfer import send
 from dllm_rl.samplers.cache import Cache, CachedStates
 from dllm_rl.samplers.canvas import Canvas
@@ -30,8 +33,9 @@ class States:
 
     def __call__(
         self, rows: Int[Tensor, " R"], block: int, counts: Int[Tensor, " R"], r: Tensor, columns: Tensor, *, alike: int
-    ) -> Float[Tensor, "K D"]:
-        """The states of K positions: `columns` (K,) of the r-th (K,) of rows, row by row, both on the device.
+    ) -> tuple[Float[Tensor, "K D"], Integer[Tensor, "K M E"] | None]:
+        """The states of K positions: `columns` (K,) of the r-th (K,) of rows, row by row, both on the device; and the
+        experts that each took, where the policy records them.
 
         rows    that take part, on the host, and how many of the K each of them has; block: of the first of them, and
                 of all where there is a cache.
@@ -40,25 +44,37 @@ class States:
         owner = self.bucket[rows]
         numbers = owner.unique().tolist()
         if len(numbers) == 1:
-            hidden, first = self._run(numbers[0], rows, block, alike)
-            return hidden[r // alike, (columns - first).clamp(min=0)]
+            first, *parts = self._run(numbers[0], rows, block, alike)
+            states, *experts = (x[r // alike, (columns - first).clamp(min=0)] for x in parts)
+            return states, experts[0] if experts else None
         members = [(owner == number).nonzero()[:, 0] for number in numbers]
         within = torch.empty_like(rows)  # the place of each row in its bucket
         for here in members:
             within[here] = torch.arange(len(here))
         of = owner.repeat_interleave(counts)
         within, *places = send(r.device, within, *((of == number).nonzero()[:, 0] for number in numbers))
-        states = None
+        joined: list[Tensor] = []
         for number, here, place in zip(numbers, members, places, strict=True):
-            hidden, first = self._run(number, rows[here], block, alike)
-            found = hidden[within[r[place]] // alike, (columns[place] - first).clamp(min=0)]
-            states = found.new_empty(len(r), found.shape[-1]) if states is None else states
-            states[place] = found
-        assert states is not None, "a step has rows"
-        return states
+            first, *parts = self._run(number, rows[here], block, alike)
+            found = [x[within[r[place]] // alike, (columns[place] - first).clamp(min=0)] for x in parts]
+            joined = joined or [x.new_empty(len(r), *x.shape[1:]) for x in found]
+            for whole, part in zip(joined, found, strict=True):
+                whole[place] = part
+        return joined[0], joined[1] if len(joined) > 1 else None
 
-    def _run(self, number: int, rows: Tensor, block: int, alike: int) -> tuple[Float[Tensor, "r W D"], int]:
-        """The states of rows of one bucket, and the canvas's column that the first of them predicts."""
+    def _run(self, number: int, rows: Tensor, block: int, alike: int) -> tuple[Any, ...]:
+        """The canvas's column that the first state predicts, the states (r, W, D) of rows of one bucket, and their
+        experts (r, W, M, E), where the policy records them."""
+        if not self.policy.records_experts:
+            hidden, first = self._forward(number, rows, block, alike)
+            return first, hidden
+        with Routing(self.policy.module) as routing:
+            hidden, first = self._forward(number, rows, block, alike)
+        experts = routing.experts(len(hidden))
+        # A cache gives the states as they are; without one they lie at the tokens that they predict.
+        return first, hidden, of_tokens(self.policy, experts) if self.caches[number] is None else experts
+
+    def _forward(self, number: int, rows: Tensor, block: int, alike: int) -> tuple[Float[Tensor, "r W D"], int]:
         canvas, start, cached = self.canvas, self.buckets[number].start, self.caches[number]
         if cached is None:
             (seen,) = send(self.policy.device, rows[::alike])

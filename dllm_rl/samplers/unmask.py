@@ -116,7 +116,7 @@ def unmask(
         r, c = _places(masked | written if revising else masked, int(num_places.sum()))
         # The first state of all is the same for every completion of a prompt: one forward serves the group.
         alike = group if canvas.forwards == 0 else 1
-        states = states_of(rows, int(blocks[0]), num_places, r, columns[r, c], alike=alike)
+        states, experts = states_of(rows, int(blocks[0]), num_places, r, columns[r, c], alike=alike)
         canvas.forwards += 1
         ties = uniforms(seed[r], clock[r], c, stream=1)
         scores = torch.full(masked.shape, -torch.inf, device=device)
@@ -156,6 +156,8 @@ def unmask(
         else:
             drawn = list(propose(policy, states, uniforms(seed[r], clock[r], c, stream=0), sampling_params))
         canvas.write(on_device[r], c, clock[r], *drawn)
+        if experts is not None:
+            canvas.route(on_device[r], c, experts[picked])
 
         held = ((num_chosen > 0) | ("written" in revising)) if revising else None
         complete = queue.record(rows, blocks, committed - reopened, held)

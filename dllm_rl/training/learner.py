@@ -23,8 +23,9 @@ from torch import Tensor
 
 from dllm_rl.algorithms.mismatch import PREFIX, group_weights, mismatch_metrics, off_policy_metrics, symptom_metrics
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
-from dllm_rl.distributed import Metrics, gather_on_host, in_pace, local, reduce_metrics, sum_gradients
+from dllm_rl.distributed import Metrics, gather_on_host, in_pace, local, reduce_metrics, sum_gradients, sum_over
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
+from dllm_rl.likelihoods.replay import as_noted, as_sampled, blank, routing_counts, routing_metrics
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
 from dllm_rl.models.attention import PlainAttention
 from dllm_rl.models.base import Policy, whole
@@ -129,22 +130,41 @@ def score(
     would only compute it again. The learner comes last, so that graphs that are kept lie beside no other forward.
     Raises RuntimeError with zero_mismatch where the sides differ.
     """
-    likelihood, size = recipe.likelihood, recipe.micro_batch_size
+    likelihood, size, replay = recipe.likelihood, recipe.micro_batch_size, recipe.router_replay
     under = partial(likelihood.logprobs, rollout=rollout, noise=noise, micro_batch_size=size)
+    note = None if replay is None else blank(policy, rollout, noise)
     anchor = None
     if reference is not None:
         with in_pace(reference):
             anchor = under(reference)
     sampled = recorded(rollout, noise) if likelihood.exact_for_sampler else None
     if sampled is None and rollout_policy is not policy:
-        sampled = under(rollout_policy)
+        sampled = under(rollout_policy, note=note if replay == "R3" else None)
+    if replay == "R3":
+        exact = likelihood.exact_for_sampler
+        noise = as_sampled(noise, rollout) if exact else as_noted(noise, rollout, note)
     keep = keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
+    order: dict = {}
+    routing = None
     with in_pace(policy):
-        order = {} if rollout_policy is policy else order_agreement(policy, rollout)
-        scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep)
+        if rollout_policy is not policy:
+            order = order_agreement(policy, rollout)
+            routing = routing_counts(policy, rollout_policy, rollout, noise)
+        own = note if replay == "R2" else None
+        scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep, note=own)
+    if replay == "R2":
+        noise = as_noted(noise, rollout, note)
     old = likelihood.combine(scores.detach(), noise)
     sampled = old if sampled is None else sampled
-    logps = Logprobs(old=old, old_scores=scores, rollout=sampled, reference=anchor, order=order)
+    logps = Logprobs(
+        old=old,
+        old_scores=scores,
+        rollout=sampled,
+        reference=anchor,
+        order=order,
+        routing=routing,
+        noise=None if replay is None else noise,
+    )
     if recipe.zero_mismatch:
         check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
     return logps
@@ -190,13 +210,15 @@ def correct(
     exact = recipe.likelihood.exact_for_sampler or recipe.likelihood.attention == ("causal",)
     exact = exact and noise.left is None  # nor are contributions that hold an order's log-probs
     metrics |= {PREFIX + name: value for name, value in reduce_metrics(logps.order, accelerator).items()}
+    if logps.routing is not None:
+        metrics |= routing_metrics(sum_over(logps.routing, accelerator))
     metrics |= symptom_metrics(tokens, corrected, flat, old=old if exact else None)
 
     num_tokens, num_sequences = int((keep | (completion & ~corrected)).sum()), len(keep)
     weights, keep = (send(device, local(x, accelerator)[:, :width])[0] for x in (weights, keep))
     return Batch(
         rollout=rollout,
-        noise=only_groups(noise, chosen, group_size, accelerator),
+        noise=only_groups(logps.noise or noise, chosen, group_size, accelerator),
         advantages=send(device, local(flat, accelerator))[0],
         old=logps.rollout if recipe.old_logprobs == "rollout" else logps.old,
         old_scores=logps.old_scores,
@@ -308,6 +330,8 @@ def accumulate_gradients(
             for n, masked in enumerate(masks.masked):
                 # Only positions that move the loss are scored again; with none left in this view, no forward is run.
                 vector = vectors[n, chunk.rows][:, chunk.columns]
-                order = {} if masks.left is None else {"scored": masks.weight[n] != 0, "left": masks.left[n]}
-                backward_view(policy, part, masked, vector, **order, packed=likelihood.packed is not None)
+                back = partial(backward_view, policy, part, masked, vector, packed=likelihood.packed is not None)
+                if masks.left is not None:
+                    back = partial(back, scored=masks.weight[n] != 0, left=masks.left[n])
+                back(routes=masks.routes(n))
     return metrics

@@ -41,7 +41,9 @@ def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:
     scheme, held = recipe.rollout_quantization, torch.bfloat16 if recipe.bf16 else None
     if scheme is None:
         return policy if sharding_of(policy.module) is None else quantized_copy(policy, None)
-    return quantized_copy(policy, scheme(), dtype=held)
+    copied = quantized_copy(policy, scheme(), dtype=held)
+    copied.records_experts = recipe.router_replay == "R3" and recipe.likelihood.exact_for_sampler
+    return copied
 
 
 def check_compiled(recipe: Recipe) -> None:
@@ -50,6 +52,11 @@ def check_compiled(recipe: Recipe) -> None:
         raise ValueError(
             "torch_compile=True compiles the rollout's copy, and rollout_quantization=None makes none: set one, as "
             "float8_dynamic, or torch_compile=False"
+        )
+    if recipe.torch_compile and recipe.router_replay == "R3":
+        raise ValueError(
+            "torch_compile=True does not go with router_replay='R3': compiled blocks do not say which experts they "
+            "take; leave one out"
         )
     cached = getattr(recipe.sampler, "keywords", {}).get("cache") is not None or recipe.likelihood.name == "causal"
     if recipe.torch_compile and cached:

@@ -15,6 +15,7 @@ from dllm_rl.diagnostics.batch_invariance import prepare_workspace
 from dllm_rl.distributed import from_main, make_accelerator, sharding_of, versions
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import replacing
+from dllm_rl.likelihoods.replay import check_replay
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.compiled import compile_blocks
 from dllm_rl.models.lora import add_lora, load_adapter
@@ -206,6 +207,7 @@ def configured(recipe: Recipe | SFT, policy: Policy) -> Policy:
     for setting in ("gradient_checkpointing", "torch_compile"):
         if getattr(recipe, setting, False):
             blocks_of(policy.module, setting)
+    check_replay(policy, getattr(recipe, "router_replay", None))
     return policy
 
 

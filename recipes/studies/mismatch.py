@@ -107,13 +107,12 @@ def recipe_of(run: Run, folder: Path, *, warm: Path, num_steps: int) -> Recipe:
     )
 
 
-def warm_up(family: str, seed: int, folder: Path) -> Path:
-    """The checkpoint that all arms of this family and seed start from; made on first use."""
+def warm_up(base: Recipe, seed: int, folder: Path) -> Path:
+    """The checkpoint that all arms of this recipe and seed start from; made on first use."""
     from dllm_rl.training.checkpoint import found
     from dllm_rl.training.loop import train
 
     if not (folder / "summary.json").exists():
-        base = FAMILIES[family]
         model = partial(base.model.func, **{**base.model.keywords, "seed": seed})
         base = replace(base, model=model, seed=seed, num_steps=0, rollout_quantization=None)
         train(replace(base, output_dir=str(folder), overwrite_output_dir=True))
@@ -126,7 +125,7 @@ def run_one(run: Run, root: Path, num_steps: int) -> None:
     from dllm_rl.training.plots import read_metrics
 
     family, level, arm, seed = run
-    warm = warm_up(family, seed, root / "warm" / f"{family}-{seed}")
+    warm = warm_up(FAMILIES[family], seed, root / "warm" / f"{family}-{seed}")
     stages = LEVELS.get(level, (None,))
     bounds = [num_steps * i // len(stages) for i in range(len(stages) + 1)]
     curves, summary, before, diverged = {name: [] for name in KEPT}, {}, None, False
@@ -208,7 +207,7 @@ def main() -> None:
         return
     if not options.report:
         starts = dict.fromkeys((family, seed) for family, _, _, seed in missing)
-        warm = {f"warm-{f}-{s}": partial(warm_up, f, s, root / "warm" / f"{f}-{s}") for f, s in starts}
+        warm = {f"warm-{f}-{s}": partial(warm_up, FAMILIES[f], s, root / "warm" / f"{f}-{s}") for f, s in starts}
         arms = {"_".join(map(str, run)): partial(run_one, run, root, options.num_steps) for run in missing}
         with ProcessPoolExecutor(options.workers, get_context("spawn"), single_thread) as pool:
             for jobs in (warm, arms):

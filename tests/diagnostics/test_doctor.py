@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from mixtures import moe, on_a_boundary
 
 from dllm_rl.diagnostics.doctor import ADVICE, Cause, Report, WorstToken, diagnose
 from dllm_rl.diagnostics.report import page, rows, write_doctor
@@ -285,3 +286,32 @@ def test_ranked_by_confidence_tokens_and_order_are_one_record():
     """Unquantised, nothing is left of the whole, though every row holds the order's log-probs."""
     report = diagnose(make(), None, prompts=prompts(), sampler=partial(sampler, rank=confidence))
     assert report.worst < 1e-5 and report.order is None
+
+
+def test_a_planted_router_is_ranked_first():
+    """Routers that differ by 1e-5 and send tokens elsewhere: all of the mismatch, and by layer."""
+    policy = moe(num_experts_per_tok=1)
+    report = diagnose(policy, prompts=prompts(), sampler=sampler, rollout_policy=on_a_boundary(policy))
+    first, second, *_ = report.causes
+    assert first.name == "routing" and first.mean_abs > 100 * second.mean_abs
+    assert first.mean_abs == pytest.approx(report.total.mean_abs, rel=1e-2)
+    assert "router_replay" in report.verdict and ADVICE["routing"] in report.verdict
+    assert len(report.routing) == 2 and report.routing[0] == 1 > 0.9 > report.routing[1]
+    tokens = sum(int(p.sum()) for p in prompts().attention_mask) + 3 * 8
+    assert all(sum(row) == tokens for side in report.load for row in side)
+    assert "same experts" in page(report, b"") and "layer 1" in page(report, b"")
+
+
+def test_quantised_experts_are_quantisation_and_routing_and_the_chain_adds_up():
+    policy = moe()
+    report = diagnose(policy, int3_emulated(), prompts=prompts(), sampler=sampler)
+    by_name = {cause.name: cause.mean_abs for cause in report.causes}
+    assert by_name["quantised weights"] > 0 < by_name["routing"] and by_name["stale weights"] < 1e-5
+    assert report.total.mean_abs <= sum(by_name.values())
+    json.dumps(report.as_json())
+
+
+def test_a_dense_model_has_no_routing():
+    report = diagnose(make(), prompts=prompts(), sampler=sampler)
+    assert report.routing is None and report.load is None
+    assert "routing" not in {cause.name for cause in report.causes}

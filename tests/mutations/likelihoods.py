@@ -166,4 +166,38 @@ MUTATIONS = [
         ("positions[:, start:]], dim=1))", "positions[:, start:] + 1], dim=1))"),
         ("(block >= first)", "(block > first)"),
     ),
+    *mutations(
+        "likelihoods/replay.py",
+        "likelihoods/test_replay.py",
+        (
+            "(noise.weight != 0) & ~noise.left",
+            "(noise.weight != 0)",
+            "",
+            "a row has no noted experts where it was left",
+        ),
+        ("experts=rollout.experts[None], routed=routed", "experts=rollout.experts[None], routed=~routed"),
+        ("routed=rollout.attention_mask.expand_as(noise.weight)", "routed=noise.weight != 0"),
+        ("tokens.masked_fill(noise.masked[0, first], mask_id)", "tokens", "training/test_router_replay.py"),
+        ("routing.experts(len(tokens))[seen]", "routing.experts(len(tokens)).flatten(0, 1)"),
+        ("agreement(ours, theirs).sum((0, 2))", "agreement(ours, ours).sum((0, 2))"),
+        ("load(theirs, count), load(ours, count)", "load(ours, count), load(theirs, count)"),
+        ("tokens.amax(1) / tokens.mean(1) - 1", "tokens.amax(1) / tokens.mean(1)"),
+        (
+            'metrics[f"routing/max_violation{side}"] = max(worst)',
+            'metrics[f"routing/max_violation{side}"] = min(worst)',
+        ),
+        ("(tokens == 0).double()", "(tokens <= 1).double()"),
+        ("if mode is not None and not mixtures", "if mode is None and not mixtures"),
+    ),
+    *mutations(
+        "likelihoods/scoring.py",
+        "likelihoods/test_replay.py training/test_router_replay.py",
+        ("and not packed and routes is None", "and not packed"),
+        ("(routes[0][rows], routes[1][rows]), noted", "(routes[0][rows], ~routes[1][rows]), noted"),
+        ("noted.repeat_interleave(group, 0)[live] if together else noted", "noted"),
+        (
+            "view = run_view(policy, rollout, masked, vector != 0, packed, routes=routes)",
+            "view = run_view(policy, rollout, masked, vector != 0, packed)",
+        ),
+    ),
 ]

@@ -8,6 +8,25 @@ PEFT = "models/test_peft.py"
 
 MUTATIONS = [
     *mutations(
+        "models/routing.py",
+        "models/test_routing.py likelihoods/test_replay.py",
+        ("func not in (torch.topk, Tensor.topk)", "func is not torch.sort"),
+        ("args[0].shape[-1] == self.num_experts(number)", "True"),
+        ("torch.where(where[:, None], given.to(ids.dtype), ids)", "given.to(ids.dtype)"),
+        ("torch.return_types.topk((scores.gather(-1, ids), ids))", "torch.return_types.topk((out[0], ids))"),
+        ("layer.register_forward_hook(partial(self._at, None))", "layer.register_forward_hook(lambda *_: None)"),
+        ("        for hook in self.hooks.pop():\n            hook.remove()\n", "        self.hooks.pop()\n"),
+        ("x[:, 2 * columns - tokens // rows :]", "x[:, : tokens // rows - columns]"),
+        ("2 * columns - experts.shape[1], 0))", "0, 2 * columns - experts.shape[1]))"),
+        ("<= 256 else torch.int16", "<= 512 else torch.int16"),
+        ("len(taken) < len(self.layers) or", ""),
+        ("return experts.roll(1, dims=1) if policy.spec.shift", "return experts if policy.spec.shift"),
+        ("moved = x.roll(-1, dims=1)", "moved = x.roll(1, dims=1)"),
+        ("    moved[:, -1] = 0\n", ""),
+        ("(ours[..., :, None] == theirs[..., None, :]).any(-1)", "ours == theirs"),
+        ("1, by_layer, torch.ones_like(by_layer)", "1, by_layer, by_layer"),
+    ),
+    *mutations(
         "models/order.py",
         "likelihoods/test_order.py",
         ('groups, scores, "amin")', 'groups, scores, "amax")'),

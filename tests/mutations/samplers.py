@@ -39,6 +39,18 @@ DRAWS = " ".join(
 
 MUTATIONS = [
     *mutations(
+        "samplers/states.py",
+        "likelihoods/test_replay.py",
+        ("whole[place] = part", "whole[place.sort(descending=True).values] = part"),
+        (
+            "if self.caches[number] is None else experts",
+            "if self.caches[number] is not None else experts",
+            "",
+            "no family of experts is shifted and unmasks",
+        ),
+    ),
+    *mutations("samplers/unmask.py", "likelihoods/test_replay.py", ("experts[picked])", "experts[: len(picked)])")),
+    *mutations(
         "samplers/agreement.py",
         "samplers/test_agreement.py",
         ("rollout.open_step[first] == 0", "masked"),
@@ -125,10 +137,9 @@ MUTATIONS = [
     *mutations(
         "samplers/states.py",
         "samplers/test_length_buckets.py",
-        ("hidden[r // alike, (columns - first).clamp", "hidden[r // alike, (columns - first - 1).clamp", LOOP),
+        ("x[r // alike, (columns - first).clamp", "hidden[r // alike, (columns - first - 1).clamp", LOOP),
         ("within[here] = torch.arange(len(here))", "within[here] = torch.arange(len(here)).flip(0)"),
-        ("hidden[within[r[place]] // alike", "hidden[within[r[place]] // alike * 0"),
-        ("states[place] = found", "states[: len(found)] = found"),
+        ("x[within[r[place]] // alike", "x[within[r[place]] // alike * 0"),
         ("return hidden, first + start", "return hidden, first"),
     ),
     *mutations(

@@ -16,6 +16,14 @@ STOPS = (
 MUTATIONS = [
     *mutations(
         "training/learner.py",
+        "training/test_router_replay.py",
+        ('note=note if replay == "R3" else None', "note=None"),
+        ("noise=only_groups(logps.noise or noise,", "noise=only_groups(noise,"),
+        ("                back(routes=masks.routes(n))\n", "                back()\n"),
+        ("routing_metrics(sum_over(logps.routing, accelerator))", "routing_metrics(logps.routing * 0 + 1)"),
+    ),
+    *mutations(
+        "training/learner.py",
         f"{NUMBERS} {GOLDEN} {MEMORY} {LOOP}",
         ('group["lr"] = learning_rate', 'group["lr"] = 1e-3'),
         ("logps.old - logps.rollout", "logps.rollout - logps.old"),
@@ -370,8 +378,8 @@ MUTATIONS = [
         ("mask & (self.weight != 0).any(0).any(-1, keepdim=True)", "mask & (self.weight != 0).any(0)"),
         ("forwards=self.forwards + by.forwards", "forwards=by.forwards"),
         (
-            "self.weight[:, keep][..., columns], share, left, learned)",
-            "self.weight[:, keep][..., columns], None, left, learned)",
+            "return Noise(masked, weight, share, left, learned, experts",
+            "return Noise(masked, weight, None, left, learned, experts",
         ),
         ("not 0 < self.top_p <= 1", "not 0 <= self.top_p <= 1"),
         ("else a.index_copy(0, rows, b)", "else a.index_copy(0, rows.flip(0), b)"),

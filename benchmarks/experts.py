@@ -1,0 +1,83 @@
+"""What router replay costs a step of a mixture of experts: sampling, scoring and update, with and without it.
+
+Processor time of one thread, the arms in turn in one process, the least of `--repeats` rounds.
+
+    python -m benchmarks.experts
+"""
+
+import argparse
+from functools import partial
+
+import torch
+
+from benchmarks.measure import fastest, machine, table, write_json
+from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.replay import as_sampled, blank, routing_counts
+from dllm_rl.likelihoods.scoring import backward_view
+from dllm_rl.models.tiny import tiny_moe
+from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.quantization.schemes import float8_weight_only
+from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.types import Noise, Prompts, Rollout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--num_experts", type=int, default=32)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--num_steps", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", help="file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    policy = tiny_moe(
+        characters="".join(chr(0x4E00 + i) for i in range(2000)),
+        hidden_size=options.width,
+        intermediate_size=options.width // 2,
+        num_experts=options.num_experts,
+        num_experts_per_tok=4,
+        num_layers=4,
+        max_length=512,
+    )
+    rollout_policy = quantized_copy(policy, float8_weight_only())
+    prompts = Prompts.from_ids([[5, 6, 7, 8] * 8] * 2, pad_id=policy.pad_id, group_size=4)
+    settings = {"max_new_tokens": options.length, "num_steps": options.num_steps, "temperature": 1.0, "rank": max_prob}
+
+    def sample(record: bool) -> Rollout:
+        rollout_policy.records_experts = record
+        return unmask(rollout_policy, prompts, torch.Generator().manual_seed(0), **settings)
+
+    estimator, rollout = trajectory(), sample(True)
+    noise = estimator.draw(rollout, torch.Generator())
+    replay, note = as_sampled(noise, rollout), blank(policy, rollout, noise)
+
+    def update(masks: Noise) -> None:
+        for n, masked in enumerate(masks.masked):
+            backward_view(policy, rollout, masked, masks.weight[n], routes=masks.routes(n))
+
+    score = partial(estimator.scores, policy, rollout)
+    best = fastest(
+        {
+            "rollout": partial(sample, False),
+            "rollout, experts noted": partial(sample, True),
+            "scoring": partial(score, noise),
+            "scoring, R3": partial(score, replay),
+            "scoring, R2": partial(score, noise, note=note),
+            "update": partial(update, noise),
+            "update, replayed": partial(update, replay),
+            "agreement and load (always on)": partial(routing_counts, policy, rollout_policy, rollout, noise),
+        },
+        options.repeats,
+    )
+    step = best["rollout"] + best["scoring"] + best["update"]
+    rows = [{"part": name, "s": round(each, 4), "of a step": round(each / step, 3)} for name, each in best.items()]
+    assert rollout.experts is not None
+    noted = rollout.experts[0, 0].numel() * rollout.experts.element_size()
+    print(table(rows), f"\n{noted} bytes a token are noted")
+    write_json(options.json, {"machine": machine("cpu"), "options": vars(options), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

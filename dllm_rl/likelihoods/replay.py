@@ -1,0 +1,96 @@
+"""Router replay: masks that bring the experts with them which one side took, for the other side to take again.
+
+    R3  the rollout's: as the sampler noted them, or, for an estimate that scores the rollout's side anew (`causal` and
+        the ELBOs), as all tokens took them there (arXiv 2510.11370 [paper])
+    R2  the learner's own at the start of the update, so that inner iterations keep them (verl's name [code])
+
+A sampler notes the experts of the state that a token was drawn from: those of one position in one step, a byte for each
+mixture and expert. The other positions of that step are left to the learner's router.
+"""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Int, Integer
+from torch import Tensor
+
+from dllm_rl.models.base import Policy
+from dllm_rl.models.routing import Routing, agreement, load, mixtures
+from dllm_rl.types import Noise, Rollout
+
+MODES = ("R2", "R3")
+
+
+def check_replay(policy: Policy, mode: str | None) -> None:
+    """Raise ValueError where there are no experts to replay."""
+    if mode is not None and not mixtures(policy.module):
+        raise ValueError(
+            f"router_replay={mode!r} takes experts again, and {type(policy.module).__name__} has none; leave it at None"
+        )
+
+
+def blank(policy: Policy, rollout: Rollout, noise: Noise) -> Integer[Tensor, "N B T M E"]:
+    """Room for the experts of every view, for `LikelihoodEstimator.scores` to note."""
+    with torch.no_grad(), Routing(policy.module) as routing:
+        policy.hidden(rollout.tokens[:1, :1], torch.ones_like(rollout.attention_mask[:1, :1]))
+    experts = routing.experts(1)
+    return experts.new_zeros(*noise.weight.shape, *experts.shape[2:])
+
+
+def as_sampled(noise: Noise, rollout: Rollout) -> Noise:
+    """The masks of an estimate that replays the sampler, with the experts that the sampler noted. Raises ValueError
+    where it noted none."""
+    if rollout.experts is None:
+        raise ValueError(
+            "router_replay='R3' needs the rollout's experts, which its sampler did not note; sample with unmask, or "
+            "set router_replay=None"
+        )
+    routed = noise.weight != 0 if noise.left is None else (noise.weight != 0) & ~noise.left
+    return replace(noise, experts=rollout.experts[None], routed=routed)
+
+
+def as_noted(noise: Noise, rollout: Rollout, experts: Integer[Tensor, "N B T M E"] | None) -> Noise:
+    """The masks with the experts that all tokens took when another policy was scored under them."""
+    return replace(noise, experts=experts, routed=rollout.attention_mask.expand_as(noise.weight))
+
+
+@torch.no_grad()
+def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise) -> Int[Tensor, "M X"] | None:
+    """What is counted of each mixture's tokens, under the first view and in one row a prompt: choices that both sides
+    make, choices, then the tokens of each expert in the rollout and of each in the learner. None without mixtures."""
+    if not mixtures(policy.module):
+        return None
+    first, mask_id = slice(None, None, rollout.group_size), policy.spec.mask_id
+    tokens, seen = rollout.tokens[first], rollout.attention_mask[first]
+    tokens = tokens if mask_id is None else tokens.masked_fill(noise.masked[0, first], mask_id)
+    sides = []
+    for each in (policy, rollout_policy):
+        with Routing(each.module) as routing:
+            each.hidden(tokens, seen)
+        sides.append(routing.experts(len(tokens))[seen])
+    ours, theirs = sides
+    same = agreement(ours, theirs).sum((0, 2))
+    every = torch.full_like(same, ours.shape[0] * ours.shape[2])
+    count = max(map(routing.num_experts, range(len(routing.layers))))
+    return torch.cat([same[:, None], every[:, None], load(theirs, count), load(ours, count)], dim=1)
+
+
+def routing_metrics(counts: Int[Tensor, "M X"]) -> dict[str, float]:
+    """Of counts over all processes:
+
+    routing/agreement, routing/agreement/layer_I    share of the rollout's experts that the learner takes too
+    routing/max_violation, .../learner, .../layer_I the busiest expert's tokens / the mean of all - 1, the largest and
+                                                    of each layer, in the rollout and in the learner (DeepSeek's MaxVio,
+                                                    arXiv 2408.15664 [paper]); 0 is balance
+    routing/idle, routing/idle/learner              share of experts that no token takes
+    """
+    counts = counts.double()
+    same, every, (theirs, ours) = counts[:, 0], counts[:, 1], counts[:, 2:].chunk(2, dim=1)
+    metrics = {"routing/agreement": (same.sum() / every.sum()).item()}
+    metrics |= {f"routing/agreement/layer_{i}": share for i, share in enumerate((same / every).tolist())}
+    for side, tokens in (("", theirs), ("/learner", ours)):
+        worst = (tokens.amax(1) / tokens.mean(1) - 1).tolist()
+        metrics[f"routing/max_violation{side}"] = max(worst)
+        metrics |= {f"routing/max_violation{side}/layer_{i}": share for i, share in enumerate(worst)}
+        metrics[f"routing/idle{side}"] = (tokens == 0).double().mean().item()
+    return metrics

@@ -1,0 +1,21 @@
+"""The main job with a mixture of experts, in LLaDA-MoE's layout. Results: recipes/README.md."""
+
+from dataclasses import replace
+from functools import partial
+
+from dllm_rl import float8_weight_only, main, tiny_moe
+from recipes.sudoku_tiny import in_float32 as base
+
+recipe = replace(
+    base,
+    name="sudoku-tiny-moe",
+    model=partial(tiny_moe, characters="1234.="),
+    rollout_quantization=float8_weight_only,
+    warmup_steps=400,
+    warmup_target=0.25,
+    num_steps=360,
+    kept_graphs=2,
+)
+
+if __name__ == "__main__":
+    main(recipe)

@@ -1,0 +1,110 @@
+"""Runs of a mixture of experts: what replay asks for, what it changes, and what it says."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from runs import metrics_of
+from safetensors.torch import load_file
+from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
+
+from dllm_rl.likelihoods import elbo
+from dllm_rl.models import routing
+from dllm_rl.models.tiny import tiny_moe
+from dllm_rl.quantization.schemes import int3_emulated
+from dllm_rl.recipe import Recipe
+from dllm_rl.training.loop import train
+from dllm_rl.training.rollouts import check_compiled
+
+MOE = partial(tiny_moe, num_experts=4, gain=1.5, head_std=0.3, **SIZES)
+
+
+def moe_recipe(directory, **changes):
+    return tiny_recipe(directory, **({"model": MOE, "rollout_quantization": int3_emulated} | changes))
+
+
+def run(directory, make=moe_recipe, **changes):
+    train(make(directory, **changes))
+    return metrics_of(directory)
+
+
+ONE = {"model": partial(MOE, num_layers=1)}  # whose states depend on no other position's experts
+
+
+@pytest.mark.parametrize("changes", [ONE, {"likelihood": elbo(num_samples=2)}, ONE | {"gradient_checkpointing": True}])
+def test_replay_lowers_the_mismatch_of_the_first_step(tmp_path, changes):
+    """Three bits send some tokens elsewhere. The rollout is the same, and so are the learner's weights."""
+    plain = run(tmp_path / "plain", num_steps=1, **changes)[0]
+    replayed = run(tmp_path / "R3", num_steps=1, router_replay="R3", **changes)[0]
+    key = "rollout_corr/abs_log_ratio_mean"
+    assert plain["reward"] == replayed["reward"] and plain["routing/agreement"] == replayed["routing/agreement"] < 1
+    assert replayed[key] < plain[key] and replayed["grad_norm"] != plain["grad_norm"]
+
+
+def test_autoregressive_runs_replay_what_the_rollouts_scoring_took(tmp_path):
+    settings = {"make": tiny_recipe_ar, "num_steps": 1, "rollout_quantization": int3_emulated}
+    make = lambda folder, **changes: replace(tiny_recipe_ar(folder, **changes), model=partial(MOE, causal=True))  # noqa: E731
+    plain, replayed = (
+        run(tmp_path / str(mode), **(settings | {"make": make}), router_replay=mode)[0] for mode in (None, "R3")
+    )
+    key = "rollout_corr/abs_log_ratio_mean"
+    assert replayed[key] < plain[key]
+
+
+def test_r2_holds_the_experts_of_the_start_through_inner_iterations(tmp_path, monkeypatch):
+    """The first update is the same, bit for bit; in the second, which follows it, tokens stay where they were."""
+    given = []
+    entered = routing.Routing.__enter__
+    monkeypatch.setattr(routing.Routing, "__enter__", lambda self: given.append(self.given) or entered(self))
+    settings = {"num_steps": 1, "num_iterations": 2, "kept_graphs": 0, "learning_rate": 0.05}
+    plain = run(tmp_path / "plain", **settings)[0]
+    assert all(each is None for each in given)
+    replayed = run(tmp_path / "R2", router_replay="R2", **settings)[0]
+    assert any(each is not None for each in given)
+    assert plain["rollout_corr/abs_log_ratio_mean"] == replayed["rollout_corr/abs_log_ratio_mean"]
+    assert plain["grad_norm/iteration_0"] == pytest.approx(replayed["grad_norm/iteration_0"], rel=1e-4)
+    assert plain["grad_norm/iteration_1"] != pytest.approx(replayed["grad_norm/iteration_1"], rel=1e-4)
+
+
+def test_every_run_of_a_mixture_says_how_it_routes(tmp_path):
+    row = run(tmp_path / "moe", num_steps=1)[0]
+    assert 0 < row["routing/agreement"] < 1
+    assert row["routing/agreement"] == pytest.approx(
+        sum(row[f"routing/agreement/layer_{i}"] for i in (0, 1)) / 2
+    )  # as many tokens in each
+    assert {"routing/max_violation/learner/layer_1", "routing/idle", "routing/idle/learner"} <= row.keys()
+    unquantised = run(tmp_path / "plain", num_steps=1, rollout_quantization=None)[0]
+    dense = run(tmp_path / "dense", make=tiny_recipe, num_steps=1)[0]
+    assert not any(name.startswith("routing/") for name in [*unquantised, *dense])
+
+
+def test_a_run_with_replay_resumes_bit_for_bit(tmp_path):
+    whole = run(tmp_path / "whole", router_replay="R3", num_steps=2)
+    run(tmp_path / "parts", router_replay="R3", num_steps=1, lr_schedule_steps=2)
+    recipe = moe_recipe(tmp_path / "parts", router_replay="R3", lr_schedule_steps=2)
+    train(replace(recipe, resume_from_checkpoint="latest"))
+    resumed = metrics_of(tmp_path / "parts")
+    for name in ("grad_norm", "routing/agreement", "rollout_corr/abs_log_ratio_mean"):
+        assert resumed[-1][name] == whole[-1][name], name
+
+
+def test_what_cannot_be_replayed_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"router_replay='R3' takes .* without rollout_quantization"):
+        moe_recipe(tmp_path, router_replay="R3", rollout_quantization=None)
+    with pytest.raises(ValueError, match=r"torch_compile=True does not go with router_replay='R3'"):
+        check_compiled(moe_recipe(tmp_path, router_replay="R3", torch_compile=True))
+    with pytest.raises(ValueError, match=r"router_replay='R3' takes experts again, and .* has none"):
+        train(tiny_recipe(tmp_path / "dense", router_replay="R3"))
+    assert not (tmp_path / "dense").exists()
+    assert "router_replay" in Recipe.__doc__
+
+
+def test_a_failed_step_dumps_the_experts(tmp_path, monkeypatch):
+    """The dump of a step holds what replay gave, by name."""
+    monkeypatch.setattr("dllm_rl.training.learner.sum_gradients", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(moe_recipe(tmp_path, router_replay="R3", num_steps=1))
+    made = load_file(next((tmp_path / "failed").glob("step-*")) / "made.safetensors")
+    assert made["batch.rollout.experts"].dtype == torch.uint8
+    assert torch.equal(made["batch.noise.experts"][0], made["batch.rollout.experts"])
