@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
 from dllm_rl.models.base import Module, Policy, whole
+from dllm_rl.models.experts import STACKS, LoraExperts, is_stacked
 from dllm_rl.models.weights import misfits, renamed
 from dllm_rl.rng import keep_mask
 
@@ -33,9 +34,10 @@ class Lora:
 
     r        rank of the adapters
     alpha    their scale, times r
-    targets  names of layers (`q_proj`), or full paths; None takes the family's own list. Routers, embeddings, heads
-             and experts that are stacked in one tensor are not adapted.
-    dropout  share of the adapters' inputs that is dropped, in forwards that are differentiated only.
+    targets  names of layers (`q_proj`), or full paths; None takes the family's own list. Routers, embeddings and heads
+             are not adapted.
+    experts  a pair for each expert that is stacked in one tensor, too (`models.experts.LoraExperts`).
+    dropout  share of the adapters' inputs that is dropped, in forwards that are differentiated only; 0 with `experts`.
     seed     of A, and of dropout.
     Source: LoRA, arXiv 2106.09685 [paper]; A uniform in +-1/sqrt(in_features), as peft does.
     """
@@ -44,6 +46,7 @@ class Lora:
     alpha: float = 32.0
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
+    experts: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,6 +54,8 @@ class Lora:
             raise ValueError(f"lora.r={self.r} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout={self.dropout} must lie in [0, 1)")
+        if self.experts and self.dropout:
+            raise ValueError(f"lora.dropout={self.dropout}: adapters on experts are merged in a forward; set it to 0")
 
 
 def check_mergeable(lora: Lora) -> None:
@@ -59,14 +64,15 @@ def check_mergeable(lora: Lora) -> None:
         raise ValueError(f"lora.dropout={lora.dropout}: an aligned forward merges adapters; set it to 0")
 
 
-def lora_r16(*, r: int = 16, alpha: float = 32.0, dropout: float = 0.0) -> Lora:
+def lora_r16(*, r: int = 16, alpha: float = 32.0, dropout: float = 0.0, experts: bool = False) -> Lora:
     """Small adapters: r 16, alpha 32, no dropout, unless told otherwise.
 
     r        rank of the adapters
     alpha    their scale, times r
     dropout  share of the adapters' inputs that is dropped, in forwards that are differentiated only
+    experts  adapt the experts of a mixture too, each
     """
-    return Lora(r=r, alpha=alpha, dropout=dropout)
+    return Lora(r=r, alpha=alpha, dropout=dropout, experts=experts)
 
 
 def lora_d1(*, r: int = 128, alpha: float = 64.0, dropout: float = 0.05) -> Lora:
@@ -123,7 +129,8 @@ class LoraLinear(nn.Module):
 def add_lora(policy: Policy, lora: Lora) -> None:
     """Put adapters on the policy's module, in place, and freeze everything else, gradients freed.
 
-    Raises ValueError when no layer has one of the target names, or adapters are there already.
+    Raises ValueError when no layer has one of the target names, none has experts that are to be adapted, or adapters
+    are there already.
     """
     module, names = policy.module, lora.targets or policy.spec.lora_targets
     if adapted_layers(module):
@@ -138,17 +145,22 @@ def add_lora(policy: Policy, lora: Lora) -> None:
         raise ValueError(
             f"lora.targets={names} names no linear layer in a block of {type(module).__name__}; name other layers"
         )
+    stacks = {path: layer for path, layer in module.named_modules() if lora.experts and is_stacked(layer)}
+    if lora.experts and not stacks:
+        raise ValueError(f"lora.experts=True, but {type(module).__name__} has no stacked experts; leave it out")
     module.requires_grad_(False)
     module.zero_grad(set_to_none=True)  # what an earlier training left would be a copy of the base, and be clipped with
     generator = Generator().manual_seed(lora.seed)
     for path, layer in chosen.items():
         module.set_submodule(path, LoraLinear(layer, lora, generator))
+    for path, layer in stacks.items():
+        module.set_submodule(path, LoraExperts(layer, lora, generator))
     policy.lora = lora
 
 
-def adapted_layers(module: nn.Module) -> dict[str, LoraLinear]:
+def adapted_layers(module: nn.Module) -> dict[str, LoraLinear | LoraExperts]:
     """The layers that carry adapters, by name."""
-    return {path: layer for path, layer in module.named_modules() if isinstance(layer, LoraLinear)}
+    return {path: layer for path, layer in module.named_modules() if isinstance(layer, LoraLinear | LoraExperts)}
 
 
 @contextmanager
@@ -190,7 +202,7 @@ def is_bitsandbytes(layer: nn.Module) -> bool:
 
 def has_extras(module: nn.Module) -> bool:
     """Whether the module holds anything but ordinary layers: adapters, or bitsandbytes weights."""
-    return any(isinstance(layer, LoraLinear) or is_bitsandbytes(layer) for layer in module.modules())
+    return bool(adapted_layers(module)) or any(is_bitsandbytes(layer) for layer in module.modules())
 
 
 @torch.no_grad()
@@ -217,9 +229,11 @@ def merged_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, layer in module.named_modules():
         if re.search(r"\.(base_layer|lora_A|lora_B)$", path):
             continue
-        own = layer.base_layer if isinstance(layer, LoraLinear) else layer
+        own = layer.base_layer if isinstance(layer, LoraLinear | LoraExperts) else layer
         for kind, tensor in [*own.named_parameters(recurse=False), *own.named_buffers(recurse=False)]:
-            if kind == "weight" and own is not layer:
+            if isinstance(layer, LoraExperts):
+                tensor = layer.merged(kind)
+            elif kind == "weight" and own is not layer:
                 tensor = layer.merged()
             elif kind == "weight" and is_bitsandbytes(own):
                 tensor = plain_weight(own)
@@ -238,6 +252,9 @@ def merged_copy(module: Module, *, device: torch.device | str | None = None) -> 
             continue
         if isinstance(layer, LoraLinear) or is_bitsandbytes(layer):
             memo[id(layer)] = copy.deepcopy(_plain(layer).to(device))
+            continue
+        if isinstance(layer, LoraExperts):
+            memo[id(layer)] = layer.plain(memo).to(device)
             continue
         # deepcopy takes what the memo holds for an object instead of copying it.
         for parameter in layer.parameters(recurse=False):
@@ -263,9 +280,10 @@ def merge_lora(policy: Policy) -> None:
 @torch.no_grad()
 def _merge(module: Module) -> None:
     for path, layer in list(module.named_modules()):
-        if path.endswith(".base_layer") or not (isinstance(layer, LoraLinear) or is_bitsandbytes(layer)):
-            continue
-        module.set_submodule(path, _plain(layer))
+        if isinstance(layer, LoraExperts):
+            module.set_submodule(path, layer.plain({}))
+        elif not path.endswith(".base_layer") and (isinstance(layer, LoraLinear) or is_bitsandbytes(layer)):
+            module.set_submodule(path, _plain(layer))
     forget_quantizer(module)
 
 
@@ -287,8 +305,12 @@ def forget_quantizer(module: nn.Module) -> None:
 
 def adapter_state(policy: Policy) -> dict[str, Tensor]:
     """The adapters' tensors as peft names them, after the authors' own module names."""
-    backwards, out = tuple((b, a) for a, b in policy.spec.names), {}
+    backwards = tuple((b, a) for a, b in policy.spec.names)
+    out: dict[str, Tensor] = {}
     for path, layer in adapted_layers(policy.module).items():
+        if isinstance(layer, LoraExperts):  # a stock class's own names: the authors have no stacks
+            out |= {f"base_model.model.{path}{name}": tensor for name, tensor in layer.saved().items()}
+            continue
         stem = renamed(f"{path}.weight", backwards).removesuffix(".weight")
         for part in ("lora_A", "lora_B"):
             out[f"base_model.model.{stem}.{part}.weight"] = getattr(layer, part).weight.detach()
@@ -312,13 +334,16 @@ def save_adapter(policy: Policy, directory: str | Path) -> None:
         directory / "adapter_model.safetensors",
         metadata,
     )
+    stems = _stems(state)
+    experts = _of_experts(stems)
     config = {
         "peft_type": "LORA",
         "r": lora.r,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "bias": "none",
-        "target_modules": sorted({name.split(".lora_")[0].removeprefix("base_model.model.") for name in state}),
+        "target_modules": sorted(stems - {f"{path}{part}" for path in experts for part in ("", ".base_layer")}),
+        **({"target_parameters": [f"{path}.{name}" for path in experts for name in STACKS]} if experts else {}),
         "base_model_name_or_path": policy.spec.source,
         "inference_mode": True,
     }
@@ -347,13 +372,12 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
             )
     with safe_open(directory / "adapter_model.safetensors", "pt") as file:
         state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    stems = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in state}
-    paths = tuple(sorted(renamed(f"{stem}.weight", policy.spec.names).removesuffix(".weight") for stem in stems))
-    seed = int(metadata.get("seed", 0))
-    add_lora(
-        policy,
-        Lora(r=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"], targets=paths, seed=seed),
-    )
+    stems = _stems(state)
+    experts = _of_experts(stems)
+    linear = stems - {f"{path}{part}" for path in experts for part in ("", ".base_layer")}
+    paths = tuple(sorted(renamed(f"{stem}.weight", policy.spec.names).removesuffix(".weight") for stem in linear))
+    settings = {"r": config["r"], "alpha": config["lora_alpha"], "dropout": config["lora_dropout"]}
+    add_lora(policy, Lora(**settings, targets=paths, experts=bool(experts), seed=int(metadata.get("seed", 0))))
     have = adapter_state(policy)
     if odd := misfits(state, have):
         raise ValueError(
@@ -361,5 +385,16 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
         )
     for name, tensor in state.items():
         have[name].copy_(tensor)
-    for layer in adapted_layers(policy.module).values():
+    for path, layer in adapted_layers(policy.module).items():
         layer.calls = int(metadata.get("dropout_calls", 0))
+        if isinstance(layer, LoraExperts):
+            layer.load({part: state[f"base_model.model.{path}{part}"] for part in layer.saved()})
+
+
+def _stems(state: dict[str, Tensor]) -> set[str]:
+    return {name.split(".lora_")[0].removeprefix("base_model.model.") for name in state}
+
+
+def _of_experts(stems: set[str]) -> list[str]:
+    """Paths of modules with adapters on two parameters: peft wraps one wrapper in another."""
+    return sorted(stem for stem in stems if f"{stem}.base_layer" in stems)

@@ -23,7 +23,12 @@ Routes: TypeAlias = tuple[Integer[Tensor, "R W M E"], Bool[Tensor, "R W"]]  # ex
 
 def mixtures(module: Module) -> list[Any]:
     """The layers that send each token to some of their experts, in the order of the blocks; none in a dense model."""
-    return [layer for layer in module.modules() if hasattr(getattr(layer, "experts", None), "gate_up_proj")]
+    return [layer for layer in module.modules() if hasattr(_held(getattr(layer, "experts", None)), "gate_up_proj")]
+
+
+def _held(experts: Any) -> Any:
+    """The module that holds the experts' weights, in stacks or one by one."""
+    return getattr(experts, "base_layer", experts)
 
 
 class Routing(TorchFunctionMode):
@@ -82,7 +87,7 @@ class Routing(TorchFunctionMode):
         return bool(args) and args[0].dim() == 2 and args[0].shape[-1] == self.num_experts(number)
 
     def num_experts(self, number: int) -> int:
-        return len(self.layers[number].experts.gate_up_proj)
+        return len(_held(self.layers[number].experts).gate_up_proj)
 
     def experts(self, rows: int, columns: int | None = None) -> Integer[Tensor, "R W M E"]:
         """What the last forward took, of so many rows and, where it was packed, clean columns; as bytes where ids fit

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl.models.base import Policy
+from dllm_rl.models.experts import STACKS, LoraExperts, stack_of
 from dllm_rl.models.lora import LoraLinear, check_mergeable
-from dllm_rl.quantization.experts import STACKS, Experts, mixture
+from dllm_rl.quantization.experts import Experts, mixture
 from dllm_rl.quantization.linear import (
     check_finite,
     dequantized_input,
@@ -62,7 +63,7 @@ class _AlignedLinear:
     def __init__(self, name: str, source: Any, target: Any) -> None:
         self.name, self.target = name, target
         self.source: Any = source
-        self.base = source.base_layer if isinstance(source, LoraLinear) else source
+        self.base: Any = source.base_layer if isinstance(source, LoraLinear | LoraExperts) else source
         self.seen = self.versions()
 
     def versions(self) -> list[int]:
@@ -93,20 +94,17 @@ class _AlignedExperts(_AlignedLinear):
     """The same for experts that the learner holds in stacks."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
+        if not getattr(self.source, "active", True):
+            return type(self.source).forward(self.source, hidden_states, top_k_index, top_k_weights)
         self.follow()
-        products = [
-            [
-                partial(straight_through, weight=weight, layer=layer)
-                for weight, layer in zip(getattr(self.source, stack).unbind(), getattr(self.target, stack), strict=True)
-            ]
-            for stack in STACKS
-        ]
-        return mixture(hidden_states, top_k_index, top_k_weights, *products, act_fn=self.source.act_fn)
+        stacks = [zip(stack_of(self.source, name).unbind(), getattr(self.target, name), strict=True) for name in STACKS]
+        products = [[partial(straight_through, weight=w, layer=layer) for w, layer in stack] for stack in stacks]
+        return mixture(hidden_states, top_k_index, top_k_weights, *products, act_fn=self.base.act_fn)
 
     def refresh(self) -> None:
         finite = {}
         for stack in STACKS:
-            weights = zip(getattr(self.target, stack), getattr(self.source, stack).detach(), strict=True)
+            weights = zip(getattr(self.target, stack), stack_of(self.source, stack).detach(), strict=True)
             for expert, (layer, weight) in enumerate(weights):
                 _, finite[f"{self.name}.{stack}.{expert}"] = load_weight_(layer, weight)
         check_finite(finite)

@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-STACKS = ("gate_up_proj", "down_proj")
-LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+from dllm_rl.models.experts import STACKS
 
 
 class Experts(nn.Module):
@@ -54,17 +53,6 @@ def mixture(
     weighted = torch.cat(parts) * top_k_weights.flatten()[order][:, None]
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return weighted[back].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
-
-
-def is_stacked(layer: nn.Module) -> bool:
-    """Whether a module holds experts as stock classes do: two stacks, gated, without biases, each (E, out, in)."""
-    stacks = [getattr(layer, name, None) for name in STACKS]
-    return (
-        all(isinstance(stack, nn.Parameter) and stack.dim() == 3 for stack in stacks)
-        and len(list(layer.parameters(recurse=False))) == len(STACKS)
-        and isinstance(getattr(layer, "act_fn", None), nn.Module)
-        and all(getattr(layer, name, value) == value for name, value in LAYOUT.items())
-    )
 
 
 def place(name: str) -> tuple[str, int | None]:

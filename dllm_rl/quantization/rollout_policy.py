@@ -14,8 +14,16 @@ import torch
 from torch import nn
 
 from dllm_rl.models.base import Module, Policy, whole
-from dllm_rl.models.lora import LoraLinear, forget_quantizer, is_bitsandbytes, merged_state, plain_weight
-from dllm_rl.quantization.experts import STACKS, Experts, is_stacked
+from dllm_rl.models.experts import STACKS, LoraExperts, is_stacked, stack_of
+from dllm_rl.models.lora import (
+    LoraLinear,
+    adapted_layers,
+    forget_quantizer,
+    is_bitsandbytes,
+    merged_state,
+    plain_weight,
+)
+from dllm_rl.quantization.experts import Experts
 from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize, Scheme
 from dllm_rl.quantization.linear import (
     check_finite,
@@ -78,7 +86,7 @@ def quantized_copy(
     if config is not None:
         config = check_scheme(config, policy.device, dtype or next(module.parameters()).dtype)
         kept = skip_reasons(module, config, skip)
-    stacked = [] if config is None else [(n, m) for n, m in layers.named_modules() if is_stacked(m) and n not in kept]
+    stacked = [] if config is None else [(n, m) for n, m in plain_layers(layers) if is_stacked(m) and n not in kept]
     chosen = [] if config is None else [name for name, _ in linear_layers(module) if name not in kept]
     if config is not None and not chosen and not stacked:
         raise ValueError(f"{config!r} quantises no layer of {type(module).__name__}; not quantised: {kept}")
@@ -101,10 +109,15 @@ def quantized_copy(
             plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), copy.deepcopy(base.bias, memo)
         else:
             memo[id(layer.weight)] = nn.Parameter(weight, requires_grad=False)
-    for name, layer in stacked:
-        memo[id(layer)], fine = quantized_experts(module.get_submodule(name), config, dtype)
+    for name, experts in stacked:
+        memo[id(experts)], fine = quantized_experts(module.get_submodule(name), config, dtype)
         finite |= {f"{name}.{part}": value for part, value in fine.items()}
         chosen += [f"{name}.{part}" for part in fine]
+    for name, adapted in adapted_layers(layers).items():
+        if isinstance(adapted, LoraExperts) and id(adapted) not in memo:
+            memo[id(adapted)] = merged = cast(LoraExperts, module.get_submodule(name)).plain(memo)
+            if dtype is not None:
+                merged.to(dtype)
     replaced = {id(p) for layer in layers.modules() if id(layer) in memo for p in layer.parameters()}
     memo |= copies(module, layers, dtype, lambda p: id(p) not in memo.keys() | replaced)
     check_finite(finite)
@@ -144,7 +157,7 @@ def quantized_experts(
     stacks: list[list[nn.Linear]] = []
     for stack in STACKS:
         stacks.append([])
-        for expert, weight in enumerate(whole(getattr(layer, stack).detach()).unbind()):
+        for expert, weight in enumerate(whole(stack_of(layer, stack).detach()).unbind()):
             weight = weight.to(dtype)
             if isinstance(config, FakeQuantize):
                 one: nn.Linear = EmulatedLinear(weight, None, config)
@@ -155,7 +168,7 @@ def quantized_experts(
                 one.weight = nn.Parameter(packed, requires_grad=False)
             stacks[-1].append(one)
             finite[f"{stack}.{expert}"] = fine
-    return Experts(stacks[0], stacks[1], cast(nn.Module, layer.act_fn)), finite
+    return Experts(stacks[0], stacks[1], cast(nn.Module, getattr(layer, "base_layer", layer).act_fn)), finite
 
 
 def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:

@@ -11,12 +11,12 @@ from torch import nn
 
 from dllm_rl.distributed import launched
 from dllm_rl.models.base import FamilySpec, Module, Policy
+from dllm_rl.models.experts import STACKS, is_stacked
 from dllm_rl.models.families import find_family
 from dllm_rl.models.loading import build_empty
 from dllm_rl.models.lora import LoraLinear, add_lora
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.models.tokens import prompt_ids
-from dllm_rl.quantization.experts import is_stacked
 from dllm_rl.quantization.fake import FakeQuantize
 from dllm_rl.quantization.rollout_policy import skip_reasons
 from dllm_rl.quantization.schemes import int4_packed
@@ -126,8 +126,9 @@ def quantisable(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str,
     }
     chosen = [layer.weight for name, layer in layers.items() if name not in kept]
     for name, layer in policy.module.named_modules():
-        if is_stacked(layer) and name not in kept:
-            chosen += [weight for stack in layer.parameters(recurse=False) for weight in stack.unbind()]
+        if is_stacked(layer) and not name.endswith(".base_layer") and name not in kept:
+            stacks = (getattr(getattr(layer, "base_layer", layer), stack) for stack in STACKS)
+            chosen += [weight for stack in stacks for weight in stack.unbind()]
     return len(chosen), sum(weight.numel() for weight in chosen), kept
 
 

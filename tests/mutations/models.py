@@ -8,6 +8,34 @@ PEFT = "models/test_peft.py"
 
 MUTATIONS = [
     *mutations(
+        "models/lora.py",
+        "models/test_lora_experts.py",
+        ("tensor = layer.merged(kind)", "tensor = tensor"),
+        (
+            "if lora.experts and is_stacked(layer)}",
+            "if is_stacked(layer)}",
+            "models/test_routing.py models/test_lora_experts.py quantization/test_experts.py",
+        ),
+        ("module.set_submodule(path, layer.plain({}))", "module.set_submodule(path, layer.base_layer)"),
+        ("layer.load({part:", "layer.saved(); ({part:"),
+    ),
+    *mutations(
+        "models/experts.py",
+        "models/test_lora_experts.py",
+        (
+            "all(getattr(layer, name, value) == value for name, value in LAYOUT.items())",
+            "True",
+            "quantization/test_experts.py",
+        ),
+        ("len(list(layer.parameters(recurse=False))) == len(STACKS)", "True", "quantization/test_experts.py"),
+        ("if not self.active:", "if self.active is None:"),
+        ("self.lora.alpha / self.lora.r", "self.lora.alpha"),
+        ("a.flatten(0, 1)  #", "a.transpose(0, 1).flatten(0, 1)  #"),
+        ("b.permute(1, 2, 0).flatten(1)  #", "b.permute(1, 0, 2).flatten(1)  #"),
+        (".permute(2, 0, 1))", ".permute(2, 0, 1) * 1.01)"),
+        ('    layer = getattr(layer, "base_layer", layer)\n', ""),
+    ),
+    *mutations(
         "models/routing.py",
         "models/test_routing.py likelihoods/test_replay.py",
         ("func not in (torch.topk, Tensor.topk)", "func is not torch.sort"),

@@ -94,7 +94,11 @@ MUTATIONS = [
         ("dequantized_input(ctx.layer, *ctx.saved_tensors).to", "ctx.saved_tensors[0].to"),
         ("db = dy.flatten(0, -2).sum(0)", "db = dy.flatten(0, -2).mean(0)"),
         ("if self.versions() != self.seen", "if False"),
-        ('if not getattr(self.source, "active", True)', "if False", "quantization/test_aligned.py models/test_peft.py"),
+        (
+            'if not getattr(self.source, "active", True):  # the reference',
+            "if False:  # the reference",
+            "quantization/test_aligned.py models/test_peft.py",
+        ),
         ("if policy.version != rollout_policy.version", "if False"),
         ("scope is not None and not scope(name)", "False"),
         ("            del layer.forward\n", "            pass\n"),
@@ -109,8 +113,6 @@ MUTATIONS = [
         ("act_fn(gate) * up", "act_fn(up) * gate"),
         (" * top_k_weights.flatten()[order][:, None]", " * top_k_weights.flatten()[:, None]"),
         ("weighted[back]", "weighted"),
-        ("all(getattr(layer, name, value) == value for name, value in LAYOUT.items())", "True"),
-        ("len(list(layer.parameters(recurse=False))) == len(STACKS)", "True"),
         ("int(stacked[2])) if stacked", "0) if stacked"),
     ),
     *mutations(
@@ -130,10 +132,10 @@ MUTATIONS = [
         EXPERTS,
         ("layer, weight)\n        check_finite(finite)", "layer, weight)\n        finite = {}"),
         (
-            "zip(getattr(self.source, stack).unbind(), getattr",
-            "zip(getattr(self.source, stack).detach().unbind(), getattr",
+            "zip(stack_of(self.source, name).unbind(), getattr",
+            "zip(stack_of(self.source, name).detach().unbind(), getattr",
         ),
-        ("        self.follow()\n        products", "        products"),
+        ("        self.follow()\n        stacks", "        stacks"),
     ),
     *mutations(
         "diagnostics/batch_invariance.py",

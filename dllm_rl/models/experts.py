@@ -1,0 +1,93 @@
+"""Experts as stock classes hold them, in two stacks a layer, and adapters on each."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
+
+from dllm_rl.models.base import whole
+
+if TYPE_CHECKING:
+    from dllm_rl.models.lora import Lora
+
+STACKS = ("gate_up_proj", "down_proj")
+LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+
+
+def is_stacked(layer: nn.Module) -> bool:
+    """Whether a module holds experts as stock classes do: two stacks, gated, without biases, each (E, out, in); with
+    adapters on them or without."""
+    layer = getattr(layer, "base_layer", layer)
+    stacks = [getattr(layer, name, None) for name in STACKS]
+    return (
+        all(isinstance(stack, nn.Parameter) and stack.dim() == 3 for stack in stacks)
+        and len(list(layer.parameters(recurse=False))) == len(STACKS)
+        and isinstance(getattr(layer, "act_fn", None), nn.Module)
+        and all(getattr(layer, name, value) == value for name, value in LAYOUT.items())
+    )
+
+
+def stack_of(layer: Any, name: str) -> Float[Tensor, "E O I"]:
+    """A stack's weights, adapters merged; differentiable in what is trained."""
+    return layer.merged(name) if isinstance(layer, LoraExperts) else getattr(layer, name)
+
+
+class LoraExperts(nn.Module):
+    """A stock module of experts and fp32 adapters, a pair for every expert of both stacks.
+
+    A forward merges them into the stacks, one layer at a time, for the stock module's own grouped product; the backward
+    needs the merged stacks, so that without gradient checkpointing a copy of all experts is kept.
+    """
+
+    base_layer: Any
+
+    def __init__(self, base_layer: nn.Module, lora: "Lora", generator: Generator) -> None:
+        super().__init__()
+        self.base_layer, self.lora, self.active, self.calls = base_layer, lora, True, 0
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        for name in STACKS:
+            weight = getattr(base_layer, name)
+            experts, outputs, inputs = weight.shape
+            a = (torch.rand(experts, lora.r, inputs, generator=generator) * 2 - 1) * inputs**-0.5
+            self.lora_A[name] = nn.Parameter(a.to(weight.device))
+            self.lora_B[name] = nn.Parameter(torch.zeros(experts, outputs, lora.r, device=weight.device))
+
+    def forward(self, *args: Any) -> Tensor:
+        if not self.active:
+            return self.base_layer(*args)
+        return functional_call(self.base_layer, {name: self.merged(name) for name in STACKS}, args)
+
+    def merged(self, name: str) -> Float[Tensor, "E O I"]:
+        """W + (alpha / r) B A of every expert, summed in fp32 and rounded once to the dtype of W; differentiable in A
+        and B."""
+        weight, scale = whole(getattr(self.base_layer, name).detach()), self.lora.alpha / self.lora.r
+        added = whole(self.lora_B[name]).float() @ whole(self.lora_A[name]).float()
+        return (weight.float() + added * scale).to(weight.dtype)
+
+    @torch.no_grad()
+    def plain(self, memo: dict[int, Any]) -> nn.Module:
+        """The stock module with the adapters merged; `memo` is deepcopy's."""
+
+        stacks = {id(getattr(self.base_layer, name)): nn.Parameter(self.merged(name), False) for name in STACKS}
+        return copy.deepcopy(self.base_layer, memo | stacks)
+
+    def saved(self) -> dict[str, Tensor]:
+        """The adapters as peft's nested wrappers of a parameter have them: those of the second stack outside."""
+        pairs = zip((".base_layer", ""), STACKS, strict=True)
+        found = {}
+        for place, name in pairs:
+            a, b = self.lora_A[name].detach(), self.lora_B[name].detach()
+            found[f"{place}.lora_A.weight"] = a.flatten(0, 1)  # (E r, in)
+            found[f"{place}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1)  # (out, r E)
+        return found
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take what `saved` gave."""
+        for place, name in zip((".base_layer", ""), STACKS, strict=True):
+            a, b = self.lora_A[name], self.lora_B[name]
+            a.copy_(state[f"{place}.lora_A.weight"].view_as(a))
+            b.copy_(state[f"{place}.lora_B.weight"].unflatten(1, (self.lora.r, -1)).permute(2, 0, 1))
