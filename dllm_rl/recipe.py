@@ -188,6 +188,11 @@ class Recipe(Settings):
     )
     save_steps: int = _("RL steps between checkpoints", 50)
     save_total_limit: int = _("checkpoints kept, the newest ones", 2)
+    async_save: bool = _(
+        "checkpoints are written while training goes on, which waits for a copy on the host alone: as much memory "
+        "there as weights and optimiser state take (of a shared-out learner, each process's part)",
+        False,
+    )
     verify_checkpoint: Literal["full", "quick"] = _(
         "how checkpoints are verified before a resume: every byte, or of files over 1 MiB size and start",
         "full",
@@ -256,6 +261,11 @@ class Recipe(Settings):
             )
         if self.lora is not None and self.corrector.align_forward and self.rollout_quantization is not None:
             check_mergeable(self.lora())
+        if self.async_save and self.base_quantization is not None:
+            raise ValueError(
+                f"async_save=True does not go with base_quantization={self.base_quantization!r}, whose weights have no "
+                "copy on the host; use async_save=False"
+            )
         if self.old_logprobs not in ("recompute", "rollout"):
             raise ValueError(f"old_logprobs={self.old_logprobs!r} must be 'recompute' or 'rollout'")
         if self.old_logprobs == "rollout" and self.corrector.weigh is not no_weights:

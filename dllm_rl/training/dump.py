@@ -31,7 +31,9 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.training import checkpoint
 from dllm_rl.training.finish import Summary
 from dllm_rl.training.folder import FAILED, settings_of
-from dllm_rl.training.run import Run, how_to_continue, write_checkpoint
+from dllm_rl.training.run import Run
+from dllm_rl.training.saving import write_checkpoint
+from dllm_rl.training.stop import how_to_continue
 
 FORMAT = 1
 BEFORE_UPDATE = ("", "rollout", "reward", "waiting", "scoring")  # stages that leave the weights alone

@@ -36,6 +36,7 @@ FREE = {
     "lr_schedule_steps",
     "verify_checkpoint",
     "on_save_error",
+    "async_save",
     "stop_seconds",
     "reward_timeout",
     "collective_timeout",

@@ -9,6 +9,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
+from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from types import FrameType
@@ -28,6 +30,7 @@ Returned = TypeVar("Returned")
 Record = TypeVar("Record", bound=Recipe | SFT)
 PR_SET_PDEATHSIG = 1
 LOCK = ".lock"
+_ENDING: ContextVar[ExitStack] = ContextVar("what ends with the run")
 
 
 class Stopped(BaseException):
@@ -89,6 +92,10 @@ class Stop:
             os.write(1, f"{chr(27) + '[?25h' if os.isatty(1) else ''}\n{text}\n".encode(errors="replace"))
 
 
+def how_to_continue(recipe: Recipe | SFT) -> str:
+    return f"continue with --resume_from_checkpoint latest --output_dir {recipe.directory}"
+
+
 def ended_by_launcher() -> None:
     """Have Linux send SIGTERM when the launcher dies, so that no training process outlives it.
 
@@ -107,6 +114,11 @@ def ended_by_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def with_the_run() -> ExitStack:
+    """What is entered or called back here ends with the present run, however that ends."""
+    return _ENDING.get()
+
+
 def leaving_nothing_behind(train: Callable[[Record], Returned]) -> Callable[[Record], Returned]:
     """`train`, after which the signals do what they did before and the run's folder is free, however it ends."""
 
@@ -115,13 +127,17 @@ def leaving_nothing_behind(train: Callable[[Record], Returned]) -> Callable[[Rec
         main = threading.current_thread() is threading.main_thread()
         timer = [signal.SIGALRM] if hasattr(signal, "SIGALRM") else []
         before = {number: signal.getsignal(number) for number in [*SIGNALS, *timer]} if main else {}
+        ending = ExitStack()
+        before_this = _ENDING.set(ending)
         try:
-            return train(recipe)
+            with ending:
+                return train(recipe)
         except Stopped as stopped:
             if interactive():  # a notebook goes on; what it shows of a SystemExit says nothing
                 raise KeyboardInterrupt(f"status {stopped.args[0]}") from None
             raise SystemExit(*stopped.args) from None
         finally:
+            _ENDING.reset(before_this)
             if timer and main and signal.getsignal(signal.SIGALRM) is not before[signal.SIGALRM]:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
