@@ -133,9 +133,8 @@ def _enough_room(
     """Raise OSError where the disk has no room for another checkpoint, or the block fails to write one; both say how
     much is missing."""
     tensors = sum(x.numel() * x.element_size() for x in _tensors(policy, optimizer).values())
-    tensors += (
-        optimizer.nbytes - sum(x.nbytes for x in optimizer.tensors.values()) if isinstance(optimizer, Part) else 0
-    )
+    if isinstance(optimizer, Part):  # all parts lie there
+        tensors += optimizer.nbytes - sum(x.nbytes for x in optimizer.tensors.values())
     last = [folder_size(folder) for _, folder in found(final.parent)[-1:]]
     needed = max([tensors, *last]) + reserve + (1 << 20)
 
@@ -287,8 +286,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's moments on the optimiser, of a shared-out one this process's part, whoever wrote them. Raises
-    ValueError on a file that is damaged or emptied, and FloatingPointError on weights or moments that are not finite."""
+    """Put a checkpoint's moments on the optimiser, of a shared-out one this process's part, however many wrote them.
+
+    Raises ValueError on a file that is damaged or emptied, and FloatingPointError on weights or moments that are not
+    finite.
+    """
     if (source := next(folder.glob(PATTERN), None)) is not None:
         load_parts(folder, policy, optimizer)
     else:

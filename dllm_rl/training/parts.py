@@ -177,7 +177,9 @@ def _assembled(folder: Path, key: str, pieces: list[_Piece], parameter: Tensor) 
     if not isinstance(parameter, DTensor):
         return _joined(where, spans, 0, shape[0], parameter)
     mine, mesh = parameter.to_local(), parameter.device_mesh
-    first = first_row(shape[0], mesh.get_coordinate()[-1], mesh.shape[-1])
+    place = mesh.get_coordinate()
+    assert place is not None, "every process is in the mesh"
+    first = first_row(shape[0], place[-1], mesh.shape[-1])
     value = _joined(where, spans, first, first + len(mine), parameter).to(mine.device)
     layout: dict[str, Any] = {"run_check": False, "shape": shape, "stride": parameter.stride()}
     return DTensor.from_local(value, mesh, parameter.placements, **layout)

@@ -115,8 +115,8 @@ def ended_by_launcher() -> None:
 
 
 def with_the_run() -> ExitStack:
-    """What is entered or called back here ends with the present run, however that ends."""
-    return _ENDING.get()
+    """What is entered or called back here ends with the present run, however that ends; outside of one, never."""
+    return _ENDING.get(None) or ExitStack()
 
 
 def leaving_nothing_behind(train: Callable[[Record], Returned]) -> Callable[[Record], Returned]:
