@@ -113,9 +113,7 @@ def load_parts(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -
         for key in [*pieces, *plain]:
             kind, _, name = key.partition(" of ")
             if name not in parameters or id(parameters[name]) not in places:
-                raise ValueError(
-                    f"{folder}: the optimiser's state has {key!r}, which is no trained weight of the model"
-                )
+                raise ValueError(f"{folder}: {key!r} in the optimiser's state is of no weight that is trained")
             parameter = parameters[name]
             value = _assembled(folder, key, pieces[key], parameter) if key in pieces else plain[key]
             state.setdefault(places[id(parameter)], {})[kind] = value
@@ -140,11 +138,10 @@ def _opened(folder: Path, stack: ExitStack) -> tuple[dict[str, list[_Piece]], di
             file = stack.enter_context(safe_open(path, "pt"))
             header = file.metadata() or {}
             rows, more = json.loads(header["rows"]), json.loads(header["plain"])
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
             raise ValueError(f"{folder}: {path.name} is damaged: {error}") from None
-        pairs = rows.values() if isinstance(rows, dict) and isinstance(more, dict) else [None]
         names = set(file.keys())
-        if not all(map(_is_pair, pairs)) or rows.keys() - names:
+        if not _says_rows(rows, names) or not _says_numbers(more):
             raise ValueError(f"{folder}: {path.name} is damaged: its header does not say which rows it holds")
         for key in sorted(names):
             first, total = rows.get(key, (0, None))
@@ -153,8 +150,14 @@ def _opened(folder: Path, stack: ExitStack) -> tuple[dict[str, list[_Piece]], di
     return pieces, plain
 
 
-def _is_pair(pair: Any) -> bool:
-    return isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n >= 0 for n in pair)
+def _says_rows(rows: Any, names: set[str]) -> bool:
+    """Whether it is {name: [first row, rows in all]} of tensors that are there."""
+    pairs = rows.values() if isinstance(rows, dict) and rows.keys() <= names else [None]
+    return all(isinstance(pair, list) and [type(n) is int and n >= 0 for n in pair] == [True, True] for pair in pairs)
+
+
+def _says_numbers(plain: Any) -> bool:
+    return isinstance(plain, dict) and all(isinstance(value, int | float | None) for value in plain.values())
 
 
 def _files(folder: Path) -> list[Path]:
