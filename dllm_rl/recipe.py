@@ -203,6 +203,9 @@ class Recipe(Settings):
     resume_from_checkpoint: str | None = _("a checkpoint folder, or 'latest' in output_dir", None)
     reward_timeout: float | None = _("seconds for one completion's reward; later, the process ends: 124", 600.0)
     collective_timeout: float = _("seconds that a process waits for the others before the run stops", 1800.0)
+    peer_timeout: float | None = _(
+        "seconds of silence after which a process is taken for lost, and the others end; none: nobody watches", 40.0
+    )
     dry_run: bool = _("print what the recipe would take, without its weights, and stop", False)
     overwrite_output_dir: bool = _("delete the run that output_dir holds", False)
 
@@ -238,6 +241,8 @@ class Recipe(Settings):
             raise ValueError(f"max_prompt_length={self.max_prompt_length} must be at least 1, or none")
         if self.reward_timeout is not None and not self.reward_timeout > 0:
             raise ValueError(f"reward_timeout={self.reward_timeout} must be positive, or none for no limit")
+        if self.peer_timeout is not None and not 0 < self.peer_timeout < float("inf"):
+            raise ValueError(f"peer_timeout={self.peer_timeout} must be positive and finite, or none for no watch")
         for name in ("learning_rate", "warmup_learning_rate", "max_grad_norm", "collective_timeout"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")

@@ -40,6 +40,7 @@ FREE = {
     "stop_seconds",
     "reward_timeout",
     "collective_timeout",
+    "peer_timeout",
     "shard_size",
     "max_prompt_length",
     "dry_run",

@@ -48,6 +48,11 @@ class RunLog:
         before = current_rows(paths["metrics"]) if main and start else []
         self.last = known(before[-1]) if before else {}  # the last step's numbers
 
+    @property
+    def place(self) -> str:
+        """The stage entered last and the steps done, in words."""
+        return f"{self.entered or 'the beginning of a step'}, after {self._done} steps"
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the block's wall-clock seconds to the stage `name`, for the run and for the present step; one that takes

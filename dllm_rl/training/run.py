@@ -27,13 +27,14 @@ from dllm_rl.training.card import check_hub
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.folder import clear_folder, open_folder
 from dllm_rl.training.log import RunLog
+from dllm_rl.training.peers import Peers
 from dllm_rl.training.prompts import check_prompts, choose
 from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import check_compiled, rollout_copy, wanted_parts
-from dllm_rl.training.saving import Writer, make_writer, save, save_at_once, settle
+from dllm_rl.training.saving import Writer, make_writer, save, save_alone, save_at_once, settle
 from dllm_rl.training.sft_recipe import SFT
 from dllm_rl.training.sharding import check_engine, check_sharding, first_home, on_main, share_out
-from dllm_rl.training.stop import Stop, ended_by_launcher, how_to_continue
+from dllm_rl.training.stop import Stop, ended_by_launcher, how_to_continue, with_the_run
 from dllm_rl.training.trackers import check_trackers, start_trackers
 from dllm_rl.training.warmup import warm_up
 
@@ -68,6 +69,8 @@ def start(recipe: Recipe) -> Run:
     from_main(partial(clear_folder, recipe), accelerator)
     state: dict[str, Any] = checkpoint.read_state(folder) if folder else {"step": 0}
     log = open_log(recipe, accelerator, state["step"], [*notes, *told_of(recipe, folder)])
+    if stop.peers is not None:
+        stop.peers.stage = lambda: log.place
     for caution in cautions(recipe):
         log.say(f"warning: {caution}")
     history: dict[str, Any] = {"begun": time.perf_counter(), "seconds": 0.0, "whole": state["step"]}
@@ -104,6 +107,8 @@ def start(recipe: Recipe) -> Run:
     if not folder:
         save(run, 0)
     stop.last_words, stop.overdue, log.entered = None, partial(save_at_once, run), ""
+    if stop.peers is not None and accelerator.is_main_process:
+        stop.peers.save = partial(save_alone, run)
     return run
 
 
@@ -117,6 +122,9 @@ def launch(recipe: Recipe | SFT) -> tuple[Accelerator, Stop]:
         directory=str(Path(recipe.directory) / "tensorboard"),
     )
     stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
+    if recipe.peer_timeout is not None and accelerator.num_processes > 1:
+        peers = Peers(accelerator, seconds=recipe.peer_timeout, advice=f"this run ends; {how_to_continue(recipe)}")
+        stop.peers = with_the_run().enter_context(peers)
     stop.last_words = "stopped before the first step: nothing new was saved; start again with the same command"
     check_processes(recipe, accelerator)
     return accelerator, stop

@@ -38,10 +38,13 @@ Write = Callable[..., Path]
 
 class Writer:
     """Writes one checkpoint at a time: at once, or, where `later` is set, in a thread. An error of the thread is raised
-    by the next `check` or `wait`. Where several processes write, `gather` is their exchange, in a group of its own."""
+    by the next `check` or `wait`. Where several processes write, `gather` is their exchange, in a group of its own.
+
+    alone  held while the main process saves by itself, from whichever thread.
+    """
 
     def __init__(self, *, later: bool, group: Any = None) -> None:
-        self.later, self.group = later, group
+        self.later, self.group, self.alone = later, group, threading.RLock()
         self._thread: threading.Thread | None = None
         self._folder: Path | None = None
         self._error: Exception | None = None
@@ -121,8 +124,9 @@ def settle(run: "Run") -> None:
 def write_checkpoint(run: "Run", step: int) -> Path | None:
     """Write a whole learner at once, in the main process alone, after what is being written; returns the checkpoint, or
     None where it could not be written and the run is to go on."""
-    run.writer.wait()
-    return _by_main(run, step)()
+    with run.writer.alone:
+        run.writer.wait()
+        return _by_main(run, step)()
 
 
 def save_at_once(run: "Run") -> None:
@@ -141,6 +145,28 @@ def save_at_once(run: "Run") -> None:
         if done != run.history.get("saved"):
             write_checkpoint(run, done)
     run.stop.leave(f"stopped in the step after step {done}, which is saved; {how_to_continue(recipe)}")
+
+
+def save_alone(run: "Run") -> None:
+    """When another process is lost, and this one's main thread waits for it: save the state after the last whole step,
+    in the main process. It is called in another thread, so that it saves a copy, if that is of one state.
+
+    Not where weights are shared out: no process has them all.
+    """
+    whole = ["", "rollout", "reward", "waiting"]  # between two exchanges that all weights wait for
+    if sharding_of(run.policy.module) is not None or run.log.entered not in whole:
+        return
+    done, version = run.history["whole"], run.policy.version
+    with run.writer.alone, torch.no_grad():
+        if done == run.history.get("saved"):
+            return
+        copies = on_host(run.policy, run.optimizer)
+        if run.policy.version == version and run.log.entered in whole:
+            try:
+                run.writer.wait()
+                _attempt(run, done, _prepared(run, done, *copies))
+            except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
+                print(f"error: step {done} was not saved: {error}", file=sys.stderr, flush=True)
 
 
 def _by_main(run: "Run", step: int, *, copied: bool = False) -> Callable[[], Path | None]:

@@ -87,6 +87,8 @@ def fine_tune(recipe: SFT) -> Summary:
     training = read_examples(recipe, policy, recipe.dataset, "dataset", say=notes.append)
     held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
     run = _begin(recipe, accelerator, policy, folder, notes)
+    if stop.peers is not None:
+        stop.peers.stage = lambda: run.log.place
     if not folder:
         with run.log.stage("evaluation"):
             run.before = held_out_loss(recipe, policy, held_out, accelerator)

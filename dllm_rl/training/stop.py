@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,9 @@ from dllm_rl.training.sft_recipe import SFT
 
 # SIGUSR1 is what SLURM's --signal=USR1@SECONDS warns with.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+if TYPE_CHECKING:
+    from dllm_rl.training.peers import Peers
+
 Returned = TypeVar("Returned")
 Record = TypeVar("Record", bound=Recipe | SFT)
 PR_SET_PDEATHSIG = 1
@@ -38,7 +41,7 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """The request to stop, as one process hears it.
+    """The request to stop, as one process hears it, and its watch over the others (None: alone, or without a watch).
 
     A signal asks for the end of the run after the step in hand. Where that takes longer than `seconds`, `overdue` is
     called, every second. A second Ctrl-C ends the process at once, and so does any signal while `last_words` is set:
@@ -48,6 +51,7 @@ class Stop:
     def __init__(self, *, seconds: float, main: bool) -> None:
         self.seconds, self.main, self.asked = seconds, main, 0
         self.last_words: str | None = None
+        self.peers: Peers | None = None
         self.overdue: Callable[[], None] = lambda: None
         if threading.current_thread() is not threading.main_thread():
             return

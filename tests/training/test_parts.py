@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def trained():
 
 def cut(folder, policy, optimizer, fractions=(0.0, 0.3, 0.3, 1.0)):
     """Files with the rows between these fractions of each tensor; the one between 0.3 and 0.3 has none."""
-    for number, (low, high) in enumerate(zip(fractions, fractions[1:], strict=False)):
+    for number, (low, high) in enumerate(pairwise(fractions)):
         tensors, rows = {}, {}
         for name, parameter in policy.module.named_parameters():
             for kind, value in optimizer.state[parameter].items():
