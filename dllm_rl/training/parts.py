@@ -9,6 +9,7 @@ sharded format (DCP) reads its list of parts with pickle, and its form for safet
 the parts leave no gap.
 """
 
+import errno
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -96,9 +97,9 @@ def write_part(folder: Path, part: Part) -> dict[str, Any]:
     path = folder / part.name
     try:
         save_file(part.tensors, path, {"rows": json.dumps(part.rows), "plain": json.dumps(part.plain)})
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
-    flush(path)
+        flush(path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(errno.EIO, f"{path} was not saved: {error}") from error
     return {part.name: manifest.describe(path)}
 
 

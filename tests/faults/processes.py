@@ -69,7 +69,7 @@ def main(root: Path) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     torch.set_num_threads(1)
     child.PATIENCE = 6.0
-    every = {"save_steps": 50, "stop_seconds": 5.0, "peer_timeout": 2.0}
+    every = {"save_steps": 50, "stop_seconds": 5.0, "peer_timeout": 4.0}
     run(small_recipe(root / "whole", "two processes", **every, task=Faulty("none")), processes=2)
     for case, (processes, rank, changes) in CASES.items():
         directory, settings = root / case, every | changes

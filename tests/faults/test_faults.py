@@ -73,11 +73,11 @@ def processes(tmp_path_factory) -> dict:
     [
         ("raises", "error: process 1 (HOST) raised RuntimeError: the grader of task 'faulty' raised on problem"),
         ("dies", "error: process 1 (HOST) is gone, last heard in "),
-        ("is stopped", "error: process 1 (HOST) has been silent for peer_timeout=2 s, last heard in "),
-        ("is stopped, the first", "error: process 0 (HOST) has been silent for peer_timeout=2 s, last heard in "),
+        ("is stopped", "error: process 1 (HOST) has been silent for peer_timeout=4 s, last heard in "),
+        ("is stopped, the first", "error: process 0 (HOST) has been silent for peer_timeout=4 s, last heard in "),
         (
             "is stopped, weights shared out",
-            "error: process 2 (HOST) has been silent for peer_timeout=2 s, last heard in ",
+            "error: process 2 (HOST) has been silent for peer_timeout=4 s, last heard in ",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from tiny_recipe import SIZES
 
 from dllm_rl import tiny_masked_lm
 from dllm_rl.training import checkpoint
-from dllm_rl.training.parts import file_name, in_step
+from dllm_rl.training.parts import Part, file_name, in_step, write_part
 
 SMALL = partial(tiny_masked_lm, **(SIZES | {"hidden_size": 8, "num_layers": 1, "intermediate_size": 8}))
 
@@ -149,6 +149,12 @@ def test_moments_of_no_weight_are_missed(tmp_path, trained):
         changed(tmp_path, number, lambda tensors, rows: (tensors.clear(), rows.clear(), None)[2])
     with pytest.raises(ValueError, match=r"optimizer-0000\d-of-00003.safetensors holds no moments of .* after 1 upd"):
         load(tmp_path)
+
+
+def test_a_part_that_cannot_be_written_says_which(tmp_path):
+    with pytest.raises(OSError, match=r"optimizer-00002-of-00003\.safetensors was not saved: ") as caught:
+        write_part(tmp_path / "gone", Part(1, 3))
+    assert caught.value.strerror
 
 
 class TestInStep:
