@@ -1,9 +1,10 @@
 """Processes that watch one another: one that raises, dies or is stopped ends the others, with one line that names it.
 
 The main process listens, every other holds a connection to it, and a thread of each says ten times in `peer_timeout`
-that it is there, and what the process is doing. A process that dies closes its connection, which is heard at once; one
-that is stopped, cut off, or held up in C code that keeps the interpreter says nothing any more. Silence is counted in
-one's own turns: a process that was stopped itself (Ctrl-Z of a whole job) does not take others for lost when it wakes.
+that it is there, and at each stage what the process is doing. A process that dies closes its connection, which is heard
+at once; one that is stopped, cut off, or held up in C code that keeps the interpreter says nothing any more. Silence is
+counted in one's own turns: a process that was stopped itself (Ctrl-Z of a whole job) does not take others for lost when
+it wakes.
 """
 
 import json
@@ -104,7 +105,9 @@ class Peers:
         self._lines: dict[int, Line] = {}
         self._server: socket.socket | None = None
         self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
         self._selector = selectors.DefaultSelector()
+        self._selector.register(self._woken, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         alone = os.environ.get("LOCAL_WORLD_SIZE") == str(self._count)  # on one machine
         port, token = from_main(lambda: self._listen("127.0.0.1" if alone else ""), processes)
@@ -134,7 +137,6 @@ class Peers:
         return line
 
     def __enter__(self) -> "Peers":
-        self._selector.register(self._woken, selectors.EVENT_READ)
         self._thread.start()
         return self
 
@@ -146,7 +148,7 @@ class Peers:
         if exchange:
             self._lost.wait(SETTLE)
         self._over.set()
-        self._waker.send(b".")
+        self.tell_stage()
         self._thread.join()
         words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         own = failed and not self._lost.is_set() and (not exchange or self._server is not None)
@@ -167,10 +169,7 @@ class Peers:
         turn = time.monotonic()
         while not self._over.is_set() and not self._lost.is_set():
             for key, _ in self._selector.select(max(0.0, turn - time.monotonic())):
-                if key.fileobj is self._server:
-                    self._accept()
-                elif isinstance(key.data, Line):
-                    self._listen_to(key.data)
+                self._attend(key)
             if time.monotonic() >= turn:
                 turn = time.monotonic() + self._seconds / TURNS
                 self._take_turn()
@@ -181,6 +180,21 @@ class Peers:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(STATUS)
+
+    def tell_stage(self) -> None:
+        """Have the others told what this process is doing now, before the next turn."""
+        with suppress(OSError):  # the watch has ended, or has enough to wake it
+            self._waker.send(b".")
+
+    def _attend(self, key: selectors.SelectorKey) -> None:
+        if key.fileobj is self._server:
+            self._accept()
+        elif isinstance(key.data, Line):
+            self._listen_to(key.data)
+        else:
+            self._woken.recv(LONGEST)
+            for line in self._lines.values():
+                line.tell(stage=self.stage())
 
     def _accept(self) -> None:
         assert self._server is not None, "what is accepted came to a server"

@@ -225,6 +225,7 @@ MUTATIONS = [
         "training/peers.py",
         "training/test_peers.py",
         ("line.quiet > TURNS", "line.quiet >= TURNS"),
+        ("                line.tell(stage=self.stage())\n\n", "                self._take_turn()\n\n"),
         ("                line.quiet = 0\n", ""),
         ("            line.quiet += 1\n", "            line.quiet += 10\n"),
         ("turns > TURNS]", "turns > 2 * TURNS]"),

@@ -50,11 +50,10 @@ def made(monkeypatch):
 
 def hear(watch):
     """What the watch's thread does when something has come in, until it has."""
-    for key, _ in watch._selector.select():
-        if key.fileobj is watch._server:
-            watch._accept()
-        else:
-            watch._listen_to(key.data)
+    events = watch._selector.select(60)
+    assert events, "nothing came"
+    for key, _ in events:
+        watch._attend(key)
 
 
 def test_silence_is_counted_in_turns_and_ended_by_a_word(made):
@@ -85,6 +84,16 @@ def test_slow_work_is_no_loss(made):
         hear(other)
     assert not main._lost.is_set() and not other._lost.is_set()
     assert main._lines[1].stage == "rollout, after 7 steps"
+
+
+def test_a_stage_is_told_when_it_is_entered_and_is_no_turn(made):
+    main, other = made(2)
+    other.stage = lambda: "reward, after 7 steps"
+    for _ in range(TURNS + 1):
+        other.tell_stage()
+        hear(other)
+    hear(main)
+    assert main._lines[1].stage == "reward, after 7 steps" and not other._lost.is_set()
 
 
 def test_a_silent_main_process_is_named_by_the_second_alone(made):
@@ -149,7 +158,8 @@ def test_strangers_are_hung_up_on(made, said):
 def send(stranger, said):
     try:
         stranger.sendall(said)
-        stranger.shutdown(socket.SHUT_WR)
+        if not said:
+            stranger.shutdown(socket.SHUT_WR)
     except OSError:  # hung up on meanwhile
         pass
 
