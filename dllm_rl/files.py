@@ -91,7 +91,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path.parent}: {path.name} is missing") from None
-    except ValueError:  # neither UTF-8 nor JSON
+    except (ValueError, RecursionError):  # neither UTF-8 nor JSON, or brackets without end
         raise ValueError(f"{path.parent}: {path.name} is damaged: it is not JSON") from None
 
 

@@ -193,6 +193,11 @@ class Recipe(Settings):
     )
     save_steps: int = _("RL steps between checkpoints", 50)
     save_total_limit: int = _("checkpoints kept, the newest ones", 2)
+    async_save: bool = _(
+        "checkpoints are written while training goes on, which waits for a copy on the host alone: as much memory "
+        "there as weights and optimiser state take (of a shared-out learner, each process's part)",
+        False,
+    )
     verify_checkpoint: Literal["full", "quick"] = _(
         "how checkpoints are verified before a resume: every byte, or of files over 1 MiB size and start",
         "full",
@@ -203,6 +208,9 @@ class Recipe(Settings):
     resume_from_checkpoint: str | None = _("a checkpoint folder, or 'latest' in output_dir", None)
     reward_timeout: float | None = _("seconds for one completion's reward; later, the process ends: 124", 600.0)
     collective_timeout: float = _("seconds that a process waits for the others before the run stops", 1800.0)
+    peer_timeout: float | None = _(
+        "seconds of silence after which a process is taken for lost, and the others end; none: nobody watches", 40.0
+    )
     dry_run: bool = _("print what the recipe would take, without its weights, and stop", False)
     overwrite_output_dir: bool = _("delete the run that output_dir holds", False)
 
@@ -238,6 +246,8 @@ class Recipe(Settings):
             raise ValueError(f"max_prompt_length={self.max_prompt_length} must be at least 1, or none")
         if self.reward_timeout is not None and not self.reward_timeout > 0:
             raise ValueError(f"reward_timeout={self.reward_timeout} must be positive, or none for no limit")
+        if self.peer_timeout is not None and not 0 < self.peer_timeout < float("inf"):
+            raise ValueError(f"peer_timeout={self.peer_timeout} must be positive and finite, or none for no watch")
         for name in ("learning_rate", "warmup_learning_rate", "max_grad_norm", "collective_timeout"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
@@ -267,6 +277,11 @@ class Recipe(Settings):
             raise ValueError(
                 "router_replay='R3' takes the rollout's experts again, and without rollout_quantization the learner's "
                 "own weights roll out: set a scheme, or leave it at none"
+            )
+        if self.async_save and self.base_quantization is not None:
+            raise ValueError(
+                f"async_save=True does not go with base_quantization={self.base_quantization!r}, whose weights have no "
+                "copy on the host; use async_save=False"
             )
         if self.old_logprobs not in ("recompute", "rollout"):
             raise ValueError(f"old_logprobs={self.old_logprobs!r} must be 'recompute' or 'rollout'")

@@ -19,7 +19,7 @@ from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.rules import schedule
-from dllm_rl.training.run import settings_of
+from dllm_rl.training.folder import settings_of
 from recipes.sudoku_tiny import __file__ as main_job_file
 from recipes.sudoku_tiny import recipe as main_job
 

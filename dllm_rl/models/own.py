@@ -48,6 +48,16 @@ def transient(module: nn.Module) -> set[str]:
 
 
 @torch.no_grad()
+def host_copy(module: Module) -> Module:
+    """A copy of a module that this process holds whole, on the host; the device holds no tensor more."""
+    memo: dict[int, Any] = {}
+    for tensor in chain(module.parameters(), module.buffers()):
+        value = tensor.detach().to("cpu", copy=True)
+        memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    return copy.deepcopy(module, memo)
+
+
+@torch.no_grad()
 def gathered(module: Module, *, keep: bool) -> Module:
     """A sharded module, whole, on the host, adapters as they are: all processes call it together, and get it where they
     `keep` it. The device holds one tensor whole at a time."""

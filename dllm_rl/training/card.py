@@ -8,10 +8,11 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.folder import settings_of
 from dllm_rl.training.health import health
+from dllm_rl.training.parts import PATTERN
 
 OWN = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run", "push_to_hub", "report_to")
 PROTOCOL = ("eval_task", "eval_sampler", "seed", "dtype")
-LEFT_OUT = ("optimizer.pt", "state.json", "manifest.json")  # what training goes on from is not uploaded
+LEFT_OUT = ("optimizer.pt", PATTERN, "state.json", "manifest.json")  # what training goes on from is not uploaded
 
 
 def card(recipe: Recipe, *, step: int, evaluations: dict[str, dict[str, float]], metrics: dict[str, float]) -> str:

@@ -5,8 +5,9 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import save_adapter
 from dllm_rl.training import manifest
 from dllm_rl.training.manifest import CARD
+from dllm_rl.training.parts import PATTERN, Part, Swap, alone, load_parts, write_part
 
 # Names in the descriptions of recipes that version 0.1.0 wrote.
 RENAMED = {
@@ -35,11 +37,22 @@ RENAMED = {
 _NAME = re.compile(r"step-(\d{6,})")
 
 
+@dataclass(frozen=True)
+class Held:
+    """Of an optimiser what is saved, copied to the host: `state` by weight, as it has it, and all as `fields`."""
+
+    state: dict[Any, dict[str, Any]]
+    fields: dict[str, Any]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.fields
+
+
 def save(
     directory: Path,
     step: int,
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Held | Part,
     state: dict[str, Any],
     *,
     keep: int,
@@ -47,9 +60,13 @@ def save(
     versions: dict[str, Any] | None = None,
     reserve: int = 0,
     card: str | None = None,
+    swap: Swap = alone,
 ) -> Path:
     """Write `directory`/step-NNNNNN, name it in `directory`/latest, then drop all but the newest `keep`. `load_policy`
     opens the folder as it is.
+
+    optimizer  all of it, written as optimizer.pt; or this process's part, while the others call `save_part` and what
+               they say goes through `swap`.
 
     The folder is written under another name, flushed to disk and renamed, so a folder with a checkpoint's name is
     always complete; its manifest is written last. state must be JSON-serialisable; a run's random numbers are functions
@@ -64,22 +81,41 @@ def save(
     final = folder_of(directory, step)
     with _enough_room(final, policy, optimizer, reserve):
         with replacing(final) as partial:
+            partial.mkdir()
+            swap(str(partial))  # the others may begin
             policy.save_pretrained(partial)
             if policy.lora is not None:
                 save_adapter(policy, partial / "adapter")
-            try:
-                torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-            except RuntimeError as error:  # what torch makes of a write that fails
-                raise OSError(errno.EIO, f"optimizer.pt: {error}") from error
+            written = _write_optimizer(partial, optimizer)
             fields = {"format": manifest.FORMAT, "step": step, "version": policy.version, **state}
             (partial / "state.json").write_text(json.dumps(fields, indent=1))
             if card is not None:
                 (partial / CARD).write_text(card, encoding="utf-8")
-            manifest.write(partial, step=step, processes=processes, versions=versions or {})
+            parts = {name: entry for entries in swap(written) for name, entry in entries.items()}
+            manifest.write(partial, step=step, processes=processes, versions=versions or {}, known=parts)
         write_text(directory / "latest", final.name + "\n")
     for _, old in found(directory)[:-keep]:
         remove_whole(old)
     return final
+
+
+def _write_optimizer(folder: Path, optimizer: torch.optim.Optimizer | Held | Part) -> dict[str, Any]:
+    """Write its state; returns the entries of the manifest that are known by that. Raises OSError."""
+    if isinstance(optimizer, Part):
+        return write_part(folder, optimizer)
+    try:
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    except RuntimeError as error:  # what torch makes of a write that fails
+        raise OSError(errno.EIO, f"optimizer.pt: {error}") from error
+    return {}
+
+
+def save_part(step: int, part: Part | None, swap: Swap) -> None:
+    """What the other processes do of `save`. part: None for what a process of another replica writes."""
+    if part is not None:
+        _check_all(f"step {step} was not saved", part.tensors)
+    folder, *_ = swap(None)
+    swap({} if part is None else write_part(Path(folder), part))
 
 
 def recover_all(directory: Path) -> None:
@@ -91,10 +127,14 @@ def recover_all(directory: Path) -> None:
 
 
 @contextmanager
-def _enough_room(final: Path, policy: Policy, optimizer: torch.optim.Optimizer, reserve: int) -> Iterator[None]:
+def _enough_room(
+    final: Path, policy: Policy, optimizer: torch.optim.Optimizer | Held | Part, reserve: int
+) -> Iterator[None]:
     """Raise OSError where the disk has no room for another checkpoint, or the block fails to write one; both say how
     much is missing."""
     tensors = sum(x.numel() * x.element_size() for x in _tensors(policy, optimizer).values())
+    if isinstance(optimizer, Part):  # all parts lie there
+        tensors += optimizer.nbytes - sum(x.nbytes for x in optimizer.tensors.values())
     last = [folder_size(folder) for _, folder in found(final.parent)[-1:]]
     needed = max([tensors, *last]) + reserve + (1 << 20)
 
@@ -115,10 +155,12 @@ def _enough_room(final: Path, policy: Policy, optimizer: torch.optim.Optimizer, 
         raise fault(str(error)) from error
 
 
-def _tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(policy: Policy, optimizer: torch.optim.Optimizer | Held | Part) -> dict[str, Tensor]:
     """Weights by name, and the optimiser's state of each that is trained."""
     named = dict(policy.module.named_parameters())
     found = {name: tensor.detach() for name, tensor in chain(named.items(), policy.module.named_buffers())}
+    if isinstance(optimizer, Part):
+        return found | optimizer.tensors
     for name, parameter in named.items():
         for kind, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
@@ -126,9 +168,13 @@ def _tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tens
     return found
 
 
-def check_finite(what: str, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+def check_finite(what: str, policy: Policy, optimizer: torch.optim.Optimizer | Held | Part) -> None:
     """Raise FloatingPointError naming the first weight or moment that is NaN or infinite."""
-    for name, tensor in _tensors(policy, optimizer).items():
+    _check_all(what, _tensors(policy, optimizer))
+
+
+def _check_all(what: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
         mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if mine.is_floating_point() and not mine.isfinite().all():
             raise FloatingPointError(f"{what}: {name} is not finite; resume from an earlier checkpoint")
@@ -240,17 +286,29 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's moments on the optimiser. Raises ValueError on a file that is damaged or emptied, and
-    FloatingPointError on weights or moments that are not finite."""
+    """Put a checkpoint's moments on the optimiser, of a shared-out one this process's part, however many wrote them.
+
+    Raises ValueError on a file that is damaged or emptied, and FloatingPointError on weights or moments that are not
+    finite.
+    """
+    if (source := next(folder.glob(PATTERN), None)) is not None:
+        load_parts(folder, policy, optimizer)
+    else:
+        source = folder / "optimizer.pt"
+        _load_whole(folder, optimizer)
+    trained = [name for name, p in policy.module.named_parameters() if p.requires_grad and p not in optimizer.state]
+    if trained and policy.version and isinstance(optimizer, torch.optim.AdamW):
+        raise ValueError(f"{folder}: {source.name} holds no moments of {trained[0]}, after {policy.version} updates")
+    check_finite(str(folder), policy, optimizer)
+
+
+def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """From optimizer.pt."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = _optimizer_state(folder, mapped=any(isinstance(p, DTensor) for p in parameters))
     for index, held in state["state"].items():
         held |= {kind: part_like(value, parameters[index]) for kind, value in held.items()}
     optimizer.load_state_dict(state)
-    trained = [name for name, p in policy.module.named_parameters() if p.requires_grad and p not in optimizer.state]
-    if trained and policy.version and isinstance(optimizer, torch.optim.AdamW):
-        raise ValueError(f"{folder}: optimizer.pt holds no moments of {trained[0]}, after {policy.version} updates")
-    check_finite(str(folder), policy, optimizer)
 
 
 def _optimizer_state(folder: Path, *, mapped: bool = False) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from traceback import format_exception, walk_tb
 from types import FrameType
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,7 +30,10 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.training import checkpoint
 from dllm_rl.training.finish import Summary
 from dllm_rl.training.folder import FAILED, settings_of
-from dllm_rl.training.run import Run, how_to_continue, write_checkpoint
+from dllm_rl.training.peers import of_an_exchange
+from dllm_rl.training.run import Run
+from dllm_rl.training.saving import write_checkpoint
+from dllm_rl.training.stop import how_to_continue
 
 FORMAT = 1
 BEFORE_UPDATE = ("", "rollout", "reward", "waiting", "scoring")  # stages that leave the weights alone
@@ -74,7 +76,7 @@ def _leave(run: Run, step: int, error: Exception, frames: list[FrameType]) -> st
         alone = sharding_of(run.policy.module) is None  # else saving takes all processes
         if main and alone and whole and not checkpoint.folder_of(Path(recipe.directory) / "checkpoints", step).exists():
             write_checkpoint(run, step)
-        if run.accelerator.num_processes > 1 and _of_an_exchange(error):
+        if run.accelerator.num_processes > 1 and of_an_exchange(error):
             return (
                 f"{said}: another process ended, and its own message says why, or kept this one waiting for "
                 f"collective_timeout={recipe.collective_timeout:g} s; {how_to_continue(recipe)}"
@@ -85,11 +87,6 @@ def _leave(run: Run, step: int, error: Exception, frames: list[FrameType]) -> st
     script = sys.argv if sys.argv[0].endswith(".py") else ["RECIPE.py"]
     replay = shlex.join(["dllm-rl", "replay", str(dump), *script])
     return f"{said}; mend the cause and {how_to_continue(recipe)}; to run that step alone: {replay}"
-
-
-def _of_an_exchange(error: Exception) -> bool:
-    """Whether it is another process's fault, or the network's; gloo raises RuntimeError that names its source file."""
-    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 def write(run: Run, step: int, error: Exception, frames: list[FrameType]) -> Path:

@@ -12,7 +12,9 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.training import checkpoint, plots
 from dllm_rl.training.card import card, push_to_hub
 from dllm_rl.training.folder import settings_of
-from dllm_rl.training.run import Run, evaluate_with, how_to_continue, shown
+from dllm_rl.training.run import Run, evaluate_with, shown
+from dllm_rl.training.saving import settle
+from dllm_rl.training.stop import how_to_continue
 
 
 class Summary(dict[str, Any]):
@@ -40,6 +42,7 @@ def finish(run: Run) -> Summary:
         quantized = (
             after if rollout_policy is policy else evaluate_with(recipe, rollout_policy, recipe.eval_task, accelerator)
         )
+    settle(run)
     log.close()
     directory = Path(recipe.directory)
     summary = {

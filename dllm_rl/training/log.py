@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class RunLog:
         self.console = Console(quiet=not main, force_jupyter=False)  # plain lines in a notebook: no widgets
         self.seconds: dict[str, float] = {}
         self.entered = ""  # the stage entered last
+        self.entering: Callable[[], None] = lambda: None  # called whenever one is entered
         self._step: dict[str, float] = {}
         self._flat = 0  # steps in a row in which no group's rewards differed
         self._warned = False
@@ -48,11 +49,17 @@ class RunLog:
         before = current_rows(paths["metrics"]) if main and start else []
         self.last = known(before[-1]) if before else {}  # the last step's numbers
 
+    @property
+    def place(self) -> str:
+        """The stage entered last and the steps done, in words."""
+        return f"{self.entered or 'the beginning of a step'}, after {self._done} steps"
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the block's wall-clock seconds to the stage `name`, for the run and for the present step; one that takes
         long says so."""
         begin, self.entered = time.perf_counter(), name
+        self.entering()
         with heartbeat(f"{name}, after {self._done} steps,", self.say if self.main else None):
             yield
         spent = time.perf_counter() - begin

@@ -10,10 +10,11 @@ fields, so that no part of it changes unseen; the step binds weights, optimiser 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dllm_rl.files import digest, read_json
@@ -24,12 +25,21 @@ CARD = "README.md"  # is not verified: it may be edited
 HEAD = 1 << 20
 
 
-def write(folder: Path, *, step: int | None, processes: int, versions: dict[str, Any]) -> str:
-    """Write the manifest of what the folder holds; returns its own digest."""
-    names = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (NAME, CARD)]
+def write(
+    folder: Path,
+    *,
+    step: int | None,
+    processes: int,
+    versions: dict[str, Any],
+    known: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> str:
+    """Write the manifest of what the folder holds; returns its own digest. known: entries of files that others wrote,
+    and described."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (NAME, CARD, *known)]
     with ThreadPoolExecutor(4) as pool:
-        described = pool.map(_describe, names)
-    files = {path.relative_to(folder).as_posix(): entry for path, entry in zip(names, described, strict=True)}
+        described = pool.map(describe, paths)
+    files = {path.relative_to(folder).as_posix(): entry for path, entry in zip(paths, described, strict=True)}
+    files |= known
     fields = {"format": FORMAT, "step": step, "processes": processes, "versions": versions, "files": files}
     own = _own_digest(fields)
     (folder / NAME).write_text(json.dumps(fields | {"sha256": own}, indent=1) + "\n", encoding="utf-8")
@@ -70,7 +80,8 @@ def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = ()) -> di
     return found
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, Any]:
+    """A file's entry."""
     size = path.stat().st_size
     entry = {"size": size, "sha256": digest(path)}
     return entry | ({"head": digest(path, limit=HEAD)} if size > HEAD else {})

@@ -58,8 +58,7 @@ def rehearse(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Acce
         with in_pace(learner):
             recipe.eval_sampler(learner, encode(learner, [problem]), generator_for(recipe.seed, "rehearsal"))
         if recipe.on_save_error == "stop":
-            saved, _ = on_main(recipe, learner, None, accelerator)
-            from_main(partial(save_once, recipe, saved), accelerator)
+            from_main(partial(save_once, recipe, on_main(learner, accelerator)), accelerator)
 
 
 def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:

@@ -1,4 +1,4 @@
-"""Starting, resuming, checkpointing and finishing a run."""
+"""Starting and resuming a run, and what it does at the end of a step."""
 
 import inspect
 import time
@@ -24,16 +24,18 @@ from dllm_rl.models.recompute import blocks_of
 from dllm_rl.recipe import Recipe
 from dllm_rl.tasks.base import Task
 from dllm_rl.training import checkpoint, manifest
-from dllm_rl.training.card import card, check_hub
+from dllm_rl.training.card import check_hub
 from dllm_rl.training.cautions import cautions
-from dllm_rl.training.folder import clear_folder, open_folder, settings_of
+from dllm_rl.training.folder import clear_folder, open_folder
 from dllm_rl.training.log import RunLog
+from dllm_rl.training.peers import Peers
 from dllm_rl.training.prompts import check_prompts, choose
 from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import check_compiled, rollout_copy, wanted_parts
+from dllm_rl.training.saving import Writer, make_writer, save, save_alone, save_at_once, settle
 from dllm_rl.training.sft_recipe import SFT
 from dllm_rl.training.sharding import check_engine, check_sharding, first_home, on_main, share_out
-from dllm_rl.training.stop import Stop, ended_by_launcher
+from dllm_rl.training.stop import Stop, ended_by_launcher, how_to_continue, with_the_run
 from dllm_rl.training.trackers import check_trackers, start_trackers
 from dllm_rl.training.warmup import warm_up
 
@@ -52,6 +54,7 @@ class Run:
     first_step: int
     history: dict[str, Any]
     stop: Stop
+    writer: Writer
     progress: Callable[..., None]
 
 
@@ -67,6 +70,8 @@ def start(recipe: Recipe) -> Run:
     from_main(partial(clear_folder, recipe), accelerator)
     state: dict[str, Any] = checkpoint.read_state(folder) if folder else {"step": 0}
     log = open_log(recipe, accelerator, state["step"], [*notes, *told_of(recipe, folder)])
+    if stop.peers is not None:
+        stop.peers.stage, log.entering = lambda: log.place, stop.peers.tell_stage
     for caution in cautions(recipe):
         log.say(f"warning: {caution}")
     history: dict[str, Any] = {"begun": time.perf_counter(), "seconds": 0.0, "whole": state["step"]}
@@ -97,11 +102,14 @@ def start(recipe: Recipe) -> Run:
         first_step=state["step"],
         history=history,
         stop=stop,
+        writer=make_writer(recipe, accelerator),
         progress=log.view("training", recipe.num_steps, curve="reward", completed=state["step"]),
     )
     if not folder:
         save(run, 0)
     stop.last_words, stop.overdue, log.entered = None, partial(save_at_once, run), ""
+    if stop.peers is not None and accelerator.is_main_process:
+        stop.peers.save = partial(save_alone, run)
     return run
 
 
@@ -115,6 +123,9 @@ def launch(recipe: Recipe | SFT) -> tuple[Accelerator, Stop]:
         directory=str(Path(recipe.directory) / "tensorboard"),
     )
     stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
+    if recipe.peer_timeout is not None and accelerator.num_processes > 1:
+        peers = Peers(accelerator, seconds=recipe.peer_timeout, advice=f"this run ends; {how_to_continue(recipe)}")
+        stop.peers = with_the_run().enter_context(peers)
     stop.last_words = "stopped before the first step: nothing new was saved; start again with the same command"
     check_processes(recipe, accelerator)
     return accelerator, stop
@@ -262,7 +273,7 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
 
 def save_reference(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> None:
     """Write the weights that RL starts from to the run's folder, whole or not at all, with a manifest."""
-    saved, _ = on_main(recipe, policy, None, accelerator)
+    saved = on_main(policy, accelerator)
 
     def write() -> None:
         with replacing(Path(recipe.directory) / "reference") as partial:
@@ -299,89 +310,10 @@ def checkpoint_if_due(run: Run, step: int) -> None:
     """Save every save_steps, after the last step, and on a signal; that ends the process with its status."""
     recipe, done, signum = run.recipe, step + 1, run.stop.agreed(run.accelerator)
     run.history["whole"] = done
+    run.writer.check()
     if signum or done % recipe.save_steps == 0 or done == recipe.num_steps:
         save(run, done)
     if signum:
+        settle(run)
         run.stop.leave(f"interrupted after step {done}; {how_to_continue(recipe)}")
     run.log.entered = ""
-
-
-def how_to_continue(recipe: Recipe | SFT) -> str:
-    return f"continue with --resume_from_checkpoint latest --output_dir {recipe.directory}"
-
-
-def save_at_once(run: Run) -> None:
-    """When a stop is overdue: save the state after the last whole step, and end the process.
-
-    Not between the update and the end of the step, where the state is that of neither; and not where weights are shared
-    out, which all processes save together, after the step in hand.
-    """
-    during = ["", "rollout", "reward"] + ["scoring"] * (not run.recipe.corrector.align_forward)
-    if run.log.entered not in during or sharding_of(run.policy.module) is not None:
-        return
-    run.stop.disarm()
-    done, recipe = run.history["whole"], run.recipe
-    if run.accelerator.is_main_process and done != run.history.get("saved"):
-        write_checkpoint(run, done)
-    run.stop.leave(f"stopped in the step after step {done}, which is saved; {how_to_continue(recipe)}")
-
-
-def save(run: Run, step: int) -> None:
-    """Checkpoint after `step` steps, by the main process. Raises OSError where it cannot be written and on_save_error
-    is not 'continue'."""
-    held = on_main(run.recipe, run.policy, run.optimizer, run.accelerator)
-    if folder := from_main(partial(write_checkpoint, run, step, held), run.accelerator):
-        run.history["checkpoint"] = str(folder)
-
-
-def write_checkpoint(run: Run, step: int, held: tuple[Policy, Any] | None = None) -> Path | None:
-    """Returns the checkpoint, or None where it could not be written and the run is to go on.
-
-    held  policy and optimiser to save (`on_main`); None: the run's own.
-    """
-    recipe, history, directory = run.recipe, run.history, Path(run.recipe.directory)
-    state = {
-        "seconds": history["seconds"] + time.perf_counter() - history["begun"],
-        "eval_before": history["eval_before"],
-        "warmup_steps": history["warmup_steps"],
-    }
-    kept = history["warmup_steps"] if recipe.lora is not None else recipe.beta
-    if kept and (directory / "reference" / manifest.NAME).exists():
-        state["reference"] = manifest.read(directory / "reference")["sha256"]
-    told = card(recipe, step=step, evaluations={"before RL": history["eval_before"]}, metrics=run.log.last)
-    policy, optimizer = held or (run.policy, run.optimizer)
-    folder = write_state(recipe, run.accelerator, step, state, held=(run.log, policy, optimizer), card=told)
-    history["saved"] = step if folder else history.get("saved")
-    return folder
-
-
-def write_state(
-    recipe: Recipe | SFT,
-    accelerator: Accelerator,
-    step: int,
-    state: dict[str, Any],
-    *,
-    held: tuple[RunLog, Policy, torch.optim.Optimizer],
-    card: str | None = None,
-) -> Path | None:
-    """Write what the run holds as a checkpoint; returns it, or None where that failed and the run is to go on."""
-    log, policy, optimizer = held
-    log.flush()
-    dtype = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
-    try:
-        return checkpoint.save(
-            Path(recipe.directory) / "checkpoints",
-            step,
-            policy,
-            optimizer,
-            {"dtype": dtype, "stages": log.seconds, **state, "recipe": settings_of(recipe)},
-            keep=recipe.save_total_limit,
-            processes=accelerator.num_processes,
-            versions=versions(),
-            card=card,
-        )
-    except OSError as error:
-        if recipe.on_save_error == "stop":
-            raise
-        log.say(f"warning: {error.strerror}")
-        return None

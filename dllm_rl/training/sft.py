@@ -24,17 +24,16 @@ from dllm_rl.training.folder import clear_folder, open_folder, settings_of
 from dllm_rl.training.grpo import HELD_OUT
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.run import (
-    how_to_continue,
     launch,
     make_optimizer,
     make_policy,
     open_log,
     opened,
     told_of,
-    write_state,
 )
+from dllm_rl.training.saving import attempt, with_settings
 from dllm_rl.training.sft_recipe import SFT
-from dllm_rl.training.stop import Stop, leaving_nothing_behind
+from dllm_rl.training.stop import Stop, how_to_continue, leaving_nothing_behind
 from dllm_rl.training.supervised import (
     Example,
     Layout,
@@ -88,6 +87,8 @@ def fine_tune(recipe: SFT) -> Summary:
     training = read_examples(recipe, policy, recipe.dataset, "dataset", say=notes.append)
     held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
     run = _begin(recipe, accelerator, policy, folder, notes)
+    if stop.peers is not None:
+        stop.peers.stage, run.log.entering = lambda: run.log.place, stop.peers.tell_stage
     if not folder:
         with run.log.stage("evaluation"):
             run.before = held_out_loss(recipe, policy, held_out, accelerator)
@@ -266,7 +267,8 @@ def write_checkpoint(run: State, step: int) -> Path | None:
     """Returns the checkpoint, or None where it could not be written and the run is to go on."""
     state = {"seconds": run.seconds + time.perf_counter() - run.begun, "eval_before": {"loss": run.before}}
     held = (run.log, run.policy, run.optimizer)
-    folder = write_state(run.recipe, run.accelerator, step, state, held=held)
+    write = with_settings(run.recipe, run.accelerator, step, state, held=held)
+    folder = attempt(run.recipe, run.log, write)
     run.saved = step if folder else run.saved
     return folder
 

@@ -77,6 +77,7 @@ class SFT(Settings):
     output_dir: str | None = _same("output_dir")
     resume_from_checkpoint: str | None = _same("resume_from_checkpoint")
     collective_timeout: float = _same("collective_timeout")
+    peer_timeout: float | None = _same("peer_timeout")
     overwrite_output_dir: bool = _same("overwrite_output_dir")
 
     def __post_init__(self) -> None:
@@ -92,6 +93,8 @@ class SFT(Settings):
         for name in ("learning_rate", "max_grad_norm", "collective_timeout"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
+        if self.peer_timeout is not None and not 0 < self.peer_timeout < float("inf"):
+            raise ValueError(f"peer_timeout={self.peer_timeout} must be positive and finite, or none for no watch")
         for name in ("weight_decay", "stop_seconds"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")

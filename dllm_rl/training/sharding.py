@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor
 
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.distributed import shard, sharding_of
-from dllm_rl.models.base import Module, Policy, whole
+from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.own import gathered
 from dllm_rl.models.recompute import backbone_of, blocks_of
@@ -95,25 +94,11 @@ def check_module(module: Module, size: int) -> None:
         )
 
 
-def on_main(
-    recipe: Recipe, policy: Policy, optimizer: torch.optim.Optimizer | None, accelerator: Accelerator
-) -> tuple[Policy, Any]:
-    """Policy and optimiser as one process has them, to be saved: those themselves, or of a shared-out learner a copy on
-    the main process's host, which all processes make together. The others get nothing that can be saved."""
+def on_main(policy: Policy, accelerator: Accelerator) -> Policy:
+    """The policy as one process has it, to be saved: itself, or of a shared-out learner a copy on the main process's
+    host, which all processes make together. The others get nothing that can be saved."""
     if sharding_of(policy.module) is None:
-        return policy, optimizer
+        return policy
     twin: Any = copy.copy(policy)
-    main = accelerator.is_main_process
-    twin.module = gathered(policy.module, keep=main) or policy.module
-    if optimizer is None:
-        return twin, None
-    trained, places = ([p for p in each.module.parameters() if p.requires_grad] for each in (policy, twin))
-    saved = torch.optim.AdamW(places)  # for the layout of its state alone
-    for parameter, place in zip(trained, places, strict=True):
-        for kind, value in optimizer.state.get(parameter, {}).items():
-            found = whole(value)
-            if main:
-                saved.state[place][kind] = found.cpu() if isinstance(found, Tensor) else found
-    for group, other in zip(optimizer.param_groups, saved.param_groups, strict=True):
-        other.update({name: value for name, value in group.items() if name != "params"})
-    return twin, saved
+    twin.module = gathered(policy.module, keep=accelerator.is_main_process) or policy.module
+    return twin

@@ -9,10 +9,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
+from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -24,10 +26,14 @@ from dllm_rl.training.sft_recipe import SFT
 
 # SIGUSR1 is what SLURM's --signal=USR1@SECONDS warns with.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+if TYPE_CHECKING:
+    from dllm_rl.training.peers import Peers
+
 Returned = TypeVar("Returned")
 Record = TypeVar("Record", bound=Recipe | SFT)
 PR_SET_PDEATHSIG = 1
 LOCK = ".lock"
+_ENDING: ContextVar[ExitStack] = ContextVar("what ends with the run")
 
 
 class Stopped(BaseException):
@@ -35,7 +41,7 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """The request to stop, as one process hears it.
+    """The request to stop, as one process hears it, and its watch over the others (None: alone, or without a watch).
 
     A signal asks for the end of the run after the step in hand. Where that takes longer than `seconds`, `overdue` is
     called, every second. A second Ctrl-C ends the process at once, and so does any signal while `last_words` is set:
@@ -45,6 +51,7 @@ class Stop:
     def __init__(self, *, seconds: float, main: bool) -> None:
         self.seconds, self.main, self.asked = seconds, main, 0
         self.last_words: str | None = None
+        self.peers: Peers | None = None
         self.overdue: Callable[[], None] = lambda: None
         if threading.current_thread() is not threading.main_thread():
             return
@@ -89,6 +96,10 @@ class Stop:
             os.write(1, f"{chr(27) + '[?25h' if os.isatty(1) else ''}\n{text}\n".encode(errors="replace"))
 
 
+def how_to_continue(recipe: Recipe | SFT) -> str:
+    return f"continue with --resume_from_checkpoint latest --output_dir {recipe.directory}"
+
+
 def ended_by_launcher() -> None:
     """Have Linux send SIGTERM when the launcher dies, so that no training process outlives it.
 
@@ -107,6 +118,11 @@ def ended_by_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def with_the_run() -> ExitStack:
+    """What is entered or called back here ends with the present run, however that ends; outside of one, never."""
+    return _ENDING.get(None) or ExitStack()
+
+
 def leaving_nothing_behind(train: Callable[[Record], Returned]) -> Callable[[Record], Returned]:
     """`train`, after which the signals do what they did before and the run's folder is free, however it ends."""
 
@@ -115,13 +131,17 @@ def leaving_nothing_behind(train: Callable[[Record], Returned]) -> Callable[[Rec
         main = threading.current_thread() is threading.main_thread()
         timer = [signal.SIGALRM] if hasattr(signal, "SIGALRM") else []
         before = {number: signal.getsignal(number) for number in [*SIGNALS, *timer]} if main else {}
+        ending = ExitStack()
+        before_this = _ENDING.set(ending)
         try:
-            return train(recipe)
+            with ending:
+                return train(recipe)
         except Stopped as stopped:
             if interactive():  # a notebook goes on; what it shows of a SystemExit says nothing
                 raise KeyboardInterrupt(f"status {stopped.args[0]}") from None
             raise SystemExit(*stopped.args) from None
         finally:
+            _ENDING.reset(before_this)
             if timer and main and signal.getsignal(signal.SIGALRM) is not before[signal.SIGALRM]:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():

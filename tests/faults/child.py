@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,12 @@ PATIENCE = 20.0  # seconds that processes have to end in, once one has ended bad
 
 
 def run(
-    recipe: Recipe, *, fault: Fault | None = None, victim: int = 0, processes: int = 1, count: bool = False
+    *recipes: Recipe, fault: Fault | None = None, victim: int = 0, processes: int = 1, count: bool = False
 ) -> tuple[int, str]:
-    """Exit status (negative: the signal that ended it) of the first process, and output of a run. The fault is put into
-    the process number `victim`. With `count`, the output ends with the number of file operations and of calls, as
-    JSON."""
-    folder = Path(recipe.directory)
+    """Exit status (negative: the signal that ended it) of the first process, and output of a run, or of several one
+    after another. The fault is put into the process number `victim`. With `count`, the output ends with the number of
+    file operations and of calls, as JSON."""
+    folder = Path(recipes[0].directory)
     folder.mkdir(parents=True, exist_ok=True)
     output = folder.with_name(folder.name + ".out")
     port, ranks, codes = _free_port() if processes > 1 else 0, [], {}
@@ -61,7 +62,7 @@ def run(
             pid = os.fork()
             if pid == 0:
                 mine = fault if rank == victim else None
-                _child(recipe, mine, (rank, processes, port), out.fileno(), count and rank == 0)
+                _child(recipes, mine, (rank, processes, port), out.fileno(), count and rank == 0)
             ranks.append(pid)
         while len(codes) < processes:
             pid, status = os.waitpid(-1, 0) if not any(codes.values()) else _within(PATIENCE, set(ranks) - set(codes))
@@ -90,7 +91,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _child(recipe: Recipe, fault: Fault | None, place: tuple[int, int, int], out: int, count: bool) -> None:
+def _child(recipes: Sequence[Recipe], fault: Fault | None, place: tuple[int, int, int], out: int, count: bool) -> None:
     rank, processes, port = place
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -102,8 +103,9 @@ def _child(recipe: Recipe, fault: Fault | None, place: tuple[int, int, int], out
         os.environ.update({name: str(value) for name, value in names.items()})
     code = 1
     try:
-        counts = _planted(Path(recipe.directory), fault, count)
-        train(recipe)
+        counts = _planted(Path(recipes[0].directory), fault, count)
+        for recipe in recipes:
+            train(recipe)
         if count:
             sys.setprofile(None)
             os.write(1, b"\n" + json.dumps(counts).encode())

@@ -1,4 +1,4 @@
-"""Two processes, the second of which raises, dies or is stuck in a step: prints {case: [exit status of the first,
+"""Processes of which one raises, dies, is stuck or is stopped in a step: prints {case: [exit status of the first,
 output, steps saved, true or the resumed run's output]}."""
 
 import json
@@ -14,24 +14,33 @@ import torch
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS / "faults"), str(TESTS / "support"), str(TESTS.parent)]
 
+import child  # noqa: E402
 from child import run  # noqa: E402
 from scenarios import outcome, small_recipe  # noqa: E402
 
 from dllm_rl.tasks.sudoku import Sudoku  # noqa: E402
 from dllm_rl.training import checkpoint  # noqa: E402
 
-# Each process grades one completion beforehand, then four a step.
+# Each process grades one completion beforehand, two of the first evaluation (the first process), then four a step.
 GRADED_IN_STEP_2 = 1 + 4 + 2
-CASES = ("raises", "dies", "is stuck")
+SHARED = {"shard_size": 0, "train_batch_size": 6, "warmup_batch_size": 6, "beta": 0.0}
+CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # how many processes, which one has the fault, settings
+    "raises": (2, 1, {}),
+    "dies": (2, 1, {}),
+    "is stuck": (2, 1, {"collective_timeout": 4.0}),
+    "is stopped": (2, 1, {}),
+    "is stopped, the first": (2, 0, {}),
+    "is stopped, weights shared out": (3, 2, SHARED),
+}
 
 
 class Faulty:
-    """Sudoku; the second process's grader has a fault on a completion of step 2."""
+    """Sudoku; one process's grader has a fault on a completion of step 2."""
 
     name, version = "faulty", "1"
 
-    def __init__(self, fault: str) -> None:
-        self.fault, self.graded, self.task = fault, 0, Sudoku(split="train", size=32)
+    def __init__(self, fault: str, rank: int = 1) -> None:
+        self.fault, self.rank, self.graded, self.task = fault, str(rank), 0, Sudoku(split="train", size=32)
 
     def __repr__(self) -> str:
         return "Faulty"
@@ -44,11 +53,13 @@ class Faulty:
 
     def reward(self, problem: Any, completion: str) -> Any:
         self.graded += 1
-        if os.environ["RANK"] == "1" and self.graded == GRADED_IN_STEP_2:
+        if os.environ["RANK"] == self.rank and self.graded == GRADED_IN_STEP_2:
             if self.fault == "raises":
                 raise ZeroDivisionError("by zero")
             if self.fault == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.fault == "is stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
             while self.fault == "is stuck":
                 time.sleep(1.0)
         return self.task.reward(problem, completion)
@@ -57,15 +68,19 @@ class Faulty:
 def main(root: Path) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     torch.set_num_threads(1)
-    settings = {"save_steps": 50, "collective_timeout": 4.0, "stop_seconds": 5.0}
-    run(small_recipe(root / "whole", "two processes", **settings, task=Faulty("none")), processes=2)
-    for case in CASES:
-        directory = root / case
-        code, out = run(small_recipe(directory, "two processes", **settings, task=Faulty(case)), processes=2)
+    child.PATIENCE = 6.0
+    every = {"save_steps": 50, "stop_seconds": 5.0, "peer_timeout": 4.0}
+    run(small_recipe(root / "whole", "two processes", **every, task=Faulty("none")), processes=2)
+    for case, (processes, rank, changes) in CASES.items():
+        directory, settings = root / case, every | changes
+        task = Faulty(case.partition(",")[0], rank)
+        code, out = run(small_recipe(directory, "two processes", **settings, task=task), processes=processes)
         saved = [step for step, _ in checkpoint.found(directory / "checkpoints")]
-        again = {"task": Faulty("none"), "resume_from_checkpoint": "latest"}
-        resumed, more = run(small_recipe(directory, "two processes", **settings | again), processes=2)
-        same = resumed == 0 and outcome(directory) == outcome(root / "whole")
+        same, more = None, ""
+        if processes == 2:
+            again = {"task": Faulty("none"), "resume_from_checkpoint": "latest"}
+            resumed, more = run(small_recipe(directory, "two processes", **settings | again), processes=2)
+            same = resumed == 0 and outcome(directory) == outcome(root / "whole")
         found[case] = [code, out, saved, same or more]
     return found
 

@@ -1,0 +1,250 @@
+"""An optimiser's state that several processes hold between them: a file for the part of each, put together again on any
+number of processes.
+
+    optimizer-00001-of-00002.safetensors   tensors by "KIND of NAME", rows of them where they are shared out
+
+Its header has two texts of JSON: `rows`, {"KIND of NAME": [first row, rows in all]} of what is shared out, and `plain`,
+what is no tensor. What every process holds alike stands in the first file alone. Nothing of it is pickled; torch's own
+sharded format (DCP) reads its list of parts with pickle, and its form for safetensors checks neither dtypes nor that
+the parts leave no gap.
+"""
+
+import errno
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dllm_rl.files import flush
+from dllm_rl.models.base import Policy
+from dllm_rl.training import manifest
+
+PATTERN = "optimizer-*-of-*.safetensors"
+Returned = TypeVar("Returned")
+Swap = Callable[[Any], list[Any]]  # what this process says -> what each of them says, in order
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process's part of an optimiser's state: number `number`, from 0, of `count`, which together take `nbytes`.
+
+    rows   first row and rows in all, by name, of the tensors that are shared out.
+    plain  what is no tensor, by name.
+    """
+
+    number: int
+    count: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    plain: dict[str, Any] = field(default_factory=dict)
+    nbytes: int = 0
+
+    @property
+    def name(self) -> str:
+        return file_name(self.number, self.count)
+
+
+def file_name(number: int, count: int) -> str:
+    """Of part `number`, from 0, of `count`."""
+    return f"optimizer-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def part_of(policy: Policy, optimizer: torch.optim.Optimizer, *, copy: bool = False) -> Part | None:
+    """What this process is to write of the optimiser's state; None where another process, of the first replica, writes
+    the same.
+
+    copy  tensors are copied to the host, so that training may go on while they are written.
+    Raises ValueError where the state has tensors that do not follow the weights.
+    """
+    named = [(name, p) for name, p in policy.module.named_parameters() if p.requires_grad]
+    mesh = named[0][1].device_mesh
+    *replica, number = mesh.get_coordinate()
+    if any(replica):
+        return None
+    count, nbytes = mesh.shape[-1], 0
+    tensors, rows, plain = {}, {}, {}
+    for name, parameter in named:
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            key = f"{kind} of {name}"
+            if isinstance(value, DTensor):
+                rows[key] = (first_row(len(value), number, count), len(value))
+                nbytes += value.nbytes
+                tensors[key] = value.to_local().detach().to("cpu", copy=copy).contiguous()
+            elif isinstance(value, Tensor) and value.dim():
+                raise ValueError(f"optim: {key!r} is not shared out as its weight is; use adamw, or shard_size=1")
+            elif number == 0 and isinstance(value, Tensor):
+                tensors[key] = value.detach().to("cpu", copy=copy)
+            elif number == 0:
+                plain[key] = value
+    return Part(number, count, tensors, rows, plain, nbytes)
+
+
+def first_row(length: int, number: int, count: int) -> int:
+    """Where part `number` of `count` of so many rows begins, as FSDP2 (torch.chunk) shares them out."""
+    return min(length, number * -(-length // count))
+
+
+def write_part(folder: Path, part: Part) -> dict[str, Any]:
+    """Write a part, to disk; returns its entry of the manifest. Raises OSError."""
+    path = folder / part.name
+    try:
+        save_file(part.tensors, path, {"rows": json.dumps(part.rows), "plain": json.dumps(part.plain)})
+        flush(path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(errno.EIO, f"{path} was not saved: {error}") from error
+    return {part.name: manifest.describe(path)}
+
+
+def load_parts(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Put the parts in a folder on the optimiser, of each tensor the rows that this process holds. Raises ValueError
+    naming what is missing, of another shape or dtype, twice there, or of no weight."""
+    parameters = dict(policy.module.named_parameters())
+    places = {id(p): place for place, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state: dict[int, dict[str, Any]] = {}
+    with ExitStack() as stack:
+        pieces, plain = _opened(folder, stack)
+        for key in [*pieces, *plain]:
+            kind, _, name = key.partition(" of ")
+            if name not in parameters or id(parameters[name]) not in places:
+                raise ValueError(f"{folder}: {key!r} in the optimiser's state is of no weight that is trained")
+            parameter = parameters[name]
+            value = _assembled(folder, key, pieces[key], parameter) if key in pieces else plain[key]
+            state.setdefault(places[id(parameter)], {})[kind] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A tensor of one file: its rows from `first` on, of `total`; whole where `total` is None."""
+
+    file: Any
+    first: int
+    total: int | None
+
+
+def _opened(folder: Path, stack: ExitStack) -> tuple[dict[str, list[_Piece]], dict[str, Any]]:
+    """The pieces of each tensor, and what is no tensor; only headers are read."""
+    pieces: dict[str, list[_Piece]] = {}
+    plain: dict[str, Any] = {}
+    for path in _files(folder):
+        try:
+            file = stack.enter_context(safe_open(path, "pt"))
+            header = file.metadata() or {}
+            rows, more = json.loads(header["rows"]), json.loads(header["plain"])
+        except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+            raise ValueError(f"{folder}: {path.name} is damaged: {error}") from None
+        names = set(file.keys())
+        if not _says_rows(rows, names) or not _says_numbers(more):
+            raise ValueError(f"{folder}: {path.name} is damaged: its header does not say which rows it holds")
+        for key in sorted(names):
+            first, total = rows.get(key, (0, None))
+            pieces.setdefault(key, []).append(_Piece(file, first, total))
+        plain |= more
+    return pieces, plain
+
+
+def _says_rows(rows: Any, names: set[str]) -> bool:
+    """Whether it is {name: [first row, rows in all]} of tensors that are there."""
+    pairs = rows.values() if isinstance(rows, dict) and rows.keys() <= names else [None]
+    return all(isinstance(pair, list) and [type(n) is int and n >= 0 for n in pair] == [True, True] for pair in pairs)
+
+
+def _says_numbers(plain: Any) -> bool:
+    return isinstance(plain, dict) and all(isinstance(value, int | float | None) for value in plain.values())
+
+
+def _files(folder: Path) -> list[Path]:
+    """The parts' files, all of them. Raises ValueError where one is missing, or is of another number of parts."""
+    here = {path.name for path in folder.glob(PATTERN)}
+    count = len(here)
+    names = [file_name(number, count) for number in range(count)]
+    if here != set(names):
+        odd = sorted(here - set(names))[0]
+        raise ValueError(f"{folder}: {odd} is not one of {count} parts, and {count} are there")
+    return [folder / name for name in names]
+
+
+def _assembled(folder: Path, key: str, pieces: list[_Piece], parameter: Tensor) -> Tensor:
+    """The rows of a tensor that this process holds, laid out as the parameter is; all of them where that is whole."""
+    where = f"{folder}: the optimiser's state {key!r}"
+    spans, shape = _spans(where, key, pieces, parameter), parameter.shape
+    if spans is None:  # a number that all processes hold alike
+        return pieces[0].file.get_tensor(key)
+    if not isinstance(parameter, DTensor):
+        return _joined(where, spans, 0, shape[0], parameter)
+    mine, mesh = parameter.to_local(), parameter.device_mesh
+    place = mesh.get_coordinate()
+    assert place is not None, "every process is in the mesh"
+    first = first_row(shape[0], place[-1], mesh.shape[-1])
+    value = _joined(where, spans, first, first + len(mine), parameter).to(mine.device)
+    layout: dict[str, Any] = {"run_check": False, "shape": shape, "stride": parameter.stride()}
+    return DTensor.from_local(value, mesh, parameter.placements, **layout)
+
+
+Span = tuple[int, int, Any]  # first row, the one after the last, the slice of a file
+
+
+def _spans(where: str, key: str, pieces: list[_Piece], parameter: Tensor) -> list[Span] | None:
+    """The pieces' rows in order, which must be those of the parameter, each once; None for a number."""
+    slices, shape = [piece.file.get_slice(key) for piece in pieces], list(parameter.shape)
+    if len(pieces) == 1 and pieces[0].total is None and slices[0].get_shape() == []:
+        return None
+    spans: list[Span] = []
+    end = 0
+    for piece, part in sorted(zip(pieces, slices, strict=True), key=lambda pair: (pair[0].first, pair[1].get_shape())):
+        if not shape or piece.total != shape[0] or part.get_shape()[1:] != shape[1:]:
+            raise ValueError(f"{where} is not of the weight's shape {tuple(shape)}")
+        if piece.first != end:
+            raise ValueError(f"{where} has a gap or an overlap at row {end}")
+        spans.append((end, end := end + part.get_shape()[0], part))
+    if end != shape[0]:
+        raise ValueError(f"{where} ends at row {end} of {shape[0]}")
+    return spans
+
+
+def _joined(where: str, spans: list[Span], first: int, last: int, parameter: Tensor) -> Tensor:
+    """Rows [first, last); they may be none. Raises ValueError on a dtype that is neither the weight's nor fp32."""
+    found = [part[max(first, a) - a : max(0, min(last, b) - a)] for a, b, part in spans]
+    held = [rows for rows in found if len(rows)] or found[:1]
+    kinds = {rows.dtype for rows in held}
+    if len(kinds) > 1 or not kinds <= {parameter.dtype, torch.float32}:
+        raise ValueError(f"{where} is of {', '.join(sorted(map(str, kinds)))}, not of the weight's {parameter.dtype}")
+    return torch.cat(held)
+
+
+class Elsewhere(Exception):
+    """Brings the error of another process."""
+
+
+def in_step(work: Callable[[Swap], Returned], gather: Swap) -> Returned:
+    """Run `work` in all processes, which swap values on the way; an error in one of them is raised in all, instead of
+    the next swap."""
+
+    def swap(value: Any, error: Exception | None = None) -> list[Any]:
+        said = gather((value, error))
+        if error is None and (others := [each for _, each in said if each is not None]):
+            raise Elsewhere(others[0])
+        return [each for each, _ in said]
+
+    try:
+        found = work(swap)
+        swap(None)
+    except Elsewhere as elsewhere:
+        raise elsewhere.args[0] from None
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+        swap(None, error)
+        raise
+    return found
+
+
+def alone(value: Any) -> list[Any]:
+    """The swap of a process that writes on its own."""
+    return [value]

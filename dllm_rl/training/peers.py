@@ -1,0 +1,277 @@
+"""Processes that watch one another: one that raises, dies or is stopped ends the others, with one line that names it.
+
+The main process listens, every other holds a connection to it, and a thread of each says ten times in `peer_timeout`
+that it is there, and at each stage what the process is doing. A process that dies closes its connection, which is heard
+at once; one that is stopped, cut off, or held up in C code that keeps the interpreter says nothing any more. Silence is
+counted in one's own turns: a process that was stopped itself (Ctrl-Z of a whole job) does not take others for lost when
+it wakes.
+"""
+
+import json
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from dllm_rl.distributed import Processes, from_main
+from dllm_rl.screen import escape_controls
+from dllm_rl.training.stop import Stopped
+
+STATUS = 75  # of a process that ends because another was lost: EX_TEMPFAIL of sysexits.h, "try again"
+TURNS = 10  # signs of life in the time after which silence is a loss
+GRACE = 10.0  # seconds, at most, that a process has to end by itself once another is lost
+SETTLE = 2.0  # seconds in which a loss is known, once an exchange has failed of it
+LONGEST = 1 << 16  # bytes of a message
+
+
+@dataclass(eq=False)
+class Line:
+    """A connection between the main process and `process`, -1 until that is known. quiet: turns since it was heard."""
+
+    socket: socket.socket
+    process: int = -1
+    name: str = "process 0"
+    stage: str = "its start"
+    quiet: int = 0
+    buffer: bytes = b""
+
+    def tell(self, **message: Any) -> None:
+        """Send; what cannot be sent at once is for one that does not listen, as its silence will show."""
+        with suppress(OSError):
+            self.socket.send(json.dumps(message).encode() + b"\n")
+
+    def heard(self) -> Iterator[dict[str, Any]]:
+        """The messages that have come in. Raises EOFError at the end, and ValueError on what is no message."""
+        try:
+            while data := self.socket.recv(LONGEST):
+                *lines, self.buffer = (self.buffer + data).split(b"\n")
+                yield from map(_message, lines)
+                if len(self.buffer) > LONGEST:
+                    raise ValueError("a message without an end")
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        raise EOFError
+
+    def close(self) -> None:
+        with suppress(OSError):  # what is unread would have the other end lose what it has not read
+            self.socket.recv(LONGEST)
+        self.socket.close()
+
+
+def _message(line: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except RecursionError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("no message")
+    return found
+
+
+def of_an_exchange(error: BaseException | None) -> bool:
+    """Whether it is another process's fault, or the network's; gloo raises RuntimeError that names its source file."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
+
+
+class Peers:
+    """The watch of one process over the others, while its block runs. All processes make and enter it together.
+
+    stage   what this process is doing, in words. save: keeps what it can, before the process is ended from outside.
+    advice  the end of the line that names a lost process.
+    """
+
+    def __init__(self, processes: Processes, *, seconds: float, advice: str) -> None:
+        self.stage: Callable[[], str] = lambda: "its start"
+        self.save: Callable[[], None] = lambda: None
+        self._index, self._count = processes.process_index, processes.num_processes
+        self._seconds, self._advice = seconds, advice
+        self._name = f"process {self._index} ({socket.gethostname()}, pid {os.getpid()})"
+        self._lost, self._over = threading.Event(), threading.Event()
+        self._line, self._mine = "", False
+        self._lines: dict[int, Line] = {}
+        self._server: socket.socket | None = None
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        alone = os.environ.get("LOCAL_WORLD_SIZE") == str(self._count)  # on one machine
+        port, token = from_main(lambda: self._listen("127.0.0.1" if alone else ""), processes)
+        if self._server is None:
+            self._lines[0] = self._connected("127.0.0.1" if alone else os.environ["MASTER_ADDR"], port, token)
+        self._token = token
+        self._missing: dict[int, int] = dict.fromkeys(range(1, self._count), 0) if self._server is not None else {}
+
+    def _listen(self, host: str) -> tuple[int, str]:
+        """Open a port, in the main process, for those that know the token that the processes share."""
+        self._server = socket.create_server((host, 0), backlog=self._count)
+        self._server.setblocking(False)
+        self._selector.register(self._server, selectors.EVENT_READ)
+        return self._server.getsockname()[1], secrets.token_hex(16)
+
+    def _connected(self, host: str, port: int, token: str) -> Line:
+        try:
+            made = socket.create_connection((host, port), timeout=self._seconds)
+        except OSError as error:
+            why = f"process {self._index} cannot reach the main process at {host}:{port}: {error.strerror}"
+            text = f"{why}; open the machines' ports to one another, or use --peer_timeout none"
+            raise OSError(error.errno, text) from None
+        made.setblocking(False)
+        line = Line(made, 0)
+        line.tell(token=token, process=self._index, name=self._name)
+        self._selector.register(made, selectors.EVENT_READ, line)
+        return line
+
+    def __enter__(self) -> "Peers":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Tell the others how this process ends. Raises Stopped where it does because another was lost."""
+        failed, exchange = isinstance(error, Exception), of_an_exchange(error)
+        if exchange:
+            self._lost.wait(SETTLE)
+        self._over.set()
+        self.tell_stage()
+        self._thread.join()
+        words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        own = failed and not self._lost.is_set() and (not exchange or self._server is not None)
+        for line in self._lines.values():
+            line.tell(**{"failed": words, "stage": self.stage()} if own else {"end": True})
+            line.close()
+        for each in (self._server, self._waker, self._woken, self._selector):
+            if each is not None:
+                each.close()
+        if self._lost.is_set() and (exchange or not failed):
+            self._say()
+            if failed:
+                raise Stopped(STATUS) from None
+        elif exchange and self._server is not None and error is not None:
+            error.add_note("; ".join(f"{line.name} was last heard in {line.stage}" for line in self._lines.values()))
+
+    def _watch(self) -> None:
+        turn = time.monotonic()
+        while not self._over.is_set() and not self._lost.is_set():
+            for key, _ in self._selector.select(max(0.0, turn - time.monotonic())):
+                self._attend(key)
+            if time.monotonic() >= turn:
+                turn = time.monotonic() + self._seconds / TURNS
+                self._take_turn()
+        if self._lost.is_set() and not self._over.wait(min(GRACE, self._seconds)):
+            self._say()
+            self.save()
+            if not self._over.is_set():
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(STATUS)
+
+    def tell_stage(self) -> None:
+        """Have the others told what this process is doing now, before the next turn."""
+        with suppress(OSError):  # the watch has ended, or has enough to wake it
+            self._waker.send(b".")
+
+    def _attend(self, key: selectors.SelectorKey) -> None:
+        if key.fileobj is self._server:
+            self._accept()
+        elif isinstance(key.data, Line):
+            self._listen_to(key.data)
+        else:
+            self._woken.recv(LONGEST)
+            for line in self._lines.values():
+                line.tell(stage=self.stage())
+
+    def _accept(self) -> None:
+        assert self._server is not None, "what is accepted came to a server"
+        with suppress(OSError):  # it left again
+            made, _ = self._server.accept()
+            made.setblocking(False)
+            self._selector.register(made, selectors.EVENT_READ, Line(made))
+
+    def _listen_to(self, line: Line) -> None:
+        try:
+            for message in line.heard():
+                line.quiet = 0
+                if line.process < 0:
+                    self._let_in(line, message)
+                self._take(line, message)
+                if line.socket.fileno() < 0:
+                    return
+        except (EOFError, ValueError):
+            self._hang_up(line)
+            if line.process >= 0:
+                text = f"{line.name} is gone, last heard in {line.stage}"
+                self._lose(f"{text}; its own last words, if any, say why", line)
+
+    def _let_in(self, line: Line, message: dict[str, Any]) -> None:
+        """Raises ValueError on one that is none of the run's processes."""
+        token, process = message.get("token"), message.get("process")
+        if not isinstance(token, str) or not secrets.compare_digest(token.encode(), self._token.encode()):
+            raise ValueError("a stranger")
+        if type(process) is not int or self._missing.pop(process, None) is None:
+            raise ValueError("no process that is missing")
+        line.process = process
+        self._lines[process] = line
+        line.tell(name=self._name)
+
+    def _take(self, line: Line, message: dict[str, Any]) -> None:
+        line.name, line.stage = (str(message.get(key, getattr(line, key)))[:200] for key in ("name", "stage"))
+        if "failed" in message:
+            text = f"{line.name} raised {str(message['failed'])[:300]}, in {line.stage}"
+            self._lose(text, line, said=line.process == 0)
+        elif "lost" in message:
+            self._lose(str(message["lost"])[:1000], line, said=True)
+        elif "end" in message:
+            self._hang_up(line)
+
+    def _hang_up(self, line: Line) -> None:
+        """Listen to it no more; what else it has sent is of no matter."""
+        self._lines.pop(line.process, None)
+        self._selector.unregister(line.socket)
+        line.close()
+
+    def _take_turn(self) -> None:
+        """Say that this process is there, and count how long others have not."""
+        for line in self._lines.values():
+            line.tell(stage=self.stage())
+            line.quiet += 1
+        for process in self._missing:
+            self._missing[process] += 1
+        for line in [line for line in self._lines.values() if line.quiet > TURNS]:
+            text = f"{line.name} has been silent for peer_timeout={self._seconds:g} s, last heard in {line.stage}"
+            self._lose(f"{text}: stopped, cut off, or held up in C code that keeps the interpreter", line)
+        if late := [process for process, turns in self._missing.items() if turns > TURNS]:
+            self._lose(f"process {late[0]} has not joined in peer_timeout={self._seconds:g} s")
+
+    def _lose(self, text: str, line: Line | None = None, *, said: bool = False) -> None:
+        """Another process is lost. Of several that find it out one says so: the main process, or, where that is lost
+        and `said` nothing, the second and one of each machine."""
+        if self._lost.is_set():
+            return
+        self._line = f"error: {escape_controls(text)}; {self._advice}"
+        second = self._index == 1 or os.environ.get("LOCAL_RANK") == "0"
+        self._mine = not said and (self._server is not None or second)
+        for other in [*self._lines.values()] if self._server is not None else ():
+            if other is not line:
+                other.tell(lost=text)
+        self._lost.set()
+
+    def _say(self) -> None:
+        if self._mine:
+            self._mine = False
+            os.write(2, f"\n{self._line}\n".encode(errors="replace"))

@@ -1,0 +1,269 @@
+"""Saving a run: what a checkpoint holds, which processes write it, and when: at once, or while training goes on."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from dllm_rl.distributed import from_main, sharding_of, versions
+from dllm_rl.models.base import Policy
+from dllm_rl.models.own import host_copy
+from dllm_rl.recipe import Recipe
+from dllm_rl.screen import escape_controls
+from dllm_rl.training import checkpoint, manifest
+from dllm_rl.training.card import card
+from dllm_rl.training.folder import settings_of
+from dllm_rl.training.log import RunLog
+from dllm_rl.training.parts import Part, Swap, in_step, part_of
+from dllm_rl.training.sft_recipe import SFT
+from dllm_rl.training.sharding import group_size, on_main
+from dllm_rl.training.stop import how_to_continue, with_the_run
+
+if TYPE_CHECKING:
+    from dllm_rl.training.run import Run
+
+Saved = torch.optim.Optimizer | checkpoint.Held | Part
+Write = Callable[..., Path]
+
+
+class Writer:
+    """Writes one checkpoint at a time: at once, or, where `later` is set, in a thread. An error of the thread is raised
+    by the next `check` or `wait`. Where several processes write, `gather` is their exchange, in a group of its own.
+
+    alone  held while the main process saves by itself, from whichever thread.
+    """
+
+    def __init__(self, *, later: bool, group: Any = None) -> None:
+        self.later, self.group, self.alone = later, group, threading.RLock()
+        self._thread: threading.Thread | None = None
+        self._folder: Path | None = None
+        self._error: Exception | None = None
+
+    def run(self, work: Callable[[], Path | None]) -> None:
+        """Have `work` done; the one before it must have been waited for."""
+        if not self.later:
+            self._folder = work()
+            return
+        self._thread = threading.Thread(target=self._in_thread, args=(work,), name="checkpoint")
+        self._thread.start()
+
+    def _in_thread(self, work: Callable[[], Path | None]) -> None:
+        try:
+            with torch.no_grad():
+                self._folder = work()
+        except Exception as error:  # of any kind: it goes on in the main thread
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what a thread that has ended raised."""
+        if self._error is not None and not (self._thread and self._thread.is_alive()):
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> Path | None:
+        """Wait for what is being written; returns the last checkpoint, or None where none could be written."""
+        if self._thread is not None:
+            self._thread.join()
+        self.check()
+        return self._folder
+
+    def close(self) -> None:
+        """Wait, and say an error that nothing has raised: for the end of a run, whatever ended it."""
+        try:
+            self.wait()
+        except Exception as error:  # of any kind: the run is ending already
+            print(f"error: the last checkpoint: {escape_controls(str(error))}", file=sys.stderr, flush=True)
+
+    def gather(self, value: Any) -> list[Any]:
+        said: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(said, value, group=self.group)
+        return said
+
+
+def make_writer(recipe: Recipe, accelerator: Accelerator) -> Writer:
+    """The run's writer, which the end of the run waits for. All processes call it together."""
+    shared = group_size(recipe, accelerator.num_processes) > 1
+    patience = timedelta(seconds=recipe.collective_timeout)
+    writer = Writer(later=recipe.async_save, group=dist.new_group(backend="gloo", timeout=patience) if shared else None)
+    with_the_run().callback(writer.close)
+    return writer
+
+
+def save(run: "Run", step: int) -> None:
+    """Checkpoint after `step` steps, when the one before is written: by the main process, or of a shared-out learner by
+    all, each its part of the optimiser's state. With async_save the state is copied to the host, and written later.
+
+    Raises OSError where it cannot be written and on_save_error is not 'continue'; with async_save, at a later step.
+    """
+    settle(run)
+    if sharding_of(run.policy.module) is not None:
+        run.writer.run(_by_all(run, step))
+    else:
+        from_main(lambda: run.writer.run(_by_main(run, step, copied=run.recipe.async_save)), run.accelerator)
+    if not run.recipe.async_save:
+        settle(run)
+
+
+def settle(run: "Run") -> None:
+    """Wait for the checkpoint that is being written; all processes together."""
+    shared = sharding_of(run.policy.module) is not None
+    if folder := run.writer.wait() if shared else from_main(run.writer.wait, run.accelerator):
+        run.history["checkpoint"] = str(folder)
+
+
+def write_checkpoint(run: "Run", step: int) -> Path | None:
+    """Write a whole learner at once, in the main process alone, after what is being written; returns the checkpoint, or
+    None where it could not be written and the run is to go on."""
+    with run.writer.alone:
+        run.writer.wait()
+        return _by_main(run, step)()
+
+
+def save_at_once(run: "Run") -> None:
+    """When a stop is overdue: save the state after the last whole step, and end the process.
+
+    Not between the update and the end of the step, where the state is that of neither; and not where weights are shared
+    out, which all processes save together, after the step in hand.
+    """
+    during = ["", "rollout", "reward"] + ["scoring"] * (not run.recipe.corrector.align_forward)
+    if run.log.entered not in during or sharding_of(run.policy.module) is not None:
+        return
+    run.stop.disarm()
+    done, recipe = run.history["whole"], run.recipe
+    if run.accelerator.is_main_process:
+        run.writer.wait()
+        if done != run.history.get("saved"):
+            write_checkpoint(run, done)
+    run.stop.leave(f"stopped in the step after step {done}, which is saved; {how_to_continue(recipe)}")
+
+
+def save_alone(run: "Run") -> None:
+    """When another process is lost, and this one's main thread waits for it: save the state after the last whole step,
+    in the main process. It is called in another thread, so that it saves a copy, if that is of one state.
+
+    Not where weights are shared out: no process has them all.
+    """
+    whole = ["", "rollout", "reward", "waiting"]  # between two exchanges that all weights wait for
+    if sharding_of(run.policy.module) is not None or run.log.entered not in whole:
+        return
+    done, version = run.history["whole"], run.policy.version
+    with run.writer.alone, torch.no_grad():
+        if done == run.history.get("saved"):
+            return
+        copies = on_host(run.policy, run.optimizer)
+        if run.policy.version == version and run.log.entered in whole:
+            try:
+                run.writer.wait()
+                _attempt(run, done, _prepared(run, done, *copies))
+            except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
+                print(f"error: step {done} was not saved: {error}", file=sys.stderr, flush=True)
+
+
+def _by_main(run: "Run", step: int, *, copied: bool = False) -> Callable[[], Path | None]:
+    """What the main process is to write; copied: of the state as it is now, whatever becomes of it."""
+    held: tuple[Policy, Saved] = (run.policy, run.optimizer)
+    return partial(_attempt, run, step, _prepared(run, step, *(on_host(*held) if copied else held)))
+
+
+def _by_all(run: "Run", step: int) -> Callable[[], Path | None]:
+    """What this process is to write of a shared-out learner's state. All processes call it, and what it returns."""
+    whole = on_main(run.policy, run.accelerator)
+    part = part_of(run.policy, run.optimizer, copy=run.recipe.async_save)
+    main = run.accelerator.is_main_process
+    assert part is not None or not main, "the main process is of the first replica"
+    write = _prepared(run, step, whole, part) if main and part is not None else None
+
+    def work(swap: Swap) -> Path:
+        if write is None:
+            checkpoint.save_part(step, part, swap)
+        return swap(None if write is None else write(swap=swap))[0]
+
+    return partial(_attempt, run, step, partial(in_step, work, run.writer.gather))
+
+
+@torch.no_grad()
+def on_host(policy: Policy, optimizer: Any) -> tuple[Policy, checkpoint.Held]:
+    """Copies on the host of what is saved of them."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+        return copies[id(tensor)]
+
+    twin: Any = type(policy).__new__(type(policy))
+    twin.__dict__ |= policy.__dict__ | {"module": host_copy(policy.module)}
+    fields = tree_map_only(Tensor, copied, optimizer.state_dict())
+    places = dict(zip(policy.module.parameters(), twin.module.parameters(), strict=True))
+    state = {places[p]: tree_map_only(Tensor, copied, held) for p, held in optimizer.state.items()}
+    return twin, checkpoint.Held(state, fields)
+
+
+def _prepared(run: "Run", step: int, policy: Policy, optimizer: Saved) -> Write:
+    """`checkpoint.save` with all that it is to write; what it is told of the run is that of now."""
+    recipe, history, directory = run.recipe, run.history, Path(run.recipe.directory)
+    state = {
+        "seconds": history["seconds"] + time.perf_counter() - history["begun"],
+        "eval_before": history["eval_before"],
+        "warmup_steps": history["warmup_steps"],
+    }
+    kept = history["warmup_steps"] if recipe.lora is not None else recipe.beta
+    if kept and (directory / "reference" / manifest.NAME).exists():
+        state["reference"] = manifest.read(directory / "reference")["sha256"]
+    told = card(recipe, step=step, evaluations={"before RL": history["eval_before"]}, metrics=run.log.last)
+    return with_settings(recipe, run.accelerator, step, state, held=(run.log, policy, optimizer), card=told)
+
+
+def _attempt(run: "Run", step: int, write: Write) -> Path | None:
+    """Write; None where that fails and the run is to go on."""
+    if folder := attempt(run.recipe, run.log, write):
+        run.history["saved"] = step
+    return folder
+
+
+def with_settings(
+    recipe: Recipe | SFT,
+    accelerator: Accelerator,
+    step: int,
+    state: dict[str, Any],
+    *,
+    held: tuple[RunLog, Policy, Saved],
+    card: str | None = None,
+) -> Write:
+    """`checkpoint.save` of what is held, with the recipe and the log's clocks; the log's rows are on disk."""
+    log, policy, optimizer = held
+    log.flush()
+    dtype = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
+    return partial(
+        checkpoint.save,
+        Path(recipe.directory) / "checkpoints",
+        step,
+        policy,
+        optimizer,
+        {"dtype": dtype, "stages": dict(log.seconds), **state, "recipe": settings_of(recipe)},
+        keep=recipe.save_total_limit,
+        processes=accelerator.num_processes,
+        versions=versions(),
+        card=card,
+    )
+
+
+def attempt(recipe: Recipe | SFT, log: RunLog, write: Write) -> Path | None:
+    """Write; returns the checkpoint, or None where that failed and the run is to go on."""
+    try:
+        return write()
+    except OSError as error:
+        if recipe.on_save_error == "stop":
+            raise
+        log.say(f"warning: {error.strerror}")
+        return None

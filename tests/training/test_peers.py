@@ -1,0 +1,231 @@
+"""The watch of processes over one another, in one process: turns are taken by hand, messages go over real sockets."""
+
+import json
+import socket
+import threading
+
+import pytest
+
+from dllm_rl.distributed import OneProcess
+from dllm_rl.training import peers
+from dllm_rl.training.peers import STATUS, TURNS, Peers
+from dllm_rl.training.stop import Stopped
+
+GLOO = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Makes the watch of each of so many processes; what they have open is closed afterwards."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(peers, "SETTLE", 60.0)
+    opened, all_of = [], []
+
+    def from_main(work, processes):
+        if processes.process_index == 0:
+            opened.append(work())
+        return opened[-1]
+
+    def make(count, seconds=60.0):
+        monkeypatch.setattr(peers, "from_main", from_main)
+        options = {"seconds": seconds, "advice": "go on"}
+        for index in range(count):
+            all_of.append(Peers(OneProcess(count, index), **options))
+        for _ in range(count - 1):
+            hear(all_of[0])  # the connection
+        while len(all_of[0]._lines) < count - 1:
+            hear(all_of[0])  # who it is
+        return list(all_of)
+
+    yield make
+    for each in all_of:
+        for line in each._lines.values():
+            line.socket.close()
+        for thing in (each._server, each._waker, each._woken, each._selector):
+            if thing is not None:
+                thing.close()
+
+
+def hear(watch):
+    """What the watch's thread does when something has come in, until it has."""
+    events = watch._selector.select(60)
+    assert events, "nothing came"
+    for key, _ in events:
+        watch._attend(key)
+
+
+def test_silence_is_counted_in_turns_and_ended_by_a_word(made):
+    main, first, second = made(3)
+    for _ in range(TURNS):
+        main._take_turn()
+        first._take_turn()
+    hear(main)
+    assert main._lines[1].quiet == 0 and main._lines[2].quiet == TURNS and not main._lost.is_set()
+    main._take_turn()
+    assert main._lost.is_set() and main._mine
+    assert main._line.startswith("error: process 2 (") and main._line.endswith("interpreter; go on")
+    while not first._lost.is_set():
+        hear(first)
+    assert first._line == main._line and not first._mine, "one process says it"
+    second._take_turn()
+    assert not second._lost.is_set()
+
+
+def test_slow_work_is_no_loss(made):
+    """The thread beats whatever the main thread does: however many turns pass, each is heard before the next."""
+    main, other = made(2)
+    other.stage = lambda: "rollout, after 7 steps"
+    for _ in range(5 * TURNS):
+        main._take_turn()
+        other._take_turn()
+        hear(main)
+        hear(other)
+    assert not main._lost.is_set() and not other._lost.is_set()
+    assert main._lines[1].stage == "rollout, after 7 steps"
+
+
+def test_a_stage_is_told_when_it_is_entered_and_is_no_turn(made):
+    main, other = made(2)
+    other.stage = lambda: "reward, after 7 steps"
+    for _ in range(TURNS + 1):
+        other.tell_stage()
+        hear(other)
+    hear(main)
+    assert main._lines[1].stage == "reward, after 7 steps" and not other._lost.is_set()
+
+
+def test_a_silent_main_process_is_named_by_the_second_alone(made):
+    _, first, second = made(3)
+    for watch in (first, second):
+        for _ in range(TURNS + 1):
+            watch._take_turn()
+        assert "process 0" in watch._line and watch._mine == (watch is first)
+
+
+def test_a_closed_connection_is_a_loss_and_a_farewell_is_none(made):
+    main, first, second = made(3)
+    first._lines[0].tell(end=True)
+    first._lines[0].socket.close()
+    hear(main)
+    assert 1 not in main._lines and not main._lost.is_set()
+    second._lines[0].socket.close()
+    hear(main)
+    assert "process 2" in main._line and "is gone, last heard in its start; its own last words" in main._line
+
+
+def test_one_that_never_joins_is_named(made):
+    main = made(2)[0]
+    main._missing[1] = 0
+    for _ in range(TURNS + 1):
+        main._lines[1].quiet = 0
+        main._take_turn()
+    assert main._line == "error: process 1 has not joined in peer_timeout=60 s; go on"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b'{"token": "0", "process": 1, "failed": "x"}\n',
+        b'{"token": null, "process": 1}\n',
+        b'{"failed": "x"}\n',
+        b"[1]\n",
+        b"\xff\n",
+        b"[" * 60_000 + b"\n",
+        b"x" * 200_000,
+        b'{"token": TOKEN, "process": 1}\n',  # which is there already
+        b'{"token": TOKEN, "process": 9}\n',
+        b'{"token": TOKEN, "process": [1]}\n',
+        b"",
+    ],
+)
+def test_strangers_are_hung_up_on(made, said):
+    main, _ = made(2)
+    with socket.create_connection(main._server.getsockname()) as stranger:
+        stranger.settimeout(60)
+        hear(main)
+        said = said.replace(b"TOKEN", json.dumps(main._token).encode())
+        sender = threading.Thread(target=send, args=(stranger, said))
+        sender.start()
+        before = len(main._selector.get_map())
+        while len(main._selector.get_map()) == before:
+            hear(main)
+        sender.join()
+    assert not main._lost.is_set() and list(main._lines) == [1]
+
+
+def send(stranger, said):
+    try:
+        stranger.sendall(said)
+        if not said:
+            stranger.shutdown(socket.SHUT_WR)
+    except OSError:  # hung up on meanwhile
+        pass
+
+
+def test_an_error_is_told_and_ends_the_others_with_one_line(made, capfd):
+    """The second raises; the others fail in an exchange, and end with a status instead of that error."""
+    watches, ends = made(3), {}
+
+    def run(watch, error, others):
+        try:
+            with watch:
+                others.wait(60)
+                raise error
+        except (Stopped, ValueError, RuntimeError) as end:
+            ends[watch._index] = end
+
+    told = threading.Event()
+    errors = [RuntimeError(GLOO), ValueError("bad\x1b[2J"), RuntimeError(GLOO)]
+    arguments = [(watch, error, told) for watch, error in zip(watches, errors, strict=True)]
+    threads = [threading.Thread(target=run, args=each) for each in arguments]
+    for thread in threads:
+        thread.start()
+    told.set()
+    for thread in threads:
+        thread.join()
+    assert isinstance(ends[1], ValueError)
+    assert [ends[0].args, ends[2].args] == [(STATUS,)] * 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: process 1 (")
+    assert lines[0].endswith("raised ValueError: bad␛[2J, in its start; go on")
+    assert not [thread for thread in threading.enumerate() if thread.name == "peers"]
+
+
+def test_an_error_of_all_is_said_by_each_alone(made, capfd):
+    watches = made(2)
+    barrier = threading.Barrier(2, timeout=60)
+
+    def run(watch):
+        with pytest.raises(ValueError, match="no such setting"), watch:
+            barrier.wait()
+            raise ValueError("no such setting")
+
+    threads = [threading.Thread(target=run, args=(watch,)) for watch in watches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert capfd.readouterr().err == ""
+
+
+def test_an_exchange_that_nobody_failed_says_where_the_others_are(made, monkeypatch):
+    monkeypatch.setattr(peers, "SETTLE", 0.0)
+    main, other = made(2)
+    other.stage = lambda: "reward, after 3 steps"
+    other._take_turn()
+    hear(main)
+    with pytest.raises(RuntimeError, match="gloo/transport") as caught, main:
+        raise RuntimeError(GLOO)
+    assert caught.value.__notes__[0].endswith("was last heard in reward, after 3 steps")
+
+
+def test_one_that_cannot_be_reached_is_a_line(made, monkeypatch):
+    made(1)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        monkeypatch.setattr(peers, "from_main", lambda work, processes: (port, "token"))
+        with pytest.raises(OSError, match=rf"process 1 cannot reach the main process at 127.0.0.1:{port}: .*none"):
+            Peers(OneProcess(2, 1), seconds=60.0, advice="")
