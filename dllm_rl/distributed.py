@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,19 @@ def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, floa
         for name, (total, count) in zip(metrics, pairs, strict=True)
         if count
     }
+
+
+def waited(stage: str, accelerator: Accelerator) -> Metrics:
+    """waiting/STAGE: the seconds that a process, done with its own work, waits here for the slowest; their mean over
+    processes is `reduce_metrics`' to take. Nothing with one process."""
+    if accelerator.num_processes == 1:
+        return {}
+    if accelerator.device.type != "cpu":
+        torch.accelerator.synchronize(accelerator.device)
+    begin = time.perf_counter()
+    accelerator.wait_for_everyone()
+    spent = torch.tensor([time.perf_counter() - begin, 1.0], dtype=torch.double, device=accelerator.device)
+    return {f"waiting/{stage}": (spent[0], spent[1])}
 
 
 def find_device(name: str | None = None) -> torch.device:
@@ -195,6 +209,28 @@ def shard(
     module.to(accelerator.device)  # buffers
     group = dist.new_group(backend="gloo", timeout=None if timeout is None else timedelta(seconds=timeout))
     module.sharding = Sharding(backbone, heads, plain, group)
+
+
+def processes() -> tuple[int, int]:
+    """How many processes were joined, and this one's number among them."""
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+
+def gather_numbers(mine: Tensor) -> Tensor:
+    """(K,) of each process -> (W, K), on the host."""
+    found = mine.new_empty(processes()[0] * len(mine))
+    dist.all_gather_into_tensor(found, mine)
+    return found.view(-1, len(mine)).cpu()
+
+
+def swap(sent: Sequence[tuple[int, Tensor]], wanted: Sequence[tuple[int, Tensor]]) -> None:
+    """Send tensors to the processes beside them, and fill the wanted ones with what those beside them send; one each
+    way between two processes, who know its shape."""
+    sends = [dist.P2POp(dist.isend, tensor.contiguous(), process) for process, tensor in sent]
+    receives = [dist.P2POp(dist.irecv, tensor, process) for process, tensor in wanted]
+    if sends or receives:
+        for work in dist.batch_isend_irecv([*sends, *receives]):
+            work.wait()
 
 
 def part_like(value: Any, tensor: Tensor) -> Any:

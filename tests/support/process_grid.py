@@ -3,15 +3,17 @@ LoRA, inner iterations and dynamic sampling, micro-batches of one group and of a
 
     PYTHONPATH=.:tests/support python tests/support/process_grid.py FOLDER [STEPS]
 
-runs all of it on a CPU and prints, of every launch, the largest differences from one process that takes all rows at
-once. A subset of it is in tests/training/test_sharding.py and tests/training/test_two_processes.py.
+runs all of it on a CPU, with groups evened out however few rows that moves, and prints, of every launch, the largest
+differences from one process that takes all rows at once. A subset of it is in tests/training/test_sharding.py.
 """
 
 import itertools
 import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 from ranks import run_ranks
@@ -22,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dllm_rl import lora_r16
 from dllm_rl.models.base import whole
+from dllm_rl.training import evening
 
 LAUNCHES = {1: (1,), 2: (1, 0), 3: (1, 0), 4: (1, 0, 2)}
 MODELS = {"diffusion": tiny_recipe, "ar": tiny_recipe_ar}
@@ -60,12 +63,28 @@ def run_all(folder, steps, sizes, *only):
                 gradients.append(torch.cat(parts))
 
             hook = register_optimizer_step_pre_hook(keep)
-            _, seen = trained(made[name])
+            with travelling() as travelled:
+                _, seen = trained(made[name])
             hook.remove()
             there = Path(made[name].directory)
             torch.save(seen, there / f"rollouts-{rank}.pt")
             if rank == "0":
                 torch.save(torch.stack(gradients), there / "gradients.pt")
+                (there / "travelled.json").write_text(json.dumps(travelled))
+
+
+@contextmanager
+def travelling():
+    """Every group that makes a process's share more even is run there, however small; yields how many, call by call."""
+    found, moves = [], evening.moves
+
+    def counted(costs, *, extra):
+        plan = moves(costs, extra=0)
+        found.append(len(plan))
+        return plan
+
+    with mock.patch.object(evening, "moves", counted):
+        yield found
 
 
 def differences(one, other):

@@ -20,6 +20,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl import aligned, tiny_masked_lm
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.training import train
+from dllm_rl.training.plots import read_metrics
 from dllm_rl.training.run import check_processes
 from dllm_rl.training.sharding import check_engine, check_module, check_sharding
 
@@ -56,7 +57,7 @@ def test_a_learner_shared_out_trains_as_a_whole_one(tmp_path, one):
 @pytest.mark.slow
 def test_three_processes_train_as_one(tmp_path):
     """Whole and shared out: rollouts token by token, the rest to fp32 rounding. `process_grid.py` does many more."""
-    names = "diffusion-full-iterations-group", "ar-lora-dynamic-all"
+    names = "diffusion-full-iterations-group", "ar-lora-dynamic-group"
     process_grid.run_all(tmp_path, 3, (1,), "diffusion-full-iterations-all", "ar-lora-dynamic-all")
     run_ranks(f"import sys, process_grid as g; g.run_all(sys.argv[1], 3, (1, 0), *{names})", 3, tmp_path)
     for size, name in itertools.product((1, 0), names):
@@ -65,6 +66,9 @@ def test_three_processes_train_as_one(tmp_path):
         assert apart.pop("tokens") == 0
         limits = {"loss": 1e-4, "metrics": 2e-3, "gradients": 1e-4, "weights": 2e-5, "log-probs": 2e-5}
         assert all(apart[kind] < limit for kind, limit in limits.items()), (size, name, apart)
+        assert sum(json.loads((three / "travelled.json").read_text())) > 0, "some groups are run by another process"
+        waits = [row[f"waiting/{stage}"] for row in read_metrics(three) for stage in ("rollout", "scoring", "update")]
+        assert len(waits) == 9 and min(waits) >= 0 and max(waits) > 0
         if "dynamic" in name:
             assert any(row["dynamic_sampling/draws"] > 1 for row in metrics_of(three))
     for row in torch.load(tmp_path / "1-1" / "diffusion-full-iterations-all" / "gradients.pt"):
