@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,18 +38,33 @@ def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = F
     """Sum gradients over processes: the loss is a sum over the global batch, divided by its global counts already.
 
     A parameter that no token reached gets zeros, so that the optimiser and the other processes treat it like any other.
+    Buckets travel one behind the other: while one does, the next is put together and the last one's sums are put back.
     """
     gradients = []
     for parameter in (p for p in module.parameters() if p.requires_grad):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
-    if accelerator.num_processes == 1 or sharding_of(module) is not None:  # summed in the backward already
+    count = accelerator.num_processes
+    if count == 1 or sharding_of(module) is not None:  # summed in the backward already
         return
+    under_way = deque[tuple[list[Tensor], Tensor, Any]]()
     for bucket in buckets(gradients):
-        flat = accelerator.reduce(torch.cat([g.flatten() for g in bucket]), reduction="mean" if mean else "sum")
-        for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        flat = torch.cat([g.flatten() for g in bucket])
+        under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        if len(under_way) == 2:
+            put_back(*under_way.popleft(), divisor=count if mean else 1)
+    for one in under_way:
+        put_back(*one, divisor=count if mean else 1)
+
+
+def put_back(bucket: list[Tensor], flat: Tensor, work: Any, *, divisor: int) -> None:
+    """Wait for a bucket's sums, and write them, divided, over the gradients that it was made of."""
+    work.wait()
+    if divisor > 1:
+        flat /= divisor
+    for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
 
 
 def buckets(tensors: Sequence[Tensor], *, numbers: int = BUCKET) -> Iterator[list[Tensor]]:

@@ -412,7 +412,14 @@ MUTATIONS = [
     *mutations(
         "distributed.py",
         "training/test_two_processes.py",
-        ('reduction="mean" if mean else "sum"', 'reduction="mean"'),
+        (
+            "    for one in under_way:\n        put_back(*one, divisor=count if mean else 1)\n",
+            "",
+            "test_distributed.py",
+        ),
+        ("    work.wait()\n    if divisor", "    if divisor", "test_distributed.py"),
+        ("if len(under_way) == 2:", "if len(under_way) == 1:", "test_distributed.py"),
+        ("        flat /= divisor\n", "        pass\n", "test_distributed.py"),
         ('total if name == "loss" else total / count', "total / count"),
         (
             "rows.chunk(accelerator.num_processes)[accelerator.process_index]",
