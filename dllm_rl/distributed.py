@@ -140,8 +140,8 @@ def make_accelerator(
     log_with: Sequence[str] = (),
     directory: str | None = None,
 ) -> Accelerator:
-    """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched, or is
-    on another kind of device, which it keeps from the first Accelerator of a process on.
+    """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched or did
+    not launch all, or is on another kind of device, which it keeps from the first Accelerator of a process on.
 
     timeout  seconds that a process waits for the others in an exchange before it stops; None: torch's own.
     log_with, directory  trackers by Accelerate's names, and the folder that tensorboard's events go below.
@@ -161,6 +161,11 @@ def make_accelerator(
     if accelerator.num_processes != launched():
         raise RuntimeError(
             f"{launched()} processes were launched, but Accelerate joined {accelerator.num_processes}: check the config"
+        )
+    if on_cpu and accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise RuntimeError(
+            "Accelerate was asked for several CPU processes and started one, as it does with --cpu: give it a config "
+            "with distributed_type: MULTI_GPU and use_cpu: true, like recipes/accelerate/cpu_2.yaml"
         )
     if accelerator.device.type != wanted.type:
         raise RuntimeError(
