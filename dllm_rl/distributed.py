@@ -46,7 +46,10 @@ def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = F
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
     count = accelerator.num_processes
-    if count == 1 or sharding_of(module) is not None:  # summed in the backward already
+    if sharding_of(module) is not None:  # summed in the backward already
+        for gradient in gradients if mean else []:
+            gradient /= count
+    if count == 1 or sharding_of(module) is not None:
         return
     under_way = deque[tuple[list[Tensor], Tensor, Any]]()
     for bucket in buckets(gradients):

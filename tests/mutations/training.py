@@ -156,6 +156,12 @@ MUTATIONS = [
         ('if parse_flag_from_env(f"ACCELERATE_USE_{name}"):', "if False:"),
     ),
     *mutations(
+        "training/warmup.py",
+        "training/test_sharding.py::test_a_learner_shared_out_trains_as_a_whole_one",
+        ("with in_pace(policy, backward=True):\n            loss", "with in_pace(policy):\n            loss"),
+        ("if not norm.isfinite():", "if False:", "training/test_warmup.py"),
+    ),
+    *mutations(
         "training/evening.py",
         "training/test_evening.py",
         ("cost + extra < apart", "cost < apart"),
@@ -190,7 +196,8 @@ MUTATIONS = [
         ("        head.set_requires_gradient_sync(False)\n", ""),
         ("unit.set_gradient_divide_factor(1.0)", "unit.set_gradient_divide_factor(2.0)"),
         ("            head.set_requires_gradient_sync(True)\n", ""),
-        ("or sharding_of(module) is not None:", "or False:"),
+        ("count == 1 or sharding_of(module) is not None:", "count == 1:"),
+        ("            gradient /= count\n", "            pass\n"),
         (".to_local().clone()", ".to_local().clone() * 0"),
     ),
     *mutations(
