@@ -6,6 +6,8 @@ import math
 import os
 import platform
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,18 +38,36 @@ def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = F
     """Sum gradients over processes: the loss is a sum over the global batch, divided by its global counts already.
 
     A parameter that no token reached gets zeros, so that the optimiser and the other processes treat it like any other.
+    Buckets travel one behind the other: while one does, the next is put together and the last one's sums are put back.
     """
     gradients = []
     for parameter in (p for p in module.parameters() if p.requires_grad):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
-    if accelerator.num_processes == 1 or sharding_of(module) is not None:  # summed in the backward already
+    count = accelerator.num_processes
+    if sharding_of(module) is not None:  # summed in the backward already
+        for gradient in gradients if mean else []:
+            gradient /= count
+    if count == 1 or sharding_of(module) is not None:
         return
+    under_way = deque[tuple[list[Tensor], Tensor, Any]]()
     for bucket in buckets(gradients):
-        flat = accelerator.reduce(torch.cat([g.flatten() for g in bucket]), reduction="mean" if mean else "sum")
-        for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        flat = torch.cat([g.flatten() for g in bucket])
+        under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        if len(under_way) == 2:
+            put_back(*under_way.popleft(), divisor=count if mean else 1)
+    for one in under_way:
+        put_back(*one, divisor=count if mean else 1)
+
+
+def put_back(bucket: list[Tensor], flat: Tensor, work: Any, *, divisor: int) -> None:
+    """Wait for a bucket's sums, and write them, divided, over the gradients that it was made of."""
+    work.wait()
+    if divisor > 1:
+        flat /= divisor
+    for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
 
 
 def buckets(tensors: Sequence[Tensor], *, numbers: int = BUCKET) -> Iterator[list[Tensor]]:
@@ -88,6 +108,19 @@ def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, floa
     }
 
 
+def waited(stage: str, accelerator: Accelerator) -> Metrics:
+    """waiting/STAGE: the seconds that a process, done with its own work, waits here for the slowest; their mean over
+    processes is `reduce_metrics`' to take. Nothing with one process."""
+    if accelerator.num_processes == 1:
+        return {}
+    if accelerator.device.type != "cpu":
+        torch.accelerator.synchronize(accelerator.device)
+    begin = time.perf_counter()
+    accelerator.wait_for_everyone()
+    spent = torch.tensor([time.perf_counter() - begin, 1.0], dtype=torch.double, device=accelerator.device)
+    return {f"waiting/{stage}": (spent[0], spent[1])}
+
+
 def find_device(name: str | None = None) -> torch.device:
     """The device of that name; without one, the accelerator where there is one, else the CPU.
 
@@ -117,8 +150,8 @@ def make_accelerator(
     log_with: Sequence[str] = (),
     directory: str | None = None,
 ) -> Accelerator:
-    """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched, or is
-    on another kind of device, which it keeps from the first Accelerator of a process on.
+    """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched or did
+    not launch all, or is on another kind of device, which it keeps from the first Accelerator of a process on.
 
     timeout  seconds that a process waits for the others in an exchange before it stops; None: torch's own.
     log_with, directory  trackers by Accelerate's names, and the folder that tensorboard's events go below.
@@ -138,6 +171,11 @@ def make_accelerator(
     if accelerator.num_processes != launched():
         raise RuntimeError(
             f"{launched()} processes were launched, but Accelerate joined {accelerator.num_processes}: check the config"
+        )
+    if on_cpu and accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise RuntimeError(
+            "Accelerate was asked for several CPU processes and started one, as it does with --cpu: give it a config "
+            "with distributed_type: MULTI_GPU and use_cpu: true, like recipes/accelerate/cpu_2.yaml"
         )
     if accelerator.device.type != wanted.type:
         raise RuntimeError(
@@ -202,6 +240,28 @@ def shard(
     module.to(accelerator.device)  # buffers
     group = dist.new_group(backend="gloo", timeout=None if timeout is None else timedelta(seconds=timeout))
     module.sharding = Sharding(backbone, heads, plain, group)
+
+
+def processes() -> tuple[int, int]:
+    """How many processes were joined, and this one's number among them."""
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+
+def gather_numbers(mine: Tensor) -> Tensor:
+    """(K,) of each process -> (W, K), on the host."""
+    found = mine.new_empty(processes()[0] * len(mine))
+    dist.all_gather_into_tensor(found, mine)
+    return found.view(-1, len(mine)).cpu()
+
+
+def swap(sent: Sequence[tuple[int, Tensor]], wanted: Sequence[tuple[int, Tensor]]) -> None:
+    """Send tensors to the processes beside them, and fill the wanted ones with what those beside them send; one each
+    way between two processes, who know its shape."""
+    sends = [dist.P2POp(dist.isend, tensor.contiguous(), process) for process, tensor in sent]
+    receives = [dist.P2POp(dist.irecv, tensor, process) for process, tensor in wanted]
+    if sends or receives:
+        for work in dist.batch_isend_irecv([*sends, *receives]):
+            work.wait()
 
 
 def part_like(value: Any, tensor: Tensor) -> Any:

@@ -1,8 +1,13 @@
 """Gradients are summed over processes in buckets: nothing is left out, and nothing of another dtype is mixed in."""
 
-import torch
+from functools import partial
 
-from dllm_rl.distributed import buckets
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dllm_rl import distributed
+from dllm_rl.distributed import buckets, sum_gradients
 
 
 def test_buckets_keep_order_and_dtype_and_size():
@@ -12,3 +17,37 @@ def test_buckets_keep_order_and_dtype_and_size():
     assert found == [[3, 4], [9], [2], [2]], "one that is larger than a bucket stands alone"
     assert [tensor for bucket in buckets(tensors) for tensor in bucket] == tensors
     assert list(buckets([])) == []
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_buckets_travel_one_behind_the_other_and_are_put_back_when_they_have_arrived(monkeypatch, mean):
+    """With a stand-in for the exchange, whose sums over three processes are there when they are waited for."""
+    events = []
+
+    class Work:
+        def __init__(self, flat):
+            self.flat = flat
+
+        def wait(self):
+            events.append(("arrived", self.flat.numel()))
+            self.flat *= 5
+
+    def all_reduce(flat, async_op):
+        assert async_op
+        events.append(("started", flat.numel()))
+        return Work(flat)
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(distributed, "buckets", partial(buckets, numbers=8))
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    module = torch.nn.ParameterList([torch.zeros(3), torch.zeros(2, 2), torch.zeros(9), torch.zeros(1)])
+    for i, parameter in enumerate(module, start=1):
+        parameter.grad = torch.arange(parameter.numel()).view_as(parameter) + 10.0 * i
+    module[3].grad = None  # no token reached it
+    sum_gradients(module, Accelerator(cpu=True), mean=mean)
+    for i, parameter in enumerate(module, start=1):
+        own = (torch.arange(parameter.numel()).view_as(parameter) + 10.0 * i) * (i < 4)
+        assert torch.equal(parameter.grad, own * 5 / 3 if mean else own * 5)
+    assert events == [
+        ("started", 7), ("started", 9), ("arrived", 7), ("started", 1), ("arrived", 9), ("arrived", 1),
+    ]  # fmt: skip

@@ -94,6 +94,11 @@ PANELS = (
     Panel("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}),
     Panel("Completion length", "tokens", {"completions/mean_length": "mean"}),
     Panel("Memory", "GB, peak so far", {"memory/peak_gb": "main process"}),
+    Panel(
+        "Waiting for the slowest",
+        "s a step, mean over processes",
+        {f"waiting/{stage}": stage for stage in ("rollout", "scoring", "update")},
+    ),
 )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Policy, whole
 from dllm_rl.models.experts import STACKS, LoraExperts, stack_of
 from dllm_rl.models.lora import LoraLinear, check_mergeable
 from dllm_rl.quantization.experts import Experts, mixture
@@ -64,13 +64,15 @@ class _AlignedLinear:
         self.name, self.target = name, target
         self.source: Any = source
         self.base: Any = source.base_layer if isinstance(source, LoraLinear | LoraExperts) else source
+        self.held = list(self.source.parameters())  # outside of a forward: of a shared-out learner its parts
         self.seen = self.versions()
 
     def versions(self) -> list[int]:
-        return [parameter._version for parameter in self.source.parameters()]
+        return [parameter._version for parameter in self.held]
 
     def weight(self) -> Tensor:
-        """The learner's high-precision weight, an adapter's part included, differentiable."""
+        """The learner's high-precision weight, an adapter's part included, differentiable; inside a forward whole, also
+        where several processes hold it between them."""
         return self.source.weight if self.base is self.source else self.source.merged()
 
     def follow(self) -> None:
@@ -85,7 +87,7 @@ class _AlignedLinear:
         return StraightThrough.apply(x, self.weight(), self.base.bias, self.target)
 
     def refresh(self) -> None:
-        _, finite = load_weight_(self.target, self.weight().detach())
+        _, finite = load_weight_(self.target, whole(self.weight().detach()))
         check_finite({self.name: finite})
         self.seen = self.versions()
 
@@ -104,7 +106,7 @@ class _AlignedExperts(_AlignedLinear):
     def refresh(self) -> None:
         finite = {}
         for stack in STACKS:
-            weights = zip(getattr(self.target, stack), stack_of(self.source, stack).detach(), strict=True)
+            weights = zip(getattr(self.target, stack), whole(stack_of(self.source, stack).detach()), strict=True)
             for expert, (layer, weight) in enumerate(weights):
                 _, finite[f"{self.name}.{stack}.{expert}"] = load_weight_(layer, weight)
         check_finite(finite)
@@ -120,9 +122,9 @@ def aligned_forward(
     scope  name of a layer -> whether to align it; None aligns every layer that the rollout has quantised.
 
     Adapters are merged into the operand, and take their gradient from that of the merged weight. Inside the block an
-    optimiser step is noticed at the next forward, which quantises the moved weight again, once, into the rollout's own
-    storage. What is yielded does that at once for every layer, for an optimiser that writes past autograd's version
-    counters. The layers' own forward is restored however the block ends.
+    optimiser step, also on parts of a shared-out weight, is noticed at the next forward, which quantises the moved
+    weight again, once, into the rollout's own storage. What is yielded does that at once for every layer, for an
+    optimiser that writes past autograd's version counters. The layers' own forward is restored however the block ends.
 
     Raises ValueError when the rollout's weights are not those of the learner at the start of the block, or for adapters
     with dropout, which a merged weight cannot have.

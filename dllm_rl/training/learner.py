@@ -23,7 +23,16 @@ from torch import Tensor
 
 from dllm_rl.algorithms.mismatch import PREFIX, group_weights, mismatch_metrics, off_policy_metrics, symptom_metrics
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
-from dllm_rl.distributed import Metrics, gather_on_host, in_pace, local, reduce_metrics, sum_gradients, sum_over
+from dllm_rl.distributed import (
+    Metrics,
+    gather_on_host,
+    in_pace,
+    local,
+    reduce_metrics,
+    sum_gradients,
+    sum_over,
+    waited,
+)
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.replay import as_noted, as_sampled, blank, routing_counts, routing_metrics
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
@@ -34,6 +43,7 @@ from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.samplers.agreement import order_agreement
+from dllm_rl.training.evening import Evened, even_out
 from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 
 
@@ -131,19 +141,23 @@ def score(
     Raises RuntimeError with zero_mismatch where the sides differ.
     """
     likelihood, size, replay = recipe.likelihood, recipe.micro_batch_size, recipe.router_replay
-    under = partial(likelihood.logprobs, rollout=rollout, noise=noise, micro_batch_size=size)
+    keep = keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
+    even = even_out(rollout, noise, stays=keep or recipe.zero_mismatch or replay is not None)
+    run = partial(even.run, likelihood, micro_batch_size=size)
     note = None if replay is None else blank(policy, rollout, noise)
     anchor = None
     if reference is not None:
         with in_pace(reference):
-            anchor = under(reference)
+            found = run(reference)
+        anchor = likelihood.combine(even.home(found), noise)
     sampled = recorded(rollout, noise) if likelihood.exact_for_sampler else None
     if sampled is None and rollout_policy is not policy:
-        sampled = under(rollout_policy, note=note if replay == "R3" else None)
+        found = run(rollout_policy, note=note if replay == "R3" else None)
+        sampled = likelihood.combine(even.home(found), noise)
     if replay == "R3":
         exact = likelihood.exact_for_sampler
         noise = as_sampled(noise, rollout) if exact else as_noted(noise, rollout, note)
-    keep = keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
+        even = Evened([(rollout, noise)])
     order: dict = {}
     routing = None
     with in_pace(policy):
@@ -151,7 +165,8 @@ def score(
             order = order_agreement(policy, rollout)
             routing = routing_counts(policy, rollout_policy, rollout, noise)
         own = note if replay == "R2" else None
-        scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep, note=own)
+        found = even.run(likelihood, policy, micro_batch_size=size, keep_graphs=keep, note=own)
+    scores = even.home(found)
     if replay == "R2":
         noise = as_noted(noise, rollout, note)
     old = likelihood.combine(scores.detach(), noise)
@@ -196,9 +211,10 @@ def correct(
     chosen, flat = learned_groups(recipe, advantages), rearrange(advantages, "p g -> (p g)")
     learned, row_weights = (repeat(x, "p -> (p g)", g=group_size) for x in (chosen, groups))
     mask = noise.scored(rollout.completion_mask)
+    lost = reduce_metrics(waited("scoring", accelerator), accelerator)
     parts = (torch.where(mask, logps.old - logps.rollout, 0), mask, rollout.completion_mask, logps.old, rollout.tokens)
     log_mismatch, scored, completion, old, tokens = gather_on_host(parts, accelerator)
-    metrics = mismatch_metrics(log_mismatch, completion, old=old, advantages=flat, row_weights=row_weights)
+    metrics = lost | mismatch_metrics(log_mismatch, completion, old=old, advantages=flat, row_weights=row_weights)
     corrected = scored & learned[:, None]
     log_mismatch = torch.where(corrected, log_mismatch, 0)
     weights, keep, reasons = recipe.corrector.weigh(log_mismatch, flat, corrected)
@@ -275,17 +291,20 @@ def update(
     gathered = {"learning_rate": learning_rate}
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+    keep, size = batch.old_scores.grad_fn is not None, micro_batch_size
+    even = even_out(batch.rollout, batch.noise, stays=keep or batch.noise.experts is not None)
     for iteration in range(num_iterations):
         scores = batch.old_scores
         if iteration:
             torch.clear_autocast_cache()  # autocast's bf16 copies are those of the weights before the last step
-            keep, size = scores.grad_fn is not None, micro_batch_size
             with in_pace(policy):
-                scores = likelihood.scores(policy, batch.rollout, batch.noise, micro_batch_size=size, keep_graphs=keep)
+                found = even.run(likelihood, policy, micro_batch_size=size, keep_graphs=keep)
+            scores = even.home(found)
         optimizer.zero_grad(set_to_none=True)
         metrics = accumulate_gradients(
-            policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=micro_batch_size
+            policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=size, even=even
         )
+        metrics |= waited("update", accelerator)
         sum_gradients(policy.module, accelerator)
         trained = [p for p in policy.module.parameters() if p.requires_grad]
         norm = whole(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm))
@@ -310,11 +329,13 @@ def accumulate_gradients(
     loss: Loss,
     likelihood: LikelihoodEstimator,
     micro_batch_size: int | None = None,
+    even: Evened | None = None,
 ) -> Metrics:
     """Add this process's share of the loss gradient to the parameters; returns its metrics as (sum, count) pairs.
 
     scores  the current log-probs of every view, nats; with their graphs, the backward goes through those and frees
-            them, and no forward is run. The other arguments are those of `update`.
+            them, and no forward is run.
+    even    who runs which forwards; None: each process its own. The other arguments are those of `update`.
     """
     leaves = scores.detach().requires_grad_()
     logps = likelihood.combine(leaves, batch.noise)
@@ -324,14 +345,17 @@ def accumulate_gradients(
     if scores.grad_fn is not None:
         scores.backward(vectors)
         return metrics
+    even = even or Evened([(batch.rollout, batch.noise)])
+    parts = list(zip(even.parts, even.away(vectors), strict=True))
     with in_pace(policy, backward=True):
-        for chunk in row_chunks(batch.rollout, batch.noise, micro_batch_size):
-            part, masks = chunk.of(batch.rollout, batch.noise)
-            for n, masked in enumerate(masks.masked):
-                # Only positions that move the loss are scored again; with none left in this view, no forward is run.
-                vector = vectors[n, chunk.rows][:, chunk.columns]
-                back = partial(backward_view, policy, part, masked, vector, packed=likelihood.packed is not None)
-                if masks.left is not None:
-                    back = partial(back, scored=masks.weight[n] != 0, left=masks.left[n])
-                back(routes=masks.routes(n))
+        for (rollout, noise), vectors in parts:
+            for chunk in row_chunks(rollout, noise, micro_batch_size):
+                part, masks = chunk.of(rollout, noise)
+                for n, masked in enumerate(masks.masked):
+                    # Only positions that move the loss are scored again; with none left in this view, no forward runs.
+                    vector = vectors[n, chunk.rows][:, chunk.columns]
+                    back = partial(backward_view, policy, part, masked, vector, packed=likelihood.packed is not None)
+                    if masks.left is not None:
+                        back = partial(back, scored=masks.weight[n] != 0, left=masks.left[n])
+                    back(routes=masks.routes(n))
     return metrics

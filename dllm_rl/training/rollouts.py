@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import informative, takes_parts
-from dllm_rl.distributed import Metrics, gather_objects, gather_on_host, local, reduce_metrics, sharding_of
+from dllm_rl.distributed import Metrics, gather_objects, gather_on_host, local, reduce_metrics, sharding_of, waited
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import chosen_ids, encode, graded_texts
 from dllm_rl.models.transfer import send
@@ -79,9 +79,10 @@ def collect(
     every = torch.arange(recipe.train_batch_size // accelerator.num_processes)
     rollout, answers, mine, replaced = sample_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
     with log.stage("waiting"):  # for the other processes' rollouts and rewards
+        lost = waited("rollout", accelerator)
         (graded_all,) = gather_on_host([mine], accelerator)
     rewards = graded_all[..., 0]
-    metrics, draws = reward_metrics(rewards, answers, accelerator), 1
+    metrics, draws = reward_metrics(rewards, answers, accelerator) | reduce_metrics(lost, accelerator), 1
     if recipe.max_prompt_length is not None:
         share = (torch.tensor(float(replaced)), torch.tensor(float(len(mine))))
         metrics |= reduce_metrics({"frac_prompts_too_long": share}, accelerator)

@@ -157,10 +157,15 @@ def check_processes(recipe: Recipe | SFT, accelerator: Accelerator) -> None:
     """Raise ValueError where the launch cannot run the recipe."""
     check_engine()
     check_sharding(recipe, accelerator.num_processes)
-    for name in ("train_batch_size", "warmup_batch_size"):
-        if getattr(recipe, name, 0) % accelerator.num_processes:
+    count, fields = accelerator.num_processes, ["train_batch_size"]
+    fields += ["warmup_batch_size"] * bool(getattr(recipe, "warmup_steps", 0))
+    for name in fields:
+        size = getattr(recipe, name)
+        if size % count:
+            least = size // count * count
             raise ValueError(
-                f"{name}={getattr(recipe, name)} must be a multiple of the {accelerator.num_processes} processes"
+                f"{name}={size} must be a multiple of the {count} processes; nearest that are: "
+                f"{f'{least}, ' if least else ''}{least + count}"
             )
 
 

@@ -48,13 +48,12 @@ def check_sharding(recipe: Recipe | SFT, processes: int) -> None:
     if size == 1 or not isinstance(recipe, Recipe):
         return
     wrong = {
-        f"warmup_steps={recipe.warmup_steps}": recipe.warmup_steps
-        and "the warm-up trains whole weights: warm up in a run of its own, and start from its checkpoint",
+        f"warmup_steps={recipe.warmup_steps} with lora": recipe.warmup_steps
+        and recipe.lora is not None
+        and "adapters cannot be added to weights that are shared out: warm up without them in a run of its own, and "
+        "start from its checkpoint",
         "zero_mismatch=True": recipe.zero_mismatch
         and "where the sides differ, one process alone would look for the layer",
-        "a corrector that aligns the forward": recipe.corrector.align_forward
-        and recipe.rollout_quantization is not None
-        and "the aligned operands follow the weights' own tensors, which come and go: use another corrector",
         f"base_quantization={recipe.base_quantization!r}": recipe.base_quantization
         and "bitsandbytes' weights cannot be parted",
         "optim=adamw_8bit": recipe.optim is adamw_8bit and "its moments cannot be parted: use adamw",

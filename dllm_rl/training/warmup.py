@@ -7,9 +7,9 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from dllm_rl.distributed import local, reduce_metrics, sum_gradients
+from dllm_rl.distributed import in_pace, local, reduce_metrics, sum_gradients
 from dllm_rl.likelihoods.scoring import score_view
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Policy, whole
 from dllm_rl.models.tokens import prompt_ids, text_ids
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
@@ -113,10 +113,13 @@ def warmup(
     optimizer = torch.optim.AdamW(policy.module.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
     for step in range(num_steps):
         batch = examples(policy, draw_problems(step), max_new_tokens=max_new_tokens)
-        loss = supervised_loss(policy, batch, *draw_noise(step))
-        loss.backward()
+        with in_pace(policy, backward=True):
+            loss = supervised_loss(policy, batch, *draw_noise(step))
+            loss.backward()
         reduce_gradients(policy)
-        torch.nn.utils.clip_grad_norm_(policy.module.parameters(), max_grad_norm, error_if_nonfinite=True)
+        norm = whole(torch.nn.utils.clip_grad_norm_(policy.module.parameters(), max_grad_norm))
+        if not norm.isfinite():
+            raise FloatingPointError(f"gradient norm is {norm.item()} at warm-up step {step}; it was not applied")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, (step + 1) / max(1, lr_warmup_steps))
         optimizer.step()

@@ -8,6 +8,7 @@ CHECKPOINT = "training/test_checkpoint.py"
 GOLDEN = "training/test_golden.py"
 NUMBERS = "training/test_loop_numbers.py"
 KEPT = "training/test_kept_graphs.py"
+THREE = "training/test_sharding.py::test_three_processes_train_as_one"
 STOPS = (
     "training/test_checkpoint.py::test_interrupt_saves_and_says_how_to_resume"
     " faults/test_faults.py::test_a_signal_saves_what_is_whole_and_the_resumed_run_is_the_same"
@@ -63,12 +64,16 @@ MUTATIONS = [
             "(vectors,) = torch.autograd.grad(logps.sum(), leaves)",
         ),
         ("sampled = recorded(rollout, noise) if", "sampled = None if"),
-        ("anchor = under(reference)", "anchor = under(policy)"),
+        ("found = run(reference)", "found = run(policy)"),
         ("PlainAttention() if plain else nullcontext()", "nullcontext()", "models/test_attention.py"),
         ("        and forwards <= recipe.kept_graphs\n", "", KEPT),
         (" and not (policy.lora is not None and policy.lora.dropout)", "", KEPT),
         ("        scores.backward(vectors)\n        return metrics\n", "        pass\n", KEPT),
-        ("batch.noise, micro_batch_size=size, keep_graphs=keep)", "batch.noise, micro_batch_size=size)", KEPT),
+        (
+            "even.run(likelihood, policy, micro_batch_size=size, keep_graphs=keep)",
+            "even.run(likelihood, policy, micro_batch_size=size)",
+            KEPT,
+        ),
         ("with_advantages(noise, mine), learned=learned)", "with_advantages(noise, mine))", KEPT),
         ("recipe.corrector.align_forward and rollout_policy is not policy", "False"),
         (
@@ -155,13 +160,48 @@ MUTATIONS = [
         ('if parse_flag_from_env(f"ACCELERATE_USE_{name}"):', "if False:"),
     ),
     *mutations(
+        "training/warmup.py",
+        "training/test_sharding.py::test_a_learner_shared_out_trains_as_a_whole_one",
+        ("with in_pace(policy, backward=True):\n            loss", "with in_pace(policy):\n            loss"),
+        ("if not norm.isfinite():", "if False:", "training/test_warmup.py"),
+    ),
+    *mutations(
+        "training/evening.py",
+        "training/test_evening.py",
+        ("cost + extra < apart", "cost < apart"),
+        ("loads[least] + cost + extra", "loads[least] + cost"),
+        ("left[most].pop(place)", "left[most][place]"),
+        ("key=lambda place: abs(2 * fitting[place] + extra - apart)", "key=lambda place: -fitting[place]"),
+        ("2: (rows, columns), 3: (views, rows, columns)", "2: (rows, columns), 3: (rows, columns, views)"),
+        ("            own[:, rows] = found\n", "            pass\n", THREE),
+        ("        noise = noise.only(stay)\n", "", THREE),
+    ),
+    *mutations(
+        "training/learner.py",
+        "training/test_evening.py",
+        ("stays=keep or recipe.zero_mismatch", "stays=keep"),
+        ("even_out(rollout, noise, stays=keep or", "even_out(rollout, noise, stays=False or"),
+        (
+            "zip(even.parts, even.away(vectors), strict=True)",
+            "zip(even.parts, even.away(-vectors), strict=True)",
+            MEMORY,
+        ),
+    ),
+    *mutations(
+        "training/run.py",
+        "training/test_sharding.py",
+        ('* bool(getattr(recipe, "warmup_steps", 0))', ""),
+        ("{least + count}", "{least}"),
+    ),
+    *mutations(
         "distributed.py",
         "training/test_sharding.py",
         ("while shards.anyone(False):", "while False:"),
         ("        head.set_requires_gradient_sync(False)\n", ""),
         ("unit.set_gradient_divide_factor(1.0)", "unit.set_gradient_divide_factor(2.0)"),
         ("            head.set_requires_gradient_sync(True)\n", ""),
-        ("or sharding_of(module) is not None:", "or False:"),
+        ("count == 1 or sharding_of(module) is not None:", "count == 1:"),
+        ("            gradient /= count\n", "            pass\n"),
         (".to_local().clone()", ".to_local().clone() * 0"),
     ),
     *mutations(
@@ -437,7 +477,16 @@ MUTATIONS = [
     *mutations(
         "distributed.py",
         "training/test_two_processes.py",
-        ('reduction="mean" if mean else "sum"', 'reduction="mean"'),
+        (
+            "    for one in under_way:\n        put_back(*one, divisor=count if mean else 1)\n",
+            "",
+            "test_distributed.py",
+        ),
+        ('and "MASTER_ADDR" in os.environ and', "and", "recipes/test_launches.py"),
+        ('and "WORLD_SIZE" not in os.environ:', "and False:", "recipes/test_launches.py"),
+        ("    work.wait()\n    if divisor", "    if divisor", "test_distributed.py"),
+        ("if len(under_way) == 2:", "if len(under_way) == 1:", "test_distributed.py"),
+        ("        flat /= divisor\n", "        pass\n", "test_distributed.py"),
         ('total if name == "loss" else total / count', "total / count"),
         (
             "rows.chunk(accelerator.num_processes)[accelerator.process_index]",

@@ -7,7 +7,7 @@ import torch
 from dllm_rl import load_policy
 from dllm_rl.training.plots import read_metrics
 
-TIMES = ("time/", "step_time", "memory/")
+TIMES = ("time/", "step_time", "memory/", "waiting/")
 
 
 def metrics_of(directory) -> list[dict[str, float]]:

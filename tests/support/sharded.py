@@ -12,7 +12,7 @@ from layouts import published
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_rl import float8_weight_only, int3_emulated, load_policy, lora_r16
+from dllm_rl import aligned, float8_weight_only, int3_emulated, load_policy, lora_r16
 from dllm_rl.distributed import in_pace, make_accelerator, shard, sharding_of, sum_gradients
 from dllm_rl.likelihoods.estimators import coupled
 from dllm_rl.models.base import whole
@@ -29,6 +29,13 @@ from dllm_rl.types import Batch, SamplingParams
 
 EVERY = {"report_to": None, "collective_timeout": 60.0}
 FULL = {**EVERY, "likelihood": coupled(), "num_iterations": 2, "micro_batch_size": 4, "beta": 0.1, "save_steps": 2}
+FULL |= {
+    "warmup_steps": 2,
+    "warmup_batch_size": 8,
+    "warmup_eval_steps": 2,
+    "warmup_target": 1.0,
+    "corrector": aligned(),
+}
 LORA = {**EVERY, "lora": lora_r16, "num_iterations": 2, "max_num_gen_batches": 2, "num_generations": 2, "save_steps": 2}
 PLAIN = {**EVERY, "rollout_quantization": None, "gradient_checkpointing": True}
 

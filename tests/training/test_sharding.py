@@ -7,16 +7,20 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import process_grid
 import pytest
 import torch
+from accelerate import Accelerator
 from ranks import ROOT, run_ranks
 from runs import assert_same_weights, metrics_of
 from sharded import recipes, trained
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import aligned, tiny_masked_lm
+from dllm_rl import lora_r16, tiny_masked_lm
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.training import train
+from dllm_rl.training.plots import read_metrics
+from dllm_rl.training.run import check_processes
 from dllm_rl.training.sharding import check_engine, check_module, check_sharding
 
 CLOSE = {"rel": 2e-3, "abs": 2e-5}
@@ -47,6 +51,38 @@ def test_a_learner_shared_out_trains_as_a_whole_one(tmp_path, one):
             theirs = [torch.cat(parts) for parts in zip(*(rank[step] for rank in ranks), strict=True)]
             assert torch.equal(tokens, theirs[0])
             torch.testing.assert_close(logprobs, theirs[1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_three_processes_train_as_one(tmp_path):
+    """Whole and shared out: rollouts token by token, the rest to fp32 rounding. `process_grid.py` does many more."""
+    process_grid.run_all(tmp_path, 3, (1,), "diffusion-full-iterations-all", "ar-lora-dynamic-all")
+    runs = {1: "diffusion-full-iterations-group", 0: "ar-lora-dynamic-group"}
+    each = "; ".join(f"g.run_all(sys.argv[1], 3, ({size},), {name!r})" for size, name in runs.items())
+    run_ranks(f"import sys, process_grid as g; {each}", 3, tmp_path, timeout=1200)
+    for size, name in runs.items():
+        one, three = tmp_path / "1-1" / name.replace("-group", "-all"), tmp_path / f"3-{size}" / name
+        apart, _ = process_grid.differences(one, three)
+        assert apart.pop("tokens") == 0
+        limits = {"loss": 1e-4, "metrics": 2e-3, "gradients": 1e-4, "weights": 2e-5, "log-probs": 2e-5}
+        assert all(apart[kind] < limit for kind, limit in limits.items()), (size, name, apart)
+        assert sum(json.loads((three / "travelled.json").read_text())) > 0, "some groups are run by another process"
+        waits = [row[f"waiting/{stage}"] for row in read_metrics(three) for stage in ("rollout", "scoring", "update")]
+        assert len(waits) == 9 and min(waits) >= 0 and max(waits) > 0
+        if "dynamic" in name:
+            assert any(row["dynamic_sampling/draws"] > 1 for row in metrics_of(three))
+    for row in torch.load(tmp_path / "1-1" / "diffusion-full-iterations-all" / "gradients.pt"):
+        assert row.abs().max() > 1e-4, "there is something to compare"
+
+
+@pytest.mark.parametrize("changes", [{"train_batch_size": 8}, {"train_batch_size": 2}, {"warmup_steps": 5}])
+def test_batches_that_three_processes_cannot_share_are_refused(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    recipe = tiny_recipe(tmp_path, **{"train_batch_size": 6, "warmup_batch_size": 64, **changes})
+    said = {8: "train_batch_size=8 .* 3 processes; nearest that are: 6, 9", 2: "nearest that are: 3"}
+    with pytest.raises(ValueError, match=said.get(recipe.train_batch_size, "warmup_batch_size=64 .*: 63, 66")):
+        check_processes(recipe, Accelerator(cpu=True))
+    check_processes(replace(recipe, train_batch_size=9, warmup_steps=0), Accelerator(cpu=True))
 
 
 @pytest.mark.slow
@@ -113,9 +149,8 @@ def test_slurm_starts_a_process_a_task_and_queues_the_job_again_after_its_warnin
     ("change", "said"),
     [
         ({"shard_size": 3}, "shard_size=3 must divide the 4 processes"),
-        ({"warmup_steps": 5}, "warmup_steps=5 does not go with shard_size=2"),
+        ({"warmup_steps": 5, "lora": lora_r16}, "warmup_steps=5 with lora does not go with shard_size=2"),
         ({"zero_mismatch": True, "rollout_quantization": None}, "zero_mismatch=True does not go"),
-        ({"corrector": aligned()}, "a corrector that aligns the forward does not go"),
         ({"optim": adamw_8bit}, "optim=adamw_8bit does not go"),
     ],
 )

@@ -91,6 +91,16 @@ def test_the_learning_rate_rises_to_its_full_height():
     assert moved == pytest.approx(1e-3 / 4, rel=0.05)
 
 
+def test_a_gradient_that_is_not_finite_stops_the_warm_up():
+    policy = tiny_masked_lm(**SIZES)
+    with torch.no_grad():
+        next(policy.module.parameters()).fill_(torch.inf)
+    noise = lambda step: draw_levels(torch.Generator().manual_seed(step), 8, 4)  # noqa: E731
+    options = {"max_new_tokens": 4, "num_steps": 2, "learning_rate": 1e-3}
+    with pytest.raises(FloatingPointError, match="gradient norm is nan at warm-up step 0; it was not applied"):
+        warmup(policy, lambda step: PROBLEMS[:1] * 8, draw_noise=noise, **options)
+
+
 def test_warm_up_ends_with_the_first_look_that_finds_the_target(tmp_path):
     recipe = tiny_recipe(tmp_path, warmup_steps=8, warmup_eval_steps=2, warmup_target=0.5)
     policy, log, looks = recipe.model(), RunLog(tmp_path, start=0, main=True), iter([0.25, 0.5, 0.75])

@@ -1,0 +1,60 @@
+"""The launches of recipes/accelerate, as Accelerate's own launcher reads them, and those that it would not obey."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+from dllm_rl.distributed import make_accelerator
+from dllm_rl.training.sharding import check_engine
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
+PROCESSES = {"cpu": 1, "cpu_2": 2, "single_gpu": 1, "multi_gpu": 8, "multi_node": 16}
+
+
+def launched(*words):
+    """The launcher's settings, and what it would add to its processes' environment."""
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args([*words, "recipe.py"]))
+    several = arguments.multi_gpu or arguments.use_fsdp
+    made = prepare_multi_gpu_env(arguments) if several else prepare_simple_launcher_cmd_env(arguments)[1]
+    return arguments, {name: value for name, value in made.items() if os.environ.get(name) != value}
+
+
+def test_every_launch_is_listed_and_starts_as_many_processes_without_an_engine(monkeypatch):
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == PROCESSES.keys()
+    for name, count in PROCESSES.items():
+        settings, environment = launched("--config_file", str(FOLDER / f"{name}.yaml"))
+        assert settings.num_processes == count and settings.multi_gpu == (count > 1), name
+        assert settings.use_cpu == name.startswith("cpu"), name
+        assert environment["ACCELERATE_MIXED_PRECISION"] == "no", f"{name}: --bf16 is the recipe's"
+        with monkeypatch.context() as patched:
+            for key, value in environment.items():
+                patched.setenv(key, value)
+            check_engine()
+
+
+def test_a_config_with_fsdp_is_refused_also_on_a_cpu(tmp_path, monkeypatch):
+    settings = yaml.safe_load((FOLDER / "cpu_2.yaml").read_text()) | {"distributed_type": "FSDP"}
+    (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump(settings | {"fsdp_config": {"fsdp_version": 2}}))
+    _, environment = launched("--config_file", str(tmp_path / "fsdp.yaml"))
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match="distributed_type=FSDP in the launch's config"):
+        check_engine()
+
+
+def test_cpu_processes_that_accelerate_does_not_start_are_missed(monkeypatch):
+    """`accelerate launch --cpu --num_processes 2` starts one process, and says nothing."""
+    for count in ("1", "2"):
+        _, environment = launched("--cpu", "--num_processes", count)
+        with monkeypatch.context() as patched:
+            for key, value in environment.items():
+                patched.setenv(key, value)
+            if count == "1":
+                assert make_accelerator().num_processes == 1
+            else:
+                with pytest.raises(RuntimeError, match=r"asked for several CPU processes and started one.*cpu_2.yaml"):
+                    make_accelerator()
