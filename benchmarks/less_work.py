@@ -1,6 +1,7 @@
 """What less work for the same completions is worth: each way against itself with the saving taken back.
 
-    python -m benchmarks.less_work --json benchmarks/results/less-work-cpu.json
+    python -m benchmarks.less_work --parts savings --json benchmarks/results/less-work-cpu.json
+    python -m benchmarks.less_work --parts prompts,sudoku --json benchmarks/results/shared-prompts-cpu.json
 
 Processor seconds of a rollout (preset `less`: LLaDA's layout, 4 blocks of 512, random weights), one thread, best of
 `--repeats`, the two arms by turns in one process. The tokens of both are compared too.
@@ -163,7 +164,12 @@ def shared_prompts(shape: Shape, repeats: int) -> Iterator[dict[str, Any]]:
         yield compared(f"prompt of {prompt} once for {group} completions, scoring's {what} (not taken)", *arms, repeats)
 
 
-def rows(shape: Shape, repeats: int, smoke: bool) -> Iterator[dict[str, Any]]:
+def puzzles(count: int, repeats: int) -> Iterator[dict[str, Any]]:
+    before, now = (partial(sudoku, count, f) for f in (by_two_completions, solver._completes_otherwise))
+    yield compared(f"{count} 9x9 Sudoku problems", before, now, repeats)
+
+
+def savings(shape: Shape, repeats: int, smoke: bool) -> Iterator[dict[str, Any]]:
     policy = random_policy(shape, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     caches = {"no cache": None, "prefix cache": prefix_cache(), "dual cache": dual_cache()}
@@ -188,21 +194,24 @@ def rows(shape: Shape, repeats: int, smoke: bool) -> Iterator[dict[str, Any]]:
         before = sampled(lengths, in_products)
         generator.set_state(state)
         yield compared(f"FP8 weights dequantised once, batch {batch}", before, sampled(lengths, once), repeats)
-    yield from shared_prompts(shape, repeats)
-    count = 4 if smoke else 40
-    before, now = (partial(sudoku, count, f) for f in (by_two_completions, solver._completes_otherwise))
-    yield compared(f"{count} 9x9 Sudoku problems", before, now, repeats)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, once: seconds")
+    parser.add_argument("--parts", default="savings,prompts,sudoku", help="prompts: what a group's completions share")
     parser.add_argument("--json", help="where to write the numbers")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     shape = SMOKE if arguments.smoke else LESS
-    found = list(rows(shape, 1 if arguments.smoke else arguments.repeats, arguments.smoke))
+    repeats, found = 1 if arguments.smoke else arguments.repeats, []
+    if "savings" in arguments.parts:
+        found += savings(shape, repeats, arguments.smoke)
+    if "prompts" in arguments.parts:
+        found += shared_prompts(shape, repeats)
+    if "sudoku" in arguments.parts:
+        found += puzzles(4 if arguments.smoke else 40, repeats)
     print(table(found))
     write_json(
         arguments.json,
