@@ -234,20 +234,3 @@ def invert(mass: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Ten
     total = inside[:, -1:]
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
     return (group * GROUP + torch.searchsorted(inside, point, right=True))[:, 0]
-
-
-def likeliest(logits: Float[Tensor, "K V"]) -> tuple[Float[Tensor, " K"], Int[Tensor, " K"]]:
-    """The largest of each row and the first place that has it: `logits.max(-1)`, to the bit.
-
-    That looks at one number at a time on a CPU. Of a large vocabulary the largest of each group are found here without
-    their places, several numbers at a time; places are looked for among these, then within one group.
-    """
-    size, whole = logits.shape[-1], logits.shape[-1] // GROUP * GROUP
-    if whole < 16 * GROUP or logits.device.type != "cpu":
-        best, tokens = logits.max(-1)
-        return best, tokens
-    groups = rearrange(logits[:, :whole], "k (n v) -> k n v", v=GROUP).amax(-1)
-    rest = logits[:, whole:].amax(-1, keepdim=True) if whole < size else groups[:, :0]
-    best, group = torch.cat([groups, rest], dim=-1).max(-1)
-    members = (group[:, None] * GROUP + torch.arange(GROUP)).clamp(max=size - 1)
-    return best, group * GROUP + logits.gather(-1, members).max(-1).indices

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.logprobs import chunked, invert, kept_set, likeliest, process
+from dllm_rl.models.logprobs import chunked, invert, kept_set, process
 from dllm_rl.models.order import last_committed, left_logprobs
 from dllm_rl.samplers.rules import rank_inputs
 from dllm_rl.types import SamplingParams
@@ -124,7 +124,7 @@ def _draw(
     logits = process(logits, sampling_params)
     kept = kept_set(unfiltered, logits) if sampling_params.filters else ()
     if sampling_params.temperature == 0:
-        best, tokens = likeliest(logits)
+        best, tokens = logits.max(-1)  # the first of equals
         normalizer = logits.sub(best[:, None]).exp_().sum(-1).log_().add_(best)
         return tokens, best - normalizer, normalizer, kept
     peak = logits.amax(-1, keepdim=True)

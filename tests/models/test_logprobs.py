@@ -13,7 +13,6 @@ from dllm_rl.models import logprobs as head_module
 from dllm_rl.models.logprobs import (
     backward_token_logprobs,
     invert,
-    likeliest,
     process,
     sample,
     token_logprobs,
@@ -255,19 +254,3 @@ def test_defaults_are_neutral():
         for p in (SamplingParams(), SamplingParams(top_k=VOCABULARY, top_p=1.0))
     )
     assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("size", [30, 16 * 256, 16 * 256 + 1, 20 * 256 + 77])
-def test_likeliest_is_the_first_of_the_largest(size):
-    """Equal to torch's max: ties within a group, between groups and in the last, shorter one; NaN; -inf."""
-    logits = torch.randn(12, size, generator=torch.Generator().manual_seed(0))
-    half, last = size // 2, size - 1
-    for row, places in enumerate(([0], [last], [7, 9], [3, half], [half, last], [last - 1, last])):
-        logits[row, places] = 50.0
-    logits[6], logits[7, 5:] = -torch.inf, -torch.inf
-    logits[8, [size // 3, last]] = torch.nan
-    logits[9] = logits[9].round()
-    best, tokens = likeliest(logits)
-    expected = logits.max(-1)
-    assert torch.equal(tokens, expected.indices)
-    torch.testing.assert_close(best, expected.values, rtol=0, atol=0, equal_nan=True)

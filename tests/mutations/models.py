@@ -58,9 +58,6 @@ MUTATIONS = [
             "point = point + 0",
         ),
         (".masked_fill(members >= size, 0)", ""),
-        ("groups = rearrange(logits[:, :whole]", "groups = rearrange(logits[:, :whole].abs()"),
-        ("if whole < size else groups[:, :0]", "if whole > size else groups[:, :0]"),
-        ("return best, group * GROUP + logits", "return best, group + logits"),
         (
             "count, missing = len(rows[0]), -len(rows[0]) % ROWS",
             "count, missing = len(rows[0]), 0",
