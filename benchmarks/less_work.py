@@ -1,6 +1,7 @@
 """What less work for the same completions is worth: each way against itself with the saving taken back.
 
-    python -m benchmarks.less_work --json benchmarks/results/less-work-cpu.json
+    python -m benchmarks.less_work --parts savings --json benchmarks/results/less-work-cpu.json
+    python -m benchmarks.less_work --parts prompts,sudoku --json benchmarks/results/shared-prompts-cpu.json
 
 Processor seconds of a rollout (preset `less`: LLaDA's layout, 4 blocks of 512, random weights), one thread, best of
 `--repeats`, the two arms by turns in one process. The tokens of both are compared too.
@@ -10,20 +11,24 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from benchmarks.measure import machine, table, write_json
 from benchmarks.sampler import Shape, random_policy
 from dllm_rl.models import buckets
+from dllm_rl.models.base import block_causal_mask, encode_block_causal, position_ids
+from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers import rules, states
-from dllm_rl.samplers.cache import CachedStates, dual_cache, prefix_cache
+from dllm_rl.samplers.cache import CachedStates, block_cache, dual_cache, mapped, prefix_cache
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import solver
 from dllm_rl.types import Prompts
@@ -72,11 +77,18 @@ def compared(what: str, before: Callable[[], Any], now: Callable[[], Any], repea
             began = time.process_time()
             found[arm] = run()
             best[arm] = min(best[arm], time.process_time() - began)
-    same = found[0] == found[1] if isinstance(found[0], list) else torch.equal(found[0].tokens, found[1].tokens)
+    same = alike(*found)
     row = {"what": what, "before, s": round(best[0], 3), "now, s": round(best[1], 3)}
     row |= {"ratio": round(best[0] / best[1], 2), "same result": same}
     print(row, flush=True)
     return row
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Lists and tokens of rollouts are equal; states are, to rounding."""
+    if isinstance(one, Tensor):
+        return torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    return one == other if isinstance(one, list) else torch.equal(one.tokens, other.tokens)
 
 
 def with_it(context: Callable[[], Any], run: Callable[[], Any]) -> Any:
@@ -104,7 +116,60 @@ def by_two_completions(givens: list[int], own: int) -> bool:
     return not solver.is_unique("".join(str(cells[cell] + 1) if cell in cells else "0" for cell in range(81)))
 
 
-def rows(shape: Shape, repeats: int, smoke: bool) -> Iterator[dict[str, Any]]:
+def block_causal(policy: DiffusionPolicy, size: int) -> DiffusionPolicy:
+    """The same weights, blocks of `size` seeing themselves and those before; no token ends a completion."""
+    encode = partial(encode_block_causal, block_size=size)
+    changed = replace(policy.spec, attention="block_causal", block_size=size, encode=encode, eos_ids=())
+    return DiffusionPolicy(policy.module, changed, policy.tokenizer)
+
+
+def scored(policy: DiffusionPolicy, tokens: Tensor, prompt: int, group: int, backward: bool) -> Tensor:
+    """States of the completions, of `tokens` (B, T) behind prompts of whole blocks, from one prompt's keys and values a
+    group, which scoring does not do; group=1: from one forward of all, as it does. backward: the embedding's gradient
+    of the sum of their squares."""
+    policy.module.zero_grad()
+    places = position_ids(torch.ones_like(tokens, dtype=torch.bool))
+    mask = block_causal_mask(torch.ones_like(tokens, dtype=torch.bool), places, policy.spec.block_size)
+    with torch.set_grad_enabled(backward):
+        if group == 1:
+            states = policy.encode(tokens, mask, places)[:, prompt:]
+        else:
+            kept = {"past_key_values": DynamicCache(config=policy.module.config), "use_cache": True}
+            policy.encode(
+                tokens[::group, :prompt], mask[::group, :, :prompt, :prompt], places[::group, :prompt], **kept
+            )
+            kept["past_key_values"] = mapped(kept["past_key_values"], lambda x: x.repeat_interleave(group, dim=0))
+            states = policy.encode(tokens[:, prompt:], mask[:, :, prompt:], places[:, prompt:], **kept)
+        if not backward:
+            return states
+        states.square().sum().backward()
+    return policy.module.get_input_embeddings().weight.grad
+
+
+def shared_prompts(shape: Shape, repeats: int) -> Iterator[dict[str, Any]]:
+    """Completions of one prompt, of four times their length, under block-causal attention."""
+    policy, generator = block_causal(random_policy(shape, torch.device("cpu")), shape.block), torch.Generator()
+    prompt, group = 4 * shape.new, shape.batch
+    ids = torch.randint(3, shape.vocabulary, (1, prompt), generator=generator.manual_seed(1)).tolist()
+    arms = []
+    for given, size in ((ids * group, 1), (ids, group)):
+        prompts = Prompts.from_ids(given, pad_id=policy.pad_id, group_size=size, seeds=range(group))
+        settings = {"max_new_tokens": shape.new, "num_steps": shape.steps, "temperature": 1.0, "cache": block_cache()}
+        arms.append(partial(unmask, policy, prompts, torch.Generator(), **settings))
+    yield compared(f"prompt of {prompt} once for {group} completions, sampling", *arms, repeats)
+    tokens = arms[0]().tokens
+    for backward in (False, True):
+        arms = [partial(scored, policy, tokens, prompt, size, backward) for size in (1, group)]
+        what = "forward and backward" if backward else "forward"
+        yield compared(f"prompt of {prompt} once for {group} completions, scoring's {what} (not taken)", *arms, repeats)
+
+
+def puzzles(count: int, repeats: int) -> Iterator[dict[str, Any]]:
+    before, now = (partial(sudoku, count, f) for f in (by_two_completions, solver._completes_otherwise))
+    yield compared(f"{count} 9x9 Sudoku problems", before, now, repeats)
+
+
+def savings(shape: Shape, repeats: int, smoke: bool) -> Iterator[dict[str, Any]]:
     policy = random_policy(shape, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     caches = {"no cache": None, "prefix cache": prefix_cache(), "dual cache": dual_cache()}
@@ -129,20 +194,24 @@ def rows(shape: Shape, repeats: int, smoke: bool) -> Iterator[dict[str, Any]]:
         before = sampled(lengths, in_products)
         generator.set_state(state)
         yield compared(f"FP8 weights dequantised once, batch {batch}", before, sampled(lengths, once), repeats)
-    count = 4 if smoke else 40
-    before, now = (partial(sudoku, count, f) for f in (by_two_completions, solver._completes_otherwise))
-    yield compared(f"{count} 9x9 Sudoku problems", before, now, repeats)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, once: seconds")
+    parser.add_argument("--parts", default="savings,prompts,sudoku", help="prompts: what a group's completions share")
     parser.add_argument("--json", help="where to write the numbers")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     shape = SMOKE if arguments.smoke else LESS
-    found = list(rows(shape, 1 if arguments.smoke else arguments.repeats, arguments.smoke))
+    repeats, found = 1 if arguments.smoke else arguments.repeats, []
+    if "savings" in arguments.parts:
+        found += savings(shape, repeats, arguments.smoke)
+    if "prompts" in arguments.parts:
+        found += shared_prompts(shape, repeats)
+    if "sudoku" in arguments.parts:
+        found += puzzles(4 if arguments.smoke else 40, repeats)
     print(table(found))
     write_json(
         arguments.json,

@@ -1,23 +1,30 @@
 """The sampler against a plain implementation of LLaDA's published algorithm: same weights, same prompts, one run.
 
-    python benchmarks/sampler.py --preset cpu --json benchmarks/results/sampler_cpu.json
+    python -m benchmarks.sampler --preset cpu --json benchmarks/results/sampler_cpu.json
+    python -m benchmarks.sampler --against --repeats 3 --json benchmarks/results/sampler-against-float32.json
 
-Each line is one way to unmask; ratios are to the first, of processor time on a CPU and of the clock on a GPU. Repeats
-go round all lines, so that what else the machine does falls on all of them. Memory is what a line needs on top of the
-weights.
+`--against`: the exact sampler and the caches, each against its published counterpart in processor time, in fp32 and
+bf16, alone and in batches, beside what the products alone take that ours makes. Without it each line is one way to
+unmask; ratios are to the first, of processor time on a CPU and of the clock on a GPU. Repeats go round all lines, so
+that what else the machine does falls on all of them. Memory is what a line needs on top of the weights.
 """
 
 import argparse
 import json
 import platform
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.measure import fastest, machine, table, write_json
+from benchmarks.published import plain, plain_cached
 from dllm_rl.models.policy import make_policy
 from dllm_rl.models.tiny import char_tokenizer
 from dllm_rl.samplers.cache import dual_cache, prefix_cache
@@ -49,6 +56,14 @@ PRESETS = {
     "tiny-ragged": Shape(2, 64, 4, 128, 2048, 4, 160, 32, 16, 8, shortest=4),
     "llada-8b": Shape(32, 4096, 32, 12288, 126464, 8, 64, 128, 32, 64, torch.bfloat16),
 }
+# Of `--against`: a CPU without instructions for bf16 takes eight times as long for its products, so that there is less.
+AGAINST = [
+    *(replace(PRESETS["cpu"], vocabulary=vocabulary, batch=b) for vocabulary in (16_384, 126_464) for b in (1, 8)),
+    *(
+        replace(PRESETS["cpu"], dtype=torch.bfloat16, vocabulary=vocabulary, batch=b, new=64, steps=8)
+        for vocabulary, b in ((16_384, 1), (126_464, 1), (16_384, 8))
+    ),
+]
 
 
 @torch.no_grad()
@@ -90,77 +105,6 @@ def random_prompts(policy, shape: Shape) -> Prompts:
         sizes = torch.randint(shape.shortest, shape.prompt + 1, (shape.batch,), generator=generator).tolist()
     ids = [torch.randint(3, shape.vocabulary, (size,), generator=generator).tolist() for size in sizes]
     return Prompts.from_ids(ids, pad_id=policy.pad_id)
-
-
-@torch.no_grad()
-def plain(policy, prompts: Prompts, shape: Shape, *, masked_only: bool = False, double: bool = False) -> torch.Tensor:
-    """LLaDA's generate at temperature 0 as its authors have it: logits everywhere, softmax of them in their own dtype,
-    confidence, top k of the block; a batch is padded on the left, and padding is not attended to.
-
-    masked_only: the same with logits at the masked positions of the block alone. double: softmax in fp64, as their code
-    once had it. Returns (B, T) tokens.
-    """
-    mask_id, start = policy.spec.mask_id, prompts.tokens.shape[1]
-    device = policy.device
-    x = torch.cat([prompts.tokens, torch.full((len(prompts.tokens), shape.new), mask_id)], dim=1).to(device)
-    attention = torch.cat([prompts.attention_mask, torch.ones(len(x), shape.new, dtype=torch.bool)], dim=1).to(device)
-    num_blocks = shape.new // shape.block
-    steps = shape.steps // num_blocks
-    for block in range(num_blocks):
-        _begin, end = start + block * shape.block, start + (block + 1) * shape.block
-        for step in range(steps):
-            transfer = shape.block // steps + (step < shape.block % steps)
-            hidden = policy.hidden(x, attention)
-            open_ = (x == mask_id) & attention
-            open_[:, end:] = False
-            logits = policy.spec.head(policy.module, hidden[open_] if masked_only else hidden)
-            logits[..., mask_id] = -torch.inf
-            drawn = logits.argmax(-1)
-            probs = (logits.double() if double else logits).softmax(-1).gather(-1, drawn[..., None])[..., 0]
-            if masked_only:
-                tokens = x.masked_scatter(open_, drawn)
-                confidence = torch.full(x.shape, -torch.inf, dtype=probs.dtype, device=device).masked_scatter(
-                    open_, probs
-                )
-            else:
-                tokens, confidence = torch.where(open_, drawn, x), torch.where(open_, probs, -torch.inf)
-            for row in range(len(x)):
-                best = confidence[row].topk(transfer).indices
-                x[row, best] = tokens[row, best]
-    return x
-
-
-@torch.no_grad()
-def plain_dual(policy, prompts: Prompts, shape: Shape) -> torch.Tensor:
-    """Fast-dLLM's dual cache at temperature 0 as published: a forward and logits of everything at the start of a block,
-    then forwards and logits of the block alone, against the keys and values of all that is outside. Prompts of one
-    length. Returns (B, T) tokens."""
-    mask_id, start, num_blocks = policy.spec.mask_id, prompts.tokens.shape[1], shape.new // shape.block
-    steps, device = shape.steps // num_blocks, policy.device
-    x = torch.cat([prompts.tokens, torch.full((len(prompts.tokens), shape.new), mask_id)], dim=1).to(device)
-    positions = torch.arange(x.shape[1], device=device).expand_as(x)
-    for begin in range(start, x.shape[1], shape.block):
-        end, kept = begin + shape.block, []
-        others = torch.cat([positions[0, :begin], positions[0, end:]])
-        for step in range(steps):
-            past = DynamicCache(config=policy.module.config)
-            for number, (keys, values) in enumerate(kept):
-                past.update(keys, values, number)
-            columns = slice(0, None) if step == 0 else slice(begin, end)
-            seen = torch.zeros(len(x), 1, x[:, columns].shape[1], x.shape[1], dtype=shape.dtype, device=device)
-            hidden = policy.encode(x[:, columns], seen, positions[:, columns], past_key_values=past, use_cache=True)
-            logits = policy.spec.head(policy.module, hidden)
-            if step == 0:
-                kept = [(layer.keys[:, :, others], layer.values[:, :, others]) for layer in past.layers]
-                logits = logits[:, begin:end]
-            logits[..., mask_id] = -torch.inf
-            drawn = logits.argmax(-1)
-            probs = logits.softmax(-1).gather(-1, drawn[..., None])[..., 0]
-            confidence = torch.where(x[:, begin:end] == mask_id, probs, -torch.inf)
-            for row in range(len(x)):
-                best = confidence[row].topk(shape.block // steps + (step < shape.block % steps)).indices
-                x[row, begin + best] = drawn[row, best]
-    return x
 
 
 class Memory:
@@ -266,10 +210,11 @@ def benchmark(preset: str, device: torch.device, repeats: int) -> dict:
         "threshold 0.9": partial(ours, commit=partial(threshold, tau=0.9)),
         "prefix cache (approximate)": partial(ours, cache=prefix_cache()),
         "dual cache (approximate)": partial(ours, cache=dual_cache()),
-        "plain dual cache: Fast-dLLM's, as published": partial(plain_dual, policy, prompts, shape),
+        "plain prefix cache: Fast-dLLM's, as published": partial(plain_cached, policy, prompts, shape, dual=False),
+        "plain dual cache: Fast-dLLM's, as published": partial(plain_cached, policy, prompts, shape, dual=True),
     }
     if shape.shortest is not None:
-        del lines["plain dual cache: Fast-dLLM's, as published"]
+        del lines["plain prefix cache: Fast-dLLM's, as published"], lines["plain dual cache: Fast-dLLM's, as published"]
     if preset in ("cpu", "ragged"):  # with random weights nothing passes a threshold: a step a position, and no news
         del lines["threshold 0.9"]
     roof = matmul_flops(device, shape.dtype, 4096 if device.type == "cuda" else 1024)
@@ -303,6 +248,67 @@ def benchmark(preset: str, device: torch.device, repeats: int) -> dict:
     }
 
 
+class Products(TorchDispatchMode):
+    """Keeps the matrix products and attentions that run inside of it, in their order; calling it runs them alone.
+
+    Activations of like shape are one tensor, as kernels do not look at values; weights are themselves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable, list, dict]] = []
+        self.stand_ins: dict[tuple, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in func.__name__ for name in ("mm", "scaled_dot_product")):
+            self.calls.append((func, [self._stand_in(arg) for arg in args], kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _stand_in(self, x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        weight = x._base.requires_grad if x._is_view() else x.requires_grad
+        owner = x.untyped_storage().data_ptr() if weight else None
+        return self.stand_ins.setdefault((owner, x.shape, x.stride(), x.dtype), x)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        for func, args, kwargs in self.calls:
+            func(*args, **kwargs)
+
+
+def against(shapes: list[Shape], repeats: int) -> list[dict]:
+    """A row for each shape and way: processor seconds of the published algorithm, of ours, and of our products alone,
+    the least of `repeats` rounds by turns; the share of tokens that both write. Caches are timed in fp32."""
+    rows = []
+    for shape in shapes:
+        policy = random_policy(shape, torch.device("cpu"))
+        prompts = random_prompts(policy, shape)
+        settings = {"max_new_tokens": shape.new, "num_steps": shape.steps, "block_size": shape.block}
+        for way, theirs, cache in (
+            ("exact", plain, None),
+            ("prefix cache", partial(plain_cached, dual=False), prefix_cache()),
+            ("dual cache", partial(plain_cached, dual=True), dual_cache()),
+        )[: 3 if shape.dtype == torch.float32 else 1]:
+            ours = partial(unmask, policy, prompts, torch.Generator(), cache=cache, **settings)
+            with torch.no_grad(), Products() as products:
+                found = ours().tokens
+            same: list[float] = []
+
+            def published(
+                run: Any = theirs, given: tuple = (policy, prompts, shape), to: list = same, own: Any = found
+            ):
+                to.append((run(*given) == own).double().mean().item())
+
+            best = fastest({"theirs": published, "ours": ours, "products": products}, repeats)
+            row = {"way": way, "dtype": str(shape.dtype)[6:], "vocabulary": shape.vocabulary, "batch": shape.batch}
+            row |= {f"{name}, s": round(seconds, 3) for name, seconds in best.items()}
+            row |= {"ratio": round(best["theirs"] / best["ours"], 2), "bound": best["theirs"] / best["products"]}
+            rows.append(row | {"bound": round(row["bound"], 2), "same tokens": round(same[0], 3)})
+            print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -310,7 +316,19 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="the tiny preset, once: seconds on a CPU")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--against", action="store_true", help="ours and theirs, row by row, on the CPU")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of --against")
     arguments = parser.parse_args()
+    if arguments.against:
+        torch.set_num_threads(1)
+        chosen = [shape for shape in AGAINST if str(shape.dtype)[6:] == arguments.dtype]
+        shapes = [replace(PRESETS["tiny"], batch=2)] if arguments.smoke else chosen
+        rows = against(shapes, 1 if arguments.smoke else arguments.repeats)
+        print(table(rows))
+        facts = {k: str(v) for k, v in vars(shapes[0]).items() if k not in ("vocabulary", "batch")}
+        found = {"machine": machine("cpu"), "repeats": arguments.repeats, "shape": facts, "rows": rows}
+        write_json(arguments.json, found)
+        return
     preset = "tiny" if arguments.smoke else arguments.preset
     result = benchmark(preset, torch.device(arguments.device), 1 if arguments.smoke else arguments.repeats)
     print(f"{result['device']}, preset {preset}, weights {result['weights_bytes'] / 2**20:.0f} MiB")

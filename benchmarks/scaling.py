@@ -1,12 +1,15 @@
 """How the sampler's cost grows: with batch, length, steps, vocabulary and raggedness, one at a time.
 
     python -m benchmarks.scaling --json benchmarks/results/scaling-cpu.json --figure benchmarks/results/scaling.png
+    python -m benchmarks.scaling --drawn benchmarks/results/update-cpu.json --figure benchmarks/results/growth.png
 
 Processor seconds of a rollout in LLaDA's layout with random weights, best of `--repeats`, the arms by turns: the plain
-published algorithm, the exact sampler, and the dual cache.
+published algorithm, the exact sampler, and the dual cache. The second command measures nothing: it draws what a file
+has, the sampler's numbers or the growth of the learner's gradient with masks, rows and tokens (benchmarks.update).
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,7 +19,8 @@ from typing import Any
 import torch
 
 from benchmarks.measure import fastest, machine, table, write_json
-from benchmarks.sampler import Shape, plain, random_policy, random_prompts
+from benchmarks.published import plain
+from benchmarks.sampler import Shape, random_policy, random_prompts
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.unmask import unmask
 
@@ -30,6 +34,15 @@ AXES: dict[str, dict[int, dict[str, Any]]] = {
     "vocabulary": {n: {"vocabulary": n} for n in (2048, 8192, 32768, 131072)},
     "longest / shortest prompt": {n: {"batch": 8, "prompt": 256, "shortest": 256 // n} for n in (1, 2, 4, 8, 16)},
 }
+# The columns of the rows that are drawn, where they have them: label and style.
+ARMS = {
+    "plain": ("plain", "s--"),
+    "exact": ("exact", "o-"),
+    "dual cache": ("dual cache", "^-"),
+    "constant, s": ("constant memory", "o-"),
+    "kept, s": ("kept graphs", "s--"),
+}
+IN_PROPORTION = ("batch", "length", "steps", "masks", "rows", "tokens")  # axes with a line to compare the growth with
 
 
 def measure(shape: Shape, repeats: int) -> dict[str, float]:
@@ -55,7 +68,7 @@ def sweep(base: Shape, axes: dict[str, dict[int, dict[str, Any]]], repeats: int)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """One panel an axis, both scales logarithmic: a straight line of slope 1 is a cost in proportion."""
+    """One panel an axis, both scales logarithmic: the dotted line of slope 1 is a cost in proportion."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -64,11 +77,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     figure, panels = plt.subplots(1, len(axes), figsize=(3 * len(axes), 2.8), sharey=True)
     for panel, axis in zip(panels, axes, strict=True):
-        for arm, style in (("plain", "s--"), ("exact", "o-"), ("dual cache", "^-")):
-            points = [(row["value"], row[arm]) for row in rows if row["axis"] == axis]
-            panel.plot(*zip(*points, strict=True), style, label=arm, markersize=4)
+        found = [row for row in rows if row["axis"] == axis]
+        values = [row["value"] for row in found]
+        arms = [arm for arm in ARMS if arm in found[0]]
+        for arm in arms:
+            label, style = ARMS[arm]
+            panel.plot(values, [row[arm] for row in found], style, label=label, markersize=4)
+        if axis in IN_PROPORTION:
+            base = found[0][arms[-1]] / values[0]
+            panel.plot(values, [value * base for value in values], ":", color="grey", label="in proportion")
         panel.set(xscale="log", yscale="log", xlabel=axis)
-        values = [row["value"] for row in rows if row["axis"] == axis]
         panel.set_xticks(values, [f"{value:,}" for value in values], fontsize=7)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
@@ -84,7 +102,12 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="two points an axis of a tiny model: seconds")
     parser.add_argument("--json", help="where to write the numbers")
     parser.add_argument("--figure", type=Path, help="where to draw them")
+    parser.add_argument("--drawn", type=Path, help="with --figure: draw what this file has, and measure nothing")
     arguments = parser.parse_args()
+    if arguments.drawn:
+        found = json.loads(arguments.drawn.read_text())
+        draw(found["growth"] if "growth" in found else found["rows"], arguments.figure)
+        return
     torch.set_num_threads(1)
     base, axes = BASE, AXES
     if arguments.smoke:

@@ -1,18 +1,17 @@
 """The benchmark's smoke preset: it runs, and its plain algorithm and the sampler write the same tokens."""
 
-import importlib.util
-from pathlib import Path
+from dataclasses import replace
+from functools import cache
 
+import pytest
 import torch
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "sampler.py"
+from benchmarks import sampler
 
 
+@cache
 def run(preset):
-    spec = importlib.util.spec_from_file_location("benchmark_of_the_sampler", PATH)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    return benchmark.benchmark(preset, torch.device("cpu"), 2)["lines"]
+    return sampler.benchmark(preset, torch.device("cpu"), 1)["lines"]
 
 
 def test_smoke():
@@ -28,11 +27,35 @@ def test_smoke():
     assert lines["plain, softmax in fp64"]["same_tokens"] == 1.0
 
 
-def test_the_published_dual_cache_writes_what_ours_does():
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+def test_the_published_cache_runs_the_positions_that_ours_does(kind):
     lines = run("tiny")
-    ours, plain = lines["dual cache (approximate)"], lines["plain dual cache: Fast-dLLM's, as published"]
-    assert ours["same_tokens"] == plain["same_tokens"] and ours["forwards"] == plain["forwards"]
-    assert ours["body_positions"] == plain["body_positions"] and ours["head_rows"] < plain["head_rows"]
+    ours, plain = lines[f"{kind} cache (approximate)"], lines[f"plain {kind} cache: Fast-dLLM's, as published"]
+    assert ours["forwards"] == plain["forwards"] and ours["body_positions"] == plain["body_positions"]
+    # 4 rows, 48 columns; three of a block's four steps run the block, or all from it on: 32 columns, then 16.
+    later = {"prefix": 3 * (32 + 16), "dual": 3 * (16 + 16)}[kind]
+    assert plain["body_positions"] == plain["head_rows"] == 4 * (2 * 48 + later)
+    assert ours["head_rows"] == 4 * 2 * (16 + 12 + 8 + 4)
+
+
+def test_each_way_writes_the_tokens_of_its_published_counterpart():
+    rows = sampler.against([replace(sampler.PRESETS["tiny"], batch=2)], 1)
+    assert [row["way"] for row in rows] == ["exact", "prefix cache", "dual cache"]
+    assert all(row["same tokens"] == 1.0 and row["ratio"] > 0 for row in rows)
+
+
+def test_products_are_all_of_a_runs_and_run_again_alone():
+    """Two layers of seven products and one attention, and a head of two chunks; nothing else is kept."""
+    policy = sampler.random_policy(sampler.PRESETS["tiny"], torch.device("cpu"))
+    tokens = torch.full((2, 8), 5)
+    with torch.no_grad(), sampler.Products() as products:
+        for rows in policy.hidden(tokens, tokens > 0):
+            policy.head(rows)
+    names = [function.__name__ for function, _, _ in products.calls]
+    assert names.count("mm.default") == 2 * 7 + 2 and len(names) == 2 * 8 + 2
+    weights = {args[1].data_ptr() for function, args, _ in products.calls if function.__name__ == "mm.default"}
+    assert len(weights) == 2 * 7 + 1
+    products()
 
 
 def test_ragged_prompts_are_padded_for_the_plain_algorithm_and_not_for_the_sampler():

@@ -220,6 +220,8 @@ MUTATIONS = [
         ('everything[:start] if self.cache.kind == "prefix" else', "everything[:start] if self.cache.kind else"),
         ("block[:, None, seen] <= block", "block[:, None, seen] < block"),
         ("everything[:start] if self.cache", "everything[:end] if self.cache"),
+        ("x.repeat_interleave(alike, dim=0)", "x.repeat(alike, 1, 1, 1)"),
+        ("self._forward(tokens, rows[::alike], fresh", "self._forward(tokens, rows[: len(rows) // alike], fresh"),
     ),
     *mutations(
         "samplers/autoregress.py",

@@ -36,6 +36,8 @@ MUTATIONS = [
         ("islice(solutions(puzzle), 2))) == 1", "islice(solutions(puzzle), 1))) == 1"),
         ("choices.sort(key=lambda _: rng.random())", "pass"),
         ("for cell in order[ahead:]:", "for cell in order[ahead + 1 :]:"),
+        ("rest = unmet.copy()", "rest = unmet"),
+        ("if fewest != 1:  # none", "if fewest > 2:  # none"),
         ("min(81 - clues, 40)", "min(82 - clues, 40)"),
         ("<< own // 9 * 9) & ~(1 << own)", "<< own // 9 * 9)"),
         ("            if once != base:\n                return 0\n", ""),

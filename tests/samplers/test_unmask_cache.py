@@ -77,6 +77,37 @@ def test_block_cache_is_exact(policies, family, commit, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("family", ["sdar", "llada2"])
+def test_completions_of_a_prompt_share_its_keys_and_values(policies, family, monkeypatch):
+    """Against the same rows as prompts of their own: the same tokens and log-probs, and each prompt is run once for its
+    group, where each row runs its own otherwise. What is run later are blocks, of every row."""
+    policy, group = policies(family), 3
+    size = policy.spec.block_size
+    ids = [[(5 * n + k) % 25 + 3 for k in range(length)] for n, length in enumerate((2 * size, 2 * size + 3, size + 1))]
+    options = {"temperature": 1.0, "rank": rules.max_prob, "max_new_tokens": 2 * size - 3, "num_steps": 5}
+    shapes, forward = [], policy.module.base_model.forward
+
+    def counted(*args, **kwargs):
+        shapes.append(tuple(kwargs["input_ids"].shape))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(policy.module.base_model, "forward", counted)
+
+    def sampled(prompts, group):
+        shapes.clear()
+        prompts = Prompts.from_ids(prompts, pad_id=0, group_size=group, seeds=range(9))
+        rollout = unmask(policy, prompts, torch.Generator(), cache=block_cache(), **options)
+        return rollout, list(shapes)
+
+    shared, together = sampled(ids, group)
+    alone, apart = sampled([prompt for prompt in ids for _ in range(group)], 1)
+    assert_same(shared, alone)
+    assert not torch.equal(shared.tokens[0], shared.tokens[1])
+    # 3 prompts in columns of 2 whole blocks, and the block that they begin to write.
+    assert together[0] == (3, 3 * size) and apart[0] == (9, 3 * size)
+    assert together[1:] == apart[1:] and all(columns <= 2 * size for _, columns in together[1:])
+
+
 @pytest.mark.parametrize("cache", [None, block_cache()])
 def test_blocks_count_from_the_prompt(policies, cache):
     """Blocks of 4: after a prompt of 5 the completion's blocks hold 3, 4, 4 positions; after one of 8: 4, 4, 3."""

@@ -1,9 +1,10 @@
 """Sudoku as an exact cover, on the bits of integers: every completion of a puzzle of any side, 9x9 in milliseconds."""
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import islice
 from math import isqrt
+from operator import or_
 from random import Random
 
 
@@ -13,16 +14,17 @@ def solutions(puzzle: str, rng: Random | None = None) -> Iterator[str]:
     puzzle: side * side digits, row by row, 0 for a blank; side 4 or 9. Givens that break a rule have no completion.
     """
     side = isqrt(len(puzzle))
-    demands, rivals = _cover(isqrt(side))
-    alive, open_demands = (1 << side**3) - 1, list(demands)
+    demands, rivals, met = _cover(isqrt(side))
+    alive, unmet = (1 << side**3) - 1, dict(enumerate(demands))
     for cell, digit in enumerate(puzzle):
         if digit != "0":
             candidate = cell * side + int(digit) - 1
             if not alive >> candidate & 1:
                 return
             alive &= ~rivals[candidate]
-            open_demands = [demand for demand in open_demands if not demand >> candidate & 1]
-    for chosen in _search(alive, open_demands, rivals, rng):
+            for number in met[candidate]:
+                del unmet[number]
+    for chosen in _search(alive, unmet, side, rng):
         places = (place for place in range(side**3) if chosen >> place & 1)
         yield "".join(str(place % side + 1) for place in places)
 
@@ -32,12 +34,13 @@ def is_unique(puzzle: str) -> bool:
 
 
 @lru_cache(maxsize=2)
-def _cover(box: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(demands, rivals). A candidate is a digit in a cell, numbered cell * side + digit - 1.
+def _cover(box: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """(demands, rivals, met). A candidate is a digit in a cell, numbered cell * side + digit - 1.
 
     demands  sets of candidates, as bits, of which a solved grid holds exactly one: each cell has a digit; each row,
              column and box has each digit.
     rivals   for each candidate, those that it rules out.
+    met      for each candidate, the numbers of the four demands that it meets.
     """
     side = box * box
     sets: dict[tuple, int] = {}
@@ -53,20 +56,19 @@ def _cover(box: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
                 ):
                     sets[key] = sets.get(key, 0) | bit
     demands = tuple(sets.values())
-    rivals = []
-    for candidate in range(side**3):
-        shared = 0
-        for demand in demands:
-            if demand >> candidate & 1:
-                shared |= demand
-        rivals.append(shared & ~(1 << candidate))
-    return demands, tuple(rivals)
+    found = ([n for n, demand in enumerate(demands) if demand >> candidate & 1] for candidate in range(side**3))
+    met = tuple(map(tuple, found))
+    shared = [reduce(or_, (demands[number] for number in numbers)) for numbers in met]
+    rivals = tuple(those & ~(1 << candidate) for candidate, those in enumerate(shared))
+    return demands, rivals, met
 
 
-def _search(alive: int, demands: list[int], rivals: tuple[int, ...], rng: Random | None) -> Iterator[int]:
+def _search(alive: int, unmet: dict[int, int], side: int, rng: Random | None) -> Iterator[int]:
+    """Every choice of candidates among those alive that meets the demands not yet met, by their numbers."""
+    _, rivals, met = _cover(isqrt(side))
     while True:
         fewest, tightest = 1 << 30, 0
-        for demand in demands:
+        for demand in unmet.values():
             count = (alive & demand).bit_count()
             if count < fewest:
                 fewest, tightest = count, demand
@@ -77,19 +79,23 @@ def _search(alive: int, demands: list[int], rivals: tuple[int, ...], rng: Random
             return
         if fewest != 1:  # none leaves no choice below
             break
-        forced = alive & tightest
-        alive &= ~rivals[forced.bit_length() - 1]
-        demands = [demand for demand in demands if not demand & forced]
+        forced = (alive & tightest).bit_length() - 1
+        alive &= ~rivals[forced]
+        for number in met[forced]:
+            del unmet[number]
     choices = []
     left = alive & tightest
     while left:
-        choices.append(left & -left)
-        left &= left - 1
+        low = left & -left
+        choices.append(low.bit_length() - 1)
+        left ^= low
     if rng is not None:
         choices.sort(key=lambda _: rng.random())
     for choice in choices:
-        remaining = [demand for demand in demands if not demand & choice]
-        yield from _search(alive & ~rivals[choice.bit_length() - 1], remaining, rivals, rng)
+        rest = unmet.copy()
+        for number in met[choice]:
+            del rest[number]
+        yield from _search(alive & ~rivals[choice], rest, side, rng)
 
 
 def random_grid(rng: Random) -> str:
