@@ -20,6 +20,7 @@ from dllm_rl.types import Noise, Rollout, SamplingParams
         ([[5, 5, 5, 5], [0, 0, 0, 0]], 0, [(0, 1, 0), (0, 1, 1)]),  # 20 and 0 -> 15 and 5 -> 10 and 10
         ([[5, 5, 5, 5], [0, 0, 0, 0]], 6, [(0, 1, 0)]),  # 15 and 11: another would end at 10 and 22
         ([[5, 5, 5, 5], [0, 0, 0, 0]], 16, []),  # what a guest costs beside its own eats the gain
+        ([[2] * 8, [0] * 8], 3, [(0, 1, 0), (0, 1, 1)]),  # 16 and 0 -> 14 and 5 -> 12 and 10
         ([[5, 0], [0, 5]], 0, []),
         ([[5, 5], [0, 5]], 0, []),  # 10 and 5 would be 5 and 10
         ([[9, 2, 4], [1, 0, 0]], 0, [(0, 1, 0), (1, 0, 0)]),  # 15 and 1 -> 6 and 10 -> 7 and 9
