@@ -13,7 +13,7 @@ recipe = replace(
     rollout_quantization=float8_weight_only,
     warmup_steps=400,
     warmup_target=0.25,
-    num_steps=360,
+    num_steps=180,
     kept_graphs=2,
 )
 

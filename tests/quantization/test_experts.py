@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layouts import published
+from mixtures import moe
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -25,12 +26,15 @@ NAMES = pickable(quantize.__name__, None, None)
 SCHEMES = {name: make for name, make in NAMES.items() if name not in ("float8_dynamic", "int4_packed")}
 SCHEMES["int4_weight_only"] = partial(quantize.int4_weight_only, group_size=8)  # divides the toys' 24 and 32 inputs
 FEW = ("float8_weight_only", "float8_dynamic_emulated", "int8_dynamic", "e4m3_emulated", "int3_emulated")
-FAMILIES = ("llada_moe", "llada2", "sdar_moe")
+FAMILIES = ("llada_moe", "llada2", "sdar_moe", "qwen3_moe")
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    return {family: published(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+    found = {family: published(tmp_path_factory.mktemp(family), family) for family in FAMILIES[:-1]}
+    causal = tmp_path_factory.mktemp("qwen3_moe")
+    moe(causal=True, characters="abcdefghijklmnopqrstuvwxyz").save_pretrained(causal)
+    return found | {"qwen3_moe": causal}
 
 
 @pytest.fixture(params=FAMILIES)

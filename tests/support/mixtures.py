@@ -10,7 +10,8 @@ from dllm_rl.quantization.rollout_policy import quantized_copy
 
 def moe(*, causal=False, **changes):
     sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 24, "num_experts": 6}
-    return tiny_moe(characters="123456789", causal=causal, **({"head_std": 0.5, "gain": 1.5} | sizes | changes))
+    settings = {"characters": "123456789", "head_std": 0.5, "gain": 1.5} | sizes
+    return tiny_moe(causal=causal, **(settings | changes))
 
 
 def own_choice(router, hidden):
