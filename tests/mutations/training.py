@@ -288,7 +288,7 @@ MUTATIONS = [
         ("if self._lost.is_set() and (exchange or not failed):", "if self._lost.is_set():"),
         ('"end" in message', '"fine" in message'),
         ("escape_controls(text)", "text"),
-        ("            self._lost.wait(SETTLE)\n", ""),
+        ("            self._lost.wait(SETTLE)\n", "            pass\n"),
         ("        self._thread.join()\n", ""),
         ("                os._exit(STATUS)", "                pass", "faults/test_faults.py"),
         ("            self.save()\n", "            pass\n", "faults/test_faults.py"),

@@ -229,3 +229,13 @@ def test_one_that_cannot_be_reached_is_a_line(made, monkeypatch):
         monkeypatch.setattr(peers, "from_main", lambda work, processes: (port, "token"))
         with pytest.raises(OSError, match=rf"process 1 cannot reach the main process at 127.0.0.1:{port}: .*none"):
             Peers(OneProcess(2, 1), seconds=60.0, advice="")
+
+
+def test_an_error_of_its_own_is_raised_though_another_is_lost(made, capfd):
+    main, other = made(2)
+    other._lines[0].socket.close()
+    hear(main)
+    assert main._lost.is_set()
+    with pytest.raises(ValueError, match="its own"), main:
+        raise ValueError("its own")
+    assert capfd.readouterr().err == ""
