@@ -134,19 +134,9 @@ def tiny_llama(
     gain               of the other first weights: their standard deviation is gain / sqrt(inputs)
     """
     tokenizer = char_tokenizer(characters)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        intermediate_size=intermediate_size,
-        max_position_embeddings=max_length,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        **_further(rope_theta=rope_theta, is_causal=causal, mask_token_id=None if causal else tokenizer.mask_token_id),
-    )
+    fields = _decoder_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length=max_length)
+    fields["rope_theta"] = rope_theta
+    config = LlamaConfig(**fields, intermediate_size=intermediate_size)
     scales = {"embedding_std": embedding_std, "head_std": head_std, "gain": gain}
     return _made(LlamaForCausalLM, config, tokenizer, seed=seed, **scales)
 
@@ -183,26 +173,44 @@ def tiny_moe(
     gain               of the other first weights: their standard deviation is gain / sqrt(inputs)
     """
     tokenizer = char_tokenizer(characters)
+    fields = _decoder_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length=max_length)
+    fields["rope_theta"] = rope_theta
     config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
+        **fields,
+        **_further(head_dim=hidden_size // num_heads),
         num_key_value_heads=num_heads,
         moe_intermediate_size=intermediate_size,
         num_experts=num_experts,
         num_experts_per_tok=num_experts_per_tok,
-        **_further(head_dim=hidden_size // num_heads),
         norm_topk_prob=True,
-        max_position_embeddings=max_length,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        **_further(rope_theta=rope_theta, is_causal=causal, mask_token_id=None if causal else tokenizer.mask_token_id),
     )
     scales = {"embedding_std": embedding_std, "head_std": head_std, "gain": gain}
     return _made(Qwen3MoeForCausalLM, config, tokenizer, seed=seed, **scales)
+
+
+def _decoder_fields(
+    tokenizer: PreTrainedTokenizerFast,
+    causal: bool,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    *,
+    max_length: int,
+) -> dict[str, Any]:
+    """What the configs of decoders have in common, un-causaled or not."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "max_position_embeddings": max_length,
+        "tie_word_embeddings": False,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "is_causal": causal,
+        "mask_token_id": None if causal else tokenizer.mask_token_id,
+    }
 
 
 def _further(**fields: Any) -> dict[str, Any]:
