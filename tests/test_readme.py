@@ -61,6 +61,7 @@ def test_its_exit_statuses_are_those_of_the_code():
     import signal
 
     from dllm_rl.tasks.deadline import STATUS
+    from dllm_rl.training import peers
     from dllm_rl.training.stop import SIGNALS
 
     rows = dict(
@@ -69,7 +70,7 @@ def test_its_exit_statuses_are_those_of_the_code():
     codes = next(row for row in rows if "," in row)
     named = [getattr(signal, name) for name in re.findall(r"SIG[A-Z0-9]+", rows.pop(codes))]
     assert [int(code) for code in codes.split(", ")] == [128 + number for number in named]
-    assert set(named) == set(SIGNALS) and set(map(int, rows)) == {0, 1, 2, STATUS}
+    assert set(named) == set(SIGNALS) and set(map(int, rows)) == {0, 1, 2, peers.STATUS, STATUS}
     assert "--reward_timeout" in rows[str(STATUS)]
 
 

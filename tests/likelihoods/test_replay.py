@@ -26,7 +26,7 @@ from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import int3_emulated
 from dllm_rl.samplers.cache import block_cache, dual_cache
-from dllm_rl.samplers.rules import max_prob, random
+from dllm_rl.samplers.rules import confidence, max_prob, random
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts, Rollout
 
@@ -98,13 +98,15 @@ def test_nothing_is_noted_unless_it_is_asked_for(monkeypatch):
         as_sampled(noise, rollout)
 
 
-@pytest.mark.parametrize(("layers", "whole"), [(None, False), ((0, 1), True)])
-def test_replay_removes_the_jump_of_a_router_on_a_boundary(layers, whole):
+@pytest.mark.parametrize(
+    ("layers", "whole", "rank"), [(None, False, max_prob), (None, False, random), ((0, 1), True, random)]
+)
+def test_replay_removes_the_jump_of_a_router_on_a_boundary(layers, whole, rank):
     """Weights that differ by 1e-5, and a tenth of a nat: gone with the sampler's experts where the last mixture jumps,
     and with those of all tokens where every mixture does."""
     policy = moe(num_experts_per_tok=1)
     other = on_a_boundary(policy, layers)
-    rollout = sampled(other)
+    rollout = sampled(other, rank=rank)
     noise = lik.trajectory().draw(rollout, GENERATOR)
     jump = gap(policy, rollout, noise)
     replay = as_sampled(noise, rollout)
@@ -202,6 +204,35 @@ def test_counts_and_metrics_by_hand():
     assert metrics["routing/max_violation"] == pytest.approx(0.5)
     assert metrics["routing/max_violation/learner/layer_0"] == metrics["routing/max_violation/learner"] == 1.25
     assert metrics["routing/idle"] == metrics["routing/idle/learner"] == 1 / 6
+
+
+def test_one_row_a_prompt_is_counted_in_the_first_view():
+    """Against routers by hand, whose loads differ on the two sides."""
+    policy = moe()
+    other = quantized_copy(policy, int3_emulated())
+    rollout = draw(other, prompts(), GENERATOR)
+    noise = lik.trajectory().draw(rollout, GENERATOR)
+    tokens, seen = rollout.tokens.masked_fill(noise.masked[0], 1)[::2], rollout.attention_mask[::2]
+    theirs, ours = (chosen_by_hand(each, tokens, seen)[seen] for each in (other, policy))
+    counts = routing_counts(policy, other, rollout, noise)
+    for layer, row in enumerate(counts):
+        assert row[2:8].tolist() == theirs[:, layer].flatten().bincount(minlength=6).tolist()
+        assert row[8:].tolist() == ours[:, layer].flatten().bincount(minlength=6).tolist()
+        both = [set(a.tolist()) & set(b.tolist()) for a, b in zip(ours[:, layer], theirs[:, layer], strict=True)]
+        assert row[0] == sum(map(len, both)) < row[1] == 2 * len(ours)
+    assert not torch.equal(counts[:, 2:8], counts[:, 8:])
+
+
+def test_positions_that_are_scored_as_left_choose_for_themselves():
+    policy = moe()
+    rollout = sampled(policy, rank=confidence)
+    noise = lik.trajectory().draw(rollout, GENERATOR)
+    assert noise.left is not None and noise.left.any()
+    routed = as_sampled(noise, rollout).routed
+    assert torch.equal(routed, torch.stack([rollout.unmask_step == n for n in range(4)]))
+
+
+def test_both_sides_of_one_policy_agree():
     policy = moe()
     rollout = draw(policy, prompts(), GENERATOR)
     noise = lik.trajectory().draw(rollout, GENERATOR)

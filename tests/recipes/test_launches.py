@@ -1,6 +1,7 @@
 """The launches of recipes/accelerate, as Accelerate's own launcher reads them, and those that it would not obey."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,11 @@ PROCESSES = {"cpu": 1, "cpu_2": 2, "single_gpu": 1, "multi_gpu": 8, "multi_node"
 
 def launched(*words):
     """The launcher's settings, and what it would add to its processes' environment."""
-    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args([*words, "recipe.py"]))
+    with socket.socket() as probe:  # the usual port may be taken by another run on this machine
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [*words, "--main_process_port", str(port), "recipe.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
     several = arguments.multi_gpu or arguments.use_fsdp
     made = prepare_multi_gpu_env(arguments) if several else prepare_simple_launcher_cmd_env(arguments)[1]
     return arguments, {name: value for name, value in made.items() if os.environ.get(name) != value}
