@@ -1,6 +1,6 @@
 """One thread a test process, of which pytest-xdist runs one a core: small tensors gain nothing from more threads, and
-sums come out the same everywhere. And the CPU
-on every machine, so that the numbers are the same ones: `pytest -m gpu` runs what is for a GPU, on the GPU."""
+sums come out the same everywhere. And the CPU on every machine, so that the numbers are the same ones: `pytest -m gpu`
+runs what is for a GPU, on the GPU."""
 
 import os
 

@@ -17,7 +17,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:warnings"]
+OPTIONS = ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:warnings"]
 LIBRARIES = ("torch", "transformers", "torchao.quantization", "accelerate", "hypothesis", "beartype", "pytest")
 
 
