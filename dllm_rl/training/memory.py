@@ -8,7 +8,7 @@ Attention is the fused kernel, which keeps no scores. The rollout's forward is t
 import copy
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dllm_rl.algorithms.optimizers import adamw_8bit
+from dllm_rl.diagnostics.batch_invariance import GROUPED
 from dllm_rl.models.base import Module, Policy, position_ids
 from dllm_rl.models.logprobs import backward_token_logprobs, chunk_rows, token_logprobs
 from dllm_rl.models.lora import merged_state
@@ -110,6 +112,18 @@ class _PackedProduct(torch.autograd.Function):
         return gradients[0] @ ctx.layer.weight.to(gradients[0].dtype), None
 
 
+class GroupedShapes(TorchFunctionMode):
+    """The product of rows with stacked experts, on fake tensors that are not in bf16, which torch (2.13) has no shapes
+    for: as a product with one expert's weights, whose result and gradients take the same memory."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in GROUPED and args[0].dtype != torch.bfloat16:
+            return args[0] @ args[1][0]
+        return func(*args, **(kwargs or {}))
+
+
 def measure_step(
     recipe: Recipe,
     policy: Policy,
@@ -136,7 +150,7 @@ def measure_step(
     policy, module = copy.copy(policy), copy.deepcopy(policy.module)
     cached = recipe.shard_size == 1  # as in training: autocast's copies of the weights
     autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16, cache_enabled=cached)  # noqa: E731
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+    with FakeTensorMode(allow_non_fake_inputs=True), GroupedShapes(), LiveBytes() as live:
         with live.measured(held, "weights"):
             policy.module = forget_data(module, dtype, recipe.base_quantization)
         trained = [p for p in policy.module.parameters() if p.requires_grad]

@@ -14,7 +14,9 @@ from dllm_rl.models import routing
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.quantization.schemes import int3_emulated
 from dllm_rl.recipe import Recipe
+from dllm_rl.training.dry_run import plan
 from dllm_rl.training.loop import train
+from dllm_rl.training.memory import measure_step
 from dllm_rl.training.rollouts import check_compiled
 
 MOE = partial(tiny_moe, num_experts=4, gain=1.5, head_std=0.3, **SIZES)
@@ -98,6 +100,19 @@ def test_what_cannot_be_replayed_is_refused_in_one_line(tmp_path):
         train(tiny_recipe(tmp_path / "dense", router_replay="R3"))
     assert not (tmp_path / "dense").exists()
     assert "router_replay" in Recipe.__doc__
+
+
+def test_a_dry_run_counts_a_mixture_in_fp32(tmp_path):
+    """Whose grouped products have no shapes on torch's fake tensors: weights, gradients and moments are as they are."""
+    recipe = moe_recipe(tmp_path, router_replay="R3")
+    text, weights = plan(recipe), sum(p.numel() for p in MOE().module.parameters())
+    assert f"{weights:,}" in text
+    settings = {"prompt_tokens": 20, "dtype": torch.float32, "rollout_copy": 0}
+    held = measure_step(recipe, MOE(), **settings).held
+    assert held["gradients"] == 4 * weights and held.keys() == {"weights", "gradients", "optimiser"}
+    assert held["weights"] == pytest.approx(4 * weights, rel=0.01) and held["optimiser"] == pytest.approx(
+        8 * weights, rel=0.01
+    )
 
 
 def test_a_failed_step_dumps_the_experts(tmp_path, monkeypatch):
