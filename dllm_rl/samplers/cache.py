@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dllm_rl.models.base import Policy, position_ids
+from dllm_rl.models.last_block import Places, last_block_at
 from dllm_rl.models.transfer import send
 
 
@@ -94,12 +95,19 @@ class CachedStates:
         self.step = 0
 
     def advance(
-        self, tokens: Int[Tensor, "B T"], rows: Int[Tensor, " R"], columns: tuple[int, int], *, alike: int = 1
+        self,
+        tokens: Int[Tensor, "B T"],
+        rows: Int[Tensor, " R"],
+        columns: tuple[int, int],
+        *,
+        alike: int = 1,
+        read: Places | None = None,
     ) -> tuple[Float[Tensor, "r W D"], int]:
         """States of the block in `columns` = [start, end) for `rows`, and the column that the first of them predicts.
 
         Rows may become fewer from step to step; those that a block lets go may be back in the next. Every run of
-        `alike` rows is the same: one forward serves it, and r = R / alike.
+        `alike` rows is the same: one forward serves it, and r = R / alike. `read`, where alike is 1: which of rows, and
+        the columns whose states' predictions are read of them; the states of others need not mean anything. None: all.
         """
         self.step = 0 if columns != self.columns else self.step + 1
         self.columns = columns
@@ -120,12 +128,16 @@ class CachedStates:
             (wanted,) = send(tokens.device, torch.isin(self.rows, rows).nonzero()[:, 0])
             self.past = mapped(self.past, lambda x: x[wanted])
         self.rows = rows
-        states = self._forward(tokens, rows[::alike], fresh, keep)
+        first = int(fresh[0]) + self.policy.spec.shift
+        if read is not None:
+            read = read[0], (read[1] - first).clamp(min=0)
+        with last_block_at(self.policy, read):
+            states = self._forward(tokens, rows[::alike], fresh, keep)
         if alike > 1:
             self.past = mapped(self.past, lambda x: x.repeat_interleave(alike, dim=0))
         if self.cache.kind == "block" and self.step == 0:
             self.whole = self.past, rows
-        return states, int(fresh[0]) + self.policy.spec.shift
+        return states, first
 
     def _forward(self, tokens: Tensor, rows: Tensor, fresh: Tensor, keep: Tensor) -> Tensor:
         """Run the `fresh` columns of rows against those kept and themselves; afterwards only `keep` are kept, which are

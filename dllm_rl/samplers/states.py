@@ -1,13 +1,12 @@
 """The hidden states that a step reads, from as few positions as it may run: rows of like length go together."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.buckets import length_buckets
+from dllm_rl.models.last_block import Places, last_block_at, predicting
 from dllm_rl.models.routing import Routing, of_tokens
 from dllm_rl.models.transfer import send
 from dllm_rl.samplers.cache import Cache, CachedStates
@@ -44,9 +43,8 @@ class States:
         owner = self.bucket[rows]
         numbers = owner.unique().tolist()
         if len(numbers) == 1:
-            first, *parts = self._run(numbers[0], rows, block, alike)
-            states, *experts = (x[r // alike, (columns - first).clamp(min=0)] for x in parts)
-            return states, experts[0] if experts else None
+            found = self._run(numbers[0], rows, block, alike, r, columns)
+            return found[0], found[1] if len(found) > 1 else None
         members = [(owner == number).nonzero()[:, 0] for number in numbers]
         within = torch.empty_like(rows)  # the place of each row in its bucket
         for here in members:
@@ -55,30 +53,43 @@ class States:
         within, *places = send(r.device, within, *((of == number).nonzero()[:, 0] for number in numbers))
         joined: list[Tensor] = []
         for number, here, place in zip(numbers, members, places, strict=True):
-            first, *parts = self._run(number, rows[here], block, alike)
-            found = [x[within[r[place]] // alike, (columns[place] - first).clamp(min=0)] for x in parts]
+            found = self._run(number, rows[here], block, alike, within[r[place]], columns[place])
             joined = joined or [x.new_empty(len(r), *x.shape[1:]) for x in found]
             for whole, part in zip(joined, found, strict=True):
                 whole[place] = part
         return joined[0], joined[1] if len(joined) > 1 else None
 
-    def _run(self, number: int, rows: Tensor, block: int, alike: int) -> tuple[Any, ...]:
-        """The canvas's column that the first state predicts, the states (r, W, D) of rows of one bucket, and their
-        experts (r, W, M, E), where the policy records them."""
+    def _run(self, number: int, rows: Tensor, block: int, alike: int, r: Tensor, columns: Tensor) -> list[Tensor]:
+        """The states (K, D) of `columns` of the r-th of rows, all of one bucket, and their experts (K, M, E), where the
+        policy records them."""
+        read = None if alike > 1 or self.policy.records_experts else (r, columns)
         if not self.policy.records_experts:
-            hidden, first = self._forward(number, rows, block, alike)
-            return first, hidden
-        with Routing(self.policy.module) as routing:
-            hidden, first = self._forward(number, rows, block, alike)
-        experts = routing.experts(len(hidden))
-        # A cache gives the states as they are; without one they lie at the tokens that they predict.
-        return first, hidden, of_tokens(self.policy, experts) if self.caches[number] is None else experts
+            hidden, first = self._forward(number, rows, block, alike, read)
+            parts = [hidden]
+        else:
+            with Routing(self.policy.module) as routing:
+                hidden, first = self._forward(number, rows, block, alike, read)
+            experts = routing.experts(len(hidden))
+            # A cache gives the states as they are; without one they lie at the tokens that they predict.
+            parts = [hidden, of_tokens(self.policy, experts) if self.caches[number] is None else experts]
+        return [x[r // alike, (columns - first).clamp(min=0)] for x in parts]
 
-    def _forward(self, number: int, rows: Tensor, block: int, alike: int) -> tuple[Float[Tensor, "r W D"], int]:
+    def _forward(
+        self, number: int, rows: Tensor, block: int, alike: int, read: Places | None
+    ) -> tuple[Float[Tensor, "r W D"], int]:
+        """The states of all columns that are run, and the canvas's column that the first of them predicts; what is not
+        `read` need not mean anything."""
         canvas, start, cached = self.canvas, self.buckets[number].start, self.caches[number]
         if cached is None:
             (seen,) = send(self.policy.device, rows[::alike])
-            return self.policy.hidden(canvas.tokens[seen, start:], canvas.attention_mask[seen, start:]), start
+            tokens, seen = canvas.tokens[seen, start:], canvas.attention_mask[seen, start:]
+            if read is not None:
+                read = read[0], predicting(self.policy, seen, read[0], read[1] - start)
+            with last_block_at(self.policy, read):
+                return self.policy.hidden(tokens, seen), start
         begin, end = canvas.bounds[block]
-        hidden, first = cached.advance(canvas.tokens[:, start:], rows, (begin - start, end - start), alike=alike)
+        if read is not None:
+            read = read[0], read[1] - start
+        bounds = (begin - start, end - start)
+        hidden, first = cached.advance(canvas.tokens[:, start:], rows, bounds, alike=alike, read=read)
         return hidden, first + start

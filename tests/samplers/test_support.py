@@ -28,7 +28,8 @@ class HeadAlone:
     """A policy of which only the head is asked, whose hidden states are the logits; the last token is the mask."""
 
     module = tokenizer = version = lora = quantization = quantization_report = None
-    float32_head, gradient_checkpointing, device, pad_id = True, False, torch.device("cpu"), 0
+    float32_head, gradient_checkpointing, records_experts = True, False, False
+    device, pad_id = torch.device("cpu"), 0
 
     def __init__(self, vocabulary: int) -> None:
         self.vocab_size, self.spec = vocabulary, SimpleNamespace(mask_id=vocabulary - 1)
