@@ -36,7 +36,7 @@ class RunLog:
         self.main, self.directory = main, directory
         self.console = Console(quiet=not main, force_jupyter=False)  # plain lines in a notebook: no widgets
         self.seconds: dict[str, float] = {}
-        self.entered = ""  # the stage entered last
+        self.entered = self.inside = ""  # the stage entered last, and the one that is going on
         self.entering: Callable[[], None] = lambda: None  # called whenever one is entered
         self._step: dict[str, float] = {}
         self._flat = 0  # steps in a row in which no group's rewards differed
@@ -50,6 +50,11 @@ class RunLog:
         self.last = known(before[-1]) if before else {}  # the last step's numbers
 
     @property
+    def computing(self) -> bool:
+        """Whether a stage is going on that calls nobody else's code, and reads or writes no file."""
+        return self.inside in ("rollout", "scoring", "update", "sync", "gradients")
+
+    @property
     def place(self) -> str:
         """The stage entered last and the steps done, in words."""
         return f"{self.entered or 'the beginning of a step'}, after {self._done} steps"
@@ -58,10 +63,13 @@ class RunLog:
     def stage(self, name: str) -> Iterator[None]:
         """Add the block's wall-clock seconds to the stage `name`, for the run and for the present step; one that takes
         long says so."""
-        begin, self.entered = time.perf_counter(), name
+        begin, self.entered, self.inside = time.perf_counter(), name, name
         self.entering()
-        with heartbeat(f"{name}, after {self._done} steps,", self.say if self.main else None):
-            yield
+        try:
+            with heartbeat(f"{name}, after {self._done} steps,", self.say if self.main else None):
+                yield
+        finally:
+            self.inside = ""
         spent = time.perf_counter() - begin
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
         self._step[name] = self._step.get(name, 0.0) + spent

@@ -4,7 +4,8 @@ The main process listens, every other holds a connection to it, and a thread of 
 that it is there, and at each stage what the process is doing. A process that dies closes its connection, which is heard
 at once; one that is stopped, cut off, or held up in C code that keeps the interpreter says nothing any more. Silence is
 counted in one's own turns: a process that was stopped itself (Ctrl-Z of a whole job) does not take others for lost when
-it wakes.
+it wakes. One whose main thread stands still in the middle of a stage (`motion`), without the processor and at one place in
+its code, says so itself.
 """
 
 import json
@@ -25,6 +26,7 @@ import torch
 
 from dllm_rl.distributed import Processes, from_main
 from dllm_rl.screen import escape_controls
+from dllm_rl.training.motion import Motion
 from dllm_rl.training.stop import Stopped
 
 STATUS = 75  # of a process that ends because another was lost: EX_TEMPFAIL of sysexits.h, "try again"
@@ -90,13 +92,16 @@ def of_an_exchange(error: BaseException | None) -> bool:
 class Peers:
     """The watch of one process over the others, while its block runs. All processes make and enter it together.
 
-    stage   what this process is doing, in words. save: keeps what it can, before the process is ended from outside.
+    stage   what this process is doing, in words. works: whether it computes, and should not stand still.
+    save    keeps what it can, before the process is ended from outside.
     advice  the end of the line that names a lost process.
     """
 
     def __init__(self, processes: Processes, *, seconds: float, advice: str) -> None:
         self.stage: Callable[[], str] = lambda: "its start"
+        self.works: Callable[[], bool] = lambda: False
         self.save: Callable[[], None] = lambda: None
+        self._motion = Motion()
         self._index, self._count = processes.process_index, processes.num_processes
         self._seconds, self._advice = seconds, advice
         self._name = f"process {self._index} ({socket.gethostname()}, pid {os.getpid()})"
@@ -234,6 +239,8 @@ class Peers:
         if "failed" in message:
             text = f"{line.name} raised {str(message['failed'])[:300]}, in {line.stage}"
             self._lose(text, line, said=line.process == 0)
+        elif "still" in message:
+            self._lose(str(message["still"])[:1000], line)
         elif "lost" in message:
             self._lose(str(message["lost"])[:1000], line, said=True)
         elif "end" in message:
@@ -255,8 +262,18 @@ class Peers:
         for line in [line for line in self._lines.values() if line.quiet > TURNS]:
             text = f"{line.name} has been silent for peer_timeout={self._seconds:g} s, last heard in {line.stage}"
             self._lose(f"{text}: stopped, cut off, or held up in C code that keeps the interpreter", line)
+        place = self._motion.asked(self.works())
+        if place is not None and self._motion.turns >= TURNS:
+            self._stand_still(place)
         if late := [process for process, turns in self._missing.items() if turns > TURNS]:
             self._lose(f"process {late[0]} has not joined in peer_timeout={self._seconds:g} s")
+
+    def _stand_still(self, place: str) -> None:
+        """Have the main process say so; this one ends with the others."""
+        text = f"{self._name} has stood still for peer_timeout={self._seconds:g} s at {place}, in {self.stage()}"
+        if self._server is None:
+            self._lines[0].tell(still=text)
+        self._lose(text, said=self._server is None)
 
     def _lose(self, text: str, line: Line | None = None, *, said: bool = False) -> None:
         """Another process is lost. Of several that find it out one says so: the main process, or, where that is lost

@@ -88,7 +88,8 @@ def fine_tune(recipe: SFT) -> Summary:
     held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
     run = _begin(recipe, accelerator, policy, folder, notes)
     if stop.peers is not None:
-        stop.peers.stage, run.log.entering = lambda: run.log.place, stop.peers.tell_stage
+        stop.peers.stage, stop.peers.works = lambda: run.log.place, lambda: run.log.computing
+        run.log.entering = stop.peers.tell_stage
     if not folder:
         with run.log.stage("evaluation"):
             run.before = held_out_loss(recipe, policy, held_out, accelerator)

@@ -5,7 +5,10 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import child  # noqa: E402
 from child import run  # noqa: E402
 from scenarios import outcome, small_recipe  # noqa: E402
 
+from dllm_rl.samplers.unmask import unmask  # noqa: E402
 from dllm_rl.tasks.sudoku import Sudoku  # noqa: E402
 from dllm_rl.training import checkpoint  # noqa: E402
 
@@ -28,16 +32,25 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # how many processes, whi
     "raises": (2, 1, {}),
     "dies": (2, 1, {}),
     "is stuck": (2, 1, {"collective_timeout": 4.0}),
+    "stands still": (2, 1, {}),
     "is stopped": (2, 1, {}),
     "is stopped, the first": (2, 0, {}),
     "is stopped, weights shared out": (3, 2, SHARED),
 }
 
 
+def stalling(*args: Any, **settings: Any) -> Any:
+    """The sampler, which never ends in one process's step 2."""
+    if os.environ["RANK"] == "1" and Faulty.asleep == GRADED_IN_STEP_2 - 2:
+        threading.Event().wait()
+    return unmask(*args, **settings)
+
+
 class Faulty:
     """Sudoku; one process's grader has a fault on a completion of step 2."""
 
     name, version = "faulty", "1"
+    asleep = 0  # completions that this process has graded, of a run in which one stands still
 
     def __init__(self, fault: str, rank: int = 1) -> None:
         self.fault, self.rank, self.graded, self.task = fault, str(rank), 0, Sudoku(split="train", size=32)
@@ -53,6 +66,7 @@ class Faulty:
 
     def reward(self, problem: Any, completion: str) -> Any:
         self.graded += 1
+        Faulty.asleep += self.fault == "stands still"
         if os.environ["RANK"] == self.rank and self.graded == GRADED_IN_STEP_2:
             if self.fault == "raises":
                 raise ZeroDivisionError("by zero")
@@ -74,7 +88,10 @@ def main(root: Path) -> dict[str, list[Any]]:
     for case, (processes, rank, changes) in CASES.items():
         directory, settings = root / case, every | changes
         task = Faulty(case.partition(",")[0], rank)
-        code, out = run(small_recipe(directory, "two processes", **settings, task=task), processes=processes)
+        recipe = small_recipe(directory, "two processes", **settings, task=task)
+        if case == "stands still":
+            recipe = replace(recipe, sampler=partial(stalling, **recipe.sampler.keywords))
+        code, out = run(recipe, processes=processes)
         saved = [step for step, _ in checkpoint.found(directory / "checkpoints")]
         same, more = None, ""
         if processes == 2:

@@ -73,6 +73,7 @@ def processes(tmp_path_factory) -> dict:
     [
         ("raises", "error: process 1 (HOST) raised RuntimeError: the grader of task 'faulty' raised on problem"),
         ("dies", "error: process 1 (HOST) is gone, last heard in "),
+        ("stands still", "error: process 1 (HOST) has stood still for peer_timeout=4 s at /"),
         ("is stopped", "error: process 1 (HOST) has been silent for peer_timeout=4 s, last heard in "),
         ("is stopped, the first", "error: process 0 (HOST) has been silent for peer_timeout=4 s, last heard in "),
         (
@@ -87,7 +88,8 @@ def test_a_process_that_is_lost_is_named_once_by_the_others_and_costs_no_step(pr
     code, out, saved, same = processes[case]
     lines = [re.sub(r"\(\S+, pid \d+\)", "(HOST)", line) for line in out.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and lines[0].startswith(said), out
-    assert "in reward, after 1 steps" in lines[0] and "this run ends; continue with --resume_from_checkp" in lines[0]
+    stage = "rollout" if case == "stands still" else "reward"
+    assert f"in {stage}, after 1 steps" in lines[0] and "this run ends; continue with --resume_from_checkp" in lines[0]
     assert code == (-signal.SIGKILL if "first" in case else 75)
     assert ("process 1: the step after step 1 failed; mend the cause" in out) == (case == "raises")
     assert out.count("Traceback") == (2 if case == "raises" else 0), "the process's own, and what its error came from"

@@ -86,6 +86,37 @@ def test_slow_work_is_no_loss(made):
     assert main._lines[1].stage == "rollout, after 7 steps"
 
 
+def test_one_that_stands_still_is_named_by_the_main_process_and_ends(made, monkeypatch):
+    main, first, second = made(3)
+    places = iter(["a.py:1"] * TURNS)
+    for watch, still in ((first, True), (second, False), (main, False)):
+        watch.stage, watch.works = lambda: "update, after 7 steps", lambda still=still: still
+        monkeypatch.setattr(watch._motion, "asked", lambda works: next(places) if works else None)
+    for turn in range(TURNS):
+        first._motion.turns = turn + 1
+        assert not first._lost.is_set()
+        first._take_turn()
+    while not main._lost.is_set():
+        hear(main)
+    while not second._lost.is_set():
+        hear(second)
+    assert first._lost.is_set() and main._line == second._line == first._line, "all end"
+    assert [watch._mine for watch in (main, first, second)] == [True, False, False], "one process says it"
+    assert main._line.startswith("error: process 1 (") and main._line.endswith(
+        "has stood still for peer_timeout=60 s at a.py:1, in update, after 7 steps; go on"
+    )
+
+
+def test_a_main_process_that_stands_still_says_so(made, monkeypatch):
+    main, other = made(2)
+    monkeypatch.setattr(main._motion, "asked", lambda works: "a.py:1")
+    main._motion.turns = TURNS
+    main._take_turn()
+    while not other._lost.is_set():
+        hear(other)
+    assert main._mine and not other._mine and "process 0 (" in other._line and "a.py:1" in other._line
+
+
 def test_a_stage_is_told_when_it_is_entered_and_is_no_turn(made):
     main, other = made(2)
     other.stage = lambda: "reward, after 7 steps"
