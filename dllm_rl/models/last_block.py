@@ -2,8 +2,7 @@
 
 What a model returns at a position that nobody reads is work for nothing. Up to the last block others attend to it, and
 of that block to its key and value; all else there treats every position by itself, so that leaving some out changes no
-other one: the same sums, in products of fewer rows. Products of very few rows are computed otherwise than larger ones,
-and end in other last bits: none gets fewer than `FEWEST`.
+other one: the same sums, in products of fewer rows, filled up to as many as it takes for the same last bits.
 """
 
 from collections.abc import Iterator
@@ -16,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dllm_rl.models.base import Policy
+from dllm_rl.models.logprobs import missing_rows
 from dllm_rl.models.recompute import backbone_of
-
-FEWEST = 16  # MKL's fp32 products have the same bits for a row from 4 rows on (AVX2)
 
 Places: TypeAlias = tuple[Int[Tensor, " K"], Int[Tensor, " K"]]
 
@@ -67,7 +65,7 @@ class _Read:
         (x,) = args
         self.shape = tuple(x.shape[:2])
         read = x[self.rows, self.columns]
-        return (F.pad(read, (0, 0, 0, max(0, FEWEST - len(read))))[None],)
+        return (F.pad(read, (0, 0, 0, missing_rows(len(read))))[None],)
 
     def after(self, _: Any, __: Any, out: Tensor) -> Tensor:
         whole = out.new_zeros(*self.shape, out.shape[-1])

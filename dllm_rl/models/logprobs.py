@@ -16,7 +16,10 @@ CHUNK_ELEMENTS = 2**23  # fp32 logits held at once on a CPU: 32 MiB
 # On an accelerator 256 MiB, 530 rows of LLaDA's vocabulary. A chunk reads the head's weights once, and where they are
 # trained writes a gradient of their size, whatever its rows: at 64 of them that traffic takes longer than the products.
 ACCELERATOR_ELEMENTS = 2**26
-ROWS = 16  # the head always runs on a multiple of this: fp32 kernels round differently when rows are few
+ROWS = (
+    16  # a product gets so many rows at least, and a multiple of STEP: fp32 kernels round differently when rows are few
+)
+STEP = 8
 GROUP = 256  # tokens whose mass is summed before the search for the one that is drawn
 
 
@@ -113,15 +116,20 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
     return max(ROWS, elements // vocabulary // ROWS * ROWS)
 
 
+def missing_rows(count: int) -> int:
+    """How many rows of zeros to run a product of `count` rows with."""
+    return max(ROWS - count, -count % STEP)
+
+
 def chunked(f: Callable, *rows: Tensor, policy: Head) -> tuple[Tensor, ...]:
     """Apply `f` (rows -> tuple of per-row tensors) to chunks of `chunk_rows`.
 
-    Rows of zeros fill up the last chunk to a multiple of ROWS, so that a row's value does not depend on how many others
-    come with it. With more than one chunk and gradients on, each chunk's logits are recomputed in the backward.
+    Rows of zeros fill up the last chunk (`missing_rows`), so that a row's value does not depend on how many others come
+    with it. With more than one chunk and gradients on, each chunk's logits are recomputed in the backward.
     """
     size = chunk_rows(policy.vocab_size, policy.device)
-    count, missing = len(rows[0]), -len(rows[0]) % ROWS
-    if missing:
+    count = len(rows[0])
+    if missing := missing_rows(count - (count - 1) // size * size):
         rows = tuple(torch.cat([r, r.new_zeros(missing, *r.shape[1:])]) for r in rows)
     if count <= size:
         return tuple(column[:count] for column in f(*rows))

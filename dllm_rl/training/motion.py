@@ -1,6 +1,6 @@
-"""Whether the main thread of this process moves: another place in its code, or time of the processor, since last asked.
+"""Whether this process's main thread moves: another place in its code, or time of the processor, since last asked.
 
-Slow work moves: it computes, or its Python code goes on. A lock that nobody gives back, a sleep, or a read from a disk or
+Slow work moves: it computes, or its Python code goes on. A lock that nobody gives back, a sleep, a read from a disk or
 network that never answers does not.
 """
 

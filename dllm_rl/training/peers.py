@@ -4,8 +4,8 @@ The main process listens, every other holds a connection to it, and a thread of 
 that it is there, and at each stage what the process is doing. A process that dies closes its connection, which is heard
 at once; one that is stopped, cut off, or held up in C code that keeps the interpreter says nothing any more. Silence is
 counted in one's own turns: a process that was stopped itself (Ctrl-Z of a whole job) does not take others for lost when
-it wakes. One whose main thread stands still in the middle of a stage (`motion`), without the processor and at one place in
-its code, says so itself.
+it wakes. One whose main thread stands still in the middle of a stage (`motion`), at one place in its code and without
+the processor, says so itself.
 """
 
 import json

@@ -11,7 +11,7 @@ from dllm_rl import load_policy
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.scoring import backward_view
 from dllm_rl.models.compiled import compile_blocks
-from dllm_rl.models.last_block import FEWEST
+from dllm_rl.models.logprobs import ROWS
 from dllm_rl.models.tiny import tiny_llama, tiny_moe
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
@@ -124,7 +124,7 @@ def test_no_product_is_smaller_than_the_least(tmp_path):
     policy = policy_for("llama", tmp_path)
     rows = Rows(policy)
     sampled(policy, num_steps=12)
-    assert min(rows.seen[-1]) == FEWEST <= min(rows.seen[0])
+    assert min(rows.seen[-1]) == ROWS <= min(rows.seen[0])
 
 
 def test_a_block_that_is_run_again_or_compiled_is_run_whole(tmp_path):
