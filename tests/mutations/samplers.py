@@ -139,7 +139,7 @@ MUTATIONS = [
         "samplers/test_length_buckets.py",
         ("x[r // alike, (columns - first).clamp", "hidden[r // alike, (columns - first - 1).clamp", LOOP),
         ("within[here] = torch.arange(len(here))", "within[here] = torch.arange(len(here)).flip(0)"),
-        ("x[within[r[place]] // alike", "x[within[r[place]] // alike * 0"),
+        ("x[r // alike, ", "x[r // alike * 0, "),
         ("return hidden, first + start", "return hidden, first"),
     ),
     *mutations(
