@@ -48,7 +48,7 @@ def test_products_are_all_of_a_runs_and_run_again_alone():
     """Two layers of seven products and one attention, and a head of two chunks; nothing else is kept."""
     policy = sampler.random_policy(sampler.PRESETS["tiny"], torch.device("cpu"))
     tokens = torch.full((2, 8), 5)
-    with torch.no_grad(), sampler.Products() as products:
+    with torch.no_grad(), sampler.Kept(*sampler.PRODUCTS) as products:
         for rows in policy.hidden(tokens, tokens > 0):
             policy.head(rows)
     names = [function.__name__ for function, _, _ in products.calls]
@@ -56,6 +56,17 @@ def test_products_are_all_of_a_runs_and_run_again_alone():
     weights = {args[1].data_ptr() for function, args, _ in products.calls if function.__name__ == "mm.default"}
     assert len(weights) == 2 * 7 + 1
     products()
+
+
+def test_forwards_are_all_operations_of_backbone_and_head():
+    policy = sampler.random_policy(sampler.PRESETS["tiny"], torch.device("cpu"))
+    tokens = torch.full((2, 8), 5)
+    with torch.no_grad(), sampler.forwards_kept(policy) as forwards, sampler.Kept(*sampler.PRODUCTS) as products:
+        policy.head(policy.hidden(tokens, tokens > 0)).softmax(-1)
+    names = [function.__name__ for function, _, _ in forwards.calls]
+    assert sum("mm" in name or "scaled_dot" in name for name in names) == len(products.calls) > 0
+    assert names.count("silu.default") == 2 and "_softmax.default" not in names and "t.default" not in names
+    forwards()
 
 
 def test_ragged_prompts_are_padded_for_the_plain_algorithm_and_not_for_the_sampler():

@@ -99,30 +99,32 @@ def differences(one, other):
     worst = max(apart, key=lambda name: apart[name])
     a, b = (torch.load(folder / "gradients.pt") for folder in (one, other))
     first, second = (weights_of(json.loads((folder / "summary.json").read_text())) for folder in (one, other))
-    tokens, logprobs = rollouts_apart(one, other)
+    tokens, at_first, logprobs = rollouts_apart(one, other)
     return {
         "loss": apart["loss"],
         "metrics": apart[worst],
         "gradients": ((a - b).abs().amax(1) / a.abs().amax(1)).max().item(),
         "weights": max((first[name] - second[name]).abs().max().item() for name in first),
         "tokens": tokens,
+        "first log-probs": at_first,
         "log-probs": logprobs,
     }, worst
 
 
 def rollouts_apart(one, other):
-    """How many tokens of all rollouts differ, and by how much log-probs do at most."""
+    """How many tokens of all rollouts differ, and by how much log-probs do at most: in the first step, which the same
+    weights make, and in all."""
     runs = []
     for folder in (one, other):
         paths = sorted(folder.glob("rollouts-*.pt"))
         ranks = [torch.load(path) for path in paths]
         runs.append([[torch.cat(parts) for parts in zip(*step, strict=True)] for step in zip(*ranks, strict=True)])
-    count, largest = 0, 0.0
+    count, apart = 0, []
     for (tokens, logprobs), (others, theirs) in zip(*runs, strict=True):
         assert tokens.shape == others.shape, "as many tokens"
         count += int((tokens != others).sum())
-        largest = max(largest, (logprobs - theirs).abs().max().item())
-    return count, largest
+        apart.append((logprobs - theirs).abs().max().item())
+    return count, apart[0], max(apart)
 
 
 def main(folder, steps):
