@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any, Literal
 
 from dllm_rl.algorithms.advantages import decoupled, group_relative
-from dllm_rl.algorithms.correctors import Corrector, no_weights, none
+from dllm_rl.algorithms.correctors import Corrector, none
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
+from dllm_rl.algorithms.weights import no_weights
 from dllm_rl.config import describe
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy

@@ -11,7 +11,8 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.advantages import decoupled
-from dllm_rl.algorithms.losses import ppo_clip, sequence, token
+from dllm_rl.algorithms.losses import sequence, token
+from dllm_rl.algorithms.surrogates import ppo_clip
 from dllm_rl.config import describe, described, from_command_line, helps_of, override, paths, siblings
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.models.lora import Lora

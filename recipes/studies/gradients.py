@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms import losses
+from dllm_rl.algorithms import surrogates
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.testing.gradients import GradientRow, ToyPolicy, against, contributions, gradient_table, per_outcome
 from dllm_rl.types import Rollout
@@ -41,16 +41,16 @@ CORRECTORS = {
     "AIS, gated": c.ais(combine="gated"),
 }
 SURROGATES = {
-    "reinforce": losses.reinforce,
-    "r A, no clip": partial(losses.ppo_clip, epsilon=1e8),
-    "ppo_clip, .2": partial(losses.ppo_clip, epsilon=0.2),
-    "dual clip, delta 1.2": partial(losses.ppo_clip, epsilon=0.2, delta=1.2),
-    "dual clip, delta 3": partial(losses.ppo_clip, epsilon=0.2, delta=3.0),
-    "DAPO, .2 and .28": partial(losses.ppo_clip, epsilon=0.2, epsilon_high=0.28),
-    "cispo, 5": losses.cispo,
-    "vespo": losses.vespo,
-    "gspo, .2": partial(losses.gspo, epsilon=0.2, epsilon_high=0.2),
-    "TBPO's band, .05": partial(losses.trust_band, **BAND),
+    "reinforce": surrogates.reinforce,
+    "r A, no clip": partial(surrogates.ppo_clip, epsilon=1e8),
+    "ppo_clip, .2": partial(surrogates.ppo_clip, epsilon=0.2),
+    "dual clip, delta 1.2": partial(surrogates.ppo_clip, epsilon=0.2, delta=1.2),
+    "dual clip, delta 3": partial(surrogates.ppo_clip, epsilon=0.2, delta=3.0),
+    "DAPO, .2 and .28": partial(surrogates.ppo_clip, epsilon=0.2, epsilon_high=0.28),
+    "cispo, 5": surrogates.cispo,
+    "vespo": surrogates.vespo,
+    "gspo, .2": partial(surrogates.gspo, epsilon=0.2, epsilon_high=0.2),
+    "TBPO's band, .05": partial(surrogates.trust_band, **BAND),
 }
 ESTIMATORS = {
     "trajectory": lik.trajectory(),

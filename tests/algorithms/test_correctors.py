@@ -10,7 +10,9 @@ from torch import tensor
 from torch.testing import assert_close
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.losses import gspo, sequence, token
+from dllm_rl.algorithms import weights as weighing
+from dllm_rl.algorithms.losses import sequence, token
+from dllm_rl.algorithms.surrogates import gspo
 from dllm_rl.testing import loss_of, make_batch
 from recipes.sudoku_tiny import in_float32 as main_job
 
@@ -165,14 +167,14 @@ def test_ais_reliability_of_extreme_sequences_is_a_number():
 
 def test_alarm_only_grows_with_each_signal_and_gated_falls_with_unreliability():
     base = (0.8, 0.1, 0.3)
-    assert c.severity_product(*base, tau=0.05) < min(
-        c.severity_product(0.7, 0.1, 0.3, tau=0.05), c.severity_product(0.8, 0.2, 0.3, tau=0.05)
+    assert weighing.severity_product(*base, tau=0.05) < min(
+        weighing.severity_product(0.7, 0.1, 0.3, tau=0.05), weighing.severity_product(0.8, 0.2, 0.3, tau=0.05)
     )
-    assert c.severity_product(*base, tau=0.05) < c.severity_product(0.8, 0.1, 0.4, tau=0.05)
-    assert c.need_times_trust(*base, tau=0.05) > max(
-        c.need_times_trust(0.7, 0.1, 0.3, tau=0.05), c.need_times_trust(0.8, 0.1, 0.4, tau=0.05)
+    assert weighing.severity_product(*base, tau=0.05) < weighing.severity_product(0.8, 0.1, 0.4, tau=0.05)
+    assert weighing.need_times_trust(*base, tau=0.05) > max(
+        weighing.need_times_trust(0.7, 0.1, 0.3, tau=0.05), weighing.need_times_trust(0.8, 0.1, 0.4, tau=0.05)
     )
-    assert c.need_times_trust(*base, tau=0.05) < c.need_times_trust(0.8, 0.2, 0.3, tau=0.05)
+    assert weighing.need_times_trust(*base, tau=0.05) < weighing.need_times_trust(0.8, 0.2, 0.3, tau=0.05)
 
 
 @pytest.mark.parametrize("seed", range(3))

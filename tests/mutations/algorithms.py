@@ -26,7 +26,7 @@ MUTATIONS = [
         ("there & _differ(parts)[..., None]", "there"),
     ),
     *mutations(
-        "algorithms/correctors.py",
+        "algorithms/weights.py",
         CORRECTORS,
         ("keep = mask & log_mismatch.isfinite()", "keep = mask & ~log_mismatch.isnan()"),
         ("1 - keep.sum().item() / max", "keep.sum().item() / max"),
@@ -76,6 +76,10 @@ MUTATIONS = [
         ("log_w.clamp(-bound, bound).exp()", "log_w.clamp(max=bound).exp()"),
         ("weights * w, keep & k", "weights * w, keep | k"),
         ("weights, keep = weights * w,", "weights, keep = w,"),
+    ),
+    *mutations(
+        "algorithms/correctors.py",
+        CORRECTORS,
         ("align_forward or any(c.align_forward for c in correctors)", "align_forward"),
         ("(brought[0].surrogate, brought[0].aggregate) if brought else (CLIPPED, None)", "(CLIPPED, None)"),
         ("(brought[0].surrogate, brought[0].aggregate)", "(brought[0].surrogate, None)"),
@@ -93,7 +97,7 @@ MUTATIONS = [
         ),
     ),
     *mutations(
-        "algorithms/losses.py",
+        "algorithms/surrogates.py",
         "algorithms/test_losses.py",
         ("lam + k * log_w - lam * log_w.exp()", "k * log_w - lam * log_w.exp()"),
         ("log_ratio.detach(), 0).sum(-1, keepdim=True).clamp", "log_ratio.detach(), 0).mean(-1, keepdim=True).clamp"),
@@ -123,6 +127,10 @@ MUTATIONS = [
             "mask.shape[-1]\n    return torch.where(mask, mean",
         ),
         ("mean + (kept - kept.detach())", "mean"),
+    ),
+    *mutations(
+        "algorithms/losses.py",
+        "algorithms/test_losses.py",
         ("return -log_ratio", "return log_ratio"),
         ("log_ratio.square() / 2", "log_ratio.square()"),
         ("MAX_LOG)) - log_ratio", "MAX_LOG))"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.losses import ppo_clip, reinforce
+from dllm_rl.algorithms.surrogates import ppo_clip, reinforce
 from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.testing import gradient_table
 from dllm_rl.testing.gradients import ToyPolicy, against, contributions, per_outcome

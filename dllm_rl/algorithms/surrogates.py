@@ -1,0 +1,145 @@
+"""Surrogates as pure functions on (B, T) tensors: per-token objectives to be maximised, unreduced.
+
+log_ratio = logp_current - logp_old, nats, 0 off the mask.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+MAX_LOG = 20.0  # log-ratios are clamped to +-20 before exp
+
+
+def ppo_clip(
+    log_ratio: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+) -> Float[Tensor, "B T"]:
+    """min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) per token, r = exp(log_ratio) (PPO, GRPO [paper]).
+
+    epsilon_high defaults to epsilon (DAPO sets it higher); delta, if given, bounds r from above in the unclipped term
+    (two-sided clipping, for negative advantages).
+
+    epsilon       how far the ratio may fall below 1 (or rise above it) and keep its gradient
+    epsilon_high  how far it may rise above 1; None: epsilon
+    delta         bound of the unclipped ratio, above 1 + epsilon_high; None: none
+    """
+    return _clipped(log_ratio, advantages, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta)
+
+
+def gspo(
+    log_ratio: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    epsilon: float = 3e-4,
+    epsilon_high: float | None = 4e-4,
+) -> Float[Tensor, "B T"]:
+    """ppo_clip on the row's geometric ratio r = exp(mean_t log_ratio), the mean over the mask (GSPO [paper]).
+
+    epsilon, epsilon_high  how far the ratio may fall below 1, and rise above it, and keep its gradient
+    """
+    return _clipped(row_mean(log_ratio, mask), advantages, epsilon=epsilon, epsilon_high=epsilon_high, delta=None)
+
+
+def trust_band(
+    log_ratio: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    eps_high: float = 4e-4,
+    neg_low: float = 3e-4,
+    neg_high: float = 7e-4,
+) -> Float[Tensor, "B T"]:
+    """TBPO's objective r^ A on the row's geometric ratio r = exp(mean_t log_ratio), without PPO's outer minimum.
+
+        A >= 0:  r^ = clamp(r, 0, 1 + eps_high)        A < 0:  r^ = clamp(r, 1 - neg_low, 1 + neg_high)
+    Outside the band the gradient is exactly zero; with PPO's minimum a negative row with r > 1 + neg_high would keep an
+    unbounded one. Source: QaRL, arXiv 2604.07853; objective and constants [digest]. With the aggregation `sequence` the
+    sum is the paper's mean over sequences.
+
+    eps_high  how far the ratio may rise above 1 where the advantage is not negative
+    neg_low, neg_high  how far it may fall below 1, and rise above it, where the advantage is negative
+    """
+    ratio = row_mean(log_ratio, mask).clamp(-MAX_LOG, MAX_LOG).exp()
+    up = ratio.clamp(0, 1 + eps_high)
+    down = ratio.clamp(1 - neg_low, 1 + neg_high)
+    advantages = advantages[:, None]
+    return torch.where(advantages >= 0, up, down) * advantages
+
+
+def cispo(
+    log_ratio: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    max_ratio: float = 5.0,
+) -> Float[Tensor, "B T"]:
+    """sg(min(r, max_ratio)) A log_ratio: the gradient of log p, weighted by the capped ratio (CISPO [paper]).
+
+    max_ratio  bound on the ratio
+    Every token keeps a gradient. log_ratio stands for logp_current: the two differ by a constant, so the value is 0
+    on-policy. max_ratio is TRL's `epsilon_high`, a bound on r itself.
+    """
+    return log_ratio.detach().clamp(-MAX_LOG, MAX_LOG).exp().clamp(max=max_ratio) * advantages[:, None] * log_ratio
+
+
+def vespo(
+    log_ratio: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    k_pos: float = 2.0,
+    lam_pos: float = 3.0,
+    k_neg: float = 3.0,
+    lam_neg: float = 2.0,
+) -> Float[Tensor, "B T"]:
+    """sg(phi(w)) A log_ratio, phi(w) = e^lam w^k e^(-lam w), w the product of the row's ratios (VESPO, arXiv
+    2602.10693, its authors' code [paper]).
+
+    phi(1) = 1; phi is largest at w = k / lam and falls to 0 on both sides, so that no clip is needed. log_ratio stands
+    for logp_current, as in `cispo`. VESPO's w is current / rollout: with old_logprobs="rollout" it is the same here;
+    otherwise w is current / old, and a corrector's weights multiply phi(w) in place of w [ours].
+
+    k_pos, lam_pos  where the advantage is >= 0; above 0
+    k_neg, lam_neg  where it is negative
+    """
+    log_w = torch.where(mask, log_ratio.detach(), 0).sum(-1, keepdim=True).clamp(-MAX_LOG, MAX_LOG)
+    positive = (advantages >= 0)[:, None]
+    k, lam = torch.where(positive, k_pos, k_neg), torch.where(positive, lam_pos, lam_neg)
+    return (lam + k * log_w - lam * log_w.exp()).exp() * advantages[:, None] * log_ratio
+
+
+def reinforce(
+    log_ratio: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """A log_ratio: the plain policy gradient A grad log p, without ratio and clip.
+
+    log_ratio stands for logp_current, as in `cispo`."""
+    return advantages[:, None] * log_ratio
+
+
+def row_mean(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """The mean of log_ratio over the row's mask, at every position of the mask; 0 elsewhere and for an empty row.
+
+    Each position's gradient goes to its own log_ratio alone. Summed with coefficients and weights that are constant in
+    a row, as every aggregation's and every sequence weight's are, this is the mean's own gradient, free of the rounding
+    of a sum over T and its division [ours].
+    """
+    kept = torch.where(mask, log_ratio, 0)
+    mean = kept.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(mask, mean + (kept - kept.detach()), 0)
+
+
+def _clipped(
+    log_ratio: Tensor, advantages: Tensor, *, epsilon: float, epsilon_high: float | None, delta: float | None
+) -> Tensor:
+    ratio = log_ratio.clamp(-MAX_LOG, MAX_LOG).exp()
+    clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
+    if delta is not None:
+        ratio = ratio.clamp(max=delta)
+    return torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
