@@ -26,6 +26,7 @@ from dllm_rl.algorithms.weights import (
     masked_weights,
     no_weights,
     rejection,
+    self_normalised_weights,
     truncated_weights,
 )
 
@@ -58,6 +59,12 @@ def tis(*, cap: float = 2.0, level: Level = "token", aggregate: Aggregate = "pro
     return Corrector(weigh=partial(truncated_weights, cap=cap, level=level, aggregate=aggregate))
 
 
+def snis(*, min_ess: float = 0.5) -> Corrector:
+    """Self-normalised sequence importance sampling with a bound on the effective sample size; see
+    `self_normalised_weights`."""
+    return Corrector(weigh=partial(self_normalised_weights, min_ess=min_ess))
+
+
 def mis(*, low: float = 0.5, high: float = 2.0, level: Level = "token", aggregate: Aggregate = "product") -> Corrector:
     """Masked importance sampling; see `masked_weights`."""
     if not 0 <= low <= 1 <= high:
@@ -87,9 +94,11 @@ def ais(
     tau: float = 0.05,
     combine: str | Callable[..., float] = "alarm",
     aggregate: Aggregate = "product",
+    level: Level = "token",
 ) -> Corrector:
     """Adaptive importance sampling; see `adaptive_weights`."""
-    return Corrector(weigh=partial(adaptive_weights, cap=cap, tau=tau, combine=combine, aggregate=aggregate))
+    bound = partial(adaptive_weights, cap=cap, tau=tau, combine=combine, aggregate=aggregate, level=level)
+    return Corrector(weigh=bound)
 
 
 def tbpo(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-4, c: float = 2.0) -> Corrector:

@@ -27,6 +27,9 @@ CORRECTORS = {
     "reject-max": c.reject(statistic="k3", aggregate="max", bound=0.2),
     "ais-alarm": c.ais(),
     "ais-gated": c.ais(combine="gated", aggregate="geometric"),
+    "ais-error": c.ais(combine="error", level="sequence"),
+    "snis": c.snis(),
+    "snis-tempered": c.snis(min_ess=0.9),
     "tbpo": c.tbpo(),
     "tbpo-wide": c.tbpo(eps_high=0.05, neg_low=0.05, neg_high=0.05),
     "aligned": c.aligned(),
@@ -79,7 +82,7 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 @settings(max_examples=150, deadline=None)
 @given(values=arrays("float32", (3, 4), elements=FINITE), marked=arrays("bool", (3, 4)))
-@pytest.mark.parametrize("combine", ["alarm", "gated"])
+@pytest.mark.parametrize("combine", ["alarm", "gated", "error"])
 @pytest.mark.parametrize("aggregate", ["product", "geometric"])
 def test_lambda_lies_in_the_unit_interval_for_any_finite_input(combine, aggregate, values, marked):
     weigh = c.ais(combine=combine, aggregate=aggregate).weigh
