@@ -30,7 +30,7 @@ from dllm_rl.algorithms.weights import (
     truncated_weights,
 )
 
-Surrogate = Callable[[Tensor, Tensor, Tensor], Tensor]
+Surrogate = Callable[..., Tensor]  # (log_ratio, advantages, mask, further ones of surrogates.OFFERED)
 Aggregation = Callable[..., Tensor]  # of losses: (mask, *, num_tokens, num_sequences) -> coefficients
 CLIPPED = partial(ppo_clip, epsilon=0.2)
 
@@ -38,13 +38,13 @@ CLIPPED = partial(ppo_clip, epsilon=0.2)
 @dataclass(frozen=True)
 class Corrector:
     """weigh          (log_mismatch (B, T), advantages (B,), mask (B, T)) -> detached weights, keep mask, metrics.
-    surrogate      (log_ratio (B, T), advantages (B,), mask (B, T)) -> per-token objective (B, T).
+    surrogate      (log_ratio (B, T), advantages (B,), mask (B, T), ...) -> per-token objective (B, T).
     align_forward  the learner's forward runs through the rollout's quantised operands.
     aggregate      the aggregation that the method's paper has, taken where a recipe names none; None: any.
     """
 
     weigh: Weigh = no_weights
-    surrogate: Surrogate = CLIPPED
+    surrogate: Surrogate = field(default=CLIPPED, metadata={"pick": "dllm_rl.algorithms.surrogates", "like": ppo_clip})
     align_forward: bool = False
     aggregate: Aggregation | None = field(default=None, metadata={"omit_none": True})
 

@@ -6,13 +6,14 @@ batch. The surrogates themselves: `algorithms.surrogates`.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dllm_rl.algorithms.surrogates import MAX_LOG, cispo, ppo_clip
+from dllm_rl.algorithms.surrogates import MAX_LOG, cispo, ppo_clip, surrogate_inputs
 from dllm_rl.types import Batch
 
 
@@ -89,6 +90,22 @@ def loss_type(name: str, *, max_completion_length: int | None = None) -> tuple[C
             raise ValueError(f"loss_type={name!r} must be 'grpo', 'dapo', 'dr_grpo', 'bnpo' or 'cispo'")
 
 
+def further_inputs(surrogate: Callable[..., Tensor], batch: Batch) -> dict[str, Any]:
+    """What a surrogate takes of a batch beside log-ratio, advantages and mask, by name (`surrogates.OFFERED`)."""
+    wanted, found = surrogate_inputs(surrogate), {}
+    if "old" in wanted:
+        found["old"] = torch.where(batch.keep, batch.old, 0)
+    if "log_mismatch" in wanted:
+        found["log_mismatch"] = torch.where(batch.keep, batch.old - _behaviour(batch, "a surrogate"), 0)
+    return found | ({"sum_over": batch.sum_over} if "sum_over" in wanted else {})
+
+
+def _behaviour(batch: Batch, wanted_by: str) -> Float[Tensor, "B T"]:
+    if batch.behaviour is None:
+        raise ValueError(f"{wanted_by} takes the rollout's log-probs, and batch.behaviour is None: give them")
+    return batch.behaviour
+
+
 def policy_loss(
     logps: Float[Tensor, "B T"],
     batch: Batch,
@@ -98,6 +115,7 @@ def policy_loss(
     beta: float,
     kl: Callable[[Tensor], Tensor],
     entropy: float = 0.0,
+    unbiased_kl: bool = False,
 ) -> tuple[Float[Tensor, ""], dict[str, tuple[Tensor, Tensor]], Float[Tensor, "B T"]]:
     """This process's share of the loss, its metrics as (sum, count), and d loss / d logps.
 
@@ -107,13 +125,17 @@ def policy_loss(
     learner carries it through the model mask by mask. Positions outside `batch.keep` may hold anything, an infinity
     included: they see log-ratio 0 and get gradient 0.
 
+    unbiased_kl  KL_t is multiplied by r_t = exp(logp - logp_rollout), through which the gradient goes too: with k3 its
+                 mean over tokens that the rollout sampled has the gradient of KL(current || reference) (DeepSeek-V3.2,
+                 arXiv 2512.02556, eq. 7 [digest]), where k3 alone has another one even on-policy.
+
     clip_ratio/*  share of tokens with A != 0 whose policy term has no gradient, all / A < 0 / A > 0 over all of them;
     band/positive, band/negative  share of the tokens with A > 0 / A < 0 that still have one: the band's occupancy.
     """
     logps, keep = logps.detach().requires_grad_(), batch.keep
     coefficient = aggregate(keep, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
     log_ratio = torch.where(keep, logps - batch.old, 0)
-    objective = surrogate(log_ratio, batch.advantages, keep)
+    objective = surrogate(log_ratio, batch.advantages, keep, **further_inputs(surrogate, batch))
     places = keep.flatten().nonzero()[:, 0]  # found once: on a GPU the host waits to learn how many there are
     kept = lambda x: x.flatten()[places]  # noqa: E731
     loss = -kept(coefficient * batch.weights * objective).sum()
@@ -133,7 +155,11 @@ def policy_loss(
         "ratio/mean": (kept(log_ratio.detach()).exp().sum(), keep.sum()),
     }
     if batch.reference is not None:
-        penalty = kept(kl(torch.where(keep, batch.reference - logps, 0)))
+        divergence = kl(torch.where(keep, batch.reference - logps, 0))
+        if unbiased_kl:
+            ratio = torch.where(keep, logps - _behaviour(batch, "unbiased_kl=True"), 0)
+            divergence = divergence * ratio.clamp(-MAX_LOG, MAX_LOG).exp()
+        penalty = kept(divergence)
         term = beta * (kept(coefficient) * penalty).sum()
         loss, gradient = loss + term, gradient + torch.autograd.grad(term, logps)[0]
         metrics["kl"] = (penalty.detach().sum(), keep.sum())

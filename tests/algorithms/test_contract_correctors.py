@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dllm_rl.algorithms import correctors as c
+from dllm_rl.algorithms import surrogates
 from dllm_rl.algorithms.surrogates import cispo, gspo
 from dllm_rl.testing import check_corrector
 
@@ -35,6 +36,10 @@ CORRECTORS = {
     "aligned": c.aligned(),
     "qarl": c.qarl(),
     "vexact": c.compose(c.tis(), c.reject()),
+    "dppo_tv": c.compose(c.tis(), surrogate=surrogates.dppo_tv),
+    "bgpo": c.compose(c.tis(), surrogate=surrogates.bgpo),
+    "stable_drl": c.compose(c.tis(), surrogate=surrogates.stable_drl),
+    "sequence_masked": c.compose(c.tis(), surrogate=partial(surrogates.sequence_masked, bound=0.1)),
     "composed": c.compose(c.ais(), c.reject(bound=0.2), surrogate=partial(gspo, epsilon=0.1, epsilon_high=0.1)),
 }
 
@@ -52,6 +57,11 @@ def _broken(change):
     return replace(c.none(), weigh=weigh)
 
 
+def summing(what):
+    """r A, with a sum over processes that changes nothing."""
+    return lambda r, a, m, sum_over: r.exp() * a[:, None] + 0 * sum_over(what(r)).sum()
+
+
 BROKEN = {
     "exactly 1": _broken(lambda w, k, m, x: (w * 1.0001, k, m)),
     "keep mask must be the mask": _broken(lambda w, k, m, x: (w, k & (torch.arange(k.shape[1]) > 0), m)),
@@ -64,6 +74,10 @@ BROKEN = {
     "subset": _broken(lambda w, k, m, x: (w, k | (x > 0), m)),
     "leave the keep mask": _broken(lambda w, k, m, x: (w, k | ~x.isfinite(), m)),
     "loss must be that of none": replace(c.none(), surrogate=lambda r, a, m: r.exp() * a[:, None] + 1e-3),
+    "must ask for one sum": replace(
+        c.none(), surrogate=lambda r, a, m, sum_over: r.exp() * sum_over(sum_over(a))[:, None]
+    ),
+    "sums over processes must add up": replace(c.none(), surrogate=summing(lambda r: r.exp().mean())),
     "gradient must be that of none": replace(c.none(), surrogate=partial(cispo, max_ratio=0.5)),
 }
 
