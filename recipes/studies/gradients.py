@@ -86,6 +86,7 @@ SURROGATES = {
 ESTIMATORS = {
     "trajectory": lik.trajectory(),
     "trajectory, 1 segment": lik.trajectory(num_segments=1),
+    "trajectory, 1 step drawn": lik.trajectory(num_sampled=1),
     "one_step": lik.one_step(prompt_mask=0.0),
     "elbo, 2 masks": lik.elbo(num_samples=2),
     "elbo, 8 masks": lik.elbo(num_samples=8),
@@ -142,7 +143,7 @@ def of_estimators(networks: int, *, draws: int = 8, batch: int = 128) -> dict[st
             advantages = rewards - p @ rewards
             truth = torch.einsum("b,btw->w", p * advantages, per_outcome(toy, logps))
             each = []
-            for _ in range(draws if "mask" in name else 1):
+            for _ in range(draws if "mask" in name or "drawn" in name else 1):
                 noise = estimator.with_advantages(estimator.draw(rollout, generator), advantages)
                 if noise.upper_bound_weight is not None:
                     noise = replace(noise, upper_bound_weight=noise.upper_bound_weight.double())
