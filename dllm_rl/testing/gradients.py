@@ -190,13 +190,15 @@ def _measure(case: _Case, corrector: Corrector, sigma: float, batch: int, moved:
     )
     if draws:
         drawn = torch.multinomial(q, draws * batch, replacement=True, generator=_stream(case.seed + 2))
-        found = [gradients(rows) for rows in drawn.view(draws, batch)]
-        means, weighed = torch.stack([each.mean(0) for each, _ in found]), torch.cat([w for _, w in found])
-        return *of_batches(truth, means), *_spread(weighed)
+        found = [(rows, *gradients(rows)) for rows in drawn.view(draws, batch)]
+        sums = torch.stack([torch.zeros_like(sampled).index_add(0, rows, one) for rows, one, _ in found])
+        means = torch.einsum("dbt,btw->dw", sums / batch, case.jacobian)
+        return *of_batches(truth, means), *_spread(torch.cat([weights for _, _, weights in found]))
     counts = (q * POPULATION).round().long().clamp(min=1)
-    each, weights = gradients(torch.arange(len(q)).repeat_interleave(counts))
+    gradient, weights = gradients(torch.arange(len(q)).repeat_interleave(counts))
     first = counts.cumsum(0) - counts
-    return *against(truth, each[first], q, batch), *_spread(weights[first], q)
+    each = torch.einsum("bt,btw->bw", gradient[first], case.jacobian)
+    return *against(truth, each, q, batch), *_spread(weights[first], q)
 
 
 def _stream(seed: int) -> Generator:
@@ -218,8 +220,9 @@ def _gradients(
     rows: Int[Tensor, " R"],
     *,
     old: Float[Tensor, "B T"],
-) -> tuple[Float[Tensor, "R W"], Float[Tensor, "R T"]]:
-    """What a batch of these outcomes gives: each one's gradient, and its weights (0 where they are dropped)."""
+) -> tuple[Float[Tensor, "R T"], Float[Tensor, "R T"]]:
+    """What a batch of these outcomes gives: d objective / d log-probs, by `policy_loss`, and weights (0 where they are
+    dropped)."""
     old, advantages, sampled = old[rows], advantages[rows], sampled[rows]
     weights, keep, _ = corrector.weigh(old - sampled, advantages, torch.ones_like(old, dtype=torch.bool))
     made = Batch(
@@ -238,7 +241,7 @@ def _gradients(
     aggregate: Callable[..., Tensor] = partial(constant, length=1)  # every sequence counts 1
     loss = partial(policy_loss, surrogate=corrector.surrogate, aggregate=aggregate, beta=0.0, kl=kl_k2)
     gradient = -loss(case.logps[rows], made)[2]
-    return torch.einsum("bt,btw->bw", gradient, case.jacobian[rows]), torch.where(keep, weights, 0)
+    return gradient, torch.where(keep, weights, 0)
 
 
 def of_batches(truth: Float[Tensor, " W"], means: Float[Tensor, "D W"]) -> tuple[float, float, float]:
