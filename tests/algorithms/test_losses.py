@@ -422,7 +422,7 @@ def test_gdsd_pulls_the_log_ratio_to_the_advantage():
     _, gradient = value_and_gradient(gdsd, [[math.exp(0.08), 1.0]], [1.0])
     assert gradient.abs().max() < 1e-12
     for ratio in (0.79, 1.31):
-        assert not value_and_gradient(partial(gdsd, epsilon_high=0.3), [[ratio]], [1.0])[1].any()
+        assert not value_and_gradient(partial(gdsd, epsilon_high=0.3), [[ratio, 1.0]], [1.0])[1].any()
     assert value_and_gradient(partial(gdsd, epsilon_high=0.3), [[1.29]], [1.0])[1].any()
 
 
