@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from benchmarks.measure import fastest, machine, table, write_json
 from benchmarks.presets import PRESETS, Shape, make
 from dllm_rl.algorithms import losses
+from dllm_rl.algorithms.surrogates import ppo_clip
 from dllm_rl.likelihoods import coupled, elbo, one_step
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.scoring import backward_view
@@ -67,7 +68,7 @@ def step(
     count, ones = int(mask.sum()), torch.ones_like(old)
     batch = Batch(rollout, noise, advantages_of(rollout), old, scores, ones, mask, anchor, count, len(mask))
     beta = 0.0 if reference is None else BETA
-    loss = partial(losses.policy_loss, surrogate=losses.ppo_clip, aggregate=losses.token, beta=beta, kl=losses.kl_k3)
+    loss = partial(losses.policy_loss, surrogate=ppo_clip, aggregate=losses.token, beta=beta, kl=losses.kl_k3)
     settings = {"loss": loss, "likelihood": likelihood, "learning_rate": 0.0, "num_iterations": iterations}
     update(policy, optimizer, replace(batch, rollout=at(rollout, policy)), Accelerator(cpu=True), **settings)
 
@@ -143,7 +144,7 @@ def gradient(policy: Policy, rollout: Rollout, noise: Noise, estimator: Likeliho
     scores, mask = estimator.scores(policy, rollout, noise, keep_graphs=keep), rollout.completion_mask
     old = estimator.combine(scores.detach(), noise)
     batch = Batch(rollout, noise, advantages_of(rollout), old, scores, torch.ones_like(old), mask, None, 1, 1)
-    loss = partial(losses.policy_loss, surrogate=losses.ppo_clip, aggregate=losses.token, beta=0.0, kl=losses.kl_k3)
+    loss = partial(losses.policy_loss, surrogate=ppo_clip, aggregate=losses.token, beta=0.0, kl=losses.kl_k3)
     accumulate_gradients(policy, batch, scores, loss=loss, likelihood=estimator)
 
 

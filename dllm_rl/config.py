@@ -267,11 +267,11 @@ def _public_functions(module_name: str) -> dict[str, Callable]:
 
 
 def pickable(module_name: str, value: Any, annotation: Any) -> dict[str, Any]:
-    """Public functions of the module whose signature is compatible with `value`: the same positional parameters, or,
-    where something is to be built, functions that need no argument to build it."""
+    """Public functions of the module whose signature is compatible with `value`: its positional parameters come first,
+    or, where something is to be built, functions that need no argument to build it."""
     functions, example = _public_functions(module_name), _function(value)
-    if inspect.isfunction(example) and _positional(example):
-        return {n: f for n, f in siblings(example).items() if n in functions and _positional(f) == _positional(example)}
+    if inspect.isfunction(example) and (first := _positional(example)):
+        return {n: f for n, f in siblings(example).items() if n in functions and _positional(f)[: len(first)] == first}
     return {n: f for n, f in functions.items() if all(p.kind is p.KEYWORD_ONLY for p in _parameters(f))}
 
 

@@ -6,9 +6,11 @@ from functools import partial
 from typing import Any, Literal
 
 from dllm_rl.algorithms.advantages import decoupled, group_relative
-from dllm_rl.algorithms.correctors import Corrector, no_weights, none
+from dllm_rl.algorithms.correctors import Corrector, none
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
+from dllm_rl.algorithms.surrogates import surrogate_inputs
+from dllm_rl.algorithms.weights import no_weights
 from dllm_rl.config import describe
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
@@ -145,6 +147,9 @@ class Recipe(Settings):
     lr_schedule_steps: int | None = _("steps that lr_schedule runs over; None: num_steps", None)
     beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0)
     kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.algorithms.losses")
+    use_bias_correction_kl: bool = _(
+        "that KL times the learner's ratio to the rollout, so that with kl_k3 its gradient is the KL's own", False
+    )
     entropy_coeff: float = _("weight of the entropy bonus; 0: none", 0.0)
     gradient_checkpointing: bool = _(
         "the update's backward runs each block again, in place of keeping all that it needs: a third more work, "
@@ -283,6 +288,9 @@ class Recipe(Settings):
                 f"async_save=True does not go with base_quantization={self.base_quantization!r}, whose weights have no "
                 "copy on the host; use async_save=False"
             )
+        surrogate_inputs(self.corrector.surrogate)
+        if self.use_bias_correction_kl and not self.beta:
+            raise ValueError("use_bias_correction_kl=True corrects a KL term, and beta=0 has none: set beta above 0")
         if self.old_logprobs not in ("recompute", "rollout"):
             raise ValueError(f"old_logprobs={self.old_logprobs!r} must be 'recompute' or 'rollout'")
         if self.old_logprobs == "rollout" and self.corrector.weigh is not no_weights:
@@ -333,6 +341,7 @@ class Recipe(Settings):
             beta=self.beta,
             kl=self.kl,
             entropy=self.entropy_coeff,
+            unbiased_kl=self.use_bias_correction_kl,
         )
 
     def update_settings(self, step: int) -> dict[str, Any]:

@@ -303,6 +303,11 @@ class Logprobs:
     noise: "Noise | None" = None
 
 
+def alone(total: Tensor) -> Tensor:
+    """The sum over all processes where there is one."""
+    return total
+
+
 @dataclass(frozen=True)
 class Batch:
     """All that one optimiser update needs. Rows are those of one process; counts are over all processes.
@@ -314,7 +319,8 @@ class Batch:
     weights     detached importance weights of the corrector; keep: positions that stay in the loss.
     reference   log-prob contributions under the reference policy, or None without a KL term.
     num_tokens, num_sequences  denominators of the loss, over the global batch.
-    behaviour   log-prob contributions under the policy that sampled, for metrics alone; None: not known.
+    behaviour   log-prob contributions under the policy that sampled; None: not known.
+    sum_over    sums a tensor over all processes, on the tensor's device; the default is for one process.
     """
 
     rollout: Rollout
@@ -328,6 +334,7 @@ class Batch:
     num_tokens: int
     num_sequences: int
     behaviour: Float[Tensor, "B T"] | None = None
+    sum_over: Callable[[Tensor], Tensor] = alone
 
 
 @dataclass(frozen=True)

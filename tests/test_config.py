@@ -11,7 +11,8 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.advantages import decoupled
-from dllm_rl.algorithms.losses import ppo_clip, sequence, token
+from dllm_rl.algorithms.losses import sequence, token
+from dllm_rl.algorithms.surrogates import ppo_clip
 from dllm_rl.config import describe, described, from_command_line, helps_of, override, paths, siblings
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.models.lora import Lora
@@ -175,6 +176,14 @@ def test_functions_by_name(recipe):
     )
     assert new.corrector == correctors.none() and new.likelihood.name == "one_step"
     assert override(recipe, "advantages", "decoupled").advantages is decoupled
+    for name in ("dppo_tv", "bgpo", "ebpo", "gdsd", "stable_drl", "sequence_masked"):
+        assert override(recipe, "corrector.surrogate", name).corrector.surrogate.__name__ == name
+    assert "row_mean" not in paths(recipe)["corrector.surrogate"].choices
+    masked = ["--corrector.surrogate", "sequence_masked", "--corrector.surrogate.bound", "0.1"]
+    assert from_command_line(recipe, masked).corrector.surrogate.keywords == {"bound": 0.1}
+    least = from_command_line(recipe, ["--corrector", "ais", "--corrector.weigh.combine", "error"]).corrector
+    assert least.weigh.keywords["combine"] == "error"
+    assert describe(from_command_line(recipe, ["--corrector", "snis"]).corrector) == describe(correctors.snis())
     assert new.aggregate is sequence and new.rollout_quantization is int8_weight_only
     assert new.sampler.keywords["rank"].__name__ == "max_prob"
     assert override(recipe, "rollout_quantization", "none").rollout_quantization is None
@@ -192,6 +201,7 @@ def test_functions_by_name(recipe):
         (["--learning_rate", "-1"], "learning_rate=-1.0 must be positive and finite"),
         (["--beta", "inf"], "--beta 'inf' is not a valid float"),
         (["--corrector", "tiss"], "the nearest is 'tis'"),
+        (["--use_bias_correction_kl", "true"], "use_bias_correction_kl=True corrects a KL term, and beta=0 has none"),
         (["--corrector", "Corrector"], "is not known"),
         (["--rollout_quantization", "quantized_copy"], "is not known"),
         (["--bf16", "yes"], "--bf16 'yes' is not a valid bool"),

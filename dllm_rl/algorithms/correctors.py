@@ -8,285 +8,45 @@ off the mask they are 1. A token whose log_mismatch is not finite leaves the kee
 whatever the corrector. In training all tensors are the host's: a number read from one costs nothing.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dllm_rl.algorithms.losses import MAX_LOG, ppo_clip, sequence, trust_band
+from dllm_rl.algorithms.losses import sequence
+from dllm_rl.algorithms.surrogates import ppo_clip, trust_band
+from dllm_rl.algorithms.weights import (
+    Aggregate,
+    Level,
+    Weigh,
+    adaptive_weights,
+    band_weights,
+    composed,
+    masked_weights,
+    no_weights,
+    rejection,
+    self_normalised_weights,
+    truncated_weights,
+)
 
-Level = str  # "token" or "sequence"
-Aggregate = str  # "product" or "geometric"
-Weighed = tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"], dict[str, float]]
-Weigh = Callable[[Tensor, Tensor, Tensor], Weighed]
-Surrogate = Callable[[Tensor, Tensor, Tensor], Tensor]
+Surrogate = Callable[..., Tensor]  # (log_ratio, advantages, mask, further ones of surrogates.OFFERED)
 Aggregation = Callable[..., Tensor]  # of losses: (mask, *, num_tokens, num_sequences) -> coefficients
 CLIPPED = partial(ppo_clip, epsilon=0.2)
-
-
-def no_weights(
-    log_mismatch: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]
-) -> Weighed:
-    """Every weight 1, every token with a finite ratio kept."""
-    _, keep, metrics = finite(log_mismatch, mask)
-    return torch.ones_like(log_mismatch).detach(), keep, metrics
 
 
 @dataclass(frozen=True)
 class Corrector:
     """weigh          (log_mismatch (B, T), advantages (B,), mask (B, T)) -> detached weights, keep mask, metrics.
-    surrogate      (log_ratio (B, T), advantages (B,), mask (B, T)) -> per-token objective (B, T).
+    surrogate      (log_ratio (B, T), advantages (B,), mask (B, T), ...) -> per-token objective (B, T).
     align_forward  the learner's forward runs through the rollout's quantised operands.
     aggregate      the aggregation that the method's paper has, taken where a recipe names none; None: any.
     """
 
     weigh: Weigh = no_weights
-    surrogate: Surrogate = CLIPPED
+    surrogate: Surrogate = field(default=CLIPPED, metadata={"pick": "dllm_rl.algorithms.surrogates", "like": ppo_clip})
     align_forward: bool = False
     aggregate: Aggregation | None = field(default=None, metadata={"omit_none": True})
-
-
-def finite(
-    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
-) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"], dict[str, float]]:
-    """log_mismatch with 0 wherever it is not finite or not marked, the mask without such tokens, and their share."""
-    keep = mask & log_mismatch.isfinite()
-    lost = 1 - keep.sum().item() / max(mask.sum().item(), 1) if mask.any() else 0.0
-    return torch.where(keep, log_mismatch.detach(), 0), keep, {"rollout_corr/nonfinite_fraction": lost}
-
-
-def per_level(
-    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: Level, aggregate: Aggregate
-) -> Float[Tensor, "B T"]:
-    """The log-ratio at token level, or the row's sum (`product`) or mean (`geometric`) over it; 0 off the mask."""
-    log_w = torch.where(mask, log_mismatch, 0)
-    if level == "token":
-        return log_w
-    if level != "sequence":
-        raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
-    total = log_w.double().sum(-1, keepdim=True)
-    if aggregate == "geometric":
-        total = total / mask.sum(-1, keepdim=True).clamp(min=1)
-    elif aggregate != "product":
-        raise ValueError(f"aggregate={aggregate!r} must be 'product' or 'geometric'")
-    return torch.where(mask, total.clamp(-MAX_LOG, MAX_LOG).to(log_w.dtype), 0)
-
-
-def fraction(event: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
-    """Share of the marked tokens at which `event` holds; 0 when none is marked."""
-    return (event & mask).sum().item() / max(mask.sum().item(), 1)
-
-
-def truncated_weights(
-    log_mismatch: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    cap: float = 2.0,
-    level: Level = "token",
-    aggregate: Aggregate = "product",
-) -> Weighed:
-    """Truncated importance weights, w = min(rho, cap) [paper: TIS].
-
-    token     rho_t = exp(log_mismatch_t)
-    sequence  one rho for the row: exp(sum_t) with `product`, exp(mean_t) with `geometric`.
-
-    cap        largest weight
-    level      what has a ratio of its own: token or sequence
-    aggregate  of a sequence's tokens: product or geometric
-    """
-    log_mismatch, keep, metrics = finite(log_mismatch, mask)
-    weights = per_level(log_mismatch, keep, level=level, aggregate=aggregate).clamp(-MAX_LOG, MAX_LOG).exp()
-    metrics["tis/capped_fraction"] = fraction(weights > cap, keep)
-    return torch.where(keep, weights.clamp(max=cap), 1), keep, metrics
-
-
-def masked_weights(
-    log_mismatch: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    low: float = 0.5,
-    high: float = 5.0,
-    level: Level = "token",
-    aggregate: Aggregate = "product",
-) -> Weighed:
-    """Masked importance weights, w = rho inside [low, high] and 0 outside [paper: MIS, IcePop].
-
-    A weight of 0 leaves the token in the mask: the denominator of the loss does not change. rho as in
-    `truncated_weights`.
-
-    low, high  the range of ratios that count
-    level      what has a ratio of its own: token or sequence
-    aggregate  of a sequence's tokens: product or geometric
-    """
-    log_mismatch, keep, metrics = finite(log_mismatch, mask)
-    weights = per_level(log_mismatch, keep, level=level, aggregate=aggregate).clamp(-MAX_LOG, MAX_LOG).exp()
-    outside = (weights < low) | (weights > high)
-    metrics["rollout_corr/rollout_is_oob_ratio"] = fraction(outside, keep)
-    return torch.where(keep, weights.masked_fill(outside, 0), 1), keep, metrics
-
-
-def rejection(
-    log_mismatch: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    level: Level = "sequence",
-    statistic: str = "k3",
-    bound: float = 0.001,
-    aggregate: str = "mean",
-) -> Weighed:
-    """Drop from the MASK, and so from the loss's denominator, what disagrees too much; every weight stays 1.
-
-    With d = log_mismatch clamped to +-20: k1 = -d, k2 = d^2/2, k3 = exp(d) - 1 - d, nats. A token goes when its
-    statistic exceeds `bound`, a whole sequence when the mean, sum or maximum of it over its tokens does; k1 has a sign,
-    and its absolute value (after the mean or sum) is compared. Sources: verl's names, VeXact's default remedy (sequence
-    mean of k3 above 0.001, which fits bf16 kernels; low-bit rollouts need a looser bound) [digest].
-
-    level      what is dropped: token or sequence
-    statistic  k1, k2 or k3
-    bound      its largest value that is kept, nats
-    aggregate  of a sequence's tokens: mean, sum or max
-    """
-    d, finite_mask, metrics = finite(log_mismatch, mask)
-    d = d.clamp(-MAX_LOG, MAX_LOG)
-    match statistic:
-        case "k1":
-            k = -d
-        case "k2":
-            k = d.square() / 2
-        case "k3":
-            k = torch.expm1(d) - d
-        case _:
-            raise ValueError(f"statistic={statistic!r} must be 'k1', 'k2' or 'k3'")
-    if level == "sequence":
-        match aggregate:
-            case "mean":
-                k = k.sum(-1, keepdim=True) / finite_mask.sum(-1, keepdim=True).clamp(min=1)
-            case "sum":
-                k = k.sum(-1, keepdim=True)
-            case "max":
-                k = k.abs().amax(-1, keepdim=True)
-            case _:
-                raise ValueError(f"aggregate={aggregate!r} must be 'mean', 'sum' or 'max'")
-    elif level != "token":
-        raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
-    keep = finite_mask & (k.abs() <= bound)
-    dropped, rows = finite_mask & ~keep, finite_mask.any(-1)
-    metrics |= {
-        "rollout_corr/rollout_rs_masked_fraction": fraction(dropped, finite_mask),
-        "rollout_corr/rollout_rs_seq_masked_fraction": dropped.any(-1).sum().item() / max(rows.sum().item(), 1),
-    }
-    return torch.ones_like(d), keep, metrics
-
-
-def severity_product(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
-    """lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): all three signal severity; 0 on-policy, towards 1 as the mismatch
-    grows [ours: AIS's own combination is not public]."""
-    return 1 - reliability * (tau / (divergence + tau)) * (1 / (1 + variation))
-
-
-def need_times_trust(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
-    """lam = rho * D/(D + tau) * 1/(1 + CV): need times trust; falls again when the weights become unreliable [ours:
-    AIS's own combination is not public]."""
-    return reliability * (divergence / (divergence + tau)) * (1 / (1 + variation))
-
-
-def adaptive_weights(
-    log_mismatch: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    cap: float = 2.0,
-    tau: float = 0.05,
-    combine: str | Callable[..., float] = "alarm",
-    aggregate: Aggregate = "product",
-) -> Weighed:
-    """AIS (arXiv 2605.13907): one lam in [0, 1] for the batch mixes the uncorrected gradient and the TIS one.
-
-        m_t = 1 + lam (min(w_t, cap) - 1),   w_t = exp(log_mismatch_t)
-    rho = (sum w)^2 / (B sum w^2) over SEQUENCE weights (`aggregate` of the row's tokens): weight reliability [digest]
-    D   = mean |log_mismatch| over tokens, nats: divergence severity [digest]
-    CV  = std(w) / mean(w) over TOKEN weights: variance amplification [digest]; at one level rho = 1/(1 + CV^2)
-    All three are of the rows in `mask`, which the step corrects: not of groups without advantage.
-    Truncation [digest], cap 2 [ours]; `combine` makes lam of the three: "alarm", "gated" (both [ours]), or a function
-    (rho, D, CV, *, tau) -> lam. No gradient through lam or w; B counts the rows that have a token.
-
-    cap        largest weight
-    tau        nats of mean |log_mismatch| at which half the trust is gone, above 0
-    combine    alarm or gated
-    aggregate  of a sequence's tokens, in rho: product or geometric
-    """
-    if not tau > 0:
-        raise ValueError(f"tau={tau} must be > 0 (nats of mean |log_mismatch| at which half the trust is gone)")
-    log_mismatch, keep, metrics = finite(log_mismatch, mask)
-    log_w = log_mismatch.clamp(-MAX_LOG, MAX_LOG)
-    reliability, divergence, variation = 1.0, 0.0, 0.0
-    if keep.any():
-        w = log_w[keep].double().exp()
-        rows = per_level(log_mismatch, keep, level="sequence", aggregate=aggregate).double()
-        rows = torch.where(keep, rows, -torch.inf).amax(-1)[keep.any(-1)].exp()
-        reliability = min(1.0, (rows.sum().square() / (len(rows) * rows.square().sum())).item())
-        divergence = log_mismatch[keep].double().abs().mean().item()
-        variation = (w.std(correction=0) / w.mean()).item()
-    lam = _combination(combine)(reliability, divergence, variation, tau=tau)
-    lam = min(1.0, max(0.0, lam))
-    # lerp gives exactly 1 at lam = 0 and exactly the truncated weight at lam = 1.
-    capped = log_w.exp().clamp(max=cap)
-    weights = torch.lerp(torch.ones_like(capped), capped, lam)
-    metrics |= {"ais/rho": reliability, "ais/D": divergence, "ais/CV": variation, "ais/lambda": lam}
-    return torch.where(keep, weights, 1), keep, metrics
-
-
-def _combination(combine: str | Callable[..., float]) -> Callable[..., float]:
-    match combine:
-        case "alarm":
-            return severity_product
-        case "gated":
-            return need_times_trust
-        case str():
-            raise ValueError(f"combine={combine!r} must be 'alarm', 'gated' or a function of (rho, D, CV, *, tau)")
-        case _:
-            return combine
-
-
-def band_weights(
-    log_mismatch: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"], *, c: float = 2.0
-) -> Weighed:
-    """TBPO's weight exp(clamp(mean_t log_mismatch, -log c, log c)), in [1/c, c], one per row (QaRL, arXiv 2604.07853,
-    eq. 5 [paper], its clamp read in log space [ours]; length-normalised ratio [digest]).
-
-    c  the largest weight, and one over the smallest; at least 1
-    """
-    if not c >= 1:
-        raise ValueError(f"c={c} must be at least 1: weights lie in [1/c, c]")
-    log_mismatch, keep, metrics = finite(log_mismatch, mask)
-    log_w, bound = per_level(log_mismatch, keep, level="sequence", aggregate="geometric"), math.log(c)
-    metrics["tbpo/capped_fraction"] = fraction(log_w.abs() > bound, keep)
-    return log_w.clamp(-bound, bound).exp(), keep, metrics
-
-
-def composed(
-    log_mismatch: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    weighs: tuple[Weigh, ...],
-) -> Weighed:
-    """The product of the weights and the intersection of the keep masks, each computed from the whole mask, so that the
-    order does not matter. A metric that two parts log with different values gets the part's number as a suffix."""
-    weights, keep = torch.ones_like(log_mismatch).detach(), mask
-    metrics: dict[str, float] = {}
-    for i, weigh in enumerate(weighs, start=1):
-        w, k, m = weigh(log_mismatch, advantages, mask)
-        weights, keep = weights * w, keep & k
-        metrics |= {name if metrics.get(name, v) == v else f"{name}_{i}": v for name, v in m.items()}
-    return weights, keep, metrics
 
 
 def none() -> Corrector:
@@ -297,6 +57,12 @@ def none() -> Corrector:
 def tis(*, cap: float = 2.0, level: Level = "token", aggregate: Aggregate = "product") -> Corrector:
     """Truncated importance sampling; see `truncated_weights`."""
     return Corrector(weigh=partial(truncated_weights, cap=cap, level=level, aggregate=aggregate))
+
+
+def snis(*, min_ess: float = 0.5) -> Corrector:
+    """Self-normalised sequence importance sampling with a bound on the effective sample size; see
+    `self_normalised_weights`."""
+    return Corrector(weigh=partial(self_normalised_weights, min_ess=min_ess))
 
 
 def mis(*, low: float = 0.5, high: float = 2.0, level: Level = "token", aggregate: Aggregate = "product") -> Corrector:
@@ -328,9 +94,11 @@ def ais(
     tau: float = 0.05,
     combine: str | Callable[..., float] = "alarm",
     aggregate: Aggregate = "product",
+    level: Level = "token",
 ) -> Corrector:
     """Adaptive importance sampling; see `adaptive_weights`."""
-    return Corrector(weigh=partial(adaptive_weights, cap=cap, tau=tau, combine=combine, aggregate=aggregate))
+    bound = partial(adaptive_weights, cap=cap, tau=tau, combine=combine, aggregate=aggregate, level=level)
+    return Corrector(weigh=bound)
 
 
 def tbpo(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-4, c: float = 2.0) -> Corrector:

@@ -1,155 +1,20 @@
-"""Losses as pure functions on (B, T) tensors: per-token objectives to be maximised, KL terms, aggregation.
+"""Losses as pure functions on (B, T) tensors: KL terms, aggregations, and the loss of a surrogate.
 
-log_ratio = logp_current - logp_old, nats. Objectives are per token and unreduced; an aggregation gives each token the
-coefficient with which it enters the loss, its denominator counted over the GLOBAL batch.
+An aggregation gives each token the coefficient with which it enters the loss, its denominator counted over the GLOBAL
+batch. The surrogates themselves: `algorithms.surrogates`.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dllm_rl.algorithms.surrogates import MAX_LOG, cispo, ppo_clip, surrogate_inputs
 from dllm_rl.types import Batch
-
-MAX_LOG = 20.0  # log-ratios are clamped to +-20 before exp
-
-
-def ppo_clip(
-    log_ratio: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-) -> Float[Tensor, "B T"]:
-    """min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) per token, r = exp(log_ratio) (PPO, GRPO [paper]).
-
-    epsilon_high defaults to epsilon (DAPO sets it higher); delta, if given, bounds r from above in the unclipped term
-    (two-sided clipping, for negative advantages).
-
-    epsilon       how far the ratio may fall below 1 (or rise above it) and keep its gradient
-    epsilon_high  how far it may rise above 1; None: epsilon
-    delta         bound of the unclipped ratio, above 1 + epsilon_high; None: none
-    """
-    return _clipped(log_ratio, advantages, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta)
-
-
-def gspo(
-    log_ratio: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    epsilon: float = 3e-4,
-    epsilon_high: float | None = 4e-4,
-) -> Float[Tensor, "B T"]:
-    """ppo_clip on the row's geometric ratio r = exp(mean_t log_ratio), the mean over the mask (GSPO [paper]).
-
-    epsilon, epsilon_high  how far the ratio may fall below 1, and rise above it, and keep its gradient
-    """
-    return _clipped(row_mean(log_ratio, mask), advantages, epsilon=epsilon, epsilon_high=epsilon_high, delta=None)
-
-
-def trust_band(
-    log_ratio: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    eps_high: float = 4e-4,
-    neg_low: float = 3e-4,
-    neg_high: float = 7e-4,
-) -> Float[Tensor, "B T"]:
-    """TBPO's objective r^ A on the row's geometric ratio r = exp(mean_t log_ratio), without PPO's outer minimum.
-
-        A >= 0:  r^ = clamp(r, 0, 1 + eps_high)        A < 0:  r^ = clamp(r, 1 - neg_low, 1 + neg_high)
-    Outside the band the gradient is exactly zero; with PPO's minimum a negative row with r > 1 + neg_high would keep an
-    unbounded one. Source: QaRL, arXiv 2604.07853; objective and constants [digest]. With the aggregation `sequence` the
-    sum is the paper's mean over sequences.
-
-    eps_high  how far the ratio may rise above 1 where the advantage is not negative
-    neg_low, neg_high  how far it may fall below 1, and rise above it, where the advantage is negative
-    """
-    ratio = row_mean(log_ratio, mask).clamp(-MAX_LOG, MAX_LOG).exp()
-    up = ratio.clamp(0, 1 + eps_high)
-    down = ratio.clamp(1 - neg_low, 1 + neg_high)
-    advantages = advantages[:, None]
-    return torch.where(advantages >= 0, up, down) * advantages
-
-
-def cispo(
-    log_ratio: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    max_ratio: float = 5.0,
-) -> Float[Tensor, "B T"]:
-    """sg(min(r, max_ratio)) A log_ratio: the gradient of log p, weighted by the capped ratio (CISPO [paper]).
-
-    max_ratio  bound on the ratio
-    Every token keeps a gradient. log_ratio stands for logp_current: the two differ by a constant, so the value is 0
-    on-policy. max_ratio is TRL's `epsilon_high`, a bound on r itself.
-    """
-    return log_ratio.detach().clamp(-MAX_LOG, MAX_LOG).exp().clamp(max=max_ratio) * advantages[:, None] * log_ratio
-
-
-def vespo(
-    log_ratio: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    k_pos: float = 2.0,
-    lam_pos: float = 3.0,
-    k_neg: float = 3.0,
-    lam_neg: float = 2.0,
-) -> Float[Tensor, "B T"]:
-    """sg(phi(w)) A log_ratio, phi(w) = e^lam w^k e^(-lam w), w the product of the row's ratios (VESPO, arXiv
-    2602.10693, its authors' code [paper]).
-
-    phi(1) = 1; phi is largest at w = k / lam and falls to 0 on both sides, so that no clip is needed. log_ratio stands
-    for logp_current, as in `cispo`. VESPO's w is current / rollout: with old_logprobs="rollout" it is the same here;
-    otherwise w is current / old, and a corrector's weights multiply phi(w) in place of w [ours].
-
-    k_pos, lam_pos  where the advantage is >= 0; above 0
-    k_neg, lam_neg  where it is negative
-    """
-    log_w = torch.where(mask, log_ratio.detach(), 0).sum(-1, keepdim=True).clamp(-MAX_LOG, MAX_LOG)
-    positive = (advantages >= 0)[:, None]
-    k, lam = torch.where(positive, k_pos, k_neg), torch.where(positive, lam_pos, lam_neg)
-    return (lam + k * log_w - lam * log_w.exp()).exp() * advantages[:, None] * log_ratio
-
-
-def reinforce(
-    log_ratio: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]
-) -> Float[Tensor, "B T"]:
-    """A log_ratio: the plain policy gradient A grad log p, without ratio and clip.
-
-    log_ratio stands for logp_current, as in `cispo`."""
-    return advantages[:, None] * log_ratio
-
-
-def row_mean(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """The mean of log_ratio over the row's mask, at every position of the mask; 0 elsewhere and for an empty row.
-
-    Each position's gradient goes to its own log_ratio alone. Summed with coefficients and weights that are constant in
-    a row, as every aggregation's and every sequence weight's are, this is the mean's own gradient, free of the rounding
-    of a sum over T and its division [ours].
-    """
-    kept = torch.where(mask, log_ratio, 0)
-    mean = kept.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(mask, mean + (kept - kept.detach()), 0)
-
-
-def _clipped(
-    log_ratio: Tensor, advantages: Tensor, *, epsilon: float, epsilon_high: float | None, delta: float | None
-) -> Tensor:
-    ratio = log_ratio.clamp(-MAX_LOG, MAX_LOG).exp()
-    clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
-    if delta is not None:
-        ratio = ratio.clamp(max=delta)
-    return torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
 
 
 def kl_k1(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -225,6 +90,22 @@ def loss_type(name: str, *, max_completion_length: int | None = None) -> tuple[C
             raise ValueError(f"loss_type={name!r} must be 'grpo', 'dapo', 'dr_grpo', 'bnpo' or 'cispo'")
 
 
+def further_inputs(surrogate: Callable[..., Tensor], batch: Batch) -> dict[str, Any]:
+    """What a surrogate takes of a batch beside log-ratio, advantages and mask, by name (`surrogates.OFFERED`)."""
+    wanted, found = surrogate_inputs(surrogate), {}
+    if "old" in wanted:
+        found["old"] = torch.where(batch.keep, batch.old, 0)
+    if "log_mismatch" in wanted:
+        found["log_mismatch"] = torch.where(batch.keep, batch.old - _behaviour(batch, "a surrogate"), 0)
+    return found | ({"sum_over": batch.sum_over} if "sum_over" in wanted else {})
+
+
+def _behaviour(batch: Batch, wanted_by: str) -> Float[Tensor, "B T"]:
+    if batch.behaviour is None:
+        raise ValueError(f"{wanted_by} takes the rollout's log-probs, and batch.behaviour is None: give them")
+    return batch.behaviour
+
+
 def policy_loss(
     logps: Float[Tensor, "B T"],
     batch: Batch,
@@ -234,6 +115,7 @@ def policy_loss(
     beta: float,
     kl: Callable[[Tensor], Tensor],
     entropy: float = 0.0,
+    unbiased_kl: bool = False,
 ) -> tuple[Float[Tensor, ""], dict[str, tuple[Tensor, Tensor]], Float[Tensor, "B T"]]:
     """This process's share of the loss, its metrics as (sum, count), and d loss / d logps.
 
@@ -243,13 +125,17 @@ def policy_loss(
     learner carries it through the model mask by mask. Positions outside `batch.keep` may hold anything, an infinity
     included: they see log-ratio 0 and get gradient 0.
 
+    unbiased_kl  KL_t is multiplied by r_t = exp(logp - logp_rollout), through which the gradient goes too: with k3 its
+                 mean over tokens that the rollout sampled has the gradient of KL(current || reference) (DeepSeek-V3.2,
+                 arXiv 2512.02556, eq. 7 [digest]), where k3 alone has another one even on-policy.
+
     clip_ratio/*  share of tokens with A != 0 whose policy term has no gradient, all / A < 0 / A > 0 over all of them;
     band/positive, band/negative  share of the tokens with A > 0 / A < 0 that still have one: the band's occupancy.
     """
     logps, keep = logps.detach().requires_grad_(), batch.keep
     coefficient = aggregate(keep, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
     log_ratio = torch.where(keep, logps - batch.old, 0)
-    objective = surrogate(log_ratio, batch.advantages, keep)
+    objective = surrogate(log_ratio, batch.advantages, keep, **further_inputs(surrogate, batch))
     places = keep.flatten().nonzero()[:, 0]  # found once: on a GPU the host waits to learn how many there are
     kept = lambda x: x.flatten()[places]  # noqa: E731
     loss = -kept(coefficient * batch.weights * objective).sum()
@@ -269,7 +155,11 @@ def policy_loss(
         "ratio/mean": (kept(log_ratio.detach()).exp().sum(), keep.sum()),
     }
     if batch.reference is not None:
-        penalty = kept(kl(torch.where(keep, batch.reference - logps, 0)))
+        divergence = kl(torch.where(keep, batch.reference - logps, 0))
+        if unbiased_kl:
+            ratio = torch.where(keep, logps - _behaviour(batch, "unbiased_kl=True"), 0)
+            divergence = divergence * ratio.clamp(-MAX_LOG, MAX_LOG).exp()
+        penalty = kept(divergence)
         term = beta * (kept(coefficient) * penalty).sum()
         loss, gradient = loss + term, gradient + torch.autograd.grad(term, logps)[0]
         metrics["kl"] = (penalty.detach().sum(), keep.sum())

@@ -26,6 +26,7 @@ from dllm_rl.likelihoods.masks import (
     draw_nothing,
     draw_quadrature,
     draw_rounds,
+    draw_some_segments,
     draw_trajectory,
     with_order,
 )
@@ -275,7 +276,11 @@ def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator |
 
 @maker
 def trajectory(
-    *, num_segments: int | None = None, block_size: int | None = None, order: str = "law"
+    *,
+    num_segments: int | None = None,
+    block_size: int | None = None,
+    order: str = "law",
+    num_sampled: int | None = None,
 ) -> LikelihoodEstimator:
     """Replay the recorded unmasking: in segment s, score the tokens committed there, everything from s on masked.
 
@@ -293,15 +298,25 @@ def trajectory(
                 block, all blocks together, instead of one for each step; num_segments then counts those of a block.
     order       law: the order's part too, where the rollout recorded one (rank=confidence with commit=schedule) and
                 num_segments is None; given: the tokens' alone
+    num_sampled  steps (or segments) of each row that are scored, drawn without replacement and weighted by the steps
+                over those drawn: so many forwards, an unbiased estimate of the row's sum and, on-policy, of its
+                gradient; ratios are then of an estimate. None: all. With `unmask(block_size=1)`, one token a step from
+                left to right, all of them are JustGRPO (arXiv 2601.15165, its authors' code [paper]); a sample [ours].
     """
     if order not in ("law", "given"):
         raise ValueError(f"order={order!r} must be 'law' or 'given'")
     for name, value, otherwise in (
         ("num_segments", num_segments, "None for every step"),
         ("block_size", block_size, "None to score steps one by one"),
+        ("num_sampled", num_sampled, "None for every step"),
     ):
         if value is not None:
             _at_least_one(name, value, otherwise)
+    if num_sampled is not None:
+        if block_size is not None:
+            raise ValueError(f"num_sampled={num_sampled} draws steps, and block_size={block_size} packs them: drop one")
+        some = partial(draw_some_segments, num_segments=num_segments, num_sampled=num_sampled)
+        return LikelihoodEstimator("trajectory", some)
     exact_for_sampler = num_segments is None
     draw = partial(draw_trajectory, num_segments=num_segments)
     if block_size is not None:

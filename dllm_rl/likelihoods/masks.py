@@ -167,11 +167,31 @@ def draw_block(rollout: Rollout, generator: Generator, *, block_size: int, num_s
 
 def draw_trajectory(rollout: Rollout, generator: Generator, *, num_segments: int | None) -> Noise:
     """The rollout's own masks: view s hides what was committed in segment s or later, and scores segment s."""
+    return _segments(rollout, _merged(rollout, num_segments))
+
+
+def draw_some_segments(rollout: Rollout, generator: Generator, *, num_segments: int | None, num_sampled: int) -> Noise:
+    """num_sampled of the S views that `draw_trajectory` has of a row, drawn without replacement and weighted by S over
+    the number drawn: the expected weight of every token is 1."""
+    _check_written_once(rollout)
+    segment, views = _merged(rollout, num_segments), []
+    counts = segment.amax(-1).cpu() + 1
+    for row, count in zip(row_generators(rollout, generator), counts.tolist(), strict=True):
+        drawn = torch.rand(max(count, 0), generator=row).argsort()[:num_sampled].sort().values
+        views.append(torch.nn.functional.pad(drawn, (0, num_sampled - len(drawn)), value=-2))  # -2: no segment's number
+    index = torch.stack(views, dim=1)[..., None].to(segment.device)
+    masked = rollout.completion_mask & (segment >= index) & (index >= 0)
+    weight = (counts / counts.clamp(1, num_sampled))[:, None].to(segment.device)
+    return Noise(masked, (rollout.completion_mask & (segment == index)) * weight)
+
+
+def _merged(rollout: Rollout, num_segments: int | None) -> Int[Tensor, "B T"]:
+    """The segment of each position: its step, or its step's part of num_segments; -1 off the completion."""
     segment = rollout.unmask_step
-    if num_segments is not None:
-        steps = rollout.unmask_step.amax(-1, keepdim=True) + 1
-        segment = torch.where(segment < 0, -1, segment * num_segments // steps.clamp(min=1))
-    return _segments(rollout, segment)
+    if num_segments is None:
+        return segment
+    steps = rollout.unmask_step.amax(-1, keepdim=True) + 1
+    return torch.where(segment < 0, -1, segment * num_segments // steps.clamp(min=1))
 
 
 def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | None, block_size: int) -> Noise:
@@ -213,11 +233,15 @@ def with_order(
 
 
 def _segments(rollout: Rollout, segment: Int[Tensor, "B T"]) -> Noise:
+    _check_written_once(rollout)
+    index = torch.arange(int(segment.max()) + 1, device=segment.device)[:, None, None]
+    masked = rollout.completion_mask & (segment >= index)
+    return Noise(masked, (rollout.completion_mask & (segment == index)).float())
+
+
+def _check_written_once(rollout: Rollout) -> None:
     if rollout.revised:
         raise ValueError(
             "likelihood='trajectory' replays an unmasking that writes a position once; this rollout's commit rule may "
             "have come back to what it wrote (remask, edit): use one_step(), elbo() or coupled()"
         )
-    index = torch.arange(int(segment.max()) + 1, device=segment.device)[:, None, None]
-    masked = rollout.completion_mask & (segment >= index)
-    return Noise(masked, (rollout.completion_mask & (segment == index)).float())

@@ -99,7 +99,7 @@ class GradientRow:
 
     bias        |E g - truth| / |truth|, exact; 0 is unbiased
     rmse        (E |mean of n g - truth|^2)^(1/2) / |truth|, of batches of `batch` rows whose weights are those of a
-                batch without end
+                batch without end; with `draws`, of so many real batches, each with its own weights
     efficiency  <E g, truth> / (|truth| (E |mean of n g|^2)^(1/2)): rmse's complement, indifferent to scale; 1 is best
     mean_weight E w over the rollout's tokens; ess 1 / E (w / E w)^2 of them
     """
@@ -125,6 +125,7 @@ def gradient_table(
     num_steps: int = 2,
     networks: int = 8,
     moved: str = "rollout",
+    draws: int = 0,
     seed: int = 0,
 ) -> list[GradientRow]:
     """How far a corrector's gradient is from the learner's own, by enumeration: a row for each policy and sigma.
@@ -136,14 +137,18 @@ def gradient_table(
     networks  random networks, rewards and directions of the noise; medians over them are given
     moved     rollout: the rollout policy has the noise, and the learner has made no update (what weights correct);
               old: the rollout is the learner's before an update of that size (what a surrogate's clip is for)
+    draws     real batches that are drawn, in place of a batch without end: for what depends on the batch's size, as a
+              self-normalised weight does. Numbers are then estimates; every corrector sees the same batches.
     """
     if moved not in ("rollout", "old"):
         raise ValueError(f"moved={moved!r} must be 'rollout' or 'old'")
+    if draws < 0 or draws == 1:
+        raise ValueError(f"draws={draws} must be 0 (a batch without end), or at least 2 batches to take a variance of")
     table = []
     for kind, sigma in product(policies, sigmas):
         seeds = (seed + 1000 * network for network in range(networks))
         cases = [_case(length, words, num_steps, {"early": 1.0, "late": 3.0}[kind], each) for each in seeds]
-        found = [_measure(case, corrector, sigma, batch, moved) for case in cases]
+        found = [_measure(case, corrector, sigma, batch, moved, draws) for case in cases]
         table.append(GradientRow(kind, sigma, batch, *map(median, zip(*found, strict=True))))
     return table
 
@@ -174,23 +179,80 @@ def _case(length: int, words: int, num_steps: int, sharpness: float, seed: int) 
     return _Case(toy, rollout, noise, rewards, logps.detach(), per_outcome(toy, logps), seed)
 
 
-def _measure(case: _Case, corrector: Corrector, sigma: float, batch: int, moved: str) -> tuple[float, ...]:
-    rollout, noise, current = case.rollout, case.noise, case.logps
+def _measure(case: _Case, corrector: Corrector, sigma: float, batch: int, moved: str, draws: int) -> tuple[float, ...]:
     behaviour = case.toy.moved(sigma, torch.Generator().manual_seed(case.seed + 1))
-    sampled = contributions(behaviour, rollout, noise, trajectory())
-    p, q = (each.sum(-1).exp() for each in (current, sampled))
+    sampled = contributions(behaviour, case.rollout, case.noise, trajectory())
+    p, q = (each.sum(-1).exp() for each in (case.logps, sampled))
     advantages = case.rewards - (q * case.rewards).sum()
     truth = torch.einsum("b,btw->w", p * advantages, case.jacobian)
-
-    old = current if moved == "rollout" else sampled
-    weights, keep = weighed(corrector, old - sampled, advantages, q)
-    gradient = surrogate_gradient(
-        corrector, rollout, noise, advantages, current=current, old=old, weights=weights, keep=keep
+    gradients = partial(
+        _gradients, case, corrector, advantages, sampled, old=case.logps if moved == "rollout" else sampled
     )
-    each = torch.einsum("bt,btw->bw", gradient, case.jacobian)
-    w = torch.where(keep, weights, 0)
-    mean_weight, square = (float((q[:, None] * x).sum() / w.shape[1]) for x in (w, w.square()))
-    return *against(truth, each, q, batch), mean_weight, mean_weight**2 / square if square else 0.0
+    if draws:
+        drawn = torch.multinomial(q, draws * batch, replacement=True, generator=_stream(case.seed + 2))
+        found = [(rows, *gradients(rows)) for rows in drawn.view(draws, batch)]
+        sums = torch.stack([torch.zeros_like(sampled).index_add(0, rows, one) for rows, one, _ in found])
+        means = torch.einsum("dbt,btw->dw", sums / batch, case.jacobian)
+        return *of_batches(truth, means), *_spread(torch.cat([weights for _, _, weights in found]))
+    counts = (q * POPULATION).round().long().clamp(min=1)
+    gradient, weights = gradients(torch.arange(len(q)).repeat_interleave(counts))
+    first = counts.cumsum(0) - counts
+    each = torch.einsum("bt,btw->bw", gradient[first], case.jacobian)
+    return *against(truth, each, q, batch), *_spread(weights[first], q)
+
+
+def _stream(seed: int) -> Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _spread(weights: Float[Tensor, "B T"], chances: Tensor | None = None) -> tuple[float, float]:
+    """The mean of weights of rows with these chances (None: equal ones), and their effective sample size."""
+    chances = torch.full_like(weights[:, 0], 1 / len(weights)) if chances is None else chances
+    mean, square = (float((chances[:, None] * x).sum() / weights.shape[1]) for x in (weights, weights.square()))
+    return mean, mean**2 / square if square else 0.0
+
+
+def _gradients(
+    case: _Case,
+    corrector: Corrector,
+    advantages: Float[Tensor, " B"],
+    sampled: Float[Tensor, "B T"],
+    rows: Int[Tensor, " R"],
+    *,
+    old: Float[Tensor, "B T"],
+) -> tuple[Float[Tensor, "R T"], Float[Tensor, "R T"]]:
+    """What a batch of these outcomes gives: d objective / d log-probs, by `policy_loss`, and weights (0 where they are
+    dropped)."""
+    old, advantages, sampled = old[rows], advantages[rows], sampled[rows]
+    weights, keep, _ = corrector.weigh(old - sampled, advantages, torch.ones_like(old, dtype=torch.bool))
+    made = Batch(
+        rollout=case.rollout.rows(rows),
+        noise=case.noise.rows(rows),
+        advantages=advantages,
+        old=old,
+        old_scores=old[None],
+        weights=weights,
+        keep=keep,
+        reference=None,
+        num_tokens=1,
+        num_sequences=1,
+        behaviour=sampled,
+    )
+    aggregate: Callable[..., Tensor] = partial(constant, length=1)  # every sequence counts 1
+    loss = partial(policy_loss, surrogate=corrector.surrogate, aggregate=aggregate, beta=0.0, kl=kl_k2)
+    gradient = -loss(case.logps[rows], made)[2]
+    return gradient, torch.where(keep, weights, 0)
+
+
+def of_batches(truth: Float[Tensor, " W"], means: Float[Tensor, "D W"]) -> tuple[float, float, float]:
+    """Bias, root mean square error and efficiency of a gradient of which D batches gave these; the bias is freed of
+    the noise of D."""
+    noise = means.var(0).sum() / len(means)
+    bias = ((means.mean(0) - truth).square().sum() - noise).clamp(min=0).sqrt()
+    size, squares = truth.norm(), means.square().sum(-1).mean()
+    rmse = (means - truth).square().sum(-1).mean().sqrt()
+    efficiency = (means.mean(0) @ truth) / (size * squares.sqrt()).clamp(min=1e-300)
+    return (bias / size).item(), (rmse / size).item(), efficiency.item()
 
 
 def against(
@@ -203,36 +265,3 @@ def against(
     rmse = (bias.square() + variance).sqrt()
     efficiency = (mean @ truth) / (size * (mean.square().sum() + variance).sqrt()).clamp(min=1e-300)
     return (bias / size).item(), (rmse / size).item(), efficiency.item()
-
-
-def weighed(
-    corrector: Corrector,
-    log_mismatch: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    chances: Float[Tensor, " B"],
-) -> tuple[Float[Tensor, "B T"], Tensor]:
-    """The weights and keep mask of each outcome in a batch that holds it as often as it is likely."""
-    counts = (chances * POPULATION).round().long().clamp(min=1)
-    rows = torch.arange(len(chances)).repeat_interleave(counts)
-    mask = torch.ones_like(log_mismatch, dtype=torch.bool)
-    weights, keep, _ = corrector.weigh(log_mismatch[rows], advantages[rows], mask[rows])
-    first = counts.cumsum(0) - counts
-    return weights[first], keep[first]
-
-
-def surrogate_gradient(
-    corrector: Corrector,
-    rollout: Rollout,
-    noise: Noise,
-    advantages: Float[Tensor, " B"],
-    *,
-    current: Float[Tensor, "B T"],
-    old: Float[Tensor, "B T"],
-    weights: Float[Tensor, "B T"],
-    keep: Tensor,
-) -> Float[Tensor, "B T"]:
-    """d objective / d log-probs of each outcome alone, by `policy_loss`; every sequence counts 1."""
-    aggregate: Callable[..., Tensor] = partial(constant, length=1)
-    made = Batch(rollout, noise, advantages, old, old[None], weights, keep, None, num_tokens=1, num_sequences=1)
-    loss = partial(policy_loss, surrogate=corrector.surrogate, aggregate=aggregate, beta=0.0, kl=kl_k2)
-    return -loss(current, made)[2]

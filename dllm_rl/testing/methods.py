@@ -1,6 +1,7 @@
 """Contracts that every method keeps: correctors and estimators."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,15 +54,18 @@ def make_batch(
     old: Tensor | None = None,
     keep: Tensor | None = None,
     reference: Tensor | None = None,
+    behaviour: Tensor | None = None,
 ) -> Batch:
-    """A Batch around the tensors a loss reads; everything else is blank."""
+    """A Batch around the tensors a loss reads; everything else is blank, and the rollout's log-probs are `old`."""
     keep = mask if keep is None else keep
     old = torch.full(mask.shape, -1.0) if old is None else old
     blank = torch.zeros(mask.shape, dtype=torch.long)
     rollout = Rollout(blank, torch.ones_like(mask), mask, blank, torch.zeros(mask.shape), group_size=1)
     noise = Noise(mask[None], mask[None].float())
     weights = torch.ones(mask.shape) if weights is None else weights
-    return Batch(rollout, noise, advantages, old, old[None], weights, keep, reference, int(keep.sum()), len(mask))
+    behaviour = old if behaviour is None else behaviour
+    made = Batch(rollout, noise, advantages, old, old[None], weights, keep, reference, int(keep.sum()), len(mask))
+    return replace(made, behaviour=behaviour)
 
 
 def loss_of(corrector: Corrector, batch: Batch, logps: Tensor) -> tuple[Tensor, dict, Tensor]:
@@ -115,14 +119,25 @@ def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask:
     columns = mask.shape[1]
     same(w[:, :columns][mask], weights[mask], "what stands off the mask must not change the weights")
 
-    batch = make_batch(mask, advantages, weights=weights, keep=keep)
+    behaviour = torch.full(mask.shape, -1.0) - torch.where(mask, mismatch, 0)
+    batch = make_batch(mask, advantages, weights=weights, keep=keep, behaviour=behaviour)
     logps = batch.old + step
-    loss, sums, gradient = loss_of(corrector, batch, logps)
-    parts = []
+    asked: list[Tensor] = []  # what a surrogate has summed over processes: of the whole, then of each part
+
+    def of_all(x: Tensor) -> Tensor:
+        asked.append(x)
+        return asked[0]
+
+    loss, sums, gradient = loss_of(corrector, replace(batch, sum_over=of_all), logps)
+    whole, parts = len(asked), []
+    assert whole <= 1, "a surrogate must ask for one sum over processes, or for none"
     for rows in torch.arange(len(mask)).split(max(1, len(mask) // 2)):
-        part = make_batch(mask[rows], advantages[rows], weights=weights[rows], keep=keep[rows])
-        part = Batch(**{**part.__dict__, "num_tokens": batch.num_tokens, "num_sequences": batch.num_sequences})
+        some = {"weights": weights[rows], "keep": keep[rows], "behaviour": behaviour[rows]}
+        part = make_batch(mask[rows], advantages[rows], **some)
+        part = replace(part, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences, sum_over=of_all)
         parts.append(loss_of(corrector, part, logps[rows]))
+    if whole:
+        same(sum(asked[1:]), asked[0], "what a surrogate sums over processes must add up")
     same(sum(p[0] for p in parts), loss, "micro-batches must add up to the batch's loss")
     same(torch.cat([p[2] for p in parts]), gradient, "micro-batches must give the batch's gradient")
     for name in sums:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import takes_parts
-from dllm_rl.algorithms.correctors import no_weights
+from dllm_rl.algorithms.weights import no_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.rules import name_of, order_has_law, rank_inputs
 
@@ -52,7 +52,7 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
     lawful = rank is not None and order_has_law(rank, commit) and likelihood.exact_for_sampler
     by_draws = rank is not None and "tokens" in rank_inputs(rank) and _bound(recipe.sampler, "temperature") != 0
     if likelihood.name == "trajectory" and by_draws and not lawful and not given:
-        merged = "" if likelihood.exact_for_sampler else " and num_segments"
+        merged = "" if likelihood.exact_for_sampler else " and num_segments or num_sampled"
         said.append(
             f"sampler.rank={name_of(rank)} with commit={name_of(commit)}{merged}: the order depends on what is drawn "
             "by a law that likelihood=trajectory does not know, and its ratios leave the order out; use rank=max_prob "

@@ -244,6 +244,7 @@ def correct(
         num_tokens=num_tokens,
         num_sequences=num_sequences,
         behaviour=logps.rollout,
+        sum_over=partial(accelerator.reduce, reduction="sum"),
     ), metrics
 
 

@@ -1,9 +1,9 @@
 """The gradient laboratory: bias, error and efficiency of correctors, surrogates, estimators and orders, by enumeration.
 
 Three words at four positions in two steps, written by a network of 336 weights: 81 outcomes (and their orders), so that
-mean and covariance of a policy gradient are sums and nothing is sampled, but for an estimator's masks. Every number is
-a median over 8 networks. A corrector of your own: `dllm_rl.testing.gradient_table(corrector)`. About two minutes of one
-core. What the numbers say: gradients.md.
+mean and covariance of a policy gradient are sums and nothing is sampled, but for an estimator's masks and, where
+weights depend on the batch, 64 batches. Every number is a median over 8 networks. A corrector of your own:
+`dllm_rl.testing.gradient_table(corrector)`. About eight minutes of one core. What the numbers say: gradients.md.
 
     python -m recipes.studies.gradients                    write gradients_tables.md and gradients.png
 """
@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms import losses
+from dllm_rl.algorithms import surrogates
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.testing.gradients import GradientRow, ToyPolicy, against, contributions, gradient_table, per_outcome
 from dllm_rl.types import Rollout
+from recipes.studies.controls import fixed_lambda, shuffled
 
 BAND = {"eps_high": 0.05, "neg_low": 0.05, "neg_high": 0.05}
 CORRECTORS = {
@@ -40,21 +41,52 @@ CORRECTORS = {
     "AIS, alarm": c.ais(),
     "AIS, gated": c.ais(combine="gated"),
 }
+WHOLE = {"level": "sequence", "cap": 1e8}
+CAPPED = {"level": "sequence", "cap": 2.0}
+BATCHES = {  # correctors whose weights depend on the batch, with what they must beat
+    "none": c.none(),
+    "TIS, tokens, cap 2": c.tis(),
+    "TIS, sequence, cap 2": c.tis(**CAPPED),
+    "sequence IS, no cap": c.tis(**WHOLE),
+    "self-normalised IS": c.snis(min_ess=0.0),
+    "self-normalised, ESS .5": c.snis(),
+    "AIS, alarm": c.ais(),
+    "AIS, error, tokens": c.ais(combine="error"),
+    "AIS, error, sequence": c.ais(combine="error", **WHOLE),
+    "AIS, error, sequence, cap 2": c.ais(combine="error", **CAPPED),
+    **{f"lambda {lam}, sequence": fixed_lambda(lam, **WHOLE) for lam in (0.25, 0.5, 0.75)},
+    **{f"lambda {lam}, sequence, cap 2": fixed_lambda(lam, **CAPPED) for lam in (0.25, 0.5, 0.75)},
+    "TIS, sequence, cap 2, shuffled": shuffled(c.tis(**CAPPED)),
+}
+
+
+def ebpo_a_row(log_ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, **ranges: float) -> torch.Tensor:
+    """`ebpo`, whose objective is the row's, counted once a row where tables count each token."""
+    return surrogates.ebpo(log_ratio, advantages, mask, **ranges) / mask.sum(-1, keepdim=True)
+
+
 SURROGATES = {
-    "reinforce": losses.reinforce,
-    "r A, no clip": partial(losses.ppo_clip, epsilon=1e8),
-    "ppo_clip, .2": partial(losses.ppo_clip, epsilon=0.2),
-    "dual clip, delta 1.2": partial(losses.ppo_clip, epsilon=0.2, delta=1.2),
-    "dual clip, delta 3": partial(losses.ppo_clip, epsilon=0.2, delta=3.0),
-    "DAPO, .2 and .28": partial(losses.ppo_clip, epsilon=0.2, epsilon_high=0.28),
-    "cispo, 5": losses.cispo,
-    "vespo": losses.vespo,
-    "gspo, .2": partial(losses.gspo, epsilon=0.2, epsilon_high=0.2),
-    "TBPO's band, .05": partial(losses.trust_band, **BAND),
+    "reinforce": surrogates.reinforce,
+    "r A, no clip": partial(surrogates.ppo_clip, epsilon=1e8),
+    "ppo_clip, .2": partial(surrogates.ppo_clip, epsilon=0.2),
+    "dual clip, delta 1.2": partial(surrogates.ppo_clip, epsilon=0.2, delta=1.2),
+    "dual clip, delta 3": partial(surrogates.ppo_clip, epsilon=0.2, delta=3.0),
+    "DAPO, .2 and .28": partial(surrogates.ppo_clip, epsilon=0.2, epsilon_high=0.28),
+    "cispo, 5": surrogates.cispo,
+    "vespo": surrogates.vespo,
+    "gspo, .2": partial(surrogates.gspo, epsilon=0.2, epsilon_high=0.2),
+    "dppo_tv, .2": surrogates.dppo_tv,
+    "bgpo, .2 and 3": surrogates.bgpo,
+    "ebpo, .2": ebpo_a_row,
+    "gdsd, .04": surrogates.gdsd,
+    "stable_drl, 5": surrogates.stable_drl,
+    "sequence_masked, .1": partial(surrogates.sequence_masked, bound=0.1),
+    "TBPO's band, .05": partial(surrogates.trust_band, **BAND),
 }
 ESTIMATORS = {
     "trajectory": lik.trajectory(),
     "trajectory, 1 segment": lik.trajectory(num_segments=1),
+    "trajectory, 1 step drawn": lik.trajectory(num_sampled=1),
     "one_step": lik.one_step(prompt_mask=0.0),
     "elbo, 2 masks": lik.elbo(num_samples=2),
     "elbo, 8 masks": lik.elbo(num_samples=8),
@@ -111,7 +143,7 @@ def of_estimators(networks: int, *, draws: int = 8, batch: int = 128) -> dict[st
             advantages = rewards - p @ rewards
             truth = torch.einsum("b,btw->w", p * advantages, per_outcome(toy, logps))
             each = []
-            for _ in range(draws if "mask" in name else 1):
+            for _ in range(draws if "mask" in name or "drawn" in name else 1):
                 noise = estimator.with_advantages(estimator.draw(rollout, generator), advantages)
                 if noise.upper_bound_weight is not None:
                     noise = replace(noise, upper_bound_weight=noise.upper_bound_weight.double())
@@ -192,9 +224,11 @@ def plot(rows: dict[str, list[GradientRow]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", type=int, default=8)
+    parser.add_argument("--draws", type=int, default=64, help="real batches, where weights depend on the batch")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
-    networks = options.networks
+    networks, draws = options.networks, options.draws
+    of_batches = partial(of_correctors, BATCHES)
     many = of_correctors(CORRECTORS, networks=networks)
     few = of_correctors(CORRECTORS, networks=networks, batch=16)
     weights = {name: [f"{row.mean_weight:.2f}/{row.ess:.2f}" for row in rows] for name, rows in many.items()}
@@ -208,6 +242,8 @@ def main() -> None:
         table("corrector: mean weight/ESS", COLUMNS, weights),
         table("corrector, 2 tokens of 2 words, n = 128", COLUMNS, as_cells(short)),
         table("corrector, 6 tokens of 2 words, n = 128", COLUMNS, as_cells(long)),
+        table("real batches, n = 128", COLUMNS, as_cells(of_batches(draws=draws, networks=networks))),
+        table("real batches, n = 16", COLUMNS, as_cells(of_batches(draws=draws, networks=networks, batch=16))),
         table("surrogate after an update, n = 128", COLUMNS, as_cells(updated)),
         table("estimator, n = 128", ["early", "cosine", "late", "cosine"], of_estimators(networks)),
         table("rank confidence, n = 128", [f"{k} {s}" for k, s in product(KINDS, (0.0, *SIGMAS))], of_orders(networks)),

@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.losses import ppo_clip
+from dllm_rl.algorithms.surrogates import ppo_clip
 from dllm_rl.quantization.schemes import five_level_emulated, int3_emulated, int4_emulated
 from dllm_rl.recipe import Recipe
 from recipes.studies import mismatch_report

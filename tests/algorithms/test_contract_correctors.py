@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.losses import cispo, gspo
+from dllm_rl.algorithms import surrogates
+from dllm_rl.algorithms.surrogates import cispo, gspo
 from dllm_rl.testing import check_corrector
 
 CORRECTORS = {
@@ -27,6 +28,9 @@ CORRECTORS = {
     "reject-max": c.reject(statistic="k3", aggregate="max", bound=0.2),
     "ais-alarm": c.ais(),
     "ais-gated": c.ais(combine="gated", aggregate="geometric"),
+    "ais-error": c.ais(combine="error", level="sequence"),
+    "snis": c.snis(),
+    "snis-tempered": c.snis(min_ess=0.9),
     "tbpo": c.tbpo(),
     "tbpo-wide": c.tbpo(eps_high=0.05, neg_low=0.05, neg_high=0.05),
     "aligned": c.aligned(),
@@ -36,10 +40,18 @@ CORRECTORS = {
 }
 
 
-@pytest.mark.parametrize("name", CORRECTORS)
+WITH_SURROGATES = CORRECTORS | {
+    "dppo_tv": c.compose(c.tis(), surrogate=surrogates.dppo_tv),
+    "bgpo": c.compose(c.tis(), surrogate=surrogates.bgpo),
+    "stable_drl": c.compose(c.tis(), surrogate=surrogates.stable_drl),
+    "sequence_masked": c.compose(c.tis(), surrogate=partial(surrogates.sequence_masked, bound=0.1)),
+}
+
+
+@pytest.mark.parametrize("name", WITH_SURROGATES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_contract(name, seed):
-    check_corrector(CORRECTORS[name], seed=seed)
+    check_corrector(WITH_SURROGATES[name], seed=seed)
 
 
 def _broken(change):
@@ -47,6 +59,11 @@ def _broken(change):
         return change(*c.tis().weigh(log_mismatch, advantages, mask), log_mismatch)
 
     return replace(c.none(), weigh=weigh)
+
+
+def summing(what):
+    """r A, with a sum over processes that changes nothing."""
+    return lambda r, a, m, sum_over: r.exp() * a[:, None] + 0 * sum_over(what(r)).sum()
 
 
 BROKEN = {
@@ -61,6 +78,10 @@ BROKEN = {
     "subset": _broken(lambda w, k, m, x: (w, k | (x > 0), m)),
     "leave the keep mask": _broken(lambda w, k, m, x: (w, k | ~x.isfinite(), m)),
     "loss must be that of none": replace(c.none(), surrogate=lambda r, a, m: r.exp() * a[:, None] + 1e-3),
+    "must ask for one sum": replace(
+        c.none(), surrogate=lambda r, a, m, sum_over: r.exp() * sum_over(sum_over(a))[:, None]
+    ),
+    "sums over processes must add up": replace(c.none(), surrogate=summing(lambda r: r.exp().mean())),
     "gradient must be that of none": replace(c.none(), surrogate=partial(cispo, max_ratio=0.5)),
 }
 
@@ -79,7 +100,7 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 @settings(max_examples=150, deadline=None)
 @given(values=arrays("float32", (3, 4), elements=FINITE), marked=arrays("bool", (3, 4)))
-@pytest.mark.parametrize("combine", ["alarm", "gated"])
+@pytest.mark.parametrize("combine", ["alarm", "gated", "error"])
 @pytest.mark.parametrize("aggregate", ["product", "geometric"])
 def test_lambda_lies_in_the_unit_interval_for_any_finite_input(combine, aggregate, values, marked):
     weigh = c.ais(combine=combine, aggregate=aggregate).weigh

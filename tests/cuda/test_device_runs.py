@@ -17,7 +17,7 @@ from tiny_recipe import tiny_recipe, tiny_recipe_ar
 from torch.utils._pytree import tree_map
 
 from dllm_rl import load_policy
-from dllm_rl.algorithms import correctors
+from dllm_rl.algorithms import correctors, surrogates
 from dllm_rl.config import pickable
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.evaluation.evaluate import evaluate
@@ -172,7 +172,13 @@ CORRECTORS = {
     "icepop": correctors.icepop(),
     "reject": correctors.reject(),
     "reject tokens": correctors.reject(level="token", statistic="k2"),
+    "snis": correctors.snis(min_ess=0.9),
     "ais": correctors.ais(),
+    "ais of sequences": correctors.ais(combine="error", level="sequence"),
+    "bgpo": correctors.compose(correctors.tis(), surrogate=surrogates.bgpo),
+    "ebpo": correctors.compose(correctors.tis(), surrogate=surrogates.ebpo),
+    "gdsd": correctors.compose(correctors.tis(), surrogate=surrogates.gdsd),
+    "stable_drl": correctors.compose(correctors.tis(), surrogate=partial(surrogates.stable_drl, sum_over=lambda x: x)),
     "tbpo": correctors.tbpo(),
     "aligned": correctors.aligned(),
     "qarl": correctors.qarl(),

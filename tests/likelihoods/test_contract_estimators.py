@@ -30,6 +30,7 @@ ESTIMATORS = {
     "eubo-block": lik.eubo(beta=1.0, base=lik.block(block_size=3, num_samples=4)),
     "sandwich": lik.sandwich(),
     "trajectory": lik.trajectory(),
+    "trajectory-drawn": lik.trajectory(num_sampled=2),
     "trajectory-2": lik.trajectory(num_segments=2),
     "causal": lik.causal(),
 }

@@ -12,6 +12,10 @@ MUTATIONS = [
     *mutations(
         "likelihoods/masks.py",
         TOYS,
+        ("(counts / counts.clamp(1, num_sampled))", "(counts / num_sampled)"),
+        ("(counts / counts.clamp(1, num_sampled))", "(counts / counts.clamp(min=1))"),
+        ("max(count, 0), generator=row).argsort()", "max(count, 0), generator=row).sort().values.argsort()"),
+        ("& (segment >= index) & (index >= 0)", "& (segment == index) & (index >= 0)"),
         ("[:, None] + u) / num_samples", "[:, None] + u) / (num_samples + 1)"),
         ("(u * count).long()", "(u * count).round().long()"),
         ("minimum(count - 1).clamp(min=0)", "clamp(min=0)"),
@@ -58,8 +62,11 @@ MUTATIONS = [
             "torch.where(segment < 0, -1, segment * num_segments // steps",
             "torch.where(segment < 0, -1, segment // num_segments // steps",
         ),
-        ("amax(-1, keepdim=True) + 1\n        segment", "amax(-1, keepdim=True)\n        segment"),
-        ("& (segment >= index)", "& (segment > index)"),
+        (
+            "amax(-1, keepdim=True) + 1\n    return torch.where(segment",
+            "amax(-1, keepdim=True)\n    return torch.where(segment",
+        ),
+        ("& (segment >= index)\n", "& (segment > index)\n"),
         ("(rollout.completion_mask & (segment == index)).float()", "masked.float()"),
         (
             "num_samples, stratified=False, device=completion.device",

@@ -20,6 +20,7 @@ MUTATIONS = [
         "training/test_router_replay.py",
         ('note=note if replay == "R3" else None', "note=None"),
         ("noise=only_groups(logps.noise or noise,", "noise=only_groups(noise,"),
+        ('sum_over=partial(accelerator.reduce, reduction="sum"),', "", "training/test_kept_graphs.py"),
         ("                back(routes=masks.routes(n))\n", "                back()\n"),
         ("routing_metrics(sum_over(logps.routing, accelerator))", "routing_metrics(logps.routing * 0 + 1)"),
     ),

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.losses import ppo_clip, reinforce
+from dllm_rl.algorithms.surrogates import ppo_clip, reinforce
 from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.testing import gradient_table
-from dllm_rl.testing.gradients import ToyPolicy, against, contributions, per_outcome
+from dllm_rl.testing.gradients import ToyPolicy, against, contributions, of_batches, per_outcome
 
 SMALL = {"networks": 3, "sigmas": (0.3,), "length": 3}
 SEQUENCE = c.tis(cap=1e9, level="sequence")
@@ -76,6 +76,27 @@ def test_more_rows_less_noise_and_the_same_bias():
         assert one.bias == other.bias and one.rmse > other.rmse and one.efficiency < other.efficiency
 
 
+def test_real_batches_by_hand():
+    """Batches that gave (1, 0), (3, 0) and (2, 3), truth (2, 0): mean (2, 1), variances 1 and 3, noise of the mean 4/3:
+    of the square bias 1 nothing is left; square errors 1, 1, 9, square sizes 1, 9, 13."""
+    means = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 3.0]])
+    bias, rmse, efficiency = of_batches(torch.tensor([2.0, 0.0]), means)
+    assert bias == 0 and rmse == pytest.approx((11 / 3) ** 0.5 / 2) and efficiency == pytest.approx(2 / (23 / 3) ** 0.5)
+    bias, _, _ = of_batches(torch.tensor([0.0, 0.0]) + torch.tensor([4.0, 0.0]), means)
+    assert bias == pytest.approx((5 - 4 / 3) ** 0.5 / 4)
+
+
+def test_real_batches_agree_with_one_without_end_and_see_their_own_size():
+    """Of a corrector that weighs each row by itself the two are one number, but for 100 draws' noise; a self-normalised
+    weight has mean 1 in every batch, however small, and less noise."""
+    few = {"batch": 8, "networks": 1, "policies": ("early",)}
+    (one,), (other,) = table(c.tis(), draws=100, **few), table(c.tis(), **few)
+    assert one.rmse == pytest.approx(other.rmse, rel=0.15) and one.bias == pytest.approx(other.bias, abs=0.2)
+    (normed,), (raw,) = (table(corrector, draws=100, **few) for corrector in (c.snis(min_ess=0.0), SEQUENCE))
+    assert normed.mean_weight == pytest.approx(1, abs=1e-12) and normed.rmse < raw.rmse
+    assert raw.mean_weight != pytest.approx(1, abs=1e-3)
+
+
 def planted(weigh):
     return c.Corrector(weigh=weigh, surrogate=reinforce)
 
@@ -121,3 +142,5 @@ def test_an_update_off_policy_needs_the_ratio():
 def test_errors_name_what_moved():
     with pytest.raises(ValueError, match="moved='reference' must be 'rollout' or 'old'"):
         gradient_table(c.none(), moved="reference")
+    with pytest.raises(ValueError, match="draws=1 must be 0"):
+        gradient_table(c.none(), draws=1)

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import group_relative
-from dllm_rl.algorithms.correctors import none, qarl, tis
+from dllm_rl.algorithms.correctors import compose, none, qarl, tis
+from dllm_rl.algorithms.surrogates import stable_drl
 from dllm_rl.likelihoods import coupled, elbo, one_step, sandwich
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tokens import encode
@@ -164,3 +165,14 @@ def test_what_is_kept(tmp_path, changes, views, kept):
     if recipe.lora is not None:
         add_lora(policy, recipe.lora())
     assert keeps_graphs(recipe, policy, views=views, rows=16) == kept
+
+
+def test_a_surrogates_sum_is_over_all_processes(tmp_path, monkeypatch):
+    """Where the others double the sum of ratios and add no row, each row weighs half."""
+    alone, among = (Step(tiny_recipe(tmp_path, corrector=compose(none(), surrogate=stable_drl))) for _ in range(2))
+    twice = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    monkeypatch.setattr(among.accelerator, "reduce", lambda x, reduction: x * twice if reduction == "sum" else None)
+    (whole, _), (half, _) = alone.gradient(), among.gradient()
+    assert whole.keys() == half.keys() and any(g.any() for g in whole.values())
+    for name, gradient in whole.items():
+        assert torch.equal(half[name], gradient / 2), name

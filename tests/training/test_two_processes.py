@@ -18,6 +18,7 @@ from dllm_rl.training.lines import current_rows
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"num_steps": 3, "warmup_steps": 8, "warmup_eval_steps": 4, "train_batch_size": 8}
 SETTINGS |= {"eval_task.size": 20, "validation_task.size": 20, "bf16": "false"}
+STABLE = ["--corrector.surrogate", "stable_drl", "--beta", "0.1", "--use_bias_correction_kl", "true"]
 SMALL = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
 
 
@@ -45,7 +46,7 @@ def launch(directory, *launcher, recipe="sudoku_tiny", more=()):
         ("sudoku_tiny", []),
         ("sudoku_tiny_ar", []),
         ("sudoku_tiny", ["--sampler.temperature", "0.2", "--num_generations", "2", "--mismatch_sample", "1"]),
-        ("sudoku_tiny", ["--likelihood", "coupled", "--beta", "0.1", "--num_iterations", "2"]),
+        ("sudoku_tiny", ["--likelihood", "coupled", "--num_iterations", "2", *STABLE]),
         ("sudoku_tiny", ["--max_num_gen_batches", "3", "--num_generations", "2", "--entropy_coeff", "0.01"]),
     ],
 )

@@ -1,0 +1,47 @@
+"""Controls for studies of importance weights: correctors that mean to be worse, or to know nothing."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dllm_rl.algorithms.correctors import Corrector, ais
+from dllm_rl.algorithms.weights import Weigh, Weighed
+from dllm_rl.rng import generator_for
+
+
+def fixed_lambda(lam: float, **options: Any) -> Corrector:
+    """AIS's mixture 1 + lam (w - 1) with lam the same in every batch: what an adaptive one must beat. Options are
+    those of `ais`."""
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam={lam} must lie in [0, 1]")
+    return ais(combine=partial(constant_lambda, lam=lam), **options)
+
+
+def constant_lambda(reliability: float, divergence: float, variation: float, *, tau: float, lam: float) -> float:
+    return lam
+
+
+def shuffled(corrector: Corrector, *, seed: int = 0) -> Corrector:
+    """The corrector with its weights dealt out anew over the tokens that it keeps: as large and as many, of other
+    tokens. What remains of its effect is not due to which tokens it weighs."""
+    return Corrector(partial(shuffled_weights, weigh=corrector.weigh, seed=seed), corrector.surrogate)
+
+
+def shuffled_weights(
+    log_mismatch: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    weigh: Weigh,
+    seed: int,
+) -> Weighed:
+    """The order is a function of (seed, number of tokens)."""
+    weights, keep, metrics = weigh(log_mismatch, advantages, mask)
+    given = weights[keep]
+    order = torch.randperm(len(given), generator=generator_for(seed, "shuffled weights", len(given)))
+    weights = weights.clone()
+    weights[keep] = given[order.to(given.device)]
+    return weights, keep, metrics
