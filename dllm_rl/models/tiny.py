@@ -161,7 +161,8 @@ def tiny_moe(
     """A mixture of experts in every block, in the layout of LLaDA-MoE: a Qwen3-MoE, un-causaled; or a causal one.
 
     causal             an autoregressive model, or a masked-diffusion one
-    num_experts        of a block; num_experts_per_tok: those that a token takes
+    num_experts          of a block
+    num_experts_per_tok  those that a token takes
     rope_theta         base of the rotary positions' wave lengths
     characters         those that prompts and completions are made of, a token each
     hidden_size        width of the model
