@@ -160,18 +160,18 @@ def tiny_moe(
 ) -> DiffusionPolicy | AutoregressivePolicy:
     """A mixture of experts in every block, in the layout of LLaDA-MoE: a Qwen3-MoE, un-causaled; or a causal one.
 
-    causal             an autoregressive model, or a masked-diffusion one
+    causal               an autoregressive model, or a masked-diffusion one
     num_experts          of a block
     num_experts_per_tok  those that a token takes
-    rope_theta         base of the rotary positions' wave lengths
-    characters         those that prompts and completions are made of, a token each
-    hidden_size        width of the model
-    num_layers         blocks
-    num_heads          attention heads of a block
-    intermediate_size  width between an expert's layers
-    max_length         longest prompt and completion together, tokens
+    rope_theta           base of the rotary positions' wave lengths
+    characters           those that prompts and completions are made of, a token each
+    hidden_size          width of the model
+    num_layers           blocks
+    num_heads            attention heads of a block
+    intermediate_size    width between an expert's layers
+    max_length           longest prompt and completion together, tokens
     embedding_std, head_std  standard deviation of the first embeddings, of the first head
-    gain               of the other first weights: their standard deviation is gain / sqrt(inputs)
+    gain                 of the other first weights: their standard deviation is gain / sqrt(inputs)
     """
     tokenizer = char_tokenizer(characters)
     fields = _decoder_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length=max_length)
