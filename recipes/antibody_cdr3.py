@@ -144,7 +144,7 @@ recipe = Recipe(
     corrector=ais(),
     rollout_quantization=partial(float8_weight_only, dequantised=True),
     lora=lora_r16,
-    beta=0.2,
+    beta=0.05,
     learning_rate=1.5e-3,
     train_batch_size=4,
     num_steps=24,
