@@ -22,7 +22,7 @@ from dllm_rl.tasks import Problem
 from recipes import weights
 from recipes.antibody_cdr3 import SPECIALS, Loops, loop_of, recipe
 
-GROUP = 8  # loops of each problem
+GROUP = 4  # loops of each problem
 
 
 def measure(policy: Policy, pretrained: Policy, task: Loops) -> tuple[dict[str, float], list[str]]:

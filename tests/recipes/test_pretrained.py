@@ -52,7 +52,7 @@ def test_what_pip_cannot_fetch_is_one_line_that_says_what_to_do(cache, monkeypat
 
 
 def test_a_reader_that_is_missing_is_said_before_anything_is_downloaded(cache, monkeypatch):
-    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    monkeypatch.setattr(weights, "find_spec", lambda name: None if name == "gguf" else object())
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("downloads"))
     with pytest.raises(ValueError, match="which the package gguf reads: pip install gguf"):
         weights.smollm2()
