@@ -310,7 +310,8 @@ def test_off_policy_metrics_by_hand():
             "off_policy/rollout/max": (1 + 2) * LN2 / 2,
         }
     )
-    assert {name.split("/")[1] for name in off_policy_metrics(logps, batch, old=zeros)} == {"old"}
+    unknown = replace(batch, behaviour=None)
+    assert {name.split("/")[1] for name in off_policy_metrics(logps, unknown, old=zeros)} == {"old"}
 
 
 def test_symptoms_by_sign_of_the_advantage():
