@@ -28,6 +28,18 @@ def prompts(ids=PROMPTS, **more) -> Prompts:
     return Prompts.from_ids(ids, pad_id=1, **more)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_row_is_bitwise_the_same_among_few_rows_and_many(count):
+    policy = tiny_llama(characters="1234.=", causal=True, hidden_size=32, num_heads=2, intermediate_size=32)
+    ids, seeds = [[3 + (7 * row + i) % 6 for i in range(9)] for row in range(6)], list(range(6))
+    many = autoregress(policy, prompts(ids, seeds=seeds), gen(), max_new_tokens=8)
+    few = autoregress(policy, prompts(ids[:count], seeds=seeds[:count]), gen(), max_new_tokens=8)
+    width = few.tokens.shape[1]
+    assert len(few.tokens) == len(few.attention_mask) == count
+    assert torch.equal(few.tokens, many.tokens[:count, :width])
+    assert torch.equal(few.logprobs, many.logprobs[:count, :width])
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "smollm2"])
 def test_greedy_is_generate(tmp_path, family):
     policy = load_policy(checkpoint(tmp_path, family))
