@@ -34,6 +34,8 @@ RENAMED = {
     "rejected": "rejection",
     "truncated": "truncated_weights",
 }
+# A hyper-parameter that functions have had since, behind those that they had, with what it was before.
+ADDED = re.compile(r"(adaptive_weights\([^()]*aggregate='\w+')\)"), r"\1, level='token')"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -274,7 +276,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     names = re.compile(rf"\b({'|'.join(RENAMED)})(?=[(=])")
     for field, value in state["recipe"].items():
         if isinstance(value, str):
-            state["recipe"][field] = names.sub(lambda match: RENAMED[match[1]], value)
+            value = names.sub(lambda match: RENAMED[match[1]], value)
+            state["recipe"][field] = ADDED[0].sub(ADDED[1], value)
     return state
 
 

@@ -48,7 +48,8 @@ def test_another_recipe_is_still_refused(tmp_path):
     [
         (tis(), {"truncated_weights(": "truncated("}),
         (icepop(), {"masked_weights(": "masked("}),
-        (ais(), {"adaptive_weights(": "adaptive("}),
+        (ais(), {"adaptive_weights(": "adaptive(", ", level='token')": ")"}),
+        (ais(level="sequence"), {"adaptive_weights(": "adaptive_weights("}),
         (reject(), {"rejection(": "rejected("}),
         (trajectory(), {"exact_for_sampler=": "replays=", "with_advantages=": "given="}),
     ],
