@@ -1,15 +1,17 @@
 """Paired comparisons: every arm starts from its seed's one warmed-up model, and changes a few settings of a recipe.
 
 Finished runs are kept as one JSON each below `--output_dir`; started again, a study runs what is missing, then prints
-its table.
+its tables.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -18,19 +20,32 @@ from statistics import mean, stdev
 from typing import Any
 
 from dllm_rl import Recipe
-from recipes.studies.mismatch import single_thread, warm_up, work
 
-T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # Student's, 95 %, by the number of seeds
+# Student's t, 95 %, by the number of seeds.
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+Results = Mapping[tuple[str, int], dict[str, Any]]  # (arm, seed) -> what its run left
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A claim that is stated before the runs: `column` of `arm` less that of `against`, seed by seed."""
+
+    claim: str
+    arm: str
+    against: str
+    column: str = "after"
 
 
 @dataclass(frozen=True)
 class Study:
     """What is compared.
 
-    base     the recipe, which also says how a seed's model is warmed up.
-    arms     changes to it, by name.
-    against  an arm -> the one that its seeds are compared with.
-    metrics  of a run's steps, by column: their mean over the run is in the table too.
+    base       the recipe, which also says how a seed's model is warmed up.
+    arms       changes to it, by name.
+    against    an arm -> the one that its seeds are compared with in the table.
+    metrics    of a run's steps, by column: their mean over the run is in the table too.
+    fewer      arms that take the first so many seeds alone.
+    contrasts  the claims, which Holm's correction counts together.
     """
 
     name: str
@@ -40,6 +55,20 @@ class Study:
     metrics: dict[str, str]
     seeds: int
     num_steps: int
+    fewer: dict[str, int] = field(default_factory=dict)
+    contrasts: tuple[Contrast, ...] = ()
+
+
+def warm_up(base: Recipe, seed: int, folder: Path) -> Path:
+    """The checkpoint that all arms of this recipe and seed start from; made on first use."""
+    from dllm_rl.training.checkpoint import found
+    from dllm_rl.training.loop import train
+
+    if not (folder / "summary.json").exists():
+        model = partial(base.model.func, **{**base.model.keywords, "seed": seed})
+        base = replace(base, model=model, seed=seed, num_steps=0, rollout_quantization=None)
+        train(replace(base, output_dir=str(folder), overwrite_output_dir=True))
+    return found(folder / "checkpoints")[-1][1]
 
 
 def result_path(root: Path, arm: str, seed: int) -> Path:
@@ -47,7 +76,8 @@ def result_path(root: Path, arm: str, seed: int) -> Path:
 
 
 def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> None:
-    """Train and evaluate one arm; leaves `root`/results/....json."""
+    """Train and evaluate one arm; leaves `root`/results/....json. A run whose gradient is not finite has diverged: its
+    rates count as 0."""
     from dllm_rl.training.loop import train
     from dllm_rl.training.plots import read_metrics
 
@@ -64,50 +94,149 @@ def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> No
         "output_dir": str(folder),
         "resume_from_checkpoint": "latest",
     }
-    summary = train(replace(study.base, **(settings | study.arms[arm])))
+    kept: dict[str, Any] = {"arm": arm, "seed": seed, "num_steps": num_steps, "diverged": False}
+    try:
+        summary = train(replace(study.base, **(settings | study.arms[arm])))
+    except FloatingPointError as error:
+        print(f"diverged: {error}")
+        kept |= {"diverged": True, "after": 0.0, "quantised": 0.0}
+    else:
+        kept |= {"s": summary["seconds"], "torch": summary["machine"]["versions"]["torch"]}
+        kept |= {when: summary[f"eval_{when}"]["solve_rate"] for when in ("before", "after")}
+        kept["quantised"] = (summary["eval_after_quantized"] or summary["eval_after"])["solve_rate"]
     steps = read_metrics(folder)
-    found = {column: mean(row[metric] for row in steps if metric in row) for column, metric in study.metrics.items()}
-    solved = {when: summary[f"eval_{when}"]["solve_rate"] for when in ("before", "after")}
+    for column, metric in study.metrics.items():
+        if found := [row[metric] for row in steps if metric in row]:
+            kept[column] = mean(found)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {"arm": arm, "seed": seed, "num_steps": num_steps, "s": summary["seconds"]}
-    path.write_text(json.dumps(kept | solved | found))
+    path.write_text(json.dumps(kept))
 
 
-def table(study: Study, results: dict[tuple[str, int], dict], seeds: Sequence[int]) -> str:
-    """Held-out solve rates by arm and seed, their mean, the paired difference, and the metrics' means."""
-    heads = ["arm", *(f"seed {s}" for s in seeds), "mean", "less", "difference, 95 %", *study.metrics]
+def interval(values: Sequence[float]) -> str:
+    """mean ± half-width of the 95 % interval (Student's t); the mean alone for a single value."""
+    if len(values) < 2:
+        return f"{mean(values):.3f}"
+    return f"{mean(values):.3f} ± {T[len(values)] * stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def sign_flip(differences: Sequence[float]) -> float:
+    """The exact two-sided p of paired differences: the share of all 2^n choices of signs whose mean is as far from 0."""
+    total, n = abs(sum(differences)), len(differences)
+    as_far = sum(
+        abs(sum(d * s for d, s in zip(differences, signs, strict=True))) >= total - 1e-12
+        for signs in product((1, -1), repeat=n)
+    )
+    return as_far / 2**n
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values, in the order given: the i-th smallest of m times m - i, never below those before it."""
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        least = max(least, min(1.0, p_values[i] * (len(p_values) - rank)))
+        adjusted[i] = least
+    return adjusted
+
+
+def paired(results: Results, arm: str, against: str, column: str = "after") -> list[float]:
+    """The differences of the seeds that both arms have, in the order of the seeds."""
+    seeds = sorted(seed for name, seed in results if name == arm and (against, seed) in results)
+    return [results[arm, seed][column] - results[against, seed][column] for seed in seeds]
+
+
+def table(study: Study, results: Results, columns: Sequence[str] = ("after",)) -> str:
+    """By arm: seeds, solve rates with intervals, each seed's, the paired difference, and the metrics' means."""
+    heads = ["arm", "seeds", *columns, "each seed", "less", "difference, 95 %", *study.metrics]
     lines = [heads, ["---"] * len(heads)]
     for arm in study.arms:
-        after = [results[arm, seed]["after"] for seed in seeds]
-        other, said = study.against.get(arm), "-"
-        if other is not None:
-            apart = [a - results[other, seed]["after"] for a, seed in zip(after, seeds, strict=True)]
-            said = f"{mean(apart):+.3f}"
-            if len(seeds) in T:
-                said += f" ± {T[len(seeds)] * stdev(apart) / len(seeds) ** 0.5:.3f}"
-        means = [f"{mean(results[arm, seed][column] for seed in seeds):.3g}" for column in study.metrics]
-        lines.append([arm, *(f"{a:.3f}" for a in after), f"{mean(after):.3f}", other or "-", said, *means])
+        runs = [results[key] for key in sorted(results) if key[0] == arm]
+        if not runs:
+            continue
+        other = study.against.get(arm)
+        apart = paired(results, arm, other) if other else []
+        metrics = [[run[column] for run in runs if column in run] for column in study.metrics]
+        lines.append(
+            [arm, str(len(runs))]
+            + [interval([run[column] for run in runs]) for column in columns]
+            + [", ".join(f"{run['after']:.2f}" for run in runs), other or "-", interval(apart) if apart else "-"]
+            + [f"{mean(found):.3g}" if found else "-" for found in metrics]
+        )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def main(study: Study, about: str | None) -> None:
+def contrasts_table(study: Study, results: Results) -> str:
+    """By claim: the paired difference with its interval, how many seeds are above 0, exact p, and Holm's."""
+    heads = ["stated before the runs", "arm", "less", "of", "seeds", "difference, 95 %", "above 0", "p", "Holm's p"]
+    apart = [paired(results, each.arm, each.against, each.column) for each in study.contrasts]
+    found = [(each, values) for each, values in zip(study.contrasts, apart, strict=True) if values]
+    p_values = [sign_flip(values) for _, values in found]
+    lines = [heads, ["---"] * len(heads)]
+    for (each, values), p, adjusted in zip(found, p_values, holm(p_values), strict=True):
+        above = f"{sum(value > 0 for value in values)} of {len(values)}"
+        numbers = [str(len(values)), interval(values), above, f"{p:.3f}", f"{adjusted:.3f}"]
+        lines.append([each.claim, each.arm, each.against, each.column, *numbers])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def work(job: Callable[[], object], log: Path) -> str | None:
+    """Run the job with its output in a file; returns what went wrong, if anything did."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as out, redirect_stdout(out):
+        try:
+            job()
+        except Exception as error:  # one run's failure is reported, and does not end the others
+            traceback.print_exc(file=out)
+            return f"{type(error).__name__}: {error}; see {log}"
+    return None
+
+
+def single_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def run_all(jobs: Iterable[tuple[str, Callable[[], object]]], root: Path, workers: int | None) -> None:
+    """Every job in a process of one thread, `workers` at a time; failures are said."""
+    with ProcessPoolExecutor(workers, get_context("spawn"), single_thread) as pool:
+        waiting = [pool.submit(work, job, root / "logs" / f"{name}.txt") for name, job in jobs]
+        for failure in filter(None, (job.result() for job in waiting)):
+            print("failed:", failure)
+
+
+def load(root: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The finished runs below a folder."""
+    stored = (json.loads(path.read_text()) for path in sorted((root / "results").glob("*.json")))
+    return {(each["arm"], each["seed"]): each for each in stored}
+
+
+def main(study: Study, about: str | None, columns: Sequence[str] = ("after",)) -> Results:
+    """Run what is missing, print the tables, and return the results."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / study.name)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--seeds", type=int, default=study.seeds)
     parser.add_argument("--num_steps", type=int, default=study.num_steps)
+    parser.add_argument("--arms", nargs="+", choices=study.arms, default=list(study.arms), metavar="ARM")
+    parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
     root, seeds = options.output_dir, range(options.seeds)
-    with ProcessPoolExecutor(options.workers, get_context("spawn"), single_thread) as pool:
-        warm = {f"warm-{s}": partial(warm_up, study.base, s, root / "warm" / str(s)) for s in seeds}
-        runs = {
-            result_path(root, arm, seed).stem: partial(run_one, study, root, options.num_steps, arm, seed)
-            for seed, arm in product(seeds, study.arms)
-            if not result_path(root, arm, seed).exists()
-        }
-        for jobs in (warm, runs):
-            waiting = [pool.submit(work, job, root / "logs" / f"{name}.txt") for name, job in jobs.items()]
-            for failure in filter(None, (job.result() for job in waiting)):
-                print("failed:", failure)
-    stored = (json.loads(path.read_text()) for path in sorted((root / "results").glob("*.json")))
-    print(table(study, {(each["arm"], each["seed"]): each for each in stored}, seeds))
+    if not options.report:
+        missing = [
+            (arm, seed)
+            for seed, arm in product(seeds, options.arms)
+            if seed < study.fewer.get(arm, study.seeds) and not result_path(root, arm, seed).exists()
+        ]
+        starts = dict.fromkeys(seed for _, seed in missing)
+        warm = ((f"warm-{s}", partial(warm_up, study.base, s, root / "warm" / str(s))) for s in starts)
+        run_all(warm, root, options.workers)
+        runs = (
+            (result_path(root, arm, seed).stem, partial(run_one, study, root, options.num_steps, arm, seed))
+            for arm, seed in missing
+        )
+        run_all(runs, root, options.workers)
+    results = load(root)
+    print(table(study, results, columns))
+    if study.contrasts:
+        print(contrasts_table(study, results))
+    return results
