@@ -256,8 +256,8 @@ def stable_drl(
 
     max_ratio  bound on the row's ratio, before it is normalised
     """
-    size, rows = mask.sum(-1, keepdim=True).clamp(min=1), mask.any(-1, keepdim=True)
-    ratio = _exp(torch.where(mask, log_ratio.detach(), 0).sum(-1, keepdim=True) / size).clamp(max=max_ratio)
+    rows = mask.any(-1, keepdim=True)
+    ratio = _exp(_mean(log_ratio, mask)).clamp(max=max_ratio)
     total, count = sum_over(torch.stack([torch.where(rows, ratio, 0).double().sum(), rows.sum().double()]))
     weight = ratio * (count / total.clamp(min=1e-30)).to(ratio)
     return _carried(weight, advantages, log_ratio)
@@ -283,7 +283,7 @@ def sequence_masked(
     bound  the largest mean, nats a token, that a row with a negative advantage may have
     epsilon, epsilon_high, delta  of `ppo_clip`
     """
-    behind = -row_mean(log_ratio.detach() + log_mismatch, mask)
+    behind = -_mean(log_ratio + log_mismatch, mask)
     dropped = (advantages < 0)[:, None] & (behind > bound)
     kept = ppo_clip(log_ratio, advantages, mask, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta)
     return torch.where(dropped, 0, kept)
@@ -306,14 +306,18 @@ def row_mean(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Floa
     of a sum over T and its division [ours].
     """
     kept = torch.where(mask, log_ratio, 0)
-    mean = kept.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(mask, mean + (kept - kept.detach()), 0)
+    return torch.where(mask, _mean(log_ratio, mask) + (kept - kept.detach()), 0)
 
 
 def row_sum(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """The sum of log_ratio over the row's mask, at every position of the mask; 0 elsewhere. Gradients as in `row_mean`,
     of which it is L times."""
     return row_mean(log_ratio, mask) * mask.sum(-1, keepdim=True)
+
+
+def _mean(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 1"]:
+    """The mean over the row's mask, without a gradient; 0 for an empty row."""
+    return torch.where(mask, x.detach(), 0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _carried(weight: Tensor, advantages: Tensor, log_ratio: Tensor) -> Tensor:

@@ -52,6 +52,13 @@ def per_level(
     return torch.where(mask, total.clamp(-MAX_LOG, MAX_LOG).to(log_w.dtype), 0)
 
 
+def ratios(
+    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: Level, aggregate: Aggregate
+) -> Float[Tensor, "B T"]:
+    """exp of `per_level`, whose logs stay within +-MAX_LOG."""
+    return per_level(log_mismatch, mask, level=level, aggregate=aggregate).clamp(-MAX_LOG, MAX_LOG).exp()
+
+
 def fraction(event: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
     """Share of the marked tokens at which `event` holds; 0 when none is marked."""
     return (event & mask).sum().item() / max(mask.sum().item(), 1)
@@ -76,7 +83,7 @@ def truncated_weights(
     aggregate  of a sequence's tokens: product or geometric
     """
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
-    weights = per_level(log_mismatch, keep, level=level, aggregate=aggregate).clamp(-MAX_LOG, MAX_LOG).exp()
+    weights = ratios(log_mismatch, keep, level=level, aggregate=aggregate)
     metrics["tis/capped_fraction"] = fraction(weights > cap, keep)
     return torch.where(keep, weights.clamp(max=cap), 1), keep, metrics
 
@@ -101,7 +108,7 @@ def masked_weights(
     aggregate  of a sequence's tokens: product or geometric
     """
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
-    weights = per_level(log_mismatch, keep, level=level, aggregate=aggregate).clamp(-MAX_LOG, MAX_LOG).exp()
+    weights = ratios(log_mismatch, keep, level=level, aggregate=aggregate)
     outside = (weights < low) | (weights > high)
     metrics["rollout_corr/rollout_is_oob_ratio"] = fraction(outside, keep)
     return torch.where(keep, weights.masked_fill(outside, 0), 1), keep, metrics
@@ -282,8 +289,7 @@ def adaptive_weights(
         reliability = effective_share(torch.where(keep, rows, -torch.inf).amax(-1)[keep.any(-1)])
         divergence = log_mismatch[keep].double().abs().mean().item()
         variation = (w.std(correction=0) / w.mean()).item()
-    log_mixed = per_level(log_mismatch, keep, level=level, aggregate=aggregate)
-    capped = log_mixed.clamp(-MAX_LOG, MAX_LOG).exp().clamp(max=cap)
+    capped = ratios(log_mismatch, keep, level=level, aggregate=aggregate).clamp(max=cap)
     if combine == "error":
         lam = least_error(capped, log_mismatch, advantages, keep)
     else:

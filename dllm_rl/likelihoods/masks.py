@@ -173,16 +173,16 @@ def draw_trajectory(rollout: Rollout, generator: Generator, *, num_segments: int
 def draw_some_segments(rollout: Rollout, generator: Generator, *, num_segments: int | None, num_sampled: int) -> Noise:
     """num_sampled of the S views that `draw_trajectory` has of a row, drawn without replacement and weighted by S over
     the number drawn: the expected weight of every token is 1."""
-    _check_written_once(rollout)
     segment, views = _merged(rollout, num_segments), []
     counts = segment.amax(-1).cpu() + 1
     for row, count in zip(row_generators(rollout, generator), counts.tolist(), strict=True):
         drawn = torch.rand(max(count, 0), generator=row).argsort()[:num_sampled].sort().values
         views.append(torch.nn.functional.pad(drawn, (0, num_sampled - len(drawn)), value=-2))  # -2: no segment's number
     index = torch.stack(views, dim=1)[..., None].to(segment.device)
-    masked = rollout.completion_mask & (segment >= index) & (index >= 0)
-    weight = (counts / counts.clamp(1, num_sampled))[:, None].to(segment.device)
-    return Noise(masked, (rollout.completion_mask & (segment == index)) * weight)
+    every = _views(rollout, segment, index)
+    return dataclasses.replace(
+        every, weight=every.weight * (counts / counts.clamp(1, num_sampled))[:, None].to(segment.device)
+    )
 
 
 def _merged(rollout: Rollout, num_segments: int | None) -> Int[Tensor, "B T"]:
@@ -233,15 +233,16 @@ def with_order(
 
 
 def _segments(rollout: Rollout, segment: Int[Tensor, "B T"]) -> Noise:
-    _check_written_once(rollout)
-    index = torch.arange(int(segment.max()) + 1, device=segment.device)[:, None, None]
-    masked = rollout.completion_mask & (segment >= index)
-    return Noise(masked, (rollout.completion_mask & (segment == index)).float())
+    return _views(rollout, segment, torch.arange(int(segment.max()) + 1, device=segment.device)[:, None, None])
 
 
-def _check_written_once(rollout: Rollout) -> None:
+def _views(rollout: Rollout, segment: Int[Tensor, "B T"], index: Int[Tensor, "S #B 1"]) -> Noise:
+    """A view hides what was written in segment `index` or later, and scores that segment; a negative one does
+    neither."""
     if rollout.revised:
         raise ValueError(
             "likelihood='trajectory' replays an unmasking that writes a position once; this rollout's commit rule may "
             "have come back to what it wrote (remask, edit): use one_step(), elbo() or coupled()"
         )
+    masked = rollout.completion_mask & (segment >= index) & (index >= 0)
+    return Noise(masked, (rollout.completion_mask & (segment == index)).float())

@@ -16,10 +16,8 @@ CHUNK_ELEMENTS = 2**23  # fp32 logits held at once on a CPU: 32 MiB
 # On an accelerator 256 MiB, 530 rows of LLaDA's vocabulary. A chunk reads the head's weights once, and where they are
 # trained writes a gradient of their size, whatever its rows: at 64 of them that traffic takes longer than the products.
 ACCELERATOR_ELEMENTS = 2**26
-ROWS = (
-    16  # a product gets so many rows at least, and a multiple of STEP: fp32 kernels round differently when rows are few
-)
-STEP = 8
+# A product gets ROWS rows at least, and a multiple of STEP: fp32 kernels round differently when rows are few.
+ROWS, STEP = 16, 8
 GROUP = 256  # tokens whose mass is summed before the search for the one that is drawn
 
 

@@ -180,7 +180,7 @@ def _case(length: int, words: int, num_steps: int, sharpness: float, seed: int) 
 
 
 def _measure(case: _Case, corrector: Corrector, sigma: float, batch: int, moved: str, draws: int) -> tuple[float, ...]:
-    behaviour = case.toy.moved(sigma, torch.Generator().manual_seed(case.seed + 1))
+    behaviour = case.toy.moved(sigma, _stream(case.seed + 1))
     sampled = contributions(behaviour, case.rollout, case.noise, trajectory())
     p, q = (each.sum(-1).exp() for each in (case.logps, sampled))
     advantages = case.rewards - (q * case.rewards).sum()

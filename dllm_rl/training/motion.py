@@ -7,7 +7,7 @@ network that never answers does not.
 import sys
 import threading
 import time
-from types import FrameType
+from traceback import walk_stack
 
 SHARE = 0.01  # of the time since last asked, on the processor, in whichever thread
 # Where one waits for others, for compilers, or for a person. An exchange is bounded by collective_timeout.
@@ -26,7 +26,7 @@ class Motion:
         """Look once. The innermost place, file and line, of a main thread that has not moved since the last time; None
         where it has, waits for others, or where it is not known to work."""
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        frames = _stack(frame)
+        frames = [] if frame is None else [each for each, _ in walk_stack(frame)]
         clocks, seen = (time.monotonic(), time.process_time()), tuple((f.f_code, f.f_lasti) for f in frames)
         passed, used = (now - before for now, before in zip(clocks, self._clocks, strict=True))
         waits = any(name in f.f_code.co_filename for f in frames for name in WAITING)
@@ -34,11 +34,3 @@ class Motion:
         self._seen, self._clocks = seen, clocks
         self.turns = self.turns + 1 if still else 0
         return f"{frames[0].f_code.co_filename}:{frames[0].f_lineno}" if still and frames else None
-
-
-def _stack(frame: FrameType | None) -> list[FrameType]:
-    found = []
-    while frame is not None:
-        found.append(frame)
-        frame = frame.f_back
-    return found

@@ -26,6 +26,7 @@ import torch
 
 from dllm_rl.distributed import Processes, from_main
 from dllm_rl.screen import escape_controls
+from dllm_rl.training.log import RunLog
 from dllm_rl.training.motion import Motion
 from dllm_rl.training.stop import Stopped
 
@@ -120,6 +121,11 @@ class Peers:
             self._lines[0] = self._connected("127.0.0.1" if alone else os.environ["MASTER_ADDR"], port, token)
         self._token = token
         self._missing: dict[int, int] = dict.fromkeys(range(1, self._count), 0) if self._server is not None else {}
+
+    def follow(self, log: RunLog) -> None:
+        """Take from the log what this process is doing, and tell the others of each stage."""
+        self.stage, self.works = lambda: log.place, lambda: log.computing
+        log.entering = self.tell_stage
 
     def _listen(self, host: str) -> tuple[int, str]:
         """Open a port, in the main process, for those that know the token that the processes share."""

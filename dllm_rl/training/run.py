@@ -71,8 +71,7 @@ def start(recipe: Recipe) -> Run:
     state: dict[str, Any] = checkpoint.read_state(folder) if folder else {"step": 0}
     log = open_log(recipe, accelerator, state["step"], [*notes, *told_of(recipe, folder)])
     if stop.peers is not None:
-        stop.peers.stage, stop.peers.works = lambda: log.place, lambda: log.computing
-        log.entering = stop.peers.tell_stage
+        stop.peers.follow(log)
     for caution in cautions(recipe):
         log.say(f"warning: {caution}")
     history: dict[str, Any] = {"begun": time.perf_counter(), "seconds": 0.0, "whole": state["step"]}

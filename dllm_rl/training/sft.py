@@ -88,8 +88,7 @@ def fine_tune(recipe: SFT) -> Summary:
     held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
     run = _begin(recipe, accelerator, policy, folder, notes)
     if stop.peers is not None:
-        stop.peers.stage, stop.peers.works = lambda: run.log.place, lambda: run.log.computing
-        run.log.entering = stop.peers.tell_stage
+        stop.peers.follow(run.log)
     if not folder:
         with run.log.stage("evaluation"):
             run.before = held_out_loss(recipe, policy, held_out, accelerator)

@@ -66,7 +66,7 @@ MUTATIONS = [
             "amax(-1, keepdim=True) + 1\n    return torch.where(segment",
             "amax(-1, keepdim=True)\n    return torch.where(segment",
         ),
-        ("& (segment >= index)\n", "& (segment > index)\n"),
+        ("& (segment >= index) & (index", "& (segment > index) & (index"),
         ("(rollout.completion_mask & (segment == index)).float()", "masked.float()"),
         (
             "num_samples, stratified=False, device=completion.device",

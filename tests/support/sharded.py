@@ -172,7 +172,7 @@ def plan_and_allocator(cases):
             optimizer.zero_grad(set_to_none=True)
             settings = recipe.update_settings(0)
             peak = held + plan.profiled(partial(update, policy, optimizer, batch, accelerator, **settings))[0]
-        assert 0.97 * peak < planned.peaks["update"] < 1.15 * peak, (case, peak, planned)
+        assert 0.97 * peak < planned.peaks["update"] < 1.1 * peak, (case, peak, planned)
 
 
 def uneven(shares):
