@@ -1,4 +1,4 @@
-"""What rollouts of a few levels cost, what brings it back, and which of it is the weights' doing: paired seeds, controls.
+"""What rollouts of a few levels cost, what brings it back, and what of it is the weights' doing: seeds, controls.
 
 Every arm trains its seed's one warmed-up model on 4x4 Sudoku, 16 prompts of 8 completions, 60 steps; rollouts are
 drawn from a copy whose block linears hold 5 levels (or 7: int3), inputs rounded to e4m3. An arm's name says its

@@ -6,10 +6,11 @@ from typing import Any
 
 from recipes.studies.paired import Results, Study, contrasts_table, interval, table
 
-LEGEND = """Solve rates are on 400 held-out puzzles, greedy (`after`; through the quantised net: `quantised`), mean ± half the 95 % interval (Student's
-t over seeds). `difference` is of `after`, seed by seed. `rollouts solved` is the mean over steps, so it is the quantised policy's own; log-ratios, ESS and
-orders are of all rows of a step, mean over steps. p is exact: the share of all choices of signs whose mean is as far from 0; Holm's
-correction is over all rows of the second table. Every finished run is here."""
+LEGEND = """Solve rates are on 400 held-out puzzles, greedy (`after`; through the quantised net: `quantised`), mean ±
+half the 95 % interval (Student's t over seeds). `difference` is of `after`, seed by seed. `rollouts solved` is the mean
+over steps, so it is the quantised policy's own; log-ratios, ESS and orders are of all rows of a step, mean over steps.
+p is exact: the share of all choices of signs whose mean is as far from 0; Holm's correction is over all rows of the
+second table. Every finished run is here."""
 
 
 def write(study: Study, results: Results, folder: Path) -> None:
@@ -20,7 +21,7 @@ def write(study: Study, results: Results, folder: Path) -> None:
     lines = [
         "# The mismatch study: numbers",
         "",
-        "Written by `python -m recipes.studies.mismatch`; what they say is in [mismatch_reading.md](mismatch_reading.md).",
+        "Written by `python -m recipes.studies.mismatch`; what they say: [mismatch_reading.md](mismatch_reading.md).",
         f"{len(results)} runs of {study.num_steps} RL steps, torch {', '.join(versions)}, one CPU thread a run.",
         "",
         LEGEND,

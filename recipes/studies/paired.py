@@ -46,6 +46,7 @@ class Study:
     metrics    of a run's steps, by column: their mean over the run is in the table too.
     fewer      arms that take the first so many seeds alone.
     contrasts  the claims, which Holm's correction counts together.
+    metric     of an evaluation, that is compared.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Study:
     num_steps: int
     fewer: dict[str, int] = field(default_factory=dict)
     contrasts: tuple[Contrast, ...] = ()
+    metric: str = "solve_rate"
 
 
 def warm_up(base: Recipe, seed: int, folder: Path) -> Path:
@@ -72,7 +74,7 @@ def warm_up(base: Recipe, seed: int, folder: Path) -> Path:
 
 
 def result_path(root: Path, arm: str, seed: int) -> Path:
-    return root / "results" / f"{arm.replace(' ', '-').replace(',', '')}_{seed}.json"
+    return root / "results" / f"{''.join(c for c in arm if c not in ',:').replace(' ', '-')}_{seed}.json"
 
 
 def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> None:
@@ -102,8 +104,8 @@ def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> No
         kept |= {"diverged": True, "after": 0.0, "quantised": 0.0}
     else:
         kept |= {"s": summary["seconds"], "torch": summary["machine"]["versions"]["torch"]}
-        kept |= {when: summary[f"eval_{when}"]["solve_rate"] for when in ("before", "after")}
-        kept["quantised"] = (summary["eval_after_quantized"] or summary["eval_after"])["solve_rate"]
+        kept |= {when: summary[f"eval_{when}"][study.metric] for when in ("before", "after")}
+        kept["quantised"] = (summary["eval_after_quantized"] or summary["eval_after"])[study.metric]
     steps = read_metrics(folder)
     for column, metric in study.metrics.items():
         if found := [row[metric] for row in steps if metric in row]:
@@ -120,7 +122,7 @@ def interval(values: Sequence[float]) -> str:
 
 
 def sign_flip(differences: Sequence[float]) -> float:
-    """The exact two-sided p of paired differences: the share of all 2^n choices of signs whose mean is as far from 0."""
+    """The exact two-sided p of paired differences: the share of 2^n choices of signs whose mean is as far from 0."""
     total, n = abs(sum(differences)), len(differences)
     as_far = sum(
         abs(sum(d * s for d, s in zip(differences, signs, strict=True))) >= total - 1e-12

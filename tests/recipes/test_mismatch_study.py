@@ -1,64 +1,88 @@
-"""The mismatch study's plan and table, from made-up results: numbers worked by hand, nothing trained."""
+"""The paired studies' arithmetic and the mismatch study's plan, from made-up results: by hand, nothing trained."""
 
-import json
+from dataclasses import replace
 
 import pytest
 
-from recipes.studies import mismatch, mismatch_report
+from recipes.studies import mismatch, mismatch_report, paired
 
 
-def result(arm, seed, learner, quantised, *, level="int3", diverged=False, lam=None, solved=(0.2, 0.4)):
-    curves = {name: [0.5, 0.5] for name in mismatch.KEPT}
-    curves |= {"solve rate": list(solved), "max |log ratio|": [1.0, 3.0], "ess": [0.9, 0.6]}
-    curves["lambda"] = lam or [None, None]
-    numbers = {"learner": learner, "quantised": quantised, "before": 0.25, "diverged": diverged, "num_steps": 2}
-    names = {"family": "diffusion", "level": level, "arm": arm, "seed": seed}
-    return names | numbers | {"machine": {"versions": {"torch": "2"}}, "curves": curves}
+def result(arm, seed, after, quantised=0.5, before=0.25, **metrics):
+    found = {"arm": arm, "seed": seed, "num_steps": 60, "diverged": False, "torch": "2"}
+    return found | {"before": before, "after": after, "quantised": quantised} | metrics
+
+
+def keyed(*results):
+    return {(each["arm"], each["seed"]): each for each in results}
 
 
 def test_interval_is_students():
     # Mean 0.5, sample deviation 0.1, three values: 4.303 * 0.1 / sqrt 3 = 0.2484.
-    assert mismatch_report.interval([0.4, 0.5, 0.6]) == "0.500 ± 0.248"
-    assert mismatch_report.interval([0.4]) == "0.400"
+    assert paired.interval([0.4, 0.5, 0.6]) == "0.500 ± 0.248"
+    assert paired.interval([0.4]) == "0.400"
 
 
-def test_a_row_of_the_table():
-    runs = [result("none", 0, 0.2, 0.3), result("none", 1, 0.4, 0.3, solved=(0.4, 0.6))]
-    cells = mismatch_report.row("none", runs).strip("| ").split(" | ")
-    # Learner 0.2 and 0.4: deviation 0.1414, 12.706 * 0.1414 / sqrt 2 = 1.271. The first ends below its start of 0.25.
-    assert cells[:4] == ["none", "2", "0.300 ± 1.271", "0.300 ± 0.000"]
-    assert cells[4] == "0.20 / 0.30, 0.40 / 0.30"
-    assert cells[5:8] == ["0.400", "3.00", "0.60"]
-    assert cells[-1] == "1 of 2"
+def test_sign_flip_counts_all_choices_of_signs():
+    # Of the 8 choices for (1, 2, 3) two have a sum as far from 0 as 6; for (1, -2, 3) those with 2 or more: all but the
+    # two that give 0 (1 + 2 - 3 and its mirror).
+    assert paired.sign_flip([1, 2, 3]) == 2 / 8
+    assert paired.sign_flip([1, -2, 3]) == 6 / 8
+    assert paired.sign_flip([0.0, 0.0]) == 1
+    assert paired.sign_flip([0.1] * 10) == 2 / 1024  # equal ones, whatever their rounding
 
 
-def test_the_net_that_is_trained_decides_whether_a_run_collapsed():
-    assert mismatch_report.row("aligned", [result("aligned", 0, 0.1, 0.9)]).endswith("0 of 1 |")
-    assert mismatch_report.row("tis", [result("tis", 0, 0.1, 0.9)]).endswith("1 of 1 |")
-    assert mismatch_report.row("tis", [result("tis", 0, 0.9, 0.9, diverged=True)]).endswith("1 of 1 |")
+def test_holm_by_hand():
+    # 0.01 * 3; 0.02 * 2 = 0.04; 0.03 * 1 may not be below 0.04.
+    assert paired.holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert paired.holm([0.9, 0.6]) == [1.0, 1.0]
 
 
-def test_lambda_is_shown_where_it_was_logged():
-    assert "| 0.25 / 0.25 |" in mismatch_report.row("ais-alarm", [result("ais-alarm", 0, 0.5, 0.5, lam=[0.2, 0.3])])
+def test_pairs_are_the_seeds_that_both_arms_have():
+    runs = keyed(result("a", 0, 0.5), result("a", 2, 0.7), result("b", 2, 0.4), result("b", 1, 0.9))
+    assert paired.paired(runs, "a", "b") == pytest.approx([0.3])
+    assert paired.paired(runs, "a", "b", "quantised") == [0.0]
 
 
-def test_unquantised_runs_stand_beside_every_level(tmp_path):
-    results = [result("unquantised", 0, 0.9, 0.9, level="-"), result("none", 0, 0.1, 0.1)]
-    results.append(result("none", 0, 0.2, 0.2, level="five_level"))
-    for i, one in enumerate(results):
-        (tmp_path / f"{i}.json").write_text(json.dumps(one))
-    mismatch_report.write(tmp_path, tmp_path, order=list(mismatch.ARMS))
-    table = (tmp_path / "mismatch.md").read_text()
-    assert table.count("| unquantised | 1 | 0.900 |") == 2
-    assert table.index("diffusion, int3") < table.index("| none | 1 | 0.100 |") < table.index("diffusion, five_level")
+def test_a_row_of_each_table():
+    study = replace(
+        mismatch.study,
+        arms={"one: none": {}, "one: unquantised": {}, "one: TIS": {}},
+        contrasts=(
+            paired.Contrast("harm", "one: none", "one: unquantised"),
+            paired.Contrast("not run", "one: TIS", "one: none"),
+        ),
+    )
+    runs = keyed(
+        *(result("one: none", seed, after, ESS=ess) for seed, after, ess in ((0, 0.2, 0.5), (1, 0.4, 0.7))),
+        *(result("one: unquantised", seed, 0.5) for seed in (0, 1)),
+    )
+    rows = [line.strip("| ").split(" | ") for line in paired.table(study, runs).splitlines()]
+    # Differences -0.3 and -0.1: deviation 0.1414, 12.706 * 0.1414 / sqrt 2 = 1.271.
+    assert rows[2][:6] == ["one: none", "2", "0.300 ± 1.271", "0.20, 0.40", "one: unquantised", "-0.200 ± 1.271"]
+    assert rows[0][8] == "ESS" and rows[2][8] == "0.6" and rows[3][8] == "-"
+    assert [row[0] for row in rows[2:]] == ["one: none", "one: unquantised"]
+    (row,) = paired.contrasts_table(study, runs).splitlines()[2:]
+    # Both below 0: of four choices of signs two are as far; alone among the claims that were run, Holm leaves it.
+    assert row.strip("| ").split(" | ")[4:] == ["2", "-0.200 ± 1.271", "0 of 2", "0.500", "0.500"]
+
+
+def test_table_and_figure_are_written(tmp_path):
+    runs = keyed(*(result(arm, seed, 0.1 * seed) for arm in mismatch.ARMS for seed in range(3)))
+    mismatch_report.write(mismatch.study, runs, tmp_path)
+    assert (tmp_path / "mismatch.md").read_text().count("\n| ") == len(mismatch.ARMS) + len(mismatch.CONTRASTS) + 4
     assert (tmp_path / "mismatch.png").stat().st_size > 10_000
-    with pytest.raises(SystemExit, match="holds no result yet"):
-        mismatch_report.write(tmp_path / "nothing", tmp_path, order=[])
+    with pytest.raises(SystemExit, match="no run has finished"):
+        mismatch_report.write(mismatch.study, {}, tmp_path)
 
 
-def test_the_plan_asks_for_the_telling_arms_first_and_for_each_run_once():
-    runs = mismatch.plan(3, ["diffusion", "autoregressive"], ["int3", "five_level"], None)
-    assert len(runs) == len(set(runs)) == 3 * (1 + 12 * 2) + 3 * (1 + 4 * 2)
-    assert runs[:2] == [("diffusion", "-", "unquantised", 0), ("diffusion", "int3", "none", 0)]
-    assert ("autoregressive", "int3", "tbpo", 0) not in runs
-    assert mismatch.plan(1, ["diffusion"], ["ramp"], ["none"]) == [("diffusion", "ramp", "none", 0)]
+def test_every_arm_is_a_recipe_and_every_claim_has_ten_seeds_of_both_its_arms():
+    for name, changes in mismatch.ARMS.items():
+        made = replace(mismatch.base, **changes)
+        assert made.num_iterations == (2 if "two" in name else 1), name
+        bounded = made.corrector.surrogate is mismatch.DUAL
+        assert bounded == ("two" in name and "no clip" not in name), name
+        assert (made.rollout_quantization is None) == ("unquantised" in name), name
+    for claim in mismatch.CONTRASTS:
+        assert mismatch.study.fewer.get(claim.arm, 10) == mismatch.study.fewer.get(claim.against, 10) == 10, claim
+    assert set(mismatch.study.against.values()) <= set(mismatch.ARMS)
+    assert set(mismatch.FEWER) < set(mismatch.ARMS)

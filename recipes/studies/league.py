@@ -1,0 +1,232 @@
+"""Published methods for RL of diffusion language models on one task, at equal processor time, tuned by the same budget.
+
+Every method trains its seed's one warmed-up model on 4x4 Sudoku, 16 prompts of 8 completions, rollouts of two parallel
+steps, fp32; held-out puzzles are filled in greedily in two steps. A method's number of steps is the budget over the
+processor time of one of its steps, measured first. Each is tried in the four settings of GRID, on a seed and on puzzles
+of their own; the best of them is run on the league's seeds. What a method is here, and what it leaves out of its paper:
+METHODS. Finished runs are kept as one JSON each below `--output_dir`. What the numbers say: league.md.
+
+    python -m recipes.studies.league                   costs, tuning, runs, table and figure
+    python -m recipes.studies.league --task countdown
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dllm_rl.algorithms import surrogates
+from dllm_rl.algorithms.advantages import group_relative, leave_one_out
+from dllm_rl.algorithms.correctors import Corrector, ais, none
+from dllm_rl.algorithms.losses import sequence
+from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.quantization.schemes import float8_weight_only
+from dllm_rl.samplers.rules import random
+from recipes import countdown_tiny, sudoku_tiny
+from recipes.studies.paired import Study, interval, load, result_path, run_all, run_one, warm_up
+
+TUNED_ON = 100  # a seed that the league does not have
+
+
+def wd1(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+    """wd1's weights: softmax(A) - softmax(-A) over the group, A = R - mean, times G (arXiv 2507.08838, its authors'
+    code [paper]; there the softmax is over a process's rows, which are one group)."""
+    centred = group_relative(rewards, scale_rewards="none")
+    return rewards.shape[-1] * (torch.softmax(centred, -1) - torch.softmax(-centred, -1))
+
+
+def by(surrogate: Any, **settings: Any) -> Corrector:
+    return replace(none(), surrogate=partial(surrogate, **settings))
+
+
+# Likelihood and objective are the papers', the batch, the optimiser and no KL term the league's. ELBO-based ones share
+# one estimator, `coupled`, so that what differs is the objective; length-normalised ratios have a clip of 0.2.
+METHODS: dict[str, dict[str, Any]] = {
+    # diffu-GRPO: all masked at once, 15 % of the prompt too; A = R - mean; PPO's clip per token.
+    "d1": {
+        "likelihood": lik.one_step(prompt_mask=0.15),
+        "advantages": partial(group_relative, scale_rewards="none"),
+        "aggregate": sequence,
+    },
+    # The ELBO's ratio per sequence, over its length, clipped; leave-one-out advantages.
+    "ESPO": {
+        "likelihood": lik.coupled(num_samples=1),
+        "corrector": by(surrogates.gspo, epsilon=0.2, epsilon_high=0.2),
+        "advantages": leave_one_out,
+        "aggregate": sequence,
+    },
+    # A lower bound where A >= 0, an upper one mixed in where A < 0.
+    "SPG": {"likelihood": lik.sandwich(base=lik.coupled(num_samples=1))},
+    # One estimate of log p, no ratio, softmax weights of both signs.
+    "wd1": {
+        "likelihood": lik.one_step(prompt_mask=0.15),
+        "corrector": by(surrogates.reinforce),
+        "advantages": wd1,
+        "aggregate": sequence,
+    },
+    # A regression of the sequence's log-ratio on the advantage.
+    "GDSD": {
+        "likelihood": lik.coupled(num_samples=1),
+        "corrector": by(surrogates.gdsd),
+        "aggregate": sequence,
+    },
+    # The ELBO's ratio per sequence, clipped whatever the sign, normalised over the batch.
+    "StableDRL": {
+        "likelihood": lik.coupled(num_samples=1),
+        "corrector": by(surrogates.stable_drl),
+        "aggregate": sequence,
+    },
+    # Rollouts a token a step from left to right, each token's own conditional.
+    "JustGRPO": {"likelihood": lik.trajectory(), "num_steps_of_rollout": 16, "block_size": 1},
+    # The recorded trajectory, PPO's clip per token (without its value model).
+    "TraceRL": {"likelihood": lik.trajectory()},
+    # The trajectory's ratio per sequence, over its length, clipped.
+    "GSPO": {
+        "likelihood": lik.trajectory(),
+        "corrector": by(surrogates.gspo, epsilon=0.2, epsilon_high=0.2),
+        "aggregate": sequence,
+    },
+    # Rollouts on FP8 weights in random order, AIS, the exact trajectory.
+    "ours": {
+        "likelihood": lik.trajectory(),
+        "corrector": ais(),
+        "rollout_quantization": partial(float8_weight_only, dequantised=True),
+        "rank": random,
+    },
+}
+GRID: dict[str, dict[str, Any]] = {
+    "lr 5e-4": {},
+    "lr 1e-3": {"learning_rate": 1e-3},
+    "lr 2e-3": {"learning_rate": 2e-3},
+    "lr 5e-4, two updates": {"num_iterations": 2},
+}
+TASKS = {"sudoku": (sudoku_tiny.in_float32, "solve_rate"), "countdown": (countdown_tiny.recipe, "accuracy")}
+
+
+def study_of(task: str, seeds: int) -> Study:
+    """All methods in all settings; which of them are run is `main`'s to say."""
+    recipe, metric = TASKS[task]
+    base = replace(
+        recipe, train_batch_size=16, kept_graphs=4, corrector=none(), rollout_quantization=None, learning_rate=5e-4
+    )
+    arms = {}
+    for method, changes in METHODS.items():
+        changes, sampler = dict(changes), {}
+        for given, name in (("num_steps_of_rollout", "num_steps"), ("block_size", "block_size"), ("rank", "rank")):
+            if given in changes:
+                sampler[name] = changes.pop(given)
+        if "num_steps" in sampler:
+            sampler["num_steps"] = base.max_new_tokens
+        for setting, more in GRID.items():
+            arms[f"{method}, {setting}"] = changes | more | {"sampler": partial(base.sampler, **sampler)}
+    metrics = {"area": f"rewards/{metric}/mean"}
+    return Study("league", base, arms, {}, metrics, seeds=seeds, num_steps=0, metric=metric)
+
+
+def cost(study: Study, root: Path, arm: str) -> None:
+    """Leaves `root`/costs/....json: the processor seconds of a step, of ten steps less those of two."""
+    from dllm_rl.training.loop import train
+
+    path = root / "costs" / result_path(root, arm, TUNED_ON).name
+    if path.exists():
+        return
+    warm, spent = warm_up(study.base, TUNED_ON, root / "warm" / str(TUNED_ON)), []
+    for steps in (2, 10):
+        folder = root / "runs" / f"cost-{path.stem}-{steps}"
+        few = {"model": str(warm), "warmup_steps": 0, "num_steps": steps, "eval_steps": 0, "report_to": None}
+        begin = time.process_time()
+        train(replace(study.base, **few, **study.arms[arm], output_dir=str(folder), overwrite_output_dir=True))
+        spent.append(time.process_time() - begin)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"arm": arm, "s": (spent[1] - spent[0]) / 8}))
+
+
+def steps_of(root: Path, arm: str, seconds: float) -> int:
+    stored = root / "costs" / result_path(root, arm, TUNED_ON).name
+    return max(1, round(seconds / json.loads(stored.read_text())["s"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path)
+    parser.add_argument("--task", choices=TASKS, default="sudoku")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=30.0, help="processor time of a run's steps")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    root = options.output_dir or Path("runs") / f"league-{options.task}"
+    study = study_of(options.task, options.seeds)
+    tuning = replace(study, base=replace(study.base, eval_task=study.base.validation_task))
+
+    def runs(which: Study, below: Path, arms: list[str], seeds: list[int]) -> None:
+        missing = [(arm, s) for s in seeds for arm in arms if not result_path(below, arm, s).exists()]
+        jobs = (
+            (
+                result_path(below, arm, s).stem,
+                partial(run_one, which, below, steps_of(root, arm, options.seconds), arm, s),
+            )
+            for arm, s in missing
+        )
+        run_all(jobs, below, options.workers)
+
+    if not options.report:
+        run_all([("warm", partial(warm_up, study.base, TUNED_ON, root / "warm" / str(TUNED_ON)))], root, 1)
+        run_all((("cost-" + str(i), partial(cost, study, root, arm)) for i, arm in enumerate(study.arms)), root, 1)
+        runs(tuning, root / "tuning", list(study.arms), [TUNED_ON])
+    tuned, best = load(root / "tuning"), {}
+    for method in METHODS:
+        settings = [f"{method}, {setting}" for setting in GRID]
+        best[method] = max(settings, key=lambda arm: tuned[arm, TUNED_ON]["after"])
+    if not options.report:
+        starts = ((f"warm-{s}", partial(warm_up, study.base, s, root / "warm" / str(s))) for s in range(options.seeds))
+        run_all(starts, root, options.workers)
+        runs(study, root, list(best.values()), list(range(options.seeds)))
+    found = load(root)
+    report(
+        study, options.task, {arm: {s: found[arm, s] for a, s in sorted(found) if a == arm} for arm in best.values()}
+    )
+
+
+def report(study: Study, task: str, found: dict[str, dict[int, dict[str, Any]]]) -> None:
+    """Print the table, best mean first, and draw league_TASK.png beside this file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from recipes.studies.mismatch_report import line
+
+    order = sorted(found, key=lambda arm: -sum(run["after"] for run in found[arm].values()))
+    print("| method, its setting | seeds | held-out rate, 95 % | each seed | area | steps | seconds in all |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for arm in order:
+        runs = list(found[arm].values())
+        rates = [run["after"] for run in runs]
+        each, area = ", ".join(f"{rate:.3f}" for rate in rates), sum(run["area"] for run in runs) / len(runs)
+        spent = sum(run["s"] for run in runs) / len(runs)
+        print(
+            f"| {arm} | {len(runs)} | {interval(rates)} | {each} | {area:.3f} | {runs[0]['num_steps']} | {spent:.0f} |"
+        )
+    before = [run["before"] for run in next(iter(found.values())).values()]
+    print(f"\nbefore RL: {interval(before)}")
+    figure, axis = plt.subplots(figsize=(7, 1 + 0.35 * len(order)), layout="constrained")
+    for place, arm in enumerate(order):
+        line(axis, -place, [run["after"] for run in found[arm].values()], "#1f77b4")
+    axis.axvline(sum(before) / len(before), color="grey", linewidth=0.8, linestyle=":")
+    axis.set_yticks([-place for place in range(len(order))], [arm.split(", ")[0] for arm in order])
+    axis.set_xlabel(f"held-out {study.metric.replace('_', ' ')} at equal processor time (dotted: where RL began)")
+    axis.grid(axis="x", alpha=0.3)
+    figure.savefig(Path(__file__).parent / f"league_{task}.png", dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
