@@ -1,43 +1,34 @@
-"""SmolLM2-135M, an autoregressive model, becomes a masked-diffusion one and learns 4x4 Sudoku: a warm-up, then RL.
+"""SmolLM2-135M, made a masked-diffusion model by smollm2_sudoku_sft.py, learns 4x4 Sudoku from rewards alone.
 
-Weights: recipes/weights.py (Apache-2.0; needs `pip install gguf`). Results: recipes/README.md.
+    pip install gguf && python recipes/smollm2_sudoku_sft.py
+    python recipes/smollm2_sudoku.py
+
+Grids of 16 cells are 16 tokens, filled in two parallel steps. Results: recipes/README.md.
 """
 
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl import Policy, diffusion_from_causal, main, max_prob, unmask
-from recipes import weights
+from dllm_rl import float8_weight_only, lora_r16, main
 from recipes.sudoku_tiny import in_float32 as base
-
-# Digits and dots are a token each, so a grid of 16 cells is 16 tokens.
-in_four = partial(unmask, max_new_tokens=16, num_steps=4, rank=max_prob)
-
-
-def smollm2_diffusion() -> Policy:
-    """The pretrained model with full attention, a mask token and its head shifted, downloaded at the first call."""
-    return diffusion_from_causal(weights.smollm2())
-
 
 recipe = replace(
     base,
     name="smollm2-sudoku",
-    model=smollm2_diffusion,
+    model="runs/smollm2-sudoku-sft-seed0/checkpoints/step-000200",
     validation_task=replace(base.validation_task, size=32),
-    eval_task=replace(base.eval_task, size=64),
-    sampler=partial(in_four, temperature=1.0),
-    eval_sampler=partial(in_four, temperature=0.0),
+    eval_task=replace(base.eval_task, size=100),
+    rollout_quantization=partial(float8_weight_only, dequantised=True),
+    lora=lora_r16,
+    kept_graphs=2,
     train_batch_size=4,
-    num_generations=8,
-    num_steps=20,
-    learning_rate=2e-5,
-    warmup_steps=60,
-    warmup_batch_size=16,
-    warmup_learning_rate=2e-4,
-    warmup_target=0.1,
-    warmup_eval_steps=20,
-    save_steps=20,
-    eval_batch_size=32,
+    num_steps=24,
+    learning_rate=1e-3,
+    warmup_steps=0,
+    eval_steps=0,
+    eval_batch_size=50,
+    logging_steps=5,
+    log_completions_steps=20,
 )
 
 if __name__ == "__main__":
