@@ -54,7 +54,7 @@ from dllm_rl.training.dry_run import memory, meta_policy
 from dllm_rl.training.plots import read_metrics
 from dllm_rl.types import Prompts
 from recipes.llada_8b_sudoku import recipe as job_8b
-from recipes.sudoku_tiny import in_float32 as main_job
+from recipes.sudoku_tiny import recipe as main_job
 
 Row = dict[str, Any]
 WIDE = {"hidden_size": 2048, "num_layers": 6, "intermediate_size": 5504}

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from dllm_rl import float8_weight_only, lora_r16, main
-from recipes.sudoku_tiny import in_float32 as base
+from recipes.sudoku_tiny import recipe as base
 
 recipe = replace(
     base,

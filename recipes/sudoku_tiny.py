@@ -1,10 +1,9 @@
 """A small masked-diffusion model, made here, learns 4x4 Sudoku by GRPO with FP8 rollouts. Results: recipes/README.md.
 
 The natural regime: an undertrained model meets puzzles with 10 to 12 clues and fills 16 cells in two parallel steps;
-RL does the rest from rewards alone.
+RL does the rest from rewards alone. On a CPU with AVX-512, `--bf16 true --kept_graphs 2` takes two thirds of the time.
 """
 
-from dataclasses import replace
 from functools import partial
 
 from dllm_rl import Recipe, ais, float8_weight_only, main, max_prob, trajectory, unmask
@@ -13,7 +12,7 @@ from dllm_rl.tasks import Sudoku
 
 unmask_in_two = partial(unmask, max_new_tokens=16, num_steps=2, rank=max_prob)
 
-in_float32 = Recipe(
+recipe = Recipe(
     name="sudoku-tiny",
     model=partial(tiny_masked_lm, characters="1234.="),
     task=Sudoku(split="train", clues=(10, 12)),
@@ -29,8 +28,6 @@ in_float32 = Recipe(
     num_steps=360,
     eval_steps=60,
 )
-# The same solve rates in two thirds of the processor time (benchmarks/README.md).
-recipe = replace(in_float32, bf16=True, kept_graphs=2)
 
 if __name__ == "__main__":
     main(recipe)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 from dllm_rl import main, tiny_llama
-from recipes.sudoku_tiny import in_float32 as base
+from recipes.sudoku_tiny import recipe as base
 
 recipe = replace(
     base,

@@ -34,7 +34,7 @@ from dllm_rl.training.loop import train
 from dllm_rl.training.plots import read_metrics
 from dllm_rl.types import Batch, Rollout
 from recipes.studies import estimators_report
-from recipes.sudoku_tiny import in_float32 as base
+from recipes.sudoku_tiny import recipe as base
 
 MEASURED = {
     "one_step(prompt_mask=0.15)": lik.one_step(),

@@ -107,7 +107,7 @@ GRID: dict[str, dict[str, Any]] = {
     "lr 2e-3": {"learning_rate": 2e-3},
     "lr 5e-4, two updates": {"num_iterations": 2},
 }
-TASKS = {"sudoku": (sudoku_tiny.in_float32, "solve_rate"), "countdown": (countdown_tiny.recipe, "accuracy")}
+TASKS = {"sudoku": (sudoku_tiny.recipe, "solve_rate"), "countdown": (countdown_tiny.recipe, "accuracy")}
 
 
 def study_of(task: str, seeds: int) -> Study:

@@ -23,9 +23,9 @@ from dllm_rl.samplers.rules import confidence, random
 from recipes.studies import mismatch_report
 from recipes.studies.controls import fixed_lambda, shuffled
 from recipes.studies.paired import Contrast, Study, main
-from recipes.sudoku_tiny import in_float32
+from recipes.sudoku_tiny import recipe
 
-base = replace(in_float32, train_batch_size=16, kept_graphs=2, rollout_quantization=None, corrector=c.none())
+base = replace(recipe, train_batch_size=16, kept_graphs=2, rollout_quantization=None, corrector=c.none())
 DUAL = partial(ppo_clip, epsilon=0.2, delta=1.2)  # bounds what PPO leaves open: A < 0 and r > 1 + epsilon
 
 

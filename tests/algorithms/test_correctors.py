@@ -14,7 +14,7 @@ from dllm_rl.algorithms import weights as weighing
 from dllm_rl.algorithms.losses import sequence, token
 from dllm_rl.algorithms.surrogates import gspo
 from dllm_rl.testing import loss_of, make_batch
-from recipes.sudoku_tiny import in_float32 as main_job
+from recipes.sudoku_tiny import recipe as main_job
 
 # The (B=3, T=4) example: ratios rho = p_old / p_rollout, three, two and four of them marked.
 #   row 0   1    2   4   1/2    product 4, geometric mean 4^(1/4) = sqrt 2
