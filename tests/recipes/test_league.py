@@ -1,0 +1,52 @@
+"""The league's own weights, its arms and its table, from made-up results: nothing trained."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from recipes.studies import league
+from recipes.studies.paired import result_path
+
+
+def test_wd1_by_hand():
+    # R - mean is (0.5, -0.5): softmax 0.7311 and 0.2689, the other sign's the other way round; twice 0.4621.
+    assert league.wd1(torch.tensor([[1.0, 0.0]]))[0].tolist() == pytest.approx([0.92423, -0.92423], abs=1e-5)
+    assert league.wd1(torch.ones(2, 4)).eq(0).all()
+    assert league.wd1(torch.tensor([[3.0, 1.0, 2.0]])).sum().item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("task", league.TASKS)
+def test_every_method_is_a_recipe_in_every_setting(task):
+    study = league.study_of(task, 5)
+    assert len(study.arms) == len(league.METHODS) * len(league.GRID) == 40
+    made = {arm: replace(study.base, **changes) for arm, changes in study.arms.items()}
+    steps = {arm: recipe.sampler.keywords["num_steps"] for arm, recipe in made.items()}
+    assert {arm for arm, count in steps.items() if count == study.base.max_new_tokens} == {
+        f"JustGRPO, {setting}" for setting in league.GRID
+    }
+    quantised = {arm.split(", ")[0] for arm, recipe in made.items() if recipe.rollout_quantization is not None}
+    assert quantised == {"ours"}
+    assert {recipe.train_batch_size * recipe.num_generations for recipe in made.values()} == {128}
+
+
+def test_steps_follow_from_the_cost(tmp_path):
+    path = tmp_path / "costs" / result_path(tmp_path, "d1, lr 1e-3", league.TUNED_ON).name
+    path.parent.mkdir()
+    path.write_text(json.dumps({"s": 0.4}))
+    assert league.steps_of(tmp_path, "d1, lr 1e-3", 30) == 75
+
+
+def test_the_table_has_the_best_method_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(league, "__file__", str(tmp_path / "league.py"))
+    run = {"before": 0.25, "area": 0.3, "s": 40.0, "num_steps": 70}
+    found = {
+        f"{arm}, lr 1e-3": {seed: run | {"after": after + seed / 10} for seed in (0, 1)}
+        for arm, after in (("a", 0.2), ("b", 0.4))
+    }
+    league.report(league.study_of("sudoku", 2), "sudoku", found)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "lr 1e-3" in line]
+    assert rows[0].startswith("| b, lr 1e-3 | 2 | 0.450 ± 0.635 | 0.400, 0.500 | 0.300 | 70 | 40 |")
+    assert rows[1].startswith("| a, ")
+    assert (tmp_path / "league_sudoku.png").stat().st_size > 5_000
