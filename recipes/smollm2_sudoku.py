@@ -10,14 +10,16 @@ from dataclasses import replace
 from functools import partial
 
 from dllm_rl import float8_weight_only, lora_r16, main
+from recipes.smollm2_sudoku_sft import Digits
 from recipes.sudoku_tiny import recipe as base
 
 recipe = replace(
     base,
     name="smollm2-sudoku",
     model="runs/smollm2-sudoku-sft-seed0/checkpoints/step-000200",
-    validation_task=replace(base.validation_task, size=32),
-    eval_task=replace(base.eval_task, size=100),
+    task=Digits(split="train"),
+    validation_task=Digits(split="validation", size=32),
+    eval_task=Digits(split="test", size=100),
     rollout_quantization=partial(float8_weight_only, dequantised=True),
     lora=lora_r16,
     kept_graphs=2,

@@ -7,10 +7,20 @@ The pretrained model gets full attention, a mask token and its head shifted, as 
 the rest. Weights: recipes/weights.py (Apache-2.0). Results: recipes/README.md.
 """
 
+from dataclasses import replace
+
 from dllm_rl import SFT, Policy, diffusion_from_causal, lora_r16, main
-from dllm_rl.tasks import Sudoku
+from dllm_rl.tasks import Problem, Sudoku
 from recipes import weights
 from recipes.sft_tiny import solved
+
+
+class Digits(Sudoku):
+    """Puzzles with 0 for a blank: every digit is a token, where SmolLM2 has one for two dots or four."""
+
+    def __getitem__(self, index: int) -> Problem:
+        problem = super().__getitem__(index)
+        return replace(problem, prompt=f"{problem.fields['puzzle']}=")
 
 
 def smollm2_diffusion() -> Policy:
@@ -21,9 +31,8 @@ def smollm2_diffusion() -> Policy:
 recipe = SFT(
     name="smollm2-sudoku-sft",
     model=smollm2_diffusion,
-    # Digits and dots are a token each, so a grid of 16 cells is 16 tokens.
-    dataset=solved(Sudoku(split="train", clues=(10, 12), size=4000)),
-    eval_dataset=solved(Sudoku(split="validation", clues=(10, 12), size=32)),
+    dataset=solved(Digits(split="train", size=4000)),
+    eval_dataset=solved(Digits(split="validation", size=32)),
     max_length=64,
     completion_length=16,
     lora=lora_r16,
