@@ -1,0 +1,32 @@
+"""SmolLM2-135M, made a masked-diffusion model by smollm2_diffusion_sft.py, goes on with sums from rewards alone.
+
+    pip install gguf && python recipes/smollm2_diffusion_sft.py
+    python recipes/smollm2_diffusion.py
+
+Four tokens are written in two parallel steps. Results: recipes/README.md.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from dllm_rl import main, max_prob, trajectory, unmask
+from recipes.smollm2_arithmetic import recipe as base
+from recipes.smollm2_diffusion_sft import PlainSums
+
+in_two = partial(unmask, max_new_tokens=4, num_steps=2, rank=max_prob)
+
+recipe = replace(
+    base,
+    name="smollm2-diffusion",
+    model="runs/smollm2-diffusion-sft-seed0/checkpoints/step-000060",
+    task=PlainSums(held_out=False, size=1200),
+    validation_task=PlainSums(held_out=True, size=40),
+    eval_task=PlainSums(held_out=True, size=100),
+    sampler=partial(in_two, temperature=1.0),
+    eval_sampler=partial(in_two, temperature=0.0),
+    likelihood=trajectory(),
+    kept_graphs=2,
+)
+
+if __name__ == "__main__":
+    main(recipe)
