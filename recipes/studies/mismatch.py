@@ -59,6 +59,7 @@ ARMS = {
     "two: aligned": clipped(c.aligned()),
     "two: none, no clip": arm(c.none(), num_iterations=2),
     "two: TIS, no clip": arm(c.tis(), num_iterations=2),
+    "two: none, delta 3": arm(replace(c.none(), surrogate=partial(ppo_clip, epsilon=0.2, delta=3.0)), num_iterations=2),
     "random: unquantised": arm(c.none(), None, sampler=in_random_order),
     "random: none": arm(c.none(), sampler=in_random_order),
     "random: TIS": arm(c.tis(), sampler=in_random_order),
@@ -71,8 +72,9 @@ ARMS = {
     "int3, two: none": clipped(c.none(), int3_emulated),
     "int3, two: TIS": clipped(c.tis(), int3_emulated),
 }
-FEWER = {
-    name: 5
+# No claim is stated of these; the first is there for the clip's width.
+FEWER = {"two: none, delta 3": 5} | {
+    name: 3
     for name in ARMS
     if name.startswith(("confidence", "int3"))
     or name in ("one: lambda 0.25", "one: lambda 0.75", "two: AIS alarm", "two: aligned", "two: TIS, no clip")
