@@ -18,7 +18,7 @@ in_two = partial(unmask, max_new_tokens=4, num_steps=2, rank=max_prob)
 recipe = replace(
     base,
     name="smollm2-diffusion",
-    model="runs/smollm2-diffusion-sft-seed0/checkpoints/step-000060",
+    model="runs/smollm2-diffusion-sft-seed0/checkpoints/step-000160",
     task=PlainSums(held_out=False, size=1200),
     validation_task=PlainSums(held_out=True, size=40),
     eval_task=PlainSums(held_out=True, size=100),
@@ -26,6 +26,8 @@ recipe = replace(
     eval_sampler=partial(in_two, temperature=0.0),
     likelihood=trajectory(),
     kept_graphs=2,
+    train_batch_size=8,
+    num_steps=48,
 )
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ recipe = SFT(
     lora=lora_r16,
     train_batch_size=32,
     learning_rate=1e-3,
-    num_steps=60,
-    eval_steps=20,
-    save_steps=60,
+    num_steps=160,
+    eval_steps=40,
+    save_steps=160,
     logging_steps=10,
 )
 
