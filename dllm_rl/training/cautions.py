@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import takes_parts
+from dllm_rl.algorithms.surrogates import ppo_clip
 from dllm_rl.algorithms.weights import no_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.rules import name_of, order_has_law, rank_inputs
@@ -32,7 +33,7 @@ def cautions(recipe: Recipe) -> list[str]:
             f"dtype='bfloat16' without lora and learning_rate={recipe.learning_rate}: bf16 weights above {steps:.1g} "
             "round such updates away; use --dtype float32 --bf16, whose weights are fp32 and whose products are bf16"
         )
-    said += of_the_likelihood(recipe)
+    said += of_the_clip(recipe) + of_the_likelihood(recipe)
     rewards, parts = made_up_rewards(recipe)
     if not recipe.advantages(rewards, **parts).any():
         name = getattr(recipe.advantages, "func", recipe.advantages).__name__
@@ -41,6 +42,21 @@ def cautions(recipe: Recipe) -> list[str]:
             "use at least 2"
         )
     return said
+
+
+def of_the_clip(recipe: Recipe) -> list[str]:
+    """PPO bounds no ratio above 1 + epsilon where the advantage is negative. With several updates of quantised rollouts
+    that did most of the harm ascribed to heavy mismatch (recipes/studies/mismatch_reading.md)."""
+    surrogate = recipe.corrector.surrogate
+    epsilon, high = _bound(surrogate, "epsilon"), _bound(surrogate, "epsilon_high")
+    open_above = getattr(surrogate, "func", surrogate) is ppo_clip and _bound(surrogate, "delta") is None
+    if recipe.num_iterations == 1 or recipe.rollout_quantization is None or not open_above:
+        return []
+    return [
+        f"num_iterations={recipe.num_iterations} with quantised rollouts and corrector.surrogate.delta=None: nothing "
+        "bounds the ratio where the advantage is negative, and heavy mismatch then does most of its harm; use "
+        f"--corrector.surrogate.delta {1 + (epsilon if high is None else high):g}"
+    ]
 
 
 def of_the_likelihood(recipe: Recipe) -> list[str]:

@@ -271,6 +271,14 @@ MUTATIONS = [
         ('if done == run.history.get("saved"):\n            return', "return", "faults/test_faults.py"),
     ),
     *mutations(
+        "training/cautions.py",
+        "training/test_cautions.py",
+        ("recipe.num_iterations == 1 or", ""),
+        ("recipe.rollout_quantization is None or not open_above", "not open_above"),
+        ('is ppo_clip and _bound(surrogate, "delta") is None', "is ppo_clip"),
+        ("(epsilon if high is None else high)", "epsilon"),
+    ),
+    *mutations(
         "training/motion.py",
         "training/test_motion.py",
         ("works and not waits", "not waits"),

@@ -8,7 +8,7 @@ import torch
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import leave_one_out
-from dllm_rl.algorithms.correctors import none
+from dllm_rl.algorithms.correctors import none, tbpo
 from dllm_rl.likelihoods import elbo, one_step, trajectory
 from dllm_rl.models.lora import lora_r16
 from dllm_rl.samplers.autoregress import autoregress
@@ -73,6 +73,25 @@ def test_equal_rewards_for_many_steps(tmp_path, capsys):
 
 def sampler(**options):
     return partial(unmask, max_new_tokens=16, num_steps=3, temperature=1.0, **options)
+
+
+def test_updates_without_a_bound_where_the_advantage_is_negative():
+    several = tiny_recipe("x", num_iterations=2)
+    assert several.rollout_quantization is not None
+    (said,) = cautions(several)
+    assert "num_iterations=2" in said and said.endswith("--corrector.surrogate.delta 1.2")
+    clip = several.corrector.surrogate
+    for settings, wanted in (({"epsilon_high": 0.28}, "delta 1.28"), ({"epsilon": 0.5}, "delta 1.5")):
+        (said,) = cautions(replace(several, corrector=replace(several.corrector, surrogate=partial(clip, **settings))))
+        assert said.endswith(wanted)
+    bounded = replace(several.corrector, surrogate=partial(clip, delta=1.2))
+    for changes in (
+        {"corrector": bounded},
+        {"corrector": tbpo()},
+        {"num_iterations": 1},
+        {"rollout_quantization": None},
+    ):
+        assert cautions(replace(several, **changes)) == []
 
 
 def test_orders_whose_law_is_not_known():
