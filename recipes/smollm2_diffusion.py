@@ -18,7 +18,7 @@ in_two = partial(unmask, max_new_tokens=4, num_steps=2, rank=max_prob)
 recipe = replace(
     base,
     name="smollm2-diffusion",
-    model="runs/smollm2-diffusion-sft-seed0/checkpoints/step-000160",
+    model="runs/smollm2-diffusion-sft-seed0/checkpoints/step-000100",
     task=PlainSums(held_out=False, size=1200),
     validation_task=PlainSums(held_out=True, size=40),
     eval_task=PlainSums(held_out=True, size=100),

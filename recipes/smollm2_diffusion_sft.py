@@ -43,9 +43,9 @@ recipe = SFT(
     lora=lora_r16,
     train_batch_size=32,
     learning_rate=1e-3,
-    num_steps=160,
-    eval_steps=40,
-    save_steps=160,
+    num_steps=100,
+    eval_steps=25,
+    save_steps=100,
     logging_steps=10,
 )
 
