@@ -12,10 +12,11 @@ import torch
 
 from dllm_rl import Problem, load_policy, train
 from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.training.sft import fine_tune
 from recipes import antibody_cdr3 as antibody
 from recipes import antibody_loops as loops
 from recipes import smollm2_arithmetic as arithmetic
-from recipes import weights
+from recipes import smollm2_diffusion, smollm2_diffusion_sft, weights
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 
@@ -185,6 +186,19 @@ def test_sums_are_split_and_graded_by_hand():
         assert reward.breakdown == {"accuracy": float(value == 1)}
 
 
+def test_sums_without_a_chat_are_the_same_sums():
+    plain, chat = smollm2_diffusion_sft.PlainSums(True, 50), arithmetic.Sums(True, 50)
+    for problem, other in ((plain[i], chat[i]) for i in range(50)):
+        assert problem.prompt == other.prompt[-1]["content"] and problem.fields == other.fields
+        assert problem.solution == f" {problem.fields['sum']}" and problem.prompt.endswith(" =")
+    assert smollm2_diffusion_sft.solved(plain)[3] == {"prompt": plain[3].prompt, "completion": plain[3].solution}
+    trained = {row["prompt"] for row in smollm2_diffusion_sft.recipe.dataset}
+    held_out = [smollm2_diffusion.recipe.eval_task[i].prompt for i in range(100)]
+    assert len(trained) == 1200 and trained.isdisjoint(held_out)
+    steps = smollm2_diffusion_sft.recipe.num_steps
+    assert smollm2_diffusion.recipe.model == f"{smollm2_diffusion_sft.recipe.directory}/checkpoints/step-{steps:06}"
+
+
 def weighted(name: str) -> Path:
     """The folder of a set of weights; the test is skipped where it is not there."""
     folder = Path(weights.__file__).parents[1] / "weights" / name
@@ -220,6 +234,14 @@ def test_reward_rises_on_the_training_batch(name, folder, changes, task, tmp_pat
     rewards = [row["reward"] for row in map(json.loads, (tmp_path / "metrics.jsonl").open())]
     assert max(rewards[-2:]) > rewards[0] + 0.1, rewards
     assert summary["eval_after"]["parsed"] > 0
+
+
+@pytest.mark.slow
+def test_the_conversion_learns_in_a_few_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "CACHE", weighted("smollm2-135m-instruct").parent)
+    few = {"num_steps": 12, "eval_steps": 0, "report_to": None, "output_dir": str(tmp_path)}
+    summary = fine_tune(replace(smollm2_diffusion_sft.recipe, **few))
+    assert summary["eval_after"]["loss"] < summary["eval_before"]["loss"] / 2
 
 
 @pytest.mark.slow
