@@ -97,7 +97,11 @@ study = Study(
     name="mismatch",
     base=base,
     arms=ARMS,
-    against={arm: arm.split(": ")[0].replace("int3, ", "") + ": unquantised" for arm in ARMS if arm != "start"},
+    against={
+        arm: f"{arm.split(': ')[0].replace('int3, ', '')}: unquantised"
+        for arm in ARMS
+        if arm != "start" and "unquantised" not in arm
+    },
     metrics={
         "rollouts solved": "rewards/solve_rate/mean",
         "mean abs log-ratio": "rollout_corr/abs_log_ratio_mean",
