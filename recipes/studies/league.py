@@ -83,8 +83,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "corrector": by(surrogates.stable_drl),
         "aggregate": sequence,
     },
-    # Rollouts a token a step from left to right, each token's own conditional.
-    "JustGRPO": {"likelihood": lik.trajectory(), "num_steps_of_rollout": 16, "block_size": 1},
+    # Rollouts a token a step from left to right, each token's own conditional; two positions a row are scored, ours.
+    "JustGRPO": {"likelihood": lik.trajectory(num_sampled=2), "num_steps_of_rollout": 16, "block_size": 1},
     # The recorded trajectory, PPO's clip per token (without its value model).
     "TraceRL": {"likelihood": lik.trajectory()},
     # The trajectory's ratio per sequence, over its length, clipped.
@@ -134,7 +134,8 @@ def costs(study: Study, root: Path) -> None:
     A learning rate costs nothing."""
     from dllm_rl.training.loop import train
 
-    warm, found = warm_up(study.base, TUNED_ON, root / "warm" / str(TUNED_ON)), dict[str, float]()
+    warm, path = warm_up(study.base, TUNED_ON, root / "warm" / str(TUNED_ON)), root / "costs.json"
+    found: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
     for arm in study.arms:
         alike = arm.replace("1e-3", "5e-4")
         if alike not in found:
@@ -147,7 +148,7 @@ def costs(study: Study, root: Path) -> None:
                 spent.append(time.process_time() - begin)
             found[alike] = (spent[1] - spent[0]) / 4
         found[arm] = found[alike]
-    (root / "costs.json").write_text(json.dumps(found))
+    path.write_text(json.dumps(found))
 
 
 def steps_of(root: Path, arm: str, seconds: float) -> int:
@@ -179,8 +180,7 @@ def main() -> None:
         run_all(jobs, below, options.workers)
 
     if not options.report:
-        if not (root / "costs.json").exists():
-            run_all([("costs", partial(costs, study, root))], root, 1)
+        run_all([("costs", partial(costs, study, root))], root, 1)
         runs(tuning, root / "tuning", list(study.arms), [TUNED_ON])
     tuned, best = load(root / "tuning"), {}
     for method in METHODS:
