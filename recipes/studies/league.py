@@ -46,8 +46,9 @@ def by(surrogate: Any, **settings: Any) -> Corrector:
     return replace(none(), surrogate=partial(surrogate, **settings))
 
 
-# Likelihood and objective are the papers', the batch, the optimiser and no KL term the league's. ELBO-based ones share
-# one estimator, `coupled`, so that what differs is the objective; length-normalised ratios have a clip of 0.2.
+# Likelihood, objective and, as `sampler`, what the rollout's differs in are the papers'; batch, optimiser and no KL term
+# are the league's. ELBO-based ones share one estimator, `coupled`, so that what differs is the objective;
+# length-normalised ratios have a clip of 0.2. Formulas, sources and tags: the docstrings of what is named here.
 METHODS: dict[str, dict[str, Any]] = {
     # diffu-GRPO: all masked at once, 15 % of the prompt too; A = R - mean; PPO's clip per token.
     "d1": {
@@ -84,7 +85,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "aggregate": sequence,
     },
     # Rollouts a token a step from left to right, each token's own conditional; two positions a row are scored, ours.
-    "JustGRPO": {"likelihood": lik.trajectory(num_sampled=2), "num_steps_of_rollout": 16, "block_size": 1},
+    "JustGRPO": {"likelihood": lik.trajectory(num_sampled=2), "sampler": {"num_steps": None, "block_size": 1}},
     # The recorded trajectory, PPO's clip per token (without its value model).
     "TraceRL": {"likelihood": lik.trajectory()},
     # The trajectory's ratio per sequence, over its length, clipped.
@@ -98,7 +99,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "likelihood": lik.trajectory(),
         "corrector": ais(),
         "rollout_quantization": partial(float8_weight_only, dequantised=True),
-        "rank": random,
+        "sampler": {"rank": random},
     },
 }
 GRID: dict[str, dict[str, Any]] = {
@@ -117,14 +118,9 @@ def study_of(task: str, seeds: int) -> Study:
     )
     arms = {}
     for method, changes in METHODS.items():
-        changes, sampler = dict(changes), {}
-        for given, name in (("num_steps_of_rollout", "num_steps"), ("block_size", "block_size"), ("rank", "rank")):
-            if given in changes:
-                sampler[name] = changes.pop(given)
-        if "num_steps" in sampler:
-            sampler["num_steps"] = base.max_new_tokens
+        sampler = partial(base.sampler, **changes.get("sampler", {}))
         for setting, more in GRID.items():
-            arms[f"{method}, {setting}"] = changes | more | {"sampler": partial(base.sampler, **sampler)}
+            arms[f"{method}, {setting}"] = changes | more | {"sampler": sampler}
     metrics = {"area": f"rewards/{metric}/mean"}
     return Study("league", base, arms, {}, metrics, seeds=seeds, num_steps=0, metric=metric)
 

@@ -21,10 +21,9 @@ def test_every_method_is_a_recipe_in_every_setting(task):
     study = league.study_of(task, 5)
     assert len(study.arms) == len(league.METHODS) * len(league.GRID) == 30
     made = {arm: replace(study.base, **changes) for arm, changes in study.arms.items()}
-    steps = {arm: recipe.sampler.keywords["num_steps"] for arm, recipe in made.items()}
-    assert {arm for arm, count in steps.items() if count == study.base.max_new_tokens} == {
-        f"JustGRPO, {setting}" for setting in league.GRID
-    }
+    in_order = {arm for arm, recipe in made.items() if recipe.sampler.keywords.get("block_size") == 1}
+    assert in_order == {f"JustGRPO, {setting}" for setting in league.GRID}
+    assert {recipe.eval_sampler for recipe in made.values()} == {study.base.eval_sampler}
     quantised = {arm.split(", ")[0] for arm, recipe in made.items() if recipe.rollout_quantization is not None}
     assert quantised == {"ours"}
     assert {recipe.train_batch_size * recipe.num_generations for recipe in made.values()} == {128}
