@@ -46,7 +46,7 @@ def by(surrogate: Any, **settings: Any) -> Corrector:
     return replace(none(), surrogate=partial(surrogate, **settings))
 
 
-# Likelihood, objective and, as `sampler`, what the rollout's differs in are the papers'; batch, optimiser and no KL term
+# Likelihood, objective and, as `sampler`, what the rollout's differs in are the papers'; batch, optimiser, no KL term
 # are the league's. ELBO-based ones share one estimator, `coupled`, so that what differs is the objective;
 # length-normalised ratios have a clip of 0.2. Formulas, sources and tags: the docstrings of what is named here.
 METHODS: dict[str, dict[str, Any]] = {
