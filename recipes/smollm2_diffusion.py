@@ -26,6 +26,7 @@ recipe = replace(
     eval_sampler=partial(in_two, temperature=0.0),
     likelihood=trajectory(),
     kept_graphs=2,
+    learning_rate=1e-3,
     train_batch_size=8,
     num_steps=48,
 )
