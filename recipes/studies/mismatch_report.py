@@ -13,6 +13,13 @@ p is exact: the share of all choices of signs whose mean is as far from 0; Holm'
 second table. Every finished run is here."""
 
 
+SETTINGS = {
+    "one": "one update a rollout",
+    "two": "two updates, a dual clip at 1.2 but where it says no clip",
+    "random": "one update, rollouts in random order",
+}
+
+
 def write(study: Study, results: Results, folder: Path) -> None:
     """`folder`/mismatch.md and mismatch.png. Raises SystemExit where no run has finished."""
     if not results:
@@ -42,7 +49,8 @@ def rates(results: Results, arm: str, column: str) -> list[float]:
 
 
 def draw(study: Study, results: Results, path: Path) -> None:
-    """A panel a setting, a line an arm: a dot a seed, the mean and its 95 % interval, and where RL began."""
+    """A panel a setting, a line an arm that has all seeds: a dot a seed, the mean and its 95 % interval, and where RL
+    began."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -50,7 +58,7 @@ def draw(study: Study, results: Results, path: Path) -> None:
 
     panels: dict[str, list[str]] = {}
     for arm in study.arms:
-        if ": " in arm and rates(results, arm, "after"):
+        if ": " in arm and arm not in study.fewer and rates(results, arm, "after"):
             panels.setdefault(arm.split(": ")[0], []).append(arm)
     heights = [len(arms) for arms in panels.values()]
     figure, axes = plt.subplots(
@@ -64,7 +72,7 @@ def draw(study: Study, results: Results, path: Path) -> None:
             axis.axvline(sum(begun) / len(begun), color="grey", linewidth=0.8, linestyle=":")
         axis.set_yticks([-place for place in range(len(arms))], [arm.split(": ", 1)[1] for arm in arms])
         axis.set_ylim(0.6 - len(arms), 0.6)
-        axis.set_title(setting, loc="left", fontsize=10)
+        axis.set_title(SETTINGS[setting], loc="left", fontsize=10)
         axis.grid(axis="x", alpha=0.3)
     axes[-1, 0].set_xlabel("held-out solve rate after 60 steps (dotted: where RL began)")
     figure.savefig(path, dpi=110)
