@@ -103,6 +103,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 GRID: dict[str, dict[str, Any]] = {
+    "lr 2e-4": {"learning_rate": 2e-4},
     "lr 5e-4": {},
     "lr 1e-3": {"learning_rate": 1e-3},
     "lr 5e-4, two updates": {"num_iterations": 2},
@@ -133,7 +134,7 @@ def costs(study: Study, root: Path) -> None:
     warm, path = warm_up(study.base, TUNED_ON, root / "warm" / str(TUNED_ON)), root / "costs.json"
     found: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
     for arm in study.arms:
-        alike = arm.replace("1e-3", "5e-4")
+        alike = arm.replace("1e-3", "5e-4").replace("2e-4", "5e-4")
         if alike not in found:
             spent = []
             for steps in (2, 6):
