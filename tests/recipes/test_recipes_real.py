@@ -130,10 +130,11 @@ def test_each_way_to_save_memory_saves_it(monkeypatch):
 
     plain, recomputed = peaks(), peaks(gradient_checkpointing=True)
     tokens = 12 * 512
-    # Both layers' activations, 200 to 400 KB a token each, against one layer's and two inputs of 8 KB a token.
-    assert 2 * 200e3 * tokens < plain["update"] - recomputed["update"] + 250e3 * tokens
-    assert recomputed["update"] < plain["update"] - 150e3 * tokens
-    assert peaks(micro_batch_size=6)["update"] < plain["update"] - 6 * 512 * 2 * 200e3
+    # A layer's activations, 200 to 400 KB a token, and the last one's at the completion, half of the columns, against
+    # one layer's and two inputs of 8 KB a token.
+    assert 1.5 * 200e3 * tokens < plain["update"] - recomputed["update"] + 250e3 * tokens
+    assert recomputed["update"] < plain["update"] - 75e3 * tokens  # half a layer: the last one is recomputed whole
+    assert peaks(micro_batch_size=6)["update"] < plain["update"] - 6 * 512 * 1.5 * 200e3
     assert peaks(rollout_batch_size=6)["rollout"] < plain["rollout"]
 
 
@@ -166,7 +167,7 @@ def test_the_gpus_that_a_plan_fits(monkeypatch):
 def test_a_small_model_is_planned_from_itself(capsys):
     from recipes.sudoku_tiny import recipe
 
-    train(replace(recipe, dry_run=True, rollout_quantization=float8_weight_only))
+    train(replace(recipe, dry_run=True, kept_graphs=2, rollout_quantization=float8_weight_only))
     made, out = recipe.model().module, capsys.readouterr().out
     assert f"parameters            {sum(p.numel() for p in made.parameters()):,}\n" in out
     assert "graphs kept           up to 2 of scoring's forwards, for the first update (kept_graphs)\n" in out
