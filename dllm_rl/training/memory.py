@@ -272,7 +272,7 @@ def view_states(recipe: Recipe, policy: Policy, rows: int, prompt_tokens: int) -
     scored = length or prompt_tokens
     columns = torch.arange(tokens.shape[1])[-(scored + policy.spec.shift) :]
     read = torch.cartesian_prod(torch.arange(rows), columns)
-    with last_block_at(policy, (read[:, 0], read[:, 1])):
+    with last_block_at(policy, None if recipe.router_replay else (read[:, 0], read[:, 1])):
         if not packed:
             return policy.hidden(tokens, mask)[:, -scored:].flatten(0, 1)
         whole = mask[:, None, None, :].expand(-1, -1, mask.shape[1], -1).clone()
