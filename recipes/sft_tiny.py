@@ -9,12 +9,7 @@ from functools import partial
 from dllm_rl import SFT, main
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.tasks import Sudoku
-
-
-def solved(task: Sudoku) -> list[dict[str, str | None]]:
-    problems = [task[i] for i in range(len(task))]
-    return [{"prompt": problem.prompt, "completion": problem.solution} for problem in problems]
-
+from recipes.solved import solved
 
 recipe = SFT(
     name="sft-tiny",

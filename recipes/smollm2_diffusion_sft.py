@@ -13,6 +13,7 @@ from dllm_rl import SFT, Policy, diffusion_from_causal, lora_r16, main
 from dllm_rl.tasks import Problem
 from recipes import weights
 from recipes.smollm2_arithmetic import Sums
+from recipes.solved import solved
 
 
 class PlainSums(Sums):
@@ -26,11 +27,6 @@ class PlainSums(Sums):
 def smollm2_diffusion() -> Policy:
     """The converted model, downloaded at the first call."""
     return diffusion_from_causal(weights.smollm2())
-
-
-def solved(task: PlainSums) -> list[dict[str, str | None]]:
-    problems = [task[i] for i in range(len(task))]
-    return [{"prompt": problem.prompt, "completion": problem.solution} for problem in problems]
 
 
 recipe = SFT(

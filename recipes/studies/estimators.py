@@ -16,7 +16,6 @@ import json
 import math
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ from dllm_rl.training.loop import train
 from dllm_rl.training.plots import read_metrics
 from dllm_rl.types import Batch, Rollout
 from recipes.studies import estimators_report
+from recipes.studies.paired import warm_up
 from recipes.sudoku_tiny import recipe as base
 
 MEASURED = {
@@ -68,19 +68,15 @@ TRAINED = {
 plain = replace(base, rollout_quantization=None, corrector=none())
 
 
-def warm_up(seed: int, root: Path) -> Path:
+def start(seed: int, root: Path) -> Path:
     """The checkpoint that every arm of a seed starts from; made on first use."""
-    folder = root / f"warm-{seed}"
-    if not (folder / "summary.json").exists():
-        model = partial(base.model.func, **{**base.model.keywords, "seed": seed})
-        train(replace(plain, model=model, seed=seed, num_steps=0, output_dir=str(folder), overwrite_output_dir=True))
-    return found(folder / "checkpoints")[-1][1]
+    return warm_up(plain, seed, root / f"warm-{seed}")
 
 
 def trained(arm: str, seed: int, num_steps: int, folder: Path, root: Path) -> dict:
     """A finished run's summary, with the CPU seconds that its steps took."""
     likelihood = TRAINED[arm]
-    recipe = replace(plain, model=str(warm_up(seed, root)), warmup_steps=0, likelihood=likelihood, seed=seed)
+    recipe = replace(plain, model=str(start(seed, root)), warmup_steps=0, likelihood=likelihood, seed=seed)
     recipe = replace(recipe, num_steps=num_steps, save_steps=10**6, output_dir=str(folder), overwrite_output_dir=True)
     begin = time.process_time()
     return {**train(recipe), "cpu_seconds": time.process_time() - begin}
@@ -120,7 +116,7 @@ def measure(root: Path, *, draws: int, gradient_draws: int, prompts: int, group:
 
     The ratio is between that model and the one that 20 steps of RL make of it.
     """
-    old = load_policy(warm_up(0, root))
+    old = load_policy(start(0, root))
     after = root / "after-20-steps"
     if not (after / "summary.json").exists():
         trained("trajectory", 0, 20, after, root)

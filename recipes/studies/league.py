@@ -11,7 +11,6 @@ METHODS. Finished runs are kept as one JSON each below `--output_dir`. What the 
 """
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from functools import partial
@@ -26,11 +25,12 @@ from dllm_rl.algorithms import surrogates
 from dllm_rl.algorithms.advantages import group_relative, leave_one_out
 from dllm_rl.algorithms.correctors import Corrector, ais, none
 from dllm_rl.algorithms.losses import sequence
+from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers.rules import random
 from recipes import countdown_tiny, sudoku_tiny
-from recipes.studies.paired import Study, interval, load, result_path, run_all, run_one, warm_up
+from recipes.studies.paired import Study, interval, load, run_all, run_missing, warm_up
 
 TUNED_ON = 100  # a seed that the league does not have
 
@@ -132,7 +132,7 @@ def costs(study: Study, root: Path) -> None:
     from dllm_rl.training.loop import train
 
     warm, path = warm_up(study.base, TUNED_ON, root / "warm" / str(TUNED_ON)), root / "costs.json"
-    found: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, float] = read_json(path) if path.exists() else {}
     for arm in study.arms:
         alike = arm.replace("1e-3", "5e-4").replace("2e-4", "5e-4")
         if alike not in found:
@@ -145,11 +145,11 @@ def costs(study: Study, root: Path) -> None:
                 spent.append(time.process_time() - begin)
             found[alike] = (spent[1] - spent[0]) / 4
         found[arm] = found[alike]
-    path.write_text(json.dumps(found))
+    write_json(path, found)
 
 
 def steps_of(root: Path, arm: str, seconds: float) -> int:
-    return max(1, round(seconds / json.loads((root / "costs.json").read_text())[arm]))
+    return max(1, round(seconds / read_json(root / "costs.json")[arm]))
 
 
 def main() -> None:
@@ -165,28 +165,16 @@ def main() -> None:
     study = study_of(options.task, options.seeds)
     tuning = replace(study, base=replace(study.base, eval_task=study.base.validation_task))
 
-    def runs(which: Study, below: Path, arms: list[str], seeds: list[int]) -> None:
-        missing = [(arm, s) for s in seeds for arm in arms if not result_path(below, arm, s).exists()]
-        jobs = (
-            (
-                result_path(below, arm, s).stem,
-                partial(run_one, which, below, steps_of(root, arm, options.seconds), arm, s),
-            )
-            for arm, s in missing
-        )
-        run_all(jobs, below, options.workers)
-
+    run = partial(run_missing, num_steps=lambda arm: steps_of(root, arm, options.seconds), workers=options.workers)
     if not options.report:
         run_all([("costs", partial(costs, study, root))], root, 1)
-        runs(tuning, root / "tuning", list(study.arms), [TUNED_ON])
+        run(tuning, root / "tuning", [(arm, TUNED_ON) for arm in study.arms])
     tuned, best = load(root / "tuning"), {}
     for method in METHODS:
         settings = [f"{method}, {setting}" for setting in GRID]
         best[method] = max(settings, key=lambda arm: tuned[arm, TUNED_ON]["after"])
     if not options.report:
-        starts = ((f"warm-{s}", partial(warm_up, study.base, s, root / "warm" / str(s))) for s in range(options.seeds))
-        run_all(starts, root, options.workers)
-        runs(study, root, list(best.values()), list(range(options.seeds)))
+        run(study, root, [(arm, seed) for seed in range(options.seeds) for arm in best.values()])
     found = load(root)
     report(
         study, options.task, {arm: {s: found[arm, s] for a, s in sorted(found) if a == arm} for arm in best.values()}

@@ -5,7 +5,6 @@ its tables.
 """
 
 import argparse
-import json
 import os
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from dllm_rl import Recipe
+from dllm_rl.files import read_json, write_json
 
 # Student's t, 95 %, by the number of seeds.
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -111,7 +111,7 @@ def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> No
         if found := [row[metric] for row in steps if metric in row]:
             kept[column] = mean(found)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept))
+    write_json(path, kept)
 
 
 def interval(values: Sequence[float]) -> str:
@@ -206,9 +206,27 @@ def run_all(jobs: Iterable[tuple[str, Callable[[], object]]], root: Path, worker
             print("failed:", failure)
 
 
+def run_missing(
+    study: Study,
+    root: Path,
+    runs: Iterable[tuple[str, int]],
+    *,
+    num_steps: Callable[[str], int],
+    workers: int | None,
+) -> None:
+    """Those (arm, seed) that have left no result below `root`, an arm for its number of steps; first the models that
+    they start from."""
+    missing = [(arm, seed) for arm, seed in runs if not result_path(root, arm, seed).exists()]
+    starts = dict.fromkeys(seed for _, seed in missing)
+    warm = ((f"warm-{s}", partial(warm_up, study.base, s, root / "warm" / str(s))) for s in starts)
+    run_all(warm, root, workers)
+    jobs = ((result_path(root, a, s).stem, partial(run_one, study, root, num_steps(a), a, s)) for a, s in missing)
+    run_all(jobs, root, workers)
+
+
 def load(root: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The finished runs below a folder."""
-    stored = (json.loads(path.read_text()) for path in sorted((root / "results").glob("*.json")))
+    stored = (read_json(path) for path in sorted((root / "results").glob("*.json")))
     return {(each["arm"], each["seed"]): each for each in stored}
 
 
@@ -224,19 +242,9 @@ def main(study: Study, about: str | None, columns: Sequence[str] = ("after",)) -
     options = parser.parse_args()
     root, seeds = options.output_dir, range(options.seeds)
     if not options.report:
-        missing = [
-            (arm, seed)
-            for seed, arm in product(seeds, options.arms)
-            if seed < study.fewer.get(arm, study.seeds) and not result_path(root, arm, seed).exists()
-        ]
-        starts = dict.fromkeys(seed for _, seed in missing)
-        warm = ((f"warm-{s}", partial(warm_up, study.base, s, root / "warm" / str(s))) for s in starts)
-        run_all(warm, root, options.workers)
-        runs = (
-            (result_path(root, arm, seed).stem, partial(run_one, study, root, options.num_steps, arm, seed))
-            for arm, seed in missing
-        )
-        run_all(runs, root, options.workers)
+        fewest = {arm: study.fewer.get(arm, study.seeds) for arm in options.arms}
+        runs = [(arm, seed) for seed, arm in product(seeds, options.arms) if seed < fewest[arm]]
+        run_missing(study, root, runs, num_steps=lambda _: options.num_steps, workers=options.workers)
     results = load(root)
     print(table(study, results, columns))
     if study.contrasts:

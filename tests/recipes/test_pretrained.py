@@ -17,6 +17,7 @@ from recipes import antibody_cdr3 as antibody
 from recipes import antibody_loops as loops
 from recipes import smollm2_arithmetic as arithmetic
 from recipes import smollm2_diffusion, smollm2_diffusion_sft, weights
+from recipes.solved import solved
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 
@@ -191,7 +192,7 @@ def test_sums_without_a_chat_are_the_same_sums():
     for problem, other in ((plain[i], chat[i]) for i in range(50)):
         assert problem.prompt == other.prompt[-1]["content"] and problem.fields == other.fields
         assert problem.solution == f" {problem.fields['sum']}" and problem.prompt.endswith(" =")
-    assert smollm2_diffusion_sft.solved(plain)[3] == {"prompt": plain[3].prompt, "completion": plain[3].solution}
+    assert solved(plain)[3] == {"prompt": plain[3].prompt, "completion": plain[3].solution}
     trained = {row["prompt"] for row in smollm2_diffusion_sft.recipe.dataset}
     held_out = [smollm2_diffusion.recipe.eval_task[i].prompt for i in range(100)]
     assert len(trained) == 1200 and trained.isdisjoint(held_out)
