@@ -103,6 +103,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 GRID: dict[str, dict[str, Any]] = {
+    "lr 1e-4": {"learning_rate": 1e-4},
     "lr 2e-4": {"learning_rate": 2e-4},
     "lr 5e-4": {},
     "lr 1e-3": {"learning_rate": 1e-3},
@@ -128,13 +129,13 @@ def study_of(task: str, seeds: int) -> Study:
 
 def costs(study: Study, root: Path) -> None:
     """Leaves `root`/costs.json: the processor seconds of a step of every arm, a quarter of six steps less those of two.
-    A learning rate costs nothing."""
+    A learning rate costs nothing: those of one method share a measurement."""
     from dllm_rl.training.loop import train
 
     warm, path = warm_up(study.base, TUNED_ON, root / "warm" / str(TUNED_ON)), root / "costs.json"
     found: dict[str, float] = read_json(path) if path.exists() else {}
     for arm in study.arms:
-        alike = arm.replace("1e-3", "5e-4").replace("2e-4", "5e-4")
+        alike = arm if "two updates" in arm else f"{arm.split(', ')[0]}, lr 5e-4"
         if alike not in found:
             spent = []
             for steps in (2, 6):
@@ -191,16 +192,18 @@ def report(study: Study, task: str, found: dict[str, dict[int, dict[str, Any]]])
     from recipes.studies.mismatch_report import line
 
     order = sorted(found, key=lambda arm: -sum(run["after"] for run in found[arm].values()))
-    print("| method, its setting | seeds | held-out rate, 95 % | each seed | area | steps | seconds in all |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| method, its setting | seeds | held-out rate, 95 % | each seed | ours less it | area | steps | s in all |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    ours = next(runs for arm, runs in found.items() if arm.startswith("ours"))
     for arm in order:
         runs = list(found[arm].values())
         rates = [run["after"] for run in runs]
         each, area = ", ".join(f"{rate:.3f}" for rate in rates), sum(run["area"] for run in runs) / len(runs)
-        spent = sum(run["s"] for run in runs) / len(runs)
-        print(
-            f"| {arm} | {len(runs)} | {interval(rates)} | {each} | {area:.3f} | {runs[0]['num_steps']} | {spent:.0f} |"
-        )
+        spent = sum(run["s"] for run in runs if "s" in run) / len(runs)
+        apart = [ours[seed]["after"] - run["after"] for seed, run in found[arm].items()]
+        less = "-" if found[arm] is ours else interval(apart)
+        numbers = f"{interval(rates)} | {each} | {less} | {area:.3f} | {runs[0]['num_steps']} | {spent:.0f}"
+        print(f"| {arm} | {len(runs)} | {numbers} |")
     before = [run["before"] for run in next(iter(found.values())).values()]
     print(f"\nbefore RL: {interval(before)}")
     figure, axis = plt.subplots(figsize=(7, 1 + 0.35 * len(order)), layout="constrained")

@@ -3,9 +3,10 @@
 Every arm trains its seed's one warmed-up model on 4x4 Sudoku, 16 prompts of 8 completions, 60 steps; rollouts are
 drawn from a copy whose block linears hold 5 levels (or 7: int3), inputs rounded to e4m3. An arm's name says its
 setting: ONE or TWO updates a rollout (with two a dual clip stands in every arm but those called "no clip"), RANDOM: one
-update, rollouts commit at random positions, so that no order can disagree; CONFIDENCE: one update, ranked as LLaDA
-does, likelihoods of tokens and order. The contrasts below were written before the runs. What the numbers say:
-mismatch_reading.md.
+update, rollouts commit at random positions, so that no order can disagree; LEFT: one update, rollouts of the left half,
+then the right one, so that none can either; CONFIDENCE: one update, ranked as LLaDA does, likelihoods of tokens and
+order. The contrasts below were written before the runs, and LEFT, of which nothing is claimed, was added after them.
+What the numbers say: mismatch_reading.md.
 
     python -m recipes.studies.mismatch                 run what is missing, then write mismatch.md and mismatch.png
     python -m recipes.studies.mismatch --report        write table and figure from what is there
@@ -38,6 +39,7 @@ def clipped(corrector: c.Corrector, scheme: Any = five_level_emulated) -> dict[s
 
 
 in_random_order = partial(base.sampler, rank=random)
+in_halves = partial(base.sampler, block_size=8)
 in_llada_order = partial(base.sampler, rank=confidence)
 ARMS = {
     "start": arm(c.none(), num_steps=0),
@@ -63,6 +65,9 @@ ARMS = {
     "random: unquantised": arm(c.none(), None, sampler=in_random_order),
     "random: none": arm(c.none(), sampler=in_random_order),
     "random: TIS": arm(c.tis(), sampler=in_random_order),
+    "left: unquantised": arm(c.none(), None, sampler=in_halves),
+    "left: none": arm(c.none(), sampler=in_halves),
+    "left: TIS": arm(c.tis(), sampler=in_halves),
     "confidence: unquantised": arm(c.none(), None, sampler=in_llada_order),
     "confidence: none": arm(c.none(), sampler=in_llada_order),
     "confidence: TIS": arm(c.tis(), sampler=in_llada_order),

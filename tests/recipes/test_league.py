@@ -19,7 +19,7 @@ def test_wd1_by_hand():
 @pytest.mark.parametrize("task", league.TASKS)
 def test_every_method_is_a_recipe_in_every_setting(task):
     study = league.study_of(task, 5)
-    assert len(study.arms) == len(league.METHODS) * len(league.GRID) == 40
+    assert len(study.arms) == len(league.METHODS) * len(league.GRID) == 50
     made = {arm: replace(study.base, **changes) for arm, changes in study.arms.items()}
     in_order = {arm for arm, recipe in made.items() if recipe.sampler.keywords.get("block_size") == 1}
     assert in_order == {f"JustGRPO, {setting}" for setting in league.GRID}
@@ -34,15 +34,28 @@ def test_steps_follow_from_the_cost(tmp_path):
     assert league.steps_of(tmp_path, "d1, lr 1e-3", 30) == 75
 
 
+def test_a_cost_is_measured_once_a_method_and_number_of_updates(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(league, "warm_up", lambda *_: tmp_path)
+    monkeypatch.setattr("dllm_rl.training.loop.train", trained.append)
+    study = league.study_of("sudoku", 5)
+    league.costs(study, tmp_path)
+    assert [recipe.num_steps for recipe in trained] == [2, 6] * 2 * len(league.METHODS)
+    assert {recipe.learning_rate for recipe in trained} == {5e-4}
+    found = json.loads((tmp_path / "costs.json").read_text())
+    assert found.keys() == study.arms.keys()
+    assert found["d1, lr 1e-4"] == found["d1, lr 5e-4"]
+
+
 def test_the_table_has_the_best_method_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(league, "__file__", str(tmp_path / "league.py"))
     run = {"before": 0.25, "area": 0.3, "s": 40.0, "num_steps": 70}
     found = {
         f"{arm}, lr 1e-3": {seed: run | {"after": after + seed / 10} for seed in (0, 1)}
-        for arm, after in (("a", 0.2), ("b", 0.4))
+        for arm, after in (("a", 0.2), ("ours", 0.4))
     }
     league.report(league.study_of("sudoku", 2), "sudoku", found)
     rows = [line for line in capsys.readouterr().out.splitlines() if "lr 1e-3" in line]
-    assert rows[0].startswith("| b, lr 1e-3 | 2 | 0.450 ± 0.635 | 0.400, 0.500 | 0.300 | 70 | 40 |")
-    assert rows[1].startswith("| a, ")
+    assert rows[0] == "| ours, lr 1e-3 | 2 | 0.450 ± 0.635 | 0.400, 0.500 | - | 0.300 | 70 | 40 |"
+    assert rows[1] == "| a, lr 1e-3 | 2 | 0.250 ± 0.635 | 0.200, 0.300 | 0.200 ± 0.000 | 0.300 | 70 | 40 |"
     assert (tmp_path / "league_sudoku.png").stat().st_size > 5_000
