@@ -24,7 +24,7 @@ from torch import Tensor
 from dllm_rl.algorithms import surrogates
 from dllm_rl.algorithms.advantages import group_relative, leave_one_out
 from dllm_rl.algorithms.correctors import Corrector, ais, none
-from dllm_rl.algorithms.losses import sequence
+from dllm_rl.algorithms.losses import sequence, token
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.quantization.schemes import float8_weight_only
@@ -88,6 +88,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "JustGRPO": {"likelihood": lik.trajectory(num_sampled=2), "sampler": {"num_steps": None, "block_size": 1}},
     # The recorded trajectory, PPO's clip per token (without its value model).
     "TraceRL": {"likelihood": lik.trajectory()},
+    # The trajectory, its clip higher above than below, a mean over tokens, groups of one reward drawn again.
+    "DAPO": {
+        "likelihood": lik.trajectory(),
+        "corrector": by(surrogates.ppo_clip, epsilon=0.2, epsilon_high=0.28),
+        "aggregate": token,
+        "max_num_gen_batches": 4,
+    },
     # The trajectory's ratio per sequence, over its length, clipped.
     "GSPO": {
         "likelihood": lik.trajectory(),
