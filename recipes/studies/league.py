@@ -1,20 +1,21 @@
-"""Published methods for RL of diffusion language models on one task, at equal processor time, tuned by the same budget.
+"""Published methods for RL of diffusion language models on one task, in equal time, tuned by the same budget.
 
 Every method trains its seed's one warmed-up model on 4x4 Sudoku, 16 prompts of 8 completions, rollouts of two parallel
 steps, fp32; held-out puzzles are filled in greedily in two steps. A method's number of steps is the budget over the
-processor time of one of its steps, measured first. Each is tried in the settings of GRID, on a seed and on puzzles of
-their own; the best of them is run on the league's seeds. What a method is here, and what it leaves out of its paper:
-METHODS. Finished runs are kept as one JSON each below `--output_dir`. What the numbers say: league.md.
+time of one of its steps, which is measured first, with one thread and nothing else running. Each is tried in the
+settings of GRID, on a seed and on puzzles of their own; the best of them is run on the league's seeds. What a method is
+here, and what it leaves out of its paper: METHODS. Finished runs are kept as one JSON each below `--output_dir`. What
+the numbers say: league.md.
 
     python -m recipes.studies.league                   costs, tuning, runs, table and figure
     python -m recipes.studies.league --task countdown
 """
 
 import argparse
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -135,25 +136,24 @@ def study_of(task: str, seeds: int) -> Study:
 
 
 def costs(study: Study, root: Path) -> None:
-    """Leaves `root`/costs.json: the processor seconds of a step of every arm, a quarter of six steps less those of two.
-    A learning rate costs nothing: those of one method share a measurement."""
+    """Leaves `root`/costs.json: the seconds of a step of every arm, one thread, nothing else running: the median of
+    six steps, the lesser of two rounds of all arms. A learning rate costs nothing."""
     from dllm_rl.training.loop import train
+    from dllm_rl.training.plots import read_metrics
 
-    warm, path = warm_up(study.base, TUNED_ON, root / "warm" / str(TUNED_ON)), root / "costs.json"
-    found: dict[str, float] = read_json(path) if path.exists() else {}
-    for arm in study.arms:
-        alike = arm if "two updates" in arm else f"{arm.split(', ')[0]}, lr 5e-4"
-        if alike not in found:
-            spent = []
-            for steps in (2, 6):
-                few = {"model": str(warm), "warmup_steps": 0, "num_steps": steps, "eval_steps": 0, "report_to": None}
-                folder = {"output_dir": str(root / "runs" / "cost"), "overwrite_output_dir": True}
-                begin = time.process_time()
-                train(replace(study.base, **few, **study.arms[alike], **folder))
-                spent.append(time.process_time() - begin)
-            found[alike] = (spent[1] - spent[0]) / 4
-        found[arm] = found[alike]
-    write_json(path, found)
+    path, folder, found = root / "costs.json", root / "runs" / "cost", dict[str, float]()
+    if path.exists() and read_json(path).keys() == study.arms.keys():
+        return
+    warm = warm_up(study.base, TUNED_ON, root / "warm" / str(TUNED_ON))
+    few = {"model": str(warm), "warmup_steps": 0, "num_steps": 8, "eval_steps": 0, "report_to": None}
+    for _ in range(2):
+        for arm in (each for each in study.arms if "lr 5e-4" in each):
+            changes = study.arms[arm] | few | {"output_dir": str(folder), "overwrite_output_dir": True}
+            train(replace(study.base, **changes))
+            seconds = median(row["step_time"] for row in read_metrics(folder)[2:])
+            found[arm] = min(seconds, found.get(arm, seconds))
+    alike = {arm: arm if "two updates" in arm else f"{arm.split(', ')[0]}, lr 5e-4" for arm in study.arms}
+    write_json(path, {arm: found[other] for arm, other in alike.items()})
 
 
 def steps_of(root: Path, arm: str, seconds: float) -> int:
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, default="sudoku")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=24.0, help="processor time of a run's steps")
+    parser.add_argument("--seconds", type=float, default=24.0, help="of a run's steps, at their cost")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
     root = options.output_dir or Path("runs") / f"league-{options.task}"
@@ -218,7 +218,7 @@ def report(study: Study, task: str, found: dict[str, dict[int, dict[str, Any]]])
         line(axis, -place, [run["after"] for run in found[arm].values()], "#1f77b4")
     axis.axvline(sum(before) / len(before), color="grey", linewidth=0.8, linestyle=":")
     axis.set_yticks([-place for place in range(len(order))], [arm.split(", ")[0] for arm in order])
-    axis.set_xlabel(f"held-out {study.metric.replace('_', ' ')} at equal processor time (dotted: where RL began)")
+    axis.set_xlabel(f"held-out {study.metric.replace('_', ' ')} in equal time (dotted: where RL began)")
     axis.grid(axis="x", alpha=0.3)
     figure.savefig(Path(__file__).parent / f"league_{task}.png", dpi=110)
     plt.close(figure)
