@@ -102,6 +102,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "corrector": by(surrogates.gspo, epsilon=0.2, epsilon_high=0.2),
         "aggregate": sequence,
     },
+    # A control: TraceRL's, in random order; what ours has beside it is FP8 weights and AIS.
+    "random order": {"likelihood": lik.trajectory(), "sampler": {"rank": random}},
     # Rollouts on FP8 weights in random order, AIS, the exact trajectory.
     "ours": {
         "likelihood": lik.trajectory(),

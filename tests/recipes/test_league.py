@@ -19,7 +19,7 @@ def test_wd1_by_hand():
 @pytest.mark.parametrize("task", league.TASKS)
 def test_every_method_is_a_recipe_in_every_setting(task):
     study = league.study_of(task, 5)
-    assert len(study.arms) == len(league.METHODS) * len(league.GRID) == 55
+    assert len(study.arms) == len(league.METHODS) * len(league.GRID) == 60
     made = {arm: replace(study.base, **changes) for arm, changes in study.arms.items()}
     in_order = {arm for arm, recipe in made.items() if recipe.sampler.keywords.get("block_size") == 1}
     assert in_order == {f"JustGRPO, {setting}" for setting in league.GRID}
