@@ -78,7 +78,7 @@ ARMS = {
     "int3, two: TIS": clipped(c.tis(), int3_emulated),
 }
 # No claim is stated of these; the first is there for the clip's width.
-FEWER = {"two: none, delta 3": 5} | {
+FEWER = {"two: none, delta 3": 5, "left: unquantised": 5, "left: none": 5, "left: TIS": 5} | {
     name: 3
     for name in ARMS
     if name.startswith(("confidence", "int3"))
