@@ -17,7 +17,6 @@ SETTINGS = {
     "one": "one update a rollout",
     "two": "two updates, a dual clip at 1.2 but where it says no clip",
     "random": "one update, rollouts in random order",
-    "left": "one update, rollouts from left to right: one half, then the other",
 }
 
 
