@@ -11,7 +11,9 @@ from dllm_rl import load_policy
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.scoring import backward_view
 from dllm_rl.models.compiled import compile_blocks
+from dllm_rl.models.last_block import predicting
 from dllm_rl.models.logprobs import ROWS
+from dllm_rl.models.policy import shifted
 from dllm_rl.models.tiny import tiny_llama, tiny_moe
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
@@ -120,6 +122,15 @@ def test_scores_and_gradients_are_those_of_a_whole_last_block(name, estimator, f
     assert sum(rows.seen[-1]) < sum(rows.seen[0]) * 0.95
 
 
+def test_a_place_is_predicted_by_the_column_before_it_or_as_a_rows_first_by_its_own():
+    mask = torch.tensor([[True, True, True], [False, True, True]])
+    policy, (rows, columns) = policy_for("shifted", None), mask.nonzero().unbind(1)
+    assert predicting(policy, mask, rows, columns).tolist() == [0, 0, 1, 1, 1]
+    assert predicting(policy_for("llama", None), mask, rows, columns).tolist() == [0, 1, 2, 1, 2]
+    states = torch.arange(3.0).expand(2, 3)[..., None]  # what `hidden` gives at a place is the number of its column
+    assert shifted(states, mask)[rows, columns, 0].tolist() == [0, 0, 1, 1, 1]
+
+
 def test_no_product_is_smaller_than_the_least(tmp_path):
     policy = policy_for("llama", tmp_path)
     rows = Rows(policy)
@@ -130,10 +141,15 @@ def test_no_product_is_smaller_than_the_least(tmp_path):
 def test_a_block_that_is_run_again_or_compiled_is_run_whole(tmp_path):
     policy = policy_for("llama", tmp_path)
     rollout, rows = sampled(policy), Rows(policy)
-    policy.gradient_checkpointing = True
-    vector = torch.where(rollout.completion_mask, 1.0, 0.0)
-    backward_view(policy, rollout, rollout.completion_mask, vector)
-    assert rows.seen[0] == rows.seen[-1]
+    masked = rollout.completion_mask & (
+        rollout.unmask_step >= 3
+    )  # other positions from row to row: none share a forward
+    for again in (False, True):
+        policy.gradient_checkpointing = again
+        backward_view(policy, rollout, masked, torch.where(masked, 1.0, 0.0))
+        assert (rows.seen[0] == rows.seen[-1]) == again
+        for seen in rows.seen:
+            seen.clear()
     compile_blocks(policy)
     for layer in policy.module.model.layers:
         layer._compiled_call_impl = layer._call_impl  # what is compiled is another test's affair
