@@ -42,7 +42,8 @@ def everywhere(policy):
 
 
 def sampled(policy, *, fill=False, **options):
-    opened = [[i % 3 == 1 or i == 0 for i in range(len(row))] for row in IDS] if fill else None
+    # A row's first token is open, in every other row the second, too: in a shifted family both read one state.
+    opened = [[i % 3 == 1 + n % 2 or i == 0 for i in range(len(row))] for n, row in enumerate(IDS)] if fill else None
     prompts = Prompts.from_ids(IDS, pad_id=policy.pad_id, group_size=2, seeds=range(12), open_positions=opened)
     blocks = {} if fill or policy.spec.attention == "block_causal" else {"block_size": 4}
     options = {"max_new_tokens": 12, "num_steps": 6, "temperature": 1.0, "rank": rules.max_prob} | blocks | options
