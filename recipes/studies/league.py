@@ -1,11 +1,11 @@
 """Published methods for RL of diffusion language models on one task, in equal time, tuned by the same budget.
 
 Every method trains its seed's one warmed-up model on 4x4 Sudoku, 16 prompts of 8 completions, rollouts of two parallel
-steps, fp32; held-out puzzles are filled in greedily in two steps. A method's number of steps is the budget over the
-time of one of its steps, which is measured first, with one thread and nothing else running. Each is tried in the
-settings of GRID, on a seed and on puzzles of their own; the best of them is run on the league's seeds. What a method is
-here, and what it leaves out of its paper: METHODS. Finished runs are kept as one JSON each below `--output_dir`. What
-the numbers say: league.md.
+steps, fp32; held-out puzzles are filled in greedily in two steps (Countdown: expressions, three steps in both). A
+method's number of steps is the budget over the time of one of its steps, which is measured first, with one thread and
+nothing else running. Each is tried in the settings of GRID, on a seed and on puzzles of their own; the best of them is
+run on the league's seeds. What a method is here, and what it leaves out of its paper: METHODS. Finished runs are kept
+as one JSON each below `--output_dir`. What the numbers say: league.md.
 
     python -m recipes.studies.league                   costs, tuning, runs, table and figure
     python -m recipes.studies.league --task countdown
@@ -15,7 +15,7 @@ import argparse
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -146,7 +146,7 @@ def costs(study: Study, root: Path) -> None:
     path, folder = root / "costs.json", root / "runs" / "cost"
     found: dict[str, float] = read_json(path) if path.exists() else {}
     missing = [arm for arm in study.arms if "lr 5e-4" in arm and arm not in found]
-    warm = warm_up(study.base, TUNED_ON, root / "warm" / str(TUNED_ON))
+    warm = warm_up(study.base, TUNED_ON, root / "tuning" / "warm" / str(TUNED_ON))
     few = {"model": str(warm), "warmup_steps": 0, "num_steps": 8, "eval_steps": 0, "report_to": None}
     for _ in range(2):
         for arm in missing:
@@ -191,6 +191,12 @@ def main() -> None:
     )
 
 
+def average(runs: list[dict[str, Any]], column: str, form: str) -> str:
+    """Of the runs that have it: one that diverged has no seconds, and may have no area."""
+    values = [run[column] for run in runs if column in run]
+    return f"{mean(values):{form}}" if values else "-"
+
+
 def report(study: Study, task: str, found: dict[str, dict[int, dict[str, Any]]]) -> None:
     """Print the table, best mean first, and draw league_TASK.png beside this file."""
     import matplotlib
@@ -207,18 +213,18 @@ def report(study: Study, task: str, found: dict[str, dict[int, dict[str, Any]]])
     for arm in order:
         runs = list(found[arm].values())
         rates = [run["after"] for run in runs]
-        each, area = ", ".join(f"{rate:.3f}" for rate in rates), sum(run["area"] for run in runs) / len(runs)
-        spent = sum(run["s"] for run in runs if "s" in run) / len(runs)
+        each = ", ".join(f"{rate:.3f}" for rate in rates)
         apart = [ours[seed]["after"] - run["after"] for seed, run in found[arm].items()]
         less = "-" if found[arm] is ours else interval(apart)
-        numbers = f"{interval(rates)} | {each} | {less} | {area:.3f} | {runs[0]['num_steps']} | {spent:.0f}"
-        print(f"| {arm} | {len(runs)} | {numbers} |")
-    before = [run["before"] for run in next(iter(found.values())).values()]
+        numbers = f"{interval(rates)} | {each} | {less} | {average(runs, 'area', '.3f')} | {runs[0]['num_steps']}"
+        print(f"| {arm} | {len(runs)} | {numbers} | {average(runs, 's', '.0f')} |")
+    began = {s: run["before"] for runs in found.values() for s, run in runs.items() if "before" in run}
+    before = list(began.values())
     print(f"\nbefore RL: {interval(before)}")
     figure, axis = plt.subplots(figsize=(7, 1 + 0.35 * len(order)), layout="constrained")
     for place, arm in enumerate(order):
         line(axis, -place, [run["after"] for run in found[arm].values()], "#1f77b4")
-    axis.axvline(sum(before) / len(before), color="grey", linewidth=0.8, linestyle=":")
+    axis.axvline(mean(before), color="grey", linewidth=0.8, linestyle=":")
     axis.set_yticks([-place for place in range(len(order))], [arm.split(", ")[0] for arm in order])
     axis.set_xlabel(f"held-out {study.metric.replace('_', ' ')} in equal time (dotted: where RL began)")
     axis.grid(axis="x", alpha=0.3)

@@ -142,9 +142,8 @@ def test_no_product_is_smaller_than_the_least(tmp_path):
 def test_a_block_that_is_run_again_or_compiled_is_run_whole(tmp_path):
     policy = policy_for("llama", tmp_path)
     rollout, rows = sampled(policy), Rows(policy)
-    masked = rollout.completion_mask & (
-        rollout.unmask_step >= 3
-    )  # other positions from row to row: none share a forward
+    # Other positions from row to row, so that none share a forward.
+    masked = rollout.completion_mask & (rollout.unmask_step >= 3)
     for again in (False, True):
         policy.gradient_checkpointing = again
         backward_view(policy, rollout, masked, torch.where(masked, 1.0, 0.0))

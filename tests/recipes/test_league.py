@@ -65,3 +65,16 @@ def test_the_table_has_the_best_method_first(tmp_path, monkeypatch, capsys):
     assert rows[0] == "| ours, lr 1e-3 | 2 | 0.450 ± 0.635 | 0.400, 0.500 | - | 0.300 | 70 | 40 |"
     assert rows[1] == "| a, lr 1e-3 | 2 | 0.250 ± 0.635 | 0.200, 0.300 | 0.200 ± 0.000 | 0.300 | 70 | 40 |"
     assert (tmp_path / "league_sudoku.png").stat().st_size > 5_000
+
+
+def test_a_run_that_diverged_has_a_rate_and_no_seconds(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(league, "__file__", str(tmp_path / "league.py"))
+    run = {"before": 0.25, "after": 0.4, "area": 0.3, "s": 40.0, "num_steps": 70}
+    lost = {"after": 0.0, "area": 0.1, "num_steps": 70}
+    found = {"ours, lr 1e-3": {0: lost, 1: run}, "a, lr 1e-3": {0: run | {"before": 0.35}, 1: lost}}
+    found["b, lr 1e-3"] = {seed: {"after": 0.0, "num_steps": 70} for seed in (0, 1)}
+    league.report(league.study_of("sudoku", 2), "sudoku", found)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("| 0.200 | 70 | 40 |" in line for line in lines) == 2
+    assert any(line.startswith("| b, ") and line.endswith("| - | 70 | - |") for line in lines)
+    assert lines[-1].startswith("before RL: 0.300 ± ")
