@@ -298,7 +298,6 @@ def test_the_aggregation_is_the_one_given_else_the_correctors_papers_else_token(
 
 
 def test_a_run_is_said_to_aggregate_as_it_does(recipe):
-    # Nothing else changes in the text, so that checkpoints of earlier versions can be resumed.
     assert settings_of(recipe)["aggregate"] == "token"
     assert settings_of(replace(recipe, corrector=correctors.qarl()))["aggregate"] == "sequence"
     assert describe(correctors.none()).endswith(", align_forward=False)")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -25,17 +25,6 @@ from dllm_rl.training import manifest
 from dllm_rl.training.manifest import CARD
 from dllm_rl.training.parts import PATTERN, Part, Swap, alone, load_parts, write_part
 
-# Names in the descriptions of recipes that version 0.1.0 wrote.
-RENAMED = {
-    "given": "with_advantages",
-    "replays": "exact_for_sampler",
-    "adaptive": "adaptive_weights",
-    "masked": "masked_weights",
-    "rejected": "rejection",
-    "truncated": "truncated_weights",
-}
-# A hyper-parameter that functions have had since, behind those that they had, with what it was before.
-ADDED = re.compile(r"(adaptive_weights\([^()]*aggregate='\w+')\)"), r"\1, level='token')"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -89,7 +78,7 @@ def save(
             if policy.lora is not None:
                 save_adapter(policy, partial / "adapter")
             written = _write_optimizer(partial, optimizer)
-            fields = {"format": manifest.FORMAT, "step": step, "version": policy.version, **state}
+            fields = {"step": step, "version": policy.version, **state}
             (partial / "state.json").write_text(json.dumps(fields, indent=1))
             if card is not None:
                 (partial / CARD).write_text(card, encoding="utf-8")
@@ -224,12 +213,12 @@ def locate(
             raise ValueError(
                 f"resume_from_checkpoint={which!r} is not a checkpoint folder (no state.json); give one, or 'latest'"
             )
-        check(path, quick=quick, say=say)
+        check(path, quick=quick)
         return path
     skipped = []
     for _, folder in reversed(found(directory)):
         try:
-            check(folder, quick=quick, say=say)
+            check(folder, quick=quick)
         except ValueError as error:
             say(f"skipped {error}")
             skipped.append(str(error))
@@ -243,48 +232,23 @@ def locate(
     return None
 
 
-def check(folder: Path, *, quick: bool = False, say: Callable[[str], None] = lambda text: None) -> None:
-    """Raise ValueError naming what is damaged, missing or mixed in a checkpoint's folder.
-
-    One of version 0.1.0 has no manifest: `say` is told, and only what can be read without one is checked.
-    """
-    held = manifest.read(folder) if (folder / manifest.NAME).exists() else None
+def check(folder: Path, *, quick: bool = False) -> None:
+    """Raise ValueError naming what is damaged, missing or mixed in a checkpoint's folder."""
+    held = manifest.read(folder)
     named = _NAME.fullmatch(folder.name)
-    if held is not None and named and int(named[1]) != held["step"]:
+    if named and int(named[1]) != held["step"]:
         raise ValueError(f"{folder}: step is {held['step']} in {manifest.NAME}, but {int(named[1])} in its name")
-    if held is not None:
-        manifest.verify(folder, quick=quick)
-    state = _json(folder / "state.json")
-    if held is None and "format" in state:
-        raise ValueError(f"{folder}: {manifest.NAME} is missing")
-    expected = held["step"] if held is not None else int(named[1]) if named else state.get("step")
-    if state.get("step") != expected:
-        raise ValueError(f"{folder}: step is {state.get('step')} in state.json, but {expected} elsewhere")
-    if held is None:
-        for file in sorted(folder.rglob("*.safetensors")):
-            try:
-                safe_open(file, "pt").__enter__()
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{folder}: {file.name} is damaged: {error}") from None
-        _optimizer_state(folder)
-        say(f"{folder}: written without a manifest (version 0.1.0), so that its files cannot be verified")
+    manifest.verify(folder, quick=quick)
+    state = read_state(folder)
+    if state.get("step") != held["step"]:
+        raise ValueError(f"{folder}: step is {state.get('step')} in state.json, but {held['step']} elsewhere")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `save` was given, with the recipe's functions and fields under the names that they have today."""
-    state = _json(folder / "state.json")
-    names = re.compile(rf"\b({'|'.join(RENAMED)})(?=[(=])")
-    for field, value in state["recipe"].items():
-        if isinstance(value, str):
-            value = names.sub(lambda match: RENAMED[match[1]], value)
-            state["recipe"][field] = ADDED[0].sub(ADDED[1], value)
-    return state
-
-
-def _json(path: Path) -> dict[str, Any]:
-    value = read_json(path)
+    """What `save` was given. Raises ValueError where state.json is missing or damaged."""
+    value = read_json(folder / "state.json")
     if not isinstance(value, dict):
-        raise ValueError(f"{path.parent}: {path.name} is damaged: it is no JSON object")
+        raise ValueError(f"{folder}: state.json is damaged: it is no JSON object")
     return value
 
 

@@ -12,11 +12,10 @@ import torch
 from runs import assert_same_weights, metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import tiny_masked_lm, trajectory
+from dllm_rl import tiny_masked_lm
 from dllm_rl.cli.main import main
 from dllm_rl.training import checkpoint, manifest, train
 
-OLD = Path(__file__).parents[1] / "golden" / "checkpoint-0.1.0"
 SMALL = partial(tiny_masked_lm, **(SIZES | {"hidden_size": 8, "num_layers": 1, "intermediate_size": 8}))
 
 
@@ -165,41 +164,51 @@ def test_the_command_says_which_are_whole(run, capsys):
     assert "neither a checkpoint nor a run" in capsys.readouterr().err
 
 
-class TestWithoutManifest:
-    """Version 0.1.0 wrote none."""
+def test_without_a_manifest_it_is_refused(run, capsys):
+    folder = run / "checkpoints" / "step-000003"
+    (folder / manifest.NAME).unlink()
+    with pytest.raises(ValueError, match=r"^[^\n]*step-000003: manifest\.json is missing$"):
+        train(recipe(run, resume_from_checkpoint=str(folder)))
+    assert main(["verify", str(folder)]) == 1
+    assert "step-000003: manifest.json is missing" in capsys.readouterr().out
+
+
+class TestWithAManifestOfTheDamage:
+    """What a manifest cannot tell, for it was written after the damage."""
 
     @pytest.fixture
-    def old(self, tmp_path) -> Path:
-        folder = tmp_path / "checkpoints" / "step-000001"
-        return Path(shutil.copytree(OLD, folder, ignore=shutil.ignore_patterns("next_step.json")))
+    def newest(self, run) -> Path:
+        return run / "checkpoints" / "step-000003"
 
-    def resume(self, old: Path) -> None:
-        settings = {"model": SMALL, "likelihood": trajectory(order="given")}  # before there was a law of the order
-        train(recipe(old.parents[1], num_steps=2, resume_from_checkpoint="latest", **settings))
+    def resume(self, newest: Path) -> None:
+        manifest.write(newest, step=3, processes=1, versions={})
+        train(recipe(newest.parents[1], resume_from_checkpoint=str(newest)))
 
-    def test_it_resumes_with_a_word(self, old, capsys):
-        self.resume(old)
-        assert "written without a manifest" in capsys.readouterr().out.replace("\n", " ")
-        assert main(["verify", str(old)]) == 0
+    @pytest.mark.parametrize(
+        ("name", "found"),
+        [
+            ("model.safetensors", "damaged, or not the model that its config.json describes"),
+            ("optimizer.pt", "optimizer.pt is damaged"),
+            ("state.json", "state.json is damaged"),
+        ],
+    )
+    def test_a_truncated_file_is_refused(self, newest, name, found):
+        truncate(newest / name)
+        with pytest.raises(ValueError, match=f"step-000003: {found}"):
+            self.resume(newest)
 
-    @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
-    def test_a_truncated_one_is_named(self, old, name):
-        truncate(old / name)
-        with pytest.raises(ValueError, match=rf"step-000001: {name} is damaged"):
-            self.resume(old)
+    def test_an_emptied_optimiser_is_refused(self, newest):
+        moments = torch.load(newest / "optimizer.pt")
+        torch.save(moments | {"state": {}}, newest / "optimizer.pt")
+        with pytest.raises(ValueError, match=r"optimizer\.pt holds no moments of .* after 3 updates"):
+            self.resume(newest)
 
-    def test_an_emptied_optimiser_is_refused(self, old):
-        moments = torch.load(old / "optimizer.pt")
-        torch.save(moments | {"state": {}}, old / "optimizer.pt")
-        with pytest.raises(ValueError, match=r"optimizer\.pt holds no moments of .* after 1 updates"):
-            self.resume(old)
-
-    def test_moments_that_are_not_finite_are_refused(self, old):
-        moments = torch.load(old / "optimizer.pt")
+    def test_moments_that_are_not_finite_are_refused(self, newest):
+        moments = torch.load(newest / "optimizer.pt")
         moments["state"][0]["exp_avg"].fill_(float("nan"))
-        torch.save(moments, old / "optimizer.pt")
+        torch.save(moments, newest / "optimizer.pt")
         with pytest.raises(FloatingPointError, match=r"exp_avg of .* is not finite"):
-            self.resume(old)
+            self.resume(newest)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
