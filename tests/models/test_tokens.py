@@ -118,3 +118,11 @@ def test_the_text_of_what_is_filled_in(policy):
     twice = rollout.rows(torch.tensor([0, 0, 1, 1]))
     texts = graded_texts(policy, replace(twice, group_size=2), problems[::-1], chosen_ids(twice))
     assert texts == ["b", "b", "fghi", "fghi"]
+
+
+def test_an_end_token_that_ends_the_prompt_ends_no_completion(policy):
+    """The second letter fills a gap, the end token closes the prompt, the last two letters come behind it."""
+    tokens = torch.tensor([[*text_ids(policy, "ab"), EOS, *text_ids(policy, "cd")]])
+    own = torch.tensor([[0, 1, 0, 1, 1]]).bool()
+    rollout = Rollout(tokens, torch.ones_like(own), own, torch.where(own, 0, -1), torch.zeros(1, 5), group_size=1)
+    assert filled(policy, rollout) == ["abcd"]

@@ -241,14 +241,14 @@ MUTATIONS = [
         (
             "positions + module.config.pad_token_id + 1",
             "positions + module.config.pad_token_id",
-            f"{FAMILIES} models/test_policies.py",
+            f"{FAMILIES} models/test_policy.py",
         ),
         ("block[:, None, :] <= block[:, :, None]", "block[:, None, :] < block[:, :, None]"),
         ("attention_mask[:, None, :] & (block", "(block"),
     ),
     *mutations(
         "models/policy.py",
-        f"{FAMILIES} models/test_policies.py",
+        f"{FAMILIES} models/test_policy.py",
         ("states.roll(1, dims=1)", "states.roll(-1, dims=1)"),
         ("torch.where(before[..., None], states.roll(1, dims=1), states)", "states.roll(1, dims=1)"),
         ("shifted(states, attention_mask) if self.spec.shift else states", "states"),
@@ -267,7 +267,7 @@ MUTATIONS = [
         ),
         ("(also, config.eos_token_id)", "(config.eos_token_id,)", f"{FAMILIES}"),
         ("if tokenizer.mask_token_id not in (None, found)", "if False"),
-        ('changes["max_length"] -= config.pad_token_id + 1', "pass", "models/test_policies.py"),
+        ('changes["max_length"] -= config.pad_token_id + 1', "pass", "models/test_policy.py"),
         ("i is not None and i < config.vocab_size", "i is not None", f"{FAMILIES}"),
     ),
     *mutations(
@@ -292,7 +292,7 @@ MUTATIONS = [
     ),
     *mutations(
         "models/tiny.py",
-        "models/test_policies.py",
+        "models/test_policy.py",
         ("max_length + 1,", "max_length,"),
     ),
     *mutations(

@@ -53,3 +53,8 @@ def test_orders_that_depend_on_no_policy_or_on_the_draws_are_not_compared():
     for rank in (rules.random, rules.confidence, lambda logits: logits[:, 0]):
         assert order_agreement(policy, sampled(policy, rank=rank)) == {}
     assert order_agreement(policy, replace(sampled(policy), rank=None)) == {}
+
+
+def test_an_order_that_was_revised_is_not_compared():
+    policy = policy_of(4.0, 3.0, 2.0, 1.0)
+    assert order_agreement(policy, replace(sampled(policy), revised=True)) == {}

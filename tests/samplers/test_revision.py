@@ -233,3 +233,12 @@ def test_a_row_that_ends_early_ends_with_the_block_of_its_end_token(policy):
         stopped += kept < length
         assert short.tokens[row, -length:].tolist() == completion[:kept] + [policy.spec.mask_id] * (length - kept)
     assert stopped > 0
+
+
+def test_remasking_reconsiders_a_block_in_every_step_of_its_share():
+    """Two positions, eight steps: both are often written early, and each may be masked again until the last step."""
+    policy = TablePolicy(length=2, words=2, seed=3)
+    rule = partial(rules.remask, eta=0.3)
+    for seed in range(20):
+        rollout = sample(policy, [[3]], [seed], length=2, num_steps=8, rank=rules.random, commit=rule)
+        assert rollout.forwards == 8

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from own_module import own_policy
 from safetensors.torch import load_file
 from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
@@ -102,3 +103,11 @@ def test_a_completion_ends_before_the_first_of_several_end_tokens():
     rollout = Rollout(tokens, chosen, chosen, tokens * 0, torch.zeros(tokens.shape), group_size=1)
     assert [before_end(policy, ids) for ids in chosen_ids(rollout)] == [[3, 5], [3], [], [3, 5, 5, 3]]
     assert decode(policy, rollout) == ["ac", "a", "", "acca"]
+
+
+def test_a_module_of_full_attention_is_no_block_causal_one():
+    """Its first state moves with a token of the next block."""
+    with pytest.raises(
+        ValueError, match="attention='block_causal' is what Own should have, but changing token 2 moved"
+    ):
+        own_policy(attention="block_causal", block_size=2)
