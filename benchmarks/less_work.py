@@ -1,7 +1,6 @@
 """What less work for the same completions is worth: each way against itself with the saving taken back.
 
     python -m benchmarks.less_work --parts savings --json benchmarks/results/less-work-cpu.json
-    python -m benchmarks.less_work --parts last --json benchmarks/results/last-block-cpu.json
     python -m benchmarks.less_work --parts prompts,sudoku --json benchmarks/results/shared-prompts-cpu.json
 
 Processor seconds of a rollout (preset `less`: LLaDA's layout, 4 blocks of 512, random weights), one thread, best of
@@ -23,8 +22,6 @@ from transformers import DynamicCache
 
 from benchmarks.measure import machine, table, write_json
 from benchmarks.sampler import Shape, random_policy
-from dllm_rl.likelihoods.estimators import elbo
-from dllm_rl.likelihoods.scoring import backward_view
 from dllm_rl.models import buckets
 from dllm_rl.models.base import block_causal_mask, encode_block_causal, position_ids
 from dllm_rl.models.policy import DiffusionPolicy
@@ -34,7 +31,7 @@ from dllm_rl.samplers import rules, states
 from dllm_rl.samplers.cache import CachedStates, block_cache, dual_cache, mapped, prefix_cache
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import solver
-from dllm_rl.types import Noise, Prompts, Rollout
+from dllm_rl.types import Prompts
 
 LESS = Shape(4, 512, 8, 1536, 16384, batch=8, prompt=64, new=64, block=32, steps=8)
 SMOKE = Shape(1, 32, 2, 64, 512, batch=4, prompt=64, new=16, block=8, steps=4)
@@ -45,11 +42,9 @@ LENGTHS = {
 
 
 class Waiting(CachedStates):
-    """As it was: all rows that began a block run until the slowest has ended, and all of the last block."""
+    """As it was: all rows that began a block run until the slowest has ended."""
 
-    def advance(
-        self, tokens: Tensor, rows: Tensor, columns: tuple[int, int], *, alike: int = 1, read: Any = None
-    ) -> tuple[Tensor, int]:
+    def advance(self, tokens: Tensor, rows: Tensor, columns: tuple[int, int], *, alike: int = 1) -> tuple[Tensor, int]:
         if columns != self.columns:
             self.begun = rows
         found, first = super().advance(tokens, self.begun, columns, alike=alike)
@@ -169,31 +164,6 @@ def shared_prompts(shape: Shape, repeats: int) -> Iterator[dict[str, Any]]:
         yield compared(f"prompt of {prompt} once for {group} completions, scoring's {what} (not taken)", *arms, repeats)
 
 
-def last_block(shape: Shape, repeats: int) -> Iterator[dict[str, Any]]:
-    """The last block where its output is read: sampling, and a view's forward and backward."""
-    for layers in (shape.layers, 3 * shape.layers):
-        policy = random_policy(replace(shape, layers=layers), torch.device("cpu"))
-        whole = DiffusionPolicy(policy.module, replace(policy.spec, pointwise=()), policy.tokenizer)
-        generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(3, shape.vocabulary, (shape.batch, shape.prompt), generator=generator).tolist()
-        prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, seeds=range(shape.batch))
-        settings = {"max_new_tokens": shape.new, "num_steps": shape.steps, "block_size": shape.block}
-        for name, cache in {"no cache": None, "prefix cache": prefix_cache(), "dual cache": dual_cache()}.items():
-            arms = [partial(unmask, p, prompts, torch.Generator(), cache=cache, **settings) for p in (whole, policy)]
-            yield compared(f"last block where it is read, {layers} blocks, {name}", *arms, repeats)
-        rollout = arms[0]()
-        noise = elbo(num_samples=1).draw(rollout, generator)
-        arms = [partial(view_gradient, p, rollout, noise) for p in (whole, policy)]
-        yield compared(f"the same, {layers} blocks, a view forward and backward", *arms, repeats)
-
-
-def view_gradient(policy: DiffusionPolicy, rollout: Rollout, noise: Noise) -> Tensor:
-    """The embedding's gradient of the view's scores, each with the weight that it has in the estimate."""
-    policy.module.zero_grad()
-    backward_view(policy, rollout, noise.masked[0], noise.weight[0])
-    return policy.module.get_input_embeddings().weight.grad
-
-
 def puzzles(count: int, repeats: int) -> Iterator[dict[str, Any]]:
     before, now = (partial(sudoku, count, f) for f in (by_two_completions, solver._completes_otherwise))
     yield compared(f"{count} 9x9 Sudoku problems", before, now, repeats)
@@ -230,9 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, once: seconds")
-    parser.add_argument(
-        "--parts", default="savings,prompts,last,sudoku", help="prompts: what a group's completions share"
-    )
+    parser.add_argument("--parts", default="savings,prompts,sudoku", help="prompts: what a group's completions share")
     parser.add_argument("--json", help="where to write the numbers")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -242,8 +210,6 @@ def main() -> None:
         found += savings(shape, repeats, arguments.smoke)
     if "prompts" in arguments.parts:
         found += shared_prompts(shape, repeats)
-    if "last" in arguments.parts:
-        found += last_block(shape, repeats)
     if "sudoku" in arguments.parts:
         found += puzzles(4 if arguments.smoke else 40, repeats)
     print(table(found))

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.models.base import Policy, position_ids
-from dllm_rl.models.last_block import last_block_at
 
 
 def packed_mask(attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], start: int) -> Bool[Tensor, "B 1 Q Q"]:
@@ -33,11 +32,9 @@ def packed_hidden(
     tokens: Int[Tensor, "B T"],
     masked: Bool[Tensor, "B T"],
     attention_mask: Bool[Tensor, "B T"],
-    *,
-    everywhere: bool = False,
 ) -> Float[Tensor, "B T D"]:
     """Final states at each position with `masked` positions hidden in its own block only; zeros before the first block
-    that has one. `everywhere`: the last block runs clean columns too, which nobody reads (`last_block`).
+    that has one.
 
     Raises ValueError for a model that is not block-causal, or predicts a token from the one before.
     """
@@ -50,9 +47,6 @@ def packed_hidden(
     start = int((attention_mask & (block >= first)).any(0).long().argmax())
     both = torch.cat([tokens, tokens.masked_fill(masked, spec.mask_id)[:, start:]], dim=1)
     mask = packed_mask(attention_mask, block, start)
-    rows, columns = (torch.arange(size, device=both.device) for size in both.shape)
-    read = torch.cartesian_prod(rows, columns[tokens.shape[1] :]).unbind(1)
-    with last_block_at(policy, None if everywhere else (read[0], read[1])):
-        states = policy.encode(both, mask, torch.cat([positions, positions[:, start:]], dim=1))
+    states = policy.encode(both, mask, torch.cat([positions, positions[:, start:]], dim=1))
     noisy = states[:, tokens.shape[1] :]
     return torch.cat([noisy.new_zeros(len(noisy), start, noisy.shape[-1]), noisy], dim=1)

@@ -10,7 +10,6 @@ from torch import Tensor
 from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
 from dllm_rl.models.buckets import length_buckets
-from dllm_rl.models.last_block import last_block_at
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
 from dllm_rl.models.order import (
     backward_committed,
@@ -188,19 +187,14 @@ def run_view(
     together = group > 1 and bool(same) and not packed and routes is None
     inside = places if together else where[live].flatten().nonzero()[:, 0]
     apart = ((~stay[places]).nonzero()[:, 0], stay[places].nonzero()[:, 0])
-    # A shifted family reads the state before a token, or, of a row's first, its own.
-    read = (where[live] | where[live].roll(-1, 1) if policy.spec.shift else where[live]).nonzero()
-    live, places, inside, committed, stayed, r, c = send(scored.device, live, places, inside, *apart, *read.unbind(1))
-    everywhere = together or routes is not None or note is not None
+    live, places, inside, committed, stayed = send(scored.device, live, places, inside, *apart)
     rows = torch.arange(0, len(tokens), group, device=live.device) if together else live
     noted = None if note is None else torch.zeros_like(note[rows])
     with routed(policy, None if routes is None else (routes[0][rows], routes[1][rows]), noted):
         if packed:
-            given = rollout.tokens[live], masked[live], attention_mask[live]
-            hidden = packed_hidden(policy, *given, everywhere=everywhere)
+            hidden = packed_hidden(policy, rollout.tokens[live], masked[live], attention_mask[live])
         else:
-            with last_block_at(policy, None if everywhere else (r, c)):
-                hidden = policy.hidden(tokens[rows], attention_mask[rows])
+            hidden = policy.hidden(tokens[rows], attention_mask[rows])
     if note is not None and noted is not None:
         note[live] = noted.repeat_interleave(group, 0)[live] if together else noted
     if together:

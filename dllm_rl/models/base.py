@@ -106,8 +106,6 @@ class FamilySpec:
     vocab_size   number of its logits; None: what the module's config says.
     encode, head module, tokens, attention mask, positions -> hidden states; module, hidden states -> logits.
     lora_targets names of the linear layers of a block that LoRA adapts unless told otherwise.
-    pointwise    names of a block's layers, one tensor in and one out, that treat every position by itself and whose
-                 output that position alone needs: the last block runs them where its output is read (`last_block`).
 
     How a checkpoint is recognised and read:
     architectures  values of the config's `architectures` field (a suffix, when it starts with "*").
@@ -135,7 +133,6 @@ class FamilySpec:
     encode: Callable = encode_base
     head: Callable = linear_head
     lora_targets: tuple[str, ...] = LLAMA_LINEARS
-    pointwise: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ()
     when: Callable[[dict], bool] = lambda config: True
     native: Callable[[dict], tuple] | None = None

@@ -145,7 +145,6 @@ def sdar(raw: dict) -> tuple[type, Qwen3Config | Qwen3MoeConfig]:
     return Qwen3ForCausalLM, Qwen3Config(**_fields(raw))
 
 
-_DECODER = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
 _BLOCK: tuple[tuple[str, str], ...] = (
     ("attn_norm", "input_layernorm"),
     ("ff_norm", "post_attention_layernorm"),
@@ -160,7 +159,6 @@ LLADA = FamilySpec(
     architectures=("LLaDAModelLM", "LLaDAModel"),
     when=lambda raw: "num_experts" not in raw,
     native=llada,
-    pointwise=_DECODER,
     float32_rope=True,
     mask_id=126336,
     mask_vocabulary=126464,
@@ -179,7 +177,6 @@ LLADA_MOE = FamilySpec(
     architectures=("LLaDAMoEModelLM", "LLaDAMoEModel", "LLaDAModelLM"),
     when=lambda raw: "num_experts" in raw,
     native=llada_moe,
-    pointwise=_DECODER,
     mask_id=156895,
     mask_vocabulary=157184,
     mask_names=("<|mask|>",),
@@ -191,7 +188,6 @@ LLADA2 = FamilySpec(
     block_size=32,
     architectures=("LLaDA2MoeModelLM",),
     native=llada2,
-    pointwise=_DECODER,
     mask_id=156895,
     mask_vocabulary=157184,
     mask_names=("<|mask|>",),
@@ -211,7 +207,6 @@ DREAM = FamilySpec(
     shift=True,
     architectures=("DreamModel",),
     native=dream,
-    pointwise=_DECODER,
     mask_id=151666,
     mask_vocabulary=152064,
     mask_names=("<|mask|>",),
@@ -223,7 +218,6 @@ SDAR = FamilySpec(
     block_size=4,
     architectures=("SDARForCausalLM", "SDARMoeForCausalLM"),
     native=sdar,
-    pointwise=_DECODER,
     mask_id=151669,
     mask_vocabulary=151936,
     mask_names=("<|MASK|>",),
@@ -246,7 +240,6 @@ ROBERTA = replace(
 DIFFUSION_LM = FamilySpec(
     name="diffusion_lm",  # a stock causal class whose config says is_causal=False
     attention="full",
-    pointwise=_DECODER,
     architectures=("*ForCausalLM", "*LMHeadModel"),
     when=lambda raw: raw.get("is_causal") is False,
 )
@@ -260,7 +253,6 @@ CAUSAL_LM = FamilySpec(
     name="causal_lm",
     attention="causal",
     shift=True,
-    pointwise=_DECODER,
     architectures=("*ForCausalLM", "*LMHeadModel"),
 )
 

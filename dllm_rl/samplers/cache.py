@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dllm_rl.models.base import Policy, position_ids
-from dllm_rl.models.last_block import Places, last_block_at
 from dllm_rl.models.transfer import send
 
 
@@ -101,13 +100,11 @@ class CachedStates:
         columns: tuple[int, int],
         *,
         alike: int = 1,
-        read: Places | None = None,
     ) -> tuple[Float[Tensor, "r W D"], int]:
         """States of the block in `columns` = [start, end) for `rows`, and the column that the first of them predicts.
 
         Rows may become fewer from step to step; those that a block lets go may be back in the next. Every run of
-        `alike` rows is the same: one forward serves it, and r = R / alike. `read`, where alike is 1: which of rows, and
-        the columns whose states' predictions are read of them; the states of others need not mean anything. None: all.
+        `alike` rows is the same: one forward serves it, and r = R / alike.
         """
         self.step = 0 if columns != self.columns else self.step + 1
         self.columns = columns
@@ -129,10 +126,7 @@ class CachedStates:
             self.past = mapped(self.past, lambda x: x[wanted])
         self.rows = rows
         first = int(fresh[0]) + self.policy.spec.shift
-        if read is not None:
-            read = read[0], (read[1] - first).clamp(min=0)
-        with last_block_at(self.policy, read):
-            states = self._forward(tokens, rows[::alike], fresh, keep)
+        states = self._forward(tokens, rows[::alike], fresh, keep)
         if alike > 1:
             self.past = mapped(self.past, lambda x: x.repeat_interleave(alike, dim=0))
         if self.cache.kind == "block" and self.step == 0:

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.buckets import length_buckets
-from dllm_rl.models.last_block import Places, last_block_at, predicting
 from dllm_rl.models.routing import Routing, of_tokens
 from dllm_rl.models.transfer import send
 from dllm_rl.samplers.cache import Cache, CachedStates
@@ -62,34 +61,24 @@ class States:
     def _run(self, number: int, rows: Tensor, block: int, alike: int, r: Tensor, columns: Tensor) -> list[Tensor]:
         """The states (K, D) of `columns` of the r-th of rows, all of one bucket, and their experts (K, M, E), where the
         policy records them."""
-        read = None if alike > 1 or self.policy.records_experts else (r, columns)
         if not self.policy.records_experts:
-            hidden, first = self._forward(number, rows, block, alike, read)
+            hidden, first = self._forward(number, rows, block, alike)
             parts = [hidden]
         else:
             with Routing(self.policy.module) as routing:
-                hidden, first = self._forward(number, rows, block, alike, read)
+                hidden, first = self._forward(number, rows, block, alike)
             experts = routing.experts(len(hidden))
             # A cache gives the states as they are; without one they lie at the tokens that they predict.
             parts = [hidden, of_tokens(self.policy, experts) if self.caches[number] is None else experts]
         return [x[r // alike, (columns - first).clamp(min=0)] for x in parts]
 
-    def _forward(
-        self, number: int, rows: Tensor, block: int, alike: int, read: Places | None
-    ) -> tuple[Float[Tensor, "r W D"], int]:
-        """The states of all columns that are run, and the canvas's column that the first of them predicts; what is not
-        `read` need not mean anything."""
+    def _forward(self, number: int, rows: Tensor, block: int, alike: int) -> tuple[Float[Tensor, "r W D"], int]:
+        """The states of all columns that are run, and the canvas's column that the first of them predicts."""
         canvas, start, cached = self.canvas, self.buckets[number].start, self.caches[number]
         if cached is None:
             (seen,) = send(self.policy.device, rows[::alike])
-            tokens, seen = canvas.tokens[seen, start:], canvas.attention_mask[seen, start:]
-            if read is not None:
-                read = read[0], predicting(self.policy, seen, read[0], read[1] - start)
-            with last_block_at(self.policy, read):
-                return self.policy.hidden(tokens, seen), start
+            return self.policy.hidden(canvas.tokens[seen, start:], canvas.attention_mask[seen, start:]), start
         begin, end = canvas.bounds[block]
-        if read is not None:
-            read = read[0], read[1] - start
         bounds = (begin - start, end - start)
-        hidden, first = cached.advance(canvas.tokens[:, start:], rows, bounds, alike=alike, read=read)
+        hidden, first = cached.advance(canvas.tokens[:, start:], rows, bounds, alike=alike)
         return hidden, first + start

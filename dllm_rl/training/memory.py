@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.diagnostics.batch_invariance import GROUPED
 from dllm_rl.models.base import Module, Policy, position_ids
-from dllm_rl.models.last_block import last_block_at
 from dllm_rl.models.logprobs import backward_token_logprobs, chunk_rows, token_logprobs
 from dllm_rl.models.lora import merged_state
 from dllm_rl.models.recompute import backbone_of, blocks_of
@@ -270,13 +269,10 @@ def view_states(recipe: Recipe, policy: Policy, rows: int, prompt_tokens: int) -
     packed = recipe.likelihood.packed is not None
     tokens, mask = batch_of(rows, prompt_tokens + length * (1 + packed))
     scored = length or prompt_tokens
-    columns = torch.arange(tokens.shape[1])[-(scored + policy.spec.shift) :]
-    read = torch.cartesian_prod(torch.arange(rows), columns)
-    with last_block_at(policy, None if recipe.router_replay else (read[:, 0], read[:, 1])):
-        if not packed:
-            return policy.hidden(tokens, mask)[:, -scored:].flatten(0, 1)
-        whole = mask[:, None, None, :].expand(-1, -1, mask.shape[1], -1).clone()
-        return policy.encode(tokens, whole, position_ids(mask))[:, -scored:].flatten(0, 1)
+    if not packed:
+        return policy.hidden(tokens, mask)[:, -scored:].flatten(0, 1)
+    whole = mask[:, None, None, :].expand(-1, -1, mask.shape[1], -1).clone()
+    return policy.encode(tokens, whole, position_ids(mask))[:, -scored:].flatten(0, 1)
 
 
 def most_graphs(recipe: Recipe, policy: Policy, *, rows: int) -> int:

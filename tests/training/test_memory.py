@@ -11,7 +11,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.lora import Lora, add_lora, merged_copy
-from dllm_rl.models.tiny import tiny_llama, tiny_moe
+from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
@@ -124,21 +124,6 @@ def test_the_plan_agrees_with_the_allocator_within_a_tenth(tmp_path, case):
     assert held["gradients"] == gradients
     for name, most in measured.items():
         assert planned.peaks[name] == pytest.approx(most, rel=0.1), name
-
-
-def test_a_replayed_routing_runs_the_last_block_whole(tmp_path):
-    """Its router is told the experts of every column, so that the plan may not leave any out, as it does without."""
-    model = partial(tiny_moe, characters="1234.=", max_length=128)
-    sampler = partial(unmask, num_steps=2, temperature=1.0, max_new_tokens=8)
-    plain = tiny_recipe(tmp_path, model=model, sampler=sampler, rollout_quantization=None, kept_graphs=0)
-    policy = plain.model()
-    assert policy.spec.pointwise
-
-    def update_of(recipe):
-        plan = measure_step(recipe, policy, prompt_tokens=64, dtype=None, rollout_copy=0, on_gpu=False)
-        return plan.peaks["update"]
-
-    assert update_of(replace(plain, router_replay="R2")) > update_of(plain) + 8 * 64 * 4
 
 
 def test_live_bytes_by_hand():
