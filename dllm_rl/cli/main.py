@@ -17,7 +17,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_doctor(commands)
     add_report(commands)
     add_verify(commands)
-    add_replay(commands)
     add_env(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -231,22 +230,6 @@ def verify(arguments: argparse.Namespace) -> int:
     from dllm_rl.cli.verify import verify_command
 
     return verify_command(Path(arguments.path), quick=arguments.quick)
-
-
-def add_replay(commands: argparse._SubParsersAction) -> None:
-    sub = commands.add_parser("replay", help="run a failed step again; exit with 1 when it does not fail as it did")
-    sub.add_argument("dump", help="the step's folder, RUN/failed/step-NNNNNN")
-    sub.add_argument("recipe", nargs="?", metavar="RECIPE.py", help="the run's script, which is imported")
-    sub.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--FIELD VALUE", help="the run's options")
-    sub.set_defaults(run=replay)
-
-
-def replay(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from dllm_rl.cli.replay import replay_command
-
-    return replay_command(Path(arguments.dump), arguments.recipe, arguments.overrides)
 
 
 def add_env(commands: argparse._SubParsersAction) -> None:

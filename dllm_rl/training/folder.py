@@ -14,7 +14,6 @@ from dllm_rl.training import checkpoint, manifest
 from dllm_rl.training.sft_recipe import SFT
 from dllm_rl.training.stop import LOCK
 
-FAILED = "failed"  # where dumps of failed steps lie
 REHEARSAL = ".rehearsal"  # where a rehearsal writes
 
 # Fields that may change between the parts of a resumed run: they do not touch what is computed, or only extend it
@@ -90,7 +89,7 @@ def open_folder(recipe: Recipe | SFT) -> tuple[Path | None, list[str]]:
 def clear_folder(recipe: Recipe | SFT) -> None:
     """Delete the run that the folder holds, where that is asked for and it is not resumed."""
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
-        for name in (*HELD, "completions.jsonl", "tensorboard", "training.png", "reference", FAILED):
+        for name in (*HELD, "completions.jsonl", "tensorboard", "training.png", "reference"):
             remove(Path(recipe.directory) / name)
 
 

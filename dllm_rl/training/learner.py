@@ -314,11 +314,12 @@ def update(
             raise FloatingPointError(
                 f"gradient norm is {reduced['grad_norm']} at inner iteration {iteration}; the update was not applied"
             )
+        if iteration == 0:
+            policy.version += 1  # before the weights change: an error in between must not leave them the old version
         optimizer.step()
         kept = {name: value for name, value in reduced.items() if name.startswith(("off_policy/", "grad_norm"))}
         each = {f"{name}/iteration_{iteration}": value for name, value in kept.items()}
         gathered |= reduced | each
-    policy.version += 1
     return gathered
 
 

@@ -5,7 +5,6 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.completions import log_completions
 from dllm_rl.training.dry_run import plan
-from dllm_rl.training.dump import leaving_a_dump
 from dllm_rl.training.finish import Summary, finish
 from dllm_rl.training.learner import correct, draw_noise, learner_forward, measured_groups, score, update
 from dllm_rl.training.rollouts import collect
@@ -14,7 +13,6 @@ from dllm_rl.training.stop import leaving_nothing_behind
 
 
 @leaving_nothing_behind
-@leaving_a_dump
 def train(recipe: Recipe) -> Summary:
     """Run a recipe; returns what its summary.json holds, and as an attribute the policy that it trained. Raises
     ValueError, before any work, on a recipe that cannot run."""

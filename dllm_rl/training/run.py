@@ -32,7 +32,7 @@ from dllm_rl.training.peers import Peers
 from dllm_rl.training.prompts import check_prompts, choose
 from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import check_compiled, rollout_copy, wanted_parts
-from dllm_rl.training.saving import Writer, make_writer, save, save_alone, save_at_once, settle
+from dllm_rl.training.saving import Writer, make_writer, save, save_alone, save_at_once, save_on_error, settle
 from dllm_rl.training.sft_recipe import SFT
 from dllm_rl.training.sharding import check_engine, check_sharding, first_home, on_main, share_out
 from dllm_rl.training.stop import Stop, ended_by_launcher, how_to_continue, with_the_run
@@ -89,6 +89,7 @@ def start(recipe: Recipe) -> Run:
         optimizer = make_optimizer(recipe, policy)
     rollout_policy = rollout_copy(recipe, policy)
     rollout_policy.version = policy.version
+    history["version"] = policy.version
     if recipe.torch_compile:
         compile_blocks(rollout_policy, mode=recipe.torch_compile_mode)
     run = Run(
@@ -110,6 +111,7 @@ def start(recipe: Recipe) -> Run:
     stop.last_words, stop.overdue, log.entered = None, partial(save_at_once, run), ""
     if stop.peers is not None and accelerator.is_main_process:
         stop.peers.save = partial(save_alone, run)
+    with_the_run().push(partial(save_on_error, run))
     return run
 
 
@@ -315,6 +317,7 @@ def checkpoint_if_due(run: Run, step: int) -> None:
     """Save every save_steps, after the last step, and on a signal; that ends the process with its status."""
     recipe, done, signum = run.recipe, step + 1, run.stop.agreed(run.accelerator)
     run.history["whole"] = done
+    run.history["version"] = run.policy.version
     run.writer.check()
     if signum or done % recipe.save_steps == 0 or done == recipe.num_steps:
         save(run, done)

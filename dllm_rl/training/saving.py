@@ -25,6 +25,7 @@ from dllm_rl.training.card import card
 from dllm_rl.training.folder import settings_of
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.parts import Part, Swap, in_step, part_of
+from dllm_rl.training.peers import of_an_exchange
 from dllm_rl.training.sft_recipe import SFT
 from dllm_rl.training.sharding import group_size, on_main
 from dllm_rl.training.stop import how_to_continue, with_the_run
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 Saved = torch.optim.Optimizer | checkpoint.Held | Part
 Write = Callable[..., Path]
+BEFORE_UPDATE = ("rollout", "reward", "waiting", "scoring")  # stages that leave the weights alone
 
 
 class Writer:
@@ -167,6 +169,31 @@ def save_alone(run: "Run") -> None:
                 _attempt(run, done, _prepared(run, done, *copies))
             except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
                 print(f"error: step {done} was not saved: {error}", file=sys.stderr, flush=True)
+
+
+def save_on_error(run: "Run", kind: Any, error: BaseException | None, traceback: Any) -> None:
+    """When a step fails: save the state after the last whole step, and add a note to the error. A step is a function of
+    (seed, step), so that a resume repeats the failed one.
+
+    Not where the update has begun to change the weights, nor where they are shared out: a checkpoint before it is left.
+    """
+    recipe, done = run.recipe, run.history["whole"]
+    if not isinstance(error, Exception) or run.log.entered not in ("", *BEFORE_UPDATE, "update"):
+        return
+    note = f"process {run.accelerator.process_index}: the step after step {done} failed"
+    whole = run.policy.version == run.history["version"] and sharding_of(run.policy.module) is None
+    if run.accelerator.num_processes > 1 and of_an_exchange(error):
+        note += (
+            ": another process ended, and its own message says why, or kept this one waiting for "
+            f"collective_timeout={recipe.collective_timeout:g} s"
+        )
+    try:
+        folder = checkpoint.folder_of(Path(recipe.directory) / "checkpoints", done)
+        if run.accelerator.is_main_process and whole and not folder.exists():
+            write_checkpoint(run, done)
+    except (OSError, ValueError, RuntimeError, ArithmeticError) as other:
+        note += f", and saving the step before it failed too: {other}"
+    error.add_note(f"{note}; fix the cause and {how_to_continue(recipe)}")
 
 
 def _by_main(run: "Run", step: int, *, copied: bool = False) -> Callable[[], Path | None]:

@@ -91,7 +91,7 @@ def test_a_process_that_is_lost_is_named_once_by_the_others_and_costs_no_step(pr
     stage = "rollout" if case == "stands still" else "reward"
     assert f"in {stage}, after 1 steps" in lines[0] and "this run ends; continue with --resume_from_checkp" in lines[0]
     assert code == (-signal.SIGKILL if "first" in case else 75)
-    assert ("process 1: the step after step 1 failed; mend the cause" in out) == (case == "raises")
+    assert ("process 1: the step after step 1 failed; fix the cause" in out) == (case == "raises")
     assert out.count("Traceback") == (2 if case == "raises" else 0), "the process's own, and what its error came from"
     assert saved == ([0] if "," in case else [0, 1]) and (same is True or "shared" in case), same
 

@@ -411,15 +411,6 @@ MUTATIONS = [
         ('held["weights"] -= held["adapters"]', "pass"),
     ),
     *mutations(
-        "training/dump.py",
-        "training/test_failed_step.py",
-        (
-            'BEFORE_UPDATE = ("", "rollout", "reward", "waiting", "scoring")',
-            'BEFORE_UPDATE = ("", "rollout", "reward", "waiting", "scoring", "update")',
-        ),
-        ('loop["run"].history["whole"] == loop["step"]', "True"),
-    ),
-    *mutations(
         "training/finish.py",
         "training/test_main.py",
         ("return Summary(summary, policy)", "return Summary(summary, rollout_policy)"),
