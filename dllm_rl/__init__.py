@@ -32,7 +32,7 @@ _HOME = {
     "quantization.rollout_policy": "quantized_copy sync_weights",
     "likelihoods": "LikelihoodEstimator one_step elbo coupled quadrature block eubo sandwich trajectory causal",
     "algorithms.advantages": "group_relative leave_one_out decoupled",
-    "algorithms.correctors": "Corrector none tis snis mis icepop reject ais tbpo aligned qarl compose",
+    "algorithms.correctors": "Corrector none tis mis icepop reject ais tbpo aligned qarl compose",
     "algorithms.weights": "finite",
     "algorithms.surrogates": "ppo_clip gspo trust_band cispo vespo dppo_tv bgpo ebpo gdsd stable_drl sequence_masked "
     "reinforce",

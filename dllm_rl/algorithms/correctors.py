@@ -21,12 +21,12 @@ from dllm_rl.algorithms.weights import (
     Level,
     Weigh,
     adaptive_weights,
+    alarm,
     band_weights,
     composed,
     masked_weights,
     no_weights,
     rejection,
-    self_normalised_weights,
     truncated_weights,
 )
 
@@ -59,12 +59,6 @@ def tis(*, cap: float = 2.0, level: Level = "token", aggregate: Aggregate = "pro
     return Corrector(weigh=partial(truncated_weights, cap=cap, level=level, aggregate=aggregate))
 
 
-def snis(*, min_ess: float = 0.5) -> Corrector:
-    """Self-normalised sequence importance sampling with a bound on the effective sample size; see
-    `self_normalised_weights`."""
-    return Corrector(weigh=partial(self_normalised_weights, min_ess=min_ess))
-
-
 def mis(*, low: float = 0.5, high: float = 2.0, level: Level = "token", aggregate: Aggregate = "product") -> Corrector:
     """Masked importance sampling; see `masked_weights`."""
     if not 0 <= low <= 1 <= high:
@@ -92,7 +86,7 @@ def ais(
     *,
     cap: float = 2.0,
     tau: float = 0.05,
-    combine: str | Callable[..., float] = "alarm",
+    combine: Callable[..., float] = alarm,
     aggregate: Aggregate = "product",
     level: Level = "token",
 ) -> Corrector:

@@ -59,7 +59,7 @@ def ratios(
     return per_level(log_mismatch, mask, level=level, aggregate=aggregate).clamp(-MAX_LOG, MAX_LOG).exp()
 
 
-def fraction(event: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
+def _fraction(event: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
     """Share of the marked tokens at which `event` holds; 0 when none is marked."""
     return (event & mask).sum().item() / max(mask.sum().item(), 1)
 
@@ -84,7 +84,7 @@ def truncated_weights(
     """
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     weights = ratios(log_mismatch, keep, level=level, aggregate=aggregate)
-    metrics["tis/capped_fraction"] = fraction(weights > cap, keep)
+    metrics["tis/capped_fraction"] = _fraction(weights > cap, keep)
     return torch.where(keep, weights.clamp(max=cap), 1), keep, metrics
 
 
@@ -110,7 +110,7 @@ def masked_weights(
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     weights = ratios(log_mismatch, keep, level=level, aggregate=aggregate)
     outside = (weights < low) | (weights > high)
-    metrics["rollout_corr/rollout_is_oob_ratio"] = fraction(outside, keep)
+    metrics["rollout_corr/rollout_is_oob_ratio"] = _fraction(outside, keep)
     return torch.where(keep, weights.masked_fill(outside, 0), 1), keep, metrics
 
 
@@ -162,88 +162,22 @@ def rejection(
     keep = finite_mask & (k.abs() <= bound)
     dropped, rows = finite_mask & ~keep, finite_mask.any(-1)
     metrics |= {
-        "rollout_corr/rollout_rs_masked_fraction": fraction(dropped, finite_mask),
+        "rollout_corr/rollout_rs_masked_fraction": _fraction(dropped, finite_mask),
         "rollout_corr/rollout_rs_seq_masked_fraction": dropped.any(-1).sum().item() / max(rows.sum().item(), 1),
     }
     return torch.ones_like(d), keep, metrics
 
 
-def self_normalised_weights(
-    log_mismatch: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    min_ess: float = 0.5,
-) -> Weighed:
-    """Self-normalised sequence weights, flattened until their effective sample size suffices.
-
-        w_i = W_i^beta / mean_j W_j^beta,   W_i = exp(sum_t log_mismatch_it),   ESS = (sum w)^2 / (B sum w^2)
-    over the B rows that have a token. beta is the largest exponent in [0, 1] at which ESS >= min_ess; ESS falls as beta
-    grows (its log has the slope 2 (E_beta x - E_2beta x) <= 0, x = log W, E_b the mean under weights W^b), so that
-    bisection finds it. At beta = 1 the bias is of order 1/B: the price of a mean weight of 1 in every batch, which
-    takes noise away. W^beta is tempering, its ESS rule that of adaptive annealing [ours, for this use].
-
-    min_ess  share of the rows that must remain effective, in [0, 1]; 0: no exponent
-    """
-    if not 0 <= min_ess <= 1:
-        raise ValueError(f"min_ess={min_ess} must lie in [0, 1]: the share of rows that must remain effective")
-    log_mismatch, keep, metrics = finite(log_mismatch, mask)
-    rows = keep.any(-1)
-    log_w = torch.where(keep, log_mismatch, 0).double().sum(-1)[rows]
-    if not len(log_w):
-        return torch.ones_like(log_mismatch), keep, metrics | {"snis/beta": 1.0, "snis/ess": 1.0}
-    beta = 1.0 if effective_share(log_w) >= min_ess else 0.0
-    for place in range(1, 40) if beta == 0 else ():
-        beta += 2.0**-place if effective_share(log_w * (beta + 2.0**-place)) >= min_ess else 0.0
-    flat = (beta * (log_w - log_w.max())).exp()
-    weights = torch.ones_like(log_mismatch)
-    weights[rows] = (flat / flat.mean()).to(weights.dtype)[:, None]
-    metrics |= {"snis/beta": beta, "snis/ess": effective_share(beta * log_w)}
-    return torch.where(keep, weights, 1), keep, metrics
-
-
-def effective_share(log_w: Float[Tensor, " B"]) -> float:
+def _effective_share(log_w: Float[Tensor, " B"]) -> float:
     """(sum w)^2 / (B sum w^2) of weights given by their logs: the share of effective rows, in [1/B, 1]."""
     w = (log_w - log_w.max()).exp()
     return min(1.0, (w.sum().square() / (len(w) * w.square().sum())).item())
 
 
-def severity_product(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
+def alarm(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
     """lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): all three signal severity; 0 on-policy, towards 1 as the mismatch
     grows [ours: AIS's own combination is not public]."""
     return 1 - reliability * (tau / (divergence + tau)) * (1 / (1 + variation))
-
-
-def need_times_trust(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
-    """lam = rho * D/(D + tau) * 1/(1 + CV): need times trust; falls again when the weights become unreliable [ours:
-    AIS's own combination is not public]."""
-    return reliability * (divergence / (divergence + tau)) * (1 / (1 + variation))
-
-
-def least_error(
-    weights: Float[Tensor, "B T"],
-    log_mismatch: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    keep: Bool[Tensor, "B T"],
-) -> float:
-    """The lam in [0, 1] at which 1 + lam (w - 1) gives the gradient with the least estimated mean square error [ours].
-
-        lam = clip(1 - tr Cov(d, w f) / (n |mean d|^2), 0, 1),   d_i = (w_i - 1) f_i,   f_it = A_i log_mismatch_it
-    over the n rows that have a token. With g_lam = mean(w f) - (1 - lam) mean(d), and w f taken for unbiased, the
-    expected square error is (1 - lam)^2 |E d|^2 + tr Var(w f - (1 - lam) d) / n; it is least there, since |mean d|^2
-    has the expectation |E d|^2 + tr Var(d) / n. f stands for the gradient A_i z_it: log_mismatch_it is the score z_it
-    along (weights of the learner - of the rollout), to first order. Token weights are NOT unbiased, capped ones
-    neither. 0 where no weight makes a difference.
-    """
-    rows = keep.any(-1)
-    f = (advantages[:, None] * torch.where(keep, log_mismatch.clamp(-MAX_LOG, MAX_LOG), 0)).double()[rows]
-    weighted = weights[rows] * f
-    d, n = weighted - f, len(f)
-    square = d.mean(0).square().sum().item() if n else 0.0
-    if not square:
-        return 0.0
-    covariance = ((d - d.mean(0)) * (weighted - weighted.mean(0))).sum().item() / max(n - 1, 1)
-    return min(1.0, max(0.0, 1 - covariance / (n * square)))
 
 
 def adaptive_weights(
@@ -253,7 +187,7 @@ def adaptive_weights(
     *,
     cap: float = 2.0,
     tau: float = 0.05,
-    combine: str | Callable[..., float] = "alarm",
+    combine: Callable[..., float] = alarm,
     aggregate: Aggregate = "product",
     level: Level = "token",
 ) -> Weighed:
@@ -264,9 +198,8 @@ def adaptive_weights(
     D   = mean |log_mismatch| over tokens, nats: divergence severity [digest]
     CV  = std(w) / mean(w) over TOKEN weights: variance amplification [digest]; at one level rho = 1/(1 + CV^2)
     All three are of the rows in `mask`, which the step corrects: not of groups without advantage.
-    Truncation [digest], cap 2 [ours]; `combine` makes lam of the three: "alarm", "gated" (both [ours]), or a function
-    (rho, D, CV, *, tau) -> lam; or it is "error", `least_error` of what is mixed [ours]. No gradient through lam or w;
-    B counts the rows that have a token.
+    Truncation [digest], cap 2 [ours]; `combine` makes lam of the three: `alarm` [ours], or another function of them.
+    No gradient goes through lam or w. B counts the rows that have a token.
 
     With `product`, rho depends on the LENGTH: of T independent tokens whose log_mismatch is Gaussian with D = 0.020
     nats (spread 0.0251, mean such that E w = 1), rho = exp(-T 0.0251^2), and `alarm` gives 0.31 at T = 16, 0.63 at
@@ -274,7 +207,7 @@ def adaptive_weights(
 
     cap        largest weight
     tau        nats of mean |log_mismatch| at which half the trust is gone, above 0
-    combine    alarm, gated or error
+    combine    function (rho, D, CV, *, tau) -> lam; a result outside [0, 1] is clamped to it
     aggregate  of a sequence's tokens, in rho and in weights of sequences: product or geometric
     level      of the weights that are mixed: token, or sequence
     """
@@ -286,32 +219,15 @@ def adaptive_weights(
     if keep.any():
         w = log_w[keep].double().exp()
         rows = per_level(log_mismatch, keep, level="sequence", aggregate=aggregate).double()
-        reliability = effective_share(torch.where(keep, rows, -torch.inf).amax(-1)[keep.any(-1)])
+        reliability = _effective_share(torch.where(keep, rows, -torch.inf).amax(-1)[keep.any(-1)])
         divergence = log_mismatch[keep].double().abs().mean().item()
         variation = (w.std(correction=0) / w.mean()).item()
     capped = ratios(log_mismatch, keep, level=level, aggregate=aggregate).clamp(max=cap)
-    if combine == "error":
-        lam = least_error(capped, log_mismatch, advantages, keep)
-    else:
-        lam = min(1.0, max(0.0, _combination(combine)(reliability, divergence, variation, tau=tau)))
+    lam = min(1.0, max(0.0, combine(reliability, divergence, variation, tau=tau)))
     # lerp gives exactly 1 at lam = 0 and exactly the truncated weight at lam = 1.
     weights = torch.lerp(torch.ones_like(capped), capped, lam)
     metrics |= {"ais/rho": reliability, "ais/D": divergence, "ais/CV": variation, "ais/lambda": lam}
     return torch.where(keep, weights, 1), keep, metrics
-
-
-def _combination(combine: str | Callable[..., float]) -> Callable[..., float]:
-    match combine:
-        case "alarm":
-            return severity_product
-        case "gated":
-            return need_times_trust
-        case str():
-            raise ValueError(
-                f"combine={combine!r} must be 'alarm', 'gated', 'error' or a function of (rho, D, CV, *, tau)"
-            )
-        case _:
-            return combine
 
 
 def band_weights(
@@ -326,7 +242,7 @@ def band_weights(
         raise ValueError(f"c={c} must be at least 1: weights lie in [1/c, c]")
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     log_w, bound = per_level(log_mismatch, keep, level="sequence", aggregate="geometric"), math.log(c)
-    metrics["tbpo/capped_fraction"] = fraction(log_w.abs() > bound, keep)
+    metrics["tbpo/capped_fraction"] = _fraction(log_w.abs() > bound, keep)
     return log_w.clamp(-bound, bound).exp(), keep, metrics
 
 

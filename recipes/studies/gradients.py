@@ -39,7 +39,6 @@ CORRECTORS = {
     "reject, k3 > .1": c.reject(bound=0.1),
     "TIS and reject": c.compose(c.tis(), c.reject(bound=0.1)),
     "AIS, alarm": c.ais(),
-    "AIS, gated": c.ais(combine="gated"),
 }
 WHOLE = {"level": "sequence", "cap": 1e8}
 CAPPED = {"level": "sequence", "cap": 2.0}
@@ -48,12 +47,7 @@ BATCHES = {  # correctors whose weights depend on the batch, with what they must
     "TIS, tokens, cap 2": c.tis(),
     "TIS, sequence, cap 2": c.tis(**CAPPED),
     "sequence IS, no cap": c.tis(**WHOLE),
-    "self-normalised IS": c.snis(min_ess=0.0),
-    "self-normalised, ESS .5": c.snis(),
     "AIS, alarm": c.ais(),
-    "AIS, error, tokens": c.ais(combine="error"),
-    "AIS, error, sequence": c.ais(combine="error", **WHOLE),
-    "AIS, error, sequence, cap 2": c.ais(combine="error", **CAPPED),
     **{f"lambda {lam}, sequence": fixed_lambda(lam, **WHOLE) for lam in (0.25, 0.5, 0.75)},
     **{f"lambda {lam}, sequence, cap 2": fixed_lambda(lam, **CAPPED) for lam in (0.25, 0.5, 0.75)},
     "TIS, sequence, cap 2, shuffled": shuffled(c.tis(**CAPPED)),
