@@ -34,8 +34,7 @@ _HOME = {
     "algorithms.advantages": "group_relative leave_one_out decoupled",
     "algorithms.correctors": "Corrector none tis mis icepop reject ais tbpo aligned qarl compose",
     "algorithms.weights": "finite",
-    "algorithms.surrogates": "ppo_clip gspo trust_band cispo vespo dppo_tv bgpo ebpo gdsd stable_drl sequence_masked "
-    "reinforce",
+    "algorithms.surrogates": "ppo_clip gspo trust_band cispo vespo reinforce",
     "algorithms.losses": "token sequence constant kl_k1 kl_k2 kl_k3 loss_type",
     "algorithms.optimizers": "adamw adamw_8bit linear_decay",
     "training.loop": "train",

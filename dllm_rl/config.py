@@ -3,7 +3,8 @@
 Every scalar of a recipe has a path: a field (`learning_rate`), a keyword of a function (`sampler.temperature`), of the
 function that made a record (`likelihood.num_segments`), a field of a record (`task.clues`, `corrector.weigh.cap`).
 Functions are picked by name (`--corrector tis`), and so are records, by the functions that make them (`--likelihood
-elbo`). What a path means is read from its docstring, where a line begins with its name and two spaces.
+elbo`). MODULE:FUNCTION picks a function of any importable module, whose code then runs: only the command line names
+one, never a checkpoint. What a path means is read from its docstring, where a line begins with its name and two spaces.
 """
 
 import dataclasses
@@ -19,17 +20,11 @@ from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from dllm_rl.screen import escape_controls, interactive
 
-
-@runtime_checkable
-class _Dataclass(Protocol):
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-
-Record = TypeVar("Record", bound=_Dataclass)  # frozen, as Recipe or a task
+Record = TypeVar("Record", bound=Any)  # a frozen dataclass, as Recipe or a task
 SCALARS = (bool, int, float, str, Path)
 NOTHING: Mapping[str, str] = types.MappingProxyType({})
 Made = TypeVar("Made", bound=Callable[..., Any])
@@ -156,16 +151,12 @@ def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
     return found
 
 
-def _is_literal(kind: Any) -> bool:
-    return typing.get_origin(kind) is typing.Literal
-
-
 def _literals(kinds: tuple) -> tuple[str, ...]:
-    return tuple(name for kind in kinds if _is_literal(kind) for name in typing.get_args(kind))
+    return tuple(name for kind in kinds if typing.get_origin(kind) is typing.Literal for name in typing.get_args(kind))
 
 
 def _scalar(annotation: Any) -> bool:
-    return any(kind in SCALARS or _is_literal(kind) for kind in _kinds(annotation))
+    return any(kind in SCALARS or _literals((kind,)) for kind in _kinds(annotation))
 
 
 def _function(value: Any) -> Any:
@@ -225,19 +216,17 @@ def _replace(owner: Any, keys: list[str], value: Any) -> Any:
     if isinstance(owner, tuple):
         place = int(keys[0]) - 1
         return (*owner[:place], value, *owner[place + 1 :])
-    if inspect.isfunction(owner):
-        owner = partial(owner)
-    if isinstance(owner, partial):
-        return partial(owner.func, *owner.args, **{**owner.keywords, keys[0]: value})
+    if isinstance(owner, partial) or inspect.isfunction(owner):
+        return partial(owner, **{keys[0]: value})
     return dataclasses.replace(owner, **{keys[0]: value})
 
 
 def _choices(member: _Member) -> dict[str, Any]:
     """What may be named for a field or keyword: functions as a field's `pick` says, those that make a record of its
     type, or those that can stand where its function does; none for anything else."""
-    value, metadata = member.value, member.metadata
-    if metadata.get("pick"):
-        return pickable(metadata["pick"], member.example, member.annotation)
+    value = member.value
+    if pick := member.metadata.get("pick"):
+        return pickable(pick, member.example, member.annotation)
     if record := _record_type(member.annotation):
         return makers_of(record)
     if inspect.isfunction(_function(member.example)):
@@ -301,18 +290,31 @@ def _positional(function: Callable) -> list[str]:
 def _pick(path: str, member: _Member, choices: dict[str, Any], text: str, below: Mapping[str, str] = NOTHING) -> Any:
     """The function that text names, bound with the keywords that it needs (`below`), or the record that it makes."""
     optional = types.NoneType in _kinds(member.annotation)
+    record = _record_type(member.annotation)
     if optional and text == "none":
         return None
-    if text not in choices:
+    chosen = _imported(path, text) if ":" in text and not record else choices.get(text)
+    if chosen is None:
         raise _unknown(path, text, [*sorted(choices), *["none"] * optional])
-    chosen = choices[text]
     given = _needed_keywords(member.example) if inspect.isfunction(_function(member.example)) else {}
     needs, helps = _needed_keywords(chosen), helps_of(_function(chosen))
     for name in sorted(needs.keys() - given.keys() - below.keys()):
         raise ValueError(f"--{path} {text} needs --{path}.{name}" + (f" ({helps[name]})" if name in helps else ""))
     bound = {name: _read(f"{path}.{name}", needs[name], below[name]) for name in needs.keys() - given.keys()}
     function = partial(chosen, **bound) if bound else chosen
-    return function() if _record_type(member.annotation) else function
+    return function() if record else function
+
+
+def _imported(path: str, text: str) -> Callable:
+    """The function that `text`, MODULE:FUNCTION, names."""
+    module_name, _, name = text.partition(":")
+    try:
+        function = getattr(import_module(module_name), name, None)
+    except ImportError as error:
+        raise ValueError(f"--{path} {text!r}: {error}; give MODULE:FUNCTION, its folder in PYTHONPATH") from None
+    if not inspect.isfunction(function):
+        raise ValueError(f"--{path} {text!r}: module {module_name!r} has no function {name!r}")
+    return function
 
 
 def _unknown(path: str, text: str, names: list[str]) -> ValueError:
@@ -332,7 +334,7 @@ def _read(path: str, annotation: Any, text: str, below: Mapping[str, str] = NOTH
     for kind in _kinds(annotation):
         if kind is bool and text in ("true", "false"):
             return text == "true"
-        if _is_literal(kind) and text in typing.get_args(kind):
+        if text in _literals((kind,)):
             return text
         if typing.get_origin(kind) is tuple and "," in text:
             return tuple(_read(path, typing.get_args(kind)[0], part) for part in text.split(","))
@@ -380,10 +382,8 @@ def described(recipe: Record) -> dict[str, Any]:
 
 def usage(recipe: Any) -> str:
     """Every path with its value, its meaning and its choices, below the field that it belongs to."""
-    lines, listed = (
-        [f"usage: [accelerate launch] RECIPE.py [--FIELD VALUE ...]      recipe {recipe.name}", ""],
-        paths(recipe),
-    )
+    listed = paths(recipe)
+    lines = [f"usage: [accelerate launch] RECIPE.py [--FIELD VALUE ...]      recipe {recipe.name}", ""]
     indented = partial(textwrap.fill, width=118, initial_indent=" " * 6, subsequent_indent=" " * 6)
     for field in dataclasses.fields(recipe):
         own = {path: setting for path, setting in listed.items() if path.partition(".")[0] == field.name}

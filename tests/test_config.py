@@ -19,8 +19,9 @@ from dllm_rl.models.lora import Lora
 from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.cache import dual_cache
-from dllm_rl.samplers.rules import schedule
+from dllm_rl.samplers.rules import margin, schedule
 from dllm_rl.training.folder import settings_of
+from recipes.studies.surrogates import gdsd
 from recipes.sudoku_tiny import __file__ as main_job_file
 from recipes.sudoku_tiny import recipe as main_job
 
@@ -166,6 +167,14 @@ def test_a_function_that_does_not_say_what_it_returns_has_no_others_beside_it(re
     assert "band_weights" in weighs and "composed" not in weighs, "its parts cannot be given as text"
 
 
+def test_a_function_of_any_module_by_name(recipe):
+    name = "recipes.studies.surrogates:gdsd"
+    picked = from_command_line(recipe, ["--corrector.surrogate", name, "--corrector.surrogate.psi", "0.1"])
+    assert picked.corrector.surrogate.func is gdsd and picked.corrector.surrogate.keywords == {"psi": 0.1}
+    ranked = from_command_line(recipe, ["--sampler.rank", "dllm_rl.samplers.rules:margin"])
+    assert ranked.sampler.keywords["rank"] is margin
+
+
 def test_functions_by_name(recipe):
     new = from_command_line(
         recipe,
@@ -177,11 +186,9 @@ def test_functions_by_name(recipe):
     )
     assert new.corrector == correctors.none() and new.likelihood.name == "one_step"
     assert override(recipe, "advantages", "decoupled").advantages is decoupled
-    for name in ("dppo_tv", "bgpo", "ebpo", "gdsd", "stable_drl", "sequence_masked"):
-        assert override(recipe, "corrector.surrogate", name).corrector.surrogate.__name__ == name
     assert "row_mean" not in paths(recipe)["corrector.surrogate"].choices
-    masked = ["--corrector.surrogate", "sequence_masked", "--corrector.surrogate.bound", "0.1"]
-    assert from_command_line(recipe, masked).corrector.surrogate.keywords == {"bound": 0.1}
+    bounded = ["--corrector.surrogate", "cispo", "--corrector.surrogate.max_ratio", "3"]
+    assert from_command_line(recipe, bounded).corrector.surrogate.keywords == {"max_ratio": 3.0}
     assert paths(override(recipe, "corrector", "ais"))["corrector.weigh.combine"].choices == ("alarm",)
     assert new.aggregate is sequence and new.rollout_quantization is int8_weight_only
     assert new.sampler.keywords["rank"].__name__ == "max_prob"
@@ -209,6 +216,10 @@ def test_functions_by_name(recipe):
         (["--base_quantization", "nf"], "the nearest is 'nf4' (one of nf4, int8, none)"),
         (["--likelihood.num_segments", "0"], "num_segments=0 must be at least 1, or None for every step"),
         (["num_steps", "1"], "options are written --name value"),
+        (["--corrector.surrogate", "nowhere.at_all:x"], "No module named 'nowhere'; give MODULE:FUNCTION"),
+        (["--corrector.surrogate", ":x"], "--corrector.surrogate: Empty module name"),
+        (["--corrector.surrogate", "math:pi"], "module 'math' has no function 'pi'"),
+        (["--corrector", "dllm_rl.algorithms.correctors:tis"], "is not known"),
     ],
 )
 def test_what_is_refused_in_one_line(recipe, arguments, message, capsys):

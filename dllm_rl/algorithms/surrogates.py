@@ -11,7 +11,6 @@ mask (B, T)) and, by the names of its further parameters, any of OFFERED:
 """
 
 import inspect
-import math
 from collections.abc import Callable
 
 import torch
@@ -52,7 +51,11 @@ def ppo_clip(
     epsilon_high  how far it may rise above 1; None: epsilon
     delta         bound of the unclipped ratio, above 1 + epsilon_high; None: none
     """
-    return _clipped(_exp(log_ratio), advantages, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta)
+    ratio = exp_ratio(log_ratio)
+    clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
+    if delta is not None:
+        ratio = ratio.clamp(max=delta)
+    return torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
 
 
 def gspo(
@@ -67,7 +70,7 @@ def gspo(
 
     epsilon, epsilon_high  how far the ratio may fall below 1, and rise above it, and keep its gradient
     """
-    return _clipped(_exp(row_mean(log_ratio, mask)), advantages, epsilon=epsilon, epsilon_high=epsilon_high, delta=None)
+    return ppo_clip(row_mean(log_ratio, mask), advantages, mask, epsilon=epsilon, epsilon_high=epsilon_high)
 
 
 def trust_band(
@@ -89,7 +92,7 @@ def trust_band(
     eps_high  how far the ratio may rise above 1 where the advantage is not negative
     neg_low, neg_high  how far it may fall below 1, and rise above it, where the advantage is negative
     """
-    ratio = _exp(row_mean(log_ratio, mask))
+    ratio = exp_ratio(row_mean(log_ratio, mask))
     up = ratio.clamp(0, 1 + eps_high)
     down = ratio.clamp(1 - neg_low, 1 + neg_high)
     advantages = advantages[:, None]
@@ -109,7 +112,7 @@ def cispo(
     Every token keeps a gradient. log_ratio stands for logp_current: the two differ by a constant, so the value is 0
     on-policy. max_ratio is TRL's `epsilon_high`, a bound on r itself.
     """
-    return _exp(log_ratio.detach()).clamp(max=max_ratio) * advantages[:, None] * log_ratio
+    return exp_ratio(log_ratio.detach()).clamp(max=max_ratio) * advantages[:, None] * log_ratio
 
 
 def vespo(
@@ -138,157 +141,6 @@ def vespo(
     return (lam + k * log_w - lam * log_w.exp()).exp() * advantages[:, None] * log_ratio
 
 
-def dppo_tv(
-    log_ratio: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    old: Float[Tensor, "B T"],
-    *,
-    delta: float = 0.2,
-    delta_high: float | None = None,
-    max_ratio: float = 20.0,
-) -> Float[Tensor, "B T"]:
-    """sg(min(r, max_ratio)) A grad log p where the token's PROBABILITY has not moved too far, no gradient elsewhere.
-
-        A > 0: p - p_old <= delta_high        A <= 0: p - p_old >= -delta
-    |p - p_old| is the total variation between "this token" and "any other": a rare token may change its ratio by much,
-    a likely one may not. The value is min(r, max_ratio) A inside, 0 outside. For log-probs of tokens (trajectory with
-    every step, causal): contributions of a bound are no probabilities. DPPO-Binary-TV, arXiv 2602.04879, its authors'
-    code [paper]; there p_old is the rollout's: with old_logprobs="rollout" it is here.
-
-    delta       how far a probability may have fallen (or risen) and keep its gradient
-    delta_high  how far it may have risen; None: delta
-    max_ratio   bound on the ratio
-    """
-    shift = (log_ratio.detach() + old).exp() - old.exp()
-    up, down = shift <= (delta if delta_high is None else delta_high), shift >= -delta
-    inside = torch.where((advantages > 0)[:, None], up, down)
-    weight = _exp(log_ratio.detach()).clamp(max=max_ratio)
-    return torch.where(inside, _carried(weight, advantages, log_ratio), 0)
-
-
-def bgpo(
-    log_ratio: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = 3.0,
-) -> Float[Tensor, "B T"]:
-    """ppo_clip on the row's ratio as BGPO bounds it: r = 1 + D where A > 0, exp(D) elsewhere, D = mean_t log_ratio.
-
-    1 + D <= exp(D), so that r A is never above exp(D) A; on-policy both have the same value and gradient. Linearity is
-    there so that masks can be taken one at a time, which the constant-memory update does for any loss: what is left is
-    how off-policy rows count. Where A < 0, BGPO takes the mean over masks of exp of each one's D, and this the exp of
-    their mean, which that bounds [ours]; with one mask they are the same. For the aggregation `sequence`. Source:
-    arXiv 2510.11683, its abstract [paper]; 1 + D, the division by the length and the clips in a third party's code
-    [digest].
-
-    epsilon, epsilon_high  how far the ratio may fall below 1, and rise above it (None: alike), and keep its gradient
-    delta         bound of the unclipped ratio, above 1 + epsilon_high; None: none
-    """
-    mean = row_mean(log_ratio, mask)
-    ratio = torch.where((advantages > 0)[:, None], 1 + mean, _exp(mean))
-    return _clipped(ratio, advantages, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta)
-
-
-def ebpo(
-    log_ratio: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-) -> Float[Tensor, "B T"]:
-    """ppo_clip on the ratio of the row's whole estimate, r = exp(sum_t log_ratio), not normalised by its length.
-
-    EBPO's objective (LLaDA2.1, arXiv 2602.08676, eq. 4 and 5 [paper]), whose log-ratio is a weighted sum over masks and
-    blocks of a block-wise ELBO: what an estimator's contributions add up to. For the aggregation `sequence`. The ranges
-    are not published; ratios of sums move with the length, and 0.2 is [ours].
-
-    epsilon, epsilon_high  how far the ratio may fall below 1, and rise above it (None: alike), and keep its gradient
-    """
-    ratio = _exp(row_sum(log_ratio, mask))
-    return _clipped(ratio, advantages, epsilon=epsilon, epsilon_high=epsilon_high, delta=None)
-
-
-def gdsd(
-    log_ratio: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    psi: float = 0.04,
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-) -> Float[Tensor, "B T"]:
-    """-(clamp(D, log(1 - epsilon), log(1 + epsilon_high)) / L - psi A)^2 / (2 psi), D = sum_t log_ratio, L tokens.
-
-    A regression of the log-ratio on the advantage: its gradient is (A - D / (L psi)) grad mean_t log p inside the range
-    and exactly 0 outside, so that a row comes to rest at D = L psi A. GDSD (arXiv 2605.29398), its authors' code
-    [paper] with one mask (several are averaged before the square here [ours]), divided by 2 psi so that on-policy the
-    gradient is A grad log p [ours]. The variant GDSD-TLC, on logits less their mean over the vocabulary, needs more
-    than log-probs of tokens and is not here. For the aggregation `sequence`.
-
-    psi      nats a token that an advantage of 1 asks for, above 0
-    epsilon, epsilon_high  how far exp(D) may fall below 1, and rise above it (None: alike), and keep its gradient
-    """
-    low, high = math.log1p(-epsilon), math.log1p(epsilon if epsilon_high is None else epsilon_high)
-    length = mask.sum(-1, keepdim=True).clamp(min=1)
-    moved = row_sum(log_ratio, mask).clamp(low, high) / length
-    return -(moved - psi * advantages[:, None]).square() / (2 * psi)
-
-
-def stable_drl(
-    log_ratio: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    sum_over: Callable[[Tensor], Tensor],
-    *,
-    max_ratio: float = 5.0,
-) -> Float[Tensor, "B T"]:
-    """sg(w) A grad log p, w = min(r, max_ratio) over its mean in the global batch, r the row's exp(mean_t log_ratio).
-
-    The ratio is clipped whatever the sign of A, and weights that add up to the number of rows keep the update among
-    those of its rows, however noisy the ratios are. The value is w A. The mean is over the rows that have a token, of
-    all processes, at the current weights. For the aggregation `sequence`. StableDRL (arXiv 2603.06743), its authors'
-    code [paper]: clipped from above alone; there each process normalises by itself, the global batch is [digest].
-
-    max_ratio  bound on the row's ratio, before it is normalised
-    """
-    rows = mask.any(-1, keepdim=True)
-    ratio = _exp(_mean(log_ratio, mask)).clamp(max=max_ratio)
-    total, count = sum_over(torch.stack([torch.where(rows, ratio, 0).double().sum(), rows.sum().double()]))
-    weight = ratio * (count / total.clamp(min=1e-30)).to(ratio)
-    return _carried(weight, advantages, log_ratio)
-
-
-def sequence_masked(
-    log_ratio: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    log_mismatch: Float[Tensor, "B T"],
-    *,
-    bound: float = 0.5,
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-) -> Float[Tensor, "B T"]:
-    """ppo_clip without the rows that the policy has left: 0 where A < 0 and mean_t (logp_rollout - logp) > bound.
-
-    logp is the current one, so that both what quantisation and what the updates since the rollout have moved counts:
-    the mean is -mean_t (log_ratio + log_mismatch). Denominators stay. Off-policy sequence masking of DeepSeek-V3.2
-    (arXiv 2512.02556, eq. 9), read in TRL's code [digest]; the paper's KL term: use_bias_correction_kl.
-
-    bound  the largest mean, nats a token, that a row with a negative advantage may have
-    epsilon, epsilon_high, delta  of `ppo_clip`
-    """
-    behind = -_mean(log_ratio + log_mismatch, mask)
-    dropped = (advantages < 0)[:, None] & (behind > bound)
-    kept = ppo_clip(log_ratio, advantages, mask, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta)
-    return torch.where(dropped, 0, kept)
-
-
 def reinforce(
     log_ratio: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
@@ -306,33 +158,10 @@ def row_mean(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Floa
     of a sum over T and its division [ours].
     """
     kept = torch.where(mask, log_ratio, 0)
-    return torch.where(mask, _mean(log_ratio, mask) + (kept - kept.detach()), 0)
+    mean = kept.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(mask, mean + (kept - kept.detach()), 0)
 
 
-def row_sum(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """The sum of log_ratio over the row's mask, at every position of the mask; 0 elsewhere. Gradients as in `row_mean`,
-    of which it is L times."""
-    return row_mean(log_ratio, mask) * mask.sum(-1, keepdim=True)
-
-
-def _mean(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 1"]:
-    """The mean over the row's mask, without a gradient; 0 for an empty row."""
-    return torch.where(mask, x.detach(), 0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-
-
-def _carried(weight: Tensor, advantages: Tensor, log_ratio: Tensor) -> Tensor:
-    """The value w A, with the gradient w A grad log p; w is detached."""
-    return weight * advantages[:, None] * (1 + log_ratio - log_ratio.detach())
-
-
-def _clipped(
-    ratio: Tensor, advantages: Tensor, *, epsilon: float, epsilon_high: float | None, delta: float | None
-) -> Tensor:
-    clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
-    if delta is not None:
-        ratio = ratio.clamp(max=delta)
-    return torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
-
-
-def _exp(log_ratio: Tensor) -> Tensor:
+def exp_ratio(log_ratio: Tensor) -> Tensor:
+    """The ratio, its log clamped to +-MAX_LOG."""
     return log_ratio.clamp(-MAX_LOG, MAX_LOG).exp()

@@ -23,6 +23,7 @@ from dllm_rl.algorithms import surrogates
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.testing.gradients import GradientRow, ToyPolicy, against, contributions, gradient_table, per_outcome
 from dllm_rl.types import Rollout
+from recipes.studies import surrogates as published
 from recipes.studies.controls import fixed_lambda, shuffled
 
 BAND = {"eps_high": 0.05, "neg_low": 0.05, "neg_high": 0.05}
@@ -56,7 +57,7 @@ BATCHES = {  # correctors whose weights depend on the batch, with what they must
 
 def ebpo_a_row(log_ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, **ranges: float) -> torch.Tensor:
     """`ebpo`, whose objective is the row's, counted once a row where tables count each token."""
-    return surrogates.ebpo(log_ratio, advantages, mask, **ranges) / mask.sum(-1, keepdim=True)
+    return published.ebpo(log_ratio, advantages, mask, **ranges) / mask.sum(-1, keepdim=True)
 
 
 SURROGATES = {
@@ -69,12 +70,12 @@ SURROGATES = {
     "cispo, 5": surrogates.cispo,
     "vespo": surrogates.vespo,
     "gspo, .2": partial(surrogates.gspo, epsilon=0.2, epsilon_high=0.2),
-    "dppo_tv, .2": surrogates.dppo_tv,
-    "bgpo, .2 and 3": surrogates.bgpo,
+    "dppo_tv, .2": published.dppo_tv,
+    "bgpo, .2 and 3": published.bgpo,
     "ebpo, .2": ebpo_a_row,
-    "gdsd, .04": surrogates.gdsd,
-    "stable_drl, 5": surrogates.stable_drl,
-    "sequence_masked, .1": partial(surrogates.sequence_masked, bound=0.1),
+    "gdsd, .04": published.gdsd,
+    "stable_drl, 5": published.stable_drl,
+    "sequence_masked, .1": partial(published.sequence_masked, bound=0.1),
     "TBPO's band, .05": partial(surrogates.trust_band, **BAND),
 }
 ESTIMATORS = {

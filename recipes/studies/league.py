@@ -22,16 +22,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dllm_rl.algorithms import surrogates
 from dllm_rl.algorithms.advantages import group_relative, leave_one_out
 from dllm_rl.algorithms.correctors import Corrector, ais, none
 from dllm_rl.algorithms.losses import sequence, token
+from dllm_rl.algorithms.surrogates import gspo, ppo_clip, reinforce
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers.rules import random
 from recipes import countdown_tiny, sudoku_tiny
 from recipes.studies.paired import Study, interval, load, run_all, run_missing, warm_up
+from recipes.studies.surrogates import gdsd, stable_drl
 
 TUNED_ON = 100  # a seed that the league does not have
 
@@ -60,7 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # The ELBO's ratio per sequence, over its length, clipped; leave-one-out advantages.
     "ESPO": {
         "likelihood": lik.coupled(num_samples=1),
-        "corrector": by(surrogates.gspo, epsilon=0.2, epsilon_high=0.2),
+        "corrector": by(gspo, epsilon=0.2, epsilon_high=0.2),
         "advantages": leave_one_out,
         "aggregate": sequence,
     },
@@ -69,20 +70,20 @@ METHODS: dict[str, dict[str, Any]] = {
     # One estimate of log p, no ratio, softmax weights of both signs.
     "wd1": {
         "likelihood": lik.one_step(prompt_mask=0.15),
-        "corrector": by(surrogates.reinforce),
+        "corrector": by(reinforce),
         "advantages": wd1,
         "aggregate": sequence,
     },
     # A regression of the sequence's log-ratio on the advantage.
     "GDSD": {
         "likelihood": lik.coupled(num_samples=1),
-        "corrector": by(surrogates.gdsd),
+        "corrector": by(gdsd),
         "aggregate": sequence,
     },
     # The ELBO's ratio per sequence, clipped whatever the sign, normalised over the batch.
     "StableDRL": {
         "likelihood": lik.coupled(num_samples=1),
-        "corrector": by(surrogates.stable_drl),
+        "corrector": by(stable_drl),
         "aggregate": sequence,
     },
     # Rollouts a token a step from left to right, each token's own conditional; two positions a row are scored, ours.
@@ -92,14 +93,14 @@ METHODS: dict[str, dict[str, Any]] = {
     # The trajectory, its clip higher above than below, a mean over tokens, groups of one reward drawn again.
     "DAPO": {
         "likelihood": lik.trajectory(),
-        "corrector": by(surrogates.ppo_clip, epsilon=0.2, epsilon_high=0.28),
+        "corrector": by(ppo_clip, epsilon=0.2, epsilon_high=0.28),
         "aggregate": token,
         "max_num_gen_batches": 4,
     },
     # The trajectory's ratio per sequence, over its length, clipped.
     "GSPO": {
         "likelihood": lik.trajectory(),
-        "corrector": by(surrogates.gspo, epsilon=0.2, epsilon_high=0.2),
+        "corrector": by(gspo, epsilon=0.2, epsilon_high=0.2),
         "aggregate": sequence,
     },
     # A control: TraceRL's, in random order; what ours has beside it is FP8 weights and AIS.

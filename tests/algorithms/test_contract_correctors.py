@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms import surrogates
 from dllm_rl.algorithms.surrogates import cispo, gspo
 from dllm_rl.testing import check_corrector
 
@@ -38,18 +37,10 @@ CORRECTORS = {
 }
 
 
-WITH_SURROGATES = CORRECTORS | {
-    "dppo_tv": c.compose(c.tis(), surrogate=surrogates.dppo_tv),
-    "bgpo": c.compose(c.tis(), surrogate=surrogates.bgpo),
-    "stable_drl": c.compose(c.tis(), surrogate=surrogates.stable_drl),
-    "sequence_masked": c.compose(c.tis(), surrogate=partial(surrogates.sequence_masked, bound=0.1)),
-}
-
-
-@pytest.mark.parametrize("name", WITH_SURROGATES)
+@pytest.mark.parametrize("name", CORRECTORS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_contract(name, seed):
-    check_corrector(WITH_SURROGATES[name], seed=seed)
+    check_corrector(CORRECTORS[name], seed=seed)
 
 
 def _broken(change):

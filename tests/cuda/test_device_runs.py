@@ -17,7 +17,7 @@ from tiny_recipe import tiny_recipe, tiny_recipe_ar
 from torch.utils._pytree import tree_map
 
 from dllm_rl import load_policy
-from dllm_rl.algorithms import correctors, surrogates
+from dllm_rl.algorithms import correctors
 from dllm_rl.config import pickable
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.evaluation.evaluate import evaluate
@@ -31,6 +31,7 @@ from dllm_rl.samplers import autoregress, rules, unmask
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.training import train
 from dllm_rl.types import Prompts
+from recipes.studies import surrogates as published
 
 pytestmark = pytest.mark.gpu
 SIZES = {"characters": "1234.=", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
@@ -174,10 +175,10 @@ CORRECTORS = {
     "reject tokens": correctors.reject(level="token", statistic="k2"),
     "ais": correctors.ais(),
     "ais of sequences": correctors.ais(level="sequence"),
-    "bgpo": correctors.compose(correctors.tis(), surrogate=surrogates.bgpo),
-    "ebpo": correctors.compose(correctors.tis(), surrogate=surrogates.ebpo),
-    "gdsd": correctors.compose(correctors.tis(), surrogate=surrogates.gdsd),
-    "stable_drl": correctors.compose(correctors.tis(), surrogate=partial(surrogates.stable_drl, sum_over=lambda x: x)),
+    "bgpo": correctors.compose(correctors.tis(), surrogate=published.bgpo),
+    "ebpo": correctors.compose(correctors.tis(), surrogate=published.ebpo),
+    "gdsd": correctors.compose(correctors.tis(), surrogate=published.gdsd),
+    "stable_drl": correctors.compose(correctors.tis(), surrogate=partial(published.stable_drl, sum_over=lambda x: x)),
     "tbpo": correctors.tbpo(),
     "aligned": correctors.aligned(),
     "qarl": correctors.qarl(),

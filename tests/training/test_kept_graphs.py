@@ -10,7 +10,6 @@ from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.algorithms.correctors import compose, none, qarl, tis
-from dllm_rl.algorithms.surrogates import stable_drl
 from dllm_rl.likelihoods import coupled, elbo, one_step, sandwich
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tokens import encode
@@ -27,6 +26,7 @@ from dllm_rl.training.learner import (
     update,
 )
 from dllm_rl.training.run import make_optimizer
+from recipes.studies.surrogates import stable_drl
 
 MANY = 99
 
