@@ -2,7 +2,6 @@
 
 import html
 import io
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,20 +15,22 @@ from dllm_rl.files import write_text
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.completions import shortened
 from dllm_rl.training.folder import DEFAULTS
-from dllm_rl.training.health import BACKWARDS, MILD, STRONG, health
+from dllm_rl.training.health import health
 from dllm_rl.training.lines import current_rows, known, warmup_rows
-from dllm_rl.training.plots import SOLVED, column, curve, headline, held_out, plot, read_metrics, read_summary
+from dllm_rl.training.plots import (
+    COLOURS,
+    INK,
+    PANELS,
+    SOLVED,
+    column,
+    headline,
+    lines_of,
+    measured,
+    plot,
+    read_metrics,
+    read_summary,
+)
 
-COLOURS = (
-    "#3b7dd8",
-    "#d9772b",
-    "#2f9e6e",
-    "#a35fd0",
-    "#d0485a",
-    "#8a8f98",
-)  # of runs; told apart on white and on black
-DASHES = ("-", "--", ":", "-.")  # of a panel's metrics
-INK = "#010203"  # stands for the page's own colour of text, light or dark
 WORDS = ("healthy", "mild", "strong", "backfiring")
 STEPS = 12  # most steps of a run whose completions are shown
 OWN = ("name", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run")  # differ and say nothing
@@ -48,58 +49,6 @@ class Told:
     @property
     def recipe(self) -> dict[str, Any]:
         return self.summary.get("recipe", {})
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One figure: metrics against steps, `points` for those that only some steps have, bounds as thin lines."""
-
-    title: str
-    unit: str
-    metrics: dict[str, str]  # name -> what the legend says
-    points: tuple[str, ...] = ()
-    bounds: tuple[float, ...] = ()
-
-
-PANELS = (
-    Panel("Reward", "reward", {"reward": "training"}, ("eval/reward",)),
-    Panel(
-        "Problems solved",
-        "share",
-        {f"rewards/{name}/mean": f"{name.replace('_', ' ')}, training" for name in SOLVED},
-        tuple(f"eval/{name}" for name in SOLVED),
-    ),
-    Panel("Mismatch", "nats", {"rollout_corr/k3_kl": "k3 KL", "rollout_corr/abs_log_ratio_mean": "mean |log ratio|"}),
-    Panel("Effective sample size", "share", {"rollout_corr/ess": "of the raw ratios"}, bounds=(MILD, STRONG)),
-    Panel("Lambda of AIS", "λ", {"ais/lambda": "λ"}),
-    Panel(
-        "Contributions C by sign of A",
-        "reward",
-        {
-            f"off_policy/rollout/contribution_{sign}": f"A {'>' if sign == 'positive' else '<'} 0, against the rollout"
-            for sign in ("positive", "negative")
-        },
-        bounds=(BACKWARDS,),
-    ),
-    Panel(
-        "Clipped tokens",
-        "share",
-        {f"clip_ratio/{part}": part.partition("_")[0] for part in ("region_mean", "low_mean", "high_mean")},
-    ),
-    Panel(
-        "Entropy",
-        "nats a token",
-        {"entropy": "estimate in the loss", "rollout_corr/rollout_log_ppl": "mean of -log p as sampled"},
-    ),
-    Panel("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}),
-    Panel("Completion length", "tokens", {"completions/mean_length": "mean"}),
-    Panel("Memory", "GB, peak so far", {"memory/peak_gb": "main process"}),
-    Panel(
-        "Waiting for the slowest",
-        "s a step, mean over processes",
-        {f"waiting/{stage}": stage for stage in ("rollout", "scoring", "update")},
-    ),
-)
 
 
 def report_command(directories: Sequence[Path], out: Path | None = None) -> list[Path]:
@@ -218,34 +167,17 @@ def replayed(row: dict[str, Any]) -> dict[str, Any]:
 
 def figures(runs: Sequence[Told]) -> list[str]:
     """Every panel that some run has numbers for, as <figure> with inline SVG."""
-    drawn = []
-    for panel in PANELS:
-        names = [
-            name for name in panel.metrics if any(known(row).get(name) is not None for run in runs for row in run.rows)
-        ]
-        if names:
-            drawn.append(figure(panel.title, panel.unit, partial(lines_of, runs=runs, panel=panel, names=names)))
+    rows = [run.rows for run in runs]
+    drawn = [
+        figure(panel.title, panel.unit, partial(lines_of, runs=rows, panel=panel))
+        for panel in PANELS
+        if measured(panel, rows)
+    ]
     if any(health(known(row)) for run in runs for row in run.rows):
         drawn.insert(min(4, len(drawn)), figure("Mismatch health", "", partial(healths, runs=runs)))
     if any(run.warmup for run in runs):
         drawn.append(figure("Warm-up", "loss, nats", partial(warmups, runs=runs), xlabel="supervised step"))
     return [*drawn, figure("Where the time goes", "", partial(times, runs=runs), xlabel="seconds")]
-
-
-def lines_of(axis: Any, runs: Sequence[Told], panel: Panel, names: list[str]) -> None:
-    for i, run in enumerate(runs):
-        for j, name in enumerate(names):
-            colour = COLOURS[(i if len(runs) > 1 else j) % len(COLOURS)]
-            if any(not math.isnan(x) for x in column(run.rows, name)):
-                label = panel.metrics[name] if i == 0 else None
-                curve(axis, run.rows, name, color=colour, linestyle=DASHES[j % len(DASHES)], label=label)
-        for name in panel.points:
-            label = "held out" if i == 0 and any(name in row for row in run.rows) else None
-            held_out(axis, run.rows, name, color=COLOURS[i % len(COLOURS) if len(runs) > 1 else 1], label=label)
-    for bound in panel.bounds:
-        axis.axhline(bound, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
-    if len(names) > 1 or panel.points:
-        axis.legend(fontsize=8, frameon=False, labelcolor=INK)
 
 
 def healths(axis: Any, runs: Sequence[Told]) -> None:

@@ -3,15 +3,74 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dllm_rl.files import replacing
 from dllm_rl.screen import escape_controls
-from dllm_rl.training.health import MILD, STRONG
-from dllm_rl.training.lines import current_rows, warmup_rows
+from dllm_rl.training.health import BACKWARDS, MILD, STRONG
+from dllm_rl.training.lines import current_rows, known, warmup_rows
 
 SOLVED = ("solve_rate", "accuracy", "correct")  # the first that a run has is what it is told by
+COLOURS = ("#3b7dd8", "#d9772b", "#2f9e6e", "#a35fd0", "#d0485a", "#8a8f98")  # of runs; distinct on white and on black
+DASHES = ("-", "--", ":", "-.")  # of a panel's metrics
+INK = "#010203"  # the report replaces it by the page's own colour of text, light or dark
+PICTURE = ("Reward", "Problems solved", "Mismatch", "Effective sample size")  # panels of an RL run's training.png
+PICTURE_OF_SFT = ("Loss", "Gradient norm")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure: metrics against steps, `points` for those that only some steps have, bounds as thin lines."""
+
+    title: str
+    unit: str
+    metrics: dict[str, str]  # name -> what the legend says
+    points: tuple[str, ...] = ()
+    bounds: tuple[float, ...] = ()
+
+
+PANELS = (
+    Panel("Loss", "nats a token", {"loss": "training"}, ("eval/loss",)),  # of SFT alone: see `measured`
+    Panel("Reward", "reward", {"reward": "training"}, ("eval/reward",)),
+    Panel(
+        "Problems solved",
+        "share",
+        {f"rewards/{name}/mean": f"{name.replace('_', ' ')}, training" for name in SOLVED},
+        tuple(f"eval/{name}" for name in SOLVED),
+    ),
+    Panel("Mismatch", "nats", {"rollout_corr/k3_kl": "k3 KL", "rollout_corr/abs_log_ratio_mean": "mean |log ratio|"}),
+    Panel("Effective sample size", "share", {"rollout_corr/ess": "of the raw ratios"}, bounds=(MILD, STRONG)),
+    Panel("Lambda of AIS", "λ", {"ais/lambda": "λ"}),
+    Panel(
+        "Contributions C by sign of A",
+        "reward",
+        {
+            f"off_policy/rollout/contribution_{sign}": f"A {'>' if sign == 'positive' else '<'} 0, against the rollout"
+            for sign in ("positive", "negative")
+        },
+        bounds=(BACKWARDS,),
+    ),
+    Panel(
+        "Clipped tokens",
+        "share",
+        {f"clip_ratio/{part}": part.partition("_")[0] for part in ("region_mean", "low_mean", "high_mean")},
+    ),
+    Panel(
+        "Entropy",
+        "nats a token",
+        {"entropy": "estimate in the loss", "rollout_corr/rollout_log_ppl": "mean of -log p as sampled"},
+    ),
+    Panel("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}),
+    Panel("Completion length", "tokens", {"completions/mean_length": "mean"}),
+    Panel("Memory", "GB, peak so far", {"memory/peak_gb": "main process"}),
+    Panel(
+        "Waiting for the slowest",
+        "s a step, mean over processes",
+        {f"waiting/{stage}": stage for stage in ("rollout", "scoring", "update")},
+    ),
+)
 
 
 def read_metrics(directory: Path) -> list[dict[str, float | int]]:
@@ -73,45 +132,65 @@ def held_out(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any)
         axis.plot(*zip(*points, strict=True), "o", markersize=4, markeredgewidth=0, **style)
 
 
+def measured(panel: Panel, runs: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
+    """The panel's metrics that some row of a run has a number for. The loss of RL is no likelihood, and not shown."""
+    rows = [row for run in runs for row in run if panel.title != "Loss" or "reward" not in row]
+    return [name for name in panel.metrics if any(name in known(row) for row in rows)]
+
+
+def lines_of(axis: Any, runs: Sequence[Sequence[dict[str, Any]]], panel: Panel) -> None:
+    """The panel's metrics of each run: a colour a run, or of one run a colour a metric."""
+    names = measured(panel, runs)
+    for i, rows in enumerate(runs):
+        for j, name in enumerate(names):
+            colour = COLOURS[(i if len(runs) > 1 else j) % len(COLOURS)]
+            label = panel.metrics[name] if i == 0 else None
+            curve(axis, rows, name, color=colour, linestyle=DASHES[j % len(DASHES)], label=label)
+        for name in panel.points:
+            colour = COLOURS[i % len(COLOURS) if len(runs) > 1 else 1]
+            held_out(axis, rows, name, color=colour, label="held out" if i == 0 else None)
+    for bound in panel.bounds:
+        axis.axhline(bound, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
+    if len(axis.get_legend_handles_labels()[0]) > 1:
+        axis.legend(fontsize=8, frameon=False, labelcolor=INK)
+
+
+def ends(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summary: dict[str, Any]) -> None:
+    """The held-out numbers before and after the run, as squares."""
+    for metric in (points.partition("/")[2] for points in panel.points):
+        if rows and metric in summary.get("eval_after", {}):
+            before = summary["eval_before"][metric]
+            after = summary["eval_after"][metric]
+            label = f"held out: {before:.3f} → {after:.3f}"
+            steps = [0, rows[-1]["step"] + 1]
+            axis.plot(steps, [before, after], "s", color=COLOURS[4], markersize=6, label=label, clip_on=False)
+            axis.legend(fontsize="small", framealpha=0.5)
+
+
 def plot(directory: Path) -> Path:
-    """`directory`/training.png: warm-up, reward, solve rate, mismatch and ESS; a gap where a step lacks a number."""
+    """`directory`/training.png: the warm-up and the first panels of the report; a gap where a step lacks a number."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows, summary = read_metrics(directory), read_summary(directory)
+    rows = read_metrics(directory)
+    summary = read_summary(directory)
     warmup = warmup_rows(directory / "metrics.jsonl")
-    names = [name for name in SOLVED if any(f"rewards/{name}/mean" in row for row in rows)]
-    solved = f"rewards/{names[0]}/mean" if names else "parsed"
-    held = f"eval/{names[0]}" if names else "eval/parsed"
-    panels: list[tuple[str, str, str, str]] = [
-        ("reward", "reward", "eval/reward", "reward"),
-        ("problems solved" if names else "answers found", solved, held, "share"),
-        ("mismatch", "rollout_corr/k3_kl", "", "k3 KL, nats"),
-        ("effective sample size", "rollout_corr/ess", "", "share"),
-    ]
     rl = not rows or "reward" in rows[0]
-    if not rl:
-        panels = [("loss", "loss", "eval/loss", "nats a token"), ("gradient norm", "grad_norm", "", "")]
+    titles = PICTURE if rl else PICTURE_OF_SFT
+    panels = [panel for panel in PANELS if panel.title in titles and (not rows or measured(panel, [rows]))]
     count = len(panels) + bool(warmup)
-    figure, axes = plt.subplots(1, count, figsize=(3.75 * count, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, count, figsize=(3.75 * count, 3.4), layout="constrained", squeeze=False)
     figure.suptitle(headline(summary), parse_math=False)
     if warmup:
-        axes[0].plot([row["warmup_step"] + 1 for row in warmup], column(warmup, "warmup/loss"), linewidth=1.2)
-        axes[0].set(title="warm-up", xlabel="supervised step", ylabel="loss, nats")
-    for axis, (title, name, points, unit) in zip(axes[bool(warmup) :], panels, strict=True):
-        curve(axis, rows, name, label="training")
-        held_out(axis, rows, points, color="tab:orange", label="held out, every eval_steps")
-        if points and rows and points.partition("/")[2] in summary.get("eval_after", {}):
-            ends = [summary[part][points.partition("/")[2]] for part in ("eval_before", "eval_after")]
-            label = f"held out: {ends[0]:.3f} → {ends[1]:.3f}"
-            axis.plot([0, rows[-1]["step"] + 1], ends, "s", color="tab:red", markersize=6, label=label, clip_on=False)
-            axis.legend(fontsize="small", framealpha=0.5)
-        axis.set(title=title, xlabel="RL step" if rl else "step", ylabel=unit)
-    for bound in (MILD, STRONG) if rl else ():
-        axes[-1].axhline(bound, color="gray", linewidth=0.8, linestyle=":")
-    for axis in axes:
+        axes[0, 0].plot([row["warmup_step"] + 1 for row in warmup], column(warmup, "warmup/loss"), linewidth=1.2)
+        axes[0, 0].set(title="Warm-up", xlabel="supervised step", ylabel="loss, nats")
+    for axis, panel in zip(axes[0, bool(warmup) :], panels, strict=True):
+        lines_of(axis, [rows], panel)
+        ends(axis, rows, panel, summary)
+        axis.set(title=panel.title, xlabel="RL step" if rl else "step", ylabel=panel.unit)
+    for axis in axes[0]:
         axis.grid(alpha=0.3)
     path = directory / "training.png"
     with replacing(path) as partial:

@@ -13,7 +13,7 @@ from dllm_rl.cli import main as cli
 from dllm_rl.cli.report import OWN, STEPS, replayed, report, told, written
 from dllm_rl.training import train
 from dllm_rl.training.lines import known
-from dllm_rl.training.plots import headline, read_summary, smoothed
+from dllm_rl.training.plots import PANELS, PICTURE, PICTURE_OF_SFT, headline, measured, read_summary, smoothed
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'\x1b\u202e"
 SHORT = {"num_steps": 3, "warmup_steps": 4, "eval_steps": 2, "log_completions_steps": 2}
@@ -171,3 +171,12 @@ def test_a_curve_is_smoothed_by_hand():
 def test_the_headline_of_a_run(runs):
     assert headline(read_summary(runs[0])) == "tiny, seed 0: solve rate 0.000 → 0.000 on 8 held-out problems"
     assert headline(read_summary(runs[1])) == "tiny, seed 1: solve rate 0.000 → not ended" and headline({})
+
+
+def test_the_picture_and_the_page_share_their_panels(runs):
+    """RL's loss is no likelihood: neither shows it. The picture's panels are some of the page's."""
+    assert {*PICTURE, *PICTURE_OF_SFT} <= {panel.title for panel in PANELS}
+    rl = [{"step": 0, "reward": 0.5, "loss": 1.0}]
+    assert [panel.title for panel in PANELS if measured(panel, [rl])] == ["Reward"]
+    sft = [{"step": 0, "loss": 1.0, "grad_norm": 2.0}]
+    assert tuple(panel.title for panel in PANELS if measured(panel, [sft])) == PICTURE_OF_SFT
