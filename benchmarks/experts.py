@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.measure import fastest, machine, table, write_json
 from dllm_rl.likelihoods.estimators import trajectory
-from dllm_rl.likelihoods.replay import as_sampled, blank, routing_counts
+from dllm_rl.likelihoods.replay import as_sampled, routing_counts
 from dllm_rl.likelihoods.scoring import backward_view
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -51,7 +51,7 @@ def main() -> None:
 
     estimator, rollout = trajectory(), sample(True)
     noise = estimator.draw(rollout, torch.Generator())
-    replay, note = as_sampled(noise, rollout), blank(policy, rollout, noise)
+    replay = as_sampled(noise, rollout)
 
     def update(masks: Noise) -> None:
         for n, masked in enumerate(masks.masked):
@@ -64,7 +64,6 @@ def main() -> None:
             "rollout, experts noted": partial(sample, True),
             "scoring": partial(score, noise),
             "scoring, R3": partial(score, replay),
-            "scoring, R2": partial(score, noise, note=note),
             "update": partial(update, noise),
             "update, replayed": partial(update, replay),
             "agreement and load (always on)": partial(routing_counts, policy, rollout_policy, rollout, noise),

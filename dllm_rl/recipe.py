@@ -126,10 +126,8 @@ class Recipe(Settings):
         "between them and the rollout's, or the rollout's directly (bypass)",
         "recompute",
     )
-    router_replay: Literal["R2", "R3"] | None = _(
-        "experts that the learner's tokens take again: R3 the rollout's, R2 the learner's own of the start of the "
-        "update; none: its routers choose",
-        None,
+    router_replay: Literal["R3"] | None = _(
+        "experts that the learner's tokens take: R3 the rollout's; none: the learner's routers choose", None
     )
     mismatch_sample: int = _("groups without advantage scored per step, to measure mismatch over all rows", 2)
     max_prompt_length: int | None = _("longer training prompts, in tokens, are left out; None: they are refused", None)
@@ -276,9 +274,9 @@ class Recipe(Settings):
             )
         if self.lora is not None and self.corrector.align_forward and self.rollout_quantization is not None:
             check_mergeable(self.lora())
-        if self.router_replay not in (None, "R2", "R3"):
-            raise ValueError(f"router_replay={self.router_replay!r} is not known; use 'R2', 'R3' or none")
-        if self.router_replay == "R3" and self.rollout_quantization is None:
+        if self.router_replay not in (None, "R3"):
+            raise ValueError(f"router_replay={self.router_replay!r} is not known; use 'R3' or none")
+        if self.router_replay is not None and self.rollout_quantization is None:
             raise ValueError(
                 "router_replay='R3' takes the rollout's experts again, and without rollout_quantization the learner's "
                 "own weights roll out: set a scheme, or leave it at none"

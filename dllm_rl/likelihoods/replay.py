@@ -1,8 +1,7 @@
-"""Router replay: masks that bring the experts with them which one side took, for the other side to take again.
+"""Router replay: masks with the experts that the rollout took, for the learner to take again.
 
-    R3  the rollout's: as the sampler noted them, or, for an estimate that scores the rollout's side anew (`causal` and
-        the ELBOs), as all tokens took them there (arXiv 2510.11370 [paper])
-    R2  the learner's own at the start of the update, so that inner iterations keep them (verl's name [code])
+R3 (arXiv 2510.11370 [paper]) replays the experts that the sampler noted. An estimate that scores the rollout again
+(`causal` and the ELBOs) replays the experts that all tokens took in that scoring.
 
 A sampler notes the experts of the state that a token was drawn from: those of one position in one step, a byte for each
 mixture and expert. The other positions of that step are left to the learner's router.
@@ -17,8 +16,6 @@ from torch import Tensor
 from dllm_rl.models.base import Policy
 from dllm_rl.models.routing import Routing, agreement, load, mixtures
 from dllm_rl.types import Noise, Rollout
-
-MODES = ("R2", "R3")
 
 
 def check_replay(policy: Policy, mode: str | None) -> None:

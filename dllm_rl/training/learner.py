@@ -152,9 +152,9 @@ def score(
         anchor = likelihood.combine(even.home(found), noise)
     sampled = recorded(rollout, noise) if likelihood.exact_for_sampler else None
     if sampled is None and rollout_policy is not policy:
-        found = run(rollout_policy, note=note if replay == "R3" else None)
+        found = run(rollout_policy, note=note)
         sampled = likelihood.combine(even.home(found), noise)
-    if replay == "R3":
+    if replay is not None:
         exact = likelihood.exact_for_sampler
         noise = as_sampled(noise, rollout) if exact else as_noted(noise, rollout, note)
         even = Evened([(rollout, noise)])
@@ -164,11 +164,8 @@ def score(
         if rollout_policy is not policy:
             order = order_agreement(policy, rollout)
             routing = routing_counts(policy, rollout_policy, rollout, noise)
-        own = note if replay == "R2" else None
-        found = even.run(likelihood, policy, micro_batch_size=size, keep_graphs=keep, note=own)
+        found = even.run(likelihood, policy, micro_batch_size=size, keep_graphs=keep)
     scores = even.home(found)
-    if replay == "R2":
-        noise = as_noted(noise, rollout, note)
     old = likelihood.combine(scores.detach(), noise)
     sampled = old if sampled is None else sampled
     logps = Logprobs(

@@ -42,7 +42,7 @@ def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:
     if scheme is None:
         return policy if sharding_of(policy.module) is None else quantized_copy(policy, None)
     copied = quantized_copy(policy, scheme(), dtype=held)
-    copied.records_experts = recipe.router_replay == "R3" and recipe.likelihood.exact_for_sampler
+    copied.records_experts = recipe.router_replay is not None and recipe.likelihood.exact_for_sampler
     return copied
 
 
@@ -53,7 +53,7 @@ def check_compiled(recipe: Recipe) -> None:
             "torch_compile=True compiles the rollout's copy, and rollout_quantization=None makes none: set one, as "
             "float8_dynamic, or torch_compile=False"
         )
-    if recipe.torch_compile and recipe.router_replay == "R3":
+    if recipe.torch_compile and recipe.router_replay is not None:
         raise ValueError(
             "torch_compile=True does not go with router_replay='R3': compiled blocks do not say which experts they "
             "take; leave one out"

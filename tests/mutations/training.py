@@ -18,7 +18,7 @@ MUTATIONS = [
     *mutations(
         "training/learner.py",
         "training/test_router_replay.py",
-        ('note=note if replay == "R3" else None', "note=None"),
+        ("run(rollout_policy, note=note)", "run(rollout_policy, note=None)"),
         ("noise=only_groups(logps.noise or noise,", "noise=only_groups(noise,"),
         ('sum_over=partial(accelerator.reduce, reduction="sum"),', "", "training/test_kept_graphs.py"),
         ("                back(routes=masks.routes(n))\n", "                back()\n"),
