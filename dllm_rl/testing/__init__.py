@@ -1,15 +1,12 @@
 """Contracts that corrector, estimator and policy keep, for the tests of this package and of anyone who writes one."""
 
-from dllm_rl.testing.gradients import GradientRow, gradient_table
 from dllm_rl.testing.methods import check_corrector, check_estimator, loss_of, make_batch
 from dllm_rl.testing.policies import check_policy
 
 __all__ = [
-    "GradientRow",
     "check_corrector",
     "check_estimator",
     "check_policy",
-    "gradient_table",
     "loss_of",
     "make_batch",
 ]
