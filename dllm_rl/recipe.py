@@ -11,6 +11,7 @@ from dllm_rl.algorithms.losses import kl_k3, policy_loss, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
 from dllm_rl.algorithms.surrogates import surrogate_inputs
 from dllm_rl.algorithms.weights import no_weights
+from dllm_rl.bounds import check_bound
 from dllm_rl.config import describe
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
@@ -219,6 +220,7 @@ class Recipe(Settings):
 
     def __post_init__(self) -> None:
         self.check_settings()
+        check_bound(tuple(getattr(self, field.name) for field in fields(self)))
         positive = ("train_batch_size", "num_generations", "num_iterations", "warmup_batch_size", "warmup_eval_steps")
         for name in (
             *positive,

@@ -214,7 +214,7 @@ def test_functions_by_name(recipe):
         (["--task.split", "tset"], "--task.split 'tset' is not known; the nearest is 'test'"),
         (["--dtype", "float8"], "(one of float32, bfloat16, float16, auto)"),
         (["--base_quantization", "nf"], "the nearest is 'nf4' (one of nf4, int8, none)"),
-        (["--likelihood.num_segments", "0"], "num_segments=0 must be at least 1, or None for every step"),
+        (["--likelihood.num_segments", "0"], "num_segments=0 must be at least 1"),
         (["num_steps", "1"], "options are written --name value"),
         (["--corrector.surrogate", "nowhere.at_all:x"], "No module named 'nowhere'; give MODULE:FUNCTION"),
         (["--corrector.surrogate", ":x"], "--corrector.surrogate: Empty module name"),

@@ -15,6 +15,7 @@ PACKAGE = Path(dllm_rl.__file__).parent
 MAY_IMPORT = {
     # the ground
     "types": "",
+    "bounds": "",
     "rng": "",
     "files": "",
     "quiet": "",
@@ -23,16 +24,16 @@ MAY_IMPORT = {
     "tasks": "",
     # on these
     "config": "screen",
-    "algorithms": "types",
+    "algorithms": "types bounds",
     "models": "types rng tasks",
     # on models
-    "samplers": "types rng models",
-    "likelihoods": "types rng config models",
+    "samplers": "types bounds rng models",
+    "likelihoods": "types bounds rng config models",
     "quantization": "models",
     # on all of these
     "diagnostics": "types files screen algorithms models samplers likelihoods quantization",
     "evaluation": "types rng files screen config distributed tasks models samplers likelihoods quantization",
-    "recipe": "config algorithms likelihoods models tasks",
+    "recipe": "bounds config algorithms likelihoods models tasks",
     "testing": "types algorithms likelihoods models quantization",
     "training": "types rng files screen config distributed tasks algorithms models samplers likelihoods quantization "
     "diagnostics evaluation recipe",

@@ -8,7 +8,10 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dllm_rl.bounds import Bound, bounded
 
+
+@bounded(eps=Bound(at_least=0))
 def group_relative(
     rewards: Float[Tensor, "P G"], *, scale_rewards: str = "group", eps: float = 1e-4
 ) -> Float[Tensor, "P G"]:
@@ -37,6 +40,7 @@ def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     return _centred(rewards) * size / max(size - 1, 1)
 
 
+@bounded(eps=Bound(at_least=0))
 def decoupled(
     rewards: Float[Tensor, "P G"], *, parts: Float[Tensor, "K P G"], weights: Float[Tensor, " K"], eps: float = 1e-4
 ) -> Float[Tensor, "P G"]:

@@ -29,6 +29,7 @@ from dllm_rl.algorithms.weights import (
     rejection,
     truncated_weights,
 )
+from dllm_rl.bounds import check_bound
 
 Surrogate = Callable[..., Tensor]  # (log_ratio, advantages, mask, further ones of surrogates.OFFERED)
 Aggregation = Callable[..., Tensor]  # of losses: (mask, *, num_tokens, num_sequences) -> coefficients
@@ -48,6 +49,9 @@ class Corrector:
     align_forward: bool = False
     aggregate: Aggregation | None = field(default=None, metadata={"omit_none": True})
 
+    def __post_init__(self) -> None:
+        check_bound((self.weigh, self.surrogate, self.aggregate))
+
 
 def none() -> Corrector:
     """No correction: weight 1 everywhere."""
@@ -61,8 +65,6 @@ def tis(*, cap: float = 2.0, level: Level = "token", aggregate: Aggregate = "pro
 
 def mis(*, low: float = 0.5, high: float = 2.0, level: Level = "token", aggregate: Aggregate = "product") -> Corrector:
     """Masked importance sampling; see `masked_weights`."""
-    if not 0 <= low <= 1 <= high:
-        raise ValueError(f"low={low}, high={high} must satisfy 0 <= low <= 1 <= high: on-policy tokens stay")
     return Corrector(weigh=partial(masked_weights, low=low, high=high, level=level, aggregate=aggregate))
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dllm_rl.algorithms.surrogates import MAX_LOG, cispo, ppo_clip, surrogate_inputs
+from dllm_rl.bounds import Bound, bounded
 from dllm_rl.types import Batch
 
 
@@ -58,6 +59,7 @@ def sequence(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int) 
     return mask / (mask.sum(-1, keepdim=True).clamp(min=1) * max(num_sequences, 1))
 
 
+@bounded(length=Bound(at_least=1))
 def constant(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int, length: int) -> Float[Tensor, "B T"]:
     """1 / (sequences of the global batch * length), whatever the lengths (Dr.GRPO [paper]).
 
@@ -66,6 +68,7 @@ def constant(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int, 
     return mask / (max(num_sequences, 1) * length)
 
 
+@bounded(max_completion_length=Bound(at_least=1))
 def loss_type(name: str, *, max_completion_length: int | None = None) -> tuple[Callable, Callable]:
     """(surrogate, aggregation) of a loss under TRL's name for it.
 

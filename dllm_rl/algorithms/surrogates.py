@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dllm_rl.bounds import Bound, bounded
+
 MAX_LOG = 20.0  # log-ratios are clamped to +-20 before exp
 OFFERED = ("old", "log_mismatch", "sum_over")
 
@@ -33,6 +35,7 @@ def surrogate_inputs(surrogate: Callable) -> frozenset[str]:
     return frozenset(p.name for p in further if p.name in OFFERED and p.default is p.empty)
 
 
+@bounded(epsilon=Bound(above=0), epsilon_high=Bound(above=0), delta=Bound(at_least=1))
 def ppo_clip(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -58,6 +61,7 @@ def ppo_clip(
     return torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
 
 
+@bounded(epsilon=Bound(above=0), epsilon_high=Bound(above=0))
 def gspo(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -73,6 +77,7 @@ def gspo(
     return ppo_clip(row_mean(log_ratio, mask), advantages, mask, epsilon=epsilon, epsilon_high=epsilon_high)
 
 
+@bounded(eps_high=Bound(above=0), neg_low=Bound(above=0), neg_high=Bound(above=0))
 def trust_band(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -99,6 +104,7 @@ def trust_band(
     return torch.where(advantages >= 0, up, down) * advantages
 
 
+@bounded(max_ratio=Bound(at_least=1))
 def cispo(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -115,6 +121,7 @@ def cispo(
     return exp_ratio(log_ratio.detach()).clamp(max=max_ratio) * advantages[:, None] * log_ratio
 
 
+@bounded(k_pos=Bound(above=0), lam_pos=Bound(above=0), k_neg=Bound(above=0), lam_neg=Bound(above=0))
 def vespo(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],

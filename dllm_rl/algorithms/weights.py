@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dllm_rl.algorithms.surrogates import MAX_LOG
+from dllm_rl.bounds import Bound, bounded
 
 Level = str  # "token" or "sequence"
 Aggregate = str  # "product" or "geometric"
@@ -64,6 +65,7 @@ def _fraction(event: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
     return (event & mask).sum().item() / max(mask.sum().item(), 1)
 
 
+@bounded(cap=Bound(at_least=1))
 def truncated_weights(
     log_mismatch: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -78,7 +80,7 @@ def truncated_weights(
     token     rho_t = exp(log_mismatch_t)
     sequence  one rho for the row: exp(sum_t) with `product`, exp(mean_t) with `geometric`.
 
-    cap        largest weight
+    cap        largest weight, at least 1
     level      what has a ratio of its own: token or sequence
     aggregate  of a sequence's tokens: product or geometric
     """
@@ -88,6 +90,7 @@ def truncated_weights(
     return torch.where(keep, weights.clamp(max=cap), 1), keep, metrics
 
 
+@bounded(low=Bound(at_least=0, at_most=1), high=Bound(at_least=1))
 def masked_weights(
     log_mismatch: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -114,6 +117,7 @@ def masked_weights(
     return torch.where(keep, weights.masked_fill(outside, 0), 1), keep, metrics
 
 
+@bounded(bound=Bound(at_least=0))
 def rejection(
     log_mismatch: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -174,12 +178,14 @@ def _effective_share(log_w: Float[Tensor, " B"]) -> float:
     return min(1.0, (w.sum().square() / (len(w) * w.square().sum())).item())
 
 
+@bounded(tau=Bound(above=0))
 def alarm(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
     """lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): all three signal severity; 0 on-policy, towards 1 as the mismatch
     grows [ours: AIS's own combination is not public]."""
     return 1 - reliability * (tau / (divergence + tau)) * (1 / (1 + variation))
 
 
+@bounded(cap=Bound(at_least=1), tau=Bound(above=0))
 def adaptive_weights(
     log_mismatch: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -211,8 +217,6 @@ def adaptive_weights(
     aggregate  of a sequence's tokens, in rho and in weights of sequences: product or geometric
     level      of the weights that are mixed: token, or sequence
     """
-    if not tau > 0:
-        raise ValueError(f"tau={tau} must be > 0 (nats of mean |log_mismatch| at which half the trust is gone)")
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     log_w = log_mismatch.clamp(-MAX_LOG, MAX_LOG)
     reliability, divergence, variation = 1.0, 0.0, 0.0
@@ -230,6 +234,7 @@ def adaptive_weights(
     return torch.where(keep, weights, 1), keep, metrics
 
 
+@bounded(c=Bound(at_least=1))
 def band_weights(
     log_mismatch: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"], *, c: float = 2.0
 ) -> Weighed:
@@ -238,8 +243,6 @@ def band_weights(
 
     c  the largest weight, and one over the smallest; at least 1
     """
-    if not c >= 1:
-        raise ValueError(f"c={c} must be at least 1: weights lie in [1/c, c]")
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     log_w, bound = per_level(log_mismatch, keep, level="sequence", aggregate="geometric"), math.log(c)
     metrics["tbpo/capped_fraction"] = _fraction(log_w.abs() > bound, keep)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Generator, Tensor
 
+from dllm_rl.bounds import Bound, bounded
 from dllm_rl.config import maker
 from dllm_rl.likelihoods.masks import (
     draw_block,
@@ -137,6 +138,7 @@ def causal() -> LikelihoodEstimator:
 
 
 @maker
+@bounded(prompt_mask=Bound(at_least=0, below=1))
 def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
     """d1's mean-field estimate: sum_i l_i(all of y), each prompt token masked with probability `prompt_mask`.
 
@@ -144,12 +146,11 @@ def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
     One forward (a G-th of one at prompt_mask=0, where a prompt's completions all look the same). No noise but the
     prompt's; biased: tokens count as independent given the prompt. Source: d1, arXiv 2504.12216 [paper].
     """
-    if not 0 <= prompt_mask < 1:
-        raise ValueError(f"prompt_mask={prompt_mask} must lie in [0, 1)")
     return LikelihoodEstimator("one_step", partial(draw_everything, prompt_mask=prompt_mask))
 
 
 @maker
+@bounded(num_samples=Bound(at_least=1))
 def elbo(*, num_samples: int = 4, stratified: bool = True, antithetic: bool = False) -> LikelihoodEstimator:
     """The any-order ELBO by masks of exactly k tokens: the mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}.
 
@@ -159,7 +160,6 @@ def elbo(*, num_samples: int = 4, stratified: bool = True, antithetic: bool = Fa
     antithetic  samples in pairs (num_samples even): k with L+1-k, the second mask taken from the other end of the same
                 random order, so that a pair scores every token at least once.
     """
-    _at_least_one("num_samples", num_samples)
     if antithetic and num_samples % 2:
         raise ValueError(f"num_samples={num_samples} must be even with antithetic=True; use {num_samples + 1}")
     draw = partial(draw_exact, num_samples=num_samples, stratified=stratified, antithetic=antithetic)
@@ -167,6 +167,7 @@ def elbo(*, num_samples: int = 4, stratified: bool = True, antithetic: bool = Fa
 
 
 @maker
+@bounded(num_samples=Bound(at_least=1))
 def coupled(*, num_samples: int = 1) -> LikelihoodEstimator:
     """The any-order ELBO from a mask and its complement, so that every token is scored.
 
@@ -176,11 +177,11 @@ def coupled(*, num_samples: int = 1) -> LikelihoodEstimator:
     num_samples  pairs of masks, of two forwards each
     Unbiased for the ELBO. Source: ESPO's form [paper].
     """
-    _at_least_one("num_samples", num_samples)
     return LikelihoodEstimator("coupled", partial(draw_coupled, num_samples=num_samples))
 
 
 @maker
+@bounded(nodes=Bound(at_least=1))
 def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
     """The any-order ELBO, integral_0^1 E_m[(L/k) sum_{i in m} l_i(m)] dt, by Gauss-Legendre nodes t_n with weights w_n:
     sum_n w_n (L/k_n) sum_{i in m_n} l_i(m_n), k_n = floor(t_n L) + 1, one random mask of exactly k_n tokens a node.
@@ -190,11 +191,11 @@ def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
     the integrand is linear in k and t_n L + 1/2 is an integer; it does not shrink with more masks. Sources: GDPO/SDMC,
     arXiv 2510.08554 [paper]; exactly k masked tokens instead of independent ones [ours].
     """
-    _at_least_one("nodes", nodes)
     return LikelihoodEstimator("quadrature", partial(draw_quadrature, nodes=nodes))
 
 
 @maker
+@bounded(block_size=Bound(at_least=1), num_samples=Bound(at_least=1))
 def block(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
     """The ELBO of block-wise decoding: blocks before a chosen one clean, a mask inside it, later ones fully masked.
 
@@ -208,8 +209,6 @@ def block(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
     2510.09541 [paper]; its code averages over all masked tokens, later blocks' included, where only the chosen block's
     are scored here [ours]. Blocks start at the completion, as `unmask`'s do; a last block may be short.
     """
-    _at_least_one("num_samples", num_samples)
-    _at_least_one("block_size", block_size)
     return LikelihoodEstimator("block", partial(draw_block, block_size=block_size, num_samples=num_samples))
 
 
@@ -236,6 +235,7 @@ def upper_where_negative(noise: Noise, advantages: Float[Tensor, " B"], *, mix: 
 
 
 @maker
+@bounded(beta=Bound(above=0))
 def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
     """SPG's evidence upper bound: sum_i (1/beta) log mean_t[ p_i^beta 1(i in m) / t ], on the masks of `base`.
 
@@ -247,13 +247,12 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
     With few masks the log of a mean is biased downwards. Source: SPG, arXiv 2510.09541, and its code [paper], which
     divides by the number of scored tokens where this is a sum.
     """
-    if not beta > 0:
-        raise ValueError(f"beta={beta} must be above 0")
     base = coupled() if base is None else base
     return replace(base, name="eubo", exact_for_sampler=False, combine=partial(upper_bound, beta=beta))
 
 
 @maker
+@bounded(beta=Bound(above=0), mix=Bound(at_least=0, at_most=1))
 def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
     """SPG's pair of bounds: the ELBO where the advantage is >= 0, mix * EUBO + (1 - mix) * ELBO where it is negative.
 
@@ -265,16 +264,13 @@ def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator |
     base  the estimate whose masks both bounds take; None: `coupled()`
     Source: SPG, arXiv 2510.09541, and its code [paper]; inside a clipped ratio, per token and unnormalised [ours].
     """
-    if not beta > 0:
-        raise ValueError(f"beta={beta} must be above 0")
-    if not 0 <= mix <= 1:
-        raise ValueError(f"mix={mix} must lie in [0, 1]")
     base, combine = coupled() if base is None else base, partial(mixed_bounds, beta=beta)
     with_advantages = partial(upper_where_negative, mix=mix)
     return replace(base, name="sandwich", exact_for_sampler=False, combine=combine, with_advantages=with_advantages)
 
 
 @maker
+@bounded(num_segments=Bound(at_least=1), block_size=Bound(at_least=1), num_sampled=Bound(at_least=1))
 def trajectory(
     *,
     num_segments: int | None = None,
@@ -305,13 +301,6 @@ def trajectory(
     """
     if order not in ("law", "given"):
         raise ValueError(f"order={order!r} must be 'law' or 'given'")
-    for name, value, otherwise in (
-        ("num_segments", num_segments, "None for every step"),
-        ("block_size", block_size, "None to score steps one by one"),
-        ("num_sampled", num_sampled, "None for every step"),
-    ):
-        if value is not None:
-            _at_least_one(name, value, otherwise)
     if num_sampled is not None:
         if block_size is not None:
             raise ValueError(f"num_sampled={num_sampled} draws steps, and block_size={block_size} packs them: drop one")
@@ -337,8 +326,3 @@ def recorded(rollout: Rollout, noise: Noise) -> Float[Tensor, "B T"]:
         return rollout.logprobs
     assert rollout.order_logprobs is not None, "positions are scored as left only where the sampler recorded it"
     return rollout.order_logprobs + rollout.logprobs
-
-
-def _at_least_one(name: str, value: int, otherwise: str | None = None) -> None:
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1" + (f", or {otherwise}" if otherwise else ""))

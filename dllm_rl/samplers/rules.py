@@ -29,6 +29,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dllm_rl.bounds import Bound, bounded
+
 OFFERED = ("logits", "normalizer", "tokens", "uniforms")
 REVISING = ("written", "changed", "steps")
 
@@ -144,6 +146,7 @@ def origin(
     return masked & (scores >= 1 - 1 / steps_left[:, None])
 
 
+@bounded(tau=Bound(above=0, at_most=1))
 def threshold(
     scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"], *, tau: float
 ) -> Bool[Tensor, "B L"]:
@@ -152,12 +155,11 @@ def threshold(
     tau  the probability from which on a position is written, in (0, 1]
     Wants scores that are log-probabilities (confidence, max_prob). Ignores steps_left. [paper]
     """
-    if not 0 < tau <= 1:
-        raise ValueError(f"tau={tau} must lie in (0, 1]")
     log_tau = torch.tensor(tau, dtype=torch.float64).log().item()
     return masked & (scores >= log_tau) | _best(scores, masked, torch.ones_like(steps_left))
 
 
+@bounded(f=Bound(above=0))
 def factor(
     scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"], *, f: float
 ) -> Bool[Tensor, "B L"]:
@@ -166,14 +168,13 @@ def factor(
     f  above 0; larger writes more at once
     Wants scores that are log-probabilities (confidence, max_prob). Ignores steps_left. [paper]
     """
-    if not f > 0:
-        raise ValueError(f"f={f} must be positive")
     best = scores.sort(dim=-1, descending=True).values.exp()
     n = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
     count = torch.where(best >= 1 - f / (n + 1), n, 1).amax(-1)
     return _best(scores, masked, count)
 
 
+@bounded(gamma=Bound(at_least=0))
 def entropy_bound(
     scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"], *, gamma: float
 ) -> Bool[Tensor, "B L"]:
@@ -182,14 +183,13 @@ def entropy_bound(
     gamma  the bound, nats; larger writes more at once
     Wants rank=entropy, whose scores are -H; one position always fits. Ignores steps_left. [paper]
     """
-    if not gamma >= 0:
-        raise ValueError(f"gamma={gamma} must be >= 0 nats")
     entropies = -scores.sort(dim=-1, descending=True).values
     # In rising order the largest is the last, so what counts is the sum of those before it.
     before = torch.nn.functional.pad(entropies.cumsum(-1)[:, :-1], (1, 0))
     return _best(scores, masked, (before <= gamma).sum(-1))
 
 
+@bounded(eta=Bound(at_least=0, at_most=1))
 def remask(
     scores: Float[Tensor, "B L"],
     masked: Bool[Tensor, "B L"],
@@ -207,14 +207,13 @@ def remask(
     position may be reconsidered; the last step masks nothing again. Wants rank=random, whose scores are the uniforms.
     [paper; ours: alpha linear over the block's steps]
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta} must lie in [0, 1]")
     done = (steps - steps_left).clamp(min=0)
     sigma = ((steps_left - 1) / done.clamp(min=1)).clamp(max=eta)
     write = (1 + sigma * done) / steps_left
     return masked & (scores >= 1 - write[:, None]) | written & (scores >= 1 - sigma[:, None])
 
 
+@bounded(tau=Bound(above=0, at_most=1), tau_edit=Bound(at_least=0, at_most=1))
 def edit(
     scores: Float[Tensor, "B L"],
     masked: Bool[Tensor, "B L"],
@@ -235,8 +234,6 @@ def edit(
     log-probabilities of the proposal (confidence; max_prob at temperature 0). [paper; ours: the block's steps bound
     what its code bounds by max_post_steps]
     """
-    if not 0 <= tau_edit <= 1:
-        raise ValueError(f"tau_edit={tau_edit} must lie in [0, 1]")
     log_edit = torch.tensor(tau_edit, dtype=torch.float64).log().item()
     best = threshold(scores.masked_fill(~masked, -torch.inf), masked, steps_left, tau=tau)
     return best | changed & (scores >= log_edit)

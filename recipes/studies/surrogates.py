@@ -13,8 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dllm_rl.algorithms.surrogates import exp_ratio, ppo_clip, row_mean
+from dllm_rl.bounds import Bound, bounded
 
 
+@bounded(delta=Bound(above=0), delta_high=Bound(above=0), max_ratio=Bound(at_least=1))
 def dppo_tv(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -44,6 +46,7 @@ def dppo_tv(
     return torch.where(inside, _carried(weight, advantages, log_ratio), 0)
 
 
+@bounded(epsilon=Bound(above=0), epsilon_high=Bound(above=0), delta=Bound(at_least=1))
 def bgpo(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -73,6 +76,7 @@ def bgpo(
     return torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
 
 
+@bounded(epsilon=Bound(above=0), epsilon_high=Bound(above=0))
 def ebpo(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -93,6 +97,7 @@ def ebpo(
     return ppo_clip(total, advantages, mask, epsilon=epsilon, epsilon_high=epsilon_high)
 
 
+@bounded(psi=Bound(above=0), epsilon=Bound(above=0, below=1), epsilon_high=Bound(above=0))
 def gdsd(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -119,6 +124,7 @@ def gdsd(
     return -(moved - psi * advantages[:, None]).square() / (2 * psi)
 
 
+@bounded(max_ratio=Bound(at_least=1))
 def stable_drl(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -143,6 +149,7 @@ def stable_drl(
     return _carried(weight, advantages, log_ratio)
 
 
+@bounded(bound=Bound(at_least=0), epsilon=Bound(above=0), epsilon_high=Bound(above=0), delta=Bound(at_least=1))
 def sequence_masked(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],

@@ -315,7 +315,7 @@ def test_drawing_as_many_steps_as_there_are_is_the_trajectory():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (partial(lik.trajectory, num_sampled=0), r"num_sampled=0 must be at least 1, or None for every step"),
+        (partial(lik.trajectory, num_sampled=0), r"num_sampled=0 must be at least 1"),
         (
             partial(lik.trajectory, num_sampled=2, block_size=4),
             r"num_sampled=2 draws steps, and block_size=4 packs them",
@@ -328,7 +328,7 @@ def test_drawing_as_many_steps_as_there_are_is_the_trajectory():
         (partial(lik.one_step, prompt_mask=1.0), r"prompt_mask=1.0 must lie in \[0, 1\)"),
         (partial(lik.eubo, beta=0.0), r"beta=0.0 must be above 0"),
         (partial(lik.sandwich, mix=2.0), r"mix=2.0 must lie in \[0, 1\]"),
-        (partial(lik.trajectory, num_segments=0), r"num_segments=0 must be at least 1, or None for every step"),
+        (partial(lik.trajectory, num_segments=0), r"num_segments=0 must be at least 1"),
     ],
 )
 def test_bad_settings_are_named(make, message):

@@ -123,7 +123,7 @@ def test_it_is_refused_where_it_would_be_wrong():
     wrong = lik.trajectory(block_size=8)
     with pytest.raises(ValueError, match="block_size=8 is not the policy's block size, 4"):
         wrong.logprobs(policy, rollout, wrong.draw(rollout, torch.Generator()))
-    with pytest.raises(ValueError, match=r"block_size=0 must be at least 1, or None to score steps one by one"):
+    with pytest.raises(ValueError, match=r"block_size=0 must be at least 1"):
         lik.trajectory(block_size=0)
     policy.spec = replace(policy.spec, attention="full")
     right = lik.trajectory(block_size=SIZE)

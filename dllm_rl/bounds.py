@@ -1,0 +1,69 @@
+"""Bounds of a function's constants: stated beside the function, checked where a constant is bound and at each call."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The range of a number. A number that is not finite is never in it."""
+
+    at_least: int | float | None = None
+    above: int | float | None = None
+    at_most: int | float | None = None
+    below: int | float | None = None
+
+    def check(self, name: str, value: int | float | None) -> None:
+        """Raise ValueError where the value is outside; None is no number, and passes."""
+        if value is None:
+            return
+        low = -math.inf if self.above is None else self.above
+        high = math.inf if self.below is None else self.below
+        inside = low < value < high
+        inside &= self.at_least is None or value >= self.at_least
+        inside &= self.at_most is None or value <= self.at_most
+        if not inside:
+            raise ValueError(f"{name}={value} must {self}" + ("" if math.isfinite(value) else ", and be finite"))
+
+    def __str__(self) -> str:
+        low = f"({self.above}" if self.at_least is None else f"[{self.at_least}"
+        if self.at_most is not None or self.below is not None:
+            return f"lie in {low}, " + (f"{self.below})" if self.at_most is None else f"{self.at_most}]")
+        return f"be above {self.above}" if self.at_least is None else f"be at least {self.at_least}"
+
+
+def bounded(**bounds: Bound) -> Callable[[Function], Function]:
+    """Decorator: the function's keywords, by name, must lie within their bounds."""
+
+    def decorate(function: Function) -> Function:
+        @wraps(function)
+        def checked(*arguments: Any, **keywords: Any) -> Any:
+            check_keywords(checked, keywords)
+            return function(*arguments, **keywords)
+
+        vars(checked)["bounds"] = bounds
+        return cast(Function, checked)
+
+    return decorate
+
+
+def check_keywords(function: Callable, keywords: dict[str, Any]) -> None:
+    """Raise ValueError where one of the keywords is outside the function's bounds."""
+    for name, bound in getattr(function, "bounds", {}).items():
+        if name in keywords:
+            bound.check(name, keywords[name])
+
+
+def check_bound(value: Any) -> None:
+    """Raise ValueError where a partial, or one within it or within a tuple, binds a constant outside its bounds."""
+    if isinstance(value, partial):
+        check_keywords(value.func, value.keywords)
+        check_bound((*value.args, *value.keywords.values()))
+    elif isinstance(value, tuple):
+        for part in value:
+            check_bound(part)

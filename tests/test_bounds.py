@@ -1,0 +1,126 @@
+"""Constants outside their bounds: of every public function that has one, wherever it is bound."""
+
+import inspect
+import math
+import types
+import typing
+from dataclasses import replace
+from functools import partial
+
+import pytest
+from tiny_recipe import tiny_recipe
+
+from dllm_rl.algorithms import advantages, correctors, losses, surrogates, weights
+from dllm_rl.bounds import Bound, check_bound
+from dllm_rl.config import from_command_line
+from dllm_rl.likelihoods import estimators
+from dllm_rl.samplers import rules
+from recipes.studies import surrogates as published
+
+MODULES = (correctors, weights, surrogates, losses, advantages, estimators, rules, published)
+MAKERS = (correctors, estimators)
+NUMBERS = {int, float}
+GIVEN = {"num_tokens", "num_sequences", "group_size", "beta", "entropy"}  # by the learner, to functions of losses
+# Where 0 says something: no token is left out of a band or a mask, no bound on the entropy, nothing added.
+ZERO = {"low", "bound", "prompt_mask", "mix", "gamma", "eta", "tau_edit", "eps"}
+
+
+def kinds_of(annotation):
+    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    return set(typing.get_args(annotation)) if union else {annotation}
+
+
+def public(module):
+    """Functions that a recipe takes: where a module has makers of records, those alone."""
+    for name, function in vars(module).items():
+        if not inspect.isfunction(function) or function.__module__ != module.__name__ or name.startswith("_"):
+            continue
+        made = inspect.signature(function).return_annotation
+        if module not in MAKERS or made in (correctors.Corrector, estimators.LikelihoodEstimator):
+            yield name, function
+
+
+def constants():
+    """(function, keyword) of every number that a user may bind."""
+    for module in MODULES:
+        for name, function in public(module):
+            for parameter in inspect.signature(function).parameters.values():
+                number = parameter.kind is parameter.KEYWORD_ONLY and kinds_of(parameter.annotation) & NUMBERS
+                if number and not (module is losses and parameter.name in GIVEN):
+                    yield pytest.param(function, parameter.name, id=f"{name}-{parameter.name}")
+
+
+def bind(function, keyword, value):
+    """The function with the constant, as a recipe holds it: called where it makes a record, else a partial."""
+    bound = {"block_size": 4, "eta": 0.1, "tau": 0.9} | {keyword: value}
+    wanted = inspect.signature(function).parameters
+    made = partial(function, **{name: number for name, number in bound.items() if name in wanted})
+    return made() if function.__module__ in [module.__name__ for module in MAKERS] else check_bound(made)
+
+
+@pytest.mark.parametrize(("function", "keyword"), constants())
+@pytest.mark.parametrize("value", [-1, -3.0, 0, math.inf, -math.inf, math.nan])
+def test_no_constant_is_negative_or_zero_or_not_finite(function, keyword, value):
+    if float in kinds_of(inspect.signature(function).parameters[keyword].annotation):
+        value = float(value)
+    if value == 0 and keyword in ZERO:
+        bind(function, keyword, value)
+        return
+    with pytest.raises(ValueError, match=rf"^{keyword}={value} must [^\n]*$"):
+        bind(function, keyword, value)
+
+
+def test_the_list_has_all_kinds():
+    found = {param.id for param in constants()}
+    assert {"tis-cap", "vespo-lam_neg", "sandwich-mix", "remask-eta", "constant-length", "gdsd-psi"} <= found
+    assert len(found) > 60
+
+
+@pytest.mark.parametrize(
+    ("function", "keyword", "value", "message"),
+    [
+        (correctors.tis, "cap", 0.5, "cap=0.5 must be at least 1"),
+        (correctors.mis, "low", 1.5, "low=1.5 must lie in [0, 1]"),
+        (correctors.mis, "high", 0.9, "high=0.9 must be at least 1"),
+        (rules.threshold, "tau", 1.1, "tau=1.1 must lie in (0, 1]"),
+        (estimators.one_step, "prompt_mask", 1.0, "prompt_mask=1.0 must lie in [0, 1)"),
+        (correctors.tis, "cap", math.inf, "cap=inf must be at least 1, and be finite"),
+        (surrogates.ppo_clip, "delta", 0.5, "delta=0.5 must be at least 1"),
+    ],
+)
+def test_the_line_names_the_constant_and_its_range(function, keyword, value, message):
+    with pytest.raises(ValueError) as caught:
+        bind(function, keyword, value)
+    assert str(caught.value) == message
+
+
+def test_edges_and_none_are_inside():
+    closed = Bound(at_least=0, at_most=1)
+    for value in (0, 1, 0.5, None):
+        closed.check("x", value)
+    for value in (0, 1):
+        with pytest.raises(ValueError, match=r"x=. must lie in \(0, 1\)"):
+            Bound(above=0, below=1).check("x", value)
+
+
+def test_a_call_checks_too():
+    with pytest.raises(ValueError, match="max_ratio=-1 must be at least 1"):
+        surrogates.cispo(None, None, None, max_ratio=-1)
+
+
+def test_a_recipe_checks_what_it_holds(tmp_path, capsys):
+    recipe = tiny_recipe(tmp_path)
+    sampler = partial(recipe.sampler, commit=partial(rules.threshold, tau=7.0))
+    with pytest.raises(ValueError, match=r"tau=7.0 must lie in \(0, 1\]"):
+        replace(recipe, sampler=sampler)
+    with pytest.raises(ValueError, match="length=0 must be at least 1"):
+        replace(recipe, aggregate=partial(losses.constant, length=0))
+    two = (partial(weights.truncated_weights, cap=2.0), partial(weights.truncated_weights, cap=-2.0))
+    with pytest.raises(ValueError, match=r"cap=-2\.0 must be at least 1"):
+        correctors.Corrector(partial(weights.composed, weighs=two))
+    for words in (["--corrector.weigh.cap", "-3"], ["--corrector.surrogate.epsilon", "0"]):
+        with pytest.raises(SystemExit) as stop:
+            from_command_line(recipe, ["--corrector", "tis", *words])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1
+        assert f"{words[0].rpartition('.')[2]}={float(words[1])} must" in error
