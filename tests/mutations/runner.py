@@ -1,10 +1,7 @@
 """Applies mutations to copies of the tree, one at a time, and runs the tests that should notice."""
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,23 +69,6 @@ def copies(root: Path, number: int) -> Iterator[list[Path]]:
         yield trees
 
 
-def elsewhere(tree: Path) -> dict[str, str]:
-    """The environment of a machine on which the stored curve of tests/golden is bounded, not exact.
-
-    A kill must not lean on the last bits of one CPU's kernels. Raises RuntimeError where that cannot be arranged.
-    """
-    stored = json.loads((tree / "tests/golden/loop.json").read_text())["environment"]
-    ask = "import json; from golden import environment; print('golden', json.dumps(environment()))"
-    for capability in ("avx2", "default"):
-        made = environment_of(tree) | {"ATEN_CPU_CAPABILITY": capability}
-        made["PYTHONPATH"] += os.pathsep + str(tree / "tests/support")
-        answer = subprocess.run([sys.executable, "-c", ask], cwd=tree, env=made, capture_output=True, text=True)
-        lines = [line for line in answer.stdout.splitlines() if line.startswith("golden ")]
-        if lines and json.loads(lines[0].removeprefix("golden ")) != stored:
-            return environment_of(tree) | {"ATEN_CPU_CAPABILITY": capability}
-    raise RuntimeError("ATEN_CPU_CAPABILITY does not make this machine differ from the one that golden's curve is of")
-
-
 def environment_of(tree: Path) -> dict[str, str]:
     """Imports from the copy, and no compiled files: an edit within a second of the last one must be seen."""
     return os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -101,7 +81,7 @@ def run_all(
     jobs: int = 1,
     timeout: float = TIMEOUT,
     report: Callable[[Outcome], None] = lambda outcome: None,
-    environment: Callable[[Path], dict[str, str]] = elsewhere,
+    environment: Callable[[Path], dict[str, str]] = environment_of,
 ) -> list[Outcome]:
     """Every mutation's outcome, in order. Raises RuntimeError when a test fails without any mutation."""
     with copies(root, jobs) as trees, ExitStack() as stack:

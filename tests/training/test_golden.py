@@ -1,38 +1,67 @@
-"""Stored curves of nine small runs: exact where they were recorded, bounded elsewhere.
+"""Stored curves of nine small runs, compared within bounds that every CPU meets.
 
 To record them again after a change that is meant to alter the mathematics:
     PYTHONPATH=.:tests/support python tests/training/test_golden.py
 """
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from golden import environment
 from loop_configurations import CONFIGURATIONS, run
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loop.json"
-STEADY = ("reward", "grad_norm", "learning_rate", "ratio", "clip_ratio", "band", "eval", "symptoms", "dynamic_sampling")
-STEADY += ("num_tokens", "parsed", "rollout_corr/k3_kl", "rollout_corr/abs_log_ratio_mean", "ais/")
 STORED = json.loads(GOLDEN.read_text())
+# Differences of two nearly equal forwards, the learner's and the quantised one's: one weight that rounds to the next
+# code moves them.
+MISMATCH = re.compile(
+    r"loss|quantization/codes_changed|off_policy/rollout/.*|ais/(D|CV|lambda)|(rollout_corr|live)/"
+    r"(kl|k3_kl|chi2_.*|log_ppl_(abs_)?diff.*|abs_log_ratio_.*|contribution_.*|rollout_is_(seq_)?(std|max_deviation))"
+)
+# The largest deviation and a run's mean one, as shares of a metric's largest value in its curve. Measured: 1.4e-3 and
+# 1.8e-4, 7.8e-6 and 2.1e-7. Each is the worst of three instruction sets of torch, five of MKL and two of oneDNN, and of
+# eight runs whose first weights are one rounding off. The smallest slip tried, half a percent of a KL term, moves the
+# second mean to 3.8e-5.
+BOUNDS = {"mismatch": (4e-3, 6e-4), "other": (3e-5, 2e-6)}
+
+Rows = list[dict[str, float]]
+
+
+def deviations(rows: Rows, stored: Rows) -> dict[str, dict[str, list[float]]]:
+    """By family and metric, each step's deviation as a share of the metric's largest value in the stored curve.
+
+    A share of the value itself says nothing where the value is a sum whose terms cancel.
+    """
+    found: dict[str, dict[str, list[float]]] = {"mismatch": {}, "other": {}}
+    for metric in stored[0]:
+        scale = max(abs(row[metric]) for row in stored) or 1.0
+        family = "mismatch" if MISMATCH.fullmatch(metric) else "other"
+        pairs = zip(rows, stored, strict=True)
+        found[family][metric] = [abs(row[metric] - before[metric]) / scale for row, before in pairs]
+    return found
+
+
+def out_of_bounds(rows: Rows, stored: Rows) -> list[str]:
+    """What is further from the stored curve than its family's bounds."""
+    assert [row.keys() for row in rows] == [row.keys() for row in stored]
+    found = []
+    for family, curves in deviations(rows, stored).items():
+        most, mean = BOUNDS[family]
+        found += [f"{metric}: {max(steps):.1e} > {most}" for metric, steps in curves.items() if not max(steps) <= most]
+        every = [deviation for steps in curves.values() for deviation in steps]
+        if not sum(every) / len(every) <= mean:
+            found.append(f"mean of {family} metrics: {sum(every) / len(every):.1e} > {mean}")
+    return found
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_every_number_is_the_stored_one(name, tmp_path):
-    stored, rows = STORED["curves"][name], run(name, tmp_path)
+def test_a_run_is_the_stored_one_within_rounding(name, tmp_path):
+    stored = STORED["curves"][name]
     assert stored[0]["grad_norm"] > 0, "a curve of zeros would prove nothing"
-    if STORED["environment"] == environment():
-        assert rows == stored
-        return
-    # With the kernels of another instruction set the steady metrics were seen to move by 7e-4, the others, which are
-    # differences of nearly equal numbers, by 5e-2 (ATEN_CPU_CAPABILITY=avx2 and =default where AVX-512 was recorded).
-    for step, (row, before) in enumerate(zip(rows, stored, strict=True)):
-        assert row.keys() == before.keys()
-        for metric, value in row.items():
-            bound = {"rel": 2e-3, "abs": 1e-6} if metric.startswith(STEADY) else {"rel": 0.2, "abs": 1e-5}
-            assert value == pytest.approx(before[metric], **bound), f"{metric} at step {step}"
+    assert out_of_bounds(run(name, tmp_path), stored) == []
 
 
 if __name__ == "__main__":
@@ -41,4 +70,4 @@ if __name__ == "__main__":
     for name in CONFIGURATIONS:
         with tempfile.TemporaryDirectory() as folder:
             curves[name] = run(name, Path(folder))
-    GOLDEN.write_text(json.dumps({"environment": environment(), "curves": curves}, indent=1) + "\n")
+    GOLDEN.write_text(json.dumps({"curves": curves}, indent=1) + "\n")
