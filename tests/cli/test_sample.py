@@ -178,11 +178,11 @@ def browser():
             request = urllib.request.Request(
                 f"http://127.0.0.1:9517{path}", data, {"Content-Type": "application/json"}, method=method
             )
-            with urllib.request.urlopen(request, timeout=60) as reply:
+            with urllib.request.urlopen(request) as reply:
                 return json.load(reply)["value"]
 
         try:
-            for _ in range(100):
+            while driver.poll() is None:
                 try:
                     call("/status", method="GET")
                     break

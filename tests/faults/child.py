@@ -6,7 +6,6 @@ import resource
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,9 +43,6 @@ def no_picture(directory: Path) -> Path:
 plots.plot = no_picture
 
 
-PATIENCE = 20.0  # seconds that processes have to end in, once one has ended badly; torchrun gives them 30
-
-
 def run(
     *recipes: Recipe, fault: Fault | None = None, victim: int = 0, processes: int = 1, count: bool = False
 ) -> tuple[int, str]:
@@ -56,7 +52,10 @@ def run(
     folder = Path(recipes[0].directory)
     folder.mkdir(parents=True, exist_ok=True)
     output = folder.with_name(folder.name + ".out")
-    port, ranks, codes = _free_port() if processes > 1 else 0, [], {}
+    port = _free_port() if processes > 1 else 0
+    ranks: list[int] = []
+    stopped: set[int] = set()
+    codes: dict[int, int] = {}
     with output.open("wb") as out:
         for rank in range(processes):
             pid = os.fork()
@@ -65,24 +64,19 @@ def run(
                 _child(recipes, mine, (rank, processes, port), out.fileno(), count and rank == 0)
             ranks.append(pid)
         while len(codes) < processes:
-            pid, status = os.waitpid(-1, 0) if not any(codes.values()) else _within(PATIENCE, set(ranks) - set(codes))
-            codes[pid] = os.waitstatus_to_exitcode(status)
-            for other in set(ranks) - set(codes) if codes[pid] else ():
+            pid, status = os.waitpid(-1, os.WUNTRACED)
+            if os.WIFSTOPPED(status):
+                stopped.add(pid)
+            else:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+            alive = set(ranks) - set(codes)
+            for other in alive if codes.get(pid) else ():
                 # As a launcher does, which waits for those that it ends by SIGTERM; a kill of the first is one of all.
                 os.kill(other, signal.SIGKILL if pid == ranks[0] and codes[pid] < 0 else signal.SIGTERM)
+            # A launcher kills what has not ended after some seconds. A stopped process never ends of itself.
+            for other in alive if alive <= stopped else ():
+                os.kill(other, signal.SIGKILL)
     return codes[ranks[0]], output.read_text(errors="replace")
-
-
-def _within(seconds: float, alive: set[int]) -> tuple[int, int]:
-    """What os.waitpid returns; processes that take longer are killed, as by torchrun."""
-    end = time.monotonic() + seconds
-    while (ended := os.waitpid(-1, os.WNOHANG))[0] == 0:
-        if time.monotonic() > end:
-            for pid in alive:
-                os.kill(pid, signal.SIGKILL)
-            return os.waitpid(-1, 0)
-        time.sleep(0.02)
-    return ended
 
 
 def _free_port() -> int:

@@ -41,7 +41,7 @@ def recipe(directory: Path, processes: int, **changes: Any) -> Recipe:
         "num_generations": 2,
         "save_total_limit": 9,
     }
-    settings |= {"shard_size": 0, "async_save": processes in (2, 4), "report_to": None, "collective_timeout": 60.0}
+    settings |= {"shard_size": 0, "async_save": processes in (2, 4), "report_to": None, "collective_timeout": 600.0}
     return small_recipe(directory, "plain", **settings | changes)
 
 

@@ -17,7 +17,7 @@ SUPPORT = [str(ROOT / "tests" / "support"), str(ROOT)]
 def python(*arguments: str, **options) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(SUPPORT)}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, **options
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, **options
     )
 
 

@@ -44,7 +44,7 @@ def recipes(folder, *, steps, shard_size):
     for names in itertools.product(MODELS, TRAINED, METHODS, ROWS):
         model, trains, method, rows = names
         settings = BATCH | {"num_steps": steps, "shard_size": shard_size, "micro_batch_size": ROWS[rows]}
-        settings |= TRAINED[trains] | METHODS[method] | {"report_to": None, "collective_timeout": 120.0}
+        settings |= TRAINED[trains] | METHODS[method] | {"report_to": None, "collective_timeout": 600.0}
         found["-".join(names)] = MODELS[model](folder / "-".join(names), **settings)
     return found
 
@@ -130,7 +130,7 @@ def rollouts_apart(one, other):
 def main(folder, steps):
     table = {}
     for processes, sizes in LAUNCHES.items():
-        run_ranks(f"import process_grid as g; g.run_all({folder!r}, {steps}, {sizes})", processes, timeout=7200)
+        run_ranks(f"import process_grid as g; g.run_all({folder!r}, {steps}, {sizes})", processes)
         for size in sizes:
             found = {}
             for name in recipes(Path(folder), steps=steps, shard_size=1):

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 PATHS = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("support", "training"))]
 
 
-def run_ranks(program: str, processes: int, *arguments: object, timeout: float = 300) -> list[str]:
+def run_ranks(program: str, processes: int, *arguments: object) -> list[str]:
     """Run `program` in so many processes; returns what each printed. sys.argv[1:] are the arguments."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -28,7 +28,7 @@ def run_ranks(program: str, processes: int, *arguments: object, timeout: float =
             )
         )
     try:
-        told = [rank.communicate(timeout=timeout) for rank in ranks]
+        told = [rank.communicate() for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -27,7 +27,7 @@ from dllm_rl.training.learner import update
 from dllm_rl.training.memory import LiveBytes, shared_out
 from dllm_rl.types import Batch, SamplingParams
 
-EVERY = {"report_to": None, "collective_timeout": 60.0}
+EVERY = {"report_to": None, "collective_timeout": 600.0}
 FULL = {**EVERY, "likelihood": coupled(), "num_iterations": 2, "micro_batch_size": 4, "beta": 0.1, "save_steps": 2}
 FULL |= {
     "warmup_steps": 2,
@@ -98,7 +98,7 @@ class Sent(TorchDispatchMode):
 def families(folder):
     """Published layouts, stacked experts among them: the rollout's copy, its sync and what is gathered are bit for bit
     those of a whole learner; gradients are, to rounding, with one process doing three of four views."""
-    accelerator = make_accelerator(timeout=60)
+    accelerator = make_accelerator(timeout=600)
     rank, count = accelerator.process_index, accelerator.num_processes
     tokens = (torch.arange(8 * 6).reshape(8, 6) % 20 + 4).chunk(4)
 
@@ -142,7 +142,7 @@ def plan_and_allocator(cases):
     update. The plan may be above by a tenth, and by little below."""
     import test_memory as plan
 
-    accelerator = make_accelerator(timeout=60)
+    accelerator = make_accelerator(timeout=600)
     for case in cases:
         recipe = replace(
             plan.recipe_of(Path("nowhere"), **plan.CASES[case]), shard_size=accelerator.num_processes, kept_graphs=0
@@ -180,7 +180,7 @@ def uneven(shares):
     norm, weights. Bytes sent are those of the formula; memory is what the docs say."""
     sizes = {"hidden_size": 64, "num_layers": 4, "num_heads": 2, "intermediate_size": 128}
     policy, alone = (tiny_masked_lm(characters="1234.=", **sizes) for _ in range(2))
-    module, accelerator = policy.module, make_accelerator(timeout=60)
+    module, accelerator = policy.module, make_accelerator(timeout=600)
     count, rank, blocks = accelerator.num_processes, accelerator.process_index, blocks_of(module)
     layer = sum(p.nbytes for p in blocks[0].parameters())
 

@@ -97,7 +97,10 @@ def test_a_reward_function_of_a_data_set_is_named(result, said):
 
 STUCK = """
 import re, sys, time
+from dllm_rl.tasks import deadline
 from dllm_rl.tasks.base import Problem, Reward, grade
+
+deadline.GRACE = {grace}
 
 class Task:
     name = "stuck"
@@ -111,9 +114,10 @@ grade(Task(), [Problem("p0"), Problem("p1")], ["good", "bad"], timeout={timeout}
 """
 
 
-def run_stuck(body: str, timeout: float = 0.3) -> subprocess.CompletedProcess:
-    program = STUCK.format(body=body, timeout=timeout)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+def run_stuck(body: str, timeout: float = 0.3, grace: float = 600.0) -> subprocess.CompletedProcess:
+    """grace: seconds until the last resort. A busy machine may need many for a fraction of a second of the processor."""
+    program = STUCK.format(body=body, timeout=timeout, grace=grace)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -133,10 +137,10 @@ def test_a_reward_that_never_returns_ends_the_process_by_name(body):
 
 @pytest.mark.slow
 def test_c_code_that_cannot_be_interrupted_ends_with_its_stack():
-    done = run_stuck("max(__import__('itertools').repeat(1))")
+    done = run_stuck("max(__import__('itertools').repeat(1))", grace=1.0)
     assert done.returncode == 1 and "in reward" in done.stderr
 
 
 def test_graders_in_time_are_left_alone():
-    done = run_stuck("return Reward(0.0, True)", timeout=30)
+    done = run_stuck("return Reward(0.0, True)", timeout=600)
     assert done.returncode == 0 and done.stderr == ""

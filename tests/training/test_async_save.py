@@ -18,7 +18,7 @@ from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training import checkpoint, plots, train
 from dllm_rl.training.log import RunLog
 
-PATIENCE = 60.0  # seconds after which what never comes is given up
+PATIENCE = 600.0  # seconds after which what never comes is given up, the suite's limit
 
 
 def small(directory, **changes):

@@ -24,7 +24,7 @@ def test_a_stage_that_takes_long_says_which_it_is_and_for_how_long(monkeypatch):
     monkeypatch.setattr(module, "FIRST", 0.01)
     monkeypatch.setenv("RANK", "3")
     with heartbeat("reward, after 7 steps,", say):
-        assert thrice.wait(60)
+        assert thrice.wait()
     told = [f"process 3: reward, after 7 steps, has taken {s} s so far" for s in ("0.01", "0.02", "0.04")]
     assert said[:3] == told
 
@@ -37,7 +37,7 @@ def test_other_processes_say_it_on_standard_error_and_a_short_stage_nothing(monk
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(module, "FIRST", 0.01)
     with heartbeat("scoring", None):
-        assert written.wait(60)
+        assert written.wait()
     assert capsys.readouterr().err.startswith("process 0: scoring has taken 0.01 s so far\n")
 
 

@@ -164,7 +164,7 @@ class TestInStep:
     def all_of(works):
         import threading
 
-        said, barrier, ends = [None] * len(works), threading.Barrier(len(works), timeout=20), [None] * len(works)
+        said, barrier, ends = [None] * len(works), threading.Barrier(len(works), timeout=600), [None] * len(works)
 
         def gather(place, value):
             said[place] = value

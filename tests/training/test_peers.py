@@ -11,6 +11,7 @@ from dllm_rl.training import peers
 from dllm_rl.training.peers import STATUS, TURNS, Peers
 from dllm_rl.training.stop import Stopped
 
+PATIENCE = 600.0  # seconds, the suite's limit
 GLOO = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer"
 
 
@@ -50,7 +51,7 @@ def made(monkeypatch):
 
 def hear(watch):
     """What the watch's thread does when something has come in, until it has."""
-    events = watch._selector.select(60)
+    events = watch._selector.select(PATIENCE)
     assert events, "nothing came"
     for key, _ in events:
         watch._attend(key)
@@ -174,7 +175,7 @@ def test_one_that_never_joins_is_named(made):
 def test_strangers_are_hung_up_on(made, said):
     main, _ = made(2)
     with socket.create_connection(main._server.getsockname()) as stranger:
-        stranger.settimeout(60)
+        stranger.settimeout(PATIENCE)
         hear(main)
         said = said.replace(b"TOKEN", json.dumps(main._token).encode())
         sender = threading.Thread(target=send, args=(stranger, said))
@@ -202,7 +203,7 @@ def test_an_error_is_told_and_ends_the_others_with_one_line(made, capfd):
     def run(watch, error, others):
         try:
             with watch:
-                others.wait(60)
+                others.wait(PATIENCE)
                 raise error
         except (Stopped, ValueError, RuntimeError) as end:
             ends[watch._index] = end
@@ -226,7 +227,7 @@ def test_an_error_is_told_and_ends_the_others_with_one_line(made, capfd):
 
 def test_an_error_of_all_is_said_by_each_alone(made, capfd):
     watches = made(2)
-    barrier = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=PATIENCE)
 
     def run(watch):
         with pytest.raises(ValueError, match="no such setting"), watch:

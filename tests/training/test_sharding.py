@@ -59,7 +59,7 @@ def test_three_processes_train_as_one(tmp_path):
     process_grid.run_all(tmp_path, 3, (1,), "diffusion-full-iterations-all", "ar-lora-dynamic-all")
     runs = {1: "diffusion-full-iterations-group", 0: "ar-lora-dynamic-group"}
     each = "; ".join(f"g.run_all(sys.argv[1], 3, ({size},), {name!r})" for size, name in runs.items())
-    run_ranks(f"import sys, process_grid as g; {each}", 3, tmp_path, timeout=1200)
+    run_ranks(f"import sys, process_grid as g; {each}", 3, tmp_path)
     for size, name in runs.items():
         one, three = tmp_path / "1-1" / name.replace("-group", "-all"), tmp_path / f"3-{size}" / name
         apart, _ = process_grid.differences(one, three)

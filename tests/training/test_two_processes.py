@@ -33,9 +33,7 @@ def launch(directory, *launcher, recipe="sudoku_tiny", more=()):
         *SMALL,
         *more,
     ]
-    done = subprocess.run(
-        [*command, "--output_dir", str(directory)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([*command, "--output_dir", str(directory)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return metrics_of(directory)
 
