@@ -115,7 +115,7 @@ grade(Task(), [Problem("p0"), Problem("p1")], ["good", "bad"], timeout={timeout}
 
 
 def run_stuck(body: str, timeout: float = 0.3, grace: float = 600.0) -> subprocess.CompletedProcess:
-    """grace: seconds until the last resort. A busy machine may need many for a fraction of a second of the processor."""
+    """grace: seconds until the last resort. A busy machine may need many for a fraction of a second of CPU time."""
     program = STUCK.format(body=body, timeout=timeout, grace=grace)
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
