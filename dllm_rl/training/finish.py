@@ -36,7 +36,7 @@ def finish(run: Run) -> Summary:
     """Evaluate on held-out problems, write summary.json and the picture, say in a paragraph what happened."""
     recipe, accelerator, log, history = run.recipe, run.accelerator, run.log, run.history
     policy, rollout_policy = run.policy, run.rollout_policy
-    run.stop.last_words = f"stopped after the last step, before the summary; {how_to_continue(recipe)}"
+    run.stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(recipe)}")
     with log.stage("evaluation"):
         after = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
         quantized = (

@@ -50,9 +50,12 @@ class RunLog:
         self.last = known(before[-1]) if before else {}  # the last step's numbers
 
     @property
-    def computing(self) -> bool:
-        """Whether a stage is going on that calls nobody else's code, and reads or writes no file."""
-        return self.inside in ("rollout", "scoring", "update", "sync", "gradients")
+    def patience(self) -> float:
+        """For how many times `peer_timeout` the main thread may stand still in the present stage."""
+        if self.inside in ("rollout", "scoring", "update", "sync", "gradients"):
+            return 1.0
+        # A grader may wait for a network as long as reward_timeout lets it. A disk or a screen may be slow elsewhere.
+        return math.inf if self.inside in ("reward", "evaluation", "warm-up") else 10.0
 
     @property
     def place(self) -> str:

@@ -4,11 +4,12 @@ The main process listens, every other holds a connection to it, and a thread of 
 that it is there, and at each stage what the process is doing. A process that dies closes its connection, which is heard
 at once; one that is stopped, cut off, or held up in C code that keeps the interpreter says nothing any more. Silence is
 counted in one's own turns: a process that was stopped itself (Ctrl-Z of a whole job) does not take others for lost when
-it wakes. One whose main thread stands still in the middle of a stage (`motion`), at one place in its code and without
-the processor, says so itself.
+it wakes. A process whose main thread stands still (`motion`) reports this itself. A process that leaves on a signal
+reports the signal, and the others hear it too.
 """
 
 import json
+import math
 import os
 import secrets
 import selectors
@@ -20,21 +21,21 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from dllm_rl.distributed import Processes, from_main
+from dllm_rl.distributed import Processes, from_main, gather_objects
 from dllm_rl.screen import escape_controls
-from dllm_rl.training.log import RunLog
 from dllm_rl.training.motion import Motion
-from dllm_rl.training.stop import Stopped
+from dllm_rl.training.stop import SIGNALS, Stopped
 
 STATUS = 75  # of a process that ends because another was lost: EX_TEMPFAIL of sysexits.h, "try again"
 TURNS = 10  # signs of life in the time after which silence is a loss
 GRACE = 10.0  # seconds, at most, that a process has to end by itself once another is lost
 SETTLE = 2.0  # seconds in which a loss is known, once an exchange has failed of it
 LONGEST = 1 << 16  # bytes of a message
+STRANGERS = 16  # open connections that have not sent the run's token
 
 
 @dataclass(eq=False)
@@ -90,51 +91,90 @@ def of_an_exchange(error: BaseException | None) -> bool:
     )
 
 
+@runtime_checkable
+class Stages(Protocol):
+    """What the watch reads from a run's log, and the callback that it sets there."""
+
+    entering: Callable[[], None]
+
+    @property
+    def place(self) -> str: ...
+    @property
+    def patience(self) -> float: ...
+
+
+def own_address(towards: str) -> str:
+    """This machine's address on the network that leads to `towards`. Connecting a datagram socket sends nothing."""
+    family, kind, _, _, address = socket.getaddrinfo(towards, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
 class Peers:
     """The watch of one process over the others, while its block runs. All processes make and enter it together.
 
-    stage   what this process is doing, in words. works: whether it computes, and should not stand still.
+    stage   what this process is doing, in words.
+    patience  for how many times `seconds` the main thread may stand still now.
+    hear    is told the signal that another process leaves on.
     save    keeps what it can, before the process is ended from outside.
     advice  the end of the line that names a lost process.
     """
 
     def __init__(self, processes: Processes, *, seconds: float, advice: str) -> None:
         self.stage: Callable[[], str] = lambda: "its start"
-        self.works: Callable[[], bool] = lambda: False
+        self.patience: Callable[[], float] = lambda: math.inf
         self.save: Callable[[], None] = lambda: None
+        self.hear: Callable[[int], None] = lambda number: None
         self._motion = Motion()
         self._index, self._count = processes.process_index, processes.num_processes
         self._seconds, self._advice = seconds, advice
         self._name = f"process {self._index} ({socket.gethostname()}, pid {os.getpid()})"
+        self._main = self._index == 0
         self._lost, self._over = threading.Event(), threading.Event()
-        self._line, self._mine = "", False
+        self._settled = threading.Event()  # set once it is known why another process is no longer there
+        self._line, self._mine, self._signal = "", False, 0
         self._lines: dict[int, Line] = {}
+        self._strangers: list[Line] = []
         self._server: socket.socket | None = None
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
-        alone = os.environ.get("LOCAL_WORLD_SIZE") == str(self._count)  # on one machine
-        port, token = from_main(lambda: self._listen("127.0.0.1" if alone else ""), processes)
-        if self._server is None:
-            self._lines[0] = self._connected("127.0.0.1" if alone else os.environ["MASTER_ADDR"], port, token)
-        self._token = token
-        self._missing: dict[int, int] = dict.fromkeys(range(1, self._count), 0) if self._server is not None else {}
+        self._missing = dict.fromkeys(range(1, self._count), 0) if self._main else {}
+        host = "127.0.0.1"
+        if os.environ.get("LOCAL_WORLD_SIZE") != str(self._count):  # several machines
+            # The last process is not on the main one's machine: the way to it is the network to listen on.
+            host = own_address(gather_objects([own_address(os.environ["MASTER_ADDR"])], processes)[-1])
+        host, port, self._token = from_main(lambda: self._listen(host), processes)
+        if not self._main:
+            self._lines[0] = self._connected(host, port)
 
-    def follow(self, log: RunLog) -> None:
+    def follow(self, log: Stages) -> None:
         """Take from the log what this process is doing, and tell the others of each stage."""
-        self.stage, self.works = lambda: log.place, lambda: log.computing
+        self.stage = lambda: log.place
+        self.patience = lambda: log.patience
         log.entering = self.tell_stage
 
-    def _listen(self, host: str) -> tuple[int, str]:
-        """Open a port, in the main process, for those that know the token that the processes share."""
-        self._server = socket.create_server((host, 0), backlog=self._count)
+    def _listen(self, host: str) -> tuple[str, int, str]:
+        """Open a port, in the main process, until all processes that know the token have joined."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._server = socket.create_server((host, 0), family=family, backlog=socket.SOMAXCONN)
         self._server.setblocking(False)
         self._selector.register(self._server, selectors.EVENT_READ)
-        return self._server.getsockname()[1], secrets.token_hex(16)
+        return host, self._server.getsockname()[1], secrets.token_hex(16)
 
-    def _connected(self, host: str, port: int, token: str) -> Line:
+    def _stop_listening(self) -> None:
+        """Close the port, and hang up on everyone that has not sent the token."""
+        if self._server is not None:
+            self._selector.unregister(self._server)
+            self._server.close()
+            self._server = None
+        for line in [*self._strangers]:
+            self._hang_up(line)
+
+    def _connected(self, host: str, port: int) -> Line:
         try:
             made = socket.create_connection((host, port), timeout=self._seconds)
         except OSError as error:
@@ -143,7 +183,7 @@ class Peers:
             raise OSError(error.errno, text) from None
         made.setblocking(False)
         line = Line(made, 0)
-        line.tell(token=token, process=self._index, name=self._name)
+        line.tell(token=self._token, process=self._index, name=self._name)
         self._selector.register(made, selectors.EVENT_READ, line)
         return line
 
@@ -156,24 +196,28 @@ class Peers:
     ) -> None:
         """Tell the others how this process ends. Raises Stopped where it does because another was lost."""
         failed, exchange = isinstance(error, Exception), of_an_exchange(error)
+        self.hear = lambda number: None  # a signal's handler must not interrupt what follows
         if exchange:
-            self._lost.wait(SETTLE)
+            self._settled.wait(SETTLE)
         self._over.set()
         self.tell_stage()
         self._thread.join()
         words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        own = failed and not self._lost.is_set() and (not exchange or self._server is not None)
+        own = failed and not self._lost.is_set() and (not exchange or (self._main and not self._signal))
+        number = error.args[0] - 128 if isinstance(error, Stopped) else 0
         for line in self._lines.values():
-            line.tell(**{"failed": words, "stage": self.stage()} if own else {"end": True})
+            line.tell(**{"failed": words, "stage": self.stage()} if own else {"end": True, "signal": number})
             line.close()
-        for each in (self._server, self._waker, self._woken, self._selector):
-            if each is not None:
-                each.close()
+        self._stop_listening()
+        for each in (self._waker, self._woken, self._selector):
+            each.close()
         if self._lost.is_set() and (exchange or not failed):
             self._say()
             if failed:
                 raise Stopped(STATUS) from None
-        elif exchange and self._server is not None and error is not None:
+        elif exchange and self._signal:
+            raise Stopped(128 + self._signal) from None
+        elif exchange and self._main and error is not None:
             error.add_note("; ".join(f"{line.name} was last heard in {line.stage}" for line in self._lines.values()))
 
     def _watch(self) -> None:
@@ -198,6 +242,8 @@ class Peers:
             self._waker.send(b".")
 
     def _attend(self, key: selectors.SelectorKey) -> None:
+        if self._selector.get_map().get(key.fd) != key:
+            return  # the line was hung up on after the select
         if key.fileobj is self._server:
             self._accept()
         elif isinstance(key.data, Line):
@@ -212,7 +258,11 @@ class Peers:
         with suppress(OSError):  # it left again
             made, _ = self._server.accept()
             made.setblocking(False)
-            self._selector.register(made, selectors.EVENT_READ, Line(made))
+            self._strangers.append(Line(made))
+            self._selector.register(made, selectors.EVENT_READ, self._strangers[-1])
+        # A process of the run sends the token as soon as it has connected: the one that waits longest is none.
+        if len(self._strangers) > STRANGERS:
+            self._hang_up(self._strangers[0])
 
     def _listen_to(self, line: Line) -> None:
         try:
@@ -238,7 +288,10 @@ class Peers:
             raise ValueError("no process that is missing")
         line.process = process
         self._lines[process] = line
+        self._strangers.remove(line)
         line.tell(name=self._name)
+        if not self._missing:
+            self._stop_listening()
 
     def _take(self, line: Line, message: dict[str, Any]) -> None:
         line.name, line.stage = (str(message.get(key, getattr(line, key)))[:200] for key in ("name", "stage"))
@@ -251,10 +304,24 @@ class Peers:
             self._lose(str(message["lost"])[:1000], line, said=True)
         elif "end" in message:
             self._hang_up(line)
+        if message.get("signal") in SIGNALS:
+            self._hear(message["signal"])
+
+    def _hear(self, number: int) -> None:
+        """Another process leaves on a signal: have this one hear the signal too, and through the main one all."""
+        if self._signal:
+            return
+        self._signal = number
+        for line in self._lines.values() if self._main else ():
+            line.tell(signal=number)
+        self._settled.set()
+        self.hear(number)
 
     def _hang_up(self, line: Line) -> None:
         """Listen to it no more; what else it has sent is of no matter."""
         self._lines.pop(line.process, None)
+        if line in self._strangers:
+            self._strangers.remove(line)
         self._selector.unregister(line.socket)
         line.close()
 
@@ -268,18 +335,20 @@ class Peers:
         for line in [line for line in self._lines.values() if line.quiet > TURNS]:
             text = f"{line.name} has been silent for peer_timeout={self._seconds:g} s, last heard in {line.stage}"
             self._lose(f"{text}: stopped, cut off, or held up in C code that keeps the interpreter", line)
-        place = self._motion.asked(self.works())
-        if place is not None and self._motion.turns >= TURNS:
+        place = self._motion.asked()
+        if self._motion.turns >= TURNS * self.patience():
             self._stand_still(place)
         if late := [process for process, turns in self._missing.items() if turns > TURNS]:
             self._lose(f"process {late[0]} has not joined in peer_timeout={self._seconds:g} s")
 
     def _stand_still(self, place: str) -> None:
         """Have the main process say so; this one ends with the others."""
-        text = f"{self._name} has stood still for peer_timeout={self._seconds:g} s at {place}, in {self.stage()}"
-        if self._server is None:
+        seconds = self._motion.turns * self._seconds / TURNS
+        text = f"{self._name} has stood still for {seconds:g} s (peer_timeout={self._seconds:g}) at {place}"
+        text += f", in {self.stage()}"
+        if not self._main:
             self._lines[0].tell(still=text)
-        self._lose(text, said=self._server is None)
+        self._lose(text, said=not self._main)
 
     def _lose(self, text: str, line: Line | None = None, *, said: bool = False) -> None:
         """Another process is lost. Of several that find it out one says so: the main process, or, where that is lost
@@ -288,11 +357,12 @@ class Peers:
             return
         self._line = f"error: {escape_controls(text)}; {self._advice}"
         second = self._index == 1 or os.environ.get("LOCAL_RANK") == "0"
-        self._mine = not said and (self._server is not None or second)
-        for other in [*self._lines.values()] if self._server is not None else ():
+        self._mine = not said and (self._main or second)
+        for other in [*self._lines.values()] if self._main else ():
             if other is not line:
                 other.tell(lost=text)
         self._lost.set()
+        self._settled.set()
 
     def _say(self) -> None:
         if self._mine:

@@ -64,14 +64,14 @@ def start(recipe: Recipe) -> Run:
         prepare_workspace()
     check_compiled(recipe)
     check_hub(recipe)
-    accelerator, stop = launch(recipe)
+    accelerator, stop, peers = launch(recipe)
     folder, notes = from_main(partial(open_folder, recipe), accelerator)
     made = None if folder else rehearsed(recipe, accelerator)  # before anything is written or deleted
     from_main(partial(clear_folder, recipe), accelerator)
     state: dict[str, Any] = checkpoint.read_state(folder) if folder else {"step": 0}
     log = open_log(recipe, accelerator, state["step"], [*notes, *told_of(recipe, folder)])
-    if stop.peers is not None:
-        stop.peers.follow(log)
+    if peers is not None:
+        peers.follow(log)
     for caution in cautions(recipe):
         log.say(f"warning: {caution}")
     history: dict[str, Any] = {"begun": time.perf_counter(), "seconds": 0.0, "whole": state["step"]}
@@ -109,14 +109,15 @@ def start(recipe: Recipe) -> Run:
     if not folder:
         save(run, 0)
     stop.last_words, stop.overdue, log.entered = None, partial(save_at_once, run), ""
-    if stop.peers is not None and accelerator.is_main_process:
-        stop.peers.save = partial(save_alone, run)
+    if peers is not None and accelerator.is_main_process:
+        peers.save = partial(save_alone, run)
     with_the_run().push(partial(save_on_error, run))
     return run
 
 
-def launch(recipe: Recipe | SFT) -> tuple[Accelerator, Stop]:
-    """The launch's processes, and what ends the run on a signal. Raises ValueError where they cannot run the recipe."""
+def launch(recipe: Recipe | SFT) -> tuple[Accelerator, Stop, Peers | None]:
+    """The launch's processes, what ends the run on a signal, and the watch over other processes (None: one process, or
+    no watch). Raises ValueError where the processes cannot run the recipe."""
     ended_by_launcher()
     check_trackers(recipe)
     accelerator = make_accelerator(
@@ -125,12 +126,14 @@ def launch(recipe: Recipe | SFT) -> tuple[Accelerator, Stop]:
         directory=str(Path(recipe.directory) / "tensorboard"),
     )
     stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
+    peers = None
     if recipe.peer_timeout is not None and accelerator.num_processes > 1:
         peers = Peers(accelerator, seconds=recipe.peer_timeout, advice=f"this run ends; {how_to_continue(recipe)}")
-        stop.peers = with_the_run().enter_context(peers)
-    stop.last_words = "stopped before the first step: nothing new was saved; start again with the same command"
+        peers.hear = stop.hear_from_another
+        with_the_run().enter_context(peers)
+    stop.leave_at_once("stopped before the first step: nothing new was saved; start again with the same command")
     check_processes(recipe, accelerator)
-    return accelerator, stop
+    return accelerator, stop, peers
 
 
 def open_log(recipe: Recipe | SFT, accelerator: Accelerator, start: int, notes: Sequence[str]) -> RunLog:

@@ -80,15 +80,15 @@ class State:
 @leaving_nothing_behind
 def fine_tune(recipe: SFT) -> Summary:
     """Run a recipe of SFT. Raises ValueError, before any work, on one that cannot run."""
-    accelerator, stop = launch(recipe)
+    accelerator, stop, peers = launch(recipe)
     recipe = read_datasets(recipe)
     folder, notes = from_main(partial(open_folder, recipe), accelerator)
     policy = _policy(recipe, accelerator, folder)
     training = read_examples(recipe, policy, recipe.dataset, "dataset", say=notes.append)
     held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
     run = _begin(recipe, accelerator, policy, folder, notes)
-    if stop.peers is not None:
-        stop.peers.follow(run.log)
+    if peers is not None:
+        peers.follow(run.log)
     if not folder:
         with run.log.stage("evaluation"):
             run.before = held_out_loss(recipe, policy, held_out, accelerator)
@@ -110,7 +110,7 @@ def fine_tune(recipe: SFT) -> Summary:
         if signum:
             stop.leave(f"interrupted after step {run.whole}; {how_to_continue(recipe)}")
         run.log.entered = ""
-    stop.last_words = f"stopped after the last step, before the summary; {how_to_continue(recipe)}"
+    stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(recipe)}")
     return _end(run, held_out)
 
 

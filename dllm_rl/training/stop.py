@@ -14,26 +14,31 @@ from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import NoReturn, Protocol, TypeVar, runtime_checkable
 
 import torch
 from accelerate import Accelerator
 
 from dllm_rl.files import remove, unlock
-from dllm_rl.recipe import Recipe
 from dllm_rl.screen import interactive
-from dllm_rl.training.sft_recipe import SFT
 
 # SIGUSR1 is what SLURM's --signal=USR1@SECONDS warns with.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-if TYPE_CHECKING:
-    from dllm_rl.training.peers import Peers
-
-Returned = TypeVar("Returned")
-Record = TypeVar("Record", bound=Recipe | SFT)
 PR_SET_PDEATHSIG = 1
 LOCK = ".lock"
 _ENDING: ContextVar[ExitStack] = ContextVar("what ends with the run")
+
+
+@runtime_checkable
+class HasFolder(Protocol):
+    """A recipe of a run, which has a folder."""
+
+    @property
+    def directory(self) -> str: ...
+
+
+Returned = TypeVar("Returned")
+Record = TypeVar("Record", bound=HasFolder)
 
 
 class Stopped(BaseException):
@@ -41,7 +46,7 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """The request to stop, as one process hears it, and its watch over the others (None: alone, or without a watch).
+    """The request to stop, as one process hears it.
 
     A signal asks for the end of the run after the step in hand. Where that takes longer than `seconds`, `overdue` is
     called, every second. A second Ctrl-C ends the process at once, and so does any signal while `last_words` is set:
@@ -51,7 +56,6 @@ class Stop:
     def __init__(self, *, seconds: float, main: bool) -> None:
         self.seconds, self.main, self.asked = seconds, main, 0
         self.last_words: str | None = None
-        self.peers: Peers | None = None
         self.overdue: Callable[[], None] = lambda: None
         if threading.current_thread() is not threading.main_thread():
             return
@@ -72,16 +76,32 @@ class Stop:
                 signal.signal(signal.SIGALRM, lambda number, frame: self.overdue())
                 signal.setitimer(signal.ITIMER_REAL, max(self.seconds, 1e-3), 1.0)
 
+    def hear_from_another(self, number: int) -> None:
+        """Another process has left on the signal: raise it here too, unless this process has heard one already."""
+        if not self.asked and signal.getsignal(number) == self._hear:
+            os.kill(os.getpid(), number)
+
     def agreed(self, accelerator: Accelerator) -> int:
         """The signal that any process has heard, 0 for none; the same in all processes, which call it together."""
-        if accelerator.num_processes > 1:
-            heard = torch.tensor([self.asked], device=accelerator.device)
-            self.asked = int(accelerator.gather(heard).max())
-        return self.asked
+        if accelerator.num_processes == 1:
+            return self.asked
+        heard = torch.tensor([self.asked], device=accelerator.device)
+        found = int(accelerator.gather(heard).max())
+        # A signal that arrives during the exchange stays asked for, and the next call tells the other processes.
+        if found:
+            self.asked = found
+        return found
+
+    def leave_at_once(self, text: str) -> None:
+        """From here on a signal ends the process at once, with `text`. So does a signal that has come already."""
+        self.last_words = text
+        if self.asked:
+            self.leave(text)
 
     def leave(self, text: str) -> NoReturn:
         """End the process with the signal's status, after one line."""
         self.disarm()
+        self.last_words = None  # a further signal (a launcher's) must not interrupt what the end of the run cleans up
         self._say(text)
         raise Stopped(128 + self.asked)
 
@@ -96,7 +116,7 @@ class Stop:
             os.write(1, f"{chr(27) + '[?25h' if os.isatty(1) else ''}\n{text}\n".encode(errors="replace"))
 
 
-def how_to_continue(recipe: Recipe | SFT) -> str:
+def how_to_continue(recipe: HasFolder) -> str:
     return f"continue with --resume_from_checkpoint latest --output_dir {recipe.directory}"
 
 

@@ -73,7 +73,7 @@ def processes(tmp_path_factory) -> dict:
     [
         ("raises", "error: process 1 (HOST) raised RuntimeError: the grader of task 'faulty' raised on problem"),
         ("dies", "error: process 1 (HOST) is gone, last heard in "),
-        ("stands still", "error: process 1 (HOST) has stood still for peer_timeout=4 s at /"),
+        ("stands still", "error: process 1 (HOST) has stood still for 4 s (peer_timeout=4) at /"),
         ("is stopped", "error: process 1 (HOST) has been silent for peer_timeout=4 s, last heard in "),
         ("is stopped, the first", "error: process 0 (HOST) has been silent for peer_timeout=4 s, last heard in "),
         (

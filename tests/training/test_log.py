@@ -1,6 +1,7 @@
 """What a run's log does with a deleted folder, and with numbers that JSON does not have."""
 
 import json
+import math
 import shutil
 
 from accelerate.tracking import TensorBoardTracker
@@ -74,3 +75,12 @@ def test_a_report_is_drawn_where_a_step_lacks_a_breakdown(tmp_path):
     rows = [{"step": 0, **ALWAYS}, {"step": 1, **ALWAYS, "rewards/accuracy/mean": 1.0}, {"step": 2, "reward": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert plot(tmp_path).is_file()
+
+
+def test_a_stage_that_computes_has_the_least_patience_and_a_graders_has_none_to_lose(tmp_path):
+    log = RunLog(tmp_path, start=0, main=False)
+    found = {"between stages": log.patience}
+    for name in ("rollout", "reward", "evaluation", "waiting"):
+        with log.stage(name):
+            found[name] = log.patience
+    assert found == {"between stages": 10, "rollout": 1, "reward": math.inf, "evaluation": math.inf, "waiting": 10}

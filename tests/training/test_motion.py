@@ -9,14 +9,14 @@ from dllm_rl.training import motion
 from dllm_rl.training.motion import Motion
 
 
-def turns_while(main, *, works=True, looks=4):
+def turns_while(main, *, looks=4):
     """How often in a row no motion was seen, and the last place, of `looks` looks while the main thread runs `main`."""
     seen, found, entered, over = Motion(), [], threading.Event(), threading.Event()
 
     def watch():
         entered.wait()
         for _ in range(looks):
-            found.append(seen.asked(works))
+            found.append(seen.asked())
             time.sleep(0.2)  # longer than what the looks themselves take of the processor
         over.set()
 
@@ -45,18 +45,41 @@ def test_one_that_waits_for_a_lock_stands_still_at_its_place(monkeypatch):
     assert turns == 3 and place is not None and "/threading.py:" in place
 
 
-@pytest.mark.parametrize(("main", "works", "share"), [(busy, True, 0.01), (asleep, False, 0.9)])
-def test_one_that_computes_moves_and_one_that_is_not_known_to_work_may_stand(main, works, share, monkeypatch):
-    monkeypatch.setattr(motion, "SHARE", share)
-    assert turns_while(main, works=works) == (0, None)
+def test_one_that_computes_moves():
+    turns, place = turns_while(busy)
+    assert turns == 0 and "/test_motion.py:" in place
 
 
 def test_processor_time_is_motion_wherever_the_code_stands(monkeypatch):
     monkeypatch.setattr(motion, "SHARE", 0.0)
-    assert turns_while(asleep) == (0, None)
+    assert turns_while(asleep)[0] == 0
 
 
 def test_one_that_waits_for_others_does_not_stand_still(monkeypatch):
     monkeypatch.setattr(motion, "SHARE", 0.9)
     monkeypatch.setattr(motion, "WAITING", ("/threading.py",))
-    assert turns_while(asleep) == (0, None)
+    assert turns_while(asleep)[0] == 0
+
+
+ELASTIC = "/lib/torch/distributed/elastic/multiprocessing/api.py"
+COLLECTIVE = "/lib/torch/distributed/distributed_c10d.py"
+LOOP = f"{motion.PACKAGE}training/loop.py"
+
+
+@pytest.mark.parametrize(
+    ("files", "waiting"),
+    [
+        ([COLLECTIVE, "/lib/accelerate/utils/operations.py", LOOP], True),
+        ([f"{motion.PACKAGE}distributed.py", f"{motion.PACKAGE}training/learner.py", LOOP], True),
+        ([f"{motion.PACKAGE}distributed/collectives.py", LOOP], True),
+        (["/lib/subprocess.py", "/lib/torch/_inductor/codecache.py", LOOP], True),
+        (["/lib/threading.py", "/lib/torch/nn/modules/module.py", LOOP, "recipe.py", ELASTIC], False),
+        ([f"{motion.PACKAGE}files.py", f"{motion.PACKAGE}distributed.py", LOOP, ELASTIC], False),
+        ([LOOP], False),
+        (["user.py"], False),
+        ([], False),
+    ],
+)
+def test_code_that_waits_for_others_is_told_by_what_this_package_called(files, waiting):
+    """Not by what called this package, as torch's launchers do, nor by the name of a folder that both lie in."""
+    assert motion.waits(files) == waiting

@@ -1,14 +1,18 @@
 """The watch of processes over one another, in one process: turns are taken by hand, messages go over real sockets."""
 
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from dllm_rl.distributed import OneProcess
 from dllm_rl.training import peers
-from dllm_rl.training.peers import STATUS, TURNS, Peers
+from dllm_rl.training.peers import STATUS, STRANGERS, TURNS, Peers, own_address
 from dllm_rl.training.stop import Stopped
 
 PATIENCE = 600.0  # seconds, the suite's limit
@@ -17,7 +21,7 @@ GLOO = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer"
 
 @pytest.fixture
 def made(monkeypatch):
-    """Makes the watch of each of so many processes; what they have open is closed afterwards."""
+    """Makes the watch of each of so many processes, the last `missing` left out; what is open is closed afterwards."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -29,15 +33,14 @@ def made(monkeypatch):
             opened.append(work())
         return opened[-1]
 
-    def make(count, seconds=60.0):
+    def make(count, seconds=60.0, missing=0):
         monkeypatch.setattr(peers, "from_main", from_main)
+        monkeypatch.setattr(peers, "gather_objects", lambda objects, processes: objects)
         options = {"seconds": seconds, "advice": "go on"}
-        for index in range(count):
+        for index in range(len(all_of), count - missing):
             all_of.append(Peers(OneProcess(count, index), **options))
-        for _ in range(count - 1):
-            hear(all_of[0])  # the connection
-        while len(all_of[0]._lines) < count - 1:
-            hear(all_of[0])  # who it is
+        while len(all_of[0]._lines) < count - missing - 1:
+            hear(all_of[0])  # a connection, or who it is
         return list(all_of)
 
     yield make
@@ -89,14 +92,15 @@ def test_slow_work_is_no_loss(made):
 
 def test_one_that_stands_still_is_named_by_the_main_process_and_ends(made, monkeypatch):
     main, first, second = made(3)
-    places = iter(["a.py:1"] * TURNS)
-    for watch, still in ((first, True), (second, False), (main, False)):
-        watch.stage, watch.works = lambda: "update, after 7 steps", lambda still=still: still
-        monkeypatch.setattr(watch._motion, "asked", lambda works: next(places) if works else None)
-    for turn in range(TURNS):
+    first.stage = lambda: "update, after 7 steps"
+    first.patience = lambda: 2.0
+    monkeypatch.setattr(first._motion, "asked", lambda: "a.py:1")
+    for turn in range(2 * TURNS):
         first._motion.turns = turn + 1
+        first._lines[0].quiet = 0
         assert not first._lost.is_set()
         first._take_turn()
+        hear(main)
     while not main._lost.is_set():
         hear(main)
     while not second._lost.is_set():
@@ -104,14 +108,17 @@ def test_one_that_stands_still_is_named_by_the_main_process_and_ends(made, monke
     assert first._lost.is_set() and main._line == second._line == first._line, "all end"
     assert [watch._mine for watch in (main, first, second)] == [True, False, False], "one process says it"
     assert main._line.startswith("error: process 1 (") and main._line.endswith(
-        "has stood still for peer_timeout=60 s at a.py:1, in update, after 7 steps; go on"
+        "has stood still for 120 s (peer_timeout=60) at a.py:1, in update, after 7 steps; go on"
     )
 
 
 def test_a_main_process_that_stands_still_says_so(made, monkeypatch):
     main, other = made(2)
-    monkeypatch.setattr(main._motion, "asked", lambda works: "a.py:1")
+    monkeypatch.setattr(main._motion, "asked", lambda: "a.py:1")
     main._motion.turns = TURNS
+    main._take_turn()
+    assert not main._lost.is_set(), "before the log is followed a main thread may stand still"
+    main.patience = lambda: 1.0
     main._take_turn()
     while not other._lost.is_set():
         hear(other)
@@ -148,10 +155,8 @@ def test_a_closed_connection_is_a_loss_and_a_farewell_is_none(made):
 
 
 def test_one_that_never_joins_is_named(made):
-    main = made(2)[0]
-    main._missing[1] = 0
+    main = made(2, missing=1)[0]
     for _ in range(TURNS + 1):
-        main._lines[1].quiet = 0
         main._take_turn()
     assert main._line == "error: process 1 has not joined in peer_timeout=60 s; go on"
 
@@ -173,18 +178,73 @@ def test_one_that_never_joins_is_named(made):
     ],
 )
 def test_strangers_are_hung_up_on(made, said):
-    main, _ = made(2)
+    main, _ = made(3, missing=1)
     with socket.create_connection(main._server.getsockname()) as stranger:
         stranger.settimeout(PATIENCE)
         hear(main)
         said = said.replace(b"TOKEN", json.dumps(main._token).encode())
         sender = threading.Thread(target=send, args=(stranger, said))
         sender.start()
-        before = len(main._selector.get_map())
-        while len(main._selector.get_map()) == before:
+        while main._strangers:
             hear(main)
         sender.join()
-    assert not main._lost.is_set() and list(main._lines) == [1]
+    assert not main._lost.is_set() and list(main._lines) == [1] and list(main._missing) == [2]
+
+
+def test_of_idle_strangers_some_are_kept_until_all_processes_have_joined(made):
+    main, _ = made(3, missing=1)
+    where, strangers = main._server.getsockname(), []
+    for _ in range(STRANGERS + 3):
+        strangers.append(socket.create_connection(where, timeout=60))
+        hear(main)
+        assert len(main._strangers) <= STRANGERS
+    assert [stranger.recv(1) for stranger in strangers[:3]] == [b""] * 3, "those that have waited longest"
+    made(3)
+    assert sorted(main._lines) == [1, 2] and not main._strangers and not main._lost.is_set()
+    assert [stranger.recv(1) for stranger in strangers[3:]] == [b""] * STRANGERS
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(where, timeout=60)
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_a_connection_that_was_hung_up_on_in_the_same_turn_is_passed_over(made):
+    main, _ = made(3, missing=1)
+    with socket.create_connection(main._server.getsockname()) as stranger:
+        hear(main)
+        stranger.sendall(b"x")
+        (key,) = [key for key, _ in main._selector.select(60)]
+        main._hang_up(main._strangers[0])
+        main._attend(key)
+    assert list(main._lines) == [1]
+
+
+def test_idle_connections_beyond_the_limit_of_open_files_do_not_end_a_run():
+    """300 of them, from before the second process joins, with 64 files that the process may have open."""
+    script = Path(__file__).parents[1] / "support" / "crowded_peers.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.splitlines() == ["joined", "ended"], done.stdout + done.stderr
+
+
+def test_processes_on_several_machines_listen_on_the_network_between_them(made, monkeypatch):
+    asked = []
+
+    def own_address(towards):
+        asked.append(towards)
+        return "127.0.0.1" if towards == "the last machine" else "the last machine"
+
+    monkeypatch.setenv("MASTER_ADDR", "the main machine")
+    monkeypatch.setattr(peers, "own_address", own_address)
+    main, _ = made(3, missing=1)
+    assert asked[:2] == ["the main machine", "the last machine"] and main._server.getsockname()[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(("towards", "found"), [("127.0.0.1", "127.0.0.1"), ("localhost", None)])
+def test_an_own_address_is_one_that_can_be_listened_on(towards, found):
+    address = own_address(towards)
+    assert address == (found or address) and address not in ("0.0.0.0", "::")
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    socket.create_server((address, 0), family=family).close()
 
 
 def send(stranger, said):
@@ -242,6 +302,42 @@ def test_an_error_of_all_is_said_by_each_alone(made, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_signal_that_one_leaves_on_is_heard_by_all_and_is_their_status(made, capfd):
+    """The second leaves alone; the others fail in an exchange, and end with the signal's status instead."""
+    watches, ends, heard, left = made(3), {}, [], threading.Event()
+
+    def run(watch, error, others):
+        try:
+            with watch:
+                others.wait(60)
+                raise error
+        except (Stopped, RuntimeError) as end:
+            ends[watch._index] = end
+
+    for watch in watches:
+        watch.hear = heard.append
+    first = threading.Thread(target=run, args=(watches[1], Stopped(128 + signal.SIGUSR1), left))
+    left.set()
+    first.start()
+    first.join()
+    hear(watches[0])
+    hear(watches[2])
+    assert heard == [signal.SIGUSR1] * 2
+    for watch in (watches[0], watches[2]):
+        run(watch, RuntimeError(GLOO), left)
+    assert [ends[index].args for index in range(3)] == [(128 + signal.SIGUSR1,)] * 3
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("number", [0, 9, "x", None, [2]])
+def test_what_is_no_signal_to_stop_is_not_heard(made, number):
+    main, other = made(2)
+    main.hear = pytest.fail
+    other._lines[0].tell(end=True, signal=number)
+    hear(main)
+    assert not main._signal and not main._lines
+
+
 def test_an_exchange_that_nobody_failed_says_where_the_others_are(made, monkeypatch):
     monkeypatch.setattr(peers, "SETTLE", 0.0)
     main, other = made(2)
@@ -258,7 +354,7 @@ def test_one_that_cannot_be_reached_is_a_line(made, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
-        monkeypatch.setattr(peers, "from_main", lambda work, processes: (port, "token"))
+        monkeypatch.setattr(peers, "from_main", lambda work, processes: ("127.0.0.1", port, "token"))
         with pytest.raises(OSError, match=rf"process 1 cannot reach the main process at 127.0.0.1:{port}: .*none"):
             Peers(OneProcess(2, 1), seconds=60.0, advice="")
 

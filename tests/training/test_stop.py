@@ -1,0 +1,87 @@
+"""Signals to one of several processes, in one process: the exchange is played."""
+
+import os
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dllm_rl.training.stop import SIGNALS, Stop, Stopped
+
+OVER = "the end"
+
+
+@pytest.fixture
+def stop():
+    """Of a process that is not the main one; the signals do afterwards what they did before."""
+    numbers = [*SIGNALS, signal.SIGALRM]
+    before = {number: signal.getsignal(number) for number in numbers}
+    made = Stop(seconds=1000.0, main=False)
+    yield made
+    made.disarm()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Exchange(Accelerator):
+    """An accelerator of two processes; during a gather, this one gets the signal `late`."""
+
+    num_processes = 2
+    device = torch.device("cpu")
+
+    def __init__(self, others, late=0):
+        self.others, self.late = others, late
+
+    def gather(self, mine):
+        if self.late:
+            os.kill(os.getpid(), self.late)
+        return torch.cat([mine, torch.tensor([self.others])])
+
+
+def test_a_signal_during_the_exchange_is_kept_for_the_next_one(stop):
+    """The other process has not heard of it: this one goes on with it for a step."""
+    assert stop.agreed(Exchange(0, late=signal.SIGUSR1)) == 0
+    assert stop.asked == signal.SIGUSR1
+    assert stop.agreed(Exchange(0)) == signal.SIGUSR1
+
+
+def test_all_processes_leave_with_the_signal_that_they_agreed_on(stop):
+    assert stop.agreed(Exchange(signal.SIGUSR1, late=signal.SIGTERM)) == signal.SIGUSR1
+    with pytest.raises(Stopped) as left:
+        stop.leave(OVER)
+    assert left.value.args == (128 + signal.SIGUSR1,)
+
+
+def test_a_signal_that_came_before_the_last_step_had_ended_ends_the_run_after_it(stop):
+    assert stop.agreed(Exchange(0, late=signal.SIGTERM)) == 0
+    with pytest.raises(Stopped, match=str(128 + signal.SIGTERM)):
+        stop.leave_at_once(OVER)
+
+
+def test_a_further_signal_does_not_interrupt_the_end_of_a_run(stop):
+    """As a launcher sends one to all processes when the first has ended."""
+    stop.leave_at_once(OVER)
+    with pytest.raises(Stopped, match=str(128 + signal.SIGUSR1)):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.asked == signal.SIGUSR1
+
+
+@pytest.mark.parametrize("last_words", [None, OVER])
+def test_a_signal_that_another_process_leaves_on_is_heard_once(stop, last_words):
+    stop.last_words = last_words
+    if last_words is None:
+        stop.hear_from_another(signal.SIGINT)
+    else:
+        with pytest.raises(Stopped, match=str(128 + signal.SIGINT)):
+            stop.hear_from_another(signal.SIGINT)
+    assert stop.asked == signal.SIGINT
+    stop.hear_from_another(signal.SIGINT)  # no second Ctrl-C
+
+
+def test_a_signal_that_this_process_does_not_hear_is_not_raised_for_another(stop):
+    """A run in a thread has no handlers: the signal would end the whole process."""
+    signal.signal(signal.SIGHUP, lambda *_: pytest.fail("raised"))
+    stop.hear_from_another(signal.SIGHUP)
+    assert not stop.asked
