@@ -1,7 +1,6 @@
 """Writing so that a kill leaves no half file: what bears its final name is whole, and on disk."""
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -108,16 +107,6 @@ def to_disk(file: IO[Any]) -> None:
     """Force what was written to an open file to disk."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def digest(path: Path, *, limit: int | None = None) -> str:
-    """SHA-256 of a file, in hexadecimal; of its first `limit` bytes where one is given."""
-    found, left = hashlib.sha256(), limit
-    with path.open("rb", buffering=0) as file:
-        while part := file.read(1 << 20 if left is None else min(left, 1 << 20)):
-            found.update(part)
-            left = None if left is None else left - len(part)
-    return found.hexdigest()
 
 
 def folder_size(folder: Path) -> int:

@@ -8,15 +8,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from dllm_rl.manifest import Check
     from dllm_rl.models.base import Policy
 
 
 def add_model_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "auto"))
     sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator, where there is one)")
+    sub.add_argument(
+        "--verify_checkpoint",
+        default="full",
+        choices=("full", "quick"),
+        help="before use; quick: of files over 1 MiB, only the size and the first MiB (default full)",
+    )
 
 
-def checkpoint_of(model: str) -> str:
+def checkpoint_of(model: str, *, quick: bool = False) -> str:
     """A checkpoint's folder or a hub's id as it is; of a run's folder, the newest checkpoint that is whole.
 
     What is skipped is said on standard error. Raises ValueError where a run has none.
@@ -28,7 +35,8 @@ def checkpoint_of(model: str) -> str:
     from dllm_rl.training import checkpoint
 
     try:
-        newest = checkpoint.locate("latest", folder, say=lambda text: print(escape_controls(text), file=sys.stderr))
+        say = lambda text: print(escape_controls(text), file=sys.stderr)  # noqa: E731
+        newest = checkpoint.locate("latest", folder, quick=quick, say=say)
     except ValueError:
         raise ValueError(f"{model}: none of the run's checkpoints is whole; dllm-rl verify says why") from None
     if newest is None:
@@ -44,4 +52,8 @@ def open_policy(
     from dllm_rl.models.policy import load_policy
 
     device = find_device(arguments.device) if device is None else device
-    return load_policy(checkpoint_of(model or arguments.model), dtype=arguments.dtype, device=device, **options)
+    asked = model or arguments.model
+    folder = checkpoint_of(asked, quick=arguments.verify_checkpoint == "quick")
+    # Of a run, the newest checkpoint was verified when it was chosen.
+    check: Check = arguments.verify_checkpoint if folder == asked else "quick"
+    return load_policy(folder, dtype=arguments.dtype, device=device, verify_checkpoint=check, **options)

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from dllm_rl import manifest
 from dllm_rl.files import folder_size
-from dllm_rl.training import checkpoint, manifest
+from dllm_rl.training import checkpoint
 
 
 def folders_of(path: Path) -> list[Path]:

@@ -9,9 +9,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dllm_rl.manifest import Check, verify_if_there
 from dllm_rl.models.base import FamilySpec, Module, Policy, position_ids
 from dllm_rl.models.head import head_in_float32
-from dllm_rl.models.loading import check_finite, family_spec, load_module, save_module
+from dllm_rl.models.loading import check_finite, checkpoint_folder, family_spec, load_module, save_module
 from dllm_rl.models.lora import Lora, add_lora, without_adapters
 from dllm_rl.models.own import load_tensors
 from dllm_rl.models.recompute import recomputed_blocks
@@ -154,6 +155,7 @@ def load_policy(
     quantization: str | None = None,
     lora: Lora | None = None,
     float32_head: bool = True,
+    verify_checkpoint: Check = "full",
 ) -> DiffusionPolicy | AutoregressivePolicy:
     """Open a checkpoint with stock transformers classes, and prove that it attends as its family says.
 
@@ -162,12 +164,17 @@ def load_policy(
     quantization  "nf4" or "int8": a frozen bitsandbytes base to put adapters on; None keeps the weights as they are.
     lora          adapters to train in place of the weights.
     float32_head  logits in fp32 where the weights are in 16 bits; False: in their own dtype.
+    verify_checkpoint  what is read of a folder with a manifest before use, as every checkpoint of a run has one:
+                  "full": every byte; "quick": of large files the size and the first MiB.
 
-    Raises ValueError on an unknown architecture, missing or unexpected tensors, weights that are not finite, a mask id
-    outside the vocabulary, or attention that is not what the family needs.
+    Raises ValueError on a file that is not what the manifest says, an unknown architecture, missing or unexpected
+    tensors, weights that are not finite, a mask id outside the vocabulary, or attention that is not what the family
+    needs.
     """
+    folder = checkpoint_folder(path_or_id)
+    verify_if_there(folder, verify_checkpoint)
     module, tokenizer, spec = load_module(
-        path_or_id, dtype=dtype, block_size=block_size, quantization=quantization, device=device
+        folder, dtype=dtype, block_size=block_size, quantization=quantization, device=device
     )
     check_finite(module, path_or_id)
     policy = make_policy(module, tokenizer, spec)
@@ -177,9 +184,11 @@ def load_policy(
     return policy
 
 
-def load_weights(policy: Policy, directory: str | Path) -> None:
+def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Check = "full") -> None:
     """Put the tensors that `save_pretrained` wrote into a policy's own module: how a checkpoint of a module that is not
-    transformers' is opened. Raises ValueError where they are not the module's, name by name and shape by shape."""
+    transformers' is opened. Raises ValueError where they are not the module's, name by name and shape by shape, or not
+    what the folder's manifest says; verify_checkpoint: as for `load_policy`."""
+    verify_if_there(Path(directory), verify_checkpoint)
     load_tensors(policy.module, Path(directory))
 
 

@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dllm_rl import manifest
 from dllm_rl.distributed import part_like
 from dllm_rl.files import folder_size, read_json, recover, remove, remove_whole, replacing, write_text
+from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import save_adapter
-from dllm_rl.training import manifest
-from dllm_rl.training.manifest import CARD
 from dllm_rl.training.parts import PATTERN, Part, Swap, alone, load_parts, write_part
 
 _NAME = re.compile(r"step-(\d{6,})")

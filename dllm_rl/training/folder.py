@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dllm_rl import manifest
 from dllm_rl.config import described, plain
 from dllm_rl.files import lock, recover, remove
 from dllm_rl.recipe import Recipe
-from dllm_rl.training import checkpoint, manifest
+from dllm_rl.training import checkpoint
 from dllm_rl.training.sft_recipe import SFT
 from dllm_rl.training.stop import LOCK
 

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dllm_rl import manifest
 from dllm_rl.files import flush
 from dllm_rl.models.base import Policy
-from dllm_rl.training import manifest
 
 PATTERN = "optimizer-*-of-*.safetensors"
 Returned = TypeVar("Returned")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from dllm_rl import manifest
 from dllm_rl.diagnostics.batch_invariance import prepare_workspace
 from dllm_rl.distributed import from_main, make_accelerator, sharding_of, versions
 from dllm_rl.evaluation.evaluate import evaluate
@@ -23,7 +24,7 @@ from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.models.recompute import blocks_of
 from dllm_rl.recipe import Recipe
 from dllm_rl.tasks.base import Task
-from dllm_rl.training import checkpoint, manifest
+from dllm_rl.training import checkpoint
 from dllm_rl.training.card import check_hub
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.folder import clear_folder, open_folder
@@ -213,6 +214,7 @@ def make_policy(recipe: Recipe | SFT, device: torch.device) -> Policy:
     takes one."""
     if isinstance(recipe.model, str):
         options: dict[str, Any] = {"dtype": recipe.dtype, "quantization": recipe.base_quantization}
+        options["verify_checkpoint"] = recipe.verify_checkpoint
         policy: Policy = load_policy(recipe.model, device=device, **options)
     elif isinstance(recipe.model, Policy):
         policy = copied(recipe.model).to(device)
@@ -234,10 +236,11 @@ def configured(recipe: Recipe | SFT, policy: Policy) -> Policy:
 
 def opened(recipe: Recipe | SFT, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
     """The policy in a folder of this run; a module that is not transformers' is made anew as the recipe says."""
+    # A folder of this run was verified when the run's folder was opened, or was written since.
     if (folder / "config.json").exists():
-        return configured(recipe, load_policy(folder, dtype=dtype, device=device))
+        return configured(recipe, load_policy(folder, dtype=dtype, device=device, verify_checkpoint="quick"))
     policy = make_policy(recipe, device)
-    load_weights(policy, folder)
+    load_weights(policy, folder, verify_checkpoint="quick")
     return policy
 
 

@@ -15,12 +15,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from dllm_rl import manifest
 from dllm_rl.distributed import from_main, sharding_of, versions
 from dllm_rl.models.base import Policy
 from dllm_rl.models.own import host_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
-from dllm_rl.training import checkpoint, manifest
+from dllm_rl.training import checkpoint
 from dllm_rl.training.card import card
 from dllm_rl.training.folder import settings_of
 from dllm_rl.training.log import RunLog

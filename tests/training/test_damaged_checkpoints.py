@@ -12,9 +12,9 @@ import torch
 from runs import assert_same_weights, metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import tiny_masked_lm
+from dllm_rl import load_policy, load_weights, manifest, tiny_masked_lm
 from dllm_rl.cli.main import main
-from dllm_rl.training import checkpoint, manifest, train
+from dllm_rl.training import checkpoint, train
 
 SMALL = partial(tiny_masked_lm, **(SIZES | {"hidden_size": 8, "num_layers": 1, "intermediate_size": 8}))
 
@@ -150,6 +150,72 @@ def test_a_recipe_may_leave_the_rest_of_large_files_unread(tmp_path, monkeypatch
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its SHA-256 differs"):
         train(recipe(tmp_path, **again))
     train(recipe(tmp_path, **again, verify_checkpoint="quick"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json", "tokenizer.json"])
+def test_a_flipped_byte_is_never_loaded(run, name, capsys):
+    """By `load_policy` and all that goes through it: no command answers with weights that nobody trained."""
+    newest = run / "checkpoints" / "step-000003"
+    flip(newest / name)
+    said = rf"{name} is damaged: its SHA-256 differs".replace(".", r"\.")
+    for check in ("full", "quick"):  # of small files a quick check reads every byte
+        with pytest.raises(ValueError, match=said):
+            load_policy(newest, verify_checkpoint=check)
+    with pytest.raises(ValueError, match=said):
+        load_weights(SMALL(), newest)
+    with pytest.raises(ValueError, match=said):
+        train(recipe(run.parent / "next", model=str(newest)))
+    assert not (run.parent / "next" / "checkpoints").exists()
+    for command in (["sample", str(newest), "1"], ["evaluate", str(newest), "--task", "sudoku", "--limit", "1"]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert f"{name} is damaged" in error and error.count("\n") == 1
+
+
+def test_of_a_run_the_commands_take_the_newest_that_is_whole(run, capsys):
+    flip(run / "checkpoints" / "step-000003" / "model.safetensors")
+    assert main(["sample", str(run), "1", "--max_new_tokens", "1"]) == 0
+    assert "step-000003: model.safetensors is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["sample"], ["evaluate", "--task", "sudoku", "--limit", "1"], ["doctor"]])
+def test_a_quick_check_may_be_asked_for(run, command, monkeypatch, capsys):
+    newest = run / "checkpoints" / "step-000003"
+    monkeypatch.setattr(manifest, "HEAD", 64)
+    manifest.write(newest, step=3, processes=1, versions={})
+    flip(newest / "optimizer.pt", at=(newest / "optimizer.pt").stat().st_size - 3)
+    name, *options = command
+    small = [] if name == "evaluate" else ["--max_new_tokens", "1"]
+    small += ["--num_prompts", "1", "--quantization", "none"] if name == "doctor" else []
+    for model in (newest, run / "only"):
+        if model != newest:  # a run whose one checkpoint is damaged
+            shutil.copytree(newest, model / "checkpoints" / newest.name)
+        texts = ["1"] if name == "sample" else []
+        assert main([name, str(model), *texts, *options, *small]) == 2
+        assert main([name, str(model), *texts, *options, *small, "--verify_checkpoint", "quick"]) == 0
+
+
+def test_a_folder_without_a_manifest_is_opened_as_anyones(run):
+    newest = run / "checkpoints" / "step-000003"
+    (newest / manifest.NAME).unlink()
+    load_policy(newest)
+
+
+NOT_TYPES = [("files", None), ("files", [1]), ("files", {"config.json": 3}), ("step", "3"), ("format", "1")]
+NOT_TYPES += [("files", {"config.json": {"size": "9", "sha256": "0"}}), ("files", {"config.json": {"size": 9}})]
+
+
+@pytest.mark.parametrize(("field", "value"), [*NOT_TYPES, ("files", "lost"), ("step", "lost"), ("format", "lost")])
+def test_a_signed_manifest_of_other_types_is_damaged(run, field, value):
+    newest = run / "checkpoints" / "step-000003"
+    fields = json.loads((newest / manifest.NAME).read_text())
+    fields.pop("sha256")
+    fields[field] = value
+    if value == "lost":
+        del fields[field]
+    (newest / manifest.NAME).write_text(json.dumps(fields | {"sha256": manifest._own_digest(fields)}))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged: its fields are missing, or of other types"):
+        checkpoint.check(newest)
 
 
 def test_the_command_says_which_are_whole(run, capsys):

@@ -15,10 +15,10 @@ import torch
 from runs import TIMES, assert_same_weights, metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import files, tiny_masked_lm
+from dllm_rl import files, manifest, tiny_masked_lm
 from dllm_rl.algorithms.optimizers import linear_decay
 from dllm_rl.models.lora import Lora, add_lora
-from dllm_rl.training import checkpoint, manifest, train
+from dllm_rl.training import checkpoint, train
 from dllm_rl.training.folder import REHEARSAL
 from dllm_rl.training.lines import current_rows
 from dllm_rl.training.log import RunLog

@@ -15,14 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-from dllm_rl.files import digest, read_json
+from typing import Any, Literal
 
 FORMAT = 1
 NAME = "manifest.json"
 CARD = "README.md"  # is not verified: it may be edited
 HEAD = 1 << 20
+Check = Literal["full", "quick"]  # quick: of files over 1 MiB, the size and the first 1 MiB only
 
 
 def write(
@@ -48,12 +47,21 @@ def write(
 
 def read(folder: Path) -> dict[str, Any]:
     """The manifest. Raises ValueError where it is missing, damaged, or of a format that this version does not know."""
-    found = read_json(folder / NAME)
-    own = found.pop("sha256", None) if isinstance(found, dict) else None
-    if not isinstance(found, dict) or own != _own_digest(found):
+    path = folder / NAME
+    if not path.is_file():
+        raise ValueError(f"{folder}: {NAME} is missing, or is no regular file")
+    try:
+        found = json.loads(path.read_bytes())
+        own = found.pop("sha256", None) if isinstance(found, dict) else None
+        signed = own is not None and own == _own_digest(found)
+    except (ValueError, RecursionError):  # neither UTF-8 nor JSON, or brackets without end
+        raise ValueError(f"{folder}: {NAME} is damaged: it is not JSON") from None
+    if not signed:
         raise ValueError(f"{folder}: {NAME} is damaged: its own SHA-256 differs")
-    if found["format"] != FORMAT:
+    if type(found.get("format")) is int and found["format"] != FORMAT:
         raise ValueError(f"{folder}: format={found['format']} is newer than {FORMAT}; upgrade dllm_rl")
+    if not _has_types(found):
+        raise ValueError(f"{folder}: {NAME} is damaged: its fields are missing, or of other types than `write` gives")
     return found | {"sha256": own}
 
 
@@ -69,7 +77,7 @@ def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = ()) -> di
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     for name in files:
         if name not in here:
-            raise ValueError(f"{folder}: {name} is missing")
+            raise ValueError(f"{folder}: {name} is missing, or is no regular file")
     for name, path in here.items():
         if name not in files and name not in (NAME, CARD, *also) and not path.name.startswith("."):
             raise ValueError(f"{folder}: {name} is not in {NAME}; move it elsewhere")
@@ -80,11 +88,27 @@ def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = ()) -> di
     return found
 
 
+def verify_if_there(folder: Path, check: Check) -> None:
+    """Verify a folder that has a manifest, as our checkpoints have; others' checkpoints pass. Raises ValueError."""
+    if (folder / NAME).exists():
+        verify(folder, quick=check == "quick")
+
+
 def describe(path: Path) -> dict[str, Any]:
     """A file's entry."""
     size = path.stat().st_size
     entry = {"size": size, "sha256": digest(path)}
     return entry | ({"head": digest(path, limit=HEAD)} if size > HEAD else {})
+
+
+def digest(path: Path, *, limit: int | None = None) -> str:
+    """SHA-256 of a file, in hexadecimal; of its first `limit` bytes where one is given."""
+    found, left = hashlib.sha256(), limit
+    with path.open("rb", buffering=0) as file:
+        while part := file.read(1 << 20 if left is None else min(left, 1 << 20)):
+            found.update(part)
+            left = None if left is None else left - len(part)
+    return found.hexdigest()
 
 
 def _fault(path: Path, entry: dict[str, Any], *, quick: bool) -> str | None:
@@ -94,6 +118,21 @@ def _fault(path: Path, entry: dict[str, Any], *, quick: bool) -> str | None:
     if quick and "head" in entry:
         return None if digest(path, limit=HEAD) == entry["head"] else f"{path.name} is damaged: its first MiB differs"
     return None if digest(path) == entry["sha256"] else f"{path.name} is damaged: its SHA-256 differs"
+
+
+def _has_types(fields: dict[str, Any]) -> bool:
+    """Whether the fields are of the types that `write` gives them: who can write a manifest can sign it."""
+    files = fields.get("files")
+    if type(fields.get("format")) is not int or type(fields.get("step")) not in (int, type(None)):
+        return False
+    if "step" not in fields or not isinstance(files, dict):
+        return False
+    return all(isinstance(entry, dict) and _describes(entry) for entry in files.values())
+
+
+def _describes(entry: dict[str, Any]) -> bool:
+    digests = (entry.get("sha256"), entry.get("head", ""))
+    return type(entry.get("size")) is int and all(isinstance(each, str) for each in digests)
 
 
 def _own_digest(fields: dict[str, Any]) -> str:
