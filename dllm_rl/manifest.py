@@ -49,7 +49,7 @@ def read(folder: Path) -> dict[str, Any]:
     """The manifest. Raises ValueError where it is missing, damaged, or of a format that this version does not know."""
     path = folder / NAME
     if not path.is_file():
-        raise ValueError(f"{folder}: {NAME} is missing, or is no regular file")
+        raise ValueError(f"{folder}: {NAME} {_why_not(path)}")
     try:
         found = json.loads(path.read_bytes())
         own = found.pop("sha256", None) if isinstance(found, dict) else None
@@ -77,7 +77,7 @@ def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = ()) -> di
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     for name in files:
         if name not in here:
-            raise ValueError(f"{folder}: {name} is missing, or is no regular file")
+            raise ValueError(f"{folder}: {name} {_why_not(folder / name)}")
     for name, path in here.items():
         if name not in files and name not in (NAME, CARD, *also) and not path.name.startswith("."):
             raise ValueError(f"{folder}: {name} is not in {NAME}; move it elsewhere")
@@ -109,6 +109,10 @@ def digest(path: Path, *, limit: int | None = None) -> str:
             found.update(part)
             left = None if left is None else left - len(part)
     return found.hexdigest()
+
+
+def _why_not(path: Path) -> str:
+    return "is no regular file" if path.exists() else "is missing"
 
 
 def _fault(path: Path, entry: dict[str, Any], *, quick: bool) -> str | None:

@@ -13,7 +13,8 @@ import torch
 from runs import assert_same_weights, metrics_of
 from tiny_recipe import tiny_recipe
 
-from dllm_rl.training import checkpoint, manifest
+from dllm_rl import manifest
+from dllm_rl.training import checkpoint
 from dllm_rl.training.lines import current_rows
 from dllm_rl.training.loop import train
 
