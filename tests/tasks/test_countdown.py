@@ -8,13 +8,14 @@ from functools import cache
 from itertools import combinations, product
 from random import Random
 
+import countdown_solver
 import pytest
+from countdown_solver import solve
 
 from dllm_rl.tasks.base import Problem, Task
 from dllm_rl.tasks.countdown import Countdown
-from dllm_rl.tasks.countdown import solver as countdown_solver
 from dllm_rl.tasks.countdown.expressions import evaluate
-from dllm_rl.tasks.countdown.solver import signed_sums, solve
+from dllm_rl.tasks.countdown.task import signed_sums
 from dllm_rl.tasks.loading import hashed_split
 
 

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+from countdown_solver import solve
 
 from dllm_rl.tasks import Countdown, Sudoku
-from dllm_rl.tasks.countdown.solver import solve
 from dllm_rl.tasks.protocols import under_protocol
 from dllm_rl.tasks.sudoku.grids import completions
 

@@ -1,4 +1,4 @@
-"""Countdown: the task, its graders, a solver, and a reader of expressions."""
+"""Countdown: the task, its graders, and a reader of expressions."""
 
 from dllm_rl.tasks.countdown.task import Countdown
 

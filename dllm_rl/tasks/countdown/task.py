@@ -1,5 +1,6 @@
 """Countdown: reach a target with given numbers, each used exactly once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import ClassVar, Literal
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.countdown.expressions import evaluate
 from dllm_rl.tasks.countdown.graders import countdown_d1_training, countdown_strict
-from dllm_rl.tasks.countdown.solver import signed_sums, write
 from dllm_rl.tasks.loading import Split, check_split, hashed_split, load_rows
 from dllm_rl.tasks.prompts import Prompt, Prompted
 
@@ -18,6 +18,10 @@ exactly once and no other number; you may add, subtract, multiply, divide and us
 
 Think it through first if you like, then write the expression alone, without an equals sign, between <answer> and \
 </answer>."""
+
+# An expression: its value's text and the operator at its top, "" for a number.
+Expression = tuple[str, str]
+_BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "": 3}
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,24 @@ def _random_expression(numbers: tuple[int, ...], operators: str, rng: Random) ->
             return 0, ""
         operands.append((value, write(left, operator, right)))
     return operands[0][0], operands[0][1][0]
+
+
+def write(left: Expression, operator: str, right: Expression) -> Expression:
+    """The text of left operator right, with parentheses only where they are needed."""
+    first, second = left[0], right[0]
+    if _BINDS[left[1]] < _BINDS[operator]:
+        first = f"({first})"
+    if _BINDS[right[1]] < _BINDS[operator] or (right[1] and operator in "-/" and _BINDS[right[1]] == _BINDS[operator]):
+        second = f"({second})"
+    return f"{first}{operator}{second}", operator
+
+
+def signed_sums(numbers: Sequence[int]) -> set[int]:
+    """Every value that + and - alone can give: the sums with at least one number counted positively."""
+    totals = {(0, False)}
+    for number in numbers:
+        totals = {(total + number, True) for total, _ in totals} | {(total - number, plus) for total, plus in totals}
+    return {total for total, plus in totals if plus}
 
 
 @lru_cache(maxsize=16)

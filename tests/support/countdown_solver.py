@@ -3,13 +3,11 @@
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
+from dllm_rl.tasks.countdown.task import Expression, write
+
 # Subsets up to this size are tabulated whole (a few thousand values); larger ones are split into two parts and met in
 # the middle, so that six numbers take some hundredths of a second, with or without a solution.
 _TABULATED = 4
-_BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "": 3}
-
-# An expression: its value's text and the operator at its top, "" for a number.
-_Expression = tuple[str, str]
 
 
 def solve(numbers: Sequence[int], target: int, operators: str = "+-*/") -> str | None:
@@ -27,26 +25,18 @@ def solve(numbers: Sequence[int], target: int, operators: str = "+-*/") -> str |
     return None if found is None else found[0]
 
 
-def signed_sums(numbers: Sequence[int]) -> set[int]:
-    """Every value that + and - alone can give: the sums with at least one number counted positively."""
-    totals = {(0, False)}
-    for number in numbers:
-        totals = {(total + number, True) for total, _ in totals} | {(total - number, plus) for total, plus in totals}
-    return {total for total, plus in totals if plus}
-
-
 class _Solver:
     """One problem's tables: for each subset of the numbers, the values it can give and an expression for each."""
 
     def __init__(self, numbers: tuple[int, ...], operators: str) -> None:
         self.numbers = numbers
         self.operators = operators
-        self.tables: dict[int, dict[Fraction, _Expression]] = {}
-        self.reached: dict[tuple[int, Fraction], _Expression | None] = {}
+        self.tables: dict[int, dict[Fraction, Expression]] = {}
+        self.reached: dict[tuple[int, Fraction], Expression | None] = {}
 
-    def table(self, subset: int) -> dict[Fraction, _Expression]:
+    def table(self, subset: int) -> dict[Fraction, Expression]:
         if subset not in self.tables:
-            table: dict[Fraction, _Expression] = {}
+            table: dict[Fraction, Expression] = {}
             if subset.bit_count() == 1:
                 number = self.numbers[subset.bit_length() - 1]
                 table[Fraction(number)] = (str(number), "")
@@ -77,7 +67,7 @@ class _Solver:
                 if a:
                     yield "/", b / a, False
 
-    def reach(self, subset: int, target: Fraction) -> _Expression | None:
+    def reach(self, subset: int, target: Fraction) -> Expression | None:
         if subset.bit_count() <= _TABULATED:
             return self.table(subset).get(target)
         key = (subset, target)
@@ -85,7 +75,7 @@ class _Solver:
             self.reached[key] = next(self._meetings(subset, target), None)
         return self.reached[key]
 
-    def _meetings(self, subset: int, target: Fraction) -> Iterator[_Expression]:
+    def _meetings(self, subset: int, target: Fraction) -> Iterator[Expression]:
         """Expressions for the target: a value of the smaller part, and what the larger part must then be."""
         for part in _parts(subset):
             rest = subset ^ part
@@ -123,13 +113,3 @@ def _parts(subset: int) -> Iterator[int]:
         if (part.bit_count(), rest) < (rest.bit_count(), part):
             yield part
         part = (part - 1) & subset
-
-
-def write(left: _Expression, operator: str, right: _Expression) -> _Expression:
-    """The text of left operator right, with parentheses only where they are needed."""
-    first, second = left[0], right[0]
-    if _BINDS[left[1]] < _BINDS[operator]:
-        first = f"({first})"
-    if _BINDS[right[1]] < _BINDS[operator] or (right[1] and operator in "-/" and _BINDS[right[1]] == _BINDS[operator]):
-        second = f"({second})"
-    return f"{first}{operator}{second}", operator
