@@ -155,27 +155,6 @@ def token_logprobs(
     return chunked(score, *rows, policy=policy)[0]
 
 
-def token_logprobs_and_entropies(
-    policy: Head,
-    hidden: Float[Tensor, "K D"],
-    tokens: Int[Tensor, " K"],
-    sampling_params: SamplingParams,
-) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
-    """`token_logprobs`, and the entropy -sum_v p_v log p_v of each row's processed distribution, nats, in one pass.
-
-    Differentiable; a filtered token adds 0 to the entropy.
-    """
-
-    def score(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = process(policy.head(h), sampling_params, y)
-        logp = logits.log_softmax(-1)
-        entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
-        return TokenLogprob.apply(logits, y), entropy
-
-    logprobs, entropies = chunked(score, hidden, tokens, policy=policy)
-    return logprobs, entropies
-
-
 def backward_token_logprobs(
     policy: Head,
     hidden: Float[Tensor, "K D"],

@@ -16,7 +16,6 @@ from dllm_rl.models.logprobs import (
     process,
     sample,
     token_logprobs,
-    token_logprobs_and_entropies,
 )
 from dllm_rl.samplers import propose as propose_module
 from dllm_rl.types import SamplingParams
@@ -49,8 +48,8 @@ def toy(dtype=torch.float32):
 
 
 def plain(policy, hidden, tokens, p: SamplingParams):
-    """Log-probs and entropies by masking and normalising probabilities in fp64, written out a row at a time."""
-    logps, entropies = [], []
+    """Log-probs by masking and normalising probabilities in fp64, written out a row at a time."""
+    logps = []
     for row, y in zip(policy.head(hidden).double(), tokens.tolist(), strict=True):
         allowed = torch.ones(VOCABULARY, dtype=torch.bool)
         allowed[list(p.suppress)] = False
@@ -66,12 +65,8 @@ def plain(policy, hidden, tokens, p: SamplingParams):
                     kept.add(i)
                 mass += probs[i].item()
             allowed = torch.tensor([bool(allowed[i]) and (i in kept or i == y) for i in range(VOCABULARY)])
-        logits = row[allowed]
-        log_total = logits.exp().sum().log()
-        logps.append(row[y] - log_total)
-        shares = (logits - log_total).exp()
-        entropies.append(-(shares * (logits - log_total)).sum())
-    return torch.stack(logps), torch.stack(entropies)
+        logps.append(row[y] - row[allowed].exp().sum().log())
+    return torch.stack(logps)
 
 
 @pytest.fixture(params=[1, 16, 1000], ids=lambda n: f"chunks of {n}")
@@ -85,8 +80,8 @@ def test_values_and_gradients_are_those_of_the_plain_computation(name, chunk):
     policy, hidden, tokens = toy()
     vector = torch.randn(ROWS, generator=seeded(5))
     leaves = [hidden, policy.head.weight, policy.head.bias]
-    expected, entropy = plain(policy, hidden, tokens, FILTERS[name])
-    gradients = torch.autograd.grad((expected * vector).sum(), leaves, retain_graph=True)
+    expected = plain(policy, hidden, tokens, FILTERS[name])
+    gradients = torch.autograd.grad((expected * vector).sum(), leaves)
 
     logps = token_logprobs(policy, hidden, tokens, FILTERS[name])
     torch.testing.assert_close(logps, expected.float(), atol=2e-6, rtol=1e-6)
@@ -97,13 +92,6 @@ def test_values_and_gradients_are_those_of_the_plain_computation(name, chunk):
     backward_token_logprobs(policy, hidden, tokens, FILTERS[name], vector)
     for leaf, want in zip(leaves, gradients, strict=True):
         torch.testing.assert_close(leaf.grad, want.float(), **close)
-
-    again, entropies = token_logprobs_and_entropies(policy, hidden, tokens, FILTERS[name])
-    assert torch.equal(again, logps)
-    torch.testing.assert_close(entropies, entropy.float(), atol=3e-6, rtol=1e-5)
-    gradients = torch.autograd.grad((entropy * vector).sum(), leaves)
-    for got, want in zip(torch.autograd.grad((entropies * vector).sum(), leaves), gradients, strict=True):
-        torch.testing.assert_close(got, want.float(), atol=5e-6, rtol=1e-4)
 
 
 def test_by_hand():
@@ -119,8 +107,6 @@ def test_by_hand():
     # Token 0 is outside the two likeliest: it is scored with itself added to them, 1/8, and not as impossible.
     assert at(0, top_k=2) == pytest.approx(math.log(1 / 8))
     assert at(0, top_k=1, top_p=0.5) == pytest.approx(math.log(1 / 6))
-    _, entropy = token_logprobs_and_entropies(policy, row, torch.tensor([2]), SamplingParams(top_k=2))
-    assert entropy.item() == pytest.approx(-(2 / 7 * math.log(2 / 7) + 5 / 7 * math.log(5 / 7)))
 
 
 class Largest(TorchDispatchMode):
@@ -146,7 +132,6 @@ def test_no_tensor_of_logits_is_larger_than_a_chunk(name, monkeypatch):
     for run in (
         lambda: token_logprobs(policy, hidden, tokens, FILTERS[name]).sum().backward(),
         lambda: backward_token_logprobs(policy, hidden, tokens, FILTERS[name], torch.ones(ROWS)),
-        lambda: token_logprobs_and_entropies(policy, hidden, tokens, FILTERS[name])[1].sum().backward(),
     ):
         with Largest(*weights) as largest:
             run()
