@@ -1,9 +1,10 @@
 """A Recipe is the experiment: one flat frozen record. A variant is `replace(base, ...)` in a file of its own."""
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from dllm_rl.algorithms.advantages import decoupled, group_relative
 from dllm_rl.algorithms.correctors import Corrector, none
@@ -11,32 +12,87 @@ from dllm_rl.algorithms.losses import kl_k3, policy_loss, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
 from dllm_rl.algorithms.surrogates import surrogate_inputs
 from dllm_rl.algorithms.weights import no_weights
-from dllm_rl.bounds import check_bound
-from dllm_rl.config import describe
+from dllm_rl.bounds import Bound, check_bound
+from dllm_rl.config import describe, described, plain
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import Lora, check_mergeable
 from dllm_rl.tasks.base import Task
 
 
-def _(help: str, default: Any = MISSING, *, pick: str | None = None, like: Callable | None = None) -> Any:
+def _(
+    help: str,
+    default: Any = MISSING,
+    *,
+    pick: str | None = None,
+    like: Callable | None = None,
+    at_least: int | None = None,
+    above: int | None = None,
+) -> Any:
     """A documented field. `pick` names the module whose public functions the command line may name for it: those that
-    can stand where `like`, or else the default, does."""
-    return field(default=default, metadata={"help": help, "pick": pick, "like": like})
+    can stand where `like`, or else the default, does. `at_least` and `above` bound a number."""
+    bound = None if at_least is None and above is None else Bound(at_least=at_least, above=above)
+    return field(default=default, metadata={"help": help, "pick": pick, "like": like, "bound": bound})
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
+def check_bounds(field: Field, value: Any) -> None:
+    """Raise ValueError where a field holds a number out of its bounds, or a word that it does not know."""
+    optional = NoneType in get_args(field.type)
+    if value is None and optional:
+        return
+    none = ", or none" if optional else ""
+    literals = [kind for kind in (field.type, *get_args(field.type)) if get_origin(kind) is Literal]
+    known = [word for kind in literals for word in get_args(kind)]
+    if known and value not in known:
+        raise ValueError(f"{field.name}={value!r} is not known; use {', '.join(map(repr, known))}{none}")
+    if bound := field.metadata.get("bound"):
+        bound.check(field.name, value)
+    check_bound(value)
+
+
 class Settings:
-    """What follows from the fields that every record of a run has."""
+    """What every record of a run has, and what follows from it."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # the records are dataclasses
 
     name: str
+    model: Callable[..., Policy] | str | Policy
+    dtype: Literal["float32", "bfloat16", "float16", "auto"]
+    float32_head: bool
+    base_quantization: Literal["nf4", "int8"] | None
+    lora: Callable[[], Lora] | None
+    optim: Callable
     seed: int
     num_steps: int
+    learning_rate: float
+    adam_beta1: float
+    adam_beta2: float
+    weight_decay: float
+    lr_schedule: Callable
     lr_schedule_steps: int | None
-    output_dir: str | None
+    gradient_checkpointing: bool
     report_to: str | None
+    save_steps: int
+    save_total_limit: int
+    verify_checkpoint: Literal["full", "quick"]
+    on_save_error: Literal["stop", "continue"]
+    stop_seconds: float
+    output_dir: str | None
+    resume_from_checkpoint: str | None
+    collective_timeout: float
+    peer_timeout: float | None
+    overwrite_output_dir: bool
+
+    # What RL alone has, as it is in a record without such a field.
+    shard_size = 1
+    async_save = False
+    warmup_steps = 0
+    log_completions_steps = 0
+    torch_compile = False
+    router_replay: Any = None
 
     @property
     def directory(self) -> str:
@@ -47,10 +103,25 @@ class Settings:
         """The names in `report_to`."""
         return [] if self.report_to is None else [name.strip() for name in self.report_to.split(",")]
 
+    def settings(self) -> dict[str, Any]:
+        """The record as JSON, as a checkpoint and summary.json hold it."""
+        return described(self)
+
     def check_settings(self) -> None:
-        """Raise ValueError on what no record may hold in these fields."""
+        """Raise ValueError on a field out of its bounds, and on what goes together in no record."""
+        for f in fields(self):
+            check_bounds(f, getattr(self, f.name))
         if unknown := [name for name in self.trackers if name not in TRACKERS]:
             raise ValueError(f"report_to={unknown[0]!r} is not known; use {', '.join(TRACKERS)}, or none")
+        if self.dtype == "float16" and self.lora is None and self.optim is adamw:
+            raise ValueError(
+                "dtype='float16' needs lora, or another optim: AdamW's second moments of float16 weights underflow to "
+                "0 and so does its epsilon; or use 'bfloat16' or 'float32'"
+            )
+        if self.base_quantization is not None and self.lora is None:
+            raise ValueError(
+                f"base_quantization={self.base_quantization!r} is a frozen base: set lora, or leave it out"
+            )
 
     @property
     def schedule_steps(self) -> int:
@@ -111,8 +182,8 @@ class Recipe(Settings):
     )
 
     seed: int = _("the only source of randomness", 0)
-    train_batch_size: int = _("prompts per step, over all processes", 32)
-    num_generations: int = _("completions per prompt (G)", 8)
+    train_batch_size: int = _("prompts per step, over all processes", 32, at_least=1)
+    num_generations: int = _("completions per prompt (G)", 8, at_least=1)
     rollout_batch_size: int | None = _(
         "completions sampled at a time, which changes memory, time and at most the rounding; None: all at once", None
     )
@@ -121,6 +192,7 @@ class Recipe(Settings):
         "most forwards (views x micro-batches) that a step's scoring keeps the graphs of, for the first update to go "
         "back through in place of forwards of its own; with more, and at 0, memory does not grow with their number",
         1,
+        at_least=0,
     )
     old_logprobs: Literal["recompute", "rollout"] = _(
         "what ratios are taken against: the learner's own log-probs at the start of the update, with the corrector "
@@ -130,26 +202,32 @@ class Recipe(Settings):
     router_replay: Literal["R3"] | None = _(
         "experts that the learner's tokens take: R3 the rollout's; none: the learner's routers choose", None
     )
-    mismatch_sample: int = _("groups without advantage scored per step, to measure mismatch over all rows", 2)
-    max_prompt_length: int | None = _("longer training prompts, in tokens, are left out; None: they are refused", None)
-    max_num_gen_batches: int = _("draws of prompts a step, until no group's rewards are all equal; 1: no second", 1)
-    num_steps: int = _("RL steps", 180)
-    num_iterations: int = _("optimiser updates per rollout", 1)
-    learning_rate: float = _("of AdamW", 5e-4)
+    mismatch_sample: int = _(
+        "groups without advantage scored per step, to measure mismatch over all rows", 2, at_least=1
+    )
+    max_prompt_length: int | None = _(
+        "longer training prompts, in tokens, are left out; None: they are refused", None, at_least=1
+    )
+    max_num_gen_batches: int = _(
+        "draws of prompts a step, until no group's rewards are all equal; 1: no second", 1, at_least=1
+    )
+    num_steps: int = _("RL steps", 180, at_least=0)
+    num_iterations: int = _("optimiser updates per rollout", 1, at_least=1)
+    learning_rate: float = _("of AdamW", 5e-4, above=0)
     adam_beta1: float = _("of AdamW", 0.9)
     adam_beta2: float = _("of AdamW", 0.99)
-    weight_decay: float = _("of AdamW", 0.0)
-    max_grad_norm: float = _("gradients are scaled down to this norm", 1.0)
+    weight_decay: float = _("of AdamW", 0.0, at_least=0)
+    max_grad_norm: float = _("gradients are scaled down to this norm", 1.0, above=0)
     lr_schedule: Callable = _(
         "(step, num_steps) -> factor on the learning rate", linear_decay, pick="dllm_rl.algorithms.optimizers"
     )
-    lr_schedule_steps: int | None = _("steps that lr_schedule runs over; None: num_steps", None)
-    beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0)
+    lr_schedule_steps: int | None = _("steps that lr_schedule runs over; None: num_steps", None, at_least=1)
+    beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0, at_least=0)
     kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.algorithms.losses")
     use_bias_correction_kl: bool = _(
         "that KL times the learner's ratio to the rollout, so that with kl_k3 its gradient is the KL's own", False
     )
-    entropy_coeff: float = _("weight of the entropy bonus; 0: none", 0.0)
+    entropy_coeff: float = _("weight of the entropy bonus; 0: none", 0.0, at_least=0)
     gradient_checkpointing: bool = _(
         "the update's backward runs each block again, in place of keeping all that it needs: a third more work, "
         "a small part of the memory, the same gradients",
@@ -166,6 +244,7 @@ class Recipe(Settings):
         "processes that hold the learner's weights, gradients and optimiser state between them (FSDP2), a divisor of "
         "their number; 0: all of them; 1: each holds the whole",
         1,
+        at_least=0,
     )
     bf16: bool = _(
         "forwards compute in bf16 and weights stay in dtype: with dtype float32 the setting for training all weights",
@@ -175,18 +254,18 @@ class Recipe(Settings):
         "arithmetic that does not depend on the batch; stop where rollout and learner differ at all", False
     )
 
-    warmup_steps: int = _("most supervised steps before RL; 0: none", 0)
-    warmup_batch_size: int = _("prompts per warm-up step, over all processes", 64)
-    warmup_learning_rate: float = _("of the warm-up's AdamW", 2e-3)
+    warmup_steps: int = _("most supervised steps before RL; 0: none", 0, at_least=0)
+    warmup_batch_size: int = _("prompts per warm-up step, over all processes", 64, at_least=1)
+    warmup_learning_rate: float = _("of the warm-up's AdamW", 2e-3, above=0)
     warmup_target: float = _("warm-up ends when warmup_metric on validation_task reaches this", 1.0)
     warmup_metric: str = _("the metric that ends the warm-up", "solve_rate")
-    warmup_eval_steps: int = _("steps between looks at that metric", 5)
+    warmup_eval_steps: int = _("steps between looks at that metric", 5, at_least=1)
 
-    eval_steps: int = _("RL steps between evaluations on validation_task; 0: never", 0)
-    eval_batch_size: int = _("problems per evaluation batch and process", 256)
-    logging_steps: int = _("RL steps between lines on the screen (metrics.jsonl has every step)", 10)
+    eval_steps: int = _("RL steps between evaluations on validation_task; 0: never", 0, at_least=0)
+    eval_batch_size: int = _("problems per evaluation batch and process", 256, at_least=1)
+    logging_steps: int = _("RL steps between lines on the screen (metrics.jsonl has every step)", 10, at_least=1)
     log_completions_steps: int = _(
-        "RL steps between tables of completions, on the screen and in completions.jsonl; 0: never", 50
+        "RL steps between tables of completions, on the screen and in completions.jsonl; 0: never", 50, at_least=0
     )
     report_to: str | None = _(
         "trackers, with commas between them: tensorboard, wandb, trackio, mlflow; none: metrics.jsonl alone",
@@ -195,8 +274,8 @@ class Recipe(Settings):
     push_to_hub: str | None = _(
         "OWNER/NAME on the Hugging Face hub, to upload the last checkpoint to; none: nothing is uploaded", None
     )
-    save_steps: int = _("RL steps between checkpoints", 50)
-    save_total_limit: int = _("checkpoints kept, the newest ones", 2)
+    save_steps: int = _("RL steps between checkpoints", 50, at_least=1)
+    save_total_limit: int = _("checkpoints kept, the newest ones", 2, at_least=1)
     async_save: bool = _(
         "checkpoints are written while training goes on, which waits for a copy on the host alone: as much memory "
         "there as weights and optimiser state take (of a shared-out learner, each process's part)",
@@ -207,77 +286,27 @@ class Recipe(Settings):
         "full",
     )
     on_save_error: Literal["stop", "continue"] = _("what to do when a checkpoint cannot be written", "stop")
-    stop_seconds: float = _("that a signal leaves the step in hand; then the last whole step is saved at once", 20.0)
+    stop_seconds: float = _(
+        "that a signal leaves the step in hand; then the last whole step is saved at once", 20.0, at_least=0
+    )
     output_dir: str | None = _("folder of the run; None: runs/NAME-seedSEED", None)
     resume_from_checkpoint: str | None = _("a checkpoint folder, or 'latest' in output_dir", None)
-    reward_timeout: float | None = _("seconds for one completion's reward; later, the process ends: 124", 600.0)
-    collective_timeout: float = _("seconds that a process waits for the others before the run stops", 1800.0)
+    reward_timeout: float | None = _(
+        "seconds for one completion's reward; later, the process ends: 124", 600.0, above=0
+    )
+    collective_timeout: float = _("seconds that a process waits for the others before the run stops", 1800.0, above=0)
     peer_timeout: float | None = _(
-        "seconds of silence after which a process is taken for lost, and the others end; none: nobody watches", 40.0
+        "seconds of silence after which a process is taken for lost, and the others end; none: nobody watches",
+        40.0,
+        above=0,
     )
     dry_run: bool = _("print what the recipe would take, without its weights, and stop", False)
     overwrite_output_dir: bool = _("delete the run that output_dir holds", False)
 
     def __post_init__(self) -> None:
         self.check_settings()
-        check_bound(tuple(getattr(self, field.name) for field in fields(self)))
-        positive = ("train_batch_size", "num_generations", "num_iterations", "warmup_batch_size", "warmup_eval_steps")
-        for name in (
-            *positive,
-            "max_num_gen_batches",
-            "mismatch_sample",
-            "eval_batch_size",
-            "logging_steps",
-            "save_steps",
-            "save_total_limit",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in (
-            "num_steps",
-            "warmup_steps",
-            "eval_steps",
-            "log_completions_steps",
-            "beta",
-            "entropy_coeff",
-            "weight_decay",
-            "stop_seconds",
-            "kept_graphs",
-            "shard_size",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.max_prompt_length is not None and self.max_prompt_length < 1:
-            raise ValueError(f"max_prompt_length={self.max_prompt_length} must be at least 1, or none")
-        if self.reward_timeout is not None and not self.reward_timeout > 0:
-            raise ValueError(f"reward_timeout={self.reward_timeout} must be positive, or none for no limit")
-        if self.peer_timeout is not None and not 0 < self.peer_timeout < float("inf"):
-            raise ValueError(f"peer_timeout={self.peer_timeout} must be positive and finite, or none for no watch")
-        for name in ("learning_rate", "warmup_learning_rate", "max_grad_norm", "collective_timeout"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
-        if self.lr_schedule_steps is not None and self.lr_schedule_steps < 1:
-            raise ValueError(f"lr_schedule_steps={self.lr_schedule_steps} must be at least 1, or none")
-        for name, known in (("verify_checkpoint", ("full", "quick")), ("on_save_error", ("stop", "continue"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; use {known[0]!r} or {known[1]!r}")
-        if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
-            raise ValueError(f"dtype={self.dtype!r} is not known; use 'float32', 'bfloat16', 'float16' or 'auto'")
-        if self.dtype == "float16" and self.lora is None and self.optim is adamw:
-            raise ValueError(
-                "dtype='float16' needs lora, or another optim: AdamW's second moments of float16 weights underflow to "
-                "0 and so does its epsilon; or use 'bfloat16' or 'float32'"
-            )
-        if self.base_quantization not in (None, "nf4", "int8"):
-            raise ValueError(f"base_quantization={self.base_quantization!r} is not known; use 'nf4', 'int8' or none")
-        if self.base_quantization is not None and self.lora is None:
-            raise ValueError(
-                f"base_quantization={self.base_quantization!r} is a frozen base: set lora, or leave it out"
-            )
         if self.lora is not None and self.corrector.align_forward and self.rollout_quantization is not None:
             check_mergeable(self.lora())
-        if self.router_replay not in (None, "R3"):
-            raise ValueError(f"router_replay={self.router_replay!r} is not known; use 'R3' or none")
         if self.router_replay is not None and self.rollout_quantization is None:
             raise ValueError(
                 "router_replay='R3' takes the rollout's experts again, and without rollout_quantization the learner's "
@@ -291,8 +320,6 @@ class Recipe(Settings):
         surrogate_inputs(self.corrector.surrogate)
         if self.use_bias_correction_kl and not self.beta:
             raise ValueError("use_bias_correction_kl=True corrects a KL term, and beta=0 has none: set beta above 0")
-        if self.old_logprobs not in ("recompute", "rollout"):
-            raise ValueError(f"old_logprobs={self.old_logprobs!r} must be 'recompute' or 'rollout'")
         if self.old_logprobs == "rollout" and self.corrector.weigh is not no_weights:
             raise ValueError(
                 "old_logprobs='rollout' takes ratios against the rollout itself, which a corrector's weights would "
@@ -306,10 +333,6 @@ class Recipe(Settings):
             raise ValueError(
                 f"zero_mismatch=True with likelihood={self.likelihood.name!r} would compare the learner's log-probs "
                 "with themselves: that estimator does not replay the sampler; use trajectory(), or zero_mismatch=False"
-            )
-        if self.sampling_support not in ("own", "unfiltered", "rollout"):
-            raise ValueError(
-                f"sampling_support={self.sampling_support!r} is not known; use 'own', 'unfiltered' or 'rollout'"
             )
         if self.zero_mismatch and self.sampling_support == "unfiltered":
             raise ValueError(
@@ -330,6 +353,10 @@ class Recipe(Settings):
     def aggregation(self) -> Callable:
         """The aggregation in effect: the recipe's, else the corrector's, else `token`."""
         return self.aggregate or self.corrector.aggregate or token
+
+    def settings(self) -> dict[str, Any]:
+        """The recipe as JSON, with the aggregation that is in effect."""
+        return described(self) | {"aggregate": plain(self.aggregation)}
 
     @property
     def loss(self) -> Callable:

@@ -1,5 +1,7 @@
 """Overrides by name: good ones, unknown fields, bad values; recipes as text."""
 
+import math
+import re
 from dataclasses import fields, replace
 from functools import partial
 from importlib import import_module
@@ -17,10 +19,10 @@ from dllm_rl.config import describe, described, from_command_line, helps_of, ove
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.models.lora import Lora
 from dllm_rl.quantization.schemes import int8_weight_only
-from dllm_rl.recipe import Recipe
+from dllm_rl.recipe import Recipe, check_bounds
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.rules import margin, schedule
-from dllm_rl.training.folder import settings_of
+from dllm_rl.training.sft_recipe import SFT
 from recipes.studies.surrogates import gdsd
 from recipes.sudoku_tiny import __file__ as main_job_file
 from recipes.sudoku_tiny import recipe as main_job
@@ -204,7 +206,7 @@ def test_functions_by_name(recipe):
         (["--num_steps", "many"], "--num_steps 'many' is not a valid int"),
         (["--num_steps", "1.5"], "--num_steps '1.5' is not a valid int"),
         (["--learning_rate", "nan"], "--learning_rate 'nan' is not a valid float"),
-        (["--learning_rate", "-1"], "learning_rate=-1.0 must be positive and finite"),
+        (["--learning_rate", "-1"], "learning_rate=-1.0 must be above 0"),
         (["--beta", "inf"], "--beta 'inf' is not a valid float"),
         (["--corrector", "tiss"], "the nearest is 'tis'"),
         (["--use_bias_correction_kl", "true"], "use_bias_correction_kl=True corrects a KL term, and beta=0 has none"),
@@ -307,8 +309,8 @@ def test_the_aggregation_is_the_one_given_else_the_correctors_papers_else_token(
 
 
 def test_a_run_is_said_to_aggregate_as_it_does(recipe):
-    assert settings_of(recipe)["aggregate"] == "token"
-    assert settings_of(replace(recipe, corrector=correctors.qarl()))["aggregate"] == "sequence"
+    assert recipe.settings()["aggregate"] == "token"
+    assert replace(recipe, corrector=correctors.qarl()).settings()["aggregate"] == "sequence"
     assert describe(correctors.none()).endswith(", align_forward=False)")
     assert describe(correctors.tbpo()).endswith(", align_forward=False, aggregate=sequence)")
 
@@ -324,3 +326,35 @@ def test_describe_fills_in_defaults():
 @pytest.mark.parametrize("make", [likelihoods.coupled, likelihoods.one_step])
 def test_different_estimators_are_described_differently(make):
     assert describe(make()) != describe(likelihoods.trajectory())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_generations": 0}, "num_generations=0 must be at least 1"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan must be at least 0, and be finite"),
+        ({"max_grad_norm": math.inf}, "max_grad_norm=inf must be above 0, and be finite"),
+        ({"peer_timeout": 0.0}, "peer_timeout=0.0 must be above 0"),
+    ],
+)
+def test_a_field_out_of_its_bounds_is_refused_in_both_records(recipe, changes, said):
+    made = [partial(replace, recipe)]
+    if "num_generations" not in changes:
+        made.append(partial(SFT, name="sft", model=recipe.model, dataset=[]))
+    for make in made:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            make(**changes)
+    replace(recipe, peer_timeout=None, lr_schedule_steps=None)
+
+
+def test_a_word_that_a_field_does_not_know_is_refused(recipe):
+    """The suite checks types before a record is made; a user's program does not."""
+    known = {field.name: field for field in fields(recipe)}
+    check_bounds(known["base_quantization"], None)
+    for name, value, said in (
+        ("dtype", "fp32", "dtype='fp32' is not known; use 'float32', 'bfloat16', 'float16', 'auto'"),
+        ("base_quantization", "int3", "base_quantization='int3' is not known; use 'nf4', 'int8', or none"),
+        ("verify_checkpoint", None, "verify_checkpoint=None is not known; use 'full', 'quick'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            check_bounds(known[name], value)

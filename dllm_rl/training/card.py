@@ -6,7 +6,6 @@ from typing import Any
 
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
-from dllm_rl.training.folder import settings_of
 from dllm_rl.training.health import health
 from dllm_rl.training.parts import PATTERN
 
@@ -20,7 +19,7 @@ def card(recipe: Recipe, *, step: int, evaluations: dict[str, dict[str, float]],
 
     evaluations  metrics of the held-out problems, by when they were taken. metrics: those of the last step.
     """
-    settings = {name: value for name, value in settings_of(recipe).items() if name not in OWN}
+    settings = {name: value for name, value in recipe.settings().items() if name not in OWN}
     base = recipe.model if isinstance(recipe.model, str) else None
     if base is not None and Path(base).exists():  # a folder of this machine
         settings["model"], base = Path(base).name, None

@@ -11,7 +11,6 @@ from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
 from dllm_rl.training import checkpoint, plots
 from dllm_rl.training.card import card, push_to_hub
-from dllm_rl.training.folder import settings_of
 from dllm_rl.training.run import Run, evaluate_with, shown
 from dllm_rl.training.saving import settle
 from dllm_rl.training.stop import how_to_continue
@@ -57,7 +56,7 @@ def finish(run: Run) -> Summary:
         "num_processes": accelerator.num_processes,
         "checkpoint": history["checkpoint"],  # the one whose weights were evaluated
         "machine": machine(accelerator),
-        "recipe": settings_of(recipe),
+        "recipe": recipe.settings(),
     }
     if accelerator.is_main_process:
         write_json(directory / "summary.json", summary)

@@ -1,18 +1,14 @@
 """The folder of a run: locked, made, emptied or resumed from."""
 
 import dataclasses
-import hashlib
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dllm_rl import manifest
-from dllm_rl.config import described, plain
+from dllm_rl.config import plain
 from dllm_rl.files import lock, recover, remove
-from dllm_rl.recipe import Recipe
+from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training import checkpoint
-from dllm_rl.training.sft_recipe import SFT
 from dllm_rl.training.stop import LOCK
 
 REHEARSAL = ".rehearsal"  # where a rehearsal writes
@@ -51,7 +47,7 @@ DEFAULTS = {f.name: plain(f.default) for f in dataclasses.fields(Recipe) if f.de
 HELD = ("metrics.jsonl", "checkpoints", "summary.json")  # what tells a run's folder
 
 
-def open_folder(recipe: Recipe | SFT) -> tuple[Path | None, list[str]]:
+def open_folder(recipe: Settings) -> tuple[Path | None, list[str]]:
     """Lock the run's folder; returns the checkpoint to resume from, and what is to be said of it. Raises ValueError."""
     directory = Path(recipe.directory)
     notes: list[str] = []
@@ -79,7 +75,7 @@ def open_folder(recipe: Recipe | SFT) -> tuple[Path | None, list[str]]:
         state = checkpoint.read_state(folder)
         # A setting that the checkpoint does not know had its default.
         before = DEFAULTS | state["recipe"]
-        _check_same_recipe(before, settings_of(recipe))
+        _check_same_recipe(before, recipe.settings())
         _check_schedule(recipe, before, state["step"])
         _check_reference(state, directory / "reference", quick=quick)
         for path in checkpoint.set_aside(directory / "checkpoints", folder):
@@ -87,30 +83,11 @@ def open_folder(recipe: Recipe | SFT) -> tuple[Path | None, list[str]]:
     return folder, notes
 
 
-def clear_folder(recipe: Recipe | SFT) -> None:
+def clear_folder(recipe: Settings) -> None:
     """Delete the run that the folder holds, where that is asked for and it is not resumed."""
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
         for name in (*HELD, "completions.jsonl", "tensorboard", "training.png", "reference"):
             remove(Path(recipe.directory) / name)
-
-
-def settings_of(recipe: Recipe | SFT) -> dict[str, Any]:
-    """The recipe as JSON, with the aggregation that is in effect, or its rows as their number and a digest."""
-    if isinstance(recipe, SFT):
-        rows = {name: digest_of(getattr(recipe, name)) for name in ("dataset", "eval_dataset")}
-        return described(replace(recipe, dataset="", eval_dataset=None)) | rows
-    return described(recipe) | {"aggregate": plain(recipe.aggregation)}
-
-
-def digest_of(dataset: Any) -> str | None:
-    """What tells a data set from another in a recipe's settings: a path, or the number of rows and a digest of at most
-    a hundred of them."""
-    if dataset is None or isinstance(dataset, str):
-        return dataset
-    count = len(dataset)
-    looked_at = [dataset[i] for i in range(0, count, max(1, count // 100))]
-    told = hashlib.sha256(json.dumps([dict(row) for row in looked_at], sort_keys=True, default=str).encode())
-    return f"{count} rows, {told.hexdigest()[:16]}"
 
 
 def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -124,7 +101,7 @@ def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def _check_schedule(recipe: Recipe | SFT, before: dict[str, Any], step: int) -> None:
+def _check_schedule(recipe: Settings, before: dict[str, Any], step: int) -> None:
     """Raise ValueError when the run would end before it resumes, or with other learning rates than it began with."""
     if recipe.num_steps < step:
         raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {step}; give more steps")

@@ -22,7 +22,7 @@ from dllm_rl.models.compiled import compile_blocks
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.models.recompute import blocks_of
-from dllm_rl.recipe import Recipe
+from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.tasks.base import Task
 from dllm_rl.training import checkpoint
 from dllm_rl.training.card import check_hub
@@ -34,7 +34,6 @@ from dllm_rl.training.prompts import check_prompts, choose
 from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import check_compiled, rollout_copy, wanted_parts
 from dllm_rl.training.saving import Writer, make_writer, save, save_alone, save_at_once, save_on_error, settle
-from dllm_rl.training.sft_recipe import SFT
 from dllm_rl.training.sharding import check_engine, check_sharding, first_home, on_main, share_out
 from dllm_rl.training.stop import Stop, ended_by_launcher, how_to_continue, with_the_run
 from dllm_rl.training.trackers import check_trackers, start_trackers
@@ -116,7 +115,7 @@ def start(recipe: Recipe) -> Run:
     return run
 
 
-def launch(recipe: Recipe | SFT) -> tuple[Accelerator, Stop, Peers | None]:
+def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
     """The launch's processes, what ends the run on a signal, and the watch over other processes (None: one process, or
     no watch). Raises ValueError where the processes cannot run the recipe."""
     ended_by_launcher()
@@ -137,14 +136,14 @@ def launch(recipe: Recipe | SFT) -> tuple[Accelerator, Stop, Peers | None]:
     return accelerator, stop, peers
 
 
-def open_log(recipe: Recipe | SFT, accelerator: Accelerator, start: int, notes: Sequence[str]) -> RunLog:
+def open_log(recipe: Settings, accelerator: Accelerator, start: int, notes: Sequence[str]) -> RunLog:
     """The run's files and trackers, from step `start` on, and `notes` said."""
     log = RunLog(
         Path(recipe.directory),
         start=start,
         main=accelerator.is_main_process,
         patient=recipe.on_save_error == "continue",
-        completions=bool(getattr(recipe, "log_completions_steps", 0)),
+        completions=recipe.log_completions_steps > 0,
         trackers=start_trackers(recipe, accelerator, start=start),
     )
     for note in notes:
@@ -152,19 +151,19 @@ def open_log(recipe: Recipe | SFT, accelerator: Accelerator, start: int, notes: 
     return log
 
 
-def told_of(recipe: Recipe | SFT, folder: Path | None) -> list[str]:
+def told_of(recipe: Settings, folder: Path | None) -> list[str]:
     """What is said of a resume."""
     if not recipe.resume_from_checkpoint:
         return []
     return [f"resuming from {folder}" if folder else "no checkpoint yet: starting from the beginning"]
 
 
-def check_processes(recipe: Recipe | SFT, accelerator: Accelerator) -> None:
+def check_processes(recipe: Settings, accelerator: Accelerator) -> None:
     """Raise ValueError where the launch cannot run the recipe."""
     check_engine()
     check_sharding(recipe, accelerator.num_processes)
     count, fields = accelerator.num_processes, ["train_batch_size"]
-    fields += ["warmup_batch_size"] * bool(getattr(recipe, "warmup_steps", 0))
+    fields += ["warmup_batch_size"] * (recipe.warmup_steps > 0)
     for name in fields:
         size = getattr(recipe, name)
         if size % count:
@@ -209,7 +208,7 @@ def resumed_policy(recipe: Recipe, folder: Path, state: dict[str, Any], accelera
     return share_out(recipe, policy, accelerator)
 
 
-def make_policy(recipe: Recipe | SFT, device: torch.device) -> Policy:
+def make_policy(recipe: Settings, device: torch.device) -> Policy:
     """The recipe's model: a checkpoint, a copy of a policy, or what its function makes, from the run's seed where that
     takes one."""
     if isinstance(recipe.model, str):
@@ -224,17 +223,17 @@ def make_policy(recipe: Recipe | SFT, device: torch.device) -> Policy:
     return configured(recipe, policy)
 
 
-def configured(recipe: Recipe | SFT, policy: Policy) -> Policy:
+def configured(recipe: Settings, policy: Policy) -> Policy:
     """The policy with the recipe's settings of how it computes. Raises ValueError on one that it cannot have."""
     policy.float32_head, policy.gradient_checkpointing = recipe.float32_head, recipe.gradient_checkpointing
     for setting in ("gradient_checkpointing", "torch_compile"):
-        if getattr(recipe, setting, False):
+        if getattr(recipe, setting):
             blocks_of(policy.module, setting)
-    check_replay(policy, getattr(recipe, "router_replay", None))
+    check_replay(policy, recipe.router_replay)
     return policy
 
 
-def opened(recipe: Recipe | SFT, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
+def opened(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
     """The policy in a folder of this run; a module that is not transformers' is made anew as the recipe says."""
     # A folder of this run was verified when the run's folder was opened, or was written since.
     if (folder / "config.json").exists():
@@ -257,7 +256,7 @@ def rehearsed(recipe: Recipe, accelerator: Accelerator) -> Policy:
     return policy
 
 
-def make_optimizer(recipe: Recipe | SFT, policy: Policy) -> torch.optim.Optimizer:
+def make_optimizer(recipe: Settings, policy: Policy) -> torch.optim.Optimizer:
     trainable = [p for p in policy.module.parameters() if p.requires_grad]
     betas = (recipe.adam_beta1, recipe.adam_beta2)
     return recipe.optim(trainable, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)

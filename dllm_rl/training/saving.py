@@ -19,15 +19,13 @@ from dllm_rl import manifest
 from dllm_rl.distributed import from_main, sharding_of, versions
 from dllm_rl.models.base import Policy
 from dllm_rl.models.own import host_copy
-from dllm_rl.recipe import Recipe
+from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.screen import escape_controls
 from dllm_rl.training import checkpoint
 from dllm_rl.training.card import card
-from dllm_rl.training.folder import settings_of
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.parts import Part, Swap, in_step, part_of
 from dllm_rl.training.peers import of_an_exchange
-from dllm_rl.training.sft_recipe import SFT
 from dllm_rl.training.sharding import group_size, on_main
 from dllm_rl.training.stop import how_to_continue, with_the_run
 
@@ -260,7 +258,7 @@ def _attempt(run: "Run", step: int, write: Write) -> Path | None:
 
 
 def with_settings(
-    recipe: Recipe | SFT,
+    recipe: Settings,
     accelerator: Accelerator,
     step: int,
     state: dict[str, Any],
@@ -278,7 +276,7 @@ def with_settings(
         step,
         policy,
         optimizer,
-        {"dtype": dtype, "stages": dict(log.seconds), **state, "recipe": settings_of(recipe)},
+        {"dtype": dtype, "stages": dict(log.seconds), **state, "recipe": recipe.settings()},
         keep=recipe.save_total_limit,
         processes=accelerator.num_processes,
         versions=versions(),
@@ -286,7 +284,7 @@ def with_settings(
     )
 
 
-def attempt(recipe: Recipe | SFT, log: RunLog, write: Write) -> Path | None:
+def attempt(recipe: Settings, log: RunLog, write: Write) -> Path | None:
     """Write; returns the checkpoint, or None where that failed and the run is to go on."""
     try:
         return write()

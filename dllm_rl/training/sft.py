@@ -20,7 +20,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.tasks.datasets import in_memory, part_of
 from dllm_rl.training import checkpoint, plots
 from dllm_rl.training.finish import Summary
-from dllm_rl.training.folder import clear_folder, open_folder, settings_of
+from dllm_rl.training.folder import clear_folder, open_folder
 from dllm_rl.training.grpo import HELD_OUT
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.run import (
@@ -300,7 +300,7 @@ def _end(run: State, held_out: Sequence[Example]) -> Summary:
         "num_processes": run.accelerator.num_processes,
         "checkpoint": run.folder,
         "machine": machine(run.accelerator),
-        "recipe": settings_of(recipe),
+        "recipe": recipe.settings(),
     }
     if run.accelerator.is_main_process:
         write_json(directory / "summary.json", summary)

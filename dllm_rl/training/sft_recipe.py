@@ -1,19 +1,17 @@
 """SFT is supervised fine-tuning as one flat frozen record, beside Recipe; what both have means the same in both."""
 
+import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from dllm_rl.config import describe
+from dllm_rl.config import describe, described
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import Lora
-from dllm_rl.recipe import Recipe, Settings
+from dllm_rl.recipe import Recipe, Settings, _
 
 _OF_RL = {f.name: f for f in fields(Recipe)}
-
-
-def _(help: str, default: Any = MISSING) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 def _same(name: str, **changed: Any) -> Any:
@@ -33,11 +31,14 @@ class SFT(Settings):
         "lines"
     )
     eval_dataset: str | Any = _("held-out rows; None: the last tenth of dataset, at most 256 rows", None)
-    max_length: int = _("longer rows, in tokens, are left out; with packing, also the length of a row of several", 1024)
+    max_length: int = _(
+        "longer rows, in tokens, are left out; with packing, also the length of a row of several", 1024, at_least=2
+    )
     completion_length: int | None = _(
         "a diffusion model's completions are filled up with the end token to so many tokens, as it is to generate all "
         "of its positions: RL's max_new_tokens; None: one end token",
         None,
+        at_least=1,
     )
     completion_only_loss: bool = _("of prompt and completion, the completion alone is learned", True)
     assistant_only_loss: bool = _("of messages, the assistant's alone are learned", True)
@@ -53,7 +54,7 @@ class SFT(Settings):
 
     seed: int = _same("seed")
     train_batch_size: int = _same("train_batch_size", help="sequences per step, over all processes")
-    micro_batch_size: int | None = _same("micro_batch_size", help="rows per forward; None: all at once")
+    micro_batch_size: int | None = _("rows per forward; None: all at once", None, at_least=1)
     num_steps: int = _same("num_steps", help="optimiser steps", default=200)
     learning_rate: float = _same("learning_rate")
     adam_beta1: float = _same("adam_beta1")
@@ -82,34 +83,27 @@ class SFT(Settings):
 
     def __post_init__(self) -> None:
         self.check_settings()
-        least = {"train_batch_size": 1, "eval_batch_size": 1, "logging_steps": 1, "save_steps": 1}
-        least |= {"save_total_limit": 1, "max_length": 2, "num_steps": 0, "eval_steps": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {bound}")
-        for name in ("micro_batch_size", "completion_length", "lr_schedule_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or none")
-        for name in ("learning_rate", "max_grad_norm", "collective_timeout"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
-        if self.peer_timeout is not None and not 0 < self.peer_timeout < float("inf"):
-            raise ValueError(f"peer_timeout={self.peer_timeout} must be positive and finite, or none for no watch")
-        for name in ("weight_decay", "stop_seconds"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.dtype == "float16" and self.lora is None:
-            raise ValueError("dtype='float16' needs lora; or use 'bfloat16' or 'float32'")
-        if self.base_quantization is not None and self.lora is None:
-            raise ValueError(
-                f"base_quantization={self.base_quantization!r} is a frozen base: set lora, or leave it out"
-            )
+
+    def settings(self) -> dict[str, Any]:
+        """The record as JSON, with a digest in place of rows."""
+        rows = {name: digest_of(getattr(self, name)) for name in ("dataset", "eval_dataset")}
+        return described(replace(self, dataset="", eval_dataset=None)) | rows
 
     def __repr__(self) -> str:
         """The fields that are not at their default, one a line; of rows held in memory, nothing."""
         chosen = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not f.default]
         shown = [(name, value) for name, value in chosen if "dataset" not in name or isinstance(value, str)]
         return "SFT(\n" + "".join(f"    {name}={describe(value)},\n" for name, value in shown) + ")"
+
+
+def digest_of(dataset: Any) -> str | None:
+    """What distinguishes a data set from another: a path, or the number of rows and a digest of at most a hundred."""
+    if dataset is None or isinstance(dataset, str):
+        return dataset
+    count = len(dataset)
+    looked_at = [dict(dataset[i]) for i in range(0, count, max(1, count // 100))]
+    digest = hashlib.sha256(json.dumps(looked_at, sort_keys=True, default=str).encode())
+    return f"{count} rows, {digest.hexdigest()[:16]}"
 
 
 SFT.__doc__ = f"{SFT.__doc__}\n\n" + "\n".join(f"{f.name:22}  {f.metadata['help']}" for f in fields(SFT))

@@ -13,18 +13,17 @@ from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.own import gathered
 from dllm_rl.models.recompute import backbone_of, blocks_of
-from dllm_rl.recipe import Recipe
-from dllm_rl.training.sft_recipe import SFT
+from dllm_rl.recipe import Recipe, Settings
 
 WHOLE = "or shard_size=1, with which each process holds the weights whole"
 
 
-def group_size(recipe: Recipe | SFT, processes: int) -> int:
+def group_size(recipe: Settings, processes: int) -> int:
     """How many processes hold the learner between them."""
-    return getattr(recipe, "shard_size", 1) or processes
+    return recipe.shard_size or processes
 
 
-def first_home(recipe: Recipe | SFT, accelerator: Accelerator) -> torch.device:
+def first_home(recipe: Settings, accelerator: Accelerator) -> torch.device:
     """Where the learner's weights are read to: the host, where they are to be shared out, a part to each device."""
     return torch.device("cpu") if group_size(recipe, accelerator.num_processes) > 1 else accelerator.device
 
@@ -40,7 +39,7 @@ def check_engine() -> None:
             )
 
 
-def check_sharding(recipe: Recipe | SFT, processes: int) -> None:
+def check_sharding(recipe: Settings, processes: int) -> None:
     """Raise ValueError on a setting that a shared-out learner cannot have, before anything is loaded."""
     size = group_size(recipe, processes)
     if processes % size:

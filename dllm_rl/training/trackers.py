@@ -7,12 +7,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 
-from dllm_rl.recipe import Recipe
-from dllm_rl.training.folder import settings_of
-from dllm_rl.training.sft_recipe import SFT
+from dllm_rl.recipe import Settings
 
 
-def check_trackers(recipe: Recipe | SFT) -> None:
+def check_trackers(recipe: Settings) -> None:
     """Raise ValueError where a tracker's package is not installed."""
     there = set(map(str, get_available_trackers()))
     for name in recipe.trackers:
@@ -22,7 +20,7 @@ def check_trackers(recipe: Recipe | SFT) -> None:
             )
 
 
-def start_trackers(recipe: Recipe | SFT, accelerator: Accelerator, *, start: int) -> list[GeneralTracker]:
+def start_trackers(recipe: Settings, accelerator: Accelerator, *, start: int) -> list[GeneralTracker]:
     """The recipe's trackers, on the main process: the project is the recipe's name, the run its folder's. Raises
     ValueError on one that does not start, as where nobody is logged in."""
     run = Path(recipe.directory).name
@@ -36,7 +34,7 @@ def start_trackers(recipe: Recipe | SFT, accelerator: Accelerator, *, start: int
         accelerator.init_trackers(recipe.name, init_kwargs=options)
         for tracker in accelerator.trackers:
             if tracker.name != "tensorboard":  # which would make a run of its own of them
-                tracker.store_init_configuration(settings_of(recipe))
+                tracker.store_init_configuration(recipe.settings())
     except Exception as error:  # of any kind: a tracker's own
         raise ValueError(f"report_to={recipe.report_to!r} did not start: {error}") from error
     return list(accelerator.trackers)
