@@ -25,7 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dllm_rl.files import digest, replacing
+from dllm_rl.files import replacing
+from dllm_rl.manifest import digest
 from dllm_rl.models.loading import quiet_progress
 
 WHEELS = {
