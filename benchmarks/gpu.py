@@ -56,6 +56,8 @@ from dllm_rl.types import Prompts
 from recipes.llada_8b_sudoku import recipe as job_8b
 from recipes.sudoku_tiny import recipe as main_job
 
+E4M3 = partial(schemes.fake_quantize, weight="e4m3", activation="e4m3")
+
 Row = dict[str, Any]
 WIDE = {"hidden_size": 2048, "num_layers": 6, "intermediate_size": 5504}
 SECONDS = 220  # of one part; what takes longer is stopped and said so
@@ -129,7 +131,7 @@ def sampler(smoke: bool, device: str) -> list[Row]:
 def fp8(smoke: bool, device: str) -> list[Row]:
     shape = _shape(smoke, 8)
     policy = samplers.random_policy(shape, torch.device(device))
-    dynamic = schemes.float8_dynamic if device.startswith("cuda") else schemes.e4m3_emulated
+    dynamic = schemes.float8_dynamic if device.startswith("cuda") else E4M3
     rows = [_timed("bf16, exact", _sampled(policy, shape), device, shape.batch * shape.new)]
     for name, scheme in (("bf16", None), ("FP8 weights", schemes.float8_weight_only), ("FP8 products", dynamic)):
         copied = quantized_copy(policy, scheme and scheme())
@@ -284,11 +286,11 @@ def mismatch(smoke: bool, device: str) -> list[Row]:
         policy = load_policy(summary["checkpoint"], dtype=torch.bfloat16, device=device)
     task = main_job.eval_task
     prompts = encode(policy, [task[i] for i in range(4 if smoke else 64)], group_size=2)
-    names = ["float8_weight_only", "e4m3_emulated"] + ["float8_dynamic"] * device.startswith("cuda")
-    for name in names:
-        report = diagnose(
-            policy, getattr(schemes, name)(), prompts=prompts, sampler=partial(main_job.sampler, temperature=1.0)
-        )
+    schemes_by_name = {"float8_weight_only": schemes.float8_weight_only, "e4m3 emulated": E4M3}
+    if device.startswith("cuda"):
+        schemes_by_name["float8_dynamic"] = schemes.float8_dynamic
+    for name, scheme in schemes_by_name.items():
+        report = diagnose(policy, scheme(), prompts=prompts, sampler=partial(main_job.sampler, temperature=1.0))
         first = report.causes[0]
         rows.append(
             {"what": name, "mean abs d, nats": report.total.mean_abs, "max abs d": report.total.max_abs}

@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     given = parser.parse_args()
     if given.smoke:
-        given.preset, given.tokens, given.repeats, given.schemes = "smoke", 32, 2, ["int8_dynamic", "e4m3_emulated"]
+        given.preset, given.tokens, given.repeats, given.schemes = "smoke", 32, 2, ["int8_dynamic", "fake_quantize"]
     common = {"device": given.device, "dtype": given.dtype, "repeats": given.repeats}
     clock, rows = "seconds" if torch.device(given.device).type == "cuda" else "cpu_seconds", []
     for columns, out in shapes(given.preset):

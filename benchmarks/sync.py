@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     given = parser.parse_args()
     if given.smoke:
-        given.preset, given.repeats, given.schemes = "smoke", 2, ["none", "int8_weight_only", "int3_emulated"]
+        given.preset, given.repeats, given.schemes = "smoke", 2, ["none", "int8_weight_only", "fake_quantize"]
     common = {"preset": given.preset, "device": given.device, "dtype": given.dtype, "repeats": given.repeats}
     rows = [arm(scheme, **common) for scheme in given.schemes]
     print(table(rows))

@@ -13,30 +13,29 @@ silence_import_noise()
 __version__ = "0.1.0"
 
 _HOME = {
-    "types": "Prompts SamplingParams Rollout Noise Logprobs Batch",
+    "types": "Prompts SamplingParams Rollout",
     "recipe": "Recipe",
     "config": "describe from_command_line",
     "tasks": "Problem Reward Task Sudoku Countdown GSM8K MATH500 ReasoningGym task_from_dataset",
     "models.base": "Policy FamilySpec",
     "models.policy": "load_policy load_weights make_policy DiffusionPolicy AutoregressivePolicy",
     "models.families": "register_family",
-    "models.lora": "Lora lora_r16 lora_d1 add_lora merge_lora",
+    "models.lora": "Lora lora_r16",
     "models.tiny": "tiny_masked_lm tiny_llama tiny_moe",
     "models.convert": "diffusion_from_causal",
-    "samplers": "unmask autoregress sampler_for",
+    "samplers": "unmask autoregress",
     "samplers.rules": "confidence max_prob margin schedule threshold factor entropy_bound remask edit",
     "samplers.cache": "block_cache prefix_cache dual_cache",
-    "quantization.schemes": "float8_weight_only float8_dynamic float8_dynamic_emulated int8_weight_only int8_dynamic "
-    "int4_weight_only int4_packed fake_quantize e4m3_emulated e5m2_emulated int8_emulated int4_emulated int3_emulated "
-    "five_level_emulated ternary_emulated",
+    "quantization.schemes": "float8_weight_only float8_dynamic int8_weight_only int8_dynamic "
+    "int4_weight_only int4_packed fake_quantize",
     "quantization.rollout_policy": "quantized_copy sync_weights",
     "likelihoods": "LikelihoodEstimator one_step elbo coupled quadrature block eubo sandwich trajectory causal",
     "algorithms.advantages": "group_relative leave_one_out decoupled",
     "algorithms.correctors": "Corrector none tis mis icepop reject ais tbpo aligned qarl compose",
     "algorithms.weights": "finite",
     "algorithms.surrogates": "ppo_clip gspo trust_band cispo vespo reinforce",
-    "algorithms.losses": "token sequence constant kl_k1 kl_k2 kl_k3 loss_type",
-    "algorithms.optimizers": "adamw adamw_8bit linear_decay",
+    "algorithms.losses": "token sequence constant kl_k3",
+    "algorithms.optimizers": "adamw_8bit",
     "training.loop": "train",
     "training.grpo": "grpo grpo_recipe",
     "training.sft": "sft",

@@ -35,6 +35,10 @@ def test_every_public_name_is_in_the_reference_once():
     assert sorted(listed) == sorted(f"{dllm_rl._MODULE_OF[name]}.{name}" for name in dllm_rl.__all__)
 
 
+def test_the_public_names_are_few():
+    assert len(dllm_rl.__all__) <= 100
+
+
 def test_what_is_public_says_what_it_is():
     assert not [name for name in dllm_rl.__all__ if not (getattr(dllm_rl, name).__doc__ or "").strip()]
 

@@ -20,6 +20,8 @@ from torchao.quantization import (
 
 from dllm_rl.quantization.fake import TINY, FakeQuantize, Float8DynamicEmulated, Scheme
 
+E4M3 = "fake_quantize with weight=e4m3 and activation=e4m3"
+
 
 def float8_weight_only(*, dequantised: bool = False) -> Float8WeightOnlyConfig | FakeQuantize:
     """e4m3 weights per row, products in the learner's dtype. Saves memory, not time; runs anywhere, CPU included.
@@ -83,43 +85,9 @@ def fake_quantize(
     weight       how weights are rounded: a scheme's name, or none
     activation   how the inputs of linear layers are rounded: a scheme's name, or none
     granularity  row: a scale per output row of a weight and per token of an input; tensor: one in all
+    Rounded inputs make it slower than bf16. e4m3 for both is what dynamic FP8 does, on any device.
     """
     return FakeQuantize(weight=weight, activation=activation, granularity=granularity)
-
-
-def e4m3_emulated() -> FakeQuantize:
-    """e4m3 weights per row and e4m3 inputs per token, emulated: what dynamic FP8 does, on any device."""
-    return FakeQuantize("e4m3", "e4m3")
-
-
-def e5m2_emulated() -> FakeQuantize:
-    """e5m2 weights per row and e4m3 inputs per token, emulated."""
-    return FakeQuantize("e5m2", "e4m3")
-
-
-def int8_emulated() -> FakeQuantize:
-    """int8 weights per row and int8 inputs per token, emulated."""
-    return FakeQuantize("int8", "int8")
-
-
-def int4_emulated() -> FakeQuantize:
-    """15-level weights per row and e4m3 inputs per token, emulated."""
-    return FakeQuantize("int4", "e4m3")
-
-
-def int3_emulated() -> FakeQuantize:
-    """7-level weights per row and e4m3 inputs per token, emulated."""
-    return FakeQuantize("int3", "e4m3")
-
-
-def five_level_emulated() -> FakeQuantize:
-    """5-level weights per row and e4m3 inputs per token, emulated."""
-    return FakeQuantize("five_level", "e4m3")
-
-
-def ternary_emulated() -> FakeQuantize:
-    """Ternary weights per row, scaled by their mean magnitude, and e4m3 inputs per token, emulated."""
-    return FakeQuantize("ternary", "e4m3")
 
 
 @cache
@@ -146,7 +114,7 @@ def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Sc
         if isinstance(config, Float8DynamicEmulated) and not has_float8_rows():
             raise ValueError(
                 f"torch {torch.__version__} has no float8 products with a scale a row on this CPU, which "
-                "float8_dynamic_emulated needs; use e4m3_emulated, the same arithmetic, or torch 2.13"
+                f"float8_dynamic_emulated needs; use {E4M3}, the same arithmetic, or torch 2.13"
             )
         return config
     config = copy.copy(config)
@@ -156,7 +124,7 @@ def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Sc
         if device.type != "cuda":
             raise ValueError(
                 f"device={device} has no float8 products, which dynamic FP8 needs (CUDA capability 8.9 or more); use "
-                "float8_dynamic_emulated or e4m3_emulated (the same arithmetic, slower), or float8_weight_only"
+                f"float8_dynamic_emulated or {E4M3} (the same arithmetic, slower), or float8_weight_only"
             )
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
             raise ValueError(
@@ -169,7 +137,7 @@ def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Sc
             config.activation_value_lb = TINY
     if isinstance(config, Int4WeightOnlyConfig):
         if device.type != "cuda":
-            raise ValueError(f"device={device} has no packed int4 kernel; use int4_weight_only or int4_emulated")
+            raise ValueError(f"device={device} has no packed int4 kernel; use int4_weight_only")
         if dtype != torch.bfloat16:
             raise ValueError(f"dtype={dtype}: packed int4 needs weights in bfloat16; load the policy in it")
     return config

@@ -13,7 +13,7 @@ from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.quantization.schemes import int8_emulated
+from dllm_rl.quantization.schemes import fake_quantize
 
 ASKED = "module spec tokenizer version float32_head lora quantization quantization_report device vocab_size pad_id"
 ASKED += " encode hidden head logits to save_pretrained reference"
@@ -146,7 +146,7 @@ def _check_saving(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) 
 def _check_quantised(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) -> None:
     learner = copied(policy)
     try:
-        rollout = quantized_copy(learner, int8_emulated())
+        rollout = quantized_copy(learner, fake_quantize(weight="int8", activation="int8"))
     except ValueError as error:
         raise AssertionError(f"nothing to quantise, linear layers inside a ModuleList are: {error}") from None
     with torch.no_grad():
@@ -161,7 +161,7 @@ def _check_quantised(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tenso
             parameter.mul_(0.5)
         learner.version += 1
         sync_weights(learner, rollout)
-        fresh = quantized_copy(learner, int8_emulated()).logits(tokens, mask)
+        fresh = quantized_copy(learner, fake_quantize(weight="int8", activation="int8")).logits(tokens, mask)
         assert torch.equal(rollout.logits(tokens, mask), fresh), "after sync_weights the copy must be a fresh copy's"
 
 

@@ -8,9 +8,13 @@ say: experts.md.
     python -m recipes.studies.experts --num_steps 60 --seeds 2
 """
 
-from dllm_rl.quantization.schemes import float8_weight_only, int3_emulated
+from functools import partial
+
+from dllm_rl.quantization.schemes import fake_quantize, float8_weight_only
 from recipes.studies.paired import Study, main
 from recipes.sudoku_tiny_moe import recipe
+
+INT3 = partial(fake_quantize, weight="int3", activation="e4m3")
 
 study = Study(
     name="experts",
@@ -18,8 +22,8 @@ study = Study(
     arms={
         "FP8": {"rollout_quantization": float8_weight_only},
         "FP8, R3": {"rollout_quantization": float8_weight_only, "router_replay": "R3"},
-        "int3": {"rollout_quantization": int3_emulated},
-        "int3, R3": {"rollout_quantization": int3_emulated, "router_replay": "R3"},
+        "int3": {"rollout_quantization": INT3},
+        "int3, R3": {"rollout_quantization": INT3, "router_replay": "R3"},
     },
     against={"FP8, R3": "FP8", "int3, R3": "int3"},
     metrics={"mean |log ratio|": "rollout_corr/abs_log_ratio_mean", "same experts": "routing/agreement"},

@@ -9,15 +9,18 @@ mismatch_reading.md.
 """
 
 from dataclasses import replace
+from functools import partial
 
-from dllm_rl.quantization.schemes import int8_emulated
+from dllm_rl.quantization.schemes import fake_quantize
 from recipes.studies.mismatch import base
 from recipes.studies.paired import Contrast, Study, main
+
+INT8 = partial(fake_quantize, weight="int8", activation="int8")
 
 study = Study(
     name="kernel_noise",
     base=replace(base, num_iterations=2),
-    arms={"unquantised": {}, "int8": {"rollout_quantization": int8_emulated}},
+    arms={"unquantised": {}, "int8": {"rollout_quantization": INT8}},
     against={"int8": "unquantised"},
     metrics={"mean abs log-ratio": "rollout_corr/abs_log_ratio_mean", "ESS": "rollout_corr/ess"},
     seeds=5,

@@ -22,22 +22,25 @@ from typing import Any
 
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms.surrogates import ppo_clip
-from dllm_rl.quantization.schemes import five_level_emulated, int3_emulated
+from dllm_rl.quantization.schemes import fake_quantize
 from dllm_rl.samplers.rules import confidence, random
 from recipes.studies import mismatch_report
 from recipes.studies.controls import fixed_lambda, shuffled
 from recipes.studies.paired import Contrast, Study, main
 from recipes.sudoku_tiny import recipe
 
+FIVE_LEVELS = partial(fake_quantize, weight="five_level", activation="e4m3")
+INT3 = partial(fake_quantize, weight="int3", activation="e4m3")
+
 base = replace(recipe, train_batch_size=16, kept_graphs=2, rollout_quantization=None, corrector=c.none())
 DUAL = partial(ppo_clip, epsilon=0.2, delta=1.2)  # bounds what PPO leaves open: A < 0 and r > 1 + epsilon
 
 
-def arm(corrector: c.Corrector, scheme: Any = five_level_emulated, **changes: Any) -> dict[str, Any]:
+def arm(corrector: c.Corrector, scheme: Any = FIVE_LEVELS, **changes: Any) -> dict[str, Any]:
     return {"corrector": corrector, "rollout_quantization": scheme, **changes}
 
 
-def clipped(corrector: c.Corrector, scheme: Any = five_level_emulated) -> dict[str, Any]:
+def clipped(corrector: c.Corrector, scheme: Any = FIVE_LEVELS) -> dict[str, Any]:
     return arm(replace(corrector, surrogate=DUAL), scheme, num_iterations=2)
 
 
@@ -72,10 +75,10 @@ ARMS = {
     "confidence: unquantised": arm(c.none(), None, sampler=in_llada_order),
     "confidence: none": arm(c.none(), sampler=in_llada_order),
     "confidence: TIS": arm(c.tis(), sampler=in_llada_order),
-    "int3, one: none": arm(c.none(), int3_emulated),
-    "int3, one: TIS": arm(c.tis(), int3_emulated),
-    "int3, two: none": clipped(c.none(), int3_emulated),
-    "int3, two: TIS": clipped(c.tis(), int3_emulated),
+    "int3, one: none": arm(c.none(), INT3),
+    "int3, one: TIS": arm(c.tis(), INT3),
+    "int3, two: none": clipped(c.none(), INT3),
+    "int3, two: TIS": clipped(c.tis(), INT3),
 }
 # No claim is stated of these; the first is there for the clip's width.
 FEWER = {"two: none, delta 3": 5, "left: unquantised": 5, "left: none": 5, "left: TIS": 5} | {

@@ -8,19 +8,22 @@ before the runs: such rollouts harm, and token TIS helps. The numbers: mismatch_
 """
 
 from dataclasses import replace
+from functools import partial
 
 from dllm_rl.algorithms.correctors import none, tis
-from dllm_rl.quantization.schemes import five_level_emulated
+from dllm_rl.quantization.schemes import fake_quantize
 from recipes.studies.paired import Contrast, Study, main
 from recipes.sudoku_tiny_ar import recipe
+
+FIVE_LEVELS = partial(fake_quantize, weight="five_level", activation="e4m3")
 
 study = Study(
     name="mismatch_ar",
     base=replace(recipe, train_batch_size=16, learning_rate=2.5e-4, rollout_quantization=None, corrector=none()),
     arms={
         "unquantised": {},
-        "none": {"rollout_quantization": five_level_emulated},
-        "TIS": {"rollout_quantization": five_level_emulated, "corrector": tis()},
+        "none": {"rollout_quantization": FIVE_LEVELS},
+        "TIS": {"rollout_quantization": FIVE_LEVELS, "corrector": tis()},
     },
     against={"none": "unquantised", "TIS": "none"},
     metrics={"mean abs log-ratio": "rollout_corr/abs_log_ratio_mean", "ESS": "rollout_corr/ess"},

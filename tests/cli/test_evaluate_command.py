@@ -260,7 +260,7 @@ def test_as_many_problems_as_asked_all_of_a_file_or_500_of_what_is_made(tmp_path
         (("--task", "sudoku", "--samples", "0"), "samples=0 must be at least 1"),
         (("--task", "sudoku", "--samples", "4"), "--samples 4 at --temperature 0 are all alike"),
         (("--task", "sudoku", "--num_steps", "4,2", "--block_size", "4"), "num_steps=2 is fewer than the 4 blocks"),
-        (("--task", "sudoku", "--quantization", "none,fp8"), "quantization='fp8' is none of e4m3_emulated, "),
+        (("--task", "sudoku", "--quantization", "none,fp8"), "quantization='fp8' is none of fake_quantize, "),
         (("--task", "sudoku", "--rank", "max_prob,best"), "rank='best' is not one of confidence, max_prob"),
         (("--task", "sudoku", "--commit", "threshold"), "threshold takes a number, as threshold=0.9"),
         (("--task", "sudoku", "--cache", "none,all"), "cache='all' is not block, prefix, dual"),

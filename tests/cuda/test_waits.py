@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from emulated import int3_emulated
 from layouts import checkpoint
 from simulated_cuda import SimulatedCuda
 from tiny_recipe import tiny_recipe
@@ -89,7 +90,7 @@ def test_a_scored_view_waits_twice_at_most(name, tmp_path):
         assert cuda.waits("all views") <= 2 * views + 1, "and once for the rows of all views"
 
 
-@pytest.mark.parametrize("scheme", [schemes.float8_weight_only, schemes.int4_weight_only, schemes.int3_emulated])
+@pytest.mark.parametrize("scheme", [schemes.float8_weight_only, schemes.int4_weight_only, int3_emulated])
 def test_a_sync_waits_as_often_for_many_layers_as_for_few(scheme):
     """Once for whether all weights are finite, once for what has changed."""
     sizes = SIZES | {"hidden_size": 32, "intermediate_size": 32}

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated import int3_emulated
 from simulated_cuda import SimulatedCuda
 from tiny_recipe import tiny_recipe
 
@@ -21,7 +22,6 @@ from dllm_rl.diagnostics.batch_invariance import (
 from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.quantization.schemes import int3_emulated
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku

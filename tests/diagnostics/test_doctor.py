@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from emulated import int3_emulated
 from mixtures import moe, on_a_boundary
 
 from dllm_rl.diagnostics.doctor import ADVICE, Cause, Report, WorstToken, diagnose
@@ -14,7 +15,7 @@ from dllm_rl.diagnostics.report import page, rows, write_doctor
 from dllm_rl.likelihoods.estimators import coupled, trajectory
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.quantization.schemes import fake_quantize, int3_emulated
+from dllm_rl.quantization.schemes import fake_quantize
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.rules import confidence, max_prob, random

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from emulated import int3_emulated
 from layouts import published
 from mixtures import by_hand, chosen_by_hand, moe, on_a_boundary
 
@@ -24,7 +25,6 @@ from dllm_rl.likelihoods.scoring import backward_view, score_view
 from dllm_rl.models import routing
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.quantization.schemes import int3_emulated
 from dllm_rl.samplers.cache import block_cache, dual_cache
 from dllm_rl.samplers.rules import confidence, max_prob, random
 from dllm_rl.samplers.unmask import unmask

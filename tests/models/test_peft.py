@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from emulated import int3_emulated
 from layouts import checkpoint, published
 from safetensors.torch import load_file
 from simulated_cuda import SimulatedCuda
@@ -30,7 +31,7 @@ from dllm_rl.models.lora import (
     save_adapter,
 )
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.quantization.schemes import int3_emulated, int8_weight_only
+from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.training import checkpoint as checkpoints
 from dllm_rl.training.lines import current_rows
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated import EMULATED, int3_emulated
 
-from dllm_rl.config import pickable
+from dllm_rl.config import describe, pickable
 from dllm_rl.models.lora import Lora, add_lora, merged_copy, without_adapters
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes as quantize
@@ -13,7 +14,7 @@ from dllm_rl.quantization.linear import dequantized_input, dequantized_weight, q
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, sync_weights
 
 NAMES = pickable(quantize.__name__, None, None)
-SCHEMES = [make for name, make in NAMES.items() if name not in ("float8_dynamic", "int4_packed")]
+SCHEMES = [make for name, make in (NAMES | EMULATED).items() if name not in ("float8_dynamic", "int4_packed")]
 DTYPES = [torch.float32, torch.bfloat16]
 small = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
 
@@ -59,7 +60,7 @@ def reference_forward(policy, rollout_policy):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=describe)
 def test_forward_equals_the_rollouts_bitwise(scheme, dtype):
     policy = make(dtype=dtype)
     rollout = quantized_copy(policy, scheme())
@@ -73,7 +74,7 @@ def test_forward_equals_the_rollouts_bitwise(scheme, dtype):
 
 
 @pytest.mark.parametrize("family", [tiny_masked_lm, tiny_llama])
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=describe)
 def test_gradient_is_the_straight_through_definition(scheme, family):
     policy = make(family)
     rollout = quantized_copy(policy, scheme())
@@ -90,7 +91,7 @@ def test_gradient_is_the_straight_through_definition(scheme, family):
             assert (g == 0).all() == (w == 0).all(), name
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=describe)
 def test_a_layers_product_is_that_of_its_dequantised_operands(scheme):
     layer = next(layer for _, layer in quantized_layers(quantized_copy(make(), scheme())))
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
@@ -117,7 +118,7 @@ def test_gradient_of_one_layer_by_hand():
     assert torch.equal(source.bias.grad[:2], torch.tensor([1.0, 0.0]))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=describe)
 def test_a_step_inside_the_block_is_quantised_again(scheme):
     policy = make()
     rollout = quantized_copy(policy, scheme())
@@ -136,7 +137,7 @@ def test_a_step_inside_the_block_is_quantised_again(scheme):
 
 def test_scope_chooses_layers():
     policy = make()
-    rollout = quantized_copy(policy, quantize.int3_emulated())
+    rollout = quantized_copy(policy, int3_emulated())
     names = [name for name, _ in quantized_layers(rollout)]
     with aligned_forward(policy, rollout, scope=lambda name: name == names[0]):
         assert [name for name in names if "forward" in vars(policy.module.get_submodule(name))] == names[:1]
@@ -146,7 +147,7 @@ def test_scope_chooses_layers():
 
 def test_forward_is_restored_whatever_happens_and_misuse_is_refused():
     policy = make()
-    rollout = quantized_copy(policy, quantize.int3_emulated())
+    rollout = quantized_copy(policy, int3_emulated())
     plain = policy.logits(*batch())
     with pytest.raises(KeyError), aligned_forward(policy, rollout):
         raise KeyError("planted")
@@ -177,7 +178,7 @@ def test_adapters_align_and_take_the_gradient_of_the_merged_weight():
     for name, parameter in policy.module.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
-    rollout = quantized_copy(policy, quantize.int3_emulated())
+    rollout = quantized_copy(policy, int3_emulated())
     expected, plain, base = rollout.logits(*batch()), policy.logits(*batch()), without_adapters(policy).logits(*batch())
     with aligned_forward(policy, rollout):
         assert torch.equal(policy.logits(*batch()), expected)
@@ -206,7 +207,7 @@ def test_adapters_align_and_take_the_gradient_of_the_merged_weight():
 def test_adapters_with_dropout_are_refused():
     policy = make(tiny_llama)
     add_lora(policy, Lora(r=4, dropout=0.1))
-    rollout = quantized_copy(policy, quantize.int3_emulated())
+    rollout = quantized_copy(policy, int3_emulated())
     with (
         pytest.raises(ValueError, match=r"lora.dropout=0.1: an aligned forward merges"),
         aligned_forward(policy, rollout),
@@ -222,16 +223,16 @@ def test_unquantised_rollout_aligns_nothing():
 
 def test_what_is_yielded_refreshes_after_a_write_that_autograd_does_not_see():
     policy = make()
-    rollout = quantized_copy(policy, quantize.int3_emulated())
+    rollout = quantized_copy(policy, int3_emulated())
     with aligned_forward(policy, rollout) as refresh:
         for name, _ in quantized_layers(rollout):
             policy.module.get_submodule(name).weight.data.mul_(-1)
         refresh()
         first = policy.logits(*batch())
-    assert torch.equal(quantized_copy(policy, quantize.int3_emulated()).logits(*batch()), first)
+    assert torch.equal(quantized_copy(policy, int3_emulated()).logits(*batch()), first)
 
 
-@pytest.mark.parametrize("scheme", [quantize.int3_emulated, quantize.float8_weight_only, quantize.int8_dynamic])
+@pytest.mark.parametrize("scheme", [int3_emulated, quantize.float8_weight_only, quantize.int8_dynamic])
 def test_under_bf16_autocast_both_sides_still_agree_bitwise(scheme):
     policy = make()
     rollout = quantized_copy(policy, scheme())

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from emulated import EMULATED, five_level_emulated
 from runs import metrics_of
 from tiny_recipe import tiny_recipe
 from torch import nn, tensor
@@ -62,7 +63,7 @@ SCHEMES += ["ternary_emulated"]
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sync_counts_what_a_full_comparison_counts(name, dtype):
-    make = getattr(schemes, name)
+    make = EMULATED.get(name) or getattr(schemes, name)
     policy = tiny_masked_lm(characters="1234.=", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=32)
     policy.module.to(dtype)
     rollout_policy = quantized_copy(policy, make())
@@ -96,7 +97,7 @@ def held(policy, rollout_policy):
 
 def test_the_loop_logs_whether_updates_reach_the_rollout(tmp_path):
     coarse = {
-        "rollout_quantization": schemes.five_level_emulated,
+        "rollout_quantization": five_level_emulated,
         "num_steps": 1,
         "lr_schedule": lambda step, num_steps: 1.0,
     }

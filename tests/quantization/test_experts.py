@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated import EMULATED
 from layouts import published
 from mixtures import moe
 from torch import nn
@@ -24,6 +25,7 @@ from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
 
 NAMES = pickable(quantize.__name__, None, None)
 SCHEMES = {name: make for name, make in NAMES.items() if name not in ("float8_dynamic", "int4_packed")}
+SCHEMES |= EMULATED
 SCHEMES["int4_weight_only"] = partial(quantize.int4_weight_only, group_size=8)  # divides the toys' 24 and 32 inputs
 FEW = ("float8_weight_only", "float8_dynamic_emulated", "int8_dynamic", "e4m3_emulated", "int3_emulated")
 FAMILIES = ("llada_moe", "llada2", "sdar_moe", "qwen3_moe")

@@ -83,20 +83,10 @@ def test_products_by_hand():
     torch.testing.assert_close(inputs(x)[0, 0], torch.tensor(8 + 2 / 3 * 1.1 + 0.5))
 
 
-@pytest.mark.parametrize(
-    ("name", "weight", "activation"),
-    [
-        ("e4m3_emulated", "e4m3", "e4m3"),
-        ("e5m2_emulated", "e5m2", "e4m3"),
-        ("int8_emulated", "int8", "int8"),
-        ("int4_emulated", "int4", "e4m3"),
-        ("int3_emulated", "int3", "e4m3"),
-        ("five_level_emulated", "five_level", "e4m3"),
-        ("ternary_emulated", "ternary", "e4m3"),
-    ],
-)
-def test_schemes_are_what_their_names_say(name, weight, activation):
-    assert getattr(schemes, name)() == FakeQuantize(weight, activation, "row")
+def test_fake_quantize_is_any_pair_of_schemes():
+    assert schemes.fake_quantize() == FakeQuantize("int8", None, "row")
+    made = schemes.fake_quantize(weight="five_level", activation="e4m3", granularity="tensor")
+    assert made == FakeQuantize("five_level", "e4m3", "tensor")
 
 
 def test_one_scale_per_row_or_per_tensor():

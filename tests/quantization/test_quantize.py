@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated import EMULATED, e4m3_emulated, int3_emulated
 from torch import nn
 from torch._inductor import config as inductor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +17,7 @@ from torchao.quantization import (
     Int8WeightOnlyConfig,
 )
 
-from dllm_rl.config import pickable
+from dllm_rl.config import describe, pickable
 from dllm_rl.models.lora import Lora, add_lora, merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes as quantize
@@ -28,7 +29,7 @@ from dllm_rl.types import Rollout, SamplingParams
 
 CUDA_ONLY = ("float8_dynamic", "int4_packed")
 NAMES = pickable(quantize.__name__, None, None)
-SCHEMES = [make for name, make in NAMES.items() if name not in CUDA_ONLY]
+SCHEMES = [make for name, make in (NAMES | EMULATED).items() if name not in CUDA_ONLY]
 small = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
 
 
@@ -82,7 +83,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(view(a[k]), view(b[k])) for k in a)
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, lambda: None], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("scheme", [*SCHEMES, lambda: None], ids=describe)
 @pytest.mark.parametrize(
     "make", [masked_lm, llada, lambda: llada(tied=True), adapted], ids=["masked_lm", "untied", "tied", "lora"]
 )
@@ -223,7 +224,7 @@ def test_no_plain_copy_of_a_quantised_weight_is_made():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=describe)
 def test_weights_that_are_not_finite_are_refused_by_name(scheme, bad):
     policy = llada()
     rollout = quantized_copy(policy, scheme())
@@ -242,7 +243,7 @@ def test_plain_weights_beside_rounded_inputs_must_be_finite_too():
         sync_weights(policy, rollout)
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, lambda: None], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("scheme", [*SCHEMES, lambda: None], ids=describe)
 def test_no_weight_of_a_rollout_policy_is_trained(scheme):
     policy = llada()
     assert not any(p.requires_grad for p in quantized_copy(policy, scheme()).module.parameters())
@@ -256,7 +257,7 @@ def test_a_row_of_zeros_has_the_smallest_scale():
     assert packed.scale.flatten().tolist() == pytest.approx([1 / 448, 1e-12, 1 / 448], rel=1e-6, abs=0)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=describe)
 def test_zero_rows_and_zero_inputs_give_zeros(scheme):
     policy = llada()
     policy.module.model.layers[0].self_attn.o_proj.weight.data.zero_()
@@ -275,7 +276,7 @@ def test_zero_rows_and_zero_inputs_give_zeros(scheme):
 def test_fast_emulation_equals_torchaos_dynamic_float8_bitwise(dtype):
     policy = masked_lm()
     policy.module.to(dtype)
-    fast = quantized_copy(policy, quantize.e4m3_emulated()).logits(*batch())
+    fast = quantized_copy(policy, e4m3_emulated()).logits(*batch())
     exact = quantized_copy(policy, quantize.float8_dynamic_emulated()).logits(*batch())
     assert torch.equal(fast, exact)
     assert not torch.equal(fast, policy.logits(*batch()))
@@ -293,7 +294,7 @@ def test_quantisation_error_is_bounded_by_the_format():
         "five_level_emulated": top / 4,
     }
     for name, bound in bounds.items():
-        rollout = quantized_copy(llada(), getattr(quantize, name)())
+        rollout = quantized_copy(llada(), (NAMES | EMULATED)[name]())
         layer = rollout.module.model.layers[0].mlp.up_proj
         rounded = layer.dequantized() if hasattr(layer, "dequantized") else layer.weight.dequantize()
         assert ((rounded - weight).abs() <= bound * (1 + 1e-5)).all(), name
@@ -320,7 +321,7 @@ def test_what_a_cpu_cannot_run_is_refused_with_the_alternative():
 
 
 def test_every_scheme_is_found_under_its_own_name():
-    assert len(NAMES) == 15
+    assert len(NAMES) == 8
     for name, make in NAMES.items():
         assert make.__name__ == name and make() is not None
 
@@ -350,7 +351,7 @@ def test_a_sharded_learner_syncs_as_a_whole_one(tmp_path):
     from torch.distributed.fsdp import fully_shard
 
     whole, policy = llada(), llada()
-    rollout, expected = (quantized_copy(p, quantize.int3_emulated()) for p in (policy, whole))
+    rollout, expected = (quantized_copy(p, int3_emulated()) for p in (policy, whole))
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         mesh = dist.init_device_mesh("cpu", (1,))
@@ -374,11 +375,11 @@ import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.quantization.schemes import int3_emulated
+from dllm_rl.quantization.schemes import fake_quantize
 
 make = lambda: tiny_llama(characters="ab", causal=False, hidden_size=16, num_layers=1, num_heads=2)
 whole, policy = make(), make()
-rollout, expected = (quantized_copy(p, int3_emulated()) for p in (policy, whole))
+rollout, expected = (quantized_copy(p, fake_quantize(weight="int3", activation="e4m3")) for p in (policy, whole))
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
 fully_shard(policy.module, mesh=dist.init_device_mesh("cpu", (2,)))
 with torch.no_grad():

@@ -8,11 +8,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from emulated import int3_emulated
 from layouts import published
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_rl import aligned, float8_weight_only, int3_emulated, load_policy, lora_r16
+from dllm_rl import aligned, float8_weight_only, load_policy, lora_r16
 from dllm_rl.distributed import in_pace, make_accelerator, shard, sharding_of, sum_gradients
 from dllm_rl.likelihoods.estimators import coupled
 from dllm_rl.models.base import whole

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from emulated import int3_emulated
 from runs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import OddPuzzles, tiny_recipe, tiny_recipe_ar
 
@@ -16,7 +17,7 @@ from dllm_rl.algorithms.losses import constant, kl_k1, kl_k2, sequence, token
 from dllm_rl.distributed import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.models.tokens import decode
-from dllm_rl.quantization.schemes import float8_weight_only, int3_emulated
+from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.training.learner import measured_groups
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.loop import train

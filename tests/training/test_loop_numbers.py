@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated import five_level_emulated
 from runs import metrics_of
 from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
@@ -22,7 +23,6 @@ from dllm_rl.algorithms.surrogates import ppo_clip
 from dllm_rl.likelihoods.estimators import coupled, elbo, one_step, sandwich
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from dllm_rl.quantization.schemes import five_level_emulated
 from dllm_rl.tasks.base import Reward
 from dllm_rl.training.checkpoint import found
 from dllm_rl.training.loop import train

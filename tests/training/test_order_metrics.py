@@ -2,10 +2,10 @@
 
 from functools import partial
 
+from emulated import five_level_emulated
 from runs import metrics_of
 from tiny_recipe import tiny_recipe
 
-from dllm_rl.quantization.schemes import five_level_emulated
 from dllm_rl.samplers.rules import confidence, max_prob, random
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.loop import train

@@ -5,12 +5,13 @@ from functools import partial
 
 import pytest
 import torch
+from emulated import int8_emulated
 from own_module import own_policy
 from runs import metrics_of
 from safetensors.torch import load_file
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import int8_emulated, load_weights, none, tiny_masked_lm
+from dllm_rl import load_weights, none, tiny_masked_lm
 from dllm_rl.models.lora import Lora
 from dllm_rl.training import train
 

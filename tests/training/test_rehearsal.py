@@ -9,13 +9,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from emulated import five_level_emulated
 from tiny_recipe import SIZES, OddPuzzles, Wrapped, tiny_recipe
 
 from dllm_rl import main, tiny_masked_lm, train
 from dllm_rl.algorithms.correctors import Corrector, ais
 from dllm_rl.distributed import make_accelerator
 from dllm_rl.models.lora import lora_d1
-from dllm_rl.quantization.schemes import five_level_emulated, int4_weight_only
+from dllm_rl.quantization.schemes import int4_weight_only
 from dllm_rl.samplers.rules import random as random_order
 from dllm_rl.samplers.rules import remask, threshold
 from dllm_rl.samplers.unmask import unmask

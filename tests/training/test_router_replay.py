@@ -5,12 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+from emulated import int3_emulated
 from runs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.likelihoods import elbo
 from dllm_rl.models.tiny import tiny_moe
-from dllm_rl.quantization.schemes import int3_emulated
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.dry_run import plan
 from dllm_rl.training.loop import train
