@@ -345,7 +345,7 @@ def _read(path: str, annotation: Any, text: str, below: Mapping[str, str] = NOTH
                 continue
             if math.isfinite(value):
                 return value
-        if kind in (str, Path):
+        if kind in (str, Path) and (text or annotation is str):  # an empty path is a variable that is not set
             return kind(text)
     if literal := _literals(_kinds(annotation)):
         raise _unknown(path, text, [*literal, *["none"] * (types.NoneType in _kinds(annotation))])

@@ -86,10 +86,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises ValueError naming its folder where it is missing or is no JSON."""
+    if not path.is_file():  # reading a FIFO would wait
+        raise ValueError(f"{path.parent}: {path.name} is {'no regular file' if path.exists() else 'missing'}")
     try:
         return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent}: {path.name} is missing") from None
     except (ValueError, RecursionError):  # neither UTF-8 nor JSON, or brackets without end
         raise ValueError(f"{path.parent}: {path.name} is damaged: it is not JSON") from None
 

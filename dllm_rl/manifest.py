@@ -75,6 +75,9 @@ def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = ()) -> di
     found = read(folder)
     files = found["files"]
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    for path in folder.rglob("*"):
+        if not path.is_file() and not path.is_dir():  # reading a FIFO or a device would wait, or never end
+            raise ValueError(f"{folder}: {path.name} is no regular file")
     for name in files:
         if name not in here:
             raise ValueError(f"{folder}: {name} {_why_not(folder / name)}")

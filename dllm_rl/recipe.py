@@ -44,6 +44,8 @@ def check_bounds(field: Field, value: Any) -> None:
     if value is None and optional:
         return
     none = ", or none" if optional else ""
+    if isinstance(value, str) and not value:  # what a script's variable that is not set leaves
+        raise ValueError(f"{field.name}='' is empty; give a name{none}")
     literals = [kind for kind in (field.type, *get_args(field.type)) if get_origin(kind) is Literal]
     known = [word for kind in literals for word in get_args(kind)]
     if known and value not in known:

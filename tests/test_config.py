@@ -22,6 +22,7 @@ from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.recipe import Recipe, check_bounds
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.rules import margin, schedule
+from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.sft_recipe import SFT
 from recipes.studies.surrogates import gdsd
 from recipes.sudoku_tiny import __file__ as main_job_file
@@ -229,6 +230,24 @@ def test_what_is_refused_in_one_line(recipe, arguments, message, capsys):
         from_command_line(recipe, arguments)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["name", "model", "output_dir", "resume_from_checkpoint"])
+def test_an_empty_name_is_refused(recipe, name, capsys):
+    with pytest.raises(ValueError, match=f"{name}='' is empty; give a name"):
+        replace(recipe, **{name: ""})
+    for arguments in ([f"--{name}", ""], [f"--{name}="]):
+        with pytest.raises(SystemExit) as stopped:
+            from_command_line(recipe, [*arguments, "--overwrite_output_dir"])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and f"{name}" in error and error.count("\n") == 1
+
+
+def test_an_empty_path_of_a_task_is_refused_and_an_empty_text_is_not(recipe):
+    known = replace(recipe, task=Sudoku(split="train", path="grids.txt"))
+    with pytest.raises(ValueError, match=r"--task\.path '' is not a valid"):
+        override(known, "task.path", "")
+    assert override(known, "task.opening", "").task.opening == ""
 
 
 def test_the_models_seed_is_the_runs(recipe):

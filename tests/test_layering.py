@@ -26,7 +26,7 @@ MAY_IMPORT = {
     # on these
     "config": "screen",
     "algorithms": "types bounds",
-    "models": "types rng manifest tasks",
+    "models": "types rng manifest screen tasks",
     # on models
     "samplers": "types bounds rng models",
     "likelihoods": "types bounds rng config models",

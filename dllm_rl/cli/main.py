@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_env(commands)
     arguments = parser.parse_args(argv)
     try:
+        check_paths(arguments)
         return arguments.run(arguments) or 0
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {escape_controls(str(error))}", file=sys.stderr)
@@ -27,6 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def check_paths(arguments: argparse.Namespace) -> None:
+    """Raise ValueError on an empty name of a file or folder, as an unset variable of a shell's script leaves one."""
+    for name in ("model", "models", "path", "file", "directories", "output_dir", "out", "html", "csv", "plot"):
+        value = getattr(arguments, name, None)
+        if "" in (value if isinstance(value, list) else [value]):
+            raise ValueError(f"{name}='' is empty; give a file or folder, or leave the option out")
 
 
 def add_sample(commands: argparse._SubParsersAction) -> None:

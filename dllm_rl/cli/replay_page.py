@@ -3,6 +3,7 @@
 
 import html
 import json
+import re
 from typing import Any
 
 _PAGE = """<!doctype html>
@@ -164,6 +165,8 @@ def document(title: str, body: str, *, groups: list[dict[str, Any]], style: str 
         .replace(">", "\\u003e")
         .replace("&", "\\u0026")
     )
-    scripts = _SCRIPTS.replace("@DATA@", data) if groups else ""
-    head, _, rest = _PAGE.replace("@TITLE@", html.escape(title)).replace("@STYLE@", style).partition("@BODY@")
-    return head + body + rest.replace("@SCRIPTS@", scripts)
+    parts = {"TITLE": html.escape(title), "STYLE": style, "BODY": body, "SCRIPTS": ""}
+    if groups:
+        parts["SCRIPTS"] = _SCRIPTS.replace("@DATA@", data)
+    # All at once, so that a mark that a text spells stays text.
+    return re.sub("@(TITLE|STYLE|BODY|SCRIPTS)@", lambda mark: parts[mark[1]], _PAGE)

@@ -25,6 +25,7 @@ from dllm_rl.models.families import find_family, stock_class
 from dllm_rl.models.lora import has_extras, merged_copy, merged_state
 from dllm_rl.models.own import own_tensors, transient
 from dllm_rl.models.rope import rotate_in_float32
+from dllm_rl.models.untrusted import SUFFIXES, check_regular, check_tokenizer, show_messages, without_code
 from dllm_rl.models.weights import (
     read_tensors,
     shapes_of,
@@ -34,13 +35,13 @@ from dllm_rl.models.weights import (
     write_tensors,
 )
 
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What transformers, safetensors and json make of files that are not what they should be.
 _DAMAGED = (
     *(SafetensorError, StrictDataclassError, UnpicklingError, json.JSONDecodeError, UnicodeDecodeError),
-    *(RuntimeError, LookupError, ArithmeticError, TypeError, AttributeError),
+    *(RuntimeError, LookupError, ArithmeticError, TypeError, AttributeError, AssertionError),
 )
+show_messages()
 MOST_LAYERS = 10_000  # where there are no tensors to count
 
 
@@ -65,6 +66,7 @@ def load_module(
         family, files = find_family(raw), weight_files(folder)
         shapes = shapes_of(folder, files)
         check_depth(raw, len(shapes) if files else MOST_LAYERS, folder)
+        check_plain(raw, folder)
         tokenizer = load_tokenizer(folder, stock=family.native is None)
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
         if files:
@@ -74,9 +76,11 @@ def load_module(
             options["device_map"] = {"": device}  # else bitsandbytes takes the first GPU there is
         with quiet_progress():
             if family.native is None:
-                module, report = stock_class(raw).from_pretrained(folder, **options)
+                cls = stock_class(raw)
+                config = cls.config_class.from_dict(without_code(raw))
+                module, report = cls.from_pretrained(folder, config=config, **options)
             else:
-                cls, config = family.native(raw)
+                cls, config = family.native(without_code(raw))
                 state = to_stock(read_tensors(folder), family, config)
                 if dtype == "auto":  # not that of any one tensor: an expert bias is fp32 in a bf16 checkpoint
                     options["dtype"] = main_dtype(state)
@@ -93,8 +97,8 @@ def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
     with named(source), torch.device("meta"):
         if family.native is None:
             cls = stock_class(raw)
-            return prepared(cls(cls.config_class.from_dict(raw)), family)
-        cls, config = family.native(raw)
+            return prepared(cls(cls.config_class.from_dict(without_code(raw))), family)
+        cls, config = family.native(without_code(raw))
         return prepared(cls(config), family)
 
 
@@ -138,6 +142,15 @@ def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> N
                 f"{folder or 'config.json'}: {field}={number!r} is not a number of layers that {most} tensors could "
                 "hold; correct config.json"
             )
+
+
+def check_plain(raw: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError on weights that another tool quantised: neither rollouts nor gradients would be of them."""
+    if raw.get("quantization_config") is not None:
+        raise ValueError(
+            f"{folder}: config.json has a quantization_config; give the checkpoint in 16 or 32 bits, and quantise it "
+            "with base_quantization or rollout_quantization"
+        )
 
 
 def check_size(module: Module, there: int) -> None:
@@ -258,6 +271,7 @@ def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
 
     stock  the model is one that transformers knows, so that it may choose the class.
     """
+    check_tokenizer(folder)
     config = folder / "tokenizer_config.json"
     asked = json.loads(config.read_text()) if config.exists() else {}
     if stock and "auto_map" not in asked:
@@ -284,11 +298,12 @@ def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
 def checkpoint_folder(path_or_id: str | Path) -> Path:
     """The folder itself, or the one that a model hub's id (owner/name) is downloaded to."""
     path = Path(path_or_id)
-    if path.is_dir():
+    if str(path_or_id) and path.is_dir():
+        check_regular(path)
         return path
     if path.is_absolute() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith("."):
         raise ValueError(f"path_or_id={str(path_or_id)!r} is neither a folder nor a model hub's id; give one of them")
-    return Path(snapshot_download(str(path_or_id), allow_patterns=_FILES))
+    return Path(snapshot_download(str(path_or_id), allow_patterns=[f"*{suffix}" for suffix in SUFFIXES]))
 
 
 def save_module(
@@ -358,7 +373,9 @@ def named(source: str | Path) -> Iterator[None]:
     """What other libraries raise on damaged files, or on a config that no model can have, as ValueError naming them."""
     try:
         yield
-    except _DAMAGED as error:
+    except Exception as error:
+        if not isinstance(error, _DAMAGED) and type(error) is not Exception:  # which is what tokenizers raises
+            raise
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if "ignore_mismatched_sizes" in why:
             why = "tensors have other shapes than config.json gives them"

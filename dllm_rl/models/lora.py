@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
 from dllm_rl.models.base import Module, Policy, whole
 from dllm_rl.models.experts import STACKS, LoraExperts, is_stacked
+from dllm_rl.models.untrusted import read_adapter
 from dllm_rl.models.weights import misfits, renamed
 from dllm_rl.rng import keep_mask
 
@@ -356,7 +356,7 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
     Raises ValueError on another method than plain LoRA, or on tensors that do not fit the module.
     """
     directory = Path(directory)
-    config = json.loads((directory / "adapter_config.json").read_text())
+    config, state, metadata = read_adapter(directory)
     plain = {
         "peft_type": "LORA",
         "use_dora": False,
@@ -370,8 +370,6 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
             raise ValueError(
                 f"{directory}: {field}={config[field]!r} is not supported; only plain LoRA ({field}={value!r}) is"
             )
-    with safe_open(directory / "adapter_model.safetensors", "pt") as file:
-        state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     stems = _stems(state)
     experts = _of_experts(stems)
     linear = stems - {f"{path}{part}" for path in experts for part in ("", ".base_layer")}

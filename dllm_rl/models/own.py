@@ -10,6 +10,7 @@ from torch import nn
 
 from dllm_rl.models.base import Module, whole
 from dllm_rl.models.lora import adapted_layers, merged_state
+from dllm_rl.models.untrusted import check_regular
 from dllm_rl.models.weights import misfits, read_tensors
 
 
@@ -33,7 +34,9 @@ def own_tensors(module: nn.Module, device: torch.device | str | None = None) -> 
 @torch.no_grad()
 def load_tensors(module: nn.Module, folder: Path) -> None:
     """Put a folder's tensors into the module whose `own_tensors` they are. Raises ValueError where they are not."""
-    state, own = read_tensors(folder), own_tensors(module)
+    check_regular(folder)
+    state = read_tensors(folder)
+    own = own_tensors(module)
     if odd := misfits(state, own):
         raise ValueError(
             f"{folder}: tensors {odd[:3]} do not fit {type(module).__name__}; make the module that they were saved from"

@@ -132,7 +132,9 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
     """
     try:
         return policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
-    except Exception as error:  # a bare Exception is what the tokenizers library raises
+    except BaseException as error:  # the tokenizers library raises a bare Exception, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"text {text!r} cannot be tokenised by this model: {error}") from error
 
 

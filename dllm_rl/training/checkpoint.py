@@ -25,6 +25,11 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import save_adapter
 from dllm_rl.training.parts import PATTERN, Part, Swap, alone, load_parts, write_part
 
+# What torch makes of a file that its loader of tensors cannot read.
+_NO_TENSORS = (
+    *(RuntimeError, OSError, EOFError, pickle.UnpicklingError),
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
+)
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -122,7 +127,7 @@ def _enough_room(
     final: Path, policy: Policy, optimizer: torch.optim.Optimizer | Held | Part, reserve: int
 ) -> Iterator[None]:
     """Raise OSError where the disk has no room for another checkpoint, or the block fails to write one; both say how
-    much is missing."""
+    much room there is."""
     tensors = sum(x.numel() * x.element_size() for x in _tensors(policy, optimizer).values())
     if isinstance(optimizer, Part):  # all parts lie there
         tensors += optimizer.nbytes - sum(x.nbytes for x in optimizer.tensors.values())
@@ -131,11 +136,14 @@ def _enough_room(
 
     def fault(why: str) -> OSError:
         free = shutil.disk_usage(final.parent).free
+        if needed > free:
+            remedy = f"{(needed - free) / 1e6:.1f} MB are missing. Make room, lower --save_total_limit"
+        else:
+            remedy = "which is enough. Look for a quota or a limit on file sizes (ulimit -f), correct what failed"
         return OSError(
-            errno.ENOSPC,
-            f"{final} was not saved: {why}; it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free, "
-            f"{max(0, needed - free) / 1e6:.1f} MB are missing. Make room, lower --save_total_limit, or train on with "
-            "--on_save_error continue",
+            errno.ENOSPC if needed > free else errno.EIO,
+            f"{final} was not saved: {why}; it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free, {remedy}, "
+            "or train on with --on_save_error continue",
         )
 
     if shutil.disk_usage(final.parent).free < needed:
@@ -263,6 +271,8 @@ def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimize
     else:
         source = folder / "optimizer.pt"
         _load_whole(folder, optimizer)
+    if isinstance(optimizer, torch.optim.AdamW):
+        _check_moments(f"{folder}: {source.name}", policy, optimizer)
     trained = [name for name, p in policy.module.named_parameters() if p.requires_grad and p not in optimizer.state]
     if trained and policy.version and isinstance(optimizer, torch.optim.AdamW):
         raise ValueError(f"{folder}: {source.name} holds no moments of {trained[0]}, after {policy.version} updates")
@@ -273,17 +283,64 @@ def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """From optimizer.pt."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = _optimizer_state(folder, mapped=any(isinstance(p, DTensor) for p in parameters))
+    own = optimizer.state_dict()["param_groups"]
+    if not _fits(state, own):
+        raise ValueError(f"{folder}: optimizer.pt does not hold the state of {type(optimizer).__name__}")
     for index, held in state["state"].items():
         held |= {kind: part_like(value, parameters[index]) for kind, value in held.items()}
-    optimizer.load_state_dict(state)
+    # A field that the file lacks, as an older torch leaves it out, is the optimiser's own.
+    groups = [mine | theirs for mine, theirs in zip(own, state["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
-def _optimizer_state(folder: Path, *, mapped: bool = False) -> dict[str, Any]:
+def _fits(state: Any, own: list[dict[str, Any]]) -> bool:
+    """Whether a file's content has the form of an optimiser's state with these groups."""
+    if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
+        return False
+    count = sum(len(group["params"]) for group in own)
+    for index, held in state["state"].items():
+        if type(index) is not int or not 0 <= index < count or not isinstance(held, dict):
+            return False
+        if not isinstance(held.get("step", 0), int | float | Tensor):  # torch makes a number of it
+            return False
+    groups = state.get("param_groups")
+    if not isinstance(groups, list) or len(groups) != len(own):
+        return False
+    for mine, theirs in zip(own, groups, strict=True):
+        if not isinstance(theirs, dict) or "params" not in theirs:
+            return False
+        if any(name in mine and _form(value) != _form(mine[name]) for name, value in theirs.items()):
+            return False
+    return True
+
+
+def _form(value: Any) -> Any:
+    """What values must have in common to stand for one another: numbers are alike, and so are flags."""
+    if isinstance(value, list | tuple):
+        return [_form(each) for each in value]
+    if value is None or isinstance(value, bool):
+        return "flag"
+    return "number" if isinstance(value, int | float) else type(value)
+
+
+def _check_moments(source: str, policy: Policy, optimizer: torch.optim.AdamW) -> None:
+    """Raise ValueError where a weight's state is not what AdamW keeps of it."""
+    for name, parameter in policy.module.named_parameters():
+        held = optimizer.state.get(parameter, {})
+        for kind in ("step", "exp_avg", "exp_avg_sq") if held else ():
+            value = held.get(kind)
+            shape = () if kind == "step" else parameter.shape
+            if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+                raise ValueError(f"{source} holds no {kind!r} of {name} in the weight's shape")
+
+
+def _optimizer_state(folder: Path, *, mapped: bool = False) -> Any:
     """What optimizer.pt holds. mapped: tensors stay in the file until they are read, for processes that take parts."""
     path = folder / "optimizer.pt"
     try:
         return torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
     except FileNotFoundError:
         raise ValueError(f"{folder}: {path.name} is missing") from None
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{folder}: {path.name} is damaged: {str(error).splitlines()[0]}") from None
+    except _NO_TENSORS as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder}: {path.name} is damaged: {why}") from None

@@ -73,6 +73,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, list[str]]:
     folder = checkpoint.locate(recipe.resume_from_checkpoint, directory / "checkpoints", quick=quick, say=notes.append)
     if folder:
         state = checkpoint.read_state(folder)
+        _check_state(folder, state, recipe)
         # A setting that the checkpoint does not know had its default.
         before = DEFAULTS | state["recipe"]
         _check_same_recipe(before, recipe.settings())
@@ -88,6 +89,33 @@ def clear_folder(recipe: Settings) -> None:
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
         for name in (*HELD, "completions.jsonl", "tensorboard", "training.png", "reference"):
             remove(Path(recipe.directory) / name)
+
+
+def _check_state(folder: Path, state: dict[str, Any], recipe: Settings) -> None:
+    """Raise ValueError where state.json lacks what a run goes on from, or has it in another type."""
+    settings = state.get("recipe")
+    known: dict[str, Any] = settings if isinstance(settings, dict) else {}
+    rl = isinstance(recipe, Recipe)
+    fine = {
+        "recipe": known == settings,
+        "recipe.num_steps": type(known.get("num_steps")) is int,
+        "recipe.lr_schedule_steps": isinstance(known.get("lr_schedule_steps"), int | None),
+        "version": type(state.get("version")) is int,
+        "warmup_steps": not rl or type(state.get("warmup_steps")) is int,
+        "dtype": state.get("dtype") in ("float32", "float16", "bfloat16", "float64"),
+        "seconds": isinstance(state.get("seconds"), int | float),
+        "stages": _are_numbers(state.get("stages")),
+        "eval_before": _are_numbers(state.get("eval_before")) and (rl or "loss" in state["eval_before"]),
+    }
+    wrong = [name for name, holds in fine.items() if not holds]
+    if wrong:
+        raise ValueError(
+            f"{folder}: state.json is damaged: {wrong[0]} is missing, or of another type; take an earlier checkpoint"
+        )
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, dict) and all(isinstance(value, int | float) for value in values.values())
 
 
 def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:

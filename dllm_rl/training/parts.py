@@ -158,7 +158,9 @@ def _says_rows(rows: Any, names: set[str]) -> bool:
 
 
 def _says_numbers(plain: Any) -> bool:
-    return isinstance(plain, dict) and all(isinstance(value, int | float | None) for value in plain.values())
+    if not isinstance(plain, dict) or not all(isinstance(value, int | float | None) for value in plain.values()):
+        return False
+    return all(value is not None for key, value in plain.items() if key.startswith("step of "))
 
 
 def _files(folder: Path) -> list[Path]:

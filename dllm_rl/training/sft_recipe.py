@@ -87,7 +87,7 @@ class SFT(Settings):
     def settings(self) -> dict[str, Any]:
         """The record as JSON, with a digest in place of rows."""
         rows = {name: digest_of(getattr(self, name)) for name in ("dataset", "eval_dataset")}
-        return described(replace(self, dataset="", eval_dataset=None)) | rows
+        return described(replace(self, dataset="rows", eval_dataset=None)) | rows
 
     def __repr__(self) -> str:
         """The fields that are not at their default, one a line; of rows held in memory, nothing."""

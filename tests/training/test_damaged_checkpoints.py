@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from functools import partial
 from importlib.metadata import version
@@ -216,6 +217,112 @@ def test_a_signed_manifest_of_other_types_is_damaged(run, field, value):
     (newest / manifest.NAME).write_text(json.dumps(fields | {"sha256": manifest._own_digest(fields)}))
     with pytest.raises(ValueError, match=r"manifest\.json is damaged: its fields are missing, or of other types"):
         checkpoint.check(newest)
+
+
+def signed(folder: Path) -> None:
+    """A manifest of what is there now: who can write a checkpoint can sign it."""
+    manifest.write(folder, step=3, processes=1, versions={})
+
+
+LOST = object()
+NOT_STATES = [("version", "3"), ("warmup_steps", None), ("dtype", "int8"), ("seconds", "1"), ("stages", [])]
+NOT_STATES += [("stages", {"rollout": "1"}), ("eval_before", 3), ("recipe", [1]), ("recipe", {"num_steps": "3"})]
+
+
+@pytest.mark.parametrize(("field", "value"), [*NOT_STATES, *[(name, LOST) for name in dict(NOT_STATES)]])
+def test_a_signed_state_of_other_types_is_damaged(run, field, value):
+    newest = run / "checkpoints" / "step-000003"
+    state = json.loads((newest / "state.json").read_text()) | {field: value}
+    if value is LOST:
+        del state[field]
+    (newest / "state.json").write_text(json.dumps(state))
+    signed(newest)
+    with pytest.raises(ValueError, match=rf"state\.json is damaged: {field}[.\w]* is missing, or of another type"):
+        train(recipe(run, resume_from_checkpoint=str(newest)))
+
+
+def changed_group(held, **fields):
+    return held | {"param_groups": [held["param_groups"][0] | fields]}
+
+
+def changed_moment(held, **fields):
+    return held | {"state": held["state"] | {0: held["state"][0] | fields}}
+
+
+NOT_OPTIMIZERS = [
+    lambda held: [held],
+    lambda held: {},
+    lambda held: held | {"state": [1]},
+    lambda held: held | {"state": {"0": held["state"][0]}},
+    lambda held: held | {"state": {10**6: held["state"][0]}},
+    lambda held: held | {"state": {0: 3}},
+    lambda held: held | {"param_groups": []},
+    lambda held: held | {"param_groups": 3},
+    lambda held: changed_group(held, lr="1"),
+    lambda held: changed_group(held, betas=0.9),
+    lambda held: changed_group(held, params=[0]),
+    lambda held: changed_moment(held, exp_avg=torch.zeros(3)),
+    lambda held: changed_moment(held, exp_avg_sq="0"),
+    lambda held: changed_moment(held, step=None),
+    lambda held: held | {"state": {i: {"step": m["step"]} for i, m in held["state"].items()}},
+]
+
+
+@pytest.mark.parametrize("change", NOT_OPTIMIZERS)
+def test_a_signed_optimiser_of_other_types_is_refused(run, change):
+    newest = run / "checkpoints" / "step-000003"
+    torch.save(change(torch.load(newest / "optimizer.pt")), newest / "optimizer.pt")
+    signed(newest)
+    with pytest.raises(ValueError, match=r"optimizer\.pt(:| does not hold| holds no)"):
+        train(recipe(run, resume_from_checkpoint=str(newest)))
+
+
+@pytest.mark.parametrize("content", [b"", b"(", b"PK\x03\x04", b"\x80\x02}q\x00.", b"\x80\x02cposix\nsystem\n."])
+def test_a_signed_optimiser_that_is_something_else_is_refused(run, content):
+    newest = run / "checkpoints" / "step-000003"
+    (newest / "optimizer.pt").write_bytes(content)
+    signed(newest)
+    with pytest.raises(ValueError, match=r"optimizer\.pt (is damaged|does not hold)") as said:
+        train(recipe(run, resume_from_checkpoint=str(newest)))
+    assert "\n" not in str(said.value)
+
+
+def test_groups_without_a_field_take_the_optimisers_own(run, finished):
+    newest = run / "checkpoints" / "step-000002"
+    shutil.rmtree(run / "checkpoints" / "step-000003")
+    held = torch.load(newest / "optimizer.pt")
+    del held["param_groups"][0]["foreach"]
+    torch.save(held, newest / "optimizer.pt")
+    manifest.write(newest, step=2, processes=1, versions={})
+    again = train(recipe(run, resume_from_checkpoint="latest"))
+    assert_same_weights(again, json.loads((finished / "summary.json").read_text()))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_fifo_is_no_file_of_a_checkpoint(run, name):
+    newest = run / "checkpoints" / "step-000003"
+    (newest / name).unlink()
+    os.mkfifo(newest / name)
+    with pytest.raises(ValueError, match=f"{name} is no regular file"):
+        checkpoint.check(newest)
+    fields = manifest.read(newest)
+    del fields["sha256"], fields["files"][name]
+    (newest / manifest.NAME).write_text(json.dumps(fields | {"sha256": manifest._own_digest(fields)}))
+    for read in (checkpoint.check, load_policy):
+        with pytest.raises(ValueError, match=f"{name} is no regular file"):
+            read(newest)
+
+
+def test_a_limit_on_file_sizes_is_not_called_a_full_disk(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    policy = SMALL()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"MB are free, which is enough\. Look for .* limit on file sizes") as said:
+            checkpoint.save(tmp_path, 7, policy, torch.optim.AdamW(policy.module.parameters()), {}, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "missing" not in str(said.value) and "\n" not in str(said.value)
 
 
 def test_the_command_says_which_are_whole(run, capsys):

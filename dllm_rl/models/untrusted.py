@@ -1,0 +1,117 @@
+"""What a stranger's checkpoint may not hold, looked for before a library opens any of its files."""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dllm_rl.screen import escape_controls
+
+SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py")  # of the files that are opened
+MOST_REPEATS = 3  # without a bound, one after the other: the time of a search is the text's length to that power
+LONGEST_PATTERN = 20_000  # characters
+CHOOSES_CODE = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
+
+
+def check_regular(folder: Path) -> None:
+    """Raise ValueError on a FIFO, a device or a directory in place of a file: reading it would wait, or never end.
+
+    A link to a regular file is one, as in the hub's cache.
+    """
+    for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
+        if not path.is_file() and (path.suffix in SUFFIXES or not path.is_dir()):
+            raise ValueError(f"{folder}: {path.name} is no regular file; fetch the checkpoint again")
+
+
+def without_code(fields: Any) -> Any:
+    """A config without what names the code that computes: transformers fetches kernels from the hub by such names."""
+    if isinstance(fields, dict):
+        return {name: without_code(value) for name, value in fields.items() if not CHOOSES_CODE.fullmatch(name)}
+    return [without_code(value) for value in fields] if isinstance(fields, list) else fields
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise ValueError on a pattern in tokenizer.json that some texts take an exponential time to match."""
+    path = folder / "tokenizer.json"
+    if path.exists():
+        for pattern in _patterns(json.loads(path.read_bytes())):
+            if why := explodes(pattern):
+                raise ValueError(
+                    f"{path}: the pattern {pattern[:80]!r} {why}, and may take any time to match; correct it"
+                )
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Config, tensors and metadata of saved adapters. Raises ValueError on what is damaged, and on numbers that the
+    tensors cannot have."""
+    check_regular(folder)
+    path = folder / "adapter_model.safetensors"
+    try:
+        config = json.loads((folder / "adapter_config.json").read_bytes())
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"{folder}: the adapters are damaged: {error}") from None
+    fields: dict[str, Any] = config if isinstance(config, dict) else {}
+    for name, kinds in {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float)}.items():
+        if type(fields.get(name)) not in kinds:
+            raise ValueError(f"{folder}: adapter_config.json is damaged: {name}={fields.get(name)!r} is no number")
+    if not any(fields["r"] in tensor.shape for tensor in state.values()):
+        raise ValueError(f"{folder}: adapter_config.json is damaged: r={fields['r']} is the rank of no tensor")
+    return fields, state, metadata
+
+
+def _patterns(fields: Any) -> list[str]:
+    """All that stands under the key Regex, at any depth."""
+    if isinstance(fields, list):
+        return [pattern for value in fields for pattern in _patterns(value) if isinstance(value, dict | list)]
+    found = []
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        found += [value] if name == "Regex" and isinstance(value, str) else _patterns(value)
+    return found
+
+
+def explodes(pattern: str) -> str:
+    """Why a search for the pattern may take a time without a bound; empty where it does not.
+
+    What is looked for in groups, from the innermost out: one that repeats must hold neither a choice nor a repeat.
+    """
+    if len(pattern) > LONGEST_PATTERN:
+        return f"has {len(pattern)} characters"
+    if re.search(r"(?<!\\)(?:\\\\)*\\[1-9gk]", pattern):
+        return "refers to its own groups"
+    text = re.sub(r"\\[pP]\{[^}]*\}|\\.", "x", pattern, flags=re.DOTALL)
+    for unit in (r"\[\^?\]?[^\[\]]*\]", r"\(\?[imsu-]*\)", r"(?<=x)\{\d+\}"):  # classes, flags, exact numbers
+        while (shorter := re.sub(unit, "x" if unit.startswith(r"\[") else "", text)) != text:
+            text = shorter
+    repeat = r"[*+]|\{\d*,?\d*\}"
+    while group := re.search(r"\((?:\?(?:[:=!>]|<[=!]|[imsu-]+:|<\w+>))?([^()]*)\)", text):
+        inside = group[1]
+        if inside.startswith("?"):
+            return "has a group of a kind that is not known"
+        again = re.match(repeat, text[group.end() :])
+        if again and re.search(rf"{repeat}|[|?]", inside):
+            return "repeats a group that repeats or chooses"
+        # Its repeats count outside too; a choice within it stays a choice.
+        left = "x" + "x+" * len(re.findall(repeat, inside)) + "x?" * ("|" in inside or "?" in inside)
+        text = text[: group.start()] + left + text[group.end() :]
+    if re.search(r"[()\[\]]", text):
+        return "has groups that do not close"
+    most = max(len(re.findall(rf"(?:{repeat})", part)) for part in re.sub(r"([*+?}])[+?]", r"\1", text).split("|"))
+    return f"has {most} repeats in a row" if most > MOST_REPEATS else ""
+
+
+def show_messages() -> None:
+    """Let no message of transformers, which quotes a checkpoint's fields, steer the terminal."""
+
+    def escaped(record: logging.LogRecord) -> bool:
+        record.msg, record.args = escape_controls(record.getMessage(), keep="\n\t"), None
+        return True
+
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(escaped)
