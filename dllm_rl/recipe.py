@@ -92,9 +92,11 @@ class Settings:
     shard_size = 1
     async_save = False
     warmup_steps = 0
+    beta = 0.0
     log_completions_steps = 0
     torch_compile = False
     router_replay: Any = None
+    push_to_hub: str | None = None
 
     @property
     def directory(self) -> str:

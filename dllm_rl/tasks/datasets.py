@@ -14,6 +14,7 @@ from dllm_rl.tasks.base import Problem, Reward
 
 # f(prompts=[...], completions=[...], **columns) -> one number, or None where it does not apply, for each completion;
 # or an async function that does.
+HELD_OUT = 256  # rows at most
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 
@@ -124,6 +125,15 @@ def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
     if max_rows is None:
         raise ValueError("dataset has no length, as a streamed one: give max_rows, the rows that are read into memory")
     return list(islice(iter(dataset), max_rows))
+
+
+def hold_out(rows: Any) -> tuple[Any, Any]:
+    """The rows without their last tenth, and the last tenth: at least one row and at most HELD_OUT. Raises ValueError
+    on fewer than two rows."""
+    if len(rows) < 2:
+        raise ValueError(f"dataset has {len(rows)} row, and one is to be held out; give eval_dataset")
+    kept = len(rows) - min(HELD_OUT, len(rows) // 10 or 1)
+    return part_of(rows, 0, kept), part_of(rows, kept, len(rows))
 
 
 def part_of(dataset: Any, start: int, stop: int) -> Any:

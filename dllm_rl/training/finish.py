@@ -11,8 +11,9 @@ from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
 from dllm_rl.training import checkpoint, plots
 from dllm_rl.training.card import card, push_to_hub
-from dllm_rl.training.run import Run, evaluate_with, shown
+from dllm_rl.training.run import Run
 from dllm_rl.training.saving import settle
+from dllm_rl.training.start import evaluate_with, shown
 from dllm_rl.training.stop import how_to_continue
 
 
@@ -31,7 +32,7 @@ class Summary(dict[str, Any]):
         return self._policy
 
 
-def finish(run: Run) -> Summary:
+def finish(run: Run[Recipe]) -> Summary:
     """Evaluate on held-out problems, write summary.json and the picture, say in a paragraph what happened."""
     recipe, accelerator, log, history = run.recipe, run.accelerator, run.log, run.history
     policy, rollout_policy = run.policy, run.rollout_policy
@@ -42,53 +43,68 @@ def finish(run: Run) -> Summary:
             after if rollout_policy is policy else evaluate_with(recipe, rollout_policy, recipe.eval_task, accelerator)
         )
     settle(run)
-    log.close()
-    directory = Path(recipe.directory)
-    summary = {
-        "eval_before": history["eval_before"],
-        "eval_after": after,
-        "eval_after_quantized": quantized,
-        "eval_problems": len(recipe.eval_task),
+    measured = {"before RL": history["eval_before"], "after": after, "after, quantised": quantized}
+    if accelerator.is_main_process:
+        _describe(run, measured)
+    return conclude(
+        run,
+        {
+            "eval_before": history["eval_before"],
+            "eval_after": after,
+            "eval_after_quantized": quantized,
+            "eval_problems": len(recipe.eval_task),
+            "warmup_steps": history["warmup_steps"],
+        },
+        result=f"{shown(history['eval_before'])}  ->  {shown(after)}  on {len(recipe.eval_task)} held-out problems, "
+        f"after {history['warmup_steps']} warm-up and {recipe.num_steps} RL steps",
+        advice=_next_command(recipe, history["checkpoint"]),
+    )
+
+
+def conclude(run: Run[Any], measured: dict[str, Any], *, result: str, advice: str) -> Summary:
+    """Write summary.json and the picture, and say in a paragraph what happened.
+
+    measured  what the summary holds of the evaluations. result, advice: what is said of them, and what to do next.
+    """
+    settle(run)
+    run.log.close()
+    recipe, history, directory = run.recipe, run.history, Path(run.recipe.directory)
+    summary = measured | {
         "seconds": history["seconds"] + time.perf_counter() - history["begun"],
-        "stages": {name: round(spent, 3) for name, spent in log.seconds.items()},
-        "warmup_steps": history["warmup_steps"],
+        "stages": {name: round(spent, 3) for name, spent in run.log.seconds.items()},
         "seed": recipe.seed,
-        "num_processes": accelerator.num_processes,
+        "num_processes": run.accelerator.num_processes,
         "checkpoint": history["checkpoint"],  # the one whose weights were evaluated
-        "machine": machine(accelerator),
+        "machine": machine(run.accelerator),
         "recipe": recipe.settings(),
     }
-    if accelerator.is_main_process:
+    if run.accelerator.is_main_process:
         write_json(directory / "summary.json", summary)
-        measured = {"before RL": history["eval_before"], "after": after, "after, quantised": quantized}
-        _describe(run, measured)
         picture = plots.plot(directory) if recipe.num_steps else None
-        log.say(
-            f"\n{recipe.name}, seed {recipe.seed}: {shown(history['eval_before'])}  ->  {shown(after)}  on "
-            f"{len(recipe.eval_task)} held-out problems, after {history['warmup_steps']} warm-up and "
-            f"{recipe.num_steps} RL steps in {summary['seconds']:.0f} s.\n"
+        run.log.say(
+            f"\n{recipe.name}, seed {recipe.seed}: {result} in {summary['seconds']:.0f} s.\n"
             f"Checkpoint: {summary['checkpoint']}\nPicture:    {picture}\nNumbers:    {directory / 'summary.json'}\n"
-            f"{_next_command(recipe, summary['checkpoint'])}"
+            f"{advice}"
         )
-        if recipe.push_to_hub is not None:
-            _upload(run)
-    accelerator.wait_for_everyone()
-    policy.module.zero_grad(set_to_none=True)
-    return Summary(summary, policy)
+        if recipe.push_to_hub is not None and history["checkpoint"]:
+            _upload(run, recipe.push_to_hub)
+    run.accelerator.wait_for_everyone()
+    run.policy.module.zero_grad(set_to_none=True)
+    return Summary(summary, run.policy)
 
 
-def _describe(run: Run, measured: dict[str, dict[str, float]]) -> None:
+def _describe(run: Run[Recipe], measured: dict[str, dict[str, float]]) -> None:
     """Write the card of the checkpoint that was evaluated again, with what came of it."""
     folder = Path(run.history["checkpoint"])
-    if not folder.is_dir():  # it was deleted meanwhile
+    if not (folder / checkpoint.CARD).is_file():  # none was saved, or it was deleted meanwhile
         return
     step = checkpoint.read_state(folder)["step"]
     write_text(folder / checkpoint.CARD, card(run.recipe, step=step, evaluations=measured, metrics=run.log.last))
 
 
-def _upload(run: Run) -> None:
+def _upload(run: Run[Any], repo: str) -> None:
     """To the hub, where that is asked for; the run has ended well if it fails."""
-    folder, repo = Path(run.history["checkpoint"]), str(run.recipe.push_to_hub)
+    folder = Path(run.history["checkpoint"])
     try:
         run.log.say(f"Uploaded:   {push_to_hub(folder, repo)}")
     except Exception as error:  # of any kind: the network's, the hub's

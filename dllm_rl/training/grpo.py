@@ -12,12 +12,11 @@ from dllm_rl.models.loading import checkpoint_folder, read_config
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.tasks.datasets import RewardFunction, in_memory, part_of, task_from_dataset
+from dllm_rl.tasks.datasets import RewardFunction, hold_out, in_memory, task_from_dataset
 from dllm_rl.training.finish import Summary
 from dllm_rl.training.loop import train
 
 SEGMENTS = 8  # views of a trajectory that takes more steps than this
-HELD_OUT = 256  # rows at most
 
 
 def grpo(
@@ -69,10 +68,7 @@ def grpo_recipe(
     """
     rows = in_memory(dataset, max_rows)
     if eval_dataset is None:
-        held = min(HELD_OUT, len(rows) // 10 or 1)
-        if len(rows) < 2:
-            raise ValueError(f"dataset has {len(rows)} row, and one is to be held out; give eval_dataset")
-        training, held_out = part_of(rows, 0, len(rows) - held), part_of(rows, len(rows) - held, len(rows))
+        training, held_out = hold_out(rows)
     else:
         training, held_out = rows, in_memory(eval_dataset, max_rows)
     task_of = partial(task_from_dataset, reward_funcs=reward_funcs, weights=reward_weights)

@@ -8,7 +8,8 @@ from dllm_rl.training.dry_run import plan
 from dllm_rl.training.finish import Summary, finish
 from dllm_rl.training.learner import correct, draw_noise, learner_forward, measured_groups, score, update
 from dllm_rl.training.rollouts import collect
-from dllm_rl.training.run import checkpoint_if_due, start, validate
+from dllm_rl.training.saving import checkpoint_if_due
+from dllm_rl.training.start import start, validate
 from dllm_rl.training.stop import leaving_nothing_behind
 
 

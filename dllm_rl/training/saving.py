@@ -1,13 +1,12 @@
 """Saving a run: what a checkpoint holds, which processes write it, and when: at once, or while training goes on."""
 
 import sys
-import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,78 +19,21 @@ from dllm_rl.distributed import from_main, sharding_of, versions
 from dllm_rl.models.base import Policy
 from dllm_rl.models.own import host_copy
 from dllm_rl.recipe import Recipe, Settings
-from dllm_rl.screen import escape_controls
 from dllm_rl.training import checkpoint
 from dllm_rl.training.card import card
-from dllm_rl.training.log import RunLog
 from dllm_rl.training.parts import Part, Swap, in_step, part_of
-from dllm_rl.training.peers import of_an_exchange
+from dllm_rl.training.peers import Peers, of_an_exchange
+from dllm_rl.training.run import Run
 from dllm_rl.training.sharding import group_size, on_main
 from dllm_rl.training.stop import how_to_continue, with_the_run
-
-if TYPE_CHECKING:
-    from dllm_rl.training.run import Run
+from dllm_rl.training.writer import Writer
 
 Saved = torch.optim.Optimizer | checkpoint.Held | Part
 Write = Callable[..., Path]
-BEFORE_UPDATE = ("rollout", "reward", "waiting", "scoring")  # stages that leave the weights alone
+BEFORE_UPDATE = ("rollout", "reward", "waiting", "scoring", "gradients")  # stages that leave the weights alone
 
 
-class Writer:
-    """Writes one checkpoint at a time: at once, or, where `later` is set, in a thread. An error of the thread is raised
-    by the next `check` or `wait`. Where several processes write, `gather` is their exchange, in a group of its own.
-
-    alone  held while the main process saves by itself, from whichever thread.
-    """
-
-    def __init__(self, *, later: bool, group: Any = None) -> None:
-        self.later, self.group, self.alone = later, group, threading.RLock()
-        self._thread: threading.Thread | None = None
-        self._folder: Path | None = None
-        self._error: Exception | None = None
-
-    def run(self, work: Callable[[], Path | None]) -> None:
-        """Have `work` done; the one before it must have been waited for."""
-        if not self.later:
-            self._folder = work()
-            return
-        self._thread = threading.Thread(target=self._in_thread, args=(work,), name="checkpoint")
-        self._thread.start()
-
-    def _in_thread(self, work: Callable[[], Path | None]) -> None:
-        try:
-            with torch.no_grad():
-                self._folder = work()
-        except Exception as error:  # of any kind: it goes on in the main thread
-            self._error = error
-
-    def check(self) -> None:
-        """Raise what a thread that has ended raised."""
-        if self._error is not None and not (self._thread and self._thread.is_alive()):
-            error, self._error = self._error, None
-            raise error
-
-    def wait(self) -> Path | None:
-        """Wait for what is being written; returns the last checkpoint, or None where none could be written."""
-        if self._thread is not None:
-            self._thread.join()
-        self.check()
-        return self._folder
-
-    def close(self) -> None:
-        """Wait, and say an error that nothing has raised: for the end of a run, whatever ended it."""
-        try:
-            self.wait()
-        except Exception as error:  # of any kind: the run is ending already
-            print(f"error: the last checkpoint: {escape_controls(str(error))}", file=sys.stderr, flush=True)
-
-    def gather(self, value: Any) -> list[Any]:
-        said: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(said, value, group=self.group)
-        return said
-
-
-def make_writer(recipe: Recipe, accelerator: Accelerator) -> Writer:
+def make_writer(recipe: Settings, accelerator: Accelerator) -> Writer:
     """The run's writer, which the end of the run waits for. All processes call it together."""
     shared = group_size(recipe, accelerator.num_processes) > 1
     patience = timedelta(seconds=recipe.collective_timeout)
@@ -100,7 +42,7 @@ def make_writer(recipe: Recipe, accelerator: Accelerator) -> Writer:
     return writer
 
 
-def save(run: "Run", step: int) -> None:
+def save(run: Run[Any], step: int) -> None:
     """Checkpoint after `step` steps, when the one before is written: by the main process, or of a shared-out learner by
     all, each its part of the optimiser's state. With async_save the state is copied to the host, and written later.
 
@@ -115,14 +57,14 @@ def save(run: "Run", step: int) -> None:
         settle(run)
 
 
-def settle(run: "Run") -> None:
+def settle(run: Run[Any]) -> None:
     """Wait for the checkpoint that is being written; all processes together."""
     shared = sharding_of(run.policy.module) is not None
     if folder := run.writer.wait() if shared else from_main(run.writer.wait, run.accelerator):
         run.history["checkpoint"] = str(folder)
 
 
-def write_checkpoint(run: "Run", step: int) -> Path | None:
+def write_checkpoint(run: Run[Any], step: int) -> Path | None:
     """Write a whole learner at once, in the main process alone, after what is being written; returns the checkpoint, or
     None where it could not be written and the run is to go on."""
     with run.writer.alone:
@@ -130,14 +72,16 @@ def write_checkpoint(run: "Run", step: int) -> Path | None:
         return _by_main(run, step)()
 
 
-def save_at_once(run: "Run") -> None:
+def save_at_once(run: Run[Any]) -> None:
     """When a stop is overdue: save the state after the last whole step, and end the process.
 
     Not between the update and the end of the step, where the state is that of neither; and not where weights are shared
     out, which all processes save together, after the step in hand.
     """
-    during = ["", "rollout", "reward"] + ["scoring"] * (not run.recipe.corrector.align_forward)
-    if run.log.entered not in during or sharding_of(run.policy.module) is not None:
+    stage = run.log.entered
+    if stage not in ("", "rollout", "reward", "scoring", "gradients") or sharding_of(run.policy.module) is not None:
+        return
+    if stage == "scoring" and run.recipe.corrector.align_forward:  # the weights are the rounded ones
         return
     run.stop.disarm()
     done, recipe = run.history["whole"], run.recipe
@@ -148,13 +92,13 @@ def save_at_once(run: "Run") -> None:
     run.stop.leave(f"stopped in the step after step {done}, which is saved; {how_to_continue(recipe)}")
 
 
-def save_alone(run: "Run") -> None:
+def save_alone(run: Run[Any]) -> None:
     """When another process is lost, and this one's main thread waits for it: save the state after the last whole step,
     in the main process. It is called in another thread, so that it saves a copy, if that is of one state.
 
     Not where weights are shared out: no process has them all.
     """
-    whole = ["", "rollout", "reward", "waiting"]  # between two exchanges that all weights wait for
+    whole = ["", "rollout", "reward", "waiting", "gradients"]  # between two exchanges that all weights wait for
     if sharding_of(run.policy.module) is not None or run.log.entered not in whole:
         return
     done, version = run.history["whole"], run.policy.version
@@ -170,7 +114,7 @@ def save_alone(run: "Run") -> None:
                 print(f"error: step {done} was not saved: {error}", file=sys.stderr, flush=True)
 
 
-def save_on_error(run: "Run", kind: Any, error: BaseException | None, traceback: Any) -> None:
+def save_on_error(run: Run[Any], kind: Any, error: BaseException | None, traceback: Any) -> None:
     """When a step fails: save the state after the last whole step, and add a note to the error. A step is a function of
     (seed, step), so that a resume repeats the failed one.
 
@@ -195,13 +139,13 @@ def save_on_error(run: "Run", kind: Any, error: BaseException | None, traceback:
     error.add_note(f"{note}; fix the cause and {how_to_continue(recipe)}")
 
 
-def _by_main(run: "Run", step: int, *, copied: bool = False) -> Callable[[], Path | None]:
+def _by_main(run: Run[Any], step: int, *, copied: bool = False) -> Callable[[], Path | None]:
     """What the main process is to write; copied: of the state as it is now, whatever becomes of it."""
     held: tuple[Policy, Saved] = (run.policy, run.optimizer)
     return partial(_attempt, run, step, _prepared(run, step, *(on_host(*held) if copied else held)))
 
 
-def _by_all(run: "Run", step: int) -> Callable[[], Path | None]:
+def _by_all(run: Run[Any], step: int) -> Callable[[], Path | None]:
     """What this process is to write of a shared-out learner's state. All processes call it, and what it returns."""
     whole = on_main(run.policy, run.accelerator)
     part = part_of(run.policy, run.optimizer, copy=run.recipe.async_save)
@@ -235,7 +179,7 @@ def on_host(policy: Policy, optimizer: Any) -> tuple[Policy, checkpoint.Held]:
     return twin, checkpoint.Held(state, fields)
 
 
-def _prepared(run: "Run", step: int, policy: Policy, optimizer: Saved) -> Write:
+def _prepared(run: Run[Any], step: int, policy: Policy, optimizer: Saved) -> Write:
     """`checkpoint.save` with all that it is to write; what it is told of the run is that of now."""
     recipe, history, directory = run.recipe, run.history, Path(run.recipe.directory)
     state = {
@@ -246,50 +190,57 @@ def _prepared(run: "Run", step: int, policy: Policy, optimizer: Saved) -> Write:
     kept = history["warmup_steps"] if recipe.lora is not None else recipe.beta
     if kept and (directory / "reference" / manifest.NAME).exists():
         state["reference"] = manifest.read(directory / "reference")["sha256"]
-    told = card(recipe, step=step, evaluations={"before RL": history["eval_before"]}, metrics=run.log.last)
-    return with_settings(recipe, run.accelerator, step, state, held=(run.log, policy, optimizer), card=told)
-
-
-def _attempt(run: "Run", step: int, write: Write) -> Path | None:
-    """Write; None where that fails and the run is to go on."""
-    if folder := attempt(run.recipe, run.log, write):
-        run.history["saved"] = step
-    return folder
-
-
-def with_settings(
-    recipe: Settings,
-    accelerator: Accelerator,
-    step: int,
-    state: dict[str, Any],
-    *,
-    held: tuple[RunLog, Policy, Saved],
-    card: str | None = None,
-) -> Write:
-    """`checkpoint.save` of what is held, with the recipe and the log's clocks; the log's rows are on disk."""
-    log, policy, optimizer = held
-    log.flush()
+    evaluations = {"before RL": history["eval_before"]}
+    rl = isinstance(recipe, Recipe)
+    run.log.flush()  # its rows are on disk before the checkpoint
     dtype = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
     return partial(
         checkpoint.save,
-        Path(recipe.directory) / "checkpoints",
+        directory / "checkpoints",
         step,
         policy,
         optimizer,
-        {"dtype": dtype, "stages": dict(log.seconds), **state, "recipe": recipe.settings()},
+        {"dtype": dtype, "stages": dict(run.log.seconds), **state, "recipe": recipe.settings()},
         keep=recipe.save_total_limit,
-        processes=accelerator.num_processes,
+        processes=run.accelerator.num_processes,
         versions=versions(),
-        card=card,
+        card=card(recipe, step=step, evaluations=evaluations, metrics=run.log.last) if rl else None,
     )
 
 
-def attempt(recipe: Settings, log: RunLog, write: Write) -> Path | None:
+def _attempt(run: Run[Any], step: int, write: Write) -> Path | None:
     """Write; returns the checkpoint, or None where that failed and the run is to go on."""
     try:
-        return write()
+        folder = write()
     except OSError as error:
-        if recipe.on_save_error == "stop":
+        if run.recipe.on_save_error == "stop":
             raise
-        log.say(f"warning: {error.strerror}")
+        run.log.say(f"warning: {error.strerror}")
         return None
+    run.history["saved"] = step
+    return folder
+
+
+def protect(run: Run[Any], peers: Peers | None) -> None:
+    """From here on the last whole step is saved when a signal is overdue, a process is lost, or a step fails."""
+    run.history["version"] = run.policy.version
+    run.stop.last_words = None
+    run.stop.overdue = partial(save_at_once, run)
+    run.log.entered = ""
+    if peers is not None and run.accelerator.is_main_process:
+        peers.save = partial(save_alone, run)
+    with_the_run().push(partial(save_on_error, run))
+
+
+def checkpoint_if_due(run: Run[Any], step: int) -> None:
+    """Save every save_steps, after the last step, and on a signal; that ends the process with its status."""
+    recipe, done, signum = run.recipe, step + 1, run.stop.agreed(run.accelerator)
+    run.history["whole"] = done
+    run.history["version"] = run.policy.version
+    run.writer.check()
+    if signum or done % recipe.save_steps == 0 or done == recipe.num_steps:
+        save(run, done)
+    if signum:
+        settle(run)
+        run.stop.leave(f"interrupted after step {done}; {how_to_continue(recipe)}")
+    run.log.entered = ""

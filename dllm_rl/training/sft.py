@@ -2,9 +2,8 @@
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dllm_rl.distributed import from_main, machine, reduce_metrics, sum_gradients
-from dllm_rl.files import write_json
+from dllm_rl.distributed import from_main, reduce_metrics, sum_gradients
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.rng import generator_for
-from dllm_rl.tasks.datasets import in_memory, part_of
-from dllm_rl.training import checkpoint, plots
-from dllm_rl.training.finish import Summary
+from dllm_rl.tasks.datasets import hold_out, in_memory
+from dllm_rl.training import checkpoint
+from dllm_rl.training.finish import Summary, conclude
 from dllm_rl.training.folder import clear_folder, open_folder
-from dllm_rl.training.grpo import HELD_OUT
-from dllm_rl.training.log import RunLog
-from dllm_rl.training.run import (
-    launch,
-    make_optimizer,
-    make_policy,
-    open_log,
-    opened,
-    told_of,
-)
-from dllm_rl.training.saving import attempt, with_settings
+from dllm_rl.training.run import Run
+from dllm_rl.training.saving import checkpoint_if_due, make_writer, protect, save
 from dllm_rl.training.sft_recipe import SFT
+from dllm_rl.training.start import launch, make_optimizer, make_policy, new_history, open_log, opened, restore, told_of
 from dllm_rl.training.stop import Stop, how_to_continue, leaving_nothing_behind
 from dllm_rl.training.supervised import (
     Example,
@@ -60,23 +50,6 @@ def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: A
     return fine_tune(SFT(**{"name": name, "model": model, "dataset": dataset} | settings))
 
 
-@dataclass
-class State:
-    """What a run of SFT owns: `saved` and `whole` are steps, `folder` the newest checkpoint."""
-
-    recipe: SFT
-    accelerator: Accelerator
-    log: RunLog
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    begun: float
-    seconds: float = 0.0
-    before: float = math.nan
-    whole: int = 0
-    saved: int = -1
-    folder: str = ""
-
-
 @leaving_nothing_behind
 def fine_tune(recipe: SFT) -> Summary:
     """Run a recipe of SFT. Raises ValueError, before any work, on one that cannot run."""
@@ -86,32 +59,32 @@ def fine_tune(recipe: SFT) -> Summary:
     policy = _policy(recipe, accelerator, folder)
     training = read_examples(recipe, policy, recipe.dataset, "dataset", say=notes.append)
     held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
-    run = _begin(recipe, accelerator, policy, folder, notes)
+    run = _begin(recipe, accelerator, stop, policy, folder, notes)
     if peers is not None:
         peers.follow(run.log)
     if not folder:
-        with run.log.stage("evaluation"):
-            run.before = held_out_loss(recipe, policy, held_out, accelerator)
+        run.history["eval_before"] = evaluate_loss(run, held_out)
         save(run, 0)
-    run.log.say(f"before SFT: held-out loss {run.before:.4f} nats on {len(held_out)} rows")
-    progress = run.log.view("training", recipe.num_steps, curve="loss", completed=run.whole)
-    stop.last_words, stop.overdue, run.log.entered = None, partial(save_at_once, run, stop), ""
+    run.log.say(f"before SFT: held-out loss {run.history['eval_before']['loss']:.4f} nats on {len(held_out)} rows")
+    protect(run, peers)
 
-    for step in range(run.whole, recipe.num_steps):
+    for step in range(run.first_step, recipe.num_steps):
         metrics = take_step(run, training, step)
         if recipe.eval_steps and (step + 1) % recipe.eval_steps == 0:
-            with run.log.stage("evaluation"):
-                metrics["eval/loss"] = held_out_loss(recipe, policy, held_out, accelerator)
+            metrics["eval/loss"] = evaluate_loss(run, held_out)["loss"]
         run.log.write(step, metrics)
-        progress(metrics, show=(step + 1) % recipe.logging_steps == 0 or step + 1 == recipe.num_steps)
-        run.whole, signum = step + 1, stop.agreed(accelerator)
-        if signum or run.whole % recipe.save_steps == 0 or run.whole == recipe.num_steps:
-            save(run, run.whole)
-        if signum:
-            stop.leave(f"interrupted after step {run.whole}; {how_to_continue(recipe)}")
-        run.log.entered = ""
+        run.progress(metrics, show=(step + 1) % recipe.logging_steps == 0 or step + 1 == recipe.num_steps)
+        checkpoint_if_due(run, step)
     stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(recipe)}")
-    return _end(run, held_out)
+    before = run.history["eval_before"]
+    after = evaluate_loss(run, held_out)
+    return conclude(
+        run,
+        {"eval_before": before, "eval_after": after, "eval_rows": len(held_out)},
+        result=f"held-out loss {before['loss']:.4f}  ->  {after['loss']:.4f} nats on {len(held_out)} rows, after "
+        f"{recipe.num_steps} steps",
+        advice=f"RL from it: python RECIPE.py --model {run.history['checkpoint']} --warmup_steps 0",
+    )
 
 
 def read_datasets(recipe: SFT) -> SFT:
@@ -121,10 +94,8 @@ def read_datasets(recipe: SFT) -> SFT:
         raise ValueError("dataset is empty: give at least two rows")
     if recipe.eval_dataset is not None:
         return replace(recipe, dataset=rows, eval_dataset=_rows(recipe.eval_dataset))
-    if len(rows) < 2:
-        raise ValueError("dataset has 1 row, and one is to be held out; give eval_dataset")
-    kept = len(rows) - min(HELD_OUT, len(rows) // 10 or 1)
-    return replace(recipe, dataset=part_of(rows, 0, kept), eval_dataset=part_of(rows, kept, len(rows)))
+    training, held_out = hold_out(rows)
+    return replace(recipe, dataset=training, eval_dataset=held_out)
 
 
 def _rows(dataset: Any) -> Any:
@@ -158,19 +129,31 @@ def _policy(recipe: SFT, accelerator: Accelerator, folder: Path | None) -> Polic
     return policy
 
 
-def _begin(recipe: SFT, accelerator: Accelerator, policy: Policy, folder: Path | None, notes: Sequence[str]) -> State:
+def _begin(
+    recipe: SFT, accelerator: Accelerator, stop: Stop, policy: Policy, folder: Path | None, notes: Sequence[str]
+) -> Run[SFT]:
     """The run with its files open, at its first step or as a checkpoint left it."""
-    state: dict[str, Any] = checkpoint.read_state(folder) if folder else {"step": 0}
+    step = checkpoint.read_state(folder)["step"] if folder else 0
     optimizer = make_optimizer(recipe, policy)
     from_main(partial(clear_folder, recipe), accelerator)
-    log = open_log(recipe, accelerator, state["step"], [*notes, *told_of(recipe, folder)])
-    run = State(recipe, accelerator, log, policy, optimizer, begun=time.perf_counter())
+    log = open_log(recipe, accelerator, step, [*notes, *told_of(recipe, folder)])
+    history = new_history(step)
     if folder:
-        policy.version, log.seconds = state["version"], state["stages"]
-        checkpoint.load_optimizer(folder, policy, optimizer)
-        run.seconds, run.before, run.whole = state["seconds"], state["eval_before"]["loss"], state["step"]
-        run.folder = str(folder)
-    return run
+        history |= restore(folder, policy, optimizer, log)
+    return Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        log=log,
+        policy=policy,
+        rollout_policy=policy,
+        reference=None,
+        optimizer=optimizer,
+        first_step=step,
+        history=history,
+        stop=stop,
+        writer=make_writer(recipe, accelerator),
+        progress=log.view("training", recipe.num_steps, curve="loss", completed=step),
+    )
 
 
 def rows_of_step(count: int, size: int, seed: int, step: int) -> list[int]:
@@ -183,7 +166,7 @@ def rows_of_step(count: int, size: int, seed: int, step: int) -> list[int]:
     return [orders[place // count][place % count] for place in places]
 
 
-def take_step(run: State, examples: Sequence[Example], step: int) -> dict[str, float]:
+def take_step(run: Run[SFT], examples: Sequence[Example], step: int) -> dict[str, float]:
     """One update of the weights. Raises FloatingPointError on a gradient that is not finite, before it is applied."""
     recipe, policy, accelerator = run.recipe, run.policy, run.accelerator
     with run.log.stage("gradients"):
@@ -201,8 +184,8 @@ def take_step(run: State, examples: Sequence[Example], step: int) -> dict[str, f
         rate = recipe.learning_rate * recipe.lr_schedule(step, recipe.schedule_steps)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
+        policy.version += 1  # before the weights change: an error in between must not leave them the old version
         run.optimizer.step()
-        policy.version += 1
     epoch = (step + 1) * recipe.train_batch_size / len(examples)
     return metrics | {"learning_rate": rate, "epoch": epoch}
 
@@ -256,61 +239,6 @@ def held_out_loss(recipe: SFT, policy: Policy, examples: Sequence[Example], acce
     return reduce_metrics({"loss": (loss / total, torch.ones_like(loss))}, accelerator)["loss"]
 
 
-def save(run: State, step: int) -> None:
-    """Checkpoint after `step` steps, by the main process. Raises OSError where it cannot be written and on_save_error
-    is not 'continue'."""
-    if folder := from_main(partial(write_checkpoint, run, step), run.accelerator):
-        run.folder = str(folder)
-
-
-def write_checkpoint(run: State, step: int) -> Path | None:
-    """Returns the checkpoint, or None where it could not be written and the run is to go on."""
-    state = {"seconds": run.seconds + time.perf_counter() - run.begun, "eval_before": {"loss": run.before}}
-    held = (run.log, run.policy, run.optimizer)
-    write = with_settings(run.recipe, run.accelerator, step, state, held=held)
-    folder = attempt(run.recipe, run.log, write)
-    run.saved = step if folder else run.saved
-    return folder
-
-
-def save_at_once(run: State, stop: Stop) -> None:
-    """When a stop is overdue: save the state after the last whole step, and end the process; not once the update has
-    begun, where the state is neither that step's nor the next's."""
-    if run.log.entered not in ("", "gradients"):
-        return
-    stop.disarm()
-    if run.accelerator.is_main_process and run.whole != run.saved:
-        write_checkpoint(run, run.whole)
-    stop.leave(f"stopped in the step after step {run.whole}, which is saved; {how_to_continue(run.recipe)}")
-
-
-def _end(run: State, held_out: Sequence[Example]) -> Summary:
-    """The held-out loss again, summary.json, the picture, and a line of what happened."""
-    recipe, log, directory = run.recipe, run.log, Path(run.recipe.directory)
-    with log.stage("evaluation"):
-        after = held_out_loss(recipe, run.policy, held_out, run.accelerator)
-    log.close()
-    summary = {
-        "eval_before": {"loss": run.before},
-        "eval_after": {"loss": after},
-        "eval_rows": len(held_out),
-        "seconds": run.seconds + time.perf_counter() - run.begun,
-        "stages": {name: round(spent, 3) for name, spent in log.seconds.items()},
-        "seed": recipe.seed,
-        "num_processes": run.accelerator.num_processes,
-        "checkpoint": run.folder,
-        "machine": machine(run.accelerator),
-        "recipe": recipe.settings(),
-    }
-    if run.accelerator.is_main_process:
-        write_json(directory / "summary.json", summary)
-        picture = plots.plot(directory) if recipe.num_steps else None
-        log.say(
-            f"\n{recipe.name}, seed {recipe.seed}: held-out loss {run.before:.4f}  ->  {after:.4f} nats on "
-            f"{len(held_out)} rows, after {recipe.num_steps} steps in {summary['seconds']:.0f} s.\n"
-            f"Checkpoint: {run.folder}\nPicture:    {picture}\nNumbers:    {directory / 'summary.json'}\n"
-            f"RL from it: python RECIPE.py --model {run.folder} --warmup_steps 0"
-        )
-    run.accelerator.wait_for_everyone()
-    run.policy.module.zero_grad(set_to_none=True)
-    return Summary(summary, run.policy)
+def evaluate_loss(run: Run[SFT], examples: Sequence[Example]) -> dict[str, float]:
+    with run.log.stage("evaluation"):
+        return {"loss": held_out_loss(run.recipe, run.policy, examples, run.accelerator)}

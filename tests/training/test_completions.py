@@ -13,7 +13,7 @@ from dllm_rl.training.completions import contrasts, log_completions, shortened, 
 from dllm_rl.training.learner import draw_noise
 from dllm_rl.training.lines import current_rows
 from dllm_rl.training.rollouts import collect
-from dllm_rl.training.run import start
+from dllm_rl.training.start import start
 from dllm_rl.types import Logprobs
 
 ROW = {"step": 0, "prompt": "12", "completion": "34", "reward": 1.0, "advantage": 0.5, "mismatch": -0.25}

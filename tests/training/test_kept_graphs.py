@@ -25,7 +25,7 @@ from dllm_rl.training.learner import (
     score,
     update,
 )
-from dllm_rl.training.run import make_optimizer
+from dllm_rl.training.start import make_optimizer
 from recipes.studies.surrogates import stable_drl
 
 MANY = 99

@@ -13,7 +13,7 @@ from emulated import five_level_emulated
 from tiny_recipe import SIZES, OddPuzzles, Wrapped, tiny_recipe
 
 from dllm_rl import main, tiny_masked_lm, train
-from dllm_rl.algorithms.correctors import Corrector, ais
+from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.distributed import make_accelerator
 from dllm_rl.models.lora import lora_d1
 from dllm_rl.quantization.schemes import int4_weight_only
@@ -22,7 +22,7 @@ from dllm_rl.samplers.rules import remask, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.folder import REHEARSAL
 from dllm_rl.training.rehearsal import random_numbers_kept
-from dllm_rl.training.run import make_policy, rehearsed
+from dllm_rl.training.start import make_policy, rehearsed
 
 SMALL = partial(tiny_masked_lm, **SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16})
 
@@ -56,7 +56,6 @@ BAD = {
     "warm-up": ({"warmup_steps": 1, "warmup_metric": "solved"}, "warmup_metric='solved' is none of the task's"),
     "advantages": ({"advantages": lambda rewards: rewards.mean(-1)}, r"numbers of shape \(4,\) for rewards of shape"),
     "nan": ({"advantages": lambda rewards: rewards / 0 * 0}, "numbers that are not finite for rewards of shape"),
-    "corrector": ({"corrector": ais(tau=0.0)}, r"tau=0\.0 must be > 0"),
     "loss": ({"corrector": Corrector(surrogate=no_surrogate)}, "surrogate: not today"),
     "optimiser": (
         {"optim": lambda parameters, lr, **rest: torch.optim.SGD(parameters, lr=-lr)},

@@ -20,7 +20,7 @@ from dllm_rl.samplers.cache import block_cache
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.rollouts import collect, total
-from dllm_rl.training.run import make_policy
+from dllm_rl.training.start import make_policy
 from dllm_rl.types import Prompts, Rollout
 
 PROMPTS = Prompts.from_ids(

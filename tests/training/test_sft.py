@@ -255,6 +255,24 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_bit_for_bit(tmp_path, lo
     assert straight["eval_after"] == resumed["eval_after"] and straight["eval_before"] == resumed["eval_before"]
 
 
+def test_a_step_that_fails_saves_the_last_finished_one(tmp_path, monkeypatch):
+    """RL's way of saving is SFT's: the checkpoint holds what a run of so many steps ends with."""
+
+    def failing(recipe, policy, chosen, accelerator, key, step):
+        if step == 2:
+            raise KeyError("a fault")
+        return add_gradients(recipe, policy, chosen, accelerator, key, step)
+
+    recipe = tiny_sft(tmp_path / "run", num_steps=3, save_steps=100)
+    with monkeypatch.context() as patched, pytest.raises(KeyError, match="a fault") as raised:
+        patched.setattr("dllm_rl.training.sft.add_gradients", failing)
+        fine_tune(recipe)
+    assert raised.value.__notes__[0].startswith("process 0: the step after step 2 failed; fix the cause and continue")
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*")) == ["step-000000", "step-000002"]
+    resumed = fine_tune(replace(recipe, resume_from_checkpoint="latest"))
+    assert_same_weights(fine_tune(replace(recipe, output_dir=str(tmp_path / "whole"))), resumed)
+
+
 def test_lora_trains_adapters_alone(tmp_path):
     model = tiny_masked_lm(**SIZES)
     policy = fine_tune(tiny_sft(tmp_path, model=model, lora=partial(lora_d1, r=4))).policy

@@ -1,0 +1,66 @@
+"""Writes checkpoints: at once, or while training goes on."""
+
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dllm_rl.screen import escape_controls
+
+
+class Writer:
+    """Writes one checkpoint at a time: at once, or, where `later` is set, in a thread. An error of the thread is raised
+    by the next `check` or `wait`. Where several processes write, `gather` is their exchange, in a group of its own.
+
+    alone  held while the main process saves by itself, from whichever thread.
+    """
+
+    def __init__(self, *, later: bool, group: Any = None) -> None:
+        self.later, self.group, self.alone = later, group, threading.RLock()
+        self._thread: threading.Thread | None = None
+        self._folder: Path | None = None
+        self._error: Exception | None = None
+
+    def run(self, work: Callable[[], Path | None]) -> None:
+        """Have `work` done; the one before it must have been waited for."""
+        if not self.later:
+            self._folder = work()
+            return
+        self._thread = threading.Thread(target=self._in_thread, args=(work,), name="checkpoint")
+        self._thread.start()
+
+    def _in_thread(self, work: Callable[[], Path | None]) -> None:
+        try:
+            with torch.no_grad():
+                self._folder = work()
+        except Exception as error:  # of any kind: it goes on in the main thread
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what a thread that has ended raised."""
+        if self._error is not None and not (self._thread and self._thread.is_alive()):
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> Path | None:
+        """Wait for what is being written; returns the last checkpoint, or None where none could be written."""
+        if self._thread is not None:
+            self._thread.join()
+        self.check()
+        return self._folder
+
+    def close(self) -> None:
+        """Wait, and say an error that nothing has raised: for the end of a run, whatever ended it."""
+        try:
+            self.wait()
+        except Exception as error:  # of any kind: the run is ending already
+            print(f"error: the last checkpoint: {escape_controls(str(error))}", file=sys.stderr, flush=True)
+
+    def gather(self, value: Any) -> list[Any]:
+        said: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(said, value, group=self.group)
+        return said
