@@ -5,7 +5,6 @@ batch. The surrogates themselves: `algorithms.surrogates`.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dllm_rl.algorithms.surrogates import MAX_LOG, cispo, ppo_clip, surrogate_inputs
+from dllm_rl.algorithms.surrogates import MAX_LOG, surrogate_inputs
 from dllm_rl.bounds import Bound, bounded
 from dllm_rl.types import Batch
 
@@ -66,31 +65,6 @@ def constant(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int, 
     length  the constant, tokens: usually max_new_tokens
     """
     return mask / (max(num_sequences, 1) * length)
-
-
-@bounded(max_completion_length=Bound(at_least=1))
-def loss_type(name: str, *, max_completion_length: int | None = None) -> tuple[Callable, Callable]:
-    """(surrogate, aggregation) of a loss under TRL's name for it.
-
-    grpo: ppo_clip, sequence. dapo: ppo_clip with epsilon_high 0.28, token. dr_grpo: ppo_clip, constant with
-    max_completion_length. cispo: cispo, token. bnpo: ppo_clip, token (TRL divides by the local batch's tokens, here it
-    is the global batch's, as for every aggregation). Raises ValueError on another name, or dr_grpo without a length.
-    """
-    match name:
-        case "grpo":
-            return partial(ppo_clip, epsilon=0.2), sequence
-        case "dapo":
-            return partial(ppo_clip, epsilon=0.2, epsilon_high=0.28), token
-        case "bnpo":
-            return partial(ppo_clip, epsilon=0.2), token
-        case "cispo":
-            return partial(cispo, max_ratio=5.0), token
-        case "dr_grpo":
-            if max_completion_length is None:
-                raise ValueError("loss_type='dr_grpo' needs max_completion_length, its constant denominator in tokens")
-            return partial(ppo_clip, epsilon=0.2), partial(constant, length=max_completion_length)
-        case _:
-            raise ValueError(f"loss_type={name!r} must be 'grpo', 'dapo', 'dr_grpo', 'bnpo' or 'cispo'")
 
 
 def further_inputs(surrogate: Callable[..., Tensor], batch: Batch) -> dict[str, Any]:

@@ -173,22 +173,6 @@ def test_an_empty_batch_has_coefficients_of_zero():
         assert torch.equal(aggregate(nothing, num_tokens=0, num_sequences=0), torch.zeros(2, 3))
 
 
-def test_loss_types_of_trl():
-    log_ratio, advantages, mask = tensor([[1.0]]), tensor([1.0]), tensor([[True]])
-    value = {}
-    for name in ("grpo", "dapo", "bnpo", "cispo"):
-        surrogate, aggregate = losses.loss_type(name)
-        value[name] = surrogate(log_ratio, advantages, mask).item()
-        assert aggregate is (sequence if name == "grpo" else token)
-    assert value == pytest.approx({"grpo": 1.2, "dapo": 1.28, "bnpo": 1.2, "cispo": math.e})
-    _, aggregate = losses.loss_type("dr_grpo", max_completion_length=5)
-    assert_close(aggregate(mask, num_tokens=1, num_sequences=2), tensor([[0.1]]))
-    with pytest.raises(ValueError, match="needs max_completion_length"):
-        losses.loss_type("dr_grpo")
-    with pytest.raises(ValueError, match="loss_type='ppo' must be"):
-        losses.loss_type("ppo")
-
-
 # The (B=3, T=4) example. old = -1 everywhere. Ratios, advantages, weights:
 #   row 0, A = 1    r = 1.1, 1.5 (clipped to 1.2), 0.5, -      w = 1, 2, 1, -
 #   row 1, A = -2   r = 0.5 (clipped to 0.8), -, -, -          w = 0.5
