@@ -242,26 +242,13 @@ def shard(
     module.sharding = Sharding(backbone, heads, plain, group)
 
 
-def processes() -> tuple[int, int]:
-    """How many processes were joined, and this one's number among them."""
-    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-
-
-def gather_numbers(mine: Tensor) -> Tensor:
-    """(K,) of each process -> (W, K), on the host."""
-    found = mine.new_empty(processes()[0] * len(mine))
-    dist.all_gather_into_tensor(found, mine)
-    return found.view(-1, len(mine)).cpu()
-
-
 def swap(sent: Sequence[tuple[int, Tensor]], wanted: Sequence[tuple[int, Tensor]]) -> None:
-    """Send tensors to the processes beside them, and fill the wanted ones with what those beside them send; one each
-    way between two processes, who know its shape."""
+    """Exchange (rank, tensor) pairs: send those of `sent`, and receive into those of `wanted`. At most one tensor per
+    direction and pair of ranks; shapes are known before."""
     sends = [dist.P2POp(dist.isend, tensor.contiguous(), process) for process, tensor in sent]
     receives = [dist.P2POp(dist.irecv, tensor, process) for process, tensor in wanted]
-    if sends or receives:
-        for work in dist.batch_isend_irecv([*sends, *receives]):
-            work.wait()
+    for work in dist.batch_isend_irecv([*sends, *receives]):
+        work.wait()
 
 
 def part_like(value: Any, tensor: Tensor) -> Any:

@@ -165,6 +165,8 @@ class Rollout(_Movable):
                      columns without a token, whatever is there. None where they are not noted (`records_experts`).
     revised          whether the sampler may have come back to what it wrote (`remask`, `edit`): step and log-prob are
                      then those of the last writing, whose context is not recorded, and no likelihood of the completion.
+    batch_row        the row's number in the step's batch of all processes, by which its noise is drawn. None: the rows
+                     are those of the batch, in its order.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -183,6 +185,7 @@ class Rollout(_Movable):
     order_logprobs: Float[Tensor, "B T"] | None = None
     experts: Integer[Tensor, "B T M E"] | None = None
     revised: bool = False
+    batch_row: Int[Tensor, " B"] | None = None
 
     def with_support(self, support: Support) -> "Rollout":
         """The rollout as it is to be scored where top_k or top_p filter; itself where neither does.
@@ -225,7 +228,7 @@ class Rollout(_Movable):
     def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Rollout":
         """The given rows, in the given order, and of their positions those in `columns`. group_size must still divide
         the rows."""
-        return self._map(lambda x: x[keep][:, columns])
+        return self._map(lambda x: x[keep] if x.dim() == 1 else x[keep][:, columns])
 
     def replaced(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":
         """This rollout with `rows` replaced by those of another; the narrower of the two is padded on the left."""
@@ -233,7 +236,7 @@ class Rollout(_Movable):
         old, new = (x.padded(width - x.tokens.shape[1], pad_id=pad_id) for x in (self, by))
         if old.kept_ids is not None and new.kept_ids is not None:
             count = max(old.kept_ids.shape[-1], new.kept_ids.shape[-1])
-            old, new = (x._with_ids(count) for x in (old, new))
+            old, new = (x.with_ids(count) for x in (old, new))
         names = [f.name for f in dataclasses.fields(self) if isinstance(getattr(old, f.name), Tensor)]
         pairs = {name: (getattr(old, name), getattr(new, name)) for name in names}
         joined: dict[str, Any] = {
@@ -241,7 +244,7 @@ class Rollout(_Movable):
         }
         return dataclasses.replace(self, **joined, forwards=self.forwards + by.forwards)
 
-    def _with_ids(self, count: int) -> "Rollout":
+    def with_ids(self, count: int) -> "Rollout":
         """`kept_ids` filled up to so many a token."""
         if self.kept_ids is None:
             return self
@@ -254,7 +257,7 @@ class Rollout(_Movable):
         parts = [part.padded(width - part.tokens.shape[1], pad_id=pad_id, right=True) for part in parts]
         ids = [part.kept_ids for part in parts if part.kept_ids is not None]
         count = max((each.shape[-1] for each in ids), default=0) if len(ids) == len(parts) else 0
-        parts = [part._with_ids(count) if count else dataclasses.replace(part, kept_ids=None) for part in parts]
+        parts = [part.with_ids(count) if count else dataclasses.replace(part, kept_ids=None) for part in parts]
         first, forwards = parts[0], sum(part.forwards for part in parts)
         names = [field.name for field in dataclasses.fields(cls) if isinstance(getattr(first, field.name), Tensor)]
         columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}

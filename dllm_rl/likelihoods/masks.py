@@ -19,8 +19,11 @@ from dllm_rl.types import Noise, Rollout
 
 
 def row_generators(rollout: Rollout, generator: Generator) -> list[Generator]:
-    """One generator per row, seeded with the row's draw from `generator`."""
-    return [torch.Generator().manual_seed(int(seed)) for seed in row_seeds(generator, len(rollout.tokens))]
+    """One generator per row, seeded with the row's draw from `generator`: that of its number in the batch, so that it
+    does not matter which process holds the row."""
+    rows = torch.arange(len(rollout.tokens)) if rollout.batch_row is None else rollout.batch_row.cpu()
+    seeds = row_seeds(generator, int(rows.max()) + 1)[rows]
+    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 
 
 def uniforms_at(marked: Bool[Tensor, "B T"], generators: list[Generator]) -> Float[Tensor, "B T"]:

@@ -12,6 +12,7 @@ from dllm_rl.models.tokens import written_tokens
 from dllm_rl.models.transfer import send
 from dllm_rl.screen import literal
 from dllm_rl.tasks.base import addends
+from dllm_rl.training.balance import of_sampled_rows
 from dllm_rl.training.log import finite
 from dllm_rl.training.rollouts import Answer
 from dllm_rl.training.run import Run
@@ -25,6 +26,7 @@ def log_completions(
     run: Run,
     step: int,
     answers: list[Answer],
+    sampled: Rollout,
     rollout: Rollout,
     *,
     noise: Noise,
@@ -39,19 +41,26 @@ def log_completions(
         {"step", "prompt", "completion", "reward", "parts": {"parsed": 1.0, ...}, "advantage",
          "mismatch": sum over scored tokens of log p_learner - log p_rollout, nats; null where the row is not scored,
          "tokens": [{"id", "text", "step": that committed it, "probability"}, ...]}
+
+    answers and `sampled` are of the rows that this process sampled, the rest of the balanced `rollout`. All processes
+    call it together.
     """
     recipe, log, every = run.recipe, run.log, run.recipe.log_completions_steps
-    if not log.main or not every or (step % every and step + 1 < recipe.num_steps):
+    if not every or (step % every and step + 1 < recipe.num_steps):
         return
-    chosen = contrasts([float(answer.reward.value) for answer in answers], rollout.group_size)
-    (rows,) = send(rollout.tokens.device, torch.tensor(chosen))
-    part, scored = rollout.rows(rows), noise.rows(rows).scored(rollout.rows(rows).completion_mask)
-    apart = torch.where(scored, logps.old[rows] - logps.rollout[rows], 0).double().sum(-1)
-    nats = torch.where(scored.any(-1), apart, torch.nan).tolist()
-    mine = local(rearrange(advantages, "p g -> (p g)"), run.accelerator)[chosen].tolist()
+    scored = noise.scored(rollout.completion_mask)
+    apart = torch.where(scored, logps.old - logps.rollout, 0).double().sum(-1)
+    nats = torch.where(scored.any(-1), apart, torch.nan)
+    mine = send(nats.device, local(rearrange(advantages, "p g -> (p g)"), run.accelerator))[0]
+    found = of_sampled_rows(torch.stack([nats, mine], dim=1), rollout, run.accelerator).tolist()
+    if not log.main:
+        return
+    chosen = contrasts([float(answer.reward.value) for answer in answers], sampled.group_size)
+    (rows,) = send(sampled.tokens.device, torch.tensor(chosen))
     made = []
-    for i, mismatch, advantage, tokens in zip(chosen, nats, mine, written_tokens(run.policy, part), strict=True):
+    for i, tokens in zip(chosen, written_tokens(run.policy, sampled.rows(rows)), strict=True):
         answer = answers[i]
+        mismatch, advantage = found[i]
         numbers = finite({"reward": float(answer.reward.value), "advantage": advantage, "mismatch": mismatch})
         added = addends(answer.reward)
         parts = {n: float(above) / float(below) for n, (above, below) in added.items() if below and n != "reward"}

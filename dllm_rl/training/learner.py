@@ -41,9 +41,8 @@ from dllm_rl.models.base import Policy, whole
 from dllm_rl.models.transfer import send
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
-from dllm_rl.rng import generator_for, row_seeds
+from dllm_rl.rng import generator_for
 from dllm_rl.samplers.agreement import order_agreement
-from dllm_rl.training.evening import Evened, even_out
 from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 
 
@@ -89,13 +88,8 @@ def draw_noise(
     step: int,
     accelerator: Accelerator,
 ) -> Noise:
-    """The step's masks; groups of weight 0 in `measured_groups` are not scored, and `learned_groups` are marked.
-
-    The generator is taken past the seeds of the rows that processes before this one hold.
-    """
-    generator = generator_for(recipe.seed, "noise", step)
-    row_seeds(generator, accelerator.process_index * len(rollout.tokens))
-    noise = recipe.likelihood.draw(rollout, generator)
+    """The step's masks; groups of weight 0 in `measured_groups` are not scored, and `learned_groups` are marked."""
+    noise = recipe.likelihood.draw(rollout, generator_for(recipe.seed, "noise", step))
     learned = repeat(learned_groups(recipe, advantages), "p -> (p g)", g=rollout.group_size)
     flat = rearrange(advantages, "p g -> (p g)")
     (mine,), (learned,) = (send(accelerator.device, local(x, accelerator)) for x in (flat, learned))
@@ -142,30 +136,24 @@ def score(
     """
     likelihood, size, replay = recipe.likelihood, recipe.micro_batch_size, recipe.router_replay
     keep = keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
-    even = even_out(rollout, noise, stays=keep or recipe.zero_mismatch or replay is not None)
-    run = partial(even.run, likelihood, micro_batch_size=size)
     note = None if replay is None else blank(policy, rollout, noise)
     anchor = None
     if reference is not None:
         with in_pace(reference):
-            found = run(reference)
-        anchor = likelihood.combine(even.home(found), noise)
+            anchor = likelihood.logprobs(reference, rollout, noise, micro_batch_size=size)
     sampled = recorded(rollout, noise) if likelihood.exact_for_sampler else None
     if sampled is None and rollout_policy is not policy:
-        found = run(rollout_policy, note=note)
-        sampled = likelihood.combine(even.home(found), noise)
+        sampled = likelihood.logprobs(rollout_policy, rollout, noise, micro_batch_size=size, note=note)
     if replay is not None:
         exact = likelihood.exact_for_sampler
         noise = as_sampled(noise, rollout) if exact else as_noted(noise, rollout, note)
-        even = Evened([(rollout, noise)])
     order: dict = {}
     routing = None
     with in_pace(policy):
         if rollout_policy is not policy:
             order = order_agreement(policy, rollout)
             routing = routing_counts(policy, rollout_policy, rollout, noise)
-        found = even.run(likelihood, policy, micro_batch_size=size, keep_graphs=keep)
-    scores = even.home(found)
+        scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep)
     old = likelihood.combine(scores.detach(), noise)
     sampled = old if sampled is None else sampled
     logps = Logprobs(
@@ -290,18 +278,14 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     keep, size = batch.old_scores.grad_fn is not None, micro_batch_size
-    even = even_out(batch.rollout, batch.noise, stays=keep or batch.noise.experts is not None)
     for iteration in range(num_iterations):
         scores = batch.old_scores
         if iteration:
             torch.clear_autocast_cache()  # autocast's bf16 copies are those of the weights before the last step
             with in_pace(policy):
-                found = even.run(likelihood, policy, micro_batch_size=size, keep_graphs=keep)
-            scores = even.home(found)
+                scores = likelihood.scores(policy, batch.rollout, batch.noise, micro_batch_size=size, keep_graphs=keep)
         optimizer.zero_grad(set_to_none=True)
-        metrics = accumulate_gradients(
-            policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=size, even=even
-        )
+        metrics = accumulate_gradients(policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=size)
         metrics |= waited("update", accelerator)
         sum_gradients(policy.module, accelerator)
         trained = [p for p in policy.module.parameters() if p.requires_grad]
@@ -328,13 +312,11 @@ def accumulate_gradients(
     loss: Loss,
     likelihood: LikelihoodEstimator,
     micro_batch_size: int | None = None,
-    even: Evened | None = None,
 ) -> Metrics:
     """Add this process's share of the loss gradient to the parameters; returns its metrics as (sum, count) pairs.
 
     scores  the current log-probs of every view, nats; with their graphs, the backward goes through those and frees
-            them, and no forward is run.
-    even    who runs which forwards; None: each process its own. The other arguments are those of `update`.
+            them, and no forward is run. The other arguments are those of `update`.
     """
     leaves = scores.detach().requires_grad_()
     logps = likelihood.combine(leaves, batch.noise)
@@ -344,17 +326,14 @@ def accumulate_gradients(
     if scores.grad_fn is not None:
         scores.backward(vectors)
         return metrics
-    even = even or Evened([(batch.rollout, batch.noise)])
-    parts = list(zip(even.parts, even.away(vectors), strict=True))
     with in_pace(policy, backward=True):
-        for (rollout, noise), vectors in parts:
-            for chunk in row_chunks(rollout, noise, micro_batch_size):
-                part, masks = chunk.of(rollout, noise)
-                for n, masked in enumerate(masks.masked):
-                    # Only positions that move the loss are scored again; with none left in this view, no forward runs.
-                    vector = vectors[n, chunk.rows][:, chunk.columns]
-                    back = partial(backward_view, policy, part, masked, vector, packed=likelihood.packed is not None)
-                    if masks.left is not None:
-                        back = partial(back, scored=masks.weight[n] != 0, left=masks.left[n])
-                    back(routes=masks.routes(n))
+        for chunk in row_chunks(batch.rollout, batch.noise, micro_batch_size):
+            part, masks = chunk.of(batch.rollout, batch.noise)
+            for n, masked in enumerate(masks.masked):
+                # Only positions that move the loss are scored again; with none left in this view, no forward runs.
+                vector = vectors[n, chunk.rows][:, chunk.columns]
+                back = partial(backward_view, policy, part, masked, vector, packed=likelihood.packed is not None)
+                if masks.left is not None:
+                    back = partial(back, scored=masks.weight[n] != 0, left=masks.left[n])
+                back(routes=masks.routes(n))
     return metrics

@@ -3,6 +3,7 @@
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
+from dllm_rl.training.balance import balance
 from dllm_rl.training.completions import log_completions
 from dllm_rl.training.dry_run import plan
 from dllm_rl.training.finish import Summary, finish
@@ -24,11 +25,13 @@ def train(recipe: Recipe) -> Summary:
     policy, rollout_policy, accelerator, log = run.policy, run.rollout_policy, run.accelerator, run.log
 
     for step in range(run.first_step, recipe.num_steps):
-        rollout, answers, rewards, parts, sampling = collect(recipe, rollout_policy, step, accelerator, log)
+        sampled, answers, rewards, parts, sampling = collect(recipe, rollout_policy, step, accelerator, log)
         advantages = recipe.advantages(rewards, **parts)  # (P, G), of all processes
         groups = measured_groups(recipe, advantages, step)  # those to learn from, and a sample of the others
 
         with log.stage("scoring"), learner_forward(recipe, policy, rollout_policy, accelerator):
+            moved = balance(recipe, sampled, advantages, groups, accelerator, pad_id=policy.pad_id)
+            rollout, advantages, groups = moved  # so that all processes finish together
             noise = draw_noise(recipe, rollout, advantages, groups, step, accelerator)  # shared by every policy
             logps = score(recipe, rollout, noise, policy=policy, rollout_policy=rollout_policy, reference=run.reference)
         with log.stage("update"), learner_forward(recipe, policy, rollout_policy, accelerator):
@@ -39,7 +42,7 @@ def train(recipe: Recipe) -> Summary:
 
         metrics = sampling | mismatch | learning | synced | validate(run, step)
         log.write(step, metrics)
-        log_completions(run, step, answers, rollout, noise=noise, logps=logps, advantages=advantages)
+        log_completions(run, step, answers, sampled, rollout, noise=noise, logps=logps, advantages=advantages)
         run.progress(metrics, show=(step + 1) % recipe.logging_steps == 0 or step + 1 == recipe.num_steps)
         checkpoint_if_due(run, step)  # every save_steps, after the last step, and on a signal, which ends the run here
     return finish(run)

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dllm_rl import lora_r16
 from dllm_rl.models.base import whole
-from dllm_rl.training import evening
+from dllm_rl.training import balance
 
 LAUNCHES = {1: (1,), 2: (1, 0), 3: (1, 0), 4: (1, 0, 2)}
 MODELS = {"diffusion": tiny_recipe, "ar": tiny_recipe_ar}
@@ -75,15 +75,15 @@ def run_all(folder, steps, sizes, *only):
 
 @contextmanager
 def travelling():
-    """Every group that makes a process's share more even is run there, however small; yields how many, call by call."""
-    found, moves = [], evening.moves
+    """Every swap that makes two processes' shares more even is made, however small; yields how many, call by call."""
+    found, swaps = [], balance.swaps
 
-    def counted(costs, *, extra):
-        plan = moves(costs, extra=0)
+    def counted(costs):
+        plan = swaps(costs)
         found.append(len(plan))
         return plan
 
-    with mock.patch.object(evening, "moves", counted):
+    with mock.patch.object(balance, "swaps", counted), mock.patch.object(balance, "WORTH", 0):
         yield found
 
 

@@ -1,0 +1,119 @@
+"""Balance of work over processes: groups move once, whole, after their rewards are known.
+
+Groups without advantage are not scored, so that some processes have more work than others, and all wait for the
+slowest. Here a process with much work swaps groups for cheaper ones of another process. Every process keeps its number
+of rows, and what follows is local. `Rollout.batch_row` moves with the rows, and their noise is drawn by it.
+"""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from einops import rearrange, reduce
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dllm_rl.distributed import gather_on_host, local, swap
+from dllm_rl.models.transfer import send
+from dllm_rl.recipe import Recipe
+from dllm_rl.training.learner import learned_groups
+from dllm_rl.types import Rollout
+
+Place = tuple[int, int]  # a process, and a group's place in its share
+UPDATE = 3  # an update takes a forward and a backward, which costs as much as two, beside the forward of scoring
+WORTH = 0.02  # a swap must save the slower process this share of its work
+
+
+def balance(
+    recipe: Recipe,
+    rollout: Rollout,
+    advantages: Float[Tensor, "P G"],
+    groups: Float[Tensor, " P"],
+    accelerator: Accelerator,
+    *,
+    pad_id: int,
+) -> tuple[Rollout, Float[Tensor, "P G"], Float[Tensor, " P"]]:
+    """This process's new rollout; advantages and `measured_groups` of all processes, in the new order of groups. An
+    exchange of all processes; nothing happens with one."""
+    if accelerator.num_processes == 1:
+        return rollout, advantages, groups
+    rows = local(torch.arange(advantages.numel()), accelerator)
+    rollout = replace(rollout, batch_row=send(rollout.tokens.device, rows)[0])
+    if recipe.zero_mismatch:  # the bits of a row depend on the width of the rollout that sampled it
+        return rollout, advantages, groups
+    if rollout.sampling_params.support != "rollout":
+        rollout = replace(rollout, kept_ids=None)  # unused here, and not every process records them
+    lengths = reduce(rollout.attention_mask.long(), "(p g) t -> p", "sum", g=rollout.group_size).cpu()
+    shape = (rollout.tokens.shape[1], 0 if rollout.kept_ids is None else rollout.kept_ids.shape[-1])
+    (table,) = gather_on_host([torch.cat([lengths, torch.tensor(shape)])[None]], accelerator)
+    work = (groups > 0) + UPDATE * learned_groups(recipe, advantages).long()
+    costs = table[:, :-2] * rearrange(work, "(w p) -> w p", w=len(table))
+    plan = swaps(costs)
+    mine = dict[int, list[int]]()  # by process, which places trade with it; both sides list a trade in the plan's order
+    for pair in plan:
+        for (process, place), (other, _) in (pair, pair[::-1]):
+            if process == accelerator.process_index:
+                mine.setdefault(other, []).append(place)
+    if mine:
+        width, ids = table[:, -2:].amax(0).tolist()
+        rollout = exchanged(rollout.padded(width - shape[0], pad_id=pad_id).with_ids(ids), mine)
+    home = torch.arange(len(groups)).view_as(costs)
+    order = home.clone()
+    for one, other in plan:
+        order[one] = home[other]
+        order[other] = home[one]
+    return rollout, advantages[order.flatten()], groups[order.flatten()]
+
+
+def swaps(costs: Int[Tensor, "W P"]) -> list[tuple[Place, Place]]:
+    """Pairs of groups that change places, each group at most once: of the process with the most work and of that with
+    the least, the two that leave these processes closest. Greedy, on the host, the same in every process."""
+    loads = costs.sum(1)
+    settled = torch.zeros_like(costs, dtype=torch.bool)
+    found = list[tuple[Place, Place]]()
+    while True:
+        most, least = int(loads.argmax()), int(loads.argmin())
+        apart = loads[most] - loads[least]
+        handed = costs[most][:, None] - costs[least]
+        handed[settled[most][:, None] | settled[least]] = 0
+        left = (apart - 2 * handed).abs()
+        if apart - left.min() <= 2 * WORTH * loads[most]:
+            return found
+        give, take = divmod(int(left.argmin()), costs.shape[1])
+        loads[most] -= handed[give, take]
+        loads[least] += handed[give, take]
+        settled[most, give] = settled[least, take] = True
+        found.append(((most, give), (least, take)))
+
+
+def exchanged(rollout: Rollout, mine: dict[int, list[int]]) -> Rollout:
+    """The rollout with the groups at the places `mine` sent to each process, and replaced by those that come back.
+
+    All fields of a row travel as one line of fp64, which holds masks, token ids and fp32 exactly.
+    """
+    group = torch.arange(rollout.group_size)
+    counts = [len(places) * len(group) for places in mine.values()]
+    places = torch.tensor([place for each in mine.values() for place in each])
+    (rows,) = send(rollout.tokens.device, rearrange(places[:, None] * len(group) + group, "p g -> (p g)"))
+    named = {f.name: getattr(rollout, f.name) for f in fields(rollout) if isinstance(getattr(rollout, f.name), Tensor)}
+    lines = [value[rows].double().reshape(len(rows), -1) for value in named.values()]
+    parcels = torch.cat(lines, dim=1).split(counts)
+    arrived = [torch.empty_like(parcel) for parcel in parcels]
+    swap(list(zip(mine, parcels, strict=True)), list(zip(mine, arrived, strict=True)))
+    columns = torch.cat(arrived).split([line.shape[1] for line in lines], dim=1)
+    changed: dict[str, Any] = {}
+    for (name, value), column in zip(named.items(), columns, strict=True):
+        changed[name] = value.index_copy(0, rows, column.view(-1, *value.shape[1:]).to(value.dtype))
+    rollout = replace(rollout, **changed)
+    start = int(rollout.attention_mask.any(0).long().argmax())  # columns before it pad every row
+    return rollout.rows(torch.arange(len(rollout.tokens), device=rows.device), slice(start, None))
+
+
+def of_sampled_rows(values: Float[Tensor, "B K"], rollout: Rollout, accelerator: Accelerator) -> Float[Tensor, "B K"]:
+    """Numbers of the balanced rollout's rows -> those of the rows that this process sampled, on the host. An exchange
+    of all processes."""
+    if rollout.batch_row is None:
+        return values.cpu()
+    (found,) = gather_on_host([torch.cat([values.double(), rollout.batch_row[:, None]], dim=1)], accelerator)
+    return local(found[found[:, -1].argsort()], accelerator)[:, :-1]

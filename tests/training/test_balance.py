@@ -1,0 +1,218 @@
+"""Groups move once, so that processes finish together; what moves arrives as it left, and its noise with it."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from threading import Barrier
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny_recipe import tiny_recipe
+from torch import Tensor
+
+from dllm_rl.likelihoods.estimators import block, coupled, elbo, one_step, quadrature, trajectory
+from dllm_rl.rng import generator_for
+from dllm_rl.training import balance
+from dllm_rl.types import Rollout, SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [
+        ([[5, 5, 5, 5], [0, 0, 0, 0]], [((0, 0), (1, 0)), ((0, 1), (1, 1))]),  # 20 and 0 -> 15 and 5 -> 10 and 10
+        ([[5, 0], [0, 5]], []),
+        ([[5, 5], [0, 5]], []),  # 10 and 5 would be 5 and 10
+        ([[9, 2, 4], [1, 0, 0]], [((0, 0), (1, 0))]),  # 15 and 1 -> 7 and 9
+        ([[9, 4], [6, 1]], [((0, 0), (1, 0))]),  # 13 and 7 -> 10 and 10: a long group for a short one
+        ([[500, 500], [499, 491]], []),  # 9 or 1 of 1000 is not worth a move
+        ([[0, 0], [4, 4], [4, 4], [0, 0]], [((1, 0), (0, 0)), ((2, 0), (3, 0))]),
+        ([[0, 0], [0, 0]], []),
+    ],
+)
+def test_groups_are_swapped_as_long_as_the_slower_process_gains(costs, expected):
+    assert balance.swaps(torch.tensor(costs)) == expected
+
+
+def test_no_process_takes_longer_than_the_slowest_did_and_a_group_moves_once():
+    generator = generator_for("costs")
+    gains = []
+    for _ in range(200):
+        costs = torch.randint(0, 9, (5, 6), generator=generator) * torch.randint(0, 2, (5, 6), generator=generator)
+        plan = balance.swaps(costs)
+        assert len({place for pair in plan for place in pair}) == 2 * len(plan)
+        moved = costs.clone()
+        for one, other in plan:
+            moved[one] = costs[other]
+            moved[other] = costs[one]
+        assert moved.sum(1).max() <= costs.sum(1).max()
+        gains.append(
+            (costs.sum(1).max() / costs.sum(1).float().mean(), moved.sum(1).max() / moved.sum(1).float().mean())
+        )
+    before, after = torch.tensor(gains).nanmean(0).tolist()
+    assert before > 1.4 and after < 1.1
+
+
+def rank(index, count):
+    """What an Accelerator says in one of several processes."""
+    says = {"process_index": index, "num_processes": count, "device": torch.device("cpu"), "__init__": lambda _: None}
+    return type("Rank", (Accelerator,), says)()
+
+
+class Joined:
+    """Processes as threads: what each gathers and swaps reaches the others."""
+
+    def __init__(self, count):
+        self.barrier = Barrier(count, timeout=60)
+        self.given = [None] * count
+        self.me = {}
+
+    def all_of(self, accelerator, given):
+        self.given[accelerator.process_index] = given
+        self.barrier.wait()
+        found = list(self.given)
+        self.barrier.wait()
+        return found
+
+    def run(self, monkeypatch, work):
+        """`work(accelerator)` of each process."""
+        count = len(self.given)
+        ranks = [rank(i, count) for i in range(count)]
+
+        def gathered(parts, accelerator):
+            return [torch.cat(found) for found in zip(*self.all_of(accelerator, parts), strict=True)]
+
+        monkeypatch.setattr(balance, "gather_on_host", gathered)
+        with ThreadPoolExecutor(count) as pool:
+            return list(pool.map(work, ranks))
+
+
+def made(rows, columns, ids, *, seed, padding):
+    """A rollout of random numbers, every field filled; its first columns pad every row."""
+    draw = generator_for("balance", seed)
+    whole = lambda *shape: torch.randint(-1, 2**50, shape, generator=draw)  # noqa: E731
+    yes = lambda *shape: torch.rand(shape, generator=draw) < 0.5  # noqa: E731
+    real = lambda *shape: torch.randn(shape, generator=draw)  # noqa: E731
+    two = (rows, columns)
+    seen = torch.arange(columns).expand(two) >= padding
+    return Rollout(
+        tokens=whole(*two), attention_mask=seen, completion_mask=yes(*two), unmask_step=whole(*two),
+        logprobs=real(*two), group_size=2, sampling_params=SamplingParams(support="rollout"), log_kept_mass=real(*two),
+        kept_ids=whole(*two, ids), open_step=whole(*two), order_logprobs=real(*two),
+        experts=torch.randint(0, 64, (*two, 3, 2), dtype=torch.uint8, generator=draw),
+    )  # fmt: skip
+
+
+def balanced(monkeypatch, recipe, rollouts, advantages, groups):
+    """What each process has after `balance`; swaps are of two processes, in one exchange."""
+    joined = Joined(len(rollouts))
+    given = [None] * len(rollouts)
+
+    def work(accelerator):
+        me = accelerator.process_index
+        return balance.balance(recipe, rollouts[me], advantages, groups, accelerator, pad_id=0)
+
+    def swap(sent, wanted):
+        (other, parcel), (giver, room) = *sent, *wanted
+        assert other == giver and parcel.shape == room.shape
+        given[1 - other] = parcel
+        joined.barrier.wait()
+        room.copy_(given[other])
+
+    monkeypatch.setattr(balance, "swap", swap)
+    return joined.run(monkeypatch, work)
+
+
+def test_what_moves_arrives_as_it_left(tmp_path, monkeypatch):
+    """Between processes whose rollouts differ in columns and kept ids; all know the new order."""
+    recipe = tiny_recipe(tmp_path)
+    rollouts = [made(8, 7, 5, seed=0, padding=0), made(8, 9, 1, seed=1, padding=1)]
+    advantages = torch.zeros(8, 2)
+    advantages[:3] = torch.arange(1.0, 7).view(3, 2)  # the first process has three groups of four, the other none
+    groups = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 5])
+    found = balanced(monkeypatch, recipe, rollouts, advantages, groups)
+    rows = [rollout.batch_row.tolist() for rollout, _, _ in found]
+    assert rows == [[8, 9, 2, 3, 4, 5, 6, 7], [0, 1, 10, 11, 12, 13, 14, 15]]
+    for (rollout, scores, weights), mine in zip(found, rows, strict=True):
+        assert scores.flatten()[rows[0] + rows[1]].tolist() != scores.flatten().tolist()
+        assert torch.equal(scores, advantages.view(16)[rows[0] + rows[1]].view(8, 2))
+        assert weights.tolist() == [0, 1, 1, 0, 1, 0, 0, 5]
+        for line, row in enumerate(mine):
+            source = rollouts[row // 8]
+            for field in fields(rollout):
+                now, then = getattr(rollout, field.name), getattr(source, field.name)
+                if field.name == "kept_ids":
+                    width = min(now.shape[1], then.shape[1])
+                    ids = then.shape[-1]
+                    assert (
+                        torch.equal(now[line, -width:, :ids], then[row % 8, -width:])
+                        and (now[line, ..., ids:] == -1).all()
+                    )
+                elif isinstance(now, Tensor) and field.name != "batch_row":
+                    width = min(now.shape[1], then.shape[1])
+                    assert torch.equal(now[line, -width:], then[row % 8, -width:]) and now.dtype == then.dtype
+                    assert field.name != "attention_mask" or not now[line, :-width].any()
+    assert [rollout.tokens.shape[1] for rollout, _, _ in found] == [8, 8], "no column pads every row"
+
+
+def test_an_update_counts_for_more_than_a_row_that_is_only_measured(tmp_path, monkeypatch):
+    """Two groups to learn from on one side, two to measure on the other: one of each goes across."""
+    recipe = tiny_recipe(tmp_path)
+    rollouts = [made(8, 7, 1, seed=seed, padding=0) for seed in range(2)]
+    advantages = torch.zeros(8, 2)
+    advantages[:2] = 1.0
+    groups = torch.tensor([1.0, 1, 0, 0, 3, 3, 0, 0])
+    found = balanced(monkeypatch, recipe, rollouts, advantages, groups)
+    assert all((scores != 0).any(-1).view(2, 4).sum(1).tolist() == [1, 1] for _, scores, _ in found)
+
+
+def test_rows_stay_with_zero_mismatch(tmp_path, monkeypatch):
+    """The bits of a row depend on the width of its rollout. Rows are numbered all the same, for their noise."""
+    recipe = tiny_recipe(tmp_path, zero_mismatch=True, rollout_quantization=None)
+    rollouts = [made(8, 7, 1, seed=seed, padding=0) for seed in range(2)]
+    advantages = torch.ones(8, 2) * (torch.arange(8) < 4)[:, None]
+    found = balanced(monkeypatch, recipe, rollouts, advantages, torch.ones(8))
+    assert [rollout.batch_row.tolist() for rollout, _, _ in found] == [list(range(8)), list(range(8, 16))]
+    assert all(
+        torch.equal(rollout.tokens, given.tokens) for (rollout, _, _), given in zip(found, rollouts, strict=True)
+    )
+
+
+def test_one_process_keeps_its_records(tmp_path):
+    rollout, advantages, groups = made(8, 7, 1, seed=0, padding=0), torch.ones(4, 2), torch.ones(4)
+    found = balance.balance(tiny_recipe(tmp_path), rollout, advantages, groups, Accelerator(cpu=True), pad_id=0)
+    assert found[0] is rollout and found[1] is advantages and found[2] is groups
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [one_step(), elbo(), coupled(), quadrature(), block(block_size=2), trajectory(num_sampled=2)],
+    ids=lambda estimator: estimator.name,
+)
+def test_a_row_has_the_same_noise_wherever_it_is(estimator):
+    shape = (12, 7)
+    seen = torch.ones(shape, dtype=torch.bool)
+    rollout = replace(
+        made(*shape, 1, seed=0, padding=0),
+        completion_mask=seen & (torch.arange(7) > 2),
+        unmask_step=(torch.arange(7) - 3).expand(shape).clamp(min=-1),
+    )
+    every = estimator.draw(rollout, generator_for("noise"))
+    rows = torch.tensor([4, 5, 10, 11, 2, 3])
+    some = estimator.draw(replace(rollout.rows(rows), batch_row=rows), generator_for("noise"))
+    assert torch.equal(some.masked, every.masked[:, rows]) and torch.equal(some.weight, every.weight[:, rows])
+    other = estimator.draw(rollout.rows(rows), generator_for("noise"))
+    assert not torch.equal(other.masked, some.masked)
+
+
+def test_numbers_go_back_to_the_process_that_sampled_their_rows(monkeypatch):
+    rows = [[4, 5, 2, 3], [0, 1, 6, 7]]
+    rollouts = [replace(made(4, 7, 1, seed=i, padding=0), batch_row=torch.tensor(rows[i])) for i in range(2)]
+
+    def work(accelerator):
+        mine = torch.tensor(rows[accelerator.process_index])
+        return balance.of_sampled_rows(
+            torch.stack([mine * 10.0, -mine], dim=1), rollouts[accelerator.process_index], accelerator
+        )
+
+    first, second = Joined(2).run(monkeypatch, work)
+    assert torch.cat([first, second]).tolist() == [[10.0 * i, -i] for i in range(8)]
