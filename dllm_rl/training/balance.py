@@ -60,9 +60,9 @@ def balance(
         rollout = exchanged(rollout.padded(width - shape[0], pad_id=pad_id).with_ids(ids), mine)
     home = torch.arange(len(groups)).view_as(costs)
     order = home.clone()
-    for one, other in plan:
-        order[one] = home[other]
-        order[other] = home[one]
+    for first, second in plan:
+        order[first] = home[second]
+        order[second] = home[first]
     return rollout, advantages[order.flatten()], groups[order.flatten()]
 
 

@@ -72,7 +72,7 @@ def test_mismatch_and_advantage_by_hand(tmp_path):
     noise = draw_noise(recipe, rollout, advantages, groups, 0, run.accelerator)
     old = rollout.logprobs + 0.25 * rollout.completion_mask
     logps = Logprobs(old=old, old_scores=old[None], rollout=rollout.logprobs, reference=None)
-    log_completions(run, 0, answers, rollout, noise=noise, logps=logps, advantages=advantages)
+    log_completions(run, 0, answers, rollout, rollout, noise=noise, logps=logps, advantages=advantages)
     run.log.close()
     rows = current_rows(tmp_path / "completions.jsonl")
     chosen = contrasts(rewards.flatten().tolist(), 4)
@@ -91,7 +91,7 @@ def test_a_probability_that_is_no_number_stops_no_run(tmp_path):
     advantages = torch.full((4, 4), torch.inf)
     noise = draw_noise(recipe, rollout, advantages, torch.ones(4, dtype=torch.float64), 0, run.accelerator)
     logps = Logprobs(old=rollout.logprobs, old_scores=rollout.logprobs[None], rollout=rollout.logprobs, reference=None)
-    log_completions(run, 0, answers, rollout, noise=noise, logps=logps, advantages=advantages)
+    log_completions(run, 0, answers, rollout, rollout, noise=noise, logps=logps, advantages=advantages)
     run.log.close()
     for row in current_rows(tmp_path / "completions.jsonl"):
         assert row["mismatch"] is None and row["advantage"] is None
