@@ -6,7 +6,7 @@ The public names below are imported on first use, so that `import dllm_rl` costs
 from importlib import import_module
 from typing import Any
 
-from dllm_rl.quiet import silence_import_noise
+from dllm_rl.screen import silence_import_noise
 
 silence_import_noise()
 

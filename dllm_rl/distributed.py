@@ -2,10 +2,8 @@
 training/ the one room of accelerate."""
 
 import copy
-import math
 import os
 import platform
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dllm_rl.device import find_device
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 BUCKET = 2**25  # gradients that processes sum at once: what is held beside them is two copies of so many
@@ -119,23 +119,6 @@ def waited(stage: str, accelerator: Accelerator) -> Metrics:
     accelerator.wait_for_everyone()
     spent = torch.tensor([time.perf_counter() - begin, 1.0], dtype=torch.double, device=accelerator.device)
     return {f"waiting/{stage}": (spent[0], spent[1])}
-
-
-def find_device(name: str | None = None) -> torch.device:
-    """The device of that name; without one, the accelerator where there is one, else the CPU.
-
-    A Mac's GPU is passed over unless it is named: it has no fp64, which random numbers and metrics are computed in.
-    Raises ValueError on a device that this machine has not.
-    """
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name is None:
-        return torch.device("cpu") if found is None or found.type == "mps" else found
-    there = ["cpu"] if found is None else ["cpu", found.type]
-    kind, colon, index = name.partition(":")
-    count = 1 if kind == "cpu" else torch.accelerator.device_count()
-    if kind not in there or (colon and not (index.isdecimal() and int(index) < count)):
-        raise ValueError(f"device={name!r} is not on this machine, which has {' and '.join(there)}")
-    return torch.device(name)
 
 
 def launched() -> int:
@@ -362,17 +345,6 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
         else platform.processor() or platform.machine()
     )
     return {"versions": versions(), "device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-
-
-def peak_memory() -> float:
-    """The most that this process has held so far, GB: on its GPU where it uses one, else in the host's memory."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ModuleNotFoundError:  # not a POSIX system
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def versions() -> dict[str, str | None]:

@@ -1,8 +1,10 @@
 """Foreign text on a screen: prompts, completions, paths and names are shown, and can neither steer a terminal nor be
 read as rich's markup."""
 
+import logging
 import sys
 import unicodedata
+from collections.abc import Callable
 
 from rich.text import Text
 
@@ -31,3 +33,21 @@ def escape_controls(text: str, *, keep: str = "") -> str:
 def literal(text: object, *, style: str = "") -> Text:
     """What rich prints as it stands, brackets and all: a cell, a title."""
     return Text(escape_controls(str(text)), style=style)
+
+
+_NOISE = {
+    "torchao": "Failed to load",  # CUDA extensions, on a machine without them
+    "torch.utils._pytree": "is an Enum subclass",  # a deprecation inside torchao
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # an optional faster kernel
+    "bitsandbytes.autograd._functions": "inputs will be cast from",  # once per product
+}
+
+
+def silence_import_noise() -> None:
+    """Drop just these messages, whoever imports the library that logs them; everything else is still logged."""
+    for name, start in _NOISE.items():
+        logging.getLogger(name).addFilter(_other_than(start))
+
+
+def _other_than(start: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: start not in str(record.msg)

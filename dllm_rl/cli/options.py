@@ -48,7 +48,7 @@ def open_policy(
     arguments: argparse.Namespace, model: str | None = None, *, device: "torch.device | None" = None, **options: Any
 ) -> "Policy":
     """The model, or the one that the arguments name, in their dtype and on their device, or on the one given."""
-    from dllm_rl.distributed import find_device
+    from dllm_rl.device import find_device
     from dllm_rl.models.policy import load_policy
 
     device = find_device(arguments.device) if device is None else device

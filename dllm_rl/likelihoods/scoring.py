@@ -7,6 +7,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
+from dllm_rl.device import send
 from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
 from dllm_rl.models.buckets import length_buckets
@@ -19,7 +20,6 @@ from dllm_rl.models.order import (
     token_logprobs_and_confidences,
 )
 from dllm_rl.models.routing import Routes, routed
-from dllm_rl.models.transfer import send
 from dllm_rl.types import Noise, Rollout
 
 

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from dllm_rl.device import send
 from dllm_rl.models.base import Policy, position_ids
-from dllm_rl.models.transfer import send
 
 
 @dataclass(frozen=True)

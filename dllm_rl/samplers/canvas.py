@@ -8,9 +8,9 @@ from einops import repeat
 from jaxtyping import Bool, Float, Int, Integer, Shaped
 from torch import Tensor
 
+from dllm_rl.device import send
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import fitting
-from dllm_rl.models.transfer import send
 from dllm_rl.samplers.rules import steps_per_block
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 

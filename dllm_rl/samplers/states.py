@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+from dllm_rl.device import send
 from dllm_rl.models.base import Policy
 from dllm_rl.models.buckets import length_buckets
 from dllm_rl.models.routing import Routing, of_tokens
-from dllm_rl.models.transfer import send
 from dllm_rl.samplers.cache import Cache, CachedStates
 from dllm_rl.samplers.canvas import Canvas
 

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
+from dllm_rl.device import send
 from dllm_rl.models.base import Policy
-from dllm_rl.models.transfer import send
 from dllm_rl.rng import row_seeds, uniforms
 from dllm_rl.samplers.cache import Cache
 from dllm_rl.samplers.canvas import BlockQueue, make_canvas

@@ -7,9 +7,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
+from dllm_rl.device import send
 from dllm_rl.distributed import local
 from dllm_rl.models.tokens import written_tokens
-from dllm_rl.models.transfer import send
 from dllm_rl.screen import literal
 from dllm_rl.tasks.base import addends
 from dllm_rl.training.balance import of_sampled_rows

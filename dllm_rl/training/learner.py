@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dllm_rl.algorithms.mismatch import PREFIX, group_weights, mismatch_metrics, off_policy_metrics, symptom_metrics
+from dllm_rl.device import send
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
 from dllm_rl.distributed import (
     Metrics,
@@ -38,7 +39,6 @@ from dllm_rl.likelihoods.replay import as_noted, as_sampled, blank, routing_coun
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
 from dllm_rl.models.attention import PlainAttention
 from dllm_rl.models.base import Policy, whole
-from dllm_rl.models.transfer import send
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for

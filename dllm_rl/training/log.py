@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.tracking import GeneralTracker
 from rich.console import Console, RenderableType
 
-from dllm_rl.distributed import peak_memory
+from dllm_rl.device import peak_memory
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.cautions import PATIENCE, flat_for
 from dllm_rl.training.heartbeat import heartbeat

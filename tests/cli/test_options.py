@@ -6,7 +6,7 @@ from simulated_cuda import SimulatedCuda
 
 from dllm_rl.cli import options
 from dllm_rl.cli.main import main
-from dllm_rl.distributed import find_device
+from dllm_rl.device import find_device
 from dllm_rl.models.tiny import tiny_llama
 
 COMMANDS = {

@@ -3,7 +3,7 @@
 import torch
 from simulated_cuda import SimulatedCuda
 
-from dllm_rl.models.transfer import send
+from dllm_rl.device import send
 
 
 def test_tensors_arrive_as_they_were_without_a_wait():
