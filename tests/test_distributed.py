@@ -6,8 +6,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dllm_rl import distributed
-from dllm_rl.distributed import buckets, sum_gradients
+from dllm_rl.distributed import collectives as distributed
+from dllm_rl.distributed.collectives import buckets, sum_gradients
 
 
 def test_buckets_keep_order_and_dtype_and_size():

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "manifest": "",
     "quiet": "",
     "screen": "",
-    "distributed": "",
+    "distributed.collectives": "",
     "tasks": "",
     # on these
     "config": "screen",

@@ -60,9 +60,9 @@ def test_its_exit_statuses_are_those_of_the_code():
     import re
     import signal
 
+    from dllm_rl.distributed import peers
+    from dllm_rl.distributed.stop import SIGNALS
     from dllm_rl.tasks.deadline import STATUS
-    from dllm_rl.training import peers
-    from dllm_rl.training.stop import SIGNALS
 
     rows = dict(
         re.findall(r"^\| ([\d, ]+) \| (.*?) \|", README.read_text().partition("| exit status |")[2], re.MULTILINE)

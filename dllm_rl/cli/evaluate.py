@@ -19,7 +19,7 @@ from rich.table import Table
 from dllm_rl.cli.options import open_policy
 from dllm_rl.config import paths, pickable
 from dllm_rl.device import find_device
-from dllm_rl.distributed import OneProcess, Processes, launched, make_accelerator
+from dllm_rl.distributed.collectives import OneProcess, Processes, launched, make_accelerator
 from dllm_rl.evaluation.completions import fingerprint
 from dllm_rl.evaluation.evaluate import evaluate, task_facts
 from dllm_rl.evaluation.results import Evaluation, headline, paired_differences

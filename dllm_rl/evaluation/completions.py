@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.distributed import Processes
+from dllm_rl.distributed.collectives import Processes
 from dllm_rl.files import replacing, to_disk
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.linear import is_packed, unpacked

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.config import describe
-from dllm_rl.distributed import OneProcess, Processes, gather_objects, in_pace
+from dllm_rl.distributed.collectives import OneProcess, Processes, gather_objects
+from dllm_rl.distributed.sharding import in_pace
 from dllm_rl.evaluation.completions import Completions, Row, fingerprint, make_row
 from dllm_rl.evaluation.results import Evaluation, Graded
 from dllm_rl.models.base import Policy

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.device import send
-from dllm_rl.distributed import gather_on_host, local, swap
+from dllm_rl.distributed.collectives import gather_on_host, local, swap
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.learner import learned_groups
 from dllm_rl.types import Rollout

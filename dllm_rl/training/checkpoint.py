@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dllm_rl import manifest
-from dllm_rl.distributed import part_like
+from dllm_rl.distributed.sharding import part_like
 from dllm_rl.files import folder_size, read_json, recover, remove, remove_whole, replacing, write_text
 from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy

@@ -8,7 +8,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dllm_rl.device import send
-from dllm_rl.distributed import local
+from dllm_rl.distributed.collectives import local
 from dllm_rl.models.tokens import written_tokens
 from dllm_rl.screen import literal
 from dllm_rl.tasks.base import addends

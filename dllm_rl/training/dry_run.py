@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dllm_rl.distributed import launched
+from dllm_rl.distributed.collectives import launched
 from dllm_rl.models.base import FamilySpec, Module, Policy
 from dllm_rl.models.experts import STACKS, is_stacked
 from dllm_rl.models.families import find_family

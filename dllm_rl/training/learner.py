@@ -24,16 +24,16 @@ from torch import Tensor
 from dllm_rl.algorithms.mismatch import PREFIX, group_weights, mismatch_metrics, off_policy_metrics, symptom_metrics
 from dllm_rl.device import send
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
-from dllm_rl.distributed import (
+from dllm_rl.distributed.collectives import (
     Metrics,
     gather_on_host,
-    in_pace,
     local,
     reduce_metrics,
     sum_gradients,
     sum_over,
     waited,
 )
+from dllm_rl.distributed.sharding import in_pace
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.replay import as_noted, as_sampled, blank, routing_counts, routing_metrics
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks

@@ -1,5 +1,6 @@
 """The loop: task, prompts, rollout, rewards, advantages, likelihoods, corrector, update, weight sync."""
 
+from dllm_rl.distributed.stop import leaving_nothing_behind
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
@@ -11,7 +12,6 @@ from dllm_rl.training.learner import correct, draw_noise, learner_forward, measu
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.saving import checkpoint_if_due
 from dllm_rl.training.start import start, validate
-from dllm_rl.training.stop import leaving_nothing_behind
 
 
 @leaving_nothing_behind

@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl.algorithms.optimizers import adamw, adamw_8bit
-from dllm_rl.distributed import from_main, in_pace
+from dllm_rl.distributed.collectives import from_main
+from dllm_rl.distributed.sharding import in_pace
 from dllm_rl.files import remove
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import add_lora

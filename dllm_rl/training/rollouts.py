@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dllm_rl.algorithms.advantages import informative, takes_parts
 from dllm_rl.device import send
-from dllm_rl.distributed import Metrics, gather_objects, gather_on_host, local, reduce_metrics, sharding_of, waited
+from dllm_rl.distributed.collectives import Metrics, gather_objects, gather_on_host, local, reduce_metrics, waited
+from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import chosen_ids, encode, graded_texts
 from dllm_rl.quantization.rollout_policy import quantized_copy

@@ -7,10 +7,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from accelerate import Accelerator
 
+from dllm_rl.distributed.stop import Stop
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Settings
 from dllm_rl.training.log import RunLog
-from dllm_rl.training.stop import Stop
 from dllm_rl.training.writer import Writer
 
 Record = TypeVar("Record", bound=Settings)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dllm_rl.distributed import from_main, reduce_metrics, sum_gradients
+from dllm_rl.distributed.collectives import from_main, reduce_metrics, sum_gradients
+from dllm_rl.distributed.stop import Stop, how_to_continue, leaving_nothing_behind
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.rng import generator_for
@@ -23,7 +24,6 @@ from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due, make_writer, protect, save
 from dllm_rl.training.sft_recipe import SFT
 from dllm_rl.training.start import launch, make_optimizer, make_policy, new_history, open_log, opened, restore, told_of
-from dllm_rl.training.stop import Stop, how_to_continue, leaving_nothing_behind
 from dllm_rl.training.supervised import (
     Example,
     Layout,

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
 from dllm_rl.algorithms.optimizers import adamw_8bit
-from dllm_rl.distributed import shard, sharding_of
+from dllm_rl.distributed.sharding import shard, sharding_of
 from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.own import gathered

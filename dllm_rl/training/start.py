@@ -12,7 +12,10 @@ from accelerate import Accelerator
 
 from dllm_rl import manifest
 from dllm_rl.diagnostics.batch_invariance import prepare_workspace
-from dllm_rl.distributed import from_main, make_accelerator, sharding_of, versions
+from dllm_rl.distributed.collectives import from_main, make_accelerator, versions
+from dllm_rl.distributed.peers import Peers
+from dllm_rl.distributed.sharding import sharding_of
+from dllm_rl.distributed.stop import Stop, ended_by_launcher, how_to_continue, with_the_run
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import replacing
 from dllm_rl.likelihoods.replay import check_replay
@@ -28,14 +31,12 @@ from dllm_rl.training.card import check_hub
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.folder import clear_folder, open_folder
 from dllm_rl.training.log import RunLog
-from dllm_rl.training.peers import Peers
 from dllm_rl.training.prompts import check_prompts, choose
 from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import check_compiled, rollout_copy, wanted_parts
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import make_writer, protect, save
 from dllm_rl.training.sharding import check_engine, check_sharding, first_home, on_main, share_out
-from dllm_rl.training.stop import Stop, ended_by_launcher, how_to_continue, with_the_run
 from dllm_rl.training.trackers import check_trackers, start_trackers
 from dllm_rl.training.warmup import warm_up
 

@@ -7,7 +7,8 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from dllm_rl.distributed import in_pace, local, reduce_metrics, sum_gradients
+from dllm_rl.distributed.collectives import local, reduce_metrics, sum_gradients
+from dllm_rl.distributed.sharding import in_pace
 from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models.base import Policy, whole
 from dllm_rl.models.tokens import prompt_ids, text_ids

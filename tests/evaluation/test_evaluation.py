@@ -219,7 +219,7 @@ def test_two_processes_give_what_one_gives(policy, tmp_path):
         "import json, os, sys\n"
         "from test_evaluation import MODEL, SAMPLER, sudoku\n"
         "from dllm_rl import evaluate\n"
-        "from dllm_rl.distributed import make_accelerator\n"
+        "from dllm_rl.distributed.collectives import make_accelerator\n"
         "from dllm_rl.models.tiny import tiny_masked_lm\n"
         "options = {'batch_size': 3, 'completions': 'two.jsonl', 'accelerator': make_accelerator()}\n"
         "found = evaluate(tiny_masked_lm(**MODEL), sudoku(), SAMPLER, **options)\n"

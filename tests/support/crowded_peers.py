@@ -5,9 +5,9 @@ import resource
 import subprocess
 import sys
 
-from dllm_rl.distributed import OneProcess
-from dllm_rl.training import peers
-from dllm_rl.training.peers import Peers
+from dllm_rl.distributed import peers
+from dllm_rl.distributed.collectives import OneProcess
+from dllm_rl.distributed.peers import Peers
 
 IDLE = """
 import socket, sys

@@ -14,7 +14,8 @@ from tiny_recipe import tiny_recipe, tiny_recipe_ar
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm_rl import aligned, float8_weight_only, load_policy, lora_r16
-from dllm_rl.distributed import in_pace, make_accelerator, shard, sharding_of, sum_gradients
+from dllm_rl.distributed.collectives import make_accelerator, sum_gradients
+from dllm_rl.distributed.sharding import in_pace, shard, sharding_of
 from dllm_rl.likelihoods.estimators import coupled
 from dllm_rl.models.base import whole
 from dllm_rl.models.logprobs import backward_token_logprobs

@@ -14,7 +14,7 @@ from dllm_rl import load_policy
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.correctors import none, tis
 from dllm_rl.algorithms.losses import constant, kl_k1, kl_k2, sequence, token
-from dllm_rl.distributed import make_accelerator
+from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.models.tokens import decode
 from dllm_rl.quantization.schemes import float8_weight_only

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from dllm_rl.training import motion
-from dllm_rl.training.motion import Motion
+from dllm_rl.distributed import stall as motion
+from dllm_rl.distributed.stall import Motion
 
 
 def turns_while(main, *, looks=4):
@@ -70,11 +70,11 @@ LOOP = f"{motion.PACKAGE}training/loop.py"
     ("files", "waiting"),
     [
         ([COLLECTIVE, "/lib/accelerate/utils/operations.py", LOOP], True),
-        ([f"{motion.PACKAGE}distributed.py", f"{motion.PACKAGE}training/learner.py", LOOP], True),
+        ([f"{motion.PACKAGE}distributed/collectives.py", f"{motion.PACKAGE}training/learner.py", LOOP], True),
         ([f"{motion.PACKAGE}distributed/collectives.py", LOOP], True),
         (["/lib/subprocess.py", "/lib/torch/_inductor/codecache.py", LOOP], True),
         (["/lib/threading.py", "/lib/torch/nn/modules/module.py", LOOP, "recipe.py", ELASTIC], False),
-        ([f"{motion.PACKAGE}files.py", f"{motion.PACKAGE}distributed.py", LOOP, ELASTIC], False),
+        ([f"{motion.PACKAGE}files.py", f"{motion.PACKAGE}distributed/collectives.py", LOOP, ELASTIC], False),
         ([LOOP], False),
         (["user.py"], False),
         ([], False),

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dllm_rl.distributed import OneProcess
-from dllm_rl.training import peers
-from dllm_rl.training.peers import STATUS, STRANGERS, TURNS, Peers, own_address
-from dllm_rl.training.stop import Stopped
+from dllm_rl.distributed import peers
+from dllm_rl.distributed.collectives import OneProcess
+from dllm_rl.distributed.peers import STATUS, STRANGERS, TURNS, Peers, own_address
+from dllm_rl.distributed.stop import Stopped
 
 PATIENCE = 600.0  # seconds, the suite's limit
 GLOO = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer"

@@ -14,7 +14,7 @@ from tiny_recipe import SIZES, OddPuzzles, Wrapped, tiny_recipe
 
 from dllm_rl import main, tiny_masked_lm, train
 from dllm_rl.algorithms.correctors import Corrector
-from dllm_rl.distributed import make_accelerator
+from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.models.lora import lora_d1
 from dllm_rl.quantization.schemes import int4_weight_only
 from dllm_rl.samplers.rules import random as random_order

@@ -19,7 +19,7 @@ from tiny_recipe import SIZES, tiny_recipe
 from dllm_rl.algorithms.optimizers import linear_decay
 from dllm_rl.cli.report import report_command
 from dllm_rl.config import from_command_line
-from dllm_rl.distributed import make_accelerator
+from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.lora import lora_d1
 from dllm_rl.models.policy import load_policy

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dllm_rl.training.stop import SIGNALS, Stop, Stopped
+from dllm_rl.distributed.stop import SIGNALS, Stop, Stopped
 
 OVER = "the end"
 

@@ -11,7 +11,7 @@ from runs import metrics_of
 from simulated_cuda import SimulatedCuda
 from tiny_recipe import tiny_recipe
 
-from dllm_rl.distributed import make_accelerator
+from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.training.lines import current_rows
 
@@ -73,7 +73,9 @@ def test_two_processes_equal_one(tmp_path, recipe, more):
 
 def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("dllm_rl.distributed.Accelerator", lambda **kw: type("One", (), {"num_processes": 1})())
+    monkeypatch.setattr(
+        "dllm_rl.distributed.collectives.Accelerator", lambda **kw: type("One", (), {"num_processes": 1})()
+    )
     with pytest.raises(RuntimeError, match="2 processes were launched, but Accelerate joined 1"):
         make_accelerator()
 

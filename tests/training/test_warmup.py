@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl.distributed import make_accelerator
+from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.tasks.base import Problem
 from dllm_rl.training.log import RunLog

@@ -25,10 +25,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from dllm_rl.distributed import Processes, from_main, gather_objects
+from dllm_rl.distributed.collectives import Processes, from_main, gather_objects
+from dllm_rl.distributed.stall import Motion
+from dllm_rl.distributed.stop import SIGNALS, Stopped
 from dllm_rl.screen import escape_controls
-from dllm_rl.training.motion import Motion
-from dllm_rl.training.stop import SIGNALS, Stopped
 
 STATUS = 75  # of a process that ends because another was lost: EX_TEMPFAIL of sysexits.h, "try again"
 TURNS = 10  # signs of life in the time after which silence is a loss

@@ -1,0 +1,123 @@
+"""Weights that several processes hold between them, by torch's FSDP2."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a module's weights lie on the processes, as its attribute `sharding`: see `shard`.
+
+    backbone, heads  its units that are called from outside; the blocks are units of their own inside the backbone.
+    plain  the module's layers on the meta device, to be copied in its place.
+    group  all processes, on the host, who exchange numbers of it without a wait for the device.
+    """
+
+    backbone: Any
+    heads: list[Any]
+    plain: Any
+    group: Any
+
+    def anyone(self, mine: bool) -> bool:
+        """Whether it is true of any process; an exchange."""
+        number = torch.tensor(int(mine))
+        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(number)
+
+
+def sharding_of(module: Any) -> Sharding | None:
+    """How the module's weights are shared out; None where this process holds them whole."""
+    return getattr(module, "sharding", None)
+
+
+def shard(
+    module: Any, blocks: Sequence[nn.Module], accelerator: Accelerator, *, size: int, timeout: float | None = None
+) -> None:
+    """Share the weights out, in place, by torch's FSDP2: groups of `size` processes, which follow one another, hold the
+    module between them (`size` below the number of processes: HSDP). Gradients and optimiser state follow the weights.
+
+    The module may lie on the host: a unit at a time goes to the device, whole. Units are the blocks, the backbone's
+    other weights, and each head, which stays whole for the time of an `in_pace` block, so that log-probs in chunks do
+    not gather it chunk by chunk. Gradients are summed over all processes in every backward: kept whole until the last
+    one, as FSDP2 can, they alone would take as much as a quarter of what one process holds in all.
+
+    timeout  seconds that a process waits for another in `in_pace`; None: torch's own.
+    """
+    count, device = accelerator.num_processes, accelerator.device.type
+    hybrid = {"mesh_shape": (count // size, size), "mesh_dim_names": ("replicate", "shard")}
+    mesh = init_device_mesh(device, **(hybrid if size < count else {"mesh_shape": (count,)}))
+    meta = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()}
+    plain, backbone = copy.deepcopy(module, meta), getattr(module, module.base_model_prefix)
+    heads = [child for child in module.children() if child is not backbone and any(True for _ in child.parameters())]
+    for unit in [*blocks, backbone]:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    for head in heads:
+        fully_shard(head, mesh=mesh, reshard_after_forward=False)
+    for unit in (each for each in module.modules() if isinstance(each, FSDPModule)):
+        unit.set_gradient_divide_factor(1.0)  # the loss is a sum over the global batch already
+        unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    module.to(accelerator.device)  # buffers
+    group = dist.new_group(backend="gloo", timeout=None if timeout is None else timedelta(seconds=timeout))
+    module.sharding = Sharding(backbone, heads, plain, group)
+
+
+def part_like(value: Any, tensor: Tensor) -> Any:
+    """This process's part of a whole tensor, laid out as `tensor` is; the value itself where that is held whole."""
+    if not isinstance(tensor, DTensor) or value.shape != tensor.shape:
+        return value
+    mine = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local().clone()
+    return DTensor.from_local(
+        mine, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+@contextmanager
+def in_pace(policy: Any, *, backward: bool = False) -> Iterator[None]:
+    """For the time of the block each process runs a sharded policy as often as its own rows ask for; every forward has
+    a backward where `backward` is set, and runs without gradients elsewhere. All processes enter and leave together.
+    Nothing happens with a policy that each process holds whole.
+
+    A forward of sharded weights is an exchange of all processes. Each says so before its forwards, and one that has
+    left the block runs a forward of a single token, of no weight in any gradient, as long as another goes on.
+    """
+    shards = sharding_of(policy.module)
+    if shards is None:
+        yield
+        return
+    for head in shards.heads:
+        head.unshard()
+        head.set_requires_gradient_sync(False)
+        head.set_reshard_after_backward(False)
+    comes = shards.backbone.register_forward_pre_hook(lambda *_: shards.anyone(True) and None, prepend=True)
+    try:
+        yield
+    finally:
+        comes.remove()
+    token = torch.zeros(1, 1, dtype=torch.long, device=policy.device)
+    with torch.set_grad_enabled(backward):
+        while shards.anyone(False):
+            states = policy.hidden(token, token == 0)
+            if backward:
+                states.backward(torch.zeros_like(states))
+        for head in shards.heads:
+            head.set_requires_gradient_sync(True)
+            head.set_reshard_after_backward(True)
+        if backward:  # the heads' gradients of all chunks are summed over processes at once
+            weight = next(policy.module.parameters())
+            leaf = torch.zeros(1, policy.module.config.hidden_size, dtype=weight.dtype, device=policy.device)
+            logits = policy.head(leaf.requires_grad_())
+            logits.backward(torch.zeros_like(logits))
+    for head in shards.heads:
+        head.reshard()
