@@ -31,8 +31,8 @@ def checkpoint_of(model: str, *, quick: bool = False) -> str:
     folder = Path(model) / "checkpoints"
     if not folder.is_dir():
         return model
+    from dllm_rl.checkpoints import checkpoint
     from dllm_rl.screen import escape_controls
-    from dllm_rl.training import checkpoint
 
     try:
         say = lambda text: print(escape_controls(text), file=sys.stderr)  # noqa: E731

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dllm_rl.checkpoints.run_folder import DEFAULTS
 from dllm_rl.cli.replay_page import document, viewer
 from dllm_rl.files import write_text
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.completions import shortened
-from dllm_rl.training.folder import DEFAULTS
 from dllm_rl.training.health import health
 from dllm_rl.training.lines import current_rows, known, warmup_rows
 from dllm_rl.training.plots import (

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from dllm_rl import manifest
+from dllm_rl.checkpoints import checkpoint
 from dllm_rl.files import folder_size
-from dllm_rl.training import checkpoint
 
 
 def folders_of(path: Path) -> list[Path]:

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dllm_rl.checkpoints import checkpoint
 from dllm_rl.distributed.collectives import machine
 from dllm_rl.distributed.stop import how_to_continue
 from dllm_rl.files import write_json, write_text
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
-from dllm_rl.training import checkpoint, plots
+from dllm_rl.training import plots
 from dllm_rl.training.card import card, push_to_hub
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import settle

@@ -20,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl.algorithms.optimizers import adamw, adamw_8bit
+from dllm_rl.checkpoints import checkpoint
+from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.sharding import in_pace
 from dllm_rl.files import remove
@@ -29,9 +31,7 @@ from dllm_rl.models.tokens import chosen_ids, encode, graded_texts
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem, addends, grade
-from dllm_rl.training import checkpoint
 from dllm_rl.training.cautions import made_up_rewards
-from dllm_rl.training.folder import REHEARSAL
 from dllm_rl.training.learner import (
     accumulate_gradients,
     arithmetic,

@@ -7,11 +7,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from accelerate import Accelerator
 
+from dllm_rl.checkpoints.writer import Writer
 from dllm_rl.distributed.stop import Stop
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Settings
 from dllm_rl.training.log import RunLog
-from dllm_rl.training.writer import Writer
 
 Record = TypeVar("Record", bound=Settings)
 

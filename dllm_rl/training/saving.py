@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from dllm_rl import manifest
+from dllm_rl.checkpoints import checkpoint
+from dllm_rl.checkpoints.optimizer_shards import Part, Swap, in_step, part_of
+from dllm_rl.checkpoints.writer import Writer
 from dllm_rl.distributed.collectives import from_main, versions
 from dllm_rl.distributed.peers import Peers, of_an_exchange
 from dllm_rl.distributed.sharding import sharding_of
@@ -22,12 +25,9 @@ from dllm_rl.distributed.stop import how_to_continue, with_the_run
 from dllm_rl.models.base import Policy
 from dllm_rl.models.own import host_copy
 from dllm_rl.recipe import Recipe, Settings
-from dllm_rl.training import checkpoint
 from dllm_rl.training.card import card
-from dllm_rl.training.parts import Part, Swap, in_step, part_of
 from dllm_rl.training.run import Run
 from dllm_rl.training.sharding import group_size, on_main
-from dllm_rl.training.writer import Writer
 
 Saved = torch.optim.Optimizer | checkpoint.Held | Part
 Write = Callable[..., Path]

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from dllm_rl.checkpoints import checkpoint
+from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
 from dllm_rl.distributed.collectives import from_main, reduce_metrics, sum_gradients
 from dllm_rl.distributed.stop import Stop, how_to_continue, leaving_nothing_behind
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.datasets import hold_out, in_memory
-from dllm_rl.training import checkpoint
 from dllm_rl.training.finish import Summary, conclude
-from dllm_rl.training.folder import clear_folder, open_folder
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due, make_writer, protect, save
 from dllm_rl.training.sft_recipe import SFT

@@ -11,6 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl import manifest
+from dllm_rl.checkpoints import checkpoint
+from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
 from dllm_rl.diagnostics.batch_invariance import prepare_workspace
 from dllm_rl.distributed.collectives import from_main, make_accelerator, versions
 from dllm_rl.distributed.peers import Peers
@@ -26,10 +28,8 @@ from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.models.recompute import blocks_of
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.tasks.base import Task
-from dllm_rl.training import checkpoint
 from dllm_rl.training.card import check_hub
 from dllm_rl.training.cautions import cautions
-from dllm_rl.training.folder import clear_folder, open_folder
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.prompts import check_prompts, choose
 from dllm_rl.training.rehearsal import rehearse

@@ -22,12 +22,12 @@ import torch
 
 from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.algorithms.correctors import none
+from dllm_rl.checkpoints.checkpoint import found
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.tasks.base import grade
-from dllm_rl.training.checkpoint import found
 from dllm_rl.training.learner import accumulate_gradients
 from dllm_rl.training.loop import train
 from dllm_rl.training.plots import read_metrics

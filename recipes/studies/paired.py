@@ -63,7 +63,7 @@ class Study:
 
 def warm_up(base: Recipe, seed: int, folder: Path) -> Path:
     """The checkpoint that all arms of this recipe and seed start from; made on first use."""
-    from dllm_rl.training.checkpoint import found
+    from dllm_rl.checkpoints.checkpoint import found
     from dllm_rl.training.loop import train
 
     if not (folder / "summary.json").exists():

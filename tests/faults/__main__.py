@@ -25,7 +25,7 @@ from child import FULL, Fault, run  # noqa: E402
 from damages import DAMAGES  # noqa: E402
 from scenarios import PROCESSES, SCENARIOS, outcome, small_recipe  # noqa: E402
 
-from dllm_rl.training import checkpoint  # noqa: E402
+from dllm_rl.checkpoints import checkpoint  # noqa: E402
 
 KINDS = {
     "kill at a file operation": ("file", [signal.SIGKILL]),

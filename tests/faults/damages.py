@@ -9,7 +9,7 @@ from random import Random
 
 import torch
 
-from dllm_rl.training import checkpoint
+from dllm_rl.checkpoints import checkpoint
 
 Damage = Callable[[Path, Random], str]
 

@@ -19,9 +19,9 @@ sys.path[:0] = [str(TESTS / "faults"), str(TESTS / "support"), str(TESTS.parent)
 from child import run  # noqa: E402
 from scenarios import outcome, small_recipe  # noqa: E402
 
+from dllm_rl.checkpoints import checkpoint  # noqa: E402
 from dllm_rl.samplers.unmask import unmask  # noqa: E402
 from dllm_rl.tasks.sudoku import Sudoku  # noqa: E402
-from dllm_rl.training import checkpoint  # noqa: E402
 
 # Each process grades one completion beforehand, two of the first evaluation (the first process), then four a step.
 GRADED_IN_STEP_2 = 1 + 4 + 2

@@ -25,9 +25,9 @@ from runs import metrics_of  # noqa: E402
 from scenarios import small_recipe  # noqa: E402
 
 from dllm_rl import load_policy  # noqa: E402
+from dllm_rl.checkpoints import checkpoint  # noqa: E402
+from dllm_rl.checkpoints.optimizer_shards import Part, write_part  # noqa: E402
 from dllm_rl.recipe import Recipe  # noqa: E402
-from dllm_rl.training import checkpoint  # noqa: E402
-from dllm_rl.training.parts import Part, write_part  # noqa: E402
 
 BEFORE, AFTER = (1, 2, 3, 4), (1, 2, 4)
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import tiny_masked_lm
+from dllm_rl.checkpoints import checkpoint
 from dllm_rl.models.lora import Lora
 from dllm_rl.recipe import Recipe
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training import checkpoint
 
 SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
 SCENARIOS: dict[str, dict[str, Any]] = {

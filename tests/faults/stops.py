@@ -15,8 +15,8 @@ sys.path[:0] = [str(TESTS / "faults"), str(TESTS / "support"), str(TESTS.parent)
 from child import run  # noqa: E402
 from scenarios import PROCESSES, SCENARIOS, outcome, small_recipe  # noqa: E402
 
+from dllm_rl.checkpoints import checkpoint  # noqa: E402
 from dllm_rl.tasks.sudoku import Sudoku  # noqa: E402
-from dllm_rl.training import checkpoint  # noqa: E402
 
 
 class Signalling:

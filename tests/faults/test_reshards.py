@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dllm_rl.training import checkpoint
+from dllm_rl.checkpoints import checkpoint
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

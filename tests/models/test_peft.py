@@ -16,6 +16,7 @@ from simulated_cuda import SimulatedCuda
 from dllm_rl import load_policy, quantized_copy, sync_weights, train
 from dllm_rl.algorithms.correctors import aligned, qarl
 from dllm_rl.algorithms.optimizers import adamw_8bit
+from dllm_rl.checkpoints import checkpoint as checkpoints
 from dllm_rl.models.lora import (
     Lora,
     LoraLinear,
@@ -32,7 +33,6 @@ from dllm_rl.models.lora import (
 )
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.schemes import int8_weight_only
-from dllm_rl.training import checkpoint as checkpoints
 from dllm_rl.training.lines import current_rows
 
 FAMILIES = {

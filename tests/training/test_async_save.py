@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
 from dllm_rl import tiny_masked_lm
+from dllm_rl.checkpoints import checkpoint
 from dllm_rl.models.lora import Lora
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training import checkpoint, plots, train
+from dllm_rl.training import plots, train
 from dllm_rl.training.log import RunLog
 
 PATIENCE = 600.0  # seconds after which what never comes is given up, the suite's limit

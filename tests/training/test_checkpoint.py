@@ -14,7 +14,7 @@ from runs import assert_same_weights, metrics_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import manifest
-from dllm_rl.training import checkpoint
+from dllm_rl.checkpoints import checkpoint
 from dllm_rl.training.lines import current_rows
 from dllm_rl.training.loop import train
 

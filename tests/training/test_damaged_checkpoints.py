@@ -14,8 +14,9 @@ from runs import assert_same_weights, metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import load_policy, load_weights, manifest, tiny_masked_lm
+from dllm_rl.checkpoints import checkpoint
 from dllm_rl.cli.main import main
-from dllm_rl.training import checkpoint, train
+from dllm_rl.training import train
 
 SMALL = partial(tiny_masked_lm, **(SIZES | {"hidden_size": 8, "num_layers": 1, "intermediate_size": 8}))
 

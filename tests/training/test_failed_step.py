@@ -8,10 +8,11 @@ from runs import assert_same_weights
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.algorithms.correctors import none
+from dllm_rl.checkpoints import checkpoint
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training import checkpoint, train
+from dllm_rl.training import train
 from dllm_rl.training.prompts import draw_indices
 
 # The recipe's grader raises on a problem that step 2 draws and no earlier one.

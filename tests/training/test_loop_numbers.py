@@ -20,11 +20,11 @@ from dllm_rl.algorithms.correctors import compose, none, reject, tis
 from dllm_rl.algorithms.losses import constant, kl_k2, sequence, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
 from dllm_rl.algorithms.surrogates import ppo_clip
+from dllm_rl.checkpoints.checkpoint import found
 from dllm_rl.likelihoods.estimators import coupled, elbo, one_step, sandwich
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.tasks.base import Reward
-from dllm_rl.training.checkpoint import found
 from dllm_rl.training.loop import train
 
 RATE, PROMPTS, GROUP, SHORTER = 0.5, 3, 4, 5

@@ -17,10 +17,11 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import files, manifest, tiny_masked_lm
 from dllm_rl.algorithms.optimizers import linear_decay
+from dllm_rl.checkpoints import checkpoint
+from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.distributed.stop import SIGNALS, Stop
 from dllm_rl.models.lora import Lora, add_lora
-from dllm_rl.training import checkpoint, train
-from dllm_rl.training.folder import REHEARSAL
+from dllm_rl.training import train
 from dllm_rl.training.lines import current_rows
 from dllm_rl.training.log import RunLog
 from dllm_rl.training.plots import read_metrics

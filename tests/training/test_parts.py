@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_recipe import SIZES
 
 from dllm_rl import tiny_masked_lm
-from dllm_rl.training import checkpoint
-from dllm_rl.training.parts import Part, file_name, in_step, write_part
+from dllm_rl.checkpoints import checkpoint
+from dllm_rl.checkpoints.optimizer_shards import Part, file_name, in_step, write_part
 
 SMALL = partial(tiny_masked_lm, **(SIZES | {"hidden_size": 8, "num_layers": 1, "intermediate_size": 8}))
 

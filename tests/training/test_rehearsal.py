@@ -14,13 +14,13 @@ from tiny_recipe import SIZES, OddPuzzles, Wrapped, tiny_recipe
 
 from dllm_rl import main, tiny_masked_lm, train
 from dllm_rl.algorithms.correctors import Corrector
+from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.models.lora import lora_d1
 from dllm_rl.quantization.schemes import int4_weight_only
 from dllm_rl.samplers.rules import random as random_order
 from dllm_rl.samplers.rules import remask, threshold
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.training.folder import REHEARSAL
 from dllm_rl.training.rehearsal import random_numbers_kept
 from dllm_rl.training.start import make_policy, rehearsed
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dllm_rl import manifest
+from dllm_rl.checkpoints.optimizer_shards import PATTERN, Part, Swap, alone, load_parts, write_part
 from dllm_rl.distributed.sharding import part_like
 from dllm_rl.files import folder_size, read_json, recover, remove, remove_whole, replacing, write_text
 from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import save_adapter
-from dllm_rl.training.parts import PATTERN, Part, Swap, alone, load_parts, write_part
 
 # What torch makes of a file that its loader of tensors cannot read.
 _NO_TENSORS = (

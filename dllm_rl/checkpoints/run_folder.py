@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl import manifest
+from dllm_rl.checkpoints import checkpoint
 from dllm_rl.config import plain
 from dllm_rl.distributed.stop import LOCK
 from dllm_rl.files import lock, recover, remove
 from dllm_rl.recipe import Recipe, Settings
-from dllm_rl.training import checkpoint
 
 REHEARSAL = ".rehearsal"  # where a rehearsal writes
 
