@@ -43,6 +43,7 @@ from dllm_rl.models.compiled import compile_blocks
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.models.tokens import encode, prompt_ids
+from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
@@ -51,7 +52,6 @@ from dllm_rl.samplers.rules import threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training import train
 from dllm_rl.training.dry_run import memory, meta_policy
-from dllm_rl.training.plots import read_metrics
 from dllm_rl.types import Prompts
 from recipes.llada_8b_sudoku import recipe as job_8b
 from recipes.sudoku_tiny import recipe as main_job

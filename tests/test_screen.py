@@ -14,9 +14,9 @@ from dllm_rl.config import from_command_line
 from dllm_rl.diagnostics.doctor import Cause, Report, WorstToken
 from dllm_rl.diagnostics.report import write_doctor
 from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.monitoring.log import RunLog
 from dllm_rl.screen import escape_controls, literal
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training.log import RunLog
 from dllm_rl.training.loop import train
 
 HOSTILE = "[/INST][red]x[/red]\x1b]0;title\x07\u202e{a}"

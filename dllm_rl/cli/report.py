@@ -13,11 +13,9 @@ from typing import Any
 from dllm_rl.checkpoints.run_folder import DEFAULTS
 from dllm_rl.cli.replay_page import document, viewer
 from dllm_rl.files import write_text
-from dllm_rl.screen import escape_controls
-from dllm_rl.training.completions import shortened
-from dllm_rl.training.health import health
-from dllm_rl.training.lines import current_rows, known, warmup_rows
-from dllm_rl.training.plots import (
+from dllm_rl.monitoring.health import health
+from dllm_rl.monitoring.json_lines import current_rows, known, warmup_rows
+from dllm_rl.monitoring.plots import (
     COLOURS,
     INK,
     PANELS,
@@ -30,6 +28,8 @@ from dllm_rl.training.plots import (
     read_metrics,
     read_summary,
 )
+from dllm_rl.screen import escape_controls
+from dllm_rl.training.completions import shortened
 
 WORDS = ("healthy", "mild", "strong", "backfiring")
 STEPS = 12  # most steps of a run whose completions are shown

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.checkpoints.optimizer_shards import PATTERN
+from dllm_rl.monitoring.health import health
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
-from dllm_rl.training.health import health
 
 OWN = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run", "push_to_hub", "report_to")
 PROTOCOL = ("eval_task", "eval_sampler", "seed", "dtype")

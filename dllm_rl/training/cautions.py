@@ -17,7 +17,6 @@ from dllm_rl.samplers.rules import name_of, order_has_law, rank_inputs
 
 BF16_STEPS = 512  # half a step of bf16 is at least a 512th of the number
 TYPICAL_WEIGHT = 0.02  # of a matrix in a language model
-PATIENCE = 20  # steps in a row without a group whose rewards differ
 
 
 def cautions(recipe: Recipe) -> list[str]:
@@ -92,13 +91,6 @@ def made_up_rewards(recipe: Recipe) -> tuple[Float[Tensor, "P G"], dict[str, Ten
     shape = (recipe.train_batch_size, recipe.num_generations)
     rewards = torch.arange(float(shape[0] * shape[1])).reshape(shape)
     return rewards, {"parts": rewards[None], "weights": torch.ones(1)} if takes_parts(recipe.advantages) else {}
-
-
-def flat_for(steps: int) -> str:
-    return (
-        f"in the last {steps} steps the rewards of every group were equal, which teaches nothing: see whether the "
-        "grader tells completions apart, or take easier problems or more generations"
-    )
 
 
 def _bound(function: Callable, name: str) -> Any:

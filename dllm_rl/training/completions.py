@@ -10,10 +10,10 @@ from torch import Tensor
 from dllm_rl.device import send
 from dllm_rl.distributed.collectives import local
 from dllm_rl.models.tokens import written_tokens
+from dllm_rl.monitoring.log import finite
 from dllm_rl.screen import literal
 from dllm_rl.tasks.base import addends
 from dllm_rl.training.balance import of_sampled_rows
-from dllm_rl.training.log import finite
 from dllm_rl.training.rollouts import Answer
 from dllm_rl.training.run import Run
 from dllm_rl.types import Logprobs, Noise, Rollout

@@ -10,8 +10,8 @@ from dllm_rl.distributed.collectives import machine
 from dllm_rl.distributed.stop import how_to_continue
 from dllm_rl.files import write_json, write_text
 from dllm_rl.models.base import Policy
+from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe
-from dllm_rl.training import plots
 from dllm_rl.training.card import card, push_to_hub
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import settle

@@ -16,12 +16,12 @@ from dllm_rl.distributed.collectives import Metrics, gather_objects, gather_on_h
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import chosen_ids, encode, graded_texts
+from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.tasks.base import Problem, Reward, addends, grade
 from dllm_rl.training.learner import arithmetic
-from dllm_rl.training.log import RunLog
 from dllm_rl.training.prompts import choose, draw_indices
 from dllm_rl.types import Rollout
 

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from dllm_rl.checkpoints.writer import Writer
 from dllm_rl.distributed.stop import Stop
 from dllm_rl.models.base import Policy
+from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Settings
-from dllm_rl.training.log import RunLog
 
 Record = TypeVar("Record", bound=Settings)
 

@@ -26,18 +26,18 @@ from dllm_rl.models.compiled import compile_blocks
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.models.recompute import blocks_of
+from dllm_rl.monitoring.log import RunLog
+from dllm_rl.monitoring.trackers import check_trackers, start_trackers
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.tasks.base import Task
 from dllm_rl.training.card import check_hub
 from dllm_rl.training.cautions import cautions
-from dllm_rl.training.log import RunLog
 from dllm_rl.training.prompts import check_prompts, choose
 from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import check_compiled, rollout_copy, wanted_parts
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import make_writer, protect, save
 from dllm_rl.training.sharding import check_engine, check_sharding, first_home, on_main, share_out
-from dllm_rl.training.trackers import check_trackers, start_trackers
 from dllm_rl.training.warmup import warm_up
 
 

@@ -12,10 +12,10 @@ from dllm_rl.distributed.sharding import in_pace
 from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models.base import Policy, whole
 from dllm_rl.models.tokens import prompt_ids, text_ids
+from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem
-from dllm_rl.training.log import RunLog
 from dllm_rl.training.prompts import choose, draw_indices
 from dllm_rl.types import Rollout, SamplingParams
 

@@ -27,10 +27,10 @@ from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import decode, encode
+from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.tasks.base import grade
 from dllm_rl.training.learner import accumulate_gradients
 from dllm_rl.training.loop import train
-from dllm_rl.training.plots import read_metrics
 from dllm_rl.types import Batch, Rollout
 from recipes.studies import estimators_report
 from recipes.studies.paired import warm_up

@@ -141,8 +141,8 @@ def study_of(task: str, seeds: int) -> Study:
 def costs(study: Study, root: Path) -> None:
     """Adds to `root`/costs.json the seconds of a step of every arm that it lacks, one thread, nothing else running: the
     median of six steps, the lesser of two rounds of all arms. A learning rate costs nothing."""
+    from dllm_rl.monitoring.plots import read_metrics
     from dllm_rl.training.loop import train
-    from dllm_rl.training.plots import read_metrics
 
     path, folder = root / "costs.json", root / "runs" / "cost"
     found: dict[str, float] = read_json(path) if path.exists() else {}

@@ -80,8 +80,8 @@ def result_path(root: Path, arm: str, seed: int) -> Path:
 def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> None:
     """Train and evaluate one arm; leaves `root`/results/....json. A run whose gradient is not finite has diverged: its
     rates count as 0."""
+    from dllm_rl.monitoring.plots import read_metrics
     from dllm_rl.training.loop import train
-    from dllm_rl.training.plots import read_metrics
 
     path = result_path(root, arm, seed)
     folder = root / "runs" / path.stem

@@ -12,9 +12,9 @@ from tiny_recipe import tiny_recipe
 from dllm_rl.cli import main as cli
 from dllm_rl.cli.replay_page import document
 from dllm_rl.cli.report import OWN, STEPS, replayed, report, told, written
+from dllm_rl.monitoring.json_lines import known
+from dllm_rl.monitoring.plots import PANELS, PICTURE, PICTURE_OF_SFT, headline, measured, read_summary, smoothed
 from dllm_rl.training import train
-from dllm_rl.training.lines import known
-from dllm_rl.training.plots import PANELS, PICTURE, PICTURE_OF_SFT, headline, measured, read_summary, smoothed
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'\x1b\u202e"
 SHORT = {"num_steps": 3, "warmup_steps": 4, "eval_steps": 2, "log_completions_steps": 2}

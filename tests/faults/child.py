@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.files import replacing
+from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe
-from dllm_rl.training import plots, train
+from dllm_rl.training import train
 
 FULL = "full"  # not a signal: writes beyond `at` bytes of a file fail, as on a full disk
 

@@ -32,8 +32,8 @@ from dllm_rl.models.lora import (
     save_adapter,
 )
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.quantization.schemes import int8_weight_only
-from dllm_rl.training.lines import current_rows
 
 FAMILIES = {
     "llada": 14, "llada_moe": 8, "llada2": 14, "dream": 14, "sdar": 14, "sdar_moe": 8,

@@ -7,8 +7,8 @@ import pytest
 from dllm_rl.config import from_command_line
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import decode, encode
+from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.rng import generator_for
-from dllm_rl.training.lines import current_rows
 from dllm_rl.training.loop import train
 from recipes.countdown_tiny import recipe, small_numbers
 

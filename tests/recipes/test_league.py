@@ -40,7 +40,7 @@ def test_a_cost_is_the_lesser_median_of_two_rounds(tmp_path, monkeypatch):
     monkeypatch.setattr(league, "warm_up", lambda *_: tmp_path)
     monkeypatch.setattr("dllm_rl.training.loop.train", trained.append)
     steps = lambda _: [{"step_time": float(len(trained) + i)} for i in range(8)]  # noqa: E731
-    monkeypatch.setattr("dllm_rl.training.plots.read_metrics", steps)
+    monkeypatch.setattr("dllm_rl.monitoring.plots.read_metrics", steps)
     study = league.study_of("sudoku", 5)
     league.costs(study, tmp_path)
     league.costs(study, tmp_path)  # everything is there

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from dllm_rl import load_policy
-from dllm_rl.training.plots import read_metrics
+from dllm_rl.monitoring.plots import read_metrics
 
 TIMES = ("time/", "step_time", "memory/", "waiting/")
 

@@ -15,9 +15,10 @@ from tiny_recipe import SIZES, Wrapped, tiny_recipe
 from dllm_rl import tiny_masked_lm
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.models.lora import Lora
+from dllm_rl.monitoring import plots
+from dllm_rl.monitoring.log import RunLog
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training import plots, train
-from dllm_rl.training.log import RunLog
+from dllm_rl.training import train
 
 PATIENCE = 600.0  # seconds after which what never comes is given up, the suite's limit
 

@@ -11,12 +11,13 @@ from dllm_rl.algorithms.advantages import leave_one_out
 from dllm_rl.algorithms.correctors import none, tbpo
 from dllm_rl.likelihoods import elbo, one_step, trajectory
 from dllm_rl.models.lora import lora_r16
+from dllm_rl.monitoring.health import PATIENCE
+from dllm_rl.monitoring.log import RunLog
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import dual_cache, prefix_cache
 from dllm_rl.samplers.rules import max_prob, threshold
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.training.cautions import PATIENCE, cautions
-from dllm_rl.training.log import RunLog
+from dllm_rl.training.cautions import cautions
 from dllm_rl.training.loop import train
 
 

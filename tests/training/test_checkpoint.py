@@ -15,7 +15,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl import manifest
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.training.lines import current_rows
+from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.training.loop import train
 
 

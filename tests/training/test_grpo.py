@@ -11,10 +11,10 @@ from tiny_recipe import SIZES, tiny_recipe
 from dllm_rl import decoupled, float8_weight_only, grpo, grpo_recipe, tiny_llama, tiny_masked_lm, train
 from dllm_rl.config import describe
 from dllm_rl.likelihoods.estimators import causal
+from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import task_from_dataset
-from dllm_rl.training.plots import read_metrics
 
 SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]

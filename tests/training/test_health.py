@@ -3,9 +3,9 @@
 import pytest
 from tiny_recipe import tiny_recipe
 
-from dllm_rl.training.health import health
+from dllm_rl.monitoring.health import health
+from dllm_rl.monitoring.progress import one_line
 from dllm_rl.training.loop import train
-from dllm_rl.training.view import one_line
 
 GOOD = {
     "rollout_corr/ess": 0.95,

@@ -7,10 +7,10 @@ import pytest
 from tiny_recipe import tiny_recipe
 from torch.distributed.elastic.multiprocessing.api import PContext
 
+from dllm_rl.monitoring.log import heartbeat
 from dllm_rl.recipe import Recipe
 from dllm_rl.training import heartbeat as module
 from dllm_rl.training import train
-from dllm_rl.training.heartbeat import heartbeat
 
 
 def test_a_stage_that_takes_long_says_which_it_is_and_for_how_long(monkeypatch):
@@ -45,7 +45,7 @@ def test_every_stage_of_a_run_is_watched(tmp_path, monkeypatch):
     from contextlib import nullcontext
 
     stages = []
-    monkeypatch.setattr("dllm_rl.training.log.heartbeat", lambda stage, say: stages.append(stage) or nullcontext())
+    monkeypatch.setattr("dllm_rl.monitoring.log.heartbeat", lambda stage, say: stages.append(stage) or nullcontext())
     train(tiny_recipe(tmp_path, num_steps=1))
     watched = {stage.split(",")[0] for stage in stages}
     assert watched == {"warm-up", "evaluation", "rollout", "reward", "waiting", "scoring", "update", "sync"}

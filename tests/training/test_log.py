@@ -7,8 +7,8 @@ import shutil
 from accelerate.tracking import TensorBoardTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dllm_rl.training.log import RunLog
-from dllm_rl.training.plots import plot
+from dllm_rl.monitoring.log import RunLog
+from dllm_rl.monitoring.plots import plot
 
 ALWAYS = {"reward": 0.5, "parsed": 1.0, "rollout_corr/k3_kl": 0.0, "rollout_corr/rollout_is_eff_sample_size": 1.0}
 

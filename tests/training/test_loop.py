@@ -17,11 +17,11 @@ from dllm_rl.algorithms.losses import constant, kl_k1, kl_k2, sequence, token
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.models.tokens import decode
+from dllm_rl.monitoring.log import RunLog
+from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.training.learner import measured_groups
-from dllm_rl.training.log import RunLog
 from dllm_rl.training.loop import train
-from dllm_rl.training.plots import read_metrics
 from dllm_rl.training.rollouts import collect
 
 

@@ -21,10 +21,10 @@ from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.distributed.stop import SIGNALS, Stop
 from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.monitoring.json_lines import current_rows
+from dllm_rl.monitoring.log import RunLog
+from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.training import train
-from dllm_rl.training.lines import current_rows
-from dllm_rl.training.log import RunLog
-from dllm_rl.training.plots import read_metrics
 
 
 def small(directory, **changes):

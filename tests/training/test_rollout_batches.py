@@ -14,11 +14,11 @@ from torch import Tensor
 from dllm_rl import load_policy
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.monitoring.log import RunLog
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import block_cache
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.training.log import RunLog
 from dllm_rl.training.rollouts import collect, total
 from dllm_rl.training.start import make_policy
 from dllm_rl.types import Prompts, Rollout

@@ -18,8 +18,8 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl import lora_r16, tiny_masked_lm
 from dllm_rl.algorithms.optimizers import adamw_8bit
+from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.training import train
-from dllm_rl.training.plots import read_metrics
 from dllm_rl.training.sharding import check_engine, check_module, check_sharding
 from dllm_rl.training.start import check_processes
 

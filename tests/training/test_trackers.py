@@ -10,7 +10,8 @@ from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_recipe import tiny_recipe
 
-from dllm_rl.training import trackers, train
+from dllm_rl.monitoring import trackers
+from dllm_rl.training import train
 
 
 def events(directory: Path) -> EventAccumulator:
@@ -52,7 +53,7 @@ class Recorder(GeneralTracker):
 @pytest.fixture
 def wandb(monkeypatch):
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
-    for module in ("accelerate.tracking", "accelerate.accelerator", "dllm_rl.training.trackers"):
+    for module in ("accelerate.tracking", "accelerate.accelerator", "dllm_rl.monitoring.trackers"):
         monkeypatch.setattr(
             f"{module}.get_available_trackers", lambda: [LoggerType.TENSORBOARD, LoggerType.WANDB], raising=False
         )

@@ -13,7 +13,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.evaluation.evaluate import evaluate
-from dllm_rl.training.lines import current_rows
+from dllm_rl.monitoring.json_lines import current_rows
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"num_steps": 3, "warmup_steps": 8, "warmup_eval_steps": 4, "train_batch_size": 8}

@@ -7,8 +7,8 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.monitoring.log import RunLog
 from dllm_rl.tasks.base import Problem
-from dllm_rl.training.log import RunLog
 from dllm_rl.training.warmup import draw_levels, examples, supervised_loss, warm_up, warmup
 
 PROBLEMS = [Problem("12=", solution="3412"), Problem("1.2.4=", solution="21")]

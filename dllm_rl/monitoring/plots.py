@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.files import replacing
+from dllm_rl.monitoring.health import BACKWARDS, MILD, STRONG
+from dllm_rl.monitoring.json_lines import current_rows, known, warmup_rows
 from dllm_rl.screen import escape_controls
-from dllm_rl.training.health import BACKWARDS, MILD, STRONG
-from dllm_rl.training.lines import current_rows, known, warmup_rows
 
 SOLVED = ("solve_rate", "accuracy", "correct")  # the first that a run has is what it is told by
 COLOURS = ("#3b7dd8", "#d9772b", "#2f9e6e", "#a35fd0", "#d0485a", "#8a8f98")  # of runs; distinct on white and on black

@@ -34,3 +34,13 @@ def health(metrics: dict[str, float]) -> tuple[str, str] | None:
         else:
             reasons.append(f"C at most {highest:+.2g} ({SIGNS[sign]}, against {against})")
     return word, ", ".join(reasons)
+
+
+PATIENCE = 20  # steps in a row without a group whose rewards differ
+
+
+def flat_for(steps: int) -> str:
+    return (
+        f"in the last {steps} steps the rewards of every group were equal, which teaches nothing: see whether the "
+        "grader tells completions apart, or take easier problems or more generations"
+    )

@@ -1,6 +1,9 @@
 """Log lines, metrics.jsonl, completions.jsonl, trackers and stage timers."""
 
 import math
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,12 +14,11 @@ from accelerate.tracking import GeneralTracker
 from rich.console import Console, RenderableType
 
 from dllm_rl.device import peak_memory
+from dllm_rl.monitoring.health import PATIENCE, flat_for
+from dllm_rl.monitoring.json_lines import JsonLines, current_rows, known
+from dllm_rl.monitoring.progress import View
+from dllm_rl.monitoring.trackers import track
 from dllm_rl.screen import escape_controls
-from dllm_rl.training.cautions import PATIENCE, flat_for
-from dllm_rl.training.heartbeat import heartbeat
-from dllm_rl.training.lines import JsonLines, current_rows, known
-from dllm_rl.training.trackers import track
-from dllm_rl.training.view import View
 
 
 class RunLog:
@@ -144,3 +146,29 @@ def finite(row: dict[str, float]) -> dict[str, float | None]:
 def numbers(row: dict[str, float]) -> dict[str, float]:
     """Those that are finite."""
     return {name: value for name, value in row.items() if math.isfinite(value)}
+
+
+FIRST = 60.0  # seconds until the first sign; each that follows comes after twice the time
+
+
+@contextmanager
+def heartbeat(stage: str, say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """While the block runs, say what it is and for how long it has been: after 60 s, 120 s, 240 s ...
+
+    Every process says it of itself, on standard error unless `say` is given; where processes wait for one that is
+    stuck, its line names the stage, and one that is frozen is the one without a line.
+    """
+    done, began, rank = threading.Event(), time.monotonic(), os.environ.get("RANK", "0")
+
+    def beat() -> None:
+        passed = FIRST
+        while not done.wait(max(0.0, began + passed - time.monotonic())):
+            line = f"process {rank}: {stage} has taken {passed:g} s so far"
+            say(line) if say else print(line, file=sys.stderr, flush=True)
+            passed *= 2
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()

@@ -10,8 +10,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from dllm_rl.monitoring.health import health
 from dllm_rl.screen import escape_controls, literal
-from dllm_rl.training.health import health
 
 SHOWN = {
     "reward": "reward",
