@@ -22,8 +22,8 @@ from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.recipe import Recipe, check_bounds
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.rules import margin, schedule
+from dllm_rl.supervised.recipe import SFT
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training.sft_recipe import SFT
 from recipes.studies.surrogates import gdsd
 from recipes.sudoku_tiny import __file__ as main_job_file
 from recipes.sudoku_tiny import recipe as main_job

@@ -6,10 +6,10 @@ import sys
 from dllm_rl.config import from_command_line
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
+from dllm_rl.supervised.recipe import SFT
+from dllm_rl.supervised.train import fine_tune
 from dllm_rl.training.finish import Summary
 from dllm_rl.training.loop import train
-from dllm_rl.training.sft import fine_tune
-from dllm_rl.training.sft_recipe import SFT
 
 
 def main(recipe: Recipe | SFT) -> Summary:

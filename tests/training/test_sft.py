@@ -24,11 +24,7 @@ from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.lora import lora_d1
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.training.loop import train
-from dllm_rl.training.main import main
-from dllm_rl.training.sft import add_gradients, fine_tune, held_out_loss, read_datasets, rows_of_step, sft
-from dllm_rl.training.sft_recipe import SFT
-from dllm_rl.training.supervised import (
+from dllm_rl.supervised.examples import (
     Shown,
     check_packing,
     example,
@@ -39,6 +35,10 @@ from dllm_rl.training.supervised import (
     show,
     weighted_loss,
 )
+from dllm_rl.supervised.recipe import SFT
+from dllm_rl.supervised.train import add_gradients, fine_tune, held_out_loss, read_datasets, rows_of_step, sft
+from dllm_rl.training.loop import train
+from dllm_rl.training.main import main
 
 ROOT = Path(__file__).parents[2]
 PAD, MASK, EOS, ONE, TWO, THREE, FOUR, DOT, EQUALS = range(9)
@@ -265,7 +265,7 @@ def test_a_step_that_fails_saves_the_last_finished_one(tmp_path, monkeypatch):
 
     recipe = tiny_sft(tmp_path / "run", num_steps=3, save_steps=100)
     with monkeypatch.context() as patched, pytest.raises(KeyError, match="a fault") as raised:
-        patched.setattr("dllm_rl.training.sft.add_gradients", failing)
+        patched.setattr("dllm_rl.supervised.train.add_gradients", failing)
         fine_tune(recipe)
     assert raised.value.__notes__[0].startswith("process 0: the step after step 2 failed; fix the cause and continue")
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*")) == ["step-000000", "step-000002"]

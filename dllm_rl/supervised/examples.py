@@ -12,7 +12,7 @@ from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import token_logprobs
 from dllm_rl.models.tokens import conversation_ids, text_ids
-from dllm_rl.training.sft_recipe import SFT
+from dllm_rl.supervised.recipe import SFT
 from dllm_rl.types import SamplingParams
 
 

@@ -18,13 +18,7 @@ from dllm_rl.distributed.stop import Stop, how_to_continue, leaving_nothing_behi
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.rng import generator_for
-from dllm_rl.tasks.datasets import hold_out, in_memory
-from dllm_rl.training.finish import Summary, conclude
-from dllm_rl.training.run import Run
-from dllm_rl.training.saving import checkpoint_if_due, make_writer, protect, save
-from dllm_rl.training.sft_recipe import SFT
-from dllm_rl.training.start import launch, make_optimizer, make_policy, new_history, open_log, opened, restore, told_of
-from dllm_rl.training.supervised import (
+from dllm_rl.supervised.examples import (
     Example,
     Layout,
     check_packing,
@@ -34,6 +28,12 @@ from dllm_rl.training.supervised import (
     show,
     weighted_loss,
 )
+from dllm_rl.supervised.recipe import SFT
+from dllm_rl.tasks.datasets import hold_out, in_memory
+from dllm_rl.training.finish import Summary, conclude
+from dllm_rl.training.run import Run
+from dllm_rl.training.saving import checkpoint_if_due, make_writer, protect, save
+from dllm_rl.training.start import launch, make_optimizer, make_policy, new_history, open_log, opened, restore, told_of
 from dllm_rl.training.warmup import draw_levels
 
 VIEWS = 4  # masks that a diffusion model's held-out loss takes of each row
