@@ -40,7 +40,7 @@ _HOME = {
     "training.grpo": "grpo grpo_recipe",
     "supervised.train": "sft",
     "supervised.recipe": "SFT",
-    "training.main": "main",
+    "cli.recipe": "main",
     "evaluation.evaluate": "evaluate",
     "diagnostics.doctor": "diagnose",
     "testing": "check_corrector check_estimator check_policy",

@@ -17,6 +17,7 @@ from runs import assert_same_weights, metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.algorithms.optimizers import linear_decay
+from dllm_rl.cli.recipe import main
 from dllm_rl.cli.report import report_command
 from dllm_rl.config import from_command_line
 from dllm_rl.distributed.collectives import make_accelerator
@@ -38,7 +39,6 @@ from dllm_rl.supervised.examples import (
 from dllm_rl.supervised.recipe import SFT
 from dllm_rl.supervised.train import add_gradients, fine_tune, held_out_loss, read_datasets, rows_of_step, sft
 from dllm_rl.training.loop import train
-from dllm_rl.training.main import main
 
 ROOT = Path(__file__).parents[2]
 PAD, MASK, EOS, ONE, TWO, THREE, FOUR, DOT, EQUALS = range(9)
