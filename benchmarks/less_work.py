@@ -22,8 +22,8 @@ from transformers import DynamicCache
 
 from benchmarks.measure import machine, table, write_json
 from benchmarks.sampler import Shape, random_policy
-from dllm_rl.models import buckets
 from dllm_rl.models.base import block_causal_mask, encode_block_causal, position_ids
+from dllm_rl.models.forward import buckets
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import float8_weight_only

@@ -28,8 +28,8 @@ from dllm_rl.algorithms.surrogates import ppo_clip
 from dllm_rl.likelihoods import coupled, elbo, one_step
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.scoring import backward_view
-from dllm_rl.models.attention import PlainAttention
 from dllm_rl.models.base import Policy, copied
+from dllm_rl.models.forward.attention import PlainAttention
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.training.learner import accumulate_gradients, update
 from dllm_rl.types import Batch, Noise, Rollout

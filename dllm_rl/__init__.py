@@ -19,7 +19,7 @@ _HOME = {
     "tasks": "Problem Reward Task Sudoku Countdown GSM8K MATH500 ReasoningGym task_from_dataset",
     "models.base": "Policy FamilySpec",
     "models.policy": "load_policy load_weights make_policy DiffusionPolicy AutoregressivePolicy",
-    "models.families": "register_family",
+    "models.checkpoint.families": "register_family",
     "models.lora": "Lora lora_r16",
     "models.tiny": "tiny_masked_lm tiny_llama tiny_moe",
     "models.convert": "diffusion_from_causal",

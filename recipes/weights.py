@@ -27,7 +27,7 @@ from transformers import (
 
 from dllm_rl.files import replacing
 from dllm_rl.manifest import digest
-from dllm_rl.models.loading import quiet_progress
+from dllm_rl.models.checkpoint.loading import quiet_progress
 
 WHEELS = {
     "antiberty": (

@@ -22,7 +22,7 @@ from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, trajectory
 from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models.base import Policy
-from dllm_rl.models.families import DIFFUSION_LM
+from dllm_rl.models.checkpoint.families import DIFFUSION_LM
 from dllm_rl.types import Batch, Noise, Rollout, SamplingParams
 
 POPULATION = 2**13  # rows of the batch that a corrector sees: each outcome as often as it is likely, once at least

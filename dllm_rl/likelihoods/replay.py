@@ -14,7 +14,7 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.routing import Routing, agreement, load, mixtures
+from dllm_rl.models.forward.routing import Routing, agreement, load, mixtures
 from dllm_rl.types import Noise, Rollout
 
 

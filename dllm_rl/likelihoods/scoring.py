@@ -10,7 +10,8 @@ from torch import Tensor
 from dllm_rl.device import send
 from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
-from dllm_rl.models.buckets import length_buckets
+from dllm_rl.models.forward.buckets import length_buckets
+from dllm_rl.models.forward.routing import Routes, routed
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
 from dllm_rl.models.order import (
     backward_committed,
@@ -19,7 +20,6 @@ from dllm_rl.models.order import (
     left_logprobs,
     token_logprobs_and_confidences,
 )
-from dllm_rl.models.routing import Routes, routed
 from dllm_rl.types import Noise, Rollout
 
 

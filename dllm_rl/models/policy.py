@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.manifest import Check, verify_if_there
+from dllm_rl.models.adapters.linear import add_lora, without_adapters
 from dllm_rl.models.base import FamilySpec, Module, Policy, position_ids
-from dllm_rl.models.head import head_in_float32
-from dllm_rl.models.loading import check_finite, checkpoint_folder, family_spec, load_module, save_module
-from dllm_rl.models.lora import Lora, add_lora, without_adapters
-from dllm_rl.models.own import load_tensors
-from dllm_rl.models.recompute import recomputed_blocks
+from dllm_rl.models.checkpoint.loading import check_finite, checkpoint_folder, family_spec, load_module, save_module
+from dllm_rl.models.checkpoint.module_tensors import load_tensors
+from dllm_rl.models.forward.float32_head import head_in_float32
+from dllm_rl.models.forward.recompute import recomputed_blocks
+from dllm_rl.models.lora import Lora
 
 Moved = TypeVar("Moved", bound="_Backbone")
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dllm_rl.models.adapters.experts import STACKS, LoraExperts, stack_of
+from dllm_rl.models.adapters.linear import LoraLinear
 from dllm_rl.models.base import Policy, whole
-from dllm_rl.models.experts import STACKS, LoraExperts, stack_of
-from dllm_rl.models.lora import LoraLinear, check_mergeable
+from dllm_rl.models.lora import check_mergeable
 from dllm_rl.quantization.experts import Experts, mixture
 from dllm_rl.quantization.linear import (
     check_finite,

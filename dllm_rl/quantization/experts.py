@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dllm_rl.models.experts import STACKS
+from dllm_rl.models.adapters.experts import STACKS
 
 
 class Experts(nn.Module):

@@ -13,16 +13,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from dllm_rl.models.adapters.experts import STACKS, LoraExperts, is_stacked, stack_of
+from dllm_rl.models.adapters.linear import LoraLinear, adapted_layers, is_bitsandbytes, plain_weight
+from dllm_rl.models.adapters.merge import forget_quantizer, merged_state
 from dllm_rl.models.base import Module, Policy, whole
-from dllm_rl.models.experts import STACKS, LoraExperts, is_stacked, stack_of
-from dllm_rl.models.lora import (
-    LoraLinear,
-    adapted_layers,
-    forget_quantizer,
-    is_bitsandbytes,
-    merged_state,
-    plain_weight,
-)
 from dllm_rl.quantization.experts import Experts
 from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize, Scheme
 from dllm_rl.quantization.linear import (

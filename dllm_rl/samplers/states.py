@@ -6,8 +6,8 @@ from torch import Tensor
 
 from dllm_rl.device import send
 from dllm_rl.models.base import Policy
-from dllm_rl.models.buckets import length_buckets
-from dllm_rl.models.routing import Routing, of_tokens
+from dllm_rl.models.forward.buckets import length_buckets
+from dllm_rl.models.forward.routing import Routing, of_tokens
 from dllm_rl.samplers.cache import Cache, CachedStates
 from dllm_rl.samplers.canvas import Canvas
 

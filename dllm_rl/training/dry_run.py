@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from dllm_rl.distributed.collectives import launched
+from dllm_rl.models.adapters.experts import STACKS, is_stacked
+from dllm_rl.models.adapters.linear import LoraLinear, add_lora
 from dllm_rl.models.base import FamilySpec, Module, Policy
-from dllm_rl.models.experts import STACKS, is_stacked
-from dllm_rl.models.families import find_family
-from dllm_rl.models.loading import build_empty
-from dllm_rl.models.lora import LoraLinear, add_lora
+from dllm_rl.models.checkpoint.families import find_family
+from dllm_rl.models.checkpoint.loading import build_empty
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.quantization.fake import FakeQuantize

@@ -7,8 +7,8 @@ from typing import Any
 
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, causal, trajectory
 from dllm_rl.models.base import Policy
-from dllm_rl.models.families import find_family
-from dllm_rl.models.loading import checkpoint_folder, read_config
+from dllm_rl.models.checkpoint.families import find_family
+from dllm_rl.models.checkpoint.loading import checkpoint_folder, read_config
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask

@@ -37,8 +37,8 @@ from dllm_rl.distributed.sharding import in_pace
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.replay import as_noted, as_sampled, blank, routing_counts, routing_metrics
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
-from dllm_rl.models.attention import PlainAttention
 from dllm_rl.models.base import Policy, whole
+from dllm_rl.models.forward.attention import PlainAttention
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for

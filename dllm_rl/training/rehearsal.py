@@ -25,8 +25,8 @@ from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.sharding import in_pace
 from dllm_rl.files import remove
+from dllm_rl.models.adapters.linear import add_lora
 from dllm_rl.models.base import Policy
-from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tokens import chosen_ids, encode, graded_texts
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for

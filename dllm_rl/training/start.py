@@ -21,11 +21,12 @@ from dllm_rl.distributed.stop import Stop, ended_by_launcher, how_to_continue, w
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import replacing
 from dllm_rl.likelihoods.replay import check_replay
+from dllm_rl.models.adapters.linear import add_lora
 from dllm_rl.models.base import Policy, copied
-from dllm_rl.models.compiled import compile_blocks
-from dllm_rl.models.lora import add_lora, load_adapter
+from dllm_rl.models.checkpoint.adapters import load_adapter
+from dllm_rl.models.forward.compiled import compile_blocks
+from dllm_rl.models.forward.recompute import blocks_of
 from dllm_rl.models.policy import load_policy, load_weights
-from dllm_rl.models.recompute import blocks_of
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.trackers import check_trackers, start_trackers
 from dllm_rl.recipe import Recipe, Settings

@@ -22,7 +22,8 @@ from dllm_rl.config import pickable
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.likelihoods import estimators, scoring
-from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.adapters.linear import add_lora
+from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.aligned import aligned_forward
@@ -283,7 +284,9 @@ def resumes(recipe, tmp_path):
 
 
 def test_a_run_in_bf16_with_adapters_resumes(tmp_path, monkeypatch):
-    monkeypatch.setattr("dllm_rl.models.attention.SHORT", 0)  # what a CPU computes otherwise in 16 bits, a GPU does not
+    monkeypatch.setattr(
+        "dllm_rl.models.forward.attention.SHORT", 0
+    )  # what a CPU computes otherwise in 16 bits, a GPU does not
     fields = {"lora": partial(Lora, r=2, dropout=0.1), "bf16": True, "beta": 0.1, "eval_steps": 2, "num_iterations": 2}
     recipe = partial(small, **fields)
     trains_alike(recipe, tmp_path)

@@ -22,7 +22,7 @@ from dllm_rl.likelihoods.replay import (
     routing_metrics,
 )
 from dllm_rl.likelihoods.scoring import backward_view, score_view
-from dllm_rl.models import routing
+from dllm_rl.models.forward import routing
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.cache import block_cache, dual_cache

@@ -10,9 +10,9 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods.estimators import recorded
-from dllm_rl.models import attention
-from dllm_rl.models.attention import SHORT, PlainAttention, plain_attention
-from dllm_rl.models.recompute import recomputed_blocks
+from dllm_rl.models.forward import attention
+from dllm_rl.models.forward.attention import SHORT, PlainAttention, plain_attention
+from dllm_rl.models.forward.recompute import recomputed_blocks
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from dllm_rl.models.buckets import FORWARD, length_buckets
+from dllm_rl.models.forward.buckets import FORWARD, length_buckets
 
 
 def cost(groups, starts, columns, least):

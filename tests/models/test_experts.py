@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dllm_rl.models.experts import STACKS, LoraExperts
+from dllm_rl.models.adapters.experts import STACKS, LoraExperts
 from dllm_rl.models.lora import Lora
 
 

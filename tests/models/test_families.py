@@ -10,9 +10,10 @@ from layouts import LAYERS, MASK, ORIGINAL, STOCK, checkpoint, llada, llada2, ll
 from safetensors.torch import load_file
 
 from dllm_rl import AutoregressivePolicy, DiffusionPolicy, load_policy
-from dllm_rl.models import families, rope
-from dllm_rl.models.loading import end_ids
-from dllm_rl.models.weights import write_tensors
+from dllm_rl.models.checkpoint import families
+from dllm_rl.models.checkpoint.loading import end_ids
+from dllm_rl.models.checkpoint.tensors import write_tensors
+from dllm_rl.models.forward import rope
 
 EVERY = [*ORIGINAL, *STOCK]
 

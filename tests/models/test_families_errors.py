@@ -9,8 +9,8 @@ from layouts import MASK, checkpoint, llada, llada2, llada_moe, published, token
 from safetensors.torch import load_file, save_file
 
 from dllm_rl import Prompts, autoregress, load_policy, unmask
-from dllm_rl.models.families import DREAM, LLADA, LLADA2, LLADA_MOE, SDAR
-from dllm_rl.models.loading import find_mask_id, load_tokenizer
+from dllm_rl.models.checkpoint.families import DREAM, LLADA, LLADA2, LLADA_MOE, SDAR
+from dllm_rl.models.checkpoint.loading import find_mask_id, load_tokenizer
 from dllm_rl.models.policy import make_policy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 

@@ -13,8 +13,8 @@ from tiny_recipe import tiny_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm_rl import load_policy, quantized_copy, train
-from dllm_rl.models import head
-from dllm_rl.models.head import float32_linear, projected_in_float32
+from dllm_rl.models.forward import float32_head as head
+from dllm_rl.models.forward.float32_head import float32_linear, projected_in_float32
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.schemes import int8_weight_only

@@ -13,11 +13,13 @@ from transformers import PreTrainedModel
 
 from dllm_rl import load_policy, load_weights
 from dllm_rl.evaluation.evaluate import evaluate
-from dllm_rl.models.loading import build_empty, checkpoint_folder
-from dllm_rl.models.lora import Lora, add_lora, load_adapter, save_adapter
+from dllm_rl.models.adapters.linear import add_lora
+from dllm_rl.models.checkpoint.adapters import load_adapter, save_adapter
+from dllm_rl.models.checkpoint.loading import build_empty, checkpoint_folder
+from dllm_rl.models.checkpoint.tensors import INDEX
+from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.models.untrusted import explodes, without_code
-from dllm_rl.models.weights import INDEX
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import autoregress, unmask
 from dllm_rl.tasks import Mini

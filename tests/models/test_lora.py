@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dllm_rl.models.lora import Lora, LoraLinear
+from dllm_rl.models.adapters.linear import LoraLinear
+from dllm_rl.models.lora import Lora
 
 
 class Products(TorchFunctionMode):

@@ -12,18 +12,12 @@ from runs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import load_policy
-from dllm_rl.models.experts import STACKS, LoraExperts, is_stacked
-from dllm_rl.models.lora import (
-    Lora,
-    adapter_state,
-    add_lora,
-    load_adapter,
-    lora_r16,
-    merge_lora,
-    merged_copy,
-    save_adapter,
-)
-from dllm_rl.models.routing import mixtures
+from dllm_rl.models.adapters.experts import STACKS, LoraExperts, is_stacked
+from dllm_rl.models.adapters.linear import add_lora
+from dllm_rl.models.adapters.merge import merge_lora, merged_copy
+from dllm_rl.models.checkpoint.adapters import adapter_state, load_adapter, save_adapter
+from dllm_rl.models.forward.routing import mixtures
+from dllm_rl.models.lora import Lora, lora_r16
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.experts import Experts

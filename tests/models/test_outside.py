@@ -19,10 +19,11 @@ from transformers import (
 )
 
 from dllm_rl import FamilySpec, load_policy, load_weights, make_policy, register_family
-from dllm_rl.models import families
+from dllm_rl.models.adapters.linear import LoraLinear, add_lora
 from dllm_rl.models.base import encode_roberta, mlm_head
-from dllm_rl.models.lora import Lora, LoraLinear, add_lora
-from dllm_rl.models.own import own_tensors
+from dllm_rl.models.checkpoint import families
+from dllm_rl.models.checkpoint.module_tensors import own_tensors
+from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import char_tokenizer
 
 TOKENS = torch.tensor([[3, 4, 5, 6, 7, 4]])

@@ -17,20 +17,10 @@ from dllm_rl import load_policy, quantized_copy, sync_weights, train
 from dllm_rl.algorithms.correctors import aligned, qarl
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.checkpoints import checkpoint as checkpoints
-from dllm_rl.models.lora import (
-    Lora,
-    LoraLinear,
-    adapted_layers,
-    add_lora,
-    disable_adapters,
-    load_adapter,
-    lora_d1,
-    lora_r16,
-    merge_lora,
-    merged_copy,
-    merged_state,
-    save_adapter,
-)
+from dllm_rl.models.adapters.linear import LoraLinear, adapted_layers, add_lora, disable_adapters
+from dllm_rl.models.adapters.merge import merge_lora, merged_copy, merged_state
+from dllm_rl.models.checkpoint.adapters import load_adapter, save_adapter
+from dllm_rl.models.lora import Lora, lora_d1, lora_r16
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.quantization.schemes import int8_weight_only

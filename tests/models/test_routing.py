@@ -7,7 +7,7 @@ from layouts import published
 from mixtures import by_hand, chosen_by_hand, moe
 
 from dllm_rl import load_policy
-from dllm_rl.models.routing import Routing, agreement, load, mixtures, of_states, of_tokens
+from dllm_rl.models.forward.routing import Routing, agreement, load, mixtures, of_states, of_tokens
 
 FAMILIES = ("llada_moe", "llada2", "sdar_moe", "qwen3_moe")
 

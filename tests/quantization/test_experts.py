@@ -15,7 +15,7 @@ from dllm_rl import load_policy
 from dllm_rl.config import pickable
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.diagnostics.doctor import operands
-from dllm_rl.models.experts import is_stacked
+from dllm_rl.models.adapters.experts import is_stacked
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.experts import Experts, mixture, place

@@ -18,7 +18,9 @@ from torchao.quantization import (
 )
 
 from dllm_rl.config import describe, pickable
-from dllm_rl.models.lora import Lora, add_lora, merged_copy
+from dllm_rl.models.adapters.linear import add_lora
+from dllm_rl.models.adapters.merge import merged_copy
+from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.fake import FakeQuantize

@@ -215,7 +215,7 @@ def test_too_long_a_completion():
 
 
 def test_carried_configs_are_of_known_families():
-    from dllm_rl.models.families import find_family
+    from dllm_rl.models.checkpoint.families import find_family
 
     names = {file.stem: find_family(json.loads(file.read_text())).name for file in CONFIGS.glob("*.json")}
     assert names["GSAI-ML--LLaDA-8B-Instruct"] == names["GSAI-ML--LLaDA-1.5"] == "llada"

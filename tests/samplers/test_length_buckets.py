@@ -8,7 +8,7 @@ from layouts import checkpoint
 from simulated_cuda import SimulatedCuda
 
 from dllm_rl import load_policy
-from dllm_rl.models import buckets
+from dllm_rl.models.forward import buckets
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dllm_rl.models.families import FamilySpec
+from dllm_rl.models.checkpoint.families import FamilySpec
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import unmask

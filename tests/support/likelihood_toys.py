@@ -6,7 +6,7 @@ from itertools import combinations, permutations
 
 import torch
 
-from dllm_rl.models.families import DIFFUSION_LM
+from dllm_rl.models.checkpoint.families import DIFFUSION_LM
 from dllm_rl.types import Rollout, SamplingParams
 
 

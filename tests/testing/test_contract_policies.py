@@ -7,8 +7,10 @@ from own_module import Own, own_policy
 from torch import nn
 
 from dllm_rl import check_policy, load_policy
-from dllm_rl.models import loading, own
-from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.adapters.linear import add_lora
+from dllm_rl.models.checkpoint import loading
+from dllm_rl.models.checkpoint import module_tensors as own
+from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from dllm_rl.models.base import BERT_LINEARS, FamilySpec, encode_roberta, mlm_head
-from dllm_rl.models.rope import rope_parameters
+from dllm_rl.models.forward.rope import rope_parameters
 
 _SAME = [
     "vocab_size",

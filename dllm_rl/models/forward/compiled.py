@@ -5,7 +5,7 @@ faster (benchmarks/README.md). Numbers differ from the eager ones by rounding.
 """
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.recompute import blocks_of
+from dllm_rl.models.forward.recompute import blocks_of
 
 
 def compile_blocks(policy: Policy, *, mode: str = "default") -> None:

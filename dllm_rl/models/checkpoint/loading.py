@@ -20,13 +20,11 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from dllm_rl.models.adapters.merge import has_extras, merged_copy, merged_state
 from dllm_rl.models.base import FamilySpec, Module, encode_block_causal, encode_roberta, mlm_head
-from dllm_rl.models.families import find_family, stock_class
-from dllm_rl.models.lora import has_extras, merged_copy, merged_state
-from dllm_rl.models.own import own_tensors, transient
-from dllm_rl.models.rope import rotate_in_float32
-from dllm_rl.models.untrusted import SUFFIXES, check_regular, check_tokenizer, show_messages, without_code
-from dllm_rl.models.weights import (
+from dllm_rl.models.checkpoint.families import find_family, stock_class
+from dllm_rl.models.checkpoint.module_tensors import own_tensors, transient
+from dllm_rl.models.checkpoint.tensors import (
     read_tensors,
     shapes_of,
     to_original,
@@ -34,6 +32,8 @@ from dllm_rl.models.weights import (
     weight_files,
     write_tensors,
 )
+from dllm_rl.models.forward.rope import rotate_in_float32
+from dllm_rl.models.untrusted import SUFFIXES, check_regular, check_tokenizer, show_messages, without_code
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What transformers, safetensors and json make of files that are not what they should be.

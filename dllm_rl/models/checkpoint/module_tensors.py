@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dllm_rl.models.adapters.linear import adapted_layers
+from dllm_rl.models.adapters.merge import merged_state
 from dllm_rl.models.base import Module, whole
-from dllm_rl.models.lora import adapted_layers, merged_state
+from dllm_rl.models.checkpoint.tensors import misfits, read_tensors
 from dllm_rl.models.untrusted import check_regular
-from dllm_rl.models.weights import misfits, read_tensors
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
+from dllm_rl.models.adapters.linear import LoraLinear
 from dllm_rl.models.base import Module
-from dllm_rl.models.lora import LoraLinear
 
 
 def backbone_of(module: Module) -> Any:

@@ -1,0 +1,1 @@
+"""LoRA: adapters beside linear layers and stacked experts, and merged into them."""

@@ -1,0 +1,149 @@
+"""Adapters beside linear layers."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+
+from dllm_rl.models.adapters.experts import LoraExperts, is_stacked
+from dllm_rl.models.base import Policy, whole
+from dllm_rl.models.lora import Lora
+from dllm_rl.rng import keep_mask
+
+
+class LoraLinear(nn.Module):
+    """A linear layer and its fp32 adapter, whose products are in the input's dtype, as the layer's own are.
+
+    calls  counts dropout masks: each is a function of (seed, its number) alone, so runs repeat, on every device, and a
+           block that a backward runs again drops what it dropped before (`recompute`).
+    """
+
+    def __init__(self, base_layer: nn.Linear, lora: Lora, generator: Generator) -> None:
+        super().__init__()
+        self.base_layer, self.lora, self.active, self.calls = base_layer, lora, True, 0
+        self.seed = int(torch.randint(2**40, (), generator=generator))
+        device = base_layer.weight.device
+        bound = base_layer.in_features**-0.5
+        a = (torch.rand(lora.r, base_layer.in_features, generator=generator) * 2 - 1) * bound
+        self.lora_A = nn.Linear(base_layer.in_features, lora.r, bias=False, device="meta")
+        self.lora_B = nn.Linear(lora.r, base_layer.out_features, bias=False, device="meta")
+        self.lora_A.weight = nn.Parameter(a.to(device))
+        self.lora_B.weight = nn.Parameter(torch.zeros(base_layer.out_features, lora.r, device=device))
+
+    def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
+        out = self.base_layer(x)
+        if not self.active:
+            return out
+        small = F.linear(self.dropped(x), self.lora_A.weight.to(x.dtype))
+        added = F.linear(small, self.lora_B.weight.to(x.dtype)) * (self.lora.alpha / self.lora.r)
+        return (out + added).to(out.dtype)
+
+    def dropped(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... I"]:
+        if not self.lora.dropout or not torch.is_grad_enabled():
+            return x
+        self.calls += 1
+        keep = keep_mask(x.shape, seed=self.seed, step=self.calls, drop=self.lora.dropout, device=x.device)
+        return x * keep / (1 - self.lora.dropout)
+
+    def merged(self) -> Float[Tensor, "O I"]:
+        """W + (alpha / r) B A, summed in fp32 and rounded once to the dtype of W; differentiable in A and B."""
+        weight = plain_weight(self.base_layer)
+        added = whole(self.lora_B.weight).float() @ whole(self.lora_A.weight).float()
+        return (weight.float() + added * (self.lora.alpha / self.lora.r)).to(weight.dtype)
+
+
+def add_lora(policy: Policy, lora: Lora) -> None:
+    """Put adapters on the policy's module, in place, and freeze everything else, gradients freed.
+
+    Raises ValueError when no layer has one of the target names, none has experts that are to be adapted, or adapters
+    are there already.
+    """
+    module, names = policy.module, lora.targets or policy.spec.lora_targets
+    if adapted_layers(module):
+        raise ValueError("lora: the policy has adapters already; merge them first (merge_lora)")
+    chosen = {
+        path: layer
+        for path, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+        and (path in names or (re.search(r"\.\d+\.", path) and path.rpartition(".")[2] in names))
+    }
+    if not chosen:
+        raise ValueError(
+            f"lora.targets={names} names no linear layer in a block of {type(module).__name__}; name other layers"
+        )
+    stacks = {path: layer for path, layer in module.named_modules() if lora.experts and is_stacked(layer)}
+    if lora.experts and not stacks:
+        raise ValueError(f"lora.experts=True, but {type(module).__name__} has no stacked experts; leave it out")
+    module.requires_grad_(False)
+    module.zero_grad(set_to_none=True)  # what an earlier training left would be a copy of the base, and be clipped with
+    generator = Generator().manual_seed(lora.seed)
+    for path, layer in chosen.items():
+        module.set_submodule(path, LoraLinear(layer, lora, generator))
+    for path, layer in stacks.items():
+        module.set_submodule(path, LoraExperts(layer, lora, generator))
+    policy.lora = lora
+
+
+def adapted_layers(module: nn.Module) -> dict[str, LoraLinear | LoraExperts]:
+    """The layers that carry adapters, by name."""
+    return {path: layer for path, layer in module.named_modules() if isinstance(layer, LoraLinear | LoraExperts)}
+
+
+@contextmanager
+def disable_adapters(module: nn.Module) -> Iterator[None]:
+    """The module without its adapters."""
+    layers = adapted_layers(module).values()
+    before = [layer.active for layer in layers]
+    for layer in layers:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.active = was
+
+
+def without_adapters(policy: Policy) -> Policy:
+    """A second policy on the same weights, adapters left out: the reference that RL started from, without a copy.
+
+    Raises ValueError when there are no adapters: the policy itself would move.
+    """
+    if not adapted_layers(policy.module):
+        raise ValueError(
+            f"{type(policy.module).__name__} has no adapters to leave out; keep a copy of it as the reference"
+        )
+    reference, spec = copy.copy(policy), policy.spec
+    reference.spec = replace(spec, encode=partial(_without, spec.encode), head=partial(_without, spec.head))
+    return reference
+
+
+def _without(f: Callable[..., Tensor], module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    with disable_adapters(module):
+        return f(module, *args, **kwargs)
+
+
+def is_bitsandbytes(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and type(layer.weight).__module__.startswith("bitsandbytes")
+
+
+@torch.no_grad()
+def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
+    """The weight of a linear layer: a bitsandbytes one's dequantised, a sharded one's whole."""
+    if not is_bitsandbytes(layer):
+        return whole(layer.weight.detach())
+    weight: Any = layer.weight
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    # An 8-bit layer hands its rows and scales (absolute maxima, 127 steps) over to `state` at its first forward.
+    kept: Any = layer.state if weight.SCB is None else weight
+    return kept.CB * (kept.SCB.float() / 127)[:, None]

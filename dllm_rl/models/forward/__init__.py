@@ -1,0 +1,1 @@
+"""How a forward runs: packing by length, compiled blocks, the fp32 head, recomputation, rotary tables, routing."""
