@@ -52,7 +52,7 @@ from dllm_rl.samplers.cache import dual_cache, prefix_cache
 from dllm_rl.samplers.rules import threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training import train
-from dllm_rl.training.dry_run import memory, meta_policy
+from dllm_rl.training.dry_run.plan import memory, meta_policy
 from dllm_rl.types import Prompts
 from recipes.llada_8b_sudoku import recipe as job_8b
 from recipes.sudoku_tiny import recipe as main_job

@@ -32,9 +32,10 @@ from dllm_rl.supervised.examples import (
 from dllm_rl.supervised.recipe import SFT
 from dllm_rl.tasks.datasets import hold_out, in_memory
 from dllm_rl.training.finish import Summary, conclude
+from dllm_rl.training.policies import make_optimizer, make_policy, opened
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due, make_writer, protect, save
-from dllm_rl.training.start import launch, make_optimizer, make_policy, new_history, open_log, opened, restore, told_of
+from dllm_rl.training.start import launch, new_history, open_log, restore, told_of
 from dllm_rl.training.warmup import draw_levels
 
 VIEWS = 4  # masks that a diffusion model's held-out loss takes of each row

@@ -12,10 +12,10 @@ from dllm_rl.files import write_json, write_text
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe
-from dllm_rl.training.card import card, push_to_hub
+from dllm_rl.training.model_card import card, push_to_hub
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import settle
-from dllm_rl.training.start import evaluate_with, shown
+from dllm_rl.training.validation import evaluate_with, shown
 
 
 class Summary(dict[str, Any]):

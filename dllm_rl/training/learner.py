@@ -10,8 +10,7 @@ and the vector goes back through those: no forward is run twice.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from dllm_rl.algorithms.mismatch import PREFIX, group_weights, mismatch_metrics, off_policy_metrics, symptom_metrics
 from dllm_rl.device import send
-from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
+from dllm_rl.diagnostics.batch_invariance import check_bitwise_equal
 from dllm_rl.distributed.collectives import (
     Metrics,
     gather_on_host,
@@ -38,31 +37,10 @@ from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.replay import as_noted, as_sampled, blank, routing_counts, routing_metrics
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
 from dllm_rl.models.base import Policy, whole
-from dllm_rl.models.forward.attention import PlainAttention
-from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.agreement import order_agreement
 from dllm_rl.types import Batch, Logprobs, Noise, Rollout
-
-
-@contextmanager
-def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
-    """bf16 autocast where asked for; with zero_mismatch a row's result does not depend on its batch; without, in 16
-    bits on a CPU, attention of short rows by plain products."""
-    kept = recipe.shard_size == 1  # autocast's bf16 copies would hold a sharded model whole
-    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16, cache_enabled=kept)
-    plain = accelerator.device.type == "cpu" and (recipe.bf16 or recipe.dtype != "float32")
-    with autocast, batch_invariant() if recipe.zero_mismatch else PlainAttention() if plain else nullcontext():
-        yield
-
-
-@contextmanager
-def learner_forward(recipe: Recipe, policy: Policy, rollout_policy: Policy, accelerator: Accelerator) -> Iterator[None]:
-    """The recipe's arithmetic; with align_forward the learner runs through the rollout's quantised operands."""
-    align = recipe.corrector.align_forward and rollout_policy is not policy
-    with arithmetic(recipe, accelerator), aligned_forward(policy, rollout_policy) if align else nullcontext():
-        yield
 
 
 def learned_groups(recipe: Recipe, advantages: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:

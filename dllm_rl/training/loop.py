@@ -4,14 +4,16 @@ from dllm_rl.distributed.stop import leaving_nothing_behind
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
+from dllm_rl.training.arithmetic import learner_forward
 from dllm_rl.training.balance import balance
 from dllm_rl.training.completions import log_completions
-from dllm_rl.training.dry_run import plan
+from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.finish import Summary, finish
-from dllm_rl.training.learner import correct, draw_noise, learner_forward, measured_groups, score, update
+from dllm_rl.training.learner import correct, draw_noise, measured_groups, score, update
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.saving import checkpoint_if_due
-from dllm_rl.training.start import start, validate
+from dllm_rl.training.start import start
+from dllm_rl.training.validation import validate
 
 
 @leaving_nothing_behind

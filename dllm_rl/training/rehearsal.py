@@ -31,17 +31,11 @@ from dllm_rl.models.tokens import chosen_ids, encode, graded_texts
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem, addends, grade
+from dllm_rl.training.arithmetic import arithmetic, learner_forward
 from dllm_rl.training.cautions import made_up_rewards
-from dllm_rl.training.learner import (
-    accumulate_gradients,
-    arithmetic,
-    correct,
-    draw_noise,
-    learner_forward,
-    measured_groups,
-    score,
-)
-from dllm_rl.training.rollouts import reward_values, rollout_copy, wanted_parts
+from dllm_rl.training.learner import accumulate_gradients, correct, draw_noise, measured_groups, score
+from dllm_rl.training.policies import rollout_copy
+from dllm_rl.training.rollouts import reward_values, wanted_parts
 from dllm_rl.training.sharding import on_main
 from dllm_rl.training.warmup import examples
 

@@ -13,15 +13,13 @@ from torch import Tensor
 from dllm_rl.algorithms.advantages import informative, takes_parts
 from dllm_rl.device import send
 from dllm_rl.distributed.collectives import Metrics, gather_objects, gather_on_host, local, reduce_metrics, waited
-from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import chosen_ids, encode, graded_texts
 from dllm_rl.monitoring.log import RunLog
-from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.tasks.base import Problem, Reward, addends, grade
-from dllm_rl.training.learner import arithmetic
+from dllm_rl.training.arithmetic import arithmetic
 from dllm_rl.training.prompts import choose, draw_indices
 from dllm_rl.types import Rollout
 
@@ -34,37 +32,6 @@ class Answer:
     completion: str
     reward: Reward
     length: int  # tokens that the policy chose
-
-
-def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:
-    """What samples: the learner's quantised copy, or without a scheme the learner itself, or where its weights are
-    shared out a whole copy of them."""
-    scheme, held = recipe.rollout_quantization, torch.bfloat16 if recipe.bf16 else None
-    if scheme is None:
-        return policy if sharding_of(policy.module) is None else quantized_copy(policy, None)
-    copied = quantized_copy(policy, scheme(), dtype=held)
-    copied.records_experts = recipe.router_replay is not None and recipe.likelihood.exact_for_sampler
-    return copied
-
-
-def check_compiled(recipe: Recipe) -> None:
-    """Raise ValueError where torch_compile has nothing to compile, or what would be compiled anew at every step."""
-    if recipe.torch_compile and recipe.rollout_quantization is None:
-        raise ValueError(
-            "torch_compile=True compiles the rollout's copy, and rollout_quantization=None makes none: set one, as "
-            "float8_dynamic, or torch_compile=False"
-        )
-    if recipe.torch_compile and recipe.router_replay is not None:
-        raise ValueError(
-            "torch_compile=True does not go with router_replay='R3': compiled blocks do not say which experts they "
-            "take; leave one out"
-        )
-    cached = getattr(recipe.sampler, "keywords", {}).get("cache") is not None or recipe.likelihood.name == "causal"
-    if recipe.torch_compile and cached:
-        raise ValueError(
-            "torch_compile=True does not go with a cache, whose state would be compiled anew at every step: leave out "
-            "the sampler's cache, or set torch_compile=False; an autoregressive sampler always has one"
-        )
 
 
 def collect(

@@ -16,7 +16,7 @@ from dllm_rl.models.forward.recompute import recomputed_blocks
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
-from dllm_rl.training.learner import arithmetic
+from dllm_rl.training.arithmetic import arithmetic
 
 
 def drawn(keys: int = 7, heads: int = 4, dtype=torch.float64):

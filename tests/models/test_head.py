@@ -18,7 +18,7 @@ from dllm_rl.models.forward.float32_head import float32_linear, projected_in_flo
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.schemes import int8_weight_only
-from dllm_rl.training.start import make_policy
+from dllm_rl.training.policies import make_policy
 
 FAMILIES = ("llada", "dream", "smollm2", "bert", "roberta", "modernbert")
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -13,9 +13,17 @@ from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.config import from_command_line
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.training import dry_run
-from dllm_rl.training.dry_run import CONFIGS, memory, meta_policy, plan, published_config, quantisable, rollout_bytes
-from dllm_rl.training.memory import Memory, measure_step
+from dllm_rl.training.dry_run import plan as dry_run
+from dllm_rl.training.dry_run.memory import Memory, measure_step
+from dllm_rl.training.dry_run.plan import (
+    CONFIGS,
+    memory,
+    meta_policy,
+    plan,
+    published_config,
+    quantisable,
+    rollout_bytes,
+)
 
 # (recipe, parameters, quantised layers). 8,015,581,184 is LLaDA-8B's published count; the others are sums by hand of
 # embeddings, attention, feed-forward, experts, routers and norms.
@@ -151,7 +159,7 @@ def test_what_the_recipes_say_that_they_take(name, gigabytes, size):
 
 def test_the_gpus_that_a_plan_fits(monkeypatch):
     monkeypatch.setattr(
-        "dllm_rl.training.dry_run.measure_step", lambda *_, **__: Memory({"weights": 1}, {"update": peak})
+        "dllm_rl.training.dry_run.plan.measure_step", lambda *_, **__: Memory({"weights": 1}, {"update": peak})
     )
     recipe = recipe_of("llada_8b_sudoku")
     for peak, said in (

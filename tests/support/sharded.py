@@ -25,8 +25,8 @@ from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.rng import generator_for
 from dllm_rl.training import loop, train
+from dllm_rl.training.dry_run.memory import LiveBytes, shared_out
 from dllm_rl.training.learner import update
-from dllm_rl.training.memory import LiveBytes, shared_out
 from dllm_rl.types import Batch, SamplingParams
 
 EVERY = {"report_to": None, "collective_timeout": 600.0}

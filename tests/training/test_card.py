@@ -10,7 +10,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl.cli import main as cli
 from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.training import train
-from dllm_rl.training.card import LEFT_OUT, card
+from dllm_rl.training.model_card import LEFT_OUT, card
 
 HOSTILE = "a`b|c\n# <img src=x> \x1b[2J"
 

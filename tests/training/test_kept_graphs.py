@@ -16,17 +16,17 @@ from dllm_rl.models.lora import Lora
 from dllm_rl.models.tokens import encode
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
+from dllm_rl.training.arithmetic import learner_forward
 from dllm_rl.training.learner import (
     accumulate_gradients,
     correct,
     draw_noise,
     keeps_graphs,
-    learner_forward,
     measured_groups,
     score,
     update,
 )
-from dllm_rl.training.start import make_optimizer
+from dllm_rl.training.policies import make_optimizer
 from recipes.studies.surrogates import stable_drl
 
 MANY = 99

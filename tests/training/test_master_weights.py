@@ -16,7 +16,7 @@ from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.linear import is_quantized
 from dllm_rl.quantization.schemes import float8_dynamic_emulated, float8_weight_only
-from dllm_rl.training.start import make_optimizer
+from dllm_rl.training.policies import make_optimizer
 
 STEPS, RATE = 10, 1e-6
 

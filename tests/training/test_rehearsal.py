@@ -21,8 +21,9 @@ from dllm_rl.quantization.schemes import int4_weight_only
 from dllm_rl.samplers.rules import random as random_order
 from dllm_rl.samplers.rules import remask, threshold
 from dllm_rl.samplers.unmask import unmask
+from dllm_rl.training.policies import make_policy
 from dllm_rl.training.rehearsal import random_numbers_kept
-from dllm_rl.training.start import make_policy, rehearsed
+from dllm_rl.training.start import rehearsed
 
 SMALL = partial(tiny_masked_lm, **SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16})
 

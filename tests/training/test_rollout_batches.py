@@ -19,8 +19,8 @@ from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import block_cache
 from dllm_rl.samplers.unmask import unmask
+from dllm_rl.training.policies import make_policy
 from dllm_rl.training.rollouts import collect, total
-from dllm_rl.training.start import make_policy
 from dllm_rl.types import Prompts, Rollout
 
 PROMPTS = Prompts.from_ids(

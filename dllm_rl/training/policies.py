@@ -1,0 +1,168 @@
+"""The policies of a run: the learner, its reference, and the rollout's copy."""
+
+import inspect
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dllm_rl import manifest
+from dllm_rl.distributed.collectives import (
+    from_main,
+    versions,
+)
+from dllm_rl.distributed.sharding import sharding_of
+from dllm_rl.files import replacing
+from dllm_rl.likelihoods.replay import check_replay
+from dllm_rl.models.adapters.linear import add_lora
+from dllm_rl.models.base import Policy, copied
+from dllm_rl.models.checkpoint.adapters import load_adapter
+from dllm_rl.models.forward.recompute import blocks_of
+from dllm_rl.models.policy import load_policy, load_weights
+from dllm_rl.monitoring.log import RunLog
+from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.recipe import Recipe, Settings
+from dllm_rl.training.sharding import first_home, on_main, share_out
+from dllm_rl.training.validation import evaluate_with, shown
+from dllm_rl.training.warmup import warm_up
+
+
+def fresh_policy(
+    recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog, history: dict[str, Any]
+) -> Policy:
+    """The recipe's model, warmed up, with its adapters, and evaluated; `history` gets what the summary says of it."""
+    with log.stage("warm-up"):
+        history["warmup_steps"] = warm_up(
+            recipe,
+            policy,
+            accelerator,
+            log,
+            partial(evaluate_with, recipe, policy, recipe.validation_task, accelerator),
+        )
+    if recipe.lora is not None and policy.lora is None:
+        if history["warmup_steps"]:
+            save_reference(recipe, policy, accelerator)
+        add_lora(policy, recipe.lora())
+    with log.stage("evaluation"):
+        history["eval_before"] = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
+    log.say(f"before RL: {shown(history['eval_before'])} on {len(recipe.eval_task)} held-out problems")
+    return policy
+
+
+def resumed_policy(recipe: Recipe, folder: Path, state: dict[str, Any], accelerator: Accelerator) -> Policy:
+    """The policy as a checkpoint left it: its adapters stand on the warmed-up weights, or, without a warm-up, on the
+    recipe's model."""
+    device, dtype = first_home(recipe, accelerator), getattr(torch, state["dtype"])
+    if recipe.lora is None:
+        return share_out(recipe, opened(recipe, folder, dtype, device), accelerator)
+    base = Path(recipe.directory) / "reference"
+    policy = opened(recipe, base, dtype, device) if state["warmup_steps"] else make_policy(recipe, device)
+    load_adapter(policy, folder / "adapter")
+    return share_out(recipe, policy, accelerator)
+
+
+def make_policy(recipe: Settings, device: torch.device) -> Policy:
+    """The recipe's model: a checkpoint, a copy of a policy, or what its function makes, from the run's seed where that
+    takes one."""
+    if isinstance(recipe.model, str):
+        options: dict[str, Any] = {"dtype": recipe.dtype, "quantization": recipe.base_quantization}
+        options["verify_checkpoint"] = recipe.verify_checkpoint
+        policy: Policy = load_policy(recipe.model, device=device, **options)
+    elif isinstance(recipe.model, Policy):
+        policy = copied(recipe.model).to(device)
+    else:
+        seeded = "seed" in inspect.signature(recipe.model).parameters
+        policy = (recipe.model(seed=recipe.seed) if seeded else recipe.model()).to(device)
+    return configured(recipe, policy)
+
+
+def configured(recipe: Settings, policy: Policy) -> Policy:
+    """The policy with the recipe's settings of how it computes. Raises ValueError on one that it cannot have."""
+    policy.float32_head, policy.gradient_checkpointing = recipe.float32_head, recipe.gradient_checkpointing
+    for setting in ("gradient_checkpointing", "torch_compile"):
+        if getattr(recipe, setting):
+            blocks_of(policy.module, setting)
+    check_replay(policy, recipe.router_replay)
+    return policy
+
+
+def opened(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
+    """The policy in a folder of this run; a module that is not transformers' is made anew as the recipe says."""
+    # A folder of this run was verified when the run's folder was opened, or was written since.
+    if (folder / "config.json").exists():
+        return configured(recipe, load_policy(folder, dtype=dtype, device=device, verify_checkpoint="quick"))
+    policy = make_policy(recipe, device)
+    load_weights(policy, folder, verify_checkpoint="quick")
+    return policy
+
+
+def make_optimizer(recipe: Settings, policy: Policy) -> torch.optim.Optimizer:
+    trainable = [p for p in policy.module.parameters() if p.requires_grad]
+    betas = (recipe.adam_beta1, recipe.adam_beta2)
+    return recipe.optim(trainable, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
+
+
+def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *, fresh: bool) -> Policy | None:
+    """The policy that RL started from, frozen, for the KL term; kept in the run's folder for a resumed run.
+
+    With adapters it is the policy itself without them, not a copy.
+    """
+    if not recipe.beta:
+        return None
+    if recipe.lora is not None:
+        return policy.reference()
+    folder = Path(recipe.directory) / "reference"
+    if fresh:
+        save_reference(recipe, policy, accelerator)
+    if fresh and sharding_of(policy.module) is None:
+        reference = copied(policy)
+    else:
+        dtype, device = next(policy.module.parameters()).dtype, first_home(recipe, accelerator)
+        reference = share_out(recipe, opened(recipe, folder, dtype, device), accelerator)
+    reference.module.requires_grad_(False)
+    return reference
+
+
+def save_reference(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> None:
+    """Write the weights that RL starts from to the run's folder, whole or not at all, with a manifest."""
+    saved = on_main(policy, accelerator)
+
+    def write() -> None:
+        with replacing(Path(recipe.directory) / "reference") as partial:
+            saved.save_pretrained(partial)
+            manifest.write(partial, step=None, processes=accelerator.num_processes, versions=versions())
+
+    from_main(write, accelerator)
+
+
+def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:
+    """What samples: the learner's quantised copy, or without a scheme the learner itself, or where its weights are
+    shared out a whole copy of them."""
+    scheme, held = recipe.rollout_quantization, torch.bfloat16 if recipe.bf16 else None
+    if scheme is None:
+        return policy if sharding_of(policy.module) is None else quantized_copy(policy, None)
+    copied = quantized_copy(policy, scheme(), dtype=held)
+    copied.records_experts = recipe.router_replay is not None and recipe.likelihood.exact_for_sampler
+    return copied
+
+
+def check_compiled(recipe: Recipe) -> None:
+    """Raise ValueError where torch_compile has nothing to compile, or what would be compiled anew at every step."""
+    if recipe.torch_compile and recipe.rollout_quantization is None:
+        raise ValueError(
+            "torch_compile=True compiles the rollout's copy, and rollout_quantization=None makes none: set one, as "
+            "float8_dynamic, or torch_compile=False"
+        )
+    if recipe.torch_compile and recipe.router_replay is not None:
+        raise ValueError(
+            "torch_compile=True does not go with router_replay='R3': compiled blocks do not say which experts they "
+            "take; leave one out"
+        )
+    cached = getattr(recipe.sampler, "keywords", {}).get("cache") is not None or recipe.likelihood.name == "causal"
+    if recipe.torch_compile and cached:
+        raise ValueError(
+            "torch_compile=True does not go with a cache, whose state would be compiled anew at every step: leave out "
+            "the sampler's cache, or set torch_compile=False; an autoregressive sampler always has one"
+        )
