@@ -40,7 +40,7 @@ _HOME = {
     "training.grpo": "grpo grpo_recipe",
     "supervised.train": "sft",
     "supervised.recipe": "SFT",
-    "cli.recipe": "main",
+    "cli.run_recipe": "main",
     "evaluation.evaluate": "evaluate",
     "diagnostics.doctor": "diagnose",
     "testing": "check_corrector check_estimator check_policy",

@@ -7,7 +7,7 @@ from pathlib import Path
 from dllm_rl.cli.options import open_policy
 from dllm_rl.config import pickable
 from dllm_rl.diagnostics.doctor import diagnose
-from dllm_rl.diagnostics.report import write_doctor
+from dllm_rl.diagnostics.findings import write_doctor
 from dllm_rl.models.tokens import encode, usual_length
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.samplers import sampler_for

@@ -29,7 +29,7 @@ from dllm_rl.monitoring.plots import (
     read_summary,
 )
 from dllm_rl.screen import escape_controls
-from dllm_rl.training.completions import shortened
+from dllm_rl.training.completion_log import shortened
 
 WORDS = ("healthy", "mild", "strong", "backfiring")
 STEPS = 12  # most steps of a run whose completions are shown

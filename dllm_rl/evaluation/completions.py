@@ -16,7 +16,7 @@ from dllm_rl.files import replacing, to_disk
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.linear import is_packed, unpacked
 from dllm_rl.tasks.base import Problem
-from dllm_rl.tasks.loading import load_rows
+from dllm_rl.tasks.rows import load_rows
 
 Key = tuple[int, int]  # (problem, sample)
 Row = dict[str, Any]

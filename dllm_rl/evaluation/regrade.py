@@ -5,8 +5,8 @@ from typing import Any
 
 from dllm_rl.evaluation.results import Graded, by_problem, with_intervals
 from dllm_rl.tasks.base import addends
-from dllm_rl.tasks.loading import load_rows, text_of
 from dllm_rl.tasks.protocols import TABLE, find_grader, grade_all
+from dllm_rl.tasks.rows import load_rows, text_of
 
 RATES = ("parsed", "accuracy", "solve_rate", "undecided", "cell_accuracy")  # what is shown, where a grader has it
 

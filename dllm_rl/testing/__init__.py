@@ -1,7 +1,7 @@
 """Contracts that corrector, estimator and policy keep, for the tests of this package and of anyone who writes one."""
 
-from dllm_rl.testing.methods import check_corrector, check_estimator, loss_of, make_batch
-from dllm_rl.testing.policies import check_policy
+from dllm_rl.testing.method_contracts import check_corrector, check_estimator, loss_of, make_batch
+from dllm_rl.testing.policy_contract import check_policy
 
 __all__ = [
     "check_corrector",

@@ -6,7 +6,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.arithmetic import learner_forward
 from dllm_rl.training.balance import balance
-from dllm_rl.training.completions import log_completions
+from dllm_rl.training.completion_log import log_completions
 from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.finish import Summary, finish
 from dllm_rl.training.learner import correct, draw_noise, measured_groups, score, update

@@ -24,7 +24,7 @@ from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.recipe import Recipe, Settings
-from dllm_rl.training.sharding import first_home, on_main, share_out
+from dllm_rl.training.sharded_learner import first_home, on_main, share_out
 from dllm_rl.training.validation import evaluate_with, shown
 from dllm_rl.training.warmup import warm_up
 

@@ -36,7 +36,7 @@ from dllm_rl.training.cautions import made_up_rewards
 from dllm_rl.training.learner import accumulate_gradients, correct, draw_noise, measured_groups, score
 from dllm_rl.training.policies import rollout_copy
 from dllm_rl.training.rollouts import reward_values, wanted_parts
-from dllm_rl.training.sharding import on_main
+from dllm_rl.training.sharded_learner import on_main
 from dllm_rl.training.warmup import examples
 
 MOMENTS: dict[Any, int] = {adamw: 8, adamw_8bit: 2}  # bytes a trained weight; of another optimiser nothing is known

@@ -27,7 +27,7 @@ from dllm_rl.models.checkpoint.module_tensors import host_copy
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training.model_card import card
 from dllm_rl.training.run import Run
-from dllm_rl.training.sharding import group_size, on_main
+from dllm_rl.training.sharded_learner import group_size, on_main
 
 Saved = torch.optim.Optimizer | checkpoint.Held | Part
 Write = Callable[..., Path]

@@ -36,7 +36,7 @@ from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import wanted_parts
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import make_writer, protect, save
-from dllm_rl.training.sharding import check_engine, check_sharding, first_home, share_out
+from dllm_rl.training.sharded_learner import check_engine, check_sharding, first_home, share_out
 
 
 def start(recipe: Recipe) -> Run[Recipe]:

@@ -11,7 +11,7 @@ from emulated import int3_emulated
 from mixtures import moe, on_a_boundary
 
 from dllm_rl.diagnostics.doctor import ADVICE, Cause, Report, WorstToken, diagnose
-from dllm_rl.diagnostics.report import page, rows, write_doctor
+from dllm_rl.diagnostics.findings import page, rows, write_doctor
 from dllm_rl.likelihoods.estimators import coupled, trajectory
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy

@@ -10,7 +10,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.training.sharding import check_engine
+from dllm_rl.training.sharded_learner import check_engine
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
 PROCESSES = {"cpu": 1, "cpu_2": 2, "single_gpu": 1, "multi_gpu": 8, "multi_node": 16}

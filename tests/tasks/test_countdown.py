@@ -16,7 +16,7 @@ from dllm_rl.tasks.base import Problem, Task
 from dllm_rl.tasks.countdown import Countdown
 from dllm_rl.tasks.countdown.expressions import evaluate
 from dllm_rl.tasks.countdown.task import signed_sums
-from dllm_rl.tasks.loading import hashed_split
+from dllm_rl.tasks.rows import hashed_split
 
 
 @cache

@@ -16,9 +16,9 @@ from dllm_rl.tasks.answers import (
     last_box,
     last_number,
 )
-from dllm_rl.tasks.loading import load_rows, load_split
 from dllm_rl.tasks.math.graders import reference_number
 from dllm_rl.tasks.math.latex import normalise, rational, same_in_d1
+from dllm_rl.tasks.rows import load_rows, load_split
 
 TRAIN = [
     {

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from dllm_rl.tasks.loading import hashed_split
+from dllm_rl.tasks.rows import hashed_split
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.tasks.sudoku.graders import score
 from dllm_rl.tasks.sudoku.grids import MOST_COMPLETIONS, SOLVED, completions, is_completion

@@ -14,7 +14,7 @@ import pytest
 from dllm_rl.cli import main as cli
 from dllm_rl.tasks import MATH500, Problem
 from dllm_rl.tasks.base import grade
-from dllm_rl.tasks.math import verify as math_check
+from dllm_rl.tasks.math import math_verify as math_check
 from dllm_rl.tasks.math.graders import math500_math_verify
 from dllm_rl.tasks.protocols import under_protocol
 
@@ -266,7 +266,7 @@ def test_parsing_in_two_stages_gives_what_one_gives(create: str, monkeypatch) ->
     from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
     from math_verify.parser import extract_latex, parse_latex_cached
 
-    from dllm_rl.tasks.math import verify_worker
+    from dllm_rl.tasks.math import math_verify_worker as verify_worker
 
     plain, runs = _Latex2Sympy.create_parser, []
 

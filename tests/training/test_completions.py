@@ -10,7 +10,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.training import train
-from dllm_rl.training.completions import contrasts, log_completions, shortened, table
+from dllm_rl.training.completion_log import contrasts, log_completions, shortened, table
 from dllm_rl.training.learner import draw_noise
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.start import start

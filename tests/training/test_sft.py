@@ -17,8 +17,8 @@ from runs import assert_same_weights, metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.algorithms.optimizers import linear_decay
-from dllm_rl.cli.recipe import main
 from dllm_rl.cli.report import report_command
+from dllm_rl.cli.run_recipe import main
 from dllm_rl.config import from_command_line
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.models.base import encode_block_causal

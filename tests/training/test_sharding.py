@@ -20,7 +20,7 @@ from dllm_rl import lora_r16, tiny_masked_lm
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.training import train
-from dllm_rl.training.sharding import check_engine, check_module, check_sharding
+from dllm_rl.training.sharded_learner import check_engine, check_module, check_sharding
 from dllm_rl.training.start import check_processes
 
 CLOSE = {"rel": 2e-3, "abs": 2e-5}

@@ -9,7 +9,7 @@ from dllm_rl.tasks.answers import LONGEST, d1_box, final_answer, first_closed_an
 from dllm_rl.tasks.base import Grader, Reward
 from dllm_rl.tasks.countdown.expressions import evaluate
 from dllm_rl.tasks.countdown.python_arithmetic import Number, OutOfBounds, python_value
-from dllm_rl.tasks.loading import present
+from dllm_rl.tasks.rows import present
 
 _RUN = "0123456789+-*/() "
 _EQUALS = re.compile(r"[0-9+\-*/() ]=[0-9. ]")

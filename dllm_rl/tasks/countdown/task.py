@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.countdown.expressions import evaluate
 from dllm_rl.tasks.countdown.graders import countdown_d1_training, countdown_strict
-from dllm_rl.tasks.loading import Split, check_split, hashed_split, load_rows
-from dllm_rl.tasks.prompts import Prompt, Prompted
+from dllm_rl.tasks.prompt_texts import Prompt, Prompted
+from dllm_rl.tasks.rows import Split, check_split, hashed_split, load_rows
 
 TEXT = """Write an arithmetic expression that is worth exactly {target}. It must use each of the numbers {numbers} \
 exactly once and no other number; you may add, subtract, multiply, divide and use parentheses.

@@ -14,9 +14,9 @@ from dllm_rl.tasks.answers import (
     last_number,
 )
 from dllm_rl.tasks.base import Grader, Reward
-from dllm_rl.tasks.loading import present
-from dllm_rl.tasks.math import verify as math_check
+from dllm_rl.tasks.math import math_verify as math_check
 from dllm_rl.tasks.math.latex import normalise, rational, same_in_d1
+from dllm_rl.tasks.rows import present
 
 _STATED = re.compile(r"The answer is (-?[0-9.,]+)"), re.compile(r"#### (-?[0-9.,]+)")
 _REASONED = re.compile(r"</reasoning>\s*+<answer>")

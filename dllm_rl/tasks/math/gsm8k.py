@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from dllm_rl.tasks.base import Problem, Reward
-from dllm_rl.tasks.loading import Row
 from dllm_rl.tasks.math.graders import gsm8k_d1_training, gsm8k_espo, gsm8k_strict, reference_number
 from dllm_rl.tasks.math.questions import Questions
+from dllm_rl.tasks.rows import Row
 
 TEXT = """Solve this problem step by step. Put your working between <reasoning> and </reasoning>, then the final \
 number, and nothing else, between <answer> and </answer>.

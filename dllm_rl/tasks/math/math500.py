@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from dllm_rl.tasks.answers import last_box
 from dllm_rl.tasks.base import Problem, Reward
-from dllm_rl.tasks.loading import Row, Split
-from dllm_rl.tasks.math import verify as math_check
+from dllm_rl.tasks.math import math_verify as math_check
 from dllm_rl.tasks.math.graders import compare_all, math500_math_verify, math500_strict
 from dllm_rl.tasks.math.questions import Questions
+from dllm_rl.tasks.rows import Row, Split
 
 TEXT = """Solve this problem step by step. Put your working between <reasoning> and </reasoning>, then the final \
 answer as \\boxed{...}, and nothing else, between <answer> and </answer>.

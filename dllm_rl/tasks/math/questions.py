@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dllm_rl.tasks.base import Problem
-from dllm_rl.tasks.loading import Row, Split, check_split, load_problems
-from dllm_rl.tasks.prompts import Prompted
+from dllm_rl.tasks.prompt_texts import Prompted
+from dllm_rl.tasks.rows import Row, Split, check_split, load_problems
 
 
 @dataclass(frozen=True)

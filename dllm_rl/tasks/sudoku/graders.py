@@ -7,7 +7,7 @@ from typing import Any
 
 from dllm_rl.tasks.answers import last_answer, last_closed_answer, standalone_digits, until_end, until_special
 from dllm_rl.tasks.base import Grader, Reward
-from dllm_rl.tasks.loading import text_of
+from dllm_rl.tasks.rows import text_of
 from dllm_rl.tasks.sudoku.grids import MOST_COMPLETIONS, completions, is_completion
 
 _FENCED = re.compile(r"```([\d\s]++)```")

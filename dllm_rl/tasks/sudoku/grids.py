@@ -7,7 +7,7 @@ from functools import lru_cache
 from hashlib import sha256
 from itertools import islice, permutations
 
-from dllm_rl.tasks.loading import Split
+from dllm_rl.tasks.rows import Split
 from dllm_rl.tasks.sudoku.solver import solutions
 
 # No more completions than this are listed for a 9x9 puzzle, which may have billions.

@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 
 from dllm_rl.tasks.answers import last_answer
 from dllm_rl.tasks.base import Problem, Reward
-from dllm_rl.tasks.loading import Split, check_split, hashed_split, load_rows
-from dllm_rl.tasks.prompts import Prompt, Prompted
+from dllm_rl.tasks.prompt_texts import Prompt, Prompted
+from dllm_rl.tasks.rows import Split, check_split, hashed_split, load_rows
 from dllm_rl.tasks.sudoku.graders import first_cells, score, sudoku_d1_training
 from dllm_rl.tasks.sudoku.grids import SPLITS, completions, count_completions
 from dllm_rl.tasks.sudoku.solver import random_grid, random_unique_puzzle

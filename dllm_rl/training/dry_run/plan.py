@@ -23,7 +23,7 @@ from dllm_rl.quantization.schemes import int4_packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import autoregress, sampler_for, unmask
 from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, measure_step, most_graphs, shared_out
-from dllm_rl.training.sharding import check_module, check_sharding, group_size
+from dllm_rl.training.sharded_learner import check_module, check_sharding, group_size
 
 GB = 1e9
 GPUS = (80, 96, 141, 192)  # GB of memory
