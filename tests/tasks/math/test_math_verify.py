@@ -18,7 +18,7 @@ from dllm_rl.tasks.math import math_verify as math_check
 from dllm_rl.tasks.math.graders import math500_math_verify
 from dllm_rl.tasks.protocols import under_protocol
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "equal_answers.jsonl"
+GOLDEN = Path(__file__).parents[2] / "golden" / "equal_answers.jsonl"
 EQUAL = [(row["reference"], row["answer"]) for row in map(json.loads, GOLDEN.open())]
 UNEQUAL = [
     ("\\frac{1}{2}", "\\frac{1}{3}"),

@@ -1,7 +1,7 @@
 """Stored curves of nine small runs, compared within bounds that every CPU meets.
 
 To record them again after a change that is meant to alter the mathematics:
-    PYTHONPATH=.:tests/support python tests/training/test_golden.py
+    PYTHONPATH=.:tests/support python tests/promises/test_golden.py
 """
 
 import json
