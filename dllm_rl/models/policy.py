@@ -12,7 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from dllm_rl.manifest import Check, verify_if_there
 from dllm_rl.models.adapters.linear import add_lora, without_adapters
 from dllm_rl.models.base import FamilySpec, Module, Policy, position_ids
-from dllm_rl.models.checkpoint.loading import check_finite, checkpoint_folder, family_spec, load_module, save_module
+from dllm_rl.models.checkpoint.loading import (
+    check_finite,
+    checkpoint_folder,
+    family_spec,
+    load_module,
+    named,
+    save_module,
+)
 from dllm_rl.models.checkpoint.module_tensors import load_tensors
 from dllm_rl.models.forward.float32_head import head_in_float32
 from dllm_rl.models.forward.recompute import recomputed_blocks
@@ -178,7 +185,8 @@ def load_policy(
         folder, dtype=dtype, block_size=block_size, quantization=quantization, device=device
     )
     check_finite(module, path_or_id)
-    policy = make_policy(module, tokenizer, spec)
+    with named(folder):  # the first forward: a config's values may be of types that no layer takes
+        policy = make_policy(module, tokenizer, spec)
     policy.float32_head = float32_head
     if lora is not None:
         add_lora(policy, lora)

@@ -27,6 +27,15 @@ def check_regular(folder: Path) -> None:
             raise ValueError(f"{folder}: {path.name} is no regular file; fetch the checkpoint again")
 
 
+def check_plain(raw: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError on weights that another tool quantised: neither rollouts nor gradients would be of them."""
+    if raw.get("quantization_config") is not None:
+        raise ValueError(
+            f"{folder}: config.json has a quantization_config; give the checkpoint in 16 or 32 bits, and quantise it "
+            "with base_quantization or rollout_quantization"
+        )
+
+
 def without_code(fields: Any) -> Any:
     """A config without what names the code that computes: transformers fetches kernels from the hub by such names."""
     if isinstance(fields, dict):

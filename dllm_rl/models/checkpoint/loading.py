@@ -33,7 +33,7 @@ from dllm_rl.models.checkpoint.tensors import (
     write_tensors,
 )
 from dllm_rl.models.forward.rope import rotate_in_float32
-from dllm_rl.models.untrusted import SUFFIXES, check_regular, check_tokenizer, show_messages, without_code
+from dllm_rl.models.untrusted import SUFFIXES, check_plain, check_regular, check_tokenizer, show_messages, without_code
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What transformers, safetensors and json make of files that are not what they should be.
@@ -144,15 +144,6 @@ def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> N
             )
 
 
-def check_plain(raw: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError on weights that another tool quantised: neither rollouts nor gradients would be of them."""
-    if raw.get("quantization_config") is not None:
-        raise ValueError(
-            f"{folder}: config.json has a quantization_config; give the checkpoint in 16 or 32 bits, and quantise it "
-            "with base_quantization or rollout_quantization"
-        )
-
-
 def check_size(module: Module, there: int) -> None:
     """Raise RuntimeError on a module of far more numbers than the files hold, `there`, before memory is taken for it: a
     checkpoint may leave out what is tied, which is less than what it holds."""
@@ -216,7 +207,9 @@ def family_spec(
             f"block_size={block_size} is for block-causal models, but {family.name} has {family.attention} attention; "
             "leave it out"
         )
-    if family.encode is encode_roberta:
+    if family.encode is encode_roberta:  # whose positions are counted from there
+        if not 0 <= config.pad_token_id < config.vocab_size:
+            raise ValueError(f"pad_token_id={config.pad_token_id} is outside the vocabulary; correct config.json")
         changes["max_length"] -= config.pad_token_id + 1
     if family.native:
         changes |= {"original": raw, "source": str(folder) if folder else None}

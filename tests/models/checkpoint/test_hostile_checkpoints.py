@@ -69,6 +69,7 @@ def test_an_index_cannot_lead_out_of_its_folder(folder, name):
         ("intermediate_size", 10**10),
         ("num_attention_heads", 0),
         ("hidden_act", "no such function"),
+        ("is_causal", "x"),
     ],
 )
 def test_a_config_that_the_tensors_cannot_have_is_refused_in_one_line(folder, field, value):
@@ -76,6 +77,13 @@ def test_a_config_that_the_tensors_cannot_have_is_refused_in_one_line(folder, fi
     with pytest.raises(ValueError, match=r"checkpoint: damaged, or not the model that its config\.json") as said:
         load_policy(folder)
     assert "\n" not in str(said.value)
+
+
+def test_positions_are_not_counted_from_outside_the_vocabulary(tmp_path):
+    tiny_masked_lm(**SIZES).save_pretrained(tmp_path)
+    edit(tmp_path, pad_token_id=-5)
+    with pytest.raises(ValueError, match="pad_token_id=-5 is outside the vocabulary"):
+        load_policy(tmp_path)
 
 
 @pytest.mark.parametrize("field", ["intermediate_size", "vocab_size"])
