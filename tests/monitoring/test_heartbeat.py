@@ -7,9 +7,9 @@ import pytest
 from tiny_recipe import tiny_recipe
 from torch.distributed.elastic.multiprocessing.api import PContext
 
+from dllm_rl.monitoring import log as module
 from dllm_rl.monitoring.log import heartbeat
 from dllm_rl.recipe import Recipe
-from dllm_rl.monitoring import log as module
 from dllm_rl.training import train
 
 
