@@ -3,7 +3,7 @@
 Three words at four positions in two steps, written by a network of 336 weights: 81 outcomes (and their orders), so that
 mean and covariance of a policy gradient are sums and nothing is sampled, but for an estimator's masks and, where
 weights depend on the batch, 64 batches. Every number is a median over 8 networks. A corrector of your own:
-`dllm_rl.diagnostics.gradients.gradient_table(corrector)`. About eight minutes of one core. The reading is gradients.md.
+`recipes.studies.enumeration.gradient_table(corrector)`. About eight minutes of one core. The reading is gradients.md.
 
     python -m recipes.studies.gradients                    write gradients_tables.md and gradients.png
 """
@@ -20,11 +20,11 @@ import torch
 
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import surrogates
-from dllm_rl.diagnostics.gradients import GradientRow, ToyPolicy, against, contributions, gradient_table, per_outcome
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.types import Rollout
 from recipes.studies import surrogates as published
 from recipes.studies.controls import fixed_lambda, shuffled
+from recipes.studies.enumeration import GradientRow, ToyPolicy, against, contributions, gradient_table, per_outcome
 
 BAND = {"eps_high": 0.05, "neg_low": 0.05, "neg_high": 0.05}
 CORRECTORS = {

@@ -8,8 +8,8 @@ import torch
 
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms.surrogates import ppo_clip, reinforce
-from dllm_rl.diagnostics.gradients import ToyPolicy, against, contributions, gradient_table, of_batches, per_outcome
 from dllm_rl.likelihoods.estimators import trajectory
+from recipes.studies.enumeration import ToyPolicy, against, contributions, gradient_table, of_batches, per_outcome
 
 SMALL = {"networks": 3, "sigmas": (0.3,), "length": 3}
 SEQUENCE = c.tis(cap=1e9, level="sequence")
