@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.checkpoints.run_folder import DEFAULTS
-from dllm_rl.cli.replay_page import document, viewer
+from dllm_rl.cli.replay_page import document, template, viewer
 from dllm_rl.files import write_text
 from dllm_rl.monitoring.health import health
 from dllm_rl.monitoring.json_lines import current_rows, known, warmup_rows
@@ -89,7 +89,7 @@ def report(runs: Sequence[Told]) -> str:
         ),
         section("Completions", viewer() if groups else "<p>None are stored: log_completions_steps was 0.</p>"),
     ]
-    return document(title, "\n".join(parts), groups=groups, style=STYLE)
+    return document(title, "\n".join(parts), groups=groups, style=template("report.css"))
 
 
 def section(title: str, body: str) -> str:
@@ -243,26 +243,3 @@ def figure(title: str, unit: str, draw: Callable[[Any], None], *, xlabel: str = 
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{shown(title)}" ', 1)
     return f"<figure><figcaption>{shown(title)}</figcaption>{svg}</figure>"
-
-
-STYLE = """
-main { max-width: 82rem; }
-h1 { overflow-wrap: anywhere; }
-h2 { font-size: 1rem; margin: 1.8rem 0 .5rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
-td, th { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line);
-  font-variant-numeric: tabular-nums; overflow-wrap: break-word; min-width: 3rem; }
-td:first-child, section:first-of-type :is(td, th) { white-space: nowrap; }
-.keys { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; list-style: none; padding: 0; margin: .8rem 0 0; }
-.key { display: inline-block; width: .9rem; height: .9rem; border-radius: .2rem; margin-right: .4rem;
-  vertical-align: -.1rem; }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
-figure { margin: 0; padding: .6rem .8rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
-  break-inside: avoid; }
-.row p.facts { margin: .3rem 0 0; }
-figcaption { font-weight: 600; font-size: .9rem; }
-figure svg { width: 100%; height: auto; display: block; }
-@media print { .scroll { overflow: visible; } .row { break-inside: avoid; } main { padding: 0; }
-  .panels { grid-template-columns: 1fr 1fr; } }
-"""
