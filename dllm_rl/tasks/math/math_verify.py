@@ -75,7 +75,7 @@ def cores() -> int:
 
 
 class _Pool:
-    """Workers, one a core: processes that verify_worker.py forks. Started at the first question, for this process."""
+    """Workers, one a core: processes that math_verify_worker.py forks. Started at the first question, for this process."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
@@ -130,7 +130,7 @@ class _Pool:
         require()
         pairs = [Pipe() for _ in range(cores())]
         theirs = [end.fileno() for _, end in pairs]
-        script = Path(__file__).with_name("verify_worker.py")
+        script = Path(__file__).with_name("math_verify_worker.py")
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(script), str(SECONDS), *map(str, theirs)],
             stdin=subprocess.DEVNULL,
