@@ -1,46 +1,53 @@
-"""`dllm-rl env`: what a report of a problem needs to know of the machine: no path, no host's name."""
+"""`dllm-rl env`: the facts of the machine that a report of a problem needs. No path and no host name."""
 
+import json
 import os
 import platform
-import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
-from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+
+from dllm_rl import __version__
 
 PACKAGES = ("torch", "transformers", "torchao", "accelerate", "bitsandbytes", "peft", "safetensors", "datasets")
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices, cores, memory, and what is missing. None where something is not there or cannot be told."""
-    found = {
-        "dllm_rl": own_version(),
+    """Versions, devices, cores, memory, and requirements that are not met. None: absent or unknown."""
+    unmet = extras = None
+    try:
+        needs = requires("dllm_rl") or []
+        unmet = lacks(needs)
+        extras = {extra: lacks(needs, extra) for extra in metadata("dllm_rl").get_all("Provides-Extra") or []}
+    except PackageNotFoundError:  # the source tree on PYTHONPATH
+        pass
+    return {
+        "dllm_rl": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": {package: installed(package) for package in PACKAGES},
         **devices(),
         "driver": driver(),
-        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": memory(),
+        # A container's limit may be lower.
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+        if hasattr(os, "sysconf")
+        else None,
+        "unmet": unmet,
+        "extras": extras,
     }
-    try:
-        needs = requires("dllm_rl") or []
-        extras = metadata("dllm_rl").get_all("Provides-Extra") or []
-    except PackageNotFoundError:  # the source tree on PYTHONPATH
-        return found | {"unmet": None, "extras": None}
-    return found | {"unmet": lacks(needs), "extras": {extra: lacks(needs, extra) for extra in extras}}
 
 
 def devices() -> dict[str, Any]:
-    """What torch computes on."""
+    """What torch computes on; `cpu` is the instruction set that torch uses there."""
     try:
         import torch
     except (ImportError, OSError) as error:
-        return {"device": None, "gpus": [], "cuda": None, "threads": None, "torch_error": str(error).splitlines()[0]}
+        unknown = dict.fromkeys(("device", "cuda", "cpu", "threads"))
+        return {**unknown, "gpus": [], "torch_error": str(error).splitlines()[0]}
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return {
@@ -50,14 +57,9 @@ def devices() -> dict[str, Any]:
             for gpu in gpus
         ],
         "cuda": torch.version.cuda,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
-
-
-def own_version() -> str:
-    import dllm_rl
-
-    return dllm_rl.__version__
 
 
 def installed(package: str) -> str | None:
@@ -68,81 +70,48 @@ def installed(package: str) -> str | None:
 
 
 def lacks(needs: list[str], extra: str = "") -> list[str]:
-    """Requirements that are not met: those of an extra, which always hold left out, or, without one, those."""
+    """The requirements that are not met, of the package itself or of one extra."""
     found = []
     for need in map(Requirement, needs):
-        always = need.marker is None or need.marker.evaluate({"extra": ""})
-        wanted = (
-            always if not extra else not always and need.marker is not None and need.marker.evaluate({"extra": extra})
-        )
-        if not wanted or need.name.replace("-", "_") == "dllm_rl":  # an extra that is made of others, which are listed
+        always, wanted = (need.marker is None or need.marker.evaluate({"extra": name}) for name in ("", extra))
+        # An extra that consists of others requires dllm_rl; the others are in the list themselves.
+        if not wanted or (extra and always) or need.name.replace("-", "_") == "dllm_rl":
             continue
         here = installed(need.name)
-        if here is None:
-            found.append(f"{need.name}{need.specifier}")
-        elif not need.specifier.contains(here, prereleases=True):
-            found.append(f"{need.name}{need.specifier} (here is {here})")
+        if here is None or not need.specifier.contains(here, prereleases=True):
+            found.append(f"{need.name}{need.specifier}" + (f" (here is {here})" if here else ""))
     return found
 
 
 def driver() -> str | None:
-    """The version of NVIDIA's driver, also where torch is a build that does not use it."""
-    if shutil.which("nvidia-smi") is None:
-        return None
+    """The version of NVIDIA's driver, also where torch is a build without CUDA."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return next(iter(done.stdout.split("\n")), "").strip() or None
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def memory() -> float | None:
-    """The machine's memory, GB; a container's limit may be lower."""
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-    except (AttributeError, OSError, ValueError):
-        return None
+    return done.stdout.partition("\n")[0].strip() or None
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """The same as plain lines, a fact each."""
-    rows = [("dllm_rl", found["dllm_rl"]), ("python", found["python"]), ("system", found["system"])]
+    """The facts of `environment`, one per line."""
+    rows = [(name, found[name]) for name in ("dllm_rl", "python", "system")]
     rows += [(name, here or "not installed") for name, here in found["versions"].items()]
     rows.append(("device", found["device"] or f"unknown: torch cannot be imported: {found['torch_error']}"))
-    rows += [
-        ("gpu", f"{gpu['name']}, {gpu['memory_gb']} GB, compute capability {gpu['capability']}")
-        for gpu in found["gpus"]
-    ]
+    for gpu in found["gpus"]:
+        rows.append(("gpu", f"{gpu['name']}, {gpu['memory_gb']} GB, compute capability {gpu['capability']}"))
     unused = " (torch is a build without CUDA)" if found["driver"] and found["device"] and not found["cuda"] else ""
     rows.append(("cuda", (found["cuda"] or "none") + unused))
     rows.append(("driver", found["driver"] or "none"))
-    rows.append(("cpu", found["cpu"]))
-    rows.append(("cores", f"{found['cores']}, of which {found['usable_cores']} may be used"))
-    rows.append(("threads", "unknown" if found["threads"] is None else str(found["threads"])))
-    rows.append(("memory", "unknown" if found["memory_gb"] is None else f"{found['memory_gb']} GB"))
+    rows += [(name, found[name] or "unknown") for name in ("cpu", "cores", "usable_cores", "threads", "memory_gb")]
     if found["extras"] is None:
         rows.append(("extras", "unknown: dllm_rl is not installed, only on the path"))
-    else:
-        rows += [("UNMET", need) for need in found["unmet"]]
-        rows += [
-            (f"[{extra}]", f"missing: {', '.join(needs)}" if needs else "complete")
-            for extra, needs in found["extras"].items()
-        ]
+    rows += [("UNMET", need) for need in found["unmet"] or ()]
+    for extra, needs in (found["extras"] or {}).items():
+        rows.append((f"[{extra}]", f"missing: {', '.join(needs)}" if needs else "complete"))
     return [f"{name:<14}{value}" for name, value in rows]
 
 
 def env_command(*, as_json: bool) -> None:
-    import json
-
     found = environment()
     print(json.dumps(found, indent=1) if as_json else "\n".join(lines(found)))

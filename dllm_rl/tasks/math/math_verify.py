@@ -75,7 +75,7 @@ def cores() -> int:
 
 
 class _Pool:
-    """Workers, one a core: processes that math_verify_worker.py forks. Started at the first question, for this process."""
+    """One worker per core: processes that math_verify_worker.py forks at this process's first question."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
