@@ -28,7 +28,7 @@ from dllm_rl.training.sharded_learner import check_module, check_sharding, group
 GB = 1e9
 GPUS = (80, 96, 141, 192)  # GB of memory
 USABLE = 0.9  # of it; the rest is the allocator's, the kernels' and the driver's
-CONFIGS = Path(__file__).parent.parent / "models" / "configs"
+CONFIGS = Path(__file__).parents[2] / "models" / "configs"
 
 
 def published_config(path_or_id: str | Path) -> dict:
