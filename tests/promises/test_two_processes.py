@@ -60,11 +60,6 @@ def test_two_processes_equal_one(tmp_path, recipe, more):
     assert [[row[name] for name in ("step", "prompt")] for row in written[0]] == [
         [row[name] for name in ("step", "prompt")] for row in written[1]
     ], "the main process alone writes"
-    for name in ("reward", "advantage", "mismatch"):  # of the rows that it sampled, whichever process scored them
-        for alone, main in zip(*written, strict=True):
-            assert main[name] == (
-                alone[name] if alone[name] is None else pytest.approx(alone[name], rel=2e-3, abs=1e-4)
-            )
     if "--mismatch_sample" in more:  # some groups are left out, the same ones
         assert any(0 < row["live/rows"] < row["rollout_corr/rows"] < 16 for row in one)
     if "--max_num_gen_batches" in more:

@@ -1,6 +1,7 @@
 """A learner shared out over processes (FSDP2) runs as one that each process holds whole."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,12 +19,14 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl import lora_r16, tiny_masked_lm
 from dllm_rl.algorithms.optimizers import adamw_8bit
+from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.training import train
 from dllm_rl.training.sharded_learner import check_engine, check_module, check_sharding
 from dllm_rl.training.start import check_processes
 
 CLOSE = {"rel": 2e-3, "abs": 2e-5}
+MOVED = ("reward", "advantage", "mismatch")  # numbers of a row, whichever process scored it
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,10 @@ def test_three_processes_train_as_one(tmp_path):
         limits = {"loss": 1e-4, "metrics": 2e-3, "gradients": 1e-4, "weights": 2e-5, "log-probs": 2e-5}
         assert all(apart[kind] < limit for kind, limit in limits.items()), (size, name, apart)
         assert sum(json.loads((three / "travelled.json").read_text())) > 0, "some groups are run by another process"
+        for alone, main in zip(*(current_rows(run / "completions.jsonl") for run in (one, three)), strict=True):
+            numbers = [[math.nan if row[name] is None else row[name] for name in MOVED] for row in (main, alone)]
+            assert numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=1e-4, nan_ok=True)
+            assert (main["prompt"], main["completion"]) == (alone["prompt"], alone["completion"])
         waits = [row[f"waiting/{stage}"] for row in read_metrics(three) for stage in ("rollout", "scoring", "update")]
         assert len(waits) == 9 and min(waits) >= 0 and max(waits) > 0
         if "dynamic" in name:
