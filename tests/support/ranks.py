@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PATHS = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("support", "training"))]
+PATHS = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("support", "training/dry_run"))]
 
 
 def run_ranks(program: str, processes: int, *arguments: object) -> list[str]:
