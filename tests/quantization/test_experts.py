@@ -16,6 +16,8 @@ from dllm_rl.config import pickable
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.diagnostics.doctor import operands
 from dllm_rl.models.adapters.experts import is_stacked
+from dllm_rl.models.adapters.linear import add_lora
+from dllm_rl.models.lora import Lora
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.experts import Experts, mixture, place
@@ -236,3 +238,15 @@ def test_a_stack_of_another_layout_is_not_taken_for_experts():
         setattr(experts, name, before)
     experts.bias = nn.Parameter(torch.zeros(2))
     assert not is_stacked(experts)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("skip", [None, lambda layer, name: is_stacked(layer)], ids=["all", "no experts"])
+def test_a_copy_of_a_mixture_is_whole_in_its_dtype(adapted, skip):
+    """Experts too, quantised or kept, with adapters or without."""
+    policy = moe()
+    if adapted:
+        add_lora(policy, Lora(r=2, experts=True))
+    copied = quantized_copy(policy, quantize.int8_weight_only(), skip=skip, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in copied.module.parameters()} == {torch.bfloat16}
+    assert len(copied.quantization_report.quantized) > (0 if skip else 2 * 2 * 6)  # layers, stacks, experts

@@ -19,6 +19,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import block_cache
 from dllm_rl.samplers.unmask import unmask
+from dllm_rl.training.loop import train
 from dllm_rl.training.policies import make_policy
 from dllm_rl.training.rollouts import collect, total
 from dllm_rl.types import Prompts, Rollout
@@ -123,3 +124,17 @@ def test_a_process_whose_completions_have_no_such_number_adds_nothing_to_its_mea
     added = [{"reward": (0.5, 1.0)}, {"reward": (0.0, 1.0), "accuracy": (3.0, 4.0)}]
     assert [x.item() for x in total(added, "accuracy")] == [3.0, 4.0]
     assert [x.item() for x in total(added[:1], "accuracy")] == [0.0, 0.0]
+
+
+def test_rows_that_are_drawn_again_have_seeds_of_their_own(tmp_path):
+    """Every prompt with an odd number tells completions apart; the others' places are drawn again."""
+    seen = []
+
+    def spied(policy, prompts, generator, **options):
+        seen.append(set() if prompts.seeds is None else set(prompts.seeds.tolist()))
+        return unmask(policy, prompts, generator, **options)
+
+    sampler = partial(spied, max_new_tokens=16, num_steps=3, temperature=1.0)
+    train(tiny_recipe(tmp_path, task=OddPuzzles(), sampler=sampler, max_num_gen_batches=2, num_steps=1))
+    first, again = seen[-2:]
+    assert first and again and not first & again

@@ -10,6 +10,7 @@ from layouts import published
 from mixtures import moe
 from runs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
+from torch import nn
 
 from dllm_rl import load_policy
 from dllm_rl.models.adapters.experts import STACKS, LoraExperts, is_stacked
@@ -184,3 +185,16 @@ def test_what_does_not_go_with_it_is_refused(tmp_path):
         Lora(experts=True, dropout=0.1)
     with pytest.raises(ValueError, match=r"lora.experts=True, but LlamaForCausalLM has no stacked experts"):
         add_lora(load_policy(published(tmp_path, "llada")), LORA)
+
+
+def test_merged_experts_are_rounded_once():
+    """1 + 2^-8 + 2^-17 lies above the middle of two numbers of bf16, 1 and 1 + 2^-7. An adapter that is rounded before
+    the sum is 2^-8, and the sum then a tie, which goes to 1."""
+    base = nn.Module()
+    for name in STACKS:
+        base.register_parameter(name, nn.Parameter(torch.ones(1, 1, 1, dtype=torch.bfloat16)))
+    layer = LoraExperts(base, Lora(r=1, alpha=1.0, experts=True), torch.Generator())
+    with torch.no_grad():
+        layer.lora_A["down_proj"].fill_(1 + 2**-9)
+        layer.lora_B["down_proj"].fill_(2**-8)
+    assert layer.merged("down_proj").item() == 1 + 2**-7

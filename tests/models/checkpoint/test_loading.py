@@ -1,0 +1,19 @@
+"""What a checkpoint's own config says after saving."""
+
+import json
+
+import torch
+from layouts import published
+
+from dllm_rl import load_policy
+
+
+def test_the_dtype_is_written_under_the_name_that_the_config_has(tmp_path):
+    """Newer configs say `dtype`: one that went on saying float32 would have bf16 weights opened in fp32."""
+    source = published(tmp_path / "source", "llada")
+    fields = json.loads((source / "config.json").read_text())
+    fields["dtype"] = fields.pop("torch_dtype")
+    (source / "config.json").write_text(json.dumps(fields))
+    load_policy(source, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["dtype"] == "bfloat16" and "torch_dtype" not in saved

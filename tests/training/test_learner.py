@@ -1,0 +1,36 @@
+"""The learner's parts, where a setting alone changes what is computed."""
+
+import pytest
+import torch
+from emulated import int3_emulated
+from runs import metrics_of
+from tiny_recipe import tiny_recipe
+
+from dllm_rl.algorithms.correctors import none
+from dllm_rl.training.learner import learned_groups
+from dllm_rl.training.loop import train
+
+
+@pytest.mark.parametrize("changes", [{"beta": 0.1}, {"entropy_coeff": 0.1}])
+def test_a_term_of_every_row_learns_from_groups_of_equal_rewards_too(tmp_path, changes):
+    advantages = torch.tensor([[1.0, -1.0], [0.0, 0.0]])
+    assert learned_groups(tiny_recipe(tmp_path), advantages).tolist() == [True, False]
+    assert learned_groups(tiny_recipe(tmp_path, **changes), advantages).tolist() == [True, True]
+
+
+def test_under_autocast_a_later_inner_iteration_sees_the_weights_that_moved(tmp_path, monkeypatch):
+    """As far from the step's start as without autocast's cache, which holds bf16 copies of the weights."""
+    changes = {"bf16": True, "num_iterations": 2, "num_steps": 1, "kept_graphs": 0, "learning_rate": 0.01}
+    train(tiny_recipe(tmp_path / "cached", **changes))
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: autocast(*a, **k | {"cache_enabled": False}))
+    train(tiny_recipe(tmp_path / "not", **changes))
+    cached, plain = (metrics_of(tmp_path / name)[0]["off_policy/old/m2/iteration_1"] for name in ("cached", "not"))
+    assert cached == pytest.approx(plain, rel=0.02) and plain > 0
+
+
+def test_with_ratios_against_the_rollout_the_steps_start_is_still_reported_as_such(tmp_path):
+    changes = {"old_logprobs": "rollout", "corrector": none(), "rollout_quantization": int3_emulated}
+    train(tiny_recipe(tmp_path, num_steps=1, **changes))
+    row = metrics_of(tmp_path)[0]
+    assert row["off_policy/old/m2"] < 1e-8 < 1e-6 < row["off_policy/rollout/m2"]
