@@ -15,11 +15,11 @@ from dllm_rl.bounds import Bound, bounded
 def group_relative(
     rewards: Float[Tensor, "P G"], *, scale_rewards: str = "group", eps: float = 1e-4
 ) -> Float[Tensor, "P G"]:
-    """A = (R - mean) / (std + eps), with the group's mean and the sample standard deviation of the group (GRPO), of the
-    whole batch, or without division (d1, Dr.GRPO) [paper]. A group of one, or of equal rewards, gives zeros.
+    """A = (R - mean of the group) / (std + eps), sample standard deviation (GRPO; without division: d1, Dr.GRPO)
+    [paper]. A group of one, or of equal rewards, gives zeros.
 
-    scale_rewards  what a reward is divided by: the standard deviation of its group, of the batch, or none
-    eps            added to that standard deviation
+    scale_rewards  whose standard deviation divides: group, batch or none
+    eps            added to the standard deviation
     """
     centred = _centred(rewards)
     match scale_rewards:
@@ -34,8 +34,7 @@ def group_relative(
 
 
 def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """A = R - mean of the group's OTHER rewards (RLOO, ESPO) [paper]. A group of one, or of equal rewards, gives
-    zeros."""
+    """A = R - mean of the group's OTHER rewards (RLOO, ESPO) [paper]. A group of one, or of equal rewards, gives 0."""
     size = rewards.shape[-1]
     return _centred(rewards) * size / max(size - 1, 1)
 
@@ -44,13 +43,10 @@ def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
 def decoupled(
     rewards: Float[Tensor, "P G"], *, parts: Float[Tensor, "K P G"], weights: Float[Tensor, " K"], eps: float = 1e-4
 ) -> Float[Tensor, "P G"]:
-    """GDPO: each of K rewards is normalised within its group on its own, so that none drowns another and combinations
-    with equal sums stay apart; their weighted sum is normalised over the batch.
-
+    """GDPO: normalise each of K rewards within its group, then their weighted sum over the batch.
         z_k = (R_k - mean_group R_k) / (std_group R_k + eps),   s = sum_k weights_k z_k,   A = s / (std_batch s + eps)
-    Standard deviations are samples'. The batch's mean of s, which GDPO subtracts, is 0 as each group's is, so that a
-    group without differences keeps exactly 0. Where a reward is NaN (it does not apply), its z is 0 and its group is
-    the rest. Sources: arXiv 2601.05242, TRL's multi_objective_aggregation="normalize_then_sum" [digest].
+    Standard deviations are samples'. GDPO also subtracts the batch mean of s, which is 0. A NaN reward does not apply:
+    its z is 0. Sources: arXiv 2601.05242, TRL's multi_objective_aggregation="normalize_then_sum" [digest].
 
     parts    each reward of the task on its own
     weights  of the rewards in the sum
@@ -66,27 +62,26 @@ def decoupled(
 
 
 def takes_parts(advantages: Callable) -> bool:
-    """Whether a function is to be given each reward on its own, as `decoupled` is."""
+    """Whether a function takes each reward on its own, as `decoupled` does."""
     function = getattr(advantages, "func", advantages)
     return inspect.isfunction(function) and "parts" in inspect.signature(function).parameters
 
 
 def informative(rewards: Float[Tensor, "P G *K"]) -> Bool[Tensor, " P"]:
-    """Groups whose rewards are not all equal: the others have advantage 0 and teach nothing (DAPO's dynamic sampling
-    draws prompts until enough groups are informative [paper]). A group of one is not. Of K rewards one that differs is
-    enough; NaN (it does not apply) differs from nothing."""
+    """Groups whose rewards differ; the others have advantage 0. DAPO draws prompts until enough groups differ [paper].
+    One differing reward of K is enough. NaN (the reward does not apply) is ignored."""
     return _differ(rearrange(rewards, "p g ... -> p (...) g")).any(-1)
 
 
 def _differ(rewards: Float[Tensor, "*S G"]) -> Bool[Tensor, "*S"]:
-    """Whether a group's rewards, of those that apply, are not all equal."""
+    """Whether a group's rewards, without NaN, are not all equal."""
     there = ~rewards.isnan()
     largest = torch.where(there, rewards, -torch.inf).amax(-1)
     return largest > torch.where(there, rewards, torch.inf).amin(-1)
 
 
 def _centred(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """R - the group's mean; exactly 0 where a group's rewards are equal, whose mean may be rounded. NaN stays NaN."""
+    """R - the group's mean; exactly 0 where all are equal, because their mean may be rounded. NaN stays NaN."""
     equal = (rewards == rewards[:, :1]).all(-1, keepdim=True)
     return torch.where(equal, 0, rewards - rewards.mean(-1, keepdim=True))
 

@@ -1,11 +1,9 @@
-"""Corrections of the training-inference mismatch: three seams with neutral defaults, so that methods compose.
+"""Corrections of the training-inference mismatch, made of three parts that methods combine.
 
-log_mismatch = logp_old - logp_rollout per token (nats), over the GLOBAL batch, all processes; the mask marks the rows
-that the step corrects: those with an advantage, or all with a KL term or an entropy bonus. A statistic of the batch
-(AIS's lambda, a share of tokens) is one of these rows alone; `rollout_corr/*` in a run's metrics is of all rows, and
-what a corrector names so is logged as `live/*`. Weights are detached and multiply the surrogate, before any KL term;
-off the mask they are 1. A token whose log_mismatch is not finite leaves the keep mask, and its share is logged,
-whatever the corrector. In training all tensors are the host's: a number read from one costs nothing.
+log_mismatch = logp_old - logp_rollout per token (nats), over the GLOBAL batch. The mask marks the corrected rows: those
+with an advantage, or all rows with a KL term or an entropy bonus. Batch statistics (AIS's lambda) are of these rows; a
+corrector's metrics are logged as `live/*`, those of all rows as `rollout_corr/*`. Weights are detached, multiply the
+surrogate before any KL term, and are 1 off the mask. A token with a non-finite log_mismatch leaves the keep mask.
 """
 
 from collections.abc import Callable
@@ -38,10 +36,10 @@ CLIPPED = partial(ppo_clip, epsilon=0.2)
 
 @dataclass(frozen=True)
 class Corrector:
-    """weigh          (log_mismatch (B, T), advantages (B,), mask (B, T)) -> detached weights, keep mask, metrics.
-    surrogate      (log_ratio (B, T), advantages (B,), mask (B, T), ...) -> per-token objective (B, T).
-    align_forward  the learner's forward runs through the rollout's quantised operands.
-    aggregate      the aggregation that the method's paper has, taken where a recipe names none; None: any.
+    """weigh          (log_mismatch (B, T), advantages (B,), mask (B, T)) -> detached weights, keep mask, metrics
+    surrogate      (log_ratio (B, T), advantages (B,), mask (B, T), ...) -> per-token objective (B, T)
+    align_forward  the learner's forward runs through the rollout's quantised operands
+    aggregate      the paper's aggregation, used where a recipe names none; None: any
     """
 
     weigh: Weigh = no_weights
@@ -74,11 +72,7 @@ def icepop(*, low: float = 0.5, high: float = 5.0) -> Corrector:
 
 
 def reject(
-    *,
-    level: Level = "sequence",
-    statistic: str = "k3",
-    bound: float = 0.001,
-    aggregate: str = "mean",
+    *, level: Level = "sequence", statistic: str = "k3", bound: float = 0.001, aggregate: str = "mean"
 ) -> Corrector:
     """Rejection of tokens or sequences; see `rejection`."""
     return Corrector(weigh=partial(rejection, level=level, statistic=statistic, bound=bound, aggregate=aggregate))
@@ -100,7 +94,7 @@ def ais(
 def tbpo(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-4, c: float = 2.0) -> Corrector:
     """Trust-band policy optimisation: `band_weights` with `trust_band`, the mean over sequences [digest].
 
-    The defaults are for long autoregressive responses [digest]; diffusion likelihoods move more and need wider bands.
+    The defaults fit long autoregressive responses [digest]; diffusion likelihoods move more and need wider bands.
     """
     surrogate = partial(trust_band, eps_high=eps_high, neg_low=neg_low, neg_high=neg_high)
     return Corrector(weigh=partial(band_weights, c=c), surrogate=surrogate, aggregate=sequence)
@@ -117,10 +111,10 @@ def qarl(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-
 
 
 def compose(*parts: Corrector | Weigh, surrogate: Surrogate | None = None, align_forward: bool = False) -> Corrector:
-    """One corrector of several, or of bare weigh functions: see `composed`.
+    """Combine correctors or bare weigh functions: see `composed`.
 
-    The surrogate is the one given, else the one that a part brings, and the aggregation that part's; the forward is
-    aligned if any part's is. Raises ValueError when two parts bring different surrogates and none is given.
+    The surrogate and its aggregation are the given surrogate's, else a part's. The forward is aligned if any part's is.
+    Raises ValueError when two parts bring different surrogates and none is given.
     """
     correctors = [p if isinstance(p, Corrector) else Corrector(weigh=p) for p in parts]
     brought = [c for c in correctors if c.surrogate is not CLIPPED]

@@ -1,8 +1,4 @@
-"""Losses as pure functions on (B, T) tensors: KL terms, aggregations, and the loss of a surrogate.
-
-An aggregation gives each token the coefficient with which it enters the loss, its denominator counted over the GLOBAL
-batch. The surrogates themselves: `algorithms.surrogates`.
-"""
+"""Losses on (B, T) tensors: KL terms, aggregations (token coefficients over the GLOBAL batch), the policy loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,10 +33,9 @@ def entropy_bonus(
 ) -> Float[Tensor, "B T"]:
     """(-sg(log p) - b) log p: an objective that raises the entropy, in nats, from the sampled tokens alone.
 
-    Over tokens sampled from p, the mean of (-log p - b) grad log p is grad H for every b that does not depend on the
-    row (score-function estimate; exact only on-policy). b is the mean of -log p over the tokens of the OTHER
-    completions of the same prompt (0 where there are none): without it every sampled token is made likelier, and the
-    noise of that lowers the entropy [ours].
+    The mean gradient is grad H for every b that does not depend on the row (score function; exact only on-policy). b is
+    the mean of -log p over the prompt's OTHER completions, or 0. Without b the estimate's noise lowers the entropy
+    [ours].
     """
     surprise = torch.where(mask, -logps.detach(), 0)
     totals = (rearrange(x.sum(-1), "(p g) -> p g", g=group_size) for x in (surprise, mask))
@@ -68,7 +63,7 @@ def constant(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int, 
 
 
 def further_inputs(surrogate: Callable[..., Tensor], batch: Batch) -> dict[str, Any]:
-    """What a surrogate takes of a batch beside log-ratio, advantages and mask, by name (`surrogates.OFFERED`)."""
+    """The inputs of OFFERED that a surrogate takes, by name."""
     wanted, found = surrogate_inputs(surrogate), {}
     if "old" in wanted:
         found["old"] = torch.where(batch.keep, batch.old, 0)
@@ -95,19 +90,17 @@ def policy_loss(
     unbiased_kl: bool = False,
 ) -> tuple[Float[Tensor, ""], dict[str, tuple[Tensor, Tensor]], Float[Tensor, "B T"]]:
     """This process's share of the loss, its metrics as (sum, count), and d loss / d logps.
-
         loss = -sum_t c_t (w_t J_t - beta KL_t + entropy H_t)
-    J is the surrogate, w the corrector's detached weights, c the aggregation's coefficients, H the `entropy_bonus` (of
-    which the loss that is returned counts nothing, the gradient everything). The gradient is taken here, once; the
-    learner carries it through the model mask by mask. Positions outside `batch.keep` may hold anything, an infinity
-    included: they see log-ratio 0 and get gradient 0.
+    J is the surrogate, w the corrector's weights, c the aggregation's coefficients, H the `entropy_bonus`. The returned
+    loss leaves H out; the gradient includes H. Positions outside `batch.keep` may hold infinities: their log-ratio and
+    gradient are 0.
 
-    unbiased_kl  KL_t is multiplied by r_t = exp(logp - logp_rollout), through which the gradient goes too: with k3 its
-                 mean over tokens that the rollout sampled has the gradient of KL(current || reference) (DeepSeek-V3.2,
-                 arXiv 2512.02556, eq. 7 [digest]), where k3 alone has another one even on-policy.
+    unbiased_kl  multiply KL_t by r_t = exp(logp - logp_rollout), differentiated too: with k3 the mean over sampled
+                 tokens then has the gradient of KL(current || reference) (DeepSeek-V3.2, arXiv 2512.02556, eq. 7
+                 [digest])
 
-    clip_ratio/*  share of tokens with A != 0 whose policy term has no gradient, all / A < 0 / A > 0 over all of them;
-    band/positive, band/negative  share of the tokens with A > 0 / A < 0 that still have one: the band's occupancy.
+    clip_ratio/*  share of tokens with A != 0 whose policy term has no gradient: all, A < 0, A > 0
+    band/positive, band/negative  share of tokens with A > 0, A < 0 whose policy term has a gradient
     """
     logps, keep = logps.detach().requires_grad_(), batch.keep
     coefficient = aggregate(keep, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)

@@ -1,12 +1,10 @@
-"""How far the rollout policy and the learner disagree on the tokens that were sampled (training-inference mismatch).
+"""How far the rollout policy and the learner disagree on the sampled tokens (training-inference mismatch).
 
-log_mismatch = logp_old - logp_rollout per token, nats; rho = exp(log_mismatch). Names and definitions are verl's where
-it has them. Every function takes the mask from BEFORE any rejection and the GLOBAL batch. A row without tokens is no
-sequence; a token whose log_mismatch is not finite is left out and counted.
+log_mismatch = logp_old - logp_rollout per token, nats; rho = exp(log_mismatch). Names follow verl. Functions take the
+mask from BEFORE any rejection and the GLOBAL batch. Tokens whose log_mismatch is not finite are left out and counted.
 
-Not every row is scored: those that the step learns from are, and a random sample of the other groups. A row's weight is
-the inverse of the share of its stratum that is scored, and 0 where it is not, so that sums over scored rows estimate
-sums over all.
+Only the rows that the step learns from and a random sample of the other groups are scored. Each row is weighted by its
+inverse sampling fraction (0 if not scored), so that sums over scored rows estimate sums over all.
 """
 
 import math
@@ -23,10 +21,10 @@ PREFIX = "rollout_corr/"
 
 
 def group_weights(learned: Bool[Tensor, " P"], sample: int, generator: Generator) -> Float[Tensor, " P"]:
-    """Each group's weight in an estimate over all: 1 where the step learns from it, others / drawn for `drawn` of the
-    other groups (at most `sample`, without replacement), 0 for the rest.
+    """Each group's weight in an estimate over all groups: 1 if the step learns from it, else others / drawn for at most
+    `sample` groups drawn without replacement, else 0.
 
-    E[sum_p weight_p x_p] = sum_p x_p over the draws, whatever x (Horvitz and Thompson 1952, two strata).
+    E[sum_p weight_p x_p] = sum_p x_p for every x (Horvitz and Thompson 1952, two strata).
     """
     others = (~learned).nonzero()[:, 0].cpu()
     drawn = others[torch.randperm(len(others), generator=generator)[:sample]]
@@ -37,11 +35,13 @@ def group_weights(learned: Bool[Tensor, " P"], sample: int, generator: Generator
 
 @dataclass(frozen=True)
 class _Measured:
-    """Scored rows, and what they stand for.
+    """Scored rows and their weights.
 
-    log_mismatch  fp64, 0 where not `finite`: the tokens of scored rows whose ratio is finite.
-    token_weights, row_weights  of those tokens (K,) and of the rows (R,) that have one.
-    num_tokens, num_rows        of ALL rows, less what is estimated to be not finite; lost: its share of the tokens.
+    log_mismatch          fp64, 0 where not `finite`
+    finite                tokens of scored rows whose ratio is finite
+    token_weights, row_weights  of those tokens (K,), and of the rows (R,) that have one
+    num_tokens, num_rows  of ALL rows, less the estimated non-finite ones
+    lost                  share of non-finite tokens
     """
 
     log_mismatch: Float[Tensor, "B T"]
@@ -61,12 +61,12 @@ class _Measured:
         return (values * self.token_weights).sum() / self.num_tokens
 
     def per_row(self, values: Float[Tensor, " R"]) -> Float[Tensor, ""]:
-        """Mean over all rows; unbiased likewise."""
+        """Mean over all rows; unbiased as well."""
         return (values * self.row_weights).sum() / self.num_rows
 
     def spread(self, values: Float[Tensor, " K"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Mean and mean square over tokens, both divided by the sum of weights: a proper distribution, as what a ratio
-        of two estimates needs (its effective sample size stays within (0, 1])."""
+        """Weighted mean and mean square over tokens, both divided by the sum of weights, so that a ratio of the two
+        stays in (0, 1]."""
         total = self.token_weights.sum()
         return (values * self.token_weights).sum() / total, (values.square() * self.token_weights).sum() / total
 
@@ -74,7 +74,7 @@ class _Measured:
 def _measured(
     log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], row_weights: Float[Tensor, " B"] | None
 ) -> _Measured:
-    """Raises ValueError when no token is marked in a scored row, or none of those has a finite ratio."""
+    """Raises ValueError when no scored row has a token with a finite ratio."""
     weights = torch.ones(len(mask), device=mask.device) if row_weights is None else row_weights
     weights, scored = weights.double(), mask & (weights > 0)[:, None]
     finite = scored & log_mismatch.isfinite()
@@ -104,24 +104,21 @@ def mismatch_metrics(
 ) -> dict[str, float]:
     """The `rollout_corr/` set over the marked tokens; exactly 0 / exactly 1 where both policies agree bit for bit.
 
-    rollout_is_*        of the token weights min(rho, high): see `weight_metrics`
-    ess, rho_max        of the raw rho: 1 / mean((rho / mean rho)^2) in (0, 1], and the largest (not verl's)
-    kl = mean(-log rho), k3_kl = mean(rho - 1 - log rho), abs_log_ratio_{mean,max} of |log rho|, nats
-    log_ppl_{diff,abs_diff,diff_max,diff_min}   over sequences, of the sequence's mean of -log rho
-    ppl_ratio           mean over sequences of exp of the same
-    chi2_token = mean rho^2 - 1,  chi2_seq = mean over sequences of (prod rho)^2 - 1
-    training_ppl, training_log_ppl, rollout_ppl, rollout_log_ppl   with `old` (the learner's log-probs): mean over
-                        sequences of exp(-mean_t logp), and of -mean_t logp
-    contribution_{positive,negative}   with `advantages`: -(rho - 1) A averaged over all tokens, split by sign of A
-                        (VeXact [digest]: k1 and k3 stay flat while these do not)
-    nonfinite_fraction  share of marked tokens left out
-    rows                number of rows that were scored
-    Log-ratios are clamped to +-20 before exp. Raises ValueError when no token is marked, or none has a finite ratio.
+    rollout_is_*  of the token weights min(rho, high): see `weight_metrics`
+    ess, rho_max  of the raw rho: 1 / mean((rho / mean rho)^2) in (0, 1], and the largest (not verl's)
+        kl = mean(-log rho), k3_kl = mean(rho - 1 - log rho), abs_log_ratio_{mean,max} of |log rho|, nats
+    log_ppl_{diff,abs_diff,diff_max,diff_min}  over sequences, of the sequence's mean of -log rho
+    ppl_ratio  mean over sequences of exp of the same
+        chi2_token = mean rho^2 - 1,  chi2_seq = mean over sequences of (prod rho)^2 - 1
+    {training,rollout}_{ppl,log_ppl}  with `old`: mean over sequences of exp(-mean_t logp), and of -mean_t logp
+    contribution_{positive,negative}  with `advantages`: -(rho - 1) A averaged over all tokens, by sign of A (VeXact
+                                      [digest])
+    nonfinite_fraction, rows  share of marked tokens left out; number of scored rows
+    Log-ratios are clamped to +-20 before exp. Raises ValueError when no marked token has a finite ratio.
 
-    row_weights  inverse sampling fraction of each row's stratum, 0 where a row is not scored (`group_weights`); None:
-                 every row is. `mask` marks the tokens of ALL rows. Means over tokens and over sequences are unbiased
-                 for all rows while every ratio is finite; ess, rollout_is_std and eff_sample_size are ratios of such
-                 means (consistent, not unbiased); maxima and minima are those of the scored rows.
+    row_weights  inverse sampling fraction per row, 0 where not scored (`group_weights`); None: all are. `mask` marks
+                 ALL rows. Means are unbiased for all rows while ratios are finite; ess, rollout_is_std and
+                 eff_sample_size are only consistent; extremes are of scored rows
     """
     m = _measured(log_mismatch, mask, row_weights)
     flat = m.log_mismatch[m.finite]
@@ -172,13 +169,13 @@ def weight_metrics(
     """verl's rollout_is_* set for truncated weights (low None) or weights masked outside [low, high].
 
     rho_t per token, or the row's product with level "sequence"; w = min(rho, high), or rho inside [low, high] else 0.
-    mean, std, eff_sample_size = 1 / mean((w / mean w)^2)   of w over tokens, population std
-    min, max                of w over tokens; of the raw product over sequences at level "sequence"
-    ratio_fraction_{high,low}   share with raw rho > high, < low (default 1/high): of tokens, or of sequences
-    oob_ratio               with `low`: share of tokens outside
-    seq_{mean,std,min,max,max_deviation}   over sequences, of the row's mean w; sample std; largest |mean w - 1|
-    seq_fraction_{high,low}     share of rows whose mean raw rho is > high, < low
-    row_weights as in `mismatch_metrics`; the errors are its too.
+    mean, std, eff_sample_size  of w over tokens: population std, and 1 / mean((w / mean w)^2)
+    min, max   of w over tokens; of the raw product over sequences at level "sequence"
+    ratio_fraction_{high,low}  share of tokens (sequences) with raw rho > high, < low (default 1/high)
+    oob_ratio  with `low`: share of tokens outside
+    seq_{mean,std,min,max,max_deviation}  over sequences, of the row's mean w; sample std; largest |mean w - 1|
+    seq_fraction_{high,low}  share of rows whose mean raw rho is > high, < low
+    `row_weights` and errors are as in `mismatch_metrics`.
     """
     m = _measured(log_mismatch, mask, row_weights)
     x, finite, rows = m.log_mismatch, m.finite, m.rows
@@ -224,14 +221,14 @@ def weight_metrics(
 def off_policy_metrics(
     logps: Float[Tensor, "B T"], batch: Batch, *, old: Float[Tensor, "B T"]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """How far the current log-probs have left those that the data came from, at one inner update, as (sum, count).
+    """How far the current log-probs have moved from the data's at one inner update, as (sum, count).
 
-    off_policy/old/* with r = p_current / p_old, old at the learner's weights at the start of the update;
-    off_policy/rollout/* with r = p_current / p_rollout, where batch.behaviour is known:
-    contribution_{positive,negative}   C = -(r - 1) A summed over the tokens of each sign of A, divided by the number of
-                 ALL completion tokens (VeXact, eq. 5 [digest]); negative where an update goes its advantages' way.
-    m2           mean over the kept tokens of (log r)^2, nats^2 (M2PO, which bounds it by 0.04 [digest])
-    max          mean over the sequences with a kept token of the largest |log r| in each, nats
+    off_policy/old/* has r = p_current / p_old (start of the update); off_policy/rollout/* has r = p_current /
+    p_rollout.
+    contribution_{positive,negative}  -(r - 1) A summed over tokens by sign of A, divided by ALL completion tokens
+                                      (VeXact, eq. 5 [digest]); negative where the update follows the advantages
+    m2   mean over kept tokens of (log r)^2, nats^2 (M2PO bounds m2 by 0.04 [digest])
+    max  mean over sequences of the largest |log r|, nats
     """
     keep, advantages = batch.keep, batch.advantages[:, None]
     metrics: dict[str, tuple[Tensor, Tensor]] = {}
@@ -261,10 +258,9 @@ def symptom_metrics(
 ) -> dict[str, float]:
     """QaRL's early-warning metrics [digest], each over the tokens with A > 0 and those with A < 0.
 
-    symptoms/error_tokens_*  share with p_learner < threshold, although the rollout sampled them; with `old`, which must
-                             hold log-probs of single tokens (trajectory, causal), not an ELBO's contributions.
-    symptoms/repetition_*    share inside an n-gram that stood earlier in the same completion; n-grams may overlap.
-    A sign without tokens gives 0.
+    symptoms/error_tokens_*  share of tokens with p_learner < threshold; `old` must hold log-probs of single tokens
+                             (trajectory, causal), not an ELBO's
+    symptoms/repetition_*  share inside an n-gram that occurred earlier in the completion; n-grams may overlap
     """
     error = None if old is None else mask & (old < math.log(threshold))
     repeated = repeats(tokens, mask, ngram=ngram)
@@ -279,7 +275,7 @@ def symptom_metrics(
 
 
 def repeats(tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, ngram: int = 3) -> Bool[Tensor, "B T"]:
-    """Marked tokens inside an n-gram of the row's marked tokens that occurred, starting earlier, in the same row."""
+    """Marked tokens inside an n-gram that started earlier in the same row."""
     if ngram < 1:
         raise ValueError(f"ngram={ngram} must be at least 1")
     found = torch.zeros(mask.shape, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Optimisers that a recipe can name. All are AdamW; they differ in what its two moments take in memory."""
+"""Optimisers that a recipe can name: AdamW with moments in more or less memory."""
 
 from collections.abc import Iterable
 
@@ -6,8 +6,7 @@ from torch import Tensor, optim
 
 
 def adamw(parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float) -> optim.Optimizer:
-    """torch's AdamW: 8 bytes a parameter for its moments. On CUDA in one fused kernel, without temporaries: those of
-    torch's default there are as large as the moments."""
+    """torch's AdamW: 8 bytes per parameter for its moments. On CUDA the fused kernel, without large temporaries."""
     parameters = list(parameters)
     fused = all(parameter.is_cuda for parameter in parameters) or None
     return optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
@@ -16,7 +15,7 @@ def adamw(parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], w
 def adamw_8bit(
     parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
 ) -> optim.Optimizer:
-    """bitsandbytes' AdamW with moments in 8 bits, 2 bytes a parameter; small tensors (below 4096) keep fp32 ones."""
+    """bitsandbytes' AdamW: moments take 2 bytes per parameter; tensors below 4096 elements keep fp32 moments."""
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
@@ -25,8 +24,7 @@ def adamw_8bit(
 def linear_decay(
     step: int, num_steps: int, *, warmup_steps: int = 5, constant_until: float = 0.6, final: float = 0.1
 ) -> float:
-    """Factor on the learning rate at `step`: a linear rise, a plateau until that share of the run, a linear fall, and
-    `final` after num_steps.
+    """Factor on the learning rate at `step`: a linear rise, a plateau, a linear fall, then `final`.
 
     warmup_steps    steps of the rise
     constant_until  share of the run at which the fall begins, in [0, 1]

@@ -1,13 +1,11 @@
-"""Surrogates as pure functions on (B, T) tensors: per-token objectives to be maximised, unreduced.
+"""Surrogates: per-token objectives (B, T) to be maximised, unreduced.
 
-log_ratio = logp_current - logp_old, nats, 0 off the mask. A surrogate takes (log_ratio (B, T), advantages (B,),
-mask (B, T)) and, by the names of its further parameters, any of OFFERED:
+log_ratio = logp_current - logp_old, nats, 0 off the mask. A surrogate takes (log_ratio (B, T), advantages (B,), mask
+(B, T)) and any of OFFERED by name. It sees all rows of its process, whatever the micro-batches.
 
-    old           (B, T)  log-probs that ratios are taken against, nats; 0 off the mask
-    log_mismatch  (B, T)  logp_old - logp_rollout, nats; 0 off the mask
-    sum_over      sums a tensor over all processes: what a statistic of the global batch is made with. Every process
-                  calls it, once and with a tensor of the same shape. The rows that a surrogate sees are all those of
-                  its process, at the current weights, whatever the micro-batches of the forward are
+old           (B, T) log-probs that ratios are taken against, nats; 0 off the mask
+log_mismatch  (B, T) logp_old - logp_rollout, nats; 0 off the mask
+sum_over      sums a tensor over all processes; every process calls it once, with the same shape
 """
 
 import inspect
@@ -47,12 +45,10 @@ def ppo_clip(
 ) -> Float[Tensor, "B T"]:
     """min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) per token, r = exp(log_ratio) (PPO, GRPO [paper]).
 
-    epsilon_high defaults to epsilon (DAPO sets it higher); delta, if given, bounds r from above in the unclipped term
-    (two-sided clipping, for negative advantages).
-
     epsilon       how far the ratio may fall below 1 (or rise above it) and keep its gradient
-    epsilon_high  how far it may rise above 1; None: epsilon
-    delta         bound of the unclipped ratio, above 1 + epsilon_high; None: none
+    epsilon_high  how far it may rise above 1 (DAPO: higher than epsilon); None: epsilon
+    delta         bound of the unclipped ratio, above 1 + epsilon_high (two-sided clipping, for negative advantages);
+                  None: none
     """
     ratio = exp_ratio(log_ratio)
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
@@ -88,13 +84,11 @@ def trust_band(
     neg_high: float = 7e-4,
 ) -> Float[Tensor, "B T"]:
     """TBPO's objective r^ A on the row's geometric ratio r = exp(mean_t log_ratio), without PPO's outer minimum.
-
         A >= 0:  r^ = clamp(r, 0, 1 + eps_high)        A < 0:  r^ = clamp(r, 1 - neg_low, 1 + neg_high)
-    Outside the band the gradient is exactly zero; with PPO's minimum a negative row with r > 1 + neg_high would keep an
-    unbounded one. Source: QaRL, arXiv 2604.07853; objective and constants [digest]. With the aggregation `sequence` the
-    sum is the paper's mean over sequences.
+    The gradient is zero outside the band; PPO's minimum would leave it unbounded for A < 0. With `sequence` the sum is
+    the paper's mean over sequences. Source: QaRL, arXiv 2604.07853 [digest].
 
-    eps_high  how far the ratio may rise above 1 where the advantage is not negative
+    eps_high           how far the ratio may rise above 1 where the advantage is not negative
     neg_low, neg_high  how far it may fall below 1, and rise above it, where the advantage is negative
     """
     ratio = exp_ratio(row_mean(log_ratio, mask))
@@ -114,9 +108,8 @@ def cispo(
 ) -> Float[Tensor, "B T"]:
     """sg(min(r, max_ratio)) A log_ratio: the gradient of log p, weighted by the capped ratio (CISPO [paper]).
 
-    max_ratio  bound on the ratio
-    Every token keeps a gradient. log_ratio stands for logp_current: the two differ by a constant, so the value is 0
-    on-policy. max_ratio is TRL's `epsilon_high`, a bound on r itself.
+    Every token keeps a gradient. log_ratio replaces logp_current, so the value is 0 on-policy.
+    max_ratio  bound on the ratio itself (TRL's `epsilon_high`)
     """
     return exp_ratio(log_ratio.detach()).clamp(max=max_ratio) * advantages[:, None] * log_ratio
 
@@ -132,12 +125,11 @@ def vespo(
     k_neg: float = 3.0,
     lam_neg: float = 2.0,
 ) -> Float[Tensor, "B T"]:
-    """sg(phi(w)) A log_ratio, phi(w) = e^lam w^k e^(-lam w), w the product of the row's ratios (VESPO, arXiv
-    2602.10693, its authors' code [paper]).
+    """sg(phi(w)) A log_ratio, phi(w) = e^lam w^k e^(-lam w), w the product of the row's ratios (VESPO, arXiv 2602.10693
+    [paper]).
 
-    phi(1) = 1; phi is largest at w = k / lam and falls to 0 on both sides, so that no clip is needed. log_ratio stands
-    for logp_current, as in `cispo`. VESPO's w is current / rollout: with old_logprobs="rollout" it is the same here;
-    otherwise w is current / old, and a corrector's weights multiply phi(w) in place of w [ours].
+    phi(1) = 1; phi is largest at w = k / lam and falls to 0 on both sides. VESPO's w is current / rollout, as here with
+    old_logprobs="rollout"; otherwise w is current / old, and the corrector's weights multiply phi(w) [ours].
 
     k_pos, lam_pos  where the advantage is >= 0; above 0
     k_neg, lam_neg  where it is negative
@@ -151,18 +143,15 @@ def vespo(
 def reinforce(
     log_ratio: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """A log_ratio: the plain policy gradient A grad log p, without ratio and clip.
-
-    log_ratio stands for logp_current, as in `cispo`."""
+    """A log_ratio: the plain policy gradient A grad log p, without ratio and clip."""
     return advantages[:, None] * log_ratio
 
 
 def row_mean(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """The mean of log_ratio over the row's mask, at every position of the mask; 0 elsewhere and for an empty row.
 
-    Each position's gradient goes to its own log_ratio alone. Summed with coefficients and weights that are constant in
-    a row, as every aggregation's and every sequence weight's are, this is the mean's own gradient, free of the rounding
-    of a sum over T and its division [ours].
+    Each position's gradient goes to its own log_ratio alone. With coefficients constant in a row, the sum is the mean's
+    own gradient, without the rounding of a sum over T and its division [ours].
     """
     kept = torch.where(mask, log_ratio, 0)
     mean = kept.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)

@@ -1,7 +1,4 @@
-"""Weights and keep masks of the correctors: (log_mismatch, advantages, mask) -> detached weights, keep mask, metrics.
-
-What they are given, and what they promise: `algorithms.correctors`.
-"""
+"""Weights and keep masks of the correctors; the contract is in `algorithms.correctors`."""
 
 import math
 from collections.abc import Callable
@@ -77,9 +74,7 @@ def truncated_weights(
 ) -> Weighed:
     """Truncated importance weights, w = min(rho, cap) [paper: TIS].
 
-    token     rho_t = exp(log_mismatch_t)
-    sequence  one rho for the row: exp(sum_t) with `product`, exp(mean_t) with `geometric`.
-
+    rho_t = exp(log_mismatch_t) per token; per sequence exp of the sum (`product`) or the mean (`geometric`).
     cap        largest weight, at least 1
     level      what has a ratio of its own: token or sequence
     aggregate  of a sequence's tokens: product or geometric
@@ -103,9 +98,7 @@ def masked_weights(
 ) -> Weighed:
     """Masked importance weights, w = rho inside [low, high] and 0 outside [paper: MIS, IcePop].
 
-    A weight of 0 leaves the token in the mask: the denominator of the loss does not change. rho as in
-    `truncated_weights`.
-
+    rho as in `truncated_weights`. A token of weight 0 stays in the mask: the loss's denominator does not change.
     low, high  the range of ratios that count
     level      what has a ratio of its own: token or sequence
     aggregate  of a sequence's tokens: product or geometric
@@ -128,12 +121,12 @@ def rejection(
     bound: float = 0.001,
     aggregate: str = "mean",
 ) -> Weighed:
-    """Drop from the MASK, and so from the loss's denominator, what disagrees too much; every weight stays 1.
+    """Drop tokens or sequences that disagree too much from the MASK, and so from the loss's denominator; weights stay
+    1.
 
-    With d = log_mismatch clamped to +-20: k1 = -d, k2 = d^2/2, k3 = exp(d) - 1 - d, nats. A token goes when its
-    statistic exceeds `bound`, a whole sequence when the mean, sum or maximum of it over its tokens does; k1 has a sign,
-    and its absolute value (after the mean or sum) is compared. Sources: verl's names, VeXact's default remedy (sequence
-    mean of k3 above 0.001, which fits bf16 kernels; low-bit rollouts need a looser bound) [digest].
+    With d = log_mismatch clamped to +-20: k1 = -d, k2 = d^2/2, k3 = exp(d) - 1 - d, nats. |k| is compared, for a
+    sequence after aggregation. Sources: verl's names, VeXact's default (sequence mean of k3 above 0.001 fits bf16
+    kernels; low-bit rollouts need more) [digest].
 
     level      what is dropped: token or sequence
     statistic  k1, k2 or k3
@@ -173,15 +166,15 @@ def rejection(
 
 
 def _effective_share(log_w: Float[Tensor, " B"]) -> float:
-    """(sum w)^2 / (B sum w^2) of weights given by their logs: the share of effective rows, in [1/B, 1]."""
+    """(sum w)^2 / (B sum w^2) from log-weights: the share of effective rows, in [1/B, 1]."""
     w = (log_w - log_w.max()).exp()
     return min(1.0, (w.sum().square() / (len(w) * w.square().sum())).item())
 
 
 @bounded(tau=Bound(above=0))
 def alarm(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
-    """lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): all three signal severity; 0 on-policy, towards 1 as the mismatch
-    grows [ours: AIS's own combination is not public]."""
+    """lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): 0 on-policy, towards 1 as the mismatch grows [ours: AIS's is not
+    public]."""
     return 1 - reliability * (tau / (divergence + tau)) * (1 / (1 + variation))
 
 
@@ -198,18 +191,14 @@ def adaptive_weights(
     level: Level = "token",
 ) -> Weighed:
     """AIS (arXiv 2605.13907): one lam in [0, 1] for the batch mixes the uncorrected gradient and the TIS one.
-
         m_t = 1 + lam (min(w_t, cap) - 1),   w_t = exp(log_mismatch_t)
-    rho = (sum w)^2 / (B sum w^2) over SEQUENCE weights (`aggregate` of the row's tokens): weight reliability [digest]
-    D   = mean |log_mismatch| over tokens, nats: divergence severity [digest]
-    CV  = std(w) / mean(w) over TOKEN weights: variance amplification [digest]; at one level rho = 1/(1 + CV^2)
-    All three are of the rows in `mask`, which the step corrects: not of groups without advantage.
-    Truncation [digest], cap 2 [ours]; `combine` makes lam of the three: `alarm` [ours], or another function of them.
-    No gradient goes through lam or w. B counts the rows that have a token.
+        rho = (sum w)^2 / (B sum w^2) over SEQUENCE weights: reliability [digest]; B counts rows that have a token
+        D   = mean |log_mismatch| over tokens, nats: divergence severity [digest]
+        CV  = std(w) / mean(w) over TOKEN weights: variance amplification [digest]
+    All three are of the corrected rows. Truncation [digest], cap 2 [ours]. No gradient goes through lam or w.
 
-    With `product`, rho depends on the LENGTH: of T independent tokens whose log_mismatch is Gaussian with D = 0.020
-    nats (spread 0.0251, mean such that E w = 1), rho = exp(-T 0.0251^2), and `alarm` gives 0.31 at T = 16, 0.63 at
-    1024 and 0.81 at 2048, though no token differs. `geometric` gives 0.30 at each.
+    With `product`, rho depends on the LENGTH: for Gaussian log_mismatch with D = 0.020 nats, `alarm` gives 0.31 at 16
+    tokens, 0.63 at 1024 and 0.81 at 2048. `geometric` gives 0.30 at each.
 
     cap        largest weight
     tau        nats of mean |log_mismatch| at which half the trust is gone, above 0
@@ -238,8 +227,8 @@ def adaptive_weights(
 def band_weights(
     log_mismatch: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"], *, c: float = 2.0
 ) -> Weighed:
-    """TBPO's weight exp(clamp(mean_t log_mismatch, -log c, log c)), in [1/c, c], one per row (QaRL, arXiv 2604.07853,
-    eq. 5 [paper], its clamp read in log space [ours]; length-normalised ratio [digest]).
+    """TBPO's weight exp(clamp(mean_t log_mismatch, -log c, log c)), one per row (QaRL, arXiv 2604.07853, eq. 5 [paper],
+    clamp in log space [ours], length-normalised ratio [digest]).
 
     c  the largest weight, and one over the smallest; at least 1
     """
@@ -256,8 +245,8 @@ def composed(
     *,
     weighs: tuple[Weigh, ...],
 ) -> Weighed:
-    """The product of the weights and the intersection of the keep masks, each computed from the whole mask, so that the
-    order does not matter. A metric that two parts log with different values gets the part's number as a suffix."""
+    """The product of the weights and the intersection of the keep masks, each from the whole mask. A metric that two
+    parts log with different values gets the part's number as a suffix."""
     weights, keep = torch.ones_like(log_mismatch).detach(), mask
     metrics: dict[str, float] = {}
     for i, weigh in enumerate(weighs, start=1):

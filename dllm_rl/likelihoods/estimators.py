@@ -1,12 +1,12 @@
-"""Sequence-likelihood estimators: masks are drawn once, as data, and every policy is scored under the same ones.
+"""Sequence-likelihood estimators: masks are drawn once, as data, and every policy is scored under the same masks.
 
-An estimator is a number of views of the batch. In view n some positions are masked and some are scored; `combine`
-turns the views' log-probs into one contribution per position, whose sum over T estimates log p(completion | prompt).
-Keeping views apart is what lets the learner take them one at a time, in constant memory.
+An estimator is a number of views of the batch. In view n some positions are masked and some are scored. `combine` sums
+the views' log-probs per position; the sum over T estimates log p(completion | prompt). The learner takes the views one
+at a time, in constant memory. Cost is in forwards of the whole batch per scoring.
 
 Notation: y a completion of L tokens, m a set of its positions, l_i(m) = log p(y_i | prompt, y with m masked), nats.
 The any-order ELBO is  sum_{k=1..L} (1/k) E_{|m|=k} sum_{i in m} l_i(m)  <=  log p(y) = log E_order prod_i p(y_i | those
-before it in the order). Cost is in forwards of the whole batch, for one scoring of it.
+before it in the order).
 """
 
 from collections.abc import Callable
@@ -53,17 +53,16 @@ def as_drawn(noise: Noise, advantages: Float[Tensor, " B"]) -> Noise:
 
 @dataclass(frozen=True)
 class LikelihoodEstimator:
-    """A named set of pure functions: draw the masks, and combine the views' log-probs.
+    """Draws masks and combines the views' log-probs, as pure functions.
 
-    draw     rollout, generator -> masks and weights of every view.
-    combine  scores (N, B, T), noise -> contributions (B, T); differentiable.
-    with_advantages    adapts the noise to the advantages (B,); only `sandwich` needs it.
-    exact_for_sampler  True if scoring under the rollout policy equals what the sampler recorded (`recorded`), which
-                       is then reused.
-    packed   block size of a block-causal model whose views mask every block at once, each seeing the others clean.
-    made_by  the function below that made it, with its keywords, so that a command line can change one.
+    draw      rollout, generator -> masks and weights of every view
+    combine   scores (N, B, T), noise -> contributions (B, T); differentiable
+    with_advantages    adapts the noise to the advantages (B,); only `sandwich` needs it
+    exact_for_sampler  True if scoring under the rollout policy equals the sampler's record (`recorded`), reused then
+    packed    block size of a block-causal model whose views mask every block at once, each seeing the others clean
+    made_by   the function below with its keywords, so that a command line can change a keyword
 
-    Contract: contributions are zero off the completion; both sides of any ratio use the same estimator and noise.
+    Contract: contributions are zero off the completion; both sides of a ratio use the same estimator and noise.
     """
 
     name: str
@@ -85,9 +84,9 @@ class LikelihoodEstimator:
         keep_graphs: bool = False,
         note: Integer[Tensor, "N B T M E"] | None = None,
     ) -> Float[Tensor, "N B T"]:
-        """log p(y_t | view n) in nats where view n scores t, 0 elsewhere. No gradient without `keep_graphs`, which
-        holds what the backward of every forward of `noise.learned` rows needs until that has run. note: where the
-        experts that tokens take are written, in rows that are scored."""
+        """log p(y_t | view n) in nats where view n scores t, 0 elsewhere. `keep_graphs` keeps the graphs of
+        `noise.learned` rows until their backward; otherwise there is no gradient. Expert ids of scored rows are written
+        to `note`."""
         self.check(policy)
         out = torch.zeros(noise.weight.shape, device=rollout.tokens.device)
         parts = [(noise, keep_graphs)]
@@ -121,7 +120,7 @@ class LikelihoodEstimator:
         return self.combine(self.scores(policy, rollout, noise, micro_batch_size=micro_batch_size, note=note), noise)
 
     def check(self, policy: Policy) -> None:
-        """Raise ValueError when the estimate is not one of this policy's likelihood."""
+        """Raise ValueError when the estimate is not for this policy's attention or block size."""
         if policy.spec.attention not in self.attention:
             raise ValueError(
                 f"likelihood={self.name!r} is for {' or '.join(self.attention)} attention, but the policy's is "
@@ -143,8 +142,8 @@ def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
     """d1's mean-field estimate: sum_i l_i(all of y), each prompt token masked with probability `prompt_mask`.
 
     prompt_mask  share of the prompt's tokens that are masked, in [0, 1)
-    One forward (a G-th of one at prompt_mask=0, where a prompt's completions all look the same). No noise but the
-    prompt's; biased: tokens count as independent given the prompt. Source: d1, arXiv 2504.12216 [paper].
+    One forward, or one per group at prompt_mask=0. Biased: treats tokens as independent. Source: d1, arXiv 2504.12216
+    [paper].
     """
     return LikelihoodEstimator("one_step", partial(draw_everything, prompt_mask=prompt_mask))
 
@@ -154,11 +153,11 @@ def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
 def elbo(*, num_samples: int = 4, stratified: bool = True, antithetic: bool = False) -> LikelihoodEstimator:
     """The any-order ELBO by masks of exactly k tokens: the mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}.
 
-    num_samples  masks, and forwards
     Unbiased for the ELBO, high variance. Sources: LLaDA eq. 14, VRPO [paper].
-    stratified  k spread evenly over 1..L among the samples.
-    antithetic  samples in pairs (num_samples even): k with L+1-k, the second mask taken from the other end of the same
-                random order, so that a pair scores every token at least once.
+    num_samples  masks, and forwards
+    stratified   k spread evenly over 1..L among the samples
+    antithetic   samples in pairs (num_samples even): k and L+1-k, from both ends of one random order, so that a pair
+                 scores every token
     """
     if antithetic and num_samples % 2:
         raise ValueError(f"num_samples={num_samples} must be even with antithetic=True; use {num_samples + 1}")
@@ -171,11 +170,10 @@ def elbo(*, num_samples: int = 4, stratified: bool = True, antithetic: bool = Fa
 def coupled(*, num_samples: int = 1) -> LikelihoodEstimator:
     """The any-order ELBO from a mask and its complement, so that every token is scored.
 
-    k is stratified over 0..L, m holds exactly k of the L completion positions:
-        ( sum_{i in m} l_i(m) (L+1)/k + sum_{i not in m} l_i(m^c) (L+1)/(L-k) ) / 2,
-    a term with an empty set being 0.
-    num_samples  pairs of masks, of two forwards each
+    k is stratified over 0..L, m holds exactly k of the L completion positions (a term with an empty set is 0):
+        ( sum_{i in m} l_i(m) (L+1)/k + sum_{i not in m} l_i(m^c) (L+1)/(L-k) ) / 2
     Unbiased for the ELBO. Source: ESPO's form [paper].
+    num_samples  pairs of masks, of two forwards each
     """
     return LikelihoodEstimator("coupled", partial(draw_coupled, num_samples=num_samples))
 
@@ -184,12 +182,11 @@ def coupled(*, num_samples: int = 1) -> LikelihoodEstimator:
 @bounded(nodes=Bound(at_least=1))
 def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
     """The any-order ELBO, integral_0^1 E_m[(L/k) sum_{i in m} l_i(m)] dt, by Gauss-Legendre nodes t_n with weights w_n:
-    sum_n w_n (L/k_n) sum_{i in m_n} l_i(m_n), k_n = floor(t_n L) + 1, one random mask of exactly k_n tokens a node.
+    sum_n w_n (L/k_n) sum_{i in m_n} l_i(m_n), k_n = floor(t_n L) + 1, one random mask of k_n tokens per node.
 
+    No variance from k. Bias from the quadrature rule and from rounding k_n, which more masks do not reduce. Sources:
+    GDPO/SDMC, arXiv 2510.08554 [paper]; exactly k masked tokens instead of independent ones [ours].
     nodes  of the quadrature: masks, and forwards
-    No variance from k. Bias: that of the quadrature rule and of rounding k_n to an integer, zero when
-    the integrand is linear in k and t_n L + 1/2 is an integer; it does not shrink with more masks. Sources: GDPO/SDMC,
-    arXiv 2510.08554 [paper]; exactly k masked tokens instead of independent ones [ours].
     """
     return LikelihoodEstimator("quadrature", partial(draw_quadrature, nodes=nodes))
 
@@ -201,13 +198,11 @@ def block(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
 
     With blocks b = 1..N of L_b tokens, k ~ U{1..L_b} and m in b with |m| = k, the mean over samples of
         N (L_b / k) sum_{i in m} l_i(m and all later blocks),  b ~ U{1..N}, stratified over the samples.
-    Unbiased for the sum over blocks of each one's any-order ELBO given those before it: a lower bound of the likelihood
-    under the block-wise sampler.
+    Unbiased for a lower bound of the block-wise sampler's likelihood: the sum of each block's any-order ELBO given
+    earlier blocks. Blocks start at the completion, as in `unmask`. Source: SPG, arXiv 2510.09541 [paper], whose code
+    also scores later blocks [ours: only the chosen one].
     block_size   tokens of a block
     num_samples  masks, and forwards; as many as there are blocks score every block
-    Source: SPG, arXiv
-    2510.09541 [paper]; its code averages over all masked tokens, later blocks' included, where only the chosen block's
-    are scored here [ours]. Blocks start at the completion, as `unmask`'s do; a last block may be short.
     """
     return LikelihoodEstimator("block", partial(draw_block, block_size=block_size, num_samples=num_samples))
 
@@ -239,13 +234,12 @@ def upper_where_negative(noise: Noise, advantages: Float[Tensor, " B"], *, mix: 
 def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
     """SPG's evidence upper bound: sum_i (1/beta) log mean_t[ p_i^beta 1(i in m) / t ], on the masks of `base`.
 
-    base  elbo, coupled (None: `coupled()`), quadrature or block: the same masks, and their weights for 1/t.
+    base  elbo, coupled (None: `coupled()`), quadrature or block: the same masks, and their weights for 1/t
     beta  exponent of the probabilities, above 0
-    Cost as base. Over all masks it is at least the ELBO for every beta > 0 (Jensen). It is at least log p for beta >= L
-    (Hoelder), and for any beta when the model's conditionals belong to one joint distribution; in between an
-    inconsistent model's log p can lie above it [ours]: SPG's theorem (beta >= 1) adds a constant that no gradient sees.
-    With few masks the log of a mean is biased downwards. Source: SPG, arXiv 2510.09541, and its code [paper], which
-    divides by the number of scored tokens where this is a sum.
+    Cost as base. Over all masks at least the ELBO for every beta > 0 (Jensen), and at least log p for beta >= L
+    (Hoelder) or consistent conditionals. Otherwise log p may lie above [ours]: SPG's theorem (beta >= 1) adds a
+    constant. Few masks bias the log of a mean downwards. Source: SPG, arXiv 2510.09541 [paper], whose code divides by
+    the scored tokens.
     """
     base = coupled() if base is None else base
     return replace(base, name="eubo", exact_for_sampler=False, combine=partial(upper_bound, beta=beta))
@@ -256,9 +250,8 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
 def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
     """SPG's pair of bounds: the ELBO where the advantage is >= 0, mix * EUBO + (1 - mix) * ELBO where it is negative.
 
-    Raising a lower bound or lowering an upper one moves log p itself. Both bounds come from the same views of `base`
-    (see `eubo`), at its cost. `with_advantages(noise, advantages)` records each row's weight of the upper bound with
-    its masks, so that every side of a ratio uses the same mixture; noise without it is scored by the ELBO alone.
+    Both bounds come from the same views of `base` (see `eubo`), at its cost. `with_advantages(noise, advantages)`
+    stores each row's mixture with its masks; noise without it is scored by the ELBO alone.
     beta  exponent of the upper bound, above 0
     mix   weight of the upper bound, in [0, 1]
     base  the estimate whose masks both bounds take; None: `coupled()`
@@ -280,24 +273,19 @@ def trajectory(
 ) -> LikelihoodEstimator:
     """Replay the recorded unmasking: in segment s, score the tokens committed there, everything from s on masked.
 
-    With every step its own segment (None) it is the exact log-probability of the tokens given the order; with
-    num_segments each row's steps are merged into that many equal parts. One forward a segment. Sources: TraceRL,
-    d2's StepMerge [paper].
+    One forward per segment. With one segment per step, the exact log-probability of the tokens given the order.
+    Sources: TraceRL, d2's StepMerge [paper]. Under the sampler's rank `confidence` the order depends on the draws: each
+    step then also scores the positions left masked, by the probability of a lower-ranked draw (`models.order` [ours]).
+    The row's sum is then the exact log-probability of tokens AND order.
 
-    Under the sampler's rank `confidence` the order depends on what was drawn. Every step then also scores the positions
-    that it left masked, by the probability of having drawn there what ranks lower (`models.order` [ours]), so that a
-    row's sum is the exact log-probability of tokens AND order. A position's contribution is its token's log-prob and
-    those of having been left before. The other ranks' orders have nothing to add: they are the same whatever is drawn.
-
-    num_segments  parts into which a row's steps are merged; None: every step its own, which is exact
-    block_size  of a block-causal model: the same likelihood from one packed forward for each place of a step in its
-                block, all blocks together, instead of one for each step; num_segments then counts those of a block.
-    order       law: the order's part too, where the rollout recorded one (rank=confidence with commit=schedule) and
-                num_segments is None; given: the tokens' alone
-    num_sampled  steps (or segments) of each row that are scored, drawn without replacement and weighted by the steps
-                over those drawn: so many forwards, an unbiased estimate of the row's sum and, on-policy, of its
-                gradient; ratios are then of an estimate. None: all. With `unmask(block_size=1)`, one token a step from
-                left to right, all of them are JustGRPO (arXiv 2601.15165, its authors' code [paper]); a sample [ours].
+    num_segments  parts into which a row's steps are merged; None: one per step, which is exact
+    block_size    of a block-causal model: the same likelihood from one packed forward per place of a step in its block,
+                  all blocks together; num_segments then counts the segments of a block
+    order         law: also the order's part, where the rollout recorded one (rank=confidence with commit=schedule) and
+                  num_segments is None; given: the tokens' alone
+    num_sampled   steps (or segments) of each row that are scored, drawn without replacement: an unbiased estimate
+                  [ours] of the row's sum and, on-policy, of its gradient. None: all. With `unmask(block_size=1)`, all
+                  are JustGRPO (arXiv 2601.15165, its authors' code [paper])
     """
     if order not in ("law", "given"):
         raise ValueError(f"order={order!r} must be 'law' or 'given'")
@@ -321,7 +309,7 @@ def trajectory(
 
 
 def recorded(rollout: Rollout, noise: Noise) -> Float[Tensor, "B T"]:
-    """What the sampler recorded of the contributions that an estimate which is `exact_for_sampler` scores, nats."""
+    """The sampler's recorded contributions for an estimate that is `exact_for_sampler`, nats."""
     if noise.left is None:
         return rollout.logprobs
     assert rollout.order_logprobs is not None, "positions are scored as left only where the sampler recorded it"

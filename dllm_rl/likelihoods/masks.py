@@ -1,8 +1,7 @@
 """Masks for likelihood estimates, as pure functions of uniform random numbers.
 
-Every row has a generator of its own, seeded from the caller's: its masks depend on its seed and on its own completion,
-not on its neighbours or on padding. A view is a pair (masked, weight): the positions hidden from the model, and the
-coefficient of each scored log-prob (0 where none is scored). A draw makes all views of an estimator, as one Noise.
+Each row has its own generator, so that its masks do not depend on its neighbours or on padding. A view is a pair
+(masked, weight): the hidden positions, and the coefficient of each scored log-prob (0 where none is scored).
 """
 
 import dataclasses
@@ -19,8 +18,7 @@ from dllm_rl.types import Noise, Rollout
 
 
 def row_generators(rollout: Rollout, generator: Generator) -> list[Generator]:
-    """One generator per row, seeded with the row's draw from `generator`: that of its number in the batch, so that it
-    does not matter which process holds the row."""
+    """One generator per row, seeded by the row's number in the batch, whichever process holds the row."""
     rows = torch.arange(len(rollout.tokens)) if rollout.batch_row is None else rollout.batch_row.cpu()
     seeds = row_seeds(generator, int(rows.max()) + 1)[rows]
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
@@ -37,8 +35,7 @@ def uniforms_at(marked: Bool[Tensor, "B T"], generators: list[Generator]) -> Flo
 def uniforms_per_row(
     generators: list[Generator], num_samples: int, *, stratified: bool, device: torch.device | str
 ) -> Float[Tensor, "N B 1"]:
-    """num_samples uniforms in [0, 1) for each row; stratified puts sample j into [j/N, (j+1)/N), so that how many fall
-    where adds no variance to a mean over samples."""
+    """num_samples uniforms in [0, 1) per row; stratified puts sample j into [j/N, (j+1)/N)."""
     u = torch.stack([torch.rand(num_samples, generator=g, dtype=torch.float64) for g in generators], dim=1)
     if stratified:
         u = (torch.arange(num_samples)[:, None] + u) / num_samples
@@ -86,8 +83,8 @@ def block_view(
     *,
     block_size: int,
 ) -> tuple[Bool[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """One of the row's N blocks, uniformly: those before it clean, exactly k of its L positions masked, those after it
-    masked and not scored; weight N L/k. Blocks are counted from the row's first completion position."""
+    """One of the row's N blocks, uniformly: earlier blocks clean, exactly k of its L positions masked, later blocks
+    masked and not scored; weight N L/k."""
     block = block_index(completion, block_size)
     chosen = choose(u_block, block.amax(-1, keepdim=True) + 1)
     inside = completion & (block == chosen)
@@ -97,8 +94,7 @@ def block_view(
 
 
 def block_index(completion: Bool[Tensor, "B T"], block_size: int) -> Int[Tensor, "B T"]:
-    """The block of each completion position, -1 elsewhere; blocks start at the row's first completion position, and
-    count what is open of a prompt alone."""
+    """The block of each completion position, -1 elsewhere; only completion positions count."""
     place = completion.long().cumsum(-1) - 1
     return torch.where(completion, place // block_size, -1)
 
@@ -140,7 +136,7 @@ def draw_exact(
 
 
 def draw_coupled(rollout: Rollout, generator: Generator, *, num_samples: int) -> Noise:
-    """`coupled_views` with k stratified over 0..L: two views a sample."""
+    """`coupled_views` with k stratified over 0..L: two views per sample."""
     completion, generators = rollout.completion_mask, row_generators(rollout, generator)
     size = completion.sum(-1, keepdim=True)
     u = uniforms_per_row(generators, num_samples, stratified=True, device=size.device)
@@ -174,8 +170,8 @@ def draw_trajectory(rollout: Rollout, generator: Generator, *, num_segments: int
 
 
 def draw_some_segments(rollout: Rollout, generator: Generator, *, num_segments: int | None, num_sampled: int) -> Noise:
-    """num_sampled of the S views that `draw_trajectory` has of a row, drawn without replacement and weighted by S over
-    the number drawn: the expected weight of every token is 1."""
+    """num_sampled of a row's S views in `draw_trajectory`, drawn without replacement and weighted by S / drawn: every
+    token's expected weight is 1."""
     segment, views = _merged(rollout, num_segments), []
     counts = segment.amax(-1).cpu() + 1
     for row, count in zip(row_generators(rollout, generator), counts.tolist(), strict=True):
@@ -199,7 +195,7 @@ def _merged(rollout: Rollout, num_segments: int | None) -> Int[Tensor, "B T"]:
 
 def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | None, block_size: int) -> Noise:
     """`draw_trajectory` in every block at once: view r hides what was committed r or more steps after the block's first
-    step, and scores what was committed just then. Blocks are counted from the row's first token."""
+    step, and scores step r. Blocks count from the row's first token."""
     completion, step = rollout.completion_mask, rollout.unmask_step
     block = position_ids(rollout.attention_mask) // block_size
     far = torch.iinfo(step.dtype).max
@@ -215,10 +211,10 @@ def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | N
 def with_order(
     rollout: Rollout, generator: Generator, *, draw: Callable[[Rollout, Generator], Noise], packed: bool = False
 ) -> Noise:
-    """The views of `draw`, one a step, where each scores also what the step left, if the rollout's order has a law.
+    """The views of `draw`, one per step, which also score the positions that the step left, if the order's probability
+    is known. In a packed view every block is at its own step.
 
-    A step could have committed what is masked in its block; in a packed view every block is at a step of its own.
-    Raises ValueError where the law is of a filtered distribution that is not recorded.
+    Raises ValueError where the distribution was filtered and its kept set is not recorded.
     """
     noise, params = draw(rollout, generator), rollout.sampling_params
     if rollout.order_logprobs is None:
@@ -240,8 +236,7 @@ def _segments(rollout: Rollout, segment: Int[Tensor, "B T"]) -> Noise:
 
 
 def _views(rollout: Rollout, segment: Int[Tensor, "B T"], index: Int[Tensor, "S #B 1"]) -> Noise:
-    """A view hides what was written in segment `index` or later, and scores that segment; a negative one does
-    neither."""
+    """View s hides segments >= index and scores segment `index`; a negative index does neither."""
     if rollout.revised:
         raise ValueError(
             "likelihood='trajectory' replays an unmasking that writes a position once; this rollout's commit rule may "

@@ -1,9 +1,7 @@
 """Scoring every block of a block-causal model at once: a clean copy and a noisy copy of the row in one forward.
 
-A block attends to the final tokens of earlier blocks and to its own tokens as they were at that step. So the states of
-all blocks at the same number of steps into each are those of one forward over [clean | noisy], where clean tokens see
-clean ones of their own block and those before, and noisy tokens see clean ones of the blocks before and noisy ones of
-their own. Exact: no token sees anything that it would not see in a forward of its block alone.
+Clean tokens see clean tokens of their own and earlier blocks. Noisy tokens see clean tokens of earlier blocks and noisy
+tokens of their own. Exact: each token sees what it would see in a forward of its block alone.
 """
 
 import torch
@@ -14,10 +12,8 @@ from dllm_rl.models.base import Policy, position_ids
 
 
 def packed_mask(attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], start: int) -> Bool[Tensor, "B 1 Q Q"]:
-    """Who sees whom among T clean columns and the noisy columns start..T-1; Q = 2 T - start.
-
-    Padding sees the clean block that it is counted in, so that no row of the mask is empty.
-    """
+    """Which columns see which, among T clean columns and the noisy columns start..T-1; Q = 2 T - start. Padding sees
+    its own clean block, so that no row of the mask is empty."""
     real, before = attention_mask[:, :, None], block[:, None, :] < block[:, :, None]
     same = block[:, None, :] == block[:, :, None]
     key = attention_mask[:, None, :]
@@ -28,15 +24,11 @@ def packed_mask(attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], 
 
 
 def packed_hidden(
-    policy: Policy,
-    tokens: Int[Tensor, "B T"],
-    masked: Bool[Tensor, "B T"],
-    attention_mask: Bool[Tensor, "B T"],
+    policy: Policy, tokens: Int[Tensor, "B T"], masked: Bool[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T D"]:
-    """Final states at each position with `masked` positions hidden in its own block only; zeros before the first block
-    that has one.
+    """Final states with `masked` positions hidden in their own block only; zeros before the first block that has one.
 
-    Raises ValueError for a model that is not block-causal, or predicts a token from the one before.
+    Raises ValueError for a model that is not block-causal, or predicts a token from the previous one.
     """
     spec = policy.spec
     if spec.attention != "block_causal" or spec.shift or spec.block_size is None or spec.mask_id is None:

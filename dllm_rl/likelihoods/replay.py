@@ -1,10 +1,8 @@
-"""Router replay: masks with the experts that the rollout took, for the learner to take again.
+"""Router replay: masks with the rollout's experts, for the learner to take again.
 
-R3 (arXiv 2510.11370 [paper]) replays the experts that the sampler noted. An estimate that scores the rollout again
-(`causal` and the ELBOs) replays the experts that all tokens took in that scoring.
-
-A sampler notes the experts of the state that a token was drawn from: those of one position in one step, a byte for each
-mixture and expert. The other positions of that step are left to the learner's router.
+R3 (arXiv 2510.11370 [paper]) replays the experts that the sampler recorded for the state that each token was drawn
+from; the learner's router chooses elsewhere. Estimates that score the rollout again (`causal`, ELBOs) replay the
+experts of all tokens in that scoring.
 """
 
 from dataclasses import replace
@@ -27,7 +25,7 @@ def check_replay(policy: Policy, mode: str | None) -> None:
 
 
 def blank(policy: Policy, rollout: Rollout, noise: Noise) -> Integer[Tensor, "N B T M E"]:
-    """Room for the experts of every view, for `LikelihoodEstimator.scores` to note."""
+    """An empty tensor for the experts of every view, which `LikelihoodEstimator.scores` fills."""
     with torch.no_grad(), Routing(policy.module) as routing:
         policy.hidden(rollout.tokens[:1, :1], torch.ones_like(rollout.attention_mask[:1, :1]))
     experts = routing.experts(1)
@@ -35,8 +33,7 @@ def blank(policy: Policy, rollout: Rollout, noise: Noise) -> Integer[Tensor, "N 
 
 
 def as_sampled(noise: Noise, rollout: Rollout) -> Noise:
-    """The masks of an estimate that replays the sampler, with the experts that the sampler noted. Raises ValueError
-    where it noted none."""
+    """The masks with the sampler's recorded experts. Raises ValueError where none are recorded."""
     if rollout.experts is None:
         raise ValueError(
             "router_replay='R3' needs the rollout's experts, which its sampler did not note; sample with unmask, or "
@@ -47,14 +44,14 @@ def as_sampled(noise: Noise, rollout: Rollout) -> Noise:
 
 
 def as_noted(noise: Noise, rollout: Rollout, experts: Integer[Tensor, "N B T M E"] | None) -> Noise:
-    """The masks with the experts that all tokens took when another policy was scored under them."""
+    """The masks with the experts of all tokens from another policy's scoring."""
     return replace(noise, experts=experts, routed=rollout.attention_mask.expand_as(noise.weight))
 
 
 @torch.no_grad()
 def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise) -> Int[Tensor, "M X"] | None:
-    """What is counted of each mixture's tokens, under the first view and in one row a prompt: choices that both sides
-    make, choices, then the tokens of each expert in the rollout and of each in the learner. None without mixtures."""
+    """Counts per mixture, under the first view and one row per prompt: choices that both sides make, all choices, the
+    tokens of each expert in the rollout, and in the learner. None without mixtures."""
     if not mixtures(policy.module):
         return None
     first, mask_id = slice(None, None, rollout.group_size), policy.spec.mask_id
@@ -75,11 +72,11 @@ def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, noi
 def routing_metrics(counts: Int[Tensor, "M X"]) -> dict[str, float]:
     """Of counts over all processes:
 
-    routing/agreement, routing/agreement/layer_I    share of the rollout's experts that the learner takes too
-    routing/max_violation, .../learner, .../layer_I the busiest expert's tokens / the mean of all - 1, the largest and
-                                                    of each layer, in the rollout and in the learner (DeepSeek's MaxVio,
-                                                    arXiv 2408.15664 [paper]); 0 is balance
-    routing/idle, routing/idle/learner              share of experts that no token takes
+    routing/agreement[/layer_I]  share of the rollout's experts that the learner takes too
+    routing/max_violation[/learner][/layer_I]  the busiest expert's tokens / the mean - 1, of the rollout and the
+                                               learner, the largest or per layer (DeepSeek's MaxVio, arXiv 2408.15664
+                                               [paper]); 0 is balance
+    routing/idle[/learner]  share of experts that no token takes
     """
     counts = counts.double()
     same, every, (theirs, ours) = counts[:, 0], counts[:, 1], counts[:, 2:].chunk(2, dim=1)

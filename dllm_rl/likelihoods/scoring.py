@@ -25,7 +25,7 @@ from dllm_rl.types import Noise, Rollout
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that go through the model together, and the columns from the first that one of them does not pad."""
+    """Rows that go through the model together, and the columns from their first unpadded one."""
 
     rows: Int[Tensor, " R"]
     columns: slice
@@ -35,12 +35,8 @@ class Chunk:
 
 
 def row_chunks(rollout: Rollout, noise: Noise, micro_batch_size: int | None) -> list[Chunk]:
-    """The groups that any view scores, in chunks of whole groups, of at most micro_batch_size rows (or one group), and
-    of like lengths, without the padding that all of them begin with.
-
-    Lengths are those of the whole rollout (`length_buckets`), scored or not: a row is run at the width that it was
-    sampled at. Where all rows go together they keep their columns.
-    """
+    """The groups that any view scores, as chunks of whole groups of like length, of at most micro_batch_size rows (or
+    one group). Each row is scored at the width at which it was sampled (`length_buckets`)."""
     group = rollout.group_size
     scored = rearrange((noise.weight != 0).any(0).any(-1), "(p g) -> p g", g=group).any(-1)
     first = rearrange(rollout.attention_mask.long().argmax(-1), "(p g) -> p g", g=group).amin(-1)
@@ -70,9 +66,9 @@ def score_view(
 ) -> Float[Tensor, "B T"]:
     """One forward: log p of the rollout's tokens at `scored`, with `masked` positions hidden; nats, 0 elsewhere.
 
-    left    those of `scored` that have, in place of it, the log-prob of having been left there (`models.order`).
-    packed  every block sees the others without masks (`packed_hidden`).
-    routes  experts that tokens take again, and where (`Noise.routes`); note: where those that they take are written.
+    left          positions of `scored` scored by the log-prob of having been left masked (`models.order`)
+    packed        every block sees the others without masks (`packed_hidden`)
+    routes, note  experts to take again and where (`Noise.routes`); where the chosen experts are written
     """
     out = torch.zeros(scored.numel(), device=scored.device)
     view = run_view(policy, rollout, masked, scored, packed, left, routes=routes, note=note)
@@ -101,7 +97,7 @@ def backward_view(
 ) -> None:
     """score_view(...).backward(vector) in one forward and backward; positions where `vector` is 0 are left out.
 
-    scored  as in `score_view`, to be given with `left`: what a row committed says what it left, moved or not.
+    scored  as in `score_view`, required with `left`: the committed tokens determine the probability of what was left
     """
     if left is not None and scored is not None:
         moved = vector != 0
@@ -128,10 +124,8 @@ def _backward_order(policy: Policy, rollout: Rollout, view: "View", vector: Floa
 def _bounds(
     rollout: Rollout, committed: Int[Tensor, " C"], confidences: Float[Tensor, " C"], left: Int[Tensor, " J"]
 ) -> tuple[Float[Tensor, " J"], Bool[Tensor, " J"]]:
-    """For each place that was left, the lowest confidence that its block committed, and whether it stands behind that.
-
-    A view commits in one block of a row; a packed one in several, told apart by the steps that they were opened in.
-    """
+    """For each left position, the lowest confidence that its block committed, and whether the position follows it. The
+    opening step distinguishes the blocks of a packed view."""
     assert rollout.open_step is not None, "an order has a law only where the sampler recorded the blocks"
     width = rollout.tokens.shape[1]
     block = lambda places: places // width * width + rollout.open_step.flatten()[places]  # noqa: E731
@@ -142,11 +136,11 @@ def _bounds(
 
 @dataclass(frozen=True)
 class View:
-    """The scored positions of a view, row by row: their places in the flattened batch, their hidden states, their
-    tokens, and, where log-probs are normalised over them, the ids that the rollout kept there.
+    """The scored positions of a view, row by row: places in the flattened batch, hidden states, tokens, and the ids
+    that the rollout kept there, if log-probs are normalised over them.
 
-    committed, left  which of the K were committed in the view, and which were left in it; all are the former without
-                     an order's law.
+    committed, left  which of the K were committed, and which were left; without an order's probability all are
+                     committed
     """
 
     places: Int[Tensor, " K"]
@@ -170,8 +164,8 @@ def run_view(
 ) -> View | None:
     """One forward with `masked` positions hidden from the model; None, and no forward, where nothing is scored.
 
-    Where all completions of a prompt look the same to the model, one forward serves the group; rows without a scored
-    position are left out. Which these are is asked of the device once; all that follows from it goes back as one copy.
+    One forward serves the group where its completions look the same to the model. The device is asked once which rows
+    these are; the results return in one copy.
     """
     mask_id, group, attention_mask = policy.spec.mask_id, rollout.group_size, rollout.attention_mask
     tokens = rollout.tokens if mask_id is None else rollout.tokens.masked_fill(masked, mask_id)
