@@ -1,4 +1,4 @@
-"""Whether a learner would have unmasked in the order that its rollouts were: a mismatch that no weight corrects."""
+"""Whether the learner would unmask in the rollout's order: a mismatch that no weight corrects."""
 
 import torch
 from torch import Tensor
@@ -11,16 +11,14 @@ from dllm_rl.types import Rollout
 
 @torch.no_grad()
 def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
-    """What `policy` would have committed in the first step of a rollout, against what was; (sum, count) pairs.
+    """What `policy` would commit in a rollout's first step, compared with what was committed; (sum, count) pairs.
 
-    order_agreement       share of the committed positions that are among the policy's own, as many as were committed
+    order_agreement       share of the committed positions that are among the policy's own top positions
     order_agreement_rows  share of the prompts where the two sets are equal
 
-    The ranks max_prob, margin and entropy are functions of the state: where the policy's own would choose other
-    positions, the recorded order has probability 0 under it, and importance weights of the tokens given the order
-    correct nothing of that [ours]. For other ranks there is nothing to compare: `random` depends on no policy,
-    `confidence` on the draws. All completions of a prompt begin in the same state and, under these ranks, at the same
-    positions: one forward of one row a prompt.
+    max_prob, margin and entropy depend on the state alone. Where the policy would choose other positions, the recorded
+    order has probability 0, and importance weights of the tokens do not correct the order [ours]. `random` and
+    `confidence` have nothing to compare. All completions of a prompt begin alike: one forward of one row per prompt.
     """
     ranks = {rank.__name__: rank for rank in RANKS if not rank_inputs(rank) & {"tokens", "uniforms"}}
     rank, mask_id = ranks.get(rollout.rank or ""), policy.spec.mask_id
@@ -35,7 +33,4 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
     scores[opened] = rank_only(policy, states, ties, rollout.sampling_params, rank)
     chosen = _best(scores, opened, committed.sum(-1)) & opened
     whole, rows = ((chosen == committed).all(-1) & committed.any(-1)).sum(), committed.any(-1).sum()
-    return {
-        "order_agreement": ((chosen & committed).sum(), committed.sum()),
-        "order_agreement_rows": (whole, rows),
-    }
+    return {"order_agreement": ((chosen & committed).sum(), committed.sum()), "order_agreement_rows": (whole, rows)}

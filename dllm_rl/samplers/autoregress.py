@@ -29,17 +29,15 @@ def autoregress(
     top_p: float | None = None,
     suppress: tuple[int, ...] = (),
 ) -> Rollout:
-    """Complete every prompt `group_size` times, a token a step, until an end token or max_new_tokens.
+    """Complete every prompt `group_size` times, one token per step, until an end token or max_new_tokens.
 
     The prompt is read once per group. Log-probs are those of the processed distribution, nats. A row depends on its
-    prompt, its seed and the weights only: no fewer than `FEWEST` are run. Raises ValueError for a diffusion policy or a
-    completion that does not fit.
-
-    max_new_tokens  tokens of a completion, at most.
-    temperature     of the categorical distribution; 0 takes the likeliest token.
-    top_k           only so many likeliest tokens are sampled; None: all.
-    top_p           only the likeliest tokens are sampled, as many as have this probability together; None: all.
-    suppress        token ids that are never sampled.
+    prompt, its seed and the weights only. Raises ValueError for a diffusion policy or a completion that does not fit.
+    max_new_tokens  tokens of a completion, at most
+    temperature     of the categorical distribution; 0 takes the likeliest token
+    top_k           only the k likeliest tokens are sampled; None: all
+    top_p           only the smallest set of likeliest tokens with this probability is sampled; None: all
+    suppress        token ids that are never sampled
     """
     if policy.spec.attention != "causal":
         raise ValueError(

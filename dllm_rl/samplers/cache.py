@@ -18,9 +18,9 @@ from dllm_rl.models.base import Policy, position_ids
 class Cache:
     """Which columns' keys and values are kept while a block is unmasked, and for how many steps.
 
-    kind     "block": the blocks before, exact under block-causal attention; "prefix": what precedes the block;
-             "dual": what precedes and what follows it.
-    refresh  steps after which an approximate cache is recomputed within a block; None only at its start.
+    kind     block: the earlier blocks, exact under block-causal attention; prefix: what precedes the block; dual: what
+             precedes and what follows the block
+    refresh  steps after which an approximate cache is recomputed within a block; None: only at its start
     """
 
     kind: Literal["block", "prefix", "dual"]
@@ -47,10 +47,10 @@ def block_cache() -> Cache:
 
 
 def prefix_cache(*, refresh: int | None = None) -> Cache:
-    """Fast-dLLM's prefix cache (arXiv 2505.22618), APPROXIMATE: keys and values of all that precedes the block are
-    those of its first step (and of every `refresh`-th after it). refresh=1 is exact. [paper]
+    """Fast-dLLM's prefix cache (arXiv 2505.22618), APPROXIMATE: all that precedes the block keeps the keys and values
+    of the block's first step. refresh=1 is exact. [paper]
 
-    refresh  steps after which it is computed again within a block; None only at its start
+    refresh  steps after which it is computed again within a block; None: only at its start
     """
     return Cache("prefix", refresh)
 
@@ -58,17 +58,14 @@ def prefix_cache(*, refresh: int | None = None) -> Cache:
 def dual_cache(*, refresh: int | None = None) -> Cache:
     """Fast-dLLM's dual cache, APPROXIMATE: as prefix_cache, and the masks after the block are kept too. [paper]
 
-    refresh  steps after which it is computed again within a block; None only at its start
+    refresh  steps after which it is computed again within a block; None: only at its start
     """
     return Cache("dual", refresh)
 
 
 class KeysAndValues(DynamicCache):
-    """Stores keys in the dtype of the values.
-
-    Rotary embeddings, or autocast, leave keys in fp32 beside values in 16 bits. Attention rounds such keys in any case;
-    stored as they are they would take twice the memory, and raise the values to fp32 with them.
-    """
+    """Stores keys in the dtype of the values: rotary embeddings and autocast leave keys in fp32 next to 16-bit values,
+    which doubles their memory."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -77,11 +74,11 @@ class KeysAndValues(DynamicCache):
 
 
 class CachedStates:
-    """Owns the keys and values of a batch. `advance` gives the states of a block, running as few rows and columns as it
-    may.
+    """Owns the keys and values of a batch; `advance` computes the states of a block from as few rows and columns as
+    possible.
 
     Columns are positions of the padded batch. A shifted family reads a block's first state one column to its left,
-    which therefore counts as part of the block.
+    which therefore is part of the block.
     """
 
     def __init__(self, policy: Policy, cache: Cache, attention_mask: Bool[Tensor, "B T"]) -> None:
@@ -94,17 +91,12 @@ class CachedStates:
         self.step = 0
 
     def advance(
-        self,
-        tokens: Int[Tensor, "B T"],
-        rows: Int[Tensor, " R"],
-        columns: tuple[int, int],
-        *,
-        alike: int = 1,
+        self, tokens: Int[Tensor, "B T"], rows: Int[Tensor, " R"], columns: tuple[int, int], *, alike: int = 1
     ) -> tuple[Float[Tensor, "r W D"], int]:
-        """States of the block in `columns` = [start, end) for `rows`, and the column that the first of them predicts.
+        """States of the block in `columns` = [start, end) for `rows`, and the column that the first state predicts.
 
-        Rows may become fewer from step to step; those that a block lets go may be back in the next. Every run of
-        `alike` rows is the same: one forward serves it, and r = R / alike.
+        Rows may leave from step to step and return in the next block. Every run of `alike` rows is the same: one
+        forward serves the run, and r = R / alike.
         """
         self.step = 0 if columns != self.columns else self.step + 1
         self.columns = columns
@@ -134,8 +126,8 @@ class CachedStates:
         return states, first
 
     def _forward(self, tokens: Tensor, rows: Tensor, fresh: Tensor, keep: Tensor) -> Tensor:
-        """Run the `fresh` columns of rows against those kept and themselves; afterwards only `keep` are kept, which are
-        those from before or hold them all. All three are on the host."""
+        """Run the `fresh` columns of rows against the kept ones and themselves, then keep only `keep`, which contains
+        the kept columns or is a subset. All three are on the host."""
         module, seen = self.policy.module, torch.cat([self.kept, fresh])
         on_device, new, columns = send(tokens.device, rows, fresh, seen)
         # The model puts the fresh keys behind those that it is given: into a copy, so that the kept ones stay.
@@ -156,7 +148,7 @@ class CachedStates:
         return states
 
     def _mask(self, attention_mask: Tensor, positions: Tensor, fresh: Tensor, seen: Tensor) -> Tensor:
-        """What to add to attention scores, (R, 1, fresh, seen): 0 where a query may look, else the lowest number."""
+        """The additive attention mask, (R, 1, fresh, seen): 0 where a query may look, else the lowest number."""
         allowed = attention_mask[:, None, seen].expand(-1, len(fresh), -1)
         if self.policy.spec.attention == "block_causal":
             assert self.policy.spec.block_size is not None, "a block-causal model has a block size"
@@ -169,7 +161,7 @@ class CachedStates:
 
 
 def mapped(past: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    """The same cache with other keys and values, those of the given one as they are."""
+    """The same cache with other keys and values; the given one does not change."""
     out = copy.copy(past)
     out.layers = [copy.copy(layer) for layer in past.layers]
     for layer in out.layers:

@@ -1,4 +1,4 @@
-"""What the unmasking loop keeps: the tokens on the device, and on the host how many are masked where."""
+"""State of the unmasking loop: the tokens on the device, and on the host how many are masked where."""
 
 from dataclasses import dataclass, field
 
@@ -19,13 +19,13 @@ from dllm_rl.types import Prompts, Rollout, SamplingParams
 class Canvas:
     """The batch as the model sees it (B, T), and what is known of the L positions of each completion (B, L).
 
-    columns  where in T a completion's positions lie.
-    block    the block that each belongs to; bounds: the columns of each block.
-    starts   the first of the T columns that a row does not pad, on the host.
-    ended    rows that stopped early; what they left masked becomes padding where `pads_ended`.
-    revised  whether the commit rule may come back to what it wrote.
-    open     infilling only: which of the T columns are the completion's, those inside the prompt among them. Rows then
-             may have fewer than L positions: places behind a row's last are never masked, their `columns` mean nothing.
+    columns        where in T a completion's positions lie
+    block, bounds  the block of each position; the columns of each block
+    starts         the first of the T columns that a row does not pad, on the host
+    ended          rows that stopped early; their masks become padding where `pads_ended`
+    revised        whether the commit rule may rewrite what it wrote
+    open           infilling only: the T columns of the completion, those inside the prompt included. Rows may then have
+                   fewer than L positions: later places are never masked, and their `columns` mean nothing
     """
 
     prompts: Prompts
@@ -62,7 +62,8 @@ class Canvas:
     def write(
         self, rows: Tensor, places: Tensor, steps: Tensor, tokens: Tensor, logprobs: Tensor, *kept: Tensor
     ) -> None:
-        """Commit tokens at places (within the completion) of rows; all are (K,). kept: what `kept_set` gave, if any."""
+        """Commit tokens at places (within the completion) of rows; all are (K,). kept: the result of `kept_set`, if
+        any."""
         self.tokens[rows, self.columns[rows, places]] = tokens
         self.masked[rows, places] = torch.zeros_like(rows, dtype=torch.bool)  # a number is copied, which is waited for
         self.logprobs[rows, places] = logprobs
@@ -75,13 +76,13 @@ class Canvas:
             self.log_kept_mass[rows, places], self.kept_ids[rows, places] = log_mass, ids
 
     def route(self, rows: Tensor, places: Tensor, experts: Integer[Tensor, "K M E"]) -> None:
-        """Note the experts of the states that places (within the completion) of rows were committed from."""
+        """Record the experts of the states that places (within the completion) of rows were committed from."""
         if self.experts is None:
             self.experts = experts.new_zeros((*self.masked.shape, *experts.shape[1:]))
         self.experts[rows, places] = experts
 
     def leave(self, rows: Tensor, places: Tensor, logprobs: Float[Tensor, " K"]) -> None:
-        """Note that a step left these places masked, which had this log-probability."""
+        """Record the log-probability with which a step left these places masked."""
         if self.order_logprobs is None:
             self.order_logprobs = torch.zeros_like(self.logprobs)
         self.order_logprobs[rows, places] += logprobs
@@ -114,42 +115,19 @@ class Canvas:
         return rows[written.cpu()]
 
     def rollout(self, sampling_params: SamplingParams, weights_version: int) -> Rollout:
-        """The record as it stands: columns are the prompts', then those of what is written behind them."""
-        if self.open is not None:
-            return self._infilled(sampling_params, weights_version)
-        group, device = self.prompts.group_size, self.tokens.device
-        tokens, mask = (
-            repeat(x.to(device), "p s -> (p g) s", g=group) for x in (self.prompts.tokens, self.prompts.attention_mask)
-        )
-        nowhere = torch.zeros_like(mask)
-        log_mass, kept_ids = self.log_kept_mass, None if self.kept_ids is None else fitting(self.kept_ids)
-        order = self.order_logprobs
-        beyond = self.masked & self.ended[:, None] if self.pads_ended else torch.zeros_like(self.masked)
+        """The current record: the columns of the prompts, then the columns written behind them."""
+        tokens, attention_mask = self.tokens.clone(), self.attention_mask.clone()
+        if self.open is None:
+            prompts = (self.prompts.tokens, self.prompts.attention_mask)
+            before, real = (repeat(x.to(tokens.device), "p s -> (p g) s", g=self.prompts.group_size) for x in prompts)
+            beyond = self.masked & self.ended[:, None] & self.pads_ended
+            tokens = torch.cat([before, self.completions().masked_fill(beyond, self.pad_id)], dim=1)
+            attention_mask = torch.cat([real, ~beyond], dim=1)
+        kept_ids = None if self.kept_ids is None else fitting(self.kept_ids)
         return Rollout(
-            tokens=torch.cat([tokens, self.completions().masked_fill(beyond, self.pad_id)], dim=1),
-            attention_mask=torch.cat([mask, ~beyond], dim=1),
-            completion_mask=torch.cat([nowhere, ~self.masked], dim=1),
-            unmask_step=torch.cat([nowhere.long() - 1, self.unmask_step], dim=1),
-            logprobs=torch.cat([nowhere.float(), self.logprobs], dim=1),
-            group_size=group,
-            weights_version=weights_version,
-            sampling_params=sampling_params,
-            forwards=self.forwards,
-            revised=self.revised,
-            log_kept_mass=None if log_mass is None else torch.cat([nowhere.float(), log_mass], dim=1),
-            kept_ids=None if kept_ids is None else F.pad(kept_ids, (0, 0, nowhere.shape[1], 0), value=-1),
-            rank=self.rank,
-            open_step=torch.cat([nowhere.long() - 1, self.open_step().masked_fill(self.masked, -1)], dim=1),
-            order_logprobs=None if order is None else torch.cat([nowhere.float(), order], dim=1),
-            experts=None if self.experts is None else F.pad(self.experts, (0, 0, 0, 0, nowhere.shape[1], 0)),
-        )
-
-    def _infilled(self, sampling_params: SamplingParams, weights_version: int) -> Rollout:
-        log_mass, kept_ids = self.log_kept_mass, None if self.kept_ids is None else fitting(self.kept_ids)
-        return Rollout(
-            tokens=self.tokens.clone(),
-            attention_mask=self.attention_mask.clone(),
-            completion_mask=~self._at_columns(self.masked, True),
+            tokens=tokens,
+            attention_mask=attention_mask,
+            completion_mask=self._at_columns(~self.masked, False),
             unmask_step=self._at_columns(self.unmask_step, -1),
             logprobs=self._at_columns(self.logprobs, 0.0),
             group_size=self.prompts.group_size,
@@ -157,7 +135,7 @@ class Canvas:
             sampling_params=sampling_params,
             forwards=self.forwards,
             revised=self.revised,
-            log_kept_mass=None if log_mass is None else self._at_columns(log_mass, 0.0),
+            log_kept_mass=None if self.log_kept_mass is None else self._at_columns(self.log_kept_mass, 0.0),
             kept_ids=None if kept_ids is None else self._at_columns(kept_ids, -1),
             rank=self.rank,
             open_step=self._at_columns(self.open_step().masked_fill(self.masked, -1), -1),
@@ -166,8 +144,10 @@ class Canvas:
         )
 
     def _at_columns(self, values: Shaped[Tensor, "B L *C"], elsewhere: bool | int | float) -> Shaped[Tensor, "B T *C"]:
-        """What is known of the completion's places, at the columns of those places; `elsewhere` in the others."""
-        assert self.open is not None, "only an infilling canvas has columns that differ by row"
+        """Values of the completion's places, at the columns of those places; `elsewhere` in the others."""
+        if self.open is None:
+            width = self.prompts.tokens.shape[1]
+            return F.pad(values, (*(0, 0) * (values.dim() - 2), width, 0), value=elsewhere)
         place = (self.open.long().cumsum(-1) - 1).clamp(min=0)
         wide = (..., *[None] * (values.dim() - 2))
         found = values.gather(1, place[wide].expand(*place.shape, *values.shape[2:]))
@@ -177,9 +157,9 @@ class Canvas:
 def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, *, block_aligned: bool) -> Canvas:
     """Prompts, each repeated group_size times and followed by `length` masks.
 
-    Blocks count from the completion's start, or for a block-causal policy from the prompt's. There `block_aligned`
-    pads every prompt by whole blocks, so that all rows begin to write in the same columns. With open positions the
-    completion is those and the masks behind, and blocks count them alone.
+    Blocks count from the completion's start, or for a block-causal policy from the prompt's; `block_aligned` then pads
+    prompts by whole blocks, so that all rows start in the same columns. With open positions blocks count only those and
+    the appended masks.
     """
     spec, device, group = policy.spec, policy.device, prompts.group_size
     assert spec.mask_id is not None, "a diffusion model has a mask token"
@@ -246,12 +226,10 @@ def _infilling(policy: Policy, prompts: Prompts, opened: Bool[Tensor, "P S"], le
 
 
 class BlockQueue:
-    """Host-side bookkeeping: for each row and block, the masked positions and the steps left. Keeping it off the device
-    avoids synchronisation.
+    """Host-side bookkeeping per row and block: masked positions and steps left. The host need not wait for the device.
 
-    Rows move from block to block by themselves, or, in step, wait for the slowest.
-    masked  the places that begin masked; None: all of them.
-    Of each block: its size and its share of steps, what is masked and left of them, and whether a row stays in it.
+    in_step  rows wait for the slowest row at each block; otherwise each row moves on alone
+    masked   the places that begin masked; None: all of them
     """
 
     def __init__(
@@ -275,7 +253,7 @@ class BlockQueue:
         self.clock = torch.zeros(len(block), dtype=torch.long)  # steps that the row has taken part in
 
     def turn(self) -> tuple[Int[Tensor, " R"], Int[Tensor, " R"]]:
-        """The rows that take part in the next step, and the block of each; none when all is done."""
+        """The rows of the next step, and the block of each; empty when all is done."""
         open_blocks = (self.masked > 0) | self.held
         blocks, taking_part = open_blocks.int().argmax(-1), open_blocks.any(-1)
         if self.in_step and taking_part.any():
@@ -290,8 +268,8 @@ class BlockQueue:
     def record(
         self, rows: Tensor, blocks: Tensor, committed: Int[Tensor, " R"], held: Bool[Tensor, " R"] | None = None
     ) -> Int[Tensor, " C"]:
-        """Take note of a step; returns the rows whose block is now complete. held: rows that stay in their block while
-        it has steps left, though nothing may be masked there."""
+        """Record a step; returns the rows whose block is now complete. `held` rows stay in their block while it has
+        steps left, even if nothing is masked there."""
         self.masked[rows, blocks] -= committed
         self.steps[rows, blocks] -= 1
         self.clock[rows] += 1

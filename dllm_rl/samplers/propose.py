@@ -17,13 +17,10 @@ SLAB = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits reduced at once; on a CPU th
 
 
 def propose(
-    policy: Policy,
-    hidden: Float[Tensor, "K D"],
-    uniforms: Float[Tensor, " K"],
-    sampling_params: SamplingParams,
+    policy: Policy, hidden: Float[Tensor, "K D"], uniforms: Float[Tensor, " K"], sampling_params: SamplingParams
 ) -> tuple[Tensor, ...]:
-    """A token for each of K positions, and its log-probability (nats) under the distribution it was drawn from; with
-    top_k or top_p also what `kept_set` says."""
+    """A token for each of K positions, and its log-probability (nats) under the sampling distribution; with top_k or
+    top_p also the result of `kept_set`."""
 
     def one(logits: Tensor, u: Tensor) -> tuple[Tensor, ...]:
         logits[:, policy.spec.mask_id] = -torch.inf
@@ -41,8 +38,8 @@ def propose_and_rank(
     sampling_params: SamplingParams,
     rank: Callable,
 ) -> tuple[Tensor, ...]:
-    """The rank's score of each position, and what `propose` gives. Where temperature and filters change nothing, the
-    rank's log-sum-exp is that of the draw with the mask token put back, as the published algorithms have it."""
+    """The rank's score of each position, and the result of `propose`. Where temperature and filters change nothing, the
+    rank's log-sum-exp reuses the draw's, with the mask token included as in the published algorithms."""
     needs, mask_id = rank_inputs(rank), policy.spec.mask_id
     same = sampling_params.temperature in (0, 1) and not sampling_params.filters
 
@@ -70,8 +67,8 @@ def order_logprobs(
     committed: Int[Tensor, " C"],
     left: Int[Tensor, " J"],
 ) -> Float[Tensor, " J"]:
-    """For each of the K positions that a step left, the log-prob of its draw having ranked behind those that the row
-    committed, by `confidence`; nats. The head runs on them once more: only now is known what was committed."""
+    """For each position that a step left, the log-prob that its draw ranks behind the row's committed ones by
+    `confidence`; nats. The head runs again, because the committed positions are known only now."""
     lowest, last = last_committed(scores[committed], rows[committed], places[committed], len(rows))
     mine = rows[left]
     return left_logprobs(policy, hidden[left], lowest[mine], places[left] > last[mine], sampling_params)
@@ -84,7 +81,7 @@ def rank_only(
     sampling_params: SamplingParams,
     rank: Callable,
 ) -> Float[Tensor, " K"]:
-    """Scores of a rank that does not ask for tokens; the head does not run for one that asks for no logits either."""
+    """Scores of a rank that takes no tokens; the head runs only for a rank that takes logits."""
     needs = rank_inputs(rank)
     if not needs & {"logits", "normalizer"}:
         return rank(**dict.fromkeys(needs, ties)).float()
@@ -101,7 +98,7 @@ def rank_only(
 def _slabs(
     policy: Policy, one: Callable, sampling_params: SamplingParams, hidden: Tensor, *rows: Tensor
 ) -> tuple[Tensor, ...]:
-    """Run the head in chunks, and `one` on fp32 slabs of them; all suppressed ids but the mask token are at -inf."""
+    """Run the head in chunks, and `one` on their fp32 slabs; all suppressed ids except the mask token are at -inf."""
     size = max(1, SLAB.get(policy.device.type, SLAB["cuda"]) // policy.vocab_size)
 
     def chunk(h: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -117,8 +114,7 @@ def _slabs(
 def _draw(
     logits: Tensor, u: Tensor, sampling_params: SamplingParams
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """Tokens, log-probabilities and log-sum-exp of the processed distribution, from one exponential of its logits; and
-    what filters kept."""
+    """Tokens, log-probabilities and log-sum-exp of the processed distribution, and what filters kept."""
     sampling_params = replace(sampling_params, suppress=())  # they are at -inf already
     unfiltered = process(logits, replace(sampling_params, support="unfiltered"))
     logits = process(logits, sampling_params)

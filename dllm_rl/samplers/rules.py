@@ -1,25 +1,23 @@
 """Which masked positions come next (rank), and how many of them at once (commit). Users can pass their own.
 
-A rank gives each of K masked positions a score; the highest are committed first. It takes, by name, what it needs:
-    logits      (K, V)  untempered fp32 logits, suppressed ids at -inf; the mask token, which is never sampled, as it is
-    normalizer  (K,)    their log-sum-exp, so that logits - normalizer are log-probabilities in nats
+A rank scores each of K masked positions; the highest are committed first. A rank takes by name what it needs:
+    logits      (K, V)  untempered fp32 logits, suppressed ids at -inf except the mask token, which is never sampled
+    normalizer  (K,)    their log-sum-exp: logits - normalizer are log-probabilities in nats
     tokens      (K,)    the tokens sampled there
     uniforms    (K,)    fresh random numbers in [0, 1)
-A rank without `tokens` is a function of the state alone: the order is then independent of the draws, log-probs at
-commit are the exact behaviour probabilities, and the sampler draws tokens only where it commits them.
+A rank without `tokens` is a function of the state alone. The order is then independent of the draws, and log-probs at
+commit are the exact behaviour probabilities.
 
-A commit rule (scores (B, L), masked (B, L), steps_left (B,)) -> (B, L) picks positions among the masked ones of each
-row; scores are -inf elsewhere. steps_left counts what remains of the block's share of steps, this one included, and
-is at least 1; a rule must have chosen something by then. Hyper-parameters are bound with functools.partial.
+A commit rule (scores (B, L), masked (B, L), steps_left (B,)) -> (B, L) picks masked positions; scores are -inf
+elsewhere. steps_left counts the block's remaining steps, this one included; a rule must have chosen a position by the
+last. Bind hyper-parameters with functools.partial.
 
-A rule may also come back to what it wrote in the open block, where it takes one of these by name; scores are then
-given there too, and log-probs at commit are those of the last writing, no likelihood of the completion:
-    written  (B, L)  positions written before; those that it picks are masked again
-    changed  (B, L)  positions whose proposal is another token than the one written; those that it picks take it
-and, with either, if it wants:
-    steps    (B,)    the block's share of steps in all
-With `written` a row leaves its block when its steps are spent; with `changed` also when nothing is masked and a step
-changed nothing.
+A rule that takes one of these by name may rewrite the open block. Scores are then given there too; log-probs at commit
+are those of the last writing, not a likelihood of the completion:
+    written  (B, L)  positions written before; picked ones are masked again, and the row uses all its steps
+    changed  (B, L)  positions whose proposal differs from the token written; picked ones take the proposal, and the
+                     row leaves its block when nothing is masked and a step changed nothing
+    steps    (B,)    the block's total steps; optional with either
 """
 
 import inspect
@@ -40,8 +38,8 @@ def confidence(
 ) -> Float[Tensor, " K"]:
     """LLaDA's low_confidence remasking: log-probability of the SAMPLED token, nats.
 
-    The commit then depends on the draw, so at-commit log-probs are not the exact behaviour probabilities. [paper] What
-    is missing is recorded beside them (`Rollout.order_logprobs`) and scored by `trajectory()`. [ours]
+    The commit depends on the draw, so at-commit log-probs are not the exact behaviour probabilities [paper].
+    `Rollout.order_logprobs` records the rest, and `trajectory()` scores it [ours].
     """
     return logits.gather(-1, tokens[:, None])[:, 0] - normalizer
 
@@ -60,10 +58,8 @@ def margin(logits: Float[Tensor, "K V"], normalizer: Float[Tensor, " K"]) -> Flo
 
 
 def entropy(logits: Float[Tensor, "K V"], normalizer: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
-    """Minus the entropy, sum_v p_v log p_v, nats. State-only.
-
-    [paper: Dream's entropy; Dream ranks the tempered and filtered distribution, we the untempered one]
-    """
+    """Minus the entropy, sum_v p_v log p_v, nats. State-only. [paper: Dream's entropy, there of the tempered and
+    filtered distribution]"""
     logp = logits - normalizer[:, None]
     return torch.where(logp == -torch.inf, 0.0, logp.exp() * logp).sum(-1)
 
@@ -89,7 +85,7 @@ def rank_inputs(rank: Callable) -> frozenset[str]:
 
 
 def commit_inputs(commit: Callable) -> frozenset[str]:
-    """Which of REVISING a commit rule takes; none for one that never comes back. Raises ValueError when it takes both
+    """Which of REVISING a commit rule takes; empty for a rule that never rewrites. Raises ValueError when it takes both
     `written` and `changed`."""
     parameters = inspect.signature(commit).parameters.values()
     taken = frozenset(p.name for p in parameters if p.name in REVISING and p.default is p.empty)
@@ -111,8 +107,8 @@ def rank_name(rank: Callable) -> str | None:
 
 
 def order_has_law(rank: Callable, commit: Callable) -> bool:
-    """Whether the order depends on the draws, by a law that is known (`models.order`): the rank `confidence`, where how
-    many positions a step writes does not depend on the draws."""
+    """True if the probability of the commit order is known (`models.order`): rank `confidence` with a fixed number of
+    commits per step."""
     return rank is confidence and commit in (schedule, late_schedule)
 
 
@@ -133,7 +129,7 @@ def late_schedule(
 ) -> Bool[Tensor, "B L"]:
     """Dream's shares, floor(masked / steps_left), with the remainder on the last steps.
 
-    [paper; ours: Dream's time grid ends at 1e-3 instead of 0, which makes it commit nothing in some steps]
+    [paper; ours: Dream's time grid ends at 1e-3 instead of 0, so that Dream commits nothing in some steps]
     """
     return _best(scores, masked, masked.sum(-1) // steps_left)
 
@@ -141,8 +137,8 @@ def late_schedule(
 def origin(
     scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"]
 ) -> Bool[Tensor, "B L"]:
-    """Dream's origin, the ancestral step of masked diffusion: each masked position by itself with probability
-    1 - s/t = 1/steps_left. Wants rank=random, whose scores are the uniforms. A step may commit nothing. [paper]"""
+    """Dream's origin, the ancestral step of masked diffusion: write each masked position with probability 1 - s/t =
+    1/steps_left. Needs rank=random, whose scores are the uniforms. A step may commit nothing. [paper]"""
     return masked & (scores >= 1 - 1 / steps_left[:, None])
 
 
@@ -150,10 +146,10 @@ def origin(
 def threshold(
     scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"], *, tau: float
 ) -> Bool[Tensor, "B L"]:
-    """Fast-dLLM's parallel decoding (arXiv 2505.22618): all positions with probability >= tau, the best one at least.
+    """Fast-dLLM's parallel decoding (arXiv 2505.22618): all positions with probability >= tau, at least the best one.
+    Needs log-probabilities as scores (confidence, max_prob). Ignores steps_left. [paper]
 
     tau  the probability from which on a position is written, in (0, 1]
-    Wants scores that are log-probabilities (confidence, max_prob). Ignores steps_left. [paper]
     """
     log_tau = torch.tensor(tau, dtype=torch.float64).log().item()
     return masked & (scores >= log_tau) | _best(scores, masked, torch.ones_like(steps_left))
@@ -164,9 +160,9 @@ def factor(
     scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"], *, f: float
 ) -> Bool[Tensor, "B L"]:
     """Fast-dLLM's factor rule: the n best, n the largest with p_(n) >= 1 - f/(n+1), p sorted downwards; at least one.
+    Needs log-probabilities as scores (confidence, max_prob). Ignores steps_left. [paper]
 
     f  above 0; larger writes more at once
-    Wants scores that are log-probabilities (confidence, max_prob). Ignores steps_left. [paper]
     """
     best = scores.sort(dim=-1, descending=True).values.exp()
     n = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
@@ -179,9 +175,9 @@ def entropy_bound(
     scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"], *, gamma: float
 ) -> Bool[Tensor, "B L"]:
     """EB-Sampler (arXiv 2505.24857): the most certain positions U, as many as keep sum_U H - max_U H <= gamma, nats.
+    Needs rank=entropy, whose scores are -H; one position always fits. Ignores steps_left. [paper]
 
     gamma  the bound, nats; larger writes more at once
-    Wants rank=entropy, whose scores are -H; one position always fits. Ignores steps_left. [paper]
     """
     entropies = -scores.sort(dim=-1, descending=True).values
     # In rising order the largest is the last, so what counts is the sum of those before it.
@@ -200,12 +196,11 @@ def remask(
     eta: float,
 ) -> Bool[Tensor, "B L"]:
     """ReMDM's capped remasking (arXiv 2503.00307): a written position is masked again with probability sigma, a masked
-    one written with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), each by itself.
+    one written with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), independently.
 
     eta  the cap, in [0, 1]: sigma = min(eta, (1 - alpha_s) / alpha_t); 0 never masks again and is `origin`
-    alpha_t, the share that is written, is j/n before step j of n, and (j+1)/n after it: as without remasking, but every
-    position may be reconsidered; the last step masks nothing again. Wants rank=random, whose scores are the uniforms.
-    [paper; ours: alpha linear over the block's steps]
+    alpha_t, the share written, is j/n before step j of n and (j+1)/n after it. The last step masks nothing again. Needs
+    rank=random, whose scores are the uniforms. [paper; ours: alpha linear over the block's steps]
     """
     done = (steps - steps_left).clamp(min=0)
     sigma = ((steps_left - 1) / done.clamp(min=1)).clamp(max=eta)
@@ -223,16 +218,14 @@ def edit(
     tau: float,
     tau_edit: float = 0.5,
 ) -> Bool[Tensor, "B L"]:
-    """LLaDA2.1's token editing (arXiv 2602.08676): masked positions as `threshold`, and a written one whose proposal is
-    another token of probability >= tau_edit takes it.
+    """LLaDA2.1's token editing (arXiv 2602.08676): masked positions as in `threshold`; a written one takes a different
+    proposal of probability >= tau_edit.
 
     tau       the probability from which on a masked position is written, in (0, 1]
     tau_edit  the probability from which on a written one is replaced, in [0, 1]
-    For models that were trained to see wrong tokens, as LLaDA2.1's are: what one that has learned to fill masks alone
-    says of a written position means nothing (LOG.md: it destroys the answer).
-    Once nothing is masked edits go on while the block's steps last and a step changes something. Wants scores that are
-    log-probabilities of the proposal (confidence; max_prob at temperature 0). [paper; ours: the block's steps bound
-    what its code bounds by max_post_steps]
+    Only for models trained to see wrong tokens, as LLaDA2.1 (LOG.md: editing destroys other models' answers). Edits go
+    on after the last mask while steps last and a step changes something. Needs log-probabilities of the proposal as
+    scores (confidence; max_prob at temperature 0). [paper; ours: the block's steps are the bound, not max_post_steps]
     """
     log_edit = torch.tensor(tau_edit, dtype=torch.float64).log().item()
     best = threshold(scores.masked_fill(~masked, -torch.inf), masked, steps_left, tau=tau)
@@ -247,7 +240,7 @@ def _best(scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], count: Int[
 
 
 def steps_per_block(num_steps: int | None, sizes: list[int]) -> list[int]:
-    """Equal shares of steps for the blocks of the given sizes, the remainder on the first; None: a step a position.
+    """Equal shares of steps per block, the remainder on the first; None: one step per position.
 
     Raises ValueError with fewer steps than blocks.
     """

@@ -1,4 +1,4 @@
-"""The hidden states that a step reads, from as few positions as it may run: rows of like length go together."""
+"""The hidden states that a step reads; rows of similar length run together."""
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -13,9 +13,9 @@ from dllm_rl.samplers.canvas import Canvas
 
 
 class States:
-    """Owns which rows of a canvas are run together, and each bucket's keys and values, where there is a cache.
+    """Owns which rows of a canvas run together, and each bucket's keys and values, where there is a cache.
 
-    steps  of every block of every row: of a cached bucket so many forwards run its padding once.
+    steps  per block and row: the forwards over which a cached bucket's padding is spread
     """
 
     def __init__(self, policy: Policy, canvas: Canvas, cache: Cache | None, steps: Int[Tensor, "B N"]) -> None:
@@ -32,12 +32,12 @@ class States:
     def __call__(
         self, rows: Int[Tensor, " R"], block: int, counts: Int[Tensor, " R"], r: Tensor, columns: Tensor, *, alike: int
     ) -> tuple[Float[Tensor, "K D"], Integer[Tensor, "K M E"] | None]:
-        """The states of K positions: `columns` (K,) of the r-th (K,) of rows, row by row, both on the device; and the
-        experts that each took, where the policy records them.
+        """The states of K positions, and the experts of each where the policy records them. The positions are `columns`
+        (K,) of the r-th (K,) of rows, row by row, both on the device.
 
-        rows    that take part, on the host, and how many of the K each of them has; block: of the first of them, and
-                of all where there is a cache.
-        alike   every run of so many rows is the same: one forward serves it.
+        rows, counts  rows that take part, on the host, and how many of the K positions each has
+        block         of the first row, and of all rows where there is a cache
+        alike         every run of `alike` rows is the same: one forward serves the run
         """
         owner = self.bucket[rows]
         numbers = owner.unique().tolist()
@@ -59,8 +59,7 @@ class States:
         return joined[0], joined[1] if len(joined) > 1 else None
 
     def _run(self, number: int, rows: Tensor, block: int, alike: int, r: Tensor, columns: Tensor) -> list[Tensor]:
-        """The states (K, D) of `columns` of the r-th of rows, all of one bucket, and their experts (K, M, E), where the
-        policy records them."""
+        """As `__call__`, for rows of one bucket: the states (K, D) and, if recorded, the experts (K, M, E)."""
         if not self.policy.records_experts:
             hidden, first = self._forward(number, rows, block, alike)
             parts = [hidden]
@@ -73,7 +72,7 @@ class States:
         return [x[r // alike, (columns - first).clamp(min=0)] for x in parts]
 
     def _forward(self, number: int, rows: Tensor, block: int, alike: int) -> tuple[Float[Tensor, "r W D"], int]:
-        """The states of all columns that are run, and the canvas's column that the first of them predicts."""
+        """The states of all columns that run, and the canvas's column that the first state predicts."""
         canvas, start, cached = self.canvas, self.buckets[number].start, self.caches[number]
         if cached is None:
             (seen,) = send(self.policy.device, rows[::alike])

@@ -1,4 +1,4 @@
-"""Iterative unmasking, as LLaDA's: blocks from left to right, in each block a few positions a step."""
+"""Iterative unmasking as in LLaDA: blocks from left to right, a few positions of a block per step."""
 
 from collections.abc import Callable
 
@@ -47,34 +47,33 @@ def unmask(
 ) -> Rollout:
     """Complete every prompt `group_size` times by iterative unmasking (LLaDA, arXiv 2502.09992, algorithm 5 [paper]).
 
-    max_new_tokens  masked positions appended to each prompt; may be 0 where every prompt has open positions.
-    num_steps       unmasking steps over the whole completion, shared out equally to the blocks; None: one a position.
-                    Ignored by adaptive commit rules.
-    block_size      positions that are open at once; None opens all, or takes a block-causal policy's own. The last
-                    block may be shorter, and so may the first of a block-causal policy: its blocks count from the
-                    prompt's start.
-    temperature     of the categorical distribution; 0 takes the likeliest token.
-    top_k           only so many likeliest tokens are sampled; None: all.
-    top_p           only the likeliest tokens are sampled, as many as have this probability together; None: all.
-    rank            which positions come first, see `rules`; on untempered fp32 log-probabilities.
-    commit          how many positions are written in a step, see `rules`. One that comes back to what it wrote
-                    (`remask`, `edit`) leaves no likelihood of the completion: `Rollout.revised` says so.
-    suppress        token ids that are never sampled; the mask token never is.
-    cache           see `cache`; None recomputes every position in every step.
-    approximate_early_exit  full attention only: a row ends with the block in which it has written an end token; the
-                    masks behind it stay in the rollout, attended to and not chosen, so that log-probs are exact for
-                    what was done; what would have been written there stays unknown. A block-causal policy's rows
-                    always end so, which is exact; there, what lies behind becomes padding.
-    watch           called with the rollout as it stands, after every step.
+    max_new_tokens          masked positions appended to each prompt; may be 0 where every prompt has open positions
+    num_steps               steps of the whole completion, split equally over blocks; None: one per position. Adaptive
+                            rules ignore it
+    block_size              positions open at once; None: all, or a block-causal policy's own. The last block may be
+                            shorter. A block-causal policy's blocks count from the prompt's start, so that the first may
+                            be shorter too
+    temperature             of the categorical distribution; 0 takes the likeliest token
+    top_k                   only the k likeliest tokens are sampled; None: all
+    top_p                   only the smallest set of likeliest tokens with this probability is sampled; None: all
+    rank                    which positions come first, on untempered fp32 log-probabilities, see `rules`
+    commit                  how many positions a step writes, see `rules`. `remask` and `edit` leave no likelihood
+                            (`Rollout.revised`)
+    suppress                token ids that are never sampled; the mask token never is
+    cache                   see `cache`; None recomputes every position in every step
+    approximate_early_exit  full attention only: a row ends with the block of its end token. Masks after the end token
+                            stay in the input but are never sampled; the recorded log-probs stay exact. Block-causal
+                            rows always end so, exactly, and are padded
+    watch                   called with the current rollout after every step
 
-    Prompts with open positions are filled in there too (infilling, full attention only): a row's completion is its open
-    positions, then those appended, and blocks count these alone. Rows may differ in which are open and in how many.
+    Infilling (full attention only): a row's completion is its open positions, then the appended ones; blocks count
+    these alone. Rows may differ in their open positions.
 
-    A row depends on its prompt, its seed and the weights only, not on its neighbours; a row that is finished leaves the
-    batch, and rows of like length go through the model together (`length_buckets`), which moves no more than the last
-    bits of a sum. With `schedule` the host waits for the device once a forward at most, where transformers asks whether
-    there is padding; other commit rules make it ask how many positions they chose. Raises ValueError for a causal
-    policy, a completion that does not fit the model, or rules, blocks and caches that do not go together.
+    A row depends on its prompt, its seed and the weights only; batching changes at most the last bits of a sum.
+    Finished rows leave the batch; rows of similar length run together (`length_buckets`). With `schedule` the host
+    waits for the device at most once per forward; other rules also wait for the number of chosen positions. Raises
+    ValueError for a causal policy, a completion that does not fit the model, or rules, blocks and caches that do not go
+    together.
     """
     spec, group, device = policy.spec, prompts.group_size, policy.device
     needs, block_size = rank_inputs(rank), _check(policy, prompts, max_new_tokens, block_size, cache)
@@ -92,10 +91,7 @@ def unmask(
         policy, prompts, max_new_tokens, block_size, block_aligned=cache is not None and cache.kind == "block"
     )
     queue = BlockQueue(
-        canvas.block,
-        num_steps,
-        in_step=cache is not None,
-        masked=None if prompts.open is None else canvas.masked,
+        canvas.block, num_steps, in_step=cache is not None, masked=None if prompts.open is None else canvas.masked
     )
     canvas.rank = rank_name(rank)
     canvas.revised = bool(revising)
@@ -169,13 +165,13 @@ def unmask(
 
 
 def _places(mask: Bool[Tensor, "R L"], count: int) -> tuple[Int[Tensor, " K"], Int[Tensor, " K"]]:
-    """Rows and columns where `mask` holds, row by row; their number is known, so that the device is not waited for."""
+    """Rows and columns where `mask` holds, row by row; `count` is known: the host does not wait for the device."""
     flat = mask.flatten().nonzero_static(size=count)[:, 0]
     return flat // mask.shape[1], flat % mask.shape[1]
 
 
 def _check_last(commit: Callable, steps_left: Tensor, *, masked: Tensor, committed: Tensor, reopened: Tensor) -> None:
-    """Raise ValueError where a block's last step leaves it as it is, or opens it again; all are (R,), on the host."""
+    """Raise ValueError where a block's last step commits nothing or masks again; all are (R,), on the host."""
     last, name = steps_left == 1, name_of(commit)
     if (last & (masked > 0) & (committed == 0)).any():
         raise ValueError(
@@ -187,7 +183,7 @@ def _check_last(commit: Callable, steps_left: Tensor, *, masked: Tensor, committ
 
 
 def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None, cache: Cache | None) -> int:
-    """The block size in force. Raises ValueError as `unmask` says."""
+    """The block size in effect. Raises ValueError as documented in `unmask`."""
     attention = policy.spec.attention
     if attention == "causal":
         raise ValueError(
