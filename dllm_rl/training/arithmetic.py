@@ -15,9 +15,8 @@ from dllm_rl.recipe import Recipe
 
 @contextmanager
 def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
-    """bf16 autocast where asked for; with zero_mismatch a row's result does not depend on its batch; without, in 16
-    bits on a CPU, attention of short rows by plain products."""
-    kept = recipe.shard_size == 1  # autocast's bf16 copies would hold a sharded model whole
+    """Autocast to bf16 with `bf16`; batch-invariant with zero_mismatch; else plain attention in 16 bits on a CPU."""
+    kept = recipe.shard_size == 1  # autocast's cache would hold all of a sharded model in bf16
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16, cache_enabled=kept)
     plain = accelerator.device.type == "cpu" and (recipe.bf16 or recipe.dtype != "float32")
     with autocast, batch_invariant() if recipe.zero_mismatch else PlainAttention() if plain else nullcontext():
@@ -26,7 +25,7 @@ def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
 
 @contextmanager
 def learner_forward(recipe: Recipe, policy: Policy, rollout_policy: Policy, accelerator: Accelerator) -> Iterator[None]:
-    """The recipe's arithmetic; with align_forward the learner runs through the rollout's quantised operands."""
+    """The recipe's arithmetic; with align_forward the learner computes with the rollout's quantised operands."""
     align = recipe.corrector.align_forward and rollout_policy is not policy
     with arithmetic(recipe, accelerator), aligned_forward(policy, rollout_policy) if align else nullcontext():
         yield

@@ -1,4 +1,4 @@
-"""Settings and states with which nothing is learnt: each is said once, in a line."""
+"""Warnings about settings that cannot learn: one line each."""
 
 import inspect
 from collections.abc import Callable
@@ -20,7 +20,7 @@ TYPICAL_WEIGHT = 0.02  # of a matrix in a language model
 
 
 def cautions(recipe: Recipe) -> list[str]:
-    """What of the recipe cannot learn, and the remedy."""
+    """What cannot learn in the recipe, and the remedy."""
     said, shape = [], (recipe.train_batch_size, recipe.num_generations)
     if _bound(recipe.sampler, "temperature") == 0:
         said.append(
@@ -44,8 +44,7 @@ def cautions(recipe: Recipe) -> list[str]:
 
 
 def of_the_clip(recipe: Recipe) -> list[str]:
-    """PPO bounds no ratio above 1 + epsilon where the advantage is negative. With several updates of quantised rollouts
-    that did most of the harm ascribed to heavy mismatch (recipes/studies/mismatch_reading.md)."""
+    """PPO bounds no ratio above 1 + epsilon at a negative advantage: see recipes/studies/mismatch_reading.md."""
     surrogate = recipe.corrector.surrogate
     epsilon, high = _bound(surrogate, "epsilon"), _bound(surrogate, "epsilon_high")
     open_above = getattr(surrogate, "func", surrogate) is ppo_clip and _bound(surrogate, "delta") is None
@@ -87,7 +86,7 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
 
 
 def made_up_rewards(recipe: Recipe) -> tuple[Float[Tensor, "P G"], dict[str, Tensor]]:
-    """Rewards of a batch that all differ, and what `recipe.advantages` takes beside them."""
+    """Rewards of a batch that all differ, and what `recipe.advantages` takes in addition."""
     shape = (recipe.train_batch_size, recipe.num_generations)
     rewards = torch.arange(float(shape[0] * shape[1])).reshape(shape)
     return rewards, {"parts": rewards[None], "weights": torch.ones(1)} if takes_parts(recipe.advantages) else {}

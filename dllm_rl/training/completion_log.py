@@ -33,17 +33,12 @@ def log_completions(
     logps: Logprobs,
     advantages: Float[Tensor, "P G"],
 ) -> None:
-    """Every log_completions_steps, and at the last step, show and store some completions of the main process.
+    """Show and store the best and worst completions of the step's first prompts. All processes call it together.
 
-    They are those of highest and of lowest reward of the step's first prompts, which were drawn at random: what earns a
-    reward shows beside what earns none. A row of completions.jsonl:
-
-        {"step", "prompt", "completion", "reward", "parts": {"parsed": 1.0, ...}, "advantage",
-         "mismatch": sum over scored tokens of log p_learner - log p_rollout, nats; null where the row is not scored,
-         "tokens": [{"id", "text", "step": that committed it, "probability"}, ...]}
-
-    answers and `sampled` are of the rows that this process sampled, the rest of the balanced `rollout`. All processes
-    call it together.
+    A row of completions.jsonl: {"step", "prompt", "completion", "reward", "parts": {"parsed": 1.0, ...}, "advantage",
+        "mismatch": sum over scored tokens of log p_learner - log p_rollout, nats; null if the row is not scored,
+        "tokens": [{"id", "text", "step": that committed the token, "probability"}, ...]}
+    answers and `sampled` are the rows that this process sampled, the others are of the balanced `rollout`.
     """
     recipe, log, every = run.recipe, run.log, run.recipe.log_completions_steps
     if not every or (step % every and step + 1 < recipe.num_steps):
@@ -71,14 +66,14 @@ def log_completions(
 
 
 def contrasts(rewards: list[float], group_size: int) -> list[int]:
-    """Of each of the first groups the place of its highest reward and that of its lowest, once where all are equal."""
+    """The row of highest and of lowest reward of each of the first groups; one row if all rewards are equal."""
     groups = [range(i, i + group_size) for i in range(0, len(rewards), group_size)][:PROMPTS]
     at = rewards.__getitem__
     return [i for group in groups for i in dict.fromkeys((max(group, key=at), min(group, key=at)))]
 
 
 def table(title: str, made: list[dict]) -> Table:
-    """The rows for a terminal of 80 columns or more (A: advantage); no markup and no control character is obeyed."""
+    """The rows for a terminal of 80 columns or more (A: advantage), with markup and control characters escaped."""
     shown = Table(title=literal(title, style="table.title"), title_justify="left", expand=True, box=SIMPLE_HEAD)
     for name in ("prompt", "completion", "reward"):
         shown.add_column(name, ratio=1, overflow="fold")

@@ -19,7 +19,7 @@ from dllm_rl.training.validation import evaluate_with, shown
 
 
 class Summary(dict[str, Any]):
-    """What summary.json holds, and in this process the policy that was trained, which no file or comparison sees."""
+    """The content of summary.json, with the trained policy as an attribute that no file or comparison sees."""
 
     def __init__(self, numbers: Mapping[str, Any], policy: Policy | None = None) -> None:
         super().__init__(numbers)
@@ -27,14 +27,14 @@ class Summary(dict[str, Any]):
 
     @property
     def policy(self) -> Policy:
-        """As the last step left it, with its adapters. Raises ValueError after a dry run, which trains none."""
+        """As the last step left it, with its adapters. Raises ValueError after a dry run, which trains no policy."""
         if self._policy is None:
             raise ValueError("dry_run=True trains no policy; run without it")
         return self._policy
 
 
 def finish(run: Run[Recipe]) -> Summary:
-    """Evaluate on held-out problems, write summary.json and the picture, say in a paragraph what happened."""
+    """Evaluate on held-out problems, write summary.json and the picture, and print what happened."""
     recipe, accelerator, log, history = run.recipe, run.accelerator, run.log, run.history
     policy, rollout_policy = run.policy, run.rollout_policy
     run.stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(recipe)}")
@@ -63,10 +63,7 @@ def finish(run: Run[Recipe]) -> Summary:
 
 
 def conclude(run: Run[Any], measured: dict[str, Any], *, result: str, advice: str) -> Summary:
-    """Write summary.json and the picture, and say in a paragraph what happened.
-
-    measured  what the summary holds of the evaluations. result, advice: what is said of them, and what to do next.
-    """
+    """Write summary.json with `measured`, and the picture; print `result` and `advice`."""
     settle(run)
     run.log.close()
     recipe, history, directory = run.recipe, run.history, Path(run.recipe.directory)
@@ -95,7 +92,7 @@ def conclude(run: Run[Any], measured: dict[str, Any], *, result: str, advice: st
 
 
 def _describe(run: Run[Recipe], measured: dict[str, dict[str, float]]) -> None:
-    """Write the card of the checkpoint that was evaluated again, with what came of it."""
+    """Write the model card of the evaluated checkpoint again, with the results."""
     folder = Path(run.history["checkpoint"])
     if not (folder / checkpoint.CARD).is_file():  # none was saved, or it was deleted meanwhile
         return
@@ -104,7 +101,7 @@ def _describe(run: Run[Recipe], measured: dict[str, dict[str, float]]) -> None:
 
 
 def _upload(run: Run[Any], repo: str) -> None:
-    """To the hub, where that is asked for; the run has ended well if it fails."""
+    """Upload the checkpoint to the hub. A failure is a warning: the run has ended well."""
     folder = Path(run.history["checkpoint"])
     try:
         run.log.say(f"Uploaded:   {push_to_hub(folder, repo)}")
@@ -113,7 +110,7 @@ def _upload(run: Run[Any], repo: str) -> None:
 
 
 def _next_command(recipe: Recipe, folder: str) -> str:
-    """How to look at what was trained; of a module of the user's own, how to open it."""
+    """The command that samples from the trained model; for a custom module, the call that opens the weights."""
     if not (Path(folder) / "config.json").exists():
         return "Open:       dllm_rl.load_weights(policy, folder), with a policy of the same module"
     problem = recipe.eval_task[0]

@@ -1,4 +1,4 @@
-"""GRPO in one call, for those who come with a model, a data set and reward functions."""
+"""GRPO in one call: a model, a data set and reward functions."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,13 +25,11 @@ def grpo(
     reward_funcs: RewardFunction | Sequence[RewardFunction],
     **settings: Any,
 ) -> Summary:
-    """Train a model on a data set with TRL-style reward functions; returns what its summary.json holds, with the
-    trained `policy` as an attribute.
+    """Train a model with TRL-style reward functions; returns its summary, with the trained `policy` as an attribute.
 
-        grpo("GSAI-ML/LLaDA-8B-Instruct", dataset, [correct, short], reward_weights=[1.0, 0.1], max_new_tokens=256,
-             num_steps=500, lora=lora_r16)
+        grpo("GSAI-ML/LLaDA-8B-Instruct", dataset, [correct, short], reward_weights=[1.0, 0.1], lora=lora_r16)
 
-    The arguments are those of `grpo_recipe`, which makes the recipe that is run: print it to see every setting.
+    The arguments are those of `grpo_recipe`: print its recipe to see every setting.
     """
     return train(grpo_recipe(model, dataset, reward_funcs, **settings))
 
@@ -49,22 +47,18 @@ def grpo_recipe(
     max_rows: int | None = None,
     **settings: Any,
 ) -> Recipe:
-    """The recipe of `grpo`: sampler and likelihood are those that the model's attention needs.
+    """The recipe of `grpo`, with the sampler and the likelihood that the model's attention needs.
 
-    model           a checkpoint's folder or a hub's id, a policy, or a function that makes one.
-    dataset         rows with a `prompt`, text or chat messages; the other columns go to the reward functions.
-    reward_funcs    f(prompts=, completions=, **columns) -> a number, or None, for each; plain or async. Each is logged
-                    as rewards/NAME/mean.
-    eval_dataset    held-out rows; None: the last tenth of `dataset`, at most 256 rows, is kept from training.
-    reward_weights  of the functions in the reward; 1 each by default. With advantages=decoupled each is normalised in
-                    its group on its own, before it is weighed.
-    sampler_options further keywords of `unmask` or `autoregress`: num_steps (unmasking steps; by default one a token),
-                    block_size, top_p ...
-    max_rows        of a data set without a length, as a streamed one: so many rows are read into memory.
+    model           a checkpoint's folder, a hub id, a policy, or a function that makes one.
+    dataset         rows with a `prompt` (text or chat messages); the other columns go to the reward functions.
+    reward_funcs    f(prompts=, completions=, **columns) -> numbers or None, sync or async; logged as rewards/NAME/mean.
+    eval_dataset    held-out rows; None: the last tenth of `dataset`, at most 256 rows.
+    reward_weights  one per function, 1 by default; advantages=decoupled normalises each reward before weighing it.
+    sampler_options keywords of `unmask` or `autoregress`: num_steps (unmasking; default one per token), top_p ...
+    max_rows        rows to read of a data set without a length, as a streamed one.
     settings        fields of Recipe: num_steps (RL steps), learning_rate, lora, rollout_quantization, corrector ...
 
-    A diffusion model is scored by its trajectory, exactly where a completion takes at most 8 steps, and in 8 segments
-    of it where it takes more. Raises ValueError on a data set that is empty, or has nothing left to hold out.
+    The trajectory is scored exactly up to 8 steps, in 8 segments above. Raises ValueError if there are too few rows.
     """
     rows = in_memory(dataset, max_rows)
     if eval_dataset is None:

@@ -1,12 +1,9 @@
-"""What the learner does with a rollout: score it, correct for the mismatch, update the weights.
+"""The learner's part of a step: score a rollout, correct for the mismatch, update the weights.
 
-The update's memory does not grow with the number of masks. The loss is a function f of the log-prob estimates l (B, T),
-and l combines the scores s_n of N masked forwards. So
-    grad f = sum_n (df/ds_n) . grad s_n:
-df/dl is taken once, on detached l, pulled back to the scores, and then one forward and backward per mask and row chunk
-carries that vector through the model. It is exact. At the first inner iteration the current scores ARE the old ones,
-and no forward is spent to find them. Where the batch takes few forwards (`keeps_graphs`) scoring keeps their graphs,
-and the vector goes back through those: no forward is run twice.
+The update's memory does not grow with the number N of masks. The loss f depends on the scores s_n of N masked forwards:
+    grad f = sum_n (df/ds_n) . grad s_n.
+df/ds_n is taken once, on detached scores. Then one forward and backward per mask and row chunk carries the vector
+through the model. With kept graphs (`keeps_graphs`) no forward runs twice.
 """
 
 import math
@@ -44,16 +41,12 @@ from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 
 
 def learned_groups(recipe: Recipe, advantages: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
-    """Groups that the update learns from: those with a nonzero advantage; all with a KL term or an entropy bonus."""
+    """Groups that the update learns from: nonzero advantages; all groups with a KL term or an entropy bonus."""
     return (advantages != 0).any(-1) | bool(recipe.beta or recipe.entropy_coeff)
 
 
 def measured_groups(recipe: Recipe, advantages: Float[Tensor, "P G"], step: int) -> Float[Tensor, " P"]:
-    """Each group's weight in the step's mismatch metrics, 0 where it is not scored: see `group_weights`.
-
-    All that are learned from are scored, and `mismatch_sample` of the others, drawn from (seed, step) alone, so that
-    any number of processes draws the same.
-    """
+    """Weights of groups in the mismatch metrics (`group_weights`): learned groups, `mismatch_sample` of the others."""
     generator = generator_for(recipe.seed, "mismatch sample", step)
     return group_weights(learned_groups(recipe, advantages), recipe.mismatch_sample, generator)
 
@@ -66,7 +59,7 @@ def draw_noise(
     step: int,
     accelerator: Accelerator,
 ) -> Noise:
-    """The step's masks; groups of weight 0 in `measured_groups` are not scored, and `learned_groups` are marked."""
+    """The step's masks: groups of weight 0 in `groups` are not scored; rows of `learned_groups` are marked."""
     noise = recipe.likelihood.draw(rollout, generator_for(recipe.seed, "noise", step))
     learned = repeat(learned_groups(recipe, advantages), "p -> (p g)", g=rollout.group_size)
     flat = rearrange(advantages, "p g -> (p g)")
@@ -76,42 +69,27 @@ def draw_noise(
 
 
 def only_groups(noise: Noise, chosen: Bool[Tensor, " P"], group_size: int, accelerator: Accelerator) -> Noise:
-    """This process's masks with the other groups not scored; the noise itself where all are chosen."""
+    """The noise with weight 0 for groups that are not chosen."""
     if chosen.all():
         return noise
     return noise.only(*send(accelerator.device, local(repeat(chosen, "p -> (p g)", g=group_size), accelerator)))
 
 
 def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bool:
-    """Whether scoring keeps the graphs of its forwards for the first update, and each later inner iteration those of
-    its own: where they are at most `kept_graphs` of a whole micro-batch.
+    """Whether an update goes back through the forwards that scored: at most `kept_graphs`, each of a micro-batch.
 
-    One graph is what an update holds in any case. Never with dropout in adapters, which scoring goes without, nor with
-    weights that are shared out, whose processes agree on every forward and its backward (`in_pace`).
+    Not with adapter dropout, which scoring leaves out, nor with sharded weights, whose forwards run `in_pace`.
     """
     forwards = views * math.ceil(rows / (recipe.micro_batch_size or rows))
-    return (
-        recipe.shard_size == 1
-        and forwards <= recipe.kept_graphs
-        and not (policy.lora is not None and policy.lora.dropout)
-    )
+    dropout = policy.lora is not None and policy.lora.dropout
+    return recipe.shard_size == 1 and forwards <= recipe.kept_graphs and not dropout
 
 
 def score(
-    recipe: Recipe,
-    rollout: Rollout,
-    noise: Noise,
-    *,
-    policy: Policy,
-    rollout_policy: Policy,
-    reference: Policy | None,
+    recipe: Recipe, rollout: Rollout, noise: Noise, *, policy: Policy, rollout_policy: Policy, reference: Policy | None
 ) -> Logprobs:
-    """The rollout under every policy, with the same masks.
-
-    The sampler's own record stands for the rollout policy's side where the estimator is exact for the sampler, which
-    would only compute it again. The learner comes last, so that graphs that are kept lie beside no other forward.
-    Raises RuntimeError with zero_mismatch where the sides differ.
-    """
+    """The rollout's log-probs under every policy, with the same masks. Raises RuntimeError with zero_mismatch if the
+    sides differ. An estimator exact for the sampler takes the sampler's recorded log-probs for the rollout policy."""
     likelihood, size, replay = recipe.likelihood, recipe.micro_batch_size, recipe.router_replay
     keep = keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
     note = None if replay is None else blank(policy, rollout, noise)
@@ -127,7 +105,7 @@ def score(
         noise = as_sampled(noise, rollout) if exact else as_noted(noise, rollout, note)
     order: dict = {}
     routing = None
-    with in_pace(policy):
+    with in_pace(policy):  # the learner comes last: kept graphs and another forward would add up
         if rollout_policy is not policy:
             order = order_agreement(policy, rollout)
             routing = routing_counts(policy, rollout_policy, rollout, noise)
@@ -160,15 +138,12 @@ def correct(
 ) -> tuple[Batch, dict[str, float]]:
     """The batch to learn from, with the corrector's weights and keep mask, and mismatch metrics over all processes.
 
-    groups  the weights of `measured_groups`: `rollout_corr/*` estimates ALL rows of the step by them. The corrector
-            sees, weighs and takes its statistics from the rows that are learned from alone; those rows' metrics, and
-            the corrector's own under verl's names, are logged as `live/*`.
+    groups  weights of `measured_groups`, by which `rollout_corr/*` estimates ALL rows. The corrector sees learned rows
+            only; their metrics, and the corrector's under verl's names, are `live/*`.
 
-    The loss's denominators count every row, also those of groups that are not learned from. With old_logprobs="rollout"
-    ratios are current / rollout and need no weights: VeXact's bypass, eq. 4. Under mismatch it fails by one silent
-    decline, with K1 and K3 rising, where recomputation without weights fails in stages, K1 and K3 flat [digest].
-
-    Corrector and metrics compute on the host, on the log-probs of all processes: one transfer, whatever they are.
+    The loss's denominators count every row. With old_logprobs="rollout" ratios are current / rollout without weights:
+    VeXact's bypass, eq. 4. Under mismatch it declines silently, with K1 and K3 rising; recomputation without weights
+    fails in stages, with K1 and K3 flat [digest].
     """
     width, group_size, device = rollout.tokens.shape[1], rollout.group_size, rollout.tokens.device
     chosen, flat = learned_groups(recipe, advantages), rearrange(advantages, "p g -> (p g)")
@@ -212,12 +187,12 @@ def correct(
 
 
 def as_live(metrics: dict[str, float]) -> dict[str, float]:
-    """Metrics of the rows that are learned from: `rollout_corr/*` under `live/*`, others under their own names."""
+    """Metrics of the learned rows: `rollout_corr/*` under `live/*`, others under their own names."""
     return {name.replace(PREFIX, "live/"): value for name, value in metrics.items()}
 
 
 def check_version(rollout: Rollout, policy: Policy, *, stale_steps: int = 0) -> None:
-    """Raise RuntimeError when a rollout was made by weights more than `stale_steps` updates behind the learner's."""
+    """Raise RuntimeError if the rollout's weights are more than `stale_steps` updates behind the learner's."""
     behind = policy.version - rollout.weights_version
     if not 0 <= behind <= stale_steps:
         raise RuntimeError(
@@ -242,14 +217,11 @@ def update(
     max_grad_norm: float = 1.0,
     micro_batch_size: int | None = None,
 ) -> dict[str, float]:
-    """`num_iterations` optimiser steps on one batch; returns metrics of the last, and of each where their name ends in
-    /iteration_I: gradient norms and `off_policy/*`.
+    """Take `num_iterations` optimiser steps on one batch; returns the last step's metrics, and NAME/iteration_I.
 
     loss              (log-probs (B, T), batch) -> this process's share of the loss, metrics, d loss / d log-probs.
-    micro_batch_size  rows a forward, whole groups; None takes all at once.
-
-    Raises RuntimeError on a rollout of other weights than the learner's, FloatingPointError on a gradient that is not
-    finite; both before the weights are touched.
+    micro_batch_size  rows per forward, whole groups; None: all rows.
+    Before the weights change, raises RuntimeError on a stale rollout, FloatingPointError on a non-finite gradient.
     """
     check_version(batch.rollout, policy)
     gathered = {"learning_rate": learning_rate}
@@ -293,8 +265,7 @@ def accumulate_gradients(
 ) -> Metrics:
     """Add this process's share of the loss gradient to the parameters; returns its metrics as (sum, count) pairs.
 
-    scores  the current log-probs of every view, nats; with their graphs, the backward goes through those and frees
-            them, and no forward is run. The other arguments are those of `update`.
+    scores  log-probs of every view, nats. If the scores have graphs, the backward frees the graphs and no forward runs.
     """
     leaves = scores.detach().requires_grad_()
     logps = likelihood.combine(leaves, batch.noise)

@@ -18,8 +18,7 @@ from dllm_rl.training.validation import validate
 
 @leaving_nothing_behind
 def train(recipe: Recipe) -> Summary:
-    """Run a recipe; returns what its summary.json holds, and as an attribute the policy that it trained. Raises
-    ValueError, before any work, on a recipe that cannot run."""
+    """Run a recipe; returns its summary with the trained policy. Raises ValueError before any work on a bad recipe."""
     if recipe.dry_run:
         print(escape_controls(text := plan(recipe), keep="\n"))
         return Summary({"plan": text})

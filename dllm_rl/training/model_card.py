@@ -1,4 +1,4 @@
-"""The model card of a run's checkpoints, and their way to the Hugging Face hub."""
+"""The model card of a run's checkpoints, and the upload to the Hugging Face hub."""
 
 import json
 from pathlib import Path
@@ -15,10 +15,7 @@ LEFT_OUT = ("optimizer.pt", PATTERN, "state.json", "manifest.json")  # what trai
 
 
 def card(recipe: Recipe, *, step: int, evaluations: dict[str, dict[str, float]], metrics: dict[str, float]) -> str:
-    """README.md of a checkpoint: what was trained and how, what came of it, and how that was measured.
-
-    evaluations  metrics of the held-out problems, by when they were taken. metrics: those of the last step.
-    """
+    """README.md of a checkpoint. evaluations: held-out metrics by when they were taken; metrics: of the last step."""
     settings = {name: value for name, value in recipe.settings().items() if name not in OWN}
     base = recipe.model if isinstance(recipe.model, str) else None
     if base is not None and Path(base).exists():  # a folder of this machine
@@ -49,8 +46,7 @@ def card(recipe: Recipe, *, step: int, evaluations: dict[str, dict[str, float]],
 
 
 def push_to_hub(folder: Path, repo: str) -> str:
-    """Upload a checkpoint, less what training alone needs, to a repository of the Hugging Face hub, which is made
-    private where it is not there yet; returns its address."""
+    """Upload a checkpoint, less what only training needs, to a hub repository (private if new); returns its address."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -60,7 +56,7 @@ def push_to_hub(folder: Path, repo: str) -> str:
 
 
 def check_hub(recipe: Recipe) -> None:
-    """Raise ValueError where a run is to be uploaded and nobody is logged in."""
+    """Raise ValueError if a run is to be uploaded and nobody is logged in."""
     if recipe.push_to_hub is None:
         return
     from huggingface_hub import get_token
@@ -74,7 +70,7 @@ def _number(value: float | None) -> str:
 
 
 def _code(text: object) -> str:
-    """Text that Markdown and HTML take for nothing else, in a table or elsewhere."""
+    """Text as Markdown code, also in a table: no markup or HTML in the text is obeyed."""
     shown = escape_controls(str(text)).replace("`", "'").replace("|", "\\|").strip()
     return f"`{shown or ' '}`"
 

@@ -9,10 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl import manifest
-from dllm_rl.distributed.collectives import (
-    from_main,
-    versions,
-)
+from dllm_rl.distributed.collectives import from_main, versions
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.files import replacing
 from dllm_rl.likelihoods.replay import check_replay
@@ -32,15 +29,10 @@ from dllm_rl.training.warmup import warm_up
 def fresh_policy(
     recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog, history: dict[str, Any]
 ) -> Policy:
-    """The recipe's model, warmed up, with its adapters, and evaluated; `history` gets what the summary says of it."""
+    """The recipe's model, warmed up, with its adapters, and evaluated; `history` gets the results."""
+    measure = partial(evaluate_with, recipe, policy, recipe.validation_task, accelerator)
     with log.stage("warm-up"):
-        history["warmup_steps"] = warm_up(
-            recipe,
-            policy,
-            accelerator,
-            log,
-            partial(evaluate_with, recipe, policy, recipe.validation_task, accelerator),
-        )
+        history["warmup_steps"] = warm_up(recipe, policy, accelerator, log, measure)
     if recipe.lora is not None and policy.lora is None:
         if history["warmup_steps"]:
             save_reference(recipe, policy, accelerator)
@@ -52,8 +44,7 @@ def fresh_policy(
 
 
 def resumed_policy(recipe: Recipe, folder: Path, state: dict[str, Any], accelerator: Accelerator) -> Policy:
-    """The policy as a checkpoint left it: its adapters stand on the warmed-up weights, or, without a warm-up, on the
-    recipe's model."""
+    """The policy as a checkpoint left it; adapters apply to the weights after the warm-up, if there was one."""
     device, dtype = first_home(recipe, accelerator), getattr(torch, state["dtype"])
     if recipe.lora is None:
         return share_out(recipe, opened(recipe, folder, dtype, device), accelerator)
@@ -64,8 +55,7 @@ def resumed_policy(recipe: Recipe, folder: Path, state: dict[str, Any], accelera
 
 
 def make_policy(recipe: Settings, device: torch.device) -> Policy:
-    """The recipe's model: a checkpoint, a copy of a policy, or what its function makes, from the run's seed where that
-    takes one."""
+    """The recipe's model: a checkpoint, a copy of a policy, or what its function makes, given the seed if accepted."""
     if isinstance(recipe.model, str):
         options: dict[str, Any] = {"dtype": recipe.dtype, "quantization": recipe.base_quantization}
         options["verify_checkpoint"] = recipe.verify_checkpoint
@@ -79,7 +69,7 @@ def make_policy(recipe: Settings, device: torch.device) -> Policy:
 
 
 def configured(recipe: Settings, policy: Policy) -> Policy:
-    """The policy with the recipe's settings of how it computes. Raises ValueError on one that it cannot have."""
+    """The policy with the recipe's compute settings. Raises ValueError on a setting that it cannot have."""
     policy.float32_head, policy.gradient_checkpointing = recipe.float32_head, recipe.gradient_checkpointing
     for setting in ("gradient_checkpointing", "torch_compile"):
         if getattr(recipe, setting):
@@ -89,7 +79,7 @@ def configured(recipe: Settings, policy: Policy) -> Policy:
 
 
 def opened(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
-    """The policy in a folder of this run; a module that is not transformers' is made anew as the recipe says."""
+    """The policy in a folder of this run; a module that is not transformers' is first made by the recipe."""
     # A folder of this run was verified when the run's folder was opened, or was written since.
     if (folder / "config.json").exists():
         return configured(recipe, load_policy(folder, dtype=dtype, device=device, verify_checkpoint="quick"))
@@ -105,10 +95,7 @@ def make_optimizer(recipe: Settings, policy: Policy) -> torch.optim.Optimizer:
 
 
 def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *, fresh: bool) -> Policy | None:
-    """The policy that RL started from, frozen, for the KL term; kept in the run's folder for a resumed run.
-
-    With adapters it is the policy itself without them, not a copy.
-    """
+    """The frozen policy that RL started from, for the KL term: without adapters, or from the run's folder."""
     if not recipe.beta:
         return None
     if recipe.lora is not None:
@@ -126,7 +113,7 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
 
 
 def save_reference(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> None:
-    """Write the weights that RL starts from to the run's folder, whole or not at all, with a manifest."""
+    """Write the weights that RL starts from to the run's folder, atomically, with a manifest."""
     saved = on_main(policy, accelerator)
 
     def write() -> None:
@@ -138,8 +125,7 @@ def save_reference(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> 
 
 
 def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:
-    """What samples: the learner's quantised copy, or without a scheme the learner itself, or where its weights are
-    shared out a whole copy of them."""
+    """The policy that samples: the quantised copy; without a scheme the learner, or a full copy of a sharded one."""
     scheme, held = recipe.rollout_quantization, torch.bfloat16 if recipe.bf16 else None
     if scheme is None:
         return policy if sharding_of(policy.module) is None else quantized_copy(policy, None)
@@ -149,7 +135,7 @@ def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:
 
 
 def check_compiled(recipe: Recipe) -> None:
-    """Raise ValueError where torch_compile has nothing to compile, or what would be compiled anew at every step."""
+    """Raise ValueError if torch_compile has nothing to compile, or would compile again at every step."""
     if recipe.torch_compile and recipe.rollout_quantization is None:
         raise ValueError(
             "torch_compile=True compiles the rollout's copy, and rollout_quantization=None makes none: set one, as "

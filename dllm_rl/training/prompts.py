@@ -1,7 +1,7 @@
-"""Which prompts a run learns from, and that they fit the model."""
+"""The prompts that a run learns from, and the check that they fit the model."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Int
@@ -13,8 +13,8 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem, Task
 
-CHECKED = 5000  # prompts of a task that are tokenised before a run begins,
-SECONDS = 10.0  # and for how long at most: some tasks take long to make a problem
+CHECKED = 5000  # prompts per task that are tokenised before a run begins
+SECONDS = 10.0  # at most for the prompts of a task: some tasks make a problem slowly
 
 
 def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " size"]:
@@ -23,11 +23,8 @@ def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " si
 
 
 def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list[Problem], int]:
-    """The training problems at `indices`, and how many of them others stand for: where a prompt is longer than
-    max_prompt_length, the next of the task that is not takes its place.
-
-    Raises ValueError when the task has none.
-    """
+    """The problems at `indices`, and how many were replaced: a prompt longer than max_prompt_length is replaced by the
+    task's next prompt that fits. Raises ValueError if none fits."""
     task, most = recipe.task, recipe.max_prompt_length
     if most is None:
         return [task[i] for i in indices], 0
@@ -45,14 +42,14 @@ def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list
 
 
 def check_prompts(recipe: Recipe, policy: Policy) -> int:
-    """The training problem with the longest prompt, of those that are looked at; 0 where none is. Raises ValueError on
-    a prompt that, with its completion, does not fit the model.
+    """The training problem with the longest checked prompt (0: none). Raises ValueError if one does not fit the model.
 
-    Up to 5000 prompts of each task are looked at, as far as 10 s go: all of a smaller one, else those that the steps
-    draw first. With max_prompt_length, training prompts are looked at as they are drawn instead.
+    At most 5000 prompts per task are checked, for 10 s: those that steps draw first. With max_prompt_length training
+    prompts are checked as they are drawn.
     """
     limit, most = policy.spec.max_length, recipe.max_prompt_length
-    trained, evaluated = (_new_tokens(sampler) for sampler in (recipe.sampler, recipe.eval_sampler))
+    bound = (getattr(sampler, "keywords", {}) for sampler in (recipe.sampler, recipe.eval_sampler))
+    trained, evaluated = (keywords.get("max_new_tokens") for keywords in bound)
     if limit is None or trained is None or evaluated is None:
         return 0
     if max(trained, evaluated) >= limit:
@@ -86,11 +83,6 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
                     f"the model's {limit} positions; {remedy}"
                 )
     return longest[1]
-
-
-def _new_tokens(sampler: Callable) -> int | None:
-    """What the sampler binds; None where that cannot be known."""
-    return getattr(sampler, "keywords", {}).get("max_new_tokens")
 
 
 def _first(task: Task) -> range:

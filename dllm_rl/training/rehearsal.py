@@ -1,8 +1,4 @@
-"""The rehearsal: one micro-step of a run before anything expensive, and before anything is written that stays.
-
-Whatever can refuse a recipe is asked once: quantise, sample, grade, score, advantages, corrector, loss, backward, save.
-Nothing of it is kept: weights, gradients, adapters and random numbers are afterwards what they were.
-"""
+"""The rehearsal: one micro-step before any work. Weights, gradients and random numbers are then what they were."""
 
 import copy
 import random
@@ -34,19 +30,18 @@ from dllm_rl.tasks.base import Problem, addends, grade
 from dllm_rl.training.arithmetic import arithmetic, learner_forward
 from dllm_rl.training.cautions import made_up_rewards
 from dllm_rl.training.learner import accumulate_gradients, correct, draw_noise, measured_groups, score
-from dllm_rl.training.policies import rollout_copy
+from dllm_rl.training.policies import make_optimizer, rollout_copy
 from dllm_rl.training.rollouts import reward_values, wanted_parts
 from dllm_rl.training.sharded_learner import on_main
 from dllm_rl.training.warmup import examples
 
-MOMENTS: dict[Any, int] = {adamw: 8, adamw_8bit: 2}  # bytes a trained weight; of another optimiser nothing is known
+MOMENTS: dict[Any, int] = {adamw: 8, adamw_8bit: 2}  # bytes per trained weight; unknown for other optimisers
 
 
 def rehearse(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
-    """Run one group of completions of a problem, the longest, through a whole step but for the update, and save it.
+    """Run one group of completions through a step except the update, and save it. All processes call it together.
 
-    All processes call it together. Raises ValueError, or whatever a part of the recipe raises, and OSError where the
-    disk has no room for a checkpoint and on_save_error is 'stop'.
+    Raises what a part of the recipe raises, and OSError if a checkpoint does not fit the disk (on_save_error 'stop').
     """
     with random_numbers_kept(), as_trained(recipe, policy) as learner:
         micro_step(recipe, learner, problem, accelerator)
@@ -57,7 +52,7 @@ def rehearse(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Acce
 
 
 def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
-    """One step of the loop on one group a process, up to the gradients; no weight moves."""
+    """One step on one group per process, up to the gradients; no weight changes."""
     group, key, rollout_policy = recipe.num_generations, (recipe.seed, "rehearsal"), rollout_copy(recipe, policy)
     with arithmetic(recipe, accelerator):
         prompts = encode(rollout_policy, [problem], group_size=group)
@@ -84,8 +79,8 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
 
 
 def made_up_advantages(recipe: Recipe) -> Float[Tensor, "P G"]:
-    """What the recipe makes of rewards that all differ, in a batch of its size; where it makes nothing of a group,
-    numbers of both signs, so that there is a loss. Raises ValueError on another shape, or what is not finite."""
+    """Advantages of rewards that all differ, with both signs in a group of zeros, so that there is a loss. Raises
+    ValueError on another shape and on numbers that are not finite."""
     rewards, parts = made_up_rewards(recipe)
     found = recipe.advantages(rewards, **parts)
     if found.shape != rewards.shape or not found.isfinite().all():
@@ -99,18 +94,16 @@ def save_once(recipe: Recipe, policy: Policy) -> None:
     """Write a checkpoint where the run will, with room for the optimiser's state, and delete it."""
     folder = Path(recipe.directory) / REHEARSAL
     trained = [p for p in policy.module.parameters() if p.requires_grad]
-    betas = (recipe.adam_beta1, recipe.adam_beta2)
-    optimizer = recipe.optim(trained, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
     moments = MOMENTS.get(recipe.optim, 0) * sum(p.numel() for p in trained)
     try:
-        checkpoint.save(folder, 0, policy, optimizer, {}, keep=1, reserve=moments)
+        checkpoint.save(folder, 0, policy, make_optimizer(recipe, policy), {}, keep=1, reserve=moments)
     finally:
         remove(folder)
 
 
 @contextmanager
 def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
-    """The policy as RL will train it, with adapters where there are any, on the same weights; it leaves no gradient."""
+    """The policy as RL will train it, with adapters if there are any, on the same weights; no gradient is left."""
     module, learner = policy.module, policy
     trained = [p for p in module.parameters() if p.requires_grad]
     if recipe.lora is not None and policy.lora is None:
@@ -129,7 +122,7 @@ def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
 
 @contextmanager
 def random_numbers_kept() -> Iterator[None]:
-    """The global generators are afterwards as they were, for a grader or a model that draws from one."""
+    """Restore the global generators after the block, for a grader or a model that draws from them."""
     python, array = random.getstate(), np.random.get_state()
     devices = range(len(torch.cuda.default_generators))  # those of GPUs in use
     with torch.random.fork_rng(devices=devices):

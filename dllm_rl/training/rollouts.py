@@ -37,12 +37,10 @@ class Answer:
 def collect(
     recipe: Recipe, rollout_policy: Policy, step: int, accelerator: Accelerator, log: RunLog
 ) -> tuple[Rollout, list[Answer], Float[Tensor, "P G"], dict[str, Tensor], dict[str, float]]:
-    """This process's rollout and its rows' answers, the rewards of all processes (on the host), `parts` (K, P, G) and
-    `weights` (K,) of them where the recipe's advantages want them, and the metrics.
+    """This process's rollout and answers, the rewards of all processes (on the host), `parts_of` them, and metrics.
 
-    With max_num_gen_batches > 1, DAPO's dynamic sampling [paper]: groups whose rewards are all equal are replaced by
-    completions of other prompts, until there are none or that many draws were made. A place's prompt and seeds depend
-    on (seed, step, draw) alone, so that any number of processes draws the same; DAPO pools the draws instead [ours].
+    With max_num_gen_batches > 1, DAPO's dynamic sampling [paper]: groups of equal rewards are drawn again with other
+    prompts, up to that many draws. Prompts and seeds depend on (seed, step, draw) alone; DAPO pools the draws [ours].
     """
     every = torch.arange(recipe.train_batch_size // accelerator.num_processes)
     rollout, answers, mine, replaced = sample_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
@@ -68,10 +66,8 @@ def collect(
         (graded_all,), draws = gather_on_host([mine], accelerator), draws + 1
     rewards = graded_all[..., 0]
     if recipe.max_num_gen_batches > 1:
-        metrics |= {
-            "dynamic_sampling/draws": float(draws),
-            "dynamic_sampling/frac_reward_zero_std": zero_std_fraction(rewards),
-        }
+        metrics["dynamic_sampling/draws"] = float(draws)
+        metrics["dynamic_sampling/frac_reward_zero_std"] = zero_std_fraction(rewards)
     return rollout, answers, rewards, parts_of(recipe, graded_all), metrics
 
 
@@ -83,11 +79,8 @@ def sample_and_grade(
     accelerator: Accelerator,
     log: RunLog,
 ) -> tuple[Rollout, list[Answer], Float[Tensor, "p G K"], int]:
-    """Rollout, answers and rewards (the value, then those of `wanted_parts`) of the prompts at `places` of this
-    process's share of a draw, and how many of these prompts stand for others that are too long.
-
-    A row's seed depends on (seed, step, draw, its place in the global batch).
-    """
+    """Rollout, answers and rewards (value, then `wanted_parts`) of this process's prompts at `places` of a draw, and
+    how many prompts were replaced as too long. A row's seed depends on (seed, step, draw, place in the batch)."""
     step, draw = step_and_draw
     purpose, group = "train" if not draw else f"train, draw {draw}", recipe.num_generations
     indices = draw_indices(len(recipe.task), recipe.train_batch_size, recipe.seed, purpose, step)
@@ -112,17 +105,14 @@ def sample_and_grade(
 
 
 def parts_of(recipe: Recipe, graded: Float[Tensor, "P G K"]) -> dict[str, Tensor]:
-    """What the recipe's advantages take beside the rewards: each on its own, and their weights; or nothing."""
+    """What the recipe's advantages take in addition to the rewards: each reward and the weights, or nothing."""
     weights = wanted_parts(recipe)
     parts = rearrange(graded[..., 1:], "p g k -> k p g")
     return {"parts": parts, "weights": torch.tensor(list(weights.values()))} if weights else {}
 
 
 def wanted_parts(recipe: Recipe) -> dict[str, float]:
-    """Weights of the task's rewards by name, where the recipe's advantages take them one by one; else none.
-
-    Raises ValueError where the task has not several.
-    """
+    """The task's reward weights by name if the advantages take single rewards. Raises ValueError if there are none."""
     function = recipe.advantages
     if not takes_parts(function):
         return {}
@@ -142,8 +132,7 @@ def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:
 
 
 def reward_values(graded: Sequence[Reward], names: tuple[str, ...] = ()) -> Float[Tensor, "B K"]:
-    """The value of each, and what its breakdown has under `names`, NaN where that is nothing; `grade` has checked that
-    fp32 holds them."""
+    """Each reward's value, then its breakdown under `names` (NaN if missing); `grade` checks that they fit fp32."""
     rows = [[reward.value, *(reward.breakdown.get(name, math.nan) for name in names)] for reward in graded]
     return torch.tensor([[float(number) for number in row] for row in rows], dtype=torch.float32)
 
@@ -151,7 +140,7 @@ def reward_values(graded: Sequence[Reward], names: tuple[str, ...] = ()) -> Floa
 def reward_metrics(
     rewards: Float[Tensor, "P G"], answers: Sequence[Answer], accelerator: Accelerator
 ) -> dict[str, float]:
-    """TRL's reward and length metrics over all processes; a name's mean is over what has it (`addends`)."""
+    """TRL's reward and length metrics over all processes; a name's mean is over the completions that have it."""
     added = [addends(answer.reward) for answer in answers]
     mine = sorted({name for each in added for name in each} - {"reward", "parsed"})
     names = sorted(set(gather_objects(mine, accelerator)))

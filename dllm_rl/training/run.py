@@ -18,10 +18,9 @@ Record = TypeVar("Record", bound=Settings)
 
 @dataclass(frozen=True)
 class Run(Generic[Record]):
-    """What a run of RL or SFT owns from its start to its summary. It says how a run goes on; no mathematics takes it.
+    """What a run of RL or SFT owns from its start to its summary.
 
-    history  of the run's state, what the next checkpoint and the summary hold: `whole`, the steps that are done;
-             `version`, the policy's after them; `saved` and `checkpoint`, step and folder of the newest checkpoint.
+    history  complete steps `whole`, the policy's `version` then, step `saved` and folder `checkpoint` of the last save.
     """
 
     recipe: Record

@@ -1,4 +1,4 @@
-"""Saving a run: what a checkpoint holds, which processes write it, and when: at once, or while training goes on."""
+"""Saving a run: the content of a checkpoint, the processes that write it, and when."""
 
 import sys
 import time
@@ -44,11 +44,8 @@ def make_writer(recipe: Settings, accelerator: Accelerator) -> Writer:
 
 
 def save(run: Run[Any], step: int) -> None:
-    """Checkpoint after `step` steps, when the one before is written: by the main process, or of a shared-out learner by
-    all, each its part of the optimiser's state. With async_save the state is copied to the host, and written later.
-
-    Raises OSError where it cannot be written and on_save_error is not 'continue'; with async_save, at a later step.
-    """
+    """Checkpoint after `step` steps, when the previous checkpoint is written; with async_save from a copy on the host.
+    Raises OSError (with async_save at a later step) if the write fails and on_save_error is not 'continue'."""
     settle(run)
     if sharding_of(run.policy.module) is not None:
         run.writer.run(_by_all(run, step))
@@ -59,26 +56,22 @@ def save(run: Run[Any], step: int) -> None:
 
 
 def settle(run: Run[Any]) -> None:
-    """Wait for the checkpoint that is being written; all processes together."""
+    """Wait for the checkpoint that is being written. All processes call it together."""
     shared = sharding_of(run.policy.module) is not None
     if folder := run.writer.wait() if shared else from_main(run.writer.wait, run.accelerator):
         run.history["checkpoint"] = str(folder)
 
 
 def write_checkpoint(run: Run[Any], step: int) -> Path | None:
-    """Write a whole learner at once, in the main process alone, after what is being written; returns the checkpoint, or
-    None where it could not be written and the run is to go on."""
+    """Write an unsharded learner in the main process; None if the write failed and the run goes on."""
     with run.writer.alone:
         run.writer.wait()
         return _by_main(run, step)()
 
 
 def save_at_once(run: Run[Any]) -> None:
-    """When a stop is overdue: save the state after the last whole step, and end the process.
-
-    Not between the update and the end of the step, where the state is that of neither; and not where weights are shared
-    out, which all processes save together, after the step in hand.
-    """
+    """On an overdue stop, save the last complete step and end the process. Not during the update, whose state is of no
+    step, nor with sharded weights, which all processes save together after the step."""
     stage = run.log.entered
     if stage not in ("", "rollout", "reward", "scoring", "gradients") or sharding_of(run.policy.module) is not None:
         return
@@ -94,11 +87,8 @@ def save_at_once(run: Run[Any]) -> None:
 
 
 def save_alone(run: Run[Any]) -> None:
-    """When another process is lost, and this one's main thread waits for it: save the state after the last whole step,
-    in the main process. It is called in another thread, so that it saves a copy, if that is of one state.
-
-    Not where weights are shared out: no process has them all.
-    """
+    """When another process is lost, save the last complete step from another thread of the main process: a copy, if its
+    weights are of one step. Not with sharded weights, which no process has in full."""
     whole = ["", "rollout", "reward", "waiting", "gradients"]  # between two exchanges that all weights wait for
     if sharding_of(run.policy.module) is not None or run.log.entered not in whole:
         return
@@ -116,11 +106,8 @@ def save_alone(run: Run[Any]) -> None:
 
 
 def save_on_error(run: Run[Any], kind: Any, error: BaseException | None, traceback: Any) -> None:
-    """When a step fails: save the state after the last whole step, and add a note to the error. A step is a function of
-    (seed, step), so that a resume repeats the failed one.
-
-    Not where the update has begun to change the weights, nor where they are shared out: a checkpoint before it is left.
-    """
+    """When a step fails, save the last complete step and add a note to the error; a resume repeats the failed step. Not
+    with sharded weights, nor once the update has begun to change the weights."""
     recipe, done = run.recipe, run.history["whole"]
     if not isinstance(error, Exception) or run.log.entered not in ("", *BEFORE_UPDATE, "update"):
         return
@@ -141,13 +128,13 @@ def save_on_error(run: Run[Any], kind: Any, error: BaseException | None, traceba
 
 
 def _by_main(run: Run[Any], step: int, *, copied: bool = False) -> Callable[[], Path | None]:
-    """What the main process is to write; copied: of the state as it is now, whatever becomes of it."""
+    """The main process's write; copied: of the current state, even if the run goes on meanwhile."""
     held: tuple[Policy, Saved] = (run.policy, run.optimizer)
     return partial(_attempt, run, step, _prepared(run, step, *(on_host(*held) if copied else held)))
 
 
 def _by_all(run: Run[Any], step: int) -> Callable[[], Path | None]:
-    """What this process is to write of a shared-out learner's state. All processes call it, and what it returns."""
+    """This process's write of a sharded learner. All processes call it, and what it returns."""
     whole = on_main(run.policy, run.accelerator)
     part = part_of(run.policy, run.optimizer, copy=run.recipe.async_save)
     main = run.accelerator.is_main_process
@@ -164,7 +151,7 @@ def _by_all(run: Run[Any], step: int) -> Callable[[], Path | None]:
 
 @torch.no_grad()
 def on_host(policy: Policy, optimizer: Any) -> tuple[Policy, checkpoint.Held]:
-    """Copies on the host of what is saved of them."""
+    """Copies on the host of what a checkpoint saves."""
     copies: dict[int, Tensor] = {}
 
     def copied(tensor: Tensor) -> Tensor:
@@ -181,7 +168,7 @@ def on_host(policy: Policy, optimizer: Any) -> tuple[Policy, checkpoint.Held]:
 
 
 def _prepared(run: Run[Any], step: int, policy: Policy, optimizer: Saved) -> Write:
-    """`checkpoint.save` with all that it is to write; what it is told of the run is that of now."""
+    """`checkpoint.save` bound to the run's current state, for now or for the writer thread."""
     recipe, history, directory = run.recipe, run.history, Path(run.recipe.directory)
     state = {
         "seconds": history["seconds"] + time.perf_counter() - history["begun"],
@@ -210,7 +197,7 @@ def _prepared(run: Run[Any], step: int, policy: Policy, optimizer: Saved) -> Wri
 
 
 def _attempt(run: Run[Any], step: int, write: Write) -> Path | None:
-    """Write; returns the checkpoint, or None where that failed and the run is to go on."""
+    """Write; returns the checkpoint, or None if the write failed and the run goes on."""
     try:
         folder = write()
     except OSError as error:
@@ -223,7 +210,7 @@ def _attempt(run: Run[Any], step: int, write: Write) -> Path | None:
 
 
 def protect(run: Run[Any], peers: Peers | None) -> None:
-    """From here on the last whole step is saved when a signal is overdue, a process is lost, or a step fails."""
+    """From here on, save the last complete step if a signal is overdue, a process is lost, or a step fails."""
     run.history["version"] = run.policy.version
     run.stop.last_words = None
     run.stop.overdue = partial(save_at_once, run)
@@ -234,7 +221,7 @@ def protect(run: Run[Any], peers: Peers | None) -> None:
 
 
 def checkpoint_if_due(run: Run[Any], step: int) -> None:
-    """Save every save_steps, after the last step, and on a signal; that ends the process with its status."""
+    """Save every save_steps, after the last step, and on a signal, which ends the process with its status."""
     recipe, done, signum = run.recipe, step + 1, run.stop.agreed(run.accelerator)
     run.history["whole"] = done
     run.history["version"] = run.policy.version

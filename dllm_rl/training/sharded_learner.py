@@ -1,4 +1,4 @@
-"""A learner whose weights several processes hold between them: what does not go with it, and its state on one host."""
+"""A learner whose weights are sharded: what does not go with it, and its state on one host."""
 
 import copy
 from typing import Any
@@ -19,17 +19,17 @@ WHOLE = "or shard_size=1, with which each process holds the weights whole"
 
 
 def group_size(recipe: Settings, processes: int) -> int:
-    """How many processes hold the learner between them."""
+    """The number of processes that the learner is sharded over."""
     return recipe.shard_size or processes
 
 
 def first_home(recipe: Settings, accelerator: Accelerator) -> torch.device:
-    """Where the learner's weights are read to: the host, where they are to be shared out, a part to each device."""
+    """The device that the learner's weights are read to: the host if they are to be sharded."""
     return torch.device("cpu") if group_size(recipe, accelerator.num_processes) > 1 else accelerator.device
 
 
 def check_engine() -> None:
-    """Raise ValueError where the launch asks for an engine, which on a CPU Accelerate silently leaves out."""
+    """Raise ValueError if the launch asks for an engine, which Accelerate silently leaves out on a CPU."""
     for name in ("DEEPSPEED", "FSDP"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise ValueError(
@@ -40,7 +40,7 @@ def check_engine() -> None:
 
 
 def check_sharding(recipe: Settings, processes: int) -> None:
-    """Raise ValueError on a setting that a shared-out learner cannot have, before anything is loaded."""
+    """Raise ValueError on a setting that a sharded learner cannot have, before anything is loaded."""
     size = group_size(recipe, processes)
     if processes % size:
         raise ValueError(f"shard_size={size} must divide the {processes} processes; give a divisor, or 0 for all")
@@ -63,8 +63,7 @@ def check_sharding(recipe: Settings, processes: int) -> None:
 
 
 def share_out(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Policy:
-    """The policy, its weights shared out over the processes where the recipe asks for that, with its adapters, which
-    cannot be added later."""
+    """Shard the weights if the recipe asks for it, with the adapters, which cannot be added later."""
     size, module = group_size(recipe, accelerator.num_processes), policy.module
     if size == 1:
         return policy
@@ -76,7 +75,7 @@ def share_out(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Polic
 
 
 def check_module(module: Module, size: int) -> None:
-    """Raise ValueError on a module whose weights cannot be shared out."""
+    """Raise ValueError on a module whose weights cannot be sharded."""
     backbone: Module = backbone_of(module)
     if backbone is module:
         raise ValueError(
@@ -93,8 +92,7 @@ def check_module(module: Module, size: int) -> None:
 
 
 def on_main(policy: Policy, accelerator: Accelerator) -> Policy:
-    """The policy as one process has it, to be saved: itself, or of a shared-out learner a copy on the main process's
-    host, which all processes make together. The others get nothing that can be saved."""
+    """The policy to save: itself, or of a sharded learner a full copy on the main process. All processes call it."""
     if sharding_of(policy.module) is None:
         return policy
     twin: Any = copy.copy(policy)

@@ -94,7 +94,7 @@ def new_history(step: int) -> dict[str, Any]:
 
 
 def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, log: RunLog) -> dict[str, Any]:
-    """Give policy, optimiser and log what the checkpoint holds of them; returns what it holds of the history."""
+    """Load policy version, optimiser and log from the checkpoint; returns its part of the history."""
     state = checkpoint.read_state(folder)
     policy.version = state["version"]
     log.seconds = state["stages"]
@@ -104,15 +104,11 @@ def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, log:
 
 
 def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
-    """The launch's processes, what ends the run on a signal, and the watch over other processes (None: one process, or
-    no watch). Raises ValueError where the processes cannot run the recipe."""
+    """The processes, the stop on a signal, and the watch over other processes (or None). Raises ValueError."""
     ended_by_launcher()
     check_trackers(recipe)
-    accelerator = make_accelerator(
-        timeout=recipe.collective_timeout,
-        log_with=recipe.trackers,
-        directory=str(Path(recipe.directory) / "tensorboard"),
-    )
+    directory = str(Path(recipe.directory) / "tensorboard")
+    accelerator = make_accelerator(timeout=recipe.collective_timeout, log_with=recipe.trackers, directory=directory)
     stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
     peers = None
     if recipe.peer_timeout is not None and accelerator.num_processes > 1:
@@ -125,7 +121,7 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
 
 
 def open_log(recipe: Settings, accelerator: Accelerator, start: int, notes: Sequence[str]) -> RunLog:
-    """The run's files and trackers, from step `start` on, and `notes` said."""
+    """The run's files and trackers from step `start` on; prints `notes`."""
     log = RunLog(
         Path(recipe.directory),
         start=start,
@@ -140,14 +136,14 @@ def open_log(recipe: Settings, accelerator: Accelerator, start: int, notes: Sequ
 
 
 def told_of(recipe: Settings, folder: Path | None) -> list[str]:
-    """What is said of a resume."""
+    """The message about a resume."""
     if not recipe.resume_from_checkpoint:
         return []
     return [f"resuming from {folder}" if folder else "no checkpoint yet: starting from the beginning"]
 
 
 def check_processes(recipe: Settings, accelerator: Accelerator) -> None:
-    """Raise ValueError where the launch cannot run the recipe."""
+    """Raise ValueError if the launch cannot run the recipe."""
     check_engine()
     check_sharding(recipe, accelerator.num_processes)
     count, fields = accelerator.num_processes, ["train_batch_size"]
@@ -163,8 +159,7 @@ def check_processes(recipe: Settings, accelerator: Accelerator) -> None:
 
 
 def rehearsed(recipe: Recipe, accelerator: Accelerator) -> Policy:
-    """The recipe's model, after a step was rehearsed with it, so that a bad setting is refused before any expensive
-    work, and before a file is written that stays."""
+    """The recipe's model after a rehearsed step: a bad setting is refused before any work and before any file."""
     policy = make_policy(recipe, first_home(recipe, accelerator))
     recipe.likelihood.check(policy)
     wanted_parts(recipe)

@@ -15,11 +15,8 @@ def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accel
 
 
 def shown(found: dict[str, float]) -> str:
-    return ", ".join(
-        f"{name} {value:.3f}"
-        for name, value in found.items()
-        if name in ("solve_rate", "cell_accuracy", "accuracy", "reward")
-    )
+    names = ("solve_rate", "cell_accuracy", "accuracy", "reward")
+    return ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name in names)
 
 
 def validate(run: Run[Recipe], step: int) -> dict[str, float]:

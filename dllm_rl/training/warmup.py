@@ -21,11 +21,9 @@ from dllm_rl.types import Rollout, SamplingParams
 
 
 def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int) -> Rollout:
-    """Prompts with their reference completions, as if a sampler had produced them; left-padded prompts.
+    """Left-padded prompts with solutions, as if sampled. Raises ValueError if a solution is missing or too long.
 
-    The completion ends with the end token where there is room, and is filled up with it (a diffusion model generates
-    all of its positions); a causal model learns the first end token only. Raises ValueError for a problem without a
-    solution, or one that does not fit.
+    End tokens fill up the completion, since a diffusion model generates them all; a causal model learns the first only.
     """
     pad, eos = policy.pad_id, policy.spec.eos_ids[0] if policy.spec.eos_ids else policy.pad_id
     if any(problem.blank is not None for problem in problems):
@@ -49,13 +47,12 @@ def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int
         attention.append([False] * (width - len(prompt)) + [True] * (len(prompt) + max_new_tokens))
         scored.append([False] * width + [True] * learnt + [False] * (max_new_tokens - learnt))
     tokens = torch.tensor(rows, device=policy.device)
-    blank = torch.zeros(tokens.shape, device=policy.device)
     return Rollout(
         tokens=tokens,
         attention_mask=torch.tensor(attention, device=policy.device),
         completion_mask=torch.tensor(scored, device=policy.device),
         unmask_step=torch.full_like(tokens, -1),
-        logprobs=blank,
+        logprobs=torch.zeros(tokens.shape, device=policy.device),
         group_size=1,
         sampling_params=SamplingParams(suppress=() if policy.spec.mask_id is None else (policy.spec.mask_id,)),
     )
@@ -64,7 +61,7 @@ def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int
 def draw_levels(
     generator: Generator, num_rows: int, length: int, *, min_t: float = 0.02
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B L"]]:
-    """Masking levels t ~ U(min_t, 1], stratified over the batch, and the uniforms that are compared with them."""
+    """Masking levels t ~ U(min_t, 1], stratified over the batch, and the uniforms to compare with them."""
     strata = (torch.randperm(num_rows, generator=generator) + torch.rand(num_rows, generator=generator)) / num_rows
     return min_t + (1 - min_t) * strata, torch.rand(num_rows, length, generator=generator)
 
@@ -108,8 +105,7 @@ def warmup(
     """AdamW on `supervised_loss`; returns the number of steps taken.
 
     draw_problems(step), draw_noise(step)  the data, and the masking levels and uniforms of `draw_levels`.
-    on_step(step, loss)  after each step; returning True ends the warm-up.
-    reduce_gradients     sums gradients over processes, each of which holds its share of the batch.
+    on_step(step, loss)  after each step; True ends the warm-up. reduce_gradients  sums gradients over processes.
     """
     optimizer = torch.optim.AdamW(policy.module.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
     for step in range(num_steps):
@@ -133,10 +129,7 @@ def warmup(
 def warm_up(
     recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog, measure: Callable[[], dict[str, float]]
 ) -> int:
-    """`warmup` with a recipe's settings, until warmup_metric reaches its target; returns how many steps were taken.
-
-    measure  evaluates the policy on the validation task.
-    """
+    """`warmup` with the recipe's settings until `measure` reaches warmup_target; returns the number of steps taken."""
     if not recipe.warmup_steps:
         return 0
     name = f"warmup/{recipe.warmup_metric}"

@@ -1,8 +1,6 @@
-"""What a step takes in memory, measured without weights or a GPU: the recipe's model runs one on fake tensors, which
-have shapes and no data, while every storage that lives is counted.
+"""A step's memory, measured without weights or a GPU: the model runs on fake tensors, and live storages are counted.
 
-Counted as the CPU's kernels have it; a kernel's own workspace is not, nor what an allocator rounds up and loses.
-Attention is the fused kernel, which keeps no scores. The rollout's forward is the learner's, the quantised copy beside.
+Measured with CPU kernels and fused attention; kernel workspaces and allocator rounding are not included.
 """
 
 import copy
@@ -37,7 +35,7 @@ NF4 = 9 / 16  # bytes a weight: half of one, and an fp32 scale per 64
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that were made inside and are alive: now, and at most."""
+    """Bytes of the live storages that were made in the block: now, and at most."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def measured(self, into: dict[str, int], name: str, *, peak: bool = False) -> Iterator[None]:
-        """Write under `name` how many bytes more are held after the block than before; or the most held inside it."""
+        """Write under `name` how many more bytes are held after the block than before, or the most held inside it."""
         before, self.peak = self.now, self.now
         yield
         into[name] = self.peak if peak else self.now - before
@@ -74,7 +72,7 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. held: what stays from step to step, by part. peaks: the most that is alive in a stage, `held` with it."""
+    """Bytes. held: kept from step to step, by part. peaks: the most alive in a stage, `held` included."""
 
     held: dict[str, int]
     peaks: dict[str, int]
@@ -85,7 +83,7 @@ class Memory:
 
 
 class Packed(nn.Linear):
-    """A frozen layer whose weight is held in few bits, and made whole for each product and for its backward."""
+    """A frozen layer whose weight is held in few bits, and unpacked for each product and its backward."""
 
     def __init__(self, layer: nn.Linear, bytes_per_weight: float, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -113,8 +111,7 @@ class _PackedProduct(torch.autograd.Function):
 
 
 class GroupedShapes(TorchFunctionMode):
-    """The product of rows with stacked experts, on fake tensors that are not in bf16, which torch (2.13) has no shapes
-    for: as a product with one expert's weights, whose result and gradients take the same memory."""
+    """Products of stacked experts outside bf16 (torch 2.13 has no shapes for them) as one expert's: the same memory."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -135,13 +132,11 @@ def measure_step(
 ) -> Memory:
     """One step of the recipe on fake tensors: optimiser, update, sync, rollout, scoring.
 
-    policy        a policy with the recipe's adapters, whose module is on the meta device, or has weights to forget.
-    dtype         of its weights; None: as they are.
-    rollout_copy  bytes of the quantised copy.
+    policy        with the recipe's adapters, and a module on the meta device or with weights to forget.
+    dtype         of its weights; None: as they are. rollout_copy: bytes of the quantised copy.
     on_gpu        the optimiser's step is one fused kernel. (The head's chunks are those of the policy's device.)
 
-    Gradients are taken to be there from an earlier micro-batch or view, unless the batch is one of each. Where scoring
-    keeps its graphs (`most_graphs`), they are there in the stages of scoring and update.
+    Gradients of an earlier micro-batch or view are present, unless the batch is one of each.
     """
     all_rows = recipe.train_batch_size * recipe.num_generations
     micro, rollout_rows = recipe.micro_batch_size or all_rows, recipe.rollout_batch_size or all_rows
@@ -201,11 +196,10 @@ def measure_step(
 
 
 def shared_out(memory: Memory, module: Module, size: int) -> Memory:
-    """What one of `size` processes takes that hold the learner between them, from what one alone takes.
+    """The memory per process of a learner sharded over `size` processes, from the memory of one alone.
 
-    What is held is parted, but for the rollout's copy. Whole, for their turn, are two blocks (the next is fetched), the
-    backbone's other weights and the head; in the update with the gradients of these, once more where they are summed
-    over processes, but for the head's; in the sync the largest tensor.
+    Unsharded are the rollout's copy and, in turn, two blocks (the next is fetched), the backbone's other weights and
+    the head; in the update also their gradients, twice while summed except the head's; in the sync the largest tensor.
     """
     held = {name: value if name == "rollout copy" else -(-value // size) for name, value in memory.held.items()}
     before, now = sum(memory.held.values()), sum(held.values())
@@ -223,17 +217,15 @@ def shared_out(memory: Memory, module: Module, size: int) -> Memory:
     scoring = 2 * block + rest + head
     extra = {"scoring": scoring, "update": scoring + 2 * (block_grad + rest_grad) + head_grad}
     extra["sync or save"] = each * max(numbers)
-    parted = {"optimiser step"}
     peaks = {
-        name: int(now + (peak - before) / (size if name in parted else 1) + extra.get(name, 0))
+        name: int(now + (peak - before) / (size if name == "optimiser step" else 1) + extra.get(name, 0))
         for name, peak in memory.peaks.items()
     }
     return Memory(held, peaks)
 
 
 def forget_data(module: Module, dtype: torch.dtype | None, quantization: str | None) -> Module:
-    """The module with new, empty tensors: floating weights in `dtype`, adapters and buffers as they are, and linear
-    layers of the blocks in few bits where the base is quantised."""
+    """The module with empty tensors: floating weights in `dtype`, linear layers of a quantised base in few bits."""
     new: dict[int, Tensor] = {}
 
     def empty(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -255,7 +247,7 @@ def forget_data(module: Module, dtype: torch.dtype | None, quantization: str | N
 
 
 def sampling_params(recipe: Recipe, policy: Policy) -> SamplingParams:
-    """Those of the recipe's sampler: temperature, filters, and the mask token, which is never sampled."""
+    """The sampler's temperature and filters, and the mask token, which is never sampled."""
     given, mask_id = getattr(recipe.sampler, "keywords", {}), policy.spec.mask_id
     suppress = (*given.get("suppress", ()), *([] if mask_id is None else [mask_id]))
     named = {name: given[name] for name in ("temperature", "top_k", "top_p") if name in given}
@@ -276,21 +268,20 @@ def view_states(recipe: Recipe, policy: Policy, rows: int, prompt_tokens: int) -
 
 
 def most_graphs(recipe: Recipe, policy: Policy, *, rows: int) -> int:
-    """Forwards of a micro-batch whose graphs `kept_graphs` can hold at once; how many views an estimator has is known
-    where it has one, and else taken to be as many as fit."""
+    """How many of scoring's graphs `kept_graphs` keeps; an estimator of unknown views takes as many as fit."""
     chunks = math.ceil(rows / (recipe.micro_batch_size or rows))
     views = 1 if recipe.likelihood.name in ONE_VIEW else recipe.kept_graphs // chunks
     return views * chunks if views and keeps_graphs(recipe, policy, views=views, rows=rows) else 0
 
 
 def view_logprobs(recipe: Recipe, policy: Policy, rows: int, prompt_tokens: int, params: SamplingParams) -> Tensor:
-    """The log-probs of a view's states, with the graph of all that made them."""
+    """The log-probs of a view's states, with their graph."""
     states = view_states(recipe, policy, rows, prompt_tokens)
     return token_logprobs(policy, states, torch.zeros(len(states), dtype=torch.long), params)
 
 
 def two_chunks(policy: Policy, states: Tensor) -> Tensor:
-    """As many rows as the head takes in two chunks: a third holds no more at once than the second."""
+    """As many rows as the head takes in two chunks: a third chunk holds no more memory than the second."""
     return states[: 2 * chunk_rows(policy.vocab_size, policy.device)]
 
 
@@ -299,8 +290,7 @@ def batch_of(rows: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def sample_step(recipe: Recipe, policy: Policy, rows: int, prompt_tokens: int, params: SamplingParams) -> None:
-    """The widest step of a rollout: the forward of all rows and the draw in an open block; keys and values are held
-    where the sampler caches them."""
+    """The widest step of a rollout: the forward of all rows and the draw in a block, with keys and values if cached."""
     length, given, spec = recipe.max_new_tokens, getattr(recipe.sampler, "keywords", {}), policy.spec
     causal = spec.attention == "causal"
     cache = None
@@ -310,9 +300,8 @@ def sample_step(recipe: Recipe, policy: Policy, rows: int, prompt_tokens: int, p
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (2, config.num_hidden_layers, rows, heads, prompt_tokens + length, size)
         cache = torch.empty(shape, dtype=next(policy.module.parameters()).dtype)
-    tokens, mask = batch_of(
-        rows // recipe.num_generations if causal else rows, prompt_tokens + (0 if causal else length)
-    )
+    width = prompt_tokens + (0 if causal else length)
+    tokens, mask = batch_of(rows // recipe.num_generations if causal else rows, width)
     states = policy.hidden(tokens, mask)
     if causal:
         token_logprobs(policy, states[:, -1], tokens[:, -1], params)
@@ -324,7 +313,7 @@ def sample_step(recipe: Recipe, policy: Policy, rows: int, prompt_tokens: int, p
 
 
 def step_optimizer(recipe: Recipe, trained: list[nn.Parameter], *, on_gpu: bool) -> object:
-    """Clip and step as `update` does; what it returns holds the optimiser's state."""
+    """Clip and step as `update` does; returns what holds the optimiser's state."""
     torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
     if recipe.optim is adamw_8bit:  # its kernel wants addresses: two bytes a weight, a scale for each 256 of either
         return [torch.empty(2 * p.numel() + p.numel() // 32, dtype=torch.uint8) for p in trained]

@@ -1,7 +1,8 @@
-"""What a recipe would take, worked out without its weights: parameters, batches, memory, and the GPUs that it fits."""
+"""What a recipe takes, computed without weights: parameters, batches, memory, and the GPUs that it fits."""
 
 import copy
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ CONFIGS = Path(__file__).parents[2] / "models" / "configs"
 
 
 def published_config(path_or_id: str | Path) -> dict:
-    """Config fields of a checkpoint's folder, or of one of the published models whose configs the package carries."""
+    """Config fields of a checkpoint's folder, or of a published model whose config the package contains."""
     for file in (Path(path_or_id) / "config.json", CONFIGS / f"{str(path_or_id).replace('/', '--')}.json"):
         if file.is_file():
             return json.loads(file.read_text())
@@ -43,7 +44,7 @@ def published_config(path_or_id: str | Path) -> dict:
 
 
 class MetaPolicy(DiffusionPolicy):
-    """A policy without weights or tokenizer, as it would be on a GPU: what can be known before either is fetched."""
+    """A policy on a GPU without weights or tokenizer: what is known before either is fetched."""
 
     @property
     def pad_id(self) -> int:
@@ -78,7 +79,7 @@ def meta_policy(recipe: Recipe) -> MetaPolicy:
 
 
 def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
-    """Raise ValueError when sampler, likelihood and model do not go together, or a completion does not fit."""
+    """Raise ValueError if sampler, likelihood and model do not go together, or a completion does not fit."""
     recipe.likelihood.check(policy)
     size = group_size(recipe, launched())
     check_sharding(recipe, max(size, launched()))
@@ -97,7 +98,7 @@ def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
 
 
 def dtype_of(recipe: Recipe, module: Module) -> torch.dtype:
-    """Of the weights: the recipe's, or those that a small model is made with."""
+    """The weights' dtype: the recipe's, or that of a small model as made."""
     if not isinstance(recipe.model, str):
         return next(module.parameters()).dtype
     name = module.config.dtype if recipe.dtype == "auto" else recipe.dtype
@@ -105,7 +106,7 @@ def dtype_of(recipe: Recipe, module: Module) -> torch.dtype:
 
 
 def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> Memory:
-    """Bytes per GPU: data parallel, every GPU holds all of them, or its part of what a shared-out learner has."""
+    """Bytes per GPU: every GPU holds the full learner, or its part of a sharded one."""
     dtype, size = dtype_of(recipe, policy.module), group_size(recipe, launched())
     copied = rollout_bytes(recipe, policy, 2 if recipe.bf16 else dtype.itemsize)
     if size > 1 and recipe.rollout_quantization is None:
@@ -133,9 +134,8 @@ def quantisable(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str,
 
 
 def rollout_bytes(recipe: Recipe, policy: MetaPolicy, size: int) -> int:
-    """The quantised copy: a byte a weight, half of one in packed int4, `size` where rounded weights are held in their
-    own dtype and four where inputs are rounded with them; and what keeps its precision. Scales are left out, a few in a
-    thousand."""
+    """Bytes of the quantised copy without scales (a few per thousand). A quantised weight takes 1, in packed int4 0.5,
+    rounded in its own dtype `size`, with rounded inputs 4; the other weights take `size`."""
     layers, weights, _ = quantisable(recipe, policy)
     scheme = recipe.rollout_quantization
     if scheme is None or not layers:
@@ -148,10 +148,9 @@ def rollout_bytes(recipe: Recipe, policy: MetaPolicy, size: int) -> int:
 
 
 def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
-    """The plan as text, after every check that needs no weights. Raises ValueError where the recipe cannot run.
+    """The plan as text, after every check that needs no weights. Raises ValueError if the recipe cannot run.
 
-    prompt_tokens  length that prompts are assumed to have; None: the first one's of a model that is made here, whose
-                   tokenizer is known, else 256.
+    prompt_tokens  assumed prompt length; None: the first prompt's if the tokenizer is known, else 256.
     """
     policy, size = meta_policy(recipe), group_size(recipe, launched())
     if prompt_tokens is None and policy.tokenizer is None:
@@ -164,9 +163,7 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
     parts = memory(recipe, policy, prompt_tokens)
     layers, weights, kept = quantisable(recipe, policy)
     rows, length = recipe.train_batch_size * recipe.num_generations, recipe.max_new_tokens
-    reasons = {why.split(" ")[0] if why.startswith("tied") else why: 0 for why in kept.values()}
-    for why in kept.values():
-        reasons[why.split(" ")[0] if why.startswith("tied") else why] += 1
+    reasons = Counter(why.split(" ")[0] if why.startswith("tied") else why for why in kept.values())
     between = f", {size} GPUs holding the learner between them" if size > 1 else ""
     lines = [
         f"{recipe.name}: {recipe.model if isinstance(recipe.model, str) else policy.spec.name} "
@@ -195,7 +192,7 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
 
 
 def graphs_kept(recipe: Recipe, policy: MetaPolicy, rows: int) -> str:
-    """Whether the first update goes back through scoring's forwards."""
+    """Whether the first update goes back through the forwards that scored."""
     found = most_graphs(recipe, policy, rows=rows)
     if not found:
         return "none: an update runs every forward again, one at a time"
@@ -204,5 +201,5 @@ def graphs_kept(recipe: Recipe, policy: MetaPolicy, rows: int) -> str:
 
 
 def fit(peak: int, size: int) -> str:
-    """Whether a step fits a GPU of `size` GB, with what its allocator and kernels need left over."""
+    """Whether a step fits a GPU of `size` GB, with a reserve for its allocator and kernels."""
     return "yes" if peak <= USABLE * size * GB else "no"
