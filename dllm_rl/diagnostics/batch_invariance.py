@@ -1,7 +1,6 @@
 """A reference without training-inference mismatch: rollout and learner agree bit for bit (VeXact, 2605.14220 [paper]).
 
-Two forwards of the same weights differ when a kernel is chosen, or splits a sum, by the shape of the batch. Here every
-kernel sees one shape whatever the batch: matrix products run in tiles of a fixed number of rows, attention row by row.
+Kernels depend on the batch's shape. Here products run in tiles of a fixed number of rows, attention row by row.
 """
 
 import os
@@ -24,8 +23,8 @@ SETTINGS = (":4096:8", ":16:8")  # which torch reads once, at the first product 
 
 
 def prepare_workspace() -> None:
-    """Set what deterministic products on a GPU need, for the rest of the process; nothing without one. To be called
-    before the first product there. Raises ValueError where there was one without the setting."""
+    """Set what deterministic products on a GPU need, for the rest of the process, before its first product there.
+    Raises ValueError if there was a product without the setting."""
     if not torch.cuda.is_available():
         return
     found = os.environ.get(WORKSPACE)
@@ -44,7 +43,7 @@ def prepare_workspace() -> None:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """torch's deterministic algorithms, an error where there is none, for the time of the block."""
+    """torch's deterministic algorithms in the block; an error for an operation that has none."""
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -58,7 +57,7 @@ GROUPED = [f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_
 
 
 class BatchInvariantOps(TorchFunctionMode):
-    """Linear layers in tiles of `tile` rows, the last filled up with zeros; attention row by row of the batch."""
+    """Linear layers in tiles of `tile` rows, the last filled up with zeros; attention row by row."""
 
     def __init__(self, tile: int) -> None:
         super().__init__()
@@ -89,7 +88,7 @@ class BatchInvariantOps(TorchFunctionMode):
     def grouped(
         self, input: Tensor, weight: Tensor, *, offs: Tensor, bias: None = None, out_dtype: torch.dtype | None = None
     ) -> Tensor:
-        """The products of stacked experts, expert by expert: rows up to offs[0] with weight[0] (K, N), and so on."""
+        """Products of stacked experts, expert by expert: rows up to offs[0] with weight[0] (K, N), and so on."""
         counts = offs.diff(prepend=offs.new_zeros(1)).tolist()
         parts = input.split([*counts, len(input) - sum(counts)])
         out = torch.cat([self.linear(part, one.T) for part, one in zip(parts, weight, strict=False)])
@@ -105,12 +104,11 @@ class BatchInvariantOps(TorchFunctionMode):
 
 @contextmanager
 def batch_invariant(*, tile: int = 64) -> Iterator[None]:
-    """Batch-invariant and deterministic arithmetic for the time of the block; every setting is put back after it.
+    """Batch-invariant and deterministic arithmetic in the block; every setting is restored after it. It is slow.
 
-    Deterministic algorithms on; TF32, reduced-precision reductions and cuDNN's autotuner off; fp32 products at full
-    precision; on CUDA attention by its plain kernel; fixed shapes as in BatchInvariantOps. Slower, for runs that are
-    to be judged against. A sampler with a key-value cache computes other shapes than the learner and stays outside of
-    it, as do inputs quantised with one scale per tensor. Raises ValueError as `prepare_workspace` does.
+    TF32, reduced-precision reductions and cuDNN's autotuner are off; CUDA attention takes its plain kernel. A sampler
+    with a key-value cache, and inputs quantised with one scale per tensor, still differ. Raises as `prepare_workspace`
+    does.
     """
     if tile < 1:
         raise ValueError(f"tile={tile} must be at least 1 row")
@@ -141,11 +139,8 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
 def check_bitwise_equal(
     rollout: Rollout, noise: Noise, logps: Logprobs, *, policy: Policy, rollout_policy: Policy
 ) -> None:
-    """Raise RuntimeError unless learner and rollout agree bit for bit at every completion position of a scored row.
-
-    The error names the first position that differs, its two log-probs (nats), and the layer where the hidden states of
-    that row part.
-    """
+    """Raise RuntimeError unless learner and rollout agree bit for bit at every completion position of a scored row. The
+    error names the first position that differs, its log-probs (nats), and the first layer that differs."""
     old, sampled, mask = logps.old, logps.rollout, noise.scored(rollout.completion_mask)
     differs = mask & (old != sampled)
     if not differs.any():
@@ -177,7 +172,7 @@ def first_differing_layer(policy: Policy, rollout_policy: Policy, tokens: Tensor
 
 @torch.no_grad()
 def layer_outputs(policy: Policy, tokens: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Outputs of every layer that has weights of its own (an adapted layer as one), in order of execution."""
+    """Outputs of every layer with weights of its own (an adapted layer is one), in order of execution."""
     outputs: dict[str, Tensor] = {}
     hooks = []
     for name, layer in policy.module.named_modules():

@@ -1,10 +1,8 @@
 """Attribution by ablation: remove one difference between rollout and learner at a time, and measure the log-probs.
 
-The learner's log-probs are carried to the rollout's through intermediate policies that differ in one thing each, so
-that the steps add up to the whole, token by token:
+Intermediate policies between learner and rollout differ in one thing each, so that the steps add up, token by token:
     log_mismatch = sum over causes of (score before the switch - score after it), nats.
-Every policy on the way has its logits in fp32, so that what heads in 16 bits add is one cause, of both ends together.
-Two more causes, which both sides share, are probed on the learner alone: padding and the shape of the batch.
+They have fp32 logits, so that 16-bit heads are one cause. Padding and batch shape are probed on the learner alone.
 """
 
 import copy
@@ -15,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from dllm_rl.algorithms.mismatch import mismatch_metrics
@@ -81,12 +79,11 @@ class WorstToken:
 
 @dataclass(frozen=True)
 class Report:
-    """total  of all causes that the loop would see; causes by mean |d|; layers by relative error of their outputs.
+    """The whole mismatch, causes by mean |d|, tokens, and layers by relative error of their outputs.
 
-    half_heads  the whole as it would be with 16-bit heads, both sides scored again; None where heads are in 16 bits
-                anyway, or the models are not.
-    order       of the first step's positions, and of the prompts, the share whose order is the learner's own
-                (`order_agreement`): what log-probs given the order do not see; None where no policy decides it.
+    half_heads  the whole with 16-bit heads, both sides scored again; None if not applicable.
+    order       share of first-step positions and of prompts whose order is the learner's (`order_agreement`); log-probs
+                given the order do not see it. None: no policy decides the order.
     routing     share of the rollout's experts that the learner takes too, by layer; None without mixtures of experts.
     load        tokens of each expert, by layer, in the rollout and in the learner; None without.
     """
@@ -104,7 +101,7 @@ class Report:
 
     @property
     def worst(self) -> float:
-        """Mean |d| of the whole, or of a probed cause where that is larger; nats."""
+        """Mean |d| of the whole, or of a probed cause if larger; nats."""
         return max(self.total.mean_abs, self.causes[0].mean_abs)
 
     @property
@@ -138,10 +135,10 @@ def diagnose(
 ) -> Report:
     """Sample `prompts` as a run would, and attribute log_mismatch = logp_learner - logp_rollout to its causes.
 
-    config              of the rollout's quantisation; None: that of rollout_policy, or none.
-    likelihood          that scores; None: the exact one (trajectory, or causal).
-    rollout_policy      that samples; None: a fresh copy. Give one to have it looked at for stale weights or precision.
-    learner_sampling_params  of the learner's scoring; None mirrors the rollout's.
+    config              the rollout's quantisation; None: that of rollout_policy, or none.
+    likelihood          None: the exact one (trajectory, or causal).
+    rollout_policy      the policy that samples, to look for stale weights or precision; None: a fresh copy.
+    learner_sampling_params  for the learner's scoring; None: the rollout's.
     share_noise         both sides use the same masks.
     Raises ValueError when the sampler chose no token.
     """
@@ -159,9 +156,7 @@ def diagnose(
     ) -> Tensor:
         return likelihood.logprobs(p, r, n, micro_batch_size=size, note=note)
 
-    scored_as = (
-        rollout if learner_sampling_params is None else replace(rollout, sampling_params=learner_sampling_params)
-    )
+    scored_as = replace(rollout, sampling_params=learner_sampling_params or rollout.sampling_params)
     plain = with_head(in_rollout_forward(policy, rollout_policy), float32=True)
     rounded, fresh = (plain, plain) if config is None else operands(plain, config)
     learner = score(policy, scored_as, own_noise)
@@ -210,12 +205,8 @@ def diagnose(
         half_heads=half_heads,
         order=tuple((above / below).item() for above, below in agreement.values()) or None,  # type: ignore[arg-type]
         routing=None if counts is None else tuple((counts[:, 0] / counts[:, 1]).tolist()),
-        load=None if counts is None else tuple(as_tuples(side) for side in counts[:, 2:].chunk(2, 1)),  # type: ignore
+        load=None if counts is None else tuple(tuple(map(tuple, side.tolist())) for side in counts[:, 2:].chunk(2, 1)),  # type: ignore
     )
-
-
-def as_tuples(table: Int[Tensor, "M X"]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(row) for row in table.tolist())
 
 
 def measure(name: str, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Cause:
@@ -226,14 +217,14 @@ def measure(name: str, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Ca
 
 
 def with_head(policy: Policy, *, float32: bool) -> Policy:
-    """The same policy, weights included, with its logits in fp32 or in its own dtype."""
+    """The same policy, weights shared, with its logits in fp32 or in its own dtype."""
     other = copy.copy(policy)
     other.float32_head = float32
     return other
 
 
 def computes_in_half(*policies: Policy) -> bool:
-    """Whether a head would run in 16 bits if it were let to."""
+    """Whether a head without float32_head would compute in 16 bits."""
     heads = ((output_embeddings(p.module), p) for p in policies)
     kinds = {(next(p.module.parameters()) if head is None else head.weight).dtype for head, p in heads}
     return not kinds.isdisjoint(HALF) or any(torch.is_autocast_enabled(p.device.type) for p in policies)
@@ -262,7 +253,7 @@ def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
 
 @torch.no_grad()
 def operands(plain: Policy, config: Any) -> tuple[Policy, Policy]:
-    """Two copies: with the weights rounded and nothing else, and quantised in full."""
+    """Two copies: with rounded weights only, and fully quantised."""
     fresh, rounded = quantized_copy(plain, config), quantized_copy(plain, None)
     weights = dict(rounded.module.named_parameters())
     for name, layer in quantized_layers(fresh):
@@ -272,7 +263,7 @@ def operands(plain: Policy, config: Any) -> tuple[Policy, Policy]:
 
 
 def pad_left(rollout: Rollout, noise: Noise, pad_id: int) -> tuple[Rollout, Noise]:
-    """The same batch with PADDING more columns of padding on the left: it should score the same."""
+    """The same batch with PADDING more columns on the left, which should score the same."""
     wider = lambda x: F.pad(x, (PADDING, 0))  # noqa: E731
     return rollout.padded(PADDING, pad_id=pad_id), replace(
         noise,
@@ -285,7 +276,7 @@ def pad_left(rollout: Rollout, noise: Noise, pad_id: int) -> tuple[Rollout, Nois
 def worst_tokens(
     policy: Policy, rollout: Rollout, learner: Float[Tensor, "B T"], sampled: Float[Tensor, "B T"], count: int
 ) -> tuple[WorstToken, ...]:
-    """The tokens with the largest |learner - rollout|, and eight tokens of text on either side."""
+    """The tokens with the largest |learner - rollout|, with eight tokens of text on either side."""
     gap = torch.where(rollout.completion_mask, (learner - sampled).abs(), -1.0)
     best = gap.flatten().topk(min(count, int(rollout.completion_mask.sum()))).indices
     found = []

@@ -17,33 +17,16 @@ COLUMNS = ("cause", "mean |d|", "max |d|", "k3", "ESS", "to do")
 
 
 def rows(report: Report) -> list[tuple[str, ...]]:
-    """The whole, then each cause, as text; nats. Advice where a cause is a hundredth of the mismatch or more."""
-    return [
-        (
-            c.name,
-            f"{c.mean_abs:.2e}",
-            f"{c.max_abs:.2e}",
-            f"{c.k3:.1e}",
-            f"{c.ess:.4f}",
-            c.advice * (c.mean_abs >= report.worst / 100),
-        )
-        for c in (report.total, *([report.half_heads] if report.half_heads else []), *report.causes)
-    ]
-
-
-def token_rows(report: Report) -> list[tuple[str, ...]]:
-    return [
-        (f"{t.row}, {t.position}", f"{t.before}[{t.token}]{t.after}", f"{t.learner:.4f}", f"{t.rollout:.4f}")
-        for t in report.tokens
-    ]
-
-
-def layer_rows(report: Report) -> list[tuple[str, ...]]:
-    return [(name, f"{error:.2e}") for name, error in report.layers]
+    """The whole, then each cause, as text; nats. Advice if a cause is at least a hundredth of the mismatch."""
+    found = []
+    for c in (report.total, *([report.half_heads] if report.half_heads else []), *report.causes):
+        advice = c.advice if c.mean_abs >= report.worst / 100 else ""
+        found.append((c.name, f"{c.mean_abs:.2e}", f"{c.max_abs:.2e}", f"{c.k3:.1e}", f"{c.ess:.4f}", advice))
+    return found
 
 
 def routing_rows(report: Report) -> list[tuple[Any, ...]]:
-    """Of each mixture: the share of experts that both sides take, and each side's busiest expert against the mean."""
+    """Per mixture: the share of experts that both sides take, and each side's busiest expert against the mean."""
     if report.routing is None or report.load is None:
         return []
     busiest = ([f"{max(row) * len(row) / sum(row):.2f}" for row in side] for side in report.load)
@@ -59,13 +42,18 @@ def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, .
     ] * (report.order is not None)
     routes = [(f"layer {i}", f"{share:.3f}", *loads) for i, (share, *loads) in enumerate(routing_rows(report))]
     columns = ("mixture", "same experts", "busiest / mean, rollout", "learner")
+    tokens = [
+        (f"{t.row}, {t.position}", f"{t.before}[{t.token}]{t.after}", f"{t.learner:.4f}", f"{t.rollout:.4f}")
+        for t in report.tokens
+    ]
+    layers = [(name, f"{error:.2e}") for name, error in report.layers]
     routed = [("experts, shares that both sides take", columns, routes)] * bool(routes)
     return [
         (f"log-prob mismatch over {report.num_tokens} tokens, nats; rollout: {report.scheme}", COLUMNS, rows(report)),
         *in_order,
         *routed,
-        ("worst tokens", ("row, position", "in context", "learner", "rollout"), token_rows(report)),
-        ("worst layers, relative error of their outputs", ("layer", "error"), layer_rows(report)),
+        ("worst tokens", ("row, position", "in context", "learner", "rollout"), tokens),
+        ("worst layers, relative error of their outputs", ("layer", "error"), layers),
     ]
 
 

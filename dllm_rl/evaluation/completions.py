@@ -1,8 +1,7 @@
-"""Stored completions: a JSONL file that grows while an evaluation runs, survives a kill, and can be graded again.
+"""Stored completions: a JSONL file that grows during an evaluation, survives a kill, and can be graded again.
 
-A row holds `prompt`, `completion`, the problem's fields under their own names, and under `evaluation` what made it.
-Each process appends to a part of its own, NAME.partN.jsonl; as an evaluation begins and ends, parts are folded into
-NAME.jsonl.
+A row holds `prompt`, `completion`, the problem's fields, and under `evaluation` what made the row. Each process appends
+to NAME.partN.jsonl; as an evaluation begins and ends, the parts are folded into NAME.jsonl.
 """
 
 import hashlib
@@ -24,10 +23,9 @@ OWN = ("prompt", "completion", "evaluation")
 
 
 class Completions:
-    """Owns the file: the rows that it held, and the part that this process adds to. Without a path it keeps nothing.
+    """The file's rows, and the part that this process appends to; without a path nothing is kept.
 
-    made_with  facts that stored rows must share with those to come (weights, seed, sampler).
-    Raises ValueError on rows made with others, and on lines that are no rows.
+    made_with  facts that stored rows must share with new rows (weights, seed, sampler); ValueError if they do not.
     """
 
     def __init__(self, path: Path | None, made_with: Mapping[str, Any], accelerator: Processes) -> None:
@@ -45,7 +43,7 @@ class Completions:
                         )
 
     def held(self, keys: Sequence[Key], problems: Mapping[int, Problem]) -> dict[Key, Row]:
-        """The stored rows among `keys`. Raises ValueError when one belongs to another problem."""
+        """The stored rows among `keys`. Raises ValueError if a row belongs to another problem."""
         rows = {key: self.rows[key] for key in keys if key in self.rows}
         for key, row in rows.items():
             now = json.loads(json.dumps(make_row(problems[key[0]], row["completion"], row["evaluation"])))
@@ -59,7 +57,7 @@ class Completions:
         return rows
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Add whole lines to this process's part, and have them on disk on return."""
+        """Append whole lines to this process's part; they are on disk on return."""
         if self.path is not None:
             with self.part.open("a", encoding="utf-8") as file:
                 file.write("".join(map(_line, rows)))
@@ -77,7 +75,7 @@ class Completions:
 
 
 def make_row(problem: Problem, completion: str, evaluation: Mapping[str, Any]) -> Row:
-    """A row of the file. Raises ValueError when a field of the problem bears a name that rows need."""
+    """A row of the file. Raises ValueError if a problem's field has a name that rows need."""
     blank = {} if problem.blank is None else {"blank": problem.blank}
     taken = [name for name in problem.fields if name in (*OWN, *blank)]
     if taken:
@@ -94,7 +92,8 @@ def fold(path: Path) -> None:
         return
     rows = read(path)
     for part in parts:
-        _drop_torn_line(part)
+        with part.open("rb+") as file:  # cut what a killed process left of a last line
+            file.truncate(file.read().rfind(b"\n") + 1)
         rows |= read(part)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(_line(rows[key]) for key in sorted(rows))
@@ -103,12 +102,12 @@ def fold(path: Path) -> None:
 
 
 def read(path: Path) -> dict[Key, Row]:
-    """The file's rows by (problem, sample); none without a file. Raises ValueError naming the line that is no row."""
+    """The file's rows by (problem, sample); none without a file. Raises ValueError naming a malformed line."""
     return {_key(place, row): row for place, row in load_rows(path)} if path.exists() else {}
 
 
 def fingerprint(policy: Policy) -> str:
-    """Sixteen hex digits that tell weights apart: of every layer's kind and each parameter's first 1024 numbers."""
+    """Sixteen hex digits that distinguish weights: each layer's kind, each parameter's first 1024 numbers."""
     digest = hashlib.sha256()
     for name, module in policy.module.named_modules():
         digest.update(f"{name} {type(module).__name__}\n".encode())
@@ -128,9 +127,3 @@ def _key(place: str, row: Row) -> Key:
 
 def _line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _drop_torn_line(part: Path) -> None:
-    """Cut what a killed process left of a last line."""
-    with part.open("rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)

@@ -38,14 +38,12 @@ def evaluate(
 
     Random numbers depend on (seed, problem, sample) only; sample 0 is what samples=1 gives.
     batch_size   completions per call of the sampler and process, but at least those of one problem.
-    completions  a .jsonl file that keeps every completion; stored completions are re-graded instead of sampled again.
-    model        a name, for the records.
-    quantization what the policy's weights were quantised with, for the records.
-    accelerator  shares the problems out to its processes; all of them return the same. None: this process alone.
+    completions  a .jsonl file that keeps every completion; stored completions are graded again, not sampled again.
+    model, quantization  names of the model and of its weights' quantisation, for the records.
+    accelerator  shares the problems among its processes; all return the same result. None: this process alone.
     reward_timeout  seconds for the grading of one completion; see `tasks.deadline`. None: no limit.
-    progress     called with the number of completions done by then, over all processes.
-
-    Raises ValueError when the file holds completions of other weights, quantisation, seed, sampler or problems.
+    progress     called with the number of completions done so far, over all processes.
+    Raises ValueError if the file holds completions of other weights, quantisation, seed, sampler or problems.
     """
     count = len(task) if limit is None else min(limit, len(task))
     for name, value in {"samples": samples, "batch_size": batch_size, "limit": count}.items():
@@ -80,9 +78,8 @@ def evaluate(
                 answers.append(Graded(*key, reward, record["tokens"], record["forwards"], record["seconds"]))
             progress(min(len(answers) * accelerator.num_processes, count * samples))
     keeper.close()
-    return Evaluation(
-        tuple(sorted(gather_objects(answers, accelerator), key=lambda answer: (answer.problem, answer.sample))), facts
-    )
+    gathered = sorted(gather_objects(answers, accelerator), key=lambda answer: (answer.problem, answer.sample))
+    return Evaluation(tuple(gathered), facts)
 
 
 def complete(
@@ -112,7 +109,7 @@ def complete(
 
 
 def task_facts(task: Task) -> dict[str, Any]:
-    """Name, version, protocol, split, and those of the task's settings that are plain values."""
+    """Name, version, protocol and split of a task, and its settings that are plain values."""
     inner = getattr(task, "task", task)  # under a protocol, the settings are those of the task itself
     fields = dataclasses.fields(inner) if dataclasses.is_dataclass(inner) else ()
     values = {field.name: getattr(inner, field.name) for field in fields}

@@ -8,10 +8,9 @@ import numpy as np
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for a proportion.
+    """Wilson's score interval for a proportion p = successes/n, z the two-sided normal quantile (Wilson 1927):
+    (p + z^2/2n -+ z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n), in [0, 1] and of positive width.
 
-    (p + z^2/2n -+ z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n), p = successes/n, z the two-sided normal quantile.
-    Within [0, 1] and of positive width even when no or every trial succeeds. Source: Wilson 1927.
     Errors: ValueError unless 0 <= successes <= n, n >= 1 and 0 < confidence < 1.
     """
     if not (n >= 1 and 0 <= successes <= n):
@@ -35,11 +34,10 @@ def bootstrap_mean(
     resamples: int = 2000,
     weights: Sequence[float] | np.ndarray | None = None,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval for a mean, or for sum(values)/sum(weights) when weights are given.
+    """Percentile bootstrap interval (Efron 1979) for a mean, or for sum(values)/sum(weights) when weights are given.
 
-    Rows are drawn with replacement, value and weight together, so a ratio such as correct cells over empty cells is
-    resampled by puzzle. Source: Efron 1979. Undercovers with few rows (93 % of 95 % at 30 normal ones).
-    Errors: ValueError for no values, for weights of another length, and for weights that are not positive.
+    Rows are drawn with replacement, value and weight together. Undercovers with few rows (93 % of 95 % at 30 normal
+    ones). Errors: ValueError without values, for weights of another length, and for weights that are not positive.
     """
     numbers = np.asarray(values, dtype=np.float64)
     shares = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -59,11 +57,10 @@ def bootstrap_difference(
     weights: Sequence[float] | np.ndarray | None = None,
     weights_before: Sequence[float] | np.ndarray | None = None,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval for the mean of `values` less that of `before`, measured on the same rows.
+    """Percentile bootstrap interval (Efron 1979) for the mean of `values` less that of `before`, on the same rows.
 
-    A row is drawn with both of its values, so that what makes it hard for both cancels; with weights the two means are
-    sum(values)/sum(weights). Source: Efron 1979. Where no row differs it has no width, however few rows there are.
-    Errors: ValueError for no values, and for lengths that are not those of `values`.
+    A row is drawn with both values, so that its difficulty cancels; with weights a mean is sum(values)/sum(weights).
+    The width is 0 if no row differs. Errors: ValueError without values, and for lengths that are not those of `values`.
     """
     numbers, other = np.asarray(values, dtype=np.float64), np.asarray(before, dtype=np.float64)
     shares = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -82,7 +79,7 @@ def _percentiles(
     confidence: float,
     resamples: int,
 ) -> tuple[float, float]:
-    """The middle `confidence` of a statistic of n rows that are drawn with replacement, so many times."""
+    """The middle `confidence` of a statistic of n rows drawn with replacement, `resamples` times."""
     level = _level(confidence)
     found = np.array([statistic(generator.integers(0, n, n)) for _ in range(resamples)])
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
@@ -90,9 +87,9 @@ def _percentiles(
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The unbiased estimate of the chance that one of k samples is correct, from n samples with `correct` right.
-
+    """Unbiased estimate of the chance that one of k samples is correct, from n samples with `correct` right:
     1 - C(n - correct, k) / C(n, k), as a product that neither overflows nor cancels. Source: Chen et al. 2021, eq. 1.
+
     Errors: ValueError unless 0 <= correct <= n and 1 <= k <= n.
     """
     if not (0 <= correct <= n and 1 <= k <= n):

@@ -23,15 +23,13 @@ Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its 
 
 
 class HarnessModel(TemplateLM):
-    """Answers the harness's three kinds of request with a sampler and a likelihood estimator.
+    """Answers the harness's three kinds of request with a sampler and a likelihood estimator, in one process.
 
-    sampler     unmask or autoregress with its settings bound. Its length and temperature count, not those that a task
-                asks for; of a task's generation settings only `until` does.
+    sampler     unmask or autoregress with its settings bound; of a task's generation settings only `until` is used.
     likelihood  any estimator that needs no recorded unmasking: causal(), elbo(), coupled(), quadrature() ...; nats.
-    greedy      whether to find out if greedy decoding, a token a step, gives the continuation: a forward a token, which
-                tasks of multiple choice have no use for. Without it no continuation counts as greedy.
+    greedy      find out if greedy decoding gives the continuation (one forward per token); False: none is greedy.
 
-    One process. Raises ValueError for an estimator that is not one of this policy's, and for a text that does not fit.
+    Raises ValueError for an estimator that does not fit this policy, and for a text that is too long.
     """
 
     def __init__(
@@ -135,10 +133,7 @@ class HarnessModel(TemplateLM):
 
 
 def as_rollout(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
-    """Continuations as if a sampler had made them: rows are left-padded and end with their continuation.
-
-    Raises ValueError for a pair that is longer than the model allows.
-    """
+    """Continuations as if sampled: rows are left-padded. Raises ValueError for a pair longer than the model allows."""
     width, limit = max(len(context) + len(continuation) for context, continuation in pairs), policy.spec.max_length
     if limit is not None and width > limit:
         raise ValueError(f"a context and continuation of {width} tokens exceed the model's {limit} positions")

@@ -1,4 +1,4 @@
-"""Re-grading stored completions under a named protocol. No torch, and no text is ever evaluated."""
+"""Grading stored completions again under a named protocol. No torch, and no text is ever evaluated."""
 
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ RATES = ("parsed", "accuracy", "solve_rate", "undecided", "cell_accuracy")  # wh
 
 
 def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict[str, Any]:
-    """Grades the rows of a JSONL file: `completion` and the task's fields.
+    """Grade the rows of a JSONL file: `completion` and the task's fields; other fields are ignored.
 
-    Fields: sudoku `puzzle`, `solution`; countdown `numbers`, `target`; gsm8k and math500 `answer`. Others are ignored.
-    Rows whose `answer` is null are graded wrong; where there are any, `no_answer` is their number.
-    Returns the task, its version, the protocol, n, and each of RATES with its 95 % interval, [low, high].
+    Fields: sudoku `puzzle`, `solution`; countdown `numbers`, `target`; gsm8k and math500 `answer` (null: graded wrong).
+    Returns task, version, protocol, n, `no_answer` (rows with null), and each of RATES with its 95 % [low, high].
     Errors: ValueError naming file and line for the first malformed row, before anything is graded, and for no rows.
     """
     find_grader(task, protocol)

@@ -1,4 +1,4 @@
-"""What an evaluation found, as numbers: means, 95 % intervals, pass@k, cost. No torch."""
+"""The results of an evaluation as numbers: means, 95 % intervals, pass@k, cost. No torch."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +13,7 @@ from dllm_rl.tasks.base import Reward, addends
 
 @dataclass(frozen=True)
 class Graded:
-    """One graded completion.
-
-    tokens             those before its first end token.
-    forwards, seconds  its share of the model calls and of the time of its batch; 0 where they are unknown.
-    """
+    """A graded completion: tokens before its end token, and its share of the batch's calls and seconds (0: unknown)."""
 
     problem: int
     sample: int
@@ -42,7 +38,7 @@ class Evaluation:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """The facts, n problems, samples of each, every mean and pass@k with its interval, and the cost; plain JSON."""
+        """Facts, n problems, samples per problem, every mean and pass@k with its interval, and the cost; plain JSON."""
         problems = len({answer.problem for answer in self.answers})
         samples = len(self.answers) // problems
         found = {name: by_problem(self.answers, name) for name in self.means}
@@ -63,16 +59,14 @@ class Evaluation:
 
 
 def by_problem(answers: Sequence[Graded], name: str) -> tuple[list[float], list[float]]:
-    """Each problem's sum of a metric and what it is to be divided by; problems without the metric are left out.
-
-    The divisor is the number of completions that have the metric, or the count that it is a ratio to: see addends.
-    """
+    """Each problem's sum of a metric and its divisor: the completions with the metric, or the count of a ratio
+    (`addends`). Problems without the metric are left out."""
     kept = [pair for pair in _sums(answers, name).values() if pair[1]] or [(0.0, 1.0)]
     return [value for value, _ in kept], [weight for _, weight in kept]
 
 
 def _sums(answers: Sequence[Graded], name: str) -> dict[int, tuple[float, float]]:
-    """The numbers of `by_problem` of every problem, 0 and 0 where it has none."""
+    """The numbers of `by_problem` for every problem; 0 and 0 without the metric."""
     sums: dict[int, tuple[float, float]] = {}
     for answer in answers:
         value, weight = addends(answer.reward).get(name, (0.0, 0.0))
@@ -82,15 +76,13 @@ def _sums(answers: Sequence[Graded], name: str) -> dict[int, tuple[float, float]
 
 
 def headline(names: Collection[str]) -> str:
-    """The metric that a task is known by, of those that it has."""
+    """The metric that a task is known by, if it is in `names`."""
     return next((name for name in ("accuracy", "solve_rate") if name in names), "reward")
 
 
 def paired_differences(found: Evaluation, before: Evaluation) -> dict[str, list[float]]:
-    """Each mean less that of another evaluation of the same problems: [difference, low, high], with a 95 % interval.
-
-    Of the problems where both have the metric; these are what is resampled (`bootstrap_difference`, from a fixed seed).
-    """
+    """Each mean less that of another evaluation: [difference, low, high], with a 95 % interval. Problems with both
+    metrics count and are resampled (`bootstrap_difference`, from a fixed seed)."""
     differences = {}
     for name in (name for name in found.means if name in before.means):
         now, then = _sums(found.answers, name), _sums(before.answers, name)
@@ -98,9 +90,8 @@ def paired_differences(found: Evaluation, before: Evaluation) -> dict[str, list[
         if both:
             values, weights = zip(*(now[problem] for problem in both), strict=True)
             earlier, shares = zip(*(then[problem] for problem in both), strict=True)
-            low, high = bootstrap_difference(
-                values, earlier, np.random.default_rng(0), weights=weights, weights_before=shares
-            )
+            drawn = np.random.default_rng(0)
+            low, high = bootstrap_difference(values, earlier, drawn, weights=weights, weights_before=shares)
             differences[name] = [mean(values, weights) - mean(earlier, shares), low, high]
     return differences
 
@@ -119,10 +110,9 @@ def with_intervals(found: Mapping[str, tuple[Sequence[float], Sequence[float]]])
 
 
 def interval(name: str, values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """A 95 % interval: Wilson's where every problem gives 0 or 1, else a bootstrap over problems, from a fixed seed.
+    """A 95 % interval: Wilson's if every problem gives 0 or 1, else a bootstrap over problems, from a fixed seed.
 
-    Samples of one problem are not independent, so problems are what is resampled. Where they all agree, a problem
-    counts as one trial. reward and cell_accuracy are means by nature and always resampled.
+    Samples of a problem are not independent, so problems are resampled. reward and cell_accuracy are always resampled.
     """
     if name not in ("reward", "cell_accuracy") and all(
         value in (0.0, weight) for value, weight in zip(values, weights, strict=True)

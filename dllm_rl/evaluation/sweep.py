@@ -1,4 +1,4 @@
-"""Results of one task at many settings: as a table of numbers, and as a curve of accuracy against steps."""
+"""Results of one task at many settings: a table of numbers, and a curve of accuracy against steps."""
 
 import csv
 from collections.abc import Sequence
@@ -9,28 +9,18 @@ from dllm_rl.evaluation.results import headline
 from dllm_rl.files import replacing
 from dllm_rl.screen import escape_controls
 
-SETTINGS = (
-    "model",
-    "quantization",
-    "max_new_tokens",
-    "num_steps",
-    "block_size",
-    "temperature",
-    "rank",
-    "commit",
-    "cache",
-)
+SAMPLER = ("max_new_tokens", "num_steps", "block_size", "temperature", "rank", "commit", "cache")
+SETTINGS = ("model", "quantization", *SAMPLER)
 FACTS = ("task", "version", "protocol", "split", "seed", "n", "samples")
 
 
 def varying(found: Sequence[dict[str, Any]]) -> list[str]:
-    """The settings in which the results differ; the model where they differ in nothing."""
+    """The settings in which the results differ; the model if the results differ in nothing."""
     return [name for name in SETTINGS if len({str(row.get(name)) for row in found}) > 1] or ["model"]
 
 
 def write_csv(path: Path, found: Sequence[dict[str, Any]]) -> None:
-    """A row a result: its settings, each metric with its interval, and where another model is compared with the first
-    the difference with its interval."""
+    """A row per result: settings, each metric with its interval, and the difference from the first model, if any."""
     metrics = list(dict.fromkeys(name for row in found for name in row if f"{name}_interval" in row))
     rows = []
     for result in found:
@@ -49,8 +39,7 @@ def write_csv(path: Path, found: Sequence[dict[str, Any]]) -> None:
 
 
 def plot_curve(path: Path, found: Sequence[dict[str, Any]]) -> None:
-    """A PNG: the metric that the task is known by against the steps of a completion (forwards of its batch), with 95 %
-    intervals; a line for each combination of the other settings."""
+    """A PNG: the headline metric with 95 % intervals against steps per completion; a line per other settings."""
     import matplotlib
 
     matplotlib.use("Agg")

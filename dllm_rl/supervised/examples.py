@@ -18,7 +18,7 @@ from dllm_rl.types import SamplingParams
 
 @dataclass(frozen=True)
 class Example:
-    """A row as tokens (T,), and which of them are learned."""
+    """A row as tokens (T,), and the tokens that are learned."""
 
     tokens: Int[Tensor, " T"]
     learned: Bool[Tensor, " T"]
@@ -26,7 +26,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Shown:
-    """An example as the model is shown it: with `hidden` tokens masked, each counting `weight` in the loss."""
+    """An example as the model sees it: with `hidden` tokens masked, each with its `weight` in the loss."""
 
     tokens: Int[Tensor, " T"]
     hidden: Bool[Tensor, " T"]
@@ -36,10 +36,8 @@ class Shown:
 def read_examples(
     recipe: SFT, policy: Policy, dataset: Any, field: str, *, say: Callable[[str], None] = lambda text: None
 ) -> list[Example]:
-    """The rows as examples; `say` is told how many were left out as longer than max_length.
-
-    Raises ValueError on a row that has no known columns or nothing to learn, and where none is left.
-    """
+    """The rows as examples; `say` gets the number of rows longer than max_length, which are left out. Raises ValueError
+    on a row that has no known columns or nothing to learn, and if no row is left."""
     most = recipe.max_length
     if policy.spec.max_length is not None and most > policy.spec.max_length:
         raise ValueError(f"max_length={most} is more than the model's {policy.spec.max_length} positions; lower it")
@@ -58,8 +56,7 @@ def read_examples(
 
 
 def example(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> Example:
-    """One row. What is learned ends with the end token, and begins, of a causal model, with the second token at the
-    earliest; what follows it is left out."""
+    """One row, up to the end token of what is learned; a causal model learns no first token."""
     row = {name: value for name, value in row.items() if value is not None}
     if "messages" in row:
         pieces, only = conversation_ids(policy, row["messages"]), recipe.assistant_only_loss
@@ -103,11 +100,11 @@ def example(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> Example:
 def show(
     examples: Sequence[Example], levels: Float[Tensor, " B"], uniforms: Float[Tensor, "B L"], *, causal: bool
 ) -> tuple[list[Shown], int]:
-    """The examples with weights, and what the sum of their weighted losses is to be divided by.
+    """The examples with weights, and the divisor of the sum of their weighted losses.
 
-    causal     every learned token counts 1, and tokens divide: the mean over tokens, as transformers' `labels=`.
-    diffusion  each learned token of row b is hidden with probability t_b, and counts 1 / (t_b n_b), n_b those that row
-               b learns; rows divide (LLaDA's SFT loss, eq. 5 [paper]).
+    causal     every learned token counts 1; tokens divide: the mean over tokens, as transformers' `labels=`.
+    diffusion  each learned token of row b is hidden with probability t_b and counts 1 / (t_b n_b), n_b learned tokens
+               of row b; rows divide (LLaDA's SFT loss, eq. 5 [paper]).
     """
     shown = []
     for one, t, row in zip(examples, levels, uniforms, strict=True):
@@ -122,8 +119,7 @@ def show(
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which sequences share a row of at most `capacity` tokens: each, the longest first, goes to the first row that has
-    room."""
+    """Sequences per row of at most `capacity` tokens: each, the longest first, goes to the first row with room."""
     rows, room = list[list[int]](), list[int]()
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = next((k for k, left in enumerate(room) if left >= lengths[i]), len(rows))
@@ -146,7 +142,7 @@ class Layout:
 
     @property
     def positions(self) -> Int[Tensor, "B T"]:
-        """Each token's place in its own sequence, from 0; padding counts as one."""
+        """Each token's place in its own sequence, from 0; padding counts as a sequence."""
         places = torch.arange(self.segment.shape[1], device=self.segment.device).expand_as(self.segment)
         begins = torch.ones_like(self.segment, dtype=torch.bool)
         begins[:, 1:] = self.segment[:, 1:] != self.segment[:, :-1]
@@ -165,10 +161,9 @@ def lay_out(shown: Sequence[Shown], rows: Sequence[Sequence[int]], *, pad_id: in
 
 
 def hidden_states(policy: Policy, layout: Layout, *, packed: bool) -> Float[Tensor, "B T D"]:
-    """Final states whose head gives the logits AT each position, masks in place of hidden tokens.
+    """Final states whose head gives the logits AT each position; block-causal models see earlier blocks without masks.
 
-    A block of a block-causal model sees the blocks before it without masks (`packed_hidden`), as when it is sampled.
-    packed  a mask of four axes: a token sees those of its own sequence alone, a causal model's those before it.
+    packed  a token attends to its own sequence alone, by a mask of four axes.
     """
     spec, segment = policy.spec, layout.segment
     if spec.attention == "block_causal":
@@ -195,14 +190,14 @@ def weighted_loss(policy: Policy, layout: Layout, *, packed: bool = False) -> Fl
 
 @torch.no_grad()
 def check_packing(policy: Policy) -> None:
-    """Raise ValueError where a sequence's states depend on what else stands in its row."""
+    """Raise ValueError if a sequence's states depend on the other sequences of its row."""
     if policy.spec.attention == "block_causal":
         raise ValueError(
             f"packing=True does not go with {policy.spec.name!r}, a block-causal model, whose rows are scored in a "
             "clean and a noisy copy; leave packing off"
         )
-    size, lengths = policy.vocab_size, (5, 7)
-    alone = [Shown(*_plain((torch.arange(n) + n) % size)) for n in lengths]
+    tokens = [(torch.arange(n) + n) % policy.vocab_size for n in (5, 7)]
+    alone = [Shown(ids, torch.zeros_like(ids, dtype=torch.bool), torch.ones(len(ids))) for ids in tokens]
     options: dict[str, Any] = {"pad_id": policy.pad_id, "device": policy.device}
     try:
         together = hidden_states(policy, lay_out(alone, [[0, 1]], **options), packed=True)[0].float()
@@ -214,7 +209,3 @@ def check_packing(policy: Policy) -> None:
         raise ValueError(
             f"packing=True: sequences in one row of {type(policy.module).__name__} see each other; leave packing off"
         )
-
-
-def _plain(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return tokens, torch.zeros_like(tokens, dtype=torch.bool), torch.ones(len(tokens))

@@ -1,4 +1,4 @@
-"""SFT is supervised fine-tuning as one flat frozen record, beside Recipe; what both have means the same in both."""
+"""SFT is supervised fine-tuning as one flat frozen record; fields that Recipe has too mean the same."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ _OF_RL = {f.name: f for f in fields(Recipe)}
 
 
 def _same(name: str, **changed: Any) -> Any:
-    """A field as Recipe has it; `default` and `help` may differ."""
+    """Recipe's field; `default` and `help` may differ."""
     metadata = {**_OF_RL[name].metadata} | {key: value for key, value in changed.items() if key == "help"}
     return field(default=changed.get("default", _OF_RL[name].default), metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SFT(Settings):
-    """What is shown to a model, and how. Names are TRL's where the meaning is the same."""
+    """What a model is shown, and how. Names are TRL's where the meaning is the same."""
 
     name: str = _same("name")
     model: Callable[..., Policy] | str | Policy = _same("model")
@@ -90,14 +90,14 @@ class SFT(Settings):
         return described(replace(self, dataset="rows", eval_dataset=None)) | rows
 
     def __repr__(self) -> str:
-        """The fields that are not at their default, one a line; of rows held in memory, nothing."""
+        """The fields that are not at their default, one per line, without rows held in memory."""
         chosen = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not f.default]
         shown = [(name, value) for name, value in chosen if "dataset" not in name or isinstance(value, str)]
         return "SFT(\n" + "".join(f"    {name}={describe(value)},\n" for name, value in shown) + ")"
 
 
 def digest_of(dataset: Any) -> str | None:
-    """What distinguishes a data set from another: a path, or the number of rows and a digest of at most a hundred."""
+    """What distinguishes a data set: a path, or the number of rows and a digest of at most a hundred."""
     if dataset is None or isinstance(dataset, str):
         return dataset
     count = len(dataset)

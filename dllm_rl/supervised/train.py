@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a model and rows to learn, by the masked-diffusion loss or the causal one."""
+"""Supervised fine-tuning: a model learns rows by the masked-diffusion loss or the causal loss."""
 
 import json
 import math
@@ -42,7 +42,7 @@ VIEWS = 4  # masks that a diffusion model's held-out loss takes of each row
 
 
 def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: Any) -> Summary:
-    """Fine-tune a model on rows; returns what its summary.json holds, with the trained `policy` as an attribute.
+    """Fine-tune a model on rows; returns its summary, with the trained `policy` as an attribute.
 
         sft("GSAI-ML/LLaDA-8B-Base", rows, max_length=512, completion_length=256, lora=lora_r16)
 
@@ -54,7 +54,7 @@ def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: A
 
 @leaving_nothing_behind
 def fine_tune(recipe: SFT) -> Summary:
-    """Run a recipe of SFT. Raises ValueError, before any work, on one that cannot run."""
+    """Run a recipe of SFT. Raises ValueError, before any work, on a recipe that cannot run."""
     accelerator, stop, peers = launch(recipe)
     recipe = read_datasets(recipe)
     folder, notes = from_main(partial(open_folder, recipe), accelerator)
@@ -90,7 +90,7 @@ def fine_tune(recipe: SFT) -> Summary:
 
 
 def read_datasets(recipe: SFT) -> SFT:
-    """The recipe with its rows in memory: files read, the last rows held out where no others are given."""
+    """The recipe with its rows in memory; without eval_dataset the last rows are held out."""
     rows = _rows(recipe.dataset)
     if not len(rows):
         raise ValueError("dataset is empty: give at least two rows")
@@ -116,7 +116,7 @@ def _rows(dataset: Any) -> Any:
 
 
 def _policy(recipe: SFT, accelerator: Accelerator, folder: Path | None) -> Policy:
-    """The recipe's model, or as a checkpoint left it; adapters stand on the recipe's model."""
+    """The recipe's model, or as a checkpoint left it; adapters apply to the recipe's model."""
     if folder and recipe.lora is None:
         dtype = getattr(torch, checkpoint.read_state(folder)["dtype"])
         policy = opened(recipe, folder, dtype, accelerator.device)
@@ -159,7 +159,7 @@ def _begin(
 
 
 def rows_of_step(count: int, size: int, seed: int, step: int) -> list[int]:
-    """The examples of a step, over all processes: every epoch is a shuffle of them all, and steps take them in turn."""
+    """The examples of a step, over all processes: every epoch shuffles all, and steps take them in turn."""
     places = range(step * size, (step + 1) * size)
     orders = {
         epoch: torch.randperm(count, generator=generator_for(seed, "sft order", epoch)).tolist()
@@ -197,7 +197,7 @@ def add_gradients(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Add this process's share of the loss's gradient; returns that share, and (padding, places) of its rows.
 
-    chosen  the examples of all processes; their masks follow from (seed, *key), whatever the layout.
+    chosen  the examples of all processes; their masks depend on (seed, *key), not on the layout.
     """
     loss, places = torch.zeros((), device=policy.device), 0
     parts, total, filled = _parts(recipe, policy, chosen, accelerator, recipe.micro_batch_size, *key)
@@ -214,8 +214,7 @@ def add_gradients(
 def _parts(
     recipe: SFT, policy: Policy, examples: Sequence[Example], accelerator: Accelerator, size: int | None, *key: object
 ) -> tuple[Iterator[Layout], int, int]:
-    """This process's examples with their masks, laid out in rows, `size` rows at a time; what divides the loss; how
-    many tokens they have."""
+    """This process's examples, masked and laid out `size` rows at a time; the loss's divisor; the number of tokens."""
     causal = policy.spec.attention == "causal"
     longest = max(int(one.learned.sum()) for one in examples)
     levels, uniforms = draw_levels(generator_for(recipe.seed, *key), len(examples), longest)
@@ -231,7 +230,7 @@ def _parts(
 
 @torch.no_grad()
 def held_out_loss(recipe: SFT, policy: Policy, examples: Sequence[Example], accelerator: Accelerator) -> float:
-    """The loss over all examples, nats: the same masks at every call, VIEWS of each row for a diffusion model."""
+    """The loss over all examples, nats: the same masks at every call, VIEWS per row for a diffusion model."""
     views = 1 if policy.spec.attention == "causal" else VIEWS
     parts, total, _ = _parts(recipe, policy, [*examples] * views, accelerator, recipe.eval_batch_size, "sft held-out")
     loss = torch.zeros((), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Contracts that every method keeps: correctors and estimators."""
+"""The contracts of correctors and estimators."""
 
 import math
 from dataclasses import replace
@@ -16,12 +16,11 @@ from dllm_rl.types import Batch, Noise, Rollout
 
 
 def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
-    """Raise AssertionError, saying which promise is broken, unless the corrector
+    """Raise AssertionError, naming the broken promise, unless the corrector keeps its contract.
 
-    is `none` bit for bit when both policies agree (weights, mask, loss and gradient); gives finite weights >= 0 without
-    gradient, a keep mask inside the mask and finite float metrics; leaves its inputs alone; does not care for the order
-    of the rows, for padding, or for how the batch is split into micro-batches; drops tokens whose ratio is not finite
-    from the keep mask; and is defined on one row, on a row without tokens, and on a batch without any.
+    On-policy it is `none` bit for bit. Weights are finite, >= 0 and without gradient; the keep mask is inside the mask,
+    and drops ratios that are not finite; metrics are finite floats. Inputs are left alone. Row order, padding and
+    micro-batches do not matter. One row, a row without tokens, and a batch without tokens are defined.
     """
     generator = torch.Generator().manual_seed(seed)
     for rows, length in ((6, 5), (1, 3)):
@@ -33,17 +32,11 @@ def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
         _neutral(corrector, mask, advantages)
         _sound(corrector, mismatch, advantages, mask)
         _symmetric(corrector, mismatch, advantages, mask, step)
-    empty = mask_without_row(mask=torch.ones(3, 4, dtype=torch.bool), row=1)
+    empty = torch.tensor([True, False, True])[:, None].repeat(1, 4)
     mismatch, advantages = torch.randn(3, 4, generator=generator), torch.tensor([1.0, -1.0, 0.0])
     _sound(corrector, mismatch, advantages, empty)
     _sound(corrector, mismatch, advantages, torch.zeros_like(empty))
     _drops_nonfinite(corrector, advantages)
-
-
-def mask_without_row(*, mask: Tensor, row: int) -> Tensor:
-    mask = mask.clone()
-    mask[row] = False
-    return mask
 
 
 def make_batch(
@@ -56,7 +49,7 @@ def make_batch(
     reference: Tensor | None = None,
     behaviour: Tensor | None = None,
 ) -> Batch:
-    """A Batch around the tensors a loss reads; everything else is blank, and the rollout's log-probs are `old`."""
+    """A Batch around the tensors that a loss reads; the rest is blank, and the rollout's log-probs are `old`."""
     keep = mask if keep is None else keep
     old = torch.full(mask.shape, -1.0) if old is None else old
     blank = torch.zeros(mask.shape, dtype=torch.long)
@@ -159,13 +152,12 @@ def _drops_nonfinite(corrector: Corrector, advantages: Tensor) -> None:
 
 
 def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rollout, *, seed: int = 0) -> None:
-    """Raise AssertionError, saying which promise is broken, unless the estimator
+    """Raise AssertionError, naming the broken promise, unless the estimator keeps its contract.
 
-    draws the same masks from the same seed, for a row whatever its neighbours and padding, and leaves the global
-    generator and its inputs alone; masks and scores real tokens only, and scores no token that it does not mask (but a
-    causal one); gives finite contributions, zero off the completion, the same in micro-batches, padded, or with the
-    groups in another order; gives the same contributions twice, so that a ratio on-policy is exactly 1; and passes a
-    finite gradient to what a view scores and none to what it does not.
+    The same seed gives a row the same masks, whatever its neighbours and padding; inputs and the global generator are
+    left alone. It masks and scores real tokens only, and (unless causal) scores only masked tokens. Contributions are
+    finite, zero off the completion, the same twice, in micro-batches, padded or reordered. Gradients reach only what a
+    view scores.
 
     rollout  of at least two prompts, made by `policy`; completions of at least two tokens.
     """
@@ -215,7 +207,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
 
 
 def _same_noise(a: Noise, b: Noise) -> bool:
-    """Equal masks and weights; views that one lacks must be empty in the other (a trajectory's length may differ)."""
+    """Equal masks and weights; surplus views must be empty (a trajectory's length may differ)."""
     few = min(len(a.masked), len(b.masked))
     rest = [x for noise in (a, b) for x in (noise.masked[few:], noise.weight[few:])]
     equal = torch.equal(a.masked[:few], b.masked[:few]) and torch.equal(a.weight[:few], b.weight[:few])

@@ -1,4 +1,4 @@
-"""The contract that every policy keeps, whatever its module."""
+"""The contract of every policy."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,17 +21,15 @@ ASKED += " encode hidden head logits to save_pretrained reference"
 
 
 def check_policy(policy: Any, *, seed: int = 0) -> None:
-    """Raise AssertionError, saying which promise is broken, unless the policy
+    """Raise AssertionError, naming the broken promise, unless the policy keeps its contract.
 
-    has every member of `Policy`; gives finite logits (B, T, V), the same twice and whatever stands before a row as
-    padding, beside it in the batch, or in which order the rows come; sees of a row what its `attention` says, and never
-    the token that it predicts where it is causal; passes finite gradients to its weights; is saved and opened again bit
-    for bit; has linear layers in its blocks to quantise, whose copy follows the weights; takes adapters, which change
-    nothing at first, are all that is trained and are left out of the reference; and computes inside `aligned_forward`
-    what its quantised copy does.
+    It has every member of `Policy`. Logits (B, T, V) are finite and repeatable, whatever the padding and the other
+    rows; a row sees what its `attention` allows. Weights get finite gradients, and survive saving bit for bit. Its
+    blocks have linear layers, whose quantised copy follows the weights. Fresh adapters change nothing, are all that is
+    trained, and are left out of the reference. `aligned_forward` computes what the quantised copy does.
 
-    The policy is left as it is; its module is copied, more than once. Weights of a policy with adapters are not adapted
-    again. Sums in another order may differ by 1e-4 of the largest logit (by 0.05 in 16 bits).
+    The policy is left as it is: its module is copied. A policy with adapters gets no further ones. Sums in another
+    order may differ by 1e-4 of the largest logit (0.05 in 16 bits).
     """
     missing = [name for name in ASKED.split() if not hasattr(policy, name)]
     assert not missing, f"a policy has {', '.join(missing)}: see dllm_rl.models.base.Policy"
@@ -49,7 +47,7 @@ def check_policy(policy: Any, *, seed: int = 0) -> None:
 
 
 def _rows(policy: Policy, generator: torch.Generator) -> tuple[Int[Tensor, "3 T"], Bool[Tensor, "3 T"]]:
-    """Three rows of random tokens, the mask token left out, the last two with padding on the left."""
+    """Three rows of random tokens without the mask token; the last two have padding on the left."""
     spec, length = policy.spec, 12
     if spec.block_size is not None:
         length = max(length, spec.block_size + 2)
