@@ -1,1 +1,1 @@
-"""Processes: collectives, weights held between them, a stop that all agree on, the watch over each other."""
+"""Several processes: collectives, sharded weights, a common stop, the watch over one another."""

@@ -1,5 +1,4 @@
-"""Processes: a process's share of a batch, gathering, reducing; weights that several processes hold between them. With
-training/ the one room of accelerate."""
+"""Collectives: a process's share of a batch, gathering, reducing."""
 
 import os
 import platform
@@ -27,15 +26,12 @@ from dllm_rl.device import find_device
 from dllm_rl.distributed.sharding import sharding_of
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
-BUCKET = 2**25  # gradients that processes sum at once: what is held beside them is two copies of so many
+BUCKET = 2**25  # numbers of a bucket of gradients; two buckets are copied at a time
 
 
 def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = False) -> None:
     """Sum gradients over processes: the loss is a sum over the global batch, divided by its global counts already.
-
-    A parameter that no token reached gets zeros, so that the optimiser and the other processes treat it like any other.
-    Buckets travel one behind the other: while one does, the next is put together and the last one's sums are put back.
-    """
+    A parameter that no token reached gets zeros. One bucket travels while the next is packed."""
     gradients = []
     for parameter in (p for p in module.parameters() if p.requires_grad):
         if parameter.grad is None:
@@ -58,7 +54,7 @@ def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = F
 
 
 def put_back(bucket: list[Tensor], flat: Tensor, work: Any, *, divisor: int) -> None:
-    """Wait for a bucket's sums, and write them, divided, over the gradients that it was made of."""
+    """Wait for a bucket's sums, divide them, and write them over the bucket's gradients."""
     work.wait()
     if divisor > 1:
         flat /= divisor
@@ -67,7 +63,7 @@ def put_back(bucket: list[Tensor], flat: Tensor, work: Any, *, divisor: int) -> 
 
 
 def buckets(tensors: Sequence[Tensor], *, numbers: int = BUCKET) -> Iterator[list[Tensor]]:
-    """The tensors in order, in lists of one dtype and of at most so many numbers together, or of one tensor."""
+    """The tensors in order, in lists of one dtype and at most `numbers` numbers, or of one larger tensor."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         if bucket and (tensor.dtype != bucket[0].dtype or sum(x.numel() for x in bucket) + tensor.numel() > numbers):
@@ -86,27 +82,22 @@ def sum_over(counts: Tensor, accelerator: Accelerator) -> Tensor:
 
 
 def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, float]:
-    """(sum, count) pairs, all on one device -> sums over processes, divided once; they are fetched in one transfer.
-
-    A metric that counted nothing is left out.
-    """
+    """(sum, count) pairs, all on one device -> means over all processes, in one transfer; a count of 0 is left out.
+    The loss is a sum of shares and stays a sum."""
     if not metrics:
         return {}
     pairs = torch.stack([torch.stack([s.detach().double(), c.double()]) for s, c in metrics.values()])
     if accelerator.num_processes > 1:
         pairs = accelerator.reduce(pairs.to(accelerator.device), reduction="sum")
-    pairs = pairs.cpu()
-    # The loss is a sum of shares; everything else is a mean.
     return {
         name: (total if name == "loss" else total / count).item()
-        for name, (total, count) in zip(metrics, pairs, strict=True)
+        for name, (total, count) in zip(metrics, pairs.cpu(), strict=True)
         if count
     }
 
 
 def waited(stage: str, accelerator: Accelerator) -> Metrics:
-    """waiting/STAGE: the seconds that a process, done with its own work, waits here for the slowest; their mean over
-    processes is `reduce_metrics`' to take. Nothing with one process."""
+    """waiting/STAGE: the seconds that this process waits here for the slowest. Empty with one process."""
     if accelerator.num_processes == 1:
         return {}
     if accelerator.device.type != "cpu":
@@ -129,21 +120,19 @@ def make_accelerator(
     log_with: Sequence[str] = (),
     directory: str | None = None,
 ) -> Accelerator:
-    """The launch's processes and device. Raises RuntimeError when Accelerate does not see all processes launched or did
-    not launch all, or is on another kind of device, which it keeps from the first Accelerator of a process on.
+    """The launch's processes and device. Raises RuntimeError if Accelerate has other processes or another device.
 
-    timeout  seconds that a process waits for the others in an exchange before it stops; None: torch's own.
-    log_with, directory  trackers by Accelerate's names, and the folder that tensorboard's events go below.
-    device   the kind of device; None: the CPU where the launch's config says so, else that of `find_device`.
+    timeout  seconds that a process waits for the others in an exchange; None: torch's default.
+    device   the kind of device; None: the CPU if the launch's config asks for the CPU, else `find_device`.
+    log_with, directory  trackers by Accelerate's names, and the parent folder of tensorboard's events.
     """
-    limits = [] if timeout is None else [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # what a launch's config with use_cpu sets
     wanted = device if device is not None else torch.device("cpu") if on_cpu else find_device()
     # Accelerate joins the processes of a CPU launch only when told that there is no accelerator.
     accelerator = Accelerator(
         cpu=wanted.type == "cpu",
         mixed_precision="no",
-        kwargs_handlers=limits,
+        kwargs_handlers=[] if timeout is None else [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
         log_with=list(log_with) or None,
         project_config=ProjectConfiguration(logging_dir=directory),
     )
@@ -165,8 +154,7 @@ def make_accelerator(
 
 
 def swap(sent: Sequence[tuple[int, Tensor]], wanted: Sequence[tuple[int, Tensor]]) -> None:
-    """Exchange (rank, tensor) pairs: send those of `sent`, and receive into those of `wanted`. At most one tensor per
-    direction and pair of ranks; shapes are known before."""
+    """Send the (rank, tensor) pairs `sent` and receive into `wanted`: at most one tensor per direction and rank."""
     sends = [dist.P2POp(dist.isend, tensor.contiguous(), process) for process, tensor in sent]
     receives = [dist.P2POp(dist.irecv, tensor, process) for process, tensor in wanted]
     for work in dist.batch_isend_irecv([*sends, *receives]):
@@ -175,7 +163,7 @@ def swap(sent: Sequence[tuple[int, Tensor]], wanted: Sequence[tuple[int, Tensor]
 
 @dataclass(frozen=True)
 class OneProcess:
-    """What an Accelerator says of its processes, where there is one and nothing was launched."""
+    """An Accelerator's fields for a single process without a launcher."""
 
     num_processes: int = 1
     process_index: int = 0
@@ -189,7 +177,7 @@ Processes: TypeAlias = Accelerator | OneProcess
 
 
 def gather_objects(objects: list[Any], processes: Processes) -> list[Any]:
-    """The lists of all processes, joined; every process gets the whole."""
+    """The lists of all processes, joined, in every process."""
     return objects if processes.num_processes == 1 else gather_object(objects)
 
 
@@ -199,10 +187,8 @@ def local(rows: Tensor, accelerator: Accelerator) -> Tensor:
 
 
 def gather_on_host(parts: Sequence[Tensor], accelerator: Accelerator) -> list[Tensor]:
-    """Tensors (B, T) of this process -> those of all processes' rows, on the host, in one transfer.
-
-    They travel in fp64, which holds masks, token ids and fp32 exactly. Narrower ones end in zeros.
-    """
+    """Tensors (B, T) of this process -> the rows of all processes, on the host; narrower rows are padded with zeros.
+    One fp64 transfer holds masks, token ids and fp32 exactly."""
     together = torch.stack([part.double() for part in parts], dim=1)
     if accelerator.num_processes > 1:
         together = accelerator.gather(accelerator.pad_across_processes(together.to(accelerator.device), dim=2))
@@ -210,8 +196,7 @@ def gather_on_host(parts: Sequence[Tensor], accelerator: Accelerator) -> list[Te
 
 
 def from_main(work: Callable[[], Any], processes: Processes) -> Any:
-    """What `work` returns in the main process, in every process; or the error that it raises there, in every process,
-    so that none waits for one that stopped."""
+    """What `work` returns in the main process, in every process. Every process raises the main one's error."""
     if processes.num_processes == 1:
         return work()
     outcome: list[Any] = [None, None]
@@ -228,16 +213,13 @@ def from_main(work: Callable[[], Any], processes: Processes) -> Any:
 
 def machine(accelerator: Accelerator) -> dict[str, Any]:
     """Where a number was measured: versions, device, cores, threads."""
-    device = (
-        torch.cuda.get_device_name()
-        if accelerator.device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    on_cuda = accelerator.device.type == "cuda"
+    device = torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine()
     return {"versions": versions(), "device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
 def versions() -> dict[str, str | None]:
-    """Of this library and of those whose numbers it depends on; None where one is not installed."""
+    """Versions of dllm_rl and of the packages that its numbers depend on; None: not installed."""
     found: dict[str, str | None] = {}
     for package in ("dllm_rl", "torch", "transformers", "accelerate", "torchao"):
         try:

@@ -1,11 +1,8 @@
 """Processes that watch one another: one that raises, dies or is stopped ends the others, with one line that names it.
 
-The main process listens, every other holds a connection to it, and a thread of each says ten times in `peer_timeout`
-that it is there, and at each stage what the process is doing. A process that dies closes its connection, which is heard
-at once; one that is stopped, cut off, or held up in C code that keeps the interpreter says nothing any more. Silence is
-counted in one's own turns: a process that was stopped itself (Ctrl-Z of a whole job) does not take others for lost when
-it wakes. A process whose main thread stands still (`motion`) reports this itself. A process that leaves on a signal
-reports the signal, and the others hear it too.
+Every process is connected to the main one, and a thread of each sends its stage ten times per `peer_timeout`. A dead
+process closes its connection; a stopped one falls silent; one whose main thread stands still (`stall`) reports this.
+Silence is counted in one's own turns: after a Ctrl-Z of the whole job no process takes the others for lost.
 """
 
 import json
@@ -30,17 +27,17 @@ from dllm_rl.distributed.stall import Motion
 from dllm_rl.distributed.stop import SIGNALS, Stopped
 from dllm_rl.screen import escape_controls
 
-STATUS = 75  # of a process that ends because another was lost: EX_TEMPFAIL of sysexits.h, "try again"
-TURNS = 10  # signs of life in the time after which silence is a loss
-GRACE = 10.0  # seconds, at most, that a process has to end by itself once another is lost
-SETTLE = 2.0  # seconds in which a loss is known, once an exchange has failed of it
-LONGEST = 1 << 16  # bytes of a message
+STATUS = 75  # exit status after the loss of another process: EX_TEMPFAIL of sysexits.h, "try again"
+TURNS = 10  # turns per peer_timeout; more silent turns are a loss
+GRACE = 10.0  # seconds, at most, in which a process may end by itself after a loss
+SETTLE = 2.0  # seconds to wait for the cause of a failed exchange
+LONGEST = 1 << 16  # bytes per message
 STRANGERS = 16  # open connections that have not sent the run's token
 
 
 @dataclass(eq=False)
 class Line:
-    """A connection between the main process and `process`, -1 until that is known. quiet: turns since it was heard."""
+    """The main process's connection to `process` (-1: not yet known), or another's to it. quiet: silent turns."""
 
     socket: socket.socket
     process: int = -1
@@ -50,12 +47,11 @@ class Line:
     buffer: bytes = b""
 
     def tell(self, **message: Any) -> None:
-        """Send; what cannot be sent at once is for one that does not listen, as its silence will show."""
-        with suppress(OSError):
+        with suppress(OSError):  # a full buffer means that the other end does not read: its silence will show
             self.socket.send(json.dumps(message).encode() + b"\n")
 
     def heard(self) -> Iterator[dict[str, Any]]:
-        """The messages that have come in. Raises EOFError at the end, and ValueError on what is no message."""
+        """The messages received. Raises EOFError at the end, and ValueError on anything else."""
         try:
             while data := self.socket.recv(LONGEST):
                 *lines, self.buffer = (self.buffer + data).split(b"\n")
@@ -69,7 +65,7 @@ class Line:
         raise EOFError
 
     def close(self) -> None:
-        with suppress(OSError):  # what is unread would have the other end lose what it has not read
+        with suppress(OSError):  # a close with unread bytes resets the connection, and the other end loses its own
             self.socket.recv(LONGEST)
         self.socket.close()
 
@@ -85,7 +81,7 @@ def _message(line: bytes) -> dict[str, Any]:
 
 
 def of_an_exchange(error: BaseException | None) -> bool:
-    """Whether it is another process's fault, or the network's; gloo raises RuntimeError that names its source file."""
+    """Whether another process or the network is at fault; gloo raises RuntimeError that names its source file."""
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and "gloo/transport" in str(error)
     )
@@ -93,7 +89,7 @@ def of_an_exchange(error: BaseException | None) -> bool:
 
 @runtime_checkable
 class Stages(Protocol):
-    """What the watch reads from a run's log, and the callback that it sets there."""
+    """The part of a run's log that the watch uses; it sets `entering`."""
 
     entering: Callable[[], None]
 
@@ -104,21 +100,20 @@ class Stages(Protocol):
 
 
 def own_address(towards: str) -> str:
-    """This machine's address on the network that leads to `towards`. Connecting a datagram socket sends nothing."""
+    """This machine's address on the network that leads to `towards`."""
     family, kind, _, _, address = socket.getaddrinfo(towards, 1, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
-        probe.connect(address)
+        probe.connect(address)  # sends nothing: a datagram socket
         return str(probe.getsockname()[0])
 
 
 class Peers:
-    """The watch of one process over the others, while its block runs. All processes make and enter it together.
+    """One process's watch over the others. All processes make and enter it together. Callbacks, which the run replaces:
 
-    stage   what this process is doing, in words.
-    patience  for how many times `seconds` the main thread may stand still now.
-    hear    is told the signal that another process leaves on.
-    save    keeps what it can, before the process is ended from outside.
-    advice  the end of the line that names a lost process.
+    stage     the present stage, in words.
+    patience  for how many times `seconds` (peer_timeout) the main thread may stand still in the stage.
+    hear      takes the signal on which another process leaves.
+    save      saves what it can before the watch ends this process.
     """
 
     def __init__(self, processes: Processes, *, seconds: float, advice: str) -> None:
@@ -132,7 +127,7 @@ class Peers:
         self._name = f"process {self._index} ({socket.gethostname()}, pid {os.getpid()})"
         self._main = self._index == 0
         self._lost, self._over = threading.Event(), threading.Event()
-        self._settled = threading.Event()  # set once it is known why another process is no longer there
+        self._settled = threading.Event()  # set once the cause of a loss is known
         self._line, self._mine, self._signal = "", False, 0
         self._lines: dict[int, Line] = {}
         self._strangers: list[Line] = []
@@ -145,20 +140,20 @@ class Peers:
         self._missing = dict.fromkeys(range(1, self._count), 0) if self._main else {}
         host = "127.0.0.1"
         if os.environ.get("LOCAL_WORLD_SIZE") != str(self._count):  # several machines
-            # The last process is not on the main one's machine: the way to it is the network to listen on.
+            # The last process is on another machine: listen on the network that leads there.
             host = own_address(gather_objects([own_address(os.environ["MASTER_ADDR"])], processes)[-1])
         host, port, self._token = from_main(lambda: self._listen(host), processes)
         if not self._main:
             self._lines[0] = self._connected(host, port)
 
     def follow(self, log: Stages) -> None:
-        """Take from the log what this process is doing, and tell the others of each stage."""
+        """Read the stages from the log, and send each to the others."""
         self.stage = lambda: log.place
         self.patience = lambda: log.patience
         log.entering = self.tell_stage
 
     def _listen(self, host: str) -> tuple[str, int, str]:
-        """Open a port, in the main process, until all processes that know the token have joined."""
+        """Open the main process's port; it closes when all processes have joined."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._server = socket.create_server((host, 0), family=family, backlog=socket.SOMAXCONN)
         self._server.setblocking(False)
@@ -166,7 +161,6 @@ class Peers:
         return host, self._server.getsockname()[1], secrets.token_hex(16)
 
     def _stop_listening(self) -> None:
-        """Close the port, and hang up on everyone that has not sent the token."""
         if self._server is not None:
             self._selector.unregister(self._server)
             self._server.close()
@@ -194,7 +188,7 @@ class Peers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Tell the others how this process ends. Raises Stopped where it does because another was lost."""
+        """Report to the others how this process ends. Raises Stopped if it ends because another was lost."""
         failed, exchange = isinstance(error, Exception), of_an_exchange(error)
         self.hear = lambda number: None  # a signal's handler must not interrupt what follows
         if exchange:
@@ -237,13 +231,13 @@ class Peers:
                 os._exit(STATUS)
 
     def tell_stage(self) -> None:
-        """Have the others told what this process is doing now, before the next turn."""
-        with suppress(OSError):  # the watch has ended, or has enough to wake it
+        """Send the present stage to the others before the next turn."""
+        with suppress(OSError):  # the watch has ended, or is about to wake anyway
             self._waker.send(b".")
 
     def _attend(self, key: selectors.SelectorKey) -> None:
         if self._selector.get_map().get(key.fd) != key:
-            return  # the line was hung up on after the select
+            return  # the line was closed after the select
         if key.fileobj is self._server:
             self._accept()
         elif isinstance(key.data, Line):
@@ -254,14 +248,13 @@ class Peers:
                 line.tell(stage=self.stage())
 
     def _accept(self) -> None:
-        assert self._server is not None, "what is accepted came to a server"
-        with suppress(OSError):  # it left again
+        assert self._server is not None, "a connection comes to a server"
+        with suppress(OSError):  # the other end has left
             made, _ = self._server.accept()
             made.setblocking(False)
             self._strangers.append(Line(made))
             self._selector.register(made, selectors.EVENT_READ, self._strangers[-1])
-        # A process of the run sends the token as soon as it has connected: the one that waits longest is none.
-        if len(self._strangers) > STRANGERS:
+        if len(self._strangers) > STRANGERS:  # a process of the run sends the token at once: drop the oldest
             self._hang_up(self._strangers[0])
 
     def _listen_to(self, line: Line) -> None:
@@ -280,7 +273,7 @@ class Peers:
                 self._lose(f"{text}; its own last words, if any, say why", line)
 
     def _let_in(self, line: Line, message: dict[str, Any]) -> None:
-        """Raises ValueError on one that is none of the run's processes."""
+        """Raises ValueError if the sender is no process of the run."""
         token, process = message.get("token"), message.get("process")
         if not isinstance(token, str) or not secrets.compare_digest(token.encode(), self._token.encode()):
             raise ValueError("a stranger")
@@ -308,7 +301,7 @@ class Peers:
             self._hear(message["signal"])
 
     def _hear(self, number: int) -> None:
-        """Another process leaves on a signal: have this one hear the signal too, and through the main one all."""
+        """Another process leaves on a signal: pass the signal on to this one, and from the main one to all."""
         if self._signal:
             return
         self._signal = number
@@ -318,7 +311,6 @@ class Peers:
         self.hear(number)
 
     def _hang_up(self, line: Line) -> None:
-        """Listen to it no more; what else it has sent is of no matter."""
         self._lines.pop(line.process, None)
         if line in self._strangers:
             self._strangers.remove(line)
@@ -326,7 +318,7 @@ class Peers:
         line.close()
 
     def _take_turn(self) -> None:
-        """Say that this process is there, and count how long others have not."""
+        """Send a sign of life, and count the others' silent turns."""
         for line in self._lines.values():
             line.tell(stage=self.stage())
             line.quiet += 1
@@ -342,7 +334,7 @@ class Peers:
             self._lose(f"process {late[0]} has not joined in peer_timeout={self._seconds:g} s")
 
     def _stand_still(self, place: str) -> None:
-        """Have the main process say so; this one ends with the others."""
+        """Report this process's own stall to the main one, which prints the report."""
         seconds = self._motion.turns * self._seconds / TURNS
         text = f"{self._name} has stood still for {seconds:g} s (peer_timeout={self._seconds:g}) at {place}"
         text += f", in {self.stage()}"
@@ -351,13 +343,12 @@ class Peers:
         self._lose(text, said=not self._main)
 
     def _lose(self, text: str, line: Line | None = None, *, said: bool = False) -> None:
-        """Another process is lost. Of several that find it out one says so: the main process, or, where that is lost
-        and `said` nothing, the second and one of each machine."""
+        """Another process is lost. The main process prints the line; if the main one is lost and `said` nothing, the
+        second process and one per machine print it."""
         if self._lost.is_set():
             return
         self._line = f"error: {escape_controls(text)}; {self._advice}"
-        second = self._index == 1 or os.environ.get("LOCAL_RANK") == "0"
-        self._mine = not said and (self._main or second)
+        self._mine = not said and (self._main or self._index == 1 or os.environ.get("LOCAL_RANK") == "0")
         for other in [*self._lines.values()] if self._main else ():
             if other is not line:
                 other.tell(lost=text)

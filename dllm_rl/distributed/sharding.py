@@ -1,4 +1,4 @@
-"""Weights that several processes hold between them, by torch's FSDP2."""
+"""Weights sharded over processes, by torch's FSDP2."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a module's weights lie on the processes, as its attribute `sharding`: see `shard`.
+    """How a module's weights are sharded; its attribute `sharding`.
 
-    backbone, heads  its units that are called from outside; the blocks are units of their own inside the backbone.
+    backbone, heads  the units that are called from outside.
     plain  the module's layers on the meta device, to be copied in its place.
-    group  all processes, on the host, who exchange numbers of it without a wait for the device.
+    group  all processes, on gloo: an exchange of numbers on the host does not wait for the device.
     """
 
     backbone: Any
@@ -31,29 +31,28 @@ class Sharding:
     group: Any
 
     def anyone(self, mine: bool) -> bool:
-        """Whether it is true of any process; an exchange."""
+        """Whether `mine` is true in any process; an exchange."""
         number = torch.tensor(int(mine))
         dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self.group)
         return bool(number)
 
 
 def sharding_of(module: Any) -> Sharding | None:
-    """How the module's weights are shared out; None where this process holds them whole."""
+    """How the module's weights are sharded; None where they are not."""
     return getattr(module, "sharding", None)
 
 
 def shard(
     module: Any, blocks: Sequence[nn.Module], accelerator: Accelerator, *, size: int, timeout: float | None = None
 ) -> None:
-    """Share the weights out, in place, by torch's FSDP2: groups of `size` processes, which follow one another, hold the
-    module between them (`size` below the number of processes: HSDP). Gradients and optimiser state follow the weights.
+    """Shard the weights in place over groups of `size` consecutive processes (HSDP if there are several groups).
+    Gradients and optimiser state follow the weights.
 
-    The module may lie on the host: a unit at a time goes to the device, whole. Units are the blocks, the backbone's
-    other weights, and each head, which stays whole for the time of an `in_pace` block, so that log-probs in chunks do
-    not gather it chunk by chunk. Gradients are summed over all processes in every backward: kept whole until the last
-    one, as FSDP2 can, they alone would take as much as a quarter of what one process holds in all.
+    The module may be on the host: one full unit at a time goes to the device. Units are the blocks, the backbone's
+    other weights, and each head. A head stays full during an `in_pace` block, so that chunks do not gather it again.
+    Every backward sums and shards gradients: full ones would take up to a quarter of an unsharded run's memory.
 
-    timeout  seconds that a process waits for another in `in_pace`; None: torch's own.
+    timeout  seconds that a process waits for another in `in_pace`; None: torch's default.
     """
     count, device = accelerator.num_processes, accelerator.device.type
     hybrid = {"mesh_shape": (count // size, size), "mesh_dim_names": ("replicate", "shard")}
@@ -74,7 +73,7 @@ def shard(
 
 
 def part_like(value: Any, tensor: Tensor) -> Any:
-    """This process's part of a whole tensor, laid out as `tensor` is; the value itself where that is held whole."""
+    """This process's part of a full tensor, sharded as `tensor` is; the value itself where `tensor` is not sharded."""
     if not isinstance(tensor, DTensor) or value.shape != tensor.shape:
         return value
     mine = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local().clone()
@@ -85,12 +84,11 @@ def part_like(value: Any, tensor: Tensor) -> Any:
 
 @contextmanager
 def in_pace(policy: Any, *, backward: bool = False) -> Iterator[None]:
-    """For the time of the block each process runs a sharded policy as often as its own rows ask for; every forward has
-    a backward where `backward` is set, and runs without gradients elsewhere. All processes enter and leave together.
-    Nothing happens with a policy that each process holds whole.
+    """Inside the block each process may run a sharded policy a different number of times; without sharding it does
+    nothing. All processes enter and leave together. backward: every forward has a backward; else none has.
 
-    A forward of sharded weights is an exchange of all processes. Each says so before its forwards, and one that has
-    left the block runs a forward of a single token, of no weight in any gradient, as long as another goes on.
+    A sharded forward is an exchange of all processes. Each announces its forwards. A process that has left the block
+    joins the others' forwards with one token, which has no weight in any gradient.
     """
     shards = sharding_of(policy.module)
     if shards is None:
@@ -114,7 +112,7 @@ def in_pace(policy: Any, *, backward: bool = False) -> Iterator[None]:
         for head in shards.heads:
             head.set_requires_gradient_sync(True)
             head.set_reshard_after_backward(True)
-        if backward:  # the heads' gradients of all chunks are summed over processes at once
+        if backward:  # one exchange sums the heads' gradients of all chunks
             weight = next(policy.module.parameters())
             leaf = torch.zeros(1, policy.module.config.hidden_size, dtype=weight.dtype, device=policy.device)
             logits = policy.head(leaf.requires_grad_())

@@ -1,7 +1,6 @@
-"""Whether this process's main thread moves: another place in its code, or time of the processor, since last asked.
+"""Whether this process's main thread moves: since the last look it is elsewhere in its code, or the processor computed.
 
-Slow work moves: it computes, or its Python code goes on. A lock that nobody gives back, a sleep, a read from a disk or
-network that never answers does not.
+Slow work moves. A lock that nobody releases, a sleep, and a read without an answer do not.
 """
 
 import sys
@@ -10,14 +9,14 @@ import time
 from pathlib import Path
 from traceback import walk_stack
 
-SHARE = 0.01  # of the time since last asked, on the processor, in whichever thread
+SHARE = 0.01  # of the time since the last look, on the processor, in any thread
 PACKAGE = f"{Path(__file__).parents[1]}/"
-# Where one waits for others, for compilers, or for a person. An exchange is bounded by collective_timeout.
+# Code that waits for other processes (bounded by collective_timeout), for compilers, or for a person.
 WAITING = ("/torch/distributed/", f"{PACKAGE}distributed", "/torch/_inductor/", "/pdb.py")
 
 
 class Motion:
-    """turns  how many times in a row it was asked without any motion."""
+    """turns  looks in a row without motion."""
 
     def __init__(self) -> None:
         self.turns = 0
@@ -37,13 +36,10 @@ class Motion:
 
 
 def waits(files: list[str]) -> bool:
-    """Whether the code in `files`, from the innermost frame out, waits for others.
-
-    What called this package says nothing: torch's launchers run a whole process from /torch/distributed/.
-    """
+    """Whether the code in `files`, from the innermost frame out, waits for others."""
     for file in files:
         if any(name in file for name in WAITING):
             return True
-        if file.startswith(PACKAGE):
+        if file.startswith(PACKAGE):  # its callers do not count: torch's launchers run it from /torch/distributed/
             return False
     return False

@@ -1,6 +1,6 @@
-"""Stopping a run: signals end it after the step in hand, or at once; it leaves neither locks nor handlers behind.
+"""Stopping a run: a signal ends it after the current step, or at once; neither locks nor handlers stay behind.
 
-The exit status is 128 and the signal's number, as a shell has it: 129 SIGHUP, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM.
+The exit status is 128 plus the signal's number: 129 SIGHUP, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ _ENDING: ContextVar[ExitStack] = ContextVar("what ends with the run")
 
 @runtime_checkable
 class HasFolder(Protocol):
-    """A recipe of a run, which has a folder."""
+    """A recipe with a run's folder."""
 
     @property
     def directory(self) -> str: ...
@@ -42,15 +42,15 @@ Record = TypeVar("Record", bound=HasFolder)
 
 
 class Stopped(BaseException):
-    """Ends the run with a status. Not SystemExit, for which a grader's own is taken: nothing in between catches it."""
+    """Ends the run with a status. It is no SystemExit, which a grader may raise and the run catches."""
 
 
 class Stop:
-    """The request to stop, as one process hears it.
+    """One process's request to stop.
 
-    A signal asks for the end of the run after the step in hand. Where that takes longer than `seconds`, `overdue` is
-    called, every second. A second Ctrl-C ends the process at once, and so does any signal while `last_words` is set:
-    there is no step in hand then, and nothing to save. A SIGHUP that the parent had ignored (nohup) stays ignored.
+    A signal ends the run after the current step. After `seconds` of it, `overdue` is called every second. A second
+    Ctrl-C ends the process at once; so does any signal while `last_words` is set, as there is nothing to save.
+    A signal that the parent ignores (SIGHUP under nohup) stays ignored.
     """
 
     def __init__(self, *, seconds: float, main: bool) -> None:
@@ -77,23 +77,22 @@ class Stop:
                 signal.setitimer(signal.ITIMER_REAL, max(self.seconds, 1e-3), 1.0)
 
     def hear_from_another(self, number: int) -> None:
-        """Another process has left on the signal: raise it here too, unless this process has heard one already."""
+        """Another process leaves on the signal: raise it here too, unless this process has received one."""
         if not self.asked and signal.getsignal(number) == self._hear:
             os.kill(os.getpid(), number)
 
     def agreed(self, accelerator: Accelerator) -> int:
-        """The signal that any process has heard, 0 for none; the same in all processes, which call it together."""
+        """A signal that any process has received, 0 for none; the same in all processes. An exchange."""
         if accelerator.num_processes == 1:
             return self.asked
-        heard = torch.tensor([self.asked], device=accelerator.device)
-        found = int(accelerator.gather(heard).max())
-        # A signal that arrives during the exchange stays asked for, and the next call tells the other processes.
-        if found:
+        received = torch.tensor([self.asked], device=accelerator.device)
+        found = int(accelerator.gather(received).max())
+        if found:  # if not, a signal that came during the exchange is kept for the next call
             self.asked = found
         return found
 
     def leave_at_once(self, text: str) -> None:
-        """From here on a signal ends the process at once, with `text`. So does a signal that has come already."""
+        """From here on a signal ends the process at once, with `text`; an earlier signal does so now."""
         self.last_words = text
         if self.asked:
             self.leave(text)
@@ -101,17 +100,16 @@ class Stop:
     def leave(self, text: str) -> NoReturn:
         """End the process with the signal's status, after one line."""
         self.disarm()
-        self.last_words = None  # a further signal (a launcher's) must not interrupt what the end of the run cleans up
+        self.last_words = None  # a further signal (a launcher's) must not interrupt the run's clean-up
         self._say(text)
         raise Stopped(128 + self.asked)
 
     def disarm(self) -> None:
-        """Call `overdue` no more."""
         if self.asked and hasattr(signal, "SIGALRM"):
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _say(self, text: str) -> None:
-        # Straight to the terminal: a handler may have interrupted a write to sys.stdout. Progress bars hide the cursor.
+        # Not sys.stdout: the handler may have interrupted a write to it. Progress bars hide the cursor.
         if self.main:
             os.write(1, f"{chr(27) + '[?25h' if os.isatty(1) else ''}\n{text}\n".encode(errors="replace"))
 
@@ -121,10 +119,8 @@ def how_to_continue(recipe: HasFolder) -> str:
 
 
 def ended_by_launcher() -> None:
-    """Have Linux send SIGTERM when the launcher dies, so that no training process outlives it.
-
-    Does nothing where the parent is not torch's or accelerate's launcher: a shell may leave before its jobs.
-    """
+    """Have Linux send SIGTERM when torch's or accelerate's launcher dies, so that no training process outlives it.
+    Any other parent, such as a shell, may end before its jobs."""
     parent = os.getppid()
     launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
     words = Path(f"/proc/{parent}/cmdline")
@@ -139,12 +135,12 @@ def ended_by_launcher() -> None:
 
 
 def with_the_run() -> ExitStack:
-    """What is entered or called back here ends with the present run, however that ends; outside of one, never."""
+    """A stack that closes when the present run ends, however it ends; outside of a run nothing closes it."""
     return _ENDING.get(None) or ExitStack()
 
 
 def leaving_nothing_behind(train: Callable[[Record], Returned]) -> Callable[[Record], Returned]:
-    """`train`, after which the signals do what they did before and the run's folder is free, however it ends."""
+    """`train`, which restores the signal handlers and unlocks the run's folder however it ends."""
 
     @wraps(train)
     def wrapped(recipe: Record) -> Returned:
@@ -157,7 +153,7 @@ def leaving_nothing_behind(train: Callable[[Record], Returned]) -> Callable[[Rec
             with ending:
                 return train(recipe)
         except Stopped as stopped:
-            if interactive():  # a notebook goes on; what it shows of a SystemExit says nothing
+            if interactive():  # a notebook goes on, and would hide a SystemExit's status
                 raise KeyboardInterrupt(f"status {stopped.args[0]}") from None
             raise SystemExit(*stopped.args) from None
         finally:
