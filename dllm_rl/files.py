@@ -1,4 +1,4 @@
-"""Writing so that a kill leaves no half file: what bears its final name is whole, and on disk."""
+"""Writing so that a kill leaves no half file: a file with its final name is complete, and on disk."""
 
 import errno
 import json
@@ -18,12 +18,11 @@ except ModuleNotFoundError:  # not a POSIX system: folders are not locked there
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields `.NAME.partial` beside `path`, to be written as a file or a folder; then flushes it and renames it to
-    `path`.
+    """Yields `.NAME.partial`, to be written as a file or a folder; then flushes it and renames it to `path`. If the
+    block raises, `.NAME.partial` is deleted and `path` is unchanged.
 
-    A file is replaced atomically. A folder that is there already is renamed to `.NAME.old`, and deleted when the new
-    one is in its place; `recover` puts it back after a kill between the two. When the block raises, what it wrote is
-    deleted and `path` is left as it was.
+    A file is replaced atomically. An old folder becomes `.NAME.old` until the new one has its place; after a kill in
+    between, `recover` puts it back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = _aside(path, "partial"), _aside(path, "old")
@@ -43,7 +42,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def recover(path: Path) -> None:
-    """Undo what a killed `replacing(path)` or `remove_whole(path)` left: `path` is the old or the new one, whole."""
+    """Clean up after a killed `replacing(path)` or `remove_whole(path)`: `path` is the old or the new one, complete."""
     partial, old = _aside(path, "partial"), _aside(path, "old")
     if old.exists() and not path.exists():
         old.rename(path)
@@ -52,7 +51,7 @@ def recover(path: Path) -> None:
 
 
 def remove_whole(path: Path) -> None:
-    """Delete a folder so that a kill leaves all or nothing of it under its name."""
+    """Delete a folder; a kill leaves all or nothing of it under its name."""
     partial = _aside(path, "partial")
     remove(partial)
     if path.exists():
@@ -74,7 +73,7 @@ def remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file's content at once, so that a reader never sees half of it."""
+    """Replace the file's content atomically."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -85,7 +84,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises ValueError naming its folder where it is missing or is no JSON."""
+    """A JSON file's content. Raises ValueError naming its folder if it is missing or is no JSON."""
     if not path.is_file():  # reading a FIFO would wait
         raise ValueError(f"{path.parent}: {path.name} is {'no regular file' if path.exists() else 'missing'}")
     try:
@@ -104,7 +103,7 @@ def flush(path: Path) -> None:
 
 
 def to_disk(file: IO[Any]) -> None:
-    """Force what was written to an open file to disk."""
+    """Force an open file's content to disk."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -114,16 +113,12 @@ def folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-_LOCKS: dict[tuple[int, Path], IO[str]] = {}  # by process, for a forked child does not hold its parent's
+_LOCKS: dict[tuple[int, Path], IO[str]] = {}  # by process: a forked child does not hold its parent's locks
 
 
 def lock(path: Path) -> None:
-    """Hold the lock file until `unlock`, or until the process ends in whatever way. Raises BlockingIOError, which says
-    who holds it, when another process does.
-
-    The lock is POSIX's, which is a process's own: children that it forks do not hold it, and taking it twice is taking
-    it once. Where the file system or the operating system has none, nothing is locked.
-    """
+    """Lock the file until `unlock` or the end of the process; a second call does nothing. Raises BlockingIOError naming
+    the process that holds it. Without POSIX locks in the file system or the operating system, nothing is locked."""
     path = path.resolve()
     if fcntl is None or (os.getpid(), path) in _LOCKS:
         return
@@ -147,7 +142,7 @@ def lock(path: Path) -> None:
 
 
 def unlock(path: Path) -> None:
-    """Release a lock that this process holds, if it does."""
+    """Release the lock if this process holds it."""
     file = _LOCKS.pop((os.getpid(), path.resolve()), None)
     if file is not None:
         file.close()

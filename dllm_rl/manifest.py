@@ -1,11 +1,10 @@
-"""What a checkpoint's folder must hold: manifest.json, written last, with the size and SHA-256 of every file.
+"""A checkpoint's manifest.json, written last: the size and SHA-256 of every file.
 
     {"format": 1, "step": 4, "processes": 2, "versions": {...},
      "files": {NAME: {"size": ..., "sha256": ...}}, "sha256": ...}
 
 Names are relative to the folder. A file over 1 MiB has `head` too, the SHA-256 of its first 1 MiB (a safetensors header
-and the first tensors), which is all of it that a quick check reads. The manifest's own `sha256` is that of its other
-fields, so that no part of it changes unseen; the step binds weights, optimiser and state to one another.
+and the first tensors). The last `sha256` is of the manifest's other fields.
 """
 
 import hashlib
@@ -17,11 +16,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from dllm_rl.files import read_json
+
 FORMAT = 1
 NAME = "manifest.json"
-CARD = "README.md"  # is not verified: it may be edited
+CARD = "README.md"  # not verified: users may edit it
 HEAD = 1 << 20
-Check = Literal["full", "quick"]  # quick: of files over 1 MiB, the size and the first 1 MiB only
+Check = Literal["full", "quick"]  # quick: only the size and the first 1 MiB of files over 1 MiB
 
 
 def write(
@@ -32,8 +33,7 @@ def write(
     versions: dict[str, Any],
     known: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> str:
-    """Write the manifest of what the folder holds; returns its own digest. known: entries of files that others wrote,
-    and described."""
+    """Write the folder's manifest; returns its own digest. known: entries of files that others wrote and described."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (NAME, CARD, *known)]
     with ThreadPoolExecutor(4) as pool:
         described = pool.map(describe, paths)
@@ -46,17 +46,10 @@ def write(
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest. Raises ValueError where it is missing, damaged, or of a format that this version does not know."""
-    path = folder / NAME
-    if not path.is_file():
-        raise ValueError(f"{folder}: {NAME} {_why_not(path)}")
-    try:
-        found = json.loads(path.read_bytes())
-        own = found.pop("sha256", None) if isinstance(found, dict) else None
-        signed = own is not None and own == _own_digest(found)
-    except (ValueError, RecursionError):  # neither UTF-8 nor JSON, or brackets without end
-        raise ValueError(f"{folder}: {NAME} is damaged: it is not JSON") from None
-    if not signed:
+    """The manifest. Raises ValueError if it is missing, damaged, or of another format."""
+    found = read_json(folder / NAME)
+    own = found.pop("sha256", None) if isinstance(found, dict) else None
+    if own is None or own != _own_digest(found):
         raise ValueError(f"{folder}: {NAME} is damaged: its own SHA-256 differs")
     if type(found.get("format")) is int and found["format"] != FORMAT:
         raise ValueError(f"{folder}: format={found['format']} is newer than {FORMAT}; upgrade dllm_rl")
@@ -66,21 +59,20 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = ()) -> dict[str, Any]:
-    """The manifest, after every file of the folder was held against it.
+    """Compare every file of the folder with the manifest; returns it. Raises ValueError naming what is wrong.
 
-    quick  of files over 1 MiB, compare the size and the first 1 MiB only.
-    also   names that the folder may hold besides; hidden files may always be there.
-    Raises ValueError naming what is wrong.
+    quick  compare only the size and the first 1 MiB of files over 1 MiB.
+    also   names of further files; hidden files are always allowed.
     """
     found = read(folder)
     files = found["files"]
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     for path in folder.rglob("*"):
-        if not path.is_file() and not path.is_dir():  # reading a FIFO or a device would wait, or never end
+        if not path.is_file() and not path.is_dir():  # reading a FIFO or a device may never end
             raise ValueError(f"{folder}: {path.name} is no regular file")
     for name in files:
         if name not in here:
-            raise ValueError(f"{folder}: {name} {_why_not(folder / name)}")
+            raise ValueError(f"{folder}: {name} is {'no regular file' if (folder / name).exists() else 'missing'}")
     for name, path in here.items():
         if name not in files and name not in (NAME, CARD, *also) and not path.name.startswith("."):
             raise ValueError(f"{folder}: {name} is not in {NAME}; move it elsewhere")
@@ -92,7 +84,7 @@ def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = ()) -> di
 
 
 def verify_if_there(folder: Path, check: Check) -> None:
-    """Verify a folder that has a manifest, as our checkpoints have; others' checkpoints pass. Raises ValueError."""
+    """`verify` a folder that has a manifest, as this library's checkpoints have; others pass."""
     if (folder / NAME).exists():
         verify(folder, quick=check == "quick")
 
@@ -105,17 +97,13 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def digest(path: Path, *, limit: int | None = None) -> str:
-    """SHA-256 of a file, in hexadecimal; of its first `limit` bytes where one is given."""
+    """SHA-256, in hexadecimal, of a file or of its first `limit` bytes."""
     found, left = hashlib.sha256(), limit
     with path.open("rb", buffering=0) as file:
         while part := file.read(1 << 20 if left is None else min(left, 1 << 20)):
             found.update(part)
             left = None if left is None else left - len(part)
     return found.hexdigest()
-
-
-def _why_not(path: Path) -> str:
-    return "is no regular file" if path.exists() else "is missing"
 
 
 def _fault(path: Path, entry: dict[str, Any], *, quick: bool) -> str | None:
@@ -128,13 +116,11 @@ def _fault(path: Path, entry: dict[str, Any], *, quick: bool) -> str | None:
 
 
 def _has_types(fields: dict[str, Any]) -> bool:
-    """Whether the fields are of the types that `write` gives them: who can write a manifest can sign it."""
+    """Whether the fields have the types of `write`: a signed manifest may still be forged."""
     files = fields.get("files")
-    if type(fields.get("format")) is not int or type(fields.get("step")) not in (int, type(None)):
+    if type(fields.get("format")) is not int or type(fields.get("step", "")) not in (int, type(None)):
         return False
-    if "step" not in fields or not isinstance(files, dict):
-        return False
-    return all(isinstance(entry, dict) and _describes(entry) for entry in files.values())
+    return isinstance(files, dict) and all(isinstance(entry, dict) and _describes(entry) for entry in files.values())
 
 
 def _describes(entry: dict[str, Any]) -> bool:

@@ -1,1 +1,1 @@
-"""What a run leaves on the disk and resumes from."""
+"""What a run saves and resumes from."""

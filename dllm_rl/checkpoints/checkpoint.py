@@ -25,7 +25,7 @@ from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.adapters import save_adapter
 
-# What torch makes of a file that its loader of tensors cannot read.
+# What torch's loader raises on a damaged file.
 _NO_TENSORS = (
     *(RuntimeError, OSError, EOFError, pickle.UnpicklingError),
     *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
@@ -35,7 +35,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True)
 class Held:
-    """Of an optimiser what is saved, copied to the host: `state` by weight, as it has it, and all as `fields`."""
+    """An optimiser's state, copied to the host: `state` by weight, and `fields`, its state_dict."""
 
     state: dict[Any, dict[str, Any]]
     fields: dict[str, Any]
@@ -58,18 +58,15 @@ def save(
     card: str | None = None,
     swap: Swap = alone,
 ) -> Path:
-    """Write `directory`/step-NNNNNN, name it in `directory`/latest, then drop all but the newest `keep`. `load_policy`
-    opens the folder as it is.
+    """Write `directory`/step-NNNNNN, which `load_policy` opens, name it in `directory`/latest, and delete all but the
+    newest `keep`. The folder gets its name when it is complete and on disk; its manifest is written last.
 
-    optimizer  all of it, written as optimizer.pt; or this process's part, while the others call `save_part` and what
-               they say goes through `swap`.
+    optimizer  all of it, written as optimizer.pt; or this process's part: then the others call `save_part`.
+    state      JSON-serialisable. Random numbers are functions of (seed, step) and are not saved.
+    reserve    bytes that later checkpoints take beyond this one.
 
-    The folder is written under another name, flushed to disk and renamed, so a folder with a checkpoint's name is
-    always complete; its manifest is written last. state must be JSON-serialisable; a run's random numbers are functions
-    of (seed, step) and need no saving. `reserve` is of room, bytes, that later checkpoints take beyond this one.
-
-    Raises FloatingPointError, before anything is written, where a weight or a moment is not finite, and OSError that
-    says how much room is missing where the disk is full.
+    Raises FloatingPointError, before anything is written, if a weight or a moment is not finite, and OSError with the
+    missing room if the disk is full.
     """
     check_finite(f"step {step} was not saved", policy, optimizer)
     directory.mkdir(parents=True, exist_ok=True)
@@ -78,7 +75,7 @@ def save(
     with _enough_room(final, policy, optimizer, reserve):
         with replacing(final) as partial:
             partial.mkdir()
-            swap(str(partial))  # the others may begin
+            swap(str(partial))  # the others begin to write
             policy.save_pretrained(partial)
             if policy.lora is not None:
                 save_adapter(policy, partial / "adapter")
@@ -96,18 +93,18 @@ def save(
 
 
 def _write_optimizer(folder: Path, optimizer: torch.optim.Optimizer | Held | Part) -> dict[str, Any]:
-    """Write its state; returns the entries of the manifest that are known by that. Raises OSError."""
+    """Write the state; returns the manifest entries known so far. Raises OSError."""
     if isinstance(optimizer, Part):
         return write_part(folder, optimizer)
     try:
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    except RuntimeError as error:  # what torch makes of a write that fails
+    except RuntimeError as error:  # torch's error for a failed write
         raise OSError(errno.EIO, f"optimizer.pt: {error}") from error
     return {}
 
 
 def save_part(step: int, part: Part | None, swap: Swap) -> None:
-    """What the other processes do of `save`. part: None for what a process of another replica writes."""
+    """The other processes' side of `save`. part: None if a process of another replica writes it."""
     if part is not None:
         _check_all(f"step {step} was not saved", part.tensors)
     folder, *_ = swap(None)
@@ -115,7 +112,7 @@ def save_part(step: int, part: Part | None, swap: Swap) -> None:
 
 
 def recover_all(directory: Path) -> None:
-    """Undo what a kill left half-done among the checkpoints. For their only writer."""
+    """Undo what a kill left half-done among the checkpoints. Only their writer may call it."""
     for path in [*directory.glob(".step-*"), *directory.glob(".latest.*")]:
         recover(directory / path.name[1:].rpartition(".")[0])
     for stale in directory.glob(".partial-*"):
@@ -126,10 +123,9 @@ def recover_all(directory: Path) -> None:
 def _enough_room(
     final: Path, policy: Policy, optimizer: torch.optim.Optimizer | Held | Part, reserve: int
 ) -> Iterator[None]:
-    """Raise OSError where the disk has no room for another checkpoint, or the block fails to write one; both say how
-    much room there is."""
+    """Raise OSError, which reports the free room, if another checkpoint does not fit or the block fails to write it."""
     tensors = sum(x.numel() * x.element_size() for x in _tensors(policy, optimizer).values())
-    if isinstance(optimizer, Part):  # all parts lie there
+    if isinstance(optimizer, Part):  # the other parts need room too
         tensors += optimizer.nbytes - sum(x.nbytes for x in optimizer.tensors.values())
     last = [folder_size(folder) for _, folder in found(final.parent)[-1:]]
     needed = max([tensors, *last]) + reserve + (1 << 20)
@@ -155,7 +151,7 @@ def _enough_room(
 
 
 def _tensors(policy: Policy, optimizer: torch.optim.Optimizer | Held | Part) -> dict[str, Tensor]:
-    """Weights by name, and the optimiser's state of each that is trained."""
+    """Weights by name, and the optimiser's state of each trained one."""
     named = dict(policy.module.named_parameters())
     found = {name: tensor.detach() for name, tensor in chain(named.items(), policy.module.named_buffers())}
     if isinstance(optimizer, Part):
@@ -180,16 +176,12 @@ def _check_all(what: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def folder_of(directory: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lies, or is to lie."""
     return directory / f"step-{step:06d}"
 
 
 def set_aside(directory: Path, resumed: Path) -> list[Path]:
-    """Rename the checkpoints in `directory` that a run leaves behind when it goes on from `resumed`; returns new paths.
-
-    Those are the later ones, and another of the same step: step-NNNNNN becomes step-NNNNNN.set-aside, or .set-aside-2
-    and so on where that is taken. They are found no more, neither as the newest nor as surplus; nothing is deleted.
-    """
+    """Rename the checkpoints later than `resumed`, and another one of its step, to step-NNNNNN.set-aside (-2, -3 ...);
+    returns the new paths. `found` skips them."""
     step, moved = read_state(resumed)["step"], []
     for number, folder in reversed(found(directory)):
         if number > step or (number == step and folder.resolve() != resumed.resolve()):
@@ -202,7 +194,7 @@ def set_aside(directory: Path, resumed: Path) -> list[Path]:
 
 
 def found(directory: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every whole checkpoint, oldest first."""
+    """(step, folder) of every complete checkpoint, oldest first."""
     folders = directory.iterdir() if directory.is_dir() else []
     return sorted((int(m[1]), p) for p in folders if (m := _NAME.fullmatch(p.name)))
 
@@ -210,10 +202,8 @@ def found(directory: Path) -> list[tuple[int, Path]]:
 def locate(
     which: str, directory: Path, *, quick: bool = False, say: Callable[[str], None] = lambda text: None
 ) -> Path | None:
-    """The folder that `resume_from_checkpoint` means, verified; None for 'latest' when there is none yet.
-
-    'latest' is the newest that verifies; `say` is told what was skipped, and why. Raises ValueError when a named folder
-    is no checkpoint or is damaged, or when all are.
+    """The verified folder of `resume_from_checkpoint`; None for 'latest' when there is none yet. 'latest' is the newest
+    undamaged one; `say` takes a line per skipped one. Raises ValueError if the named folder, or every one, is damaged.
     """
     if which != "latest":
         path = Path(which)
@@ -227,11 +217,10 @@ def locate(
     for _, folder in reversed(found(directory)):
         try:
             check(folder, quick=quick)
+            return folder
         except ValueError as error:
             say(f"skipped {error}")
             skipped.append(str(error))
-        else:
-            return folder
     if skipped:
         raise ValueError(
             f"resume_from_checkpoint='latest': no checkpoint is whole ({'; '.join(skipped)}); "
@@ -241,7 +230,7 @@ def locate(
 
 
 def check(folder: Path, *, quick: bool = False) -> None:
-    """Raise ValueError naming what is damaged, missing or mixed in a checkpoint's folder."""
+    """Raise ValueError naming what is damaged, missing or of another step."""
     held = manifest.read(folder)
     named = _NAME.fullmatch(folder.name)
     if named and int(named[1]) != held["step"]:
@@ -253,7 +242,7 @@ def check(folder: Path, *, quick: bool = False) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `save` was given. Raises ValueError where state.json is missing or damaged."""
+    """The `state` of `save`. Raises ValueError if state.json is missing or damaged."""
     value = read_json(folder / "state.json")
     if not isinstance(value, dict):
         raise ValueError(f"{folder}: state.json is damaged: it is no JSON object")
@@ -261,10 +250,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's moments on the optimiser, of a shared-out one this process's part, however many wrote them.
-
-    Raises ValueError on a file that is damaged or emptied, and FloatingPointError on weights or moments that are not
-    finite.
+    """Load a checkpoint's moments into the optimiser; of sharded ones this process's part, whatever number of processes
+    wrote them. Raises ValueError on a damaged file, and FloatingPointError on weights or moments that are not finite.
     """
     if (source := next(folder.glob(PATTERN), None)) is not None:
         load_parts(folder, policy, optimizer)
@@ -280,28 +267,35 @@ def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimize
 
 
 def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:
-    """From optimizer.pt."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = _optimizer_state(folder, mapped=any(isinstance(p, DTensor) for p in parameters))
+    path = folder / "optimizer.pt"
+    mapped = any(isinstance(p, DTensor) for p in parameters)  # tensors stay in the file until their parts are read
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: {path.name} is missing") from None
+    except _NO_TENSORS as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder}: {path.name} is damaged: {why}") from None
     own = optimizer.state_dict()["param_groups"]
     if not _fits(state, own):
         raise ValueError(f"{folder}: optimizer.pt does not hold the state of {type(optimizer).__name__}")
     for index, held in state["state"].items():
         held |= {kind: part_like(value, parameters[index]) for kind, value in held.items()}
-    # A field that the file lacks, as an older torch leaves it out, is the optimiser's own.
+    # An older torch leaves out some fields: the optimiser's own value fills them.
     groups = [mine | theirs for mine, theirs in zip(own, state["param_groups"], strict=True)]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 def _fits(state: Any, own: list[dict[str, Any]]) -> bool:
-    """Whether a file's content has the form of an optimiser's state with these groups."""
+    """Whether a file's content is an optimiser's state with these groups."""
     if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
         return False
     count = sum(len(group["params"]) for group in own)
     for index, held in state["state"].items():
         if type(index) is not int or not 0 <= index < count or not isinstance(held, dict):
             return False
-        if not isinstance(held.get("step", 0), int | float | Tensor):  # torch makes a number of it
+        if not isinstance(held.get("step", 0), int | float | Tensor):  # torch converts it to a number
             return False
     groups = state.get("param_groups")
     if not isinstance(groups, list) or len(groups) != len(own):
@@ -315,7 +309,7 @@ def _fits(state: Any, own: list[dict[str, Any]]) -> bool:
 
 
 def _form(value: Any) -> Any:
-    """What values must have in common to stand for one another: numbers are alike, and so are flags."""
+    """The type that a replacement must share; all numbers are one type, and all flags."""
     if isinstance(value, list | tuple):
         return [_form(each) for each in value]
     if value is None or isinstance(value, bool):
@@ -324,7 +318,6 @@ def _form(value: Any) -> Any:
 
 
 def _check_moments(source: str, policy: Policy, optimizer: torch.optim.AdamW) -> None:
-    """Raise ValueError where a weight's state is not what AdamW keeps of it."""
     for name, parameter in policy.module.named_parameters():
         held = optimizer.state.get(parameter, {})
         for kind in ("step", "exp_avg", "exp_avg_sq") if held else ():
@@ -332,15 +325,3 @@ def _check_moments(source: str, policy: Policy, optimizer: torch.optim.AdamW) ->
             shape = () if kind == "step" else parameter.shape
             if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
                 raise ValueError(f"{source} holds no {kind!r} of {name} in the weight's shape")
-
-
-def _optimizer_state(folder: Path, *, mapped: bool = False) -> Any:
-    """What optimizer.pt holds. mapped: tensors stay in the file until they are read, for processes that take parts."""
-    path = folder / "optimizer.pt"
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: {path.name} is missing") from None
-    except _NO_TENSORS as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{folder}: {path.name} is damaged: {why}") from None

@@ -1,12 +1,10 @@
-"""An optimiser's state that several processes hold between them: a file for the part of each, put together again on any
-number of processes.
+"""A sharded optimiser's state: one file per process, readable by any number of processes.
 
-    optimizer-00001-of-00002.safetensors   tensors by "KIND of NAME", rows of them where they are shared out
+    optimizer-00001-of-00002.safetensors   tensors by "KIND of NAME"; rows of the sharded ones
 
-Its header has two texts of JSON: `rows`, {"KIND of NAME": [first row, rows in all]} of what is shared out, and `plain`,
-what is no tensor. What every process holds alike stands in the first file alone. Nothing of it is pickled; torch's own
-sharded format (DCP) reads its list of parts with pickle, and its form for safetensors checks neither dtypes nor that
-the parts leave no gap.
+The header has two JSON texts: `rows`, {"KIND of NAME": [first row, rows in all]} of sharded tensors, and `plain`,
+values that are no tensors. The first file alone has what is not sharded. torch's DCP is not used: it reads pickles, and
+its safetensors form checks neither dtypes nor gaps.
 """
 
 import errno
@@ -29,15 +27,15 @@ from dllm_rl.models.base import Policy
 
 PATTERN = "optimizer-*-of-*.safetensors"
 Returned = TypeVar("Returned")
-Swap = Callable[[Any], list[Any]]  # what this process says -> what each of them says, in order
+Swap = Callable[[Any], list[Any]]  # this process's value -> the values of all processes, in order
 
 
 @dataclass(frozen=True)
 class Part:
-    """One process's part of an optimiser's state: number `number`, from 0, of `count`, which together take `nbytes`.
+    """One process's part of an optimiser's state: `number`, from 0, of `count`; all parts have `nbytes` bytes.
 
-    rows   first row and rows in all, by name, of the tensors that are shared out.
-    plain  what is no tensor, by name.
+    rows   first row and rows in all of each sharded tensor.
+    plain  values that are no tensors.
     """
 
     number: int
@@ -53,16 +51,14 @@ class Part:
 
 
 def file_name(number: int, count: int) -> str:
-    """Of part `number`, from 0, of `count`."""
     return f"optimizer-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def part_of(policy: Policy, optimizer: torch.optim.Optimizer, *, copy: bool = False) -> Part | None:
-    """What this process is to write of the optimiser's state; None where another process, of the first replica, writes
-    the same.
+    """This process's part of the optimiser's state; None if a process of the first replica writes the same.
 
-    copy  tensors are copied to the host, so that training may go on while they are written.
-    Raises ValueError where the state has tensors that do not follow the weights.
+    copy  copy tensors on the host too, so that training may go on during the write.
+    Raises ValueError if a tensor of the state is not sharded as its weight is.
     """
     named = [(name, p) for name, p in policy.module.named_parameters() if p.requires_grad]
     mesh = named[0][1].device_mesh
@@ -88,12 +84,12 @@ def part_of(policy: Policy, optimizer: torch.optim.Optimizer, *, copy: bool = Fa
 
 
 def first_row(length: int, number: int, count: int) -> int:
-    """Where part `number` of `count` of so many rows begins, as FSDP2 (torch.chunk) shares them out."""
+    """First row of part `number` of `count`, as FSDP2 (torch.chunk) shards `length` rows."""
     return min(length, number * -(-length // count))
 
 
 def write_part(folder: Path, part: Part) -> dict[str, Any]:
-    """Write a part, to disk; returns its entry of the manifest. Raises OSError."""
+    """Write a part to disk; returns its manifest entry. Raises OSError."""
     path = folder / part.name
     try:
         save_file(part.tensors, path, {"rows": json.dumps(part.rows), "plain": json.dumps(part.plain)})
@@ -104,8 +100,8 @@ def write_part(folder: Path, part: Part) -> dict[str, Any]:
 
 
 def load_parts(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Put the parts in a folder on the optimiser, of each tensor the rows that this process holds. Raises ValueError
-    naming what is missing, of another shape or dtype, twice there, or of no weight."""
+    """Load this process's rows from a folder's parts. Raises ValueError naming what is missing, duplicate, of no
+    weight, or of another shape or dtype."""
     parameters = dict(policy.module.named_parameters())
     places = {id(p): place for place, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state: dict[int, dict[str, Any]] = {}
@@ -123,7 +119,7 @@ def load_parts(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -
 
 @dataclass(frozen=True)
 class _Piece:
-    """A tensor of one file: its rows from `first` on, of `total`; whole where `total` is None."""
+    """A tensor of one file: its rows from `first` on, of `total`; all rows if `total` is None."""
 
     file: Any
     first: int
@@ -131,7 +127,7 @@ class _Piece:
 
 
 def _opened(folder: Path, stack: ExitStack) -> tuple[dict[str, list[_Piece]], dict[str, Any]]:
-    """The pieces of each tensor, and what is no tensor; only headers are read."""
+    """The pieces of each tensor, and the values that are no tensors; reads headers only."""
     pieces: dict[str, list[_Piece]] = {}
     plain: dict[str, Any] = {}
     for path in _files(folder):
@@ -152,7 +148,7 @@ def _opened(folder: Path, stack: ExitStack) -> tuple[dict[str, list[_Piece]], di
 
 
 def _says_rows(rows: Any, names: set[str]) -> bool:
-    """Whether it is {name: [first row, rows in all]} of tensors that are there."""
+    """Whether `rows` is {name: [first row, rows in all]} of tensors in the file."""
     pairs = rows.values() if isinstance(rows, dict) and rows.keys() <= names else [None]
     return all(isinstance(pair, list) and [type(n) is int and n >= 0 for n in pair] == [True, True] for pair in pairs)
 
@@ -164,7 +160,7 @@ def _says_numbers(plain: Any) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The parts' files, all of them. Raises ValueError where one is missing, or is of another number of parts."""
+    """The files of all parts. Raises ValueError if one is missing, or is of another number of parts."""
     here = {path.name for path in folder.glob(PATTERN)}
     count = len(here)
     names = [file_name(number, count) for number in range(count)]
@@ -175,10 +171,10 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _assembled(folder: Path, key: str, pieces: list[_Piece], parameter: Tensor) -> Tensor:
-    """The rows of a tensor that this process holds, laid out as the parameter is; all of them where that is whole."""
+    """This process's rows of a tensor, sharded as the parameter is."""
     where = f"{folder}: the optimiser's state {key!r}"
     spans, shape = _spans(where, key, pieces, parameter), parameter.shape
-    if spans is None:  # a number that all processes hold alike
+    if spans is None:  # a number, the same in all processes
         return pieces[0].file.get_tensor(key)
     if not isinstance(parameter, DTensor):
         return _joined(where, spans, 0, shape[0], parameter)
@@ -195,7 +191,7 @@ Span = tuple[int, int, Any]  # first row, the one after the last, the slice of a
 
 
 def _spans(where: str, key: str, pieces: list[_Piece], parameter: Tensor) -> list[Span] | None:
-    """The pieces' rows in order, which must be those of the parameter, each once; None for a number."""
+    """The pieces in order; None for a number. Raises ValueError unless they are the parameter's rows, each once."""
     slices, shape = [piece.file.get_slice(key) for piece in pieces], list(parameter.shape)
     if len(pieces) == 1 and pieces[0].total is None and slices[0].get_shape() == []:
         return None
@@ -213,7 +209,7 @@ def _spans(where: str, key: str, pieces: list[_Piece], parameter: Tensor) -> lis
 
 
 def _joined(where: str, spans: list[Span], first: int, last: int, parameter: Tensor) -> Tensor:
-    """Rows [first, last); they may be none. Raises ValueError on a dtype that is neither the weight's nor fp32."""
+    """Rows [first, last), maybe none. Raises ValueError on a dtype that is neither the weight's nor fp32."""
     found = [part[max(first, a) - a : max(0, min(last, b) - a)] for a, b, part in spans]
     held = [rows for rows in found if len(rows)] or found[:1]
     kinds = {rows.dtype for rows in held}
@@ -223,12 +219,11 @@ def _joined(where: str, spans: list[Span], first: int, last: int, parameter: Ten
 
 
 class Elsewhere(Exception):
-    """Brings the error of another process."""
+    """Carries the error of another process."""
 
 
 def in_step(work: Callable[[Swap], Returned], gather: Swap) -> Returned:
-    """Run `work` in all processes, which swap values on the way; an error in one of them is raised in all, instead of
-    the next swap."""
+    """Run `work`, which swaps values, in all processes; the next swap raises the error of any process in all."""
 
     def swap(value: Any, error: Exception | None = None) -> list[Any]:
         said = gather((value, error))

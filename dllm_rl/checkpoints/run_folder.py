@@ -13,42 +13,22 @@ from dllm_rl.recipe import Recipe, Settings
 
 REHEARSAL = ".rehearsal"  # where a rehearsal writes
 
-# Fields that may change between the parts of a resumed run: they do not touch what is computed, or only extend it
-# (that the schedule stays as it was is checked).
+# Fields that a resume may change: they do not change what is computed, or only extend it (see `_check_schedule`).
 FREE = {
-    "output_dir",
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
-    "eval_steps",
-    "eval_batch_size",
-    "mismatch_sample",
-    "save_steps",
-    "save_total_limit",
-    "logging_steps",
-    "log_completions_steps",
-    "report_to",
-    "push_to_hub",
-    "num_steps",
-    "lr_schedule_steps",
-    "verify_checkpoint",
-    "on_save_error",
-    "async_save",
-    "stop_seconds",
-    "reward_timeout",
-    "collective_timeout",
-    "peer_timeout",
-    "shard_size",
-    "max_prompt_length",
-    "dry_run",
+    *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
+    *("eval_steps", "eval_batch_size", "mismatch_sample"),
+    *("save_steps", "save_total_limit", "verify_checkpoint", "on_save_error", "async_save"),
+    *("logging_steps", "log_completions_steps", "report_to", "push_to_hub"),
+    *("stop_seconds", "reward_timeout", "collective_timeout", "peer_timeout"),
+    *("num_steps", "lr_schedule_steps", "max_prompt_length", "shard_size"),
 }
 
-
 DEFAULTS = {f.name: plain(f.default) for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
-HELD = ("metrics.jsonl", "checkpoints", "summary.json")  # what tells a run's folder
+HELD = ("metrics.jsonl", "checkpoints", "summary.json")  # by one of these a run's folder is recognised
 
 
 def open_folder(recipe: Settings) -> tuple[Path | None, list[str]]:
-    """Lock the run's folder; returns the checkpoint to resume from, and what is to be said of it. Raises ValueError."""
+    """Lock the run's folder; returns the checkpoint to resume from, and lines to print. Raises ValueError."""
     directory = Path(recipe.directory)
     notes: list[str] = []
     try:
@@ -59,7 +39,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, list[str]]:
             "another output_dir"
         ) from None
     recover(directory / "reference")
-    remove(directory / REHEARSAL)  # of a run that was killed in it
+    remove(directory / REHEARSAL)  # a killed run leaves it
     held = [name for name in HELD if (directory / name).exists()]
     if not recipe.resume_from_checkpoint:
         if held and not recipe.overwrite_output_dir:
@@ -74,8 +54,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, list[str]]:
     if folder:
         state = checkpoint.read_state(folder)
         _check_state(folder, state, recipe)
-        # A setting that the checkpoint does not know had its default.
-        before = DEFAULTS | state["recipe"]
+        before = DEFAULTS | state["recipe"]  # a setting that the checkpoint lacks had its default
         _check_same_recipe(before, recipe.settings())
         _check_schedule(recipe, before, state["step"])
         _check_reference(state, directory / "reference", quick=quick)
@@ -85,14 +64,13 @@ def open_folder(recipe: Settings) -> tuple[Path | None, list[str]]:
 
 
 def clear_folder(recipe: Settings) -> None:
-    """Delete the run that the folder holds, where that is asked for and it is not resumed."""
+    """Delete the folder's run if `overwrite_output_dir` is set and no run is resumed."""
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
         for name in (*HELD, "completions.jsonl", "tensorboard", "training.png", "reference"):
             remove(Path(recipe.directory) / name)
 
 
 def _check_state(folder: Path, state: dict[str, Any], recipe: Settings) -> None:
-    """Raise ValueError where state.json lacks what a run goes on from, or has it in another type."""
     settings = state.get("recipe")
     known: dict[str, Any] = settings if isinstance(settings, dict) else {}
     rl = isinstance(recipe, Recipe)
@@ -119,18 +97,15 @@ def _are_numbers(values: Any) -> bool:
 
 
 def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ValueError on a setting that differs, or that the checkpoint's kind of run has not."""
     before = dict.fromkeys(now) | before
-    changed = [name for name in now if name not in FREE and before[name] != now[name]]
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"{name}={now[name]!r} differs from the checkpoint's {before[name]!r}; resume with the same recipe"
-        )
+    for name in now:
+        if name not in FREE and before[name] != now[name]:
+            raise ValueError(
+                f"{name}={now[name]!r} differs from the checkpoint's {before[name]!r}; resume with the same recipe"
+            )
 
 
 def _check_schedule(recipe: Settings, before: dict[str, Any], step: int) -> None:
-    """Raise ValueError when the run would end before it resumes, or with other learning rates than it began with."""
     if recipe.num_steps < step:
         raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {step}; give more steps")
     then, now = before["lr_schedule_steps"] or before["num_steps"], recipe.schedule_steps
@@ -143,7 +118,6 @@ def _check_schedule(recipe: Settings, before: dict[str, Any], step: int) -> None
 
 
 def _check_reference(state: dict[str, Any], folder: Path, *, quick: bool) -> None:
-    """Raise ValueError when the run's reference is not whole, or not that of its checkpoint."""
     expected = state.get("reference")
     if expected is not None and manifest.verify(folder, quick=quick)["sha256"] != expected:
         raise ValueError(f"{folder} is that of another run than the checkpoint's; put the run's own back")

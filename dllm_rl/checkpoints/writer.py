@@ -13,10 +13,10 @@ from dllm_rl.screen import escape_controls
 
 
 class Writer:
-    """Writes one checkpoint at a time: at once, or, where `later` is set, in a thread. An error of the thread is raised
-    by the next `check` or `wait`. Where several processes write, `gather` is their exchange, in a group of its own.
+    """Writes one checkpoint at a time: at once, or with `later` in a thread, whose error the next `check` or `wait`
+    raises. `gather` is the exchange of several writing processes, in a group of its own.
 
-    alone  held while the main process saves by itself, from whichever thread.
+    alone  the lock of a save by the main process alone, from any thread.
     """
 
     def __init__(self, *, later: bool, group: Any = None) -> None:
@@ -26,7 +26,7 @@ class Writer:
         self._error: Exception | None = None
 
     def run(self, work: Callable[[], Path | None]) -> None:
-        """Have `work` done; the one before it must have been waited for."""
+        """Start `work`; call `wait` for the previous one first."""
         if not self.later:
             self._folder = work()
             return
@@ -37,24 +37,24 @@ class Writer:
         try:
             with torch.no_grad():
                 self._folder = work()
-        except Exception as error:  # of any kind: it goes on in the main thread
+        except Exception as error:  # of any kind: `check` raises it in the main thread
             self._error = error
 
     def check(self) -> None:
-        """Raise what a thread that has ended raised."""
+        """Raise the error of a thread that has ended."""
         if self._error is not None and not (self._thread and self._thread.is_alive()):
             error, self._error = self._error, None
             raise error
 
     def wait(self) -> Path | None:
-        """Wait for what is being written; returns the last checkpoint, or None where none could be written."""
+        """Wait for the write; returns the last checkpoint, or None if none was written."""
         if self._thread is not None:
             self._thread.join()
         self.check()
         return self._folder
 
     def close(self) -> None:
-        """Wait, and say an error that nothing has raised: for the end of a run, whatever ended it."""
+        """Wait, and print an error that nothing has raised. For the end of a run, however it ends."""
         try:
             self.wait()
         except Exception as error:  # of any kind: the run is ending already
