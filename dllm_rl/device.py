@@ -1,4 +1,4 @@
-"""The device that a run computes on, and what it holds of it."""
+"""The device that a run computes on, its memory, and copies to it."""
 
 import math
 import sys
@@ -8,10 +8,9 @@ from torch import Tensor
 
 
 def find_device(name: str | None = None) -> torch.device:
-    """The device of that name; without one, the accelerator where there is one, else the CPU.
+    """The device of that name; without a name the accelerator, else the CPU. Raises ValueError on an absent device.
 
-    A Mac's GPU is passed over unless it is named: it has no fp64, which random numbers and metrics are computed in.
-    Raises ValueError on a device that this machine has not.
+    A Mac's GPU must be named: it has no fp64, which random numbers and metrics need.
     """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name is None:
@@ -25,7 +24,7 @@ def find_device(name: str | None = None) -> torch.device:
 
 
 def peak_memory() -> float:
-    """The most that this process has held so far, GB: on its GPU where it uses one, else in the host's memory."""
+    """This process's peak memory so far, GB: on its GPU if it uses one, else on the host."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e9
     try:
@@ -36,11 +35,8 @@ def peak_memory() -> float:
 
 
 def send(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The host's tensors, all of one dtype, on the device; the tensors themselves where that is the CPU.
-
-    They travel as one copy from pinned memory, which the host does not wait for. From pageable memory it would, and a
-    step of a sampler takes less time than a wait.
-    """
+    """The host's tensors, all of one dtype, on the device. On CUDA they are one copy from pinned memory: the host waits
+    for a copy from pageable memory, longer than a sampler's step takes."""
     if device.type != "cuda":
         return tuple(x.to(device) for x in tensors)
     there = torch.cat([x.flatten() for x in tensors]).pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Randomness: every random number is a function of a key, so that nothing needs saving or restoring."""
+"""Randomness: every random number is a function of a key."""
 
 import hashlib
 import math
@@ -16,16 +16,12 @@ def generator_for(*key: object) -> Generator:
 
 
 def row_seeds(generator: Generator, num_rows: int) -> Int[Tensor, " B"]:
-    """One seed per row, drawn from `generator`; row i's seed does not depend on how many rows follow it."""
+    """One seed per row; row i's seed does not depend on the rows after it."""
     return torch.randint(2**63 - 1, (num_rows,), generator=generator)
 
 
 GAMMA = 0x9E3779B97F4A7C15 - 2**64  # the odd 64-bit constants of SplitMix64, as signed integers
-
-
 FIRST = 0xBF58476D1CE4E5B9 - 2**64
-
-
 SECOND = 0x94D049BB133111EB - 2**64
 
 
@@ -35,7 +31,7 @@ def uniforms(
     """Uniforms in [0, 1), fp64 with 53 random bits, the same on every device and for every batch.
 
     Two rounds of SplitMix64 (Steele, Lea, Flood 2014): the seed with the step and the stream, then with the position.
-    `positions` count from the first token of the completion, so that padding changes nothing. [ours]
+    `positions` count from the completion's first token, so that padding changes nothing. [ours]
     """
     state = _mix(seeds + (2 * steps + stream + 1) * GAMMA)
     bits = _shift(_mix(state + (positions + 1) * GAMMA), 11)
@@ -46,9 +42,7 @@ def keep_mask(
     shape: Sequence[int], *, seed: int, step: int, drop: float, device: torch.device | str
 ) -> Bool[Tensor, "*S"]:
     """False with probability `drop` (to 2^-17): a function of seed, step and place alone, the same on every device.
-
-    Two rounds of SplitMix64 as in `uniforms`, the first on the host; the bits of one number serve four places. [ours]
-    """
+    Two rounds of SplitMix64 as in `uniforms`, the first on the host; each number serves four places. [ours]"""
     count, state = math.prod(shape), _mix(torch.tensor(seed) + torch.tensor(step + 1) * GAMMA)
     bits = _mix(state + torch.arange(1, -(-count // 4) + 1, device=device) * GAMMA).view(torch.int16)[:count]
     return (bits >= min(round(drop * 2**16), 2**16 - 1) - 2**15).view(*shape)
@@ -62,5 +56,5 @@ def _mix(x: Int[Tensor, "*K"]) -> Int[Tensor, "*K"]:
 
 
 def _shift(x: Int[Tensor, "*K"], bits: int) -> Int[Tensor, "*K"]:
-    """Shift right and fill with zeros: on signed integers `>>` would fill with the sign."""
+    """Shift right and fill with zeros; `>>` fills with the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

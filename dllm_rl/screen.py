@@ -1,5 +1,4 @@
-"""Foreign text on a screen: prompts, completions, paths and names are shown, and can neither steer a terminal nor be
-read as rich's markup."""
+"""Foreign text on a screen: prompts, completions, paths and names cannot act as control characters or rich markup."""
 
 import logging
 import sys
@@ -10,13 +9,12 @@ from rich.text import Text
 
 
 def interactive() -> bool:
-    """Whether someone types at a prompt: a notebook, IPython, Python itself."""
+    """Whether Python runs at a prompt: a notebook, IPython, Python itself."""
     return hasattr(sys, "ps1")
 
 
 def escape_controls(text: str, *, keep: str = "") -> str:
-    """Text that cannot move the cursor, ring, or turn its neighbours round: control and format characters, but those of
-    `keep`, are replaced by signs that stand for them."""
+    """The text with visible signs in place of control and format characters, except those of `keep`."""
     shown = []
     for c in text:
         if c in keep:
@@ -31,20 +29,20 @@ def escape_controls(text: str, *, keep: str = "") -> str:
 
 
 def literal(text: object, *, style: str = "") -> Text:
-    """What rich prints as it stands, brackets and all: a cell, a title."""
+    """A cell or a title that rich prints unchanged, brackets included."""
     return Text(escape_controls(str(text)), style=style)
 
 
 _NOISE = {
-    "torchao": "Failed to load",  # CUDA extensions, on a machine without them
+    "torchao": "Failed to load",  # CUDA extensions, on a machine without CUDA
     "torch.utils._pytree": "is an Enum subclass",  # a deprecation inside torchao
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # an optional faster kernel
-    "bitsandbytes.autograd._functions": "inputs will be cast from",  # once per product
+    "bitsandbytes.autograd._functions": "inputs will be cast from",  # at every product
 }
 
 
 def silence_import_noise() -> None:
-    """Drop just these messages, whoever imports the library that logs them; everything else is still logged."""
+    """Drop these messages alone, whoever imports the library."""
     for name, start in _NOISE.items():
         logging.getLogger(name).addFilter(_other_than(start))
 

@@ -1,1 +1,1 @@
-"""What a run prints, writes and draws of its metrics."""
+"""A run's metrics: printed, written and drawn."""

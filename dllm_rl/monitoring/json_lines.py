@@ -1,4 +1,4 @@
-"""Files of JSON lines that a run adds to and never rewrites: metrics.jsonl, completions.jsonl."""
+"""JSON-lines files that a run appends to and never rewrites: metrics.jsonl, completions.jsonl."""
 
 import json
 import os
@@ -8,22 +8,20 @@ from typing import Any
 
 
 class JsonLines:
-    """Owns an open file of JSON objects, a line each, which only grows."""
+    """An open file of JSON objects, one per line, which only grows."""
 
     def __init__(self, path: Path, *, start: int, patient: bool = False) -> None:
-        """start    the first step; rows of it and of later ones, from before, count no longer.
-        patient  keep a row that the disk has no room for, and write it later, rather than raise OSError.
-        """
+        """start    the first step; older rows of this step and later ones count no longer.
+        patient  on a full disk keep the rows and write them later, rather than raise OSError."""
         self.path, self.patient = path, patient
         self._waiting = b""  # rows that are not written yet
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         if size := os.fstat(self._file).st_size:
-            # A kill may have left half a line. What is there stays: readers skip what the resume runs again.
-            torn = os.pread(self._file, 1, size - 1) != b"\n"
+            torn = os.pread(self._file, 1, size - 1) != b"\n"  # a kill may leave half a line
             self._write("\n" * torn + json.dumps({"resume_from": start}) + "\n")
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row. Raises ValueError on a number that JSON has not: NaN, infinity."""
+        """Add a row. Raises ValueError on NaN and infinity, which JSON lacks."""
         self._write(json.dumps(row, allow_nan=False) + "\n")
 
     def _write(self, text: str) -> None:
@@ -46,11 +44,8 @@ class JsonLines:
 
 
 def current_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of such a file that count, in order; those of metrics.jsonl are a step each.
-
-    `{"resume_from": N}` says that the steps from N on were run again after it. A line that is no JSON object with a
-    step, as a kill may leave one, is none.
-    """
+    """The rows that count, in order; in metrics.jsonl one per step. After `{"resume_from": N}` earlier rows from step N
+    on do not count, nor does a line, such as a torn one, that is no JSON object with a step."""
     rows: list[dict[str, Any]] = []
     for row in _objects(path):
         if isinstance(row.get("resume_from"), int):
@@ -61,16 +56,16 @@ def current_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def warmup_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl that are the warm-up's, a step each; one that was run again counts once."""
+    """The warm-up's rows of a metrics.jsonl, one per step."""
     rows: list[dict[str, Any]] = []
     for row in _objects(path):
         if isinstance(step := row.get("warmup_step"), int):
-            rows = [*rows, row] if step else [row]  # from 0 on it was begun again
+            rows = [*rows, row] if step else [row]  # a second step 0 begins the warm-up again
     return rows
 
 
 def known(row: dict[str, Any]) -> dict[str, float]:
-    """The metrics of a row that are numbers: those that were not finite are null there."""
+    """A row's metrics that are numbers; NaN and infinity are null in the file."""
     return {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
 
 

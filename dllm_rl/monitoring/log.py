@@ -14,7 +14,7 @@ from accelerate.tracking import GeneralTracker
 from rich.console import Console, RenderableType
 
 from dllm_rl.device import peak_memory
-from dllm_rl.monitoring.health import PATIENCE, flat_for
+from dllm_rl.monitoring.health import PATIENCE
 from dllm_rl.monitoring.json_lines import JsonLines, current_rows, known
 from dllm_rl.monitoring.progress import View
 from dllm_rl.monitoring.trackers import track
@@ -22,7 +22,7 @@ from dllm_rl.screen import escape_controls
 
 
 class RunLog:
-    """Owns the run's open files and its screen; silent on all processes but the main one."""
+    """The run's open files and its screen; silent on all processes except the main one."""
 
     def __init__(
         self,
@@ -34,12 +34,12 @@ class RunLog:
         completions: bool = False,
         trackers: Sequence[GeneralTracker] = (),
     ) -> None:
-        """start, patient  those of `JsonLines`. completions: a completions.jsonl is to be kept beside metrics.jsonl."""
+        """start, patient  those of `JsonLines`. completions: write a completions.jsonl too."""
         self.main, self.directory = main, directory
-        self.console = Console(quiet=not main, force_jupyter=False)  # plain lines in a notebook: no widgets
+        self.console = Console(quiet=not main, force_jupyter=False)  # plain lines in a notebook, no widgets
         self.seconds: dict[str, float] = {}
-        self.entered = self.inside = ""  # the stage entered last, and the one that is going on
-        self.entering: Callable[[], None] = lambda: None  # called whenever one is entered
+        self.entered = self.inside = ""  # the stage entered last, and the present one
+        self.entering: Callable[[], None] = lambda: None  # called at the beginning of each stage
         self._step: dict[str, float] = {}
         self._flat = 0  # steps in a row in which no group's rewards differed
         self._warned = False
@@ -56,7 +56,7 @@ class RunLog:
         """For how many times `peer_timeout` the main thread may stand still in the present stage."""
         if self.inside in ("rollout", "scoring", "update", "sync", "gradients"):
             return 1.0
-        # A grader may wait for a network as long as reward_timeout lets it. A disk or a screen may be slow elsewhere.
+        # A grader may wait for a network until reward_timeout. In other stages a disk or a screen may be slow.
         return math.inf if self.inside in ("reward", "evaluation", "warm-up") else 10.0
 
     @property
@@ -66,8 +66,7 @@ class RunLog:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the block's wall-clock seconds to the stage `name`, for the run and for the present step; one that takes
-        long says so."""
+        """Add the block's wall-clock seconds to the stage `name`, of the run and of the step, with a `heartbeat`."""
         begin, self.entered, self.inside = time.perf_counter(), name, name
         self.entering()
         try:
@@ -80,16 +79,16 @@ class RunLog:
         self._step[name] = self._step.get(name, 0.0) + spent
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, the same numbers to the trackers, with the seconds of this step's stages.
-
-        JSON has no number for NaN or infinity: they are null there.
-        """
+        """Write a step's metrics, and its stages' seconds, to metrics.jsonl (NaN, infinity: null) and to trackers."""
         times = {f"time/{name}": spent for name, spent in self._step.items()}
         self._step, self._done = {}, step + 1
         self._flat = self._flat + 1 if metrics.get("frac_reward_zero_std") == 1 else 0
         if self._flat == PATIENCE and not self._warned:
             self._warned = True
-            self.say(f"warning: {flat_for(PATIENCE)}")
+            self.say(
+                f"warning: in the last {PATIENCE} steps the rewards of every group were equal, which teaches nothing: "
+                "see whether the grader tells completions apart, or take easier problems or more generations"
+            )
         row = {**metrics, "step_time": sum(times.values()), "memory/peak_gb": peak_memory(), **times}
         self.last = row
         if self.main:
@@ -97,15 +96,15 @@ class RunLog:
             self.trackers = track(self.trackers, numbers(row), step, self.say)
 
     def write_warmup(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl that is no RL step's, `{"warmup_step": 0, "warmup/loss": ...}`."""
+        """Write a line `{"warmup_step": 0, "warmup/loss": ...}` to metrics.jsonl."""
         if self.main:
             self.files["metrics"].append({"warmup_step": step, **finite(metrics)})
-            # Others would take no steps that begin at 0 again afterwards.
+            # Other trackers refuse RL steps that begin at 0 again.
             boards = [tracker for tracker in self.trackers if tracker.name == "tensorboard"]
             track(boards, numbers(metrics), step, self.say)
 
     def keep(self, completions: Sequence[dict[str, Any]]) -> None:
-        """Lines of completions.jsonl."""
+        """Write lines of completions.jsonl."""
         for row in completions if self.main else ():
             self.files["completions"].append(row)
 
@@ -114,16 +113,16 @@ class RunLog:
         self.console.print(what)
 
     def flush(self) -> None:
-        """Force the rows to disk: what a checkpoint is to go on from must not be lost after it."""
+        """Force the rows to disk, before a checkpoint that continues from them."""
         for file in self.files.values():
             file.flush()
 
     def say(self, text: str) -> None:
-        """Print lines, which may hold foreign text: no markup and no control character in them is obeyed."""
+        """Print lines safely: markup and control characters have no effect."""
         self.console.print(escape_controls(text, keep="\n"), markup=False, highlight=False, soft_wrap=True)
 
     def view(self, description: str, total: int, *, curve: str, completed: int = 0) -> View:
-        """The view of a part of the run, to be called once a step; `curve` is the metric that it draws."""
+        """The view of a part of the run, to be called once per step; it draws the metric `curve`."""
         file = self.files.get("metrics")
         past = [row.get(curve) for row in current_rows(file.path)] if file and completed else []
         values = [value for value in past if value is not None]
@@ -134,30 +133,27 @@ class RunLog:
         for file in self.files.values():
             file.close()
         for tracker in self.trackers:
-            with suppress(Exception):  # of any kind: a tracker's own, which the run's end does not wait for
+            with suppress(Exception):  # of any kind: a tracker's own
                 tracker.finish()
 
 
 def finite(row: dict[str, float]) -> dict[str, float | None]:
-    """The numbers as JSON can hold them: None for NaN and infinity."""
+    """The row with None for NaN and infinity."""
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
 
 def numbers(row: dict[str, float]) -> dict[str, float]:
-    """Those that are finite."""
+    """The row without NaN and infinity."""
     return {name: value for name, value in row.items() if math.isfinite(value)}
 
 
-FIRST = 60.0  # seconds until the first sign; each that follows comes after twice the time
+FIRST = 60.0  # seconds until the first line; the time doubles for each further one
 
 
 @contextmanager
 def heartbeat(stage: str, say: Callable[[str], None] | None = None) -> Iterator[None]:
-    """While the block runs, say what it is and for how long it has been: after 60 s, 120 s, 240 s ...
-
-    Every process says it of itself, on standard error unless `say` is given; where processes wait for one that is
-    stuck, its line names the stage, and one that is frozen is the one without a line.
-    """
+    """While the block runs, every process prints its name and duration after 60 s, 120 s, 240 s ...: to `say`, or to
+    standard error. The line of a stuck process names its stage; a frozen process prints none."""
     done, began, rank = threading.Event(), time.monotonic(), os.environ.get("RANK", "0")
 
     def beat() -> None:

@@ -1,4 +1,4 @@
-"""Pictures of a run, from what it left in its folder."""
+"""Pictures of a run, from the files in its folder."""
 
 import json
 import math
@@ -12,21 +12,21 @@ from dllm_rl.monitoring.health import BACKWARDS, MILD, STRONG
 from dllm_rl.monitoring.json_lines import current_rows, known, warmup_rows
 from dllm_rl.screen import escape_controls
 
-SOLVED = ("solve_rate", "accuracy", "correct")  # the first that a run has is what it is told by
+SOLVED = ("solve_rate", "accuracy", "correct")  # the first that a run has is in its headline
 COLOURS = ("#3b7dd8", "#d9772b", "#2f9e6e", "#a35fd0", "#d0485a", "#8a8f98")  # of runs; distinct on white and on black
 DASHES = ("-", "--", ":", "-.")  # of a panel's metrics
-INK = "#010203"  # the report replaces it by the page's own colour of text, light or dark
+INK = "#010203"  # the report replaces it by the page's text colour, light or dark
 PICTURE = ("Reward", "Problems solved", "Mismatch", "Effective sample size")  # panels of an RL run's training.png
 PICTURE_OF_SFT = ("Loss", "Gradient norm")
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure: metrics against steps, `points` for those that only some steps have, bounds as thin lines."""
+    """One figure: metrics against steps; `points` are metrics of some steps only, `bounds` thin lines."""
 
     title: str
     unit: str
-    metrics: dict[str, str]  # name -> what the legend says
+    metrics: dict[str, str]  # name -> text in the legend
     points: tuple[str, ...] = ()
     bounds: tuple[float, ...] = ()
 
@@ -47,8 +47,8 @@ PANELS = (
         "Contributions C by sign of A",
         "reward",
         {
-            f"off_policy/rollout/contribution_{sign}": f"A {'>' if sign == 'positive' else '<'} 0, against the rollout"
-            for sign in ("positive", "negative")
+            "off_policy/rollout/contribution_positive": "A > 0, against the rollout",
+            "off_policy/rollout/contribution_negative": "A < 0, against the rollout",
         },
         bounds=(BACKWARDS,),
     ),
@@ -74,12 +74,12 @@ PANELS = (
 
 
 def read_metrics(directory: Path) -> list[dict[str, float | int]]:
-    """The rows of a run's metrics.jsonl, a step each; what a resume ran again counts once."""
+    """The rows of a run's metrics.jsonl, one per step; the last row of a repeated step counts."""
     return current_rows(directory / "metrics.jsonl")
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
-    """A run's summary.json; of one that has not ended, what its newest checkpoint says of it; else nothing."""
+    """A run's summary.json; before its end, its newest checkpoint's state; else {}."""
     ended, states = directory / "summary.json", sorted(directory.glob("checkpoints/step-*/state.json"))
     for path in [ended, *reversed(states)]:
         try:
@@ -92,7 +92,7 @@ def read_summary(directory: Path) -> dict[str, Any]:
 
 
 def headline(summary: dict[str, Any]) -> str:
-    """Name, seed and result of a run in a line."""
+    """Name, seed and result of a run in one line."""
     recipe, before, after = summary.get("recipe", {}), summary.get("eval_before", {}), summary.get("eval_after")
     text = f"{recipe.get('name', 'a run')}, seed {recipe.get('seed', '?')}"
     name = next((name for name in (*SOLVED, "reward") if name in before), "loss")
@@ -104,7 +104,7 @@ def headline(summary: dict[str, Any]) -> str:
 
 
 def smoothed(values: Sequence[float], *, width: int) -> list[float]:
-    """The mean of the values up to `width` places away on either side, fewer at the ends; gaps (NaN) are left out."""
+    """The mean of the values up to `width` places away on either side, without gaps (NaN)."""
     means = []
     for i in range(len(values)):
         near = [x for x in values[max(0, i - width) : i + width + 1] if not math.isnan(x)]
@@ -113,13 +113,13 @@ def smoothed(values: Sequence[float], *, width: int) -> list[float]:
 
 
 def column(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
-    """A metric at every row; NaN, a gap, for what is absent, or null because it was not finite."""
+    """A metric at every row; NaN, a gap, where it is absent or null."""
     values = (row.get(name) for row in rows)
     return [float(value) if isinstance(value, int | float) else math.nan for value in values]
 
 
 def curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) -> None:
-    """A metric against steps, smoothed over a twentieth of them, and pale as it was."""
+    """A metric against steps: smoothed over a twentieth of them, and pale without smoothing."""
     steps, values = [row["step"] + 1 for row in rows], column(rows, name)
     (line,) = axis.plot(steps, smoothed(values, width=len(steps) // 40), linewidth=1.6, **style)
     axis.plot(steps, values, linewidth=0.7, alpha=0.3, color=line.get_color())
@@ -133,13 +133,13 @@ def held_out(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any)
 
 
 def measured(panel: Panel, runs: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
-    """The panel's metrics that some row of a run has a number for. The loss of RL is no likelihood, and not shown."""
+    """The panel's metrics with a number in some row. The loss of RL is no likelihood: it is not drawn."""
     rows = [row for run in runs for row in run if panel.title != "Loss" or "reward" not in row]
     return [name for name in panel.metrics if any(name in known(row) for row in rows)]
 
 
 def lines_of(axis: Any, runs: Sequence[Sequence[dict[str, Any]]], panel: Panel) -> None:
-    """The panel's metrics of each run: a colour a run, or of one run a colour a metric."""
+    """The panel's metrics of each run: one colour per run, or per metric of a single run."""
     names = measured(panel, runs)
     for i, rows in enumerate(runs):
         for j, name in enumerate(names):
@@ -159,16 +159,15 @@ def ends(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summary: dict[
     """The held-out numbers before and after the run, as squares."""
     for metric in (points.partition("/")[2] for points in panel.points):
         if rows and metric in summary.get("eval_after", {}):
-            before = summary["eval_before"][metric]
-            after = summary["eval_after"][metric]
-            label = f"held out: {before:.3f} → {after:.3f}"
+            values = [summary["eval_before"][metric], summary["eval_after"][metric]]
+            label = f"held out: {values[0]:.3f} → {values[1]:.3f}"
             steps = [0, rows[-1]["step"] + 1]
-            axis.plot(steps, [before, after], "s", color=COLOURS[4], markersize=6, label=label, clip_on=False)
+            axis.plot(steps, values, "s", color=COLOURS[4], markersize=6, label=label, clip_on=False)
             axis.legend(fontsize="small", framealpha=0.5)
 
 
 def plot(directory: Path) -> Path:
-    """`directory`/training.png: the warm-up and the first panels of the report; a gap where a step lacks a number."""
+    """Draw `directory`/training.png: the warm-up and the first panels of the report."""
     import matplotlib
 
     matplotlib.use("Agg")

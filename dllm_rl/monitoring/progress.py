@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a live view on a terminal, plain lines elsewhere."""
+"""A run's progress: a live view on a terminal, plain lines elsewhere."""
 
 import atexit
 import math
@@ -26,10 +26,7 @@ COLOURS = {"healthy": "green", "mild": "yellow"}
 
 
 class View:
-    """Steps, times, a curve and the mismatch's health, complete at 80 columns. Called once a step.
-
-    On a terminal it stays below the lines that are printed; elsewhere only these lines are there.
-    """
+    """Steps, times, a curve and the mismatch's health, complete at 80 columns. Called once per step."""
 
     def __init__(
         self,
@@ -42,21 +39,21 @@ class View:
         past: Sequence[float] = (),
         stage: Callable[[], str] = lambda: "",
     ) -> None:
-        """curve, past  the metric to draw, and its values so far. stage: what is being done at the moment."""
+        """curve, past  the metric to draw, and its values so far. stage: the present stage, in words."""
         self.console, self.description, self.total = console, escape_controls(description), total
         self.curve, self.values, self.metrics, self.stage = curve, list(past), dict[str, float](), stage
         remaining = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
         columns = (TextColumn("{task.description:8}", markup=False), MofNCompleteColumn(), BarColumn(None), *remaining)
-        # A speed over all steps: that of rich's last 30 s knows nothing of a step that takes longer.
+        # The speed over all steps: rich's default, the last 30 s, may contain no step.
         self.bar = Progress(*columns, console=console, expand=True, speed_estimate_period=math.inf)
         self.task = self.bar.add_task(self.description, total=total, completed=completed)
         self.live = Live(self, console=console)
         if console.is_terminal and not console.quiet and completed < total:
             self.live.start()
-            atexit.register(console.show_cursor)  # which is hidden until the end, also until one by an error
+            atexit.register(console.show_cursor)  # also after an error
 
     def __call__(self, metrics: dict[str, float], *, show: bool, close: bool = False) -> None:
-        """A step is done, or with `close` all are. `show`: print a line that stays."""
+        """One step is done, or with `close` all are. show: print a line that stays."""
         self.metrics |= metrics
         if math.isfinite(metrics.get(self.curve, math.nan)):
             self.values.append(metrics[self.curve])
@@ -75,9 +72,8 @@ class View:
         return "  ".join(filter(None, [done, one_line(metrics), *eta]))
 
     def __rich__(self) -> ConsoleRenderable:
-        return Group(
-            self.bar, *(Text.assemble(f"{name:11}", literal(text, style=colour)) for name, text, colour in self.rows())
-        )
+        below = [Text.assemble(f"{name:11}", literal(text, style=colour)) for name, text, colour in self.rows()]
+        return Group(self.bar, *below)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Name, text and colour of the lines below the bar."""
@@ -94,7 +90,7 @@ class View:
 
 
 def sparkline(values: Sequence[float], *, width: int = 30) -> str:
-    """The values as a line of blocks from the lowest to the highest; means of equal shares where they are more."""
+    """The values as at most `width` blocks, from the lowest to the highest; more values are averaged."""
     count = min(width, len(values))
     shares = [values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count)]
     means = [math.fsum(share) / len(share) for share in shares]
@@ -103,9 +99,8 @@ def sparkline(values: Sequence[float], *, width: int = 30) -> str:
 
 
 def one_line(metrics: dict[str, float]) -> str:
-    """The few numbers worth a look while a run goes on, and the `health` of the step, with its reason where it is not
-    healthy."""
-    plain = {} if "reward" in metrics else {"loss": "loss"}  # of GRPO's it says nothing
+    """The main numbers of a step, and its `health`, with a reason unless it is healthy."""
+    plain = {} if "reward" in metrics else {"loss": "loss"}  # the loss of GRPO shows no progress
     known = plain | SHOWN | {name: name.removeprefix("warmup/") for name in metrics if name.startswith("warmup/")}
     said = [f"{short} {metrics[name]:.3g}" for name, short in known.items() if name in metrics]
     if found := health(metrics):

@@ -1,4 +1,4 @@
-"""Trackers of experiments, through Accelerate: tensorboard, wandb, trackio, mlflow."""
+"""Experiment trackers, through Accelerate: tensorboard, wandb, trackio, mlflow."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from dllm_rl.recipe import Settings
 
 
 def check_trackers(recipe: Settings) -> None:
-    """Raise ValueError where a tracker's package is not installed."""
+    """Raise ValueError if a tracker's package is not installed."""
     there = set(map(str, get_available_trackers()))
     for name in recipe.trackers:
         if name not in there:
@@ -21,8 +21,8 @@ def check_trackers(recipe: Settings) -> None:
 
 
 def start_trackers(recipe: Settings, accelerator: Accelerator, *, start: int) -> list[GeneralTracker]:
-    """The recipe's trackers, on the main process: the project is the recipe's name, the run its folder's. Raises
-    ValueError on one that does not start, as where nobody is logged in."""
+    """The recipe's trackers, on the main process: the recipe names the project, the folder the run. Raises ValueError
+    if one does not start, for example without a login."""
     run = Path(recipe.directory).name
     options: dict[str, dict[str, Any]] = {
         "tensorboard": {"purge_step": start},
@@ -33,7 +33,7 @@ def start_trackers(recipe: Settings, accelerator: Accelerator, *, start: int) ->
     try:
         accelerator.init_trackers(recipe.name, init_kwargs=options)
         for tracker in accelerator.trackers:
-            if tracker.name != "tensorboard":  # which would make a run of its own of them
+            if tracker.name != "tensorboard":  # tensorboard would make a separate run of them
                 tracker.store_init_configuration(recipe.settings())
     except Exception as error:  # of any kind: a tracker's own
         raise ValueError(f"report_to={recipe.report_to!r} did not start: {error}") from error
@@ -43,14 +43,11 @@ def start_trackers(recipe: Settings, accelerator: Accelerator, *, start: int) ->
 def track(
     trackers: list[GeneralTracker], values: dict[str, float], step: int, say: Callable[[str], None]
 ) -> list[GeneralTracker]:
-    """Send a step's numbers; returns the trackers that took them. The run goes on without those that fail.
-
-    tensorboard's folder may be deleted at any time and is made again.
-    """
+    """Send a step's numbers; returns the trackers that took them. The run goes on without those that fail."""
     taken = []
     for tracker in trackers:
         try:
-            if tracker.name == "tensorboard":
+            if tracker.name == "tensorboard":  # its folder may be deleted at any time
                 Path(tracker.logging_dir).mkdir(parents=True, exist_ok=True)
             tracker.log(values, step=step)
             taken.append(tracker)
