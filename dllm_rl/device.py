@@ -8,10 +8,8 @@ from torch import Tensor
 
 
 def find_device(name: str | None = None) -> torch.device:
-    """The device of that name; without a name the accelerator, else the CPU. Raises ValueError on an absent device.
-
-    A Mac's GPU must be named: it has no fp64, which random numbers and metrics need.
-    """
+    """The device of that name; without a name the accelerator, else the CPU. A Mac's GPU must be named: it has no fp64,
+    which random numbers and metrics need. Raises ValueError on an absent device."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name is None:
         return torch.device("cpu") if found is None or found.type == "mps" else found

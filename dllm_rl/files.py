@@ -79,7 +79,6 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of the value as JSON."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 

@@ -90,7 +90,6 @@ def verify_if_there(folder: Path, check: Check) -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """A file's entry."""
     size = path.stat().st_size
     entry = {"size": size, "sha256": digest(path)}
     return entry | ({"head": digest(path, limit=HEAD)} if size > HEAD else {})
@@ -98,11 +97,8 @@ def describe(path: Path) -> dict[str, Any]:
 
 def digest(path: Path, *, limit: int | None = None) -> str:
     """SHA-256, in hexadecimal, of a file or of its first `limit` bytes."""
-    found, left = hashlib.sha256(), limit
-    with path.open("rb", buffering=0) as file:
-        while part := file.read(1 << 20 if left is None else min(left, 1 << 20)):
-            found.update(part)
-            left = None if left is None else left - len(part)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256") if limit is None else hashlib.sha256(file.read(limit))
     return found.hexdigest()
 
 

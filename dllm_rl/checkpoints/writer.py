@@ -14,10 +14,7 @@ from dllm_rl.screen import escape_controls
 
 class Writer:
     """Writes one checkpoint at a time: at once, or with `later` in a thread, whose error the next `check` or `wait`
-    raises. `gather` is the exchange of several writing processes, in a group of its own.
-
-    alone  the lock of a save by the main process alone, from any thread.
-    """
+    raises. `gather` is the exchange of several writing processes; `alone` locks a save by the main process alone."""
 
     def __init__(self, *, later: bool, group: Any = None) -> None:
         self.later, self.group, self.alone = later, group, threading.RLock()

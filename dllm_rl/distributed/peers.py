@@ -153,7 +153,6 @@ class Peers:
         log.entering = self.tell_stage
 
     def _listen(self, host: str) -> tuple[str, int, str]:
-        """Open the main process's port; it closes when all processes have joined."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._server = socket.create_server((host, 0), family=family, backlog=socket.SOMAXCONN)
         self._server.setblocking(False)
@@ -318,7 +317,6 @@ class Peers:
         line.close()
 
     def _take_turn(self) -> None:
-        """Send a sign of life, and count the others' silent turns."""
         for line in self._lines.values():
             line.tell(stage=self.stage())
             line.quiet += 1

@@ -1,7 +1,4 @@
-"""Whether this process's main thread moves: since the last look it is elsewhere in its code, or the processor computed.
-
-Slow work moves. A lock that nobody releases, a sleep, and a read without an answer do not.
-"""
+"""Whether this process's main thread moves: its place in the code changes, or the processor computes."""
 
 import sys
 import threading

@@ -1,7 +1,4 @@
-"""Stopping a run: a signal ends it after the current step, or at once; neither locks nor handlers stay behind.
-
-The exit status is 128 plus the signal's number: 129 SIGHUP, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM.
-"""
+"""Stopping a run: a signal ends it after the current step, or at once; neither locks nor handlers stay behind."""
 
 import ctypes
 import os
@@ -31,8 +28,6 @@ _ENDING: ContextVar[ExitStack] = ContextVar("what ends with the run")
 
 @runtime_checkable
 class HasFolder(Protocol):
-    """A recipe with a run's folder."""
-
     @property
     def directory(self) -> str: ...
 
@@ -46,12 +41,9 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """One process's request to stop.
-
-    A signal ends the run after the current step. After `seconds` of it, `overdue` is called every second. A second
-    Ctrl-C ends the process at once; so does any signal while `last_words` is set, as there is nothing to save.
-    A signal that the parent ignores (SIGHUP under nohup) stays ignored.
-    """
+    """One process's request to stop: a signal ends the run after the current step. After `seconds`, `overdue` is called
+    every second. A second Ctrl-C ends the process at once; so does any signal while `last_words` is set: nothing is
+    left to save. A signal that the parent ignores (SIGHUP under nohup) stays ignored."""
 
     def __init__(self, *, seconds: float, main: bool) -> None:
         self.seconds, self.main, self.asked = seconds, main, 0

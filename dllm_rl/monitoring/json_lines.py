@@ -34,7 +34,6 @@ class JsonLines:
                 raise OSError(error.errno, f"{self.path}: {error.strerror}; make room and resume") from error
 
     def flush(self) -> None:
-        """Force the rows to disk."""
         self._write("")
         os.fsync(self._file)
 

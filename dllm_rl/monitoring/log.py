@@ -104,7 +104,6 @@ class RunLog:
             track(boards, numbers(metrics), step, self.say)
 
     def keep(self, completions: Sequence[dict[str, Any]]) -> None:
-        """Write lines of completions.jsonl."""
         for row in completions if self.main else ():
             self.files["completions"].append(row)
 

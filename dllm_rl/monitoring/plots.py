@@ -126,7 +126,6 @@ def curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) ->
 
 
 def held_out(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) -> None:
-    """The points of a metric that only some steps have."""
     points = [(row["step"] + 1, row[name]) for row in rows if row.get(name) is not None]
     if points:
         axis.plot(*zip(*points, strict=True), "o", markersize=4, markeredgewidth=0, **style)
