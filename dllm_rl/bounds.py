@@ -1,4 +1,4 @@
-"""Bounds of a function's constants: stated beside the function, checked where a constant is bound and at each call."""
+"""Bounds of a function's constants: declared at the function, checked where a constant is bound and at each call."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Bound:
     below: int | float | None = None
 
     def check(self, name: str, value: int | float | None) -> None:
-        """Raise ValueError where the value is outside; None is no number, and passes."""
+        """Raise ValueError where the value is outside; None passes."""
         if value is None:
             return
         low = -math.inf if self.above is None else self.above

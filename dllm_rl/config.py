@@ -1,10 +1,10 @@
 """Recipes from the command line, and recipes as text.
 
-Every scalar of a recipe has a path: a field (`learning_rate`), a keyword of a function (`sampler.temperature`), of the
-function that made a record (`likelihood.num_segments`), a field of a record (`task.clues`, `corrector.weigh.cap`).
-Functions are picked by name (`--corrector tis`), and so are records, by the functions that make them (`--likelihood
-elbo`). MODULE:FUNCTION picks a function of any importable module, whose code then runs: only the command line names
-one, never a checkpoint. What a path means is read from its docstring, where a line begins with its name and two spaces.
+Every scalar has a path: a field (`learning_rate`), a keyword of a function (`sampler.temperature`) or of a record's
+maker (`likelihood.num_segments`), a field of a record (`task.clues`, `corrector.weigh.cap`). Functions are picked by
+name (`--corrector tis`), records by their makers (`--likelihood elbo`). MODULE:FUNCTION imports and runs any module's
+function: only the command line may name one, never a checkpoint. A path's help is the docstring line that begins with
+its name and two spaces.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ Made = TypeVar("Made", bound=Callable[..., Any])
 
 
 def maker(function: Made) -> Made:
-    """A function whose record knows in `made_by` the function and its keywords, so that one of them can be changed.
+    """Make a function's record store in `made_by` the function and its keywords, so that a keyword can be changed.
 
-    The record declares `made_by: partial | None = field(default=None, init=False, repr=False, compare=False)`; a copy
-    with other fields (`dataclasses.replace`) does not inherit it, because the function would not make that.
+    The record declares `made_by: partial | None = field(default=None, init=False, repr=False, compare=False)`. A copy
+    by `dataclasses.replace` does not inherit it, because the function would not make that copy.
     """
 
     @wraps(function)
@@ -48,9 +48,9 @@ def maker(function: Made) -> Made:
 
 def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
     """The recipe with `--path value` overrides applied. Exits with status 2 and one line on an unknown path or a bad
-    value, naming the nearest valid one; `--help` lists every path of the recipe that the other arguments make.
+    value, naming the nearest valid one; `--help` lists every path of the resulting recipe.
 
-    argv  None: the program's arguments; none in a notebook or at a prompt, whose arguments are not the recipe's.
+    argv  None: the program's arguments, or none in a notebook or at a prompt
     """
     arguments = list(([] if interactive() else sys.argv[1:]) if argv is None else argv)
     wanted = [word for word in arguments if word not in ("--help", "-h")]
@@ -66,8 +66,7 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
 
 
 def _overridden(recipe: Record, pairs: list[tuple[str, str]]) -> Record:
-    """Apply overrides, short paths first, until none is left: one may become valid only after another (as a keyword of
-    a function that is picked)."""
+    """Apply overrides, short paths first, until none is left: a path may become valid only after another."""
     pairs = sorted(pairs, key=lambda pair: pair[0].count("."))
     while pairs:
         waiting, errors = [], []
@@ -101,7 +100,7 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
 def override(recipe: Record, path: str, text: str, below: Mapping[str, str] = NOTHING) -> Record:
     """The recipe with the value at `path` read from text. Raises ValueError naming the field, the value, the remedy.
 
-    below  texts of keywords, for a function that is named and cannot do without.
+    below  texts of keywords that a named function requires
     """
     known = paths(recipe)
     if path not in known:
@@ -124,7 +123,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class _Member:
-    """A field of a record, or a keyword of a function. `example` is what it is by default: what may stand there."""
+    """A field of a record, or a keyword of a function. `example` is its default, which shows what it may be."""
 
     name: str
     value: Any
@@ -135,7 +134,7 @@ class _Member:
 
 
 def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
-    """Every path below a record or a function, with its present value and how to read another from text."""
+    """Every path below a record or a function, with its value and how to read another from text."""
     found: dict[str, Setting] = {}
     for member in _members(owner):
         path, value, kinds = f"{prefix}{member.name}", member.value, _kinds(member.annotation)
@@ -165,8 +164,7 @@ def _function(value: Any) -> Any:
 
 
 def _members(owner: Any) -> list[_Member]:
-    """A record's fields, or the keywords of its maker where it has one; a function's keywords, bound or by default; the
-    functions of a tuple, counted from 1."""
+    """A record's fields, or its maker's keywords; a function's keywords, bound or by default; a tuple's functions."""
     if hasattr(owner, "made_by"):
         return [] if owner.made_by is None else _members(owner.made_by)
     if isinstance(owner, tuple):
@@ -189,8 +187,8 @@ def _members(owner: Any) -> list[_Member]:
 
 
 def helps_of(described: Any) -> dict[str, str]:
-    """What a docstring says of names: lines "name  text" or "name, name  text", and the deeper lines below them; a
-    class's bases speak for the names of which it says nothing."""
+    """A docstring's help per name: lines "name  text" or "name, name  text", and the deeper lines below them; a class
+    inherits its bases' help."""
     found: dict[str, str] = {}
     for owner in reversed(getattr(described, "__mro__", (described,))):
         names: list[str] = []
@@ -222,8 +220,8 @@ def _replace(owner: Any, keys: list[str], value: Any) -> Any:
 
 
 def _choices(member: _Member) -> dict[str, Any]:
-    """What may be named for a field or keyword: functions as a field's `pick` says, those that make a record of its
-    type, or those that can stand where its function does; none for anything else."""
+    """What may be named for a field or keyword: functions of its `pick`, makers of its record type, or siblings of its
+    function; empty for anything else."""
     value = member.value
     if pick := member.metadata.get("pick"):
         return pickable(pick, member.example, member.annotation)
@@ -242,7 +240,7 @@ def _record_type(annotation: Any) -> type | None:
 
 
 def makers_of(record: type) -> dict[str, Callable]:
-    """The functions of a record's module that make one, of nothing but keywords that can be read from text."""
+    """Functions of a record's module that make one from keywords that can be read from text."""
     functions = _public_functions(record.__module__).items()
     alike = {n: f for n, f in functions if inspect.signature(f).return_annotation is record}
     plain = {n: f for n, f in alike.items() if all(p.kind is p.KEYWORD_ONLY for p in _parameters(f))}
@@ -256,8 +254,7 @@ def _public_functions(module_name: str) -> dict[str, Callable]:
 
 
 def pickable(module_name: str, value: Any, annotation: Any) -> dict[str, Any]:
-    """Public functions of the module whose signature is compatible with `value`: its positional parameters come first,
-    or, where something is to be built, functions that need no argument to build it."""
+    """Public functions that take the positional parameters of `value` first; without any, those without arguments."""
     functions, example = _public_functions(module_name), _function(value)
     if inspect.isfunction(example) and (first := _positional(example)):
         return {n: f for n, f in siblings(example).items() if n in functions and _positional(f)[: len(first)] == first}
@@ -265,8 +262,8 @@ def pickable(module_name: str, value: Any, annotation: Any) -> dict[str, Any]:
 
 
 def siblings(function: Callable) -> dict[str, Callable]:
-    """Public functions of the same module that return the same kind of thing, and need no other keyword than it does
-    but for numbers and names; the function alone, where it does not say what it returns."""
+    """Public functions of the same module with the same return annotation and no other required keyword except numbers
+    and names; the function alone without a return annotation."""
     if (kind := inspect.signature(function).return_annotation) is inspect.Signature.empty:
         return {function.__name__: function}
     public, given = _public_functions(function.__module__), _needed_keywords(function)
@@ -328,7 +325,7 @@ def _kinds(annotation: Any) -> tuple:
 
 
 def _read(path: str, annotation: Any, text: str, below: Mapping[str, str] = NOTHING) -> Any:
-    """Text as the first of the annotation's types that takes it; `below` is for functions, see `_pick`."""
+    """Text as the first of the annotation's types that accepts it; `below` is for functions, see `_pick`."""
     if text == "none" and types.NoneType in _kinds(annotation):
         return None
     for kind in _kinds(annotation):
@@ -354,8 +351,8 @@ def _read(path: str, annotation: Any, text: str, below: Mapping[str, str] = NOTH
 
 
 def describe(value: Any) -> str:
-    """What ran, as text: every bound function as name(k=v) with its defaults filled in, records likewise; a field whose
-    metadata says `omit_none` is left out where it is None."""
+    """A value as text: bound functions and records as name(k=v) with defaults filled in, without fields that are None
+    and whose metadata has `omit_none`."""
     if isinstance(value, partial):
         arguments = ", ".join(f"{member.name}={describe(member.value)}" for member in _members(value))
         return f"{value.func.__name__}({arguments})"

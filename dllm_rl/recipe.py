@@ -29,8 +29,8 @@ def _(
     at_least: int | None = None,
     above: int | None = None,
 ) -> Any:
-    """A documented field. `pick` names the module whose public functions the command line may name for it: those that
-    can stand where `like`, or else the default, does. `at_least` and `above` bound a number."""
+    """A documented field. `pick` is the module of the functions that the command line may name: those whose signature
+    fits `like`, or else the default. `at_least` and `above` bound a number."""
     bound = None if at_least is None and above is None else Bound(at_least=at_least, above=above)
     return field(default=default, metadata={"help": help, "pick": pick, "like": like, "bound": bound})
 
@@ -39,7 +39,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
 def check_bounds(field: Field, value: Any) -> None:
-    """Raise ValueError where a field holds a number out of its bounds, or a word that it does not know."""
+    """Raise ValueError where a field's number is out of bounds, or its word unknown."""
     optional = NoneType in get_args(field.type)
     if value is None and optional:
         return
@@ -56,7 +56,7 @@ def check_bounds(field: Field, value: Any) -> None:
 
 
 class Settings:
-    """What every record of a run has, and what follows from it."""
+    """The fields that every record of a run has."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]  # the records are dataclasses
 
@@ -88,7 +88,7 @@ class Settings:
     peer_timeout: float | None
     overwrite_output_dir: bool
 
-    # What RL alone has, as it is in a record without such a field.
+    # Defaults of fields that only RL has.
     shard_size = 1
     async_save = False
     warmup_steps = 0
@@ -104,15 +104,14 @@ class Settings:
 
     @property
     def trackers(self) -> list[str]:
-        """The names in `report_to`."""
         return [] if self.report_to is None else [name.strip() for name in self.report_to.split(",")]
 
     def settings(self) -> dict[str, Any]:
-        """The record as JSON, as a checkpoint and summary.json hold it."""
+        """The record for JSON, as in checkpoints and summary.json."""
         return described(self)
 
     def check_settings(self) -> None:
-        """Raise ValueError on a field out of its bounds, and on what goes together in no record."""
+        """Raise ValueError on a field out of bounds, and on fields that do not go together."""
         for f in fields(self):
             check_bounds(f, getattr(self, f.name))
         if unknown := [name for name in self.trackers if name not in TRACKERS]:
@@ -135,12 +134,10 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Recipe(Settings):
-    """What is trained, and how. Names are TRL's and verl's where the meaning is the same."""
+    """What is trained, and how. Names follow TRL and verl where the meaning is the same."""
 
     name: str = _("name of the run, and of its folder below runs/")
-    model: Callable[..., Policy] | str | Policy = _(
-        "function (seed=...) that makes the policy, a policy (copied), or a checkpoint's path"
-    )
+    model: Callable[..., Policy] | str | Policy = _("function (seed=...) -> policy, a policy (copied), or a path")
     task: Task = _("problems to train on")
     validation_task: Task = _("problems that steer the warm-up and are evaluated every eval_steps")
     eval_task: Task = _("held-out problems, evaluated before and after RL only")
@@ -150,19 +147,16 @@ class Recipe(Settings):
     likelihood: LikelihoodEstimator = _("sequence-likelihood estimator")
     corrector: Corrector = _("correction of the training-inference mismatch", none())
     sampling_support: Literal["own", "unfiltered", "rollout"] = _(
-        "what log-probs are normalised over where the sampler's top_k or top_p filter: own, unfiltered or rollout "
-        "(Rollout.with_support)",
-        "own",
+        "tokens over which log-probs are normalised where top_k or top_p filter (Rollout.with_support)", "own"
     )
     advantages: Callable = _(
-        "(P, G) rewards -> (P, G) advantages; one that takes `parts` and `weights` gets each reward of the task on its "
-        "own, as decoupled (GDPO)",
+        "(P, G) rewards -> (P, G) advantages; a function of `parts` and `weights` (decoupled: GDPO) gets each reward",
         group_relative,
         pick="dllm_rl.algorithms.advantages",
         like=decoupled,
     )
     aggregate: Callable | None = _(
-        "how tokens are weighed in the loss; None: as the corrector's paper does, else token",
+        "how the loss weighs tokens; None: the corrector's paper's choice, else token",
         None,
         pick="dllm_rl.algorithms.losses",
         like=token,
@@ -178,9 +172,7 @@ class Recipe(Settings):
     base_quantization: Literal["nf4", "int8"] | None = _(
         "a frozen bitsandbytes base, where model is a path and lora is set", None
     )
-    lora: Callable[[], Lora] | None = _(
-        "adapters that RL trains in place of the weights; None: all", None, pick="dllm_rl.models.lora"
-    )
+    lora: Callable[[], Lora] | None = _("adapters to train; None: all weights", None, pick="dllm_rl.models.lora")
     optim: Callable = _(
         "optimiser: (parameters, lr, betas, weight_decay) -> Optimizer", adamw, pick="dllm_rl.algorithms.optimizers"
     )
@@ -188,33 +180,20 @@ class Recipe(Settings):
     seed: int = _("the only source of randomness", 0)
     train_batch_size: int = _("prompts per step, over all processes", 32, at_least=1)
     num_generations: int = _("completions per prompt (G)", 8, at_least=1)
-    rollout_batch_size: int | None = _(
-        "completions sampled at a time, which changes memory, time and at most the rounding; None: all at once", None
-    )
+    rollout_batch_size: int | None = _("completions sampled at a time, to save memory; None: all at once", None)
     micro_batch_size: int | None = _("completions per forward of scoring and update; None: all at once", None)
     kept_graphs: int = _(
-        "most forwards (views x micro-batches) that a step's scoring keeps the graphs of, for the first update to go "
-        "back through in place of forwards of its own; with more, and at 0, memory does not grow with their number",
-        1,
-        at_least=0,
+        "scoring keeps its graphs for the first update up to this many forwards (views x micro-batches)", 1, at_least=0
     )
     old_logprobs: Literal["recompute", "rollout"] = _(
-        "what ratios are taken against: the learner's own log-probs at the start of the update, with the corrector "
-        "between them and the rollout's, or the rollout's directly (bypass)",
-        "recompute",
+        "what ratios divide by: the learner's log-probs before the update, or the rollout's (bypass)", "recompute"
     )
     router_replay: Literal["R3"] | None = _(
         "experts that the learner's tokens take: R3 the rollout's; none: the learner's routers choose", None
     )
-    mismatch_sample: int = _(
-        "groups without advantage scored per step, to measure mismatch over all rows", 2, at_least=1
-    )
-    max_prompt_length: int | None = _(
-        "longer training prompts, in tokens, are left out; None: they are refused", None, at_least=1
-    )
-    max_num_gen_batches: int = _(
-        "draws of prompts a step, until no group's rewards are all equal; 1: no second", 1, at_least=1
-    )
+    mismatch_sample: int = _("groups without advantage scored per step, to measure the mismatch", 2, at_least=1)
+    max_prompt_length: int | None = _("tokens; longer training prompts are left out; None: refused", None, at_least=1)
+    max_num_gen_batches: int = _("draws of prompts per step, until no group's rewards are all equal", 1, at_least=1)
     num_steps: int = _("RL steps", 180, at_least=0)
     num_iterations: int = _("optimiser updates per rollout", 1, at_least=1)
     learning_rate: float = _("of AdamW", 5e-4, above=0)
@@ -228,35 +207,20 @@ class Recipe(Settings):
     lr_schedule_steps: int | None = _("steps that lr_schedule runs over; None: num_steps", None, at_least=1)
     beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0, at_least=0)
     kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.algorithms.losses")
-    use_bias_correction_kl: bool = _(
-        "that KL times the learner's ratio to the rollout, so that with kl_k3 its gradient is the KL's own", False
-    )
+    use_bias_correction_kl: bool = _("that KL times the ratio to the rollout: kl_k3 then has the KL's gradient", False)
     entropy_coeff: float = _("weight of the entropy bonus; 0: none", 0.0, at_least=0)
     gradient_checkpointing: bool = _(
-        "the update's backward runs each block again, in place of keeping all that it needs: a third more work, "
-        "a small part of the memory, the same gradients",
-        False,
+        "backward recomputes blocks: 1/3 more work, far less memory, same gradients", False
     )
-    torch_compile: bool = _(
-        "the rollout's quantised copy runs compiled, block by block, without a cache: FP8 products on a GPU want it",
-        False,
-    )
+    torch_compile: bool = _("compile the rollout's quantised copy, without a cache: for FP8 products on a GPU", False)
     torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = _(
         "torch.compile's: default is for all shapes at once; the others for one at a time, with CUDA graphs", "default"
     )
     shard_size: int = _(
-        "processes that hold the learner's weights, gradients and optimiser state between them (FSDP2), a divisor of "
-        "their number; 0: all of them; 1: each holds the whole",
-        1,
-        at_least=0,
+        "processes (a divisor of all) that shard weights, gradients, optimiser (FSDP2); 0: all; 1: none", 1, at_least=0
     )
-    bf16: bool = _(
-        "forwards compute in bf16 and weights stay in dtype: with dtype float32 the setting for training all weights",
-        False,
-    )
-    zero_mismatch: bool = _(
-        "arithmetic that does not depend on the batch; stop where rollout and learner differ at all", False
-    )
+    bf16: bool = _("forwards compute in bf16, weights stay in dtype: with float32 for training all weights", False)
+    zero_mismatch: bool = _("batch-invariant arithmetic; stop where rollout and learner differ at all", False)
 
     warmup_steps: int = _("most supervised steps before RL; 0: none", 0, at_least=0)
     warmup_batch_size: int = _("prompts per warm-up step, over all processes", 64, at_least=1)
@@ -272,38 +236,22 @@ class Recipe(Settings):
         "RL steps between tables of completions, on the screen and in completions.jsonl; 0: never", 50, at_least=0
     )
     report_to: str | None = _(
-        "trackers, with commas between them: tensorboard, wandb, trackio, mlflow; none: metrics.jsonl alone",
-        "tensorboard",
+        "trackers, separated by commas: tensorboard, wandb, trackio, mlflow; none: metrics.jsonl alone", "tensorboard"
     )
-    push_to_hub: str | None = _(
-        "OWNER/NAME on the Hugging Face hub, to upload the last checkpoint to; none: nothing is uploaded", None
-    )
+    push_to_hub: str | None = _("OWNER/NAME on the Hugging Face hub, for the last checkpoint; none: no upload", None)
     save_steps: int = _("RL steps between checkpoints", 50, at_least=1)
     save_total_limit: int = _("checkpoints kept, the newest ones", 2, at_least=1)
-    async_save: bool = _(
-        "checkpoints are written while training goes on, which waits for a copy on the host alone: as much memory "
-        "there as weights and optimiser state take (of a shared-out learner, each process's part)",
-        False,
-    )
+    async_save: bool = _("write checkpoints during training, from a host copy of weights and optimiser state", False)
     verify_checkpoint: Literal["full", "quick"] = _(
-        "how checkpoints are verified before a resume: every byte, or of files over 1 MiB size and start",
-        "full",
+        "check of a checkpoint before a resume: every byte, or of files over 1 MiB only size and start", "full"
     )
     on_save_error: Literal["stop", "continue"] = _("what to do when a checkpoint cannot be written", "stop")
-    stop_seconds: float = _(
-        "that a signal leaves the step in hand; then the last whole step is saved at once", 20.0, at_least=0
-    )
+    stop_seconds: float = _("seconds that a signal leaves the step; then the last step is saved", 20.0, at_least=0)
     output_dir: str | None = _("folder of the run; None: runs/NAME-seedSEED", None)
     resume_from_checkpoint: str | None = _("a checkpoint folder, or 'latest' in output_dir", None)
-    reward_timeout: float | None = _(
-        "seconds for one completion's reward; later, the process ends: 124", 600.0, above=0
-    )
+    reward_timeout: float | None = _("seconds per completion's reward; then the process ends: 124", 600.0, above=0)
     collective_timeout: float = _("seconds that a process waits for the others before the run stops", 1800.0, above=0)
-    peer_timeout: float | None = _(
-        "seconds of silence after which a process is taken for lost, and the others end; none: nobody watches",
-        40.0,
-        above=0,
-    )
+    peer_timeout: float | None = _("seconds of silence until a process counts as lost; none: no watch", 40.0, above=0)
     dry_run: bool = _("print what the recipe would take, without its weights, and stop", False)
     overwrite_output_dir: bool = _("delete the run that output_dir holds", False)
 
@@ -349,7 +297,7 @@ class Recipe(Settings):
                 raise ValueError(f"{name}={size} must be a multiple of num_generations={self.num_generations}")
 
     def __repr__(self) -> str:
-        """The fields that are not at their default, one a line."""
+        """The fields that are not at their default, one per line."""
         chosen = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
         return "Recipe(\n" + "".join(f"    {name}={describe(value)},\n" for name, value in chosen) + ")"
 

@@ -23,7 +23,7 @@ KEPT_IDS = 64  # most tokens of a filtered distribution whose ids a rollout reco
 
 @dataclass(frozen=True)
 class _Movable:
-    """Records of tensors that move to a device, or keep some rows, as one."""
+    """Records of tensors that move to a device as one."""
 
     def to(self: Moved, device: torch.device | str) -> Moved:
         return self._map(lambda x: x.to(device))
@@ -35,12 +35,12 @@ class _Movable:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What turns raw logits into the distribution that is sampled from; the learner mirrors it.
+    """What turns raw logits into the sampling distribution; the learner uses the same.
 
-    temperature  divides the logits; 0 means greedy, whose log-probs are reported at temperature 1.
-    top_k, top_p keep the k likeliest tokens / the smallest set with probability >= p; None keeps all.
-    suppress     token ids that are never sampled (a mask token always is).
-    support      the tokens that a scorer normalises over where top_k or top_p filter; see `Rollout.with_support`.
+    temperature   divides the logits; 0 is greedy, whose log-probs are reported at temperature 1
+    top_k, top_p  keep the k likeliest tokens / the smallest set with probability >= p; None keeps all
+    suppress      token ids that are never sampled (a mask token always is)
+    support       the tokens that a scorer normalises over where top_k or top_p filter; see `Rollout.with_support`
     """
 
     temperature: float = 1.0
@@ -69,10 +69,8 @@ class SamplingParams:
 class Prompts(_Movable):
     """Left-padded prompts, each to be completed `group_size` times.
 
-    seeds  one per row (B,), for a caller who wants to fix each row's own random numbers; otherwise the sampler
-           draws them from its generator.
-    open   positions inside the prompts that are to be filled in (infilling): they belong to the completion, with what
-           is written behind the prompt. None: there are none.
+    seeds  one per row (B,), for the row's own random numbers; None: the sampler draws them from its generator
+    open   positions inside the prompts to fill in (infilling), part of the completion; None: there are none
     """
 
     tokens: Int[Tensor, "P S"]
@@ -94,8 +92,8 @@ class Prompts(_Movable):
     ) -> "Prompts":
         """Left-pad lists of token ids. Raises ValueError on an empty batch or a group_size below 1.
 
-        mask_id         an id that stands for a position to fill in; None: no id does, a mask token is a token.
-        open_positions  those positions themselves, a list of bools beside each list of ids, instead of `mask_id`.
+        mask_id         the id that marks a position to fill in; None: no id does
+        open_positions  instead of `mask_id`: a list of bools for each list of ids
         """
         if not len(ids):
             raise ValueError("ids is empty: at least one prompt is needed")
@@ -129,9 +127,9 @@ class Prompts(_Movable):
         return self.tokens.shape[0] * self.group_size
 
     def split(self, rows: int) -> "list[Prompts]":
-        """The same prompts as batches of at most so many completions, whole groups; no column is taken away.
+        """Batches of at most `rows` completions, whole groups, with all columns.
 
-        Raises ValueError where a group is larger, or rows have no seeds of their own and would be given others.
+        Raises ValueError where a group is larger, or rows have no seeds and would draw other ones.
         """
         size = rows // self.group_size
         if not size or self.seeds is None:
@@ -146,27 +144,23 @@ class Prompts(_Movable):
 class Rollout(_Movable):
     """What a sampler did.
 
-    attention_mask   False on padding; always passed to the model.
-    completion_mask  True where the policy chose the token.
-    unmask_step      step that committed it (autoregressive: 0, 1, 2 ...); -1 elsewhere.
-    logprobs         at commit, under the rollout policy, of the distribution sampled from; nats; 0 elsewhere.
-    sampling_params  that distribution's temperature and filters, so that the learner can mirror them.
-    forwards         model calls that were made, counted per batch.
-    log_kept_mass    log of the probability, before top_k and top_p, of the tokens that they kept, at commit; nats, 0
-                     elsewhere. None where nothing filters.
-    kept_ids         the ids of those tokens, at most KEPT_IDS of them, then -1. None where nothing filters, or where
-                     more were kept somewhere.
-    rank             name of the rule for which positions come first, one of `samplers.rules.RANKS`; None: another.
-    open_step        the first step of the position's block, from which on it could be committed; -1 elsewhere.
-    order_logprobs   log-probability that the position was left in the steps before its commit, summed over those of its
-                     block, under the rollout policy; nats, 0 elsewhere (`models.order`). None where the order does not
-                     depend on what was drawn, or its law is not known.
-    experts          ids of the experts that the state took which the token was drawn from, in each of M mixtures; of
-                     columns without a token, whatever is there. None where they are not noted (`records_experts`).
-    revised          whether the sampler may have come back to what it wrote (`remask`, `edit`): step and log-prob are
-                     then those of the last writing, whose context is not recorded, and no likelihood of the completion.
-    batch_row        the row's number in the step's batch of all processes, by which its noise is drawn. None: the rows
-                     are those of the batch, in its order.
+    attention_mask   False on padding; always passed to the model
+    completion_mask  True where the policy chose the token
+    unmask_step      step that committed the token (autoregressive: 0, 1, 2 ...); -1 elsewhere
+    logprobs         at commit, under the rollout policy, of the sampling distribution; nats; 0 elsewhere
+    sampling_params  that distribution's temperature and filters, which the learner uses too
+    forwards         model calls, counted per batch
+    log_kept_mass    log of the probability that top_k and top_p kept, at commit; nats, 0 elsewhere. None: no filter
+    kept_ids         ids of the kept tokens, at most KEPT_IDS, then -1. None where nothing filters, or more were kept
+    rank             name of the sampler's rank, one of `samplers.rules.RANKS`; None: another
+    open_step        the first step of the position's block; -1 elsewhere
+    order_logprobs   log-probability that the earlier steps of its block left the position; nats, 0 elsewhere
+                     (`models.order`). None where the order does not depend on the draws, or its probability is unknown
+    experts          expert ids, in each of M mixtures, of the state that the token was drawn from; undefined in columns
+                     without a token. None where not recorded (`records_experts`)
+    revised          whether the sampler may have rewritten tokens (`remask`, `edit`): step and log-prob are then of the
+                     last writing, not a likelihood of the completion
+    batch_row        the row's number in the global batch, by which its noise is drawn; None: rows are in order
     """
 
     tokens: Int[Tensor, "B T"]
@@ -190,20 +184,18 @@ class Rollout(_Movable):
     def with_support(self, support: Support) -> "Rollout":
         """The rollout as it is to be scored where top_k or top_p filter; itself where neither does.
 
-        own         each policy normalises over the set that it would keep itself, and the sampled token. A ratio then
-                    holds the masses of two different sets, and its mean under the rollout is not 1.
-        unfiltered  over the whole vocabulary, kept masses left out on both sides: the rollout's log-prob becomes
-                    logprobs + log_kept_mass. The ratio's mean is q(S)/p(S), S the rollout's set.
-        rollout     over the rollout's set S, recorded in kept_ids, for every policy (DeepSeek-V3.2's "keep sampling
-                    mask", arXiv 2512.02556 [digest]). The ratio's mean is 1: weights are unbiased for the learner in S.
+        own         each policy normalises over its own kept set and the sampled token. The ratio's mean is not 1
+        unfiltered  over the whole vocabulary on both sides: the rollout's log-prob becomes logprobs + log_kept_mass.
+                    The ratio's mean is q(S)/p(S), S the rollout's set
+        rollout     over S (kept_ids) for every policy (DeepSeek-V3.2's "keep sampling mask", arXiv 2512.02556
+                    [digest]). The ratio's mean is 1: weights are unbiased for the learner in S
 
-        Example: the rollout has p = (.5, .3, .15, .05), the learner q = (.4, .2, .3, .1), and top_k=2. The rollout
-        keeps S = {0, 1}, of mass .8, and samples token 1 with probability .3/.8 = .375. The learner gives token 1
-            own         .2/(.4 + .3 + .2) = .222, for it would keep {0, 2} and adds 1: ratio .222/.375 = .593
-            unfiltered  .2, to the rollout's .3: ratio .667
+        Example: the rollout has p = (.5, .3, .15, .05), the learner q = (.4, .2, .3, .1), top_k=2. The rollout keeps S
+        = {0, 1} and samples token 1 with .3/.8 = .375. The learner gives token 1
+            own         .2/(.4 + .3 + .2) = .222, because it keeps {0, 2} and adds 1: ratio .222/.375 = .593
+            unfiltered  .2, against the rollout's .3: ratio .667
             rollout     .2/(.4 + .2) = .333: ratio .889
-        and token 0, which the rollout samples with .625: .571/.625 = .914, .4/.5 = .8, .667/.625 = 1.067. Their means
-        under the rollout: .794, .75 = .6/.8, and 1.
+        Token 0's ratios are .914, .8 and 1.067. The means under the rollout are .794, .75 = .6/.8, and 1.
         Raises ValueError when the rollout did not record what the convention needs.
         """
         params = self.sampling_params
@@ -226,12 +218,11 @@ class Rollout(_Movable):
         return changed
 
     def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Rollout":
-        """The given rows, in the given order, and of their positions those in `columns`. group_size must still divide
-        the rows."""
+        """The given rows, in the given order, and their `columns`. group_size must divide the number of rows."""
         return self._map(lambda x: x[keep] if x.dim() == 1 else x[keep][:, columns])
 
     def replaced(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":
-        """This rollout with `rows` replaced by those of another; the narrower of the two is padded on the left."""
+        """This rollout with `rows` replaced by another's; the narrower of the two is padded on the left."""
         width = max(self.tokens.shape[1], by.tokens.shape[1])
         old, new = (x.padded(width - x.tokens.shape[1], pad_id=pad_id) for x in (self, by))
         if old.kept_ids is not None and new.kept_ids is not None:
@@ -245,14 +236,14 @@ class Rollout(_Movable):
         return dataclasses.replace(self, **joined, forwards=self.forwards + by.forwards)
 
     def with_ids(self, count: int) -> "Rollout":
-        """`kept_ids` filled up to so many a token."""
+        """`kept_ids` padded to `count` per token."""
         if self.kept_ids is None:
             return self
         return dataclasses.replace(self, kept_ids=F.pad(self.kept_ids, (0, count - self.kept_ids.shape[-1]), value=-1))
 
     @classmethod
     def joined(cls, parts: "Sequence[Rollout]", *, pad_id: int) -> "Rollout":
-        """The rows of all, in their order; the narrower are padded on the right, like rows that ended early."""
+        """The rows of all parts, in order; narrower parts are padded on the right, like rows that ended early."""
         width = max(part.tokens.shape[1] for part in parts)
         parts = [part.padded(width - part.tokens.shape[1], pad_id=pad_id, right=True) for part in parts]
         ids = [part.kept_ids for part in parts if part.kept_ids is not None]
@@ -264,7 +255,7 @@ class Rollout(_Movable):
         return dataclasses.replace(first, **columns, forwards=forwards)  # type: ignore[arg-type]
 
     def padded(self, columns: int, *, pad_id: int, right: bool = False) -> "Rollout":
-        """The same rows with so many more columns of padding on the left, or on the right."""
+        """The same rows with `columns` more columns of padding on the left, or on the right."""
         sides = (0, columns) if right else (columns, 0)
         wider = lambda x, value: F.pad(x, sides, value=value)  # noqa: E731
         return dataclasses.replace(
@@ -284,17 +275,14 @@ class Rollout(_Movable):
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Log-prob contributions of one rollout under every policy that a step compares; nats, 0 where none is scored.
+    """Log-prob contributions of one rollout under every policy of a step; nats, 0 where none is scored.
 
-    old        under the learner at the start of the update; old_scores: the same per mask, before they are combined,
-               with the graphs of their forwards where the update is to go back through those.
-    rollout    under the policy that sampled.
-    reference  under the reference policy, or None without a KL term.
-    order      how far the learner would have chosen the rollout's order itself, as (sum, count) pairs by name; empty
-               where both sides are one policy, or the order depends on none.
-    routing    how far mixtures of experts sent tokens to the same experts on both sides (`likelihoods.replay`); None
-               where both sides are one policy, or there are none.
-    noise      the masks that the learner was scored under, with the experts that it is to take again; None: no replay.
+    old, old_scores  under the learner at the start of the update; the same per mask, with kept graphs if any
+    rollout          under the policy that sampled
+    reference        under the reference policy, or None without a KL term
+    order            agreement with the rollout's order, (sum, count) by name; empty where it cannot differ
+    routing          agreement on experts (`likelihoods.replay`); None where both sides are one policy or without them
+    noise            the learner's masks, with the experts to take again; None: no replay
     """
 
     old: Float[Tensor, "B T"]
@@ -313,17 +301,16 @@ def alone(total: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """All that one optimiser update needs. Rows are those of one process; counts are over all processes.
+    """All that one optimiser update needs. Rows are of one process; counts are over all processes.
 
-    old         log-prob contributions that ratios are taken against: under the weights at the start of the update, or,
-                with old_logprobs="rollout", under the policy that sampled.
-    old_scores  under the weights at the start of the update, per mask, before an estimator combines them (lets the
-                first inner step skip a forward, and with their graphs every one).
-    weights     detached importance weights of the corrector; keep: positions that stay in the loss.
-    reference   log-prob contributions under the reference policy, or None without a KL term.
-    num_tokens, num_sequences  denominators of the loss, over the global batch.
-    behaviour   log-prob contributions under the policy that sampled; None: not known.
-    sum_over    sums a tensor over all processes, on the tensor's device; the default is for one process.
+    old            log-prob contributions that ratios are taken against: the learner's at the start of the update, or
+                   the rollout's with old_logprobs="rollout"
+    old_scores     the learner's at the start of the update, per mask (saves the first inner step's forwards)
+    weights, keep  detached importance weights of the corrector; positions that stay in the loss
+    reference      log-prob contributions under the reference policy, or None without a KL term
+    num_tokens, num_sequences  denominators of the loss, over the global batch
+    behaviour      log-prob contributions under the policy that sampled; None: not known
+    sum_over       sums a tensor over all processes, on the tensor's device
     """
 
     rollout: Rollout
@@ -342,16 +329,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Noise(_Movable):
-    """The masks of a likelihood estimate: data that travels with the batch, shared by every policy.
+    """The masks of a likelihood estimate: data that travels with the batch, the same for every policy.
 
-    masked  positions hidden from the model in view n.
-    weight  coefficient of the position's log-prob in view n; 0 where it is not scored.
-    upper_bound_weight  weight of the upper bound in each row's estimate, in [0, 1]; None: lower bound only.
-    left    positions that are scored in view n by the probability of having been left there, not by their token
-            (`models.order`); None: there are none.
-    learned  rows that the update learns from, whose graphs scoring may keep; None: all.
-    experts  of mixtures: ids that tokens take again in view n, or in every view (n = 1), where `routed` holds; of the
-             state that predicts the token there. None: routers choose.
+    masked              positions hidden from the model in view n
+    weight              coefficient of the position's log-prob in view n; 0 where it is not scored
+    upper_bound_weight  weight of the upper bound per row, in [0, 1]; None: lower bound only
+    left                positions scored in view n by the probability of having been left masked (`models.order`)
+    learned             rows that the update learns from, whose graphs scoring may keep; None: all
+    experts, routed     expert ids to take again in view n, or in every view (n = 1), where `routed` holds; of the state
+                        that predicts the token. None: routers choose
     """
 
     masked: Bool[Tensor, "N B T"]
@@ -363,7 +349,7 @@ class Noise(_Movable):
     routed: Bool[Tensor, "N B T"] | None = None
 
     def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Noise":
-        """The given rows, in the given order, and of their positions those in `columns`."""
+        """The given rows, in the given order, and their `columns`."""
         share, learned = (None if x is None else x[keep] for x in (self.upper_bound_weight, self.learned))
         views = (self.masked, self.weight, self.left, self.experts, self.routed)
         masked, weight, left, experts, routed = (None if x is None else x[:, keep][:, :, columns] for x in views)
@@ -371,7 +357,7 @@ class Noise(_Movable):
         return Noise(masked, weight, share, left, learned, experts, routed)
 
     def routes(self, view: int) -> "tuple[Tensor, Tensor] | None":
-        """The experts that tokens take again in a view (B, T, M, E), and where (B, T); None: routers choose."""
+        """The expert ids to take again in a view (B, T, M, E), and where (B, T); None: routers choose."""
         if self.experts is None or self.routed is None:
             return None
         return self.experts[view if len(self.experts) > 1 else 0], self.routed[view]

@@ -47,7 +47,6 @@ def decoupled(
         z_k = (R_k - mean_group R_k) / (std_group R_k + eps),   s = sum_k weights_k z_k,   A = s / (std_batch s + eps)
     Standard deviations are samples'. GDPO also subtracts the batch mean of s, which is 0. A NaN reward does not apply:
     its z is 0. Sources: arXiv 2601.05242, TRL's multi_objective_aggregation="normalize_then_sum" [digest].
-
     parts    each reward of the task on its own
     weights  of the rewards in the sum
     eps      added to both standard deviations

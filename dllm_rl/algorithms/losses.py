@@ -34,8 +34,7 @@ def entropy_bonus(
     """(-sg(log p) - b) log p: an objective that raises the entropy, in nats, from the sampled tokens alone.
 
     The mean gradient is grad H for every b that does not depend on the row (score function; exact only on-policy). b is
-    the mean of -log p over the prompt's OTHER completions, or 0. Without b the estimate's noise lowers the entropy
-    [ours].
+    the mean of -log p over the prompt's OTHER completions, or 0. Without b the noise lowers the entropy [ours].
     """
     surprise = torch.where(mask, -logps.detach(), 0)
     totals = (rearrange(x.sum(-1), "(p g) -> p g", g=group_size) for x in (surprise, mask))
@@ -92,12 +91,9 @@ def policy_loss(
     """This process's share of the loss, its metrics as (sum, count), and d loss / d logps.
         loss = -sum_t c_t (w_t J_t - beta KL_t + entropy H_t)
     J is the surrogate, w the corrector's weights, c the aggregation's coefficients, H the `entropy_bonus`. The returned
-    loss leaves H out; the gradient includes H. Positions outside `batch.keep` may hold infinities: their log-ratio and
-    gradient are 0.
-
-    unbiased_kl  multiply KL_t by r_t = exp(logp - logp_rollout), differentiated too: with k3 the mean over sampled
-                 tokens then has the gradient of KL(current || reference) (DeepSeek-V3.2, arXiv 2512.02556, eq. 7
-                 [digest])
+    loss leaves H out; the gradient includes H. Outside `batch.keep` log-ratio and gradient are 0, even at infinities.
+    unbiased_kl  multiply KL_t by r_t = exp(logp - logp_rollout), differentiated too: with k3 the mean then has
+                 the gradient of KL(current || reference) (DeepSeek-V3.2, arXiv 2512.02556, eq. 7 [digest])
 
     clip_ratio/*  share of tokens with A != 0 whose policy term has no gradient: all, A < 0, A > 0
     band/positive, band/negative  share of tokens with A > 0, A < 0 whose policy term has a gradient

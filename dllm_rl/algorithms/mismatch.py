@@ -65,8 +65,7 @@ class _Measured:
         return (values * self.row_weights).sum() / self.num_rows
 
     def spread(self, values: Float[Tensor, " K"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Weighted mean and mean square over tokens, both divided by the sum of weights, so that a ratio of the two
-        stays in (0, 1]."""
+        """Weighted mean and mean square over tokens, both over the sum of weights: their ratio stays in (0, 1]."""
         total = self.token_weights.sum()
         return (values * self.token_weights).sum() / total, (values.square() * self.token_weights).sum() / total
 
@@ -111,11 +110,9 @@ def mismatch_metrics(
     ppl_ratio  mean over sequences of exp of the same
         chi2_token = mean rho^2 - 1,  chi2_seq = mean over sequences of (prod rho)^2 - 1
     {training,rollout}_{ppl,log_ppl}  with `old`: mean over sequences of exp(-mean_t logp), and of -mean_t logp
-    contribution_{positive,negative}  with `advantages`: -(rho - 1) A averaged over all tokens, by sign of A (VeXact
-                                      [digest])
+    contribution_{positive,negative}  with `advantages`: -(rho - 1) A mean over tokens, by sign of A (VeXact [digest])
     nonfinite_fraction, rows  share of marked tokens left out; number of scored rows
     Log-ratios are clamped to +-20 before exp. Raises ValueError when no marked token has a finite ratio.
-
     row_weights  inverse sampling fraction per row, 0 where not scored (`group_weights`); None: all are. `mask` marks
                  ALL rows. Means are unbiased for all rows while ratios are finite; ess, rollout_is_std and
                  eff_sample_size are only consistent; extremes are of scored rows
@@ -223,8 +220,7 @@ def off_policy_metrics(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """How far the current log-probs have moved from the data's at one inner update, as (sum, count).
 
-    off_policy/old/* has r = p_current / p_old (start of the update); off_policy/rollout/* has r = p_current /
-    p_rollout.
+    off_policy/old/*: r = p_current / p_old (start of the update); off_policy/rollout/*: r = p_current / p_rollout.
     contribution_{positive,negative}  -(r - 1) A summed over tokens by sign of A, divided by ALL completion tokens
                                       (VeXact, eq. 5 [digest]); negative where the update follows the advantages
     m2   mean over kept tokens of (log r)^2, nats^2 (M2PO bounds m2 by 0.04 [digest])

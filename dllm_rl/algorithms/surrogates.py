@@ -47,8 +47,7 @@ def ppo_clip(
 
     epsilon       how far the ratio may fall below 1 (or rise above it) and keep its gradient
     epsilon_high  how far it may rise above 1 (DAPO: higher than epsilon); None: epsilon
-    delta         bound of the unclipped ratio, above 1 + epsilon_high (two-sided clipping, for negative advantages);
-                  None: none
+    delta         bound of the unclipped ratio, above 1 + epsilon_high (two-sided clipping, for A < 0); None: none
     """
     ratio = exp_ratio(log_ratio)
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
@@ -87,7 +86,6 @@ def trust_band(
         A >= 0:  r^ = clamp(r, 0, 1 + eps_high)        A < 0:  r^ = clamp(r, 1 - neg_low, 1 + neg_high)
     The gradient is zero outside the band; PPO's minimum would leave it unbounded for A < 0. With `sequence` the sum is
     the paper's mean over sequences. Source: QaRL, arXiv 2604.07853 [digest].
-
     eps_high           how far the ratio may rise above 1 where the advantage is not negative
     neg_low, neg_high  how far it may fall below 1, and rise above it, where the advantage is negative
     """
@@ -125,12 +123,10 @@ def vespo(
     k_neg: float = 3.0,
     lam_neg: float = 2.0,
 ) -> Float[Tensor, "B T"]:
-    """sg(phi(w)) A log_ratio, phi(w) = e^lam w^k e^(-lam w), w the product of the row's ratios (VESPO, arXiv 2602.10693
-    [paper]).
+    """sg(phi(w)) A log_ratio, phi(w) = e^lam w^k e^(-lam w), w the row's ratio (VESPO, arXiv 2602.10693 [paper]).
 
     phi(1) = 1; phi is largest at w = k / lam and falls to 0 on both sides. VESPO's w is current / rollout, as here with
     old_logprobs="rollout"; otherwise w is current / old, and the corrector's weights multiply phi(w) [ours].
-
     k_pos, lam_pos  where the advantage is >= 0; above 0
     k_neg, lam_neg  where it is negative
     """

@@ -121,13 +121,11 @@ def rejection(
     bound: float = 0.001,
     aggregate: str = "mean",
 ) -> Weighed:
-    """Drop tokens or sequences that disagree too much from the MASK, and so from the loss's denominator; weights stay
-    1.
+    """Drop what disagrees too much from the MASK, and so from the loss's denominator; weights stay 1.
 
     With d = log_mismatch clamped to +-20: k1 = -d, k2 = d^2/2, k3 = exp(d) - 1 - d, nats. |k| is compared, for a
     sequence after aggregation. Sources: verl's names, VeXact's default (sequence mean of k3 above 0.001 fits bf16
     kernels; low-bit rollouts need more) [digest].
-
     level      what is dropped: token or sequence
     statistic  k1, k2 or k3
     bound      its largest value that is kept, nats
@@ -165,16 +163,9 @@ def rejection(
     return torch.ones_like(d), keep, metrics
 
 
-def _effective_share(log_w: Float[Tensor, " B"]) -> float:
-    """(sum w)^2 / (B sum w^2) from log-weights: the share of effective rows, in [1/B, 1]."""
-    w = (log_w - log_w.max()).exp()
-    return min(1.0, (w.sum().square() / (len(w) * w.square().sum())).item())
-
-
 @bounded(tau=Bound(above=0))
 def alarm(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
-    """lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): 0 on-policy, towards 1 as the mismatch grows [ours: AIS's is not
-    public]."""
+    """lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): 0 on-policy, towards 1 with the mismatch [ours: AIS's is unknown]."""
     return 1 - reliability * (tau / (divergence + tau)) * (1 / (1 + variation))
 
 
@@ -199,7 +190,6 @@ def adaptive_weights(
 
     With `product`, rho depends on the LENGTH: for Gaussian log_mismatch with D = 0.020 nats, `alarm` gives 0.31 at 16
     tokens, 0.63 at 1024 and 0.81 at 2048. `geometric` gives 0.30 at each.
-
     cap        largest weight
     tau        nats of mean |log_mismatch| at which half the trust is gone, above 0
     combine    function (rho, D, CV, *, tau) -> lam; a result outside [0, 1] is clamped to it
@@ -212,7 +202,9 @@ def adaptive_weights(
     if keep.any():
         w = log_w[keep].double().exp()
         rows = per_level(log_mismatch, keep, level="sequence", aggregate=aggregate).double()
-        reliability = _effective_share(torch.where(keep, rows, -torch.inf).amax(-1)[keep.any(-1)])
+        log_rows = torch.where(keep, rows, -torch.inf).amax(-1)[keep.any(-1)]
+        scaled = (log_rows - log_rows.max()).exp()
+        reliability = min(1.0, (scaled.sum().square() / (len(scaled) * scaled.square().sum())).item())
         divergence = log_mismatch[keep].double().abs().mean().item()
         variation = (w.std(correction=0) / w.mean()).item()
     capped = ratios(log_mismatch, keep, level=level, aggregate=aggregate).clamp(max=cap)

@@ -85,8 +85,7 @@ class LikelihoodEstimator:
         note: Integer[Tensor, "N B T M E"] | None = None,
     ) -> Float[Tensor, "N B T"]:
         """log p(y_t | view n) in nats where view n scores t, 0 elsewhere. `keep_graphs` keeps the graphs of
-        `noise.learned` rows until their backward; otherwise there is no gradient. Expert ids of scored rows are written
-        to `note`."""
+        `noise.learned` rows until their backward; otherwise there is no gradient. Scored rows' experts go to `note`."""
         self.check(policy)
         out = torch.zeros(noise.weight.shape, device=rollout.tokens.device)
         parts = [(noise, keep_graphs)]
@@ -142,8 +141,7 @@ def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
     """d1's mean-field estimate: sum_i l_i(all of y), each prompt token masked with probability `prompt_mask`.
 
     prompt_mask  share of the prompt's tokens that are masked, in [0, 1)
-    One forward, or one per group at prompt_mask=0. Biased: treats tokens as independent. Source: d1, arXiv 2504.12216
-    [paper].
+    One forward (per group at prompt_mask=0). Biased: tokens count as independent. Source: d1, arXiv 2504.12216 [paper].
     """
     return LikelihoodEstimator("one_step", partial(draw_everything, prompt_mask=prompt_mask))
 
@@ -156,8 +154,7 @@ def elbo(*, num_samples: int = 4, stratified: bool = True, antithetic: bool = Fa
     Unbiased for the ELBO, high variance. Sources: LLaDA eq. 14, VRPO [paper].
     num_samples  masks, and forwards
     stratified   k spread evenly over 1..L among the samples
-    antithetic   samples in pairs (num_samples even): k and L+1-k, from both ends of one random order, so that a pair
-                 scores every token
+    antithetic   samples in pairs (num_samples even): k and L+1-k, from both ends of one order: all tokens are scored
     """
     if antithetic and num_samples % 2:
         raise ValueError(f"num_samples={num_samples} must be even with antithetic=True; use {num_samples + 1}")
@@ -277,7 +274,6 @@ def trajectory(
     Sources: TraceRL, d2's StepMerge [paper]. Under the sampler's rank `confidence` the order depends on the draws: each
     step then also scores the positions left masked, by the probability of a lower-ranked draw (`models.order` [ours]).
     The row's sum is then the exact log-probability of tokens AND order.
-
     num_segments  parts into which a row's steps are merged; None: one per step, which is exact
     block_size    of a block-causal model: the same likelihood from one packed forward per place of a step in its block,
                   all blocks together; num_segments then counts the segments of a block
@@ -294,18 +290,13 @@ def trajectory(
             raise ValueError(f"num_sampled={num_sampled} draws steps, and block_size={block_size} packs them: drop one")
         some = partial(draw_some_segments, num_segments=num_segments, num_sampled=num_sampled)
         return LikelihoodEstimator("trajectory", some)
-    exact_for_sampler = num_segments is None
     draw = partial(draw_trajectory, num_segments=num_segments)
     if block_size is not None:
         draw = partial(draw_rounds, num_segments=num_segments, block_size=block_size)
     if order == "law" and num_segments is None:
         draw = partial(with_order, draw=draw, packed=block_size is not None)
-    if block_size is None:
-        return LikelihoodEstimator("trajectory", draw, exact_for_sampler=exact_for_sampler)
-    attention = ("block_causal",)
-    return LikelihoodEstimator(
-        "trajectory", draw, exact_for_sampler=exact_for_sampler, attention=attention, packed=block_size
-    )
+    estimator = LikelihoodEstimator("trajectory", draw, exact_for_sampler=num_segments is None)
+    return estimator if block_size is None else replace(estimator, attention=("block_causal",), packed=block_size)
 
 
 def recorded(rollout: Rollout, noise: Noise) -> Float[Tensor, "B T"]:

@@ -170,8 +170,7 @@ def draw_trajectory(rollout: Rollout, generator: Generator, *, num_segments: int
 
 
 def draw_some_segments(rollout: Rollout, generator: Generator, *, num_segments: int | None, num_sampled: int) -> Noise:
-    """num_sampled of a row's S views in `draw_trajectory`, drawn without replacement and weighted by S / drawn: every
-    token's expected weight is 1."""
+    """num_sampled of a row's S views in `draw_trajectory`, without replacement, weighted by S / drawn: unbiased."""
     segment, views = _merged(rollout, num_segments), []
     counts = segment.amax(-1).cpu() + 1
     for row, count in zip(row_generators(rollout, generator), counts.tolist(), strict=True):
@@ -179,9 +178,8 @@ def draw_some_segments(rollout: Rollout, generator: Generator, *, num_segments: 
         views.append(torch.nn.functional.pad(drawn, (0, num_sampled - len(drawn)), value=-2))  # -2: no segment's number
     index = torch.stack(views, dim=1)[..., None].to(segment.device)
     every = _views(rollout, segment, index)
-    return dataclasses.replace(
-        every, weight=every.weight * (counts / counts.clamp(1, num_sampled))[:, None].to(segment.device)
-    )
+    inverse_share = (counts / counts.clamp(1, num_sampled))[:, None].to(segment.device)
+    return dataclasses.replace(every, weight=every.weight * inverse_share)
 
 
 def _merged(rollout: Rollout, num_segments: int | None) -> Int[Tensor, "B T"]:

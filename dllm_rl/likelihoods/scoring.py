@@ -139,8 +139,7 @@ class View:
     """The scored positions of a view, row by row: places in the flattened batch, hidden states, tokens, and the ids
     that the rollout kept there, if log-probs are normalised over them.
 
-    committed, left  which of the K were committed, and which were left; without an order's probability all are
-                     committed
+    committed, left  which of the K were committed, and which were left; without an order all are committed
     """
 
     places: Int[Tensor, " K"]

@@ -33,11 +33,8 @@ class Cache:
     def check(self, attention: str) -> None:
         """Raise ValueError when this cache is not for such attention."""
         if (self.kind == "block") != (attention == "block_causal"):
-            fit = (
-                "block_cache()"
-                if attention == "block_causal"
-                else "prefix_cache() or dual_cache(), which are approximate"
-            )
+            approximate = "prefix_cache() or dual_cache(), which are approximate"
+            fit = "block_cache()" if attention == "block_causal" else approximate
             raise ValueError(f"cache={self} is not for {attention!r} attention; use None or {fit}")
 
 
@@ -64,8 +61,7 @@ def dual_cache(*, refresh: int | None = None) -> Cache:
 
 
 class KeysAndValues(DynamicCache):
-    """Stores keys in the dtype of the values: rotary embeddings and autocast leave keys in fp32 next to 16-bit values,
-    which doubles their memory."""
+    """Stores keys in the dtype of the values: rotary embeddings and autocast leave fp32 keys next to 16-bit values."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -74,8 +70,7 @@ class KeysAndValues(DynamicCache):
 
 
 class CachedStates:
-    """Owns the keys and values of a batch; `advance` computes the states of a block from as few rows and columns as
-    possible.
+    """Owns the keys and values of a batch; `advance` computes a block's states from the fewest rows and columns.
 
     Columns are positions of the padded batch. A shifted family reads a block's first state one column to its left,
     which therefore is part of the block.
@@ -108,9 +103,8 @@ class CachedStates:
             fresh, keep = everything[len(self.kept) : end], everything[:start]
         elif self.step == 0 or (self.cache.refresh is not None and self.step % self.cache.refresh == 0):
             self.past, self.kept, fresh = None, everything[:0], everything
-            keep = (
-                everything[:start] if self.cache.kind == "prefix" else torch.cat([everything[:start], everything[end:]])
-            )
+            after = everything[end:] if self.cache.kind == "dual" else everything[:0]
+            keep = torch.cat([everything[:start], after])
         else:
             fresh, keep = everything[start : None if self.cache.kind == "prefix" else end], self.kept
         if self.past is not None and len(rows) < len(self.rows):
@@ -155,9 +149,8 @@ class CachedStates:
             block = positions // self.policy.spec.block_size
             allowed = allowed & (block[:, None, seen] <= block[:, fresh, None])
         dtype = next(self.policy.module.parameters()).dtype
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
-            ~allowed, torch.finfo(dtype).min
-        )[:, None]
+        bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        return bias.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def mapped(past: Any, f: Callable[[Tensor], Tensor]) -> Any:

@@ -62,8 +62,7 @@ class Canvas:
     def write(
         self, rows: Tensor, places: Tensor, steps: Tensor, tokens: Tensor, logprobs: Tensor, *kept: Tensor
     ) -> None:
-        """Commit tokens at places (within the completion) of rows; all are (K,). kept: the result of `kept_set`, if
-        any."""
+        """Commit tokens at places (within the completion) of rows; all are (K,). kept: what `kept_set` gave, if any."""
         self.tokens[rows, self.columns[rows, places]] = tokens
         self.masked[rows, places] = torch.zeros_like(rows, dtype=torch.bool)  # a number is copied, which is waited for
         self.logprobs[rows, places] = logprobs
@@ -158,8 +157,7 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
     """Prompts, each repeated group_size times and followed by `length` masks.
 
     Blocks count from the completion's start, or for a block-causal policy from the prompt's; `block_aligned` then pads
-    prompts by whole blocks, so that all rows start in the same columns. With open positions blocks count only those and
-    the appended masks.
+    prompts by whole blocks, so that all rows start in the same columns. Infilling blocks count masks only.
     """
     spec, device, group = policy.spec, policy.device, prompts.group_size
     assert spec.mask_id is not None, "a diffusion model has a mask token"
@@ -184,6 +182,7 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
         blank = torch.zeros(columns.shape, dtype=torch.long)
         tokens = torch.cat([repeat(prompts.tokens.cpu(), "p s -> (p g) s", g=group), blank], dim=1)
         attention_mask = torch.cat([mask, blank.bool()], dim=1)
+    width = tokens.shape[1]
     tokens.scatter_(-1, columns, torch.full_like(columns, spec.mask_id))
     attention_mask.scatter_(-1, columns, torch.ones_like(columns, dtype=torch.bool))
     return Canvas(
@@ -192,9 +191,7 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
         attention_mask=attention_mask.to(device),
         columns=columns.contiguous().to(device),
         block=block.to(device),
-        bounds=[
-            (start, min(start + block_size, tokens.shape[1])) for start in range(base, tokens.shape[1], block_size)
-        ],
+        bounds=[(start, min(start + block_size, width)) for start in range(base, width, block_size)],
         starts=attention_mask.long().argmax(-1),
         pad_id=policy.pad_id,
         pads_ended=spec.attention == "block_causal",

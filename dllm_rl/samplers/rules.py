@@ -58,8 +58,7 @@ def margin(logits: Float[Tensor, "K V"], normalizer: Float[Tensor, " K"]) -> Flo
 
 
 def entropy(logits: Float[Tensor, "K V"], normalizer: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
-    """Minus the entropy, sum_v p_v log p_v, nats. State-only. [paper: Dream's entropy, there of the tempered and
-    filtered distribution]"""
+    """Minus the entropy, sum_v p_v log p_v, nats. State-only. [paper: Dream's, there tempered and filtered]"""
     logp = logits - normalizer[:, None]
     return torch.where(logp == -torch.inf, 0.0, logp.exp() * logp).sum(-1)
 
@@ -85,8 +84,7 @@ def rank_inputs(rank: Callable) -> frozenset[str]:
 
 
 def commit_inputs(commit: Callable) -> frozenset[str]:
-    """Which of REVISING a commit rule takes; empty for a rule that never rewrites. Raises ValueError when it takes both
-    `written` and `changed`."""
+    """Which of REVISING a rule takes; empty if the rule never rewrites. ValueError for `written` with `changed`."""
     parameters = inspect.signature(commit).parameters.values()
     taken = frozenset(p.name for p in parameters if p.name in REVISING and p.default is p.empty)
     if {"written", "changed"} <= taken:
@@ -107,8 +105,7 @@ def rank_name(rank: Callable) -> str | None:
 
 
 def order_has_law(rank: Callable, commit: Callable) -> bool:
-    """True if the probability of the commit order is known (`models.order`): rank `confidence` with a fixed number of
-    commits per step."""
+    """True if the order's probability is known (`models.order`): rank `confidence` with fixed commits per step."""
     return rank is confidence and commit in (schedule, late_schedule)
 
 

@@ -47,24 +47,21 @@ def unmask(
 ) -> Rollout:
     """Complete every prompt `group_size` times by iterative unmasking (LLaDA, arXiv 2502.09992, algorithm 5 [paper]).
 
-    max_new_tokens          masked positions appended to each prompt; may be 0 where every prompt has open positions
-    num_steps               steps of the whole completion, split equally over blocks; None: one per position. Adaptive
-                            rules ignore it
-    block_size              positions open at once; None: all, or a block-causal policy's own. The last block may be
-                            shorter. A block-causal policy's blocks count from the prompt's start, so that the first may
-                            be shorter too
-    temperature             of the categorical distribution; 0 takes the likeliest token
-    top_k                   only the k likeliest tokens are sampled; None: all
-    top_p                   only the smallest set of likeliest tokens with this probability is sampled; None: all
-    rank                    which positions come first, on untempered fp32 log-probabilities, see `rules`
-    commit                  how many positions a step writes, see `rules`. `remask` and `edit` leave no likelihood
-                            (`Rollout.revised`)
-    suppress                token ids that are never sampled; the mask token never is
-    cache                   see `cache`; None recomputes every position in every step
+    max_new_tokens  masked positions appended to each prompt; may be 0 where every prompt has open positions
+    num_steps       steps of the whole completion, split equally over blocks; None: one per position. Adaptive commit
+                    rules ignore num_steps
+    block_size      positions open at once; None: all, or a block-causal policy's own. The last block may be shorter,
+                    and so may a block-causal policy's first: its blocks count from the prompt's start
+    temperature     of the categorical distribution; 0 takes the likeliest token
+    top_k           only the k likeliest tokens are sampled; None: all
+    top_p           only the smallest set of likeliest tokens with this probability is sampled; None: all
+    rank            which positions come first, on untempered fp32 log-probabilities, see `rules`
+    commit          how many positions a step writes, see `rules`. `remask`, `edit`: no likelihood (`Rollout.revised`)
+    suppress        token ids that are never sampled; the mask token never is
+    cache           see `cache`; None recomputes every position in every step
     approximate_early_exit  full attention only: a row ends with the block of its end token. Masks after the end token
-                            stay in the input but are never sampled; the recorded log-probs stay exact. Block-causal
-                            rows always end so, exactly, and are padded
-    watch                   called with the current rollout after every step
+                    stay in the input, never sampled; the recorded log-probs stay exact. Block-causal rows always end so
+    watch           called with the current rollout after every step
 
     Infilling (full attention only): a row's completion is its open positions, then the appended ones; blocks count
     these alone. Rows may differ in their open positions.
@@ -72,8 +69,7 @@ def unmask(
     A row depends on its prompt, its seed and the weights only; batching changes at most the last bits of a sum.
     Finished rows leave the batch; rows of similar length run together (`length_buckets`). With `schedule` the host
     waits for the device at most once per forward; other rules also wait for the number of chosen positions. Raises
-    ValueError for a causal policy, a completion that does not fit the model, or rules, blocks and caches that do not go
-    together.
+    ValueError for a causal policy, a completion that does not fit, or rules, blocks and caches that do not go together.
     """
     spec, group, device = policy.spec, prompts.group_size, policy.device
     needs, block_size = rank_inputs(rank), _check(policy, prompts, max_new_tokens, block_size, cache)
