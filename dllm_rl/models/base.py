@@ -1,4 +1,4 @@
-"""What the library must know of a backbone, and the few functions in which backbones differ when they run."""
+"""The library's interface to a backbone, and the functions in which backbones differ."""
 
 import copy
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 if TYPE_CHECKING:
     from dllm_rl.models.lora import Lora
 
-Module = Any  # transformers' or a user's own; nn.Module would type all that it holds as Tensor | Module
+Module = Any  # transformers' or custom; nn.Module would type every member as Tensor | Module
 Attention = Literal["full", "block_causal", "causal"]
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -22,7 +22,7 @@ BERT_LINEARS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
 
 
 def position_ids(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Each token's place among the row's real ones, from 0; padding on the left is at 0."""
+    """Each token's place among the row's unpadded tokens, from 0; padding on the left is at 0."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
@@ -33,11 +33,9 @@ def encode_base(
     positions: Int[Tensor, "B T"],
     **cache: Any,
 ) -> Float[Tensor, "B T D"]:
-    """The final hidden states of a stock module's backbone. `cache` may bring keys and values of other columns, which
-    then come first among the S that a mask of four axes is about; without it no keys or values are kept."""
+    """The final hidden states of a stock module's backbone; cached columns come first among the mask's S."""
     given = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": False} | cache
-    outputs = module.base_model(input_ids=tokens, **given)
-    return outputs.last_hidden_state
+    return module.base_model(input_ids=tokens, **given).last_hidden_state
 
 
 def encode_roberta(
@@ -54,10 +52,7 @@ def encode_roberta(
 def block_causal_mask(
     attention_mask: Bool[Tensor, "B T"], positions: Int[Tensor, "B T"], block_size: int
 ) -> Bool[Tensor, "B 1 T T"]:
-    """Query q may see key k when k is no padding and floor(position_k / block) <= floor(position_q / block).
-
-    Positions count the tokens that are no padding, so blocks start at the first token of a row wherever it is padded.
-    """
+    """Query q may see key k when k is no padding and floor(position_k / block) <= floor(position_q / block)."""
     block = positions // block_size
     return (attention_mask[:, None, :] & (block[:, None, :] <= block[:, :, None]))[:, None]
 
@@ -71,14 +66,14 @@ def encode_block_causal(
     block_size: int,
     **cache: Any,
 ) -> Float[Tensor, "B T D"]:
-    """The final hidden states under the block-causal mask, or under a mask of four axes as it is given."""
+    """The final hidden states under the block-causal mask, or under a given mask of four axes."""
     if attention_mask.dim() == 2:
         attention_mask = block_causal_mask(attention_mask, positions, block_size)
     return encode_base(module, tokens, attention_mask, positions, **cache)
 
 
 def output_embeddings(module: Module) -> Any:
-    """The layer that projects on the vocabulary; None where a module does not say which one that is."""
+    """The layer that projects on the vocabulary; None where a module does not name it."""
     return module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
 
 
@@ -95,29 +90,27 @@ def mlm_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, ".
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """One family of checkpoints. After loading, family differences are hidden behind the policy.
+    """One family of checkpoints.
 
-    attention    "full", "block_causal" (blocks of `block_size`, aligned to a row's first token) or "causal".
-    shift        the state at t-1 predicts position t.
-    mask_id      token id of the mask; None for causal models. In a family's table, the id in its own vocabulary, of
-                 `mask_vocabulary` tokens; `mask_names` are what a tokenizer that declares no mask token may call it.
-    eos_ids      ids that end a completion.
-    max_length   longest sequence the model can take, in tokens; None if unknown.
-    vocab_size   number of its logits; None: what the module's config says.
-    encode, head module, tokens, attention mask, positions -> hidden states; module, hidden states -> logits.
-    lora_targets names of the linear layers of a block that LoRA adapts unless told otherwise.
-
-    How a checkpoint is recognised and read:
+    attention      "full", "block_causal" (blocks of `block_size`, aligned to a row's first token) or "causal".
+    shift          the state at t-1 predicts position t.
+    mask_id        token id of the mask; None for causal models. A family's id is for `mask_vocabulary` tokens;
+                   `mask_names` are its texts, for a tokenizer that declares no mask token.
+    eos_ids        ids that end a completion.
+    max_length     longest sequence in tokens; None if unknown.
+    vocab_size     number of logits; None: the module's config has it.
+    encode, head   module, tokens, attention mask, positions -> hidden states; module, hidden states -> logits.
+    lora_targets   names of the linear layers of a block that LoRA adapts by default.
     architectures  values of the config's `architectures` field (a suffix, when it starts with "*").
     when           further test of the config's fields.
-    native         config fields -> (stock class, its config); None when the checkpoint is a stock one.
-    names          (original, stock) module or tensor names, `*` standing for a number; names not listed are the same.
-    fused_qkv      original name of a projection that holds query, key and value rows one after the other.
+    native         config fields -> (stock class, its config); None for a stock checkpoint.
+    names          (original, stock) module or tensor names, `*` for a number; unlisted names are the same.
+    fused_qkv      original name of a projection with query, key and value rows in this order.
     float32_rope   rotary embeddings are applied in fp32 whatever the weights' dtype.
-    ignored        patterns of tensors in the checkpoint that the model has no use for.
-    end_tokens     tokens that end a completion besides the config's eos, where the tokenizer has them.
+    ignored        patterns of the checkpoint's unused tensors.
+    end_tokens     further tokens that end a completion, where the tokenizer has them.
     original       the checkpoint's own config fields, written back on saving; None for stock ones.
-    source         folder that the checkpoint came from.
+    source         folder of the checkpoint.
     """
 
     name: str
@@ -153,7 +146,7 @@ class FamilySpec:
 
 @runtime_checkable
 class Head(Protocol):
-    """What makes logits of hidden states: all that scoring a token asks of a policy."""
+    """Hidden states -> logits: all that scoring a token needs of a policy."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -166,14 +159,14 @@ class Head(Protocol):
 
 @runtime_checkable
 class Policy(Head, Protocol):
-    """A model, its tokenizer, and all that samplers, estimators, quantisation and the loop ask of it.
+    """A model, its tokenizer, and all that samplers, estimators, quantisation and the loop need of it.
 
-    version       counts weight updates.
-    float32_head  logits of a model in 16 bits are computed in fp32.
-    gradient_checkpointing  the backward runs each block again, in place of keeping what it needs.
-    records_experts  samplers note which experts of its mixtures tokens went to (`Rollout.experts`).
-    lora          the adapters that are trained in place of the weights, or None.
-    quantization  config that a rollout's copy was made with, or None; quantization_report: what that did, or None.
+    version                 counts weight updates.
+    float32_head            logits of a model in 16 bits (or under autocast) are computed in fp32.
+    gradient_checkpointing  the backward runs each block again: a third more work, far less memory, the same gradients.
+    records_experts         samplers record the experts of each token (`Rollout.experts`).
+    lora                    the adapters that are trained instead of the weights, or None.
+    quantization            config of a rollout's copy, or None; quantization_report: its effect, or None.
     """
 
     module: Module
@@ -204,7 +197,7 @@ class Policy(Head, Protocol):
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor; of one that several processes hold between them, all of it, gathered by all of them together."""
+    """The full tensor; all processes gather a sharded one together."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

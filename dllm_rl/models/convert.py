@@ -1,4 +1,4 @@
-"""From a causal language model to a masked-diffusion one: the same weights, un-causaled, and a mask token."""
+"""Conversion of a causal language model to a masked-diffusion one: the same weights, un-causaled, and a mask token."""
 
 import copy
 from pathlib import Path
@@ -11,12 +11,10 @@ MASK = "<|mask|>"
 
 
 def to_diffusion(policy: AutoregressivePolicy | DiffusionPolicy) -> DiffusionPolicy:
-    """A masked-diffusion policy on a copy of the causal policy's weights, to be trained further by a warm-up.
+    """A masked-diffusion policy on a copy of a causal policy's weights, to be trained further by a warm-up.
 
-    The head stays shifted, as in Dream: the state at t-1 predicts position t, which the weights know already. The
-    mask token's embedding starts as the mean of all others. `save_pretrained` writes a stock folder whose config says
-    is_causal=False, shifted_head=True and mask_token_id; load_policy opens it.
-    Raises ValueError for a policy that is no causal one.
+    The head stays shifted, as in Dream: the state at t-1 predicts position t. The mask token's embedding starts as the
+    mean of all others. `save_pretrained` writes a stock folder for `load_policy`. Raises ValueError for other policies.
     """
     if policy.spec.attention != "causal":
         raise ValueError(f"policy is a diffusion model already ({type(policy.module).__name__}); use it as it is")
@@ -26,7 +24,7 @@ def to_diffusion(policy: AutoregressivePolicy | DiffusionPolicy) -> DiffusionPol
         tokenizer.add_special_tokens({"mask_token": MASK})
     mask_id = tokenizer.mask_token_id
     if mask_id >= old:
-        with torch.random.fork_rng(devices=[]):  # transformers fills new rows from the global RNG: leave that as it was
+        with torch.random.fork_rng(devices=[]):  # transformers fills new rows from the global RNG
             module.resize_token_embeddings(mask_id + 1, mean_resizing=False)
     with torch.no_grad():
         for table in {id(t): t for t in (module.get_input_embeddings(), module.get_output_embeddings())}.values():
@@ -38,7 +36,7 @@ def to_diffusion(policy: AutoregressivePolicy | DiffusionPolicy) -> DiffusionPol
 
 
 def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32) -> DiffusionPolicy:
-    """`to_diffusion` of a checkpoint: what a recipe can bind as its model.
+    """`to_diffusion` of a checkpoint, as a recipe's model.
 
     dtype  of the weights
     """

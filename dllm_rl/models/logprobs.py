@@ -1,4 +1,4 @@
-"""From hidden states to log-probabilities of the distribution that is sampled from, without a (B, T, V) tensor."""
+"""Log-probabilities under the sampled distribution from hidden states, without a (B, T, V) tensor."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,16 +13,16 @@ from dllm_rl.models.base import Head
 from dllm_rl.types import KEPT_IDS, SamplingParams
 
 CHUNK_ELEMENTS = 2**23  # fp32 logits held at once on a CPU: 32 MiB
-# On an accelerator 256 MiB, 530 rows of LLaDA's vocabulary. A chunk reads the head's weights once, and where they are
-# trained writes a gradient of their size, whatever its rows: at 64 of them that traffic takes longer than the products.
+# On an accelerator 256 MiB, 530 rows of LLaDA's vocabulary. Each chunk reads the head's weights and writes their whole
+# gradient: with 64 rows the traffic takes longer than the products.
 ACCELERATOR_ELEMENTS = 2**26
-# A product gets ROWS rows at least, and a multiple of STEP: fp32 kernels round differently when rows are few.
+# A product has at least ROWS rows, and a multiple of STEP: fp32 kernels round few rows differently.
 ROWS, STEP = 16, 8
-GROUP = 256  # tokens whose mass is summed before the search for the one that is drawn
+GROUP = 256  # tokens whose mass is summed before the search for the drawn one
 
 
 def wide(logits: Tensor) -> Tensor:
-    """In fp32 at least; what is in fp64 stays so."""
+    """Logits in fp32, or in fp64 if they already are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -34,15 +34,14 @@ def process(
 ) -> Float[Tensor, "K V"]:
     """Raw logits -> fp32 logits of the distribution sampled from: suppress, divide by temperature, top-k, top-p.
 
-    At temperature 0 the division is left out (log-probs of a greedy sampler are reported at temperature 1).
-    keep  a token per row that top-k and top-p never remove: a sampled token may fall outside the current set. It is
-          then added back, so that its log-prob is finite [ours].
-    kept  the tokens that a rollout kept, -1 for none: they alone stay, in place of top-k and top-p.
+    At temperature 0 there is no division: a greedy sampler's log-probs are at temperature 1.
+    keep  a token per row that top-k and top-p never remove, so that a sampled token's log-prob is finite [ours].
+    kept  the tokens that a rollout kept, -1 for none: they replace top-k and top-p.
     """
     logits = wide(logits)
     if sampling_params.suppress:
         logits = logits.clone()
-        for token in sampling_params.suppress:  # one by one: a tensor of ids would have to be sent to the device
+        for token in sampling_params.suppress:  # one by one: a tensor of ids would have to move to the device
             logits[..., token] = -torch.inf
     if sampling_params.temperature not in (0, 1):
         logits = logits / sampling_params.temperature
@@ -73,17 +72,15 @@ def _drop(logits: Tensor, dropped: Tensor, keep: Tensor | None) -> Tensor:
 def kept_set(
     logits: Float[Tensor, "K V"], filtered: Float[Tensor, "K V"]
 ) -> tuple[Float[Tensor, " K"], Int[Tensor, "K C"]]:
-    """Log of the mass that a filter kept (nats), and the ids that it kept, likeliest first, -1 behind them.
-
-    One id more than KEPT_IDS is given where there are so many, so that a set that does not fit is seen to be one.
-    """
+    """Log of the mass that a filter kept (nats), and the kept ids, likeliest first, then -1. Up to KEPT_IDS + 1 ids are
+    returned, so that a set that does not fit is visible."""
     log_mass = filtered.logsumexp(-1) - logits.logsumexp(-1)
     values, ids = filtered.topk(min(KEPT_IDS + 1, filtered.shape[-1]), dim=-1)
     return log_mass, ids.where(values > -torch.inf, -1).int()
 
 
 def fitting(kept_ids: Int[Tensor, "B T C"]) -> Int[Tensor, "B T c"] | None:
-    """The ids in as few columns as hold them all; None where some set is larger than KEPT_IDS."""
+    """The ids in as few columns as possible; None where a set is larger than KEPT_IDS."""
     width = int((kept_ids >= 0).sum(-1).max())
     return None if width > KEPT_IDS else kept_ids[..., :width]
 
@@ -106,24 +103,22 @@ class TokenLogprob(torch.autograd.Function):
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """How many rows of logits are held at once on a device, in whole multiples of ROWS and at least one of them.
-
-    It does not depend on how much memory is free: a row's rounding may depend on its chunk.
-    """
+    """Rows of logits held at once on a device: a multiple of ROWS. Free memory plays no part, because a row's rounding
+    may depend on its chunk."""
     elements = CHUNK_ELEMENTS if device.type == "cpu" else ACCELERATOR_ELEMENTS
     return max(ROWS, elements // vocabulary // ROWS * ROWS)
 
 
 def missing_rows(count: int) -> int:
-    """How many rows of zeros to run a product of `count` rows with."""
+    """Rows of zeros to add to a product of `count` rows."""
     return max(ROWS - count, -count % STEP)
 
 
 def chunked(f: Callable, *rows: Tensor, policy: Head) -> tuple[Tensor, ...]:
     """Apply `f` (rows -> tuple of per-row tensors) to chunks of `chunk_rows`.
 
-    Rows of zeros fill up the last chunk (`missing_rows`), so that a row's value does not depend on how many others come
-    with it. With more than one chunk and gradients on, each chunk's logits are recomputed in the backward.
+    Rows of zeros fill the last chunk, so that a row's value does not depend on the number of rows. With several chunks
+    and gradients on, the backward recomputes each chunk's logits.
     """
     size = chunk_rows(policy.vocab_size, policy.device)
     count = len(rows[0])
@@ -136,6 +131,13 @@ def chunked(f: Callable, *rows: Tensor, policy: Head) -> tuple[Tensor, ...]:
     return tuple(torch.cat(columns)[:count] for columns in zip(*parts, strict=True))
 
 
+def _scored(policy: Head, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor]]:
+    def score(h: Tensor, y: Tensor, ids: Tensor | None = None) -> tuple[Tensor]:
+        return (TokenLogprob.apply(process(policy.head(h), sampling_params, y, ids), y),)
+
+    return score
+
+
 def token_logprobs(
     policy: Head,
     hidden: Float[Tensor, "K D"],
@@ -143,16 +145,9 @@ def token_logprobs(
     sampling_params: SamplingParams,
     kept: Int[Tensor, "K C"] | None = None,
 ) -> Float[Tensor, " K"]:
-    """log p(tokens_k | hidden_k) in nats, under the processed distribution; the head runs in chunks of rows.
-
-    kept  the ids that a rollout kept (`process`).
-    """
-
-    def score(h: Tensor, y: Tensor, ids: Tensor | None = None) -> tuple[Tensor]:
-        return (TokenLogprob.apply(process(policy.head(h), sampling_params, y, ids), y),)
-
+    """log p(tokens_k | hidden_k) in nats after `process` (with `kept`); the head runs in chunks of rows."""
     rows = (hidden, tokens) if kept is None else (hidden, tokens, kept)
-    return chunked(score, *rows, policy=policy)[0]
+    return chunked(_scored(policy, sampling_params), *rows, policy=policy)[0]
 
 
 def backward_token_logprobs(
@@ -163,17 +158,10 @@ def backward_token_logprobs(
     vector: Float[Tensor, " K"],
     kept: Int[Tensor, "K C"] | None = None,
 ) -> None:
-    """token_logprobs(...).backward(vector), with each chunk of logits made once instead of twice.
-
-    The vector is known before the forward, so that a chunk goes through the head and back at once and leaves only its
-    gradient with respect to the hidden states, which then takes one backward through the body.
-    """
-
-    def score(h: Tensor, y: Tensor, ids: Tensor | None = None) -> tuple[Tensor]:
-        return (TokenLogprob.apply(process(policy.head(h), sampling_params, y, ids), y),)
-
+    """token_logprobs(...).backward(vector), with each chunk of logits computed once instead of twice: the vector is
+    known before the forward, so each chunk goes through the head and back at once."""
     rows = (tokens,) if kept is None else (tokens, kept)
-    gradient, _ = backward_chunked(score, policy, vector, hidden, *rows)
+    gradient, _ = backward_chunked(_scored(policy, sampling_params), policy, vector, hidden, *rows)
     if len(hidden) and hidden.requires_grad:
         hidden.backward(gradient)
 
@@ -181,8 +169,8 @@ def backward_token_logprobs(
 def backward_chunked(
     f: Callable, policy: Head, vector: Float[Tensor, " K"], hidden: Float[Tensor, "K D"], *rows: Tensor
 ) -> tuple[Float[Tensor, "K D"], tuple[Tensor, ...]]:
-    """One forward and backward of f(hidden, *rows) -> (value (K,), ...) a chunk of rows: the gradient with respect to
-    the hidden states, and what else f gives. Gradients of the head's weights are added to them."""
+    """One forward and backward of f(hidden, *rows) -> (value (K,), ...) per chunk: the gradient with respect to the
+    hidden states, and f's other outputs. Adds the head's own gradients."""
     size = chunk_rows(policy.vocab_size, policy.device)
     gradients, others = [torch.zeros_like(hidden[:0])], []
     for h, v, *rest in zip(*(x.split(size) for x in (hidden, vector, *rows)), strict=True):
@@ -196,16 +184,14 @@ def backward_chunked(
 
 
 def sample(logits: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Tensor, " K"]:
-    """One token per row of processed logits by inverting the cumulative distribution at `uniforms` in [0, 1)."""
+    """One token per row of processed logits: the cumulative distribution inverted at `uniforms` in [0, 1)."""
     return invert((logits - logits.amax(-1, keepdim=True)).exp(), uniforms)
 
 
 def invert(mass: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Tensor, " K"]:
-    """One token per row, with probability in proportion to its non-negative mass: the cumulative mass at `uniforms`.
-
-    First among groups of GROUP tokens, then within one: no cumulative sum over the vocabulary. Exact to the fp32
-    rounding of the mass, one random number a token; a token of mass 0 is never drawn.
-    """
+    """One token per row, with probability in proportion to its non-negative mass. Exact to the fp32 rounding of the
+    mass; a token of mass 0 is never drawn."""
+    # First among groups of GROUP tokens, then within one: no cumulative sum over the vocabulary.
     size, whole = mass.shape[-1], mass.shape[-1] // GROUP
     groups = rearrange(mass[:, : whole * GROUP], "k (n v) -> k n v", v=GROUP).sum(-1)
     groups = torch.cat([groups, mass[:, whole * GROUP :].sum(-1, keepdim=True)], dim=-1).double().cumsum(-1)

@@ -1,9 +1,4 @@
-"""LoRA: adding adapters, disabling them for the reference policy, merging them for the rollout, saving in peft's
-format.
-
-Adapters live inside the stock module, so that every other room goes on as before; they are what is trained.
-The base may be in bitsandbytes' 4 or 8 bits.
-"""
+"""LoRA's settings."""
 
 from dataclasses import dataclass
 
@@ -14,11 +9,10 @@ class Lora:
 
     r        rank of the adapters
     alpha    their scale, times r
-    targets  names of layers (`q_proj`), or full paths; None takes the family's own list. Routers, embeddings and heads
-             are not adapted.
-    experts  a pair for each expert that is stacked in one tensor, too (`models.adapters.experts.LoraExperts`).
-    dropout  share of the adapters' inputs that is dropped, in forwards that are differentiated only; 0 with `experts`.
-    seed     of A, and of dropout.
+    targets  names of layers (`q_proj`), or full paths; None: the family's list. Routers, embeddings, heads have none.
+    experts  adapt each expert of a stack too
+    dropout  share of the adapters' inputs that is dropped, in differentiated forwards only; 0 with `experts`
+    seed     of A, and of dropout
     Source: LoRA, arXiv 2106.09685 [paper]; A uniform in +-1/sqrt(in_features), as peft does.
     """
 
@@ -39,27 +33,27 @@ class Lora:
 
 
 def check_mergeable(lora: Lora) -> None:
-    """Raise ValueError for dropout, which an aligned forward, whose operand holds the adapters merged, cannot have."""
+    """Raise ValueError for dropout, which merged adapters cannot have."""
     if lora.dropout:
         raise ValueError(f"lora.dropout={lora.dropout}: an aligned forward merges adapters; set it to 0")
 
 
 def lora_r16(*, r: int = 16, alpha: float = 32.0, dropout: float = 0.0, experts: bool = False) -> Lora:
-    """Small adapters: r 16, alpha 32, no dropout, unless told otherwise.
+    """Small adapters: r 16, alpha 32, no dropout by default.
 
     r        rank of the adapters
     alpha    their scale, times r
-    dropout  share of the adapters' inputs that is dropped, in forwards that are differentiated only
-    experts  adapt the experts of a mixture too, each
+    dropout  share of the adapters' inputs that is dropped, in differentiated forwards only
+    experts  adapt each expert of a mixture too
     """
     return Lora(r=r, alpha=alpha, dropout=dropout, experts=experts)
 
 
 def lora_d1(*, r: int = 128, alpha: float = 64.0, dropout: float = 0.05) -> Lora:
-    """d1's adapters (arXiv 2504.12216): r 128, alpha 64, dropout 0.05, unless told otherwise.
+    """d1's adapters (arXiv 2504.12216): r 128, alpha 64, dropout 0.05 by default.
 
     r        rank of the adapters
     alpha    their scale, times r
-    dropout  share of the adapters' inputs that is dropped, in forwards that are differentiated only
+    dropout  share of the adapters' inputs that is dropped, in differentiated forwards only
     """
     return Lora(r=r, alpha=alpha, dropout=dropout)

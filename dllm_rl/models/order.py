@@ -1,13 +1,11 @@
-"""The law of confidence-ranked unmasking: how likely it is that a position is left masked in a step.
+"""The probability of confidence-ranked unmasking: how likely a step leaves a position masked.
 
 LLaDA's `low_confidence` draws a token y_j ~ p_j at every masked position of a step, and commits the k positions whose
-draws have the highest confidence conf_j(y_j), the untempered log-prob. The draws are independent, so that of a set S of
-committed positions with tokens y_S
+draws have the highest confidence conf_j(y_j), the untempered log-prob. For a set S of committed positions with y_S
     log P(S, y_S | state) = sum_{i in S} log p_i(y_i) + sum_{j masked, not in S} log F_j(c),
     c = min_{i in S} conf_i(y_i),   F_j(c) = sum_v p_j(v) [v at j ranks behind the last of S].
-A draw at j ranks behind where conf_j(v) < c, and where conf_j(v) = c and j stands behind the position that c is of: the
-sampler's ties go to the lowest index. The gradient goes through p_i and F_j; c is a threshold and has none [ours:
-derived in docs/order.md and equal to the enumeration of all draws; in no paper that we know of].
+A draw at j ranks behind if conf_j(v) < c. Ties go to the lowest position: conf_j(v) = c ranks behind if j is to the
+right of the position that set c. The gradient goes through p_i and F_j, not through c [ours: docs/order.md].
 """
 
 from collections.abc import Callable
@@ -27,9 +25,9 @@ LEAST = -20.0  # nats; an order that a policy cannot choose has this log-prob an
 def last_committed(
     scores: Float[Tensor, " K"], groups: Int[Tensor, " K"], places: Int[Tensor, " K"], num_groups: int
 ) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
-    """Of each group of committed positions the lowest score, +inf where there are none, and the last place that has it.
+    """Each group's lowest score, +inf for an empty group, and the last place with that score, -1 for an empty group.
 
-    groups  the group that each belongs to: those committed in one step of one row; places: in the completion.
+    groups  the group of each committed position: one step of one row; places: in the completion.
     """
     lowest = scores.new_full((num_groups,), torch.inf).scatter_reduce(0, groups, scores, "amin")
     at = torch.where(scores == lowest[groups], places, -1)
@@ -39,11 +37,9 @@ def last_committed(
 def confidence_normalizer(
     logits: Float[Tensor, "K V"], drawn: Float[Tensor, "K V"], sampling_params: SamplingParams, mask_id: int
 ) -> Float[Tensor, " K"]:
-    """What `confidence` takes off the untempered logits: their log-sum-exp, without suppressed ids, but with the mask
-    token. Where temperature and filters change nothing it is that of the draw with the mask token put back, as in the
-    sampler, to the bit.
+    """The log-sum-exp of the untempered logits without suppressed ids but with the mask token; confidence subtracts it.
 
-    drawn  `process(logits, sampling_params)`
+    drawn  `process(logits, sampling_params)`; without temperature and filters its sum equals the sampler's to the bit.
     """
     if sampling_params.temperature in (0, 1) and not sampling_params.filters:
         return drawn.logsumexp(-1).logaddexp(wide(logits[:, mask_id]))
@@ -71,15 +67,19 @@ class _LeftLogprob(torch.autograd.Function):
         return out.mul_(gradient.where(possible, 0)[:, None]).masked_fill_(~possible[:, None], 0), None
 
 
-def _left(
-    logits: Tensor, lowest: Tensor, behind: Tensor, sampling_params: SamplingParams, mask_id: int
-) -> Float[Tensor, " K"]:
-    drawn = process(logits, sampling_params)
-    with torch.no_grad():
-        confidences = wide(logits) - confidence_normalizer(logits, drawn, sampling_params, mask_id)[:, None]
-        inside = confidences < lowest[:, None]
-        inside |= behind[:, None] & (confidences == lowest[:, None])
-    return _LeftLogprob.apply(drawn, inside)
+def _left(policy: Policy, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor]]:
+    mask_id = _mask_id(policy)
+
+    def one(h: Tensor, lowest: Tensor, behind: Tensor) -> tuple[Tensor]:
+        logits = policy.head(h)
+        drawn = process(logits, sampling_params)
+        with torch.no_grad():
+            confidences = wide(logits) - confidence_normalizer(logits, drawn, sampling_params, mask_id)[:, None]
+            inside = confidences < lowest[:, None]
+            inside |= behind[:, None] & (confidences == lowest[:, None])
+        return (_LeftLogprob.apply(drawn, inside),)
+
+    return one
 
 
 def left_logprobs(
@@ -91,18 +91,15 @@ def left_logprobs(
 ) -> Float[Tensor, " K"]:
     """log F_j(c) of K positions that a step left masked, nats, at least LEAST; the head runs in chunks of rows.
 
-    lowest  c, the lowest confidence of those that the step committed; behind: the position stands behind the one that
-            c is of, so that it is left at a tie.
+    lowest  c, the lowest committed confidence; behind: the position is to the right of the one that set c.
     """
-    mask_id = _mask_id(policy)
-    one = lambda h, c, after: (_left(policy.head(h), c, after, sampling_params, mask_id),)  # noqa: E731
-    return chunked(one, hidden, lowest, behind, policy=policy)[0]
+    return chunked(_left(policy, sampling_params), hidden, lowest, behind, policy=policy)[0]
 
 
 def token_logprobs_and_confidences(
     policy: Policy, hidden: Float[Tensor, "K D"], tokens: Int[Tensor, " K"], sampling_params: SamplingParams
 ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
-    """log p(tokens_k) under the distribution drawn from, and their confidence, which has no gradient; both in nats."""
+    """log p(tokens_k) under the sampled distribution, and their confidence without a gradient; both in nats."""
     return chunked(_committed(policy, sampling_params), hidden, tokens, policy=policy)  # type: ignore[return-value]
 
 
@@ -127,10 +124,7 @@ def backward_committed(
     sampling_params: SamplingParams,
     vector: Float[Tensor, " K"],
 ) -> tuple[Float[Tensor, "K D"], Float[Tensor, " K"]]:
-    """The gradient of `token_logprobs_and_confidences` with respect to the states, and the confidences.
-
-    Gradients of the head's weights are added to them, chunk by chunk.
-    """
+    """The gradient of the log-probs with respect to the states, and the confidences; adds the head's own gradients."""
     gradients, confidences = backward_chunked(_committed(policy, sampling_params), policy, vector, hidden, tokens)
     return gradients, confidences[0]
 
@@ -143,10 +137,8 @@ def backward_left(
     sampling_params: SamplingParams,
     vector: Float[Tensor, " K"],
 ) -> Float[Tensor, "K D"]:
-    """The gradient of `left_logprobs` with respect to the states; that of the head's weights is added to them."""
-    mask_id = _mask_id(policy)
-    one = lambda h, c, after: (_left(policy.head(h), c, after, sampling_params, mask_id),)  # noqa: E731
-    return backward_chunked(one, policy, vector, hidden, lowest, behind)[0]
+    """The gradient of `left_logprobs` with respect to the states; adds the head's own gradients."""
+    return backward_chunked(_left(policy, sampling_params), policy, vector, hidden, lowest, behind)[0]
 
 
 def _mask_id(policy: Policy) -> int:

@@ -1,4 +1,4 @@
-"""One interface over every backbone: logits for the token AT each position, whatever the family's own convention."""
+"""One interface over every backbone: logits for the token AT each position, whatever the family's convention."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,14 +29,8 @@ Moved = TypeVar("Moved", bound="_Backbone")
 
 
 class _Backbone:
-    """The part that diffusion and autoregressive policies share: a module, its head, its device.
-
-    float32_head  logits of a model in 16 bits (or under autocast) are computed in fp32. A rollout's copy, a reference
-                  and an evaluation inherit it, so that both sides of a ratio have the same.
-    gradient_checkpointing  a forward that is differentiated keeps the input of each block alone, and its backward runs
-                  the block again: a third more work, a small part of the memory, the same gradients.
-    records_experts  samplers note which experts of its mixtures tokens went to (`Rollout.experts`).
-    """
+    """The `Policy` that diffusion and autoregressive policies share. A rollout's copy, a reference and an evaluation
+    inherit `float32_head`, so that both sides of a ratio have the same."""
 
     gradient_checkpointing: bool = False
     records_experts: bool = False
@@ -74,20 +68,19 @@ class _Backbone:
         positions: Int[Tensor, "B T"],
         **cache: Any,
     ) -> Float[Tensor, "B T D"]:
-        """The backbone's own states at each token, not shifted. Whatever runs the backbone does it here, which is what
-        leaves the adapters out of a `reference()`.
+        """The backbone's states at each token, not shifted. Every run of the backbone goes through `encode`.
 
-        attention_mask  False on padding, over T columns and those of the cache; the family adds who sees whom. With
-                        four axes it says that itself, in place of the family.
+        attention_mask  False on padding, over the cache's and the T new columns; the family adds its own mask, except
+                        to a mask of four axes.
         positions       each token's place in its row, from 0 (`position_ids`).
-        cache           past_key_values and use_cache, as transformers takes them.
+        cache           transformers' past_key_values and use_cache.
         """
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed_blocks(self.module) if recompute else nullcontext():
             return self.spec.encode(self.module, tokens, attention_mask, positions, **cache)
 
     def hidden(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """Final hidden states; `head` of the one at t gives logits for the token at t. Padding is never attended to."""
+        """Final hidden states; `head` of the state at t gives logits for the token at t."""
         states = self.encode(tokens, attention_mask, position_ids(attention_mask))
         return shifted(states, attention_mask) if self.spec.shift else states
 
@@ -108,15 +101,12 @@ class _Backbone:
         return self.head(hidden if positions is None else hidden[positions])
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
-        """Write weights (safetensors), config and tokenizer in the checkpoint's own layout, adapters merged.
-
-        The authors' tools open the folder, and so does `load_policy(directory)`, bit for bit. Of a module that is not
-        transformers', the weights and the tokenizer are written, for `load_weights`.
-        """
+        """Write weights (safetensors), config and tokenizer in the checkpoint's own layout, adapters merged, for the
+        authors' tools and `load_policy`. A custom module's weights and tokenizer are written for `load_weights`."""
         save_module(self.module, self.tokenizer, self.spec, directory, max_shard_size=max_shard_size)
 
     def reference(self) -> Policy:
-        """The policy that RL started from: the same weights, adapters left out. Raises ValueError without any."""
+        """The policy that RL started from (`without_adapters`). Raises ValueError without adapters."""
         return without_adapters(self)
 
     def to(self: Moved, device: torch.device | str) -> Moved:
@@ -125,15 +115,15 @@ class _Backbone:
 
 
 class DiffusionPolicy(_Backbone):
-    """A masked-diffusion model: every position sees every other one (or its block and those before)."""
+    """A masked-diffusion model: every position sees every other one (or its block and earlier blocks)."""
 
 
 class AutoregressivePolicy(_Backbone):
-    """A causal model under the same interface: its logits at t are the predictions FOR t, made from what precedes."""
+    """A causal model: its logits at t predict the token AT t from earlier tokens."""
 
 
 def shifted(states: Float[Tensor, "B T D"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-    """For families that predict position t from the state at t-1; a row's first token has only its own state."""
+    """The state at t-1 at each t, for shifted families; a row's first token keeps its own state."""
     before = torch.cat([torch.zeros_like(attention_mask[:, :1]), attention_mask[:, :-1]], dim=1)
     return torch.where(before[..., None], states.roll(1, dims=1), states)
 
@@ -141,11 +131,10 @@ def shifted(states: Float[Tensor, "B T D"], attention_mask: Bool[Tensor, "B T"])
 def make_policy(
     module: Module, tokenizer: PreTrainedTokenizerBase, spec: FamilySpec | None = None
 ) -> DiffusionPolicy | AutoregressivePolicy:
-    """A policy of a module, after proving that its attention is what its family says.
+    """A policy of a module. Raises ValueError on attention other than the spec's, or ids outside the vocabulary.
 
-    spec  None: that of the known family which the module's config names. For a module of your own, a FamilySpec with
-          `attention`, `encode`, `head`, `vocab_size`, `eos_ids` and, unless it is causal, `mask_id`.
-    Raises ValueError on attention that is not the spec's, or ids outside the vocabulary.
+    spec  None: of the family that the module's config names. For a custom module, a FamilySpec with `attention`,
+          `encode`, `head`, `vocab_size`, `eos_ids` and, unless it is causal, `mask_id`.
     """
     spec = family_spec(module.config, tokenizer) if spec is None else spec
     check_spec(module, spec)
@@ -165,19 +154,18 @@ def load_policy(
     float32_head: bool = True,
     verify_checkpoint: Check = "full",
 ) -> DiffusionPolicy | AutoregressivePolicy:
-    """Open a checkpoint with stock transformers classes, and prove that it attends as its family says.
+    """Open a checkpoint with stock transformers classes.
 
     dtype         of the weights: float32, bfloat16 or float16; "auto" keeps the checkpoint's.
-    block_size    of a block-causal model, where it is not what the checkpoint says.
-    quantization  "nf4" or "int8": a frozen bitsandbytes base to put adapters on; None keeps the weights as they are.
-    lora          adapters to train in place of the weights.
-    float32_head  logits in fp32 where the weights are in 16 bits; False: in their own dtype.
-    verify_checkpoint  what is read of a folder with a manifest before use, as every checkpoint of a run has one:
-                  "full": every byte; "quick": of large files the size and the first MiB.
+    block_size    of a block-causal model; None: the checkpoint's.
+    quantization  "nf4" or "int8": a frozen bitsandbytes base for adapters; None keeps the weights as they are.
+    lora          adapters to train instead of the weights.
+    float32_head  logits in fp32 where the weights are in 16 bits; False: in the weights' dtype.
+    verify_checkpoint  how a folder with a manifest, as a run writes it, is checked: "full" reads every byte,
+                  "quick" the size and the first MiB of large files.
 
-    Raises ValueError on a file that is not what the manifest says, an unknown architecture, missing or unexpected
-    tensors, weights that are not finite, a mask id outside the vocabulary, or attention that is not what the family
-    needs.
+    Raises ValueError on a file that differs from the manifest, an unknown architecture, missing or unexpected tensors,
+    weights that are not finite, a mask id outside the vocabulary, or attention other than the family's.
     """
     folder = checkpoint_folder(path_or_id)
     verify_if_there(folder, verify_checkpoint)
@@ -194,15 +182,14 @@ def load_policy(
 
 
 def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Check = "full") -> None:
-    """Put the tensors that `save_pretrained` wrote into a policy's own module: how a checkpoint of a module that is not
-    transformers' is opened. Raises ValueError where they are not the module's, name by name and shape by shape, or not
-    what the folder's manifest says; verify_checkpoint: as for `load_policy`."""
+    """Copy the tensors that `save_pretrained` wrote into a policy's custom module. Raises ValueError on other names or
+    shapes, or on a file that differs from the manifest; verify_checkpoint: as for `load_policy`."""
     verify_if_there(Path(directory), verify_checkpoint)
     load_tensors(policy.module, Path(directory))
 
 
 def check_spec(module: Module, spec: FamilySpec) -> None:
-    """Raise ValueError when a spec lacks what a policy needs, or names ids that the module has no logits for."""
+    """Raise ValueError on a spec without a needed field, or with ids outside the vocabulary."""
     size = spec.vocab_size or getattr(getattr(module, "config", None), "vocab_size", None)
     if size is None:
         raise ValueError(
@@ -219,30 +206,24 @@ def check_spec(module: Module, spec: FamilySpec) -> None:
 
 @torch.no_grad()
 def check_attention(policy: _Backbone) -> None:
-    """Change one token: the first state must move, or stay, as the family's attention says.
-
-    A bidirectional model's moves with the last token, a causal one's does not; a block-causal one's moves with the last
-    token of its own block and does not with the first of the next.
-    """
+    """Raise ValueError unless changing one token moves the first state as the family's attention says: the last token
+    of a bidirectional model or of the first block does, a later token of a causal model or the next block does not."""
     attention, block = policy.spec.attention, policy.spec.block_size
     expected = {7: attention == "full"}
     if attention == "block_causal" and block is not None:
         expected = {block - 1: block > 1, block: False}
     for position, moves in expected.items():
         if first_moves(policy, position) != moves and position:
+            upgrade = "upgrade transformers (>= 5.2 honours config.is_causal=False)"
             raise ValueError(
                 f"attention={attention!r} is what {type(policy.module).__name__} should have, but "
                 f"changing token {position} {'did not move' if moves else 'moved'} the first position's state; "
-                + (
-                    "upgrade transformers (>= 5.2 honours config.is_causal=False)"
-                    if moves
-                    else "load it as a diffusion model"
-                )
+                + (upgrade if moves else "load it as a diffusion model")
             )
 
 
 def first_moves(policy: _Backbone, position: int) -> bool:
-    """Whether the first state of a sequence that ends at `position` depends on its last token."""
+    """Whether the first state of a sequence that ends at `position` depends on the last token."""
     size, device = policy.vocab_size, policy.device
     tokens = (torch.arange(position + 1, device=device) % max(1, size - 1))[None].repeat(2, 1)
     tokens[1, -1] = (tokens[0, -1] + 1) % size

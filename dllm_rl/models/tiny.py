@@ -1,7 +1,6 @@
 """Small models made from scratch: stock transformers classes with a character-level tokenizer.
 
-Their initialisation is not the classes' default (std 0.02 everywhere), with which a model of this size does not learn
-a Sudoku grid in minutes: embeddings std 0.3, linear layers 0.7/sqrt(fan_in), head 0.02.
+With the classes' default initialisation (std 0.02 everywhere) a model of this size learns no Sudoku grid in minutes.
 """
 
 import math
@@ -29,10 +28,8 @@ PAD, MASK, EOS = "<pad>", "<mask>", "<eos>"
 
 
 def char_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """One token per character, after <pad> 0, <mask> 1, <eos> 2; decoding gives the text back exactly.
-
-    There is no unknown token: a character outside `characters` stops the encoding with an exception.
-    """
+    """One token per character, after <pad> 0, <mask> 1, <eos> 2; decoding returns the exact text. Encoding a character
+    outside `characters` raises an exception."""
     vocabulary = {token: i for i, token in enumerate([PAD, MASK, EOS, *dict.fromkeys(characters)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -73,16 +70,16 @@ def tiny_masked_lm(
     head_std: float = 0.02,
     gain: float = 0.7,
 ) -> DiffusionPolicy:
-    """A pre-norm RoBERTa: bidirectional by nature, with learned positions, which a grid is learned fastest with.
+    """A pre-norm RoBERTa: bidirectional, with learned positions, which learn a grid fastest.
 
-    characters         those that prompts and completions are made of, a token each
+    characters         all characters of prompts and completions, one token each
     hidden_size        width of the model
     num_layers         blocks
     num_heads          attention heads of a block
     intermediate_size  width between a block's two feed-forward layers
-    max_length         longest prompt and completion together, tokens
-    embedding_std, head_std  standard deviation of the first embeddings, of the first head
-    gain               of the other first weights: their standard deviation is gain / sqrt(inputs)
+    max_length         longest prompt plus completion, tokens
+    embedding_std, head_std  initial standard deviation of the embeddings, of the head
+    gain               initial standard deviation of the other weights, times sqrt(inputs)
     """
     tokenizer = char_tokenizer(characters)
     config = RobertaPreLayerNormConfig(
@@ -99,7 +96,7 @@ def tiny_masked_lm(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        **_further(mask_token_id=tokenizer.mask_token_id),
+        **dict[str, Any](mask_token_id=tokenizer.mask_token_id),
     )
     scales = {"embedding_std": embedding_std, "head_std": head_std, "gain": gain}
     return _made(RobertaPreLayerNormForMaskedLM, config, tokenizer, seed=seed, **scales)
@@ -120,21 +117,21 @@ def tiny_llama(
     head_std: float = 0.02,
     gain: float = 0.7,
 ) -> DiffusionPolicy | AutoregressivePolicy:
-    """A Llama: causal, or with `causal=False` the layout of LLaDA (the same blocks, un-causaled, rotary positions).
+    """A Llama: causal, or with `causal=False` un-causaled, in the layout of LLaDA.
 
     causal             an autoregressive model, or a masked-diffusion one
-    rope_theta         base of the rotary positions' wave lengths
-    characters         those that prompts and completions are made of, a token each
+    rope_theta         base of the rotary positions' wavelengths
+    characters         all characters of prompts and completions, one token each
     hidden_size        width of the model
     num_layers         blocks
     num_heads          attention heads of a block
     intermediate_size  width between a block's two feed-forward layers
-    max_length         longest prompt and completion together, tokens
-    embedding_std, head_std  standard deviation of the first embeddings, of the first head
-    gain               of the other first weights: their standard deviation is gain / sqrt(inputs)
+    max_length         longest prompt plus completion, tokens
+    embedding_std, head_std  initial standard deviation of the embeddings, of the head
+    gain               initial standard deviation of the other weights, times sqrt(inputs)
     """
     tokenizer = char_tokenizer(characters)
-    fields = _decoder_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length=max_length)
+    fields = _decoder_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
     fields["rope_theta"] = rope_theta
     config = LlamaConfig(**fields, intermediate_size=intermediate_size)
     scales = {"embedding_std": embedding_std, "head_std": head_std, "gain": gain}
@@ -158,27 +155,26 @@ def tiny_moe(
     head_std: float = 0.02,
     gain: float = 0.7,
 ) -> DiffusionPolicy | AutoregressivePolicy:
-    """A mixture of experts in every block, in the layout of LLaDA-MoE: a Qwen3-MoE, un-causaled; or a causal one.
+    """A Qwen3-MoE with experts in every block: un-causaled, in the layout of LLaDA-MoE, or causal.
 
     causal               an autoregressive model, or a masked-diffusion one
-    num_experts          of a block
-    num_experts_per_tok  those that a token takes
-    rope_theta           base of the rotary positions' wave lengths
-    characters           those that prompts and completions are made of, a token each
+    num_experts          experts of a block
+    num_experts_per_tok  experts of a token
+    rope_theta           base of the rotary positions' wavelengths
+    characters           all characters of prompts and completions, one token each
     hidden_size          width of the model
     num_layers           blocks
     num_heads            attention heads of a block
     intermediate_size    width between an expert's layers
-    max_length           longest prompt and completion together, tokens
-    embedding_std, head_std  standard deviation of the first embeddings, of the first head
-    gain                 of the other first weights: their standard deviation is gain / sqrt(inputs)
+    max_length           longest prompt plus completion, tokens
+    embedding_std, head_std  initial standard deviation of the embeddings, of the head
+    gain                 initial standard deviation of the other weights, times sqrt(inputs)
     """
     tokenizer = char_tokenizer(characters)
-    fields = _decoder_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length=max_length)
-    fields["rope_theta"] = rope_theta
+    fields = _decoder_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
+    fields |= {"rope_theta": rope_theta, "head_dim": hidden_size // num_heads}
     config = Qwen3MoeConfig(
         **fields,
-        **_further(head_dim=hidden_size // num_heads),
         num_key_value_heads=num_heads,
         moe_intermediate_size=intermediate_size,
         num_experts=num_experts,
@@ -190,15 +186,9 @@ def tiny_moe(
 
 
 def _decoder_fields(
-    tokenizer: PreTrainedTokenizerFast,
-    causal: bool,
-    hidden_size: int,
-    num_layers: int,
-    num_heads: int,
-    *,
-    max_length: int,
+    tokenizer: PreTrainedTokenizerFast, causal: bool, hidden_size: int, num_layers: int, num_heads: int, max_length: int
 ) -> dict[str, Any]:
-    """What the configs of decoders have in common, un-causaled or not."""
+    """Common config fields of decoders."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,
@@ -214,23 +204,12 @@ def _decoder_fields(
     }
 
 
-def _further(**fields: Any) -> dict[str, Any]:
-    """Fields of a config that its constructor takes without naming them."""
-    return fields
-
-
 def _made(
-    make: Callable[[Any], Module],
-    config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    seed: int,
-    **scales: float,
+    make: Callable, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int, **scales: float
 ) -> Any:
     """The policy of a module that `make` builds, with `initialise`'s scales."""
-    with torch.random.fork_rng(devices=[]):  # transformers initialises from the global RNG: leave that as it was
+    with torch.random.fork_rng(devices=[]):  # transformers initialises from the global RNG
         module = make(config)
     module.config.architectures = [type(module).__name__]
-    generator = torch.Generator().manual_seed(seed)
-    initialise(module, generator, **scales)
+    initialise(module, Generator().manual_seed(seed), **scales)
     return make_policy(module, tokenizer)

@@ -1,4 +1,4 @@
-"""Between text and tokens: problems -> Prompts, Rollout -> completions."""
+"""Text and tokens: problems -> Prompts, Rollout -> completions."""
 
 import math
 import re
@@ -16,8 +16,8 @@ from dllm_rl.types import Prompts, Rollout
 def encode(
     policy: Policy, problems: Sequence[Problem], *, group_size: int = 1, seeds: Sequence[int] | None = None
 ) -> Prompts:
-    """Tokenise prompts: chat messages through the tokenizer's template, text as it is (no special tokens added).
-    Problems' blanks become open positions."""
+    """Tokenise prompts: chat messages through the tokenizer's template, text without added special tokens. Blanks
+    become open positions."""
     found = [ids_and_blanks(policy, problem.prompt, problem.blank) for problem in problems]
     ids, blanks = zip(*found, strict=True) if found else ((), ())
     return Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group_size, seeds=seeds, open_positions=blanks)
@@ -31,11 +31,10 @@ def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]], blank: str | 
 def ids_and_blanks(
     policy: Policy, prompt: str | list[dict[str, str]], blank: str | None
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a prompt, and which of them are blanks, each a mask token where the text has `blank`; a last message
-    of the assistant's is the text that its turn begins with.
+    """Token ids of a prompt, and which of them are blanks: mask tokens in place of `blank`. A last message of the
+    assistant begins the answer.
 
-    What a prompt says is text: where it spells a special token, `<|im_end|>` say, that is tokenised as the characters
-    that it is. Special tokens come from the chat template alone.
+    Special tokens come from the chat template alone: a prompt's `<|im_end|>` is tokenised as its characters.
 
     Raises ValueError for chat messages without a chat template, for text outside the model's vocabulary, and for
     blanks where the model has no mask token.
@@ -53,7 +52,7 @@ def ids_and_blanks(
 
 
 def _joined(parts: list[list[int]], between: list[tuple[list[int], bool]]) -> tuple[list[int], list[bool]]:
-    """Ids of parts and of what stands between them, and for each id whether it is a blank."""
+    """Ids of parts and of the ids between them, and for each id whether it is a blank."""
     ids, blanks = list(parts[0]), [False] * len(parts[0])
     for (more, blank), part in zip(between, parts[1:], strict=True):
         ids += [*more, *part]
@@ -64,11 +63,10 @@ def _joined(parts: list[list[int]], between: list[tuple[list[int], bool]]) -> tu
 def conversation_ids(
     policy: Policy, messages: Sequence[dict[str, Any]], *, since: int = 0
 ) -> list[tuple[list[int], bool]]:
-    """Token ids of a conversation, as it was, in pieces; with each, whether an assistant wrote it in the messages from
-    `since` on. A piece of the assistant's begins where `prompt_ids` of what precedes ends, and ends with its turn.
+    """Token ids of a conversation in pieces, and for each piece whether an assistant wrote it in the messages from
+    `since` on. An assistant's piece begins where `prompt_ids` of the earlier messages ends, and ends with the turn.
 
-    Raises ValueError as `prompt_ids` does, and where the template writes the beginning of a conversation otherwise than
-    it writes the whole, so that no turn has a place.
+    Raises ValueError as `prompt_ids` does, and for a template that rewrites earlier turns.
     """
     chat, turns = _Chat(policy, messages), list(messages)
     whole, done, pieces = chat.rendered(turns), 0, list[tuple[list[int], bool]]()
@@ -87,10 +85,8 @@ def conversation_ids(
 
 
 class _Chat:
-    """A tokenizer's chat template, to which what messages spell is text.
-
-    A mark that the template passes on stands for each special token's text, which is put in its place afterwards.
-    """
+    """A tokenizer's chat template. A mark replaces the special tokens that messages spell, through the template, so
+    that they are tokenised as text afterwards."""
 
     def __init__(self, policy: Policy, messages: Sequence[dict[str, Any]], *, blank: str | None = None) -> None:
         if not policy.tokenizer.chat_template:
@@ -108,12 +104,12 @@ class _Chat:
         return self.spelled.sub(lambda found: f"{self.mark}{self.specials.index(found[0])}{self.mark}", text)
 
     def rendered(self, messages: Sequence[dict[str, Any]], *, answered: bool = False) -> str:
-        """What the template writes, with marks; `answered`: up to where the assistant's answer begins."""
+        """The template's text, with marks; `answered`: up to the start of the assistant's answer."""
         turns = [t | {"content": self.hide(t["content"])} if isinstance(t["content"], str) else t for t in messages]
         return str(self.policy.tokenizer.apply_chat_template(turns, add_generation_prompt=answered, tokenize=False))
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of what `rendered` and `hide` give."""
+        """Token ids of a text of `rendered` and `hide`."""
         return self.ids_and_blanks(text)[0]
 
     def ids_and_blanks(self, text: str) -> tuple[list[int], list[bool]]:
@@ -126,10 +122,8 @@ class _Chat:
 
 
 def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
-    """Token ids of a text; with `special`, the special tokens that it spells are what they are in a chat template.
-
-    Raises ValueError for text outside the model's vocabulary.
-    """
+    """Token ids of a text; `special`: special tokens in the text are not split into characters. Raises ValueError for
+    text outside the model's vocabulary."""
     try:
         return policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
     except BaseException as error:  # the tokenizers library raises a bare Exception, or panics
@@ -139,13 +133,13 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """How the special tokens are spelled, the longest first."""
+    """The texts of the special tokens, longest first."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted({*added, *tokenizer.all_special_tokens}, key=lambda text: (-len(text), text))
 
 
 def decode(policy: Policy, rollout: Rollout) -> list[str]:
-    """Each row's completion as text: the tokens that the policy chose, up to the first end token, specials left out."""
+    """Each row's completion as text: the policy's tokens up to the first end token, without special tokens."""
     return decode_ids(policy, chosen_ids(rollout))
 
 
@@ -155,8 +149,7 @@ def decode_ids(policy: Policy, chosen: list[list[int]]) -> list[str]:
 
 
 def graded_texts(policy: Policy, rollout: Rollout, problems: Sequence[Problem], chosen: list[list[int]]) -> list[str]:
-    """What a task grades of each row: its completion, the texts of `chosen`; where its problem has blanks, all of it,
-    filled in."""
+    """What a task grades per row: the completion (`chosen`), or the whole filled text of a problem with blanks."""
     texts = decode_ids(policy, chosen)
     if all(problem.blank is None for problem in problems):
         return texts
@@ -165,8 +158,8 @@ def graded_texts(policy: Policy, rollout: Rollout, problems: Sequence[Problem], 
 
 
 def filled(policy: Policy, rollout: Rollout) -> list[str]:
-    """Each row's whole text, prompt and completion in their places, specials left out. An end token ends it only behind
-    the prompt's last token; in a gap before that it is left out."""
+    """Each row's whole text, prompt and completion, without special tokens. An end token ends the text only behind the
+    prompt's last token."""
     masks = (rollout.tokens, rollout.attention_mask, rollout.completion_mask)
     rows = []
     for row in zip(*(mask.tolist() for mask in masks), strict=True):
@@ -177,7 +170,7 @@ def filled(policy: Policy, rollout: Rollout) -> list[str]:
 
 
 def chosen_ids(rollout: Rollout) -> list[list[int]]:
-    """Each row's tokens that the policy chose, on the host, in one transfer."""
+    """Each row's tokens that the policy chose, moved to the host in one transfer."""
     tokens = rollout.tokens.masked_fill(~rollout.completion_mask, -1)
     return [[token for token in row if token >= 0] for row in tokens.tolist()]
 
@@ -188,8 +181,8 @@ def before_end(policy: Policy, ids: list[int]) -> list[int]:
 
 
 def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]]]:
-    """For each row every token of its completion, as plain data: id, text, the step that committed it and its
-    probability as sampled, None where that is no number; tokens left masked have step -1."""
+    """Per row every token of the completion as plain data: id, text, the step that committed it (-1: still masked) and
+    its probability as sampled (None if not finite)."""
     chosen = rollout.completion_mask.any(0)
     width, rows = int(chosen.nonzero()[0]) if chosen.any() else len(chosen), []
     parts = (rollout.tokens, rollout.unmask_step, rollout.logprobs.exp())
@@ -206,8 +199,7 @@ def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]
 
 
 def usual_length(policy: Policy, task: Task) -> int:
-    """Tokens of the first problem's solution where the prompt is plain text, whose answers have one form; else 256.
-    With blanks, 0: nothing is written behind it."""
+    """Tokens of the first problem's solution if the prompt is plain text, else 256; 0 with blanks."""
     problem = task[0]
     if problem.blank is not None:
         return 0

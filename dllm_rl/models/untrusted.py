@@ -1,4 +1,4 @@
-"""What a stranger's checkpoint may not hold, looked for before a library opens any of its files."""
+"""Checks of an untrusted checkpoint before a library opens any of its files."""
 
 import json
 import logging
@@ -11,24 +11,22 @@ from torch import Tensor
 
 from dllm_rl.screen import escape_controls
 
-SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py")  # of the files that are opened
-MOST_REPEATS = 3  # without a bound, one after the other: the time of a search is the text's length to that power
+SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py")  # of the files that libraries open
+MOST_REPEATS = 3  # unbounded, in a row: the time of a search is the text's length to this power
 LONGEST_PATTERN = 20_000  # characters
 CHOOSES_CODE = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
 
 
 def check_regular(folder: Path) -> None:
-    """Raise ValueError on a FIFO, a device or a directory in place of a file: reading it would wait, or never end.
-
-    A link to a regular file is one, as in the hub's cache.
-    """
+    """Raise ValueError on a FIFO, a device or a directory instead of a file: reading it might never end. A link to a
+    regular file is allowed, as in the hub's cache."""
     for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
         if not path.is_file() and (path.suffix in SUFFIXES or not path.is_dir()):
             raise ValueError(f"{folder}: {path.name} is no regular file; fetch the checkpoint again")
 
 
 def check_plain(raw: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError on weights that another tool quantised: neither rollouts nor gradients would be of them."""
+    """Raise ValueError on weights that another tool quantised."""
     if raw.get("quantization_config") is not None:
         raise ValueError(
             f"{folder}: config.json has a quantization_config; give the checkpoint in 16 or 32 bits, and quantise it "
@@ -37,14 +35,14 @@ def check_plain(raw: dict[str, Any], folder: Path) -> None:
 
 
 def without_code(fields: Any) -> Any:
-    """A config without what names the code that computes: transformers fetches kernels from the hub by such names."""
+    """A config without the names of implementations, by which transformers would download kernels from the hub."""
     if isinstance(fields, dict):
         return {name: without_code(value) for name, value in fields.items() if not CHOOSES_CODE.fullmatch(name)}
     return [without_code(value) for value in fields] if isinstance(fields, list) else fields
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise ValueError on a pattern in tokenizer.json that some texts take an exponential time to match."""
+    """Raise ValueError on a pattern in tokenizer.json that may take exponential time to match."""
     path = folder / "tokenizer.json"
     if path.exists():
         for pattern in _patterns(json.loads(path.read_bytes())):
@@ -55,8 +53,7 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """Config, tensors and metadata of saved adapters. Raises ValueError on what is damaged, and on numbers that the
-    tensors cannot have."""
+    """Config, tensors and metadata of saved adapters. Raises ValueError on damage and on impossible numbers."""
     check_regular(folder)
     path = folder / "adapter_model.safetensors"
     try:
@@ -76,7 +73,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
 
 
 def _patterns(fields: Any) -> list[str]:
-    """All that stands under the key Regex, at any depth."""
+    """All texts under the key Regex, at any depth."""
     if isinstance(fields, list):
         return [pattern for value in fields for pattern in _patterns(value) if isinstance(value, dict | list)]
     found = []
@@ -86,10 +83,8 @@ def _patterns(fields: Any) -> list[str]:
 
 
 def explodes(pattern: str) -> str:
-    """Why a search for the pattern may take a time without a bound; empty where it does not.
-
-    What is looked for in groups, from the innermost out: one that repeats must hold neither a choice nor a repeat.
-    """
+    """Why a search for the pattern may take unbounded time, or "". From the innermost group out: a group that repeats
+    must contain neither a choice nor a repeat."""
     if len(pattern) > LONGEST_PATTERN:
         return f"has {len(pattern)} characters"
     if re.search(r"(?<!\\)(?:\\\\)*\\[1-9gk]", pattern):
@@ -106,7 +101,7 @@ def explodes(pattern: str) -> str:
         again = re.match(repeat, text[group.end() :])
         if again and re.search(rf"{repeat}|[|?]", inside):
             return "repeats a group that repeats or chooses"
-        # Its repeats count outside too; a choice within it stays a choice.
+        # The group's repeats count outside too; a choice within the group stays a choice.
         left = "x" + "x+" * len(re.findall(repeat, inside)) + "x?" * ("|" in inside or "?" in inside)
         text = text[: group.start()] + left + text[group.end() :]
     if re.search(r"[()\[\]]", text):
@@ -116,7 +111,7 @@ def explodes(pattern: str) -> str:
 
 
 def show_messages() -> None:
-    """Let no message of transformers, which quotes a checkpoint's fields, steer the terminal."""
+    """Escape control characters in transformers' messages, which quote a checkpoint's fields."""
 
     def escaped(record: logging.LogRecord) -> bool:
         record.msg, record.args = escape_controls(record.getMessage(), keep="\n\t"), None

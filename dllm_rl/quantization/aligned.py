@@ -1,7 +1,7 @@
-"""Aligned forward (QaRL, arXiv 2604.07853 [paper]): the learner computes with the rollout's own quantised operands.
+"""Aligned forward (QaRL, arXiv 2604.07853 [paper]): the learner computes with the rollout's quantised operands.
 
-Forward: the rollout's low-bit product, bit for bit. Backward: straight-through, that is the gradient with respect to
-the high-precision weight and input as if the forward had been the product of the dequantised operands,
+Forward: the rollout's low-bit product, bit for bit. Backward: straight-through, the gradient for the high-precision
+weight and input as if the forward were the product of the dequantised operands,
     y = Q(x) Q(w)^T + b,   dx = dy Q(w),   dw = dy^T Q(x),   db = sum dy.
 """
 
@@ -30,7 +30,7 @@ from dllm_rl.quantization.linear import (
 
 
 class StraightThrough(torch.autograd.Function):
-    """The product of a rollout's layer, differentiated as if quantisation were the identity."""
+    """A rollout layer's product, differentiated as if quantisation were the identity."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Linear) -> Tensor:
@@ -54,35 +54,33 @@ class StraightThrough(torch.autograd.Function):
 
 
 def straight_through(x: Tensor, *, weight: Tensor, layer: nn.Linear) -> Tensor:
-    """The product of a rollout's layer without a bias, differentiated with respect to the input and `weight`."""
+    """A rollout layer's product without a bias, differentiated with respect to the input and `weight`."""
     return StraightThrough.apply(x, weight, None, layer)
 
 
 class _AlignedLinear:
-    """The operand that a learner's layer shares with the rollout's, quantised again when the learner's weight moved."""
+    """The operand that a learner's layer shares with the rollout's."""
 
     def __init__(self, name: str, source: Any, target: Any) -> None:
-        self.name, self.target = name, target
-        self.source: Any = source
+        self.name, self.source, self.target = name, source, target
         self.base: Any = source.base_layer if isinstance(source, LoraLinear | LoraExperts) else source
-        self.held = list(self.source.parameters())  # outside of a forward: of a shared-out learner its parts
+        self.held = list(self.source.parameters())  # outside of a forward: a sharded learner's parts
         self.seen = self.versions()
 
     def versions(self) -> list[int]:
         return [parameter._version for parameter in self.held]
 
     def weight(self) -> Tensor:
-        """The learner's high-precision weight, an adapter's part included, differentiable; inside a forward whole, also
-        where several processes hold it between them."""
+        """The learner's high-precision weight, adapters merged, differentiable; inside a forward unsharded."""
         return self.source.weight if self.base is self.source else self.source.merged()
 
     def follow(self) -> None:
-        """Quantise again where the learner's weight has moved."""
+        """Quantise again if the learner's weight has changed."""
         if self.versions() != self.seen:
             self.refresh()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not getattr(self.source, "active", True):  # the reference, with its adapters left out
+        if not getattr(self.source, "active", True):  # the reference runs without adapters
             return type(self.source).forward(self.source, x)
         self.follow()
         return StraightThrough.apply(x, self.weight(), self.base.bias, self.target)
@@ -94,7 +92,7 @@ class _AlignedLinear:
 
 
 class _AlignedExperts(_AlignedLinear):
-    """The same for experts that the learner holds in stacks."""
+    """The operands of experts that the learner stores in stacks."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
         if not getattr(self.source, "active", True):
@@ -118,17 +116,13 @@ class _AlignedExperts(_AlignedLinear):
 def aligned_forward(
     policy: Policy, rollout_policy: Policy, scope: Callable[[str], bool] | None = None
 ) -> Iterator[Callable[[], None]]:
-    """For the time of the block, the learner's linear layers run the rollout's quantised operands.
+    """In the block the learner's linear layers run the rollout's quantised operands, adapters merged.
 
     scope  name of a layer -> whether to align it; None aligns every layer that the rollout has quantised.
 
-    Adapters are merged into the operand, and take their gradient from that of the merged weight. Inside the block an
-    optimiser step, also on parts of a shared-out weight, is noticed at the next forward, which quantises the moved
-    weight again, once, into the rollout's own storage. What is yielded does that at once for every layer, for an
-    optimiser that writes past autograd's version counters. The layers' own forward is restored however the block ends.
-
-    Raises ValueError when the rollout's weights are not those of the learner at the start of the block, or for adapters
-    with dropout, which a merged weight cannot have.
+    After an optimiser step the next forward quantises the changed weights again, into the rollout's own storage. The
+    yielded function does so at once for every layer, for an optimiser that bypasses autograd's version counters.
+    Raises ValueError when learner and rollout have different weights at the start, or for adapters with dropout.
     """
     if policy.version != rollout_policy.version:
         raise ValueError(

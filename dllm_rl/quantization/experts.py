@@ -1,8 +1,7 @@
-"""Stacked experts as linear layers, one an expert, so that each is quantised, synced and aligned like any other layer.
+"""Stacked experts as linear layers, one per expert, which are quantised, synced and aligned like any other layer.
 
-Stock classes hold the experts of a layer as two stacks, gate_up_proj (E, 2I, D) and down_proj (E, D, I), and multiply
-by one grouped product. Quantised tensors are two-dimensional, with kernels of their own, so a quantised copy multiplies
-expert by expert.
+Stock classes multiply two stacks, gate_up_proj (E, 2I, D) and down_proj (E, D, I), by one grouped product. Quantised
+tensors are two-dimensional with their own kernels, so a quantised copy multiplies expert by expert.
 """
 
 import re
@@ -16,14 +15,14 @@ from dllm_rl.models.adapters.experts import STACKS
 
 
 class Experts(nn.Module):
-    """The experts of one layer, in place of a stock module of two stacks."""
+    """The experts of one layer, instead of a stock module of two stacks."""
 
     def __init__(self, gate_up_proj: list[nn.Linear], down_proj: list[nn.Linear], act_fn: nn.Module) -> None:
         super().__init__()
         self.gate_up_proj, self.down_proj = nn.ModuleList(gate_up_proj), nn.ModuleList(down_proj)
         self.act_fn = act_fn
 
-    @torch.compiler.disable  # how many rows an expert gets is known on the host alone, and differs from step to step
+    @torch.compiler.disable  # only the host knows an expert's number of rows, which differs per step
     def forward(
         self, hidden_states: Float[Tensor, "S D"], top_k_index: Int[Tensor, "S K"], top_k_weights: Float[Tensor, "S K"]
     ) -> Float[Tensor, "S D"]:
@@ -40,8 +39,8 @@ def mixture(
     *,
     act_fn: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "S D"]:
-    """sum_k weight_k down_e(act(gate_e(x)) * up_e(x)), e = index_k: what a stock mixture computes, each product as
-    given. The host waits for the device once, for how many rows chose which expert."""
+    """sum_k weight_k down_e(act(gate_e(x)) * up_e(x)), e = index_k, as a stock mixture. The host waits for the device
+    once, for the number of rows of each expert."""
     chosen = top_k_index.flatten()
     order = chosen.argsort(stable=True)
     counts = chosen.bincount(minlength=len(gate_up)).tolist()
@@ -56,6 +55,6 @@ def mixture(
 
 
 def place(name: str) -> tuple[str, int | None]:
-    """Where a quantised layer's weight lies in a plain module: the parameter's name, and the expert in a stack."""
+    """A quantised layer's place in a plain module: the parameter's name, and the expert in a stack."""
     stacked = re.fullmatch(rf"(.*\.(?:{'|'.join(STACKS)}))\.(\d+)", name)
     return (stacked[1], int(stacked[2])) if stacked else (f"{name}.weight", None)

@@ -1,7 +1,7 @@
-"""Emulated quantisation for study, on any device: rounded values held in the learner's dtype.
+"""Emulated quantisation for study, on any device: rounded values in the learner's dtype.
 
-A layer keeps the rounded weights (rounded once per sync), and rounds its input in a few vectorised operations, so that
-an emulated rollout costs about what a plain one does. Nothing is packed: it saves neither memory nor time.
+A layer rounds its weights once per sync and its input in a few vectorised operations. An emulated rollout costs about
+as much time and memory as a plain one.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ TINY = 1e-12  # lower bound of the range, so that an all-zero row gives zeros an
 
 @dataclass(frozen=True)
 class FakeQuantize:
-    """What to round, how, and with how many scales: a config that `quantized_copy` takes like a torchao one.
+    """A config for `quantized_copy`, like torchao's.
 
-    weight, activation  a scheme, or None to leave it in the learner's dtype.
-    granularity         "row": one scale per output row of a weight and per token of an input; "tensor": one in all.
+    weight, activation  a scheme, or None for the learner's dtype.
+    granularity         "row": one scale per output row of a weight and per token of an input; "tensor": one scale.
     """
 
     weight: str | None
@@ -40,11 +40,9 @@ class FakeQuantize:
 
 
 def round_to_float(x: Float[Tensor, "*S"], *, mantissa: int, exponent: int) -> Float[Tensor, "*S"]:
-    """fp32 values rounded to `mantissa` explicit bits, ties to even, with subnormals below 2**exponent.
-
-    Equal to a cast to that float8 type and back for values in its range, without the cast, which is slow on a CPU.
-    """
-    # 2**e of each value, no smaller than the smallest normal's; then a sum whose last bit is worth 2**(e - mantissa).
+    """fp32 values rounded to `mantissa` explicit bits, ties to even, with subnormals below 2**exponent: in the type's
+    range equal to a cast to float8 and back, which is slow on a CPU."""
+    # 2**e of each value, at least the smallest normal's; then a sum whose last bit is worth 2**(e - mantissa).
     anchor = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**exponent)
     anchor.mul_(1.5 * 2.0 ** (23 - mantissa))
     return (x + anchor).sub_(anchor)
@@ -65,7 +63,7 @@ def codes_and_scale(
     if scheme in FLOATS:
         mantissa, exponent, largest = FLOATS[scheme]
         scale = (top.clamp(min=TINY) / largest).float()
-        # |x| / s exceeds the largest value by a rounding error at most, which rounds away: no clamp is needed.
+        # |x| / s exceeds the largest value by at most a rounding error, which rounds away: no clamp is needed.
         return round_to_float(x.float() / scale, mantissa=mantissa, exponent=exponent), scale
     if scheme == "int8":
         scale = (top / 127.5).clamp(min=torch.finfo(torch.float32).eps).float()
@@ -76,20 +74,19 @@ def codes_and_scale(
 
 
 class EmulatedLinear(nn.Linear):
-    """A linear layer whose weight holds rounded values; `load_` rounds a fresh weight into the same storage.
+    """A linear layer with a rounded weight.
 
-    y = (q_x q_w^T) s_x s_w + b where both sides are integers, as an integer kernel has it; otherwise the product of the
-    dequantised operands, as a float8 kernel has it. With a rounded input it is taken in fp32 and then cast, which on a
-    CPU equals torchao's dynamic float8 bit for bit, and its dynamic int8 in fp32.
+    y = (q_x q_w^T) s_x s_w + b for two integer operands, as in an integer kernel; else the product of the dequantised
+    operands, as in a float8 kernel. With a rounded input the product is in fp32 and then cast: on a CPU bit for bit
+    torchao's dynamic float8, and its dynamic int8 in fp32.
     """
 
     def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, config: FakeQuantize) -> None:
-        # The parent's constructor would draw random weights: this layer takes the ones it is given.
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # the parent's constructor would draw random weights
         (self.out_features, self.in_features), self.config = weight.shape, config
         dtype = weight.dtype if config.activation is None else torch.float32
         self.weight = nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False)
-        self.bias = cast(Any, bias)  # nn.Linear does not say that it may be None
+        self.bias = cast(Any, bias)  # nn.Linear's annotation excludes None
         self.register_buffer("weight_scale", None)
         if config.weight is not None:
             rows = self.out_features if config.granularity == "row" else 1
@@ -112,7 +109,7 @@ class EmulatedLinear(nn.Linear):
         self.weight_scale.copy_(scale.flatten())
 
     def codes(self) -> Float[Tensor, "N K"]:
-        """The weight's codes, found again from rounded values: these are code * scale to a bit, and codes lie apart."""
+        """The weight's codes, recovered from rounded values, which equal code * scale to a bit."""
         if self.scales_product:
             return self.weight
         codes = self.weight.float() / self.weight_scale[:, None]
@@ -127,7 +124,7 @@ class EmulatedLinear(nn.Linear):
     def quantized_forward(
         self, x: Float[Tensor, "... K"], bias: Float[Tensor, " N"] | None
     ) -> tuple[Float[Tensor, "... N"], tuple[Tensor, ...]]:
-        """The layer's output with the given bias, and the input as the layer saw it (its codes and scale)."""
+        """The layer's output with the given bias, and the input as the layer rounded it (codes and scale)."""
         if self.config.activation is None:
             return F.linear(x, self.weight, bias), (x,)
         codes, scale = codes_and_scale(x, self.config.activation, self.config.granularity)
@@ -144,4 +141,4 @@ class EmulatedLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class Float8DynamicEmulated:
-    """torchao's dynamic float8 tensors and torch's scaled product, on a device without float8 hardware: exact, slow."""
+    """torchao's dynamic float8 tensors and torch's scaled product without float8 hardware: exact, slow."""

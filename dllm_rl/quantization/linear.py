@@ -1,4 +1,4 @@
-"""What is done to one quantised linear layer: quantise, refresh in place, multiply, dequantise."""
+"""One quantised linear layer: quantise, refresh in place, multiply, dequantise."""
 
 from typing import Any
 
@@ -25,12 +25,12 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether a tensor is one of torchao's quantised ones."""
+    """Whether a tensor is torchao's quantised one."""
     return hasattr(weight, "qdata")
 
 
 def unsupported_reason(weight: Tensor, config: Scheme) -> str | None:
-    """Why a weight's shape (..., O, I) keeps a torchao config from quantising it, or None: torchao skips or asserts."""
+    """Why a torchao config cannot quantise a weight (..., O, I), or None: torchao itself skips or asserts."""
     rows, columns = weight.shape[-2:]
     granularity = getattr(config, "granularity", None)
     group = getattr(granularity, "group_size", None) or getattr(config, "group_size", None)
@@ -46,8 +46,8 @@ def unsupported_reason(weight: Tensor, config: Scheme) -> str | None:
 
 @torch.no_grad()
 def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]:
-    """A fresh quantisation of one linear weight under a config other than a FakeQuantize, and whether the weight is
-    finite (`check_finite`). An all-zero row becomes zeros with the smallest scale."""
+    """One linear weight quantised by a config other than a FakeQuantize, and whether the weight is finite. An all-zero
+    row becomes zeros with the smallest scale."""
     if isinstance(config, Float8DynamicEmulated):
         inputs = QuantizeTensorToFloat8Kwargs(torch.float8_e4m3fn, PerRow(), hp_value_lb=TINY)
         packed = Float8Tensor.from_hp(
@@ -59,7 +59,7 @@ def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]
             act_quant_kwargs=inputs,
         )
     elif isinstance(config, Float8WeightOnlyConfig):
-        # What quantize_ does for this config, at a third of its time: the layers of a small model are many.
+        # The same as quantize_ for this config in a third of the time.
         granularity = getattr(config, "granularity", PerRow())  # torchao 0.14 has no such field
         packed = Float8Tensor.from_hp(weight, config.weight_dtype, granularity=granularity)
     else:
@@ -69,11 +69,10 @@ def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]
         quantize_(layer, config)
         packed = layer.weight.data
     scale: Any = getattr(packed, "scale", None)
-    # amax propagates NaN and infinity into the scale, so checking scales checks every weight; formats without a scale
-    # are checked directly.
+    # amax propagates NaN and infinity into the scale, so checking scales checks every weight.
     finite = (weight if scale is None else scale).isfinite().all()
     if isinstance(packed, Float8Tensor):
-        empty = scale == 0  # whether there are any is not asked: the answer would have to be waited for
+        empty = scale == 0  # no `any()`: the host would wait for the answer
         groups = packed.qdata.view(torch.uint8).unflatten(-1, (scale.shape[-1], -1))  # 0/0 made NaN of these
         groups.masked_fill_(empty.expand(packed.shape[0], -1)[..., None], 0)
         scale.masked_fill_(empty, TINY)
@@ -81,7 +80,7 @@ def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]
 
 
 def check_finite(finite: dict[str, Bool[Tensor, ""]]) -> None:
-    """Raise ValueError naming the first of the layers whose weight is not finite; all are fetched in one transfer."""
+    """Raise ValueError naming the first layer whose weight is not finite, with one transfer for all layers."""
     found = torch.stack(list(finite.values())).tolist() if finite else []
     for name in (name for name, fine in zip(finite, found, strict=True) if not fine):
         raise ValueError(f"{name}.weight holds NaN or infinity: it cannot be quantised; has training diverged?")
@@ -92,17 +91,16 @@ Changes = dict[str, tuple[Tensor, int]]  # (sum, count); sums stay on their devi
 
 @torch.no_grad()
 def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[Changes, Bool[Tensor, ""]]:
-    """Quantise `weight` into a quantised layer, in place: no storage moves. Returns what that changed, and whether the
-    weight is finite.
+    """Quantise `weight` into a quantised layer, in place: no storage moves. Returns changes, and whether it is finite.
 
-    codes_changed  (codes that differ from those before, all codes of the layer); empty where the layer's weight is not
-                   quantised. A zero that only changes its sign has not changed.
-    scale_change   (sum of |s' - s| / |s|, scales)
+    codes_changed  (number of changed codes, all codes of the layer); absent without quantised weights. A zero that
+                   only changes its sign has not changed.
+    scale_change   (sum of |s' - s| / |s|, number of scales)
     """
     if not isinstance(layer, EmulatedLinear):
         held: Any = layer.weight
-        packed, finite = quantized(weight.to(held.dtype), layer.quantization)
-        fresh: Any = packed
+        fresh: Any
+        fresh, finite = quantized(weight.to(held.dtype), layer.quantization)
         changes = {"codes_changed": differing_codes(held.qdata, fresh.qdata, held.numel())}
         changes |= scale_change(scales_of(held), scales_of(fresh))
         held.copy_(fresh)
@@ -117,8 +115,8 @@ def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[Changes, Bool[Tensor
 
 
 def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tensor, int]:
-    """(codes that differ, codes held) of two packed tensors of the same kind: a code a byte, or two where the bytes are
-    fewer than the codes."""
+    """(number of different codes, all codes) of two packed tensors with one code per byte, or two per byte if there are
+    fewer bytes than codes."""
     a, b = before.view(torch.uint8), after.view(torch.uint8)
     if before.nbytes < num_codes:
         moved = a ^ b
@@ -130,7 +128,7 @@ def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tens
 
 
 def scales_of(packed: Tensor) -> Tensor | None:
-    """The scales of one of torchao's quantised tensors; None where it has none under a name that is known."""
+    """The scales of torchao's quantised tensor; None without a known one."""
     both = getattr(packed, "scale_and_zero", None)
     return getattr(packed, "scale", None) if both is None else both[..., 0]
 
@@ -143,12 +141,10 @@ def scale_change(before: Tensor | None, after: Tensor | None) -> Changes:
 
 
 def quantized_forward(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The quantised layer's own product with the given bias, and what `dequantized_input` needs of the input."""
-    return (
-        layer.quantized_forward(x, bias)
-        if isinstance(layer, EmulatedLinear)
-        else (F.linear(x, layer.weight, bias), (x,))
-    )
+    """The quantised layer's own product with the given bias, and the arguments of `dequantized_input`."""
+    if isinstance(layer, EmulatedLinear):
+        return layer.quantized_forward(x, bias)
+    return F.linear(x, layer.weight, bias), (x,)
 
 
 def dequantized_weight(layer: nn.Linear) -> Tensor:
@@ -156,18 +152,15 @@ def dequantized_weight(layer: nn.Linear) -> Tensor:
 
 
 def unpacked(weight: Tensor) -> Tensor:
-    """One of torchao's quantised weights (O, I) in the learner's units.
-
-    The layout of int4_packed is for one kernel alone and has no way back: its product with the identity holds each
-    weight as that kernel multiplies with it.
-    """
+    """torchao's quantised weight (O, I) in the learner's units."""
+    # int4_packed's layout cannot be unpacked: a product with the identity gives the weights as its kernel reads them.
     if type(weight).dequantize is Tensor.dequantize:
         return F.linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).T.contiguous()
     return weight.dequantize()
 
 
 def dequantized_input(layer: nn.Linear, x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """The input as the quantised layer saw it: rounded where the layer rounds its input."""
+    """The input as the quantised layer rounds it."""
     if scale is not None:
         return x * scale
     kwargs = getattr(layer.weight, "act_quant_kwargs", None)
@@ -181,7 +174,7 @@ def write_count(layer: nn.Linear) -> int:
 
 
 def stored_bytes(tensor: Any) -> int:
-    """Bytes that a tensor holds, those of a quantised one being its codes and scales."""
+    """Bytes of a tensor, or of a quantised tensor's codes and scales."""
     if not is_packed(tensor):
         return tensor.nbytes
     return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])

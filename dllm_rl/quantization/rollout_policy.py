@@ -1,7 +1,4 @@
-"""Quantised rollout copies and their refresh.
-
-A torchao config object, or one of our emulators', describes the quantisation; None is none.
-"""
+"""Quantised rollout copies and their refresh."""
 
 import copy
 import logging
@@ -34,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What `quantized_copy` did: names of quantised layers, matrices that kept their precision and why, bytes held."""
+    """Names of quantised layers, matrices that keep their precision and why, and the modules' bytes."""
 
     quantized: tuple[str, ...]
     kept: dict[str, str]
@@ -63,19 +60,18 @@ def quantized_copy(
     """A second policy whose block linears are quantised by `config`; None copies without quantising.
 
     skip   (module, name) -> True for further layers that keep their precision.
-    dtype  that the copy's weights are held in and quantised from; None: the policy's own. bf16 beside fp32 ones is what
-           a learner under autocast computes with.
+    dtype  of the copy's weights before quantising; None: the policy's own. A learner under autocast computes in bf16.
 
-    Head, embeddings, norms and routers keep theirs, as do layers tied to one of these. Experts that a stock class
-    stacks in one tensor are quantised one by one (`Experts`). `rollout_policy.quantization_report` says all that.
-    Adapters are merged, what bitsandbytes holds is dequantised and what is sharded gathered, layer by layer: beyond the
-    copy itself, which each process has whole, at most one layer is held twice. Raises ValueError for a config that the
-    device cannot run, a weight with NaN or infinity, or when nothing could be quantised.
+    Head, embeddings, norms, routers and layers tied to them keep their precision; stacked experts are quantised one by
+    one (see `quantization_report`). Adapters are merged, bitsandbytes weights dequantised and sharded ones gathered
+    layer by layer: at most one layer is held twice in addition to the unsharded copy. Raises ValueError for a config
+    that the device cannot run, a weight with NaN or infinity, or when nothing can be quantised.
     """
     module, rollout_policy = policy.module, copy.copy(policy)
-    layers = module.sharding.plain if hasattr(module, "sharding") else module  # what is copied, without weights if so
+    layers = (
+        module.sharding.plain if hasattr(module, "sharding") else module
+    )  # what is copied: without weights if sharded
     kept: dict[str, str] = {}
-    memo: dict[int, Any] = {}
     finite: dict[str, torch.Tensor] = {}
     if config is not None:
         config = check_scheme(config, policy.device, dtype or next(module.parameters()).dtype)
@@ -84,9 +80,9 @@ def quantized_copy(
     chosen = [] if config is None else [name for name, _ in linear_layers(module) if name not in kept]
     if config is not None and not chosen and not stacked:
         raise ValueError(f"{config!r} quantises no layer of {type(module).__name__}; not quantised: {kept}")
-    memo |= copies(module, layers, dtype, lambda p: p.dim() == 1)  # norms, and biases for what follows
+    memo = copies(module, layers, dtype, lambda p: p.dim() == 1)  # norms, and biases for what follows
     for name, layer in linear_layers(layers):
-        # deepcopy takes what the memo holds for an object instead of copying it: no plain copy of a weight is made.
+        # deepcopy takes an object's entry in the memo instead of copying the object: no plain copy of a weight is made.
         quantise, base = name in chosen, layer.base_layer if isinstance(layer, LoraLinear) else layer
         if not quantise and base is layer and not is_bitsandbytes(layer):
             continue
@@ -130,9 +126,8 @@ def quantized_copy(
 def copies(
     module: Module, layers: Module, dtype: torch.dtype | None, wanted: Callable[[torch.Tensor], bool]
 ) -> dict[int, Any]:
-    """Copies of a module's tensors, by the id of the tensor in `layers`, if `wanted` of that one: floating parameters
-    in `dtype`, and where `layers` is not the module itself everything, gathered. That is deepcopy's memo, which copies
-    all else."""
+    """deepcopy's memo: copies of a module's `wanted` tensors, by the id of the tensor in `layers`. Floating parameters
+    are in `dtype`; if `layers` is not the module itself, every tensor is gathered."""
     found: dict[int, Any] = {}
     for place, tensor in zip(layers.parameters(), module.parameters(), strict=True):
         kind = dtype if tensor.is_floating_point() else None
@@ -146,7 +141,7 @@ def copies(
 def quantized_experts(
     layer: nn.Module, config: Scheme, dtype: torch.dtype | None
 ) -> tuple[Experts, dict[str, torch.Tensor]]:
-    """A stock module's experts, each quantised, and whether their weights are finite, by their names in it."""
+    """A stock module's experts, each quantised, and whether each weight is finite, by name."""
     finite = {}
     stacks: list[list[nn.Linear]] = []
     for stack in STACKS:
@@ -166,7 +161,7 @@ def quantized_experts(
 
 
 def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
-    """Layers with a matrix that is not to be quantised, and the reason."""
+    """Layers with a matrix that keeps its precision, and the reason."""
     owners: dict[int, list[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):
         owners.setdefault(id(weight), []).append(name.rpartition(".")[0].removesuffix(".base_layer"))
@@ -197,7 +192,7 @@ def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, s
 
 
 def plain_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and layers, an adapted layer standing for its own parts."""
+    """Names and layers, without the parts of adapted layers."""
     return ((n, m) for n, m in module.named_modules() if not re.search(r"\.(base_layer|lora_A|lora_B)$", n))
 
 
@@ -217,16 +212,12 @@ def held_bytes(module: nn.Module) -> int:
 
 @torch.no_grad()
 def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
-    """Give the rollout policy the learner's weights, quantised afresh, in place: no storage moves.
+    """Quantise the learner's weights into the rollout policy, in place, layer by layer: no storage moves.
 
-    Returns, where there are quantised layers, whether the update reached them (one below the grid vanishes: QuRL
-    [digest]): quantization/codes_changed, the share of all codes that this sync changed, and
-    quantization/scale_change, the mean of |s' - s| / s over all scales. After an aligned forward of several inner
-    updates, which writes the same storage itself, they are those of the last inner update alone.
-
-    Every parameter and buffer is written, one layer at a time: an adapter is merged, and a sharded tensor gathered by
-    all processes together, for its turn only. Raises ValueError for a weight with NaN or infinity, once all are
-    written: asking layer by layer would make the host wait for each.
+    Returns for quantised layers quantization/codes_changed, the share of all codes that this sync changed (an update
+    below the grid vanishes: QuRL [digest]), and quantization/scale_change, the mean of |s' - s| / s over all scales.
+    An aligned forward writes the same storage, so after it they cover the last inner update alone. Raises ValueError
+    for a weight with NaN or infinity, once all are written: a check per layer would make the host wait.
     """
     totals: dict[str, tuple[torch.Tensor, int]] = {}
     finite: dict[str, torch.Tensor] = {}
@@ -245,9 +236,7 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
                 for change, (total, count) in changes.items():
                     before, counted = totals.get(change, (torch.zeros_like(total), 0))
                     totals[change] = (before + total, counted + count)
-            if written:
-                continue
-            if name in targets:  # a tied tensor is written under its first name
+            if not written and name in targets:  # a tied tensor is written under its first name
                 targets[name].copy_(value)
     check_finite(finite)
     rollout_policy.version = policy.version

@@ -1,7 +1,4 @@
-"""Quantisation schemes by name: each function builds the config with the settings that matter here.
-
-What a config is: a torchao config object, a FakeQuantize, or a Float8DynamicEmulated. None is no quantisation.
-"""
+"""Quantisation schemes by name: each function builds a torchao config, a FakeQuantize or a Float8DynamicEmulated."""
 
 import copy
 from functools import cache
@@ -26,8 +23,8 @@ E4M3 = "fake_quantize with weight=e4m3 and activation=e4m3"
 def float8_weight_only(*, dequantised: bool = False) -> Float8WeightOnlyConfig | FakeQuantize:
     """e4m3 weights per row, products in the learner's dtype. Saves memory, not time; runs anywhere, CPU included.
 
-    dequantised  weights are rounded and dequantised once a sync instead of in every product: the same numbers in the
-                 time of a plain copy, and in its memory, which --dry_run says
+    dequantised  round and dequantise weights once per sync instead of in every product: the same numbers in the time
+                 and memory of a plain copy
     """
     return FakeQuantize("e4m3") if dequantised else Float8WeightOnlyConfig(set_inductor_config=False)
 
@@ -57,7 +54,7 @@ def int8_dynamic() -> Int8DynamicActivationInt8WeightConfig:
 def int4_weight_only(*, group_size: int = 32) -> IntxWeightOnlyConfig:
     """4-bit weights in groups, held in bytes, products in the learner's dtype. Runs anywhere, CPU included.
 
-    group_size  inputs that share a scale; layers whose inputs it does not divide are not quantised
+    group_size  inputs per scale; layers whose inputs are not a multiple are not quantised
     """
     if group_size < 1:
         raise ValueError(f"group_size={group_size} must be at least 1")
@@ -68,7 +65,7 @@ def int4_weight_only(*, group_size: int = 32) -> IntxWeightOnlyConfig:
 def int4_packed(*, group_size: int = 128) -> Int4WeightOnlyConfig:
     """4-bit weights in groups, packed for a CUDA kernel (bf16). Saves memory and, in small batches, time.
 
-    group_size  inputs that share a scale: 32, 64, 128 or 256
+    group_size  inputs per scale: 32, 64, 128 or 256
     """
     if group_size not in (32, 64, 128, 256):
         raise ValueError(f"group_size={group_size} must be 32, 64, 128 or 256")
@@ -82,9 +79,9 @@ def fake_quantize(
 ) -> FakeQuantize:
     """Emulation of any pair of schemes: e4m3, e5m2, int8, int4, int3, five_level, ternary, or None.
 
-    weight       how weights are rounded: a scheme's name, or none
-    activation   how the inputs of linear layers are rounded: a scheme's name, or none
-    granularity  row: a scale per output row of a weight and per token of an input; tensor: one in all
+    weight       scheme of the weights, or none
+    activation   scheme of the linear layers' inputs, or none
+    granularity  row: a scale per output row of a weight and per token of an input; tensor: one scale
     Rounded inputs make it slower than bf16. e4m3 for both is what dynamic FP8 does, on any device.
     """
     return FakeQuantize(weight=weight, activation=activation, granularity=granularity)
@@ -92,7 +89,7 @@ def fake_quantize(
 
 @cache
 def has_float8_rows() -> bool:
-    """Whether the CPU multiplies float8 numbers with a scale for each row: some kernels of torch 2.11 do not."""
+    """Whether the CPU multiplies float8 numbers with a scale per row: some kernels of torch 2.11 do not."""
     ones, scale = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
     try:
         torch._scaled_mm(ones, ones.t(), scale, scale.t(), out_dtype=torch.float32)
@@ -102,10 +99,8 @@ def has_float8_rows() -> bool:
 
 
 def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Scheme:
-    """The config as it will be applied, without side effects on torch's global settings and safe on all-zero inputs.
-
-    Raises ValueError when `device` cannot run it, naming what it can run instead.
-    """
+    """The config without side effects on torch's global settings, and safe on all-zero inputs. Raises ValueError when
+    `device` cannot run the config, naming an alternative."""
     if not any("torchao" in cls.__module__ for cls in type(config).__mro__):
         if not isinstance(config, (FakeQuantize, Float8DynamicEmulated)):
             raise ValueError(f"config={config!r} is neither a torchao config nor a FakeQuantize")

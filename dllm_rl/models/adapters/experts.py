@@ -1,4 +1,4 @@
-"""Experts as stock classes hold them, in two stacks a layer, and adapters on each."""
+"""Experts as stock classes store them, in two stacks per layer, and adapters on each expert."""
 
 import copy
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,7 @@ LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_conca
 
 
 def is_stacked(layer: nn.Module) -> bool:
-    """Whether a module holds experts as stock classes do: two stacks, gated, without biases, each (E, out, in); with
-    adapters on them or without."""
+    """Whether a module, adapted or not, stores gated experts without biases as two stacks (E, out, in)."""
     layer = getattr(layer, "base_layer", layer)
     stacks = [getattr(layer, name, None) for name in STACKS]
     return (
@@ -31,15 +30,14 @@ def is_stacked(layer: nn.Module) -> bool:
 
 
 def stack_of(layer: Any, name: str) -> Float[Tensor, "E O I"]:
-    """A stack's weights, adapters merged; differentiable in what is trained."""
+    """A stack's weights, adapters merged; differentiable."""
     return layer.merged(name) if isinstance(layer, LoraExperts) else getattr(layer, name)
 
 
 class LoraExperts(nn.Module):
-    """A stock module of experts and fp32 adapters, a pair for every expert of both stacks.
+    """A stock module of experts with a pair of fp32 adapters for every expert of both stacks.
 
-    A forward merges them into the stacks, one layer at a time, for the stock module's own grouped product; the backward
-    needs the merged stacks, so that without gradient checkpointing a copy of all experts is kept.
+    A forward merges them for the stock grouped product. Without gradient checkpointing it keeps the merged copy.
     """
 
     base_layer: Any
@@ -61,8 +59,7 @@ class LoraExperts(nn.Module):
         return functional_call(self.base_layer, {name: self.merged(name) for name in STACKS}, args)
 
     def merged(self, name: str) -> Float[Tensor, "E O I"]:
-        """W + (alpha / r) B A of every expert, summed in fp32 and rounded once to the dtype of W; differentiable in A
-        and B."""
+        """W + (alpha / r) B A per expert, summed in fp32 and rounded once to W's dtype; differentiable in A and B."""
         weight, scale = whole(getattr(self.base_layer, name).detach()), self.lora.alpha / self.lora.r
         added = whole(self.lora_B[name]).float() @ whole(self.lora_A[name]).float()
         return (weight.float() + added * scale).to(weight.dtype)
@@ -70,15 +67,13 @@ class LoraExperts(nn.Module):
     @torch.no_grad()
     def plain(self, memo: dict[int, Any]) -> nn.Module:
         """The stock module with the adapters merged; `memo` is deepcopy's."""
-
         stacks = {id(getattr(self.base_layer, name)): nn.Parameter(self.merged(name), False) for name in STACKS}
         return copy.deepcopy(self.base_layer, memo | stacks)
 
     def saved(self) -> dict[str, Tensor]:
-        """The adapters as peft's nested wrappers of a parameter have them: those of the second stack outside."""
-        pairs = zip((".base_layer", ""), STACKS, strict=True)
+        """The adapters as peft names them: its wrapper of the second stack contains its wrapper of the first."""
         found = {}
-        for place, name in pairs:
+        for place, name in zip((".base_layer", ""), STACKS, strict=True):
             a, b = self.lora_A[name].detach(), self.lora_B[name].detach()
             found[f"{place}.lora_A.weight"] = a.flatten(0, 1)  # (E r, in)
             found[f"{place}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1)  # (out, r E)
@@ -86,7 +81,7 @@ class LoraExperts(nn.Module):
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take what `saved` gave."""
+        """Copy tensors in that `saved` returned."""
         for place, name in zip((".base_layer", ""), STACKS, strict=True):
             a, b = self.lora_A[name], self.lora_B[name]
             a.copy_(state[f"{place}.lora_A.weight"].view_as(a))

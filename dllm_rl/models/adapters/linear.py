@@ -1,4 +1,4 @@
-"""Adapters beside linear layers."""
+"""Adapters on linear layers."""
 
 import copy
 import re
@@ -20,10 +20,9 @@ from dllm_rl.rng import keep_mask
 
 
 class LoraLinear(nn.Module):
-    """A linear layer and its fp32 adapter, whose products are in the input's dtype, as the layer's own are.
+    """A linear layer and its fp32 adapter; the adapter's products are in the input's dtype.
 
-    calls  counts dropout masks: each is a function of (seed, its number) alone, so runs repeat, on every device, and a
-           block that a backward runs again drops what it dropped before (`recompute`).
+    calls  counts dropout masks. A mask depends on (seed, number) alone, so runs and recomputed blocks repeat it.
     """
 
     def __init__(self, base_layer: nn.Linear, lora: Lora, generator: Generator) -> None:
@@ -31,8 +30,7 @@ class LoraLinear(nn.Module):
         self.base_layer, self.lora, self.active, self.calls = base_layer, lora, True, 0
         self.seed = int(torch.randint(2**40, (), generator=generator))
         device = base_layer.weight.device
-        bound = base_layer.in_features**-0.5
-        a = (torch.rand(lora.r, base_layer.in_features, generator=generator) * 2 - 1) * bound
+        a = (torch.rand(lora.r, base_layer.in_features, generator=generator) * 2 - 1) * base_layer.in_features**-0.5
         self.lora_A = nn.Linear(base_layer.in_features, lora.r, bias=False, device="meta")
         self.lora_B = nn.Linear(lora.r, base_layer.out_features, bias=False, device="meta")
         self.lora_A.weight = nn.Parameter(a.to(device))
@@ -54,17 +52,16 @@ class LoraLinear(nn.Module):
         return x * keep / (1 - self.lora.dropout)
 
     def merged(self) -> Float[Tensor, "O I"]:
-        """W + (alpha / r) B A, summed in fp32 and rounded once to the dtype of W; differentiable in A and B."""
+        """W + (alpha / r) B A, summed in fp32 and rounded once to W's dtype; differentiable in A and B."""
         weight = plain_weight(self.base_layer)
         added = whole(self.lora_B.weight).float() @ whole(self.lora_A.weight).float()
         return (weight.float() + added * (self.lora.alpha / self.lora.r)).to(weight.dtype)
 
 
 def add_lora(policy: Policy, lora: Lora) -> None:
-    """Put adapters on the policy's module, in place, and freeze everything else, gradients freed.
+    """Put adapters on the policy's module, in place; freeze everything else and free its gradients.
 
-    Raises ValueError when no layer has one of the target names, none has experts that are to be adapted, or adapters
-    are there already.
+    Raises ValueError without a layer of a target name, without stacked experts to adapt, or on existing adapters.
     """
     module, names = policy.module, lora.targets or policy.spec.lora_targets
     if adapted_layers(module):
@@ -83,7 +80,7 @@ def add_lora(policy: Policy, lora: Lora) -> None:
     if lora.experts and not stacks:
         raise ValueError(f"lora.experts=True, but {type(module).__name__} has no stacked experts; leave it out")
     module.requires_grad_(False)
-    module.zero_grad(set_to_none=True)  # what an earlier training left would be a copy of the base, and be clipped with
+    module.zero_grad(set_to_none=True)  # old gradients would take memory and count in clipping
     generator = Generator().manual_seed(lora.seed)
     for path, layer in chosen.items():
         module.set_submodule(path, LoraLinear(layer, lora, generator))
@@ -99,7 +96,7 @@ def adapted_layers(module: nn.Module) -> dict[str, LoraLinear | LoraExperts]:
 
 @contextmanager
 def disable_adapters(module: nn.Module) -> Iterator[None]:
-    """The module without its adapters."""
+    """Run the block without adapters."""
     layers = adapted_layers(module).values()
     before = [layer.active for layer in layers]
     for layer in layers:
@@ -112,10 +109,8 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
 
 
 def without_adapters(policy: Policy) -> Policy:
-    """A second policy on the same weights, adapters left out: the reference that RL started from, without a copy.
-
-    Raises ValueError when there are no adapters: the policy itself would move.
-    """
+    """The reference that RL started from: a policy on the same weights without adapters. Raises ValueError without any
+    adapters, for then training would change the reference."""
     if not adapted_layers(policy.module):
         raise ValueError(
             f"{type(policy.module).__name__} has no adapters to leave out; keep a copy of it as the reference"
@@ -136,7 +131,7 @@ def is_bitsandbytes(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
-    """The weight of a linear layer: a bitsandbytes one's dequantised, a sharded one's whole."""
+    """A linear layer's weight: dequantised from bitsandbytes, gathered if sharded."""
     if not is_bitsandbytes(layer):
         return whole(layer.weight.detach())
     weight: Any = layer.weight
@@ -144,6 +139,6 @@ def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, weight.quant_state)
-    # An 8-bit layer hands its rows and scales (absolute maxima, 127 steps) over to `state` at its first forward.
+    # An 8-bit layer moves its rows and scales (absolute maxima, 127 steps) to `state` at its first forward.
     kept: Any = layer.state if weight.SCB is None else weight
     return kept.CB * (kept.SCB.float() / 127)[:, None]

@@ -1,4 +1,4 @@
-"""Adapters merged into the weights beside them."""
+"""Adapters merged into the weights."""
 
 import copy
 import re
@@ -14,16 +14,14 @@ from dllm_rl.models.base import Module, Policy
 
 
 def has_extras(module: nn.Module) -> bool:
-    """Whether the module holds anything but ordinary layers: adapters, or bitsandbytes weights."""
+    """Whether the module has adapters or bitsandbytes weights."""
     return bool(adapted_layers(module)) or any(is_bitsandbytes(layer) for layer in module.modules())
 
 
 @torch.no_grad()
 def merged_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all parameters and buffers under the names that they have without adapters, one at a time.
-
-    Adapters are merged and bitsandbytes weights dequantised; everything else is the module's own tensor, not a copy.
-    """
+    """(name without adapters, tensor) of all parameters and buffers, one at a time. Adapters are merged and
+    bitsandbytes weights dequantised; every other tensor is the module's own, not a copy."""
     for path, layer in module.named_modules():
         if re.search(r"\.(base_layer|lora_A|lora_B)$", path):
             continue
@@ -40,10 +38,8 @@ def merged_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def merged_copy(module: Module, *, device: torch.device | str | None = None) -> Module:
-    """A copy of the module, on another device where one is given, that holds `merged_state` in ordinary layers.
-
-    One layer after the other: its own device holds at most one of them a second time.
-    """
+    """A copy with `merged_state` in ordinary layers; `device` None keeps each tensor's device. The copy is made layer
+    by layer, so the module's own device holds at most one layer twice."""
     memo: dict[int, Any] = {}
     for path, layer in module.named_modules():
         if re.search(r"\.(base_layer|lora_A|lora_B)$", path):
@@ -54,7 +50,7 @@ def merged_copy(module: Module, *, device: torch.device | str | None = None) -> 
         if isinstance(layer, LoraExperts):
             memo[id(layer)] = layer.plain(memo).to(device)
             continue
-        # deepcopy takes what the memo holds for an object instead of copying it.
+        # deepcopy takes an object's entry in the memo instead of copying the object.
         for parameter in layer.parameters(recurse=False):
             memo[id(parameter)] = nn.Parameter(_copied(parameter, device), requires_grad=parameter.requires_grad)
         for buffer in layer.buffers(recurse=False):
@@ -69,7 +65,7 @@ def _copied(tensor: Tensor, device: torch.device | str | None) -> Tensor:
 
 
 def merge_lora(policy: Policy) -> None:
-    """Turn the policy's adapters into part of its weights, in place; all of them are trainable again."""
+    """Merge the policy's adapters into its weights, in place; all weights become trainable."""
     _merge(policy.module)
     policy.module.requires_grad_(True)
     policy.lora = None
@@ -86,7 +82,7 @@ def _merge(module: Module) -> None:
 
 
 def _plain(layer: Any) -> nn.Linear:
-    """An ordinary layer in place of one with an adapter or in few bits; the bias is the layer's own."""
+    """An ordinary layer for an adapted or low-bit one; it shares the bias."""
     base = getattr(layer, "base_layer", layer)
     plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     plain.weight = nn.Parameter(layer.merged() if base is not layer else plain_weight(layer), requires_grad=False)
@@ -95,7 +91,7 @@ def _plain(layer: Any) -> nn.Linear:
 
 
 def forget_quantizer(module: nn.Module) -> None:
-    """Drop what transformers sets on a module that bitsandbytes quantised: its weights are ordinary ones."""
+    """Drop transformers' marks of a bitsandbytes module, whose weights are now ordinary."""
     for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
         vars(module).pop(name, None)
     vars(getattr(module, "config", module)).pop("quantization_config", None)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,7 +16,7 @@ from dllm_rl.models.untrusted import read_adapter
 
 
 def adapter_state(policy: Policy) -> dict[str, Tensor]:
-    """The adapters' tensors as peft names them, after the authors' own module names."""
+    """The adapters' tensors under peft's names, built from the authors' module names."""
     backwards = tuple((b, a) for a, b in policy.spec.names)
     out: dict[str, Tensor] = {}
     for path, layer in adapted_layers(policy.module).items():
@@ -29,10 +30,7 @@ def adapter_state(policy: Policy) -> dict[str, Tensor]:
 
 
 def save_adapter(policy: Policy, directory: str | Path) -> None:
-    """Write the adapters alone, in peft's format: adapter_model.safetensors and adapter_config.json.
-
-    Raises ValueError when the policy has none.
-    """
+    """Write the adapters as peft's adapter_model.safetensors and adapter_config.json. Raises ValueError without any."""
     state, lora = adapter_state(policy), policy.lora
     if lora is None:
         raise ValueError(f"{type(policy.module).__name__} has no adapters; save_pretrained writes its weights")
@@ -40,20 +38,16 @@ def save_adapter(policy: Policy, directory: str | Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     calls = next(iter(adapted_layers(policy.module).values())).calls
     metadata = {"format": "pt", "seed": str(lora.seed), "dropout_calls": str(calls)}
-    save_file(
-        {name: tensor.cpu().clone() for name, tensor in state.items()},
-        directory / "adapter_model.safetensors",
-        metadata,
-    )
-    stems = _stems(state)
-    experts = _of_experts(stems)
+    tensors = {name: tensor.cpu().clone() for name, tensor in state.items()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata)
+    linear, experts = _paths(state)
     config = {
         "peft_type": "LORA",
         "r": lora.r,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "bias": "none",
-        "target_modules": sorted(stems - {f"{path}{part}" for path in experts for part in ("", ".base_layer")}),
+        "target_modules": linear,
         **({"target_parameters": [f"{path}.{name}" for path in experts for name in STACKS]} if experts else {}),
         "base_model_name_or_path": policy.spec.source,
         "inference_mode": True,
@@ -62,28 +56,18 @@ def save_adapter(policy: Policy, directory: str | Path) -> None:
 
 
 def load_adapter(policy: Policy, directory: str | Path) -> None:
-    """Put saved adapters, ours or peft's, on the policy, in place, with every tensor accounted for.
-
-    Raises ValueError on another method than plain LoRA, or on tensors that do not fit the module.
-    """
+    """Put saved adapters, ours or peft's, on the policy, in place. Raises ValueError on a method other than plain LoRA,
+    or on tensors that do not fit the module."""
     directory = Path(directory)
     config, state, metadata = read_adapter(directory)
-    plain = {
-        "peft_type": "LORA",
-        "use_dora": False,
-        "use_rslora": False,
-        "bias": "none",
-        "modules_to_save": None,
-        "rank_pattern": {},
-    }
+    plain: dict[str, Any] = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none"}
+    plain |= {"modules_to_save": None, "rank_pattern": {}}
     for field, value in plain.items():
         if config.get(field) not in (value, None):
             raise ValueError(
                 f"{directory}: {field}={config[field]!r} is not supported; only plain LoRA ({field}={value!r}) is"
             )
-    stems = _stems(state)
-    experts = _of_experts(stems)
-    linear = stems - {f"{path}{part}" for path in experts for part in ("", ".base_layer")}
+    linear, experts = _paths(state)
     paths = tuple(sorted(renamed(f"{stem}.weight", policy.spec.names).removesuffix(".weight") for stem in linear))
     settings = {"r": config["r"], "alpha": config["lora_alpha"], "dropout": config["lora_dropout"]}
     add_lora(policy, Lora(**settings, targets=paths, experts=bool(experts), seed=int(metadata.get("seed", 0))))
@@ -100,10 +84,8 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
             layer.load({part: state[f"base_model.model.{path}{part}"] for part in layer.saved()})
 
 
-def _stems(state: dict[str, Tensor]) -> set[str]:
-    return {name.split(".lora_")[0].removeprefix("base_model.model.") for name in state}
-
-
-def _of_experts(stems: set[str]) -> list[str]:
-    """Paths of modules with adapters on two parameters: peft wraps one wrapper in another."""
-    return sorted(stem for stem in stems if f"{stem}.base_layer" in stems)
+def _paths(state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Paths of linear layers, and of experts: two parameters of one module, which peft wraps one inside the other."""
+    stems = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in state}
+    experts = sorted(stem for stem in stems if f"{stem}.base_layer" in stems)
+    return sorted(stems - {f"{path}{part}" for path in experts for part in ("", ".base_layer")}), experts

@@ -1,7 +1,4 @@
-"""The published families, each a table entry and at most one small function: what its config says in stock terms.
-
-To add one, write its `FamilySpec` here and list it in FAMILIES; nothing else changes. From outside: `register_family`.
-"""
+"""The published families, each a `FamilySpec` in FAMILIES and at most one function that makes its stock config."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,43 +24,24 @@ from transformers import (
 from dllm_rl.models.base import BERT_LINEARS, FamilySpec, encode_roberta, mlm_head
 from dllm_rl.models.forward.rope import rope_parameters
 
-_SAME = [
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "attention_bias",
-    "attention_dropout",
-    "initializer_range",
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "norm_topk_prob",
-    "decoder_sparse_step",
-    "mlp_only_layers",
-    "first_k_dense_replace",
-    "n_group",
-    "topk_group",
-    "routed_scaling_factor",
-]
+_SAME = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
+    *("tie_word_embeddings", "attention_bias", "attention_dropout", "initializer_range"),
+    *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step"),
+    *("mlp_only_layers", "first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor"),
+)
 
 
 def _fields(raw: dict, **more: Any) -> dict:
-    """Config fields that bear the stock classes' names, ids that may be absent, rotary parameters, and `more`."""
+    """Config fields under the stock classes' names, token ids, rotary parameters, and `more`."""
     ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")}
     same = {key: raw[key] for key in _SAME if raw.get(key) is not None}
     return same | ids | {"rope_parameters": rope_parameters(raw), "is_causal": False, "use_cache": False} | more
 
 
 def _refuse(raw: dict, **supported: Any) -> None:
-    """Raise ValueError when a field has a value other than the one that the stock class computes."""
+    """Raise ValueError on a field whose value is not the one that the stock class computes."""
     for key, value in supported.items():
         if raw.get(key) not in (None, value):
             raise ValueError(
@@ -72,7 +50,7 @@ def _refuse(raw: dict, **supported: Any) -> None:
 
 
 def llada(raw: dict) -> tuple[type, LlamaConfig]:
-    """LLaDA-8B, LLaDA-1.5: a Llama under OLMo's names. No pad id: its embedding must be trained, for it is also eos."""
+    """LLaDA-8B, LLaDA-1.5: a Llama under OLMo's names. No pad id: the id is also eos, whose embedding is trained."""
     _refuse(raw, block_type="llama", layer_norm_type="rms", activation_type="silu", alibi=False, rope=True)
     _refuse(raw, include_bias=False, include_qkv_bias=False, bias_for_layer_norm=False, attention_layer_norm=False)
     _refuse(raw, input_emb_norm=False, scale_logits=False, multi_query_attention=False, block_group_size=1)
@@ -132,26 +110,22 @@ def llada2(raw: dict) -> tuple[type, Glm4MoeConfig]:
 
 
 def dream(raw: dict) -> tuple[type, Qwen2Config]:
-    """Dream-7B, DiffuCoder: Qwen2 itself, with the shifted head of its autoregressive ancestor."""
+    """Dream-7B, DiffuCoder: Qwen2 with a shifted head."""
     _refuse(raw, use_sliding_window=False)
     return Qwen2ForCausalLM, Qwen2Config(**_fields(raw))
 
 
 def sdar(raw: dict) -> tuple[type, Qwen3Config | Qwen3MoeConfig]:
-    """SDAR, TraDo: Qwen3 itself, dense or with experts."""
+    """SDAR, TraDo: Qwen3, dense or with experts."""
     _refuse(raw, use_sliding_window=False)
     if raw.get("num_experts"):
         return Qwen3MoeForCausalLM, Qwen3MoeConfig(**_fields(raw))
     return Qwen3ForCausalLM, Qwen3Config(**_fields(raw))
 
 
-_BLOCK: tuple[tuple[str, str], ...] = (
-    ("attn_norm", "input_layernorm"),
-    ("ff_norm", "post_attention_layernorm"),
-    ("attn_out", "self_attn.o_proj"),
-)
-_BLOCK += tuple((f"{x}_proj", f"self_attn.{x}_proj") for x in "qkv")
-_BLOCK += (("ff_proj", "mlp.gate_proj"), ("up_proj", "mlp.up_proj"), ("ff_out", "mlp.down_proj"))
+_BLOCK = [("attn_norm", "input_layernorm"), ("ff_norm", "post_attention_layernorm"), ("attn_out", "self_attn.o_proj")]
+_BLOCK += [(f"{x}_proj", f"self_attn.{x}_proj") for x in "qkv"]
+_BLOCK += [("ff_proj", "mlp.gate_proj"), ("up_proj", "mlp.up_proj"), ("ff_out", "mlp.down_proj")]
 
 LLADA = FamilySpec(
     name="llada",
@@ -249,28 +223,22 @@ SHIFTED_DIFFUSION_LM = replace(
     shift=True,
     when=lambda raw: raw.get("is_causal") is False and bool(raw.get("shifted_head")),
 )
-CAUSAL_LM = FamilySpec(
-    name="causal_lm",
-    attention="causal",
-    shift=True,
-    architectures=("*ForCausalLM", "*LMHeadModel"),
-)
+CAUSAL_LM = FamilySpec(name="causal_lm", attention="causal", shift=True, architectures=("*ForCausalLM", "*LMHeadModel"))
 
-# The first that recognises a config is taken: the particular before the general.
+# The first family that recognises a config is used: specific families come first.
 FAMILIES = [LLADA, LLADA_MOE, LLADA2, DREAM, SDAR, ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]
 
 
 def register_family(spec: FamilySpec) -> None:
-    """Let `load_policy` know a family of your own; it comes before those of the package, and one of the same name is
-    replaced. Raises ValueError for a spec without `architectures`, which no checkpoint could be recognised by."""
+    """Add a custom family for `load_policy`, before the package's; it replaces a family of the same name. Raises
+    ValueError for a spec without `architectures`."""
     if not spec.architectures:
         raise ValueError(f"architectures=() of the family {spec.name!r}: name the class that its config.json names")
     FAMILIES[:] = [spec, *(family for family in FAMILIES if family.name != spec.name)]
 
 
 def stock_class(raw: dict) -> Any:
-    """The class that a config's `architectures` names: transformers', or one registered with its Auto classes; None
-    where it is neither."""
+    """The class that a config's `architectures` names, in transformers or its Auto classes; else None."""
     architecture, kind = (raw.get("architectures") or [""])[0], raw.get("model_type", "")
     if kind in CONFIG_MAPPING:
         for mapping in (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
@@ -281,10 +249,10 @@ def stock_class(raw: dict) -> Any:
 
 
 def find_family(raw: dict) -> FamilySpec:
-    """The family that a checkpoint's config fields describe. Raises ValueError for one that is not known."""
+    """The family of a checkpoint's config fields. Raises ValueError for an unknown one."""
     architecture = (raw.get("architectures") or [None])[0]
     for family in FAMILIES:
-        # A checkpoint's own class may be called ...ForCausalLM too.
+        # A checkpoint's custom class may be called ...ForCausalLM too.
         if family.recognises(raw) and (family.native or stock_class(raw) is not None):
             return family
     known = ", ".join(sorted({name.replace("*", "...") for family in FAMILIES for name in family.architectures}))

@@ -36,7 +36,7 @@ from dllm_rl.models.forward.rope import rotate_in_float32
 from dllm_rl.models.untrusted import SUFFIXES, check_plain, check_regular, check_tokenizer, show_messages, without_code
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# What transformers, safetensors and json make of files that are not what they should be.
+# What transformers, safetensors and json raise on damaged files.
 _DAMAGED = (
     *(SafetensorError, StrictDataclassError, UnpicklingError, json.JSONDecodeError, UnicodeDecodeError),
     *(RuntimeError, LookupError, ArithmeticError, TypeError, AttributeError, AssertionError),
@@ -53,11 +53,8 @@ def load_module(
     quantization: str | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Module, PreTrainedTokenizerBase, FamilySpec]:
-    """The stock module, tokenizer and spec of a checkpoint, with every tensor accounted for.
-
-    dtype "auto" keeps the checkpoint's. Raises ValueError when tensors are missing or have no place in the module, and
-    on files that are damaged.
-    """
+    """The stock module, tokenizer and spec of a checkpoint. dtype "auto" keeps the checkpoint's. Raises ValueError on
+    missing or unexpected tensors and on damaged files."""
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
     folder = checkpoint_folder(path_or_id)
@@ -73,7 +70,7 @@ def load_module(
             check_size(build_empty(raw, folder), sum(map(prod, shapes.values())))
         if quantization is not None:
             options["quantization_config"] = bitsandbytes_config(quantization, dtype, masked=family.head is mlm_head)
-            options["device_map"] = {"": device}  # else bitsandbytes takes the first GPU there is
+            options["device_map"] = {"": device}  # else bitsandbytes takes the first GPU
         with quiet_progress():
             if family.native is None:
                 cls = stock_class(raw)
@@ -82,7 +79,7 @@ def load_module(
             else:
                 cls, config = family.native(without_code(raw))
                 state = to_stock(read_tensors(folder), family, config)
-                if dtype == "auto":  # not that of any one tensor: an expert bias is fp32 in a bf16 checkpoint
+                if dtype == "auto":  # one tensor's dtype may differ: an expert bias is fp32 in a bf16 checkpoint
                     options["dtype"] = main_dtype(state)
                 module, report = cls.from_pretrained(None, config=config, state_dict=state, **options)
         check_report(report, family, folder)
@@ -91,7 +88,7 @@ def load_module(
 
 
 def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
-    """The stock module that config fields describe, on the meta device: shapes without storage. source: for errors."""
+    """The stock module of config fields, on the meta device: shapes without storage. Errors name `source`."""
     family = find_family(raw)
     check_depth(raw, MOST_LAYERS)
     with named(source), torch.device("meta"):
@@ -103,7 +100,7 @@ def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The fields of a checkpoint's config.json. Raises ValueError where there are none, and says what the folder is."""
+    """The fields of a checkpoint's config.json. Raises ValueError without one, saying what the folder is."""
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_bytes())
@@ -125,7 +122,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def main_dtype(state: dict[str, torch.Tensor]) -> torch.dtype:
-    """The dtype that most of the numbers are in."""
+    """The dtype of most of the numbers."""
     counts: dict[torch.dtype, int] = {}
     for tensor in state.values():
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
@@ -133,8 +130,8 @@ def main_dtype(state: dict[str, torch.Tensor]) -> torch.dtype:
 
 
 def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> None:
-    """Raise ValueError on a config of more layers than `most`, the tensors that there are: each layer has one or more,
-    and building a module of millions would not end."""
+    """Raise ValueError on a config of more layers than `most`, the number of tensors: building millions of layers would
+    not end."""
     for field in ("num_hidden_layers", "n_layers", "n_layer"):
         number = raw.get(field)
         if number is not None and not (isinstance(number, int) and 0 <= number <= most):
@@ -145,35 +142,34 @@ def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> N
 
 
 def check_size(module: Module, there: int) -> None:
-    """Raise RuntimeError on a module of far more numbers than the files hold, `there`, before memory is taken for it: a
-    checkpoint may leave out what is tied, which is less than what it holds."""
+    """Raise RuntimeError on a module of far more numbers than the files hold, `there`, before it takes memory."""
     needed = sum(p.numel() for p in module.parameters())
-    if needed > 2 * there:
+    if needed > 2 * there:  # twice, because a checkpoint may leave out tied tensors
         raise RuntimeError(f"it describes {needed:,} parameters, and there are {there:,} numbers")
 
 
 @torch.no_grad()
 def check_finite(module: Module, folder: str | Path) -> None:
-    """Raise ValueError on weights that are NaN or infinite: every completion of such a model would be noise."""
+    """Raise ValueError on weights that are NaN or infinite."""
     for name, parameter in module.named_parameters():
         if parameter.dtype in FLOATS and parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all():
             raise ValueError(f"{folder}: {name} holds numbers that are not finite; the checkpoint is damaged")
 
 
 def prepared(module: Module, spec: FamilySpec) -> Module:
-    """The module with what its family adds to the stock class."""
+    """The module with its family's changes to the stock class."""
     if spec.float32_rope:
         rotate_in_float32(module)
     for layer in module.modules():
-        # bitsandbytes would repack 4-bit weights in place for a CPU path that rounds scales to bf16, at the first
-        # forward without gradients: the scored and the trained model would not be the same.
+        # At the first forward without gradients bitsandbytes would repack 4-bit weights with bf16 scales on a CPU:
+        # the scored and the trained model would differ.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return module
 
 
 def check_report(report: dict, family: FamilySpec, folder: Path) -> None:
-    """Raise ValueError on a tensor that is missing, has no place, or has another shape."""
+    """Raise ValueError on a missing, unexpected or differently shaped tensor."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = [str(n) for n in report[kind] if not any(re.fullmatch(pattern, str(n)) for pattern in family.ignored)]
         if names:
@@ -188,10 +184,10 @@ def family_spec(
     folder: Path | None = None,
     block_size: int | None = None,
 ) -> FamilySpec:
-    """The family's spec, with the ids and limits of this checkpoint filled in.
+    """The family's spec, with the ids and limits of this checkpoint. Raises ValueError when a diffusion model has no
+    mask token, or one outside its vocabulary.
 
-    config  the module's; raw: the fields of the checkpoint's own config.json, where that is another.
-    Raises ValueError when a diffusion model has no mask token, or one outside its vocabulary.
+    config  the module's; raw: the fields of the checkpoint's config.json, where they differ.
     """
     raw = config.to_dict() if raw is None else raw
     family = find_family(raw)
@@ -207,7 +203,7 @@ def family_spec(
             f"block_size={block_size} is for block-causal models, but {family.name} has {family.attention} attention; "
             "leave it out"
         )
-    if family.encode is encode_roberta:  # whose positions are counted from there
+    if family.encode is encode_roberta:  # RoBERTa counts positions from pad_token_id + 1
         if not 0 <= config.pad_token_id < config.vocab_size:
             raise ValueError(f"pad_token_id={config.pad_token_id} is outside the vocabulary; correct config.json")
         changes["max_length"] -= config.pad_token_id + 1
@@ -217,10 +213,10 @@ def family_spec(
 
 
 def find_mask_id(config: Any, tokenizer: PreTrainedTokenizerBase, family: FamilySpec) -> int:
-    """The config's mask id, else the tokenizer's, else that of a token with a name of the family's.
+    """The mask id of the config, else of the tokenizer, else of a token with one of the family's names.
 
-    Where there is none of these, the family's id is taken, but only with the vocabulary that it belongs to: in another
-    one the same number is a word. Raises ValueError on no mask id, on two, or on one outside the vocabulary.
+    The family's own id is the last choice, and only in its own vocabulary: in another one the number is a word.
+    Raises ValueError on no mask id, on two, or on one outside the vocabulary.
     """
     named = {tokenizer.get_vocab().get(name) for name in family.mask_names} - {None}
     default = family.mask_id if config.vocab_size == family.mask_vocabulary else None
@@ -260,9 +256,9 @@ def end_ids(
 
 
 def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
-    """A stock tokenizer from the checkpoint's files; a tokenizer class of its own is never run, only its files read.
+    """A stock tokenizer from the checkpoint's files; no code of the checkpoint runs.
 
-    stock  the model is one that transformers knows, so that it may choose the class.
+    stock  transformers knows the model and chooses the class.
     """
     check_tokenizer(folder)
     config = folder / "tokenizer_config.json"
@@ -289,7 +285,7 @@ def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
 
 
 def checkpoint_folder(path_or_id: str | Path) -> Path:
-    """The folder itself, or the one that a model hub's id (owner/name) is downloaded to."""
+    """The folder itself, or the download of a model hub's id (owner/name)."""
     path = Path(path_or_id)
     if str(path_or_id) and path.is_dir():
         check_regular(path)
@@ -307,10 +303,8 @@ def save_module(
     *,
     max_shard_size: int = 5 * 10**9,
 ) -> None:
-    """Write weights (adapters merged), config and tokenizer in the layout that the checkpoint came in.
-
-    What is merged goes to host memory layer by layer: the device holds one layer more, and no second model.
-    """
+    """Write weights (adapters merged), config and tokenizer in the checkpoint's own layout. Merged layers move to host
+    memory one by one: the device holds one extra layer."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with quiet_progress():
@@ -325,19 +319,15 @@ def save_module(
             state = {name: tensor.detach().cpu() for name, tensor in merged_state(module) if name not in skip}
             write_tensors(to_original(state, spec, module.config), directory, max_shard_size=max_shard_size)
             dtype = str(main_dtype(state)).removeprefix("torch.")
-            fields = spec.original | dict.fromkeys(_dtype_keys(spec.original), dtype)
+            keys = [key for key in ("dtype", "torch_dtype") if key in spec.original] or ["torch_dtype"]
+            fields = spec.original | dict.fromkeys(keys, dtype)
             (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
             copy_code(spec, directory)
         tokenizer.save_pretrained(directory)
 
 
-def _dtype_keys(fields: dict) -> list[str]:
-    return [key for key in ("dtype", "torch_dtype") if key in fields] or ["torch_dtype"]
-
-
 def copy_code(spec: FamilySpec, directory: Path) -> None:
-    """Copy generation_config.json and the authors' .py files without executing them, so that their tools can open the
-    saved folder."""
+    """Copy generation_config.json and the authors' .py files, unexecuted, for the authors' tools."""
     source = Path(spec.source) if spec.source else None
     if source is None or not source.is_dir() or source.resolve() == directory.resolve():
         return
@@ -348,8 +338,8 @@ def copy_code(spec: FamilySpec, directory: Path) -> None:
 def bitsandbytes_config(
     quantization: str, dtype: torch.dtype | str, *, masked: bool
 ) -> transformers.BitsAndBytesConfig:
-    """bitsandbytes' description of a frozen base in 4 ("nf4") or 8 ("int8") bits; heads stay as they are."""
-    # transformers leaves the output embedding alone by itself, but not the layers that masked models have before it.
+    """bitsandbytes' config of a frozen base in 4 ("nf4") or 8 ("int8") bits, without the heads."""
+    # transformers skips the output embedding, but not the layers that masked models have before it.
     skip = {"llm_int8_skip_modules": ["cls", "lm_head", "predictions", "head", "decoder"]} if masked else {}
     compute = torch.bfloat16 if dtype == "auto" else dtype
     if quantization == "nf4":
@@ -363,11 +353,11 @@ def bitsandbytes_config(
 
 @contextmanager
 def named(source: str | Path) -> Iterator[None]:
-    """What other libraries raise on damaged files, or on a config that no model can have, as ValueError naming them."""
+    """Turn other libraries' errors on damaged files or impossible configs into a ValueError naming `source`."""
     try:
         yield
     except Exception as error:
-        if not isinstance(error, _DAMAGED) and type(error) is not Exception:  # which is what tokenizers raises
+        if not isinstance(error, _DAMAGED) and type(error) is not Exception:  # tokenizers raises a bare Exception
             raise
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if "ignore_mismatched_sizes" in why:
@@ -377,10 +367,7 @@ def named(source: str | Path) -> Iterator[None]:
 
 @contextmanager
 def quiet_progress() -> Iterator[None]:
-    """Without transformers' progress bars and load reports, which would run through a caller's own.
-
-    Nothing is lost: a tensor that a report would name stops the loading with an error.
-    """
+    """Hide transformers' progress bars and load reports; a tensor that a report would name raises an error anyway."""
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

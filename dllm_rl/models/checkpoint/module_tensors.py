@@ -1,4 +1,4 @@
-"""The tensors of any module, one of the user's own included: what is saved of it, and put back."""
+"""The tensors of any module, custom ones included: what a checkpoint saves and loads."""
 
 import copy
 from itertools import chain
@@ -17,13 +17,12 @@ from dllm_rl.models.untrusted import check_regular
 
 @torch.no_grad()
 def own_tensors(module: nn.Module, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
-    """A module's parameters and lasting buffers, adapters merged; a tied tensor under its first name.
+    """A module's parameters and persistent buffers, adapters merged; a tied tensor under its first name.
 
-    device  where they go, one by one as they are merged, so that the module's own device holds one more and not all;
-            None: where they are.
+    device  receives each tensor as it is merged, so that the module's device holds one extra tensor; None: no move.
     """
     skip, found, seen = transient(module), {}, set()
-    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}  # what is merged is new, and passes
+    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}  # a merged tensor is new, and passes
     for name, tensor in merged_state(module):
         if name in skip or id(tensor) in seen:
             continue
@@ -34,7 +33,7 @@ def own_tensors(module: nn.Module, device: torch.device | str | None = None) -> 
 
 @torch.no_grad()
 def load_tensors(module: nn.Module, folder: Path) -> None:
-    """Put a folder's tensors into the module whose `own_tensors` they are. Raises ValueError where they are not."""
+    """Copy a folder's tensors into the module's `own_tensors`. Raises ValueError on other names or shapes."""
     check_regular(folder)
     state = read_tensors(folder)
     own = own_tensors(module)
@@ -47,13 +46,13 @@ def load_tensors(module: nn.Module, folder: Path) -> None:
 
 
 def transient(module: nn.Module) -> set[str]:
-    """Names of the buffers that no checkpoint holds."""
+    """Names of the buffers that no checkpoint contains."""
     return {f"{path}.{name}" for path, layer in module.named_modules() for name in layer._non_persistent_buffers_set}
 
 
 @torch.no_grad()
 def host_copy(module: Module) -> Module:
-    """A copy of a module that this process holds whole, on the host; the device holds no tensor more."""
+    """A copy of an unsharded module on the host; the device holds no extra tensor."""
     memo: dict[int, Any] = {}
     for tensor in chain(module.parameters(), module.buffers()):
         value = tensor.detach().to("cpu", copy=True)
@@ -63,13 +62,13 @@ def host_copy(module: Module) -> Module:
 
 @torch.no_grad()
 def gathered(module: Module, *, keep: bool) -> Module:
-    """A sharded module, whole, on the host, adapters as they are: all processes call it together, and get it where they
-    `keep` it. The device holds one tensor whole at a time."""
+    """A sharded module gathered on the host, adapters unmerged; None without `keep`. All processes call it together.
+    The device holds one gathered tensor at a time."""
     memo: dict[int, Any] = {}
     tensors, plain = (chain(each.parameters(), each.buffers()) for each in (module, module.sharding.plain))
     for tensor, place in zip(tensors, plain, strict=True):
         value = whole(tensor.detach())
-        if keep:  # deepcopy takes what the memo holds for an object instead of copying it
+        if keep:  # deepcopy takes an object's entry in the memo instead of copying the object
             value = value.to("cpu", copy=True)
             memo[id(place)] = nn.Parameter(value, tensor.requires_grad) if isinstance(place, nn.Parameter) else value
     if not keep:

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors: read, renamed between the authors' layout and a stock class's, written."""
+"""A checkpoint's tensors: reading, renaming between the authors' layout and a stock class's, writing."""
 
 import json
 import re
@@ -29,9 +29,9 @@ def read_tensors(directory: Path) -> State:
 
 
 def weight_files(directory: Path) -> list[str]:
-    """The names of a folder's safetensors files, those of its index first; none where it has neither.
+    """Names of a folder's safetensors files: those of its index, else model.safetensors, else none.
 
-    Raises ValueError on an index that names what is missing, or a path that leads out of the folder.
+    Raises ValueError on an index that names a missing file or a path out of the folder.
     """
     index, single = directory / INDEX, directory / "model.safetensors"
     if not index.exists():
@@ -46,7 +46,7 @@ def weight_files(directory: Path) -> list[str]:
 
 
 def shapes_of(directory: Path, files: Sequence[str]) -> dict[str, list[int]]:
-    """The tensors that the headers of safetensors files list, with their shapes; no tensor is read."""
+    """Names and shapes from the headers of safetensors files; no tensor is read."""
     shapes: dict[str, list[int]] = {}
     for name in files:
         with safe_open(directory / name, "pt") as file:
@@ -55,7 +55,7 @@ def shapes_of(directory: Path, files: Sequence[str]) -> dict[str, list[int]]:
 
 
 def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None:
-    """safetensors files of at most max_shard_size bytes (or one tensor), with an index when there is more than one."""
+    """Write safetensors files of at most max_shard_size bytes (or one tensor), with an index for several files."""
     shards: list[list[str]] = [[]]
     room = max_shard_size
     for name, tensor in state.items():
@@ -69,7 +69,7 @@ def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = files if len(files) > 1 else ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
-        # Tensors that are parts of one storage are copied, shard by shard, for safetensors writes whole storages.
+        # Tensors that share a storage are copied, shard by shard, because safetensors writes whole storages.
         save_file({name: _alone(state[name].detach().cpu()) for name in names}, directory / file, {"format": "pt"})
     if len(files) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -78,7 +78,7 @@ def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None
 
 
 def misfits(state: State, own: State) -> list[str]:
-    """Names that only one of the two has, or that have another shape in each."""
+    """Names in only one of the two, or with different shapes."""
     names = state.keys() | own.keys()
     return sorted(n for n in names if n not in state or n not in own or state[n].shape != own[n].shape)
 
@@ -89,7 +89,7 @@ def _alone(tensor: Tensor) -> Tensor:
 
 
 def renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    """The name under the first pair (from, to) that fits all of it, or all but its last part; else the name itself."""
+    """The name after the first pair (from, to) that matches all of it or all but its last part; else the name."""
     stem, _, leaf = name.rpartition(".")
     for source, target in pairs:
         for whole, suffix in ((name, ""), (stem, f".{leaf}")):
@@ -100,13 +100,14 @@ def renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
 
 
 def to_stock(state: State, spec: FamilySpec, config: Any) -> State:
-    """From the authors' tensor names to the stock class's; fused query-key-value rows are split."""
+    """The authors' tensor names -> the stock class's; fused query-key-value rows are split."""
     out = {}
     for name, tensor in state.items():
         stem, _, leaf = name.rpartition(".")
         parent = spec.fused_qkv and renamed(stem, ((spec.fused_qkv, ATTENTION),))
         if parent and parent != stem:
-            rows = [heads * config.head_dim for heads in _heads(config)]
+            heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
+            rows = [number * config.head_dim for number in heads]
             for part, value in zip(QKV, tensor.split(rows), strict=True):
                 out[f"{parent}.{part}.{leaf}"] = value.clone()
         else:
@@ -115,10 +116,9 @@ def to_stock(state: State, spec: FamilySpec, config: Any) -> State:
 
 
 def to_original(state: State, spec: FamilySpec, config: Any) -> State:
-    """From the stock class's tensors back to the authors'; the exact inverse of reading them."""
-    state = {
-        name: tensor for name, tensor in state.items() if not (config.tie_word_embeddings and name == "lm_head.weight")
-    }
+    """The stock class's tensors -> the authors'; the exact inverse of `to_stock`."""
+    if config.tie_word_embeddings:
+        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     backwards, out = tuple((b, a) for a, b in spec.names), {}
     for name, tensor in split_experts(state).items():
         stem, _, leaf = name.rpartition(".")
@@ -133,7 +133,7 @@ def to_original(state: State, spec: FamilySpec, config: Any) -> State:
 
 
 def split_experts(state: State) -> State:
-    """Stock mixtures of experts stack their experts in one tensor; checkpoints hold them one by one."""
+    """Split stock stacks of experts into one tensor per expert, as checkpoints store them."""
     out = {}
     for name, tensor in state.items():
         if name.endswith(".mlp.experts.gate_up_proj"):
@@ -147,7 +147,3 @@ def split_experts(state: State) -> State:
         else:
             out[name] = tensor
     return out
-
-
-def _heads(config: Any) -> tuple[int, int, int]:
-    return config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads

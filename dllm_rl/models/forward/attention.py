@@ -1,5 +1,5 @@
-"""Attention of short rows in 16 bits on a CPU, where torch's fused kernel takes several times as long to go back as the
-products and the softmax that it is made of (benchmarks/README.md)."""
+"""Attention of short rows in 16 bits on a CPU: the backward of torch's fused kernel takes several times as long as that
+of plain products and softmax (benchmarks/README.md)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-SHORT = 128  # keys, up to which the plain products are clearly the faster ones, forward and backward
+SHORT = 128  # keys, up to which plain products are clearly faster, forward and backward
 
 
 class PlainAttention(TorchFunctionMode):
-    """For the time of the block, attention on a CPU over at most SHORT keys, in 16 bits or under autocast, is computed
-    as products and softmax; every other call is left as it is. A function of shapes, whether differentiated or not, so
-    that a sampler and a learner round alike."""
+    """In the block, attention on a CPU over at most SHORT keys, in 16 bits or under autocast, is products and softmax.
+    The choice depends on shapes alone, not on gradients, so that a sampler and a learner round alike."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -41,8 +40,7 @@ def plain_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`scaled_dot_product_attention` by its definition. Raises ValueError on dropout, which no policy has: it would
-    draw from torch's global generator."""
+    """`scaled_dot_product_attention` by its definition. Raises ValueError on dropout: it draws from the global RNG."""
     if dropout_p:
         raise ValueError(f"dropout_p={dropout_p}: attention with dropout does not repeat; set it to 0 in the config")
     if enable_gqa:

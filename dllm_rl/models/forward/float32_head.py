@@ -1,9 +1,8 @@
 """Logits in fp32 from a model in 16 bits, without an fp32 copy of the head.
 
-A 16-bit head rounds every logit: bf16 has steps of 0.0625 between 8 and 16, and on which side of a step a logit falls
-depends on the last bit of the hidden state. Two forwards that differ by noise alone, as a sampler's and a learner's do,
-then differ by whole steps in some log-probs. Here the products of 16-bit numbers, which fp32 holds exactly, are summed
-and kept in fp32; the weights are raised a slab of the vocabulary at a time.
+A 16-bit head rounds every logit: bf16 has steps of 0.0625 between 8 and 16. Two forwards that differ by noise alone, as
+a sampler's and a learner's do, then differ by whole steps in some log-probs. Here products of 16-bit numbers are summed
+in fp32, with one slab of the vocabulary's weights in fp32 at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,9 +18,7 @@ from torch import Tensor, nn
 from dllm_rl.models.base import Module, output_embeddings
 
 HALF = (torch.bfloat16, torch.float16)
-SLAB = (
-    2**22
-)  # elements of the weight in fp32 at once on a CPU, 16 MiB; four times that keep a GPU's multiprocessors busy
+SLAB = 2**22  # weights in fp32 at once on a CPU, 16 MiB; a GPU needs four times as many to stay busy
 
 
 class _Float32Linear(torch.autograd.Function):
@@ -58,7 +55,7 @@ class _Float32Linear(torch.autograd.Function):
 
 
 def slabs(weight: Float[Tensor, "V D"]) -> Iterator[slice]:
-    """Runs of rows of at most SLAB elements (on an accelerator four times as many), and of one row at least."""
+    """Runs of rows of at most SLAB elements (four times as many on an accelerator), at least one row each."""
     size = max(1, (SLAB if weight.device.type == "cpu" else 4 * SLAB) // weight.shape[1])
     return (slice(start, start + size) for start in range(0, len(weight), size))
 
@@ -66,16 +63,15 @@ def slabs(weight: Float[Tensor, "V D"]) -> Iterator[slice]:
 def float32_linear(
     x: Float[Tensor, "... D"], weight: Float[Tensor, "V D"], bias: Float[Tensor, " V"] | None = None
 ) -> Float[Tensor, "... V"]:
-    """A linear layer's output in fp32, whatever the dtypes and autocast; differentiable once."""
+    """A linear layer's output in fp32 whatever the dtypes and autocast; differentiable once."""
     return _Float32Linear.apply(x, weight, bias)
 
 
 def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[Tensor, "... D"]) -> Tensor:
     """`head(module, hidden)` with its projection on the vocabulary in fp32.
 
-    Weights in 16 bits: what a masked model's head has before the projection stays in 16 bits. Weights in fp32: all of
-    the head runs in fp32, outside of autocast; without autocast nothing changes, to the bit.
-    Raises ValueError where a module in 16 bits does not say which layer that projection is.
+    Weights in 16 bits: a masked model's layers before the projection stay in 16 bits. Weights in fp32: the whole head
+    runs in fp32, outside of autocast. Raises ValueError for a module in 16 bits that does not name the projection.
     """
     output = output_embeddings(module)
     if output is None and next(module.parameters()).dtype in HALF:
@@ -94,7 +90,7 @@ def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[T
 
 @contextmanager
 def projected_in_float32(output: nn.Linear) -> Iterator[None]:
-    """For the time of the block, the layer computes its output in fp32; hooks on it go on as they are."""
+    """In the block the layer computes its output in fp32; its hooks still run."""
     output.forward = partial(_project, output)  # type: ignore[method-assign]
     try:
         yield

@@ -1,7 +1,6 @@
-"""Gradient checkpointing: a block keeps its input alone for the backward, which runs the block again.
+"""Gradient checkpointing: a block keeps only its input for the backward, which runs the block again.
 
-transformers' own switch does nothing in eval mode, in which policies stay, and does not know every family; here a
-block is whatever stands in the backbone's outermost list of layers.
+transformers' own switch does nothing in eval mode, in which policies stay, and does not cover every family.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,13 +17,12 @@ from dllm_rl.models.base import Module
 
 
 def backbone_of(module: Module) -> Any:
-    """The part of a stock module that its heads stand on; of any other the whole."""
+    """A stock module without its heads; any other module itself."""
     return getattr(module, "base_model", module)
 
 
 def blocks_of(module: Module, wanted_by: str = "gradient_checkpointing") -> list[nn.Module]:
-    """The backbone's blocks: the members of its lists of layers that lie in no other one. Raises ValueError without,
-    which names the setting that wants them."""
+    """The members of the backbone's outermost lists of layers. Raises ValueError, naming `wanted_by`, without any."""
     backbone = backbone_of(module)
     lists = [
         layers
@@ -39,8 +37,8 @@ def blocks_of(module: Module, wanted_by: str = "gradient_checkpointing") -> list
 
 @contextmanager
 def recomputed_blocks(module: Module) -> Iterator[None]:
-    """A forward inside keeps the input of each block and nothing else of it. The backward, which may come later, runs
-    the block again with the same dropout masks, so that gradients are the same, bit for bit where kernels repeat."""
+    """A forward inside keeps only each block's input. The backward, inside or later, runs the block again with the same
+    dropout masks: gradients are the same, bit for bit where kernels are deterministic."""
     blocks = blocks_of(module)
     for block in blocks:
         block.forward = partial(_checkpointed, block.forward, block)  # type: ignore[method-assign]
@@ -59,14 +57,14 @@ def _checkpointed(forward: Callable, block: nn.Module, *args: Any, **kwargs: Any
         now = [layer.calls for layer in adapters]
         _count(adapters, first)
         try:
-            with ExitStack() as again:  # a backward is outside of the modes that the forward ran in
+            with ExitStack() as again:  # a backward runs outside of the forward's modes
                 for mode in modes[len(_get_current_function_mode_stack()) :]:
                     again.enter_context(mode)
                 return forward(*args, **kwargs)
-        finally:  # the backward, too, leaves the block as soon as it has what it needs: by an exception
+        finally:  # the backward leaves the block early, by an exception
             _count(adapters, [max(layer.calls, count) for layer, count in zip(adapters, now, strict=True)])
 
-    # No block draws from torch's global generator, so that there is no state of it to keep.
+    # No block draws from torch's global generator, so its state is not kept.
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 

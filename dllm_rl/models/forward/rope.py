@@ -1,4 +1,4 @@
-"""Rotary position embeddings: their parameters as a config gives them, old or new, and their computation in fp32."""
+"""Rotary position embeddings: their parameters in old and new configs, and their computation in fp32."""
 
 from typing import Any
 
@@ -10,27 +10,14 @@ from transformers.masking_utils import sdpa_mask
 from dllm_rl.models.base import Module
 
 ATTENTION = "sdpa_float32_rope"
-# What transformers computes: the fields that each kind of scaling must have, and those that it may have.
+_YARN = {"original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
+# What transformers computes: the required and the optional fields of each kind of scaling.
 SCALINGS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
     "dynamic": ({"factor"}, set()),
-    "yarn": (
-        {"factor"},
-        {
-            "original_max_position_embeddings",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
-        },
-    ),
-    "longrope": (
-        {"short_factor", "long_factor"},
-        {"original_max_position_embeddings", "attention_factor", "factor"},
-    ),
+    "yarn": ({"factor"}, _YARN | {"mscale", "mscale_all_dim", "truncate"}),
+    "longrope": ({"short_factor", "long_factor"}, {"original_max_position_embeddings", "attention_factor", "factor"}),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, {"original_max_position_embeddings"}),
 }
 _COMMON = {"rope_type", "rope_theta", "partial_rotary_factor"}
@@ -39,9 +26,8 @@ _COMMON = {"rope_type", "rope_theta", "partial_rotary_factor"}
 def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
     """transformers' `rope_parameters` of a checkpoint's config fields.
 
-    The scaling stands under `rope_parameters` or, in older files, `rope_scaling`, where its kind may be called `type`;
-    rope_theta and partial_rotary_factor inside it come before those beside it. None is no scaling.
-    Raises ValueError on a kind, a field or a factor that transformers does not compute with.
+    The scaling is `rope_parameters` or, in older files, `rope_scaling`, whose kind may be called `type`. Its rope_theta
+    and partial_rotary_factor override the config's. Raises ValueError on a kind, field or factor that is not supported.
     """
     name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
     given = raw.get(name) or {}
@@ -68,17 +54,14 @@ def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def rotate_in_float32(module: Module) -> None:
-    """Make a Llama-like module compute cos and sin in fp32, rotate queries and keys in fp32, then round them back.
-
-    A stock module rounds cos and sin to the weights' dtype first, which moves the argmax of about 2 % of the logits
-    of a bf16 LLaDA. In fp32 nothing changes.
-    """
+    """Make a Llama-like module compute cos and sin and rotate queries and keys in fp32, then round them back. A stock
+    module rounds cos and sin to the weights' dtype first, which moves the argmax at 2 % of a bf16 LLaDA's positions."""
     module.base_model.rotary_emb.register_forward_pre_hook(_as_float32, with_kwargs=True)
     module.set_attn_implementation(ATTENTION)
 
 
 def _as_float32(rotary: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The rotary module returns cos and sin in the dtype of its first argument, of which it uses nothing else."""
+    """The rotary module returns cos and sin in its first argument's dtype, and uses nothing else of the argument."""
     states, *rest = args
     return (states.new_empty(0).float(), *rest), kwargs
 

@@ -1,8 +1,7 @@
-"""Which experts the tokens of a mixture go to: noted in one forward, and taken again in another's (router replay).
+"""Router replay: one forward records the experts of each token of a mixture, and another forward uses them.
 
-A rollout and a learner that differ in a rounding differ in a whole expert wherever two experts score alike. Replay
-takes the choice from the one side; the gate's weights stay the other side's own function of its own scores, at the
-experts that are given, and so does their gradient. Source: R3, arXiv 2510.11370 [paper].
+A rounding difference between rollout and learner flips an expert wherever two experts score alike. Replay fixes the
+choice; the gate's weights and gradient use the replaying side's scores. Source: R3, arXiv 2510.11370 [paper].
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,29 +17,28 @@ from torch.overrides import TorchFunctionMode
 
 from dllm_rl.models.base import Module, Policy
 
-Routes: TypeAlias = tuple[Integer[Tensor, "R W M E"], Bool[Tensor, "R W"]]  # experts, and where they are taken
+Routes: TypeAlias = tuple[Integer[Tensor, "R W M E"], Bool[Tensor, "R W"]]  # experts, and where to use them
 
 
 def mixtures(module: Module) -> list[Any]:
-    """The layers that send each token to some of their experts, in the order of the blocks; none in a dense model."""
+    """The layers that route tokens to experts, in the order of the blocks; none in a dense model."""
     return [layer for layer in module.modules() if hasattr(_held(getattr(layer, "experts", None)), "gate_up_proj")]
 
 
 def _held(experts: Any) -> Any:
-    """The module that holds the experts' weights, in stacks or one by one."""
+    """The module of the experts' weights, in stacks or one by one."""
     return getattr(experts, "base_layer", experts)
 
 
 class Routing(TorchFunctionMode):
-    """Forwards inside note the experts that each token takes; with `given` they take those, wherever `where` holds.
+    """Forwards inside record the experts of each token; with `given` they use the given experts wherever `where` holds.
 
-    given  (R, W, M, E) ids of experts, for a forward of R rows and W columns and M mixtures of E experts a token.
-    where  (R, W); elsewhere a token goes where its own router sends it.
+    given  (R, W, M, E) ids of experts, for a forward of R rows, W columns and M mixtures with E experts per token.
+    where  (R, W); elsewhere a token's own router chooses.
 
-    A stock router ranks its scores (S, experts) by `topk`: that call is what is noted and replaced, so that whatever
-    the router makes of its scores stays its own. A block that a backward runs again takes the same experts again.
-    A forward of more than W columns is a packed one (`likelihoods.packed`), W clean ones and then the last ones again:
-    what is given and noted is of these.
+    A stock router ranks its scores (S, experts) by `topk`: this call is recorded and replaced. A recomputed block uses
+    the same experts. A packed forward (`likelihoods.packed`) has W clean columns and then the last columns again:
+    experts are given and recorded for the repeated columns.
     """
 
     def __init__(
@@ -90,9 +88,8 @@ class Routing(TorchFunctionMode):
         return len(_held(self.layers[number].experts).gate_up_proj)
 
     def experts(self, rows: int, columns: int | None = None) -> Integer[Tensor, "R W M E"]:
-        """What the last forward took, of so many rows and, where it was packed, clean columns; as bytes where ids fit
-        in them. Raises ValueError where a router did not choose as stock ones do, or mixtures differ in how many
-        experts a token takes."""
+        """The last forward's experts, for `rows` rows and, if packed, `columns` clean columns; as bytes where ids fit.
+        Raises ValueError on a router other than stock ones, or on mixtures with different numbers of experts."""
         taken = [ids for ids in self.taken if ids is not None]
         if not taken or len(taken) < len(self.layers) or len({ids.shape for ids in taken}) > 1:
             raise ValueError(
@@ -107,7 +104,7 @@ class Routing(TorchFunctionMode):
 
 
 def _packed(x: Shaped[Tensor, "R W *E"], tokens: int) -> Shaped[Tensor, "R Q *E"]:
-    """What is known of a row's columns, for the columns of a forward of so many tokens: nothing of those clean."""
+    """Values of a row's columns, for a forward of `tokens` tokens: zeros for a packed forward's clean columns."""
     rows, columns = x.shape[:2]
     if tokens == rows * columns:
         return x
@@ -116,8 +113,8 @@ def _packed(x: Shaped[Tensor, "R W *E"], tokens: int) -> Shaped[Tensor, "R Q *E"
 
 @contextmanager
 def routed(policy: Policy, routes: Routes | None, note: Integer[Tensor, "R W M E"] | None) -> Iterator[None]:
-    """For the time of one forward of `policy.hidden`, or a packed one: tokens take the experts given, where they are;
-    those that they take are written into `note`. Both are of the state that predicts the token there."""
+    """One forward of `policy.hidden`, or a packed one, uses the experts of `routes` and writes its experts into `note`.
+    Both belong to the state that predicts the token at a column."""
     if routes is None and note is None:
         yield
         return
@@ -128,12 +125,12 @@ def routed(policy: Policy, routes: Routes | None, note: Integer[Tensor, "R W M E
 
 
 def of_tokens(policy: Policy, experts: Integer[Tensor, "R W M E"]) -> Integer[Tensor, "R W M E"]:
-    """Of the state at each column -> of the state that predicts the token there."""
+    """Experts of the state at each column -> of the state that predicts the column's token."""
     return experts.roll(1, dims=1) if policy.spec.shift else experts
 
 
 def of_states(policy: Policy, x: Tensor) -> Tensor:
-    """The reverse, along the second axis; the last column's state predicts nothing, and gets zeros."""
+    """The reverse, along the second axis; the last column's state predicts nothing and gets zeros."""
     if not policy.spec.shift:
         return x
     moved = x.roll(-1, dims=1)
@@ -147,8 +144,7 @@ def agreement(ours: Integer[Tensor, "S M E"], theirs: Integer[Tensor, "S M E"]) 
 
 
 def load(experts: Integer[Tensor, "S M E"], num_experts: int) -> Int[Tensor, "M X"]:
-    """How many tokens each of `num_experts` experts of each mixture has."""
+    """Tokens of each expert of each mixture."""
     by_layer = experts.transpose(0, 1).flatten(1).long()
-    return torch.zeros(len(by_layer), num_experts, dtype=torch.long, device=by_layer.device).scatter_add(
-        1, by_layer, torch.ones_like(by_layer)
-    )
+    empty = torch.zeros(len(by_layer), num_experts, dtype=torch.long, device=by_layer.device)
+    return empty.scatter_add(1, by_layer, torch.ones_like(by_layer))
