@@ -107,8 +107,7 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
     """Batch-invariant and deterministic arithmetic in the block; every setting is restored after it. It is slow.
 
     TF32, reduced-precision reductions and cuDNN's autotuner are off; CUDA attention takes its plain kernel. A sampler
-    with a key-value cache, and inputs quantised with one scale per tensor, still differ. Raises as `prepare_workspace`
-    does.
+    with a key-value cache, and inputs with one scale per tensor, still differ. Raises as `prepare_workspace` does.
     """
     if tile < 1:
         raise ValueError(f"tile={tile} must be at least 1 row")
@@ -152,11 +151,9 @@ def check_bitwise_equal(
     if policy.spec.mask_id is not None:
         tokens = tokens.masked_fill(noise.masked[view, row : row + 1], policy.spec.mask_id)
     layer = first_differing_layer(policy, rollout_policy, tokens, rollout.attention_mask[row : row + 1])
-    where = (
-        f"the hidden states part at {layer}"
-        if layer
-        else "no layer differs when both score this row alone: the sampler, the batch's shape, or the settings do"
-    )
+    where = "no layer differs when both score this row alone: the sampler, the batch's shape, or the settings do"
+    if layer:
+        where = f"the hidden states part at {layer}"
     raise RuntimeError(
         f"zero_mismatch: {int(differs.sum())} of {int(mask.sum())} log-probs differ, the first at row {row}, position "
         f"{position} (token {token}, {policy.tokenizer.decode([token])!r}): learner {float(old[row, position]):.9g}, "

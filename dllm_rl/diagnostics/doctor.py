@@ -237,12 +237,11 @@ def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
     plain.spec = rollout_policy.spec
     quantised = {place(name)[0] for name, _ in quantized_layers(rollout_policy)}
     theirs = dict(rollout_policy.module.named_parameters())
+    kinds = {p.dtype for n, p in theirs.items() if n not in quantised}
     for name, parameter in plain.module.named_parameters():
         if name in theirs and name not in quantised:
             parameter.data = parameter.data.to(theirs[name].dtype)
-    kinds = {p.dtype for n, p in theirs.items() if n not in quantised}
-    for name, parameter in plain.module.named_parameters():
-        if name in quantised and len(kinds) == 1:
+        elif name in quantised and len(kinds) == 1:
             parameter.data = parameter.data.to(next(iter(kinds)))
     for name, buffer in rollout_policy.module.named_buffers():
         owner, _, kind = name.rpartition(".")
@@ -265,12 +264,9 @@ def operands(plain: Policy, config: Any) -> tuple[Policy, Policy]:
 def pad_left(rollout: Rollout, noise: Noise, pad_id: int) -> tuple[Rollout, Noise]:
     """The same batch with PADDING more columns on the left, which should score the same."""
     wider = lambda x: F.pad(x, (PADDING, 0))  # noqa: E731
-    return rollout.padded(PADDING, pad_id=pad_id), replace(
-        noise,
-        masked=wider(noise.masked),
-        weight=wider(noise.weight),
-        left=noise.left if noise.left is None else wider(noise.left),
-    )
+    left = None if noise.left is None else wider(noise.left)
+    padded = replace(noise, masked=wider(noise.masked), weight=wider(noise.weight), left=left)
+    return rollout.padded(PADDING, pad_id=pad_id), padded
 
 
 def worst_tokens(

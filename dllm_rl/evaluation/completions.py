@@ -23,10 +23,8 @@ OWN = ("prompt", "completion", "evaluation")
 
 
 class Completions:
-    """The file's rows, and the part that this process appends to; without a path nothing is kept.
-
-    made_with  facts that stored rows must share with new rows (weights, seed, sampler); ValueError if they do not.
-    """
+    """The file's rows, and the part that this process appends to; without a path nothing is kept. `made_with` are facts
+    that stored rows must share with new rows (weights, seed, sampler); ValueError if they do not."""
 
     def __init__(self, path: Path | None, made_with: Mapping[str, Any], accelerator: Processes) -> None:
         self.path, self.accelerator, self.rows = path, accelerator, {}

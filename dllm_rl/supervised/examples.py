@@ -162,9 +162,7 @@ def lay_out(shown: Sequence[Shown], rows: Sequence[Sequence[int]], *, pad_id: in
 
 def hidden_states(policy: Policy, layout: Layout, *, packed: bool) -> Float[Tensor, "B T D"]:
     """Final states whose head gives the logits AT each position; block-causal models see earlier blocks without masks.
-
-    packed  a token attends to its own sequence alone, by a mask of four axes.
-    """
+    packed: a mask of four axes, by which a token attends to its own sequence alone."""
     spec, segment = policy.spec, layout.segment
     if spec.attention == "block_causal":
         return packed_hidden(policy, layout.tokens, layout.hidden, segment > 0)

@@ -26,25 +26,15 @@ class SFT(Settings):
 
     name: str = _same("name")
     model: Callable[..., Policy] | str | Policy = _same("model")
-    dataset: str | Any = _(
-        "rows with `messages`, `prompt` and `completion`, or `text`: a data set, a list, or the path of a file of JSON "
-        "lines"
-    )
+    dataset: str | Any = _("rows with `messages`, `prompt` and `completion`, or `text`: data set, list, or .jsonl path")
     eval_dataset: str | Any = _("held-out rows; None: the last tenth of dataset, at most 256 rows", None)
-    max_length: int = _(
-        "longer rows, in tokens, are left out; with packing, also the length of a row of several", 1024, at_least=2
-    )
+    max_length: int = _("longer rows, in tokens, are left out; with packing also the length of a row", 1024, at_least=2)
     completion_length: int | None = _(
-        "a diffusion model's completions are filled up with the end token to so many tokens, as it is to generate all "
-        "of its positions: RL's max_new_tokens; None: one end token",
-        None,
-        at_least=1,
+        "end tokens fill diffusion completions to this length (RL's max_new_tokens); None: one", None, at_least=1
     )
     completion_only_loss: bool = _("of prompt and completion, the completion alone is learned", True)
     assistant_only_loss: bool = _("of messages, the assistant's alone are learned", True)
-    packing: bool = _(
-        "several sequences in a row of the batch, which do not see each other: the same gradients, less padding", False
-    )
+    packing: bool = _("several sequences per row, which do not see each other: same gradients, less padding", False)
 
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = _same("dtype")
     float32_head: bool = _same("float32_head", help="logits in fp32 where the model computes in 16 bits")

@@ -35,7 +35,7 @@ from dllm_rl.training.finish import Summary, conclude
 from dllm_rl.training.policies import make_optimizer, make_policy, opened
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due, make_writer, protect, save
-from dllm_rl.training.start import launch, new_history, open_log, restore, told_of
+from dllm_rl.training.start import launch, new_history, open_log, restore
 from dllm_rl.training.warmup import draw_levels
 
 VIEWS = 4  # masks that a diffusion model's held-out loss takes of each row
@@ -138,7 +138,7 @@ def _begin(
     step = checkpoint.read_state(folder)["step"] if folder else 0
     optimizer = make_optimizer(recipe, policy)
     from_main(partial(clear_folder, recipe), accelerator)
-    log = open_log(recipe, accelerator, step, [*notes, *told_of(recipe, folder)])
+    log = open_log(recipe, accelerator, step, notes, folder)
     history = new_history(step)
     if folder:
         history |= restore(folder, policy, optimizer, log)
@@ -195,10 +195,8 @@ def take_step(run: Run[SFT], examples: Sequence[Example], step: int) -> dict[str
 def add_gradients(
     recipe: SFT, policy: Policy, chosen: Sequence[Example], accelerator: Accelerator, *key: object
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """Add this process's share of the loss's gradient; returns that share, and (padding, places) of its rows.
-
-    chosen  the examples of all processes; their masks depend on (seed, *key), not on the layout.
-    """
+    """Add this process's share of the loss's gradient; returns that share, and (padding, places) of its rows. `chosen`
+    are the examples of all processes; their masks depend on (seed, *key), not on the layout."""
     loss, places = torch.zeros((), device=policy.device), 0
     parts, total, filled = _parts(recipe, policy, chosen, accelerator, recipe.micro_batch_size, *key)
     for part in parts:

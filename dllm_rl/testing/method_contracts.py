@@ -96,7 +96,6 @@ def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask:
     weights, keep, metrics = _sound(corrector, mismatch, advantages, mask)
     # Two sums in another order; 1e-5 is a hundred roundings of fp32.
     same = lambda a, b, what: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m: f"{what}: {m}")  # noqa: E731
-
     near = lambda a, b: math.isclose(float(a), float(b), rel_tol=1e-5, abs_tol=1e-6)  # noqa: E731
 
     order = torch.arange(len(mask)).flip(0)

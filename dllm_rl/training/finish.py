@@ -45,8 +45,10 @@ def finish(run: Run[Recipe]) -> Summary:
         )
     settle(run)
     measured = {"before RL": history["eval_before"], "after": after, "after, quantised": quantized}
-    if accelerator.is_main_process:
-        _describe(run, measured)
+    model_card = Path(history["checkpoint"]) / checkpoint.CARD
+    if accelerator.is_main_process and model_card.is_file():  # else no checkpoint was saved, or it was deleted
+        step = checkpoint.read_state(model_card.parent)["step"]
+        write_text(model_card, card(recipe, step=step, evaluations=measured, metrics=log.last))
     return conclude(
         run,
         {
@@ -85,28 +87,14 @@ def conclude(run: Run[Any], measured: dict[str, Any], *, result: str, advice: st
             f"{advice}"
         )
         if recipe.push_to_hub is not None and history["checkpoint"]:
-            _upload(run, recipe.push_to_hub)
+            folder = Path(history["checkpoint"])
+            try:
+                run.log.say(f"Uploaded:   {push_to_hub(folder, recipe.push_to_hub)}")
+            except Exception as error:  # of any kind, the network's or the hub's: the run has ended well
+                run.log.say(f"warning: {folder} could not be uploaded to {recipe.push_to_hub}: {error}")
     run.accelerator.wait_for_everyone()
     run.policy.module.zero_grad(set_to_none=True)
     return Summary(summary, run.policy)
-
-
-def _describe(run: Run[Recipe], measured: dict[str, dict[str, float]]) -> None:
-    """Write the model card of the evaluated checkpoint again, with the results."""
-    folder = Path(run.history["checkpoint"])
-    if not (folder / checkpoint.CARD).is_file():  # none was saved, or it was deleted meanwhile
-        return
-    step = checkpoint.read_state(folder)["step"]
-    write_text(folder / checkpoint.CARD, card(run.recipe, step=step, evaluations=measured, metrics=run.log.last))
-
-
-def _upload(run: Run[Any], repo: str) -> None:
-    """Upload the checkpoint to the hub. A failure is a warning: the run has ended well."""
-    folder = Path(run.history["checkpoint"])
-    try:
-        run.log.say(f"Uploaded:   {push_to_hub(folder, repo)}")
-    except Exception as error:  # of any kind: the network's, the hub's
-        run.log.say(f"warning: {folder} could not be uploaded to {repo}: {error}")
 
 
 def _next_command(recipe: Recipe, folder: str) -> str:

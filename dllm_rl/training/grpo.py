@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator, causal, trajectory
+from dllm_rl.likelihoods.estimators import causal, trajectory
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import checkpoint_folder, read_config
@@ -68,7 +68,11 @@ def grpo_recipe(
     task_of = partial(task_from_dataset, reward_funcs=reward_funcs, weights=reward_weights)
     name = settings.pop("name", Path(model).name.lower() if isinstance(model, str) else "grpo")
     task, eval_task = task_of(training, name=name), task_of(held_out, name=f"{name}-held-out")
-    sampler, likelihood = _for_attention(attention_of(model), max_new_tokens, dict(sampler_options or {}))
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens} | dict(sampler_options or {})
+    steps = options.get("num_steps") or max_new_tokens
+    sampler, likelihood = partial(unmask, **options), trajectory(num_segments=None if steps <= SEGMENTS else SEGMENTS)
+    if attention_of(model) == "causal":
+        sampler, likelihood = partial(autoregress, **options), causal()
     fixed: dict[str, Any] = {
         "name": name,
         "model": model,
@@ -87,13 +91,3 @@ def attention_of(model: str | Policy | Callable[..., Policy]) -> str:
     if isinstance(model, str):
         return find_family(read_config(checkpoint_folder(model))).attention
     return (model if isinstance(model, Policy) else model()).spec.attention
-
-
-def _for_attention(
-    attention: str, max_new_tokens: int, options: dict[str, Any]
-) -> tuple[Callable, LikelihoodEstimator]:
-    options = {"max_new_tokens": max_new_tokens} | options
-    if attention == "causal":
-        return partial(autoregress, **options), causal()
-    steps = options.get("num_steps") or max_new_tokens
-    return partial(unmask, **options), trajectory(num_segments=None if steps <= SEGMENTS else SEGMENTS)

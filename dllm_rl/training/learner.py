@@ -77,9 +77,7 @@ def only_groups(noise: Noise, chosen: Bool[Tensor, " P"], group_size: int, accel
 
 def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bool:
     """Whether an update goes back through the forwards that scored: at most `kept_graphs`, each of a micro-batch.
-
-    Not with adapter dropout, which scoring leaves out, nor with sharded weights, whose forwards run `in_pace`.
-    """
+    Not with adapter dropout, which scoring leaves out, nor with sharded weights, whose forwards run `in_pace`."""
     forwards = views * math.ceil(rows / (recipe.micro_batch_size or rows))
     dropout = policy.lora is not None and policy.lora.dropout
     return recipe.shard_size == 1 and forwards <= recipe.kept_graphs and not dropout
@@ -264,9 +262,7 @@ def accumulate_gradients(
     micro_batch_size: int | None = None,
 ) -> Metrics:
     """Add this process's share of the loss gradient to the parameters; returns its metrics as (sum, count) pairs.
-
-    scores  log-probs of every view, nats. If the scores have graphs, the backward frees the graphs and no forward runs.
-    """
+    `scores` are log-probs of every view, nats. If they have graphs, the backward frees these and no forward runs."""
     leaves = scores.detach().requires_grad_()
     logps = likelihood.combine(leaves, batch.noise)
     _, metrics, gradient = loss(logps.detach(), batch)

@@ -79,8 +79,7 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
 
 
 def made_up_advantages(recipe: Recipe) -> Float[Tensor, "P G"]:
-    """Advantages of rewards that all differ, with both signs in a group of zeros, so that there is a loss. Raises
-    ValueError on another shape and on numbers that are not finite."""
+    """Advantages of rewards that all differ; a group of zeros gets both signs, for a loss. Raises ValueError."""
     rewards, parts = made_up_rewards(recipe)
     found = recipe.advantages(rewards, **parts)
     if found.shape != rewards.shape or not found.isfinite().all():

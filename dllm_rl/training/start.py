@@ -50,7 +50,7 @@ def start(recipe: Recipe) -> Run[Recipe]:
     made = None if folder else rehearsed(recipe, accelerator)  # before anything is written or deleted
     from_main(partial(clear_folder, recipe), accelerator)
     state: dict[str, Any] = checkpoint.read_state(folder) if folder else {"step": 0}
-    log = open_log(recipe, accelerator, state["step"], [*notes, *told_of(recipe, folder)])
+    log = open_log(recipe, accelerator, state["step"], notes, folder)
     if peers is not None:
         peers.follow(log)
     for caution in cautions(recipe):
@@ -120,8 +120,10 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
     return accelerator, stop, peers
 
 
-def open_log(recipe: Settings, accelerator: Accelerator, start: int, notes: Sequence[str]) -> RunLog:
-    """The run's files and trackers from step `start` on; prints `notes`."""
+def open_log(
+    recipe: Settings, accelerator: Accelerator, start: int, notes: Sequence[str], folder: Path | None
+) -> RunLog:
+    """The run's files and trackers from step `start` on; prints `notes`, and on a resume `folder`, the checkpoint."""
     log = RunLog(
         Path(recipe.directory),
         start=start,
@@ -132,14 +134,9 @@ def open_log(recipe: Settings, accelerator: Accelerator, start: int, notes: Sequ
     )
     for note in notes:
         log.say(note)
+    if recipe.resume_from_checkpoint:
+        log.say(f"resuming from {folder}" if folder else "no checkpoint yet: starting from the beginning")
     return log
-
-
-def told_of(recipe: Settings, folder: Path | None) -> list[str]:
-    """The message about a resume."""
-    if not recipe.resume_from_checkpoint:
-        return []
-    return [f"resuming from {folder}" if folder else "no checkpoint yet: starting from the beginning"]
 
 
 def check_processes(recipe: Settings, accelerator: Accelerator) -> None:

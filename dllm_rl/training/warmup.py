@@ -72,8 +72,7 @@ def supervised_loss(
     """Mean negative log-likelihood per completion token, nats. The L completion positions stand at the rows' end.
 
     causal     -sum_t log p(y_t | before) / tokens
-    diffusion  each row hides every completion token with its probability t:
-               -sum_{masked} log p(y_i | rest) / t / tokens (LLaDA eq. 5 [paper]; the floor on t and strata are ours).
+    diffusion  -sum_{masked with the row's t} log p(y_i | rest) / t / tokens (LLaDA eq. 5 [paper]; strata, floor [ours])
     """
     if policy.spec.attention == "causal":
         scored, weight = batch.completion_mask, batch.completion_mask.float()

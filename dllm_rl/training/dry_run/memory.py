@@ -255,8 +255,7 @@ def sampling_params(recipe: Recipe, policy: Policy) -> SamplingParams:
 
 
 def view_states(recipe: Recipe, policy: Policy, rows: int, prompt_tokens: int) -> Tensor:
-    """The states (K, D) at all completion positions of `rows` rows, as one view of the estimator computes them; with
-    nothing behind the prompt, at all of its positions, which are the most that can be open."""
+    """The states (K, D) at all completion positions of a view; without a completion, at all prompt positions."""
     length = recipe.max_new_tokens
     packed = recipe.likelihood.packed is not None
     tokens, mask = batch_of(rows, prompt_tokens + length * (1 + packed))

@@ -48,7 +48,6 @@ class MetaPolicy(DiffusionPolicy):
 
     @property
     def pad_id(self) -> int:
-        """Nothing is padded here."""
         return 0
 
     @property
