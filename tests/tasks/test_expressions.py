@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear import linear_time
 
-from dllm_rl.tasks.countdown.expressions import DEEPEST, LARGEST, LONGEST, Value, apply, evaluate
+from dllm_rl.tasks.countdown.expressions import LARGEST, LONGEST, Value, apply, evaluate
+from dllm_rl.tasks.countdown.python_arithmetic import DEEPEST, OutOfBounds
 
 OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
@@ -90,9 +91,11 @@ def test_bounds() -> None:
     assert evaluate("1/" + "/".join(["10"] * 41)) is None
 
 
-def test_apply_has_no_value_without_a_right_side() -> None:
-    assert apply("+", Fraction(1), None) is None
-    assert apply("/", Fraction(1), Fraction(0)) is None
+def test_apply_raises_on_zero_and_beyond_its_bound() -> None:
+    with pytest.raises(ZeroDivisionError):
+        apply("/", Fraction(1), Fraction(0))
+    with pytest.raises(OutOfBounds):
+        apply("*", Fraction(LARGEST), Fraction(10))
 
 
 ALPHABET = st.text(alphabet="0123456789+-*/() \n", max_size=14)

@@ -12,24 +12,24 @@ from dllm_rl.tasks.countdown.python_arithmetic import Number, OutOfBounds, pytho
 from dllm_rl.tasks.rows import present
 
 _RUN = "0123456789+-*/() "
+_NOTHING = dict.fromkeys(("accuracy", "valid", "numbers_used", "undecided"), 0.0)
 _EQUALS = re.compile(r"[0-9+\-*/() ]=[0-9. ]")
 
 
 def countdown_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     """The rules of the game: one expression, each number exactly once, exactly the target [ours].
 
-    The expression is all of the strict answer (box inside answer block, block, box), or all of a completion that has
-    none of these. The signs of print and LaTeX for times, divided and minus are read as operators. No "= 24" behind.
+    The expression is the whole strict answer (see `final_answer`), else the whole completion; no "= 24" may follow.
+    Printed and LaTeX signs for times, divided and minus count as operators.
     """
     answer = final_answer(completion)
     return grade_expression(fields, _operators(completion if answer is None else answer))
 
 
 def countdown_d1(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's evaluation [paper]: the last box, which is all of a completion without one; within 1e-5 of the target.
+    """d1's evaluation [paper]: `d1_box`, else the first answer block, else all; cut by `left_of_equals`.
 
-    Where the last box is not closed, the first answer block is read, else all. Where digits, operators, parentheses and
-    spaces run up to an equals sign with a digit, point or space behind, the first such run is the expression.
+    The value must lie within 1e-5 of the target.
     """
     text = d1_box(completion)
     if text is None:
@@ -43,21 +43,16 @@ def countdown_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
     """d1's training reward [paper]: 0 without a closed answer block, 0.1 when it is wrong, 1 when it is correct."""
     block = last_closed_answer(completion)
     if block is None:
-        return Reward(0.0, False, dict.fromkeys(("accuracy", "valid", "numbers_used", "undecided"), 0.0))
+        return Reward(0.0, False, _NOTHING)
     graded = grade_python_expression(fields, block)
     return Reward(1.0 if graded.value else 0.1, True, graded.breakdown)
 
 
-GRADERS: dict[str, Grader] = {
-    "strict": countdown_strict,
-    "d1": countdown_d1,
-    "spg": countdown_d1,
-    "espo": countdown_d1,
-}
+GRADERS: dict[str, Grader] = {"strict": countdown_strict, **dict.fromkeys(("d1", "spg", "espo"), countdown_d1)}
 
 
 def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
-    """`numbers` and `target` of a stored row. Errors: ValueError saying what is wrong."""
+    """`numbers` and `target` of a stored row. Errors: ValueError."""
     numbers, target = present(row, "numbers"), present(row, "target")
     if not isinstance(numbers, list) or not numbers or not all(type(number) is int for number in numbers):
         raise ValueError(f"numbers={numbers!r} must be a list of integers")
@@ -67,12 +62,11 @@ def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
 
 
 def grade_expression(fields: Mapping[str, Any], text: str) -> Reward:
-    """Grades a text that must be one expression; value 1 when correct, else 0; parsed when it is an expression at all.
+    """Grades a text that must be one expression. Value: accuracy; `parsed`: the text is an expression.
 
-    accuracy      1 when each number stands exactly once and the value is the target.
-    valid         1 when each number stands exactly once.
-    numbers_used  given numbers that stand in it, and given that it has no others than these, as a share: the size of
-                  the multiset intersection over that of the larger multiset.
+    accuracy      1 when the expression is valid and its value is the target.
+    valid         1 when the expression has each given number exactly once, and no other.
+    numbers_used  size of the multiset intersection of used and given numbers / size of the larger multiset.
     """
     found = evaluate(text)
     if found is None:
@@ -81,16 +75,16 @@ def grade_expression(fields: Mapping[str, Any], text: str) -> Reward:
 
 
 def grade_python_expression(fields: Mapping[str, Any], text: str) -> Reward:
-    """As grade_expression, with d1's rules: the value is Python's, and the numbers are all strings of digits.
+    """As grade_expression by d1's rules: the value is Python's, and every run of digits is a number.
 
-    undecided  1 when the expression is beyond the bounds of python_arithmetic; it is graded wrong.
+    undecided  1 when the expression is beyond the bounds of python_arithmetic; the grade is then 0.
     """
     try:
         value = python_value(text)
     except OutOfBounds:
-        return Reward(0.0, False, {"accuracy": 0.0, "valid": 0.0, "numbers_used": 0.0, "undecided": 1.0})
+        return Reward(0.0, False, _NOTHING | {"undecided": 1.0})
     if value is None:
-        return Reward(0.0, False, dict.fromkeys(("accuracy", "valid", "numbers_used", "undecided"), 0.0))
+        return Reward(0.0, False, _NOTHING)
     numbers = [int(digits) for digits in re.findall(r"\d+", text)]
     graded = _graded(fields, numbers, _close(value, fields["target"]))
     return Reward(graded.value, True, {**graded.breakdown, "undecided": 0.0})
@@ -112,7 +106,7 @@ def _graded(fields: Mapping[str, Any], numbers: list[int], on_target: bool) -> R
 
 
 def left_of_equals(text: str) -> str:
-    """The first run of digits, operators, parentheses and spaces before "=" and a digit, point or space; else all."""
+    """The first run of digits, + - * / ( ) and spaces before "=" and a digit, point or space; else all."""
     found = _EQUALS.search(text)
     if found is None:
         return text

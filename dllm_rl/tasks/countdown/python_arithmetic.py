@@ -1,7 +1,6 @@
-"""Arithmetic as Python evaluates it, read from a text without running any: for d1's protocol.
+"""Arithmetic as Python evaluates it, without Python's evaluator: for d1's protocol.
 
-d1 passes digits, + - * / ( ) . and white space to Python. The value here is the one that Python gives, with its
-integers, floats and complex numbers, `**`, `//`, signs and rounding; where Python raises there is none. The grammar:
+d1 passes digits, + - * / ( ) . and white space to Python. The value here is the one that Python gives. The grammar:
 
     sum     = product (("+" | "-") product)*
     product = factor (("*" | "/" | "//") factor)*
@@ -9,20 +8,23 @@ integers, floats and complex numbers, `**`, `//`, signs and rounding; where Pyth
     power   = atom ["**" factor]
     atom    = "(" sum ")" | number
 
-The other texts that Python accepts, calls such as 2(3), () and ..., are never worth a number.
+Python accepts other texts, such as 2(3), () and ..., but they never have a number as their value.
 """
 
 import operator
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-LONGEST = 2_000  # characters, of a text that is stripped
+LONGEST = 2_000  # characters of the stripped text
 DEEPEST = 40  # parentheses, signs and powers within one another
 LARGEST = 100_000  # bits of an integer on the way
 
 Number = int | float | complex
 
 _TOKEN = re.compile(r"[ \t\f\n\r]*(?:(\d+\.\d*|\.\d+)|(0+(?!\d)|[1-9]\d*)|(\*\*|//|[-+*/()]))", re.ASCII)
-_APPLY = {
+OPERATORS = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
@@ -33,25 +35,23 @@ _APPLY = {
 
 
 class OutOfBounds(Exception):
-    """The text is too long or too deep, or an integer on the way too large, to be evaluated."""
+    """The text is too long or too deep, or an integer on the way is too large."""
 
 
 def python_value(text: str) -> Number | None:
-    """What Python makes of the text, stripped; None where it raises. Errors: OutOfBounds."""
+    """The value that Python gives to the stripped text; None where Python raises. Errors: OutOfBounds."""
     text = text.strip()
     if len(text) > LONGEST:
         raise OutOfBounds
+    number = lambda token: float(token) if "." in token else int(token)  # noqa: E731
     try:
-        reader = _Reader(_tokens(text))
-        value = reader.sum(0)
-        reader.take("")
-    except (SyntaxError, ArithmeticError, TypeError, ValueError):  # as Python's evaluation of such a text raises them
+        return Reader(_tokens(text), signs=("+", "-"), number=number, apply=_apply).value()
+    except (SyntaxError, ArithmeticError, TypeError, ValueError):  # the errors of Python's evaluation
         return None
-    return value
 
 
 def _tokens(text: str) -> list[str]:
-    """The tokens, and "" for the end. A line break outside parentheses ends an expression of Python's."""
+    """The tokens, then "". A line break outside parentheses ends an expression in Python, so it is an error here."""
     tokens, at, depth = [], 0, 0
     while at < len(text):
         found = _TOKEN.match(text, at)
@@ -64,12 +64,26 @@ def _tokens(text: str) -> list[str]:
     return [*tokens, ""]
 
 
-class _Reader:
-    """A place in a list of tokens; its methods read what they are named after, and evaluate it."""
+@dataclass
+class Reader:
+    """Evaluates a list of tokens that ends with "". Each method reads what it is named after, at `depth`.
 
-    def __init__(self, tokens: list[str]) -> None:
-        self.tokens = tokens
-        self.at = 0
+    signs   the signs that a factor may have.
+    number  token -> its value, for each token that is no operator and no parenthesis.
+    apply   (operator, left, right) -> value.
+    """
+
+    tokens: list[str]
+    signs: tuple[str, ...]
+    number: Callable[[str], Any]
+    apply: Callable[..., Any]
+    at: int = 0
+
+    def value(self) -> Any:
+        """Errors: SyntaxError; OutOfBounds beyond DEEPEST; what `number` and `apply` raise."""
+        value = self.sum(0)
+        self.take("")
+        return value
 
     def next_of(self, *wanted: str) -> str | None:
         if self.tokens[self.at] in wanted:
@@ -81,28 +95,28 @@ class _Reader:
         if self.next_of(wanted) is None:
             raise SyntaxError(self.tokens[self.at])
 
-    def sum(self, depth: int) -> Number:
+    def sum(self, depth: int) -> Any:
         value = self.product(depth)
-        while sign := self.next_of("+", "-"):
-            value = _apply(sign, value, self.product(depth))
+        while operator := self.next_of("+", "-"):
+            value = self.apply(operator, value, self.product(depth))
         return value
 
-    def product(self, depth: int) -> Number:
+    def product(self, depth: int) -> Any:
         value = self.factor(depth)
-        while sign := self.next_of("*", "/", "//"):
-            value = _apply(sign, value, self.factor(depth))
+        while operator := self.next_of("*", "/", "//"):
+            value = self.apply(operator, value, self.factor(depth))
         return value
 
-    def factor(self, depth: int) -> Number:
+    def factor(self, depth: int) -> Any:
         if depth > DEEPEST:
             raise OutOfBounds
-        if sign := self.next_of("+", "-"):
+        if sign := self.next_of(*self.signs):
             value = self.factor(depth + 1)
             return -value if sign == "-" else value
         base = self.atom(depth)
-        return _apply("**", base, self.factor(depth + 1)) if self.next_of("**") else base
+        return self.apply("**", base, self.factor(depth + 1)) if self.next_of("**") else base
 
-    def atom(self, depth: int) -> Number:
+    def atom(self, depth: int) -> Any:
         if self.next_of("("):
             value = self.sum(depth + 1)
             self.take(")")
@@ -111,7 +125,7 @@ class _Reader:
         self.at += 1
         if not token or token in "+-*//**()":
             raise SyntaxError(token)
-        return float(token) if "." in token else int(token)
+        return self.number(token)
 
 
 def _apply(sign: str, left: Number, right: Number) -> Number:
@@ -119,4 +133,4 @@ def _apply(sign: str, left: Number, right: Number) -> Number:
         bits = left.bit_length() * right if sign == "**" else left.bit_length() + right.bit_length()
         if sign in ("*", "**") and abs(left) > 1 and bits > LARGEST:
             raise OutOfBounds
-    return _APPLY[sign](left, right)
+    return OPERATORS[sign](left, right)

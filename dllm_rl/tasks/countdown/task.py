@@ -19,7 +19,7 @@ exactly once and no other number; you may add, subtract, multiply, divide and us
 Think it through first if you like, then write the expression alone, without an equals sign, between <answer> and \
 </answer>."""
 
-# An expression: its value's text and the operator at its top, "" for a number.
+# The text and the top operator of an expression; "" for a number.
 Expression = tuple[str, str]
 _BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "": 3}
 
@@ -28,24 +28,23 @@ _BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "": 3}
 class Countdown(Prompted):
     """Countdown problems; problem i is a pure function of (seed, split, i) and the settings.
 
-    split          the sets of numbers of train, validation and test are disjoint (70, 10 and 20 in 100 by a hash).
+    split          train, validation and test share no set of numbers: 70, 10 and 20 in 100, by a hash.
     count          how many numbers, 3 to 6, or an inclusive range.
     max_number     numbers are drawn from 1 to this.
     max_target     targets lie between 1 and this.
-    operators      those a solution may need; each problem is made from a solution, so it has one.
-    difficulty     "sums": + and - alone suffice. "products": they do not. "any".
+    operators      the operators that a solution may need; every problem has a solution.
+    difficulty     "sums": + and - suffice. "products": they do not. "any".
     size           number of problems; fewer when a file has fewer.
     seed           of the problems.
-    path           problems from a JSONL file instead, {"input": "30,100,93", "output": "23"} or numbers and target.
-    prompt_format  "compact": fixed-width characters, " 3,25, 7> 82=", answered by an expression padded with spaces to
-                   `width` characters. "text": an instruction; the answer stands between <answer> tags.
-                   A template with {numbers} and {target}, or the path of a file with one.
+    path           a JSONL file of problems instead: {"input": "30,100,93", "output": "23"} or numbers and target.
+    prompt_format  "compact": " 3,25, 7> 82=", answered by an expression padded with spaces to `width` characters.
+                   "text": an instruction, answered between <answer> tags. Else a template with {numbers} and
+                   {target}, or the path of its file.
     chat           "text" and templates: one user message (True) or plain text (False).
     opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
-    reward_rule    the value of a completion.
+    reward_rule    "own": solved_weight * accuracy + numbers_weight * numbers_used, read strictly [ours]; "d1": 0, 0.1
+                   or 1 [paper].
     solved_weight, numbers_weight  of the two parts of the value "own".
-    Value of a completion: "own": solved_weight * accuracy + numbers_weight * numbers_used, under the strict reading
-    [ours]; "d1": 0, 0.1 or 1 [paper].
     """
 
     name: ClassVar[str] = "countdown"
@@ -102,7 +101,7 @@ class Countdown(Prompted):
         return Problem(self._prompt(numbers, target), fields, self._answer(expression))
 
     def reward(self, problem: Problem, completion: str) -> Reward:
-        """Grades one completion; see grade_expression for the breakdown. Linear in the text's length."""
+        """See grade_expression for the breakdown. Linear in the text's length."""
         if self.reward_rule == "d1":
             return countdown_d1_training(problem.fields, completion)
         graded = countdown_strict(problem.fields, completion)
@@ -111,7 +110,7 @@ class Countdown(Prompted):
 
     @property
     def width(self) -> int:
-        """Characters of the longest solution: the numbers, the operators and parentheses where they can be needed."""
+        """Characters of the longest solution: numbers, operators and parentheses."""
         count = _range(self.count)[1]
         return count * len(str(self.max_number)) + (count - 1) + 2 * (count - 2)
 
@@ -137,8 +136,7 @@ class Countdown(Prompted):
         if self.compact:
             listed = ",".join(str(number).rjust(len(str(self.max_number))) for number in numbers)
             return f"{listed}>{str(target).rjust(len(str(self.max_target)))}="
-        values = {"numbers": ", ".join(map(str, numbers)), "target": str(target)}
-        return self.worded(**values)
+        return self.worded(numbers=", ".join(map(str, numbers)), target=str(target))
 
     def _answer(self, expression: str | None) -> str | None:
         if expression is None:
@@ -151,10 +149,9 @@ def _range(count: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _random_expression(numbers: tuple[int, ...], operators: str, rng: Random) -> tuple[int, str]:
-    """Two random operands are joined by a random operator until one is left.
+    """(value, text): joins two random operands by a random operator until one is left.
 
-    Every value on the way is a positive integer: a difference is taken the positive way round, and a difference of
-    equals, an inexact quotient or a value beyond a million ends the attempt with the target 0, which no problem has.
+    Each value on the way is a positive integer up to a million. An attempt that leaves this range returns (0, "").
     """
     operands = [(number, (str(number), "")) for number in numbers]
     while len(operands) > 1:
@@ -173,7 +170,7 @@ def _random_expression(numbers: tuple[int, ...], operators: str, rng: Random) ->
 
 
 def write(left: Expression, operator: str, right: Expression) -> Expression:
-    """The text of left operator right, with parentheses only where they are needed."""
+    """left operator right, with parentheses only where they are needed."""
     first, second = left[0], right[0]
     if _BINDS[left[1]] < _BINDS[operator]:
         first = f"({first})"
@@ -183,7 +180,7 @@ def write(left: Expression, operator: str, right: Expression) -> Expression:
 
 
 def signed_sums(numbers: Sequence[int]) -> set[int]:
-    """Every value that + and - alone can give: the sums with at least one number counted positively."""
+    """Every value that + and - alone give: the sums with at least one number counted positively."""
     totals = {(0, False)}
     for number in numbers:
         totals = {(total + number, True) for total, _ in totals} | {(total - number, plus) for total, plus in totals}
