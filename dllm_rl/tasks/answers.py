@@ -1,12 +1,12 @@
-"""Scanners that find an answer in a completion. Each is linear in its length, whatever the text, and none raises."""
+"""Scanners that find an answer in a completion. Each takes linear time on any text, and none raises."""
 
 import re
 from fractions import Fraction
 
-# An answer, box or expression longer than this is treated as none: no answer of these tasks comes near.
-LONGEST = 10_000
-# d1's parsers read answers of any length; here, up to this one, and this many boxes.
-FARTHEST, MOST_BOXES = 100_000, 10_000
+LONGEST = 10_000  # characters of an answer, box or expression; a longer one counts as none
+# d1's parsers have no limits.
+FARTHEST = 100_000
+MOST_BOXES = 10_000
 
 _ENDS = ("</answer>", "<|eot_id|>", "<|endoftext|>")
 _BRACE = re.compile(r"[{}]")
@@ -16,7 +16,7 @@ _PLAIN = re.compile(r"([+-]?)\$?([+-]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\
 
 
 def last_answer(text: str) -> str | None:
-    """What stands after the last `<answer>`, up to its end tag, a special token or the end; None without `<answer>`."""
+    """The text after the last `<answer>`, up to its end tag, a special token or the end; None without `<answer>`."""
     start = text.rfind("<answer>")
     if start < 0:
         return None
@@ -25,7 +25,7 @@ def last_answer(text: str) -> str | None:
 
 
 def first_closed_answer(text: str) -> str | None:
-    """Between the first `<answer>` and the first `</answer>` after it; None when either is missing."""
+    """The text between the first `<answer>` and the next `</answer>`; None when either is missing."""
     start = text.find("<answer>")
     end = text.find("</answer>", start + len("<answer>"))
     return text[start + len("<answer>") : end] if 0 <= start < end else None
@@ -41,7 +41,7 @@ def last_closed_answer(text: str) -> str | None:
 
 
 def last_box(text: str, *, names: tuple[str, ...] = ("\\boxed", "\\fbox")) -> str | None:
-    """The content of the last `\\boxed{...}`, or failing that of the last `\\fbox{...}`, with balanced braces."""
+    """The content of the last `\\boxed{...}`, else of the last `\\fbox{...}`, with balanced braces."""
     for name in names:
         start = text.rfind(name + "{")
         if start >= 0:
@@ -58,11 +58,10 @@ def final_answer(text: str) -> str | None:
 
 
 def d1_box(text: str) -> str | None:
-    """What d1's evaluation takes for the content of the last box; None when it is not closed.
+    """The last box as d1's evaluation reads it; None when it is not closed.
 
-    A text with neither \\boxed nor \\fbox is its own content. "\\boxed " with a space runs to the next dollar sign;
-    else the last \\boxed, or without one \\fbox, runs to where its braces balance, and unless that begins with
-    "\\boxed{" the command itself belongs to the content.
+    A text with neither \\boxed nor \\fbox is its own content. "\\boxed " with a space runs to the next dollar sign.
+    Else the last \\boxed, or without one \\fbox, ends where its braces balance; only "\\boxed{" and "}" are removed.
     """
     if "\\boxed " in text:
         return text.rpartition("\\boxed ")[2].partition("$")[0]
@@ -79,10 +78,8 @@ def d1_box(text: str) -> str | None:
 
 
 def first_boxed_number(text: str) -> float | None:
-    """d1's reading of boxes: the first `\\boxed{...}` with a number, as a float, else the first number in it.
-
-    A box ends at the first closing brace, in its own line; one without is no box.
-    """
+    """As d1: the first `\\boxed{...}` with a number, as a float, else its first number. A box ends at the first
+    closing brace, in the same line."""
     at = text.find("\\boxed{")
     for _ in range(MOST_BOXES):
         end = _BOX_END.search(text, at + len("\\boxed{")) if at >= 0 else None
@@ -102,7 +99,7 @@ def last_number(text: str) -> float | None:
 
 
 def exact_number(text: str) -> Fraction | None:
-    """The text as one decimal number: a sign, a dollar sign, commas between thousands and a final point may stand."""
+    """The text as one decimal number, with optional sign, dollar sign, commas between thousands and final point."""
     if len(text) > LONGEST:
         return None
     text = text.strip().replace("\\$", "$").removesuffix(".")

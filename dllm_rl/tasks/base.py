@@ -12,13 +12,13 @@ FLOAT32_MAX = 3.4028234663852886e38
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: what the model reads, and what a grader needs to know.
+    """One problem: what the model reads, and what a grader needs.
 
     prompt    text, or chat messages [{"role": ..., "content": ...}] that the policy's tokenizer renders.
-    fields    JSON-serialisable facts for the grader (a puzzle, a target ...); they travel with stored completions.
-    solution  a correct completion, for supervised warm-up; None where there is none.
-    blank     the piece of the prompt's text that stands for one token to fill in (infilling), wherever it occurs; what
-              is graded is then the whole text, filled in. None: the completion follows the prompt.
+    fields    JSON-serialisable facts for the grader (a puzzle, a target ...), stored with completions.
+    solution  a correct completion, for supervised warm-up; None: there is none.
+    blank     infilling: each occurrence of this piece of the prompt is one token to fill in, and the grader gets the
+              whole filled text. None: the completion follows the prompt.
     """
 
     prompt: str | list[dict[str, str]]
@@ -32,9 +32,9 @@ class Reward:
     """A graded completion.
 
     value      the number that training maximises.
-    parsed     whether an answer was found at all; False is counted and shown, never hidden in the value.
-    breakdown  further numbers, each averaged over completions under its own name ("solve_rate", "accuracy" ...);
-               "cell_accuracy" comes with the counts that it is a ratio of, and is averaged as COUNTED says.
+    parsed     whether the grader found an answer at all; reported separately from the value.
+    breakdown  further numbers by name ("solve_rate", "accuracy" ...), each averaged over completions; for ratios see
+               COUNTED.
     """
 
     value: float
@@ -44,10 +44,10 @@ class Reward:
 
 @runtime_checkable
 class Task(Protocol):
-    """A sized, indexable collection of problems with a grader. `version` changes whenever a grade could.
+    """A sized, indexable collection of problems with a grader. `version` changes whenever a grade may change.
 
-    A task may also have rewards(problems, completions), which grades many at once as reward would one by one, and
-    reward_weights, where its value is a weighted sum of several rewards: name in the breakdown -> weight.
+    Optional: rewards(problems, completions) grades many at once, with the results of `reward`; reward_weights, where
+    the value is a weighted sum: name in the breakdown -> weight.
     """
 
     @property
@@ -72,9 +72,7 @@ COUNTED = {"cell_accuracy": ("correct_cells", "empty_cells")}
 def addends(reward: Reward) -> dict[str, tuple[float, float]]:
     """What a graded completion adds to the numerator and the denominator of each mean over a set, by name.
 
-    "reward", "parsed" and each name of the breakdown add (number, 1). A ratio of COUNTED whose counts are in the
-    breakdown adds the counts, which have no mean of their own: cell_accuracy of a set is all correct cells over all
-    empty ones.
+    "reward", "parsed" and each name of the breakdown add (number, 1); a ratio of COUNTED adds its two counts.
     """
     added = {"reward": (reward.value, 1.0), "parsed": (float(reward.parsed), 1.0)}
     added |= {name: (number, 1.0) for name, number in reward.breakdown.items()}
@@ -88,12 +86,11 @@ def addends(reward: Reward) -> dict[str, tuple[float, float]]:
 def grade(
     task: Task, problems: Sequence[Problem], completions: Sequence[str], *, timeout: float | None = None
 ) -> list[Reward]:
-    """Grade completions, G in a row for each problem, at once where the task can.
+    """Grade completions, G consecutive ones per problem, all at once where the task can.
 
-    timeout  seconds for one call of the grader; see `deadline` for what happens then. None: no limit.
-
-    A grader that raises, or that would end the process, stops the run with what it was given, as RuntimeError; one that
-    returns no reward, or a number that training could not hold, does as ValueError.
+    timeout  seconds for one call of the grader (see `deadline`); None: no limit.
+    Errors: RuntimeError when the grader raises or exits; ValueError when it returns no `Reward`, or a number that is
+    not finite in fp32. Both name the problem and the completion.
     """
     group, place = len(completions) // len(problems), 0
     own = [problems[i // group] for i in range(len(completions))]
@@ -132,25 +129,18 @@ def grade(
 
 
 def fault_of(reward: Any) -> str | None:
-    """What is wrong with a reward, if anything: every number of it must be finite, also in fp32, and `value` is one."""
+    """What is wrong with a reward, or None: all of its numbers must be finite in fp32."""
     if not isinstance(reward, Reward):
         return f"{reward!r}, which is no Reward(value, parsed, breakdown)"
     if not isinstance(reward.breakdown, Mapping):
         return f"breakdown={reward.breakdown!r}, which is no mapping of names to numbers"
     for name, value in {"value": reward.value, "parsed": reward.parsed, **reward.breakdown}.items():
-        if not _is_number(value):
+        try:  # numbers of Python, NumPy and torch (of one element), and truth values
+            number = None if isinstance(value, str | bytes) else float(value)
+        except (TypeError, ValueError, RuntimeError):
+            number = None
+        if number is None:
             return f"{name}={value!r}, which is no number; give a float"
-        if not abs(float(value)) <= FLOAT32_MAX:
+        if not abs(number) <= FLOAT32_MAX:
             return f"{name}={value!r}, which is not a finite number of fp32; scale it, or leave it out of the breakdown"
     return None
-
-
-def _is_number(value: Any) -> bool:
-    """Numbers of Python, NumPy and torch (of one element), and truth values."""
-    if isinstance(value, str | bytes):
-        return False
-    try:
-        float(value)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return True

@@ -1,4 +1,4 @@
-"""Other people's problems as a task: a data set with TRL-style reward functions."""
+"""A data set with TRL-style reward functions as a task."""
 
 import asyncio
 import inspect
@@ -12,15 +12,14 @@ from typing import Any
 
 from dllm_rl.tasks.base import Problem, Reward
 
-# f(prompts=[...], completions=[...], **columns) -> one number, or None where it does not apply, for each completion;
-# or an async function that does.
 HELD_OUT = 256  # rows at most
+# f(prompts=[...], completions=[...], **columns) -> for each completion a number, or None: does not apply. May be async.
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 
 @dataclass(frozen=True)
 class DatasetTask:
-    """The rows of a data set, graded by a weighted sum of functions; made by task_from_dataset."""
+    """The rows of a data set, graded by a weighted sum of functions; see task_from_dataset."""
 
     dataset: Any = field(repr=False)
     reward_funcs: tuple[RewardFunction, ...]
@@ -30,7 +29,6 @@ class DatasetTask:
 
     @property
     def reward_weights(self) -> dict[str, float]:
-        """Of each function, by its name in the breakdown."""
         return dict(zip(self._labels(), self.weights, strict=True))
 
     def __len__(self) -> int:
@@ -47,16 +45,14 @@ class DatasetTask:
         return self.rewards([problem], [completion])[0]
 
     def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
-        """Grades many completions with one call of each function; problems[i] belongs to completions[i].
+        """Grades many completions with one call of each function.
 
-        Value: the sum of weight * number over the functions that gave a number; each is in the breakdown by its name.
-        `parsed` is True: such functions do not say whether they found an answer.
-        Errors: ValueError when a function returns too few, no finite number, or all of them None for a completion.
+        Value: the sum of weight * number over the functions that gave a number; `parsed` is always True.
+        Errors: ValueError when a function returns too few or a number that is not finite, or all return None.
         """
-        chat = [not isinstance(problem.prompt, str) for problem in problems]
         told = [
-            [{"role": "assistant", "content": text}] if is_chat else text
-            for text, is_chat in zip(completions, chat, strict=True)
+            text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": text}]
+            for problem, text in zip(problems, completions, strict=True)
         ]
         columns = {name: [problem.fields[name] for problem in problems] for name in problems[0].fields}
         prompts = [problem.prompt for problem in problems]
@@ -95,9 +91,9 @@ def task_from_dataset(
 ) -> DatasetTask:
     """A task from a `datasets.Dataset`, or any sequence of rows, with a `prompt` column of text or chat messages.
 
-    reward_funcs  TRL-style functions; they get the other columns as keyword lists. Chat prompts come with completions
-                  as one-message chats, as in TRL.
-    weights       one for each function; 1 by default.
+    reward_funcs  TRL-style functions; the other columns are keyword lists. With chat prompts a completion is a chat
+                  of one message, as in TRL.
+    weights       one per function; 1 by default.
     version       change it when a function changes, so that stored results are not mixed up.
     A `completion` column, text or chat, becomes the solution for supervised warm-up.
     """
@@ -119,7 +115,7 @@ def task_from_dataset(
 
 
 def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
-    """The data set itself where it has a length, else its first `max_rows` rows. Raises ValueError without max_rows."""
+    """The data set itself if it has a length, else its first `max_rows` rows. Errors: ValueError without max_rows."""
     if isinstance(dataset, Sized):
         return dataset
     if max_rows is None:
@@ -128,8 +124,7 @@ def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
 
 
 def hold_out(rows: Any) -> tuple[Any, Any]:
-    """The rows without their last tenth, and the last tenth: at least one row and at most HELD_OUT. Raises ValueError
-    on fewer than two rows."""
+    """The rows without their last tenth, and the last tenth: 1 to HELD_OUT rows. Errors: ValueError below 2 rows."""
     if len(rows) < 2:
         raise ValueError(f"dataset has {len(rows)} row, and one is to be held out; give eval_dataset")
     kept = len(rows) - min(HELD_OUT, len(rows) // 10 or 1)
@@ -137,14 +132,14 @@ def hold_out(rows: Any) -> tuple[Any, Any]:
 
 
 def part_of(dataset: Any, start: int, stop: int) -> Any:
-    """The rows from start to stop: a view of a `datasets.Dataset`, a list of any other sequence's."""
+    """The rows from start to stop: a view of a `datasets.Dataset`, else a list."""
     if hasattr(dataset, "select"):
         return dataset.select(range(start, stop))
     return [dataset[i] for i in range(start, stop)]
 
 
 def _called(functions: Sequence[RewardFunction], arguments: dict[str, Any]) -> list[Any]:
-    """What each function returns; those that are awaited wait at once."""
+    """What each function returns; async functions run concurrently."""
     returned: list[Any] = [function(**arguments) for function in functions]
     waiting = [place for place, value in enumerate(returned) if inspect.isawaitable(value)]
     if waiting:

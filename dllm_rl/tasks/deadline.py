@@ -1,4 +1,4 @@
-"""A time limit on graders: a reward that does not come back ends the process, and says which one it was."""
+"""A time limit on graders: a grader that does not return ends the process and is named."""
 
 import faulthandler
 import math
@@ -16,13 +16,12 @@ EVERY = 1.0  # seconds after which a restart arms the last resort again
 
 @contextmanager
 def deadline(seconds: float, describe: Callable[[], str]) -> Iterator[Callable[[], None]]:
-    """Yields restart(), to be called before each piece of work. One that takes longer than `seconds` ends the process
-    with status 124, after a line on standard error, `describe()`, and the stacks of all threads.
+    """Yields restart(); call it before each piece of work. A piece longer than `seconds` ends the process with status
+    124, after `describe()` and the stacks of all threads on standard error, without clean-up.
 
-    A thread cannot be killed, so that the process ends as it is, without clean-up. A thread watches work that sleeps,
-    waits or runs Python; a timer of processor time interrupts C code that holds the interpreter but looks for signals,
-    as regular expressions do. C code that does neither is ended by faulthandler 4 to 5 s later, with its stack alone
-    and status 1.
+    A thread watches work that sleeps, waits or runs Python. A timer of processor time interrupts C code that holds the
+    interpreter but checks signals, such as regular expressions. faulthandler ends other C code 4 to 5 s later, with
+    only that stack and status 1.
     """
     began = time.monotonic()
     armed = -math.inf
@@ -58,7 +57,7 @@ def deadline(seconds: float, describe: Callable[[], str]) -> Iterator[Callable[[
 
 @contextmanager
 def _interrupting(handle: Callable[..., None], *, every: float) -> Iterator[None]:
-    """Call `handle` after every so many seconds of processor time; only a process's main thread can."""
+    """Call `handle` every `every` seconds of processor time; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -72,5 +71,5 @@ def _interrupting(handle: Callable[..., None], *, every: float) -> Iterator[None
 
 
 def unlimited() -> AbstractContextManager[Callable[[], None]]:
-    """In the place of a deadline: restart() does nothing."""
+    """A deadline that never ends: restart() does nothing."""
     return nullcontext(lambda: None)

@@ -1,4 +1,4 @@
-"""Prompts from templates: ours, a string, or a file with another paper's wording."""
+"""Prompts from templates: built in, a string, or a file."""
 
 import json
 import re
@@ -10,11 +10,10 @@ Prompt = str | list[dict[str, str]]
 
 
 def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
-    """The template itself, or the contents of the file it names.
+    """A string with a line break or a placeholder `{name}`, name in `needs`, is the template; else it is a path.
 
-    A string that contains one of the placeholders `{name}` for name in `needs` is the template. Anything else is the
-    path of a file: `.json` holds chat messages [{"role": ..., "content": ...}], other suffixes hold plain text.
-    Errors: ValueError when the file is missing or a placeholder occurs nowhere.
+    A `.json` file holds chat messages [{"role": ..., "content": ...}]; other files hold plain text.
+    Errors: ValueError when the file or a placeholder is missing.
     """
     if isinstance(template, str) and ("\n" in template or any("{" + name + "}" in template for name in needs)):
         loaded: Prompt = template
@@ -33,7 +32,9 @@ def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
 def _messages(path: Path) -> list[dict[str, str]]:
     loaded = json.loads(path.read_text(encoding="utf-8"))
     good = isinstance(loaded, list) and all(
-        isinstance(message, dict) and set(message) == {"role", "content"} and all(map(_is_text, message.values()))
+        isinstance(message, dict)
+        and set(message) == {"role", "content"}
+        and all(isinstance(value, str) for value in message.values())
         for message in loaded
     )
     if not good:
@@ -41,16 +42,12 @@ def _messages(path: Path) -> list[dict[str, str]]:
     return loaded
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
 class Prompted:
-    """The settings prompt_format, chat and opening of a task, which names them as its fields.
+    """The settings prompt_format, chat and opening of a task; the task declares them as its fields.
 
     text          the instruction of prompt_format="text".
     placeholders  the names that a template must have in braces.
-    A task may also have a format "compact", which it writes itself.
+    has_compact   whether the task also writes a format "compact" itself.
     """
 
     text: ClassVar[str]
@@ -66,7 +63,7 @@ class Prompted:
         return self.has_compact and self.prompt_format == "compact"
 
     def check_prompt(self) -> None:
-        """Errors: ValueError for an opening where no assistant's turn begins, and for a template that is none."""
+        """Errors: ValueError for an opening without an assistant's turn, and for an invalid template."""
         if self.opening and (not self.chat or self.compact):
             raise ValueError(
                 f"opening={self.opening!r} begins the assistant's turn: it needs chat=True and a text prompt"
@@ -88,10 +85,10 @@ def _loaded(template: str | Path, needs: tuple[str, ...]) -> Prompt:
 
 
 def fill(template: Prompt, *, chat: bool, opening: str = "", **values: str) -> Prompt:
-    """The template with each `{name}` replaced, as one user message when `chat` and the template is plain text.
+    """The template with each given `{name}` replaced; with `chat`, a plain text becomes one user message.
 
-    Only the names given are replaced, each once and never inside a value: templates and problems may hold other
-    braces, such as \\boxed{}. With an `opening`, a last message of the assistant's begins its turn with that text.
+    Nothing is replaced inside a value, and other braces stay, such as \\boxed{}. An `opening` adds a last message,
+    which begins the assistant's turn.
     """
     if isinstance(template, str) and not chat:
         return _replace(template, values)

@@ -1,4 +1,4 @@
-"""The tasks by name, and how each is graded under the protocols of the papers. No text is ever evaluated."""
+"""The tasks by name, and their graders by protocol (of a paper)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +16,10 @@ from dllm_rl.tasks.sudoku import graders as sudoku
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a task by its name.
+    """A task's class, its graders by protocol (none: its own reward grades), and:
 
-    task         its class.
-    graders      by protocol; none for a task that is graded by its own reward alone.
-    read_fields  (row, protocol) -> the fields that a grader needs, of a row of stored completions. Errors: ValueError.
-    require      by protocol: raises ImportError when a package that it needs is not installed.
+    read_fields  (row of stored completions, protocol) -> the fields that a grader needs. Errors: ValueError.
+    require      by protocol: raises ImportError when a package is not installed.
     prepare      by protocol: (fields, completions) -> None; does the slow part of many grades ahead, in parallel.
     """
 
@@ -32,8 +30,7 @@ class Entry:
     prepare: Mapping[str, Callable[[Sequence[Mapping[str, Any]], Sequence[str]], None]] = field(default_factory=dict)
 
 
-# A line a task. SPG grades Sudoku, Countdown and MATH500 as d1 does, ESPO Sudoku and Countdown; their other differences
-# are of prompt, split and training.
+# SPG grades Sudoku, Countdown and MATH500 as d1 does; ESPO grades Sudoku and Countdown as d1 does.
 TABLE = {
     "sudoku": Entry(Sudoku, sudoku.GRADERS, sudoku.read_fields),
     "countdown": Entry(Countdown, countdown.GRADERS, countdown.read_fields),
@@ -47,7 +44,7 @@ PROTOCOLS = {name: entry.graders for name, entry in TABLE.items() if entry.grade
 
 @dataclass(frozen=True)
 class UnderProtocol:
-    """A task whose problems are the given task's and whose reward is a protocol's; made by under_protocol."""
+    """The problems of a task with the reward of a protocol; made by under_protocol."""
 
     task: Task
     protocol: str
@@ -74,12 +71,13 @@ class UnderProtocol:
 
 
 def under_protocol(task: Task, protocol: str) -> UnderProtocol:
-    """The task as a protocol grades it. Errors: ValueError for a protocol that the task does not have."""
+    """The task, graded by a protocol. Errors: as find_grader."""
     find_grader(task.name, protocol)
     return UnderProtocol(task, protocol)
 
 
 def find_grader(task: str, protocol: str) -> Grader:
+    """Errors: ValueError for an unknown protocol; ImportError when its package is not installed."""
     if task not in PROTOCOLS:
         raise ValueError(f"task={task!r} has no protocols; those that have: {', '.join(PROTOCOLS)}")
     if protocol not in PROTOCOLS[task]:
@@ -92,7 +90,7 @@ def find_grader(task: str, protocol: str) -> Grader:
 def grade_all(
     task: str, protocol: str, fields: Sequence[Mapping[str, Any]], completions: Sequence[str]
 ) -> list[Reward]:
-    """The grades of many completions; completions[i] belongs to fields[i]. Errors: as find_grader."""
+    """Errors: as find_grader."""
     grader = find_grader(task, protocol)
     if protocol in TABLE[task].prepare:
         TABLE[task].prepare[protocol](fields, completions)
