@@ -1,4 +1,4 @@
-"""GSM8K and MATH500 graders by protocol. Field: `answer`, the reference; None where there is none, and all is wrong."""
+"""GSM8K and MATH500 graders by protocol. Field: `answer`, the reference; with None every completion is wrong."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -23,10 +23,7 @@ _REASONED = re.compile(r"</reasoning>\s*+<answer>")
 
 
 def gsm8k_strict(fields: Mapping[str, Any], completion: str) -> Reward:
-    """The strict answer (box inside answer block, block, box) is one number, exactly the reference [ours].
-
-    A dollar sign, commas between thousands and a final point are allowed; anything else beside the number is not.
-    """
+    """The strict answer (see `final_answer`) is one number (see `exact_number`), exactly the reference [ours]."""
     answer = final_answer(completion)
     number = None if answer is None else exact_number(answer)
     return _graded(number is not None, _is_reference(number, fields["answer"]))
@@ -41,9 +38,8 @@ def gsm8k_d1(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def gsm8k_spg(fields: Mapping[str, Any], completion: str) -> Reward:
-    """SPG's evaluation [paper]: as d1's; where that finds nothing, the last number after the last `<answer>`, or of
-    the whole text when it has no such tag, up to `</answer>` or the end.
-    """
+    """SPG's evaluation [paper]: as d1's, else the last number after the last `<answer>` (or of a text without the
+    tag), up to `</answer>`."""
     graded = gsm8k_d1(fields, completion)
     if graded.parsed:
         return graded
@@ -54,7 +50,7 @@ def gsm8k_spg(fields: Mapping[str, Any], completion: str) -> Reward:
 def gsm8k_espo(fields: Mapping[str, Any], completion: str) -> Reward:
     """ESPO's binary reward [paper]: the number after "The answer is", else after "####", else the last integer.
 
-    Numbers are compared, not strings, and points and commas behind them are dropped [ours].
+    Numbers are compared instead of strings, without final points and commas [ours].
     """
     stated = next((found[1] for pattern in _STATED if (found := pattern.search(completion))), None)
     if stated is None:
@@ -72,7 +68,7 @@ def gsm8k_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
     strict     0.5  reasoning and answer blocks, each tag on a line of its own, and nothing else
     soft       0.5  the text begins with a reasoning block, followed by an answer block
     tags       0.5  0.125 for each of the four tags that stands exactly once with its line breaks
-    d1 also takes off 0.001 for each character behind the end; that term, which has no bound, is left out [ours].
+    d1 also subtracts 0.001 per character after the end; this unbounded term is left out [ours].
     """
     answer = _after_last_tag(completion).strip()
     correct = fields["answer"] is not None and answer == _after_hashes(fields["answer"])
@@ -113,8 +109,7 @@ def math500_d1(fields: Mapping[str, Any], completion: str) -> Reward:
 def math500_math_verify(fields: Mapping[str, Any], completion: str) -> Reward:
     """The strict answer is symbolically equal to the reference, by math-verify [library].
 
-    A comparison that is not decided within math_check.SECONDS of processor time counts as unequal, and as "undecided"
-    in the breakdown.
+    undecided  1 when math-verify does not decide within its bounds; the grade is then 0.
     """
     answer = final_answer(completion)
     equal = math_check.equal(fields["answer"], answer) if answer and fields["answer"] is not None else False
@@ -122,25 +117,21 @@ def math500_math_verify(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def compare_all(fields: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> None:
-    """Makes the comparisons of math500_math_verify in parallel; the grades that follow find their verdicts."""
+    """Makes the comparisons of math500_math_verify in parallel; math_check remembers the verdicts."""
     pairs = [(each["answer"], final_answer(text)) for each, text in zip(fields, completions, strict=True)]
     math_check.equal_all([(reference, answer) for reference, answer in pairs if reference is not None and answer])
 
 
 GSM8K_GRADERS: dict[str, Grader] = {"strict": gsm8k_strict, "d1": gsm8k_d1, "spg": gsm8k_spg, "espo": gsm8k_espo}
-MATH500_GRADERS: dict[str, Grader] = {
-    "strict": math500_strict,
-    "d1": math500_d1,
-    "spg": math500_d1,
-    "espo": math500_math_verify,
-    "math-verify": math500_math_verify,
-}
-MATH500_NEEDS = dict.fromkeys(("espo", "math-verify"), math_check.require)
-MATH500_AT_ONCE = dict.fromkeys(("espo", "math-verify"), compare_all)
+_BY_MATH_VERIFY = ("espo", "math-verify")
+MATH500_GRADERS: dict[str, Grader] = {"strict": math500_strict, "d1": math500_d1, "spg": math500_d1}
+MATH500_GRADERS |= dict.fromkeys(_BY_MATH_VERIFY, math500_math_verify)
+MATH500_NEEDS = dict.fromkeys(_BY_MATH_VERIFY, math_check.require)
+MATH500_AT_ONCE = dict.fromkeys(_BY_MATH_VERIFY, compare_all)
 
 
 def read_gsm8k(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
-    """`answer` of a stored row, a number as such or as text, or null. Errors: ValueError saying what is wrong."""
+    """`answer` of a stored row: a number, as such or as text, or null. Errors: ValueError."""
     answer = present(row, "answer")
     if answer is None:
         return {"answer": None}
@@ -151,7 +142,7 @@ def read_gsm8k(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
 
 
 def read_math500(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
-    """`answer` of a stored row, LaTeX, a number or null. Errors: ValueError saying what is wrong."""
+    """`answer` of a stored row: LaTeX, a number or null. Errors: ValueError."""
     answer = present(row, "answer")
     if answer is None:
         return {"answer": None}
@@ -161,7 +152,7 @@ def read_math500(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
 
 
 def reference_number(answer: str | int | float) -> Fraction:
-    """The number of a GSM8K reference: what follows "####", or all of it. Errors: ValueError when it is none."""
+    """The number of a GSM8K reference: the text after "####", or all of it. Errors: ValueError without a number."""
     number = exact_number(_after_hashes(str(answer)))
     if number is None:
         raise ValueError(f"answer={answer!r} is no number, and has none behind ####")
@@ -169,7 +160,7 @@ def reference_number(answer: str | int | float) -> Fraction:
 
 
 def _is_reference(number: Fraction | float | None, answer: str | None) -> bool:
-    """Whether a number is that of the reference: exactly, or to a float's precision when it is a float."""
+    """Whether a number is the reference's: exactly, or rounded to a float when it is a float."""
     if number is None or answer is None:
         return False
     reference = reference_number(answer)

@@ -17,18 +17,17 @@ _RULES = {"own": gsm8k_strict, "d1": gsm8k_d1_training, "espo": gsm8k_espo}
 
 @dataclass(frozen=True)
 class GSM8K(Questions):
-    """GSM8K in its published form: rows with `question` and `answer`, the number behind "####".
+    """GSM8K in its published form: rows with `question` and `answer`, the number after "####".
 
-    path           a JSONL or Parquet file, or a folder with one per split; None: `datasets` looks for openai/gsm8k.
-    split          "test" is the published one; "validation" is a tenth of the published train rows, by a hash of the
-                   question, and "train" the rest.
-    size           number of problems, in the file's order; None for all.
-    prompt_format  "text": an instruction of ours; a template with {question}, or the path of a file with one.
+    path           a JSONL or Parquet file, or a folder with one per split; None: openai/gsm8k by `datasets`.
+    split          "test": the published one; "validation": a tenth of the published train rows, by a hash of the
+                   question; "train": the rest.
+    size           number of problems, in the file's order; None: all.
+    prompt_format  "text": the built-in instruction; else a template with {question}, or the path of its file.
     chat           one user message (True) or plain text (False).
     opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
-    reward_rule    the value of a completion.
-    Value of a completion: "own": 1 when strictly right [ours]; "d1": up to 4 with terms of format [paper]; "espo": 1
-    when right by ESPO's reading [paper].
+    reward_rule    "own": 1 when strictly right [ours]; "d1": up to 4, with terms of format [paper]; "espo": 1 when
+                   right by ESPO's reading [paper].
     """
 
     name: ClassVar[str] = "gsm8k"

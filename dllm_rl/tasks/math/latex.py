@@ -1,4 +1,4 @@
-"""When two LaTeX answers say the same: the usual string normalisation of the MATH data set [paper], and d1's own."""
+"""Equality of LaTeX answers: the string normalisation of the MATH data set [paper], and d1's."""
 
 import re
 from fractions import Fraction
@@ -15,18 +15,18 @@ _PLAIN_FRAC = re.compile(r"(-?)\\frac\{(-?[0-9]{1,100})\}\{(-?[0-9]{1,100})\}")
 
 
 def normalise(answer: str) -> str:
-    """A canonical spelling: two answers count as equal when theirs are the same string.
+    """A canonical spelling; two answers are equal when their spellings are.
 
-    Dropped: line breaks, \\!, \\left, \\right, degrees, \\$, \\%, a unit behind "\\text{ " and all spaces. tfrac and
-    dfrac become frac; .5 becomes 0.5; a name of at most two characters before a single "=" goes; \\sqrt3 becomes
-    \\sqrt{3}, \\frac12 and 1/2 become \\frac{1}{2}, and so does 0.5 when it is the whole answer.
+    Dropped: line breaks, \\!, \\left, \\right, degrees, \\$, \\%, a unit after "\\text{ ", a name of one or two
+    characters before a single "=", all spaces. tfrac and dfrac become frac; .5 becomes 0.5; \\sqrt3 becomes
+    \\sqrt{3}; \\frac12, 1/2 and a whole answer 0.5 become \\frac{1}{2}.
     """
     if len(answer) > LONGEST:
         return answer
     answer = _without_name(_without_marks(answer).split("\\text{ ")[0])
-    # Spaces go before the root is mended, so that "\\sqrt 3" is read too; the original makes "\\sqrt{}3" of it [ours].
+    # Spaces go first, so that "\\sqrt 3" is a root; the original makes "\\sqrt{}3" of it [ours].
     answer = _SQRT.sub(r"\\sqrt{\1}", answer.replace(" ", ""))
-    answer = _FRAC.sub(_braced, answer)
+    answer = _FRAC.sub(lambda found: "\\frac" + _braced(found), answer)
     if answer == "0.5":
         return "\\frac{1}{2}"
     quotient = _QUOTIENT.fullmatch(answer)
@@ -36,10 +36,7 @@ def normalise(answer: str) -> str:
 
 
 def same_in_d1(answer: str, reference: str) -> bool:
-    """Whether d1's evaluation holds two answers equal; an answer longer than LONGEST is none [ours].
-
-    The spellings are compared as d1 normalises them; when its code fails on either, the texts as they are.
-    """
+    """Whether d1's spellings of both are equal, or the texts where d1's code fails; False beyond LONGEST [ours]."""
     if max(len(answer), len(reference)) > LONGEST:
         return False
     try:
@@ -49,10 +46,10 @@ def same_in_d1(answer: str, reference: str) -> bool:
 
 
 def _normalised_in_d1(answer: str) -> str:
-    """As `normalise`, with d1's failures: spaces go after the root, and one short \\frac leaves every \\frac as it is.
+    """As `normalise`, with d1's bugs: spaces go after the root, and one short \\frac leaves every \\frac as it is.
 
-    Errors: IndexError where nothing follows a \\sqrt or \\frac; ValueError for a second "\\text{ ", and for one slash
-    that stands between other things than integers.
+    Errors: IndexError where nothing follows a \\sqrt or \\frac; ValueError for a second "\\text{ ", and for a slash
+    between anything but integers.
     """
     plain, *units = _without_marks(answer).split("\\text{ ")
     if len(units) > 1:
@@ -62,7 +59,7 @@ def _normalised_in_d1(answer: str) -> str:
     answer = answer.replace(" ", "")
     first, *fractions = answer.split("\\frac")
     if all(fraction[0] == "{" or len(fraction) > 1 for fraction in fractions):
-        answer = first + "".join("\\frac" + _FRAC_HEAD.sub(_braced_head, fraction) for fraction in fractions)
+        answer = first + "".join("\\frac" + _FRAC_HEAD.sub(_braced, fraction) for fraction in fractions)
     if answer == "0.5":
         return "\\frac{1}{2}"
     if answer.count("/") == 1:
@@ -102,11 +99,6 @@ def rational(answer: str) -> Fraction | None:
 
 
 def _braced(found: re.Match[str]) -> str:
-    second = found[2] if found[2] == "{" else f"{{{found[2]}}}"
-    return f"\\frac{{{found[1]}}}{second}"
-
-
-def _braced_head(found: re.Match[str]) -> str:
     return f"{{{found[1]}}}" + (found[2] if found[2] == "{" else f"{{{found[2]}}}")
 
 

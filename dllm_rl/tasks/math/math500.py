@@ -22,16 +22,15 @@ _RULES = {"own": math500_strict, "espo": math500_math_verify}
 class MATH500(Questions):
     """MATH problems in their published form: rows with `problem`, `solution` and, where the file has it, `answer`.
 
-    path           a JSONL or Parquet file, or a folder with one per split; None: `datasets` looks for
-                   HuggingFaceH4/MATH-500, which has a test split alone. For "train" give a file of other MATH problems;
-                   "validation" is a tenth of it, by a hash of the problem, and "train" the rest.
-    size           number of problems, in the file's order; None for all.
-    prompt_format  "text": an instruction of ours; a template with {problem}, or the path of a file with one.
+    path           a JSONL or Parquet file, or a folder with one per split; None: HuggingFaceH4/MATH-500 by `datasets`,
+                   which has only a test split. For "train" give a file of other MATH problems: "validation" is a tenth
+                   of it, by a hash of the problem, and "train" the rest.
+    size           number of problems, in the file's order; None: all.
+    prompt_format  "text": the built-in instruction; else a template with {problem}, or the path of its file.
     chat           one user message (True) or plain text (False).
     opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
-    reward_rule    the value of a completion.
-    Value of a completion: "own": 1 when right under the strict protocol [ours]; "espo": 1 when math-verify holds it
-    equal [paper].
+    reward_rule    "own": 1 when right under the strict protocol [ours]; "espo": 1 when math-verify finds it equal
+                   [paper].
     """
 
     name: ClassVar[str] = "math500"
@@ -64,12 +63,9 @@ class MATH500(Questions):
     def read_row(place: str, row: Row) -> tuple[str, str, str]:
         problem, working = row.get("problem"), row.get("solution")
         answer = row.get("answer") or (last_box(working) if isinstance(working, str) else None)
-        if not (isinstance(problem, str) and isinstance(working, str) and isinstance(answer, str)) or not all(
-            (problem, working, answer)
-        ):
-            raise ValueError(
-                f"{place}: a MATH row needs the texts problem, solution, and answer or a box in the solution"
-            )
+        if not all(isinstance(text, str) and text for text in (problem, working, answer)):
+            wanted = "the texts problem, solution, and answer or a box in the solution"
+            raise ValueError(f"{place}: a MATH row needs {wanted}")
         return problem, answer, working
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""math-verify behind a wall: symbolic equality of LaTeX answers, within bounds of time, memory and length."""
+"""math-verify in processes of its own: symbolic equality of LaTeX answers, bounded in time, memory and length."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from time import monotonic
 
 from dllm_rl.tasks.math.latex import normalise
 
-LONGEST = 300  # characters of an answer that is worth comparing symbolically; ten times as many of a reference
-SECONDS = 1.0  # of processor time for one comparison
-TRIES = 2  # a comparison whose worker ended is asked once more
-PATIENCE = 60.0  # seconds without a reply after which all workers are replaced: a guard against a hang
-STARTING = 300.0  # seconds that they may take to start, on a busy machine
-MOST_KNOWN = 65536  # verdicts that are remembered
+LONGEST = 300  # characters of an answer that is compared symbolically; a reference may have ten times as many
+SECONDS = 1.0  # processor time of one comparison
+TRIES = 2  # per comparison, when its worker ends
+PATIENCE = 60.0  # seconds without a reply after which all workers are replaced
+STARTING = 300.0  # seconds that the workers may take to start, on a busy machine
+MOST_KNOWN = 65536  # remembered verdicts
 
 
 def require() -> None:
@@ -31,19 +31,16 @@ def require() -> None:
 
 
 def equal(reference: str, answer: str) -> bool | None:
-    """Whether math-verify holds the answer equal to the reference; None when it has not decided within the bounds.
-
-    Errors: ImportError when math-verify is not installed.
-    """
+    """Whether math-verify finds both equal; None: undecided within the bounds. Errors: ImportError as `require`."""
     return equal_all([(reference, answer)])[0]
 
 
 def equal_all(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
-    """As `equal`, for many pairs of (reference, answer) at once: on as many cores as there are."""
+    """As `equal`, for many pairs of (reference, answer), on all `cores`."""
     if len(_KNOWN) > MOST_KNOWN:
         _KNOWN.clear()
     new = [pair for pair in dict.fromkeys(pairs) if pair not in _KNOWN]
-    _KNOWN.update({pair: _without_algebra(*pair) for pair in new})
+    _KNOWN.update({pair: True if normalise(pair[0]) == normalise(pair[1]) else None for pair in new})
     asked = [pair for pair in new if _KNOWN[pair] is None and _comparable(*pair)]
     if asked:
         _KNOWN.update(zip(asked, _POOL.ask(asked), strict=True))
@@ -51,17 +48,13 @@ def equal_all(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
 
 
 def forget() -> None:
-    """Drops the verdicts that are remembered."""
+    """Drops the remembered verdicts."""
     _KNOWN.clear()
 
 
 def stop() -> None:
-    """Ends the workers; the next comparison starts others."""
+    """Ends the workers; the next comparison starts new ones."""
     _POOL.stop()
-
-
-def _without_algebra(reference: str, answer: str) -> bool | None:
-    return True if normalise(reference) == normalise(answer) else None
 
 
 def _comparable(reference: str, answer: str) -> bool:
@@ -69,7 +62,7 @@ def _comparable(reference: str, answer: str) -> bool:
 
 
 def cores() -> int:
-    """The processor cores of this process; its share, where a launcher started several on the machine."""
+    """The processor cores of this process, or its share where a launcher started several processes."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
@@ -80,11 +73,11 @@ class _Pool:
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.lines: list[Connection] = []
-        self.number = 0  # of the last question, so that a late reply does not pass for another question's
+        self.number = 0  # of the last question: a late reply carries another number
         self.lock = Lock()
 
     def forget(self) -> None:
-        """Lets go of the workers without ending them: in a forked process they are the parent's."""
+        """Closes the lines and leaves the workers: in a forked process they belong to the parent."""
         self._close()
         self.lock = Lock()  # the parent's may be held
 
@@ -151,12 +144,12 @@ class _Pool:
             raise RuntimeError("math-verify did not start; try: python -c 'import math_verify'")
 
     def send(self, line: Connection, number: int, pair: tuple[str, str]) -> None:
-        while line.poll():  # what is said of a worker that ended without a question
+        while line.poll():  # the report of a worker that ended without a question
             line.recv_bytes()
         line.send_bytes(json.dumps([number, *pair]).encode())
 
     def receive(self, asked: dict[Connection, tuple[int, int, float]]) -> list[tuple[Connection, bytes]]:
-        """The replies that have come, at least one. Errors: OSError when a question is past its deadline."""
+        """Waits for at least one reply. Errors: TimeoutError when a question is past its deadline."""
         deadline = min(deadline for _, _, deadline in asked.values())
         ready = wait(list(asked), max(0.0, deadline - monotonic()))
         if not ready:

@@ -1,14 +1,13 @@
-"""The process that compares answers by math-verify, and forks a worker for each line of questions.
+"""The script that math_verify.py starts. It forks a worker per line of questions, which compares by math-verify.
 
-Run as a script by verify.py, never imported by it: SECONDS, then the file descriptors of the lines. Each line says
-"ready"; then a worker answers [number, reference, answer] in JSON by "NUMBER VERDICT", 1 or 0, one at a time.
+Arguments: SECONDS, then the file descriptors of the lines. Each line gets "ready"; then a worker answers each JSON
+[number, reference, answer] by "NUMBER VERDICT", 1 or 0.
 
-Symbolic algebra on a model's text can take any time and memory, much of it inside single C calls that no Python timeout
-reaches. So the kernel ends a worker when one comparison has used its processor time or memory. The parent, which has
-math-verify loaded and warm, then says "ended" on its line and forks another in a few milliseconds.
+Symbolic algebra can take any time and memory inside C calls that no Python timeout reaches. So the kernel ends a worker
+that exceeds its processor time or memory. The parent then sends "ended" on its line and forks another in milliseconds.
 
-Nearly all the time goes to parsing LaTeX, by ANTLR's full LL prediction. Its documentation says to try SLL prediction
-first (PredictionMode.SLL: it gives LL's tree, or a syntax error): that takes a tenth of the time.
+Parsing LaTeX takes nearly all the time, by ANTLR's LL prediction. SLL prediction takes a tenth of the time, and gives
+LL's tree or a syntax error (documentation of PredictionMode.SLL).
 """
 
 import gc
@@ -30,8 +29,8 @@ from latex2sympy2_extended import latex2sympy2
 from math_verify import LatexExtractionConfig, parse, verify
 
 MEMORY = 2 << 30  # bytes of address space
-IDLE = 100  # workers in a row that end before their time: no question's fault, and no reason to fork for ever
-# Both libraries learn each construction when they first meet it, at many times the later cost.
+IDLE = 100  # consecutive workers that end before their time, after which the process ends
+# The first parse of each construction costs many times the later ones.
 WARM = {
     "(-3, \\frac{\\pi}{2})": "\\left(-3, \\pi/2\\right)",
     "(-\\infty, 2] \\cup [3, \\infty)": "x \\in (-\\infty,2]\\cup[3,\\infty)",
@@ -105,7 +104,7 @@ def main() -> None:
 
 
 def fork(line: Connection, seconds: float) -> int:
-    """The process that answers a line's questions."""
+    """The id of a new process that answers a line's questions."""
     worker = os.fork()
     if worker == 0:
         serve(line, seconds)
@@ -114,7 +113,7 @@ def fork(line: Connection, seconds: float) -> int:
 
 
 def serve(line: Connection, seconds: float) -> None:
-    """Reads each reference once. Reading one and comparing an answer with it have a bound each."""
+    """Reading a reference and comparing an answer have a time limit each."""
     while True:
         try:
             number, reference, answer = json.loads(line.recv_bytes())
@@ -129,14 +128,14 @@ def serve(line: Connection, seconds: float) -> None:
 
 
 class StartAgain(ErrorListener):
-    """Ends a parse at its first syntax error, by the exception that ANTLR has for it."""
+    """Raises at the first syntax error."""
 
     def syntaxError(self, recognizer: Any, offendingSymbol: Any, line: int, column: int, msg: str, e: Any) -> None:
         raise ParseCancellationException(msg)
 
 
 def two_stages(plain: Callable) -> Callable:
-    """create_parser, made to try SLL prediction first and to start again with LL after a syntax error."""
+    """create_parser with SLL prediction first, and LL after a syntax error."""
 
     def create_parser(converter: Any, latex: str) -> Any:
         parser = plain(converter, latex)

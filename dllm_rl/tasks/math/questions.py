@@ -1,4 +1,4 @@
-"""What GSM8K and MATH500 share: questions in a published file, answered with working and a final answer."""
+"""The common part of GSM8K and MATH500: questions with a working and a final answer, in a published file."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -12,10 +12,7 @@ from dllm_rl.tasks.rows import Row, Split, check_split, load_problems
 
 @dataclass(frozen=True)
 class Questions(Prompted, ABC):
-    """The rows of a published file, or of a data set `hub` (name, configuration) that `datasets` finds.
-
-    A subclass names them by read_row, (place, row) -> (question, answer, working), and writes an answer by final.
-    """
+    """The rows of a published file, or of the data set `hub` (name, configuration) by `datasets`."""
 
     hub: ClassVar[tuple[str, str | None]]
 
@@ -45,10 +42,11 @@ class Questions(Prompted, ABC):
     @staticmethod
     @abstractmethod
     def read_row(place: str, row: Row) -> tuple[str, str, str]:
-        """Errors: ValueError naming the place when the row is none of the data set's."""
+        """(question, answer, working). Errors: ValueError naming the place."""
 
     @staticmethod
     def final(answer: str) -> str:
+        """The answer as a solution writes it."""
         return answer
 
     def _rows(self) -> tuple[tuple[Any, ...], ...]:
