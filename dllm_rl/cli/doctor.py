@@ -1,4 +1,4 @@
-"""`dllm-rl doctor`: a few rollouts of a checkpoint, and where their mismatch comes from."""
+"""`dllm-rl doctor`: the sources of mismatch in a few rollouts of a checkpoint."""
 
 import argparse
 from functools import partial

@@ -23,6 +23,8 @@ def environment() -> dict[str, Any]:
         extras = {extra: lacks(needs, extra) for extra in metadata("dllm_rl").get_all("Provides-Extra") or []}
     except PackageNotFoundError:  # the source tree on PYTHONPATH
         pass
+    # A container's limit may be lower.
+    bytes_here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return {
         "dllm_rl": __version__,
         "python": platform.python_version(),
@@ -32,10 +34,7 @@ def environment() -> dict[str, Any]:
         "driver": driver(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        # A container's limit may be lower.
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-        if hasattr(os, "sysconf")
-        else None,
+        "memory_gb": round(bytes_here / 1e9, 1) if bytes_here else None,
         "unmet": unmet,
         "extras": extras,
     }

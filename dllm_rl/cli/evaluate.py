@@ -1,4 +1,4 @@
-"""What `dllm-rl evaluate` does: build the task and the samplers, evaluate every model at every setting, show it."""
+"""`dllm-rl evaluate`: evaluates every model at every setting and shows the results."""
 
 import argparse
 import hashlib
@@ -37,7 +37,7 @@ from dllm_rl.screen import escape_controls, literal
 from dllm_rl.tasks import Task
 from dllm_rl.tasks.protocols import PROTOCOLS, TASKS, under_protocol
 
-GENERATED = 500  # problems of a task that could make any number
+GENERATED = 500  # problems of a task that generates any number
 
 
 def evaluate_command(arguments: argparse.Namespace) -> None:
@@ -107,7 +107,7 @@ def show(found: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None
 
 
 def read_schemes(names: Sequence[str]) -> dict[str, Callable[[], Any] | None]:
-    """Schemes of the weights by name; None for none. Raises ValueError on an unknown one."""
+    """Schemes of the weights by name; None for "none". Raises ValueError on an unknown name."""
     known = {"none": None, **pickable(quantize.__name__, None, None)}
     for name in names:
         if name not in known:
@@ -118,8 +118,7 @@ def read_schemes(names: Sequence[str]) -> dict[str, Callable[[], Any] | None]:
 def completions_file(
     arguments: argparse.Namespace, policy: Policy, task: Task, settings: dict[str, Any]
 ) -> Path | None:
-    """Where completions are kept: a name of its own for everything that they depend on, and not for how they are
-    graded."""
+    """The file of the completions: its name depends on all that the completions depend on, and not on the grading."""
     if arguments.output_dir is None:
         return None
     facts = task_facts(task)
@@ -138,7 +137,7 @@ def num_batches(result: Evaluation, arguments: argparse.Namespace, processes: Pr
 
 
 def make_task(arguments: argparse.Namespace) -> Task:
-    """The named task with the split, the file and the settings asked for, under its protocol (strict by default)."""
+    """The named task with the given split, file and settings, under its protocol (strict by default)."""
     name = arguments.task
     if name not in TASKS:
         raise ValueError(f"task={name!r} is none of {', '.join(TASKS)}")
@@ -161,7 +160,7 @@ def make_task(arguments: argparse.Namespace) -> Task:
 
 
 def num_problems(task: Task, arguments: argparse.Namespace) -> int:
-    """How many problems: as asked, else all of a file or data set, or GENERATED of what can be made at will."""
+    """--limit, else all problems of a file or data set, else GENERATED."""
     inner = getattr(task, "task", task)
     made_at_will = hasattr(inner, "seed") and getattr(inner, "path", None) is None
     if arguments.limit is not None:
@@ -170,7 +169,7 @@ def num_problems(task: Task, arguments: argparse.Namespace) -> int:
 
 
 def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[tuple[dict[str, Any], Callable]]:
-    """For each combination of the settings that are lists: what is said of it, and the sampler bound to it."""
+    """(settings, sampler bound to them) for each combination of the settings that are lists."""
     lengths = arguments.max_new_tokens or [usual_length(policy, task)]
     temperature = arguments.temperature
     if arguments.samples > 1 and temperature == 0:
@@ -184,7 +183,7 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[tupl
     plans: list[tuple[dict[str, Any], Callable]] = []
     lists = (arguments.commit or ["schedule"], arguments.rank or ["confidence"], arguments.cache or ["none"])
     for length, commit, rank, cache in product(lengths, *lists):
-        # An adaptive rule decides itself how many steps it takes.
+        # An adaptive rule chooses its number of steps.
         adaptive = commit.partition("=")[0] in {f.__name__ for f in ADAPTIVE}
         for steps in [None] if adaptive else dict.fromkeys(arguments.num_steps or [length]):
             block_size = arguments.block_size
@@ -201,7 +200,7 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[tupl
 
 @contextmanager
 def progress_bar(description: str, total: int, *, main: bool) -> Iterator[Callable[[int], None]]:
-    """progress(done), shown on standard error from its first call on; standard output holds nothing but the result."""
+    """progress(done), shown on standard error from its first call on; standard output has only the result."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     shown = TextColumn("{task.description}", markup=False)
     bar = Progress(shown, *columns, console=Console(file=sys.stderr), disable=not main)
@@ -218,13 +217,16 @@ def progress_bar(description: str, total: int, *, main: bool) -> Iterator[Callab
             bar.stop()
 
 
+def heading(first: dict[str, Any], split: str = "") -> Any:
+    title = f"{first['task']} (version {first['version']}), protocol {first['protocol']}{split}, seed {first['seed']}"
+    return literal(f"{title}, {first['n']} problems x {first['samples']}", style="table.title")
+
+
 def table(found: Sequence[dict[str, Any]]) -> Table:
-    """Metrics down, lengths across, each number with its 95 % interval."""
+    """One row per metric with 95 % intervals, one column per length."""
     first = found[0]
     split = f", {first['split']} split" if first["split"] else ""
-    title = f"{first['task']} (version {first['version']}), protocol {first['protocol']}{split}, seed {first['seed']}"
-    heading = literal(f"{title}, {first['n']} problems x {first['samples']}", style="table.title")
-    shown = Table(title=heading, caption=literal(first["model"], style="table.caption"))
+    shown = Table(title=heading(first, split), caption=literal(first["model"], style="table.caption"))
     shown.add_column("")
     for result in found:
         steps = f", {result['num_steps']} steps" if result.get("num_steps") else ""
@@ -240,13 +242,11 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
 
 
 def sweep_table(found: Sequence[dict[str, Any]]) -> Table:
-    """A row a setting: what differs between them, the metric that the task is known by, and what it costs."""
-    first, metric = found[0], headline(found[0])
-    title = f"{first['task']} (version {first['version']}), protocol {first['protocol']}, seed {first['seed']}"
-    heading = literal(f"{title}, {first['n']} problems x {first['samples']}", style="table.title")
+    """One row per setting: the settings that differ, the headline metric, and the cost."""
+    metric = headline(found[0])
     against = next((row["against"] for row in found if "against" in row), None)
     caption = f"less: {metric} less that of {against}, problem by problem, with a 95 % interval" if against else None
-    shown = Table(title=heading, caption=caption and literal(caption, style="table.caption"))
+    shown = Table(title=heading(found[0]), caption=caption and literal(caption, style="table.caption"))
     names = varying(found)
     for name in (*names, metric, *["less"] * (against is not None), "steps", "tokens", "seconds"):
         shown.add_column(literal(name), justify="left" if name in names else "right")

@@ -11,13 +11,8 @@ from dllm_rl.screen import escape_controls
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dllm-rl", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_sample(commands)
-    add_evaluate(commands)
-    add_grade(commands)
-    add_doctor(commands)
-    add_report(commands)
-    add_verify(commands)
-    add_env(commands)
+    for add in (add_sample, add_evaluate, add_grade, add_doctor, add_report, add_verify, add_env):
+        add(commands)
     arguments = parser.parse_args(argv)
     try:
         check_paths(arguments)
@@ -31,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_paths(arguments: argparse.Namespace) -> None:
-    """Raise ValueError on an empty name of a file or folder, as an unset variable of a shell's script leaves one."""
+    """Raise ValueError on an empty name of a file or folder, such as from an unset shell variable."""
     for name in ("model", "models", "path", "file", "directories", "output_dir", "out", "html", "csv", "plot"):
         value = getattr(arguments, name, None)
         if "" in (value if isinstance(value, list) else [value]):
@@ -70,28 +65,18 @@ def sample(arguments: argparse.Namespace) -> None:
     from dllm_rl.cli.sample import show
     from dllm_rl.samplers.by_name import read_cache, read_commit, read_rank
 
-    names = {
-        "rank": None if arguments.rank is None else read_rank(arguments.rank),
-        "commit": None if arguments.commit is None else read_commit(arguments.commit),
-        "cache": None if arguments.cache is None else read_cache(arguments.cache),
-    }
+    shown = ("live", "delay", "seed", "group_size", "blank")
+    sampled = ("max_new_tokens", "num_steps", "block_size", "temperature", "top_k", "top_p")
+    options = {name: getattr(arguments, name) for name in (*shown, *sampled)}
+    for name, read in {"rank": read_rank, "commit": read_commit, "cache": read_cache}.items():
+        given = getattr(arguments, name)
+        options[name] = None if given is None else read(given)
     show(
         open_policy(arguments),
         arguments.prompts or [line.rstrip("\n") for line in sys.stdin],
         html=None if arguments.html is None else Path(arguments.html),
         as_json=arguments.json,
-        live=arguments.live,
-        delay=arguments.delay,
-        seed=arguments.seed,
-        group_size=arguments.group_size,
-        blank=arguments.blank,
-        max_new_tokens=arguments.max_new_tokens,
-        num_steps=arguments.num_steps,
-        block_size=arguments.block_size,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        **names,
+        **options,
     )
 
 
@@ -136,7 +121,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
 
 
 def _either(names: Iterable[str], default: str | None = None) -> str:
-    """The names as a help text lists them: a (default), b or c."""
+    """The names in a help text: a (default), b or c."""
     *others, last = (f"{name} (default)" if name == default else name for name in names)
     return f"{', '.join(others)} or {last}"
 

@@ -1,4 +1,4 @@
-"""The options that every command with a model has, and the policy that they ask for."""
+"""The options that every command with a model has, and the policy that they select."""
 
 import argparse
 import sys
@@ -24,9 +24,9 @@ def add_model_options(sub: argparse.ArgumentParser) -> None:
 
 
 def checkpoint_of(model: str, *, quick: bool = False) -> str:
-    """A checkpoint's folder or a hub's id as it is; of a run's folder, the newest checkpoint that is whole.
+    """A checkpoint's folder or a hub's id unchanged; for a run's folder, its newest whole checkpoint.
 
-    What is skipped is said on standard error. Raises ValueError where a run has none.
+    It prints skipped checkpoints on standard error. Raises ValueError where a run has no whole checkpoint.
     """
     folder = Path(model) / "checkpoints"
     if not folder.is_dir():
@@ -47,13 +47,13 @@ def checkpoint_of(model: str, *, quick: bool = False) -> str:
 def open_policy(
     arguments: argparse.Namespace, model: str | None = None, *, device: "torch.device | None" = None, **options: Any
 ) -> "Policy":
-    """The model, or the one that the arguments name, in their dtype and on their device, or on the one given."""
+    """The model (default: the arguments' model) in the arguments' dtype, on the device (default: the arguments')."""
     from dllm_rl.device import find_device
     from dllm_rl.models.policy import load_policy
 
     device = find_device(arguments.device) if device is None else device
     asked = model or arguments.model
     folder = checkpoint_of(asked, quick=arguments.verify_checkpoint == "quick")
-    # Of a run, the newest checkpoint was verified when it was chosen.
+    # checkpoint_of has verified the newest checkpoint of a run.
     check: Check = arguments.verify_checkpoint if folder == asked else "quick"
     return load_policy(folder, dtype=arguments.dtype, device=device, verify_checkpoint=check, **options)

@@ -1,4 +1,4 @@
-"""`dllm-rl report`: runs side by side on one HTML page that needs no other file."""
+"""`dllm-rl report`: compares runs on one HTML page that needs no other file."""
 
 import html
 import io
@@ -32,13 +32,13 @@ from dllm_rl.screen import escape_controls
 from dllm_rl.training.completion_log import shortened
 
 WORDS = ("healthy", "mild", "strong", "backfiring")
-STEPS = 12  # most steps of a run whose completions are shown
-OWN = ("name", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run")  # differ and say nothing
+STEPS = 12  # of a run whose completions are shown, at most
+OWN = ("name", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run")  # differ without effect
 
 
 @dataclass(frozen=True)
 class Told:
-    """What a run left in its folder."""
+    """The contents of a run's folder."""
 
     label: str
     rows: list[dict[str, Any]]
@@ -52,8 +52,9 @@ class Told:
 
 
 def report_command(directories: Sequence[Path], out: Path | None = None) -> list[Path]:
-    """Draw each run's picture again and write the page, report.html in the first run's folder; returns what was
-    written. Raises ValueError on a folder that is no run's."""
+    """Draw each run's picture again and write the page (default: report.html in the first run's folder).
+
+    Returns the written files. Raises ValueError on a folder that is no run's."""
     for directory in directories:
         if not (directory / "metrics.jsonl").is_file():
             raise ValueError(f"{directory} is no run's folder: it has no metrics.jsonl")
@@ -76,17 +77,16 @@ def told(directory: Path) -> Told:
 
 
 def report(runs: Sequence[Told]) -> str:
-    """The page. Every text of a run reaches it escaped, or as data of its script."""
-    groups = [group for run in runs for group in written(run, many=len(runs) > 1)]
-    differ = differences(runs)
-    title = f"{len(runs)} runs" if len(runs) > 1 else headline(runs[0].summary)
+    """The page. Every text of a run is escaped, or is JSON data."""
+    many = len(runs) > 1
+    groups = [group for run in runs for group in written(run, many=many)]
+    title = f"{len(runs)} runs" if many else headline(runs[0].summary)
+    settings = "What differs between the recipes" if many else "The recipe, where it is not the default"
     parts = [
         f"<h1>{shown(title)}</h1>",
         section("Runs", results(runs)),
         section("Curves", f'<div class="panels">{"".join(figures(runs))}</div>'),
-        section(
-            "What differs between the recipes" if len(runs) > 1 else "The recipe, where it is not the default", differ
-        ),
+        section(settings, differences(runs)),
         section("Completions", viewer() if groups else "<p>None are stored: log_completions_steps was 0.</p>"),
     ]
     return document(title, "\n".join(parts), groups=groups, style=template("report.css"))
@@ -107,8 +107,9 @@ def table(head: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
 
 
 def results(runs: Sequence[Told]) -> str:
-    """A line a run: result, steps, seconds, the mismatch's health over its steps."""
-    lines, keys = [], []
+    """One line per run: result, steps, seconds, the health of the mismatch over the steps."""
+    lines = []
+    keys = []
     for i, run in enumerate(runs):
         after = run.summary.get("eval_after", {})
         words = Counter(found[0] for row in run.rows if (found := health(known(row))))
@@ -118,9 +119,8 @@ def results(runs: Sequence[Told]) -> str:
         steps = f"{run.rows[-1]['step'] + 1 if run.rows else 0} of {run.recipe.get('num_steps', '?')}"
         seconds = f"{run.summary['seconds']:.0f}" if "seconds" in run.summary else "-"
         lines.append((run.label, run.recipe.get("seed", "?"), result, steps, seconds, told_health))
-        keys.append(
-            f'<li><span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{shown(run.label)}</li>'
-        )
+        colour = COLOURS[i % len(COLOURS)]
+        keys.append(f'<li><span class="key" style="background:{colour}"></span>{shown(run.label)}</li>')
     made = table(("run", "seed", "held out, before → after RL", "RL steps", "seconds", "mismatch, steps"), lines)
     last = health(known(runs[0].rows[-1])) if len(runs) == 1 and runs[0].rows else None
     why = f"<p>At the last step: {shown(f'{last[0]}: {last[1]}')}.</p>" if last else ""
@@ -128,7 +128,7 @@ def results(runs: Sequence[Told]) -> str:
 
 
 def differences(runs: Sequence[Told]) -> str:
-    """The settings that differ between runs; of one run, those that are not the default."""
+    """The settings that differ between runs; for one run, from the defaults."""
     names = [name for name in dict.fromkeys(name for run in runs for name in run.recipe) if name not in OWN]
     if len(runs) == 1:
         recipe = runs[0].recipe
@@ -140,7 +140,7 @@ def differences(runs: Sequence[Told]) -> str:
 
 
 def written(run: Told, *, many: bool) -> list[dict[str, Any]]:
-    """The stored completions as groups of the viewer, of at most STEPS steps evenly spread, first and last included."""
+    """The stored completions as groups of the viewer, of at most STEPS evenly spread steps with first and last."""
     steps = sorted({row["step"] for row in run.completions})
     last = max(len(steps) - 1, 1)
     chosen = steps if len(steps) <= STEPS else [steps[round(i * last / (STEPS - 1))] for i in range(STEPS)]
@@ -154,7 +154,7 @@ def written(run: Told, *, many: bool) -> list[dict[str, Any]]:
 
 
 def replayed(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of completions.jsonl as the viewer's; without unmasking steps its completion is one token."""
+    """A row of completions.jsonl for the viewer; without unmasking steps its completion is one token."""
     prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
     numbers = {"reward": row["reward"], **row.get("parts", {}), "advantage": row["advantage"]}
     facts = [f"{name} {'-' if value is None else f'{value:.3g}'}" for name, value in numbers.items()]
@@ -166,7 +166,7 @@ def replayed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def figures(runs: Sequence[Told]) -> list[str]:
-    """Every panel that some run has numbers for, as <figure> with inline SVG."""
+    """Every panel for which a run has numbers, as <figure> with inline SVG."""
     rows = [run.rows for run in runs]
     drawn = [
         figure(panel.title, panel.unit, partial(lines_of, runs=rows, panel=panel))
@@ -184,9 +184,8 @@ def healths(axis: Any, runs: Sequence[Told]) -> None:
     for i, run in enumerate(runs):
         found = [(row["step"] + 1, WORDS.index(said[0])) for row in run.rows if (said := health(known(row)))]
         height = (i - (len(runs) - 1) / 2) * 0.5 / len(runs)
-        axis.plot(
-            [x for x, _ in found], [y + height for _, y in found], "|", markersize=9, color=COLOURS[i % len(COLOURS)]
-        )
+        heights = [y + height for _, y in found]
+        axis.plot([x for x, _ in found], heights, "|", markersize=9, color=COLOURS[i % len(COLOURS)])
     axis.set_yticks(range(len(WORDS)), WORDS)
     axis.set_ylim(-0.6, len(WORDS) - 0.4)
 
@@ -198,7 +197,7 @@ def warmups(axis: Any, runs: Sequence[Told]) -> None:
 
 
 def times(axis: Any, runs: Sequence[Told]) -> None:
-    """Seconds by stage, a bar a run."""
+    """Seconds by stage, one bar per run."""
     spent: list[Counter[str]] = []
     for run in runs:
         stages = run.summary.get("stages")
@@ -210,18 +209,15 @@ def times(axis: Any, runs: Sequence[Told]) -> None:
         left = [sum(each[other] for other in stages[:j]) for each in spent]
         colour, alpha = COLOURS[j % len(COLOURS)], 1.0 if j < len(COLOURS) else 0.5
         axis.barh(range(len(runs)), [each[stage] for each in spent], left=left, color=colour, alpha=alpha, label=stage)
-    axis.set_yticks(
-        range(len(runs)),
-        [escape_controls(shortened(run.label, characters=20)) if len(runs) > 1 else "" for run in runs],
-        parse_math=False,
-    )
+    labels = [escape_controls(shortened(run.label, characters=20)) if len(runs) > 1 else "" for run in runs]
+    axis.set_yticks(range(len(runs)), labels, parse_math=False)
     axis.invert_yaxis()
     if stages:
         axis.legend(fontsize=8, frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=4)
 
 
 def figure(title: str, unit: str, draw: Callable[[Any], None], *, xlabel: str = "RL step") -> str:
-    """An SVG in the page's colours, whose text is text."""
+    """An SVG in the page's colours; its text stays text."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""A recipe as a program: its command line, its run, and one line where it cannot."""
+"""A recipe as a program: its command line, its run, and errors in one line."""
 
 import os
 import sys
@@ -13,11 +13,10 @@ from dllm_rl.training.loop import train
 
 
 def main(recipe: Recipe | SFT) -> Summary:
-    """Train the recipe, of RL or of SFT, with what the command line changes of it: the last line of a recipe's script.
+    """Train the recipe, of RL or of SFT, with the command line's changes. It is the last line of a recipe's script.
 
-    What is wrong with a setting (ValueError) or a file (OSError) is said in one line, once over all processes where it
-    is a setting, and the process exits with 2 or 1. With DLLM_RL_TRACEBACK=1 in the environment they are raised, as
-    `train` raises them. Returns what `train` returns.
+    An error of a setting (ValueError, printed by one process) or of a file (OSError) is one line, and the process exits
+    with 2 or 1. DLLM_RL_TRACEBACK=1 in the environment raises the error instead. Returns what `train` returns.
     """
     chosen = from_command_line(recipe)
     try:

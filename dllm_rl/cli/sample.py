@@ -1,4 +1,4 @@
-"""Showing how a completion is written: live in the terminal, as a page, as JSON."""
+"""`dllm-rl sample`: shows the steps of a completion live in the terminal, as a page or as JSON."""
 
 import inspect
 import json
@@ -38,14 +38,13 @@ def show(
     blank: str | None = None,
     **options: Any,
 ) -> None:
-    """Complete texts and show it: completions go to standard output (or one JSON object does), speed to standard error.
+    """Complete texts: completions or one JSON object go to standard output, the speed goes to standard error.
 
-    On a terminal, control and format characters are shown as signs; a pipe or a file gets the completion as it is.
-    html  also write the page there.
-    live  draw each step as it is made; None where standard output is a terminal and JSON is not wanted.
-    delay seconds that the live view rests on each step.
-    blank what stands for a token to fill in; the completion shown is then the whole text, its tokens those filled in.
-    options  go to the sampler of the policy's kind; those at None are left out.
+    html     also write the page to this file.
+    live     draw each step; None: only when standard output is a terminal and JSON is not wanted.
+    delay    seconds per step of the live view.
+    blank    the text of a token to fill in; the completion is then the whole text.
+    options  for the sampler of the policy's kind; None: its default.
     """
     if not texts:
         raise ValueError("no prompts: give them as arguments, or one a line on standard input")
@@ -56,9 +55,8 @@ def show(
     if sampler is autoregress:
         extra = set(options) - set(inspect.signature(autoregress).parameters)
         if extra:
-            raise ValueError(
-                f"{sorted(extra)[0]} is for diffusion models; {type(policy.module).__name__} is causal: leave it out"
-            )
+            causal = type(policy.module).__name__
+            raise ValueError(f"{sorted(extra)[0]} is for diffusion models; {causal} is causal: leave it out")
     prompt_texts = [text for text in texts for _ in range(group_size)]
     began = time.perf_counter()
     if live and sampler is unmask:
@@ -87,7 +85,7 @@ def show(
 
 
 def to_record(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, seconds: float | None = None) -> dict:
-    """What happened, as plain data: for each row its prompt, its completion and its `written_tokens`."""
+    """A rollout as plain data: for each row its prompt, its completion and its `written_tokens`."""
     made = zip(prompts, decode(policy, rollout), written_tokens(policy, rollout), strict=True)
     rows = [{"prompt": prompt, "completion": completion, "tokens": tokens} for prompt, completion, tokens in made]
     count = int(rollout.completion_mask.sum())
@@ -100,13 +98,11 @@ def to_record(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, secon
 
 
 def render(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows: int = 8) -> Group:
-    """The state of a rollout as text: prompts and masks dim, what the last step wrote bright."""
+    """The state of a rollout: prompts and masks dim, the tokens of the last step bright."""
     lines = []
     for row in to_record(policy, rollout, prompts)["rows"][:max_rows]:
-        line, newest = (
-            Text().append(escape_controls(row["prompt"]), style="dim"),
-            max(token["step"] for token in row["tokens"]),
-        )
+        line = Text().append(escape_controls(row["prompt"]), style="dim")
+        newest = max(token["step"] for token in row["tokens"])
         for token in row["tokens"]:
             fresh = token["step"] == newest == rollout.forwards - 1
             style = "dim" if token["step"] < 0 else "bold bright_yellow" if fresh else ""
@@ -114,9 +110,6 @@ def render(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows
         lines.append(line)
     hidden = len(rollout.tokens) - len(lines)
     left = 0 if policy.spec.mask_id is None else int((rollout.tokens == policy.spec.mask_id).sum())
-    lines.append(
-        Text(
-            f"step {rollout.forwards}, {left} masked" + (f", {hidden} more rows" if hidden else ""), style="dim italic"
-        )
-    )
+    more = f", {hidden} more rows" if hidden else ""
+    lines.append(Text(f"step {rollout.forwards}, {left} masked{more}", style="dim italic"))
     return Group(*lines)

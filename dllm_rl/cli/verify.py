@@ -8,8 +8,7 @@ from dllm_rl.files import folder_size
 
 
 def folders_of(path: Path) -> list[Path]:
-    """The checkpoint itself, or those of a run's folder and the run's reference. Raises ValueError where there is
-    none."""
+    """The checkpoint itself, or a run's reference and checkpoints. Raises ValueError where there is none."""
     if (path / "state.json").is_file() or (path / manifest.NAME).is_file():
         return [path]
     reference = [path / "reference"] * (path / "reference" / manifest.NAME).is_file()
@@ -20,7 +19,7 @@ def folders_of(path: Path) -> list[Path]:
 
 
 def verify_command(path: Path, *, quick: bool) -> int:
-    """Print a line for each checkpoint; returns 1 when one is damaged, else 0."""
+    """Print one line per checkpoint; returns 1 when one is damaged, else 0."""
     damaged = 0
     for folder in folders_of(path):
         try:

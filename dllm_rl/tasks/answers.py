@@ -110,12 +110,6 @@ def exact_number(text: str) -> Fraction | None:
     return -value if "-" in found[1] + found[2] else value
 
 
-def standalone_digits(text: str, count: int) -> str | None:
-    """The first run of exactly `count` digits that touches no letter, digit or underscore."""
-    found = re.search(rf"(?<!\w)\d{{{count}}}(?!\w)", text)
-    return found[0] if found else None
-
-
 def until_special(text: str, start: int) -> str:
     """The text from `start` up to the first `<|eot_id|>` or `<|endoftext|>`, or to the end."""
     return text[start : _first(text, _ENDS[1:], start, default=len(text))]

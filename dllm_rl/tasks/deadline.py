@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 STATUS = 124  # the process's exit status, that of timeout(1)
 GRACE = 5.0  # seconds between the limit and the last resort
@@ -68,8 +68,3 @@ def _interrupting(handle: Callable[..., None], *, every: float) -> Iterator[None
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
-
-
-def unlimited() -> AbstractContextManager[Callable[[], None]]:
-    """A deadline that never ends: restart() does nothing."""
-    return nullcontext(lambda: None)

@@ -9,6 +9,7 @@ from typing import ClassVar
 Prompt = str | list[dict[str, str]]
 
 
+@lru_cache(maxsize=64)
 def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
     """A string with a line break or a placeholder `{name}`, name in `needs`, is the template; else it is a path.
 
@@ -76,12 +77,7 @@ class Prompted:
         return fill(self._template(), chat=self.chat, opening=self.opening, **values)
 
     def _template(self) -> Prompt:
-        return self.text if self.prompt_format == "text" else _loaded(self.prompt_format, self.placeholders)
-
-
-@lru_cache(maxsize=64)
-def _loaded(template: str | Path, needs: tuple[str, ...]) -> Prompt:
-    return load_template(template, needs=needs)
+        return self.text if self.prompt_format == "text" else load_template(self.prompt_format, needs=self.placeholders)
 
 
 def fill(template: Prompt, *, chat: bool, opening: str = "", **values: str) -> Prompt:

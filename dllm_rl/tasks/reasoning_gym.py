@@ -13,8 +13,7 @@ from dllm_rl.tasks.sudoku.graders import sudoku_strict
 
 
 def _sudoku_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {name: "".join(str(d) for row in entry["metadata"][name] for d in row) for name in ("puzzle", "solution")}
-    return flat
+    return {name: "".join(str(d) for row in entry["metadata"][name] for d in row) for name in ("puzzle", "solution")}
 
 
 def _countdown_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,12 +34,11 @@ _GYM = {
 
 @dataclass(frozen=True)
 class ReasoningGym:
-    """A reasoning-gym generator with our strict graders (its own scorers run model text through an evaluator).
+    """A reasoning-gym generator with our strict graders (its own scorers evaluate model text).
 
     generator  "mini_sudoku", "sudoku", "countdown" or "gsm_symbolic".
-    settings   the generator's own, as JSON: '{"min_numbers": 3, "max_numbers": 3}'.
-    Problem i is a pure function of (seed, i) and the settings. The prompt is the generator's question and a line that
-    asks for <answer> tags; value: 1 when right, else 0.
+    settings   of the generator, as JSON: '{"min_numbers": 3, "max_numbers": 3}'.
+    The prompt is the generator's question and a line that asks for <answer> tags. Value: 1 when right, else 0.
     """
 
     version: ClassVar[str] = "1"

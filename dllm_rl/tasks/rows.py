@@ -1,4 +1,4 @@
-"""Rows of a data set in its own published format (JSONL, JSON, CSV, Parquet, a folder, or `datasets`), and splits."""
+"""Rows of a data set in its published format (JSONL, JSON, CSV, Parquet, a folder, or `datasets`), and splits."""
 
 import csv
 import json
@@ -15,8 +15,7 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def hashed_split(key: str) -> Split:
-    """Split by a hash of the key that must not leak across splits; the same for ever: 70 in 100 train, 10 validation,
-    20 test."""
+    """The split of a key, by a fixed hash: 70 in 100 train, 10 validation, 20 test."""
     place = int.from_bytes(sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % 100
     return "test" if place < 20 else "validation" if place < 30 else "train"
 
@@ -27,7 +26,7 @@ def check_split(split: str, names: tuple[str, ...] = NAMES) -> None:
 
 
 def load_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
-    """(where it stands, row) for each row of one file. Errors: ValueError naming the file and line."""
+    """(place, row) for each row of one file. Errors: ValueError naming the file and line."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file {path}: give the path of a {', '.join(_SUFFIXES)} file")
@@ -75,7 +74,7 @@ def present(row: Mapping[str, Any], name: str) -> Any:
 
 
 def text_of(row: Mapping[str, Any], name: str) -> str:
-    """Errors: ValueError when the row lacks the field, or it is no text."""
+    """Errors: ValueError when the field is missing or no text."""
     value = present(row, name)
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text, not {type(value).__name__}")
@@ -84,11 +83,8 @@ def text_of(row: Mapping[str, Any], name: str) -> str:
 
 @lru_cache(maxsize=16)
 def load_split(path: str | Path | None, split: str, dataset: tuple[str, str | None]) -> tuple[tuple[str, Row], ...]:
-    """The rows of a split: of a file, of the file in a folder whose name holds the split's name, or of a data set
-    (name, configuration) that `datasets` finds in its cache or downloads.
-
-    Errors: ValueError saying what is missing and what to give.
-    """
+    """The rows of a split: of a file, of the file in a folder with the split in its name, or of a data set
+    (name, configuration) that `datasets` loads or downloads. Errors: ValueError."""
     if path is not None:
         return tuple(load_rows(_split_file(Path(path), split)))
     import datasets
@@ -119,11 +115,8 @@ def _split_file(path: Path, split: str) -> Path:
 def load_problems(
     path: str | Path | None, split: Split, hub: tuple[str, str | None], parse: Callable[[str, Row], tuple]
 ) -> tuple[tuple, ...]:
-    """The split's rows as `parse(place, row)` makes them, the question first.
-
-    "test" is the published one; "validation" is a tenth of the published train rows, by a hash of the question, and
-    "train" the rest.
-    """
+    """`parse(place, row)`, the question first, for each row of the split: "test" is the published one; "validation" is
+    a tenth of the published train rows, by a hash of the question; "train" is the rest."""
     problems = [parse(place, row) for place, row in load_split(path, "test" if split == "test" else "train", hub)]
     if split != "test":
         problems = [p for p in problems if (hashed_split(p[0]) == "validation") == (split == "validation")]

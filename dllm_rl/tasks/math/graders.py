@@ -94,14 +94,11 @@ def math500_strict(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def math500_d1(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's evaluation [paper]: the last box, which is all of a completion without one; compared as same_in_d1 does.
+    """d1's evaluation [paper]: `d1_box`, or the first answer block where it is empty; compared by `same_in_d1`.
 
-    Where the last box is empty or not closed, the first answer block is read. `parsed`: something was marked as the
-    answer, or all of the completion is the right one [ours].
+    `parsed`: the completion marks an answer, or all of it is the right answer [ours].
     """
-    answer = d1_box(completion)
-    if not answer:
-        answer = (first_closed_answer(completion) or "").strip()
+    answer = d1_box(completion) or (first_closed_answer(completion) or "").strip()
     correct = fields["answer"] is not None and same_in_d1(answer, fields["answer"])
     return _graded(correct or bool(answer and answer != completion), correct)
 

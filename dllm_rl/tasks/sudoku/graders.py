@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from operator import eq
 from typing import Any
 
-from dllm_rl.tasks.answers import last_answer, last_closed_answer, standalone_digits, until_end, until_special
+from dllm_rl.tasks.answers import last_answer, last_closed_answer, until_end, until_special
 from dllm_rl.tasks.base import Grader, Reward
 from dllm_rl.tasks.rows import text_of
 from dllm_rl.tasks.sudoku.grids import MOST_COMPLETIONS, completions, is_completion
@@ -14,10 +14,9 @@ _FENCED = re.compile(r"```([\d\s]++)```")
 
 
 def sudoku_strict(fields: Mapping[str, Any], completion: str) -> Reward:
-    """The rules of the game: any valid completion of the puzzle is right [ours].
+    """The rules of the game: any valid completion of the puzzle is right [ours]. Value: solve_rate.
 
-    The grid is the first 16 (or 81) non-blank characters of the last `<answer>` block, or of the whole text when it has
-    no such block. `parsed`: they are all digits of the game. Value: solve_rate.
+    The grid: the first 16 (or 81) non-blank characters of the last `<answer>` block, or of a text without one.
     """
     block = last_answer(completion)
     puzzle = fields["puzzle"]
@@ -26,16 +25,16 @@ def sudoku_strict(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def sudoku_d1(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's evaluation [paper]: empty cells that agree with the reference solution. 4x4 only. Value: cell_accuracy.
+    """d1's evaluation [paper], 4x4 only. Value: share of empty cells that agree with the reference.
 
-    solve_rate, which d1 does not report, is ours: the same cells, judged by the rules.
+    solve_rate judges the same cells by the rules [ours].
     """
     found = d1_candidate(completion)
     return _against_reference(fields, first_cells(found, 16), parsed=bool(found))
 
 
 def sudoku_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's training reward [paper]: empty cells that agree with the reference, among the last answer block's digits."""
+    """d1's training reward [paper]: as d1's evaluation, of the first 16 digits in the last answer block."""
     block = last_closed_answer(completion)
     return _against_reference(fields, first_digits(block or "", 16), parsed=block is not None)
 
@@ -51,12 +50,12 @@ def _against_reference(fields: Mapping[str, Any], cells: str, *, parsed: bool) -
 
 
 def d1_candidate(text: str) -> str:
-    """The text that d1 takes for the grid, stripped; "" without one. The first non-blank of:
+    """The text that d1 reads as the grid, stripped; "" without one. The first non-blank of:
 
     1. digits and blanks in a ``` fence after the first <answer>;
     2. from the first <answer> to the first of <|eot_id|>, <|endoftext|> and </answer>;
     3. from the first </answer> to <|eot_id|>, <|endoftext|> or the end;
-    4. the first 16 digits that stand before blanks and </answer>;
+    4. the first 16 digits before blanks and </answer>;
     5. the first standalone 16-digit number.
     """
     opened, closed = text.find("<answer>"), text.find("</answer>")
@@ -72,33 +71,33 @@ def d1_candidate(text: str) -> str:
         for piece in text.split("</answer>")[:-1]:
             if len(piece) >= 16 and len(found := piece.rstrip()[-16:]) == 16 and found.isdecimal():
                 return found
-    return standalone_digits(text, 16) or ""
+    alone = re.search(r"(?<!\w)\d{16}(?!\w)", text)
+    return alone[0] if alone else ""
 
 
 def first_cells(text: str, count: int) -> str:
     """The first `count` characters of the text that are not white space."""
-    # count - 1 splits leave the rest as the last piece: the pieces' first `count` characters are all that is asked for.
+    # More splits than count - 1 cannot change the first `count` characters.
     return "".join(text.split(None, count - 1))[:count]
 
 
 def first_digits(text: str, count: int) -> str:
-    """The first `count` digits of the text, or all of them when it has fewer."""
+    """The first `count` digits of the text, or all when there are fewer."""
     enough = re.match(rf"(?:\D*+\d){{{count}}}", text)
     return "".join(re.findall(r"\d", enough[0] if enough else text))
 
 
 def score(puzzle: str, cells: str, *, solved_weight: float, match_weight: float) -> Reward:
-    """Compares up to as many characters as the puzzle has cells with every valid completion.
+    """Compares the cells with every valid completion; the best match counts. `parsed`: all are digits of the game.
 
-    solve_rate     1 when they are a valid completion: every rule holds and the givens are kept.
-    cell_accuracy  originally empty cells that agree with the best matching completion / empty cells (1 if none).
-    correct_cells  the cells that cell_accuracy counts; empty_cells: what it divides them by.
-    givens_kept    the same share over the given cells (1 if none).
-    Value: solved_weight * solved + match_weight * (cells that agree with the best matching completion) / cells.
+    solve_rate     1 when the cells are a valid completion, which keeps the givens.
+    cell_accuracy  correct_cells / empty_cells, the cells that the puzzle leaves empty (1 without empty cells).
+    givens_kept    the same share over the given cells (1 without givens).
+    Value: solved_weight * solve_rate + match_weight * (share of all cells that agree).
     """
     grids = completions(puzzle)
     solved = cells in grids or (len(grids) == MOST_COMPLETIONS and is_completion(puzzle, cells))
-    # The givens are the same in every completion, so the best match over all cells is the best over the empties.
+    # Every completion has the same givens, so the best match over all cells is the best over the empty cells.
     size, empty = len(puzzle), puzzle.count("0")
     matching = size if solved else max(sum(map(eq, cells, grid)) for grid in grids)
     kept = sum(a == b for a, b in zip(cells, puzzle, strict=False) if b != "0")
@@ -109,8 +108,7 @@ def score(puzzle: str, cells: str, *, solved_weight: float, match_weight: float)
         "empty_cells": float(empty),
         "givens_kept": kept / (size - empty) if empty < size else 1.0,
     }
-    digits = "1234" if size == 16 else "123456789"
-    parsed = solved or (len(cells) == size and not cells.strip(digits))
+    parsed = solved or (len(cells) == size and not cells.strip("1234" if size == 16 else "123456789"))
     return Reward(solved_weight * solved + match_weight * matching / size, parsed, breakdown)
 
 
@@ -118,7 +116,7 @@ GRADERS: dict[str, Grader] = {"strict": sudoku_strict, "d1": sudoku_d1, "spg": s
 
 
 def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
-    """`puzzle` and `solution` of a stored row; a dot is a blank too. Errors: ValueError saying what is wrong."""
+    """`puzzle` and `solution` of a stored row; a dot is a blank too. Errors: ValueError."""
     puzzle, solution = text_of(row, "puzzle").replace(".", "0"), text_of(row, "solution")
     if protocol != "strict" and len(puzzle) != 16:
         raise ValueError(f"puzzle={puzzle!r}: protocol {protocol} is for 4x4, 16 characters; use strict for 9x9")

@@ -10,14 +10,12 @@ from itertools import islice, permutations
 from dllm_rl.tasks.rows import Split
 from dllm_rl.tasks.sudoku.solver import solutions
 
-# No more completions than this are listed for a 9x9 puzzle, which may have billions.
-MOST_COMPLETIONS = 64
-
+MOST_COMPLETIONS = 64  # listed for a 9x9 puzzle, which may have billions
 SPLIT_SIZES: dict[Split, int] = {"test": 88, "validation": 24, "train": 176}
 
 
 def _solved_grids() -> tuple[str, ...]:
-    """All solved grids, in lexicographic order: rows are stacked, keeping columns and 2x2 boxes free of repeats."""
+    """All solved grids, in lexicographic order."""
     rows = ["".join(row) for row in permutations("1234")]
     grids = [""]
     for _ in range(4):
@@ -28,7 +26,7 @@ def _solved_grids() -> tuple[str, ...]:
 def _fits(grid: str, row: str) -> bool:
     if any(digit in grid[column::4] for column, digit in enumerate(row)):
         return False
-    if len(grid) % 8 == 4:  # the row closes two boxes: each is this row's and the last row's two cells
+    if len(grid) % 8 == 4:  # the row completes two boxes
         above = grid[-4:]
         return all(len(set(above[c : c + 2] + row[c : c + 2])) == 4 for c in (0, 2))
     return True
@@ -37,7 +35,7 @@ def _fits(grid: str, row: str) -> bool:
 SOLVED = _solved_grids()
 assert len(SOLVED) == 288
 
-# _HOLDS[cell][digit] is a set of grids as the bits of one integer: those with that digit in that cell (0: all of them).
+# _HOLDS[cell][digit]: the grids with this digit in this cell (0: all grids), as the bits of one integer.
 _HOLDS = tuple(
     {"0": (1 << 288) - 1}
     | {digit: sum(1 << i for i, grid in enumerate(SOLVED) if grid[cell] == digit) for digit in "1234"}
@@ -46,7 +44,7 @@ _HOLDS = tuple(
 
 
 def _split() -> dict[Split, tuple[str, ...]]:
-    """A fixed split, the same for every seed, so that no choice of seeds can train on a test solution."""
+    """The same split for every seed, so that no choice of seeds trains on a test solution."""
     shuffled = iter(sorted(SOLVED, key=lambda grid: sha256(grid.encode()).digest()))
     parts = {name: tuple(sorted(next(shuffled) for _ in range(size))) for name, size in SPLIT_SIZES.items()}
     assert sum(map(len, parts.values())) == len(set().union(*parts.values())) == 288, "splits share a solution"
@@ -67,26 +65,21 @@ def completions(puzzle: str) -> tuple[str, ...]:
 
     Errors: ValueError when the puzzle is not 16 characters 0-4 or 81 characters 0-9, or has no completion.
     """
-    check_puzzle(puzzle)
+    digits = {16: "01234", 81: "0123456789"}.get(len(puzzle))
+    if digits is None or not set(puzzle) <= set(digits):
+        raise ValueError(f"puzzle={puzzle!r} must be 16 characters 0-4 or 81 characters 0-9, row by row, 0 for a blank")
     if len(puzzle) == 81:
         found = tuple(islice(solutions(puzzle), MOST_COMPLETIONS))
     else:
         bits = _agreeing(puzzle)
-        places = (place for place in range(bits.bit_length()) if bits >> place & 1)
-        found = tuple(SOLVED[place] for place in places)
+        found = tuple(grid for place, grid in enumerate(SOLVED) if bits >> place & 1)
     if not found:
         raise ValueError(f"puzzle={puzzle!r} has no valid completion")
     return found
 
 
-def check_puzzle(puzzle: str) -> None:
-    digits = {16: "01234", 81: "0123456789"}.get(len(puzzle))
-    if digits is None or not set(puzzle) <= set(digits):
-        raise ValueError(f"puzzle={puzzle!r} must be 16 characters 0-4 or 81 characters 0-9, row by row, 0 for a blank")
-
-
 def is_completion(puzzle: str, cells: str) -> bool:
-    """Whether the cells, digits without blanks, keep every given and obey every rule."""
+    """Whether the cells are digits without blanks, keep every given and obey every rule."""
     if len(puzzle) == 16:
         return cells in completions(puzzle)
     if len(cells) != 81 or "0" in cells or not (cells.isascii() and cells.isdigit()):

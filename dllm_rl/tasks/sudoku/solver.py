@@ -1,4 +1,4 @@
-"""Sudoku as an exact cover, on the bits of integers: every completion of a puzzle of any side, 9x9 in milliseconds."""
+"""Sudoku as an exact cover, on the bits of integers: every completion of a puzzle, 9x9 in milliseconds."""
 
 from collections.abc import Iterator
 from functools import lru_cache, reduce
@@ -9,9 +9,9 @@ from random import Random
 
 
 def solutions(puzzle: str, rng: Random | None = None) -> Iterator[str]:
-    """Every completion, lazily, each once; in a fixed order, or in one drawn from rng.
+    """Every completion, lazily, each once; in a fixed order, or in an order drawn from rng.
 
-    puzzle: side * side digits, row by row, 0 for a blank; side 4 or 9. Givens that break a rule have no completion.
+    puzzle  16 or 81 digits, row by row, 0 for a blank. Givens that break a rule have no completion.
     """
     side = isqrt(len(puzzle))
     demands, rivals, met = _cover(isqrt(side))
@@ -37,10 +37,9 @@ def is_unique(puzzle: str) -> bool:
 def _cover(box: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """(demands, rivals, met). A candidate is a digit in a cell, numbered cell * side + digit - 1.
 
-    demands  sets of candidates, as bits, of which a solved grid holds exactly one: each cell has a digit; each row,
-             column and box has each digit.
-    rivals   for each candidate, those that it rules out.
-    met      for each candidate, the numbers of the four demands that it meets.
+    demands  sets of candidates, as bits; a solved grid has exactly one candidate of each set.
+    rivals   for each candidate, the candidates that it rules out.
+    met      for each candidate, the numbers of its four demands.
     """
     side = box * box
     sets: dict[tuple, int] = {}
@@ -64,7 +63,7 @@ def _cover(box: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int,
 
 
 def _search(alive: int, unmet: dict[int, int], side: int, rng: Random | None) -> Iterator[int]:
-    """Every choice of candidates among those alive that meets the demands not yet met, by their numbers."""
+    """Every choice of alive candidates that meets all unmet demands (number -> demand)."""
     _, rivals, met = _cover(isqrt(side))
     while True:
         fewest, tightest = 1 << 30, 0
@@ -83,12 +82,7 @@ def _search(alive: int, unmet: dict[int, int], side: int, rng: Random | None) ->
         alive &= ~rivals[forced]
         for number in met[forced]:
             del unmet[number]
-    choices = []
-    left = alive & tightest
-    while left:
-        low = left & -left
-        choices.append(low.bit_length() - 1)
-        left ^= low
+    choices = list(_places(alive & tightest))
     if rng is not None:
         choices.sort(key=lambda _: rng.random())
     for choice in choices:
@@ -98,18 +92,24 @@ def _search(alive: int, unmet: dict[int, int], side: int, rng: Random | None) ->
         yield from _search(alive & ~rivals[choice], rest, side, rng)
 
 
+def _places(bits: int) -> Iterator[int]:
+    """The places of the ones, lowest first."""
+    while bits:
+        low = bits & -bits
+        yield low.bit_length() - 1
+        bits ^= low
+
+
 def random_grid(rng: Random) -> str:
     """A solved 9x9 grid; not uniform among all of them."""
     return next(solutions("0" * 81, rng))
 
 
 def random_unique_puzzle(solution: str, clues: int, rng: Random) -> str | None:
-    """The solution with cells blanked in a random order, each only if the puzzle stays unique, down to `clues` givens.
-
-    None when no further cell of that order can go while there are more givens than that.
-    """
+    """The solution with cells blanked in a random order, each only if the puzzle stays unique, down to `clues` givens;
+    None when more givens are left at the end of the order."""
     order = sorted(range(81), key=lambda _: rng.random())
-    # The first half goes at once where it can: of the grids with 41 clues or more, nearly all are unique.
+    # The first half goes at once where it can: nearly all puzzles with 41 clues or more are unique.
     ahead = min(81 - clues, 40)
     whole = [9 * cell + int(digit) - 1 for cell, digit in enumerate(solution)]
     givens = [whole[cell] for cell in order[ahead:]]
@@ -126,7 +126,7 @@ def random_unique_puzzle(solution: str, clues: int, rng: Random) -> str | None:
 
 
 def _allowed(givens: list[int]) -> int:
-    """The candidates of a 9x9 grid that the given ones, which break no rule, do not rule out."""
+    """The candidates of a 9x9 grid that the givens do not rule out."""
     alive, rivals = (1 << 729) - 1, _cover(3)[1]
     for given in givens:
         alive &= ~rivals[given]
@@ -134,41 +134,27 @@ def _allowed(givens: list[int]) -> int:
 
 
 def _completes_otherwise(givens: list[int], own: int) -> bool:
-    """Whether 9x9 givens have a completion with another digit in the cell of the candidate `own`.
-
-    Of a puzzle with one completion, `own` among its givens, that is whether it has more without it: much less to show
-    than by two completions of the whole.
-    """
+    """Whether 9x9 givens have a completion with another digit in the cell of the candidate `own`: faster than a
+    search for two completions."""
     alive, rivals = _allowed(givens), _cover(3)[1]
     others = alive & (0b111111111 << own // 9 * 9) & ~(1 << own)
-    while others:
-        other = others & -others
-        others ^= other
-        if _completes(alive & ~rivals[other.bit_length() - 1]):
-            return True
-    return False
+    return any(_completes(alive & ~rivals[other]) for other in _places(others))
 
 
 def _completes(alive: int) -> bool:
-    """Whether candidates of a 9x9 grid hold a completion."""
+    """Whether candidates of a 9x9 grid contain a completion."""
     alive = _closed(alive)
     cells = [alive & (0b111111111 << place) for place in range(0, 729, 9)]
     choices = min((cell for cell in cells if cell & (cell - 1)), key=int.bit_count, default=0)
     if not choices:
         return alive != 0
-    while choices:
-        low = choices & -choices
-        choices ^= low
-        if _completes(alive & ~_cover(3)[1][low.bit_length() - 1]):
-            return True
-    return False
+    return any(_completes(alive & ~_cover(3)[1][choice]) for choice in _places(choices))
 
 
 def _closed(alive: int) -> int:
-    """The candidates of a 9x9 grid that are left when all that is forced is in place; 0 where a demand has none.
+    """The candidates of a 9x9 grid that are left after all forced moves; 0 when a demand has no candidate.
 
-    All demands of a kind are seen at once: shifted onto one another, their places show which have one candidate left.
-    Two that are forced against each other leave a demand without any.
+    It handles all demands of a kind at once: shifted onto one another, their bits show which have one candidate left.
     """
     rivals, placed = _cover(3)[1], 0
     while True:
@@ -196,8 +182,8 @@ def _kind(bases: list[int], shifts: list[int]) -> tuple[int, tuple[int, ...], in
     return sum(1 << base for base in bases), tuple(shifts), sum(1 << shift for shift in shifts)
 
 
-# Candidate (81 row + 9 column + digit) of the first place of every demand of a kind, and how far its nine places lie
-# from it: cells, rows, columns, boxes.
+# For cells, rows, columns and boxes: the first candidate (81 row + 9 column + digit) of each demand, and the distances
+# of its nine candidates from the first.
 _KINDS = (
     _kind([9 * cell for cell in range(81)], list(range(9))),
     _kind([81 * row + digit for row in range(9) for digit in range(9)], [9 * column for column in range(9)]),

@@ -29,25 +29,23 @@ Think it through first if you like, then write the completed grid, {side} rows o
 class Sudoku(Prompted):
     """Sudoku puzzles; problem i is a pure function of (seed, split, i) and the settings.
 
-    split          solution grids of train, validation and test are disjoint, whatever the seeds.
+    split          train, validation and test share no solution grid, whatever the seeds.
     side           4 or 9.
     clues          how many digits are given, or an inclusive range that each problem draws from; 9x9 needs 26.
-    unique         whether every puzzle has exactly one completion. On 4x4 the clues are uniform among those that
-                   qualify; 9x9 puzzles are always unique.
+    unique         whether every puzzle has exactly one completion; 9x9 puzzles always have.
     size           number of problems; fewer when a file has fewer.
     seed           of the puzzles.
-    path           problems from a CSV or JSONL file with Puzzle and Solution instead of generated ones.
+    path           a CSV or JSONL file of problems instead, with Puzzle and Solution.
     prompt_format  "compact": the cells row by row, a dot for a blank, then "="; answered by the digits of the grid.
-                   "text": an instruction with the grid in lines; the answer stands between <answer> tags.
-                   A template with {puzzle}, or the path of a file with one: as "text", in those words.
+                   "text": an instruction with the grid in lines, answered between <answer> tags. Else a template with
+                   {puzzle}, or the path of its file.
     chat           "text" and templates: one user message (True) or plain text (False).
     opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
     shots          worked examples before the puzzle, from the solutions of the train split; 4x4 and text only.
-    reward_rule    the value of a completion.
+    reward_rule    "own": solved_weight * solved + match_weight * (share of all cells that agree with the best
+                   matching completion; over the empty cells alone, training lets the givens drift) [ours]. "d1": empty
+                   cells that agree with the reference / empty cells [paper].
     solved_weight, match_weight  of the two parts of the value "own".
-    Value of a completion: "own": solved_weight * solved + match_weight * (share of cells that agree with the best
-    matching valid completion). All cells count: over the empties alone training lets the givens drift [ours].
-    "d1": empty cells that agree with the reference / empty cells [paper].
     """
 
     name: ClassVar[str] = "sudoku"
@@ -108,15 +106,11 @@ class Sudoku(Prompted):
         )
 
     def reward(self, problem: Problem, completion: str) -> Reward:
-        """Grades the first 16 (81) non-blank characters: solved when they are a valid completion, else cell by cell.
-
-        `parsed`: they are all digits of the game. Other characters match nothing. Linear in the text's length.
-        """
+        """Grades the first 16 (81) non-blank characters; see `score`. Linear in the text's length."""
         if self.reward_rule == "d1":
             return sudoku_d1_training(problem.fields, completion)
-        text = completion if self.compact else last_answer(completion) or ""
         puzzle = problem.fields["puzzle"]
-        cells = first_cells(text, len(puzzle))
+        cells = first_cells(completion if self.compact else last_answer(completion) or "", len(puzzle))
         return score(puzzle, cells, solved_weight=self.solved_weight, match_weight=self.match_weight)
 
     def _drawn4(self, rng: Random, grids: Sequence[str]) -> tuple[str, str]:
@@ -147,8 +141,7 @@ class Sudoku(Prompted):
             examples = [self._drawn4(rng, grids) for _ in range(self.shots)]
             solved = [f"{_lines(given.replace('0', '.'))}\n\nSolved:\n{_lines(grid)}" for given, grid in examples]
             asked = "\n\n".join([*(f"An example:\n{example}" for example in solved), f"Your puzzle:\n{asked}"])
-        values = {"puzzle": asked, "side": str(side), "box": str(isqrt(side))}
-        return self.worded(**values)
+        return self.worded(puzzle=asked, side=str(side), box=str(isqrt(side)))
 
     def _answer(self, solution: str) -> str:
         return solution if self.compact else f"<answer>\n{_lines(solution)}\n</answer>"
