@@ -165,7 +165,8 @@ def rejection(
 
 @bounded(tau=Bound(above=0))
 def alarm(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
-    """lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): 0 on-policy, towards 1 with the mismatch [ours: AIS's is unknown]."""
+    """lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): 0 on-policy, towards 1 with the mismatch [ours: AIS's is not
+    public]."""
     return 1 - reliability * (tau / (divergence + tau)) * (1 / (1 + variation))
 
 

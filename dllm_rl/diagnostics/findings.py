@@ -18,7 +18,7 @@ COLUMNS = ("cause", "mean |d|", "max |d|", "k3", "ESS", "to do")
 
 def rows(report: Report) -> list[tuple[str, ...]]:
     """The whole, then each cause, as text; nats. Advice if a cause is at least a hundredth of the mismatch."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for c in (report.total, *([report.half_heads] if report.half_heads else []), *report.causes):
         advice = c.advice if c.mean_abs >= report.worst / 100 else ""
         found.append((c.name, f"{c.mean_abs:.2e}", f"{c.max_abs:.2e}", f"{c.k3:.1e}", f"{c.ess:.4f}", advice))

@@ -63,7 +63,8 @@ class MATH500(Questions):
     def read_row(place: str, row: Row) -> tuple[str, str, str]:
         problem, working = row.get("problem"), row.get("solution")
         answer = row.get("answer") or (last_box(working) if isinstance(working, str) else None)
-        if not all(isinstance(text, str) and text for text in (problem, working, answer)):
+        texts = isinstance(problem, str) and isinstance(working, str) and isinstance(answer, str)
+        if not (texts and problem and working and answer):
             wanted = "the texts problem, solution, and answer or a box in the solution"
             raise ValueError(f"{place}: a MATH row needs {wanted}")
         return problem, answer, working
