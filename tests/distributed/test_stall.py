@@ -47,7 +47,7 @@ def test_one_that_waits_for_a_lock_stands_still_at_its_place(monkeypatch):
 
 def test_one_that_computes_moves():
     turns, place = turns_while(busy)
-    assert turns == 0 and "/test_motion.py:" in place
+    assert turns == 0 and "/test_stall.py:" in place
 
 
 def test_processor_time_is_motion_wherever_the_code_stands(monkeypatch):
