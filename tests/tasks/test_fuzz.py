@@ -102,7 +102,7 @@ LONG = [piece * (10**6 // len(piece)) for piece in PIECES] + [
 
 @pytest.mark.parametrize(("task", "grader"), GRADERS, ids=NAMES)
 def test_a_million_characters_take_linear_time(task: str, grader) -> None:
-    """That of math-verify's own processes is bounded otherwise, in test_verify.py."""
+    """That of math-verify's own processes is bounded otherwise, in math/test_math_verify.py."""
     for text in LONG:
         with linear_time():
             check(grader(FIELDS[task], text))
