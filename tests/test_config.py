@@ -155,7 +155,7 @@ def test_caches_schemes_adapters_and_parts_of_a_composition(recipe):
     assert from_command_line(adapted, ["--lora", "lora_r16"]).lora() == Lora(r=16)
     two = replace(recipe, corrector=correctors.compose(correctors.tis(), correctors.reject()))
     weighs = from_command_line(two, ["--corrector.weigh.weighs.2.bound", "0.1"]).corrector.weigh.keywords["weighs"]
-    assert (weighs[0].keywords["cap"], weighs[1].keywords["bound"]) == (2.0, 0.1)
+    assert (weighs[0].keywords["cap"], weighs[1].keywords["bound"]) == (2.0, 0.1) and len(weighs) == 2
 
 
 def test_a_function_that_does_not_say_what_it_returns_has_no_others_beside_it(recipe):

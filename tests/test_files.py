@@ -2,7 +2,7 @@
 
 import pytest
 
-from dllm_rl.files import read_json, replacing
+from dllm_rl.files import read_json, remove, replacing
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
@@ -32,3 +32,10 @@ def test_what_is_no_json_is_named(tmp_path, text):
     (tmp_path / "state.json").write_bytes(text)
     with pytest.raises(ValueError, match=r"state\.json is damaged: it is not JSON"):
         read_json(tmp_path / "state.json")
+
+
+def test_a_link_is_removed_and_what_it_points_at_stays(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    remove(tmp_path / "link")
+    assert [item.name for item in tmp_path.iterdir()] == ["runs"]

@@ -12,7 +12,7 @@ from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training import prompts
 from dllm_rl.training.loop import train
-from dllm_rl.training.prompts import choose
+from dllm_rl.training.prompts import check_prompts, choose
 
 LONG = 60  # with 16 tokens to come, more than the model's 64
 
@@ -34,6 +34,30 @@ class SomeLong:
 
     def reward(self, problem, completion):
         return self.task.reward(problem, completion)
+
+
+class Listed(SomeLong):
+    """These problems."""
+
+    def __init__(self, *problems):
+        self.task = problems
+
+    def __getitem__(self, index):
+        return self.task[index]
+
+
+def test_the_longest_prompt_is_one_of_the_training_task(tmp_path):
+    """The evaluation's are longer, and in other places."""
+    others = Listed(Problem("1234"), Problem("1"))
+    recipe = tiny_recipe(tmp_path, task=Listed(Problem("1"), Problem("12")), validation_task=others, eval_task=others)
+    assert check_prompts(recipe, tiny_masked_lm(**SIZES)) == 1
+
+
+def test_a_blank_counts_as_the_one_token_that_it_is(tmp_path):
+    """Its text is of five characters, none of which the model knows."""
+    problem = Problem("1<gap>", blank="<gap>")
+    recipe = tiny_recipe(tmp_path, task=Listed(problem), max_prompt_length=2)
+    assert choose(recipe, tiny_masked_lm(**SIZES), [0]) == ([problem], 0)
 
 
 @pytest.mark.parametrize("field", ["task", "validation_task", "eval_task"])
