@@ -16,8 +16,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from dllm_rl.files import read_json
-
 FORMAT = 1
 NAME = "manifest.json"
 CARD = "README.md"  # not verified: users may edit it
@@ -47,9 +45,16 @@ def write(
 
 def read(folder: Path) -> dict[str, Any]:
     """The manifest. Raises ValueError if it is missing, damaged, or of another format."""
-    found = read_json(folder / NAME)
-    own = found.pop("sha256", None) if isinstance(found, dict) else None
-    if own is None or own != _own_digest(found):
+    path = folder / NAME
+    if not path.is_file():
+        raise ValueError(f"{folder}: {NAME} is {'no regular file' if path.exists() else 'missing'}")
+    try:
+        found = json.loads(path.read_bytes())
+        own = found.pop("sha256", None) if isinstance(found, dict) else None
+        signed = own is not None and own == _own_digest(found)
+    except (ValueError, RecursionError):  # neither UTF-8 nor JSON, or brackets without end
+        raise ValueError(f"{folder}: {NAME} is damaged: it is not JSON") from None
+    if not signed:
         raise ValueError(f"{folder}: {NAME} is damaged: its own SHA-256 differs")
     if type(found.get("format")) is int and found["format"] != FORMAT:
         raise ValueError(f"{folder}: format={found['format']} is newer than {FORMAT}; upgrade dllm_rl")

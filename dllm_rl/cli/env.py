@@ -9,7 +9,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from dllm_rl import __version__
+import dllm_rl
 
 PACKAGES = ("torch", "transformers", "torchao", "accelerate", "bitsandbytes", "peft", "safetensors", "datasets")
 
@@ -26,7 +26,7 @@ def environment() -> dict[str, Any]:
     # A container's limit may be lower.
     bytes_here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return {
-        "dllm_rl": __version__,
+        "dllm_rl": dllm_rl.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": {package: installed(package) for package in PACKAGES},

@@ -4,11 +4,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from dllm_rl.training import saving
+from dllm_rl.training.run import Run
 
 
-def test_a_save_that_failed_is_not_remembered_as_done(monkeypatch):
-    """A stop that finds the step remembered would end the run without writing it. None: the save failed."""
-    run = SimpleNamespace(recipe=None, log=None, history={})
-    monkeypatch.setattr(saving, "attempt", lambda recipe, log, write: write())
-    assert saving._attempt(run, 3, lambda: None) is None and run.history == {}
+def test_a_save_that_failed_is_not_remembered_as_done():
+    """A stop that finds the step remembered would end the run without writing it."""
+    warnings: list[str] = []
+    recipe, log = SimpleNamespace(on_save_error="continue"), SimpleNamespace(say=warnings.append)
+    run = object.__new__(Run)
+    run.__dict__.update(recipe=recipe, log=log, history={})
+
+    def full_disk():
+        raise OSError(28, "No space left on device")
+
+    assert saving._attempt(run, 3, full_disk) is None and run.history == {}
+    assert warnings == ["warning: No space left on device"]
     assert saving._attempt(run, 4, lambda: Path("folder")) == Path("folder") and run.history == {"saved": 4}

@@ -19,7 +19,7 @@ from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.schemes import int8_weight_only
-from dllm_rl.training import run
+from dllm_rl.training import policies
 from dllm_rl.training.learner import update
 from dllm_rl.types import Batch, Rollout
 from recipes.sudoku_tiny import recipe as main_job
@@ -181,7 +181,7 @@ def test_a_module_without_blocks_is_refused(tmp_path):
     policy = tiny_llama(causal=False, **SMALL)
     policy.module = Flat(2, 2)
     with pytest.raises(ValueError, match="gradient_checkpointing=True: Flat has no list of blocks; leave it off"):
-        run.configured(tiny_recipe(tmp_path, gradient_checkpointing=True), policy)
+        policies.configured(tiny_recipe(tmp_path, gradient_checkpointing=True), policy)
 
 
 def test_nothing_is_recomputed_where_nothing_is_differentiated():

@@ -213,7 +213,7 @@ def test_a_server_that_is_gone_is_started_again(pool) -> None:
 def test_a_forked_process_has_workers_of_its_own(pool) -> None:
     program = (
         "import os, sys\n"
-        "from dllm_rl.tasks.math import verify\n"
+        "from dllm_rl.tasks.math import math_verify as verify\n"
         "assert verify.equal('2x', 'x+x')\n"
         "child = os.fork()\n"
         "if child == 0: assert verify._POOL.process is None\n"
