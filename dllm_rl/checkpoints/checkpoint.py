@@ -130,14 +130,14 @@ def _enough_room(
     last = [folder_size(folder) for _, folder in found(final.parent)[-1:]]
     needed = max([tensors, *last]) + reserve + (1 << 20)
 
-    def fault(why: str) -> OSError:
+    def fault(why: str, number: int | None = None) -> OSError:
         free = shutil.disk_usage(final.parent).free
         if needed > free:
             remedy = f"{(needed - free) / 1e6:.1f} MB are missing. Make room, lower --save_total_limit"
         else:
             remedy = "which is enough. Look for a quota or a limit on file sizes (ulimit -f), correct what failed"
         return OSError(
-            errno.ENOSPC if needed > free else errno.EIO,
+            errno.ENOSPC if needed > free else number or errno.EIO,
             f"{final} was not saved: {why}; it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free, {remedy}, "
             "or train on with --on_save_error continue",
         )
@@ -147,7 +147,7 @@ def _enough_room(
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise fault(str(error)) from error
+        raise fault(str(error), getattr(error, "errno", None)) from error
 
 
 def _tensors(policy: Policy, optimizer: torch.optim.Optimizer | Held | Part) -> dict[str, Tensor]:
