@@ -217,7 +217,7 @@ def test_two_processes_give_what_one_gives(policy, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import json, os, sys\n"
-        "from test_evaluation import MODEL, SAMPLER, sudoku\n"
+        "from test_evaluate import MODEL, SAMPLER, sudoku\n"
         "from dllm_rl import evaluate\n"
         "from dllm_rl.distributed.collectives import make_accelerator\n"
         "from dllm_rl.models.tiny import tiny_masked_lm\n"
