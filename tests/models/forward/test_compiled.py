@@ -19,6 +19,15 @@ from dllm_rl.training import train
 SIZES = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    """torch's cache of compiled code does not distinguish instruction sets. Code that a run under another
+    ATEN_CPU_CAPABILITY generated, compiled for this run's wider vectors, writes past its buffers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def afresh():
     """Compiled code is kept by the code it comes from; other tests' shapes must not use up how often it may be."""
