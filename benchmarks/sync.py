@@ -23,7 +23,7 @@ from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts
 
 ELSEWHERE = ("fake_quantize", "float8_dynamic", "int4_packed")
-ANYWHERE = [name for name in pickable(quantize.__name__, None, None) if name not in ELSEWHERE]
+ANYWHERE = [name for name in pickable(quantize.__name__) if name not in ELSEWHERE]
 
 SYNCS = 5  # in a row, as one takes little more than the clock's resolution
 

@@ -15,7 +15,8 @@ __version__ = "0.1.0"
 _HOME = {
     "types": "Prompts SamplingParams Rollout",
     "recipe": "Recipe",
-    "config": "describe from_command_line",
+    "config": "from_command_line",
+    "members": "describe",
     "tasks": "Problem Reward Task Sudoku Countdown GSM8K MATH500 ReasoningGym task_from_dataset",
     "models.base": "Policy FamilySpec",
     "models.policy": "load_policy load_weights make_policy DiffusionPolicy AutoregressivePolicy",

@@ -28,13 +28,17 @@ class Bound:
         inside &= self.at_least is None or value >= self.at_least
         inside &= self.at_most is None or value <= self.at_most
         if not inside:
-            raise ValueError(f"{name}={value} must {self}" + ("" if math.isfinite(value) else ", and be finite"))
+            verb = "lie" if str(self).startswith("in") else "be"
+            raise ValueError(f"{name}={value} must {verb} {self}" + ("" if math.isfinite(value) else ", and be finite"))
 
     def __str__(self) -> str:
+        """As `at least 1`, `above 0` or `in [0, 1)`."""
         low = f"({self.above}" if self.at_least is None else f"[{self.at_least}"
-        if self.at_most is not None or self.below is not None:
-            return f"lie in {low}, " + (f"{self.below})" if self.at_most is None else f"{self.at_most}]")
-        return f"be above {self.above}" if self.at_least is None else f"be at least {self.at_least}"
+        if self.at_most is not None:
+            return f"in {low}, {self.at_most}]"
+        if self.below is not None:
+            return f"in {low}, {self.below})"
+        return f"above {self.above}" if self.at_least is None else f"at least {self.at_least}"
 
 
 def bounded(**bounds: Bound) -> Callable[[Function], Function]:

@@ -13,8 +13,8 @@ from dllm_rl.algorithms.optimizers import adamw, linear_decay
 from dllm_rl.algorithms.surrogates import surrogate_inputs
 from dllm_rl.algorithms.weights import no_weights
 from dllm_rl.bounds import Bound, check_bound
-from dllm_rl.config import describe, described, plain
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
+from dllm_rl.members import describe, described, plain
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import Lora, check_mergeable
 from dllm_rl.tasks.base import Task
@@ -26,16 +26,24 @@ def _(
     *,
     pick: str | None = None,
     like: Callable | None = None,
-    at_least: int | None = None,
-    above: int | None = None,
+    **bound: int,
 ) -> Any:
     """A documented field. `pick` is the module of the functions that the command line may name: those whose signature
-    fits `like`, or else the default. `at_least` and `above` bound a number."""
-    bound = None if at_least is None and above is None else Bound(at_least=at_least, above=above)
-    return field(default=default, metadata={"help": help, "pick": pick, "like": like, "bound": bound})
+    fits `like`, or else the default. `bound` has the keywords of `Bound`."""
+    limits = Bound(**bound) if bound else None
+    return field(default=default, metadata={"help": help, "pick": pick, "like": like, "bound": limits})
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+
+
+def documented(record: type) -> str:
+    """The record's docstring with a line for each field: what it is, and its bound."""
+    lines = [f"{record.__doc__}\n"]
+    for known in fields(record):
+        bound = known.metadata["bound"]
+        lines.append(f"{known.name:22}  {known.metadata['help']}" + (f" ({bound})" if bound else ""))
+    return "\n".join(lines)
 
 
 def check_bounds(field: Field, value: Any) -> None:
@@ -110,21 +118,29 @@ class Settings:
         """The record for JSON, as in checkpoints and summary.json."""
         return described(self)
 
-    def check_settings(self) -> None:
+    def __post_init__(self) -> None:
         """Raise ValueError on a field out of bounds, and on fields that do not go together."""
-        for f in fields(self):
-            check_bounds(f, getattr(self, f.name))
-        if unknown := [name for name in self.trackers if name not in TRACKERS]:
-            raise ValueError(f"report_to={unknown[0]!r} is not known; use {', '.join(TRACKERS)}, or none")
-        if self.dtype == "float16" and self.lora is None and self.optim is adamw:
-            raise ValueError(
+        for checked in fields(self):
+            check_bounds(checked, getattr(self, checked.name))
+        for wrong, message in self.conflicts():
+            if wrong:
+                raise ValueError(message)
+
+    def conflicts(self) -> list[tuple[bool, str]]:
+        """(whether fields do not go together, what to do), by subject."""
+        unknown = [name for name in self.trackers if name not in TRACKERS]
+        return [
+            (bool(unknown), f"report_to={', '.join(unknown)!r} is not known; use {', '.join(TRACKERS)}, or none"),
+            (
+                self.dtype == "float16" and self.lora is None and self.optim is adamw,
                 "dtype='float16' needs lora, or another optim: AdamW's second moments of float16 weights underflow to "
-                "0 and so does its epsilon; or use 'bfloat16' or 'float32'"
-            )
-        if self.base_quantization is not None and self.lora is None:
-            raise ValueError(
-                f"base_quantization={self.base_quantization!r} is a frozen base: set lora, or leave it out"
-            )
+                "0 and so does its epsilon; or use 'bfloat16' or 'float32'",
+            ),
+            (
+                self.base_quantization is not None and self.lora is None,
+                f"base_quantization={self.base_quantization!r} is a frozen base: set lora, or leave it out",
+            ),
+        ]
 
     @property
     def schedule_steps(self) -> int:
@@ -180,8 +196,10 @@ class Recipe(Settings):
     seed: int = _("the only source of randomness", 0)
     train_batch_size: int = _("prompts per step, over all processes", 32, at_least=1)
     num_generations: int = _("completions per prompt (G)", 8, at_least=1)
-    rollout_batch_size: int | None = _("completions sampled at a time, to save memory; None: all at once", None)
-    micro_batch_size: int | None = _("completions per forward of scoring and update; None: all at once", None)
+    rollout_batch_size: int | None = _(
+        "completions sampled at a time, a multiple of num_generations; None: all at once", None
+    )
+    micro_batch_size: int | None = _("completions per forward, a multiple of num_generations; None: all at once", None)
     kept_graphs: int = _(
         "scoring keeps its graphs for the first update up to this many forwards (views x micro-batches)", 1, at_least=0
     )
@@ -197,8 +215,8 @@ class Recipe(Settings):
     num_steps: int = _("RL steps", 180, at_least=0)
     num_iterations: int = _("optimiser updates per rollout", 1, at_least=1)
     learning_rate: float = _("of AdamW", 5e-4, above=0)
-    adam_beta1: float = _("of AdamW", 0.9)
-    adam_beta2: float = _("of AdamW", 0.99)
+    adam_beta1: float = _("of AdamW", 0.9, at_least=0, below=1)
+    adam_beta2: float = _("of AdamW", 0.99, at_least=0, below=1)
     weight_decay: float = _("of AdamW", 0.0, at_least=0)
     max_grad_norm: float = _("gradients are scaled down to this norm", 1.0, above=0)
     lr_schedule: Callable = _(
@@ -256,45 +274,55 @@ class Recipe(Settings):
     overwrite_output_dir: bool = _("delete the run that output_dir holds", False)
 
     def __post_init__(self) -> None:
-        self.check_settings()
+        super().__post_init__()
+        surrogate_inputs(self.corrector.surrogate)
         if self.lora is not None and self.corrector.align_forward and self.rollout_quantization is not None:
             check_mergeable(self.lora())
-        if self.router_replay is not None and self.rollout_quantization is None:
-            raise ValueError(
+
+    def conflicts(self) -> list[tuple[bool, str]]:
+        quantized = self.rollout_quantization is not None
+        found = [
+            *super().conflicts(),
+            (
+                self.router_replay is not None and not quantized,
                 "router_replay='R3' takes the rollout's experts again, and without rollout_quantization the learner's "
-                "own weights roll out: set a scheme, or leave it at none"
-            )
-        if self.async_save and self.base_quantization is not None:
-            raise ValueError(
+                "own weights roll out: set a scheme, or leave it at none",
+            ),
+            (
+                self.async_save and self.base_quantization is not None,
                 f"async_save=True does not go with base_quantization={self.base_quantization!r}, whose weights have no "
-                "copy on the host; use async_save=False"
-            )
-        surrogate_inputs(self.corrector.surrogate)
-        if self.use_bias_correction_kl and not self.beta:
-            raise ValueError("use_bias_correction_kl=True corrects a KL term, and beta=0 has none: set beta above 0")
-        if self.old_logprobs == "rollout" and self.corrector.weigh is not no_weights:
-            raise ValueError(
+                "copy on the host; use async_save=False",
+            ),
+            (
+                self.use_bias_correction_kl and not self.beta,
+                "use_bias_correction_kl=True corrects a KL term, and beta=0 has none: set beta above 0",
+            ),
+            (
+                self.old_logprobs == "rollout" and self.corrector.weigh is not no_weights,
                 "old_logprobs='rollout' takes ratios against the rollout itself, which a corrector's weights would "
-                "correct a second time: use corrector=none(), or one without weigh, or old_logprobs='recompute'"
-            )
-        if self.zero_mismatch and self.rollout_quantization is not None and not self.corrector.align_forward:
-            raise ValueError(
-                "zero_mismatch=True needs rollout_quantization=None, or a corrector that aligns the forward"
-            )
-        if self.zero_mismatch and self.rollout_quantization is None and not self.likelihood.exact_for_sampler:
-            raise ValueError(
+                "correct a second time: use corrector=none(), or one without weigh, or old_logprobs='recompute'",
+            ),
+            (
+                self.zero_mismatch and quantized and not self.corrector.align_forward,
+                "zero_mismatch=True needs rollout_quantization=None, or a corrector that aligns the forward",
+            ),
+            (
+                self.zero_mismatch and not quantized and not self.likelihood.exact_for_sampler,
                 f"zero_mismatch=True with likelihood={self.likelihood.name!r} would compare the learner's log-probs "
-                "with themselves: that estimator does not replay the sampler; use trajectory(), or zero_mismatch=False"
-            )
-        if self.zero_mismatch and self.sampling_support == "unfiltered":
-            raise ValueError(
+                "with themselves: that estimator does not replay the sampler; use trajectory(), or zero_mismatch=False",
+            ),
+            (
+                self.zero_mismatch and self.sampling_support == "unfiltered",
                 "zero_mismatch=True does not go with sampling_support='unfiltered', whose rollout log-probs are sums "
-                "of two recorded numbers and round; use 'own' or 'rollout'"
-            )
+                "of two recorded numbers and round; use 'own' or 'rollout'",
+            ),
+        ]
+        group = self.num_generations
         for name in ("rollout_batch_size", "micro_batch_size"):
             size = getattr(self, name)
-            if size is not None and (size < self.num_generations or size % self.num_generations):
-                raise ValueError(f"{name}={size} must be a multiple of num_generations={self.num_generations}")
+            whole = size is None or (size >= group and size % group == 0)
+            found.append((not whole, f"{name}={size} must be a multiple of num_generations={group}"))
+        return found
 
     def __repr__(self) -> str:
         """The fields that are not at their default, one per line."""
@@ -342,4 +370,4 @@ class Recipe(Settings):
         raise ValueError("sampler must be a partial that binds max_new_tokens")
 
 
-Recipe.__doc__ = f"{Recipe.__doc__}\n\n" + "\n".join(f"{f.name:22}  {f.metadata['help']}" for f in fields(Recipe))
+Recipe.__doc__ = documented(Recipe)

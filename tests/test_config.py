@@ -1,7 +1,5 @@
 """Overrides by name: good ones, unknown fields, bad values; recipes as text."""
 
-import math
-import re
 from dataclasses import fields, replace
 from functools import partial
 from importlib import import_module
@@ -13,20 +11,19 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.advantages import decoupled
-from dllm_rl.algorithms.losses import sequence, token
-from dllm_rl.algorithms.surrogates import ppo_clip
-from dllm_rl.config import describe, described, from_command_line, helps_of, override, paths, siblings
+from dllm_rl.algorithms.losses import sequence
+from dllm_rl.config import from_command_line, override, paths, siblings, usage
 from dllm_rl.likelihoods import estimators as likelihoods
+from dllm_rl.members import describe
 from dllm_rl.models.lora import Lora
 from dllm_rl.quantization.schemes import int8_weight_only
-from dllm_rl.recipe import Recipe, check_bounds
+from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.rules import margin, schedule
 from dllm_rl.supervised.recipe import SFT
 from dllm_rl.tasks.sudoku import Sudoku
 from recipes.studies.surrogates import gdsd
 from recipes.sudoku_tiny import __file__ as main_job_file
-from recipes.sudoku_tiny import recipe as main_job
 
 
 @pytest.fixture
@@ -271,6 +268,25 @@ def test_help_is_of_the_recipe_that_the_other_arguments_make(recipe, capsys):
     assert "one of: full, quick" in out and "one of: nf4, int8" in out and "one of: train, validation, test" in out
 
 
+def test_help_shows_each_bound(recipe):
+    supervised = SFT(name="sft", model=recipe.model, dataset=[])
+    for record in (recipe, supervised):
+        text = " ".join(usage(record).split())
+        bounds = {field.name: field.metadata["bound"] for field in fields(record) if field.metadata["bound"]}
+        assert len(bounds) > 15
+        for name, bound in bounds.items():
+            help = text[text.index(f" --{name} ") + 3 :].partition(" --")[0]
+            assert help.endswith(f" ({bound})"), name
+    tis = " ".join(usage(replace(recipe, corrector=correctors.tis())).split())
+    for said in (
+        "--num_steps 2 RL steps (at least 0)",
+        "--adam_beta1 0.9 of AdamW (in [0, 1))",
+        "--corrector.weigh.cap 2.0 largest weight, at least 1 --",
+        "(above 0) --corrector.surrogate.epsilon_high",
+    ):
+        assert said in tis
+
+
 NAMES = [path.stem for path in sorted(Path(main_job_file).parent.glob("*.py")) if "recipe" in path.read_text()]
 PICKS = ("likelihood", "corrector", "advantages", "aggregate", "rollout_quantization", "lora", "sampler.commit")
 
@@ -288,92 +304,3 @@ def test_every_name_of_every_recipe_is_explained(name):
     ]
     assert len(recipes) > (40 if isinstance(recipe, Recipe) else 6)
     assert not {path for each in recipes for path, setting in paths(each).items() if not setting.help}
-
-
-def test_the_record_says_what_its_fields_are():
-    for field in fields(Recipe):
-        assert f"{field.name} " in Recipe.__doc__ and field.metadata["help"] in Recipe.__doc__
-
-
-def test_what_a_docstring_says_of_names():
-    class Base:
-        """A base.
-
-        size    how large
-        colour  the base's
-        """
-
-    class Child(Base):
-        """A child: no  name here.
-
-        colour, shape  seen first,
-                       then more
-            and more.
-        Text that belongs to no name.
-        """
-
-    assert helps_of(Child) == {"size": "how large"} | dict.fromkeys(
-        ("colour", "shape"), "seen first, then more and more."
-    )
-    assert helps_of(lambda: 0) == {}
-
-
-def test_the_aggregation_is_the_one_given_else_the_correctors_papers_else_token(recipe):
-    taken = lambda *words: from_command_line(recipe, list(words)).aggregation  # noqa: E731
-    assert taken() is token and taken("--corrector", "ais") is token
-    assert taken("--corrector", "tbpo") is sequence and taken("--corrector", "qarl") is sequence
-    assert taken("--corrector", "tbpo", "--aggregate", "token") is token
-    assert taken("--corrector", "none", "--aggregate", "sequence") is sequence
-    assert replace(recipe, corrector=correctors.tbpo()).loss.keywords["aggregate"] is sequence
-
-
-def test_a_run_is_said_to_aggregate_as_it_does(recipe):
-    assert recipe.settings()["aggregate"] == "token"
-    assert replace(recipe, corrector=correctors.qarl()).settings()["aggregate"] == "sequence"
-    assert describe(correctors.none()).endswith(", align_forward=False)")
-    assert describe(correctors.tbpo()).endswith(", align_forward=False, aggregate=sequence)")
-
-
-def test_describe_fills_in_defaults():
-    assert describe(partial(ppo_clip, epsilon=0.1)) == "ppo_clip(epsilon=0.1, epsilon_high=None, delta=None)"
-    assert describe(token) == "token"
-    text = described(main_job)
-    assert text["corrector"].startswith("Corrector(weigh=") and "0x" not in str(text)
-    assert "temperature=1.0" in text["sampler"] and "max_new_tokens=16" in text["sampler"]
-
-
-@pytest.mark.parametrize("make", [likelihoods.coupled, likelihoods.one_step])
-def test_different_estimators_are_described_differently(make):
-    assert describe(make()) != describe(likelihoods.trajectory())
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"num_generations": 0}, "num_generations=0 must be at least 1"),
-        ({"weight_decay": float("nan")}, "weight_decay=nan must be at least 0, and be finite"),
-        ({"max_grad_norm": math.inf}, "max_grad_norm=inf must be above 0, and be finite"),
-        ({"peer_timeout": 0.0}, "peer_timeout=0.0 must be above 0"),
-    ],
-)
-def test_a_field_out_of_its_bounds_is_refused_in_both_records(recipe, changes, said):
-    made = [partial(replace, recipe)]
-    if "num_generations" not in changes:
-        made.append(partial(SFT, name="sft", model=recipe.model, dataset=[]))
-    for make in made:
-        with pytest.raises(ValueError, match=re.escape(said)):
-            make(**changes)
-    replace(recipe, peer_timeout=None, lr_schedule_steps=None)
-
-
-def test_a_word_that_a_field_does_not_know_is_refused(recipe):
-    """The suite checks types before a record is made; a user's program does not."""
-    known = {field.name: field for field in fields(recipe)}
-    check_bounds(known["base_quantization"], None)
-    for name, value, said in (
-        ("dtype", "fp32", "dtype='fp32' is not known; use 'float32', 'bfloat16', 'float16', 'auto'"),
-        ("base_quantization", "int3", "base_quantization='int3' is not known; use 'nf4', 'int8', or none"),
-        ("verify_checkpoint", None, "verify_checkpoint=None is not known; use 'full', 'quick'"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(said)):
-            check_bounds(known[name], value)

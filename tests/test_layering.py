@@ -24,33 +24,34 @@ MAY_IMPORT = {
     "types": "",
     # floor 2
     "algorithms": "bounds types",
-    "config": "screen",
+    "config": "bounds members screen",
     "distributed": "device files screen",
+    "members": "bounds",
     "models": "manifest rng screen tasks types",
     # floor 3
-    "likelihoods": "bounds device rng types config models",
+    "likelihoods": "bounds device rng types members models",
     "quantization": "models",
     "samplers": "bounds device rng types models",
     # floor 4
     "diagnostics": "files screen types algorithms models likelihoods quantization samplers",
-    "evaluation": "files rng screen tasks types config distributed models likelihoods quantization samplers",
-    "recipe": "bounds tasks algorithms config models likelihoods",
+    "evaluation": "files rng screen tasks types members distributed models likelihoods quantization samplers",
+    "recipe": "bounds tasks algorithms members models likelihoods",
     "testing": "types algorithms models likelihoods quantization",
     # floor 5
-    "checkpoints": "files manifest screen config distributed models recipe",
+    "checkpoints": "files manifest screen members distributed models recipe",
     "monitoring": "device files screen recipe",
     # floor 6
     "training": "device files manifest rng screen tasks types algorithms distributed models likelihoods "
     "quantization samplers diagnostics evaluation recipe checkpoints monitoring",
     # floor 7
-    "supervised": "rng tasks types config distributed models likelihoods recipe checkpoints training",
+    "supervised": "rng tasks types members distributed models likelihoods recipe checkpoints training",
     # floor 8
     "cli": "device files manifest rng screen tasks types config distributed models quantization "
     "samplers diagnostics evaluation recipe checkpoints monitoring training supervised",
 }
 # Costly libraries, and the only packages that may import them.
 ROOMS = {"torchao": {"quantization"}, "accelerate": {"distributed", "monitoring", "training", "supervised"}}
-NO_TORCH = {"tasks", "files", "manifest", "screen", "config"}
+NO_TORCH = {"tasks", "files", "manifest", "screen", "members", "config"}
 
 
 def imported(source: str, where: str) -> set[str]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from dllm_rl import manifest
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.config import plain
 from dllm_rl.distributed.stop import LOCK
 from dllm_rl.files import lock, recover, remove
+from dllm_rl.members import plain
 from dllm_rl.recipe import Recipe, Settings
 
 REHEARSAL = ".rehearsal"  # where a rehearsal writes

@@ -16,7 +16,7 @@ from dllm_rl.tasks.protocols import TASKS
 
 def doctor_command(arguments: argparse.Namespace) -> int:
     """Print the report; 1 when the mismatch is above --bound (mean |log-ratio|, nats), else 0."""
-    schemes = pickable(quantize.__name__, None, None)
+    schemes = pickable(quantize.__name__)
     if arguments.quantization != "none" and arguments.quantization not in schemes:
         raise ValueError(f"quantization={arguments.quantization!r} is none of none, {', '.join(sorted(schemes))}")
     if arguments.task not in TASKS:

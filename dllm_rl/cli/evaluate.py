@@ -108,7 +108,7 @@ def show(found: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None
 
 def read_schemes(names: Sequence[str]) -> dict[str, Callable[[], Any] | None]:
     """Schemes of the weights by name; None for "none". Raises ValueError on an unknown name."""
-    known = {"none": None, **pickable(quantize.__name__, None, None)}
+    known = {"none": None, **pickable(quantize.__name__)}
     for name in names:
         if name not in known:
             raise ValueError(f"quantization={name!r} is none of {', '.join(sorted(known))}")

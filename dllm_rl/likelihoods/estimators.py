@@ -18,7 +18,6 @@ from jaxtyping import Float, Integer
 from torch import Generator, Tensor
 
 from dllm_rl.bounds import Bound, bounded
-from dllm_rl.config import maker
 from dllm_rl.likelihoods.masks import (
     draw_block,
     draw_coupled,
@@ -32,6 +31,7 @@ from dllm_rl.likelihoods.masks import (
     with_order,
 )
 from dllm_rl.likelihoods.scoring import row_chunks, score_view
+from dllm_rl.members import maker
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Noise, Rollout
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from dllm_rl.config import describe, described
+from dllm_rl.members import describe, described
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import Lora
-from dllm_rl.recipe import Recipe, Settings, _
+from dllm_rl.recipe import Recipe, Settings, _, documented
 
 _OF_RL = {f.name: f for f in fields(Recipe)}
 
@@ -71,9 +71,6 @@ class SFT(Settings):
     peer_timeout: float | None = _same("peer_timeout")
     overwrite_output_dir: bool = _same("overwrite_output_dir")
 
-    def __post_init__(self) -> None:
-        self.check_settings()
-
     def settings(self) -> dict[str, Any]:
         """The record as JSON, with a digest in place of rows."""
         rows = {name: digest_of(getattr(self, name)) for name in ("dataset", "eval_dataset")}
@@ -96,4 +93,4 @@ def digest_of(dataset: Any) -> str | None:
     return f"{count} rows, {digest.hexdigest()[:16]}"
 
 
-SFT.__doc__ = f"{SFT.__doc__}\n\n" + "\n".join(f"{f.name:22}  {f.metadata['help']}" for f in fields(SFT))
+SFT.__doc__ = documented(SFT)

@@ -206,7 +206,7 @@ def test_correctors(name):
         assert same == numbers
 
 
-SCHEMES = [name for name in pickable(schemes.__name__, None, None) if name not in ELSEWHERE]
+SCHEMES = [name for name in pickable(schemes.__name__) if name not in ELSEWHERE]
 
 
 @pytest.mark.parametrize("name", SCHEMES)

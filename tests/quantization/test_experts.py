@@ -25,7 +25,7 @@ from dllm_rl.quantization.fake import FakeQuantize
 from dllm_rl.quantization.linear import dequantized_input, dequantized_weight, quantized_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, skip_reasons, sync_weights
 
-NAMES = pickable(quantize.__name__, None, None)
+NAMES = pickable(quantize.__name__)
 SCHEMES = {name: make for name, make in NAMES.items() if name not in ("float8_dynamic", "int4_packed")}
 SCHEMES |= EMULATED
 SCHEMES["int4_weight_only"] = partial(quantize.int4_weight_only, group_size=8)  # divides the toys' 24 and 32 inputs

@@ -17,7 +17,8 @@ from torchao.quantization import (
     Int8WeightOnlyConfig,
 )
 
-from dllm_rl.config import describe, pickable
+from dllm_rl.config import pickable
+from dllm_rl.members import describe
 from dllm_rl.models.adapters.linear import add_lora
 from dllm_rl.models.adapters.merge import merged_copy
 from dllm_rl.models.lora import Lora
@@ -30,7 +31,7 @@ from dllm_rl.training.learner import check_version
 from dllm_rl.types import Rollout, SamplingParams
 
 CUDA_ONLY = ("float8_dynamic", "int4_packed")
-NAMES = pickable(quantize.__name__, None, None)
+NAMES = pickable(quantize.__name__)
 SCHEMES = [make for name, make in (NAMES | EMULATED).items() if name not in CUDA_ONLY]
 small = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
 

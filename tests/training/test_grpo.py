@@ -9,8 +9,8 @@ from datasets import Dataset
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import decoupled, float8_weight_only, grpo, grpo_recipe, tiny_llama, tiny_masked_lm, train
-from dllm_rl.config import describe
 from dllm_rl.likelihoods.estimators import causal
+from dllm_rl.members import describe
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
@@ -153,7 +153,8 @@ def test_async_functions_wait_at_once_also_inside_a_running_loop():
 def test_what_is_stored_of_such_a_task_is_the_same_in_every_process():
     """A resumed run compares it: no addresses, and not the rows themselves."""
     text = describe(task_from_dataset(ROWS, reward_funcs=[right, short], name="sums"))
-    assert text == "DatasetTask(reward_funcs=(right, short), weights=(1.0, 1.0), name='sums', version='1')"
+    graders = f"({__name__}:right, {__name__}:short)"
+    assert text == f"DatasetTask(reward_funcs={graders}, weights=(1.0, 1.0), name='sums', version='1')"
     assert describe((1,)) == "(1,)" and describe([0.5, "a"]) == "[0.5, 'a']"
 
 

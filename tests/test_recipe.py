@@ -1,0 +1,74 @@
+"""The record of a run: what its fields are, their bounds, and what they mean together."""
+
+import math
+import re
+from dataclasses import fields, replace
+from functools import partial
+
+import pytest
+from tiny_recipe import tiny_recipe
+
+from dllm_rl.algorithms import correctors
+from dllm_rl.algorithms.losses import sequence, token
+from dllm_rl.config import from_command_line
+from dllm_rl.members import describe
+from dllm_rl.recipe import Recipe, check_bounds
+from dllm_rl.supervised.recipe import SFT
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return tiny_recipe(tmp_path)
+
+
+def test_the_record_says_what_its_fields_are():
+    for field in fields(Recipe):
+        assert f"{field.name} " in Recipe.__doc__ and field.metadata["help"] in Recipe.__doc__
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_generations": 0}, "num_generations=0 must be at least 1"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan must be at least 0, and be finite"),
+        ({"max_grad_norm": math.inf}, "max_grad_norm=inf must be above 0, and be finite"),
+        ({"peer_timeout": 0.0}, "peer_timeout=0.0 must be above 0"),
+    ],
+)
+def test_a_field_out_of_its_bounds_is_refused_in_both_records(recipe, changes, said):
+    made = [partial(replace, recipe)]
+    if "num_generations" not in changes:
+        made.append(partial(SFT, name="sft", model=recipe.model, dataset=[]))
+    for make in made:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            make(**changes)
+    replace(recipe, peer_timeout=None, lr_schedule_steps=None)
+
+
+def test_a_word_that_a_field_does_not_know_is_refused(recipe):
+    """The suite checks types before a record is made; a user's program does not."""
+    known = {field.name: field for field in fields(recipe)}
+    check_bounds(known["base_quantization"], None)
+    for name, value, said in (
+        ("dtype", "fp32", "dtype='fp32' is not known; use 'float32', 'bfloat16', 'float16', 'auto'"),
+        ("base_quantization", "int3", "base_quantization='int3' is not known; use 'nf4', 'int8', or none"),
+        ("verify_checkpoint", None, "verify_checkpoint=None is not known; use 'full', 'quick'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            check_bounds(known[name], value)
+
+
+def test_the_aggregation_is_the_one_given_else_the_correctors_papers_else_token(recipe):
+    taken = lambda *words: from_command_line(recipe, list(words)).aggregation  # noqa: E731
+    assert taken() is token and taken("--corrector", "ais") is token
+    assert taken("--corrector", "tbpo") is sequence and taken("--corrector", "qarl") is sequence
+    assert taken("--corrector", "tbpo", "--aggregate", "token") is token
+    assert taken("--corrector", "none", "--aggregate", "sequence") is sequence
+    assert replace(recipe, corrector=correctors.tbpo()).loss.keywords["aggregate"] is sequence
+
+
+def test_a_run_is_said_to_aggregate_as_it_does(recipe):
+    assert recipe.settings()["aggregate"] == "token"
+    assert replace(recipe, corrector=correctors.qarl()).settings()["aggregate"] == "sequence"
+    assert describe(correctors.none()).endswith(", align_forward=False)")
+    assert describe(correctors.tbpo()).endswith(", align_forward=False, aggregate=sequence)")
