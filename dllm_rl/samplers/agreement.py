@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers.propose import rank_only
-from dllm_rl.samplers.rules import RANKS, _best, rank_inputs
+from dllm_rl.samplers.rules import RANKS, highest, rank_inputs
 from dllm_rl.types import Rollout
 
 
@@ -31,6 +31,6 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
     states, scores = hidden[opened], torch.full(opened.shape, -torch.inf, device=opened.device)
     ties = torch.zeros(len(states), device=states.device)
     scores[opened] = rank_only(policy, states, ties, rollout.sampling_params, rank)
-    chosen = _best(scores, opened, committed.sum(-1)) & opened
+    chosen = highest(scores, opened, committed.sum(-1)) & opened
     whole, rows = ((chosen == committed).all(-1) & committed.any(-1)).sum(), committed.any(-1).sum()
     return {"order_agreement": ((chosen & committed).sum(), committed.sum()), "order_agreement_rows": (whole, rows)}

@@ -4,12 +4,12 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 
-from dllm_rl.samplers import rules
+from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.cache import Cache, block_cache, dual_cache, prefix_cache
 
 RANKS = {f.__name__: f for f in rules.RANKS}
-PACED = (rules.schedule, rules.late_schedule, rules.origin, rules.remask)  # in as many steps as num_steps says
-ADAPTIVE = (rules.threshold, rules.factor, rules.entropy_bound, rules.edit)
+PACED = (rules.schedule, rules.late_schedule, rules.origin, revise.remask)  # in as many steps as num_steps says
+ADAPTIVE = (rules.threshold, rules.factor, rules.entropy_bound, revise.edit)
 COMMITS: dict[str, Callable] = {f.__name__: f for f in (*PACED, *ADAPTIVE)}
 CACHES: dict[str, Callable[..., Cache]] = {"block": block_cache, "prefix": prefix_cache, "dual": dual_cache}
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from dllm_rl.device import send
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import fitting
-from dllm_rl.samplers.rules import steps_per_block
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
@@ -220,59 +219,3 @@ def _infilling(policy: Policy, prompts: Prompts, opened: Bool[Tensor, "P S"], le
         pads_ended=False,
         open=per_row(opened),
     )
-
-
-class BlockQueue:
-    """Host-side bookkeeping per row and block: masked positions and steps left. The host need not wait for the device.
-
-    in_step  rows wait for the slowest row at each block; otherwise each row moves on alone
-    masked   the places that begin masked; None: all of them
-    """
-
-    def __init__(
-        self,
-        block: Int[Tensor, "B L"],
-        num_steps: int | None,
-        *,
-        in_step: bool,
-        masked: Bool[Tensor, "B L"] | None = None,
-    ) -> None:
-        block = block.cpu()
-        self.in_step = in_step
-        self.masked = torch.zeros(len(block), int(block.max()) + 1, dtype=torch.long).scatter_add(
-            -1, block, torch.ones_like(block) if masked is None else masked.cpu().long()
-        )
-        self.steps = torch.zeros_like(self.masked)
-        for row, sizes in enumerate(self.masked):
-            self.steps[row, sizes > 0] = torch.tensor(steps_per_block(num_steps, sizes[sizes > 0].tolist()))
-        self.sizes, self.shares = self.masked.clone(), self.steps.clone()
-        self.held = torch.zeros_like(self.masked, dtype=torch.bool)
-        self.clock = torch.zeros(len(block), dtype=torch.long)  # steps that the row has taken part in
-
-    def turn(self) -> tuple[Int[Tensor, " R"], Int[Tensor, " R"]]:
-        """The rows of the next step, and the block of each; empty when all is done."""
-        open_blocks = (self.masked > 0) | self.held
-        blocks, taking_part = open_blocks.int().argmax(-1), open_blocks.any(-1)
-        if self.in_step and taking_part.any():
-            taking_part &= blocks == blocks[taking_part].min()
-        rows = taking_part.nonzero()[:, 0]
-        return rows, blocks[rows]
-
-    def left(self, rows: Tensor, blocks: Tensor) -> tuple[Int[Tensor, " R"], Int[Tensor, " R"]]:
-        """Masked positions of those blocks, and steps left for them (at least 1)."""
-        return self.masked[rows, blocks], self.steps[rows, blocks].clamp(min=1)
-
-    def record(
-        self, rows: Tensor, blocks: Tensor, committed: Int[Tensor, " R"], held: Bool[Tensor, " R"] | None = None
-    ) -> Int[Tensor, " C"]:
-        """Record a step; returns the rows whose block is now complete. `held` rows stay in their block while it has
-        steps left, even if nothing is masked there."""
-        self.masked[rows, blocks] -= committed
-        self.steps[rows, blocks] -= 1
-        self.clock[rows] += 1
-        if held is not None:
-            self.held[rows, blocks] = held & (self.steps[rows, blocks] > 0)
-        return rows[(self.masked[rows, blocks] == 0) & ~self.held[rows, blocks]]
-
-    def drop(self, rows: Tensor) -> None:
-        self.masked[rows], self.held[rows] = 0, False

@@ -10,14 +10,8 @@ commit are the exact behaviour probabilities.
 
 A commit rule (scores (B, L), masked (B, L), steps_left (B,)) -> (B, L) picks masked positions; scores are -inf
 elsewhere. steps_left counts the block's remaining steps, this one included; a rule must have chosen a position by the
-last. Bind hyper-parameters with functools.partial.
-
-A rule that takes one of these by name may rewrite the open block. Scores are then given there too; log-probs at commit
-are those of the last writing, not a likelihood of the completion:
-    written  (B, L)  positions written before; picked ones are masked again, and the row uses all its steps
-    changed  (B, L)  positions whose proposal differs from the token written; picked ones take the proposal, and the
-                     row leaves its block when nothing is masked and a step changed nothing
-    steps    (B,)    the block's total steps; optional with either
+last. Bind hyper-parameters with functools.partial. Rules that rewrite what a
+block holds are in `revise`.
 """
 
 import inspect
@@ -30,7 +24,6 @@ from torch import Tensor
 from dllm_rl.bounds import Bound, bounded
 
 OFFERED = ("logits", "normalizer", "tokens", "uniforms")
-REVISING = ("written", "changed", "steps")
 
 
 def confidence(
@@ -83,18 +76,6 @@ def rank_inputs(rank: Callable) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.name in OFFERED)
 
 
-def commit_inputs(commit: Callable) -> frozenset[str]:
-    """Which of REVISING a rule takes; empty if the rule never rewrites. ValueError for `written` with `changed`."""
-    parameters = inspect.signature(commit).parameters.values()
-    taken = frozenset(p.name for p in parameters if p.name in REVISING and p.default is p.empty)
-    if {"written", "changed"} <= taken:
-        raise ValueError(
-            f"commit={name_of(commit)} takes written and changed; a position that it picks would be masked again and "
-            "edited at once: take one of them"
-        )
-    return taken if taken & {"written", "changed"} else frozenset()
-
-
 def name_of(rule: Callable) -> str:
     return getattr(getattr(rule, "func", rule), "__name__", repr(rule))
 
@@ -113,7 +94,7 @@ def schedule(
     scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"]
 ) -> Bool[Tensor, "B L"]:
     """LLaDA's equal shares of a block, the remainder on the first steps: ceil(masked / steps_left). [paper]"""
-    return _best(scores, masked, share(masked.sum(-1), steps_left))
+    return highest(scores, masked, share(masked.sum(-1), steps_left))
 
 
 def share(num_masked: Int[Tensor, " B"], steps_left: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
@@ -128,7 +109,7 @@ def late_schedule(
 
     [paper; ours: Dream's time grid ends at 1e-3 instead of 0, so that Dream commits nothing in some steps]
     """
-    return _best(scores, masked, masked.sum(-1) // steps_left)
+    return highest(scores, masked, masked.sum(-1) // steps_left)
 
 
 def origin(
@@ -149,7 +130,7 @@ def threshold(
     tau  the probability from which on a position is written, in (0, 1]
     """
     log_tau = torch.tensor(tau, dtype=torch.float64).log().item()
-    return masked & (scores >= log_tau) | _best(scores, masked, torch.ones_like(steps_left))
+    return masked & (scores >= log_tau) | highest(scores, masked, torch.ones_like(steps_left))
 
 
 @bounded(f=Bound(above=0))
@@ -164,7 +145,7 @@ def factor(
     best = scores.sort(dim=-1, descending=True).values.exp()
     n = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
     count = torch.where(best >= 1 - f / (n + 1), n, 1).amax(-1)
-    return _best(scores, masked, count)
+    return highest(scores, masked, count)
 
 
 @bounded(gamma=Bound(at_least=0))
@@ -179,57 +160,10 @@ def entropy_bound(
     entropies = -scores.sort(dim=-1, descending=True).values
     # In rising order the largest is the last, so what counts is the sum of those before it.
     before = torch.nn.functional.pad(entropies.cumsum(-1)[:, :-1], (1, 0))
-    return _best(scores, masked, (before <= gamma).sum(-1))
+    return highest(scores, masked, (before <= gamma).sum(-1))
 
 
-@bounded(eta=Bound(at_least=0, at_most=1))
-def remask(
-    scores: Float[Tensor, "B L"],
-    masked: Bool[Tensor, "B L"],
-    steps_left: Int[Tensor, " B"],
-    written: Bool[Tensor, "B L"],
-    steps: Int[Tensor, " B"],
-    *,
-    eta: float,
-) -> Bool[Tensor, "B L"]:
-    """ReMDM's capped remasking (arXiv 2503.00307): a written position is masked again with probability sigma, a masked
-    one written with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), independently.
-
-    eta  the cap, in [0, 1]: sigma = min(eta, (1 - alpha_s) / alpha_t); 0 never masks again and is `origin`
-    alpha_t, the share written, is j/n before step j of n and (j+1)/n after it. The last step masks nothing again. Needs
-    rank=random, whose scores are the uniforms. [paper; ours: alpha linear over the block's steps]
-    """
-    done = (steps - steps_left).clamp(min=0)
-    sigma = ((steps_left - 1) / done.clamp(min=1)).clamp(max=eta)
-    write = (1 + sigma * done) / steps_left
-    return masked & (scores >= 1 - write[:, None]) | written & (scores >= 1 - sigma[:, None])
-
-
-@bounded(tau=Bound(above=0, at_most=1), tau_edit=Bound(at_least=0, at_most=1))
-def edit(
-    scores: Float[Tensor, "B L"],
-    masked: Bool[Tensor, "B L"],
-    steps_left: Int[Tensor, " B"],
-    changed: Bool[Tensor, "B L"],
-    *,
-    tau: float,
-    tau_edit: float = 0.5,
-) -> Bool[Tensor, "B L"]:
-    """LLaDA2.1's token editing (arXiv 2602.08676): masked positions as in `threshold`; a written one takes a different
-    proposal of probability >= tau_edit.
-
-    tau       the probability from which on a masked position is written, in (0, 1]
-    tau_edit  the probability from which on a written one is replaced, in [0, 1]
-    Only for models trained to see wrong tokens, as LLaDA2.1 (LOG.md: editing destroys other models' answers). Edits go
-    on after the last mask while steps last and a step changes something. Needs log-probabilities of the proposal as
-    scores (confidence; max_prob at temperature 0). [paper; ours: the block's steps are the bound, not max_post_steps]
-    """
-    log_edit = torch.tensor(tau_edit, dtype=torch.float64).log().item()
-    best = threshold(scores.masked_fill(~masked, -torch.inf), masked, steps_left, tau=tau)
-    return best | changed & (scores >= log_edit)
-
-
-def _best(scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], count: Int[Tensor, " B"]) -> Bool[Tensor, "B L"]:
+def highest(scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], count: Int[Tensor, " B"]) -> Bool[Tensor, "B L"]:
     """The `count` best masked positions of every row; ties go to the lowest index."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(scores.shape[-1], device=scores.device)

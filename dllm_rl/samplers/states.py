@@ -10,6 +10,7 @@ from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.forward.routing import Routing, of_tokens
 from dllm_rl.samplers.cache import Cache, CachedStates
 from dllm_rl.samplers.canvas import Canvas
+from dllm_rl.samplers.turns import Turn
 
 
 class States:
@@ -19,7 +20,8 @@ class States:
     """
 
     def __init__(self, policy: Policy, canvas: Canvas, cache: Cache | None, steps: Int[Tensor, "B N"]) -> None:
-        self.policy, self.canvas = policy, canvas
+        self.policy = policy
+        self.canvas = canvas
         forwards = 1 if cache is None else int(steps.max())
         self.buckets = length_buckets(canvas.starts, canvas.tokens.shape[1], policy.device, forwards=forwards)
         self.bucket = torch.zeros_like(canvas.starts)
@@ -29,37 +31,49 @@ class States:
             seen = canvas.attention_mask[:, bucket.start :]
             self.caches.append(None if cache is None else CachedStates(policy, cache, seen))
 
-    def __call__(
-        self, rows: Int[Tensor, " R"], block: int, counts: Int[Tensor, " R"], r: Tensor, columns: Tensor, *, alike: int
-    ) -> tuple[Float[Tensor, "K D"], Integer[Tensor, "K M E"] | None]:
-        """The states of K positions, and the experts of each where the policy records them. The positions are `columns`
-        (K,) of the r-th (K,) of rows, row by row, both on the device.
-
-        rows, counts  rows that take part, on the host, and how many of the K positions each has
-        block         of the first row, and of all rows where there is a cache
-        alike         every run of `alike` rows is the same: one forward serves the run
-        """
-        owner = self.bucket[rows]
+    def __call__(self, turn: Turn) -> tuple[Float[Tensor, "K D"], Integer[Tensor, "K M E"] | None]:
+        """The states of the turn's K positions, and the experts of each where the policy records them."""
+        # The first state of all is the same for every completion of a prompt: one forward serves the group.
+        alike = self.canvas.prompts.group_size if self.canvas.forwards == 0 else 1
+        self.canvas.forwards += 1
+        owner = self.bucket[turn.rows]
         numbers = owner.unique().tolist()
         if len(numbers) == 1:
-            found = self._run(numbers[0], rows, block, alike, r, columns)
-            return found[0], found[1] if len(found) > 1 else None
-        members = [(owner == number).nonzero()[:, 0] for number in numbers]
-        within = torch.empty_like(rows)  # the place of each row in its bucket
-        for here in members:
-            within[here] = torch.arange(len(here))
-        of = owner.repeat_interleave(counts)
-        within, *places = send(r.device, within, *((of == number).nonzero()[:, 0] for number in numbers))
-        joined: list[Tensor] = []
-        for number, here, place in zip(numbers, members, places, strict=True):
-            found = self._run(number, rows[here], block, alike, within[r[place]], columns[place])
-            joined = joined or [x.new_empty(len(r), *x.shape[1:]) for x in found]
-            for whole, part in zip(joined, found, strict=True):
-                whole[place] = part
-        return joined[0], joined[1] if len(joined) > 1 else None
+            found = self._run(numbers[0], turn, turn.rows, alike, turn.row, turn.column)
+        else:
+            found = self._join(numbers, owner, turn, alike)
+        return found[0], found[1] if len(found) > 1 else None
 
-    def _run(self, number: int, rows: Tensor, block: int, alike: int, r: Tensor, columns: Tensor) -> list[Tensor]:
-        """As `__call__`, for rows of one bucket: the states (K, D) and, if recorded, the experts (K, M, E)."""
+    def _join(self, numbers: list[int], owner: Int[Tensor, " R"], turn: Turn, alike: int) -> list[Tensor]:
+        """Run each bucket's rows apart, and put the results in the order of the turn's positions.
+
+        owner  the bucket of each row, on the host
+        """
+        members = {number: (owner == number).nonzero()[:, 0] for number in numbers}
+        within = torch.empty_like(turn.rows)  # the place of each row in its bucket
+        for rows in members.values():
+            within[rows] = torch.arange(len(rows))
+        owner_of_position = owner.repeat_interleave(turn.num_positions)
+        positions = [(owner_of_position == number).nonzero()[:, 0] for number in numbers]
+        within, *positions = send(turn.row.device, within, *positions)
+        joined: list[Tensor] = []
+        for (number, rows), here in zip(members.items(), positions, strict=True):
+            found = self._run(number, turn, turn.rows[rows], alike, within[turn.row[here]], turn.column[here])
+            if not joined:
+                joined = [part.new_empty(len(turn.row), *part.shape[1:]) for part in found]
+            for whole, part in zip(joined, found, strict=True):
+                whole[here] = part
+        return joined
+
+    def _run(
+        self, number: int, turn: Turn, rows: Int[Tensor, " R"], alike: int, row: Int[Tensor, " K"], column: Tensor
+    ) -> list[Tensor]:
+        """The states (K, D) and, if recorded, the experts (K, M, E) of some rows of one bucket.
+
+        alike        every run of `alike` rows is the same: one forward serves the run
+        row, column  (K,) each position's row among `rows`, and its column of the canvas
+        """
+        block = int(turn.blocks[0])  # with a cache all rows are in the same block; without one nothing reads it
         if not self.policy.records_experts:
             hidden, first = self._forward(number, rows, block, alike)
             parts = [hidden]
@@ -69,11 +83,13 @@ class States:
             experts = routing.experts(len(hidden))
             # A cache gives the states as they are; without one they lie at the tokens that they predict.
             parts = [hidden, of_tokens(self.policy, experts) if self.caches[number] is None else experts]
-        return [x[r // alike, (columns - first).clamp(min=0)] for x in parts]
+        return [part[row // alike, (column - first).clamp(min=0)] for part in parts]
 
     def _forward(self, number: int, rows: Tensor, block: int, alike: int) -> tuple[Float[Tensor, "r W D"], int]:
         """The states of all columns that run, and the canvas's column that the first state predicts."""
-        canvas, start, cached = self.canvas, self.buckets[number].start, self.caches[number]
+        canvas = self.canvas
+        start = self.buckets[number].start
+        cached = self.caches[number]
         if cached is None:
             (seen,) = send(self.policy.device, rows[::alike])
             return self.policy.hidden(canvas.tokens[seen, start:], canvas.attention_mask[seen, start:]), start

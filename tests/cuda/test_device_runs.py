@@ -343,8 +343,8 @@ def on_host(work):
 
 
 PLANTED = {
-    "sampler, drawn": ("samplers.unmask", "uniforms"),
-    "sampler, scores": ("samplers.unmask", "propose_and_rank"),
+    "sampler, drawn": ("samplers.turns", "uniforms"),
+    "sampler, scores": ("samplers.choose", "propose_and_rank"),
     "scoring, log-probs": ("likelihoods.scoring", "token_logprobs_and_confidences"),
     "scoring, order": ("likelihoods.scoring", "left_logprobs"),
     "learner, masks": ("training.loop", "draw_noise"),

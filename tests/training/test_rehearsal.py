@@ -18,8 +18,9 @@ from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.models.lora import lora_d1
 from dllm_rl.quantization.schemes import int4_weight_only
+from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import random as random_order
-from dllm_rl.samplers.rules import remask, threshold
+from dllm_rl.samplers.rules import threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.policies import make_policy
 from dllm_rl.training.rehearsal import random_numbers_kept

@@ -11,7 +11,7 @@ import torch
 from dllm_rl import train
 from dllm_rl.likelihoods import estimators
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.samplers import rules
+from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.by_name import read_commit
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.unmask import unmask
@@ -19,8 +19,8 @@ from dllm_rl.types import Prompts
 from tests.support.likelihood_toys import TablePolicy
 from tests.support.tiny_recipe import SIZES, tiny_recipe
 
-REMASK = {"rank": rules.random, "commit": partial(rules.remask, eta=0.5)}
-EDIT = {"rank": rules.confidence, "commit": partial(rules.edit, tau=0.5)}
+REMASK = {"rank": rules.random, "commit": partial(revise.remask, eta=0.5)}
+EDIT = {"rank": rules.confidence, "commit": partial(revise.edit, tau=0.5)}
 
 
 def sample(policy, ids, seeds, *, length=6, group=1, **options):
@@ -36,7 +36,7 @@ def test_remasking_keeps_the_share_that_is_written(eta):
     grid, state = (torch.arange(size) + 0.5) / size, 1.0
     for j in range(n):
         chosen = [
-            rules.remask(
+            revise.remask(
                 grid[None], masked, torch.tensor([n - j]), ~masked, steps=torch.tensor([n]), eta=eta
             ).float().mean()
             for masked in (torch.ones(1, size, dtype=torch.bool), torch.zeros(1, size, dtype=torch.bool))
@@ -49,7 +49,7 @@ def test_remasking_keeps_the_share_that_is_written(eta):
 def test_without_remasking_it_is_the_ancestral_sampler():
     scores, masked = torch.rand(3, 50, generator=torch.Generator().manual_seed(0)), torch.ones(3, 50, dtype=torch.bool)
     left, steps = torch.tensor([4, 2, 1]), torch.tensor([4, 4, 4])
-    chosen = rules.remask(scores, masked, left, ~masked, steps, eta=0.0)
+    chosen = revise.remask(scores, masked, left, ~masked, steps, eta=0.0)
     assert torch.equal(chosen, rules.origin(scores, masked, left))
 
 
@@ -81,7 +81,7 @@ def law(policy: TablePolicy, num_steps: int, eta: float) -> dict[tuple[int, ...]
 def test_what_remasking_writes_follows_the_enumerated_law(eta):
     policy, rows = TablePolicy(length=2, words=2, seed=3, scale=3.0), 30_000
     expected = law(policy, 3, eta)
-    rule = partial(rules.remask, eta=eta)
+    rule = partial(revise.remask, eta=eta)
     options = {"rank": rules.random, "commit": rule, "suppress": (3, 4)}
     rollout = sample(policy, [[3]] * rows, range(rows), length=2, num_steps=3, **options)
     counts = Counter(map(tuple, rollout.tokens[:, 1:].tolist()))
@@ -112,7 +112,7 @@ def test_editing_by_hand():
     greedy = {"rank": rules.max_prob, "temperature": 0.0}
     for tau_edit, tokens, steps, forwards in ((0.5, [0, 1, 0], [0, 1, 0], 3), (0.95, [0, 0, 0], [0, 0, 0], 2)):
         policy = Scripted()
-        rule = partial(rules.edit, tau=0.5, tau_edit=tau_edit)
+        rule = partial(revise.edit, tau=0.5, tau_edit=tau_edit)
         rollout = sample(policy, [[3]], [0], length=3, commit=rule, **greedy)
         assert rollout.tokens[0, 1:].tolist() == tokens and rollout.unmask_step[0, 1:].tolist() == steps
         assert rollout.forwards == forwards and rollout.revised
@@ -122,13 +122,13 @@ def test_editing_by_hand():
 
 def test_a_rank_of_the_state_edits_too():
     """max_prob asks for no tokens, but a change is only seen once they are drawn: this cold, the likeliest."""
-    options = {"rank": rules.max_prob, "commit": partial(rules.edit, tau=0.5), "temperature": 0.01}
+    options = {"rank": rules.max_prob, "commit": partial(revise.edit, tau=0.5), "temperature": 0.01}
     assert sample(Scripted(), [[3]], [0], length=3, **options).tokens[0, 1:].tolist() == [0, 1, 0]
 
 
 def test_a_block_without_steps_left_is_not_edited():
     rollout = sample(Scripted(), [[3]], [0], length=3, num_steps=1, rank=rules.max_prob, temperature=0.0,
-                     commit=partial(rules.edit, tau=0.5))  # fmt: skip
+                     commit=partial(revise.edit, tau=0.5))  # fmt: skip
     assert rollout.forwards == 1 and rollout.tokens[0, 1:].tolist() == [0, 0, 0]
 
 
@@ -196,17 +196,19 @@ def test_a_rule_takes_written_or_changed_and_leaves_the_last_step_whole(policy):
         sample(policy, IDS, range(3), commit=both)
     with pytest.raises(ValueError, match="commit=stubborn masked positions again in the last step"):
         sample(policy, IDS, range(3), num_steps=2, commit=stubborn)
-    assert rules.commit_inputs(rules.schedule) == rules.commit_inputs(partial(rules.threshold, tau=0.5)) == frozenset()
-    assert rules.commit_inputs(rules.remask) == {"written", "steps"} and rules.commit_inputs(rules.edit) == {"changed"}
+    for rule in (rules.schedule, partial(rules.threshold, tau=0.5)):
+        assert revise.revising_inputs(rule) == frozenset()
+    assert revise.revising_inputs(revise.remask) == {"written", "steps"}
+    assert revise.revising_inputs(revise.edit) == {"changed"}
 
 
 def test_errors_and_names():
     one, yes = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
     left = torch.tensor([1])
     with pytest.raises(ValueError, match=r"eta=1.5 must lie in \[0, 1\]"):
-        rules.remask(one, yes, left, yes, left, eta=1.5)
+        revise.remask(one, yes, left, yes, left, eta=1.5)
     with pytest.raises(ValueError, match=r"tau_edit=-1.0 must lie in \[0, 1\]"):
-        rules.edit(one, yes, left, yes, tau=0.5, tau_edit=-1.0)
+        revise.edit(one, yes, left, yes, tau=0.5, tau_edit=-1.0)
     assert read_commit("remask=0.1").keywords == {"eta": 0.1} and read_commit("edit=0.7").keywords == {"tau": 0.7}
     with pytest.raises(ValueError, match="remask takes a number"):
         read_commit("remask")
@@ -238,7 +240,7 @@ def test_a_row_that_ends_early_ends_with_the_block_of_its_end_token(policy):
 def test_remasking_reconsiders_a_block_in_every_step_of_its_share():
     """Two positions, eight steps: both are often written early, and each may be masked again until the last step."""
     policy = TablePolicy(length=2, words=2, seed=3)
-    rule = partial(rules.remask, eta=0.3)
+    rule = partial(revise.remask, eta=0.3)
     for seed in range(20):
         rollout = sample(policy, [[3]], [seed], length=2, num_steps=8, rank=rules.random, commit=rule)
         assert rollout.forwards == 8

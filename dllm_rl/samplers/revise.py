@@ -1,0 +1,122 @@
+"""Commit rules that rewrite what a block holds: ReMDM masks again, LLaDA2.1 edits.
+
+Such a rule takes one of `written` and `changed` by name, beside what every commit rule takes (`rules`). Scores are then
+given at written positions too. Log-probs at commit are those of the last writing, not a likelihood of the completion.
+    written  (B, L)  positions written before; picked ones are masked again, and the row uses all its steps
+    changed  (B, L)  positions whose proposal differs from the token written; picked ones take the proposal, and the
+                     row leaves its block when nothing is masked and a step changed nothing
+    steps    (B,)    the block's total steps; optional with either
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dllm_rl.bounds import Bound, bounded
+from dllm_rl.samplers.rules import name_of, threshold
+from dllm_rl.samplers.turns import Decision, Turn, check_last_step
+
+OFFERED = ("written", "changed", "steps")
+
+
+@bounded(eta=Bound(at_least=0, at_most=1))
+def remask(
+    scores: Float[Tensor, "B L"],
+    masked: Bool[Tensor, "B L"],
+    steps_left: Int[Tensor, " B"],
+    written: Bool[Tensor, "B L"],
+    steps: Int[Tensor, " B"],
+    *,
+    eta: float,
+) -> Bool[Tensor, "B L"]:
+    """ReMDM's capped remasking (arXiv 2503.00307): a written position is masked again with probability sigma, a masked
+    one written with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), independently.
+
+    eta  the cap, in [0, 1]: sigma = min(eta, (1 - alpha_s) / alpha_t); 0 never masks again and is `origin`
+    alpha_t, the share written, is j/n before step j of n and (j+1)/n after it. The last step masks nothing again. Needs
+    rank=random, whose scores are the uniforms. [paper; ours: alpha linear over the block's steps]
+    """
+    done = (steps - steps_left).clamp(min=0)
+    sigma = ((steps_left - 1) / done.clamp(min=1)).clamp(max=eta)
+    write = (1 + sigma * done) / steps_left
+    return masked & (scores >= 1 - write[:, None]) | written & (scores >= 1 - sigma[:, None])
+
+
+@bounded(tau=Bound(above=0, at_most=1), tau_edit=Bound(at_least=0, at_most=1))
+def edit(
+    scores: Float[Tensor, "B L"],
+    masked: Bool[Tensor, "B L"],
+    steps_left: Int[Tensor, " B"],
+    changed: Bool[Tensor, "B L"],
+    *,
+    tau: float,
+    tau_edit: float = 0.5,
+) -> Bool[Tensor, "B L"]:
+    """LLaDA2.1's token editing (arXiv 2602.08676): masked positions as in `threshold`; a written one takes a different
+    proposal of probability >= tau_edit.
+
+    tau       the probability from which on a masked position is written, in (0, 1]
+    tau_edit  the probability from which on a written one is replaced, in [0, 1]
+    Only for models trained to see wrong tokens, as LLaDA2.1 (LOG.md: editing destroys other models' answers). Edits go
+    on after the last mask while steps last and a step changes something. Needs log-probabilities of the proposal as
+    scores (confidence; max_prob at temperature 0). [paper; ours: the block's steps are the bound, not max_post_steps]
+    """
+    log_edit = torch.tensor(tau_edit, dtype=torch.float64).log().item()
+    best = threshold(scores.masked_fill(~masked, -torch.inf), masked, steps_left, tau=tau)
+    return best | changed & (scores >= log_edit)
+
+
+def revising_inputs(commit: Callable) -> frozenset[str]:
+    """Which of OFFERED a rule takes; empty if the rule never rewrites. ValueError for `written` with `changed`."""
+    parameters = inspect.signature(commit).parameters.values()
+    taken = frozenset(p.name for p in parameters if p.name in OFFERED and p.default is p.empty)
+    if {"written", "changed"} <= taken:
+        raise ValueError(
+            f"commit={name_of(commit)} takes written and changed; a position that it picks would be masked again and "
+            "edited at once: take one of them"
+        )
+    return taken if taken & {"written", "changed"} else frozenset()
+
+
+def revise(
+    turn: Turn,
+    scores: Float[Tensor, "R L"],
+    drawn: Sequence[Tensor] | None,
+    tokens: Int[Tensor, "B T"],
+    *,
+    commit: Callable,
+    takes: frozenset[str],
+) -> Decision:
+    """What a rule that `takes` some of OFFERED does with a turn. Raises ValueError where a block's last step commits
+    nothing or masks again.
+
+    drawn   the proposals, (K,) tokens first; a rule that takes `changed` needs them
+    tokens  the canvas
+    """
+    assert turn.written is not None, "the turn of a canvas that is revised"
+    changed = torch.zeros_like(turn.masked)
+    if drawn is not None:
+        changed[turn.row, turn.place] = drawn[0] != tokens[turn.canvas_row, turn.column]
+    offered = {"written": turn.written, "changed": turn.written & changed, "steps": turn.steps}
+    flipped = commit(scores, turn.masked, turn.left, **{name: offered[name] for name in takes})
+    masks_again = "written" in takes
+    again = flipped & turn.written & masks_again
+    chosen = flipped & (turn.masked | offered["changed"]) & ~again
+    # One wait for the device gives the host all three counts.
+    committed, num_chosen, reopened = torch.stack([chosen & turn.masked, chosen, again]).sum(-1).cpu()
+    check_last_step(commit, turn, committed)
+    if ((turn.steps_left == 1) & (reopened > 0)).any():
+        raise ValueError(
+            f"commit={name_of(commit)} masked positions again in the last step of a block; it must not by then"
+        )
+    return Decision(
+        chosen,
+        num_chosen=num_chosen,
+        committed=committed - reopened,
+        reopened=turn.among(again, int(reopened.sum())),
+        # Under remasking a row uses all its steps; under editing it leaves when a step changes nothing.
+        held=(num_chosen > 0) | masks_again,
+    )
