@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_rl.models.adapters.experts import STACKS, LoraExperts, stack_of
+from dllm_rl.models.adapters.experts import STACKS, LoraExperts
 from dllm_rl.models.adapters.linear import LoraLinear
-from dllm_rl.models.base import Policy, whole
+from dllm_rl.models.adapters.merge import merged_tensor
+from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.lora import check_mergeable
 from dllm_rl.quantization.experts import Experts, mixture
 from dllm_rl.quantization.linear import (
@@ -23,10 +24,10 @@ from dllm_rl.quantization.linear import (
     dequantized_input,
     dequantized_weight,
     is_quantized,
-    load_weight_,
     quantized_forward,
     write_count,
 )
+from dllm_rl.quantization.rollout_policy import quantizable_layers, requantize
 
 
 class StraightThrough(torch.autograd.Function):
@@ -36,7 +37,8 @@ class StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Linear) -> Tensor:
         y, seen = quantized_forward(layer, x, bias)
         ctx.save_for_backward(*seen)
-        ctx.layer, ctx.version = layer, write_count(layer)
+        ctx.layer = layer
+        ctx.version = write_count(layer)
         return y
 
     @staticmethod
@@ -61,21 +63,19 @@ def straight_through(x: Tensor, *, weight: Tensor, layer: nn.Linear) -> Tensor:
 class _AlignedLinear:
     """The operand that a learner's layer shares with the rollout's."""
 
-    def __init__(self, name: str, source: Any, target: Any) -> None:
-        self.name, self.source, self.target = name, source, target
-        self.base: Any = source.base_layer if isinstance(source, LoraLinear | LoraExperts) else source
-        self.held = list(self.source.parameters())  # outside of a forward: a sharded learner's parts
+    def __init__(self, name: str, source: Any, rollout_module: Module) -> None:
+        self.name = name
+        self.source = source
+        self.rollout_module = rollout_module
+        self.target: Any = rollout_module.get_submodule(name)
+        self.held = list(source.parameters())  # outside of a forward: a sharded learner's parts
         self.seen = self.versions()
 
     def versions(self) -> list[int]:
         return [parameter._version for parameter in self.held]
 
-    def weight(self) -> Tensor:
-        """The learner's high-precision weight, adapters merged, differentiable; inside a forward unsharded."""
-        return self.source.weight if self.base is self.source else self.source.merged()
-
     def follow(self) -> None:
-        """Quantise again if the learner's weight has changed."""
+        """Quantise again if the learner's weights have changed."""
         if self.versions() != self.seen:
             self.refresh()
 
@@ -83,11 +83,11 @@ class _AlignedLinear:
         if not getattr(self.source, "active", True):  # the reference runs without adapters
             return type(self.source).forward(self.source, x)
         self.follow()
-        return StraightThrough.apply(x, self.weight(), self.base.bias, self.target)
+        bias = getattr(self.source, "base_layer", self.source).bias
+        return StraightThrough.apply(x, merged_tensor(self.source, "weight"), bias, self.target)
 
     def refresh(self) -> None:
-        _, finite = load_weight_(self.target, whole(self.weight().detach()))
-        check_finite({self.name: finite})
+        check_finite({part: fine for part, _, fine in requantize(self.name, self.source, self.rollout_module)})
         self.seen = self.versions()
 
 
@@ -98,18 +98,11 @@ class _AlignedExperts(_AlignedLinear):
         if not getattr(self.source, "active", True):
             return type(self.source).forward(self.source, hidden_states, top_k_index, top_k_weights)
         self.follow()
-        stacks = [zip(stack_of(self.source, name).unbind(), getattr(self.target, name), strict=True) for name in STACKS]
-        products = [[partial(straight_through, weight=w, layer=layer) for w, layer in stack] for stack in stacks]
-        return mixture(hidden_states, top_k_index, top_k_weights, *products, act_fn=self.base.act_fn)
-
-    def refresh(self) -> None:
-        finite = {}
+        products = {}
         for stack in STACKS:
-            weights = zip(getattr(self.target, stack), whole(stack_of(self.source, stack).detach()), strict=True)
-            for expert, (layer, weight) in enumerate(weights):
-                _, finite[f"{self.name}.{stack}.{expert}"] = load_weight_(layer, weight)
-        check_finite(finite)
-        self.seen = self.versions()
+            pairs = zip(merged_tensor(self.source, stack).unbind(), getattr(self.target, stack), strict=True)
+            products[stack] = [partial(straight_through, weight=weight, layer=layer) for weight, layer in pairs]
+        return mixture(hidden_states, top_k_index, top_k_weights, **products, act_fn=self.target.act_fn)
 
 
 @contextmanager
@@ -129,15 +122,7 @@ def aligned_forward(
             f"weights_version={rollout_policy.version} of the rollout is not the learner's {policy.version}, and an "
             "aligned forward uses its operands: call sync_weights(policy, rollout_policy) first"
         )
-    sources = dict(policy.module.named_modules())
-    links: list[_AlignedLinear] = []
-    for name, target in rollout_policy.module.named_modules():
-        if scope is not None and not scope(name):
-            continue
-        if isinstance(target, Experts):
-            links.append(_AlignedExperts(name, sources[name], target))
-        elif name in sources and is_quantized(target):
-            links.append(_AlignedLinear(name, sources[name], target))
+    links = [link for link in aligned_layers(policy, rollout_policy) if scope is None or scope(link.name)]
     swapped: list[Any] = []
 
     def refresh() -> None:
@@ -148,7 +133,7 @@ def aligned_forward(
         for link in links:
             if "forward" in vars(link.source):
                 raise ValueError(f"{link.name}.forward is already replaced: is this inside another aligned_forward()?")
-            if link.base is not link.source:
+            if isinstance(link.source, LoraLinear | LoraExperts):
                 check_mergeable(link.source.lora)
             link.source.forward = link.forward
             swapped.append(link.source)
@@ -156,3 +141,13 @@ def aligned_forward(
     finally:
         for layer in swapped:
             del layer.forward
+
+
+def aligned_layers(policy: Policy, rollout_policy: Policy) -> Iterator[_AlignedLinear]:
+    """A link for every layer of the learner that the rollout has quantised."""
+    for name, source in quantizable_layers(policy.module):
+        target = rollout_policy.module.get_submodule(name)
+        if isinstance(target, Experts):
+            yield _AlignedExperts(name, source, rollout_policy.module)
+        elif is_quantized(target):
+            yield _AlignedLinear(name, source, rollout_policy.module)

@@ -19,23 +19,24 @@ class Experts(nn.Module):
 
     def __init__(self, gate_up_proj: list[nn.Linear], down_proj: list[nn.Linear], act_fn: nn.Module) -> None:
         super().__init__()
-        self.gate_up_proj, self.down_proj = nn.ModuleList(gate_up_proj), nn.ModuleList(down_proj)
+        self.gate_up_proj = nn.ModuleList(gate_up_proj)
+        self.down_proj = nn.ModuleList(down_proj)
         self.act_fn = act_fn
 
     @torch.compiler.disable  # only the host knows an expert's number of rows, which differs per step
     def forward(
         self, hidden_states: Float[Tensor, "S D"], top_k_index: Int[Tensor, "S K"], top_k_weights: Float[Tensor, "S K"]
     ) -> Float[Tensor, "S D"]:
-        products = (list(self.gate_up_proj), list(self.down_proj))
-        return mixture(hidden_states, top_k_index, top_k_weights, *products, act_fn=self.act_fn)
+        products = {stack: list(getattr(self, stack)) for stack in STACKS}
+        return mixture(hidden_states, top_k_index, top_k_weights, **products, act_fn=self.act_fn)
 
 
 def mixture(
     hidden_states: Float[Tensor, "S D"],
     top_k_index: Int[Tensor, "S K"],
     top_k_weights: Float[Tensor, "S K"],
-    gate_up: Sequence[Callable[[Tensor], Tensor]],
-    down: Sequence[Callable[[Tensor], Tensor]],
+    gate_up_proj: Sequence[Callable[[Tensor], Tensor]],
+    down_proj: Sequence[Callable[[Tensor], Tensor]],
     *,
     act_fn: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "S D"]:
@@ -43,12 +44,12 @@ def mixture(
     once, for the number of rows of each expert."""
     chosen = top_k_index.flatten()
     order = chosen.argsort(stable=True)
-    counts = chosen.bincount(minlength=len(gate_up)).tolist()
+    counts = chosen.bincount(minlength=len(gate_up_proj)).tolist()
     parts = []
     for expert, rows in enumerate(hidden_states[order // top_k_index.shape[1]].split(counts)):
         if len(rows):
-            gate, up = gate_up[expert](rows).chunk(2, dim=-1)
-            parts.append(down[expert](act_fn(gate) * up))
+            gate, up = gate_up_proj[expert](rows).chunk(2, dim=-1)
+            parts.append(down_proj[expert](act_fn(gate) * up))
     weighted = torch.cat(parts) * top_k_weights.flatten()[order][:, None]
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return weighted[back].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)

@@ -58,7 +58,8 @@ def codes_and_scale(
     int4, int3, five_level   s = a/7, a/3, a/2; q = round(x/s) in -7..7, -3..3, -2..2 [ours]
     ternary      s = mean |x|, q = round(x/s) in -1..1 (BitNet b1.58's rule [paper])
     """
-    magnitude, dims = x.abs(), -1 if granularity == "row" else tuple(range(x.dim()))
+    magnitude = x.abs()
+    dims = -1 if granularity == "row" else tuple(range(x.dim()))
     top = magnitude.mean(dims, keepdim=True) if scheme == "ternary" else magnitude.amax(dims, keepdim=True)
     if scheme in FLOATS:
         mantissa, exponent, largest = FLOATS[scheme]
@@ -83,7 +84,9 @@ class EmulatedLinear(nn.Linear):
 
     def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, config: FakeQuantize) -> None:
         nn.Module.__init__(self)  # the parent's constructor would draw random weights
-        (self.out_features, self.in_features), self.config = weight.shape, config
+        self.out_features, self.in_features = weight.shape
+        self.config = config
+        self.source_dtype = weight.dtype  # a learner in fp32 is rounded to it first, in a sync as in the first copy
         dtype = weight.dtype if config.activation is None else torch.float32
         self.weight = nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False)
         self.bias = cast(Any, bias)  # nn.Linear's annotation excludes None
@@ -101,6 +104,7 @@ class EmulatedLinear(nn.Linear):
     @torch.no_grad()
     def load_(self, weight: Float[Tensor, "N K"]) -> None:
         """Round `weight` into this layer, in place."""
+        weight = weight.to(self.source_dtype)
         if self.config.weight is None:
             self.weight.copy_(weight)
             return

@@ -17,7 +17,8 @@ from torchao.quantization import (
 from torchao.quantization.quantize_.common import _choose_quant_func_and_quantize_tensor
 from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8Tensor, QuantizeTensorToFloat8Kwargs
 
-from dllm_rl.quantization.fake import TINY, EmulatedLinear, Float8DynamicEmulated, Scheme
+from dllm_rl.models.adapters.linear import linear_of
+from dllm_rl.quantization.fake import TINY, EmulatedLinear, FakeQuantize, Float8DynamicEmulated, Scheme
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -63,9 +64,7 @@ def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]
         granularity = getattr(config, "granularity", PerRow())  # torchao 0.14 has no such field
         packed = Float8Tensor.from_hp(weight, config.weight_dtype, granularity=granularity)
     else:
-        with torch.device("meta"):
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        layer = linear_of(weight.detach(), None)
         quantize_(layer, config)
         packed = layer.weight.data
     scale: Any = getattr(packed, "scale", None)
@@ -79,14 +78,25 @@ def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]
     return packed, finite
 
 
-def check_finite(finite: dict[str, Bool[Tensor, ""]]) -> None:
-    """Raise ValueError naming the first layer whose weight is not finite, with one transfer for all layers."""
-    found = torch.stack(list(finite.values())).tolist() if finite else []
-    for name in (name for name, fine in zip(finite, found, strict=True) if not fine):
-        raise ValueError(f"{name}.weight holds NaN or infinity: it cannot be quantised; has training diverged?")
+def quantized_linear(weight: Tensor, bias: Tensor | None, config: Scheme) -> tuple[nn.Linear, Bool[Tensor, ""]]:
+    """A layer with a quantised weight, and whether the weight is finite."""
+    if isinstance(config, FakeQuantize):
+        layer = EmulatedLinear(weight, bias, config)
+        return layer, layer.weight.isfinite().all()
+    packed, finite = quantized(weight, config)
+    return linear_of(packed, bias), finite
 
 
 Changes = dict[str, tuple[Tensor, int]]  # (sum, count); sums stay on their device until all layers are written
+Finite = dict[str, Bool[Tensor, ""]]  # by the layer's name
+
+
+def check_finite(finite: Finite) -> None:
+    """Raise ValueError naming the first layer whose weight is not finite, with one transfer for all layers."""
+    found = torch.stack(list(finite.values())).tolist() if finite else []
+    for name, fine in zip(finite, found, strict=True):
+        if not fine:
+            raise ValueError(f"{name}.weight holds NaN or infinity: it cannot be quantised; has training diverged?")
 
 
 @torch.no_grad()

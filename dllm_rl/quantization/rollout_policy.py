@@ -5,22 +5,24 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dllm_rl.models.adapters.experts import STACKS, LoraExperts, is_stacked, stack_of
-from dllm_rl.models.adapters.linear import LoraLinear, adapted_layers, is_bitsandbytes, plain_weight
-from dllm_rl.models.adapters.merge import forget_quantizer, merged_state
+from dllm_rl.models.adapters.experts import STACKS, is_stacked
+from dllm_rl.models.adapters.linear import LoraLinear, linear_of
+from dllm_rl.models.adapters.merge import forget_quantizer, has_extras, merged_state, merged_tensor, plain_layers
 from dllm_rl.models.base import Module, Policy, whole
 from dllm_rl.quantization.experts import Experts
-from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize, Scheme
+from dllm_rl.quantization.fake import EmulatedLinear, Scheme
 from dllm_rl.quantization.linear import (
+    Changes,
+    Finite,
     check_finite,
     is_quantized,
     load_weight_,
-    quantized,
+    quantized_linear,
     stored_bytes,
     unsupported_reason,
 )
@@ -67,97 +69,111 @@ def quantized_copy(
     layer by layer: at most one layer is held twice in addition to the unsharded copy. Raises ValueError for a config
     that the device cannot run, a weight with NaN or infinity, or when nothing can be quantised.
     """
-    module, rollout_policy = policy.module, copy.copy(policy)
-    layers = (
-        module.sharding.plain if hasattr(module, "sharding") else module
-    )  # what is copied: without weights if sharded
+    module = policy.module
+    layers = module.sharding.plain if hasattr(module, "sharding") else module  # sharded: the layers without weights
     kept: dict[str, str] = {}
-    finite: dict[str, torch.Tensor] = {}
     if config is not None:
         config = check_scheme(config, policy.device, dtype or next(module.parameters()).dtype)
         kept = skip_reasons(module, config, skip)
-    stacked = [] if config is None else [(n, m) for n, m in plain_layers(layers) if is_stacked(m) and n not in kept]
-    chosen = [] if config is None else [name for name, _ in linear_layers(module) if name not in kept]
-    if config is not None and not chosen and not stacked:
-        raise ValueError(f"{config!r} quantises no layer of {type(module).__name__}; not quantised: {kept}")
-    memo = copies(module, layers, dtype, lambda p: p.dim() == 1)  # norms, and biases for what follows
-    for name, layer in linear_layers(layers):
-        # deepcopy takes an object's entry in the memo instead of copying the object: no plain copy of a weight is made.
-        quantise, base = name in chosen, layer.base_layer if isinstance(layer, LoraLinear) else layer
-        if not quantise and base is layer and not is_bitsandbytes(layer):
-            continue
-        held = module.get_submodule(name)
-        weight = (held.merged() if isinstance(held, LoraLinear) else plain_weight(held)).to(dtype)
-        if quantise and isinstance(config, FakeQuantize):
-            memo[id(layer)] = EmulatedLinear(weight, copy.deepcopy(base.bias, memo), config)
-            finite[name] = memo[id(layer)].weight.isfinite().all()
-            continue
-        if quantise:
-            weight, finite[name] = quantized(weight, config)
-        if base is not layer or is_bitsandbytes(layer):
-            memo[id(layer)] = plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-            plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), copy.deepcopy(base.bias, memo)
-        else:
-            memo[id(layer.weight)] = nn.Parameter(weight, requires_grad=False)
-    for name, experts in stacked:
-        memo[id(experts)], fine = quantized_experts(module.get_submodule(name), config, dtype)
-        finite |= {f"{name}.{part}": value for part, value in fine.items()}
-        chosen += [f"{name}.{part}" for part in fine]
-    for name, adapted in adapted_layers(layers).items():
-        if isinstance(adapted, LoraExperts) and id(adapted) not in memo:
-            memo[id(adapted)] = merged = cast(LoraExperts, module.get_submodule(name)).plain(memo)
-            if dtype is not None:
-                merged.to(dtype)
-    replaced = {id(p) for layer in layers.modules() if id(layer) in memo for p in layer.parameters()}
-    memo |= copies(module, layers, dtype, lambda p: id(p) not in memo.keys() | replaced)
+    schemes = replaced_layers(module, config, kept)
+    matrices = {id(p) for name in schemes for p in layers.get_submodule(name).parameters() if p.dim() > 1}
+    # deepcopy takes an object's entry in the memo instead of copying the object: no plain copy of a weight is made.
+    memo = copies(module, layers, dtype, without=matrices)
+    finite: Finite = {}
+    for name, scheme in schemes.items():
+        layer = layers.get_submodule(name)
+        replacement = experts_replacement if is_stacked(layer) else linear_replacement
+        entry, fine = replacement(name, layer, module.get_submodule(name), scheme, dtype, memo)
+        memo |= entry
+        finite |= fine
     check_finite(finite)
+    rollout_policy = copy.copy(policy)
     rollout_policy.module = copy.deepcopy(layers, memo).requires_grad_(False)
-    for name in chosen:
+    for name in finite:
         rollout_policy.module.get_submodule(name).quantization = config
     forget_quantizer(rollout_policy.module)
-    rollout_policy.quantization, rollout_policy.lora = config, None
-    report = QuantizationReport(tuple(chosen), kept, held_bytes(module), held_bytes(rollout_policy.module))
+    rollout_policy.quantization = config
+    rollout_policy.lora = None
+    report = QuantizationReport(tuple(finite), kept, held_bytes(module), held_bytes(rollout_policy.module))
     rollout_policy.quantization_report = report
     if config is not None:
         log.info("%s: %s", type(config).__name__, report)
     return rollout_policy
 
 
-def copies(
-    module: Module, layers: Module, dtype: torch.dtype | None, wanted: Callable[[torch.Tensor], bool]
-) -> dict[int, Any]:
-    """deepcopy's memo: copies of a module's `wanted` tensors, by the id of the tensor in `layers`. Floating parameters
-    are in `dtype`; if `layers` is not the module itself, every tensor is gathered."""
-    found: dict[int, Any] = {}
+def replaced_layers(module: Module, config: Scheme, kept: dict[str, str]) -> dict[str, Scheme]:
+    """Names of the layers that a copy replaces, and their scheme: None only merges adapters or dequantises."""
+    schemes = {}
+    for name, layer in quantizable_layers(module):
+        if "forward" in vars(layer):
+            raise ValueError(f"{name}.forward is replaced: take the quantised copy outside of aligned_forward()")
+        scheme = None if name in kept else config
+        if scheme is not None or has_extras(layer):
+            schemes[name] = scheme
+    if config is not None and all(scheme is None for scheme in schemes.values()):
+        raise ValueError(f"{config!r} quantises no layer of {type(module).__name__}; not quantised: {kept}")
+    return schemes
+
+
+def copies(module: Module, layers: Module, dtype: torch.dtype | None, *, without: set[int]) -> dict[int, Any]:
+    """deepcopy's memo: copies of a module's tensors, except `without`, by the id of the tensor in `layers`. Floating
+    parameters are in `dtype`; if `layers` is not the module itself, every tensor is gathered."""
+    memo: dict[int, Any] = {}
     for place, tensor in zip(layers.parameters(), module.parameters(), strict=True):
         kind = dtype if tensor.is_floating_point() else None
-        if wanted(place) and (kind or place is not tensor):
-            found[id(place)] = nn.Parameter(whole(tensor.detach()).to(kind, copy=place is tensor), requires_grad=False)
+        # A tensor that keeps its dtype and is where deepcopy looks for it needs no entry.
+        if id(place) not in without and (kind or place is not tensor):
+            value = whole(tensor.detach()).to(kind, copy=place is tensor)
+            memo[id(place)] = nn.Parameter(value, requires_grad=False)
     if layers is not module:
-        found |= {id(a): b.clone() for a, b in zip(layers.buffers(), module.buffers(), strict=True)}
-    return found
+        memo |= {id(a): b.clone() for a, b in zip(layers.buffers(), module.buffers(), strict=True)}
+    return memo
 
 
-def quantized_experts(
-    layer: nn.Module, config: Scheme, dtype: torch.dtype | None
-) -> tuple[Experts, dict[str, torch.Tensor]]:
-    """A stock module's experts, each quantised, and whether each weight is finite, by name."""
-    finite = {}
-    stacks: list[list[nn.Linear]] = []
+def linear_replacement(
+    name: str, layer: Any, held: nn.Module, config: Scheme, dtype: torch.dtype | None, memo: dict[int, Any]
+) -> tuple[dict[int, Any], Finite]:
+    """deepcopy's entry for a linear layer, adapted or not, and whether its weight is finite; `held` has the weights."""
+    [(_, weight)] = rollout_weights(name, held, dtype)
+    bias = copy.deepcopy(getattr(layer, "base_layer", layer).bias, memo)
+    if config is None:
+        return {id(layer): linear_of(weight, bias)}, {}
+    new, finite = quantized_linear(weight, bias, config)
+    if has_extras(layer) or isinstance(new, EmulatedLinear):
+        return {id(layer): new}, {name: finite}
+    return {id(layer.weight): new.weight}, {name: finite}  # the weight alone, so that the layer keeps its class
+
+
+def experts_replacement(
+    name: str, layer: nn.Module, held: Any, config: Scheme, dtype: torch.dtype | None, memo: dict[int, Any]
+) -> tuple[dict[int, Any], Finite]:
+    """The same for stacked experts, each of which becomes a linear layer."""
+    if config is None:
+        return {id(layer): held.plain(memo).to(dtype)}, {}
+    finite: Finite = {}
+    stacks: dict[str, list[nn.Linear]] = {stack: [] for stack in STACKS}
+    for part, weight in rollout_weights(name, held, dtype):
+        new, finite[part] = quantized_linear(weight, None, config)
+        stacks[part.split(".")[-2]].append(new)
+    return {id(layer): Experts(**stacks, act_fn=getattr(held, "base_layer", held).act_fn)}, finite
+
+
+@torch.no_grad()
+def rollout_weights(name: str, layer: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The weights that a rollout quantises of a learner's layer, by the name of the rollout's layer: gathered, adapters
+    merged, one for each expert of a stack. The first copy, a sync and an aligned forward all take them from here."""
+    if not is_stacked(layer):
+        yield name, whole(merged_tensor(layer, "weight")).to(dtype)
+        return
     for stack in STACKS:
-        stacks.append([])
-        for expert, weight in enumerate(whole(stack_of(layer, stack).detach()).unbind()):
-            weight = weight.to(dtype)
-            if isinstance(config, FakeQuantize):
-                one: nn.Linear = EmulatedLinear(weight, None, config)
-                fine = one.weight.isfinite().all()
-            else:
-                one = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-                packed, fine = quantized(weight, config)
-                one.weight = nn.Parameter(packed, requires_grad=False)
-            stacks[-1].append(one)
-            finite[f"{stack}.{expert}"] = fine
-    return Experts(stacks[0], stacks[1], cast(nn.Module, getattr(layer, "base_layer", layer).act_fn)), finite
+        for expert, weight in enumerate(whole(merged_tensor(layer, stack)).unbind()):
+            yield f"{name}.{stack}.{expert}", weight.to(dtype)
+
+
+def requantize(name: str, layer: nn.Module, rollout_module: Module) -> Iterator[tuple[str, Changes, Tensor]]:
+    """Quantise a learner's layer into the rollout's, in place: name, changes and finiteness of each weight."""
+    for part, weight in rollout_weights(name, layer):
+        yield part, *load_weight_(rollout_module.get_submodule(part), weight)
 
 
 def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
@@ -171,37 +187,35 @@ def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, s
         matrices = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
         if not matrices:
             continue
-        others = [other for other in owners[id(matrices[0])] if other != name]
-        router = re.search(r"(router|\.gate)$", name)
-        if isinstance(layer, nn.Embedding):
-            kept[name] = "embedding"
-        elif not (isinstance(layer, nn.Linear) or is_stacked(layer) or router):
-            fused = matrices[0].dim() == 3 and not type(layer).__module__.startswith("torch.nn")
-            kept[name] = "fused experts" if fused else f"{type(layer).__name__}, not nn.Linear"
-        elif others:
-            kept[name] = f"tied to {others[0]}"
-        elif not re.search(r"\.\d+\.", name):
-            kept[name] = "outside the blocks"
-        elif router:
-            kept[name] = "router"
+        tied = [other for other in owners[id(matrices[0])] if other != name]
+        if reason := skip_reason(name, layer, matrices[0], tied):
+            kept[name] = reason
         elif skip and skip(layer, name):
             kept[name] = "skip"
-        elif misfits := [why for matrix in matrices if (why := unsupported_reason(matrix, config))]:
-            kept[name] = misfits[0]
+        elif misfit := next(filter(None, (unsupported_reason(matrix, config) for matrix in matrices)), None):
+            kept[name] = misfit
     return kept
 
 
-def plain_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and layers, without the parts of adapted layers."""
-    return ((n, m) for n, m in module.named_modules() if not re.search(r"\.(base_layer|lora_A|lora_B)$", n))
+def skip_reason(name: str, layer: nn.Module, matrix: Tensor, tied: list[str]) -> str | None:
+    """Why a layer keeps its precision under every config, or None."""
+    router = re.search(r"(router|\.gate)$", name)
+    if isinstance(layer, nn.Embedding):
+        return "embedding"
+    if not (isinstance(layer, nn.Linear) or is_stacked(layer) or router):
+        fused = matrix.dim() == 3 and not type(layer).__module__.startswith("torch.nn")
+        return "fused experts" if fused else f"{type(layer).__name__}, not nn.Linear"
+    if tied:
+        return f"tied to {tied[0]}"
+    if not re.search(r"\.\d+\.", name):
+        return "outside the blocks"
+    return "router" if router else None
 
 
-def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear | LoraLinear]]:
-    """Linear layers, with or without an adapter. Raises ValueError inside an aligned_forward() block."""
+def quantizable_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers and stacks of experts, with or without adapters."""
     for name, layer in plain_layers(module):
-        if isinstance(layer, (nn.Linear, LoraLinear)):
-            if "forward" in vars(layer):
-                raise ValueError(f"{name}.forward is replaced: take the quantised copy outside of aligned_forward()")
+        if isinstance(layer, nn.Linear | LoraLinear) or is_stacked(layer):
             yield name, layer
 
 
@@ -217,31 +231,39 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     Returns for quantised layers quantization/codes_changed, the share of all codes that this sync changed (an update
     below the grid vanishes: QuRL [digest]), and quantization/scale_change, the mean of |s' - s| / s over all scales.
     An aligned forward writes the same storage, so after it they cover the last inner update alone. Raises ValueError
-    for a weight with NaN or infinity, once all are written: a check per layer would make the host wait.
+    for a weight with NaN or infinity.
     """
-    totals: dict[str, tuple[torch.Tensor, int]] = {}
-    finite: dict[str, torch.Tensor] = {}
-    if rollout_policy is not policy:
-        targets = dict(rollout_policy.module.named_parameters()) | dict(rollout_policy.module.named_buffers())
-        for name, value in merged_state(policy.module):
-            layer_name, _, kind = name.rpartition(".")
-            layer = rollout_policy.module.get_submodule(layer_name)
-            value = whole(value)
-            written = {layer_name: (layer, value)} if kind == "weight" and is_quantized(layer) else {}
-            if isinstance(layer, Experts):
-                experts = zip(getattr(layer, kind), value, strict=True)
-                written = {f"{name}.{expert}": one for expert, one in enumerate(experts)}
-            for part, (one, weight) in written.items():
-                changes, finite[part] = load_weight_(one, weight)
-                for change, (total, count) in changes.items():
-                    before, counted = totals.get(change, (torch.zeros_like(total), 0))
-                    totals[change] = (before + total, counted + count)
-            if not written and name in targets:  # a tied tensor is written under its first name
-                targets[name].copy_(value)
-    check_finite(finite)
+    if rollout_policy is policy:
+        return {}
+    module = rollout_policy.module
+    changes: list[Changes] = []
+    finite: Finite = {}
+    written: set[str] = set()
+    for name, layer in quantizable_layers(policy.module):
+        target = module.get_submodule(name)
+        if is_quantized(target) or isinstance(target, Experts):
+            for part, changed, fine in requantize(name, layer, module):
+                changes.append(changed)
+                finite[part] = fine
+            written |= {f"{name}.{kind}" for kind in ("weight", *STACKS)}
+    targets = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, value in merged_state(policy.module, skip=written):
+        if name in targets:  # a tied tensor is written under its first name
+            targets[name].copy_(whole(value))
+    check_finite(finite)  # once all are written: a check per layer would make the host wait
     rollout_policy.version = policy.version
-    sums = torch.stack([total.double() for total, _ in totals.values()]).tolist() if totals else []
-    return {f"quantization/{change}": sums[i] / count for i, (change, (_, count)) in enumerate(totals.items())}
+    return change_metrics(changes)
+
+
+def change_metrics(changes: list[Changes]) -> dict[str, float]:
+    """The sums of all layers over their counts, with one transfer."""
+    totals: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    for name, (total, count) in (item for changed in changes for item in changed.items()):
+        totals[name] = totals[name] + total if name in totals else total
+        counts[name] = counts.get(name, 0) + count
+    sums = torch.stack([total.double() for total in totals.values()]).tolist() if totals else []
+    return {f"quantization/{name}": sums[i] / counts[name] for i, name in enumerate(totals)}
 
 
 def quantized_layers(rollout_policy: Policy) -> Iterator[tuple[str, nn.Linear]]:

@@ -90,7 +90,8 @@ def fake_quantize(
 @cache
 def has_float8_rows() -> bool:
     """Whether the CPU multiplies float8 numbers with a scale per row: some kernels of torch 2.11 do not."""
-    ones, scale = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    ones = torch.ones(16, 16).to(torch.float8_e4m3fn)
+    scale = torch.ones(16, 1)
     try:
         torch._scaled_mm(ones, ones.t(), scale, scale.t(), out_dtype=torch.float32)
     except RuntimeError:
@@ -101,38 +102,49 @@ def has_float8_rows() -> bool:
 def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Scheme:
     """The config without side effects on torch's global settings, and safe on all-zero inputs. Raises ValueError when
     `device` cannot run the config, naming an alternative."""
-    if not any("torchao" in cls.__module__ for cls in type(config).__mro__):
-        if not isinstance(config, (FakeQuantize, Float8DynamicEmulated)):
-            raise ValueError(f"config={config!r} is neither a torchao config nor a FakeQuantize")
-        if isinstance(config, Float8DynamicEmulated) and device.type != "cpu":
-            raise ValueError(f"device={device}: float8_dynamic_emulated is for CPUs; use float8_dynamic")
-        if isinstance(config, Float8DynamicEmulated) and not has_float8_rows():
-            raise ValueError(
-                f"torch {torch.__version__} has no float8 products with a scale a row on this CPU, which "
-                f"float8_dynamic_emulated needs; use {E4M3}, the same arithmetic, or torch 2.13"
-            )
+    ours = isinstance(config, FakeQuantize | Float8DynamicEmulated)
+    if not ours and not any("torchao" in cls.__module__ for cls in type(config).__mro__):
+        raise ValueError(f"config={config!r} is neither a torchao config nor a FakeQuantize")
+    if why := _refusal(config, device, dtype):
+        raise ValueError(why)
+    if ours:
         return config
     config = copy.copy(config)
     if hasattr(config, "set_inductor_config"):
-        config.set_inductor_config = False
+        config.set_inductor_config = False  # torchao would change torch's global settings
+    if isinstance(config, Float8DynamicActivationFloat8WeightConfig) and config.activation_value_lb is None:
+        # An all-zero input would give 0/0; torchao's MSLK kernels take no bound.
+        config.activation_value_lb = None if "MSLK" in str(config.kernel_preference) else TINY
+    return config
+
+
+def _refusal(config: Scheme, device: torch.device, dtype: torch.dtype) -> str:
+    """Why the device cannot run a config, and what to use instead; else ""."""
+    if isinstance(config, Float8DynamicEmulated):
+        if device.type != "cpu":
+            return f"device={device}: float8_dynamic_emulated is for CPUs; use float8_dynamic"
+        if not has_float8_rows():
+            return (
+                f"torch {torch.__version__} has no float8 products with a scale a row on this CPU, which "
+                f"float8_dynamic_emulated needs; use {E4M3}, the same arithmetic, or torch 2.13"
+            )
     if isinstance(config, Float8DynamicActivationFloat8WeightConfig):
         if device.type != "cuda":
-            raise ValueError(
+            return (
                 f"device={device} has no float8 products, which dynamic FP8 needs (CUDA capability 8.9 or more); use "
                 f"float8_dynamic_emulated or {E4M3} (the same arithmetic, slower), or float8_weight_only"
             )
+        # ROCm counts capabilities in its own way.
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
-            raise ValueError(
+            return (
                 f"device={torch.cuda.get_device_name(device)} is below CUDA capability 8.9, which dynamic FP8 needs; "
                 "use int8_dynamic or float8_weight_only"
             )
-        if dtype != torch.bfloat16 and any(isinstance(g, PerRow) for g in config.granularity):
-            raise ValueError(f"dtype={dtype}: dynamic FP8 per row needs weights in bfloat16; load the policy in it")
-        if config.activation_value_lb is None and "MSLK" not in str(config.kernel_preference):
-            config.activation_value_lb = TINY
+        if dtype != torch.bfloat16 and isinstance(config.granularity[0], PerRow):
+            return f"dtype={dtype}: dynamic FP8 per row needs weights in bfloat16; load the policy in it"
     if isinstance(config, Int4WeightOnlyConfig):
         if device.type != "cuda":
-            raise ValueError(f"device={device} has no packed int4 kernel; use int4_weight_only")
+            return f"device={device} has no packed int4 kernel; use int4_weight_only"
         if dtype != torch.bfloat16:
-            raise ValueError(f"dtype={dtype}: packed int4 needs weights in bfloat16; load the policy in it")
-    return config
+            return f"dtype={dtype}: packed int4 needs weights in bfloat16; load the policy in it"
+    return ""

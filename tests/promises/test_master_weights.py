@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import quantized_copy, sync_weights, train
+from dllm_rl.config import describe
 from dllm_rl.models.adapters.linear import add_lora
 from dllm_rl.models.adapters.merge import merged_copy
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.linear import is_quantized
-from dllm_rl.quantization.schemes import float8_dynamic_emulated, float8_weight_only
+from dllm_rl.quantization.schemes import fake_quantize, float8_dynamic_emulated, float8_weight_only
 from dllm_rl.training.policies import make_optimizer
 
 STEPS, RATE = 10, 1e-6
@@ -52,7 +53,14 @@ def test_small_updates_arrive_in_fp32_weights_alone(tmp_path):
 
 @pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["full", "lora"])
 @pytest.mark.parametrize(
-    "scheme", [float8_weight_only, pytest.param(float8_dynamic_emulated, marks=pytest.mark.float8_rows)]
+    "scheme",
+    [
+        float8_weight_only,
+        partial(float8_weight_only, dequantised=True),
+        partial(fake_quantize, weight="int3"),
+        pytest.param(float8_dynamic_emulated, marks=pytest.mark.float8_rows),
+    ],
+    ids=describe,
 )
 def test_the_rollouts_copy_is_in_bf16(scheme, lora):
     """As if the learner's weights were bf16, which dynamic FP8 needs; a sync keeps it so."""

@@ -29,11 +29,6 @@ def is_stacked(layer: nn.Module) -> bool:
     )
 
 
-def stack_of(layer: Any, name: str) -> Float[Tensor, "E O I"]:
-    """A stack's weights, adapters merged; differentiable."""
-    return layer.merged(name) if isinstance(layer, LoraExperts) else getattr(layer, name)
-
-
 class LoraExperts(nn.Module):
     """A stock module of experts with a pair of fp32 adapters for every expert of both stacks.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +123,14 @@ def without_adapters(policy: Policy) -> Policy:
 def _without(f: Callable[..., Tensor], module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     with disable_adapters(module):
         return f(module, *args, **kwargs)
+
+
+def linear_of(weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None) -> nn.Linear:
+    """A layer of these tensors, not copied; the weight is frozen."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")  # meta: draws no random weights
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = cast(Any, bias)
+    return layer
 
 
 def is_bitsandbytes(layer: nn.Module) -> bool:

@@ -2,14 +2,14 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dllm_rl.models.adapters.experts import LoraExperts
-from dllm_rl.models.adapters.linear import LoraLinear, adapted_layers, is_bitsandbytes, plain_weight
+from dllm_rl.models.adapters.linear import LoraLinear, adapted_layers, is_bitsandbytes, linear_of, plain_weight
 from dllm_rl.models.base import Module, Policy
 
 
@@ -18,22 +18,32 @@ def has_extras(module: nn.Module) -> bool:
     return bool(adapted_layers(module)) or any(is_bitsandbytes(layer) for layer in module.modules())
 
 
+def plain_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and layers, without the parts of adapted layers."""
+    return ((n, m) for n, m in module.named_modules() if not re.search(r"\.(base_layer|lora_A|lora_B)$", n))
+
+
+def merged_tensor(layer: Any, kind: str) -> Tensor:
+    """A layer's parameter or buffer, adapters merged (differentiable) and bitsandbytes weights dequantised; any other
+    tensor is the layer's own, not a copy."""
+    if isinstance(layer, LoraExperts):
+        return layer.merged(kind)
+    if kind == "weight" and isinstance(layer, LoraLinear):
+        return layer.merged()
+    if kind == "weight" and is_bitsandbytes(layer):
+        return plain_weight(layer)
+    return getattr(getattr(layer, "base_layer", layer), kind)
+
+
 @torch.no_grad()
-def merged_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name without adapters, tensor) of all parameters and buffers, one at a time. Adapters are merged and
-    bitsandbytes weights dequantised; every other tensor is the module's own, not a copy."""
-    for path, layer in module.named_modules():
-        if re.search(r"\.(base_layer|lora_A|lora_B)$", path):
-            continue
+def merged_state(module: nn.Module, *, skip: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """(name without adapters, `merged_tensor`) of all parameters and buffers except `skip`, one at a time."""
+    for path, layer in plain_layers(module):
         own = layer.base_layer if isinstance(layer, LoraLinear | LoraExperts) else layer
-        for kind, tensor in [*own.named_parameters(recurse=False), *own.named_buffers(recurse=False)]:
-            if isinstance(layer, LoraExperts):
-                tensor = layer.merged(kind)
-            elif kind == "weight" and own is not layer:
-                tensor = layer.merged()
-            elif kind == "weight" and is_bitsandbytes(own):
-                tensor = plain_weight(own)
-            yield f"{path}.{kind}" if path else kind, tensor
+        for kind, _ in [*own.named_parameters(recurse=False), *own.named_buffers(recurse=False)]:
+            name = f"{path}.{kind}" if path else kind
+            if name not in skip:
+                yield name, merged_tensor(layer, kind)
 
 
 @torch.no_grad()
@@ -41,9 +51,7 @@ def merged_copy(module: Module, *, device: torch.device | str | None = None) -> 
     """A copy with `merged_state` in ordinary layers; `device` None keeps each tensor's device. The copy is made layer
     by layer, so the module's own device holds at most one layer twice."""
     memo: dict[int, Any] = {}
-    for path, layer in module.named_modules():
-        if re.search(r"\.(base_layer|lora_A|lora_B)$", path):
-            continue
+    for _, layer in plain_layers(module):
         if isinstance(layer, LoraLinear) or is_bitsandbytes(layer):
             memo[id(layer)] = copy.deepcopy(_plain(layer).to(device))
             continue
@@ -83,11 +91,7 @@ def _merge(module: Module) -> None:
 
 def _plain(layer: Any) -> nn.Linear:
     """An ordinary layer for an adapted or low-bit one; it shares the bias."""
-    base = getattr(layer, "base_layer", layer)
-    plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-    plain.weight = nn.Parameter(layer.merged() if base is not layer else plain_weight(layer), requires_grad=False)
-    plain.bias = base.bias
-    return plain
+    return linear_of(merged_tensor(layer, "weight"), getattr(layer, "base_layer", layer).bias)
 
 
 def forget_quantizer(module: nn.Module) -> None:

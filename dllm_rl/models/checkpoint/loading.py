@@ -315,8 +315,8 @@ def save_module(
             stored.save_pretrained(directory, max_shard_size=max_shard_size)
         else:
             assert spec.original is not None, "a spec of this checkpoint, not of its family"
-            skip = transient(module)
-            state = {name: tensor.detach().cpu() for name, tensor in merged_state(module) if name not in skip}
+            merged = merged_state(module, skip=transient(module))
+            state = {name: tensor.detach().cpu() for name, tensor in merged}
             write_tensors(to_original(state, spec, module.config), directory, max_shard_size=max_shard_size)
             dtype = str(main_dtype(state)).removeprefix("torch.")
             keys = [key for key in ("dtype", "torch_dtype") if key in spec.original] or ["torch_dtype"]

@@ -21,12 +21,13 @@ def own_tensors(module: nn.Module, device: torch.device | str | None = None) -> 
 
     device  receives each tensor as it is merged, so that the module's device holds one extra tensor; None: no move.
     """
-    skip, found, seen = transient(module), {}, set()
-    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}  # a merged tensor is new, and passes
-    for name, tensor in merged_state(module):
-        if name in skip or id(tensor) in seen:
+    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in merged_state(module, skip=transient(module)):
+        if id(tensor) in seen:
             continue
-        seen |= own & {id(tensor)}
+        seen |= own & {id(tensor)}  # a merged tensor is new: its id may return after it is freed
         found[name] = tensor if device is None else tensor.detach().to(device)
     return found
 
