@@ -21,16 +21,23 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
     `confidence` have nothing to compare. All completions of a prompt begin alike: one forward of one row per prompt.
     """
     ranks = {rank.__name__: rank for rank in RANKS if not rank_inputs(rank) & {"tokens", "uniforms"}}
-    rank, mask_id = ranks.get(rollout.rank or ""), policy.spec.mask_id
+    rank = ranks.get(rollout.rank or "")
+    mask_id = policy.spec.mask_id
     if rank is None or rollout.open_step is None or mask_id is None or rollout.revised:
         return {}
     first = slice(None, None, rollout.group_size)
-    masked, opened = rollout.completion_mask[first], rollout.open_step[first] == 0
+    masked = rollout.completion_mask[first]
+    opened = rollout.open_step[first] == 0
     committed = rollout.unmask_step[first] == 0
     hidden = policy.hidden(rollout.tokens[first].masked_fill(masked, mask_id), rollout.attention_mask[first])
-    states, scores = hidden[opened], torch.full(opened.shape, -torch.inf, device=opened.device)
+    states = hidden[opened]
+    scores = torch.full(opened.shape, -torch.inf, device=opened.device)
     ties = torch.zeros(len(states), device=states.device)
     scores[opened] = rank_only(policy, states, ties, rollout.sampling_params, rank)
     chosen = highest(scores, opened, committed.sum(-1)) & opened
-    whole, rows = ((chosen == committed).all(-1) & committed.any(-1)).sum(), committed.any(-1).sum()
-    return {"order_agreement": ((chosen & committed).sum(), committed.sum()), "order_agreement_rows": (whole, rows)}
+    begun = committed.any(-1)
+    same = (chosen == committed).all(-1) & begun
+    return {
+        "order_agreement": ((chosen & committed).sum(), committed.sum()),
+        "order_agreement_rows": (same.sum(), begun.sum()),
+    }

@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from einops import repeat
-from torch import Generator
+from jaxtyping import Bool, Float
+from torch import Generator, Tensor
 
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.logprobs import fitting, kept_set, process, sample
@@ -39,6 +40,44 @@ def autoregress(
     top_p           only the smallest set of likeliest tokens with this probability is sampled; None: all
     suppress        token ids that are never sampled
     """
+    sampling_params = SamplingParams(temperature, top_k, top_p, suppress)
+    _check(policy, prompts, max_new_tokens, sampling_params)
+    device = policy.device
+    num_rows = prompts.num_rows
+    # Copies of the last row make up the fewest.
+    place = torch.arange(max(FEWEST, num_rows), device=device).clamp(max=num_rows - 1)
+    uniforms = _uniforms(generator, prompts, max_new_tokens).to(device)[place]
+
+    new = prompts.tokens.to(device)
+    attention_mask = prompts.attention_mask.to(device)
+    positions = position_ids(attention_mask)
+    cache = KeysAndValues(config=policy.module.config)
+    eos = torch.tensor(policy.spec.eos_ids, device=device)
+    alive = torch.ones_like(place, dtype=torch.bool)
+    columns = []
+    for step in range(max_new_tokens):
+        states = policy.encode(new, attention_mask, positions, past_key_values=cache, use_cache=True)[:, -1]
+        if step == 0:  # the prompt is read once for all rows of its group
+            prompt_of = place // prompts.group_size
+            states = states[prompt_of]
+            attention_mask = attention_mask[prompt_of]
+            positions = positions[prompt_of]
+            cache.batch_select_indices(prompt_of)
+        token, logp, *kept = _draw(policy, states, uniforms[:, step], sampling_params)
+        # A row that has ended goes on with padding, so that all rows keep one length.
+        written = torch.where(alive, token, policy.pad_id)
+        columns.append((written, logp, alive, *kept))
+        new = written[:, None]
+        positions = positions[:, -1:] + 1
+        attention_mask = torch.cat([attention_mask, alive[:, None]], dim=1)
+        alive = alive & ~torch.isin(token, eos)
+        if not alive.any():
+            break
+    return _rollout(policy, prompts, sampling_params, attention_mask[:num_rows], columns)
+
+
+def _check(policy: Policy, prompts: Prompts, max_new_tokens: int, sampling_params: SamplingParams) -> None:
+    """Raise ValueError as documented in `autoregress`."""
     if policy.spec.attention != "causal":
         raise ValueError(
             f"policy is a diffusion model ({type(policy.module).__name__}); autoregress needs a causal one: use unmask"
@@ -46,64 +85,62 @@ def autoregress(
     if prompts.open is not None:
         raise ValueError("prompts have open positions, which a causal model cannot fill in; use a diffusion model")
     check_fits(policy, prompts, max_new_tokens)
-    sampling_params = SamplingParams(temperature, top_k, top_p, suppress)
     check_suppress(policy, sampling_params)
-    device, group = policy.device, prompts.group_size
+
+
+def _uniforms(generator: Generator, prompts: Prompts, max_new_tokens: int) -> Float[Tensor, "B N"]:
+    """A number in [0, 1) per token, all drawn first: a row's numbers do not depend on when its neighbours end."""
     seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
-    # One uniform a token, all drawn at the start: a row's numbers do not depend on when its neighbours end.
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    rows = [torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
-    # Copies of the last row make up the fewest.
-    place = torch.arange(max(FEWEST, len(rows)), device=device).clamp(max=len(rows) - 1)
-    uniforms = torch.stack(rows).to(device)[place]
+    rows = []
+    for seed in seeds:
+        of_row = torch.Generator().manual_seed(int(seed))
+        rows.append(torch.rand(max_new_tokens, generator=of_row, dtype=torch.float64))
+    return torch.stack(rows)
 
-    new = prompts.tokens.to(device)
-    attention_mask = prompts.attention_mask.to(device)
-    positions = position_ids(attention_mask)
-    cache, eos = KeysAndValues(config=policy.module.config), torch.tensor(policy.spec.eos_ids, device=device)
-    alive = torch.ones_like(place, dtype=torch.bool)
-    columns, logprobs, chosen, masses, kept = [], [], [], [], []
-    for step in range(max_new_tokens):
-        states = policy.encode(new, attention_mask, positions, past_key_values=cache, use_cache=True)[:, -1]
-        if step == 0:
-            states, attention_mask, positions = (x[place // group] for x in (states, attention_mask, positions))
-            cache.batch_select_indices(place // group)
-        raw = policy.head(states)
-        logits = process(raw, sampling_params)
-        token = logits.argmax(-1) if temperature == 0 else sample(logits, uniforms[:, step])
-        logp = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
-        columns.append(torch.where(alive, token, policy.pad_id))
-        logprobs.append(torch.where(alive, logp, 0.0))
-        chosen.append(alive)
-        if sampling_params.filters:
-            log_mass, ids = kept_set(process(raw, replace(sampling_params, support="unfiltered")), logits)
-            masses.append(torch.where(alive, log_mass, 0.0))
-            kept.append(ids.where(alive[:, None], -1))
-        new, positions = columns[-1][:, None], positions[:, -1:] + 1
-        attention_mask = torch.cat([attention_mask, alive[:, None]], dim=1)
-        alive = alive & ~torch.isin(token, eos)
-        if not alive.any():
-            break
 
-    columns, logprobs, chosen, masses, kept = (
-        [x[: len(rows)] for x in part] for part in (columns, logprobs, chosen, masses, kept)
-    )
-    start = prompts.tokens.shape[1]
-    before = repeat(prompts.tokens.to(device), "p s -> (p g) s", g=group)
-    completion_mask = torch.cat([torch.zeros_like(before, dtype=torch.bool), torch.stack(chosen, 1)], dim=1)
-    steps = torch.arange(completion_mask.shape[1], device=device) - start
-    blank = torch.zeros(before.shape, device=device)
-    kept_ids = fitting(torch.stack(kept, 1)) if kept else None
+def _draw(
+    policy: Policy, states: Float[Tensor, "B D"], uniforms: Float[Tensor, " B"], sampling_params: SamplingParams
+) -> tuple[Tensor, ...]:
+    """A token for each row and its log-prob (nats); with top_k or top_p also what `kept_set` gives."""
+    raw = policy.head(states)
+    logits = process(raw, sampling_params)
+    token = logits.argmax(-1) if sampling_params.temperature == 0 else sample(logits, uniforms)
+    logp = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+    if not sampling_params.filters:
+        return token, logp
+    return token, logp, *kept_set(process(raw, replace(sampling_params, support="unfiltered")), logits)
+
+
+def _rollout(
+    policy: Policy,
+    prompts: Prompts,
+    sampling_params: SamplingParams,
+    attention_mask: Bool[Tensor, "B T"],
+    columns: list[tuple[Tensor, ...]],
+) -> Rollout:
+    """The record of the steps' columns: tokens, log-probs, which rows were alive, and with filters what was kept."""
+    stacked = [torch.stack(part, dim=1)[: prompts.num_rows] for part in zip(*columns, strict=True)]
+    tokens, logprobs, alive, *kept = stacked
+    before = repeat(prompts.tokens.to(policy.device), "p s -> (p g) s", g=prompts.group_size)
+    start = before.shape[1]
+    completion_mask = F.pad(alive, (start, 0))
+    steps = torch.arange(completion_mask.shape[1], device=policy.device) - start
+    log_kept_mass = kept_ids = None
+    if kept:
+        log_kept_mass = F.pad(kept[0].masked_fill(~alive, 0.0), (start, 0))
+        kept_ids = fitting(kept[1].masked_fill(~alive[..., None], -1))
+        if kept_ids is not None:
+            kept_ids = F.pad(kept_ids, (0, 0, start, 0), value=-1)
     return Rollout(
-        tokens=torch.cat([before, torch.stack(columns, 1)], dim=1),
-        attention_mask=attention_mask[: len(rows)],
+        tokens=torch.cat([before, tokens], dim=1),
+        attention_mask=attention_mask,
         completion_mask=completion_mask,
         unmask_step=torch.where(completion_mask, steps, -1),
-        logprobs=torch.cat([blank, torch.stack(logprobs, 1)], dim=1),
-        group_size=group,
+        logprobs=F.pad(logprobs.masked_fill(~alive, 0.0), (start, 0)),
+        group_size=prompts.group_size,
         weights_version=policy.version,
         sampling_params=sampling_params,
         forwards=len(columns),
-        log_kept_mass=torch.cat([blank, torch.stack(masses, 1)], dim=1) if masses else None,
-        kept_ids=None if kept_ids is None else F.pad(kept_ids, (0, 0, start, 0), value=-1),
+        log_kept_mass=log_kept_mass,
+        kept_ids=kept_ids,
     )

@@ -77,9 +77,12 @@ class CachedStates:
     """
 
     def __init__(self, policy: Policy, cache: Cache, attention_mask: Bool[Tensor, "B T"]) -> None:
-        self.policy, self.cache, self.attention_mask = policy, cache, attention_mask
+        self.policy = policy
+        self.cache = cache
+        self.attention_mask = attention_mask
         self.positions = position_ids(attention_mask)
-        self.kept, self.rows = torch.arange(0), torch.arange(len(attention_mask))
+        self.kept = torch.arange(0)  # columns whose keys and values `past` holds
+        self.rows = torch.arange(len(attention_mask))
         self.past: Any = None  # KeysAndValues of `rows` from the first forward on
         self.whole: tuple[Any, Tensor] | None = None  # block-causal: those of all rows that began the block, and these
         self.columns: tuple[int, int] | None = None
@@ -95,18 +98,8 @@ class CachedStates:
         """
         self.step = 0 if columns != self.columns else self.step + 1
         self.columns = columns
-        start, end = max(0, columns[0] - self.policy.spec.shift), columns[1]
-        everything = torch.arange(tokens.shape[1])
-        if self.cache.kind == "block":
-            if self.step == 0 and self.whole is not None:
-                self.past, self.rows = self.whole
-            fresh, keep = everything[len(self.kept) : end], everything[:start]
-        elif self.step == 0 or (self.cache.refresh is not None and self.step % self.cache.refresh == 0):
-            self.past, self.kept, fresh = None, everything[:0], everything
-            after = everything[end:] if self.cache.kind == "dual" else everything[:0]
-            keep = torch.cat([everything[:start], after])
-        else:
-            fresh, keep = everything[start : None if self.cache.kind == "prefix" else end], self.kept
+        start = max(0, columns[0] - self.policy.spec.shift)
+        fresh, keep = self._plan(start, columns[1], tokens.shape[1])
         if self.past is not None and len(rows) < len(self.rows):
             (wanted,) = send(tokens.device, torch.isin(self.rows, rows).nonzero()[:, 0])
             self.past = mapped(self.past, lambda x: x[wanted])
@@ -116,13 +109,30 @@ class CachedStates:
         if alike > 1:
             self.past = mapped(self.past, lambda x: x.repeat_interleave(alike, dim=0))
         if self.cache.kind == "block" and self.step == 0:
-            self.whole = self.past, rows
+            self.whole = self.past, rows  # rows that end early leave `past`, and return with the next block
         return states, first
+
+    def _plan(self, start: int, end: int, width: int) -> tuple[Int[Tensor, " F"], Int[Tensor, " C"]]:
+        """The columns that run in this step, and those whose keys and values are kept after it."""
+        everything = torch.arange(width)
+        if self.cache.kind == "block":
+            if self.step == 0 and self.whole is not None:
+                self.past, self.rows = self.whole
+            return everything[len(self.kept) : end], everything[:start]
+        refresh = self.cache.refresh
+        if self.step == 0 or (refresh is not None and self.step % refresh == 0):
+            self.past = None
+            self.kept = everything[:0]
+            after = everything[end:] if self.cache.kind == "dual" else everything[:0]
+            return everything, torch.cat([everything[:start], after])
+        # A prefix cache runs what follows the block in every step; a dual one keeps it.
+        return everything[start : None if self.cache.kind == "prefix" else end], self.kept
 
     def _forward(self, tokens: Tensor, rows: Tensor, fresh: Tensor, keep: Tensor) -> Tensor:
         """Run the `fresh` columns of rows against the kept ones and themselves, then keep only `keep`, which contains
         the kept columns or is a subset. All three are on the host."""
-        module, seen = self.policy.module, torch.cat([self.kept, fresh])
+        module = self.policy.module
+        seen = torch.cat([self.kept, fresh])
         on_device, new, columns = send(tokens.device, rows, fresh, seen)
         # The model puts the fresh keys behind those that it is given: into a copy, so that the kept ones stay.
         past = KeysAndValues(config=module.config) if self.past is None else mapped(self.past, lambda x: x)
@@ -138,7 +148,8 @@ class CachedStates:
         if self.past is None or len(keep) != len(self.kept):
             # Keys carry their own positions, so the order in which they are stored means nothing.
             (wanted,) = send(tokens.device, torch.isin(seen, keep).nonzero()[:, 0])
-            self.past, self.kept = mapped(past, lambda x: x[:, :, wanted]), keep
+            self.past = mapped(past, lambda x: x[:, :, wanted])
+            self.kept = keep
         return states
 
     def _mask(self, attention_mask: Tensor, positions: Tensor, fresh: Tensor, seen: Tensor) -> Tensor:
@@ -158,5 +169,6 @@ def mapped(past: Any, f: Callable[[Tensor], Tensor]) -> Any:
     out = copy.copy(past)
     out.layers = [copy.copy(layer) for layer in past.layers]
     for layer in out.layers:
-        layer.keys, layer.values = f(layer.keys), f(layer.values)
+        layer.keys = f(layer.keys)
+        layer.values = f(layer.values)
     return out

@@ -16,26 +16,17 @@ from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 @dataclass
 class Canvas:
-    """The batch as the model sees it (B, T), and what is known of the L positions of each completion (B, L).
-
-    columns        where in T a completion's positions lie
-    block, bounds  the block of each position; the columns of each block
-    starts         the first of the T columns that a row does not pad, on the host
-    ended          rows that stopped early; their masks become padding where `pads_ended`
-    revised        whether the commit rule may rewrite what it wrote
-    open           infilling only: the T columns of the completion, those inside the prompt included. Rows may then have
-                   fewer than L positions: later places are never masked, and their `columns` mean nothing
-    """
+    """The batch as the model sees it (B, T), and what is known of the L positions of each completion (B, L)."""
 
     prompts: Prompts
     tokens: Int[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B T"]
-    columns: Int[Tensor, "B L"]
-    block: Int[Tensor, "B L"]
-    bounds: list[tuple[int, int]]
-    starts: Int[Tensor, " B"]
+    columns: Int[Tensor, "B L"]  # where in T a completion's positions lie
+    block: Int[Tensor, "B L"]  # the block of each position
+    bounds: list[tuple[int, int]]  # the columns of each block; caches read them
+    starts: Int[Tensor, " B"]  # the first of the T columns that a row does not pad, on the host
     pad_id: int
-    pads_ended: bool
+    pads_ended: bool  # the masks of rows that stopped early become padding
     masked: Bool[Tensor, "B L"] = field(init=False)
     unmask_step: Int[Tensor, "B L"] = field(init=False)
     logprobs: Float[Tensor, "B L"] = field(init=False)
@@ -44,9 +35,11 @@ class Canvas:
     order_logprobs: Float[Tensor, "B L"] | None = field(init=False, default=None)
     experts: Integer[Tensor, "B L M E"] | None = field(init=False, default=None)
     rank: str | None = field(init=False, default=None)
-    ended: Bool[Tensor, " B"] = field(init=False)
+    ended: Bool[Tensor, " B"] = field(init=False)  # rows that stopped early
     forwards: int = 0
-    revised: bool = False
+    revised: bool = False  # the commit rule may rewrite what it wrote
+    # Infilling only: the T columns of the completion, those inside the prompt included. Rows may then have fewer than L
+    # positions: later places are never masked, and their `columns` mean nothing.
     open: Bool[Tensor, "B T"] | None = None
 
     def __post_init__(self) -> None:
@@ -87,8 +80,8 @@ class Canvas:
 
     def open_step(self) -> Int[Tensor, "B L"]:
         """The first step of each place's block, -1 where the block has none yet."""
-        step, far = self.unmask_step, torch.iinfo(self.unmask_step.dtype).max
-        steps = torch.where(step < 0, far, step)
+        far = torch.iinfo(self.unmask_step.dtype).max
+        steps = torch.where(self.unmask_step < 0, far, self.unmask_step)
         first = torch.full_like(steps, far).scatter_reduce(1, self.block, steps, "amin").gather(1, self.block)
         return torch.where(first < far, first, -1)
 
@@ -114,7 +107,8 @@ class Canvas:
 
     def rollout(self, sampling_params: SamplingParams, weights_version: int) -> Rollout:
         """The current record: the columns of the prompts, then the columns written behind them."""
-        tokens, attention_mask = self.tokens.clone(), self.attention_mask.clone()
+        tokens = self.tokens.clone()
+        attention_mask = self.attention_mask.clone()
         if self.open is None:
             prompts = (self.prompts.tokens, self.prompts.attention_mask)
             before, real = (repeat(x.to(tokens.device), "p s -> (p g) s", g=self.prompts.group_size) for x in prompts)
@@ -158,13 +152,16 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
     Blocks count from the completion's start, or for a block-causal policy from the prompt's; `block_aligned` then pads
     prompts by whole blocks, so that all rows start in the same columns. Infilling blocks count masks only.
     """
-    spec, device, group = policy.spec, policy.device, prompts.group_size
+    spec = policy.spec
+    device = policy.device
+    group = prompts.group_size
     assert spec.mask_id is not None, "a diffusion model has a mask token"
     if prompts.open is not None:
         return _infilling(policy, prompts, prompts.open.cpu(), length, block_size)
     mask = repeat(prompts.attention_mask.cpu(), "p s -> (p g) s", g=group)
     sizes = mask.sum(-1) if spec.attention == "block_causal" else torch.zeros(len(mask), dtype=torch.long)
-    offsets, full = sizes % block_size, sizes // block_size
+    offsets = sizes % block_size  # a block-causal completion begins inside its prompt's last block
+    full = sizes // block_size
     block = (offsets[:, None] + torch.arange(length)) // block_size
     if block_aligned:
         base = int(full.max()) * block_size
@@ -202,11 +199,15 @@ def _infilling(policy: Policy, prompts: Prompts, opened: Bool[Tensor, "P S"], le
     assert policy.spec.mask_id is not None, "a diffusion model has a mask token"
     behind = torch.ones(len(opened), length, dtype=torch.bool)
     attended = prompts.attention_mask.cpu()
-    opened, mask = torch.cat([opened & attended, behind], dim=1), torch.cat([attended, behind], dim=1)
+    opened = torch.cat([opened & attended, behind], dim=1)
+    mask = torch.cat([attended, behind], dim=1)
     tokens = F.pad(prompts.tokens.cpu(), (0, length)).masked_fill(opened, policy.spec.mask_id)
     columns = (~opened).long().argsort(dim=-1, stable=True)[:, : int(opened.sum(-1).max())]
     block = (torch.arange(columns.shape[1]) // block_size).expand_as(columns)
-    per_row = lambda x: repeat(x, "p t -> (p g) t", g=prompts.group_size).contiguous().to(policy.device)  # noqa: E731
+
+    def per_row(x: Tensor) -> Tensor:
+        return repeat(x, "p t -> (p g) t", g=prompts.group_size).contiguous().to(policy.device)
+
     return Canvas(
         prompts=prompts,
         tokens=per_row(tokens),

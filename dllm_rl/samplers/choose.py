@@ -20,19 +20,13 @@ TIES = 1
 
 @dataclass(frozen=True)
 class Choice:
-    """What a step writes; indices are of the turn's K positions.
-
-    decision       what the commit rule picked
-    picked         (C,) positions that are written
-    drawn          (C,) their tokens and the tokens' log-probs (nats); with top_k or top_p also what `kept_set` gives
-    stayed, order  (J,) positions left masked, and the log-prob (nats) with which the step left them; None: no law
-    """
+    """What a step writes; indices are of the turn's K positions."""
 
     decision: Decision
-    picked: Int[Tensor, " C"]
-    drawn: Sequence[Tensor]
-    stayed: Int[Tensor, " J"] | None
-    order: Float[Tensor, " J"] | None
+    picked: Int[Tensor, " C"]  # positions that are written
+    drawn: Sequence[Tensor]  # their tokens and log-probs (nats); with top_k or top_p also what `kept_set` gives
+    stayed: Int[Tensor, " J"] | None  # positions that the step leaves masked; None where the order has no law
+    order: Float[Tensor, " J"] | None  # the log-prob (nats) with which the step leaves them
 
 
 class Choose:
@@ -69,16 +63,7 @@ class Choose:
         stayed = order = None
         if self.has_order_law:
             stayed = turn.among(~decision.chosen, len(scores) - len(picked))
-            order = order_logprobs(
-                self.policy,
-                states,
-                self.sampling_params,
-                scores=scores,
-                rows=turn.row,
-                places=turn.place,
-                committed=picked,
-                left=stayed,
-            )
+            order = order_logprobs(self.policy, states, self.sampling_params, turn, scores, picked, stayed)
         if drawn is None:
             drawn = propose(self.policy, states[picked], turn.uniforms(TOKENS, picked), self.sampling_params)
         else:

@@ -11,6 +11,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import chunked, invert, kept_set, process
 from dllm_rl.models.order import last_committed, left_logprobs
 from dllm_rl.samplers.rules import rank_inputs
+from dllm_rl.samplers.turns import Turn
 from dllm_rl.types import SamplingParams
 
 SLAB = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits reduced at once; on a CPU they should stay in its cache
@@ -40,7 +41,8 @@ def propose_and_rank(
 ) -> tuple[Tensor, ...]:
     """The rank's score of each position, and the result of `propose`. Where temperature and filters change nothing, the
     rank's log-sum-exp reuses the draw's, with the mask token included as in the published algorithms."""
-    needs, mask_id = rank_inputs(rank), policy.spec.mask_id
+    needs = rank_inputs(rank)
+    mask_id = policy.spec.mask_id
     same = sampling_params.temperature in (0, 1) and not sampling_params.filters
 
     def one(logits: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -60,18 +62,16 @@ def order_logprobs(
     policy: Policy,
     hidden: Float[Tensor, "K D"],
     sampling_params: SamplingParams,
-    *,
+    turn: Turn,
     scores: Float[Tensor, " K"],
-    rows: Int[Tensor, " K"],
-    places: Int[Tensor, " K"],
     committed: Int[Tensor, " C"],
     left: Int[Tensor, " J"],
 ) -> Float[Tensor, " J"]:
     """For each position that a step left, the log-prob that its draw ranks behind the row's committed ones by
     `confidence`; nats. The head runs again, because the committed positions are known only now."""
-    lowest, last = last_committed(scores[committed], rows[committed], places[committed], len(rows))
-    mine = rows[left]
-    return left_logprobs(policy, hidden[left], lowest[mine], places[left] > last[mine], sampling_params)
+    lowest, last = last_committed(scores[committed], turn.row[committed], turn.place[committed], len(scores))
+    mine = turn.row[left]
+    return left_logprobs(policy, hidden[left], lowest[mine], turn.place[left] > last[mine], sampling_params)
 
 
 def rank_only(

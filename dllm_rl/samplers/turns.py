@@ -15,34 +15,25 @@ from dllm_rl.samplers.rules import name_of, steps_per_block
 
 @dataclass(frozen=True)
 class Turn:
-    """One step of R rows, each in its open block. The step may write K positions, listed row by row.
+    """One step of R rows, each in its open block. The step may write K positions, listed row by row."""
 
-    rows, blocks        (R,) rows of the canvas, and the open block of each; these five on the host
-    num_masked          (R,) masked positions of those blocks
-    steps_left          (R,) steps left for those blocks, this one included
-    num_positions       (R,) how many of the K positions each row has
-    left, steps         (R,) steps left for the blocks, and their steps in all; from here on the device
-    masked, written     (R, L) masked positions of the open blocks, and written ones that the step may rewrite
-    row, place          (K,) each position's row among the R, and its place in the completion
-    canvas_row, column  (K,) each position's row and column of the canvas
-    seed, clock         (K,) its row's seed, and the steps that its row has taken part in
-    """
-
-    rows: Int[Tensor, " R"]
-    blocks: Int[Tensor, " R"]
-    num_masked: Int[Tensor, " R"]
-    steps_left: Int[Tensor, " R"]
-    num_positions: Int[Tensor, " R"]
-    left: Int[Tensor, " R"]
-    steps: Int[Tensor, " R"]
-    masked: Bool[Tensor, "R L"]
-    written: Bool[Tensor, "R L"] | None
-    row: Int[Tensor, " K"]
-    place: Int[Tensor, " K"]
-    canvas_row: Int[Tensor, " K"]
-    column: Int[Tensor, " K"]
-    seed: Int[Tensor, " K"]
-    clock: Int[Tensor, " K"]
+    # On the host:
+    rows: Int[Tensor, " R"]  # of the canvas
+    blocks: Int[Tensor, " R"]  # the open block of each row
+    num_masked: Int[Tensor, " R"]  # masked positions of those blocks
+    steps_left: Int[Tensor, " R"]  # steps left for those blocks, this one included
+    num_positions: Int[Tensor, " R"]  # how many of the K positions each row has
+    # On the device:
+    left: Int[Tensor, " R"]  # `steps_left`
+    steps: Int[Tensor, " R"]  # the blocks' steps in all
+    masked: Bool[Tensor, "R L"]  # masked positions of the open blocks
+    written: Bool[Tensor, "R L"] | None  # written positions that the step may rewrite
+    row: Int[Tensor, " K"]  # each position's row among the R
+    place: Int[Tensor, " K"]  # its place in the completion
+    canvas_row: Int[Tensor, " K"]  # its row of the canvas
+    column: Int[Tensor, " K"]  # its column of the canvas
+    seed: Int[Tensor, " K"]  # its row's seed
+    clock: Int[Tensor, " K"]  # steps that its row has taken part in
 
     def uniforms(self, stream: int, among: Int[Tensor, " C"] | slice = slice(None)) -> Float[Tensor, " C"]:
         """A number in [0, 1) for each position, or for those `among` the K: of its seed, step and place alone."""
@@ -65,20 +56,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a commit rule does with a turn.
+    """What a commit rule does with a turn."""
 
-    chosen      (R, L) positions that are written, on the device
-    num_chosen  (R,) their number; here and below on the host
-    committed   (R,) how many masked positions fewer each row has
-    reopened    (M,) which of the K positions are masked again, on the device; None for a rule that never does
-    held        (R,) rows that stay in their block while it has steps left, even if nothing is masked there; None: none
-    """
-
-    chosen: Bool[Tensor, "R L"]
-    num_chosen: Int[Tensor, " R"]
-    committed: Int[Tensor, " R"]
-    reopened: Int[Tensor, " M"] | None = None
-    held: Bool[Tensor, " R"] | None = None
+    chosen: Bool[Tensor, "R L"]  # positions that are written, on the device
+    num_chosen: Int[Tensor, " R"]  # their number, on the host: so nothing waits for the device
+    committed: Int[Tensor, " R"]  # how many masked positions fewer each row has, on the host
+    reopened: Int[Tensor, " M"] | None = None  # which of the K positions are masked again; None: the rule never does
+    held: Bool[Tensor, " R"] | None = (
+        None  # rows that stay in their block while it has steps left, even if none is masked
+    )
 
 
 class BlockQueue:
@@ -141,38 +127,20 @@ def next_turn(canvas: Canvas, queue: BlockQueue, seeds: Int[Tensor, " B"]) -> Tu
     if not len(rows):
         return None
     where = (rows, blocks)
+    num_masked = queue.masked[where]
     steps_left = queue.steps[where].clamp(min=1)  # adaptive rules may take more steps than `num_steps`
     # All that a step needs of the host's bookkeeping, in one copy that nothing waits for.
     host = (rows, blocks, steps_left, queue.clock[rows], queue.shares[where])
     on_device, block, left, clock, steps = send(canvas.tokens.device, *host)
     inside = canvas.block[on_device] == block[:, None]
     masked = canvas.masked[on_device] & inside
-    num_masked = queue.masked[where]
-    written = None
-    offered = masked
-    num_positions = num_masked
-    if canvas.revised:  # the rule may also rewrite what the block holds
-        written = inside & (canvas.unmask_step[on_device] >= 0)
-        offered = masked | written
-        num_positions = queue.sizes[where]
-    row, place = places(offered, int(num_positions.sum()))
-    return Turn(
-        rows=rows,
-        blocks=blocks,
-        num_masked=num_masked,
-        steps_left=steps_left,
-        num_positions=num_positions,
-        left=left,
-        steps=steps,
-        masked=masked,
-        written=written,
-        row=row,
-        place=place,
-        canvas_row=on_device[row],
-        column=canvas.columns[on_device][row, place],
-        seed=seeds[on_device][row],
-        clock=clock[row],
-    )
+    written = inside & (canvas.unmask_step[on_device] >= 0) if canvas.revised else None
+    num_positions = num_masked if written is None else queue.sizes[where]
+    row, place = places(masked if written is None else masked | written, int(num_positions.sum()))
+    canvas_row = on_device[row]
+    column = canvas.columns[canvas_row, place]
+    position = (row, place, canvas_row, column, seeds[canvas_row], clock[row])
+    return Turn(rows, blocks, num_masked, steps_left, num_positions, left, steps, masked, written, *position)
 
 
 def places(mask: Bool[Tensor, "R L"], count: int) -> tuple[Int[Tensor, " K"], Int[Tensor, " K"]]:

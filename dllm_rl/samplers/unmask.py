@@ -107,7 +107,9 @@ def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None
         raise ValueError(
             f"policy is causal ({type(policy.module).__name__}); unmask needs a diffusion model: use autoregress"
         )
-    width, least = (length, 1) if prompts.open is None else (prompts.open.shape[1] + length, 0)
+    infilling = prompts.open is not None
+    width = prompts.tokens.shape[1] + length if infilling else length
+    least = 0 if infilling else 1  # open positions alone may be the whole completion
     size = block_size if block_size is not None else policy.spec.block_size or width
     if length < least or size < 1:
         raise ValueError(f"max_new_tokens={length} and block_size={size} must both be at least 1")
@@ -143,7 +145,8 @@ def _check_infilling(
 
 def check_fits(policy: Policy, prompts: Prompts, max_new_tokens: int) -> None:
     """Raise ValueError when the longest prompt and its completion exceed what the model can take."""
-    longest, limit = int(prompts.attention_mask.sum(-1).max()), policy.spec.max_length
+    longest = int(prompts.attention_mask.sum(-1).max())
+    limit = policy.spec.max_length
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens exceeds the model's {limit} "

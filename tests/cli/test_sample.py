@@ -18,8 +18,6 @@ from dllm_rl.cli import main as cli
 from dllm_rl.cli import sample as show
 from dllm_rl.cli.replay_page import page
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.samplers import by_name, rules
-from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.types import Rollout
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'\u2028"
@@ -156,16 +154,6 @@ def test_command_names_what_is_wrong(checkpoint, capsys, arguments, message):
 def test_a_causal_model_has_no_unmasking_options():
     with pytest.raises(ValueError, match="num_steps is for diffusion models"):
         show.show(tiny_llama(characters="ab", causal=True), ["a"], max_new_tokens=4, num_steps=2)
-
-
-def test_rules_and_caches_by_name():
-    rule = by_name.read_commit("factor=1.5")
-    assert rule.func is rules.factor and rule.keywords == {"f": 1.5} and by_name.read_commit("origin") is rules.origin
-    assert [by_name.read_cache(t) for t in ("block", "prefix", "dual=3")] == [
-        block_cache(),
-        prefix_cache(),
-        dual_cache(refresh=3),
-    ]
 
 
 @contextmanager

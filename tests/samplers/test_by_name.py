@@ -1,0 +1,31 @@
+"""Rules and caches as a command line names them."""
+
+import pytest
+
+from dllm_rl.samplers import by_name, rules
+from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
+
+
+def test_rules_and_caches_by_name():
+    rule = by_name.read_commit("factor=1.5")
+    assert rule.func is rules.factor and rule.keywords == {"f": 1.5} and by_name.read_commit("origin") is rules.origin
+    assert [by_name.read_cache(t) for t in ("block", "prefix", "dual=3")] == [
+        block_cache(),
+        prefix_cache(),
+        dual_cache(refresh=3),
+    ]
+
+
+@pytest.mark.parametrize(
+    "read, text, said",
+    [
+        (by_name.read_rank, "best", "rank='best' is not one of confidence, max_prob"),
+        (by_name.read_commit, "threshold", "threshold takes a number, as threshold=0.9"),
+        (by_name.read_commit, "schedule=2", "schedule takes no number"),
+        (by_name.read_commit, "factor=much", "'much' is not a number"),
+        (by_name.read_cache, "block=2", "cache='block=2' is not block, prefix, dual"),
+    ],
+)
+def test_what_cannot_be_read_is_named(read, text, said):
+    with pytest.raises(ValueError, match=said):
+        read(text)
