@@ -142,6 +142,15 @@ class Settings:
             ),
         ]
 
+    def __repr__(self) -> str:
+        """The fields that are not at their default, one per line."""
+        lines = [f"{type(self).__name__}("]
+        for known in fields(self):
+            value = getattr(self, known.name)
+            if value != known.default:
+                lines.append(f"    {known.name}={describe(value)},")
+        return "\n".join([*lines, ")"])
+
     @property
     def schedule_steps(self) -> int:
         """The horizon of the learning-rate schedule, steps."""
@@ -323,11 +332,6 @@ class Recipe(Settings):
             whole = size is None or (size >= group and size % group == 0)
             found.append((not whole, f"{name}={size} must be a multiple of num_generations={group}"))
         return found
-
-    def __repr__(self) -> str:
-        """The fields that are not at their default, one per line."""
-        chosen = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
-        return "Recipe(\n" + "".join(f"    {name}={describe(value)},\n" for name, value in chosen) + ")"
 
     @property
     def aggregation(self) -> Callable:

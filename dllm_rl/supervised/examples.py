@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
@@ -14,6 +15,8 @@ from dllm_rl.models.logprobs import token_logprobs
 from dllm_rl.models.tokens import conversation_ids, text_ids
 from dllm_rl.supervised.recipe import SFT
 from dllm_rl.types import SamplingParams
+
+Piece = tuple[list[int], bool]  # token ids, and whether they are an answer
 
 
 @dataclass(frozen=True)
@@ -41,60 +44,79 @@ def read_examples(
     most = recipe.max_length
     if policy.spec.max_length is not None and most > policy.spec.max_length:
         raise ValueError(f"max_length={most} is more than the model's {policy.spec.max_length} positions; lower it")
-    found = []
+    kept: list[Example] = []
     for index in range(len(dataset)):
         try:
-            found.append(example(recipe, policy, dataset[index]))
-        except (ValueError, KeyError, TypeError) as error:
+            found = example(recipe, policy, dataset[index])
+        except (ValueError, KeyError, TypeError) as error:  # a message without its role, a text that is a number
             raise ValueError(f"{field}: row {index}: {error}") from None
-    kept = [each for each in found if len(each.tokens) <= most]
+        if len(found.tokens) <= most:  # a truncated row would teach to stop in the middle
+            kept.append(found)
     if not kept:
-        raise ValueError(f"{field}: all of {len(found)} rows are longer than max_length={most}; raise it")
-    if longer := len(found) - len(kept):
-        say(f"{field}: {longer} of {len(found)} rows are longer than max_length={most} and left out")
+        raise ValueError(f"{field}: all of {len(dataset)} rows are longer than max_length={most}; raise it")
+    if longer := len(dataset) - len(kept):
+        say(f"{field}: {longer} of {len(dataset)} rows are longer than max_length={most} and left out")
     return kept
 
 
 def example(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> Example:
     """One row, up to the end token of what is learned; a causal model learns no first token."""
-    row = {name: value for name, value in row.items() if value is not None}
-    if "messages" in row:
-        pieces, only = conversation_ids(policy, row["messages"]), recipe.assistant_only_loss
-    elif "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, str):
-            answer = completion if isinstance(completion, str) else completion[-1]["content"]
-            pieces = [(text_ids(policy, prompt), False), (text_ids(policy, answer), True)]
-        else:
-            said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-            pieces = conversation_ids(policy, [*prompt, *said], since=len(prompt))
-        only = recipe.completion_only_loss
-    elif "text" in row:
-        pieces, only = [(text_ids(policy, row["text"]), True)], True
-    else:
-        raise ValueError(f"has no columns messages, prompt and completion, or text, only {', '.join(sorted(row))}")
-    ends, causal = policy.spec.eos_ids, policy.spec.attention == "causal"
-    tokens, learned = list[int](), list[bool]()
-    last, ended = max((i for i, (_, mine) in enumerate(pieces) if mine), default=-1), False
-    for i, (ids, mine) in enumerate(pieces[: last + 1]):
-        end = next((j + 1 for j, token in enumerate(ids) if token in ends), None) if mine else None
-        kept = ids[:end] if i == last else ids
-        tokens += kept
-        learned += [not only or (mine and (end is None or j < end)) for j in range(len(kept))]
-        ended = end is not None
-    spare = 0 if ended or not tokens else 1
-    if not causal and recipe.completion_length is not None:
-        tail = next((i for i, mine in enumerate(reversed(learned)) if not mine), len(learned))
-        spare = recipe.completion_length - tail
-        if spare < 0:
-            raise ValueError(f"its completion has {tail} tokens, more than completion_length={tail + spare}")
-    tokens += [ends[0]] * spare
-    learned += [True] * spare
-    if causal and learned:
-        learned[0] = False
+    pieces, only_answers = _pieces(recipe, policy, row)
+    causal = policy.spec.attention == "causal"
+    tokens, learned, ended = _joined(pieces, policy.spec.eos_ids, only_answers=only_answers)
+    if tokens:
+        spare = 0 if ended else 1
+        if recipe.completion_length is not None and not causal:
+            count = [*reversed(learned), False].index(False)  # of the completion: the learned tokens at the end
+            spare = recipe.completion_length - count
+            if spare < 0:
+                raise ValueError(f"its completion has {count} tokens, more than completion_length={count + spare}")
+        tokens += [policy.spec.eos_ids[0]] * spare
+        learned += [True] * spare
+        learned[0] = learned[0] and not causal  # no state precedes the first token
     if not any(learned):
         raise ValueError("has nothing to learn: no assistant's message, or an empty text")
     return Example(torch.tensor(tokens), torch.tensor(learned))
+
+
+def _pieces(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> tuple[list[Piece], bool]:
+    """The row's pieces, and whether only answers are learned."""
+    row = {
+        name: value for name, value in row.items() if value is not None
+    }  # files of mixed rows fill columns with None
+    if "messages" in row:
+        return conversation_ids(policy, row["messages"]), recipe.assistant_only_loss
+    if "prompt" in row and "completion" in row:
+        return _pair(policy, row["prompt"], row["completion"]), recipe.completion_only_loss
+    if "text" in row:
+        return [(text_ids(policy, row["text"]), True)], True
+    raise ValueError(f"has no columns messages, prompt and completion, or text, only {', '.join(sorted(row))}")
+
+
+def _pair(policy: Policy, prompt: Any, completion: Any) -> list[Piece]:
+    """Prompt and completion, each text or messages; a text completes messages as the assistant's turn."""
+    if isinstance(prompt, str):
+        answer = completion if isinstance(completion, str) else completion[-1]["content"]
+        return [(text_ids(policy, prompt), False), (text_ids(policy, answer), True)]
+    turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    return conversation_ids(policy, [*prompt, *turns], since=len(prompt))
+
+
+def _joined(pieces: list[Piece], ends: Sequence[int], *, only_answers: bool) -> tuple[list[int], list[bool], bool]:
+    """Tokens up to the last answer's end token, which of them are learned, and whether there is that end token."""
+    while pieces and not pieces[-1][1]:
+        pieces = pieces[:-1]  # what follows the last answer is no part of the example
+    tokens: list[int] = []
+    learned: list[bool] = []
+    places: list[int] = []
+    behind = 0
+    for ids, answer in pieces:
+        places = [place for place, token in enumerate(ids, 1) if answer and token in ends]
+        behind = len(ids) - places[0] if places else 0  # a template's own, such as a line's end: the model ends before
+        tokens += ids
+        learned += [answer or not only_answers] * (len(ids) - behind) + [not only_answers] * behind
+    kept = len(tokens) - behind
+    return tokens[:kept], learned[:kept], bool(places)
 
 
 def show(
@@ -107,22 +129,28 @@ def show(
                of row b; rows divide (LLaDA's SFT loss, eq. 5 [paper]).
     """
     shown = []
-    for one, t, row in zip(examples, levels, uniforms, strict=True):
-        if causal:
-            shown.append(Shown(one.tokens, torch.zeros_like(one.learned), one.learned.float()))
-            continue
+    total = 0
+    for one, level, row in zip(examples, levels, uniforms, strict=True):
         count = int(one.learned.sum())
-        hidden = one.learned.clone()
-        hidden[one.learned] = row[:count] < t
-        shown.append(Shown(one.tokens, hidden, hidden / (t * count)))
-    return shown, sum(int(one.learned.sum()) for one in examples) if causal else len(examples)
+        hidden = torch.zeros_like(one.learned)
+        weight = one.learned.float()
+        if not causal:
+            # The k-th learned token takes the k-th uniform, so that a prompt's length does not move the masks.
+            hidden[one.learned] = row[:count] < level
+            weight = hidden / (level * count)
+        shown.append(Shown(one.tokens, hidden, weight))
+        total += count if causal else 1
+    return shown, total
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Sequences per row of at most `capacity` tokens: each, the longest first, goes to the first row with room."""
-    rows, room = list[list[int]](), list[int]()
+    rows: list[list[int]] = []
+    room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((k for k, left in enumerate(room) if left >= lengths[i]), len(rows))
+        place = 0
+        while place < len(rows) and room[place] < lengths[i]:
+            place += 1
         if place == len(rows):
             rows.append([])
             room.append(capacity)
@@ -151,36 +179,44 @@ class Layout:
 
 def lay_out(shown: Sequence[Shown], rows: Sequence[Sequence[int]], *, pad_id: int, device: torch.device) -> Layout:
     """The sequences of each row, one after the other."""
-    columns = []
+    columns = {}
     for name, fill in (("tokens", pad_id), ("hidden", False), ("weight", 0.0)):
         joined = [torch.cat([getattr(shown[i], name) for i in row]) for row in rows]
-        columns.append(torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=fill))
-    numbers = [torch.cat([torch.full_like(shown[i].tokens, k) for k, i in enumerate(row, 1)]) for row in rows]
-    columns.insert(1, torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True))
-    return Layout(*(column.to(device) for column in columns))
+        columns[name] = pad_sequence(joined, batch_first=True, padding_value=fill).to(device)
+    numbers = []
+    for row in rows:
+        lengths = torch.tensor([len(shown[i].tokens) for i in row])
+        numbers.append(torch.repeat_interleave(torch.arange(1, len(row) + 1), lengths))
+    return Layout(segment=pad_sequence(numbers, batch_first=True).to(device), **columns)
 
 
 def hidden_states(policy: Policy, layout: Layout, *, packed: bool) -> Float[Tensor, "B T D"]:
     """Final states whose head gives the logits AT each position; block-causal models see earlier blocks without masks.
     packed: a mask of four axes, by which a token attends to its own sequence alone."""
-    spec, segment = policy.spec, layout.segment
+    spec = policy.spec
+    segment = layout.segment
     if spec.attention == "block_causal":
         return packed_hidden(policy, layout.tokens, layout.hidden, segment > 0)
     tokens = layout.tokens if spec.mask_id is None else layout.tokens.masked_fill(layout.hidden, spec.mask_id)
     if not packed:
         return policy.hidden(tokens, segment > 0)
-    seen, positions = segment[:, :, None] == segment[:, None, :], layout.positions
+    seen = segment[:, :, None] == segment[:, None, :]
+    positions = layout.positions
     if spec.attention == "causal":
         seen = seen.tril()
     dtype = next(policy.module.parameters()).dtype
+    # The lowest finite number and not -inf: a row of -inf alone has a softmax of NaN.
     barred = torch.zeros(seen.shape, dtype=dtype, device=tokens.device).masked_fill(~seen, torch.finfo(dtype).min)
     states = policy.encode(tokens, barred[:, None], positions)
+    # A first token keeps its own state: the one before it is of another sequence.
     return torch.where((positions > 0)[..., None], states.roll(1, dims=1), states) if spec.shift else states
 
 
 def weighted_loss(policy: Policy, layout: Layout, *, packed: bool = False) -> Float[Tensor, ""]:
     """-sum weight * log p(token), nats, over the positions with a weight."""
-    states, scored = hidden_states(policy, layout, packed=packed), layout.weight != 0
+    states = hidden_states(policy, layout, packed=packed)
+    scored = layout.weight != 0
+    # The sampler never writes a mask token, so that its probability is 0 in the loss, too.
     params = SamplingParams(suppress=() if policy.spec.mask_id is None else (policy.spec.mask_id,))
     logps = token_logprobs(policy, states[scored], layout.tokens[scored], params)
     return -(logps * layout.weight[scored]).sum()
@@ -194,14 +230,17 @@ def check_packing(policy: Policy) -> None:
             f"packing=True does not go with {policy.spec.name!r}, a block-causal model, whose rows are scored in a "
             "clean and a noisy copy; leave packing off"
         )
-    tokens = [(torch.arange(n) + n) % policy.vocab_size for n in (5, 7)]
-    alone = [Shown(ids, torch.zeros_like(ids, dtype=torch.bool), torch.ones(len(ids))) for ids in tokens]
+    alone = []
+    for count in (5, 7):  # of two lengths, so that a state at a wrong place is seen
+        ids = (torch.arange(count) + count) % policy.vocab_size
+        alone.append(Shown(ids, torch.zeros_like(ids, dtype=torch.bool), torch.ones(count)))
     options: dict[str, Any] = {"pad_id": policy.pad_id, "device": policy.device}
     try:
         together = hidden_states(policy, lay_out(alone, [[0, 1]], **options), packed=True)[0].float()
+    # What a module raises at a mask of four axes is its own choice.
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         raise ValueError(f"packing=True: {type(policy.module).__name__} takes no mask of four axes: {error}") from error
-    apart = [hidden_states(policy, lay_out(alone, [[i]], **options), packed=False)[0].float() for i in (0, 1)]
+    apart = [hidden_states(policy, lay_out([one], [[0]], **options), packed=False)[0].float() for one in alone]
     tolerance = 1e-4 if next(policy.module.parameters()).dtype == torch.float32 else 0.1
     if not torch.allclose(together, torch.cat(apart), rtol=tolerance, atol=tolerance):
         raise ValueError(

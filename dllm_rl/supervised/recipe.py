@@ -3,21 +3,20 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, replace
 from typing import Any, Literal
 
-from dllm_rl.members import describe, described
+from dllm_rl.members import described
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import Lora
 from dllm_rl.recipe import Recipe, Settings, _, documented
 
-_OF_RL = {f.name: f for f in fields(Recipe)}
 
-
-def _same(name: str, **changed: Any) -> Any:
-    """Recipe's field; `default` and `help` may differ."""
-    metadata = {**_OF_RL[name].metadata} | {key: value for key, value in changed.items() if key == "help"}
-    return field(default=changed.get("default", _OF_RL[name].default), metadata=metadata)
+def _same(name: str, *, help: str | None = None, default: Any = MISSING) -> Any:
+    """Recipe's field; `help` and `default` may differ."""
+    known = Recipe.__dataclass_fields__[name]
+    metadata = dict(known.metadata) | ({} if help is None else {"help": help})
+    return field(default=known.default if default is MISSING else default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -72,15 +71,13 @@ class SFT(Settings):
     overwrite_output_dir: bool = _same("overwrite_output_dir")
 
     def settings(self) -> dict[str, Any]:
-        """The record as JSON, with a digest in place of rows."""
-        rows = {name: digest_of(getattr(self, name)) for name in ("dataset", "eval_dataset")}
-        return described(replace(self, dataset="rows", eval_dataset=None)) | rows
+        return described(self._without_rows())
 
     def __repr__(self) -> str:
-        """The fields that are not at their default, one per line, without rows held in memory."""
-        chosen = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not f.default]
-        shown = [(name, value) for name, value in chosen if "dataset" not in name or isinstance(value, str)]
-        return "SFT(\n" + "".join(f"    {name}={describe(value)},\n" for name, value in shown) + ")"
+        return Settings.__repr__(self._without_rows())
+
+    def _without_rows(self) -> "SFT":
+        return replace(self, dataset=digest_of(self.dataset), eval_dataset=digest_of(self.eval_dataset))
 
 
 def digest_of(dataset: Any) -> str | None:
@@ -88,6 +85,7 @@ def digest_of(dataset: Any) -> str | None:
     if dataset is None or isinstance(dataset, str):
         return dataset
     count = len(dataset)
+    # A run of a million rows must start at once; a hundred rows differ between any two data sets that one mixes up.
     looked_at = [dict(dataset[i]) for i in range(0, count, max(1, count // 100))]
     digest = hashlib.sha256(json.dumps(looked_at, sort_keys=True, default=str).encode())
     return f"{count} rows, {digest.hexdigest()[:16]}"

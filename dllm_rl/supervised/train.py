@@ -160,17 +160,20 @@ def _begin(
 
 def rows_of_step(count: int, size: int, seed: int, step: int) -> list[int]:
     """The examples of a step, over all processes: every epoch shuffles all, and steps take them in turn."""
-    places = range(step * size, (step + 1) * size)
-    orders = {
-        epoch: torch.randperm(count, generator=generator_for(seed, "sft order", epoch)).tolist()
-        for epoch in {place // count for place in places}
-    }
-    return [orders[place // count][place % count] for place in places]
+    chosen: list[int] = []
+    for drawn in range(step * size, (step + 1) * size):
+        epoch, place = divmod(drawn, count)
+        if place == 0 or not chosen:
+            order = torch.randperm(count, generator=generator_for(seed, "sft order", epoch)).tolist()
+        chosen.append(order[place])
+    return chosen
 
 
 def take_step(run: Run[SFT], examples: Sequence[Example], step: int) -> dict[str, float]:
     """One update of the weights. Raises FloatingPointError on a gradient that is not finite, before it is applied."""
-    recipe, policy, accelerator = run.recipe, run.policy, run.accelerator
+    recipe = run.recipe
+    policy = run.policy
+    accelerator = run.accelerator
     with run.log.stage("gradients"):
         run.optimizer.zero_grad(set_to_none=True)
         chosen = [examples[i] for i in rows_of_step(len(examples), recipe.train_batch_size, recipe.seed, step)]
@@ -197,7 +200,8 @@ def add_gradients(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Add this process's share of the loss's gradient; returns that share, and (padding, places) of its rows. `chosen`
     are the examples of all processes; their masks depend on (seed, *key), not on the layout."""
-    loss, places = torch.zeros((), device=policy.device), 0
+    loss = torch.zeros((), device=policy.device)
+    places = 0
     parts, total, filled = _parts(recipe, policy, chosen, accelerator, recipe.micro_batch_size, *key)
     for part in parts:
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16):
@@ -221,8 +225,9 @@ def _parts(
     lengths = [len(one.tokens) for one in mine]
     rows = pack(lengths, recipe.max_length) if recipe.packing else [[i] for i in range(len(mine))]
     size = size or max(1, len(rows))
-    chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-    layouts = (lay_out(mine, chunk, pad_id=policy.pad_id, device=policy.device) for chunk in chunks)
+    starts = range(0, len(rows), size)
+    # A generator: only the part in use is on the device.
+    layouts = (lay_out(mine, rows[i : i + size], pad_id=policy.pad_id, device=policy.device) for i in starts)
     return layouts, total, sum(lengths)
 
 

@@ -1,0 +1,168 @@
+"""Rows as tokens, what is hidden of them, and their loss: by enumeration of masks, and by transformers' own."""
+
+from itertools import product
+
+import pytest
+import torch
+from sft_toys import CHAT, ROWS, block_causal, tiny_sft
+from tiny_recipe import SIZES
+
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.supervised.examples import (
+    Shown,
+    check_packing,
+    example,
+    hidden_states,
+    lay_out,
+    pack,
+    read_examples,
+    show,
+    weighted_loss,
+)
+
+PAD, MASK, EOS, ONE, TWO, THREE, FOUR, DOT, EQUALS = range(9)
+
+
+def laid(policy, shown, rows=None):
+    rows = rows or [[i] for i in range(len(shown))]
+    return lay_out(shown, rows, pad_id=policy.pad_id, device=policy.device)
+
+
+def logp(policy, tokens, place):
+    """log p of each token at a place, by the bare module."""
+    logits = policy.module(torch.tensor([tokens]), position_ids=positions_of(policy, len(tokens))).logits[0, place]
+    return logits.index_fill(0, torch.tensor([MASK]), -torch.inf).log_softmax(-1)
+
+
+def positions_of(policy, length):
+    first = policy.module.config.pad_token_id + 1 if "Roberta" in type(policy.module).__name__ else 0
+    return torch.arange(length)[None] + first
+
+
+def test_the_diffusion_loss_by_enumeration_of_masks():
+    """Over t and masks, two tokens' loss is the mean of -log p of each, with the other hidden and with it seen, / 2."""
+    policy = tiny_masked_lm(**SIZES)
+    row = {"prompt": "3=", "completion": "12"}
+    one = example(tiny_sft(completion_length=2), policy, row)
+    assert one.tokens.tolist() == [THREE, EQUALS, ONE, TWO] and one.learned.tolist() == [False, False, True, True]
+    found = 0.0
+    for t in (0.25, 0.75):  # an integral of what is linear in t, from its two midpoints
+        for pattern in product((True, False), repeat=2):
+            uniforms = torch.tensor([[0.0 if hidden else 1.0 for hidden in pattern]])
+            shown, total = show([one], torch.tensor([t]), uniforms, causal=False)
+            share = t ** sum(pattern) * (1 - t) ** (2 - sum(pattern))
+            found += share / 2 * weighted_loss(policy, laid(policy, shown)).item() / total
+    both, first, second = [THREE, EQUALS, MASK, MASK], [THREE, EQUALS, MASK, TWO], [THREE, EQUALS, ONE, MASK]
+    logps = logp(policy, both, 2)[ONE] + logp(policy, both, 3)[TWO]
+    logps = logps + logp(policy, first, 2)[ONE] + logp(policy, second, 3)[TWO]
+    assert found == pytest.approx(-logps.item() / 4, rel=1e-5)
+
+
+def test_each_row_counts_alike_and_hides_what_lies_below_its_level():
+    rows = [{"prompt": "3=", "completion": "12"}, {"prompt": "4=", "completion": "3"}]
+    policy = tiny_masked_lm(**SIZES)
+    examples = [example(tiny_sft(), policy, row) for row in rows]
+    uniforms = torch.tensor([[0.1, 0.6, 0.4], [0.9, 0.2, 0.0]])
+    shown, total = show(examples, torch.tensor([0.5, 0.25]), uniforms, causal=False)
+    assert total == 2
+    assert shown[0].weight.tolist() == pytest.approx([0, 0, 1 / 1.5, 0, 1 / 1.5])
+    assert shown[1].weight.tolist() == pytest.approx([0, 0, 0, 1 / 0.5])
+    assert [one.hidden.tolist() == (one.weight > 0).tolist() for one in shown] == [True, True]
+
+
+def test_the_causal_loss_is_that_of_transformers():
+    policy = tiny_llama(causal=True, **SIZES)
+    examples = read_examples(tiny_sft(), policy, ROWS[:5], "dataset")
+    shown, total = show(examples, torch.ones(5), torch.zeros(5, 9), causal=True)
+    layout = laid(policy, shown)
+    labels = layout.tokens.masked_fill(layout.weight == 0, -100)
+    mask = (layout.segment > 0).long()
+    expected = policy.module(input_ids=layout.tokens, attention_mask=mask, labels=labels).loss
+    found = weighted_loss(policy, layout) / total
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert labels[0].tolist() == [-100, -100, -100, ONE, EOS, -100]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "expected"),
+    [
+        ({"text": "12"}, {}, "1+ 2+ e+"),
+        ({"prompt": "1=", "completion": "2"}, {}, "1 = 2+ e+"),
+        ({"prompt": "1=", "completion": "2", "text": None}, {"completion_only_loss": False}, "1+ =+ 2+ e+"),
+        ({"prompt": "1=", "completion": "2"}, {"completion_length": 4}, "1 = 2+ e+ e+ e+"),
+        ({"messages": "u1 a2 u3 a4"}, {}, "1 e . = 2+ e+ . 3 e . = 4+ e+"),
+        ({"messages": "u1 a2 u3"}, {}, "1 e . = 2+ e+"),
+        ({"messages": "u1 a2"}, {"assistant_only_loss": False}, "1+ e+ .+ =+ 2+ e+"),
+        ({"prompt": "u1 a2 u3", "completion": "a4"}, {}, "1 e . = 2 e . 3 e . = 4+ e+"),
+    ],
+)
+def test_what_is_learned_of_each_kind_of_row(row, settings, expected):
+    def turns(text):
+        role = {"u": "user", "a": "assistant"}
+        return [{"role": role[word[0]], "content": word[1:]} for word in text.split()]
+
+    chat = "messages" in row or " " in row.get("prompt", "")
+    row = {name: turns(value) if chat and value else value for name, value in row.items()}
+    policy = tiny_masked_lm(**SIZES)
+    policy.tokenizer.chat_template = CHAT
+    one = example(tiny_sft(**settings), policy, row)
+    names = {EOS: "e", ONE: "1", TWO: "2", THREE: "3", FOUR: "4", DOT: ".", EQUALS: "="}
+    shown = [names[token] + "+" * mine for token, mine in zip(one.tokens.tolist(), one.learned.tolist(), strict=True)]
+    assert " ".join(shown) == expected
+
+
+def test_a_causal_model_does_not_learn_its_first_token():
+    policy = tiny_llama(causal=True, **SIZES)
+    one = example(tiny_sft(completion_length=8), policy, {"text": "12"})
+    assert one.tokens.tolist() == [ONE, TWO, EOS] and one.learned.tolist() == [False, True, True]
+
+
+def test_a_row_without_an_answer_is_refused_whatever_fills_its_completion():
+    policy = tiny_masked_lm(**SIZES)
+    policy.tokenizer.chat_template = CHAT
+    for row in ({"messages": [{"role": "user", "content": "1"}]}, {"text": ""}):
+        for length in (None, 4):
+            with pytest.raises(ValueError, match="has nothing to learn"):
+                example(tiny_sft(completion_length=length), policy, row)
+
+
+def test_pack_fills_rows_up_to_the_capacity():
+    assert pack([3, 5, 2, 4, 1], 6) == [[1, 4], [3, 2], [0]]
+
+
+def test_a_block_sees_the_blocks_before_it_without_masks():
+    policy = block_causal()
+    with pytest.raises(ValueError, match="packing=True does not go with 'toy'"):
+        check_packing(policy)
+    one = example(tiny_sft(completion_length=2), policy, {"text": "12"})
+    tokens = torch.cat([one.tokens, torch.tensor([THREE, FOUR])])
+    hidden = torch.tensor([True, False, True, True])
+    shown = Shown(tokens, hidden, hidden.float())
+    logps = policy.logits(torch.tensor([[MASK, TWO]]), torch.ones(1, 2, dtype=torch.bool))[0, 0]
+    later = policy.logits(torch.tensor([[ONE, TWO, MASK, MASK]]), torch.ones(1, 4, dtype=torch.bool))[0]
+    gone = torch.tensor([MASK])
+    expected = [logps.index_fill(0, gone, -torch.inf).log_softmax(-1)[ONE]]
+    expected += [later[i].index_fill(0, gone, -torch.inf).log_softmax(-1)[t] for i, t in ((2, THREE), (3, FOUR))]
+    torch.testing.assert_close(weighted_loss(policy, laid(policy, [shown])), -sum(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_longer_rows_are_left_out_and_counted():
+    said = []
+    policy = tiny_masked_lm(**SIZES)
+    kept = read_examples(tiny_sft(max_length=5), policy, ROWS, "dataset", say=said.append)
+    assert len(kept) == 10 and said == ["dataset: 6 of 16 rows are longer than max_length=5 and left out"]
+
+
+def test_a_template_that_rewrites_what_came_before_is_refused():
+    policy = tiny_masked_lm(**SIZES)
+    policy.tokenizer.chat_template = "{{ messages | length }}" + CHAT
+    turns = [{"role": role, "content": "1"} for role in ("user", "assistant", "user", "assistant")]
+    with pytest.raises(ValueError, match="does not write message 1 as the continuation"):
+        example(tiny_sft(), policy, {"messages": turns})
+
+
+def test_padding_states_are_finite():
+    policy = tiny_llama(causal=True, **SIZES)
+    shown = [Shown(torch.full((n,), ONE), torch.zeros(n, dtype=torch.bool), torch.ones(n)) for n in (2, 3, 4)]
+    states = hidden_states(policy, laid(policy, shown, [[0, 1], [2]]), packed=True)
+    assert states.isfinite().all()

@@ -1,0 +1,51 @@
+"""Rows, a recipe and models of supervised fine-tuning, small enough for a test."""
+
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+from tiny_recipe import SIZES
+
+from dllm_rl.models.base import encode_block_causal
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.supervised.recipe import SFT
+
+ROWS = [{"prompt": f"{a}{b}=", "completion": f"{b}{a}"[: 1 + (a < b)]} for a, b in product("1234", repeat=2)]
+CHAT = "{% for m in messages %}{{ '' if m.role == 'user' else '=' }}{{ m.content }}<eos>.{% endfor %}"
+CHAT += "{% if add_generation_prompt %}={% endif %}"
+
+
+def tiny_sft(directory=None, **changes):
+    base = SFT(
+        name="tiny",
+        model=partial(tiny_masked_lm, **SIZES),
+        dataset=ROWS,
+        train_batch_size=4,
+        num_steps=4,
+        max_length=16,
+        output_dir=None if directory is None else str(directory),
+        report_to=None,
+    )
+    return replace(base, **changes)
+
+
+def dream_like():
+    """A bidirectional model that predicts each token from the state before it."""
+    policy = tiny_llama(causal=False, **SIZES)
+    policy.spec = replace(policy.spec, shift=True)
+    return policy
+
+
+def block_causal():
+    policy = tiny_llama(causal=False, **SIZES)
+    encode = partial(encode_block_causal, block_size=2)
+    policy.spec = replace(policy.spec, name="toy", attention="block_causal", block_size=2, encode=encode)
+    return policy
+
+
+MODELS = {
+    "masked": lambda: tiny_masked_lm(**SIZES),
+    "llada": lambda: tiny_llama(causal=False, **SIZES),
+    "dream": dream_like,
+    "causal": lambda: tiny_llama(causal=True, **SIZES),
+}
