@@ -1,7 +1,6 @@
 """Checkpoints: atomic to write, verified when read, bounded in number, enough to continue a run bit for bit."""
 
 import errno
-import json
 import pickle
 import re
 import shutil
@@ -19,8 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from dllm_rl import manifest
 from dllm_rl.checkpoints.optimizer_shards import PATTERN, Part, Swap, alone, load_parts, write_part
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.sharding import part_like
-from dllm_rl.files import folder_size, read_json, recover, remove, remove_whole, replacing, write_text
+from dllm_rl.files import folder_size, recover, remove, remove_whole, replacing, write_text
 from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.adapters import save_adapter
@@ -44,12 +44,14 @@ class Held:
         return self.fields
 
 
+Saved = torch.optim.Optimizer | Held | Part
+
+
 def save(
     directory: Path,
-    step: int,
     policy: Policy,
-    optimizer: torch.optim.Optimizer | Held | Part,
-    state: dict[str, Any],
+    optimizer: Saved,
+    state: TrainingState,
     *,
     keep: int,
     processes: int = 1,
@@ -62,16 +64,15 @@ def save(
     newest `keep`. The folder gets its name when it is complete and on disk; its manifest is written last.
 
     optimizer  all of it, written as optimizer.pt; or this process's part: then the others call `save_part`.
-    state      JSON-serialisable. Random numbers are functions of (seed, step) and are not saved.
     reserve    bytes that later checkpoints take beyond this one.
 
     Raises FloatingPointError, before anything is written, if a weight or a moment is not finite, and OSError with the
     missing room if the disk is full.
     """
-    check_finite(f"step {step} was not saved", policy, optimizer)
+    check_finite(f"step {state.step} was not saved", policy, optimizer)
     directory.mkdir(parents=True, exist_ok=True)
     recover_all(directory)
-    final = folder_of(directory, step)
+    final = folder_of(directory, state.step)
     with _enough_room(final, policy, optimizer, reserve):
         with replacing(final) as partial:
             partial.mkdir()
@@ -80,19 +81,18 @@ def save(
             if policy.lora is not None:
                 save_adapter(policy, partial / "adapter")
             written = _write_optimizer(partial, optimizer)
-            fields = {"step": step, "version": policy.version, **state}
-            (partial / "state.json").write_text(json.dumps(fields, indent=1))
+            state.write(partial)
             if card is not None:
                 (partial / CARD).write_text(card, encoding="utf-8")
             parts = {name: entry for entries in swap(written) for name, entry in entries.items()}
-            manifest.write(partial, step=step, processes=processes, versions=versions or {}, known=parts)
+            manifest.write(partial, step=state.step, processes=processes, versions=versions or {}, known=parts)
         write_text(directory / "latest", final.name + "\n")
     for _, old in found(directory)[:-keep]:
         remove_whole(old)
     return final
 
 
-def _write_optimizer(folder: Path, optimizer: torch.optim.Optimizer | Held | Part) -> dict[str, Any]:
+def _write_optimizer(folder: Path, optimizer: Saved) -> dict[str, Any]:
     """Write the state; returns the manifest entries known so far. Raises OSError."""
     if isinstance(optimizer, Part):
         return write_part(folder, optimizer)
@@ -120,9 +120,7 @@ def recover_all(directory: Path) -> None:
 
 
 @contextmanager
-def _enough_room(
-    final: Path, policy: Policy, optimizer: torch.optim.Optimizer | Held | Part, reserve: int
-) -> Iterator[None]:
+def _enough_room(final: Path, policy: Policy, optimizer: Saved, reserve: int) -> Iterator[None]:
     """Raise OSError, which reports the free room, if another checkpoint does not fit or the block fails to write it."""
     tensors = sum(x.numel() * x.element_size() for x in _tensors(policy, optimizer).values())
     if isinstance(optimizer, Part):  # the other parts need room too
@@ -150,7 +148,7 @@ def _enough_room(
         raise fault(str(error), getattr(error, "errno", None)) from error
 
 
-def _tensors(policy: Policy, optimizer: torch.optim.Optimizer | Held | Part) -> dict[str, Tensor]:
+def _tensors(policy: Policy, optimizer: Saved) -> dict[str, Tensor]:
     """Weights by name, and the optimiser's state of each trained one."""
     named = dict(policy.module.named_parameters())
     found = {name: tensor.detach() for name, tensor in chain(named.items(), policy.module.named_buffers())}
@@ -163,7 +161,7 @@ def _tensors(policy: Policy, optimizer: torch.optim.Optimizer | Held | Part) -> 
     return found
 
 
-def check_finite(what: str, policy: Policy, optimizer: torch.optim.Optimizer | Held | Part) -> None:
+def check_finite(what: str, policy: Policy, optimizer: Saved) -> None:
     """Raise FloatingPointError naming the first weight or moment that is NaN or infinite."""
     _check_all(what, _tensors(policy, optimizer))
 
@@ -182,7 +180,8 @@ def folder_of(directory: Path, step: int) -> Path:
 def set_aside(directory: Path, resumed: Path) -> list[Path]:
     """Rename the checkpoints later than `resumed`, and another one of its step, to step-NNNNNN.set-aside (-2, -3 ...);
     returns the new paths. `found` skips them."""
-    step, moved = read_state(resumed)["step"], []
+    step = TrainingState.read(resumed).step
+    moved = []
     for number, folder in reversed(found(directory)):
         if number > step or (number == step and folder.resolve() != resumed.resolve()):
             names = (f"{folder.name}.set-aside" + (f"-{n}" if n > 1 else "") for n in count(1))
@@ -236,17 +235,9 @@ def check(folder: Path, *, quick: bool = False) -> None:
     if named and int(named[1]) != held["step"]:
         raise ValueError(f"{folder}: step is {held['step']} in {manifest.NAME}, but {int(named[1])} in its name")
     manifest.verify(folder, quick=quick)
-    state = read_state(folder)
-    if state.get("step") != held["step"]:
-        raise ValueError(f"{folder}: step is {state.get('step')} in state.json, but {held['step']} elsewhere")
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The `state` of `save`. Raises ValueError if state.json is missing or damaged."""
-    value = read_json(folder / "state.json")
-    if not isinstance(value, dict):
-        raise ValueError(f"{folder}: state.json is damaged: it is no JSON object")
-    return value
+    step = TrainingState.read(folder).step
+    if step != held["step"]:
+        raise ValueError(f"{folder}: step is {step} in state.json, but {held['step']} elsewhere")
 
 
 def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from dllm_rl import manifest
 from dllm_rl.checkpoints import checkpoint
+from dllm_rl.checkpoints.state import TrainingState, check_types
 from dllm_rl.distributed.stop import LOCK
 from dllm_rl.files import lock, recover, remove
 from dllm_rl.members import plain
@@ -52,11 +53,12 @@ def open_folder(recipe: Settings) -> tuple[Path | None, list[str]]:
     quick = recipe.verify_checkpoint == "quick"
     folder = checkpoint.locate(recipe.resume_from_checkpoint, directory / "checkpoints", quick=quick, say=notes.append)
     if folder:
-        state = checkpoint.read_state(folder)
-        _check_state(folder, state, recipe)
-        before = DEFAULTS | state["recipe"]  # a setting that the checkpoint lacks had its default
+        state = TrainingState.read(folder)
+        if not isinstance(recipe, Recipe):  # SFT prints the loss before it
+            check_types(folder, state.eval_before, {"loss": float}, prefix="eval_before.")
+        before = DEFAULTS | state.recipe  # a setting that the checkpoint lacks had its default
         _check_same_recipe(before, recipe.settings())
-        _check_schedule(recipe, before, state["step"])
+        _check_schedule(recipe, before, state.step)
         _check_reference(state, directory / "reference", quick=quick)
         for path in checkpoint.set_aside(directory / "checkpoints", folder):
             notes.append(f"set aside, as it is not on the way of the resumed run: {path}")
@@ -68,32 +70,6 @@ def clear_folder(recipe: Settings) -> None:
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
         for name in (*HELD, "completions.jsonl", "tensorboard", "training.png", "reference"):
             remove(Path(recipe.directory) / name)
-
-
-def _check_state(folder: Path, state: dict[str, Any], recipe: Settings) -> None:
-    settings = state.get("recipe")
-    known: dict[str, Any] = settings if isinstance(settings, dict) else {}
-    rl = isinstance(recipe, Recipe)
-    fine = {
-        "recipe": known == settings,
-        "recipe.num_steps": type(known.get("num_steps")) is int,
-        "recipe.lr_schedule_steps": isinstance(known.get("lr_schedule_steps"), int | None),
-        "version": type(state.get("version")) is int,
-        "warmup_steps": not rl or type(state.get("warmup_steps")) is int,
-        "dtype": state.get("dtype") in ("float32", "float16", "bfloat16", "float64"),
-        "seconds": isinstance(state.get("seconds"), int | float),
-        "stages": _are_numbers(state.get("stages")),
-        "eval_before": _are_numbers(state.get("eval_before")) and (rl or "loss" in state["eval_before"]),
-    }
-    wrong = [name for name, holds in fine.items() if not holds]
-    if wrong:
-        raise ValueError(
-            f"{folder}: state.json is damaged: {wrong[0]} is missing, or of another type; take an earlier checkpoint"
-        )
-
-
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, dict) and all(isinstance(value, int | float) for value in values.values())
 
 
 def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -117,7 +93,6 @@ def _check_schedule(recipe: Settings, before: dict[str, Any], step: int) -> None
         )
 
 
-def _check_reference(state: dict[str, Any], folder: Path, *, quick: bool) -> None:
-    expected = state.get("reference")
-    if expected is not None and manifest.verify(folder, quick=quick)["sha256"] != expected:
+def _check_reference(state: TrainingState, folder: Path, *, quick: bool) -> None:
+    if state.reference is not None and manifest.verify(folder, quick=quick)["sha256"] != state.reference:
         raise ValueError(f"{folder} is that of another run than the checkpoint's; put the run's own back")

@@ -37,6 +37,7 @@ class RunLog:
         """start, patient  those of `JsonLines`. completions: write a completions.jsonl too."""
         self.main, self.directory = main, directory
         self.console = Console(quiet=not main, force_jupyter=False)  # plain lines in a notebook, no widgets
+        self.begun = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.entered = self.inside = ""  # the stage entered last, and the present one
         self.entering: Callable[[], None] = lambda: None  # called at the beginning of each stage

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main, reduce_metrics, sum_gradients
 from dllm_rl.distributed.stop import Stop, how_to_continue, leaving_nothing_behind
 from dllm_rl.models.adapters.linear import add_lora
@@ -35,7 +35,7 @@ from dllm_rl.training.finish import Summary, conclude
 from dllm_rl.training.policies import make_optimizer, make_policy, opened
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due, make_writer, protect, save
-from dllm_rl.training.start import launch, new_history, open_log, restore
+from dllm_rl.training.start import launch, open_log, restore
 from dllm_rl.training.warmup import draw_levels
 
 VIEWS = 4  # masks that a diffusion model's held-out loss takes of each row
@@ -65,12 +65,13 @@ def fine_tune(recipe: SFT) -> Summary:
     if peers is not None:
         peers.follow(run.log)
     if not folder:
-        run.history["eval_before"] = evaluate_loss(run, held_out)
-        save(run, 0)
-    run.log.say(f"before SFT: held-out loss {run.history['eval_before']['loss']:.4f} nats on {len(held_out)} rows")
+        run.state = replace(run.state, eval_before=evaluate_loss(run, held_out))
+        save(run)
+    before = run.state.eval_before
+    run.log.say(f"before SFT: held-out loss {before['loss']:.4f} nats on {len(held_out)} rows")
     protect(run, peers)
 
-    for step in range(run.first_step, recipe.num_steps):
+    for step in range(run.state.step, recipe.num_steps):
         metrics = take_step(run, training, step)
         if recipe.eval_steps and (step + 1) % recipe.eval_steps == 0:
             metrics["eval/loss"] = evaluate_loss(run, held_out)["loss"]
@@ -78,14 +79,13 @@ def fine_tune(recipe: SFT) -> Summary:
         run.progress(metrics, show=(step + 1) % recipe.logging_steps == 0 or step + 1 == recipe.num_steps)
         checkpoint_if_due(run, step)
     stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(recipe)}")
-    before = run.history["eval_before"]
     after = evaluate_loss(run, held_out)
     return conclude(
         run,
         {"eval_before": before, "eval_after": after, "eval_rows": len(held_out)},
         result=f"held-out loss {before['loss']:.4f}  ->  {after['loss']:.4f} nats on {len(held_out)} rows, after "
         f"{recipe.num_steps} steps",
-        advice=f"RL from it: python RECIPE.py --model {run.history['checkpoint']} --warmup_steps 0",
+        advice=f"RL from it: python RECIPE.py --model {run.checkpoint} --warmup_steps 0",
     )
 
 
@@ -118,7 +118,7 @@ def _rows(dataset: Any) -> Any:
 def _policy(recipe: SFT, accelerator: Accelerator, folder: Path | None) -> Policy:
     """The recipe's model, or as a checkpoint left it; adapters apply to the recipe's model."""
     if folder and recipe.lora is None:
-        dtype = getattr(torch, checkpoint.read_state(folder)["dtype"])
+        dtype = getattr(torch, TrainingState.read(folder).dtype)
         policy = opened(recipe, folder, dtype, accelerator.device)
     else:
         policy = make_policy(recipe, accelerator.device)
@@ -135,13 +135,12 @@ def _begin(
     recipe: SFT, accelerator: Accelerator, stop: Stop, policy: Policy, folder: Path | None, notes: Sequence[str]
 ) -> Run[SFT]:
     """The run with its files open, at its first step or as a checkpoint left it."""
-    step = checkpoint.read_state(folder)["step"] if folder else 0
     optimizer = make_optimizer(recipe, policy)
     from_main(partial(clear_folder, recipe), accelerator)
-    log = open_log(recipe, accelerator, step, notes, folder)
-    history = new_history(step)
+    log = open_log(recipe, accelerator, notes, folder)
+    state = TrainingState.first(recipe, policy)
     if folder:
-        history |= restore(folder, policy, optimizer, log)
+        state = restore(recipe, folder, policy, optimizer, log)
     return Run(
         recipe=recipe,
         accelerator=accelerator,
@@ -150,11 +149,11 @@ def _begin(
         rollout_policy=policy,
         reference=None,
         optimizer=optimizer,
-        first_step=step,
-        history=history,
+        state=state,
         stop=stop,
         writer=make_writer(recipe, accelerator),
-        progress=log.view("training", recipe.num_steps, curve="loss", completed=step),
+        progress=log.view("training", recipe.num_steps, curve="loss", completed=state.step),
+        checkpoint=str(folder or ""),
     )
 
 

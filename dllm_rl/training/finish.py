@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.checkpoints import checkpoint
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import machine
 from dllm_rl.distributed.stop import how_to_continue
 from dllm_rl.files import write_json, write_text
+from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe
@@ -35,32 +36,33 @@ class Summary(dict[str, Any]):
 
 def finish(run: Run[Recipe]) -> Summary:
     """Evaluate on held-out problems, write summary.json and the picture, and print what happened."""
-    recipe, accelerator, log, history = run.recipe, run.accelerator, run.log, run.history
-    policy, rollout_policy = run.policy, run.rollout_policy
+    recipe = run.recipe
+    log = run.log
+    before = run.state.eval_before
     run.stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(recipe)}")
     with log.stage("evaluation"):
-        after = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
-        quantized = (
-            after if rollout_policy is policy else evaluate_with(recipe, rollout_policy, recipe.eval_task, accelerator)
-        )
+        after = evaluate_with(recipe, run.policy, recipe.eval_task, run.accelerator)
+        quantized = after
+        if run.rollout_policy is not run.policy:
+            quantized = evaluate_with(recipe, run.rollout_policy, recipe.eval_task, run.accelerator)
     settle(run)
-    measured = {"before RL": history["eval_before"], "after": after, "after, quantised": quantized}
-    model_card = Path(history["checkpoint"]) / checkpoint.CARD
-    if accelerator.is_main_process and model_card.is_file():  # else no checkpoint was saved, or it was deleted
-        step = checkpoint.read_state(model_card.parent)["step"]
+    measured = {"before RL": before, "after": after, "after, quantised": quantized}
+    model_card = Path(run.checkpoint) / CARD
+    if run.accelerator.is_main_process and model_card.is_file():  # else no checkpoint was saved, or it was deleted
+        step = TrainingState.read(model_card.parent).step
         write_text(model_card, card(recipe, step=step, evaluations=measured, metrics=log.last))
     return conclude(
         run,
         {
-            "eval_before": history["eval_before"],
+            "eval_before": before,
             "eval_after": after,
             "eval_after_quantized": quantized,
             "eval_problems": len(recipe.eval_task),
-            "warmup_steps": history["warmup_steps"],
+            "warmup_steps": run.state.warmup_steps,
         },
-        result=f"{shown(history['eval_before'])}  ->  {shown(after)}  on {len(recipe.eval_task)} held-out problems, "
-        f"after {history['warmup_steps']} warm-up and {recipe.num_steps} RL steps",
-        advice=_next_command(recipe, history["checkpoint"]),
+        result=f"{shown(before)}  ->  {shown(after)}  on {len(recipe.eval_task)} held-out problems, "
+        f"after {run.state.warmup_steps} warm-up and {recipe.num_steps} RL steps",
+        advice=_next_command(recipe, run.checkpoint),
     )
 
 
@@ -68,13 +70,14 @@ def conclude(run: Run[Any], measured: dict[str, Any], *, result: str, advice: st
     """Write summary.json with `measured`, and the picture; print `result` and `advice`."""
     settle(run)
     run.log.close()
-    recipe, history, directory = run.recipe, run.history, Path(run.recipe.directory)
+    recipe = run.recipe
+    directory = Path(recipe.directory)
     summary = measured | {
-        "seconds": history["seconds"] + time.perf_counter() - history["begun"],
+        "seconds": time.perf_counter() - run.log.begun,
         "stages": {name: round(spent, 3) for name, spent in run.log.seconds.items()},
         "seed": recipe.seed,
         "num_processes": run.accelerator.num_processes,
-        "checkpoint": history["checkpoint"],  # the one whose weights were evaluated
+        "checkpoint": run.checkpoint,  # the one whose weights were evaluated
         "machine": machine(run.accelerator),
         "recipe": recipe.settings(),
     }
@@ -86,8 +89,8 @@ def conclude(run: Run[Any], measured: dict[str, Any], *, result: str, advice: st
             f"Checkpoint: {summary['checkpoint']}\nPicture:    {picture}\nNumbers:    {directory / 'summary.json'}\n"
             f"{advice}"
         )
-        if recipe.push_to_hub is not None and history["checkpoint"]:
-            folder = Path(history["checkpoint"])
+        if recipe.push_to_hub is not None and run.checkpoint:
+            folder = Path(run.checkpoint)
             try:
                 run.log.say(f"Uploaded:   {push_to_hub(folder, recipe.push_to_hub)}")
             except Exception as error:  # of any kind, the network's or the hub's: the run has ended well

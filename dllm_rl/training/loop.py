@@ -25,7 +25,7 @@ def train(recipe: Recipe) -> Summary:
     run = start(recipe)  # fresh, or from a checkpoint
     policy, rollout_policy, accelerator, log = run.policy, run.rollout_policy, run.accelerator, run.log
 
-    for step in range(run.first_step, recipe.num_steps):
+    for step in range(run.state.step, recipe.num_steps):
         sampled, answers, rewards, parts, sampling = collect(recipe, rollout_policy, step, accelerator, log)
         advantages = recipe.advantages(rewards, **parts)  # (P, G), of all processes
         groups = measured_groups(recipe, advantages, step)  # those to learn from, and a sample of the others

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl import manifest
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main, versions
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.files import replacing
@@ -26,30 +27,32 @@ from dllm_rl.training.validation import evaluate_with, shown
 from dllm_rl.training.warmup import warm_up
 
 
-def fresh_policy(
-    recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog, history: dict[str, Any]
-) -> Policy:
-    """The recipe's model, warmed up, with its adapters, and evaluated; `history` gets the results."""
+def fresh_state(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog) -> TrainingState:
+    """Warm the recipe's model up, add its adapters, and evaluate it."""
     measure = partial(evaluate_with, recipe, policy, recipe.validation_task, accelerator)
     with log.stage("warm-up"):
-        history["warmup_steps"] = warm_up(recipe, policy, accelerator, log, measure)
+        warmup_steps = warm_up(recipe, policy, accelerator, log, measure)
+    # A resume needs the adapters' base if the warm-up changed it, and the KL term's reference: with adapters, the base.
+    needed = recipe.beta if recipe.lora is None else warmup_steps and policy.lora is None
+    reference = save_reference(recipe, policy, accelerator) if needed else None
     if recipe.lora is not None and policy.lora is None:
-        if history["warmup_steps"]:
-            save_reference(recipe, policy, accelerator)
         add_lora(policy, recipe.lora())
     with log.stage("evaluation"):
-        history["eval_before"] = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
-    log.say(f"before RL: {shown(history['eval_before'])} on {len(recipe.eval_task)} held-out problems")
-    return policy
+        before = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
+    log.say(f"before RL: {shown(before)} on {len(recipe.eval_task)} held-out problems")
+    return TrainingState.first(recipe, policy, eval_before=before, warmup_steps=warmup_steps, reference=reference)
 
 
-def resumed_policy(recipe: Recipe, folder: Path, state: dict[str, Any], accelerator: Accelerator) -> Policy:
-    """The policy as a checkpoint left it; adapters apply to the weights after the warm-up, if there was one."""
-    device, dtype = first_home(recipe, accelerator), getattr(torch, state["dtype"])
+def resumed_policy(recipe: Recipe, folder: Path, accelerator: Accelerator) -> Policy:
+    """The policy as a checkpoint left it."""
+    state = TrainingState.read(folder)
+    device = first_home(recipe, accelerator)
+    dtype = getattr(torch, state.dtype)
     if recipe.lora is None:
         return share_out(recipe, opened(recipe, folder, dtype, device), accelerator)
+    # Adapters apply to the weights after the warm-up, if there was one.
     base = Path(recipe.directory) / "reference"
-    policy = opened(recipe, base, dtype, device) if state["warmup_steps"] else make_policy(recipe, device)
+    policy = opened(recipe, base, dtype, device) if state.warmup_steps else make_policy(recipe, device)
     load_adapter(policy, folder / "adapter")
     return share_out(recipe, policy, accelerator)
 
@@ -101,27 +104,26 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
     if recipe.lora is not None:
         return policy.reference()
     folder = Path(recipe.directory) / "reference"
-    if fresh:
-        save_reference(recipe, policy, accelerator)
     if fresh and sharding_of(policy.module) is None:
         reference = copied(policy)
     else:
-        dtype, device = next(policy.module.parameters()).dtype, first_home(recipe, accelerator)
+        dtype = next(policy.module.parameters()).dtype
+        device = first_home(recipe, accelerator)
         reference = share_out(recipe, opened(recipe, folder, dtype, device), accelerator)
     reference.module.requires_grad_(False)
     return reference
 
 
-def save_reference(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> None:
-    """Write the weights that RL starts from to the run's folder, atomically, with a manifest."""
+def save_reference(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> str:
+    """Write the weights that RL starts from to the run's folder, atomically; returns the digest of their manifest."""
     saved = on_main(policy, accelerator)
 
-    def write() -> None:
+    def write() -> str:
         with replacing(Path(recipe.directory) / "reference") as partial:
             saved.save_pretrained(partial)
-            manifest.write(partial, step=None, processes=accelerator.num_processes, versions=versions())
+            return manifest.write(partial, step=None, processes=accelerator.num_processes, versions=versions())
 
-    from_main(write, accelerator)
+    return from_main(write, accelerator)
 
 
 def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:

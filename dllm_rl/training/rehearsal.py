@@ -18,6 +18,7 @@ from torch import Tensor
 from dllm_rl.algorithms.optimizers import adamw, adamw_8bit
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.run_folder import REHEARSAL
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.sharding import in_pace
 from dllm_rl.files import remove
@@ -95,7 +96,8 @@ def save_once(recipe: Recipe, policy: Policy) -> None:
     trained = [p for p in policy.module.parameters() if p.requires_grad]
     moments = MOMENTS.get(recipe.optim, 0) * sum(p.numel() for p in trained)
     try:
-        checkpoint.save(folder, 0, policy, make_optimizer(recipe, policy), {}, keep=1, reserve=moments)
+        state = TrainingState.first(recipe, policy)
+        checkpoint.save(folder, policy, make_optimizer(recipe, policy), state, keep=1, reserve=moments)
     finally:
         remove(folder)
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
 
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.checkpoints.writer import Writer
 from dllm_rl.distributed.stop import Stop
 from dllm_rl.models.base import Policy
@@ -16,11 +17,13 @@ from dllm_rl.recipe import Settings
 Record = TypeVar("Record", bound=Settings)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Run(Generic[Record]):
     """What a run of RL or SFT owns from its start to its summary.
 
-    history  complete steps `whole`, the policy's `version` then, step `saved` and folder `checkpoint` of the last save.
+    state       after the last complete step.
+    saved       step of the last save; None before it.
+    checkpoint  folder of the last checkpoint, the one that the run resumes from included.
     """
 
     recipe: Record
@@ -30,8 +33,9 @@ class Run(Generic[Record]):
     rollout_policy: Policy
     reference: Policy | None
     optimizer: torch.optim.Optimizer
-    first_step: int
-    history: dict[str, Any]
+    state: TrainingState  # replaced as a whole: another thread never reads the fields of two steps
     stop: Stop
     writer: Writer
     progress: Callable[..., None]
+    saved: int | None = None
+    checkpoint: str = ""

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from dllm_rl import manifest
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.checkpoints.optimizer_shards import Part, Swap, in_step, part_of
+from dllm_rl.checkpoints.optimizer_shards import Swap, in_step, part_of
 from dllm_rl.checkpoints.writer import Writer
 from dllm_rl.distributed.collectives import from_main, versions
 from dllm_rl.distributed.peers import Peers, of_an_exchange
@@ -29,7 +29,6 @@ from dllm_rl.training.model_card import card
 from dllm_rl.training.run import Run
 from dllm_rl.training.sharded_learner import group_size, on_main
 
-Saved = torch.optim.Optimizer | checkpoint.Held | Part
 Write = Callable[..., Path]
 BEFORE_UPDATE = ("rollout", "reward", "waiting", "scoring", "gradients")  # stages that leave the weights alone
 
@@ -43,14 +42,14 @@ def make_writer(recipe: Settings, accelerator: Accelerator) -> Writer:
     return writer
 
 
-def save(run: Run[Any], step: int) -> None:
-    """Checkpoint after `step` steps, when the previous checkpoint is written; with async_save from a copy on the host.
+def save(run: Run[Any]) -> None:
+    """Checkpoint the run's state when the previous checkpoint is written; with async_save from a copy on the host.
     Raises OSError (with async_save at a later step) if the write fails and on_save_error is not 'continue'."""
     settle(run)
     if sharding_of(run.policy.module) is not None:
-        run.writer.run(_by_all(run, step))
+        run.writer.run(_by_all(run))
     else:
-        from_main(lambda: run.writer.run(_by_main(run, step, copied=run.recipe.async_save)), run.accelerator)
+        from_main(lambda: run.writer.run(_by_main(run, copied=run.recipe.async_save)), run.accelerator)
     if not run.recipe.async_save:
         settle(run)
 
@@ -59,14 +58,14 @@ def settle(run: Run[Any]) -> None:
     """Wait for the checkpoint that is being written. All processes call it together."""
     shared = sharding_of(run.policy.module) is not None
     if folder := run.writer.wait() if shared else from_main(run.writer.wait, run.accelerator):
-        run.history["checkpoint"] = str(folder)
+        run.checkpoint = str(folder)
 
 
-def write_checkpoint(run: Run[Any], step: int) -> Path | None:
+def write_checkpoint(run: Run[Any]) -> Path | None:
     """Write an unsharded learner in the main process; None if the write failed and the run goes on."""
     with run.writer.alone:
         run.writer.wait()
-        return _by_main(run, step)()
+        return _by_main(run)()
 
 
 def save_at_once(run: Run[Any]) -> None:
@@ -78,12 +77,12 @@ def save_at_once(run: Run[Any]) -> None:
     if stage == "scoring" and run.recipe.corrector.align_forward:  # the weights are the rounded ones
         return
     run.stop.disarm()
-    done, recipe = run.history["whole"], run.recipe
+    done = run.state.step
     if run.accelerator.is_main_process:
         run.writer.wait()
-        if done != run.history.get("saved"):
-            write_checkpoint(run, done)
-    run.stop.leave(f"stopped in the step after step {done}, which is saved; {how_to_continue(recipe)}")
+        if done != run.saved:
+            write_checkpoint(run)
+    run.stop.leave(f"stopped in the step after step {done}, which is saved; {how_to_continue(run.recipe)}")
 
 
 def save_alone(run: Run[Any]) -> None:
@@ -92,15 +91,15 @@ def save_alone(run: Run[Any]) -> None:
     whole = ["", "rollout", "reward", "waiting", "gradients"]  # between two exchanges that all weights wait for
     if sharding_of(run.policy.module) is not None or run.log.entered not in whole:
         return
-    done, version = run.history["whole"], run.policy.version
     with run.writer.alone, torch.no_grad():
-        if done == run.history.get("saved"):
+        done = run.state.step
+        if done == run.saved:
             return
         copies = on_host(run.policy, run.optimizer)
-        if run.policy.version == version and run.log.entered in whole:
+        if run.policy.version == run.state.version and run.log.entered in whole:
             try:
                 run.writer.wait()
-                _attempt(run, done, _prepared(run, done, *copies))
+                _attempt(run, done, _prepared(run, *copies))
             except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
                 print(f"error: step {done} was not saved: {error}", file=sys.stderr, flush=True)
 
@@ -108,11 +107,12 @@ def save_alone(run: Run[Any]) -> None:
 def save_on_error(run: Run[Any], kind: Any, error: BaseException | None, traceback: Any) -> None:
     """When a step fails, save the last complete step and add a note to the error; a resume repeats the failed step. Not
     with sharded weights, nor once the update has begun to change the weights."""
-    recipe, done = run.recipe, run.history["whole"]
+    recipe = run.recipe
+    done = run.state.step
     if not isinstance(error, Exception) or run.log.entered not in ("", *BEFORE_UPDATE, "update"):
         return
     note = f"process {run.accelerator.process_index}: the step after step {done} failed"
-    whole = run.policy.version == run.history["version"] and sharding_of(run.policy.module) is None
+    whole = run.policy.version == run.state.version and sharding_of(run.policy.module) is None
     if run.accelerator.num_processes > 1 and of_an_exchange(error):
         note += (
             ": another process ended, and its own message says why, or kept this one waiting for "
@@ -121,25 +121,26 @@ def save_on_error(run: Run[Any], kind: Any, error: BaseException | None, traceba
     try:
         folder = checkpoint.folder_of(Path(recipe.directory) / "checkpoints", done)
         if run.accelerator.is_main_process and whole and not folder.exists():
-            write_checkpoint(run, done)
+            write_checkpoint(run)
     except (OSError, ValueError, RuntimeError, ArithmeticError) as other:
         note += f", and saving the step before it failed too: {other}"
     error.add_note(f"{note}; fix the cause and {how_to_continue(recipe)}")
 
 
-def _by_main(run: Run[Any], step: int, *, copied: bool = False) -> Callable[[], Path | None]:
+def _by_main(run: Run[Any], *, copied: bool = False) -> Callable[[], Path | None]:
     """The main process's write; copied: of the current state, even if the run goes on meanwhile."""
-    held: tuple[Policy, Saved] = (run.policy, run.optimizer)
-    return partial(_attempt, run, step, _prepared(run, step, *(on_host(*held) if copied else held)))
+    held: tuple[Policy, checkpoint.Saved] = (run.policy, run.optimizer)
+    return partial(_attempt, run, run.state.step, _prepared(run, *(on_host(*held) if copied else held)))
 
 
-def _by_all(run: Run[Any], step: int) -> Callable[[], Path | None]:
+def _by_all(run: Run[Any]) -> Callable[[], Path | None]:
     """This process's write of a sharded learner. All processes call it, and what it returns."""
     whole = on_main(run.policy, run.accelerator)
     part = part_of(run.policy, run.optimizer, copy=run.recipe.async_save)
     main = run.accelerator.is_main_process
+    step = run.state.step
     assert part is not None or not main, "the main process is of the first replica"
-    write = _prepared(run, step, whole, part) if main and part is not None else None
+    write = _prepared(run, whole, part) if main and part is not None else None
 
     def work(swap: Swap) -> Path:
         if write is None:
@@ -167,32 +168,23 @@ def on_host(policy: Policy, optimizer: Any) -> tuple[Policy, checkpoint.Held]:
     return twin, checkpoint.Held(state, fields)
 
 
-def _prepared(run: Run[Any], step: int, policy: Policy, optimizer: Saved) -> Write:
+def _prepared(run: Run[Any], policy: Policy, optimizer: checkpoint.Saved) -> Write:
     """`checkpoint.save` bound to the run's current state, for now or for the writer thread."""
-    recipe, history, directory = run.recipe, run.history, Path(run.recipe.directory)
-    state = {
-        "seconds": history["seconds"] + time.perf_counter() - history["begun"],
-        "eval_before": history["eval_before"],
-        "warmup_steps": history["warmup_steps"],
-    }
-    kept = history["warmup_steps"] if recipe.lora is not None else recipe.beta
-    if kept and (directory / "reference" / manifest.NAME).exists():
-        state["reference"] = manifest.read(directory / "reference")["sha256"]
-    evaluations = {"before RL": history["eval_before"]}
+    recipe = run.recipe
+    state = replace(run.state, seconds=time.perf_counter() - run.log.begun, stages=dict(run.log.seconds))
+    evaluations = {"before RL": state.eval_before}
     rl = isinstance(recipe, Recipe)
     run.log.flush()  # its rows are on disk before the checkpoint
-    dtype = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
     return partial(
         checkpoint.save,
-        directory / "checkpoints",
-        step,
+        Path(recipe.directory) / "checkpoints",
         policy,
         optimizer,
-        {"dtype": dtype, "stages": dict(run.log.seconds), **state, "recipe": recipe.settings()},
+        state,
         keep=recipe.save_total_limit,
         processes=run.accelerator.num_processes,
         versions=versions(),
-        card=card(recipe, step=step, evaluations=evaluations, metrics=run.log.last) if rl else None,
+        card=card(recipe, step=state.step, evaluations=evaluations, metrics=run.log.last) if rl else None,
     )
 
 
@@ -205,13 +197,12 @@ def _attempt(run: Run[Any], step: int, write: Write) -> Path | None:
             raise
         run.log.say(f"warning: {error.strerror}")
         return None
-    run.history["saved"] = step
+    run.saved = step
     return folder
 
 
 def protect(run: Run[Any], peers: Peers | None) -> None:
     """From here on, save the last complete step if a signal is overdue, a process is lost, or a step fails."""
-    run.history["version"] = run.policy.version
     run.stop.last_words = None
     run.stop.overdue = partial(save_at_once, run)
     run.log.entered = ""
@@ -222,12 +213,13 @@ def protect(run: Run[Any], peers: Peers | None) -> None:
 
 def checkpoint_if_due(run: Run[Any], step: int) -> None:
     """Save every save_steps, after the last step, and on a signal, which ends the process with its status."""
-    recipe, done, signum = run.recipe, step + 1, run.stop.agreed(run.accelerator)
-    run.history["whole"] = done
-    run.history["version"] = run.policy.version
+    recipe = run.recipe
+    done = step + 1
+    signum = run.stop.agreed(run.accelerator)
+    run.state = replace(run.state, step=done, version=run.policy.version)
     run.writer.check()
     if signum or done % recipe.save_steps == 0 or done == recipe.num_steps:
-        save(run, done)
+        save(run)
     if signum:
         settle(run)
         run.stop.leave(f"interrupted after step {done}; {how_to_continue(recipe)}")

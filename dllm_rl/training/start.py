@@ -1,16 +1,16 @@
 """Starting and resuming a run."""
 
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.diagnostics.batch_invariance import prepare_workspace
 from dllm_rl.distributed.collectives import from_main, make_accelerator
 from dllm_rl.distributed.peers import Peers
@@ -24,7 +24,7 @@ from dllm_rl.training.cautions import cautions
 from dllm_rl.training.model_card import check_hub
 from dllm_rl.training.policies import (
     check_compiled,
-    fresh_policy,
+    fresh_state,
     make_optimizer,
     make_policy,
     reference_policy,
@@ -41,30 +41,38 @@ from dllm_rl.training.sharded_learner import check_engine, check_sharding, first
 
 def start(recipe: Recipe) -> Run[Recipe]:
     """A run at its first step: fresh, warmed up and evaluated, or as a checkpoint left it. Raises ValueError."""
+    # 1. Refuse what needs no model, and join the processes. From here on a signal ends the process at once.
     if recipe.zero_mismatch:
         prepare_workspace()
     check_compiled(recipe)
     check_hub(recipe)
     accelerator, stop, peers = launch(recipe)
+
+    # 2. The learner of a checkpoint, or one that has rehearsed a step. A recipe refused up to here overwrites nothing.
     folder, notes = from_main(partial(open_folder, recipe), accelerator)
-    made = None if folder else rehearsed(recipe, accelerator)  # before anything is written or deleted
+    if folder:
+        policy = resumed_policy(recipe, folder, accelerator)
+        check_prompts(recipe, policy)
+    else:
+        policy = rehearsed(recipe, accelerator)
+
+    # 3. The run's files, and the watch: from here on the other processes know the stage of this one.
     from_main(partial(clear_folder, recipe), accelerator)
-    state: dict[str, Any] = checkpoint.read_state(folder) if folder else {"step": 0}
-    log = open_log(recipe, accelerator, state["step"], notes, folder)
+    log = open_log(recipe, accelerator, notes, folder)
     if peers is not None:
         peers.follow(log)
     for caution in cautions(recipe):
         log.say(f"warning: {caution}")
-    history = new_history(state["step"])
+
+    # 4. The state of the first step: weights, adapters, moments, log and record are of one step.
     if folder:
-        policy = resumed_policy(recipe, folder, state, accelerator)
-        check_prompts(recipe, policy)
         optimizer = make_optimizer(recipe, policy)
-        history |= restore(folder, policy, optimizer, log)
+        state = restore(recipe, folder, policy, optimizer, log)
     else:
-        assert made is not None, "a run without a checkpoint begins with the recipe's model"
-        policy = fresh_policy(recipe, made, accelerator, log, history)
+        state = fresh_state(recipe, policy, accelerator, log)
         optimizer = make_optimizer(recipe, policy)
+
+    # 5. The copies: the rollout's is of the learner's version, the reference is what RL started from.
     rollout_policy = rollout_copy(recipe, policy)
     rollout_policy.version = policy.version
     if recipe.torch_compile:
@@ -77,30 +85,30 @@ def start(recipe: Recipe) -> Run[Recipe]:
         rollout_policy=rollout_policy,
         reference=reference_policy(recipe, policy, accelerator, fresh=folder is None),
         optimizer=optimizer,
-        first_step=state["step"],
-        history=history,
+        state=state,
         stop=stop,
         writer=make_writer(recipe, accelerator),
-        progress=log.view("training", recipe.num_steps, curve="reward", completed=state["step"]),
+        progress=log.view("training", recipe.num_steps, curve="reward", completed=state.step),
+        checkpoint=str(folder or ""),
     )
+
+    # 6. The first checkpoint. From here on whatever ends the run finds a complete step to save.
     if not folder:
-        save(run, 0)
+        save(run)
     protect(run, peers)
     return run
 
 
-def new_history(step: int) -> dict[str, Any]:
-    return {"begun": time.perf_counter(), "seconds": 0.0, "whole": step, "warmup_steps": 0, "checkpoint": ""}
-
-
-def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, log: RunLog) -> dict[str, Any]:
-    """Load policy version, optimiser and log from the checkpoint; returns its part of the history."""
-    state = checkpoint.read_state(folder)
-    policy.version = state["version"]
-    log.seconds = state["stages"]
+def restore(
+    recipe: Settings, folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, log: RunLog
+) -> TrainingState:
+    """Set policy version, optimiser and log to a checkpoint's; returns its state, with the recipe of this run."""
+    state = TrainingState.read(folder)
+    policy.version = state.version
+    log.seconds = state.stages
+    log.begun -= state.seconds  # as if the run had never paused
     checkpoint.load_optimizer(folder, policy, optimizer)
-    kept = {key: state[key] for key in ("seconds", "eval_before", "warmup_steps")}
-    return kept | {"checkpoint": str(folder)}
+    return replace(state, recipe=recipe.settings())
 
 
 def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
@@ -120,10 +128,9 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
     return accelerator, stop, peers
 
 
-def open_log(
-    recipe: Settings, accelerator: Accelerator, start: int, notes: Sequence[str], folder: Path | None
-) -> RunLog:
-    """The run's files and trackers from step `start` on; prints `notes`, and on a resume `folder`, the checkpoint."""
+def open_log(recipe: Settings, accelerator: Accelerator, notes: Sequence[str], folder: Path | None) -> RunLog:
+    """The run's files and trackers from the checkpoint `folder` on; prints `notes`, and on a resume the checkpoint."""
+    start = TrainingState.read(folder).step if folder else 0
     log = RunLog(
         Path(recipe.directory),
         start=start,
@@ -143,9 +150,8 @@ def check_processes(recipe: Settings, accelerator: Accelerator) -> None:
     """Raise ValueError if the launch cannot run the recipe."""
     check_engine()
     check_sharding(recipe, accelerator.num_processes)
-    count, fields = accelerator.num_processes, ["train_batch_size"]
-    fields += ["warmup_batch_size"] * (recipe.warmup_steps > 0)
-    for name in fields:
+    count = accelerator.num_processes
+    for name in ("train_batch_size", "warmup_batch_size") if recipe.warmup_steps else ("train_batch_size",):
         size = getattr(recipe, name)
         if size % count:
             least = size // count * count

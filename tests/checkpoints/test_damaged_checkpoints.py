@@ -15,10 +15,12 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import load_policy, load_weights, manifest, tiny_masked_lm
 from dllm_rl.checkpoints import checkpoint
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.cli.main import main
 from dllm_rl.training import train
 
 SMALL = partial(tiny_masked_lm, **(SIZES | {"hidden_size": 8, "num_layers": 1, "intermediate_size": 8}))
+STATE = TrainingState(step=7, version=0, dtype="float32", recipe={})
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +322,7 @@ def test_a_limit_on_file_sizes_is_not_called_a_full_disk(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(OSError, match=r"MB are free, which is enough\. Look for .* limit on file sizes") as said:
-            checkpoint.save(tmp_path, 7, policy, torch.optim.AdamW(policy.module.parameters()), {}, keep=2)
+            checkpoint.save(tmp_path, policy, torch.optim.AdamW(policy.module.parameters()), STATE, keep=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "missing" not in str(said.value) and "\n" not in str(said.value)
@@ -393,7 +395,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with torch.no_grad():
         next(policy.module.parameters())[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"step 7 was not saved: .* is not finite"):
-        checkpoint.save(tmp_path, 7, policy, optimizer, {}, keep=2)
+        checkpoint.save(tmp_path, policy, optimizer, STATE, keep=2)
     assert not list(tmp_path.iterdir())
 
 

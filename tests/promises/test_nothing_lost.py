@@ -57,10 +57,10 @@ class TestLoraAfterAWarmUp:
 def test_the_reference_is_whole_before_the_first_checkpoint(tmp_path, monkeypatch):
     saved, seen = checkpoint.save, []
 
-    def killed(directory, step, *arguments, **options):
+    def killed(directory, policy, optimizer, state, **options):
         if directory.name != REHEARSAL:
-            seen.append((step, manifest.verify(tmp_path / "reference")["step"]))
-        return saved(directory, step, *arguments, **options)
+            seen.append((state.step, manifest.verify(tmp_path / "reference")["step"]))
+        return saved(directory, policy, optimizer, state, **options)
 
     monkeypatch.setattr(checkpoint, "save", killed)
     train(small(tmp_path, beta=0.1, num_steps=1))

@@ -12,11 +12,11 @@ def test_a_save_that_failed_is_not_remembered_as_done():
     warnings: list[str] = []
     recipe, log = SimpleNamespace(on_save_error="continue"), SimpleNamespace(say=warnings.append)
     run = object.__new__(Run)
-    run.__dict__.update(recipe=recipe, log=log, history={})
+    run.__dict__.update(recipe=recipe, log=log)
 
     def full_disk():
         raise OSError(28, "No space left on device")
 
-    assert saving._attempt(run, 3, full_disk) is None and run.history == {}
+    assert saving._attempt(run, 3, full_disk) is None and run.saved is None
     assert warnings == ["warning: No space left on device"]
-    assert saving._attempt(run, 4, lambda: Path("folder")) == Path("folder") and run.history == {"saved": 4}
+    assert saving._attempt(run, 4, lambda: Path("folder")) == Path("folder") and run.saved == 4

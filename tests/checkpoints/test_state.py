@@ -1,0 +1,42 @@
+"""A run's state: what is written is read again, and what is of another type is refused by its name."""
+
+import json
+
+import pytest
+
+from dllm_rl.checkpoints.state import TrainingState
+
+FULL = {
+    "step": 3,
+    "version": 6,
+    "dtype": "bfloat16",
+    "stages": {"rollout": 1.5, "update": 2.0},
+    "seconds": 4.0,
+    "eval_before": {"reward": 0.25},
+    "warmup_steps": 5,
+    "reference": "0" * 64,
+    "recipe": {"num_steps": 9, "lr_schedule_steps": None, "name": "x"},
+}
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    TrainingState(**FULL).write(tmp_path)
+    assert json.loads((tmp_path / "state.json").read_text()) == FULL
+    assert TrainingState.read(tmp_path) == TrainingState(**FULL)
+
+
+def test_fields_of_a_later_version_are_left_out_and_a_run_may_have_no_reference(tmp_path):
+    (tmp_path / "state.json").write_text(json.dumps({k: v for k, v in FULL.items() if k != "reference"} | {"more": 1}))
+    assert TrainingState.read(tmp_path) == TrainingState(**FULL | {"reference": None})
+
+
+WRONG = [("step", True), ("version", 6.0), ("dtype", ["float32"]), ("stages", {"rollout": None}), ("seconds", None)]
+WRONG += [("eval_before", []), ("warmup_steps", "5"), ("reference", 0), ("recipe", "{}")]
+WRONG += [("recipe", {"num_steps": True}), ("recipe", {"num_steps": 9, "lr_schedule_steps": 9.5})]
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG)
+def test_a_field_of_another_type_is_named(tmp_path, field, value):
+    (tmp_path / "state.json").write_text(json.dumps(FULL | {field: value}))
+    with pytest.raises(ValueError, match=rf"state\.json is damaged: {field}[.\w]* is missing, or of another type"):
+        TrainingState.read(tmp_path)
