@@ -44,7 +44,8 @@ def prepare_workspace() -> None:
 @contextmanager
 def deterministic() -> Iterator[None]:
     """torch's deterministic algorithms in the block; an error for an operation that has none."""
-    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -76,7 +77,8 @@ class BatchInvariantOps(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self.attention(*args, **kwargs)
         if func is torch.matmul and args[0].dim() == args[1].dim() == 4:
-            return torch.cat([torch.matmul(a, b) for a, b in zip(*(x.split(1) for x in args), strict=True)])
+            pairs = zip(args[0].split(1), args[1].split(1), strict=True)
+            return torch.cat([torch.matmul(left, right) for left, right in pairs])
         return func(*args, **kwargs)
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -91,6 +93,7 @@ class BatchInvariantOps(TorchFunctionMode):
         """Products of stacked experts, expert by expert: rows up to offs[0] with weight[0] (K, N), and so on."""
         counts = offs.diff(prepend=offs.new_zeros(1)).tolist()
         parts = input.split([*counts, len(input) - sum(counts)])
+        # Not strict: rows behind the last expert's are no expert's, and get no product.
         out = torch.cat([self.linear(part, one.T) for part, one in zip(parts, weight, strict=False)])
         return out.to(out_dtype or out.dtype)
 
@@ -98,8 +101,10 @@ class BatchInvariantOps(TorchFunctionMode):
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         masks = [None] * len(query) if attn_mask is None else attn_mask.expand(len(query), -1, -1, -1).split(1)
-        rows = zip(query.split(1), key.split(1), value.split(1), masks, strict=True)
-        return torch.cat([F.scaled_dot_product_attention(q, k, v, m, *args, **kwargs) for q, k, v, m in rows])
+        out = []
+        for row in zip(query.split(1), key.split(1), value.split(1), masks, strict=True):
+            out.append(F.scaled_dot_product_attention(*row, *args, **kwargs))
+        return torch.cat(out)
 
 
 @contextmanager
@@ -111,12 +116,12 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
     """
     if tile < 1:
         raise ValueError(f"tile={tile} must be at least 1 row")
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    cudnn = torch.backends.cudnn
     switches = [
-        (matmul, "allow_fp16_reduced_precision_reduction", False),
-        (matmul, "allow_bf16_reduced_precision_reduction", False),
+        (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
+        (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
         (cudnn, "allow_tf32", False),
-        (cudnn, "benchmark", False),
+        (cudnn, "benchmark", False),  # the autotuner chooses a kernel by time, which varies
         (cudnn, "deterministic", True),
     ]
     before = [getattr(owner, name) for owner, name, _ in switches]
@@ -140,31 +145,34 @@ def check_bitwise_equal(
 ) -> None:
     """Raise RuntimeError unless learner and rollout agree bit for bit at every completion position of a scored row. The
     error names the first position that differs, its log-probs (nats), and the first layer that differs."""
-    old, sampled, mask = logps.old, logps.rollout, noise.scored(rollout.completion_mask)
-    differs = mask & (old != sampled)
+    mask = noise.scored(rollout.completion_mask)
+    differs = mask & (logps.old != logps.rollout)
     if not differs.any():
         return
-    row, position = (int(i) for i in differs.nonzero()[0])
+    row, position = differs.nonzero()[0].tolist()
     token = int(rollout.tokens[row, position])
-    view = int((noise.weight[:, row, position] != 0).nonzero()[0]) if noise.weight[:, row, position].any() else 0
     tokens = rollout.tokens[row : row + 1]
     if policy.spec.mask_id is not None:
+        view = int((noise.weight[:, row, position] != 0).int().argmax())  # the first that scores the token, or 0
         tokens = tokens.masked_fill(noise.masked[view, row : row + 1], policy.spec.mask_id)
     layer = first_differing_layer(policy, rollout_policy, tokens, rollout.attention_mask[row : row + 1])
-    where = "no layer differs when both score this row alone: the sampler, the batch's shape, or the settings do"
-    if layer:
-        where = f"the hidden states part at {layer}"
+    where = f"the hidden states part at {layer}"
+    if layer is None:
+        where = "no layer differs when both score this row alone: the sampler, the batch's shape, or the settings do"
     raise RuntimeError(
         f"zero_mismatch: {int(differs.sum())} of {int(mask.sum())} log-probs differ, the first at row {row}, position "
-        f"{position} (token {token}, {policy.tokenizer.decode([token])!r}): learner {float(old[row, position]):.9g}, "
-        f"rollout {float(sampled[row, position]):.9g} nats; {where}"
+        f"{position} (token {token}, {policy.tokenizer.decode([token])!r}): learner "
+        f"{float(logps.old[row, position]):.9g}, rollout {float(logps.rollout[row, position]):.9g} nats; {where}"
     )
 
 
 def first_differing_layer(policy: Policy, rollout_policy: Policy, tokens: Tensor, attention_mask: Tensor) -> str | None:
     """The first layer, in the order of the forward, whose outputs under the two policies differ in any bit."""
-    ours, theirs = (layer_outputs(p, tokens, attention_mask) for p in (policy, rollout_policy))
-    return next((name for name, out in ours.items() if name in theirs and not torch.equal(out, theirs[name])), None)
+    theirs = layer_outputs(rollout_policy, tokens, attention_mask)
+    for name, out in layer_outputs(policy, tokens, attention_mask).items():
+        if name in theirs and not torch.equal(out, theirs[name]):
+            return name
+    return None
 
 
 @torch.no_grad()
@@ -173,9 +181,10 @@ def layer_outputs(policy: Policy, tokens: Tensor, attention_mask: Tensor) -> dic
     outputs: dict[str, Tensor] = {}
     hooks = []
     for name, layer in policy.module.named_modules():
-        inside = any(part in name for part in (".base_layer", ".lora_A", ".lora_B"))
+        # The parts of an adapted layer differ between a learner and a merged copy: only their sum can be compared.
+        inside = ".base_layer" in name or ".lora_A" in name or ".lora_B" in name
         whole = hasattr(layer, "base_layer") or isinstance(layer, Experts)
-        if whole or (not inside and any(True for _ in layer.parameters(recurse=False))):
+        if whole or (not inside and next(layer.parameters(recurse=False), None) is not None):
             hooks.append(layer.register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(name, out)))
     try:
         policy.logits(tokens, attention_mask)

@@ -8,7 +8,7 @@ They have fp32 logits, so that 16-bit heads are one cause. Padding and batch sha
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,7 +106,8 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        first, order = self.causes[0], ""
+        first = self.causes[0]
+        order = ""
         if self.order is not None and self.order[1] < 1:
             order = f" Order: {1 - self.order[1]:.0%} of the prompts begin in another order than the learner's own;"
             order += f" {ORDER_ADVICE}."
@@ -146,67 +147,104 @@ def diagnose(
     rollout_policy = quantized_copy(policy, config) if rollout_policy is None else rollout_policy
     exact = causal() if policy.spec.attention == "causal" else trajectory()
     likelihood = exact if likelihood is None else likelihood
+    score = partial(likelihood.logprobs, micro_batch_size=micro_batch_size)
     rollout = sampler(rollout_policy, prompts, Generator().manual_seed(seed))
     mask = rollout.completion_mask
     noise = likelihood.draw(rollout, Generator().manual_seed(seed))
     own_noise = noise if share_noise else likelihood.draw(rollout, Generator().manual_seed(seed + 1))
 
-    def score(
-        p: Policy, r: Rollout, n: Noise, size: int | None = micro_batch_size, note: Tensor | None = None
-    ) -> Tensor:
-        return likelihood.logprobs(p, r, n, micro_batch_size=size, note=note)
-
     scored_as = replace(rollout, sampling_params=learner_sampling_params or rollout.sampling_params)
-    plain = with_head(in_rollout_forward(policy, rollout_policy), float32=True)
-    rounded, fresh = (plain, plain) if config is None else operands(plain, config)
     learner = score(policy, scored_as, own_noise)
+    mirrored = score(policy, rollout, own_noise)
     ours = score(policy, rollout, noise)
     note = blank(policy, rollout, noise) if mixtures(policy.module) else None
     theirs = score(rollout_policy, rollout, noise, note=note)
-    taken = noise if note is None else as_noted(noise, rollout, note)  # with the rollout's experts, all along the way
-    # Between the two sides' own heads every forward has one in fp32.
-    first = ours if policy.float32_head else score(with_head(policy, float32=True), rollout, noise)
-    last = theirs if rollout_policy.float32_head else score(with_head(rollout_policy, float32=True), rollout, noise)
-    states = [("", first)]
-    if note is not None:
-        states.append(("routing", score(with_head(policy, float32=True), rollout, taken)))
-    states.append(("precision", score(plain, rollout, taken)))
-    if config is not None:
-        states.append(("quantised weights", score(rounded, rollout, taken)))
-        states.append(("quantised activations", score(fresh, rollout, taken)))
-    states.append(("stale weights", last))
-    mirrored = score(policy, rollout, own_noise)
-    steps = {"sampling parameters": learner - mirrored, "estimator noise": mirrored - ours}
-    steps |= {name: before - after for (_, before), (name, after) in pairwise(states)}
-    steps["head precision"] = (ours - first) + (last - theirs)
+    sampled = recorded(rollout, noise) if likelihood.exact_for_sampler else theirs
 
+    steps = {"sampling parameters": learner - mirrored, "estimator noise": mirrored - ours}
+    steps |= forward_steps(score, policy, rollout_policy, config, rollout, noise, note, ours, theirs)
     order = exact.draw(rollout, Generator())
     replay = exact.logprobs(rollout_policy, rollout, order, micro_batch_size=micro_batch_size)
+    # An exact replay runs without a cache: what it misses of the sampler's own record is the cache's.
     steps["cache or sampler"] = torch.where(mask, replay - recorded(rollout, order), 0)
-    sampled = recorded(rollout, noise) if likelihood.exact_for_sampler else theirs
-    padded = score(policy, *pad_left(rollout, noise, policy.pad_id))[:, PADDING:]
-    steps["padding"] = ours - padded
-    steps["batch shape"] = score(policy, rollout, noise, None) - score(policy, rollout, noise, rollout.group_size)
+    steps["padding"] = ours - score(policy, *pad_left(rollout, noise, policy.pad_id))[:, PADDING:]
+    whole = score(policy, rollout, noise, micro_batch_size=None)
+    steps["batch shape"] = whole - score(policy, rollout, noise, micro_batch_size=rollout.group_size)
 
-    agreement = order_agreement(policy, rollout)
-    counts = routing_counts(policy, rollout_policy, rollout, noise)
-    half_heads = None
-    if policy.float32_head and rollout_policy.float32_head and computes_in_half(policy, rollout_policy):
-        both = (score(with_head(p, float32=False), rollout, noise) for p in (policy, rollout_policy))
-        half_heads = measure("all, 16-bit heads", next(both) - next(both), mask)
-    causes = sorted((measure(name, d, mask) for name, d in steps.items()), key=lambda c: c.mean_abs, reverse=True)
+    causes = [measure(name, step, mask) for name, step in steps.items()]
+    shares = [(same / count).item() for same, count in order_agreement(policy, rollout).values()]
+    routing, load = same_experts(policy, rollout_policy, rollout, noise)
     return Report(
         scheme="none" if config is None else repr(config),
         num_tokens=int(mask.sum()),
         total=measure("all", learner - sampled, mask),
-        causes=tuple(causes),
+        causes=tuple(sorted(causes, key=lambda cause: cause.mean_abs, reverse=True)),
         tokens=worst_tokens(policy, rollout, learner, sampled, num_worst),
         layers=worst_layers(policy, rollout_policy, rollout, noise, num_worst),
-        half_heads=half_heads,
-        order=tuple((above / below).item() for above, below in agreement.values()) or None,  # type: ignore[arg-type]
-        routing=None if counts is None else tuple((counts[:, 0] / counts[:, 1]).tolist()),
-        load=None if counts is None else tuple(tuple(map(tuple, side.tolist())) for side in counts[:, 2:].chunk(2, 1)),  # type: ignore
+        half_heads=half_heads(score, policy, rollout_policy, rollout, noise),
+        order=(shares[0], shares[1]) if shares else None,
+        routing=routing,
+        load=load,
     )
+
+
+def forward_steps(
+    score: Callable[..., Tensor],
+    policy: Policy,
+    rollout_policy: Policy,
+    config: Any,
+    rollout: Rollout,
+    noise: Noise,
+    note: Tensor | None,
+    ours: Tensor,
+    theirs: Tensor,
+) -> dict[str, Tensor]:
+    """What each switch takes off the log-probs, from the learner's forward (`ours`) to the rollout's (`theirs`)."""
+    # Between the two sides' own heads every forward has one in fp32, so that rounding in a head is one cause alone.
+    learner = with_head(policy, float32=True)
+    plain = with_head(in_rollout_forward(policy, rollout_policy), float32=True)
+    first = ours if policy.float32_head else score(learner, rollout, noise)
+    last = theirs if rollout_policy.float32_head else score(with_head(rollout_policy, float32=True), rollout, noise)
+    states = {}
+    taken = noise
+    if note is not None:
+        taken = as_noted(noise, rollout, note)  # later forwards take the rollout's experts, so that they add no routing
+        states["routing"] = score(learner, rollout, taken)
+    states["precision"] = score(plain, rollout, taken)
+    if config is not None:
+        rounded, fresh = operands(plain, config)
+        states["quantised weights"] = score(rounded, rollout, taken)
+        states["quantised activations"] = score(fresh, rollout, taken)
+    states["stale weights"] = last
+
+    steps = {}
+    before = first
+    for name, after in states.items():
+        steps[name] = before - after
+        before = after
+    steps["head precision"] = (ours - first) + (last - theirs)
+    return steps
+
+
+def half_heads(
+    score: Callable[..., Tensor], policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise
+) -> Cause | None:
+    """The mismatch that heads in 16 bits would add to; None unless both have fp32 heads that could be in 16 bits."""
+    if not (policy.float32_head and rollout_policy.float32_head and computes_in_half(policy, rollout_policy)):
+        return None
+    learner = score(with_head(policy, float32=False), rollout, noise)
+    sampled = score(with_head(rollout_policy, float32=False), rollout, noise)
+    return measure("all, 16-bit heads", learner - sampled, rollout.completion_mask)
+
+
+def same_experts(policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise) -> tuple[Any, Any]:
+    """`Report.routing` and `Report.load`."""
+    counts = routing_counts(policy, rollout_policy, rollout, noise)
+    if counts is None:
+        return None, None
+    rollout_load, learner_load = counts[:, 2:].chunk(2, 1)
+    load = tuple(map(tuple, rollout_load.tolist())), tuple(map(tuple, learner_load.tolist()))
+    return tuple((counts[:, 0] / counts[:, 1]).tolist()), load
 
 
 def measure(name: str, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Cause:
@@ -225,9 +263,12 @@ def with_head(policy: Policy, *, float32: bool) -> Policy:
 
 def computes_in_half(*policies: Policy) -> bool:
     """Whether a head without float32_head would compute in 16 bits."""
-    heads = ((output_embeddings(p.module), p) for p in policies)
-    kinds = {(next(p.module.parameters()) if head is None else head.weight).dtype for head, p in heads}
-    return not kinds.isdisjoint(HALF) or any(torch.is_autocast_enabled(p.device.type) for p in policies)
+    for policy in policies:
+        head = output_embeddings(policy.module)
+        weight = next(policy.module.parameters()) if head is None else head.weight
+        if weight.dtype in HALF or torch.is_autocast_enabled(policy.device.type):
+            return True
+    return False
 
 
 @torch.no_grad()
@@ -236,16 +277,16 @@ def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
     plain = quantized_copy(policy, None)
     plain.spec = rollout_policy.spec
     quantised = {place(name)[0] for name, _ in quantized_layers(rollout_policy)}
-    theirs = dict(rollout_policy.module.named_parameters())
-    kinds = {p.dtype for n, p in theirs.items() if n not in quantised}
+    kinds = {name: p.dtype for name, p in rollout_policy.module.named_parameters() if name not in quantised}
+    common = set(kinds.values())
     for name, parameter in plain.module.named_parameters():
-        if name in theirs and name not in quantised:
-            parameter.data = parameter.data.to(theirs[name].dtype)
-        elif name in quantised and len(kinds) == 1:
-            parameter.data = parameter.data.to(next(iter(kinds)))
+        if name in kinds:
+            parameter.data = parameter.data.to(kinds[name])
+        elif name in quantised and len(common) == 1:  # codes do not tell the dtype that a layer computes in
+            parameter.data = parameter.data.to(*common)
     for name, buffer in rollout_policy.module.named_buffers():
         owner, _, kind = name.rpartition(".")
-        if kind != "weight_scale":
+        if kind != "weight_scale":  # belongs to the codes, which the plain copy does not have
             setattr(plain.module.get_submodule(owner), kind, buffer.clone())
     return plain
 
@@ -253,7 +294,8 @@ def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
 @torch.no_grad()
 def operands(plain: Policy, config: Any) -> tuple[Policy, Policy]:
     """Two copies: with rounded weights only, and fully quantised."""
-    fresh, rounded = quantized_copy(plain, config), quantized_copy(plain, None)
+    fresh = quantized_copy(plain, config)
+    rounded = quantized_copy(plain, None)
     weights = dict(rounded.module.named_parameters())
     for name, layer in quantized_layers(fresh):
         where, expert = place(name)
@@ -263,7 +305,7 @@ def operands(plain: Policy, config: Any) -> tuple[Policy, Policy]:
 
 def pad_left(rollout: Rollout, noise: Noise, pad_id: int) -> tuple[Rollout, Noise]:
     """The same batch with PADDING more columns on the left, which should score the same."""
-    wider = lambda x: F.pad(x, (PADDING, 0))  # noqa: E731
+    wider = partial(F.pad, pad=(PADDING, 0))
     left = None if noise.left is None else wider(noise.left)
     padded = replace(noise, masked=wider(noise.masked), weight=wider(noise.weight), left=left)
     return rollout.padded(PADDING, pad_id=pad_id), padded
@@ -273,18 +315,20 @@ def worst_tokens(
     policy: Policy, rollout: Rollout, learner: Float[Tensor, "B T"], sampled: Float[Tensor, "B T"], count: int
 ) -> tuple[WorstToken, ...]:
     """The tokens with the largest |learner - rollout|, with eight tokens of text on either side."""
+    # -1 lies below every |difference|, so that no prompt token is among the worst.
     gap = torch.where(rollout.completion_mask, (learner - sampled).abs(), -1.0)
     best = gap.flatten().topk(min(count, int(rollout.completion_mask.sum()))).indices
+    decode = policy.tokenizer.decode
     found = []
     for index in best.tolist():
         row, position = divmod(index, gap.shape[1])
-        text = lambda part: str(policy.tokenizer.decode(part.tolist()))  # noqa: E731
-        live = rollout.attention_mask[row]
-        before = rollout.tokens[row, max(0, position - 8) : position][live[max(0, position - 8) : position]]
-        after = rollout.tokens[row, position + 1 : position + 9]
-        token = text(rollout.tokens[row, position : position + 1])
+        tokens = rollout.tokens[row]
+        near = slice(max(0, position - 8), position)
+        before = str(decode(tokens[near][rollout.attention_mask[row, near]].tolist()))
+        token = str(decode(tokens[position : position + 1].tolist()))
+        after = str(decode(tokens[position + 1 : position + 9].tolist()))
         logps = learner[row, position].item(), sampled[row, position].item()
-        found.append(WorstToken(row, position, token, text(before), text(after), *logps))
+        found.append(WorstToken(row, position, token, before, after, *logps))
     return tuple(found)
 
 
@@ -292,11 +336,17 @@ def worst_layers(
     policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise, count: int
 ) -> tuple[tuple[str, float], ...]:
     """Layers by ||output under the learner - under the rollout|| / ||output||, on at most eight rows of a view."""
-    tokens, attention_mask = rollout.tokens[:8], rollout.attention_mask[:8]
+    tokens = rollout.tokens[:8]
+    attention_mask = rollout.attention_mask[:8]
     if policy.spec.mask_id is not None:
         tokens = tokens.masked_fill(noise.masked[0, :8], policy.spec.mask_id)
-    ours, theirs = (layer_outputs(p, tokens, attention_mask) for p in (policy, rollout_policy))
-    live = lambda out: (out[attention_mask] if out.shape[:2] == tokens.shape else out).float()  # noqa: E731
-    error = lambda a, b: ((a - b).norm() / a.norm().clamp(min=1e-12)).item()  # noqa: E731
-    found = [(name, error(live(out), live(theirs[name]))) for name, out in ours.items() if name in theirs]
-    return tuple(sorted(found, key=lambda pair: pair[1], reverse=True)[:count])
+    theirs = layer_outputs(rollout_policy, tokens, attention_mask)
+    errors = {}
+    for name, before in layer_outputs(policy, tokens, attention_mask).items():
+        if name in theirs:
+            after = theirs[name]
+            if before.shape[:2] == tokens.shape:  # padding computes numbers, too, which nothing reads
+                before, after = before[attention_mask], after[attention_mask]
+            before = before.float()
+            errors[name] = ((before - after.float()).norm() / before.norm().clamp(min=1e-12)).item()
+    return tuple(sorted(errors.items(), key=lambda pair: pair[1], reverse=True)[:count])

@@ -4,7 +4,6 @@ import base64
 import html
 import json
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,44 +16,41 @@ COLUMNS = ("cause", "mean |d|", "max |d|", "k3", "ESS", "to do")
 
 
 def rows(report: Report) -> list[tuple[str, ...]]:
-    """The whole, then each cause, as text; nats. Advice if a cause is at least a hundredth of the mismatch."""
+    """The whole, then each cause, as text; nats."""
     found: list[tuple[str, ...]] = []
-    for c in (report.total, *([report.half_heads] if report.half_heads else []), *report.causes):
-        advice = c.advice if c.mean_abs >= report.worst / 100 else ""
-        found.append((c.name, f"{c.mean_abs:.2e}", f"{c.max_abs:.2e}", f"{c.k3:.1e}", f"{c.ess:.4f}", advice))
+    for cause in (report.total, report.half_heads, *report.causes):
+        if cause is not None:
+            # A cause below a hundredth of the mismatch is not worth the work that its advice asks for.
+            advice = cause.advice if cause.mean_abs >= report.worst / 100 else ""
+            sizes = f"{cause.mean_abs:.2e}", f"{cause.max_abs:.2e}", f"{cause.k3:.1e}", f"{cause.ess:.4f}"
+            found.append((cause.name, *sizes, advice))
     return found
 
 
-def routing_rows(report: Report) -> list[tuple[Any, ...]]:
-    """Per mixture: the share of experts that both sides take, and each side's busiest expert against the mean."""
-    if report.routing is None or report.load is None:
-        return []
-    busiest = ([f"{max(row) * len(row) / sum(row):.2f}" for row in side] for side in report.load)
-    return list(zip(report.routing, *busiest, strict=True))
-
-
 def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
-    positions, prompts = report.order or (1.0, 1.0)
-    order = (f"{positions:.3f}", f"{prompts:.3f}", ORDER_ADVICE * (prompts < 1))
-    title = "order of the first step, shares that are the learner's own"
-    in_order: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [
-        (title, ("positions", "prompts", "to do"), [order])
-    ] * (report.order is not None)
-    routes = [(f"layer {i}", f"{share:.3f}", *loads) for i, (share, *loads) in enumerate(routing_rows(report))]
-    columns = ("mixture", "same experts", "busiest / mean, rollout", "learner")
-    tokens = [
-        (f"{t.row}, {t.position}", f"{t.before}[{t.token}]{t.after}", f"{t.learner:.4f}", f"{t.rollout:.4f}")
-        for t in report.tokens
-    ]
-    layers = [(name, f"{error:.2e}") for name, error in report.layers]
-    routed = [("experts, shares that both sides take", columns, routes)] * bool(routes)
-    return [
-        (f"log-prob mismatch over {report.num_tokens} tokens, nats; rollout: {report.scheme}", COLUMNS, rows(report)),
-        *in_order,
-        *routed,
-        ("worst tokens", ("row, position", "in context", "learner", "rollout"), tokens),
-        ("worst layers, relative error of their outputs", ("layer", "error"), layers),
-    ]
+    """(title, columns, lines) of each table that the report has numbers for."""
+    title = f"log-prob mismatch over {report.num_tokens} tokens, nats; rollout: {report.scheme}"
+    found: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [(title, COLUMNS, rows(report))]
+    if report.order is not None:
+        positions, prompts = report.order
+        title = "order of the first step, shares that are the learner's own"
+        advice = ORDER_ADVICE if prompts < 1 else ""
+        found.append((title, ("positions", "prompts", "to do"), [(f"{positions:.3f}", f"{prompts:.3f}", advice)]))
+    if report.routing and report.load:
+        columns = ("mixture", "same experts", "busiest / mean, rollout", "learner")
+        lines: list[tuple[str, ...]] = []
+        for layer, (share, *loads) in enumerate(zip(report.routing, *report.load, strict=True)):
+            busiest = [f"{max(load) * len(load) / sum(load):.2f}" for load in loads]
+            lines.append((f"layer {layer}", f"{share:.3f}", *busiest))
+        found.append(("experts, shares that both sides take", columns, lines))
+    lines = []
+    for t in report.tokens:
+        context = f"{t.before}[{t.token}]{t.after}"
+        lines.append((f"{t.row}, {t.position}", context, f"{t.learner:.4f}", f"{t.rollout:.4f}"))
+    found.append(("worst tokens", ("row, position", "in context", "learner", "rollout"), lines))
+    lines = [(name, f"{error:.2e}") for name, error in report.layers]
+    found.append(("worst layers, relative error of their outputs", ("layer", "error"), lines))
+    return found
 
 
 def write_doctor(report: Report, *, as_json: bool = False, directory: Path | None = None) -> None:
@@ -86,12 +82,13 @@ def plot(report: Report, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 3.6), layout="constrained")
+    causes = [(cause.name, cause.mean_abs) for cause in report.causes]
     panels = [
-        ("mismatch by cause", "mean |d|, nats", [(c.name, c.mean_abs) for c in report.causes]),
+        ("mismatch by cause", "mean |d|, nats", causes),
         ("worst layers", "relative error of the output", report.layers),
     ]
     for axis, (title, unit, bars) in zip(axes, panels, strict=True):
-        names, values = zip(*reversed(bars), strict=True)
+        names, values = zip(*reversed(bars), strict=True)  # barh draws upwards, so the largest comes last
         axis.barh(names, values)
         axis.set(title=title, xlabel=unit)
         axis.grid(axis="x", alpha=0.3)
@@ -104,14 +101,18 @@ def page(report: Report, picture: bytes) -> str:
     head = "<!doctype html><meta charset=utf-8><title>mismatch</title>"
     parts = [head, STYLE, f"<p>{_shown(report.verdict)}</p>"]
     for title, columns, lines in tables(report):
-        cells = lambda line, tag: "".join(f"<{tag}>{_shown(cell)}</{tag}>" for cell in line)  # noqa: E731
-        body = "".join(f"<tr>{cells(line, 'td')}</tr>" for line in lines)
-        parts.append(f"<h2>{_shown(title)}</h2><table><tr>{cells(columns, 'th')}</tr>{body}</table>")
+        body = "".join(_row("td", line) for line in lines)
+        parts.append(f"<h2>{_shown(title)}</h2><table>{_row('th', columns)}{body}</table>")
     parts.append(f'<img alt="mismatch by cause" src="data:image/png;base64,{base64.b64encode(picture).decode()}">')
     return "\n".join(parts) + "\n"
 
 
+def _row(tag: str, cells: tuple[str, ...]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{_shown(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
 def _shown(text: str) -> str:
+    # Tokens are a model's text: neither markup nor control characters may reach the page.
     return html.escape(escape_controls(text))
 
 

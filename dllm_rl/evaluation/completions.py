@@ -6,7 +6,7 @@ to NAME.partN.jsonl; as an evaluation begins and ends, the parts are folded into
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from dllm_rl.tasks.rows import load_rows
 
 Key = tuple[int, int]  # (problem, sample)
 Row = dict[str, Any]
-OWN = ("prompt", "completion", "evaluation")
+Rows = dict[Key, Row]
 
 
 class Completions:
@@ -27,38 +27,43 @@ class Completions:
     that stored rows must share with new rows (weights, seed, sampler); ValueError if they do not."""
 
     def __init__(self, path: Path | None, made_with: Mapping[str, Any], accelerator: Processes) -> None:
-        self.path, self.accelerator, self.rows = path, accelerator, {}
+        self.path = path
+        self.accelerator = accelerator
+        self.rows: Rows = {}
         if path is not None:
+            # A killed run left parts, perhaps of another number of processes: they count as stored.
             self._fold(path)
             self.rows = read(path)
             self.part = path.with_name(f"{path.stem}.part{accelerator.process_index}.jsonl")
             for row in self.rows.values():
                 for name, value in made_with.items():
-                    if row["evaluation"].get(name) != value:
-                        before = row["evaluation"].get(name)
+                    before = row["evaluation"].get(name)
+                    if before != value:
                         raise ValueError(
                             f"{path} holds completions made with {name}={before}, not {value}; give another output_dir"
                         )
 
-    def held(self, keys: Sequence[Key], problems: Mapping[int, Problem]) -> dict[Key, Row]:
+    def held(self, keys: Iterable[Key], problems: Mapping[int, Problem]) -> Rows:
         """The stored rows among `keys`. Raises ValueError if a row belongs to another problem."""
         rows = {key: self.rows[key] for key in keys if key in self.rows}
         for key, row in rows.items():
+            # Through JSON, as the stored row went: a tuple comes back as a list.
             now = json.loads(json.dumps(make_row(problems[key[0]], row["completion"], row["evaluation"])))
-            changed = [name for name in now if now[name] != row.get(name)]
-            if changed:
-                name = changed[0]
-                raise ValueError(
-                    f"{self.path} holds another problem {key[0]}: its {name} is {row.get(name)!r}, "
-                    f"the task's is {now[name]!r}; give another output_dir"
-                )
+            for name, value in now.items():
+                if value != row.get(name):
+                    raise ValueError(
+                        f"{self.path} holds another problem {key[0]}: its {name} is {row.get(name)!r}, "
+                        f"the task's is {value!r}; give another output_dir"
+                    )
         return rows
 
-    def append(self, rows: Iterable[Row]) -> None:
-        """Append whole lines to this process's part; they are on disk on return."""
+    def append(self, rows: Rows) -> None:
+        """Append the rows that are not stored to this process's part; they are on disk on return."""
         if self.path is not None:
             with self.part.open("a", encoding="utf-8") as file:
-                file.write("".join(map(_line, rows)))
+                for key, row in rows.items():
+                    if key not in self.rows:
+                        file.write(_line(row))
                 to_disk(file)
 
     def close(self) -> None:
@@ -74,12 +79,12 @@ class Completions:
 
 def make_row(problem: Problem, completion: str, evaluation: Mapping[str, Any]) -> Row:
     """A row of the file. Raises ValueError if a problem's field has a name that rows need."""
-    blank = {} if problem.blank is None else {"blank": problem.blank}
-    taken = [name for name in problem.fields if name in (*OWN, *blank)]
-    if taken:
-        raise ValueError(f"field {taken[0]!r} of the problem has a name that stored completions need; rename it")
-    own = {"prompt": problem.prompt, "completion": completion, "evaluation": dict(evaluation)}
-    return {**problem.fields, **blank, **own}
+    own: Row = {} if problem.blank is None else {"blank": problem.blank}
+    own |= {"prompt": problem.prompt, "completion": completion, "evaluation": dict(evaluation)}
+    for name in problem.fields:
+        if name in own:
+            raise ValueError(f"field {name!r} of the problem has a name that stored completions need; rename it")
+    return {**problem.fields, **own}
 
 
 def fold(path: Path) -> None:
@@ -90,16 +95,18 @@ def fold(path: Path) -> None:
         return
     rows = read(path)
     for part in parts:
-        with part.open("rb+") as file:  # cut what a killed process left of a last line
+        with part.open("rb+") as file:
+            # A killed process may have left half of a last line.
             file.truncate(file.read().rfind(b"\n") + 1)
         rows |= read(part)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-        file.writelines(_line(rows[key]) for key in sorted(rows))
-    for part in parts:
+        for key in sorted(rows):
+            file.write(_line(rows[key]))
+    for part in parts:  # last: a kill before this leaves rows twice, which the next fold joins
         part.unlink()
 
 
-def read(path: Path) -> dict[Key, Row]:
+def read(path: Path) -> Rows:
     """The file's rows by (problem, sample); none without a file. Raises ValueError naming a malformed line."""
     return {_key(place, row): row for place, row in load_rows(path)} if path.exists() else {}
 
@@ -107,6 +114,7 @@ def read(path: Path) -> dict[Key, Row]:
 def fingerprint(policy: Policy) -> str:
     """Sixteen hex digits that distinguish weights: each layer's kind, each parameter's first 1024 numbers."""
     digest = hashlib.sha256()
+    # The kinds distinguish a quantised copy, whose first numbers may be the same.
     for name, module in policy.module.named_modules():
         digest.update(f"{name} {type(module).__name__}\n".encode())
     for parameter in policy.module.parameters():

@@ -3,12 +3,13 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from dllm_rl.distributed.collectives import OneProcess, Processes, gather_objects
 from dllm_rl.distributed.sharding import in_pace
-from dllm_rl.evaluation.completions import Completions, Row, fingerprint, make_row
+from dllm_rl.evaluation.completions import Completions, Rows, fingerprint, make_row
 from dllm_rl.evaluation.results import Evaluation, Graded
 from dllm_rl.members import describe
 from dllm_rl.models.base import Policy
@@ -51,31 +52,24 @@ def evaluate(
             raise ValueError(f"{name}={value} must be at least 1")
     accelerator = accelerator or OneProcess()
     path = None if completions is None else Path(completions)
+    # The digest of the weights reads all of them, which only stored completions need.
     made_with = {"seed": seed, "sampler": describe(sampler), "weights": path and fingerprint(policy)}
     made_with |= {"quantization": quantization} if quantization else {}
     keeper = Completions(path, made_with, accelerator)
     facts = task_facts(task) | {"model": model} | made_with
 
     answers: list[Graded] = []
+    # Every process gets a batch, even if one batch could hold all problems.
     size = min(max(1, batch_size // samples), -(-count // accelerator.num_processes))
-    starts = range(accelerator.process_index * size, count, accelerator.num_processes * size)
     with in_pace(policy):
-        for batch in (range(start, min(start + size, count)) for start in starts):
-            problems = {i: task[i] for i in batch}
-            keys = [(i, j) for i in batch for j in range(samples)]
-            rows = keeper.held(keys, problems)
-            if len(rows) < len(keys):
-                # Always run the whole batch, even if part of it is stored: results must not depend on where a previous
-                # run was killed.
-                made = complete(policy, problems, sampler, seed, samples, facts)
-                fresh = {key: made[key] for key in keys if key not in rows}
-                keeper.append(fresh.values())
-                rows |= fresh
-            texts = [rows[key]["completion"] for key in keys]
-            graded = grade(task, list(problems.values()), texts, timeout=reward_timeout)
-            for key, reward in zip(keys, graded, strict=True):
-                record = rows[key]["evaluation"]
-                answers.append(Graded(*key, reward, record["tokens"], record["forwards"], record["seconds"]))
+        for start in range(accelerator.process_index * size, count, accelerator.num_processes * size):
+            problems = {problem: task[problem] for problem in range(start, min(start + size, count))}
+            rows = keeper.held(product(problems, range(samples)), problems)
+            if len(rows) < len(problems) * samples:
+                # The whole batch is run, even if part of it is stored, so that a kill before it changes no result.
+                rows = complete(policy, problems, sampler, seed, samples, facts) | rows
+                keeper.append(rows)
+            answers += graded(task, problems, rows, reward_timeout)
             progress(min(len(answers) * accelerator.num_processes, count * samples))
     keeper.close()
     gathered = sorted(gather_objects(answers, accelerator), key=lambda answer: (answer.problem, answer.sample))
@@ -89,31 +83,48 @@ def complete(
     seed: int,
     samples: int,
     facts: dict[str, Any],
-) -> dict[tuple[int, int], Row]:
+) -> Rows:
     """The rows of a batch: every problem completed `samples` times."""
-    keys = [(i, j) for i in problems for j in range(samples)]
-    seeds = [generator_for(seed, "evaluate", i, *([j] if j else [])).initial_seed() for i, j in keys]
+    asked = list(problems.values())
+    keys = list(product(problems, range(samples)))
+    seeds = []
+    for problem, sample in keys:
+        place = (problem, sample) if sample else (problem,)  # sample 0 is what samples=1 gives
+        seeds.append(generator_for(seed, "evaluate", *place).initial_seed())
     begin = time.perf_counter()
-    prompts = encode(policy, list(problems.values()), group_size=samples, seeds=seeds)
+    prompts = encode(policy, asked, group_size=samples, seeds=seeds)
     rollout = sampler(policy, prompts, generator_for(seed, "evaluate"))
     if not rollout.logprobs.isfinite().all():
         raise ValueError("the model's log-probabilities are not finite (NaN or infinity): nothing can be evaluated")
     chosen = chosen_ids(rollout)
-    texts = graded_texts(policy, rollout, list(problems.values()), chosen)
-    lengths = [len(before_end(policy, ids)) for ids in chosen]
+    texts = graded_texts(policy, rollout, asked, chosen)
+    # The rows of a batch share its calls and its time, so that their sum is the evaluation's cost.
     share = {"forwards": rollout.forwards / len(keys), "seconds": (time.perf_counter() - begin) / len(keys)}
-    return {
-        (i, j): make_row(problems[i], text, {"problem": i, "sample": j, "tokens": length, **share, **facts})
-        for (i, j), text, length in zip(keys, texts, lengths, strict=True)
-    }
+    rows = {}
+    for (problem, sample), text, ids in zip(keys, texts, chosen, strict=True):
+        own = {"problem": problem, "sample": sample, "tokens": len(before_end(policy, ids))}
+        rows[problem, sample] = make_row(problems[problem], text, {**own, **share, **facts})
+    return rows
+
+
+def graded(task: Task, problems: dict[int, Problem], rows: Rows, timeout: float | None) -> list[Graded]:
+    texts = [row["completion"] for row in rows.values()]
+    rewards = grade(task, list(problems.values()), texts, timeout=timeout)
+    answers = []
+    for (key, row), reward in zip(rows.items(), rewards, strict=True):
+        made = row["evaluation"]
+        answers.append(Graded(*key, reward, made["tokens"], made["forwards"], made["seconds"]))
+    return answers
 
 
 def task_facts(task: Task) -> dict[str, Any]:
     """Name, version, protocol and split of a task, and its settings that are plain values."""
     inner = getattr(task, "task", task)  # under a protocol, the settings are those of the task itself
-    fields = dataclasses.fields(inner) if dataclasses.is_dataclass(inner) else ()
-    values = {field.name: getattr(inner, field.name) for field in fields}
-    plain = {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if _plain(v)}
+    plain = {}
+    for field in dataclasses.fields(inner) if dataclasses.is_dataclass(inner) else ():
+        value = getattr(inner, field.name)
+        if _plain(value):  # a data set or a function has no short text
+            plain[field.name] = str(value) if isinstance(value, Path) else value
     return {
         "task": task.name,
         "version": task.version,

@@ -43,8 +43,8 @@ def bootstrap_mean(
     shares = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
     if len(numbers) == 0 or len(numbers) != len(shares) or not (shares > 0).all():
         raise ValueError(f"{len(numbers)} values, {len(shares)} weights: needs some values, a positive weight for each")
-    ratio = lambda rows: numbers[rows].sum() / shares[rows].sum()  # noqa: E731
-    return _percentiles(ratio, len(numbers), generator, confidence=confidence, resamples=resamples)
+    size = len(numbers)
+    return _percentiles(lambda rows: _ratio(numbers, shares, rows), size, generator, confidence, resamples)
 
 
 def bootstrap_difference(
@@ -62,22 +62,26 @@ def bootstrap_difference(
     A row is drawn with both values, so that its difficulty cancels; with weights a mean is sum(values)/sum(weights).
     The width is 0 if no row differs. Errors: ValueError without values, and for lengths that are not those of `values`.
     """
-    numbers, other = np.asarray(values, dtype=np.float64), np.asarray(before, dtype=np.float64)
+    numbers = np.asarray(values, dtype=np.float64)
+    other = np.asarray(before, dtype=np.float64)
     shares = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
     others = np.ones_like(numbers) if weights_before is None else np.asarray(weights_before, dtype=np.float64)
     if not len(numbers) or {len(other), len(shares), len(others)} != {len(numbers)}:
         raise ValueError(f"{len(numbers)} values, {len(other)} before: needs some values, and as many of each")
-    less = lambda rows: numbers[rows].sum() / shares[rows].sum() - other[rows].sum() / others[rows].sum()  # noqa: E731
-    return _percentiles(less, len(numbers), generator, confidence=confidence, resamples=resamples)
+
+    def less(rows: np.ndarray) -> float:
+        # The same rows of both, so that a problem's difficulty cancels.
+        return _ratio(numbers, shares, rows) - _ratio(other, others, rows)
+
+    return _percentiles(less, len(numbers), generator, confidence, resamples)
+
+
+def _ratio(numbers: np.ndarray, shares: np.ndarray, rows: np.ndarray) -> float:
+    return numbers[rows].sum() / shares[rows].sum()
 
 
 def _percentiles(
-    statistic: Callable[[np.ndarray], float],
-    n: int,
-    generator: np.random.Generator,
-    *,
-    confidence: float,
-    resamples: int,
+    statistic: Callable[[np.ndarray], float], n: int, generator: np.random.Generator, confidence: float, resamples: int
 ) -> tuple[float, float]:
     """The middle `confidence` of a statistic of n rows drawn with replacement, `resamples` times."""
     level = _level(confidence)
@@ -96,7 +100,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
         raise ValueError(f"n={n}, correct={correct}, k={k}: needs 0 <= correct <= n and 1 <= k <= n")
     if n - correct < k:
         return 1.0
-    none_right = 1.0
+    none_right = 1.0  # the chance that k samples are all wrong
     for i in range(n - correct + 1, n + 1):
         none_right *= 1 - k / i
     return 1 - none_right

@@ -1,5 +1,6 @@
 """A policy as a model of lm-evaluation-harness: `lm_eval.simple_evaluate(model=HarnessModel(...), tasks=[...])`."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -48,8 +49,12 @@ class HarnessModel(TemplateLM):
             raise ValueError(
                 "likelihood='trajectory' replays a recorded unmasking; a text has none: use elbo() or coupled()"
             )
-        self.policy, self.sampler, self.likelihood = policy, sampler, likelihood
-        self.batch_size, self.greedy, self.seed = batch_size, greedy, seed
+        self.policy = policy
+        self.sampler = sampler
+        self.likelihood = likelihood
+        self.batch_size = batch_size
+        self.greedy = greedy
+        self.seed = seed
         self.tokenizer = policy.tokenizer
 
     @property
@@ -76,10 +81,11 @@ class HarnessModel(TemplateLM):
         texts: list[str] = []
         for start in range(0, len(requests), self.batch_size):
             arguments = [request.args for request in requests[start : start + self.batch_size]]
-            prompts = self._prompts([self.tok_encode(context) for context, _ in arguments])
+            contexts, settings = zip(*arguments, strict=True)
+            prompts = self._prompts(list(map(self.tok_encode, contexts)))
             rollout = self.sampler(self.policy, prompts, generator_for(self.seed, "generate", start))
-            made = decode(self.policy, rollout)
-            texts += [_cut(text, asked.get("until")) for text, (_, asked) in zip(made, arguments, strict=True)]
+            for text, asked in zip(decode(self.policy, rollout), settings, strict=True):
+                texts.append(_cut(text, asked.get("until")))
         return texts
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -91,8 +97,8 @@ class HarnessModel(TemplateLM):
             parts = get_rolling_token_windows(
                 tokens, prefix_token=self.prefix_token_id, max_seq_len=longest - 1, context_len=1
             )
-            windows += [make_disjoint_window(part) for part in parts]
-            owners += [owner] * (len(windows) - len(owners))
+            windows += map(make_disjoint_window, parts)
+            owners += [owner] * (len(windows) - len(owners))  # a long text has several windows
         totals = [0.0] * len(requests)
         for owner, value in zip(owners, self._scored(windows), strict=True):
             totals[owner] += value
@@ -101,7 +107,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        pairs = [(context, continuation) for _, context, continuation in requests]
+        pairs: list[Pair] = [request[1:] for request in requests]
         greedy = self._is_greedy(pairs) if self.greedy else [False] * len(pairs)
         return list(zip(self._scored(pairs), greedy, strict=True))
 
@@ -118,14 +124,17 @@ class HarnessModel(TemplateLM):
         """Whether greedy decoding of as many tokens, one at a time, gives the continuation."""
         decoder = partial(sampler_for(self.policy), temperature=0.0)
         found = [False] * len(pairs)
-        for length in sorted({len(continuation) for _, continuation in pairs}):
-            alike = [i for i, (_, continuation) in enumerate(pairs) if len(continuation) == length]
-            for start in range(0, len(alike), self.batch_size):
-                some = alike[start : start + self.batch_size]
-                prompts = self._prompts([pairs[i][0] for i in some])
+        # A batch is decoded to one length, because a diffusion model's tokens depend on how many there are.
+        by_length = defaultdict(list)
+        for place, (_, continuation) in enumerate(pairs):
+            by_length[len(continuation)].append(place)
+        for length, places in sorted(by_length.items()):
+            for start in range(0, len(places), self.batch_size):
+                some = places[start : start + self.batch_size]
+                prompts = self._prompts([pairs[place][0] for place in some])
                 made = decoder(self.policy, prompts, generator_for(self.seed), max_new_tokens=length).tokens
-                for i, tokens in zip(some, made[:, prompts.tokens.shape[1] :].tolist(), strict=True):
-                    found[i] = tokens == list(pairs[i][1])
+                for place, tokens in zip(some, made[:, prompts.tokens.shape[1] :].tolist(), strict=True):
+                    found[place] = tokens == list(pairs[place][1])
         return found
 
     def _prompts(self, ids: Sequence[Sequence[int]]) -> Prompts:
@@ -134,21 +143,27 @@ class HarnessModel(TemplateLM):
 
 def as_rollout(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
     """Continuations as if sampled: rows are left-padded. Raises ValueError for a pair longer than the model allows."""
-    width, limit = max(len(context) + len(continuation) for context, continuation in pairs), policy.spec.max_length
+    width = max(len(context) + len(continuation) for context, continuation in pairs)
+    limit = policy.spec.max_length
     if limit is not None and width > limit:
         raise ValueError(f"a context and continuation of {width} tokens exceed the model's {limit} positions")
     tokens = torch.full((len(pairs), width), policy.pad_id)
-    attended, chosen = torch.zeros(tokens.shape, dtype=torch.bool), torch.zeros(tokens.shape, dtype=torch.bool)
+    attended = torch.zeros(tokens.shape, dtype=torch.bool)
+    chosen = torch.zeros(tokens.shape, dtype=torch.bool)
     for row, (context, continuation) in enumerate(pairs):
         ids = [*context, *continuation]
         tokens[row, width - len(ids) :] = torch.tensor(ids)
         attended[row, width - len(ids) :] = True
         chosen[row, width - len(continuation) :] = True
-    blank = torch.zeros(tokens.shape)
+    blank = torch.zeros(tokens.shape)  # nothing was sampled: no step and no log-prob is recorded
     return Rollout(tokens, attended, chosen, torch.full_like(tokens, -1), blank, group_size=1).to(policy.device)
 
 
 def _cut(text: str, until: str | Sequence[str] | None) -> str:
     """The text before the first of the stop strings."""
-    stops = [until] if isinstance(until, str) else list(until or [])
-    return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
+    end = len(text)
+    for stop in [until] if isinstance(until, str) else until or []:
+        at = text.find(stop)
+        if stop and 0 <= at < end:  # an empty stop string is in every text
+            end = at
+    return text[:end]

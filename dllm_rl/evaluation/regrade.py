@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.evaluation.results import Graded, by_problem, with_intervals
-from dllm_rl.tasks.base import addends
+from dllm_rl.evaluation.results import Graded, sums_by_name, with_intervals
 from dllm_rl.tasks.protocols import TABLE, find_grader, grade_all
 from dllm_rl.tasks.rows import load_rows, text_of
 
@@ -24,6 +23,7 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
     if Path(path).suffix != ".jsonl":
         raise ValueError(f"{path} must be a .jsonl file: one JSON object a line")
     rows = []
+    # All rows are read before any is graded: a broken line 900 must not cost the work on 899.
     for place, row in load_rows(path):
         try:
             rows.append((entry.read_fields(row, protocol), text_of(row, "completion")))
@@ -32,9 +32,10 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
     if not rows:
         raise ValueError(f"{path} holds no rows")
     fields, completions = zip(*rows, strict=True)
-    answers = [Graded(i, 0, reward) for i, reward in enumerate(grade_all(task, protocol, fields, completions))]
-    names = [name for name in RATES if name in addends(answers[0].reward)]
-    rates = with_intervals({name: by_problem(answers, name) for name in names})
+    rewards = grade_all(task, protocol, fields, completions)
+    sums = sums_by_name([Graded(i, 0, reward) for i, reward in enumerate(rewards)])  # each row is a problem
+    facts = {"task": task, "version": entry.task.version, "protocol": protocol, "n": len(rewards)}
     without = sum(None in each.values() for each in fields)
-    facts = {"task": task, "version": entry.task.version, "protocol": protocol, "n": len(answers)}
-    return {**facts, **({"no_answer": without} if without else {}), **rates}
+    if without:
+        facts["no_answer"] = without
+    return facts | with_intervals({name: sums[name] for name in RATES if name in sums})

@@ -2,6 +2,8 @@
 
 import csv
 from collections.abc import Sequence
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +14,34 @@ from dllm_rl.screen import escape_controls
 SAMPLER = ("max_new_tokens", "num_steps", "block_size", "temperature", "rank", "commit", "cache")
 SETTINGS = ("model", "quantization", *SAMPLER)
 FACTS = ("task", "version", "protocol", "split", "seed", "n", "samples")
+COSTS = ("steps", "tokens", "forwards", "seconds")
 
 
 def varying(found: Sequence[dict[str, Any]]) -> list[str]:
     """The settings in which the results differ; the model if the results differ in nothing."""
-    return [name for name in SETTINGS if len({str(row.get(name)) for row in found}) > 1] or ["model"]
+    names = []
+    for name in SETTINGS:
+        if len({str(row.get(name)) for row in found}) > 1:
+            names.append(name)
+    return names or ["model"]
 
 
 def write_csv(path: Path, found: Sequence[dict[str, Any]]) -> None:
     """A row per result: settings, each metric with its interval, and the difference from the first model, if any."""
-    metrics = list(dict.fromkeys(name for row in found for name in row if f"{name}_interval" in row))
     rows = []
     for result in found:
         row = {name: result.get(name) for name in (*FACTS, *SETTINGS)}
-        for name in metrics:
-            low, high = result.get(f"{name}_interval", (None, None))
-            row |= {name: result.get(name), f"{name}_low": low, f"{name}_high": high}
+        for name, value in result.items():
+            if name.endswith("_interval"):
+                metric = name.removesuffix("_interval")
+                row[metric] = result[metric]
+                row[f"{metric}_low"], row[f"{metric}_high"] = value
         for name, numbers in result.get("difference", {}).items():
-            row |= dict(zip((f"{name}_less", f"{name}_less_low", f"{name}_less_high"), numbers, strict=True))
-        rows.append(row | {name: result[name] for name in ("steps", "tokens", "forwards", "seconds")})
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+            row |= zip((f"{name}_less", f"{name}_less_low", f"{name}_less_high"), numbers, strict=True)
+        for name in COSTS:
+            row[name] = result[name]
+        rows.append(row)
+    columns = list(dict.fromkeys(chain.from_iterable(rows)))  # the first model has no differences, later ones have
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -45,25 +55,28 @@ def plot_curve(path: Path, found: Sequence[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    metric, names = headline(found[0]), [name for name in varying(found) if name != "num_steps"]
-    lines: dict[str, list[dict[str, Any]]] = {}
+    metric = headline(found[0])
+    lines: dict[str, list[tuple[float, ...]]] = {}  # label -> (steps, mean, low, high) of each point
     for row in found:
-        # The numbers of an adaptive rule (threshold=0.9, 0.8 ...) are points of one line.
-        label = ", ".join(
-            str(row.get(name)).partition("=")[0] if name == "commit" else str(row.get(name)) for name in names
-        )
-        lines.setdefault(label, []).append(row)
+        shown = []
+        for name in varying(found):
+            if name == "commit":
+                # The numbers of an adaptive rule (threshold=0.9, 0.8 ...) are points of one line.
+                shown.append(str(row.get(name)).partition("=")[0])
+            elif name != "num_steps":  # the axis
+                shown.append(str(row.get(name)))
+        point = (row["steps"], row[metric], *row[f"{metric}_interval"])
+        lines.setdefault(", ".join(shown), []).append(point)
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for label, rows in lines.items():
-        rows = sorted(rows, key=lambda row: row["steps"])
-        steps, means = [row["steps"] for row in rows], [row[metric] for row in rows]
-        low, high = zip(*(row[f"{metric}_interval"] for row in rows), strict=True)
+    for label, points in lines.items():
+        steps, means, low, high = zip(*sorted(points, key=itemgetter(0)), strict=True)
+        # A dollar sign would begin a formula.
         (line,) = axis.plot(steps, means, marker="o", label=escape_controls(label).replace("$", r"\$"))
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
     ticks = sorted({round(row["steps"], 1) for row in found})
     axis.set(xlabel="steps of a completion", ylabel=metric, title=f"{found[0]['task']}, {found[0]['n']} problems")
     axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_xticks(ticks, list(map("{:g}".format, ticks)))
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     if len(lines) > 1:

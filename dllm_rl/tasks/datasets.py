@@ -50,27 +50,19 @@ class DatasetTask:
         Value: the sum of weight * number over the functions that gave a number; `parsed` is always True.
         Errors: ValueError when a function returns too few or a number that is not finite, or all return None.
         """
-        told = [
-            text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": text}]
-            for problem, text in zip(problems, completions, strict=True)
-        ]
-        columns = {name: [problem.fields[name] for problem in problems] for name in problems[0].fields}
-        prompts = [problem.prompt for problem in problems]
+        told: list[Any] = []
+        for problem, text in zip(problems, completions, strict=True):
+            told.append(text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": text}])
+        columns: dict[str, list[Any]] = {"prompts": [problem.prompt for problem in problems], "completions": told}
+        for name in problems[0].fields:
+            columns[name] = [problem.fields[name] for problem in problems]
         breakdowns: list[dict[str, float]] = [{} for _ in problems]
         values = [0.0] * len(problems)
-        returned = _called(self.reward_funcs, {"prompts": prompts, "completions": told, **columns})
+        returned = _called(self.reward_funcs, columns)
         for label, numbers, weight in zip(self._labels(), returned, self.weights, strict=True):
-            if not isinstance(numbers, Sized) or not isinstance(numbers, Iterable):
-                raise ValueError(f"reward function {label} returned {numbers!r}, not a list of numbers")
-            if len(numbers) != len(problems):
-                raise ValueError(f"reward function {label} returned {len(numbers)} numbers for {len(problems)} texts")
-            for place, number in enumerate(numbers):
-                if number is None:
-                    continue
-                if not isinstance(number, Real) or not math.isfinite(number):
-                    raise ValueError(f"reward function {label} returned {number!r} for completion {told[place]!r}")
-                breakdowns[place][label] = float(number)
-                values[place] += weight * float(number)
+            for place, number in _numbers(label, numbers, told).items():
+                breakdowns[place][label] = number
+                values[place] += weight * number
         for place, breakdown in enumerate(breakdowns):
             if not breakdown:
                 raise ValueError(f"every reward function returned None for completion {told[place]!r}")
@@ -151,6 +143,21 @@ def _called(functions: Sequence[RewardFunction], arguments: dict[str, Any]) -> l
             for place, value in zip(waiting, pool.submit(asyncio.run, all_of_them()).result(), strict=True):
                 returned[place] = value
     return returned
+
+
+def _numbers(label: str, numbers: Any, told: Sequence[Any]) -> dict[int, float]:
+    """What a function returned, by the completion's place, without None. Errors: ValueError."""
+    if not isinstance(numbers, Sized) or not isinstance(numbers, Iterable):
+        raise ValueError(f"reward function {label} returned {numbers!r}, not a list of numbers")
+    if len(numbers) != len(told):
+        raise ValueError(f"reward function {label} returned {len(numbers)} numbers for {len(told)} texts")
+    found = {}
+    for place, number in enumerate(numbers):
+        if number is not None:  # None: the function does not apply to this completion
+            if not isinstance(number, Real) or not math.isfinite(number):
+                raise ValueError(f"reward function {label} returned {number!r} for completion {told[place]!r}")
+            found[place] = float(number)
+    return found
 
 
 def _label(function: RewardFunction) -> str:

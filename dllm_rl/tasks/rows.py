@@ -25,6 +25,13 @@ def check_split(split: str, names: tuple[str, ...] = NAMES) -> None:
         raise ValueError(f"split={split!r} must be one of {', '.join(map(repr, names))}")
 
 
+def check_settings(*faults: tuple[bool, str]) -> None:
+    """Errors: ValueError with the message of the first (condition, message) whose condition holds."""
+    for broken, message in faults:
+        if broken:
+            raise ValueError(message)
+
+
 def load_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     """(place, row) for each row of one file. Errors: ValueError naming the file and line."""
     path = Path(path)

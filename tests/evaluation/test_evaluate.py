@@ -17,7 +17,7 @@ from dllm_rl import Problem, Reward, evaluate, quantized_copy
 from dllm_rl.evaluation.completions import fingerprint, fold, read
 from dllm_rl.evaluation.intervals import wilson
 from dllm_rl.evaluation.regrade import grade_file
-from dllm_rl.evaluation.results import Evaluation, Graded, by_problem, interval, mean
+from dllm_rl.evaluation.results import Evaluation, Graded, interval, mean, sums_by_name
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import before_end, chosen_ids, decode, prompt_ids
 from dllm_rl.quantization.schemes import float8_weight_only
@@ -291,7 +291,7 @@ def test_cells_that_a_protocol_counts_are_summed_before_dividing():
         return Reward(right / max(empty, 1), True, {"cell_accuracy": 0.0, "correct_cells": right, "empty_cells": empty})
 
     rows = [Graded(i, 0, counted(*cells), 1, 1.0, 1.0) for i, cells in enumerate([(1.0, 2.0), (6.0, 8.0), (0.0, 0.0)])]
-    assert by_problem(rows, "cell_accuracy") == ([1.0, 6.0], [2.0, 8.0])
+    assert sums_by_name(rows)["cell_accuracy"] == {0: (1.0, 2.0), 1: (6.0, 8.0)}
     assert Evaluation(tuple(rows), {}).means == {"cell_accuracy": 0.7, "parsed": 1.0, "reward": pytest.approx(1.25 / 3)}
 
 

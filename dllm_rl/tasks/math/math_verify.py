@@ -23,6 +23,8 @@ PATIENCE = 60.0  # seconds without a reply after which all workers are replaced
 STARTING = 300.0  # seconds that the workers may take to start, on a busy machine
 MOST_KNOWN = 65536  # remembered verdicts
 
+Asked = dict[Connection, tuple[int, int, float]]  # line -> question, its number, its deadline
+
 
 def require() -> None:
     """Errors: ImportError when math-verify is not installed."""
@@ -88,35 +90,55 @@ class _Pool:
 
     def ask(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
         verdicts: list[bool | None] = [None] * len(pairs)
-        tries = [0] * len(pairs)
+        failures = [0] * len(pairs)
         waiting = deque(range(len(pairs)))
-        asked: dict[Connection, tuple[int, int, float]] = {}  # line -> question, its number, its deadline
+        asked: Asked = {}
         with self.lock:
             while waiting or asked:
                 if self.process is None:
                     self.start()
-                again = []
                 try:
-                    for line in self.lines:
-                        if waiting and line not in asked:
-                            question = waiting.popleft()
-                            tries[question] += 1
-                            self.number += 1
-                            asked[line] = question, self.number, monotonic() + PATIENCE
-                            self.send(line, self.number, pairs[question])
-                    for line, reply in self.receive(asked):
-                        question, number, _ = asked[line]
-                        if reply == b"ended":
-                            again.append(asked.pop(line)[0])
-                        elif reply.startswith(b"%d " % number):
-                            verdicts[question] = reply.endswith(b" 1")
-                            del asked[line]
+                    self.hand_out(pairs, waiting, asked)
+                    failed = self.take_in(asked, verdicts)
                 except (OSError, EOFError):  # the workers are gone, or hang
                     self.stop()
-                    again += [question for question, _, _ in asked.values()]
+                    failed = [question for question, _, _ in asked.values()]
                     asked.clear()
-                waiting.extend(question for question in again if tries[question] < TRIES)
+                for question in failed:
+                    failures[question] += 1
+                    if failures[question] < TRIES:  # a worker may have ended by an accident, which is no verdict
+                        waiting.append(question)
         return verdicts
+
+    def hand_out(self, pairs: Sequence[tuple[str, str]], waiting: deque[int], asked: Asked) -> None:
+        """Sends a question down each line that has none."""
+        for line in self.lines:
+            if waiting and line not in asked:
+                question = waiting.popleft()
+                self.number += 1
+                asked[line] = question, self.number, monotonic() + PATIENCE  # first: a line that breaks counts as asked
+                self.send(line, self.number, pairs[question])
+
+    def take_in(self, asked: Asked, verdicts: list[bool | None]) -> list[int]:
+        """Waits for a reply; the questions whose worker ended. Errors: TimeoutError when a question is past its
+        deadline."""
+        _, _, earliest = next(iter(asked.values()))  # they stand in the order of asking
+        ready = wait(list(asked), max(0.0, earliest - monotonic()))
+        if not ready:
+            raise TimeoutError
+        # All is read before anything counts: a line that breaks here leaves every question asked.
+        replies = [(line, line.recv_bytes()) for line in asked if line in ready]
+        ended = []
+        for line, reply in replies:
+            question, number, _ = asked[line]
+            if reply == b"ended":
+                ended.append(question)
+            elif reply.startswith(b"%d " % number):
+                verdicts[question] = reply.endswith(b" 1")
+            else:
+                continue  # a late reply to an earlier question of this line
+            del asked[line]
+        return ended
 
     def start(self) -> None:
         """Errors: RuntimeError when the workers do not start."""
@@ -147,14 +169,6 @@ class _Pool:
         while line.poll():  # the report of a worker that ended without a question
             line.recv_bytes()
         line.send_bytes(json.dumps([number, *pair]).encode())
-
-    def receive(self, asked: dict[Connection, tuple[int, int, float]]) -> list[tuple[Connection, bytes]]:
-        """Waits for at least one reply. Errors: TimeoutError when a question is past its deadline."""
-        deadline = min(deadline for _, _, deadline in asked.values())
-        ready = wait(list(asked), max(0.0, deadline - monotonic()))
-        if not ready:
-            raise TimeoutError
-        return [(line, line.recv_bytes()) for line in asked if line in ready]
 
     def stop(self) -> None:
         process = self.process

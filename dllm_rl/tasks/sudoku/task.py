@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from dllm_rl.tasks.answers import last_answer
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.prompt_texts import Prompt, Prompted
-from dllm_rl.tasks.rows import Split, check_split, hashed_split, load_rows
+from dllm_rl.tasks.rows import Split, check_settings, check_split, hashed_split, load_rows
 from dllm_rl.tasks.sudoku.graders import first_cells, score, sudoku_d1_training
 from dllm_rl.tasks.sudoku.grids import SPLITS, completions, count_completions
 from dllm_rl.tasks.sudoku.solver import random_grid, random_unique_puzzle
@@ -23,6 +23,8 @@ the digits 1 to {side} exactly once; a dot marks an empty cell, and the given di
 
 Think it through first if you like, then write the completed grid, {side} rows of {side} digits, between <answer> and \
 </answer>."""
+# (side, unique) -> the fewest and the most clues, and why. Fewer than 26 on 9x9 take too long to find.
+_CLUES = {(4, False): (0, 16, ""), (4, True): (4, 16, " with unique=True"), (9, True): (26, 81, " on 9x9")}
 
 
 @dataclass(frozen=True)
@@ -71,21 +73,19 @@ class Sudoku(Prompted):
 
     def __post_init__(self) -> None:
         check_split(self.split)
-        if self.side not in (4, 9):
-            raise ValueError(f"side={self.side} must be 4 or 9")
-        if self.side == 9 and not self.unique:
-            raise ValueError("unique=False needs side=4: 9x9 puzzles are always made with one completion")
-        if self.path is None:
-            low, high = _range(self.clues)
-            fewest, reason = (26, " on 9x9") if self.side == 9 else (4, " with unique=True") if self.unique else (0, "")
-            if not fewest <= low <= high <= self.side**2:
-                raise ValueError(f"clues={self.clues} must lie in {fewest}..{self.side**2}{reason}")
-        if self.shots < 0 or (self.shots and (self.side == 9 or self.compact)):
-            raise ValueError(f"shots={self.shots} must not be negative, and needs 4x4 puzzles and a text prompt")
-        if self.size < 1:
-            raise ValueError(f"size={self.size} must be at least 1")
-        if self.reward_rule not in ("own", "d1") or (self.reward_rule == "d1" and self.side == 9):
-            raise ValueError(f"reward_rule={self.reward_rule!r} must be 'own', or on 4x4 'd1'")
+        fewest, most, why = _CLUES.get((self.side, self.unique), (0, 0, ""))
+        low, high = _range(self.clues) if self.path is None else (fewest, most)  # a file's puzzles have their own
+        rules = ("own", "d1") if self.side == 4 else ("own",)
+        shown = self.side == 4 and not self.compact  # whether a prompt has room for examples
+        check_settings(
+            (self.side not in (4, 9), f"side={self.side} must be 4 or 9"),
+            (fewest == most, "unique=False needs side=4: 9x9 puzzles are always made with one completion"),
+            (not fewest <= low <= high <= most, f"clues={self.clues} must lie in {fewest}..{most}{why}"),
+            (self.shots < 0, f"shots={self.shots} must not be negative"),
+            (self.shots > 0 and not shown, f"shots={self.shots} needs 4x4 puzzles and a text prompt"),
+            (self.size < 1, f"size={self.size} must be at least 1"),
+            (self.reward_rule not in rules, f"reward_rule={self.reward_rule!r} must be 'own', or on 4x4 'd1'"),
+        )
         self.check_prompt()
 
     def __len__(self) -> int:
