@@ -1,0 +1,21 @@
+# What one runs by hand; the virtual environment is made as README says.
+PYTHON = .venv/bin/python
+
+test:
+	$(PYTHON) -m pytest
+
+slow:
+	$(PYTHON) -m pytest -m slow
+
+lint:
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	$(PYTHON) -m mypy
+
+docs:
+	$(PYTHON) -m mkdocs build --strict -f docs/site/mkdocs.yml
+
+main:
+	.venv/bin/accelerate launch --cpu --num_cpu_threads_per_process 2 recipes/sudoku_tiny.py
+
+.PHONY: test slow lint docs main
