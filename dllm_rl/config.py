@@ -214,12 +214,15 @@ def _is_like(function: Callable, made: Any, given: Iterable[str] = ()) -> bool:
 
 
 def _offered(module_name: str, fits: Callable[[Callable], bool]) -> dict[str, Callable]:
-    """The public functions that a module defines, where they fit."""
+    """The public functions that a module, and the modules that it names in MORE, define, where they fit."""
+    module = import_module(module_name)
     found = {}
-    for name, function in vars(import_module(module_name)).items():
+    for name, function in vars(module).items():
         own = inspect.isfunction(function) and function.__module__ == module_name
         if own and not name.startswith("_") and fits(function):
             found[name] = function
+    for other in getattr(module, "MORE", ()):
+        found |= _offered(other, fits)
     return found
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from types import NoneType
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 from dllm_rl.algorithms.advantages import decoupled, group_relative
 from dllm_rl.algorithms.correctors import Corrector, none
@@ -63,48 +63,71 @@ def check_bounds(field: Field, value: Any) -> None:
     check_bound(value)
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
-    """The fields that every record of a run has."""
+    """The fields that every record of a run has. Names follow TRL and verl where the meaning is the same."""
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]  # the records are dataclasses
+    name: str = _("name of the run, and of its folder below runs/")
+    model: Callable[..., Policy] | str | Policy = _("function (seed=...) -> policy, a policy (copied), or a path")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = _(
+        "of the weights, where model is a path; auto is the checkpoint's", "float32"
+    )
+    float32_head: bool = _("logits in fp32 where the model computes in 16 bits, in rollout and learner alike", True)
+    base_quantization: Literal["nf4", "int8"] | None = _(
+        "a frozen bitsandbytes base, where model is a path and lora is set", None
+    )
+    lora: Callable[[], Lora] | None = _("adapters to train; None: all weights", None, pick="dllm_rl.models.lora")
+    optim: Callable = _(
+        "optimiser: (parameters, lr, betas, weight_decay) -> Optimizer", adamw, pick="dllm_rl.algorithms.optimizers"
+    )
 
-    name: str
-    model: Callable[..., Policy] | str | Policy
-    dtype: Literal["float32", "bfloat16", "float16", "auto"]
-    float32_head: bool
-    base_quantization: Literal["nf4", "int8"] | None
-    lora: Callable[[], Lora] | None
-    optim: Callable
-    seed: int
-    num_steps: int
-    learning_rate: float
-    adam_beta1: float
-    adam_beta2: float
-    weight_decay: float
-    lr_schedule: Callable
-    lr_schedule_steps: int | None
-    gradient_checkpointing: bool
-    report_to: str | None
-    save_steps: int
-    save_total_limit: int
-    verify_checkpoint: Literal["full", "quick"]
-    on_save_error: Literal["stop", "continue"]
-    stop_seconds: float
-    output_dir: str | None
-    resume_from_checkpoint: str | None
-    collective_timeout: float
-    peer_timeout: float | None
-    overwrite_output_dir: bool
+    seed: int = _("the only source of randomness", 0)
+    train_batch_size: int = _("prompts, or SFT's sequences, per step, over all processes", 32, at_least=1)
+    num_steps: int = _("optimiser steps", 200, at_least=0)
+    learning_rate: float = _("of AdamW", 5e-4, above=0)
+    adam_beta1: float = _("of AdamW", 0.9, at_least=0, below=1)
+    adam_beta2: float = _("of AdamW", 0.95, at_least=0, below=1)
+    weight_decay: float = _("of AdamW", 0.01, at_least=0)
+    max_grad_norm: float = _("gradients are scaled down to this norm", 1.0, above=0)
+    lr_schedule: Callable = _(
+        "(step, num_steps) -> factor on the learning rate", linear_decay, pick="dllm_rl.algorithms.optimizers"
+    )
+    lr_schedule_steps: int | None = _("steps that lr_schedule runs over; None: num_steps", None, at_least=1)
+    gradient_checkpointing: bool = _(
+        "backward recomputes blocks: 1/3 more work, far less memory, same gradients", False
+    )
+    bf16: bool = _("forwards compute in bf16, weights stay in dtype: with float32 for training all weights", False)
 
-    # Defaults of fields that only RL has.
+    eval_steps: int = _(
+        "steps between evaluations on validation_task, or of SFT's held-out loss; 0: never", 0, at_least=0
+    )
+    eval_batch_size: int = _("problems, or SFT's rows, per evaluation batch", 32, at_least=1)
+    logging_steps: int = _("steps between lines on the screen (metrics.jsonl has every step)", 10, at_least=1)
+    report_to: str | None = _(
+        "trackers, separated by commas: tensorboard, wandb, trackio, mlflow; none: metrics.jsonl alone", "tensorboard"
+    )
+    save_steps: int = _("steps between checkpoints", 50, at_least=1)
+    save_total_limit: int = _("checkpoints kept, the newest ones", 2, at_least=1)
+    verify_checkpoint: Literal["full", "quick"] = _(
+        "check of a checkpoint before a resume: every byte, or of files over 1 MiB only size and start", "full"
+    )
+    on_save_error: Literal["stop", "continue"] = _("what to do when a checkpoint cannot be written", "stop")
+    stop_seconds: float = _("seconds that a signal leaves the step; then the last step is saved", 20.0, at_least=0)
+    output_dir: str | None = _("folder of the run; None: runs/NAME-seedSEED", None)
+    resume_from_checkpoint: str | None = _("a checkpoint folder, or 'latest' in output_dir", None)
+    collective_timeout: float = _("seconds that a process waits for the others before the run stops", 1800.0, above=0)
+    peer_timeout: float | None = _("seconds of silence until a process counts as lost; none: no watch", 40.0, above=0)
+    overwrite_output_dir: bool = _("delete the run that output_dir holds", False)
+
+    # Other records take these for fields that only RL has. Without an annotation they are no fields.
     shard_size = 1
     async_save = False
     warmup_steps = 0
     beta = 0.0
     log_completions_steps = 0
     torch_compile = False
-    router_replay: Any = None
-    push_to_hub: str | None = None
+    router_replay = cast(Any, None)
+    push_to_hub = cast("str | None", None)
 
     @property
     def directory(self) -> str:
@@ -159,10 +182,8 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Recipe(Settings):
-    """What is trained, and how. Names follow TRL and verl where the meaning is the same."""
+    """Reinforcement learning: what is trained, and how."""
 
-    name: str = _("name of the run, and of its folder below runs/")
-    model: Callable[..., Policy] | str | Policy = _("function (seed=...) -> policy, a policy (copied), or a path")
     task: Task = _("problems to train on")
     validation_task: Task = _("problems that steer the warm-up and are evaluated every eval_steps")
     eval_task: Task = _("held-out problems, evaluated before and after RL only")
@@ -190,20 +211,6 @@ class Recipe(Settings):
         "scheme of the rollout's weights", None, pick="dllm_rl.quantization.schemes"
     )
 
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = _(
-        "of the weights, where model is a path; auto is the checkpoint's", "float32"
-    )
-    float32_head: bool = _("logits in fp32 where the model computes in 16 bits, in rollout and learner alike", True)
-    base_quantization: Literal["nf4", "int8"] | None = _(
-        "a frozen bitsandbytes base, where model is a path and lora is set", None
-    )
-    lora: Callable[[], Lora] | None = _("adapters to train; None: all weights", None, pick="dllm_rl.models.lora")
-    optim: Callable = _(
-        "optimiser: (parameters, lr, betas, weight_decay) -> Optimizer", adamw, pick="dllm_rl.algorithms.optimizers"
-    )
-
-    seed: int = _("the only source of randomness", 0)
-    train_batch_size: int = _("prompts per step, over all processes", 32, at_least=1)
     num_generations: int = _("completions per prompt (G)", 8, at_least=1)
     rollout_batch_size: int | None = _(
         "completions sampled at a time, a multiple of num_generations; None: all at once", None
@@ -223,22 +230,12 @@ class Recipe(Settings):
     max_num_gen_batches: int = _("draws of prompts per step, until no group's rewards are all equal", 1, at_least=1)
     num_steps: int = _("RL steps", 180, at_least=0)
     num_iterations: int = _("optimiser updates per rollout", 1, at_least=1)
-    learning_rate: float = _("of AdamW", 5e-4, above=0)
-    adam_beta1: float = _("of AdamW", 0.9, at_least=0, below=1)
     adam_beta2: float = _("of AdamW", 0.99, at_least=0, below=1)
     weight_decay: float = _("of AdamW", 0.0, at_least=0)
-    max_grad_norm: float = _("gradients are scaled down to this norm", 1.0, above=0)
-    lr_schedule: Callable = _(
-        "(step, num_steps) -> factor on the learning rate", linear_decay, pick="dllm_rl.algorithms.optimizers"
-    )
-    lr_schedule_steps: int | None = _("steps that lr_schedule runs over; None: num_steps", None, at_least=1)
     beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0, at_least=0)
     kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.algorithms.losses")
     use_bias_correction_kl: bool = _("that KL times the ratio to the rollout: kl_k3 then has the KL's gradient", False)
     entropy_coeff: float = _("weight of the entropy bonus; 0: none", 0.0, at_least=0)
-    gradient_checkpointing: bool = _(
-        "backward recomputes blocks: 1/3 more work, far less memory, same gradients", False
-    )
     torch_compile: bool = _("compile the rollout's quantised copy, without a cache: for FP8 products on a GPU", False)
     torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = _(
         "torch.compile's: default is for all shapes at once; the others for one at a time, with CUDA graphs", "default"
@@ -246,7 +243,6 @@ class Recipe(Settings):
     shard_size: int = _(
         "processes (a divisor of all) that shard weights, gradients, optimiser (FSDP2); 0: all; 1: none", 1, at_least=0
     )
-    bf16: bool = _("forwards compute in bf16, weights stay in dtype: with float32 for training all weights", False)
     zero_mismatch: bool = _("batch-invariant arithmetic; stop where rollout and learner differ at all", False)
 
     warmup_steps: int = _("most supervised steps before RL; 0: none", 0, at_least=0)
@@ -256,31 +252,14 @@ class Recipe(Settings):
     warmup_metric: str = _("the metric that ends the warm-up", "solve_rate")
     warmup_eval_steps: int = _("steps between looks at that metric", 5, at_least=1)
 
-    eval_steps: int = _("RL steps between evaluations on validation_task; 0: never", 0, at_least=0)
     eval_batch_size: int = _("problems per evaluation batch and process", 256, at_least=1)
-    logging_steps: int = _("RL steps between lines on the screen (metrics.jsonl has every step)", 10, at_least=1)
     log_completions_steps: int = _(
         "RL steps between tables of completions, on the screen and in completions.jsonl; 0: never", 50, at_least=0
     )
-    report_to: str | None = _(
-        "trackers, separated by commas: tensorboard, wandb, trackio, mlflow; none: metrics.jsonl alone", "tensorboard"
-    )
     push_to_hub: str | None = _("OWNER/NAME on the Hugging Face hub, for the last checkpoint; none: no upload", None)
-    save_steps: int = _("RL steps between checkpoints", 50, at_least=1)
-    save_total_limit: int = _("checkpoints kept, the newest ones", 2, at_least=1)
     async_save: bool = _("write checkpoints during training, from a host copy of weights and optimiser state", False)
-    verify_checkpoint: Literal["full", "quick"] = _(
-        "check of a checkpoint before a resume: every byte, or of files over 1 MiB only size and start", "full"
-    )
-    on_save_error: Literal["stop", "continue"] = _("what to do when a checkpoint cannot be written", "stop")
-    stop_seconds: float = _("seconds that a signal leaves the step; then the last step is saved", 20.0, at_least=0)
-    output_dir: str | None = _("folder of the run; None: runs/NAME-seedSEED", None)
-    resume_from_checkpoint: str | None = _("a checkpoint folder, or 'latest' in output_dir", None)
     reward_timeout: float | None = _("seconds per completion's reward; then the process ends: 124", 600.0, above=0)
-    collective_timeout: float = _("seconds that a process waits for the others before the run stops", 1800.0, above=0)
-    peer_timeout: float | None = _("seconds of silence until a process counts as lost; none: no watch", 40.0, above=0)
     dry_run: bool = _("print what the recipe would take, without its weights, and stop", False)
-    overwrite_output_dir: bool = _("delete the run that output_dir holds", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -164,6 +164,8 @@ def test_a_function_that_does_not_say_what_it_returns_has_no_others_beside_it(re
     assert "mine" in choices and "max_prob" in choices and "name_of" not in choices
     assert siblings(mine) == {"mine": mine}
     weighs = siblings(correctors.no_weights)
+    rules = {"schedule", "late_schedule", "origin", "threshold", "factor", "entropy_bound", "remask", "edit"}
+    assert set(siblings(schedule)) == rules, "of two modules, and no helper of theirs"
     assert "band_weights" in weighs and "composed" not in weighs, "its parts cannot be given as text"
 
 

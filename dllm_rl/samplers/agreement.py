@@ -34,7 +34,7 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
     scores = torch.full(opened.shape, -torch.inf, device=opened.device)
     ties = torch.zeros(len(states), device=states.device)
     scores[opened] = rank_only(policy, states, ties, rollout.sampling_params, rank)
-    chosen = highest(scores, opened, committed.sum(-1)) & opened
+    chosen = highest(scores, opened, count=committed.sum(-1)) & opened
     begun = committed.any(-1)
     same = (chosen == committed).all(-1) & begun
     return {

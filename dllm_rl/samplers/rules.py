@@ -24,6 +24,7 @@ from torch import Tensor
 from dllm_rl.bounds import Bound, bounded
 
 OFFERED = ("logits", "normalizer", "tokens", "uniforms")
+MORE = ("dllm_rl.samplers.revise",)  # modules of further rules that the command line may name
 
 
 def confidence(
@@ -94,7 +95,7 @@ def schedule(
     scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"]
 ) -> Bool[Tensor, "B L"]:
     """LLaDA's equal shares of a block, the remainder on the first steps: ceil(masked / steps_left). [paper]"""
-    return highest(scores, masked, share(masked.sum(-1), steps_left))
+    return highest(scores, masked, count=share(masked.sum(-1), steps_left))
 
 
 def share(num_masked: Int[Tensor, " B"], steps_left: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
@@ -109,7 +110,7 @@ def late_schedule(
 
     [paper; ours: Dream's time grid ends at 1e-3 instead of 0, so that Dream commits nothing in some steps]
     """
-    return highest(scores, masked, masked.sum(-1) // steps_left)
+    return highest(scores, masked, count=masked.sum(-1) // steps_left)
 
 
 def origin(
@@ -130,7 +131,7 @@ def threshold(
     tau  the probability from which on a position is written, in (0, 1]
     """
     log_tau = torch.tensor(tau, dtype=torch.float64).log().item()
-    return masked & (scores >= log_tau) | highest(scores, masked, torch.ones_like(steps_left))
+    return masked & (scores >= log_tau) | highest(scores, masked, count=torch.ones_like(steps_left))
 
 
 @bounded(f=Bound(above=0))
@@ -145,7 +146,7 @@ def factor(
     best = scores.sort(dim=-1, descending=True).values.exp()
     n = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
     count = torch.where(best >= 1 - f / (n + 1), n, 1).amax(-1)
-    return highest(scores, masked, count)
+    return highest(scores, masked, count=count)
 
 
 @bounded(gamma=Bound(at_least=0))
@@ -160,10 +161,12 @@ def entropy_bound(
     entropies = -scores.sort(dim=-1, descending=True).values
     # In rising order the largest is the last, so what counts is the sum of those before it.
     before = torch.nn.functional.pad(entropies.cumsum(-1)[:, :-1], (1, 0))
-    return highest(scores, masked, (before <= gamma).sum(-1))
+    return highest(scores, masked, count=(before <= gamma).sum(-1))
 
 
-def highest(scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], count: Int[Tensor, " B"]) -> Bool[Tensor, "B L"]:
+def highest(
+    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], *, count: Int[Tensor, " B"]
+) -> Bool[Tensor, "B L"]:
     """The `count` best masked positions of every row; ties go to the lowest index."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(scores.shape[-1], device=scores.device)

@@ -50,15 +50,16 @@ def relinked(text: str, source: Path) -> str:
 def recipe_fields() -> str:
     """A Markdown table of Recipe's fields: name, default, meaning."""
     tree = ast.parse((ROOT / "dllm_rl" / "recipe.py").read_text(encoding="utf-8"))
-    recipe = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Recipe")
-    rows = ["| field | default | what it is |", "| --- | --- | --- |"]
-    for node in recipe.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call) and isinstance(node.target, ast.Name):
-            meaning, *default = node.value.args
-            shown = f"`{ast.unparse(default[0])}`" if default else "required"
-            cells = (f"`{node.target.id}`", shown, ast.literal_eval(meaning))
-            rows.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
-    return "\n".join(rows)
+    rows = {}
+    for record in tree.body:
+        for node in record.body if isinstance(record, ast.ClassDef) else ():  # Settings, then Recipe
+            if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+                assert isinstance(node.target, ast.Name)
+                meaning, *default = node.value.args
+                shown = f"`{ast.unparse(default[0])}`" if default else "required"
+                cells = (f"`{node.target.id}`", shown, ast.literal_eval(meaning))
+                rows[node.target.id] = f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+    return "\n".join(["| field | default | what it is |", "| --- | --- | --- |", *rows.values()])
 
 
 def on_files(files: Any, config: Any) -> Any:
