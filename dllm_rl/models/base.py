@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 Module = Any  # transformers' or custom; nn.Module would type every member as Tensor | Module
 Attention = Literal["full", "block_causal", "causal"]
+Tokens = Int[Tensor, "B T"]
+Mask = Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"]
+States = Float[Tensor, "B T D"]
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BERT_LINEARS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
@@ -26,31 +30,20 @@ def position_ids(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def encode_base(
-    module: Module,
-    tokens: Int[Tensor, "B T"],
-    attention_mask: Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"],
-    positions: Int[Tensor, "B T"],
-    **cache: Any,
-) -> Float[Tensor, "B T D"]:
+def encode_base(module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache: Any) -> States:
     """The final hidden states of a stock module's backbone; cached columns come first among the mask's S."""
+    # Without positions a stock module would count the padding too; a cache, when wanted, is the caller's.
     given = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": False} | cache
     return module.base_model(input_ids=tokens, **given).last_hidden_state
 
 
-def encode_roberta(
-    module: Module,
-    tokens: Int[Tensor, "B T"],
-    attention_mask: Bool[Tensor, "B T"] | Float[Tensor, "B 1 T S"],
-    positions: Int[Tensor, "B T"],
-    **cache: Any,
-) -> Float[Tensor, "B T D"]:
+def encode_roberta(module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache: Any) -> States:
     """RoBERTa counts positions from pad_token_id + 1."""
     return encode_base(module, tokens, attention_mask, positions + module.config.pad_token_id + 1, **cache)
 
 
 def block_causal_mask(
-    attention_mask: Bool[Tensor, "B T"], positions: Int[Tensor, "B T"], block_size: int
+    attention_mask: Bool[Tensor, "B T"], positions: Tokens, block_size: int
 ) -> Bool[Tensor, "B 1 T T"]:
     """Query q may see key k when k is no padding and floor(position_k / block) <= floor(position_q / block)."""
     block = positions // block_size
@@ -58,16 +51,10 @@ def block_causal_mask(
 
 
 def encode_block_causal(
-    module: Module,
-    tokens: Int[Tensor, "B T"],
-    attention_mask: Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"],
-    positions: Int[Tensor, "B T"],
-    *,
-    block_size: int,
-    **cache: Any,
-) -> Float[Tensor, "B T D"]:
+    module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, *, block_size: int, **cache: Any
+) -> States:
     """The final hidden states under the block-causal mask, or under a given mask of four axes."""
-    if attention_mask.dim() == 2:
+    if attention_mask.dim() == 2:  # a mask of four axes is whole: a cache's, or a packed forward's
         attention_mask = block_causal_mask(attention_mask, positions, block_size)
     return encode_base(module, tokens, attention_mask, positions, **cache)
 
@@ -85,7 +72,8 @@ def mlm_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, ".
     """BERT-type heads transform before they project."""
     if hasattr(module, "decoder"):  # ModernBERT
         return module.decoder(module.head(hidden))
-    return next(getattr(module, name) for name in ("cls", "lm_head", "predictions") if hasattr(module, name))(hidden)
+    name = next(name for name in ("cls", "lm_head", "predictions") if hasattr(module, name))  # BERT, RoBERTa, ALBERT
+    return getattr(module, name)(hidden)
 
 
 @dataclass(frozen=True)
@@ -101,7 +89,7 @@ class FamilySpec:
     vocab_size     number of logits; None: the module's config has it.
     encode, head   module, tokens, attention mask, positions -> hidden states; module, hidden states -> logits.
     lora_targets   names of the linear layers of a block that LoRA adapts by default.
-    architectures  values of the config's `architectures` field (a suffix, when it starts with "*").
+    architectures  values of the config's `architectures` field; `*` for any text.
     when           further test of the config's fields.
     native         config fields -> (stock class, its config); None for a stock checkpoint.
     names          (original, stock) module or tensor names, `*` for a number; unlisted names are the same.
@@ -139,9 +127,8 @@ class FamilySpec:
 
     def recognises(self, config: dict) -> bool:
         """Whether a checkpoint with these config fields is of this family."""
-        names = config.get("architectures") or [""]
-        fits = lambda a: names[0].endswith(a[1:]) if a.startswith("*") else names[0] == a  # noqa: E731
-        return any(map(fits, self.architectures)) and self.when(config)
+        name = (config.get("architectures") or [""])[0]
+        return any(fnmatchcase(name, pattern) for pattern in self.architectures) and self.when(config)
 
 
 @runtime_checkable

@@ -18,18 +18,21 @@ def to_diffusion(policy: AutoregressivePolicy | DiffusionPolicy) -> DiffusionPol
     """
     if policy.spec.attention != "causal":
         raise ValueError(f"policy is a diffusion model already ({type(policy.module).__name__}); use it as it is")
-    module, tokenizer = copy.deepcopy(policy.module), copy.deepcopy(policy.tokenizer)
+    module = copy.deepcopy(policy.module)
+    tokenizer = copy.deepcopy(policy.tokenizer)
     old = module.config.vocab_size
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": MASK})
     mask_id = tokenizer.mask_token_id
-    if mask_id >= old:
+    if mask_id >= old:  # many vocabularies are padded, and have a row for it already
         with torch.random.fork_rng(devices=[]):  # transformers fills new rows from the global RNG
             module.resize_token_embeddings(mask_id + 1, mean_resizing=False)
     with torch.no_grad():
-        for table in {id(t): t for t in (module.get_input_embeddings(), module.get_output_embeddings())}.values():
+        for table in (module.get_input_embeddings(), module.get_output_embeddings()):  # tied tables get the same row
             table.weight[min(old, mask_id) :] = table.weight[: min(old, mask_id)].mean(0)
-    module.config.is_causal, module.config.shifted_head, module.config.mask_token_id = False, True, mask_id
+    module.config.is_causal = False
+    module.config.shifted_head = True  # so that `find_family` knows a saved copy
+    module.config.mask_token_id = mask_id
     converted = make_policy(module, tokenizer)
     assert isinstance(converted, DiffusionPolicy), "its config says so"
     return converted

@@ -1,6 +1,7 @@
 """Log-probabilities under the sampled distribution from hidden states, without a (B, T, V) tensor."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ CHUNK_ELEMENTS = 2**23  # fp32 logits held at once on a CPU: 32 MiB
 # gradient: with 64 rows the traffic takes longer than the products.
 ACCELERATOR_ELEMENTS = 2**26
 # A product has at least ROWS rows, and a multiple of STEP: fp32 kernels round few rows differently.
-ROWS, STEP = 16, 8
+ROWS = 16
+STEP = 8
 GROUP = 256  # tokens whose mass is summed before the search for the drawn one
 
 
@@ -34,7 +36,6 @@ def process(
 ) -> Float[Tensor, "K V"]:
     """Raw logits -> fp32 logits of the distribution sampled from: suppress, divide by temperature, top-k, top-p.
 
-    At temperature 0 there is no division: a greedy sampler's log-probs are at temperature 1.
     keep  a token per row that top-k and top-p never remove, so that a sampled token's log-prob is finite [ours].
     kept  the tokens that a rollout kept, -1 for none: they replace top-k and top-p.
     """
@@ -43,16 +44,17 @@ def process(
         logits = logits.clone()
         for token in sampling_params.suppress:  # one by one: a tensor of ids would have to move to the device
             logits[..., token] = -torch.inf
-    if sampling_params.temperature not in (0, 1):
+    if sampling_params.temperature not in (0, 1):  # a greedy sampler's log-probs are at temperature 1
         logits = logits / sampling_params.temperature
     if not sampling_params.filters or sampling_params.support == "unfiltered":
         return logits
     if kept is not None:
         size = logits.shape[-1]
+        # -1 writes into one more column, which is cut off: no boolean index, for which the host would wait.
         there = torch.zeros(len(logits), size + 1, dtype=torch.bool, device=logits.device)
         return logits.masked_fill(~there.scatter(-1, kept.long().where(kept >= 0, size), True)[:, :size], -torch.inf)
     if sampling_params.top_k is not None and sampling_params.top_k < logits.shape[-1]:
-        kth = logits.topk(sampling_params.top_k, dim=-1).values[:, -1:]
+        kth = logits.topk(sampling_params.top_k, dim=-1).values[:, -1:]  # tokens that tie with the k-th all stay
         logits = _drop(logits, logits < kth, keep)
     if sampling_params.top_p is not None and sampling_params.top_p < 1:
         # Stable, so that ties go to the lowest index. A token stays while the mass before it is below top_p.
@@ -72,9 +74,9 @@ def _drop(logits: Tensor, dropped: Tensor, keep: Tensor | None) -> Tensor:
 def kept_set(
     logits: Float[Tensor, "K V"], filtered: Float[Tensor, "K V"]
 ) -> tuple[Float[Tensor, " K"], Int[Tensor, "K C"]]:
-    """Log of the mass that a filter kept (nats), and the kept ids, likeliest first, then -1. Up to KEPT_IDS + 1 ids are
-    returned, so that a set that does not fit is visible."""
+    """Log of the mass that a filter kept (nats), and up to KEPT_IDS + 1 kept ids, likeliest first, then -1."""
     log_mass = filtered.logsumexp(-1) - logits.logsumexp(-1)
+    # One more than fits shows that a set is too large.
     values, ids = filtered.topk(min(KEPT_IDS + 1, filtered.shape[-1]), dim=-1)
     return log_mass, ids.where(values > -torch.inf, -1).int()
 
@@ -103,8 +105,8 @@ class TokenLogprob(torch.autograd.Function):
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Rows of logits held at once on a device: a multiple of ROWS. Free memory plays no part, because a row's rounding
-    may depend on its chunk."""
+    """Rows of logits held at once on a device: a multiple of ROWS."""
+    # Free memory plays no part, because a row's rounding may depend on its chunk.
     elements = CHUNK_ELEMENTS if device.type == "cpu" else ACCELERATOR_ELEMENTS
     return max(ROWS, elements // vocabulary // ROWS * ROWS)
 
@@ -115,18 +117,16 @@ def missing_rows(count: int) -> int:
 
 
 def chunked(f: Callable, *rows: Tensor, policy: Head) -> tuple[Tensor, ...]:
-    """Apply `f` (rows -> tuple of per-row tensors) to chunks of `chunk_rows`.
-
-    Rows of zeros fill the last chunk, so that a row's value does not depend on the number of rows. With several chunks
-    and gradients on, the backward recomputes each chunk's logits.
-    """
+    """Apply `f` (rows -> tuple of per-row tensors) to chunks of `chunk_rows`."""
     size = chunk_rows(policy.vocab_size, policy.device)
     count = len(rows[0])
+    # Rows of zeros fill the last chunk, so that a row's value does not depend on the number of rows.
     if missing := missing_rows(count - (count - 1) // size * size):
         rows = tuple(torch.cat([r, r.new_zeros(missing, *r.shape[1:])]) for r in rows)
     if count <= size:
         return tuple(column[:count] for column in f(*rows))
-    run = (lambda *a: checkpoint(f, *a, use_reentrant=False)) if torch.is_grad_enabled() else f
+    # The backward recomputes each chunk's logits: kept ones would be the (K, V) tensor that chunks avoid.
+    run = partial(checkpoint, f, use_reentrant=False) if torch.is_grad_enabled() else f
     parts = [run(*chunk) for chunk in zip(*(r.split(size) for r in rows), strict=True)]
     return tuple(torch.cat(columns)[:count] for columns in zip(*parts, strict=True))
 
@@ -158,8 +158,8 @@ def backward_token_logprobs(
     vector: Float[Tensor, " K"],
     kept: Int[Tensor, "K C"] | None = None,
 ) -> None:
-    """token_logprobs(...).backward(vector), with each chunk of logits computed once instead of twice: the vector is
-    known before the forward, so each chunk goes through the head and back at once."""
+    """token_logprobs(...).backward(vector), with each chunk of logits computed once instead of twice."""
+    # The vector is known before the forward, so each chunk goes through the head and back at once.
     rows = (tokens,) if kept is None else (tokens, kept)
     gradient, _ = backward_chunked(_scored(policy, sampling_params), policy, vector, hidden, *rows)
     if len(hidden) and hidden.requires_grad:
@@ -172,9 +172,10 @@ def backward_chunked(
     """One forward and backward of f(hidden, *rows) -> (value (K,), ...) per chunk: the gradient with respect to the
     hidden states, and f's other outputs. Adds the head's own gradients."""
     size = chunk_rows(policy.vocab_size, policy.device)
-    gradients, others = [torch.zeros_like(hidden[:0])], []
+    gradients = [torch.zeros_like(hidden[:0])]  # so that no rows give no gradient rows
+    others = []
     for h, v, *rest in zip(*(x.split(size) for x in (hidden, vector, *rows)), strict=True):
-        leaf = h.detach().requires_grad_()
+        leaf = h.detach().requires_grad_()  # the backward ends here: the backbone's runs once, with all chunks
         value, *more = f(leaf, *rest)
         value.backward(v)
         assert leaf.grad is not None
@@ -192,10 +193,12 @@ def invert(mass: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Ten
     """One token per row, with probability in proportion to its non-negative mass. Exact to the fp32 rounding of the
     mass; a token of mass 0 is never drawn."""
     # First among groups of GROUP tokens, then within one: no cumulative sum over the vocabulary.
-    size, whole = mass.shape[-1], mass.shape[-1] // GROUP
+    size = mass.shape[-1]
+    whole = size // GROUP
     groups = rearrange(mass[:, : whole * GROUP], "k (n v) -> k n v", v=GROUP).sum(-1)
     groups = torch.cat([groups, mass[:, whole * GROUP :].sum(-1, keepdim=True)], dim=-1).double().cumsum(-1)
     total = groups[:, -1:]
+    # Below the total even where the product rounds up to it, so that the search ends at a token with mass.
     point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     group = torch.searchsorted(groups, point, right=True)
     point = point - torch.where(group > 0, groups.gather(-1, (group - 1).clamp(min=0)), 0.0)

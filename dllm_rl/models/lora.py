@@ -28,7 +28,7 @@ class Lora:
             raise ValueError(f"lora.r={self.r} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout={self.dropout} must lie in [0, 1)")
-        if self.experts and self.dropout:
+        if self.experts and self.dropout:  # merged weights see no single input that could be dropped
             raise ValueError(f"lora.dropout={self.dropout}: adapters on experts are merged in a forward; set it to 0")
 
 

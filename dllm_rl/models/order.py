@@ -5,7 +5,7 @@ draws have the highest confidence conf_j(y_j), the untempered log-prob. For a se
     log P(S, y_S | state) = sum_{i in S} log p_i(y_i) + sum_{j masked, not in S} log F_j(c),
     c = min_{i in S} conf_i(y_i),   F_j(c) = sum_v p_j(v) [v at j ranks behind the last of S].
 A draw at j ranks behind if conf_j(v) < c. Ties go to the lowest position: conf_j(v) = c ranks behind if j is to the
-right of the position that set c. The gradient goes through p_i and F_j, not through c [ours: docs/order.md].
+right of the position that set c.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,8 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import TokenLogprob, backward_chunked, chunked, process, wide
 from dllm_rl.types import SamplingParams
 
-LEAST = -20.0  # nats; an order that a policy cannot choose has this log-prob and no gradient, as log-ratios are clamped
+# Nats. An order that a policy cannot choose has this log-prob and no gradient, as log-ratios are clamped.
+LEAST = -20.0
 
 
 def last_committed(
@@ -30,7 +31,7 @@ def last_committed(
     groups  the group of each committed position: one step of one row; places: in the completion.
     """
     lowest = scores.new_full((num_groups,), torch.inf).scatter_reduce(0, groups, scores, "amin")
-    at = torch.where(scores == lowest[groups], places, -1)
+    at = torch.where(scores == lowest[groups], places, -1)  # scatter_reduce has no argmin
     return lowest, places.new_full((num_groups,), -1).scatter_reduce(0, groups, at, "amax")
 
 
@@ -43,6 +44,7 @@ def confidence_normalizer(
     """
     if sampling_params.temperature in (0, 1) and not sampling_params.filters:
         return drawn.logsumexp(-1).logaddexp(wide(logits[:, mask_id]))
+    # The confidence is the model's own: neither tempered nor filtered, and the mask token takes its share.
     others = tuple(token for token in sampling_params.suppress if token != mask_id)
     return process(logits, SamplingParams(suppress=others)).logsumexp(-1)
 
@@ -52,7 +54,8 @@ class _LeftLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, inside: Tensor) -> Tensor:
-        total, part = logits.logsumexp(-1), logits.masked_fill(~inside, -torch.inf).logsumexp(-1)
+        total = logits.logsumexp(-1)
+        part = logits.masked_fill(~inside, -torch.inf).logsumexp(-1)
         ctx.save_for_backward(logits, inside, total, part)
         return (part - total).clamp(min=LEAST)
 
@@ -61,10 +64,9 @@ class _LeftLogprob(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, inside, total, part = ctx.saved_tensors
         possible = part - total > LEAST
-        part = part.where(possible, 0)
         out = (logits - part[:, None]).masked_fill_(~inside, -torch.inf).exp_()
         out -= (logits - total[:, None]).exp_()
-        return out.mul_(gradient.where(possible, 0)[:, None]).masked_fill_(~possible[:, None], 0), None
+        return out.mul_(gradient[:, None]).masked_fill_(~possible[:, None], 0), None  # an impossible row may be NaN
 
 
 def _left(policy: Policy, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor]]:
@@ -73,7 +75,7 @@ def _left(policy: Policy, sampling_params: SamplingParams) -> Callable[..., tupl
     def one(h: Tensor, lowest: Tensor, behind: Tensor) -> tuple[Tensor]:
         logits = policy.head(h)
         drawn = process(logits, sampling_params)
-        with torch.no_grad():
+        with torch.no_grad():  # the gradient goes through F_j and not through its bound c [ours: docs/order.md]
             confidences = wide(logits) - confidence_normalizer(logits, drawn, sampling_params, mask_id)[:, None]
             inside = confidences < lowest[:, None]
             inside |= behind[:, None] & (confidences == lowest[:, None])

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.manifest import Check, verify_if_there
 from dllm_rl.models.adapters.linear import add_lora, without_adapters
-from dllm_rl.models.base import FamilySpec, Module, Policy, position_ids
+from dllm_rl.models.base import FamilySpec, Mask, Module, Policy, States, Tokens, position_ids
 from dllm_rl.models.checkpoint.loading import (
     check_finite,
     checkpoint_folder,
@@ -29,8 +29,7 @@ Moved = TypeVar("Moved", bound="_Backbone")
 
 
 class _Backbone:
-    """The `Policy` that diffusion and autoregressive policies share. A rollout's copy, a reference and an evaluation
-    inherit `float32_head`, so that both sides of a ratio have the same."""
+    """The `Policy` that diffusion and autoregressive policies share."""
 
     gradient_checkpointing: bool = False
     records_experts: bool = False
@@ -39,14 +38,18 @@ class _Backbone:
     quantization_report: Any = None
 
     def __init__(self, module: Module, spec: FamilySpec, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.module, self.spec, self.tokenizer, self.version = module.eval(), spec, tokenizer, 0
-        self.float32_head = True
+        self.module = module.eval()  # for good: a stock module's dropout does not repeat
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.version = 0
+        self.float32_head = True  # copies inherit it, so that both sides of a ratio have the same
 
     def __repr__(self) -> str:
         number = sum(parameter.numel() for parameter in self.module.parameters())
         parts = [type(self.module).__name__, f"{number:,} parameters", f"family {self.spec.name}"]
-        parts += [f"lora={self.lora}"] * (self.lora is not None)
-        parts += [f"quantization={self.quantization}"] * (self.quantization is not None)
+        for name in ("lora", "quantization"):
+            if getattr(self, name) is not None:
+                parts.append(f"{name}={getattr(self, name)}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
     @property
@@ -61,13 +64,7 @@ class _Backbone:
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.spec.eos_ids[0]
 
-    def encode(
-        self,
-        tokens: Int[Tensor, "B T"],
-        attention_mask: Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"],
-        positions: Int[Tensor, "B T"],
-        **cache: Any,
-    ) -> Float[Tensor, "B T D"]:
+    def encode(self, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache: Any) -> States:
         """The backbone's states at each token, not shifted. Every run of the backbone goes through `encode`.
 
         attention_mask  False on padding, over the cache's and the T new columns; the family adds its own mask, except
@@ -79,7 +76,7 @@ class _Backbone:
         with recomputed_blocks(self.module) if recompute else nullcontext():
             return self.spec.encode(self.module, tokens, attention_mask, positions, **cache)
 
-    def hidden(self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    def hidden(self, tokens: Tokens, attention_mask: Bool[Tensor, "B T"]) -> States:
         """Final hidden states; `head` of the state at t gives logits for the token at t."""
         states = self.encode(tokens, attention_mask, position_ids(attention_mask))
         return shifted(states, attention_mask) if self.spec.shift else states
@@ -91,10 +88,7 @@ class _Backbone:
         return self.spec.head(self.module, hidden)
 
     def logits(
-        self,
-        tokens: Int[Tensor, "B T"],
-        attention_mask: Bool[Tensor, "B T"],
-        positions: Bool[Tensor, "B T"] | None = None,
+        self, tokens: Tokens, attention_mask: Bool[Tensor, "B T"], positions: Bool[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T V"] | Float[Tensor, "K V"]:
         """Logits for the token AT each position (B, T, V), or only at the K marked positions, row by row: (K, V)."""
         hidden = self.hidden(tokens, attention_mask)
@@ -122,8 +116,9 @@ class AutoregressivePolicy(_Backbone):
     """A causal model: its logits at t predict the token AT t from earlier tokens."""
 
 
-def shifted(states: Float[Tensor, "B T D"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+def shifted(states: States, attention_mask: Bool[Tensor, "B T"]) -> States:
     """The state at t-1 at each t, for shifted families; a row's first token keeps its own state."""
+    # Nothing predicts a row's first token; it is never sampled.
     before = torch.cat([torch.zeros_like(attention_mask[:, :1]), attention_mask[:, :-1]], dim=1)
     return torch.where(before[..., None], states.roll(1, dims=1), states)
 
@@ -137,6 +132,7 @@ def make_policy(
           `encode`, `head`, `vocab_size`, `eos_ids` and, unless it is causal, `mask_id`.
     """
     spec = family_spec(module.config, tokenizer) if spec is None else spec
+    # A wrong mask or attention would train without an error, so both are checked on the module itself.
     check_spec(module, spec)
     policy = (AutoregressivePolicy if spec.attention == "causal" else DiffusionPolicy)(module, spec, tokenizer)
     check_attention(policy)
@@ -208,12 +204,12 @@ def check_spec(module: Module, spec: FamilySpec) -> None:
 def check_attention(policy: _Backbone) -> None:
     """Raise ValueError unless changing one token moves the first state as the family's attention says: the last token
     of a bidirectional model or of the first block does, a later token of a causal model or the next block does not."""
-    attention, block = policy.spec.attention, policy.spec.block_size
+    attention = policy.spec.attention
     expected = {7: attention == "full"}
-    if attention == "block_causal" and block is not None:
-        expected = {block - 1: block > 1, block: False}
+    if attention == "block_causal" and (block := policy.spec.block_size) is not None:
+        expected = {block - 1: True, block: False}
     for position, moves in expected.items():
-        if first_moves(policy, position) != moves and position:
+        if position and first_moves(policy, position) != moves:  # a block of one token has no other one
             upgrade = "upgrade transformers (>= 5.2 honours config.is_causal=False)"
             raise ValueError(
                 f"attention={attention!r} is what {type(policy.module).__name__} should have, but "
@@ -224,8 +220,8 @@ def check_attention(policy: _Backbone) -> None:
 
 def first_moves(policy: _Backbone, position: int) -> bool:
     """Whether the first state of a sequence that ends at `position` depends on the last token."""
-    size, device = policy.vocab_size, policy.device
-    tokens = (torch.arange(position + 1, device=device) % max(1, size - 1))[None].repeat(2, 1)
+    size = policy.vocab_size
+    tokens = (torch.arange(position + 1, device=policy.device) % max(1, size - 1))[None].repeat(2, 1)
     tokens[1, -1] = (tokens[0, -1] + 1) % size
     first = policy.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 0].float()
-    return not torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-6)
+    return not torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-6)  # a batch's rows may round differently

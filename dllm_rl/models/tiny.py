@@ -1,7 +1,4 @@
-"""Small models made from scratch: stock transformers classes with a character-level tokenizer.
-
-With the classes' default initialisation (std 0.02 everywhere) a model of this size learns no Sudoku grid in minutes.
-"""
+"""Small models made from scratch: stock transformers classes with a character-level tokenizer."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +21,9 @@ from transformers import (
 from dllm_rl.models.base import Module
 from dllm_rl.models.policy import AutoregressivePolicy, DiffusionPolicy, make_policy
 
-PAD, MASK, EOS = "<pad>", "<mask>", "<eos>"
+PAD = "<pad>"
+MASK = "<mask>"
+EOS = "<eos>"
 
 
 def char_tokenizer(characters: str) -> PreTrainedTokenizerFast:
@@ -32,7 +31,7 @@ def char_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     outside `characters` raises an exception."""
     vocabulary = {token: i for i, token in enumerate([PAD, MASK, EOS, *dict.fromkeys(characters)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")  # `.` leaves out newlines
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, mask_token=MASK, eos_token=EOS, clean_up_tokenization_spaces=False
@@ -42,6 +41,7 @@ def char_tokenizer(characters: str) -> PreTrainedTokenizerFast:
 @torch.no_grad()
 def initialise(module: Module, generator: Generator, *, embedding_std: float, head_std: float, gain: float) -> None:
     """Draw every weight again: embeddings and head with the given std, other matrices with gain / sqrt(fan_in)."""
+    # With the classes' default (std 0.02 everywhere) a model of this size learns no Sudoku grid in minutes.
     head = module.get_output_embeddings()
     for layer in module.modules():
         if isinstance(layer, nn.Embedding):
@@ -197,9 +197,9 @@ def _decoder_fields(
         "max_position_embeddings": max_length,
         "tie_word_embeddings": False,
         "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
+        "bos_token_id": None,  # the classes' default ids belong to other vocabularies
         "eos_token_id": tokenizer.eos_token_id,
-        "is_causal": causal,
+        "is_causal": causal,  # transformers >= 5.2 honours it
         "mask_token_id": None if causal else tokenizer.mask_token_id,
     }
 
@@ -210,6 +210,6 @@ def _made(
     """The policy of a module that `make` builds, with `initialise`'s scales."""
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global RNG
         module = make(config)
-    module.config.architectures = [type(module).__name__]
+    module.config.architectures = [type(module).__name__]  # by which load_policy finds a saved copy's family
     initialise(module, Generator().manual_seed(seed), **scales)
     return make_policy(module, tokenizer)

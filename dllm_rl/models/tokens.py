@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -42,21 +43,28 @@ def ids_and_blanks(
     if blank is not None and (not blank or policy.spec.mask_id is None):
         wrong = "is no text" if not blank else "is to be filled in, and the model has no mask token"
         raise ValueError(f"blank={blank!r} {wrong}; leave it at None" + (", or use a diffusion model" if blank else ""))
-    gap: list[int] = [] if policy.spec.mask_id is None else [policy.spec.mask_id]
     if isinstance(prompt, str):
-        texts = [prompt] if blank is None else prompt.split(blank)
-        return _joined([text_ids(policy, text) for text in texts], [(gap, True)] * (len(texts) - 1))
+        pieces: list[tuple[list[int], bool]] = []
+        for text in [prompt] if blank is None else prompt.split(blank):
+            pieces += [_gap(policy), (text_ids(policy, text), False)]
+        return _joined(pieces[1:])  # gaps stand between texts
     opening = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
     chat = _Chat(policy, prompt, blank=blank)
+    # The template closes a last assistant turn, so the answer's beginning is written behind the open turn instead.
     return chat.ids_and_blanks(chat.rendered(prompt[:-1] if opening else prompt, answered=True) + chat.hide(opening))
 
 
-def _joined(parts: list[list[int]], between: list[tuple[list[int], bool]]) -> tuple[list[int], list[bool]]:
-    """Ids of parts and of the ids between them, and for each id whether it is a blank."""
-    ids, blanks = list(parts[0]), [False] * len(parts[0])
-    for (more, blank), part in zip(between, parts[1:], strict=True):
-        ids += [*more, *part]
-        blanks += [blank] * len(more) + [False] * len(part)
+def _gap(policy: Policy) -> tuple[list[int], bool]:
+    return [] if policy.spec.mask_id is None else [policy.spec.mask_id], True
+
+
+def _joined(pieces: list[tuple[list[int], bool]]) -> tuple[list[int], list[bool]]:
+    """Ids of all pieces, and for each id whether its piece is a blank."""
+    ids: list[int] = []
+    blanks: list[bool] = []
+    for piece, blank in pieces:
+        ids += piece
+        blanks += [blank] * len(piece)
     return ids, blanks
 
 
@@ -68,36 +76,43 @@ def conversation_ids(
 
     Raises ValueError as `prompt_ids` does, and for a template that rewrites earlier turns.
     """
-    chat, turns = _Chat(policy, messages), list(messages)
-    whole, done, pieces = chat.rendered(turns), 0, list[tuple[list[int], bool]]()
+    chat = _Chat(policy, messages)
+    turns = list(messages)
+    whole = chat.rendered(turns)
+    pieces: list[tuple[list[int], bool]] = []
+    done = 0
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant" or i < since:
             continue
-        before, after = chat.rendered(turns[:i], answered=True), chat.rendered(turns[: i + 1])
+        # The turn's text is what rendering it adds; some templates strip thinking from earlier turns later on.
+        before = chat.rendered(turns[:i], answered=True)
+        after = chat.rendered(turns[: i + 1])
         if not (whole.startswith(after) and after.startswith(before)):
             raise ValueError(
                 f"messages: the chat template does not write message {i} as the continuation of those before it; give "
                 "a row for each turn, with prompt and completion as text"
             )
-        pieces += [(chat.ids(whole[done : len(before)]), False), (chat.ids(whole[len(before) : len(after)]), True)]
+        pieces.append((chat.ids(whole[done : len(before)]), False))
+        pieces.append((chat.ids(whole[len(before) : len(after)]), True))
         done = len(after)
     return [*pieces, (chat.ids(whole[done:]), False)]
 
 
 class _Chat:
-    """A tokenizer's chat template. A mark replaces the special tokens that messages spell, through the template, so
-    that they are tokenised as text afterwards."""
+    """A tokenizer's chat template, without special tokens from the messages."""
 
     def __init__(self, policy: Policy, messages: Sequence[dict[str, Any]], *, blank: str | None = None) -> None:
         if not policy.tokenizer.chat_template:
             raise ValueError(
                 "prompt is chat messages, but the model's tokenizer has no chat template; give plain text (chat=False)"
             )
-        self.policy, self.blank = policy, blank
+        self.policy = policy
+        self.blank = blank
         self.specials = [*([] if blank is None else [blank]), *special_texts(policy.tokenizer)]
-        said = [str(turn["content"]) for turn in messages]
-        self.mark = next(c for c in map(chr, range(0xE000, 0xF900)) if not any(c in text for text in said))
-        self.spelled = re.compile("|".join(map(re.escape, self.specials)) or r"(?!)")
+        self.spelled = re.compile("|".join(map(re.escape, self.specials)) or r"(?!)")  # (?!) matches nothing
+        said = "".join(str(turn["content"]) for turn in messages)
+        # A private character, which no message has, goes through the template in place of what messages spell.
+        self.mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in said)
 
     def hide(self, text: str) -> str:
         """The text, with a mark for each special token that it spells."""
@@ -105,7 +120,10 @@ class _Chat:
 
     def rendered(self, messages: Sequence[dict[str, Any]], *, answered: bool = False) -> str:
         """The template's text, with marks; `answered`: up to the start of the assistant's answer."""
-        turns = [t | {"content": self.hide(t["content"])} if isinstance(t["content"], str) else t for t in messages]
+        turns = []
+        for turn in messages:
+            text = isinstance(turn["content"], str)  # else parts, as for images, or None
+            turns.append(turn | {"content": self.hide(turn["content"])} if text else turn)
         return str(self.policy.tokenizer.apply_chat_template(turns, add_generation_prompt=answered, tokenize=False))
 
     def ids(self, text: str) -> list[int]:
@@ -114,11 +132,15 @@ class _Chat:
 
     def ids_and_blanks(self, text: str) -> tuple[list[int], list[bool]]:
         """The same, and for each id whether it is a blank."""
-        parts = re.split(rf"{self.mark}(\d+){self.mark}", text)
-        rendered = [text_ids(self.policy, part, special=True) for part in parts[::2]]
-        shown = [self.specials[int(number)] for number in parts[1::2]]
-        gap: list[int] = [] if self.policy.spec.mask_id is None else [self.policy.spec.mask_id]
-        return _joined(rendered, [(gap, True) if s == self.blank else (text_ids(self.policy, s), False) for s in shown])
+        pieces: list[tuple[list[int], bool]] = []
+        for i, part in enumerate(re.split(rf"{self.mark}(\d+){self.mark}", text)):
+            if i % 2 == 0:  # between two marks: special tokens here are the template's
+                pieces.append((text_ids(self.policy, part, special=True), False))
+            elif self.specials[int(part)] == self.blank:
+                pieces.append(_gap(self.policy))
+            else:
+                pieces.append((text_ids(self.policy, self.specials[int(part)]), False))
+        return _joined(pieces)
 
 
 def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
@@ -133,7 +155,7 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts of the special tokens, longest first."""
+    """The texts of the special tokens, longest first, so that a pattern of them finds no token within another."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted({*added, *tokenizer.all_special_tokens}, key=lambda text: (-len(text), text))
 
@@ -153,25 +175,28 @@ def graded_texts(policy: Policy, rollout: Rollout, problems: Sequence[Problem], 
     texts = decode_ids(policy, chosen)
     if all(problem.blank is None for problem in problems):
         return texts
-    whole, group = filled(policy, rollout), rollout.group_size
-    return [text if problems[i // group].blank is None else whole[i] for i, text in enumerate(texts)]
+    for row, whole in enumerate(filled(policy, rollout)):
+        if problems[row // rollout.group_size].blank is not None:
+            texts[row] = whole
+    return texts
 
 
 def filled(policy: Policy, rollout: Rollout) -> list[str]:
-    """Each row's whole text, prompt and completion, without special tokens. An end token ends the text only behind the
-    prompt's last token."""
-    masks = (rollout.tokens, rollout.attention_mask, rollout.completion_mask)
+    """Each row's whole text, prompt and completion, without special tokens."""
+    columns = (rollout.tokens, rollout.attention_mask, rollout.completion_mask)
     rows = []
-    for row in zip(*(mask.tolist() for mask in masks), strict=True):
-        ids, chosen = zip(*((token, own) for token, kept, own in zip(*row, strict=True) if kept), strict=True)
-        behind = max((i + 1 for i, own in enumerate(chosen) if not own), default=0)
-        rows.append([*ids[:behind], *before_end(policy, list(ids[behind:]))])
+    for tokens, kept, own in zip(*(column.tolist() for column in columns), strict=True):
+        ids = list(compress(tokens, kept))
+        chosen = list(compress(own, kept))
+        # An end token in a gap ends nothing: the text goes on behind the prompt's last token.
+        behind = len(chosen) - chosen[::-1].index(False) if False in chosen else 0
+        rows.append([*ids[:behind], *before_end(policy, ids[behind:])])
     return policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
 def chosen_ids(rollout: Rollout) -> list[list[int]]:
-    """Each row's tokens that the policy chose, moved to the host in one transfer."""
-    tokens = rollout.tokens.masked_fill(~rollout.completion_mask, -1)
+    """Each row's tokens that the policy chose."""
+    tokens = rollout.tokens.masked_fill(~rollout.completion_mask, -1)  # so that one transfer to the host is enough
     return [[token for token in row if token >= 0] for row in tokens.tolist()]
 
 
@@ -184,17 +209,17 @@ def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]
     """Per row every token of the completion as plain data: id, text, the step that committed it (-1: still masked) and
     its probability as sampled (None if not finite)."""
     chosen = rollout.completion_mask.any(0)
-    width, rows = int(chosen.nonzero()[0]) if chosen.any() else len(chosen), []
-    parts = (rollout.tokens, rollout.unmask_step, rollout.logprobs.exp())
-    for ids, steps, probabilities in zip(*(part.tolist() for part in parts), strict=True):
-        kept = [j for j in range(width, len(ids)) if steps[j] >= 0 or ids[j] == policy.spec.mask_id]
-        texts = [policy.tokenizer.decode([ids[j]]) for j in kept]
-        rows.append(
-            [
-                {"id": ids[j], "text": text, "step": steps[j], "probability": p if math.isfinite(p) else None}
-                for j, text, p in zip(kept, texts, (probabilities[j] for j in kept), strict=True)
-            ]
-        )
+    start = int(chosen.nonzero()[0]) if chosen.any() else len(chosen)
+    columns = (rollout.tokens[:, start:], rollout.unmask_step[:, start:], rollout.logprobs[:, start:].exp())
+    rows = []
+    for row in zip(*(column.tolist() for column in columns), strict=True):
+        written = []
+        for token, step, probability in zip(*row, strict=True):
+            if step >= 0 or token == policy.spec.mask_id:  # else padding, or a token of the prompt
+                entry = {"id": token, "text": policy.tokenizer.decode([token]), "step": step}
+                # JSON has no NaN and no infinity.
+                written.append(entry | {"probability": probability if math.isfinite(probability) else None})
+        rows.append(written)
     return rows
 
 

@@ -11,7 +11,7 @@ from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.distributed.sharding import shard, sharding_of
 from dllm_rl.models.adapters.linear import add_lora
 from dllm_rl.models.base import Module, Policy
-from dllm_rl.models.checkpoint.module_tensors import gathered
+from dllm_rl.models.checkpoint.module_tensors import host_copy
 from dllm_rl.models.forward.recompute import backbone_of, blocks_of
 from dllm_rl.recipe import Recipe, Settings
 
@@ -96,5 +96,5 @@ def on_main(policy: Policy, accelerator: Accelerator) -> Policy:
     if sharding_of(policy.module) is None:
         return policy
     twin: Any = copy.copy(policy)
-    twin.module = gathered(policy.module, keep=accelerator.is_main_process) or policy.module
+    twin.module = host_copy(policy.module, keep=accelerator.is_main_process) or policy.module
     return twin

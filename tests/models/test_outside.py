@@ -1,7 +1,6 @@
 """Backbones from outside the package: families, classes of transformers' Auto registries, modules of one's own."""
 
 import json
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -19,11 +18,8 @@ from transformers import (
 )
 
 from dllm_rl import FamilySpec, load_policy, load_weights, make_policy, register_family
-from dllm_rl.models.adapters.linear import LoraLinear, add_lora
 from dllm_rl.models.base import encode_roberta, mlm_head
 from dllm_rl.models.checkpoint import families
-from dllm_rl.models.checkpoint.module_tensors import own_tensors
-from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import char_tokenizer
 
 TOKENS = torch.tensor([[3, 4, 5, 6, 7, 4]])
@@ -188,27 +184,3 @@ def test_make_policy_needs_no_spec_for_a_known_class():
     )
     with torch.random.fork_rng(devices=[]):
         assert make_policy(LlamaForCausalLM(config), tokenizer).spec.attention == "causal"
-
-
-def test_a_tied_tensor_has_its_first_name_alone():
-    module = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2))
-    module[1].weight = module[0].weight
-    assert list(own_tensors(module)) == ["0.weight", "1.bias"]
-
-
-def test_an_own_modules_tensors_leave_its_device_as_they_are_merged(monkeypatch):
-    """Sent elsewhere, each merged weight is let go before the next is made; a tied weight is sent once."""
-    policy, merged, alive = own_policy(), LoraLinear.merged, []
-    add_lora(policy, Lora(r=2))
-
-    def watched(layer):
-        assert not any(made() is not None for made in alive), "two merged weights at once"
-        weight = merged(layer)
-        alive.append(weakref.ref(weight))
-        return weight
-
-    here = own_tensors(policy.module)
-    monkeypatch.setattr(LoraLinear, "merged", watched)
-    there = own_tensors(policy.module, device="meta")
-    assert len(alive) > 1 and list(there) == list(here)
-    assert all(x.is_meta and x.shape == here[name].shape for name, x in there.items())

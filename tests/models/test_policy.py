@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from dllm_rl import load_policy
 from dllm_rl.models.policy import shifted
-from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.models.tokens import before_end, chosen_ids, decode
 from dllm_rl.types import Rollout
 
@@ -49,29 +49,6 @@ def test_progress_bars_stay_off_for_who_turned_them_off(tmp_path):
         assert not logging.is_progress_bar_enabled()
     finally:
         logging.enable_progress_bar()
-
-
-def test_characters_come_back_as_they_were(tmp_path):
-    tokenizer = char_tokenizer("0123456789 +=\n")
-    text = "12  +3=\n\n 15"
-    ids = tokenizer(text)["input_ids"]
-    assert len(ids) == len(text)
-    assert ids[:3] == [4, 5, 13]
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.decode([4, 2, 0, 5], skip_special_tokens=True) == "12"
-    with pytest.raises(Exception, match="Missing"):
-        tokenizer("1 x 2")
-
-
-def test_longest_sequence_is_what_the_model_can_take():
-    """A RoBERTa counts positions from pad_token_id + 1, so it has room for that many fewer."""
-    policy = tiny_masked_lm(characters="ab", max_length=12)
-    assert policy.spec.max_length == 12
-    full = torch.full((1, 12), 3)
-    assert policy.logits(full, torch.ones_like(full, dtype=torch.bool)).shape == (1, 12, 5)
-    too_long = torch.full((1, 13), 3)
-    with pytest.raises((IndexError, RuntimeError)):
-        policy.logits(too_long, torch.ones_like(too_long, dtype=torch.bool))
 
 
 def test_scoring_and_learning_build_no_cache(monkeypatch):

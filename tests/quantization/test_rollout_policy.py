@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from emulated import EMULATED, e4m3_emulated, int3_emulated
 from torch import nn
-from torch._inductor import config as inductor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import (
     Float8DynamicActivationFloat8WeightConfig,
     Float8WeightOnlyConfig,
-    Int8WeightOnlyConfig,
 )
 
 from dllm_rl.config import pickable
@@ -303,32 +301,6 @@ def test_quantisation_error_is_bounded_by_the_format():
         assert ((rounded - weight).abs() <= bound * (1 + 1e-5)).all(), name
 
 
-@pytest.mark.parametrize("config", [Float8WeightOnlyConfig(), Int8WeightOnlyConfig()], ids=["float8", "int8"])
-def test_global_settings_and_the_users_config_are_left_alone(config):
-    before = torch.get_float32_matmul_precision()
-    assert before == "highest" and config.set_inductor_config
-    with inductor.patch(coordinate_descent_tuning=False):
-        quantized_copy(llada(), config)
-        assert not inductor.coordinate_descent_tuning
-    assert torch.get_float32_matmul_precision() == before
-    assert config.set_inductor_config
-
-
-def test_what_a_cpu_cannot_run_is_refused_with_the_alternative():
-    with pytest.raises(ValueError, match=r"device=cpu has no float8 products.*use float8_dynamic_emulated"):
-        quantized_copy(llada(), quantize.float8_dynamic())
-    with pytest.raises(ValueError, match="device=cpu has no packed int4 kernel; use int4_weight_only"):
-        quantized_copy(llada(), quantize.int4_packed())
-    with pytest.raises(ValueError, match="'int8' is neither a torchao config nor a FakeQuantize"):
-        quantized_copy(llada(), "int8")
-
-
-def test_every_scheme_is_found_under_its_own_name():
-    assert len(NAMES) == 8
-    for name, make in NAMES.items():
-        assert make.__name__ == name and make() is not None
-
-
 def test_stale_rollouts_are_refused_unless_allowed():
     policy = masked_lm()
     tokens, mask = batch()
@@ -407,7 +379,7 @@ def test_a_learner_in_two_halves_syncs_as_a_whole_one(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_float8_weights_are_torchaos_own(dtype):
-    from torchao.quantization import Float8WeightOnlyConfig, quantize_
+    from torchao.quantization import quantize_
 
     from dllm_rl.quantization.linear import quantized
 

@@ -20,10 +20,12 @@ LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_conca
 def is_stacked(layer: nn.Module) -> bool:
     """Whether a module, adapted or not, stores gated experts without biases as two stacks (E, out, in)."""
     layer = getattr(layer, "base_layer", layer)
-    stacks = [getattr(layer, name, None) for name in STACKS]
+    for name in STACKS:
+        stack = getattr(layer, name, None)
+        if not isinstance(stack, nn.Parameter) or stack.dim() != 3:
+            return False
     return (
-        all(isinstance(stack, nn.Parameter) and stack.dim() == 3 for stack in stacks)
-        and len(list(layer.parameters(recurse=False))) == len(STACKS)
+        len(list(layer.parameters(recurse=False))) == len(STACKS)
         and isinstance(getattr(layer, "act_fn", None), nn.Module)
         and all(getattr(layer, name, value) == value for name, value in LAYOUT.items())
     )
@@ -39,8 +41,12 @@ class LoraExperts(nn.Module):
 
     def __init__(self, base_layer: nn.Module, lora: "Lora", generator: Generator) -> None:
         super().__init__()
-        self.base_layer, self.lora, self.active, self.calls = base_layer, lora, True, 0
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.base_layer = base_layer
+        self.lora = lora
+        self.active = True
+        self.calls = 0  # of dropout, which experts do not have; saved with the adapters
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
         for name in STACKS:
             weight = getattr(base_layer, name)
             experts, outputs, inputs = weight.shape
@@ -55,9 +61,9 @@ class LoraExperts(nn.Module):
 
     def merged(self, name: str) -> Float[Tensor, "E O I"]:
         """W + (alpha / r) B A per expert, summed in fp32 and rounded once to W's dtype; differentiable in A and B."""
-        weight, scale = whole(getattr(self.base_layer, name).detach()), self.lora.alpha / self.lora.r
+        weight = whole(getattr(self.base_layer, name).detach())
         added = whole(self.lora_B[name]).float() @ whole(self.lora_A[name]).float()
-        return (weight.float() + added * scale).to(weight.dtype)
+        return (weight.float() + added * (self.lora.alpha / self.lora.r)).to(weight.dtype)
 
     @torch.no_grad()
     def plain(self, memo: dict[int, Any]) -> nn.Module:
@@ -69,15 +75,14 @@ class LoraExperts(nn.Module):
         """The adapters as peft names them: its wrapper of the second stack contains its wrapper of the first."""
         found = {}
         for place, name in zip((".base_layer", ""), STACKS, strict=True):
-            a, b = self.lora_A[name].detach(), self.lora_B[name].detach()
-            found[f"{place}.lora_A.weight"] = a.flatten(0, 1)  # (E r, in)
-            found[f"{place}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1)  # (out, r E)
+            found[f"{place}.lora_A.weight"] = self.lora_A[name].detach().flatten(0, 1)  # (E r, in)
+            found[f"{place}.lora_B.weight"] = self.lora_B[name].detach().permute(1, 2, 0).flatten(1)  # (out, r E)
         return found
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """Copy tensors in that `saved` returned."""
         for place, name in zip((".base_layer", ""), STACKS, strict=True):
-            a, b = self.lora_A[name], self.lora_B[name]
-            a.copy_(state[f"{place}.lora_A.weight"].view_as(a))
-            b.copy_(state[f"{place}.lora_B.weight"].unflatten(1, (self.lora.r, -1)).permute(2, 0, 1))
+            self.lora_A[name].copy_(state[f"{place}.lora_A.weight"].view_as(self.lora_A[name]))
+            stacked = state[f"{place}.lora_B.weight"].unflatten(1, (self.lora.r, -1))  # (out, r, E)
+            self.lora_B[name].copy_(stacked.permute(2, 0, 1))

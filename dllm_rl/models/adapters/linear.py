@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,14 +27,16 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base_layer: nn.Linear, lora: Lora, generator: Generator) -> None:
         super().__init__()
-        self.base_layer, self.lora, self.active, self.calls = base_layer, lora, True, 0
+        self.base_layer = base_layer
+        self.lora = lora
+        self.active = True
+        self.calls = 0
         self.seed = int(torch.randint(2**40, (), generator=generator))
         device = base_layer.weight.device
+        # Drawn on the host, so that every device starts from the same numbers.
         a = (torch.rand(lora.r, base_layer.in_features, generator=generator) * 2 - 1) * base_layer.in_features**-0.5
-        self.lora_A = nn.Linear(base_layer.in_features, lora.r, bias=False, device="meta")
-        self.lora_B = nn.Linear(lora.r, base_layer.out_features, bias=False, device="meta")
-        self.lora_A.weight = nn.Parameter(a.to(device))
-        self.lora_B.weight = nn.Parameter(torch.zeros(base_layer.out_features, lora.r, device=device))
+        self.lora_A = linear_of(a.to(device), None).requires_grad_()
+        self.lora_B = linear_of(torch.zeros(base_layer.out_features, lora.r, device=device), None).requires_grad_()
 
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
         out = self.base_layer(x)
@@ -46,7 +48,7 @@ class LoraLinear(nn.Module):
 
     def dropped(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... I"]:
         if not self.lora.dropout or not torch.is_grad_enabled():
-            return x
+            return x  # policies stay in eval mode, so gradients and not train() say that a forward is trained
         self.calls += 1
         keep = keep_mask(x.shape, seed=self.seed, step=self.calls, drop=self.lora.dropout, device=x.device)
         return x * keep / (1 - self.lora.dropout)
@@ -63,30 +65,31 @@ def add_lora(policy: Policy, lora: Lora) -> None:
 
     Raises ValueError without a layer of a target name, without stacked experts to adapt, or on existing adapters.
     """
-    module, names = policy.module, lora.targets or policy.spec.lora_targets
+    module = policy.module
+    names = lora.targets or policy.spec.lora_targets
     if adapted_layers(module):
         raise ValueError("lora: the policy has adapters already; merge them first (merge_lora)")
-    chosen = {
-        path: layer
-        for path, layer in module.named_modules()
-        if isinstance(layer, nn.Linear)
-        and (path in names or (re.search(r"\.\d+\.", path) and path.rpartition(".")[2] in names))
-    }
+    chosen = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear) and is_target(path, names)]
     if not chosen:
         raise ValueError(
             f"lora.targets={names} names no linear layer in a block of {type(module).__name__}; name other layers"
         )
-    stacks = {path: layer for path, layer in module.named_modules() if lora.experts and is_stacked(layer)}
+    stacks = [path for path, layer in module.named_modules() if is_stacked(layer)] if lora.experts else []
     if lora.experts and not stacks:
         raise ValueError(f"lora.experts=True, but {type(module).__name__} has no stacked experts; leave it out")
     module.requires_grad_(False)
     module.zero_grad(set_to_none=True)  # old gradients would take memory and count in clipping
     generator = Generator().manual_seed(lora.seed)
-    for path, layer in chosen.items():
-        module.set_submodule(path, LoraLinear(layer, lora, generator))
-    for path, layer in stacks.items():
-        module.set_submodule(path, LoraExperts(layer, lora, generator))
+    # One generator in the order of the module's layers: the draws of a seed are the same in every run.
+    for paths, adapted in ((chosen, LoraLinear), (stacks, LoraExperts)):
+        for path in paths:
+            module.set_submodule(path, adapted(module.get_submodule(path), lora, generator))
     policy.lora = lora
+
+
+def is_target(path: str, names: Sequence[str]) -> bool:
+    """Whether a layer is named by its full path, or, inside a block, by its last name."""
+    return path in names or (re.search(r"\.\d+\.", path) is not None and path.rpartition(".")[2] in names)
 
 
 def adapted_layers(module: nn.Module) -> dict[str, LoraLinear | LoraExperts]:
@@ -98,7 +101,7 @@ def adapted_layers(module: nn.Module) -> dict[str, LoraLinear | LoraExperts]:
 def disable_adapters(module: nn.Module) -> Iterator[None]:
     """Run the block without adapters."""
     layers = adapted_layers(module).values()
-    before = [layer.active for layer in layers]
+    before = [layer.active for layer in layers]  # an outer block may have disabled some already
     for layer in layers:
         layer.active = False
     try:
@@ -115,7 +118,8 @@ def without_adapters(policy: Policy) -> Policy:
         raise ValueError(
             f"{type(policy.module).__name__} has no adapters to leave out; keep a copy of it as the reference"
         )
-    reference, spec = copy.copy(policy), policy.spec
+    spec = policy.spec
+    reference = copy.copy(policy)
     reference.spec = replace(spec, encode=partial(_without, spec.encode), head=partial(_without, spec.head))
     return reference
 
@@ -144,7 +148,7 @@ def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
         return whole(layer.weight.detach())
     weight: Any = layer.weight
     if hasattr(weight, "quant_state"):
-        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.functional import dequantize_4bit  # an optional dependency
 
         return dequantize_4bit(weight.data, weight.quant_state)
     # An 8-bit layer moves its rows and scales (absolute maxima, 127 steps) to `state` at its first forward.

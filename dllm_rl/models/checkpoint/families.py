@@ -35,6 +35,7 @@ _SAME = (
 
 def _fields(raw: dict, **more: Any) -> dict:
     """Config fields under the stock classes' names, token ids, rotary parameters, and `more`."""
+    # None, too: a class's default ids belong to another vocabulary.
     ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")}
     same = {key: raw[key] for key in _SAME if raw.get(key) is not None}
     return same | ids | {"rope_parameters": rope_parameters(raw), "is_causal": False, "use_cache": False} | more
@@ -50,7 +51,7 @@ def _refuse(raw: dict, **supported: Any) -> None:
 
 
 def llada(raw: dict) -> tuple[type, LlamaConfig]:
-    """LLaDA-8B, LLaDA-1.5: a Llama under OLMo's names. No pad id: the id is also eos, whose embedding is trained."""
+    """LLaDA-8B, LLaDA-1.5: a Llama under OLMo's names."""
     _refuse(raw, block_type="llama", layer_norm_type="rms", activation_type="silu", alibi=False, rope=True)
     _refuse(raw, include_bias=False, include_qkv_bias=False, bias_for_layer_norm=False, attention_layer_norm=False)
     _refuse(raw, input_emb_norm=False, scale_logits=False, multi_query_attention=False, block_group_size=1)
@@ -65,7 +66,7 @@ def llada(raw: dict) -> tuple[type, LlamaConfig]:
         head_dim=raw["d_model"] // raw["n_heads"],
         max_position_embeddings=raw["max_sequence_length"],
         tie_word_embeddings=raw.get("weight_tying", False),
-        pad_token_id=None,
+        pad_token_id=None,  # the authors' id is also eos, and a stock class does not train a pad token's embedding
     )
     return LlamaForCausalLM, LlamaConfig(**fields)
 
@@ -89,7 +90,7 @@ def llada_moe(raw: dict) -> tuple[type, Qwen3MoeConfig]:
         mlp_only_layers=[i for i, sparse in enumerate(raw.get("moe_layer_freq") or []) if not sparse],
         decoder_sparse_step=1,
     )
-    fields.pop("routed_scaling_factor", None)
+    fields.pop("routed_scaling_factor", None)  # 1, or refused above; Qwen3-MoE has no such field
     return Qwen3MoeForCausalLM, Qwen3MoeConfig(**fields)
 
 
@@ -123,6 +124,7 @@ def sdar(raw: dict) -> tuple[type, Qwen3Config | Qwen3MoeConfig]:
     return Qwen3ForCausalLM, Qwen3Config(**_fields(raw))
 
 
+# (original, stock) names in a block.
 _BLOCK = [("attn_norm", "input_layernorm"), ("ff_norm", "post_attention_layernorm"), ("attn_out", "self_attn.o_proj")]
 _BLOCK += [(f"{x}_proj", f"self_attn.{x}_proj") for x in "qkv"]
 _BLOCK += [("ff_proj", "mlp.gate_proj"), ("up_proj", "mlp.up_proj"), ("ff_out", "mlp.down_proj")]
@@ -239,10 +241,12 @@ def register_family(spec: FamilySpec) -> None:
 
 def stock_class(raw: dict) -> Any:
     """The class that a config's `architectures` names, in transformers or its Auto classes; else None."""
-    architecture, kind = (raw.get("architectures") or [""])[0], raw.get("model_type", "")
+    architecture = (raw.get("architectures") or [""])[0]
+    kind = raw.get("model_type", "")
     if kind in CONFIG_MAPPING:
         for mapping in (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
             found: Any = mapping.get(CONFIG_MAPPING[kind], None)
+            # An Auto class may map the config to another class than the checkpoint's.
             if getattr(found, "__name__", None) == architecture:
                 return found
     return getattr(transformers, architecture, None)

@@ -60,7 +60,8 @@ def load_module(
     folder = checkpoint_folder(path_or_id)
     with named(folder):
         raw = read_config(folder)
-        family, files = find_family(raw), weight_files(folder)
+        family = find_family(raw)
+        files = weight_files(folder)
         shapes = shapes_of(folder, files)
         check_depth(raw, len(shapes) if files else MOST_LAYERS, folder)
         check_plain(raw, folder)
@@ -171,9 +172,10 @@ def prepared(module: Module, spec: FamilySpec) -> Module:
 def check_report(report: dict, family: FamilySpec, folder: Path) -> None:
     """Raise ValueError on a missing, unexpected or differently shaped tensor."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = [str(n) for n in report[kind] if not any(re.fullmatch(pattern, str(n)) for pattern in family.ignored)]
+        ignored = re.compile("|".join(family.ignored) or r"(?!)")  # (?!) matches nothing
+        names = sorted(name for name in map(str, report[kind]) if not ignored.fullmatch(name))
         if names:
-            raise ValueError(f"{folder}: {kind} {sorted(names)[:5]}; the checkpoint is not a complete {family.name}")
+            raise ValueError(f"{folder}: {kind} {names[:5]}; the checkpoint is not a complete {family.name}")
 
 
 def family_spec(
@@ -203,7 +205,7 @@ def family_spec(
             f"block_size={block_size} is for block-causal models, but {family.name} has {family.attention} attention; "
             "leave it out"
         )
-    if family.encode is encode_roberta:  # RoBERTa counts positions from pad_token_id + 1
+    if family.encode is encode_roberta:  # it counts positions from pad_token_id + 1
         if not 0 <= config.pad_token_id < config.vocab_size:
             raise ValueError(f"pad_token_id={config.pad_token_id} is outside the vocabulary; correct config.json")
         changes["max_length"] -= config.pad_token_id + 1
@@ -213,13 +215,11 @@ def family_spec(
 
 
 def find_mask_id(config: Any, tokenizer: PreTrainedTokenizerBase, family: FamilySpec) -> int:
-    """The mask id of the config, else of the tokenizer, else of a token with one of the family's names.
-
-    The family's own id is the last choice, and only in its own vocabulary: in another one the number is a word.
-    Raises ValueError on no mask id, on two, or on one outside the vocabulary.
-    """
+    """The mask id of the config, else of the tokenizer, else of a token with one of the family's names, else the
+    family's. Raises ValueError on no mask id, on two, or on one outside the vocabulary."""
+    # With two of the names, neither is chosen: nothing tells which of the tokens was trained as the mask.
     named = {tokenizer.get_vocab().get(name) for name in family.mask_names} - {None}
-    default = family.mask_id if config.vocab_size == family.mask_vocabulary else None
+    default = family.mask_id if config.vocab_size == family.mask_vocabulary else None  # elsewhere its number is a word
     known = named.pop() if len(named) == 1 else None
     candidates = (getattr(config, "mask_token_id", None), tokenizer.mask_token_id, known, default)
     found = next((i for i in candidates if i is not None), None)
@@ -250,7 +250,7 @@ def end_ids(
     generation = folder / "generation_config.json" if folder else None
     also = json.loads(generation.read_text()).get("eos_token_id") if generation and generation.exists() else None
     ids = [tokenizer.eos_token_id, *(tokenizer.get_vocab().get(token) for token in family.end_tokens)]
-    for some in (also, config.eos_token_id):
+    for some in (also, config.eos_token_id):  # each an id, a list of ids or None
         ids = [*(some if isinstance(some, list) else [some]), *ids]
     return tuple(dict.fromkeys(i for i in ids if i is not None and i < config.vocab_size))
 
@@ -263,7 +263,7 @@ def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
     check_tokenizer(folder)
     config = folder / "tokenizer_config.json"
     asked = json.loads(config.read_text()) if config.exists() else {}
-    if stock and "auto_map" not in asked:
+    if stock and "auto_map" not in asked:  # auto_map names a class in the checkpoint's own code
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if (folder / "tokenizer.json").exists():
         cls = transformers.PreTrainedTokenizerFast
@@ -292,6 +292,7 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
         return path
     if path.is_absolute() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith("."):
         raise ValueError(f"path_or_id={str(path_or_id)!r} is neither a folder nor a model hub's id; give one of them")
+    # No pickled weights: they run code when they are opened.
     return Path(snapshot_download(str(path_or_id), allow_patterns=[f"*{suffix}" for suffix in SUFFIXES]))
 
 
@@ -319,6 +320,7 @@ def save_module(
             state = {name: tensor.detach().cpu() for name, tensor in merged}
             write_tensors(to_original(state, spec, module.config), directory, max_shard_size=max_shard_size)
             dtype = str(main_dtype(state)).removeprefix("torch.")
+            # The name that the checkpoint has; the authors' own code reads the older one.
             keys = [key for key in ("dtype", "torch_dtype") if key in spec.original] or ["torch_dtype"]
             fields = spec.original | dict.fromkeys(keys, dtype)
             (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
@@ -368,7 +370,8 @@ def named(source: str | Path) -> Iterator[None]:
 @contextmanager
 def quiet_progress() -> Iterator[None]:
     """Hide transformers' progress bars and load reports; a tensor that a report would name raises an error anyway."""
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:

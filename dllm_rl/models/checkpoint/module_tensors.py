@@ -48,33 +48,28 @@ def load_tensors(module: nn.Module, folder: Path) -> None:
 
 def transient(module: nn.Module) -> set[str]:
     """Names of the buffers that no checkpoint contains."""
-    return {f"{path}.{name}" for path, layer in module.named_modules() for name in layer._non_persistent_buffers_set}
+    names: set[str] = set()
+    for path, layer in module.named_modules():
+        stem = f"{path}." if path else ""  # the module itself has no path
+        names |= {f"{stem}{name}" for name in layer._non_persistent_buffers_set}
+    return names
 
 
 @torch.no_grad()
-def host_copy(module: Module) -> Module:
-    """A copy of an unsharded module on the host; the device holds no extra tensor."""
+def host_copy(module: Module, *, keep: bool = True) -> Module:
+    """A copy of a module on the host, adapters unmerged; None without `keep`. All processes of a sharded module call it
+    together. The device holds one gathered tensor at a time."""
+    layers = module.sharding.plain if hasattr(module, "sharding") else module
     memo: dict[int, Any] = {}
-    for tensor in chain(module.parameters(), module.buffers()):
-        value = tensor.detach().to("cpu", copy=True)
-        memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-    return copy.deepcopy(module, memo)
-
-
-@torch.no_grad()
-def gathered(module: Module, *, keep: bool) -> Module:
-    """A sharded module gathered on the host, adapters unmerged; None without `keep`. All processes call it together.
-    The device holds one gathered tensor at a time."""
-    memo: dict[int, Any] = {}
-    tensors, plain = (chain(each.parameters(), each.buffers()) for each in (module, module.sharding.plain))
-    for tensor, place in zip(tensors, plain, strict=True):
+    tensors = chain(module.parameters(), module.buffers())
+    for tensor, place in zip(tensors, chain(layers.parameters(), layers.buffers()), strict=True):
         value = whole(tensor.detach())
         if keep:  # deepcopy takes an object's entry in the memo instead of copying the object
             value = value.to("cpu", copy=True)
             memo[id(place)] = nn.Parameter(value, tensor.requires_grad) if isinstance(place, nn.Parameter) else value
     if not keep:
         return None
-    found = copy.deepcopy(module.sharding.plain, memo)
+    found = copy.deepcopy(layers, memo)
     for path, layer in adapted_layers(module).items():
-        found.get_submodule(path).calls = layer.calls
+        found.get_submodule(path).calls = layer.calls  # `plain` was copied before training began
     return found

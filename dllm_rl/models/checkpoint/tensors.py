@@ -15,7 +15,8 @@ from dllm_rl.models.base import FamilySpec
 
 State = dict[str, Tensor]
 INDEX = "model.safetensors.index.json"
-ATTENTION, QKV = "model.layers.*.self_attn", ("q_proj", "k_proj", "v_proj")
+ATTENTION = "model.layers.*.self_attn"
+QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def read_tensors(directory: Path) -> State:
@@ -25,7 +26,10 @@ def read_tensors(directory: Path) -> State:
         raise ValueError(
             f"{directory}: no model.safetensors or model.safetensors.index.json; convert the checkpoint to safetensors"
         )
-    return {name: tensor for file in files for name, tensor in load_file(directory / file).items()}
+    state: State = {}
+    for file in files:
+        state |= load_file(directory / file)
+    return state
 
 
 def weight_files(directory: Path) -> list[str]:
@@ -33,10 +37,10 @@ def weight_files(directory: Path) -> list[str]:
 
     Raises ValueError on an index that names a missing file or a path out of the folder.
     """
-    index, single = directory / INDEX, directory / "model.safetensors"
+    index = directory / INDEX
     if not index.exists():
-        return [single.name] if single.exists() else []
-    files = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        return ["model.safetensors"] if (directory / "model.safetensors").exists() else []
+    files = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
     for name in files:
         if name in ("", ".", "..") or Path(name).name != name or PureWindowsPath(name).name != name:
             raise ValueError(f"{directory}: {INDEX} names {name!r}, which is no file of the folder; correct the index")
@@ -50,7 +54,7 @@ def shapes_of(directory: Path, files: Sequence[str]) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
     for name in files:
         with safe_open(directory / name, "pt") as file:
-            shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+            shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (no mapping)
     return shapes
 
 
@@ -59,11 +63,12 @@ def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None
     shards: list[list[str]] = [[]]
     room = max_shard_size
     for name, tensor in state.items():
-        if tensor.nbytes > room and shards[-1]:
+        if tensor.nbytes > room and shards[-1]:  # a tensor larger than a shard gets one for itself
             shards.append([])
             room = max_shard_size
         shards[-1].append(name)
         room -= tensor.nbytes
+    # Shards of an earlier save would be read with the new ones.
     for old in [*directory.glob("model*.safetensors"), *directory.glob(INDEX)]:
         old.unlink()
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -72,20 +77,27 @@ def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None
         # Tensors that share a storage are copied, shard by shard, because safetensors writes whole storages.
         save_file({name: _alone(state[name].detach().cpu()) for name in names}, directory / file, {"format": "pt"})
     if len(files) > 1:
-        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        where: dict[str, str] = {}
+        for file, names in zip(files, shards, strict=True):
+            where |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": sum(x.nbytes for x in state.values())}, "weight_map": where}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def misfits(state: State, own: State) -> list[str]:
     """Names in only one of the two, or with different shapes."""
-    names = state.keys() | own.keys()
-    return sorted(n for n in names if n not in state or n not in own or state[n].shape != own[n].shape)
+    fit = [name for name in state.keys() & own.keys() if state[name].shape == own[name].shape]
+    return sorted((state.keys() | own.keys()).difference(fit))
 
 
 def _alone(tensor: Tensor) -> Tensor:
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def backwards(spec: FamilySpec) -> tuple[tuple[str, str], ...]:
+    """The names of a family from the stock class's to the authors'."""
+    return tuple((stock, original) for original, stock in spec.names)
 
 
 def renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
@@ -109,7 +121,7 @@ def to_stock(state: State, spec: FamilySpec, config: Any) -> State:
             heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
             rows = [number * config.head_dim for number in heads]
             for part, value in zip(QKV, tensor.split(rows), strict=True):
-                out[f"{parent}.{part}.{leaf}"] = value.clone()
+                out[f"{parent}.{part}.{leaf}"] = value.clone()  # a view would keep the fused tensor alive
         else:
             out[renamed(name, spec.names)] = tensor
     return out
@@ -119,16 +131,16 @@ def to_original(state: State, spec: FamilySpec, config: Any) -> State:
     """The stock class's tensors -> the authors'; the exact inverse of `to_stock`."""
     if config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
-    backwards, out = tuple((b, a) for a, b in spec.names), {}
+    out = {}
     for name, tensor in split_experts(state).items():
         stem, _, leaf = name.rpartition(".")
         attention, _, part = stem.rpartition(".")
         fused = spec.fused_qkv and renamed(attention, ((ATTENTION, spec.fused_qkv),))
         if fused and fused != attention and part in QKV:
-            if part == QKV[0]:
+            if part == QKV[0]:  # one fused tensor for the three
                 out[f"{fused}.{leaf}"] = torch.cat([state[f"{attention}.{p}.{leaf}"] for p in QKV])
         else:
-            out[renamed(name, backwards)] = tensor
+            out[renamed(name, backwards(spec))] = tensor
     return out
 
 
@@ -139,11 +151,10 @@ def split_experts(state: State) -> State:
         if name.endswith(".mlp.experts.gate_up_proj"):
             prefix = name.removesuffix("gate_up_proj")
             for i, both in enumerate(tensor):
-                gate, up = both.chunk(2)
-                out[f"{prefix}{i}.gate_proj.weight"], out[f"{prefix}{i}.up_proj.weight"] = gate, up
+                out[f"{prefix}{i}.gate_proj.weight"], out[f"{prefix}{i}.up_proj.weight"] = both.chunk(2)
         elif name.endswith(".mlp.experts.down_proj"):
-            prefix = name.removesuffix("down_proj")
-            out |= {f"{prefix}{i}.down_proj.weight": one for i, one in enumerate(tensor)}
+            for i, one in enumerate(tensor):
+                out[f"{name.removesuffix('down_proj')}{i}.down_proj.weight"] = one
         else:
             out[name] = tensor
     return out

@@ -13,8 +13,7 @@ SHORT = 128  # keys, up to which plain products are clearly faster, forward and 
 
 
 class PlainAttention(TorchFunctionMode):
-    """In the block, attention on a CPU over at most SHORT keys, in 16 bits or under autocast, is products and softmax.
-    The choice depends on shapes alone, not on gradients, so that a sampler and a learner round alike."""
+    """In the block, attention on a CPU over few keys, in 16 bits or under autocast, is products and softmax."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -25,6 +24,7 @@ class PlainAttention(TorchFunctionMode):
 
 
 def is_short(key: Tensor) -> bool:
+    # Shapes and dtypes alone decide, not gradients, so that a sampler and a learner round alike.
     narrow = key.dtype.itemsize == 2 or torch.is_autocast_enabled("cpu")
     return key.device.type == "cpu" and narrow and key.shape[-2] <= SHORT
 
@@ -45,7 +45,8 @@ def plain_attention(
         raise ValueError(f"dropout_p={dropout_p}: attention with dropout does not repeat; set it to 0 in the config")
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
+        key = key.repeat_interleave(times, -3)
+        value = value.repeat_interleave(times, -3)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()

@@ -31,20 +31,26 @@ def length_buckets(
     starts    each row's first column that is no padding, on the host; columns: of the batch.
     forwards  model calls per bucket for each call that runs its padding: many with a cache.
 
-    Exact, by dynamic programming over the distinct lengths, without the quadratic cost of attention. A single bucket
-    keeps all columns.
+    Exact, by dynamic programming over the distinct lengths, without the quadratic cost of attention.
     """
     distinct, count = starts.unique(return_counts=True)  # rising: the longest rows first
-    begins, rows_before = distinct.tolist(), [0, *count.cumsum(0).tolist()]
-    least = forwards * FORWARD.get(torch.device(device).type, FORWARD["cuda"])
-    best, cut = [0], [0]  # for the first n distinct lengths: the cost, and where the last bucket begins
+    begins = distinct.tolist()
+    rows_before = [0, *count.cumsum(0).tolist()]
+    each = forwards * FORWARD.get(torch.device(device).type, FORWARD["cuda"])
+    best = [0]  # for the first n distinct lengths: the cost
+    cut = [0]  # and where the last bucket begins
     for end in range(1, len(begins) + 1):
-        costs = [best[i] + (rows_before[end] - rows_before[i]) * (columns - begins[i]) + least for i in range(end)]
+        costs = []
+        for begin in range(end):
+            rows = rows_before[end] - rows_before[begin]
+            costs.append(best[begin] + rows * (columns - begins[begin]) + each)
         best.append(min(costs))
         cut.append(costs.index(best[-1]))
-    found, end = [], len(begins)
-    while end:
-        begin, last = begins[cut[end]], begins[end - 1]
-        found.append(Bucket(((starts >= begin) & (starts <= last)).nonzero()[:, 0], begin))
+    found = []
+    end = len(begins)
+    while end:  # back from the shortest rows
+        start = begins[cut[end]]
+        found.append(Bucket(((starts >= start) & (starts <= begins[end - 1])).nonzero()[:, 0], start))
         end = cut[end]
+    # A single bucket keeps all columns, so that its shapes are those of a batch without buckets.
     return found[::-1] if len(found) > 1 else [Bucket(torch.arange(len(starts)), 0)]

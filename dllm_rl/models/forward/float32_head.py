@@ -22,16 +22,16 @@ SLAB = 2**22  # weights in fp32 at once on a CPU, 16 MiB; a GPU needs four times
 
 
 class _Float32Linear(torch.autograd.Function):
-    """x W^T + b in fp32, slab of rows of W by slab; gradients are summed in fp32 and rounded once to each dtype."""
+    """x W^T + b in fp32; gradients are summed in fp32 and rounded once to each dtype."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
         out = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # autocast would round the fp32 product's operands again
             wide = x.float()
-            for part in slabs(weight):
+            for part in slabs(weight):  # so that no fp32 copy of the whole head is made
                 some = None if bias is None else bias[part].float()
                 out[..., part] = F.linear(wide, weight[part].float(), some)
         return out
@@ -39,7 +39,8 @@ class _Float32Linear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        (dy,), (x, weight) = gradients, ctx.saved_tensors
+        (dy,) = gradients
+        x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
         dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if for_x else None
         dw = torch.empty_like(weight) if for_weight else None
@@ -68,11 +69,8 @@ def float32_linear(
 
 
 def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[Tensor, "... D"]) -> Tensor:
-    """`head(module, hidden)` with its projection on the vocabulary in fp32.
-
-    Weights in 16 bits: a masked model's layers before the projection stay in 16 bits. Weights in fp32: the whole head
-    runs in fp32, outside of autocast. Raises ValueError for a module in 16 bits that does not name the projection.
-    """
+    """`head(module, hidden)` with its projection on the vocabulary in fp32. Raises ValueError for a module in 16 bits
+    that does not name the projection."""
     output = output_embeddings(module)
     if output is None and next(module.parameters()).dtype in HALF:
         raise ValueError(
@@ -80,9 +78,11 @@ def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[T
             "give it a method get_output_embeddings(), or set float32_head=False"
         )
     if output is not None and output.weight.dtype in HALF:
+        # A masked model's layers before the projection stay in 16 bits.
         with projected_in_float32(output):
             return head(module, hidden)
     if hidden.dtype in HALF or torch.is_autocast_enabled(hidden.device.type):
+        # fp32 weights: the whole head runs in fp32.
         with torch.autocast(hidden.device.type, enabled=False):
             return head(module, hidden.float())
     return head(module, hidden)

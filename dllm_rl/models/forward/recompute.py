@@ -3,7 +3,8 @@
 transformers' own switch does nothing in eval mode, in which policies stay, and does not cover every family.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -24,12 +25,11 @@ def backbone_of(module: Module) -> Any:
 def blocks_of(module: Module, wanted_by: str = "gradient_checkpointing") -> list[nn.Module]:
     """The members of the backbone's outermost lists of layers. Raises ValueError, naming `wanted_by`, without any."""
     backbone = backbone_of(module)
-    lists = [
-        layers
-        for name, layers in backbone.named_modules()
-        if isinstance(layers, nn.ModuleList) and not any(part.isdigit() for part in name.split("."))
-    ]
-    found = [block for layers in lists for block in layers]
+    found: list[nn.Module] = []
+    for name, layers in backbone.named_modules():
+        # A list inside a block, as of experts, has the block's number in its name.
+        if isinstance(layers, nn.ModuleList) and not re.search(r"(^|\.)\d+(\.|$)", name):
+            found += layers
     if not found:
         raise ValueError(f"{wanted_by}=True: {type(module).__name__} has no list of blocks; leave it off")
     return found
@@ -51,23 +51,24 @@ def recomputed_blocks(module: Module) -> Iterator[None]:
 
 def _checkpointed(forward: Callable, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     adapters = [layer for layer in block.modules() if isinstance(layer, LoraLinear)]
-    first, modes = [layer.calls for layer in adapters], _get_current_function_mode_stack()
+    first = [layer.calls for layer in adapters]
+    modes = _get_current_function_mode_stack()
 
     def run(*args: Any, **kwargs: Any) -> Any:
         now = [layer.calls for layer in adapters]
-        _count(adapters, first)
+        _count(adapters, first)  # the second run draws the dropout masks of the first
         try:
             with ExitStack() as again:  # a backward runs outside of the forward's modes
                 for mode in modes[len(_get_current_function_mode_stack()) :]:
                     again.enter_context(mode)
                 return forward(*args, **kwargs)
         finally:  # the backward leaves the block early, by an exception
-            _count(adapters, [max(layer.calls, count) for layer, count in zip(adapters, now, strict=True)])
+            _count(adapters, map(max, (layer.calls for layer in adapters), now))
 
     # No block draws from torch's global generator, so its state is not kept.
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def _count(adapters: list[LoraLinear], calls: list[int]) -> None:
+def _count(adapters: list[LoraLinear], calls: Iterable[int]) -> None:
     for layer, count in zip(adapters, calls, strict=True):
         layer.calls = count

@@ -37,39 +37,49 @@ def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
     kind = found.setdefault("rope_type", given.get("type", "default"))
     if given.get("type", kind) != kind:
         raise ValueError(f"{name} says rope_type={kind!r} and type={given['type']!r}; keep the one that is meant")
+    _check_scaling(name, kind, found)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if raw.get(key) is not None:
+            found.setdefault(key, raw[key])
+    if "rope_theta" not in found:  # transformers would take a default, which may not be the checkpoint's
+        raise ValueError("rope_theta is not in the config; set the base of the rotary frequencies in config.json")
+    return found
+
+
+def _check_scaling(name: str, kind: Any, found: dict[str, Any]) -> None:
+    """Raise ValueError on a kind of scaling, or a field of one, that transformers does not compute."""
     if kind not in SCALINGS:
         raise ValueError(f"{name} has the kind {kind!r}, which is not known; known are {', '.join(SCALINGS)}")
     needed, optional = SCALINGS[kind]
     for key in sorted(needed - found.keys()):
         raise ValueError(f"{name} of the kind {kind!r} has no {key!r}; add it to config.json")
+    # transformers ignores a field that it does not know, and would compute other positions than the authors.
     for key in sorted(found.keys() - needed - optional - _COMMON):
         raise ValueError(f"{name} of the kind {kind!r} has a {key!r} that is not understood; remove it")
     factor = found.get("factor", 1.0)
+    # `not >=` refuses NaN too; True is an int.
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
         raise ValueError(f"{name} has factor={factor!r}; it must be a number of at least 1")
-    beside = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if raw.get(key) is not None}
-    if "rope_theta" not in beside | found:
-        raise ValueError("rope_theta is not in the config; set the base of the rotary frequencies in config.json")
-    return beside | found
 
 
 def rotate_in_float32(module: Module) -> None:
-    """Make a Llama-like module compute cos and sin and rotate queries and keys in fp32, then round them back. A stock
-    module rounds cos and sin to the weights' dtype first, which moves the argmax at 2 % of a bf16 LLaDA's positions."""
+    """Make a Llama-like module compute cos and sin and rotate queries and keys in fp32, then round them back."""
+    # A stock module rounds cos and sin to the weights' dtype: that moves the argmax at 2 % of a bf16 LLaDA's positions.
     module.base_model.rotary_emb.register_forward_pre_hook(_as_float32, with_kwargs=True)
     module.set_attn_implementation(ATTENTION)
 
 
 def _as_float32(rotary: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The rotary module returns cos and sin in its first argument's dtype, and uses nothing else of the argument."""
-    states, *rest = args
+    """An empty fp32 tensor in place of the states."""
+    states, *rest = args  # the rotary module takes the dtype of cos and sin from the states, and nothing else
     return (states.new_empty(0).float(), *rest), kwargs
 
 
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
-    """fp32 cos and sin promote the rotated queries and keys to fp32: round them before the products."""
+    """sdpa attention of queries and keys in the values' dtype."""
+    # fp32 cos and sin have promoted the rotated queries and keys to fp32.
     return sdpa_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, attention_mask, **kwargs)
 
 

@@ -45,10 +45,12 @@ class Routing(TorchFunctionMode):
         self, module: Module, given: Integer[Tensor, "R W M E"] | None = None, where: Bool[Tensor, "R W"] | None = None
     ) -> None:
         super().__init__()
-        self.layers, self.given, self.where = mixtures(module), given, where
+        self.layers = mixtures(module)
+        self.given = given
+        self.where = where
         self.taken: list[Tensor | None] = [None] * len(self.layers)
-        self.layer: int | None = None
-        self.hooks: list[list[Any]] = []
+        self.layer: int | None = None  # the mixture that runs
+        self.hooks: list[list[Any]] = []  # a stack: a recomputed block enters the mode again
 
     def __enter__(self) -> "Routing":
         hooks = []
@@ -70,18 +72,22 @@ class Routing(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out, number = func(*args, **(kwargs or {})), self.layer
+        out = func(*args, **(kwargs or {}))
+        number = self.layer
         if number is None or func not in (torch.topk, Tensor.topk) or not self._ranks_experts(args, number):
             return out
-        scores, ids = args[0], out[1]
+        ids = out[1]
         if self.given is not None and self.where is not None:
-            given, where = (_packed(x, len(ids)).flatten(0, 1) for x in (self.given[:, :, number], self.where))
+            given = _packed(self.given[:, :, number], len(ids)).flatten(0, 1)
+            where = _packed(self.where, len(ids)).flatten(0, 1)
             ids = torch.where(where[:, None], given.to(ids.dtype), ids)
-            out = torch.return_types.topk((scores.gather(-1, ids), ids))
+            # The weights and their gradient are this side's own scores of the given experts.
+            out = torch.return_types.topk((args[0].gather(-1, ids), ids))
         self.taken[number] = ids
         return out
 
     def _ranks_experts(self, args: Sequence[Any], number: int) -> bool:
+        # A router with groups of experts ranks the groups by a topk too.
         return bool(args) and args[0].dim() == 2 and args[0].shape[-1] == self.num_experts(number)
 
     def num_experts(self, number: int) -> int:
@@ -96,6 +102,7 @@ class Routing(TorchFunctionMode):
                 f"router_replay: {len(taken)} of {len(self.layers)} mixtures chose among their experts by one topk of "
                 "like size; set router_replay=None"
             )
+        # They stay with the rollout until its update; ids of 256 experts fit in bytes.
         narrow = torch.uint8 if max(map(self.num_experts, range(len(taken)))) <= 256 else torch.int16
         experts = torch.stack(taken, dim=1).to(narrow).unflatten(0, (rows, -1))
         if columns is None or experts.shape[1] == columns:

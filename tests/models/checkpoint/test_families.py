@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from dllm_rl import AutoregressivePolicy, DiffusionPolicy, load_policy
 from dllm_rl.models.checkpoint import families
 from dllm_rl.models.checkpoint.loading import end_ids
-from dllm_rl.models.checkpoint.tensors import write_tensors
 from dllm_rl.models.forward import rope
 
 EVERY = [*ORIGINAL, *STOCK]
@@ -73,25 +72,6 @@ def aliases(family: str) -> set[str]:
         "roberta": {"lm_head.decoder.weight", "lm_head.decoder.bias"},
         "modernbert": {"decoder.weight"},
     }.get(family, set())
-
-
-@pytest.mark.parametrize("family", ["llada_tied", "llada2", "sdar_moe", "smollm2"])
-def test_shards_hold_what_one_file_held(tmp_path, family):
-    source = checkpoint(tmp_path / "source", family)
-    policy = load_policy(source)
-    policy.save_pretrained(tmp_path / "saved", max_shard_size=8000)
-    saved = tmp_path / "saved"
-    assert len(list(saved.glob("*.safetensors"))) > 2
-    assert tensors(saved).keys() == tensors(source).keys()
-    for file in saved.glob("*.safetensors"):
-        held = load_file(file).values()
-        assert sum(x.nbytes for x in held) <= 8000 or len(held) == 1
-    index = json.loads((saved / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors(source).values())
-    again = load_policy(saved)
-    assert torch.equal(again.logits(ids(9), ones(ids(9))), policy.logits(ids(9), ones(ids(9))))
-    policy.save_pretrained(saved)  # one file replaces the shards
-    assert [f.name for f in saved.glob("*.safetensors")] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -274,12 +254,6 @@ def test_shared_experts_are_as_wide_as_all_of_them():
     with torch.device("meta"):
         layer = module(config).model.layers[1]
     assert layer.mlp.shared_experts.gate_proj.weight.shape == (2 * raw["moe_intermediate_size"], raw["hidden_size"])
-
-
-def test_a_part_of_another_tensor_is_written_as_a_tensor_of_its_own(tmp_path):
-    whole = torch.arange(12.0).view(4, 3)
-    write_tensors({"whole": whole, "rows": whole[1:3]}, tmp_path, max_shard_size=10**6)
-    assert torch.equal(tensors(tmp_path)["rows"], whole[1:3]) and torch.equal(tensors(tmp_path)["whole"], whole)
 
 
 def test_dense_and_expert_layers_of_llada_moe_have_their_own_width():

@@ -1,0 +1,55 @@
+"""The tensors of any module: each once, on the device that is asked for, without what no checkpoint contains."""
+
+import weakref
+
+import torch
+from own_module import own_policy
+
+from dllm_rl.models.adapters.linear import LoraLinear, add_lora
+from dllm_rl.models.checkpoint.module_tensors import host_copy, own_tensors
+from dllm_rl.models.lora import Lora
+
+
+def test_a_tied_tensor_has_its_first_name_alone():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2))
+    module[1].weight = module[0].weight
+    assert list(own_tensors(module)) == ["0.weight", "1.bias"]
+
+
+def test_an_own_modules_tensors_leave_its_device_as_they_are_merged(monkeypatch):
+    """Sent elsewhere, each merged weight is let go before the next is made; a tied weight is sent once."""
+    policy, merged, alive = own_policy(), LoraLinear.merged, []
+    add_lora(policy, Lora(r=2))
+
+    def watched(layer):
+        assert not any(made() is not None for made in alive), "two merged weights at once"
+        weight = merged(layer)
+        alive.append(weakref.ref(weight))
+        return weight
+
+    here = own_tensors(policy.module)
+    monkeypatch.setattr(LoraLinear, "merged", watched)
+    there = own_tensors(policy.module, device="meta")
+    assert len(alive) > 1 and list(there) == list(here)
+    assert all(x.is_meta and x.shape == here[name].shape for name, x in there.items())
+
+
+def test_buffers_that_no_checkpoint_contains_are_left_out_at_every_depth():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
+    for owner in (module, module[0]):
+        owner.register_buffer("kept", torch.zeros(1))
+        owner.register_buffer("left", torch.zeros(1), persistent=False)
+    assert set(own_tensors(module)) == module.state_dict().keys() == {"kept", "0.weight", "0.kept"}
+
+
+def test_a_copy_on_the_host_shares_no_storage_and_keeps_adapters():
+    policy = own_policy()
+    add_lora(policy, Lora(r=2))
+    policy.module.blocks[0].qkv.calls = 3
+    copied = host_copy(policy.module)
+    ours, theirs = policy.module.state_dict(), copied.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not {x.data_ptr() for x in ours.values()} & {x.data_ptr() for x in theirs.values()}
+    assert [p.requires_grad for p in copied.parameters()] == [p.requires_grad for p in policy.module.parameters()]
+    assert copied.blocks[0].qkv.calls == 3
+    assert host_copy(policy.module, keep=False) is None

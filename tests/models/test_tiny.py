@@ -1,0 +1,38 @@
+"""Small models made from scratch: their tokenizer, their length, their first weights."""
+
+import pytest
+import torch
+
+from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
+
+
+def test_characters_come_back_as_they_were(tmp_path):
+    tokenizer = char_tokenizer("0123456789 +=\n")
+    text = "12  +3=\n\n 15"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text)
+    assert ids[:3] == [4, 5, 13]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([4, 2, 0, 5], skip_special_tokens=True) == "12"
+    with pytest.raises(Exception, match="Missing"):
+        tokenizer("1 x 2")
+
+
+def test_longest_sequence_is_what_the_model_can_take():
+    """A RoBERTa counts positions from pad_token_id + 1, so it has room for that many fewer."""
+    policy = tiny_masked_lm(characters="ab", max_length=12)
+    assert policy.spec.max_length == 12
+    full = torch.full((1, 12), 3)
+    assert policy.logits(full, torch.ones_like(full, dtype=torch.bool)).shape == (1, 12, 5)
+    too_long = torch.full((1, 13), 3)
+    with pytest.raises((IndexError, RuntimeError)):
+        policy.logits(too_long, torch.ones_like(too_long, dtype=torch.bool))
+
+
+def test_first_weights_have_the_given_deviations():
+    """Of n draws the sample's standard deviation is within 5 / sqrt(2 n) of the true one."""
+    module = tiny_llama(characters="0123456789", causal=False, embedding_std=0.5, head_std=0.1, gain=2.0).module
+    up = module.model.layers[1].mlp.up_proj.weight
+    expected = ((module.model.embed_tokens.weight, 0.5), (module.lm_head.weight, 0.1), (up, 2.0 / 96**0.5))
+    for weight, std in expected:
+        assert weight.std().item() == pytest.approx(std, rel=5 / (2 * weight.numel()) ** 0.5)

@@ -1,0 +1,140 @@
+"""What an untrusted checkpoint cannot do before a library opens it; what is refused is refused in one line."""
+
+import io
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from dllm_rl import load_policy, load_weights
+from dllm_rl.models.adapters.linear import add_lora
+from dllm_rl.models.checkpoint.adapters import load_adapter, save_adapter
+from dllm_rl.models.checkpoint.loading import build_empty, checkpoint_folder
+from dllm_rl.models.lora import Lora
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.models.untrusted import explodes, without_code
+
+SIZES = {"characters": "0123456789+=", "hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
+
+
+@pytest.fixture(params=["masked_lm", "llama"])
+def folder(request, tmp_path):
+    policy = tiny_masked_lm(**SIZES) if request.param == "masked_lm" else tiny_llama(causal=False, **SIZES)
+    policy.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def edit(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return config | fields
+
+
+NAMES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "extra.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_regular_file_is_refused_before_it_is_opened(folder, name, make):
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    for read in (load_policy, checkpoint_folder, lambda path: load_weights(tiny_masked_lm(**SIZES), path)):
+        with pytest.raises(ValueError, match=f"{name} is no regular file; fetch the checkpoint again"):
+            read(folder)
+
+
+def test_links_to_regular_files_are_opened(folder):
+    blobs = folder.with_name("blobs")
+    folder.rename(blobs)
+    folder.mkdir()
+    for path in blobs.iterdir():
+        (folder / path.name).symlink_to(path)
+    load_policy(folder)
+
+
+def test_weights_that_another_tool_quantised_are_refused(folder):
+    edit(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match=r"config\.json has a quantization_config; give the checkpoint in"):
+        load_policy(folder)
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_a_config_does_not_choose_the_code_that_computes(folder, name):
+    usual = load_policy(folder).module.config._attn_implementation
+    raw = edit(folder, **{name: "owner/kernel"})
+    for module in (load_policy(folder).module, build_empty(raw)):
+        assert module.config._attn_implementation == usual
+        assert "owner/kernel" not in str(vars(module.config))
+
+
+def test_a_nested_config_does_not_choose_it_either():
+    assert without_code({"text_config": [{"attn_implementation": "a/b", "x": 1}]}) == {"text_config": [{"x": 1}]}
+
+
+def test_messages_of_transformers_cannot_steer_the_terminal(folder, monkeypatch):
+    handler = logging.getLogger("transformers").handlers[0]
+    written = io.StringIO()
+    monkeypatch.setattr(handler, "stream", written)
+    monkeypatch.setattr(handler, "flush", written.flush)
+    logging.getLogger("transformers.models").error("a model of type %s", "x\x1b[31m")
+    edit(folder, model_type="llama\x1b[31m")
+    load_policy(folder)
+    assert "\x1b" not in written.getvalue() and "␛[31m" in written.getvalue()
+
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+ORDINARY = {
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "qwen2": WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "llada": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+",
+    "o200k": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{M}]*[\p{Ll}\p{M}]+" + WORDS + r"?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s+",
+    "deepseek": r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
+    "kimi": r"[\p{Han}]+|[^\r\n]?[\p{Lu}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{M}&&[^\p{Han}]]+" + WORDS + "?",
+    "superbpe": r"(?=(\d{3})+(?!\d))",
+    "bloom": r" ?[^(\s|[.,!?…。])]+",
+    "t5": " {2,}",
+}
+BOMBS = ["(0+)+$", "(0|0)*1", "(?:0*)*", "0*0*0*0*1", "((0)+)+", "(0?){30}", "((0|1)2)*", "(0{1,9})*", "(0)\\1+"]
+BOMBS += [r"(\w+\s?)*$", "(.*)(.*)(.*)(.*)x", "(?:(?:0+)1?)+", r"\g<0>", "(?=(0+)+)1", "(?x) ( 0 + ) +", "(0+){2}"]
+BOMBS += ["(0", "." * 20_001]
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_the_patterns_of_ordinary_tokenizers_pass(name):
+    assert explodes(ORDINARY[name]) == ""
+
+
+@pytest.mark.parametrize("pattern", BOMBS)
+def test_a_pattern_that_may_take_any_time_is_refused(folder, pattern):
+    file = folder / "tokenizer.json"
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    fields = json.loads(file.read_text()) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split]}}
+    file.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the pattern .* may take any time to match") as said:
+        load_policy(folder)
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("r", "4"), ("r", 10**9), ("r", None), ("lora_alpha", []), ("lora_dropout", True)]
+)
+def test_adapters_of_other_types_are_refused(tmp_path, name, value):
+    policy = tiny_masked_lm(**SIZES)
+    add_lora(policy, Lora(r=2))
+    save_adapter(policy, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(ValueError, match=rf"adapter_config\.json is damaged: {name}="):
+        load_adapter(tiny_masked_lm(**SIZES), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_adapters_that_are_something_else_are_refused(tmp_path, name):
+    policy = tiny_masked_lm(**SIZES)
+    add_lora(policy, Lora(r=2))
+    save_adapter(policy, tmp_path)
+    (tmp_path / name).write_bytes(b"[1, 2")
+    with pytest.raises(ValueError, match="the adapters are damaged"):
+        load_adapter(tiny_masked_lm(**SIZES), tmp_path)

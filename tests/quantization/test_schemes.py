@@ -1,0 +1,45 @@
+"""Schemes by name: each is found, none changes a global setting, what a device cannot run is refused."""
+
+import pytest
+import torch
+from torch._inductor import config as inductor
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+from dllm_rl.config import pickable
+from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.quantization import schemes as quantize
+from dllm_rl.quantization.rollout_policy import quantized_copy
+
+NAMES = pickable(quantize.__name__)
+
+
+def llada():
+    return tiny_llama(
+        characters="abcdefgh", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, causal=False
+    )
+
+
+@pytest.mark.parametrize("config", [Float8WeightOnlyConfig(), Int8WeightOnlyConfig()], ids=["float8", "int8"])
+def test_global_settings_and_the_users_config_are_left_alone(config):
+    before = torch.get_float32_matmul_precision()
+    assert before == "highest" and config.set_inductor_config
+    with inductor.patch(coordinate_descent_tuning=False):
+        quantized_copy(llada(), config)
+        assert not inductor.coordinate_descent_tuning
+    assert torch.get_float32_matmul_precision() == before
+    assert config.set_inductor_config
+
+
+def test_what_a_cpu_cannot_run_is_refused_with_the_alternative():
+    with pytest.raises(ValueError, match=r"device=cpu has no float8 products.*use float8_dynamic_emulated"):
+        quantized_copy(llada(), quantize.float8_dynamic())
+    with pytest.raises(ValueError, match="device=cpu has no packed int4 kernel; use int4_weight_only"):
+        quantized_copy(llada(), quantize.int4_packed())
+    with pytest.raises(ValueError, match="'int8' is neither a torchao config nor a FakeQuantize"):
+        quantized_copy(llada(), "int8")
+
+
+def test_every_scheme_is_found_under_its_own_name():
+    assert len(NAMES) == 8
+    for name, make in NAMES.items():
+        assert make.__name__ == name and make() is not None
