@@ -62,9 +62,7 @@ class Decision:
     num_chosen: Int[Tensor, " R"]  # their number, on the host: so nothing waits for the device
     committed: Int[Tensor, " R"]  # how many masked positions fewer each row has, on the host
     reopened: Int[Tensor, " M"] | None = None  # which of the K positions are masked again; None: the rule never does
-    held: Bool[Tensor, " R"] | None = (
-        None  # rows that stay in their block while it has steps left, even if none is masked
-    )
+    held: Bool[Tensor, " R"] | None = None  # rows that stay in their block with none masked, while it has steps left
 
 
 class BlockQueue:
