@@ -1,6 +1,7 @@
 """One forward of one view: its log-probs, and its backward for a given vector."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -42,7 +43,8 @@ def row_chunks(rollout: Rollout, noise: Noise, micro_batch_size: int | None) -> 
     first = rearrange(rollout.attention_mask.long().argmax(-1), "(p g) -> p g", g=group).amin(-1)
     chosen, starts = torch.stack([scored, first]).cpu()
     size = len(chosen) if micro_batch_size is None else max(1, micro_batch_size // group)
-    found, width = [], rollout.tokens.shape[1]
+    width = rollout.tokens.shape[1]
+    found = []
     for bucket in length_buckets(starts.repeat_interleave(group), width, rollout.tokens.device):
         groups = bucket.rows[::group] // group
         for part in groups[chosen[groups] != 0].split(size):
@@ -71,17 +73,18 @@ def score_view(
     routes, note  experts to take again and where (`Noise.routes`); where the chosen experts are written
     """
     out = torch.zeros(scored.numel(), device=scored.device)
-    view = run_view(policy, rollout, masked, scored, packed, left, routes=routes, note=note)
-    if view is not None and left is None:
-        logp = token_logprobs(policy, view.states, view.tokens, rollout.sampling_params, view.kept)
-        out = out.to(logp.dtype).index_copy(0, view.places, logp)
-    elif view is not None:
-        c, j, params = view.committed, view.left, rollout.sampling_params
-        logp, confidences = token_logprobs_and_confidences(policy, view.states[c], view.tokens[c], params)
-        out = out.to(logp.dtype).index_copy(0, view.places[c], logp)
-        bound = _bounds(rollout, view.places[c], confidences, view.places[j])
-        out = out.index_copy(0, view.places[j], left_logprobs(policy, view.states[j], *bound, params))
-    return out.view(scored.shape)
+    view = run_view(policy, rollout, masked, scored, left=left, packed=packed, routes=routes, note=note)
+    if view is None:
+        return out.view(scored.shape)
+    params = rollout.sampling_params
+    if left is None:
+        logps = token_logprobs(policy, view.states, view.tokens, params, view.kept)
+        return out.to(logps.dtype).index_copy(0, view.places, logps).view(scored.shape)
+    drawn = view.committed
+    logps, confidences = token_logprobs_and_confidences(policy, view.states[drawn], view.tokens[drawn], params)
+    stayed = left_logprobs(policy, view.states[view.left], *_bounds(rollout, view, confidences), params)
+    out = out.to(logps.dtype).index_copy(0, view.places[drawn], logps)
+    return out.index_copy(0, view.places[view.left], stayed).view(scored.shape)
 
 
 def backward_view(
@@ -99,39 +102,42 @@ def backward_view(
 
     scored  as in `score_view`, required with `left`: the committed tokens determine the probability of what was left
     """
+    moved = vector != 0
     if left is not None and scored is not None:
-        moved = vector != 0
-        wanted = moved | (scored & ~left & moved.any(-1, keepdim=True))
-        view = run_view(policy, rollout, masked, wanted, packed, left, routes=routes)
-        if view is not None:
-            _backward_order(policy, rollout, view, vector.flatten()[view.places])
+        moved |= scored & ~left & moved.any(-1, keepdim=True)
+    view = run_view(policy, rollout, masked, moved, left=left, packed=packed, routes=routes)
+    if view is None:
         return
-    view = run_view(policy, rollout, masked, vector != 0, packed, routes=routes)
-    if view is not None:
-        at = vector.flatten()[view.places]
+    at = vector.flatten()[view.places]
+    if left is None:
         backward_token_logprobs(policy, view.states, view.tokens, rollout.sampling_params, at, view.kept)
+    else:
+        _backward_order(policy, rollout, view, at)
 
 
 def _backward_order(policy: Policy, rollout: Rollout, view: "View", vector: Float[Tensor, " K"]) -> None:
-    c, j, params = view.committed, view.left, rollout.sampling_params
-    first, confidences = backward_committed(policy, view.states[c], view.tokens[c], params, vector[c])
-    bound = _bounds(rollout, view.places[c], confidences, view.places[j])
-    second = backward_left(policy, view.states[j], *bound, params, vector[j])
+    params = rollout.sampling_params
+    drawn = view.committed
+    of_drawn, confidences = backward_committed(policy, view.states[drawn], view.tokens[drawn], params, vector[drawn])
+    bounds = _bounds(rollout, view, confidences)
+    of_left = backward_left(policy, view.states[view.left], *bounds, params, vector[view.left])
     if view.states.requires_grad:
-        view.states.backward(torch.zeros_like(view.states).index_copy(0, c, first).index_copy(0, j, second))
+        gradient = torch.zeros_like(view.states).index_copy(0, drawn, of_drawn)
+        view.states.backward(gradient.index_copy(0, view.left, of_left))
 
 
 def _bounds(
-    rollout: Rollout, committed: Int[Tensor, " C"], confidences: Float[Tensor, " C"], left: Int[Tensor, " J"]
+    rollout: Rollout, view: "View", confidences: Float[Tensor, " C"]
 ) -> tuple[Float[Tensor, " J"], Bool[Tensor, " J"]]:
-    """For each left position, the lowest confidence that its block committed, and whether the position follows it. The
-    opening step distinguishes the blocks of a packed view."""
+    """For each left position, the lowest confidence that its block committed, and whether the position follows it."""
     assert rollout.open_step is not None, "an order has a law only where the sampler recorded the blocks"
     width = rollout.tokens.shape[1]
-    block = lambda places: places // width * width + rollout.open_step.flatten()[places]  # noqa: E731
-    lowest, last = last_committed(confidences, block(committed), committed % width, rollout.tokens.numel())
-    mine = block(left)
-    return lowest[mine], left % width > last[mine]
+    # The opening step distinguishes the blocks of a packed view.
+    block = view.places // width * width + rollout.open_step.flatten()[view.places]
+    column = view.places % width
+    lowest, last = last_committed(confidences, block[view.committed], column[view.committed], rollout.tokens.numel())
+    mine = block[view.left]
+    return lowest[mine], column[view.left] > last[mine]
 
 
 @dataclass(frozen=True)
@@ -155,49 +161,88 @@ def run_view(
     rollout: Rollout,
     masked: Bool[Tensor, "B T"],
     scored: Bool[Tensor, "B T"],
-    packed: bool,
-    left: Bool[Tensor, "B T"] | None = None,
     *,
+    left: Bool[Tensor, "B T"] | None = None,
+    packed: bool = False,
     routes: Routes | None = None,
     note: Integer[Tensor, "B T M E"] | None = None,
 ) -> View | None:
-    """One forward with `masked` positions hidden from the model; None, and no forward, where nothing is scored.
-
-    One forward serves the group where its completions look the same to the model. The device is asked once which rows
-    these are; the results return in one copy.
-    """
-    mask_id, group, attention_mask = policy.spec.mask_id, rollout.group_size, rollout.attention_mask
+    """One forward with `masked` positions hidden from the model; None, and no forward, where nothing is scored."""
+    mask_id = policy.spec.mask_id
+    group = rollout.group_size
     tokens = rollout.tokens if mask_id is None else rollout.tokens.masked_fill(masked, mask_id)
-    first = lambda x: repeat(x[::group], "p t -> (p g) t", g=group)  # noqa: E731
-    alike = (tokens == first(tokens)).all() & (attention_mask == first(attention_mask)).all()
-    stayed = torch.zeros_like(scored) if left is None else left
-    both = torch.cat([scored.flatten(), stayed.flatten(), alike[None]]).cpu()
-    flat, stay, same = both.split([scored.numel(), scored.numel(), 1])
-    where = flat.view(scored.shape)
-    live, places = where.any(-1).nonzero()[:, 0], where.flatten().nonzero()[:, 0]
-    if not len(places):
+    plan = plan_view(rollout, tokens, scored, left, share=not packed and routes is None)
+    if plan is None:
         return None
-    together = group > 1 and bool(same) and not packed and routes is None
-    inside = places if together else where[live].flatten().nonzero()[:, 0]
-    apart = ((~stay[places]).nonzero()[:, 0], stay[places].nonzero()[:, 0])
-    live, places, inside, committed, stayed = send(scored.device, live, places, inside, *apart)
-    rows = torch.arange(0, len(tokens), group, device=live.device) if together else live
+    rows = torch.arange(0, len(tokens), group, device=tokens.device) if plan.together else plan.live
     noted = None if note is None else torch.zeros_like(note[rows])
     with routed(policy, None if routes is None else (routes[0][rows], routes[1][rows]), noted):
         if packed:
-            hidden = packed_hidden(policy, rollout.tokens[live], masked[live], attention_mask[live])
+            hidden = packed_hidden(policy, rollout.tokens[rows], masked[rows], rollout.attention_mask[rows])
         else:
-            hidden = policy.hidden(tokens[rows], attention_mask[rows])
+            hidden = policy.hidden(tokens[rows], rollout.attention_mask[rows])
     if note is not None and noted is not None:
-        note[live] = noted.repeat_interleave(group, 0)[live] if together else noted
-    if together:
+        note[plan.live] = noted.repeat_interleave(group, 0)[plan.live] if plan.together else noted
+    if plan.together:
         hidden = repeat(hidden, "p t d -> (p g) t d", g=group)
     kept = rollout.kept_ids if rollout.sampling_params.support == "rollout" else None
     return View(
-        places=places,
-        states=hidden.flatten(0, 1)[inside],
-        tokens=rollout.tokens.flatten()[places],
-        kept=None if kept is None else kept.flatten(0, 1)[places],
-        committed=committed,
-        left=stayed,
+        places=plan.places,
+        states=hidden.flatten(0, 1)[plan.inside],
+        tokens=rollout.tokens.flatten()[plan.places],
+        kept=None if kept is None else kept.flatten(0, 1)[plan.places],
+        committed=plan.committed,
+        left=plan.left,
     )
+
+
+class Plan(NamedTuple):
+    """What a view's forward takes, and where its scored positions are.
+
+    together  one forward serves each group: its completions look the same to the model
+    live      rows with a scored position: the forward's rows, unless `together`
+    inside    where `places` are in the flattened states
+    places, committed, left  of the `View`
+    """
+
+    together: bool
+    live: Int[Tensor, " L"]
+    inside: Int[Tensor, " K"]
+    places: Int[Tensor, " K"]
+    committed: Int[Tensor, " M"]
+    left: Int[Tensor, " J"]
+
+
+def plan_view(
+    rollout: Rollout,
+    tokens: Int[Tensor, "B T"],
+    scored: Bool[Tensor, "B T"],
+    left: Bool[Tensor, "B T"] | None,
+    *,
+    share: bool,
+) -> Plan | None:
+    """The plan of a view with `tokens` as the model sees them, made on the host; None where nothing is scored.
+
+    share  whether a group may share a forward
+    """
+    group = rollout.group_size
+    alike = _equal_in_groups(tokens, group) & _equal_in_groups(rollout.attention_mask, group)
+    stayed = torch.zeros_like(scored) if left is None else left
+    # The host waits for the device once: three answers return in one copy.
+    answers = torch.cat([scored.flatten(), stayed.flatten(), alike[None]]).cpu()
+    where, stay, same = answers.split([scored.numel(), scored.numel(), 1])
+    places = where.nonzero()[:, 0]
+    if not len(places):
+        return None
+    where = where.view(scored.shape)
+    live = where.any(-1).nonzero()[:, 0]
+    together = share and group > 1 and bool(same)
+    inside = places if together else where[live].flatten().nonzero()[:, 0]
+    committed = (~stay[places]).nonzero()[:, 0]
+    return Plan(together, *send(scored.device, live, inside, places, committed, stay[places].nonzero()[:, 0]))
+
+
+def _equal_in_groups(rows: Tensor, group: int) -> Bool[Tensor, ""]:
+    """Whether every row (B, T) equals the first of its group."""
+    groups = rearrange(rows, "(p g) t -> p g t", g=group)
+    return (groups == groups[:, :1]).all()
