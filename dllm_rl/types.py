@@ -7,7 +7,7 @@ Log-probabilities are in nats, fp32.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -280,18 +280,14 @@ class Logprobs:
     old, old_scores  under the learner at the start of the update; the same per mask, with kept graphs if any
     rollout          under the policy that sampled
     reference        under the reference policy, or None without a KL term
-    order            agreement with the rollout's order, (sum, count) by name; empty where it cannot differ
-    routing          agreement on experts (`likelihoods.replay`); None where both sides are one policy or without them
-    noise            the learner's masks, with the experts to take again; None: no replay
+    noise            the masks, with the experts that the learner takes again, if any
     """
 
     old: Float[Tensor, "B T"]
     old_scores: Float[Tensor, "N B T"]
     rollout: Float[Tensor, "B T"]
     reference: Float[Tensor, "B T"] | None
-    order: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    routing: Int[Tensor, "M X"] | None = None
-    noise: "Noise | None" = None
+    noise: "Noise"
 
 
 def alone(total: Tensor) -> Tensor:

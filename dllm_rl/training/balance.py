@@ -17,7 +17,7 @@ from torch import Tensor
 from dllm_rl.device import send
 from dllm_rl.distributed.collectives import gather_on_host, local, swap
 from dllm_rl.recipe import Recipe
-from dllm_rl.training.learner import learned_groups
+from dllm_rl.training.scorer import learned_groups
 from dllm_rl.types import Rollout
 
 Place = tuple[int, int]  # a process, and a group's place in its share

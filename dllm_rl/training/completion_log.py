@@ -16,7 +16,7 @@ from dllm_rl.tasks.base import addends
 from dllm_rl.training.balance import of_sampled_rows
 from dllm_rl.training.rollouts import Answer
 from dllm_rl.training.run import Run
-from dllm_rl.types import Logprobs, Noise, Rollout
+from dllm_rl.types import Logprobs, Rollout
 
 PROMPTS = 4  # of a step; of each the completion of highest reward and that of lowest
 CHARACTERS = 160  # of a text in the table, from its two ends
@@ -29,7 +29,6 @@ def log_completions(
     sampled: Rollout,
     rollout: Rollout,
     *,
-    noise: Noise,
     logps: Logprobs,
     advantages: Float[Tensor, "P G"],
 ) -> None:
@@ -43,7 +42,7 @@ def log_completions(
     recipe, log, every = run.recipe, run.log, run.recipe.log_completions_steps
     if not every or (step % every and step + 1 < recipe.num_steps):
         return
-    scored = noise.scored(rollout.completion_mask)
+    scored = logps.noise.scored(rollout.completion_mask)
     apart = torch.where(scored, logps.old - logps.rollout, 0).double().sum(-1)
     nats = torch.where(scored.any(-1), apart, torch.nan)
     mine = send(nats.device, local(rearrange(advantages, "p g -> (p g)"), run.accelerator))[0]

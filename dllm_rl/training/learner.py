@@ -7,127 +7,95 @@ through the model. With kept graphs (`keeps_graphs`) no forward runs twice.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from accelerate import Accelerator
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.algorithms.mismatch import PREFIX, group_weights, mismatch_metrics, off_policy_metrics, symptom_metrics
+from dllm_rl.algorithms.correctors import Corrector
+from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, off_policy_metrics, symptom_metrics
+from dllm_rl.algorithms.weights import Weighed
 from dllm_rl.device import send
-from dllm_rl.diagnostics.batch_invariance import check_bitwise_equal
-from dllm_rl.distributed.collectives import (
-    Metrics,
-    gather_on_host,
-    local,
-    reduce_metrics,
-    sum_gradients,
-    sum_over,
-    waited,
-)
+from dllm_rl.distributed.collectives import Metrics, gather_on_host, local, reduce_metrics, sum_gradients, waited
 from dllm_rl.distributed.sharding import in_pace
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
-from dllm_rl.likelihoods.replay import as_noted, as_sampled, blank, routing_counts, routing_metrics
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
 from dllm_rl.models.base import Policy, whole
+from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
-from dllm_rl.rng import generator_for
-from dllm_rl.samplers.agreement import order_agreement
+from dllm_rl.training.arithmetic import arithmetic
+from dllm_rl.training.balance import balance
+from dllm_rl.training.scorer import (
+    Scorer,
+    draw_noise,
+    learned_groups,
+    measure_sides,
+    measured_groups,
+    only_groups,
+    score,
+    sides,
+)
 from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 
 
-def learned_groups(recipe: Recipe, advantages: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
-    """Groups that the update learns from: nonzero advantages; all groups with a KL term or an entropy bonus."""
-    return (advantages != 0).any(-1) | bool(recipe.beta or recipe.entropy_coeff)
+@dataclass(frozen=True)
+class Step:
+    """What a step learned from, and its metrics. Rows are balanced: not all are those that this process sampled."""
+
+    rollout: Rollout
+    advantages: Float[Tensor, "P G"]
+    logps: Logprobs
+    metrics: dict[str, float]
 
 
-def measured_groups(recipe: Recipe, advantages: Float[Tensor, "P G"], step: int) -> Float[Tensor, " P"]:
-    """Weights of groups in the mismatch metrics (`group_weights`): learned groups, `mismatch_sample` of the others."""
-    generator = generator_for(recipe.seed, "mismatch sample", step)
-    return group_weights(learned_groups(recipe, advantages), recipe.mismatch_sample, generator)
-
-
-def draw_noise(
+def step(
     recipe: Recipe,
-    rollout: Rollout,
+    sampled: Rollout,
     advantages: Float[Tensor, "P G"],
-    groups: Float[Tensor, " P"],
-    step: int,
+    number: int,
     accelerator: Accelerator,
-) -> Noise:
-    """The step's masks: groups of weight 0 in `groups` are not scored; rows of `learned_groups` are marked."""
-    noise = recipe.likelihood.draw(rollout, generator_for(recipe.seed, "noise", step))
-    learned = repeat(learned_groups(recipe, advantages), "p -> (p g)", g=rollout.group_size)
-    flat = rearrange(advantages, "p g -> (p g)")
-    (mine,), (learned,) = (send(accelerator.device, local(x, accelerator)) for x in (flat, learned))
-    noise = replace(recipe.likelihood.with_advantages(noise, mine), learned=learned)
-    return only_groups(noise, groups > 0, rollout.group_size, accelerator)
+    *,
+    policy: Policy,
+    rollout_policy: Policy,
+    reference: Policy | None,
+    learn: Callable[[Batch], dict[str, float]],
+    stage: Callable[[str], AbstractContextManager] = nullcontext,
+) -> Step:
+    """Learn from a rollout and its advantages: the loop's step, and the rehearsal's.
+
+    learn  batch -> metrics: an update, or the gradients alone
+    stage  times the block of a name
+    """
+    groups = measured_groups(recipe, advantages, number)  # those to learn from, and a sample of the others
+    with stage("scoring"), learner_forward(recipe, policy, rollout_policy, accelerator):
+        balanced = balance(recipe, sampled, advantages, groups, accelerator, pad_id=policy.pad_id)
+        rollout, advantages, groups = balanced  # so that all processes finish together
+        noise = draw_noise(recipe, rollout, advantages, groups, number, accelerator)  # shared by every policy
+        agreement = measure_sides(policy, rollout_policy, rollout, noise, accelerator)  # before graphs are kept
+        logps = score(recipe, rollout, noise, policy=policy, rollout_policy=rollout_policy, reference=reference)
+    with stage("update"), learner_forward(recipe, policy, rollout_policy, accelerator):
+        batch, mismatch = correct(recipe, rollout, logps, advantages, accelerator, groups=groups)
+        learning = learn(batch)
+    return Step(rollout, advantages, logps, agreement | mismatch | learning)
 
 
-def only_groups(noise: Noise, chosen: Bool[Tensor, " P"], group_size: int, accelerator: Accelerator) -> Noise:
-    """The noise with weight 0 for groups that are not chosen."""
-    if chosen.all():
-        return noise
-    return noise.only(*send(accelerator.device, local(repeat(chosen, "p -> (p g)", g=group_size), accelerator)))
-
-
-def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bool:
-    """Whether an update goes back through the forwards that scored: at most `kept_graphs`, each of a micro-batch.
-    Not with adapter dropout, which scoring leaves out, nor with sharded weights, whose forwards run `in_pace`."""
-    forwards = views * math.ceil(rows / (recipe.micro_batch_size or rows))
-    dropout = policy.lora is not None and policy.lora.dropout
-    return recipe.shard_size == 1 and forwards <= recipe.kept_graphs and not dropout
-
-
-def score(
-    recipe: Recipe, rollout: Rollout, noise: Noise, *, policy: Policy, rollout_policy: Policy, reference: Policy | None
-) -> Logprobs:
-    """The rollout's log-probs under every policy, with the same masks. Raises RuntimeError with zero_mismatch if the
-    sides differ. An estimator exact for the sampler takes the sampler's recorded log-probs for the rollout policy."""
-    likelihood, size, replay = recipe.likelihood, recipe.micro_batch_size, recipe.router_replay
-    keep = keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
-    note = None if replay is None else blank(policy, rollout, noise)
-    anchor = None
-    if reference is not None:
-        with in_pace(reference):
-            anchor = likelihood.logprobs(reference, rollout, noise, micro_batch_size=size)
-    sampled = recorded(rollout, noise) if likelihood.exact_for_sampler else None
-    if sampled is None and rollout_policy is not policy:
-        sampled = likelihood.logprobs(rollout_policy, rollout, noise, micro_batch_size=size, note=note)
-    if replay is not None:
-        exact = likelihood.exact_for_sampler
-        noise = as_sampled(noise, rollout) if exact else as_noted(noise, rollout, note)
-    order: dict = {}
-    routing = None
-    with in_pace(policy):  # the learner comes last: kept graphs and another forward would add up
-        if rollout_policy is not policy:
-            order = order_agreement(policy, rollout)
-            routing = routing_counts(policy, rollout_policy, rollout, noise)
-        scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep)
-    old = likelihood.combine(scores.detach(), noise)
-    sampled = old if sampled is None else sampled
-    logps = Logprobs(
-        old=old,
-        old_scores=scores,
-        rollout=sampled,
-        reference=anchor,
-        order=order,
-        routing=routing,
-        noise=None if replay is None else noise,
-    )
-    if recipe.zero_mismatch:
-        check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
-    return logps
+@contextmanager
+def learner_forward(recipe: Recipe, policy: Policy, rollout_policy: Policy, accelerator: Accelerator) -> Iterator[None]:
+    """The recipe's arithmetic, through the rollout's quantised operands where `sides` aligns the forward."""
+    aligned = sides(recipe, policy, rollout_policy).aligned
+    with arithmetic(recipe, accelerator), aligned_forward(policy, rollout_policy) if aligned else nullcontext():
+        yield
 
 
 def correct(
     recipe: Recipe,
     rollout: Rollout,
-    noise: Noise,
     logps: Logprobs,
     advantages: Float[Tensor, "P G"],
     accelerator: Accelerator,
@@ -138,55 +106,114 @@ def correct(
 
     groups  weights of `measured_groups`, by which `rollout_corr/*` estimates ALL rows. The corrector sees learned rows
             only; their metrics, and the corrector's under verl's names, are `live/*`.
-
-    The loss's denominators count every row. With old_logprobs="rollout" ratios are current / rollout without weights:
-    VeXact's bypass, eq. 4. Under mismatch it declines silently, with K1 and K3 rising; recomputation without weights
-    fails in stages, with K1 and K3 flat [digest].
     """
-    width, group_size, device = rollout.tokens.shape[1], rollout.group_size, rollout.tokens.device
-    chosen, flat = learned_groups(recipe, advantages), rearrange(advantages, "p g -> (p g)")
-    learned, row_weights = (repeat(x, "p -> (p g)", g=group_size) for x in (chosen, groups))
-    mask = noise.scored(rollout.completion_mask)
     lost = reduce_metrics(waited("scoring", accelerator), accelerator)
-    parts = (torch.where(mask, logps.old - logps.rollout, 0), mask, rollout.completion_mask, logps.old, rollout.tokens)
-    log_mismatch, scored, completion, old, tokens = gather_on_host(parts, accelerator)
-    metrics = lost | mismatch_metrics(log_mismatch, completion, old=old, advantages=flat, row_weights=row_weights)
-    corrected = scored & learned[:, None]
-    log_mismatch = torch.where(corrected, log_mismatch, 0)
-    weights, keep, reasons = recipe.corrector.weigh(log_mismatch, flat, corrected)
-    metrics |= as_live(reasons)
-    if (corrected & log_mismatch.isfinite()).any():
-        metrics |= as_live(mismatch_metrics(log_mismatch, corrected, old=old, advantages=flat))
-    metrics["live/rollout_rs_masked_fraction"] = 1 - (keep.sum() / corrected.sum().clamp(min=1)).item()
-    # Error-token rates need per-token log-probs; ELBO contributions are not, so only repetition is measured.
-    exact = recipe.likelihood.exact_for_sampler or recipe.likelihood.attention == ("causal",)
-    exact = exact and noise.left is None  # nor are contributions that hold an order's log-probs
-    metrics |= {PREFIX + name: value for name, value in reduce_metrics(logps.order, accelerator).items()}
-    if logps.routing is not None:
-        metrics |= routing_metrics(sum_over(logps.routing, accelerator))
-    metrics |= symptom_metrics(tokens, corrected, flat, old=old if exact else None)
+    rows = gather_rows(recipe, rollout, logps, advantages, groups, accelerator)
+    weights, keep, live = weigh_learned(recipe.corrector, rows)
+    metrics = lost | all_rows_metrics(rows) | live | symptoms(recipe, rows, logps.noise)
+    return make_batch(recipe, rollout, logps, rows, weights, keep, accelerator), metrics
 
-    num_tokens, num_sequences = int((keep | (completion & ~corrected)).sum()), len(keep)
-    weights, keep = (send(device, local(x, accelerator)[:, :width])[0] for x in (weights, keep))
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of all processes, on the host.
+
+    log_mismatch  logp_old - logp_rollout where `scored`, nats; 0 elsewhere
+    corrected     the scored tokens of rows that the update learns from
+    weights       the rows' inverse sampling fractions (`group_weights`), 0 where not scored
+    """
+
+    log_mismatch: Float[Tensor, "B T"]
+    corrected: Bool[Tensor, "B T"]
+    completion: Bool[Tensor, "B T"]
+    old: Float[Tensor, "B T"]
+    tokens: Int[Tensor, "B T"]
+    advantages: Float[Tensor, " B"]
+    learned: Bool[Tensor, " B"]
+    weights: Float[Tensor, " B"]
+
+
+def gather_rows(
+    recipe: Recipe,
+    rollout: Rollout,
+    logps: Logprobs,
+    advantages: Float[Tensor, "P G"],
+    groups: Float[Tensor, " P"],
+    accelerator: Accelerator,
+) -> Rows:
+    """The one transfer of a step's log-probs. An exchange of all processes."""
+    mask = logps.noise.scored(rollout.completion_mask)
+    apart = torch.where(mask, logps.old - logps.rollout, 0)
+    parts = (apart, mask, rollout.completion_mask, logps.old, rollout.tokens)
+    log_mismatch, scored, completion, old, tokens = gather_on_host(parts, accelerator)
+    learned = repeat(learned_groups(recipe, advantages), "p -> (p g)", g=rollout.group_size)
+    return Rows(
+        log_mismatch=log_mismatch,
+        corrected=scored & learned[:, None],
+        completion=completion,
+        old=old,
+        tokens=tokens,
+        advantages=rearrange(advantages, "p g -> (p g)"),
+        learned=learned,
+        weights=repeat(groups, "p -> (p g)", g=rollout.group_size),
+    )
+
+
+def weigh_learned(corrector: Corrector, rows: Rows) -> Weighed:
+    """The corrector's weights and keep mask of the learned rows, and their metrics: `rollout_corr/*` as `live/*`."""
+    log_mismatch = torch.where(rows.corrected, rows.log_mismatch, 0)
+    weights, keep, metrics = corrector.weigh(log_mismatch, rows.advantages, rows.corrected)
+    if (rows.corrected & log_mismatch.isfinite()).any():
+        metrics = metrics | mismatch_metrics(log_mismatch, rows.corrected, old=rows.old, advantages=rows.advantages)
+    live = {name.replace(PREFIX, "live/"): value for name, value in metrics.items()}
+    live["live/rollout_rs_masked_fraction"] = 1 - (keep.sum() / rows.corrected.sum().clamp(min=1)).item()
+    return weights, keep, live
+
+
+def all_rows_metrics(rows: Rows) -> dict[str, float]:
+    """`mismatch_metrics` of all rows, estimated from those that are scored."""
+    return mismatch_metrics(
+        rows.log_mismatch, rows.completion, old=rows.old, advantages=rows.advantages, row_weights=rows.weights
+    )
+
+
+def symptoms(recipe: Recipe, rows: Rows, noise: Noise) -> dict[str, float]:
+    """`symptom_metrics` of the learned rows; error tokens only where contributions are log-probs of single tokens."""
+    single = recipe.likelihood.exact_for_sampler or recipe.likelihood.attention == ("causal",)
+    single = single and noise.left is None  # with `left` a contribution holds an order's log-prob too
+    return symptom_metrics(rows.tokens, rows.corrected, rows.advantages, old=rows.old if single else None)
+
+
+def make_batch(
+    recipe: Recipe,
+    rollout: Rollout,
+    logps: Logprobs,
+    rows: Rows,
+    weights: Float[Tensor, "B T"],
+    keep: Bool[Tensor, "B T"],
+    accelerator: Accelerator,
+) -> Batch:
+    """This process's part of the rows, on its device."""
+    device = rollout.tokens.device
+    width = rollout.tokens.shape[1]  # other processes' rows may be wider
+    chosen = rows.learned[:: rollout.group_size]
     return Batch(
         rollout=rollout,
-        noise=only_groups(logps.noise or noise, chosen, group_size, accelerator),
-        advantages=send(device, local(flat, accelerator))[0],
+        noise=only_groups(logps.noise, chosen, rollout.group_size, accelerator),
+        advantages=send(device, local(rows.advantages, accelerator))[0],
+        # "rollout" is VeXact's bypass, eq. 4: ratios are current / rollout, without weights. Under mismatch it declines
+        # silently, with K1 and K3 rising; recomputation without weights fails in stages, with K1 and K3 flat [digest].
         old=logps.rollout if recipe.old_logprobs == "rollout" else logps.old,
         old_scores=logps.old_scores,
-        weights=weights,
-        keep=keep,
+        weights=send(device, local(weights, accelerator)[:, :width])[0],
+        keep=send(device, local(keep, accelerator)[:, :width])[0],
         reference=logps.reference,
-        num_tokens=num_tokens,
-        num_sequences=num_sequences,
+        # Rows without advantage count in the denominators, so that a skipped group is a zero and not a smaller mean.
+        num_tokens=int((keep | (rows.completion & ~rows.corrected)).sum()),
+        num_sequences=len(keep),
         behaviour=logps.rollout,
         sum_over=partial(accelerator.reduce, reduction="sum"),
-    ), metrics
-
-
-def as_live(metrics: dict[str, float]) -> dict[str, float]:
-    """Metrics of the learned rows: `rollout_corr/*` under `live/*`, others under their own names."""
-    return {name.replace(PREFIX, "live/"): value for name, value in metrics.items()}
+    )
 
 
 def check_version(rollout: Rollout, policy: Policy, *, stale_steps: int = 0) -> None:
@@ -222,18 +249,19 @@ def update(
     Before the weights change, raises RuntimeError on a stale rollout, FloatingPointError on a non-finite gradient.
     """
     check_version(batch.rollout, policy)
-    gathered = {"learning_rate": learning_rate}
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    keep, size = batch.old_scores.grad_fn is not None, micro_batch_size
+    scorer = Scorer(likelihood, batch.rollout, batch.noise, micro_batch_size)
+    scores = batch.old_scores
+    gathered = {"learning_rate": learning_rate}
     for iteration in range(num_iterations):
-        scores = batch.old_scores
         if iteration:
-            torch.clear_autocast_cache()  # autocast's bf16 copies are those of the weights before the last step
-            with in_pace(policy):
-                scores = likelihood.scores(policy, batch.rollout, batch.noise, micro_batch_size=size, keep_graphs=keep)
+            torch.clear_autocast_cache()  # its bf16 copies are of the weights before the last optimiser step
+            scores = scorer.scores(policy, keep_graphs=batch.old_scores.grad_fn is not None)
         optimizer.zero_grad(set_to_none=True)
-        metrics = accumulate_gradients(policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=size)
+        metrics = accumulate_gradients(
+            policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=micro_batch_size
+        )
         metrics |= waited("update", accelerator)
         sum_gradients(policy.module, accelerator)
         trained = [p for p in policy.module.parameters() if p.requires_grad]
@@ -246,9 +274,10 @@ def update(
         if iteration == 0:
             policy.version += 1  # before the weights change: an error in between must not leave them the old version
         optimizer.step()
-        kept = {name: value for name, value in reduced.items() if name.startswith(("off_policy/", "grad_norm"))}
-        each = {f"{name}/iteration_{iteration}": value for name, value in kept.items()}
-        gathered |= reduced | each
+        gathered |= reduced
+        for name, value in reduced.items():
+            if name.startswith(("off_policy/", "grad_norm")):
+                gathered[f"{name}/iteration_{iteration}"] = value
     return gathered
 
 

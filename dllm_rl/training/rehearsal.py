@@ -24,17 +24,17 @@ from dllm_rl.distributed.sharding import in_pace
 from dllm_rl.files import remove
 from dllm_rl.models.adapters.linear import add_lora
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import chosen_ids, encode, graded_texts
+from dllm_rl.models.tokens import encode
 from dllm_rl.recipe import Recipe
-from dllm_rl.rng import generator_for
-from dllm_rl.tasks.base import Problem, addends, grade
-from dllm_rl.training.arithmetic import arithmetic, learner_forward
+from dllm_rl.rng import generator_for, row_seeds
+from dllm_rl.tasks.base import Problem, addends
 from dllm_rl.training.cautions import made_up_rewards
-from dllm_rl.training.learner import accumulate_gradients, correct, draw_noise, measured_groups, score
+from dllm_rl.training.learner import accumulate_gradients, step
 from dllm_rl.training.policies import make_optimizer, rollout_copy
-from dllm_rl.training.rollouts import reward_values, wanted_parts
+from dllm_rl.training.rollouts import Answer, sample_and_grade
 from dllm_rl.training.sharded_learner import on_main
 from dllm_rl.training.warmup import examples
+from dllm_rl.types import Batch
 
 MOMENTS: dict[Any, int] = {adamw: 8, adamw_8bit: 2}  # bytes per trained weight; unknown for other optimisers
 
@@ -53,30 +53,39 @@ def rehearse(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Acce
 
 
 def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
-    """One step on one group per process, up to the gradients; no weight changes."""
-    group, key, rollout_policy = recipe.num_generations, (recipe.seed, "rehearsal"), rollout_copy(recipe, policy)
-    with arithmetic(recipe, accelerator):
-        prompts = encode(rollout_policy, [problem], group_size=group)
-        rollout = recipe.sampler(rollout_policy, prompts, generator_for(*key)).with_support(recipe.sampling_support)
-    texts = graded_texts(rollout_policy, rollout, [problem], chosen_ids(rollout))
-    graded = grade(recipe.task, [problem], texts, timeout=recipe.reward_timeout)
+    """The loop's step on one group per process, up to the gradients; no weight changes."""
+    key = (recipe.seed, "rehearsal")
+    rollout_policy = rollout_copy(recipe, policy)
+    seeds = row_seeds(generator_for(*key), recipe.num_generations)[None]
+    rollout, answers, _ = sample_and_grade(recipe, rollout_policy, [problem], seeds, key, accelerator)
     if recipe.warmup_steps:
-        examples(policy, [problem], max_new_tokens=recipe.max_new_tokens)
-        if recipe.warmup_metric not in addends(graded[0]):
-            known = ", ".join(sorted(addends(graded[0])))
-            raise ValueError(
-                f"warmup_metric={recipe.warmup_metric!r} is none of the task's: {known}; name one of these"
-            )
-    reward_values(graded, tuple(wanted_parts(recipe)))
-    advantages = made_up_advantages(recipe)[: accelerator.num_processes]
-    groups = measured_groups(recipe, advantages, 0)
-    reference = None if not recipe.beta else policy if recipe.lora is None else policy.reference()
-    with learner_forward(recipe, policy, rollout_policy, accelerator):
-        noise = draw_noise(recipe, rollout, advantages, groups, 0, accelerator)
-        logps = score(recipe, rollout, noise, policy=policy, rollout_policy=rollout_policy, reference=reference)
-        batch, _ = correct(recipe, rollout, noise, logps, advantages, accelerator, groups=groups)
+        check_warmup(recipe, policy, answers[0])
+
+    def gradients(batch: Batch) -> dict[str, float]:
         options: dict[str, Any] = {"loss": recipe.loss, "likelihood": recipe.likelihood}
         accumulate_gradients(policy, batch, batch.old_scores, **options, micro_batch_size=recipe.micro_batch_size)
+        return {}
+
+    step(
+        recipe,
+        rollout,
+        made_up_advantages(recipe)[: accelerator.num_processes],
+        0,
+        accelerator,
+        policy=policy,
+        rollout_policy=rollout_policy,
+        reference=None if not recipe.beta else policy if recipe.lora is None else policy.reference(),
+        learn=gradients,
+    )
+
+
+def check_warmup(recipe: Recipe, policy: Policy, answer: Answer) -> None:
+    """Raise ValueError if the problem has no solution to learn from, or its grader no `warmup_metric`."""
+    examples(policy, [answer.problem], max_new_tokens=recipe.max_new_tokens)
+    metrics = addends(answer.reward)
+    if recipe.warmup_metric not in metrics:
+        known = ", ".join(sorted(metrics))
+        raise ValueError(f"warmup_metric={recipe.warmup_metric!r} is none of the task's: {known}; name one of these")
 
 
 def made_up_advantages(recipe: Recipe) -> Float[Tensor, "P G"]:

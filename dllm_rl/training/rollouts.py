@@ -1,7 +1,8 @@
 """Problems in, rollouts and rewards out: what a step learns from."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ def collect(
     prompts, up to that many draws. Prompts and seeds depend on (seed, step, draw) alone; DAPO pools the draws [ours].
     """
     every = torch.arange(recipe.train_batch_size // accelerator.num_processes)
-    rollout, answers, mine, replaced = sample_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
+    rollout, answers, mine, replaced = draw_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
     with log.stage("waiting"):  # for the other processes' rollouts and rewards
         lost = waited("rollout", accelerator)
         (graded_all,) = gather_on_host([mine], accelerator)
@@ -56,7 +57,7 @@ def collect(
         places = local(~informative(graded_all), accelerator).nonzero()[:, 0]
         if len(places):
             key = (step, draws)
-            part, others, mine[places], _ = sample_and_grade(recipe, rollout_policy, key, places, accelerator, log)
+            part, others, mine[places], _ = draw_and_grade(recipe, rollout_policy, key, places, accelerator, log)
             group = torch.arange(recipe.num_generations)
             rows = rearrange(places[:, None] * recipe.num_generations + group, "p g -> (p g)")
             for row, answer in zip(rows.tolist(), others, strict=True):
@@ -71,7 +72,7 @@ def collect(
     return rollout, answers, rewards, parts_of(recipe, graded_all), metrics
 
 
-def sample_and_grade(
+def draw_and_grade(
     recipe: Recipe,
     rollout_policy: Policy,
     step_and_draw: tuple[int, int],
@@ -79,29 +80,48 @@ def sample_and_grade(
     accelerator: Accelerator,
     log: RunLog,
 ) -> tuple[Rollout, list[Answer], Float[Tensor, "p G K"], int]:
-    """Rollout, answers and rewards (value, then `wanted_parts`) of this process's prompts at `places` of a draw, and
-    how many prompts were replaced as too long. A row's seed depends on (seed, step, draw, place in the batch)."""
+    """`sample_and_grade` of this process's prompts at `places` of a draw, and how many prompts were replaced as too
+    long. A row's seed depends on (seed, step, draw, place in the batch)."""
     step, draw = step_and_draw
-    purpose, group = "train" if not draw else f"train, draw {draw}", recipe.num_generations
+    purpose = f"train, draw {draw}" if draw else "train"
     indices = draw_indices(len(recipe.task), recipe.train_batch_size, recipe.seed, purpose, step)
     problems, replaced = choose(recipe, rollout_policy, local(indices, accelerator)[places].tolist())
     key = (recipe.seed, "rollout", step, *([draw] if draw else []))
-    seeds = local(row_seeds(generator_for(*key), len(indices) * group), accelerator)
-    seeds = rearrange(rearrange(seeds, "(p g) -> p g", g=group)[places], "p g -> (p g)")
-    with log.stage("rollout"), arithmetic(recipe, accelerator):
-        prompts = encode(rollout_policy, problems, group_size=group, seeds=seeds.tolist())
+    seeds = local(row_seeds(generator_for(*key), len(indices) * recipe.num_generations), accelerator)
+    mine = rearrange(seeds, "(p g) -> p g", g=recipe.num_generations)[places]
+    return *sample_and_grade(recipe, rollout_policy, problems, mine, key, accelerator, log.stage), replaced
+
+
+def sample_and_grade(
+    recipe: Recipe,
+    rollout_policy: Policy,
+    problems: Sequence[Problem],
+    seeds: Int[Tensor, "p G"],
+    key: tuple[object, ...],
+    accelerator: Accelerator,
+    stage: Callable[[str], AbstractContextManager] = nullcontext,
+) -> tuple[Rollout, list[Answer], Float[Tensor, "p G K"]]:
+    """Rollout, answers and rewards (value, then `wanted_parts`) of a group of completions per problem.
+
+    seeds, key  of the rows, and of the sampler's generator
+    stage       times the block of a name
+    """
+    group = recipe.num_generations
+    with stage("rollout"), arithmetic(recipe, accelerator):
+        prompts = encode(rollout_policy, problems, group_size=group, seeds=seeds.flatten().tolist())
         batches = prompts.split(recipe.rollout_batch_size or prompts.num_rows)
         parts = [recipe.sampler(rollout_policy, batch, generator_for(*key)) for batch in batches]
         rollout = parts[0] if len(parts) == 1 else Rollout.joined(parts, pad_id=rollout_policy.pad_id)
         rollout = rollout.with_support(recipe.sampling_support)
-    with log.stage("reward"):
+    with stage("reward"):
         chosen = chosen_ids(rollout)
         completions = graded_texts(rollout_policy, rollout, problems, chosen)
         graded = grade(recipe.task, problems, completions, timeout=recipe.reward_timeout)
         values = reward_values(graded, tuple(wanted_parts(recipe)))
-    own, lengths = [problem for problem in problems for _ in range(group)], map(len, chosen)
-    answers = [Answer(*parts) for parts in zip(own, completions, graded, lengths, strict=True)]
-    return rollout, answers, rearrange(values, "(p g) k -> p g k", g=group), replaced
+    answers = []
+    for row, (completion, reward) in enumerate(zip(completions, graded, strict=True)):
+        answers.append(Answer(problems[row // group], completion, reward, len(chosen[row])))
+    return rollout, answers, rearrange(values, "(p g) k -> p g k", g=group)
 
 
 def parts_of(recipe: Recipe, graded: Float[Tensor, "P G K"]) -> dict[str, Tensor]:

@@ -347,7 +347,7 @@ PLANTED = {
     "sampler, scores": ("samplers.choose", "propose_and_rank"),
     "scoring, log-probs": ("likelihoods.scoring", "token_logprobs_and_confidences"),
     "scoring, order": ("likelihoods.scoring", "left_logprobs"),
-    "learner, masks": ("training.loop", "draw_noise"),
+    "learner, masks": ("training.learner", "draw_noise"),
     "learner, loss": ("recipe", "policy_loss"),
     "metrics": ("training.learner", "off_policy_metrics"),
 }

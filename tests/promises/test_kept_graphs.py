@@ -16,17 +16,9 @@ from dllm_rl.models.lora import Lora
 from dllm_rl.models.tokens import encode
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
-from dllm_rl.training.arithmetic import learner_forward
-from dllm_rl.training.learner import (
-    accumulate_gradients,
-    correct,
-    draw_noise,
-    keeps_graphs,
-    measured_groups,
-    score,
-    update,
-)
+from dllm_rl.training.learner import accumulate_gradients, correct, learner_forward, update
 from dllm_rl.training.policies import make_optimizer
+from dllm_rl.training.scorer import draw_noise, keeps_graphs, measured_groups, score
 from recipes.studies.surrogates import stable_drl
 
 MANY = 99
@@ -72,7 +64,7 @@ class Step:
         with self.forward():
             noise = draw_noise(recipe, self.rollout, self.advantages, groups, 0, self.accelerator)
             self.logps = score(recipe, self.rollout, noise, reference=anchor, **policies)
-        given = (recipe, self.rollout, noise, self.logps, self.advantages, self.accelerator)
+        given = (recipe, self.rollout, self.logps, self.advantages, self.accelerator)
         return correct(*given, groups=groups)[0]
 
     def gradient(self):

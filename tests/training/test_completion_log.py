@@ -11,8 +11,8 @@ from tiny_recipe import tiny_recipe
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.training import train
 from dllm_rl.training.completion_log import contrasts, log_completions, shortened, table
-from dllm_rl.training.learner import draw_noise
 from dllm_rl.training.rollouts import collect
+from dllm_rl.training.scorer import draw_noise
 from dllm_rl.training.start import start
 from dllm_rl.types import Logprobs
 
@@ -71,8 +71,8 @@ def test_mismatch_and_advantage_by_hand(tmp_path):
     groups = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
     noise = draw_noise(recipe, rollout, advantages, groups, 0, run.accelerator)
     old = rollout.logprobs + 0.25 * rollout.completion_mask
-    logps = Logprobs(old=old, old_scores=old[None], rollout=rollout.logprobs, reference=None)
-    log_completions(run, 0, answers, rollout, rollout, noise=noise, logps=logps, advantages=advantages)
+    logps = Logprobs(old=old, old_scores=old[None], rollout=rollout.logprobs, reference=None, noise=noise)
+    log_completions(run, 0, answers, rollout, rollout, logps=logps, advantages=advantages)
     run.log.close()
     rows = current_rows(tmp_path / "completions.jsonl")
     chosen = contrasts(rewards.flatten().tolist(), 4)
@@ -90,8 +90,9 @@ def test_a_probability_that_is_no_number_stops_no_run(tmp_path):
     rollout = dataclasses.replace(rollout, logprobs=torch.full_like(rollout.logprobs, torch.nan))
     advantages = torch.full((4, 4), torch.inf)
     noise = draw_noise(recipe, rollout, advantages, torch.ones(4, dtype=torch.float64), 0, run.accelerator)
-    logps = Logprobs(old=rollout.logprobs, old_scores=rollout.logprobs[None], rollout=rollout.logprobs, reference=None)
-    log_completions(run, 0, answers, rollout, rollout, noise=noise, logps=logps, advantages=advantages)
+    same = rollout.logprobs
+    logps = Logprobs(old=same, old_scores=same[None], rollout=same, reference=None, noise=noise)
+    log_completions(run, 0, answers, rollout, rollout, logps=logps, advantages=advantages)
     run.log.close()
     for row in current_rows(tmp_path / "completions.jsonl"):
         assert row["mismatch"] is None and row["advantage"] is None

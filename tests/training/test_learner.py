@@ -7,8 +7,8 @@ from runs import metrics_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms.correctors import none
-from dllm_rl.training.learner import learned_groups
 from dllm_rl.training.loop import train
+from dllm_rl.training.scorer import learned_groups
 
 
 @pytest.mark.parametrize("changes", [{"beta": 0.1}, {"entropy_coeff": 0.1}])

@@ -20,9 +20,9 @@ from dllm_rl.models.tokens import decode
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.quantization.schemes import float8_weight_only
-from dllm_rl.training.learner import measured_groups
 from dllm_rl.training.loop import train
 from dllm_rl.training.rollouts import collect
+from dllm_rl.training.scorer import measured_groups
 
 
 @pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])

@@ -27,7 +27,7 @@ from dllm_rl.models.forward.recompute import backbone_of, blocks_of
 from dllm_rl.models.logprobs import backward_token_logprobs, chunk_rows, token_logprobs
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.propose import propose
-from dllm_rl.training.learner import keeps_graphs
+from dllm_rl.training.scorer import keeps_graphs
 from dllm_rl.types import SamplingParams
 
 ONE_VIEW = ("one_step", "causal")  # estimators that score the batch in one view

@@ -1,0 +1,174 @@
+"""Which rows of a step are scored, under which masks, and by whom."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from accelerate import Accelerator
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+
+from dllm_rl.algorithms.mismatch import PREFIX, group_weights
+from dllm_rl.device import send
+from dllm_rl.diagnostics.batch_invariance import check_bitwise_equal
+from dllm_rl.distributed.collectives import local, reduce_metrics, sum_over
+from dllm_rl.distributed.sharding import in_pace
+from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
+from dllm_rl.likelihoods.replay import as_noted, as_sampled, blank, routing_counts, routing_metrics
+from dllm_rl.models.base import Policy
+from dllm_rl.recipe import Recipe
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers.agreement import order_agreement
+from dllm_rl.types import Logprobs, Noise, Rollout
+
+
+def learned_groups(recipe: Recipe, advantages: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
+    """Groups that the update learns from: nonzero advantages; all groups with a KL term or an entropy bonus."""
+    return (advantages != 0).any(-1) | bool(recipe.beta or recipe.entropy_coeff)
+
+
+def measured_groups(recipe: Recipe, advantages: Float[Tensor, "P G"], step: int) -> Float[Tensor, " P"]:
+    """Weights of groups in the mismatch metrics (`group_weights`): learned groups, `mismatch_sample` of the others."""
+    generator = generator_for(recipe.seed, "mismatch sample", step)
+    return group_weights(learned_groups(recipe, advantages), recipe.mismatch_sample, generator)
+
+
+def draw_noise(
+    recipe: Recipe,
+    rollout: Rollout,
+    advantages: Float[Tensor, "P G"],
+    groups: Float[Tensor, " P"],
+    step: int,
+    accelerator: Accelerator,
+) -> Noise:
+    """The step's masks: groups of weight 0 in `groups` are not scored; rows of `learned_groups` are marked."""
+    noise = recipe.likelihood.draw(rollout, generator_for(recipe.seed, "noise", step))
+    chosen = repeat(learned_groups(recipe, advantages), "p -> (p g)", g=rollout.group_size)
+    (learned,) = send(accelerator.device, local(chosen, accelerator))
+    (mine,) = send(accelerator.device, local(rearrange(advantages, "p g -> (p g)"), accelerator))
+    noise = replace(recipe.likelihood.with_advantages(noise, mine), learned=learned)
+    return only_groups(noise, groups > 0, rollout.group_size, accelerator)
+
+
+def only_groups(noise: Noise, chosen: Bool[Tensor, " P"], group_size: int, accelerator: Accelerator) -> Noise:
+    """The noise with weight 0 for groups that are not chosen."""
+    if chosen.all():
+        return noise
+    (live,) = send(accelerator.device, local(repeat(chosen, "p -> (p g)", g=group_size), accelerator))
+    return noise.only(live)
+
+
+class Sides(NamedTuple):
+    """See `sides`."""
+
+    rollout: Literal["recorded", "learner", "scored"]
+    aligned: bool
+
+
+def sides(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> Sides:
+    """Where the log-probs of a ratio come from: those of the rollout, and how the learner computes its own.
+
+    rollout  recorded  the estimator is exact for the sampler: the sampler's own record
+             learner   otherwise, if the learner itself sampled: the learner's, before the update
+             scored    otherwise: the rollout policy's, under the same masks
+    aligned  a corrector aligns the forward: the learner computes with the rollout's quantised operands
+    """
+    copied = rollout_policy is not policy
+    exact = recipe.likelihood.exact_for_sampler
+    return Sides(
+        rollout="recorded" if exact else "scored" if copied else "learner",
+        aligned=recipe.corrector.align_forward and copied,
+    )
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores one rollout under any policy with the same masks, in pace and in micro-batches, which a caller could
+    forget."""
+
+    likelihood: LikelihoodEstimator
+    rollout: Rollout
+    noise: Noise
+    micro_batch_size: int | None
+
+    def scores(
+        self, policy: Policy, *, keep_graphs: bool = False, note: Integer[Tensor, "N B T M E"] | None = None
+    ) -> Float[Tensor, "N B T"]:
+        """`LikelihoodEstimator.scores`: log-probs of every view, nats."""
+        given = (policy, self.rollout, self.noise)
+        with in_pace(policy):
+            return self.likelihood.scores(
+                *given, micro_batch_size=self.micro_batch_size, keep_graphs=keep_graphs, note=note
+            )
+
+    def logprobs(self, policy: Policy, *, note: Integer[Tensor, "N B T M E"] | None = None) -> Float[Tensor, "B T"]:
+        """`LikelihoodEstimator.logprobs`: contributions per position, nats; no gradient."""
+        return self.likelihood.combine(self.scores(policy, note=note), self.noise)
+
+
+def score(
+    recipe: Recipe, rollout: Rollout, noise: Noise, *, policy: Policy, rollout_policy: Policy, reference: Policy | None
+) -> Logprobs:
+    """The rollout's log-probs under every policy, with the same masks. Raises RuntimeError with zero_mismatch if the
+    sides differ."""
+    scorer = Scorer(recipe.likelihood, rollout, noise, recipe.micro_batch_size)
+    side = sides(recipe, policy, rollout_policy).rollout
+    note = blank(policy, rollout, noise) if recipe.router_replay is not None and side == "scored" else None
+    reference_logps = None if reference is None else scorer.logprobs(reference)
+    rollout_logps = rollout_side(side, scorer, rollout_policy, note)
+    scorer = replace(scorer, noise=router_replay(recipe, rollout, noise, note))
+    keep = keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
+    scores = scorer.scores(policy, keep_graphs=keep)  # last: kept graphs and another forward would add up
+    old = recipe.likelihood.combine(scores.detach(), scorer.noise)
+    logps = Logprobs(
+        old=old,
+        old_scores=scores,
+        rollout=old if rollout_logps is None else rollout_logps,
+        reference=reference_logps,
+        noise=scorer.noise,
+    )
+    if recipe.zero_mismatch:
+        check_bitwise_equal(rollout, scorer.noise, logps, policy=policy, rollout_policy=rollout_policy)
+    return logps
+
+
+def rollout_side(
+    side: str, scorer: Scorer, rollout_policy: Policy, note: Integer[Tensor, "N B T M E"] | None
+) -> Float[Tensor, "B T"] | None:
+    """The rollout's log-probs by `sides`, nats; None: they are the learner's. A scoring fills `note`."""
+    match side:
+        case "recorded":
+            return recorded(scorer.rollout, scorer.noise)
+        case "scored":
+            return scorer.logprobs(rollout_policy, note=note)
+    return None
+
+
+def router_replay(recipe: Recipe, rollout: Rollout, noise: Noise, note: Integer[Tensor, "N B T M E"] | None) -> Noise:
+    """The masks with the experts that the learner takes again: those in `note`, else the sampler's record."""
+    if recipe.router_replay is None:
+        return noise
+    return as_sampled(noise, rollout) if note is None else as_noted(noise, rollout, note)
+
+
+def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bool:
+    """Whether an update goes back through the forwards that scored: at most `kept_graphs`, each of a micro-batch."""
+    forwards = views * math.ceil(rows / (recipe.micro_batch_size or rows))
+    dropout = policy.lora is not None and policy.lora.dropout  # scoring leaves it out, an update does not
+    unsharded = recipe.shard_size == 1  # a sharded learner's forwards run `in_pace`, with a backward each or none
+    return unsharded and forwards <= recipe.kept_graphs and not dropout
+
+
+def measure_sides(
+    policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise, accelerator: Accelerator
+) -> dict[str, float]:
+    """Whether learner and rollout policy agree on the order (`order_agreement`) and on experts (`routing_metrics`),
+    over all processes. Empty where they are one policy."""
+    if rollout_policy is policy:
+        return {}
+    with in_pace(policy):
+        order = order_agreement(policy, rollout)
+        routing = routing_counts(policy, rollout_policy, rollout, noise)
+    metrics = {PREFIX + name: value for name, value in reduce_metrics(order, accelerator).items()}
+    return metrics if routing is None else metrics | routing_metrics(sum_over(routing, accelerator))
