@@ -14,7 +14,7 @@ import torch
 from benchmarks.measure import in_fresh_process, machine, seconds_and_peak, speed_up, table, write_json
 from benchmarks.presets import PRESETS, make
 from dllm_rl.algorithms import losses
-from dllm_rl.algorithms.correctors import none
+from dllm_rl.algorithms.surrogates import ppo_clip
 from dllm_rl.likelihoods.estimators import elbo
 from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.training.learner import accumulate_gradients
@@ -33,7 +33,7 @@ def arm(
     advantages = torch.linspace(-1, 1, len(mask), device=device)
     ones, count = torch.ones_like(old), int(mask.sum())
     batch = Batch(rollout, noise, advantages, old, scores, ones, mask, None, count, len(mask))
-    surrogate = none().surrogate
+    surrogate = ppo_clip
     loss = partial(losses.policy_loss, surrogate=surrogate, aggregate=losses.token, beta=0.0, kl=losses.kl_k3)
     parameters = list(policy.module.parameters())
     for parameter in parameters:

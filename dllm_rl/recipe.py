@@ -10,7 +10,7 @@ from dllm_rl.algorithms.advantages import decoupled, group_relative
 from dllm_rl.algorithms.correctors import Corrector, none
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
-from dllm_rl.algorithms.surrogates import surrogate_inputs
+from dllm_rl.algorithms.surrogates import ppo_clip, surrogate_inputs
 from dllm_rl.algorithms.weights import no_weights
 from dllm_rl.bounds import Bound, check_bound
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
@@ -201,6 +201,12 @@ class Recipe(Settings):
         pick="dllm_rl.algorithms.advantages",
         like=decoupled,
     )
+    loss: Callable | None = _(
+        "the objective (algorithms.surrogates); None: the corrector's own where it brings one, else ppo_clip",
+        None,
+        pick="dllm_rl.algorithms.surrogates",
+        like=ppo_clip,
+    )
     aggregate: Callable | None = _(
         "how the loss weighs tokens; None: the corrector's paper's choice, else token",
         None,
@@ -263,7 +269,7 @@ class Recipe(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        surrogate_inputs(self.corrector.surrogate)
+        surrogate_inputs(self.surrogate)
         if self.lora is not None and self.corrector.align_forward and self.rollout_quantization is not None:
             check_mergeable(self.lora())
 
@@ -280,6 +286,11 @@ class Recipe(Settings):
                 self.async_save and self.base_quantization is not None,
                 f"async_save=True does not go with base_quantization={self.base_quantization!r}, whose weights have no "
                 "copy on the host; use async_save=False",
+            ),
+            (
+                self.loss is not None and self.corrector.surrogate is not None,
+                f"loss={describe(self.loss)} and the corrector's own {describe(self.corrector.surrogate)} are two "
+                "objectives: use --loss none, or a corrector without one",
             ),
             (
                 self.use_bias_correction_kl and not self.beta,
@@ -318,15 +329,20 @@ class Recipe(Settings):
         return self.aggregate or self.corrector.aggregate or token
 
     def settings(self) -> dict[str, Any]:
-        """The recipe as JSON, with the aggregation that is in effect."""
-        return described(self) | {"aggregate": plain(self.aggregation)}
+        """The recipe as JSON, with the objective and the aggregation in effect."""
+        return described(self) | {"loss": plain(self.surrogate), "aggregate": plain(self.aggregation)}
 
     @property
-    def loss(self) -> Callable:
+    def surrogate(self) -> Callable:
+        """The objective in effect: the recipe's, else the corrector's, else PPO's clipped ratio."""
+        return self.loss or self.corrector.surrogate or ppo_clip
+
+    @property
+    def policy_loss(self) -> Callable:
         """(log-probs (B, T), batch) -> loss, metrics, gradient: `policy_loss` with the recipe's parts bound."""
         return partial(
             policy_loss,
-            surrogate=self.corrector.surrogate,
+            surrogate=self.surrogate,
             aggregate=self.aggregation,
             beta=self.beta,
             kl=self.kl,
@@ -337,7 +353,7 @@ class Recipe(Settings):
     def update_settings(self, step: int) -> dict[str, Any]:
         """The keyword arguments of `training.learner.update` at a step."""
         return {
-            "loss": self.loss,
+            "loss": self.policy_loss,
             "likelihood": self.likelihood,
             "learning_rate": self.learning_rate * self.lr_schedule(step, self.schedule_steps),
             "num_iterations": self.num_iterations,

@@ -6,7 +6,6 @@ make a step's rollout 57 s, compiled and in FP8, and its 8 updates 30 s (benchma
 rows at a time (81 GB). Not run yet: no results.
 """
 
-from dataclasses import replace
 from functools import partial
 
 from dllm_rl import Lora, Recipe, Sudoku, ais, float8_dynamic, kl_k3, main, one_step, ppo_clip, unmask
@@ -25,7 +24,8 @@ recipe = Recipe(
     sampler=partial(in_blocks, temperature=0.3),
     eval_sampler=partial(in_blocks, temperature=0.0),
     likelihood=one_step(prompt_mask=0.15),
-    corrector=replace(ais(), surrogate=partial(ppo_clip, epsilon=0.2, delta=1.2)),  # several updates a rollout
+    corrector=ais(),
+    loss=partial(ppo_clip, epsilon=0.2, delta=1.2),  # several updates a rollout
     rollout_quantization=float8_dynamic,
     torch_compile=True,
     beta=0.04,

@@ -45,14 +45,14 @@ def test_scalars_at_every_depth(recipe):
                 "--task.clues",
                 "8,9",
             ],
-            *["--corrector.weigh.cap", "3", "--corrector.surrogate.epsilon", "0.1", "--micro_batch_size", "8"],
+            *["--corrector.weigh.cap", "3", "--loss", "ppo_clip", "--loss.epsilon", "0.1", "--micro_batch_size", "8"],
             *["--output_dir", "x"],
         ],
     )
     assert (new.num_steps, new.learning_rate, new.bf16, new.micro_batch_size, new.output_dir) == (7, 1e-4, True, 8, "x")
     assert new.sampler.keywords == {**recipe.sampler.keywords, "temperature": 0.5}
     assert new.task.clues == (8, 9) and recipe.task.clues == (10, 12)
-    assert new.corrector.weigh.keywords["cap"] == 3 and new.corrector.surrogate.keywords["epsilon"] == 0.1
+    assert new.corrector.weigh.keywords["cap"] == 3 and new.loss.keywords["epsilon"] == 0.1
 
 
 def test_the_order_of_overrides_does_not_matter(recipe):
@@ -171,8 +171,8 @@ def test_a_function_that_does_not_say_what_it_returns_has_no_others_beside_it(re
 
 def test_a_function_of_any_module_by_name(recipe):
     name = "recipes.studies.surrogates:gdsd"
-    picked = from_command_line(recipe, ["--corrector.surrogate", name, "--corrector.surrogate.psi", "0.1"])
-    assert picked.corrector.surrogate.func is gdsd and picked.corrector.surrogate.keywords == {"psi": 0.1}
+    picked = from_command_line(recipe, ["--loss", name, "--loss.psi", "0.1"])
+    assert picked.loss.func is gdsd and picked.loss.keywords == {"psi": 0.1}
     ranked = from_command_line(recipe, ["--sampler.rank", "dllm_rl.samplers.rules:margin"])
     assert ranked.sampler.keywords["rank"] is margin
 
@@ -188,9 +188,9 @@ def test_functions_by_name(recipe):
     )
     assert new.corrector == correctors.none() and new.likelihood.name == "one_step"
     assert override(recipe, "advantages", "decoupled").advantages is decoupled
-    assert "row_mean" not in paths(recipe)["corrector.surrogate"].choices
-    bounded = ["--corrector.surrogate", "cispo", "--corrector.surrogate.max_ratio", "3"]
-    assert from_command_line(recipe, bounded).corrector.surrogate.keywords == {"max_ratio": 3.0}
+    assert "row_mean" not in paths(recipe)["loss"].choices
+    bounded = ["--loss", "cispo", "--loss.max_ratio", "3"]
+    assert from_command_line(recipe, bounded).loss.keywords == {"max_ratio": 3.0}
     assert paths(override(recipe, "corrector", "ais"))["corrector.weigh.combine"].choices == ("alarm",)
     assert new.aggregate is sequence and new.rollout_quantization is int8_weight_only
     assert new.sampler.keywords["rank"].__name__ == "max_prob"
@@ -218,9 +218,9 @@ def test_functions_by_name(recipe):
         (["--base_quantization", "nf"], "the nearest is 'nf4' (one of nf4, int8, none)"),
         (["--likelihood.num_segments", "0"], "num_segments=0 must be at least 1"),
         (["num_steps", "1"], "options are written --name value"),
-        (["--corrector.surrogate", "nowhere.at_all:x"], "No module named 'nowhere'; give MODULE:FUNCTION"),
-        (["--corrector.surrogate", ":x"], "--corrector.surrogate: Empty module name"),
-        (["--corrector.surrogate", "math:pi"], "module 'math' has no function 'pi'"),
+        (["--loss", "nowhere.at_all:x"], "No module named 'nowhere'; give MODULE:FUNCTION"),
+        (["--loss", ":x"], "--loss: Empty module name"),
+        (["--loss", "math:pi"], "module 'math' has no function 'pi'"),
         (["--corrector", "dllm_rl.algorithms.correctors:tis"], "is not known"),
     ],
 )
@@ -279,24 +279,24 @@ def test_help_shows_each_bound(recipe):
         for name, bound in bounds.items():
             help = text[text.index(f" --{name} ") + 3 :].partition(" --")[0]
             assert help.endswith(f" ({bound})"), name
-    tis = " ".join(usage(replace(recipe, corrector=correctors.tis())).split())
+    tis = " ".join(usage(replace(recipe, corrector=correctors.tis(), loss=ppo_clip)).split())
     for said in (
         "--num_steps 2 RL steps (at least 0)",
         "--adam_beta1 0.9 of AdamW (in [0, 1))",
         "--corrector.weigh.cap 2.0 largest weight, at least 1 --",
-        "(above 0) --corrector.surrogate.epsilon_high",
+        "(above 0) --loss.epsilon_high",
     ):
         assert said in tis
 
 
 NAMES = [path.stem for path in sorted(Path(main_job_file).parent.glob("*.py")) if "recipe" in path.read_text()]
-PICKS = ("likelihood", "corrector", "advantages", "aggregate", "rollout_quantization", "lora", "sampler.commit")
+PICKS = ("likelihood", "corrector", "loss", "advantages", "aggregate", "rollout_quantization", "lora", "sampler.commit")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("__init__", "weights", "antibody_loops")])
 def test_every_name_of_every_recipe_is_explained(name):
     recipe = import_module(f"recipes.{name}").recipe
-    without_dropout = replace(recipe, lora=None)  # which aligned forwards refuse
+    without_dropout = replace(recipe, lora=None, loss=None)  # which aligned forwards and tbpo refuse
     needed = {"tau": "0.9", "f": "1", "gamma": "1", "eta": "0.1", "length": "16", "block_size": "4"}
     recipes = [recipe] + [
         override(without_dropout, field, choice, needed)

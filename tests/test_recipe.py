@@ -10,6 +10,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.losses import sequence, token
+from dllm_rl.algorithms.surrogates import gspo, ppo_clip, trust_band
 from dllm_rl.config import from_command_line
 from dllm_rl.members import describe
 from dllm_rl.recipe import Recipe, check_bounds
@@ -64,7 +65,18 @@ def test_the_aggregation_is_the_one_given_else_the_correctors_papers_else_token(
     assert taken("--corrector", "tbpo") is sequence and taken("--corrector", "qarl") is sequence
     assert taken("--corrector", "tbpo", "--aggregate", "token") is token
     assert taken("--corrector", "none", "--aggregate", "sequence") is sequence
-    assert replace(recipe, corrector=correctors.tbpo()).loss.keywords["aggregate"] is sequence
+    assert replace(recipe, corrector=correctors.tbpo()).policy_loss.keywords["aggregate"] is sequence
+
+
+def test_the_objective_is_the_one_given_else_the_correctors_else_ppos(recipe):
+    taken = lambda *words: from_command_line(recipe, list(words)).policy_loss.keywords["surrogate"]  # noqa: E731
+    assert taken() is ppo_clip and taken("--corrector", "ais") is ppo_clip
+    assert taken("--loss", "gspo") is gspo
+    assert taken("--corrector", "qarl").func is trust_band
+    assert recipe.settings()["loss"] == "ppo_clip"
+    both = r"loss=gspo and the corrector's own trust_band\(.*\) are two objectives: use --loss none, or a corrector"
+    with pytest.raises(ValueError, match=both):
+        replace(recipe, loss=gspo, corrector=correctors.tbpo())
 
 
 def test_a_run_is_said_to_aggregate_as_it_does(recipe):

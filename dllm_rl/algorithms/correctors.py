@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor
 
 from dllm_rl.algorithms.losses import sequence
-from dllm_rl.algorithms.surrogates import ppo_clip, trust_band
+from dllm_rl.algorithms.surrogates import trust_band
 from dllm_rl.algorithms.weights import (
     Aggregate,
     Level,
@@ -31,19 +31,18 @@ from dllm_rl.bounds import check_bound
 
 Surrogate = Callable[..., Tensor]  # (log_ratio, advantages, mask, further ones of surrogates.OFFERED)
 Aggregation = Callable[..., Tensor]  # of losses: (mask, *, num_tokens, num_sequences) -> coefficients
-CLIPPED = partial(ppo_clip, epsilon=0.2)
 
 
 @dataclass(frozen=True)
 class Corrector:
     """weigh          (log_mismatch (B, T), advantages (B,), mask (B, T)) -> detached weights, keep mask, metrics
-    surrogate      (log_ratio (B, T), advantages (B,), mask (B, T), ...) -> per-token objective (B, T)
     align_forward  the learner's forward runs through the rollout's quantised operands
-    aggregate      the paper's aggregation, used where a recipe names none; None: any
+    surrogate      the objective (see `algorithms.surrogates`) of a method that brings one; None: the recipe's `loss`
+    aggregate      that method's aggregation, where the recipe names none
     """
 
     weigh: Weigh = no_weights
-    surrogate: Surrogate = field(default=CLIPPED, metadata={"pick": "dllm_rl.algorithms.surrogates", "like": ppo_clip})
+    surrogate: Surrogate | None = field(default=None, metadata={"omit_none": True})
     align_forward: bool = False
     aggregate: Aggregation | None = field(default=None, metadata={"omit_none": True})
 
@@ -110,19 +109,16 @@ def qarl(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-
     return compose(tbpo(eps_high=eps_high, neg_low=neg_low, neg_high=neg_high, c=c), aligned())
 
 
-def compose(*parts: Corrector | Weigh, surrogate: Surrogate | None = None, align_forward: bool = False) -> Corrector:
-    """Combine correctors or bare weigh functions: see `composed`.
+def compose(*parts: Corrector | Weigh) -> Corrector:
+    """Combine correctors or bare weigh functions: see `composed`. The forward is aligned if any part's is.
 
-    The surrogate and its aggregation are the given surrogate's, else a part's. The forward is aligned if any part's is.
-    Raises ValueError when two parts bring different surrogates and none is given.
+    Raises ValueError when two parts bring different objectives.
     """
-    correctors = [p if isinstance(p, Corrector) else Corrector(weigh=p) for p in parts]
-    brought = [c for c in correctors if c.surrogate is not CLIPPED]
-    aggregate = None
-    if surrogate is None:
-        if len({c.surrogate for c in brought}) > 1:
-            raise ValueError(f"{len(brought)} parts bring a surrogate of their own; pick one: surrogate=...")
-        surrogate, aggregate = (brought[0].surrogate, brought[0].aggregate) if brought else (CLIPPED, None)
-    weighs = tuple(c.weigh for c in correctors if c.weigh is not no_weights)
+    correctors = [part if isinstance(part, Corrector) else Corrector(weigh=part) for part in parts]
+    brought = [part for part in correctors if part.surrogate is not None] or [none()]
+    if len({part.surrogate for part in brought}) > 1:
+        raise ValueError(f"{len(brought)} parts bring an objective; keep one: replace(part, surrogate=None)")
+    weighs = tuple(part.weigh for part in correctors if part.weigh is not no_weights)
     weigh = weighs[0] if len(weighs) == 1 else partial(composed, weighs=weighs) if weighs else no_weights
-    return Corrector(weigh, surrogate, align_forward or any(c.align_forward for c in correctors), aggregate)
+    aligned = any(part.align_forward for part in correctors)
+    return Corrector(weigh, brought[0].surrogate, aligned, brought[0].aggregate)

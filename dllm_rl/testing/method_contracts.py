@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, none
 from dllm_rl.algorithms.losses import kl_k2, policy_loss, sequence
+from dllm_rl.algorithms.surrogates import ppo_clip
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Batch, Noise, Rollout
@@ -62,7 +63,7 @@ def make_batch(
 
 
 def loss_of(corrector: Corrector, batch: Batch, logps: Tensor) -> tuple[Tensor, dict, Tensor]:
-    return policy_loss(logps, batch, surrogate=corrector.surrogate, aggregate=sequence, beta=0.0, kl=kl_k2)
+    return policy_loss(logps, batch, surrogate=corrector.surrogate or ppo_clip, aggregate=sequence, beta=0.0, kl=kl_k2)
 
 
 def _neutral(corrector: Corrector, mask: Tensor, advantages: Tensor) -> None:

@@ -45,15 +45,15 @@ def cautions(recipe: Recipe) -> list[str]:
 
 def of_the_clip(recipe: Recipe) -> list[str]:
     """PPO bounds no ratio above 1 + epsilon at a negative advantage: see recipes/studies/mismatch_reading.md."""
-    surrogate = recipe.corrector.surrogate
+    surrogate = recipe.surrogate
     epsilon, high = _bound(surrogate, "epsilon"), _bound(surrogate, "epsilon_high")
     open_above = getattr(surrogate, "func", surrogate) is ppo_clip and _bound(surrogate, "delta") is None
     if recipe.num_iterations == 1 or recipe.rollout_quantization is None or not open_above:
         return []
     return [
-        f"num_iterations={recipe.num_iterations} with quantised rollouts and corrector.surrogate.delta=None: nothing "
+        f"num_iterations={recipe.num_iterations} with quantised rollouts and loss.delta=None: nothing "
         "bounds the ratio where the advantage is negative, and heavy mismatch then does most of its harm; use "
-        f"--corrector.surrogate.delta {1 + (epsilon if high is None else high):g}"
+        f"{'--loss ppo_clip ' if recipe.loss is None else ''}--loss.delta {1 + (epsilon if high is None else high):g}"
     ]
 
 

@@ -62,7 +62,7 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
         check_warmup(recipe, policy, answers[0])
 
     def gradients(batch: Batch) -> dict[str, float]:
-        options: dict[str, Any] = {"loss": recipe.loss, "likelihood": recipe.likelihood}
+        options: dict[str, Any] = {"loss": recipe.policy_loss, "likelihood": recipe.likelihood}
         accumulate_gradients(policy, batch, batch.old_scores, **options, micro_batch_size=recipe.micro_batch_size)
         return {}
 

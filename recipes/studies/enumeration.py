@@ -19,6 +19,7 @@ from torch import Generator, Tensor
 
 from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss
+from dllm_rl.algorithms.surrogates import ppo_clip
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, trajectory
 from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models.base import Policy
@@ -239,7 +240,7 @@ def _gradients(
         behaviour=sampled,
     )
     aggregate: Callable[..., Tensor] = partial(constant, length=1)  # every sequence counts 1
-    loss = partial(policy_loss, surrogate=corrector.surrogate, aggregate=aggregate, beta=0.0, kl=kl_k2)
+    loss = partial(policy_loss, surrogate=corrector.surrogate or ppo_clip, aggregate=aggregate, beta=0.0, kl=kl_k2)
     gradient = -loss(case.logps[rows], made)[2]
     return gradient, torch.where(keep, weights, 0)
 

@@ -98,7 +98,7 @@ def gradient(estimator, policy: Policy, rollout: Rollout, noise, advantages: tor
     parameters = list(policy.module.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    accumulate_gradients(policy, batch, scores, loss=replace(base, corrector=none()).loss, likelihood=estimator)
+    accumulate_gradients(policy, batch, scores, loss=replace(base, corrector=none()).policy_loss, likelihood=estimator)
     return torch.cat([p.grad.flatten() for p in parameters]).double()
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import group_relative, leave_one_out
-from dllm_rl.algorithms.correctors import Corrector, ais, none
+from dllm_rl.algorithms.correctors import ais, none
 from dllm_rl.algorithms.losses import sequence, token
 from dllm_rl.algorithms.surrogates import gspo, ppo_clip, reinforce
 from dllm_rl.files import read_json, write_json
@@ -44,10 +44,6 @@ def wd1(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     return rewards.shape[-1] * (torch.softmax(centred, -1) - torch.softmax(-centred, -1))
 
 
-def by(surrogate: Any, **settings: Any) -> Corrector:
-    return replace(none(), surrogate=partial(surrogate, **settings))
-
-
 # Likelihood, objective and, as `sampler`, what the rollout's differs in are the papers'; batch, optimiser, no KL term
 # are the league's. ELBO-based ones share one estimator, `coupled`, so that what differs is the objective;
 # length-normalised ratios have a clip of 0.2. Formulas, sources and tags: the docstrings of what is named here.
@@ -61,7 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # The ELBO's ratio per sequence, over its length, clipped; leave-one-out advantages.
     "ESPO": {
         "likelihood": lik.coupled(num_samples=1),
-        "corrector": by(gspo, epsilon=0.2, epsilon_high=0.2),
+        "loss": partial(gspo, epsilon=0.2, epsilon_high=0.2),
         "advantages": leave_one_out,
         "aggregate": sequence,
     },
@@ -70,20 +66,20 @@ METHODS: dict[str, dict[str, Any]] = {
     # One estimate of log p, no ratio, softmax weights of both signs.
     "wd1": {
         "likelihood": lik.one_step(prompt_mask=0.15),
-        "corrector": by(reinforce),
+        "loss": reinforce,
         "advantages": wd1,
         "aggregate": sequence,
     },
     # A regression of the sequence's log-ratio on the advantage.
     "GDSD": {
         "likelihood": lik.coupled(num_samples=1),
-        "corrector": by(gdsd),
+        "loss": gdsd,
         "aggregate": sequence,
     },
     # The ELBO's ratio per sequence, clipped whatever the sign, normalised over the batch.
     "StableDRL": {
         "likelihood": lik.coupled(num_samples=1),
-        "corrector": by(stable_drl),
+        "loss": stable_drl,
         "aggregate": sequence,
     },
     # Rollouts a token a step from left to right, each token's own conditional; two positions a row are scored, ours.
@@ -93,14 +89,14 @@ METHODS: dict[str, dict[str, Any]] = {
     # The trajectory, its clip higher above than below, a mean over tokens, groups of one reward drawn again.
     "DAPO": {
         "likelihood": lik.trajectory(),
-        "corrector": by(ppo_clip, epsilon=0.2, epsilon_high=0.28),
+        "loss": partial(ppo_clip, epsilon=0.2, epsilon_high=0.28),
         "aggregate": token,
         "max_num_gen_batches": 4,
     },
     # The trajectory's ratio per sequence, over its length, clipped.
     "GSPO": {
         "likelihood": lik.trajectory(),
-        "corrector": by(gspo, epsilon=0.2, epsilon_high=0.2),
+        "loss": partial(gspo, epsilon=0.2, epsilon_high=0.2),
         "aggregate": sequence,
     },
     # A control: TraceRL's, in random order; what ours has beside it is FP8 weights and AIS.

@@ -41,7 +41,7 @@ def arm(corrector: c.Corrector, scheme: Any = FIVE_LEVELS, **changes: Any) -> di
 
 
 def clipped(corrector: c.Corrector, scheme: Any = FIVE_LEVELS) -> dict[str, Any]:
-    return arm(replace(corrector, surrogate=DUAL), scheme, num_iterations=2)
+    return arm(corrector, scheme, loss=DUAL, num_iterations=2)
 
 
 in_random_order = partial(base.sampler, rank=random)
@@ -65,7 +65,7 @@ ARMS = {
     "two: aligned": clipped(c.aligned()),
     "two: none, no clip": arm(c.none(), num_iterations=2),
     "two: TIS, no clip": arm(c.tis(), num_iterations=2),
-    "two: none, delta 3": arm(replace(c.none(), surrogate=partial(ppo_clip, epsilon=0.2, delta=3.0)), num_iterations=2),
+    "two: none, delta 3": arm(c.none(), num_iterations=2, loss=partial(ppo_clip, epsilon=0.2, delta=3.0)),
     "random: unquantised": arm(c.none(), None, sampler=in_random_order),
     "random: none": arm(c.none(), sampler=in_random_order),
     "random: TIS": arm(c.tis(), sampler=in_random_order),

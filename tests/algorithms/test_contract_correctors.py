@@ -33,7 +33,9 @@ CORRECTORS = {
     "aligned": c.aligned(),
     "qarl": c.qarl(),
     "vexact": c.compose(c.tis(), c.reject()),
-    "composed": c.compose(c.ais(), c.reject(bound=0.2), surrogate=partial(gspo, epsilon=0.1, epsilon_high=0.1)),
+    "composed": replace(
+        c.compose(c.ais(), c.reject(bound=0.2)), surrogate=partial(gspo, epsilon=0.1, epsilon_high=0.1)
+    ),
 }
 
 

@@ -115,7 +115,7 @@ def test_defaults():
     close(weigh(c.Corrector(weigh=c.truncated_weights))[0], capped)
     close(weigh(c.Corrector(weigh=c.masked_weights))[0], banded)
     assert c.mis().weigh.keywords == {"low": 0.5, "high": 2.0, "level": "token", "aggregate": "product"}
-    surrogate = c.none().surrogate(tensor([[0.5, -0.5]]), tensor([1.0]), tensor([[True, True]]))
+    surrogate = main_job.surrogate(tensor([[0.5, -0.5]]), tensor([1.0]), tensor([[True, True]]))
     assert_close(surrogate, tensor([[1.2, math.exp(-0.5)]]))  # clipped at 1 + 0.2
 
 
@@ -235,26 +235,24 @@ def test_tbpo_alone_is_the_papers_mean_over_sequences():
     weights, keep, _ = corrector.weigh(mismatch, advantages, mask)
     batch = make_batch(mask, advantages, weights=weights, keep=keep)
     recipe = replace(main_job, corrector=corrector)
-    loss, _, gradient = recipe.loss(batch.old, batch)
+    loss, _, gradient = recipe.policy_loss(batch.old, batch)
     assert loss.item() == pytest.approx(-(1.2 * 1 - 1.3 * 2) / 2)
     assert_close(gradient, tensor([[-1.2 / 2, 0, 0], [1.3 * 2 / 2 / 3] * 3]))
-    by_token, _, _ = replace(recipe, aggregate=token).loss(batch.old, batch)
+    by_token, _, _ = replace(recipe, aggregate=token).policy_loss(batch.old, batch)
     assert by_token.item() == pytest.approx(-(1.2 * 1 - 3 * 1.3 * 2) / 4)
 
 
 def test_compose_takes_the_aggregation_of_the_part_whose_surrogate_it_takes():
     assert c.compose(c.tbpo(), c.reject()).aggregate is sequence
-    assert c.compose(c.tbpo(), surrogate=gspo).aggregate is None
     assert c.compose(c.tis(), c.reject()).aggregate is None
 
 
 def test_compose_takes_the_one_surrogate_that_is_brought():
     mine = partial(gspo, epsilon=0.1)
     assert c.compose(c.tis(), c.Corrector(surrogate=mine)).surrogate is mine
-    assert c.compose(c.tis(), surrogate=mine).surrogate is mine
-    assert c.compose(c.tis().weigh, c.reject().weigh).surrogate is c.none().surrogate
+    assert c.compose(c.tis().weigh, c.reject().weigh).surrogate is None
     assert c.compose() == c.none()
-    with pytest.raises(ValueError, match=r"2 parts bring a surrogate of their own; pick one: surrogate="):
+    with pytest.raises(ValueError, match=r"2 parts bring an objective; keep one: replace\(part, surrogate=None\)"):
         c.compose(c.tbpo(), c.Corrector(surrogate=mine))
 
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms import correctors
+from dllm_rl.algorithms.surrogates import ppo_clip
 from dllm_rl.config import pickable
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.evaluation.evaluate import evaluate
@@ -176,10 +177,10 @@ CORRECTORS = {
     "reject tokens": correctors.reject(level="token", statistic="k2"),
     "ais": correctors.ais(),
     "ais of sequences": correctors.ais(level="sequence"),
-    "bgpo": correctors.compose(correctors.tis(), surrogate=published.bgpo),
-    "ebpo": correctors.compose(correctors.tis(), surrogate=published.ebpo),
-    "gdsd": correctors.compose(correctors.tis(), surrogate=published.gdsd),
-    "stable_drl": correctors.compose(correctors.tis(), surrogate=partial(published.stable_drl, sum_over=lambda x: x)),
+    "bgpo": replace(correctors.tis(), surrogate=published.bgpo),
+    "ebpo": replace(correctors.tis(), surrogate=published.ebpo),
+    "gdsd": replace(correctors.tis(), surrogate=published.gdsd),
+    "stable_drl": replace(correctors.tis(), surrogate=partial(published.stable_drl, sum_over=lambda x: x)),
     "tbpo": correctors.tbpo(),
     "aligned": correctors.aligned(),
     "qarl": correctors.qarl(),
@@ -196,7 +197,8 @@ def test_correctors(name):
     def work(device):
         seen = [x.to(device) for x in (log_mismatch, advantages, mask)]
         weights, keep, metrics = corrector.weigh(*seen)
-        return weights, keep, corrector.surrogate(torch.where(mask.to(device), 0.1, 0.0), *seen[1:]), metrics
+        objective = (corrector.surrogate or ppo_clip)(torch.where(mask.to(device), 0.1, 0.0), *seen[1:])
+        return weights, keep, objective, metrics
 
     *here, numbers = work("cpu")
     with Cuda():

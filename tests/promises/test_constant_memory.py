@@ -97,7 +97,7 @@ def make_batch(policy, estimator, rollout, noise, advantages, *, corrector, beta
 
 
 def loss_of(corrector, aggregate, *, beta: float = 0.0, entropy: float = 0.0) -> partial:
-    surrogate = corrector.surrogate
+    surrogate = corrector.surrogate or surrogates.ppo_clip
     return partial(
         losses.policy_loss, surrogate=surrogate, aggregate=aggregate, beta=beta, kl=losses.kl_k3, entropy=entropy
     )

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import group_relative
-from dllm_rl.algorithms.correctors import compose, none, qarl, tis
+from dllm_rl.algorithms.correctors import none, qarl, tis
 from dllm_rl.likelihoods import coupled, elbo, one_step, sandwich
 from dllm_rl.models.adapters.linear import add_lora
 from dllm_rl.models.lora import Lora
@@ -72,7 +72,7 @@ class Step:
         batch, recipe = self.batch(), self.recipe
         self.forwards.clear()
         with self.forward():
-            size, options = recipe.micro_batch_size, {"loss": recipe.loss, "likelihood": recipe.likelihood}
+            size, options = recipe.micro_batch_size, {"loss": recipe.policy_loss, "likelihood": recipe.likelihood}
             metrics = accumulate_gradients(self.policy, batch, batch.old_scores, micro_batch_size=size, **options)
         found = {n: p.grad for n, p in self.policy.module.named_parameters() if p.grad is not None}
         return found, {name: [x.item() for x in pair] for name, pair in metrics.items()}
@@ -162,7 +162,7 @@ def test_what_is_kept(tmp_path, changes, views, kept):
 
 def test_a_surrogates_sum_is_over_all_processes(tmp_path, monkeypatch):
     """Where the others double the sum of ratios and add no row, each row weighs half."""
-    alone, among = (Step(tiny_recipe(tmp_path, corrector=compose(none(), surrogate=stable_drl))) for _ in range(2))
+    alone, among = (Step(tiny_recipe(tmp_path, loss=stable_drl)) for _ in range(2))
     twice = torch.tensor([2.0, 1.0], dtype=torch.float64)
     monkeypatch.setattr(among.accelerator, "reduce", lambda x, reduction: x * twice if reduction == "sum" else None)
     (whole, _), (half, _) = alone.gradient(), among.gradient()

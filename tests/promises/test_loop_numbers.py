@@ -420,10 +420,10 @@ def test_schedule_betas_and_weight_decay_are_those_of_an_adamw_written_by_hand(t
     assert (got - want).norm() < 1e-4 * (want - start).norm()
 
 
-def test_the_surrogate_is_the_correctors(tmp_path):
+def test_the_objective_is_the_recipes(tmp_path):
     """In bypass r is far from 1 at the first update: another clip is another step."""
-    wide = replace(none(), surrogate=partial(ppo_clip, epsilon=10.0))
-    planted = Planted(tmp_path, old_logprobs="rollout", corrector=wide, aggregate=token)
+    wide = partial(ppo_clip, epsilon=10.0)
+    planted = Planted(tmp_path, old_logprobs="rollout", corrector=none(), loss=wide, aggregate=token)
     planted.train()
     narrow = by_hand(planted, coefficient=by_token, base="rollout")
     assert (moved(planted) - narrow).norm() > 0.05 * narrow.norm()

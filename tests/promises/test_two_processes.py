@@ -18,7 +18,7 @@ from dllm_rl.monitoring.json_lines import current_rows
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"num_steps": 3, "warmup_steps": 8, "warmup_eval_steps": 4, "train_batch_size": 8}
 SETTINGS |= {"eval_task.size": 20, "validation_task.size": 20, "bf16": "false"}
-STABLE = ["--corrector.surrogate", "recipes.studies.surrogates:stable_drl"]
+STABLE = ["--loss", "recipes.studies.surrogates:stable_drl"]
 STABLE += ["--beta", "0.1", "--use_bias_correction_kl", "true"]
 SMALL = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
 

@@ -79,7 +79,7 @@ def test_every_arm_is_a_recipe_and_every_claim_has_ten_seeds_of_both_its_arms():
     for name, changes in mismatch.ARMS.items():
         made = replace(mismatch.base, **changes)
         assert made.num_iterations == (2 if "two" in name else 1), name
-        bounded = made.corrector.surrogate is mismatch.DUAL
+        bounded = made.loss is mismatch.DUAL
         assert bounded == ("two" in name and "no clip" not in name and "delta 3" not in name), name
         assert (made.rollout_quantization is None) == ("unquantised" in name), name
     for claim in mismatch.CONTRASTS:

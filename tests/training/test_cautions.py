@@ -80,14 +80,12 @@ def test_updates_without_a_bound_where_the_advantage_is_negative():
     several = tiny_recipe("x", num_iterations=2)
     assert several.rollout_quantization is not None
     (said,) = cautions(several)
-    assert "num_iterations=2" in said and said.endswith("--corrector.surrogate.delta 1.2")
-    clip = several.corrector.surrogate
-    for settings, wanted in (({"epsilon_high": 0.28}, "delta 1.28"), ({"epsilon": 0.5}, "delta 1.5")):
-        (said,) = cautions(replace(several, corrector=replace(several.corrector, surrogate=partial(clip, **settings))))
-        assert said.endswith(wanted)
-    bounded = replace(several.corrector, surrogate=partial(clip, delta=1.2))
+    assert "num_iterations=2" in said and said.endswith("use --loss ppo_clip --loss.delta 1.2")
+    for settings, wanted in (({"epsilon_high": 0.28}, "1.28"), ({"epsilon": 0.5}, "1.5")):
+        (said,) = cautions(replace(several, loss=partial(ppo_clip, **settings)))
+        assert said.endswith(f"use --loss.delta {wanted}")
     for changes in (
-        {"corrector": bounded},
+        {"loss": partial(ppo_clip, delta=1.2)},
         {"corrector": tbpo()},
         {"num_iterations": 1},
         {"rollout_quantization": None},

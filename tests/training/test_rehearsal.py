@@ -13,7 +13,6 @@ from emulated import five_level_emulated
 from tiny_recipe import SIZES, OddPuzzles, Wrapped, tiny_recipe
 
 from dllm_rl import main, tiny_masked_lm, train
-from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.models.lora import lora_d1
@@ -58,7 +57,7 @@ BAD = {
     "warm-up": ({"warmup_steps": 1, "warmup_metric": "solved"}, "warmup_metric='solved' is none of the task's"),
     "advantages": ({"advantages": lambda rewards: rewards.mean(-1)}, r"numbers of shape \(4,\) for rewards of shape"),
     "nan": ({"advantages": lambda rewards: rewards / 0 * 0}, "numbers that are not finite for rewards of shape"),
-    "loss": ({"corrector": Corrector(surrogate=no_surrogate)}, "surrogate: not today"),
+    "loss": ({"loss": no_surrogate}, "surrogate: not today"),
     "optimiser": (
         {"optim": lambda parameters, lr, **rest: torch.optim.SGD(parameters, lr=-lr)},
         "Invalid learning rate",
