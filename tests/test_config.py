@@ -12,6 +12,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.advantages import decoupled
 from dllm_rl.algorithms.losses import sequence
+from dllm_rl.algorithms.surrogates import ppo_clip
 from dllm_rl.config import from_command_line, override, paths, siblings, usage
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.members import describe
@@ -296,7 +297,9 @@ PICKS = ("likelihood", "corrector", "loss", "advantages", "aggregate", "rollout_
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("__init__", "weights", "antibody_loops")])
 def test_every_name_of_every_recipe_is_explained(name):
     recipe = import_module(f"recipes.{name}").recipe
-    without_dropout = replace(recipe, lora=None, loss=None)  # which aligned forwards and tbpo refuse
+    without_dropout = replace(recipe, lora=None)  # which aligned forwards refuse
+    if isinstance(recipe, Recipe):
+        without_dropout = replace(without_dropout, loss=None)  # tbpo brings its own
     needed = {"tau": "0.9", "f": "1", "gamma": "1", "eta": "0.1", "length": "16", "block_size": "4"}
     recipes = [recipe] + [
         override(without_dropout, field, choice, needed)

@@ -52,9 +52,9 @@ def decoupled(
     eps      added to both standard deviations
     """
     there = ~parts.isnan()
-    count, mean = there.sum(-1, keepdim=True), parts.nanmean(-1, keepdim=True)
-    # Exactly 0 also where all are equal, whose mean may be rounded.
-    centred = torch.where(there & _differ(parts)[..., None], parts - mean, 0)
+    count = there.sum(-1, keepdim=True)
+    mean = parts.nanmean(-1, keepdim=True)
+    centred = torch.where(there & _differ(parts)[..., None], parts - mean, 0)  # a mean of equal rewards may be rounded
     std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     total = (weights[:, None, None] * centred / (std + eps)).sum(0)
     return total / (_std(rearrange(total, "p g -> (p g)"), dim=0) + eps)
@@ -76,14 +76,14 @@ def _differ(rewards: Float[Tensor, "*S G"]) -> Bool[Tensor, "*S"]:
     """Whether a group's rewards, without NaN, are not all equal."""
     there = ~rewards.isnan()
     largest = torch.where(there, rewards, -torch.inf).amax(-1)
-    return largest > torch.where(there, rewards, torch.inf).amin(-1)
+    return largest > torch.where(there, rewards, torch.inf).amin(-1)  # False with NaN alone: -inf > inf
 
 
 def _centred(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """R - the group's mean; exactly 0 where all are equal, because their mean may be rounded. NaN stays NaN."""
-    equal = (rewards == rewards[:, :1]).all(-1, keepdim=True)
+    """R - the group's mean. NaN stays NaN."""
+    equal = (rewards == rewards[:, :1]).all(-1, keepdim=True)  # whose mean may be rounded, and advantages not 0
     return torch.where(equal, 0, rewards - rewards.mean(-1, keepdim=True))
 
 
 def _std(rewards: Tensor, *, dim: int) -> Tensor:
-    return rewards.std(dim=dim, keepdim=True, correction=1 if rewards.shape[dim] > 1 else 0)
+    return rewards.std(dim=dim, keepdim=True, correction=1 if rewards.shape[dim] > 1 else 0)  # of one: 0, not NaN

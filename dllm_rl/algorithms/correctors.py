@@ -115,7 +115,7 @@ def compose(*parts: Corrector | Weigh) -> Corrector:
     Raises ValueError when two parts bring different objectives.
     """
     correctors = [part if isinstance(part, Corrector) else Corrector(weigh=part) for part in parts]
-    brought = [part for part in correctors if part.surrogate is not None] or [none()]
+    brought = [part for part in correctors if part.surrogate is not None] or [none()]  # an objective, its aggregation
     if len({part.surrogate for part in brought}) > 1:
         raise ValueError(f"{len(brought)} parts bring an objective; keep one: replace(part, surrogate=None)")
     weighs = tuple(part.weigh for part in correctors if part.weigh is not no_weights)

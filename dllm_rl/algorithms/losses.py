@@ -37,9 +37,11 @@ def entropy_bonus(
     the mean of -log p over the prompt's OTHER completions, or 0. Without b the noise lowers the entropy [ours].
     """
     surprise = torch.where(mask, -logps.detach(), 0)
-    totals = (rearrange(x.sum(-1), "(p g) -> p g", g=group_size) for x in (surprise, mask))
-    total, count = (x.sum(-1, keepdim=True) - x for x in totals)
-    return (surprise - rearrange(total / count.clamp(min=1), "p g -> (p g) 1")) * torch.where(mask, logps, 0)
+    total = rearrange(surprise.sum(-1), "(p g) -> p g", g=group_size)
+    count = rearrange(mask.sum(-1), "(p g) -> p g", g=group_size)
+    others = total.sum(-1, keepdim=True) - total  # a row's own tokens would make the baseline depend on the row
+    baseline = others / (count.sum(-1, keepdim=True) - count).clamp(min=1)
+    return (surprise - rearrange(baseline, "p g -> (p g) 1")) * torch.where(mask, logps, 0)
 
 
 def token(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int) -> Float[Tensor, "B T"]:
@@ -63,12 +65,15 @@ def constant(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int, 
 
 def further_inputs(surrogate: Callable[..., Tensor], batch: Batch) -> dict[str, Any]:
     """The inputs of OFFERED that a surrogate takes, by name."""
-    wanted, found = surrogate_inputs(surrogate), {}
+    wanted = surrogate_inputs(surrogate)
+    found: dict[str, Any] = {}
     if "old" in wanted:
         found["old"] = torch.where(batch.keep, batch.old, 0)
     if "log_mismatch" in wanted:
         found["log_mismatch"] = torch.where(batch.keep, batch.old - _behaviour(batch, "a surrogate"), 0)
-    return found | ({"sum_over": batch.sum_over} if "sum_over" in wanted else {})
+    if "sum_over" in wanted:
+        found["sum_over"] = batch.sum_over
+    return found
 
 
 def _behaviour(batch: Batch, wanted_by: str) -> Float[Tensor, "B T"]:
@@ -91,27 +96,31 @@ def policy_loss(
     """This process's share of the loss, its metrics as (sum, count), and d loss / d logps.
         loss = -sum_t c_t (w_t J_t - beta KL_t + entropy H_t)
     J is the surrogate, w the corrector's weights, c the aggregation's coefficients, H the `entropy_bonus`. The returned
-    loss leaves H out; the gradient includes H. Outside `batch.keep` log-ratio and gradient are 0, even at infinities.
+    loss leaves H out; the gradient includes H.
     unbiased_kl  multiply KL_t by r_t = exp(logp - logp_rollout), differentiated too: with k3 the mean then has
                  the gradient of KL(current || reference) (DeepSeek-V3.2, arXiv 2512.02556, eq. 7 [digest])
 
     clip_ratio/*  share of tokens with A != 0 whose policy term has no gradient: all, A < 0, A > 0
     band/positive, band/negative  share of tokens with A > 0, A < 0 whose policy term has a gradient
     """
-    logps, keep = logps.detach().requires_grad_(), batch.keep
+    keep = batch.keep
+    logps = logps.detach().requires_grad_()
     coefficient = aggregate(keep, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
-    log_ratio = torch.where(keep, logps - batch.old, 0)
+    log_ratio = torch.where(keep, logps - batch.old, 0)  # off the mask even infinities have no gradient
     objective = surrogate(log_ratio, batch.advantages, keep, **further_inputs(surrogate, batch))
     places = keep.flatten().nonzero()[:, 0]  # found once: on a GPU the host waits to learn how many there are
-    kept = lambda x: x.flatten()[places]  # noqa: E731
+
+    def kept(values: Tensor) -> Tensor:
+        return values.flatten()[places]
+
     loss = -kept(coefficient * batch.weights * objective).sum()
     (gradient,) = torch.autograd.grad(loss, logps)
 
-    # A token is clipped when the policy term has lost its gradient there, whatever the surrogate.
     positive = (batch.advantages > 0)[:, None]
-    counted = keep & (batch.advantages != 0)[:, None] & (batch.weights != 0)
-    clipped = counted & (gradient == 0)
-    count, positives = counted.sum(), (counted & positive).sum()
+    counted = keep & (batch.advantages != 0)[:, None] & (batch.weights != 0)  # others have no gradient to lose
+    clipped = counted & (gradient == 0)  # whatever the surrogate
+    count = counted.sum()
+    positives = (counted & positive).sum()
     metrics = {
         "clip_ratio/region_mean": (clipped.sum(), count),
         "clip_ratio/low_mean": ((clipped & ~positive).sum(), count),
@@ -127,11 +136,12 @@ def policy_loss(
             divergence = divergence * ratio.clamp(-MAX_LOG, MAX_LOG).exp()
         penalty = kept(divergence)
         term = beta * (kept(coefficient) * penalty).sum()
-        loss, gradient = loss + term, gradient + torch.autograd.grad(term, logps)[0]
+        loss = loss + term
+        gradient = gradient + torch.autograd.grad(term, logps)[0]
         metrics["kl"] = (penalty.detach().sum(), keep.sum())
     if entropy:
         bonus = entropy * (coefficient * entropy_bonus(logps, keep, group_size=batch.rollout.group_size)).sum()
         gradient = gradient - torch.autograd.grad(bonus, logps)[0]
         metrics["entropy"] = (-kept(logps.detach()).sum(), keep.sum())
-    metrics["loss"] = (loss.detach(), torch.ones_like(loss.detach()))
+    metrics["loss"] = (loss.detach(), torch.ones_like(loss.detach()))  # a share, which reduce_metrics sums
     return loss.detach(), metrics, gradient

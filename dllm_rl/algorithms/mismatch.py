@@ -26,7 +26,7 @@ def group_weights(learned: Bool[Tensor, " P"], sample: int, generator: Generator
 
     E[sum_p weight_p x_p] = sum_p x_p for every x (Horvitz and Thompson 1952, two strata).
     """
-    others = (~learned).nonzero()[:, 0].cpu()
+    others = (~learned).nonzero()[:, 0].cpu()  # where the generator is
     drawn = others[torch.randperm(len(others), generator=generator)[:sample]]
     weights = learned.double()
     weights[drawn.to(learned.device)] = len(others) / max(len(drawn), 1)
@@ -57,16 +57,20 @@ class _Measured:
         return self.finite.any(-1)
 
     def per_token(self, values: Float[Tensor, " K"]) -> Float[Tensor, ""]:
-        """Mean over the tokens of all rows; unbiased, as the number of tokens is known."""
-        return (values * self.token_weights).sum() / self.num_tokens
+        """Mean over the tokens of all rows."""
+        return (values * self.token_weights).sum() / self.num_tokens  # the known number, so that the mean is unbiased
 
     def per_row(self, values: Float[Tensor, " R"]) -> Float[Tensor, ""]:
-        """Mean over all rows; unbiased as well."""
+        """Mean over all rows."""
         return (values * self.row_weights).sum() / self.num_rows
 
+    def row_means(self, values: Float[Tensor, "B T"]) -> Float[Tensor, " R"]:
+        """Each scored row's mean over its finite tokens."""
+        return torch.where(self.finite, values, 0).sum(-1)[self.rows] / self.finite.sum(-1)[self.rows]
+
     def spread(self, values: Float[Tensor, " K"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Weighted mean and mean square over tokens, both over the sum of weights: their ratio stays in (0, 1]."""
-        total = self.token_weights.sum()
+        """Weighted mean and mean square over tokens."""
+        total = self.token_weights.sum()  # under both, so that mean^2 / mean square stays in (0, 1]
         return (values * self.token_weights).sum() / total, (values.square() * self.token_weights).sum() / total
 
 
@@ -75,11 +79,13 @@ def _measured(
 ) -> _Measured:
     """Raises ValueError when no scored row has a token with a finite ratio."""
     weights = torch.ones(len(mask), device=mask.device) if row_weights is None else row_weights
-    weights, scored = weights.double(), mask & (weights > 0)[:, None]
+    weights = weights.double()
+    scored = mask & (weights > 0)[:, None]
     finite = scored & log_mismatch.isfinite()
     if not finite.any():
         raise ValueError("mask marks no token with a finite log_mismatch: there is no mismatch to measure")
-    rows, lost = finite.any(-1), (weights[:, None] * (scored & ~finite)).sum()
+    rows = finite.any(-1)
+    lost = (weights[:, None] * (scored & ~finite)).sum()
     gone = (weights * (scored.any(-1) & ~rows)).sum()
     return _Measured(
         log_mismatch=torch.where(finite, log_mismatch, 0).double(),
@@ -121,10 +127,11 @@ def mismatch_metrics(
     flat = m.log_mismatch[m.finite]
     excess = torch.expm1(flat.clamp(-MAX_LOG, MAX_LOG))  # rho - 1: means about 1 are exact where all agree
     rho = flat.clamp(-MAX_LOG, MAX_LOG).exp()
-    sums, lengths = m.log_mismatch.sum(-1)[m.rows], m.finite.sum(-1)[m.rows]
+    sums = m.log_mismatch.sum(-1)[m.rows]
+    lengths = m.finite.sum(-1)[m.rows]
     log_ppl = -sums / lengths
     mean, _ = m.spread(rho)
-    _, square = m.spread(rho / mean)
+    _, square = m.spread(rho / mean)  # divided first: where all agree it is exactly 1
     values = {
         "ess": 1 / square,
         "rho_max": rho.max(),
@@ -145,12 +152,13 @@ def mismatch_metrics(
     if old is not None:
         training = torch.where(m.finite, old, 0).double().sum(-1)[m.rows] / lengths
         for name, log_prob in (("training", training), ("rollout", training + log_ppl)):
-            values[f"{name}_ppl"], values[f"{name}_log_ppl"] = m.per_row((-log_prob).exp()), -m.per_row(log_prob)
+            values[f"{name}_ppl"] = m.per_row((-log_prob).exp())
+            values[f"{name}_log_ppl"] = -m.per_row(log_prob)
     if advantages is not None:
         part = -excess * advantages.double()[:, None].expand(mask.shape)[m.finite]
         for name, sign in (("positive", advantages > 0), ("negative", advantages < 0)):
             values[f"contribution_{name}"] = m.per_token(part * sign[:, None].expand(mask.shape)[m.finite])
-    found = {PREFIX + name: v.item() + 0.0 for name, v in values.items()}
+    found = {PREFIX + name: v.item() + 0.0 for name, v in values.items()}  # + 0.0: no -0.0
     return weight_metrics(log_mismatch, mask, high=high, row_weights=row_weights) | found
 
 
@@ -175,33 +183,33 @@ def weight_metrics(
     `row_weights` and errors are as in `mismatch_metrics`.
     """
     m = _measured(log_mismatch, mask, row_weights)
-    x, finite, rows = m.log_mismatch, m.finite, m.rows
+    log_rho = m.log_mismatch
     if level == "sequence":
-        x = torch.where(finite, x.sum(-1, keepdim=True), 0)
+        log_rho = torch.where(m.finite, log_rho.sum(-1, keepdim=True), 0)
     elif level != "token":
         raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
-    raw = x.clamp(-MAX_LOG, MAX_LOG).exp()
+    raw = log_rho.clamp(-MAX_LOG, MAX_LOG).exp()
     floor = 1 / high if low is None else low
     outside = (raw < floor) | (raw > high)
-    w = raw.clamp(max=high) if low is None else raw.masked_fill(outside, 0)
-    one = lambda tensor: torch.where(finite, tensor, 0).sum(-1)[rows] / finite.sum(-1)[rows]  # noqa: E731
-    share = lambda event: (m.per_token if level == "token" else m.per_row)(event.double())  # noqa: E731
-    flat, each = w[finite], raw[finite] if level == "token" else one(raw)
+    weights = raw.clamp(max=high) if low is None else raw.masked_fill(outside, 0)
+    seq = m.row_means(weights)
+    raw_seq = m.row_means(raw)
+    flat = weights[m.finite]
+    each = raw[m.finite] if level == "token" else raw_seq
+    share = m.per_token if level == "token" else m.per_row
     extremes = flat if level == "token" else each
-    seq, raw_seq = one(w), one(raw)
     mean, _ = m.spread(flat)
     _, variance = m.spread(flat - mean)
-    centre = 1 + m.per_row(seq - 1)
+    centre = 1 + m.per_row(seq - 1)  # about 1, so that it is exact where all agree
     bessel = m.num_rows / (m.num_rows - 1).clamp(min=1)
     values = {
         "mean": 1 + m.per_token(flat - 1),
         "std": variance.sqrt(),
         "min": extremes.min(),
         "max": extremes.max(),
-        # Every weight zero: no sample is left.
-        "eff_sample_size": 1 / m.spread(flat / mean)[1] if mean > 0 else mean,
-        "ratio_fraction_high": share(each > high),
-        "ratio_fraction_low": share(each < floor),
+        "eff_sample_size": 1 / m.spread(flat / mean)[1] if mean > 0 else mean,  # 0: every weight is 0
+        "ratio_fraction_high": share((each > high).double()),
+        "ratio_fraction_low": share((each < floor).double()),
         "seq_mean": centre,
         "seq_std": (m.per_row((seq - centre).square()) * bessel).sqrt(),
         "seq_min": seq.min(),
@@ -211,7 +219,7 @@ def weight_metrics(
         "seq_fraction_low": m.per_row((raw_seq < floor).double()),
     }
     if low is not None:
-        values["oob_ratio"] = m.per_token(outside[finite].double())
+        values["oob_ratio"] = m.per_token(outside[m.finite].double())
     return {f"{PREFIX}rollout_is_{name}": v.item() + 0.0 for name, v in values.items()}
 
 
@@ -226,9 +234,11 @@ def off_policy_metrics(
     m2   mean over kept tokens of (log r)^2, nats^2 (M2PO bounds m2 by 0.04 [digest])
     max  mean over sequences of the largest |log r|, nats
     """
-    keep, advantages = batch.keep, batch.advantages[:, None]
+    keep = batch.keep
+    advantages = batch.advantages[:, None]
     metrics: dict[str, tuple[Tensor, Tensor]] = {}
-    tokens, rows = batch.rollout.completion_mask.sum(), keep.any(-1).sum()
+    tokens = batch.rollout.completion_mask.sum()  # of all rows: those without advantage contribute 0
+    rows = keep.any(-1).sum()
     for name, base in (("old", old), ("rollout", batch.behaviour)):
         if base is None:
             continue
@@ -276,8 +286,9 @@ def repeats(tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, ngram: int
         raise ValueError(f"ngram={ngram} must be at least 1")
     found = torch.zeros(mask.shape, dtype=torch.bool)
     for row, (ids, marked) in enumerate(zip(tokens.cpu(), mask.cpu(), strict=True)):
-        places, seen = marked.nonzero()[:, 0], set()
+        places = marked.nonzero()[:, 0]
         words = ids[marked].tolist()
+        seen = set[tuple[int, ...]]()
         for start in range(len(words) - ngram + 1):
             gram = tuple(words[start : start + ngram])
             if gram in seen:

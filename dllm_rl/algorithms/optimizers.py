@@ -6,9 +6,9 @@ from torch import Tensor, optim
 
 
 def adamw(parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float) -> optim.Optimizer:
-    """torch's AdamW: 8 bytes per parameter for its moments. On CUDA the fused kernel, without large temporaries."""
+    """torch's AdamW: 8 bytes per parameter for its moments."""
     parameters = list(parameters)
-    fused = all(parameter.is_cuda for parameter in parameters) or None
+    fused = all(parameter.is_cuda for parameter in parameters) or None  # it needs no large temporaries
     return optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
 
 
@@ -30,6 +30,6 @@ def linear_decay(
     constant_until  share of the run at which the fall begins, in [0, 1]
     final           the factor at the end
     """
-    rise = min(1.0, (step + 1) / max(1, warmup_steps))
+    rise = min(1.0, (step + 1) / max(1, warmup_steps))  # the first step's rate is not 0
     fall = max(0.0, min(1.0, step / max(1, num_steps)) - constant_until) / max(1e-9, 1 - constant_until)
     return rise * (1 - (1 - final) * fall)

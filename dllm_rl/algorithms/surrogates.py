@@ -51,7 +51,7 @@ def ppo_clip(
     """
     ratio = exp_ratio(log_ratio)
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
-    if delta is not None:
+    if delta is not None:  # the minimum below takes the unclipped ratio where A < 0
         ratio = ratio.clamp(max=delta)
     return torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
 
@@ -84,13 +84,13 @@ def trust_band(
 ) -> Float[Tensor, "B T"]:
     """TBPO's objective r^ A on the row's geometric ratio r = exp(mean_t log_ratio), without PPO's outer minimum.
         A >= 0:  r^ = clamp(r, 0, 1 + eps_high)        A < 0:  r^ = clamp(r, 1 - neg_low, 1 + neg_high)
-    The gradient is zero outside the band; PPO's minimum would leave it unbounded for A < 0. With `sequence` the sum is
-    the paper's mean over sequences. Source: QaRL, arXiv 2604.07853 [digest].
+    The gradient is zero outside the band. With `sequence` the sum is the paper's mean over sequences. Source: QaRL,
+    arXiv 2604.07853 [digest].
     eps_high           how far the ratio may rise above 1 where the advantage is not negative
     neg_low, neg_high  how far it may fall below 1, and rise above it, where the advantage is negative
     """
     ratio = exp_ratio(row_mean(log_ratio, mask))
-    up = ratio.clamp(0, 1 + eps_high)
+    up = ratio.clamp(0, 1 + eps_high)  # no outer minimum, as PPO's would leave the ratio unbounded for A < 0
     down = ratio.clamp(1 - neg_low, 1 + neg_high)
     advantages = advantages[:, None]
     return torch.where(advantages >= 0, up, down) * advantages
@@ -132,7 +132,8 @@ def vespo(
     """
     log_w = torch.where(mask, log_ratio.detach(), 0).sum(-1, keepdim=True).clamp(-MAX_LOG, MAX_LOG)
     positive = (advantages >= 0)[:, None]
-    k, lam = torch.where(positive, k_pos, k_neg), torch.where(positive, lam_pos, lam_neg)
+    k = torch.where(positive, k_pos, k_neg)
+    lam = torch.where(positive, lam_pos, lam_neg)
     return (lam + k * log_w - lam * log_w.exp()).exp() * advantages[:, None] * log_ratio
 
 
@@ -144,13 +145,12 @@ def reinforce(
 
 
 def row_mean(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """The mean of log_ratio over the row's mask, at every position of the mask; 0 elsewhere and for an empty row.
-
-    Each position's gradient goes to its own log_ratio alone. With coefficients constant in a row, the sum is the mean's
-    own gradient, without the rounding of a sum over T and its division [ours].
-    """
+    """The mean of log_ratio over the row's mask, at every position of the mask; 0 elsewhere and for an empty row. Each
+    position's gradient goes to its own log_ratio alone."""
     kept = torch.where(mask, log_ratio, 0)
     mean = kept.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    # With coefficients constant in a row these gradients add up to the mean's own, without the rounding of a sum over T
+    # and its division [ours].
     return torch.where(mask, mean + (kept - kept.detach()), 0)
 
 

@@ -29,7 +29,7 @@ def finite(
 ) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"], dict[str, float]]:
     """log_mismatch with 0 wherever it is not finite or not marked, the mask without such tokens, and their share."""
     keep = mask & log_mismatch.isfinite()
-    lost = 1 - keep.sum().item() / max(mask.sum().item(), 1) if mask.any() else 0.0
+    lost = 1 - keep.sum().item() / mask.sum().item() if mask.any() else 0.0
     return torch.where(keep, log_mismatch.detach(), 0), keep, {"rollout_corr/nonfinite_fraction": lost}
 
 
@@ -42,7 +42,7 @@ def per_level(
         return log_w
     if level != "sequence":
         raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
-    total = log_w.double().sum(-1, keepdim=True)
+    total = log_w.double().sum(-1, keepdim=True)  # fp64: sums over long rows round
     if aggregate == "geometric":
         total = total / mask.sum(-1, keepdim=True).clamp(min=1)
     elif aggregate != "product":
@@ -81,7 +81,7 @@ def truncated_weights(
     """
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     weights = ratios(log_mismatch, keep, level=level, aggregate=aggregate)
-    metrics["tis/capped_fraction"] = _fraction(weights > cap, keep)
+    metrics["tis/capped_fraction"] = _fraction(weights > cap, keep)  # of raw ratios: a weight at the cap is not capped
     return torch.where(keep, weights.clamp(max=cap), 1), keep, metrics
 
 
@@ -96,9 +96,9 @@ def masked_weights(
     level: Level = "token",
     aggregate: Aggregate = "product",
 ) -> Weighed:
-    """Masked importance weights, w = rho inside [low, high] and 0 outside [paper: MIS, IcePop].
+    """Masked importance weights, w = rho inside [low, high] and 0 outside [paper: MIS, IcePop]; rho as in
+    `truncated_weights`.
 
-    rho as in `truncated_weights`. A token of weight 0 stays in the mask: the loss's denominator does not change.
     low, high  the range of ratios that count
     level      what has a ratio of its own: token or sequence
     aggregate  of a sequence's tokens: product or geometric
@@ -107,7 +107,8 @@ def masked_weights(
     weights = ratios(log_mismatch, keep, level=level, aggregate=aggregate)
     outside = (weights < low) | (weights > high)
     metrics["rollout_corr/rollout_is_oob_ratio"] = _fraction(outside, keep)
-    return torch.where(keep, weights.masked_fill(outside, 0), 1), keep, metrics
+    weights = weights.masked_fill(outside, 0)  # such a token stays in the mask: the loss's denominator does not change
+    return torch.where(keep, weights, 1), keep, metrics
 
 
 @bounded(bound=Bound(at_least=0))
@@ -132,14 +133,14 @@ def rejection(
     aggregate  of a sequence's tokens: mean, sum or max
     """
     d, finite_mask, metrics = finite(log_mismatch, mask)
-    d = d.clamp(-MAX_LOG, MAX_LOG)
+    d = d.clamp(-MAX_LOG, MAX_LOG)  # exp(d) overflows fp32 at 89
     match statistic:
         case "k1":
             k = -d
         case "k2":
             k = d.square() / 2
         case "k3":
-            k = torch.expm1(d) - d
+            k = torch.expm1(d) - d  # exp(d) - 1 would cancel near 0, where nearly all tokens are
         case _:
             raise ValueError(f"statistic={statistic!r} must be 'k1', 'k2' or 'k3'")
     if level == "sequence":
@@ -155,11 +156,10 @@ def rejection(
     elif level != "token":
         raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
     keep = finite_mask & (k.abs() <= bound)
-    dropped, rows = finite_mask & ~keep, finite_mask.any(-1)
-    metrics |= {
-        "rollout_corr/rollout_rs_masked_fraction": _fraction(dropped, finite_mask),
-        "rollout_corr/rollout_rs_seq_masked_fraction": dropped.any(-1).sum().item() / max(rows.sum().item(), 1),
-    }
+    dropped = finite_mask & ~keep
+    rows = finite_mask.any(-1).sum().item()
+    metrics["rollout_corr/rollout_rs_masked_fraction"] = _fraction(dropped, finite_mask)
+    metrics["rollout_corr/rollout_rs_seq_masked_fraction"] = dropped.any(-1).sum().item() / max(rows, 1)
     return torch.ones_like(d), keep, metrics
 
 
@@ -199,19 +199,20 @@ def adaptive_weights(
     """
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     log_w = log_mismatch.clamp(-MAX_LOG, MAX_LOG)
-    reliability, divergence, variation = 1.0, 0.0, 0.0
+    reliability = 1.0  # without a token lam is what it is on-policy
+    divergence = 0.0
+    variation = 0.0
     if keep.any():
         w = log_w[keep].double().exp()
         rows = per_level(log_mismatch, keep, level="sequence", aggregate=aggregate).double()
         log_rows = torch.where(keep, rows, -torch.inf).amax(-1)[keep.any(-1)]
-        scaled = (log_rows - log_rows.max()).exp()
+        scaled = (log_rows - log_rows.max()).exp()  # rho does not change with the scale, and no square overflows
         reliability = min(1.0, (scaled.sum().square() / (len(scaled) * scaled.square().sum())).item())
         divergence = log_mismatch[keep].double().abs().mean().item()
         variation = (w.std(correction=0) / w.mean()).item()
     capped = ratios(log_mismatch, keep, level=level, aggregate=aggregate).clamp(max=cap)
     lam = min(1.0, max(0.0, combine(reliability, divergence, variation, tau=tau)))
-    # lerp gives exactly 1 at lam = 0 and exactly the truncated weight at lam = 1.
-    weights = torch.lerp(torch.ones_like(capped), capped, lam)
+    weights = torch.lerp(torch.ones_like(capped), capped, lam)  # exact at lam = 0, and at lam = 1
     metrics |= {"ais/rho": reliability, "ais/D": divergence, "ais/CV": variation, "ais/lambda": lam}
     return torch.where(keep, weights, 1), keep, metrics
 
@@ -226,7 +227,8 @@ def band_weights(
     c  the largest weight, and one over the smallest; at least 1
     """
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
-    log_w, bound = per_level(log_mismatch, keep, level="sequence", aggregate="geometric"), math.log(c)
+    log_w = per_level(log_mismatch, keep, level="sequence", aggregate="geometric")
+    bound = math.log(c)
     metrics["tbpo/capped_fraction"] = _fraction(log_w.abs() > bound, keep)
     return log_w.clamp(-bound, bound).exp(), keep, metrics
 
@@ -238,12 +240,15 @@ def composed(
     *,
     weighs: tuple[Weigh, ...],
 ) -> Weighed:
-    """The product of the weights and the intersection of the keep masks, each from the whole mask. A metric that two
-    parts log with different values gets the part's number as a suffix."""
-    weights, keep = torch.ones_like(log_mismatch).detach(), mask
+    """The product of the weights and the intersection of the keep masks. A metric that two parts log with different
+    values gets the part's number as a suffix."""
+    weights = torch.ones_like(log_mismatch).detach()
+    keep = mask
     metrics: dict[str, float] = {}
     for i, weigh in enumerate(weighs, start=1):
-        w, k, m = weigh(log_mismatch, advantages, mask)
-        weights, keep = weights * w, keep & k
-        metrics |= {name if metrics.get(name, v) == v else f"{name}_{i}": v for name, v in m.items()}
+        w, kept, found = weigh(log_mismatch, advantages, mask)  # the whole mask, so that their order does not matter
+        weights = weights * w
+        keep = keep & kept
+        for name, value in found.items():
+            metrics[name if metrics.get(name, value) == value else f"{name}_{i}"] = value
     return weights, keep, metrics

@@ -1,6 +1,7 @@
 """Surrogates of the studies, with values AND gradients worked by hand, and the promises that every corrector keeps."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
