@@ -30,7 +30,7 @@ from dllm_rl.likelihoods.masks import (
     draw_trajectory,
     with_order,
 )
-from dllm_rl.likelihoods.scoring import row_chunks, score_view
+from dllm_rl.likelihoods.scoring import Chunk, row_chunks, score_view
 from dllm_rl.members import maker
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Noise, Rollout
@@ -89,22 +89,33 @@ class LikelihoodEstimator:
         self.check(policy)
         out = torch.zeros(noise.weight.shape, device=rollout.tokens.device)
         parts = [(noise, keep_graphs)]
-        if keep_graphs and noise.learned is not None:
+        if keep_graphs and noise.learned is not None:  # no backward frees the graphs of other rows
             parts = [(noise.only(~noise.learned), False), (noise.only(noise.learned), True)]
         for part, kept in parts:
             with torch.set_grad_enabled(kept):
                 for chunk in row_chunks(rollout, part, micro_batch_size):
-                    some, masks = chunk.of(rollout, part)
-                    for n in range(len(masks.masked)):
-                        left = None if masks.left is None else masks.left[n]
-                        view = (masks.masked[n], masks.weight[n] != 0)
-                        taken = None if note is None else note[n, chunk.rows, chunk.columns]
-                        one = partial(score_view, policy, some, *view, left=left, packed=self.packed is not None)
-                        logps = one(routes=masks.routes(n), note=taken)
-                        out[n, chunk.rows, chunk.columns] = logps
-                        if note is not None and taken is not None:
-                            note[n, chunk.rows, chunk.columns] = taken
+                    self._score_chunk(policy, rollout, part, chunk, out, note)
         return out
+
+    def _score_chunk(
+        self, policy: Policy, rollout: Rollout, noise: Noise, chunk: Chunk, out: Tensor, note: Tensor | None
+    ) -> None:
+        """Write a chunk's scores to `out`, and its experts to `note`, view by view."""
+        some, masks = chunk.of(rollout, noise)
+        for n, masked in enumerate(masks.masked):
+            taken = None if note is None else note[n, chunk.rows, chunk.columns]
+            out[n, chunk.rows, chunk.columns] = score_view(
+                policy,
+                some,
+                masked,
+                masks.weight[n] != 0,
+                left=None if masks.left is None else masks.left[n],
+                packed=self.packed is not None,
+                routes=masks.routes(n),
+                note=taken,
+            )
+            if note is not None and taken is not None:
+                note[n, chunk.rows, chunk.columns] = taken
 
     def logprobs(
         self,
@@ -207,7 +218,7 @@ def block(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
 def upper_bound(scores: Float[Tensor, "N B T"], noise: Noise, *, beta: float) -> Float[Tensor, "B T"]:
     """(1/beta) log sum_n weight_n p_i(view n)^beta per position, nats; 0 where no view scores it."""
     scored = noise.weight > 0
-    # A position that no view scores would be log 0: its terms are replaced before the log, and its result after.
+    # A position that no view scores would be log 0, with a NaN gradient: its terms are replaced before the log too.
     logits = torch.where(scored, beta * scores + noise.weight.where(scored, 1).log(), -torch.inf)
     nowhere = ~scored.any(0)
     return torch.where(nowhere, 0, logits.masked_fill(nowhere, 0).logsumexp(0) / beta)
@@ -254,7 +265,8 @@ def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator |
     base  the estimate whose masks both bounds take; None: `coupled()`
     Source: SPG, arXiv 2510.09541, and its code [paper]; inside a clipped ratio, per token and unnormalised [ours].
     """
-    base, combine = coupled() if base is None else base, partial(mixed_bounds, beta=beta)
+    base = coupled() if base is None else base
+    combine = partial(mixed_bounds, beta=beta)
     with_advantages = partial(upper_where_negative, mix=mix)
     return replace(base, name="sandwich", exact_for_sampler=False, combine=combine, with_advantages=with_advantages)
 

@@ -1,7 +1,7 @@
 """Masks for likelihood estimates, as pure functions of uniform random numbers.
 
-Each row has its own generator, so that its masks do not depend on its neighbours or on padding. A view is a pair
-(masked, weight): the hidden positions, and the coefficient of each scored log-prob (0 where none is scored).
+A view is a pair (masked, weight): the hidden positions, and the coefficient of each scored log-prob (0 where none is
+scored).
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ def row_generators(rollout: Rollout, generator: Generator) -> list[Generator]:
     """One generator per row, seeded by the row's number in the batch, whichever process holds the row."""
     rows = torch.arange(len(rollout.tokens)) if rollout.batch_row is None else rollout.batch_row.cpu()
     seeds = row_seeds(generator, int(rows.max()) + 1)[rows]
+    # One each: a row's masks depend neither on its neighbours nor on padding.
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 
 
@@ -44,7 +45,7 @@ def uniforms_per_row(
 
 def choose(u: Float[Tensor, "*N B 1"], count: Int[Tensor, "B 1"]) -> Int[Tensor, "*N B 1"]:
     """floor(u * count): uniform over 0 .. count-1 (0 where count is 0)."""
-    return (u * count).long().minimum(count - 1).clamp(min=0)
+    return (u * count).long().minimum(count - 1).clamp(min=0)  # a stratified u may round to 1
 
 
 def ranks(keys: Float[Tensor, "B T"]) -> Int[Tensor, "B T"]:
@@ -70,9 +71,14 @@ def coupled_views(
 
     Averaged over k in 0..L and all orders, the two together are the sum that `exact_view` gives.
     """
-    size, order = inside.sum(-1, keepdim=True), ranks(keys.masked_fill(~inside, torch.inf))
-    halves = ((inside & (order < k), k), (inside & (order >= k), size - k))
-    return [(masked, masked * (size + 1) / (2 * count.clamp(min=1))) for masked, count in halves]
+    size = inside.sum(-1, keepdim=True)
+    order = ranks(keys.masked_fill(~inside, torch.inf))
+    first = inside & (order < k)
+    second = inside & (order >= k)
+    return [
+        (first, first * (size + 1) / (2 * k.clamp(min=1))),
+        (second, second * (size + 1) / (2 * (size - k).clamp(min=1))),
+    ]
 
 
 def block_view(
@@ -101,7 +107,8 @@ def block_index(completion: Bool[Tensor, "B T"], block_size: int) -> Int[Tensor,
 
 def stacked(views: list[tuple[Tensor, Tensor]], *, samples: int) -> Noise:
     """Views as one record, the weights divided by the number of samples."""
-    masked, weight = (torch.stack(column) for column in zip(*views, strict=True))
+    masked = torch.stack([view[0] for view in views])
+    weight = torch.stack([view[1] for view in views])
     return Noise(masked, (weight / samples).float())
 
 
@@ -122,13 +129,16 @@ def draw_exact(
     rollout: Rollout, generator: Generator, *, num_samples: int, stratified: bool, antithetic: bool
 ) -> Noise:
     """`exact_view`s with k uniform over 1..L. Antithetic pairs: L+1-k for k, from the other end of the same order."""
-    completion, generators = rollout.completion_mask, row_generators(rollout, generator)
-    size, drawn = completion.sum(-1, keepdim=True), num_samples // 2 if antithetic else num_samples
+    completion = rollout.completion_mask
+    generators = row_generators(rollout, generator)
+    size = completion.sum(-1, keepdim=True)
+    drawn = num_samples // 2 if antithetic else num_samples
     u = uniforms_per_row(generators, drawn, stratified=stratified, device=size.device)
     keys = [uniforms_at(completion, generators) for _ in range(drawn)]
     if antithetic:
-        k = 1 + choose(u / 2, size)
-        counts, keys = torch.cat([k, size + 1 - k]), [*keys, *(-key for key in keys)]
+        k = 1 + choose(u / 2, size)  # the lower half; the pairs are the upper one
+        counts = torch.cat([k, size + 1 - k])
+        keys += [-key for key in keys]
     else:
         counts = 1 + choose(u, size)
     views = [exact_view(completion, key, k) for key, k in zip(keys, counts, strict=True)]
@@ -137,31 +147,41 @@ def draw_exact(
 
 def draw_coupled(rollout: Rollout, generator: Generator, *, num_samples: int) -> Noise:
     """`coupled_views` with k stratified over 0..L: two views per sample."""
-    completion, generators = rollout.completion_mask, row_generators(rollout, generator)
+    completion = rollout.completion_mask
+    generators = row_generators(rollout, generator)
     size = completion.sum(-1, keepdim=True)
     u = uniforms_per_row(generators, num_samples, stratified=True, device=size.device)
-    pairs = [coupled_views(completion, uniforms_at(completion, generators), k) for k in choose(u, size + 1)]
-    return stacked([view for pair in pairs for view in pair], samples=num_samples)
+    views = []
+    for k in choose(u, size + 1):
+        views += coupled_views(completion, uniforms_at(completion, generators), k)
+    return stacked(views, samples=num_samples)
 
 
 def draw_quadrature(rollout: Rollout, generator: Generator, *, nodes: int) -> Noise:
     """An `exact_view` at each Gauss-Legendre node t of [0, 1], with k = floor(t L) + 1 and the node's weight."""
-    completion, generators = rollout.completion_mask, row_generators(rollout, generator)
-    size, views = completion.sum(-1, keepdim=True), []
+    completion = rollout.completion_mask
+    generators = row_generators(rollout, generator)
+    size = completion.sum(-1, keepdim=True)
+    views = []
     for point, w in zip(*np.polynomial.legendre.leggauss(nodes), strict=True):
         t = torch.full(size.shape, (point + 1) / 2, dtype=torch.float64, device=size.device)
         masked, weight = exact_view(completion, uniforms_at(completion, generators), 1 + choose(t, size))
-        views.append((masked, w / 2 * weight))
+        views.append((masked, w / 2 * weight))  # leggauss is for [-1, 1], whose weights add up to 2
     return stacked(views, samples=1)
 
 
 def draw_block(rollout: Rollout, generator: Generator, *, block_size: int, num_samples: int) -> Noise:
     """`block_view`s, the block stratified over the samples, k uniform inside it."""
-    completion, generators = rollout.completion_mask, row_generators(rollout, generator)
-    u = uniforms_per_row(generators, num_samples, stratified=True, device=completion.device)
-    v = uniforms_per_row(generators, num_samples, stratified=False, device=completion.device)
-    draws = [(uniforms_at(completion, generators), *uv) for uv in zip(u, v, strict=True)]
-    return stacked([block_view(completion, *draw, block_size=block_size) for draw in draws], samples=num_samples)
+    completion = rollout.completion_mask
+    generators = row_generators(rollout, generator)
+    u_block = uniforms_per_row(generators, num_samples, stratified=True, device=completion.device)
+    # Not stratified as well: early blocks would then always have few positions hidden, and late ones many.
+    u_count = uniforms_per_row(generators, num_samples, stratified=False, device=completion.device)
+    views = []
+    for block, count in zip(u_block, u_count, strict=True):
+        keys = uniforms_at(completion, generators)
+        views.append(block_view(completion, keys, block, count, block_size=block_size))
+    return stacked(views, samples=num_samples)
 
 
 def draw_trajectory(rollout: Rollout, generator: Generator, *, num_segments: int | None) -> Noise:
@@ -170,15 +190,16 @@ def draw_trajectory(rollout: Rollout, generator: Generator, *, num_segments: int
 
 
 def draw_some_segments(rollout: Rollout, generator: Generator, *, num_segments: int | None, num_sampled: int) -> Noise:
-    """num_sampled of a row's S views in `draw_trajectory`, without replacement, weighted by S / drawn: unbiased."""
-    segment, views = _merged(rollout, num_segments), []
+    """num_sampled of a row's S views in `draw_trajectory`, without replacement, weighted by S / drawn."""
+    segment = _merged(rollout, num_segments)
     counts = segment.amax(-1).cpu() + 1
+    views = []
     for row, count in zip(row_generators(rollout, generator), counts.tolist(), strict=True):
         drawn = torch.rand(max(count, 0), generator=row).argsort()[:num_sampled].sort().values
         views.append(torch.nn.functional.pad(drawn, (0, num_sampled - len(drawn)), value=-2))  # -2: no segment's number
     index = torch.stack(views, dim=1)[..., None].to(segment.device)
     every = _views(rollout, segment, index)
-    inverse_share = (counts / counts.clamp(1, num_sampled))[:, None].to(segment.device)
+    inverse_share = (counts / counts.clamp(1, num_sampled))[:, None].to(segment.device)  # so that the sum is unbiased
     return dataclasses.replace(every, weight=every.weight * inverse_share)
 
 
@@ -194,9 +215,10 @@ def _merged(rollout: Rollout, num_segments: int | None) -> Int[Tensor, "B T"]:
 def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | None, block_size: int) -> Noise:
     """`draw_trajectory` in every block at once: view r hides what was committed r or more steps after the block's first
     step, and scores step r. Blocks count from the row's first token."""
-    completion, step = rollout.completion_mask, rollout.unmask_step
+    completion = rollout.completion_mask
+    step = rollout.unmask_step
     block = position_ids(rollout.attention_mask) // block_size
-    far = torch.iinfo(step.dtype).max
+    far = torch.iinfo(step.dtype).max  # positions off the completion are no block's first step
     blank = step.new_full((len(step), int(block.max()) + 1), far)
     first = blank.scatter_reduce(1, block, torch.where(completion, step, far), "amin").gather(1, block)
     segment = step - first
@@ -210,11 +232,12 @@ def with_order(
     rollout: Rollout, generator: Generator, *, draw: Callable[[Rollout, Generator], Noise], packed: bool = False
 ) -> Noise:
     """The views of `draw`, one per step, which also score the positions that the step left, if the order's probability
-    is known. In a packed view every block is at its own step.
+    is known.
 
     Raises ValueError where the distribution was filtered and its kept set is not recorded.
     """
-    noise, params = draw(rollout, generator), rollout.sampling_params
+    noise = draw(rollout, generator)
+    params = rollout.sampling_params
     if rollout.order_logprobs is None:
         return noise
     if params.filters and params.support != "own":
@@ -224,7 +247,7 @@ def with_order(
         )
     assert rollout.open_step is not None, "a sampler that records an order's log-probs records its blocks"
     left = noise.masked & (noise.weight == 0)
-    if not packed:
+    if not packed:  # a later block's positions are masked too, and could not be chosen
         left &= rollout.open_step <= torch.arange(len(left), device=left.device)[:, None, None]
     return dataclasses.replace(noise, weight=noise.weight + left, left=left)
 

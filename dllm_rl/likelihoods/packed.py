@@ -12,13 +12,14 @@ from dllm_rl.models.base import Policy, position_ids
 
 
 def packed_mask(attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], start: int) -> Bool[Tensor, "B 1 Q Q"]:
-    """Which columns see which, among T clean columns and the noisy columns start..T-1; Q = 2 T - start. Padding sees
-    its own clean block, so that no row of the mask is empty."""
-    real, before = attention_mask[:, :, None], block[:, None, :] < block[:, :, None]
+    """Which columns see which, among T clean columns and the noisy columns start..T-1; Q = 2 T - start."""
+    real = attention_mask[:, :, None]
+    before = block[:, None, :] < block[:, :, None]
     same = block[:, None, :] == block[:, :, None]
     key = attention_mask[:, None, :]
     to_noisy = torch.zeros_like(same[:, :, start:])
     clean = torch.cat([key & (before | same), to_noisy], dim=-1)
+    # Padding sees its own clean block, so that no row of the mask is empty, whose softmax is NaN.
     noisy = torch.cat([key & (before | (same & ~real)), (key & same & real)[:, :, start:]], dim=-1)[:, start:]
     return torch.cat([clean, noisy], dim=1)[:, None]
 
@@ -36,7 +37,7 @@ def packed_hidden(
     positions = position_ids(attention_mask)
     block = positions // spec.block_size
     first = torch.where(masked, block, block.max() + 1).amin(-1, keepdim=True)
-    start = int((attention_mask & (block >= first)).any(0).long().argmax())
+    start = int((attention_mask & (block >= first)).any(0).long().argmax())  # before it no noisy column is needed
     both = torch.cat([tokens, tokens.masked_fill(masked, spec.mask_id)[:, start:]], dim=1)
     mask = packed_mask(attention_mask, block, start)
     states = policy.encode(both, mask, torch.cat([positions, positions[:, start:]], dim=1))

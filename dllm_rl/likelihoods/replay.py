@@ -54,9 +54,12 @@ def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, noi
     tokens of each expert in the rollout, and in the learner. None without mixtures."""
     if not mixtures(policy.module):
         return None
-    first, mask_id = slice(None, None, rollout.group_size), policy.spec.mask_id
-    tokens, seen = rollout.tokens[first], rollout.attention_mask[first]
-    tokens = tokens if mask_id is None else tokens.masked_fill(noise.masked[0, first], mask_id)
+    first = slice(None, None, rollout.group_size)  # one row per prompt: enough choices, a group's share of the work
+    mask_id = policy.spec.mask_id
+    seen = rollout.attention_mask[first]
+    tokens = rollout.tokens[first]
+    if mask_id is not None:
+        tokens = tokens.masked_fill(noise.masked[0, first], mask_id)
     sides = []
     for each in (policy, rollout_policy):
         with Routing(each.module) as routing:
@@ -79,12 +82,16 @@ def routing_metrics(counts: Int[Tensor, "M X"]) -> dict[str, float]:
     routing/idle[/learner]  share of experts that no token takes
     """
     counts = counts.double()
-    same, every, (theirs, ours) = counts[:, 0], counts[:, 1], counts[:, 2:].chunk(2, dim=1)
+    same = counts[:, 0]
+    every = counts[:, 1]
+    theirs, ours = counts[:, 2:].chunk(2, dim=1)
     metrics = {"routing/agreement": (same.sum() / every.sum()).item()}
-    metrics |= {f"routing/agreement/layer_{i}": share for i, share in enumerate((same / every).tolist())}
+    for layer, share in enumerate((same / every).tolist()):
+        metrics[f"routing/agreement/layer_{layer}"] = share
     for side, tokens in (("", theirs), ("/learner", ours)):
         worst = (tokens.amax(1) / tokens.mean(1) - 1).tolist()
         metrics[f"routing/max_violation{side}"] = max(worst)
-        metrics |= {f"routing/max_violation{side}/layer_{i}": share for i, share in enumerate(worst)}
+        for layer, share in enumerate(worst):
+            metrics[f"routing/max_violation{side}/layer_{layer}"] = share
         metrics[f"routing/idle{side}"] = (tokens == 0).double().mean().item()
     return metrics

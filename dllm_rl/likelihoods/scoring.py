@@ -79,12 +79,12 @@ def score_view(
     params = rollout.sampling_params
     if left is None:
         logps = token_logprobs(policy, view.states, view.tokens, params, view.kept)
-        return out.to(logps.dtype).index_copy(0, view.places, logps).view(scored.shape)
-    drawn = view.committed
+        return out.to(logps.dtype).index_copy(0, view.plan.places, logps).view(scored.shape)
+    drawn = view.plan.committed
     logps, confidences = token_logprobs_and_confidences(policy, view.states[drawn], view.tokens[drawn], params)
-    stayed = left_logprobs(policy, view.states[view.left], *_bounds(rollout, view, confidences), params)
-    out = out.to(logps.dtype).index_copy(0, view.places[drawn], logps)
-    return out.index_copy(0, view.places[view.left], stayed).view(scored.shape)
+    stayed = left_logprobs(policy, view.states[view.plan.left], *_bounds(rollout, view, confidences), params)
+    out = out.to(logps.dtype).index_copy(0, view.plan.places[drawn], logps)
+    return out.index_copy(0, view.plan.places[view.plan.left], stayed).view(scored.shape)
 
 
 def backward_view(
@@ -108,7 +108,7 @@ def backward_view(
     view = run_view(policy, rollout, masked, moved, left=left, packed=packed, routes=routes)
     if view is None:
         return
-    at = vector.flatten()[view.places]
+    at = vector.flatten()[view.plan.places]
     if left is None:
         backward_token_logprobs(policy, view.states, view.tokens, rollout.sampling_params, at, view.kept)
     else:
@@ -117,13 +117,13 @@ def backward_view(
 
 def _backward_order(policy: Policy, rollout: Rollout, view: "View", vector: Float[Tensor, " K"]) -> None:
     params = rollout.sampling_params
-    drawn = view.committed
+    drawn = view.plan.committed
     of_drawn, confidences = backward_committed(policy, view.states[drawn], view.tokens[drawn], params, vector[drawn])
     bounds = _bounds(rollout, view, confidences)
-    of_left = backward_left(policy, view.states[view.left], *bounds, params, vector[view.left])
+    of_left = backward_left(policy, view.states[view.plan.left], *bounds, params, vector[view.plan.left])
     if view.states.requires_grad:
         gradient = torch.zeros_like(view.states).index_copy(0, drawn, of_drawn)
-        view.states.backward(gradient.index_copy(0, view.left, of_left))
+        view.states.backward(gradient.index_copy(0, view.plan.left, of_left))
 
 
 def _bounds(
@@ -133,27 +133,41 @@ def _bounds(
     assert rollout.open_step is not None, "an order has a law only where the sampler recorded the blocks"
     width = rollout.tokens.shape[1]
     # The opening step distinguishes the blocks of a packed view.
-    block = view.places // width * width + rollout.open_step.flatten()[view.places]
-    column = view.places % width
-    lowest, last = last_committed(confidences, block[view.committed], column[view.committed], rollout.tokens.numel())
-    mine = block[view.left]
-    return lowest[mine], column[view.left] > last[mine]
+    block = view.plan.places // width * width + rollout.open_step.flatten()[view.plan.places]
+    column = view.plan.places % width
+    lowest, last = last_committed(
+        confidences, block[view.plan.committed], column[view.plan.committed], rollout.tokens.numel()
+    )
+    mine = block[view.plan.left]
+    return lowest[mine], column[view.plan.left] > last[mine]
 
 
-@dataclass(frozen=True)
-class View:
-    """The scored positions of a view, row by row: places in the flattened batch, hidden states, tokens, and the ids
-    that the rollout kept there, if log-probs are normalised over them.
+class Plan(NamedTuple):
+    """Which rows go through the model for a view, and where its K scored positions are.
 
+    rows      of the forward: one of each group if `together`, else `live`
+    together  one forward serves each group: its completions look the same to the model
+    live      rows with a scored position
+    inside, places   where the positions are in the flattened states, and in the flattened batch
     committed, left  which of the K were committed, and which were left; without an order all are committed
     """
 
+    rows: Int[Tensor, " R"]
+    together: bool
+    live: Int[Tensor, " L"]
+    inside: Int[Tensor, " K"]
     places: Int[Tensor, " K"]
+    committed: Int[Tensor, " M"]
+    left: Int[Tensor, " J"]
+
+
+class View(NamedTuple):
+    """A plan's states and tokens, and the ids that the rollout kept there, if log-probs are normalised over them."""
+
+    plan: Plan
     states: Float[Tensor, "K D"]
     tokens: Int[Tensor, " K"]
     kept: Int[Tensor, "K C"] | None
-    committed: Int[Tensor, " M"]
-    left: Int[Tensor, " J"]
 
 
 def run_view(
@@ -168,49 +182,28 @@ def run_view(
     note: Integer[Tensor, "B T M E"] | None = None,
 ) -> View | None:
     """One forward with `masked` positions hidden from the model; None, and no forward, where nothing is scored."""
-    mask_id = policy.spec.mask_id
     group = rollout.group_size
-    tokens = rollout.tokens if mask_id is None else rollout.tokens.masked_fill(masked, mask_id)
+    tokens = rollout.tokens
+    if policy.spec.mask_id is not None:
+        tokens = tokens.masked_fill(masked, policy.spec.mask_id)
     plan = plan_view(rollout, tokens, scored, left, share=not packed and routes is None)
     if plan is None:
         return None
-    rows = torch.arange(0, len(tokens), group, device=tokens.device) if plan.together else plan.live
+    rows = plan.rows
     noted = None if note is None else torch.zeros_like(note[rows])
     with routed(policy, None if routes is None else (routes[0][rows], routes[1][rows]), noted):
         if packed:
             hidden = packed_hidden(policy, rollout.tokens[rows], masked[rows], rollout.attention_mask[rows])
         else:
             hidden = policy.hidden(tokens[rows], rollout.attention_mask[rows])
-    if note is not None and noted is not None:
-        note[plan.live] = noted.repeat_interleave(group, 0)[plan.live] if plan.together else noted
     if plan.together:
         hidden = repeat(hidden, "p t d -> (p g) t d", g=group)
+    if note is not None:
+        assert noted is not None
+        note[plan.live] = noted.repeat_interleave(group, 0)[plan.live] if plan.together else noted
     kept = rollout.kept_ids if rollout.sampling_params.support == "rollout" else None
-    return View(
-        places=plan.places,
-        states=hidden.flatten(0, 1)[plan.inside],
-        tokens=rollout.tokens.flatten()[plan.places],
-        kept=None if kept is None else kept.flatten(0, 1)[plan.places],
-        committed=plan.committed,
-        left=plan.left,
-    )
-
-
-class Plan(NamedTuple):
-    """What a view's forward takes, and where its scored positions are.
-
-    together  one forward serves each group: its completions look the same to the model
-    live      rows with a scored position: the forward's rows, unless `together`
-    inside    where `places` are in the flattened states
-    places, committed, left  of the `View`
-    """
-
-    together: bool
-    live: Int[Tensor, " L"]
-    inside: Int[Tensor, " K"]
-    places: Int[Tensor, " K"]
-    committed: Int[Tensor, " M"]
-    left: Int[Tensor, " J"]
+    kept = kept if kept is None else kept.flatten(0, 1)[plan.places]
+    return View(plan, hidden.flatten(0, 1)[plan.inside], rollout.tokens.flatten()[plan.places], kept)
 
 
 def plan_view(
@@ -239,7 +232,9 @@ def plan_view(
     together = share and group > 1 and bool(same)
     inside = places if together else where[live].flatten().nonzero()[:, 0]
     committed = (~stay[places]).nonzero()[:, 0]
-    return Plan(together, *send(scored.device, live, inside, places, committed, stay[places].nonzero()[:, 0]))
+    parts = send(scored.device, live, inside, places, committed, stay[places].nonzero()[:, 0])
+    rows = torch.arange(0, len(tokens), group, device=scored.device) if together else parts[0]
+    return Plan(rows, together, *parts)
 
 
 def _equal_in_groups(rows: Tensor, group: int) -> Bool[Tensor, ""]:
