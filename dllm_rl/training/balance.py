@@ -73,7 +73,8 @@ def swaps(costs: Int[Tensor, "W P"]) -> list[tuple[Place, Place]]:
     settled = torch.zeros_like(costs, dtype=torch.bool)
     found = list[tuple[Place, Place]]()
     while True:
-        most, least = int(loads.argmax()), int(loads.argmin())
+        most = int(loads.argmax())
+        least = int(loads.argmin())
         apart = loads[most] - loads[least]
         handed = costs[most][:, None] - costs[least]
         handed[settled[most][:, None] | settled[least]] = 0
@@ -88,16 +89,15 @@ def swaps(costs: Int[Tensor, "W P"]) -> list[tuple[Place, Place]]:
 
 
 def exchanged(rollout: Rollout, mine: dict[int, list[int]]) -> Rollout:
-    """The rollout with the groups at the places `mine` sent to each process, and replaced by those that come back.
-
-    All fields of a row travel as one line of fp64, which holds masks, token ids and fp32 exactly.
-    """
+    """The rollout with the groups at the places `mine` sent to each process, and replaced by those that come back. All
+    fields of a row travel as one line."""
     group = torch.arange(rollout.group_size)
     counts = [len(places) * len(group) for places in mine.values()]
     places = torch.tensor([place for each in mine.values() for place in each])
     (rows,) = send(rollout.tokens.device, rearrange(places[:, None] * len(group) + group, "p g -> (p g)"))
-    named = {f.name: getattr(rollout, f.name) for f in fields(rollout) if isinstance(getattr(rollout, f.name), Tensor)}
-    lines = [value[rows].double().reshape(len(rows), -1) for value in named.values()]
+    every = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
+    named = {name: value for name, value in every.items() if isinstance(value, Tensor)}
+    lines = [value[rows].double().reshape(len(rows), -1) for value in named.values()]  # fp64 holds masks, ids, fp32
     parcels = torch.cat(lines, dim=1).split(counts)
     arrived = [torch.empty_like(parcel) for parcel in parcels]
     swap(list(zip(mine, parcels, strict=True)), list(zip(mine, arrived, strict=True)))

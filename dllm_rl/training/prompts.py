@@ -25,13 +25,15 @@ def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " si
 def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list[Problem], int]:
     """The problems at `indices`, and how many were replaced: a prompt longer than max_prompt_length is replaced by the
     task's next prompt that fits. Raises ValueError if none fits."""
-    task, most = recipe.task, recipe.max_prompt_length
+    task = recipe.task
+    most = recipe.max_prompt_length
     if most is None:
         return [task[i] for i in indices], 0
-    chosen, replaced = [], 0
+    chosen = []
+    replaced = 0
     for index in indices:
-        candidates = (task[(index + k) % len(task)] for k in range(len(task)))
-        for k, problem in enumerate(candidates):
+        for k in range(len(task)):
+            problem = task[(index + k) % len(task)]
             if len(prompt_ids(policy, problem.prompt, problem.blank)) <= most:
                 chosen.append(problem)
                 replaced += k > 0
@@ -44,12 +46,11 @@ def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list
 def check_prompts(recipe: Recipe, policy: Policy) -> int:
     """The training problem with the longest checked prompt (0: none). Raises ValueError if one does not fit the model.
 
-    At most 5000 prompts per task are checked, for 10 s: those that steps draw first. With max_prompt_length training
-    prompts are checked as they are drawn.
+    At most 5000 prompts per task are checked, for 10 s: those that steps draw first.
     """
-    limit, most = policy.spec.max_length, recipe.max_prompt_length
-    bound = (getattr(sampler, "keywords", {}) for sampler in (recipe.sampler, recipe.eval_sampler))
-    trained, evaluated = (keywords.get("max_new_tokens") for keywords in bound)
+    limit = policy.spec.max_length
+    trained = getattr(recipe.sampler, "keywords", {}).get("max_new_tokens")
+    evaluated = getattr(recipe.eval_sampler, "keywords", {}).get("max_new_tokens")
     if limit is None or trained is None or evaluated is None:
         return 0
     if max(trained, evaluated) >= limit:
@@ -57,32 +58,39 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
             f"max_new_tokens={max(trained, evaluated)} leaves no room for a prompt in the model's {limit} positions; "
             "lower it (--sampler.max_new_tokens, --eval_sampler.max_new_tokens)"
         )
-    plans: list[tuple[str, Iterable[int], int]] = [("validation_task", _first(recipe.validation_task), evaluated)]
-    plans.append(("eval_task", _first(recipe.eval_task), evaluated))
-    if most is None:
-        plans.append(("task", _drawn(recipe), trained))
-    elif most + trained > limit:
+    most = recipe.max_prompt_length
+    if most is not None and most + trained > limit:
         raise ValueError(
             f"max_prompt_length={most} and max_new_tokens={trained} exceed the model's {limit} positions; "
             f"use at most {limit - trained}"
         )
-    longest = (0, 0)  # tokens, problem
-    for field, indices, new in plans:
-        began = time.monotonic()
-        for index in indices:
-            if time.monotonic() - began > SECONDS:
-                break
-            problem = getattr(recipe, field)[index]
-            length = len(prompt_ids(policy, problem.prompt, problem.blank))
-            if field == "task" and length > longest[0]:
-                longest = length, index
-            if length + new > limit:
-                remedy = f"--max_prompt_length {limit - new} leaves such out" if field == "task" else "shorten it"
-                raise ValueError(
-                    f"{field}: the prompt of problem {index} has {length} tokens and its completion {new}, more than "
-                    f"the model's {limit} positions; {remedy}"
-                )
-    return longest[1]
+    _longest(recipe, policy, "validation_task", _first(recipe.validation_task), room=limit, new=evaluated)
+    _longest(recipe, policy, "eval_task", _first(recipe.eval_task), room=limit, new=evaluated)
+    if most is not None:  # `choose` checks training prompts as they are drawn
+        return 0
+    return _longest(recipe, policy, "task", _drawn(recipe), room=limit, new=trained)
+
+
+def _longest(recipe: Recipe, policy: Policy, field: str, indices: Iterable[int], *, room: int, new: int) -> int:
+    """The problem of `field` with the longest prompt. Raises ValueError if a prompt and `new` tokens exceed `room`."""
+    began = time.monotonic()
+    longest = 0
+    found = 0
+    for index in indices:
+        if time.monotonic() - began > SECONDS:
+            break
+        problem = getattr(recipe, field)[index]
+        length = len(prompt_ids(policy, problem.prompt, problem.blank))
+        if length + new > room:
+            remedy = f"--max_prompt_length {room - new} leaves such out" if field == "task" else "shorten it"
+            raise ValueError(
+                f"{field}: the prompt of problem {index} has {length} tokens and its completion {new}, more than "
+                f"the model's {room} positions; {remedy}"
+            )
+        if length > longest:
+            longest = length
+            found = index
+    return found
 
 
 def _first(task: Task) -> range:

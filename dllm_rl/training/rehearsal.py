@@ -114,7 +114,8 @@ def save_once(recipe: Recipe, policy: Policy) -> None:
 @contextmanager
 def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
     """The policy as RL will train it, with adapters if there are any, on the same weights; no gradient is left."""
-    module, learner = policy.module, policy
+    module = policy.module
+    learner = policy
     trained = [p for p in module.parameters() if p.requires_grad]
     if recipe.lora is not None and policy.lora is None:
         shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
@@ -133,7 +134,8 @@ def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
 @contextmanager
 def random_numbers_kept() -> Iterator[None]:
     """Restore the global generators after the block, for a grader or a model that draws from them."""
-    python, array = random.getstate(), np.random.get_state()
+    python = random.getstate()
+    array = np.random.get_state()
     devices = range(len(torch.cuda.default_generators))  # those of GPUs in use
     with torch.random.fork_rng(devices=devices):
         try:

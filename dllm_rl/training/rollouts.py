@@ -49,13 +49,14 @@ def collect(
         lost = waited("rollout", accelerator)
         (graded_all,) = gather_on_host([mine], accelerator)
     rewards = graded_all[..., 0]
-    metrics, draws = reward_metrics(rewards, answers, accelerator) | reduce_metrics(lost, accelerator), 1
+    metrics = reward_metrics(rewards, answers, accelerator) | reduce_metrics(lost, accelerator)
     if recipe.max_prompt_length is not None:
         share = (torch.tensor(float(replaced)), torch.tensor(float(len(mine))))
         metrics |= reduce_metrics({"frac_prompts_too_long": share}, accelerator)
+    draws = 1
     while draws < recipe.max_num_gen_batches and not informative(graded_all).all():
         places = local(~informative(graded_all), accelerator).nonzero()[:, 0]
-        if len(places):
+        if len(places):  # another process may have groups to draw again where this one has none
             key = (step, draws)
             part, others, mine[places], _ = draw_and_grade(recipe, rollout_policy, key, places, accelerator, log)
             group = torch.arange(recipe.num_generations)
@@ -64,7 +65,8 @@ def collect(
                 answers[row] = answer
             (rows,) = send(accelerator.device, rows)
             rollout = rollout.replaced(rows, part, pad_id=rollout_policy.pad_id)
-        (graded_all,), draws = gather_on_host([mine], accelerator), draws + 1
+        (graded_all,) = gather_on_host([mine], accelerator)
+        draws += 1
     rewards = graded_all[..., 0]
     if recipe.max_num_gen_batches > 1:
         metrics["dynamic_sampling/draws"] = float(draws)
@@ -153,8 +155,12 @@ def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:
 
 def reward_values(graded: Sequence[Reward], names: tuple[str, ...] = ()) -> Float[Tensor, "B K"]:
     """Each reward's value, then its breakdown under `names` (NaN if missing); `grade` checks that they fit fp32."""
-    rows = [[reward.value, *(reward.breakdown.get(name, math.nan) for name in names)] for reward in graded]
-    return torch.tensor([[float(number) for number in row] for row in rows], dtype=torch.float32)
+    rows = torch.full((len(graded), 1 + len(names)), math.nan, dtype=torch.float32)
+    for row, reward in zip(rows, graded, strict=True):
+        row[0] = float(reward.value)
+        for column, name in enumerate(names, 1):
+            row[column] = float(reward.breakdown.get(name, math.nan))
+    return rows
 
 
 def reward_metrics(
@@ -163,11 +169,12 @@ def reward_metrics(
     """TRL's reward and length metrics over all processes; a name's mean is over the completions that have it."""
     added = [addends(answer.reward) for answer in answers]
     mine = sorted({name for each in added for name in each} - {"reward", "parsed"})
-    names = sorted(set(gather_objects(mine, accelerator)))
+    names = sorted(set(gather_objects(mine, accelerator)))  # all reduce the same names, in the same order
     lengths = torch.tensor([answer.length for answer in answers])
     pairs: Metrics = {"parsed": total(added, "parsed")}
-    pairs["completions/mean_length"] = lengths.sum(), torch.tensor(len(lengths))
-    pairs |= {f"rewards/{name}/mean": total(added, name) for name in names}
+    pairs["completions/mean_length"] = (lengths.sum(), torch.tensor(len(lengths)))
+    for name in names:
+        pairs[f"rewards/{name}/mean"] = total(added, name)
     means = reduce_metrics(pairs, accelerator)
     return {
         "reward": rewards.mean().item(),
@@ -180,5 +187,7 @@ def reward_metrics(
 
 def total(added: Sequence[dict[str, tuple[float, float]]], name: str) -> tuple[Tensor, Tensor]:
     """The sum of a metric's numerators, and of its denominators, over the completions that have it."""
-    above, below = zip(*[each[name] for each in added if name in each] or [(0.0, 0.0)], strict=True)
-    return torch.tensor(sum(above), dtype=torch.float64), torch.tensor(sum(below), dtype=torch.float64)
+    pairs = [each[name] for each in added if name in each]
+    above = sum(pair[0] for pair in pairs)
+    below = sum(pair[1] for pair in pairs)
+    return torch.tensor(above, dtype=torch.float64), torch.tensor(below, dtype=torch.float64)

@@ -63,12 +63,13 @@ def check_sharding(recipe: Settings, processes: int) -> None:
 
 
 def share_out(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Policy:
-    """Shard the weights if the recipe asks for it, with the adapters, which cannot be added later."""
-    size, module = group_size(recipe, accelerator.num_processes), policy.module
+    """Shard the weights, and the adapters, if the recipe asks for it."""
+    size = group_size(recipe, accelerator.num_processes)
+    module = policy.module
     if size == 1:
         return policy
     check_module(module, size)
-    if recipe.lora is not None and policy.lora is None:
+    if recipe.lora is not None and policy.lora is None:  # a sharded layer takes none later
         add_lora(policy, recipe.lora())
     shard(module, blocks_of(module, "shard_size"), accelerator, size=size, timeout=recipe.collective_timeout)
     return policy
@@ -82,13 +83,13 @@ def check_module(module: Module, size: int) -> None:
             f"shard_size={size} needs a transformers module with a backbone and a head, not {type(module).__name__}; "
             "use shard_size=1"
         )
-    inside, before = {id(parameter) for parameter in backbone.parameters()}, f"{module.base_model_prefix}."
-    named = [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in inside]
-    if tied := [name for name in named if not name.startswith(before)]:
-        raise ValueError(
-            f"shard_size={size}: {tied[0]} of {type(module).__name__} is tied to the backbone's embeddings, and would "
-            "be shared out twice; use shard_size=1"
-        )
+    inside = {id(parameter) for parameter in backbone.parameters()}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in inside and not name.startswith(f"{module.base_model_prefix}."):
+            raise ValueError(
+                f"shard_size={size}: {name} of {type(module).__name__} is tied to the backbone's embeddings, and would "
+                "be shared out twice; use shard_size=1"
+            )
 
 
 def on_main(policy: Policy, accelerator: Accelerator) -> Policy:

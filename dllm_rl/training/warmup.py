@@ -21,16 +21,16 @@ from dllm_rl.types import Rollout, SamplingParams
 
 
 def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int) -> Rollout:
-    """Left-padded prompts with solutions, as if sampled. Raises ValueError if a solution is missing or too long.
-
-    End tokens fill up the completion, since a diffusion model generates them all; a causal model learns the first only.
-    """
-    pad, eos = policy.pad_id, policy.spec.eos_ids[0] if policy.spec.eos_ids else policy.pad_id
+    """Left-padded prompts with solutions, as if sampled. Raises ValueError if a solution is missing or too long."""
+    eos = policy.spec.eos_ids[0] if policy.spec.eos_ids else policy.pad_id
+    causal = policy.spec.attention == "causal"
     if any(problem.blank is not None for problem in problems):
         raise ValueError("a problem has blanks, and warm-up writes solutions behind the prompt; use warmup_steps=0")
     prompts = [prompt_ids(policy, problem.prompt) for problem in problems]
     width = max(map(len, prompts))
-    rows, attention, scored = [], [], []
+    rows = []
+    attention = []
+    scored = []
     for problem, prompt in zip(problems, prompts, strict=True):
         if problem.solution is None:
             raise ValueError(
@@ -41,10 +41,12 @@ def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int
             raise ValueError(
                 f"max_new_tokens={max_new_tokens} is too short for a solution of {len(answer)}: {problem.solution!r}"
             )
+        left = width - len(prompt)
         spare = max_new_tokens - len(answer)
-        learnt = max_new_tokens if policy.spec.attention != "causal" else min(max_new_tokens, len(answer) + 1)
-        rows.append([pad] * (width - len(prompt)) + prompt + answer + [eos] * spare)
-        attention.append([False] * (width - len(prompt)) + [True] * (len(prompt) + max_new_tokens))
+        # A diffusion model generates all end tokens, a causal one stops at the first.
+        learnt = min(max_new_tokens, len(answer) + 1) if causal else max_new_tokens
+        rows.append([policy.pad_id] * left + prompt + answer + [eos] * spare)
+        attention.append([False] * left + [True] * (len(prompt) + max_new_tokens))
         scored.append([False] * width + [True] * learnt + [False] * (max_new_tokens - learnt))
     tokens = torch.tensor(rows, device=policy.device)
     return Rollout(
@@ -75,13 +77,14 @@ def supervised_loss(
     diffusion  -sum_{masked with the row's t} log p(y_i | rest) / t / tokens (LLaDA eq. 5 [paper]; strata, floor [ours])
     """
     if policy.spec.attention == "causal":
-        scored, weight = batch.completion_mask, batch.completion_mask.float()
+        scored = batch.completion_mask
+        weight = scored.float()
     else:
-        t, below = levels[:, None].to(policy.device), (uniforms < levels[:, None]).to(policy.device)
+        below = (uniforms < levels[:, None]).to(policy.device)
         scored = torch.zeros_like(batch.completion_mask)
         scored[:, -uniforms.shape[1] :] = below
         scored &= batch.completion_mask
-        weight = scored / t
+        weight = scored / levels[:, None].to(policy.device)
     logps = score_view(policy, batch, scored, scored)
     return -(logps * weight).sum() / batch.completion_mask.sum()
 

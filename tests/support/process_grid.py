@@ -4,7 +4,7 @@ LoRA, inner iterations and dynamic sampling, micro-batches of one group and of a
     PYTHONPATH=.:tests/support python tests/support/process_grid.py FOLDER [STEPS]
 
 runs all of it on a CPU, with groups evened out however few rows that moves, and prints, of every launch, the largest
-differences from one process that takes all rows at once. A subset of it is in tests/training/test_sharding.py.
+differences from one process that takes all rows at once. A subset of it is in tests/training/test_sharded_learner.py.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""What the processes of test_sharding.py run, and the recipes that one process runs beside them."""
+"""What the processes of test_sharded_learner.py run, and the recipes that one process runs beside them."""
 
 import os
 from collections import Counter
