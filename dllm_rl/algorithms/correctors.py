@@ -46,7 +46,7 @@ class Corrector:
     align_forward: bool = False
     aggregate: Aggregation | None = field(default=None, metadata={"omit_none": True})
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # a constant is refused here, before a run, and not at the first batch
         check_bound((self.weigh, self.surrogate, self.aggregate))
 
 

@@ -25,7 +25,7 @@ def kl_k2(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
 
 def kl_k3(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """k3 = exp(d) - 1 - d: unbiased, never negative (GRPO [paper])."""
-    return torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) - log_ratio
+    return torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) - log_ratio  # unclamped, it keeps a gradient beyond
 
 
 def entropy_bonus(
@@ -51,7 +51,7 @@ def token(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int) -> 
 
 def sequence(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int) -> Float[Tensor, "B T"]:
     """Mean over sequences of the mean over each one's tokens (GRPO [paper]). A sequence without tokens adds nothing."""
-    return mask / (mask.sum(-1, keepdim=True).clamp(min=1) * max(num_sequences, 1))
+    return mask / (mask.sum(-1, keepdim=True).clamp(min=1) * max(num_sequences, 1))  # all rows count, also empty ones
 
 
 @bounded(length=Bound(at_least=1))

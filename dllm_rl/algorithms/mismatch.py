@@ -201,7 +201,7 @@ def weight_metrics(
     mean, _ = m.spread(flat)
     _, variance = m.spread(flat - mean)
     centre = 1 + m.per_row(seq - 1)  # about 1, so that it is exact where all agree
-    bessel = m.num_rows / (m.num_rows - 1).clamp(min=1)
+    bessel = m.num_rows / (m.num_rows - 1).clamp(min=1)  # of one row the deviation is 0
     values = {
         "mean": 1 + m.per_token(flat - 1),
         "std": variance.sqrt(),
@@ -240,7 +240,7 @@ def off_policy_metrics(
     tokens = batch.rollout.completion_mask.sum()  # of all rows: those without advantage contribute 0
     rows = keep.any(-1).sum()
     for name, base in (("old", old), ("rollout", batch.behaviour)):
-        if base is None:
+        if base is None:  # the rollout's are not known
             continue
         log_ratio = torch.where(keep, logps - base, 0).double()
         part = -torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) * advantages

@@ -23,7 +23,7 @@ OFFERED = ("old", "log_mismatch", "sum_over")
 
 def surrogate_inputs(surrogate: Callable) -> frozenset[str]:
     """Which of OFFERED a surrogate takes. Raises ValueError when it wants anything else."""
-    further = list(inspect.signature(surrogate).parameters.values())[3:]
+    further = list(inspect.signature(surrogate).parameters.values())[3:]  # behind log_ratio, advantages, mask
     for p in further:
         if p.name not in OFFERED and p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             raise ValueError(
@@ -130,6 +130,7 @@ def vespo(
     k_pos, lam_pos  where the advantage is >= 0; above 0
     k_neg, lam_neg  where it is negative
     """
+    # Detached: phi weighs the gradient of log p, and has none itself.
     log_w = torch.where(mask, log_ratio.detach(), 0).sum(-1, keepdim=True).clamp(-MAX_LOG, MAX_LOG)
     positive = (advantages >= 0)[:, None]
     k = torch.where(positive, k_pos, k_neg)

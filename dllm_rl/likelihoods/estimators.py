@@ -136,7 +136,7 @@ class LikelihoodEstimator:
                 f"likelihood={self.name!r} is for {' or '.join(self.attention)} attention, but the policy's is "
                 f"{policy.spec.attention!r}; use {'causal()' if policy.spec.attention == 'causal' else 'trajectory()'}"
             )
-        if self.packed is not None and self.packed != policy.spec.block_size:
+        if self.packed is not None and self.packed != policy.spec.block_size:  # views mask whole blocks of the model
             raise ValueError(f"block_size={self.packed} is not the policy's block size, {policy.spec.block_size}")
 
 
@@ -167,7 +167,7 @@ def elbo(*, num_samples: int = 4, stratified: bool = True, antithetic: bool = Fa
     stratified   k spread evenly over 1..L among the samples
     antithetic   samples in pairs (num_samples even): k and L+1-k, from both ends of one order: all tokens are scored
     """
-    if antithetic and num_samples % 2:
+    if antithetic and num_samples % 2:  # samples come in pairs
         raise ValueError(f"num_samples={num_samples} must be even with antithetic=True; use {num_samples + 1}")
     draw = partial(draw_exact, num_samples=num_samples, stratified=stratified, antithetic=antithetic)
     return LikelihoodEstimator("elbo", draw)
@@ -227,7 +227,7 @@ def upper_bound(scores: Float[Tensor, "N B T"], noise: Noise, *, beta: float) ->
 def mixed_bounds(scores: Float[Tensor, "N B T"], noise: Noise, *, beta: float) -> Float[Tensor, "B T"]:
     """The lower bound mixed with the upper one by `upper_bound_weight`, per position, nats."""
     lower = weighted_sum(scores, noise)
-    if noise.upper_bound_weight is None:
+    if noise.upper_bound_weight is None:  # advantages are not known yet
         return lower
     return torch.lerp(lower, upper_bound(scores, noise, beta=beta), noise.upper_bound_weight[:, None])
 
@@ -305,7 +305,7 @@ def trajectory(
     draw = partial(draw_trajectory, num_segments=num_segments)
     if block_size is not None:
         draw = partial(draw_rounds, num_segments=num_segments, block_size=block_size)
-    if order == "law" and num_segments is None:
+    if order == "law" and num_segments is None:  # a merged segment is no step of the sampler
         draw = partial(with_order, draw=draw, packed=block_size is not None)
     estimator = LikelihoodEstimator("trajectory", draw, exact_for_sampler=num_segments is None)
     return estimator if block_size is None else replace(estimator, attention=("block_causal",), packed=block_size)

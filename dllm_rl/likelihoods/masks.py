@@ -60,7 +60,7 @@ def exact_view(
 
     Averaged over k in 1..L and all orders, sum_i weight_i l_i is sum_k (1/k) E_{|m|=k} sum_{i in m} l_i(m).
     """
-    masked = inside & (ranks(keys.masked_fill(~inside, torch.inf)) < k)
+    masked = inside & (ranks(keys.masked_fill(~inside, torch.inf)) < k)  # exactly k, whatever the keys
     return masked, masked * inside.sum(-1, keepdim=True) / k.clamp(min=1)
 
 
@@ -208,7 +208,7 @@ def _merged(rollout: Rollout, num_segments: int | None) -> Int[Tensor, "B T"]:
     segment = rollout.unmask_step
     if num_segments is None:
         return segment
-    steps = rollout.unmask_step.amax(-1, keepdim=True) + 1
+    steps = rollout.unmask_step.amax(-1, keepdim=True) + 1  # a row's own: rows may end early
     return torch.where(segment < 0, -1, segment * num_segments // steps.clamp(min=1))
 
 
@@ -238,7 +238,7 @@ def with_order(
     """
     noise = draw(rollout, generator)
     params = rollout.sampling_params
-    if rollout.order_logprobs is None:
+    if rollout.order_logprobs is None:  # the order does not depend on the draws, or has no known law
         return noise
     if params.filters and params.support != "own":
         raise ValueError(

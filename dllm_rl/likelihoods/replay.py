@@ -26,7 +26,7 @@ def check_replay(policy: Policy, mode: str | None) -> None:
 
 def blank(policy: Policy, rollout: Rollout, noise: Noise) -> Integer[Tensor, "N B T M E"]:
     """An empty tensor for the experts of every view, which `LikelihoodEstimator.scores` fills."""
-    with torch.no_grad(), Routing(policy.module) as routing:
+    with torch.no_grad(), Routing(policy.module) as routing:  # a forward of one token tells mixtures and dtype
         policy.hidden(rollout.tokens[:1, :1], torch.ones_like(rollout.attention_mask[:1, :1]))
     experts = routing.experts(1)
     return experts.new_zeros(*noise.weight.shape, *experts.shape[2:])
@@ -68,7 +68,7 @@ def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, noi
     ours, theirs = sides
     same = agreement(ours, theirs).sum((0, 2))
     every = torch.full_like(same, ours.shape[0] * ours.shape[2])
-    count = max(map(routing.num_experts, range(len(routing.layers))))
+    count = max(map(routing.num_experts, range(len(routing.layers))))  # one table for mixtures of any size
     return torch.cat([same[:, None], every[:, None], load(theirs, count), load(ours, count)], dim=1)
 
 

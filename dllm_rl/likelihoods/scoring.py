@@ -37,14 +37,15 @@ class Chunk:
 
 def row_chunks(rollout: Rollout, noise: Noise, micro_batch_size: int | None) -> list[Chunk]:
     """The groups that any view scores, as chunks of whole groups of like length, of at most micro_batch_size rows (or
-    one group). Each row is scored at the width at which it was sampled (`length_buckets`)."""
+    one group)."""
     group = rollout.group_size
     scored = rearrange((noise.weight != 0).any(0).any(-1), "(p g) -> p g", g=group).any(-1)
     first = rearrange(rollout.attention_mask.long().argmax(-1), "(p g) -> p g", g=group).amin(-1)
-    chosen, starts = torch.stack([scored, first]).cpu()
+    chosen, starts = torch.stack([scored, first]).cpu()  # one wait for the device
     size = len(chosen) if micro_batch_size is None else max(1, micro_batch_size // group)
     width = rollout.tokens.shape[1]
     found = []
+    # A row is scored at the width at which it was sampled: another width rounds otherwise.
     for bucket in length_buckets(starts.repeat_interleave(group), width, rollout.tokens.device):
         groups = bucket.rows[::group] // group
         for part in groups[chosen[groups] != 0].split(size):
@@ -121,8 +122,8 @@ def _backward_order(policy: Policy, rollout: Rollout, view: "View", vector: Floa
     of_drawn, confidences = backward_committed(policy, view.states[drawn], view.tokens[drawn], params, vector[drawn])
     bounds = _bounds(rollout, view, confidences)
     of_left = backward_left(policy, view.states[view.plan.left], *bounds, params, vector[view.plan.left])
-    if view.states.requires_grad:
-        gradient = torch.zeros_like(view.states).index_copy(0, drawn, of_drawn)
+    if view.states.requires_grad:  # the head alone may be trained
+        gradient = torch.zeros_like(view.states).index_copy(0, drawn, of_drawn)  # one backward through the backbone
         view.states.backward(gradient.index_copy(0, view.plan.left, of_left))
 
 

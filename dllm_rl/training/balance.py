@@ -58,7 +58,7 @@ def balance(
     if mine:
         width, ids = table[:, -2:].amax(0).tolist()
         rollout = exchanged(rollout.padded(width - shape[0], pad_id=pad_id).with_ids(ids), mine)
-    home = torch.arange(len(groups)).view_as(costs)
+    home = torch.arange(len(groups)).view_as(costs)  # every process computes the same new order
     order = home.clone()
     for first, second in plan:
         order[first] = home[second]

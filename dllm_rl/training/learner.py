@@ -107,11 +107,11 @@ def correct(
     groups  weights of `measured_groups`, by which `rollout_corr/*` estimates ALL rows. The corrector sees learned rows
             only; their metrics, and the corrector's under verl's names, are `live/*`.
     """
-    lost = reduce_metrics(waited("scoring", accelerator), accelerator)
+    lost = reduce_metrics(waited("scoring", accelerator), accelerator)  # first: the gathering waits for all
     rows = gather_rows(recipe, rollout, logps, advantages, groups, accelerator)
     weights, keep, live = weigh_learned(recipe.corrector, rows)
     metrics = lost | all_rows_metrics(rows) | live | symptoms(recipe, rows, logps.noise)
-    return make_batch(recipe, rollout, logps, rows, weights, keep, accelerator), metrics
+    return make_batch(recipe, logps, rollout, rows, weights, keep, accelerator), metrics
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,7 @@ class Rows:
 
 
 def gather_rows(
-    recipe: Recipe,
-    rollout: Rollout,
-    logps: Logprobs,
-    advantages: Float[Tensor, "P G"],
-    groups: Float[Tensor, " P"],
-    accelerator: Accelerator,
+    recipe: Recipe, rollout: Rollout, logps: Logprobs, advantages: Tensor, groups: Tensor, accelerator: Accelerator
 ) -> Rows:
     """The one transfer of a step's log-probs. An exchange of all processes."""
     mask = logps.noise.scored(rollout.completion_mask)
@@ -163,7 +158,7 @@ def weigh_learned(corrector: Corrector, rows: Rows) -> Weighed:
     """The corrector's weights and keep mask of the learned rows, and their metrics: `rollout_corr/*` as `live/*`."""
     log_mismatch = torch.where(rows.corrected, rows.log_mismatch, 0)
     weights, keep, metrics = corrector.weigh(log_mismatch, rows.advantages, rows.corrected)
-    if (rows.corrected & log_mismatch.isfinite()).any():
+    if (rows.corrected & log_mismatch.isfinite()).any():  # a step may have no row to learn from
         metrics = metrics | mismatch_metrics(log_mismatch, rows.corrected, old=rows.old, advantages=rows.advantages)
     live = {name.replace(PREFIX, "live/"): value for name, value in metrics.items()}
     live["live/rollout_rs_masked_fraction"] = 1 - (keep.sum() / rows.corrected.sum().clamp(min=1)).item()
@@ -186,11 +181,11 @@ def symptoms(recipe: Recipe, rows: Rows, noise: Noise) -> dict[str, float]:
 
 def make_batch(
     recipe: Recipe,
-    rollout: Rollout,
     logps: Logprobs,
+    rollout: Rollout,
     rows: Rows,
-    weights: Float[Tensor, "B T"],
-    keep: Bool[Tensor, "B T"],
+    weights: Tensor,
+    keep: Tensor,
     accelerator: Accelerator,
 ) -> Batch:
     """This process's part of the rows, on its device."""
@@ -211,7 +206,7 @@ def make_batch(
         # Rows without advantage count in the denominators, so that a skipped group is a zero and not a smaller mean.
         num_tokens=int((keep | (rows.completion & ~rows.corrected)).sum()),
         num_sequences=len(keep),
-        behaviour=logps.rollout,
+        behaviour=logps.rollout,  # also where ratios divide by the learner's
         sum_over=partial(accelerator.reduce, reduction="sum"),
     )
 
@@ -258,7 +253,7 @@ def update(
         if iteration:
             torch.clear_autocast_cache()  # its bf16 copies are of the weights before the last optimiser step
             scores = scorer.scores(policy, keep_graphs=batch.old_scores.grad_fn is not None)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)  # the memory is free until the backward
         metrics = accumulate_gradients(
             policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=micro_batch_size
         )
@@ -292,12 +287,12 @@ def accumulate_gradients(
 ) -> Metrics:
     """Add this process's share of the loss gradient to the parameters; returns its metrics as (sum, count) pairs.
     `scores` are log-probs of every view, nats. If they have graphs, the backward frees these and no forward runs."""
-    leaves = scores.detach().requires_grad_()
+    leaves = scores.detach().requires_grad_()  # df/ds_n stops here
     logps = likelihood.combine(leaves, batch.noise)
     _, metrics, gradient = loss(logps.detach(), batch)
     (vectors,) = torch.autograd.grad(logps, leaves, gradient)
     metrics |= off_policy_metrics(logps.detach(), batch, old=likelihood.combine(batch.old_scores.detach(), batch.noise))
-    if scores.grad_fn is not None:
+    if scores.grad_fn is not None:  # kept graphs
         scores.backward(vectors)
         return metrics
     with in_pace(policy, backward=True):

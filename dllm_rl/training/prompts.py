@@ -100,9 +100,9 @@ def _first(task: Task) -> range:
 def _drawn(recipe: Recipe) -> Iterable[int]:
     """The whole task, or the first that its steps draw."""
     size = len(recipe.task)
-    if size <= CHECKED:
+    if size <= CHECKED:  # all of them, in the time that there is
         return range(size)
-    drawn: dict[int, None] = {}
+    drawn: dict[int, None] = {}  # in order, each once
     for step in range(recipe.num_steps):
         drawn |= dict.fromkeys(draw_indices(size, recipe.train_batch_size, recipe.seed, "train", step).tolist())
         if len(drawn) >= CHECKED:

@@ -95,7 +95,7 @@ def made_up_advantages(recipe: Recipe) -> Float[Tensor, "P G"]:
     if found.shape != rewards.shape or not found.isfinite().all():
         wrong = f"of shape {tuple(found.shape)}" if found.shape != rewards.shape else "that are not finite"
         raise ValueError(f"advantages gave numbers {wrong} for rewards of shape {tuple(rewards.shape)}; give one each")
-    both = torch.linspace(1, -1, rewards.shape[1]).expand_as(rewards)
+    both = torch.linspace(1, -1, rewards.shape[1]).expand_as(rewards)  # a loss of no row would try nothing
     return torch.where((found != 0).any(-1, keepdim=True), found, both)
 
 
@@ -126,7 +126,7 @@ def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
         yield learner
     finally:
         module.requires_grad_(False)
-        for parameter in trained:
+        for parameter in trained:  # add_lora has frozen them
             parameter.requires_grad_(True)
         module.zero_grad(set_to_none=True)
 

@@ -76,9 +76,9 @@ def collect(
 
 def draw_and_grade(
     recipe: Recipe,
-    rollout_policy: Policy,
+    policy: Policy,
     step_and_draw: tuple[int, int],
-    places: Int[Tensor, " p"],
+    places: Tensor,
     accelerator: Accelerator,
     log: RunLog,
 ) -> tuple[Rollout, list[Answer], Float[Tensor, "p G K"], int]:
@@ -87,11 +87,11 @@ def draw_and_grade(
     step, draw = step_and_draw
     purpose = f"train, draw {draw}" if draw else "train"
     indices = draw_indices(len(recipe.task), recipe.train_batch_size, recipe.seed, purpose, step)
-    problems, replaced = choose(recipe, rollout_policy, local(indices, accelerator)[places].tolist())
+    problems, replaced = choose(recipe, policy, local(indices, accelerator)[places].tolist())
     key = (recipe.seed, "rollout", step, *([draw] if draw else []))
     seeds = local(row_seeds(generator_for(*key), len(indices) * recipe.num_generations), accelerator)
-    mine = rearrange(seeds, "(p g) -> p g", g=recipe.num_generations)[places]
-    return *sample_and_grade(recipe, rollout_policy, problems, mine, key, accelerator, log.stage), replaced
+    mine = rearrange(seeds, "(p g) -> p g", g=recipe.num_generations)[places]  # of places, not of the number drawn
+    return *sample_and_grade(recipe, policy, problems, mine, key, accelerator, log.stage), replaced
 
 
 def sample_and_grade(
@@ -111,7 +111,7 @@ def sample_and_grade(
     group = recipe.num_generations
     with stage("rollout"), arithmetic(recipe, accelerator):
         prompts = encode(rollout_policy, problems, group_size=group, seeds=seeds.flatten().tolist())
-        batches = prompts.split(recipe.rollout_batch_size or prompts.num_rows)
+        batches = prompts.split(recipe.rollout_batch_size or prompts.num_rows)  # rows have seeds: the split is not seen
         parts = [recipe.sampler(rollout_policy, batch, generator_for(*key)) for batch in batches]
         rollout = parts[0] if len(parts) == 1 else Rollout.joined(parts, pad_id=rollout_policy.pad_id)
         rollout = rollout.with_support(recipe.sampling_support)
@@ -178,9 +178,9 @@ def reward_metrics(
     means = reduce_metrics(pairs, accelerator)
     return {
         "reward": rewards.mean().item(),
-        "reward_std": rewards.std(correction=0).item(),
+        "reward_std": rewards.std(correction=0).item(),  # a batch of one has 0, not NaN
         "frac_reward_zero_std": zero_std_fraction(rewards),
-        "num_tokens": means["completions/mean_length"] * rewards.numel(),
+        "num_tokens": means["completions/mean_length"] * rewards.numel(),  # over all processes
         **means,
     }
 

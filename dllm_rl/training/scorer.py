@@ -30,7 +30,7 @@ def learned_groups(recipe: Recipe, advantages: Float[Tensor, "P G"]) -> Bool[Ten
 
 def measured_groups(recipe: Recipe, advantages: Float[Tensor, "P G"], step: int) -> Float[Tensor, " P"]:
     """Weights of groups in the mismatch metrics (`group_weights`): learned groups, `mismatch_sample` of the others."""
-    generator = generator_for(recipe.seed, "mismatch sample", step)
+    generator = generator_for(recipe.seed, "mismatch sample", step)  # the same groups in every process
     return group_weights(learned_groups(recipe, advantages), recipe.mismatch_sample, generator)
 
 
@@ -53,7 +53,7 @@ def draw_noise(
 
 def only_groups(noise: Noise, chosen: Bool[Tensor, " P"], group_size: int, accelerator: Accelerator) -> Noise:
     """The noise with weight 0 for groups that are not chosen."""
-    if chosen.all():
+    if chosen.all():  # the same object, which all policies share
         return noise
     (live,) = send(accelerator.device, local(repeat(chosen, "p -> (p g)", g=group_size), accelerator))
     return noise.only(live)
@@ -84,8 +84,7 @@ def sides(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> Sides:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores one rollout under any policy with the same masks, in pace and in micro-batches, which a caller could
-    forget."""
+    """Scores one rollout under any policy with the same masks."""
 
     likelihood: LikelihoodEstimator
     rollout: Rollout
@@ -97,7 +96,7 @@ class Scorer:
     ) -> Float[Tensor, "N B T"]:
         """`LikelihoodEstimator.scores`: log-probs of every view, nats."""
         given = (policy, self.rollout, self.noise)
-        with in_pace(policy):
+        with in_pace(policy):  # here, so that no caller forgets it where the policy is sharded
             return self.likelihood.scores(
                 *given, micro_batch_size=self.micro_batch_size, keep_graphs=keep_graphs, note=note
             )
@@ -167,7 +166,7 @@ def measure_sides(
     over all processes. Empty where they are one policy."""
     if rollout_policy is policy:
         return {}
-    with in_pace(policy):
+    with in_pace(policy):  # both run the learner, which may be sharded
         order = order_agreement(policy, rollout)
         routing = routing_counts(policy, rollout_policy, rollout, noise)
     metrics = {PREFIX + name: value for name, value in reduce_metrics(order, accelerator).items()}

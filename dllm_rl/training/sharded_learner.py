@@ -25,12 +25,13 @@ def group_size(recipe: Settings, processes: int) -> int:
 
 def first_home(recipe: Settings, accelerator: Accelerator) -> torch.device:
     """The device that the learner's weights are read to: the host if they are to be sharded."""
+    # A device need not hold the whole model: `shard` sends it unit by unit.
     return torch.device("cpu") if group_size(recipe, accelerator.num_processes) > 1 else accelerator.device
 
 
 def check_engine() -> None:
     """Raise ValueError if the launch asks for an engine, which Accelerate silently leaves out on a CPU."""
-    for name in ("DEEPSPEED", "FSDP"):
+    for name in ("DEEPSPEED", "FSDP"):  # on a GPU they would own the model
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise ValueError(
                 f"distributed_type={name} in the launch's config: such an engine would own the model, whose layers the "
@@ -96,6 +97,6 @@ def on_main(policy: Policy, accelerator: Accelerator) -> Policy:
     """The policy to save: itself, or of a sharded learner a full copy on the main process. All processes call it."""
     if sharding_of(policy.module) is None:
         return policy
-    twin: Any = copy.copy(policy)
+    twin: Any = copy.copy(policy)  # the learner keeps its sharded module
     twin.module = host_copy(policy.module, keep=accelerator.is_main_process) or policy.module
     return twin

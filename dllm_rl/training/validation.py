@@ -22,7 +22,7 @@ def shown(found: dict[str, float]) -> str:
 def validate(run: Run[Recipe], step: int) -> dict[str, float]:
     """Metrics on the validation task every eval_steps; none in between."""
     recipe = run.recipe
-    if not recipe.eval_steps or (step + 1) % recipe.eval_steps:
+    if not recipe.eval_steps or (step + 1) % recipe.eval_steps:  # step counts from 0
         return {}
     with run.log.stage("evaluation"):
         means = evaluate_with(recipe, run.policy, recipe.validation_task, run.accelerator)

@@ -64,6 +64,7 @@ def draw_levels(
     generator: Generator, num_rows: int, length: int, *, min_t: float = 0.02
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B L"]]:
     """Masking levels t ~ U(min_t, 1], stratified over the batch, and the uniforms to compare with them."""
+    # One level per stratum: a batch has easy and hard rows, so that the loss varies less.
     strata = (torch.randperm(num_rows, generator=generator) + torch.rand(num_rows, generator=generator)) / num_rows
     return min_t + (1 - min_t) * strata, torch.rand(num_rows, length, generator=generator)
 
@@ -97,10 +98,7 @@ def warmup(
     num_steps: int,
     learning_rate: float,
     draw_noise: Callable[[int], tuple[Tensor, Tensor]],
-    weight_decay: float = 0.01,
-    betas: tuple[float, float] = (0.9, 0.95),
     lr_warmup_steps: int = 30,
-    max_grad_norm: float = 1.0,
     on_step: Callable[[int, float], bool] = lambda step, loss: False,
     reduce_gradients: Callable[[Policy], None] = lambda policy: None,
 ) -> int:
@@ -109,20 +107,20 @@ def warmup(
     draw_problems(step), draw_noise(step)  the data, and the masking levels and uniforms of `draw_levels`.
     on_step(step, loss)  after each step; True ends the warm-up. reduce_gradients  sums gradients over processes.
     """
-    optimizer = torch.optim.AdamW(policy.module.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(policy.module.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     for step in range(num_steps):
         batch = examples(policy, draw_problems(step), max_new_tokens=max_new_tokens)
         with in_pace(policy, backward=True):
             loss = supervised_loss(policy, batch, *draw_noise(step))
             loss.backward()
         reduce_gradients(policy)
-        norm = whole(torch.nn.utils.clip_grad_norm_(policy.module.parameters(), max_grad_norm))
+        norm = whole(torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0))
         if not norm.isfinite():
             raise FloatingPointError(f"gradient norm is {norm.item()} at warm-up step {step}; it was not applied")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, (step + 1) / max(1, lr_warmup_steps))
         optimizer.step()
-        policy.module.zero_grad(set_to_none=True)
+        policy.module.zero_grad(set_to_none=True)  # an evaluation has the memory
         if on_step(step, loss.item()):
             return step + 1
     return num_steps
@@ -140,7 +138,7 @@ def warm_up(
     def draw_noise(step: int) -> tuple[Tensor, Tensor]:
         generator = generator_for(recipe.seed, "warm-up masks", step)
         levels, uniforms = draw_levels(generator, recipe.warmup_batch_size, recipe.max_new_tokens)
-        return local(levels, accelerator), local(uniforms, accelerator)
+        return local(levels, accelerator), local(uniforms, accelerator)  # as one process would draw them
 
     def draw_problems(step: int) -> list[Problem]:
         chosen = draw_indices(len(recipe.task), recipe.warmup_batch_size, recipe.seed, "warm-up", step)
@@ -164,7 +162,7 @@ def warm_up(
         learning_rate=recipe.warmup_learning_rate,
         draw_noise=draw_noise,
         on_step=on_step,
-        reduce_gradients=lambda policy: sum_gradients(policy.module, accelerator, mean=True),
+        reduce_gradients=lambda policy: sum_gradients(policy.module, accelerator, mean=True),  # equal shares
     )
     progress({}, show=False, close=True)
     return taken
