@@ -14,10 +14,10 @@ from dllm_rl.algorithms import advantages, correctors, losses, surrogates, weigh
 from dllm_rl.bounds import Bound, check_bound
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods import estimators
-from dllm_rl.samplers import rules
+from dllm_rl.samplers import revise, rules
 from recipes.studies import surrogates as published
 
-MODULES = (correctors, weights, surrogates, losses, advantages, estimators, rules, published)
+MODULES = (correctors, weights, surrogates, losses, advantages, estimators, rules, revise, published)
 MAKERS = (correctors, estimators)
 NUMBERS = {int, float}
 GIVEN = {"num_tokens", "num_sequences", "group_size", "beta", "entropy"}  # by the learner, to functions of losses

@@ -123,41 +123,41 @@ def mismatch_metrics(
                  ALL rows. Means are unbiased for all rows while ratios are finite; ess, rollout_is_std and
                  eff_sample_size are only consistent; extremes are of scored rows
     """
-    m = _measured(log_mismatch, mask, row_weights)
-    flat = m.log_mismatch[m.finite]
+    scored = _measured(log_mismatch, mask, row_weights)
+    flat = scored.log_mismatch[scored.finite]
     excess = torch.expm1(flat.clamp(-MAX_LOG, MAX_LOG))  # rho - 1: means about 1 are exact where all agree
     rho = flat.clamp(-MAX_LOG, MAX_LOG).exp()
-    sums = m.log_mismatch.sum(-1)[m.rows]
-    lengths = m.finite.sum(-1)[m.rows]
+    sums = scored.log_mismatch.sum(-1)[scored.rows]
+    lengths = scored.finite.sum(-1)[scored.rows]
     log_ppl = -sums / lengths
-    mean, _ = m.spread(rho)
-    _, square = m.spread(rho / mean)  # divided first: where all agree it is exactly 1
+    mean, _ = scored.spread(rho)
+    _, square = scored.spread(rho / mean)  # divided first: where all agree it is exactly 1
     values = {
         "ess": 1 / square,
         "rho_max": rho.max(),
-        "kl": -m.per_token(flat),
-        "k3_kl": m.per_token(excess - flat),
-        "abs_log_ratio_mean": m.per_token(flat.abs()),
+        "kl": -scored.per_token(flat),
+        "k3_kl": scored.per_token(excess - flat),
+        "abs_log_ratio_mean": scored.per_token(flat.abs()),
         "abs_log_ratio_max": flat.abs().max(),
-        "log_ppl_diff": m.per_row(log_ppl),
-        "log_ppl_abs_diff": m.per_row(log_ppl.abs()),
+        "log_ppl_diff": scored.per_row(log_ppl),
+        "log_ppl_abs_diff": scored.per_row(log_ppl.abs()),
         "log_ppl_diff_max": log_ppl.max(),
         "log_ppl_diff_min": log_ppl.min(),
-        "ppl_ratio": 1 + m.per_row(log_ppl.clamp(-MAX_LOG, MAX_LOG).exp() - 1),
-        "chi2_token": m.per_token(rho.square() - 1),
-        "chi2_seq": m.per_row((2 * sums.clamp(-MAX_LOG, MAX_LOG)).exp() - 1),
-        "nonfinite_fraction": m.lost,
-        "rows": m.rows.sum(),
+        "ppl_ratio": 1 + scored.per_row(log_ppl.clamp(-MAX_LOG, MAX_LOG).exp() - 1),
+        "chi2_token": scored.per_token(rho.square() - 1),
+        "chi2_seq": scored.per_row((2 * sums.clamp(-MAX_LOG, MAX_LOG)).exp() - 1),
+        "nonfinite_fraction": scored.lost,
+        "rows": scored.rows.sum(),
     }
     if old is not None:
-        training = torch.where(m.finite, old, 0).double().sum(-1)[m.rows] / lengths
+        training = torch.where(scored.finite, old, 0).double().sum(-1)[scored.rows] / lengths
         for name, log_prob in (("training", training), ("rollout", training + log_ppl)):
-            values[f"{name}_ppl"] = m.per_row((-log_prob).exp())
-            values[f"{name}_log_ppl"] = -m.per_row(log_prob)
+            values[f"{name}_ppl"] = scored.per_row((-log_prob).exp())
+            values[f"{name}_log_ppl"] = -scored.per_row(log_prob)
     if advantages is not None:
-        part = -excess * advantages.double()[:, None].expand(mask.shape)[m.finite]
+        part = -excess * advantages.double()[:, None].expand(mask.shape)[scored.finite]
         for name, sign in (("positive", advantages > 0), ("negative", advantages < 0)):
-            values[f"contribution_{name}"] = m.per_token(part * sign[:, None].expand(mask.shape)[m.finite])
+            values[f"contribution_{name}"] = scored.per_token(part * sign[:, None].expand(mask.shape)[scored.finite])
     found = {PREFIX + name: v.item() + 0.0 for name, v in values.items()}  # + 0.0: no -0.0
     return weight_metrics(log_mismatch, mask, high=high, row_weights=row_weights) | found
 
@@ -182,44 +182,44 @@ def weight_metrics(
     seq_fraction_{high,low}  share of rows whose mean raw rho is > high, < low
     `row_weights` and errors are as in `mismatch_metrics`.
     """
-    m = _measured(log_mismatch, mask, row_weights)
-    log_rho = m.log_mismatch
+    scored = _measured(log_mismatch, mask, row_weights)
+    log_rho = scored.log_mismatch
     if level == "sequence":
-        log_rho = torch.where(m.finite, log_rho.sum(-1, keepdim=True), 0)
+        log_rho = torch.where(scored.finite, log_rho.sum(-1, keepdim=True), 0)
     elif level != "token":
         raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
     raw = log_rho.clamp(-MAX_LOG, MAX_LOG).exp()
     floor = 1 / high if low is None else low
     outside = (raw < floor) | (raw > high)
     weights = raw.clamp(max=high) if low is None else raw.masked_fill(outside, 0)
-    seq = m.row_means(weights)
-    raw_seq = m.row_means(raw)
-    flat = weights[m.finite]
-    each = raw[m.finite] if level == "token" else raw_seq
-    share = m.per_token if level == "token" else m.per_row
+    seq = scored.row_means(weights)
+    raw_seq = scored.row_means(raw)
+    flat = weights[scored.finite]
+    each = raw[scored.finite] if level == "token" else raw_seq
+    share = scored.per_token if level == "token" else scored.per_row
     extremes = flat if level == "token" else each
-    mean, _ = m.spread(flat)
-    _, variance = m.spread(flat - mean)
-    centre = 1 + m.per_row(seq - 1)  # about 1, so that it is exact where all agree
-    bessel = m.num_rows / (m.num_rows - 1).clamp(min=1)  # of one row the deviation is 0
+    mean, _ = scored.spread(flat)
+    _, variance = scored.spread(flat - mean)
+    centre = 1 + scored.per_row(seq - 1)  # about 1, so that it is exact where all agree
+    bessel = scored.num_rows / (scored.num_rows - 1).clamp(min=1)  # of one row the deviation is 0
     values = {
-        "mean": 1 + m.per_token(flat - 1),
+        "mean": 1 + scored.per_token(flat - 1),
         "std": variance.sqrt(),
         "min": extremes.min(),
         "max": extremes.max(),
-        "eff_sample_size": 1 / m.spread(flat / mean)[1] if mean > 0 else mean,  # 0: every weight is 0
+        "eff_sample_size": 1 / scored.spread(flat / mean)[1] if mean > 0 else mean,  # 0: every weight is 0
         "ratio_fraction_high": share((each > high).double()),
         "ratio_fraction_low": share((each < floor).double()),
         "seq_mean": centre,
-        "seq_std": (m.per_row((seq - centre).square()) * bessel).sqrt(),
+        "seq_std": (scored.per_row((seq - centre).square()) * bessel).sqrt(),
         "seq_min": seq.min(),
         "seq_max": seq.max(),
         "seq_max_deviation": (seq - 1).abs().max(),
-        "seq_fraction_high": m.per_row((raw_seq > high).double()),
-        "seq_fraction_low": m.per_row((raw_seq < floor).double()),
+        "seq_fraction_high": scored.per_row((raw_seq > high).double()),
+        "seq_fraction_low": scored.per_row((raw_seq < floor).double()),
     }
     if low is not None:
-        values["oob_ratio"] = m.per_token(outside[m.finite].double())
+        values["oob_ratio"] = scored.per_token(outside[scored.finite].double())
     return {f"{PREFIX}rollout_is_{name}": v.item() + 0.0 for name, v in values.items()}
 
 
