@@ -307,7 +307,7 @@ def trajectory(
         draw = partial(draw_rounds, num_segments=num_segments, block_size=block_size)
     if order == "law" and num_segments is None:  # a merged segment is no step of the sampler
         draw = partial(with_order, draw=draw, packed=block_size is not None)
-    estimator = LikelihoodEstimator("trajectory", draw, exact_for_sampler=num_segments is None)
+    estimator = LikelihoodEstimator("trajectory", draw, exact_for_sampler=num_segments is None)  # one view per step
     return estimator if block_size is None else replace(estimator, attention=("block_causal",), packed=block_size)
 
 
@@ -316,4 +316,4 @@ def recorded(rollout: Rollout, noise: Noise) -> Float[Tensor, "B T"]:
     if noise.left is None:
         return rollout.logprobs
     assert rollout.order_logprobs is not None, "positions are scored as left only where the sampler recorded it"
-    return rollout.order_logprobs + rollout.logprobs
+    return rollout.order_logprobs + rollout.logprobs  # added as `weighted_sum` adds: the later step last

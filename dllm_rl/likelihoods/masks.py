@@ -20,7 +20,7 @@ from dllm_rl.types import Noise, Rollout
 def row_generators(rollout: Rollout, generator: Generator) -> list[Generator]:
     """One generator per row, seeded by the row's number in the batch, whichever process holds the row."""
     rows = torch.arange(len(rollout.tokens)) if rollout.batch_row is None else rollout.batch_row.cpu()
-    seeds = row_seeds(generator, int(rows.max()) + 1)[rows]
+    seeds = row_seeds(generator, int(rows.max()) + 1)[rows]  # a row's seed is that of its number, not of its place
     # One each: a row's masks depend neither on its neighbours nor on padding.
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 
@@ -30,7 +30,7 @@ def uniforms_at(marked: Bool[Tensor, "B T"], generators: list[Generator]) -> Flo
     out = torch.full(marked.shape, torch.inf)
     for row, where, generator in zip(out, marked.cpu(), generators, strict=True):
         row[where] = torch.rand(int(where.sum()), generator=generator)
-    return out.to(marked.device)
+    return out.to(marked.device)  # drawn on the host: the same numbers on every device
 
 
 def uniforms_per_row(
@@ -49,8 +49,8 @@ def choose(u: Float[Tensor, "*N B 1"], count: Int[Tensor, "B 1"]) -> Int[Tensor,
 
 
 def ranks(keys: Float[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Each position's place when the row is sorted by `keys`, from 0; ties go from left to right."""
-    return keys.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
+    """Each position's place when the row is sorted by `keys`, from 0."""
+    return keys.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)  # stable: ties go from left to right
 
 
 def exact_view(
@@ -61,7 +61,7 @@ def exact_view(
     Averaged over k in 1..L and all orders, sum_i weight_i l_i is sum_k (1/k) E_{|m|=k} sum_{i in m} l_i(m).
     """
     masked = inside & (ranks(keys.masked_fill(~inside, torch.inf)) < k)  # exactly k, whatever the keys
-    return masked, masked * inside.sum(-1, keepdim=True) / k.clamp(min=1)
+    return masked, masked * inside.sum(-1, keepdim=True) / k.clamp(min=1)  # an empty row has k = 0
 
 
 def coupled_views(
@@ -263,5 +263,5 @@ def _views(rollout: Rollout, segment: Int[Tensor, "B T"], index: Int[Tensor, "S 
             "likelihood='trajectory' replays an unmasking that writes a position once; this rollout's commit rule may "
             "have come back to what it wrote (remask, edit): use one_step(), elbo() or coupled()"
         )
-    masked = rollout.completion_mask & (segment >= index) & (index >= 0)
+    masked = rollout.completion_mask & (segment >= index) & (index >= 0)  # -2 fills up a row of few steps
     return Noise(masked, (rollout.completion_mask & (segment == index)).float())

@@ -39,8 +39,10 @@ def as_sampled(noise: Noise, rollout: Rollout) -> Noise:
             "router_replay='R3' needs the rollout's experts, which its sampler did not note; sample with unmask, or "
             "set router_replay=None"
         )
-    routed = noise.weight != 0 if noise.left is None else (noise.weight != 0) & ~noise.left
-    return replace(noise, experts=rollout.experts[None], routed=routed)
+    routed = noise.weight != 0
+    if noise.left is not None:  # no token was drawn there, so that no experts are recorded
+        routed &= ~noise.left
+    return replace(noise, experts=rollout.experts[None], routed=routed)  # one record for all views: each token once
 
 
 def as_noted(noise: Noise, rollout: Rollout, experts: Integer[Tensor, "N B T M E"] | None) -> Noise:

@@ -49,7 +49,7 @@ def row_chunks(rollout: Rollout, noise: Noise, micro_batch_size: int | None) -> 
     for bucket in length_buckets(starts.repeat_interleave(group), width, rollout.tokens.device):
         groups = bucket.rows[::group] // group
         for part in groups[chosen[groups] != 0].split(size):
-            if len(part):
+            if len(part):  # a bucket may have nothing to score
                 rows = rearrange(part[:, None] * group + torch.arange(group), "p g -> (p g)")
                 (rows,) = send(rollout.tokens.device, rows)
                 found.append(Chunk(rows, slice(bucket.start, width)))
@@ -230,7 +230,7 @@ def plan_view(
         return None
     where = where.view(scored.shape)
     live = where.any(-1).nonzero()[:, 0]
-    together = share and group > 1 and bool(same)
+    together = share and group > 1 and bool(same)  # as in a first step, where all completions are masked
     inside = places if together else where[live].flatten().nonzero()[:, 0]
     committed = (~stay[places]).nonzero()[:, 0]
     parts = send(scored.device, live, inside, places, committed, stay[places].nonzero()[:, 0])

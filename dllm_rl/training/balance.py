@@ -21,7 +21,7 @@ from dllm_rl.training.scorer import learned_groups
 from dllm_rl.types import Rollout
 
 Place = tuple[int, int]  # a process, and a group's place in its share
-UPDATE = 3  # an update takes a forward and a backward, which costs as much as two, beside the forward of scoring
+UPDATE = 3  # forward and backward of an update, against the one forward of scoring
 WORTH = 0.02  # a swap must save the slower process this share of its work
 
 
