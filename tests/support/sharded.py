@@ -18,7 +18,7 @@ from dllm_rl.distributed.collectives import make_accelerator, sum_gradients
 from dllm_rl.distributed.sharding import in_pace, shard, sharding_of
 from dllm_rl.likelihoods.estimators import coupled
 from dllm_rl.models.base import whole
-from dllm_rl.models.checkpoint.module_tensors import gathered
+from dllm_rl.models.checkpoint.module_tensors import host_copy
 from dllm_rl.models.forward.recompute import blocks_of
 from dllm_rl.models.logprobs import backward_token_logprobs
 from dllm_rl.models.tiny import tiny_masked_lm
@@ -135,7 +135,7 @@ def families(folder):
                     parameter.mul_(1.25)
             sync_weights(each, rollout)
         assert equal(*copies)
-        policy.module = gathered(policy.module, keep=True)
+        policy.module = host_copy(policy.module, keep=True)
         assert equal(policy, alone)
 
 
