@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class LiveBytes(TorchDispatchMode):
     @contextmanager
     def measured(self, into: dict[str, int], name: str, *, peak: bool = False) -> Iterator[None]:
         """Write under `name` how many more bytes are held after the block than before, or the most held inside it."""
-        before, self.peak = self.now, self.now
+        before = self.peak = self.now
         yield
         into[name] = self.peak if peak else self.now - before
 
@@ -87,9 +88,10 @@ class Packed(nn.Linear):
 
     def __init__(self, layer: nn.Linear, bytes_per_weight: float, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
+        self.bias = layer.bias
         self.codes = torch.empty(int(layer.weight.numel() * bytes_per_weight), dtype=torch.uint8)
-        self.shape, self.dtype = layer.weight.shape, dtype
+        self.shape = layer.weight.shape
+        self.dtype = dtype
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -130,21 +132,16 @@ def measure_step(
     rollout_copy: int,
     on_gpu: bool = True,
 ) -> Memory:
-    """One step of the recipe on fake tensors: optimiser, update, sync, rollout, scoring.
+    """One step of the recipe on fake tensors: first what it holds, then its stages.
 
     policy        with the recipe's adapters, and a module on the meta device or with weights to forget.
     dtype         of its weights; None: as they are. rollout_copy: bytes of the quantised copy.
     on_gpu        the optimiser's step is one fused kernel. (The head's chunks are those of the policy's device.)
-
-    Gradients of an earlier micro-batch or view are present, unless the batch is one of each.
     """
-    all_rows = recipe.train_batch_size * recipe.num_generations
-    micro, rollout_rows = recipe.micro_batch_size or all_rows, recipe.rollout_batch_size or all_rows
     held: dict[str, int] = {}
     peaks: dict[str, int] = {}
-    policy, module = copy.copy(policy), copy.deepcopy(policy.module)
-    cached = recipe.shard_size == 1  # as in training: autocast's copies of the weights
-    autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16, cache_enabled=cached)  # noqa: E731
+    policy = copy.copy(policy)
+    module = copy.deepcopy(policy.module)
     with FakeTensorMode(allow_non_fake_inputs=True), GroupedShapes(), LiveBytes() as live:
         with live.measured(held, "weights"):
             policy.module = forget_data(module, dtype, recipe.base_quantization)
@@ -152,47 +149,133 @@ def measure_step(
         if recipe.lora is not None:
             held["adapters"] = sum(p.nbytes for p in trained)
             held["weights"] -= held["adapters"]
-        beside = []
-        if recipe.beta and recipe.lora is None:
-            with live.measured(held, "reference"):
-                beside += [torch.empty_like(p) for p in policy.module.parameters()]
-        if rollout_copy:
-            with live.measured(held, "rollout copy"):
-                beside.append(torch.empty(rollout_copy, dtype=torch.uint8))
-        with live.measured(held, "gradients"):
-            for parameter in trained:
-                parameter.grad = torch.zeros_like(parameter)
+        alive: list[object] = []
+        for name, make in (
+            ("reference", partial(reference_tensors, recipe, policy)),
+            ("rollout copy", partial(torch.empty, rollout_copy, dtype=torch.uint8)),
+            ("gradients", partial(make_gradients, trained)),
+        ):
+            with live.measured(held, name):
+                alive.append(make())
         with live.measured(held, "optimiser"), live.measured(peaks, "optimiser step", peak=True):
-            optimizer = step_optimizer(recipe, trained, on_gpu=on_gpu)
-        params, graphs, kept = sampling_params(recipe, policy), most_graphs(recipe, policy, rows=all_rows), []
-        if graphs:  # beside the gradients of the step before
-            with autocast(), live.measured(peaks, "scoring", peak=True):
-                kept = [view_logprobs(recipe, policy, micro, prompt_tokens, params) for _ in range(graphs)]
-        if micro >= all_rows and recipe.likelihood.name in ONE_VIEW:
-            for parameter in trained:
-                parameter.grad = None
-        with autocast(), live.measured(peaks, "update", peak=True):
-            if graphs:
-                torch.cat(kept).sum().backward()
-                kept.clear()
-            else:
-                states = view_states(recipe, policy, micro, prompt_tokens)
-                tokens = torch.zeros(len(states), dtype=torch.long)
-                backward_token_logprobs(policy, states, tokens, params, torch.ones(len(states)))
-                del states, tokens
-        with live.measured(peaks, "sync or save", peak=True), torch.no_grad():
-            for _ in merged_state(policy.module):
-                pass
-        with live.measured(peaks, "rollout", peak=True), torch.no_grad(), autocast():
-            sample_step(recipe, policy, rollout_rows, prompt_tokens, params)
-        if not graphs:
-            with live.measured(peaks, "scoring", peak=True), torch.no_grad(), autocast():
-                states = two_chunks(policy, view_states(recipe, policy, micro, prompt_tokens))
-                token_logprobs(policy, states, torch.zeros(len(states), dtype=torch.long), params)
-                del states
-        del optimizer, beside
-    order = ("weights", "adapters", "gradients", "optimiser", "reference", "rollout copy")
-    return Memory({name: held[name] for name in order if held.get(name)}, peaks)
+            alive.append(step_optimizer(recipe, trained, on_gpu=on_gpu))
+        step = FakeStep(recipe, policy, prompt_tokens)
+        for name, stage in (
+            ("rollout", step.rollout),
+            ("scoring", step.score),
+            ("update", step.update),
+            ("sync or save", step.merge),
+        ):
+            with live.measured(peaks, name, peak=True):
+                stage()
+        del alive
+    return Memory({name: size for name, size in held.items() if size}, peaks)
+
+
+def reference_tensors(recipe: Recipe, policy: Policy) -> list[Tensor]:
+    """The weights of the KL term's reference; with adapters the reference is the base, which is there already."""
+    needed = recipe.beta and recipe.lora is None
+    return [torch.empty_like(p) for p in policy.module.parameters()] if needed else []
+
+
+def make_gradients(trained: list[nn.Parameter]) -> None:
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+
+
+class FakeStep:
+    """The stages of a recipe's step, on the policy's fake tensors; the gradients of the step before are there."""
+
+    def __init__(self, recipe: Recipe, policy: Policy, prompt_tokens: int) -> None:
+        self.recipe = recipe
+        self.policy = policy
+        self.prompt_tokens = prompt_tokens
+        self.rows = recipe.train_batch_size * recipe.num_generations
+        self.micro_rows = recipe.micro_batch_size or self.rows
+        self.graphs = most_graphs(recipe, policy, rows=self.rows)
+        self.kept: list[Tensor] = []  # log-probs of scoring, with their graphs
+        self.sampler: dict[str, Any] = getattr(recipe.sampler, "keywords", {})
+        mask_id = policy.spec.mask_id
+        suppress = (*self.sampler.get("suppress", ()), *([] if mask_id is None else [mask_id]))
+        named = {name: self.sampler[name] for name in ("temperature", "top_k", "top_p") if name in self.sampler}
+        self.params = SamplingParams(**named, suppress=suppress)
+
+    def autocast(self) -> torch.autocast:
+        # As in training, autocast caches its copies of the weights, except of sharded ones.
+        cached = self.recipe.shard_size == 1
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16, cache_enabled=cached)
+
+    @torch.no_grad()
+    def rollout(self) -> None:
+        """The widest turn: the forward of all rows and the draw in a block, with keys and values if cached."""
+        rows = self.recipe.rollout_batch_size or self.rows
+        length = self.recipe.max_new_tokens
+        spec = self.policy.spec
+        with self.autocast():
+            cache = self.cache(rows)
+            if spec.attention == "causal":  # the widest is the prompts' forward; a group shares its prompt's
+                tokens, mask = batch_of(rows // self.recipe.num_generations, self.prompt_tokens)
+                token_logprobs(self.policy, self.policy.hidden(tokens, mask)[:, -1], tokens[:, -1], self.params)
+                return
+            states = self.policy.hidden(*batch_of(rows, self.prompt_tokens + length))
+            begin = self.prompt_tokens if length else 0
+            block = self.sampler.get("block_size") or spec.block_size or length or self.prompt_tokens
+            states = two_chunks(self.policy, states[:, begin : begin + block].flatten(0, 1))
+            propose(self.policy, states, torch.zeros(len(states), dtype=torch.float64), self.params)
+            del cache
+
+    def cache(self, rows: int) -> Tensor | None:
+        """Keys and values of the sampler's cache; None without one."""
+        config = getattr(self.policy.module, "config", None)
+        causal = self.policy.spec.attention == "causal"
+        if config is None or not (causal or self.sampler.get("cache") is not None):
+            return None
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        columns = self.prompt_tokens + self.recipe.max_new_tokens
+        shape = (2, config.num_hidden_layers, rows, heads, columns, size)
+        return torch.empty(shape, dtype=next(self.policy.module.parameters()).dtype)
+
+    def score(self) -> None:
+        """With kept graphs all of their forwards; else one forward, and as much of the head as lives at a time."""
+        with torch.set_grad_enabled(self.graphs > 0), self.autocast():
+            for _ in range(self.graphs):
+                self.kept.append(self.logprobs(self.states()))
+            if not self.graphs:
+                self.logprobs(two_chunks(self.policy, self.states()))
+
+    def update(self) -> None:
+        if self.micro_rows >= self.rows and self.recipe.likelihood.name in ONE_VIEW:
+            # The update's only backward: no gradients of another micro-batch or view are there.
+            self.policy.module.zero_grad(set_to_none=True)
+        with self.autocast():
+            if self.graphs:
+                torch.cat(self.kept).sum().backward()
+                self.kept.clear()
+                return
+            states = self.states()
+            tokens = torch.zeros(len(states), dtype=torch.long)
+            backward_token_logprobs(self.policy, states, tokens, self.params, torch.ones(len(states)))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """The sync and a save merge adapters one layer at a time."""
+        for _ in merged_state(self.policy.module):
+            pass
+
+    def states(self) -> Tensor:
+        """The states (K, D) at all completion positions of a view; without a completion, at all prompt positions."""
+        length = self.recipe.max_new_tokens
+        packed = self.recipe.likelihood.packed is not None
+        tokens, mask = batch_of(self.micro_rows, self.prompt_tokens + length * (1 + packed))
+        scored = length or self.prompt_tokens
+        if not packed:
+            return self.policy.hidden(tokens, mask)[:, -scored:].flatten(0, 1)
+        whole = mask[:, None, None, :].expand(-1, -1, mask.shape[1], -1).clone()
+        return self.policy.encode(tokens, whole, position_ids(mask))[:, -scored:].flatten(0, 1)
+
+    def logprobs(self, states: Tensor) -> Tensor:
+        return token_logprobs(self.policy, states, torch.zeros(len(states), dtype=torch.long), self.params)
 
 
 def shared_out(memory: Memory, module: Module, size: int) -> Memory:
@@ -202,9 +285,11 @@ def shared_out(memory: Memory, module: Module, size: int) -> Memory:
     the head; in the update also their gradients, twice while summed except the head's; in the sync the largest tensor.
     """
     held = {name: value if name == "rollout copy" else -(-value // size) for name, value in memory.held.items()}
-    before, now = sum(memory.held.values()), sum(held.values())
+    before = sum(memory.held.values())
+    now = sum(held.values())
     numbers = [p.numel() for name, p in module.named_parameters() if ".lora_" not in name]
-    each, blocks = memory.held["weights"] / sum(numbers), blocks_of(module, "shard_size")
+    each = memory.held["weights"] / sum(numbers)
+    blocks = blocks_of(module, "shard_size")
 
     def units(trained: bool) -> tuple[float, float, float]:
         def size_of(part: Module) -> float:
@@ -213,14 +298,15 @@ def shared_out(memory: Memory, module: Module, size: int) -> Memory:
         inside = size_of(backbone_of(module))
         return max(map(size_of, blocks)), inside - sum(map(size_of, blocks)), size_of(module) - inside
 
-    (block, rest, head), (block_grad, rest_grad, head_grad) = units(False), units(True)
+    block, rest, head = units(False)
+    block_grad, rest_grad, head_grad = units(True)
     scoring = 2 * block + rest + head
     extra = {"scoring": scoring, "update": scoring + 2 * (block_grad + rest_grad) + head_grad}
     extra["sync or save"] = each * max(numbers)
-    peaks = {
-        name: int(now + (peak - before) / (size if name == "optimiser step" else 1) + extra.get(name, 0))
-        for name, peak in memory.peaks.items()
-    }
+    peaks = {}
+    for name, peak in memory.peaks.items():
+        share = (peak - before) / size if name == "optimiser step" else peak - before
+        peaks[name] = int(now + share + extra.get(name, 0))
     return Memory(held, peaks)
 
 
@@ -246,37 +332,11 @@ def forget_data(module: Module, dtype: torch.dtype | None, quantization: str | N
     return module
 
 
-def sampling_params(recipe: Recipe, policy: Policy) -> SamplingParams:
-    """The sampler's temperature and filters, and the mask token, which is never sampled."""
-    given, mask_id = getattr(recipe.sampler, "keywords", {}), policy.spec.mask_id
-    suppress = (*given.get("suppress", ()), *([] if mask_id is None else [mask_id]))
-    named = {name: given[name] for name in ("temperature", "top_k", "top_p") if name in given}
-    return SamplingParams(**named, suppress=suppress)
-
-
-def view_states(recipe: Recipe, policy: Policy, rows: int, prompt_tokens: int) -> Tensor:
-    """The states (K, D) at all completion positions of a view; without a completion, at all prompt positions."""
-    length = recipe.max_new_tokens
-    packed = recipe.likelihood.packed is not None
-    tokens, mask = batch_of(rows, prompt_tokens + length * (1 + packed))
-    scored = length or prompt_tokens
-    if not packed:
-        return policy.hidden(tokens, mask)[:, -scored:].flatten(0, 1)
-    whole = mask[:, None, None, :].expand(-1, -1, mask.shape[1], -1).clone()
-    return policy.encode(tokens, whole, position_ids(mask))[:, -scored:].flatten(0, 1)
-
-
 def most_graphs(recipe: Recipe, policy: Policy, *, rows: int) -> int:
     """How many of scoring's graphs `kept_graphs` keeps; an estimator of unknown views takes as many as fit."""
     chunks = math.ceil(rows / (recipe.micro_batch_size or rows))
     views = 1 if recipe.likelihood.name in ONE_VIEW else recipe.kept_graphs // chunks
     return views * chunks if views and keeps_graphs(recipe, policy, views=views, rows=rows) else 0
-
-
-def view_logprobs(recipe: Recipe, policy: Policy, rows: int, prompt_tokens: int, params: SamplingParams) -> Tensor:
-    """The log-probs of a view's states, with their graph."""
-    states = view_states(recipe, policy, rows, prompt_tokens)
-    return token_logprobs(policy, states, torch.zeros(len(states), dtype=torch.long), params)
 
 
 def two_chunks(policy: Policy, states: Tensor) -> Tensor:
@@ -286,29 +346,6 @@ def two_chunks(policy: Policy, states: Tensor) -> Tensor:
 
 def batch_of(rows: int, width: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(rows, width, dtype=torch.long), torch.ones(rows, width, dtype=torch.bool)
-
-
-def sample_step(recipe: Recipe, policy: Policy, rows: int, prompt_tokens: int, params: SamplingParams) -> None:
-    """The widest step of a rollout: the forward of all rows and the draw in a block, with keys and values if cached."""
-    length, given, spec = recipe.max_new_tokens, getattr(recipe.sampler, "keywords", {}), policy.spec
-    causal = spec.attention == "causal"
-    cache = None
-    config = getattr(policy.module, "config", None)
-    if config is not None and (causal or given.get("cache") is not None):
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (2, config.num_hidden_layers, rows, heads, prompt_tokens + length, size)
-        cache = torch.empty(shape, dtype=next(policy.module.parameters()).dtype)
-    width = prompt_tokens + (0 if causal else length)
-    tokens, mask = batch_of(rows // recipe.num_generations if causal else rows, width)
-    states = policy.hidden(tokens, mask)
-    if causal:
-        token_logprobs(policy, states[:, -1], tokens[:, -1], params)
-        return
-    block, begin = given.get("block_size") or spec.block_size or length or prompt_tokens, prompt_tokens if length else 0
-    states = two_chunks(policy, states[:, begin : begin + block].flatten(0, 1))
-    propose(policy, states, torch.zeros(len(states), dtype=torch.float64), params)
-    del cache
 
 
 def step_optimizer(recipe: Recipe, trained: list[nn.Parameter], *, on_gpu: bool) -> object:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dllm_rl.distributed.collectives import launched
 from dllm_rl.models.adapters.experts import STACKS, is_stacked
@@ -55,8 +55,10 @@ class MetaPolicy(DiffusionPolicy):
         return torch.device("cuda")
 
     def __init__(self, module: Module, spec: FamilySpec, tokenizer: Any) -> None:
-        self.module, self.spec, self.tokenizer, self.version, self.lora = module, spec, tokenizer, 0, None
-        self.float32_head = True
+        self.module = module
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.version = 0
         self.parameters = sum(p.numel() for p in module.parameters())
 
 
@@ -64,14 +66,15 @@ def meta_policy(recipe: Recipe) -> MetaPolicy:
     """The recipe's policy without weights: its module on the meta device (or the small model itself) and its spec."""
     if not isinstance(recipe.model, str):
         policy = recipe.model if isinstance(recipe.model, Policy) else recipe.model()
-        module, spec, tokenizer = copy.deepcopy(policy.module), policy.spec, policy.tokenizer
+        found = MetaPolicy(copy.deepcopy(policy.module), policy.spec, policy.tokenizer)
     else:
         raw = published_config(recipe.model)
-        family, module, tokenizer = find_family(raw), build_empty(raw), None
-        # As load_policy does, but for the ids that only the tokenizer knows.
-        spec = replace(family, max_length=module.config.max_position_embeddings)
-    found = MetaPolicy(module, spec, tokenizer)
-    found.float32_head, found.gradient_checkpointing = recipe.float32_head, recipe.gradient_checkpointing
+        module = build_empty(raw)
+        # As load_policy does, except for the ids that only the tokenizer knows.
+        spec = replace(find_family(raw), max_length=module.config.max_position_embeddings)
+        found = MetaPolicy(module, spec, None)
+    found.float32_head = recipe.float32_head
+    found.gradient_checkpointing = recipe.gradient_checkpointing
     if recipe.lora is not None:
         add_lora(found, recipe.lora())
     return found
@@ -84,7 +87,8 @@ def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
     check_sharding(recipe, max(size, launched()))
     if size > 1:
         check_module(policy.module, size)
-    sampler, wanted = getattr(recipe.sampler, "func", recipe.sampler), sampler_for(policy)
+    sampler = getattr(recipe.sampler, "func", recipe.sampler)
+    wanted = sampler_for(policy)
     if sampler in (autoregress, unmask) and sampler is not wanted:
         raise ValueError(
             f"sampler={sampler.__name__} is not for {policy.spec.attention!r} attention; use {wanted.__name__}"
@@ -106,10 +110,11 @@ def dtype_of(recipe: Recipe, module: Module) -> torch.dtype:
 
 def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> Memory:
     """Bytes per GPU: every GPU holds the full learner, or its part of a sharded one."""
-    dtype, size = dtype_of(recipe, policy.module), group_size(recipe, launched())
+    dtype = dtype_of(recipe, policy.module)
+    size = group_size(recipe, launched())
     copied = rollout_bytes(recipe, policy, 2 if recipe.bf16 else dtype.itemsize)
     if size > 1 and recipe.rollout_quantization is None:
-        copied = policy.parameters * dtype.itemsize
+        copied = policy.parameters * dtype.itemsize  # the rollout needs a full copy of sharded weights
     found = measure_step(recipe, policy, prompt_tokens=prompt_tokens, dtype=dtype, rollout_copy=copied)
     return found if size == 1 else shared_out(found, policy.module, size)
 
@@ -119,16 +124,16 @@ def quantisable(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str,
     if recipe.rollout_quantization is None:
         return 0, 0, {}
     kept = skip_reasons(policy.module, recipe.rollout_quantization(), None)
-    layers: dict[str, Any] = {
-        name.removesuffix(".base_layer"): getattr(layer, "base_layer", layer)
-        for name, layer in policy.module.named_modules()
-        if isinstance(layer, nn.Linear | LoraLinear) and not name.endswith(("lora_A", "lora_B"))
-    }
-    chosen = [layer.weight for name, layer in layers.items() if name not in kept]
+    chosen: list[Tensor] = []
     for name, layer in policy.module.named_modules():
-        if is_stacked(layer) and not name.endswith(".base_layer") and name not in kept:
-            stacks = (getattr(getattr(layer, "base_layer", layer), stack) for stack in STACKS)
-            chosen += [weight for stack in stacks for weight in stack.unbind()]
+        if name in kept or name.endswith((".base_layer", "lora_A", "lora_B")):
+            continue  # an adapter is merged into the layer that it wraps
+        base: Any = getattr(layer, "base_layer", layer)
+        if isinstance(layer, nn.Linear | LoraLinear):
+            chosen.append(base.weight)
+        elif is_stacked(layer):
+            for stack in STACKS:
+                chosen += getattr(base, stack).unbind()
     return len(chosen), sum(weight.numel() for weight in chosen), kept
 
 
@@ -151,43 +156,60 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
 
     prompt_tokens  assumed prompt length; None: the first prompt's if the tokenizer is known, else 256.
     """
-    policy, size = meta_policy(recipe), group_size(recipe, launched())
-    if prompt_tokens is None and policy.tokenizer is None:
-        prompt_tokens = 256  # no task is opened: its data may not be here
-    elif prompt_tokens is None:
-        first = recipe.task[0]
-        prompt_tokens = len(prompt_ids(policy, first.prompt, first.blank))
+    policy = meta_policy(recipe)
+    if prompt_tokens is None:
+        prompt_tokens = 256  # without a tokenizer no task is opened: its data may not be here
+        if policy.tokenizer is not None:
+            first = recipe.task[0]
+            prompt_tokens = len(prompt_ids(policy, first.prompt, first.blank))
     check(recipe, policy, prompt_tokens)
+    lines = [*model_lines(recipe, policy), *batch_lines(recipe, policy, prompt_tokens)]
+    return "\n".join([*lines, *memory_lines(recipe, memory(recipe, policy, prompt_tokens))])
+
+
+def model_lines(recipe: Recipe, policy: MetaPolicy) -> list[str]:
     trainable = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
-    parts = memory(recipe, policy, prompt_tokens)
+    adapters = "" if recipe.lora is None else f" in {recipe.lora()}"
     layers, weights, kept = quantisable(recipe, policy)
-    rows, length = recipe.train_batch_size * recipe.num_generations, recipe.max_new_tokens
     reasons = Counter(why.split(" ")[0] if why.startswith("tied") else why for why in kept.values())
-    between = f", {size} GPUs holding the learner between them" if size > 1 else ""
-    lines = [
+    named = ", ".join(f"{count} {why}" for why, count in reasons.items())
+    return [
         f"{recipe.name}: {recipe.model if isinstance(recipe.model, str) else policy.spec.name} "
         f"({type(policy.module).__name__}, {policy.spec.attention} attention)",
         f"parameters            {policy.parameters:,}",
-        f"trainable parameters  {trainable:,}" + ("" if recipe.lora is None else f" in {recipe.lora()}"),
-        f"quantised layers      {layers} with {weights:,} weights; kept: "
-        + (", ".join(f"{n} {why}" for why, n in reasons.items()) or "all"),
+        f"trainable parameters  {trainable:,}{adapters}",
+        f"quantised layers      {layers} with {weights:,} weights; kept: {named or 'all'}",
+    ]
+
+
+def batch_lines(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> list[str]:
+    rows = recipe.train_batch_size * recipe.num_generations
+    length = recipe.max_new_tokens
+    return [
         f"rollout batch         {rows} rows x ({prompt_tokens} assumed prompt + {length} new) tokens: "
         f"{recipe.train_batch_size} prompts x {recipe.num_generations} completions, over all processes",
         f"update batch          {recipe.micro_batch_size or rows} rows at once, {recipe.num_iterations} updates a step",
         f"graphs kept           {graphs_kept(recipe, policy, rows)}",
         f"tokens per step       {rows * length:,} sampled, {rows * (length + prompt_tokens):,} in all",
-        f"memory per GPU, of a step without data (GB = 10^9 bytes){between}",
-        *(f"  {name:15}  {value / GB:8.3f} GB held" for name, value in parts.held.items()),
-        *(f"  {name:15}  {value / GB:8.3f} GB at most, all of it" for name, value in parts.peaks.items()),
-        f"  {'peak':15}  {parts.peak / GB:8.3f} GB",
-        "fits                  " + ", ".join(f"{size} GB: {fit(parts.peak, size)}" for size in GPUS),
     ]
-    if parts.peak > USABLE * GPUS[0] * GB:
+
+
+def memory_lines(recipe: Recipe, found: Memory) -> list[str]:
+    size = group_size(recipe, launched())
+    between = f", {size} GPUs holding the learner between them" if size > 1 else ""
+    lines = [f"memory per GPU, of a step without data (GB = 10^9 bytes){between}"]
+    for name, value in found.held.items():
+        lines.append(f"  {name:15}  {value / GB:8.3f} GB held")
+    for name, value in found.peaks.items():
+        lines.append(f"  {name:15}  {value / GB:8.3f} GB at most, all of it")
+    lines.append(f"  {'peak':15}  {found.peak / GB:8.3f} GB")
+    lines.append("fits                  " + ", ".join(f"{size} GB: {fit(found.peak, size)}" for size in GPUS))
+    if fit(found.peak, GPUS[0]) == "no":
         lines.append(
             "less memory           --gradient_checkpointing, a smaller --micro_batch_size or --rollout_batch_size, "
             "--lora lora_d1, --optim adamw_8bit, --base_quantization nf4, or --shard_size on several GPUs"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def graphs_kept(recipe: Recipe, policy: MetaPolicy, rows: int) -> str:

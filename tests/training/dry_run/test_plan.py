@@ -1,4 +1,4 @@
-"""Recipes for published models, dry: every check that needs no weights, counts exact, memory as the parts say."""
+"""The plan of a recipe: every check that needs no weights, counts exact, memory as the parts say."""
 
 import copy
 import json
