@@ -7,8 +7,7 @@ import pytest
 from dllm_rl.evaluation.intervals import wilson
 from dllm_rl.evaluation.regrade import grade_file
 from dllm_rl.evaluation.results import Evaluation, Graded
-from dllm_rl.tasks import Problem, Reward, Sudoku
-from dllm_rl.tasks.base import addends
+from dllm_rl.tasks import Problem, Sudoku
 from dllm_rl.tasks.protocols import PROTOCOLS, under_protocol
 
 GRID, PUZZLE = "1234341221434321", "1234341200430021"
@@ -176,11 +175,3 @@ def test_cell_accuracy_is_one_number_under_every_reward() -> None:
         found = Evaluation(tuple(answers), {})
         assert found.means["cell_accuracy"] == found.summary["cell_accuracy"] == 4 / 5
         assert not {"correct_cells", "empty_cells"} & set(found.summary)
-
-
-def test_what_a_completion_adds_to_a_mean() -> None:
-    counts = {"correct_cells": 3.0, "empty_cells": 4.0}
-    added = addends(Reward(2.5, False, {"solve_rate": 0.0, "cell_accuracy": 0.75, **counts}))
-    assert added == {"reward": (2.5, 1.0), "parsed": (0.0, 1.0), "solve_rate": (0.0, 1.0), "cell_accuracy": (3.0, 4.0)}
-    assert addends(Reward(0.0, True, {"cell_accuracy": 0.75}))["cell_accuracy"] == (0.75, 1.0)
-    assert addends(Reward(0.0, True, counts))["correct_cells"] == (3.0, 1.0)

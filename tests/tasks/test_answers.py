@@ -1,8 +1,22 @@
 """Scanners of answers, on texts that two readings tell apart."""
 
+from fractions import Fraction
+
 import pytest
 
-from dllm_rl.tasks.answers import first_closed_answer, last_answer, last_closed_answer
+from dllm_rl.tasks.answers import (
+    FARTHEST,
+    LONGEST,
+    MOST_BOXES,
+    d1_box,
+    exact_number,
+    first_boxed_number,
+    first_closed_answer,
+    last_answer,
+    last_box,
+    last_closed_answer,
+    last_number,
+)
 
 
 @pytest.mark.parametrize(
@@ -11,3 +25,73 @@ from dllm_rl.tasks.answers import first_closed_answer, last_answer, last_closed_
 def test_a_nested_answer(find, found):
     """A pair begins at its first tag; what has no end tag to find begins at the last."""
     assert find("<answer>a<answer>b</answer>") == found
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("42", Fraction(42)),
+        ("-42", Fraction(-42)),
+        ("+1,234.50.", Fraction(2469, 2)),
+        ("$-5", Fraction(-5)),
+        ("-$5", Fraction(-5)),
+        ("\\$5", Fraction(5)),
+        (".5", Fraction(1, 2)),
+        ("-$-5", None),
+        ("12,34", None),
+        ("1,2345", None),
+        ("1e3", None),
+        ("5 %", None),
+        ("\u0665", None),
+        ("", None),
+        ("nan", None),
+        ("1" * 101, None),
+    ],
+)
+def test_exact_numbers(text: str, value: Fraction | None) -> None:
+    assert exact_number(text) == value
+
+
+def test_numbers_in_text() -> None:
+    assert last_number("12 and -7.") == -7.0 and last_number("1.2.3") == 3.0 and last_number("1e2") == 100.0
+    assert last_number("none") is None and last_number("1 2" + " " * FARTHEST) is None
+    assert first_boxed_number("\\boxed{3 \\boxed{4}") == 3.0
+    assert first_boxed_number("\\boxed{x \\boxed{4}") == 4.0
+    assert first_boxed_number("\\boxed{3\n\\boxed{4}") == 4.0  # the first is not closed within its line
+    assert first_boxed_number("\\boxed{3\n} \\boxed{x}") is None
+    assert first_boxed_number("\\boxed{3") is None and first_boxed_number("") is None
+    assert first_boxed_number("\\boxed{" + "x" * FARTHEST + "1} \\boxed{2}") == 2.0
+    for skipped in ("\\boxed{}", "\\boxed{x}", "\\boxed{\n"):
+        assert first_boxed_number(skipped * (MOST_BOXES - 1) + "\\boxed{2}") == 2.0
+        assert first_boxed_number(skipped * MOST_BOXES + "\\boxed{2}") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("no box", "no box"),
+        ("", ""),
+        ("\\boxed{1} \\boxed{2}", "2"),
+        ("\\boxed{a{b}c} d}", "a{b}c"),
+        ("\\boxed{1} \\boxed{2", None),
+        ("\\boxed", None),
+        ("\\boxed{}", ""),
+        ("\\boxed 1$ \\boxed{2} \\boxed 3$4$", "3"),
+        ("\\boxed{2} \\boxed", None),
+        ("\\boxed\n{2} 3", "\\boxed\n{2}"),
+        ("\\boxed }{2} {{3}}", "}{2} {{3}}"),  # a space behind the command: all of it
+        ("\\boxed}{2} {{3}}", "\\boxed}{2} {{3}"),  # -1, 0, -1, 0, 1, 0: zero at a closing brace
+        ("\\fbox{1}", "\\fbox{1}"),
+        ("\\fbox{1} \\boxed{2}", "2"),
+        ("\\boxed{" + "x" * FARTHEST + "}", None),
+    ],
+)
+def test_d1s_last_box(text: str, content: str | None) -> None:
+    assert d1_box(text) == content
+
+
+def test_boxes_are_balanced() -> None:
+    assert last_box("\\boxed{a{b}c} d}") == "a{b}c"
+    assert last_box("\\boxed{1} \\boxed{2") is None
+    assert last_box("\\fbox{1}") == "1" and last_box("\\fbox{1}", names=("\\boxed",)) is None
+    assert last_box("\\boxed{" + "x" * LONGEST + "}") is None

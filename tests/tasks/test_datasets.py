@@ -1,11 +1,10 @@
 """Data sets with TRL-style functions, reasoning-gym with our graders, and the smallest task."""
 
 from functools import partial
-from itertools import pairwise
 
 import pytest
 
-from dllm_rl.tasks import Mini, ReasoningGym, Task, task_from_dataset
+from dllm_rl.tasks import Task, task_from_dataset
 from dllm_rl.tasks.base import grade
 
 ROWS = [
@@ -135,38 +134,18 @@ def test_bad_functions_and_data_sets_are_refused() -> None:
         task_from_dataset(ROWS, reward_funcs=[right])[2]
 
 
-@pytest.mark.parametrize("generator", ["mini_sudoku", "sudoku", "countdown", "gsm_symbolic"])
-def test_reasoning_gym_under_our_graders(generator: str) -> None:
-    task = ReasoningGym(generator, size=4, seed=3)
-    assert isinstance(task, Task) and task.name == f"reasoning_gym/{generator}"
-    for problem in task:
-        assert task.reward(problem, problem.solution).value == 1.0
-        assert task.reward(problem, "no answer").value == 0.0
-    assert task[2] == ReasoningGym(generator, size=4, seed=3)[2] != ReasoningGym(generator, size=4, seed=4)[2]
-    with pytest.raises(IndexError):
-        task[4]
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (None, "scorer returned None, not a list"),
+        (["1"], "returned '1' for completion 'x'"),
+        ([[1]], r"returned \[1\]"),
+    ],
+)
+def test_a_reward_function_of_a_data_set_is_named(result, said):
+    def scorer(completions, **_):
+        return result
 
-
-def test_reasoning_gyms_scorers_would_run_this_and_ours_do_not() -> None:
-    task = ReasoningGym("countdown", size=1, settings='{"min_numbers": 3, "max_numbers": 3}')
-    assert len(task[0].fields["numbers"]) == 3
-    for text in ("__import__('os').abort()", "9**9**9**9"):
-        assert task.reward(task[0], f"<answer>{text}</answer>").value == 0.0
-    with pytest.raises(ValueError, match="generator='chess' must be one of 'mini_sudoku'"):
-        ReasoningGym("chess")
-
-
-def test_mini() -> None:
-    task = Mini(size=200)
-    assert isinstance(task, Task) and len(list(task)) == 200
-    for problem in task:
-        asked, solution = problem.prompt.removesuffix("="), problem.solution
-        assert sorted(asked) == list(solution) and all(a <= b for a, b in pairwise(solution))
-        assert task.reward(problem, solution).value == 1.0
-    problem = next(problem for problem in task if problem.solution == "".join(sorted(set(problem.solution))))
-    for wrong in (1, 2, 3, 4):
-        graded = task.reward(problem, "x" * wrong + problem.solution[wrong:])
-        assert graded.value == 1 - wrong / 4 and graded.breakdown == {"accuracy": 0.0}
-    assert task.reward(problem, problem.solution + "1").breakdown == {"accuracy": 0.0}
-    assert task.reward(problem, problem.solution[:2]).value == 0.5
-    assert task.reward(problem, "").parsed is False
+    task = task_from_dataset([{"prompt": "2+2="}], reward_funcs=scorer)
+    with pytest.raises(ValueError, match=said):
+        task.reward(task[0], "x")

@@ -1,4 +1,4 @@
-"""When the last resort is armed. What a deadline does to a stuck grader: test_grade.py."""
+"""When the last resort is armed. What a deadline does to a stuck grader: test_base.py."""
 
 import faulthandler
 import threading

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dllm_rl.tasks import Countdown, Mini, Problem, Sudoku
-from dllm_rl.tasks.math.graders import gsm8k_d1_training
+from dllm_rl.tasks import Countdown, Mini, Sudoku
 from dllm_rl.tasks.protocols import PROTOCOLS, TABLE, TASKS, find_grader, protocol_names, under_protocol
-from dllm_rl.tasks.sudoku.graders import sudoku_d1_training
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parents[1] / "golden" / "graded.jsonl").open()]
 RESULT = {"task", "version", "protocol", "rule", "completion", "value", "parsed", "breakdown"}
@@ -58,59 +56,9 @@ def test_a_task_under_a_protocol() -> None:
     assert grid.reward(grid[0], grid[0].solution).breakdown["solve_rate"] == 1.0
 
 
-FIELDS = {"puzzle": "1234341200430021", "solution": "1234341221434321"}
+def test_no_task_imports_torch(monkeypatch) -> None:
+    import subprocess
+    import sys
 
-
-@pytest.mark.parametrize(
-    ("completion", "value", "parsed"),
-    [
-        ("<answer>1234341221434321</answer>", 1.0, True),
-        ("<answer>row: 1 2 3 4, 3 4 1 2, 2 1 4 3, 4 3 2 1.</answer>", 1.0, True),  # the digits alone are read
-        ("<answer>1234341221434321", 0.0, False),  # no closing tag
-        ("1234341221434321", 0.0, False),
-        ("<answer>123434122</answer>", 0.25, True),  # padded
-        ("<answer>2222222222222222</answer><answer>1234341221434321</answer>", 1.0, True),
-        ("<answer>1234341221434321</answer><answer>2</answer>", 0.0, True),
-        ("<answer></answer>", 0.0, True),
-    ],
-)
-def test_d1s_sudoku_training_reward(completion: str, value: float, parsed: bool) -> None:
-    for graded in (
-        sudoku_d1_training(FIELDS, completion),
-        Sudoku(reward_rule="d1").reward(Problem("", FIELDS), completion),
-    ):
-        assert (graded.value, graded.parsed) == (value, parsed)
-
-
-LAID_OUT = "<reasoning>\nwork\n</reasoning>\n<answer>\n42\n</answer>\n"
-
-
-@pytest.mark.parametrize(
-    ("completion", "correct", "integer", "strict", "soft", "tags"),
-    [
-        (LAID_OUT, 2.0, 0.5, 0.5, 0.5, 0.5),
-        (LAID_OUT + "\n", 2.0, 0.5, 0.5, 0.5, 0.5),
-        (LAID_OUT.replace("42", "41"), 0.0, 0.5, 0.5, 0.5, 0.5),
-        (LAID_OUT.replace("42", "42.0"), 0.0, 0.0, 0.5, 0.5, 0.5),
-        (LAID_OUT + "x", 2.0, 0.5, 0.0, 0.5, 0.5),
-        (LAID_OUT[:-1], 2.0, 0.5, 0.0, 0.5, 0.5),
-        ("\n" + LAID_OUT, 2.0, 0.5, 0.0, 0.0, 0.5),
-        ("<reasoning>work</reasoning> <answer>42</answer>", 2.0, 0.5, 0.0, 0.5, 0.0),
-        ("<reasoning>work</reasoning> so <answer>42</answer>", 2.0, 0.5, 0.0, 0.0, 0.0),
-        ("<answer>\n42\n</answer>", 2.0, 0.5, 0.0, 0.0, 0.125),
-        ("\n<answer>\n42\n</answer>", 2.0, 0.5, 0.0, 0.0, 0.25),
-        (LAID_OUT.replace("42", "41") + "<answer>42</answer>", 2.0, 0.5, 0.0, 0.5, 0.5),
-        (LAID_OUT * 2, 2.0, 0.5, 0.5, 0.5, 0.0),
-        ("42", 2.0, 0.5, 0.0, 0.0, 0.0),
-        ("<reasoning>\n</reasoning>\n<answer>\n</answer>\n", 0.0, 0.0, 0.0, 0.5, 0.5),
-        ("", 0.0, 0.0, 0.0, 0.0, 0.0),
-    ],
-)
-def test_d1s_gsm8k_training_reward(
-    completion: str, correct: float, integer: float, strict: float, soft: float, tags: float
-) -> None:
-    graded = gsm8k_d1_training({"answer": "#### 42"}, completion)
-    terms = {"correct": correct, "integer": integer, "strict": strict, "soft": soft, "tags": tags}
-    assert graded.breakdown == {"accuracy": float(correct == 2.0), **terms}
-    assert graded.value == sum(terms.values())
-    assert graded.parsed == ("<answer>" in completion)
+    code = "import sys, dllm_rl.tasks.protocols; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from dllm_rl.tasks import task_from_dataset
-from dllm_rl.tasks.base import Problem, Reward, grade
+from dllm_rl.tasks.base import Problem, Reward, addends, grade
 from dllm_rl.tasks.deadline import STATUS
 
 
@@ -78,23 +77,6 @@ def test_an_interrupt_passes_through():
         grade(Returning(KeyboardInterrupt()), [Problem("2+2=")], ["5"])
 
 
-@pytest.mark.parametrize(
-    ("result", "said"),
-    [
-        (None, "scorer returned None, not a list"),
-        (["1"], "returned '1' for completion 'x'"),
-        ([[1]], r"returned \[1\]"),
-    ],
-)
-def test_a_reward_function_of_a_data_set_is_named(result, said):
-    def scorer(completions, **_):
-        return result
-
-    task = task_from_dataset([{"prompt": "2+2="}], reward_funcs=scorer)
-    with pytest.raises(ValueError, match=said):
-        task.reward(task[0], "x")
-
-
 STUCK = """
 import re, sys, time
 from dllm_rl.tasks import deadline
@@ -144,3 +126,11 @@ def test_c_code_that_cannot_be_interrupted_ends_with_its_stack():
 def test_graders_in_time_are_left_alone():
     done = run_stuck("return Reward(0.0, True)", timeout=600)
     assert done.returncode == 0 and done.stderr == ""
+
+
+def test_what_a_completion_adds_to_a_mean() -> None:
+    counts = {"correct_cells": 3.0, "empty_cells": 4.0}
+    added = addends(Reward(2.5, False, {"solve_rate": 0.0, "cell_accuracy": 0.75, **counts}))
+    assert added == {"reward": (2.5, 1.0), "parsed": (0.0, 1.0), "solve_rate": (0.0, 1.0), "cell_accuracy": (3.0, 4.0)}
+    assert addends(Reward(0.0, True, {"cell_accuracy": 0.75}))["cell_accuracy"] == (0.75, 1.0)
+    assert addends(Reward(0.0, True, counts))["correct_cells"] == (3.0, 1.0)

@@ -175,48 +175,6 @@ def test_the_problems_themselves_are_pinned() -> None:
 ASKED = Problem(prompt="", fields={"numbers": [3, 4, 5], "target": 17})
 
 
-@pytest.mark.parametrize(
-    ("completion", "value", "parsed"),
-    [
-        ("3*4+5    ", 1.2, True),
-        ("(4*3) + 5", 1.2, True),
-        ("5+4*3", 1.2, True),
-        ("3+4+5", 0.2, True),  # each number once, worth 12
-        ("3*4", 0.2 * 2 / 3, True),  # two of the three
-        ("3*4+5+0", 0.2 * 3 / 4, True),  # three of the three, and one too many
-        ("17", 0.0, True),
-        ("3*4+5=17", 0.0, False),
-        ("3**4+5", 0.0, False),
-        ("", 0.0, False),
-    ],
-)
-def test_reward_worked_by_hand(completion: str, value: float, parsed: bool) -> None:
-    graded = Countdown().reward(ASKED, completion)
-    assert graded.value == pytest.approx(value) and graded.parsed == parsed
-
-
-def test_a_number_given_twice_must_stand_twice() -> None:
-    twice = Problem(prompt="", fields={"numbers": [5, 5, 2], "target": 7})
-    assert Countdown().reward(twice, "5+2").breakdown == {"accuracy": 0.0, "valid": 0.0, "numbers_used": 2 / 3}
-    once = Problem(prompt="", fields={"numbers": [5, 2], "target": 7})
-    assert Countdown().reward(once, "5+2+5-5").breakdown == {"accuracy": 0.0, "valid": 0.0, "numbers_used": 1 / 2}
-
-
-def test_reward_by_d1s_rule() -> None:
-    task = Countdown(reward_rule="d1", prompt_format="text")
-    for completion, value in [
-        ("3*4+5", 0.0),
-        ("<answer>3*4+5", 0.0),
-        ("<answer>nonsense</answer>", 0.1),
-        ("<answer>3+4+5</answer>", 0.1),
-        ("<answer>3*4+5</answer>", 1.0),
-        ("<answer>\u2003\n3*4+5\u00a0</answer>", 1.0),
-        ("<answer>3*4+5</answer><answer>5</answer>", 0.1),
-        ("<answer>5</answer><answer>3*4+5</answer>", 1.0),
-    ]:
-        assert task.reward(ASKED, completion).value == value, completion
-
-
 def test_stored_problems(tmp_path) -> None:
     path = tmp_path / "cd.jsonl"
     path.write_text('{"input": "30,100,93", "output": "23"}\n\n{"numbers": [1, 2], "target": 3}\n')
@@ -231,14 +189,6 @@ def test_stored_problems(tmp_path) -> None:
     path.write_text('{"numbers": [1], "target": 1}\n{"input": "1,x", "output": "2"}\n')
     with pytest.raises(ValueError, match="line 2"):
         len(Countdown(path=path))
-
-
-def test_opening_begins_the_assistants_turn() -> None:
-    asked = Countdown(prompt_format="{numbers}: {target}", opening="<reasoning>")[0]
-    assert asked.prompt[-1] == {"role": "assistant", "content": "<reasoning>"} and len(asked.prompt) == 2
-    for without_turn in ({"prompt_format": "text", "chat": False}, {"prompt_format": "compact"}):
-        with pytest.raises(ValueError, match="opening"):
-            Countdown(opening="<reasoning>", **without_turn)
 
 
 @pytest.mark.parametrize(

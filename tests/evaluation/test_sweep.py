@@ -1,0 +1,50 @@
+"""Tables and curves of made-up results, by hand."""
+
+import csv
+
+import pytest
+
+from dllm_rl.evaluation.sweep import COSTS, plot_curve, varying, write_csv
+
+
+def result(steps, accuracy, **settings):
+    facts = {"task": "t", "n": 4, "num_steps": steps, "accuracy": accuracy}
+    cost = {"steps": steps, "tokens": 9, "forwards": 2, "seconds": 0.5}
+    return facts | settings | {"accuracy_interval": [accuracy - 0.1, accuracy + 0.1]} | cost
+
+
+def test_settings_that_vary():
+    assert varying([result(2, 0.5), result(4, 0.5)]) == ["num_steps"]
+    assert varying([result(2, 0.5, rank="a", model="m"), result(4, 0.5, rank="b", model="m")]) == ["num_steps", "rank"]
+    assert varying([result(2, 0.5), result(2, 0.75)]) == ["model"]  # accuracy is no setting
+
+
+def test_a_table_has_a_row_per_result_and_every_difference(tmp_path):
+    later = result(2, 0.75) | {"difference": {"accuracy": [0.25, -0.5, 1.0]}}
+    write_csv(tmp_path / "a.csv", [result(2, 0.5), later])
+    with (tmp_path / "a.csv").open() as file:
+        first, second = csv.DictReader(file)
+    written = {name: value for name, value in first.items() if value}
+    assert list(written) == ["task", "n", "num_steps", "accuracy", "accuracy_low", "accuracy_high", *COSTS]
+    assert list(first)[-3:] == ["accuracy_less", "accuracy_less_low", "accuracy_less_high"]
+    assert (first["accuracy"], first["accuracy_low"], first["steps"]) == ("0.5", "0.4", "2")
+    assert first["accuracy_less"] == "" and second["accuracy_less_low"] == "-0.5"
+
+
+def test_a_curve_has_a_line_per_rule_and_its_points_by_steps(tmp_path, monkeypatch):
+    """The numbers of an adaptive rule are points of one line; nothing in a label is a formula."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    found = [
+        result(3, 0.5, commit="threshold=0.9"),
+        result(2, 0.75, commit="threshold=0.8"),
+        result(4, 0.25, commit="$a"),
+    ]
+    plot_curve(tmp_path / "a.png", found)
+    (axis,) = plt.gcf().axes
+    points = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    assert points == {"threshold": [[2, 0.75], [3, 0.5]], r"\$a": [[4, 0.25]]}
+    assert axis.get_title() == "t, 4 problems" and axis.get_ylabel() == "accuracy"
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.undo()
+    plt.close("all")

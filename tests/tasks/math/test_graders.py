@@ -1,0 +1,63 @@
+"""Mathematics: rational answers without a tolerance, references, and d1's training reward."""
+
+from fractions import Fraction
+
+import pytest
+
+from dllm_rl.tasks.math.graders import gsm8k_d1_training, math500_strict, reference_number
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "value"),
+    [
+        (r"\frac{1}{3}", "0.3333333", 0.0),
+        (r"\frac{1}{3}", "0.33333333333333333333", 0.0),
+        ("0.3333333", "1/3", 0.0),
+        (r"\frac{1}{3}", "1/3", 1.0),
+        (r"\frac{1}{2}", "0.50", 1.0),
+    ],
+)
+def test_strict_compares_rational_numbers_exactly(reference, answer, value) -> None:
+    """A third is no decimal, however many threes: a tolerance would let 0.3333333 through."""
+    graded = math500_strict({"answer": reference}, rf"so \boxed{{{answer}}}")
+    assert (graded.parsed, graded.value) == (True, value)
+
+
+def test_reference_numbers() -> None:
+    assert reference_number("so 3\n#### 1,000") == 1000 and reference_number(18.5) == Fraction(37, 2)
+    with pytest.raises(ValueError, match="no number"):
+        reference_number("#### x")
+
+
+LAID_OUT = "<reasoning>\nwork\n</reasoning>\n<answer>\n42\n</answer>\n"
+
+
+@pytest.mark.parametrize(
+    ("completion", "correct", "integer", "strict", "soft", "tags"),
+    [
+        (LAID_OUT, 2.0, 0.5, 0.5, 0.5, 0.5),
+        (LAID_OUT + "\n", 2.0, 0.5, 0.5, 0.5, 0.5),
+        (LAID_OUT.replace("42", "41"), 0.0, 0.5, 0.5, 0.5, 0.5),
+        (LAID_OUT.replace("42", "42.0"), 0.0, 0.0, 0.5, 0.5, 0.5),
+        (LAID_OUT + "x", 2.0, 0.5, 0.0, 0.5, 0.5),
+        (LAID_OUT[:-1], 2.0, 0.5, 0.0, 0.5, 0.5),
+        ("\n" + LAID_OUT, 2.0, 0.5, 0.0, 0.0, 0.5),
+        ("<reasoning>work</reasoning> <answer>42</answer>", 2.0, 0.5, 0.0, 0.5, 0.0),
+        ("<reasoning>work</reasoning> so <answer>42</answer>", 2.0, 0.5, 0.0, 0.0, 0.0),
+        ("<answer>\n42\n</answer>", 2.0, 0.5, 0.0, 0.0, 0.125),
+        ("\n<answer>\n42\n</answer>", 2.0, 0.5, 0.0, 0.0, 0.25),
+        (LAID_OUT.replace("42", "41") + "<answer>42</answer>", 2.0, 0.5, 0.0, 0.5, 0.5),
+        (LAID_OUT * 2, 2.0, 0.5, 0.5, 0.5, 0.0),
+        ("42", 2.0, 0.5, 0.0, 0.0, 0.0),
+        ("<reasoning>\n</reasoning>\n<answer>\n</answer>\n", 0.0, 0.0, 0.0, 0.5, 0.5),
+        ("", 0.0, 0.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_d1s_gsm8k_training_reward(
+    completion: str, correct: float, integer: float, strict: float, soft: float, tags: float
+) -> None:
+    graded = gsm8k_d1_training({"answer": "#### 42"}, completion)
+    terms = {"correct": correct, "integer": integer, "strict": strict, "soft": soft, "tags": tags}
+    assert graded.breakdown == {"accuracy": float(correct == 2.0), **terms}
+    assert graded.value == sum(terms.values())
+    assert graded.parsed == ("<answer>" in completion)

@@ -1,0 +1,48 @@
+"""GSM8K from its published form."""
+
+import json
+
+import pytest
+
+from dllm_rl.tasks import GSM8K, Task
+
+TRAIN = [
+    {
+        "question": f"Ann has {n} apples and eats one. How many?",
+        "answer": f"{n} - 1 = <<{n}-1={n - 1}>>{n - 1}\n#### {n - 1:,}",
+    }
+    for n in range(990, 1050)
+]
+TEST = [{"question": "What is 40 + 2?", "answer": "40 + 2 = 42\n#### 42"}]
+
+
+def write_lines(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_lines(tmp_path / "train.jsonl", TRAIN)
+    write_lines(tmp_path / "test.jsonl", TEST)
+    return tmp_path
+
+
+def test_gsm8k_splits(folder) -> None:
+    tasks = {split: GSM8K(split=split, path=folder) for split in ("train", "validation", "test")}
+    assert all(isinstance(task, Task) for task in tasks.values())
+    asked = {split: {problem.prompt[0]["content"] for problem in task} for split, task in tasks.items()}
+    assert len(asked["train"] | asked["validation"]) == len(tasks["train"]) + len(tasks["validation"]) == len(TRAIN)
+    assert not asked["train"] & asked["validation"] and 0 < len(tasks["validation"]) < 20
+    assert len(GSM8K(split="train", path=folder, size=3)) == 3
+    assert len(GSM8K(split="train", path=folder, size=1000)) == len(tasks["train"])
+
+    problem = tasks["test"][0]
+    assert problem.fields == {"answer": "42"} and problem.prompt[0]["content"].endswith("What is 40 + 2?")
+    assert problem.solution == "<reasoning>\n40 + 2 = 42\n</reasoning>\n<answer>\n42\n</answer>\n"
+    for rule, value in (("own", 1.0), ("d1", 4.0), ("espo", 1.0)):
+        task = GSM8K(split="test", path=folder / "test.jsonl", reward_rule=rule)
+        assert task.reward(problem, problem.solution).value == value
+        assert task.reward(problem, "no idea").value == 0.0
+    with pytest.raises(IndexError):
+        tasks["test"][1]
