@@ -83,7 +83,7 @@ class BatchInvariantOps(TorchFunctionMode):
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = input.reshape(-1, input.shape[-1])
-        filled = F.pad(rows, (0, 0, 0, -len(rows) % self.tile))
+        filled = F.pad(rows, (0, 0, 0, -len(rows) % self.tile))  # the last tile has as many rows as the others
         out = torch.cat([F.linear(part, weight, bias) for part in filled.split(self.tile)])
         return out[: len(rows)].unflatten(0, input.shape[:-1])
 
@@ -127,7 +127,7 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
     before = [getattr(owner, name) for owner, name, _ in switches]
     precision = torch.get_float32_matmul_precision()
     plain = sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext()
-    prepare_workspace()
+    prepare_workspace()  # first: it raises where nothing has been changed yet
     try:
         for owner, name, value in switches:
             setattr(owner, name, value)

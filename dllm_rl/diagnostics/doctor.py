@@ -154,6 +154,7 @@ def diagnose(
     own_noise = noise if share_noise else likelihood.draw(rollout, Generator().manual_seed(seed + 1))
 
     scored_as = replace(rollout, sampling_params=learner_sampling_params or rollout.sampling_params)
+    # From the learner's own score to the sampler's record, each score differs from the one before in one thing.
     learner = score(policy, scored_as, own_noise)
     mirrored = score(policy, rollout, own_noise)
     ours = score(policy, rollout, noise)
@@ -168,7 +169,7 @@ def diagnose(
     # An exact replay runs without a cache: what it misses of the sampler's own record is the cache's.
     steps["cache or sampler"] = torch.where(mask, replay - recorded(rollout, order), 0)
     steps["padding"] = ours - score(policy, *pad_left(rollout, noise, policy.pad_id))[:, PADDING:]
-    whole = score(policy, rollout, noise, micro_batch_size=None)
+    whole = score(policy, rollout, noise, micro_batch_size=None)  # all rows at once, against a prompt's rows
     steps["batch shape"] = whole - score(policy, rollout, noise, micro_batch_size=rollout.group_size)
 
     causes = [measure(name, step, mask) for name, step in steps.items()]
@@ -256,7 +257,7 @@ def measure(name: str, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Ca
 
 def with_head(policy: Policy, *, float32: bool) -> Policy:
     """The same policy, weights shared, with its logits in fp32 or in its own dtype."""
-    other = copy.copy(policy)
+    other = copy.copy(policy)  # shallow: the modules, and with them the weights, are shared
     other.float32_head = float32
     return other
 
@@ -287,7 +288,7 @@ def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
     for name, buffer in rollout_policy.module.named_buffers():
         owner, _, kind = name.rpartition(".")
         if kind != "weight_scale":  # belongs to the codes, which the plain copy does not have
-            setattr(plain.module.get_submodule(owner), kind, buffer.clone())
+            setattr(plain.module.get_submodule(owner), kind, buffer.clone())  # 16-bit rotary tables are a precision
     return plain
 
 
@@ -295,7 +296,7 @@ def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
 def operands(plain: Policy, config: Any) -> tuple[Policy, Policy]:
     """Two copies: with rounded weights only, and fully quantised."""
     fresh = quantized_copy(plain, config)
-    rounded = quantized_copy(plain, None)
+    rounded = quantized_copy(plain, None)  # plain layers, which do not quantise what comes in
     weights = dict(rounded.module.named_parameters())
     for name, layer in quantized_layers(fresh):
         where, expert = place(name)
@@ -305,7 +306,7 @@ def operands(plain: Policy, config: Any) -> tuple[Policy, Policy]:
 
 def pad_left(rollout: Rollout, noise: Noise, pad_id: int) -> tuple[Rollout, Noise]:
     """The same batch with PADDING more columns on the left, which should score the same."""
-    wider = partial(F.pad, pad=(PADDING, 0))
+    wider = partial(F.pad, pad=(PADDING, 0))  # new columns are neither masked nor scored
     left = None if noise.left is None else wider(noise.left)
     padded = replace(noise, masked=wider(noise.masked), weight=wider(noise.weight), left=left)
     return rollout.padded(PADDING, pad_id=pad_id), padded

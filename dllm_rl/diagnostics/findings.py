@@ -78,7 +78,7 @@ def plot(report: Report, path: Path) -> None:
     """Bars of mean |d| by cause, and of the worst layers' errors."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # needs no screen
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 3.6), layout="constrained")

@@ -52,7 +52,7 @@ def evaluate(
             raise ValueError(f"{name}={value} must be at least 1")
     accelerator = accelerator or OneProcess()
     path = None if completions is None else Path(completions)
-    # The digest of the weights reads all of them, which only stored completions need.
+    # Without a file nothing is compared with other weights, and no weight is read.
     made_with = {"seed": seed, "sampler": describe(sampler), "weights": path and fingerprint(policy)}
     made_with |= {"quantization": quantization} if quantization else {}
     keeper = Completions(path, made_with, accelerator)

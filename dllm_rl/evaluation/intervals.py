@@ -1,6 +1,6 @@
 """Confidence intervals (Wilson, bootstrap) and the unbiased pass@k estimator. No torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import sqrt
 from statistics import NormalDist
 
@@ -43,8 +43,8 @@ def bootstrap_mean(
     shares = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
     if len(numbers) == 0 or len(numbers) != len(shares) or not (shares > 0).all():
         raise ValueError(f"{len(numbers)} values, {len(shares)} weights: needs some values, a positive weight for each")
-    size = len(numbers)
-    return _percentiles(lambda rows: _ratio(numbers, shares, rows), size, generator, confidence, resamples)
+    nothing = np.zeros_like(numbers)  # a mean is its difference from 0
+    return bootstrap_difference(numbers, nothing, generator, confidence=confidence, resamples=resamples, weights=shares)
 
 
 def bootstrap_difference(
@@ -68,24 +68,11 @@ def bootstrap_difference(
     others = np.ones_like(numbers) if weights_before is None else np.asarray(weights_before, dtype=np.float64)
     if not len(numbers) or {len(other), len(shares), len(others)} != {len(numbers)}:
         raise ValueError(f"{len(numbers)} values, {len(other)} before: needs some values, and as many of each")
-
-    def less(rows: np.ndarray) -> float:
-        # The same rows of both, so that a problem's difficulty cancels.
-        return _ratio(numbers, shares, rows) - _ratio(other, others, rows)
-
-    return _percentiles(less, len(numbers), generator, confidence, resamples)
-
-
-def _ratio(numbers: np.ndarray, shares: np.ndarray, rows: np.ndarray) -> float:
-    return numbers[rows].sum() / shares[rows].sum()
-
-
-def _percentiles(
-    statistic: Callable[[np.ndarray], float], n: int, generator: np.random.Generator, confidence: float, resamples: int
-) -> tuple[float, float]:
-    """The middle `confidence` of a statistic of n rows drawn with replacement, `resamples` times."""
     level = _level(confidence)
-    found = np.array([statistic(generator.integers(0, n, n)) for _ in range(resamples)])
+    found = []
+    for _ in range(resamples):
+        rows = generator.integers(0, len(numbers), len(numbers))
+        found.append(numbers[rows].sum() / shares[rows].sum() - other[rows].sum() / others[rows].sum())
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -19,11 +19,7 @@ COSTS = ("steps", "tokens", "forwards", "seconds")
 
 def varying(found: Sequence[dict[str, Any]]) -> list[str]:
     """The settings in which the results differ; the model if the results differ in nothing."""
-    names = []
-    for name in SETTINGS:
-        if len({str(row.get(name)) for row in found}) > 1:
-            names.append(name)
-    return names or ["model"]
+    return [name for name in SETTINGS if len({str(row.get(name)) for row in found}) > 1] or ["model"]
 
 
 def write_csv(path: Path, found: Sequence[dict[str, Any]]) -> None:

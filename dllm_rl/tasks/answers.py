@@ -4,9 +4,9 @@ import re
 from fractions import Fraction
 
 LONGEST = 10_000  # characters of an answer, box or expression; a longer one counts as none
-# d1's parsers have no limits.
-FARTHEST = 100_000
-MOST_BOXES = 10_000
+# d1's parsers have no limits; ours are far beyond any completion.
+FARTHEST = 100_000  # characters that are searched for a closing brace or a number
+MOST_BOXES = 10_000  # that are searched for a number
 
 _ENDS = ("</answer>", "<|eot_id|>", "<|endoftext|>")
 _BRACE = re.compile(r"[{}]")
@@ -33,7 +33,7 @@ def first_closed_answer(text: str) -> str | None:
 
 def last_closed_answer(text: str) -> str | None:
     """The last of the non-overlapping `<answer>...</answer>` pairs, read from the left; None without one."""
-    for piece in reversed(text.split("</answer>")[:-1]):
+    for piece in reversed(text.split("</answer>")[:-1]):  # what stands behind the last end tag is in no pair
         start = piece.find("<answer>")
         if start >= 0:
             return piece[start + len("<answer>") :]
@@ -52,7 +52,7 @@ def last_box(text: str, *, names: tuple[str, ...] = ("\\boxed", "\\fbox")) -> st
 def final_answer(text: str) -> str | None:
     """The strict reading: the last box inside the last `<answer>` block, else the block, else the text's last box."""
     block = last_answer(text)
-    box = last_box(text if block is None else block)
+    box = last_box(text if block is None else block)  # beside an answer block, a box in the working does not count
     found = block if box is None else box
     return None if found is None or len(found) > LONGEST else found.strip()
 
@@ -104,7 +104,7 @@ def exact_number(text: str) -> Fraction | None:
         return None
     text = text.strip().replace("\\$", "$").removesuffix(".")
     found = _PLAIN.fullmatch(text) if len(text) <= 100 else None
-    if not found or (found[1] and found[2]):
+    if not found or (found[1] and found[2]):  # a sign on either side of the dollar sign, not on both
         return None
     value = Fraction(found[3].replace(",", ""))
     return -value if "-" in found[1] + found[2] else value
@@ -138,7 +138,7 @@ def _number(text: str, *, last: bool) -> float | None:
     if len(text) > FARTHEST:
         return None
     try:
-        return float(text)
+        return float(text)  # also 1e3, inf and nan, as d1 reads them
     except ValueError:
         numbers = _NUMBER.findall(text)
         return float(numbers[-1 if last else 0]) if numbers else None

@@ -79,7 +79,7 @@ def addends(reward: Reward) -> dict[str, tuple[float, float]]:
     added |= {name: (number, 1.0) for name, number in reward.breakdown.items()}
     for name, counts in COUNTED.items():
         if name in added and all(count in added for count in counts):
-            (above, _), (below, _) = (added.pop(count) for count in counts)
+            (above, _), (below, _) = map(added.pop, counts)  # a count alone says nothing: its mean is not shown
             added[name] = above, below
     return added
 
@@ -93,7 +93,8 @@ def grade(
     Errors: RuntimeError when the grader raises or exits; ValueError when it returns no `Reward`, or a number that is
     not finite in fp32. Both name the problem and the completion.
     """
-    group, place = len(completions) // len(problems), 0
+    group = len(completions) // len(problems)
+    place = 0
     own = [problems[i // group] for i in range(len(completions))]
 
     def given() -> str:
@@ -111,7 +112,7 @@ def grade(
             restart()
             try:
                 yield task.reward(own[place], completion)
-            except (Exception, SystemExit) as error:
+            except (Exception, SystemExit) as error:  # a grader that exits must not look like a run that ended well
                 raise RuntimeError(f"the grader of task {task.name!r} raised on {given()}: {error!r}") from error
 
     many: Callable[..., Sequence[Reward]] | None = getattr(task, "rewards", None)

@@ -38,7 +38,8 @@ class DatasetTask:
         if not 0 <= index < len(self):
             raise IndexError(f"problem {index} of {len(self)}")
         row = dict(self.dataset[index])
-        prompt, solution = row.pop("prompt"), row.pop("completion", None)
+        prompt = row.pop("prompt")
+        solution = row.pop("completion", None)
         return Problem(prompt, row, solution[-1]["content"] if isinstance(solution, list) else solution)
 
     def reward(self, problem: Problem, completion: str) -> Reward:
@@ -119,7 +120,7 @@ def hold_out(rows: Any) -> tuple[Any, Any]:
     """The rows without their last tenth, and the last tenth: 1 to HELD_OUT rows. Errors: ValueError below 2 rows."""
     if len(rows) < 2:
         raise ValueError(f"dataset has {len(rows)} row, and one is to be held out; give eval_dataset")
-    kept = len(rows) - min(HELD_OUT, len(rows) // 10 or 1)
+    kept = len(rows) - min(HELD_OUT, len(rows) // 10 or 1)  # one row at least
     return part_of(rows, 0, kept), part_of(rows, kept, len(rows))
 
 

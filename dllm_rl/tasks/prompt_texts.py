@@ -4,7 +4,7 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 Prompt = str | list[dict[str, str]]
 
@@ -20,27 +20,27 @@ def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
         loaded: Prompt = template
     else:
         path = Path(template)
-        if len(str(path)) > 1000 or not path.is_file():
+        if len(str(path)) > 1000 or not path.is_file():  # the file system refuses a longer name with an OSError
             raise ValueError(f"prompt_format={str(template)!r} is neither a template with {{{needs[0]}}} nor a file")
         loaded = _messages(path) if path.suffix == ".json" else path.read_text(encoding="utf-8")
     whole = loaded if isinstance(loaded, str) else "".join(message["content"] for message in loaded)
-    missing = [name for name in needs if "{" + name + "}" not in whole]
-    if missing:
-        raise ValueError(f"prompt template lacks {{{missing[0]}}}; it needs every one of {list(needs)}")
+    for name in needs:
+        if "{" + name + "}" not in whole:
+            raise ValueError(f"prompt template lacks {{{name}}}; it needs every one of {list(needs)}")
     return loaded
 
 
 def _messages(path: Path) -> list[dict[str, str]]:
     loaded = json.loads(path.read_text(encoding="utf-8"))
-    good = isinstance(loaded, list) and all(
-        isinstance(message, dict)
-        and set(message) == {"role", "content"}
-        and all(isinstance(value, str) for value in message.values())
-        for message in loaded
-    )
-    if not good:
+    if not isinstance(loaded, list) or not all(map(_is_message, loaded)):
         raise ValueError(f"{path} must hold a list of chat messages with exactly a role and a content, both text")
     return loaded
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"role", "content"}:
+        return False
+    return isinstance(value["role"], str) and isinstance(value["content"], str)
 
 
 class Prompted:
@@ -58,6 +58,7 @@ class Prompted:
     prompt_format: str | Path
     chat: bool
     opening: str
+    reward_rule: str
 
     @property
     def compact(self) -> bool:
@@ -94,5 +95,6 @@ def fill(template: Prompt, *, chat: bool, opening: str = "", **values: str) -> P
 
 
 def _replace(text: str, values: dict[str, str]) -> str:
+    # One pass over the template: a value that looks like a placeholder is text.
     names = re.compile("|".join("\\{" + re.escape(name) + "\\}" for name in values))
     return names.sub(lambda found: values[found[0][1:-1]], text)

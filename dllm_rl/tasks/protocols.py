@@ -83,7 +83,7 @@ def find_grader(task: str, protocol: str) -> Grader:
     if protocol not in PROTOCOLS[task]:
         raise ValueError(f"protocol={protocol!r} is none of {task}'s: {', '.join(PROTOCOLS[task])}")
     if protocol in TABLE[task].require:
-        TABLE[task].require[protocol]()
+        TABLE[task].require[protocol]()  # before any work: a package that is missing is named at once
     return PROTOCOLS[task][protocol]
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any, ClassVar
 
 from dllm_rl.tasks.base import Problem, Reward
@@ -13,22 +14,20 @@ from dllm_rl.tasks.sudoku.graders import sudoku_strict
 
 
 def _sudoku_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: "".join(str(d) for row in entry["metadata"][name] for d in row) for name in ("puzzle", "solution")}
+    rows = entry["metadata"]
+    return {name: "".join(map(str, chain.from_iterable(rows[name]))) for name in ("puzzle", "solution")}
 
 
 def _countdown_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"numbers": list(entry["metadata"]["numbers"]), "target": entry["metadata"]["target"]}
 
 
-def _number_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {"answer": str(entry["answer"])}
-
-
+# Each generator's way from its entry to our grader's fields, and the grader.
 _GYM = {
     "mini_sudoku": (_sudoku_fields, sudoku_strict),
     "sudoku": (_sudoku_fields, sudoku_strict),
     "countdown": (_countdown_fields, countdown_strict),
-    "gsm_symbolic": (_number_fields, gsm8k_strict),
+    "gsm_symbolic": (lambda entry: {"answer": str(entry["answer"])}, gsm8k_strict),
 }
 
 
@@ -52,7 +51,7 @@ class ReasoningGym:
         if self.generator not in _GYM:
             known = ", ".join(map(repr, _GYM))
             raise ValueError(f"generator={self.generator!r} must be one of {known}: only these have graders of ours")
-        _generated(self.generator, self.size, self.seed, self.settings)
+        _generated(self.generator, self.size, self.seed, self.settings)  # a wrong setting is found here
 
     @property
     def name(self) -> str:

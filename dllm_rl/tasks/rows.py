@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
+from random import Random
 from typing import Any, Literal
 
 Row = dict[str, Any]
@@ -16,6 +17,7 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 def hashed_split(key: str) -> Split:
     """The split of a key, by a fixed hash: 70 in 100 train, 10 validation, 20 test."""
+    # Python's own hash differs between processes. A JSON text may hold half of a surrogate pair.
     place = int.from_bytes(sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % 100
     return "test" if place < 20 else "validation" if place < 30 else "train"
 
@@ -32,6 +34,16 @@ def check_settings(*faults: tuple[bool, str]) -> None:
             raise ValueError(message)
 
 
+def as_range(number: int | tuple[int, int]) -> tuple[int, int]:
+    return (number, number) if isinstance(number, int) else number
+
+
+def drawn(number: int | tuple[int, int], rng: Random) -> int:
+    """The number, or one of an inclusive range."""
+    low, high = as_range(number)
+    return low + int(rng.random() * (high - low + 1))
+
+
 def load_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     """(place, row) for each row of one file. Errors: ValueError naming the file and line."""
     path = Path(path)
@@ -43,20 +55,23 @@ def load_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             for row in reader:
-                yield f"{path}, line {reader.line_num}", dict(row)
-    elif path.suffix == ".json":
+                yield f"{path}, line {reader.line_num}", dict(row)  # a quoted cell may span lines
+    else:
+        for number, row in enumerate(_table(path), 1):
+            yield f"{path}, row {number}", row
+
+
+def _table(path: Path) -> list[Row]:
+    if path.suffix == ".json":
         rows = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{path} must hold a list of objects")
-        for number, row in enumerate(rows, 1):
-            yield f"{path}, row {number}", row
-    elif path.suffix == ".parquet":
+        return rows
+    if path.suffix == ".parquet":
         from pyarrow.parquet import read_table
 
-        for number, row in enumerate(read_table(path).to_pylist(), 1):
-            yield f"{path}, row {number}", row
-    else:
-        raise ValueError(f"{path} must end in one of {', '.join(_SUFFIXES)}")
+        return read_table(path).to_pylist()
+    raise ValueError(f"{path} must end in one of {', '.join(_SUFFIXES)}")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
@@ -66,7 +81,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # RecursionError: a hostile line of brackets
                 raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: must be a JSON object, not {type(row).__name__}")
@@ -94,7 +109,7 @@ def load_split(path: str | Path | None, split: str, dataset: tuple[str, str | No
     (name, configuration) that `datasets` loads or downloads. Errors: ValueError."""
     if path is not None:
         return tuple(load_rows(_split_file(Path(path), split)))
-    import datasets
+    import datasets  # here: importing takes seconds, and a file needs none of it
 
     name, configuration = dataset
     try:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, none
@@ -24,17 +23,18 @@ def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
     micro-batches do not matter. One row, a row without tokens, and a batch without tokens are defined.
     """
     generator = torch.Generator().manual_seed(seed)
-    for rows, length in ((6, 5), (1, 3)):
+    for rows, length in ((6, 5), (1, 3)):  # a statistic over one row divides by nothing
         mask = torch.rand(rows, length, generator=generator) < 0.8
-        mask[0, 0] = True
+        mask[0, 0] = True  # at least one token counts
         mismatch = torch.randn(rows, length, generator=generator) * 0.5
         advantages = torch.randn(rows, generator=generator)
         step = torch.randn(rows, length, generator=generator) * 0.1
         _neutral(corrector, mask, advantages)
         _sound(corrector, mismatch, advantages, mask)
         _symmetric(corrector, mismatch, advantages, mask, step)
-    empty = torch.tensor([True, False, True])[:, None].repeat(1, 4)
-    mismatch, advantages = torch.randn(3, 4, generator=generator), torch.tensor([1.0, -1.0, 0.0])
+    empty = torch.tensor([True, False, True])[:, None].repeat(1, 4)  # a row without tokens
+    mismatch = torch.randn(3, 4, generator=generator)
+    advantages = torch.tensor([1.0, -1.0, 0.0])
     _sound(corrector, mismatch, advantages, empty)
     _sound(corrector, mismatch, advantages, torch.zeros_like(empty))
     _drops_nonfinite(corrector, advantages)
@@ -73,13 +73,15 @@ def _neutral(corrector: Corrector, mask: Tensor, advantages: Tensor) -> None:
     assert (weights[mask] == 1).all(), f"on-policy, every weight must be exactly 1, got {weights[mask]}"
     ours = make_batch(mask, advantages, weights=weights, keep=keep)
     plain = make_batch(mask, advantages)
-    (loss, _, gradient), (loss0, _, gradient0) = loss_of(corrector, ours, ours.old), loss_of(none(), plain, plain.old)
-    assert torch.equal(loss, loss0), f"on-policy, the loss must be that of none() bit for bit: {loss} against {loss0}"
-    assert torch.equal(gradient, gradient0), "on-policy, the gradient must be that of none() bit for bit"
+    loss, _, gradient = loss_of(corrector, ours, ours.old)
+    wanted, _, slope = loss_of(none(), plain, plain.old)
+    # Bit for bit: an unquantised run with a corrector is then the run without one.
+    assert torch.equal(loss, wanted), f"on-policy, the loss must be that of none() bit for bit: {loss} against {wanted}"
+    assert torch.equal(gradient, slope), "on-policy, the gradient must be that of none() bit for bit"
 
 
 def _sound(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, dict]:
-    copies = mismatch.clone().requires_grad_(), advantages.clone(), mask.clone()
+    copies = mismatch.clone().requires_grad_(), advantages.clone(), mask.clone()  # a gradient would show in weights
     weights, keep, metrics = corrector.weigh(*copies)
     assert weights.shape == mask.shape and keep.shape == mask.shape, "weights and keep mask must be (B, T)"
     assert not weights.requires_grad, "weights must be detached: no gradient flows through them"
@@ -95,22 +97,17 @@ def _sound(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask: Ten
 
 def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask: Tensor, step: Tensor) -> None:
     weights, keep, metrics = _sound(corrector, mismatch, advantages, mask)
-    # Two sums in another order; 1e-5 is a hundred roundings of fp32.
-    same = lambda a, b, what: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m: f"{what}: {m}")  # noqa: E731
-    near = lambda a, b: math.isclose(float(a), float(b), rel_tol=1e-5, abs_tol=1e-6)  # noqa: E731
-
     order = torch.arange(len(mask)).flip(0)
-    w, k, m = corrector.weigh(mismatch[order], advantages[order], mask[order])
-    same(w[order][mask], weights[mask], "another order of the rows must give the same weights")
-    assert torch.equal(k[order], keep), "another order of the rows must give the same keep mask"
+    turned, kept, again = corrector.weigh(mismatch[order], advantages[order], mask[order])
+    _same(turned[order][mask], weights[mask], "another order of the rows must give the same weights")
+    assert torch.equal(kept[order], keep), "another order of the rows must give the same keep mask"
     for name, value in metrics.items():
-        assert near(m[name], value), f"metric {name} depends on the order of the rows"
+        assert _near(again[name], value), f"metric {name} depends on the order of the rows"
 
-    garbage = torch.where(mask, mismatch, 7.0)
+    garbage = torch.where(mask, mismatch, 7.0)  # large, so that a sum over all columns would show it
     padded = torch.cat([mask, torch.zeros_like(mask)], 1)
-    w, _, _ = corrector.weigh(torch.cat([garbage, garbage], 1), advantages, padded)
-    columns = mask.shape[1]
-    same(w[:, :columns][mask], weights[mask], "what stands off the mask must not change the weights")
+    wider, _, _ = corrector.weigh(torch.cat([garbage, garbage], 1), advantages, padded)
+    _same(wider[:, : mask.shape[1]][mask], weights[mask], "what stands off the mask must not change the weights")
 
     behaviour = torch.full(mask.shape, -1.0) - torch.where(mask, mismatch, 0)
     batch = make_batch(mask, advantages, weights=weights, keep=keep, behaviour=behaviour)
@@ -122,28 +119,43 @@ def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask:
         return asked[0]
 
     loss, sums, gradient = loss_of(corrector, replace(batch, sum_over=of_all), logps)
-    whole, parts = len(asked), []
+    whole = len(asked)
     assert whole <= 1, "a surrogate must ask for one sum over processes, or for none"
+    parts = []
     for rows in torch.arange(len(mask)).split(max(1, len(mask) // 2)):
         some = {"weights": weights[rows], "keep": keep[rows], "behaviour": behaviour[rows]}
         part = make_batch(mask[rows], advantages[rows], **some)
+        # The denominators of the whole batch, so that the parts' losses add up to its loss.
         part = replace(part, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences, sum_over=of_all)
         parts.append(loss_of(corrector, part, logps[rows]))
+    losses, parts_sums, gradients = zip(*parts, strict=True)
     if whole:
-        same(sum(asked[1:]), asked[0], "what a surrogate sums over processes must add up")
-    same(sum(p[0] for p in parts), loss, "micro-batches must add up to the batch's loss")
-    same(torch.cat([p[2] for p in parts]), gradient, "micro-batches must give the batch's gradient")
-    for name in sums:
-        assert name == "loss" or all(near(sum(p[1][name][i] for p in parts), sums[name][i]) for i in (0, 1)), (
-            f"metric {name} must be a (sum, count) that adds up over micro-batches"
-        )
+        _same(sum(asked[1:]), asked[0], "what a surrogate sums over processes must add up")
+    _same(sum(losses), loss, "micro-batches must add up to the batch's loss")
+    _same(torch.cat(gradients), gradient, "micro-batches must give the batch's gradient")
+    for name, (total, count) in sums.items():
+        if name != "loss":  # the loss has its denominators already
+            above, below = zip(*(part[name] for part in parts_sums), strict=True)
+            adds_up = _near(sum(above), total) and _near(sum(below), count)
+            assert adds_up, f"metric {name} must be a (sum, count) that adds up over micro-batches"
     assert (gradient[~keep] == 0).all(), "tokens outside the keep mask must get no gradient"
+
+
+def _same(found: Any, wanted: Tensor, what: str) -> None:
+    # The same sums in another order: 1e-5 is a hundred roundings of fp32.
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, msg=lambda message: f"{what}: {message}")
+
+
+def _near(found: Any, wanted: Any) -> bool:
+    return math.isclose(float(found), float(wanted), rel_tol=1e-5, abs_tol=1e-6)
 
 
 def _drops_nonfinite(corrector: Corrector, advantages: Tensor) -> None:
     mask = torch.ones(3, 4, dtype=torch.bool)
     mismatch = torch.zeros(3, 4)
-    mismatch[0, 1], mismatch[1, 2], mismatch[2, 0] = math.inf, -math.inf, math.nan
+    mismatch[0, 1] = math.inf
+    mismatch[1, 2] = -math.inf
+    mismatch[2, 0] = math.nan
     weights, keep, metrics = corrector.weigh(mismatch, advantages, mask)
     assert not keep[~mismatch.isfinite()].any(), "a token whose ratio is not finite must leave the keep mask"
     assert weights.isfinite().all(), f"weights must stay finite beside a ratio that is not, got {weights}"
@@ -161,11 +173,17 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
 
     rollout  of at least two prompts, made by `policy`; completions of at least two tokens.
     """
-    draw = lambda r, s=seed: estimator.draw(r, torch.Generator().manual_seed(s))  # noqa: E731
-    before, tokens = torch.get_rng_state(), rollout.tokens.clone()
-    noise, again = draw(rollout), draw(rollout)
-    completion, group = rollout.completion_mask, rollout.group_size
-    advantages = torch.arange(len(tokens), device=tokens.device) % 2 - 0.5
+
+    def draw(rows: Rollout) -> Noise:
+        return estimator.draw(rows, torch.Generator().manual_seed(seed))
+
+    before = torch.get_rng_state()
+    tokens = rollout.tokens.clone()
+    noise = draw(rollout)
+    again = draw(rollout)
+    completion = rollout.completion_mask
+    group = rollout.group_size
+    advantages = torch.arange(len(tokens), device=tokens.device) % 2 - 0.5  # both signs: an estimator may differ
     told = estimator.with_advantages(noise, advantages)
     logps = estimator.logprobs(policy, rollout, told)
     assert torch.equal(torch.get_rng_state(), before), "the global generator must be left alone"
@@ -193,8 +211,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     torch.testing.assert_close(found, logps, **near, msg=lambda m: f"padding must not change contributions: {m}")
     parts = estimator.logprobs(policy, rollout, told, micro_batch_size=group)
     torch.testing.assert_close(parts, logps, **near, msg=lambda m: f"micro-batches must not change contributions: {m}")
-    order = rearrange(torch.arange(len(tokens), device=tokens.device), "(p g) -> p g", g=group).flip(0)
-    order = rearrange(order, "p g -> (p g)")
+    order = torch.arange(len(tokens), device=tokens.device).view(-1, group).flip(0).flatten()  # groups stay together
     turned = estimator.logprobs(policy, rollout.rows(order), told.rows(order))
     torch.testing.assert_close(turned, logps[order], **near, msg=lambda m: f"the order of prompts must not matter: {m}")
 
@@ -209,6 +226,5 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
 def _same_noise(a: Noise, b: Noise) -> bool:
     """Equal masks and weights; surplus views must be empty (a trajectory's length may differ)."""
     few = min(len(a.masked), len(b.masked))
-    rest = [x for noise in (a, b) for x in (noise.masked[few:], noise.weight[few:])]
-    equal = torch.equal(a.masked[:few], b.masked[:few]) and torch.equal(a.weight[:few], b.weight[:few])
-    return equal and not any(x.any() for x in rest)
+    surplus = a.masked[few:].any() or a.weight[few:].any() or b.masked[few:].any() or b.weight[few:].any()
+    return torch.equal(a.masked[:few], b.masked[:few]) and torch.equal(a.weight[:few], b.weight[:few]) and not surplus

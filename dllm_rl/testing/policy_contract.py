@@ -48,15 +48,16 @@ def check_policy(policy: Any, *, seed: int = 0) -> None:
 
 def _rows(policy: Policy, generator: torch.Generator) -> tuple[Int[Tensor, "3 T"], Bool[Tensor, "3 T"]]:
     """Three rows of random tokens without the mask token; the last two have padding on the left."""
-    spec, length = policy.spec, 12
+    spec = policy.spec
+    length = 12
     if spec.block_size is not None:
-        length = max(length, spec.block_size + 2)
+        length = max(length, spec.block_size + 2)  # a token of the second block, whose sight is checked
     if spec.max_length is not None:
         assert spec.max_length >= 6, f"max_length={spec.max_length} leaves no room for six tokens"
         length = min(length, spec.max_length)
     tokens = torch.randint(0, policy.vocab_size - 1, (3, length), generator=generator)
     if spec.mask_id is not None:
-        tokens = tokens + (tokens >= spec.mask_id)
+        tokens = tokens + (tokens >= spec.mask_id)  # skips the mask token
     mask = torch.arange(length) >= torch.tensor([0, 2, length // 2])[:, None]
     return tokens.masked_fill(~mask, policy.pad_id).to(policy.device), mask.to(policy.device)
 
@@ -91,12 +92,13 @@ def _check_rows(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) ->
 
 
 def _check_sight(policy: Policy, tokens: Int[Tensor, "1 T"], mask: Bool[Tensor, "1 T"]) -> None:
-    spec, size = policy.spec, policy.vocab_size
+    spec = policy.spec
     at = spec.block_size if spec.block_size is not None else 3
     other = tokens.clone()
-    other[0, at] = next(t for t in range(size) if t not in (spec.mask_id, int(tokens[0, at])))
-    before, after = policy.logits(tokens, mask), policy.logits(other, mask)
-    moved = [_gap(policy, b, a) > 1 for a, b in zip(before[0], after[0], strict=True)]
+    other[0, at] = min({0, 1, 2} - {spec.mask_id, int(tokens[0, at])})
+    before = policy.logits(tokens, mask)[0]
+    after = policy.logits(other, mask)[0]
+    moved = [_gap(policy, new, old) > 1 for old, new in zip(before, after, strict=True)]
     if spec.attention == "full":
         assert moved[0], f"attention='full', but the first position does not see token {at}"
     else:
@@ -109,14 +111,15 @@ def _check_sight(policy: Policy, tokens: Int[Tensor, "1 T"], mask: Bool[Tensor, 
 
 def _check_gradient(policy: Policy, tokens: Tensor, mask: Tensor) -> None:
     twin = copied(policy)
-    twin.module.requires_grad_(policy.lora is None)
+    twin.module.requires_grad_(policy.lora is None)  # with adapters they alone are trained
     for name, parameter in twin.module.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or ".lora_" in name)
     trained = [parameter for parameter in twin.module.parameters() if parameter.requires_grad]
-    if any(not parameter.dtype.is_floating_point for parameter in trained):
-        return
+    if not all(parameter.dtype.is_floating_point for parameter in trained):
+        return  # codes have no gradient
     twin.logits(tokens, mask)[mask].float().log_softmax(-1)[:, 0].sum().backward()
-    reached = [p.grad for p in trained if p.grad is not None]
+    reached = [parameter.grad for parameter in trained if parameter.grad is not None]
+    # Half is enough: an expert that no token is sent to gets none.
     assert 2 * len(reached) > len(trained), (
         f"{len(trained) - len(reached)} of {len(trained)} weights get no gradient from the logits: is there a detach() "
         "or no_grad() on the way?"
@@ -134,10 +137,10 @@ def _check_saving(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) 
         else:
             again = copied(policy)
             for parameter in again.module.parameters():
-                parameter.zero_()
+                parameter.zero_()  # so that a weight that is not loaded shows
             load_weights(again, folder)
         found = again.logits(tokens, mask)
-    exact = policy.lora is None and policy.quantization is None
+    exact = policy.lora is None and policy.quantization is None  # merged adapters and codes as numbers are rounded
     same = torch.equal(found[mask], logits[mask]) if exact else _gap(policy, found[mask], logits[mask]) <= 1
     assert same, "saved and opened again, the logits differ: is a weight neither a parameter nor a lasting buffer?"
 
@@ -156,7 +159,7 @@ def _check_quantised(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tenso
         assert _gap(policy, aligned[mask], ours[mask]) <= 1, (
             "inside aligned_forward, logits must be the quantised copy's"
         )
-        for parameter in learner.module.parameters():
+        for parameter in learner.module.parameters():  # an update, after which the old codes would be far off
             parameter.mul_(0.5)
         learner.version += 1
         sync_weights(learner, rollout)
@@ -173,7 +176,7 @@ def _check_adapters(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor
     with torch.no_grad():
         assert torch.equal(twin.logits(tokens, mask), logits), "fresh adapters must change nothing"
         for name, parameter in twin.module.named_parameters():
-            if ".lora_B." in name:
+            if ".lora_B." in name:  # zero in a fresh adapter, which therefore changes nothing
                 parameter.fill_(0.1)
         assert not torch.equal(twin.logits(tokens, mask), logits), "adapters must change the logits: are they called?"
         assert torch.equal(twin.reference().logits(tokens, mask), logits), "the reference must leave the adapters out"

@@ -44,7 +44,7 @@ def evaluate(text: str) -> Value | None:
 
 
 def _integer(digits: str) -> Fraction:
-    if len(digits) > 40:
+    if len(digits) > 40:  # int() of a long text takes quadratic time
         raise OutOfBounds
     return Fraction(int(digits))
 

@@ -43,7 +43,7 @@ def countdown_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
     """d1's training reward [paper]: 0 without a closed answer block, 0.1 when it is wrong, 1 when it is correct."""
     block = last_closed_answer(completion)
     if block is None:
-        return Reward(0.0, False, _NOTHING)
+        return Reward(0.0, False, _NOTHING)  # every metric, so that means have one denominator
     graded = grade_python_expression(fields, block)
     return Reward(1.0 if graded.value else 0.1, True, graded.breakdown)
 
@@ -53,10 +53,11 @@ GRADERS: dict[str, Grader] = {"strict": countdown_strict, **dict.fromkeys(("d1",
 
 def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
     """`numbers` and `target` of a stored row. Errors: ValueError."""
-    numbers, target = present(row, "numbers"), present(row, "target")
+    numbers = present(row, "numbers")
+    target = present(row, "target")
     if not isinstance(numbers, list) or not numbers or not all(type(number) is int for number in numbers):
         raise ValueError(f"numbers={numbers!r} must be a list of integers")
-    if type(target) is not int:
+    if type(target) is not int:  # a truth value is an int to isinstance
         raise ValueError(f"target={target!r} must be an integer")
     return {"numbers": numbers, "target": target}
 
@@ -85,7 +86,7 @@ def grade_python_expression(fields: Mapping[str, Any], text: str) -> Reward:
         return Reward(0.0, False, _NOTHING | {"undecided": 1.0})
     if value is None:
         return Reward(0.0, False, _NOTHING)
-    numbers = [int(digits) for digits in re.findall(r"\d+", text)]
+    numbers = list(map(int, re.findall(r"\d+", text)))
     graded = _graded(fields, numbers, _close(value, fields["target"]))
     return Reward(graded.value, True, {**graded.breakdown, "undecided": 0.0})
 
@@ -98,7 +99,7 @@ def _close(value: Number, target: int) -> bool:
 
 
 def _graded(fields: Mapping[str, Any], numbers: list[int], on_target: bool) -> Reward:
-    valid = sorted(numbers) == sorted(fields["numbers"])
+    valid = sorted(numbers) == sorted(fields["numbers"])  # a number that is given twice must stand twice
     common = sum((Counter(numbers) & Counter(fields["numbers"])).values())
     used = common / max(len(numbers), len(fields["numbers"]))
     value = float(valid and on_target)

@@ -43,16 +43,17 @@ def python_value(text: str) -> Number | None:
     text = text.strip()
     if len(text) > LONGEST:
         raise OutOfBounds
-    number = lambda token: float(token) if "." in token else int(token)  # noqa: E731
     try:
-        return Reader(_tokens(text), signs=("+", "-"), number=number, apply=_apply).value()
+        return Reader(_tokens(text), signs=("+", "-"), number=_number, apply=_apply).value()
     except (SyntaxError, ArithmeticError, TypeError, ValueError):  # the errors of Python's evaluation
         return None
 
 
 def _tokens(text: str) -> list[str]:
     """The tokens, then "". A line break outside parentheses ends an expression in Python, so it is an error here."""
-    tokens, at, depth = [], 0, 0
+    tokens: list[str] = []
+    at = 0
+    depth = 0
     while at < len(text):
         found = _TOKEN.match(text, at)
         if found is None or (depth == 0 and re.search(r"[\n\r]", found[0])):
@@ -108,7 +109,7 @@ class Reader:
         return value
 
     def factor(self, depth: int) -> Any:
-        if depth > DEEPEST:
+        if depth > DEEPEST:  # or a hostile text could end the process by recursion
             raise OutOfBounds
         if sign := self.next_of(*self.signs):
             value = self.factor(depth + 1)
@@ -123,13 +124,18 @@ class Reader:
             return value
         token = self.tokens[self.at]
         self.at += 1
-        if not token or token in "+-*//**()":
+        if not token or token in "+-*//**()":  # the end, or an operator
             raise SyntaxError(token)
         return self.number(token)
 
 
+def _number(token: str) -> Number:
+    return float(token) if "." in token else int(token)
+
+
 def _apply(sign: str, left: Number, right: Number) -> Number:
     if isinstance(left, int) and isinstance(right, int):
+        # The size is known before the work: a power of text such as 9**9**9 must not be computed to be refused.
         bits = left.bit_length() * right if sign == "**" else left.bit_length() + right.bit_length()
         if sign in ("*", "**") and abs(left) > 1 and bits > LARGEST:
             raise OutOfBounds

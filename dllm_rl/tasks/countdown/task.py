@@ -11,7 +11,7 @@ from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.countdown.expressions import evaluate
 from dllm_rl.tasks.countdown.graders import countdown_d1_training, countdown_strict
 from dllm_rl.tasks.prompt_texts import Prompt, Prompted
-from dllm_rl.tasks.rows import Split, check_split, hashed_split, load_rows
+from dllm_rl.tasks.rows import Split, as_range, check_settings, check_split, drawn, hashed_split, load_rows
 
 TEXT = """Write an arithmetic expression that is worth exactly {target}. It must use each of the numbers {numbers} \
 exactly once and no other number; you may add, subtract, multiply, divide and use parentheses.
@@ -71,23 +71,20 @@ class Countdown(Prompted):
 
     def __post_init__(self) -> None:
         check_split(self.split)
-        low, high = _range(self.count)
-        if not 3 <= low <= high <= 6:
-            raise ValueError(f"count={self.count} must lie in 3..6")
-        if not self.operators or not set(self.operators) <= set("+-*/"):
-            raise ValueError(f"operators={self.operators!r} must be some of '+-*/'")
-        if self.difficulty not in ("any", "sums", "products"):
-            raise ValueError(f"difficulty={self.difficulty!r} must be 'any', 'sums' or 'products'")
-        if self.difficulty == "products" and not set(self.operators) & set("*/"):
-            raise ValueError(f"difficulty='products' needs * or / among operators={self.operators!r}")
-        if self.difficulty == "sums" and not set(self.operators) & set("+-"):
-            raise ValueError(f"difficulty='sums' needs + or - among operators={self.operators!r}")
-        if min(self.max_number, self.max_target) < 10:
-            raise ValueError(f"max_number={self.max_number} and max_target={self.max_target} must be at least 10")
-        if self.size < 1:
-            raise ValueError(f"size={self.size} must be at least 1")
-        if self.reward_rule not in ("own", "d1"):
-            raise ValueError(f"reward_rule={self.reward_rule!r} must be 'own' or 'd1'")
+        low, high = as_range(self.count)
+        own = set(self.operators)
+        least = min(self.max_number, self.max_target)
+        named = f"operators={self.operators!r}"
+        needs = {"any": "+-*/", "sums": "+-", "products": "*/"}.get(self.difficulty, "")
+        check_settings(
+            (not 3 <= low <= high <= 6, f"count={self.count} must lie in 3..6"),
+            (not own or not own <= set("+-*/"), f"{named} must be some of '+-*/'"),
+            (not needs, f"difficulty={self.difficulty!r} must be 'any', 'sums' or 'products'"),
+            (own.isdisjoint(needs), f"difficulty={self.difficulty!r} needs {' or '.join(needs)} among {named}"),
+            (least < 10, f"max_number={self.max_number} and max_target={self.max_target} must be at least 10"),
+            (self.size < 1, f"size={self.size} must be at least 1"),
+            (self.reward_rule not in ("own", "d1"), f"reward_rule={self.reward_rule!r} must be 'own' or 'd1'"),
+        )
         self.check_prompt()
 
     def __len__(self) -> int:
@@ -111,17 +108,16 @@ class Countdown(Prompted):
     @property
     def width(self) -> int:
         """Characters of the longest solution: numbers, operators and parentheses."""
-        count = _range(self.count)[1]
+        _, count = as_range(self.count)
         return count * len(str(self.max_number)) + (count - 1) + 2 * (count - 2)
 
     def _drawn(self, index: int) -> tuple[tuple[int, ...], int, str]:
-        low, high = _range(self.count)
         # Only random() is used: Python promises its sequence for a seed, in every version.
         rng = Random(f"countdown/{self.seed}/{self.split}/{index}")
-        count = low + int(rng.random() * (high - low + 1))
+        count = drawn(self.count, rng)
         while True:
             numbers = tuple(1 + int(rng.random() * self.max_number) for _ in range(count))
-            if hashed_split(repr(sorted(numbers))) != self.split:
+            if hashed_split(repr(sorted(numbers))) != self.split:  # sorted: splits share no set, in whatever order
                 continue
             target, expression = _random_expression(numbers, self.operators, rng)
             if 1 <= target <= self.max_target and self._difficult(numbers, target):
@@ -134,6 +130,7 @@ class Countdown(Prompted):
 
     def _prompt(self, numbers: tuple[int, ...], target: int) -> Prompt:
         if self.compact:
+            # Aligned, so that a position's meaning does not depend on how many digits a number has.
             listed = ",".join(str(number).rjust(len(str(self.max_number))) for number in numbers)
             return f"{listed}>{str(target).rjust(len(str(self.max_target)))}="
         return self.worded(numbers=", ".join(map(str, numbers)), target=str(target))
@@ -142,10 +139,6 @@ class Countdown(Prompted):
         if expression is None:
             return None
         return expression.ljust(self.width) if self.compact else f"<answer>{expression}</answer>"
-
-
-def _range(count: int | tuple[int, int]) -> tuple[int, int]:
-    return (count, count) if isinstance(count, int) else count
 
 
 def _random_expression(numbers: tuple[int, ...], operators: str, rng: Random) -> tuple[int, str]:
@@ -158,7 +151,7 @@ def _random_expression(numbers: tuple[int, ...], operators: str, rng: Random) ->
         a, left = operands.pop(int(rng.random() * len(operands)))
         b, right = operands.pop(int(rng.random() * len(operands)))
         operator = operators[int(rng.random() * len(operators))]
-        if operator in "-/" and a < b:
+        if operator in "-/" and a < b:  # the larger first, so that the value stays positive
             (a, left), (b, right) = (b, right), (a, left)
         if (operator == "-" and a == b) or (operator == "/" and a % b):
             return 0, ""
@@ -171,20 +164,26 @@ def _random_expression(numbers: tuple[int, ...], operators: str, rng: Random) ->
 
 def write(left: Expression, operator: str, right: Expression) -> Expression:
     """left operator right, with parentheses only where they are needed."""
-    first, second = left[0], right[0]
-    if _BINDS[left[1]] < _BINDS[operator]:
+    first, first_operator = left
+    second, second_operator = right
+    if _BINDS[first_operator] < _BINDS[operator]:
         first = f"({first})"
-    if _BINDS[right[1]] < _BINDS[operator] or (right[1] and operator in "-/" and _BINDS[right[1]] == _BINDS[operator]):
+    # On the right of - and / an operator that binds alike needs parentheses, too: a-(b-c) is not a-b-c.
+    least = _BINDS[operator] + (operator in "-/" and second_operator != "")
+    if _BINDS[second_operator] < least:
         second = f"({second})"
     return f"{first}{operator}{second}", operator
 
 
 def signed_sums(numbers: Sequence[int]) -> set[int]:
     """Every value that + and - alone give: the sums with at least one number counted positively."""
-    totals = {(0, False)}
+    negative = 0  # all numbers so far, each negative
+    totals: set[int] = set()
     for number in numbers:
-        totals = {(total + number, True) for total, _ in totals} | {(total - number, plus) for total, plus in totals}
-    return {total for total, plus in totals if plus}
+        added = {total + number for total in (negative, *totals)}
+        totals = added | {total - number for total in totals}
+        negative -= number
+    return totals
 
 
 @lru_cache(maxsize=16)
@@ -192,7 +191,7 @@ def _stored(path: str | Path) -> tuple[tuple[tuple[int, ...], int], ...]:
     problems = []
     for place, row in load_rows(path):
         try:
-            listed = row["numbers"] if "numbers" in row else [int(part) for part in row["input"].split(",")]
+            listed = row["numbers"] if "numbers" in row else row["input"].split(",")
             target = row["target"] if "target" in row else int(row["output"])
             problems.append((tuple(map(int, listed)), int(target)))
         except (KeyError, ValueError, TypeError, AttributeError):

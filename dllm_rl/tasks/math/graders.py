@@ -19,7 +19,7 @@ from dllm_rl.tasks.math.latex import normalise, rational, same_in_d1
 from dllm_rl.tasks.rows import present
 
 _STATED = re.compile(r"The answer is (-?[0-9.,]+)"), re.compile(r"#### (-?[0-9.,]+)")
-_REASONED = re.compile(r"</reasoning>\s*+<answer>")
+_REASONED = re.compile(r"</reasoning>\s*+<answer>")  # *+ does not backtrack: linear time on any text
 
 
 def gsm8k_strict(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -52,9 +52,11 @@ def gsm8k_espo(fields: Mapping[str, Any], completion: str) -> Reward:
 
     Numbers are compared instead of strings, without final points and commas [ours].
     """
-    stated = next((found[1] for pattern in _STATED if (found := pattern.search(completion))), None)
-    if stated is None:
-        last = re.search("[0-9]+-?", completion[::-1])
+    found = _STATED[0].search(completion) or _STATED[1].search(completion)
+    if found:
+        stated = found[1]
+    else:
+        last = re.search("[0-9]+-?", completion[::-1])  # backwards: the last integer in linear time
         stated = last[0][::-1] if last else ""
     number = exact_number(stated.rstrip(".,"))
     return _graded(number is not None, _is_reference(number, fields["answer"]))
@@ -85,12 +87,13 @@ def gsm8k_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
 
 def math500_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     """The strict answer equals the reference: the same after normalisation, or the same rational number [ours]."""
-    answer, reference = final_answer(completion), fields["answer"]
-    if not answer:
-        return _graded(False, False)
+    answer = final_answer(completion)
+    reference = fields["answer"]
+    if not answer or reference is None:
+        return _graded(bool(answer), False)
     value = rational(answer)
-    same = reference is not None and normalise(answer) == normalise(reference)
-    return _graded(True, same or (value is not None and reference is not None and value == rational(reference)))
+    same = normalise(answer) == normalise(reference)
+    return _graded(True, same or (value is not None and value == rational(reference)))
 
 
 def math500_d1(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -115,8 +118,12 @@ def math500_math_verify(fields: Mapping[str, Any], completion: str) -> Reward:
 
 def compare_all(fields: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> None:
     """Makes the comparisons of math500_math_verify in parallel; math_check remembers the verdicts."""
-    pairs = [(each["answer"], final_answer(text)) for each, text in zip(fields, completions, strict=True)]
-    math_check.equal_all([(reference, answer) for reference, answer in pairs if reference is not None and answer])
+    pairs = []
+    for each, text in zip(fields, completions, strict=True):
+        answer = final_answer(text)
+        if answer and each["answer"] is not None:
+            pairs.append((each["answer"], answer))
+    math_check.equal_all(pairs)
 
 
 GSM8K_GRADERS: dict[str, Grader] = {"strict": gsm8k_strict, "d1": gsm8k_d1, "spg": gsm8k_spg, "espo": gsm8k_espo}
@@ -134,7 +141,7 @@ def read_gsm8k(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
         return {"answer": None}
     if type(answer) not in (str, int, float):
         raise ValueError(f"answer={answer!r} must be a number or a text")
-    reference_number(answer)
+    reference_number(answer)  # raises here, with the row's line, and not while grading
     return {"answer": str(answer)}
 
 

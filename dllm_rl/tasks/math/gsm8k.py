@@ -1,9 +1,10 @@
 """GSM8K: school arithmetic in words, answered by one number."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from dllm_rl.tasks.base import Problem, Reward
+from dllm_rl.tasks.base import Grader
 from dllm_rl.tasks.math.graders import gsm8k_d1_training, gsm8k_espo, gsm8k_strict, reference_number
 from dllm_rl.tasks.math.questions import Questions
 from dllm_rl.tasks.rows import Row
@@ -12,7 +13,6 @@ TEXT = """Solve this problem step by step. Put your working between <reasoning> 
 number, and nothing else, between <answer> and </answer>.
 
 {question}"""
-_RULES = {"own": gsm8k_strict, "d1": gsm8k_d1_training, "espo": gsm8k_espo}
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,14 @@ class GSM8K(Questions):
     placeholders: ClassVar[tuple[str, ...]] = ("question",)
     hub: ClassVar[tuple[str, str | None]] = ("openai/gsm8k", "main")
 
+    rules: ClassVar[Mapping[str, Grader]] = {"own": gsm8k_strict, "d1": gsm8k_d1_training, "espo": gsm8k_espo}
+
     reward_rule: Literal["own", "d1", "espo"] = "own"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.reward_rule not in _RULES:
-            raise ValueError(f"reward_rule={self.reward_rule!r} must be one of {', '.join(map(repr, _RULES))}")
-
-    def reward(self, problem: Problem, completion: str) -> Reward:
-        return _RULES[self.reward_rule](problem.fields, completion)
 
     @staticmethod
     def read_row(place: str, row: Row) -> tuple[str, str, str]:
-        question, answer = row.get("question"), row.get("answer")
+        question = row.get("question")
+        answer = row.get("answer")
         if not isinstance(question, str) or not isinstance(answer, str):
             raise ValueError(f"{place}: a GSM8K row needs the texts question and answer")
         try:

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from dllm_rl.tasks.answers import LONGEST, exact_number
 
-_DROPPED = ("\n", "\\!")
+_DROPPED = ("\n", "\\!")  # first: they may stand within the marks below
 _UNWRITTEN = ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")
 _SQRT = re.compile(r"\\sqrt([^{])")
 _FRAC = re.compile(r"\\frac([^{])(.)")
@@ -30,7 +30,7 @@ def normalise(answer: str) -> str:
     if answer == "0.5":
         return "\\frac{1}{2}"
     quotient = _QUOTIENT.fullmatch(answer)
-    if quotient and all(_canonical(part) for part in quotient.groups()):
+    if quotient and all(map(_canonical, quotient.groups())):
         return f"\\frac{{{quotient[1]}}}{{{quotient[2]}}}"
     return answer
 
@@ -54,17 +54,20 @@ def _normalised_in_d1(answer: str) -> str:
     plain, *units = _without_marks(answer).split("\\text{ ")
     if len(units) > 1:
         raise ValueError(answer)
-    first, *roots = _without_name(plain).split("\\sqrt")
-    answer = first + "".join("\\sqrt" + (root if root[0] == "{" else f"{{{root[0]}}}{root[1:]}") for root in roots)
+    answer, *roots = _without_name(plain).split("\\sqrt")
+    for root in roots:
+        answer += "\\sqrt" + (root if root[0] == "{" else f"{{{root[0]}}}{root[1:]}")
     answer = answer.replace(" ", "")
     first, *fractions = answer.split("\\frac")
     if all(fraction[0] == "{" or len(fraction) > 1 for fraction in fractions):
-        answer = first + "".join("\\frac" + _FRAC_HEAD.sub(_braced, fraction) for fraction in fractions)
+        answer = first
+        for fraction in fractions:
+            answer += "\\frac" + _FRAC_HEAD.sub(_braced, fraction)
     if answer == "0.5":
         return "\\frac{1}{2}"
     if answer.count("/") == 1:
-        a, b = map(int, answer.split("/"))
-        return f"\\frac{{{a}}}{{{b}}}" if answer == f"{a}/{b}" else answer
+        above, below = map(int, answer.split("/"))
+        return f"\\frac{{{above}}}{{{below}}}" if answer == f"{above}/{below}" else answer
     return answer
 
 
@@ -92,10 +95,8 @@ def rational(answer: str) -> Fraction | None:
     found = _PLAIN_FRAC.fullmatch(answer)
     if found is None:
         return exact_number(answer)
-    numerator, denominator = int(found[2]), int(found[3])
-    if denominator == 0:
-        return None
-    return Fraction(-numerator if found[1] else numerator, denominator)
+    denominator = int(found[3])
+    return Fraction(int(found[2]), -denominator if found[1] else denominator) if denominator else None
 
 
 def _braced(found: re.Match[str]) -> str:

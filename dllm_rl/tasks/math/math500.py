@@ -1,11 +1,11 @@
 """MATH500: 500 problems of the MATH test set, answered by a LaTeX expression."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from dllm_rl.tasks.answers import last_box
-from dllm_rl.tasks.base import Problem, Reward
+from dllm_rl.tasks.base import Grader, Problem, Reward
 from dllm_rl.tasks.math import math_verify as math_check
 from dllm_rl.tasks.math.graders import compare_all, math500_math_verify, math500_strict
 from dllm_rl.tasks.math.questions import Questions
@@ -15,7 +15,6 @@ TEXT = """Solve this problem step by step. Put your working between <reasoning> 
 answer as \\boxed{...}, and nothing else, between <answer> and </answer>.
 
 {problem}"""
-_RULES = {"own": math500_strict, "espo": math500_math_verify}
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class MATH500(Questions):
     text: ClassVar[str] = TEXT
     placeholders: ClassVar[tuple[str, ...]] = ("problem",)
     hub: ClassVar[tuple[str, str | None]] = ("HuggingFaceH4/MATH-500", None)
+    rules: ClassVar[Mapping[str, Grader]] = {"own": math500_strict, "espo": math500_math_verify}
 
     split: Split = "test"
     reward_rule: Literal["own", "espo"] = "own"
@@ -46,22 +46,19 @@ class MATH500(Questions):
         super().__post_init__()
         if self.split != "test" and self.path is None:
             raise ValueError(f"split={self.split!r} needs path=: MATH-500 is a test set; give a file of MATH problems")
-        if self.reward_rule not in _RULES:
-            raise ValueError(f"reward_rule={self.reward_rule!r} must be one of {', '.join(map(repr, _RULES))}")
         if self.reward_rule == "espo":
             math_check.require()
 
-    def reward(self, problem: Problem, completion: str) -> Reward:
-        return _RULES[self.reward_rule](problem.fields, completion)
-
     def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
         if self.reward_rule == "espo":
+            # In parallel; `reward` finds the verdicts remembered.
             compare_all([problem.fields for problem in problems], completions)
-        return [self.reward(*each) for each in zip(problems, completions, strict=True)]
+        return list(map(self.reward, problems, completions))
 
     @staticmethod
     def read_row(place: str, row: Row) -> tuple[str, str, str]:
-        problem, working = row.get("problem"), row.get("solution")
+        problem = row.get("problem")
+        working = row.get("solution")
         answer = row.get("answer") or (last_box(working) if isinstance(working, str) else None)
         texts = isinstance(problem, str) and isinstance(working, str) and isinstance(answer, str)
         if not (texts and problem and working and answer):

@@ -41,12 +41,16 @@ def equal_all(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
     """As `equal`, for many pairs of (reference, answer), on all `cores`."""
     if len(_KNOWN) > MOST_KNOWN:
         _KNOWN.clear()
-    new = [pair for pair in dict.fromkeys(pairs) if pair not in _KNOWN]
-    _KNOWN.update({pair: True if normalise(pair[0]) == normalise(pair[1]) else None for pair in new})
-    asked = [pair for pair in new if _KNOWN[pair] is None and _comparable(*pair)]
+    asked = []
+    for pair in pairs:
+        if pair not in _KNOWN:
+            reference, answer = pair
+            _KNOWN[pair] = True if normalise(reference) == normalise(answer) else None  # no algebra is needed
+            if _KNOWN[pair] is None and _comparable(reference, answer):
+                asked.append(pair)
     if asked:
         _KNOWN.update(zip(asked, _POOL.ask(asked), strict=True))
-    return [_KNOWN[pair] for pair in pairs]
+    return list(map(_KNOWN.__getitem__, pairs))
 
 
 def forget() -> None:
@@ -74,7 +78,7 @@ class _Pool:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
-        self.lines: list[Connection] = []
+        self.lines: Sequence[Connection] = []
         self.number = 0  # of the last question: a late reply carries another number
         self.lock = Lock()
 
@@ -86,7 +90,8 @@ class _Pool:
     def _close(self) -> None:
         for line in self.lines:
             line.close()
-        self.process, self.lines = None, []
+        self.process = None
+        self.lines = []
 
     def ask(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
         verdicts: list[bool | None] = [None] * len(pairs)
@@ -143,8 +148,8 @@ class _Pool:
     def start(self) -> None:
         """Errors: RuntimeError when the workers do not start."""
         require()
-        pairs = [Pipe() for _ in range(cores())]
-        theirs = [end.fileno() for _, end in pairs]
+        self.lines, ends = zip(*(Pipe() for _ in range(cores())), strict=True)
+        theirs = [end.fileno() for end in ends]
         script = Path(__file__).with_name("math_verify_worker.py")
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(script), str(SECONDS), *map(str, theirs)],
@@ -154,9 +159,8 @@ class _Pool:
             pass_fds=theirs,
             start_new_session=True,  # Ctrl-C is for this process to handle
         )
-        self.lines = [line for line, _ in pairs]
-        for _, end in pairs:
-            end.close()
+        for end in ends:
+            end.close()  # or a line would not end with its worker
         try:
             ready = all(line.poll(STARTING) and line.recv_bytes() == b"ready" for line in self.lines)
         except (OSError, EOFError):

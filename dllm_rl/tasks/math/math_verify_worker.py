@@ -83,13 +83,14 @@ _CONFIG = [LatexExtractionConfig(boxed_match_priority=0)]
 
 
 def main() -> None:
-    seconds, lines = float(sys.argv[1]), [Connection(int(number)) for number in sys.argv[2:]]
+    seconds = float(sys.argv[1])
+    lines = [Connection(int(number)) for number in sys.argv[2:]]
     logging.disable(logging.WARNING)
     latex2sympy2._Latex2Sympy.create_parser = two_stages(latex2sympy2._Latex2Sympy.create_parser)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for pair in WARM.items():
         verify(*map(read, pair), timeout_seconds=None)
-    gc.freeze()
+    gc.freeze()  # a collection in a worker would copy the pages that it shares with this process
     workers = {fork(line, seconds): line for line in lines}
     for line in lines:
         line.send_bytes(b"ready")
@@ -98,6 +99,7 @@ def main() -> None:
         worker, status, used = os.wait4(-1, 0)
         line = workers.pop(worker)
         if status != 0:  # 0: the other end is closed
+            # A worker that computed for long met a hard question; many that did not mean that something else is wrong.
             idle = idle + 1 if used.ru_utime + used.ru_stime < seconds / 2 else 0
             workers[fork(line, seconds)] = line
             line.send_bytes(b"ended")
@@ -120,9 +122,9 @@ def serve(line: Connection, seconds: float) -> None:
         except (EOFError, OSError):
             return
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        known = read(reference)
+        known = read(reference)  # remembered: many completions have one reference
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        equal = verify(known, read.__wrapped__(answer), timeout_seconds=None)
+        equal = verify(known, read.__wrapped__(answer), timeout_seconds=None)  # the timer is the limit
         signal.setitimer(signal.ITIMER_PROF, 0)
         line.send_bytes(b"%d %d" % (number, equal))
 

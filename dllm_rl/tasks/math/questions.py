@@ -1,13 +1,14 @@
 """The common part of GSM8K and MATH500: questions with a working and a final answer, in a published file."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dllm_rl.tasks.base import Problem
+from dllm_rl.tasks.base import Grader, Problem, Reward
 from dllm_rl.tasks.prompt_texts import Prompted
-from dllm_rl.tasks.rows import Row, Split, check_split, load_problems
+from dllm_rl.tasks.rows import Row, Split, check_settings, check_split, load_problems
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Questions(Prompted, ABC):
     """The rows of a published file, or of the data set `hub` (name, configuration) by `datasets`."""
 
     hub: ClassVar[tuple[str, str | None]]
+    rules: ClassVar[Mapping[str, Grader]]  # by reward_rule
 
     split: Split = "train"
     path: str | Path | None = None
@@ -25,6 +27,8 @@ class Questions(Prompted, ABC):
 
     def __post_init__(self) -> None:
         check_split(self.split)
+        rules = ", ".join(map(repr, self.rules))
+        check_settings((self.reward_rule not in self.rules, f"reward_rule={self.reward_rule!r} must be one of {rules}"))
         self.check_prompt()
 
     def __len__(self) -> int:
@@ -37,7 +41,10 @@ class Questions(Prompted, ABC):
         question, answer, working = self._rows()[index]
         solution = f"<reasoning>\n{working}\n</reasoning>\n<answer>\n{self.final(answer)}\n</answer>\n"
         prompt = self.worded(**{self.placeholders[0]: question})
-        return Problem(prompt, {"answer": answer}, solution.removeprefix(self.opening))
+        return Problem(prompt, {"answer": answer}, solution.removeprefix(self.opening))  # the prompt has the opening
+
+    def reward(self, problem: Problem, completion: str) -> Reward:
+        return self.rules[self.reward_rule](problem.fields, completion)
 
     @staticmethod
     @abstractmethod

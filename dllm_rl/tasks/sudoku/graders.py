@@ -10,7 +10,7 @@ from dllm_rl.tasks.base import Grader, Reward
 from dllm_rl.tasks.rows import text_of
 from dllm_rl.tasks.sudoku.grids import MOST_COMPLETIONS, completions, is_completion
 
-_FENCED = re.compile(r"```([\d\s]++)```")
+_FENCED = re.compile(r"```([\d\s]++)```")  # ++ does not backtrack: linear time on any text
 
 
 def sudoku_strict(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -40,7 +40,8 @@ def sudoku_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def _against_reference(fields: Mapping[str, Any], cells: str, *, parsed: bool) -> Reward:
-    puzzle, cells = fields["puzzle"], cells.ljust(16, "0")
+    puzzle = fields["puzzle"]
+    cells = cells.ljust(16, "0")  # a cell that is missing is wrong
     empty = puzzle.count("0")
     triples = zip(puzzle, cells, fields["solution"], strict=True)
     correct = sum(cell == right for given, cell, right in triples if given == "0")
@@ -58,7 +59,8 @@ def d1_candidate(text: str) -> str:
     4. the first 16 digits before blanks and </answer>;
     5. the first standalone 16-digit number.
     """
-    opened, closed = text.find("<answer>"), text.find("</answer>")
+    opened = text.find("<answer>")
+    closed = text.find("</answer>")
     if opened >= 0:
         fenced = _FENCED.search(text, opened)
         if fenced and (found := fenced[1].strip()):
@@ -83,7 +85,7 @@ def first_cells(text: str, count: int) -> str:
 
 def first_digits(text: str, count: int) -> str:
     """The first `count` digits of the text, or all when there are fewer."""
-    enough = re.match(rf"(?:\D*+\d){{{count}}}", text)
+    enough = re.match(rf"(?:\D*+\d){{{count}}}", text)  # digits behind the last one that counts are not collected
     return "".join(re.findall(r"\d", enough[0] if enough else text))
 
 
@@ -96,11 +98,13 @@ def score(puzzle: str, cells: str, *, solved_weight: float, match_weight: float)
     Value: solved_weight * solve_rate + match_weight * (share of all cells that agree).
     """
     grids = completions(puzzle)
+    # A 9x9 puzzle may have more completions than are listed: the rules decide then.
     solved = cells in grids or (len(grids) == MOST_COMPLETIONS and is_completion(puzzle, cells))
     # Every completion has the same givens, so the best match over all cells is the best over the empty cells.
-    size, empty = len(puzzle), puzzle.count("0")
+    size = len(puzzle)
+    empty = puzzle.count("0")
     matching = size if solved else max(sum(map(eq, cells, grid)) for grid in grids)
-    kept = sum(a == b for a, b in zip(cells, puzzle, strict=False) if b != "0")
+    kept = sum(cell == given for cell, given in zip(cells, puzzle, strict=False) if given != "0")
     breakdown = {
         "solve_rate": float(solved),
         "cell_accuracy": (matching - kept) / empty if empty else 1.0,
@@ -117,7 +121,8 @@ GRADERS: dict[str, Grader] = {"strict": sudoku_strict, "d1": sudoku_d1, "spg": s
 
 def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
     """`puzzle` and `solution` of a stored row; a dot is a blank too. Errors: ValueError."""
-    puzzle, solution = text_of(row, "puzzle").replace(".", "0"), text_of(row, "solution")
+    puzzle = text_of(row, "puzzle").replace(".", "0")
+    solution = text_of(row, "solution")
     if protocol != "strict" and len(puzzle) != 16:
         raise ValueError(f"puzzle={puzzle!r}: protocol {protocol} is for 4x4, 16 characters; use strict for 9x9")
     valid = completions(puzzle)

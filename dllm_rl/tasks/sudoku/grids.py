@@ -5,7 +5,7 @@ A grid or puzzle is a string of 16 or 81 characters, row by row; in a puzzle 0 i
 
 from functools import lru_cache
 from hashlib import sha256
-from itertools import islice, permutations
+from itertools import islice
 
 from dllm_rl.tasks.rows import Split
 from dllm_rl.tasks.sudoku.solver import solutions
@@ -14,39 +14,21 @@ MOST_COMPLETIONS = 64  # listed for a 9x9 puzzle, which may have billions
 SPLIT_SIZES: dict[Split, int] = {"test": 88, "validation": 24, "train": 176}
 
 
-def _solved_grids() -> tuple[str, ...]:
-    """All solved grids, in lexicographic order."""
-    rows = ["".join(row) for row in permutations("1234")]
-    grids = [""]
-    for _ in range(4):
-        grids = [grid + row for grid in grids for row in rows if _fits(grid, row)]
-    return tuple(grids)
-
-
-def _fits(grid: str, row: str) -> bool:
-    if any(digit in grid[column::4] for column, digit in enumerate(row)):
-        return False
-    if len(grid) % 8 == 4:  # the row completes two boxes
-        above = grid[-4:]
-        return all(len(set(above[c : c + 2] + row[c : c + 2])) == 4 for c in (0, 2))
-    return True
-
-
-SOLVED = _solved_grids()
+SOLVED = tuple(sorted(solutions("0" * 16)))
 assert len(SOLVED) == 288
 
 # _HOLDS[cell][digit]: the grids with this digit in this cell (0: all grids), as the bits of one integer.
-_HOLDS = tuple(
-    {"0": (1 << 288) - 1}
-    | {digit: sum(1 << i for i, grid in enumerate(SOLVED) if grid[cell] == digit) for digit in "1234"}
-    for cell in range(16)
-)
+# The bits make 4x4 puzzles with many draws cheap: a puzzle's completions are one AND per given.
+_HOLDS = [dict.fromkeys("1234", 0) | {"0": (1 << 288) - 1} for _ in range(16)]
+for _place, _grid in enumerate(SOLVED):
+    for _holds, _digit in zip(_HOLDS, _grid, strict=True):
+        _holds[_digit] |= 1 << _place
 
 
 def _split() -> dict[Split, tuple[str, ...]]:
     """The same split for every seed, so that no choice of seeds trains on a test solution."""
     shuffled = iter(sorted(SOLVED, key=lambda grid: sha256(grid.encode()).digest()))
-    parts = {name: tuple(sorted(next(shuffled) for _ in range(size))) for name, size in SPLIT_SIZES.items()}
+    parts = {name: tuple(sorted(islice(shuffled, size))) for name, size in SPLIT_SIZES.items()}
     assert sum(map(len, parts.values())) == len(set().union(*parts.values())) == 288, "splits share a solution"
     return parts
 
@@ -82,13 +64,14 @@ def is_completion(puzzle: str, cells: str) -> bool:
     """Whether the cells are digits without blanks, keep every given and obey every rule."""
     if len(puzzle) == 16:
         return cells in completions(puzzle)
+    # Only ASCII: isdigit is true of other scripts' digits, too, which the solver would read as numbers.
     if len(cells) != 81 or "0" in cells or not (cells.isascii() and cells.isdigit()):
         return False
     return all(given in ("0", cell) for given, cell in zip(puzzle, cells, strict=True)) and any(solutions(cells))
 
 
 def _agreeing(puzzle: str) -> int:
-    bits = -1
+    bits = -1  # all ones
     for holds, digit in zip(_HOLDS, puzzle, strict=True):
         bits &= holds[digit]
     return bits

@@ -1,8 +1,8 @@
 """Sudoku as an exact cover, on the bits of integers: every completion of a puzzle, 9x9 in milliseconds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache, reduce
-from itertools import islice
+from itertools import islice, product
 from math import isqrt
 from operator import or_
 from random import Random
@@ -15,22 +15,22 @@ def solutions(puzzle: str, rng: Random | None = None) -> Iterator[str]:
     """
     side = isqrt(len(puzzle))
     demands, rivals, met = _cover(isqrt(side))
-    alive, unmet = (1 << side**3) - 1, dict(enumerate(demands))
+    alive = (1 << side**3) - 1
+    unmet = dict(enumerate(demands))
     for cell, digit in enumerate(puzzle):
         if digit != "0":
             candidate = cell * side + int(digit) - 1
-            if not alive >> candidate & 1:
+            if not alive >> candidate & 1:  # an earlier given rules it out
                 return
             alive &= ~rivals[candidate]
             for number in met[candidate]:
                 del unmet[number]
     for chosen in _search(alive, unmet, side, rng):
-        places = (place for place in range(side**3) if chosen >> place & 1)
-        yield "".join(str(place % side + 1) for place in places)
+        yield "".join(str(place % side + 1) for place in _places(chosen))
 
 
 def is_unique(puzzle: str) -> bool:
-    return len(list(islice(solutions(puzzle), 2))) == 1
+    return len(list(islice(solutions(puzzle), 2))) == 1  # two are enough to know
 
 
 @lru_cache(maxsize=2)
@@ -55,23 +55,27 @@ def _cover(box: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int,
                 ):
                     sets[key] = sets.get(key, 0) | bit
     demands = tuple(sets.values())
-    found = ([n for n, demand in enumerate(demands) if demand >> candidate & 1] for candidate in range(side**3))
-    met = tuple(map(tuple, found))
-    shared = [reduce(or_, (demands[number] for number in numbers)) for numbers in met]
-    rivals = tuple(those & ~(1 << candidate) for candidate, those in enumerate(shared))
-    return demands, rivals, met
+    met: list[tuple[int, ...]] = []
+    rivals = []
+    for candidate in range(side**3):
+        own = 1 << candidate
+        met.append(tuple(number for number, demand in enumerate(demands) if demand & own))
+        rivals.append(reduce(or_, map(demands.__getitem__, met[-1])) & ~own)
+    return demands, tuple(rivals), tuple(met)
 
 
 def _search(alive: int, unmet: dict[int, int], side: int, rng: Random | None) -> Iterator[int]:
     """Every choice of alive candidates that meets all unmet demands (number -> demand)."""
     _, rivals, met = _cover(isqrt(side))
     while True:
-        fewest, tightest = 1 << 30, 0
+        fewest = 1 << 30
+        tightest = 0
         for demand in unmet.values():
             count = (alive & demand).bit_count()
             if count < fewest:
-                fewest, tightest = count, demand
-                if count < 2:
+                fewest = count
+                tightest = demand
+                if count < 2:  # nothing is tighter than a forced move, or a demand that cannot be met
                     break
         if not tightest:
             yield alive
@@ -83,7 +87,7 @@ def _search(alive: int, unmet: dict[int, int], side: int, rng: Random | None) ->
         for number in met[forced]:
             del unmet[number]
     choices = list(_places(alive & tightest))
-    if rng is not None:
+    if rng is not None:  # Only random() is used: Python promises its sequence for a seed, in every version.
         choices.sort(key=lambda _: rng.random())
     for choice in choices:
         rest = unmet.copy()
@@ -95,7 +99,7 @@ def _search(alive: int, unmet: dict[int, int], side: int, rng: Random | None) ->
 def _places(bits: int) -> Iterator[int]:
     """The places of the ones, lowest first."""
     while bits:
-        low = bits & -bits
+        low = bits & -bits  # the lowest one alone
         yield low.bit_length() - 1
         bits ^= low
 
@@ -112,9 +116,10 @@ def random_unique_puzzle(solution: str, clues: int, rng: Random) -> str | None:
     # The first half goes at once where it can: nearly all puzzles with 41 clues or more are unique.
     ahead = min(81 - clues, 40)
     whole = [9 * cell + int(digit) - 1 for cell, digit in enumerate(solution)]
-    givens = [whole[cell] for cell in order[ahead:]]
+    givens = list(map(whole.__getitem__, order[ahead:]))
     if _closed(_allowed(givens)).bit_count() != 81 and not is_unique(_blank(solution, order[:ahead])):
-        ahead, givens = 0, whole
+        ahead = 0
+        givens = whole
     for cell in order[ahead:]:
         if len(givens) == clues:
             break
@@ -122,30 +127,30 @@ def random_unique_puzzle(solution: str, clues: int, rng: Random) -> str | None:
         if not _completes_otherwise(fewer, whole[cell]):
             givens = fewer
     kept = {given // 9 for given in givens}
-    return _blank(solution, [cell for cell in range(81) if cell not in kept]) if len(kept) == clues else None
+    return _blank(solution, sorted(set(range(81)) - kept)) if len(kept) == clues else None
 
 
 def _allowed(givens: list[int]) -> int:
     """The candidates of a 9x9 grid that the givens do not rule out."""
-    alive, rivals = (1 << 729) - 1, _cover(3)[1]
+    alive = (1 << 729) - 1
     for given in givens:
-        alive &= ~rivals[given]
+        alive &= ~_cover(3)[1][given]
     return alive
 
 
 def _completes_otherwise(givens: list[int], own: int) -> bool:
     """Whether 9x9 givens have a completion with another digit in the cell of the candidate `own`: faster than a
     search for two completions."""
-    alive, rivals = _allowed(givens), _cover(3)[1]
+    alive = _allowed(givens)
     others = alive & (0b111111111 << own // 9 * 9) & ~(1 << own)
-    return any(_completes(alive & ~rivals[other]) for other in _places(others))
+    return any(_completes(alive & ~_cover(3)[1][other]) for other in _places(others))
 
 
 def _completes(alive: int) -> bool:
     """Whether candidates of a 9x9 grid contain a completion."""
     alive = _closed(alive)
     cells = [alive & (0b111111111 << place) for place in range(0, 729, 9)]
-    choices = min((cell for cell in cells if cell & (cell - 1)), key=int.bit_count, default=0)
+    choices = min((cell for cell in cells if cell & (cell - 1)), key=int.bit_count, default=0)  # two digits or more
     if not choices:
         return alive != 0
     return any(_completes(alive & ~_cover(3)[1][choice]) for choice in _places(choices))
@@ -156,18 +161,19 @@ def _closed(alive: int) -> int:
 
     It handles all demands of a kind at once: shifted onto one another, their bits show which have one candidate left.
     """
-    rivals, placed = _cover(3)[1], 0
+    rivals = _cover(3)[1]
+    placed = 0
     while True:
         forced = 0
         for base, shifts, spread in _KINDS:
             once = twice = 0
             for shift in shifts:
                 here = alive >> shift & base
-                twice |= once & here
+                twice |= once & here  # first: `once` must not hold this candidate yet
                 once |= here
-            if once != base:
+            if once != base:  # a demand that nothing meets
                 return 0
-            forced |= alive & (once ^ twice) * spread
+            forced |= alive & (once ^ twice) * spread  # the product writes a demand's bit at all of its candidates
         forced &= ~placed
         if not forced:
             return alive
@@ -178,20 +184,21 @@ def _closed(alive: int) -> int:
             alive &= ~rivals[low.bit_length() - 1]
 
 
-def _kind(bases: list[int], shifts: list[int]) -> tuple[int, tuple[int, ...], int]:
+def _sums(*ranges: range) -> list[int]:
+    """Every sum of one number of each range."""
+    return list(map(sum, product(*ranges)))
+
+
+def _kind(bases: Iterable[int], shifts: Iterable[int]) -> tuple[int, tuple[int, ...], int]:
     return sum(1 << base for base in bases), tuple(shifts), sum(1 << shift for shift in shifts)
 
 
-# For cells, rows, columns and boxes: the first candidate (81 row + 9 column + digit) of each demand, and the distances
-# of its nine candidates from the first.
+# The first candidate (81 row + 9 column + digit) of each demand, and the distances of its nine candidates from it.
 _KINDS = (
-    _kind([9 * cell for cell in range(81)], list(range(9))),
-    _kind([81 * row + digit for row in range(9) for digit in range(9)], [9 * column for column in range(9)]),
-    _kind([9 * column + digit for column in range(9) for digit in range(9)], [81 * row for row in range(9)]),
-    _kind(
-        [243 * r + 27 * c + digit for r in range(3) for c in range(3) for digit in range(9)],
-        [81 * r + 9 * c for r in range(3) for c in range(3)],
-    ),
+    _kind(range(0, 729, 9), range(9)),  # cells
+    _kind(_sums(range(0, 729, 81), range(9)), range(0, 81, 9)),  # rows
+    _kind(range(81), range(0, 729, 81)),  # columns
+    _kind(_sums(range(0, 729, 243), range(0, 81, 27), range(9)), _sums(range(0, 243, 81), range(0, 27, 9))),  # boxes
 )
 
 

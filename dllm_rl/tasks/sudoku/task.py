@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from dllm_rl.tasks.answers import last_answer
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.prompt_texts import Prompt, Prompted
-from dllm_rl.tasks.rows import Split, check_settings, check_split, hashed_split, load_rows
+from dllm_rl.tasks.rows import Split, as_range, check_settings, check_split, drawn, hashed_split, load_rows
 from dllm_rl.tasks.sudoku.graders import first_cells, score, sudoku_d1_training
 from dllm_rl.tasks.sudoku.grids import SPLITS, completions, count_completions
 from dllm_rl.tasks.sudoku.solver import random_grid, random_unique_puzzle
@@ -74,7 +74,7 @@ class Sudoku(Prompted):
     def __post_init__(self) -> None:
         check_split(self.split)
         fewest, most, why = _CLUES.get((self.side, self.unique), (0, 0, ""))
-        low, high = _range(self.clues) if self.path is None else (fewest, most)  # a file's puzzles have their own
+        low, high = as_range(self.clues) if self.path is None else (fewest, most)  # a file's puzzles have their own
         rules = ("own", "d1") if self.side == 4 else ("own",)
         shown = self.side == 4 and not self.compact  # whether a prompt has room for examples
         check_settings(
@@ -94,66 +94,64 @@ class Sudoku(Prompted):
     def __getitem__(self, index: int) -> Problem:
         if not 0 <= index < len(self):
             raise IndexError(f"problem {index} of {len(self)}")
+        # Only random() is used: Python promises its sequence for a seed, in every version.
         if self.path is not None:
             puzzle, solution = _stored(self.path)[index]
+        elif self.side == 4:
+            puzzle, solution = self._drawn4(Random(f"sudoku/{self.seed}/{self.split}/{index}"), SPLITS[self.split])
         else:
-            # Only random() is used: Python promises its sequence for a seed, in every version.
-            board = "" if self.side == 4 else "9x9/"
-            rng = Random(f"sudoku/{board}{self.seed}/{self.split}/{index}")
-            puzzle, solution = self._drawn4(rng, SPLITS[self.split]) if self.side == 4 else self._drawn9(rng)
-        return Problem(
-            self._prompt(puzzle, solution, index), {"puzzle": puzzle, "solution": solution}, self._answer(solution)
-        )
+            puzzle, solution = self._drawn9(Random(f"sudoku/9x9/{self.seed}/{self.split}/{index}"))
+        fields = {"puzzle": puzzle, "solution": solution}
+        return Problem(self._prompt(puzzle, solution, index), fields, self._answer(solution))
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         """Grades the first 16 (81) non-blank characters; see `score`. Linear in the text's length."""
         if self.reward_rule == "d1":
             return sudoku_d1_training(problem.fields, completion)
         puzzle = problem.fields["puzzle"]
+        # A compact completion is the grid itself. In a text only the answer block counts: the working has digits, too.
         cells = first_cells(completion if self.compact else last_answer(completion) or "", len(puzzle))
         return score(puzzle, cells, solved_weight=self.solved_weight, match_weight=self.match_weight)
 
     def _drawn4(self, rng: Random, grids: Sequence[str]) -> tuple[str, str]:
         solution = grids[int(rng.random() * len(grids))]
-        low, high = _range(self.clues)
-        given = low + int(rng.random() * (high - low + 1))
+        given = drawn(self.clues, rng)
         puzzle = _blanked(solution, given, rng)
         while self.unique and count_completions(puzzle) > 1:
             puzzle = _blanked(solution, given, rng)
         return puzzle, solution
 
     def _drawn9(self, rng: Random) -> tuple[str, str]:
-        low, high = _range(self.clues)
-        given = low + int(rng.random() * (high - low + 1))
+        given = drawn(self.clues, rng)
         while True:
-            solution = random_grid(rng)
+            solution = random_grid(rng)  # the billions of 9x9 grids cannot be listed: a hash splits them
             if hashed_split(solution) == self.split and (puzzle := random_unique_puzzle(solution, given, rng)):
                 return puzzle, solution
 
     def _prompt(self, puzzle: str, solution: str, index: int) -> Prompt:
-        dotted, side = puzzle.replace("0", "."), isqrt(len(puzzle))
+        dotted = puzzle.replace("0", ".")
+        side = isqrt(len(puzzle))
         if self.compact:
             return dotted + "="
         asked = _lines(dotted)
         if self.shots:
-            rng = Random(f"sudoku/shots/{self.seed}/{self.split}/{index}")
+            rng = Random(f"sudoku/shots/{self.seed}/{self.split}/{index}")  # own: examples leave the puzzle as it is
             grids = [grid for grid in SPLITS["train"] if grid != solution]
-            examples = [self._drawn4(rng, grids) for _ in range(self.shots)]
-            solved = [f"{_lines(given.replace('0', '.'))}\n\nSolved:\n{_lines(grid)}" for given, grid in examples]
-            asked = "\n\n".join([*(f"An example:\n{example}" for example in solved), f"Your puzzle:\n{asked}"])
+            parts = []
+            for _ in range(self.shots):
+                given, grid = self._drawn4(rng, grids)
+                parts.append(f"An example:\n{_lines(given.replace('0', '.'))}\n\nSolved:\n{_lines(grid)}")
+            asked = "\n\n".join([*parts, f"Your puzzle:\n{asked}"])
         return self.worded(puzzle=asked, side=str(side), box=str(isqrt(side)))
 
     def _answer(self, solution: str) -> str:
         return solution if self.compact else f"<answer>\n{_lines(solution)}\n</answer>"
 
 
-def _range(clues: int | tuple[int, int]) -> tuple[int, int]:
-    return (clues, clues) if isinstance(clues, int) else clues
-
-
 def _blanked(solution: str, given: int, rng: Random) -> str:
     """The solution with all but `given` cells, chosen uniformly, set to 0."""
-    cells, kept = list(range(16)), ["0"] * 16
+    cells = list(range(16))
+    kept = ["0"] * 16
     for taken in range(given):
         other = taken + int(rng.random() * (16 - taken))
         cells[taken], cells[other] = cells[other], cells[taken]
@@ -170,8 +168,8 @@ def _lines(grid: str) -> str:
 def _stored(path: str | Path) -> tuple[tuple[str, str], ...]:
     problems = []
     for place, row in load_rows(path):
-        puzzle, solution = (str(row.get(name) or row.get(name.title()) or "") for name in ("puzzle", "solution"))
-        puzzle = puzzle.replace(".", "0")
+        puzzle = str(row.get("puzzle") or row.get("Puzzle") or "").replace(".", "0")
+        solution = str(row.get("solution") or row.get("Solution") or "")
         try:
             valid = solution in completions(puzzle)
         except ValueError as error:
