@@ -112,7 +112,7 @@ def qarl(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-
 def compose(*parts: Corrector | Weigh) -> Corrector:
     """Combine correctors or bare weigh functions: see `composed`. The forward is aligned if any part's is.
 
-    Raises ValueError when two parts bring different objectives.
+    Raises ValueError when two parts bring different objectives. Example: compose(tis(cap=3.0), reject(bound=0.1))
     """
     correctors = [part if isinstance(part, Corrector) else Corrector(weigh=part) for part in parts]
     brought = [part for part in correctors if part.surrogate is not None] or [none()]  # an objective, its aggregation

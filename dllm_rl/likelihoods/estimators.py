@@ -63,6 +63,10 @@ class LikelihoodEstimator:
     made_by   the function below with its keywords, so that a command line can change a keyword
 
     Contract: contributions are zero off the completion; both sides of a ratio use the same estimator and noise.
+
+    Example:
+        noise = coupled().draw(rollout, generator)
+        log_ratio = coupled().logprobs(policy, rollout, noise) - coupled().logprobs(other, rollout, noise)
     """
 
     name: str
