@@ -32,7 +32,6 @@ def position_ids(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
 
 def encode_base(module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache: Any) -> States:
     """The final hidden states of a stock module's backbone; cached columns come first among the mask's S."""
-    # Without positions a stock module would count the padding too; a cache, when wanted, is the caller's.
     given = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": False} | cache
     return module.base_model(input_ids=tokens, **given).last_hidden_state
 

@@ -76,8 +76,7 @@ def kept_set(
 ) -> tuple[Float[Tensor, " K"], Int[Tensor, "K C"]]:
     """Log of the mass that a filter kept (nats), and up to KEPT_IDS + 1 kept ids, likeliest first, then -1."""
     log_mass = filtered.logsumexp(-1) - logits.logsumexp(-1)
-    # One more than fits shows that a set is too large.
-    values, ids = filtered.topk(min(KEPT_IDS + 1, filtered.shape[-1]), dim=-1)
+    values, ids = filtered.topk(min(KEPT_IDS + 1, filtered.shape[-1]), dim=-1)  # one more shows that they do not fit
     return log_mass, ids.where(values > -torch.inf, -1).int()
 
 

@@ -19,8 +19,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import TokenLogprob, backward_chunked, chunked, process, wide
 from dllm_rl.types import SamplingParams
 
-# Nats. An order that a policy cannot choose has this log-prob and no gradient, as log-ratios are clamped.
-LEAST = -20.0
+LEAST = -20.0  # nats; an order that a policy cannot choose has this log-prob and no gradient, as log-ratios are clamped
 
 
 def last_committed(

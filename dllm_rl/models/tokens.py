@@ -84,7 +84,6 @@ def conversation_ids(
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant" or i < since:
             continue
-        # The turn's text is what rendering it adds; some templates strip thinking from earlier turns later on.
         before = chat.rendered(turns[:i], answered=True)
         after = chat.rendered(turns[: i + 1])
         if not (whole.startswith(after) and after.startswith(before)):
@@ -216,9 +215,9 @@ def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]
         written = []
         for token, step, probability in zip(*row, strict=True):
             if step >= 0 or token == policy.spec.mask_id:  # else padding, or a token of the prompt
-                entry = {"id": token, "text": policy.tokenizer.decode([token]), "step": step}
-                # JSON has no NaN and no infinity.
-                written.append(entry | {"probability": probability if math.isfinite(probability) else None})
+                finite = probability if math.isfinite(probability) else None  # JSON has no NaN and no infinity
+                text = policy.tokenizer.decode([token])
+                written.append({"id": token, "text": text, "step": step, "probability": finite})
         rows.append(written)
     return rows
 

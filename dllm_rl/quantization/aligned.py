@@ -133,10 +133,10 @@ def aligned_forward(
         for link in links:
             if "forward" in vars(link.source):
                 raise ValueError(f"{link.name}.forward is already replaced: is this inside another aligned_forward()?")
-            if isinstance(link.source, LoraLinear | LoraExperts):
+            if isinstance(link.source, LoraLinear | LoraExperts):  # it merges them, and so drops nothing
                 check_mergeable(link.source.lora)
             link.source.forward = link.forward
-            swapped.append(link.source)
+            swapped.append(link.source)  # one by one: an error above restores what was replaced before it
         yield refresh
     finally:
         for layer in swapped:

@@ -40,11 +40,10 @@ def mixture(
     *,
     act_fn: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "S D"]:
-    """sum_k weight_k down_e(act(gate_e(x)) * up_e(x)), e = index_k, as a stock mixture. The host waits for the device
-    once, for the number of rows of each expert."""
+    """sum_k weight_k down_e(act(gate_e(x)) * up_e(x)), e = index_k, as a stock mixture."""
     chosen = top_k_index.flatten()
     order = chosen.argsort(stable=True)
-    counts = chosen.bincount(minlength=len(gate_up_proj)).tolist()
+    counts = chosen.bincount(minlength=len(gate_up_proj)).tolist()  # the only wait for the device
     parts = []
     for expert, rows in enumerate(hidden_states[order // top_k_index.shape[1]].split(counts)):
         if len(rows):

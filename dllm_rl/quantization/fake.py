@@ -1,8 +1,5 @@
-"""Emulated quantisation for study, on any device: rounded values in the learner's dtype.
-
-A layer rounds its weights once per sync and its input in a few vectorised operations. An emulated rollout costs about
-as much time and memory as a plain one.
-"""
+"""Emulated quantisation for study, on any device: rounded values in the learner's dtype, at about a plain rollout's
+time and memory."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,11 +18,7 @@ TINY = 1e-12  # lower bound of the range, so that an all-zero row gives zeros an
 
 @dataclass(frozen=True)
 class FakeQuantize:
-    """A config for `quantized_copy`, like torchao's.
-
-    weight, activation  a scheme, or None for the learner's dtype.
-    granularity         "row": one scale per output row of a weight and per token of an input; "tensor": one scale.
-    """
+    """A config for `quantized_copy`, like torchao's; `schemes.fake_quantize` explains the fields."""
 
     weight: str | None
     activation: str | None = None
@@ -68,7 +61,7 @@ def codes_and_scale(
         return round_to_float(x.float() / scale, mantissa=mantissa, exponent=exponent), scale
     if scheme == "int8":
         scale = (top / 127.5).clamp(min=torch.finfo(torch.float32).eps).float()
-        return (x * (1.0 / scale)).round_().clamp_(-128, 127), scale
+        return (x * (1.0 / scale)).round_().clamp_(-128, 127), scale  # torchao multiplies: x / scale rounds otherwise
     bound = 1 if scheme == "ternary" else LEVELS[scheme]
     scale = (top.float() if scheme == "ternary" else top.float() / bound).clamp(min=TINY)
     return (x.float() / scale).round_().clamp_(-bound, bound), scale
@@ -103,7 +96,7 @@ class EmulatedLinear(nn.Linear):
 
     @torch.no_grad()
     def load_(self, weight: Float[Tensor, "N K"]) -> None:
-        """Round `weight` into this layer, in place."""
+        """Round `weight` into this layer, in place: once per sync, and not in every product."""
         weight = weight.to(self.source_dtype)
         if self.config.weight is None:
             self.weight.copy_(weight)
@@ -135,7 +128,7 @@ class EmulatedLinear(nn.Linear):
         bias = None if bias is None else bias.float()
         if not self.scales_product:
             return F.linear(codes * scale, self.weight, bias).to(x.dtype), (codes, scale)
-        y = F.linear(codes, self.weight).float().mul_(scale).mul_(self.weight_scale)
+        y = F.linear(codes, self.weight).float().mul_(scale).mul_(self.weight_scale)  # exact below 2**24, as integers
         return (y if bias is None else y.add_(bias)).to(x.dtype), (codes, scale)
 
     def dequantized(self) -> Float[Tensor, "N K"]:

@@ -37,7 +37,7 @@ def unsupported_reason(weight: Tensor, config: Scheme) -> str | None:
     group = getattr(granularity, "group_size", None) or getattr(config, "group_size", None)
     if group and columns % group:
         return f"{rows}x{columns}: {columns} is not a multiple of the group size {group}"
-    step = 16 if isinstance(config, Float8DynamicActivationFloat8WeightConfig) else 1
+    step = 16 if isinstance(config, Float8DynamicActivationFloat8WeightConfig) else 1  # of torch._scaled_mm
     if isinstance(config, Int8DynamicActivationInt8WeightConfig) and weight.is_cuda:
         step = 8  # torchao would multiply on the CPU
     if rows % step or columns % step:
@@ -103,8 +103,7 @@ def check_finite(finite: Finite) -> None:
 def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[Changes, Bool[Tensor, ""]]:
     """Quantise `weight` into a quantised layer, in place: no storage moves. Returns changes, and whether it is finite.
 
-    codes_changed  (number of changed codes, all codes of the layer); absent without quantised weights. A zero that
-                   only changes its sign has not changed.
+    codes_changed  (number of changed codes, all codes of the layer); absent without quantised weights
     scale_change   (sum of |s' - s| / |s|, number of scales)
     """
     if not isinstance(layer, EmulatedLinear):
@@ -118,7 +117,8 @@ def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[Changes, Bool[Tensor
     if layer.config.weight is None:
         layer.load_(weight)
         return {}, layer.weight.isfinite().all()
-    codes, scale = layer.codes().clone(), layer.weight_scale.clone()
+    codes = layer.codes().clone()  # load_ writes the tensors that codes() and weight_scale are
+    scale = layer.weight_scale.clone()
     layer.load_(weight)
     changes = {"codes_changed": ((layer.codes() != codes).sum(), codes.numel())}
     return changes | scale_change(scale, layer.weight_scale), layer.weight.isfinite().all()
@@ -127,13 +127,14 @@ def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[Changes, Bool[Tensor
 def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tensor, int]:
     """(number of different codes, all codes) of two packed tensors with one code per byte, or two per byte if there are
     fewer bytes than codes."""
-    a, b = before.view(torch.uint8), after.view(torch.uint8)
+    a = before.view(torch.uint8)
+    b = after.view(torch.uint8)
     if before.nbytes < num_codes:
         moved = a ^ b
         return ((moved & 0xF) != 0).sum() + ((moved >> 4) != 0).sum(), 2 * a.numel()
     moved = a != b
     if before.is_floating_point():
-        moved &= ((a | b) & 0x7F) != 0
+        moved &= ((a | b) & 0x7F) != 0  # 0x80 is -0: a zero that changes its sign has not changed
     return moved.sum(), a.numel()
 
 
@@ -146,8 +147,8 @@ def scales_of(packed: Tensor) -> Tensor | None:
 def scale_change(before: Tensor | None, after: Tensor | None) -> Changes:
     if before is None or after is None:
         return {}
-    before, after = before.double(), after.double()
-    return {"scale_change": (((after - before).abs() / before.abs().clamp(min=TINY)).sum(), before.numel())}
+    change = (after.double() - before.double()).abs() / before.double().abs().clamp(min=TINY)
+    return {"scale_change": (change.sum(), before.numel())}
 
 
 def quantized_forward(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -163,8 +164,7 @@ def dequantized_weight(layer: nn.Linear) -> Tensor:
 
 def unpacked(weight: Tensor) -> Tensor:
     """torchao's quantised weight (O, I) in the learner's units."""
-    # int4_packed's layout cannot be unpacked: a product with the identity gives the weights as its kernel reads them.
-    if type(weight).dequantize is Tensor.dequantize:
+    if type(weight).dequantize is Tensor.dequantize:  # int4_packed's layout has no way back but its own product
         return F.linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).T.contiguous()
     return weight.dequantize()
 

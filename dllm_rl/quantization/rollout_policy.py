@@ -90,7 +90,7 @@ def quantized_copy(
     rollout_policy = copy.copy(policy)
     rollout_policy.module = copy.deepcopy(layers, memo).requires_grad_(False)
     for name in finite:
-        rollout_policy.module.get_submodule(name).quantization = config
+        rollout_policy.module.get_submodule(name).quantization = config  # by which load_weight_ quantises again
     forget_quantizer(rollout_policy.module)
     rollout_policy.quantization = config
     rollout_policy.lora = None
@@ -233,7 +233,7 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     An aligned forward writes the same storage, so after it they cover the last inner update alone. Raises ValueError
     for a weight with NaN or infinity.
     """
-    if rollout_policy is policy:
+    if rollout_policy is policy:  # without a scheme the learner samples itself
         return {}
     module = rollout_policy.module
     changes: list[Changes] = []

@@ -1,1 +1,1 @@
-"""LoRA: adapters beside linear layers and stacked experts, and merged into them."""
+"""LoRA: adapters on linear layers and stacked experts, and merged into them."""

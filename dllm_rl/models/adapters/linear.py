@@ -47,8 +47,8 @@ class LoraLinear(nn.Module):
         return (out + added).to(out.dtype)
 
     def dropped(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... I"]:
-        if not self.lora.dropout or not torch.is_grad_enabled():
-            return x  # policies stay in eval mode, so gradients and not train() say that a forward is trained
+        if not self.lora.dropout or not torch.is_grad_enabled():  # policies stay in eval mode: train() tells nothing
+            return x
         self.calls += 1
         keep = keep_mask(x.shape, seed=self.seed, step=self.calls, drop=self.lora.dropout, device=x.device)
         return x * keep / (1 - self.lora.dropout)
@@ -80,7 +80,6 @@ def add_lora(policy: Policy, lora: Lora) -> None:
     module.requires_grad_(False)
     module.zero_grad(set_to_none=True)  # old gradients would take memory and count in clipping
     generator = Generator().manual_seed(lora.seed)
-    # One generator in the order of the module's layers: the draws of a seed are the same in every run.
     for paths, adapted in ((chosen, LoraLinear), (stacks, LoraExperts)):
         for path in paths:
             module.set_submodule(path, adapted(module.get_submodule(path), lora, generator))

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -67,18 +68,18 @@ def load_module(
         check_plain(raw, folder)
         tokenizer = load_tokenizer(folder, stock=family.native is None)
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-        if files:
-            check_size(build_empty(raw, folder), sum(map(prod, shapes.values())))
+        there = sum(map(prod, shapes.values()))
+        if files and (needed := sum(p.numel() for p in build_empty(raw, folder).parameters())) > 2 * there:
+            # Before it takes memory; twice, because a checkpoint may leave out tied tensors.
+            raise RuntimeError(f"it describes {needed:,} parameters, and there are {there:,} numbers")
         if quantization is not None:
             options["quantization_config"] = bitsandbytes_config(quantization, dtype, masked=family.head is mlm_head)
             options["device_map"] = {"": device}  # else bitsandbytes takes the first GPU
         with quiet_progress():
+            cls, config = class_and_config(raw, family)
             if family.native is None:
-                cls = stock_class(raw)
-                config = cls.config_class.from_dict(without_code(raw))
                 module, report = cls.from_pretrained(folder, config=config, **options)
             else:
-                cls, config = family.native(without_code(raw))
                 state = to_stock(read_tensors(folder), family, config)
                 if dtype == "auto":  # one tensor's dtype may differ: an expert bias is fp32 in a bf16 checkpoint
                     options["dtype"] = main_dtype(state)
@@ -93,11 +94,16 @@ def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
     family = find_family(raw)
     check_depth(raw, MOST_LAYERS)
     with named(source), torch.device("meta"):
-        if family.native is None:
-            cls = stock_class(raw)
-            return prepared(cls(cls.config_class.from_dict(without_code(raw))), family)
-        cls, config = family.native(without_code(raw))
+        cls, config = class_and_config(raw, family)
         return prepared(cls(config), family)
+
+
+def class_and_config(raw: dict, family: FamilySpec) -> tuple[Any, Any]:
+    """A family's stock class, and its config from a checkpoint's fields."""
+    if family.native is not None:
+        return family.native(without_code(raw))
+    cls = stock_class(raw)
+    return cls, cls.config_class.from_dict(without_code(raw))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -111,7 +117,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder} is the folder of a run; give one of its checkpoints, as {runs[-1]}") from None
         if weight_files(folder):
             raise ValueError(
-                f"{folder} holds weights without a config.json, as a module of one's own leaves them: make that module "
+                f"{folder} holds weights without a config.json, as a custom module leaves them: make that module "
                 "and open them with load_weights(policy, folder)"
             ) from None
         raise ValueError(f"{folder} has no config.json: it is no checkpoint; give the folder of one") from None
@@ -124,10 +130,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def main_dtype(state: dict[str, torch.Tensor]) -> torch.dtype:
     """The dtype of most of the numbers."""
-    counts: dict[torch.dtype, int] = {}
+    counts = Counter[torch.dtype]()
     for tensor in state.values():
-        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
-    return max(counts, key=lambda dtype: counts[dtype])
+        counts[tensor.dtype] += tensor.numel()
+    return counts.most_common(1)[0][0]
 
 
 def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> None:
@@ -140,13 +146,6 @@ def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> N
                 f"{folder or 'config.json'}: {field}={number!r} is not a number of layers that {most} tensors could "
                 "hold; correct config.json"
             )
-
-
-def check_size(module: Module, there: int) -> None:
-    """Raise RuntimeError on a module of far more numbers than the files hold, `there`, before it takes memory."""
-    needed = sum(p.numel() for p in module.parameters())
-    if needed > 2 * there:  # twice, because a checkpoint may leave out tied tensors
-        raise RuntimeError(f"it describes {needed:,} parameters, and there are {there:,} numbers")
 
 
 @torch.no_grad()
@@ -320,7 +319,6 @@ def save_module(
             state = {name: tensor.detach().cpu() for name, tensor in merged}
             write_tensors(to_original(state, spec, module.config), directory, max_shard_size=max_shard_size)
             dtype = str(main_dtype(state)).removeprefix("torch.")
-            # The name that the checkpoint has; the authors' own code reads the older one.
             keys = [key for key in ("dtype", "torch_dtype") if key in spec.original] or ["torch_dtype"]
             fields = spec.original | dict.fromkeys(keys, dtype)
             (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")

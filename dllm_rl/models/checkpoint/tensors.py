@@ -68,8 +68,7 @@ def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None
             room = max_shard_size
         shards[-1].append(name)
         room -= tensor.nbytes
-    # Shards of an earlier save would be read with the new ones.
-    for old in [*directory.glob("model*.safetensors"), *directory.glob(INDEX)]:
+    for old in [*directory.glob("model*.safetensors"), *directory.glob(INDEX)]:  # else they are read with the new ones
         old.unlink()
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = files if len(files) > 1 else ["model.safetensors"]

@@ -78,12 +78,10 @@ def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[T
             "give it a method get_output_embeddings(), or set float32_head=False"
         )
     if output is not None and output.weight.dtype in HALF:
-        # A masked model's layers before the projection stay in 16 bits.
-        with projected_in_float32(output):
+        with projected_in_float32(output):  # a masked model's layers before it stay in 16 bits
             return head(module, hidden)
     if hidden.dtype in HALF or torch.is_autocast_enabled(hidden.device.type):
-        # fp32 weights: the whole head runs in fp32.
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):  # fp32 weights: the whole head runs in fp32
             return head(module, hidden.float())
     return head(module, hidden)
 

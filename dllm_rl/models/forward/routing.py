@@ -102,7 +102,6 @@ class Routing(TorchFunctionMode):
                 f"router_replay: {len(taken)} of {len(self.layers)} mixtures chose among their experts by one topk of "
                 "like size; set router_replay=None"
             )
-        # They stay with the rollout until its update; ids of 256 experts fit in bytes.
         narrow = torch.uint8 if max(map(self.num_experts, range(len(taken)))) <= 256 else torch.int16
         experts = torch.stack(taken, dim=1).to(narrow).unflatten(0, (rows, -1))
         if columns is None or experts.shape[1] == columns:
