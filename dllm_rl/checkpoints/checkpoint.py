@@ -278,25 +278,31 @@ def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
-def _fits(state: Any, own: list[dict[str, Any]]) -> bool:
+def _fits(content: Any, own: list[dict[str, Any]]) -> bool:
     """Whether a file's content is an optimiser's state with these groups."""
-    if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
+    if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
         return False
-    count = sum(len(group["params"]) for group in own)
-    for index, held in state["state"].items():
-        if type(index) is not int or not 0 <= index < count or not isinstance(held, dict):
-            return False
-        if not isinstance(held.get("step", 0), int | float | Tensor):  # torch converts it to a number
-            return False
-    groups = state.get("param_groups")
+    groups = content.get("param_groups")
     if not isinstance(groups, list) or len(groups) != len(own):
         return False
-    for mine, theirs in zip(own, groups, strict=True):
-        if not isinstance(theirs, dict) or "params" not in theirs:
-            return False
-        if any(name in mine and _form(value) != _form(mine[name]) for name, value in theirs.items()):
-            return False
-    return True
+    count = sum(len(group["params"]) for group in own)
+    if not all(_is_state_of(index, held, count) for index, held in content["state"].items()):
+        return False
+    return all(_is_like(theirs, mine) for mine, theirs in zip(own, groups, strict=True))
+
+
+def _is_state_of(index: Any, held: Any, count: int) -> bool:
+    """Whether `index` is one of `count` parameters, and `held` its state."""
+    if type(index) is not int or not 0 <= index < count or not isinstance(held, dict):
+        return False
+    return isinstance(held.get("step", 0), int | float | Tensor)  # torch converts it to a number
+
+
+def _is_like(group: Any, mine: dict[str, Any]) -> bool:
+    """Whether a group has the fields of `mine`, or fewer, each of the same form."""
+    if not isinstance(group, dict) or "params" not in group:
+        return False
+    return all(_form(value) == _form(mine[name]) for name, value in group.items() if name in mine)
 
 
 def _form(value: Any) -> Any:

@@ -30,27 +30,31 @@ BUCKET = 2**25  # numbers of a bucket of gradients; two buckets are copied at a 
 
 
 def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = False) -> None:
-    """Sum gradients over processes: the loss is a sum over the global batch, divided by its global counts already.
-    A parameter that no token reached gets zeros. One bucket travels while the next is packed."""
+    """Sum gradients over processes: the loss is a sum over the global batch, divided by its global counts already."""
     gradients = []
-    for parameter in (p for p in module.parameters() if p.requires_grad):
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        gradients.append(parameter.grad)
-    count = accelerator.num_processes
-    if sharding_of(module) is not None:  # summed in the backward already
-        for gradient in gradients if mean else []:
-            gradient /= count
-    if count == 1 or sharding_of(module) is not None:
-        return
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:  # no token of this process reached it
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    divisor = accelerator.num_processes if mean else 1
+    if sharding_of(module) is None and accelerator.num_processes > 1:
+        sum_buckets(gradients, divisor)
+    elif divisor > 1:  # the backward of a sharded module has summed them
+        for gradient in gradients:
+            gradient /= divisor
+
+
+def sum_buckets(gradients: Sequence[Tensor], divisor: int) -> None:
+    """Sum in place; one bucket travels while the next is packed."""
     under_way = deque[tuple[list[Tensor], Tensor, Any]]()
     for bucket in buckets(gradients):
         flat = torch.cat([g.flatten() for g in bucket])
         under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
         if len(under_way) == 2:
-            put_back(*under_way.popleft(), divisor=count if mean else 1)
+            put_back(*under_way.popleft(), divisor=divisor)
     for one in under_way:
-        put_back(*one, divisor=count if mean else 1)
+        put_back(*one, divisor=divisor)
 
 
 def put_back(bucket: list[Tensor], flat: Tensor, work: Any, *, divisor: int) -> None:

@@ -122,13 +122,17 @@ class Peers:
         self.save: Callable[[], None] = lambda: None
         self.hear: Callable[[int], None] = lambda number: None
         self._motion = Motion()
-        self._index, self._count = processes.process_index, processes.num_processes
-        self._seconds, self._advice = seconds, advice
+        self._index = processes.process_index
+        self._seconds = seconds
+        self._advice = advice
         self._name = f"process {self._index} ({socket.gethostname()}, pid {os.getpid()})"
         self._main = self._index == 0
-        self._lost, self._over = threading.Event(), threading.Event()
+        self._lost = threading.Event()
+        self._over = threading.Event()
         self._settled = threading.Event()  # set once the cause of a loss is known
-        self._line, self._mine, self._signal = "", False, 0
+        self._line = ""  # what is printed about the loss
+        self._mine = False  # whether this process prints it
+        self._signal = 0  # that another process leaves on
         self._lines: dict[int, Line] = {}
         self._strangers: list[Line] = []
         self._server: socket.socket | None = None
@@ -137,9 +141,9 @@ class Peers:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
-        self._missing = dict.fromkeys(range(1, self._count), 0) if self._main else {}
+        self._missing = dict.fromkeys(range(1, processes.num_processes), 0) if self._main else {}
         host = "127.0.0.1"
-        if os.environ.get("LOCAL_WORLD_SIZE") != str(self._count):  # several machines
+        if os.environ.get("LOCAL_WORLD_SIZE") != str(processes.num_processes):  # several machines
             # The last process is on another machine: listen on the network that leads there.
             host = own_address(gather_objects([own_address(os.environ["MASTER_ADDR"])], processes)[-1])
         host, port, self._token = from_main(lambda: self._listen(host), processes)
@@ -188,18 +192,17 @@ class Peers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Report to the others how this process ends. Raises Stopped if it ends because another was lost."""
-        failed, exchange = isinstance(error, Exception), of_an_exchange(error)
+        failed = isinstance(error, Exception)
+        exchange = of_an_exchange(error)
         self.hear = lambda number: None  # a signal's handler must not interrupt what follows
         if exchange:
             self._settled.wait(SETTLE)
         self._over.set()
         self.tell_stage()
         self._thread.join()
-        words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        own = failed and not self._lost.is_set() and (not exchange or (self._main and not self._signal))
-        number = error.args[0] - 128 if isinstance(error, Stopped) else 0
+        farewell = self._farewell(error)
         for line in self._lines.values():
-            line.tell(**{"failed": words, "stage": self.stage()} if own else {"end": True, "signal": number})
+            line.tell(**farewell)
             line.close()
         self._stop_listening()
         for each in (self._waker, self._woken, self._selector):
@@ -212,6 +215,15 @@ class Peers:
             raise Stopped(128 + self._signal) from None
         elif exchange and self._main and error is not None:
             error.add_note("; ".join(f"{line.name} was last heard in {line.stage}" for line in self._lines.values()))
+
+    def _farewell(self, error: BaseException | None) -> dict[str, Any]:
+        """The last message: an error of this process's own, or an end, with the signal that it leaves on."""
+        own = isinstance(error, Exception) and not self._lost.is_set()
+        if of_an_exchange(error):  # another process knows the cause; if none has reported it, the main one ends all
+            own = own and self._main and not self._signal
+        if own:
+            return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300], "stage": self.stage()}
+        return {"end": True, "signal": error.args[0] - 128 if isinstance(error, Stopped) else 0}
 
     def _watch(self) -> None:
         turn = time.monotonic()
@@ -273,7 +285,8 @@ class Peers:
 
     def _let_in(self, line: Line, message: dict[str, Any]) -> None:
         """Raises ValueError if the sender is no process of the run."""
-        token, process = message.get("token"), message.get("process")
+        token = message.get("token")
+        process = message.get("process")
         if not isinstance(token, str) or not secrets.compare_digest(token.encode(), self._token.encode()):
             raise ValueError("a stranger")
         if type(process) is not int or self._missing.pop(process, None) is None:
@@ -286,7 +299,8 @@ class Peers:
             self._stop_listening()
 
     def _take(self, line: Line, message: dict[str, Any]) -> None:
-        line.name, line.stage = (str(message.get(key, getattr(line, key)))[:200] for key in ("name", "stage"))
+        line.name = str(message.get("name", line.name))[:200]
+        line.stage = str(message.get("stage", line.stage))[:200]
         if "failed" in message:
             text = f"{line.name} raised {str(message['failed'])[:300]}, in {line.stage}"
             self._lose(text, line, said=line.process == 0)

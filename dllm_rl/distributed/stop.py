@@ -5,13 +5,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, Protocol, TypeVar, runtime_checkable
+from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +20,7 @@ from dllm_rl.files import remove, unlock
 from dllm_rl.screen import interactive
 
 # SIGUSR1 is what SLURM's --signal=USR1@SECONDS warns with.
+ALARM: Any = getattr(signal, "SIGALRM", None)
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 PR_SET_PDEATHSIG = 1
 LOCK = ".lock"
@@ -46,7 +47,9 @@ class Stop:
     left to save. A signal that the parent ignores (SIGHUP under nohup) stays ignored."""
 
     def __init__(self, *, seconds: float, main: bool) -> None:
-        self.seconds, self.main, self.asked = seconds, main, 0
+        self.seconds = seconds
+        self.main = main
+        self.asked = 0
         self.last_words: str | None = None
         self.overdue: Callable[[], None] = lambda: None
         if threading.current_thread() is not threading.main_thread():
@@ -60,12 +63,12 @@ class Stop:
         again = self.asked == number == signal.SIGINT
         if self.last_words is not None or again:
             self.asked = number
-            self.leave(self.last_words or "stopped at once by a second Ctrl-C: the step in hand was not saved")
+            self.leave(self.last_words or "stopped at once by a second Ctrl-C: the current step was not saved")
         if not self.asked:
             self.asked = number
-            self._say(f"{signal.Signals(number).name}: stopping after the step in hand")
-            if hasattr(signal, "SIGALRM"):  # until now it was the graders'
-                signal.signal(signal.SIGALRM, lambda number, frame: self.overdue())
+            self._say(f"{signal.Signals(number).name}: stopping after the current step")
+            if ALARM is not None:  # until now it was the graders'
+                signal.signal(ALARM, lambda number, frame: self.overdue())
                 signal.setitimer(signal.ITIMER_REAL, max(self.seconds, 1e-3), 1.0)
 
     def hear_from_another(self, number: int) -> None:
@@ -97,7 +100,7 @@ class Stop:
         raise Stopped(128 + self.asked)
 
     def disarm(self) -> None:
-        if self.asked and hasattr(signal, "SIGALRM"):
+        if self.asked and ALARM is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _say(self, text: str) -> None:
@@ -131,18 +134,38 @@ def with_the_run() -> ExitStack:
     return _ENDING.get(None) or ExitStack()
 
 
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Restore the signals' handlers and their timer after the block; a thread has none."""
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [*SIGNALS, ALARM] if ALARM is not None else SIGNALS
+    before = {number: signal.getsignal(number) for number in numbers if main}
+    try:
+        yield
+    finally:
+        if ALARM in before and signal.getsignal(ALARM) is not before[ALARM]:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_folder(directory: Path) -> None:
+    """Unlock a run's folder, and delete it if it holds nothing else: a recipe was refused."""
+    lock = directory / LOCK
+    unlock(lock)
+    if lock.exists() and not any(path != lock for path in directory.iterdir()):
+        remove(directory)
+
+
 def leaving_nothing_behind(train: Callable[[Record], Returned]) -> Callable[[Record], Returned]:
     """`train`, which restores the signal handlers and unlocks the run's folder however it ends."""
 
     @wraps(train)
     def wrapped(recipe: Record) -> Returned:
-        main = threading.current_thread() is threading.main_thread()
-        timer = [signal.SIGALRM] if hasattr(signal, "SIGALRM") else []
-        before = {number: signal.getsignal(number) for number in [*SIGNALS, *timer]} if main else {}
         ending = ExitStack()
         before_this = _ENDING.set(ending)
         try:
-            with ending:
+            with handlers_kept(), ending:
                 return train(recipe)
         except Stopped as stopped:
             if interactive():  # a notebook goes on, and would hide a SystemExit's status
@@ -150,12 +173,6 @@ def leaving_nothing_behind(train: Callable[[Record], Returned]) -> Callable[[Rec
             raise SystemExit(*stopped.args) from None
         finally:
             _ENDING.reset(before_this)
-            if timer and main and signal.getsignal(signal.SIGALRM) is not before[signal.SIGALRM]:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            unlock(lock := Path(recipe.directory) / LOCK)
-            if lock.exists() and not any(path != lock for path in lock.parent.iterdir()):
-                remove(lock.parent)  # a recipe that was refused
+            leave_folder(Path(recipe.directory))
 
     return wrapped

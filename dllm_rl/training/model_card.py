@@ -1,6 +1,7 @@
 """The model card of a run's checkpoints, and the upload to the Hugging Face hub."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
 
 OWN = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run", "push_to_hub", "report_to")
+SHOWN = ("reward", "rollout_corr/k3_kl", "rollout_corr/ess", "grad_norm", "completions/mean_length")
 PROTOCOL = ("eval_task", "eval_sampler", "seed", "dtype")
 LEFT_OUT = ("optimizer.pt", PATTERN, "state.json", "manifest.json")  # what training goes on from is not uploaded
 
@@ -17,32 +19,41 @@ LEFT_OUT = ("optimizer.pt", PATTERN, "state.json", "manifest.json")  # what trai
 def card(recipe: Recipe, *, step: int, evaluations: dict[str, dict[str, float]], metrics: dict[str, float]) -> str:
     """README.md of a checkpoint. evaluations: held-out metrics by when they were taken; metrics: of the last step."""
     settings = {name: value for name, value in recipe.settings().items() if name not in OWN}
-    base = recipe.model if isinstance(recipe.model, str) else None
-    if base is not None and Path(base).exists():  # a folder of this machine
-        settings["model"], base = Path(base).name, None
-    front = {"library_name": "dllm_rl", "tags": ["reinforcement-learning", "grpo", "dllm_rl"]}
-    front |= {"base_model": base} if base else {}
-    names = list(dict.fromkeys(name for found in evaluations.values() for name in found))
-    rows = [(name, *(_number(found.get(name)) for found in evaluations.values())) for name in names]
-    said = health(metrics)
-    shown = ("reward", "rollout_corr/k3_kl", "rollout_corr/ess", "grad_norm", "completions/mean_length")
-    last = [(name, _number(metrics[name])) for name in shown if name in metrics]
-    last += [("mismatch", _code(f"{said[0]}: {said[1]}"))] if said else []
+    front: dict[str, Any] = {"library_name": "dllm_rl", "tags": ["reinforcement-learning", "grpo", "dllm_rl"]}
+    if isinstance(recipe.model, str):
+        if Path(recipe.model).exists():  # a folder of this machine: others know its name alone
+            settings["model"] = Path(recipe.model).name
+        else:
+            front["base_model"] = recipe.model
     parts = [
         "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in front.items()), "---"]),  # JSON is YAML
         f"# {_code(recipe.name)}, seed {recipe.seed}",
         f"{step} of {recipe.num_steps} steps of GRPO by dllm_rl, from {_code(settings['model'])}.",
         "## Held-out problems",
-        *([_table(("metric", *evaluations), rows)] if names else []),
+        *_evaluated(evaluations),
         f"{len(recipe.eval_task)} problems of the task {_code(recipe.eval_task.name)}, version "
         f"{_code(recipe.eval_task.version)}, as the task itself grades them.",
         _table(("protocol", ""), [(name, _code(settings[name])) for name in PROTOCOL]),
         "## The last step",
-        _table(("metric", ""), last) if last else "None was taken.",
+        _last_step(metrics),
         "## Recipe",
         _table(("setting", "value"), [(name, _code(value)) for name, value in settings.items()]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _evaluated(evaluations: dict[str, dict[str, float]]) -> list[str]:
+    """A table with a row per metric and a column per evaluation; none without metrics."""
+    names = dict.fromkeys(chain.from_iterable(evaluations.values()))
+    rows = [(name, *(_number(found.get(name)) for found in evaluations.values())) for name in names]
+    return [_table(("metric", *evaluations), rows)] if rows else []
+
+
+def _last_step(metrics: dict[str, float]) -> str:
+    rows = [(name, _number(metrics[name])) for name in SHOWN if name in metrics]
+    if said := health(metrics):
+        rows.append(("mismatch", _code(f"{said[0]}: {said[1]}")))
+    return _table(("metric", ""), rows) if rows else "None was taken."
 
 
 def push_to_hub(folder: Path, repo: str) -> str:
