@@ -32,10 +32,11 @@ def write(
     known: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> str:
     """Write the folder's manifest; returns its own digest. known: entries of files that others wrote and described."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (NAME, CARD, *known)]
+    files = {}
     with ThreadPoolExecutor(4) as pool:
-        described = pool.map(describe, paths)
-    files = {path.relative_to(folder).as_posix(): entry for path, entry in zip(paths, described, strict=True)}
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (NAME, CARD, *known)]
+        for path, entry in zip(paths, pool.map(describe, paths), strict=True):
+            files[path.relative_to(folder).as_posix()] = entry
     files |= known
     fields = {"format": FORMAT, "step": step, "processes": processes, "versions": versions, "files": files}
     own = _own_digest(fields)
@@ -71,20 +72,29 @@ def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = ()) -> di
     """
     found = read(folder)
     files = found["files"]
-    here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    for path in folder.rglob("*"):
-        if not path.is_file() and not path.is_dir():  # reading a FIFO or a device may never end
-            raise ValueError(f"{folder}: {path.name} is no regular file")
+    here = _regular_files(folder)
     for name in files:
         if name not in here:
             raise ValueError(f"{folder}: {name} is {'no regular file' if (folder / name).exists() else 'missing'}")
     for name, path in here.items():
         if name not in files and name not in (NAME, CARD, *also) and not path.name.startswith("."):
             raise ValueError(f"{folder}: {name} is not in {NAME}; move it elsewhere")
+    # hashlib releases the interpreter's lock, so that four files are read and digested at a time.
     with ThreadPoolExecutor(4) as pool:
-        for fault in pool.map(partial(_fault, quick=quick), (here[name] for name in files), files.values()):
+        for fault in pool.map(partial(_fault, quick=quick), map(here.__getitem__, files), files.values()):
             if fault:
                 raise ValueError(f"{folder}: {fault}")
+    return found
+
+
+def _regular_files(folder: Path) -> dict[str, Path]:
+    """The files below the folder by name. Raises ValueError on what is neither a file nor a folder."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            found[path.relative_to(folder).as_posix()] = path
+        elif not path.is_dir():  # reading a FIFO or a device may never end
+            raise ValueError(f"{folder}: {path.name} is no regular file")
     return found
 
 

@@ -29,8 +29,11 @@ class _Movable:
         return self._map(lambda x: x.to(device))
 
     def _map(self: Moved, f: Callable[[Tensor], Tensor]) -> Moved:
-        tensors = {f_.name: getattr(self, f_.name) for f_ in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{k: f(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+        return dataclasses.replace(self, **{name: f(tensor) for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        held = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in held.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
@@ -103,24 +106,13 @@ class Prompts(_Movable):
             raise ValueError(
                 f"seeds has {len(seeds)} entries; {len(ids)} prompts x {group_size} completions need one each"
             )
-        if mask_id is not None and open_positions is not None:
-            raise ValueError("mask_id and open_positions both say what is open; give one of them")
-        if mask_id is not None:
-            open_positions = [[token == mask_id for token in row] for row in ids]
-        if open_positions is not None and list(map(len, open_positions)) != list(map(len, ids)):
-            raise ValueError("open_positions must have one bool for each of the ids, row by row")
-        width = max(1, max(len(row) for row in ids))
-        tokens = torch.full((len(ids), width), pad_id, dtype=torch.long)
-        attention_mask = torch.zeros((len(ids), width), dtype=torch.bool)
-        for i, row in enumerate(ids):
-            if len(row):
-                tokens[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
-                attention_mask[i, width - len(row) :] = True
-        opened = None
-        if open_positions is not None and any(map(any, open_positions)):
-            opened = torch.tensor([[False] * (width - len(row)) + list(map(bool, row)) for row in open_positions])
-        row_seeds = None if seeds is None else torch.tensor(seeds, dtype=torch.long)
-        return cls(tokens, attention_mask, group_size, row_seeds, opened)
+        return cls(
+            tokens=_left_padded(ids, pad_id, torch.long),
+            attention_mask=_left_padded([[True] * len(row) for row in ids], False, torch.bool),
+            group_size=group_size,
+            seeds=None if seeds is None else torch.tensor(seeds, dtype=torch.long),
+            open=_opened(ids, mask_id, open_positions),
+        )
 
     @property
     def num_rows(self) -> int:
@@ -134,10 +126,35 @@ class Prompts(_Movable):
         size = rows // self.group_size
         if not size or self.seeds is None:
             raise ValueError(f"rows={rows} must hold a group of {self.group_size}, and every row have its seed")
-        seeds = self.seeds.split(size * self.group_size)
-        opened = [None] * len(seeds) if self.open is None else self.open.split(size)
-        parts = zip(self.tokens.split(size), self.attention_mask.split(size), seeds, opened, strict=True)
-        return [dataclasses.replace(self, tokens=t, attention_mask=m, seeds=s, open=o) for t, m, s, o in parts]
+        return [self._part(start, start + size) for start in range(0, len(self.tokens), size)]
+
+    def _part(self, first: int, last: int) -> "Prompts":
+        seeds = slice(first * self.group_size, last * self.group_size)  # of rows; all else is of prompts
+        return self._map(lambda x: x[first:last] if x.dim() > 1 else x[seeds])
+
+
+def _left_padded(rows: Sequence[Sequence[int]], fill: int, dtype: torch.dtype) -> Tensor:
+    width = max(1, *map(len, rows))  # a batch of empty prompts still has a column, which nothing attends to
+    return torch.tensor([[fill] * (width - len(row)) + list(row) for row in rows], dtype=dtype)
+
+
+def _opened(
+    ids: Sequence[Sequence[int]], mask_id: int | None, positions: Sequence[Sequence[bool]] | None
+) -> Bool[Tensor, "P S"] | None:
+    if mask_id is not None:
+        if positions is not None:
+            raise ValueError("mask_id and open_positions both say what is open; give one of them")
+        positions = [[token == mask_id for token in row] for row in ids]
+    if positions is None:
+        return None
+    if list(map(len, positions)) != list(map(len, ids)):
+        raise ValueError("open_positions must have one bool for each of the ids, row by row")
+    found = _left_padded(positions, False, torch.bool)
+    return found if found.any() else None  # samplers take shorter paths without any
+
+
+# What a rollout's columns hold where there is no token; other numbers are 0.
+FILLS = {"attention_mask": False, "completion_mask": False, "unmask_step": -1, "open_step": -1, "kept_ids": -1}
 
 
 @dataclass(frozen=True)
@@ -224,16 +241,17 @@ class Rollout(_Movable):
     def replaced(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":
         """This rollout with `rows` replaced by another's; the narrower of the two is padded on the left."""
         width = max(self.tokens.shape[1], by.tokens.shape[1])
-        old, new = (x.padded(width - x.tokens.shape[1], pad_id=pad_id) for x in (self, by))
+        old = self.padded(width - self.tokens.shape[1], pad_id=pad_id)
+        new = by.padded(width - by.tokens.shape[1], pad_id=pad_id)
         if old.kept_ids is not None and new.kept_ids is not None:
             count = max(old.kept_ids.shape[-1], new.kept_ids.shape[-1])
-            old, new = (x.with_ids(count) for x in (old, new))
-        names = [f.name for f in dataclasses.fields(self) if isinstance(getattr(old, f.name), Tensor)]
-        pairs = {name: (getattr(old, name), getattr(new, name)) for name in names}
-        joined: dict[str, Any] = {
-            n: None if a is None or b is None else a.index_copy(0, rows, b) for n, (a, b) in pairs.items()
-        }
-        return dataclasses.replace(self, **joined, forwards=self.forwards + by.forwards)
+            old = old.with_ids(count)
+            new = new.with_ids(count)
+        changed: dict[str, Any] = {"forwards": self.forwards + by.forwards}
+        for name, column in old._tensors().items():
+            other = getattr(new, name)  # None: what is known of some rows alone is known of no rollout
+            changed[name] = None if other is None else column.index_copy(0, rows, other)
+        return dataclasses.replace(self, **changed)
 
     def with_ids(self, count: int) -> "Rollout":
         """`kept_ids` padded to `count` per token."""
@@ -246,31 +264,26 @@ class Rollout(_Movable):
         """The rows of all parts, in order; narrower parts are padded on the right, like rows that ended early."""
         width = max(part.tokens.shape[1] for part in parts)
         parts = [part.padded(width - part.tokens.shape[1], pad_id=pad_id, right=True) for part in parts]
-        ids = [part.kept_ids for part in parts if part.kept_ids is not None]
-        count = max((each.shape[-1] for each in ids), default=0) if len(ids) == len(parts) else 0
-        parts = [part.with_ids(count) if count else dataclasses.replace(part, kept_ids=None) for part in parts]
-        first, forwards = parts[0], sum(part.forwards for part in parts)
-        names = [field.name for field in dataclasses.fields(cls) if isinstance(getattr(first, field.name), Tensor)]
-        columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-        return dataclasses.replace(first, **columns, forwards=forwards)  # type: ignore[arg-type]
+        counts = [part.kept_ids.shape[-1] for part in parts if part.kept_ids is not None]
+        if len(counts) == len(parts):
+            parts = [part.with_ids(max(counts)) for part in parts]
+        else:  # a part in which more was kept than is recorded: no scorer could use the others' ids
+            parts = [dataclasses.replace(part, kept_ids=None) for part in parts]
+        changed: dict[str, Any] = {"forwards": sum(part.forwards for part in parts)}
+        for name in parts[0]._tensors():
+            changed[name] = torch.cat([getattr(part, name) for part in parts])
+        return dataclasses.replace(parts[0], **changed)
 
     def padded(self, columns: int, *, pad_id: int, right: bool = False) -> "Rollout":
         """The same rows with `columns` more columns of padding on the left, or on the right."""
         sides = (0, columns) if right else (columns, 0)
-        wider = lambda x, value: F.pad(x, sides, value=value)  # noqa: E731
-        return dataclasses.replace(
-            self,
-            tokens=wider(self.tokens, pad_id),
-            attention_mask=wider(self.attention_mask, False),
-            completion_mask=wider(self.completion_mask, False),
-            unmask_step=wider(self.unmask_step, -1),
-            logprobs=wider(self.logprobs, 0.0),
-            log_kept_mass=None if self.log_kept_mass is None else wider(self.log_kept_mass, 0.0),
-            kept_ids=None if self.kept_ids is None else F.pad(self.kept_ids, (0, 0, *sides), value=-1),
-            open_step=None if self.open_step is None else wider(self.open_step, -1),
-            order_logprobs=None if self.order_logprobs is None else wider(self.order_logprobs, 0.0),
-            experts=None if self.experts is None else F.pad(self.experts, (0, 0, 0, 0, *sides)),
-        )
+        fills = FILLS | {"tokens": pad_id}
+        wider: dict[str, Any] = {}
+        for name, column in self._tensors().items():
+            if column.dim() > 1:  # all but batch_row
+                behind = (0, 0) * (column.dim() - 2)  # the axes of kept ids and of experts stay as they are
+                wider[name] = F.pad(column, (*behind, *sides), value=fills.get(name, 0))
+        return dataclasses.replace(self, **wider)
 
 
 @dataclass(frozen=True)
@@ -346,11 +359,7 @@ class Noise(_Movable):
 
     def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Noise":
         """The given rows, in the given order, and their `columns`."""
-        share, learned = (None if x is None else x[keep] for x in (self.upper_bound_weight, self.learned))
-        views = (self.masked, self.weight, self.left, self.experts, self.routed)
-        masked, weight, left, experts, routed = (None if x is None else x[:, keep][:, :, columns] for x in views)
-        assert masked is not None and weight is not None
-        return Noise(masked, weight, share, left, learned, experts, routed)
+        return self._map(lambda x: x[keep] if x.dim() == 1 else x[:, keep][:, :, columns])
 
     def routes(self, view: int) -> "tuple[Tensor, Tensor] | None":
         """The expert ids to take again in a view (B, T, M, E), and where (B, T); None: routers choose."""

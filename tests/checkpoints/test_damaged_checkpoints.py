@@ -128,23 +128,6 @@ def test_the_manifest_says_what_wrote_it(run):
     assert (run / "checkpoints" / "latest").read_text() == "step-000003\n"
 
 
-def test_a_quick_check_leaves_the_rest_of_large_files_unread(tmp_path):
-    big = tmp_path / "big.safetensors"
-    big.write_bytes(bytes(3 << 20))
-    manifest.write(tmp_path, step=1, processes=1, versions={})
-    flip(big, at=2 << 20)
-    manifest.verify(tmp_path, quick=True)
-    with pytest.raises(ValueError, match="its SHA-256 differs"):
-        manifest.verify(tmp_path)
-    flip(big, at=8)
-    with pytest.raises(ValueError, match="its first MiB differs"):
-        manifest.verify(tmp_path, quick=True)
-    flip(big, at=8)
-    truncate(big)
-    with pytest.raises(ValueError, match=f"damaged: {3 << 19} bytes, not {3 << 20}"):
-        manifest.verify(tmp_path, quick=True)
-
-
 def test_a_recipe_may_leave_the_rest_of_large_files_unread(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "HEAD", 64)
     train(recipe(tmp_path, num_steps=1))
@@ -326,18 +309,6 @@ def test_a_limit_on_file_sizes_is_not_called_a_full_disk(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "missing" not in str(said.value) and "\n" not in str(said.value)
-
-
-def test_the_command_says_which_are_whole(run, capsys):
-    assert main(["verify", str(run)]) == 0
-    assert capsys.readouterr().out.count("whole") == 4
-    flip(run / "checkpoints" / "step-000002" / "state.json")
-    assert main(["verify", str(run)]) == 1
-    out = capsys.readouterr().out
-    assert out.count("whole") == 3 and "step-000002: state.json is damaged: its SHA-256 differs" in out
-    assert main(["verify", str(run / "checkpoints" / "step-000003"), "--quick"]) == 0
-    assert main(["verify", str(run.parent)]) == 2
-    assert "neither a checkpoint nor a run" in capsys.readouterr().err
 
 
 def test_without_a_manifest_it_is_refused(run, capsys):

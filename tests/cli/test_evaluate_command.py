@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
@@ -106,13 +104,6 @@ def test_tokens_are_counted_by_completion_not_by_problem():
     console = Console(record=True, width=80)
     console.print(table([result]))
     assert "tokens per completion 3.4" in " ".join(console.export_text().replace("│", " ").split())
-
-
-def test_an_error_obeys_no_escape_sequence_of_a_path(capsys, tmp_path):
-    path = tmp_path / "the\x1b[2Jirs.jsonl"
-    path.write_text(json.dumps({"completion": "1", "numbers": [1]}) + "\n")
-    message = refusal(capsys, "grade", "--task", "countdown", path)
-    assert "irs.jsonl, line 1: no field 'target'" in message and "\x1b" not in message
 
 
 def test_evaluate_and_grade_agree_and_a_second_run_makes_nothing_again(model, capsys, tmp_path, monkeypatch):
@@ -305,22 +296,6 @@ def test_the_usual_length_is_that_of_the_answer(model, capsys):
     assert found["max_new_tokens"] == found["num_steps"] == Countdown().width == 10
 
 
-def test_help_lists_the_tasks_and_protocols_of_the_table(capsys):
-    for command, tasks in (("evaluate", "sudoku, countdown, gsm8k, math500 or mini"), ("grade", "gsm8k or math500")):
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
-        shown = " ".join(capsys.readouterr().out.split())
-        assert tasks in shown and "strict (default), d1, spg, espo or math-verify" in shown
-
-
-def test_help_imports_no_torch():
-    program = (
-        "import sys; from dllm_rl.cli.main import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.endswith("\nFalse\n")
-
-
 def test_a_paced_rule_with_a_number_of_its_own_takes_the_steps_that_are_asked_for(model, capsys, tmp_path):
     rules = ("--commit", "remask=0.5,edit=0.5", "--rank", "random", "--num_steps", "2,4")
     command = ("evaluate", model, "--task", "sudoku", "--limit", 2, "--output_dir", tmp_path, *rules, "--json")
@@ -328,3 +303,10 @@ def test_a_paced_rule_with_a_number_of_its_own_takes_the_steps_that_are_asked_fo
     assert [(row["commit"].partition("=")[0], row["num_steps"]) for row in found] == [
         ("remask", 2), ("remask", 4), ("edit", None)]  # fmt: skip
     assert [row["steps"] for row in found[:2]] == [2.0, 4.0]
+
+
+def test_an_error_obeys_no_escape_sequence_of_a_path(capsys, tmp_path):
+    path = tmp_path / "the\x1b[2Jirs.jsonl"
+    path.write_text(json.dumps({"completion": "1", "numbers": [1]}) + "\n")
+    message = refusal(capsys, "grade", "--task", "countdown", path)
+    assert "irs.jsonl, line 1: no field 'target'" in message and "\x1b" not in message

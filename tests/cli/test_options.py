@@ -16,28 +16,6 @@ COMMANDS = {
 }
 
 
-EMPTY = [
-    ["sample", "", "1"],
-    ["sample", "model", "1", "--html", ""],
-    ["evaluate", "model", "", "--task", "sudoku"],
-    *(["evaluate", "model", "--task", "sudoku", f"--{name}", ""] for name in ("path", "output_dir", "csv", "plot")),
-    ["grade", "", "--task", "sudoku"],
-    ["doctor", ""],
-    ["doctor", "model", "--output_dir", ""],
-    ["report", ""],
-    ["report", "run", "--out", ""],
-    ["verify", ""],
-]
-
-
-@pytest.mark.parametrize("command", EMPTY, ids=" ".join)
-def test_an_empty_name_is_refused_in_one_line(command, capsys):
-    """As a variable that is not set leaves one: a folder's empty name is the present folder."""
-    assert main(command) == 2
-    error = capsys.readouterr().err
-    assert "='' is empty; give a file or folder" in error and error.count("\n") == 1
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")

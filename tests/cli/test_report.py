@@ -10,7 +10,6 @@ import pytest
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.cli import main as cli
-from dllm_rl.cli.replay_page import document
 from dllm_rl.cli.report import OWN, STEPS, replayed, report, told, written
 from dllm_rl.monitoring.json_lines import known
 from dllm_rl.monitoring.plots import PANELS, PICTURE, PICTURE_OF_SFT, headline, measured, read_summary, smoothed
@@ -119,12 +118,6 @@ def test_no_text_of_a_run_is_markup(runs):
     (row,) = data_of(report([hostile]))["groups"][0]["rows"]
     for text in (row["prompt"], row["tokens"][0]["text"]):
         assert text.startswith("</script><img src=x") and text.endswith("\u241b\ufffd")
-
-
-def test_marks_in_a_title_or_a_body_are_text():
-    page = document("a @BODY@ @STYLE@ run", "<p>@SCRIPTS@ and @TITLE@</p>", groups=[], style="p { color: red; }")
-    assert "<title>a @BODY@ @STYLE@ run</title>" in page and "<main>\n<p>@SCRIPTS@ and @TITLE@</p>\n</main>" in page
-    assert page.count("color: red") == 1
 
 
 def test_without_steps_a_completion_is_shown_at_once():

@@ -1,7 +1,6 @@
 """Watching completions: plain data, the terminal's view, the page in a browser, the command."""
 
 import json
-import re
 import shutil
 import subprocess
 import time
@@ -76,15 +75,6 @@ def test_frame_dims_what_is_masked_and_lights_what_is_fresh(policy):
     text = console.export_text(styles=True)
     assert "\x1b[2m12\x1b[0m\x1b[1;93m<\x1b[0m\x1b[2m░\x1b[0m1" in text
     assert "step 2, 1 masked" in text
-
-
-def test_page_keeps_text_out_of_its_markup():
-    token = {"id": 1, "text": HOSTILE, "step": 0, "probability": 0.5}
-    text = page({"facts": HOSTILE, "rows": [{"prompt": HOSTILE, "completion": HOSTILE, "tokens": [token]}]})
-    assert text.count("<img") == 0 and text.count("</script>") == 2
-    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1)
-    assert json.loads(data)["groups"][0]["rows"][0]["tokens"][0]["text"] == HOSTILE
-    assert not re.search(r"(src|href)=|https?://|@import|url\(", page({"facts": "", "rows": []}))  # nothing is fetched
 
 
 def test_command_prints_json(checkpoint, capsys):
