@@ -33,7 +33,7 @@ def first_closed_answer(text: str) -> str | None:
 
 def last_closed_answer(text: str) -> str | None:
     """The last of the non-overlapping `<answer>...</answer>` pairs, read from the left; None without one."""
-    for piece in reversed(text.split("</answer>")[:-1]):  # what stands behind the last end tag is in no pair
+    for piece in reversed(text.split("</answer>")[:-1]):  # no pair begins behind the last end tag
         start = piece.find("<answer>")
         if start >= 0:
             return piece[start + len("<answer>") :]
@@ -52,7 +52,7 @@ def last_box(text: str, *, names: tuple[str, ...] = ("\\boxed", "\\fbox")) -> st
 def final_answer(text: str) -> str | None:
     """The strict reading: the last box inside the last `<answer>` block, else the block, else the text's last box."""
     block = last_answer(text)
-    box = last_box(text if block is None else block)  # beside an answer block, a box in the working does not count
+    box = last_box(text if block is None else block)  # an answer block outranks a box in the working
     found = block if box is None else box
     return None if found is None or len(found) > LONGEST else found.strip()
 

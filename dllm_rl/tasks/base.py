@@ -103,7 +103,7 @@ def grade(
     def late() -> str:
         return (
             f"process {os.environ.get('RANK', 0)}: the grader of task {task.name!r} did not return within "
-            f"reward_timeout={timeout:g} s on {given()}; mend it or raise reward_timeout"
+            f"reward_timeout={timeout:g} s on {given()}; fix it or raise reward_timeout"
         )
 
     def one_by_one() -> Iterator[Reward]:

@@ -1,4 +1,4 @@
-"""Rows of a data set in its published format (JSONL, JSON, CSV, Parquet, a folder, or `datasets`), and splits."""
+"""Rows of a published data set (JSONL, JSON, CSV, Parquet, a folder, or `datasets`), splits, and checks of settings."""
 
 import csv
 import json

@@ -107,7 +107,7 @@ def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask:
     garbage = torch.where(mask, mismatch, 7.0)  # large, so that a sum over all columns would show it
     padded = torch.cat([mask, torch.zeros_like(mask)], 1)
     wider, _, _ = corrector.weigh(torch.cat([garbage, garbage], 1), advantages, padded)
-    _same(wider[:, : mask.shape[1]][mask], weights[mask], "what stands off the mask must not change the weights")
+    _same(wider[:, : mask.shape[1]][mask], weights[mask], "what lies off the mask must not change the weights")
 
     behaviour = torch.full(mask.shape, -1.0) - torch.where(mask, mismatch, 0)
     batch = make_batch(mask, advantages, weights=weights, keep=keep, behaviour=behaviour)
@@ -158,9 +158,9 @@ def _drops_nonfinite(corrector: Corrector, advantages: Tensor) -> None:
     mismatch[2, 0] = math.nan
     weights, keep, metrics = corrector.weigh(mismatch, advantages, mask)
     assert not keep[~mismatch.isfinite()].any(), "a token whose ratio is not finite must leave the keep mask"
-    assert weights.isfinite().all(), f"weights must stay finite beside a ratio that is not, got {weights}"
+    assert weights.isfinite().all(), f"weights must stay finite where a ratio is not, got {weights}"
     for name, value in metrics.items():
-        assert math.isfinite(value), f"metric {name}={value} must stay finite beside a ratio that is not"
+        assert math.isfinite(value), f"metric {name}={value} must stay finite where a ratio is not"
 
 
 def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rollout, *, seed: int = 0) -> None:

@@ -181,4 +181,4 @@ def _check_adapters(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor
         assert not torch.equal(twin.logits(tokens, mask), logits), "adapters must change the logits: are they called?"
         assert torch.equal(twin.reference().logits(tokens, mask), logits), "the reference must leave the adapters out"
     trained = [name for name, parameter in twin.module.named_parameters() if parameter.requires_grad]
-    assert all(".lora_" in name for name in trained), f"beside adapters, {trained[0]} would be trained"
+    assert all(".lora_" in name for name in trained), f"in addition to adapters, {trained[0]} would be trained"

@@ -1,11 +1,12 @@
 """Files of every format, with their broken lines, and data sets that are absent."""
 
 import json
+from random import Random
 
 import pytest
 
 from dllm_rl.tasks import GSM8K
-from dllm_rl.tasks.rows import load_rows, load_split
+from dllm_rl.tasks.rows import as_range, check_settings, drawn, load_rows, load_split
 
 TEST = [{"question": "What is 40 + 2?", "answer": "40 + 2 = 42\n#### 42"}]
 
@@ -83,3 +84,15 @@ def test_published_data_through_datasets(monkeypatch) -> None:
     assert [row for _, row in load_split(None, "test", ("openai/gsm8k", "main"))] == TEST
     assert calls == [("openai/gsm8k", "main", "test")]
     load_split.cache_clear()
+
+
+def test_a_number_is_drawn_from_an_inclusive_range() -> None:
+    rng = Random(0)
+    assert {drawn((2, 4), rng) for _ in range(50)} == {2, 3, 4} and drawn(3, rng) == 3
+    assert as_range(3) == (3, 3) and as_range((2, 4)) == (2, 4)
+
+
+def test_the_first_fault_is_the_one_that_is_named() -> None:
+    check_settings((False, "a"))
+    with pytest.raises(ValueError, match=r"^b$"):
+        check_settings((False, "a"), (True, "b"), (True, "c"))
