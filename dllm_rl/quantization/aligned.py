@@ -68,6 +68,7 @@ class _AlignedLinear:
         self.source = source
         self.rollout_module = rollout_module
         self.target: Any = rollout_module.get_submodule(name)
+        self.base: Any = source.base_layer if isinstance(source, LoraLinear | LoraExperts) else source
         self.held = list(source.parameters())  # outside of a forward: a sharded learner's parts
         self.seen = self.versions()
 
@@ -83,8 +84,7 @@ class _AlignedLinear:
         if not getattr(self.source, "active", True):  # the reference runs without adapters
             return type(self.source).forward(self.source, x)
         self.follow()
-        bias = getattr(self.source, "base_layer", self.source).bias
-        return StraightThrough.apply(x, merged_tensor(self.source, "weight"), bias, self.target)
+        return StraightThrough.apply(x, merged_tensor(self.source, "weight"), self.base.bias, self.target)
 
     def refresh(self) -> None:
         check_finite({part: fine for part, _, fine in requantize(self.name, self.source, self.rollout_module)})
@@ -133,7 +133,7 @@ def aligned_forward(
         for link in links:
             if "forward" in vars(link.source):
                 raise ValueError(f"{link.name}.forward is already replaced: is this inside another aligned_forward()?")
-            if isinstance(link.source, LoraLinear | LoraExperts):  # it merges them, and so drops nothing
+            if link.base is not link.source:  # it merges them, and so drops nothing
                 check_mergeable(link.source.lora)
             link.source.forward = link.forward
             swapped.append(link.source)  # one by one: an error above restores what was replaced before it

@@ -162,7 +162,7 @@ def experts_replacement(
 def rollout_weights(name: str, layer: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """The weights that a rollout quantises of a learner's layer, by the name of the rollout's layer: gathered, adapters
     merged, one for each expert of a stack. The first copy, a sync and an aligned forward all take them from here."""
-    if not is_stacked(layer):
+    if isinstance(layer, nn.Linear | LoraLinear):
         yield name, whole(merged_tensor(layer, "weight")).to(dtype)
         return
     for stack in STACKS:

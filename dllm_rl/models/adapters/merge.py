@@ -1,7 +1,6 @@
 """Adapters merged into the weights."""
 
 import copy
-import re
 from collections.abc import Container, Iterator
 from typing import Any
 
@@ -20,7 +19,7 @@ def has_extras(module: nn.Module) -> bool:
 
 def plain_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and layers, without the parts of adapted layers."""
-    return ((n, m) for n, m in module.named_modules() if not re.search(r"\.(base_layer|lora_A|lora_B)$", n))
+    return ((n, m) for n, m in module.named_modules() if not n.endswith((".base_layer", ".lora_A", ".lora_B")))
 
 
 def merged_tensor(layer: Any, kind: str) -> Tensor:
@@ -32,7 +31,7 @@ def merged_tensor(layer: Any, kind: str) -> Tensor:
         return layer.merged()
     if kind == "weight" and is_bitsandbytes(layer):
         return plain_weight(layer)
-    return getattr(getattr(layer, "base_layer", layer), kind)
+    return getattr(layer.base_layer if isinstance(layer, LoraLinear) else layer, kind)
 
 
 @torch.no_grad()
