@@ -1,6 +1,7 @@
 """A step's mismatch in one word, and why."""
 
-MILD, STRONG = 0.95, 0.70  # ESS that AIS reports early in training, and late without correction [digest]
+MILD = 0.95  # ESS that AIS reports early in training [digest]
+STRONG = 0.70  # and late without correction [digest]
 BACKWARDS = 0.005  # largest contribution of a sign of A, averaged over tokens, that may be noise [ours]
 SIGNS = {"positive": "A>0", "negative": "A<0"}
 PATIENCE = 20  # steps in a row without a group whose rewards differ

@@ -13,7 +13,8 @@ class JsonLines:
     def __init__(self, path: Path, *, start: int, patient: bool = False) -> None:
         """start    the first step; older rows of this step and later ones count no longer.
         patient  on a full disk keep the rows and write them later, rather than raise OSError."""
-        self.path, self.patient = path, patient
+        self.path = path
+        self.patient = patient
         self._waiting = b""  # rows that are not written yet
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         if size := os.fstat(self._file).st_size:

@@ -35,7 +35,7 @@ class RunLog:
         trackers: Sequence[GeneralTracker] = (),
     ) -> None:
         """start, patient  those of `JsonLines`. completions: write a completions.jsonl too."""
-        self.main, self.directory = main, directory
+        self.main = main
         self.console = Console(quiet=not main, force_jupyter=False)  # plain lines in a notebook, no widgets
         self.begun = time.perf_counter()
         self.seconds: dict[str, float] = {}
@@ -45,11 +45,13 @@ class RunLog:
         self._flat = 0  # steps in a row in which no group's rewards differed
         self._warned = False
         self._done = start
-        kept = ["metrics"] + ["completions"] * (completions or (directory / "completions.jsonl").exists())
-        paths = {name: directory / f"{name}.jsonl" for name in kept if main}
-        self.files = {name: JsonLines(path, start=start, patient=patient) for name, path in paths.items()}
+        self.files: dict[str, JsonLines] = {}
+        completions = completions or (directory / "completions.jsonl").exists()
+        for name in ("metrics", "completions") if completions else ("metrics",):
+            if main:
+                self.files[name] = JsonLines(directory / f"{name}.jsonl", start=start, patient=patient)
         self.trackers = list(trackers)
-        before = current_rows(paths["metrics"]) if main and start else []
+        before = current_rows(directory / "metrics.jsonl") if main and start else []
         self.last = known(before[-1]) if before else {}  # the last step's numbers
 
     @property
@@ -68,7 +70,8 @@ class RunLog:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the block's wall-clock seconds to the stage `name`, of the run and of the step, with a `heartbeat`."""
-        begin, self.entered, self.inside = time.perf_counter(), name, name
+        begin = time.perf_counter()
+        self.entered = self.inside = name
         self.entering()
         try:
             with heartbeat(f"{name}, after {self._done} steps,", self.say if self.main else None):
@@ -82,13 +85,14 @@ class RunLog:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write a step's metrics, and its stages' seconds, to metrics.jsonl (NaN, infinity: null) and to trackers."""
         times = {f"time/{name}": spent for name, spent in self._step.items()}
-        self._step, self._done = {}, step + 1
+        self._step = {}
+        self._done = step + 1
         self._flat = self._flat + 1 if metrics.get("frac_reward_zero_std") == 1 else 0
         if self._flat == PATIENCE and not self._warned:
             self._warned = True
             self.say(
                 f"warning: in the last {PATIENCE} steps the rewards of every group were equal, which teaches nothing: "
-                "see whether the grader tells completions apart, or take easier problems or more generations"
+                "see whether the grader distinguishes completions, or take easier problems or more generations"
             )
         row = {**metrics, "step_time": sum(times.values()), "memory/peak_gb": peak_memory(), **times}
         self.last = row
@@ -123,11 +127,10 @@ class RunLog:
 
     def view(self, description: str, total: int, *, curve: str, completed: int = 0) -> View:
         """The view of a part of the run, to be called once per step; it draws the metric `curve`."""
-        file = self.files.get("metrics")
-        past = [row.get(curve) for row in current_rows(file.path)] if file and completed else []
-        values = [value for value in past if value is not None]
-        stage = lambda: self.entered  # noqa: E731
-        return View(self.console, description, total, curve=curve, completed=completed, past=values, stage=stage)
+        rows = current_rows(self.files["metrics"].path) if self.main and completed else []
+        past = [row[curve] for row in rows if row.get(curve) is not None]
+        options: dict[str, Any] = {"curve": curve, "completed": completed, "past": past}
+        return View(self.console, description, total, stage=lambda: self.entered, **options)
 
     def close(self) -> None:
         for file in self.files.values():
@@ -154,7 +157,9 @@ FIRST = 60.0  # seconds until the first line; the time doubles for each further 
 def heartbeat(stage: str, say: Callable[[str], None] | None = None) -> Iterator[None]:
     """While the block runs, every process prints its name and duration after 60 s, 120 s, 240 s ...: to `say`, or to
     standard error. The line of a stuck process names its stage; a frozen process prints none."""
-    done, began, rank = threading.Event(), time.monotonic(), os.environ.get("RANK", "0")
+    done = threading.Event()
+    began = time.monotonic()
+    rank = os.environ.get("RANK", "0")
 
     def beat() -> None:
         passed = FIRST

@@ -55,7 +55,7 @@ PANELS = (
     Panel(
         "Clipped tokens",
         "share",
-        {f"clip_ratio/{part}": part.partition("_")[0] for part in ("region_mean", "low_mean", "high_mean")},
+        {"clip_ratio/region_mean": "region", "clip_ratio/low_mean": "low", "clip_ratio/high_mean": "high"},
     ),
     Panel(
         "Entropy",
@@ -68,7 +68,7 @@ PANELS = (
     Panel(
         "Waiting for the slowest",
         "s a step, mean over processes",
-        {f"waiting/{stage}": stage for stage in ("rollout", "scoring", "update")},
+        {"waiting/rollout": "rollout", "waiting/scoring": "scoring", "waiting/update": "update"},
     ),
 )
 
@@ -80,8 +80,8 @@ def read_metrics(directory: Path) -> list[dict[str, float | int]]:
 
 def read_summary(directory: Path) -> dict[str, Any]:
     """A run's summary.json; before its end, its newest checkpoint's state; else {}."""
-    ended, states = directory / "summary.json", sorted(directory.glob("checkpoints/step-*/state.json"))
-    for path in [ended, *reversed(states)]:
+    states = sorted(directory.glob("checkpoints/step-*/state.json"), reverse=True)
+    for path in [directory / "summary.json", *states]:
         try:
             found = json.loads(path.read_bytes())
         except (OSError, ValueError):
@@ -93,7 +93,9 @@ def read_summary(directory: Path) -> dict[str, Any]:
 
 def headline(summary: dict[str, Any]) -> str:
     """Name, seed and result of a run in one line."""
-    recipe, before, after = summary.get("recipe", {}), summary.get("eval_before", {}), summary.get("eval_after")
+    recipe = summary.get("recipe", {})
+    before = summary.get("eval_before", {})
+    after = summary.get("eval_after")
     text = f"{recipe.get('name', 'a run')}, seed {recipe.get('seed', '?')}"
     name = next((name for name in (*SOLVED, "reward") if name in before), "loss")
     if name in before:
@@ -106,21 +108,21 @@ def headline(summary: dict[str, Any]) -> str:
 def smoothed(values: Sequence[float], *, width: int) -> list[float]:
     """The mean of the values up to `width` places away on either side, without gaps (NaN)."""
     means = []
-    for i in range(len(values)):
-        near = [x for x in values[max(0, i - width) : i + width + 1] if not math.isnan(x)]
+    for place in range(len(values)):
+        near = [value for value in values[max(0, place - width) : place + width + 1] if not math.isnan(value)]
         means.append(math.fsum(near) / len(near) if near else math.nan)
     return means
 
 
 def column(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
     """A metric at every row; NaN, a gap, where it is absent or null."""
-    values = (row.get(name) for row in rows)
-    return [float(value) if isinstance(value, int | float) else math.nan for value in values]
+    return [float(row[name]) if isinstance(row.get(name), int | float) else math.nan for row in rows]
 
 
 def curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) -> None:
     """A metric against steps: smoothed over a twentieth of them, and pale without smoothing."""
-    steps, values = [row["step"] + 1 for row in rows], column(rows, name)
+    steps = [row["step"] + 1 for row in rows]
+    values = column(rows, name)
     (line,) = axis.plot(steps, smoothed(values, width=len(steps) // 40), linewidth=1.6, **style)
     axis.plot(steps, values, linewidth=0.7, alpha=0.3, color=line.get_color())
 
@@ -156,7 +158,8 @@ def lines_of(axis: Any, runs: Sequence[Sequence[dict[str, Any]]], panel: Panel) 
 
 def ends(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summary: dict[str, Any]) -> None:
     """The held-out numbers before and after the run, as squares."""
-    for metric in (points.partition("/")[2] for points in panel.points):
+    for name in panel.points:
+        metric = name.removeprefix("eval/")
         if rows and metric in summary.get("eval_after", {}):
             values = [summary["eval_before"][metric], summary["eval_after"][metric]]
             label = f"held out: {values[0]:.3f} → {values[1]:.3f}"

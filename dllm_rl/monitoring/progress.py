@@ -40,8 +40,13 @@ class View:
         stage: Callable[[], str] = lambda: "",
     ) -> None:
         """curve, past  the metric to draw, and its values so far. stage: the present stage, in words."""
-        self.console, self.description, self.total = console, escape_controls(description), total
-        self.curve, self.values, self.metrics, self.stage = curve, list(past), dict[str, float](), stage
+        self.console = console
+        self.description = escape_controls(description)
+        self.total = total
+        self.curve = curve
+        self.values = list(past)
+        self.metrics: dict[str, float] = {}
+        self.stage = stage
         remaining = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
         columns = (TextColumn("{task.description:8}", markup=False), MofNCompleteColumn(), BarColumn(None), *remaining)
         # The speed over all steps: rich's default, the last 30 s, may contain no step.
@@ -77,12 +82,13 @@ class View:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Name, text and colour of the lines below the bar."""
-        rows, found = [], health(self.metrics)
+        rows = []
         if self.values:
-            low, high, name = min(self.values), max(self.values), self.curve.rpartition("/")[2]
-            span = f"{self.values[-1]:.3g}  {sparkline(self.values)}  {low:.3g} to {high:.3g}"
-            rows.append((name if len(name) < 11 else "curve", span, ""))
-        if found is not None:
+            name = self.curve.rpartition("/")[2]
+            span = f"{min(self.values):.3g} to {max(self.values):.3g}"
+            text = f"{self.values[-1]:.3g}  {sparkline(self.values)}  {span}"
+            rows.append((name if len(name) < 11 else "curve", text, ""))
+        if found := health(self.metrics):
             rows.append(("mismatch", f"{found[0]}: {found[1]}", COLOURS.get(found[0], "red")))
         if stage := self.stage():
             rows.append(("now", f"step {int(self.bar.tasks[0].completed) + 1}, {stage}", "dim"))
@@ -92,10 +98,13 @@ class View:
 def sparkline(values: Sequence[float], *, width: int = 30) -> str:
     """The values as at most `width` blocks, from the lowest to the highest; more values are averaged."""
     count = min(width, len(values))
-    shares = [values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count)]
-    means = [math.fsum(share) / len(share) for share in shares]
-    low, high = min(means), max(means)
-    return "".join(BLOCKS[int((x - low) / (high - low) * (len(BLOCKS) - 1) + 0.5) if high > low else 0] for x in means)
+    means = []
+    for place in range(count):
+        share = values[place * len(values) // count : (place + 1) * len(values) // count]
+        means.append(math.fsum(share) / len(share))
+    low = min(means)
+    span = max(means) - low or 1.0  # equal values are all lowest
+    return "".join(BLOCKS[int((mean - low) / span * (len(BLOCKS) - 1) + 0.5)] for mean in means)
 
 
 def one_line(metrics: dict[str, float]) -> str:

@@ -1,7 +1,6 @@
 """`dllm-rl report`: what a page of runs holds, and that no text of a run steers it."""
 
 import json
-import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,8 +10,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.cli import main as cli
 from dllm_rl.cli.report import OWN, STEPS, replayed, report, told, written
-from dllm_rl.monitoring.json_lines import known
-from dllm_rl.monitoring.plots import PANELS, PICTURE, PICTURE_OF_SFT, headline, measured, read_summary, smoothed
+from dllm_rl.monitoring.plots import headline, read_summary
 from dllm_rl.training import train
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'\x1b\u202e"
@@ -161,22 +159,6 @@ def test_a_run_of_which_little_is_left_is_drawn(tmp_path):
     assert Markup(report([told(tmp_path)])).tags["svg"] == 1
 
 
-def test_a_curve_is_smoothed_by_hand():
-    nan = math.nan
-    assert smoothed([0.0, 3.0, 6.0, nan, 9.0], width=1) == [1.5, 3.0, 4.5, 7.5, 9.0]
-    assert smoothed([1.0, 2.0], width=0) == [1.0, 2.0] and math.isnan(smoothed([nan], width=3)[0])
-    assert known({"a": None, "b": 1.0}) == {"b": 1.0}
-
-
 def test_the_headline_of_a_run(runs):
     assert headline(read_summary(runs[0])) == "tiny, seed 0: solve rate 0.000 → 0.000 on 8 held-out problems"
     assert headline(read_summary(runs[1])) == "tiny, seed 1: solve rate 0.000 → not ended" and headline({})
-
-
-def test_the_picture_and_the_page_share_their_panels(runs):
-    """RL's loss is no likelihood: neither shows it. The picture's panels are some of the page's."""
-    assert {*PICTURE, *PICTURE_OF_SFT} <= {panel.title for panel in PANELS}
-    rl = [{"step": 0, "reward": 0.5, "loss": 1.0}]
-    assert [panel.title for panel in PANELS if measured(panel, [rl])] == ["Reward"]
-    sft = [{"step": 0, "loss": 1.0, "grad_norm": 2.0}]
-    assert tuple(panel.title for panel in PANELS if measured(panel, [sft])) == PICTURE_OF_SFT

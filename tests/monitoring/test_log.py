@@ -71,12 +71,6 @@ def test_a_steps_seconds_are_those_of_its_own_stages(tmp_path):
         assert row["step_time"] == row[f"time/{name}"] == spent > 0
 
 
-def test_a_report_is_drawn_where_a_step_lacks_a_breakdown(tmp_path):
-    rows = [{"step": 0, **ALWAYS}, {"step": 1, **ALWAYS, "rewards/accuracy/mean": 1.0}, {"step": 2, "reward": 0.5}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert plot(tmp_path).is_file()
-
-
 def test_a_stage_that_computes_has_the_least_patience_and_a_graders_has_none_to_lose(tmp_path):
     log = RunLog(tmp_path, start=0, main=False)
     found = {"between stages": log.patience}

@@ -102,17 +102,6 @@ def test_a_run_shows_and_keeps_its_warm_up(tmp_path, capsys):
     assert [row["step"] for row in current_rows(tmp_path / "metrics.jsonl")] == [0]
 
 
-def test_a_warm_up_that_is_begun_again_counts_once(tmp_path):
-    rows = [
-        '{"warmup_step": 0, "a": 1}',
-        '{"warmup_step": 1, "a": 2}',
-        '{"resume_from": 0}',
-        '{"warmup_step": 0, "a": 3}',
-    ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
-    assert warmup_rows(tmp_path / "metrics.jsonl") == [{"warmup_step": 0, "a": 3}]
-
-
 def test_a_resumed_run_draws_what_came_before(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=2, save_steps=1))
     log = RunLog(tmp_path, start=1, main=True)

@@ -1,0 +1,57 @@
+"""Files of rows that only grow: a kill, a full disk and a second start leave the rows that count."""
+
+import errno
+import os
+
+import pytest
+
+from dllm_rl.monitoring.json_lines import current_rows, known, warmup_rows
+from dllm_rl.monitoring.log import RunLog
+
+
+def test_a_warm_up_that_is_begun_again_counts_once(tmp_path):
+    rows = [
+        '{"warmup_step": 0, "a": 1}',
+        '{"warmup_step": 1, "a": 2}',
+        '{"resume_from": 0}',
+        '{"warmup_step": 0, "a": 3}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    assert warmup_rows(tmp_path / "metrics.jsonl") == [{"warmup_step": 0, "a": 3}]
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [b"null\n", b"17\n", b'"text"\n', b"[1]\n", b"\xff\xfe\n", b'{"step": 2, "rew', b'{"reward": 1}\n', b"\n"],
+)
+def test_no_tail_stops_a_resume(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0, "a": 1}\n{"step": 1, "a": 2}\n' + tail)
+    log = RunLog(tmp_path, start=1, main=True)
+    log.write(1, {"a": 3.0})
+    log.close()
+    assert [(row["step"], row["a"]) for row in current_rows(path)] == [(0, 1), (1, 3)]
+
+
+def test_a_full_disk_keeps_rows_for_later(tmp_path, monkeypatch):
+    full, write = [True], os.write
+
+    def short(handle, content):
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(handle, content[:7])
+
+    log = RunLog(tmp_path, start=0, main=True, patient=True)
+    monkeypatch.setattr(os, "write", short)
+    log.write(0, {"a": 1.0})
+    full[0] = False
+    log.write(1, {"a": 2.0})
+    full[0] = True
+    log.files["metrics"].patient = False
+    with pytest.raises(OSError, match=r"metrics\.jsonl: No space left on device; make room and resume"):
+        log.write(2, {"a": 3.0})
+    assert [row["a"] for row in current_rows(tmp_path / "metrics.jsonl")] == [1.0, 2.0]
+
+
+def test_what_is_known_of_a_row_are_its_numbers():
+    assert known({"a": None, "b": 1.0}) == {"b": 1.0}
