@@ -25,8 +25,8 @@ class Choice:
     decision: Decision
     picked: Int[Tensor, " C"]  # positions that are written
     drawn: Sequence[Tensor]  # their tokens and log-probs (nats); with top_k or top_p also what `kept_set` gives
-    stayed: Int[Tensor, " J"] | None  # positions that the step leaves masked; None where the order has no law
-    order: Float[Tensor, " J"] | None  # the log-prob (nats) with which the step leaves them
+    # Positions that the step leaves masked, and the log-prob (nats) with which it leaves them; None: the order has no law
+    left: tuple[Int[Tensor, " J"], Float[Tensor, " J"]] | None
 
 
 class Choose:
@@ -51,7 +51,8 @@ class Choose:
 
     def __call__(self, turn: Turn, states: Float[Tensor, "K D"]) -> Choice:
         """Raises ValueError where the commit rule leaves a block's last step empty."""
-        drawn = None
+        drawn: Sequence[Tensor] | None = None
+        left = None
         if self.draws_first:
             scores, *drawn = propose_and_rank(
                 self.policy, states, turn.uniforms(TOKENS), turn.uniforms(TIES), self.sampling_params, self.rank
@@ -60,17 +61,17 @@ class Choose:
             scores = rank_only(self.policy, states, turn.uniforms(TIES), self.sampling_params, self.rank)
         decision = self.decide(turn, turn.spread(scores), drawn)
         picked = turn.among(decision.chosen, int(decision.num_chosen.sum()))
-        stayed = order = None
         if self.has_order_law:
             stayed = turn.among(~decision.chosen, len(scores) - len(picked))
             order = order_logprobs(self.policy, states, self.sampling_params, turn, scores, picked, stayed)
+            left = (stayed, order)
         if drawn is None:
             drawn = propose(self.policy, states[picked], turn.uniforms(TOKENS, picked), self.sampling_params)
         else:
             drawn = [values[picked] for values in drawn]
-        return Choice(decision, picked, drawn, stayed, order)
+        return Choice(decision, picked, drawn, left)
 
-    def decide(self, turn: Turn, scores: Float[Tensor, "R L"], drawn: list[Tensor] | None) -> Decision:
+    def decide(self, turn: Turn, scores: Float[Tensor, "R L"], drawn: Sequence[Tensor] | None) -> Decision:
         """What the commit rule picks. Raises ValueError where it leaves a block's last step empty."""
         if self.revising:
             return revise(turn, scores, drawn, self.canvas.tokens, commit=self.commit, takes=self.revising)

@@ -88,8 +88,9 @@ def unmask(
             canvas.reopen(*turn.where(choice.decision.reopened), spec.mask_id)
         where = turn.where(choice.picked)
         canvas.write(*where, turn.clock[choice.picked], *choice.drawn)
-        if choice.order is not None:
-            canvas.leave(*turn.where(choice.stayed), choice.order)
+        if choice.left is not None:
+            stayed, order = choice.left
+            canvas.leave(*turn.where(stayed), order)
         if experts is not None:
             canvas.route(*where, experts[choice.picked])
         complete = queue.record(turn, choice.decision)
