@@ -25,7 +25,7 @@ class Choice:
     decision: Decision
     picked: Int[Tensor, " C"]  # positions that are written
     drawn: Sequence[Tensor]  # their tokens and log-probs (nats); with top_k or top_p also what `kept_set` gives
-    # Positions that the step leaves masked, and the log-prob (nats) with which it leaves them; None: the order has no law
+    # Positions left masked, and the log-prob (nats) with which the step leaves them; None: the order has no law
     left: tuple[Int[Tensor, " J"], Float[Tensor, " J"]] | None
 
 
