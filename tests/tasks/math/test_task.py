@@ -1,10 +1,10 @@
-"""GSM8K from its published form."""
+"""GSM8K and MATH500 from their published forms, and their prompts."""
 
 import json
 
 import pytest
 
-from dllm_rl.tasks import GSM8K, Task
+from dllm_rl.tasks import GSM8K, MATH500, Task
 
 TRAIN = [
     {
@@ -14,6 +14,16 @@ TRAIN = [
     for n in range(990, 1050)
 ]
 TEST = [{"question": "What is 40 + 2?", "answer": "40 + 2 = 42\n#### 42"}]
+MATH = [
+    {
+        "problem": "Halve 1.",
+        "solution": "It is $\\boxed{\\frac{1}{2}}$.",
+        "answer": "\\frac{1}{2}",
+        "subject": "Algebra",
+    },
+    {"problem": "Double 3.", "solution": "It is $\\boxed{5}$, plus one.", "answer": "6"},
+    {"problem": "Square 3.", "solution": "It is $\\boxed{9}$.", "level": "Level 1"},
+]
 
 
 def write_lines(path, rows) -> str:
@@ -46,3 +56,25 @@ def test_gsm8k_splits(folder) -> None:
         assert task.reward(problem, "no idea").value == 0.0
     with pytest.raises(IndexError):
         tasks["test"][1]
+
+
+def test_gsm8k_prompts(tmp_path) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps(TEST[0]))
+    assert GSM8K(split="test", path=path, prompt_format="Q: {question} {x}", chat=False)[0].prompt == (
+        "Q: What is 40 + 2? {x}"
+    )
+    opened = GSM8K(split="test", path=path, opening="<reasoning>\n")[0]
+    assert opened.prompt[-1] == {"role": "assistant", "content": "<reasoning>\n"}
+    assert opened.solution.startswith("40 + 2")  # the opening is the prompt's, not the completion's
+
+
+def test_math500_from_its_published_form(tmp_path) -> None:
+    task = MATH500(path=write_lines(tmp_path / "test.jsonl", MATH))
+    assert [problem.fields["answer"] for problem in task] == ["\\frac{1}{2}", "6", "9"]
+    assert all(task.reward(problem, problem.solution).value == 1.0 for problem in task)
+    assert task[0].solution.endswith("<answer>\n\\boxed{\\frac{1}{2}}\n</answer>\n")
+    with pytest.raises(ValueError, match="split='train' needs path="):
+        MATH500(split="train")
+    both = [MATH500(split=split, path=tmp_path / "test.jsonl") for split in ("train", "validation")]
+    assert sum(map(len, both)) == 3
