@@ -84,7 +84,9 @@ def save(
             state.write(partial)
             if card is not None:
                 (partial / CARD).write_text(card, encoding="utf-8")
-            parts = {name: entry for entries in swap(written) for name, entry in entries.items()}
+            parts: dict[str, Any] = {}
+            for entries in swap(written):  # of the files that the others wrote
+                parts |= entries
             manifest.write(partial, step=state.step, processes=processes, versions=versions or {}, known=parts)
         write_text(directory / "latest", final.name + "\n")
     for _, old in found(directory)[:-keep]:
@@ -125,8 +127,9 @@ def _enough_room(final: Path, policy: Policy, optimizer: Saved, reserve: int) ->
     tensors = sum(x.numel() * x.element_size() for x in _tensors(policy, optimizer).values())
     if isinstance(optimizer, Part):  # the other parts need room too
         tensors += optimizer.nbytes - sum(x.nbytes for x in optimizer.tensors.values())
-    last = [folder_size(folder) for _, folder in found(final.parent)[-1:]]
-    needed = max([tensors, *last]) + reserve + (1 << 20)
+    before = found(final.parent)
+    last = folder_size(before[-1][1]) if before else 0  # the tokenizer and the card count too
+    needed = max(tensors, last) + reserve + (1 << 20)
 
     def fault(why: str, number: int | None = None) -> OSError:
         free = shutil.disk_usage(final.parent).free
@@ -150,11 +153,12 @@ def _enough_room(final: Path, policy: Policy, optimizer: Saved, reserve: int) ->
 
 def _tensors(policy: Policy, optimizer: Saved) -> dict[str, Tensor]:
     """Weights by name, and the optimiser's state of each trained one."""
-    named = dict(policy.module.named_parameters())
-    found = {name: tensor.detach() for name, tensor in chain(named.items(), policy.module.named_buffers())}
+    found = {}
+    for name, tensor in chain(policy.module.named_parameters(), policy.module.named_buffers()):
+        found[name] = tensor.detach()
     if isinstance(optimizer, Part):
         return found | optimizer.tensors
-    for name, parameter in named.items():
+    for name, parameter in policy.module.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 found[f"{kind} of {name}"] = value
@@ -184,8 +188,11 @@ def set_aside(directory: Path, resumed: Path) -> list[Path]:
     moved = []
     for number, folder in reversed(found(directory)):
         if number > step or (number == step and folder.resolve() != resumed.resolve()):
-            names = (f"{folder.name}.set-aside" + (f"-{n}" if n > 1 else "") for n in count(1))
-            free = next(path for name in names if not (path := folder.with_name(name)).exists())
+            free = folder.with_name(f"{folder.name}.set-aside")
+            for number in count(2):
+                if not free.exists():
+                    break
+                free = folder.with_name(f"{folder.name}.set-aside-{number}")
             moved.append(folder.rename(free))
     if (directory / resumed.name).exists():
         write_text(directory / "latest", resumed.name + "\n")
@@ -194,8 +201,11 @@ def set_aside(directory: Path, resumed: Path) -> list[Path]:
 
 def found(directory: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every complete checkpoint, oldest first."""
-    folders = directory.iterdir() if directory.is_dir() else []
-    return sorted((int(m[1]), p) for p in folders if (m := _NAME.fullmatch(p.name)))
+    checkpoints = []
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if named := _NAME.fullmatch(path.name):
+            checkpoints.append((int(named[1]), path))
+    return sorted(checkpoints)
 
 
 def locate(
@@ -251,9 +261,9 @@ def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimize
         _load_whole(folder, optimizer)
     if isinstance(optimizer, torch.optim.AdamW):
         _check_moments(f"{folder}: {source.name}", policy, optimizer)
-    trained = [name for name, p in policy.module.named_parameters() if p.requires_grad and p not in optimizer.state]
-    if trained and policy.version and isinstance(optimizer, torch.optim.AdamW):
-        raise ValueError(f"{folder}: {source.name} holds no moments of {trained[0]}, after {policy.version} updates")
+        for name, parameter in policy.module.named_parameters():
+            if policy.version and parameter.requires_grad and parameter not in optimizer.state:
+                raise ValueError(f"{folder}: {source.name} holds no moments of {name}, after {policy.version} updates")
     check_finite(str(folder), policy, optimizer)
 
 

@@ -11,7 +11,8 @@ import errno
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,22 +66,23 @@ def part_of(policy: Policy, optimizer: torch.optim.Optimizer, *, copy: bool = Fa
     *replica, number = mesh.get_coordinate()
     if any(replica):
         return None
-    count, nbytes = mesh.shape[-1], 0
-    tensors, rows, plain = {}, {}, {}
+    count = mesh.shape[-1]
+    part = Part(number, count)
+    nbytes = 0
     for name, parameter in named:
         for kind, value in optimizer.state.get(parameter, {}).items():
             key = f"{kind} of {name}"
             if isinstance(value, DTensor):
-                rows[key] = (first_row(len(value), number, count), len(value))
+                part.rows[key] = (first_row(len(value), number, count), len(value))
                 nbytes += value.nbytes
-                tensors[key] = value.to_local().detach().to("cpu", copy=copy).contiguous()
+                part.tensors[key] = value.to_local().detach().to("cpu", copy=copy).contiguous()
             elif isinstance(value, Tensor) and value.dim():
                 raise ValueError(f"optim: {key!r} is not shared out as its weight is; use adamw, or shard_size=1")
             elif number == 0 and isinstance(value, Tensor):
-                tensors[key] = value.detach().to("cpu", copy=copy)
+                part.tensors[key] = value.detach().to("cpu", copy=copy)
             elif number == 0:
-                plain[key] = value
-    return Part(number, count, tensors, rows, plain, nbytes)
+                part.plain[key] = value
+    return replace(part, nbytes=nbytes)
 
 
 def first_row(length: int, number: int, count: int) -> int:
@@ -103,7 +105,8 @@ def load_parts(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -
     """Load this process's rows from a folder's parts. Raises ValueError naming what is missing, duplicate, of no
     weight, or of another shape or dtype."""
     parameters = dict(policy.module.named_parameters())
-    places = {id(p): place for place, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    order = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    places = {id(parameter): place for place, parameter in enumerate(order)}
     state: dict[int, dict[str, Any]] = {}
     with ExitStack() as stack:
         pieces, plain = _opened(folder, stack)
@@ -134,7 +137,8 @@ def _opened(folder: Path, stack: ExitStack) -> tuple[dict[str, list[_Piece]], di
         try:
             file = stack.enter_context(safe_open(path, "pt"))
             header = file.metadata() or {}
-            rows, more = json.loads(header["rows"]), json.loads(header["plain"])
+            rows = json.loads(header["rows"])
+            more = json.loads(header["plain"])
         except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
             raise ValueError(f"{folder}: {path.name} is damaged: {error}") from None
         names = set(file.keys())
@@ -149,14 +153,22 @@ def _opened(folder: Path, stack: ExitStack) -> tuple[dict[str, list[_Piece]], di
 
 def _says_rows(rows: Any, names: set[str]) -> bool:
     """Whether `rows` is {name: [first row, rows in all]} of tensors in the file."""
-    pairs = rows.values() if isinstance(rows, dict) and rows.keys() <= names else [None]
-    return all(isinstance(pair, list) and [type(n) is int and n >= 0 for n in pair] == [True, True] for pair in pairs)
+    if not isinstance(rows, dict) or not rows.keys() <= names:
+        return False
+    for pair in rows.values():
+        if not isinstance(pair, list) or list(map(type, pair)) != [int, int] or min(pair) < 0:
+            return False
+    return True
 
 
 def _says_numbers(plain: Any) -> bool:
-    if not isinstance(plain, dict) or not all(isinstance(value, int | float | None) for value in plain.values()):
+    """Whether `plain` is of numbers or None, and no step is None."""
+    if not isinstance(plain, dict):
         return False
-    return all(value is not None for key, value in plain.items() if key.startswith("step of "))
+    for key, value in plain.items():
+        if not isinstance(value, int | float | None) or (value is None and key.startswith("step of ")):
+            return False
+    return True
 
 
 def _files(folder: Path) -> list[Path]:
@@ -173,12 +185,14 @@ def _files(folder: Path) -> list[Path]:
 def _assembled(folder: Path, key: str, pieces: list[_Piece], parameter: Tensor) -> Tensor:
     """This process's rows of a tensor, sharded as the parameter is."""
     where = f"{folder}: the optimiser's state {key!r}"
-    spans, shape = _spans(where, key, pieces, parameter), parameter.shape
+    spans = _spans(where, key, pieces, parameter)
+    shape = parameter.shape
     if spans is None:  # a number, the same in all processes
         return pieces[0].file.get_tensor(key)
     if not isinstance(parameter, DTensor):
         return _joined(where, spans, 0, shape[0], parameter)
-    mine, mesh = parameter.to_local(), parameter.device_mesh
+    mine = parameter.to_local()
+    mesh = parameter.device_mesh
     place = mesh.get_coordinate()
     assert place is not None, "every process is in the mesh"
     first = first_row(shape[0], place[-1], mesh.shape[-1])
@@ -192,7 +206,8 @@ Span = tuple[int, int, Any]  # first row, the one after the last, the slice of a
 
 def _spans(where: str, key: str, pieces: list[_Piece], parameter: Tensor) -> list[Span] | None:
     """The pieces in order; None for a number. Raises ValueError unless they are the parameter's rows, each once."""
-    slices, shape = [piece.file.get_slice(key) for piece in pieces], list(parameter.shape)
+    slices = [piece.file.get_slice(key) for piece in pieces]
+    shape = list(parameter.shape)
     if len(pieces) == 1 and pieces[0].total is None and slices[0].get_shape() == []:
         return None
     spans: list[Span] = []
@@ -210,7 +225,7 @@ def _spans(where: str, key: str, pieces: list[_Piece], parameter: Tensor) -> lis
 
 def _joined(where: str, spans: list[Span], first: int, last: int, parameter: Tensor) -> Tensor:
     """Rows [first, last), maybe none. Raises ValueError on a dtype that is neither the weight's nor fp32."""
-    found = [part[max(first, a) - a : max(0, min(last, b) - a)] for a, b, part in spans]
+    found = [part[max(first, begin) - begin : max(0, min(last, end) - begin)] for begin, end, part in spans]
     held = [rows for rows in found if len(rows)] or found[:1]
     kinds = {rows.dtype for rows in held}
     if len(kinds) > 1 or not kinds <= {parameter.dtype, torch.float32}:

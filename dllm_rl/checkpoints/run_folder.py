@@ -1,6 +1,6 @@
 """The folder of a run: locked, made, emptied or resumed from."""
 
-import dataclasses
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ FREE = {
     *("num_steps", "lr_schedule_steps", "max_prompt_length", "shard_size"),
 }
 
-DEFAULTS = {f.name: plain(f.default) for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
+DEFAULTS = {f.name: plain(f.default) for f in fields(Recipe) if f.default is not MISSING}
 HELD = ("metrics.jsonl", "checkpoints", "summary.json")  # by one of these a run's folder is recognised
 
 
@@ -84,7 +84,8 @@ def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
 def _check_schedule(recipe: Settings, before: dict[str, Any], step: int) -> None:
     if recipe.num_steps < step:
         raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {step}; give more steps")
-    then, now = before["lr_schedule_steps"] or before["num_steps"], recipe.schedule_steps
+    then = before["lr_schedule_steps"] or before["num_steps"]
+    now = recipe.schedule_steps
     if any(recipe.lr_schedule(i, then) != recipe.lr_schedule(i, now) for i in range(recipe.num_steps)):
         field = "num_steps" if recipe.lr_schedule_steps is None else "lr_schedule_steps"
         raise ValueError(

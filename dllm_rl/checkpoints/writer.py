@@ -17,7 +17,9 @@ class Writer:
     raises. `gather` is the exchange of several writing processes; `alone` locks a save by the main process alone."""
 
     def __init__(self, *, later: bool, group: Any = None) -> None:
-        self.later, self.group, self.alone = later, group, threading.RLock()
+        self.later = later
+        self.group = group
+        self.alone = threading.RLock()
         self._thread: threading.Thread | None = None
         self._folder: Path | None = None
         self._error: Exception | None = None
@@ -40,7 +42,8 @@ class Writer:
     def check(self) -> None:
         """Raise the error of a thread that has ended."""
         if self._error is not None and not (self._thread and self._thread.is_alive()):
-            error, self._error = self._error, None
+            error = self._error
+            self._error = None  # raised once
             raise error
 
     def wait(self) -> Path | None:

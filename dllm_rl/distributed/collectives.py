@@ -93,11 +93,11 @@ def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, floa
     pairs = torch.stack([torch.stack([s.detach().double(), c.double()]) for s, c in metrics.values()])
     if accelerator.num_processes > 1:
         pairs = accelerator.reduce(pairs.to(accelerator.device), reduction="sum")
-    return {
-        name: (total if name == "loss" else total / count).item()
-        for name, (total, count) in zip(metrics, pairs.cpu(), strict=True)
-        if count
-    }
+    means = {}
+    for name, (total, count) in zip(metrics, pairs.cpu(), strict=True):
+        if count:
+            means[name] = (total if name == "loss" else total / count).item()
+    return means
 
 
 def waited(stage: str, accelerator: Accelerator) -> Metrics:
@@ -159,9 +159,9 @@ def make_accelerator(
 
 def swap(sent: Sequence[tuple[int, Tensor]], wanted: Sequence[tuple[int, Tensor]]) -> None:
     """Send the (rank, tensor) pairs `sent` and receive into `wanted`: at most one tensor per direction and rank."""
-    sends = [dist.P2POp(dist.isend, tensor.contiguous(), process) for process, tensor in sent]
-    receives = [dist.P2POp(dist.irecv, tensor, process) for process, tensor in wanted]
-    for work in dist.batch_isend_irecv([*sends, *receives]):
+    transfers = [dist.P2POp(dist.isend, tensor.contiguous(), process) for process, tensor in sent]
+    transfers += [dist.P2POp(dist.irecv, tensor, process) for process, tensor in wanted]
+    for work in dist.batch_isend_irecv(transfers):
         work.wait()
 
 

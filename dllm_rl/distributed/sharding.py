@@ -54,19 +54,23 @@ def shard(
 
     timeout  seconds that a process waits for another in `in_pace`; None: torch's default.
     """
-    count, device = accelerator.num_processes, accelerator.device.type
+    count = accelerator.num_processes
     hybrid = {"mesh_shape": (count // size, size), "mesh_dim_names": ("replicate", "shard")}
-    mesh = init_device_mesh(device, **(hybrid if size < count else {"mesh_shape": (count,)}))
-    meta = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()}
-    plain, backbone = copy.deepcopy(module, meta), getattr(module, module.base_model_prefix)
-    heads = [child for child in module.children() if child is not backbone and any(True for _ in child.parameters())]
+    mesh = init_device_mesh(accelerator.device.type, **(hybrid if size < count else {"mesh_shape": (count,)}))
+    meta = {}
+    for weight in module.parameters():
+        meta[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
+    plain = copy.deepcopy(module, meta)
+    backbone = getattr(module, module.base_model_prefix)
+    heads = [child for child in module.children() if child is not backbone and list(child.parameters())]
     for unit in [*blocks, backbone]:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     for head in heads:
         fully_shard(head, mesh=mesh, reshard_after_forward=False)
-    for unit in (each for each in module.modules() if isinstance(each, FSDPModule)):
-        unit.set_gradient_divide_factor(1.0)  # the loss is a sum over the global batch already
-        unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)  # the loss is a sum over the global batch already
+            unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     module.to(accelerator.device)  # buffers
     group = dist.new_group(backend="gloo", timeout=None if timeout is None else timedelta(seconds=timeout))
     module.sharding = Sharding(backbone, heads, plain, group)

@@ -18,16 +18,20 @@ class Motion:
     def __init__(self) -> None:
         self.turns = 0
         self._seen: tuple[tuple[object, int], ...] = ()
-        self._clocks = (0.0, 0.0)
+        self._looked = 0.0  # clock and processor time at the last look, seconds
+        self._used = 0.0
 
     def asked(self) -> str:
         """Look once; returns the innermost place of the main thread, file and line."""
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         frames = [] if frame is None else [each for each, _ in walk_stack(frame)]
-        clocks, seen = (time.monotonic(), time.process_time()), tuple((f.f_code, f.f_lasti) for f in frames)
-        passed, used = (now - before for now, before in zip(clocks, self._clocks, strict=True))
+        seen = tuple((f.f_code, f.f_lasti) for f in frames)
+        passed = time.monotonic() - self._looked
+        used = time.process_time() - self._used
         still = seen == self._seen and used < SHARE * passed and not waits([f.f_code.co_filename for f in frames])
-        self._seen, self._clocks = seen, clocks
+        self._seen = seen
+        self._looked += passed
+        self._used += used
         self.turns = self.turns + 1 if still else 0
         return f"{frames[0].f_code.co_filename}:{frames[0].f_lineno}" if frames else "no place"
 

@@ -19,9 +19,9 @@ from accelerate import Accelerator
 from dllm_rl.files import remove, unlock
 from dllm_rl.screen import interactive
 
-# SIGUSR1 is what SLURM's --signal=USR1@SECONDS warns with.
-ALARM: Any = getattr(signal, "SIGALRM", None)
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+ALARM: Any = getattr(signal, "SIGALRM", None)  # Windows lacks it, and some of those below
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SLURM's --signal=USR1@SECONDS warns with the last
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 PR_SET_PDEATHSIG = 1
 LOCK = ".lock"
 _ENDING: ContextVar[ExitStack] = ContextVar("what ends with the run")

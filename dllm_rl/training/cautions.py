@@ -21,7 +21,7 @@ TYPICAL_WEIGHT = 0.02  # of a matrix in a language model
 
 def cautions(recipe: Recipe) -> list[str]:
     """What cannot learn in the recipe, and the remedy."""
-    said, shape = [], (recipe.train_batch_size, recipe.num_generations)
+    said = []
     if _bound(recipe.sampler, "temperature") == 0:
         said.append(
             "sampler.temperature=0 is greedy: the completions of a prompt are all alike and teach nothing; use 1.0"
@@ -37,8 +37,8 @@ def cautions(recipe: Recipe) -> list[str]:
     if not recipe.advantages(rewards, **parts).any():
         name = getattr(recipe.advantages, "func", recipe.advantages).__name__
         said.append(
-            f"num_generations={shape[1]} with advantages={name} gives advantages that are all 0, which teach nothing; "
-            "use at least 2"
+            f"num_generations={recipe.num_generations} with advantages={name} gives advantages that are all 0, "
+            "which teach nothing; use at least 2"
         )
     return said
 
@@ -46,7 +46,8 @@ def cautions(recipe: Recipe) -> list[str]:
 def of_the_clip(recipe: Recipe) -> list[str]:
     """PPO bounds no ratio above 1 + epsilon at a negative advantage: see recipes/studies/mismatch_reading.md."""
     surrogate = recipe.surrogate
-    epsilon, high = _bound(surrogate, "epsilon"), _bound(surrogate, "epsilon_high")
+    epsilon = _bound(surrogate, "epsilon")
+    high = _bound(surrogate, "epsilon_high")
     open_above = getattr(surrogate, "func", surrogate) is ppo_clip and _bound(surrogate, "delta") is None
     if recipe.num_iterations == 1 or recipe.rollout_quantization is None or not open_above:
         return []
@@ -59,9 +60,12 @@ def of_the_clip(recipe: Recipe) -> list[str]:
 
 def of_the_likelihood(recipe: Recipe) -> list[str]:
     """What the ratios of the recipe's estimator cannot correct, and the remedy."""
-    said, likelihood = [], recipe.likelihood
+    said = []
+    likelihood = recipe.likelihood
     exact = likelihood.exact_for_sampler or likelihood.attention == ("causal",)
-    rank, commit, cache = (_bound(recipe.sampler, name) for name in ("rank", "commit", "cache"))
+    rank = _bound(recipe.sampler, "rank")
+    commit = _bound(recipe.sampler, "commit")
+    cache = _bound(recipe.sampler, "cache")
     given = likelihood.made_by is not None and likelihood.made_by.keywords.get("order") == "given"
     lawful = rank is not None and order_has_law(rank, commit) and likelihood.exact_for_sampler
     by_draws = rank is not None and "tokens" in rank_inputs(rank) and _bound(recipe.sampler, "temperature") != 0

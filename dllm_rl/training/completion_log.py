@@ -39,8 +39,9 @@ def log_completions(
         "tokens": [{"id", "text", "step": that committed the token, "probability"}, ...]}
     answers and `sampled` are the rows that this process sampled, the others are of the balanced `rollout`.
     """
-    recipe, log, every = run.recipe, run.log, run.recipe.log_completions_steps
-    if not every or (step % every and step + 1 < recipe.num_steps):
+    log = run.log
+    every = run.recipe.log_completions_steps
+    if not every or (step % every and step + 1 < run.recipe.num_steps):
         return
     scored = logps.noise.scored(rollout.completion_mask)
     apart = torch.where(scored, logps.old - logps.rollout, 0).double().sum(-1)
@@ -56,8 +57,10 @@ def log_completions(
         answer = answers[i]
         mismatch, advantage = found[i]
         numbers = finite({"reward": float(answer.reward.value), "advantage": advantage, "mismatch": mismatch})
-        added = addends(answer.reward)
-        parts = {n: float(above) / float(below) for n, (above, below) in added.items() if below and n != "reward"}
+        parts = {}
+        for name, (above, below) in addends(answer.reward).items():
+            if below and name != "reward":
+                parts[name] = float(above) / float(below)
         texts = {"prompt": answer.problem.prompt, "completion": answer.completion}
         made.append({"step": step, **texts, **numbers, "parts": parts, "tokens": tokens})
     log.keep(made)
@@ -66,9 +69,11 @@ def log_completions(
 
 def contrasts(rewards: list[float], group_size: int) -> list[int]:
     """The row of highest and of lowest reward of each of the first groups; one row if all rewards are equal."""
-    groups = [range(i, i + group_size) for i in range(0, len(rewards), group_size)][:PROMPTS]
-    at = rewards.__getitem__
-    return [i for group in groups for i in dict.fromkeys((max(group, key=at), min(group, key=at)))]
+    chosen: dict[int, None] = {}
+    for first in range(0, len(rewards), group_size)[:PROMPTS]:
+        group = range(first, first + group_size)
+        chosen |= dict.fromkeys((max(group, key=rewards.__getitem__), min(group, key=rewards.__getitem__)))
+    return list(chosen)
 
 
 def table(title: str, made: list[dict]) -> Table:
@@ -84,14 +89,18 @@ def table(title: str, made: list[dict]) -> Table:
             shown.add_section()
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         parts = ", ".join(f"{name} {value:.3g}" for name, value in row["parts"].items())
-        numbers = ["-" if row[name] is None else f"{row[name]:+.3g}" for name in ("advantage", "mismatch")]
         texts = ("" if row["prompt"] == above else prompt, row["completion"], f"{row['reward']:.3g}: {parts}")
-        shown.add_row(*(literal(shortened(text)) for text in texts), *numbers)
+        shown.add_row(*(literal(shortened(text)) for text in texts), signed(row["advantage"]), signed(row["mismatch"]))
         above = row["prompt"]
     return shown
 
 
+def signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3g}"
+
+
 def shortened(text: object, *, characters: int = CHARACTERS) -> str:
     """A text, or its two ends where it is longer."""
-    shown, half = str(text), characters // 2
+    shown = str(text)
+    half = characters // 2
     return shown if len(shown) <= characters else f"{shown[:half]} ... {shown[-half:]}"

@@ -64,15 +64,19 @@ def grpo_recipe(
     if eval_dataset is None:
         training, held_out = hold_out(rows)
     else:
-        training, held_out = rows, in_memory(eval_dataset, max_rows)
+        training = rows
+        held_out = in_memory(eval_dataset, max_rows)
     task_of = partial(task_from_dataset, reward_funcs=reward_funcs, weights=reward_weights)
     name = settings.pop("name", Path(model).name.lower() if isinstance(model, str) else "grpo")
-    task, eval_task = task_of(training, name=name), task_of(held_out, name=f"{name}-held-out")
+    task = task_of(training, name=name)
+    eval_task = task_of(held_out, name=f"{name}-held-out")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens} | dict(sampler_options or {})
     steps = options.get("num_steps") or max_new_tokens
-    sampler, likelihood = partial(unmask, **options), trajectory(num_segments=None if steps <= SEGMENTS else SEGMENTS)
+    sampler = partial(unmask, **options)
+    likelihood = trajectory(num_segments=None if steps <= SEGMENTS else SEGMENTS)
     if attention_of(model) == "causal":
-        sampler, likelihood = partial(autoregress, **options), causal()
+        sampler = partial(autoregress, **options)
+        likelihood = causal()
     fixed: dict[str, Any] = {
         "name": name,
         "model": model,

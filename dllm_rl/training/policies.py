@@ -73,7 +73,8 @@ def make_policy(recipe: Settings, device: torch.device) -> Policy:
 
 def configured(recipe: Settings, policy: Policy) -> Policy:
     """The policy with the recipe's compute settings. Raises ValueError on a setting that it cannot have."""
-    policy.float32_head, policy.gradient_checkpointing = recipe.float32_head, recipe.gradient_checkpointing
+    policy.float32_head = recipe.float32_head
+    policy.gradient_checkpointing = recipe.gradient_checkpointing
     for setting in ("gradient_checkpointing", "torch_compile"):
         if getattr(recipe, setting):
             blocks_of(policy.module, setting)
@@ -128,10 +129,10 @@ def save_reference(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> 
 
 def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:
     """The policy that samples: the quantised copy; without a scheme the learner, or a full copy of a sharded one."""
-    scheme, held = recipe.rollout_quantization, torch.bfloat16 if recipe.bf16 else None
+    scheme = recipe.rollout_quantization
     if scheme is None:
         return policy if sharding_of(policy.module) is None else quantized_copy(policy, None)
-    copied = quantized_copy(policy, scheme(), dtype=held)
+    copied = quantized_copy(policy, scheme(), dtype=torch.bfloat16 if recipe.bf16 else None)
     copied.records_experts = recipe.router_replay is not None and recipe.likelihood.exact_for_sampler
     return copied
 
@@ -151,6 +152,6 @@ def check_compiled(recipe: Recipe) -> None:
     cached = getattr(recipe.sampler, "keywords", {}).get("cache") is not None or recipe.likelihood.name == "causal"
     if recipe.torch_compile and cached:
         raise ValueError(
-            "torch_compile=True does not go with a cache, whose state would be compiled anew at every step: leave out "
+            "torch_compile=True does not go with a cache, whose state would be compiled again at every step: leave out "
             "the sampler's cache, or set torch_compile=False; an autoregressive sampler always has one"
         )

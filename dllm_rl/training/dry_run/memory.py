@@ -284,7 +284,9 @@ def shared_out(memory: Memory, module: Module, size: int) -> Memory:
     Unsharded are the rollout's copy and, in turn, two blocks (the next is fetched), the backbone's other weights and
     the head; in the update also their gradients, twice while summed except the head's; in the sync the largest tensor.
     """
-    held = {name: value if name == "rollout copy" else -(-value // size) for name, value in memory.held.items()}
+    held = {name: -(-value // size) for name, value in memory.held.items()}
+    if "rollout copy" in held:  # the one part that is full
+        held["rollout copy"] = memory.held["rollout copy"]
     before = sum(memory.held.values())
     now = sum(held.values())
     numbers = [p.numel() for name, p in module.named_parameters() if ".lora_" not in name]
