@@ -5,15 +5,13 @@ published  against the published algorithms, stated anew here: logits of every p
            more inner iterations or a KL term, each iteration's mask is first scored under old and reference policy.
            ESPO: the coupled masks of two samples.
 ragged     rows of unlike lengths: padded to the longest, against buckets.
-bf16       attention of short rows: torch's fused kernel, against plain products.
-main_job   the same of the main job's model and batch, against fp32.
+main_job   forward and backward of the main job's model and batch: fp32, against bf16.
 growth     of a gradient's cost with masks, rows and length: constant memory, and kept graphs.
 
-python -m benchmarks.update [--parts published,ragged,bf16,main_job,growth] [--repeats 3] [--smoke] [--json FILE]
+python -m benchmarks.update [--parts published,ragged,main_job,growth] [--repeats 3] [--smoke] [--json FILE]
 """
 
 import argparse
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -29,7 +27,6 @@ from dllm_rl.likelihoods import coupled, elbo, one_step
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.scoring import backward_view
 from dllm_rl.models.base import Policy, copied
-from dllm_rl.models.forward.attention import PlainAttention
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.training.learner import accumulate_gradients, update
 from dllm_rl.types import Batch, Noise, Rollout
@@ -178,39 +175,17 @@ def ragged(shape: Shape, repeats: int, *, longest: int) -> list[dict]:
     return rows
 
 
-def bf16(shape: Shape, repeats: int, *, lengths: tuple[int, ...]) -> list[dict]:
-    rows = []
-    for length in lengths:
-        wide = replace(shape, num_rows=max(2, 4096 // length), prompt_length=length // 2, completion_length=length // 2)
-        policy, rollout = make(wide, "cpu", torch.float32)
-        estimator = one_step()
-        noise = estimator.draw(rollout, torch.Generator().manual_seed(0))
-
-        def run(plain: bool, keep: bool, given: tuple = (policy, rollout, noise, estimator)) -> None:
-            with torch.autocast("cpu", torch.bfloat16), PlainAttention() if plain else nullcontext():
-                if keep:
-                    gradient(*given, keep=True)
-                else:
-                    given[3].scores(*given[:3])
-
-        for keep, what in ((False, "forward"), (True, "forward and backward")):
-            arms = {name: partial(run, plain, keep) for name, plain in (("fused", False), ("plain products", True))}
-            rows += against(fastest(arms, repeats), "fused", tokens=length, pass_=what)
-    return rows
-
-
 def main_job(rows: int, repeats: int) -> list[dict]:
     """Forward and backward of the main job's model and batch."""
     policy = tiny_masked_lm(characters="1234.=")
     _, rollout = make(Shape(8, 1, 2, 8, policy.vocab_size, rows, 17, 16), "cpu", torch.float32)
     noise = one_step().draw(rollout, torch.Generator().manual_seed(0))
 
-    def run(narrow: bool, plain: bool) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=narrow), PlainAttention() if plain else nullcontext():
+    def run(narrow: bool) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
             gradient(policy, rollout, noise, one_step(), keep=True)
 
-    arms = {"fp32": (False, False), "bf16, fused": (True, False), "bf16, plain products": (True, True)}
-    return against(fastest({name: partial(run, *arm) for name, arm in arms.items()}, repeats), "fp32", rows=rows)
+    return against(fastest({"fp32": partial(run, False), "bf16": partial(run, True)}, repeats), "fp32", rows=rows)
 
 
 def growth(shape: Shape, repeats: int, *, masks: list[int], batch: list[int], length: list[int]) -> list[dict]:
@@ -236,7 +211,7 @@ def growth(shape: Shape, repeats: int, *, masks: list[int], batch: list[int], le
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="published,ragged,bf16,main_job,growth")
+    parser.add_argument("--parts", default="published,ragged,main_job,growth")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     parser.add_argument("--json", help="file for the numbers")
@@ -251,8 +226,6 @@ def main() -> None:
             found[part] = published(PRESETS["smoke" if options.smoke else "medium"], repeats)
         if part == "ragged":
             found[part] = ragged(small, repeats, longest=26 if options.smoke else 260)
-        if part == "bf16":
-            found[part] = bf16(small, repeats, lengths=(8,) if options.smoke else (32, 64, 128, 192, 256))
         if part == "main_job":
             found[part] = main_job(8 if options.smoke else 256, repeats)
         if part == "growth":

@@ -1,7 +1,7 @@
 """A small masked-diffusion model, made here, learns 4x4 Sudoku by GRPO with FP8 rollouts. Results: recipes/README.md.
 
 The natural regime: an undertrained model meets puzzles with 10 to 12 clues and fills 16 cells in two parallel steps;
-RL does the rest from rewards alone. On a CPU with AVX-512, `--bf16 true --kept_graphs 2` takes two thirds of the time.
+RL does the rest from rewards alone.
 """
 
 from functools import partial

@@ -29,10 +29,10 @@ from dllm_rl.likelihoods.scoring import backward_view, row_chunks
 from dllm_rl.models.base import Policy, whole
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
-from dllm_rl.training.arithmetic import arithmetic
 from dllm_rl.training.balance import balance
 from dllm_rl.training.scorer import (
     Scorer,
+    arithmetic,
     draw_noise,
     learned_groups,
     measure_sides,

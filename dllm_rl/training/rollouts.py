@@ -20,8 +20,8 @@ from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.tasks.base import Problem, Reward, addends, grade
-from dllm_rl.training.arithmetic import arithmetic
 from dllm_rl.training.prompts import choose, draw_indices
+from dllm_rl.training.scorer import arithmetic
 from dllm_rl.types import Rollout
 
 

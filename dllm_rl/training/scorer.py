@@ -1,9 +1,12 @@
-"""Which rows of a step are scored, under which masks, and by whom."""
+"""Which rows of a step are scored, under which masks, by whom, and in which arithmetic."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+import torch
 from accelerate import Accelerator
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Integer
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from dllm_rl.algorithms.mismatch import PREFIX, group_weights
 from dllm_rl.device import send
-from dllm_rl.diagnostics.batch_invariance import check_bitwise_equal
+from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
 from dllm_rl.distributed.collectives import local, reduce_metrics, sum_over
 from dllm_rl.distributed.sharding import in_pace
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
@@ -21,6 +24,15 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.agreement import order_agreement
 from dllm_rl.types import Logprobs, Noise, Rollout
+
+
+@contextmanager
+def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
+    """Autocast to bf16 with `bf16`; batch-invariant with zero_mismatch."""
+    kept = recipe.shard_size == 1  # autocast's cache would hold all of a sharded model in bf16
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16, cache_enabled=kept)
+    with autocast, batch_invariant() if recipe.zero_mismatch else nullcontext():
+        yield
 
 
 def learned_groups(recipe: Recipe, advantages: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:

@@ -16,9 +16,8 @@ from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training.arithmetic import arithmetic
 from dllm_rl.training.learner import accumulate_gradients
-from dllm_rl.training.scorer import score
+from dllm_rl.training.scorer import arithmetic, score
 from dllm_rl.types import Batch, Prompts
 
 SMALL = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}

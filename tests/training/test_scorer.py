@@ -1,12 +1,53 @@
-"""Which groups are scored, and where the log-probs of both sides come from."""
+"""Which groups are scored, where the log-probs of both sides come from, and the arithmetic of forwards."""
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_recipe import tiny_recipe
+from torch.overrides import _get_current_function_mode_stack
 
-from dllm_rl.algorithms.correctors import aligned, qarl, tis
+from dllm_rl.algorithms.correctors import aligned, none, qarl, tis
+from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods import coupled, trajectory
-from dllm_rl.training.scorer import learned_groups, sides
+from dllm_rl.likelihoods.estimators import recorded
+from dllm_rl.models.tokens import encode
+from dllm_rl.rng import generator_for
+from dllm_rl.training.scorer import arithmetic, learned_groups, sides
+
+EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": none()}
+
+
+@pytest.mark.parametrize(("changes", "modes"), [({}, []), ({"bf16": True}, []), (EXACT, [BatchInvariantOps])])
+def test_the_mode_that_a_recipe_asks_for_holds_inside_the_block_alone(changes, modes, tmp_path):
+    recipe = tiny_recipe(tmp_path, **changes)
+    before = _get_current_function_mode_stack()
+    with arithmetic(recipe, Accelerator(cpu=True)):
+        inside = [type(each) for each in _get_current_function_mode_stack()[len(before) :]]
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert inside == modes
+    assert product.dtype == (torch.bfloat16 if recipe.bf16 else torch.float32)
+    assert _get_current_function_mode_stack() == before and not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_sharded_weights_are_not_kept_in_bf16(size, tmp_path):
+    """Autocast's cache would hold what no process has room for."""
+    with arithmetic(tiny_recipe(tmp_path, bf16=True, shard_size=size), Accelerator(cpu=True)):
+        assert torch.is_autocast_cache_enabled() == (size == 1)
+
+
+@pytest.mark.parametrize("changes", [{"bf16": True}, {}, {"dtype": "bfloat16"}])
+def test_the_samplers_record_is_the_learners_own_score_in_any_arithmetic(tmp_path, changes):
+    """Bit for bit: attention rounds alike with a graph and without one."""
+    recipe = tiny_recipe(tmp_path, rollout_quantization=None, **changes)
+    policy = recipe.model()
+    if "dtype" in changes:
+        policy.module.bfloat16()
+    with arithmetic(recipe, Accelerator(cpu=True)):
+        rollout = recipe.sampler(policy, encode(policy, [recipe.task[i] for i in range(4)]), generator_for(0))
+        noise = recipe.likelihood.draw(rollout, generator_for(1))
+        scores = recipe.likelihood.scores(policy, rollout, noise, keep_graphs=True)
+        torch.testing.assert_close(recipe.likelihood.combine(scores, noise), recorded(rollout, noise), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("changes", [{"beta": 0.1}, {"entropy_coeff": 0.1}])

@@ -1,6 +1,7 @@
 """Gradient checkpointing: the same gradients bit for bit, from a fraction of what the backward would keep."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,10 @@ from torch import nn
 from transformers import AlbertConfig, AlbertForMaskedLM, LlamaConfig
 
 from dllm_rl import load_policy, quantized_copy, train
+from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.adapters.linear import adapted_layers, add_lora
-from dllm_rl.models.forward.recompute import blocks_of
+from dllm_rl.models.forward.recompute import blocks_of, recomputed_blocks
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
@@ -193,3 +195,17 @@ def test_nothing_is_recomputed_where_nothing_is_differentiated():
     with torch.no_grad():
         lik.one_step().logprobs(policy, rollout, lik.one_step().draw(rollout, torch.Generator().manual_seed(0)))
     assert calls == [False, False]
+
+
+def test_a_block_that_is_run_again_in_the_backward_runs_in_the_mode_of_its_forward():
+    """A backward is outside of every mode: a block recomputed by other kernels stops torch."""
+    gradients = []
+    for again in (False, True):
+        policy = tiny_masked_lm(characters="abc", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=32)
+        tokens = torch.arange(3, 6).repeat(2, 3)
+        with torch.autocast("cpu", torch.bfloat16), BatchInvariantOps(16):
+            with recomputed_blocks(policy.module) if again else nullcontext():
+                logits = policy.logits(tokens, torch.ones_like(tokens, dtype=torch.bool))
+            logits.float().square().mean().backward()
+        gradients.append([p.grad for p in policy.module.parameters() if p.grad is not None])
+    assert gradients[0] and all(map(torch.equal, *gradients))
