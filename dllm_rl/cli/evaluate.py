@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -35,7 +35,7 @@ from dllm_rl.samplers.rules import steps_per_block
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.screen import escape_controls, literal
 from dllm_rl.tasks import Task
-from dllm_rl.tasks.protocols import PROTOCOLS, TASKS, under_protocol
+from dllm_rl.tasks.protocols import TASKS, under_protocol
 
 GENERATED = 500  # problems of a task that generates any number
 
@@ -141,21 +141,13 @@ def make_task(arguments: argparse.Namespace) -> Task:
     name = arguments.task
     if name not in TASKS:
         raise ValueError(f"task={name!r} is none of {', '.join(TASKS)}")
-    known = {field.name for field in fields(TASKS[name])}
-    given = {"split": arguments.split, "path": arguments.path}
-    for option, value in given.items():
-        if value is not None and option not in known:
-            raise ValueError(f"--{option} is no setting of task {name!r}, which has {', '.join(sorted(known))}")
-    given["split"] = given["split"] or "test"
-    task = TASKS[name](**{option: value for option, value in given.items() if option in known and value is not None})
+    task = TASKS[name](split=arguments.split or "test", path=arguments.path)
     for text in arguments.set:
         option, equals, value = text.partition("=")
         settings = paths(task)
         if not equals or option not in settings:
             raise ValueError(f"--set {text}: write FIELD=VALUE, where task {name!r} has {', '.join(settings)}")
         task = replace(task, **{option: settings[option].read(value)})
-    if name not in PROTOCOLS and arguments.protocol is None:
-        return task
     return under_protocol(task, arguments.protocol or "strict")
 
 

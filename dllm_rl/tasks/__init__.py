@@ -5,7 +5,6 @@ from dllm_rl.tasks.countdown import Countdown
 from dllm_rl.tasks.datasets import DatasetTask, task_from_dataset
 from dllm_rl.tasks.math import GSM8K, MATH500
 from dllm_rl.tasks.reasoning_gym import ReasoningGym
-from dllm_rl.tasks.sorting import Mini
 from dllm_rl.tasks.sudoku import Sudoku
 
 __all__ = [
@@ -13,7 +12,6 @@ __all__ = [
     "MATH500",
     "Countdown",
     "DatasetTask",
-    "Mini",
     "Problem",
     "ReasoningGym",
     "Reward",

@@ -9,14 +9,13 @@ from dllm_rl.tasks.countdown import Countdown
 from dllm_rl.tasks.countdown import graders as countdown
 from dllm_rl.tasks.math import GSM8K, MATH500
 from dllm_rl.tasks.math import graders as math
-from dllm_rl.tasks.sorting import Mini
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.tasks.sudoku import graders as sudoku
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A task's class, its graders by protocol (none: its own reward grades), and:
+    """A task's class, its graders by protocol, and:
 
     read_fields  (row of stored completions, protocol) -> the fields that a grader needs. Errors: ValueError.
     require      by protocol: raises ImportError when a package is not installed.
@@ -24,8 +23,8 @@ class Entry:
     """
 
     task: type[Any]
-    graders: Mapping[str, Grader] = field(default_factory=dict)
-    read_fields: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
+    graders: Mapping[str, Grader]
+    read_fields: Callable[[Mapping[str, Any], str], dict[str, Any]]
     require: Mapping[str, Callable[[], None]] = field(default_factory=dict)
     prepare: Mapping[str, Callable[[Sequence[Mapping[str, Any]], Sequence[str]], None]] = field(default_factory=dict)
 
@@ -36,10 +35,9 @@ TABLE = {
     "countdown": Entry(Countdown, countdown.GRADERS, countdown.read_fields),
     "gsm8k": Entry(GSM8K, math.GSM8K_GRADERS, math.read_gsm8k),
     "math500": Entry(MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_NEEDS, math.MATH500_AT_ONCE),
-    "mini": Entry(Mini),
 }
 TASKS = {name: entry.task for name, entry in TABLE.items()}
-PROTOCOLS = {name: entry.graders for name, entry in TABLE.items() if entry.graders}
+PROTOCOLS = {name: entry.graders for name, entry in TABLE.items()}
 
 
 @dataclass(frozen=True)

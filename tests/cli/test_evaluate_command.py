@@ -209,11 +209,11 @@ def test_grade_by_hand(capsys, tmp_path):
     )
 
 
-def test_a_causal_model_and_a_task_without_protocols(causal_model, capsys):
-    found = json.loads(output(capsys, "evaluate", causal_model, "--task", "mini", "--limit", 3, "--json"))
-    assert (found["task"], found["protocol"], found["split"], found["max_new_tokens"]) == ("mini", "own", None, 4)
-    assert "num_steps" not in found and found["n"] == 3
-    message = refusal(capsys, "evaluate", causal_model, "--task", "mini", "--num_steps", 2)
+def test_a_causal_model(causal_model, capsys):
+    found = json.loads(output(capsys, "evaluate", causal_model, "--task", "sudoku", "--limit", 3, "--json"))
+    assert (found["task"], found["protocol"], found["split"], found["n"]) == ("sudoku", "strict", "test", 3)
+    assert "num_steps" not in found and found["max_new_tokens"] == 16
+    message = refusal(capsys, "evaluate", causal_model, "--task", "sudoku", "--num_steps", 2)
     assert "--num_steps is for diffusion models" in message
 
 
@@ -239,10 +239,8 @@ def test_as_many_problems_as_asked_all_of_a_file_or_500_of_what_is_made(tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--task", "chess"), "task='chess' is none of sudoku, countdown, gsm8k, math500, mini"),
+        (("--task", "chess"), "task='chess' is none of sudoku, countdown, gsm8k, math500"),
         (("--task", "sudoku", "--protocol", "d2"), "protocol='d2' is none of sudoku's: strict, d1, spg, espo"),
-        (("--task", "mini", "--protocol", "strict"), "task='mini' has no protocols"),
-        (("--task", "mini", "--split", "test"), "--split is no setting of task 'mini'"),
         (("--task", "countdown", "--set", "difficulty=hard"), "--difficulty 'hard' is not known"),
         (("--task", "sudoku", "--set", "clue=3"), "--set clue=3: write FIELD=VALUE, where task 'sudoku' has split, "),
         (("--task", "sudoku", "--set", "clues=ten"), "--clues 'ten' is not a valid"),
@@ -284,10 +282,10 @@ def test_graders_have_a_time_limit(model, capsys, monkeypatch, options, seconds)
 
     grade, limits = evaluate.grade, []
     monkeypatch.setattr(evaluate, "grade", lambda *a, timeout: [limits.append(timeout), grade(*a, timeout=timeout)][1])
-    output(capsys, "evaluate", model, "--task", "mini", "--limit", 1, *options)
+    output(capsys, "evaluate", model, "--task", "sudoku", "--limit", 1, *options)
     assert limits == [seconds]
     with pytest.raises(SystemExit):
-        main(["evaluate", model, "--task", "mini", "--reward_timeout", "0"])
+        main(["evaluate", model, "--task", "sudoku", "--reward_timeout", "0"])
     assert "--reward_timeout: 0 must be positive, or none" in capsys.readouterr().err
 
 

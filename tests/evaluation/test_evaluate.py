@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sorting import Mini
 
 from dllm_rl import Problem, Reward, evaluate, quantized_copy
 from dllm_rl.evaluation.completions import fingerprint, fold, read
@@ -22,7 +23,7 @@ from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import before_end, chosen_ids, decode, prompt_ids
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.tasks import Mini, Sudoku
+from dllm_rl.tasks import Sudoku
 from dllm_rl.tasks.base import grade
 from dllm_rl.tasks.protocols import under_protocol
 from dllm_rl.types import Rollout

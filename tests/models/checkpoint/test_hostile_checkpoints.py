@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sorting import Mini
 from transformers import PreTrainedModel
 
 from dllm_rl import load_policy
@@ -13,7 +14,6 @@ from dllm_rl.models.checkpoint.loading import build_empty
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import autoregress, unmask
-from dllm_rl.tasks import Mini
 from dllm_rl.types import Prompts
 
 SIZES = {"characters": "0123456789+=", "hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
