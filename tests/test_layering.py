@@ -46,7 +46,7 @@ MAY_IMPORT = {
     # floor 7
     "supervised": "rng tasks types members distributed models likelihoods recipe checkpoints training",
     # floor 8
-    "cli": "device files manifest rng screen tasks types config distributed models quantization "
+    "cli": "device files manifest members rng screen tasks types config distributed models quantization "
     "samplers diagnostics evaluation recipe checkpoints monitoring training supervised",
 }
 # Costly libraries, and the only packages that may import them.

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from typing import Any
 
@@ -47,14 +48,15 @@ def devices() -> dict[str, Any]:
     except (ImportError, OSError) as error:
         unknown = dict.fromkeys(("device", "cuda", "cpu", "threads"))
         return {**unknown, "gpus": [], "torch_error": str(error).splitlines()[0]}
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        memory = round(gpu.total_memory / 1e9, 1)
+        gpus.append({"name": gpu.name, "memory_gb": memory, "capability": f"{gpu.major}.{gpu.minor}"})
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return {
         "device": accelerator.type if accelerator else "cpu",
-        "gpus": [
-            {"name": gpu.name, "memory_gb": round(gpu.total_memory / 1e9, 1), "capability": f"{gpu.major}.{gpu.minor}"}
-            for gpu in gpus
-        ],
+        "gpus": gpus,
         "cuda": torch.version.cuda,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -72,7 +74,8 @@ def lacks(needs: list[str], extra: str = "") -> list[str]:
     """The requirements that are not met, of the package itself or of one extra."""
     found = []
     for need in map(Requirement, needs):
-        always, wanted = (need.marker is None or need.marker.evaluate({"extra": name}) for name in ("", extra))
+        always = need.marker is None or need.marker.evaluate({"extra": ""})
+        wanted = need.marker is None or need.marker.evaluate({"extra": extra})
         # An extra that consists of others requires dllm_rl; the others are in the list themselves.
         if not wanted or (extra and always) or need.name.replace("-", "_") == "dllm_rl":
             continue
@@ -94,21 +97,26 @@ def driver() -> str | None:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """The facts of `environment`, one per line."""
-    rows = [(name, found[name]) for name in ("dllm_rl", "python", "system")]
-    rows += [(name, here or "not installed") for name, here in found["versions"].items()]
+    rows = _rows(found, ("dllm_rl", "python", "system"))
+    rows += _rows(found["versions"], found["versions"], absent="not installed")
     rows.append(("device", found["device"] or f"unknown: torch cannot be imported: {found['torch_error']}"))
     for gpu in found["gpus"]:
         rows.append(("gpu", f"{gpu['name']}, {gpu['memory_gb']} GB, compute capability {gpu['capability']}"))
     unused = " (torch is a build without CUDA)" if found["driver"] and found["device"] and not found["cuda"] else ""
     rows.append(("cuda", (found["cuda"] or "none") + unused))
-    rows.append(("driver", found["driver"] or "none"))
-    rows += [(name, found[name] or "unknown") for name in ("cpu", "cores", "usable_cores", "threads", "memory_gb")]
+    rows += _rows(found, ("driver",), absent="none")
+    rows += _rows(found, ("cpu", "cores", "usable_cores", "threads", "memory_gb"))
     if found["extras"] is None:
         rows.append(("extras", "unknown: dllm_rl is not installed, only on the path"))
-    rows += [("UNMET", need) for need in found["unmet"] or ()]
+    for need in found["unmet"] or ():
+        rows.append(("UNMET", need))
     for extra, needs in (found["extras"] or {}).items():
         rows.append((f"[{extra}]", f"missing: {', '.join(needs)}" if needs else "complete"))
     return [f"{name:<14}{value}" for name, value in rows]
+
+
+def _rows(facts: dict[str, Any], names: Iterable[str], *, absent: str = "unknown") -> list[tuple[str, Any]]:
+    return [(name, facts[name] or absent) for name in names]
 
 
 def env_command(*, as_json: bool) -> None:

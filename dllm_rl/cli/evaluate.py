@@ -25,6 +25,7 @@ from dllm_rl.evaluation.evaluate import evaluate, task_facts
 from dllm_rl.evaluation.results import Evaluation, headline, paired_differences
 from dllm_rl.evaluation.sweep import plot_curve, varying, write_csv
 from dllm_rl.files import write_json
+from dllm_rl.members import function_of
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import usual_length
 from dllm_rl.quantization import schemes as quantize
@@ -37,6 +38,7 @@ from dllm_rl.screen import escape_controls, literal
 from dllm_rl.tasks import Task
 from dllm_rl.tasks.protocols import TASKS, under_protocol
 
+Plan = tuple[dict[str, Any], Callable]  # settings by name, and the sampler bound to them
 GENERATED = 500  # problems of a task that generates any number
 
 
@@ -58,10 +60,10 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         measured: list[tuple[dict[str, Any], Evaluation]] = []
         for name, scheme in schemes.items():
             sampled = policy if scheme is None else quantized_copy(policy, scheme())
-            for settings, sampler in plans:
-                settings = {"quantization": name, **settings}
-                title = f"{task.name}, {', '.join(f'{value}' for value in [model, *settings.values()])}"
+            for rules, sampler in plans:
+                settings = {"quantization": name, **rules}
                 file = completions_file(arguments, sampled, task, settings)
+                title = f"{task.name}, {', '.join(map(str, [model, *settings.values()]))}"
                 total = min(len(task), limit) * arguments.samples
                 with progress_bar(title, total, main=processes.is_main_process) as progress:
                     result = evaluate(
@@ -82,12 +84,23 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
                 measured.append((settings, result))
                 row = {**result.summary, **settings} | ({"completions": file.name} if file else {})
                 row["steps"] = row["forwards"] / num_batches(result, arguments, processes)
-                for _, before in (each for each in first if each[0] == settings):
-                    row |= {"against": str(arguments.models[0]), "difference": paired_differences(result, before)}
-                found.append(row)
+                found.append(row | compared(result, settings, first, arguments))
         first = first or measured
     if processes.is_main_process:
         show(found, arguments)
+
+
+def compared(
+    result: Evaluation,
+    settings: dict[str, Any],
+    first: Sequence[tuple[dict[str, Any], Evaluation]],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """The differences from the first model at the same settings; nothing for the first model itself."""
+    for known, before in first:
+        if known == settings:
+            return {"against": str(arguments.models[0]), "difference": paired_differences(result, before)}
+    return {}
 
 
 def show(found: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
@@ -160,33 +173,41 @@ def num_problems(task: Task, arguments: argparse.Namespace) -> int:
     return min(len(task), GENERATED) if made_at_will else len(task)
 
 
-def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[tuple[dict[str, Any], Callable]]:
+def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan]:
     """(settings, sampler bound to them) for each combination of the settings that are lists."""
-    lengths = arguments.max_new_tokens or [usual_length(policy, task)]
-    temperature = arguments.temperature
-    if arguments.samples > 1 and temperature == 0:
+    if arguments.samples > 1 and arguments.temperature == 0:
         raise ValueError(f"--samples {arguments.samples} at --temperature 0 are all alike; give a temperature above 0")
-    if policy.spec.attention == "causal":
-        for name in ("num_steps", "block_size", "rank", "commit", "cache"):
-            if getattr(arguments, name) is not None:
-                raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} has a causal one")
-        settings = [{"max_new_tokens": length, "temperature": temperature} for length in lengths]
-        return [(bound, partial(autoregress, **bound)) for bound in settings]
-    plans: list[tuple[dict[str, Any], Callable]] = []
+    lengths = arguments.max_new_tokens or [usual_length(policy, task)]
+    return causal_plans(lengths, arguments) if policy.spec.attention == "causal" else plans_of(lengths, arguments)
+
+
+def causal_plans(lengths: Sequence[int], arguments: argparse.Namespace) -> list[Plan]:
+    for name in ("num_steps", "block_size", "rank", "commit", "cache"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} has a causal one")
+    plans: list[Plan] = []
+    for length in lengths:
+        bound = {"max_new_tokens": length, "temperature": arguments.temperature}
+        plans.append((bound, partial(autoregress, **bound)))
+    return plans
+
+
+def plans_of(lengths: Sequence[int], arguments: argparse.Namespace) -> list[Plan]:
+    block_size = arguments.block_size
+    plans: list[Plan] = []
     lists = (arguments.commit or ["schedule"], arguments.rank or ["confidence"], arguments.cache or ["none"])
     for length, commit, rank, cache in product(lengths, *lists):
+        rules: dict[str, Any] = {"rank": read_rank(rank), "commit": read_commit(commit)}
+        rules["cache"] = None if cache == "none" else read_cache(cache)
         # An adaptive rule chooses its number of steps.
-        adaptive = commit.partition("=")[0] in {f.__name__ for f in ADAPTIVE}
+        adaptive = function_of(rules["commit"]) in ADAPTIVE
         for steps in [None] if adaptive else dict.fromkeys(arguments.num_steps or [length]):
-            block_size = arguments.block_size
-            if block_size and steps:
+            if block_size and steps:  # raises before the first model is run, and not in the middle of a sweep
                 steps_per_block(steps, [block_size] * -(-length // block_size))
             bound: dict[str, Any] = {"max_new_tokens": length, "num_steps": steps, "block_size": block_size}
-            bound |= {"temperature": temperature}
+            bound["temperature"] = arguments.temperature
             names = {"rank": rank, "commit": commit, "cache": cache}
-            rules: dict[str, Any] = {"rank": read_rank(rank), "commit": read_commit(commit)}
-            sampler = partial(unmask, **bound, **rules, cache=None if cache == "none" else read_cache(cache))
-            plans.append((bound | names, sampler))
+            plans.append((bound | names, partial(unmask, **bound, **rules)))
     return plans
 
 

@@ -69,7 +69,8 @@ def report_command(directories: Sequence[Path], out: Path | None = None) -> list
 
 
 def told(directory: Path) -> Told:
-    stored, metrics = directory / "completions.jsonl", directory / "metrics.jsonl"
+    stored = directory / "completions.jsonl"
+    metrics = directory / "metrics.jsonl"
     completions = current_rows(stored) if stored.exists() else []
     return Told(
         directory.resolve().name, read_metrics(directory), warmup_rows(metrics), completions, read_summary(directory)
@@ -79,7 +80,9 @@ def told(directory: Path) -> Told:
 def report(runs: Sequence[Told]) -> str:
     """The page. Every text of a run is escaped, or is JSON data."""
     many = len(runs) > 1
-    groups = [group for run in runs for group in written(run, many=many)]
+    groups: list[dict[str, Any]] = []
+    for run in runs:
+        groups += written(run, many=many)
     title = f"{len(runs)} runs" if many else headline(runs[0].summary)
     settings = "What differs between the recipes" if many else "The recipe, where it is not the default"
     parts = [
@@ -101,9 +104,14 @@ def shown(text: object) -> str:
 
 
 def table(head: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
-    cells = lambda line, tag: "".join(f"<{tag}>{shown(cell)}</{tag}>" for cell in line)  # noqa: E731
-    body = "".join(f"<tr>{cells(line, 'td')}</tr>" for line in lines)
-    return f'<div class="scroll" tabindex="0"><table><tr>{cells(head, "th")}</tr>{body}</table></div>'
+    rows = [row_of("th", head)]
+    for line in lines:
+        rows.append(row_of("td", line))
+    return f'<div class="scroll" tabindex="0"><table>{"".join(rows)}</table></div>'
+
+
+def row_of(tag: str, cells: Sequence[object]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{shown(cell)}</{tag}>' for cell in cells)}</tr>"
 
 
 def results(runs: Sequence[Told]) -> str:
@@ -111,45 +119,73 @@ def results(runs: Sequence[Told]) -> str:
     lines = []
     keys = []
     for i, run in enumerate(runs):
-        after = run.summary.get("eval_after", {})
-        words = Counter(found[0] for row in run.rows if (found := health(known(row))))
-        told_health = ", ".join(f"{word} {words[word]}" for word in WORDS if words[word]) or "-"
-        before, name = run.summary.get("eval_before", {}), next((n for n in (*SOLVED, "loss") if n in after), "reward")
-        result = f"{before[name]:.3f} → {after[name]:.3f} {name.replace('_', ' ')}" if after and before else "not ended"
         steps = f"{run.rows[-1]['step'] + 1 if run.rows else 0} of {run.recipe.get('num_steps', '?')}"
         seconds = f"{run.summary['seconds']:.0f}" if "seconds" in run.summary else "-"
-        lines.append((run.label, run.recipe.get("seed", "?"), result, steps, seconds, told_health))
+        words = Counter(said_of(run))
+        mismatch = ", ".join(f"{word} {words[word]}" for word in WORDS if words[word]) or "-"
+        lines.append((run.label, run.recipe.get("seed", "?"), result_of(run), steps, seconds, mismatch))
         colour = COLOURS[i % len(COLOURS)]
         keys.append(f'<li><span class="key" style="background:{colour}"></span>{shown(run.label)}</li>')
     made = table(("run", "seed", "held out, before → after RL", "RL steps", "seconds", "mismatch, steps"), lines)
-    last = health(known(runs[0].rows[-1])) if len(runs) == 1 and runs[0].rows else None
-    why = f"<p>At the last step: {shown(f'{last[0]}: {last[1]}')}.</p>" if last else ""
-    return made + why + (f'<ul class="keys">{"".join(keys)}</ul>' if len(runs) > 1 else "")
+    if len(runs) > 1:
+        return f'{made}<ul class="keys">{"".join(keys)}</ul>'
+    last = health(known(runs[0].rows[-1])) if runs[0].rows else None
+    return made + f"<p>At the last step: {shown(f'{last[0]}: {last[1]}')}.</p>" if last else made
+
+
+def result_of(run: Told) -> str:
+    """The held-out result before and after, by the metric that a reader asks for first."""
+    before = run.summary.get("eval_before", {})
+    after = run.summary.get("eval_after", {})
+    if not before or not after:
+        return "not ended"
+    name = "reward"
+    for metric in (*SOLVED, "loss"):
+        if metric in after:
+            name = metric
+            break
+    return f"{before[name]:.3f} → {after[name]:.3f} {name.replace('_', ' ')}"
+
+
+def said_of(run: Told) -> list[str]:
+    """The health of the mismatch in a word, of each step that has one."""
+    found = [health(known(row)) for row in run.rows]
+    return [said[0] for said in found if said]
 
 
 def differences(runs: Sequence[Told]) -> str:
     """The settings that differ between runs; for one run, from the defaults."""
-    names = [name for name in dict.fromkeys(name for run in runs for name in run.recipe) if name not in OWN]
+    names: dict[str, None] = {}  # in the order of the first run that has them
+    for run in runs:
+        names |= dict.fromkeys(run.recipe)
+    lines = []
+    for name in names:
+        values = [run.recipe.get(name, "-") for run in runs]
+        if len(runs) == 1:
+            differs = name not in DEFAULTS or DEFAULTS[name] != values[0]
+        else:
+            differs = len(set(map(str, values))) > 1
+        if differs and name not in OWN:
+            lines.append((name, *values))
     if len(runs) == 1:
-        recipe = runs[0].recipe
-        chosen = [(n, recipe[n]) for n in names if n not in DEFAULTS or DEFAULTS[n] != recipe[n]]
-        return table(("setting", "value"), chosen) if chosen else "<p>Nothing is known of it.</p>"
-    lines = [(name, *(run.recipe.get(name, "-") for run in runs)) for name in names]
-    lines = [line for line in lines if len(set(map(str, line[1:]))) > 1]
+        return table(("setting", "value"), lines) if lines else "<p>Nothing is known of it.</p>"
     return table(("setting", *(run.label for run in runs)), lines) if lines else "<p>Nothing differs.</p>"
 
 
 def written(run: Told, *, many: bool) -> list[dict[str, Any]]:
     """The stored completions as groups of the viewer, of at most STEPS evenly spread steps with first and last."""
-    steps = sorted({row["step"] for row in run.completions})
-    last = max(len(steps) - 1, 1)
-    chosen = steps if len(steps) <= STEPS else [steps[round(i * last / (STEPS - 1))] for i in range(STEPS)]
+    rows_of: dict[int, list[dict[str, Any]]] = {}
+    for row in run.completions:
+        rows_of.setdefault(row["step"], []).append(replayed(row))
+    steps = sorted(rows_of)
+    last = len(steps) - 1
+    if len(steps) > STEPS:
+        steps = [steps[round(i * last / (STEPS - 1))] for i in range(STEPS)]
     groups = []
-    for step in chosen:
-        rows = [row for row in run.completions if row["step"] == step]
+    for step in steps:
         title = f"{run.label}, step {step + 1}" if many else f"step {step + 1}"
         facts = "Of each prompt the completion of highest and the one of lowest reward."
-        groups.append({"title": escape_controls(title), "facts": facts, "rows": [replayed(row) for row in rows]})
+        groups.append({"title": escape_controls(title), "facts": facts, "rows": rows_of[step]})
     return groups
 
 
@@ -168,13 +204,12 @@ def replayed(row: dict[str, Any]) -> dict[str, Any]:
 def figures(runs: Sequence[Told]) -> list[str]:
     """Every panel for which a run has numbers, as <figure> with inline SVG."""
     rows = [run.rows for run in runs]
-    drawn = [
-        figure(panel.title, panel.unit, partial(lines_of, runs=rows, panel=panel))
-        for panel in PANELS
-        if measured(panel, rows)
-    ]
-    if any(health(known(row)) for run in runs for row in run.rows):
-        drawn.insert(min(4, len(drawn)), figure("Mismatch health", "", partial(healths, runs=runs)))
+    drawn = []
+    for panel in PANELS:
+        if measured(panel, rows):
+            drawn.append(figure(panel.title, panel.unit, partial(lines_of, runs=rows, panel=panel)))
+    if any(map(said_of, runs)):
+        drawn.insert(4, figure("Mismatch health", "", partial(healths, runs=runs)))  # after the numbers it judges
     if any(run.warmup for run in runs):
         drawn.append(figure("Warm-up", "loss, nats", partial(warmups, runs=runs), xlabel="supervised step"))
     return [*drawn, figure("Where the time goes", "", partial(times, runs=runs), xlabel="seconds")]
@@ -182,10 +217,14 @@ def figures(runs: Sequence[Told]) -> list[str]:
 
 def healths(axis: Any, runs: Sequence[Told]) -> None:
     for i, run in enumerate(runs):
-        found = [(row["step"] + 1, WORDS.index(said[0])) for row in run.rows if (said := health(known(row)))]
-        height = (i - (len(runs) - 1) / 2) * 0.5 / len(runs)
-        heights = [y + height for _, y in found]
-        axis.plot([x for x, _ in found], heights, "|", markersize=9, color=COLOURS[i % len(COLOURS)])
+        height = (i - (len(runs) - 1) / 2) * 0.5 / len(runs)  # runs side by side, so that none hides another
+        steps = []
+        heights = []
+        for row in run.rows:
+            if found := health(known(row)):
+                steps.append(row["step"] + 1)
+                heights.append(WORDS.index(found[0]) + height)
+        axis.plot(steps, heights, "|", markersize=9, color=COLOURS[i % len(COLOURS)])
     axis.set_yticks(range(len(WORDS)), WORDS)
     axis.set_ylim(-0.6, len(WORDS) - 0.4)
 
@@ -198,22 +237,31 @@ def warmups(axis: Any, runs: Sequence[Told]) -> None:
 
 def times(axis: Any, runs: Sequence[Told]) -> None:
     """Seconds by stage, one bar per run."""
-    spent: list[Counter[str]] = []
-    for run in runs:
-        stages = run.summary.get("stages")
-        spent.append(Counter(stages) if stages else Counter())
-        for row in () if stages else run.rows:
-            spent[-1].update({n.removeprefix("time/"): s for n, s in known(row).items() if n.startswith("time/")})
+    spent = [seconds_of(run) for run in runs]
     stages = [stage for stage, _ in sum(spent, Counter()).most_common()]
+    left = [0.0] * len(runs)
     for j, stage in enumerate(stages):
-        left = [sum(each[other] for other in stages[:j]) for each in spent]
-        colour, alpha = COLOURS[j % len(COLOURS)], 1.0 if j < len(COLOURS) else 0.5
-        axis.barh(range(len(runs)), [each[stage] for each in spent], left=left, color=colour, alpha=alpha, label=stage)
+        widths = [each[stage] for each in spent]
+        alpha = 1.0 if j < len(COLOURS) else 0.5  # a colour that comes again is paler
+        axis.barh(range(len(runs)), widths, left=left, color=COLOURS[j % len(COLOURS)], alpha=alpha, label=stage)
+        left = list(map(sum, zip(left, widths, strict=True)))
     labels = [escape_controls(shortened(run.label, characters=20)) if len(runs) > 1 else "" for run in runs]
     axis.set_yticks(range(len(runs)), labels, parse_math=False)
     axis.invert_yaxis()
     if stages:
         axis.legend(fontsize=8, frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=4)
+
+
+def seconds_of(run: Told) -> Counter:
+    """Seconds by stage: the summary's, or of a run that has none yet the sum over its steps."""
+    if stages := run.summary.get("stages"):
+        return Counter(stages)
+    spent: Any = Counter()  # of seconds, which are no counts
+    for row in run.rows:
+        for name, seconds in known(row).items():
+            if name.startswith("time/"):
+                spent[name.removeprefix("time/")] += seconds
+    return spent
 
 
 def figure(title: str, unit: str, draw: Callable[[Any], None], *, xlabel: str = "RL step") -> str:

@@ -24,7 +24,8 @@ def main(recipe: Recipe | SFT) -> Summary:
     except (ValueError, OSError) as error:
         if os.environ.get("DLLM_RL_TRACEBACK") == "1":
             raise
-        rank, setting = os.environ.get("RANK", "0"), isinstance(error, ValueError)
+        rank = os.environ.get("RANK", "0")
+        setting = isinstance(error, ValueError)  # which every process finds, so that one prints it
         if rank == "0" or not setting:
             where = "" if rank == "0" else f"process {rank}: "
             print(f"error: {where}{escape_controls(str(error))}", file=sys.stderr, flush=True)

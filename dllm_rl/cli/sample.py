@@ -4,7 +4,7 @@ import inspect
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.screen import escape_controls
 from dllm_rl.tasks.base import Problem
-from dllm_rl.types import Rollout
+from dllm_rl.types import Prompts, Rollout
 
 
 def show(
@@ -48,45 +48,63 @@ def show(
     """
     if not texts:
         raise ValueError("no prompts: give them as arguments, or one a line on standard input")
-    console, options = Console(), {name: value for name, value in options.items() if value is not None}
-    live = console.is_terminal and not as_json if live is None else live
+    options = {name: value for name, value in options.items() if value is not None}
     prompts = encode(policy, [Problem(text, blank=blank) for text in texts], group_size=group_size)
     sampler = sampler_for(policy)
-    if sampler is autoregress:
-        extra = set(options) - set(inspect.signature(autoregress).parameters)
-        if extra:
-            causal = type(policy.module).__name__
-            raise ValueError(f"{sorted(extra)[0]} is for diffusion models; {causal} is causal: leave it out")
+    check_options(policy, options)
     prompt_texts = [text for text in texts for _ in range(group_size)]
+    console = Console()
+    live = console.is_terminal and not as_json if live is None else live
     began = time.perf_counter()
     if live and sampler is unmask:
-        with Live(console=console, auto_refresh=False, vertical_overflow="visible") as screen:
-
-            def watch(rollout: Rollout) -> None:
-                screen.update(render(policy, rollout, prompt_texts), refresh=True)
-                time.sleep(delay)
-
-            rollout = unmask(policy, prompts, generator_for(seed), watch=watch, **options)
+        rollout = drawn(console, policy, prompts, prompt_texts, delay=delay, seed=seed, **options)
     else:
         rollout = sampler(policy, prompts, generator_for(seed), **options)
-    record = to_record(policy, rollout, prompt_texts, seconds=time.perf_counter() - began)
-    if blank is not None:
-        for row, text in zip(record["rows"], filled(policy, rollout), strict=True):
-            row["completion"] = text
+    record = to_record(policy, rollout, prompt_texts, seconds=time.perf_counter() - began, whole=blank is not None)
     if html is not None:
         write_text(html, page(record))
     if as_json:
         print(json.dumps(record))
-        return
+    else:
+        print_record(record)
+
+
+def check_options(policy: Policy, options: Mapping[str, Any]) -> None:
+    """Raise ValueError on an option that only diffusion models have."""
+    extra = sorted(options.keys() - inspect.signature(autoregress).parameters.keys())
+    if extra and sampler_for(policy) is autoregress:
+        causal = type(policy.module).__name__
+        raise ValueError(f"{extra[0]} is for diffusion models; {causal} is causal: leave it out")
+
+
+def drawn(
+    console: Console, policy: Policy, prompts: Prompts, texts: Sequence[str], *, delay: float, seed: int, **options: Any
+) -> Rollout:
+    """The rollout, each step drawn on the console."""
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as screen:
+
+        def watch(rollout: Rollout) -> None:
+            screen.update(render(policy, rollout, texts), refresh=True)
+            time.sleep(delay)
+
+        return unmask(policy, prompts, generator_for(seed), watch=watch, **options)
+
+
+def print_record(record: dict[str, Any]) -> None:
+    """Completions to standard output, the speed to standard error: a pipe gets the completions alone."""
     for row in record["rows"]:
         # A pipe or a file gets what the model wrote; a terminal would obey its escape sequences.
         print(escape_controls(row["completion"], keep="\n\t") if sys.stdout.isatty() else row["completion"])
     print(record["facts"], file=sys.stderr)
 
 
-def to_record(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, seconds: float | None = None) -> dict:
-    """A rollout as plain data: for each row its prompt, its completion and its `written_tokens`."""
-    made = zip(prompts, decode(policy, rollout), written_tokens(policy, rollout), strict=True)
+def to_record(
+    policy: Policy, rollout: Rollout, prompts: Sequence[str], *, seconds: float | None = None, whole: bool = False
+) -> dict:
+    """A rollout as plain data: for each row its prompt, its completion (`whole`: with the text around what was filled
+    in) and its `written_tokens`."""
+    completions = filled(policy, rollout) if whole else decode(policy, rollout)
+    made = zip(prompts, completions, written_tokens(policy, rollout), strict=True)
     rows = [{"prompt": prompt, "completion": completion, "tokens": tokens} for prompt, completion, tokens in made]
     count = int(rollout.completion_mask.sum())
     facts = f"{count} tokens, {rollout.forwards} forwards"
