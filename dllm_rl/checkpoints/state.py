@@ -17,7 +17,7 @@ NAME = "state.json"
 class TrainingState:
     """A run after `step` complete steps. Random numbers are functions of (seed, step) and are not saved.
 
-    version    the policy's: optimiser updates so far.
+    version    the policy's: steps that have changed its weights.
     seconds    of the run, and by stage in `stages`.
     reference  digest of the manifest of the run's folder `reference`; None without one.
     """

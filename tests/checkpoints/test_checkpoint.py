@@ -13,7 +13,6 @@ import torch
 from runs import assert_same_weights, metrics_of
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import manifest
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.training.loop import train
@@ -84,20 +83,6 @@ def test_a_finished_run_that_is_resumed_names_the_checkpoint_that_it_evaluates(t
     )
     assert summary["checkpoint"] == str(folder / "step-000002")
     assert checkpoint.locate("latest", folder) == folder / "step-000002"
-
-
-def test_a_checkpoint_from_before_a_setting_existed_had_its_default(tmp_path):
-    train(tiny_recipe(tmp_path, num_steps=1))
-    file = tmp_path / "checkpoints/step-000001/state.json"
-    state = json.loads(file.read_text())
-    del state["recipe"]["gradient_checkpointing"]
-    file.write_text(json.dumps(state))
-    manifest.write(file.parent, step=1, processes=1, versions={})
-    again = {"num_steps": 2, "lr_schedule_steps": 1, "resume_from_checkpoint": "latest"}
-    with pytest.raises(ValueError, match="gradient_checkpointing=True differs from the checkpoint's False"):
-        train(tiny_recipe(tmp_path, **again, gradient_checkpointing=True))
-    # What does not touch training may be another one.
-    train(tiny_recipe(tmp_path, **again, mismatch_sample=3, eval_steps=1, eval_batch_size=2))
 
 
 def test_resuming_the_newest_sets_nothing_aside(tmp_path):

@@ -368,15 +368,3 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(FloatingPointError, match=r"step 7 was not saved: .* is not finite"):
         checkpoint.save(tmp_path, policy, optimizer, STATE, keep=2)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_reference_of_another_run_is_refused(tmp_path):
-    train(recipe(tmp_path / "a", beta=0.1, num_steps=1))
-    train(recipe(tmp_path / "b", beta=0.1, num_steps=1, seed=1))
-    shutil.rmtree(tmp_path / "a" / "reference")
-    shutil.copytree(tmp_path / "b" / "reference", tmp_path / "a" / "reference")
-    with pytest.raises(ValueError, match="reference is that of another run"):
-        train(recipe(tmp_path / "a", beta=0.1, num_steps=1, resume_from_checkpoint="latest"))
-    shutil.rmtree(tmp_path / "a" / "reference")
-    with pytest.raises(ValueError, match=r"reference: manifest\.json is missing"):
-        train(recipe(tmp_path / "a", beta=0.1, num_steps=1, resume_from_checkpoint="latest"))

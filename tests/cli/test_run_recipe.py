@@ -135,11 +135,6 @@ def test_a_run_returns_its_summary_and_the_policy_that_it_trained(tmp_path, chan
     assert "policy" not in summary
 
 
-def test_a_dry_run_has_no_policy(tmp_path, capsys):
-    with pytest.raises(ValueError, match="dry_run=True trains no policy"):
-        train(small(tmp_path, dry_run=True)).policy  # noqa: B018
-
-
 def test_a_recipe_says_what_was_chosen():
     recipe = small("runs/x", seed=3)
     lines = repr(recipe).splitlines()

@@ -262,17 +262,6 @@ def test_kl_starts_at_zero_and_grows(tmp_path):
 
 
 class TestRefusals:
-    def test_a_folder_that_holds_a_run(self, tmp_path):
-        train(tiny_recipe(tmp_path, num_steps=1))
-        with pytest.raises(ValueError, match="already holds a run"):
-            train(tiny_recipe(tmp_path, num_steps=1))
-        train(tiny_recipe(tmp_path, num_steps=1, overwrite_output_dir=True))
-
-    def test_a_resume_with_another_recipe(self, tmp_path):
-        train(tiny_recipe(tmp_path, num_steps=1))
-        with pytest.raises(ValueError, match=r"learning_rate=0\.1 differs from the checkpoint's"):
-            train(tiny_recipe(tmp_path, learning_rate=0.1, resume_from_checkpoint="latest"))
-
     def test_a_sampler_of_the_other_kind_before_any_work(self, tmp_path):
         wrong = replace(tiny_recipe_ar(tmp_path), sampler=tiny_recipe(tmp_path).sampler, warmup_steps=10**6)
         with pytest.raises(ValueError, match="use autoregress"):

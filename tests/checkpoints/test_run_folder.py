@@ -1,0 +1,49 @@
+"""A run's folder: whose it is, and what a resume may change."""
+
+import json
+import shutil
+
+import pytest
+from tiny_recipe import tiny_recipe
+
+from dllm_rl import manifest
+from dllm_rl.training.loop import train
+
+
+def test_a_reference_of_another_run_is_refused(tmp_path):
+    train(tiny_recipe(tmp_path / "a", beta=0.1, num_steps=1))
+    train(tiny_recipe(tmp_path / "b", beta=0.1, num_steps=1, seed=1))
+    shutil.rmtree(tmp_path / "a" / "reference")
+    shutil.copytree(tmp_path / "b" / "reference", tmp_path / "a" / "reference")
+    with pytest.raises(ValueError, match="reference is that of another run"):
+        train(tiny_recipe(tmp_path / "a", beta=0.1, num_steps=1, resume_from_checkpoint="latest"))
+    shutil.rmtree(tmp_path / "a" / "reference")
+    with pytest.raises(ValueError, match=r"reference: manifest\.json is missing"):
+        train(tiny_recipe(tmp_path / "a", beta=0.1, num_steps=1, resume_from_checkpoint="latest"))
+
+
+def test_a_checkpoint_from_before_a_setting_existed_had_its_default(tmp_path):
+    train(tiny_recipe(tmp_path, num_steps=1))
+    file = tmp_path / "checkpoints/step-000001/state.json"
+    state = json.loads(file.read_text())
+    del state["recipe"]["gradient_checkpointing"]
+    file.write_text(json.dumps(state))
+    manifest.write(file.parent, step=1, processes=1, versions={})
+    again = {"num_steps": 2, "lr_schedule_steps": 1, "resume_from_checkpoint": "latest"}
+    with pytest.raises(ValueError, match="gradient_checkpointing=True differs from the checkpoint's False"):
+        train(tiny_recipe(tmp_path, **again, gradient_checkpointing=True))
+    # What does not touch training may be another one.
+    train(tiny_recipe(tmp_path, **again, mismatch_sample=3, eval_steps=1, eval_batch_size=2))
+
+
+def test_a_folder_that_holds_a_run(tmp_path):
+    train(tiny_recipe(tmp_path, num_steps=1))
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(tiny_recipe(tmp_path, num_steps=1))
+    train(tiny_recipe(tmp_path, num_steps=1, overwrite_output_dir=True))
+
+
+def test_a_resume_with_another_recipe(tmp_path):
+    train(tiny_recipe(tmp_path, num_steps=1))
+    with pytest.raises(ValueError, match=r"learning_rate=0\.1 differs from the checkpoint's"):
+        train(tiny_recipe(tmp_path, learning_rate=0.1, resume_from_checkpoint="latest"))

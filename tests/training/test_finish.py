@@ -1,0 +1,42 @@
+"""The end of a run: its summary, and the command that tries the trained model."""
+
+from dataclasses import replace
+
+import pytest
+from tiny_recipe import SIZES, Wrapped, tiny_recipe
+
+from dllm_rl import tiny_masked_lm
+from dllm_rl.tasks.base import Problem
+from dllm_rl.tasks.sudoku import Sudoku
+from dllm_rl.training.finish import Summary, _next_command
+from dllm_rl.training.loop import train
+
+
+def test_a_dry_run_has_no_policy(tmp_path, capsys):
+    with pytest.raises(ValueError, match="dry_run=True trains no policy"):
+        train(tiny_recipe(tmp_path, dry_run=True)).policy  # noqa: B018
+
+
+def test_a_summary_compares_as_its_numbers():
+    policy = tiny_masked_lm(**SIZES)
+    assert Summary({"seed": 3}, policy) == {"seed": 3} and Summary({"seed": 3}, policy).policy is policy
+
+
+class Told(Wrapped):
+    """Its first prompt is a chat, with a gap."""
+
+    def reward(self, problem, completion):
+        raise AssertionError("no completion is graded here")
+
+    def __getitem__(self, index):
+        return Problem([{"role": "system", "content": "Fill in."}, {"role": "user", "content": "1+_='2'"}], blank="_")
+
+
+def test_the_next_command_quotes_the_prompt_and_names_the_gap(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    assert _next_command(recipe, str(tmp_path)).startswith("Open:       dllm_rl.load_weights(policy, folder)")
+    (tmp_path / "config.json").touch()
+    first = recipe.eval_task[0].prompt
+    assert _next_command(recipe, str(tmp_path)) == f"Sample:     dllm-rl sample {tmp_path} {first!r}"
+    asked = _next_command(replace(recipe, eval_task=Told(Sudoku(split="test", size=2))), str(tmp_path))
+    assert asked == f"""Sample:     dllm-rl sample {tmp_path} "1+_='2'" --blank '_' --max_new_tokens 0"""

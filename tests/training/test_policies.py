@@ -1,0 +1,70 @@
+"""The policies of a run: whose weights each has, and which settings cannot be compiled."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny_recipe import SIZES, tiny_recipe
+
+from dllm_rl import manifest, tiny_masked_lm
+from dllm_rl.quantization.schemes import float8_dynamic
+from dllm_rl.samplers.cache import dual_cache
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.training.policies import check_compiled, make_policy, reference_policy, rollout_copy, save_reference
+
+CPU = torch.device("cpu")
+
+
+def weights(policy):
+    return torch.cat([p.detach().flatten() for p in policy.module.parameters()])
+
+
+def test_a_function_that_takes_a_seed_gets_the_runs_and_a_policy_is_copied(tmp_path):
+    recipe = tiny_recipe(tmp_path, seed=5)
+    assert torch.equal(weights(make_policy(recipe, CPU)), weights(tiny_masked_lm(**SIZES, seed=5)))
+    assert not torch.equal(weights(make_policy(recipe, CPU)), weights(tiny_masked_lm(**SIZES, seed=6)))
+    given = tiny_masked_lm(**SIZES)
+    made = make_policy(replace(recipe, model=given), CPU)
+    with torch.no_grad():
+        next(made.module.parameters()).add_(1.0)
+    assert torch.equal(weights(given), weights(tiny_masked_lm(**SIZES)))
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_the_reference_keeps_the_weights_that_rl_started_from(tmp_path, fresh):
+    """Of a fresh run a copy; on a resume what the run's folder has, whatever the learner is now."""
+    recipe = tiny_recipe(tmp_path, beta=0.1)
+    accelerator = Accelerator(cpu=True)
+    policy = make_policy(recipe, CPU)
+    start = weights(policy)
+    assert save_reference(recipe, policy, accelerator) == manifest.read(tmp_path / "reference")["sha256"]
+    with torch.no_grad():
+        if not fresh:
+            next(policy.module.parameters()).add_(1.0)
+        reference = reference_policy(recipe, policy, accelerator, fresh=fresh)
+        next(policy.module.parameters()).add_(1.0)
+    assert torch.equal(weights(reference), start)
+    assert not any(p.requires_grad for p in reference.module.parameters())
+    assert reference_policy(replace(recipe, beta=0.0), policy, accelerator, fresh=fresh) is None
+
+
+def test_without_a_scheme_the_learner_rolls_out(tmp_path):
+    recipe = tiny_recipe(tmp_path, rollout_quantization=None)
+    policy = make_policy(recipe, CPU)
+    assert rollout_copy(recipe, policy) is policy
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rollout_quantization": None}, "rollout_quantization=None makes none"),
+        ({"sampler": partial(unmask, max_new_tokens=16, num_steps=3, cache=dual_cache())}, "does not go with a cache"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(tmp_path, changes, said):
+    recipe = tiny_recipe(tmp_path, **{"torch_compile": True, "rollout_quantization": float8_dynamic} | changes)
+    with pytest.raises(ValueError, match=said):
+        check_compiled(recipe)
+    check_compiled(replace(recipe, torch_compile=False))

@@ -1,0 +1,40 @@
+"""The start of a run: what a launch cannot run is refused, and what a checkpoint left is set again."""
+
+import time
+from dataclasses import replace
+
+import pytest
+from accelerate import Accelerator
+from tiny_recipe import tiny_recipe
+
+from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.monitoring.log import RunLog
+from dllm_rl.training.loop import train
+from dllm_rl.training.policies import make_optimizer, resumed_policy
+from dllm_rl.training.start import check_processes, restore
+
+
+@pytest.mark.parametrize("changes", [{"train_batch_size": 8}, {"train_batch_size": 2}, {"warmup_steps": 5}])
+def test_batches_that_three_processes_cannot_share_are_refused(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    recipe = tiny_recipe(tmp_path, **{"train_batch_size": 6, "warmup_batch_size": 64, **changes})
+    said = {8: "train_batch_size=8 .* 3 processes; nearest that are: 6, 9", 2: "nearest that are: 3"}
+    with pytest.raises(ValueError, match=said.get(recipe.train_batch_size, "warmup_batch_size=64 .*: 63, 66")):
+        check_processes(recipe, Accelerator(cpu=True))
+    check_processes(replace(recipe, train_batch_size=9, warmup_steps=0), Accelerator(cpu=True))
+
+
+def test_policy_optimiser_and_log_are_set_to_the_checkpoints_and_the_recipe_is_the_runs(tmp_path):
+    recipe = tiny_recipe(tmp_path, num_steps=2, num_iterations=2)
+    train(recipe)
+    folder = tmp_path / "checkpoints" / "step-000002"
+    written = TrainingState.read(folder)
+    longer = replace(recipe, logging_steps=7)
+    policy = resumed_policy(longer, folder, Accelerator(cpu=True))
+    optimizer = make_optimizer(longer, policy)
+    log = RunLog(tmp_path, start=2, main=False)
+    state = restore(longer, folder, policy, optimizer, log)
+    assert state == replace(written, recipe=longer.settings()) and state.recipe["logging_steps"] == 7
+    assert (state.step, state.version, policy.version) == (2, 2, 2)
+    assert {int(moments["step"]) for moments in optimizer.state.values()} == {4}
+    assert log.seconds == written.stages and time.perf_counter() - log.begun >= written.seconds > 0
