@@ -76,7 +76,7 @@ def save(
     with _enough_room(final, policy, optimizer, reserve):
         with replacing(final) as partial:
             partial.mkdir()
-            swap(str(partial))  # the others begin to write
+            swap(str(partial))  # the others begin to write into it
             policy.save_pretrained(partial)
             if policy.lora is not None:
                 save_adapter(policy, partial / "adapter")
@@ -89,7 +89,7 @@ def save(
                 parts |= entries
             manifest.write(partial, step=state.step, processes=processes, versions=versions or {}, known=parts)
         write_text(directory / "latest", final.name + "\n")
-    for _, old in found(directory)[:-keep]:
+    for _, old in found(directory)[:-keep]:  # only now: a failed save costs no older checkpoint
         remove_whole(old)
     return final
 
@@ -172,7 +172,7 @@ def check_finite(what: str, policy: Policy, optimizer: Saved) -> None:
 
 def _check_all(what: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # each process checks its rows
         if mine.is_floating_point() and not mine.isfinite().all():
             raise FloatingPointError(f"{what}: {name} is not finite; resume from an earlier checkpoint")
 
@@ -194,7 +194,7 @@ def set_aside(directory: Path, resumed: Path) -> list[Path]:
                     break
                 free = folder.with_name(f"{folder.name}.set-aside-{number}")
             moved.append(folder.rename(free))
-    if (directory / resumed.name).exists():
+    if (directory / resumed.name).exists():  # else the resumed one is of another folder
         write_text(directory / "latest", resumed.name + "\n")
     return moved
 
@@ -242,7 +242,7 @@ def check(folder: Path, *, quick: bool = False) -> None:
     """Raise ValueError naming what is damaged, missing or of another step."""
     held = manifest.read(folder)
     named = _NAME.fullmatch(folder.name)
-    if named and int(named[1]) != held["step"]:
+    if named and int(named[1]) != held["step"]:  # someone renamed it
         raise ValueError(f"{folder}: step is {held['step']} in {manifest.NAME}, but {int(named[1])} in its name")
     manifest.verify(folder, quick=quick)
     step = TrainingState.read(folder).step
@@ -278,7 +278,7 @@ def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     except _NO_TENSORS as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{folder}: {path.name} is damaged: {why}") from None
-    own = optimizer.state_dict()["param_groups"]
+    own = optimizer.state_dict()["param_groups"]  # torch checks neither types nor fields of what it loads
     if not _fits(state, own):
         raise ValueError(f"{folder}: optimizer.pt does not hold the state of {type(optimizer).__name__}")
     for index, held in state["state"].items():

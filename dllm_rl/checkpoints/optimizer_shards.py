@@ -3,7 +3,7 @@
     optimizer-00001-of-00002.safetensors   tensors by "KIND of NAME"; rows of the sharded ones
 
 The header has two JSON texts: `rows`, {"KIND of NAME": [first row, rows in all]} of sharded tensors, and `plain`,
-values that are no tensors. The first file alone has what is not sharded. torch's DCP is not used: it reads pickles, and
+values that are no tensors. torch's DCP is not used: it reads pickles, and
 its safetensors form checks neither dtypes nor gaps.
 """
 
@@ -65,7 +65,7 @@ def part_of(policy: Policy, optimizer: torch.optim.Optimizer, *, copy: bool = Fa
     mesh = named[0][1].device_mesh
     *replica, number = mesh.get_coordinate()
     if any(replica):
-        return None
+        return None  # the first replica writes
     count = mesh.shape[-1]
     part = Part(number, count)
     nbytes = 0
@@ -78,7 +78,7 @@ def part_of(policy: Policy, optimizer: torch.optim.Optimizer, *, copy: bool = Fa
                 part.tensors[key] = value.to_local().detach().to("cpu", copy=copy).contiguous()
             elif isinstance(value, Tensor) and value.dim():
                 raise ValueError(f"optim: {key!r} is not shared out as its weight is; use adamw, or shard_size=1")
-            elif number == 0 and isinstance(value, Tensor):
+            elif number == 0 and isinstance(value, Tensor):  # the first file alone has what is not sharded
                 part.tensors[key] = value.detach().to("cpu", copy=copy)
             elif number == 0:
                 part.plain[key] = value
@@ -174,7 +174,7 @@ def _says_numbers(plain: Any) -> bool:
 def _files(folder: Path) -> list[Path]:
     """The files of all parts. Raises ValueError if one is missing, or is of another number of parts."""
     here = {path.name for path in folder.glob(PATTERN)}
-    count = len(here)
+    count = len(here)  # each name has the number of parts
     names = [file_name(number, count) for number in range(count)]
     if here != set(names):
         odd = sorted(here - set(names))[0]
@@ -212,6 +212,7 @@ def _spans(where: str, key: str, pieces: list[_Piece], parameter: Tensor) -> lis
         return None
     spans: list[Span] = []
     end = 0
+    # A part without rows comes before the part that begins where it ends.
     for piece, part in sorted(zip(pieces, slices, strict=True), key=lambda pair: (pair[0].first, pair[1].get_shape())):
         if not shape or piece.total != shape[0] or part.get_shape()[1:] != shape[1:]:
             raise ValueError(f"{where} is not of the weight's shape {tuple(shape)}")
@@ -226,7 +227,7 @@ def _spans(where: str, key: str, pieces: list[_Piece], parameter: Tensor) -> lis
 def _joined(where: str, spans: list[Span], first: int, last: int, parameter: Tensor) -> Tensor:
     """Rows [first, last), maybe none. Raises ValueError on a dtype that is neither the weight's nor fp32."""
     found = [part[max(first, begin) - begin : max(0, min(last, end) - begin)] for begin, end, part in spans]
-    held = [rows for rows in found if len(rows)] or found[:1]
+    held = [rows for rows in found if len(rows)] or found[:1]  # no rows at all still have a dtype
     kinds = {rows.dtype for rows in held}
     if len(kinds) > 1 or not kinds <= {parameter.dtype, torch.float32}:
         raise ValueError(f"{where} is of {', '.join(sorted(map(str, kinds)))}, not of the weight's {parameter.dtype}")
@@ -248,11 +249,11 @@ def in_step(work: Callable[[Swap], Returned], gather: Swap) -> Returned:
 
     try:
         found = work(swap)
-        swap(None)
+        swap(None)  # an error after the last swap of `work` is raised in all, too
     except Elsewhere as elsewhere:
         raise elsewhere.args[0] from None
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-        swap(None, error)
+        swap(None, error)  # the others wait in their next swap
         raise
     return found
 

@@ -39,7 +39,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, list[str]]:
             f"output_dir={str(directory)!r} is being written by another run, {error.strerror}; stop that one, or give "
             "another output_dir"
         ) from None
-    recover(directory / "reference")
+    recover(directory / "reference")  # a kill may have left it between two names
     remove(directory / REHEARSAL)  # a killed run leaves it
     held = [name for name in HELD if (directory / name).exists()]
     if not recipe.resume_from_checkpoint:

@@ -70,6 +70,7 @@ def buckets(tensors: Sequence[Tensor], *, numbers: int = BUCKET) -> Iterator[lis
     """The tensors in order, in lists of one dtype and at most `numbers` numbers, or of one larger tensor."""
     bucket: list[Tensor] = []
     for tensor in tensors:
+        # One exchange has one dtype.
         if bucket and (tensor.dtype != bucket[0].dtype or sum(x.numel() for x in bucket) + tensor.numel() > numbers):
             yield bucket
             bucket = []
@@ -105,7 +106,7 @@ def waited(stage: str, accelerator: Accelerator) -> Metrics:
     if accelerator.num_processes == 1:
         return {}
     if accelerator.device.type != "cpu":
-        torch.accelerator.synchronize(accelerator.device)
+        torch.accelerator.synchronize(accelerator.device)  # the device's own work is no wait
     begin = time.perf_counter()
     accelerator.wait_for_everyone()
     spent = torch.tensor([time.perf_counter() - begin, 1.0], dtype=torch.double, device=accelerator.device)
@@ -191,8 +192,8 @@ def local(rows: Tensor, accelerator: Accelerator) -> Tensor:
 
 
 def gather_on_host(parts: Sequence[Tensor], accelerator: Accelerator) -> list[Tensor]:
-    """Tensors (B, T) of this process -> the rows of all processes, on the host; narrower rows are padded with zeros.
-    One fp64 transfer holds masks, token ids and fp32 exactly."""
+    """Tensors (B, T) of this process -> the rows of all processes, on the host; narrower rows are padded with zeros."""
+    # fp64 holds masks, token ids and fp32 exactly: one transfer is enough.
     together = torch.stack([part.double() for part in parts], dim=1)
     if accelerator.num_processes > 1:
         together = accelerator.gather(accelerator.pad_across_processes(together.to(accelerator.device), dim=2))
@@ -208,7 +209,7 @@ def from_main(work: Callable[[], Any], processes: Processes) -> Any:
         try:
             outcome[0] = work()
         except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
-            outcome[1] = error
+            outcome[1] = error  # raised below, so that no process waits for one that has left
     broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]

@@ -49,7 +49,7 @@ def shard(
     Gradients and optimiser state follow the weights.
 
     The module may be on the host: one full unit at a time goes to the device. Units are the blocks, the backbone's
-    other weights, and each head. A head stays full during an `in_pace` block, so that chunks do not gather it again.
+    other weights, and each head.
     Every backward sums and shards gradients: full ones would take up to a quarter of an unsharded run's memory.
 
     timeout  seconds that a process waits for another in `in_pace`; None: torch's default.
@@ -99,7 +99,7 @@ def in_pace(policy: Any, *, backward: bool = False) -> Iterator[None]:
         yield
         return
     for head in shards.heads:
-        head.unshard()
+        head.unshard()  # once, and not for every chunk
         head.set_requires_gradient_sync(False)
         head.set_reshard_after_backward(False)
     comes = shards.backbone.register_forward_pre_hook(lambda *_: shards.anyone(True) and None, prepend=True)
@@ -109,7 +109,7 @@ def in_pace(policy: Any, *, backward: bool = False) -> Iterator[None]:
         comes.remove()
     token = torch.zeros(1, 1, dtype=torch.long, device=policy.device)
     with torch.set_grad_enabled(backward):
-        while shards.anyone(False):
+        while shards.anyone(False):  # a process inside the block needs this one's part of the weights
             states = policy.hidden(token, token == 0)
             if backward:
                 states.backward(torch.zeros_like(states))

@@ -125,7 +125,7 @@ def ended_by_launcher() -> None:
     if not any(word in command for word in (b"accelerate", b"torchrun", b"torch.distributed", b"dllm")):
         return
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died in between
+    if os.getppid() != parent:  # the launcher died in between
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -54,7 +54,7 @@ class View:
         self.task = self.bar.add_task(self.description, total=total, completed=completed)
         self.live = Live(self, console=console)
         if console.is_terminal and not console.quiet and completed < total:
-            self.live.start()
+            self.live.start()  # elsewhere lines alone: a bar in a file is noise
             atexit.register(console.show_cursor)  # also after an error
 
     def __call__(self, metrics: dict[str, float], *, show: bool, close: bool = False) -> None:

@@ -26,7 +26,7 @@ def cautions(recipe: Recipe) -> list[str]:
         said.append(
             "sampler.temperature=0 is greedy: the completions of a prompt are all alike and teach nothing; use 1.0"
         )
-    steps = recipe.learning_rate * BF16_STEPS
+    steps = recipe.learning_rate * BF16_STEPS  # AdamW's update of a weight is about the learning rate
     if recipe.lora is None and isinstance(recipe.model, str) and recipe.dtype == "bfloat16" and steps < TYPICAL_WEIGHT:
         said.append(
             f"dtype='bfloat16' without lora and learning_rate={recipe.learning_rate}: bf16 weights above {steps:.1g} "

@@ -45,10 +45,10 @@ def log_completions(
         return
     scored = logps.noise.scored(rollout.completion_mask)
     apart = torch.where(scored, logps.old - logps.rollout, 0).double().sum(-1)
-    nats = torch.where(scored.any(-1), apart, torch.nan)
+    nats = torch.where(scored.any(-1), apart, torch.nan)  # a row that is not scored has no mismatch
     mine = send(nats.device, local(rearrange(advantages, "p g -> (p g)"), run.accelerator))[0]
     found = of_sampled_rows(torch.stack([nats, mine], dim=1), rollout, run.accelerator).tolist()
-    if not log.main:
+    if not log.main:  # the exchange above needs all processes, the rest the main one alone
         return
     chosen = contrasts([float(answer.reward.value) for answer in answers], sampled.group_size)
     (rows,) = send(sampled.tokens.device, torch.tensor(chosen))

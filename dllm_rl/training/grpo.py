@@ -74,7 +74,7 @@ def grpo_recipe(
     steps = options.get("num_steps") or max_new_tokens
     sampler = partial(unmask, **options)
     likelihood = trajectory(num_segments=None if steps <= SEGMENTS else SEGMENTS)
-    if attention_of(model) == "causal":
+    if attention_of(model) == "causal":  # an autoregressive model writes from left to right, and is scored in one view
         sampler = partial(autoregress, **options)
         likelihood = causal()
     fixed: dict[str, Any] = {

@@ -82,6 +82,7 @@ def _number(value: float | None) -> str:
 
 def _code(text: object) -> str:
     """Text as Markdown code, also in a table: no markup or HTML in the text is obeyed."""
+    # A backtick would end the code, and a bar the table's cell.
     shown = escape_controls(str(text)).replace("`", "'").replace("|", "\\|").strip()
     return f"`{shown or ' '}`"
 

@@ -64,7 +64,7 @@ def make_policy(recipe: Settings, device: torch.device) -> Policy:
         options["verify_checkpoint"] = recipe.verify_checkpoint
         policy: Policy = load_policy(recipe.model, device=device, **options)
     elif isinstance(recipe.model, Policy):
-        policy = copied(recipe.model).to(device)
+        policy = copied(recipe.model).to(device)  # the caller's own stays as it is
     else:
         seeded = "seed" in inspect.signature(recipe.model).parameters
         policy = (recipe.model(seed=recipe.seed) if seeded else recipe.model()).to(device)
@@ -103,7 +103,7 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
     if not recipe.beta:
         return None
     if recipe.lora is not None:
-        return policy.reference()
+        return policy.reference()  # the same weights without the adapters: no second copy
     folder = Path(recipe.directory) / "reference"
     if fresh and sharding_of(policy.module) is None:
         reference = copied(policy)
@@ -111,7 +111,7 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
         dtype = next(policy.module.parameters()).dtype
         device = first_home(recipe, accelerator)
         reference = share_out(recipe, opened(recipe, folder, dtype, device), accelerator)
-    reference.module.requires_grad_(False)
+    reference.module.requires_grad_(False)  # the loss has no gradient to it
     return reference
 
 

@@ -36,6 +36,7 @@ BEFORE_UPDATE = ("rollout", "reward", "waiting", "scoring", "gradients")  # stag
 def make_writer(recipe: Settings, accelerator: Accelerator) -> Writer:
     """The run's writer, which the end of the run waits for. All processes call it together."""
     shared = group_size(recipe, accelerator.num_processes) > 1
+    # A group of its own: the exchanges of the writing thread must not mix with those of the step.
     patience = timedelta(seconds=recipe.collective_timeout)
     writer = Writer(later=recipe.async_save, group=dist.new_group(backend="gloo", timeout=patience) if shared else None)
     with_the_run().callback(writer.close)
@@ -120,7 +121,7 @@ def save_on_error(run: Run[Any], kind: Any, error: BaseException | None, traceba
         )
     try:
         folder = checkpoint.folder_of(Path(recipe.directory) / "checkpoints", done)
-        if run.accelerator.is_main_process and whole and not folder.exists():
+        if run.accelerator.is_main_process and whole and not folder.exists():  # that step may be saved already
             write_checkpoint(run)
     except (OSError, ValueError, RuntimeError, ArithmeticError) as other:
         note += f", and saving the step before it failed too: {other}"
@@ -203,7 +204,7 @@ def _attempt(run: Run[Any], step: int, write: Write) -> Path | None:
 
 def protect(run: Run[Any], peers: Peers | None) -> None:
     """From here on, save the last complete step if a signal is overdue, a process is lost, or a step fails."""
-    run.stop.last_words = None
+    run.stop.last_words = None  # a signal no longer ends the process at once
     run.stop.overdue = partial(save_at_once, run)
     run.log.entered = ""
     if peers is not None and run.accelerator.is_main_process:
@@ -217,7 +218,7 @@ def checkpoint_if_due(run: Run[Any], step: int) -> None:
     done = step + 1
     signum = run.stop.agreed(run.accelerator)
     run.state = replace(run.state, step=done, version=run.policy.version)
-    run.writer.check()
+    run.writer.check()  # an error of the writing thread ends the run here
     if signum or done % recipe.save_steps == 0 or done == recipe.num_steps:
         save(run)
     if signum:

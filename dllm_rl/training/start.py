@@ -122,7 +122,7 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
     if recipe.peer_timeout is not None and accelerator.num_processes > 1:
         peers = Peers(accelerator, seconds=recipe.peer_timeout, advice=f"this run ends; {how_to_continue(recipe)}")
         peers.hear = stop.hear_from_another
-        with_the_run().enter_context(peers)
+        with_the_run().enter_context(peers)  # however the run ends, the others hear of it
     stop.leave_at_once("stopped before the first step: nothing new was saved; start again with the same command")
     check_processes(recipe, accelerator)
     return accelerator, stop, peers

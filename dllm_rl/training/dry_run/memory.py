@@ -57,6 +57,7 @@ class LiveBytes(TorchDispatchMode):
         self._alive.add(key)
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
+        # Views share a storage, which lives as long as the last of them.
         weakref.finalize(storage, self._freed, key, storage.nbytes())
 
     def _freed(self, key: int, size: int) -> None:
@@ -317,7 +318,7 @@ def forget_data(module: Module, dtype: torch.dtype | None, quantization: str | N
     new: dict[int, Tensor] = {}
 
     def empty(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-        if id(tensor) not in new:
+        if id(tensor) not in new:  # tied weights stay one tensor
             fresh = torch.empty(tensor.shape, dtype=dtype if dtype and tensor.is_floating_point() else tensor.dtype)
             is_parameter = isinstance(tensor, nn.Parameter)
             new[id(tensor)] = nn.Parameter(fresh, requires_grad=tensor.requires_grad) if is_parameter else fresh
@@ -328,7 +329,7 @@ def forget_data(module: Module, dtype: torch.dtype | None, quantization: str | N
             packed = Packed(layer, NF4 if quantization == "nf4" else 1, dtype or layer.weight.dtype)
             module.set_submodule(path, packed)
             continue
-        own = None if ".lora_" in path else dtype
+        own = None if ".lora_" in path else dtype  # adapters keep their fp32
         for tensors, kind in ((layer._parameters, own), (layer._buffers, None)):
             tensors |= {name: empty(tensor, kind) for name, tensor in tensors.items() if tensor is not None}
     return module
