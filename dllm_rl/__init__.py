@@ -8,7 +8,7 @@ from typing import Any
 
 from dllm_rl.screen import silence_import_noise
 
-silence_import_noise()
+silence_import_noise()  # before the first of these libraries is imported
 
 __version__ = "0.1.0"
 

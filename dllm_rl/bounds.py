@@ -24,7 +24,7 @@ class Bound:
             return
         low = -math.inf if self.above is None else self.above
         high = math.inf if self.below is None else self.below
-        inside = low < value < high
+        inside = low < value < high  # NaN and the infinities fail here
         inside &= self.at_least is None or value >= self.at_least
         inside &= self.at_most is None or value <= self.at_most
         if not inside:
@@ -50,7 +50,7 @@ def bounded(**bounds: Bound) -> Callable[[Function], Function]:
             check_keywords(checked, keywords)
             return function(*arguments, **keywords)
 
-        vars(checked)["bounds"] = bounds
+        vars(checked)["bounds"] = bounds  # help shows them, and a partial is checked by them
         return cast(Function, checked)
 
     return decorate
@@ -59,7 +59,7 @@ def bounded(**bounds: Bound) -> Callable[[Function], Function]:
 def check_keywords(function: Callable, keywords: dict[str, Any]) -> None:
     """Raise ValueError where one of the keywords is outside the function's bounds."""
     for name, bound in getattr(function, "bounds", {}).items():
-        if name in keywords:
+        if name in keywords:  # a default is within its bounds
             bound.check(name, keywords[name])
 
 
@@ -67,7 +67,7 @@ def check_bound(value: Any) -> None:
     """Raise ValueError where a partial, or one within it or within a tuple, binds a constant outside its bounds."""
     if isinstance(value, partial):
         check_keywords(value.func, value.keywords)
-        check_bound((*value.args, *value.keywords.values()))
+        check_bound((*value.args, *value.keywords.values()))  # functions within functions
     elif isinstance(value, tuple):
         for part in value:
             check_bound(part)

@@ -37,7 +37,7 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
     argv  None: the program's arguments, or none in a notebook or at a prompt
     """
     arguments = list(([] if interactive() else sys.argv[1:]) if argv is None else argv)
-    wanted = [word for word in arguments if word not in ("--help", "-h")]
+    wanted = [word for word in arguments if word not in ("--help", "-h")]  # help is of the recipe that the rest makes
     try:
         recipe = _overridden(recipe, _pairs(list(wanted)))
         if wanted != arguments:
@@ -51,6 +51,7 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
 
 def _overridden(recipe: Record, pairs: list[tuple[str, str]]) -> Record:
     """Apply overrides, short paths first, until none is left."""
+    # a function before its keywords: picking it sets them back
     pairs = sorted(pairs, key=lambda pair: pair[0].count("."))
     while pairs:
         waiting = []
@@ -62,7 +63,7 @@ def _overridden(recipe: Record, pairs: list[tuple[str, str]]) -> Record:
             except ValueError as error:  # a path or a value may become valid only after another
                 waiting.append((path, text))
                 errors.append(error)
-        if len(waiting) == len(pairs):
+        if len(waiting) == len(pairs):  # no turn helps any more
             raise errors[0]
         pairs = waiting
     return recipe
@@ -89,7 +90,7 @@ def override(recipe: Record, path: str, text: str, below: Mapping[str, str] = NO
     """
     known = paths(recipe)
     if path not in known:
-        near = difflib.get_close_matches(path, known, n=1, cutoff=0)
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0)  # cutoff 0: the nearest, however far
         raise ValueError(f"--{path} is not a field of the recipe; the nearest is --{near[0]} (--help lists all)")
     try:
         return _replace(recipe, path.split("."), known[path].read(text, below))
@@ -161,7 +162,7 @@ def _replace(owner: Any, keys: list[str], value: Any) -> Any:
     if isinstance(owner, tuple):
         place = int(keys[0]) - 1
         return (*owner[:place], value, *owner[place + 1 :])
-    if isinstance(owner, partial) or inspect.isfunction(owner):
+    if isinstance(owner, partial) or inspect.isfunction(owner):  # a new partial: the recipe's own stays as it is
         return partial(owner, **{keys[0]: value})
     return dataclasses.replace(owner, **{keys[0]: value})
 
@@ -246,6 +247,7 @@ def _pick(path: str, member: Member, choices: dict[str, Any], text: str, below: 
     record = _record_type(member.annotation)
     if text == "none" and types.NoneType in kinds:
         return None
+    # A checkpoint's text never comes here: only a user's command line may import.
     chosen = _imported(path, text) if ":" in text and not record else choices.get(text)
     if chosen is None:
         raise _unknown(path, text, _names(sorted(choices), kinds))

@@ -15,7 +15,7 @@ def find_device(name: str | None = None) -> torch.device:
         return torch.device("cpu") if found is None or found.type == "mps" else found
     there = ["cpu"] if found is None else ["cpu", found.type]
     kind, colon, index = name.partition(":")
-    count = 1 if kind == "cpu" else torch.accelerator.device_count()
+    count = 1 if kind == "cpu" else torch.accelerator.device_count()  # cpu:0 is the only one
     if kind not in there or (colon and not (index.isdecimal() and int(index) < count)):
         raise ValueError(f"device={name!r} is not on this machine, which has {' and '.join(there)}")
     return torch.device(name)
@@ -23,12 +23,13 @@ def find_device(name: str | None = None) -> torch.device:
 
 def peak_memory() -> float:
     """This process's peak memory so far, GB: on its GPU if it uses one, else on the host."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # a process without the GPU in use asks the host
         return torch.cuda.max_memory_allocated() / 1e9
     try:
         import resource
     except ModuleNotFoundError:  # not a POSIX system
         return math.nan
+    # A Mac counts bytes, Linux kilobytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 

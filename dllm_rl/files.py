@@ -31,11 +31,11 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         for part in [*sorted(partial.rglob("*")), partial] if partial.is_dir() else [partial]:
             flush(part)
-    except BaseException:
+    except BaseException:  # an interrupt, too
         remove(partial)
         raise
     if partial.is_dir() and path.exists():
-        path.rename(old)
+        path.rename(old)  # a folder cannot be replaced by a rename
     partial.replace(path)
     flush(path.parent)
     remove(old)
@@ -45,7 +45,7 @@ def recover(path: Path) -> None:
     """Clean up after a killed `replacing(path)` or `remove_whole(path)`: `path` is the old or the new one, complete."""
     partial, old = _aside(path, "partial"), _aside(path, "old")
     if old.exists() and not path.exists():
-        old.rename(path)
+        old.rename(path)  # the kill came before the new folder had its place
     remove(old)
     remove(partial)
 
@@ -96,7 +96,7 @@ def flush(path: Path) -> None:
     """Force a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(handle)  # a rename may reach the disk before the content
     finally:
         os.close(handle)
 
@@ -122,7 +122,7 @@ def lock(path: Path) -> None:
     if fcntl is None or (os.getpid(), path) in _LOCKS:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+")
+    file = path.open("a+")  # not w: the file names the process that holds it
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -134,7 +134,7 @@ def lock(path: Path) -> None:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             return
         raise
-    file.truncate(0)
+    file.truncate(0)  # a process that is gone
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _LOCKS[os.getpid(), path] = file

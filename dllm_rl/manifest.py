@@ -40,6 +40,7 @@ def write(
     files |= known
     fields = {"format": FORMAT, "step": step, "processes": processes, "versions": versions, "files": files}
     own = _own_digest(fields)
+    # The last file: a folder with a manifest is whole.
     (folder / NAME).write_text(json.dumps(fields | {"sha256": own}, indent=1) + "\n", encoding="utf-8")
     return own
 
@@ -59,7 +60,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: {NAME} is damaged: its own SHA-256 differs")
     if type(found.get("format")) is int and found["format"] != FORMAT:
         raise ValueError(f"{folder}: format={found['format']} is newer than {FORMAT}; upgrade dllm_rl")
-    if not _has_types(found):
+    if not _has_types(found):  # who can write a checkpoint can sign it
         raise ValueError(f"{folder}: {NAME} is damaged: its fields are missing, or of other types than `write` gives")
     return found | {"sha256": own}
 
@@ -140,4 +141,5 @@ def _describes(entry: dict[str, Any]) -> bool:
 
 
 def _own_digest(fields: dict[str, Any]) -> str:
+    # sorted: JSON has no order of fields
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

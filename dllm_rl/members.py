@@ -23,7 +23,7 @@ def maker(function: Made) -> Made:
     @wraps(function)
     def make(**keywords: Any) -> Any:
         made = function(**keywords)
-        object.__setattr__(made, "made_by", partial(make, **keywords))
+        object.__setattr__(made, "made_by", partial(make, **keywords))  # the record is frozen
         return made
 
     return typing.cast(Made, make)
@@ -50,7 +50,7 @@ def function_of(value: Any) -> Any:
 def members(owner: Any) -> list[Member]:
     """A record's fields, or its maker's keywords; a function's keywords, bound or by default; a tuple's functions."""
     if hasattr(owner, "made_by"):
-        return [] if owner.made_by is None else members(owner.made_by)
+        return [] if owner.made_by is None else members(owner.made_by)  # a record that no function made has no keywords
     if isinstance(owner, tuple):
         return [Member(str(i), v, None, "") for i, v in enumerate(owner, 1) if callable(v)]
     if isinstance(owner, partial) or inspect.isfunction(owner):
@@ -59,7 +59,7 @@ def members(owner: Any) -> list[Member]:
     found = []
     for f in dataclasses.fields(owner):
         pick = f.metadata.get("pick")
-        example = (f.metadata.get("like") or f.default) if pick else None
+        example = (f.metadata.get("like") or f.default) if pick else None  # its parameters show which functions fit
         help = f.metadata.get("help") or helps.get(f.name, "")
         found.append(Member(f.name, getattr(owner, f.name), f.type, help, pick, example, f.metadata.get("bound")))
     return found
@@ -72,6 +72,7 @@ def _keywords(function: partial) -> list[Member]:
     for p in inspect.signature(function.func).parameters.values():
         value = function.keywords.get(p.name, p.default)
         if p.kind is p.KEYWORD_ONLY and value is not p.empty:
+            # None shows nothing of what may be given
             example = value if p.default is p.empty or p.default is None else p.default
             help = helps.get(p.name, "")
             found.append(Member(p.name, value, p.annotation, help, example=example, bound=bounds.get(p.name)))
@@ -82,7 +83,7 @@ def helps_of(described: Any) -> dict[str, str]:
     """A docstring's help per name: lines "name  text" or "name, name  text", and the deeper lines below them; a class
     inherits its bases' help."""
     found: dict[str, str] = {}
-    for owner in reversed(getattr(described, "__mro__", (described,))):
+    for owner in reversed(getattr(described, "__mro__", (described,))):  # a class's own help replaces its bases'
         names: list[str] = []
         depth = 0
         for line in inspect.cleandoc(owner.__doc__ or "").splitlines():

@@ -60,7 +60,7 @@ def check_bounds(field: Field, value: Any) -> None:
         raise ValueError(f"{field.name}={value!r} is not known; use {', '.join(map(repr, known))}{none}")
     if bound := field.metadata.get("bound"):
         bound.check(field.name, value)
-    check_bound(value)
+    check_bound(value)  # constants that a function binds
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -170,7 +170,7 @@ class Settings:
         lines = [f"{type(self).__name__}("]
         for known in fields(self):
             value = getattr(self, known.name)
-            if value != known.default:
+            if value != known.default:  # a variant is read by what it changes
                 lines.append(f"    {known.name}={describe(value)},")
         return "\n".join([*lines, ")"])
 
@@ -271,10 +271,10 @@ class Recipe(Settings):
         super().__post_init__()
         surrogate_inputs(self.surrogate)
         if self.lora is not None and self.corrector.align_forward and self.rollout_quantization is not None:
-            check_mergeable(self.lora())
+            check_mergeable(self.lora())  # the aligned forward quantises merged weights
 
     def conflicts(self) -> list[tuple[bool, str]]:
-        quantized = self.rollout_quantization is not None
+        quantized = self.rollout_quantization is not None  # else rollout and learner share their weights
         found = [
             *super().conflicts(),
             (
@@ -319,7 +319,7 @@ class Recipe(Settings):
         group = self.num_generations
         for name in ("rollout_batch_size", "micro_batch_size"):
             size = getattr(self, name)
-            whole = size is None or (size >= group and size % group == 0)
+            whole = size is None or (size >= group and size % group == 0)  # a group is never split
             found.append((not whole, f"{name}={size} must be a multiple of num_generations={group}"))
         return found
 

@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 
 def generator_for(*key: object) -> Generator:
     """A generator that is a pure function of its key, as (seed, "rollout", step): nothing to save or restore."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()  # Python's own hash differs between processes
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # a seed has 63 bits
 
 
 def row_seeds(generator: Generator, num_rows: int) -> Int[Tensor, " B"]:
@@ -34,7 +34,7 @@ def uniforms(
     `positions` count from the completion's first token, so that padding changes nothing. [ours]
     """
     state = _mix(seeds + (2 * steps + stream + 1) * GAMMA)
-    bits = _shift(_mix(state + (positions + 1) * GAMMA), 11)
+    bits = _shift(_mix(state + (positions + 1) * GAMMA), 11)  # fp64 has 53 bits
     return bits.double() * 2.0**-53
 
 

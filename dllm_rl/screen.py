@@ -10,7 +10,7 @@ from rich.text import Text
 
 def interactive() -> bool:
     """Whether Python runs at a prompt: a notebook, IPython, Python itself."""
-    return hasattr(sys, "ps1")
+    return hasattr(sys, "ps1")  # the prompt, which only an interactive Python has
 
 
 def escape_controls(text: str, *, keep: str = "") -> str:
@@ -44,7 +44,7 @@ _NOISE = {
 def silence_import_noise() -> None:
     """Drop these messages alone, whoever imports the library."""
     for name, start in _NOISE.items():
-        logging.getLogger(name).addFilter(_other_than(start))
+        logging.getLogger(name).addFilter(_other_than(start))  # a filter: a level would drop errors, too
 
 
 def _other_than(start: str) -> Callable[[logging.LogRecord], bool]:

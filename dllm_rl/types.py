@@ -236,7 +236,7 @@ class Rollout(_Movable):
 
     def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Rollout":
         """The given rows, in the given order, and their `columns`. group_size must divide the number of rows."""
-        return self._map(lambda x: x[keep] if x.dim() == 1 else x[keep][:, columns])
+        return self._map(lambda x: x[keep] if x.dim() == 1 else x[keep][:, columns])  # a vector is of rows
 
     def replaced(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":
         """This rollout with `rows` replaced by another's; the narrower of the two is padded on the left."""
@@ -262,7 +262,7 @@ class Rollout(_Movable):
     @classmethod
     def joined(cls, parts: "Sequence[Rollout]", *, pad_id: int) -> "Rollout":
         """The rows of all parts, in order; narrower parts are padded on the right, like rows that ended early."""
-        width = max(part.tokens.shape[1] for part in parts)
+        width = max(part.tokens.shape[1] for part in parts)  # parts end where their longest row ends
         parts = [part.padded(width - part.tokens.shape[1], pad_id=pad_id, right=True) for part in parts]
         counts = [part.kept_ids.shape[-1] for part in parts if part.kept_ids is not None]
         if len(counts) == len(parts):
@@ -277,7 +277,7 @@ class Rollout(_Movable):
     def padded(self, columns: int, *, pad_id: int, right: bool = False) -> "Rollout":
         """The same rows with `columns` more columns of padding on the left, or on the right."""
         sides = (0, columns) if right else (columns, 0)
-        fills = FILLS | {"tokens": pad_id}
+        fills = FILLS | {"tokens": pad_id}  # padding is of the model, the rest is of the record
         wider: dict[str, Any] = {}
         for name, column in self._tensors().items():
             if column.dim() > 1:  # all but batch_row

@@ -45,7 +45,7 @@ def devices() -> dict[str, Any]:
     """What torch computes on; `cpu` is the instruction set that torch uses there."""
     try:
         import torch
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError) as error:  # a broken installation is what a report is for
         unknown = dict.fromkeys(("device", "cuda", "cpu", "threads"))
         return {**unknown, "gpus": [], "torch_error": str(error).splitlines()[0]}
     gpus = []
@@ -80,6 +80,7 @@ def lacks(needs: list[str], extra: str = "") -> list[str]:
         if not wanted or (extra and always) or need.name.replace("-", "_") == "dllm_rl":
             continue
         here = installed(need.name)
+        # nightly builds of torch are prereleases
         if here is None or not need.specifier.contains(here, prereleases=True):
             found.append(f"{need.name}{need.specifier}" + (f" (here is {here})" if here else ""))
     return found
@@ -89,6 +90,7 @@ def driver() -> str | None:
     """The version of NVIDIA's driver, also where torch is a build without CUDA."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
+        # a driver that hangs must not hang the report
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None

@@ -85,7 +85,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
                 row = {**result.summary, **settings} | ({"completions": file.name} if file else {})
                 row["steps"] = row["forwards"] / num_batches(result, arguments, processes)
                 found.append(row | compared(result, settings, first, arguments))
-        first = first or measured
+        first = first or measured  # later models are compared with it
     if processes.is_main_process:
         show(found, arguments)
 
@@ -146,7 +146,7 @@ def num_batches(result: Evaluation, arguments: argparse.Namespace, processes: Pr
     """How many times the sampler ran, over all processes."""
     problems = len(result.answers) // arguments.samples
     size = min(max(1, arguments.batch_size // arguments.samples), -(-problems // processes.num_processes))
-    return -(-problems // size)
+    return -(-problems // size)  # rounded up: the last batch may be small
 
 
 def make_task(arguments: argparse.Namespace) -> Task:
@@ -166,7 +166,7 @@ def make_task(arguments: argparse.Namespace) -> Task:
 
 def num_problems(task: Task, arguments: argparse.Namespace) -> int:
     """--limit, else all problems of a file or data set, else GENERATED."""
-    inner = getattr(task, "task", task)
+    inner = getattr(task, "task", task)  # under a protocol
     made_at_will = hasattr(inner, "seed") and getattr(inner, "path", None) is None
     if arguments.limit is not None:
         return arguments.limit
@@ -182,7 +182,7 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan
 
 
 def causal_plans(lengths: Sequence[int], arguments: argparse.Namespace) -> list[Plan]:
-    for name in ("num_steps", "block_size", "rank", "commit", "cache"):
+    for name in ("num_steps", "block_size", "rank", "commit", "cache"):  # ignored, they would promise what was not done
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} has a causal one")
     plans: list[Plan] = []
@@ -220,7 +220,7 @@ def progress_bar(description: str, total: int, *, main: bool) -> Iterator[Callab
     line = bar.add_task(escape_controls(description), total=total)
 
     def progress(done: int) -> None:
-        bar.start()
+        bar.start()  # not before the first batch: errors come without a bar
         bar.update(line, completed=done)
 
     try:

@@ -16,20 +16,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         check_paths(arguments)
-        return arguments.run(arguments) or 0
+        return arguments.run(arguments) or 0  # a command that checks something returns its own status
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {escape_controls(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 130  # 128 and the signal's number, as shells have it
 
 
 def check_paths(arguments: argparse.Namespace) -> None:
     """Raise ValueError on an empty name of a file or folder, such as from an unset shell variable."""
     for name in ("model", "models", "path", "file", "directories", "output_dir", "out", "html", "csv", "plot"):
         value = getattr(arguments, name, None)
-        if "" in (value if isinstance(value, list) else [value]):
+        if "" in (value if isinstance(value, list) else [value]):  # Path('') is the present folder
             raise ValueError(f"{name}='' is empty; give a file or folder, or leave the option out")
 
 
@@ -70,7 +70,7 @@ def sample(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in (*shown, *sampled)}
     for name, read in {"rank": read_rank, "commit": read_commit, "cache": read_cache}.items():
         given = getattr(arguments, name)
-        options[name] = None if given is None else read(given)
+        options[name] = None if given is None else read(given)  # None: the sampler's own default
     show(
         open_policy(arguments),
         arguments.prompts or [line.rstrip("\n") for line in sys.stdin],
@@ -81,7 +81,7 @@ def sample(arguments: argparse.Namespace) -> None:
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
-    from dllm_rl.tasks.protocols import TASKS, protocol_names
+    from dllm_rl.tasks.protocols import TASKS, protocol_names  # tasks import no torch, so that help is fast
 
     sub = commands.add_parser(
         "evaluate",
@@ -140,7 +140,7 @@ def _names(text: str) -> list[str]:
 def _seconds(text: str) -> float | None:
     if text == "none":
         return None
-    if not 0 < (seconds := float(text)) < float("inf"):
+    if not 0 < (seconds := float(text)) < float("inf"):  # NaN fails, too
         raise argparse.ArgumentTypeError(f"{text} must be positive, or none for no limit")
     return seconds
 

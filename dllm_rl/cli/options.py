@@ -31,7 +31,7 @@ def checkpoint_of(model: str, *, quick: bool = False) -> str:
     folder = Path(model) / "checkpoints"
     if not folder.is_dir():
         return model
-    from dllm_rl.checkpoints import checkpoint
+    from dllm_rl.checkpoints import checkpoint  # here, as it imports torch: --help is fast without
     from dllm_rl.screen import escape_controls
 
     try:

@@ -28,7 +28,7 @@ def document(title: str, body: str, *, groups: list[dict[str, Any]], style: str 
     groups  {"title", "facts", "rows": [{"prompt", "tokens", "facts"?}]}; the viewer shows one group at a time.
             The groups are JSON data, never markup: `<` is escaped and cannot end the script block.
     """
-    data = json.dumps({"groups": groups}, allow_nan=False)
+    data = json.dumps({"groups": groups}, allow_nan=False)  # a browser's JSON.parse has no NaN
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
     scripts = f'<script type="application/json" id="data">{data}</script>\n<script>\n{template("viewer.js")}</script>'

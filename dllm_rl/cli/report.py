@@ -60,7 +60,7 @@ def report_command(directories: Sequence[Path], out: Path | None = None) -> list
             raise ValueError(f"{directory} is no run's folder: it has no metrics.jsonl")
     page = out or directories[0] / "report.html"
     try:
-        pictures = [plot(directory) for directory in directories]
+        pictures = [plot(directory) for directory in directories]  # before the page: an error leaves the old one
         text = report([told(directory) for directory in directories])
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"what a run left is damaged, or not a run's: {error!r}") from error
@@ -247,7 +247,7 @@ def times(axis: Any, runs: Sequence[Told]) -> None:
         left = list(map(sum, zip(left, widths, strict=True)))
     labels = [escape_controls(shortened(run.label, characters=20)) if len(runs) > 1 else "" for run in runs]
     axis.set_yticks(range(len(runs)), labels, parse_math=False)
-    axis.invert_yaxis()
+    axis.invert_yaxis()  # the first run on top
     if stages:
         axis.legend(fontsize=8, frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=4)
 
@@ -268,7 +268,7 @@ def figure(title: str, unit: str, draw: Callable[[Any], None], *, xlabel: str = 
     """An SVG in the page's colours; its text stays text."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # no display
     from matplotlib import pyplot as plt
 
     inked = ("text.color", "xtick.color", "ytick.color", "axes.labelcolor", "axes.edgecolor")
@@ -284,6 +284,6 @@ def figure(title: str, unit: str, draw: Callable[[Any], None], *, xlabel: str = 
         made.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         plt.close(made)
     svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")  # the page's own, which is light or dark
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{shown(title)}" ', 1)
     return f"<figure><figcaption>{shown(title)}</figcaption>{svg}</figure>"

@@ -22,7 +22,7 @@ def main(recipe: Recipe | SFT) -> Summary:
     try:
         return fine_tune(chosen) if isinstance(chosen, SFT) else train(chosen)
     except (ValueError, OSError) as error:
-        if os.environ.get("DLLM_RL_TRACEBACK") == "1":
+        if os.environ.get("DLLM_RL_TRACEBACK") == "1":  # for whoever looks for the cause
             raise
         rank = os.environ.get("RANK", "0")
         setting = isinstance(error, ValueError)  # which every process finds, so that one prints it

@@ -55,7 +55,7 @@ def show(
     prompt_texts = [text for text in texts for _ in range(group_size)]
     console = Console()
     live = console.is_terminal and not as_json if live is None else live
-    began = time.perf_counter()
+    began = time.perf_counter()  # after the prompts, which are no work of the model
     if live and sampler is unmask:
         rollout = drawn(console, policy, prompts, prompt_texts, delay=delay, seed=seed, **options)
     else:
@@ -126,7 +126,7 @@ def render(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows
             style = "dim" if token["step"] < 0 else "bold bright_yellow" if fresh else ""
             line.append("░" if token["step"] < 0 else escape_controls(token["text"]) or "∅", style=style)
         lines.append(line)
-    hidden = len(rollout.tokens) - len(lines)
+    hidden = len(rollout.tokens) - len(lines)  # a terminal's height is small
     left = 0 if policy.spec.mask_id is None else int((rollout.tokens == policy.spec.mask_id).sum())
     more = f", {hidden} more rows" if hidden else ""
     lines.append(Text(f"step {rollout.forwards}, {left} masked{more}", style="dim italic"))

@@ -23,12 +23,12 @@ def verify_command(path: Path, *, quick: bool) -> int:
     damaged = 0
     for folder in folders_of(path):
         try:
-            if folder.name == "reference":
+            if folder.name == "reference":  # it has no state.json, and belongs to no step
                 manifest.verify(folder, quick=quick)
             else:
                 checkpoint.check(folder, quick=quick)
         except ValueError as error:
-            damaged += 1
+            damaged += 1  # and go on: all that is damaged is named
             print(f"damaged  {error}")
         else:
             print(f"whole    {folder} ({folder_size(folder) / 1e6:.1f} MB)")

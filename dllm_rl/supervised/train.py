@@ -56,7 +56,7 @@ def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: A
 def fine_tune(recipe: SFT) -> Summary:
     """Run a recipe of SFT. Raises ValueError, before any work, on a recipe that cannot run."""
     accelerator, stop, peers = launch(recipe)
-    recipe = read_datasets(recipe)
+    recipe = read_datasets(recipe)  # before the folder: a file that is no JSON leaves none behind
     folder, notes = from_main(partial(open_folder, recipe), accelerator)
     policy = _policy(recipe, accelerator, folder)
     training = read_examples(recipe, policy, recipe.dataset, "dataset", say=notes.append)
@@ -219,7 +219,7 @@ def _parts(
     causal = policy.spec.attention == "causal"
     longest = max(int(one.learned.sum()) for one in examples)
     levels, uniforms = draw_levels(generator_for(recipe.seed, *key), len(examples), longest)
-    shown, total = show(examples, levels, uniforms, causal=causal)
+    shown, total = show(examples, levels, uniforms, causal=causal)  # of all processes: each divides by the same total
     mine = shown[accelerator.process_index :: accelerator.num_processes]
     lengths = [len(one.tokens) for one in mine]
     rows = pack(lengths, recipe.max_length) if recipe.packing else [[i] for i in range(len(mine))]
@@ -235,7 +235,7 @@ def held_out_loss(recipe: SFT, policy: Policy, examples: Sequence[Example], acce
     """The loss over all examples, nats: the same masks at every call, VIEWS per row for a diffusion model."""
     views = 1 if policy.spec.attention == "causal" else VIEWS
     parts, total, _ = _parts(recipe, policy, [*examples] * views, accelerator, recipe.eval_batch_size, "sft held-out")
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64)  # fp64: the sum hardly depends on the batches
     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16):
         for part in parts:
             loss += weighted_loss(policy, part, packed=recipe.packing).double().cpu()
