@@ -164,7 +164,7 @@ def add_grade(commands: argparse._SubParsersAction) -> None:
 def grade(arguments: argparse.Namespace) -> None:
     import json
 
-    from dllm_rl.evaluation.regrade import grade_file
+    from dllm_rl.evaluation.results import grade_file
 
     print(json.dumps(grade_file(arguments.file, task=arguments.task, protocol=arguments.protocol)))
 

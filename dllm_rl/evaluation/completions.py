@@ -31,17 +31,15 @@ class Completions:
         self.accelerator = accelerator
         self.rows: Rows = {}
         if path is not None:
-            # A killed run left parts, perhaps of another number of processes: they count as stored.
-            self._fold(path)
+            self.fold()  # a killed run left parts, perhaps of another number of processes: they count as stored
             self.rows = read(path)
             self.part = path.with_name(f"{path.stem}.part{accelerator.process_index}.jsonl")
             for row in self.rows.values():
                 for name, value in made_with.items():
                     before = row["evaluation"].get(name)
                     if before != value:
-                        raise ValueError(
-                            f"{path} holds completions made with {name}={before}, not {value}; give another output_dir"
-                        )
+                        made = f"made with {name}={before}, not {value}"
+                        raise ValueError(f"{path} holds completions {made}; give another output_dir")
 
     def held(self, keys: Iterable[Key], problems: Mapping[int, Problem]) -> Rows:
         """The stored rows among `keys`. Raises ValueError if a row belongs to another problem."""
@@ -51,10 +49,8 @@ class Completions:
             now = json.loads(json.dumps(make_row(problems[key[0]], row["completion"], row["evaluation"])))
             for name, value in now.items():
                 if value != row.get(name):
-                    raise ValueError(
-                        f"{self.path} holds another problem {key[0]}: its {name} is {row.get(name)!r}, "
-                        f"the task's is {value!r}; give another output_dir"
-                    )
+                    parts = f"its {name} is {row.get(name)!r}, the task's is {value!r}"
+                    raise ValueError(f"{self.path} holds another problem {key[0]}: {parts}; give another output_dir")
         return rows
 
     def append(self, rows: Rows) -> None:
@@ -66,15 +62,12 @@ class Completions:
                         file.write(_line(row))
                 to_disk(file)
 
-    def close(self) -> None:
+    def fold(self) -> None:
         if self.path is not None:
-            self._fold(self.path)
-
-    def _fold(self, path: Path) -> None:
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            fold(path)
-        self.accelerator.wait_for_everyone()
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                fold(self.path)
+            self.accelerator.wait_for_everyone()
 
 
 def make_row(problem: Problem, completion: str, evaluation: Mapping[str, Any]) -> Row:
@@ -108,7 +101,13 @@ def fold(path: Path) -> None:
 
 def read(path: Path) -> Rows:
     """The file's rows by (problem, sample); none without a file. Raises ValueError naming a malformed line."""
-    return {_key(place, row): row for place, row in load_rows(path)} if path.exists() else {}
+    rows = {}
+    for place, row in load_rows(path) if path.exists() else ():
+        try:
+            rows[int(row["evaluation"]["problem"]), int(row["evaluation"]["sample"])] = row
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{place}: not a stored completion (no evaluation.problem, evaluation.sample)") from None
+    return rows
 
 
 def fingerprint(policy: Policy) -> str:
@@ -118,17 +117,9 @@ def fingerprint(policy: Policy) -> str:
     for name, module in policy.module.named_modules():
         digest.update(f"{name} {type(module).__name__}\n".encode())
     for parameter in policy.module.parameters():
-        values = parameter.detach()
-        values = unpacked(values) if is_packed(values) else values
+        values = unpacked(parameter.detach()) if is_packed(parameter) else parameter.detach()
         digest.update(values.flatten()[:1024].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _key(place: str, row: Row) -> Key:
-    try:
-        return int(row["evaluation"]["problem"]), int(row["evaluation"]["sample"])
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{place}: not a stored completion (no evaluation.problem and evaluation.sample)") from None
 
 
 def _line(row: Row) -> str:

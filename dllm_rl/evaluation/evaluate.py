@@ -71,7 +71,7 @@ def evaluate(
                 keeper.append(rows)
             answers += graded(task, problems, rows, reward_timeout)
             progress(min(len(answers) * accelerator.num_processes, count * samples))
-    keeper.close()
+    keeper.fold()
     gathered = sorted(gather_objects(answers, accelerator), key=lambda answer: (answer.problem, answer.sample))
     return Evaluation(tuple(gathered), facts)
 

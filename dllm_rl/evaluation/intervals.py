@@ -1,4 +1,4 @@
-"""Confidence intervals (Wilson, bootstrap) and the unbiased pass@k estimator. No torch."""
+"""95 % confidence intervals (Wilson, bootstrap) and the unbiased pass@k estimator. No torch."""
 
 from collections.abc import Sequence
 from math import sqrt
@@ -6,16 +6,19 @@ from statistics import NormalDist
 
 import numpy as np
 
+LEVEL = 0.95
+Numbers = Sequence[float] | np.ndarray
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
     """Wilson's score interval for a proportion p = successes/n, z the two-sided normal quantile (Wilson 1927):
     (p + z^2/2n -+ z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n), in [0, 1] and of positive width.
 
-    Errors: ValueError unless 0 <= successes <= n, n >= 1 and 0 < confidence < 1.
+    Errors: ValueError unless 0 <= successes <= n and n >= 1.
     """
     if not (n >= 1 and 0 <= successes <= n):
         raise ValueError(f"successes={successes} of n={n}: needs 0 <= successes <= n and n >= 1")
-    z = NormalDist().inv_cdf(0.5 + _level(confidence) / 2)
+    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
     p = successes / n
     middle = p + z * z / (2 * n)
     reach = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -27,12 +30,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
 
 
 def bootstrap_mean(
-    values: Sequence[float] | np.ndarray,
-    generator: np.random.Generator,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    weights: Sequence[float] | np.ndarray | None = None,
+    values: Numbers, generator: np.random.Generator, *, resamples: int = 2000, weights: Numbers | None = None
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (Efron 1979) for a mean, or for sum(values)/sum(weights) when weights are given.
 
@@ -44,18 +42,17 @@ def bootstrap_mean(
     if len(numbers) == 0 or len(numbers) != len(shares) or not (shares > 0).all():
         raise ValueError(f"{len(numbers)} values, {len(shares)} weights: needs some values, a positive weight for each")
     nothing = np.zeros_like(numbers)  # a mean is its difference from 0
-    return bootstrap_difference(numbers, nothing, generator, confidence=confidence, resamples=resamples, weights=shares)
+    return bootstrap_difference(numbers, nothing, generator, resamples=resamples, weights=shares)
 
 
 def bootstrap_difference(
-    values: Sequence[float] | np.ndarray,
-    before: Sequence[float] | np.ndarray,
+    values: Numbers,
+    before: Numbers,
     generator: np.random.Generator,
     *,
-    confidence: float = 0.95,
     resamples: int = 2000,
-    weights: Sequence[float] | np.ndarray | None = None,
-    weights_before: Sequence[float] | np.ndarray | None = None,
+    weights: Numbers | None = None,
+    weights_before: Numbers | None = None,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (Efron 1979) for the mean of `values` less that of `before`, on the same rows.
 
@@ -68,12 +65,11 @@ def bootstrap_difference(
     others = np.ones_like(numbers) if weights_before is None else np.asarray(weights_before, dtype=np.float64)
     if not len(numbers) or {len(other), len(shares), len(others)} != {len(numbers)}:
         raise ValueError(f"{len(numbers)} values, {len(other)} before: needs some values, and as many of each")
-    level = _level(confidence)
     found = []
     for _ in range(resamples):
         rows = generator.integers(0, len(numbers), len(numbers))
         found.append(numbers[rows].sum() / shares[rows].sum() - other[rows].sum() / others[rows].sum())
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -91,9 +87,3 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     for i in range(n - correct + 1, n + 1):
         none_right *= 1 - k / i
     return 1 - none_right
-
-
-def _level(confidence: float) -> float:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} must lie between 0 and 1")
-    return confidence

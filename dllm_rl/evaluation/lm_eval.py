@@ -46,9 +46,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         likelihood.check(policy)
         if likelihood.name == "trajectory":
-            raise ValueError(
-                "likelihood='trajectory' replays a recorded unmasking; a text has none: use elbo() or coupled()"
-            )
+            raise ValueError("likelihood='trajectory' replays a recorded unmasking: use elbo() or coupled()")
         self.policy = policy
         self.sampler = sampler
         self.likelihood = likelihood
@@ -69,20 +67,16 @@ class HarnessModel(TemplateLM):
         return text_ids(self.policy, string, special=True)  # the harness has applied the chat template
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return str(text)
+        asked: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
+        asked["continue_final_message"] = not add_generation_prompt
+        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **asked))
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         texts: list[str] = []
         for start in range(0, len(requests), self.batch_size):
             arguments = [request.args for request in requests[start : start + self.batch_size]]
             contexts, settings = zip(*arguments, strict=True)
-            prompts = self._prompts(list(map(self.tok_encode, contexts)))
+            prompts = Prompts.from_ids(list(map(self.tok_encode, contexts)), pad_id=self.policy.pad_id)
             rollout = self.sampler(self.policy, prompts, generator_for(self.seed, "generate", start))
             for text, asked in zip(decode(self.policy, rollout), settings, strict=True):
                 texts.append(_cut(text, asked.get("until")))
@@ -131,14 +125,11 @@ class HarnessModel(TemplateLM):
         for length, places in sorted(by_length.items()):
             for start in range(0, len(places), self.batch_size):
                 some = places[start : start + self.batch_size]
-                prompts = self._prompts([pairs[place][0] for place in some])
+                prompts = Prompts.from_ids([pairs[place][0] for place in some], pad_id=self.policy.pad_id)
                 made = decoder(self.policy, prompts, generator_for(self.seed), max_new_tokens=length).tokens
                 for place, tokens in zip(some, made[:, prompts.tokens.shape[1] :].tolist(), strict=True):
                     found[place] = tokens == list(pairs[place][1])
         return found
-
-    def _prompts(self, ids: Sequence[Sequence[int]]) -> Prompts:
-        return Prompts.from_ids(ids, pad_id=self.policy.pad_id)
 
 
 def as_rollout(policy: Policy, pairs: Sequence[Pair]) -> Rollout:

@@ -1,28 +1,30 @@
-"""The results of an evaluation as numbers: means, 95 % intervals, pass@k, cost. No torch."""
+"""The results of an evaluation, or of grading stored completions again, as numbers. No torch."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dllm_rl.evaluation.intervals import bootstrap_difference, bootstrap_mean, pass_at_k, wilson
 from dllm_rl.tasks.base import Reward, addends
+from dllm_rl.tasks.protocols import TABLE, find_grader, grade_all
+from dllm_rl.tasks.rows import load_rows, text_of
 
+RATES = ("parsed", "accuracy", "solve_rate", "undecided", "cell_accuracy")  # what is shown, where a grader has it
 Sums = dict[int, tuple[float, float]]  # problem -> a metric's sum over its completions, and the sum's divisor
 
 
 @dataclass(frozen=True)
 class Graded:
-    """A graded completion: tokens before its end token, and its share of the batch's calls and seconds (0: unknown)."""
-
     problem: int
     sample: int
     reward: Reward
-    tokens: int = 0
-    forwards: float = 0.0
-    seconds: float = 0.0
+    tokens: int = 0  # before the end token; 0 here and below: unknown
+    forwards: float = 0.0  # its share of the batch's
+    seconds: float = 0.0  # its share of the batch's
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,9 @@ def sums_by_name(answers: Sequence[Graded]) -> dict[str, Sums]:
     return dict(sorted(found.items()))
 
 
-def columns(sums: Sums) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def columns(sums: Sums) -> Any:
     """The problems' sums, and their divisors; a metric that no problem has is 0."""
-    values, weights = zip(*(sums.values() or [(0.0, 1.0)]), strict=True)
-    return values, weights
+    return zip(*(sums.values() or [(0.0, 1.0)]), strict=True)
 
 
 def headline(names: Collection[str]) -> str:
@@ -86,8 +87,7 @@ def headline(names: Collection[str]) -> str:
 
 
 def paired_differences(found: Evaluation, before: Evaluation) -> dict[str, list[float]]:
-    """Each mean less that of another evaluation: [difference, low, high], with a 95 % interval. Problems with both
-    metrics count and are resampled (`bootstrap_difference`, from a fixed seed)."""
+    """Each mean less that of another evaluation: [difference, low, high], a 95 % interval, over problems with both."""
     differences = {}
     for name, now in found.sums.items():
         then = before.sums.get(name, {})
@@ -124,3 +124,33 @@ def interval(name: str, values: Sequence[float], weights: Sequence[float]) -> tu
     if trials and name not in ("reward", "cell_accuracy"):
         return wilson(int((numbers > 0).sum()), len(numbers))
     return bootstrap_mean(values, np.random.default_rng(0), weights=weights)
+
+
+def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict[str, Any]:
+    """Grade the rows of a JSONL file: `completion` and the task's fields; other fields are ignored.
+
+    Fields: sudoku `puzzle`, `solution`; countdown `numbers`, `target`; gsm8k, math500 `answer` (null: graded wrong).
+    Returns task, version, protocol, n, `no_answer` (rows with null), and each of RATES with its 95 % [low, high].
+    Errors: ValueError naming file and line for the first malformed row, before anything is graded, and for no rows.
+    """
+    find_grader(task, protocol)
+    entry = TABLE[task]
+    if Path(path).suffix != ".jsonl":
+        raise ValueError(f"{path} must be a .jsonl file: one JSON object a line")
+    rows = []
+    # All rows are read before any is graded: a broken line 900 must not cost the work on 899.
+    for place, row in load_rows(path):
+        try:
+            rows.append((entry.read_fields(row, protocol), text_of(row, "completion")))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    fields, completions = zip(*rows, strict=True)
+    rewards = grade_all(task, protocol, fields, completions)
+    sums = sums_by_name([Graded(i, 0, reward) for i, reward in enumerate(rewards)])  # each row is a problem
+    facts = {"task": task, "version": entry.task.version, "protocol": protocol, "n": len(rewards)}
+    without = sum(None in each.values() for each in fields)
+    if without:
+        facts["no_answer"] = without
+    return facts | with_intervals({name: sums[name] for name in RATES if name in sums})

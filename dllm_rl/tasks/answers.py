@@ -8,7 +8,7 @@ LONGEST = 10_000  # characters of an answer, box or expression; a longer one cou
 FARTHEST = 100_000  # characters that are searched for a closing brace or a number
 MOST_BOXES = 10_000  # that are searched for a number
 
-_ENDS = ("</answer>", "<|eot_id|>", "<|endoftext|>")
+SPECIAL = ("<|eot_id|>", "<|endoftext|>")
 _BRACE = re.compile(r"[{}]")
 _BOX_END = re.compile(r"[}\n]")
 _NUMBER = re.compile(r"-?\d+\.?\d*")
@@ -20,8 +20,7 @@ def last_answer(text: str) -> str | None:
     start = text.rfind("<answer>")
     if start < 0:
         return None
-    start += len("<answer>")
-    return text[start : _first(text, _ENDS, start, default=len(text))]
+    return cut(text, start + len("<answer>"))
 
 
 def first_closed_answer(text: str) -> str | None:
@@ -110,19 +109,10 @@ def exact_number(text: str) -> Fraction | None:
     return -value if "-" in found[1] + found[2] else value
 
 
-def until_special(text: str, start: int) -> str:
-    """The text from `start` up to the first `<|eot_id|>` or `<|endoftext|>`, or to the end."""
-    return text[start : _first(text, _ENDS[1:], start, default=len(text))]
-
-
-def until_end(text: str, start: int) -> str | None:
-    """The text from `start` up to the first special token or `</answer>`; None when none of them follows."""
-    end = _first(text, _ENDS, start, default=-1)
-    return None if end < 0 else text[start:end]
-
-
-def _first(text: str, ends: tuple[str, ...], start: int, *, default: int) -> int:
-    return min((at for end in ends if (at := text.find(end, start)) >= 0), default=default)
+def cut(text: str, start: int, ends: tuple[str, ...] = (*SPECIAL, "</answer>"), *, closed: bool = False) -> str:
+    """The text from `start` up to the first of the ends; without one, all of it, or nothing if `closed`."""
+    found = [at for end in ends if (at := text.find(end, start)) >= 0]
+    return text[start : min(found, default=start if closed else len(text))]
 
 
 def _balanced(text: str, start: int) -> str | None:

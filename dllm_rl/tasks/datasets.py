@@ -121,14 +121,10 @@ def hold_out(rows: Any) -> tuple[Any, Any]:
     if len(rows) < 2:
         raise ValueError(f"dataset has {len(rows)} row, and one is to be held out; give eval_dataset")
     kept = len(rows) - min(HELD_OUT, len(rows) // 10 or 1)  # one row at least
-    return part_of(rows, 0, kept), part_of(rows, kept, len(rows))
-
-
-def part_of(dataset: Any, start: int, stop: int) -> Any:
-    """The rows from start to stop: a view of a `datasets.Dataset`, else a list."""
-    if hasattr(dataset, "select"):
-        return dataset.select(range(start, stop))
-    return [dataset[i] for i in range(start, stop)]
+    parts = range(kept), range(kept, len(rows))
+    if hasattr(rows, "select"):  # a `datasets.Dataset`, which gives views
+        return rows.select(parts[0]), rows.select(parts[1])
+    return list(map(rows.__getitem__, parts[0])), list(map(rows.__getitem__, parts[1]))
 
 
 def _called(functions: Sequence[RewardFunction], arguments: dict[str, Any]) -> list[Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 Prompt = str | list[dict[str, str]]
+_MESSAGE = {"role": str, "content": str}
 
 
 @lru_cache(maxsize=64)
@@ -22,7 +23,11 @@ def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
         path = Path(template)
         if len(str(path)) > 1000 or not path.is_file():  # the file system refuses a longer name with an OSError
             raise ValueError(f"prompt_format={str(template)!r} is neither a template with {{{needs[0]}}} nor a file")
-        loaded = _messages(path) if path.suffix == ".json" else path.read_text(encoding="utf-8")
+        loaded = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            loaded = json.loads(loaded)
+            if not _are_messages(loaded):
+                raise ValueError(f"{path} must hold a list of messages with exactly a role and a content, both text")
     whole = loaded if isinstance(loaded, str) else "".join(message["content"] for message in loaded)
     for name in needs:
         if "{" + name + "}" not in whole:
@@ -30,30 +35,19 @@ def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
     return loaded
 
 
-def _messages(path: Path) -> list[dict[str, str]]:
-    loaded = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(loaded, list) or not all(map(_is_message, loaded)):
-        raise ValueError(f"{path} must hold a list of chat messages with exactly a role and a content, both text")
-    return loaded
-
-
-def _is_message(value: Any) -> bool:
-    if not isinstance(value, dict) or value.keys() != {"role", "content"}:
-        return False
-    return isinstance(value["role"], str) and isinstance(value["content"], str)
+def _are_messages(loaded: Any) -> bool:
+    for each in loaded if isinstance(loaded, list) else [None]:
+        if not isinstance(each, dict) or {name: type(text) for name, text in each.items()} != _MESSAGE:
+            return False
+    return True
 
 
 class Prompted:
-    """The settings prompt_format, chat and opening of a task; the task declares them as its fields.
+    """The settings prompt_format, chat and opening of a task; the task declares them as its fields."""
 
-    text          the instruction of prompt_format="text".
-    placeholders  the names that a template must have in braces.
-    has_compact   whether the task also writes a format "compact" itself.
-    """
-
-    text: ClassVar[str]
-    placeholders: ClassVar[tuple[str, ...]]
-    has_compact: ClassVar[bool] = False
+    text: ClassVar[str]  # the instruction of prompt_format="text"
+    placeholders: ClassVar[tuple[str, ...]]  # the names that a template must have in braces
+    has_compact: ClassVar[bool] = False  # whether the task also writes a format "compact" itself
 
     prompt_format: str | Path
     chat: bool
@@ -67,31 +61,24 @@ class Prompted:
     def check_prompt(self) -> None:
         """Errors: ValueError for an opening without an assistant's turn, and for an invalid template."""
         if self.opening and (not self.chat or self.compact):
-            raise ValueError(
-                f"opening={self.opening!r} begins the assistant's turn: it needs chat=True and a text prompt"
-            )
+            raise ValueError(f"opening={self.opening!r} begins the assistant's turn: it needs chat=True and text")
         if not self.compact:
             self._template()
 
     def worded(self, **values: str) -> Prompt:
-        """The template with the values in place of the placeholders."""
-        return fill(self._template(), chat=self.chat, opening=self.opening, **values)
+        """The template with each given `{name}` replaced; with `chat`, a plain text becomes one user message.
+
+        Nothing is replaced inside a value, and other braces stay, such as \\boxed{}. An `opening` adds a last message.
+        """
+        template = self._template()
+        if isinstance(template, str) and not self.chat:
+            return _replace(template, values)
+        asked = [{"role": "user", "content": template}] if isinstance(template, str) else template
+        messages = [{"role": message["role"], "content": _replace(message["content"], values)} for message in asked]
+        return [*messages, {"role": "assistant", "content": self.opening}] if self.opening else messages
 
     def _template(self) -> Prompt:
         return self.text if self.prompt_format == "text" else load_template(self.prompt_format, needs=self.placeholders)
-
-
-def fill(template: Prompt, *, chat: bool, opening: str = "", **values: str) -> Prompt:
-    """The template with each given `{name}` replaced; with `chat`, a plain text becomes one user message.
-
-    Nothing is replaced inside a value, and other braces stay, such as \\boxed{}. An `opening` adds a last message,
-    which begins the assistant's turn.
-    """
-    if isinstance(template, str) and not chat:
-        return _replace(template, values)
-    asked = [{"role": "user", "content": template}] if isinstance(template, str) else template
-    messages = [{"role": message["role"], "content": _replace(message["content"], values)} for message in asked]
-    return [*messages, {"role": "assistant", "content": opening}] if opening else messages
 
 
 def _replace(text: str, values: dict[str, str]) -> str:

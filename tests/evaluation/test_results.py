@@ -1,7 +1,179 @@
-"""Means, intervals and paired differences by hand."""
+"""Means, intervals and differences by hand; stored completions graded again, and malformed rows by their line."""
 
-from dllm_rl.evaluation.results import Evaluation, Graded, interval, paired_differences
-from dllm_rl.tasks import Reward
+import json
+
+import pytest
+
+from dllm_rl.evaluation.intervals import wilson
+from dllm_rl.evaluation.results import Evaluation, Graded, grade_file, interval, paired_differences
+from dllm_rl.tasks import Problem, Reward, Sudoku
+from dllm_rl.tasks.protocols import PROTOCOLS, under_protocol
+
+GRID, PUZZLE = "1234341221434321", "1234341200430021"
+EASY = "1234341221434320"  # one blank
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_countdown(tmp_path) -> None:
+    texts = ["\\boxed{3*4+5}", "<answer>3*4+5 = 17</answer>", "\\boxed{3+4+5}", "no"]
+    rows = [{"completion": text, "numbers": [3, 4, 5], "target": 17, "seed": 1} for text in texts]
+    path = write(tmp_path / "a.jsonl", rows)
+    graded = grade_file(path, task="countdown", protocol="d1")
+    assert graded == {
+        "task": "countdown",
+        "version": "2",
+        "protocol": "d1",
+        "n": 4,
+        "parsed": 0.75,
+        "parsed_interval": list(wilson(3, 4)),
+        "accuracy": 0.5,
+        "accuracy_interval": list(wilson(2, 4)),
+        "undecided": 0.0,
+        "undecided_interval": list(wilson(0, 4)),
+    }
+    assert grade_file(path, task="countdown")["accuracy"] == 0.25  # strict: no "= 17" behind
+    rows[3]["completion"] = "\\boxed{3**4**5**99}"
+    graded = grade_file(write(tmp_path / "a.jsonl", rows), task="countdown", protocol="d1")
+    assert (graded["accuracy"], graded["undecided"]) == (0.5, 0.25)
+    json.dumps(graded)
+
+
+def test_sudoku_cells_are_counted_over_the_set(tmp_path) -> None:
+    rows = [
+        {"completion": GRID, "puzzle": EASY, "solution": GRID},  # 1 of 1 empty cells
+        {"completion": GRID[:8] + "3" + GRID[9:], "puzzle": PUZZLE, "solution": GRID},  # 3 of 4
+        {"completion": "?", "puzzle": PUZZLE.replace("0", "."), "solution": GRID},  # 0 of 4
+        {"completion": "", "puzzle": GRID, "solution": GRID},  # no empty cell
+    ]
+    graded = grade_file(write(tmp_path / "a.jsonl", rows), task="sudoku")
+    assert (graded["n"], graded["solve_rate"], graded["parsed"]) == (4, 0.25, 0.5)
+    assert graded["cell_accuracy"] == 4 / 9
+    low, high = graded["cell_accuracy_interval"]
+    assert 0.0 <= low < 4 / 9 < high <= 1.0
+    assert grade_file(tmp_path / "a.jsonl", task="sudoku", protocol="d1")["cell_accuracy"] == 4 / 9
+
+
+def test_sudoku_any_valid_completion_is_solved_but_d1_wants_the_reference(tmp_path) -> None:
+    rows = [{"completion": "1234341223414123", "puzzle": "1234341200000000", "solution": GRID}]
+    path = write(tmp_path / "a.jsonl", rows)
+    strict, d1 = (grade_file(path, task="sudoku", protocol=name) for name in ("strict", "d1"))
+    assert (strict["solve_rate"], strict["cell_accuracy"]) == (1.0, 1.0)
+    assert (d1["solve_rate"], d1["cell_accuracy"]) == (1.0, 0.5)
+    with pytest.raises(ValueError, match=r"line 1: puzzle=.* has \d+ completions; protocol spg has unique ones"):
+        grade_file(path, task="sudoku", protocol="spg")
+
+
+def test_mathematics(tmp_path) -> None:
+    rows = [{"completion": "\\boxed{42}", "answer": answer} for answer in ("so\n#### 42", 42, 42.0, "41")]
+    path = write(tmp_path / "a.jsonl", rows)
+    for protocol in ("strict", "d1", "spg", "espo"):
+        assert grade_file(path, task="gsm8k", protocol=protocol)["accuracy"] == 0.75
+    rows = [{"completion": "\\boxed{\\frac12}", "answer": answer} for answer in ("\\frac{1}{2}", "x", 2)]
+    path = write(tmp_path / "b.jsonl", rows)
+    for protocol in ("strict", "d1", "spg", "math-verify", "espo"):
+        assert grade_file(path, task="math500", protocol=protocol)["accuracy"] == pytest.approx(1 / 3)
+    rows = [{"completion": f"\\boxed{{{text}}}", "answer": "2"} for text in ("1+1", "9^{9^{9^9}}", "3", "2.0")]
+    found = grade_file(write(tmp_path / "c.jsonl", rows), task="math500", protocol="math-verify")
+    assert (found["accuracy"], found["undecided"], found["parsed"]) == (0.5, 0.25, 1.0)
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math500"])
+def test_a_null_answer_is_graded_wrong_and_counted(tmp_path, task: str) -> None:
+    """As d1 counts them: of all rows, they cannot be right."""
+    rows = [{"completion": "\\boxed{42}", "answer": answer} for answer in ("42", None, "42", None, "41")]
+    path = write(tmp_path / "a.jsonl", rows)
+    for protocol in PROTOCOLS[task]:
+        found = grade_file(path, task=task, protocol=protocol)
+        assert (found["n"], found["no_answer"], found["accuracy"], found["parsed"]) == (5, 2, 0.4, 1.0)
+    assert "no_answer" not in grade_file(write(tmp_path / "b.jsonl", rows[:1]), task=task)
+
+
+GOOD = {
+    "sudoku": {"completion": GRID, "puzzle": PUZZLE, "solution": GRID},
+    "countdown": {"completion": "1+2", "numbers": [1, 2], "target": 3},
+    "gsm8k": {"completion": "1", "answer": "1"},
+    "math500": {"completion": "1", "answer": "1"},
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("sudoku", {"completion": None}, "completion must be text, not NoneType"),
+        ("sudoku", {"puzzle": PUZZLE[1:]}, "must be 16 characters 0-4 or 81"),
+        ("sudoku", {"puzzle": "5" + PUZZLE[1:]}, "must be 16 characters 0-4"),
+        ("sudoku", {"puzzle": "11" + "0" * 14}, "no valid completion"),
+        ("sudoku", {"puzzle": 1234}, "puzzle must be text, not int"),
+        ("sudoku", {"solution": GRID[1:] + "1"}, "does not complete"),
+        ("countdown", {"numbers": "1,2"}, "numbers='1,2' must be a list of integers"),
+        ("countdown", {"numbers": [1, 2.0]}, "must be a list of integers"),
+        ("countdown", {"numbers": []}, "must be a list of integers"),
+        ("countdown", {"target": True}, "target=True must be an integer"),
+        ("countdown", {"target": "3"}, "target='3' must be an integer"),
+        ("gsm8k", {"answer": "many"}, "answer='many' is no number"),
+        ("gsm8k", {"answer": [1]}, "must be a number or a text"),
+        ("math500", {"answer": " "}, "must be a number or a text that is not empty"),
+    ],
+)
+def test_a_malformed_row_is_refused_by_its_line(tmp_path, task: str, change: dict, message: str) -> None:
+    path = write(tmp_path / "a.jsonl", [GOOD[task], GOOD[task] | change, GOOD[task]])
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: ") as caught:
+        grade_file(path, task=task)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("task", GOOD)
+def test_a_missing_field_is_named(tmp_path, task: str) -> None:
+    for name in GOOD[task]:
+        if (task, name) == ("sudoku", "solution"):
+            continue
+        row = {key: value for key, value in GOOD[task].items() if key != name}
+        with pytest.raises(ValueError, match=f"line 1: no field '{name}'"):
+            grade_file(write(tmp_path / "a.jsonl", [row]), task=task)
+
+
+def test_bad_files(tmp_path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n \n")
+    with pytest.raises(ValueError, match="holds no rows"):
+        grade_file(tmp_path / "empty.jsonl", task="gsm8k")
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD["gsm8k"]) + "\n\n{broken\n")
+    with pytest.raises(ValueError, match="line 3: not JSON"):
+        grade_file(tmp_path / "a.jsonl", task="gsm8k")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="line 1: not JSON"):
+        grade_file(tmp_path / "deep.jsonl", task="gsm8k")
+    (tmp_path / "huge.jsonl").write_text('{"completion": "", "answer": 1' + "0" * 5000 + "}")
+    with pytest.raises(ValueError, match="line 1: "):
+        grade_file(tmp_path / "huge.jsonl", task="gsm8k")
+    with pytest.raises(ValueError, match=r"must be a \.jsonl file"):
+        grade_file(tmp_path / "a.csv", task="gsm8k")
+    nine = {"completion": "", "puzzle": "0" * 81, "solution": "1" * 81}
+    with pytest.raises(ValueError, match="protocol d1 is for 4x4"):
+        grade_file(write(tmp_path / "nine.jsonl", [nine]), task="sudoku", protocol="d1")
+
+
+def test_a_line_separator_of_unicode_does_not_end_a_row(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"completion": "<answer>1</answer>\u2028", "answer": "1"}\r\n', encoding="utf-8")
+    assert grade_file(tmp_path / "a.jsonl", task="gsm8k")["accuracy"] == 1.0
+
+
+def test_cell_accuracy_is_one_number_under_every_reward() -> None:
+    """3 of 4 empty cells and 1 of 1: 4 of 5 of the set, where the mean of the puzzles' shares is 7/8."""
+    rows = [(PUZZLE, GRID[:8] + "3" + GRID[9:]), (EASY, GRID)]
+    problems = [Problem("", {"puzzle": puzzle, "solution": GRID}) for puzzle, _ in rows]
+    tasks = [Sudoku(), Sudoku(reward_rule="d1"), *(under_protocol(Sudoku(), name) for name in ("strict", "d1"))]
+    for task in tasks:
+        answers = [
+            Graded(i, 0, task.reward(problem, f"<answer>{cells}</answer>" if task is tasks[1] else cells))
+            for i, (problem, (_, cells)) in enumerate(zip(problems, rows, strict=True))
+        ]
+        found = Evaluation(tuple(answers), {})
+        assert found.means["cell_accuracy"] == found.summary["cell_accuracy"] == 4 / 5
+        assert not {"correct_cells", "empty_cells"} & set(found.summary)
 
 
 def graded(*accuracies):

@@ -8,7 +8,7 @@ from countdown_solver import solve
 
 from dllm_rl.tasks import Countdown, Sudoku
 from dllm_rl.tasks.protocols import under_protocol
-from dllm_rl.tasks.sudoku.grids import completions
+from dllm_rl.tasks.sudoku.solver import completions
 
 FOLDER = os.environ.get("DLLM_RL_DATA")
 SUDOKU, COUNTDOWN = "d1_4x4_test_sudoku.csv", "d1_countdown_cd3_test.jsonl"

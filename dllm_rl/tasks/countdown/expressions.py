@@ -1,15 +1,41 @@
-"""Arithmetic from a model, evaluated exactly and within bounds: + - * /, unary minus, parentheses and integers."""
+"""Arithmetic from a model, without Python's evaluator: exact within bounds, or with Python's value for d1's protocol.
 
+sum     = product (("+" | "-") product)*
+product = factor (("*" | "/" | "//") factor)*
+factor  = ("+" | "-") factor | power
+power   = atom ["**" factor]
+atom    = "(" sum ")" | number
+"""
+
+import operator
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
-from dllm_rl.tasks.countdown.python_arithmetic import OPERATORS, OutOfBounds, Reader
-
-LONGEST = 500  # characters
+LONGEST = 500  # characters of an exact expression
 LARGEST = 10**40  # of any numerator or denominator on the way
+LONGEST_PYTHON = 2_000  # characters of Python's
+LARGEST_PYTHON = 100_000  # bits of an integer on the way
+DEEPEST = 40  # parentheses, signs and powers within one another
+
+Number = int | float | complex
 
 _TOKEN = re.compile(r"[ \t\n\r\f]*(0(?![0-9])|[1-9][0-9]*|[-+*/()])")
+_PYTHON_TOKEN = re.compile(r"[ \t\f\n\r]*(\d+\.\d*|\.\d+|0+(?!\d)|[1-9]\d*|\*\*|//|[-+*/()])", re.ASCII)
+OPERATORS = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "//": operator.floordiv,
+    "**": operator.pow,
+}
+
+
+class OutOfBounds(Exception):
+    """The text is too long or too deep, or an integer on the way is too large."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +53,107 @@ def evaluate(text: str) -> Value | None:
     """
     if len(text) > LONGEST:
         return None
-    text = text.strip(" \t\n\r\f")
-    tokens: list[str] = []
-    at = 0
-    while at < len(text):
-        found = _TOKEN.match(text, at)
-        if found is None:
-            return None
-        tokens.append(found[1])
-        at = found.end()
     try:
-        value = Reader([*tokens, ""], signs=("-",), number=_integer, apply=apply).value()
+        tokens = _tokens(text.strip(" \t\n\r\f"), _TOKEN)
+        value = Reader(tokens, signs=("-",), number=_integer, apply=apply).value()
     except (SyntaxError, ZeroDivisionError, OutOfBounds):
         return None
     return Value(value, tuple(int(token) for token in tokens if token.isdigit()))
+
+
+def python_value(text: str) -> Number | None:
+    """The value that Python gives to the stripped text; None where Python raises. Errors: OutOfBounds.
+
+    d1 passes digits, + - * / ( ) . and white space to Python. It accepts other texts, such as 2(3), () and ..., but
+    they never have a number as their value.
+    """
+    text = text.strip()
+    if len(text) > LONGEST_PYTHON:
+        raise OutOfBounds
+    try:
+        tokens = _tokens(text, _PYTHON_TOKEN, breaks=False)
+        return Reader(tokens, signs=("+", "-"), number=_number, apply=_python_apply).value()
+    except (SyntaxError, ArithmeticError, TypeError, ValueError):  # the errors of Python's evaluation
+        return None
+
+
+def _tokens(text: str, token: re.Pattern[str], *, breaks: bool = True) -> list[str]:
+    """The tokens, then ""; without `breaks`, a line break outside parentheses is an error, as it is in Python."""
+    tokens: list[str] = []
+    at = 0
+    depth = 0
+    while at < len(text):
+        found = token.match(text, at)
+        if found is None or (not breaks and depth == 0 and re.search(r"[\n\r]", found[0])):
+            raise SyntaxError(text)
+        depth += (found[1] == "(") - (found[1] == ")")
+        tokens.append(found[1])
+        at = found.end()
+    return [*tokens, ""]
+
+
+@dataclass
+class Reader:
+    """Evaluates a list of tokens that ends with "". Each method reads what it is named after, at `depth`.
+
+    signs   the signs that a factor may have.
+    number  token -> its value, for each token that is no operator and no parenthesis.
+    apply   (operator, left, right) -> value.
+    """
+
+    tokens: list[str]
+    signs: tuple[str, ...]
+    number: Callable[[str], Any]
+    apply: Callable[..., Any]
+    at: int = 0
+
+    def value(self) -> Any:
+        """Errors: SyntaxError; OutOfBounds beyond DEEPEST; what `number` and `apply` raise."""
+        value = self.sum(0)
+        self.take("")
+        return value
+
+    def next_of(self, *wanted: str) -> str | None:
+        if self.tokens[self.at] in wanted:
+            self.at += 1
+            return self.tokens[self.at - 1]
+        return None
+
+    def take(self, wanted: str) -> None:
+        if self.next_of(wanted) is None:
+            raise SyntaxError(self.tokens[self.at])
+
+    def sum(self, depth: int) -> Any:
+        value = self.product(depth)
+        while operator := self.next_of("+", "-"):
+            value = self.apply(operator, value, self.product(depth))
+        return value
+
+    def product(self, depth: int) -> Any:
+        value = self.factor(depth)
+        while operator := self.next_of("*", "/", "//"):
+            value = self.apply(operator, value, self.factor(depth))
+        return value
+
+    def factor(self, depth: int) -> Any:
+        if depth > DEEPEST:  # or a hostile text could end the process by recursion
+            raise OutOfBounds
+        if sign := self.next_of(*self.signs):
+            value = self.factor(depth + 1)
+            return -value if sign == "-" else value
+        base = self.atom(depth)
+        return self.apply("**", base, self.factor(depth + 1)) if self.next_of("**") else base
+
+    def atom(self, depth: int) -> Any:
+        if self.next_of("("):
+            value = self.sum(depth + 1)
+            self.take(")")
+            return value
+        token = self.tokens[self.at]
+        self.at += 1
+        if not token or token in "+-*//**()":  # the end, or an operator
+            raise SyntaxError(token)
+        return self.number(token)
 
 
 def _integer(digits: str) -> Fraction:
@@ -49,9 +162,22 @@ def _integer(digits: str) -> Fraction:
     return Fraction(int(digits))
 
 
+def _number(token: str) -> Number:
+    return float(token) if "." in token else int(token)
+
+
 def apply(operator: str, left: Fraction, right: Fraction) -> Fraction:
     """left operator right. Errors: ZeroDivisionError; OutOfBounds beyond LARGEST."""
     value = OPERATORS[operator](left, right)
     if max(abs(value.numerator), value.denominator) > LARGEST:
         raise OutOfBounds
     return value
+
+
+def _python_apply(sign: str, left: Number, right: Number) -> Number:
+    if isinstance(left, int) and isinstance(right, int):
+        # The size is known before the work: a power of text such as 9**9**9 must not be computed to be refused.
+        bits = left.bit_length() * right if sign == "**" else left.bit_length() + right.bit_length()
+        if sign in ("*", "**") and abs(left) > 1 and bits > LARGEST_PYTHON:
+            raise OutOfBounds
+    return OPERATORS[sign](left, right)

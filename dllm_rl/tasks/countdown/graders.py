@@ -7,8 +7,7 @@ from typing import Any
 
 from dllm_rl.tasks.answers import LONGEST, d1_box, final_answer, first_closed_answer, last_closed_answer
 from dllm_rl.tasks.base import Grader, Reward
-from dllm_rl.tasks.countdown.expressions import evaluate
-from dllm_rl.tasks.countdown.python_arithmetic import Number, OutOfBounds, python_value
+from dllm_rl.tasks.countdown.expressions import Number, OutOfBounds, evaluate, python_value
 from dllm_rl.tasks.rows import present
 
 _RUN = "0123456789+-*/() "
@@ -78,7 +77,7 @@ def grade_expression(fields: Mapping[str, Any], text: str) -> Reward:
 def grade_python_expression(fields: Mapping[str, Any], text: str) -> Reward:
     """As grade_expression by d1's rules: the value is Python's, and every run of digits is a number.
 
-    undecided  1 when the expression is beyond the bounds of python_arithmetic; the grade is then 0.
+    undecided  1 when the expression is beyond the bounds of `python_value`; the grade is then 0.
     """
     try:
         value = python_value(text)

@@ -120,13 +120,12 @@ class Countdown(Prompted):
             if hashed_split(repr(sorted(numbers))) != self.split:  # sorted: splits share no set, in whatever order
                 continue
             target, expression = _random_expression(numbers, self.operators, rng)
-            if 1 <= target <= self.max_target and self._difficult(numbers, target):
+            if not 1 <= target <= self.max_target:
+                continue
+            if self.difficulty == "any" or (target in signed_sums(numbers)) == (self.difficulty == "sums"):
                 found = evaluate(expression)
                 assert found and found.value == target and sorted(found.numbers) == sorted(numbers), expression
                 return numbers, target, expression
-
-    def _difficult(self, numbers: tuple[int, ...], target: int) -> bool:
-        return self.difficulty == "any" or (target in signed_sums(numbers)) == (self.difficulty == "sums")
 
     def _prompt(self, numbers: tuple[int, ...], target: int) -> Prompt:
         if self.compact:

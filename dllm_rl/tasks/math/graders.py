@@ -5,14 +5,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from dllm_rl.tasks.answers import (
-    d1_box,
-    exact_number,
-    final_answer,
-    first_boxed_number,
-    first_closed_answer,
-    last_number,
-)
+from dllm_rl.tasks import answers
+from dllm_rl.tasks.answers import d1_box, exact_number, final_answer, first_closed_answer
 from dllm_rl.tasks.base import Grader, Reward
 from dllm_rl.tasks.math import math_verify as math_check
 from dllm_rl.tasks.math.latex import normalise, rational, same_in_d1
@@ -31,9 +25,9 @@ def gsm8k_strict(fields: Mapping[str, Any], completion: str) -> Reward:
 
 def gsm8k_d1(fields: Mapping[str, Any], completion: str) -> Reward:
     """d1's evaluation [paper]: the first boxed number, else the first answer block as a float or its LAST number."""
-    number = first_boxed_number(completion)
+    number = answers.first_boxed_number(completion)
     if number is None:
-        number = last_number((first_closed_answer(completion) or "").strip())
+        number = answers.last_number((first_closed_answer(completion) or "").strip())
     return _graded(number is not None, _is_reference(number, fields["answer"]))
 
 
@@ -43,7 +37,7 @@ def gsm8k_spg(fields: Mapping[str, Any], completion: str) -> Reward:
     graded = gsm8k_d1(fields, completion)
     if graded.parsed:
         return graded
-    number = last_number(_after_last_tag(completion))
+    number = answers.last_number(_after_last_tag(completion))
     return _graded(number is not None, _is_reference(number, fields["answer"]))
 
 
@@ -74,12 +68,13 @@ def gsm8k_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
     """
     answer = _after_last_tag(completion).strip()
     correct = fields["answer"] is not None and answer == _after_hashes(fields["answer"])
+    turn = _REASONED.search(completion) if completion.startswith("<reasoning>") else None
     tags = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
     terms = {
         "correct": 2.0 * correct,
         "integer": 0.5 * answer.isdigit(),
         "strict": 0.5 * _strict_layout(completion),
-        "soft": 0.5 * _soft_layout(completion),
+        "soft": 0.5 * (turn is not None and completion.find("</answer>", turn.end()) >= 0),
         "tags": 0.125 * sum(completion.count(tag) == 1 for tag in tags),
     }
     return Reward(sum(terms.values()), "<answer>" in completion, {"accuracy": float(correct), **terms})
@@ -136,23 +131,18 @@ MATH500_AT_ONCE = dict.fromkeys(_BY_MATH_VERIFY, compare_all)
 
 def read_gsm8k(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
     """`answer` of a stored row: a number, as such or as text, or null. Errors: ValueError."""
-    answer = present(row, "answer")
-    if answer is None:
-        return {"answer": None}
-    if type(answer) not in (str, int, float):
-        raise ValueError(f"answer={answer!r} must be a number or a text")
-    reference_number(answer)  # raises here, with the row's line, and not while grading
-    return {"answer": str(answer)}
+    fields = read_math500(row, protocol)
+    if fields["answer"] is not None:
+        reference_number(fields["answer"])  # raises here, with the row's line, and not while grading
+    return fields
 
 
 def read_math500(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
     """`answer` of a stored row: LaTeX, a number or null. Errors: ValueError."""
     answer = present(row, "answer")
-    if answer is None:
-        return {"answer": None}
-    if type(answer) not in (str, int, float) or not str(answer).strip():
+    if answer is not None and (type(answer) not in (str, int, float) or not str(answer).strip()):
         raise ValueError(f"answer={answer!r} must be a number or a text that is not empty")
-    return {"answer": str(answer)}
+    return {"answer": None if answer is None else str(answer)}
 
 
 def reference_number(answer: str | int | float) -> Fraction:
@@ -185,11 +175,6 @@ def _strict_layout(text: str) -> bool:
         return False
     turn = text.find("\n</reasoning>\n<answer>\n", len("<reasoning>\n"))
     return turn >= 0 and turn + len("\n</reasoning>\n<answer>\n") <= len(text) - len("\n</answer>\n")
-
-
-def _soft_layout(text: str) -> bool:
-    turn = _REASONED.search(text) if text.startswith("<reasoning>") else None
-    return turn is not None and text.find("</answer>", turn.end()) >= 0
 
 
 def _graded(parsed: bool, correct: bool, **more: float) -> Reward:

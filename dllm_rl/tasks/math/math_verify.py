@@ -46,25 +46,12 @@ def equal_all(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
         if pair not in _KNOWN:
             reference, answer = pair
             _KNOWN[pair] = True if normalise(reference) == normalise(answer) else None  # no algebra is needed
-            if _KNOWN[pair] is None and _comparable(reference, answer):
+            short = len(answer) <= LONGEST and len(reference) <= 10 * LONGEST
+            if _KNOWN[pair] is None and short and "\n" not in answer:
                 asked.append(pair)
     if asked:
         _KNOWN.update(zip(asked, _POOL.ask(asked), strict=True))
     return list(map(_KNOWN.__getitem__, pairs))
-
-
-def forget() -> None:
-    """Drops the remembered verdicts."""
-    _KNOWN.clear()
-
-
-def stop() -> None:
-    """Ends the workers; the next comparison starts new ones."""
-    _POOL.stop()
-
-
-def _comparable(reference: str, answer: str) -> bool:
-    return len(answer) <= LONGEST and len(reference) <= 10 * LONGEST and "\n" not in answer
 
 
 def cores() -> int:
@@ -83,7 +70,7 @@ class _Pool:
         self.lock = Lock()
 
     def forget(self) -> None:
-        """Closes the lines and leaves the workers: in a forked process they belong to the parent."""
+        """For a forked process, which closes the lines and leaves the workers to the parent."""
         self._close()
         self.lock = Lock()  # the parent's may be held
 
@@ -125,8 +112,7 @@ class _Pool:
                 self.send(line, self.number, pairs[question])
 
     def take_in(self, asked: Asked, verdicts: list[bool | None]) -> list[int]:
-        """Waits for a reply; the questions whose worker ended. Errors: TimeoutError when a question is past its
-        deadline."""
+        """Waits for a reply; the questions whose worker ended. Errors: TimeoutError past a question's deadline."""
         _, _, earliest = next(iter(asked.values()))  # they stand in the order of asking
         ready = wait(list(asked), max(0.0, earliest - monotonic()))
         if not ready:

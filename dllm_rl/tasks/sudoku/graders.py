@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from operator import eq
 from typing import Any
 
-from dllm_rl.tasks.answers import last_answer, last_closed_answer, until_end, until_special
+from dllm_rl.tasks.answers import SPECIAL, cut, last_answer, last_closed_answer
 from dllm_rl.tasks.base import Grader, Reward
 from dllm_rl.tasks.rows import text_of
-from dllm_rl.tasks.sudoku.grids import MOST_COMPLETIONS, completions, is_completion
+from dllm_rl.tasks.sudoku.solver import MOST_COMPLETIONS, completions, is_completion
 
 _FENCED = re.compile(r"```([\d\s]++)```")  # ++ does not backtrack: linear time on any text
 
@@ -65,10 +65,10 @@ def d1_candidate(text: str) -> str:
         fenced = _FENCED.search(text, opened)
         if fenced and (found := fenced[1].strip()):
             return found
-        if found := (until_end(text, opened + len("<answer>")) or "").strip():
+        if found := cut(text, opened + len("<answer>"), closed=True).strip():
             return found
     if closed >= 0:
-        if found := until_special(text, closed + len("</answer>")).strip():
+        if found := cut(text, closed + len("</answer>"), SPECIAL).strip():
             return found
         for piece in text.split("</answer>")[:-1]:
             if len(piece) >= 16 and len(found := piece.rstrip()[-16:]) == 16 and found.isdecimal():

@@ -13,8 +13,7 @@ from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.prompt_texts import Prompt, Prompted
 from dllm_rl.tasks.rows import Split, as_range, check_settings, check_split, drawn, hashed_split, load_rows
 from dllm_rl.tasks.sudoku.graders import first_cells, score, sudoku_d1_training
-from dllm_rl.tasks.sudoku.grids import SPLITS, completions, count_completions
-from dllm_rl.tasks.sudoku.solver import random_grid, random_unique_puzzle
+from dllm_rl.tasks.sudoku.solver import SPLITS, agreeing, completions, random_grid, random_unique_puzzle
 
 TEXT = """Fill in this {side}x{side} Sudoku. Every row, every column and each of the {box}x{box} boxes must contain \
 the digits 1 to {side} exactly once; a dot marks an empty cell, and the given digits must stay where they are.
@@ -102,7 +101,8 @@ class Sudoku(Prompted):
         else:
             puzzle, solution = self._drawn9(Random(f"sudoku/9x9/{self.seed}/{self.split}/{index}"))
         fields = {"puzzle": puzzle, "solution": solution}
-        return Problem(self._prompt(puzzle, solution, index), fields, self._answer(solution))
+        answer = solution if self.compact else f"<answer>\n{_lines(solution)}\n</answer>"
+        return Problem(self._prompt(puzzle, solution, index), fields, answer)
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         """Grades the first 16 (81) non-blank characters; see `score`. Linear in the text's length."""
@@ -117,7 +117,7 @@ class Sudoku(Prompted):
         solution = grids[int(rng.random() * len(grids))]
         given = drawn(self.clues, rng)
         puzzle = _blanked(solution, given, rng)
-        while self.unique and count_completions(puzzle) > 1:
+        while self.unique and agreeing(puzzle).bit_count() > 1:
             puzzle = _blanked(solution, given, rng)
         return puzzle, solution
 
@@ -143,9 +143,6 @@ class Sudoku(Prompted):
                 parts.append(f"An example:\n{_lines(given.replace('0', '.'))}\n\nSolved:\n{_lines(grid)}")
             asked = "\n\n".join([*parts, f"Your puzzle:\n{asked}"])
         return self.worded(puzzle=asked, side=str(side), box=str(isqrt(side)))
-
-    def _answer(self, solution: str) -> str:
-        return solution if self.compact else f"<answer>\n{_lines(solution)}\n</answer>"
 
 
 def _blanked(solution: str, given: int, rng: Random) -> str:

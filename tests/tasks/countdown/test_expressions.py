@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear import linear_time
 
-from dllm_rl.tasks.countdown.expressions import LARGEST, LONGEST, Value, apply, evaluate
-from dllm_rl.tasks.countdown.python_arithmetic import DEEPEST, OutOfBounds
+from dllm_rl.tasks.countdown.expressions import DEEPEST, LARGEST, LONGEST, OutOfBounds, Value, apply, evaluate
 
 OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 

@@ -25,17 +25,17 @@ needs_proc = pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/childre
 @pytest.fixture
 def pool() -> math_check._Pool:
     """The workers, with no verdict remembered."""
-    math_check.forget()
+    math_check._KNOWN.clear()
     return math_check._POOL
 
 
 @pytest.fixture
 def own_pool(pool: math_check._Pool) -> Iterator[math_check._Pool]:
     """Workers of this test's own: they are started with its settings."""
-    math_check.stop()
+    math_check._POOL.stop()
     yield pool
-    math_check.stop()
-    math_check.forget()
+    math_check._POOL.stop()
+    math_check._KNOWN.clear()
 
 
 @pytest.fixture

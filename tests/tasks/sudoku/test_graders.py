@@ -8,7 +8,7 @@ from small_sudoku import GRID, brute_force
 
 from dllm_rl.tasks import Problem, Sudoku
 from dllm_rl.tasks.sudoku.graders import first_cells, score, sudoku_d1_training
-from dllm_rl.tasks.sudoku.grids import SOLVED, completions
+from dllm_rl.tasks.sudoku.solver import SOLVED, completions
 
 FIELDS = {"puzzle": "1234341200430021", "solution": "1234341221434321"}
 

@@ -9,7 +9,7 @@ from small_sudoku import GRID
 
 from dllm_rl.tasks.base import Task
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.tasks.sudoku.grids import SPLITS, completions
+from dllm_rl.tasks.sudoku.solver import SPLITS, completions
 
 
 @pytest.mark.parametrize("clues", [4, 8, (10, 12), 16])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_rl.tasks.countdown.python_arithmetic import DEEPEST, LARGEST, LONGEST, OutOfBounds, python_value
+from dllm_rl.tasks.countdown.expressions import DEEPEST, LARGEST_PYTHON, LONGEST_PYTHON, OutOfBounds, python_value
 
 BINARY = {
     ast.Add: operator.add,
@@ -99,12 +99,19 @@ def test_where_python_raises_there_is_no_value(text: str) -> None:
 
 
 def test_bounds() -> None:
+    half = LARGEST_PYTHON // 2
     for fits, beyond in [
-        ("1" + " " * (LONGEST - 2) + "1", "1" + " " * LONGEST + "1"),
+        ("1" + " " * (LONGEST_PYTHON - 2) + "1", "1" + " " * LONGEST_PYTHON + "1"),
         ("(" * DEEPEST + "1" + ")" * DEEPEST, "(" * (DEEPEST + 1) + "1" + ")" * (DEEPEST + 1)),
         ("-" * DEEPEST + "1", "-" * (DEEPEST + 1) + "1"),
-        (f"2**{LARGEST // 2}", f"2**{LARGEST // 2 + 1}"),  # two bits to a power of 2: the bound counts both
-        (f"2**{LARGEST // 2 - 1}*2**{LARGEST // 2 - 1}", f"2**{LARGEST // 2}*2**{LARGEST // 2}"),
+        (
+            f"2**{half}",
+            f"2**{half + 1}",
+        ),  # two bits to a power of 2: the bound counts both
+        (
+            f"2**{half - 1}*2**{half - 1}",
+            f"2**{half}*2**{half}",
+        ),
         (f"1**{10**100}", "9**9**9"),
         ("2.0**1023", "9**9**9**9"),
     ]:
