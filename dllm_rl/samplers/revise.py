@@ -12,26 +12,18 @@ import inspect
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.bounds import Bound, bounded
-from dllm_rl.samplers.rules import name_of, threshold
+from dllm_rl.samplers.rules import Counts, Places, Scores, name_of, threshold
 from dllm_rl.samplers.turns import Decision, Turn, check_last_step
 
 OFFERED = ("written", "changed", "steps")
 
 
 @bounded(eta=Bound(at_least=0, at_most=1))
-def remask(
-    scores: Float[Tensor, "B L"],
-    masked: Bool[Tensor, "B L"],
-    steps_left: Int[Tensor, " B"],
-    written: Bool[Tensor, "B L"],
-    steps: Int[Tensor, " B"],
-    *,
-    eta: float,
-) -> Bool[Tensor, "B L"]:
+def remask(scores: Scores, masked: Places, steps_left: Counts, written: Places, steps: Counts, *, eta: float) -> Places:
     """ReMDM's capped remasking (arXiv 2503.00307): a written position is masked again with probability sigma, a masked
     one written with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), independently.
 
@@ -47,14 +39,8 @@ def remask(
 
 @bounded(tau=Bound(above=0, at_most=1), tau_edit=Bound(at_least=0, at_most=1))
 def edit(
-    scores: Float[Tensor, "B L"],
-    masked: Bool[Tensor, "B L"],
-    steps_left: Int[Tensor, " B"],
-    changed: Bool[Tensor, "B L"],
-    *,
-    tau: float,
-    tau_edit: float = 0.5,
-) -> Bool[Tensor, "B L"]:
+    scores: Scores, masked: Places, steps_left: Counts, changed: Places, *, tau: float, tau_edit: float = 0.5
+) -> Places:
     """LLaDA2.1's token editing (arXiv 2602.08676): masked positions as in `threshold`; a written one takes a different
     proposal of probability >= tau_edit.
 

@@ -23,13 +23,16 @@ from torch import Tensor
 
 from dllm_rl.bounds import Bound, bounded
 
+Logits = Float[Tensor, "K V"]
+PerPosition = Float[Tensor, " K"]
+Scores = Float[Tensor, "B L"]
+Places = Bool[Tensor, "B L"]
+Counts = Int[Tensor, " B"]
 OFFERED = ("logits", "normalizer", "tokens", "uniforms")
 MORE = ("dllm_rl.samplers.revise",)  # modules of further rules that the command line may name
 
 
-def confidence(
-    logits: Float[Tensor, "K V"], normalizer: Float[Tensor, " K"], tokens: Int[Tensor, " K"]
-) -> Float[Tensor, " K"]:
+def confidence(logits: Logits, normalizer: PerPosition, tokens: Int[Tensor, " K"]) -> PerPosition:
     """LLaDA's low_confidence remasking: log-probability of the SAMPLED token, nats.
 
     The commit depends on the draw, so at-commit log-probs are not the exact behaviour probabilities [paper].
@@ -38,12 +41,12 @@ def confidence(
     return logits.gather(-1, tokens[:, None])[:, 0] - normalizer
 
 
-def max_prob(logits: Float[Tensor, "K V"], normalizer: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+def max_prob(logits: Logits, normalizer: PerPosition) -> PerPosition:
     """Log-probability of the likeliest token, nats. State-only. [paper: Dream's maskgit_plus at temperature 0]"""
     return logits.amax(-1) - normalizer
 
 
-def margin(logits: Float[Tensor, "K V"], normalizer: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+def margin(logits: Logits, normalizer: PerPosition) -> PerPosition:
     """Probability of the likeliest token minus that of the second. State-only. [paper: Dream's topk_margin]"""
     if logits.shape[-1] < 2:
         raise ValueError("margin needs a vocabulary of at least 2 tokens")
@@ -51,13 +54,13 @@ def margin(logits: Float[Tensor, "K V"], normalizer: Float[Tensor, " K"]) -> Flo
     return first - second
 
 
-def entropy(logits: Float[Tensor, "K V"], normalizer: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+def entropy(logits: Logits, normalizer: PerPosition) -> PerPosition:
     """Minus the entropy, sum_v p_v log p_v, nats. State-only. [paper: Dream's, there tempered and filtered]"""
     logp = logits - normalizer[:, None]
     return torch.where(logp == -torch.inf, 0.0, logp.exp() * logp).sum(-1)
 
 
-def random(uniforms: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+def random(uniforms: PerPosition) -> PerPosition:
     """A uniformly random order, as LLaDA's remasking="random" and Dream's origin. State-only. [paper]"""
     return uniforms
 
@@ -91,21 +94,17 @@ def order_has_law(rank: Callable, commit: Callable) -> bool:
     return rank is confidence and commit in (schedule, late_schedule)
 
 
-def schedule(
-    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"]
-) -> Bool[Tensor, "B L"]:
+def schedule(scores: Scores, masked: Places, steps_left: Counts) -> Places:
     """LLaDA's equal shares of a block, the remainder on the first steps: ceil(masked / steps_left). [paper]"""
     return highest(scores, masked, count=share(masked.sum(-1), steps_left))
 
 
-def share(num_masked: Int[Tensor, " B"], steps_left: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+def share(num_masked: Counts, steps_left: Counts) -> Counts:
     """How many positions `schedule` commits: ceil(num_masked / steps_left)."""
     return -(-num_masked // steps_left)
 
 
-def late_schedule(
-    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"]
-) -> Bool[Tensor, "B L"]:
+def late_schedule(scores: Scores, masked: Places, steps_left: Counts) -> Places:
     """Dream's shares, floor(masked / steps_left), with the remainder on the last steps.
 
     [paper; ours: Dream's time grid ends at 1e-3 instead of 0, so that Dream commits nothing in some steps]
@@ -113,18 +112,14 @@ def late_schedule(
     return highest(scores, masked, count=masked.sum(-1) // steps_left)
 
 
-def origin(
-    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"]
-) -> Bool[Tensor, "B L"]:
+def origin(scores: Scores, masked: Places, steps_left: Counts) -> Places:
     """Dream's origin, the ancestral step of masked diffusion: write each masked position with probability 1 - s/t =
     1/steps_left. Needs rank=random, whose scores are the uniforms. A step may commit nothing. [paper]"""
     return masked & (scores >= 1 - 1 / steps_left[:, None])
 
 
 @bounded(tau=Bound(above=0, at_most=1))
-def threshold(
-    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"], *, tau: float
-) -> Bool[Tensor, "B L"]:
+def threshold(scores: Scores, masked: Places, steps_left: Counts, *, tau: float) -> Places:
     """Fast-dLLM's parallel decoding (arXiv 2505.22618): all positions with probability >= tau, at least the best one.
     Needs log-probabilities as scores (confidence, max_prob). Ignores steps_left. [paper]
 
@@ -135,9 +130,7 @@ def threshold(
 
 
 @bounded(f=Bound(above=0))
-def factor(
-    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"], *, f: float
-) -> Bool[Tensor, "B L"]:
+def factor(scores: Scores, masked: Places, steps_left: Counts, *, f: float) -> Places:
     """Fast-dLLM's factor rule: the n best, n the largest with p_(n) >= 1 - f/(n+1), p sorted downwards; at least one.
     Needs log-probabilities as scores (confidence, max_prob). Ignores steps_left. [paper]
 
@@ -150,9 +143,7 @@ def factor(
 
 
 @bounded(gamma=Bound(at_least=0))
-def entropy_bound(
-    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], steps_left: Int[Tensor, " B"], *, gamma: float
-) -> Bool[Tensor, "B L"]:
+def entropy_bound(scores: Scores, masked: Places, steps_left: Counts, *, gamma: float) -> Places:
     """EB-Sampler (arXiv 2505.24857): the most certain positions U, as many as keep sum_U H - max_U H <= gamma, nats.
     Needs rank=entropy, whose scores are -H; one position always fits. Ignores steps_left. [paper]
 
@@ -164,9 +155,7 @@ def entropy_bound(
     return highest(scores, masked, count=(before <= gamma).sum(-1))
 
 
-def highest(
-    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], *, count: Int[Tensor, " B"]
-) -> Bool[Tensor, "B L"]:
+def highest(scores: Scores, masked: Places, *, count: Counts) -> Places:
     """The `count` best masked positions of every row; ties go to the lowest index."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(scores.shape[-1], device=scores.device)
