@@ -1,5 +1,6 @@
 """One contract for every corrector; a new one joins by one line."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
