@@ -312,13 +312,13 @@ def _is_like(group: Any, mine: dict[str, Any]) -> bool:
     """Whether a group has the fields of `mine`, or fewer, each of the same form."""
     if not isinstance(group, dict) or "params" not in group:
         return False
-    return all(_form(value) == _form(mine[name]) for name, value in group.items() if name in mine)
+    return all(_form(group[name]) == _form(mine[name]) for name in group.keys() & mine.keys())
 
 
 def _form(value: Any) -> Any:
     """The type that a replacement must share; all numbers are one type, and all flags."""
     if isinstance(value, list | tuple):
-        return [_form(each) for each in value]
+        return list(map(_form, value))
     if value is None or isinstance(value, bool):
         return "flag"
     return "number" if isinstance(value, int | float) else type(value)

@@ -173,13 +173,12 @@ def _says_numbers(plain: Any) -> bool:
 
 def _files(folder: Path) -> list[Path]:
     """The files of all parts. Raises ValueError if one is missing, or is of another number of parts."""
-    here = {path.name for path in folder.glob(PATTERN)}
+    here = set(folder.glob(PATTERN))
     count = len(here)  # each name has the number of parts
-    names = [file_name(number, count) for number in range(count)]
-    if here != set(names):
-        odd = sorted(here - set(names))[0]
-        raise ValueError(f"{folder}: {odd} is not one of {count} parts, and {count} are there")
-    return [folder / name for name in names]
+    paths = [folder / file_name(number, count) for number in range(count)]
+    if odd := sorted(here.difference(paths)):
+        raise ValueError(f"{folder}: {odd[0].name} is not one of {count} parts, and {count} are there")
+    return paths
 
 
 def _assembled(folder: Path, key: str, pieces: list[_Piece], parameter: Tensor) -> Tensor:
@@ -242,10 +241,12 @@ def in_step(work: Callable[[Swap], Returned], gather: Swap) -> Returned:
     """Run `work`, which swaps values, in all processes; the next swap raises the error of any process in all."""
 
     def swap(value: Any, error: Exception | None = None) -> list[Any]:
-        said = gather((value, error))
-        if error is None and (others := [each for _, each in said if each is not None]):
-            raise Elsewhere(others[0])
-        return [each for each, _ in said]
+        values = []
+        for each, failure in gather((value, error)):
+            if failure is not None and error is None:
+                raise Elsewhere(failure)
+            values.append(each)
+        return values
 
     try:
         found = work(swap)

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,11 @@ def held_out(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any)
 
 def measured(panel: Panel, runs: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
     """The panel's metrics with a number in some row. The loss of RL is no likelihood: it is not drawn."""
-    rows = [row for run in runs for row in run if panel.title != "Loss" or "reward" not in row]
-    return [name for name in panel.metrics if any(name in known(row) for row in rows)]
+    seen: set[str] = set()
+    for row in chain.from_iterable(runs):
+        if panel.title != "Loss" or "reward" not in row:
+            seen |= known(row).keys()
+    return [name for name in panel.metrics if name in seen]
 
 
 def lines_of(axis: Any, runs: Sequence[Sequence[dict[str, Any]]], panel: Panel) -> None:
