@@ -39,9 +39,8 @@ from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.likelihoods.estimators import one_step
 from dllm_rl.likelihoods.scoring import backward_view
-from dllm_rl.models.adapters.linear import add_lora
-from dllm_rl.models.forward.compiled import compile_blocks
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.forward.blocks import compile_blocks
+from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.models.tokens import encode, prompt_ids
 from dllm_rl.monitoring.plots import read_metrics

@@ -17,9 +17,8 @@ from benchmarks.presets import PRESETS
 from benchmarks.sync import ANYWHERE
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.aligned import StraightThrough
-from dllm_rl.quantization.fake import EmulatedLinear, FakeQuantize
 from dllm_rl.quantization.linear import quantized, stored_bytes
-from dllm_rl.quantization.schemes import check_scheme
+from dllm_rl.quantization.schemes import EmulatedLinear, FakeQuantize, check_scheme
 
 
 def shapes(preset: str) -> list[tuple[int, int]]:
@@ -52,7 +51,7 @@ def arm(scheme: str, columns: int, rows: int, tokens: int, device: str, dtype: s
 
     def update() -> None:
         for _ in range(calls):
-            y = plain(x) if scheme == "none" else StraightThrough.apply(x, plain.weight, plain.bias, layer)
+            y = plain(x) if scheme == "none" else StraightThrough.apply(layer, plain.weight, plain.bias, x)
             y.backward(torch.ones_like(y))
 
     forward()

@@ -23,7 +23,7 @@ from dllm_rl.distributed.sharding import part_like
 from dllm_rl.files import folder_size, recover, remove, remove_whole, replacing, write_text
 from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
-from dllm_rl.models.checkpoint.adapters import save_adapter
+from dllm_rl.models.lora import save_adapter
 
 # What torch's loader raises on a damaged file.
 _NO_TENSORS = (

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from dllm_rl.models.base import Policy
-from dllm_rl.quantization.experts import Experts
+from dllm_rl.quantization.linear import Experts
 from dllm_rl.types import Logprobs, Noise, Rollout
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS is deterministic only with one of two settings of this variable,

@@ -23,8 +23,7 @@ from dllm_rl.likelihoods.replay import as_noted, blank, routing_counts
 from dllm_rl.models.base import Policy, output_embeddings
 from dllm_rl.models.forward.float32_head import HALF
 from dllm_rl.models.forward.routing import mixtures
-from dllm_rl.quantization.experts import place
-from dllm_rl.quantization.linear import dequantized_weight
+from dllm_rl.quantization.linear import dequantized_weight, place
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
 from dllm_rl.samplers.agreement import order_agreement
 from dllm_rl.types import Noise, Prompts, Rollout, SamplingParams

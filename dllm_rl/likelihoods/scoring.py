@@ -13,12 +13,12 @@ from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.forward.routing import Routes, routed
-from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
+from dllm_rl.models.logprobs import backward_chunked, backward_token_logprobs, token_logprobs
 from dllm_rl.models.order import (
-    backward_committed,
-    backward_left,
     last_committed,
     left_logprobs,
+    score_committed,
+    score_left,
     token_logprobs_and_confidences,
 )
 from dllm_rl.types import Noise, Rollout
@@ -119,12 +119,14 @@ def backward_view(
 def _backward_order(policy: Policy, rollout: Rollout, view: "View", vector: Float[Tensor, " K"]) -> None:
     params = rollout.sampling_params
     drawn = view.plan.committed
-    of_drawn, confidences = backward_committed(policy, view.states[drawn], view.tokens[drawn], params, vector[drawn])
+    left = view.plan.left
+    run = score_committed(policy, params)
+    of_drawn, (confidences,) = backward_chunked(run, policy, vector[drawn], view.states[drawn], view.tokens[drawn])
     bounds = _bounds(rollout, view, confidences)
-    of_left = backward_left(policy, view.states[view.plan.left], *bounds, params, vector[view.plan.left])
+    of_left, _ = backward_chunked(score_left(policy, params), policy, vector[left], view.states[left], *bounds)
     if view.states.requires_grad:  # the head alone may be trained
         gradient = torch.zeros_like(view.states).index_copy(0, drawn, of_drawn)  # one backward through the backbone
-        view.states.backward(gradient.index_copy(0, view.plan.left, of_left))
+        view.states.backward(gradient.index_copy(0, left, of_left))
 
 
 def _bounds(

@@ -110,17 +110,13 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
     return max(ROWS, elements // vocabulary // ROWS * ROWS)
 
 
-def missing_rows(count: int) -> int:
-    """Rows of zeros to add to a product of `count` rows."""
-    return max(ROWS - count, -count % STEP)
-
-
 def chunked(f: Callable, *rows: Tensor, policy: Head) -> tuple[Tensor, ...]:
     """Apply `f` (rows -> tuple of per-row tensors) to chunks of `chunk_rows`."""
     size = chunk_rows(policy.vocab_size, policy.device)
     count = len(rows[0])
     # Rows of zeros fill the last chunk, so that a row's value does not depend on the number of rows.
-    if missing := missing_rows(count - (count - 1) // size * size):
+    last = count - (count - 1) // size * size
+    if missing := max(ROWS - last, -last % STEP):
         rows = tuple(torch.cat([r, r.new_zeros(missing, *r.shape[1:])]) for r in rows)
     if count <= size:
         return tuple(column[:count] for column in f(*rows))

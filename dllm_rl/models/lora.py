@@ -1,6 +1,30 @@
-"""LoRA's settings."""
+"""LoRA: settings, adapters on linear layers and on stacked experts, and their files in peft's format."""
 
-from dataclasses import dataclass
+import copy
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
+
+from dllm_rl.models.base import Policy, whole
+from dllm_rl.models.checkpoint.tensors import backwards, misfits, renamed
+from dllm_rl.models.untrusted import read_adapter
+from dllm_rl.rng import keep_mask
+
+STACKS = ("gate_up_proj", "down_proj")
+PREFIX = "base_model.model."  # peft's, of every name
+LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +73,274 @@ def lora_r16(*, r: int = 16, alpha: float = 32.0, dropout: float = 0.0, experts:
     return Lora(r=r, alpha=alpha, dropout=dropout, experts=experts)
 
 
-def lora_d1(*, r: int = 128, alpha: float = 64.0, dropout: float = 0.05) -> Lora:
-    """d1's adapters (arXiv 2504.12216): r 128, alpha 64, dropout 0.05 by default.
+class LoraLinear(nn.Module):
+    """A linear layer and its fp32 adapter; the adapter's products are in the input's dtype."""
 
-    r        rank of the adapters
-    alpha    their scale, times r
-    dropout  share of the adapters' inputs that is dropped, in differentiated forwards only
+    def __init__(self, base_layer: nn.Linear, lora: Lora, generator: Generator) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora = lora
+        self.active = True
+        self.calls = 0  # of dropout: a mask depends on (seed, calls) alone, so that recomputed blocks repeat it
+        self.seed = int(torch.randint(2**40, (), generator=generator))
+        device = base_layer.weight.device
+        # Drawn on the host, so that every device starts from the same numbers.
+        a = (torch.rand(lora.r, base_layer.in_features, generator=generator) * 2 - 1) * base_layer.in_features**-0.5
+        self.lora_A = linear_of(a.to(device), None).requires_grad_()
+        self.lora_B = linear_of(torch.zeros(base_layer.out_features, lora.r, device=device), None).requires_grad_()
+
+    def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
+        out = self.base_layer(x)
+        if not self.active:
+            return out
+        small = F.linear(self.dropped(x), self.lora_A.weight.to(x.dtype))
+        added = F.linear(small, self.lora_B.weight.to(x.dtype)) * (self.lora.alpha / self.lora.r)
+        return (out + added).to(out.dtype)
+
+    def dropped(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... I"]:
+        if not self.lora.dropout or not torch.is_grad_enabled():  # policies stay in eval mode: train() tells nothing
+            return x
+        self.calls += 1
+        keep = keep_mask(x.shape, seed=self.seed, step=self.calls, drop=self.lora.dropout, device=x.device)
+        return x * keep / (1 - self.lora.dropout)
+
+    def merged(self) -> Float[Tensor, "O I"]:
+        """W + (alpha / r) B A, summed in fp32 and rounded once to W's dtype; differentiable in A and B."""
+        weight = plain_weight(self.base_layer)
+        added = whole(self.lora_B.weight).float() @ whole(self.lora_A.weight).float()
+        return (weight.float() + added * (self.lora.alpha / self.lora.r)).to(weight.dtype)
+
+
+class LoraExperts(nn.Module):
+    """A stock module of experts with a pair of fp32 adapters for every expert of both stacks. A forward merges them for
+    the stock grouped product; without gradient checkpointing it keeps the merged copy."""
+
+    base_layer: Any
+
+    def __init__(self, base_layer: nn.Module, lora: Lora, generator: Generator) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora = lora
+        self.active = True
+        self.calls = 0  # of dropout, which experts do not have; saved with the adapters
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        for name in STACKS:
+            weight = getattr(base_layer, name)
+            experts, outputs, inputs = weight.shape
+            a = (torch.rand(experts, lora.r, inputs, generator=generator) * 2 - 1) * inputs**-0.5
+            self.lora_A[name] = nn.Parameter(a.to(weight.device))
+            self.lora_B[name] = nn.Parameter(torch.zeros(experts, outputs, lora.r, device=weight.device))
+
+    def forward(self, *args: Any) -> Tensor:
+        if not self.active:
+            return self.base_layer(*args)
+        return functional_call(self.base_layer, {name: self.merged(name) for name in STACKS}, args)
+
+    def merged(self, name: str) -> Float[Tensor, "E O I"]:
+        """W + (alpha / r) B A per expert, summed in fp32 and rounded once to W's dtype; differentiable in A and B."""
+        weight = whole(getattr(self.base_layer, name).detach())
+        added = whole(self.lora_B[name]).float() @ whole(self.lora_A[name]).float()
+        return (weight.float() + added * (self.lora.alpha / self.lora.r)).to(weight.dtype)
+
+    @torch.no_grad()
+    def plain(self, memo: dict[int, Any]) -> nn.Module:
+        """The stock module with the adapters merged; `memo` is deepcopy's."""
+        stacks = {id(getattr(self.base_layer, name)): nn.Parameter(self.merged(name), False) for name in STACKS}
+        return copy.deepcopy(self.base_layer, memo | stacks)
+
+    def saved(self) -> dict[str, Tensor]:
+        """The adapters as peft names them: its wrapper of the second stack contains its wrapper of the first."""
+        found = {}
+        for place, name in zip((".base_layer", ""), STACKS, strict=True):
+            found[f"{place}.lora_A.weight"] = self.lora_A[name].detach().flatten(0, 1)  # (E r, in)
+            found[f"{place}.lora_B.weight"] = self.lora_B[name].detach().permute(1, 2, 0).flatten(1)  # (out, r E)
+        return found
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Copy tensors in that `saved` returned."""
+        for place, name in zip((".base_layer", ""), STACKS, strict=True):
+            self.lora_A[name].copy_(state[f"{place}.lora_A.weight"].view_as(self.lora_A[name]))
+            stacked = state[f"{place}.lora_B.weight"].unflatten(1, (self.lora.r, -1))  # (out, r, E)
+            self.lora_B[name].copy_(stacked.permute(2, 0, 1))
+
+
+def add_lora(policy: Policy, lora: Lora) -> None:
+    """Put adapters on the policy's module, in place; freeze everything else and free its gradients.
+
+    Raises ValueError without a layer of a target name, without stacked experts to adapt, or on existing adapters.
     """
-    return Lora(r=r, alpha=alpha, dropout=dropout)
+    module = policy.module
+    names = lora.targets or policy.spec.lora_targets
+    if adapted_layers(module):
+        raise ValueError("lora: the policy has adapters already; merge them first (merge_lora)")
+    chosen = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear) and is_target(path, names)]
+    if not chosen:
+        raise ValueError(f"lora.targets={names} names no linear layer in a block of the module; name other layers")
+    stacks = [path for path, layer in module.named_modules() if is_stacked(layer)] if lora.experts else []
+    if lora.experts and not stacks:
+        raise ValueError(f"lora.experts=True, but {type(module).__name__} has no stacked experts; leave it out")
+    module.requires_grad_(False)
+    module.zero_grad(set_to_none=True)  # old gradients would take memory and count in clipping
+    generator = Generator().manual_seed(lora.seed)
+    for paths, adapted in ((chosen, LoraLinear), (stacks, LoraExperts)):
+        for path in paths:
+            module.set_submodule(path, adapted(module.get_submodule(path), lora, generator))
+    policy.lora = lora
+
+
+def is_target(path: str, names: Sequence[str]) -> bool:
+    """Whether a layer is named by its full path, or, inside a block, by its last name."""
+    return path in names or (re.search(r"\.\d+\.", path) is not None and path.rpartition(".")[2] in names)
+
+
+def adapted_layers(module: nn.Module) -> dict[str, LoraLinear | LoraExperts]:
+    """The layers that carry adapters, by name."""
+    return {path: layer for path, layer in module.named_modules() if isinstance(layer, LoraLinear | LoraExperts)}
+
+
+@contextmanager
+def disable_adapters(module: nn.Module) -> Iterator[None]:
+    """Run the block without adapters."""
+    layers = adapted_layers(module).values()
+    before = [layer.active for layer in layers]  # an outer block may have disabled some already
+    for layer in layers:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.active = was
+
+
+def without_adapters(policy: Policy) -> Policy:
+    """The reference that RL started from: a policy on the same weights without adapters. Raises ValueError without any
+    adapters, for then training would change the reference."""
+    if not adapted_layers(policy.module):
+        raise ValueError("the policy has no adapters to leave out; keep a copy of it as the reference")
+    spec = policy.spec
+    reference = copy.copy(policy)
+    reference.spec = replace(spec, encode=partial(_without, spec.encode), head=partial(_without, spec.head))
+    return reference
+
+
+def _without(f: Callable[..., Tensor], module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    with disable_adapters(module):
+        return f(module, *args, **kwargs)
+
+
+def linear_of(weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None) -> nn.Linear:
+    """A layer of these tensors, not copied; the weight is frozen."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")  # meta: draws no random weights
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = cast(Any, bias)
+    return layer
+
+
+def is_bitsandbytes(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and type(layer.weight).__module__.startswith("bitsandbytes")
+
+
+@torch.no_grad()
+def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
+    """A linear layer's weight: dequantised from bitsandbytes, gathered if sharded."""
+    if not is_bitsandbytes(layer):
+        return whole(layer.weight.detach())
+    weight: Any = layer.weight
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit  # an optional dependency
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    # An 8-bit layer moves its rows and scales (absolute maxima, 127 steps) to `state` at its first forward.
+    kept: Any = layer.state if weight.SCB is None else weight
+    return kept.CB * (kept.SCB.float() / 127)[:, None]
+
+
+def is_stacked(layer: nn.Module) -> bool:
+    """Whether a module, adapted or not, stores gated experts without biases as two stacks (E, out, in)."""
+    layer = getattr(layer, "base_layer", layer)
+    for name in STACKS:
+        stack = getattr(layer, name, None)
+        if not isinstance(stack, nn.Parameter) or stack.dim() != 3:
+            return False
+    return (
+        len(list(layer.parameters(recurse=False))) == len(STACKS)
+        and isinstance(getattr(layer, "act_fn", None), nn.Module)
+        and all(getattr(layer, name, value) == value for name, value in LAYOUT.items())
+    )
+
+
+def adapter_state(policy: Policy) -> dict[str, Tensor]:
+    """The adapters' tensors under peft's names, built from the authors' module names."""
+    out: dict[str, Tensor] = {}
+    for path, layer in adapted_layers(policy.module).items():
+        if isinstance(layer, LoraExperts):  # a stock class's own names: the authors have no stacks
+            for name, tensor in layer.saved().items():
+                out[f"{PREFIX}{path}{name}"] = tensor
+            continue
+        stem = renamed(f"{path}.weight", backwards(policy.spec)).removesuffix(".weight")
+        for part in ("lora_A", "lora_B"):
+            out[f"{PREFIX}{stem}.{part}.weight"] = getattr(layer, part).weight.detach()
+    return out
+
+
+def save_adapter(policy: Policy, directory: str | Path) -> None:
+    """Write the adapters as peft's adapter_model.safetensors and adapter_config.json. Raises ValueError without any."""
+    lora = policy.lora
+    if lora is None:
+        raise ValueError(f"{type(policy.module).__name__} has no adapters; save_pretrained writes its weights")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = adapter_state(policy)
+    calls = next(iter(adapted_layers(policy.module).values())).calls  # layers count dropout masks alike
+    metadata = {"format": "pt", "seed": str(lora.seed), "dropout_calls": str(calls)}
+    stored = {name: tensor.cpu().clone() for name, tensor in state.items()}
+    save_file(stored, directory / "adapter_model.safetensors", metadata)
+    linear, experts = _paths(state)
+    config = {
+        "peft_type": "LORA",
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": "none",
+        "target_modules": linear,
+        **({"target_parameters": [f"{path}.{name}" for path in experts for name in STACKS]} if experts else {}),
+        "base_model_name_or_path": policy.spec.source,
+        "inference_mode": True,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(policy: Policy, directory: str | Path) -> None:
+    """Put saved adapters, ours or peft's, on the policy, in place. Raises ValueError on a method other than plain LoRA,
+    or on tensors that do not fit the module."""
+    directory = Path(directory)
+    config, state, metadata = read_adapter(directory)
+    plain: dict[str, Any] = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none"}
+    plain |= {"modules_to_save": None, "rank_pattern": {}}
+    for field, value in plain.items():
+        if config.get(field) not in (value, None):
+            raise ValueError(f"{directory}: {field}={config[field]!r} is not supported; only {field}={value!r} is")
+    linear, experts = _paths(state)
+    paths = tuple(sorted(renamed(f"{stem}.weight", policy.spec.names).removesuffix(".weight") for stem in linear))
+    settings = {"r": config["r"], "alpha": config["lora_alpha"], "dropout": config["lora_dropout"]}
+    # peft's files have no seed: it matters for dropout alone, since A and B are overwritten.
+    add_lora(policy, Lora(**settings, targets=paths, experts=bool(experts), seed=int(metadata.get("seed", 0))))
+    have = adapter_state(policy)
+    if odd := misfits(state, have):
+        kind = type(policy.module).__name__
+        raise ValueError(f"{directory}: adapter tensors {odd[:3]} do not fit {kind}; give their own base")
+    for name, tensor in state.items():
+        have[name].copy_(tensor)
+    for path, layer in adapted_layers(policy.module).items():
+        layer.calls = int(metadata.get("dropout_calls", 0))
+        if isinstance(layer, LoraExperts):
+            layer.load({part: state[f"{PREFIX}{path}{part}"] for part in layer.saved()})
+
+
+def _paths(state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Paths of linear layers, and of experts: two parameters of one module, which peft wraps one inside the other."""
+    stems = {name.split(".lora_")[0].removeprefix(PREFIX) for name in state}
+    experts = sorted(stem for stem in stems if f"{stem}.base_layer" in stems)
+    return sorted(stems - {f"{path}{part}" for path in experts for part in ("", ".base_layer")}), experts

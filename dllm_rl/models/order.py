@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.logprobs import TokenLogprob, backward_chunked, chunked, process, wide
+from dllm_rl.models.logprobs import TokenLogprob, chunked, process, wide
 from dllm_rl.types import SamplingParams
 
 LEAST = -20.0  # nats; an order that a policy cannot choose has this log-prob and no gradient, as log-ratios are clamped
@@ -35,12 +35,13 @@ def last_committed(
 
 
 def confidence_normalizer(
-    logits: Float[Tensor, "K V"], drawn: Float[Tensor, "K V"], sampling_params: SamplingParams, mask_id: int
+    logits: Float[Tensor, "K V"], drawn: Float[Tensor, "K V"], sampling_params: SamplingParams, mask_id: int | None
 ) -> Float[Tensor, " K"]:
     """The log-sum-exp of the untempered logits without suppressed ids but with the mask token; confidence subtracts it.
 
     drawn  `process(logits, sampling_params)`; without temperature and filters its sum equals the sampler's to the bit.
     """
+    assert mask_id is not None, "a diffusion model has a mask token"
     if sampling_params.temperature in (0, 1) and not sampling_params.filters:
         return drawn.logsumexp(-1).logaddexp(wide(logits[:, mask_id]))
     # The confidence is the model's own: neither tempered nor filtered, and the mask token takes its share.
@@ -68,14 +69,15 @@ class _LeftLogprob(torch.autograd.Function):
         return out.mul_(gradient[:, None]).masked_fill_(~possible[:, None], 0), None  # an impossible row may be NaN
 
 
-def _left(policy: Policy, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor]]:
-    mask_id = _mask_id(policy)
+def score_left(policy: Policy, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor]]:
+    """`left_logprobs` of one chunk of rows, for `backward_chunked` too."""
 
     def one(h: Tensor, lowest: Tensor, behind: Tensor) -> tuple[Tensor]:
         logits = policy.head(h)
         drawn = process(logits, sampling_params)
         with torch.no_grad():  # the gradient goes through F_j and not through its bound c [ours: docs/order.md]
-            confidences = wide(logits) - confidence_normalizer(logits, drawn, sampling_params, mask_id)[:, None]
+            normalizer = confidence_normalizer(logits, drawn, sampling_params, policy.spec.mask_id)
+            confidences = wide(logits) - normalizer[:, None]
             inside = confidences < lowest[:, None]
             inside |= behind[:, None] & (confidences == lowest[:, None])
         return (_LeftLogprob.apply(drawn, inside),)
@@ -94,54 +96,25 @@ def left_logprobs(
 
     lowest  c, the lowest committed confidence; behind: the position is to the right of the one that set c.
     """
-    return chunked(_left(policy, sampling_params), hidden, lowest, behind, policy=policy)[0]
+    return chunked(score_left(policy, sampling_params), hidden, lowest, behind, policy=policy)[0]
 
 
 def token_logprobs_and_confidences(
     policy: Policy, hidden: Float[Tensor, "K D"], tokens: Int[Tensor, " K"], sampling_params: SamplingParams
 ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
     """log p(tokens_k) under the sampled distribution, and their confidence without a gradient; both in nats."""
-    return chunked(_committed(policy, sampling_params), hidden, tokens, policy=policy)  # type: ignore[return-value]
+    return chunked(score_committed(policy, sampling_params), hidden, tokens, policy=policy)  # type: ignore[return-value]
 
 
-def _committed(policy: Policy, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor, Tensor]]:
-    mask_id = _mask_id(policy)
+def score_committed(policy: Policy, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`token_logprobs_and_confidences` of one chunk of rows, for `backward_chunked` too."""
 
     def one(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = policy.head(h)
         drawn = process(logits, sampling_params, y)
         with torch.no_grad():
-            normalizer = confidence_normalizer(logits, drawn, sampling_params, mask_id)
+            normalizer = confidence_normalizer(logits, drawn, sampling_params, policy.spec.mask_id)
             confidence = wide(logits).gather(-1, y[:, None])[:, 0] - normalizer
         return TokenLogprob.apply(drawn, y), confidence
 
     return one
-
-
-def backward_committed(
-    policy: Policy,
-    hidden: Float[Tensor, "K D"],
-    tokens: Int[Tensor, " K"],
-    sampling_params: SamplingParams,
-    vector: Float[Tensor, " K"],
-) -> tuple[Float[Tensor, "K D"], Float[Tensor, " K"]]:
-    """The gradient of the log-probs with respect to the states, and the confidences; adds the head's own gradients."""
-    gradients, confidences = backward_chunked(_committed(policy, sampling_params), policy, vector, hidden, tokens)
-    return gradients, confidences[0]
-
-
-def backward_left(
-    policy: Policy,
-    hidden: Float[Tensor, "K D"],
-    lowest: Float[Tensor, " K"],
-    behind: Bool[Tensor, " K"],
-    sampling_params: SamplingParams,
-    vector: Float[Tensor, " K"],
-) -> Float[Tensor, "K D"]:
-    """The gradient of `left_logprobs` with respect to the states; adds the head's own gradients."""
-    return backward_chunked(_left(policy, sampling_params), policy, vector, hidden, lowest, behind)[0]
-
-
-def _mask_id(policy: Policy) -> int:
-    assert policy.spec.mask_id is not None, "a diffusion model has a mask token"
-    return policy.spec.mask_id

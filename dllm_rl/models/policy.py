@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.manifest import Check, verify_if_there
-from dllm_rl.models.adapters.linear import add_lora, without_adapters
 from dllm_rl.models.base import FamilySpec, Mask, Module, Policy, States, Tokens, position_ids
 from dllm_rl.models.checkpoint.loading import (
     check_finite,
@@ -20,12 +19,14 @@ from dllm_rl.models.checkpoint.loading import (
     named,
     save_module,
 )
-from dllm_rl.models.checkpoint.module_tensors import load_tensors
+from dllm_rl.models.checkpoint.tensors import misfits, read_tensors
+from dllm_rl.models.forward.blocks import recomputed_blocks
 from dllm_rl.models.forward.float32_head import head_in_float32
-from dllm_rl.models.forward.recompute import recomputed_blocks
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora import Lora, add_lora, without_adapters
+from dllm_rl.models.merge import own_tensors
+from dllm_rl.models.untrusted import check_regular
 
-Moved = TypeVar("Moved", bound="_Backbone")
+Moved = TypeVar("Moved", bound="_Backbone")  # beartype refuses typing.Self
 
 
 class _Backbone:
@@ -177,20 +178,27 @@ def load_policy(
     return policy
 
 
+@torch.no_grad()
 def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Check = "full") -> None:
     """Copy the tensors that `save_pretrained` wrote into a policy's custom module. Raises ValueError on other names or
     shapes, or on a file that differs from the manifest; verify_checkpoint: as for `load_policy`."""
     verify_if_there(Path(directory), verify_checkpoint)
-    load_tensors(policy.module, Path(directory))
+    check_regular(Path(directory))
+    state = read_tensors(Path(directory))
+    own = own_tensors(policy.module)
+    if odd := misfits(state, own):
+        name = type(policy.module).__name__
+        raise ValueError(f"{directory}: tensors {odd[:3]} do not fit {name}; make the module that they were saved from")
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
 
 
 def check_spec(module: Module, spec: FamilySpec) -> None:
     """Raise ValueError on a spec without a needed field, or with ids outside the vocabulary."""
     size = spec.vocab_size or getattr(getattr(module, "config", None), "vocab_size", None)
     if size is None:
-        raise ValueError(
-            f"vocab_size=None of the spec {spec.name!r}, and {type(module).__name__} has no config: set it"
-        )
+        kind = type(module).__name__
+        raise ValueError(f"vocab_size=None of the spec {spec.name!r}, and {kind} has no config: set it")
     if spec.attention != "causal" and spec.mask_id is None:
         raise ValueError(f"mask_id=None of the spec {spec.name!r}, whose attention is {spec.attention!r}: set it")
     if not spec.eos_ids:
@@ -225,3 +233,34 @@ def first_moves(policy: _Backbone, position: int) -> bool:
     tokens[1, -1] = (tokens[0, -1] + 1) % size
     first = policy.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 0].float()
     return not torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-6)  # a batch's rows may round differently
+
+
+def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32) -> DiffusionPolicy:
+    """A masked-diffusion policy with the weights of a causal checkpoint, to be trained further by a warm-up.
+
+    dtype  of the weights
+
+    The head stays shifted, as in Dream: the state at t-1 predicts position t. The mask token's embedding starts as the
+    mean of all others. `save_pretrained` writes a stock folder for `load_policy`. Raises ValueError for other models.
+    """
+    policy = load_policy(path_or_id, dtype=dtype)
+    module = policy.module
+    tokenizer = policy.tokenizer
+    if policy.spec.attention != "causal":
+        raise ValueError(f"{path_or_id} is a diffusion model already ({type(module).__name__}); use it as it is")
+    old = module.config.vocab_size
+    if tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+    mask_id = tokenizer.mask_token_id
+    if mask_id >= old:  # many vocabularies are padded, and have a row for it already
+        with torch.random.fork_rng(devices=[]):  # transformers fills new rows from the global RNG
+            module.resize_token_embeddings(mask_id + 1, mean_resizing=False)
+    with torch.no_grad():
+        for table in (module.get_input_embeddings(), module.get_output_embeddings()):  # tied tables get the same row
+            table.weight[min(old, mask_id) :] = table.weight[: min(old, mask_id)].mean(0)
+    module.config.is_causal = False
+    module.config.shifted_head = True  # so that `find_family` knows a saved copy
+    module.config.mask_token_id = mask_id
+    converted = make_policy(module, tokenizer)
+    assert isinstance(converted, DiffusionPolicy), "its config says so"
+    return converted

@@ -18,7 +18,6 @@ from transformers import (
     RobertaPreLayerNormForMaskedLM,
 )
 
-from dllm_rl.models.base import Module
 from dllm_rl.models.policy import AutoregressivePolicy, DiffusionPolicy, make_policy
 
 PAD = "<pad>"
@@ -36,25 +35,6 @@ def char_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, mask_token=MASK, eos_token=EOS, clean_up_tokenization_spaces=False
     )
-
-
-@torch.no_grad()
-def initialise(module: Module, generator: Generator, *, embedding_std: float, head_std: float, gain: float) -> None:
-    """Draw every weight again: embeddings and head with the given std, other matrices with gain / sqrt(fan_in)."""
-    # With the classes' default (std 0.02 everywhere) a model of this size learns no Sudoku grid in minutes.
-    head = module.get_output_embeddings()
-    for layer in module.modules():
-        if isinstance(layer, nn.Embedding):
-            layer.weight.normal_(0, embedding_std, generator=generator)
-        elif isinstance(layer, nn.Linear):
-            std = head_std if layer is head else gain / math.sqrt(layer.in_features)
-            layer.weight.normal_(0, std, generator=generator)
-            if layer.bias is not None:
-                layer.bias.zero_()
-        else:  # routers, and experts in stacks
-            for weight in layer.parameters(recurse=False):
-                if weight.dim() > 1:
-                    weight.normal_(0, gain / math.sqrt(weight.shape[-1]), generator=generator)
 
 
 def tiny_masked_lm(
@@ -98,8 +78,7 @@ def tiny_masked_lm(
         eos_token_id=tokenizer.eos_token_id,
         **dict[str, Any](mask_token_id=tokenizer.mask_token_id),
     )
-    scales = {"embedding_std": embedding_std, "head_std": head_std, "gain": gain}
-    return _made(RobertaPreLayerNormForMaskedLM, config, tokenizer, seed=seed, **scales)
+    return _made(RobertaPreLayerNormForMaskedLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
 
 def tiny_llama(
@@ -132,10 +111,8 @@ def tiny_llama(
     """
     tokenizer = char_tokenizer(characters)
     fields = _decoder_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
-    fields["rope_theta"] = rope_theta
-    config = LlamaConfig(**fields, intermediate_size=intermediate_size)
-    scales = {"embedding_std": embedding_std, "head_std": head_std, "gain": gain}
-    return _made(LlamaForCausalLM, config, tokenizer, seed=seed, **scales)
+    config = LlamaConfig(**fields, rope_theta=rope_theta, intermediate_size=intermediate_size)
+    return _made(LlamaForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
 
 def tiny_moe(
@@ -181,8 +158,7 @@ def tiny_moe(
         num_experts_per_tok=num_experts_per_tok,
         norm_topk_prob=True,
     )
-    scales = {"embedding_std": embedding_std, "head_std": head_std, "gain": gain}
-    return _made(Qwen3MoeForCausalLM, config, tokenizer, seed=seed, **scales)
+    return _made(Qwen3MoeForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
 
 def _decoder_fields(
@@ -204,12 +180,28 @@ def _decoder_fields(
     }
 
 
+@torch.no_grad()
 def _made(
-    make: Callable, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int, **scales: float
+    make: Callable, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, seed: int, *scales: float
 ) -> Any:
-    """The policy of a module that `make` builds, with `initialise`'s scales."""
+    """The policy of a module with random weights: matrices within blocks have the std gain / sqrt(fan_in)."""
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global RNG
         module = make(config)
     module.config.architectures = [type(module).__name__]  # by which load_policy finds a saved copy's family
-    initialise(module, Generator().manual_seed(seed), **scales)
+    generator = Generator().manual_seed(seed)
+    embedding_std, head_std, gain = scales
+    # With the classes' default (std 0.02 everywhere) a model of this size learns no Sudoku grid in minutes.
+    head = module.get_output_embeddings()
+    for layer in module.modules():
+        if isinstance(layer, nn.Embedding):
+            layer.weight.normal_(0, embedding_std, generator=generator)
+        elif isinstance(layer, nn.Linear):
+            std = head_std if layer is head else gain / math.sqrt(layer.in_features)
+            layer.weight.normal_(0, std, generator=generator)
+            if layer.bias is not None:
+                layer.bias.zero_()
+        else:  # routers, and experts in stacks
+            for weight in layer.parameters(recurse=False):
+                if weight.dim() > 1:
+                    weight.normal_(0, gain / math.sqrt(weight.shape[-1]), generator=generator)
     return make_policy(module, tokenizer)

@@ -17,8 +17,7 @@ from dllm_rl.types import Prompts, Rollout
 def encode(
     policy: Policy, problems: Sequence[Problem], *, group_size: int = 1, seeds: Sequence[int] | None = None
 ) -> Prompts:
-    """Tokenise prompts: chat messages through the tokenizer's template, text without added special tokens. Blanks
-    become open positions."""
+    """Tokenise prompts: chat through the tokenizer's template, text without special tokens; blanks are left open."""
     found = [ids_and_blanks(policy, problem.prompt, problem.blank) for problem in problems]
     ids, blanks = zip(*found, strict=True) if found else ((), ())
     return Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group_size, seeds=seeds, open_positions=blanks)

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_rl.models.adapters.experts import STACKS, LoraExperts
-from dllm_rl.models.adapters.linear import LoraLinear
-from dllm_rl.models.adapters.merge import merged_tensor
 from dllm_rl.models.base import Module, Policy
-from dllm_rl.models.lora import check_mergeable
-from dllm_rl.quantization.experts import Experts, mixture
+from dllm_rl.models.lora import STACKS, LoraExperts, LoraLinear, check_mergeable
+from dllm_rl.models.merge import merged_tensor
 from dllm_rl.quantization.linear import (
+    Experts,
     check_finite,
     dequantized_input,
     dequantized_weight,
     is_quantized,
+    mixture,
     quantized_forward,
     write_count,
 )
@@ -34,7 +33,7 @@ class StraightThrough(torch.autograd.Function):
     """A rollout layer's product, differentiated as if quantisation were the identity."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Linear) -> Tensor:
+    def forward(ctx: Any, layer: nn.Linear, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         y, seen = quantized_forward(layer, x, bias)
         ctx.save_for_backward(*seen)
         ctx.layer = layer
@@ -42,22 +41,17 @@ class StraightThrough(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None]:
         if write_count(ctx.layer) != ctx.version:
             raise RuntimeError("rollout weights changed between a forward and its backward: sync after the backward")
         dx = dw = db = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[3]:
             dx = dy @ dequantized_weight(ctx.layer).to(dy.dtype)
         if ctx.needs_input_grad[1]:
             dw = dy.flatten(0, -2).T @ dequantized_input(ctx.layer, *ctx.saved_tensors).to(dy.dtype).flatten(0, -2)
         if ctx.needs_input_grad[2]:
             db = dy.flatten(0, -2).sum(0)
-        return dx, dw, db, None
-
-
-def straight_through(x: Tensor, *, weight: Tensor, layer: nn.Linear) -> Tensor:
-    """A rollout layer's product without a bias, differentiated with respect to the input and `weight`."""
-    return StraightThrough.apply(x, weight, None, layer)
+        return None, dw, db, dx
 
 
 class _AlignedLinear:
@@ -75,16 +69,15 @@ class _AlignedLinear:
     def versions(self) -> list[int]:
         return [parameter._version for parameter in self.held]
 
-    def follow(self) -> None:
-        """Quantise again if the learner's weights have changed."""
-        if self.versions() != self.seen:
-            self.refresh()
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         if not getattr(self.source, "active", True):  # the reference runs without adapters
-            return type(self.source).forward(self.source, x)
-        self.follow()
-        return StraightThrough.apply(x, merged_tensor(self.source, "weight"), self.base.bias, self.target)
+            return type(self.source).forward(self.source, *inputs)
+        if self.versions() != self.seen:  # the learner's weights have changed
+            self.refresh()
+        return self.product(*inputs)
+
+    def product(self, *inputs: Tensor) -> Tensor:
+        return StraightThrough.apply(self.target, merged_tensor(self.source, "weight"), self.base.bias, *inputs)
 
     def refresh(self) -> None:
         check_finite({part: fine for part, _, fine in requantize(self.name, self.source, self.rollout_module)})
@@ -94,15 +87,12 @@ class _AlignedLinear:
 class _AlignedExperts(_AlignedLinear):
     """The operands of experts that the learner stores in stacks."""
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
-        if not getattr(self.source, "active", True):
-            return type(self.source).forward(self.source, hidden_states, top_k_index, top_k_weights)
-        self.follow()
+    def product(self, *inputs: Tensor) -> Tensor:
         products = {}
         for stack in STACKS:
-            pairs = zip(merged_tensor(self.source, stack).unbind(), getattr(self.target, stack), strict=True)
-            products[stack] = [partial(straight_through, weight=weight, layer=layer) for weight, layer in pairs]
-        return mixture(hidden_states, top_k_index, top_k_weights, **products, act_fn=self.target.act_fn)
+            pairs = zip(getattr(self.target, stack), merged_tensor(self.source, stack).unbind(), strict=True)
+            products[stack] = [partial(StraightThrough.apply, layer, weight, None) for layer, weight in pairs]
+        return mixture(*inputs, **products, act_fn=self.target.act_fn)
 
 
 @contextmanager

@@ -1,10 +1,12 @@
-"""One quantised linear layer: quantise, refresh in place, multiply, dequantise."""
+"""One quantised linear layer: quantise, refresh in place, multiply, dequantise; and experts made of such layers."""
 
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torchao.float8.inference import Float8MMConfig
 from torchao.quantization import (
@@ -17,8 +19,8 @@ from torchao.quantization import (
 from torchao.quantization.quantize_.common import _choose_quant_func_and_quantize_tensor
 from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8Tensor, QuantizeTensorToFloat8Kwargs
 
-from dllm_rl.models.adapters.linear import linear_of
-from dllm_rl.quantization.fake import TINY, EmulatedLinear, FakeQuantize, Float8DynamicEmulated, Scheme
+from dllm_rl.models.lora import STACKS, linear_of
+from dllm_rl.quantization.schemes import TINY, EmulatedLinear, FakeQuantize, Float8DynamicEmulated, Scheme
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -51,14 +53,8 @@ def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]
     row becomes zeros with the smallest scale."""
     if isinstance(config, Float8DynamicEmulated):
         inputs = QuantizeTensorToFloat8Kwargs(torch.float8_e4m3fn, PerRow(), hp_value_lb=TINY)
-        packed = Float8Tensor.from_hp(
-            weight,
-            torch.float8_e4m3fn,
-            PerRow(),
-            hp_value_lb=TINY,
-            mm_config=Float8MMConfig(use_fast_accum=False),
-            act_quant_kwargs=inputs,
-        )
+        settings = {"mm_config": Float8MMConfig(use_fast_accum=False), "act_quant_kwargs": inputs}
+        packed = Float8Tensor.from_hp(weight, torch.float8_e4m3fn, PerRow(), hp_value_lb=TINY, **settings)
     elif isinstance(config, Float8WeightOnlyConfig):
         # The same as quantize_ for this config in a third of the time.
         granularity = getattr(config, "granularity", PerRow())  # torchao 0.14 has no such field
@@ -188,3 +184,49 @@ def stored_bytes(tensor: Any) -> int:
     if not is_packed(tensor):
         return tensor.nbytes
     return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])
+
+
+class Experts(nn.Module):
+    """The experts of one layer, instead of a stock module of two stacks: gate_up_proj (E, 2I, D), down_proj (E, D, I).
+
+    Quantised tensors are two-dimensional with their own kernels, so a copy multiplies expert by expert.
+    """
+
+    def __init__(self, gate_up_proj: list[nn.Linear], down_proj: list[nn.Linear], act_fn: nn.Module) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.ModuleList(gate_up_proj)
+        self.down_proj = nn.ModuleList(down_proj)
+        self.act_fn = act_fn
+
+    @torch.compiler.disable  # only the host knows an expert's number of rows, which differs per step
+    def forward(self, *inputs: Tensor) -> Float[Tensor, "S D"]:
+        return mixture(*inputs, list(self.gate_up_proj), list(self.down_proj), act_fn=self.act_fn)
+
+
+def mixture(
+    hidden_states: Float[Tensor, "S D"],
+    top_k_index: Int[Tensor, "S K"],
+    top_k_weights: Float[Tensor, "S K"],
+    gate_up_proj: Sequence[Callable[[Tensor], Tensor]],
+    down_proj: Sequence[Callable[[Tensor], Tensor]],
+    *,
+    act_fn: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "S D"]:
+    """sum_k weight_k down_e(act(gate_e(x)) * up_e(x)), e = index_k, as a stock mixture."""
+    chosen = top_k_index.flatten()
+    order = chosen.argsort(stable=True)
+    counts = chosen.bincount(minlength=len(gate_up_proj)).tolist()  # the only wait for the device
+    parts = []
+    for expert, rows in enumerate(hidden_states[order // top_k_index.shape[1]].split(counts)):
+        if len(rows):
+            gate, up = gate_up_proj[expert](rows).chunk(2, dim=-1)
+            parts.append(down_proj[expert](act_fn(gate) * up))
+    weighted = torch.cat(parts) * top_k_weights.flatten()[order][:, None]
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return weighted[back].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
+
+
+def place(name: str) -> tuple[str, int | None]:
+    """A quantised layer's place in a plain module: the parameter's name, and the expert in a stack."""
+    stacked = re.fullmatch(rf"(.*\.(?:{'|'.join(STACKS)}))\.(\d+)", name)
+    return (stacked[1], int(stacked[2])) if stacked else (f"{name}.weight", None)

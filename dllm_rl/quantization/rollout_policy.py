@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_rl.models.adapters.experts import STACKS, is_stacked
-from dllm_rl.models.adapters.linear import LoraLinear, linear_of
-from dllm_rl.models.adapters.merge import forget_quantizer, has_extras, merged_state, merged_tensor, plain_layers
 from dllm_rl.models.base import Module, Policy, whole
-from dllm_rl.quantization.experts import Experts
-from dllm_rl.quantization.fake import EmulatedLinear, Scheme
+from dllm_rl.models.lora import STACKS, LoraLinear, is_stacked, linear_of
+from dllm_rl.models.merge import forget_quantizer, has_extras, merged_state, merged_tensor, plain_layers
 from dllm_rl.quantization.linear import (
     Changes,
+    Experts,
     Finite,
     check_finite,
     is_quantized,
@@ -26,7 +24,7 @@ from dllm_rl.quantization.linear import (
     stored_bytes,
     unsupported_reason,
 )
-from dllm_rl.quantization.schemes import check_scheme
+from dllm_rl.quantization.schemes import EmulatedLinear, Scheme, check_scheme
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +80,6 @@ def quantized_copy(
     finite: Finite = {}
     for name, scheme in schemes.items():
         layer = layers.get_submodule(name)
-        replacement = experts_replacement if is_stacked(layer) else linear_replacement
         entry, fine = replacement(name, layer, module.get_submodule(name), scheme, dtype, memo)
         memo |= entry
         finite |= fine
@@ -130,32 +127,27 @@ def copies(module: Module, layers: Module, dtype: torch.dtype | None, *, without
     return memo
 
 
-def linear_replacement(
-    name: str, layer: Any, held: nn.Module, config: Scheme, dtype: torch.dtype | None, memo: dict[int, Any]
+def replacement(
+    name: str, layer: Any, held: Any, config: Scheme, dtype: torch.dtype | None, memo: dict[int, Any]
 ) -> tuple[dict[int, Any], Finite]:
-    """deepcopy's entry for a linear layer, adapted or not, and whether its weight is finite; `held` has the weights."""
+    """deepcopy's entry for a layer, adapted or not, and which weights are finite; `held` has the weights."""
+    finite: Finite = {}
+    if is_stacked(layer):
+        if config is None:
+            return {id(layer): held.plain(memo).to(dtype)}, {}
+        stacks: dict[str, list[nn.Linear]] = {stack: [] for stack in STACKS}
+        for part, weight in rollout_weights(name, held, dtype):
+            new, finite[part] = quantized_linear(weight, None, config)
+            stacks[part.split(".")[-2]].append(new)
+        return {id(layer): Experts(**stacks, act_fn=getattr(held, "base_layer", held).act_fn)}, finite
     [(_, weight)] = rollout_weights(name, held, dtype)
     bias = copy.deepcopy(getattr(layer, "base_layer", layer).bias, memo)
     if config is None:
         return {id(layer): linear_of(weight, bias)}, {}
-    new, finite = quantized_linear(weight, bias, config)
+    new, finite[name] = quantized_linear(weight, bias, config)
     if has_extras(layer) or isinstance(new, EmulatedLinear):
-        return {id(layer): new}, {name: finite}
-    return {id(layer.weight): new.weight}, {name: finite}  # the weight alone, so that the layer keeps its class
-
-
-def experts_replacement(
-    name: str, layer: nn.Module, held: Any, config: Scheme, dtype: torch.dtype | None, memo: dict[int, Any]
-) -> tuple[dict[int, Any], Finite]:
-    """The same for stacked experts, each of which becomes a linear layer."""
-    if config is None:
-        return {id(layer): held.plain(memo).to(dtype)}, {}
-    finite: Finite = {}
-    stacks: dict[str, list[nn.Linear]] = {stack: [] for stack in STACKS}
-    for part, weight in rollout_weights(name, held, dtype):
-        new, finite[part] = quantized_linear(weight, None, config)
-        stacks[part.split(".")[-2]].append(new)
-    return {id(layer): Experts(**stacks, act_fn=getattr(held, "base_layer", held).act_fn)}, finite
+        return {id(layer): new}, finite
+    return {id(layer.weight): new.weight}, finite  # the weight alone, so that the layer keeps its class
 
 
 @torch.no_grad()
@@ -267,5 +259,5 @@ def change_metrics(changes: list[Changes]) -> dict[str, float]:
 
 
 def quantized_layers(rollout_policy: Policy) -> Iterator[tuple[str, nn.Linear]]:
-    """Name and module of every quantised linear layer, those of experts among them: see `experts.place`."""
+    """Name and module of every quantised linear layer, those of experts among them: see `linear.place`."""
     return ((name, layer) for name, layer in rollout_policy.module.named_modules() if is_quantized(layer))

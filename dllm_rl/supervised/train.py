@@ -15,9 +15,8 @@ from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main, reduce_metrics, sum_gradients
 from dllm_rl.distributed.stop import Stop, how_to_continue, leaving_nothing_behind
-from dllm_rl.models.adapters.linear import add_lora
 from dllm_rl.models.base import Policy
-from dllm_rl.models.checkpoint.adapters import load_adapter
+from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.rng import generator_for
 from dllm_rl.supervised.examples import (
     Example,

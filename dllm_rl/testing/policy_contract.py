@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.models.adapters.linear import add_lora
 from dllm_rl.models.base import Policy, copied
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights

@@ -14,10 +14,9 @@ from dllm_rl.distributed.collectives import from_main, versions
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.files import replacing
 from dllm_rl.likelihoods.replay import check_replay
-from dllm_rl.models.adapters.linear import add_lora
 from dllm_rl.models.base import Policy, copied
-from dllm_rl.models.checkpoint.adapters import load_adapter
-from dllm_rl.models.forward.recompute import blocks_of
+from dllm_rl.models.forward.blocks import blocks_of
+from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.rollout_policy import quantized_copy

@@ -22,8 +22,8 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.sharding import in_pace
 from dllm_rl.files import remove
-from dllm_rl.models.adapters.linear import add_lora
 from dllm_rl.models.base import Policy
+from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tokens import encode
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds

@@ -23,7 +23,7 @@ from dllm_rl.distributed.peers import Peers, of_an_exchange
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.distributed.stop import how_to_continue, with_the_run
 from dllm_rl.models.base import Policy
-from dllm_rl.models.checkpoint.module_tensors import host_copy
+from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training.model_card import card
 from dllm_rl.training.run import Run

@@ -9,10 +9,10 @@ from accelerate.utils import parse_flag_from_env
 
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.distributed.sharding import shard, sharding_of
-from dllm_rl.models.adapters.linear import add_lora
 from dllm_rl.models.base import Module, Policy
-from dllm_rl.models.checkpoint.module_tensors import host_copy
-from dllm_rl.models.forward.recompute import backbone_of, blocks_of
+from dllm_rl.models.forward.blocks import backbone_of, blocks_of
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe, Settings
 
 WHOLE = "or shard_size=1, with which each process holds the weights whole"

@@ -16,7 +16,7 @@ from dllm_rl.distributed.collectives import from_main, make_accelerator
 from dllm_rl.distributed.peers import Peers
 from dllm_rl.distributed.stop import Stop, ended_by_launcher, how_to_continue, with_the_run
 from dllm_rl.models.base import Policy
-from dllm_rl.models.forward.compiled import compile_blocks
+from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.trackers import check_trackers, start_trackers
 from dllm_rl.recipe import Recipe, Settings

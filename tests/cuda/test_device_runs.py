@@ -23,8 +23,7 @@ from dllm_rl.config import pickable
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.likelihoods import estimators, scoring
-from dllm_rl.models.adapters.linear import add_lora
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.aligned import aligned_forward

@@ -10,9 +10,8 @@ from layouts import checkpoint
 import dllm_rl
 from dllm_rl import load_policy
 from dllm_rl.likelihoods.estimators import causal, coupled, trajectory
-from dllm_rl.models.adapters.linear import adapted_layers, add_lora
 from dllm_rl.models.base import position_ids
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora import Lora, adapted_layers, add_lora
 from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.types import Prompts, Rollout

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 from dllm_rl import load_policy, load_weights
-from dllm_rl.models.adapters.linear import add_lora
-from dllm_rl.models.checkpoint.adapters import load_adapter, save_adapter
 from dllm_rl.models.checkpoint.loading import build_empty, checkpoint_folder
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora import Lora, add_lora, load_adapter, save_adapter
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.models.untrusted import explodes, without_code
 

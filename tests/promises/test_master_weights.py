@@ -11,9 +11,8 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import quantized_copy, sync_weights, train
 from dllm_rl.config import describe
-from dllm_rl.models.adapters.linear import add_lora
-from dllm_rl.models.adapters.merge import merged_copy
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.merge import merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.linear import is_quantized
 from dllm_rl.quantization.schemes import fake_quantize, float8_dynamic_emulated, float8_weight_only

@@ -7,9 +7,8 @@ from emulated import EMULATED, int3_emulated
 
 from dllm_rl.config import pickable
 from dllm_rl.members import describe
-from dllm_rl.models.adapters.linear import add_lora, without_adapters
-from dllm_rl.models.adapters.merge import merged_copy
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora import Lora, add_lora, without_adapters
+from dllm_rl.models.merge import merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.aligned import aligned_forward

@@ -15,15 +15,19 @@ from dllm_rl import load_policy
 from dllm_rl.config import pickable
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.diagnostics.doctor import operands
-from dllm_rl.models.adapters.experts import is_stacked
-from dllm_rl.models.adapters.linear import add_lora
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora import Lora, add_lora, is_stacked
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.aligned import aligned_forward
-from dllm_rl.quantization.experts import Experts, mixture, place
-from dllm_rl.quantization.fake import FakeQuantize
-from dllm_rl.quantization.linear import dequantized_input, dequantized_weight, quantized_forward
+from dllm_rl.quantization.linear import (
+    Experts,
+    dequantized_input,
+    dequantized_weight,
+    mixture,
+    place,
+    quantized_forward,
+)
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, skip_reasons, sync_weights
+from dllm_rl.quantization.schemes import FakeQuantize
 
 NAMES = pickable(quantize.__name__)
 SCHEMES = {name: make for name, make in NAMES.items() if name not in ("float8_dynamic", "int4_packed")}

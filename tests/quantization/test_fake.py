@@ -6,7 +6,7 @@ from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, PerTensor, quantize_
 
 from dllm_rl.quantization import schemes
-from dllm_rl.quantization.fake import FLOATS, EmulatedLinear, FakeQuantize, codes_and_scale, round_to_float
+from dllm_rl.quantization.schemes import FLOATS, EmulatedLinear, FakeQuantize, codes_and_scale, round_to_float
 
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 

@@ -17,14 +17,13 @@ from torchao.quantization import (
 
 from dllm_rl.config import pickable
 from dllm_rl.members import describe
-from dllm_rl.models.adapters.linear import add_lora
-from dllm_rl.models.adapters.merge import merged_copy
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.merge import merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes as quantize
-from dllm_rl.quantization.fake import FakeQuantize
 from dllm_rl.quantization.linear import dequantized_weight, quantized, stored_bytes
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, skip_reasons, sync_weights
+from dllm_rl.quantization.schemes import FakeQuantize
 from dllm_rl.training.learner import check_version
 from dllm_rl.types import Rollout, SamplingParams
 

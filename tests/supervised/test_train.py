@@ -21,7 +21,7 @@ from dllm_rl.cli.report import report_command
 from dllm_rl.cli.run_recipe import main
 from dllm_rl.config import from_command_line
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.models.lora import lora_d1
+from dllm_rl.models.lora import lora_r16
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.supervised.examples import (
@@ -68,7 +68,7 @@ def test_a_module_that_cannot_keep_sequences_apart_is_refused(tmp_path):
         check_packing(policy)
 
 
-@pytest.mark.parametrize("lora", [None, partial(lora_d1, r=4)], ids=["weights", "lora"])
+@pytest.mark.parametrize("lora", [None, partial(lora_r16, r=4, alpha=64.0, dropout=0.05)], ids=["weights", "lora"])
 def test_a_run_that_was_stopped_and_resumed_is_the_same_bit_for_bit(tmp_path, lora):
     options = {"lora": lora, "eval_steps": 2, "packing": True, "gradient_checkpointing": True}
     straight = fine_tune(tiny_sft(tmp_path / "straight", **options))
@@ -112,7 +112,7 @@ def test_a_step_that_fails_saves_the_last_finished_one(tmp_path, monkeypatch):
 
 def test_lora_trains_adapters_alone(tmp_path):
     model = tiny_masked_lm(**SIZES)
-    policy = fine_tune(tiny_sft(tmp_path, model=model, lora=partial(lora_d1, r=4))).policy
+    policy = fine_tune(tiny_sft(tmp_path, model=model, lora=partial(lora_r16, r=4, alpha=64.0, dropout=0.05))).policy
     state = {name.replace(".base_layer", ""): value for name, value in policy.module.state_dict().items()}
     for name, value in model.module.state_dict().items():
         assert torch.equal(state[name], value)

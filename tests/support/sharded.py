@@ -18,9 +18,9 @@ from dllm_rl.distributed.collectives import make_accelerator, sum_gradients
 from dllm_rl.distributed.sharding import in_pace, shard, sharding_of
 from dllm_rl.likelihoods.estimators import coupled
 from dllm_rl.models.base import whole
-from dllm_rl.models.checkpoint.module_tensors import host_copy
-from dllm_rl.models.forward.recompute import blocks_of
+from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.logprobs import backward_token_logprobs
+from dllm_rl.models.merge import host_copy
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.rng import generator_for

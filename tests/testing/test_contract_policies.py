@@ -6,8 +6,7 @@ from layouts import ORIGINAL, STOCK, checkpoint
 from own_module import Own, own_policy
 
 from dllm_rl import check_policy, load_policy
-from dllm_rl.models.adapters.linear import add_lora
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 
 

@@ -6,8 +6,8 @@ from own_module import Own, own_policy
 from torch import nn
 
 from dllm_rl import check_policy
+from dllm_rl.models import merge as own
 from dllm_rl.models.checkpoint import loading
-from dllm_rl.models.checkpoint import module_tensors as own
 
 
 class Causal(Own):

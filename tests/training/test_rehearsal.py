@@ -15,7 +15,7 @@ from tiny_recipe import SIZES, OddPuzzles, Wrapped, tiny_recipe
 from dllm_rl import main, tiny_masked_lm, train
 from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.models.lora import lora_d1
+from dllm_rl.models.lora import lora_r16
 from dllm_rl.quantization.schemes import int4_weight_only
 from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import random as random_order
@@ -106,7 +106,11 @@ class Drawing(Wrapped):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"lora": lora_d1, "beta": 0.1}, {"rollout_quantization": five_level_emulated, "beta": 0.1}],
+    [
+        {},
+        {"lora": partial(lora_r16, dropout=0.05), "beta": 0.1},
+        {"rollout_quantization": five_level_emulated, "beta": 0.1},
+    ],
     ids=["plain", "adapters", "quantised"],
 )
 def test_nothing_is_left_of_it(changes, tmp_path):

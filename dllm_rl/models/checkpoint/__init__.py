@@ -1,1 +1,1 @@
-"""A model's files: families, loading, tensors, adapters in peft's format."""
+"""A model's files: families, loading, tensors."""

@@ -21,10 +21,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from dllm_rl.models.adapters.merge import has_extras, merged_copy, merged_state
 from dllm_rl.models.base import FamilySpec, Module, encode_block_causal, encode_roberta, mlm_head
-from dllm_rl.models.checkpoint.families import find_family, stock_class
-from dllm_rl.models.checkpoint.module_tensors import own_tensors, transient
+from dllm_rl.models.checkpoint.families import find_family, rotate_in_float32, stock_class
 from dllm_rl.models.checkpoint.tensors import (
     read_tensors,
     shapes_of,
@@ -33,7 +31,7 @@ from dllm_rl.models.checkpoint.tensors import (
     weight_files,
     write_tensors,
 )
-from dllm_rl.models.forward.rope import rotate_in_float32
+from dllm_rl.models.merge import has_extras, merged_copy, merged_state, own_tensors, transient
 from dllm_rl.models.untrusted import SUFFIXES, check_plain, check_regular, check_tokenizer, show_messages, without_code
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -47,7 +45,7 @@ MOST_LAYERS = 10_000  # where there are no tensors to count
 
 
 def load_module(
-    path_or_id: str | Path,
+    folder: Path,
     *,
     dtype: torch.dtype | str,
     block_size: int | None = None,
@@ -58,7 +56,6 @@ def load_module(
     missing or unexpected tensors and on damaged files."""
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
-    folder = checkpoint_folder(path_or_id)
     with named(folder):
         raw = read_config(folder)
         family = find_family(raw)
@@ -170,8 +167,8 @@ def prepared(module: Module, spec: FamilySpec) -> Module:
 
 def check_report(report: dict, family: FamilySpec, folder: Path) -> None:
     """Raise ValueError on a missing, unexpected or differently shaped tensor."""
+    ignored = re.compile("|".join(family.ignored) or r"(?!)")  # (?!) matches nothing
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        ignored = re.compile("|".join(family.ignored) or r"(?!)")  # (?!) matches nothing
         names = sorted(name for name in map(str, report[kind]) if not ignored.fullmatch(name))
         if names:
             raise ValueError(f"{folder}: {kind} {names[:5]}; the checkpoint is not a complete {family.name}")
@@ -185,11 +182,8 @@ def family_spec(
     folder: Path | None = None,
     block_size: int | None = None,
 ) -> FamilySpec:
-    """The family's spec, with the ids and limits of this checkpoint. Raises ValueError when a diffusion model has no
-    mask token, or one outside its vocabulary.
-
-    config  the module's; raw: the fields of the checkpoint's config.json, where they differ.
-    """
+    """The family's spec, with the ids and limits of this checkpoint; raw: the fields of config.json, where the module's
+    config differs. Raises ValueError when a diffusion model has no mask token, or one outside its vocabulary."""
     raw = config.to_dict() if raw is None else raw
     family = find_family(raw)
     changes = {"eos_ids": end_ids(config, tokenizer, family, folder), "max_length": config.max_position_embeddings}
@@ -223,12 +217,10 @@ def find_mask_id(config: Any, tokenizer: PreTrainedTokenizerBase, family: Family
     candidates = (getattr(config, "mask_token_id", None), tokenizer.mask_token_id, known, default)
     found = next((i for i in candidates if i is not None), None)
     if found is None:
-        why = ""
-        if family.mask_id is not None:
-            why = f" (the {family.name} default {family.mask_id} belongs to a vocabulary of {family.mask_vocabulary})"
+        why = f" (the {family.name} default {family.mask_id} belongs to a vocabulary of {family.mask_vocabulary})"
         raise ValueError(
             f"mask_token_id is neither in the config nor in the tokenizer, for a vocabulary of {config.vocab_size} "
-            f"tokens{why}; set mask_token_id in config.json, or tokenizer.mask_token"
+            f"tokens{why if family.mask_id else ''}; set mask_token_id in config.json, or tokenizer.mask_token"
         )
     if tokenizer.mask_token_id not in (None, found):
         raise ValueError(
@@ -255,10 +247,7 @@ def end_ids(
 
 
 def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
-    """A stock tokenizer from the checkpoint's files; no code of the checkpoint runs.
-
-    stock  transformers knows the model and chooses the class.
-    """
+    """A stock tokenizer from the checkpoint's files, none of its code; `stock`: of a class that transformers knows."""
     check_tokenizer(folder)
     config = folder / "tokenizer_config.json"
     asked = json.loads(config.read_text()) if config.exists() else {}
@@ -296,12 +285,7 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
 
 
 def save_module(
-    module: Module,
-    tokenizer: PreTrainedTokenizerBase,
-    spec: FamilySpec,
-    directory: str | Path,
-    *,
-    max_shard_size: int = 5 * 10**9,
+    module: Module, tokenizer: PreTrainedTokenizerBase, spec: FamilySpec, directory: str | Path, *, max_shard_size: int
 ) -> None:
     """Write weights (adapters merged), config and tokenizer in the checkpoint's own layout. Merged layers move to host
     memory one by one: the device holds one extra layer."""
@@ -322,17 +306,12 @@ def save_module(
             keys = [key for key in ("dtype", "torch_dtype") if key in spec.original] or ["torch_dtype"]
             fields = spec.original | dict.fromkeys(keys, dtype)
             (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-            copy_code(spec, directory)
+            source = Path(spec.source or directory)
+            if source.is_dir() and source.resolve() != directory.resolve():
+                # The authors' code is copied for the authors' tools; it never runs here.
+                for file in [*source.glob("*.py"), *source.glob("generation_config.json")]:
+                    shutil.copyfile(file, directory / file.name)
         tokenizer.save_pretrained(directory)
-
-
-def copy_code(spec: FamilySpec, directory: Path) -> None:
-    """Copy generation_config.json and the authors' .py files, unexecuted, for the authors' tools."""
-    source = Path(spec.source) if spec.source else None
-    if source is None or not source.is_dir() or source.resolve() == directory.resolve():
-        return
-    for file in [*source.glob("*.py"), *source.glob("generation_config.json")]:
-        shutil.copyfile(file, directory / file.name)
 
 
 def bitsandbytes_config(

@@ -33,10 +33,8 @@ def read_tensors(directory: Path) -> State:
 
 
 def weight_files(directory: Path) -> list[str]:
-    """Names of a folder's safetensors files: those of its index, else model.safetensors, else none.
-
-    Raises ValueError on an index that names a missing file or a path out of the folder.
-    """
+    """Names of a folder's safetensors files: those of its index, else model.safetensors, else none. Raises ValueError
+    on an index that names a missing file or a path out of the folder."""
     index = directory / INDEX
     if not index.exists():
         return ["model.safetensors"] if (directory / "model.safetensors").exists() else []

@@ -1,13 +1,11 @@
 """Logits in fp32 from a model in 16 bits, without an fp32 copy of the head.
 
-A 16-bit head rounds every logit: bf16 has steps of 0.0625 between 8 and 16. Two forwards that differ by noise alone, as
-a sampler's and a learner's do, then differ by whole steps in some log-probs. Here products of 16-bit numbers are summed
-in fp32, with one slab of the vocabulary's weights in fp32 at a time.
+A 16-bit head rounds every logit: bf16 has steps of 0.0625 between 8 and 16. A sampler's and a learner's forward, which
+differ by noise alone, would differ by whole steps in some log-probs.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -73,10 +71,8 @@ def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[T
     that does not name the projection."""
     output = output_embeddings(module)
     if output is None and next(module.parameters()).dtype in HALF:
-        raise ValueError(
-            f"float32_head=True needs to know the output layer of {type(module).__name__}, which is in 16 bits; "
-            "give it a method get_output_embeddings(), or set float32_head=False"
-        )
+        wrong = f"float32_head=True needs to know the output layer of {type(module).__name__}, which is in 16 bits"
+        raise ValueError(f"{wrong}; give it a method get_output_embeddings(), or set float32_head=False")
     if output is not None and output.weight.dtype in HALF:
         with projected_in_float32(output):  # a masked model's layers before it stay in 16 bits
             return head(module, hidden)
@@ -89,12 +85,8 @@ def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[T
 @contextmanager
 def projected_in_float32(output: nn.Linear) -> Iterator[None]:
     """In the block the layer computes its output in fp32; its hooks still run."""
-    output.forward = partial(_project, output)  # type: ignore[method-assign]
+    output.forward = lambda hidden: float32_linear(hidden, output.weight, output.bias)  # type: ignore[method-assign]
     try:
         yield
     finally:
         del output.forward
-
-
-def _project(output: nn.Linear, hidden: Tensor) -> Tensor:
-    return float32_linear(hidden, output.weight, output.bias)

@@ -33,8 +33,8 @@ def _held(experts: Any) -> Any:
 class Routing(TorchFunctionMode):
     """Forwards inside record the experts of each token; with `given` they use the given experts wherever `where` holds.
 
-    given  (R, W, M, E) ids of experts, for a forward of R rows, W columns and M mixtures with E experts per token.
-    where  (R, W); elsewhere a token's own router chooses.
+    given  ids of experts, for a forward of R rows, W columns and M mixtures with E experts per token.
+    where  elsewhere a token's own router chooses.
 
     A stock router ranks its scores (S, experts) by `topk`: this call is recorded and replaced. A recomputed block uses
     the same experts. A packed forward (`likelihoods.packed`) has W clean columns and then the last columns again:
@@ -74,7 +74,10 @@ class Routing(TorchFunctionMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         number = self.layer
-        if number is None or func not in (torch.topk, Tensor.topk) or not self._ranks_experts(args, number):
+        if number is None or func not in (torch.topk, Tensor.topk) or not args:
+            return out
+        # A router with groups of experts ranks the groups by a topk too.
+        if args[0].dim() != 2 or args[0].shape[-1] != self.num_experts(number):
             return out
         ids = out[1]
         if self.given is not None and self.where is not None:
@@ -85,10 +88,6 @@ class Routing(TorchFunctionMode):
             out = torch.return_types.topk((args[0].gather(-1, ids), ids))
         self.taken[number] = ids
         return out
-
-    def _ranks_experts(self, args: Sequence[Any], number: int) -> bool:
-        # A router with groups of experts ranks the groups by a topk too.
-        return bool(args) and args[0].dim() == 2 and args[0].shape[-1] == self.num_experts(number)
 
     def num_experts(self, number: int) -> int:
         return len(_held(self.layers[number].experts).gate_up_proj)

@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.diagnostics.batch_invariance import GROUPED
-from dllm_rl.models.adapters.merge import merged_state
 from dllm_rl.models.base import Module, Policy, position_ids
-from dllm_rl.models.forward.recompute import backbone_of, blocks_of
+from dllm_rl.models.forward.blocks import backbone_of, blocks_of
 from dllm_rl.models.logprobs import backward_token_logprobs, chunk_rows, token_logprobs
+from dllm_rl.models.merge import merged_state
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.propose import propose
 from dllm_rl.training.scorer import keeps_graphs

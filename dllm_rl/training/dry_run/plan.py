@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl.distributed.collectives import launched
-from dllm_rl.models.adapters.experts import STACKS, is_stacked
-from dllm_rl.models.adapters.linear import LoraLinear, add_lora
 from dllm_rl.models.base import FamilySpec, Module, Policy
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import build_empty
+from dllm_rl.models.lora import STACKS, LoraLinear, add_lora, is_stacked
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.models.tokens import prompt_ids
-from dllm_rl.quantization.fake import FakeQuantize
 from dllm_rl.quantization.rollout_policy import skip_reasons
-from dllm_rl.quantization.schemes import int4_packed
+from dllm_rl.quantization.schemes import FakeQuantize, int4_packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import autoregress, sampler_for, unmask
 from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, measure_step, most_graphs, shared_out
@@ -207,7 +205,7 @@ def memory_lines(recipe: Recipe, found: Memory) -> list[str]:
     if fit(found.peak, GPUS[0]) == "no":
         lines.append(
             "less memory           --gradient_checkpointing, a smaller --micro_batch_size or --rollout_batch_size, "
-            "--lora lora_d1, --optim adamw_8bit, --base_quantization nf4, or --shard_size on several GPUs"
+            "--lora lora_r16, --optim adamw_8bit, --base_quantization nf4, or --shard_size on several GPUs"
         )
     return lines
 

@@ -17,10 +17,8 @@ from dllm_rl import load_policy, quantized_copy, sync_weights, train
 from dllm_rl.algorithms.correctors import aligned, qarl
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.checkpoints import checkpoint as checkpoints
-from dllm_rl.models.adapters.linear import LoraLinear, adapted_layers, add_lora, disable_adapters
-from dllm_rl.models.adapters.merge import merge_lora, merged_copy, merged_state
-from dllm_rl.models.checkpoint.adapters import load_adapter, save_adapter
-from dllm_rl.models.lora import Lora, lora_d1
+from dllm_rl.models.lora import Lora, LoraLinear, adapted_layers, add_lora, disable_adapters, load_adapter, save_adapter
+from dllm_rl.models.merge import merge_lora, merged_copy, merged_state
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.quantization.schemes import int8_weight_only
@@ -156,7 +154,7 @@ def test_dropout_repeats_and_spares_what_is_not_differentiated():
     policy, again = make(), make()
     tokens, mask = torch.tensor([[3, 4, 3]]), torch.ones(1, 3, dtype=torch.bool)
     for p in (policy, again):
-        add_lora(p, replace(lora_d1(), r=4, dropout=0.5))
+        add_lora(p, Lora(r=4, alpha=64.0, dropout=0.5))
         stir(p)
     with torch.no_grad():
         exact = policy.logits(tokens, mask)

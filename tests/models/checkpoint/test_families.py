@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from dllm_rl import AutoregressivePolicy, DiffusionPolicy, load_policy
 from dllm_rl.models.checkpoint import families
 from dllm_rl.models.checkpoint.loading import end_ids
-from dllm_rl.models.forward import rope
 
 EVERY = [*ORIGINAL, *STOCK]
 
@@ -157,7 +156,7 @@ def test_an_unshifted_head_is_the_modules(policies, family):
 def test_llada_rotates_in_fp32_whatever_its_dtype(tmp_path, monkeypatch):
     policy = load_policy(published(tmp_path, "llada", dtype=torch.bfloat16), dtype="auto")
     seen = []
-    plain = rope.sdpa_attention_forward
+    plain = families.sdpa_attention_forward
     monkeypatch.setattr(
         rope,
         "sdpa_attention_forward",

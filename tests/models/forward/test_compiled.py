@@ -7,8 +7,7 @@ import torch
 from runs import metrics_of
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
-from dllm_rl.models.forward.compiled import compile_blocks
-from dllm_rl.models.forward.recompute import blocks_of
+from dllm_rl.models.forward.blocks import blocks_of, compile_blocks
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights

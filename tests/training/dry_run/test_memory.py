@@ -10,9 +10,8 @@ from accelerate import Accelerator
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.models.adapters.linear import add_lora
-from dllm_rl.models.adapters.merge import merged_copy
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.merge import merged_copy
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress

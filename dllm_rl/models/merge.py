@@ -1,15 +1,15 @@
-"""Adapters merged into the weights."""
+"""A module's tensors with adapters merged: what a checkpoint saves and loads, and a sync writes. Custom modules too."""
 
 import copy
 from collections.abc import Container, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dllm_rl.models.adapters.experts import LoraExperts
-from dllm_rl.models.adapters.linear import LoraLinear, adapted_layers, is_bitsandbytes, linear_of, plain_weight
-from dllm_rl.models.base import Module, Policy
+from dllm_rl.models.base import Module, Policy, whole
+from dllm_rl.models.lora import LoraExperts, LoraLinear, adapted_layers, is_bitsandbytes, linear_of, plain_weight
 
 
 def has_extras(module: nn.Module) -> bool:
@@ -58,34 +58,26 @@ def merged_copy(module: Module, *, device: torch.device | str | None = None) -> 
             memo[id(layer)] = layer.plain(memo).to(device)
             continue
         # deepcopy takes an object's entry in the memo instead of copying the object.
-        for parameter in layer.parameters(recurse=False):
-            memo[id(parameter)] = nn.Parameter(_copied(parameter, device), requires_grad=parameter.requires_grad)
-        for buffer in layer.buffers(recurse=False):
-            memo[id(buffer)] = _copied(buffer, device)
+        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+            value = tensor.detach().to(device or tensor.device, copy=True)
+            memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     twin = copy.deepcopy(module, memo)
     forget_quantizer(twin)
     return twin
 
 
-def _copied(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    return tensor.detach().to(device or tensor.device, copy=True)
-
-
+@torch.no_grad()
 def merge_lora(policy: Policy) -> None:
     """Merge the policy's adapters into its weights, in place; all weights become trainable."""
-    _merge(policy.module)
-    policy.module.requires_grad_(True)
-    policy.lora = None
-
-
-@torch.no_grad()
-def _merge(module: Module) -> None:
+    module = policy.module
     for path, layer in list(module.named_modules()):
         if isinstance(layer, LoraExperts):
             module.set_submodule(path, layer.plain({}))
         elif not path.endswith(".base_layer") and (isinstance(layer, LoraLinear) or is_bitsandbytes(layer)):
             module.set_submodule(path, _plain(layer))
     forget_quantizer(module)
+    module.requires_grad_(True)
+    policy.lora = None
 
 
 def _plain(layer: Any) -> nn.Linear:
@@ -98,3 +90,47 @@ def forget_quantizer(module: nn.Module) -> None:
     for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
         vars(module).pop(name, None)
     vars(getattr(module, "config", module)).pop("quantization_config", None)
+
+
+@torch.no_grad()
+def own_tensors(module: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """A module's parameters and persistent buffers, adapters merged; a tied tensor under its first name. `device`
+    receives each as it is merged, so that the module's device holds one extra tensor."""
+    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in merged_state(module, skip=transient(module)):
+        if id(tensor) in seen:
+            continue
+        seen |= own & {id(tensor)}  # a merged tensor is new: its id may return after it is freed
+        found[name] = tensor if device is None else tensor.detach().to(device)
+    return found
+
+
+def transient(module: nn.Module) -> set[str]:
+    """Names of the buffers that no checkpoint contains."""
+    names: set[str] = set()
+    for path, layer in module.named_modules():
+        stem = f"{path}." if path else ""  # the module itself has no path
+        names |= {f"{stem}{name}" for name in layer._non_persistent_buffers_set}
+    return names
+
+
+@torch.no_grad()
+def host_copy(module: Module, *, keep: bool = True) -> Module:
+    """A copy of a module on the host, adapters unmerged; None without `keep`. All processes of a sharded module call it
+    together. The device holds one gathered tensor at a time."""
+    layers = module.sharding.plain if hasattr(module, "sharding") else module
+    memo: dict[int, Any] = {}
+    tensors = chain(module.parameters(), module.buffers())
+    for tensor, place in zip(tensors, chain(layers.parameters(), layers.buffers()), strict=True):
+        value = whole(tensor.detach())
+        if keep:  # deepcopy takes an object's entry in the memo instead of copying the object
+            value = value.to("cpu", copy=True)
+            memo[id(place)] = nn.Parameter(value, tensor.requires_grad) if isinstance(place, nn.Parameter) else value
+    if not keep:
+        return None
+    found = copy.deepcopy(layers, memo)
+    for path, layer in adapted_layers(module).items():
+        found.get_submodule(path).calls = layer.calls  # `plain` was copied before training began
+    return found

@@ -5,7 +5,7 @@ import torch
 from layouts import checkpoint
 
 from dllm_rl import DiffusionPolicy, Prompts, load_policy, unmask
-from dllm_rl.models.convert import diffusion_from_causal, to_diffusion
+from dllm_rl.models.policy import diffusion_from_causal
 from dllm_rl.models.tiny import tiny_llama
 
 
@@ -50,17 +50,19 @@ def _second(policy) -> torch.Tensor:
     return policy.module.lm_head(states)[0, 0]
 
 
-def test_a_vocabulary_without_room_grows():
+def test_a_vocabulary_without_room_grows(tmp_path):
     causal = tiny_llama(characters="ab", causal=True)
     causal.tokenizer.mask_token = None
-    policy = to_diffusion(causal)
+    causal.save_pretrained(tmp_path)
+    policy = diffusion_from_causal(tmp_path)
     assert policy.spec.mask_id == policy.vocab_size - 1 == 5
-    assert causal.vocab_size == 5  # the causal policy is left as it was
+    assert load_policy(tmp_path).vocab_size == 5  # the causal checkpoint is left as it was
     rows = policy.module.lm_head.weight
     assert rows.shape[0] == 6
     torch.testing.assert_close(rows[5], rows[:5].mean(0))
 
 
-def test_a_diffusion_model_is_refused():
+def test_a_diffusion_model_is_refused(tmp_path):
+    tiny_llama(characters="ab", causal=False).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a diffusion model already"):
-        to_diffusion(tiny_llama(characters="ab", causal=False))
+        diffusion_from_causal(tmp_path)

@@ -15,9 +15,8 @@ from transformers import AlbertConfig, AlbertForMaskedLM, LlamaConfig
 from dllm_rl import load_policy, quantized_copy, train
 from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.models.adapters.linear import adapted_layers, add_lora
-from dllm_rl.models.forward.recompute import blocks_of, recomputed_blocks
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.forward.blocks import blocks_of, recomputed_blocks
+from dllm_rl.models.lora import Lora, adapted_layers, add_lora
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.schemes import int8_weight_only
@@ -170,7 +169,7 @@ def test_a_run_with_it_is_the_run_without(tmp_path, monkeypatch):
 
 
 def spying(ran: list):
-    from dllm_rl.models.forward.recompute import recomputed_blocks
+    from dllm_rl.models.forward.blocks import recomputed_blocks
 
     return lambda module: (ran.append(module), recomputed_blocks(module))[1]
 

@@ -1,7 +1,4 @@
-"""Gradient checkpointing: a block keeps only its input for the backward, which runs the block again.
-
-transformers' own switch does nothing in eval mode, in which policies stay, and does not cover every family.
-"""
+"""A module's blocks, one by one: recomputed in the backward, or compiled."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +10,8 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
-from dllm_rl.models.adapters.linear import LoraLinear
-from dllm_rl.models.base import Module
+from dllm_rl.models.base import Module, Policy
+from dllm_rl.models.lora import LoraLinear
 
 
 def backbone_of(module: Module) -> Any:
@@ -37,8 +34,9 @@ def blocks_of(module: Module, wanted_by: str = "gradient_checkpointing") -> list
 
 @contextmanager
 def recomputed_blocks(module: Module) -> Iterator[None]:
-    """A forward inside keeps only each block's input. The backward, inside or later, runs the block again with the same
-    dropout masks: gradients are the same, bit for bit where kernels are deterministic."""
+    """Gradient checkpointing: a forward inside keeps only each block's input. The backward, inside or later, runs the
+    block again with the same dropout masks: gradients are the same, bit for bit where kernels are deterministic."""
+    # transformers' own switch does nothing in eval mode, in which policies stay, and does not cover every family.
     blocks = blocks_of(module)
     for block in blocks:
         block.forward = partial(_checkpointed, block.forward, block)  # type: ignore[method-assign]
@@ -72,3 +70,17 @@ def _checkpointed(forward: Callable, block: nn.Module, *args: Any, **kwargs: Any
 def _count(adapters: list[LoraLinear], calls: Iterable[int]) -> None:
     for layer, count in zip(adapters, calls, strict=True):
         layer.calls = count
+
+
+def compile_blocks(policy: Policy, *, mode: str = "default") -> None:
+    """Compile every block of the policy's module in place, at its first forward. Raises ValueError without blocks.
+
+    mode  torch.compile's. "default": one compilation for all shapes. "reduce-overhead", "max-autotune": one per shape
+          for CUDA graphs, for at most eight shapes; torch runs further shapes uncompiled.
+
+    Numbers differ from eager ones by rounding. Eager FP8 on a GPU is slower than bf16, because each product rounds its
+    input in six passes (benchmarks/README.md). Only for sampling without a cache: a compiled block is neither
+    differentiated with adapters nor recomputed, and a growing cache would be compiled again at every step.
+    """
+    for block in blocks_of(policy.module, "torch_compile"):
+        block.compile(mode=mode, dynamic=mode == "default")

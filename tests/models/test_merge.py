@@ -5,9 +5,8 @@ import weakref
 import torch
 from own_module import own_policy
 
-from dllm_rl.models.adapters.linear import LoraLinear, add_lora
-from dllm_rl.models.checkpoint.module_tensors import host_copy, own_tensors
-from dllm_rl.models.lora import Lora
+from dllm_rl.models.lora import Lora, LoraLinear, add_lora
+from dllm_rl.models.merge import host_copy, own_tensors
 
 
 def test_a_tied_tensor_has_its_first_name_alone():

@@ -1,1 +1,0 @@
-"""LoRA: adapters on linear layers and stacked experts, and merged into them."""
