@@ -135,7 +135,7 @@ class LoraExperts(nn.Module):
     def forward(self, *args: Any) -> Tensor:
         if not self.active:
             return self.base_layer(*args)
-        return functional_call(self.base_layer, {name: self.merged(name) for name in STACKS}, args)
+        return functional_call(self.base_layer, dict(zip(STACKS, map(self.merged, STACKS), strict=True)), args)
 
     def merged(self, name: str) -> Float[Tensor, "E O I"]:
         """W + (alpha / r) B A per expert, summed in fp32 and rounded once to W's dtype; differentiable in A and B."""

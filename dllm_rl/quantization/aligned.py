@@ -96,23 +96,17 @@ class _AlignedExperts(_AlignedLinear):
 
 
 @contextmanager
-def aligned_forward(
-    policy: Policy, rollout_policy: Policy, scope: Callable[[str], bool] | None = None
-) -> Iterator[Callable[[], None]]:
+def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable[[], None]]:
     """In the block the learner's linear layers run the rollout's quantised operands, adapters merged.
-
-    scope  name of a layer -> whether to align it; None aligns every layer that the rollout has quantised.
 
     After an optimiser step the next forward quantises the changed weights again, into the rollout's own storage. The
     yielded function does so at once for every layer, for an optimiser that bypasses autograd's version counters.
     Raises ValueError when learner and rollout have different weights at the start, or for adapters with dropout.
     """
     if policy.version != rollout_policy.version:
-        raise ValueError(
-            f"weights_version={rollout_policy.version} of the rollout is not the learner's {policy.version}, and an "
-            "aligned forward uses its operands: call sync_weights(policy, rollout_policy) first"
-        )
-    links = [link for link in aligned_layers(policy, rollout_policy) if scope is None or scope(link.name)]
+        versions = f"weights_version={rollout_policy.version} of the rollout is not the learner's {policy.version}"
+        raise ValueError(f"{versions}: call sync_weights(policy, rollout_policy) first")
+    links = list(aligned_layers(policy, rollout_policy))
     swapped: list[Any] = []
 
     def refresh() -> None:

@@ -187,10 +187,8 @@ def stored_bytes(tensor: Any) -> int:
 
 
 class Experts(nn.Module):
-    """The experts of one layer, instead of a stock module of two stacks: gate_up_proj (E, 2I, D), down_proj (E, D, I).
-
-    Quantised tensors are two-dimensional with their own kernels, so a copy multiplies expert by expert.
-    """
+    """A layer's experts one by one, instead of the stock stacks gate_up_proj (E, 2I, D) and down_proj (E, D, I):
+    quantised tensors are two-dimensional, with their own kernels."""
 
     def __init__(self, gate_up_proj: list[nn.Linear], down_proj: list[nn.Linear], act_fn: nn.Module) -> None:
         super().__init__()

@@ -43,10 +43,8 @@ class QuantizationReport:
         for name, why in self.kept.items():
             reasons.setdefault(why, []).append(name)
         kept = "; ".join(f"{len(names)} kept ({why}): {', '.join(names[:3])}" for why, names in reasons.items())
-        return (
-            f"{len(self.quantized)} layers quantised, {self.bytes_before / 2**20:.1f} -> "
-            f"{self.bytes_after / 2**20:.1f} MiB; {kept or 'nothing kept'}"
-        )
+        size = f"{self.bytes_before / 2**20:.1f} -> {self.bytes_after / 2**20:.1f} MiB"
+        return f"{len(self.quantized)} layers quantised, {size}; {kept or 'nothing kept'}"
 
 
 @torch.no_grad()
@@ -63,9 +61,9 @@ def quantized_copy(
     dtype  of the copy's weights before quantising; None: the policy's own. A learner under autocast computes in bf16.
 
     Head, embeddings, norms, routers and layers tied to them keep their precision; stacked experts are quantised one by
-    one (see `quantization_report`). Adapters are merged, bitsandbytes weights dequantised and sharded ones gathered
-    layer by layer: at most one layer is held twice in addition to the unsharded copy. Raises ValueError for a config
-    that the device cannot run, a weight with NaN or infinity, or when nothing can be quantised.
+    one. Adapters are merged, bitsandbytes weights dequantised and sharded ones gathered layer by layer: at most one
+    layer is held twice in addition to the unsharded copy. Raises ValueError for a config that the device cannot run, a
+    weight with NaN or infinity, or when nothing can be quantised.
     """
     module = policy.module
     layers = module.sharding.plain if hasattr(module, "sharding") else module  # sharded: the layers without weights
@@ -91,7 +89,8 @@ def quantized_copy(
     forget_quantizer(rollout_policy.module)
     rollout_policy.quantization = config
     rollout_policy.lora = None
-    report = QuantizationReport(tuple(finite), kept, held_bytes(module), held_bytes(rollout_policy.module))
+    held = [sum(map(stored_bytes, [*m.parameters(), *m.buffers()])) for m in (module, rollout_policy.module)]
+    report = QuantizationReport(tuple(finite), kept, *held)
     rollout_policy.quantization_report = report
     if config is not None:
         log.info("%s: %s", type(config).__name__, report)
@@ -209,11 +208,6 @@ def quantizable_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, layer in plain_layers(module):
         if isinstance(layer, nn.Linear | LoraLinear) or is_stacked(layer):
             yield name, layer
-
-
-def held_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers, shared ones counted once."""
-    return sum(map(stored_bytes, [*module.parameters(), *module.buffers()]))
 
 
 @torch.no_grad()

@@ -55,14 +55,12 @@ def float8_weight_only(*, dequantised: bool = False) -> Float8WeightOnlyConfig |
     dequantised  round and dequantise weights once per sync instead of in every product: the same numbers in the time
                  and memory of a plain copy
     """
-    return FakeQuantize("e4m3") if dequantised else Float8WeightOnlyConfig(set_inductor_config=False)
+    return FakeQuantize("e4m3") if dequantised else Float8WeightOnlyConfig()
 
 
 def float8_dynamic() -> Float8DynamicActivationFloat8WeightConfig:
     """e4m3 weights per row, e4m3 inputs per token, on float8 hardware: CUDA capability 8.9 or more, bf16 weights."""
-    return Float8DynamicActivationFloat8WeightConfig(
-        granularity=PerRow(), activation_value_lb=TINY, set_inductor_config=False
-    )
+    return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), activation_value_lb=TINY)
 
 
 def float8_dynamic_emulated() -> Float8DynamicEmulated:
@@ -72,12 +70,12 @@ def float8_dynamic_emulated() -> Float8DynamicEmulated:
 
 def int8_weight_only() -> Int8WeightOnlyConfig:
     """int8 weights per row, products in the learner's dtype. Runs anywhere, CPU included."""
-    return Int8WeightOnlyConfig(set_inductor_config=False)
+    return Int8WeightOnlyConfig()
 
 
 def int8_dynamic() -> Int8DynamicActivationInt8WeightConfig:
     """int8 weights per row, int8 inputs per token, integer products. Runs anywhere; faster than bf16 on many CPUs."""
-    return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    return Int8DynamicActivationInt8WeightConfig()
 
 
 def int4_weight_only(*, group_size: int = 32) -> IntxWeightOnlyConfig:
@@ -87,8 +85,7 @@ def int4_weight_only(*, group_size: int = 32) -> IntxWeightOnlyConfig:
     """
     if group_size < 1:
         raise ValueError(f"group_size={group_size} must be at least 1")
-    int4 = torch.int4  # type: ignore[attr-defined]  # torch's stubs leave it out
-    return IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(group_size))
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group_size))  # type: ignore[attr-defined]
 
 
 def int4_packed(*, group_size: int = 128) -> Int4WeightOnlyConfig:
@@ -98,9 +95,7 @@ def int4_packed(*, group_size: int = 128) -> Int4WeightOnlyConfig:
     """
     if group_size not in (32, 64, 128, 256):
         raise ValueError(f"group_size={group_size} must be 32, 64, 128 or 256")
-    return Int4WeightOnlyConfig(
-        group_size=group_size, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
-    )
+    return Int4WeightOnlyConfig(group_size=group_size, int4_packing_format="tile_packed_to_4d")
 
 
 def fake_quantize(
@@ -206,12 +201,9 @@ def codes_and_scale(
 
 
 class EmulatedLinear(nn.Linear):
-    """A linear layer with a rounded weight.
-
-    y = (q_x q_w^T) s_x s_w + b for two integer operands, as in an integer kernel; else the product of the dequantised
-    operands, as in a float8 kernel. With a rounded input the product is in fp32 and then cast: on a CPU bit for bit
-    torchao's dynamic float8, and its dynamic int8 in fp32.
-    """
+    """A linear layer with a rounded weight: y = (q_x q_w^T) s_x s_w + b for two integer operands, as in an integer
+    kernel; else the product of the dequantised operands, as in a float8 kernel. With a rounded input the product is in
+    fp32 and then cast: on a CPU bit for bit torchao's dynamic float8, and its dynamic int8 in fp32."""
 
     def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, config: FakeQuantize) -> None:
         nn.Module.__init__(self)  # the parent's constructor would draw random weights

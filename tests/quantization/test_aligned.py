@@ -137,16 +137,6 @@ def test_a_step_inside_the_block_is_quantised_again(scheme):
     assert torch.equal(quantized_copy(policy, scheme()).logits(*batch()), first)
 
 
-def test_scope_chooses_layers():
-    policy = make()
-    rollout = quantized_copy(policy, int3_emulated())
-    names = [name for name, _ in quantized_layers(rollout)]
-    with aligned_forward(policy, rollout, scope=lambda name: name == names[0]):
-        assert [name for name in names if "forward" in vars(policy.module.get_submodule(name))] == names[:1]
-    with aligned_forward(policy, rollout, scope=lambda name: False):
-        assert torch.equal(policy.logits(*batch()), make().logits(*batch()))
-
-
 def test_forward_is_restored_whatever_happens_and_misuse_is_refused():
     policy = make()
     rollout = quantized_copy(policy, int3_emulated())

@@ -6,7 +6,7 @@ from own_module import Own, own_policy
 from torch import nn
 
 from dllm_rl import check_policy
-from dllm_rl.models import merge as own
+from dllm_rl.models import policy as own
 from dllm_rl.models.checkpoint import loading
 
 

@@ -142,7 +142,7 @@ def sdar(raw: dict) -> tuple[type, Qwen3Config | Qwen3MoeConfig]:
 
 # (original, stock) names in a block.
 _BLOCK = [("attn_norm", "input_layernorm"), ("ff_norm", "post_attention_layernorm"), ("attn_out", "self_attn.o_proj")]
-_BLOCK += [(f"{x}_proj", f"self_attn.{x}_proj") for x in "qkv"]
+_BLOCK += [("q_proj", "self_attn.q_proj"), ("k_proj", "self_attn.k_proj"), ("v_proj", "self_attn.v_proj")]
 _BLOCK += [("ff_proj", "mlp.gate_proj"), ("up_proj", "mlp.up_proj"), ("ff_out", "mlp.down_proj")]
 
 LLADA = FamilySpec(

@@ -211,7 +211,7 @@ def find_mask_id(config: Any, tokenizer: PreTrainedTokenizerBase, family: Family
     """The mask id of the config, else of the tokenizer, else of a token with one of the family's names, else the
     family's. Raises ValueError on no mask id, on two, or on one outside the vocabulary."""
     # With two of the names, neither is chosen: nothing tells which of the tokens was trained as the mask.
-    named = {tokenizer.get_vocab().get(name) for name in family.mask_names} - {None}
+    named = set(map(tokenizer.get_vocab().get, family.mask_names)) - {None}
     default = family.mask_id if config.vocab_size == family.mask_vocabulary else None  # elsewhere its number is a word
     known = named.pop() if len(named) == 1 else None
     candidates = (getattr(config, "mask_token_id", None), tokenizer.mask_token_id, known, default)
@@ -240,7 +240,7 @@ def end_ids(
     """Ids that end a completion: the config's, generation_config.json's, the tokenizer's, the family's end tokens."""
     generation = folder / "generation_config.json" if folder else None
     also = json.loads(generation.read_text()).get("eos_token_id") if generation and generation.exists() else None
-    ids = [tokenizer.eos_token_id, *(tokenizer.get_vocab().get(token) for token in family.end_tokens)]
+    ids = [tokenizer.eos_token_id, *map(tokenizer.get_vocab().get, family.end_tokens)]
     for some in (also, config.eos_token_id):  # each an id, a list of ids or None
         ids = [*(some if isinstance(some, list) else [some]), *ids]
     return tuple(dict.fromkeys(i for i in ids if i is not None and i < config.vocab_size))

@@ -123,7 +123,7 @@ def routed(policy: Policy, routes: Routes | None, note: Integer[Tensor, "R W M E
     if routes is None and note is None:
         yield
         return
-    with Routing(policy.module, *(() if routes is None else (of_states(policy, x) for x in routes))) as routing:
+    with Routing(policy.module, *map(partial(of_states, policy), routes or ())) as routing:
         yield
     if note is not None:
         note.copy_(of_tokens(policy, routing.experts(*note.shape[:2])))

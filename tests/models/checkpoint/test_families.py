@@ -158,7 +158,7 @@ def test_llada_rotates_in_fp32_whatever_its_dtype(tmp_path, monkeypatch):
     seen = []
     plain = families.sdpa_attention_forward
     monkeypatch.setattr(
-        rope,
+        families,
         "sdpa_attention_forward",
         lambda m, q, k, v, *a, **kw: seen.append((m, q, k)) or plain(m, q, k, v, *a, **kw),
     )
