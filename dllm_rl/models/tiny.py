@@ -111,7 +111,7 @@ def tiny_llama(
     """
     tokenizer = char_tokenizer(characters)
     fields = _decoder_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
-    config = LlamaConfig(**fields, rope_theta=rope_theta, intermediate_size=intermediate_size)
+    config = LlamaConfig(**fields | {"rope_theta": rope_theta}, intermediate_size=intermediate_size)
     return _made(LlamaForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
 

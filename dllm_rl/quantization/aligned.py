@@ -76,7 +76,7 @@ class _AlignedLinear:
             self.refresh()
         return self.product(*inputs)
 
-    def product(self, *inputs: Tensor) -> Tensor:
+    def product(self, *inputs: Any) -> Tensor:
         return StraightThrough.apply(self.target, merged_tensor(self.source, "weight"), self.base.bias, *inputs)
 
     def refresh(self) -> None:
@@ -87,8 +87,8 @@ class _AlignedLinear:
 class _AlignedExperts(_AlignedLinear):
     """The operands of experts that the learner stores in stacks."""
 
-    def product(self, *inputs: Tensor) -> Tensor:
-        products = {}
+    def product(self, *inputs: Any) -> Tensor:
+        products: dict[str, Any] = {}
         for stack in STACKS:
             pairs = zip(getattr(self.target, stack), merged_tensor(self.source, stack).unbind(), strict=True)
             products[stack] = [partial(StraightThrough.apply, layer, weight, None) for layer, weight in pairs]

@@ -197,8 +197,8 @@ class Experts(nn.Module):
         self.act_fn = act_fn
 
     @torch.compiler.disable  # only the host knows an expert's number of rows, which differs per step
-    def forward(self, *inputs: Tensor) -> Float[Tensor, "S D"]:
-        return mixture(*inputs, list(self.gate_up_proj), list(self.down_proj), act_fn=self.act_fn)
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Float[Tensor, "S D"]:
+        return mixture(x, index, weights, list(self.gate_up_proj), list(self.down_proj), act_fn=self.act_fn)
 
 
 def mixture(

@@ -124,8 +124,7 @@ def has_float8_rows() -> bool:
 
 
 def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Scheme:
-    """The config without side effects on torch's global settings, and safe on all-zero inputs. Raises ValueError when
-    `device` cannot run the config, naming an alternative."""
+    """The config, safe for torch's global settings and all-zero inputs. Raises ValueError if `device` cannot run it."""
     ours = isinstance(config, FakeQuantize | Float8DynamicEmulated)
     if not ours and not any("torchao" in cls.__module__ for cls in type(config).__mro__):
         raise ValueError(f"config={config!r} is neither a torchao config nor a FakeQuantize")

@@ -85,7 +85,7 @@ def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[T
 @contextmanager
 def projected_in_float32(output: nn.Linear) -> Iterator[None]:
     """In the block the layer computes its output in fp32; its hooks still run."""
-    output.forward = lambda hidden: float32_linear(hidden, output.weight, output.bias)  # type: ignore[method-assign]
+    output.forward = lambda h: float32_linear(h, output.weight, output.bias)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
