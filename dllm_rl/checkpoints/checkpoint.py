@@ -35,10 +35,10 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True)
 class Held:
-    """An optimiser's state, copied to the host: `state` by weight, and `fields`, its state_dict."""
+    """An optimiser's state, copied to the host."""
 
-    state: dict[Any, dict[str, Any]]
-    fields: dict[str, Any]
+    state: dict[Any, dict[str, Any]]  # by weight
+    fields: dict[str, Any]  # the optimiser's state_dict
 
     def state_dict(self) -> dict[str, Any]:
         return self.fields
@@ -56,31 +56,26 @@ def save(
     keep: int,
     processes: int = 1,
     versions: dict[str, Any] | None = None,
-    reserve: int = 0,
+    reserve: int = 0,  # bytes that later checkpoints take beyond this one
     card: str | None = None,
     swap: Swap = alone,
 ) -> Path:
-    """Write `directory`/step-NNNNNN, which `load_policy` opens, name it in `directory`/latest, and delete all but the
-    newest `keep`. The folder gets its name when it is complete and on disk; its manifest is written last.
+    """Write `directory`/step-NNNNNN, name it in `directory`/latest, and keep the newest `keep`; `load_policy` opens it.
 
-    optimizer  all of it, written as optimizer.pt; or this process's part: then the others call `save_part`.
-    reserve    bytes that later checkpoints take beyond this one.
-
-    Raises FloatingPointError, before anything is written, if a weight or a moment is not finite, and OSError with the
-    missing room if the disk is full.
+    Raises FloatingPointError, before it writes, if a weight or a moment is not finite; OSError if the disk is full.
     """
     check_finite(f"step {state.step} was not saved", policy, optimizer)
     directory.mkdir(parents=True, exist_ok=True)
     recover_all(directory)
     final = folder_of(directory, state.step)
     with _enough_room(final, policy, optimizer, reserve):
-        with replacing(final) as partial:
+        with replacing(final) as partial:  # the folder gets its name when it is complete and on disk
             partial.mkdir()
             swap(str(partial))  # the others begin to write into it
             policy.save_pretrained(partial)
             if policy.lora is not None:
                 save_adapter(policy, partial / "adapter")
-            written = _write_optimizer(partial, optimizer)
+            written = _write_optimizer(partial, optimizer)  # all of it; or a part: then the others call `save_part`
             state.write(partial)
             if card is not None:
                 (partial / CARD).write_text(card, encoding="utf-8")
@@ -95,7 +90,7 @@ def save(
 
 
 def _write_optimizer(folder: Path, optimizer: Saved) -> dict[str, Any]:
-    """Write the state; returns the manifest entries known so far. Raises OSError."""
+    """Write the state; returns the manifest entries known so far."""
     if isinstance(optimizer, Part):
         return write_part(folder, optimizer)
     try:
@@ -106,7 +101,7 @@ def _write_optimizer(folder: Path, optimizer: Saved) -> dict[str, Any]:
 
 
 def save_part(step: int, part: Part | None, swap: Swap) -> None:
-    """The other processes' side of `save`. part: None if a process of another replica writes it."""
+    """The other processes' side of `save`; a process of another replica has no part."""
     if part is not None:
         _check_all(f"step {step} was not saved", part.tensors)
     folder, *_ = swap(None)
@@ -166,7 +161,6 @@ def _tensors(policy: Policy, optimizer: Saved) -> dict[str, Tensor]:
 
 
 def check_finite(what: str, policy: Policy, optimizer: Saved) -> None:
-    """Raise FloatingPointError naming the first weight or moment that is NaN or infinite."""
     _check_all(what, _tensors(policy, optimizer))
 
 
@@ -182,8 +176,7 @@ def folder_of(directory: Path, step: int) -> Path:
 
 
 def set_aside(directory: Path, resumed: Path) -> list[Path]:
-    """Rename the checkpoints later than `resumed`, and another one of its step, to step-NNNNNN.set-aside (-2, -3 ...);
-    returns the new paths. `found` skips them."""
+    """Rename checkpoints later than `resumed`, and another one of its step, so that `found` skips them."""
     step = TrainingState.read(resumed).step
     moved = []
     for number, folder in reversed(found(directory)):
@@ -211,9 +204,7 @@ def found(directory: Path) -> list[tuple[int, Path]]:
 def locate(
     which: str, directory: Path, *, quick: bool = False, say: Callable[[str], None] = lambda text: None
 ) -> Path | None:
-    """The verified folder of `resume_from_checkpoint`; None for 'latest' when there is none yet. 'latest' is the newest
-    undamaged one; `say` takes a line per skipped one. Raises ValueError if the named folder, or every one, is damaged.
-    """
+    """The verified checkpoint; 'latest': the newest undamaged one, if any. Raises ValueError if none is whole."""
     if which != "latest":
         path = Path(which)
         if not (path / "state.json").is_file() and not (path / manifest.NAME).is_file():
@@ -251,11 +242,9 @@ def check(folder: Path, *, quick: bool = False) -> None:
 
 
 def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Load a checkpoint's moments into the optimiser; of sharded ones this process's part, whatever number of processes
-    wrote them. Raises ValueError on a damaged file, and FloatingPointError on weights or moments that are not finite.
-    """
+    """Load a checkpoint's moments. Raises ValueError on a damaged file, FloatingPointError on NaN or infinity."""
     if (source := next(folder.glob(PATTERN), None)) is not None:
-        load_parts(folder, policy, optimizer)
+        load_parts(folder, policy, optimizer)  # whatever number of processes wrote them
     else:
         source = folder / "optimizer.pt"
         _load_whole(folder, optimizer)
@@ -302,7 +291,6 @@ def _fits(content: Any, own: list[dict[str, Any]]) -> bool:
 
 
 def _is_state_of(index: Any, held: Any, count: int) -> bool:
-    """Whether `index` is one of `count` parameters, and `held` its state."""
     if type(index) is not int or not 0 <= index < count or not isinstance(held, dict):
         return False
     return isinstance(held.get("step", 0), int | float | Tensor)  # torch converts it to a number

@@ -1,10 +1,6 @@
-"""A sharded optimiser's state: one file per process, readable by any number of processes.
+"""A sharded optimiser's state: one safetensors file per process, which any number of processes can read.
 
-    optimizer-00001-of-00002.safetensors   tensors by "KIND of NAME"; rows of the sharded ones
-
-The header has two JSON texts: `rows`, {"KIND of NAME": [first row, rows in all]} of sharded tensors, and `plain`,
-values that are no tensors. torch's DCP is not used: it reads pickles, and
-its safetensors form checks neither dtypes nor gaps.
+torch's DCP is not used: it reads pickles, and its safetensors form checks neither dtypes nor gaps.
 """
 
 import errno
@@ -33,18 +29,14 @@ Swap = Callable[[Any], list[Any]]  # this process's value -> the values of all p
 
 @dataclass(frozen=True)
 class Part:
-    """One process's part of an optimiser's state: `number`, from 0, of `count`; all parts have `nbytes` bytes.
+    """One process's part of an optimiser's state."""
 
-    rows   first row and rows in all of each sharded tensor.
-    plain  values that are no tensors.
-    """
-
-    number: int
+    number: int  # from 0
     count: int
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
-    plain: dict[str, Any] = field(default_factory=dict)
-    nbytes: int = 0
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # by "KIND of NAME"; rows of the sharded ones
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)  # first row, and rows in all, of the sharded ones
+    plain: dict[str, Any] = field(default_factory=dict)  # values that are no tensors
+    nbytes: int = 0  # of all parts
 
     @property
     def name(self) -> str:
@@ -56,11 +48,7 @@ def file_name(number: int, count: int) -> str:
 
 
 def part_of(policy: Policy, optimizer: torch.optim.Optimizer, *, copy: bool = False) -> Part | None:
-    """This process's part of the optimiser's state; None if a process of the first replica writes the same.
-
-    copy  copy tensors on the host too, so that training may go on during the write.
-    Raises ValueError if a tensor of the state is not sharded as its weight is.
-    """
+    """This process's part; None if the first replica writes it. copy: training may go on during the write."""
     named = [(name, p) for name, p in policy.module.named_parameters() if p.requires_grad]
     mesh = named[0][1].device_mesh
     *replica, number = mesh.get_coordinate()
@@ -102,8 +90,7 @@ def write_part(folder: Path, part: Part) -> dict[str, Any]:
 
 
 def load_parts(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Load this process's rows from a folder's parts. Raises ValueError naming what is missing, duplicate, of no
-    weight, or of another shape or dtype."""
+    """Load this process's rows from a folder's parts. Raises ValueError naming what does not fit or is missing."""
     parameters = dict(policy.module.named_parameters())
     order = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     places = {id(parameter): place for place, parameter in enumerate(order)}
@@ -122,11 +109,11 @@ def load_parts(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -
 
 @dataclass(frozen=True)
 class _Piece:
-    """A tensor of one file: its rows from `first` on, of `total`; all rows if `total` is None."""
+    """A tensor's rows in one file."""
 
     file: Any
     first: int
-    total: int | None
+    total: int | None  # rows in all files; None: this file has all
 
 
 def _opened(folder: Path, stack: ExitStack) -> tuple[dict[str, list[_Piece]], dict[str, Any]]:

@@ -15,26 +15,20 @@ NAME = "state.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """A run after `step` complete steps. Random numbers are functions of (seed, step) and are not saved.
-
-    version    the policy's: steps that have changed its weights.
-    seconds    of the run, and by stage in `stages`.
-    reference  digest of the manifest of the run's folder `reference`; None without one.
-    """
+    """A run after `step` complete steps. Random numbers are functions of (seed, step) and are not saved."""
 
     step: int = 0
-    version: int
+    version: int  # the policy's: steps that have changed its weights
     dtype: Literal["float32", "float16", "bfloat16", "float64"]
-    stages: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)  # seconds by stage
+    seconds: float = 0.0  # of the run
     eval_before: dict[str, float] = field(default_factory=dict)
     warmup_steps: int = 0
-    reference: str | None = None
+    reference: str | None = None  # digest of the manifest of the run's folder `reference`
     recipe: dict[str, Any]
 
     @classmethod
     def first(cls, recipe: Settings, policy: Policy, **known: Any) -> "TrainingState":
-        """The state before the first step."""
         dtype: Any = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
         return cls(version=policy.version, dtype=dtype, recipe=recipe.settings(), **known)
 

@@ -13,13 +13,12 @@ from dllm_rl.screen import escape_controls
 
 
 class Writer:
-    """Writes one checkpoint at a time: at once, or with `later` in a thread, whose error the next `check` or `wait`
-    raises. `gather` is the exchange of several writing processes; `alone` locks a save by the main process alone."""
+    """Writes one checkpoint at a time: at once, or with `later` in a thread; `check` and `wait` raise its error."""
 
     def __init__(self, *, later: bool, group: Any = None) -> None:
         self.later = later
-        self.group = group
-        self.alone = threading.RLock()
+        self.group = group  # of the exchanges of several writing processes
+        self.alone = threading.RLock()  # for a save by the main process alone
         self._thread: threading.Thread | None = None
         self._folder: Path | None = None
         self._error: Exception | None = None
@@ -40,7 +39,6 @@ class Writer:
             self._error = error
 
     def check(self) -> None:
-        """Raise the error of a thread that has ended."""
         if self._error is not None and not (self._thread and self._thread.is_alive()):
             error = self._error
             self._error = None  # raised once

@@ -30,7 +30,7 @@ BUCKET = 2**25  # numbers of a bucket of gradients; two buckets are copied at a 
 
 
 def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = False) -> None:
-    """Sum gradients over processes: the loss is a sum over the global batch, divided by its global counts already."""
+    """Sum gradients over processes; the loss is already divided by global counts, so that no mean is due."""
     gradients = []
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -58,7 +58,6 @@ def sum_buckets(gradients: Sequence[Tensor], divisor: int) -> None:
 
 
 def put_back(bucket: list[Tensor], flat: Tensor, work: Any, *, divisor: int) -> None:
-    """Wait for a bucket's sums, divide them, and write them over the bucket's gradients."""
     work.wait()
     if divisor > 1:
         flat /= divisor
@@ -80,15 +79,13 @@ def buckets(tensors: Sequence[Tensor], *, numbers: int = BUCKET) -> Iterator[lis
 
 
 def sum_over(counts: Tensor, accelerator: Accelerator) -> Tensor:
-    """Counts, summed over processes, on the host."""
     if accelerator.num_processes > 1:
         counts = accelerator.reduce(counts.to(accelerator.device), reduction="sum")
     return counts.cpu()
 
 
 def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, float]:
-    """(sum, count) pairs, all on one device -> means over all processes, in one transfer; a count of 0 is left out.
-    The loss is a sum of shares and stays a sum."""
+    """(sum, count) pairs on one device -> means over all processes, in one transfer."""
     if not metrics:
         return {}
     pairs = torch.stack([torch.stack([s.detach().double(), c.double()]) for s, c in metrics.values()])
@@ -96,8 +93,8 @@ def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, floa
         pairs = accelerator.reduce(pairs.to(accelerator.device), reduction="sum")
     means = {}
     for name, (total, count) in zip(metrics, pairs.cpu(), strict=True):
-        if count:
-            means[name] = (total if name == "loss" else total / count).item()
+        if count:  # else nothing was measured
+            means[name] = (total if name == "loss" else total / count).item()  # the loss is a sum of shares
     return means
 
 
@@ -120,17 +117,12 @@ def launched() -> int:
 
 def make_accelerator(
     *,
-    timeout: float | None = None,
-    device: torch.device | None = None,
-    log_with: Sequence[str] = (),
-    directory: str | None = None,
+    timeout: float | None = None,  # seconds that a process waits in an exchange; None: torch's default
+    device: torch.device | None = None,  # its kind; None: the CPU if the launch asks for it, else `find_device`
+    log_with: Sequence[str] = (),  # trackers, by Accelerate's names
+    directory: str | None = None,  # parent of tensorboard's events
 ) -> Accelerator:
-    """The launch's processes and device. Raises RuntimeError if Accelerate has other processes or another device.
-
-    timeout  seconds that a process waits for the others in an exchange; None: torch's default.
-    device   the kind of device; None: the CPU if the launch's config asks for the CPU, else `find_device`.
-    log_with, directory  trackers by Accelerate's names, and the parent folder of tensorboard's events.
-    """
+    """The launch's processes and device. Raises RuntimeError if Accelerate has others."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # what a launch's config with use_cpu sets
     wanted = device if device is not None else torch.device("cpu") if on_cpu else find_device()
     # Accelerate joins the processes of a CPU launch only when told that there is no accelerator.
@@ -182,7 +174,6 @@ Processes: TypeAlias = Accelerator | OneProcess
 
 
 def gather_objects(objects: list[Any], processes: Processes) -> list[Any]:
-    """The lists of all processes, joined, in every process."""
     return objects if processes.num_processes == 1 else gather_object(objects)
 
 

@@ -1,8 +1,7 @@
-"""Processes that watch one another: one that raises, dies or is stopped ends the others, with one line that names it.
+"""Processes that watch one another: one that raises, dies or stops ends the others, with one line that names it.
 
-Every process is connected to the main one, and a thread of each sends its stage ten times per `peer_timeout`. A dead
-process closes its connection; a stopped one falls silent; one whose main thread stands still (`stall`) reports this.
-Silence is counted in one's own turns: after a Ctrl-Z of the whole job no process takes the others for lost.
+A thread of each sends its stage to the main process ten times per `peer_timeout`. A dead process closes its connection,
+a stopped one falls silent, and one whose main thread stands still (`stall`) reports this.
 """
 
 import json
@@ -37,13 +36,13 @@ STRANGERS = 16  # open connections that have not sent the run's token
 
 @dataclass(eq=False)
 class Line:
-    """The main process's connection to `process` (-1: not yet known), or another's to it. quiet: silent turns."""
+    """The main process's connection to another one, or another's to it."""
 
     socket: socket.socket
-    process: int = -1
+    process: int = -1  # not yet known
     name: str = "process 0"
     stage: str = "its start"
-    quiet: int = 0
+    quiet: int = 0  # silent turns, one's own: after a Ctrl-Z of the whole job none takes the others for lost
     buffer: bytes = b""
 
     def tell(self, **message: Any) -> None:
@@ -108,19 +107,13 @@ def own_address(towards: str) -> str:
 
 
 class Peers:
-    """One process's watch over the others. All processes make and enter it together. Callbacks, which the run replaces:
-
-    stage     the present stage, in words.
-    patience  for how many times `seconds` (peer_timeout) the main thread may stand still in the stage.
-    hear      takes the signal on which another process leaves.
-    save      saves what it can before the watch ends this process.
-    """
+    """One process's watch over the others. All processes make and enter it together; the run replaces the callbacks."""
 
     def __init__(self, processes: Processes, *, seconds: float, advice: str) -> None:
-        self.stage: Callable[[], str] = lambda: "its start"
-        self.patience: Callable[[], float] = lambda: math.inf
-        self.save: Callable[[], None] = lambda: None
-        self.hear: Callable[[int], None] = lambda number: None
+        self.stage: Callable[[], str] = lambda: "its start"  # in words
+        self.patience: Callable[[], float] = lambda: math.inf  # the main thread may stand still this many `seconds`
+        self.save: Callable[[], None] = lambda: None  # before the watch ends this process
+        self.hear: Callable[[int], None] = lambda number: None  # takes the signal on which another process leaves
         self._motion = Motion()
         self._index = processes.process_index
         self._seconds = seconds
@@ -355,8 +348,7 @@ class Peers:
         self._lose(text, said=not self._main)
 
     def _lose(self, text: str, line: Line | None = None, *, said: bool = False) -> None:
-        """Another process is lost. The main process prints the line; if the main one is lost and `said` nothing, the
-        second process and one per machine print it."""
+        """Another process is lost. The main one prints the line; without it, the second and one per machine do."""
         if self._lost.is_set():
             return
         self._line = f"error: {escape_controls(text)}; {self._advice}"

@@ -18,17 +18,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a module's weights are sharded; its attribute `sharding`.
+    """How a module's weights are sharded; its attribute `sharding`."""
 
-    backbone, heads  the units that are called from outside.
-    plain  the module's layers on the meta device, to be copied in its place.
-    group  all processes, on gloo: an exchange of numbers on the host does not wait for the device.
-    """
-
-    backbone: Any
+    backbone: Any  # called from outside, as each head is
     heads: list[Any]
-    plain: Any
-    group: Any
+    plain: Any  # layers on the meta device, to be copied in the module's place
+    group: Any  # all processes, on gloo: an exchange of numbers on the host does not wait for the device
 
     def anyone(self, mine: bool) -> bool:
         """Whether `mine` is true in any process; an exchange."""
@@ -38,22 +33,13 @@ class Sharding:
 
 
 def sharding_of(module: Any) -> Sharding | None:
-    """How the module's weights are sharded; None where they are not."""
     return getattr(module, "sharding", None)
 
 
 def shard(
     module: Any, blocks: Sequence[nn.Module], accelerator: Accelerator, *, size: int, timeout: float | None = None
 ) -> None:
-    """Shard the weights in place over groups of `size` consecutive processes (HSDP if there are several groups).
-    Gradients and optimiser state follow the weights.
-
-    The module may be on the host: one full unit at a time goes to the device. Units are the blocks, the backbone's
-    other weights, and each head.
-    Every backward sums and shards gradients: full ones would take up to a quarter of an unsharded run's memory.
-
-    timeout  seconds that a process waits for another in `in_pace`; None: torch's default.
-    """
+    """Shard weights, gradients and state over `size` consecutive processes (HSDP: several groups), unit by unit."""
     count = accelerator.num_processes
     hybrid = {"mesh_shape": (count // size, size), "mesh_dim_names": ("replicate", "shard")}
     mesh = init_device_mesh(accelerator.device.type, **(hybrid if size < count else {"mesh_shape": (count,)}))
@@ -63,11 +49,12 @@ def shard(
     plain = copy.deepcopy(module, meta)
     backbone = getattr(module, module.base_model_prefix)
     heads = [child for child in module.children() if child is not backbone and list(child.parameters())]
-    for unit in [*blocks, backbone]:
+    for unit in [*blocks, backbone]:  # one full unit at a time goes from the host to the device
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     for head in heads:
         fully_shard(head, mesh=mesh, reshard_after_forward=False)
     for unit in module.modules():
+        # Every backward sums and shards gradients: full ones would take up to a quarter of an unsharded memory.
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)  # the loss is a sum over the global batch already
             unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
@@ -88,11 +75,9 @@ def part_like(value: Any, tensor: Tensor) -> Any:
 
 @contextmanager
 def in_pace(policy: Any, *, backward: bool = False) -> Iterator[None]:
-    """Inside the block each process may run a sharded policy a different number of times; without sharding it does
-    nothing. All processes enter and leave together. backward: every forward has a backward; else none has.
+    """Inside, processes may run a sharded policy, always or never with a backward, a different number of times.
 
-    A sharded forward is an exchange of all processes. Each announces its forwards. A process that has left the block
-    joins the others' forwards with one token, which has no weight in any gradient.
+    A sharded forward is an exchange. Who has left the block joins the others' forwards with a token of no weight.
     """
     shards = sharding_of(policy.module)
     if shards is None:

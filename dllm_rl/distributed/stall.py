@@ -13,7 +13,7 @@ WAITING = ("/torch/distributed/", f"{PACKAGE}distributed", "/torch/_inductor/", 
 
 
 class Motion:
-    """turns  looks in a row without motion."""
+    """Looks at the main thread."""
 
     def __init__(self) -> None:
         self.turns = 0

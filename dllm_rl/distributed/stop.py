@@ -42,20 +42,18 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """One process's request to stop: a signal ends the run after the current step. After `seconds`, `overdue` is called
-    every second. A second Ctrl-C ends the process at once; so does any signal while `last_words` is set: nothing is
-    left to save. A signal that the parent ignores (SIGHUP under nohup) stays ignored."""
+    """A process's request to stop: a signal ends the run after the step; `overdue` is called after `seconds`."""
 
     def __init__(self, *, seconds: float, main: bool) -> None:
         self.seconds = seconds
         self.main = main
         self.asked = 0
-        self.last_words: str | None = None
+        self.last_words: str | None = None  # while set, any signal ends the process at once: nothing is left to save
         self.overdue: Callable[[], None] = lambda: None
         if threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
-            if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
+            if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:  # SIGHUP under nohup
                 continue
             signal.signal(number, self._hear)
 
@@ -114,14 +112,13 @@ def how_to_continue(recipe: HasFolder) -> str:
 
 
 def ended_by_launcher() -> None:
-    """Have Linux send SIGTERM when torch's or accelerate's launcher dies, so that no training process outlives it.
-    Any other parent, such as a shell, may end before its jobs."""
+    """Have Linux send SIGTERM when torch's or accelerate's launcher dies, so that no process outlives it."""
     parent = os.getppid()
     launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
     words = Path(f"/proc/{parent}/cmdline")
     if not sys.platform.startswith("linux") or not launched or not words.exists():
         return
-    command = words.read_bytes()
+    command = words.read_bytes()  # any other parent, such as a shell, may end before its jobs
     if not any(word in command for word in (b"accelerate", b"torchrun", b"torch.distributed", b"dllm")):
         return
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -8,13 +8,11 @@ PATIENCE = 20  # steps in a row without a group whose rewards differ
 
 
 def health(metrics: dict[str, float]) -> tuple[str, str] | None:
-    """(word, reason) of a step; None without mismatch metrics. The first of these words that holds:
+    """(word, reason) of a step: the first that holds of backfiring, strong, mild, healthy; None without mismatch metrics.
 
-    backfiring    C = -(r - 1) A for one sign of A, against the step's start or the rollout, is above BACKWARDS: ratios
-        move against their advantages. K1 and K3 can stay flat meanwhile (VeXact [digest]). On 4x4 Sudoku (seed 0)
-        30 of 60 five-level steps backfire without a corrector, and none of 120 unquantised or FP8 steps [ours].
-    strong, mild  ESS of the raw ratios old / rollout over all rows is below STRONG, below MILD.
-    healthy       none of these.
+    Backfiring: C = -(r - 1) A of one sign of A is above BACKWARDS, so that ratios move against their advantages. K1 and
+    K3 can stay flat meanwhile (VeXact [digest]). On 4x4 Sudoku (seed 0) 30 of 60 five-level steps backfire without a
+    corrector, and none of 120 unquantised or FP8 steps [ours].
     """
     ess = metrics.get("rollout_corr/ess")
     if ess is None:

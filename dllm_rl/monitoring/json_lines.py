@@ -11,15 +11,13 @@ class JsonLines:
     """An open file of JSON objects, one per line, which only grows."""
 
     def __init__(self, path: Path, *, start: int, patient: bool = False) -> None:
-        """start    the first step; older rows of this step and later ones count no longer.
-        patient  on a full disk keep the rows and write them later, rather than raise OSError."""
         self.path = path
-        self.patient = patient
+        self.patient = patient  # on a full disk keep the rows and write them later, rather than raise OSError
         self._waiting = b""  # rows that are not written yet
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         if size := os.fstat(self._file).st_size:
             torn = os.pread(self._file, 1, size - 1) != b"\n"  # a kill may leave half a line
-            self._write("\n" * torn + json.dumps({"resume_from": start}) + "\n")
+            self._write("\n" * torn + json.dumps({"resume_from": start}) + "\n")  # older rows from here on do not count
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row. Raises ValueError on NaN and infinity, which JSON lacks."""
@@ -44,8 +42,7 @@ class JsonLines:
 
 
 def current_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows that count, in order; in metrics.jsonl one per step. After `{"resume_from": N}` earlier rows from step N
-    on do not count, nor does a line, such as a torn one, that is no JSON object with a step."""
+    """The rows that count: none that a resume repeats, and no torn line."""
     rows: list[dict[str, Any]] = []
     for row in _objects(path):
         if isinstance(row.get("resume_from"), int):
@@ -56,7 +53,6 @@ def current_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def warmup_rows(path: Path) -> list[dict[str, Any]]:
-    """The warm-up's rows of a metrics.jsonl, one per step."""
     rows: list[dict[str, Any]] = []
     for row in _objects(path):
         if isinstance(step := row.get("warmup_step"), int):
@@ -65,7 +61,7 @@ def warmup_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def known(row: dict[str, Any]) -> dict[str, float]:
-    """A row's metrics that are numbers; NaN and infinity are null in the file."""
+    """A row's numbers; NaN and infinity are null in the file."""
     return {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
 
 

@@ -31,10 +31,9 @@ class RunLog:
         start: int,
         main: bool,
         patient: bool = False,
-        completions: bool = False,
+        completions: bool = False,  # write a completions.jsonl too
         trackers: Sequence[GeneralTracker] = (),
     ) -> None:
-        """start, patient  those of `JsonLines`. completions: write a completions.jsonl too."""
         self.main = main
         self.console = Console(quiet=not main, force_jupyter=False)  # plain lines in a notebook, no widgets
         self.begun = time.perf_counter()
@@ -113,7 +112,6 @@ class RunLog:
             self.files["completions"].append(row)
 
     def show(self, what: RenderableType) -> None:
-        """Print a table or the like, above the bar."""
         self.console.print(what)
 
     def flush(self) -> None:
@@ -141,12 +139,10 @@ class RunLog:
 
 
 def finite(row: dict[str, float]) -> dict[str, float | None]:
-    """The row with None for NaN and infinity."""
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
 
 def numbers(row: dict[str, float]) -> dict[str, float]:
-    """The row without NaN and infinity."""
     return {name: value for name, value in row.items() if math.isfinite(value)}
 
 
@@ -155,8 +151,7 @@ FIRST = 60.0  # seconds until the first line; the time doubles for each further 
 
 @contextmanager
 def heartbeat(stage: str, say: Callable[[str], None] | None = None) -> Iterator[None]:
-    """While the block runs, every process prints its name and duration after 60 s, 120 s, 240 s ...: to `say`, or to
-    standard error. The line of a stuck process names its stage; a frozen process prints none."""
+    """Print the stage and its duration after 60 s, 120 s, 240 s ...: a stuck process's line names its stage."""
     done = threading.Event()
     began = time.monotonic()
     rank = os.environ.get("RANK", "0")
@@ -168,7 +163,7 @@ def heartbeat(stage: str, say: Callable[[str], None] | None = None) -> Iterator[
             say(line) if say else print(line, file=sys.stderr, flush=True)
             passed *= 2
 
-    threading.Thread(target=beat, daemon=True).start()
+    threading.Thread(target=beat, daemon=True).start()  # a frozen process prints none
     try:
         yield
     finally:

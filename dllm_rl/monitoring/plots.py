@@ -23,13 +23,13 @@ PICTURE_OF_SFT = ("Loss", "Gradient norm")
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure: metrics against steps; `points` are metrics of some steps only, `bounds` thin lines."""
+    """One figure: metrics against steps."""
 
     title: str
     unit: str
     metrics: dict[str, str]  # name -> text in the legend
-    points: tuple[str, ...] = ()
-    bounds: tuple[float, ...] = ()
+    points: tuple[str, ...] = ()  # metrics of some steps only
+    bounds: tuple[float, ...] = ()  # thin lines
 
 
 PANELS = (
@@ -75,7 +75,6 @@ PANELS = (
 
 
 def read_metrics(directory: Path) -> list[dict[str, float | int]]:
-    """The rows of a run's metrics.jsonl, one per step; the last row of a repeated step counts."""
     return current_rows(directory / "metrics.jsonl")
 
 

@@ -34,12 +34,11 @@ class View:
         description: str,
         total: int,
         *,
-        curve: str,
+        curve: str,  # the metric to draw
         completed: int = 0,
-        past: Sequence[float] = (),
-        stage: Callable[[], str] = lambda: "",
+        past: Sequence[float] = (),  # its values so far
+        stage: Callable[[], str] = lambda: "",  # the present one, in words
     ) -> None:
-        """curve, past  the metric to draw, and its values so far. stage: the present stage, in words."""
         self.console = console
         self.description = escape_controls(description)
         self.total = total

@@ -11,7 +11,6 @@ from dllm_rl.recipe import Settings
 
 
 def check_trackers(recipe: Settings) -> None:
-    """Raise ValueError if a tracker's package is not installed."""
     there = set(map(str, get_available_trackers()))
     for name in recipe.trackers:
         if name not in there:
@@ -21,8 +20,7 @@ def check_trackers(recipe: Settings) -> None:
 
 
 def start_trackers(recipe: Settings, accelerator: Accelerator, *, start: int) -> list[GeneralTracker]:
-    """The recipe's trackers, on the main process: the recipe names the project, the folder the run. Raises ValueError
-    if one does not start, for example without a login."""
+    """The main process's trackers: the recipe names the project, the folder the run. Raises ValueError on a failure."""
     run = Path(recipe.directory).name
     options: dict[str, dict[str, Any]] = {
         "tensorboard": {"purge_step": start},
