@@ -23,8 +23,7 @@ SETTINGS = (":4096:8", ":16:8")  # which torch reads once, at the first product 
 
 
 def prepare_workspace() -> None:
-    """Set what deterministic products on a GPU need, for the rest of the process, before its first product there.
-    Raises ValueError if there was a product without the setting."""
+    """Set what deterministic products on a GPU need; ValueError if the process has made one without it."""
     if not torch.cuda.is_available():
         return
     found = os.environ.get(WORKSPACE)
@@ -35,22 +34,19 @@ def prepare_workspace() -> None:
         with deterministic():
             one @ one
     except RuntimeError:  # torch says so of a setting that came too late, and nowhere else
-        raise ValueError(
-            f"zero_mismatch: {WORKSPACE} was {found!r} at this process's first product on the GPU, after which setting "
-            f"it has no effect: export {WORKSPACE}={SETTINGS[0]} before Python starts"
-        ) from None
+        late = f"{WORKSPACE} was {found!r} at this process's first product on the GPU"
+        raise ValueError(f"zero_mismatch: {late}: export {WORKSPACE}={SETTINGS[0]} before Python starts") from None
 
 
 @contextmanager
 def deterministic() -> Iterator[None]:
     """torch's deterministic algorithms in the block; an error for an operation that has none."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn)
+        torch.set_deterministic_debug_mode(before)
 
 
 # The names that torch and transformers have for the product of rows, sorted by expert, with stacked experts.
@@ -143,8 +139,8 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
 def check_bitwise_equal(
     rollout: Rollout, noise: Noise, logps: Logprobs, *, policy: Policy, rollout_policy: Policy
 ) -> None:
-    """Raise RuntimeError unless learner and rollout agree bit for bit at every completion position of a scored row. The
-    error names the first position that differs, its log-probs (nats), and the first layer that differs."""
+    """Raise RuntimeError, naming the first position and layer that differ, unless learner and rollout agree bit for bit
+    at every completion position of a scored row."""
     mask = noise.scored(rollout.completion_mask)
     differs = mask & (logps.old != logps.rollout)
     if not differs.any():

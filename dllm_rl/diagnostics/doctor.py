@@ -7,7 +7,7 @@ They have fp32 logits, so that 16-bit heads are one cause. Padding and batch sha
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -65,38 +65,30 @@ class Cause:
 
 @dataclass(frozen=True)
 class WorstToken:
-    """A token on which the sides disagree most: log-probs in nats, and the text around it."""
-
     row: int
     position: int
     token: str
-    before: str
+    before: str  # eight tokens of text
     after: str
-    learner: float
+    learner: float  # log-prob, nats
     rollout: float
 
 
 @dataclass(frozen=True)
 class Report:
-    """The whole mismatch, causes by mean |d|, tokens, and layers by relative error of their outputs.
-
-    half_heads  the whole with 16-bit heads, both sides scored again; None if not applicable.
-    order       share of first-step positions and of prompts whose order is the learner's (`order_agreement`); log-probs
-                given the order do not see it. None: no policy decides the order.
-    routing     share of the rollout's experts that the learner takes too, by layer; None without mixtures of experts.
-    load        tokens of each expert, by layer, in the rollout and in the learner; None without.
-    """
+    """The whole mismatch by cause, and where it is largest."""
 
     scheme: str
     num_tokens: int
     total: Cause
-    causes: tuple[Cause, ...]
+    causes: tuple[Cause, ...]  # by mean |d|
     tokens: tuple[WorstToken, ...]
-    layers: tuple[tuple[str, float], ...]
-    half_heads: Cause | None = None
+    layers: tuple[tuple[str, float], ...]  # by relative error of their outputs
+    half_heads: Cause | None = None  # the whole with 16-bit heads, both sides scored again
+    # Shares of first-step positions and of prompts whose order is the learner's; log-probs given the order miss it.
     order: tuple[float, float] | None = None
-    routing: tuple[float, ...] | None = None
-    load: tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]] | None = None
+    routing: tuple[float, ...] | None = None  # share of the rollout's experts that the learner takes too, by layer
+    load: tuple[tuple[tuple[int, ...], ...], ...] | None = None  # each expert's tokens by layer; rollout, then learner
 
     @property
     def worst(self) -> float:
@@ -108,15 +100,12 @@ class Report:
         first = self.causes[0]
         order = ""
         if self.order is not None and self.order[1] < 1:
-            order = f" Order: {1 - self.order[1]:.0%} of the prompts begin in another order than the learner's own;"
-            order += f" {ORDER_ADVICE}."
+            moved = f"{1 - self.order[1]:.0%} of the prompts begin in another order than the learner's own"
+            order = f" Order: {moved}; {ORDER_ADVICE}."
         if self.worst < 1e-5:
             return f"No mismatch worth a correction: mean |d| is {self.worst:.1e} nats.{order}"
         share = f"mean |d| {first.mean_abs:.2g} of {self.worst:.2g} nats in all"
         return f"Mostly {first.name}: {share}. To do: {first.advice}.{order}"
-
-    def as_json(self) -> dict:
-        return asdict(self) | {"verdict": self.verdict}
 
 
 def diagnose(
@@ -173,7 +162,6 @@ def diagnose(
 
     causes = [measure(name, step, mask) for name, step in steps.items()]
     shares = [(same / count).item() for same, count in order_agreement(policy, rollout).values()]
-    routing, load = same_experts(policy, rollout_policy, rollout, noise)
     return Report(
         scheme="none" if config is None else repr(config),
         num_tokens=int(mask.sum()),
@@ -183,8 +171,7 @@ def diagnose(
         layers=worst_layers(policy, rollout_policy, rollout, noise, num_worst),
         half_heads=half_heads(score, policy, rollout_policy, rollout, noise),
         order=(shares[0], shares[1]) if shares else None,
-        routing=routing,
-        load=load,
+        **same_experts(policy, rollout_policy, rollout, noise),
     )
 
 
@@ -237,14 +224,13 @@ def half_heads(
     return measure("all, 16-bit heads", learner - sampled, rollout.completion_mask)
 
 
-def same_experts(policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise) -> tuple[Any, Any]:
-    """`Report.routing` and `Report.load`."""
+def same_experts(policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise) -> dict[str, Any]:
+    """`Report.routing` and `Report.load`; nothing without mixtures."""
     counts = routing_counts(policy, rollout_policy, rollout, noise)
     if counts is None:
-        return None, None
-    rollout_load, learner_load = counts[:, 2:].chunk(2, 1)
-    load = tuple(map(tuple, rollout_load.tolist())), tuple(map(tuple, learner_load.tolist()))
-    return tuple((counts[:, 0] / counts[:, 1]).tolist()), load
+        return {}
+    loads = [tuple(map(tuple, load.tolist())) for load in counts[:, 2:].chunk(2, 1)]
+    return {"routing": tuple((counts[:, 0] / counts[:, 1]).tolist()), "load": tuple(loads)}
 
 
 def measure(name: str, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Cause:

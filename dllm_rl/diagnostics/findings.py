@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -31,6 +32,7 @@ def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, .
     """(title, columns, lines) of each table that the report has numbers for."""
     title = f"log-prob mismatch over {report.num_tokens} tokens, nats; rollout: {report.scheme}"
     found: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [(title, COLUMNS, rows(report))]
+    lines: list[tuple[str, ...]]
     if report.order is not None:
         positions, prompts = report.order
         title = "order of the first step, shares that are the learner's own"
@@ -38,7 +40,7 @@ def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, .
         found.append((title, ("positions", "prompts", "to do"), [(f"{positions:.3f}", f"{prompts:.3f}", advice)]))
     if report.routing and report.load:
         columns = ("mixture", "same experts", "busiest / mean, rollout", "learner")
-        lines: list[tuple[str, ...]] = []
+        lines = []
         for layer, (share, *loads) in enumerate(zip(report.routing, *report.load, strict=True)):
             busiest = [f"{max(load) * len(load) / sum(load):.2f}" for load in loads]
             lines.append((f"layer {layer}", f"{share:.3f}", *busiest))
@@ -55,7 +57,7 @@ def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, .
 
 def write_doctor(report: Report, *, as_json: bool = False, directory: Path | None = None) -> None:
     """Print the report, as tables or as JSON; with a directory also write doctor.json, doctor.png and doctor.html."""
-    text = json.dumps(report.as_json(), indent=2)
+    text = json.dumps(asdict(report) | {"verdict": report.verdict}, indent=2)
     if as_json:
         print(text)
     else:
@@ -83,11 +85,8 @@ def plot(report: Report, path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 3.6), layout="constrained")
     causes = [(cause.name, cause.mean_abs) for cause in report.causes]
-    panels = [
-        ("mismatch by cause", "mean |d|, nats", causes),
-        ("worst layers", "relative error of the output", report.layers),
-    ]
-    for axis, (title, unit, bars) in zip(axes, panels, strict=True):
+    titles = {"mismatch by cause": "mean |d|, nats", "worst layers": "relative error of the output"}
+    for axis, (title, unit), bars in zip(axes, titles.items(), (causes, report.layers), strict=True):
         names, values = zip(*reversed(bars), strict=True)  # barh draws upwards, so the largest comes last
         axis.barh(names, values)
         axis.set(title=title, xlabel=unit)
@@ -97,7 +96,6 @@ def plot(report: Report, path: Path) -> None:
 
 
 def page(report: Report, picture: bytes) -> str:
-    """One self-contained page."""
     head = "<!doctype html><meta charset=utf-8><title>mismatch</title>"
     parts = [head, STYLE, f"<p>{_shown(report.verdict)}</p>"]
     for title, columns, lines in tables(report):

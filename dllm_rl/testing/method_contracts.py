@@ -41,25 +41,18 @@ def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
 
 
 def make_batch(
-    mask: Tensor,
-    advantages: Tensor,
-    *,
-    weights: Tensor | None = None,
-    old: Tensor | None = None,
-    keep: Tensor | None = None,
-    reference: Tensor | None = None,
-    behaviour: Tensor | None = None,
+    mask: Tensor, advantages: Tensor, *, old: Tensor | None = None, keep: Tensor | None = None, **more: Any
 ) -> Batch:
-    """A Batch around the tensors that a loss reads; the rest is blank, and the rollout's log-probs are `old`."""
+    """A Batch around the tensors that a loss reads; `more` (weights, reference, behaviour) replaces what is blank, and
+    the rollout's log-probs are `old`."""
     keep = mask if keep is None else keep
     old = torch.full(mask.shape, -1.0) if old is None else old
     blank = torch.zeros(mask.shape, dtype=torch.long)
     rollout = Rollout(blank, torch.ones_like(mask), mask, blank, torch.zeros(mask.shape), group_size=1)
     noise = Noise(mask[None], mask[None].float())
-    weights = torch.ones(mask.shape) if weights is None else weights
-    behaviour = old if behaviour is None else behaviour
-    made = Batch(rollout, noise, advantages, old, old[None], weights, keep, reference, int(keep.sum()), len(mask))
-    return replace(made, behaviour=behaviour)
+    ones = torch.ones(mask.shape)
+    made = Batch(rollout, noise, advantages, old, old[None], ones, keep, None, int(keep.sum()), len(mask))
+    return replace(made, **{"behaviour": old, **more})
 
 
 def loss_of(corrector: Corrector, batch: Batch, logps: Tensor) -> tuple[Tensor, dict, Tensor]:
@@ -87,9 +80,8 @@ def _sound(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask: Ten
     assert not weights.requires_grad, "weights must be detached: no gradient flows through them"
     assert weights.isfinite().all() and (weights >= 0).all(), f"weights must be finite and >= 0, got {weights}"
     assert keep.dtype == torch.bool and not (keep & ~mask).any(), "the keep mask must be a boolean subset of the mask"
-    assert torch.equal(copies[0], mismatch) and torch.equal(copies[1], advantages) and torch.equal(copies[2], mask), (
-        "the inputs must not be written to"
-    )
+    kept = all(map(torch.equal, copies, (mismatch, advantages, mask)))
+    assert kept, "the inputs must not be written to"
     for name, value in metrics.items():
         assert isinstance(value, float) and math.isfinite(value), f"metric {name} must be a finite float, got {value!r}"
     return weights, keep, metrics

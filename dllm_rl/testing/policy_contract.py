@@ -83,9 +83,7 @@ def _check_rows(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) ->
         live = mask[row]
         alone = policy.logits(tokens[row : row + 1, live], mask[row : row + 1, live])[0]
         what = "padding before it, or the rows beside it, must" if not live.all() else "the rows beside it must"
-        assert _gap(policy, logits[row, live], alone) <= 1, (
-            f"a row's logits differ from those of the row alone: {what} not be seen"
-        )
+        assert _gap(policy, logits[row, live], alone) <= 1, f"a row differs from the row alone: {what} not be seen"
     turned = policy.logits(tokens.flip(0), mask.flip(0)).flip(0)
     assert _gap(policy, turned[mask], logits[mask]) <= 1, "the order of the rows must not matter"
 
@@ -119,10 +117,8 @@ def _check_gradient(policy: Policy, tokens: Tensor, mask: Tensor) -> None:
     twin.logits(tokens, mask)[mask].float().log_softmax(-1)[:, 0].sum().backward()
     reached = [parameter.grad for parameter in trained if parameter.grad is not None]
     # Half is enough: an expert that no token is sent to gets none.
-    assert 2 * len(reached) > len(trained), (
-        f"{len(trained) - len(reached)} of {len(trained)} weights get no gradient from the logits: is there a detach() "
-        "or no_grad() on the way?"
-    )
+    missed = f"{len(trained) - len(reached)} of {len(trained)} weights get no gradient from the logits"
+    assert 2 * len(reached) > len(trained), f"{missed}: is there a detach() or no_grad() on the way?"
     assert all(gradient.isfinite().all() for gradient in reached), "a gradient of the log-probs is not finite"
     assert any(gradient.any() for gradient in reached), "every gradient of the log-probs is zero"
 
@@ -155,9 +151,7 @@ def _check_quantised(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tenso
         assert ours[mask].isfinite().all() and not torch.equal(ours, logits), "int8 weights must change the logits"
         with aligned_forward(learner, rollout):
             aligned = learner.logits(tokens, mask)
-        assert _gap(policy, aligned[mask], ours[mask]) <= 1, (
-            "inside aligned_forward, logits must be the quantised copy's"
-        )
+        assert _gap(policy, aligned[mask], ours[mask]) <= 1, "in aligned_forward, logits must be the quantised copy's"
         for parameter in learner.module.parameters():  # an update, after which the old codes would be far off
             parameter.mul_(0.5)
         learner.version += 1

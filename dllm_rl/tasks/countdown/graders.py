@@ -22,7 +22,10 @@ def countdown_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     Printed and LaTeX signs for times, divided and minus count as operators.
     """
     answer = final_answer(completion)
-    return grade_expression(fields, _operators(completion if answer is None else answer))
+    found = evaluate(_operators(completion if answer is None else answer))
+    if found is None:
+        return Reward(0.0, False, dict.fromkeys(("accuracy", "valid", "numbers_used"), 0.0))
+    return _graded(fields, list(found.numbers), found.value == fields["target"])
 
 
 def countdown_d1(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -61,21 +64,8 @@ def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
     return {"numbers": numbers, "target": target}
 
 
-def grade_expression(fields: Mapping[str, Any], text: str) -> Reward:
-    """Grades a text that must be one expression. Value: accuracy; `parsed`: the text is an expression.
-
-    accuracy      1 when the expression is valid and its value is the target.
-    valid         1 when the expression has each given number exactly once, and no other.
-    numbers_used  size of the multiset intersection of used and given numbers / size of the larger multiset.
-    """
-    found = evaluate(text)
-    if found is None:
-        return Reward(0.0, False, dict.fromkeys(("accuracy", "valid", "numbers_used"), 0.0))
-    return _graded(fields, list(found.numbers), found.value == fields["target"])
-
-
 def grade_python_expression(fields: Mapping[str, Any], text: str) -> Reward:
-    """As grade_expression by d1's rules: the value is Python's, and every run of digits is a number.
+    """Grades an expression by d1's rules: the value is Python's, and every run of digits is a number.
 
     undecided  1 when the expression is beyond the bounds of `python_value`; the grade is then 0.
     """
@@ -98,6 +88,10 @@ def _close(value: Number, target: int) -> bool:
 
 
 def _graded(fields: Mapping[str, Any], numbers: list[int], on_target: bool) -> Reward:
+    """Value: accuracy, 1 when `valid` (each given number once, no other) and on target.
+
+    numbers_used  size of the multiset intersection of used and given numbers / size of the larger multiset.
+    """
     valid = sorted(numbers) == sorted(fields["numbers"])  # a number that is given twice must stand twice
     common = sum((Counter(numbers) & Counter(fields["numbers"])).values())
     used = common / max(len(numbers), len(fields["numbers"]))

@@ -95,10 +95,11 @@ class Countdown(Prompted):
             raise IndexError(f"problem {index} of {len(self)}")
         numbers, target, expression = self._drawn(index) if self.path is None else (*_stored(self.path)[index], None)
         fields = {"numbers": list(numbers), "target": target}
-        return Problem(self._prompt(numbers, target), fields, self._answer(expression))
+        if expression is not None:
+            expression = expression.ljust(self.width) if self.compact else f"<answer>{expression}</answer>"
+        return Problem(self._prompt(numbers, target), fields, expression)
 
     def reward(self, problem: Problem, completion: str) -> Reward:
-        """See grade_expression for the breakdown. Linear in the text's length."""
         if self.reward_rule == "d1":
             return countdown_d1_training(problem.fields, completion)
         graded = countdown_strict(problem.fields, completion)
@@ -133,11 +134,6 @@ class Countdown(Prompted):
             listed = ",".join(str(number).rjust(len(str(self.max_number))) for number in numbers)
             return f"{listed}>{str(target).rjust(len(str(self.max_target)))}="
         return self.worded(numbers=", ".join(map(str, numbers)), target=str(target))
-
-    def _answer(self, expression: str | None) -> str | None:
-        if expression is None:
-            return None
-        return expression.ljust(self.width) if self.compact else f"<answer>{expression}</answer>"
 
 
 def _random_expression(numbers: tuple[int, ...], operators: str, rng: Random) -> tuple[int, str]:
