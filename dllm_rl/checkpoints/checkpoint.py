@@ -60,11 +60,8 @@ def save(
     card: str | None = None,
     swap: Swap = alone,
 ) -> Path:
-    """Write `directory`/step-NNNNNN, name it in `directory`/latest, and keep the newest `keep`; `load_policy` opens it.
-
-    Raises FloatingPointError, before it writes, if a weight or a moment is not finite; OSError if the disk is full.
-    """
-    check_finite(f"step {state.step} was not saved", policy, optimizer)
+    """Write `directory`/step-NNNNNN, name it in `directory`/latest, and keep the newest `keep`. Raises OSError."""
+    check_finite(f"step {state.step} was not saved", policy, optimizer)  # raises FloatingPointError; nothing is written
     directory.mkdir(parents=True, exist_ok=True)
     recover_all(directory)
     final = folder_of(directory, state.step)

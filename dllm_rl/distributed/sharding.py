@@ -75,10 +75,7 @@ def part_like(value: Any, tensor: Tensor) -> Any:
 
 @contextmanager
 def in_pace(policy: Any, *, backward: bool = False) -> Iterator[None]:
-    """Inside, processes may run a sharded policy, always or never with a backward, a different number of times.
-
-    A sharded forward is an exchange. Who has left the block joins the others' forwards with a token of no weight.
-    """
+    """Inside, processes may run a sharded policy, always or never with a backward, a different number of times."""
     shards = sharding_of(policy.module)
     if shards is None:
         yield
@@ -92,8 +89,9 @@ def in_pace(policy: Any, *, backward: bool = False) -> Iterator[None]:
         yield
     finally:
         comes.remove()
-    token = torch.zeros(1, 1, dtype=torch.long, device=policy.device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=policy.device)  # has no weight in any gradient
     with torch.set_grad_enabled(backward):
+        # A sharded forward is an exchange of all: whoever has left the block joins the others' forwards.
         while shards.anyone(False):  # a process inside the block needs this one's part of the weights
             states = policy.hidden(token, token == 0)
             if backward:

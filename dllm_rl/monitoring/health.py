@@ -8,12 +8,7 @@ PATIENCE = 20  # steps in a row without a group whose rewards differ
 
 
 def health(metrics: dict[str, float]) -> tuple[str, str] | None:
-    """(word, reason) of a step: the first that holds of backfiring, strong, mild, healthy; None without mismatch metrics.
-
-    Backfiring: C = -(r - 1) A of one sign of A is above BACKWARDS, so that ratios move against their advantages. K1 and
-    K3 can stay flat meanwhile (VeXact [digest]). On 4x4 Sudoku (seed 0) 30 of 60 five-level steps backfire without a
-    corrector, and none of 120 unquantised or FP8 steps [ours].
-    """
+    """(word, reason) of a step: the first of backfiring, strong, mild, healthy that holds; None without mismatch."""
     ess = metrics.get("rollout_corr/ess")
     if ess is None:
         return None
@@ -26,6 +21,9 @@ def health(metrics: dict[str, float]) -> tuple[str, str] | None:
     if moved:
         _, base, sign, *_ = worst.replace("contribution_", "").split("/")
         against = {"old": "the step's start", "rollout": "the rollout"}[base]
+        # C = -(r - 1) A of one sign of A: ratios move against their advantages. K1 and K3 can stay flat meanwhile
+        # (VeXact [digest]). On 4x4 Sudoku (seed 0) 30 of 60 five-level steps backfire without a corrector, and none
+        # of 120 unquantised or FP8 steps [ours].
         if highest > BACKWARDS:
             word = "backfiring"
             reasons.insert(0, f"C {highest:+.2g} ({SIGNS[sign]}, against {against}) above {BACKWARDS}")

@@ -1,8 +1,6 @@
-"""Balance of work over processes: groups move once, whole, after their rewards are known.
+"""Balance of work: groups without advantage are not scored, so that some processes have more work than others.
 
-Groups without advantage are not scored, so that some processes have more work than others, and all wait for the
-slowest. Here a process with much work swaps groups for cheaper ones of another process. Every process keeps its number
-of rows, and what follows is local. `Rollout.batch_row` moves with the rows, and their noise is drawn by it.
+A process with much work swaps whole groups, once, for cheaper ones. `Rollout.batch_row` keeps their rows' noise.
 """
 
 from dataclasses import fields, replace
@@ -34,8 +32,7 @@ def balance(
     *,
     pad_id: int,
 ) -> tuple[Rollout, Float[Tensor, "P G"], Float[Tensor, " P"]]:
-    """This process's new rollout; advantages and `measured_groups` of all processes, in the new order of groups. An
-    exchange of all processes; nothing happens with one."""
+    """This process's new rollout; advantages and `measured_groups` of all, in the new order. An exchange."""
     if accelerator.num_processes == 1:
         return rollout, advantages, groups
     rows = local(torch.arange(advantages.numel()), accelerator)
@@ -67,8 +64,7 @@ def balance(
 
 
 def swaps(costs: Int[Tensor, "W P"]) -> list[tuple[Place, Place]]:
-    """Pairs of groups that change places, each group at most once: of the process with the most work and of that with
-    the least, the two that leave these processes closest. Greedy, on the host, the same in every process."""
+    """Pairs of groups to swap, each group at most once: greedy, on the host, the same in every process."""
     loads = costs.sum(1)
     settled = torch.zeros_like(costs, dtype=torch.bool)
     found = list[tuple[Place, Place]]()
@@ -78,7 +74,7 @@ def swaps(costs: Int[Tensor, "W P"]) -> list[tuple[Place, Place]]:
         apart = loads[most] - loads[least]
         handed = costs[most][:, None] - costs[least]
         handed[settled[most][:, None] | settled[least]] = 0
-        left = (apart - 2 * handed).abs()
+        left = (apart - 2 * handed).abs()  # the pair that leaves the two processes closest is swapped
         if apart - left.min() <= 2 * WORTH * loads[most]:
             return found
         give, take = divmod(int(left.argmin()), costs.shape[1])
@@ -89,8 +85,7 @@ def swaps(costs: Int[Tensor, "W P"]) -> list[tuple[Place, Place]]:
 
 
 def exchanged(rollout: Rollout, mine: dict[int, list[int]]) -> Rollout:
-    """The rollout with the groups at the places `mine` sent to each process, and replaced by those that come back. All
-    fields of a row travel as one line."""
+    """The rollout with the groups at the places `mine` sent to each process, and replaced by those that come back."""
     group = torch.arange(rollout.group_size)
     counts = [len(places) * len(group) for places in mine.values()]
     places = torch.tensor([place for each in mine.values() for place in each])
@@ -98,7 +93,7 @@ def exchanged(rollout: Rollout, mine: dict[int, list[int]]) -> Rollout:
     every = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
     named = {name: value for name, value in every.items() if isinstance(value, Tensor)}
     lines = [value[rows].double().reshape(len(rows), -1) for value in named.values()]  # fp64 holds masks, ids, fp32
-    parcels = torch.cat(lines, dim=1).split(counts)
+    parcels = torch.cat(lines, dim=1).split(counts)  # all fields of a row travel as one line
     arrived = [torch.empty_like(parcel) for parcel in parcels]
     swap(list(zip(mine, parcels, strict=True)), list(zip(mine, arrived, strict=True)))
     columns = torch.cat(arrived).split([line.shape[1] for line in lines], dim=1)
@@ -111,8 +106,7 @@ def exchanged(rollout: Rollout, mine: dict[int, list[int]]) -> Rollout:
 
 
 def of_sampled_rows(values: Float[Tensor, "B K"], rollout: Rollout, accelerator: Accelerator) -> Float[Tensor, "B K"]:
-    """Numbers of the balanced rollout's rows -> those of the rows that this process sampled, on the host. An exchange
-    of all processes."""
+    """Numbers of the balanced rows -> those of the rows sampled here, on the host. An exchange."""
     if rollout.batch_row is None:
         return values.cpu()
     (found,) = gather_on_host([torch.cat([values.double(), rollout.batch_row[:, None]], dim=1)], accelerator)

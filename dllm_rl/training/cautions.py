@@ -20,7 +20,6 @@ TYPICAL_WEIGHT = 0.02  # of a matrix in a language model
 
 
 def cautions(recipe: Recipe) -> list[str]:
-    """What cannot learn in the recipe, and the remedy."""
     said = []
     if _bound(recipe.sampler, "temperature") == 0:
         said.append(

@@ -25,9 +25,9 @@ CHARACTERS = 160  # of a text in the table, from its two ends
 def log_completions(
     run: Run,
     step: int,
-    answers: list[Answer],
+    answers: list[Answer],  # of the rows that this process sampled, as `sampled`
     sampled: Rollout,
-    rollout: Rollout,
+    rollout: Rollout,  # balanced, as what follows
     *,
     logps: Logprobs,
     advantages: Float[Tensor, "P G"],
@@ -37,7 +37,6 @@ def log_completions(
     A row of completions.jsonl: {"step", "prompt", "completion", "reward", "parts": {"parsed": 1.0, ...}, "advantage",
         "mismatch": sum over scored tokens of log p_learner - log p_rollout, nats; null if the row is not scored,
         "tokens": [{"id", "text", "step": that committed the token, "probability"}, ...]}
-    answers and `sampled` are the rows that this process sampled, the others are of the balanced `rollout`.
     """
     log = run.log
     every = run.recipe.log_completions_steps

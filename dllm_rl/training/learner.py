@@ -1,9 +1,6 @@
 """The learner's part of a step: score a rollout, correct for the mismatch, update the weights.
 
-The update's memory does not grow with the number N of masks. The loss f depends on the scores s_n of N masked forwards:
-    grad f = sum_n (df/ds_n) . grad s_n.
-df/ds_n is taken once, on detached scores. Then one forward and backward per mask and row chunk carries the vector
-through the model. With kept graphs (`keeps_graphs`) no forward runs twice.
+Memory does not grow with the number N of masks: grad f = sum_n (df/ds_n) . grad s_n is taken forward by forward.
 """
 
 import math
@@ -46,7 +43,7 @@ from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 
 @dataclass(frozen=True)
 class Step:
-    """What a step learned from, and its metrics. Rows are balanced: not all are those that this process sampled."""
+    """What a step learned from, and its metrics, in balanced rows: not all are those that this process sampled."""
 
     rollout: Rollout
     advantages: Float[Tensor, "P G"]
@@ -64,14 +61,10 @@ def step(
     policy: Policy,
     rollout_policy: Policy,
     reference: Policy | None,
-    learn: Callable[[Batch], dict[str, float]],
-    stage: Callable[[str], AbstractContextManager] = nullcontext,
+    learn: Callable[[Batch], dict[str, float]],  # -> metrics: an update, or the gradients alone
+    stage: Callable[[str], AbstractContextManager] = nullcontext,  # times a block
 ) -> Step:
-    """Learn from a rollout and its advantages: the loop's step, and the rehearsal's.
-
-    learn  batch -> metrics: an update, or the gradients alone
-    stage  times the block of a name
-    """
+    """Learn from a rollout and its advantages: the loop's step, and the rehearsal's."""
     groups = measured_groups(recipe, advantages, number)  # those to learn from, and a sample of the others
     with stage("scoring"), learner_forward(recipe, policy, rollout_policy, accelerator):
         balanced = balance(recipe, sampled, advantages, groups, accelerator, pad_id=policy.pad_id)
@@ -100,37 +93,28 @@ def correct(
     advantages: Float[Tensor, "P G"],
     accelerator: Accelerator,
     *,
-    groups: Float[Tensor, " P"],
+    groups: Float[Tensor, " P"],  # `measured_groups`, by which `rollout_corr/*` estimates ALL rows
 ) -> tuple[Batch, dict[str, float]]:
-    """The batch to learn from, with the corrector's weights and keep mask, and mismatch metrics over all processes.
-
-    groups  weights of `measured_groups`, by which `rollout_corr/*` estimates ALL rows. The corrector sees learned rows
-            only; their metrics, and the corrector's under verl's names, are `live/*`.
-    """
+    """The batch to learn from, with the corrector's weights and keep mask, and mismatch metrics over all processes."""
     lost = reduce_metrics(waited("scoring", accelerator), accelerator)  # first: the gathering waits for all
     rows = gather_rows(recipe, rollout, logps, advantages, groups, accelerator)
-    weights, keep, live = weigh_learned(recipe.corrector, rows)
+    weights, keep, live = weigh_learned(recipe.corrector, rows)  # sees learned rows only
     metrics = lost | all_rows_metrics(rows) | live | symptoms(recipe, rows, logps.noise)
     return make_batch(recipe, logps, rollout, rows, weights, keep, accelerator), metrics
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of all processes, on the host.
+    """The rows of all processes, on the host."""
 
-    log_mismatch  logp_old - logp_rollout where `scored`, nats; 0 elsewhere
-    corrected     the scored tokens of rows that the update learns from
-    weights       the rows' inverse sampling fractions (`group_weights`), 0 where not scored
-    """
-
-    log_mismatch: Float[Tensor, "B T"]
-    corrected: Bool[Tensor, "B T"]
+    log_mismatch: Float[Tensor, "B T"]  # logp_old - logp_rollout where scored, nats; 0 elsewhere
+    corrected: Bool[Tensor, "B T"]  # the scored tokens of rows that the update learns from
     completion: Bool[Tensor, "B T"]
     old: Float[Tensor, "B T"]
     tokens: Int[Tensor, "B T"]
     advantages: Float[Tensor, " B"]
     learned: Bool[Tensor, " B"]
-    weights: Float[Tensor, " B"]
+    weights: Float[Tensor, " B"]  # inverse sampling fractions (`group_weights`), 0 where not scored
 
 
 def gather_rows(
@@ -188,7 +172,6 @@ def make_batch(
     keep: Tensor,
     accelerator: Accelerator,
 ) -> Batch:
-    """This process's part of the rows, on its device."""
     device = rollout.tokens.device
     width = rollout.tokens.shape[1]  # other processes' rows may be wider
     chosen = rows.learned[:: rollout.group_size]
@@ -237,13 +220,8 @@ def update(
     max_grad_norm: float = 1.0,
     micro_batch_size: int | None = None,
 ) -> dict[str, float]:
-    """Take `num_iterations` optimiser steps on one batch; returns the last step's metrics, and NAME/iteration_I.
-
-    loss              (log-probs (B, T), batch) -> this process's share of the loss, metrics, d loss / d log-probs.
-    micro_batch_size  rows per forward, whole groups; None: all rows.
-    Before the weights change, raises RuntimeError on a stale rollout, FloatingPointError on a non-finite gradient.
-    """
-    check_version(batch.rollout, policy)
+    """Take `num_iterations` steps on one batch; returns the last one's metrics, and NAME/iteration_I."""
+    check_version(batch.rollout, policy)  # raises RuntimeError, as below FloatingPointError, before the weights change
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     scorer = Scorer(likelihood, batch.rollout, batch.noise, micro_batch_size)
@@ -279,21 +257,20 @@ def update(
 def accumulate_gradients(
     policy: Policy,
     batch: Batch,
-    scores: Float[Tensor, "N B T"],
+    scores: Float[Tensor, "N B T"],  # log-probs of every view, nats
     *,
     loss: Loss,
     likelihood: LikelihoodEstimator,
     micro_batch_size: int | None = None,
 ) -> Metrics:
-    """Add this process's share of the loss gradient to the parameters; returns its metrics as (sum, count) pairs.
-    `scores` are log-probs of every view, nats. If they have graphs, the backward frees these and no forward runs."""
+    """Add this process's share of the loss gradient to the parameters; returns (sum, count) metrics."""
     leaves = scores.detach().requires_grad_()  # df/ds_n stops here
     logps = likelihood.combine(leaves, batch.noise)
     _, metrics, gradient = loss(logps.detach(), batch)
     (vectors,) = torch.autograd.grad(logps, leaves, gradient)
     metrics |= off_policy_metrics(logps.detach(), batch, old=likelihood.combine(batch.old_scores.detach(), batch.noise))
     if scores.grad_fn is not None:  # kept graphs
-        scores.backward(vectors)
+        scores.backward(vectors)  # frees the graphs; no forward runs
         return metrics
     with in_pace(policy, backward=True):
         for chunk in row_chunks(batch.rollout, batch.noise, micro_batch_size):

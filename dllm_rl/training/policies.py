@@ -43,7 +43,6 @@ def fresh_state(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: R
 
 
 def resumed_policy(recipe: Recipe, folder: Path, accelerator: Accelerator) -> Policy:
-    """The policy as a checkpoint left it."""
     state = TrainingState.read(folder)
     device = first_home(recipe, accelerator)
     dtype = getattr(torch, state.dtype)

@@ -23,8 +23,7 @@ def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " si
 
 
 def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list[Problem], int]:
-    """The problems at `indices`, and how many were replaced: a prompt longer than max_prompt_length is replaced by the
-    task's next prompt that fits. Raises ValueError if none fits."""
+    """The problems at `indices`, and how many too long ones the next that fits replaced. Raises ValueError."""
     task = recipe.task
     most = recipe.max_prompt_length
     if most is None:
@@ -44,10 +43,7 @@ def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list
 
 
 def check_prompts(recipe: Recipe, policy: Policy) -> int:
-    """The training problem with the longest checked prompt (0: none). Raises ValueError if one does not fit the model.
-
-    At most 5000 prompts per task are checked, for 10 s: those that steps draw first.
-    """
+    """The problem with the longest prompt of those that steps draw first. Raises ValueError if one does not fit."""
     limit = policy.spec.max_length
     trained = getattr(recipe.sampler, "keywords", {}).get("max_new_tokens")
     evaluated = getattr(recipe.eval_sampler, "keywords", {}).get("max_new_tokens")

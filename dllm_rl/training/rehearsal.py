@@ -40,10 +40,7 @@ MOMENTS: dict[Any, int] = {adamw: 8, adamw_8bit: 2}  # bytes per trained weight;
 
 
 def rehearse(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
-    """Run one group of completions through a step except the update, and save it. All processes call it together.
-
-    Raises what a part of the recipe raises, and OSError if a checkpoint does not fit the disk (on_save_error 'stop').
-    """
+    """Run one group through a step except the update, and save it, in all processes. Raises what its parts raise."""
     with random_numbers_kept(), as_trained(recipe, policy) as learner:
         micro_step(recipe, learner, problem, accelerator)
         with in_pace(learner):

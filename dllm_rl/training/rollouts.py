@@ -40,8 +40,8 @@ def collect(
 ) -> tuple[Rollout, list[Answer], Float[Tensor, "P G"], dict[str, Tensor], dict[str, float]]:
     """This process's rollout and answers, the rewards of all processes (on the host), `parts_of` them, and metrics.
 
-    With max_num_gen_batches > 1, DAPO's dynamic sampling [paper]: groups of equal rewards are drawn again with other
-    prompts, up to that many draws. Prompts and seeds depend on (seed, step, draw) alone; DAPO pools the draws [ours].
+    DAPO's dynamic sampling [paper]: groups of equal rewards are drawn again, with other prompts. Prompts and seeds
+    depend on (seed, step, draw) alone; DAPO pools the draws [ours].
     """
     every = torch.arange(recipe.train_batch_size // accelerator.num_processes)
     rollout, answers, mine, replaced = draw_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
@@ -82,8 +82,7 @@ def draw_and_grade(
     accelerator: Accelerator,
     log: RunLog,
 ) -> tuple[Rollout, list[Answer], Float[Tensor, "p G K"], int]:
-    """`sample_and_grade` of this process's prompts at `places` of a draw, and how many prompts were replaced as too
-    long. A row's seed depends on (seed, step, draw, place in the batch)."""
+    """`sample_and_grade` of this process's prompts at `places` of a draw, and how many were replaced as too long."""
     step, draw = step_and_draw
     purpose = f"train, draw {draw}" if draw else "train"
     indices = draw_indices(len(recipe.task), recipe.train_batch_size, recipe.seed, purpose, step)
@@ -98,16 +97,12 @@ def sample_and_grade(
     recipe: Recipe,
     rollout_policy: Policy,
     problems: Sequence[Problem],
-    seeds: Int[Tensor, "p G"],
-    key: tuple[object, ...],
+    seeds: Int[Tensor, "p G"],  # of the rows
+    key: tuple[object, ...],  # of the sampler's generator
     accelerator: Accelerator,
-    stage: Callable[[str], AbstractContextManager] = nullcontext,
+    stage: Callable[[str], AbstractContextManager] = nullcontext,  # times a block
 ) -> tuple[Rollout, list[Answer], Float[Tensor, "p G K"]]:
-    """Rollout, answers and rewards (value, then `wanted_parts`) of a group of completions per problem.
-
-    seeds, key  of the rows, and of the sampler's generator
-    stage       times the block of a name
-    """
+    """Rollout, answers and rewards (value, then `wanted_parts`) of a group of completions per problem."""
     group = recipe.num_generations
     with stage("rollout"), arithmetic(recipe, accelerator):
         prompts = encode(rollout_policy, problems, group_size=group, seeds=seeds.flatten().tolist())

@@ -19,12 +19,7 @@ Record = TypeVar("Record", bound=Settings)
 
 @dataclass(eq=False)
 class Run(Generic[Record]):
-    """What a run of RL or SFT owns from its start to its summary.
-
-    state       after the last complete step.
-    saved       step of the last save; None before it.
-    checkpoint  folder of the last checkpoint, the one that the run resumes from included.
-    """
+    """What a run of RL or SFT owns from its start to its summary."""
 
     recipe: Record
     accelerator: Accelerator
@@ -37,5 +32,5 @@ class Run(Generic[Record]):
     stop: Stop
     writer: Writer
     progress: Callable[..., None]
-    saved: int | None = None
-    checkpoint: str = ""
+    saved: int | None = None  # step of the last save
+    checkpoint: str = ""  # folder of the last one, which may be the one that the run resumes from

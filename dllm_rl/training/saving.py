@@ -44,14 +44,13 @@ def make_writer(recipe: Settings, accelerator: Accelerator) -> Writer:
 
 
 def save(run: Run[Any]) -> None:
-    """Checkpoint the run's state when the previous checkpoint is written; with async_save from a copy on the host.
-    Raises OSError (with async_save at a later step) if the write fails and on_save_error is not 'continue'."""
+    """Checkpoint the run's state after the previous write. Raises OSError unless on_save_error is 'continue'."""
     settle(run)
     if sharding_of(run.policy.module) is not None:
         run.writer.run(_by_all(run))
     else:
         from_main(lambda: run.writer.run(_by_main(run, copied=run.recipe.async_save)), run.accelerator)
-    if not run.recipe.async_save:
+    if not run.recipe.async_save:  # else a later step raises its error
         settle(run)
 
 
@@ -70,9 +69,9 @@ def write_checkpoint(run: Run[Any]) -> Path | None:
 
 
 def save_at_once(run: Run[Any]) -> None:
-    """On an overdue stop, save the last complete step and end the process. Not during the update, whose state is of no
-    step, nor with sharded weights, which all processes save together after the step."""
+    """On an overdue stop, save the last complete step and end the process."""
     stage = run.log.entered
+    # The update's state is of no step, and sharded weights are saved by all processes together, after the step.
     if stage not in ("", "rollout", "reward", "scoring", "gradients") or sharding_of(run.policy.module) is not None:
         return
     if stage == "scoring" and run.recipe.corrector.align_forward:  # the weights are the rounded ones
@@ -87,17 +86,16 @@ def save_at_once(run: Run[Any]) -> None:
 
 
 def save_alone(run: Run[Any]) -> None:
-    """When another process is lost, save the last complete step from another thread of the main process: a copy, if its
-    weights are of one step. Not with sharded weights, which no process has in full."""
+    """When another process is lost, save a copy of the last complete step from another thread of the main process."""
     whole = ["", "rollout", "reward", "waiting", "gradients"]  # between two exchanges that all weights wait for
-    if sharding_of(run.policy.module) is not None or run.log.entered not in whole:
+    if sharding_of(run.policy.module) is not None or run.log.entered not in whole:  # sharded: no process has all
         return
     with run.writer.alone, torch.no_grad():
         done = run.state.step
         if done == run.saved:
             return
         copies = on_host(run.policy, run.optimizer)
-        if run.policy.version == run.state.version and run.log.entered in whole:
+        if run.policy.version == run.state.version and run.log.entered in whole:  # the copy is of one step
             try:
                 run.writer.wait()
                 _attempt(run, done, _prepared(run, *copies))
@@ -106,8 +104,7 @@ def save_alone(run: Run[Any]) -> None:
 
 
 def save_on_error(run: Run[Any], kind: Any, error: BaseException | None, traceback: Any) -> None:
-    """When a step fails, save the last complete step and add a note to the error; a resume repeats the failed step. Not
-    with sharded weights, nor once the update has begun to change the weights."""
+    """When a step fails, save the last complete step and add a note to the error; a resume repeats the failed step."""
     recipe = run.recipe
     done = run.state.step
     if not isinstance(error, Exception) or run.log.entered not in ("", *BEFORE_UPDATE, "update"):

@@ -64,7 +64,6 @@ def draw_noise(
 
 
 def only_groups(noise: Noise, chosen: Bool[Tensor, " P"], group_size: int, accelerator: Accelerator) -> Noise:
-    """The noise with weight 0 for groups that are not chosen."""
     if chosen.all():  # the same object, which all policies share
         return noise
     (live,) = send(accelerator.device, local(repeat(chosen, "p -> (p g)", g=group_size), accelerator))
@@ -72,20 +71,14 @@ def only_groups(noise: Noise, chosen: Bool[Tensor, " P"], group_size: int, accel
 
 
 class Sides(NamedTuple):
-    """See `sides`."""
+    """Where the log-probs of a ratio come from."""
 
-    rollout: Literal["recorded", "learner", "scored"]
-    aligned: bool
+    rollout: Literal["recorded", "learner", "scored"]  # by the sampler; the learner's own; the rollout policy's
+    aligned: bool  # the learner computes with the rollout's quantised operands
 
 
 def sides(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> Sides:
-    """Where the log-probs of a ratio come from: those of the rollout, and how the learner computes its own.
-
-    rollout  recorded  the estimator is exact for the sampler: the sampler's own record
-             learner   otherwise, if the learner itself sampled: the learner's, before the update
-             scored    otherwise: the rollout policy's, under the same masks
-    aligned  a corrector aligns the forward: the learner computes with the rollout's quantised operands
-    """
+    """The sampler's record if the estimator is exact for it; else the learner's, or the rollout policy's."""
     copied = rollout_policy is not policy
     exact = recipe.likelihood.exact_for_sampler
     return Sides(
@@ -101,12 +94,12 @@ class Scorer:
     likelihood: LikelihoodEstimator
     rollout: Rollout
     noise: Noise
-    micro_batch_size: int | None
+    micro_batch_size: int | None  # rows per forward, whole groups; None: all rows
 
     def scores(
         self, policy: Policy, *, keep_graphs: bool = False, note: Integer[Tensor, "N B T M E"] | None = None
     ) -> Float[Tensor, "N B T"]:
-        """`LikelihoodEstimator.scores`: log-probs of every view, nats."""
+        """Log-probs of every view, nats."""
         given = (policy, self.rollout, self.noise)
         with in_pace(policy):  # here, so that no caller forgets it where the policy is sharded
             return self.likelihood.scores(
@@ -114,15 +107,14 @@ class Scorer:
             )
 
     def logprobs(self, policy: Policy, *, note: Integer[Tensor, "N B T M E"] | None = None) -> Float[Tensor, "B T"]:
-        """`LikelihoodEstimator.logprobs`: contributions per position, nats; no gradient."""
+        """Contributions per position, nats; no gradient."""
         return self.likelihood.combine(self.scores(policy, note=note), self.noise)
 
 
 def score(
     recipe: Recipe, rollout: Rollout, noise: Noise, *, policy: Policy, rollout_policy: Policy, reference: Policy | None
 ) -> Logprobs:
-    """The rollout's log-probs under every policy, with the same masks. Raises RuntimeError with zero_mismatch if the
-    sides differ."""
+    """The rollout's log-probs under every policy, same masks. Raises RuntimeError if zero_mismatch does not hold."""
     scorer = Scorer(recipe.likelihood, rollout, noise, recipe.micro_batch_size)
     side = sides(recipe, policy, rollout_policy).rollout
     note = blank(policy, rollout, noise) if recipe.router_replay is not None and side == "scored" else None
@@ -174,8 +166,7 @@ def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bo
 def measure_sides(
     policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Whether learner and rollout policy agree on the order (`order_agreement`) and on experts (`routing_metrics`),
-    over all processes. Empty where they are one policy."""
+    """`order_agreement` and `routing_metrics` of learner and rollout policy, over all processes."""
     if rollout_policy is policy:
         return {}
     with in_pace(policy):  # both run the learner, which may be sharded

@@ -19,7 +19,6 @@ WHOLE = "or shard_size=1, with which each process holds the weights whole"
 
 
 def group_size(recipe: Settings, processes: int) -> int:
-    """The number of processes that the learner is sharded over."""
     return recipe.shard_size or processes
 
 

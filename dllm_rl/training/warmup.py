@@ -97,16 +97,12 @@ def warmup(
     max_new_tokens: int,
     num_steps: int,
     learning_rate: float,
-    draw_noise: Callable[[int], tuple[Tensor, Tensor]],
+    draw_noise: Callable[[int], tuple[Tensor, Tensor]],  # step -> levels and uniforms, as `draw_levels`
     lr_warmup_steps: int = 30,
-    on_step: Callable[[int, float], bool] = lambda step, loss: False,
-    reduce_gradients: Callable[[Policy], None] = lambda policy: None,
+    on_step: Callable[[int, float], bool] = lambda step, loss: False,  # True ends the warm-up
+    reduce_gradients: Callable[[Policy], None] = lambda policy: None,  # sums over processes
 ) -> int:
-    """AdamW on `supervised_loss`; returns the number of steps taken.
-
-    draw_problems(step), draw_noise(step)  the data, and the masking levels and uniforms of `draw_levels`.
-    on_step(step, loss)  after each step; True ends the warm-up. reduce_gradients  sums gradients over processes.
-    """
+    """AdamW on `supervised_loss`; returns the number of steps taken."""
     optimizer = torch.optim.AdamW(policy.module.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     for step in range(num_steps):
         batch = examples(policy, draw_problems(step), max_new_tokens=max_new_tokens)

@@ -1,6 +1,6 @@
-"""A step's memory, measured without weights or a GPU: the model runs on fake tensors, and live storages are counted.
+"""A step's memory without weights or a GPU: the model runs on fake tensors, and live storages are counted.
 
-Measured with CPU kernels and fused attention; kernel workspaces and allocator rounding are not included.
+CPU kernels with fused attention; kernel workspaces and allocator rounding are not included.
 """
 
 import copy
@@ -74,10 +74,10 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. held: kept from step to step, by part. peaks: the most alive in a stage, `held` included."""
+    """Bytes of a step."""
 
-    held: dict[str, int]
-    peaks: dict[str, int]
+    held: dict[str, int]  # from step to step, by part
+    peaks: dict[str, int]  # the most alive in a stage, `held` included
 
     @property
     def peak(self) -> int:
@@ -126,19 +126,14 @@ class GroupedShapes(TorchFunctionMode):
 
 def measure_step(
     recipe: Recipe,
-    policy: Policy,
+    policy: Policy,  # with the adapters; its module is on the meta device, or has weights to forget
     *,
     prompt_tokens: int,
-    dtype: torch.dtype | None,
-    rollout_copy: int,
-    on_gpu: bool = True,
+    dtype: torch.dtype | None,  # of the weights; None: as they are
+    rollout_copy: int,  # bytes of the quantised one
+    on_gpu: bool = True,  # the optimiser's step is one fused kernel; the head's chunks are of the policy's device
 ) -> Memory:
-    """One step of the recipe on fake tensors: first what it holds, then its stages.
-
-    policy        with the recipe's adapters, and a module on the meta device or with weights to forget.
-    dtype         of its weights; None: as they are. rollout_copy: bytes of the quantised copy.
-    on_gpu        the optimiser's step is one fused kernel. (The head's chunks are those of the policy's device.)
-    """
+    """One step of the recipe on fake tensors: first what it holds, then its stages."""
     held: dict[str, int] = {}
     peaks: dict[str, int] = {}
     policy = copy.copy(policy)
@@ -226,7 +221,6 @@ class FakeStep:
             del cache
 
     def cache(self, rows: int) -> Tensor | None:
-        """Keys and values of the sampler's cache; None without one."""
         config = getattr(self.policy.module, "config", None)
         causal = self.policy.spec.attention == "causal"
         if config is None or not (causal or self.sampler.get("cache") is not None):
@@ -280,11 +274,7 @@ class FakeStep:
 
 
 def shared_out(memory: Memory, module: Module, size: int) -> Memory:
-    """The memory per process of a learner sharded over `size` processes, from the memory of one alone.
-
-    Unsharded are the rollout's copy and, in turn, two blocks (the next is fetched), the backbone's other weights and
-    the head; in the update also their gradients, twice while summed except the head's; in the sync the largest tensor.
-    """
+    """The memory per process of a learner sharded over `size` processes, from the memory of one alone."""
     held = {name: -(-value // size) for name, value in memory.held.items()}
     if "rollout copy" in held:  # the one part that is full
         held["rollout copy"] = memory.held["rollout copy"]
@@ -303,9 +293,10 @@ def shared_out(memory: Memory, module: Module, size: int) -> Memory:
 
     block, rest, head = units(False)
     block_grad, rest_grad, head_grad = units(True)
-    scoring = 2 * block + rest + head
+    scoring = 2 * block + rest + head  # unsharded: two blocks (the next is fetched), the backbone's rest, the head
+    # The update also has their gradients: twice while they are summed, except the head's.
     extra = {"scoring": scoring, "update": scoring + 2 * (block_grad + rest_grad) + head_grad}
-    extra["sync or save"] = each * max(numbers)
+    extra["sync or save"] = each * max(numbers)  # the largest tensor
     peaks = {}
     for name, peak in memory.peaks.items():
         share = (peak - before) / size if name == "optimiser step" else peak - before

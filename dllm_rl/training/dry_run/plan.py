@@ -136,24 +136,20 @@ def quantisable(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str,
 
 
 def rollout_bytes(recipe: Recipe, policy: MetaPolicy, size: int) -> int:
-    """Bytes of the quantised copy without scales (a few per thousand). A quantised weight takes 1, in packed int4 0.5,
-    rounded in its own dtype `size`, with rounded inputs 4; the other weights take `size`."""
+    """Bytes of the quantised copy without scales, which take a few per thousand."""
     layers, weights, _ = quantisable(recipe, policy)
     scheme = recipe.rollout_quantization
     if scheme is None or not layers:
         return 0
     made = scheme()
-    each = 0.5 if isinstance(made, type(int4_packed())) else 1.0
+    each = 0.5 if isinstance(made, type(int4_packed())) else 1.0  # bytes of a quantised weight
     if isinstance(made, FakeQuantize):
-        each = size if made.activation is None else 4.0
+        each = size if made.activation is None else 4.0  # rounded in its own dtype; with rounded inputs in fp32
     return int(weights * each) + (policy.parameters - weights) * size
 
 
 def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
-    """The plan as text, after every check that needs no weights. Raises ValueError if the recipe cannot run.
-
-    prompt_tokens  assumed prompt length; None: the first prompt's if the tokenizer is known, else 256.
-    """
+    """The plan as text, after every check that needs no weights. Raises ValueError if the recipe cannot run."""
     policy = meta_policy(recipe)
     if prompt_tokens is None:
         prompt_tokens = 256  # without a tokenizer no task is opened: its data may not be here
