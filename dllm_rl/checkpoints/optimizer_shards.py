@@ -113,7 +113,7 @@ class _Piece:
 
     file: Any
     first: int
-    total: int | None  # rows in all files; None: this file has all
+    total: int | None  # rows in all files; None: not sharded, and this file has all
 
 
 def _opened(folder: Path, stack: ExitStack) -> tuple[dict[str, list[_Piece]], dict[str, Any]]:

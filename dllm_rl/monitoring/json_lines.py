@@ -20,8 +20,7 @@ class JsonLines:
             self._write("\n" * torn + json.dumps({"resume_from": start}) + "\n")  # older rows from here on do not count
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row. Raises ValueError on NaN and infinity, which JSON lacks."""
-        self._write(json.dumps(row, allow_nan=False) + "\n")
+        self._write(json.dumps(row, allow_nan=False) + "\n")  # JSON has neither NaN nor infinity: ValueError
 
     def _write(self, text: str) -> None:
         self._waiting += text.encode()

@@ -144,7 +144,6 @@ def wanted_parts(recipe: Recipe) -> dict[str, float]:
 
 
 def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:
-    """Fraction of the groups whose rewards are all equal."""
     return (~informative(rewards)).double().mean().item()
 
 

@@ -63,7 +63,6 @@ def check_sharding(recipe: Settings, processes: int) -> None:
 
 
 def share_out(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Policy:
-    """Shard the weights, and the adapters, if the recipe asks for it."""
     size = group_size(recipe, accelerator.num_processes)
     module = policy.module
     if size == 1:

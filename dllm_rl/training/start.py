@@ -147,7 +147,6 @@ def open_log(recipe: Settings, accelerator: Accelerator, notes: Sequence[str], f
 
 
 def check_processes(recipe: Settings, accelerator: Accelerator) -> None:
-    """Raise ValueError if the launch cannot run the recipe."""
     check_engine()
     check_sharding(recipe, accelerator.num_processes)
     count = accelerator.num_processes

@@ -1,7 +1,4 @@
-"""A step's memory without weights or a GPU: the model runs on fake tensors, and live storages are counted.
-
-CPU kernels with fused attention; kernel workspaces and allocator rounding are not included.
-"""
+"""A step's memory, on fake tensors and CPU kernels: live storages, without kernels' workspaces and rounding."""
 
 import copy
 import math

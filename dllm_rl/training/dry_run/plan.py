@@ -216,5 +216,4 @@ def graphs_kept(recipe: Recipe, policy: MetaPolicy, rows: int) -> str:
 
 
 def fit(peak: int, size: int) -> str:
-    """Whether a step fits a GPU of `size` GB, with a reserve for its allocator and kernels."""
     return "yes" if peak <= USABLE * size * GB else "no"
