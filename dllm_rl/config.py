@@ -1,10 +1,5 @@
-"""Recipes from the command line, and recipes as text.
-
-Every scalar has a path: a field (`learning_rate`), a keyword of a function (`sampler.temperature`) or of a record's
-maker (`likelihood.num_segments`), a field of a record (`task.clues`, `corrector.weigh.cap`). Functions are picked by
-name (`--corrector tis`), records by their makers (`--likelihood elbo`). MODULE:FUNCTION imports and runs any module's
-function: only the command line may name one, never a checkpoint. A path's help is the docstring line that begins with
-its name and two spaces.
+"""Recipes from the command line, and recipes as text. A scalar's path is a field (`learning_rate`), a keyword of a
+function (`sampler.temperature`) or of a record's maker (`likelihood.num_segments`), or a record's field (`task.clues`).
 """
 
 import dataclasses
@@ -31,11 +26,8 @@ NOTHING: Mapping[str, str] = types.MappingProxyType({})
 
 
 def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
-    """The recipe with `--path value` overrides applied. Exits with status 2 and one line on an unknown path or a bad
-    value, naming the nearest valid one; `--help` lists every path of the resulting recipe.
-
-    argv  None: the program's arguments, or none in a notebook or at a prompt
-    """
+    """The recipe with `--path value` overrides; argv None: the program's arguments, or none at a prompt. `--help` lists
+    every path. Exits with status 2 on an unknown path or a bad value, in one line that names the nearest valid one."""
     arguments = list(([] if interactive() else sys.argv[1:]) if argv is None else argv)
     wanted = [word for word in arguments if word not in ("--help", "-h")]  # help is of the recipe that the rest makes
     try:
@@ -84,10 +76,7 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
 
 
 def override(recipe: Record, path: str, text: str, below: Mapping[str, str] = NOTHING) -> Record:
-    """The recipe with the value at `path` read from text. Raises ValueError naming the field, the value, the remedy.
-
-    below  texts of keywords that a named function requires
-    """
+    """The recipe with the value at `path` read from text; `below`: texts of keywords that a named function requires."""
     known = paths(recipe)
     if path not in known:
         near = difflib.get_close_matches(path, known, n=1, cutoff=0)  # cutoff 0: the nearest, however far
@@ -168,8 +157,7 @@ def _replace(owner: Any, keys: list[str], value: Any) -> Any:
 
 
 def _choices(member: Member) -> dict[str, Any]:
-    """What may be named for a field or keyword: functions of its `pick`, makers of its record type, or siblings of its
-    function; empty for anything else."""
+    """Functions of the member's `pick`, makers of its record type, or siblings of its function, by name."""
     if member.pick:
         return pickable(member.pick, member.example)
     if record := _record_type(member.annotation):
@@ -182,7 +170,6 @@ def _choices(member: Member) -> dict[str, Any]:
 
 
 def _record_type(annotation: Any) -> type | None:
-    """The record among an annotation's types."""
     for kind in _kinds(annotation):
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             return kind
@@ -198,8 +185,7 @@ def pickable(module_name: str, value: Any = None) -> dict[str, Any]:
 
 
 def siblings(function: Callable) -> dict[str, Callable]:
-    """Public functions of the same module with the same return annotation and no other required keyword except numbers
-    and names; the function alone without a return annotation."""
+    """Public functions of its module with the same return annotation that need no keyword but numbers and names."""
     made = inspect.signature(function).return_annotation
     if made is inspect.Signature.empty:
         return {function.__name__: function}

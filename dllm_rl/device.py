@@ -8,10 +8,9 @@ from torch import Tensor
 
 
 def find_device(name: str | None = None) -> torch.device:
-    """The device of that name; without a name the accelerator, else the CPU. A Mac's GPU must be named: it has no fp64,
-    which random numbers and metrics need. Raises ValueError on an absent device."""
+    """The device of that name, else the accelerator, else the CPU. Raises ValueError on an absent device."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name is None:
+    if name is None:  # a Mac's GPU must be named: it has no fp64, which random numbers and metrics need
         return torch.device("cpu") if found is None or found.type == "mps" else found
     there = ["cpu"] if found is None else ["cpu", found.type]
     kind, colon, index = name.partition(":")
@@ -34,10 +33,10 @@ def peak_memory() -> float:
 
 
 def send(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The host's tensors, all of one dtype, on the device. On CUDA they are one copy from pinned memory: the host waits
-    for a copy from pageable memory, longer than a sampler's step takes."""
+    """The host's tensors, all of one dtype, on the device."""
     if device.type != "cuda":
         return tuple(x.to(device) for x in tensors)
+    # One copy from pinned memory: for pageable memory the host waits, longer than a sampler's step takes.
     there = torch.cat([x.flatten() for x in tensors]).pin_memory().to(device, non_blocking=True)
     parts = there.split([x.numel() for x in tensors])
     return tuple(part.view(x.shape) for part, x in zip(parts, tensors, strict=True))

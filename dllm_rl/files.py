@@ -18,12 +18,7 @@ except ModuleNotFoundError:  # not a POSIX system: folders are not locked there
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields `.NAME.partial`, to be written as a file or a folder; then flushes it and renames it to `path`. If the
-    block raises, `.NAME.partial` is deleted and `path` is unchanged.
-
-    A file is replaced atomically. An old folder becomes `.NAME.old` until the new one has its place; after a kill in
-    between, `recover` puts it back.
-    """
+    """Yield `.NAME.partial`, a file or folder to write; then rename it to `path`, unchanged if the block raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = _aside(path, "partial"), _aside(path, "old")
     recover(path)
@@ -35,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
         remove(partial)
         raise
     if partial.is_dir() and path.exists():
-        path.rename(old)  # a folder cannot be replaced by a rename
+        path.rename(old)  # a rename cannot replace a folder; after a kill here `recover` puts the old one back
     partial.replace(path)
     flush(path.parent)
     remove(old)
@@ -116,8 +111,7 @@ _LOCKS: dict[tuple[int, Path], IO[str]] = {}  # by process: a forked child does 
 
 
 def lock(path: Path) -> None:
-    """Lock the file until `unlock` or the end of the process; a second call does nothing. Raises BlockingIOError naming
-    the process that holds it. Without POSIX locks in the file system or the operating system, nothing is locked."""
+    """Lock the file until `unlock` or the process ends. Raises BlockingIOError naming the process that holds it."""
     path = path.resolve()
     if fcntl is None or (os.getpid(), path) in _LOCKS:
         return
@@ -131,7 +125,7 @@ def lock(path: Path) -> None:
         file.close()
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise BlockingIOError(error.errno, f"held by {holder}") from None
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # no POSIX locks: nothing is locked
             return
         raise
     file.truncate(0)  # a process that is gone
@@ -141,7 +135,6 @@ def lock(path: Path) -> None:
 
 
 def unlock(path: Path) -> None:
-    """Release the lock if this process holds it."""
     file = _LOCKS.pop((os.getpid(), path.resolve()), None)
     if file is not None:
         file.close()

@@ -1,11 +1,6 @@
-"""A checkpoint's manifest.json, written last: the size and SHA-256 of every file.
-
-    {"format": 1, "step": 4, "processes": 2, "versions": {...},
-     "files": {NAME: {"size": ..., "sha256": ...}}, "sha256": ...}
-
-Names are relative to the folder. A file over 1 MiB has `head` too, the SHA-256 of its first 1 MiB (a safetensors header
-and the first tensors). The last `sha256` is of the manifest's other fields.
-"""
+"""A checkpoint's manifest.json: {"format": 1, "step", "processes", "versions", "files": {NAME: {"size", "sha256"}},
+"sha256"}, the last of the other fields. A file over 1 MiB has `head` too, the SHA-256 of its first 1 MiB (a safetensors
+header and the first tensors)."""
 
 import hashlib
 import json
@@ -66,18 +61,14 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = ()) -> dict[str, Any]:
-    """Compare every file of the folder with the manifest; returns it. Raises ValueError naming what is wrong.
-
-    quick  compare only the size and the first 1 MiB of files over 1 MiB.
-    also   names of further files; hidden files are always allowed.
-    """
+    """The manifest, if all files agree, else ValueError; `quick` reads the first MiB of large files alone."""
     found = read(folder)
     files = found["files"]
     here = _regular_files(folder)
     for name in files:
         if name not in here:
             raise ValueError(f"{folder}: {name} is {'no regular file' if (folder / name).exists() else 'missing'}")
-    for name, path in here.items():
+    for name, path in here.items():  # hidden files and those named in `also` are allowed
         if name not in files and name not in (NAME, CARD, *also) and not path.name.startswith("."):
             raise ValueError(f"{folder}: {name} is not in {NAME}; move it elsewhere")
     # hashlib releases the interpreter's lock, so that four files are read and digested at a time.

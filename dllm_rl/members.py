@@ -14,16 +14,14 @@ Made = TypeVar("Made", bound=Callable[..., Any])
 
 
 def maker(function: Made) -> Made:
-    """Make a function's record store in `made_by` the function and its keywords, so that a keyword can be changed.
-
-    The record declares `made_by: partial | None = field(default=None, init=False, repr=False, compare=False)`. A copy
-    by `dataclasses.replace` does not inherit it, because the function would not make that copy.
-    """
+    """Make a function's record store in `made_by` the function and its keywords, so that a keyword can be changed. It
+    declares `made_by: partial | None = field(default=None, init=False, repr=False, compare=False)`."""
 
     @wraps(function)
     def make(**keywords: Any) -> Any:
         made = function(**keywords)
-        object.__setattr__(made, "made_by", partial(make, **keywords))  # the record is frozen
+        # The record is frozen. A copy by `replace` has None: the function would not make that copy.
+        object.__setattr__(made, "made_by", partial(make, **keywords))
         return made
 
     return typing.cast(Made, make)
@@ -80,8 +78,7 @@ def _keywords(function: partial) -> list[Member]:
 
 
 def helps_of(described: Any) -> dict[str, str]:
-    """A docstring's help per name: lines "name  text" or "name, name  text", and the deeper lines below them; a class
-    inherits its bases' help."""
+    """Help per name from a docstring's lines "name  text" or "name, name  text" and the deeper lines below them."""
     found: dict[str, str] = {}
     for owner in reversed(getattr(described, "__mro__", (described,))):  # a class's own help replaces its bases'
         names: list[str] = []
@@ -100,8 +97,7 @@ def helps_of(described: Any) -> dict[str, str]:
 
 
 def describe(value: Any) -> str:
-    """A value as text: bound functions and records as name(k=v) with defaults filled in, without fields that are None
-    and whose metadata has `omit_none`."""
+    """A value as text: functions and records as name(k=v) with defaults, without `omit_none` fields that are None."""
     if isinstance(value, partial):
         return _call(value.func, {member.name: member.value for member in members(value)})
     if inspect.isfunction(value) or isinstance(value, type):

@@ -28,8 +28,7 @@ def _(
     like: Callable | None = None,
     **bound: int,
 ) -> Any:
-    """A documented field. `pick` is the module of the functions that the command line may name: those whose signature
-    fits `like`, or else the default. `bound` has the keywords of `Bound`."""
+    """A documented field; `pick`: the module of the functions that fit `like` or the default; `bound`: for `Bound`."""
     limits = Bound(**bound) if bound else None
     return field(default=default, metadata={"help": help, "pick": pick, "like": like, "bound": limits})
 

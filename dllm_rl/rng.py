@@ -28,11 +28,8 @@ SECOND = 0x94D049BB133111EB - 2**64
 def uniforms(
     seeds: Int[Tensor, " K"], steps: Int[Tensor, " K"], positions: Int[Tensor, " K"], *, stream: int
 ) -> Float[Tensor, " K"]:
-    """Uniforms in [0, 1), fp64 with 53 random bits, the same on every device and for every batch.
-
-    Two rounds of SplitMix64 (Steele, Lea, Flood 2014): the seed with the step and the stream, then with the position.
-    `positions` count from the completion's first token, so that padding changes nothing. [ours]
-    """
+    """Uniforms in [0, 1), fp64 with 53 random bits, the same on every device and in every batch: SplitMix64 twice
+    (Steele, Lea, Flood 2014). `positions` count from the completion's start, so that padding changes nothing. [ours]"""
     state = _mix(seeds + (2 * steps + stream + 1) * GAMMA)
     bits = _shift(_mix(state + (positions + 1) * GAMMA), 11)  # fp64 has 53 bits
     return bits.double() * 2.0**-53
@@ -41,9 +38,9 @@ def uniforms(
 def keep_mask(
     shape: Sequence[int], *, seed: int, step: int, drop: float, device: torch.device | str
 ) -> Bool[Tensor, "*S"]:
-    """False with probability `drop` (to 2^-17): a function of seed, step and place alone, the same on every device.
-    Two rounds of SplitMix64 as in `uniforms`, the first on the host; each number serves four places. [ours]"""
+    """False with probability `drop` (to 2^-17): a function of seed, step and place, on every device the same. [ours]"""
     count, state = math.prod(shape), _mix(torch.tensor(seed) + torch.tensor(step + 1) * GAMMA)
+    # The first round is on the host, and each number of the second serves four places.
     bits = _mix(state + torch.arange(1, -(-count // 4) + 1, device=device) * GAMMA).view(torch.int16)[:count]
     return (bits >= min(round(drop * 2**16), 2**16 - 1) - 2**15).view(*shape)
 

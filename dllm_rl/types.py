@@ -1,9 +1,6 @@
-"""The records that flow through the loop.
-
-Axes, everywhere: P prompts, G completions per prompt, B = P*G rows (row p*G+g), S prompt positions, T positions
-(prompt and completion), V vocabulary, D hidden size, N masks or segments of an estimator, K scored positions.
-Log-probabilities are in nats, fp32.
-"""
+"""The records of the loop. Log-probs are fp32 nats. Axes: P prompts, G completions each, B = P*G rows (row p*G+g),
+S prompt positions, T positions (prompt and completion), V vocabulary, D hidden size, N masks or segments of an
+estimator, K scored positions."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -93,11 +90,8 @@ class Prompts(_Movable):
         mask_id: int | None = None,
         open_positions: Sequence[Sequence[bool]] | None = None,
     ) -> "Prompts":
-        """Left-pad lists of token ids. Raises ValueError on an empty batch or a group_size below 1.
-
-        mask_id         the id that marks a position to fill in; None: no id does
-        open_positions  instead of `mask_id`: a list of bools for each list of ids
-        """
+        """Left-pad lists of token ids; `mask_id`, or a list of bools per row, says which positions are to be filled in.
+        Raises ValueError on an empty batch or a group_size below 1."""
         if not len(ids):
             raise ValueError("ids is empty: at least one prompt is needed")
         if group_size < 1:
@@ -119,10 +113,7 @@ class Prompts(_Movable):
         return self.tokens.shape[0] * self.group_size
 
     def split(self, rows: int) -> "list[Prompts]":
-        """Batches of at most `rows` completions, whole groups, with all columns.
-
-        Raises ValueError where a group is larger, or rows have no seeds and would draw other ones.
-        """
+        """Batches of at most `rows` completions in whole groups; ValueError where a group is larger or has no seeds."""
         size = rows // self.group_size
         if not size or self.seeds is None:
             raise ValueError(f"rows={rows} must hold a group of {self.group_size}, and every row have its seed")
@@ -166,18 +157,11 @@ class Rollout(_Movable):
     unmask_step      step that committed the token (autoregressive: 0, 1, 2 ...); -1 elsewhere
     logprobs         at commit, under the rollout policy, of the sampling distribution; nats; 0 elsewhere
     sampling_params  that distribution's temperature and filters, which the learner uses too
-    forwards         model calls, counted per batch
     log_kept_mass    log of the probability that top_k and top_p kept, at commit; nats, 0 elsewhere. None: no filter
     kept_ids         ids of the kept tokens, at most KEPT_IDS, then -1. None where nothing filters, or more were kept
-    rank             name of the sampler's rank, one of `samplers.rules.RANKS`; None: another
-    open_step        the first step of the position's block; -1 elsewhere
-    order_logprobs   log-probability that the earlier steps of its block left the position; nats, 0 elsewhere
-                     (`models.order`). None where the order does not depend on the draws, or its probability is unknown
-    experts          expert ids, in each of M mixtures, of the state that the token was drawn from; undefined in columns
-                     without a token. None where not recorded (`records_experts`)
-    revised          whether the sampler may have rewritten tokens (`remask`, `edit`): step and log-prob are then of the
-                     last writing, not a likelihood of the completion
-    batch_row        the row's number in the global batch, by which its noise is drawn; None: rows are in order
+    order_logprobs   log-prob (nats, 0 elsewhere) that its block's earlier steps left the position (`models.order`).
+                     None where the order does not depend on the draws, or its probability is unknown
+    experts          expert ids in M mixtures, of the state that the token was drawn from; undefined without a token
     """
 
     tokens: Int[Tensor, "B T"]
@@ -188,32 +172,30 @@ class Rollout(_Movable):
     group_size: int
     weights_version: int = 0
     sampling_params: SamplingParams = SamplingParams()
-    forwards: int = 0
+    forwards: int = 0  # model calls, counted per batch
     log_kept_mass: Float[Tensor, "B T"] | None = None
     kept_ids: Int[Tensor, "B T C"] | None = None
-    rank: str | None = None
-    open_step: Int[Tensor, "B T"] | None = None
+    rank: str | None = None  # name of the sampler's rank, one of `samplers.rules.RANKS`; None: another
+    open_step: Int[Tensor, "B T"] | None = None  # the first step of the position's block; -1 elsewhere
     order_logprobs: Float[Tensor, "B T"] | None = None
-    experts: Integer[Tensor, "B T M E"] | None = None
-    revised: bool = False
-    batch_row: Int[Tensor, " B"] | None = None
+    experts: Integer[Tensor, "B T M E"] | None = None  # None: not recorded (`records_experts`)
+    revised: bool = False  # `remask`, `edit`: step and log-prob are of the last writing, no likelihood of a completion
+    batch_row: Int[Tensor, " B"] | None = None  # in the global batch, by which noise is drawn; None: rows are in order
 
     def with_support(self, support: Support) -> "Rollout":
-        """The rollout as it is to be scored where top_k or top_p filter; itself where neither does.
+        """The rollout as it is to be scored where top_k or top_p filter; itself where neither does. ValueError when it
+        lacks what the convention needs. p is the rollout's distribution, S its kept set, q is the learner's:
 
         own         each policy normalises over its own kept set and the sampled token. The ratio's mean is not 1
-        unfiltered  over the whole vocabulary on both sides: the rollout's log-prob becomes logprobs + log_kept_mass.
-                    The ratio's mean is q(S)/p(S), S the rollout's set
-        rollout     over S (kept_ids) for every policy (DeepSeek-V3.2's "keep sampling mask", arXiv 2512.02556
-                    [digest]). The ratio's mean is 1: weights are unbiased for the learner in S
+        unfiltered  over the whole vocabulary on both sides. The ratio's mean is q(S)/p(S)
+        rollout     over S for every policy (DeepSeek-V3.2's "keep sampling mask", arXiv 2512.02556 [digest]). The
+                    ratio's mean is 1: weights are unbiased for the learner in S
 
-        Example: the rollout has p = (.5, .3, .15, .05), the learner q = (.4, .2, .3, .1), top_k=2. The rollout keeps S
-        = {0, 1} and samples token 1 with .3/.8 = .375. The learner gives token 1
-            own         .2/(.4 + .3 + .2) = .222, because it keeps {0, 2} and adds 1: ratio .222/.375 = .593
+        Example: p = (.5, .3, .15, .05), q = (.4, .2, .3, .1), top_k=2. S = {0, 1}; token 1 is drawn with .3/.8 = .375.
+            own         .2/(.4 + .3 + .2) = .222, because the learner keeps {0, 2} and adds 1: ratio .222/.375 = .593
             unfiltered  .2, against the rollout's .3: ratio .667
             rollout     .2/(.4 + .2) = .333: ratio .889
         Token 0's ratios are .914, .8 and 1.067. The means under the rollout are .794, .75 = .6/.8, and 1.
-        Raises ValueError when the rollout did not record what the convention needs.
         """
         params = self.sampling_params
         if support == params.support or not params.filters:
@@ -288,19 +270,13 @@ class Rollout(_Movable):
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Log-prob contributions of one rollout under every policy of a step; nats, 0 where none is scored.
+    """Log-prob contributions of one rollout under every policy of a step; nats, 0 where none is scored."""
 
-    old, old_scores  under the learner at the start of the update; the same per mask, with kept graphs if any
-    rollout          under the policy that sampled
-    reference        under the reference policy, or None without a KL term
-    noise            the masks, with the experts that the learner takes again, if any
-    """
-
-    old: Float[Tensor, "B T"]
-    old_scores: Float[Tensor, "N B T"]
-    rollout: Float[Tensor, "B T"]
-    reference: Float[Tensor, "B T"] | None
-    noise: "Noise"
+    old: Float[Tensor, "B T"]  # under the learner at the start of the update
+    old_scores: Float[Tensor, "N B T"]  # the same per mask, with kept graphs if any
+    rollout: Float[Tensor, "B T"]  # under the policy that sampled
+    reference: Float[Tensor, "B T"] | None  # under the reference policy, or None without a KL term
+    noise: "Noise"  # with the experts that the learner takes again, if any
 
 
 def alone(total: Tensor) -> Tensor:
@@ -310,55 +286,35 @@ def alone(total: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """All that one optimiser update needs. Rows are of one process; counts are over all processes.
-
-    old            log-prob contributions that ratios are taken against: the learner's at the start of the update, or
-                   the rollout's with old_logprobs="rollout"
-    old_scores     the learner's at the start of the update, per mask (saves the first inner step's forwards)
-    weights, keep  detached importance weights of the corrector; positions that stay in the loss
-    reference      log-prob contributions under the reference policy, or None without a KL term
-    num_tokens, num_sequences  denominators of the loss, over the global batch
-    behaviour      log-prob contributions under the policy that sampled; None: not known
-    sum_over       sums a tensor over all processes, on the tensor's device
-    """
+    """All that one optimiser update needs. Rows are of one process; counts are over all processes."""
 
     rollout: Rollout
     noise: "Noise"
     advantages: Float[Tensor, " B"]
-    old: Float[Tensor, "B T"]
-    old_scores: Float[Tensor, "N B T"]
-    weights: Float[Tensor, "B T"]
-    keep: Bool[Tensor, "B T"]
-    reference: Float[Tensor, "B T"] | None
-    num_tokens: int
+    old: Float[Tensor, "B T"]  # log-probs that ratios are taken against; the rollout's with old_logprobs="rollout"
+    old_scores: Float[Tensor, "N B T"]  # the learner's, per mask (saves the first inner step's forwards)
+    weights: Float[Tensor, "B T"]  # detached importance weights of the corrector
+    keep: Bool[Tensor, "B T"]  # positions that stay in the loss
+    reference: Float[Tensor, "B T"] | None  # log-probs under the reference policy, or None without a KL term
+    num_tokens: int  # denominators of the loss, over the global batch
     num_sequences: int
-    behaviour: Float[Tensor, "B T"] | None = None
-    sum_over: Callable[[Tensor], Tensor] = alone
+    behaviour: Float[Tensor, "B T"] | None = None  # log-probs under the policy that sampled; None: not known
+    sum_over: Callable[[Tensor], Tensor] = alone  # over all processes, on the tensor's device
 
 
 @dataclass(frozen=True)
 class Noise(_Movable):
-    """The masks of a likelihood estimate: data that travels with the batch, the same for every policy.
+    """The masks of a likelihood estimate: data that travels with the batch, the same for every policy."""
 
-    masked              positions hidden from the model in view n
-    weight              coefficient of the position's log-prob in view n; 0 where it is not scored
-    upper_bound_weight  weight of the upper bound per row, in [0, 1]; None: lower bound only
-    left                positions scored in view n by the probability of having been left masked (`models.order`)
-    learned             rows that the update learns from, whose graphs scoring may keep; None: all
-    experts, routed     expert ids to take again in view n, or in every view (n = 1), where `routed` holds; of the state
-                        that predicts the token. None: routers choose
-    """
-
-    masked: Bool[Tensor, "N B T"]
-    weight: Float[Tensor, "N B T"]
-    upper_bound_weight: Float[Tensor, " B"] | None = None
-    left: Bool[Tensor, "N B T"] | None = None
-    learned: Bool[Tensor, " B"] | None = None
-    experts: Integer[Tensor, "n B T M E"] | None = None
-    routed: Bool[Tensor, "N B T"] | None = None
+    masked: Bool[Tensor, "N B T"]  # positions hidden from the model in view n
+    weight: Float[Tensor, "N B T"]  # coefficient of the position's log-prob in view n; 0 where it is not scored
+    upper_bound_weight: Float[Tensor, " B"] | None = None  # per row, in [0, 1]; None: lower bound only
+    left: Bool[Tensor, "N B T"] | None = None  # scored by the probability of having been left masked (`models.order`)
+    learned: Bool[Tensor, " B"] | None = None  # rows whose graphs scoring may keep; None: all
+    experts: Integer[Tensor, "n B T M E"] | None = None  # taken again where `routed`; n=1: for all views
+    routed: Bool[Tensor, "N B T"] | None = None  # None: routers choose
 
     def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Noise":
-        """The given rows, in the given order, and their `columns`."""
         return self._map(lambda x: x[keep] if x.dim() == 1 else x[:, keep][:, :, columns])
 
     def routes(self, view: int) -> "tuple[Tensor, Tensor] | None":

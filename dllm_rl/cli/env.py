@@ -98,7 +98,6 @@ def driver() -> str | None:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """The facts of `environment`, one per line."""
     rows = _rows(found, ("dllm_rl", "python", "system"))
     rows += _rows(found["versions"], found["versions"], absent="not installed")
     rows.append(("device", found["device"] or f"unknown: torch cannot be imported: {found['torch_error']}"))

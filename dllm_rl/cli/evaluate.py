@@ -43,7 +43,6 @@ GENERATED = 500  # problems of a task that generates any number
 
 
 def evaluate_command(arguments: argparse.Namespace) -> None:
-    """Run the command. Raises ValueError on settings that do not go together."""
     task = make_task(arguments)
     schemes = read_schemes(arguments.quantization or ["none"])
     processes: Processes = OneProcess()
@@ -104,7 +103,6 @@ def compared(
 
 
 def show(found: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """Print the results, and write what the arguments ask for."""
     if arguments.output_dir:
         write_json(Path(arguments.output_dir) / "results.json", found)
     if arguments.json:
@@ -199,8 +197,7 @@ def plans_of(lengths: Sequence[int], arguments: argparse.Namespace) -> list[Plan
     for length, commit, rank, cache in product(lengths, *lists):
         rules: dict[str, Any] = {"rank": read_rank(rank), "commit": read_commit(commit)}
         rules["cache"] = None if cache == "none" else read_cache(cache)
-        # An adaptive rule chooses its number of steps.
-        adaptive = function_of(rules["commit"]) in ADAPTIVE
+        adaptive = function_of(rules["commit"]) in ADAPTIVE  # An adaptive rule chooses its number of steps
         for steps in [None] if adaptive else dict.fromkeys(arguments.num_steps or [length]):
             if block_size and steps:  # raises before the first model is run, and not in the middle of a sweep
                 steps_per_block(steps, [block_size] * -(-length // block_size))

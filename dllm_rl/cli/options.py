@@ -24,10 +24,7 @@ def add_model_options(sub: argparse.ArgumentParser) -> None:
 
 
 def checkpoint_of(model: str, *, quick: bool = False) -> str:
-    """A checkpoint's folder or a hub's id unchanged; for a run's folder, its newest whole checkpoint.
-
-    It prints skipped checkpoints on standard error. Raises ValueError where a run has no whole checkpoint.
-    """
+    """A folder or a hub's id unchanged; for a run's folder, its newest whole checkpoint, or ValueError without one."""
     folder = Path(model) / "checkpoints"
     if not folder.is_dir():
         return model

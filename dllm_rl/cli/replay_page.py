@@ -14,7 +14,6 @@ def page(record: dict[str, Any]) -> str:
 
 
 def viewer() -> str:
-    """The markup of the viewer, for a document's body."""
     return template("viewer.html")
 
 
@@ -23,13 +22,10 @@ def template(name: str) -> str:
 
 
 def document(title: str, body: str, *, groups: list[dict[str, Any]], style: str = "") -> str:
-    """A page from a title (text), a body (markup) and further CSS. With groups, the body contains `viewer()`.
-
-    groups  {"title", "facts", "rows": [{"prompt", "tokens", "facts"?}]}; the viewer shows one group at a time.
-            The groups are JSON data, never markup: `<` is escaped and cannot end the script block.
-    """
+    """A page from a title (text), a body (markup) and further CSS. With groups, the body contains `viewer()`."""
+    # groups: {"title", "facts", "rows": [{"prompt", "tokens", "facts"?}]}, of which the viewer shows one at a time.
     data = json.dumps({"groups": groups}, allow_nan=False)  # a browser's JSON.parse has no NaN
-    for character in "<>&":
+    for character in "<>&":  # no `<` ends the script block
         data = data.replace(character, f"\\u{ord(character):04x}")
     scripts = f'<script type="application/json" id="data">{data}</script>\n<script>\n{template("viewer.js")}</script>'
     parts = {"TITLE": html.escape(title), "STYLE": style, "BODY": body, "SCRIPTS": scripts if groups else ""}

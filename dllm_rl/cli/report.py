@@ -52,9 +52,7 @@ class Told:
 
 
 def report_command(directories: Sequence[Path], out: Path | None = None) -> list[Path]:
-    """Draw each run's picture again and write the page (default: report.html in the first run's folder).
-
-    Returns the written files. Raises ValueError on a folder that is no run's."""
+    """Draw each run's picture again and write the page, by default report.html in the first run; returns the files."""
     for directory in directories:
         if not (directory / "metrics.jsonl").is_file():
             raise ValueError(f"{directory} is no run's folder: it has no metrics.jsonl")

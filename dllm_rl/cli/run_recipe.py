@@ -13,11 +13,10 @@ from dllm_rl.training.loop import train
 
 
 def main(recipe: Recipe | SFT) -> Summary:
-    """Train the recipe, of RL or of SFT, with the command line's changes. It is the last line of a recipe's script.
+    """Train the recipe, of RL or SFT, with the command line's changes; a script's last line. Returns `train`'s result.
 
     An error of a setting (ValueError, printed by one process) or of a file (OSError) is one line, and the process exits
-    with 2 or 1. DLLM_RL_TRACEBACK=1 in the environment raises the error instead. Returns what `train` returns.
-    """
+    with 2 or 1. DLLM_RL_TRACEBACK=1 in the environment raises the error instead."""
     chosen = from_command_line(recipe)
     try:
         return fine_tune(chosen) if isinstance(chosen, SFT) else train(chosen)

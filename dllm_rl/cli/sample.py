@@ -29,23 +29,16 @@ def show(
     policy: Policy,
     texts: Sequence[str],
     *,
-    html: Path | None = None,
+    html: Path | None = None,  # also write the page to this file
     as_json: bool = False,
-    live: bool | None = None,
-    delay: float = 0.0,
+    live: bool | None = None,  # draw each step; None: only on a terminal and without JSON
+    delay: float = 0.0,  # seconds per step of the live view
     seed: int = 0,
     group_size: int = 1,
-    blank: str | None = None,
-    **options: Any,
+    blank: str | None = None,  # the text of a token to fill in; the completion is then the whole text
+    **options: Any,  # for the sampler of the policy's kind; None: its default
 ) -> None:
-    """Complete texts: completions or one JSON object go to standard output, the speed goes to standard error.
-
-    html     also write the page to this file.
-    live     draw each step; None: only when standard output is a terminal and JSON is not wanted.
-    delay    seconds per step of the live view.
-    blank    the text of a token to fill in; the completion is then the whole text.
-    options  for the sampler of the policy's kind; None: its default.
-    """
+    """Complete texts: completions or one JSON object go to standard output, the speed goes to standard error."""
     if not texts:
         raise ValueError("no prompts: give them as arguments, or one a line on standard input")
     options = {name: value for name, value in options.items() if value is not None}
@@ -101,8 +94,7 @@ def print_record(record: dict[str, Any]) -> None:
 def to_record(
     policy: Policy, rollout: Rollout, prompts: Sequence[str], *, seconds: float | None = None, whole: bool = False
 ) -> dict:
-    """A rollout as plain data: for each row its prompt, its completion (`whole`: with the text around what was filled
-    in) and its `written_tokens`."""
+    """A rollout as plain data, with each row's prompt, completion (`whole`: and the text around it) and tokens."""
     completions = filled(policy, rollout) if whole else decode(policy, rollout)
     made = zip(prompts, completions, written_tokens(policy, rollout), strict=True)
     rows = [{"prompt": prompt, "completion": completion, "tokens": tokens} for prompt, completion, tokens in made]

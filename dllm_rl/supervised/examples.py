@@ -39,8 +39,7 @@ class Shown:
 def read_examples(
     recipe: SFT, policy: Policy, dataset: Any, field: str, *, say: Callable[[str], None] = lambda text: None
 ) -> list[Example]:
-    """The rows as examples; `say` gets the number of rows longer than max_length, which are left out. Raises ValueError
-    on a row that has no known columns or nothing to learn, and if no row is left."""
+    """The rows as examples; longer ones are left out and counted to `say`. Raises ValueError on an unusable row."""
     most = recipe.max_length
     if policy.spec.max_length is not None and most > policy.spec.max_length:
         raise ValueError(f"max_length={most} is more than the model's {policy.spec.max_length} positions; lower it")
@@ -122,12 +121,7 @@ def _joined(pieces: list[Piece], ends: Sequence[int], *, only_answers: bool) -> 
 def show(
     examples: Sequence[Example], levels: Float[Tensor, " B"], uniforms: Float[Tensor, "B L"], *, causal: bool
 ) -> tuple[list[Shown], int]:
-    """The examples with weights, and the divisor of the sum of their weighted losses.
-
-    causal     every learned token counts 1; tokens divide: the mean over tokens, as transformers' `labels=`.
-    diffusion  each learned token of row b is hidden with probability t_b and counts 1 / (t_b n_b), n_b learned tokens
-               of row b; rows divide (LLaDA's SFT loss, eq. 5 [paper]).
-    """
+    """The examples with weights, and the divisor of the sum of their weighted losses."""
     shown = []
     total = 0
     for one, level, row in zip(examples, levels, uniforms, strict=True):
@@ -137,9 +131,9 @@ def show(
         if not causal:
             # The k-th learned token takes the k-th uniform, so that a prompt's length does not move the masks.
             hidden[one.learned] = row[:count] < level
-            weight = hidden / (level * count)
+            weight = hidden / (level * count)  # 1 / (t_b n_b): LLaDA's SFT loss, eq. 5 [paper]
         shown.append(Shown(one.tokens, hidden, weight))
-        total += count if causal else 1
+        total += count if causal else 1  # causal: the mean over tokens, as transformers' `labels=`
     return shown, total
 
 
@@ -191,11 +185,10 @@ def lay_out(shown: Sequence[Shown], rows: Sequence[Sequence[int]], *, pad_id: in
 
 
 def hidden_states(policy: Policy, layout: Layout, *, packed: bool) -> Float[Tensor, "B T D"]:
-    """Final states whose head gives the logits AT each position; block-causal models see earlier blocks without masks.
-    packed: a mask of four axes, by which a token attends to its own sequence alone."""
+    """States whose head gives the logits AT each position; `packed`: a token attends to its own sequence alone."""
     spec = policy.spec
     segment = layout.segment
-    if spec.attention == "block_causal":
+    if spec.attention == "block_causal":  # earlier blocks are seen without masks
         return packed_hidden(policy, layout.tokens, layout.hidden, segment > 0)
     tokens = layout.tokens if spec.mask_id is None else layout.tokens.masked_fill(layout.hidden, spec.mask_id)
     if not packed:

@@ -41,12 +41,8 @@ VIEWS = 4  # masks that a diffusion model's held-out loss takes of each row
 
 
 def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: Any) -> Summary:
-    """Fine-tune a model on rows; returns its summary, with the trained `policy` as an attribute.
-
-        sft("GSAI-ML/LLaDA-8B-Base", rows, max_length=512, completion_length=256, lora=lora_r16)
-
-    settings  fields of SFT.
-    """
+    """Fine-tune a model on rows, as SFT's fields say; returns its summary, with the trained `policy` as an attribute.
+    Example: `sft("GSAI-ML/LLaDA-8B-Base", rows, max_length=512, completion_length=256, lora=lora_r16)`."""
     name = Path(model).name.lower() if isinstance(model, str) else "sft"
     return fine_tune(SFT(**{"name": name, "model": model, "dataset": dataset} | settings))
 
@@ -196,10 +192,10 @@ def take_step(run: Run[SFT], examples: Sequence[Example], step: int) -> dict[str
 def add_gradients(
     recipe: SFT, policy: Policy, chosen: Sequence[Example], accelerator: Accelerator, *key: object
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """Add this process's share of the loss's gradient; returns that share, and (padding, places) of its rows. `chosen`
-    are the examples of all processes; their masks depend on (seed, *key), not on the layout."""
+    """Add this process's share of the gradient over `chosen`, of all processes; its loss, (padding, places)."""
     loss = torch.zeros((), device=policy.device)
     places = 0
+    # Masks depend on (seed, *key), not on the layout.
     parts, total, filled = _parts(recipe, policy, chosen, accelerator, recipe.micro_batch_size, *key)
     for part in parts:
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16):
