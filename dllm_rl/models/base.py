@@ -79,25 +79,17 @@ def mlm_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, ".
 class FamilySpec:
     """One family of checkpoints.
 
-    attention      "full", "block_causal" (blocks of `block_size`, aligned to a row's first token) or "causal".
-    shift          the state at t-1 predicts position t.
-    mask_id        token id of the mask; None for causal models. A family's id is for `mask_vocabulary` tokens;
-                   `mask_names` are its texts, for a tokenizer that declares no mask token.
-    eos_ids        ids that end a completion.
-    max_length     longest sequence in tokens; None if unknown.
-    vocab_size     number of logits; None: the module's config has it.
-    encode, head   module, tokens, attention mask, positions -> hidden states; module, hidden states -> logits.
-    lora_targets   names of the linear layers of a block that LoRA adapts by default.
-    architectures  values of the config's `architectures` field; `*` for any text.
-    when           further test of the config's fields.
-    native         config fields -> (stock class, its config); None for a stock checkpoint.
-    names          (original, stock) module or tensor names, `*` for a number; unlisted names are the same.
-    fused_qkv      original name of a projection with query, key and value rows in this order.
-    float32_rope   rotary embeddings are applied in fp32 whatever the weights' dtype.
-    ignored        patterns of the checkpoint's unused tensors.
-    end_tokens     further tokens that end a completion, where the tokenizer has them.
-    original       the checkpoint's own config fields, written back on saving; None for stock ones.
-    source         folder of the checkpoint.
+    attention      "full", "block_causal" (blocks of `block_size`, aligned to a row's first token) or "causal"
+    shift          the state at t-1 predicts position t
+    mask_id        token id of the mask; None for causal models
+    eos_ids        ids that end a completion
+    max_length     longest sequence in tokens; None if unknown
+    vocab_size     number of logits; None: the module's config has it
+    encode, head   module, tokens, attention mask, positions -> hidden states; module, hidden states -> logits
+    lora_targets   names of the linear layers of a block that LoRA adapts by default
+    architectures  values of the config's `architectures` field; `*` for any text
+    native         config fields -> (stock class, its config); None for a stock checkpoint
+    names          (original, stock) module or tensor names, `*` for a number; unlisted names are the same
     """
 
     name: str
@@ -105,8 +97,8 @@ class FamilySpec:
     shift: bool = False
     block_size: int | None = None
     mask_id: int | None = None
-    mask_vocabulary: int | None = None
-    mask_names: tuple[str, ...] = ()
+    mask_vocabulary: int | None = None  # a family's mask_id is for so many tokens
+    mask_names: tuple[str, ...] = ()  # its texts, for a tokenizer without one
     eos_ids: tuple[int, ...] = ()
     max_length: int | None = None
     vocab_size: int | None = None
@@ -114,18 +106,17 @@ class FamilySpec:
     head: Callable = linear_head
     lora_targets: tuple[str, ...] = LLAMA_LINEARS
     architectures: tuple[str, ...] = ()
-    when: Callable[[dict], bool] = lambda config: True
+    when: Callable[[dict], bool] = lambda config: True  # further test of the config's fields
     native: Callable[[dict], tuple] | None = None
     names: tuple[tuple[str, str], ...] = ()
-    fused_qkv: str | None = None
-    float32_rope: bool = False
-    ignored: tuple[str, ...] = ()
-    end_tokens: tuple[str, ...] = ()
-    original: dict | None = field(default=None, compare=False, repr=False)
-    source: str | None = field(default=None, compare=False, repr=False)
+    fused_qkv: str | None = None  # a projection with query, key and value rows in this order
+    float32_rope: bool = False  # rotary embeddings are applied in fp32 whatever the weights' dtype
+    ignored: tuple[str, ...] = ()  # patterns of the checkpoint's unused tensors
+    end_tokens: tuple[str, ...] = ()  # further tokens that end a completion
+    original: dict | None = field(default=None, compare=False, repr=False)  # config to write back on saving
+    source: str | None = field(default=None, compare=False, repr=False)  # folder of the checkpoint
 
     def recognises(self, config: dict) -> bool:
-        """Whether a checkpoint with these config fields is of this family."""
         name = (config.get("architectures") or [""])[0]
         return any(fnmatchcase(name, pattern) for pattern in self.architectures) and self.when(config)
 
@@ -143,26 +134,18 @@ class Head(Protocol):
 
 @runtime_checkable
 class Policy(Head, Protocol):
-    """A model, its tokenizer, and all that samplers, estimators, quantisation and the loop need of it.
-
-    version                 counts weight updates.
-    float32_head            logits of a model in 16 bits (or under autocast) are computed in fp32.
-    gradient_checkpointing  the backward runs each block again: a third more work, far less memory, the same gradients.
-    records_experts         samplers record the experts of each token (`Rollout.experts`).
-    lora                    the adapters that are trained instead of the weights, or None.
-    quantization            config of a rollout's copy, or None; quantization_report: its effect, or None.
-    """
+    """A model, its tokenizer, and all that samplers, estimators, quantisation and the loop need of it."""
 
     module: Module
     spec: FamilySpec
     tokenizer: PreTrainedTokenizerBase
-    version: int
-    float32_head: bool
-    gradient_checkpointing: bool
-    records_experts: bool
-    lora: "Lora | None"
-    quantization: Any
-    quantization_report: Any
+    version: int  # counts weight updates
+    float32_head: bool  # logits of a model in 16 bits (or under autocast) are in fp32
+    gradient_checkpointing: bool  # each block runs again backward: a third more work, far less memory
+    records_experts: bool  # samplers record the experts of each token (`Rollout.experts`)
+    lora: "Lora | None"  # the adapters that are trained instead of the weights
+    quantization: Any  # config of a rollout's copy, or None
+    quantization_report: Any  # its effect, or None
 
     @property
     def pad_id(self) -> int: ...

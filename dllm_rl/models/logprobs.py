@@ -17,8 +17,7 @@ CHUNK_ELEMENTS = 2**23  # fp32 logits held at once on a CPU: 32 MiB
 # On an accelerator 256 MiB, 530 rows of LLaDA's vocabulary. Each chunk reads the head's weights and writes their whole
 # gradient: with 64 rows the traffic takes longer than the products.
 ACCELERATOR_ELEMENTS = 2**26
-# A product has at least ROWS rows, and a multiple of STEP: fp32 kernels round few rows differently.
-ROWS = 16
+ROWS = 16  # A product has at least ROWS rows, and a multiple of STEP: fp32 kernels round few rows differently
 STEP = 8
 GROUP = 256  # tokens whose mass is summed before the search for the drawn one
 
@@ -31,14 +30,10 @@ def wide(logits: Tensor) -> Tensor:
 def process(
     logits: Float[Tensor, "K V"],
     sampling_params: SamplingParams,
-    keep: Int[Tensor, " K"] | None = None,
-    kept: Int[Tensor, "K C"] | None = None,
+    keep: Int[Tensor, " K"] | None = None,  # never removed, so that a sampled token's log-prob is finite [ours]
+    kept: Int[Tensor, "K C"] | None = None,  # a rollout's tokens, -1 for none, in place of top-k and top-p
 ) -> Float[Tensor, "K V"]:
-    """Raw logits -> fp32 logits of the distribution sampled from: suppress, divide by temperature, top-k, top-p.
-
-    keep  a token per row that top-k and top-p never remove, so that a sampled token's log-prob is finite [ours].
-    kept  the tokens that a rollout kept, -1 for none: they replace top-k and top-p.
-    """
+    """Raw logits -> fp32 logits of the distribution sampled from: suppress, divide by temperature, top-k, top-p."""
     logits = wide(logits)
     if sampling_params.suppress:
         logits = logits.clone()
@@ -164,15 +159,14 @@ def backward_token_logprobs(
 def backward_chunked(
     f: Callable, policy: Head, vector: Float[Tensor, " K"], hidden: Float[Tensor, "K D"], *rows: Tensor
 ) -> tuple[Float[Tensor, "K D"], tuple[Tensor, ...]]:
-    """One forward and backward of f(hidden, *rows) -> (value (K,), ...) per chunk: the gradient with respect to the
-    hidden states, and f's other outputs. Adds the head's own gradients."""
+    """Per chunk f(hidden, *rows) -> (value (K,), ...) and its backward: hidden's gradient, and f's other outputs."""
     size = chunk_rows(policy.vocab_size, policy.device)
     gradients = [torch.zeros_like(hidden[:0])]  # so that no rows give no gradient rows
     others = []
     for h, v, *rest in zip(*(x.split(size) for x in (hidden, vector, *rows)), strict=True):
         leaf = h.detach().requires_grad_()  # the backward ends here: the backbone's runs once, with all chunks
         value, *more = f(leaf, *rest)
-        value.backward(v)
+        value.backward(v)  # adds the head's own gradients
         assert leaf.grad is not None
         gradients.append(leaf.grad)
         others.append(more)
@@ -185,10 +179,8 @@ def sample(logits: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[T
 
 
 def invert(mass: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Tensor, " K"]:
-    """One token per row, with probability in proportion to its non-negative mass. Exact to the fp32 rounding of the
-    mass; a token of mass 0 is never drawn."""
-    # First among groups of GROUP tokens, then within one: no cumulative sum over the vocabulary.
-    size = mass.shape[-1]
+    """One token per row, in proportion to its mass (exact to its fp32 rounding); a token of mass 0 is never drawn."""
+    size = mass.shape[-1]  # First among groups of GROUP tokens, then within one: no cumulative sum over the vocabulary
     whole = size // GROUP
     groups = rearrange(mass[:, : whole * GROUP], "k (n v) -> k n v", v=GROUP).sum(-1)
     groups = torch.cat([groups, mass[:, whole * GROUP :].sum(-1, keepdim=True)], dim=-1).double().cumsum(-1)

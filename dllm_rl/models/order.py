@@ -25,10 +25,7 @@ LEAST = -20.0  # nats; an order that a policy cannot choose has this log-prob an
 def last_committed(
     scores: Float[Tensor, " K"], groups: Int[Tensor, " K"], places: Int[Tensor, " K"], num_groups: int
 ) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
-    """Each group's lowest score, +inf for an empty group, and the last place with that score, -1 for an empty group.
-
-    groups  the group of each committed position: one step of one row; places: in the completion.
-    """
+    """Each group's lowest score and its last place; +inf and -1 for an empty one. A group is one step of one row."""
     lowest = scores.new_full((num_groups,), torch.inf).scatter_reduce(0, groups, scores, "amin")
     at = torch.where(scores == lowest[groups], places, -1)  # scatter_reduce has no argmin
     return lowest, places.new_full((num_groups,), -1).scatter_reduce(0, groups, at, "amax")
@@ -37,12 +34,9 @@ def last_committed(
 def confidence_normalizer(
     logits: Float[Tensor, "K V"], drawn: Float[Tensor, "K V"], sampling_params: SamplingParams, mask_id: int | None
 ) -> Float[Tensor, " K"]:
-    """The log-sum-exp of the untempered logits without suppressed ids but with the mask token; confidence subtracts it.
-
-    drawn  `process(logits, sampling_params)`; without temperature and filters its sum equals the sampler's to the bit.
-    """
+    """The log-sum-exp of untempered logits with the mask token, without suppressed ids; confidence subtracts it."""
     assert mask_id is not None, "a diffusion model has a mask token"
-    if sampling_params.temperature in (0, 1) and not sampling_params.filters:
+    if sampling_params.temperature in (0, 1) and not sampling_params.filters:  # `drawn` equals the sampler's to the bit
         return drawn.logsumexp(-1).logaddexp(wide(logits[:, mask_id]))
     # The confidence is the model's own: neither tempered nor filtered, and the mask token takes its share.
     others = tuple(token for token in sampling_params.suppress if token != mask_id)
@@ -88,14 +82,11 @@ def score_left(policy: Policy, sampling_params: SamplingParams) -> Callable[...,
 def left_logprobs(
     policy: Policy,
     hidden: Float[Tensor, "K D"],
-    lowest: Float[Tensor, " K"],
-    behind: Bool[Tensor, " K"],
+    lowest: Float[Tensor, " K"],  # c, the lowest committed confidence
+    behind: Bool[Tensor, " K"],  # the position is to the right of the one that set c
     sampling_params: SamplingParams,
 ) -> Float[Tensor, " K"]:
-    """log F_j(c) of K positions that a step left masked, nats, at least LEAST; the head runs in chunks of rows.
-
-    lowest  c, the lowest committed confidence; behind: the position is to the right of the one that set c.
-    """
+    """log F_j(c) of K positions that a step left masked, nats, at least LEAST; the head runs in chunks of rows."""
     return chunked(score_left(policy, sampling_params), hidden, lowest, behind, policy=policy)[0]
 
 

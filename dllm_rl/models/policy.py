@@ -66,15 +66,10 @@ class _Backbone:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.spec.eos_ids[0]
 
     def encode(self, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache: Any) -> States:
-        """The backbone's states at each token, not shifted. Every run of the backbone goes through `encode`.
-
-        attention_mask  False on padding, over the cache's and the T new columns; the family adds its own mask, except
-                        to a mask of four axes.
-        positions       each token's place in its row, from 0 (`position_ids`).
-        cache           transformers' past_key_values and use_cache.
-        """
+        """The backbone's states at each token, not shifted; `cache`: transformers' past_key_values and use_cache."""
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed_blocks(self.module) if recompute else nullcontext():
+            # The family adds its own mask, except to one of four axes. All runs of the backbone come here.
             return self.spec.encode(self.module, tokens, attention_mask, positions, **cache)
 
     def hidden(self, tokens: Tokens, attention_mask: Bool[Tensor, "B T"]) -> States:
@@ -127,11 +122,9 @@ def shifted(states: States, attention_mask: Bool[Tensor, "B T"]) -> States:
 def make_policy(
     module: Module, tokenizer: PreTrainedTokenizerBase, spec: FamilySpec | None = None
 ) -> DiffusionPolicy | AutoregressivePolicy:
-    """A policy of a module. Raises ValueError on attention other than the spec's, or ids outside the vocabulary.
-
-    spec  None: of the family that the module's config names. For a custom module, a FamilySpec with `attention`,
-          `encode`, `head`, `vocab_size`, `eos_ids` and, unless it is causal, `mask_id`.
-    """
+    """A policy of a module, by default of the family that its config names. A custom module's spec has `attention`,
+    `encode`, `head`, `vocab_size`, `eos_ids` and, unless it is causal, `mask_id`. Raises ValueError on attention other
+    than the spec's, or ids outside the vocabulary."""
     spec = family_spec(module.config, tokenizer) if spec is None else spec
     # A wrong mask or attention would train without an error, so both are checked on the module itself.
     check_spec(module, spec)
@@ -153,13 +146,12 @@ def load_policy(
 ) -> DiffusionPolicy | AutoregressivePolicy:
     """Open a checkpoint with stock transformers classes.
 
-    dtype         of the weights: float32, bfloat16 or float16; "auto" keeps the checkpoint's.
-    block_size    of a block-causal model; None: the checkpoint's.
-    quantization  "nf4" or "int8": a frozen bitsandbytes base for adapters; None keeps the weights as they are.
-    lora          adapters to train instead of the weights.
-    float32_head  logits in fp32 where the weights are in 16 bits; False: in the weights' dtype.
-    verify_checkpoint  how a folder with a manifest, as a run writes it, is checked: "full" reads every byte,
-                  "quick" the size and the first MiB of large files.
+    dtype         of the weights: float32, bfloat16 or float16; "auto" keeps the checkpoint's
+    block_size    of a block-causal model; None: the checkpoint's
+    quantization  "nf4" or "int8": a frozen bitsandbytes base for adapters
+    lora          adapters to train instead of the weights
+    float32_head  logits in fp32 where the weights are in 16 bits; False: in the weights' dtype
+    verify_checkpoint  of a run: "full" reads every byte, "quick" the size and the first MiB of large files
 
     Raises ValueError on a file that differs from the manifest, an unknown architecture, missing or unexpected tensors,
     weights that are not finite, a mask id outside the vocabulary, or attention other than the family's.
@@ -210,8 +202,7 @@ def check_spec(module: Module, spec: FamilySpec) -> None:
 
 @torch.no_grad()
 def check_attention(policy: _Backbone) -> None:
-    """Raise ValueError unless changing one token moves the first state as the family's attention says: the last token
-    of a bidirectional model or of the first block does, a later token of a causal model or the next block does not."""
+    """Raise ValueError unless changing a token moves the first state exactly where the family's attention says."""
     attention = policy.spec.attention
     expected = {7: attention == "full"}
     if attention == "block_causal" and (block := policy.spec.block_size) is not None:

@@ -26,8 +26,7 @@ EOS = "<eos>"
 
 
 def char_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """One token per character, after <pad> 0, <mask> 1, <eos> 2; decoding returns the exact text. Encoding a character
-    outside `characters` raises an exception."""
+    """One token per character, after <pad> 0, <mask> 1, <eos> 2; an unknown one raises. Decoding is exact."""
     vocabulary = {token: i for i, token in enumerate([PAD, MASK, EOS, *dict.fromkeys(characters)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")  # `.` leaves out newlines
@@ -164,7 +163,6 @@ def tiny_moe(
 def _decoder_fields(
     tokenizer: PreTrainedTokenizerFast, causal: bool, hidden_size: int, num_layers: int, num_heads: int, max_length: int
 ) -> dict[str, Any]:
-    """Common config fields of decoders."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,

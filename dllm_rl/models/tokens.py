@@ -17,7 +17,7 @@ from dllm_rl.types import Prompts, Rollout
 def encode(
     policy: Policy, problems: Sequence[Problem], *, group_size: int = 1, seeds: Sequence[int] | None = None
 ) -> Prompts:
-    """Tokenise prompts: chat through the tokenizer's template, text without special tokens; blanks are left open."""
+    """Tokenise prompts: messages by the template, text without added special tokens. Blanks become open positions."""
     found = [ids_and_blanks(policy, problem.prompt, problem.blank) for problem in problems]
     ids, blanks = zip(*found, strict=True) if found else ((), ())
     return Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group_size, seeds=seeds, open_positions=blanks)
@@ -31,14 +31,9 @@ def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]], blank: str | 
 def ids_and_blanks(
     policy: Policy, prompt: str | list[dict[str, str]], blank: str | None
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a prompt, and which of them are blanks: mask tokens in place of `blank`. A last message of the
-    assistant begins the answer.
-
-    Special tokens come from the chat template alone: a prompt's `<|im_end|>` is tokenised as its characters.
-
-    Raises ValueError for chat messages without a chat template, for text outside the model's vocabulary, and for
-    blanks where the model has no mask token.
-    """
+    """Token ids of a prompt, and which are blanks: mask tokens in place of `blank`. An assistant's last message begins
+    the answer. A prompt's `<|im_end|>` is tokenised as its characters: special tokens come from the template alone.
+    Raises ValueError without a chat template or a mask token where one is needed."""
     if blank is not None and (not blank or policy.spec.mask_id is None):
         wrong = "is no text" if not blank else "is to be filled in, and the model has no mask token"
         raise ValueError(f"blank={blank!r} {wrong}; leave it at None" + (", or use a diffusion model" if blank else ""))
@@ -70,11 +65,8 @@ def _joined(pieces: list[tuple[list[int], bool]]) -> tuple[list[int], list[bool]
 def conversation_ids(
     policy: Policy, messages: Sequence[dict[str, Any]], *, since: int = 0
 ) -> list[tuple[list[int], bool]]:
-    """Token ids of a conversation in pieces, and for each piece whether an assistant wrote it in the messages from
-    `since` on. An assistant's piece begins where `prompt_ids` of the earlier messages ends, and ends with the turn.
-
-    Raises ValueError as `prompt_ids` does, and for a template that rewrites earlier turns.
-    """
+    """Token ids of a conversation in pieces, and for each whether an assistant wrote it in the messages since `since`.
+    Its piece starts where `prompt_ids` of the earlier messages end. ValueError where a template rewrites turns."""
     chat = _Chat(policy, messages)
     turns = list(messages)
     whole = chat.rendered(turns)
@@ -142,8 +134,7 @@ class _Chat:
 
 
 def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
-    """Token ids of a text; `special`: special tokens in the text are not split into characters. Raises ValueError for
-    text outside the model's vocabulary."""
+    """Token ids, or ValueError outside the model's vocabulary; `special`: special tokens in it are not split."""
     try:
         return policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
     except BaseException as error:  # the tokenizers library raises a bare Exception, or panics
@@ -193,19 +184,16 @@ def filled(policy: Policy, rollout: Rollout) -> list[str]:
 
 
 def chosen_ids(rollout: Rollout) -> list[list[int]]:
-    """Each row's tokens that the policy chose."""
     tokens = rollout.tokens.masked_fill(~rollout.completion_mask, -1)  # so that one transfer to the host is enough
     return [[token for token in row if token >= 0] for row in tokens.tolist()]
 
 
 def before_end(policy: Policy, ids: list[int]) -> list[int]:
-    """The ids before the first end token."""
     return ids[: next((i for i, token in enumerate(ids) if token in policy.spec.eos_ids), len(ids))]
 
 
 def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]]]:
-    """Per row every token of the completion as plain data: id, text, the step that committed it (-1: still masked) and
-    its probability as sampled (None if not finite)."""
+    """Per row every token of the completion as plain data: id, text, its step (-1: masked), probability as sampled."""
     chosen = rollout.completion_mask.any(0)
     start = int(chosen.nonzero()[0]) if chosen.any() else len(chosen)
     columns = (rollout.tokens[:, start:], rollout.unmask_step[:, start:], rollout.logprobs[:, start:].exp())

@@ -13,19 +13,14 @@ from dllm_rl.types import Rollout
 def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
     """What `policy` would commit in a rollout's first step, compared with what was committed; (sum, count) pairs.
 
-    order_agreement       share of the committed positions that are among the policy's own top positions
-    order_agreement_rows  share of the prompts where the two sets are equal
-
     max_prob, margin and entropy depend on the state alone. Where the policy would choose other positions, the recorded
-    order has probability 0, and importance weights of the tokens do not correct the order [ours]. `random` and
-    `confidence` have nothing to compare. All completions of a prompt begin alike: one forward of one row per prompt.
-    """
+    order has probability 0, and importance weights of the tokens do not correct the order [ours]."""
     ranks = {rank.__name__: rank for rank in RANKS if not rank_inputs(rank) & {"tokens", "uniforms"}}
     rank = ranks.get(rollout.rank or "")
     mask_id = policy.spec.mask_id
     if rank is None or rollout.open_step is None or mask_id is None or rollout.revised:
-        return {}
-    first = slice(None, None, rollout.group_size)
+        return {}  # `random` and `confidence` have nothing to compare
+    first = slice(None, None, rollout.group_size)  # all completions of a prompt begin alike
     masked = rollout.completion_mask[first]
     opened = rollout.open_step[first] == 0
     committed = rollout.unmask_step[first] == 0
@@ -38,6 +33,6 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
     begun = committed.any(-1)
     same = (chosen == committed).all(-1) & begun
     return {
-        "order_agreement": ((chosen & committed).sum(), committed.sum()),
-        "order_agreement_rows": (same.sum(), begun.sum()),
+        "order_agreement": ((chosen & committed).sum(), committed.sum()),  # of positions, among the policy's top ones
+        "order_agreement_rows": (same.sum(), begun.sum()),  # of prompts, where the two sets are equal
     }

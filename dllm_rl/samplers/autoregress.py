@@ -77,7 +77,6 @@ def autoregress(
 
 
 def _check(policy: Policy, prompts: Prompts, max_new_tokens: int, sampling_params: SamplingParams) -> None:
-    """Raise ValueError as documented in `autoregress`."""
     if policy.spec.attention != "causal":
         raise ValueError(
             f"policy is a diffusion model ({type(policy.module).__name__}); autoregress needs a causal one: use unmask"

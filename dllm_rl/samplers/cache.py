@@ -31,7 +31,6 @@ class Cache:
             raise ValueError(f"refresh={self.refresh} must be at least 1 step, or None for once a block")
 
     def check(self, attention: str) -> None:
-        """Raise ValueError when this cache is not for such attention."""
         if (self.kind == "block") != (attention == "block_causal"):
             approximate = "prefix_cache() or dual_cache(), which are approximate"
             fit = "block_cache()" if attention == "block_causal" else approximate
@@ -70,11 +69,7 @@ class KeysAndValues(DynamicCache):
 
 
 class CachedStates:
-    """Owns the keys and values of a batch; `advance` computes a block's states from the fewest rows and columns.
-
-    Columns are positions of the padded batch. A shifted family reads a block's first state one column to its left,
-    which therefore is part of the block.
-    """
+    """Owns the keys and values of a batch; `advance` computes a block's states from the fewest rows and columns."""
 
     def __init__(self, policy: Policy, cache: Cache, attention_mask: Bool[Tensor, "B T"]) -> None:
         self.policy = policy
@@ -91,22 +86,19 @@ class CachedStates:
     def advance(
         self, tokens: Int[Tensor, "B T"], rows: Int[Tensor, " R"], columns: tuple[int, int], *, alike: int = 1
     ) -> tuple[Float[Tensor, "r W D"], int]:
-        """States of the block in `columns` = [start, end) for `rows`, and the column that the first state predicts.
-
-        Rows may leave from step to step and return in the next block. Every run of `alike` rows is the same: one
-        forward serves the run, and r = R / alike.
-        """
+        """States of the block `columns` = [start, end) for `rows`, and the first state's column; r = R / `alike`."""
         self.step = 0 if columns != self.columns else self.step + 1
         self.columns = columns
+        # A shifted family reads a block's first state one column to its left, which therefore is part of the block.
         start = max(0, columns[0] - self.policy.spec.shift)
         fresh, keep = self._plan(start, columns[1], tokens.shape[1])
-        if self.past is not None and len(rows) < len(self.rows):
+        if self.past is not None and len(rows) < len(self.rows):  # rows may leave, and return in the next block
             (wanted,) = send(tokens.device, torch.isin(self.rows, rows).nonzero()[:, 0])
             self.past = mapped(self.past, lambda x: x[wanted])
         self.rows = rows
         first = int(fresh[0]) + self.policy.spec.shift
         states = self._forward(tokens, rows[::alike], fresh, keep)
-        if alike > 1:
+        if alike > 1:  # every run of `alike` rows is the same: one forward served the run
             self.past = mapped(self.past, lambda x: x.repeat_interleave(alike, dim=0))
         if self.cache.kind == "block" and self.step == 0:
             self.whole = self.past, rows  # rows that end early leave `past`, and return with the next block
@@ -129,8 +121,7 @@ class CachedStates:
         return everything[start : None if self.cache.kind == "prefix" else end], self.kept
 
     def _forward(self, tokens: Tensor, rows: Tensor, fresh: Tensor, keep: Tensor) -> Tensor:
-        """Run the `fresh` columns of rows against the kept ones and themselves, then keep only `keep`, which contains
-        the kept columns or is a subset. All three are on the host."""
+        """Run the `fresh` columns against the kept ones and themselves, then keep only `keep`; all on the host."""
         module = self.policy.module
         seen = torch.cat([self.kept, fresh])
         on_device, new, columns = send(tokens.device, rows, fresh, seen)

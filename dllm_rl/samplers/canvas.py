@@ -147,23 +147,19 @@ class Canvas:
 
 
 def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, *, block_aligned: bool) -> Canvas:
-    """Prompts, each repeated group_size times and followed by `length` masks.
-
-    Blocks count from the completion's start, or for a block-causal policy from the prompt's; `block_aligned` then pads
-    prompts by whole blocks, so that all rows start in the same columns. Infilling blocks count masks only.
-    """
+    """Prompts, each repeated group_size times and followed by `length` masks; `block_aligned`: rows start alike."""
     spec = policy.spec
     device = policy.device
     group = prompts.group_size
     assert spec.mask_id is not None, "a diffusion model has a mask token"
-    if prompts.open is not None:
+    if prompts.open is not None:  # its blocks count masks only
         return _infilling(policy, prompts, prompts.open.cpu(), length, block_size)
     mask = repeat(prompts.attention_mask.cpu(), "p s -> (p g) s", g=group)
     sizes = mask.sum(-1) if spec.attention == "block_causal" else torch.zeros(len(mask), dtype=torch.long)
     offsets = sizes % block_size  # a block-causal completion begins inside its prompt's last block
     full = sizes // block_size
     block = (offsets[:, None] + torch.arange(length)) // block_size
-    if block_aligned:
+    if block_aligned:  # prompts are padded by whole blocks, so that all rows start in the same columns
         base = int(full.max()) * block_size
         columns = base + offsets[:, None] + torch.arange(length)
         starts = base - full * block_size

@@ -20,8 +20,7 @@ SLAB = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits reduced at once; on a CPU th
 def propose(
     policy: Policy, hidden: Float[Tensor, "K D"], uniforms: Float[Tensor, " K"], sampling_params: SamplingParams
 ) -> tuple[Tensor, ...]:
-    """A token for each of K positions, and its log-probability (nats) under the sampling distribution; with top_k or
-    top_p also the result of `kept_set`."""
+    """Tokens for K positions and their log-probs (nats) as sampled; with top_k or top_p also `kept_set`'s result."""
 
     def one(logits: Tensor, u: Tensor) -> tuple[Tensor, ...]:
         logits[:, policy.spec.mask_id] = -torch.inf
@@ -39,8 +38,7 @@ def propose_and_rank(
     sampling_params: SamplingParams,
     rank: Callable,
 ) -> tuple[Tensor, ...]:
-    """The rank's score of each position, and the result of `propose`. Where temperature and filters change nothing, the
-    rank's log-sum-exp reuses the draw's, with the mask token included as in the published algorithms."""
+    """The rank's score of each position, and the result of `propose`."""
     needs = rank_inputs(rank)
     mask_id = policy.spec.mask_id
     same = sampling_params.temperature in (0, 1) and not sampling_params.filters
@@ -52,6 +50,7 @@ def propose_and_rank(
         logits[:, mask_id] = mask
         offered = {"logits": logits, "tokens": tokens, "uniforms": v}
         if "normalizer" in needs:
+            # With the mask token, as in the published algorithms; `same` reuses the log-sum-exp of the draw.
             offered["normalizer"] = normalizer.logaddexp(mask) if same else logits.logsumexp(-1)
         return rank(**{name: offered[name] for name in needs}).float(), tokens, logp, *kept
 
@@ -67,10 +66,10 @@ def order_logprobs(
     committed: Int[Tensor, " C"],
     left: Int[Tensor, " J"],
 ) -> Float[Tensor, " J"]:
-    """For each position that a step left, the log-prob that its draw ranks behind the row's committed ones by
-    `confidence`; nats. The head runs again, because the committed positions are known only now."""
+    """For each position left, the log-prob that its draw ranks behind the row's committed by `confidence`; nats."""
     lowest, last = last_committed(scores[committed], turn.row[committed], turn.place[committed], len(scores))
     mine = turn.row[left]
+    # The head runs again, because the committed positions are known only now.
     return left_logprobs(policy, hidden[left], lowest[mine], turn.place[left] > last[mine], sampling_params)
 
 

@@ -14,15 +14,12 @@ from dllm_rl.samplers.turns import Turn
 
 
 class States:
-    """Owns which rows of a canvas run together, and each bucket's keys and values, where there is a cache.
-
-    steps  per block and row: the forwards over which a cached bucket's padding is spread
-    """
+    """Owns which rows of a canvas run together, and each bucket's keys and values, where there is a cache."""
 
     def __init__(self, policy: Policy, canvas: Canvas, cache: Cache | None, steps: Int[Tensor, "B N"]) -> None:
         self.policy = policy
         self.canvas = canvas
-        forwards = 1 if cache is None else int(steps.max())
+        forwards = 1 if cache is None else int(steps.max())  # over which a cached bucket's padding is spread
         self.buckets = length_buckets(canvas.starts, canvas.tokens.shape[1], policy.device, forwards=forwards)
         self.bucket = torch.zeros_like(canvas.starts)
         self.caches = []
@@ -45,10 +42,7 @@ class States:
         return found[0], found[1] if len(found) > 1 else None
 
     def _join(self, numbers: list[int], owner: Int[Tensor, " R"], turn: Turn, alike: int) -> list[Tensor]:
-        """Run each bucket's rows apart, and put the results in the order of the turn's positions.
-
-        owner  the bucket of each row, on the host
-        """
+        """Run each bucket's rows apart; results are in the order of the turn's positions. `owner` is on the host."""
         members = {number: (owner == number).nonzero()[:, 0] for number in numbers}
         within = torch.empty_like(turn.rows)  # the place of each row in its bucket
         for rows in members.values():
@@ -68,11 +62,7 @@ class States:
     def _run(
         self, number: int, turn: Turn, rows: Int[Tensor, " R"], alike: int, row: Int[Tensor, " K"], column: Tensor
     ) -> list[Tensor]:
-        """The states (K, D) and, if recorded, the experts (K, M, E) of some rows of one bucket.
-
-        alike        every run of `alike` rows is the same: one forward serves the run
-        row, column  (K,) each position's row among `rows`, and its column of the canvas
-        """
+        """The states (K, D) and, if recorded, the experts (K, M, E); `row`: each position's among a bucket's `rows`."""
         block = int(turn.blocks[0])  # with a cache all rows are in the same block; without one nothing reads it
         if not self.policy.records_experts:
             hidden, first = self._forward(number, rows, block, alike)
