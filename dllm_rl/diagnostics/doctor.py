@@ -229,8 +229,9 @@ def same_experts(policy: Policy, rollout_policy: Policy, rollout: Rollout, noise
     counts = routing_counts(policy, rollout_policy, rollout, noise)
     if counts is None:
         return {}
-    loads = [tuple(map(tuple, load.tolist())) for load in counts[:, 2:].chunk(2, 1)]
-    return {"routing": tuple((counts[:, 0] / counts[:, 1]).tolist()), "load": tuple(loads)}
+    sampled, learnt = counts[:, 2:].chunk(2, 1)
+    load = tuple(map(tuple, sampled.tolist())), tuple(map(tuple, learnt.tolist()))
+    return {"routing": tuple((counts[:, 0] / counts[:, 1]).tolist()), "load": load}
 
 
 def measure(name: str, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Cause:

@@ -145,9 +145,9 @@ class MATH500(Questions):
 
     @staticmethod
     def read_row(place: str, row: Row) -> tuple[str, str, str]:
-        problem = row.get("problem")
-        working = row.get("solution")
-        answer = row.get("answer") or (last_box(working) if isinstance(working, str) else None)
+        problem: Any = row.get("problem")
+        working: Any = row.get("solution")
+        answer: Any = row.get("answer") or (last_box(working) if isinstance(working, str) else None)
         if not all(isinstance(text, str) and text for text in (problem, working, answer)):
             raise ValueError(f"{place}: a MATH row needs texts: problem, solution, and answer or a box in solution")
         return problem, answer, working
