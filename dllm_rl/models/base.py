@@ -98,7 +98,7 @@ class FamilySpec:
     block_size: int | None = None
     mask_id: int | None = None
     mask_vocabulary: int | None = None  # a family's mask_id is for so many tokens
-    mask_names: tuple[str, ...] = ()  # its texts, for a tokenizer without one
+    mask_names: tuple[str, ...] = ()  # the mask's texts, for a tokenizer that declares no mask token
     eos_ids: tuple[int, ...] = ()
     max_length: int | None = None
     vocab_size: int | None = None
@@ -112,8 +112,8 @@ class FamilySpec:
     fused_qkv: str | None = None  # a projection with query, key and value rows in this order
     float32_rope: bool = False  # rotary embeddings are applied in fp32 whatever the weights' dtype
     ignored: tuple[str, ...] = ()  # patterns of the checkpoint's unused tensors
-    end_tokens: tuple[str, ...] = ()  # further tokens that end a completion
-    original: dict | None = field(default=None, compare=False, repr=False)  # config to write back on saving
+    end_tokens: tuple[str, ...] = ()  # further tokens that end a completion, where the tokenizer has them
+    original: dict | None = field(default=None, compare=False, repr=False)  # config written back; None: stock
     source: str | None = field(default=None, compare=False, repr=False)  # folder of the checkpoint
 
     def recognises(self, config: dict) -> bool:
@@ -141,7 +141,7 @@ class Policy(Head, Protocol):
     tokenizer: PreTrainedTokenizerBase
     version: int  # counts weight updates
     float32_head: bool  # logits of a model in 16 bits (or under autocast) are in fp32
-    gradient_checkpointing: bool  # each block runs again backward: a third more work, far less memory
+    gradient_checkpointing: bool  # blocks run twice: a third more work, far less memory, same gradients
     records_experts: bool  # samplers record the experts of each token (`Rollout.experts`)
     lora: "Lora | None"  # the adapters that are trained instead of the weights
     quantization: Any  # config of a rollout's copy, or None

@@ -180,8 +180,8 @@ def sample(logits: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[T
 
 def invert(mass: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Tensor, " K"]:
     """One token per row, in proportion to its mass (exact to its fp32 rounding); a token of mass 0 is never drawn."""
-    size = mass.shape[-1]  # First among groups of GROUP tokens, then within one: no cumulative sum over the vocabulary
-    whole = size // GROUP
+    size = mass.shape[-1]
+    whole = size // GROUP  # first among groups of GROUP tokens, then within one: no cumulative sum over the vocabulary
     groups = rearrange(mass[:, : whole * GROUP], "k (n v) -> k n v", v=GROUP).sum(-1)
     groups = torch.cat([groups, mass[:, whole * GROUP :].sum(-1, keepdim=True)], dim=-1).double().cumsum(-1)
     total = groups[:, -1:]

@@ -148,7 +148,7 @@ def load_policy(
 
     dtype         of the weights: float32, bfloat16 or float16; "auto" keeps the checkpoint's
     block_size    of a block-causal model; None: the checkpoint's
-    quantization  "nf4" or "int8": a frozen bitsandbytes base for adapters
+    quantization  "nf4" or "int8": a frozen bitsandbytes base for adapters; None keeps the weights as they are
     lora          adapters to train instead of the weights
     float32_head  logits in fp32 where the weights are in 16 bits; False: in the weights' dtype
     verify_checkpoint  of a run: "full" reads every byte, "quick" the size and the first MiB of large files

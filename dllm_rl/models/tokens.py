@@ -33,7 +33,7 @@ def ids_and_blanks(
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a prompt, and which are blanks: mask tokens in place of `blank`. An assistant's last message begins
     the answer. A prompt's `<|im_end|>` is tokenised as its characters: special tokens come from the template alone.
-    Raises ValueError without a chat template or a mask token where one is needed."""
+    Raises ValueError for text outside the vocabulary, and without a chat template or mask token where one is needed."""
     if blank is not None and (not blank or policy.spec.mask_id is None):
         wrong = "is no text" if not blank else "is to be filled in, and the model has no mask token"
         raise ValueError(f"blank={blank!r} {wrong}; leave it at None" + (", or use a diffusion model" if blank else ""))
