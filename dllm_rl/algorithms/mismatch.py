@@ -35,22 +35,15 @@ def group_weights(learned: Bool[Tensor, " P"], sample: int, generator: Generator
 
 @dataclass(frozen=True)
 class _Measured:
-    """Scored rows and their weights.
+    """Scored rows and their weights."""
 
-    log_mismatch          fp64, 0 where not `finite`
-    finite                tokens of scored rows whose ratio is finite
-    token_weights, row_weights  of those tokens (K,), and of the rows (R,) that have one
-    num_tokens, num_rows  of ALL rows, less the estimated non-finite ones
-    lost                  share of non-finite tokens
-    """
-
-    log_mismatch: Float[Tensor, "B T"]
-    finite: Bool[Tensor, "B T"]
-    token_weights: Float[Tensor, " K"]
-    row_weights: Float[Tensor, " R"]
-    num_tokens: Float[Tensor, ""]
-    num_rows: Float[Tensor, ""]
-    lost: Float[Tensor, ""]
+    log_mismatch: Float[Tensor, "B T"]  # fp64, 0 where not `finite`
+    finite: Bool[Tensor, "B T"]  # tokens of scored rows whose ratio is finite
+    token_weights: Float[Tensor, " K"]  # of those tokens
+    row_weights: Float[Tensor, " R"]  # of the rows that have one
+    num_tokens: Float[Tensor, ""]  # of ALL rows, less the estimated non-finite ones
+    num_rows: Float[Tensor, ""]  # the same of rows
+    lost: Float[Tensor, ""]  # share of non-finite tokens
 
     @property
     def rows(self) -> Bool[Tensor, " B"]:
@@ -167,37 +160,23 @@ def weight_metrics(
     mask: Bool[Tensor, "B T"],
     *,
     high: float = 2.0,
-    low: float | None = None,
-    level: str = "token",
     row_weights: Float[Tensor, " B"] | None = None,
 ) -> dict[str, float]:
-    """verl's rollout_is_* set for truncated weights (low None) or weights masked outside [low, high].
+    """verl's rollout_is_* set for truncated weights w = min(rho, high).
 
-    rho_t per token, or the row's product with level "sequence"; w = min(rho, high), or rho inside [low, high] else 0.
-    mean, std, eff_sample_size  of w over tokens: population std, and 1 / mean((w / mean w)^2)
-    min, max   of w over tokens; of the raw product over sequences at level "sequence"
-    ratio_fraction_{high,low}  share of tokens (sequences) with raw rho > high, < low (default 1/high)
-    oob_ratio  with `low`: share of tokens outside
+    mean, std, eff_sample_size, min, max  of w over tokens: population std, and 1 / mean((w / mean w)^2)
+    ratio_fraction_{high,low}  share of tokens with rho > high, < 1/high
     seq_{mean,std,min,max,max_deviation}  over sequences, of the row's mean w; sample std; largest |mean w - 1|
-    seq_fraction_{high,low}  share of rows whose mean raw rho is > high, < low
+    seq_fraction_{high,low}  share of rows whose mean rho is > high, < 1/high
     `row_weights` and errors are as in `mismatch_metrics`.
     """
     scored = _measured(log_mismatch, mask, row_weights)
-    log_rho = scored.log_mismatch
-    if level == "sequence":
-        log_rho = torch.where(scored.finite, log_rho.sum(-1, keepdim=True), 0)
-    elif level != "token":
-        raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
-    raw = log_rho.clamp(-MAX_LOG, MAX_LOG).exp()
-    floor = 1 / high if low is None else low
-    outside = (raw < floor) | (raw > high)
-    weights = raw.clamp(max=high) if low is None else raw.masked_fill(outside, 0)
+    raw = scored.log_mismatch.clamp(-MAX_LOG, MAX_LOG).exp()
+    weights = raw.clamp(max=high)
     seq = scored.row_means(weights)
     raw_seq = scored.row_means(raw)
     flat = weights[scored.finite]
-    each = raw[scored.finite] if level == "token" else raw_seq
-    share = scored.per_token if level == "token" else scored.per_row
-    extremes = flat if level == "token" else each
+    each = raw[scored.finite]
     mean, _ = scored.spread(flat)
     _, variance = scored.spread(flat - mean)
     centre = 1 + scored.per_row(seq - 1)  # about 1, so that it is exact where all agree
@@ -205,21 +184,19 @@ def weight_metrics(
     values = {
         "mean": 1 + scored.per_token(flat - 1),
         "std": variance.sqrt(),
-        "min": extremes.min(),
-        "max": extremes.max(),
-        "eff_sample_size": 1 / scored.spread(flat / mean)[1] if mean > 0 else mean,  # 0: every weight is 0
-        "ratio_fraction_high": share((each > high).double()),
-        "ratio_fraction_low": share((each < floor).double()),
+        "min": flat.min(),
+        "max": flat.max(),
+        "eff_sample_size": 1 / scored.spread(flat / mean)[1],
+        "ratio_fraction_high": scored.per_token((each > high).double()),
+        "ratio_fraction_low": scored.per_token((each < 1 / high).double()),
         "seq_mean": centre,
         "seq_std": (scored.per_row((seq - centre).square()) * bessel).sqrt(),
         "seq_min": seq.min(),
         "seq_max": seq.max(),
         "seq_max_deviation": (seq - 1).abs().max(),
         "seq_fraction_high": scored.per_row((raw_seq > high).double()),
-        "seq_fraction_low": scored.per_row((raw_seq < floor).double()),
+        "seq_fraction_low": scored.per_row((raw_seq < 1 / high).double()),
     }
-    if low is not None:
-        values["oob_ratio"] = scored.per_token(outside[scored.finite].double())
     return {f"{PREFIX}rollout_is_{name}": v.item() + 0.0 for name, v in values.items()}
 
 
@@ -259,17 +236,15 @@ def symptom_metrics(
     advantages: Float[Tensor, " B"],
     *,
     old: Float[Tensor, "B T"] | None = None,
-    threshold: float = 1e-4,
-    ngram: int = 3,
 ) -> dict[str, float]:
     """QaRL's early-warning metrics [digest], each over the tokens with A > 0 and those with A < 0.
 
-    symptoms/error_tokens_*  share of tokens with p_learner < threshold; `old` must hold log-probs of single tokens
+    symptoms/error_tokens_*  share of tokens with p_learner < 1e-4; `old` must hold log-probs of single tokens
                              (trajectory, causal), not an ELBO's
-    symptoms/repetition_*  share inside an n-gram that occurred earlier in the completion; n-grams may overlap
+    symptoms/repetition_*  share inside a trigram that occurred earlier in the completion; trigrams may overlap
     """
-    error = None if old is None else mask & (old < math.log(threshold))
-    repeated = repeats(tokens, mask, ngram=ngram)
+    error = None if old is None else mask & (old < math.log(1e-4))
+    repeated = repeats(tokens, mask)
     metrics = {}
     for name, sign in (("positive", advantages > 0), ("negative", advantages < 0)):
         counted = mask & sign[:, None]
@@ -282,8 +257,6 @@ def symptom_metrics(
 
 def repeats(tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, ngram: int = 3) -> Bool[Tensor, "B T"]:
     """Marked tokens inside an n-gram that started earlier in the same row."""
-    if ngram < 1:
-        raise ValueError(f"ngram={ngram} must be at least 1")
     found = torch.zeros(mask.shape, dtype=torch.bool)
     for row, (ids, marked) in enumerate(zip(tokens.cpu(), mask.cpu(), strict=True)):
         places = marked.nonzero()[:, 0]
