@@ -99,7 +99,10 @@ def correct(
     lost = reduce_metrics(waited("scoring", accelerator), accelerator)  # first: the gathering waits for all
     rows = gather_rows(recipe, rollout, logps, advantages, groups, accelerator)
     weights, keep, live = weigh_learned(recipe.corrector, rows)  # sees learned rows only
-    metrics = lost | all_rows_metrics(rows) | live | symptoms(recipe, rows, logps.noise)
+    every = mismatch_metrics(  # of all rows, estimated from those that are scored
+        rows.log_mismatch, rows.completion, old=rows.old, advantages=rows.advantages, row_weights=rows.weights
+    )
+    metrics = lost | every | live | symptoms(recipe, rows, logps.noise)
     return make_batch(recipe, logps, rollout, rows, weights, keep, accelerator), metrics
 
 
@@ -149,13 +152,6 @@ def weigh_learned(corrector: Corrector, rows: Rows) -> Weighed:
     return weights, keep, live
 
 
-def all_rows_metrics(rows: Rows) -> dict[str, float]:
-    """`mismatch_metrics` of all rows, estimated from those that are scored."""
-    return mismatch_metrics(
-        rows.log_mismatch, rows.completion, old=rows.old, advantages=rows.advantages, row_weights=rows.weights
-    )
-
-
 def symptoms(recipe: Recipe, rows: Rows, noise: Noise) -> dict[str, float]:
     """`symptom_metrics` of the learned rows; error tokens only where contributions are log-probs of single tokens."""
     single = recipe.likelihood.exact_for_sampler or recipe.likelihood.attention == ("causal",)
@@ -194,13 +190,12 @@ def make_batch(
     )
 
 
-def check_version(rollout: Rollout, policy: Policy, *, stale_steps: int = 0) -> None:
-    """Raise RuntimeError if the rollout's weights are more than `stale_steps` updates behind the learner's."""
-    behind = policy.version - rollout.weights_version
-    if not 0 <= behind <= stale_steps:
+def check_version(rollout: Rollout, policy: Policy) -> None:
+    """Raise RuntimeError if the rollout's weights are not the learner's."""
+    if rollout.weights_version != policy.version:
         raise RuntimeError(
-            f"weights_version={rollout.weights_version} of the rollout is {behind} updates behind the learner's "
-            f"{policy.version}, and stale_steps={stale_steps} allows {stale_steps}: call sync_weights before sampling"
+            f"weights_version={rollout.weights_version} of the rollout is {policy.version - rollout.weights_version} "
+            f"updates behind the learner's {policy.version}: call sync_weights before sampling"
         )
 
 

@@ -119,40 +119,25 @@ def score(
     side = sides(recipe, policy, rollout_policy).rollout
     note = blank(policy, rollout, noise) if recipe.router_replay is not None and side == "scored" else None
     reference_logps = None if reference is None else scorer.logprobs(reference)
-    rollout_logps = rollout_side(side, scorer, rollout_policy, note)
-    scorer = replace(scorer, noise=router_replay(recipe, rollout, noise, note))
+    rollout_logps = recorded(rollout, noise) if side == "recorded" else None
+    if side == "scored":
+        rollout_logps = scorer.logprobs(rollout_policy, note=note)  # fills `note`
+    if recipe.router_replay is not None:  # the experts that the learner takes again
+        noise = as_sampled(noise, rollout) if note is None else as_noted(noise, rollout, note)
+        scorer = replace(scorer, noise=noise)
     keep = keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
     scores = scorer.scores(policy, keep_graphs=keep)  # last: kept graphs and another forward would add up
-    old = recipe.likelihood.combine(scores.detach(), scorer.noise)
+    old = recipe.likelihood.combine(scores.detach(), noise)
     logps = Logprobs(
         old=old,
         old_scores=scores,
         rollout=old if rollout_logps is None else rollout_logps,
         reference=reference_logps,
-        noise=scorer.noise,
+        noise=noise,
     )
     if recipe.zero_mismatch:
-        check_bitwise_equal(rollout, scorer.noise, logps, policy=policy, rollout_policy=rollout_policy)
+        check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
     return logps
-
-
-def rollout_side(
-    side: str, scorer: Scorer, rollout_policy: Policy, note: Integer[Tensor, "N B T M E"] | None
-) -> Float[Tensor, "B T"] | None:
-    """The rollout's log-probs by `sides`, nats; None: they are the learner's. A scoring fills `note`."""
-    match side:
-        case "recorded":
-            return recorded(scorer.rollout, scorer.noise)
-        case "scored":
-            return scorer.logprobs(rollout_policy, note=note)
-    return None
-
-
-def router_replay(recipe: Recipe, rollout: Rollout, noise: Noise, note: Integer[Tensor, "N B T M E"] | None) -> Noise:
-    """The masks with the experts that the learner takes again: those in `note`, else the sampler's record."""
-    if recipe.router_replay is None:
-        return noise
-    return as_sampled(noise, rollout) if note is None else as_noted(noise, rollout, note)
 
 
 def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bool:

@@ -19,6 +19,8 @@ from dllm_rl.tasks.base import Problem
 from dllm_rl.training.prompts import choose, draw_indices
 from dllm_rl.types import Rollout, SamplingParams
 
+RISE = 30  # steps in which the learning rate rises to its full height
+
 
 def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int) -> Rollout:
     """Left-padded prompts with solutions, as if sampled. Raises ValueError if a solution is missing or too long."""
@@ -90,75 +92,49 @@ def supervised_loss(
     return -(logps * weight).sum() / batch.completion_mask.sum()
 
 
-def warmup(
-    policy: Policy,
-    draw_problems: Callable[[int], Sequence[Problem]],
-    *,
-    max_new_tokens: int,
-    num_steps: int,
-    learning_rate: float,
-    draw_noise: Callable[[int], tuple[Tensor, Tensor]],  # step -> levels and uniforms, as `draw_levels`
-    lr_warmup_steps: int = 30,
-    on_step: Callable[[int, float], bool] = lambda step, loss: False,  # True ends the warm-up
-    reduce_gradients: Callable[[Policy], None] = lambda policy: None,  # sums over processes
-) -> int:
-    """AdamW on `supervised_loss`; returns the number of steps taken."""
-    optimizer = torch.optim.AdamW(policy.module.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    for step in range(num_steps):
-        batch = examples(policy, draw_problems(step), max_new_tokens=max_new_tokens)
-        with in_pace(policy, backward=True):
-            loss = supervised_loss(policy, batch, *draw_noise(step))
-            loss.backward()
-        reduce_gradients(policy)
-        norm = whole(torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0))
-        if not norm.isfinite():
-            raise FloatingPointError(f"gradient norm is {norm.item()} at warm-up step {step}; it was not applied")
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / max(1, lr_warmup_steps))
-        optimizer.step()
-        policy.module.zero_grad(set_to_none=True)  # an evaluation has the memory
-        if on_step(step, loss.item()):
-            return step + 1
-    return num_steps
-
-
 def warm_up(
     recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog, measure: Callable[[], dict[str, float]]
 ) -> int:
-    """`warmup` with the recipe's settings until `measure` reaches warmup_target; returns the number of steps taken."""
+    """AdamW on `supervised_loss` until `measure` reaches warmup_target; returns the number of steps taken."""
     if not recipe.warmup_steps:
         return 0
     name = f"warmup/{recipe.warmup_metric}"
     progress = log.view("warm-up", recipe.warmup_steps, curve=name)
-
-    def draw_noise(step: int) -> tuple[Tensor, Tensor]:
-        generator = generator_for(recipe.seed, "warm-up masks", step)
-        levels, uniforms = draw_levels(generator, recipe.warmup_batch_size, recipe.max_new_tokens)
-        return local(levels, accelerator), local(uniforms, accelerator)  # as one process would draw them
-
-    def draw_problems(step: int) -> list[Problem]:
-        chosen = draw_indices(len(recipe.task), recipe.warmup_batch_size, recipe.seed, "warm-up", step)
-        return choose(recipe, policy, local(chosen, accelerator).tolist())[0]
-
-    def on_step(step: int, loss: float) -> bool:
-        done = (step + 1) % recipe.warmup_eval_steps == 0
-        found = measure()[recipe.warmup_metric] if done else 0.0
-        reached = done and found >= recipe.warmup_target
-        shares = {"warmup/loss": (torch.tensor(loss), torch.tensor(1.0))}
-        metrics = reduce_metrics(shares, accelerator) | ({name: found} if done else {})
-        log.write_warmup(step, metrics)
-        progress(metrics, show=reached or (step + 1) % recipe.logging_steps == 0)
-        return reached
-
-    taken = warmup(
-        policy,
-        draw_problems,
-        max_new_tokens=recipe.max_new_tokens,
-        num_steps=recipe.warmup_steps,
-        learning_rate=recipe.warmup_learning_rate,
-        draw_noise=draw_noise,
-        on_step=on_step,
-        reduce_gradients=lambda policy: sum_gradients(policy.module, accelerator, mean=True),  # equal shares
-    )
+    optimizer = torch.optim.AdamW(policy.module.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    taken = 0
+    reached = False
+    while taken < recipe.warmup_steps and not reached:
+        loss = warmup_step(recipe, policy, optimizer, taken, accelerator)
+        taken += 1
+        metrics = reduce_metrics({"warmup/loss": (torch.tensor(loss), torch.tensor(1.0))}, accelerator)
+        if taken % recipe.warmup_eval_steps == 0:
+            metrics[name] = measure()[recipe.warmup_metric]
+            reached = metrics[name] >= recipe.warmup_target
+        log.write_warmup(taken - 1, metrics)
+        progress(metrics, show=reached or taken % recipe.logging_steps == 0)
     progress({}, show=False, close=True)
     return taken
+
+
+def warmup_step(
+    recipe: Recipe, policy: Policy, optimizer: torch.optim.Optimizer, step: int, accelerator: Accelerator
+) -> float:
+    """One step on the problems and masks of its number, which one process would draw too; returns this process's loss.
+    Raises FloatingPointError on a gradient that is not finite, before the weights change."""
+    generator = generator_for(recipe.seed, "warm-up masks", step)
+    levels, uniforms = draw_levels(generator, recipe.warmup_batch_size, recipe.max_new_tokens)
+    chosen = draw_indices(len(recipe.task), recipe.warmup_batch_size, recipe.seed, "warm-up", step)
+    problems, _ = choose(recipe, policy, local(chosen, accelerator).tolist())
+    batch = examples(policy, problems, max_new_tokens=recipe.max_new_tokens)
+    with in_pace(policy, backward=True):
+        loss = supervised_loss(policy, batch, local(levels, accelerator), local(uniforms, accelerator))
+        loss.backward()
+    sum_gradients(policy.module, accelerator, mean=True)  # equal shares
+    norm = whole(torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0))
+    if not norm.isfinite():
+        raise FloatingPointError(f"gradient norm is {norm.item()} at warm-up step {step}; it was not applied")
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.warmup_learning_rate * min(1.0, (step + 1) / RISE)
+    optimizer.step()
+    policy.module.zero_grad(set_to_none=True)  # an evaluation has the memory
+    return loss.item()

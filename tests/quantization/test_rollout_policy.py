@@ -300,18 +300,17 @@ def test_quantisation_error_is_bounded_by_the_format():
         assert ((rounded - weight).abs() <= bound * (1 + 1e-5)).all(), name
 
 
-def test_stale_rollouts_are_refused_unless_allowed():
+def test_stale_rollouts_are_refused():
     policy = masked_lm()
     tokens, mask = batch()
     rollout = Rollout(tokens, mask, mask, tokens, torch.zeros(tokens.shape), 1, 3, SamplingParams())
     policy.version = 3
     check_version(rollout, policy)
     policy.version = 5
-    check_version(rollout, policy, stale_steps=2)
     with pytest.raises(RuntimeError, match="weights_version=3 of the rollout is 2 updates behind the learner's 5"):
-        check_version(rollout, policy, stale_steps=1)
+        check_version(rollout, policy)
     with pytest.raises(RuntimeError, match="weights_version=6"):
-        check_version(replace(rollout, weights_version=6), policy, stale_steps=2)
+        check_version(replace(rollout, weights_version=6), policy)
 
 
 def test_stored_bytes_counts_codes_and_scales():

@@ -9,7 +9,7 @@ from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.tasks.base import Problem
-from dllm_rl.training.warmup import draw_levels, examples, supervised_loss, warm_up, warmup
+from dllm_rl.training.warmup import draw_levels, examples, supervised_loss, warm_up, warmup_step
 
 PROBLEMS = [Problem("12=", solution="3412"), Problem("1.2.4=", solution="21")]
 
@@ -65,40 +65,33 @@ def test_levels_are_stratified_and_floored():
     assert strata.tolist() == list(range(50)) and uniforms.shape == (50, 7)
 
 
-def test_warmup_learns_what_it_is_shown():
-    policy, seen = tiny_masked_lm(**SIZES), []
-    taken = warmup(
-        policy,
-        lambda step: PROBLEMS[:1] * 8,
-        max_new_tokens=4,
-        num_steps=60,
-        learning_rate=1e-2,
-        draw_noise=lambda step: draw_levels(torch.Generator().manual_seed(step), 8, 4),
-        lr_warmup_steps=5,
-        on_step=lambda step, loss: seen.append(loss) or loss < 0.05,
-    )
-    assert taken == len(seen) < 60 and seen[-1] < 0.05 < seen[0]
+def stepped(policy, tmp_path, *, steps: int, **changes):
+    """The losses of the first steps."""
+    recipe = tiny_recipe(tmp_path, **{"warmup_learning_rate": 1e-2, "warmup_batch_size": 8} | changes)
+    optimizer = torch.optim.AdamW(policy.module.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    return [warmup_step(recipe, policy, optimizer, step, make_accelerator()) for step in range(steps)]
 
 
-def test_the_learning_rate_rises_to_its_full_height():
-    """AdamW moves a weight first by the rate, here 1/4 of 1e-3, and by its decay, a hundredth of that."""
-    policy = tiny_masked_lm(**SIZES)
+def test_warm_up_learns_what_it_is_shown(tmp_path):
+    losses = stepped(tiny_recipe(tmp_path).model(), tmp_path, steps=60)
+    assert sum(losses[-5:]) / 5 < 0.8 * losses[0]
+
+
+def test_the_learning_rate_rises_to_its_full_height(tmp_path):
+    """AdamW moves a weight first by the rate, here 1/30 of 1e-3, and by its decay, a hundredth of that."""
+    policy = tiny_recipe(tmp_path).model()
     before = [p.detach().clone() for p in policy.module.parameters()]
-    noise = lambda step: draw_levels(torch.Generator().manual_seed(step), 8, 4)  # noqa: E731
-    options = {"max_new_tokens": 4, "num_steps": 1, "learning_rate": 1e-3, "lr_warmup_steps": 4}
-    assert warmup(policy, lambda step: PROBLEMS[:1] * 8, draw_noise=noise, **options) == 1
+    stepped(policy, tmp_path, steps=1, warmup_learning_rate=1e-3)
     moved = max((p - was).abs().max().item() for p, was in zip(policy.module.parameters(), before, strict=True))
-    assert moved == pytest.approx(1e-3 / 4, rel=0.05)
+    assert moved == pytest.approx(1e-3 / 30, rel=0.05)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_warm_up():
-    policy = tiny_masked_lm(**SIZES)
+def test_a_gradient_that_is_not_finite_stops_the_warm_up(tmp_path):
+    policy = tiny_recipe(tmp_path).model()
     with torch.no_grad():
         next(policy.module.parameters()).fill_(torch.inf)
-    noise = lambda step: draw_levels(torch.Generator().manual_seed(step), 8, 4)  # noqa: E731
-    options = {"max_new_tokens": 4, "num_steps": 2, "learning_rate": 1e-3}
     with pytest.raises(FloatingPointError, match="gradient norm is nan at warm-up step 0; it was not applied"):
-        warmup(policy, lambda step: PROBLEMS[:1] * 8, draw_noise=noise, **options)
+        stepped(policy, tmp_path, steps=1)
 
 
 def test_warm_up_ends_with_the_first_look_that_finds_the_target(tmp_path):
