@@ -30,7 +30,8 @@ _HOME = {
     "quantization.schemes": "float8_weight_only float8_dynamic int8_weight_only int8_dynamic "
     "int4_weight_only int4_packed fake_quantize",
     "quantization.rollout_policy": "quantized_copy sync_weights",
-    "likelihoods": "LikelihoodEstimator one_step elbo coupled quadrature block eubo sandwich trajectory causal",
+    "likelihoods.estimators": "LikelihoodEstimator one_step elbo coupled quadrature block eubo sandwich trajectory "
+    "causal",
     "algorithms.advantages": "group_relative leave_one_out decoupled",
     "algorithms.correctors": "Corrector none tis mis icepop reject ais tbpo aligned qarl compose",
     "algorithms.weights": "finite",

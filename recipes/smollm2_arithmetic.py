@@ -10,7 +10,7 @@ from functools import cache, partial
 from zlib import crc32
 
 from dllm_rl import Policy, Problem, Recipe, Reward, ais, autoregress, float8_weight_only, load_policy, lora_r16, main
-from dllm_rl.likelihoods import causal
+from dllm_rl.likelihoods.estimators import causal
 from recipes import weights
 
 

@@ -12,21 +12,10 @@ from functools import partial
 
 from torch import Tensor
 
+from dllm_rl.algorithms import weights
 from dllm_rl.algorithms.losses import sequence
 from dllm_rl.algorithms.surrogates import trust_band
-from dllm_rl.algorithms.weights import (
-    Aggregate,
-    Level,
-    Weigh,
-    adaptive_weights,
-    alarm,
-    band_weights,
-    composed,
-    masked_weights,
-    no_weights,
-    rejection,
-    truncated_weights,
-)
+from dllm_rl.algorithms.weights import Aggregate, Level, Weigh, alarm, composed, no_weights, rejection
 from dllm_rl.bounds import check_bound
 
 Surrogate = Callable[..., Tensor]  # (log_ratio, advantages, mask, further ones of surrogates.OFFERED)
@@ -57,12 +46,12 @@ def none() -> Corrector:
 
 def tis(*, cap: float = 2.0, level: Level = "token", aggregate: Aggregate = "product") -> Corrector:
     """Truncated importance sampling; see `truncated_weights`."""
-    return Corrector(weigh=partial(truncated_weights, cap=cap, level=level, aggregate=aggregate))
+    return Corrector(weigh=partial(weights.truncated_weights, cap=cap, level=level, aggregate=aggregate))
 
 
 def mis(*, low: float = 0.5, high: float = 2.0, level: Level = "token", aggregate: Aggregate = "product") -> Corrector:
     """Masked importance sampling; see `masked_weights`."""
-    return Corrector(weigh=partial(masked_weights, low=low, high=high, level=level, aggregate=aggregate))
+    return Corrector(weigh=partial(weights.masked_weights, low=low, high=high, level=level, aggregate=aggregate))
 
 
 def icepop(*, low: float = 0.5, high: float = 5.0) -> Corrector:
@@ -86,7 +75,7 @@ def ais(
     level: Level = "token",
 ) -> Corrector:
     """Adaptive importance sampling; see `adaptive_weights`."""
-    bound = partial(adaptive_weights, cap=cap, tau=tau, combine=combine, aggregate=aggregate, level=level)
+    bound = partial(weights.adaptive_weights, cap=cap, tau=tau, combine=combine, aggregate=aggregate, level=level)
     return Corrector(weigh=bound)
 
 
@@ -96,7 +85,7 @@ def tbpo(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-
     The defaults fit long autoregressive responses [digest]; diffusion likelihoods move more and need wider bands.
     """
     surrogate = partial(trust_band, eps_high=eps_high, neg_low=neg_low, neg_high=neg_high)
-    return Corrector(weigh=partial(band_weights, c=c), surrogate=surrogate, aggregate=sequence)
+    return Corrector(weigh=partial(weights.band_weights, c=c), surrogate=surrogate, aggregate=sequence)
 
 
 def aligned() -> Corrector:

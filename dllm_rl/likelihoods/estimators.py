@@ -18,18 +18,7 @@ from jaxtyping import Float, Integer
 from torch import Generator, Tensor
 
 from dllm_rl.bounds import Bound, bounded
-from dllm_rl.likelihoods.masks import (
-    draw_block,
-    draw_coupled,
-    draw_everything,
-    draw_exact,
-    draw_nothing,
-    draw_quadrature,
-    draw_rounds,
-    draw_some_segments,
-    draw_trajectory,
-    with_order,
-)
+from dllm_rl.likelihoods import masks
 from dllm_rl.likelihoods.scoring import Chunk, row_chunks, score_view
 from dllm_rl.members import maker
 from dllm_rl.models.base import Policy
@@ -47,13 +36,13 @@ def weighted_sum(scores: Float[Tensor, "N B T"], noise: Noise) -> Float[Tensor, 
 
 
 def as_drawn(noise: Noise, advantages: Float[Tensor, " B"]) -> Noise:
-    """The noise itself: most estimates do not depend on the advantages."""
-    return noise
+    return noise  # most estimates do not depend on the advantages
 
 
 @dataclass(frozen=True)
 class LikelihoodEstimator:
-    """Draws masks and combines the views' log-probs, as pure functions.
+    """Draws masks and combines the views' log-probs, as pure functions. Contributions are zero off the completion; both
+    sides of a ratio use the same estimator and noise.
 
     draw      rollout, generator -> masks and weights of every view
     combine   scores (N, B, T), noise -> contributions (B, T); differentiable
@@ -61,8 +50,6 @@ class LikelihoodEstimator:
     exact_for_sampler  True if scoring under the rollout policy equals the sampler's record (`recorded`), reused then
     packed    block size of a block-causal model whose views mask every block at once, each seeing the others clean
     made_by   the function below with its keywords, so that a command line can change a keyword
-
-    Contract: contributions are zero off the completion; both sides of a ratio use the same estimator and noise.
 
     Example:
         noise = coupled().draw(rollout, generator)
@@ -104,18 +91,17 @@ class LikelihoodEstimator:
     def _score_chunk(
         self, policy: Policy, rollout: Rollout, noise: Noise, chunk: Chunk, out: Tensor, note: Tensor | None
     ) -> None:
-        """Write a chunk's scores to `out`, and its experts to `note`, view by view."""
-        some, masks = chunk.of(rollout, noise)
-        for n, masked in enumerate(masks.masked):
+        part, views = chunk.of(rollout, noise)
+        for n, masked in enumerate(views.masked):
             taken = None if note is None else note[n, chunk.rows, chunk.columns]
             out[n, chunk.rows, chunk.columns] = score_view(
                 policy,
-                some,
+                part,
                 masked,
-                masks.weight[n] != 0,
-                left=None if masks.left is None else masks.left[n],
+                views.weight[n] != 0,
+                left=None if views.left is None else views.left[n],
                 packed=self.packed is not None,
-                routes=masks.routes(n),
+                routes=views.routes(n),
                 note=taken,
             )
             if note is not None and taken is not None:
@@ -147,7 +133,7 @@ class LikelihoodEstimator:
 @maker
 def causal() -> LikelihoodEstimator:
     """log p(y) = sum_t log p(y_t | prompt, y_<t). One forward, exact. For autoregressive policies."""
-    return LikelihoodEstimator("causal", draw_nothing, attention=("causal",))
+    return LikelihoodEstimator("causal", masks.draw_nothing, attention=("causal",))
 
 
 @maker
@@ -158,7 +144,7 @@ def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
     prompt_mask  share of the prompt's tokens that are masked, in [0, 1)
     One forward (per group at prompt_mask=0). Biased: tokens count as independent. Source: d1, arXiv 2504.12216 [paper].
     """
-    return LikelihoodEstimator("one_step", partial(draw_everything, prompt_mask=prompt_mask))
+    return LikelihoodEstimator("one_step", partial(masks.draw_everything, prompt_mask=prompt_mask))
 
 
 @maker
@@ -173,7 +159,7 @@ def elbo(*, num_samples: int = 4, stratified: bool = True, antithetic: bool = Fa
     """
     if antithetic and num_samples % 2:  # samples come in pairs
         raise ValueError(f"num_samples={num_samples} must be even with antithetic=True; use {num_samples + 1}")
-    draw = partial(draw_exact, num_samples=num_samples, stratified=stratified, antithetic=antithetic)
+    draw = partial(masks.draw_exact, num_samples=num_samples, stratified=stratified, antithetic=antithetic)
     return LikelihoodEstimator("elbo", draw)
 
 
@@ -187,7 +173,7 @@ def coupled(*, num_samples: int = 1) -> LikelihoodEstimator:
     Unbiased for the ELBO. Source: ESPO's form [paper].
     num_samples  pairs of masks, of two forwards each
     """
-    return LikelihoodEstimator("coupled", partial(draw_coupled, num_samples=num_samples))
+    return LikelihoodEstimator("coupled", partial(masks.draw_coupled, num_samples=num_samples))
 
 
 @maker
@@ -200,7 +186,7 @@ def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
     GDPO/SDMC, arXiv 2510.08554 [paper]; exactly k masked tokens instead of independent ones [ours].
     nodes  of the quadrature: masks, and forwards
     """
-    return LikelihoodEstimator("quadrature", partial(draw_quadrature, nodes=nodes))
+    return LikelihoodEstimator("quadrature", partial(masks.draw_quadrature, nodes=nodes))
 
 
 @maker
@@ -216,7 +202,7 @@ def block(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
     block_size   tokens of a block
     num_samples  masks, and forwards; as many as there are blocks score every block
     """
-    return LikelihoodEstimator("block", partial(draw_block, block_size=block_size, num_samples=num_samples))
+    return LikelihoodEstimator("block", partial(masks.draw_block, block_size=block_size, num_samples=num_samples))
 
 
 def upper_bound(scores: Float[Tensor, "N B T"], noise: Noise, *, beta: float) -> Float[Tensor, "B T"]:
@@ -262,8 +248,7 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
 def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
     """SPG's pair of bounds: the ELBO where the advantage is >= 0, mix * EUBO + (1 - mix) * ELBO where it is negative.
 
-    Both bounds come from the same views of `base` (see `eubo`), at its cost. `with_advantages(noise, advantages)`
-    stores each row's mixture with its masks; noise without it is scored by the ELBO alone.
+    Both bounds come from the same views of `base` (see `eubo`), at its cost. Without `with_advantages` the ELBO alone.
     beta  exponent of the upper bound, above 0
     mix   weight of the upper bound, in [0, 1]
     base  the estimate whose masks both bounds take; None: `coupled()`
@@ -304,13 +289,13 @@ def trajectory(
     if num_sampled is not None:
         if block_size is not None:
             raise ValueError(f"num_sampled={num_sampled} draws steps, and block_size={block_size} packs them: drop one")
-        some = partial(draw_some_segments, num_segments=num_segments, num_sampled=num_sampled)
+        some = partial(masks.draw_some_segments, num_segments=num_segments, num_sampled=num_sampled)
         return LikelihoodEstimator("trajectory", some)
-    draw = partial(draw_trajectory, num_segments=num_segments)
+    draw = partial(masks.draw_trajectory, num_segments=num_segments)
     if block_size is not None:
-        draw = partial(draw_rounds, num_segments=num_segments, block_size=block_size)
+        draw = partial(masks.draw_rounds, num_segments=num_segments, block_size=block_size)
     if order == "law" and num_segments is None:  # a merged segment is no step of the sampler
-        draw = partial(with_order, draw=draw, packed=block_size is not None)
+        draw = partial(masks.with_order, draw=draw, packed=block_size is not None)
     estimator = LikelihoodEstimator("trajectory", draw, exact_for_sampler=num_segments is None)  # one view per step
     return estimator if block_size is None else replace(estimator, attention=("block_causal",), packed=block_size)
 

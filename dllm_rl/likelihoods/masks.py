@@ -1,7 +1,6 @@
 """Masks for likelihood estimates, as pure functions of uniform random numbers.
 
-A view is a pair (masked, weight): the hidden positions, and the coefficient of each scored log-prob (0 where none is
-scored).
+A view is a pair (masked, weight): the hidden positions, and each log-prob's coefficient (0 where none is scored).
 """
 
 import dataclasses
@@ -18,10 +17,9 @@ from dllm_rl.types import Noise, Rollout
 
 
 def row_generators(rollout: Rollout, generator: Generator) -> list[Generator]:
-    """One generator per row, seeded by the row's number in the batch, whichever process holds the row."""
+    """One generator per row, so that a row's masks depend neither on its neighbours nor on padding."""
     rows = torch.arange(len(rollout.tokens)) if rollout.batch_row is None else rollout.batch_row.cpu()
-    seeds = row_seeds(generator, int(rows.max()) + 1)[rows]  # a row's seed is that of its number, not of its place
-    # One each: a row's masks depend neither on its neighbours nor on padding.
+    seeds = row_seeds(generator, int(rows.max()) + 1)[rows]  # of the row's number, whichever process holds it
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 
 
@@ -49,7 +47,6 @@ def choose(u: Float[Tensor, "*N B 1"], count: Int[Tensor, "B 1"]) -> Int[Tensor,
 
 
 def ranks(keys: Float[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Each position's place when the row is sorted by `keys`, from 0."""
     return keys.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)  # stable: ties go from left to right
 
 
@@ -106,14 +103,12 @@ def block_index(completion: Bool[Tensor, "B T"], block_size: int) -> Int[Tensor,
 
 
 def stacked(views: list[tuple[Tensor, Tensor]], *, samples: int) -> Noise:
-    """Views as one record, the weights divided by the number of samples."""
     masked = torch.stack([view[0] for view in views])
     weight = torch.stack([view[1] for view in views])
     return Noise(masked, (weight / samples).float())
 
 
 def draw_nothing(rollout: Rollout, generator: Generator) -> Noise:
-    """No mask at all; the completion is scored."""
     scored = rollout.completion_mask[None]
     return Noise(torch.zeros_like(scored), scored.float())
 
@@ -146,7 +141,6 @@ def draw_exact(
 
 
 def draw_coupled(rollout: Rollout, generator: Generator, *, num_samples: int) -> Noise:
-    """`coupled_views` with k stratified over 0..L: two views per sample."""
     completion = rollout.completion_mask
     generators = row_generators(rollout, generator)
     size = completion.sum(-1, keepdim=True)
@@ -186,7 +180,7 @@ def draw_block(rollout: Rollout, generator: Generator, *, block_size: int, num_s
 
 def draw_trajectory(rollout: Rollout, generator: Generator, *, num_segments: int | None) -> Noise:
     """The rollout's own masks: view s hides what was committed in segment s or later, and scores segment s."""
-    return _segments(rollout, _merged(rollout, num_segments))
+    return _views(rollout, _merged(rollout, num_segments))
 
 
 def draw_some_segments(rollout: Rollout, generator: Generator, *, num_segments: int | None, num_sampled: int) -> Noise:
@@ -205,11 +199,11 @@ def draw_some_segments(rollout: Rollout, generator: Generator, *, num_segments: 
 
 def _merged(rollout: Rollout, num_segments: int | None) -> Int[Tensor, "B T"]:
     """The segment of each position: its step, or its step's part of num_segments; -1 off the completion."""
-    segment = rollout.unmask_step
+    step = rollout.unmask_step
     if num_segments is None:
-        return segment
-    steps = rollout.unmask_step.amax(-1, keepdim=True) + 1  # a row's own: rows may end early
-    return torch.where(segment < 0, -1, segment * num_segments // steps.clamp(min=1))
+        return step
+    steps = step.amax(-1, keepdim=True) + 1  # a row's own: rows may end early
+    return torch.where(step < 0, -1, step * num_segments // steps.clamp(min=1))
 
 
 def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | None, block_size: int) -> Noise:
@@ -225,14 +219,13 @@ def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | N
     if num_segments is not None:
         last = (-blank).scatter_reduce(1, block, torch.where(completion, step, -far), "amax").gather(1, block)
         segment = segment * num_segments // (last - first + 1).clamp(min=1)
-    return _segments(rollout, torch.where(completion, segment, -1))
+    return _views(rollout, torch.where(completion, segment, -1))
 
 
 def with_order(
     rollout: Rollout, generator: Generator, *, draw: Callable[[Rollout, Generator], Noise], packed: bool = False
 ) -> Noise:
-    """The views of `draw`, one per step, which also score the positions that the step left, if the order's probability
-    is known.
+    """The views of `draw`, one per step, which also score the positions that the step left, if the order has a law.
 
     Raises ValueError where the distribution was filtered and its kept set is not recorded.
     """
@@ -242,8 +235,8 @@ def with_order(
         return noise
     if params.filters and params.support != "own":
         raise ValueError(
-            f"sampling_support={params.support!r}: what the sampler kept is not recorded where it left a position "
-            "masked, so that its order has no law there; use sampling_support='own', or trajectory(order='given')"
+            f"sampling_support={params.support!r} is not recorded where the sampler left a position masked, so that "
+            "its order has no law there; use sampling_support='own', or trajectory(order='given')"
         )
     assert rollout.open_step is not None, "a sampler that records an order's log-probs records its blocks"
     left = noise.masked & (noise.weight == 0)
@@ -252,16 +245,14 @@ def with_order(
     return dataclasses.replace(noise, weight=noise.weight + left, left=left)
 
 
-def _segments(rollout: Rollout, segment: Int[Tensor, "B T"]) -> Noise:
-    return _views(rollout, segment, torch.arange(int(segment.max()) + 1, device=segment.device)[:, None, None])
-
-
-def _views(rollout: Rollout, segment: Int[Tensor, "B T"], index: Int[Tensor, "S #B 1"]) -> Noise:
-    """View s hides segments >= index and scores segment `index`; a negative index does neither."""
+def _views(rollout: Rollout, segment: Int[Tensor, "B T"], index: Int[Tensor, "S #B 1"] | None = None) -> Noise:
+    """View s hides segments >= index and scores segment `index` (None: each one); a negative index does neither."""
+    if index is None:
+        index = torch.arange(int(segment.max()) + 1, device=segment.device)[:, None, None]
     if rollout.revised:
         raise ValueError(
             "likelihood='trajectory' replays an unmasking that writes a position once; this rollout's commit rule may "
-            "have come back to what it wrote (remask, edit): use one_step(), elbo() or coupled()"
+            "rewrite it (remask, edit): use one_step(), elbo() or coupled()"
         )
     masked = rollout.completion_mask & (segment >= index) & (index >= 0)  # -2 fills up a row of few steps
     return Noise(masked, (rollout.completion_mask & (segment == index)).float())

@@ -9,27 +9,20 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from dllm_rl.device import send
-from dllm_rl.likelihoods.packed import packed_hidden
-from dllm_rl.models.base import Policy
+from dllm_rl.models import order
+from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.forward.routing import Routes, routed
 from dllm_rl.models.logprobs import backward_chunked, backward_token_logprobs, token_logprobs
-from dllm_rl.models.order import (
-    last_committed,
-    left_logprobs,
-    score_committed,
-    score_left,
-    token_logprobs_and_confidences,
-)
 from dllm_rl.types import Noise, Rollout
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that go through the model together, and the columns from their first unpadded one."""
+    """Rows that go through the model together."""
 
     rows: Int[Tensor, " R"]
-    columns: slice
+    columns: slice  # from their first unpadded one
 
     def of(self, rollout: Rollout, noise: Noise) -> tuple[Rollout, Noise]:
         return rollout.rows(self.rows, self.columns), noise.rows(self.rows, self.columns)
@@ -82,10 +75,11 @@ def score_view(
         logps = token_logprobs(policy, view.states, view.tokens, params, view.kept)
         return out.to(logps.dtype).index_copy(0, view.plan.places, logps).view(scored.shape)
     drawn = view.plan.committed
-    logps, confidences = token_logprobs_and_confidences(policy, view.states[drawn], view.tokens[drawn], params)
-    stayed = left_logprobs(policy, view.states[view.plan.left], *_bounds(rollout, view, confidences), params)
+    left = view.plan.left
+    logps, confidences = order.token_logprobs_and_confidences(policy, view.states[drawn], view.tokens[drawn], params)
+    stayed = order.left_logprobs(policy, view.states[left], *_bounds(rollout, view, confidences), params)
     out = out.to(logps.dtype).index_copy(0, view.plan.places[drawn], logps)
-    return out.index_copy(0, view.plan.places[view.plan.left], stayed).view(scored.shape)
+    return out.index_copy(0, view.plan.places[left], stayed).view(scored.shape)
 
 
 def backward_view(
@@ -117,16 +111,17 @@ def backward_view(
 
 
 def _backward_order(policy: Policy, rollout: Rollout, view: "View", vector: Float[Tensor, " K"]) -> None:
+    states = view.states
     params = rollout.sampling_params
     drawn = view.plan.committed
     left = view.plan.left
-    run = score_committed(policy, params)
-    of_drawn, (confidences,) = backward_chunked(run, policy, vector[drawn], view.states[drawn], view.tokens[drawn])
+    run = order.score_committed(policy, params)
+    of_drawn, (confidences,) = backward_chunked(run, policy, vector[drawn], states[drawn], view.tokens[drawn])
     bounds = _bounds(rollout, view, confidences)
-    of_left, _ = backward_chunked(score_left(policy, params), policy, vector[left], view.states[left], *bounds)
-    if view.states.requires_grad:  # the head alone may be trained
-        gradient = torch.zeros_like(view.states).index_copy(0, drawn, of_drawn)  # one backward through the backbone
-        view.states.backward(gradient.index_copy(0, left, of_left))
+    of_left, _ = backward_chunked(order.score_left(policy, params), policy, vector[left], states[left], *bounds)
+    if states.requires_grad:  # the head alone may be trained
+        gradient = torch.zeros_like(states).index_copy(0, drawn, of_drawn)  # one backward through the backbone
+        states.backward(gradient.index_copy(0, left, of_left))
 
 
 def _bounds(
@@ -135,42 +130,33 @@ def _bounds(
     """For each left position, the lowest confidence that its block committed, and whether the position follows it."""
     assert rollout.open_step is not None, "an order has a law only where the sampler recorded the blocks"
     width = rollout.tokens.shape[1]
+    plan = view.plan
     # The opening step distinguishes the blocks of a packed view.
-    block = view.plan.places // width * width + rollout.open_step.flatten()[view.plan.places]
-    column = view.plan.places % width
-    lowest, last = last_committed(
-        confidences, block[view.plan.committed], column[view.plan.committed], rollout.tokens.numel()
-    )
-    mine = block[view.plan.left]
-    return lowest[mine], column[view.plan.left] > last[mine]
+    block = plan.places // width * width + rollout.open_step.flatten()[plan.places]
+    column = plan.places % width
+    drawn = plan.committed
+    lowest, last = order.last_committed(confidences, block[drawn], column[drawn], rollout.tokens.numel())
+    mine = block[plan.left]
+    return lowest[mine], column[plan.left] > last[mine]
 
 
 class Plan(NamedTuple):
-    """Which rows go through the model for a view, and where its K scored positions are.
+    """Which rows go through the model for a view, and where its K scored positions are."""
 
-    rows      of the forward: one of each group if `together`, else `live`
-    together  one forward serves each group: its completions look the same to the model
-    live      rows with a scored position
-    inside, places   where the positions are in the flattened states, and in the flattened batch
-    committed, left  which of the K were committed, and which were left; without an order all are committed
-    """
-
-    rows: Int[Tensor, " R"]
-    together: bool
-    live: Int[Tensor, " L"]
-    inside: Int[Tensor, " K"]
-    places: Int[Tensor, " K"]
-    committed: Int[Tensor, " M"]
-    left: Int[Tensor, " J"]
+    rows: Int[Tensor, " R"]  # of the forward: one of each group if `together`, else `live`
+    together: bool  # one forward serves each group: its completions look the same to the model
+    live: Int[Tensor, " L"]  # rows with a scored position
+    inside: Int[Tensor, " K"]  # where the positions are in the flattened states
+    places: Int[Tensor, " K"]  # where they are in the flattened batch
+    committed: Int[Tensor, " M"]  # which of the K were committed; all without an order
+    left: Int[Tensor, " J"]  # which were left
 
 
 class View(NamedTuple):
-    """A plan's states and tokens, and the ids that the rollout kept there, if log-probs are normalised over them."""
-
     plan: Plan
     states: Float[Tensor, "K D"]
     tokens: Int[Tensor, " K"]
-    kept: Int[Tensor, "K C"] | None
+    kept: Int[Tensor, "K C"] | None  # ids that the rollout kept there, if log-probs are normalised over them
 
 
 def run_view(
@@ -217,10 +203,7 @@ def plan_view(
     *,
     share: bool,
 ) -> Plan | None:
-    """The plan of a view with `tokens` as the model sees them, made on the host; None where nothing is scored.
-
-    share  whether a group may share a forward
-    """
+    """The plan of a view, made on the host; None where nothing is scored. With `share` a group may share a forward."""
     group = rollout.group_size
     alike = _equal_in_groups(tokens, group) & _equal_in_groups(rollout.attention_mask, group)
     stayed = torch.zeros_like(scored) if left is None else left
@@ -240,7 +223,42 @@ def plan_view(
     return Plan(rows, together, *parts)
 
 
-def _equal_in_groups(rows: Tensor, group: int) -> Bool[Tensor, ""]:
-    """Whether every row (B, T) equals the first of its group."""
+def _equal_in_groups(rows: Integer[Tensor, "B T"] | Bool[Tensor, "B T"], group: int) -> Bool[Tensor, ""]:
     groups = rearrange(rows, "(p g) t -> p g t", g=group)
     return (groups == groups[:, :1]).all()
+
+
+def packed_mask(attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], start: int) -> Bool[Tensor, "B 1 Q Q"]:
+    """Which columns see which, among T clean columns and the noisy columns start..T-1; Q = 2 T - start."""
+    real = attention_mask[:, :, None]
+    before = block[:, None, :] < block[:, :, None]
+    same = block[:, None, :] == block[:, :, None]
+    key = attention_mask[:, None, :]
+    to_noisy = torch.zeros_like(same[:, :, start:])
+    clean = torch.cat([key & (before | same), to_noisy], dim=-1)
+    # Padding sees its own clean block, so that no row of the mask is empty, whose softmax is NaN.
+    noisy = torch.cat([key & (before | (same & ~real)), (key & same & real)[:, :, start:]], dim=-1)[:, start:]
+    return torch.cat([clean, noisy], dim=1)[:, None]
+
+
+def packed_hidden(
+    policy: Policy, tokens: Int[Tensor, "B T"], masked: Bool[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T D"]:
+    """Final states with `masked` positions hidden in their own block only; zeros before the first block that has one.
+
+    A clean and a noisy copy of the row go through one forward. Clean tokens see clean tokens of their own and earlier
+    blocks, noisy tokens clean ones of earlier blocks and noisy ones of their own. Exact: each token sees what it would
+    see in a forward of its block alone. Raises ValueError for a model that is not block-causal, or with a shift.
+    """
+    spec = policy.spec
+    if spec.attention != "block_causal" or spec.shift or spec.block_size is None or spec.mask_id is None:
+        raise ValueError(f"packed scoring is for block-causal models without a shift; the policy is {spec.name!r}")
+    positions = position_ids(attention_mask)
+    block = positions // spec.block_size
+    first = torch.where(masked, block, block.max() + 1).amin(-1, keepdim=True)
+    start = int((attention_mask & (block >= first)).any(0).long().argmax())  # before it no noisy column is needed
+    both = torch.cat([tokens, tokens.masked_fill(masked, spec.mask_id)[:, start:]], dim=1)
+    mask = packed_mask(attention_mask, block, start)
+    states = policy.encode(both, mask, torch.cat([positions, positions[:, start:]], dim=1))
+    noisy = states[:, tokens.shape[1] :]
+    return torch.cat([noisy.new_zeros(len(noisy), start, noisy.shape[-1]), noisy], dim=1)

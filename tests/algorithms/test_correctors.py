@@ -27,8 +27,8 @@ def test_defaults():
     # rho up to 8 under a cap of 2; the band [1/2, 2] of mis, [1/2, 5] of the bare weights and of icepop.
     capped, banded = [[1, 2, 2, 0.5], [0.25, 1, 2, 0], [1, 1, 0, 0]], [[1, 2, 4, 0.5], [0, 1, 0, 0], [1, 1, 0, 0]]
     close(weigh(c.tis())[0], capped)
-    close(weigh(c.Corrector(weigh=c.truncated_weights))[0], capped)
-    close(weigh(c.Corrector(weigh=c.masked_weights))[0], banded)
+    close(weigh(c.Corrector(weigh=c.weights.truncated_weights))[0], capped)
+    close(weigh(c.Corrector(weigh=c.weights.masked_weights))[0], banded)
     assert c.mis().weigh.keywords == {"low": 0.5, "high": 2.0, "level": "token", "aggregate": "product"}
     surrogate = main_job.surrogate(tensor([[0.5, -0.5]]), tensor([1.0]), tensor([[True, True]]))
     assert_close(surrogate, tensor([[1.2, math.exp(-0.5)]]))  # clipped at 1 + 0.2

@@ -14,7 +14,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl import train
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.diagnostics.doctor import diagnose
-from dllm_rl.likelihoods import one_step, trajectory
+from dllm_rl.likelihoods.estimators import one_step, trajectory
 from dllm_rl.likelihoods.scoring import backward_view, score_view
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_llama

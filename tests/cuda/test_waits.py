@@ -11,7 +11,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms.correctors import ais, compose, reject
-from dllm_rl.likelihoods import elbo, one_step, trajectory
+from dllm_rl.likelihoods.estimators import elbo, one_step, trajectory
 from dllm_rl.likelihoods.scoring import backward_view, score_view
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes

@@ -10,7 +10,7 @@ from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.algorithms.correctors import none, qarl, tis
-from dllm_rl.likelihoods import coupled, elbo, one_step, sandwich
+from dllm_rl.likelihoods.estimators import coupled, elbo, one_step, sandwich
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tokens import encode
 from dllm_rl.quantization.rollout_policy import quantized_copy

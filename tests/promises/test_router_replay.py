@@ -9,7 +9,7 @@ from emulated import int3_emulated
 from runs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
 
-from dllm_rl.likelihoods import elbo
+from dllm_rl.likelihoods.estimators import elbo
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.dry_run.memory import measure_step

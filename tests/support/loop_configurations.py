@@ -7,7 +7,7 @@ from tiny_recipe import OddPuzzles, tiny_recipe
 
 from dllm_rl.algorithms.correctors import compose, qarl, reject, tis
 from dllm_rl.algorithms.losses import kl_k2
-from dllm_rl.likelihoods import coupled, elbo, one_step, sandwich, trajectory
+from dllm_rl.likelihoods.estimators import coupled, elbo, one_step, sandwich, trajectory
 from dllm_rl.training import train
 
 PAIRS = {"num_generations": 2, "train_batch_size": 8}

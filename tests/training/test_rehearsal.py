@@ -52,7 +52,7 @@ BAD = {
                 unmask, max_new_tokens=16, num_steps=3, rank=random_order, commit=partial(remask, eta=0.5)
             )
         },
-        r"trajectory.*come back to what it wrote \(remask, edit\)",
+        r"trajectory.*may rewrite it \(remask, edit\)",
     ),
     "warm-up": ({"warmup_steps": 1, "warmup_metric": "solved"}, "warmup_metric='solved' is none of the task's"),
     "advantages": ({"advantages": lambda rewards: rewards.mean(-1)}, r"numbers of shape \(4,\) for rewards of shape"),

@@ -8,8 +8,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from dllm_rl.algorithms.correctors import aligned, none, qarl, tis
 from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
-from dllm_rl.likelihoods import coupled, trajectory
-from dllm_rl.likelihoods.estimators import recorded
+from dllm_rl.likelihoods.estimators import coupled, recorded, trajectory
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
 from dllm_rl.training.scorer import arithmetic, learned_groups, sides

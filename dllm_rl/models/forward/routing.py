@@ -37,8 +37,8 @@ class Routing(TorchFunctionMode):
     where  elsewhere a token's own router chooses.
 
     A stock router ranks its scores (S, experts) by `topk`: this call is recorded and replaced. A recomputed block uses
-    the same experts. A packed forward (`likelihoods.packed`) has W clean columns and then the last columns again:
-    experts are given and recorded for the repeated columns.
+    the same experts. A packed forward (`packed_hidden`) has W clean columns and then the last ones again: experts are
+    given and recorded for the repeated columns.
     """
 
     def __init__(
