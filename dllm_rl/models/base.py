@@ -5,15 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-
-if TYPE_CHECKING:
-    from dllm_rl.models.lora import Lora
 
 Module = Any  # transformers' or custom; nn.Module would type every member as Tensor | Module
 Attention = Literal["full", "block_causal", "causal"]
@@ -23,6 +20,35 @@ States = Float[Tensor, "B T D"]
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BERT_LINEARS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """W + (alpha / r) B A on linear layers of the blocks: A is random, B zero, so that nothing changes at first.
+
+    r        rank of the adapters
+    alpha    their scale, times r
+    targets  names of layers (`q_proj`), or full paths; None: the family's list. Routers, embeddings, heads have none.
+    experts  adapt each expert of a stack too
+    dropout  share of the adapters' inputs that is dropped, in differentiated forwards only; 0 with `experts`
+    seed     of A, and of dropout
+    Source: LoRA, arXiv 2106.09685 [paper]; A uniform in +-1/sqrt(in_features), as peft does.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+    experts: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora.r={self.r} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout={self.dropout} must lie in [0, 1)")
+        if self.experts and self.dropout:  # merged weights see no single input that could be dropped
+            raise ValueError(f"lora.dropout={self.dropout}: adapters on experts are merged in a forward; set it to 0")
 
 
 def position_ids(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
@@ -143,7 +169,7 @@ class Policy(Head, Protocol):
     float32_head: bool  # logits of a model in 16 bits (or under autocast) are in fp32
     gradient_checkpointing: bool  # blocks run twice: a third more work, far less memory, same gradients
     records_experts: bool  # samplers record the experts of each token (`Rollout.experts`)
-    lora: "Lora | None"  # the adapters that are trained instead of the weights
+    lora: Lora | None  # the adapters that are trained instead of the weights
     quantization: Any  # config of a rollout's copy, or None
     quantization_report: Any  # its effect, or None
 

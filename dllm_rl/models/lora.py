@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from dllm_rl.models.base import Policy, whole
+from dllm_rl.models.base import Lora, Policy, whole
 from dllm_rl.models.checkpoint.tensors import backwards, misfits, renamed
 from dllm_rl.models.untrusted import read_adapter
 from dllm_rl.rng import keep_mask
@@ -25,35 +25,6 @@ from dllm_rl.rng import keep_mask
 STACKS = ("gate_up_proj", "down_proj")
 PREFIX = "base_model.model."  # peft's, of every name
 LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora:
-    """W + (alpha / r) B A on linear layers of the blocks: A is random, B zero, so that nothing changes at first.
-
-    r        rank of the adapters
-    alpha    their scale, times r
-    targets  names of layers (`q_proj`), or full paths; None: the family's list. Routers, embeddings, heads have none.
-    experts  adapt each expert of a stack too
-    dropout  share of the adapters' inputs that is dropped, in differentiated forwards only; 0 with `experts`
-    seed     of A, and of dropout
-    Source: LoRA, arXiv 2106.09685 [paper]; A uniform in +-1/sqrt(in_features), as peft does.
-    """
-
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] | None = None
-    experts: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"lora.r={self.r} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout={self.dropout} must lie in [0, 1)")
-        if self.experts and self.dropout:  # merged weights see no single input that could be dropped
-            raise ValueError(f"lora.dropout={self.dropout}: adapters on experts are merged in a forward; set it to 0")
 
 
 def check_mergeable(lora: Lora) -> None:
