@@ -103,38 +103,25 @@ def mlm_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, ".
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """One family of checkpoints.
-
-    attention      "full", "block_causal" (blocks of `block_size`, aligned to a row's first token) or "causal"
-    shift          the state at t-1 predicts position t
-    mask_id        token id of the mask; None for causal models
-    eos_ids        ids that end a completion
-    max_length     longest sequence in tokens; None if unknown
-    vocab_size     number of logits; None: the module's config has it
-    encode, head   module, tokens, attention mask, positions -> hidden states; module, hidden states -> logits
-    lora_targets   names of the linear layers of a block that LoRA adapts by default
-    architectures  values of the config's `architectures` field; `*` for any text
-    native         config fields -> (stock class, its config); None for a stock checkpoint
-    names          (original, stock) module or tensor names, `*` for a number; unlisted names are the same
-    """
+    """One family of checkpoints."""
 
     name: str
-    attention: Attention
-    shift: bool = False
+    attention: Attention  # "block_causal": blocks of `block_size`, aligned to a row's first token
+    shift: bool = False  # the state at t-1 predicts position t
     block_size: int | None = None
-    mask_id: int | None = None
+    mask_id: int | None = None  # token id of the mask; None for causal models
     mask_vocabulary: int | None = None  # a family's mask_id is for so many tokens
     mask_names: tuple[str, ...] = ()  # the mask's texts, for a tokenizer that declares no mask token
-    eos_ids: tuple[int, ...] = ()
-    max_length: int | None = None
-    vocab_size: int | None = None
-    encode: Callable = encode_base
-    head: Callable = linear_head
-    lora_targets: tuple[str, ...] = LLAMA_LINEARS
-    architectures: tuple[str, ...] = ()
+    eos_ids: tuple[int, ...] = ()  # ids that end a completion
+    max_length: int | None = None  # longest sequence in tokens; None if unknown
+    vocab_size: int | None = None  # number of logits; None: the module's config has it
+    encode: Callable = encode_base  # module, tokens, attention mask, positions -> hidden states
+    head: Callable = linear_head  # module, hidden states -> logits
+    lora_targets: tuple[str, ...] = LLAMA_LINEARS  # linear layers of a block that LoRA adapts by default
+    architectures: tuple[str, ...] = ()  # values of the config's `architectures` field; `*` for any text
     when: Callable[[dict], bool] = lambda config: True  # further test of the config's fields
-    native: Callable[[dict], tuple] | None = None
-    names: tuple[tuple[str, str], ...] = ()
+    native: Callable[[dict], tuple] | None = None  # config fields -> (stock class, its config); None: already stock
+    names: tuple[tuple[str, str], ...] = ()  # (original, stock) where they differ; `*` for a number
     fused_qkv: str | None = None  # a projection with query, key and value rows in this order
     float32_rope: bool = False  # rotary embeddings are applied in fp32 whatever the weights' dtype
     ignored: tuple[str, ...] = ()  # patterns of the checkpoint's unused tensors

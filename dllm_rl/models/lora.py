@@ -83,8 +83,7 @@ class LoraLinear(nn.Module):
 
 
 class LoraExperts(nn.Module):
-    """A stock module of experts with a pair of fp32 adapters for every expert of both stacks. A forward merges them for
-    the stock grouped product; without gradient checkpointing it keeps the merged copy."""
+    """A stock module of experts with a pair of fp32 adapters for every expert of both stacks."""
 
     base_layer: Any
 
@@ -106,6 +105,7 @@ class LoraExperts(nn.Module):
     def forward(self, *args: Any) -> Tensor:
         if not self.active:
             return self.base_layer(*args)
+        # Merged for the stock grouped product; without gradient checkpointing the merged copy stays until backward.
         return functional_call(self.base_layer, dict(zip(STACKS, map(self.merged, STACKS), strict=True)), args)
 
     def merged(self, name: str) -> Float[Tensor, "E O I"]:
@@ -138,10 +138,8 @@ class LoraExperts(nn.Module):
 
 
 def add_lora(policy: Policy, lora: Lora) -> None:
-    """Put adapters on the policy's module, in place; freeze everything else and free its gradients.
-
-    Raises ValueError without a layer of a target name, without stacked experts to adapt, or on existing adapters.
-    """
+    """Put adapters on the policy's module, in place; freeze everything else and free its gradients. Raises ValueError
+    without a layer of a target name, without stacked experts to adapt, or on existing adapters."""
     module = policy.module
     names = lora.targets or policy.spec.lora_targets
     if adapted_layers(module):
@@ -186,8 +184,7 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
 
 
 def without_adapters(policy: Policy) -> Policy:
-    """The reference that RL started from: a policy on the same weights without adapters. Raises ValueError without any
-    adapters, for then training would change the reference."""
+    """A policy on the same weights without adapters; ValueError without any: training would change the reference."""
     if not adapted_layers(policy.module):
         raise ValueError("the policy has no adapters to leave out; keep a copy of it as the reference")
     spec = policy.spec
@@ -284,8 +281,7 @@ def save_adapter(policy: Policy, directory: str | Path) -> None:
 
 
 def load_adapter(policy: Policy, directory: str | Path) -> None:
-    """Put saved adapters, ours or peft's, on the policy, in place. Raises ValueError on a method other than plain LoRA,
-    or on tensors that do not fit the module."""
+    """Put saved adapters, ours or peft's, on the policy in place; ValueError on other methods or unfitting tensors."""
     directory = Path(directory)
     config, state, metadata = read_adapter(directory)
     plain: dict[str, Any] = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none"}

@@ -23,8 +23,7 @@ def plain_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def merged_tensor(layer: Any, kind: str) -> Tensor:
-    """A layer's parameter or buffer, adapters merged (differentiable) and bitsandbytes weights dequantised; any other
-    tensor is the layer's own, not a copy."""
+    """A layer's tensor, adapters merged (differentiable) and bitsandbytes weights dequantised; else its own."""
     if isinstance(layer, LoraExperts):
         return layer.merged(kind)
     if kind == "weight" and isinstance(layer, LoraLinear):
@@ -47,12 +46,11 @@ def merged_state(module: nn.Module, *, skip: Container[str] = ()) -> Iterator[tu
 
 @torch.no_grad()
 def merged_copy(module: Module, *, device: torch.device | str | None = None) -> Module:
-    """A copy with `merged_state` in ordinary layers; `device` None keeps each tensor's device. The copy is made layer
-    by layer, so the module's own device holds at most one layer twice."""
+    """A copy with `merged_state` in ordinary layers; `device` None keeps each tensor's device."""
     memo: dict[int, Any] = {}
     for _, layer in plain_layers(module):
         if isinstance(layer, LoraLinear) or is_bitsandbytes(layer):
-            memo[id(layer)] = copy.deepcopy(_plain(layer).to(device))
+            memo[id(layer)] = copy.deepcopy(_plain(layer).to(device))  # one by one: a device holds one layer twice
             continue
         if isinstance(layer, LoraExperts):
             memo[id(layer)] = layer.plain(memo).to(device)
@@ -94,8 +92,7 @@ def forget_quantizer(module: nn.Module) -> None:
 
 @torch.no_grad()
 def own_tensors(module: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """A module's parameters and persistent buffers, adapters merged; a tied tensor under its first name. `device`
-    receives each as it is merged, so that the module's device holds one extra tensor."""
+    """A module's parameters and persistent buffers, adapters merged; a tied tensor under its first name."""
     own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     seen: set[int] = set()
     found = {}
@@ -103,7 +100,7 @@ def own_tensors(module: nn.Module, device: torch.device | str | None = None) -> 
         if id(tensor) in seen:
             continue
         seen |= own & {id(tensor)}  # a merged tensor is new: its id may return after it is freed
-        found[name] = tensor if device is None else tensor.detach().to(device)
+        found[name] = tensor if device is None else tensor.detach().to(device)  # its own holds one extra tensor
     return found
 
 
@@ -118,13 +115,12 @@ def transient(module: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def host_copy(module: Module, *, keep: bool = True) -> Module:
-    """A copy of a module on the host, adapters unmerged; None without `keep`. All processes of a sharded module call it
-    together. The device holds one gathered tensor at a time."""
+    """A copy on the host, adapters unmerged, by all processes of a sharded module together; None without `keep`."""
     layers = module.sharding.plain if hasattr(module, "sharding") else module
     memo: dict[int, Any] = {}
     tensors = chain(module.parameters(), module.buffers())
     for tensor, place in zip(tensors, chain(layers.parameters(), layers.buffers()), strict=True):
-        value = whole(tensor.detach())
+        value = whole(tensor.detach())  # the device holds one gathered tensor at a time
         if keep:  # deepcopy takes an object's entry in the memo instead of copying the object
             value = value.to("cpu", copy=True)
             memo[id(place)] = nn.Parameter(value, tensor.requires_grad) if isinstance(place, nn.Parameter) else value

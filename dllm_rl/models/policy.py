@@ -91,8 +91,7 @@ class _Backbone:
         return self.head(hidden if positions is None else hidden[positions])
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
-        """Write weights (safetensors), config and tokenizer in the checkpoint's own layout, adapters merged, for the
-        authors' tools and `load_policy`. A custom module's weights and tokenizer are written for `load_weights`."""
+        """Write weights (adapters merged), config and tokenizer in the checkpoint's layout, or for `load_weights`."""
         save_module(self.module, self.tokenizer, self.spec, directory, max_shard_size=max_shard_size)
 
     def reference(self) -> Policy:
@@ -123,8 +122,7 @@ def make_policy(
     module: Module, tokenizer: PreTrainedTokenizerBase, spec: FamilySpec | None = None
 ) -> DiffusionPolicy | AutoregressivePolicy:
     """A policy of a module, by default of the family that its config names. A custom module's spec has `attention`,
-    `encode`, `head`, `vocab_size`, `eos_ids` and, unless it is causal, `mask_id`. Raises ValueError on attention other
-    than the spec's, or ids outside the vocabulary."""
+    `encode`, `head`, `vocab_size`, `eos_ids` and, unless causal, `mask_id`. Raises ValueError if it does not fit."""
     spec = family_spec(module.config, tokenizer) if spec is None else spec
     # A wrong mask or attention would train without an error, so both are checked on the module itself.
     check_spec(module, spec)
@@ -230,10 +228,8 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
     """A masked-diffusion policy with the weights of a causal checkpoint, to be trained further by a warm-up.
 
     dtype  of the weights
-
     The head stays shifted, as in Dream: the state at t-1 predicts position t. The mask token's embedding starts as the
-    mean of all others. `save_pretrained` writes a stock folder for `load_policy`. Raises ValueError for other models.
-    """
+    mean of all others. `save_pretrained` writes a stock folder for `load_policy`; ValueError for other models."""
     policy = load_policy(path_or_id, dtype=dtype)
     module = policy.module
     tokenizer = policy.tokenizer

@@ -31,9 +31,7 @@ def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]], blank: str | 
 def ids_and_blanks(
     policy: Policy, prompt: str | list[dict[str, str]], blank: str | None
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a prompt, and which are blanks: mask tokens in place of `blank`. An assistant's last message begins
-    the answer. A prompt's `<|im_end|>` is tokenised as its characters: special tokens come from the template alone.
-    Raises ValueError for text outside the vocabulary, and without a chat template or mask token where one is needed."""
+    """Token ids of a prompt, and which are blanks: mask tokens in place of `blank`. Raises ValueError as `text_ids`."""
     if blank is not None and (not blank or policy.spec.mask_id is None):
         wrong = "is no text" if not blank else "is to be filled in, and the model has no mask token"
         raise ValueError(f"blank={blank!r} {wrong}; leave it at None" + (", or use a diffusion model" if blank else ""))
@@ -65,8 +63,7 @@ def _joined(pieces: list[tuple[list[int], bool]]) -> tuple[list[int], list[bool]
 def conversation_ids(
     policy: Policy, messages: Sequence[dict[str, Any]], *, since: int = 0
 ) -> list[tuple[list[int], bool]]:
-    """Token ids of a conversation in pieces, and for each whether an assistant wrote it in the messages since `since`.
-    Its piece starts where `prompt_ids` of the earlier messages end. ValueError where a template rewrites turns."""
+    """Token ids of a conversation in pieces, and whether an assistant wrote each in the messages since `since`."""
     chat = _Chat(policy, messages)
     turns = list(messages)
     whole = chat.rendered(turns)
@@ -82,7 +79,7 @@ def conversation_ids(
                 f"messages: the chat template does not write message {i} as the continuation of those before it; give "
                 "a row for each turn, with prompt and completion as text"
             )
-        pieces.append((chat.ids(whole[done : len(before)]), False))
+        pieces.append((chat.ids(whole[done : len(before)]), False))  # up to where `prompt_ids` of these messages end
         pieces.append((chat.ids(whole[len(before) : len(after)]), True))
         done = len(after)
     return [*pieces, (chat.ids(whole[done:]), False)]

@@ -1,9 +1,7 @@
 """Aligned forward (QaRL, arXiv 2604.07853 [paper]): the learner computes with the rollout's quantised operands.
 
-Forward: the rollout's low-bit product, bit for bit. Backward: straight-through, the gradient for the high-precision
-weight and input as if the forward were the product of the dequantised operands,
-    y = Q(x) Q(w)^T + b,   dx = dy Q(w),   dw = dy^T Q(x),   db = sum dy.
-"""
+The forward is the rollout's low-bit product, bit for bit. The backward is that of the dequantised operands' product,
+    y = Q(x) Q(w)^T + b,   dx = dy Q(w),   dw = dy^T Q(x),   db = sum dy."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,10 +97,9 @@ class _AlignedExperts(_AlignedLinear):
 def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable[[], None]]:
     """In the block the learner's linear layers run the rollout's quantised operands, adapters merged.
 
-    After an optimiser step the next forward quantises the changed weights again, into the rollout's own storage. The
-    yielded function does so at once for every layer, for an optimiser that bypasses autograd's version counters.
-    Raises ValueError when learner and rollout have different weights at the start, or for adapters with dropout.
-    """
+    The next forward after an optimiser step quantises the changed weights into the rollout's own storage. The yielded
+    function does so at once, for an optimiser that bypasses autograd's version counters. Raises ValueError when learner
+    and rollout have different weights at the start, or for adapters with dropout."""
     if policy.version != rollout_policy.version:
         versions = f"weights_version={rollout_policy.version} of the rollout is not the learner's {policy.version}"
         raise ValueError(f"{versions}: call sync_weights(policy, rollout_policy) first")

@@ -49,8 +49,7 @@ def unsupported_reason(weight: Tensor, config: Scheme) -> str | None:
 
 @torch.no_grad()
 def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]:
-    """One linear weight quantised by a config other than a FakeQuantize, and whether the weight is finite. An all-zero
-    row becomes zeros with the smallest scale."""
+    """One weight by a config other than a FakeQuantize, and whether it is finite; zero rows get the smallest scale."""
     if isinstance(config, Float8DynamicEmulated):
         inputs = QuantizeTensorToFloat8Kwargs(torch.float8_e4m3fn, PerRow(), hp_value_lb=TINY)
         settings = {"mm_config": Float8MMConfig(use_fast_accum=False), "act_quant_kwargs": inputs}
@@ -83,7 +82,8 @@ def quantized_linear(weight: Tensor, bias: Tensor | None, config: Scheme) -> tup
     return linear_of(packed, bias), finite
 
 
-Changes = dict[str, tuple[Tensor, int]]  # (sum, count); sums stay on their device until all layers are written
+# codes_changed: (changed codes, all codes); scale_change: (sum of |s' - s| / |s|, scales). Sums stay on their device.
+Changes = dict[str, tuple[Tensor, int]]
 Finite = dict[str, Bool[Tensor, ""]]  # by the layer's name
 
 
@@ -97,11 +97,7 @@ def check_finite(finite: Finite) -> None:
 
 @torch.no_grad()
 def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[Changes, Bool[Tensor, ""]]:
-    """Quantise `weight` into a quantised layer, in place: no storage moves. Returns changes, and whether it is finite.
-
-    codes_changed  (number of changed codes, all codes of the layer); absent without quantised weights
-    scale_change   (sum of |s' - s| / |s|, number of scales)
-    """
+    """Quantise `weight` into a quantised layer, in place: no storage moves. `Changes`, and whether it is finite."""
     if not isinstance(layer, EmulatedLinear):
         held: Any = layer.weight
         fresh: Any
@@ -121,8 +117,7 @@ def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[Changes, Bool[Tensor
 
 
 def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tensor, int]:
-    """(number of different codes, all codes) of two packed tensors with one code per byte, or two per byte if there are
-    fewer bytes than codes."""
+    """(different codes, all codes) of two packed tensors, with two codes per byte if bytes are fewer than codes."""
     a = before.view(torch.uint8)
     b = after.view(torch.uint8)
     if before.nbytes < num_codes:
@@ -187,8 +182,7 @@ def stored_bytes(tensor: Any) -> int:
 
 
 class Experts(nn.Module):
-    """A layer's experts one by one, instead of the stock stacks gate_up_proj (E, 2I, D) and down_proj (E, D, I):
-    quantised tensors are two-dimensional, with their own kernels."""
+    """A layer's experts one by one: quantised tensors are two-dimensional, unlike stock stacks."""
 
     def __init__(self, gate_up_proj: list[nn.Linear], down_proj: list[nn.Linear], act_fn: nn.Module) -> None:
         super().__init__()

@@ -59,12 +59,9 @@ def quantized_copy(
 
     skip   (module, name) -> True for further layers that keep their precision.
     dtype  of the copy's weights before quantising; None: the policy's own. A learner under autocast computes in bf16.
-
-    Head, embeddings, norms, routers and layers tied to them keep their precision; stacked experts are quantised one by
-    one. Adapters are merged, bitsandbytes weights dequantised and sharded ones gathered layer by layer: at most one
-    layer is held twice in addition to the unsharded copy. Raises ValueError for a config that the device cannot run, a
-    weight with NaN or infinity, or when nothing can be quantised.
-    """
+    Head, embeddings, norms, routers and layers tied to them keep their precision. Stacked experts are quantised one by
+    one. At most one layer is held twice: adapters are merged and sharded weights gathered layer by layer. Raises
+    ValueError for a config that the device cannot run, NaN or infinite weights, or when nothing can be quantised."""
     module = policy.module
     layers = module.sharding.plain if hasattr(module, "sharding") else module  # sharded: the layers without weights
     kept: dict[str, str] = {}
@@ -112,16 +109,15 @@ def replaced_layers(module: Module, config: Scheme, kept: dict[str, str]) -> dic
 
 
 def copies(module: Module, layers: Module, dtype: torch.dtype | None, *, without: set[int]) -> dict[int, Any]:
-    """deepcopy's memo: copies of a module's tensors, except `without`, by the id of the tensor in `layers`. Floating
-    parameters are in `dtype`; if `layers` is not the module itself, every tensor is gathered."""
+    """deepcopy's memo: copies of a module's tensors, except `without`, by the id of the tensor in `layers`."""
     memo: dict[int, Any] = {}
     for place, tensor in zip(layers.parameters(), module.parameters(), strict=True):
-        kind = dtype if tensor.is_floating_point() else None
+        kind = dtype if tensor.is_floating_point() else None  # codes keep their integers
         # A tensor that keeps its dtype and is where deepcopy looks for it needs no entry.
         if id(place) not in without and (kind or place is not tensor):
             value = whole(tensor.detach()).to(kind, copy=place is tensor)
             memo[id(place)] = nn.Parameter(value, requires_grad=False)
-    if layers is not module:
+    if layers is not module:  # a sharded module: every tensor is gathered
         memo |= {id(a): b.clone() for a, b in zip(layers.buffers(), module.buffers(), strict=True)}
     return memo
 
@@ -151,8 +147,7 @@ def replacement(
 
 @torch.no_grad()
 def rollout_weights(name: str, layer: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The weights that a rollout quantises of a learner's layer, by the name of the rollout's layer: gathered, adapters
-    merged, one for each expert of a stack. The first copy, a sync and an aligned forward all take them from here."""
+    """What a rollout quantises of a learner's layer, by the rollout's names: gathered, adapters merged, per expert."""
     if isinstance(layer, nn.Linear | LoraLinear):
         yield name, whole(merged_tensor(layer, "weight")).to(dtype)
         return
@@ -216,9 +211,7 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
 
     Returns for quantised layers quantization/codes_changed, the share of all codes that this sync changed (an update
     below the grid vanishes: QuRL [digest]), and quantization/scale_change, the mean of |s' - s| / s over all scales.
-    An aligned forward writes the same storage, so after it they cover the last inner update alone. Raises ValueError
-    for a weight with NaN or infinity.
-    """
+    After an aligned forward they cover the last inner update alone. Raises ValueError for NaN or infinite weights."""
     if rollout_policy is policy:  # without a scheme the learner samples itself
         return {}
     module = rollout_policy.module

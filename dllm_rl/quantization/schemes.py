@@ -165,8 +165,7 @@ def _refusal(config: Scheme, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def round_to_float(x: Float[Tensor, "*S"], *, mantissa: int, exponent: int) -> Float[Tensor, "*S"]:
-    """fp32 values rounded to `mantissa` explicit bits, ties to even, with subnormals below 2**exponent: in the type's
-    range equal to a cast to float8 and back, which is slow on a CPU."""
+    """fp32 rounded to `mantissa` explicit bits, ties to even, subnormals below 2**exponent, as a float8 cast."""
     # 2**e of each value, at least the smallest normal's; then a sum whose last bit is worth 2**(e - mantissa).
     anchor = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**exponent)
     anchor.mul_(1.5 * 2.0 ** (23 - mantissa))
@@ -177,12 +176,10 @@ def codes_and_scale(
     x: Float[Tensor, "... K"], scheme: str, granularity: str
 ) -> tuple[Float[Tensor, "... K"], Float[Tensor, "*S"]]:
     """Integers (or float8 values) q held in fp32, and the fp32 scale s with x ~ q * s; a = max |x| over a row or all x.
-
     e4m3, e5m2   s = a / largest value, q = x/s rounded to the format (torchao's float8, bit for bit)
     int8         s = a / 127.5, q = round(x/s) in -128..127 (torchao's int8, bit for bit)
     int4, int3, five_level   s = a/7, a/3, a/2; q = round(x/s) in -7..7, -3..3, -2..2 [ours]
-    ternary      s = mean |x|, q = round(x/s) in -1..1 (BitNet b1.58's rule [paper])
-    """
+    ternary      s = mean |x|, q = round(x/s) in -1..1 (BitNet b1.58's rule [paper])"""
     magnitude = x.abs()
     dims = -1 if granularity == "row" else tuple(range(x.dim()))
     top = magnitude.mean(dims, keepdim=True) if scheme == "ternary" else magnitude.amax(dims, keepdim=True)
@@ -200,16 +197,14 @@ def codes_and_scale(
 
 
 class EmulatedLinear(nn.Linear):
-    """A linear layer with a rounded weight: y = (q_x q_w^T) s_x s_w + b for two integer operands, as in an integer
-    kernel; else the product of the dequantised operands, as in a float8 kernel. With a rounded input the product is in
-    fp32 and then cast: on a CPU bit for bit torchao's dynamic float8, and its dynamic int8 in fp32."""
+    """A linear layer with a rounded weight; with a rounded input its product is in fp32 and then cast."""
 
     def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, config: FakeQuantize) -> None:
         nn.Module.__init__(self)  # the parent's constructor would draw random weights
         self.out_features, self.in_features = weight.shape
         self.config = config
         self.source_dtype = weight.dtype  # a learner in fp32 is rounded to it first, in a sync as in the first copy
-        dtype = weight.dtype if config.activation is None else torch.float32
+        dtype = weight.dtype if config.activation is None else torch.float32  # on a CPU as torchao's, bit for bit
         self.weight = nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False)
         self.bias = cast(Any, bias)  # nn.Linear's annotation excludes None
         self.register_buffer("weight_scale", None)
@@ -220,7 +215,7 @@ class EmulatedLinear(nn.Linear):
 
     @property
     def scales_product(self) -> bool:
-        sides = (self.config.weight, self.config.activation)
+        sides = (self.config.weight, self.config.activation)  # two integer operands, as in an integer kernel
         return None not in sides and not FLOATS.keys() & set(sides)
 
     @torch.no_grad()

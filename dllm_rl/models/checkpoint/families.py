@@ -248,8 +248,7 @@ FAMILIES = [LLADA, LLADA_MOE, LLADA2, DREAM, SDAR, ROBERTA, MASKED_LM, SHIFTED_D
 
 
 def register_family(spec: FamilySpec) -> None:
-    """Add a custom family for `load_policy`, before the package's; it replaces a family of the same name. Raises
-    ValueError for a spec without `architectures`."""
+    """Add a family that `load_policy` tries first, in place of one of its name; ValueError without `architectures`."""
     if not spec.architectures:
         raise ValueError(f"architectures=() of the family {spec.name!r}: name the class that its config.json names")
     FAMILIES[:] = [spec, *(family for family in FAMILIES if family.name != spec.name)]
@@ -284,23 +283,19 @@ def find_family(raw: dict) -> FamilySpec:
 
 
 def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
-    """transformers' `rope_parameters` of a checkpoint's config fields.
-
-    The scaling is `rope_parameters` or, in older files, `rope_scaling`, whose kind may be called `type`. Its rope_theta
-    and partial_rotary_factor override the config's. Raises ValueError on a kind, field or factor that is not supported.
-    """
-    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    """transformers' `rope_parameters` of config fields; ValueError on an unsupported kind, field or factor."""
+    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"  # of older files
     given = raw.get(name) or {}
     if not isinstance(given, dict):
         raise ValueError(f"{name}={given!r} is not understood; give its fields by name, or null for no scaling")
     found = {key: value for key, value in given.items() if key != "type" and value is not None}
-    kind = found.setdefault("rope_type", given.get("type", "default"))
+    kind = found.setdefault("rope_type", given.get("type", "default"))  # older files say `type`
     if given.get("type", kind) != kind:
         raise ValueError(f"{name} says rope_type={kind!r} and type={given['type']!r}; keep the one that is meant")
     _check_scaling(name, kind, found)
     for key in ("rope_theta", "partial_rotary_factor"):
         if raw.get(key) is not None:
-            found.setdefault(key, raw[key])
+            found.setdefault(key, raw[key])  # the scaling's own value comes first
     if "rope_theta" not in found:  # transformers would take a default, which may not be the checkpoint's
         raise ValueError("rope_theta is not in the config; set the base of the rotary frequencies in config.json")
     return found

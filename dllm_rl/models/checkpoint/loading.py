@@ -52,8 +52,7 @@ def load_module(
     quantization: str | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Module, PreTrainedTokenizerBase, FamilySpec]:
-    """The stock module, tokenizer and spec of a checkpoint. dtype "auto" keeps the checkpoint's. Raises ValueError on
-    missing or unexpected tensors and on damaged files."""
+    """A checkpoint's module, tokenizer and spec; ValueError on missing or unexpected tensors and damaged files."""
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
     with named(folder):
@@ -134,8 +133,7 @@ def main_dtype(state: dict[str, torch.Tensor]) -> torch.dtype:
 
 
 def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> None:
-    """Raise ValueError on a config of more layers than `most`, the number of tensors: building millions of layers would
-    not end."""
+    """Raise ValueError on a config of more layers than `most`, the number of tensors: building them would not end."""
     for field in ("num_hidden_layers", "n_layers", "n_layer"):
         number = raw.get(field)
         if number is not None and not (isinstance(number, int) and 0 <= number <= most):
@@ -178,12 +176,11 @@ def family_spec(
     config: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    raw: dict | None = None,
+    raw: dict | None = None,  # the fields of config.json, where the module's config differs
     folder: Path | None = None,
     block_size: int | None = None,
 ) -> FamilySpec:
-    """The family's spec, with the ids and limits of this checkpoint; raw: the fields of config.json, where the module's
-    config differs. Raises ValueError when a diffusion model has no mask token, or one outside its vocabulary."""
+    """The family's spec with this checkpoint's ids and limits; ValueError on a mask id that is missing or outside."""
     raw = config.to_dict() if raw is None else raw
     family = find_family(raw)
     changes = {"eos_ids": end_ids(config, tokenizer, family, folder), "max_length": config.max_position_embeddings}
@@ -208,8 +205,7 @@ def family_spec(
 
 
 def find_mask_id(config: Any, tokenizer: PreTrainedTokenizerBase, family: FamilySpec) -> int:
-    """The mask id of the config, else of the tokenizer, else of a token with one of the family's names, else the
-    family's. Raises ValueError on no mask id, on two, or on one outside the vocabulary."""
+    """The mask id of the config, tokenizer, a known name or the family; ValueError on none, on two, or one outside."""
     # With two of the names, neither is chosen: nothing tells which of the tokens was trained as the mask.
     named = set(map(tokenizer.get_vocab().get, family.mask_names)) - {None}
     default = family.mask_id if config.vocab_size == family.mask_vocabulary else None  # elsewhere its number is a word
@@ -287,8 +283,7 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
 def save_module(
     module: Module, tokenizer: PreTrainedTokenizerBase, spec: FamilySpec, directory: str | Path, *, max_shard_size: int
 ) -> None:
-    """Write weights (adapters merged), config and tokenizer in the checkpoint's own layout. Merged layers move to host
-    memory one by one: the device holds one extra layer."""
+    """Write weights (adapters merged), config and tokenizer in the checkpoint's own layout."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with quiet_progress():
@@ -300,7 +295,7 @@ def save_module(
         else:
             assert spec.original is not None, "a spec of this checkpoint, not of its family"
             merged = merged_state(module, skip=transient(module))
-            state = {name: tensor.detach().cpu() for name, tensor in merged}
+            state = {name: tensor.detach().cpu() for name, tensor in merged}  # the device holds one extra layer
             write_tensors(to_original(state, spec, module.config), directory, max_shard_size=max_shard_size)
             dtype = str(main_dtype(state)).removeprefix("torch.")
             keys = [key for key in ("dtype", "torch_dtype") if key in spec.original] or ["torch_dtype"]

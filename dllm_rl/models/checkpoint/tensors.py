@@ -33,8 +33,7 @@ def read_tensors(directory: Path) -> State:
 
 
 def weight_files(directory: Path) -> list[str]:
-    """Names of a folder's safetensors files: those of its index, else model.safetensors, else none. Raises ValueError
-    on an index that names a missing file or a path out of the folder."""
+    """Names of a folder's safetensors files; ValueError on an index that names a missing file or one outside."""
     index = directory / INDEX
     if not index.exists():
         return ["model.safetensors"] if (directory / "model.safetensors").exists() else []

@@ -34,8 +34,8 @@ def blocks_of(module: Module, wanted_by: str = "gradient_checkpointing") -> list
 
 @contextmanager
 def recomputed_blocks(module: Module) -> Iterator[None]:
-    """Gradient checkpointing: a forward inside keeps only each block's input. The backward, inside or later, runs the
-    block again with the same dropout masks: gradients are the same, bit for bit where kernels are deterministic."""
+    """Gradient checkpointing: a forward inside keeps each block's input alone. The backward, inside or later, runs the
+    block again with the same dropout masks, so that gradients are the same bit for bit on deterministic kernels."""
     # transformers' own switch does nothing in eval mode, in which policies stay, and does not cover every family.
     blocks = blocks_of(module)
     for block in blocks:
@@ -77,10 +77,8 @@ def compile_blocks(policy: Policy, *, mode: str = "default") -> None:
 
     mode  torch.compile's. "default": one compilation for all shapes. "reduce-overhead", "max-autotune": one per shape
           for CUDA graphs, for at most eight shapes; torch runs further shapes uncompiled.
-
     Numbers differ from eager ones by rounding. Eager FP8 on a GPU is slower than bf16, because each product rounds its
     input in six passes (benchmarks/README.md). Only for sampling without a cache: a compiled block is neither
-    differentiated with adapters nor recomputed, and a growing cache would be compiled again at every step.
-    """
+    differentiated with adapters nor recomputed, and a growing cache would be compiled again at every step."""
     for block in blocks_of(policy.module, "torch_compile"):
         block.compile(mode=mode, dynamic=mode == "default")

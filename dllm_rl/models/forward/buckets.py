@@ -1,8 +1,6 @@
 """Length buckets: rows of similar length go through the model together, without their common padding.
 
-The buckets depend on the batch's padding alone, so that sampling and scoring the same rows have the same shapes.
-Without padding a row's states differ only by the rounding of sums over fewer columns.
-"""
+They depend on the batch's padding alone, so that sampling and scoring the same rows have the same shapes."""
 
 from dataclasses import dataclass
 
@@ -26,13 +24,9 @@ class Bucket:
 def length_buckets(
     starts: Int[Tensor, " B"], columns: int, device: torch.device | str, *, forwards: int = 1
 ) -> list[Bucket]:
-    """The buckets, longest rows first, of the least sum of (rows x columns + forwards x FORWARD[device]).
-
-    starts    each row's first column that is no padding, on the host; columns: of the batch.
-    forwards  model calls per bucket for each call that runs its padding: many with a cache.
-
-    Exact, by dynamic programming over the distinct lengths, without the quadratic cost of attention.
-    """
+    """The buckets, longest rows first, of the least sum of (rows x columns + forwards x FORWARD[device])."""
+    # Exact, by dynamic programming over the distinct lengths, without attention's quadratic cost. `starts`: the first
+    # column of each row that is no padding, on the host; `forwards`: model calls per bucket, many with a cache.
     distinct, count = starts.unique(return_counts=True)  # rising: the longest rows first
     begins = distinct.tolist()
     rows_before = [0, *count.cumsum(0).tolist()]

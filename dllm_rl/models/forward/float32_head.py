@@ -1,8 +1,6 @@
 """Logits in fp32 from a model in 16 bits, without an fp32 copy of the head.
 
-A 16-bit head rounds every logit: bf16 has steps of 0.0625 between 8 and 16. A sampler's and a learner's forward, which
-differ by noise alone, would differ by whole steps in some log-probs.
-"""
+bf16 has steps of 0.0625 between 8 and 16: sampler and learner, which differ by noise, would differ by whole steps."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,8 +65,7 @@ def float32_linear(
 
 
 def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[Tensor, "... D"]) -> Tensor:
-    """`head(module, hidden)` with its projection on the vocabulary in fp32. Raises ValueError for a module in 16 bits
-    that does not name the projection."""
+    """`head(module, hidden)` with an fp32 projection; ValueError for a 16-bit module that does not name it."""
     output = output_embeddings(module)
     if output is None and next(module.parameters()).dtype in HALF:
         wrong = f"float32_head=True needs to know the output layer of {type(module).__name__}, which is in 16 bits"

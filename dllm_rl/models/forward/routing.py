@@ -1,8 +1,6 @@
-"""Router replay: one forward records the experts of each token of a mixture, and another forward uses them.
+"""Router replay (R3, arXiv 2510.11370 [paper]): one forward records each token's experts, and another uses them.
 
-A rounding difference between rollout and learner flips an expert wherever two experts score alike. Replay fixes the
-choice; the gate's weights and gradient use the replaying side's scores. Source: R3, arXiv 2510.11370 [paper].
-"""
+Rounding flips an expert where two score alike. Replay fixes the choice; gates use the replaying side's scores."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,23 +29,15 @@ def _held(experts: Any) -> Any:
 
 
 class Routing(TorchFunctionMode):
-    """Forwards inside record the experts of each token; with `given` they use the given experts wherever `where` holds.
-
-    given  ids of experts, for a forward of R rows, W columns and M mixtures with E experts per token.
-    where  elsewhere a token's own router chooses.
-
-    A stock router ranks its scores (S, experts) by `topk`: this call is recorded and replaced. A recomputed block uses
-    the same experts. A packed forward (`packed_hidden`) has W clean columns and then the last ones again: experts are
-    given and recorded for the repeated columns.
-    """
+    """Forwards inside record the experts of each token; with `given` they use the given experts where `where` holds."""
 
     def __init__(
         self, module: Module, given: Integer[Tensor, "R W M E"] | None = None, where: Bool[Tensor, "R W"] | None = None
     ) -> None:
         super().__init__()
         self.layers = mixtures(module)
-        self.given = given
-        self.where = where
+        self.given = given  # ids for R rows, W columns, M mixtures; of a packed forward, for the repeated columns
+        self.where = where  # elsewhere a token's own router chooses
         self.taken: list[Tensor | None] = [None] * len(self.layers)
         self.layer: int | None = None  # the mixture that runs
         self.hooks: list[list[Any]] = []  # a stack: a recomputed block enters the mode again
@@ -93,8 +83,7 @@ class Routing(TorchFunctionMode):
         return len(_held(self.layers[number].experts).gate_up_proj)
 
     def experts(self, rows: int, columns: int | None = None) -> Integer[Tensor, "R W M E"]:
-        """The last forward's experts, for `rows` rows and, if packed, `columns` clean columns; as bytes where ids fit.
-        Raises ValueError on a router other than stock ones, or on mixtures with different numbers of experts."""
+        """The last forward's experts, of `rows` rows and, if packed, `columns` clean columns; bytes where ids fit."""
         taken = [ids for ids in self.taken if ids is not None]
         if not taken or len(taken) < len(self.layers) or len({ids.shape for ids in taken}) > 1:
             raise ValueError(
@@ -118,8 +107,7 @@ def _packed(x: Shaped[Tensor, "R W *E"], tokens: int) -> Shaped[Tensor, "R Q *E"
 
 @contextmanager
 def routed(policy: Policy, routes: Routes | None, note: Integer[Tensor, "R W M E"] | None) -> Iterator[None]:
-    """One forward of `policy.hidden`, or a packed one, uses the experts of `routes` and writes its experts into `note`.
-    Both belong to the state that predicts the token at a column."""
+    """One forward of `policy.hidden`, or a packed one, uses the experts of `routes` and writes its own into `note`."""
     if routes is None and note is None:
         yield
         return
