@@ -190,9 +190,33 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    from dllm_rl.cli.doctor import doctor_command
+    """Print the report; 1 when the mismatch is above --bound (mean |log-ratio|, nats), else 0."""
+    from functools import partial
+    from pathlib import Path
 
-    return doctor_command(arguments)
+    from dllm_rl.config import pickable
+    from dllm_rl.diagnostics.doctor import diagnose
+    from dllm_rl.diagnostics.findings import write_doctor
+    from dllm_rl.models.tokens import encode, usual_length
+    from dllm_rl.samplers import sampler_for
+    from dllm_rl.tasks.protocols import TASKS
+
+    schemes = {"none": lambda: None, **dict(sorted(pickable("dllm_rl.quantization.schemes").items()))}
+    if arguments.quantization not in schemes:
+        raise ValueError(f"quantization={arguments.quantization!r} is none of {', '.join(schemes)}")
+    if arguments.task not in TASKS:
+        raise ValueError(f"task={arguments.task!r} is none of {', '.join(TASKS)}")
+    scheme = schemes[arguments.quantization]()
+    policy = open_policy(arguments, float32_head=not arguments.half_head)
+    task = TASKS[arguments.task]()
+    length = arguments.max_new_tokens or usual_length(policy, task)
+    sampler = partial(sampler_for(policy), max_new_tokens=length, temperature=arguments.temperature)
+    if policy.spec.attention != "causal":
+        sampler = partial(sampler, num_steps=arguments.num_steps)
+    prompts = encode(policy, [task[i] for i in range(arguments.num_prompts)], group_size=2)
+    found = diagnose(policy, scheme, prompts=prompts, sampler=sampler, seed=arguments.seed)
+    write_doctor(found, as_json=arguments.json, directory=arguments.output_dir and Path(arguments.output_dir))
+    return int(arguments.bound is not None and found.worst > arguments.bound)
 
 
 def add_report(commands: argparse._SubParsersAction) -> None:
@@ -219,11 +243,33 @@ def add_verify(commands: argparse._SubParsersAction) -> None:
 
 
 def verify(arguments: argparse.Namespace) -> int:
+    """Print one line per checkpoint, of a run its reference and all of its own; 1 when one is damaged, else 0."""
     from pathlib import Path
 
-    from dllm_rl.cli.verify import verify_command
+    from dllm_rl import manifest
+    from dllm_rl.checkpoints import checkpoint
+    from dllm_rl.files import folder_size
 
-    return verify_command(Path(arguments.path), quick=arguments.quick)
+    path = Path(arguments.path)
+    if (path / "state.json").is_file() or (path / manifest.NAME).is_file():
+        folders = [path]
+    else:
+        folders = [path / "reference"] * (path / "reference" / manifest.NAME).is_file()
+        folders += [folder for _, folder in checkpoint.found(path / "checkpoints") or checkpoint.found(path)]
+    if not folders:
+        raise ValueError(f"{path}: neither a checkpoint nor a run with checkpoints; give one of them")
+    damaged = 0
+    for folder in folders:
+        # the reference has no state.json, and belongs to no step
+        check = manifest.verify if folder.name == "reference" else checkpoint.check
+        try:
+            check(folder, quick=arguments.quick)
+        except ValueError as error:
+            damaged += 1  # and go on: all that is damaged is named
+            print(f"damaged  {error}")
+        else:
+            print(f"whole    {folder} ({folder_size(folder) / 1e6:.1f} MB)")
+    return int(damaged > 0)
 
 
 def add_env(commands: argparse._SubParsersAction) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.checkpoints.run_folder import DEFAULTS
-from dllm_rl.cli.replay_page import document, template, viewer
+from dllm_rl.cli.sample import document, template
 from dllm_rl.files import write_text
 from dllm_rl.monitoring.health import health
 from dllm_rl.monitoring.json_lines import current_rows, known, warmup_rows
@@ -82,13 +82,14 @@ def report(runs: Sequence[Told]) -> str:
     for run in runs:
         groups += written(run, many=many)
     title = f"{len(runs)} runs" if many else headline(runs[0].summary)
+    stored = template("viewer.html") if groups else "<p>None are stored: log_completions_steps was 0.</p>"
     settings = "What differs between the recipes" if many else "The recipe, where it is not the default"
     parts = [
         f"<h1>{shown(title)}</h1>",
         section("Runs", results(runs)),
         section("Curves", f'<div class="panels">{"".join(figures(runs))}</div>'),
         section(settings, differences(runs)),
-        section("Completions", viewer() if groups else "<p>None are stored: log_completions_steps was 0.</p>"),
+        section("Completions", stored),
     ]
     return document(title, "\n".join(parts), groups=groups, style=template("report.css"))
 

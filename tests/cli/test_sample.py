@@ -1,6 +1,7 @@
 """Watching completions: plain data, the terminal's view, the page in a browser, the command."""
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from dllm_rl.cli import main as cli
 from dllm_rl.cli import sample as show
-from dllm_rl.cli.replay_page import page
+from dllm_rl.cli.sample import document, page
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.types import Rollout
 
@@ -207,3 +208,18 @@ def test_slider_changes_the_tokens_in_a_browser(policy, tmp_path):
         assert run(colours) != by_step
         assert run("return document.images.length") == 0
         assert run("return document.querySelector('.prompt').textContent") == HOSTILE
+
+
+def test_page_keeps_text_out_of_its_markup():
+    token = {"id": 1, "text": HOSTILE, "step": 0, "probability": 0.5}
+    text = page({"facts": HOSTILE, "rows": [{"prompt": HOSTILE, "completion": HOSTILE, "tokens": [token]}]})
+    assert text.count("<img") == 0 and text.count("</script>") == 2
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1)
+    assert json.loads(data)["groups"][0]["rows"][0]["tokens"][0]["text"] == HOSTILE
+    assert not re.search(r"(src|href)=|https?://|@import|url\(", page({"facts": "", "rows": []}))  # nothing is fetched
+
+
+def test_marks_in_a_title_or_a_body_are_text():
+    page = document("a @BODY@ @STYLE@ run", "<p>@SCRIPTS@ and @TITLE@</p>", groups=[], style="p { color: red; }")
+    assert "<title>a @BODY@ @STYLE@ run</title>" in page and "<main>\n<p>@SCRIPTS@ and @TITLE@</p>\n</main>" in page
+    assert page.count("color: red") == 1
