@@ -1,7 +1,6 @@
-"""A reference without training-inference mismatch: rollout and learner agree bit for bit (VeXact, 2605.14220 [paper]).
+"""A reference without training-inference mismatch (VeXact, 2605.14220 [paper]): rollout and learner agree bit for bit.
 
-Kernels depend on the batch's shape. Here products run in tiles of a fixed number of rows, attention row by row.
-"""
+Kernels depend on the batch's shape. Here products run in tiles of a fixed number of rows, attention row by row."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -105,11 +104,8 @@ class BatchInvariantOps(TorchFunctionMode):
 
 @contextmanager
 def batch_invariant(*, tile: int = 64) -> Iterator[None]:
-    """Batch-invariant and deterministic arithmetic in the block; every setting is restored after it. It is slow.
-
-    TF32, reduced-precision reductions and cuDNN's autotuner are off; CUDA attention takes its plain kernel. A sampler
-    with a key-value cache, and inputs with one scale per tensor, still differ. Raises as `prepare_workspace` does.
-    """
+    """Batch-invariant, deterministic and slow arithmetic in the block; every setting is restored after it. A key-value
+    cache, and inputs with one scale per tensor, still differ. Raises as `prepare_workspace` does."""
     if tile < 1:
         raise ValueError(f"tile={tile} must be at least 1 row")
     cudnn = torch.backends.cudnn
@@ -122,7 +118,7 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
     ]
     before = [getattr(owner, name) for owner, name, _ in switches]
     precision = torch.get_float32_matmul_precision()
-    plain = sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext()
+    plain = sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext()  # CUDA's plain attention
     prepare_workspace()  # first: it raises where nothing has been changed yet
     try:
         for owner, name, value in switches:
@@ -139,8 +135,7 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
 def check_bitwise_equal(
     rollout: Rollout, noise: Noise, logps: Logprobs, *, policy: Policy, rollout_policy: Policy
 ) -> None:
-    """Raise RuntimeError, naming the first position and layer that differ, unless learner and rollout agree bit for bit
-    at every completion position of a scored row."""
+    """RuntimeError, naming position and layer, unless learner and rollout agree bit for bit in every scored row."""
     mask = noise.scored(rollout.completion_mask)
     differs = mask & (logps.old != logps.rollout)
     if not differs.any():

@@ -1,9 +1,7 @@
 """Attribution by ablation: remove one difference between rollout and learner at a time, and measure the log-probs.
 
-Intermediate policies between learner and rollout differ in one thing each, so that the steps add up, token by token:
-    log_mismatch = sum over causes of (score before the switch - score after it), nats.
-They have fp32 logits, so that 16-bit heads are one cause. Padding and batch shape are probed on the learner alone.
-"""
+Policies between the two differ in one thing each, so that the steps (score before a switch - after it) add up to
+log_mismatch, nats. Logits are fp32: heads are one cause. Padding and batch shape need the learner alone."""
 
 import copy
 from collections.abc import Callable

@@ -1,8 +1,6 @@
 """Stored completions: a JSONL file that grows during an evaluation, survives a kill, and can be graded again.
 
-A row holds `prompt`, `completion`, the problem's fields, and under `evaluation` what made the row. Each process appends
-to NAME.partN.jsonl; as an evaluation begins and ends, the parts are folded into NAME.jsonl.
-"""
+Each process appends to NAME.partN.jsonl; as an evaluation begins and ends, the parts are folded into NAME.jsonl."""
 
 import hashlib
 import json
@@ -23,8 +21,7 @@ Rows = dict[Key, Row]
 
 
 class Completions:
-    """The file's rows, and the part that this process appends to; without a path nothing is kept. `made_with` are facts
-    that stored rows must share with new rows (weights, seed, sampler); ValueError if they do not."""
+    """The file's rows and this process's part; without a path nothing is kept. ValueError if `made_with` differs."""
 
     def __init__(self, path: Path | None, made_with: Mapping[str, Any], accelerator: Processes) -> None:
         self.path = path
@@ -35,7 +32,7 @@ class Completions:
             self.rows = read(path)
             self.part = path.with_name(f"{path.stem}.part{accelerator.process_index}.jsonl")
             for row in self.rows.values():
-                for name, value in made_with.items():
+                for name, value in made_with.items():  # facts that old and new rows share: weights, seed, sampler
                     before = row["evaluation"].get(name)
                     if before != value:
                         made = f"made with {name}={before}, not {value}"

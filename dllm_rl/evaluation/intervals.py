@@ -11,11 +11,8 @@ Numbers = Sequence[float] | np.ndarray
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's score interval for a proportion p = successes/n, z the two-sided normal quantile (Wilson 1927):
-    (p + z^2/2n -+ z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n), in [0, 1] and of positive width.
-
-    Errors: ValueError unless 0 <= successes <= n and n >= 1.
-    """
+    """Wilson's score interval (1927) of a proportion p = successes/n, in [0, 1] and of positive width; z is normal:
+    (p + z^2/2n -+ z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n). ValueError unless 0 <= successes <= n and n >= 1."""
     if not (n >= 1 and 0 <= successes <= n):
         raise ValueError(f"successes={successes} of n={n}: needs 0 <= successes <= n and n >= 1")
     z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
@@ -32,16 +29,12 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 def bootstrap_mean(
     values: Numbers, generator: np.random.Generator, *, resamples: int = 2000, weights: Numbers | None = None
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval (Efron 1979) for a mean, or for sum(values)/sum(weights) when weights are given.
-
-    Rows are drawn with replacement, value and weight together. Undercovers with few rows (93 % of 95 % at 30 normal
-    ones). Errors: ValueError without values, for weights of another length, and for weights that are not positive.
-    """
+    """Percentile bootstrap interval (Efron 1979) for a mean, or with weights for sum(values)/sum(weights)."""
     numbers = np.asarray(values, dtype=np.float64)
     shares = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
     if len(numbers) == 0 or len(numbers) != len(shares) or not (shares > 0).all():
         raise ValueError(f"{len(numbers)} values, {len(shares)} weights: needs some values, a positive weight for each")
-    nothing = np.zeros_like(numbers)  # a mean is its difference from 0
+    nothing = np.zeros_like(numbers)  # a mean is its difference from 0; 30 normal rows give 93 % of 95 %
     return bootstrap_difference(numbers, nothing, generator, resamples=resamples, weights=shares)
 
 
@@ -54,11 +47,7 @@ def bootstrap_difference(
     weights: Numbers | None = None,
     weights_before: Numbers | None = None,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval (Efron 1979) for the mean of `values` less that of `before`, on the same rows.
-
-    A row is drawn with both values, so that its difficulty cancels; with weights a mean is sum(values)/sum(weights).
-    The width is 0 if no row differs. Errors: ValueError without values, and for lengths that are not those of `values`.
-    """
+    """Percentile bootstrap interval (Efron 1979) for the mean of `values` less that of `before`, on the same rows."""
     numbers = np.asarray(values, dtype=np.float64)
     other = np.asarray(before, dtype=np.float64)
     shares = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -67,18 +56,15 @@ def bootstrap_difference(
         raise ValueError(f"{len(numbers)} values, {len(other)} before: needs some values, and as many of each")
     found = []
     for _ in range(resamples):
-        rows = generator.integers(0, len(numbers), len(numbers))
+        rows = generator.integers(0, len(numbers), len(numbers))  # both values, so that a row's difficulty cancels
         found.append(numbers[rows].sum() / shares[rows].sum() - other[rows].sum() / others[rows].sum())
     low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is correct, from n samples with `correct` right:
-    1 - C(n - correct, k) / C(n, k), as a product that neither overflows nor cancels. Source: Chen et al. 2021, eq. 1.
-
-    Errors: ValueError unless 0 <= correct <= n and 1 <= k <= n.
-    """
+    """Unbiased chance that one of k samples is correct (Chen et al. 2021, eq. 1), 1 - C(n - correct, k) / C(n, k), as a
+    product that neither overflows nor cancels. ValueError unless 0 <= correct <= n and 1 <= k <= n."""
     if not (0 <= correct <= n and 1 <= k <= n):
         raise ValueError(f"n={n}, correct={correct}, k={k}: needs 0 <= correct <= n and 1 <= k <= n")
     if n - correct < k:

@@ -29,9 +29,7 @@ class HarnessModel(TemplateLM):
     sampler     unmask or autoregress with its settings bound; of a task's generation settings only `until` is used.
     likelihood  any estimator that needs no recorded unmasking: causal(), elbo(), coupled(), quadrature() ...; nats.
     greedy      find out if greedy decoding gives the continuation (one forward per token); False: none is greedy.
-
-    Raises ValueError for an estimator that does not fit this policy, and for a text that is too long.
-    """
+    Raises ValueError for an estimator that does not fit this policy, and for a text that is too long."""
 
     def __init__(
         self,

@@ -131,8 +131,7 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
 
     Fields: sudoku `puzzle`, `solution`; countdown `numbers`, `target`; gsm8k, math500 `answer` (null: graded wrong).
     Returns task, version, protocol, n, `no_answer` (rows with null), and each of RATES with its 95 % [low, high].
-    Errors: ValueError naming file and line for the first malformed row, before anything is graded, and for no rows.
-    """
+    Raises ValueError for no rows, and for the first malformed row by file and line, before anything is graded."""
     find_grader(task, protocol)
     entry = TABLE[task]
     if Path(path).suffix != ".jsonl":

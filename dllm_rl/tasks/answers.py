@@ -57,11 +57,8 @@ def final_answer(text: str) -> str | None:
 
 
 def d1_box(text: str) -> str | None:
-    """The last box as d1's evaluation reads it; None when it is not closed.
-
-    A text with neither \\boxed nor \\fbox is its own content. "\\boxed " with a space runs to the next dollar sign.
-    Else the last \\boxed, or without one \\fbox, ends where its braces balance; only "\\boxed{" and "}" are removed.
-    """
+    """The last \\boxed, or without one \\fbox, as d1 reads it; None when it is not closed, all of a text with neither.
+    "\\boxed " with a space runs to the next dollar sign; else only "\\boxed{" and "}" are removed."""
     if "\\boxed " in text:
         return text.rpartition("\\boxed ")[2].partition("$")[0]
     start = text.rfind("\\boxed") if "\\boxed" in text else text.rfind("\\fbox")
@@ -77,8 +74,7 @@ def d1_box(text: str) -> str | None:
 
 
 def first_boxed_number(text: str) -> float | None:
-    """As d1: the first `\\boxed{...}` with a number, as a float, else its first number. A box ends at the first
-    closing brace, in the same line."""
+    """As d1: the first `\\boxed{...}` (to the first brace, in one line) with a number, as a float or its first one."""
     at = text.find("\\boxed{")
     for _ in range(MOST_BOXES):
         end = _BOX_END.search(text, at + len("\\boxed{")) if at >= 0 else None

@@ -13,43 +13,27 @@ FLOAT32_MAX = 3.4028234663852886e38
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: what the model reads, and what a grader needs.
+    """One problem: what the model reads, and what a grader needs."""
 
-    prompt    text, or chat messages [{"role": ..., "content": ...}] that the policy's tokenizer renders.
-    fields    JSON-serialisable facts for the grader (a puzzle, a target ...), stored with completions.
-    solution  a correct completion, for supervised warm-up; None: there is none.
-    blank     infilling: each occurrence of this piece of the prompt is one token to fill in, and the grader gets the
-              whole filled text. None: the completion follows the prompt.
-    """
-
-    prompt: str | list[dict[str, str]]
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    solution: str | None = None
-    blank: str | None = None
+    prompt: str | list[dict[str, str]]  # text, or chat messages with role and content that the tokenizer renders
+    fields: Mapping[str, Any] = field(default_factory=dict)  # the grader's facts, as JSON, stored with completions
+    solution: str | None = None  # a correct completion, for supervised warm-up
+    blank: str | None = None  # infilling: each such piece of the prompt is one token; the grader gets the filled text
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A graded completion.
+    """A graded completion."""
 
-    value      the number that training maximises.
-    parsed     whether the grader found an answer at all; reported separately from the value.
-    breakdown  further numbers by name ("solve_rate", "accuracy" ...), each averaged over completions; for ratios see
-               COUNTED.
-    """
-
-    value: float
-    parsed: bool
-    breakdown: Mapping[str, float] = field(default_factory=dict)
+    value: float  # the number that training maximises
+    parsed: bool  # whether the grader found an answer at all; reported separately from the value
+    breakdown: Mapping[str, float] = field(default_factory=dict)  # averaged over completions; ratios: see COUNTED
 
 
 @runtime_checkable
 class Task(Protocol):
     """A sized, indexable collection of problems with a grader. `version` changes whenever a grade may change.
-
-    Optional: rewards(problems, completions) grades many at once, with the results of `reward`; reward_weights, where
-    the value is a weighted sum: name in the breakdown -> weight.
-    """
+    Optional: rewards(problems, completions), as `reward` for many; reward_weights, name in the breakdown -> weight."""
 
     @property
     def name(self) -> str: ...
@@ -71,10 +55,7 @@ COUNTED = {"cell_accuracy": ("correct_cells", "empty_cells")}
 
 
 def addends(reward: Reward) -> dict[str, tuple[float, float]]:
-    """What a graded completion adds to the numerator and the denominator of each mean over a set, by name.
-
-    "reward", "parsed" and each name of the breakdown add (number, 1); a ratio of COUNTED adds its two counts.
-    """
+    """What a completion adds to numerator and denominator of each mean: (number, 1), or a ratio's counts of COUNTED."""
     added = {"reward": (reward.value, 1.0), "parsed": (float(reward.parsed), 1.0)}
     added |= {name: (number, 1.0) for name, number in reward.breakdown.items()}
     for name, counts in COUNTED.items():
@@ -87,12 +68,8 @@ def addends(reward: Reward) -> dict[str, tuple[float, float]]:
 def grade(
     task: Task, problems: Sequence[Problem], completions: Sequence[str], *, timeout: float | None = None
 ) -> list[Reward]:
-    """Grade completions, G consecutive ones per problem, all at once where the task can.
-
-    timeout  seconds for one call of the grader (see `deadline`); None: no limit.
-    Errors: RuntimeError when the grader raises or exits; ValueError when it returns no `Reward`, or a number that is
-    not finite in fp32. Both name the problem and the completion.
-    """
+    """Grade completions, G consecutive ones per problem, all at once where the task can; `timeout` as for `deadline`.
+    RuntimeError when the grader raises or exits; ValueError for no `Reward`, or a number that is not finite in fp32."""
     group = len(completions) // len(problems)
     place = 0
     own = [problems[i // group] for i in range(len(completions))]

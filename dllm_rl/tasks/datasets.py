@@ -46,11 +46,8 @@ class DatasetTask:
         return self.rewards([problem], [completion])[0]
 
     def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
-        """Grades many completions with one call of each function.
-
-        Value: the sum of weight * number over the functions that gave a number; `parsed` is always True.
-        Errors: ValueError when a function returns too few or a number that is not finite, or all return None.
-        """
+        """Grades by one call per function; a value is the sum of weight * number over functions that gave a number.
+        ValueError when a function returns too few or a number that is not finite, or all return None."""
         told: list[Any] = []
         for problem, text in zip(problems, completions, strict=True):
             told.append(text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": text}])

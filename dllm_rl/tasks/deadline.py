@@ -16,13 +16,8 @@ EVERY = 1.0  # seconds after which a restart arms the last resort again
 
 @contextmanager
 def deadline(seconds: float, describe: Callable[[], str]) -> Iterator[Callable[[], None]]:
-    """Yields restart(); call it before each piece of work. A piece longer than `seconds` ends the process with status
-    124, after `describe()` and the stacks of all threads on standard error, without clean-up.
-
-    A thread watches work that sleeps, waits or runs Python. A timer of processor time interrupts C code that holds the
-    interpreter but checks signals, such as regular expressions. faulthandler ends other C code 4 to 5 s later, with
-    only that stack and status 1.
-    """
+    """Yields restart(), called before each piece of work. A piece longer than `seconds` ends the process by status 124,
+    after `describe()` and the stacks of all threads on standard error, without clean-up."""
     began = time.monotonic()
     armed = -math.inf
     done = threading.Event()
@@ -33,6 +28,7 @@ def deadline(seconds: float, describe: Callable[[], str]) -> Iterator[Callable[[
         # Arming starts one thread and joins another, which costs more than grading a short completion.
         if began - armed >= EVERY:
             armed = began
+            # For C code that checks no signals: status 1, 4 to 5 s later, with only this stack.
             faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=2)
 
     def stop_if_late(*_: object) -> None:
@@ -45,9 +41,10 @@ def deadline(seconds: float, describe: Callable[[], str]) -> Iterator[Callable[[
         while not done.wait(max(0.0, began + seconds - time.monotonic())):
             stop_if_late()
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()  # for work that sleeps, waits or runs Python
     restart()
     try:
+        # A timer of processor time interrupts C code that holds the interpreter, such as regular expressions.
         with _interrupting(stop_if_late, every=min(1.0, seconds)):
             yield restart
     finally:

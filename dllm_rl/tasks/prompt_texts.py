@@ -12,11 +12,7 @@ _MESSAGE = {"role": str, "content": str}
 
 @lru_cache(maxsize=64)
 def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
-    """A string with a line break or a placeholder `{name}`, name in `needs`, is the template; else it is a path.
-
-    A `.json` file holds chat messages [{"role": ..., "content": ...}]; other files hold plain text.
-    Errors: ValueError when the file or a placeholder is missing.
-    """
+    """A template with a line break or a placeholder of `needs`, else a path; ValueError when one is missing."""
     if isinstance(template, str) and ("\n" in template or any("{" + name + "}" in template for name in needs)):
         loaded: Prompt = template
     else:
@@ -24,7 +20,7 @@ def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
         if len(str(path)) > 1000 or not path.is_file():  # the file system refuses a longer name with an OSError
             raise ValueError(f"prompt_format={str(template)!r} is neither a template with {{{needs[0]}}} nor a file")
         loaded = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
+        if path.suffix == ".json":  # chat messages; other files hold plain text
             loaded = json.loads(loaded)
             if not _are_messages(loaded):
                 raise ValueError(f"{path} must hold a list of messages with exactly a role and a content, both text")
@@ -66,11 +62,8 @@ class Prompted:
             self._template()
 
     def worded(self, **values: str) -> Prompt:
-        """The template with each given `{name}` replaced; with `chat`, a plain text becomes one user message.
-
-        Nothing is replaced inside a value, and other braces stay, such as \\boxed{}. An `opening` adds a last message.
-        """
-        template = self._template()
+        """The template with each given `{name}` replaced; with `chat`, a plain text becomes one user message."""
+        template = self._template()  # nothing is replaced inside a value; other braces stay, such as \boxed{}
         if isinstance(template, str) and not self.chat:
             return _replace(template, values)
         asked = [{"role": "user", "content": template}] if isinstance(template, str) else template

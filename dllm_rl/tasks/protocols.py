@@ -15,17 +15,13 @@ from dllm_rl.tasks.sudoku import graders as sudoku
 
 @dataclass(frozen=True)
 class Entry:
-    """A task's class, its graders by protocol, and:
-
-    read_fields  (row of stored completions, protocol) -> the fields that a grader needs. Errors: ValueError.
-    require      by protocol: raises ImportError when a package is not installed.
-    prepare      by protocol: (fields, completions) -> None; does the slow part of many grades ahead, in parallel.
-    """
+    """A task's class, and by protocol its graders and what they need."""
 
     task: type[Any]
     graders: Mapping[str, Grader]
-    read_fields: Callable[[Mapping[str, Any], str], dict[str, Any]]
-    require: Mapping[str, Callable[[], None]] = field(default_factory=dict)
+    read_fields: Callable[[Mapping[str, Any], str], dict[str, Any]]  # (stored row, protocol) -> fields, or ValueError
+    require: Mapping[str, Callable[[], None]] = field(default_factory=dict)  # ImportError without a package
+    # The slow part of many grades ahead, in parallel: (fields, completions) -> None.
     prepare: Mapping[str, Callable[[Sequence[Mapping[str, Any]], Sequence[str]], None]] = field(default_factory=dict)
 
 

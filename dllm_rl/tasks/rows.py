@@ -105,8 +105,7 @@ def text_of(row: Mapping[str, Any], name: str) -> str:
 
 @lru_cache(maxsize=16)
 def load_split(path: str | Path | None, split: str, dataset: tuple[str, str | None]) -> tuple[tuple[str, Row], ...]:
-    """The rows of a split: of a file, of the file in a folder with the split in its name, or of a data set
-    (name, configuration) that `datasets` loads or downloads. Errors: ValueError."""
+    """The rows of a split: of a file, of the folder's file with its name, or of a data set. Errors: ValueError."""
     if path is not None:
         return tuple(load_rows(_split_file(Path(path), split)))
     import datasets  # here: importing takes seconds, and a file needs none of it
@@ -137,9 +136,8 @@ def _split_file(path: Path, split: str) -> Path:
 def load_problems(
     path: str | Path | None, split: Split, hub: tuple[str, str | None], parse: Callable[[str, Row], tuple]
 ) -> tuple[tuple, ...]:
-    """`parse(place, row)`, the question first, for each row of the split: "test" is the published one; "validation" is
-    a tenth of the published train rows, by a hash of the question; "train" is the rest."""
+    """`parse(place, row)`, the question first, for each row of the split."""
     problems = [parse(place, row) for place, row in load_split(path, "test" if split == "test" else "train", hub)]
-    if split != "test":
+    if split != "test":  # "validation" is a tenth of the published train rows, by a hash of the question
         problems = [p for p in problems if (hashed_split(p[0]) == "validation") == (split == "validation")]
     return tuple(problems)

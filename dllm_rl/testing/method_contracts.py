@@ -20,8 +20,7 @@ def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
 
     On-policy it is `none` bit for bit. Weights are finite, >= 0 and without gradient; the keep mask is inside the mask,
     and drops ratios that are not finite; metrics are finite floats. Inputs are left alone. Row order, padding and
-    micro-batches do not matter. One row, a row without tokens, and a batch without tokens are defined.
-    """
+    micro-batches do not matter. One row, a row without tokens, and a batch without tokens are defined."""
     generator = torch.Generator().manual_seed(seed)
     for rows, length in ((6, 5), (1, 3)):  # a statistic over one row divides by nothing
         mask = torch.rand(rows, length, generator=generator) < 0.8
@@ -43,8 +42,7 @@ def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
 def make_batch(
     mask: Tensor, advantages: Tensor, *, old: Tensor | None = None, keep: Tensor | None = None, **more: Any
 ) -> Batch:
-    """A Batch around the tensors that a loss reads; `more` (weights, reference, behaviour) replaces what is blank, and
-    the rollout's log-probs are `old`."""
+    """A Batch around the tensors that a loss reads; `more` replaces blanks, and the rollout's log-probs are `old`."""
     keep = mask if keep is None else keep
     old = torch.full(mask.shape, -1.0) if old is None else old
     blank = torch.zeros(mask.shape, dtype=torch.long)
@@ -161,10 +159,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     The same seed gives a row the same masks, whatever its neighbours and padding; inputs and the global generator are
     left alone. It masks and scores real tokens only, and (unless causal) scores only masked tokens. Contributions are
     finite, zero off the completion, the same twice, in micro-batches, padded or reordered. Gradients reach only what a
-    view scores.
-
-    rollout  of at least two prompts, made by `policy`; completions of at least two tokens.
-    """
+    view scores. `policy` made the rollout, of at least two prompts with completions of at least two tokens."""
 
     def draw(rows: Rollout) -> Noise:
         return estimator.draw(rows, torch.Generator().manual_seed(seed))

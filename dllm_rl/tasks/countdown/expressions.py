@@ -47,10 +47,8 @@ class Value:
 
 
 def evaluate(text: str) -> Value | None:
-    """The exact value of an expression; None for any other text, a division by zero, and beyond the bounds.
-
-    As in Python, an integer has no leading zero. ** and // are no operators here, and juxtaposition is no product.
-    """
+    """The exact value of an expression; None for any other text, a division by zero, and beyond the bounds."""
+    # As in Python, an integer has no leading zero. ** and // are no operators here, and juxtaposition is no product.
     if len(text) > LONGEST:
         return None
     try:
@@ -62,11 +60,8 @@ def evaluate(text: str) -> Value | None:
 
 
 def python_value(text: str) -> Number | None:
-    """The value that Python gives to the stripped text; None where Python raises. Errors: OutOfBounds.
-
-    d1 passes digits, + - * / ( ) . and white space to Python. It accepts other texts, such as 2(3), () and ..., but
-    they never have a number as their value.
-    """
+    """The value that Python gives to the stripped text; None where Python raises. Errors: OutOfBounds."""
+    # d1 passes digits, + - * / ( ) . and spaces to Python. 2(3), () and ... are accepted, but never have a number.
     text = text.strip()
     if len(text) > LONGEST_PYTHON:
         raise OutOfBounds
@@ -94,17 +89,12 @@ def _tokens(text: str, token: re.Pattern[str], *, breaks: bool = True) -> list[s
 
 @dataclass
 class Reader:
-    """Evaluates a list of tokens that ends with "". Each method reads what it is named after, at `depth`.
-
-    signs   the signs that a factor may have.
-    number  token -> its value, for each token that is no operator and no parenthesis.
-    apply   (operator, left, right) -> value.
-    """
+    """Evaluates a list of tokens that ends with "". Each method reads what it is named after, at `depth`."""
 
     tokens: list[str]
-    signs: tuple[str, ...]
-    number: Callable[[str], Any]
-    apply: Callable[..., Any]
+    signs: tuple[str, ...]  # that a factor may have
+    number: Callable[[str], Any]  # token -> its value, for each token that is no operator and no parenthesis
+    apply: Callable[..., Any]  # (operator, left, right) -> value
     at: int = 0
 
     def value(self) -> Any:

@@ -17,22 +17,16 @@ _EQUALS = re.compile(r"[0-9+\-*/() ]=[0-9. ]")
 
 def countdown_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     """The rules of the game: one expression, each number exactly once, exactly the target [ours].
-
-    The expression is the whole strict answer (see `final_answer`), else the whole completion; no "= 24" may follow.
-    Printed and LaTeX signs for times, divided and minus count as operators.
-    """
+    The expression is the whole strict answer (see `final_answer`), else the whole completion; no "= 24" may follow."""
     answer = final_answer(completion)
-    found = evaluate(_operators(completion if answer is None else answer))
+    found = evaluate(_operators(completion if answer is None else answer))  # printed and LaTeX signs count
     if found is None:
         return Reward(0.0, False, dict.fromkeys(("accuracy", "valid", "numbers_used"), 0.0))
     return _graded(fields, list(found.numbers), found.value == fields["target"])
 
 
 def countdown_d1(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's evaluation [paper]: `d1_box`, else the first answer block, else all; cut by `left_of_equals`.
-
-    The value must lie within 1e-5 of the target.
-    """
+    """d1's evaluation [paper], to 1e-5: `d1_box`, else the first answer block, else all; cut by `left_of_equals`."""
     text = d1_box(completion)
     if text is None:
         block = first_closed_answer(completion)
@@ -65,13 +59,10 @@ def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
 
 
 def grade_python_expression(fields: Mapping[str, Any], text: str) -> Reward:
-    """Grades an expression by d1's rules: the value is Python's, and every run of digits is a number.
-
-    undecided  1 when the expression is beyond the bounds of `python_value`; the grade is then 0.
-    """
+    """Grades an expression by d1's rules: the value is Python's, and every run of digits is a number."""
     try:
         value = python_value(text)
-    except OutOfBounds:
+    except OutOfBounds:  # undecided: beyond the bounds of `python_value`
         return Reward(0.0, False, _NOTHING | {"undecided": 1.0})
     if value is None:
         return Reward(0.0, False, _NOTHING)
@@ -88,13 +79,10 @@ def _close(value: Number, target: int) -> bool:
 
 
 def _graded(fields: Mapping[str, Any], numbers: list[int], on_target: bool) -> Reward:
-    """Value: accuracy, 1 when `valid` (each given number once, no other) and on target.
-
-    numbers_used  size of the multiset intersection of used and given numbers / size of the larger multiset.
-    """
+    """Value: accuracy, 1 when `valid` (each given number once, no other) and on target."""
     valid = sorted(numbers) == sorted(fields["numbers"])  # a number that is given twice must stand twice
     common = sum((Counter(numbers) & Counter(fields["numbers"])).values())
-    used = common / max(len(numbers), len(fields["numbers"]))
+    used = common / max(len(numbers), len(fields["numbers"]))  # share of the larger multiset
     value = float(valid and on_target)
     return Reward(value, True, {"accuracy": value, "valid": float(valid), "numbers_used": used})
 

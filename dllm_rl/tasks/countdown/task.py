@@ -137,10 +137,7 @@ class Countdown(Prompted):
 
 
 def _random_expression(numbers: tuple[int, ...], operators: str, rng: Random) -> tuple[int, str]:
-    """(value, text): joins two random operands by a random operator until one is left.
-
-    Each value on the way is a positive integer up to a million. An attempt that leaves this range returns (0, "").
-    """
+    """(value, text): joins two random operands by a random operator until one is left; (0, "") for a failed attempt."""
     operands = [(number, (str(number), "")) for number in numbers]
     while len(operands) > 1:
         a, left = operands.pop(int(rng.random() * len(operands)))
@@ -151,7 +148,7 @@ def _random_expression(numbers: tuple[int, ...], operators: str, rng: Random) ->
         if (operator == "-" and a == b) or (operator == "/" and a % b):
             return 0, ""
         value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operator]
-        if value > 10**6:
+        if value > 10**6:  # each value on the way is a positive integer up to a million
             return 0, ""
         operands.append((value, write(left, operator, right)))
     return operands[0][0], operands[0][1][0]

@@ -32,8 +32,7 @@ def gsm8k_d1(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def gsm8k_spg(fields: Mapping[str, Any], completion: str) -> Reward:
-    """SPG's evaluation [paper]: as d1's, else the last number after the last `<answer>` (or of a text without the
-    tag), up to `</answer>`."""
+    """SPG's evaluation [paper]: as d1's, else the last number in the last answer block, or in a text without one."""
     graded = gsm8k_d1(fields, completion)
     if graded.parsed:
         return graded
@@ -42,30 +41,20 @@ def gsm8k_spg(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def gsm8k_espo(fields: Mapping[str, Any], completion: str) -> Reward:
-    """ESPO's binary reward [paper]: the number after "The answer is", else after "####", else the last integer.
-
-    Numbers are compared instead of strings, without final points and commas [ours].
-    """
+    """ESPO's binary reward [paper]: the number after "The answer is", else after "####", else the last integer."""
     found = _STATED[0].search(completion) or _STATED[1].search(completion)
     if found:
         stated = found[1]
     else:
         last = re.search("[0-9]+-?", completion[::-1])  # backwards: the last integer in linear time
         stated = last[0][::-1] if last else ""
-    number = exact_number(stated.rstrip(".,"))
+    number = exact_number(stated.rstrip(".,"))  # numbers are compared instead of strings [ours]
     return _graded(number is not None, _is_reference(number, fields["answer"]))
 
 
 def gsm8k_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's training reward [paper]: a sum of up to 4.
-
-    correct    2.0  the text after the last `<answer>` (of all without one) up to `</answer>` is the reference's text
-    integer    0.5  that text is all digits
-    strict     0.5  reasoning and answer blocks, each tag on a line of its own, and nothing else
-    soft       0.5  the text begins with a reasoning block, followed by an answer block
-    tags       0.5  0.125 for each of the four tags that stands exactly once with its line breaks
-    d1 also subtracts 0.001 per character after the end; this unbounded term is left out [ours].
-    """
+    """d1's training reward [paper]: a sum of up to 4."""
+    # d1 also subtracts 0.001 per character after the end; this unbounded term is left out [ours].
     answer = _after_last_tag(completion).strip()
     correct = fields["answer"] is not None and answer == _after_hashes(fields["answer"])
     turn = _REASONED.search(completion) if completion.startswith("<reasoning>") else None
@@ -73,7 +62,7 @@ def gsm8k_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
     terms = {
         "correct": 2.0 * correct,
         "integer": 0.5 * answer.isdigit(),
-        "strict": 0.5 * _strict_layout(completion),
+        "strict": 0.5 * _strict_layout(completion),  # both blocks, each tag on its own line, and nothing else
         "soft": 0.5 * (turn is not None and completion.find("</answer>", turn.end()) >= 0),
         "tags": 0.125 * sum(completion.count(tag) == 1 for tag in tags),
     }
@@ -92,23 +81,18 @@ def math500_strict(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def math500_d1(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's evaluation [paper]: `d1_box`, or the first answer block where it is empty; compared by `same_in_d1`.
-
-    `parsed`: the completion marks an answer, or all of it is the right answer [ours].
-    """
+    """d1's evaluation [paper]: `d1_box`, or the first answer block where it is empty; compared by `same_in_d1`."""
     answer = d1_box(completion) or (first_closed_answer(completion) or "").strip()
     correct = fields["answer"] is not None and same_in_d1(answer, fields["answer"])
+    # parsed: the completion marks an answer, or all of it is the right answer [ours]
     return _graded(correct or bool(answer and answer != completion), correct)
 
 
 def math500_math_verify(fields: Mapping[str, Any], completion: str) -> Reward:
-    """The strict answer is symbolically equal to the reference, by math-verify [library].
-
-    undecided  1 when math-verify does not decide within its bounds; the grade is then 0.
-    """
+    """The strict answer is symbolically equal to the reference, by math-verify [library]."""
     answer = final_answer(completion)
     equal = math_check.equal(fields["answer"], answer) if answer and fields["answer"] is not None else False
-    return _graded(bool(answer), equal is True, undecided=float(equal is None))
+    return _graded(bool(answer), equal is True, undecided=float(equal is None))  # None: beyond math-verify's bounds
 
 
 def compare_all(fields: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> None:

@@ -46,20 +46,16 @@ def same_in_d1(answer: str, reference: str) -> bool:
 
 
 def _normalised_in_d1(answer: str) -> str:
-    """As `normalise`, with d1's bugs: spaces go after the root, and one short \\frac leaves every \\frac as it is.
-
-    Errors: IndexError where nothing follows a \\sqrt or \\frac; ValueError for a second "\\text{ ", and for a slash
-    between anything but integers.
-    """
+    """As `normalise`, with d1's bugs; IndexError or ValueError where d1's code raises them."""
     plain, *units = _without_marks(answer).split("\\text{ ")
     if len(units) > 1:
         raise ValueError(answer)
     answer, *roots = _without_name(plain).split("\\sqrt")
     for root in roots:
         answer += "\\sqrt" + (root if root[0] == "{" else f"{{{root[0]}}}{root[1:]}")
-    answer = answer.replace(" ", "")
+    answer = answer.replace(" ", "")  # after the root, unlike `normalise`
     first, *fractions = answer.split("\\frac")
-    if all(fraction[0] == "{" or len(fraction) > 1 for fraction in fractions):
+    if all(fraction[0] == "{" or len(fraction) > 1 for fraction in fractions):  # one short \frac: all stay
         answer = first
         for fraction in fractions:
             answer += "\\frac" + _FRAC_HEAD.sub(_braced, fraction)

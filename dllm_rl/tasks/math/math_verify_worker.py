@@ -1,14 +1,5 @@
-"""The script that math_verify.py starts. It forks a worker per line of questions, which compares by math-verify.
-
-Arguments: SECONDS, then the file descriptors of the lines. Each line gets "ready"; then a worker answers each JSON
-[number, reference, answer] by "NUMBER VERDICT", 1 or 0.
-
-Symbolic algebra can take any time and memory inside C calls that no Python timeout reaches. So the kernel ends a worker
-that exceeds its processor time or memory. The parent then sends "ended" on its line and forks another in milliseconds.
-
-Parsing LaTeX takes nearly all the time, by ANTLR's LL prediction. SLL prediction takes a tenth of the time, and gives
-LL's tree or a syntax error (documentation of PredictionMode.SLL).
-"""
+"""The script that math_verify.py starts, with SECONDS and the file descriptors of lines. A worker forked for each line
+answers each JSON [number, reference, answer] by "NUMBER VERDICT", 1 or 0; a line gets "ready" before the first."""
 
 import gc
 import json
@@ -87,6 +78,8 @@ def main() -> None:
     lines = [Connection(int(number)) for number in sys.argv[2:]]
     logging.disable(logging.WARNING)
     latex2sympy2._Latex2Sympy.create_parser = two_stages(latex2sympy2._Latex2Sympy.create_parser)
+    # Symbolic algebra can take any time and memory inside C calls that no Python timeout reaches. So the kernel ends a
+    # worker that exceeds its processor time or memory, and another is forked in milliseconds.
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for pair in WARM.items():
         verify(*map(read, pair), timeout_seconds=None)
@@ -141,6 +134,8 @@ def two_stages(plain: Callable) -> Callable:
 
     def create_parser(converter: Any, latex: str) -> Any:
         parser = plain(converter, latex)
+        # LL prediction takes nearly all the time of a comparison. SLL prediction takes a tenth of it, and gives LL's
+        # tree or a syntax error (documentation of PredictionMode.SLL).
         parser._interp.predictionMode = PredictionMode.SLL
         parser.removeErrorListeners()
         parser.addErrorListener(StartAgain())

@@ -15,9 +15,7 @@ _FENCED = re.compile(r"```([\d\s]++)```")  # ++ does not backtrack: linear time 
 
 def sudoku_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     """The rules of the game: any valid completion of the puzzle is right [ours]. Value: solve_rate.
-
-    The grid: the first 16 (or 81) non-blank characters of the last `<answer>` block, or of a text without one.
-    """
+    The grid: the first 16 (or 81) non-blank characters of the last `<answer>` block, or of a text without one."""
     block = last_answer(completion)
     puzzle = fields["puzzle"]
     cells = first_cells(completion if block is None else block, len(puzzle))
@@ -25,10 +23,7 @@ def sudoku_strict(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def sudoku_d1(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's evaluation [paper], 4x4 only. Value: share of empty cells that agree with the reference.
-
-    solve_rate judges the same cells by the rules [ours].
-    """
+    """d1's evaluation [paper], 4x4 only. Value: share of empty cells as in the reference; solve_rate [ours]."""
     found = d1_candidate(completion)
     return _against_reference(fields, first_cells(found, 16), parsed=bool(found))
 
@@ -51,18 +46,11 @@ def _against_reference(fields: Mapping[str, Any], cells: str, *, parsed: bool) -
 
 
 def d1_candidate(text: str) -> str:
-    """The text that d1 reads as the grid, stripped; "" without one. The first non-blank of:
-
-    1. digits and blanks in a ``` fence after the first <answer>;
-    2. from the first <answer> to the first of <|eot_id|>, <|endoftext|> and </answer>;
-    3. from the first </answer> to <|eot_id|>, <|endoftext|> or the end;
-    4. the first 16 digits before blanks and </answer>;
-    5. the first standalone 16-digit number.
-    """
+    """The text that d1 reads as the grid, stripped: the first of five readings that is not blank; "" without one."""
     opened = text.find("<answer>")
     closed = text.find("</answer>")
     if opened >= 0:
-        fenced = _FENCED.search(text, opened)
+        fenced = _FENCED.search(text, opened)  # digits and blanks in a ``` fence
         if fenced and (found := fenced[1].strip()):
             return found
         if found := cut(text, opened + len("<answer>"), closed=True).strip():
@@ -73,6 +61,7 @@ def d1_candidate(text: str) -> str:
         for piece in text.split("</answer>")[:-1]:
             if len(piece) >= 16 and len(found := piece.rstrip()[-16:]) == 16 and found.isdecimal():
                 return found
+    # The first standalone 16-digit number.
     alone = re.search(r"(?<!\w)\d{16}(?!\w)", text)
     return alone[0] if alone else ""
 
@@ -90,13 +79,7 @@ def first_digits(text: str, count: int) -> str:
 
 
 def score(puzzle: str, cells: str, *, solved_weight: float, match_weight: float) -> Reward:
-    """Compares the cells with every valid completion; the best match counts. `parsed`: all are digits of the game.
-
-    solve_rate     1 when the cells are a valid completion, which keeps the givens.
-    cell_accuracy  correct_cells / empty_cells, the cells that the puzzle leaves empty (1 without empty cells).
-    givens_kept    the same share over the given cells (1 without givens).
-    Value: solved_weight * solve_rate + match_weight * (share of all cells that agree).
-    """
+    """Compares the cells with every valid completion; the best match counts. `parsed`: all are digits of the game."""
     grids = completions(puzzle)
     # A 9x9 puzzle may have more completions than are listed: the rules decide then.
     solved = cells in grids or (len(grids) == MOST_COMPLETIONS and is_completion(puzzle, cells))
@@ -107,7 +90,7 @@ def score(puzzle: str, cells: str, *, solved_weight: float, match_weight: float)
     kept = sum(cell == given for cell, given in zip(cells, puzzle, strict=False) if given != "0")
     breakdown = {
         "solve_rate": float(solved),
-        "cell_accuracy": (matching - kept) / empty if empty else 1.0,
+        "cell_accuracy": (matching - kept) / empty if empty else 1.0,  # of the cells that the puzzle leaves empty
         "correct_cells": float(matching - kept),
         "empty_cells": float(empty),
         "givens_kept": kept / (size - empty) if empty < size else 1.0,

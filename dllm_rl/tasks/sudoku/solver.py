@@ -18,10 +18,7 @@ SPLIT_SIZES: dict[Split, int] = {"test": 88, "validation": 24, "train": 176}
 
 
 def solutions(puzzle: str, rng: Random | None = None) -> Iterator[str]:
-    """Every completion, lazily, each once; in a fixed order, or in an order drawn from rng.
-
-    puzzle  16 or 81 digits, row by row, 0 for a blank. Givens that break a rule have no completion.
-    """
+    """Every completion, lazily, each once, in a fixed order or drawn from rng; none if the givens break a rule."""
     side = isqrt(len(puzzle))
     demands, rivals, met = _cover(isqrt(side))
     alive = (1 << side**3) - 1
@@ -44,12 +41,7 @@ def is_unique(puzzle: str) -> bool:
 
 @lru_cache(maxsize=2)
 def _cover(box: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """(demands, rivals, met). A candidate is a digit in a cell, numbered cell * side + digit - 1.
-
-    demands  sets of candidates, as bits; a solved grid has exactly one candidate of each set.
-    rivals   for each candidate, the candidates that it rules out.
-    met      for each candidate, the numbers of its four demands.
-    """
+    """(demands, rivals, met) as bits of candidates: a digit in a cell, numbered cell * side + digit - 1."""
     side = box * box
     sets: dict[tuple, int] = {}
     for row in range(side):
@@ -63,9 +55,9 @@ def _cover(box: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int,
                     ("box", row // box * box + column // box, digit),
                 ):
                     sets[key] = sets.get(key, 0) | bit
-    demands = tuple(sets.values())
-    met: list[tuple[int, ...]] = []
-    rivals = []
+    demands = tuple(sets.values())  # a solved grid has exactly one candidate of each
+    met: list[tuple[int, ...]] = []  # the numbers of a candidate's four demands
+    rivals = []  # the candidates that it rules out
     for candidate in range(side**3):
         own = 1 << candidate
         met.append(tuple(number for number, demand in enumerate(demands) if demand & own))
@@ -119,8 +111,7 @@ def random_grid(rng: Random) -> str:
 
 
 def random_unique_puzzle(solution: str, clues: int, rng: Random) -> str | None:
-    """The solution with cells blanked in a random order, each only if the puzzle stays unique, down to `clues` givens;
-    None when more givens are left at the end of the order."""
+    """The solution with cells blanked in random order while it is unique, to `clues` givens; None if more are left."""
     order = sorted(range(81), key=lambda _: rng.random())
     # The first half goes at once where it can: nearly all puzzles with 41 clues or more are unique.
     ahead = min(81 - clues, 40)
@@ -148,9 +139,8 @@ def _allowed(givens: list[int]) -> int:
 
 
 def _completes_otherwise(givens: list[int], own: int) -> bool:
-    """Whether 9x9 givens have a completion with another digit in the cell of the candidate `own`: faster than a
-    search for two completions."""
-    alive = _allowed(givens)
+    """Whether 9x9 givens complete with another digit in the cell of the candidate `own`."""
+    alive = _allowed(givens)  # faster than a search for two completions
     others = alive & (0b111111111 << own // 9 * 9) & ~(1 << own)
     return any(_completes(alive & ~_cover(3)[1][other]) for other in _places(others))
 
@@ -166,16 +156,13 @@ def _completes(alive: int) -> bool:
 
 
 def _closed(alive: int) -> int:
-    """The candidates of a 9x9 grid that are left after all forced moves; 0 when a demand has no candidate.
-
-    It handles all demands of a kind at once: shifted onto one another, their bits show which have one candidate left.
-    """
+    """The candidates of a 9x9 grid that are left after all forced moves; 0 when a demand has no candidate."""
     rivals = _cover(3)[1]
     placed = 0
     while True:
         forced = 0
         for base, shifts, spread in _KINDS:
-            once = twice = 0
+            once = twice = 0  # all demands of a kind at once: shifted onto one another
             for shift in shifts:
                 here = alive >> shift & base
                 twice |= once & here  # first: `once` must not hold this candidate yet
@@ -236,10 +223,7 @@ SPLITS = {name: tuple(sorted(islice(_SHUFFLED, size))) for name, size in SPLIT_S
 
 @lru_cache(maxsize=65536)
 def completions(puzzle: str) -> tuple[str, ...]:
-    """Every solved grid that agrees with a puzzle's givens; of a 9x9 puzzle the first MOST_COMPLETIONS.
-
-    Errors: ValueError when the puzzle is not 16 characters 0-4 or 81 characters 0-9, or has no completion.
-    """
+    """Every completion of a puzzle, of 9x9 the first MOST_COMPLETIONS; ValueError on a malformed one, or on none."""
     digits = {16: "01234", 81: "0123456789"}.get(len(puzzle))
     if digits is None or not set(puzzle) <= set(digits):
         raise ValueError(f"puzzle={puzzle!r} must be 16 characters 0-4 or 81 characters 0-9, row by row, 0 for a blank")
