@@ -1,7 +1,7 @@
 """Attribution by ablation: remove one difference between rollout and learner at a time, and measure the log-probs.
 
 Policies between the two differ in one thing each, so that the steps (score before a switch - after it) add up to
-log_mismatch, nats. Logits are fp32: heads are one cause. Padding and batch shape need the learner alone."""
+log_mismatch, nats. Their logits are fp32, so that heads in 16 bits are one cause."""
 
 import copy
 from collections.abc import Callable
@@ -154,6 +154,7 @@ def diagnose(
     replay = exact.logprobs(rollout_policy, rollout, order, micro_batch_size=micro_batch_size)
     # An exact replay runs without a cache: what it misses of the sampler's own record is the cache's.
     steps["cache or sampler"] = torch.where(mask, replay - recorded(rollout, order), 0)
+    # Padding and batch shape are probed on the learner alone.
     steps["padding"] = ours - score(policy, *pad_left(rollout, noise, policy.pad_id))[:, PADDING:]
     whole = score(policy, rollout, noise, micro_batch_size=None)  # all rows at once, against a prompt's rows
     steps["batch shape"] = whole - score(policy, rollout, noise, micro_batch_size=rollout.group_size)

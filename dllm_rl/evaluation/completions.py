@@ -1,6 +1,7 @@
 """Stored completions: a JSONL file that grows during an evaluation, survives a kill, and can be graded again.
 
-Each process appends to NAME.partN.jsonl; as an evaluation begins and ends, the parts are folded into NAME.jsonl."""
+A row holds `prompt`, `completion`, the problem's fields, and under `evaluation` what made the row. Each process appends
+to NAME.partN.jsonl; as an evaluation begins and ends, the parts are folded into NAME.jsonl."""
 
 import hashlib
 import json

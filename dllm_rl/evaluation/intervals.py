@@ -11,7 +11,7 @@ Numbers = Sequence[float] | np.ndarray
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a proportion p = successes/n, in [0, 1] and of positive width; z is normal:
+    """Wilson's score interval (1927) of p = successes/n, z the normal quantile; in [0, 1] and of positive width:
     (p + z^2/2n -+ z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n). ValueError unless 0 <= successes <= n and n >= 1."""
     if not (n >= 1 and 0 <= successes <= n):
         raise ValueError(f"successes={successes} of n={n}: needs 0 <= successes <= n and n >= 1")

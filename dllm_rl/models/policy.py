@@ -122,7 +122,7 @@ def make_policy(
     module: Module, tokenizer: PreTrainedTokenizerBase, spec: FamilySpec | None = None
 ) -> DiffusionPolicy | AutoregressivePolicy:
     """A policy of a module, by default of the family that its config names. A custom module's spec has `attention`,
-    `encode`, `head`, `vocab_size`, `eos_ids` and, unless causal, `mask_id`. Raises ValueError if it does not fit."""
+    `encode`, `head`, `vocab_size`, `eos_ids` and, unless causal, `mask_id`. ValueError on wrong attention or ids."""
     spec = family_spec(module.config, tokenizer) if spec is None else spec
     # A wrong mask or attention would train without an error, so both are checked on the module itself.
     check_spec(module, spec)

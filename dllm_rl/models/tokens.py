@@ -31,7 +31,7 @@ def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]], blank: str | 
 def ids_and_blanks(
     policy: Policy, prompt: str | list[dict[str, str]], blank: str | None
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a prompt, and which are blanks: mask tokens in place of `blank`. Raises ValueError as `text_ids`."""
+    """Token ids of a prompt, and which are blanks: masks for `blank`. ValueError on what the model cannot read."""
     if blank is not None and (not blank or policy.spec.mask_id is None):
         wrong = "is no text" if not blank else "is to be filled in, and the model has no mask token"
         raise ValueError(f"blank={blank!r} {wrong}; leave it at None" + (", or use a diffusion model" if blank else ""))

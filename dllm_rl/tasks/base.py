@@ -33,7 +33,7 @@ class Reward:
 @runtime_checkable
 class Task(Protocol):
     """A sized, indexable collection of problems with a grader. `version` changes whenever a grade may change.
-    Optional: rewards(problems, completions), as `reward` for many; reward_weights, name in the breakdown -> weight."""
+    Optional: rewards(problems, completions) grades many like `reward`; reward_weights: breakdown name -> weight."""
 
     @property
     def name(self) -> str: ...

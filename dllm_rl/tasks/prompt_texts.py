@@ -12,7 +12,7 @@ _MESSAGE = {"role": str, "content": str}
 
 @lru_cache(maxsize=64)
 def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
-    """A template with a line break or a placeholder of `needs`, else a path; ValueError when one is missing."""
+    """A text with a line break or a placeholder, else a file's; ValueError without the file or one of `needs`."""
     if isinstance(template, str) and ("\n" in template or any("{" + name + "}" in template for name in needs)):
         loaded: Prompt = template
     else:
