@@ -34,7 +34,7 @@ def opened(monkeypatch):
         found.append((policy.device.type, next(policy.module.parameters()).dtype))
         return policy
 
-    for room in ("main", "evaluate", "doctor"):
+    for room in ("main", "evaluate"):
         monkeypatch.setattr(f"dllm_rl.cli.{room}.open_policy", spy)
     return found
 
