@@ -20,14 +20,7 @@ from dllm_rl.models.lora import Lora, check_mergeable
 from dllm_rl.tasks.base import Task
 
 
-def _(
-    help: str,
-    default: Any = MISSING,
-    *,
-    pick: str | None = None,
-    like: Callable | None = None,
-    **bound: int,
-) -> Any:
+def _(help: str, default: Any = MISSING, *, pick: str | None = None, like: Callable | None = None, **bound: int) -> Any:
     """A documented field; `pick`: the module of the functions that fit `like` or the default; `bound`: for `Bound`."""
     limits = Bound(**bound) if bound else None
     return field(default=default, metadata={"help": help, "pick": pick, "like": like, "bound": limits})
@@ -72,13 +65,9 @@ class Settings:
         "of the weights, where model is a path; auto is the checkpoint's", "float32"
     )
     float32_head: bool = _("logits in fp32 where the model computes in 16 bits, in rollout and learner alike", True)
-    base_quantization: Literal["nf4", "int8"] | None = _(
-        "a frozen bitsandbytes base, where model is a path and lora is set", None
-    )
+    base_quantization: Literal["nf4", "int8"] | None = _("a frozen bitsandbytes base, of a path with lora", None)
     lora: Callable[[], Lora] | None = _("adapters to train; None: all weights", None, pick="dllm_rl.models.lora")
-    optim: Callable = _(
-        "optimiser: (parameters, lr, betas, weight_decay) -> Optimizer", adamw, pick="dllm_rl.algorithms.optimizers"
-    )
+    optim: Callable = _("(parameters, lr, betas, weight_decay) -> Optimizer", adamw, pick=adamw.__module__)
 
     seed: int = _("the only source of randomness", 0)
     train_batch_size: int = _("prompts, or SFT's sequences, per step, over all processes", 32, at_least=1)
@@ -88,18 +77,12 @@ class Settings:
     adam_beta2: float = _("of AdamW", 0.95, at_least=0, below=1)
     weight_decay: float = _("of AdamW", 0.01, at_least=0)
     max_grad_norm: float = _("gradients are scaled down to this norm", 1.0, above=0)
-    lr_schedule: Callable = _(
-        "(step, num_steps) -> factor on the learning rate", linear_decay, pick="dllm_rl.algorithms.optimizers"
-    )
+    lr_schedule: Callable = _("(step, num_steps) -> factor on the learning rate", linear_decay, pick=adamw.__module__)
     lr_schedule_steps: int | None = _("steps that lr_schedule runs over; None: num_steps", None, at_least=1)
-    gradient_checkpointing: bool = _(
-        "backward recomputes blocks: 1/3 more work, far less memory, same gradients", False
-    )
+    gradient_checkpointing: bool = _("backward recomputes blocks: 1/3 more work, less memory, same gradients", False)
     bf16: bool = _("forwards compute in bf16, weights stay in dtype: with float32 for training all weights", False)
 
-    eval_steps: int = _(
-        "steps between evaluations on validation_task, or of SFT's held-out loss; 0: never", 0, at_least=0
-    )
+    eval_steps: int = _("steps between evaluations on validation_task, or SFT's held-out rows; 0: never", 0, at_least=0)
     eval_batch_size: int = _("problems, or SFT's rows, per evaluation batch", 32, at_least=1)
     logging_steps: int = _("steps between lines on the screen (metrics.jsonl has every step)", 10, at_least=1)
     report_to: str | None = _(
@@ -209,7 +192,7 @@ class Recipe(Settings):
     aggregate: Callable | None = _(
         "how the loss weighs tokens; None: the corrector's paper's choice, else token",
         None,
-        pick="dllm_rl.algorithms.losses",
+        pick=token.__module__,
         like=token,
     )
     rollout_quantization: Callable[[], Any] | None = _(

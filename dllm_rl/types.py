@@ -97,9 +97,7 @@ class Prompts(_Movable):
         if group_size < 1:
             raise ValueError(f"group_size={group_size} must be at least 1")
         if seeds is not None and len(seeds) != len(ids) * group_size:
-            raise ValueError(
-                f"seeds has {len(seeds)} entries; {len(ids)} prompts x {group_size} completions need one each"
-            )
+            raise ValueError(f"seeds has {len(seeds)} entries; {len(ids)} prompts x {group_size} rows need one each")
         return cls(
             tokens=_left_padded(ids, pad_id, torch.long),
             attention_mask=_left_padded([[True] * len(row) for row in ids], False, torch.bool),
@@ -203,14 +201,10 @@ class Rollout(_Movable):
         if params.support != "own":
             raise ValueError(f"support={support!r}: the rollout has {params.support!r} already; take the sampler's own")
         if (self.log_kept_mass if support == "unfiltered" else self.kept_ids) is None:
-            raise ValueError(
-                f"support={support!r} needs what the sampler kept, which is not recorded: "
-                + (
-                    f"ids are recorded for at most {KEPT_IDS} tokens; lower top_k or top_p, or use 'unfiltered'"
-                    if support == "rollout"
-                    else "sample with this library's samplers, or use 'own'"
-                )
-            )
+            advice = "sample with this library's samplers, or use 'own'"
+            if support == "rollout":
+                advice = f"ids are recorded for at most {KEPT_IDS} tokens; lower top_k or top_p, or use 'unfiltered'"
+            raise ValueError(f"support={support!r} needs what the sampler kept, which is not recorded: {advice}")
         changed = dataclasses.replace(self, sampling_params=dataclasses.replace(params, support=support))
         if support == "unfiltered" and self.log_kept_mass is not None:
             return dataclasses.replace(changed, logprobs=self.logprobs + self.log_kept_mass)

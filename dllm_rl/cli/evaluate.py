@@ -39,6 +39,7 @@ from dllm_rl.tasks import Task
 from dllm_rl.tasks.protocols import TASKS, under_protocol
 
 Plan = tuple[dict[str, Any], Callable]  # settings by name, and the sampler bound to them
+Measured = tuple[dict[str, Any], Evaluation]  # settings by name, and what was found at them
 GENERATED = 500  # problems of a task that generates any number
 
 
@@ -52,11 +53,11 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         device = processes.device
     limit = num_problems(task, arguments)
     found: list[dict[str, Any]] = []
-    first: list[tuple[dict[str, Any], Evaluation]] = []  # of the first model, setting by setting
+    first: list[Measured] = []  # of the first model, setting by setting
     for model in arguments.models:
         policy = open_policy(arguments, model, device=device)
         plans = plan(policy, task, arguments)
-        measured: list[tuple[dict[str, Any], Evaluation]] = []
+        measured: list[Measured] = []
         for name, scheme in schemes.items():
             sampled = policy if scheme is None else quantized_copy(policy, scheme())
             for rules, sampler in plans:
@@ -83,22 +84,17 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
                 measured.append((settings, result))
                 row = {**result.summary, **settings} | ({"completions": file.name} if file else {})
                 row["steps"] = row["forwards"] / num_batches(result, arguments, processes)
-                found.append(row | compared(result, settings, first, arguments))
+                found.append(row | compared(result, settings, first, arguments.models[0]))
         first = first or measured  # later models are compared with it
     if processes.is_main_process:
         show(found, arguments)
 
 
-def compared(
-    result: Evaluation,
-    settings: dict[str, Any],
-    first: Sequence[tuple[dict[str, Any], Evaluation]],
-    arguments: argparse.Namespace,
-) -> dict[str, Any]:
+def compared(result: Evaluation, settings: dict[str, Any], first: Sequence[Measured], against: str) -> dict[str, Any]:
     """The differences from the first model at the same settings; nothing for the first model itself."""
     for known, before in first:
         if known == settings:
-            return {"against": str(arguments.models[0]), "difference": paired_differences(result, before)}
+            return {"against": against, "difference": paired_differences(result, before)}
     return {}
 
 
@@ -176,10 +172,8 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan
     if arguments.samples > 1 and arguments.temperature == 0:
         raise ValueError(f"--samples {arguments.samples} at --temperature 0 are all alike; give a temperature above 0")
     lengths = arguments.max_new_tokens or [usual_length(policy, task)]
-    return causal_plans(lengths, arguments) if policy.spec.attention == "causal" else plans_of(lengths, arguments)
-
-
-def causal_plans(lengths: Sequence[int], arguments: argparse.Namespace) -> list[Plan]:
+    if policy.spec.attention != "causal":
+        return plans_of(lengths, arguments)
     for name in ("num_steps", "block_size", "rank", "commit", "cache"):  # ignored, they would promise what was not done
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} has a causal one")

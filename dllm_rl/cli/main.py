@@ -45,9 +45,8 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--top_k", type=int)
     sub.add_argument("--top_p", type=float)
     sub.add_argument("--rank", help="confidence (default), max_prob, margin, entropy or random")
-    sub.add_argument(
-        "--commit", help="schedule (default), threshold=TAU, factor=F, entropy_bound=GAMMA, remask=ETA, edit=TAU ..."
-    )
+    rules = "schedule (default), threshold=TAU, factor=F, entropy_bound=GAMMA, remask=ETA, edit=TAU ..."
+    sub.add_argument("--commit", help=rules)
     sub.add_argument("--cache", help="key-value cache by name, as prefix, or dual=4 for 4 steps a refresh")
     sub.add_argument("--group_size", type=int, default=1, help="completions of each prompt")
     add_model_options(sub)
@@ -97,9 +96,8 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--split", choices=("train", "validation", "test"), help="default: test")
     sub.add_argument("--path", help="a file or folder with the problems")
     sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting of the task")
-    sub.add_argument(
-        "--max_new_tokens", "--lengths", type=_numbers, help="tokens per completion, as 128,256 (default: the task's)"
-    )
+    lengths = "tokens per completion, as 128,256 (default: the task's)"
+    sub.add_argument("--max_new_tokens", "--lengths", type=_numbers, help=lengths)
     sub.add_argument("--num_steps", type=_numbers, help="unmasking steps, as 1,2,4,8 (default: as tokens)")
     sub.add_argument("--quantization", type=_names, help="schemes of the weights, as none,float8_weight_only")
     sub.add_argument("--rank", type=_names, help="as confidence,max_prob")

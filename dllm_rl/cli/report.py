@@ -13,21 +13,10 @@ from typing import Any
 from dllm_rl.checkpoints.run_folder import DEFAULTS
 from dllm_rl.cli.sample import document, template
 from dllm_rl.files import write_text
+from dllm_rl.monitoring import plots
 from dllm_rl.monitoring.health import health
 from dllm_rl.monitoring.json_lines import current_rows, known, warmup_rows
-from dllm_rl.monitoring.plots import (
-    COLOURS,
-    INK,
-    PANELS,
-    SOLVED,
-    column,
-    headline,
-    lines_of,
-    measured,
-    plot,
-    read_metrics,
-    read_summary,
-)
+from dllm_rl.monitoring.plots import COLOURS, INK, PANELS, SOLVED
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.completion_log import shortened
 
@@ -58,7 +47,7 @@ def report_command(directories: Sequence[Path], out: Path | None = None) -> list
             raise ValueError(f"{directory} is no run's folder: it has no metrics.jsonl")
     page = out or directories[0] / "report.html"
     try:
-        pictures = [plot(directory) for directory in directories]  # before the page: an error leaves the old one
+        pictures = [plots.plot(directory) for directory in directories]  # before the page: an error leaves the old one
         text = report([told(directory) for directory in directories])
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"what a run left is damaged, or not a run's: {error!r}") from error
@@ -68,11 +57,10 @@ def report_command(directories: Sequence[Path], out: Path | None = None) -> list
 
 def told(directory: Path) -> Told:
     stored = directory / "completions.jsonl"
-    metrics = directory / "metrics.jsonl"
     completions = current_rows(stored) if stored.exists() else []
-    return Told(
-        directory.resolve().name, read_metrics(directory), warmup_rows(metrics), completions, read_summary(directory)
-    )
+    warmup = warmup_rows(directory / "metrics.jsonl")
+    summary = plots.read_summary(directory)
+    return Told(directory.resolve().name, plots.read_metrics(directory), warmup, completions, summary)
 
 
 def report(runs: Sequence[Told]) -> str:
@@ -81,7 +69,7 @@ def report(runs: Sequence[Told]) -> str:
     groups: list[dict[str, Any]] = []
     for run in runs:
         groups += written(run, many=many)
-    title = f"{len(runs)} runs" if many else headline(runs[0].summary)
+    title = f"{len(runs)} runs" if many else plots.headline(runs[0].summary)
     stored = template("viewer.html") if groups else "<p>None are stored: log_completions_steps was 0.</p>"
     settings = "What differs between the recipes" if many else "The recipe, where it is not the default"
     parts = [
@@ -103,9 +91,7 @@ def shown(text: object) -> str:
 
 
 def table(head: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
-    rows = [row_of("th", head)]
-    for line in lines:
-        rows.append(row_of("td", line))
+    rows = [row_of("th", head), *(row_of("td", line) for line in lines)]
     return f'<div class="scroll" tabindex="0"><table>{"".join(rows)}</table></div>'
 
 
@@ -138,11 +124,7 @@ def result_of(run: Told) -> str:
     after = run.summary.get("eval_after", {})
     if not before or not after:
         return "not ended"
-    name = "reward"
-    for metric in (*SOLVED, "loss"):
-        if metric in after:
-            name = metric
-            break
+    name = next((metric for metric in (*SOLVED, "loss") if metric in after), "reward")
     return f"{before[name]:.3f} → {after[name]:.3f} {name.replace('_', ' ')}"
 
 
@@ -205,8 +187,8 @@ def figures(runs: Sequence[Told]) -> list[str]:
     rows = [run.rows for run in runs]
     drawn = []
     for panel in PANELS:
-        if measured(panel, rows):
-            drawn.append(figure(panel.title, panel.unit, partial(lines_of, runs=rows, panel=panel)))
+        if plots.measured(panel, rows):
+            drawn.append(figure(panel.title, panel.unit, partial(plots.lines_of, runs=rows, panel=panel)))
     if any(map(said_of, runs)):
         drawn.insert(4, figure("Mismatch health", "", partial(healths, runs=runs)))  # after the numbers it judges
     if any(run.warmup for run in runs):
@@ -231,7 +213,7 @@ def healths(axis: Any, runs: Sequence[Told]) -> None:
 def warmups(axis: Any, runs: Sequence[Told]) -> None:
     for i, run in enumerate(runs):
         steps = [row["warmup_step"] + 1 for row in run.warmup]
-        axis.plot(steps, column(run.warmup, "warmup/loss"), linewidth=1.4, color=COLOURS[i % len(COLOURS)])
+        axis.plot(steps, plots.column(run.warmup, "warmup/loss"), linewidth=1.4, color=COLOURS[i % len(COLOURS)])
 
 
 def times(axis: Any, runs: Sequence[Told]) -> None:

@@ -80,9 +80,7 @@ def example(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> Example:
 
 def _pieces(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> tuple[list[Piece], bool]:
     """The row's pieces, and whether only answers are learned."""
-    row = {
-        name: value for name, value in row.items() if value is not None
-    }  # files of mixed rows fill columns with None
+    row = {name: value for name, value in row.items() if value is not None}  # files of mixed rows fill up with None
     if "messages" in row:
         return conversation_ids(policy, row["messages"]), recipe.assistant_only_loss
     if "prompt" in row and "completion" in row:
@@ -218,11 +216,8 @@ def weighted_loss(policy: Policy, layout: Layout, *, packed: bool = False) -> Fl
 @torch.no_grad()
 def check_packing(policy: Policy) -> None:
     """Raise ValueError if a sequence's states depend on the other sequences of its row."""
-    if policy.spec.attention == "block_causal":
-        raise ValueError(
-            f"packing=True does not go with {policy.spec.name!r}, a block-causal model, whose rows are scored in a "
-            "clean and a noisy copy; leave packing off"
-        )
+    if policy.spec.attention == "block_causal":  # its rows are scored in a clean and a noisy copy
+        raise ValueError(f"packing=True does not go with {policy.spec.name!r}, a block-causal model; leave packing off")
     alone = []
     for count in (5, 7):  # of two lengths, so that a state at a wrong place is seen
         ids = (torch.arange(count) + count) % policy.vocab_size
@@ -236,6 +231,5 @@ def check_packing(policy: Policy) -> None:
     apart = [hidden_states(policy, lay_out([one], [[0]], **options), packed=False)[0].float() for one in alone]
     tolerance = 1e-4 if next(policy.module.parameters()).dtype == torch.float32 else 0.1
     if not torch.allclose(together, torch.cat(apart), rtol=tolerance, atol=tolerance):
-        raise ValueError(
-            f"packing=True: sequences in one row of {type(policy.module).__name__} see each other; leave packing off"
-        )
+        name = type(policy.module).__name__
+        raise ValueError(f"packing=True: sequences in one row of {name} see each other; leave packing off")
