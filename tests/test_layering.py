@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "recipe": "bounds tasks algorithms members models likelihoods",
     "testing": "types algorithms models likelihoods quantization",
     # floor 5
-    "checkpoints": "files manifest screen members distributed models recipe",
+    "checkpoints": "files manifest members distributed models recipe",
     "monitoring": "device files screen recipe",
     # floor 6
     "training": "device files manifest rng screen tasks types algorithms distributed models likelihoods "

@@ -61,7 +61,7 @@ def save(
     swap: Swap = alone,
 ) -> Path:
     """Write `directory`/step-NNNNNN, name it in `directory`/latest, and keep the newest `keep`. Raises OSError."""
-    check_finite(f"step {state.step} was not saved", policy, optimizer)  # raises FloatingPointError; nothing is written
+    check_finite(f"step {state.step} was not saved", _tensors(policy, optimizer))  # raises before anything is written
     directory.mkdir(parents=True, exist_ok=True)
     recover_all(directory)
     final = folder_of(directory, state.step)
@@ -100,7 +100,7 @@ def _write_optimizer(folder: Path, optimizer: Saved) -> dict[str, Any]:
 def save_part(step: int, part: Part | None, swap: Swap) -> None:
     """The other processes' side of `save`; a process of another replica has no part."""
     if part is not None:
-        _check_all(f"step {step} was not saved", part.tensors)
+        check_finite(f"step {step} was not saved", part.tensors)
     folder, *_ = swap(None)
     swap({} if part is None else write_part(Path(folder), part))
 
@@ -157,11 +157,7 @@ def _tensors(policy: Policy, optimizer: Saved) -> dict[str, Tensor]:
     return found
 
 
-def check_finite(what: str, policy: Policy, optimizer: Saved) -> None:
-    _check_all(what, _tensors(policy, optimizer))
-
-
-def _check_all(what: str, tensors: Mapping[str, Tensor]) -> None:
+def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # each process checks its rows
         if mine.is_floating_point() and not mine.isfinite().all():
@@ -250,7 +246,7 @@ def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimize
         for name, parameter in policy.module.named_parameters():
             if policy.version and parameter.requires_grad and parameter not in optimizer.state:
                 raise ValueError(f"{folder}: {source.name} holds no moments of {name}, after {policy.version} updates")
-    check_finite(str(folder), policy, optimizer)
+    check_finite(str(folder), _tensors(policy, optimizer))
 
 
 def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:

@@ -2,7 +2,6 @@
 
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
 
 from dllm_rl import manifest
 from dllm_rl.checkpoints import checkpoint
@@ -14,7 +13,7 @@ from dllm_rl.recipe import Recipe, Settings
 
 REHEARSAL = ".rehearsal"  # where a rehearsal writes
 
-# Fields that a resume may change: they do not change what is computed, or only extend it (see `_check_schedule`).
+# Fields that a resume may change: they do not change what is computed, or only extend it (see `_check_recipe`).
 FREE = {
     *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
     *("eval_steps", "eval_batch_size", "mismatch_sample"),
@@ -36,8 +35,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, list[str]]:
         lock(directory / LOCK)
     except BlockingIOError as error:
         raise ValueError(
-            f"output_dir={str(directory)!r} is being written by another run, {error.strerror}; stop that one, or give "
-            "another output_dir"
+            f"output_dir={str(directory)!r} is being written by another run, {error.strerror}; stop it, or give another"
         ) from None
     recover(directory / "reference")  # a kill may have left it between two names
     remove(directory / REHEARSAL)  # a killed run leaves it
@@ -56,10 +54,10 @@ def open_folder(recipe: Settings) -> tuple[Path | None, list[str]]:
         state = TrainingState.read(folder)
         if not isinstance(recipe, Recipe):  # SFT prints the loss before it
             check_types(folder, state.eval_before, {"loss": float}, prefix="eval_before.")
-        before = DEFAULTS | state.recipe  # a setting that the checkpoint lacks had its default
-        _check_same_recipe(before, recipe.settings())
-        _check_schedule(recipe, before, state.step)
-        _check_reference(state, directory / "reference", quick=quick)
+        _check_recipe(recipe, state)
+        reference = directory / "reference"
+        if state.reference is not None and manifest.verify(reference, quick=quick)["sha256"] != state.reference:
+            raise ValueError(f"{reference} is that of another run than the checkpoint's; put the run's own back")
         for path in checkpoint.set_aside(directory / "checkpoints", folder):
             notes.append(f"set aside, as it is not on the way of the resumed run: {path}")
     return folder, notes
@@ -72,18 +70,16 @@ def clear_folder(recipe: Settings) -> None:
             remove(Path(recipe.directory) / name)
 
 
-def _check_same_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
-    before = dict.fromkeys(now) | before
-    for name in now:
-        if name not in FREE and before[name] != now[name]:
+def _check_recipe(recipe: Settings, state: TrainingState) -> None:
+    settings = recipe.settings()
+    before = dict.fromkeys(settings) | DEFAULTS | state.recipe  # a setting that the checkpoint lacks had its default
+    for name, value in settings.items():
+        if name not in FREE and before[name] != value:
             raise ValueError(
-                f"{name}={now[name]!r} differs from the checkpoint's {before[name]!r}; resume with the same recipe"
+                f"{name}={value!r} differs from the checkpoint's {before[name]!r}; resume with the same recipe"
             )
-
-
-def _check_schedule(recipe: Settings, before: dict[str, Any], step: int) -> None:
-    if recipe.num_steps < step:
-        raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {step}; give more steps")
+    if recipe.num_steps < state.step:
+        raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {state.step}; give more")
     then = before["lr_schedule_steps"] or before["num_steps"]
     now = recipe.schedule_steps
     if any(recipe.lr_schedule(i, then) != recipe.lr_schedule(i, now) for i in range(recipe.num_steps)):
@@ -92,8 +88,3 @@ def _check_schedule(recipe: Settings, before: dict[str, Any], step: int) -> None
             f"{field}={now} would change the learning rates of a schedule that began with {then} steps; "
             f"add --lr_schedule_steps {then}"
         )
-
-
-def _check_reference(state: TrainingState, folder: Path, *, quick: bool) -> None:
-    if state.reference is not None and manifest.verify(folder, quick=quick)["sha256"] != state.reference:
-        raise ValueError(f"{folder} is that of another run than the checkpoint's; put the run's own back")

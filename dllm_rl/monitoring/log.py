@@ -10,14 +10,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import GeneralTracker
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, get_available_trackers
 from rich.console import Console, RenderableType
 
 from dllm_rl.device import peak_memory
 from dllm_rl.monitoring.health import PATIENCE
 from dllm_rl.monitoring.json_lines import JsonLines, current_rows, known
 from dllm_rl.monitoring.progress import View
-from dllm_rl.monitoring.trackers import track
+from dllm_rl.recipe import Settings
 from dllm_rl.screen import escape_controls
 
 
@@ -144,6 +145,50 @@ def finite(row: dict[str, float]) -> dict[str, float | None]:
 
 def numbers(row: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in row.items() if math.isfinite(value)}
+
+
+def check_trackers(recipe: Settings) -> None:
+    there = set(map(str, get_available_trackers()))
+    for name in recipe.trackers:
+        if name not in there:
+            raise ValueError(
+                f"report_to={recipe.report_to!r}: {name} is not installed; pip install {name}, or leave it out"
+            )
+
+
+def start_trackers(recipe: Settings, accelerator: Accelerator, *, start: int) -> list[GeneralTracker]:
+    """The main process's trackers: the recipe names the project, the folder the run. Raises ValueError on a failure."""
+    run = Path(recipe.directory).name
+    options: dict[str, dict[str, Any]] = {
+        "tensorboard": {"purge_step": start},
+        "wandb": {"name": run, "dir": recipe.directory},
+        "trackio": {"name": run},
+        "mlflow": {"run_name": run},
+    }
+    try:
+        accelerator.init_trackers(recipe.name, init_kwargs=options)
+        for tracker in accelerator.trackers:
+            if tracker.name != "tensorboard":  # tensorboard would make a separate run of them
+                tracker.store_init_configuration(recipe.settings())
+    except Exception as error:  # of any kind: a tracker's own
+        raise ValueError(f"report_to={recipe.report_to!r} did not start: {error}") from error
+    return list(accelerator.trackers)
+
+
+def track(
+    trackers: list[GeneralTracker], values: dict[str, float], step: int, say: Callable[[str], None]
+) -> list[GeneralTracker]:
+    """Send a step's numbers; returns the trackers that took them. The run goes on without those that fail."""
+    taken = []
+    for tracker in trackers:
+        try:
+            if tracker.name == "tensorboard":  # its folder may be deleted at any time
+                Path(tracker.logging_dir).mkdir(parents=True, exist_ok=True)
+            tracker.log(values, step=step)
+            taken.append(tracker)
+        except Exception as error:  # of any kind: a tracker's own
+            say(f"warning: {tracker.name} takes no more numbers ({error}): the run goes on without it")
+    return taken
 
 
 FIRST = 60.0  # seconds until the first line; the time doubles for each further one

@@ -74,7 +74,11 @@ def grpo_recipe(
     steps = options.get("num_steps") or max_new_tokens
     sampler = partial(unmask, **options)
     likelihood = trajectory(num_segments=None if steps <= SEGMENTS else SEGMENTS)
-    if attention_of(model) == "causal":  # an autoregressive model writes from left to right, and is scored in one view
+    if isinstance(model, str):
+        attention = find_family(read_config(checkpoint_folder(model))).attention  # the config alone says it
+    else:
+        attention = (model if isinstance(model, Policy) else model()).spec.attention
+    if attention == "causal":  # an autoregressive model writes from left to right, and is scored in one view
         sampler = partial(autoregress, **options)
         likelihood = causal()
     fixed: dict[str, Any] = {
@@ -88,10 +92,3 @@ def grpo_recipe(
         "likelihood": likelihood,
     }
     return Recipe(**fixed | settings)
-
-
-def attention_of(model: str | Policy | Callable[..., Policy]) -> str:
-    """The attention of a model, from its config alone where it is a path."""
-    if isinstance(model, str):
-        return find_family(read_config(checkpoint_folder(model))).attention
-    return (model if isinstance(model, Policy) else model()).spec.attention

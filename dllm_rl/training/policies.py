@@ -137,19 +137,12 @@ def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:
 
 def check_compiled(recipe: Recipe) -> None:
     """Raise ValueError if torch_compile has nothing to compile, or would compile again at every step."""
-    if recipe.torch_compile and recipe.rollout_quantization is None:
-        raise ValueError(
-            "torch_compile=True compiles the rollout's copy, and rollout_quantization=None makes none: set one, as "
-            "float8_dynamic, or torch_compile=False"
-        )
-    if recipe.torch_compile and recipe.router_replay is not None:
-        raise ValueError(
-            "torch_compile=True does not go with router_replay='R3': compiled blocks do not say which experts they "
-            "take; leave one out"
-        )
-    cached = getattr(recipe.sampler, "keywords", {}).get("cache") is not None or recipe.likelihood.name == "causal"
-    if recipe.torch_compile and cached:
-        raise ValueError(
-            "torch_compile=True does not go with a cache, whose state would be compiled again at every step: leave out "
-            "the sampler's cache, or set torch_compile=False; an autoregressive sampler always has one"
-        )
+    why = None
+    if recipe.rollout_quantization is None:
+        why = "compiles the rollout's copy, and rollout_quantization=None makes none: set one, as float8_dynamic"
+    elif recipe.router_replay is not None:
+        why = "does not go with router_replay='R3': compiled blocks do not say which experts they take"
+    elif getattr(recipe.sampler, "keywords", {}).get("cache") is not None or recipe.likelihood.name == "causal":
+        why = "does not go with a cache (autoregress always has one), whose state would be compiled again at every step"
+    if recipe.torch_compile and why:
+        raise ValueError(f"torch_compile=True {why}; leave one out")

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_map_only
 
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.optimizer_shards import Swap, in_step, part_of
-from dllm_rl.checkpoints.writer import Writer
 from dllm_rl.distributed.collectives import from_main, versions
 from dllm_rl.distributed.peers import Peers, of_an_exchange
 from dllm_rl.distributed.sharding import sharding_of
@@ -26,7 +25,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training.model_card import card
-from dllm_rl.training.run import Run
+from dllm_rl.training.run import Run, Writer
 from dllm_rl.training.sharded_learner import group_size, on_main
 
 Write = Callable[..., Path]

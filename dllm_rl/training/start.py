@@ -17,8 +17,7 @@ from dllm_rl.distributed.peers import Peers
 from dllm_rl.distributed.stop import Stop, ended_by_launcher, how_to_continue, with_the_run
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.blocks import compile_blocks
-from dllm_rl.monitoring.log import RunLog
-from dllm_rl.monitoring.trackers import check_trackers, start_trackers
+from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.model_card import check_hub
@@ -154,10 +153,8 @@ def check_processes(recipe: Settings, accelerator: Accelerator) -> None:
         size = getattr(recipe, name)
         if size % count:
             least = size // count * count
-            raise ValueError(
-                f"{name}={size} must be a multiple of the {count} processes; nearest that are: "
-                f"{f'{least}, ' if least else ''}{least + count}"
-            )
+            near = f"{f'{least}, ' if least else ''}{least + count}"
+            raise ValueError(f"{name}={size} must be a multiple of the {count} processes; nearest that are: {near}")
 
 
 def rehearsed(recipe: Recipe, accelerator: Accelerator) -> Policy:

@@ -1,14 +1,22 @@
-"""What a run's log does with a deleted folder, and with numbers that JSON does not have."""
+"""What a run's log does with a deleted folder and numbers that JSON does not have; which trackers take them."""
 
 import json
 import math
 import shutil
+from pathlib import Path
+from typing import ClassVar
 
-from accelerate.tracking import TensorBoardTracker
+import pytest
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker
+from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_recipe import tiny_recipe
 
+from dllm_rl.monitoring import log as module
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import plot
+from dllm_rl.training import train
 
 ALWAYS = {"reward": 0.5, "parsed": 1.0, "rollout_corr/k3_kl": 0.0, "rollout_corr/rollout_is_eff_sample_size": 1.0}
 
@@ -78,3 +86,115 @@ def test_a_stage_that_computes_has_the_least_patience_and_a_graders_has_none_to_
         with log.stage(name):
             found[name] = log.patience
     assert found == {"between stages": 10, "rollout": 1, "reward": math.inf, "evaluation": math.inf, "waiting": 10}
+
+
+def events(directory: Path) -> EventAccumulator:
+    (file,) = directory.glob("*/events*")
+    return EventAccumulator(str(file)).Reload()
+
+
+class Recorder(GeneralTracker):
+    """Stands for wandb: it keeps what it is sent."""
+
+    name, requires_logging_directory, main_process_only = "wandb", False, True
+    made: ClassVar[list["Recorder"]] = []
+    fails_at: int | None = None
+
+    def __init__(self, project, **options):
+        super().__init__()
+        self.project, self.options, self.sent, self.config, self.finished = project, options, [], None, False
+        self.made.append(self)
+
+    def start(self):
+        pass
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        self.config = values
+
+    def log(self, values, step=None, **options):
+        if step == self.fails_at:
+            raise RuntimeError("the line is dead")
+        self.sent.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
+    for name in ("accelerate.tracking", "accelerate.accelerator", "dllm_rl.monitoring.log"):
+        monkeypatch.setattr(
+            f"{name}.get_available_trackers", lambda: [LoggerType.TENSORBOARD, LoggerType.WANDB], raising=False
+        )
+    monkeypatch.setattr(Recorder, "made", [])
+    monkeypatch.setattr(Recorder, "fails_at", None)
+    return Recorder
+
+
+def test_tensorboard_is_the_default(tmp_path):
+    train(tiny_recipe(tmp_path, warmup_steps=2, warmup_eval_steps=2))
+    found = events(tmp_path / "tensorboard")
+    assert [event.step for event in found.Scalars("reward")] == [0, 1]
+    assert [event.step for event in found.Scalars("warmup/loss")] == [0, 1]
+
+
+def test_none_is_none(tmp_path):
+    train(tiny_recipe(tmp_path, report_to=None, num_steps=1))
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_others_get_every_step_and_the_recipe(tmp_path, wandb):
+    train(tiny_recipe(tmp_path / "run", report_to="tensorboard,wandb", warmup_steps=2, warmup_eval_steps=2))
+    (made,) = wandb.made
+    assert made.project == "tiny" and made.options == {"name": "run", "dir": str(tmp_path / "run")}
+    assert made.config["rollout_quantization"] == "float8_weight_only" and made.finished
+    assert [step for step, _ in made.sent] == [0, 1], "its steps may not begin at 0 twice: no warm-up"
+    assert made.sent[1][1]["reward"] == events(tmp_path / "run/tensorboard").Scalars("reward")[1].value
+    assert list((tmp_path / "run/tensorboard").glob("*/events*"))
+
+
+def test_a_run_goes_on_without_one_that_fails(tmp_path, wandb, capsys):
+    wandb.fails_at = 0
+    train(tiny_recipe(tmp_path, report_to="wandb"))
+    out = capsys.readouterr().out
+    assert out.count("warning: wandb takes no more numbers (the line is dead): the run goes on without it") == 1
+    assert wandb.made[0].sent == []
+
+
+def test_a_missing_package_is_one_line_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "get_available_trackers", lambda: ["tensorboard"])
+    said = "report_to='tensorboard,trackio': trackio is not installed; pip install trackio, or leave it out"
+    with pytest.raises(ValueError, match=said):
+        train(tiny_recipe(tmp_path / "run", report_to="tensorboard,trackio"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_that_does_not_start_is_one_line(tmp_path, wandb, monkeypatch):
+    def refuse(self):
+        raise KeyError("api_key not configured")
+
+    monkeypatch.setattr(wandb, "start", refuse)
+    with pytest.raises(ValueError, match="report_to='wandb' did not start: 'api_key not configured'"):
+        train(tiny_recipe(tmp_path / "run", report_to="wandb"))
+
+
+def test_an_unknown_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="report_to='comet' is not known; use tensorboard, wandb, trackio, mlflow"):
+        tiny_recipe(tmp_path, report_to="tensorboard, comet")
+    assert tiny_recipe(tmp_path, report_to="tensorboard, wandb").trackers == ["tensorboard", "wandb"]
+
+
+def test_a_resumed_run_purges_what_it_runs_again(tmp_path):
+    """tensorboard hides events of the steps from the resume on, as metrics.jsonl does."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.log_with, accelerator.project_configuration.logging_dir = ["tensorboard"], str(tmp_path)
+    seen = []
+    accelerator.init_trackers = lambda name, init_kwargs: seen.append(init_kwargs["tensorboard"])
+    accelerator.trackers = []
+    module.start_trackers(tiny_recipe(tmp_path), accelerator, start=7)
+    assert seen == [{"purge_step": 7}]

@@ -1,10 +1,155 @@
-"""The record of a run: its state is that of one step, whenever another thread looks."""
+"""Checkpoints that are written while training goes on: the same ones, whole, whatever ends the run."""
 
+import errno
+import os
+import signal
+import threading
+from functools import partial
 from types import SimpleNamespace
 
+import pytest
+import torch
+from runs import assert_same_weights, metrics_of
+from safetensors.torch import load_file
+from tiny_recipe import SIZES, Wrapped, tiny_recipe
+
+from dllm_rl import tiny_masked_lm
+from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.models.lora import Lora
+from dllm_rl.monitoring import plots
+from dllm_rl.monitoring.log import RunLog
+from dllm_rl.tasks.sudoku import Sudoku
+from dllm_rl.training import train
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due
+
+PATIENCE = 600.0  # seconds after which what never comes is given up, the suite's limit
+
+
+def small(directory, **changes):
+    sizes = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
+    settings = {"model": partial(tiny_masked_lm, **sizes), "save_steps": 1, "learning_rate": 5e-3, "num_steps": 3}
+    return tiny_recipe(directory, **settings | {"save_total_limit": 9, "report_to": None, **changes})
+
+
+def writing(monkeypatch, before):
+    """Have `before(step)` called in the middle of each checkpoint's writing."""
+    write = checkpoint._write_optimizer
+
+    def patched(folder, optimizer):
+        if threading.current_thread() is not threading.main_thread():  # else it is the rehearsal's
+            before(int(folder.name.split("-")[1].split(".")[0]))
+        return write(folder, optimizer)
+
+    monkeypatch.setattr(checkpoint, "_write_optimizer", patched)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays(monkeypatch):
+    monkeypatch.setattr(plots, "plot", lambda directory: None)
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+
+
+def contents(folder):
+    tensors = {f"{path.name}: {k}": v for path in folder.rglob("*.safetensors") for k, v in load_file(path).items()}
+    for number, moments in torch.load(folder / "optimizer.pt")["state"].items():
+        tensors |= {f"{kind} of {number}": value for kind, value in moments.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("changes", [{"num_iterations": 2}, {"lora": partial(Lora, r=2, dropout=0.1)}])
+def test_what_is_written_during_the_next_step_is_the_state_before_it(tmp_path, monkeypatch, changes):
+    """Each is written when the step after it has changed the weights; a run goes on from it bit for bit."""
+    train(small(tmp_path / "at once", **changes))
+    written, turns, write = threading.Condition(), [0], RunLog.write
+
+    def done(log, step, metrics):
+        write(log, step, metrics)
+        with written:
+            turns[0] = step + 1
+            written.notify()
+
+    def wait(step):
+        with written:
+            assert step == 3 or written.wait_for(lambda: turns[0] > step, PATIENCE), "training did not go on"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "write", done)
+        writing(patch, wait)
+        whole = train(small(tmp_path / "later", async_save=True, **changes))
+    for step in (0, 1, 2, 3):
+        one, two = (contents(tmp_path / name / "checkpoints" / f"step-00000{step}") for name in ("at once", "later"))
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one), step
+        checkpoint.check(tmp_path / "later" / "checkpoints" / f"step-00000{step}")
+    assert whole["checkpoint"].endswith("step-000003")
+    start = str(tmp_path / "later" / "checkpoints" / "step-000001")
+    again = train(small(tmp_path / "later", async_save=True, resume_from_checkpoint=start, **changes))
+    assert_same_weights(whole, again)
+    assert metrics_of(tmp_path / "at once") == metrics_of(tmp_path / "later")
+
+
+def full(step):
+    if step == 1:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_an_error_of_the_writer_ends_the_run(tmp_path, monkeypatch):
+    writing(monkeypatch, full)
+    with pytest.raises(OSError, match=r"step-000001 was not saved: .*No space left"):
+        train(small(tmp_path, async_save=True))
+    assert [step for step, _ in checkpoint.found(tmp_path / "checkpoints")] == [0]
+    assert not list((tmp_path / "checkpoints").glob(".step*"))
+
+
+def test_or_is_a_warning_where_the_run_is_to_go_on(tmp_path, monkeypatch, capsys):
+    writing(monkeypatch, full)
+    summary = train(small(tmp_path, async_save=True, on_save_error="continue"))
+    assert "warning: " in (out := capsys.readouterr().out) and "step-000001 was not saved" in out.replace("\n", "")
+    assert [step for step, _ in checkpoint.found(tmp_path / "checkpoints")] == [0, 2, 3]
+    assert summary["checkpoint"].endswith("step-000003")
+
+
+class Ending(Wrapped):
+    """Sudoku that raises, or signals its process, at a completion of step 2."""
+
+    def __init__(self, what):
+        super().__init__(Sudoku(split="train", size=32))
+        self.what, self.graded = what, 0
+
+    def reward(self, problem, completion):
+        self.graded += 1
+        if self.graded == 1 + 16 + 4:  # the rehearsal's, the first step's
+            self.what()
+        return self.task.reward(problem, completion)
+
+
+def fail():
+    raise ZeroDivisionError("by zero")
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "steps"),
+    [(fail, Exception, [0, 1]), (partial(os.kill, os.getpid(), signal.SIGTERM), SystemExit, [0, 1, 2])],
+)
+def test_an_error_and_a_signal_wait_for_what_is_being_written(tmp_path, monkeypatch, what, error, steps):
+    """The first checkpoint's writing is held up until the step that ends the run."""
+    ended = threading.Event()
+    task = Ending(lambda: (ended.set(), what()))
+    writing(monkeypatch, lambda step: step == 1 and (ended.wait(PATIENCE) or fail()))
+    with pytest.raises(error):
+        train(small(tmp_path, async_save=True, task=task, num_generations=4))
+    assert ended.is_set()
+    folders = checkpoint.found(tmp_path / "checkpoints")
+    assert [step for step, _ in folders] == steps
+    for _, folder in folders:
+        checkpoint.check(folder)
+
+
+def test_weights_without_a_copy_on_the_host_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="async_save=True does not go with base_quantization='nf4'"):
+        small(tmp_path, async_save=True, base_quantization="nf4", lora=Lora)
 
 
 def test_a_step_replaces_the_state_as_a_whole():

@@ -88,9 +88,8 @@ def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
     sampler = getattr(recipe.sampler, "func", recipe.sampler)
     wanted = sampler_for(policy)
     if sampler in (autoregress, unmask) and sampler is not wanted:
-        raise ValueError(
-            f"sampler={sampler.__name__} is not for {policy.spec.attention!r} attention; use {wanted.__name__}"
-        )
+        attention = policy.spec.attention
+        raise ValueError(f"sampler={sampler.__name__} is not for {attention!r} attention; use {wanted.__name__}")
     limit = policy.spec.max_length
     if limit is not None and prompt_tokens + recipe.max_new_tokens > limit:
         raise ValueError(
@@ -98,17 +97,12 @@ def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
         )
 
 
-def dtype_of(recipe: Recipe, module: Module) -> torch.dtype:
-    """The weights' dtype: the recipe's, or that of a small model as made."""
-    if not isinstance(recipe.model, str):
-        return next(module.parameters()).dtype
-    name = module.config.dtype if recipe.dtype == "auto" else recipe.dtype
-    return getattr(torch, str(name or "float32").removeprefix("torch."))
-
-
 def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> Memory:
     """Bytes per GPU: every GPU holds the full learner, or its part of a sharded one."""
-    dtype = dtype_of(recipe, policy.module)
+    dtype = next(policy.module.parameters()).dtype  # of a small model, as made
+    if isinstance(recipe.model, str):
+        name = policy.module.config.dtype if recipe.dtype == "auto" else recipe.dtype
+        dtype = getattr(torch, str(name or "float32").removeprefix("torch."))
     size = group_size(recipe, launched())
     copied = rollout_bytes(recipe, policy, 2 if recipe.bf16 else dtype.itemsize)
     if size > 1 and recipe.rollout_quantization is None:
@@ -179,11 +173,15 @@ def model_lines(recipe: Recipe, policy: MetaPolicy) -> list[str]:
 def batch_lines(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> list[str]:
     rows = recipe.train_batch_size * recipe.num_generations
     length = recipe.max_new_tokens
+    kept = "none: an update runs every forward again, one at a time"
+    if graphs := most_graphs(recipe, policy, rows=rows):
+        most = "" if recipe.likelihood.name in ONE_VIEW else "up to "
+        kept = f"{most}{graphs} of scoring's forwards, for the first update (kept_graphs)"
     return [
         f"rollout batch         {rows} rows x ({prompt_tokens} assumed prompt + {length} new) tokens: "
         f"{recipe.train_batch_size} prompts x {recipe.num_generations} completions, over all processes",
         f"update batch          {recipe.micro_batch_size or rows} rows at once, {recipe.num_iterations} updates a step",
-        f"graphs kept           {graphs_kept(recipe, policy, rows)}",
+        f"graphs kept           {kept}",
         f"tokens per step       {rows * length:,} sampled, {rows * (length + prompt_tokens):,} in all",
     ]
 
@@ -204,15 +202,6 @@ def memory_lines(recipe: Recipe, found: Memory) -> list[str]:
             "--lora lora_r16, --optim adamw_8bit, --base_quantization nf4, or --shard_size on several GPUs"
         )
     return lines
-
-
-def graphs_kept(recipe: Recipe, policy: MetaPolicy, rows: int) -> str:
-    """Whether the first update goes back through the forwards that scored."""
-    found = most_graphs(recipe, policy, rows=rows)
-    if not found:
-        return "none: an update runs every forward again, one at a time"
-    sure = recipe.likelihood.name in ONE_VIEW
-    return f"{'' if sure else 'up to '}{found} of scoring's forwards, for the first update (kept_graphs)"
 
 
 def fit(peak: int, size: int) -> str:
