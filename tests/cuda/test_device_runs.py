@@ -342,8 +342,8 @@ def on_host(work):
 PLANTED = {
     "sampler, drawn": ("samplers.turns", "uniforms"),
     "sampler, scores": ("samplers.choose", "propose_and_rank"),
-    "scoring, log-probs": ("likelihoods.scoring", "token_logprobs_and_confidences"),
-    "scoring, order": ("likelihoods.scoring", "left_logprobs"),
+    "scoring, log-probs": ("models.order", "token_logprobs_and_confidences"),
+    "scoring, order": ("models.order", "left_logprobs"),
     "learner, masks": ("training.learner", "draw_noise"),
     "learner, loss": ("recipe", "policy_loss"),
     "metrics": ("training.learner", "off_policy_metrics"),

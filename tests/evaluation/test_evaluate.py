@@ -234,7 +234,7 @@ def test_two_processes_give_what_one_gives(policy, tmp_path):
     ]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests/support", Path(__file__).parent))),
         "OMP_NUM_THREADS": "1",
     }
     subprocess.run([*launch, str(script)], check=True, cwd=tmp_path, env=environment, capture_output=True)
