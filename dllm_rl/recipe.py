@@ -61,9 +61,7 @@ class Settings:
 
     name: str = _("name of the run, and of its folder below runs/")
     model: Callable[..., Policy] | str | Policy = _("function (seed=...) -> policy, a policy (copied), or a path")
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = _(
-        "of the weights, where model is a path; auto is the checkpoint's", "float32"
-    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = _("of weights from a path; auto: as stored", "float32")
     float32_head: bool = _("logits in fp32 where the model computes in 16 bits, in rollout and learner alike", True)
     base_quantization: Literal["nf4", "int8"] | None = _("a frozen bitsandbytes base, of a path with lora", None)
     lora: Callable[[], Lora] | None = _("adapters to train; None: all weights", None, pick="dllm_rl.models.lora")
@@ -86,7 +84,7 @@ class Settings:
     eval_batch_size: int = _("problems, or SFT's rows, per evaluation batch", 32, at_least=1)
     logging_steps: int = _("steps between lines on the screen (metrics.jsonl has every step)", 10, at_least=1)
     report_to: str | None = _(
-        "trackers, separated by commas: tensorboard, wandb, trackio, mlflow; none: metrics.jsonl alone", "tensorboard"
+        "trackers, by commas: tensorboard, wandb, trackio, mlflow; none: no tracker", "tensorboard"
     )
     save_steps: int = _("steps between checkpoints", 50, at_least=1)
     save_total_limit: int = _("checkpoints kept, the newest ones", 2, at_least=1)
@@ -184,35 +182,25 @@ class Recipe(Settings):
         like=decoupled,
     )
     loss: Callable | None = _(
-        "the objective (algorithms.surrogates); None: the corrector's own where it brings one, else ppo_clip",
-        None,
-        pick="dllm_rl.algorithms.surrogates",
-        like=ppo_clip,
+        "the objective; None: the corrector's own, else ppo_clip", None, pick=ppo_clip.__module__, like=ppo_clip
     )
     aggregate: Callable | None = _(
-        "how the loss weighs tokens; None: the corrector's paper's choice, else token",
-        None,
-        pick=token.__module__,
-        like=token,
+        "how the loss weighs tokens; None: the corrector's choice, else token", None, pick=token.__module__, like=token
     )
     rollout_quantization: Callable[[], Any] | None = _(
-        "scheme of the rollout's weights", None, pick="dllm_rl.quantization.schemes"
+        "the rollout's scheme", None, pick="dllm_rl.quantization.schemes"
     )
 
     num_generations: int = _("completions per prompt (G)", 8, at_least=1)
-    rollout_batch_size: int | None = _(
-        "completions sampled at a time, a multiple of num_generations; None: all at once", None
-    )
+    rollout_batch_size: int | None = _("completions sampled at a time, whole groups; None: all at once", None)
     micro_batch_size: int | None = _("completions per forward, a multiple of num_generations; None: all at once", None)
     kept_graphs: int = _(
-        "scoring keeps its graphs for the first update up to this many forwards (views x micro-batches)", 1, at_least=0
+        "forwards (views x micro-batches) whose graphs scoring keeps for the first update", 1, at_least=0
     )
     old_logprobs: Literal["recompute", "rollout"] = _(
         "what ratios divide by: the learner's log-probs before the update, or the rollout's (bypass)", "recompute"
     )
-    router_replay: Literal["R3"] | None = _(
-        "experts that the learner's tokens take: R3 the rollout's; none: the learner's routers choose", None
-    )
+    router_replay: Literal["R3"] | None = _("experts of the learner's tokens: R3: the rollout's; none: its own", None)
     mismatch_sample: int = _("groups without advantage scored per step, to measure the mismatch", 2, at_least=1)
     max_prompt_length: int | None = _("tokens; longer training prompts are left out; None: refused", None, at_least=1)
     max_num_gen_batches: int = _("draws of prompts per step, until no group's rewards are all equal", 1, at_least=1)
@@ -228,9 +216,7 @@ class Recipe(Settings):
     torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = _(
         "torch.compile's: default is for all shapes at once; the others for one at a time, with CUDA graphs", "default"
     )
-    shard_size: int = _(
-        "processes (a divisor of all) that shard weights, gradients, optimiser (FSDP2); 0: all; 1: none", 1, at_least=0
-    )
+    shard_size: int = _("processes (a divisor of all) that shard the learner (FSDP2); 0: all; 1: none", 1, at_least=0)
     zero_mismatch: bool = _("batch-invariant arithmetic; stop where rollout and learner differ at all", False)
 
     warmup_steps: int = _("most supervised steps before RL; 0: none", 0, at_least=0)
@@ -241,9 +227,7 @@ class Recipe(Settings):
     warmup_eval_steps: int = _("steps between looks at that metric", 5, at_least=1)
 
     eval_batch_size: int = _("problems per evaluation batch and process", 256, at_least=1)
-    log_completions_steps: int = _(
-        "RL steps between tables of completions, on the screen and in completions.jsonl; 0: never", 50, at_least=0
-    )
+    log_completions_steps: int = _("RL steps between tables of completions, which are kept; 0: never", 50, at_least=0)
     push_to_hub: str | None = _("OWNER/NAME on the Hugging Face hub, for the last checkpoint; none: no upload", None)
     async_save: bool = _("write checkpoints during training, from a host copy of weights and optimiser state", False)
     reward_timeout: float | None = _("seconds per completion's reward; then the process ends: 124", 600.0, above=0)

@@ -188,12 +188,6 @@ class Rollout(_Movable):
         unfiltered  over the whole vocabulary on both sides. The ratio's mean is q(S)/p(S)
         rollout     over S for every policy (DeepSeek-V3.2's "keep sampling mask", arXiv 2512.02556 [digest]). The
                     ratio's mean is 1: weights are unbiased for the learner in S
-
-        Example: p = (.5, .3, .15, .05), q = (.4, .2, .3, .1), top_k=2. S = {0, 1}; token 1 is drawn with .3/.8 = .375.
-            own         .2/(.4 + .3 + .2) = .222, because the learner keeps {0, 2} and adds 1: ratio .222/.375 = .593
-            unfiltered  .2, against the rollout's .3: ratio .667
-            rollout     .2/(.4 + .2) = .333: ratio .889
-        Token 0's ratios are .914, .8 and 1.067. The means under the rollout are .794, .75 = .6/.8, and 1.
         """
         params = self.sampling_params
         if support == params.support or not params.filters:

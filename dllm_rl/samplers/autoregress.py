@@ -40,13 +40,24 @@ def autoregress(
     top_p           only the smallest set of likeliest tokens with this probability is sampled; None: all
     suppress        token ids that are never sampled
     """
+    if policy.spec.attention != "causal":
+        raise ValueError(
+            f"policy is a diffusion model ({type(policy.module).__name__}); autoregress needs a causal one: use unmask"
+        )
+    if prompts.open is not None:
+        raise ValueError("prompts have open positions, which a causal model cannot fill in; use a diffusion model")
+    check_fits(policy, prompts, max_new_tokens)
     sampling_params = SamplingParams(temperature, top_k, top_p, suppress)
-    _check(policy, prompts, max_new_tokens, sampling_params)
+    check_suppress(policy, sampling_params)
     device = policy.device
     num_rows = prompts.num_rows
     # Copies of the last row make up the fewest.
     place = torch.arange(max(FEWEST, num_rows), device=device).clamp(max=num_rows - 1)
-    uniforms = _uniforms(generator, prompts, max_new_tokens).to(device)[place]
+    seeds = row_seeds(generator, num_rows) if prompts.seeds is None else prompts.seeds
+    # One uniform per token, all drawn first: a row's numbers do not depend on when its neighbours end.
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    drawn = [torch.rand(max_new_tokens, generator=row, dtype=torch.float64) for row in generators]
+    uniforms = torch.stack(drawn).to(device)[place]
 
     new = prompts.tokens.to(device)
     attention_mask = prompts.attention_mask.to(device)
@@ -74,27 +85,6 @@ def autoregress(
         if not alive.any():
             break
     return _rollout(policy, prompts, sampling_params, attention_mask[:num_rows], columns)
-
-
-def _check(policy: Policy, prompts: Prompts, max_new_tokens: int, sampling_params: SamplingParams) -> None:
-    if policy.spec.attention != "causal":
-        raise ValueError(
-            f"policy is a diffusion model ({type(policy.module).__name__}); autoregress needs a causal one: use unmask"
-        )
-    if prompts.open is not None:
-        raise ValueError("prompts have open positions, which a causal model cannot fill in; use a diffusion model")
-    check_fits(policy, prompts, max_new_tokens)
-    check_suppress(policy, sampling_params)
-
-
-def _uniforms(generator: Generator, prompts: Prompts, max_new_tokens: int) -> Float[Tensor, "B N"]:
-    """A number in [0, 1) per token, all drawn first: a row's numbers do not depend on when its neighbours end."""
-    seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
-    rows = []
-    for seed in seeds:
-        of_row = torch.Generator().manual_seed(int(seed))
-        rows.append(torch.rand(max_new_tokens, generator=of_row, dtype=torch.float64))
-    return torch.stack(rows)
 
 
 def _draw(

@@ -163,10 +163,8 @@ def highest(scores: Scores, masked: Places, *, count: Counts) -> Places:
 
 
 def steps_per_block(num_steps: int | None, sizes: list[int]) -> list[int]:
-    """Equal shares of steps per block, the remainder on the first; None: one step per position.
-
-    Raises ValueError with fewer steps than blocks.
-    """
+    """Equal shares of steps per block, the remainder on the first; None: one step per position. Raises ValueError with
+    fewer steps than blocks."""
     if num_steps is None:
         return sizes
     if num_steps < len(sizes):

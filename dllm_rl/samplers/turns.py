@@ -66,19 +66,15 @@ class Decision:
 
 
 class BlockQueue:
-    """Host-side bookkeeping per row and block: masked positions and steps left. The host need not wait for the device.
-
-    in_step  rows wait for the slowest row at each block; otherwise each row moves on alone
-    masked   the places that begin masked; None: all of them
-    """
+    """The host's bookkeeping per row and block: masked positions and steps left. It need not wait for the device."""
 
     def __init__(
         self,
         block: Int[Tensor, "B L"],
         num_steps: int | None,
         *,
-        in_step: bool,
-        masked: Bool[Tensor, "B L"] | None = None,
+        in_step: bool,  # rows wait for the slowest row at each block; otherwise each row moves on alone
+        masked: Bool[Tensor, "B L"] | None = None,  # the places that begin masked; None: all of them
     ) -> None:
         block = block.cpu()
         self.in_step = in_step
@@ -134,17 +130,14 @@ def next_turn(canvas: Canvas, queue: BlockQueue, seeds: Int[Tensor, " B"]) -> Tu
     masked = canvas.masked[on_device] & inside
     written = inside & (canvas.unmask_step[on_device] >= 0) if canvas.revised else None
     num_positions = num_masked if written is None else queue.sizes[where]
-    row, place = places(masked if written is None else masked | written, int(num_positions.sum()))
+    offered = masked if written is None else masked | written
+    flat = offered.flatten().nonzero_static(size=int(num_positions.sum()))[:, 0]  # the host knows how many: no wait
+    row = flat // masked.shape[1]
+    place = flat % masked.shape[1]
     canvas_row = on_device[row]
     column = canvas.columns[canvas_row, place]
     position = (row, place, canvas_row, column, seeds[canvas_row], clock[row])
     return Turn(rows, blocks, num_masked, steps_left, num_positions, left, steps, masked, written, *position)
-
-
-def places(mask: Bool[Tensor, "R L"], count: int) -> tuple[Int[Tensor, " K"], Int[Tensor, " K"]]:
-    """Rows and columns where `mask` holds, row by row; `count` is known: the host does not wait for the device."""
-    flat = mask.flatten().nonzero_static(size=count)[:, 0]
-    return flat // mask.shape[1], flat % mask.shape[1]
 
 
 def check_last_step(commit: Callable, turn: Turn, committed: Int[Tensor, " R"]) -> None:

@@ -77,8 +77,7 @@ def unmask(
     masked = None if prompts.open is None else canvas.masked
     queue = BlockQueue(canvas.block, num_steps, in_step=cache is not None, masked=masked)
     states_of = States(policy, canvas, cache, queue.steps)
-    seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
-    seeds = seeds.to(policy.device)
+    seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(policy.device)
     rows_end_early = spec.attention == "block_causal" or approximate_early_exit
 
     while (turn := next_turn(canvas, queue, seeds)) is not None:

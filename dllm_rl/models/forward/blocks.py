@@ -77,8 +77,7 @@ def compile_blocks(policy: Policy, *, mode: str = "default") -> None:
 
     mode  torch.compile's. "default": one compilation for all shapes. "reduce-overhead", "max-autotune": one per shape
           for CUDA graphs, for at most eight shapes; torch runs further shapes uncompiled.
-    Numbers differ from eager ones by rounding. Eager FP8 on a GPU is slower than bf16, because each product rounds its
-    input in six passes (benchmarks/README.md). Only for sampling without a cache: a compiled block is neither
+    Numbers differ from eager ones by rounding. Only for sampling without a cache: a compiled block is neither
     differentiated with adapters nor recomputed, and a growing cache would be compiled again at every step."""
     for block in blocks_of(policy.module, "torch_compile"):
         block.compile(mode=mode, dynamic=mode == "default")
