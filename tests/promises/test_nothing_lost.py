@@ -215,7 +215,7 @@ sys.stdin.read()
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
             assert other.stdout.readline() == "held\n"
             for changes in ({"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}):
-                with pytest.raises(ValueError, match=rf"held by process {other.pid} on \S+; stop that one"):
+                with pytest.raises(ValueError, match=rf"held by process {other.pid} on \S+; stop it"):
                     train(small(tmp_path, num_steps=1, **changes))
             assert (tmp_path / "summary.json").exists()
             other.send_signal(signal.SIGKILL)

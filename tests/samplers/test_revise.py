@@ -179,7 +179,7 @@ def test_filters_caches_and_infilling(policy, options):
 def test_a_likelihood_of_the_order_is_refused(policy):
     rollout = sample(policy, IDS, range(3), num_steps=4, **REMASK)
     for estimator in (estimators.trajectory(), estimators.trajectory(num_segments=2)):
-        with pytest.raises(ValueError, match=r"trajectory.*come back.*remask, edit.*one_step"):
+        with pytest.raises(ValueError, match=r"trajectory.*may rewrite it.*remask, edit.*one_step"):
             estimator.draw(rollout, torch.Generator())
     noise = estimators.coupled().draw(rollout, torch.Generator())
     assert noise.masked.any() and not sample(policy, IDS, range(3), num_steps=4).revised
