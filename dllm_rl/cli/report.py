@@ -198,7 +198,7 @@ def figures(runs: Sequence[Told]) -> list[str]:
 
 def healths(axis: Any, runs: Sequence[Told]) -> None:
     for i, run in enumerate(runs):
-        height = (i - (len(runs) - 1) / 2) * 0.5 / len(runs)  # runs side by side, so that none hides another
+        height = (i - (len(runs) - 1) / 2) * 0.5 / len(runs)  # each run has its own height: no run hides another
         steps = []
         heights = []
         for row in run.rows:

@@ -7,33 +7,19 @@ from functools import partial
 
 import pytest
 import torch
+from doctor_cases import make, prompts, sampler
 from emulated import int3_emulated
 from mixtures import moe, on_a_boundary
 
 from dllm_rl.diagnostics.doctor import ADVICE, diagnose
 from dllm_rl.diagnostics.findings import page, rows
 from dllm_rl.likelihoods.estimators import coupled, trajectory
-from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import fake_quantize
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import dual_cache
-from dllm_rl.samplers.rules import confidence, max_prob, random
-from dllm_rl.samplers.unmask import unmask
-from dllm_rl.types import Prompts, SamplingParams
-
-sampler = partial(unmask, max_new_tokens=8, num_steps=4, temperature=1.0, rank=max_prob)
-
-
-def make(causal=False):
-    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
-    return tiny_llama(characters="123456789", causal=causal, head_std=0.5, **sizes)
-
-
-def prompts():
-    generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(3, 12, (n,), generator=generator).tolist() for n in (5, 9, 3)]
-    return Prompts.from_ids(ids, pad_id=0, group_size=4)
+from dllm_rl.samplers.rules import confidence, random
+from dllm_rl.types import SamplingParams
 
 
 def weights(policy):

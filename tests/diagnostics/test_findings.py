@@ -1,30 +1,12 @@
 """A doctor's report as a table, JSON, a figure and a page."""
 
 import json
-from functools import partial
 
-import torch
+from doctor_cases import make, prompts, sampler
 from emulated import int3_emulated
 
 from dllm_rl.diagnostics.doctor import ADVICE, Cause, Report, WorstToken, diagnose
 from dllm_rl.diagnostics.findings import page, rows, write_doctor
-from dllm_rl.models.tiny import tiny_llama
-from dllm_rl.samplers.rules import max_prob
-from dllm_rl.samplers.unmask import unmask
-from dllm_rl.types import Prompts
-
-sampler = partial(unmask, max_new_tokens=8, num_steps=4, temperature=1.0, rank=max_prob)
-
-
-def make(causal=False):
-    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
-    return tiny_llama(characters="123456789", causal=causal, head_std=0.5, **sizes)
-
-
-def prompts():
-    generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(3, 12, (n,), generator=generator).tolist() for n in (5, 9, 3)]
-    return Prompts.from_ids(ids, pad_id=0, group_size=4)
 
 
 def test_report_is_written_as_table_json_figure_and_page(tmp_path, capsys):

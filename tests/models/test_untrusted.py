@@ -7,28 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from small_checkpoints import SIZES, edit
 
 from dllm_rl import load_policy, load_weights
 from dllm_rl.models.checkpoint.loading import build_empty, checkpoint_folder
 from dllm_rl.models.lora import Lora, add_lora, load_adapter, save_adapter
-from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.untrusted import explodes, without_code
-
-SIZES = {"characters": "0123456789+=", "hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
-
-
-@pytest.fixture(params=["masked_lm", "llama"])
-def folder(request, tmp_path):
-    policy = tiny_masked_lm(**SIZES) if request.param == "masked_lm" else tiny_llama(causal=False, **SIZES)
-    policy.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
-def edit(folder, **fields):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | fields))
-    return config | fields
-
 
 NAMES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 

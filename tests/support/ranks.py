@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -27,10 +28,19 @@ def run_ranks(program: str, processes: int, *arguments: object) -> list[str]:
                 command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
         )
-    try:
-        told = [rank.communicate() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+
+    def end(rank: subprocess.Popen) -> tuple[str, str]:
+        told = rank.communicate()
+        if rank.returncode:  # the others would wait for it
+            for other in ranks:
+                other.kill()
+        return told
+
+    with ThreadPoolExecutor(processes) as threads:
+        try:
+            told = list(threads.map(end, ranks))
+        finally:
+            for rank in ranks:
+                rank.kill()
     assert [rank.returncode for rank in ranks] == [0] * processes, "\n".join(error[-3000:] for _, error in told)
     return [out for out, _ in told]

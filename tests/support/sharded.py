@@ -140,8 +140,8 @@ def families(folder):
 
 
 def plan_and_allocator(cases):
-    """What the plan counts for a process that shares the learner out, against what the allocator says of the second
-    update. The plan may be above by a tenth, and by little below."""
+    """The plan of a process that holds a shard of the learner, against the allocator's own count of an update. The plan
+    may be above by a tenth, and by little below."""
     import test_memory as plan
 
     accelerator = make_accelerator(timeout=600)
@@ -167,13 +167,16 @@ def plan_and_allocator(cases):
             weights=torch.ones_like(old), keep=rollout.completion_mask, reference=None,
             num_tokens=plan.ROWS * plan.LENGTH, num_sequences=plan.ROWS,
         )  # fmt: skip
-        for step in range(2):
+        peaks = []
+        for step in range(6):
             state = [x for each in optimizer.state.values() for x in each.values() if x.dim()]
             held = sum(x.to_local().nbytes for x in [*policy.module.parameters(), *state])
             batch = replace(batch, rollout=replace(rollout, weights_version=step))
             optimizer.zero_grad(set_to_none=True)
             settings = recipe.update_settings(0)
-            peak = held + plan.profiled(partial(update, policy, optimizer, batch, accelerator, **settings))[0]
+            peaks.append(held + plan.profiled(partial(update, policy, optimizer, batch, accelerator, **settings))[0])
+        # Gloo's thread frees a gathered layer when its turn comes: the lowest peak has the shortest wait.
+        peak = min(peaks[1:])
         assert 0.97 * peak < planned.peaks["update"] < 1.1 * peak, (case, peak, planned)
 
 

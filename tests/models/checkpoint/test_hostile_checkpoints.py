@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_checkpoints import SIZES, edit
 from sorting import Mini
 from transformers import PreTrainedModel
 
@@ -15,21 +16,6 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import autoregress, unmask
 from dllm_rl.types import Prompts
-
-SIZES = {"characters": "0123456789+=", "hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
-
-
-@pytest.fixture(params=["masked_lm", "llama"])
-def folder(request, tmp_path):
-    policy = tiny_masked_lm(**SIZES) if request.param == "masked_lm" else tiny_llama(causal=False, **SIZES)
-    policy.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
-def edit(folder, **fields):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | fields))
-    return config | fields
 
 
 @pytest.mark.parametrize("number", [10**7, -1, "many", 1.5])

@@ -9,16 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from dllm_rl import load_policy
 from dllm_rl.models.checkpoint.tensors import INDEX, misfits, renamed, write_tensors
-from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-
-SIZES = {"characters": "0123456789+=", "hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
-
-
-@pytest.fixture(params=["masked_lm", "llama"])
-def folder(request, tmp_path):
-    policy = tiny_masked_lm(**SIZES) if request.param == "masked_lm" else tiny_llama(causal=False, **SIZES)
-    policy.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
 
 
 def tensors(directory) -> dict:

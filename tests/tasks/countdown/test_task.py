@@ -1,8 +1,5 @@
 """Countdown: the solver against enumeration, the generator, and the reward worked by hand."""
 
-import os
-import subprocess
-import sys
 from fractions import Fraction
 from functools import cache
 from itertools import combinations, product
@@ -11,6 +8,7 @@ from random import Random
 import countdown_solver
 import pytest
 from countdown_solver import solve
+from hash_seeds import printed_under_hash_seeds
 
 from dllm_rl.tasks.base import Problem, Task
 from dllm_rl.tasks.countdown import Countdown
@@ -150,12 +148,7 @@ def test_a_problem_depends_on_seed_split_and_index_only() -> None:
         "from dllm_rl.tasks.countdown import Countdown\n"
         "print([p.prompt + p.solution for p in Countdown(size=30, seed=5, count=(3, 6), split='test')])"
     )
-    printed = {
-        subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
-        ).stdout
-        for seed in ("0", "99")
-    }
+    printed = printed_under_hash_seeds(code)
     task = Countdown(size=31, seed=5, count=(3, 6), split="test")
     here = [task[i].prompt + task[i].solution for i in reversed(range(30))][::-1]
     assert printed == {f"{here}\n".encode()}

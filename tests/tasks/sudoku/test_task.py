@@ -1,10 +1,7 @@
 """4x4 Sudoku against brute force, and its reward against values worked by hand."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from hash_seeds import printed_under_hash_seeds
 from small_sudoku import GRID
 
 from dllm_rl.tasks.base import Task
@@ -39,12 +36,7 @@ def test_a_problem_depends_on_seed_split_and_index_only() -> None:
         "from dllm_rl.tasks.sudoku import Sudoku\n"
         "print([Sudoku(size=50, seed=5, split=s)[i].prompt for s in ('train', 'test') for i in range(50)])"
     )
-    printed = {
-        subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
-        ).stdout
-        for seed in ("0", "1", "4242")
-    }
+    printed = printed_under_hash_seeds(code)
     here = [Sudoku(size=50, seed=5, split=s)[i].prompt for s in ("train", "test") for i in reversed(range(50))]
     assert printed == {f"{here[49::-1] + here[:49:-1]}\n".encode()}
     assert Sudoku(size=9)[8] == Sudoku(size=90)[8] != Sudoku(size=90, seed=1)[8]
