@@ -52,6 +52,14 @@ def test_each_module_has_a_test_file():
     assert [path.relative_to(ROOT).as_posix() for path in modules if path.stem not in named] == []
 
 
+def test_no_support_module_has_the_name_of_a_folder_that_runs_leave():
+    """Ruff sorts `from runs import ...` among the package's own imports where a folder `runs` lies beside it."""
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    folders = {line.removesuffix("/") for line in ignored if line.endswith("/")}
+    assert "runs" in folders
+    assert not folders & {path.stem for path in (ROOT / "tests" / "support").glob("*.py")}
+
+
 def test_the_measures_see_what_they_measure():
     source = 'def f(x):\n    """One\n    two"""\n    a, b = x, 1\n    return a if b and a else [i for i in x]\n'
     tree = ast.parse(source)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_weights, metrics_of
+from run_outputs import assert_same_weights, metrics_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.checkpoints import checkpoint

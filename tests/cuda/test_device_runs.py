@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from devices import REAL, Cuda
 from layouts import checkpoint
-from runs import metrics_of
+from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 from torch.utils._pytree import tree_map
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from devices import Cuda
-from runs import metrics_of
+from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import train

@@ -21,7 +21,7 @@ TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS / "faults"), str(TESTS / "support"), str(TESTS.parent)]
 
 from child import run  # noqa: E402
-from runs import metrics_of  # noqa: E402
+from run_outputs import metrics_of  # noqa: E402
 from scenarios import small_recipe  # noqa: E402
 
 from dllm_rl import load_policy  # noqa: E402

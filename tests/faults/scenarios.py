@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import metrics_of
+from run_outputs import metrics_of
 from safetensors.torch import load_file
 from tiny_recipe import SIZES, tiny_recipe
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from layouts import published
 from mixtures import moe
-from runs import metrics_of
+from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 from torch import nn
 from torch.overrides import TorchFunctionMode

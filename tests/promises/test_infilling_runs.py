@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from runs import metrics_of
+from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.algorithms.correctors import none

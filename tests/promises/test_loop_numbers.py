@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulated import five_level_emulated
-from runs import metrics_of
+from run_outputs import metrics_of
 from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
 from dllm_rl import load_policy

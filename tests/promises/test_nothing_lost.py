@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TIMES, assert_same_weights, metrics_of
+from run_outputs import TIMES, assert_same_weights, metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import files, manifest, tiny_masked_lm

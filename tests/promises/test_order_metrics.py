@@ -3,7 +3,7 @@
 from functools import partial
 
 from emulated import five_level_emulated
-from runs import metrics_of
+from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.samplers.rules import confidence, max_prob, random

@@ -7,7 +7,7 @@ import pytest
 import torch
 from emulated import int8_emulated
 from own_module import own_policy
-from runs import metrics_of
+from run_outputs import metrics_of
 from safetensors.torch import load_file
 from tiny_recipe import tiny_recipe
 

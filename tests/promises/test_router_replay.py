@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from emulated import int3_emulated
-from runs import metrics_of
+from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.likelihoods.estimators import elbo

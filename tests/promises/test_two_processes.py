@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from accelerate.state import PartialState
-from runs import metrics_of
+from run_outputs import metrics_of
 from simulated_cuda import SimulatedCuda
 from tiny_recipe import tiny_recipe
 

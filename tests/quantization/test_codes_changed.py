@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from emulated import EMULATED, five_level_emulated
-from runs import metrics_of
+from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 from torch import nn, tensor
 

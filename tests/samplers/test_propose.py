@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import metrics_of
+from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import train

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from own_module import own_policy
-from runs import assert_same_weights, metrics_of
+from run_outputs import assert_same_weights, metrics_of
 from sft_toys import MODELS, ROWS, tiny_sft
 from tiny_recipe import SIZES, tiny_recipe
 

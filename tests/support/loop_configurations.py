@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from runs import metrics_of
+from run_outputs import metrics_of
 from tiny_recipe import OddPuzzles, tiny_recipe
 
 from dllm_rl.algorithms.correctors import compose, qarl, reject, tis

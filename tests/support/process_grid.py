@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 from ranks import run_ranks
-from runs import metrics_of, weights_of
+from run_outputs import metrics_of, weights_of
 from sharded import trained
 from tiny_recipe import OddPuzzles, tiny_recipe, tiny_recipe_ar
 from torch.optim.optimizer import register_optimizer_step_pre_hook

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from runs import assert_same_weights
+from run_outputs import assert_same_weights
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.algorithms.correctors import none

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from emulated import int3_emulated
-from runs import metrics_of
+from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms.correctors import none

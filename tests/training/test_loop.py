@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from emulated import int3_emulated
-from runs import assert_same_weights, metrics_of, weights_of
+from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import OddPuzzles, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import load_policy

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from runs import assert_same_weights, metrics_of
+from run_outputs import assert_same_weights, metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.models.tiny import tiny_masked_lm

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import assert_same_weights, metrics_of
+from run_outputs import assert_same_weights, metrics_of
 from safetensors.torch import load_file
 from tiny_recipe import SIZES, Wrapped, tiny_recipe
 

@@ -12,7 +12,7 @@ import process_grid
 import pytest
 import torch
 from ranks import ROOT, run_ranks
-from runs import assert_same_weights, metrics_of
+from run_outputs import assert_same_weights, metrics_of
 from sharded import recipes, trained
 from tiny_recipe import tiny_recipe
 

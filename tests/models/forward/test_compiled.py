@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from runs import metrics_of
+from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.models.forward.blocks import blocks_of, compile_blocks

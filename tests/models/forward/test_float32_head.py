@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layouts import checkpoint
-from runs import metrics_of
+from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
