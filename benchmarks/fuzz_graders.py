@@ -166,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1_000_000, help="completions per grader")
     parser.add_argument("--symbolic_count", type=int, default=10_000, help="completions for math-verify's grader")
-    parser.add_argument("--tasks", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
+    parser.add_argument("--tasks", nargs="+", default=list(FIELDS), choices=list(FIELDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="add up results instead of a campaign")

@@ -7,6 +7,7 @@ import math
 import sys
 
 import pytest
+from graded import GRADED, fields_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear import linear_time
@@ -17,12 +18,7 @@ from dllm_rl.tasks.math.graders import gsm8k_d1_training
 from dllm_rl.tasks.protocols import PROTOCOLS
 from dllm_rl.tasks.sudoku.graders import sudoku_d1_training
 
-FIELDS = {
-    "sudoku": {"puzzle": "1234341200430021", "solution": "1234341221434321"},
-    "countdown": {"numbers": [3, 4, 5], "target": 17},
-    "gsm8k": {"answer": "42"},
-    "math500": {"answer": "\\frac{1}{2}"},
-}
+FIELDS = {row["task"]: fields_of(row) for row in reversed(GRADED)}  # of a task's first row
 GRADERS = [(task, grader) for task, protocols in PROTOCOLS.items() for grader in dict.fromkeys(protocols.values())] + [
     ("sudoku", sudoku_d1_training),
     ("countdown", countdown_d1_training),

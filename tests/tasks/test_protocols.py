@@ -1,38 +1,36 @@
 """Every parser rule of every protocol, by hand: tests/golden/graded.jsonl holds a completion for each, each way."""
 
-import json
 from pathlib import Path
 
 import pytest
+from graded import GRADED, fields_of
 from sorting import Mini
 
+from dllm_rl import tasks
 from dllm_rl.tasks import Countdown, Sudoku
 from dllm_rl.tasks.protocols import PROTOCOLS, TABLE, TASKS, find_grader, protocol_names, under_protocol
 
-GOLDEN = [json.loads(line) for line in (Path(__file__).parents[1] / "golden" / "graded.jsonl").open()]
-RESULT = {"task", "version", "protocol", "rule", "completion", "value", "parsed", "breakdown"}
 
-
-@pytest.mark.parametrize("row", GOLDEN, ids=lambda row: f"{row['task']}-{row['protocol']}-{row['rule']}")
+@pytest.mark.parametrize("row", GRADED, ids=lambda row: f"{row['task']}-{row['protocol']}-{row['rule']}")
 def test_golden_grades(row: dict) -> None:
     """When a grade is meant to change, change the task's `version` too, and this file."""
-    fields = {name: value for name, value in row.items() if name not in RESULT}
-    graded = find_grader(row["task"], row["protocol"])(fields, row["completion"])
+    graded = find_grader(row["task"], row["protocol"])(fields_of(row), row["completion"])
     assert (graded.value, graded.parsed) == (row["value"], row["parsed"])
     assert dict(graded.breakdown) == row["breakdown"]
     assert TASKS[row["task"]].version == row["version"]
 
 
 def test_the_table_has_a_line_for_each_task() -> None:
-    assert list(TABLE) == ["sudoku", "countdown", "gsm8k", "math500"]
+    folders = {path.parent.name for path in Path(tasks.__file__).parent.glob("*/graders.py")}
+    assert {entry.task.__module__.split(".")[2] for entry in TABLE.values()} == folders >= {"sudoku", "countdown"}
     assert all(entry.task.name == name for name, entry in TABLE.items())
-    assert protocol_names() == ["strict", "d1", "spg", "espo", "math-verify"]
+    assert protocol_names()[:5] == ["strict", "d1", "spg", "espo", "math-verify"]
 
 
 def test_every_protocol_has_a_right_and_a_wrong_completion() -> None:
     for task, protocols in PROTOCOLS.items():
         for protocol in protocols:
-            values = {row["value"] for row in GOLDEN if (row["task"], row["protocol"]) == (task, protocol)}
+            values = {row["value"] for row in GRADED if (row["task"], row["protocol"]) == (task, protocol)}
             assert {0.0, 1.0} <= values, (task, protocol)
 
 
