@@ -14,7 +14,7 @@ import torch
 from benchmarks.measure import in_fresh_process, machine, seconds_and_peak, speed_up, table, write_json
 from benchmarks.presets import PRESETS, make
 from dllm_rl.algorithms import losses
-from dllm_rl.algorithms.surrogates import ppo_clip
+from dllm_rl.algorithms.losses import ppo_clip
 from dllm_rl.likelihoods.estimators import elbo
 from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.training.learner import accumulate_gradients

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from benchmarks.measure import fastest, machine, table, write_json
 from benchmarks.presets import PRESETS, Shape, make
 from dllm_rl.algorithms import losses
-from dllm_rl.algorithms.surrogates import ppo_clip
+from dllm_rl.algorithms.losses import ppo_clip
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, coupled, elbo, one_step
 from dllm_rl.likelihoods.scoring import backward_view
 from dllm_rl.models.base import Policy, copied

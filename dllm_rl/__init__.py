@@ -33,10 +33,8 @@ _HOME = {
     "likelihoods.estimators": "LikelihoodEstimator one_step elbo coupled quadrature block eubo sandwich trajectory "
     "causal",
     "algorithms.advantages": "group_relative leave_one_out decoupled",
-    "algorithms.correctors": "Corrector none tis mis icepop reject ais tbpo aligned qarl compose",
-    "algorithms.weights": "finite",
-    "algorithms.surrogates": "ppo_clip gspo trust_band cispo vespo reinforce",
-    "algorithms.losses": "token sequence constant kl_k3",
+    "algorithms.correctors": "Corrector none tis mis icepop reject ais tbpo aligned qarl compose finite",
+    "algorithms.losses": "ppo_clip gspo trust_band cispo vespo reinforce token sequence constant kl_k3",
     "algorithms.optimizers": "adamw_8bit",
     "training.loop": "train",
     "training.grpo": "grpo grpo_recipe",

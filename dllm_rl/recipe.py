@@ -7,11 +7,9 @@ from types import NoneType
 from typing import Any, Literal, cast, get_args, get_origin
 
 from dllm_rl.algorithms.advantages import decoupled, group_relative
-from dllm_rl.algorithms.correctors import Corrector, none
-from dllm_rl.algorithms.losses import kl_k3, policy_loss, token
+from dllm_rl.algorithms.correctors import Corrector, no_weights, none
+from dllm_rl.algorithms.losses import kl_k3, policy_loss, ppo_clip, surrogate_inputs, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
-from dllm_rl.algorithms.surrogates import ppo_clip, surrogate_inputs
-from dllm_rl.algorithms.weights import no_weights
 from dllm_rl.bounds import Bound, check_bound
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.members import describe, described, plain

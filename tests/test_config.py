@@ -11,8 +11,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.advantages import decoupled
-from dllm_rl.algorithms.losses import sequence
-from dllm_rl.algorithms.surrogates import ppo_clip
+from dllm_rl.algorithms.losses import ppo_clip, sequence
 from dllm_rl.config import from_command_line, override, paths, siblings, usage
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.members import describe

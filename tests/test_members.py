@@ -4,8 +4,7 @@ from functools import partial
 
 import pytest
 
-from dllm_rl.algorithms.losses import token
-from dllm_rl.algorithms.surrogates import ppo_clip
+from dllm_rl.algorithms.losses import ppo_clip, token
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.members import describe, described, helps_of
 from recipes.studies.surrogates import gdsd

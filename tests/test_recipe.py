@@ -9,8 +9,7 @@ import pytest
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors
-from dllm_rl.algorithms.losses import sequence, token
-from dllm_rl.algorithms.surrogates import gspo, ppo_clip, trust_band
+from dllm_rl.algorithms.losses import gspo, ppo_clip, sequence, token, trust_band
 from dllm_rl.config import from_command_line
 from dllm_rl.members import describe
 from dllm_rl.recipe import Recipe, check_bounds

@@ -6,19 +6,260 @@ corrector's metrics are logged as `live/*`, those of all rows as `rollout_corr/*
 surrogate before any KL term, and are 1 off the mask. A token with a non-finite log_mismatch leaves the keep mask.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dllm_rl.algorithms import weights
-from dllm_rl.algorithms.losses import sequence
-from dllm_rl.algorithms.surrogates import trust_band
-from dllm_rl.algorithms.weights import Aggregate, Level, Weigh, alarm, composed, no_weights, rejection
-from dllm_rl.bounds import check_bound
+from dllm_rl.algorithms.losses import MAX_LOG, sequence, trust_band
+from dllm_rl.bounds import Bound, bounded, check_bound
 
-Surrogate = Callable[..., Tensor]  # (log_ratio, advantages, mask, further ones of surrogates.OFFERED)
+Level = str  # "token" or "sequence"
+Aggregate = str  # "product" or "geometric"
+Weighed = tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"], dict[str, float]]
+Weigh = Callable[[Tensor, Tensor, Tensor], Weighed]
+
+
+def no_weights(
+    log_mismatch: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]
+) -> Weighed:
+    """Every weight 1, every token with a finite ratio kept."""
+    _, keep, metrics = finite(log_mismatch, mask)
+    return torch.ones_like(log_mismatch).detach(), keep, metrics
+
+
+def finite(
+    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"], dict[str, float]]:
+    """log_mismatch with 0 wherever it is not finite or not marked, the mask without such tokens, and their share."""
+    keep = mask & log_mismatch.isfinite()
+    lost = 1 - keep.sum().item() / mask.sum().item() if mask.any() else 0.0
+    return torch.where(keep, log_mismatch.detach(), 0), keep, {"rollout_corr/nonfinite_fraction": lost}
+
+
+def per_level(
+    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: Level, aggregate: Aggregate
+) -> Float[Tensor, "B T"]:
+    """The log-ratio at token level, or the row's sum (`product`) or mean (`geometric`) over it; 0 off the mask."""
+    log_w = torch.where(mask, log_mismatch, 0)
+    if level == "token":
+        return log_w
+    if level != "sequence":
+        raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
+    total = log_w.double().sum(-1, keepdim=True)  # fp64: sums over long rows round
+    if aggregate == "geometric":
+        total = total / mask.sum(-1, keepdim=True).clamp(min=1)
+    elif aggregate != "product":
+        raise ValueError(f"aggregate={aggregate!r} must be 'product' or 'geometric'")
+    return torch.where(mask, total.clamp(-MAX_LOG, MAX_LOG).to(log_w.dtype), 0)
+
+
+def ratios(
+    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: Level, aggregate: Aggregate
+) -> Float[Tensor, "B T"]:
+    """exp of `per_level`, whose logs stay within +-MAX_LOG."""
+    return per_level(log_mismatch, mask, level=level, aggregate=aggregate).clamp(-MAX_LOG, MAX_LOG).exp()
+
+
+def _fraction(event: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
+    """Share of the marked tokens at which `event` holds; 0 when none is marked."""
+    return (event & mask).sum().item() / max(mask.sum().item(), 1)
+
+
+@bounded(cap=Bound(at_least=1))
+def truncated_weights(
+    log_mismatch: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    cap: float = 2.0,
+    level: Level = "token",
+    aggregate: Aggregate = "product",
+) -> Weighed:
+    """Truncated importance weights, w = min(rho, cap) [paper: TIS].
+
+    rho_t = exp(log_mismatch_t) per token; per sequence exp of the sum (`product`) or the mean (`geometric`).
+    cap        largest weight, at least 1
+    level      what has a ratio of its own: token or sequence
+    aggregate  of a sequence's tokens: product or geometric
+    """
+    log_mismatch, keep, metrics = finite(log_mismatch, mask)
+    weights = ratios(log_mismatch, keep, level=level, aggregate=aggregate)
+    metrics["tis/capped_fraction"] = _fraction(weights > cap, keep)  # of raw ratios: a weight at the cap is not capped
+    return torch.where(keep, weights.clamp(max=cap), 1), keep, metrics
+
+
+@bounded(low=Bound(at_least=0, at_most=1), high=Bound(at_least=1))
+def masked_weights(
+    log_mismatch: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    low: float = 0.5,
+    high: float = 5.0,
+    level: Level = "token",
+    aggregate: Aggregate = "product",
+) -> Weighed:
+    """Masked importance weights, w = rho inside [low, high] and 0 outside [paper: MIS, IcePop]; rho as in
+    `truncated_weights`.
+
+    low, high  the range of ratios that count
+    level      what has a ratio of its own: token or sequence
+    aggregate  of a sequence's tokens: product or geometric
+    """
+    log_mismatch, keep, metrics = finite(log_mismatch, mask)
+    weights = ratios(log_mismatch, keep, level=level, aggregate=aggregate)
+    outside = (weights < low) | (weights > high)
+    metrics["rollout_corr/rollout_is_oob_ratio"] = _fraction(outside, keep)
+    weights = weights.masked_fill(outside, 0)  # such a token stays in the mask: the loss's denominator does not change
+    return torch.where(keep, weights, 1), keep, metrics
+
+
+@bounded(bound=Bound(at_least=0))
+def rejection(
+    log_mismatch: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    level: Level = "sequence",
+    statistic: str = "k3",
+    bound: float = 0.001,
+    aggregate: str = "mean",
+) -> Weighed:
+    """Drop what disagrees too much from the MASK, and so from the loss's denominator; weights stay 1.
+
+    With d = log_mismatch clamped to +-20: k1 = -d, k2 = d^2/2, k3 = exp(d) - 1 - d, nats. |k| is compared, for a
+    sequence after aggregation. Sources: verl's names, VeXact's default (sequence mean of k3 above 0.001 fits bf16
+    kernels; low-bit rollouts need more) [digest].
+    level      what is dropped: token or sequence
+    statistic  k1, k2 or k3
+    bound      its largest value that is kept, nats
+    aggregate  of a sequence's tokens: mean, sum or max
+    """
+    d, finite_mask, metrics = finite(log_mismatch, mask)
+    d = d.clamp(-MAX_LOG, MAX_LOG)  # exp(d) overflows fp32 at 89
+    match statistic:
+        case "k1":
+            k = -d
+        case "k2":
+            k = d.square() / 2
+        case "k3":
+            k = torch.expm1(d) - d  # exp(d) - 1 would cancel near 0, where nearly all tokens are
+        case _:
+            raise ValueError(f"statistic={statistic!r} must be 'k1', 'k2' or 'k3'")
+    if level == "sequence":
+        match aggregate:
+            case "mean":
+                k = k.sum(-1, keepdim=True) / finite_mask.sum(-1, keepdim=True).clamp(min=1)
+            case "sum":
+                k = k.sum(-1, keepdim=True)
+            case "max":
+                k = k.abs().amax(-1, keepdim=True)
+            case _:
+                raise ValueError(f"aggregate={aggregate!r} must be 'mean', 'sum' or 'max'")
+    elif level != "token":
+        raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
+    keep = finite_mask & (k.abs() <= bound)
+    dropped = finite_mask & ~keep
+    rows = finite_mask.any(-1).sum().item()
+    metrics["rollout_corr/rollout_rs_masked_fraction"] = _fraction(dropped, finite_mask)
+    metrics["rollout_corr/rollout_rs_seq_masked_fraction"] = dropped.any(-1).sum().item() / max(rows, 1)
+    return torch.ones_like(d), keep, metrics
+
+
+@bounded(tau=Bound(above=0))
+def alarm(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
+    """lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): 0 on-policy, towards 1 with the mismatch [ours: AIS's is not
+    public]."""
+    return 1 - reliability * (tau / (divergence + tau)) * (1 / (1 + variation))
+
+
+@bounded(cap=Bound(at_least=1), tau=Bound(above=0))
+def adaptive_weights(
+    log_mismatch: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    cap: float = 2.0,
+    tau: float = 0.05,
+    combine: Callable[..., float] = alarm,
+    aggregate: Aggregate = "product",
+    level: Level = "token",
+) -> Weighed:
+    """AIS (arXiv 2605.13907): one lam in [0, 1] for the batch mixes the uncorrected gradient and the TIS one.
+        m_t = 1 + lam (min(w_t, cap) - 1),   w_t = exp(log_mismatch_t)
+        rho = (sum w)^2 / (B sum w^2) over SEQUENCE weights: reliability [digest]; B counts rows that have a token
+        D   = mean |log_mismatch| over tokens, nats: divergence severity [digest]
+        CV  = std(w) / mean(w) over TOKEN weights: variance amplification [digest]
+    All three are of the corrected rows. Truncation [digest], cap 2 [ours]. No gradient goes through lam or w.
+    cap        largest weight
+    tau        nats of mean |log_mismatch| at which half the trust is gone, above 0
+    combine    function (rho, D, CV, *, tau) -> lam; a result outside [0, 1] is clamped to it
+    aggregate  of a sequence's tokens, in rho and in weights of sequences: product or geometric
+    level      of the weights that are mixed: token, or sequence
+    """
+    log_mismatch, keep, metrics = finite(log_mismatch, mask)
+    log_w = log_mismatch.clamp(-MAX_LOG, MAX_LOG)
+    reliability = 1.0  # without a token lam is what it is on-policy
+    divergence = 0.0
+    variation = 0.0
+    if keep.any():
+        w = log_w[keep].double().exp()
+        rows = per_level(log_mismatch, keep, level="sequence", aggregate=aggregate).double()
+        log_rows = torch.where(keep, rows, -torch.inf).amax(-1)[keep.any(-1)]
+        scaled = (log_rows - log_rows.max()).exp()  # rho does not change with the scale, and no square overflows
+        reliability = min(1.0, (scaled.sum().square() / (len(scaled) * scaled.square().sum())).item())
+        divergence = log_mismatch[keep].double().abs().mean().item()
+        variation = (w.std(correction=0) / w.mean()).item()
+    capped = ratios(log_mismatch, keep, level=level, aggregate=aggregate).clamp(max=cap)
+    lam = min(1.0, max(0.0, combine(reliability, divergence, variation, tau=tau)))
+    weights = torch.lerp(torch.ones_like(capped), capped, lam)  # exact at lam = 0, and at lam = 1
+    metrics |= {"ais/rho": reliability, "ais/D": divergence, "ais/CV": variation, "ais/lambda": lam}
+    return torch.where(keep, weights, 1), keep, metrics
+
+
+@bounded(c=Bound(at_least=1))
+def band_weights(
+    log_mismatch: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"], *, c: float = 2.0
+) -> Weighed:
+    """TBPO's weight exp(clamp(mean_t log_mismatch, -log c, log c)), one per row (QaRL, arXiv 2604.07853, eq. 5 [paper],
+    clamp in log space [ours], length-normalised ratio [digest]).
+
+    c  the largest weight, and one over the smallest; at least 1
+    """
+    log_mismatch, keep, metrics = finite(log_mismatch, mask)
+    log_w = per_level(log_mismatch, keep, level="sequence", aggregate="geometric")
+    bound = math.log(c)
+    metrics["tbpo/capped_fraction"] = _fraction(log_w.abs() > bound, keep)
+    return log_w.clamp(-bound, bound).exp(), keep, metrics
+
+
+def composed(
+    log_mismatch: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    weighs: tuple[Weigh, ...],
+) -> Weighed:
+    """The product of the weights and the intersection of the keep masks. A metric that two parts log with different
+    values gets the part's number as a suffix."""
+    weights = torch.ones_like(log_mismatch).detach()
+    keep = mask
+    metrics: dict[str, float] = {}
+    for i, weigh in enumerate(weighs, start=1):
+        w, kept, found = weigh(log_mismatch, advantages, mask)  # the whole mask, so that their order does not matter
+        weights = weights * w
+        keep = keep & kept
+        for name, value in found.items():
+            metrics[name if metrics.get(name, value) == value else f"{name}_{i}"] = value
+    return weights, keep, metrics
+
+
+Surrogate = Callable[..., Tensor]  # (log_ratio, advantages, mask, further ones of losses.OFFERED)
 Aggregation = Callable[..., Tensor]  # of losses: (mask, *, num_tokens, num_sequences) -> coefficients
 
 
@@ -26,7 +267,7 @@ Aggregation = Callable[..., Tensor]  # of losses: (mask, *, num_tokens, num_sequ
 class Corrector:
     """weigh          (log_mismatch (B, T), advantages (B,), mask (B, T)) -> detached weights, keep mask, metrics
     align_forward  the learner's forward runs through the rollout's quantised operands
-    surrogate      the objective (see `algorithms.surrogates`) of a method that brings one; None: the recipe's `loss`
+    surrogate      the objective (see `algorithms.losses`) of a method that brings one; None: the recipe's `loss`
     aggregate      that method's aggregation, where the recipe names none
     """
 
@@ -46,12 +287,12 @@ def none() -> Corrector:
 
 def tis(*, cap: float = 2.0, level: Level = "token", aggregate: Aggregate = "product") -> Corrector:
     """Truncated importance sampling; see `truncated_weights`."""
-    return Corrector(weigh=partial(weights.truncated_weights, cap=cap, level=level, aggregate=aggregate))
+    return Corrector(weigh=partial(truncated_weights, cap=cap, level=level, aggregate=aggregate))
 
 
 def mis(*, low: float = 0.5, high: float = 2.0, level: Level = "token", aggregate: Aggregate = "product") -> Corrector:
     """Masked importance sampling; see `masked_weights`."""
-    return Corrector(weigh=partial(weights.masked_weights, low=low, high=high, level=level, aggregate=aggregate))
+    return Corrector(weigh=partial(masked_weights, low=low, high=high, level=level, aggregate=aggregate))
 
 
 def icepop(*, low: float = 0.5, high: float = 5.0) -> Corrector:
@@ -75,7 +316,7 @@ def ais(
     level: Level = "token",
 ) -> Corrector:
     """Adaptive importance sampling; see `adaptive_weights`."""
-    bound = partial(weights.adaptive_weights, cap=cap, tau=tau, combine=combine, aggregate=aggregate, level=level)
+    bound = partial(adaptive_weights, cap=cap, tau=tau, combine=combine, aggregate=aggregate, level=level)
     return Corrector(weigh=bound)
 
 
@@ -85,7 +326,7 @@ def tbpo(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-
     The defaults fit long autoregressive responses [digest]; diffusion likelihoods move more and need wider bands.
     """
     surrogate = partial(trust_band, eps_high=eps_high, neg_low=neg_low, neg_high=neg_high)
-    return Corrector(weigh=partial(weights.band_weights, c=c), surrogate=surrogate, aggregate=sequence)
+    return Corrector(weigh=partial(band_weights, c=c), surrogate=surrogate, aggregate=sequence)
 
 
 def aligned() -> Corrector:

@@ -12,25 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Generator, Tensor
+from torch import Tensor
 
 from dllm_rl.algorithms.losses import MAX_LOG
 from dllm_rl.types import Batch
 
 PREFIX = "rollout_corr/"
-
-
-def group_weights(learned: Bool[Tensor, " P"], sample: int, generator: Generator) -> Float[Tensor, " P"]:
-    """Each group's weight in an estimate over all groups: 1 if the step learns from it, else others / drawn for at most
-    `sample` groups drawn without replacement, else 0.
-
-    E[sum_p weight_p x_p] = sum_p x_p for every x (Horvitz and Thompson 1952, two strata).
-    """
-    others = (~learned).nonzero()[:, 0].cpu()  # where the generator is
-    drawn = others[torch.randperm(len(others), generator=generator)[:sample]]
-    weights = learned.double()
-    weights[drawn.to(learned.device)] = len(others) / max(len(drawn), 1)
-    return weights
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
-from dllm_rl.samplers.propose import rank_only
+from dllm_rl.samplers.choose import rank_only
 from dllm_rl.samplers.rules import RANKS, highest, rank_inputs
 from dllm_rl.types import Rollout
 

@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.bounds import Bound, bounded
+from dllm_rl.samplers.canvas import Decision, Turn, check_last_step
 from dllm_rl.samplers.rules import Counts, Places, Scores, name_of, threshold
-from dllm_rl.samplers.turns import Decision, Turn, check_last_step
 
 OFFERED = ("written", "changed", "steps")
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, none
-from dllm_rl.algorithms.losses import kl_k2, policy_loss, sequence
-from dllm_rl.algorithms.surrogates import ppo_clip
+from dllm_rl.algorithms.losses import kl_k2, policy_loss, ppo_clip, sequence
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Batch, Noise, Rollout

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import takes_parts
-from dllm_rl.algorithms.surrogates import ppo_clip
-from dllm_rl.algorithms.weights import no_weights
+from dllm_rl.algorithms.correctors import no_weights
+from dllm_rl.algorithms.losses import ppo_clip
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.rules import name_of, order_has_law, rank_inputs
 

@@ -15,9 +15,8 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.algorithms.correctors import Corrector
+from dllm_rl.algorithms.correctors import Corrector, Weighed
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, off_policy_metrics, symptom_metrics
-from dllm_rl.algorithms.weights import Weighed
 from dllm_rl.device import send
 from dllm_rl.distributed.collectives import Metrics, gather_on_host, local, reduce_metrics, sum_gradients, waited
 from dllm_rl.distributed.sharding import in_pace

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Integer
-from torch import Tensor
+from torch import Generator, Tensor
 
-from dllm_rl.algorithms.mismatch import PREFIX, group_weights
+from dllm_rl.algorithms.mismatch import PREFIX
 from dllm_rl.device import send
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
 from dllm_rl.distributed.collectives import local, reduce_metrics, sum_over
@@ -44,6 +44,19 @@ def measured_groups(recipe: Recipe, advantages: Float[Tensor, "P G"], step: int)
     """Weights of groups in the mismatch metrics (`group_weights`): learned groups, `mismatch_sample` of the others."""
     generator = generator_for(recipe.seed, "mismatch sample", step)  # the same groups in every process
     return group_weights(learned_groups(recipe, advantages), recipe.mismatch_sample, generator)
+
+
+def group_weights(learned: Bool[Tensor, " P"], sample: int, generator: Generator) -> Float[Tensor, " P"]:
+    """Each group's weight in an estimate over all groups: 1 if the step learns from it, else others / drawn for at most
+    `sample` groups drawn without replacement, else 0.
+
+    E[sum_p weight_p x_p] = sum_p x_p for every x (Horvitz and Thompson 1952, two strata).
+    """
+    others = (~learned).nonzero()[:, 0].cpu()  # where the generator is
+    drawn = others[torch.randperm(len(others), generator=generator)[:sample]]
+    weights = learned.double()
+    weights[drawn.to(learned.device)] = len(others) / max(len(drawn), 1)
+    return weights
 
 
 def draw_noise(

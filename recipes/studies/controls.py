@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dllm_rl.algorithms.correctors import Corrector, ais
-from dllm_rl.algorithms.weights import Weigh, Weighed
+from dllm_rl.algorithms.correctors import Corrector, Weigh, Weighed, ais
 from dllm_rl.rng import generator_for
 
 

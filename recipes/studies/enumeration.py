@@ -18,8 +18,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.algorithms.correctors import Corrector
-from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss
-from dllm_rl.algorithms.surrogates import ppo_clip
+from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, trajectory
 from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models.base import Policy

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms import surrogates
+from dllm_rl.algorithms import losses
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.types import Rollout
 from recipes.studies import surrogates as published
@@ -61,22 +61,22 @@ def ebpo_a_row(log_ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Te
 
 
 SURROGATES = {
-    "reinforce": surrogates.reinforce,
-    "r A, no clip": partial(surrogates.ppo_clip, epsilon=1e8),
-    "ppo_clip, .2": partial(surrogates.ppo_clip, epsilon=0.2),
-    "dual clip, delta 1.2": partial(surrogates.ppo_clip, epsilon=0.2, delta=1.2),
-    "dual clip, delta 3": partial(surrogates.ppo_clip, epsilon=0.2, delta=3.0),
-    "DAPO, .2 and .28": partial(surrogates.ppo_clip, epsilon=0.2, epsilon_high=0.28),
-    "cispo, 5": surrogates.cispo,
-    "vespo": surrogates.vespo,
-    "gspo, .2": partial(surrogates.gspo, epsilon=0.2, epsilon_high=0.2),
+    "reinforce": losses.reinforce,
+    "r A, no clip": partial(losses.ppo_clip, epsilon=1e8),
+    "ppo_clip, .2": partial(losses.ppo_clip, epsilon=0.2),
+    "dual clip, delta 1.2": partial(losses.ppo_clip, epsilon=0.2, delta=1.2),
+    "dual clip, delta 3": partial(losses.ppo_clip, epsilon=0.2, delta=3.0),
+    "DAPO, .2 and .28": partial(losses.ppo_clip, epsilon=0.2, epsilon_high=0.28),
+    "cispo, 5": losses.cispo,
+    "vespo": losses.vespo,
+    "gspo, .2": partial(losses.gspo, epsilon=0.2, epsilon_high=0.2),
     "dppo_tv, .2": published.dppo_tv,
     "bgpo, .2 and 3": published.bgpo,
     "ebpo, .2": ebpo_a_row,
     "gdsd, .04": published.gdsd,
     "stable_drl, 5": published.stable_drl,
     "sequence_masked, .1": partial(published.sequence_masked, bound=0.1),
-    "TBPO's band, .05": partial(surrogates.trust_band, **BAND),
+    "TBPO's band, .05": partial(losses.trust_band, **BAND),
 }
 ESTIMATORS = {
     "trajectory": lik.trajectory(),

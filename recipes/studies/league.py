@@ -24,8 +24,7 @@ from torch import Tensor
 
 from dllm_rl.algorithms.advantages import group_relative, leave_one_out
 from dllm_rl.algorithms.correctors import ais, none
-from dllm_rl.algorithms.losses import sequence, token
-from dllm_rl.algorithms.surrogates import gspo, ppo_clip, reinforce
+from dllm_rl.algorithms.losses import gspo, ppo_clip, reinforce, sequence, token
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.quantization.schemes import float8_weight_only

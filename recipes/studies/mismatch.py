@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.surrogates import ppo_clip
+from dllm_rl.algorithms.losses import ppo_clip
 from dllm_rl.quantization.schemes import fake_quantize
 from dllm_rl.samplers.rules import confidence, random
 from recipes.studies import mismatch_report

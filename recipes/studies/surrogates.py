@@ -1,6 +1,6 @@
 """Published surrogates that are no part of the package: a method needs no file there.
 
-What a surrogate takes: `dllm_rl.algorithms.surrogates`. On the command line one is named by module and function:
+What a surrogate takes: `dllm_rl.algorithms.losses`. On the command line one is named by module and function:
 
     python recipes/sudoku_tiny.py --loss recipes.studies.surrogates:gdsd --aggregate sequence
 """
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dllm_rl.algorithms.surrogates import exp_ratio, ppo_clip, row_mean
+from dllm_rl.algorithms.losses import exp_ratio, ppo_clip, row_mean
 from dllm_rl.bounds import Bound, bounded
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.surrogates import gspo
+from dllm_rl.algorithms.losses import gspo
 from dllm_rl.testing import check_corrector
 
 CORRECTORS = {

@@ -6,14 +6,14 @@ from functools import partial
 
 import pytest
 import torch
-from ratio_example import MASK, close, weigh
+from ratio_example import LN2, MASK, A, X, close, weigh
 from torch import tensor
 from torch.testing import assert_close
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.losses import sequence, token
-from dllm_rl.algorithms.surrogates import gspo
-from dllm_rl.testing import make_batch
+from dllm_rl.algorithms import correctors as weighing
+from dllm_rl.algorithms.losses import gspo, sequence, token
+from dllm_rl.testing import loss_of, make_batch
 from recipes.sudoku_tiny import recipe as main_job
 
 
@@ -27,8 +27,8 @@ def test_defaults():
     # rho up to 8 under a cap of 2; the band [1/2, 2] of mis, [1/2, 5] of the bare weights and of icepop.
     capped, banded = [[1, 2, 2, 0.5], [0.25, 1, 2, 0], [1, 1, 0, 0]], [[1, 2, 4, 0.5], [0, 1, 0, 0], [1, 1, 0, 0]]
     close(weigh(c.tis())[0], capped)
-    close(weigh(c.Corrector(weigh=c.weights.truncated_weights))[0], capped)
-    close(weigh(c.Corrector(weigh=c.weights.masked_weights))[0], banded)
+    close(weigh(c.Corrector(weigh=c.truncated_weights))[0], capped)
+    close(weigh(c.Corrector(weigh=c.masked_weights))[0], banded)
     assert c.mis().weigh.keywords == {"low": 0.5, "high": 2.0, "level": "token", "aggregate": "product"}
     surrogate = main_job.surrogate(tensor([[0.5, -0.5]]), tensor([1.0]), tensor([[True, True]]))
     assert_close(surrogate, tensor([[1.2, math.exp(-0.5)]]))  # clipped at 1 + 0.2
@@ -83,3 +83,225 @@ def test_compose_takes_the_one_surrogate_that_is_brought():
     assert c.compose() == c.none()
     with pytest.raises(ValueError, match=r"2 parts bring an objective; keep one: replace\(part, surrogate=None\)"):
         c.compose(c.tbpo(), c.Corrector(surrogate=mine))
+
+
+def test_token_tis():
+    weights, keep, metrics = weigh(c.tis(cap=3.0))
+    close(weights, [[1, 2, 3, 0.5], [0.25, 1, 3, 0], [1, 1, 0, 0]])
+    assert torch.equal(keep, MASK)
+    assert metrics["tis/capped_fraction"] == pytest.approx(2 / 9)
+
+
+def test_sequence_tis_by_product_and_by_geometric_mean():
+    close(weigh(c.tis(level="sequence", cap=3.0))[0], [[3, 3, 3, 3], [2, 2, 2, 0], [1, 1, 0, 0]])
+    root2, cube2 = math.sqrt(2), 2 ** (1 / 3)
+    weights = weigh(c.tis(level="sequence", aggregate="geometric", cap=1.3))[0]
+    close(weights, [[1.3] * 4, [cube2, cube2, cube2, 0], [1, 1, 0, 0]])
+    close(weigh(c.tis(level="sequence", aggregate="geometric"))[0][0], [root2] * 4)
+
+
+def test_mis_and_icepop_zero_what_is_outside_but_keep_it_in_the_mask():
+    weights, keep, metrics = weigh(c.mis(low=0.4, high=5.0))
+    close(weights, [[1, 2, 4, 0.5], [0, 1, 0, 0], [1, 1, 0, 0]])
+    assert torch.equal(keep, MASK)
+    assert metrics["rollout_corr/rollout_is_oob_ratio"] == pytest.approx(2 / 9)
+    close(weigh(c.icepop(low=0.4))[0], weights)
+    close(weigh(c.mis(low=0.5, high=3.0, level="sequence"))[0], [[0] * 4, [2, 2, 2, 0], [1, 1, 0, 0]])
+    assert c.icepop().weigh.keywords == {"low": 0.5, "high": 5.0, "level": "token", "aggregate": "product"}
+
+
+# k3 = rho - 1 - ln rho: 0, 1 - ln 2, 3 - 2 ln 2, -1/2 + ln 2 in row 0; -3/4 + 2 ln 2, 0, 7 - 3 ln 2 in row 1.
+# Row sums: 3.5 - 2 ln 2 = 2.1137 and 6.25 - ln 2 = 5.5569; means 0.5284 and 1.8523; maxima 1.6137 and 4.9206.
+@pytest.mark.parametrize(
+    ("options", "dropped"),
+    [
+        ({"level": "token", "statistic": "k3", "bound": 1.0}, [(0, 2), (1, 2)]),
+        ({"level": "token", "statistic": "k1", "bound": 1.3}, [(0, 2), (1, 0), (1, 2)]),  # |ln rho|: 2 ln 2 = 1.386
+        ({"level": "token", "statistic": "k2", "bound": 1.0}, [(1, 2)]),  # (3 ln 2)^2/2 = 2.16, (2 ln 2)^2/2 = 0.96
+        ({"statistic": "k3", "bound": 1.0}, [(1, 0), (1, 1), (1, 2)]),
+        ({"statistic": "k3", "bound": 1.5}, [(1, 0), (1, 1), (1, 2)]),  # a mean over three tokens, not four columns
+        ({"statistic": "k3", "aggregate": "sum", "bound": 2.1}, [(r, t) for r in (0, 1) for t in range(4 - r)]),
+        ({"statistic": "k3", "aggregate": "max", "bound": 1.62}, [(1, 0), (1, 1), (1, 2)]),
+        # Signed before the absolute value: row means of -ln rho are -(2/4) ln 2 = -0.347 and -(1/3) ln 2 = -0.231.
+        ({"statistic": "k1", "bound": 0.3}, [(0, t) for t in range(4)]),
+        # The largest |ln rho|: 2 ln 2 = 1.386 in row 0, 3 ln 2 = 2.079 in row 1, where -ln rho is 1.386 at most.
+        ({"statistic": "k1", "aggregate": "max", "bound": 1.5}, [(1, 0), (1, 1), (1, 2)]),
+    ],
+)
+def test_rejection_leaves_the_mask(options, dropped):
+    weights, keep, metrics = weigh(c.reject(**options))
+    expected = MASK.clone()
+    for row, position in dropped:
+        expected[row, position] = False
+    assert torch.equal(keep, expected)
+    assert torch.equal(weights, expected.double()), "rejection does not weigh"
+    assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(len(dropped) / 9)
+    rows = len({row for row, _ in dropped})
+    assert metrics["rollout_corr/rollout_rs_seq_masked_fraction"] == pytest.approx(rows / 3)
+
+
+def test_edges_belong_to_what_is_kept():
+    zeros = torch.zeros_like(X)
+    for corrector in (c.mis(low=1.0, high=1.0), c.reject(bound=0.0), c.reject(level="token", bound=0.0)):
+        weights, keep, metrics = corrector.weigh(zeros, A, MASK)
+        assert torch.equal(keep, MASK) and (weights[MASK] == 1).all()
+        assert set(metrics.values()) == {0.0}
+    assert c.tis(cap=1.0).weigh(zeros, A, MASK)[2]["tis/capped_fraction"] == 0
+    assert c.tbpo(c=1.0).weigh(zeros, A, MASK)[2]["tbpo/capped_fraction"] == 0
+
+
+def test_rows_without_tokens_and_tokens_without_a_ratio_count_nowhere():
+    """Row 2 has no token, and one of row 1's four has no finite ratio: the numbers are those of the two rows' seven."""
+    x, mask = X.clone(), MASK.clone()
+    x[1, 3], mask[1, 3], mask[2] = math.nan, True, False
+    metrics = c.reject(bound=1.0).weigh(x, A, mask)[2]
+    assert metrics["rollout_corr/rollout_rs_seq_masked_fraction"] == pytest.approx(1 / 2)
+    assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(3 / 7)
+    assert metrics["rollout_corr/nonfinite_fraction"] == pytest.approx(1 / 8)
+    # Products 4 and 2: (4 + 2)^2 / (2 * 20); geometric mean of row 1 over its three tokens.
+    assert c.ais().weigh(x, A, mask)[2]["ais/rho"] == pytest.approx(36 / 40)
+    close(c.tbpo(c=9.0).weigh(x, A, mask)[0][1, :3], [2 ** (1 / 3)] * 3)
+
+
+# AIS. Sequence weights (products) 4, 2, 1: rho = 7^2 / (3 * 21) = 7/9. D = ln 2 (0+1+2+1 + 2+0+3 + 0+0)/9 = ln 2.
+# Token weights sum to 18.75, mean 25/12; squares sum to 88.3125: variance 88.3125/9 - (25/12)^2.
+CV = math.sqrt(88.3125 / 9 - (25 / 12) ** 2) / (25 / 12)
+ALARM = 1 - (7 / 9) * (0.05 / (LN2 + 0.05)) / (1 + CV)
+
+
+def test_ais():
+    weights, _, metrics = weigh(c.ais(cap=3.0))
+    assert metrics["ais/rho"] == pytest.approx(7 / 9, rel=1e-12)
+    assert metrics["ais/D"] == pytest.approx(LN2, rel=1e-12)
+    assert metrics["ais/CV"] == pytest.approx(CV, rel=1e-12)
+    assert metrics["ais/lambda"] == pytest.approx(ALARM, rel=1e-12)
+    mixed = lambda w: 1 + ALARM * (w - 1)  # noqa: E731
+    expected = [[1, mixed(2), mixed(3), mixed(0.5)], [mixed(0.25), 1, mixed(3), 0], [1, 1, 0, 0]]
+    assert_close(weights, tensor(expected, dtype=torch.float64), rtol=1e-10, atol=0)
+
+
+def test_ais_geometric_reliability():
+    # Sequence weights sqrt 2, 2^(1/3), 1.
+    rows = [math.sqrt(2), 2 ** (1 / 3), 1.0]
+    expected = sum(rows) ** 2 / (3 * sum(w * w for w in rows))
+    assert weigh(c.ais(aggregate="geometric"))[2]["ais/rho"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_ais_reliability_of_extreme_sequences_is_a_number():
+    # Row sums 1600 and 0, of which the first counts as 20: (e^20 + 1)^2 / (2 (e^40 + 1)) is 1/2 and e^-20.
+    mismatch = tensor([[800.0, 800.0], [0.0, 0.0]], dtype=torch.float64)
+    metrics = c.ais().weigh(mismatch, A[:2], torch.ones(2, 2, dtype=torch.bool))[2]
+    assert metrics["ais/rho"] == pytest.approx(0.5 + math.exp(-20), rel=1e-12)
+
+
+def test_alarm_grows_with_each_signal():
+    base = weighing.alarm(0.8, 0.1, 0.3, tau=0.05)
+    assert base < weighing.alarm(0.7, 0.1, 0.3, tau=0.05)
+    assert base < weighing.alarm(0.8, 0.2, 0.3, tau=0.05)
+    assert base < weighing.alarm(0.8, 0.1, 0.4, tau=0.05)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lambda_zero_is_none_and_lambda_one_is_tis_bit_for_bit(seed):
+    generator = torch.Generator().manual_seed(seed)
+    mismatch = torch.randn(16, 33, generator=generator)
+    mask, advantages = torch.rand(16, 33, generator=generator) < 0.7, torch.randn(16, generator=generator)
+    logps = -1 + 0.1 * torch.randn(16, 33, generator=generator)
+    for lam, other in ((0.0, c.none()), (1.0, c.tis(cap=1.7))):
+        ours = c.ais(cap=1.7, combine=lambda rho, divergence, variation, *, tau, lam=lam: lam)
+        w, _, _ = ours.weigh(mismatch, advantages, mask)
+        w0, _, _ = other.weigh(mismatch, advantages, mask)
+        assert torch.equal(w, w0)
+        (loss, _, gradient), (loss0, _, gradient0) = (
+            loss_of(corrector, make_batch(mask, advantages, weights=weights), logps)
+            for corrector, weights in ((ours, w), (other, w0))
+        )
+        assert torch.equal(loss, loss0) and torch.equal(gradient, gradient0)
+
+
+def test_a_lambda_outside_the_unit_interval_is_brought_back():
+    for value, lam in ((3.0, 1.0), (-2.0, 0.0)):
+        ours = c.ais(combine=lambda rho, divergence, variation, *, tau, value=value: value)
+        assert weigh(ours)[2]["ais/lambda"] == lam
+
+
+def test_tbpo_weight_is_the_geometric_ratio_kept_in_a_two_sided_band():
+    # Row logs: (1/2) ln 2, (1/3) ln 2, 0; c = 1.3 has log 0.2624, between the two. Mirrored, the bound is 1/1.3.
+    weights, keep, metrics = weigh(c.tbpo(c=1.3))
+    close(weights, [[1.3] * 4, [2 ** (1 / 3)] * 3 + [0], [1, 1, 0, 0]])
+    assert torch.equal(keep, MASK)
+    assert metrics["tbpo/capped_fraction"] == pytest.approx(4 / 9)
+    mirrored = c.tbpo(c=1.3).weigh(-X, A, MASK)[0]
+    close(mirrored[0], [1 / 1.3] * 4)
+    close(mirrored[1, :3], [2 ** (-1 / 3)] * 3)
+
+
+def test_values_that_cannot_be_are_errors():
+    for wrong, message in (
+        (lambda: weigh(c.tis(level="row")), "level='row' must be"),
+        (lambda: weigh(c.tis(level="sequence", aggregate="mean")), "aggregate='mean' must be"),
+        (lambda: weigh(c.reject(statistic="k4")), "statistic='k4' must be"),
+        (lambda: weigh(c.reject(aggregate="median")), "aggregate='median' must be"),
+        (lambda: weigh(c.reject(level="row")), "level='row' must be"),
+        (lambda: weigh(c.ais(tau=0.0)), "tau=0.0 must be above 0"),
+        (lambda: weigh(c.tbpo(c=0.5)), "c=0.5 must be at least 1"),
+        (lambda: c.mis(low=1.5), r"low=1.5 must lie in \[0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+
+def in_front(x, value):
+    """Two columns of padding and prompt before the example."""
+    return torch.cat([torch.full((len(x), 2), value, dtype=x.dtype), x], dim=1)
+
+
+def test_means_over_a_row_are_over_its_finite_tokens_behind_a_prompt():
+    """Row 0 without its 4, row 1 without its 1, two columns of padding and prompt before them.
+
+    What is left: 1, 2, -, 1/2 (product 1, mean of logs 0), 1/4, -, 8 (product 2, geometric mean sqrt 2), 1, 1.
+    """
+    x, mask = in_front(X, 7.0), in_front(MASK, False)
+    x[0, 4], x[1, 3] = math.inf, math.nan
+    left = mask.clone()
+    left[0, 4] = left[1, 3] = False
+    weights, keep, metrics = c.tis(level="sequence", aggregate="geometric").weigh(x, A, mask)
+    assert torch.equal(keep, left)
+    close(weights, [[1] * 6, [1, 1, math.sqrt(2), 1, math.sqrt(2), 1], [1] * 6])
+    assert metrics["rollout_corr/nonfinite_fraction"] == pytest.approx(2 / 9)
+    close(c.tis(level="sequence").weigh(x, A, mask)[0], [[1] * 6, [1, 1, 2, 1, 2, 1], [1] * 6])
+
+    # k3: row 0 has 0, 1 - ln 2, -1/2 + ln 2: mean .5/3 = .1667 over three tokens (.125 over four);
+    # row 1 has -3/4 + 2 ln 2 and 7 - 3 ln 2: mean (6.25 - ln 2)/2 = 2.778 over two (1.852 over three).
+    for bound, rows in ((0.15, [2]), (0.18, [0, 2]), (2.5, [0, 2]), (2.8, [0, 1, 2])):
+        weights, keep, metrics = c.reject(statistic="k3", bound=bound).weigh(x, A, mask)
+        assert keep.any(-1).nonzero()[:, 0].tolist() == rows
+        assert torch.equal(keep, left & keep.any(-1, keepdim=True)) and torch.equal(weights, torch.ones_like(x))
+        lost = sum((3, 2, 2)[row] for row in range(3) if row not in rows)
+        assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(lost / 7)
+        assert metrics["rollout_corr/rollout_rs_seq_masked_fraction"] == pytest.approx((3 - len(rows)) / 3)
+
+    # AIS: products 1, 2, 1: rho = 4^2 / (3 * 6); D = ln 2 (0 + 1 + 1 + 2 + 3 + 0 + 0) / 7; weights sum to 13.75.
+    _, keep, metrics = c.ais().weigh(x, A, mask)
+    assert torch.equal(keep, left)
+    assert metrics["ais/rho"] == pytest.approx(16 / 18, rel=1e-12)
+    assert metrics["ais/D"] == pytest.approx(LN2, rel=1e-12)
+    mean = 13.75 / 7
+    assert metrics["ais/CV"] == pytest.approx(math.sqrt(71.3125 / 7 - mean**2) / mean, rel=1e-12)
+
+
+def test_ais_mixes_weights_of_sequences_where_told():
+    mixed = c.ais(level="sequence", cap=3.0, combine=lambda *signals, tau: 0.5)
+    close(weigh(mixed)[0], [[2, 2, 2, 2], [1.5, 1.5, 1.5, 0], [1, 1, 0, 0]])
+
+
+def test_alarm_depends_on_the_length_and_not_with_geometric_means():
+    """The numbers of `adaptive_weights`: D = 0.020 nats a token, Gaussian, independent, E w = 1."""
+    spread, generator = 0.020 * math.sqrt(math.pi / 2), torch.Generator().manual_seed(0)
+    for length, product in ((16, 0.31), (1024, 0.63)):
+        x = torch.randn(1024, length, generator=generator, dtype=torch.float64) * spread - spread**2 / 2
+        exact = 1 - math.exp(-length * spread**2) * (0.05 / 0.07) / (1 + math.sqrt(math.expm1(spread**2)))
+        assert exact == pytest.approx(product, abs=0.005)
+        for aggregate, expected in (("product", product), ("geometric", 0.30)):
+            found = c.ais(aggregate=aggregate).weigh(x, torch.ones(1024), torch.ones_like(x, dtype=torch.bool))[2]
+            assert found["ais/lambda"] == pytest.approx(expected, abs=0.05)

@@ -11,13 +11,19 @@ from torch import tensor
 from torch.testing import assert_close
 
 from dllm_rl.algorithms import losses
-from dllm_rl.algorithms.losses import constant, kl_k1, kl_k2, kl_k3, policy_loss, sequence, token
-from dllm_rl.algorithms.surrogates import (
+from dllm_rl.algorithms.losses import (
     cispo,
+    constant,
     gspo,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    policy_loss,
     ppo_clip,
     reinforce,
+    sequence,
     surrogate_inputs,
+    token,
     trust_band,
     vespo,
 )

@@ -1,7 +1,6 @@
 """The mismatch metrics against numbers worked by hand, on the (B=3, T=4) example of the correctors' tests."""
 
 import math
-from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
@@ -10,7 +9,6 @@ import torch
 from torch import tensor
 
 from dllm_rl.algorithms.mismatch import (
-    group_weights,
     mismatch_metrics,
     off_policy_metrics,
     repeats,
@@ -170,20 +168,6 @@ def test_extreme_ratios_are_clamped_before_exp():
 def test_chi2_of_sequences_clamps_the_sum_before_doubling_it():
     m = mismatch_metrics(tensor([[15.0, 15.0]]), torch.ones(1, 2, dtype=torch.bool))
     assert m["rollout_corr/chi2_seq"] == pytest.approx(math.exp(40))
-
-
-def test_weights_of_groups():
-    weights = lambda learned, sample, seed=0: group_weights(  # noqa: E731
-        tensor(learned, dtype=torch.bool), sample, torch.Generator().manual_seed(seed)
-    ).tolist()
-    found = weights([1, 0, 0, 0, 1], 2)
-    assert found[0] == found[4] == 1 and sorted(found[1:4]) == [0, 1.5, 1.5]
-    assert weights([1, 0, 0, 1], 2) == weights([1, 0, 0, 1], 9) == [1, 1, 1, 1]
-    assert sorted(weights([0, 0, 0, 0, 0], 1)) == [0, 0, 0, 0, 5]
-    assert weights([1, 1], 2) == [1, 1]
-    # Each of the 6 pairs of 4 others a sixth of the time: 100 expected of 600, standard deviation 9.
-    pairs = Counter(tuple(weights([0, 1, 0, 0, 0], 2, seed)) for seed in range(600))
-    assert len(pairs) == 6 and all(60 < n < 140 for n in pairs.values())
 
 
 @pytest.mark.parametrize("live", [(0, 3), ()])

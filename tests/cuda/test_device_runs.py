@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms import correctors
-from dllm_rl.algorithms.surrogates import ppo_clip
+from dllm_rl.algorithms.losses import ppo_clip
 from dllm_rl.config import pickable
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.evaluation.evaluate import evaluate
@@ -340,7 +340,7 @@ def on_host(work):
 
 
 PLANTED = {
-    "sampler, drawn": ("samplers.turns", "uniforms"),
+    "sampler, drawn": ("samplers.canvas", "uniforms"),
     "sampler, scores": ("samplers.choose", "propose_and_rank"),
     "scoring, log-probs": ("models.order", "token_logprobs_and_confidences"),
     "scoring, order": ("models.order", "left_logprobs"),

@@ -9,8 +9,7 @@ import torch
 from likelihood_toys import TablePolicy
 from order_toys import as_rollout, outcomes
 
-from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss
-from dllm_rl.algorithms.surrogates import ppo_clip
+from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.scoring import backward_view, score_view
 from dllm_rl.models.order import LEAST, left_logprobs

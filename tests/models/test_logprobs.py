@@ -17,7 +17,7 @@ from dllm_rl.models.logprobs import (
     sample,
     token_logprobs,
 )
-from dllm_rl.samplers import propose as propose_module
+from dllm_rl.samplers import choose as propose_module
 from dllm_rl.types import SamplingParams
 
 ROWS, WIDTH, VOCABULARY = 23, 8, 50

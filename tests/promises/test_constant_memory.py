@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms import losses, surrogates
+from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.scoring import score_view
@@ -47,10 +47,10 @@ CORRECTORS = {
     "tbpo": c.tbpo(eps_high=0.1, neg_low=0.1, neg_high=0.1),
 }
 LOSSES = {
-    "ppo": partial(surrogates.ppo_clip, epsilon=0.2),
-    "gspo": partial(surrogates.gspo, epsilon=0.05, epsilon_high=0.05),
-    "cispo": surrogates.cispo,
-    "reinforce": surrogates.reinforce,
+    "ppo": partial(losses.ppo_clip, epsilon=0.2),
+    "gspo": partial(losses.gspo, epsilon=0.05, epsilon_high=0.05),
+    "cispo": losses.cispo,
+    "reinforce": losses.reinforce,
 }
 AGGREGATIONS = {"token": losses.token, "sequence": losses.sequence, "constant": partial(losses.constant, length=9)}
 
@@ -97,7 +97,7 @@ def make_batch(policy, estimator, rollout, noise, advantages, *, corrector, beta
 
 
 def loss_of(corrector, aggregate, *, beta: float = 0.0, entropy: float = 0.0) -> partial:
-    surrogate = corrector.surrogate or surrogates.ppo_clip
+    surrogate = corrector.surrogate or losses.ppo_clip
     return partial(
         losses.policy_loss, surrogate=surrogate, aggregate=aggregate, beta=beta, kl=losses.kl_k3, entropy=entropy
     )
@@ -267,7 +267,7 @@ def test_bf16_autocast_sees_the_weights_of_each_inner_iteration(num_iterations):
     with torch.autocast("cpu", torch.bfloat16):
         batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.none(), beta=0.0)
     batch = replace(batch, old=estimator.combine(scores, noise))
-    loss = loss_of(replace(c.none(), surrogate=surrogates.reinforce), losses.token)
+    loss = loss_of(replace(c.none(), surrogate=losses.reinforce), losses.token)
     settings = {"loss": loss, "likelihood": estimator, "learning_rate": 0.05, "max_grad_norm": 1e9}
     optimizer = torch.optim.SGD(policy.module.parameters(), lr=0.05)
     start = [p.detach().clone() for p in parameters(policy)]

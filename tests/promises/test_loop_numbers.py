@@ -17,9 +17,8 @@ from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms.correctors import compose, none, reject, tis
-from dllm_rl.algorithms.losses import constant, kl_k2, sequence, token
+from dllm_rl.algorithms.losses import constant, kl_k2, ppo_clip, sequence, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
-from dllm_rl.algorithms.surrogates import ppo_clip
 from dllm_rl.checkpoints.checkpoint import found
 from dllm_rl.likelihoods.estimators import coupled, elbo, one_step, sandwich
 from dllm_rl.models.tiny import tiny_masked_lm

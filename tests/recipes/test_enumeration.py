@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.surrogates import ppo_clip, reinforce
+from dllm_rl.algorithms.losses import ppo_clip, reinforce
 from dllm_rl.likelihoods.estimators import trajectory
 from recipes.studies.enumeration import ToyPolicy, against, contributions, gradient_table, of_batches, per_outcome
 
@@ -108,20 +108,20 @@ def self_normalised(log_mismatch, advantages, mask):
 
 
 def upside_down(log_mismatch, advantages, mask):
-    return c.weights.truncated_weights(-log_mismatch, advantages, mask, cap=1e9, level="sequence")
+    return c.truncated_weights(-log_mismatch, advantages, mask, cap=1e9, level="sequence")
 
 
 def doubled(log_mismatch, advantages, mask):
-    weights, keep, metrics = c.weights.truncated_weights(log_mismatch, advantages, mask, cap=1e9, level="sequence")
+    weights, keep, metrics = c.truncated_weights(log_mismatch, advantages, mask, cap=1e9, level="sequence")
     return 2 * weights, keep, metrics
 
 
 def of_the_first_token(log_mismatch, advantages, mask):
-    return c.weights.truncated_weights(log_mismatch[:, :1].expand_as(mask), advantages, mask, cap=1e9)
+    return c.truncated_weights(log_mismatch[:, :1].expand_as(mask), advantages, mask, cap=1e9)
 
 
 def only_where_positive(log_mismatch, advantages, mask):
-    weights, keep, metrics = c.weights.truncated_weights(log_mismatch, advantages, mask, cap=1e9, level="sequence")
+    weights, keep, metrics = c.truncated_weights(log_mismatch, advantages, mask, cap=1e9, level="sequence")
     return torch.where(advantages[:, None] > 0, weights, 1), keep, metrics
 
 

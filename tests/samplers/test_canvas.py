@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from likelihood_toys import TablePolicy
 
-from dllm_rl.samplers.canvas import make_canvas
+from dllm_rl.samplers.canvas import BlockQueue, Decision, make_canvas, next_turn
 from dllm_rl.types import Prompts, SamplingParams
 
 MASK = 2  # of a policy of two words; 3 is its prompt token and 4 its padding
@@ -54,3 +54,64 @@ def test_the_opening_step_is_known_of_what_is_written_alone():
     assert canvas.rollout(SamplingParams(), 0).open_step.tolist() == [[-1, -1, 3]]
     write(canvas, [0], [0], step=5)
     assert canvas.rollout(SamplingParams(), 0).open_step.tolist() == [[-1, 3, 3]]
+
+
+SEEDS = torch.tensor([7, 8])
+
+
+def half_written(*, in_step: bool, revised: bool = False):
+    """Row 0 has written its first block, row 1 one position of it; both have taken part in one step."""
+    policy = TablePolicy(length=5, words=2, seed=0)
+    canvas = make_canvas(policy, Prompts.from_ids([[3], [3]], pad_id=4), 5, 2, block_aligned=False)
+    canvas.revised = revised
+    queue = BlockQueue(canvas.block, 5, in_step=in_step)
+    rows, places = torch.tensor([[0, 0, 1], [0, 1, 1]])
+    first = next_turn(canvas, queue, SEEDS)
+    canvas.write(rows, places, torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), torch.zeros(3))
+    chosen = torch.tensor([[True, True, False, False, False], [False, True, False, False, False]])
+    count = torch.tensor([2, 1])
+    complete = queue.record(first, Decision(chosen, num_chosen=count, committed=count))
+    assert complete.tolist() == [0]
+    return canvas, queue
+
+
+def test_rows_move_on_alone():
+    turn = next_turn(*half_written(in_step=False), SEEDS)
+    assert turn.rows.tolist() == [0, 1] and turn.blocks.tolist() == [1, 0]
+    assert turn.num_masked.tolist() == [2, 1]
+    assert turn.steps_left.tolist() == [2, 1]  # two steps a block; row 1 has used one of its first block's
+    assert list(zip(turn.row.tolist(), turn.place.tolist(), strict=True)) == [(0, 2), (0, 3), (1, 0)]
+    assert turn.column.tolist() == [3, 4, 1]  # behind one prompt token
+    assert turn.seed.tolist() == [7, 7, 8] and turn.clock.tolist() == [1, 1, 1]
+
+
+def test_rows_in_step_wait_for_the_slowest():
+    turn = next_turn(*half_written(in_step=True), SEEDS)
+    assert turn.rows.tolist() == [1] and turn.blocks.tolist() == [0]
+    assert turn.canvas_row.tolist() == [1] and turn.row.tolist() == [0] and turn.place.tolist() == [0]
+
+
+def test_a_rule_that_rewrites_is_offered_what_the_block_holds():
+    turn = next_turn(*half_written(in_step=True, revised=True), SEEDS)
+    assert turn.place.tolist() == [0, 1] and turn.num_positions.tolist() == [2]
+    assert turn.written.nonzero().tolist() == [[0, 1]] and turn.masked.nonzero().tolist() == [[0, 0]]
+
+
+def test_a_held_row_stays_in_its_block_while_steps_last():
+    canvas, queue = half_written(in_step=True)
+    turn = next_turn(canvas, queue, SEEDS)
+    none = torch.zeros(1, 5, dtype=torch.bool)
+    zero = torch.tensor([0])
+    queue.steps[1, 0] = 2
+    held = torch.tensor([True])
+    assert queue.record(turn, Decision(none, zero, committed=torch.tensor([1]), held=held)).tolist() == []
+    assert next_turn(canvas, queue, SEEDS).blocks.tolist() == [0]
+    assert queue.record(turn, Decision(none, zero, committed=zero, held=held)).tolist() == [1]
+
+
+def test_rows_that_end_early_take_part_no_more():
+    canvas, queue = half_written(in_step=False)
+    queue.drop(torch.tensor([0]))
+    assert next_turn(canvas, queue, SEEDS).rows.tolist() == [1]
+    queue.drop(torch.tensor([1]))
+    assert next_turn(canvas, queue, SEEDS) is None

@@ -1,13 +1,26 @@
 """What a step writes: the same tokens whether they are drawn before the ranking or after it."""
 
+import math
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
 import torch
 from likelihood_toys import TablePolicy
+from run_outputs import metrics_of
+from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
-from dllm_rl.samplers import rules
-from dllm_rl.samplers.canvas import make_canvas
-from dllm_rl.samplers.choose import Choose
-from dllm_rl.samplers.turns import BlockQueue, next_turn
-from dllm_rl.types import Prompts, SamplingParams
+from dllm_rl import train
+from dllm_rl.likelihoods.estimators import causal, trajectory
+from dllm_rl.likelihoods.scoring import backward_view, score_view
+from dllm_rl.models.logprobs import process, token_logprobs
+from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.samplers import rules, sampler_for
+from dllm_rl.samplers.canvas import BlockQueue, make_canvas, next_turn
+from dllm_rl.samplers.choose import Choose, propose
+from dllm_rl.samplers.rules import confidence, max_prob
+from dllm_rl.types import KEPT_IDS, Prompts, Rollout, SamplingParams
 
 
 def choice_of(rank, commit=rules.schedule, *, temperature=1.0):
@@ -54,3 +67,233 @@ def test_the_most_confident_draws_are_written():
         confidences = {position: logp[turn.place[position], whole.drawn[0][position]].item() for position in mine}
         expected += sorted(sorted(confidences, key=confidences.get)[-2:])
     assert choice_of(rules.confidence)[2].picked.tolist() == expected
+
+
+FILTERS = {"top_k": {"top_k": 2}, "top_p": {"top_p": 0.7}, "both": {"top_k": 4, "top_p": 0.9}}
+SHAPE = {"characters": "123456789", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
+
+
+class HeadAlone:
+    """A policy of which only the head is asked, whose hidden states are the logits; the last token is the mask."""
+
+    module = tokenizer = version = lora = quantization = quantization_report = None
+    float32_head, gradient_checkpointing, records_experts = True, False, False
+    device, pad_id = torch.device("cpu"), 0
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocab_size, self.spec = vocabulary, SimpleNamespace(mask_id=vocabulary - 1)
+
+    def head(self, hidden):
+        return hidden.clone()
+
+    encode = hidden = logits = to = save_pretrained = reference = head
+
+
+def tiny(*, is_causal: bool, seed: int = 0):
+    return tiny_llama(causal=is_causal, head_std=0.5, seed=seed, **SHAPE)
+
+
+def sampled(policy, **options) -> Rollout:
+    prompts = Prompts.from_ids([[5, 6, 7], [8, 9, 10, 11, 3]], pad_id=0, group_size=3)
+    options = {"max_new_tokens": 6, "temperature": 0.7} | options
+    if policy.spec.attention != "causal":
+        options = {"rank": max_prob, "num_steps": 4} | options
+    return sampler_for(policy)(policy, prompts, torch.Generator().manual_seed(1), **options)
+
+
+def exact_for(policy):
+    return causal() if policy.spec.attention == "causal" else trajectory()
+
+
+def score(policy, rollout: Rollout) -> torch.Tensor:
+    return exact_for(policy).logprobs(policy, rollout, exact_for(policy).draw(rollout, torch.Generator()))
+
+
+def test_the_worked_example():
+    """`Rollout.with_support`'s: p = (.5, .3, .15, .05), q = (.4, .2, .3, .1), top_k 2, and a mask token of no mass."""
+    policy, params = HeadAlone(5), SamplingParams(top_k=2, suppress=(4,))
+    p, q = (torch.tensor([[*x, 1e-30]]).log() for x in ((0.5, 0.3, 0.15, 0.05), (0.4, 0.2, 0.3, 0.1)))
+    ratios = {}
+    for u, token in ((0.1, 0), (0.9, 1)):
+        tokens, logp, log_mass, kept = propose(policy, p.clone(), torch.tensor([u], dtype=torch.float64), params)
+        assert tokens.tolist() == [token] and kept[:, :3].tolist() == [[0, 1, -1]]
+        assert log_mass.exp().item() == pytest.approx(0.8)
+        one = torch.ones(1, 1, dtype=torch.bool)
+        rollout = Rollout(
+            tokens[None], one, one, tokens[None] * 0, logp[None], 1, sampling_params=params,
+            log_kept_mass=log_mass[None], kept_ids=kept[None],
+        )  # fmt: skip
+        for support in ("own", "unfiltered", "rollout"):
+            side = rollout.with_support(support)
+            ids = side.kept_ids[0] if support == "rollout" else None
+            learner = token_logprobs(policy, q, tokens, side.sampling_params, ids)
+            ratios[support, token] = (learner - side.logprobs[0]).exp().item()
+    expected = {
+        ("own", 0): (0.4 / 0.7) / 0.625,
+        ("own", 1): (0.2 / 0.9) / 0.375,
+        ("unfiltered", 0): 0.4 / 0.5,
+        ("unfiltered", 1): 0.2 / 0.3,
+        ("rollout", 0): (0.4 / 0.6) / 0.625,
+        ("rollout", 1): (0.2 / 0.6) / 0.375,
+    }
+    assert ratios == pytest.approx(expected)
+    means = {s: 0.625 * ratios[s, 0] + 0.375 * ratios[s, 1] for s in ("own", "unfiltered", "rollout")}
+    assert means == pytest.approx({"own": 0.7936508, "unfiltered": 0.75, "rollout": 1.0})
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_mean_ratios_by_enumeration(name, temperature):
+    """Over every token that the rollout may draw: 1 under its own set, q(S)/p(S) unfiltered; 50 pairs of policies."""
+    size, generator = 7, torch.Generator().manual_seed(3)
+    policy = HeadAlone(size)
+    params = SamplingParams(temperature=temperature, suppress=(size - 1,), **FILTERS[name])
+    p, q = 2 * torch.randn(2, 50, size, generator=generator)
+    uniforms = torch.rand(50, generator=generator, dtype=torch.float64)
+    _, _, log_mass, kept = propose(policy, p.clone(), uniforms, params)
+    unfiltered = replace(params, support="unfiltered")
+    for row in range(50):
+        # The set and its mass, from the definition: the likeliest, until k of them, or until their mass is top_p.
+        weights = [math.exp(x / temperature) for x in p[row, : size - 1].tolist()]
+        order = sorted(range(size - 1), key=lambda v: -weights[v])[: params.top_k]
+        inside, mass = [], 0.0
+        for v in order:
+            if params.top_p is None or mass < params.top_p * sum(weights[v] for v in order):
+                inside.append(v)
+                mass += weights[v]
+        assert [i for i in kept[row].tolist() if i >= 0] == inside
+        assert log_mass[row].exp().item() == pytest.approx(mass / sum(weights), rel=1e-5)
+
+        chance = {v: weights[v] / mass for v in inside}
+        hidden, tokens = q[row].expand(len(inside), -1), torch.tensor(inside)
+        ids = kept[row : row + 1].expand(len(inside), -1)
+        within = token_logprobs(policy, hidden, tokens, replace(params, support="rollout"), ids).exp().tolist()
+        assert sum(chance[v] * (x / chance[v]) for v, x in zip(inside, within, strict=True)) == pytest.approx(1)
+        full = token_logprobs(policy, hidden, tokens, unfiltered).exp().tolist()
+        mean = sum(chance[v] * x / (weights[v] / sum(weights)) for v, x in zip(inside, full, strict=True))
+        learner = [math.exp(x / temperature) for x in q[row, : size - 1].tolist()]
+        share = sum(learner[v] for v in inside) / sum(learner)
+        assert mean == pytest.approx(share / (mass / sum(weights)), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["unmask", "autoregress"])
+def test_a_rollout_records_what_was_kept(is_causal, name):
+    policy = tiny(is_causal=is_causal)
+    rollout = sampled(policy, **FILTERS[name])
+    chosen = rollout.completion_mask
+    assert rollout.kept_ids.shape[:2] == rollout.tokens.shape and rollout.kept_ids.dtype == torch.int32
+    assert (rollout.kept_ids[~chosen] == -1).all() and (rollout.log_kept_mass[~chosen] == 0).all()
+    assert (rollout.log_kept_mass[chosen] < 0).all()
+    assert (rollout.kept_ids[chosen] == rollout.tokens[chosen][:, None]).any(-1).all()  # the sampled token is one
+    count = (rollout.kept_ids >= 0).sum(-1)[chosen]
+    assert count.max() == rollout.kept_ids.shape[-1]
+    if name == "top_k":
+        assert (count == 2).all()
+    # On-policy all conventions agree: each with itself bit for bit, but for the rounding of a sum of two numbers.
+    own, within, whole = (rollout.with_support(s) for s in ("own", "rollout", "unfiltered"))
+    assert own is rollout
+    if not is_causal:  # a cache computes other shapes than the learner
+        assert torch.equal(score(policy, own), rollout.logprobs)
+        assert torch.equal(score(policy, within), rollout.logprobs)
+    torch.testing.assert_close(score(policy, within), rollout.logprobs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(score(policy, whole), whole.logprobs, rtol=0, atol=1e-5)
+    assert (whole.logprobs[chosen] < rollout.logprobs[chosen]).all()
+
+
+def test_a_rank_that_draws_first_records_the_same():
+    rollouts = [sampled(tiny(is_causal=False), rank=rank, top_k=3, max_new_tokens=1) for rank in (confidence, max_prob)]
+    assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)
+    assert torch.equal(rollouts[0].kept_ids, rollouts[1].kept_ids)
+    assert torch.equal(rollouts[0].log_kept_mass, rollouts[1].log_kept_mass)
+
+
+@pytest.mark.parametrize("support", ["own", "unfiltered", "rollout"])
+def test_another_policy_scores_under_each_convention(support):
+    """log q(y) less the log of the mass that the convention divides by, from logits in float64; and its gradient."""
+    rollout = sampled(tiny(is_causal=True), top_k=2).with_support(support)
+    policy, chosen = tiny(is_causal=True, seed=5), rollout.completion_mask
+    logits = policy.logits(rollout.tokens, rollout.attention_mask).double()[chosen] / 0.7
+    y, kept = rollout.tokens[chosen], rollout.kept_ids[chosen].long()
+    own = logits >= logits.topk(2).values[:, -1:]
+    sets = {"own": own, "unfiltered": torch.ones_like(own), "rollout": torch.zeros_like(own).scatter(-1, kept, True)}
+    inside = sets[support].scatter(-1, y[:, None], True)
+    expected = logits.gather(-1, y[:, None])[:, 0] - logits.masked_fill(~inside, -torch.inf).logsumexp(-1)
+    with torch.no_grad():
+        found = score_view(policy, rollout, torch.zeros_like(chosen), chosen)[chosen]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    weight = policy.module.lm_head.weight
+    vector = torch.linspace(-1, 1, len(y))
+    (wanted,) = torch.autograd.grad((expected * vector).sum(), weight)
+    backward_view(policy, rollout, torch.zeros_like(chosen), torch.zeros(chosen.shape).masked_scatter(chosen, vector))
+    torch.testing.assert_close(weight.grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_recorded_without_filters():
+    rollout = sampled(tiny(is_causal=False))
+    assert rollout.log_kept_mass is None and rollout.kept_ids is None
+    assert all(rollout.with_support(s) is rollout for s in ("own", "unfiltered", "rollout"))
+
+
+def test_a_set_too_large_for_its_ids_is_refused_and_its_mass_is_not():
+    size = KEPT_IDS + 10
+    characters = "".join(map(chr, range(0x4E00, 0x4E00 + size)))
+    policy = tiny_llama(causal=True, hidden_size=32, num_layers=1, characters=characters)
+    rollout = sampled(policy, top_k=KEPT_IDS + 1)
+    assert rollout.kept_ids is None and rollout.log_kept_mass is not None
+    with pytest.raises(ValueError, match=f"ids are recorded for at most {KEPT_IDS} tokens; lower top_k or top_p"):
+        rollout.with_support("rollout")
+    assert rollout.with_support("unfiltered").sampling_params.support == "unfiltered"
+    assert sampled(policy, top_k=KEPT_IDS).kept_ids.shape[-1] == KEPT_IDS
+
+
+def test_conventions_that_cannot_be():
+    rollout = sampled(tiny(is_causal=True), top_k=2)
+    with pytest.raises(ValueError, match="support='own': the rollout has 'unfiltered' already; take the sampler's own"):
+        rollout.with_support("unfiltered").with_support("own")
+    with pytest.raises(ValueError, match="needs what the sampler kept, which is not recorded: sample with this"):
+        replace(rollout, log_kept_mass=None).with_support("unfiltered")
+    with pytest.raises((ValueError, TypeError), match="'half'"):  # the tests' type checker is asked first
+        tiny_recipe("unused", sampling_support="half")
+    with pytest.raises(ValueError, match="zero_mismatch=True does not go with sampling_support='unfiltered'"):
+        tiny_recipe("unused", sampling_support="unfiltered", zero_mismatch=True, rollout_quantization=None)
+
+
+def test_records_stay_together():
+    """Padding and replaced rows carry the kept sets with them, of whatever width."""
+    policy = tiny(is_causal=False)
+    wide, narrow = sampled(policy, top_k=5), sampled(policy, top_k=2)
+    joined = wide.replaced(torch.tensor([0, 1, 2]), narrow.rows(torch.arange(3)), pad_id=0)
+    assert torch.equal(joined.kept_ids[:3, :, :2], narrow.kept_ids[:3]) and (joined.kept_ids[:3, :, 2:] == -1).all()
+    assert torch.equal(joined.kept_ids[3:], wide.kept_ids[3:])
+    assert torch.equal(joined.log_kept_mass, torch.cat([narrow.log_kept_mass[:3], wide.log_kept_mass[3:]]))
+    padded = wide.padded(2, pad_id=0)
+    assert torch.equal(padded.kept_ids[:, 2:], wide.kept_ids) and (padded.kept_ids[:, :2] == -1).all()
+    assert torch.equal(padded.log_kept_mass[:, 2:], wide.log_kept_mass)
+    first = torch.tensor([0])
+    assert wide.replaced(first, replace(narrow, kept_ids=None).rows(first), pad_id=0).kept_ids is None
+
+
+def test_ties_with_the_kth_are_kept_and_recorded():
+    logits = torch.tensor([[3.0, 1.0, 3.0, 0.0, 2.0]])
+    kept = torch.tensor([[0, 2, -1]], dtype=torch.int32)
+    left = torch.isfinite(process(logits, SamplingParams(top_k=1), kept=kept))
+    assert left.tolist() == [[True, False, True, False, False]]
+    _, logp, log_mass, ids = propose(
+        HeadAlone(5), logits.clone(), torch.tensor([0.9], dtype=torch.float64), SamplingParams(top_k=1, suppress=(4,))
+    )
+    assert sorted(ids[0, :2].tolist()) == [0, 2] and ids[0, 2] == -1
+    assert logp.item() == pytest.approx(math.log(0.5))
+    assert log_mass.exp().item() == pytest.approx(2 * math.e**3 / (2 * math.e**3 + math.e + 1))
+
+
+@pytest.mark.parametrize("support", ["own", "unfiltered", "rollout"])
+@pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])
+def test_a_run_under_each_convention(tmp_path, make, support):
+    """Unquantised and on-policy, the first step has no mismatch under any of them."""
+    recipe = make(tmp_path, sampling_support=support, rollout_quantization=None, num_steps=1)
+    rank = {"rank": max_prob} if make is tiny_recipe else {}
+    recipe = replace(recipe, sampler=partial(recipe.sampler, top_k=3, **rank))
+    train(recipe)
+    (row,) = metrics_of(tmp_path)
+    assert row["rollout_corr/abs_log_ratio_max"] < 1e-5 and row["grad_norm"] > 0

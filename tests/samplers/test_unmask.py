@@ -6,12 +6,17 @@ from functools import partial
 
 import pytest
 import torch
+from likelihood_toys import TablePolicy
+from mixtures import moe
 
 from dllm_rl.likelihoods.estimators import recorded, trajectory
 from dllm_rl.models import logprobs as head
+from dllm_rl.models.forward import buckets
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
-from dllm_rl.samplers.unmask import check_fits, unmask
+from dllm_rl.samplers.cache import dual_cache
+from dllm_rl.samplers.canvas import make_canvas
+from dllm_rl.samplers.unmask import States, check_fits, unmask
 from dllm_rl.types import Prompts
 
 CHARACTERS = "0123456789 abcdefghijklmnop"
@@ -168,10 +173,10 @@ def test_finished_rows_leave_the_batch(policy, monkeypatch):
 
 def test_state_only_rank_draws_only_where_it_commits(policy, monkeypatch):
     """Inverting the cumulative distribution, the costly part of a draw, sees committed positions, padded to ROWS."""
-    from dllm_rl.samplers import propose
+    from dllm_rl.samplers import choose
 
-    drawn, invert = [], propose.invert
-    monkeypatch.setattr(propose, "invert", lambda mass, u: drawn.append(len(u)) or invert(mass, u))
+    drawn, invert = [], choose.invert
+    monkeypatch.setattr(choose, "invert", lambda mass, u: drawn.append(len(u)) or invert(mass, u))
     for rank, count in ((rules.entropy, 32), (rules.confidence, 64)):
         drawn.clear()
         unmask(
@@ -327,3 +332,28 @@ def test_causal_policy_is_refused():
             torch.Generator(),
             max_new_tokens=2,
         )
+
+
+def test_a_cache_notes_the_experts_of_the_same_states():
+    """A shifted family's token is predicted one column before it. A cache that is refreshed in every step is exact."""
+    policy, rollouts = moe(), []
+    policy.spec, policy.records_experts = replace(policy.spec, shift=True), True
+    prompts = Prompts.from_ids([[4, 5, 6], [7, 8]], pad_id=0, seeds=[1, 2])
+    settings = {"max_new_tokens": 6, "block_size": 3, "num_steps": 4, "temperature": 1.0, "rank": rules.max_prob}
+    for cache in (None, dual_cache(refresh=1)):
+        rollouts.append(unmask(policy, prompts, torch.Generator(), cache=cache, **settings))
+    plain, cached = rollouts
+    assert torch.equal(plain.tokens, cached.tokens)
+    assert torch.equal(plain.experts.sort(-1).values, cached.experts.sort(-1).values)
+    assert len(plain.experts[plain.completion_mask].unique()) > 2
+
+
+def test_a_cached_bucket_pays_for_every_step_of_a_block(monkeypatch):
+    """Apart, the rows save 37 columns of padding once. A second bucket costs 30 per forward: one, or two with a cache
+    that runs the padding in the first of two steps."""
+    monkeypatch.setitem(buckets.FORWARD, "cpu", 30)
+    policy = TablePolicy(length=2, words=2, seed=0)
+    canvas = make_canvas(policy, Prompts.from_ids([[3] * 3, [3] * 40], pad_id=4), 2, 2, block_aligned=False)
+    steps = torch.tensor([[2], [2]])
+    assert len(States(policy, canvas, None, steps).buckets) == 2
+    assert len(States(policy, canvas, dual_cache(), steps).buckets) == 1

@@ -9,7 +9,7 @@ from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import leave_one_out
 from dllm_rl.algorithms.correctors import none, tbpo
-from dllm_rl.algorithms.surrogates import ppo_clip
+from dllm_rl.algorithms.losses import ppo_clip
 from dllm_rl.likelihoods.estimators import elbo, one_step, trajectory
 from dllm_rl.models.lora import lora_r16
 from dllm_rl.monitoring.health import PATIENCE

@@ -1,5 +1,7 @@
 """Which groups are scored, where the log-probs of both sides come from, and the arithmetic of forwards."""
 
+from collections import Counter
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,7 +13,7 @@ from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods.estimators import coupled, recorded, trajectory
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
-from dllm_rl.training.scorer import arithmetic, learned_groups, sides
+from dllm_rl.training.scorer import arithmetic, group_weights, learned_groups, sides
 
 EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": none()}
 
@@ -74,3 +76,18 @@ def test_where_log_probs_come_from(changes, copied, rollout, aligns, tmp_path):
     policy = recipe.model()
     rollout_policy = recipe.model() if copied else policy
     assert sides(recipe, policy, rollout_policy) == (rollout, aligns)
+
+
+def test_weights_of_groups():
+    def weights(learned, sample, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        return group_weights(torch.tensor(learned, dtype=torch.bool), sample, generator).tolist()
+
+    found = weights([1, 0, 0, 0, 1], 2)
+    assert found[0] == found[4] == 1 and sorted(found[1:4]) == [0, 1.5, 1.5]
+    assert weights([1, 0, 0, 1], 2) == weights([1, 0, 0, 1], 9) == [1, 1, 1, 1]
+    assert sorted(weights([0, 0, 0, 0, 0], 1)) == [0, 0, 0, 0, 5]
+    assert weights([1, 1], 2) == [1, 1]
+    # Each of the 6 pairs of 4 others a sixth of the time: 100 expected of 600, standard deviation 9.
+    pairs = Counter(tuple(weights([0, 1, 0, 0, 0], 2, seed)) for seed in range(600))
+    assert len(pairs) == 6 and all(60 < n < 140 for n in pairs.values())

@@ -24,7 +24,7 @@ from dllm_rl.models.forward.blocks import backbone_of, blocks_of
 from dllm_rl.models.logprobs import backward_token_logprobs, chunk_rows, token_logprobs
 from dllm_rl.models.merge import merged_state
 from dllm_rl.recipe import Recipe
-from dllm_rl.samplers.propose import propose
+from dllm_rl.samplers.choose import propose
 from dllm_rl.training.scorer import keeps_graphs
 from dllm_rl.types import SamplingParams
 
