@@ -234,7 +234,7 @@ def _pick(path: str, member: Member, choices: dict[str, Any], text: str, below: 
     if text == "none" and types.NoneType in kinds:
         return None
     # A checkpoint's text never comes here: only a user's command line may import.
-    chosen = _imported(path, text) if ":" in text and not record else choices.get(text)
+    chosen = imported(path, text) if ":" in text and not record else choices.get(text)
     if chosen is None:
         raise _unknown(path, text, _names(sorted(choices), kinds))
     needed = _needed_keywords(chosen)
@@ -251,7 +251,7 @@ def _pick(path: str, member: Member, choices: dict[str, Any], text: str, below: 
     return function() if record else function
 
 
-def _imported(path: str, text: str) -> Callable:
+def imported(path: str, text: str) -> Callable:
     """The function that `text`, MODULE:FUNCTION, names."""
     module_name, _, name = text.partition(":")
     try:

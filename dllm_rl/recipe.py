@@ -44,6 +44,7 @@ def check_bounds(field: Field, value: Any) -> None:
     none = ", or none" if optional else ""
     if isinstance(value, str) and not value:  # what a script's variable that is not set leaves
         raise ValueError(f"{field.name}='' is empty; give a name{none}")
+    check_fits(field, value)
     literals = [kind for kind in (field.type, *get_args(field.type)) if get_origin(kind) is Literal]
     known = [word for kind in literals for word in get_args(kind)]
     if known and value not in known:
@@ -51,6 +52,13 @@ def check_bounds(field: Field, value: Any) -> None:
     if bound := field.metadata.get("bound"):
         bound.check(field.name, value)
     check_bound(value)  # constants that a function binds
+
+
+def check_fits(field: Field, value: Any) -> None:
+    """Raise ValueError on a flag for what is none (push_to_hub=True), and on no function (optim="adamw_torch")."""
+    flag = isinstance(value, bool) and bool not in (field.type, *get_args(field.type))
+    if flag or (field.metadata.get("pick") and not callable(value)):
+        raise ValueError(f"{field.name}={value!r} does not fit; it is: {field.metadata['help']}")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -113,7 +121,8 @@ class Settings:
 
     @property
     def trackers(self) -> list[str]:
-        return [] if self.report_to is None else [name.strip() for name in self.report_to.split(",")]
+        names = map(str.strip, (self.report_to or "none").split(","))
+        return [name for name in names if name != "none"]
 
     def settings(self) -> dict[str, Any]:
         """The record for JSON, as in checkpoints and summary.json."""

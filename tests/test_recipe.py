@@ -78,6 +78,26 @@ def test_the_objective_is_the_one_given_else_the_correctors_else_ppos(recipe):
         replace(recipe, loss=gspo, corrector=correctors.tbpo())
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("optim", "adamw_torch"),
+        ("loss", "gspo"),
+        ("push_to_hub", True),
+        ("resume_from_checkpoint", True),
+        ("lora", True),
+    ],
+)
+def test_what_is_no_function_and_a_flag_where_there_is_none_are_refused(name, value):
+    (known,) = [field for field in fields(Recipe) if field.name == name]
+    with pytest.raises(ValueError, match=f"{name}={value!r} does not fit; it is: "):
+        check_bounds(known, value)
+
+
+def test_no_tracker_is_none_or_its_name(recipe):
+    assert [replace(recipe, report_to=given).trackers for given in (None, "none")] == [[], []]
+
+
 def test_a_run_is_said_to_aggregate_as_it_does(recipe):
     assert recipe.settings()["aggregate"] == "token"
     assert replace(recipe, corrector=correctors.qarl()).settings()["aggregate"] == "sequence"

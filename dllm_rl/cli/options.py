@@ -3,7 +3,9 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dllm_rl.config import imported
 
 if TYPE_CHECKING:
     import torch
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 
 def add_model_options(sub: argparse.ArgumentParser) -> None:
+    made_by = "makes the policy of a custom module, which takes the checkpoint's weights"
+    sub.add_argument("--model", dest="maker", metavar="MODULE:FUNCTION", help=made_by)
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "auto"))
     sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator, where there is one)")
     sub.add_argument(
@@ -42,15 +46,34 @@ def checkpoint_of(model: str, *, quick: bool = False) -> str:
 
 
 def open_policy(
-    arguments: argparse.Namespace, model: str | None = None, *, device: "torch.device | None" = None, **options: Any
+    arguments: argparse.Namespace,
+    model: str | None = None,
+    *,
+    device: "torch.device | None" = None,
+    float32_head: bool = True,
 ) -> "Policy":
     """The model (default: the arguments' model) in the arguments' dtype, on the device (default: the arguments')."""
+    import torch
+
     from dllm_rl.device import find_device
-    from dllm_rl.models.policy import load_policy
+    from dllm_rl.models.base import Policy
+    from dllm_rl.models.policy import load_policy, load_weights
 
     device = find_device(arguments.device) if device is None else device
     asked = model or arguments.model
     folder = checkpoint_of(asked, quick=arguments.verify_checkpoint == "quick")
     # checkpoint_of has verified the newest checkpoint of a run.
     check: Check = arguments.verify_checkpoint if folder == asked else "quick"
-    return load_policy(folder, dtype=arguments.dtype, device=device, verify_checkpoint=check, **options)
+    if arguments.maker is None:
+        policy: Policy = load_policy(folder, dtype=arguments.dtype, device=device, verify_checkpoint=check)
+    else:
+        policy = imported("model", arguments.maker)()
+        if not isinstance(policy, Policy):
+            made = type(policy).__name__
+            raise ValueError(f"--model {arguments.maker!r} makes a {made} and no policy; return make_policy(...)")
+        load_weights(policy, folder, verify_checkpoint=check)
+        if arguments.dtype != "auto":
+            policy.module.to(getattr(torch, arguments.dtype))
+        policy = policy.to(device)
+    policy.float32_head = float32_head
+    return policy

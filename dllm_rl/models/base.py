@@ -10,9 +10,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 Module = Any  # transformers' or custom; nn.Module would type every member as Tensor | Module
+Tokenizer = Any  # transformers' or custom: `make_policy` lists what it needs
 Attention = Literal["full", "block_causal", "causal"]
 Tokens = Int[Tensor, "B T"]
 Mask = Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"]
@@ -151,7 +151,7 @@ class Policy(Head, Protocol):
 
     module: Module
     spec: FamilySpec
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     version: int  # counts weight updates
     float32_head: bool  # logits of a model in 16 bits (or under autocast) are in fp32
     gradient_checkpointing: bool  # blocks run twice: a third more work, far less memory, same gradients

@@ -7,10 +7,9 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.manifest import Check, verify_if_there
-from dllm_rl.models.base import FamilySpec, Mask, Module, Policy, States, Tokens, position_ids
+from dllm_rl.models.base import FamilySpec, Mask, Module, Policy, States, Tokenizer, Tokens, position_ids
 from dllm_rl.models.checkpoint.loading import (
     check_finite,
     checkpoint_folder,
@@ -38,7 +37,7 @@ class _Backbone:
     quantization: Any = None
     quantization_report: Any = None
 
-    def __init__(self, module: Module, spec: FamilySpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
         self.module = module.eval()  # for good: a stock module's dropout does not repeat
         self.spec = spec
         self.tokenizer = tokenizer
@@ -63,7 +62,8 @@ class _Backbone:
 
     @property
     def pad_id(self) -> int:
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.spec.eos_ids[0]
+        own = getattr(self.tokenizer, "pad_token_id", None)
+        return self.spec.eos_ids[0] if own is None else own
 
     def encode(self, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache: Any) -> States:
         """The backbone's states at each token, not shifted; `cache`: transformers' past_key_values and use_cache."""
@@ -119,11 +119,17 @@ def shifted(states: States, attention_mask: Bool[Tensor, "B T"]) -> States:
 
 
 def make_policy(
-    module: Module, tokenizer: PreTrainedTokenizerBase, spec: FamilySpec | None = None
+    module: Module, tokenizer: Tokenizer, spec: FamilySpec | None = None
 ) -> DiffusionPolicy | AutoregressivePolicy:
-    """A policy of a module, by default of the family that its config names. A custom module's spec has `attention`,
-    `encode`, `head`, `vocab_size`, `eos_ids` and, unless causal, `mask_id`. ValueError on wrong attention or ids."""
-    spec = family_spec(module.config, tokenizer) if spec is None else spec
+    """A policy of a module. Raises ValueError on wrong attention or ids, and on a tokenizer without what it needs.
+
+    tokenizer  transformers', or with encode(text, add_special_tokens=False, split_special_tokens=True) -> list of ids,
+               decode(ids, skip_special_tokens=True) -> text, and save_pretrained(folder)
+    spec       None: of the family of a transformers class. A custom module's spec has `attention`, `encode`, `head`,
+               `vocab_size`, `eos_ids` and, unless causal, `mask_id`
+    """
+    check_tokenizer(tokenizer, stock=spec is None)
+    spec = _found_spec(module, tokenizer) if spec is None else spec
     # A wrong mask or attention would train without an error, so both are checked on the module itself.
     check_spec(module, spec)
     policy = (AutoregressivePolicy if spec.attention == "causal" else DiffusionPolicy)(module, spec, tokenizer)
@@ -181,6 +187,36 @@ def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Ch
         raise ValueError(f"{directory}: tensors {odd[:3]} do not fit {name}; make the module that they were saved from")
     for name, tensor in own.items():
         tensor.copy_(state[name])
+
+
+def _found_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
+    """The spec of a transformers module's family. Raises ValueError on a module of other code."""
+    kind = type(module).__name__
+    if not hasattr(module, "config"):
+        raise ValueError(f"spec=None, and {kind} has no config that names its family: give a FamilySpec")
+    raw = module.config.to_dict()
+    raw["architectures"] = raw.get("architectures") or [kind]  # a model that was never saved has none
+    spec = family_spec(module.config, tokenizer, raw=raw)
+    if spec.native is not None:
+        raise ValueError(f"{kind} runs code of its checkpoint; give the checkpoint's folder or id to use stock classes")
+    return spec
+
+
+def check_tokenizer(tokenizer: Tokenizer, *, stock: bool = False) -> None:
+    """Raise ValueError on a tokenizer without what `make_policy` lists; `stock`: and what finds a stock model's ids."""
+    kind = type(tokenizer).__name__
+    needed = ["encode", "decode", "save_pretrained", *["get_vocab", "eos_token_id", "mask_token_id"] * stock]
+    if getattr(tokenizer, "chat_template", None):
+        needed += ["apply_chat_template", "added_tokens_decoder", "all_special_tokens"]
+    if missing := [name for name in needed if not hasattr(tokenizer, name)]:
+        raise ValueError(f"tokenizer {kind} has no {', '.join(missing)}; help(make_policy) lists what it needs")
+    try:
+        ids = tokenizer.encode("", add_special_tokens=False, split_special_tokens=True)
+        text = tokenizer.decode([], skip_special_tokens=True)
+    except TypeError as error:
+        raise ValueError(f"tokenizer {kind}: {error}; help(make_policy) shows how it is called") from error
+    if not isinstance(ids, list) or not isinstance(text, str):
+        raise ValueError(f"tokenizer {kind}: encode gave {ids!r} and decode {text!r}; they must give a list and text")
 
 
 def check_spec(module: Module, spec: FamilySpec) -> None:

@@ -89,7 +89,7 @@ class _Chat:
     """A tokenizer's chat template, without special tokens from the messages."""
 
     def __init__(self, policy: Policy, messages: Sequence[dict[str, Any]], *, blank: str | None = None) -> None:
-        if not policy.tokenizer.chat_template:
+        if not getattr(policy.tokenizer, "chat_template", None):
             raise ValueError(
                 "prompt is chat messages, but the model's tokenizer has no chat template; give plain text (chat=False)"
             )
@@ -153,7 +153,7 @@ def decode(policy: Policy, rollout: Rollout) -> list[str]:
 
 def decode_ids(policy: Policy, chosen: list[list[int]]) -> list[str]:
     """The texts of `chosen_ids`."""
-    return policy.tokenizer.batch_decode([before_end(policy, ids) for ids in chosen], skip_special_tokens=True)
+    return [policy.tokenizer.decode(before_end(policy, ids), skip_special_tokens=True) for ids in chosen]
 
 
 def graded_texts(policy: Policy, rollout: Rollout, problems: Sequence[Problem], chosen: list[list[int]]) -> list[str]:
@@ -170,14 +170,15 @@ def graded_texts(policy: Policy, rollout: Rollout, problems: Sequence[Problem], 
 def filled(policy: Policy, rollout: Rollout) -> list[str]:
     """Each row's whole text, prompt and completion, without special tokens."""
     columns = (rollout.tokens, rollout.attention_mask, rollout.completion_mask)
-    rows = []
+    texts = []
     for tokens, kept, own in zip(*(column.tolist() for column in columns), strict=True):
         ids = list(compress(tokens, kept))
         chosen = list(compress(own, kept))
         # An end token in a gap ends nothing: the text goes on behind the prompt's last token.
         behind = len(chosen) - chosen[::-1].index(False) if False in chosen else 0
-        rows.append([*ids[:behind], *before_end(policy, ids[behind:])])
-    return policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        whole = [*ids[:behind], *before_end(policy, ids[behind:])]
+        texts.append(policy.tokenizer.decode(whole, skip_special_tokens=True))
+    return texts
 
 
 def chosen_ids(rollout: Rollout) -> list[list[int]]:

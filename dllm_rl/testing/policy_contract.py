@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.lora import Lora, add_lora
-from dllm_rl.models.policy import load_policy, load_weights
+from dllm_rl.models.policy import check_tokenizer, load_policy, load_weights
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.quantization.schemes import fake_quantize
@@ -30,6 +30,10 @@ def check_policy(policy: Any, *, seed: int = 0) -> None:
     order may differ by 1e-4 of the largest logit (0.05 in 16 bits)."""
     missing = [name for name in ASKED.split() if not hasattr(policy, name)]
     assert not missing, f"a policy has {', '.join(missing)}: see dllm_rl.models.base.Policy"
+    try:
+        check_tokenizer(policy.tokenizer)
+    except ValueError as error:
+        raise AssertionError(str(error)) from None
     tokens, mask = _rows(policy, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         logits = policy.logits(tokens, mask)

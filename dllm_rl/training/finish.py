@@ -101,10 +101,9 @@ def conclude(run: Run[Any], measured: dict[str, Any], *, result: str, advice: st
 
 
 def _next_command(recipe: Recipe, folder: str) -> str:
-    """The command that samples from the trained model; for a custom module, the call that opens the weights."""
-    if not (Path(folder) / "config.json").exists():
-        return "Open:       dllm_rl.load_weights(policy, folder), with a policy of the same module"
+    """The command that samples from the trained model."""
+    maker = "" if (Path(folder) / "config.json").exists() else " --model MODULE:FUNCTION"  # it makes a custom module
     problem = recipe.eval_task[0]
     text = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
     gaps = "" if problem.blank is None else f" --blank {problem.blank!r} --max_new_tokens 0"
-    return f"Sample:     dllm-rl sample {folder} {text!r}{gaps}"
+    return f"Sample:     dllm-rl sample {folder} {text!r}{gaps}{maker}"

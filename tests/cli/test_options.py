@@ -1,7 +1,10 @@
 """`--device` and `--dtype`: the same for every command with a model."""
 
+from argparse import Namespace
+
 import pytest
 import torch
+from own_module import own_policy
 from simulated_cuda import SimulatedCuda
 
 from dllm_rl.cli import options
@@ -59,3 +62,38 @@ def test_a_device_is_one_that_the_machine_has():
         for name in ("cuda:1", "cuda:", "cuda:x", "tpu", "cpu:1"):
             with pytest.raises(ValueError, match=f"device='{name}' is not on this machine, which has cpu and cuda"):
                 find_device(name)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_opens_a_custom_modules_checkpoint(command, opened, tmp_path, capsys):
+    own_policy(seed=1).save_pretrained(tmp_path)
+    options = [*COMMANDS[command], "--model", "own_module:own_policy"]
+    assert main([command, str(tmp_path), *options]) == 0, capsys.readouterr().err
+    assert opened == [("cpu", torch.float32)]
+    capsys.readouterr()
+    assert main([command, str(tmp_path), *COMMANDS[command]]) == 2
+    assert "name the function that makes its policy, --model MODULE:FUNCTION" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_custom_modules_weights_are_the_checkpoints(tmp_path, dtype, kept):
+    own_policy(seed=1).save_pretrained(tmp_path)
+    asked = Namespace(model=str(tmp_path), maker="own_module:own_policy", dtype=dtype, device="cpu")
+    asked.verify_checkpoint = "full"
+    found = options.open_policy(asked, float32_head=False)
+    weights, saved = (policy.module.state_dict() for policy in (found, own_policy(seed=1)))
+    assert not found.float32_head and all(torch.equal(weights[name], saved[name].to(kept)) for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("maker", "message"),
+    [
+        ("no_such_module:f", "--model 'no_such_module:f': No module named 'no_such_module'; give MODULE:FUNCTION"),
+        ("own_module:missing", "module 'own_module' has no function 'missing'"),
+        ("platform:node", "--model 'platform:node' makes a str and no policy; return make_policy(...)"),
+    ],
+)
+def test_what_makes_no_policy_is_refused_in_one_line(maker, message, tmp_path, capsys):
+    assert main(["sample", str(tmp_path), "1=", "--model", maker]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1

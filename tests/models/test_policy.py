@@ -1,16 +1,18 @@
 """The interface over every backbone, on models made from scratch."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from own_module import own_policy
 from safetensors.torch import load_file
+from tiny_recipe import tiny_recipe
 from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 from transformers.utils import logging
 
-from dllm_rl import load_policy
+from dllm_rl import check_policy, load_policy, make_policy, train
 from dllm_rl.models.policy import shifted
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.models.tokens import before_end, chosen_ids, decode
@@ -88,3 +90,57 @@ def test_a_module_of_full_attention_is_no_block_causal_one():
         ValueError, match="attention='block_causal' is what Own should have, but changing token 2 moved"
     ):
         own_policy(attention="block_causal", block_size=2)
+
+
+class Letters:
+    """A tokenizer of somebody's own: characters above the ids of `char_tokenizer`'s three special tokens."""
+
+    characters = "1234.="
+
+    def encode(self, text, add_special_tokens, split_special_tokens):
+        return [3 + self.characters.index(character) for character in text]
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(self.characters[i - 3] for i in ids if i >= 3)
+
+    def save_pretrained(self, folder):
+        (Path(folder) / "characters.txt").write_text(self.characters)
+
+
+def policy_with(tokenizer):
+    own = own_policy()
+    return make_policy(own.module, tokenizer, own.spec)
+
+
+def test_a_custom_tokenizer_needs_three_methods(tmp_path):
+    policy = policy_with(Letters())
+    check_policy(policy)
+    summary = train(tiny_recipe(tmp_path, model=policy, num_steps=1))
+    assert (Path(summary["checkpoint"]) / "characters.txt").read_text() == "1234.="
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"save_pretrained": None}, "tokenizer Broken has no save_pretrained"),
+        ({"encode": None, "decode": None}, "tokenizer Broken has no encode, decode"),
+        ({"chat_template": "{{ messages }}"}, "tokenizer Broken has no apply_chat_template, added_tokens_decoder"),
+        ({"encode": lambda self, text: []}, "tokenizer Broken: .*unexpected keyword argument 'add_special_tokens'"),
+        ({"decode": lambda self, ids: ""}, "tokenizer Broken: .*unexpected keyword argument 'skip_special_tokens'"),
+        ({"encode": lambda self, text, **_: torch.zeros(0)}, "encode gave tensor.* must give a list and text"),
+    ],
+)
+def test_a_tokenizer_without_what_it_needs_is_refused_at_once(changed, message):
+    members = {name: value for name, value in (vars(Letters) | changed).items() if value is not None}
+    broken = type("Broken", (), members)()
+    with pytest.raises(ValueError, match=message):
+        policy_with(broken)
+    policy = own_policy()
+    policy.tokenizer = broken  # as in a policy that make_policy did not make
+    with pytest.raises(AssertionError, match=message):
+        check_policy(policy)
+
+
+def test_a_stock_model_finds_its_ids_in_the_tokenizer():
+    with pytest.raises(ValueError, match="tokenizer Letters has no get_vocab, eos_token_id, mask_token_id"):
+        make_policy(tiny_masked_lm(characters="1234.=").module, Letters())

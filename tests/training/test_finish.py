@@ -34,9 +34,10 @@ class Told(Wrapped):
 
 def test_the_next_command_quotes_the_prompt_and_names_the_gap(tmp_path):
     recipe = tiny_recipe(tmp_path)
-    assert _next_command(recipe, str(tmp_path)).startswith("Open:       dllm_rl.load_weights(policy, folder)")
-    (tmp_path / "config.json").touch()
     first = recipe.eval_task[0].prompt
+    own = _next_command(recipe, str(tmp_path))
+    assert own == f"Sample:     dllm-rl sample {tmp_path} {first!r} --model MODULE:FUNCTION"
+    (tmp_path / "config.json").touch()
     assert _next_command(recipe, str(tmp_path)) == f"Sample:     dllm-rl sample {tmp_path} {first!r}"
     asked = _next_command(replace(recipe, eval_task=Told(Sudoku(split="test", size=2))), str(tmp_path))
     assert asked == f"""Sample:     dllm-rl sample {tmp_path} "1+_='2'" --blank '_' --max_new_tokens 0"""

@@ -1,20 +1,26 @@
 """GRPO in one call, as someone who comes from TRL would make it."""
 
 import asyncio
+import re
 from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset
+from own_module import own_policy
+from readme import README
 from tiny_recipe import SIZES, tiny_recipe
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from dllm_rl import decoupled, float8_weight_only, grpo, grpo_recipe, tiny_llama, tiny_masked_lm, train
+from dllm_rl import Recipe, decoupled, float8_weight_only, grpo, grpo_recipe, gspo, tiny_llama, tiny_masked_lm, train
 from dllm_rl.likelihoods.estimators import causal
 from dllm_rl.members import describe
+from dllm_rl.models.tiny import char_tokenizer
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import task_from_dataset
+from dllm_rl.training.grpo import NEAREST, SAME
 
 SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]
@@ -166,3 +172,80 @@ def test_a_run_resumes(tmp_path):
     assert parts["eval_after"] == whole["eval_after"]
     first, second = (torch.load(f"{s['checkpoint']}/optimizer.pt", weights_only=True)["state"] for s in (parts, whole))
     assert all(torch.equal(first[i]["exp_avg"], second[i]["exp_avg"]) for i in first)
+
+
+def recipe_of(**settings):
+    return grpo_recipe(model=tiny_masked_lm(**SMALL), train_dataset=ROWS, reward_funcs=right, **settings)
+
+
+def test_trls_names_set_what_they_mean():
+    clip = {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 4.0}
+    recipe = recipe_of(
+        **clip, max_completion_length=4, max_steps=3, run_name="a", hub_model_id="me/b", report_to="none", top_p=0.9,
+        top_k=5, scale_rewards=False, sampler_options={"num_steps": 2},
+    )  # fmt: skip
+    assert recipe.loss.func.__name__ == "ppo_clip" and recipe.loss.keywords == clip
+    assert (recipe.max_new_tokens, recipe.num_steps, recipe.name, recipe.push_to_hub) == (4, 3, "a", "me/b")
+    assert recipe.advantages.keywords == {"scale_rewards": "none"} and recipe.trackers == []
+    assert recipe.sampler.keywords == {
+        "max_new_tokens": 4, "num_steps": 2, "top_p": 0.9, "top_k": 5, "temperature": 1.0
+    }  # fmt: skip
+    assert recipe_of(loss=gspo, epsilon=0.1).loss.func is gspo
+    assert recipe_of(report_to=["wandb", "mlflow"]).trackers == ["wandb", "mlflow"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"args": object()}, "args is not a setting of grpo; the nearest is a keyword for each of its fields"),
+        ({"per_device_train_batch_size": 8}, "the nearest is train_batch_size, in prompts per step"),
+        ({"learning_rat": 1e-6}, "learning_rat is not a setting of grpo; the nearest is learning_rate$"),
+        ({"settings": {}}, "settings is not a setting of grpo"),
+        ({"zyx": 1}, r"zyx is not a setting of grpo; help\(dllm_rl.Recipe\) lists all"),
+        ({"max_steps": 3, "num_steps": 4}, "num_steps=4 and num_steps=3 are the same setting"),
+        ({"max_steps": 3, "num_iterations": 2}, "max_steps counts updates, and num_iterations of them"),
+        (
+            {"advantages": decoupled, "scale_rewards": True},
+            "scale_rewards=True is not a keyword of the advantages",
+        ),
+    ],
+)
+def test_a_name_that_is_not_known_names_the_nearest(settings, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_of(**settings)
+
+
+def test_the_docs_have_the_tables_of_names():
+    page = README.parent.joinpath("docs", "trl.md").read_text()
+    assert dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE)) == SAME | NEAREST
+    own = Recipe.__dataclass_fields__.keys()
+    assert not own & (SAME | NEAREST).keys(), "a name of Recipe's is taken as it is"
+
+
+def llama():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        return LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes, pad_token_id=0, eos_token_id=2, bos_token_id=None))
+
+
+@pytest.mark.parametrize("name", ["processing_class", "tokenizer"])
+def test_a_loaded_model_is_trained_with_its_tokenizer(tmp_path, name):
+    model = llama()
+    before = model.lm_head.weight.clone()
+    summary = grpo(model, ROWS, right, **{name: char_tokenizer("1234=")}, **options(tmp_path, learning_rate=0.1))
+    assert type(summary.policy.module) is LlamaForCausalLM and summary.policy.spec.attention == "causal"
+    assert torch.equal(model.lm_head.weight, before), "the caller's model stays as it is"
+    assert not torch.equal(summary.policy.module.lm_head.weight, before)
+
+
+def test_a_loaded_model_and_its_tokenizer_go_together():
+    with pytest.raises(ValueError, match="processing_class=None: a loaded LlamaForCausalLM needs its tokenizer"):
+        grpo_recipe(llama(), ROWS, right)
+    with pytest.raises(ValueError, match="processing_class is for a loaded model; leave it out"):
+        recipe_of(processing_class=char_tokenizer("1234="))
+    with pytest.raises(ValueError, match="Own has no config that names its family: give a FamilySpec"):
+        grpo_recipe(own_policy().module, ROWS, right, tokenizer=char_tokenizer("1234="))
+    loaded = llama()
+    loaded.config.architectures = ["LLaDAModelLM"]
+    with pytest.raises(ValueError, match="runs code of its checkpoint; give the checkpoint's folder or id"):
+        grpo_recipe(loaded, ROWS, right, tokenizer=char_tokenizer("1234="))

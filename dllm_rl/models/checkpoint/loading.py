@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from dllm_rl.models.base import FamilySpec, Module, encode_block_causal, encode_roberta, mlm_head
+from dllm_rl.models.base import FamilySpec, Module, Tokenizer, encode_block_causal, encode_roberta, mlm_head
 from dllm_rl.models.checkpoint.families import find_family, rotate_in_float32, stock_class
 from dllm_rl.models.checkpoint.tensors import (
     read_tensors,
@@ -113,8 +113,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder} is the folder of a run; give one of its checkpoints, as {runs[-1]}") from None
         if weight_files(folder):
             raise ValueError(
-                f"{folder} holds weights without a config.json, as a custom module leaves them: make that module "
-                "and open them with load_weights(policy, folder)"
+                f"{folder} holds weights without a config.json, as a custom module leaves them: name the function "
+                "that makes its policy, --model MODULE:FUNCTION of dllm-rl, or use load_weights(policy, folder)"
             ) from None
         raise ValueError(f"{folder} has no config.json: it is no checkpoint; give the folder of one") from None
     except ValueError:  # neither UTF-8 nor JSON
@@ -174,7 +174,7 @@ def check_report(report: dict, family: FamilySpec, folder: Path) -> None:
 
 def family_spec(
     config: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     raw: dict | None = None,  # the fields of config.json, where the module's config differs
     folder: Path | None = None,
@@ -204,7 +204,7 @@ def family_spec(
     return replace(family, **changes)
 
 
-def find_mask_id(config: Any, tokenizer: PreTrainedTokenizerBase, family: FamilySpec) -> int:
+def find_mask_id(config: Any, tokenizer: Tokenizer, family: FamilySpec) -> int:
     """The mask id of the config, tokenizer, a known name or the family; ValueError on none, on two, or one outside."""
     # With two of the names, neither is chosen: nothing tells which of the tokens was trained as the mask.
     named = set(map(tokenizer.get_vocab().get, family.mask_names)) - {None}
@@ -230,9 +230,7 @@ def find_mask_id(config: Any, tokenizer: PreTrainedTokenizerBase, family: Family
     return found
 
 
-def end_ids(
-    config: Any, tokenizer: PreTrainedTokenizerBase, family: FamilySpec, folder: Path | None
-) -> tuple[int, ...]:
+def end_ids(config: Any, tokenizer: Tokenizer, family: FamilySpec, folder: Path | None) -> tuple[int, ...]:
     """Ids that end a completion: the config's, generation_config.json's, the tokenizer's, the family's end tokens."""
     generation = folder / "generation_config.json" if folder else None
     also = json.loads(generation.read_text()).get("eos_token_id") if generation and generation.exists() else None
@@ -277,11 +275,17 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
     if path.is_absolute() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith("."):
         raise ValueError(f"path_or_id={str(path_or_id)!r} is neither a folder nor a model hub's id; give one of them")
     # No pickled weights: they run code when they are opened.
-    return Path(snapshot_download(str(path_or_id), allow_patterns=[f"*{suffix}" for suffix in SUFFIXES]))
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=[f"*{suffix}" for suffix in SUFFIXES]))
+    except LocalEntryNotFoundError:
+        raise ValueError(
+            f"model={str(path_or_id)!r} is not whole in this machine's cache, and the hub is not reached; download it "
+            "elsewhere and give its folder (of a recipe: --model FOLDER)"
+        ) from None
 
 
 def save_module(
-    module: Module, tokenizer: PreTrainedTokenizerBase, spec: FamilySpec, directory: str | Path, *, max_shard_size: int
+    module: Module, tokenizer: Tokenizer, spec: FamilySpec, directory: str | Path, *, max_shard_size: int
 ) -> None:
     """Write weights (adapters merged), config and tokenizer in the checkpoint's own layout."""
     directory = Path(directory)

@@ -1,8 +1,10 @@
-"""What a checkpoint's own config says after saving."""
+"""What a checkpoint's own config says after saving, and a model that is not on the machine."""
 
 import json
 
+import pytest
 import torch
+from huggingface_hub import constants
 from layouts import published
 
 from dllm_rl import load_policy
@@ -17,3 +19,10 @@ def test_the_dtype_is_written_under_the_name_that_the_config_has(tmp_path):
     load_policy(source, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["dtype"] == "bfloat16" and "torch_dtype" not in saved
+
+
+def test_a_model_that_an_offline_machine_does_not_hold_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"model='owner/name' is not whole in this machine's cache.* --model FOLDER"):
+        load_policy("owner/name")
