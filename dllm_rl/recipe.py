@@ -312,7 +312,9 @@ class Recipe(Settings):
 
     @property
     def policy_loss(self) -> Callable:
-        """(log-probs (B, T), batch) -> loss, metrics, gradient: `policy_loss` with the recipe's parts bound."""
+        """(log-probs (B, T), batch) -> loss, metrics, gradient: `losses.policy_loss` with the recipe's parts bound.
+
+        By default: ppo_clip with epsilon 0.2, every token of the batch alike, no KL term, no entropy bonus."""
         return partial(
             policy_loss,
             surrogate=self.surrogate,

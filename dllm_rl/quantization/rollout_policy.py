@@ -209,6 +209,8 @@ def quantizable_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     """Quantise the learner's weights into the rollout policy, in place, layer by layer: no storage moves.
 
+    FP8 weights: for each row scale = max |w| / 448, code = w / scale rounded to e4m3; products take code * scale.
+
     Returns for quantised layers quantization/codes_changed, the share of all codes that this sync changed (an update
     below the grid vanishes: QuRL [digest]), and quantization/scale_change, the mean of |s' - s| / s over all scales.
     After an aligned forward they cover the last inner update alone. Raises ValueError for NaN or infinite weights."""

@@ -122,7 +122,7 @@ class Rows:
 def gather_rows(
     recipe: Recipe, rollout: Rollout, logps: Logprobs, advantages: Tensor, groups: Tensor, accelerator: Accelerator
 ) -> Rows:
-    """The one transfer of a step's log-probs. An exchange of all processes."""
+    """The one transfer of a step's log-probs, of completion tokens in scored rows. An exchange of all processes."""
     mask = logps.noise.scored(rollout.completion_mask)
     apart = torch.where(mask, logps.old - logps.rollout, 0)
     parts = (apart, mask, rollout.completion_mask, logps.old, rollout.tokens)
