@@ -194,6 +194,8 @@ def _found_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
     kind = type(module).__name__
     if not hasattr(module, "config"):
         raise ValueError(f"spec=None, and {kind} has no config that names its family: give a FamilySpec")
+    if hasattr(module, "merge_and_unload"):
+        raise ValueError(f"{kind} has peft's adapters; give its merge_and_unload(), and lora to train new ones")
     raw = module.config.to_dict()
     raw["architectures"] = raw.get("architectures") or [kind]  # a model that was never saved has none
     spec = family_spec(module.config, tokenizer, raw=raw)

@@ -185,7 +185,6 @@ def _made(
     """The policy of a module with random weights: matrices within blocks have the std gain / sqrt(fan_in)."""
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global RNG
         module = make(config)
-    module.config.architectures = [type(module).__name__]  # by which load_policy finds a saved copy's family
     generator = Generator().manual_seed(seed)
     embedding_std, head_std, gain = scales
     # With the classes' default (std 0.02 everywhere) a model of this size learns no Sudoku grid in minutes.

@@ -160,6 +160,8 @@ def grpo_recipe(
     segments above. Raises ValueError on too few rows and on an unknown setting.
     """
     model = as_model(model, processing_class)
+    if callable(train_dataset):
+        raise ValueError("train_dataset is a function; the order is grpo(model, train_dataset, reward_funcs)")
     rows = in_memory(train_dataset, max_rows)
     if eval_dataset is None:
         training, held_out = hold_out(rows)

@@ -238,6 +238,18 @@ def test_a_loaded_model_is_trained_with_its_tokenizer(tmp_path, name):
     assert not torch.equal(summary.policy.module.lm_head.weight, before)
 
 
+def test_adapters_of_peft_are_refused():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"PeftModel has peft's adapters; give its merge_and_unload\(\), and lora"):
+        grpo_recipe(model, ROWS, right, processing_class=char_tokenizer("1234="))
+
+
+def test_trls_order_of_arguments_is_refused():
+    with pytest.raises(ValueError, match="train_dataset is a function; the order is"):
+        grpo_recipe(tiny_masked_lm(**SMALL), right, right)
+
+
 def test_a_loaded_model_and_its_tokenizer_go_together():
     with pytest.raises(ValueError, match="processing_class=None: a loaded LlamaForCausalLM needs its tokenizer"):
         grpo_recipe(llama(), ROWS, right)
