@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
+from numbers import Real
 from typing import Any, TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -18,10 +19,12 @@ class Bound:
     at_most: int | float | None = None
     below: int | float | None = None
 
-    def check(self, name: str, value: int | float | None) -> None:
+    def check(self, name: str, value: Any) -> None:
         """Raise ValueError where the value is outside; None passes."""
         if value is None:
             return
+        if not issubclass(type(value), Real):  # mypy narrows no Real to a number
+            raise ValueError(f"{name}={value!r} must be a number")
         low = -math.inf if self.above is None else self.above
         high = math.inf if self.below is None else self.below
         inside = low < value < high  # NaN and the infinities fail here

@@ -31,7 +31,7 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
     arguments = list(([] if interactive() else sys.argv[1:]) if argv is None else argv)
     wanted = [word for word in arguments if word not in ("--help", "-h")]  # help is of the recipe that the rest makes
     try:
-        recipe = _overridden(recipe, _pairs(list(wanted)))
+        recipe = override(recipe, _pairs(list(wanted))) if wanted else recipe
         if wanted != arguments:
             print(escape_controls(usage(recipe), keep="\n"))
             raise SystemExit(0)
@@ -41,29 +41,9 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
     return recipe
 
 
-def _overridden(recipe: Record, pairs: list[tuple[str, str]]) -> Record:
-    """Apply overrides, short paths first, until none is left."""
-    # a function before its keywords: picking it sets them back
-    pairs = sorted(pairs, key=lambda pair: pair[0].count("."))
-    while pairs:
-        waiting = []
-        errors = []
-        for path, text in pairs:
-            below = {name.removeprefix(f"{path}."): words for name, words in pairs if name.startswith(f"{path}.")}
-            try:
-                recipe = override(recipe, path, text, below)
-            except ValueError as error:  # a path or a value may become valid only after another
-                waiting.append((path, text))
-                errors.append(error)
-        if len(waiting) == len(pairs):  # no turn helps any more
-            raise errors[0]
-        pairs = waiting
-    return recipe
-
-
-def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
-    """`--a 1 --b=2 --flag` -> (a, 1), (b, 2), (flag, true)."""
-    pairs: list[tuple[str, str]] = []
+def _pairs(arguments: list[str]) -> dict[str, str]:
+    """`--a 1 --b=2 --flag` -> {a: 1, b: 2, flag: true}."""
+    pairs: dict[str, str] = {}
     while arguments:
         head = arguments.pop(0)
         if not head.startswith("--"):
@@ -71,21 +51,52 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
         name, equals, value = head[2:].partition("=")
         if not equals:
             value = arguments.pop(0) if arguments and not arguments[0].startswith("--") else "true"
-        pairs.append((name, value))
+        pairs[name] = value
     return pairs
 
 
-def override(recipe: Record, path: str, text: str, below: Mapping[str, str] = NOTHING) -> Record:
-    """The recipe with the value at `path` read from text; `below`: texts of keywords that a named function requires."""
-    known = paths(recipe)
-    if path not in known:
-        near = difflib.get_close_matches(path, known, n=1, cutoff=0)  # cutoff 0: the nearest, however far
-        raise ValueError(f"--{path} is not a field of the recipe; the nearest is --{near[0]} (--help lists all)")
+def override(owner: Any, texts: Mapping[str, str], prefix: str = "") -> Any:
+    """The record or function with new values, texts by path. Each record is made, and checked, once with all of its
+    changes. Raises ValueError on an unknown path or a bad value."""
+    known = paths(owner, prefix)
+    held = {member.name: member.value for member in members(owner)} if known else {}
+    below: dict[str, dict[str, str]] = {}
+    for path, text in texts.items():
+        name, dot, rest = path.partition(".")
+        below.setdefault(name, {}).update({rest: text} if dot else {})
+    changes = {}
+    for name, inner in below.items():
+        path = f"{prefix}{name}"
+        own = texts.get(name)
+        if name not in held or (own is not None and path not in known):
+            raise _no_field(path if own is not None else f"{path}.{next(iter(inner))}", own, known, held)
+        # A function before its keywords: they are those of the function that is picked.
+        value = held[name] if own is None else known[path].read(own, inner)
+        changes[name] = override(value, inner, f"{path}.") if inner else value
+    return _made(owner, changes, prefix)
+
+
+def _made(owner: Any, changes: Mapping[str, Any], prefix: str) -> Any:
+    """The owner with its changes. Raises its own ValueError, with the paths where the message names none of them."""
     try:
-        return _replace(recipe, path.split("."), known[path].read(text, below))
+        return _with(owner, changes)
     except ValueError as error:
         message = str(error)
-        raise ValueError(message if path.rpartition(".")[2] in message else f"--{path}: {message}") from None
+        if not any(name in message for name in changes):
+            message = f"{', '.join(f'--{prefix}{name}' for name in changes)}: {message}"
+        raise ValueError(message) from None
+
+
+def _no_field(path: str, text: str | None, known: Iterable[str], held: Iterable[str]) -> ValueError:
+    if text and path in held:  # such as a task: its name would not say what its fields, and the sampler's, should be
+        script = Path(sys.argv[0])
+        files = [file.name for file in script.parent.glob("*.py") if text in file.stem]
+        near = difflib.get_close_matches(script.name, files, n=1, cutoff=0)
+        where = f": {near[0]}" if near else "'s file"
+        return ValueError(f"--{path} {text!r}: a {path} is chosen by its recipe{where}")
+    near = difflib.get_close_matches(path, known, n=1, cutoff=0)  # cutoff 0: the nearest, however far
+    nearest = f"; the nearest is --{near[0]}" if near else ""
+    return ValueError(f"--{path} is not a field of the recipe{nearest} (--help lists all)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +111,14 @@ class Setting:
 def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
     """Every path below a record or a function, with its value and how to read another from text."""
     found: dict[str, Setting] = {}
+    record = dataclasses.is_dataclass(owner) and not isinstance(owner, type)
+    if not record and not isinstance(owner, partial | tuple) and not inspect.isfunction(owner):
+        return found  # a value that holds none
     for member in members(owner):
         path = f"{prefix}{member.name}"
-        value = member.value
         if setting := _setting(path, member):
             found[path] = setting
-        record = dataclasses.is_dataclass(value) and not isinstance(value, type)
-        if record or isinstance(value, partial | tuple) or inspect.isfunction(value):
-            found |= paths(value, f"{path}.")
+        found |= paths(member.value, f"{path}.")
     found.pop("model.seed", None)  # the recipe's own seed is what the model is made with
     return found
 
@@ -142,18 +153,14 @@ def _scalar(annotation: Any) -> bool:
     return bool(_literals(kinds)) or not SCALARS.isdisjoint(kinds)
 
 
-def _replace(owner: Any, keys: list[str], value: Any) -> Any:
+def _with(owner: Any, changes: Mapping[str, Any]) -> Any:
     if getattr(owner, "made_by", None) is not None:
-        return _replace(owner.made_by, keys, value)()
-    if len(keys) > 1:
-        below = {member.name: member.value for member in members(owner)}
-        value = _replace(below[keys[0]], keys[1:], value)
+        return _with(owner.made_by, changes)()
     if isinstance(owner, tuple):
-        place = int(keys[0]) - 1
-        return (*owner[:place], value, *owner[place + 1 :])
+        return tuple(changes.get(str(place), part) for place, part in enumerate(owner, 1))
     if isinstance(owner, partial) or inspect.isfunction(owner):  # a new partial: the recipe's own stays as it is
-        return partial(owner, **{keys[0]: value})
-    return dataclasses.replace(owner, **{keys[0]: value})
+        return partial(owner, **changes)
+    return dataclasses.replace(owner, **changes)
 
 
 def _choices(member: Member) -> dict[str, Any]:
@@ -256,7 +263,7 @@ def imported(path: str, text: str) -> Callable:
     module_name, _, name = text.partition(":")
     try:
         function = getattr(import_module(module_name), name, None)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # ValueError: an empty name
         raise ValueError(f"--{path} {text!r}: {error}; give MODULE:FUNCTION, its folder in PYTHONPATH") from None
     if not inspect.isfunction(function):
         raise ValueError(f"--{path} {text!r}: module {module_name!r} has no function {name!r}")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
+from numbers import Integral, Real
 from types import NoneType
 from typing import Any, Literal, cast, get_args, get_origin
 
@@ -55,10 +56,15 @@ def check_bounds(field: Field, value: Any) -> None:
 
 
 def check_fits(field: Field, value: Any) -> None:
-    """Raise ValueError on a flag for what is none (push_to_hub=True), and on no function (optim="adamw_torch")."""
-    flag = isinstance(value, bool) and bool not in (field.type, *get_args(field.type))
+    """Raise ValueError on a flag for what is none (push_to_hub=True), on no function (optim="adamw_torch"), and on text
+    in place of a number or a flag (learning_rate="1e-3")."""
+    kinds = (field.type, *get_args(field.type))
+    flag = isinstance(value, bool) and bool not in kinds
     if flag or (field.metadata.get("pick") and not callable(value)):
         raise ValueError(f"{field.name}={value!r} does not fit; it is: {field.metadata['help']}")
+    for kind, like in ((bool, bool), (int, Integral), (float, Real)):
+        if kind in kinds and not isinstance(value, like):
+            raise ValueError(f"{field.name}={value!r} is of type {type(value).__name__}; give {kind.__name__}")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

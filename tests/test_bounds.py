@@ -58,6 +58,11 @@ def bind(function, keyword, value):
     return made() if function.__module__ in [module.__name__ for module in MAKERS] else check_bound(made)
 
 
+def test_a_constant_is_a_number():
+    with pytest.raises(ValueError, match="cap='3' must be a number"):
+        Bound(at_least=1).check("cap", "3")
+
+
 @pytest.mark.parametrize(("function", "keyword"), constants())
 @pytest.mark.parametrize("value", [-1, -3.0, 0, math.inf, -math.inf, math.nan])
 def test_no_constant_is_negative_or_zero_or_not_finite(function, keyword, value):

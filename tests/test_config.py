@@ -61,6 +61,20 @@ def test_the_order_of_overrides_does_not_matter(recipe):
         assert from_command_line(recipe, arguments).zero_mismatch
 
 
+def test_the_settings_of_a_task_are_checked_together(recipe):
+    for words in (["--task.side=9", "--task.clues=30,40"], ["--task.clues=30,40", "--task.side=9"]):
+        assert from_command_line(recipe, words).task == replace(recipe.task, side=9, clues=(30, 40))
+
+
+def test_a_task_is_chosen_by_the_recipe_that_is_named(monkeypatch, capsys):
+    script = Path(main_job_file).with_name("llada_8b_sudoku.py")
+    monkeypatch.setattr("sys.argv", [str(script), "--task", "gsm8k"])
+    with pytest.raises(SystemExit):
+        from_command_line(import_module("recipes.llada_8b_sudoku").recipe)
+    said = "error: --task 'gsm8k': a task is chosen by its recipe: llada_8b_gsm8k.py\n"
+    assert capsys.readouterr().err == said
+
+
 def test_what_functions_take_by_default_has_a_name_too(recipe):
     """A plain function's keywords, and those of one that was just picked."""
     changed = from_command_line(
@@ -142,7 +156,7 @@ def test_what_a_picked_function_needs_has_a_name_and_is_asked_for(recipe, capsys
 def test_caches_schemes_adapters_and_parts_of_a_composition(recipe):
     cached = from_command_line(recipe, ["--sampler.cache", "dual_cache", "--sampler.cache.refresh", "4"])
     assert cached.sampler.keywords["cache"] == dual_cache(refresh=4)
-    assert override(cached, "sampler.cache", "none").sampler.keywords["cache"] is None
+    assert override(cached, {"sampler.cache": "none"}).sampler.keywords["cache"] is None
     grouped = ["--rollout_quantization", "int4_weight_only", "--rollout_quantization.group_size", "16"]
     assert from_command_line(recipe, grouped).rollout_quantization().granularity.group_size == 16
     fake = ["--rollout_quantization", "fake_quantize", "--rollout_quantization.weight", "int3"]
@@ -187,15 +201,15 @@ def test_functions_by_name(recipe):
         ],
     )
     assert new.corrector == correctors.none() and new.likelihood.name == "one_step"
-    assert override(recipe, "advantages", "decoupled").advantages is decoupled
+    assert override(recipe, {"advantages": "decoupled"}).advantages is decoupled
     assert "row_mean" not in paths(recipe)["loss"].choices
     bounded = ["--loss", "cispo", "--loss.max_ratio", "3"]
     assert from_command_line(recipe, bounded).loss.keywords == {"max_ratio": 3.0}
-    assert paths(override(recipe, "corrector", "ais"))["corrector.weigh.combine"].choices == ("alarm",)
+    assert paths(override(recipe, {"corrector": "ais"}))["corrector.weigh.combine"].choices == ("alarm",)
     assert new.aggregate is sequence and new.rollout_quantization is int8_weight_only
     assert new.sampler.keywords["rank"].__name__ == "max_prob"
-    assert override(recipe, "rollout_quantization", "none").rollout_quantization is None
-    assert override(recipe, "micro_batch_size", "none").micro_batch_size is None
+    assert override(recipe, {"rollout_quantization": "none"}).rollout_quantization is None
+    assert override(recipe, {"micro_batch_size": "none"}).micro_batch_size is None
 
 
 @pytest.mark.parametrize(
@@ -203,6 +217,12 @@ def test_functions_by_name(recipe):
     [
         (["--learning_rat", "1"], "the nearest is --learning_rate"),
         (["--sampler.temprature", "1"], "the nearest is --sampler.temperature"),
+        (["--samper.temperature", "1"], "the nearest is --sampler.temperature"),
+        (["--learning_rate.x", "1"], "--learning_rate.x is not a field of the recipe (--help"),
+        (["--model.seed", "1"], "--model.seed is not a field of the recipe; the nearest is --model."),
+        (["--task.side", "9"], "clues=(10, 12) must lie in 26..81 on 9x9"),
+        (["--task.side", "9", "--task.clues", "20"], "clues=20 must lie in 26..81 on 9x9"),
+        (["--task", "chess"], "--task 'chess': a task is chosen by its recipe's file"),
         (["--num_steps", "many"], "--num_steps 'many' is not a valid int"),
         (["--num_steps", "1.5"], "--num_steps '1.5' is not a valid int"),
         (["--learning_rate", "nan"], "--learning_rate 'nan' is not a valid float"),
@@ -219,7 +239,7 @@ def test_functions_by_name(recipe):
         (["--likelihood.num_segments", "0"], "num_segments=0 must be at least 1"),
         (["num_steps", "1"], "options are written --name value"),
         (["--loss", "nowhere.at_all:x"], "No module named 'nowhere'; give MODULE:FUNCTION"),
-        (["--loss", ":x"], "--loss: Empty module name"),
+        (["--loss", ":x"], "--loss ':x': Empty module name"),
         (["--loss", "math:pi"], "module 'math' has no function 'pi'"),
         (["--corrector", "dllm_rl.algorithms.correctors:tis"], "is not known"),
     ],
@@ -245,8 +265,8 @@ def test_an_empty_name_is_refused(recipe, name, capsys):
 def test_an_empty_path_of_a_task_is_refused_and_an_empty_text_is_not(recipe):
     known = replace(recipe, task=Sudoku(split="train", path="grids.txt"))
     with pytest.raises(ValueError, match=r"--task\.path '' is not a valid"):
-        override(known, "task.path", "")
-    assert override(known, "task.opening", "").task.opening == ""
+        override(known, {"task.path": ""})
+    assert override(known, {"task.opening": ""}).task.opening == ""
 
 
 def test_the_models_seed_is_the_runs(recipe):
@@ -299,12 +319,16 @@ def test_every_name_of_every_recipe_is_explained(name):
     without_dropout = replace(recipe, lora=None)  # which aligned forwards refuse
     if isinstance(recipe, Recipe):
         without_dropout = replace(without_dropout, loss=None)  # tbpo brings its own
-    needed = {"tau": "0.9", "f": "1", "gamma": "1", "eta": "0.1", "length": "16", "block_size": "4"}
-    recipes = [recipe] + [
-        override(without_dropout, field, choice, needed)
-        for field in (*PICKS, "sampler.cache", "optim", "kl", "lr_schedule")
-        if field in paths(without_dropout)
-        for choice in paths(without_dropout)[field].choices
-    ]
+    needed = {"threshold": ("tau", "0.9"), "factor": ("f", "1"), "entropy_bound": ("gamma", "1"), "edit": ("tau", "1")}
+    needed |= {"remask": ("eta", "0.1"), "constant": ("length", "16"), "block": ("block_size", "4")}
+    recipes = [recipe]
+    for field in (*PICKS, "sampler.cache", "optim", "kl", "lr_schedule"):
+        offered = paths(without_dropout)
+        for choice in offered[field].choices if field in offered else ():
+            texts = {field: choice}
+            if choice in needed:
+                keyword, number = needed[choice]
+                texts[f"{field}.{keyword}"] = number
+            recipes.append(override(without_dropout, texts))
     assert len(recipes) > (40 if isinstance(recipe, Recipe) else 5)
     assert not {path for each in recipes for path, setting in paths(each).items() if not setting.help}

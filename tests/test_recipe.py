@@ -49,9 +49,13 @@ def test_a_word_that_a_field_does_not_know_is_refused(recipe):
     """The suite checks types before a record is made; a user's program does not."""
     known = {field.name: field for field in fields(recipe)}
     check_bounds(known["base_quantization"], None)
+    check_bounds(known["learning_rate"], 1)
     for name, value, said in (
         ("dtype", "fp32", "dtype='fp32' is not known; use 'float32', 'bfloat16', 'float16', 'auto'"),
         ("base_quantization", "int3", "base_quantization='int3' is not known; use 'nf4', 'int8', or none"),
+        ("learning_rate", "1e-3", "learning_rate='1e-3' is of type str; give float"),
+        ("num_steps", 1.5, "num_steps=1.5 is of type float; give int"),
+        ("bf16", "false", "bf16='false' is of type str; give bool"),
         ("verify_checkpoint", None, "verify_checkpoint=None is not known; use 'full', 'quick'"),
     ):
         with pytest.raises(ValueError, match=re.escape(said)):

@@ -37,6 +37,8 @@ def open_folder(recipe: Settings) -> tuple[Path | None, list[str]]:
         raise ValueError(
             f"output_dir={str(directory)!r} is being written by another run, {error.strerror}; stop it, or give another"
         ) from None
+    except OSError as error:
+        raise OSError(f"output_dir={str(directory)!r} cannot be written ({error.strerror}); give another") from None
     recover(directory / "reference")  # a kill may have left it between two names
     remove(directory / REHEARSAL)  # a killed run leaves it
     held = [name for name in HELD if (directory / name).exists()]

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dllm_rl.cli.options import open_policy
-from dllm_rl.config import paths, pickable
+from dllm_rl.config import override, paths, pickable
 from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import OneProcess, Processes, launched, make_accelerator
 from dllm_rl.evaluation.completions import fingerprint
@@ -32,10 +31,11 @@ from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.by_name import ADAPTIVE, read_cache, read_commit, read_rank
-from dllm_rl.samplers.rules import steps_per_block
+from dllm_rl.samplers.rules import check_steps, steps_per_block
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.screen import escape_controls, literal
 from dllm_rl.tasks import Task
+from dllm_rl.tasks.base import check_filled
 from dllm_rl.tasks.protocols import TASKS, under_protocol
 
 Plan = tuple[dict[str, Any], Callable]  # settings by name, and the sampler bound to them
@@ -149,12 +149,14 @@ def make_task(arguments: argparse.Namespace) -> Task:
     if name not in TASKS:
         raise ValueError(f"task={name!r} is none of {', '.join(TASKS)}")
     task = TASKS[name](split=arguments.split or "test", path=arguments.path)
+    known = paths(task)
+    texts = {}
     for text in arguments.set:
-        option, equals, value = text.partition("=")
-        settings = paths(task)
-        if not equals or option not in settings:
-            raise ValueError(f"--set {text}: write FIELD=VALUE, where task {name!r} has {', '.join(settings)}")
-        task = replace(task, **{option: settings[option].read(value)})
+        option, equals, texts[option] = text.partition("=")
+        if not equals or option not in known:
+            raise ValueError(f"--set {text}: write FIELD=VALUE, where task {name!r} has {', '.join(known)}")
+    task = override(task, texts)
+    check_filled("task", task)
     return under_protocol(task, arguments.protocol or "strict")
 
 
@@ -193,7 +195,8 @@ def plans_of(lengths: Sequence[int], arguments: argparse.Namespace) -> list[Plan
         rules["cache"] = None if cache == "none" else read_cache(cache)
         adaptive = function_of(rules["commit"]) in ADAPTIVE  # An adaptive rule chooses its number of steps
         for steps in [None] if adaptive else dict.fromkeys(arguments.num_steps or [length]):
-            if block_size and steps:  # raises before the first model is run, and not in the middle of a sweep
+            check_steps(steps, length, rules["commit"])  # before the first model is run, and not amid a sweep
+            if block_size and steps:
                 steps_per_block(steps, [block_size] * -(-length // block_size))
             bound: dict[str, Any] = {"max_new_tokens": length, "num_steps": steps, "block_size": block_size}
             bound["temperature"] = arguments.temperature

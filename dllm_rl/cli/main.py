@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from dllm_rl.cli.options import add_model_options, open_policy
 from dllm_rl.screen import escape_controls
@@ -38,6 +39,7 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("model", help="a checkpoint's or a run's folder")
     sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to complete; none: lines of standard input")
     sub.add_argument("--max_new_tokens", type=int, default=16, help="tokens per completion (default 16)")
+    sub.add_argument("--chat", action="store_true", help="a prompt is a user's message, for a model of instructions")
     sub.add_argument("--blank", metavar="TEXT", help="what stands for a token to fill in, wherever a prompt has it")
     sub.add_argument("--num_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)")
     sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
@@ -64,7 +66,7 @@ def sample(arguments: argparse.Namespace) -> None:
     from dllm_rl.cli.sample import show
     from dllm_rl.samplers.by_name import read_cache, read_commit, read_rank
 
-    shown = ("live", "delay", "seed", "group_size", "blank")
+    shown = ("live", "delay", "seed", "group_size", "blank", "chat")
     sampled = ("max_new_tokens", "num_steps", "block_size", "temperature", "top_k", "top_p")
     options = {name: getattr(arguments, name) for name in (*shown, *sampled)}
     for name, read in {"rank": read_rank, "commit": read_commit, "cache": read_cache}.items():
@@ -125,10 +127,10 @@ def _either(names: Iterable[str], default: str | None = None) -> str:
 
 
 def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
-    return numbers
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers from 1 on, as 4 or 1,2,4")
+    return list(map(int, parts))
 
 
 def _names(text: str) -> list[str]:
@@ -138,9 +140,10 @@ def _names(text: str) -> list[str]:
 def _seconds(text: str) -> float | None:
     if text == "none":
         return None
-    if not 0 < (seconds := float(text)) < float("inf"):  # NaN fails, too
-        raise argparse.ArgumentTypeError(f"{text} must be positive, or none for no limit")
-    return seconds
+    with suppress(ValueError):
+        if 0 < (seconds := float(text)) < float("inf"):  # NaN fails, too
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} must be seconds above 0, or none for no limit")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

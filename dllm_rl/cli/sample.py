@@ -37,6 +37,7 @@ def show(
     delay: float = 0.0,  # seconds per step of the live view
     seed: int = 0,
     group_size: int = 1,
+    chat: bool = False,  # each text is a user's message, in the tokenizer's template
     blank: str | None = None,  # the text of a token to fill in; the completion is then the whole text
     **options: Any,  # for the sampler of the policy's kind; None: its default
 ) -> None:
@@ -44,7 +45,8 @@ def show(
     if not texts:
         raise ValueError("no prompts: give them as arguments, or one a line on standard input")
     options = {name: value for name, value in options.items() if value is not None}
-    prompts = encode(policy, [Problem(text, blank=blank) for text in texts], group_size=group_size)
+    asked = [Problem([{"role": "user", "content": text}] if chat else text, blank=blank) for text in texts]
+    prompts = encode(policy, asked, group_size=group_size)
     sampler = sampler_for(policy)
     check_options(policy, options)
     prompt_texts = [text for text in texts for _ in range(group_size)]

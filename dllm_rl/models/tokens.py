@@ -40,8 +40,8 @@ def ids_and_blanks(
         for text in [prompt] if blank is None else prompt.split(blank):
             pieces += [_gap(policy), (text_ids(policy, text), False)]
         return _joined(pieces[1:])  # gaps stand between texts
-    opening = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
     chat = _Chat(policy, prompt, blank=blank)
+    opening = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
     # The template closes a last assistant turn, so the answer's beginning is written behind the open turn instead.
     return chat.ids_and_blanks(chat.rendered(prompt[:-1] if opening else prompt, answered=True) + chat.hide(opening))
 
@@ -89,6 +89,9 @@ class _Chat:
     """A tokenizer's chat template, without special tokens from the messages."""
 
     def __init__(self, policy: Policy, messages: Sequence[dict[str, Any]], *, blank: str | None = None) -> None:
+        turns = messages if isinstance(messages, Sequence) else ()
+        if not turns or not all({"role", "content"} <= set(turn) for turn in turns):
+            raise ValueError(f"prompt={messages!r} is neither text nor chat messages, each with role and content")
         if not getattr(policy.tokenizer, "chat_template", None):
             raise ValueError(
                 "prompt is chat messages, but the model's tokenizer has no chat template; give plain text (chat=False)"

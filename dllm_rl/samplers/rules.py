@@ -162,6 +162,15 @@ def highest(scores: Scores, masked: Places, *, count: Counts) -> Places:
     return masked & torch.zeros_like(masked).scatter(-1, order, places < count[:, None])
 
 
+def check_steps(num_steps: int | None, length: int, commit: Callable) -> None:
+    """Raise ValueError if `schedule`, which writes a position in each step, would take fewer steps than `num_steps`."""
+    if num_steps is not None and 0 < length < num_steps and commit is schedule:
+        raise ValueError(
+            f"num_steps={num_steps} is more than the {length} tokens of a completion, and a step writes at least one; "
+            f"use at most {length}"
+        )
+
+
 def steps_per_block(num_steps: int | None, sizes: list[int]) -> list[int]:
     """Equal shares of steps per block, the remainder on the first; None: one step per position. Raises ValueError with
     fewer steps than blocks."""

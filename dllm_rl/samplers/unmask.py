@@ -14,7 +14,7 @@ from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.cache import Cache, CachedStates
 from dllm_rl.samplers.canvas import BlockQueue, Canvas, Turn, make_canvas, next_turn
 from dllm_rl.samplers.choose import Choose
-from dllm_rl.samplers.rules import confidence, rank_name, schedule
+from dllm_rl.samplers.rules import check_steps, confidence, rank_name, schedule
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
@@ -65,7 +65,9 @@ def unmask(
     """
     spec = policy.spec
     block_size = _check(policy, prompts, max_new_tokens, block_size, cache)
-    if prompts.open is not None:
+    if prompts.open is None:
+        check_steps(num_steps, max_new_tokens, commit)
+    else:
         _check_infilling(policy, prompts, max_new_tokens, cache, approximate_early_exit)
     assert spec.mask_id is not None, "a diffusion model has a mask token"
     sampling_params = SamplingParams(temperature, top_k, top_p, (*suppress, spec.mask_id))
@@ -150,9 +152,10 @@ def check_fits(policy: Policy, prompts: Prompts, max_new_tokens: int) -> None:
     longest = int(prompts.attention_mask.sum(-1).max())
     limit = policy.spec.max_length
     if limit is not None and longest + max_new_tokens > limit:
+        fewer = f"use at most {limit - longest}, or" if longest < limit else "use"
         raise ValueError(
             f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens exceeds the model's {limit} "
-            f"positions; use at most {limit - longest}, or shorter prompts (a recipe's max_prompt_length)"
+            f"positions; {fewer} shorter prompts (a recipe's max_prompt_length)"
         )
 
 

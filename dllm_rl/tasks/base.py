@@ -48,6 +48,14 @@ class Task(Protocol):
     def reward(self, problem: Problem, completion: str) -> Reward: ...
 
 
+def check_filled(field: str, task: Task) -> None:
+    """Raise ValueError if the task has no problems, as an empty file or a split that no row falls in."""
+    if not len(task):
+        path = getattr(task, "path", None)
+        where = "" if path is None else f" in {str(path)!r}"
+        raise ValueError(f"{field}: {task.name!r} has no problems{where}; give a file with more rows, or another split")
+
+
 Grader = Callable[[Mapping[str, Any], str], Reward]  # (a problem's fields, a completion) -> its grade
 
 # Ratios of counts: their mean over a set is the sum of one count over the sum of the other.
@@ -94,17 +102,25 @@ def grade(
 
     many: Callable[..., Sequence[Reward]] | None = getattr(task, "rewards", None)
     with nullcontext(lambda: None) if timeout is None else deadline(timeout, late) as restart:
-        try:
-            graded = list(one_by_one() if many is None else many(own, completions))
-        except (Exception, SystemExit) as error:
-            if many is None:
-                raise
-            list(one_by_one())  # which of them the grader raises on
+        graded, error = ([], None) if many is None else _together(many, own, completions)
+        if many is None or error is not None:  # one by one, to name what the grader raises on
+            graded = list(one_by_one())
+        if error is not None:
             raise RuntimeError(f"the grader of task {task.name!r} raised on {len(own)} texts together") from error
         for place, reward in enumerate(graded):  # noqa: B007 (given() names the place)
             if fault := fault_of(reward):
                 raise ValueError(f"the grader of task {task.name!r} returned {fault} on {given()}")
     return graded
+
+
+def _together(
+    many: Callable[..., Sequence[Reward]], problems: Sequence[Problem], completions: Sequence[str]
+) -> tuple[list[Reward], BaseException | None]:
+    """Rewards, or the error: a second error, one by one, would otherwise be shown under the first."""
+    try:
+        return list(many(problems, completions)), None
+    except (Exception, SystemExit) as error:
+        return [], error
 
 
 def fault_of(reward: Any) -> str | None:

@@ -104,6 +104,14 @@ def _next_command(recipe: Recipe, folder: str) -> str:
     """The command that samples from the trained model."""
     maker = "" if (Path(folder) / "config.json").exists() else " --model MODULE:FUNCTION"  # it makes a custom module
     problem = recipe.eval_task[0]
-    text = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
-    gaps = "" if problem.blank is None else f" --blank {problem.blank!r} --max_new_tokens 0"
-    return f"Sample:     dllm-rl sample {folder} {text!r}{gaps}{maker}"
+    text = problem.prompt
+    length = getattr(recipe.eval_sampler, "keywords", {}).get("max_new_tokens", 16)
+    options = ""
+    if not isinstance(text, str):  # the last turn may be the opening of the answer
+        text = next(turn["content"] for turn in reversed(text) if turn["role"] != "assistant")
+        options = " --chat"
+    if problem.blank is not None:
+        length = 0
+        options += f" --blank {problem.blank!r}"
+    options += f" --max_new_tokens {length}" if length != 16 else ""  # the command's own default
+    return f"Sample:     dllm-rl sample {folder} {text!r}{options}{maker}"

@@ -11,7 +11,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
-from dllm_rl.tasks.base import Problem, Task
+from dllm_rl.tasks.base import Problem, Task, check_filled
 
 CHECKED = 5000  # prompts per task that are tokenised before a run begins
 SECONDS = 10.0  # at most for the prompts of a task: some tasks make a problem slowly
@@ -40,6 +40,12 @@ def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list
         else:
             raise ValueError(f"max_prompt_length={most}: every prompt of task {task.name!r} is longer; raise it")
     return chosen, replaced
+
+
+def check_tasks(recipe: Recipe) -> None:
+    """Raise ValueError if a task has no problems; needs no model."""
+    for field in ("task", "validation_task", "eval_task"):
+        check_filled(field, getattr(recipe, field))
 
 
 def check_prompts(recipe: Recipe, policy: Policy) -> int:
@@ -76,7 +82,10 @@ def _longest(recipe: Recipe, policy: Policy, field: str, indices: Iterable[int],
         if time.monotonic() - began > SECONDS:
             break
         problem = getattr(recipe, field)[index]
-        length = len(prompt_ids(policy, problem.prompt, problem.blank))
+        try:
+            length = len(prompt_ids(policy, problem.prompt, problem.blank))
+        except ValueError as error:
+            raise ValueError(f"{field}: problem {index}: {error}") from None
         if length + new > room:
             remedy = f"--max_prompt_length {room - new} leaves such out" if field == "task" else "shorten it"
             raise ValueError(

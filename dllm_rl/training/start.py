@@ -30,7 +30,7 @@ from dllm_rl.training.policies import (
     resumed_policy,
     rollout_copy,
 )
-from dllm_rl.training.prompts import check_prompts, choose
+from dllm_rl.training.prompts import check_prompts, check_tasks, choose
 from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import wanted_parts
 from dllm_rl.training.run import Run
@@ -45,6 +45,7 @@ def start(recipe: Recipe) -> Run[Recipe]:
         prepare_workspace()
     check_compiled(recipe)
     check_hub(recipe)
+    check_tasks(recipe)
     accelerator, stop, peers = launch(recipe)
 
     # 2. The learner of a checkpoint, or one that has rehearsed a step. A recipe refused up to here overwrites nothing.

@@ -10,6 +10,12 @@ from dllm_rl import manifest
 from dllm_rl.training.loop import train
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"^output_dir='.*/file/run' cannot be written \(Not a directory\); give"):
+        train(tiny_recipe(tmp_path / "file" / "run"))
+
+
 def test_a_reference_of_another_run_is_refused(tmp_path):
     train(tiny_recipe(tmp_path / "a", beta=0.1, num_steps=1))
     train(tiny_recipe(tmp_path / "b", beta=0.1, num_steps=1, seed=1))

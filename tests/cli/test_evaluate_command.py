@@ -9,7 +9,7 @@ from rich.console import Console
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import train
-from dllm_rl.cli.evaluate import num_problems, table
+from dllm_rl.cli.evaluate import make_task, num_problems, table
 from dllm_rl.cli.main import main
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.tasks import Countdown, Sudoku
@@ -236,6 +236,18 @@ def test_as_many_problems_as_asked_all_of_a_file_or_500_of_what_is_made(tmp_path
     assert num_problems(Countdown(path=path), asked(None)) == 700
 
 
+def test_the_settings_of_a_task_are_checked_together():
+    for settings in (["side=9", "clues=50,60"], ["clues=50,60", "side=9"]):
+        asked = Namespace(task="sudoku", split=None, path=None, protocol=None, set=settings)
+        assert make_task(asked).task == Sudoku(split="test", side=9, clues=(50, 60))
+
+
+def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    message = refusal(capsys, "evaluate", model, "--task", "sudoku", "--path", tmp_path / "empty.jsonl")
+    assert f"task: 'sudoku' has no problems in '{tmp_path}/empty.jsonl'; give a file with more rows" in message
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -246,6 +258,8 @@ def test_as_many_problems_as_asked_all_of_a_file_or_500_of_what_is_made(tmp_path
         (("--task", "sudoku", "--set", "clues=ten"), "--clues 'ten' is not a valid"),
         (("--task", "sudoku", "--path", "nowhere.csv"), "nowhere.csv"),
         (("--task", "sudoku", "--limit", "0"), "limit=0 must be at least 1"),
+        (("--task", "sudoku", "--set", "side=9"), "clues=(10, 12) must lie in 26..81 on 9x9"),
+        (("--task", "sudoku", "--num_steps", "8,99"), "num_steps=99 is more than the 16 tokens of a completion"),
         (("--task", "sudoku", "--samples", "0"), "samples=0 must be at least 1"),
         (("--task", "sudoku", "--samples", "4"), "--samples 4 at --temperature 0 are all alike"),
         (("--task", "sudoku", "--num_steps", "4,2", "--block_size", "4"), "num_steps=2 is fewer than the 4 blocks"),
@@ -268,10 +282,11 @@ def test_a_model_that_is_not_there(capsys, tmp_path):
 
 
 def test_lengths_that_are_no_numbers_are_refused_by_the_parser(model, capsys):
-    for option, text in [("--lengths", "0"), ("--lengths", "128,x"), ("--split", "dev")]:
+    for option, text in [("--lengths", "0"), ("--lengths", "128,x"), ("--split", "dev"), ("--reward_timeout", "x")]:
         with pytest.raises(SystemExit) as stopped:
             main(["evaluate", model, "--task", "sudoku", option, text])
-        assert stopped.value.code == 2 and option in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and option in error and f"'{text}'" in error and " _" not in error
 
 
 @pytest.mark.parametrize(
@@ -286,7 +301,7 @@ def test_graders_have_a_time_limit(model, capsys, monkeypatch, options, seconds)
     assert limits == [seconds]
     with pytest.raises(SystemExit):
         main(["evaluate", model, "--task", "sudoku", "--reward_timeout", "0"])
-    assert "--reward_timeout: 0 must be positive, or none" in capsys.readouterr().err
+    assert "--reward_timeout: '0' must be seconds above 0, or none" in capsys.readouterr().err
 
 
 def test_the_usual_length_is_that_of_the_answer(model, capsys):

@@ -147,6 +147,23 @@ def test_a_causal_model_has_no_unmasking_options():
         show.show(tiny_llama(characters="ab", causal=True), ["a"], max_new_tokens=4, num_steps=2)
 
 
+def test_chat_asks_with_the_models_template(capsys):
+    policy = tiny_masked_lm(characters="1234.=<>user")
+    policy.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    asked = {}
+
+    def sampler(policy, prompts, generator, **options):
+        asked["ids"] = prompts.tokens.tolist()
+        return rollout_by_hand()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(show, "sampler_for", lambda policy: sampler)
+        show.show(policy, ["12="], chat=True, live=False)
+    assert asked["ids"] == [policy.tokenizer.encode("<user>12=", add_special_tokens=False)]
+    with pytest.raises(ValueError, match="no chat template"):
+        show.show(tiny_masked_lm(characters="1"), ["1"], chat=True)
+
+
 @contextmanager
 def browser():
     """A chromium driven over the WebDriver protocol: yields run(script) -> its value, and open(url)."""

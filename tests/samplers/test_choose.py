@@ -202,7 +202,10 @@ def test_a_rollout_records_what_was_kept(is_causal, name):
 
 
 def test_a_rank_that_draws_first_records_the_same():
-    rollouts = [sampled(tiny(is_causal=False), rank=rank, top_k=3, max_new_tokens=1) for rank in (confidence, max_prob)]
+    rollouts = [
+        sampled(tiny(is_causal=False), rank=rank, top_k=3, max_new_tokens=1, num_steps=1)
+        for rank in (confidence, max_prob)
+    ]
     assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)
     assert torch.equal(rollouts[0].kept_ids, rollouts[1].kept_ids)
     assert torch.equal(rollouts[0].log_kept_mass, rollouts[1].log_kept_mass)

@@ -305,6 +305,7 @@ def test_watch_sees_every_step(policy):
         ({"block_size": 0}, "block_size=0"),
         ({"num_steps": 2, "block_size": 4}, "num_steps=2 is fewer than the 5 blocks"),
         ({"max_new_tokens": 80}, "max_new_tokens=80 after a prompt of 2 tokens exceeds .* use at most 6[23]"),
+        ({"num_steps": 99}, "num_steps=99 is more than the 20 tokens of a completion, .* use at most 20"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"rank": lambda logits, scale: logits[:, 0]}, "takes 'scale'"),
         ({"commit": lambda scores, masked, steps_left: masked & False}, "chose nothing in the last step"),
@@ -322,6 +323,8 @@ def test_the_longest_prompt_and_its_completion_may_just_fill_the_model():
     check_fits(policy, prompts, 6)
     with pytest.raises(ValueError, match="max_new_tokens=7 after a prompt of 4 tokens exceeds the model's 10"):
         check_fits(policy, prompts, 7)
+    with pytest.raises(ValueError, match="exceeds the model's 10 positions; use shorter prompts"):
+        check_fits(policy, Prompts.from_ids([[3] * 27], pad_id=0), 1)
 
 
 def test_causal_policy_is_refused():

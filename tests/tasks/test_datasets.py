@@ -64,7 +64,7 @@ def test_a_grader_that_raises_is_reported_with_what_it_was_given() -> None:
     assert calls == [["a", "b", "c", "d"]]
     with pytest.raises(RuntimeError, match=r"'dataset' raised on problem .*'2\+3=', .* completion 'bad'") as caught:
         grade(task, [task[0], task[1]], ["a", "b", "c", "bad"])
-    assert isinstance(caught.value.__cause__, KeyError)
+    assert isinstance(caught.value.__cause__, KeyError) and caught.value.__cause__.__context__ is None
 
     def lonely(completions, **_) -> list[float]:
         if len(completions) > 1:

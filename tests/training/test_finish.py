@@ -1,6 +1,7 @@
 """The end of a run: its summary, and the command that tries the trained model."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from tiny_recipe import SIZES, Wrapped, tiny_recipe
@@ -29,7 +30,8 @@ class Told(Wrapped):
         raise AssertionError("no completion is graded here")
 
     def __getitem__(self, index):
-        return Problem([{"role": "system", "content": "Fill in."}, {"role": "user", "content": "1+_='2'"}], blank="_")
+        said = {"system": "Fill in.", "user": "1+_='2'", "assistant": "So:"}
+        return Problem([{"role": role, "content": text} for role, text in said.items()], blank="_")
 
 
 def test_the_next_command_quotes_the_prompt_and_names_the_gap(tmp_path):
@@ -39,5 +41,7 @@ def test_the_next_command_quotes_the_prompt_and_names_the_gap(tmp_path):
     assert own == f"Sample:     dllm-rl sample {tmp_path} {first!r} --model MODULE:FUNCTION"
     (tmp_path / "config.json").touch()
     assert _next_command(recipe, str(tmp_path)) == f"Sample:     dllm-rl sample {tmp_path} {first!r}"
+    longer = replace(recipe, eval_sampler=partial(recipe.eval_sampler, max_new_tokens=20))
+    assert _next_command(longer, str(tmp_path)).endswith(f"{first!r} --max_new_tokens 20")
     asked = _next_command(replace(recipe, eval_task=Told(Sudoku(split="test", size=2))), str(tmp_path))
-    assert asked == f"""Sample:     dllm-rl sample {tmp_path} "1+_='2'" --blank '_' --max_new_tokens 0"""
+    assert asked == f"""Sample:     dllm-rl sample {tmp_path} "1+_='2'" --chat --blank '_' --max_new_tokens 0"""

@@ -68,6 +68,24 @@ def test_a_long_prompt_is_found_before_the_run_begins(field, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("field", ["task", "validation_task", "eval_task"])
+def test_a_task_without_problems_is_refused_before_a_model_is_made(field, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    recipe = tiny_recipe(tmp_path / "run", **{field: Sudoku(path=tmp_path / "empty.jsonl"), "model": "nowhere"})
+    with pytest.raises(ValueError, match=rf"^{field}: 'sudoku' has no problems in '.*empty\.jsonl'; give a file"):
+        train(recipe)
+    if field == "task":
+        with pytest.raises(ValueError, match=r"^task: 'sudoku' has no problems"):
+            train(replace(recipe, model=tiny_masked_lm(**SIZES), dry_run=True))
+
+
+def test_a_prompt_that_cannot_be_read_is_named_with_its_problem(tmp_path):
+    recipe = tiny_recipe(tmp_path, task=Listed(Problem("1"), Problem([{"content": "2"}])))
+    said = r"^task: problem 1: prompt=\[\{'content': '2'\}\] is neither text nor chat messages, each with role"
+    with pytest.raises(ValueError, match=said):
+        check_prompts(recipe, tiny_masked_lm(**SIZES))
+
+
 def test_of_a_large_task_the_prompts_that_are_drawn_are_looked_at(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, task=SomeLong(size=1000, every=4))
     monkeypatch.setattr(prompts, "CHECKED", 7)

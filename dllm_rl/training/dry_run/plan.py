@@ -21,6 +21,7 @@ from dllm_rl.quantization.rollout_policy import skip_reasons
 from dllm_rl.quantization.schemes import FakeQuantize, int4_packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import autoregress, sampler_for, unmask
+from dllm_rl.tasks.base import check_filled
 from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, measure_step, most_graphs, shared_out
 from dllm_rl.training.sharded_learner import check_module, check_sharding, group_size
 
@@ -148,6 +149,7 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
     if prompt_tokens is None:
         prompt_tokens = 256  # without a tokenizer no task is opened: its data may not be here
         if policy.tokenizer is not None:
+            check_filled("task", recipe.task)
             first = recipe.task[0]
             prompt_tokens = len(prompt_ids(policy, first.prompt, first.blank))
     check(recipe, policy, prompt_tokens)

@@ -1,0 +1,25 @@
+"""The main job on 9x9 Sudoku with 50 to 60 clues: 81 cells in nine parallel steps. Not run yet: no results."""
+
+from dataclasses import replace
+from functools import partial
+
+from dllm_rl import main, max_prob, tiny_masked_lm, unmask
+from dllm_rl.tasks import Sudoku
+from recipes.sudoku_tiny import recipe as base
+
+puzzles = partial(Sudoku, side=9, clues=(50, 60))
+unmask_in_nine = partial(unmask, max_new_tokens=81, num_steps=9, rank=max_prob)
+
+recipe = replace(
+    base,
+    name="sudoku-9x9",
+    model=partial(tiny_masked_lm, characters="123456789.=", max_length=163),
+    task=puzzles(split="train"),
+    validation_task=puzzles(split="validation", size=200),
+    eval_task=puzzles(split="test", size=400),
+    sampler=partial(unmask_in_nine, temperature=1.0),
+    eval_sampler=partial(unmask_in_nine, temperature=0.0),
+)
+
+if __name__ == "__main__":
+    main(recipe)
