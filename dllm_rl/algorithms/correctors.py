@@ -2,7 +2,7 @@
 
 log_mismatch = logp_old - logp_rollout per token (nats), over the GLOBAL batch. The mask marks the corrected rows: those
 with an advantage, or all rows with a KL term or an entropy bonus. Batch statistics (AIS's lambda) are of these rows; a
-corrector's metrics are logged as `live/*`, those of all rows as `rollout_corr/*`. Weights are detached, multiply the
+corrector's `rollout_corr/*` are logged as `live/*`, next to those of all rows. Weights are detached, multiply the
 surrogate before any KL term, and are 1 off the mask. A token with a non-finite log_mismatch leaves the keep mask.
 """
 

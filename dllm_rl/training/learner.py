@@ -257,7 +257,9 @@ def accumulate_gradients(
     likelihood: LikelihoodEstimator,
     micro_batch_size: int | None = None,
 ) -> Metrics:
-    """Add this process's share of the loss gradient to the parameters; returns (sum, count) metrics."""
+    """Add this process's share of the loss gradient to the parameters; returns (sum, count) metrics.
+
+    The loss and its derivative use `scores`. A forward that runs again only carries the gradient back."""
     leaves = scores.detach().requires_grad_()  # df/ds_n stops here
     logps = likelihood.combine(leaves, batch.noise)
     _, metrics, gradient = loss(logps.detach(), batch)

@@ -164,7 +164,8 @@ def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bo
 def measure_sides(
     policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise, accelerator: Accelerator
 ) -> dict[str, float]:
-    """`order_agreement` and `routing_metrics` of learner and rollout policy, over all processes."""
+    """Metrics over all processes: `routing_metrics`, and `order_agreement`, the share of the first step's committed
+    positions that the learner would commit too, in one row per prompt."""
     if rollout_policy is policy:
         return {}
     with in_pace(policy):  # both run the learner, which may be sharded
