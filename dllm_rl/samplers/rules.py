@@ -42,7 +42,7 @@ def confidence(logits: Logits, normalizer: PerPosition, tokens: Int[Tensor, " K"
 
 
 def max_prob(logits: Logits, normalizer: PerPosition) -> PerPosition:
-    """Log-probability of the likeliest token, nats, the mask token among them. State-only. [paper: Dream's maskgit_plus at
+    """Log-probability of the likeliest token, nats; the mask token counts. State-only. [paper: Dream's maskgit_plus at
     temperature 0]"""
     return logits.amax(-1) - normalizer
 
