@@ -1,6 +1,7 @@
 """The device that a run computes on, its memory, and copies to it."""
 
 import math
+import platform
 import sys
 
 import torch
@@ -18,6 +19,11 @@ def find_device(name: str | None = None) -> torch.device:
     if kind not in there or (colon and not (index.isdecimal() and int(index) < count)):
         raise ValueError(f"device={name!r} is not on this machine, which has {' and '.join(there)}")
     return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's model, or the host's processor or architecture."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
 def peak_memory() -> float:

@@ -4,8 +4,12 @@ import logging
 import sys
 import unicodedata
 from collections.abc import Callable
+from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.text import Text
+
+NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}  # a table for 80 columns
 
 
 def interactive() -> bool:

@@ -33,7 +33,7 @@ from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.by_name import ADAPTIVE, read_cache, read_commit, read_rank
 from dllm_rl.samplers.rules import check_steps, steps_per_block
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.screen import escape_controls, literal
+from dllm_rl.screen import NARROW, escape_controls, literal
 from dllm_rl.tasks import Task
 from dllm_rl.tasks.base import check_filled
 from dllm_rl.tasks.protocols import TASKS, under_protocol
@@ -252,17 +252,21 @@ def sweep_table(found: Sequence[dict[str, Any]]) -> Table:
     """One row per setting: the settings that differ, the headline metric, and the cost."""
     metric = headline(found[0])
     against = next((row["against"] for row in found if "against" in row), None)
-    caption = f"less: {metric} less that of {against}, problem by problem, with a 95 % interval" if against else None
-    shown = Table(title=heading(found[0]), caption=caption and literal(caption, style="table.caption"))
+    text = f"difference: {metric} minus that of {against}, problem by problem, with a 95 % interval"
+    caption = literal(text, style="table.caption") if against else None
+    shown = Table(title=heading(found[0]), caption=caption, **NARROW)
     names = varying(found)
-    for name in (*names, metric, *["less"] * (against is not None), "steps", "tokens", "seconds"):
-        shown.add_column(literal(name), justify="left" if name in names else "right")
+    for name in names:
+        shown.add_column(literal(name), overflow="fold")
+    for name in (metric, *["difference"] * (against is not None), "steps", "tokens", "seconds"):
+        shown.add_column(literal(name), justify="right", no_wrap=True)
+    apart = "\n" if against else " "  # room for the names of models
     for row in found:
         low, high = row[f"{metric}_interval"]
-        cells = [f"{row[metric]:.3f} [{low:.3f}, {high:.3f}]"]
+        cells = [f"{row[metric]:.3f}{apart}[{low:.3f}, {high:.3f}]"]
         if against is not None:
             difference = row.get("difference", {}).get(metric)
-            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference) if difference else "")
+            cells.append("{:+.3f}\n[{:+.3f}, {:+.3f}]".format(*difference) if difference else "")
         cells += [f"{row['steps']:.1f}", f"{row['tokens'] / (row['n'] * row['samples']):.1f}", f"{row['seconds']:.1f}"]
         shown.add_row(*(literal(str(row.get(name))) for name in names), *cells)
     return shown

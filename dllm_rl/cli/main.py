@@ -72,11 +72,13 @@ def sample(arguments: argparse.Namespace) -> None:
     for name, read in {"rank": read_rank, "commit": read_commit, "cache": read_cache}.items():
         given = getattr(arguments, name)
         options[name] = None if given is None else read(given)  # None: the sampler's own default
+    policy = open_policy(arguments)  # names the checkpoint, too
     show(
-        open_policy(arguments),
+        policy,
         arguments.prompts or [line.rstrip("\n") for line in sys.stdin],
         html=None if arguments.html is None else Path(arguments.html),
         as_json=arguments.json,
+        checkpoint=arguments.checkpoint,
         **options,
     )
 

@@ -62,6 +62,7 @@ def open_policy(
     device = find_device(arguments.device) if device is None else device
     asked = model or arguments.model
     folder = checkpoint_of(asked, quick=arguments.verify_checkpoint == "quick")
+    arguments.checkpoint = folder  # for the record
     # checkpoint_of has verified the newest checkpoint of a run.
     check: Check = arguments.verify_checkpoint if folder == asked else "quick"
     if arguments.maker is None:

@@ -91,31 +91,35 @@ def shown(text: object) -> str:
 
 
 def table(head: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
-    rows = [row_of("th", head), *(row_of("td", line) for line in lines)]
-    return f'<div class="scroll" tabindex="0"><table>{"".join(rows)}</table></div>'
-
-
-def row_of(tag: str, cells: Sequence[object]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{shown(cell)}</{tag}>' for cell in cells)}</tr>"
+    """A table; on a narrow screen each cell is a line below the last, with its column's name."""
+    rows = ["".join(f"<th>{shown(name)}</th>" for name in head)]
+    for line in lines:
+        cells = zip(map(shown, head), map(shown, line), strict=True)
+        rows.append("".join(f'<td data-name="{name}">{cell}</td>' for name, cell in cells))
+    return f'<div class="scroll" tabindex="0"><table><tr>{"</tr><tr>".join(rows)}</tr></table></div>'
 
 
 def results(runs: Sequence[Told]) -> str:
     """One line per run: result, steps, seconds, the health of the mismatch over the steps."""
     lines = []
-    keys = []
-    for i, run in enumerate(runs):
+    for run in runs:
         steps = f"{run.rows[-1]['step'] + 1 if run.rows else 0} of {run.recipe.get('num_steps', '?')}"
         seconds = f"{run.summary['seconds']:.0f}" if "seconds" in run.summary else "-"
         words = Counter(said_of(run))
         mismatch = ", ".join(f"{word} {words[word]}" for word in WORDS if words[word]) or "-"
         lines.append((run.label, run.recipe.get("seed", "?"), result_of(run), steps, seconds, mismatch))
-        colour = COLOURS[i % len(COLOURS)]
-        keys.append(f'<li><span class="key" style="background:{colour}"></span>{shown(run.label)}</li>')
     made = table(("run", "seed", "held out, before → after RL", "RL steps", "seconds", "mismatch, steps"), lines)
-    if len(runs) > 1:
-        return f'{made}<ul class="keys">{"".join(keys)}</ul>'
-    last = health(known(runs[0].rows[-1])) if runs[0].rows else None
+    last = health(known(runs[0].rows[-1])) if len(runs) == 1 and runs[0].rows else None
     return made + f"<p>At the last step: {shown(f'{last[0]}: {last[1]}')}.</p>" if last else made
+
+
+def keys(runs: Sequence[Told]) -> str:
+    """The runs' names and colours, if there are several."""
+    items = []
+    for i, run in enumerate(runs):
+        colour = COLOURS[i % len(COLOURS)]
+        items.append(f'<li><span class="key" style="background:{colour}"></span>{shown(run.label)}</li>')
+    return f'<ul class="keys">{"".join(items)}</ul>' if len(runs) > 1 else ""
 
 
 def result_of(run: Told) -> str:
@@ -185,14 +189,15 @@ def replayed(row: dict[str, Any]) -> dict[str, Any]:
 def figures(runs: Sequence[Told]) -> list[str]:
     """Every panel for which a run has numbers, as <figure> with inline SVG."""
     rows = [run.rows for run in runs]
+    named = partial(figure, keys=keys(runs))
     drawn = []
     for panel in PANELS:
         if plots.measured(panel, rows):
-            drawn.append(figure(panel.title, panel.unit, partial(plots.lines_of, runs=rows, panel=panel)))
+            drawn.append(named(panel.title, panel.unit, partial(plots.lines_of, runs=rows, panel=panel)))
     if any(map(said_of, runs)):
-        drawn.insert(4, figure("Mismatch health", "", partial(healths, runs=runs)))  # after the numbers it judges
+        drawn.insert(4, named("Mismatch health", "", partial(healths, runs=runs)))  # after the numbers it judges
     if any(run.warmup for run in runs):
-        drawn.append(figure("Warm-up", "loss, nats", partial(warmups, runs=runs), xlabel="supervised step"))
+        drawn.append(named("Warm-up", "loss, nats", partial(warmups, runs=runs), xlabel="supervised step"))
     return [*drawn, figure("Where the time goes", "", partial(times, runs=runs), xlabel="seconds")]
 
 
@@ -213,7 +218,8 @@ def healths(axis: Any, runs: Sequence[Told]) -> None:
 def warmups(axis: Any, runs: Sequence[Told]) -> None:
     for i, run in enumerate(runs):
         steps = [row["warmup_step"] + 1 for row in run.warmup]
-        axis.plot(steps, plots.column(run.warmup, "warmup/loss"), linewidth=1.4, color=COLOURS[i % len(COLOURS)])
+        style = {"linewidth": plots.thickness(i, len(runs)), "color": COLOURS[i % len(COLOURS)]}
+        axis.plot(steps, plots.column(run.warmup, "warmup/loss"), **style)
 
 
 def times(axis: Any, runs: Sequence[Told]) -> None:
@@ -229,8 +235,6 @@ def times(axis: Any, runs: Sequence[Told]) -> None:
     labels = [escape_controls(shortened(run.label, characters=20)) if len(runs) > 1 else "" for run in runs]
     axis.set_yticks(range(len(runs)), labels, parse_math=False)
     axis.invert_yaxis()  # the first run on top
-    if stages:
-        axis.legend(fontsize=8, frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=4)
 
 
 def seconds_of(run: Told) -> Counter:
@@ -245,8 +249,8 @@ def seconds_of(run: Told) -> Counter:
     return spent
 
 
-def figure(title: str, unit: str, draw: Callable[[Any], None], *, xlabel: str = "RL step") -> str:
-    """An SVG in the page's colours; its text stays text."""
+def figure(title: str, unit: str, draw: Callable[[Any], None], *, xlabel: str = "RL step", keys: str = "") -> str:
+    """An SVG in the page's colours, with a legend below if it has several; its text stays text. keys: markup below."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display
@@ -261,10 +265,17 @@ def figure(title: str, unit: str, draw: Callable[[Any], None], *, xlabel: str = 
         axis.set(xlabel=xlabel, ylabel=unit)
         axis.grid(alpha=0.15, color=INK)
         axis.spines[["top", "right"]].set_visible(False)
+        if xlabel != "seconds":
+            plots.whole_steps(axis)
+        handles, labels = axis.get_legend_handles_labels()
+        if len(handles) > 1:
+            columns = 2 if max(map(len, labels)) > 12 else 3  # the figure's width
+            style = {"fontsize": 8, "frameon": False, "labelcolor": INK}
+            made.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
         file = io.StringIO()
         made.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         plt.close(made)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")  # the page's own, which is light or dark
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{shown(title)}" ', 1)
-    return f"<figure><figcaption>{shown(title)}</figcaption>{svg}</figure>"
+    return f"<figure><figcaption>{shown(title)}</figcaption>{svg}{keys}</figure>"

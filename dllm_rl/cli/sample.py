@@ -6,6 +6,8 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import partial
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -15,7 +17,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from dllm_rl.device import device_name
 from dllm_rl.files import write_text
+from dllm_rl.members import describe
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, encode, filled, written_tokens
 from dllm_rl.rng import generator_for
@@ -39,6 +43,7 @@ def show(
     group_size: int = 1,
     chat: bool = False,  # each text is a user's message, in the tokenizer's template
     blank: str | None = None,  # the text of a token to fill in; the completion is then the whole text
+    checkpoint: str | None = None,  # the policy's, for the record
     **options: Any,  # for the sampler of the policy's kind; None: its default
 ) -> None:
     """Complete texts: completions or one JSON object go to standard output, the speed goes to standard error."""
@@ -58,6 +63,11 @@ def show(
     else:
         rollout = sampler(policy, prompts, generator_for(seed), **options)
     record = to_record(policy, rollout, prompt_texts, seconds=time.perf_counter() - began, whole=blank is not None)
+    dtype = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
+    device = f"{policy.device}, {device_name(policy.device)}"
+    record |= {"checkpoint": checkpoint, "dtype": dtype, "device": device}
+    record |= {"sampler": describe(partial(sampler, **options)), "seed": seed}
+    record["date"] = datetime.now().astimezone().isoformat(" ", "seconds")
     if html is not None:
         write_text(html, page(record))
     if as_json:
@@ -130,8 +140,12 @@ def render(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows
 
 
 def page(record: dict[str, Any]) -> str:
-    """The page for one record (see `to_record`)."""
-    group = {"title": "", "facts": record["facts"], "rows": record["rows"]}
+    """The page for one record (see `to_record`), with what made it, as `show` adds."""
+    facts = [record["facts"]]
+    for name in ("checkpoint", "sampler", "seed", "dtype", "device", "date"):
+        if name in record:
+            facts.append(escape_controls(f"{name}: {record[name]}"))
+    group = {"title": "", "facts": "\n".join(facts), "rows": record["rows"]}
     body = "<h1>How it was written</h1>\n" + template("viewer.html")
     return document("dllm_rl: how it was written", body, groups=[group])
 

@@ -1,7 +1,6 @@
 """Collectives: a process's share of a batch, gathering, reducing."""
 
 import os
-import platform
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from dllm_rl.device import find_device
+from dllm_rl.device import device_name, find_device
 from dllm_rl.distributed.sharding import sharding_of
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -209,9 +208,8 @@ def from_main(work: Callable[[], Any], processes: Processes) -> Any:
 
 def machine(accelerator: Accelerator) -> dict[str, Any]:
     """Where a number was measured: versions, device, cores, threads."""
-    on_cuda = accelerator.device.type == "cuda"
-    device = torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine()
-    return {"versions": versions(), "device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    counts = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {"versions": versions(), "device": device_name(accelerator.device), **counts}
 
 
 def versions() -> dict[str, str | None]:

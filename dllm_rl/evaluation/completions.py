@@ -1,19 +1,21 @@
 """Stored completions: a JSONL file that grows during an evaluation, survives a kill, and can be graded again.
 
-A row holds `prompt`, `completion`, the problem's fields, and under `evaluation` what made the row. Each process appends
-to NAME.partN.jsonl; as an evaluation begins and ends, the parts are folded into NAME.jsonl."""
+A row holds `prompt`, `completion`, the problem's fields, and under `evaluation` what made the row, and `reward` and its
+`parts` under the latest `protocol`. Each process appends to NAME.partN.jsonl; as an evaluation begins and ends, the
+parts are folded into NAME.jsonl."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dllm_rl.distributed.collectives import Processes
+from dllm_rl.evaluation.results import Graded
 from dllm_rl.files import replacing, to_disk
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.linear import is_packed, unpacked
-from dllm_rl.tasks.base import Problem
+from dllm_rl.tasks.base import Problem, parts
 from dllm_rl.tasks.rows import load_rows
 
 Key = tuple[int, int]  # (problem, sample)
@@ -60,11 +62,11 @@ class Completions:
                         file.write(_line(row))
                 to_disk(file)
 
-    def fold(self) -> None:
+    def fold(self, answers: Sequence[Graded] = (), protocol: str = "") -> None:
         if self.path is not None:
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                fold(self.path)
+                fold(self.path, answers, protocol)
             self.accelerator.wait_for_everyone()
 
 
@@ -78,22 +80,25 @@ def make_row(problem: Problem, completion: str, evaluation: Mapping[str, Any]) -
     return {**problem.fields, **own}
 
 
-def fold(path: Path) -> None:
-    """Gather the file and its parts in one file, by problem and sample; atomic, so that a kill loses nothing."""
+def fold(path: Path, answers: Sequence[Graded] = (), protocol: str = "") -> None:
+    """Gather the file, its parts and the grades in one file, by problem and sample; atomic: a kill loses nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = sorted(path.parent.glob(f"{path.stem}.part*.jsonl"))
-    if not parts:
+    pieces = sorted(path.parent.glob(f"{path.stem}.part*.jsonl"))
+    if not pieces and not answers:
         return
     rows = read(path)
-    for part in parts:
+    for part in pieces:
         with part.open("rb+") as file:
             # A killed process may have left half of a last line.
             file.truncate(file.read().rfind(b"\n") + 1)
         rows |= read(part)
+    for answer in answers:
+        grades = {"protocol": protocol, "reward": float(answer.reward.value), "parts": parts(answer.reward)}
+        rows[answer.problem, answer.sample]["evaluation"] |= grades
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for key in sorted(rows):
             file.write(_line(rows[key]))
-    for part in parts:  # last: a kill before this leaves rows twice, which the next fold joins
+    for part in pieces:  # last: a kill before this leaves rows twice, which the next fold joins
         part.unlink()
 
 

@@ -71,8 +71,8 @@ def evaluate(
                 keeper.append(rows)
             answers += graded(task, problems, rows, reward_timeout)
             progress(min(len(answers) * accelerator.num_processes, count * samples))
-    keeper.fold()
     gathered = sorted(gather_objects(answers, accelerator), key=lambda answer: (answer.problem, answer.sample))
+    keeper.fold(gathered, facts["protocol"])
     return Evaluation(tuple(gathered), facts)
 
 

@@ -127,7 +127,7 @@ def interval(name: str, values: Sequence[float], weights: Sequence[float]) -> tu
 
 
 def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict[str, Any]:
-    """Grade the rows of a JSONL file: `completion` and the task's fields; other fields are ignored.
+    """Grade the rows of a JSONL file, a run's or anyone's: `completion` and the task's fields; others are ignored.
 
     Fields: sudoku `puzzle`, `solution`; countdown `numbers`, `target`; gsm8k, math500 `answer` (null: graded wrong).
     Returns task, version, protocol, n, `no_answer` (rows with null), and each of RATES with its 95 % [low, high].
@@ -136,16 +136,20 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
     entry = TABLE[task]
     if Path(path).suffix != ".jsonl":
         raise ValueError(f"{path} must be a .jsonl file: one JSON object a line")
-    rows = []
+    rows: list[tuple[int, dict[str, Any], str]] = []
     # All rows are read before any is graded: a broken line 900 must not cost the work on 899.
     for place, row in load_rows(path):
+        if isinstance(start := row.get("resume_from"), int):  # a resumed run writes the steps from here on again
+            rows = [known for known in rows if known[0] < start]
+            continue
+        step = row["step"] if isinstance(row.get("step"), int) else -1
         try:
-            rows.append((entry.read_fields(row, protocol), text_of(row, "completion")))
+            rows.append((step, entry.read_fields(row, protocol), text_of(row, "completion")))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
     if not rows:
         raise ValueError(f"{path} holds no rows")
-    fields, completions = zip(*rows, strict=True)
+    _, fields, completions = zip(*rows, strict=True)
     rewards = grade_all(task, protocol, fields, completions)
     sums = sums_by_name([Graded(i, 0, reward) for i, reward in enumerate(rewards)])  # each row is a problem
     facts = {"task": task, "version": entry.task.version, "protocol": protocol, "n": len(rewards)}

@@ -33,13 +33,14 @@ def write_csv(path: Path, found: Sequence[dict[str, Any]]) -> None:
                 row[metric] = result[metric]
                 row[f"{metric}_low"], row[f"{metric}_high"] = value
         for name, numbers in result.get("difference", {}).items():
-            row |= zip((f"{name}_less", f"{name}_less_low", f"{name}_less_high"), numbers, strict=True)
+            columns = (f"{name}_difference", f"{name}_difference_low", f"{name}_difference_high")
+            row |= zip(columns, numbers, strict=True)
         for name in COSTS:
             row[name] = result[name]
         rows.append(row)
-    columns = list(dict.fromkeys(chain.from_iterable(rows)))  # the first model has no differences, later ones have
+    header = list(dict.fromkeys(chain.from_iterable(rows)))  # the first model has no differences, later ones have
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, header)
         writer.writeheader()
         writer.writerows(rows)
 

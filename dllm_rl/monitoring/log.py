@@ -36,7 +36,10 @@ class RunLog:
         trackers: Sequence[GeneralTracker] = (),
     ) -> None:
         self.main = main
-        self.console = Console(quiet=not main, force_jupyter=False)  # plain lines in a notebook, no widgets
+        # Plain lines in a notebook, no widgets. A kernel and some CI services set FORCE_COLOR, which rich takes for a
+        # terminal: a live view would print cursor codes there.
+        live = None if sys.stdout.isatty() else False
+        self.console = Console(quiet=not main, force_jupyter=False, force_interactive=live)
         self.begun = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.entered = self.inside = ""  # the stage entered last, and the present one
@@ -184,7 +187,9 @@ def track(
         try:
             if tracker.name == "tensorboard":  # its folder may be deleted at any time
                 Path(tracker.logging_dir).mkdir(parents=True, exist_ok=True)
-            tracker.log(values, step=step)
+            # mlflow's file store keeps a/b in a file: grad_norm/iteration_1 would need a folder named grad_norm.
+            flat = {name.replace("/", "."): value for name, value in values.items()}
+            tracker.log(flat if tracker.name == "mlflow" else values, step=step)
             taken.append(tracker)
         except Exception as error:  # of any kind: a tracker's own
             say(f"warning: {tracker.name} takes no more numbers ({error}): the run goes on without it")

@@ -123,14 +123,26 @@ def curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) ->
     """A metric against steps: smoothed over a twentieth of them, and pale without smoothing."""
     steps = [row["step"] + 1 for row in rows]
     values = column(rows, name)
-    (line,) = axis.plot(steps, smoothed(values, width=len(steps) // 40), linewidth=1.6, **style)
+    (line,) = axis.plot(steps, smoothed(values, width=len(steps) // 40), **style)
     axis.plot(steps, values, linewidth=0.7, alpha=0.3, color=line.get_color())
 
 
 def held_out(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) -> None:
     points = [(row["step"] + 1, row[name]) for row in rows if row.get(name) is not None]
     if points:
-        axis.plot(*zip(*points, strict=True), "o", markersize=4, markeredgewidth=0, **style)
+        axis.plot(*zip(*points, strict=True), "o", markeredgewidth=0, **style)
+
+
+def thickness(i: int, count: int) -> float:
+    """The width of line `i`, points: a line is thinner than those that it is drawn over, so that none hides another."""
+    return 1.6 + 4.8 * (count - 1 - i) / max(4, count)
+
+
+def whole_steps(axis: Any) -> None:
+    """No ticks between two steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
 
 
 def measured(panel: Panel, runs: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
@@ -148,15 +160,14 @@ def lines_of(axis: Any, runs: Sequence[Sequence[dict[str, Any]]], panel: Panel) 
     for i, rows in enumerate(runs):
         for j, name in enumerate(names):
             colour = COLOURS[(i if len(runs) > 1 else j) % len(COLOURS)]
-            label = panel.metrics[name] if i == 0 else None
-            curve(axis, rows, name, color=colour, linestyle=DASHES[j % len(DASHES)], label=label)
+            style = {"linestyle": DASHES[j % len(DASHES)], "linewidth": thickness(i, len(runs))}
+            curve(axis, rows, name, color=colour, label=panel.metrics[name] if i == 0 else None, **style)
         for name in panel.points:
             colour = COLOURS[i % len(COLOURS) if len(runs) > 1 else 1]
-            held_out(axis, rows, name, color=colour, label="held out" if i == 0 else None)
+            size = 2.4 + thickness(i, len(runs))
+            held_out(axis, rows, name, color=colour, label="held out" if i == 0 else None, markersize=size)
     for bound in panel.bounds:
         axis.axhline(bound, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
-    if len(axis.get_legend_handles_labels()[0]) > 1:
-        axis.legend(fontsize=8, frameon=False, labelcolor=INK)
 
 
 def ends(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summary: dict[str, Any]) -> None:
@@ -168,7 +179,6 @@ def ends(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summary: dict[
             label = f"held out: {values[0]:.3f} → {values[1]:.3f}"
             steps = [0, rows[-1]["step"] + 1]
             axis.plot(steps, values, "s", color=COLOURS[4], markersize=6, label=label, clip_on=False)
-            axis.legend(fontsize="small", framealpha=0.5)
 
 
 def plot(directory: Path) -> Path:
@@ -193,9 +203,12 @@ def plot(directory: Path) -> Path:
     for axis, panel in zip(axes[0, bool(warmup) :], panels, strict=True):
         lines_of(axis, [rows], panel)
         ends(axis, rows, panel, summary)
+        if len(axis.get_legend_handles_labels()[0]) > 1:
+            axis.legend(fontsize="small", framealpha=0.5)
         axis.set(title=panel.title, xlabel="RL step" if rl else "step", ylabel=panel.unit)
     for axis in axes[0]:
         axis.grid(alpha=0.3)
+        whole_steps(axis)
     path = directory / "training.png"
     with replacing(path) as partial:
         figure.savefig(partial, dpi=110, format="png")

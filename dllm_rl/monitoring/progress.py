@@ -52,7 +52,7 @@ class View:
         self.bar = Progress(*columns, console=console, expand=True, speed_estimate_period=math.inf)
         self.task = self.bar.add_task(self.description, total=total, completed=completed)
         self.live = Live(self, console=console)
-        if console.is_terminal and not console.quiet and completed < total:
+        if console.is_interactive and not console.quiet and completed < total:
             self.live.start()  # elsewhere lines alone: a bar in a file is noise
             atexit.register(console.show_cursor)  # also after an error
 

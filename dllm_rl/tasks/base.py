@@ -73,6 +73,15 @@ def addends(reward: Reward) -> dict[str, tuple[float, float]]:
     return added
 
 
+def parts(reward: Reward) -> dict[str, float]:
+    """`parsed` and the breakdown of one completion, as its means show them; without a ratio over nothing."""
+    shown = {}
+    for name, (above, below) in addends(reward).items():
+        if below and name != "reward":
+            shown[name] = float(above) / float(below)
+    return shown
+
+
 def grade(
     task: Task, problems: Sequence[Problem], completions: Sequence[str], *, timeout: float | None = None
 ) -> list[Reward]:

@@ -1,9 +1,11 @@
 """Completions of a step for people to read: a table on the screen, rows of completions.jsonl."""
 
+import json
+from typing import Any
+
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
@@ -11,8 +13,8 @@ from dllm_rl.device import send
 from dllm_rl.distributed.collectives import local
 from dllm_rl.models.tokens import written_tokens
 from dllm_rl.monitoring.log import finite
-from dllm_rl.screen import literal
-from dllm_rl.tasks.base import addends
+from dllm_rl.screen import NARROW, literal
+from dllm_rl.tasks.base import Problem, parts
 from dllm_rl.training.balance import of_sampled_rows
 from dllm_rl.training.rollouts import Answer
 from dllm_rl.training.run import Run
@@ -34,9 +36,9 @@ def log_completions(
 ) -> None:
     """Show and store the best and worst completions of the step's first prompts. All processes call it together.
 
-    A row of completions.jsonl: {"step", "prompt", "completion", "reward", "parts": {"parsed": 1.0, ...}, "advantage",
+    A row of completions.jsonl: the problem's fields, and {"step", "prompt", "completion", "reward", "advantage",
         "mismatch": sum over scored tokens of log p_learner - log p_rollout, nats; null if the row is not scored,
-        "tokens": [{"id", "text", "step": that committed the token, "probability"}, ...]}
+        "parts": {"parsed": 1.0, ...}, "tokens": [{"id", "text", "step": that committed it, "probability"}, ...]}
     """
     log = run.log
     every = run.recipe.log_completions_steps
@@ -56,14 +58,17 @@ def log_completions(
         answer = answers[i]
         mismatch, advantage = found[i]
         numbers = finite({"reward": float(answer.reward.value), "advantage": advantage, "mismatch": mismatch})
-        parts = {}
-        for name, (above, below) in addends(answer.reward).items():
-            if below and name != "reward":
-                parts[name] = float(above) / float(below)
         texts = {"prompt": answer.problem.prompt, "completion": answer.completion}
-        made.append({"step": step, **texts, **numbers, "parts": parts, "tokens": tokens})
+        own = {"step": step, **texts, **numbers, "parts": parts(answer.reward), "tokens": tokens}
+        made.append(stored_fields(answer.problem) | own)
     log.keep(made)
     log.show(table(f"completions of step {step + 1}: of {PROMPTS} prompts those of highest and lowest reward", made))
+
+
+def stored_fields(problem: Problem) -> dict[str, Any]:
+    """The problem's fields as JSON."""
+    # A data set's columns may be of any kind, such as dates and NaN: they become text rather than stop the run.
+    return json.loads(json.dumps(dict(problem.fields), default=str, skipkeys=True), parse_constant=str)
 
 
 def contrasts(rewards: list[float], group_size: int) -> list[int]:
@@ -77,18 +82,18 @@ def contrasts(rewards: list[float], group_size: int) -> list[int]:
 
 def table(title: str, made: list[dict]) -> Table:
     """The rows for a terminal of 80 columns or more (A: advantage), with markup and control characters escaped."""
-    shown = Table(title=literal(title, style="table.title"), title_justify="left", expand=True, box=SIMPLE_HEAD)
-    for name in ("prompt", "completion", "reward"):
-        shown.add_column(name, ratio=1, overflow="fold")
-    for name in ("A", "mismatch, nats"):
-        shown.add_column(name, justify="right", width=9)
+    shown = Table(title=literal(title, style="table.title"), title_justify="left", **NARROW)
+    for name in ("prompt", "completion", "reward"):  # without a width: the longest gives way to the others
+        shown.add_column(name, overflow="fold")
+    for name in ("A", "mismatch,\nnats"):
+        shown.add_column(name, justify="right", no_wrap=True)
     above = None
     for row in made:
         if row["prompt"] != above:
             shown.add_section()
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        parts = ", ".join(f"{name} {value:.3g}" for name, value in row["parts"].items())
-        texts = ("" if row["prompt"] == above else prompt, row["completion"], f"{row['reward']:.3g}: {parts}")
+        reward = ", ".join(f"{name} {value:.3g}" for name, value in row["parts"].items())
+        texts = ("" if row["prompt"] == above else prompt, row["completion"], f"{row['reward']:.3g}: {reward}")
         shown.add_row(*(literal(shortened(text)) for text in texts), signed(row["advantage"]), signed(row["mismatch"]))
         above = row["prompt"]
     return shown

@@ -3,6 +3,7 @@
 import csv
 import json
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -12,6 +13,7 @@ from dllm_rl import train
 from dllm_rl.cli.evaluate import make_task, num_problems, table
 from dllm_rl.cli.main import main
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.tasks import Countdown, Sudoku
 from dllm_rl.tasks.protocols import under_protocol
 
@@ -79,6 +81,15 @@ def test_json_says_what_was_evaluated_and_how(model, capsys, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / found["completions"]).read_text().splitlines()]
     task = Sudoku(split="test", clues=9)
     assert [row["puzzle"] for row in rows] == [task[i // 2].fields["puzzle"] for i in range(12)]
+    grades = [row["evaluation"] for row in rows]
+    assert sum(grade["parts"]["solve_rate"] for grade in grades) / 12 == found["solve_rate"]
+    assert sum(grade["reward"] for grade in grades) / 12 == pytest.approx(found["reward"])
+    again = ("--protocol", "strict", "--limit", 2, "--num_steps", 2, "--seed", 3, "--samples", 2, "--block_size", 8)
+    more = ("--temperature", 0.5, "--set", "clues=9", "--output_dir", tmp_path, "--json")
+    json.loads(output(capsys, "evaluate", model, "--task", "sudoku", *again, *more))
+    rows = [json.loads(line)["evaluation"] for line in (tmp_path / found["completions"]).read_text().splitlines()]
+    assert [row["protocol"] for row in rows] == ["strict"] * 4 + ["d1"] * 8, "the latest that graded the row"
+    assert rows[4:] == grades[4:] and {row["reward"] for row in rows[:4]} <= {0.0, 1.0}
 
 
 def test_several_lengths_give_a_table_and_a_file_each(model, capsys, tmp_path):
@@ -171,11 +182,15 @@ def test_runs_are_compared_problem_by_problem(runs, capsys, tmp_path):
     with (tmp_path / "c.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["cell_accuracy"]) for row in rows] == [row["cell_accuracy"] for row in found]
-    assert [row["cell_accuracy_less_high"] for row in rows][:2] == ["", ""]
-    assert float(rows[3]["cell_accuracy_less_high"]) == found[3]["difference"]["cell_accuracy"][2]
+    assert [row["cell_accuracy_difference_high"] for row in rows][:2] == ["", ""]
+    assert float(rows[3]["cell_accuracy_difference_high"]) == found[3]["difference"]["cell_accuracy"][2]
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     text = output(capsys, *command)
-    assert "solve_rate less that of" in " ".join(text.split()) and "model" in text and "num_steps" in text
+    assert "difference: solve_rate minus that of" in " ".join(text.split()) and "num_steps" in text
+    table = text.partition("Completions and")[0].splitlines()
+    assert max(map(len, table)) <= 80 and "\u2026" not in text, "no name is cut"
+    cells = [line.partition("  ")[0].strip() for line in table]
+    assert str(runs[1]) in "".join(cells)
 
 
 def test_a_model_against_itself_differs_by_nothing(model, capsys):
@@ -207,6 +222,19 @@ def test_grade_by_hand(capsys, tmp_path):
     assert "protocol='d2' is none of countdown's" in refusal(
         capsys, "grade", "--task", "countdown", "--protocol", "d2", path
     )
+
+
+def test_the_completions_of_a_run_are_graded(capsys, tmp_path):
+    """Those of a resumed run count once."""
+    recipe = tiny_recipe(tmp_path, num_steps=2, save_steps=1, save_total_limit=9, log_completions_steps=1)
+    train(recipe)
+    command = ("grade", "--task", "sudoku", tmp_path / "completions.jsonl")
+    found = json.loads(output(capsys, *command).splitlines()[-1])
+    train(replace(recipe, resume_from_checkpoint=str(tmp_path / "checkpoints/step-000001")))
+    assert json.loads(output(capsys, *command).splitlines()[-1]) == found
+    rows = current_rows(tmp_path / "completions.jsonl")
+    solved = sum(row["parts"]["solve_rate"] for row in rows)
+    assert found["n"] == len(rows) and found["solve_rate"] == solved / len(rows)
 
 
 def test_a_causal_model(causal_model, capsys):

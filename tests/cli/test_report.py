@@ -87,6 +87,19 @@ def test_what_differs_between_recipes(runs):
     assert "not ended" in " ".join(text), "what is known of it is in its checkpoint"
 
 
+def test_every_curve_is_named_and_no_legend_leaves_its_picture(runs):
+    """The legends' texts lie within the picture's frame, and a narrow screen knows each cell's column."""
+    page = report([told(run) for run in runs])
+    for drawing in re.findall(r"<figure>.*?</figure>", page, re.S):
+        title = re.search('aria-label="(.*?)"', drawing)[1]
+        assert (drawing.count('class="key"') == 2) == (title != "Where the time goes"), title
+        width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawing).groups())
+        for patch in re.findall(r'<g id="(?:legend_1|text_\d+)">.*?</g>', drawing, re.S):
+            for x, y in re.findall(r"translate\(([-\d.]+) ([-\d.]+)\)", patch):
+                assert 0 <= float(x) <= width and 0 <= float(y) <= height, title
+    assert '<td data-name="seed">1</td>' in page and "attr(data-name)" in page
+
+
 def test_completions_are_there_to_be_replayed(runs):
     groups = data_of(report([told(run) for run in runs]))["groups"]
     assert [group["title"] for group in groups] == [f"{run.name}, step {step}" for run in runs for step in (1, 3)]

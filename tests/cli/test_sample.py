@@ -114,7 +114,12 @@ def test_command_prints_text_and_writes_the_page(checkpoint, capsys, tmp_path):
     assert cli.main(["sample", checkpoint, "12.=", *options]) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2 and "tokens/s" in err
-    assert '"prompt": "12.="' in (tmp_path / "page.html").read_text()
+    text = (tmp_path / "page.html").read_text()
+    assert '"prompt": "12.="' in text
+    facts = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])["groups"][0]["facts"].splitlines()
+    names = [fact.partition(":")[0] for fact in facts[1:]]
+    assert names == ["checkpoint", "sampler", "seed", "dtype", "device", "date"]
+    assert facts[1] == f"checkpoint: {checkpoint}" and "temperature=1.0" in facts[2] and "rank=random" in facts[2]
 
 
 def test_command_draws_every_step(checkpoint, capsys):

@@ -26,9 +26,9 @@ def test_a_table_has_a_row_per_result_and_every_difference(tmp_path):
         first, second = csv.DictReader(file)
     written = {name: value for name, value in first.items() if value}
     assert list(written) == ["task", "n", "num_steps", "accuracy", "accuracy_low", "accuracy_high", *COSTS]
-    assert list(first)[-3:] == ["accuracy_less", "accuracy_less_low", "accuracy_less_high"]
+    assert list(first)[-3:] == ["accuracy_difference", "accuracy_difference_low", "accuracy_difference_high"]
     assert (first["accuracy"], first["accuracy_low"], first["steps"]) == ("0.5", "0.4", "2")
-    assert first["accuracy_less"] == "" and second["accuracy_less_low"] == "-0.5"
+    assert first["accuracy_difference"] == "" and second["accuracy_difference_low"] == "-0.5"
 
 
 def test_a_curve_has_a_line_per_rule_and_its_points_by_steps(tmp_path, monkeypatch):

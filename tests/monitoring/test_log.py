@@ -166,6 +166,15 @@ def test_a_run_goes_on_without_one_that_fails(tmp_path, wandb, capsys):
     assert wandb.made[0].sent == []
 
 
+def test_mlflows_file_store_can_hold_every_name():
+    """There `grad_norm` is a file, and `grad_norm/iteration_1` lies in a folder of that name."""
+    tracker = Recorder("run")
+    tracker.name = "mlflow"
+    sent = {"grad_norm": 1.0, "grad_norm/iteration_1": 2.0}
+    assert module.track([tracker], sent, 0, pytest.fail) == [tracker]
+    assert tracker.sent == [(0, {"grad_norm": 1.0, "grad_norm.iteration_1": 2.0})]
+
+
 def test_a_missing_package_is_one_line_before_work(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "get_available_trackers", lambda: ["tensorboard"])
     said = "report_to='tensorboard,trackio': trackio is not installed; pip install trackio, or leave it out"

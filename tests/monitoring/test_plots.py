@@ -3,7 +3,19 @@
 import json
 import math
 
-from dllm_rl.monitoring.plots import PANELS, PICTURE, PICTURE_OF_SFT, measured, plot, smoothed
+import pytest
+
+from dllm_rl.monitoring.plots import (
+    PANELS,
+    PICTURE,
+    PICTURE_OF_SFT,
+    Panel,
+    lines_of,
+    measured,
+    plot,
+    smoothed,
+    whole_steps,
+)
 
 ALWAYS = {"reward": 0.5, "parsed": 1.0, "rollout_corr/k3_kl": 0.0, "rollout_corr/rollout_is_eff_sample_size": 1.0}
 
@@ -21,6 +33,19 @@ def test_the_picture_and_the_page_share_their_panels():
     assert [panel.title for panel in PANELS if measured(panel, [rl])] == ["Reward"]
     sft = [{"step": 0, "loss": 1.0, "grad_norm": 2.0}]
     assert tuple(panel.title for panel in PANELS if measured(panel, [sft])) == PICTURE_OF_SFT
+
+
+def test_ticks_are_whole_steps_and_no_run_hides_another(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    for last in (1, 2, 3, 7, 1000):
+        figure, axis = plt.subplots(figsize=(4.6, 2.9))
+        rows = [{"step": step, "reward": 0.5} for step in range(last)]
+        lines_of(axis, [rows, rows, rows], Panel("Reward", "reward", {"reward": "training"}))
+        whole_steps(axis)
+        assert all(tick == round(tick) for tick in axis.get_xticks()), "a tick between two steps"
+        widths = [line.get_linewidth() for line in axis.lines[::2]]
+        assert widths == sorted(widths, reverse=True) and len(set(widths)) == 3
+        plt.close(figure)
 
 
 def test_a_report_is_drawn_where_a_step_lacks_a_breakdown(tmp_path):

@@ -73,6 +73,14 @@ def test_elsewhere_there_are_lines_alone():
     assert console.file.getvalue() == f"training 2/2  reward 2  mismatch backfiring ({reason})\n"
 
 
+def test_a_notebook_gets_no_cursor_codes(tmp_path, monkeypatch, capsys):
+    """A kernel sets FORCE_COLOR, which rich takes for a terminal; its standard output is none."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    train(tiny_recipe(tmp_path))
+    out = capsys.readouterr().out
+    assert "training 2/2  reward" in out and not re.search(r"\x1b\[[^m]*[A-HJKhl]", out)
+
+
 def test_the_time_left_is_known_of_long_steps():
     """Rich's own speed forgets after 30 s, which one step of a large model takes."""
     view, now = View(terminal(force_terminal=False), "training", 10, curve="reward"), [0.0]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import math
+from datetime import date
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from rich.console import Console
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.monitoring.json_lines import current_rows
+from dllm_rl.tasks.base import Problem
 from dllm_rl.training import train
-from dllm_rl.training.completion_log import contrasts, log_completions, shortened, table
+from dllm_rl.training.completion_log import contrasts, log_completions, shortened, stored_fields, table
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.scorer import draw_noise
 from dllm_rl.training.start import start
@@ -36,6 +39,7 @@ def test_rows_of_a_run_are_its_own(tmp_path, capsys):
         assert (row["reward"], row["parts"]["parsed"]) == (reward.value, reward.parsed)
         assert row["parts"]["solve_rate"] == reward.breakdown["solve_rate"] and "correct_cells" not in row["parts"]
         assert len(row["tokens"]) == 16 and {token["step"] for token in row["tokens"]} == {0, 1, 2}
+        assert {name: row[name] for name in ("puzzle", "solution")} == known[row["prompt"]].fields
         assert row["completion"] in "".join(token["text"] for token in row["tokens"]).replace("<pad>", "")
     assert any(row["advantage"] > 0 for row in rows) and any(row["mismatch"] for row in rows)
     assert capsys.readouterr().out.count("those of highest and lowest reward") == 3
@@ -109,6 +113,22 @@ def test_the_table_obeys_no_text_and_fits_80_columns():
     assert "[red]x[/red]\u241b" in text.replace(" ", "") and "\x1b" not in text and "\u202e" not in text
     assert max(map(len, text.splitlines())) <= 80 and text.count("long") < 80
     assert "+0.5" in text and "-0.25" in text
+
+
+def test_a_prompt_of_the_main_job_stays_whole_at_80_columns():
+    parts = {"parsed": 1.0, "solve_rate": 0.0, "cell_accuracy": 0.571, "givens_kept": 0.9}
+    rows = [ROW | {"prompt": "421..12424.113.2=", "completion": "4213312424311342", "parts": parts}]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table("completions", rows))
+    text = console.file.getvalue()
+    assert "421..12424.113.2=  4213312424311342  1: parsed 1" in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_a_field_that_json_has_no_form_for_is_text():
+    """A data set's columns are fields, of any kind; the row's own names win."""
+    fields = {"day": date(2026, 1, 2), "share": math.nan, "deep": {"low": [-math.inf, 1]}, (1, 2): 3, "answer": "7"}
+    stored = stored_fields(Problem("1", fields))
+    assert stored == {"day": "2026-01-02", "share": "NaN", "deep": {"low": ["-Infinity", 1]}, "answer": "7"}
 
 
 def test_a_long_text_is_shown_by_its_ends():
