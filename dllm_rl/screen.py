@@ -32,6 +32,12 @@ def escape_controls(text: str, *, keep: str = "") -> str:
     return "".join(shown)
 
 
+def line_of(error: BaseException) -> str:
+    """An error in one line: of a file, its path and what is wrong with it, without the system's number."""
+    of_a_file = isinstance(error, OSError) and error.filename is not None and error.strerror
+    return escape_controls(f"{error.filename}: {error.strerror}" if of_a_file else str(error))
+
+
 def literal(text: object, *, style: str = "") -> Text:
     """A cell or a title that rich prints unchanged, brackets included."""
     return Text(escape_controls(str(text)), style=style)

@@ -10,15 +10,15 @@ from functools import partial
 import pytest
 from tiny_recipe import tiny_recipe
 
-from dllm_rl.algorithms import advantages, correctors, losses, surrogates, weights
+from dllm_rl.algorithms import advantages, correctors, losses
 from dllm_rl.bounds import Bound, check_bound
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods import estimators
 from dllm_rl.samplers import revise, rules
 from recipes.studies import surrogates as published
 
-MODULES = (correctors, weights, surrogates, losses, advantages, estimators, rules, revise, published)
-MAKERS = (correctors, estimators)
+MODULES = (correctors, losses, advantages, estimators, rules, revise, published)
+RECORDS = (correctors.Corrector, estimators.LikelihoodEstimator)
 NUMBERS = {int, float}
 GIVEN = {"num_tokens", "num_sequences", "group_size", "beta", "entropy"}  # by the learner, to functions of losses
 # Where 0 says something: no token is left out of a band or a mask, no bound on the entropy, nothing added.
@@ -31,12 +31,12 @@ def kinds_of(annotation):
 
 
 def public(module):
-    """Functions that a recipe takes: where a module has makers of records, those alone."""
+    """Functions that a recipe takes: of estimators, those that make one."""
     for name, function in vars(module).items():
         if not inspect.isfunction(function) or function.__module__ != module.__name__ or name.startswith("_"):
             continue
         made = inspect.signature(function).return_annotation
-        if module not in MAKERS or made in (correctors.Corrector, estimators.LikelihoodEstimator):
+        if module is not estimators or made in RECORDS:
             yield name, function
 
 
@@ -55,7 +55,7 @@ def bind(function, keyword, value):
     bound = {"block_size": 4, "eta": 0.1, "tau": 0.9} | {keyword: value}
     wanted = inspect.signature(function).parameters
     made = partial(function, **{name: number for name, number in bound.items() if name in wanted})
-    return made() if function.__module__ in [module.__name__ for module in MAKERS] else check_bound(made)
+    return made() if inspect.signature(function).return_annotation in RECORDS else check_bound(made)
 
 
 def test_a_constant_is_a_number():
@@ -90,7 +90,7 @@ def test_the_list_has_all_kinds():
         (rules.threshold, "tau", 1.1, "tau=1.1 must lie in (0, 1]"),
         (estimators.one_step, "prompt_mask", 1.0, "prompt_mask=1.0 must lie in [0, 1)"),
         (correctors.tis, "cap", math.inf, "cap=inf must be at least 1, and be finite"),
-        (surrogates.ppo_clip, "delta", 0.5, "delta=0.5 must be at least 1"),
+        (losses.ppo_clip, "delta", 0.5, "delta=0.5 must be at least 1"),
     ],
 )
 def test_the_line_names_the_constant_and_its_range(function, keyword, value, message):
@@ -110,7 +110,7 @@ def test_edges_and_none_are_inside():
 
 def test_a_call_checks_too():
     with pytest.raises(ValueError, match="max_ratio=-1 must be at least 1"):
-        surrogates.cispo(None, None, None, max_ratio=-1)
+        losses.cispo(None, None, None, max_ratio=-1)
 
 
 def test_a_recipe_checks_what_it_holds(tmp_path, capsys):
@@ -120,9 +120,9 @@ def test_a_recipe_checks_what_it_holds(tmp_path, capsys):
         replace(recipe, sampler=sampler)
     with pytest.raises(ValueError, match="length=0 must be at least 1"):
         replace(recipe, aggregate=partial(losses.constant, length=0))
-    two = (partial(weights.truncated_weights, cap=2.0), partial(weights.truncated_weights, cap=-2.0))
+    two = (partial(correctors.truncated_weights, cap=2.0), partial(correctors.truncated_weights, cap=-2.0))
     with pytest.raises(ValueError, match=r"cap=-2\.0 must be at least 1"):
-        correctors.Corrector(partial(weights.composed, weighs=two))
+        correctors.Corrector(partial(correctors.composed, weighs=two))
     for words in (["--corrector.weigh.cap", "-3"], ["--loss.epsilon", "0", "--loss", "ppo_clip"]):
         with pytest.raises(SystemExit) as stop:
             from_command_line(recipe, ["--corrector", "tis", *words])

@@ -15,7 +15,7 @@ from dllm_rl.diagnostics.doctor import Cause, Report, WorstToken
 from dllm_rl.diagnostics.findings import write_doctor
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.monitoring.log import RunLog
-from dllm_rl.screen import escape_controls, literal
+from dllm_rl.screen import escape_controls, line_of, literal
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.loop import train
 
@@ -39,6 +39,14 @@ def terminal(monkeypatch, capsys):
 
 # Of an untrained model: with this seed some completion holds an escape.
 OPTIONS = ("--temperature", "1", "--max_new_tokens", "8", "--group_size", "8")
+
+
+def test_an_error_of_a_file_is_its_path_and_what_is_wrong(tmp_path):
+    path = tmp_path / "\x1bx"
+    with pytest.raises(FileNotFoundError) as caught:
+        path.open()
+    assert line_of(caught.value) == f"{tmp_path}/␛x: No such file or directory"
+    assert line_of(OSError("a text")) == line_of(ValueError("a text")) == "a text"
 
 
 class Bracketed:

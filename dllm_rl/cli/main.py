@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from dllm_rl.cli.options import add_model_options, open_policy
-from dllm_rl.screen import escape_controls
+from dllm_rl.screen import escape_controls, line_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_paths(arguments)
         return arguments.run(arguments) or 0  # a command that checks something returns its own status
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {escape_controls(str(error))}", file=sys.stderr)
+        print(f"error: {line_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -5,7 +5,7 @@ import sys
 
 from dllm_rl.config import from_command_line
 from dllm_rl.recipe import Recipe
-from dllm_rl.screen import escape_controls
+from dllm_rl.screen import line_of
 from dllm_rl.supervised.recipe import SFT
 from dllm_rl.supervised.train import fine_tune
 from dllm_rl.training.finish import Summary
@@ -27,5 +27,5 @@ def main(recipe: Recipe | SFT) -> Summary:
         setting = isinstance(error, ValueError)  # which every process finds, so that one prints it
         if rank == "0" or not setting:
             where = "" if rank == "0" else f"process {rank}: "
-            print(f"error: {where}{escape_controls(str(error))}", file=sys.stderr, flush=True)
+            print(f"error: {where}{line_of(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2 if setting else 1) from None
