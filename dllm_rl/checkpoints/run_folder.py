@@ -27,8 +27,9 @@ DEFAULTS = {f.name: plain(f.default) for f in fields(Recipe) if f.default is not
 HELD = ("metrics.jsonl", "checkpoints", "summary.json")  # by one of these a run's folder is recognised
 
 
-def open_folder(recipe: Settings) -> tuple[Path | None, list[str]]:
-    """Lock the run's folder; returns the checkpoint to resume from, and lines to print. Raises ValueError."""
+def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, list[str]]:
+    """Lock the run's folder; returns the checkpoint to resume from, its state, and lines to print. Raises ValueError
+    if the folder is in use, holds another run, or has no whole checkpoint of this recipe."""
     directory = Path(recipe.directory)
     notes: list[str] = []
     try:
@@ -48,21 +49,22 @@ def open_folder(recipe: Settings) -> tuple[Path | None, list[str]]:
                 f"output_dir={str(directory)!r} already holds a run ({', '.join(held)}); give another, or "
                 "--resume_from_checkpoint latest, or --overwrite_output_dir"
             )
-        return None, notes
+        return None, None, notes
     checkpoint.recover_all(directory / "checkpoints")
     quick = recipe.verify_checkpoint == "quick"
     folder = checkpoint.locate(recipe.resume_from_checkpoint, directory / "checkpoints", quick=quick, say=notes.append)
-    if folder:
-        state = TrainingState.read(folder)
-        if not isinstance(recipe, Recipe):  # SFT prints the loss before it
-            check_types(folder, state.eval_before, {"loss": float}, prefix="eval_before.")
-        _check_recipe(recipe, state)
-        reference = directory / "reference"
-        if state.reference is not None and manifest.verify(reference, quick=quick)["sha256"] != state.reference:
-            raise ValueError(f"{reference} is that of another run than the checkpoint's; put the run's own back")
-        for path in checkpoint.set_aside(directory / "checkpoints", folder):
-            notes.append(f"set aside, as it is not on the way of the resumed run: {path}")
-    return folder, notes
+    if not folder:
+        return None, None, [*notes, "no checkpoint yet: starting from the beginning"]
+    state = TrainingState.read(folder)
+    _check_recipe(recipe, state)
+    if not isinstance(recipe, Recipe):  # SFT prints the loss before it
+        check_types(folder, state.eval_before, {"loss": float}, prefix="eval_before.")
+    reference = directory / "reference"
+    if state.reference is not None and manifest.verify(reference, quick=quick)["sha256"] != state.reference:
+        raise ValueError(f"{reference} is that of another run than the checkpoint's; put the run's own back")
+    for path in checkpoint.set_aside(directory / "checkpoints", folder):
+        notes.append(f"set aside, as it is not on the way of the resumed run: {path}")
+    return folder, state, [*notes, f"resuming from {folder}"]
 
 
 def clear_folder(recipe: Settings) -> None:

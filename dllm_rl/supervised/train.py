@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main, reduce_metrics, sum_gradients
-from dllm_rl.distributed.stop import Stop, how_to_continue, leaving_nothing_behind
+from dllm_rl.distributed.stop import how_to_continue, leaving_nothing_behind
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.rng import generator_for
@@ -52,25 +52,42 @@ def fine_tune(recipe: SFT) -> Summary:
     """Run a recipe of SFT. Raises ValueError, before any work, on a recipe that cannot run."""
     accelerator, stop, peers = launch(recipe)
     recipe = read_datasets(recipe)  # before the folder: a file that is no JSON leaves none behind
-    folder, notes = from_main(partial(open_folder, recipe), accelerator)
-    policy = _policy(recipe, accelerator, folder)
+    folder, saved, notes = from_main(partial(open_folder, recipe), accelerator)
+    policy = _policy(recipe, accelerator, folder, saved)
     training = read_examples(recipe, policy, recipe.dataset, "dataset", say=notes.append)
     held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
-    run = _begin(recipe, accelerator, stop, policy, folder, notes)
+    optimizer = make_optimizer(recipe, policy)
+    from_main(partial(clear_folder, recipe), accelerator)
+    log = open_log(recipe, accelerator, notes, start=saved.step if saved else 0)
     if peers is not None:
-        peers.follow(run.log)
+        peers.follow(log)
+    state = restore(recipe, folder, saved, policy, optimizer, log) if folder else TrainingState.first(recipe, policy)
+    run = Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        log=log,
+        policy=policy,
+        rollout_policy=policy,
+        reference=None,
+        optimizer=optimizer,
+        state=state,
+        stop=stop,
+        writer=make_writer(recipe, accelerator),
+        progress=log.view("training", recipe.num_steps, curve="loss", completed=state.step),
+        checkpoint=str(folder or ""),
+    )
     if not folder:
         run.state = replace(run.state, eval_before=evaluate_loss(run, held_out))
         save(run)
     before = run.state.eval_before
-    run.log.say(f"before SFT: held-out loss {before['loss']:.4f} nats on {len(held_out)} rows")
+    log.say(f"before SFT: held-out loss {before['loss']:.4f} nats on {len(held_out)} rows")
     protect(run, peers)
 
     for step in range(run.state.step, recipe.num_steps):
         metrics = take_step(run, training, step)
         if recipe.eval_steps and (step + 1) % recipe.eval_steps == 0:
             metrics["eval/loss"] = evaluate_loss(run, held_out)["loss"]
-        run.log.write(step, metrics)
+        log.write(step, metrics)
         run.progress(metrics, show=(step + 1) % recipe.logging_steps == 0 or step + 1 == recipe.num_steps)
         checkpoint_if_due(run, step)
     stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(recipe)}")
@@ -110,11 +127,10 @@ def _rows(dataset: Any) -> Any:
     return rows
 
 
-def _policy(recipe: SFT, accelerator: Accelerator, folder: Path | None) -> Policy:
+def _policy(recipe: SFT, accelerator: Accelerator, folder: Path | None, saved: TrainingState | None) -> Policy:
     """The recipe's model, or as a checkpoint left it; adapters apply to the recipe's model."""
-    if folder and recipe.lora is None:
-        dtype = getattr(torch, TrainingState.read(folder).dtype)
-        policy = opened(recipe, folder, dtype, accelerator.device)
+    if folder and saved and recipe.lora is None:
+        policy = opened(recipe, folder, getattr(torch, saved.dtype), accelerator.device)
     else:
         policy = make_policy(recipe, accelerator.device)
         if folder:
@@ -124,32 +140,6 @@ def _policy(recipe: SFT, accelerator: Accelerator, folder: Path | None) -> Polic
     if recipe.packing:
         check_packing(policy)
     return policy
-
-
-def _begin(
-    recipe: SFT, accelerator: Accelerator, stop: Stop, policy: Policy, folder: Path | None, notes: Sequence[str]
-) -> Run[SFT]:
-    """The run with its files open, at its first step or as a checkpoint left it."""
-    optimizer = make_optimizer(recipe, policy)
-    from_main(partial(clear_folder, recipe), accelerator)
-    log = open_log(recipe, accelerator, notes, folder)
-    state = TrainingState.first(recipe, policy)
-    if folder:
-        state = restore(recipe, folder, policy, optimizer, log)
-    return Run(
-        recipe=recipe,
-        accelerator=accelerator,
-        log=log,
-        policy=policy,
-        rollout_policy=policy,
-        reference=None,
-        optimizer=optimizer,
-        state=state,
-        stop=stop,
-        writer=make_writer(recipe, accelerator),
-        progress=log.view("training", recipe.num_steps, curve="loss", completed=state.step),
-        checkpoint=str(folder or ""),
-    )
 
 
 def rows_of_step(count: int, size: int, seed: int, step: int) -> list[int]:

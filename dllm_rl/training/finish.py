@@ -48,7 +48,7 @@ def finish(run: Run[Recipe]) -> Summary:
     settle(run)
     measured = {"before RL": before, "after": after, "after, quantised": quantized}
     model_card = Path(run.checkpoint) / CARD
-    if run.accelerator.is_main_process and model_card.is_file():  # else no checkpoint was saved, or it was deleted
+    if run.accelerator.is_main_process and run.checkpoint and model_card.is_file():  # else none is saved, or is left
         step = TrainingState.read(model_card.parent).step
         write_text(model_card, card(recipe, step=step, evaluations=measured, metrics=log.last))
     return conclude(
@@ -67,8 +67,7 @@ def finish(run: Run[Recipe]) -> Summary:
 
 
 def conclude(run: Run[Any], measured: dict[str, Any], *, result: str, advice: str) -> Summary:
-    """Write summary.json with `measured`, and the picture; print `result` and `advice`."""
-    settle(run)
+    """Write summary.json with `measured`, and the picture; print `result` and `advice`. Call `settle` first."""
     run.log.close()
     recipe = run.recipe
     directory = Path(recipe.directory)

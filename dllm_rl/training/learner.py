@@ -27,15 +27,15 @@ from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.balance import balance
 from dllm_rl.training.scorer import (
-    Scorer,
+    aligns,
     arithmetic,
+    compare_sides,
     draw_noise,
     learned_groups,
-    measure_sides,
     measured_groups,
     only_groups,
     score,
-    sides,
+    side_metrics,
 )
 from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 
@@ -69,19 +69,20 @@ def step(
         balanced = balance(recipe, sampled, advantages, groups, accelerator, pad_id=policy.pad_id)
         rollout, advantages, groups = balanced  # so that all processes finish together
         noise = draw_noise(recipe, rollout, advantages, groups, number, accelerator)  # shared by every policy
-        agreement = measure_sides(policy, rollout_policy, rollout, noise, accelerator)  # before graphs are kept
+        compared = compare_sides(policy, rollout_policy, rollout, noise)  # before graphs are kept
         logps = score(recipe, rollout, noise, policy=policy, rollout_policy=rollout_policy, reference=reference)
     with stage("update"), learner_forward(recipe, policy, rollout_policy, accelerator):
         batch, mismatch = correct(recipe, rollout, logps, advantages, accelerator, groups=groups)
+        agreement = side_metrics(*compared, accelerator)  # after scoring, which would wait for the exchange
         learning = learn(batch)
     return Step(rollout, advantages, logps, agreement | mismatch | learning)
 
 
 @contextmanager
 def learner_forward(recipe: Recipe, policy: Policy, rollout_policy: Policy, accelerator: Accelerator) -> Iterator[None]:
-    """The recipe's arithmetic, through the rollout's quantised operands where `sides` aligns the forward."""
-    aligned = sides(recipe, policy, rollout_policy).aligned
-    with arithmetic(recipe, accelerator), aligned_forward(policy, rollout_policy) if aligned else nullcontext():
+    """The recipe's arithmetic, through the rollout's quantised operands where the forward is aligned."""
+    aligned = aligned_forward(policy, rollout_policy) if aligns(recipe, policy, rollout_policy) else nullcontext()
+    with arithmetic(recipe, accelerator), aligned:
         yield
 
 
@@ -214,18 +215,26 @@ def update(
     max_grad_norm: float = 1.0,
     micro_batch_size: int | None = None,
 ) -> dict[str, float]:
-    """Take `num_iterations` steps on one batch; returns the last one's metrics, and NAME/iteration_I."""
-    check_version(batch.rollout, policy)  # raises RuntimeError, as below FloatingPointError, before the weights change
+    """Take `num_iterations` steps on one batch, `micro_batch_size` rows per forward in whole groups. Returns the last
+    iteration's metrics, and of each iteration NAME/iteration_I (grad_norm and off_policy/*).
+
+    Raises RuntimeError if the rollout's weights are not the learner's; FloatingPointError if a gradient norm is not
+    finite: that iteration is not applied, earlier ones are.
+    """
+    check_version(batch.rollout, policy)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    scorer = Scorer(likelihood, batch.rollout, batch.noise, micro_batch_size)
     scores = batch.old_scores
     gathered = {"learning_rate": learning_rate}
     for iteration in range(num_iterations):
+        optimizer.zero_grad(set_to_none=True)  # before scoring, which can use the memory
         if iteration:
             torch.clear_autocast_cache()  # its bf16 copies are of the weights before the last optimiser step
-            scores = scorer.scores(policy, keep_graphs=batch.old_scores.grad_fn is not None)
-        optimizer.zero_grad(set_to_none=True)  # the memory is free until the backward
+            keep = batch.old_scores.grad_fn is not None
+            with in_pace(policy):
+                scores = likelihood.scores(
+                    policy, batch.rollout, batch.noise, micro_batch_size=micro_batch_size, keep_graphs=keep
+                )
         metrics = accumulate_gradients(
             policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=micro_batch_size
         )

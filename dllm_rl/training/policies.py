@@ -42,8 +42,7 @@ def fresh_state(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: R
     return TrainingState.first(recipe, policy, eval_before=before, warmup_steps=warmup_steps, reference=reference)
 
 
-def resumed_policy(recipe: Recipe, folder: Path, accelerator: Accelerator) -> Policy:
-    state = TrainingState.read(folder)
+def resumed_policy(recipe: Recipe, folder: Path, state: TrainingState, accelerator: Accelerator) -> Policy:
     device = first_home(recipe, accelerator)
     dtype = getattr(torch, state.dtype)
     if recipe.lora is None:
@@ -137,12 +136,14 @@ def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:
 
 def check_compiled(recipe: Recipe) -> None:
     """Raise ValueError if torch_compile has nothing to compile, or would compile again at every step."""
+    cached = getattr(recipe.sampler, "keywords", {}).get("cache") is not None
     why = None
     if recipe.rollout_quantization is None:
         why = "compiles the rollout's copy, and rollout_quantization=None makes none: set one, as float8_dynamic"
     elif recipe.router_replay is not None:
-        why = "does not go with router_replay='R3': compiled blocks do not say which experts they take"
-    elif getattr(recipe.sampler, "keywords", {}).get("cache") is not None or recipe.likelihood.name == "causal":
-        why = "does not go with a cache (autoregress always has one), whose state would be compiled again at every step"
+        why = "does not go with router_replay='R3', as compiled blocks name no experts: leave out router_replay"
+    elif cached or recipe.likelihood.name == "causal":
+        why = "does not go with a cache, whose state would be compiled again at every step: "
+        why += "leave out the sampler's" if cached else "take another sampler than autoregress"
     if recipe.torch_compile and why:
-        raise ValueError(f"torch_compile=True {why}; leave one out")
+        raise ValueError(f"torch_compile=True {why}, or set torch_compile=False")

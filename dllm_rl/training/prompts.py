@@ -23,7 +23,8 @@ def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " si
 
 
 def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list[Problem], int]:
-    """The problems at `indices`, and how many too long ones the next that fits replaced. Raises ValueError."""
+    """The problems at `indices`, and how many were replaced: a prompt longer than max_prompt_length is replaced by the
+    task's next one that fits. Raises ValueError if none fits."""
     task = recipe.task
     most = recipe.max_prompt_length
     if most is None:
@@ -49,7 +50,8 @@ def check_tasks(recipe: Recipe) -> None:
 
 
 def check_prompts(recipe: Recipe, policy: Policy) -> int:
-    """The problem with the longest prompt of those that steps draw first. Raises ValueError if one does not fit."""
+    """Check the prompts of all three tasks, at most 5000 and 10 s each. Returns the index of the training task's
+    longest; 0 if none was looked at. Raises ValueError if a prompt and its completion exceed the model's positions."""
     limit = policy.spec.max_length
     trained = getattr(recipe.sampler, "keywords", {}).get("max_new_tokens")
     evaluated = getattr(recipe.eval_sampler, "keywords", {}).get("max_new_tokens")

@@ -86,7 +86,8 @@ def check_warmup(recipe: Recipe, policy: Policy, answer: Answer) -> None:
 
 
 def made_up_advantages(recipe: Recipe) -> Float[Tensor, "P G"]:
-    """Advantages of rewards that all differ; a group of zeros gets both signs, for a loss. Raises ValueError."""
+    """Advantages of rewards that all differ; a group of zeros gets both signs, for a loss. Raises
+    ValueError if the recipe's advantages are of another shape, or not finite."""
     rewards, parts = made_up_rewards(recipe)
     found = recipe.advantages(rewards, **parts)
     if found.shape != rewards.shape or not found.isfinite().all():

@@ -40,8 +40,8 @@ def collect(
 ) -> tuple[Rollout, list[Answer], Float[Tensor, "P G"], dict[str, Tensor], dict[str, float]]:
     """This process's rollout and answers, the rewards of all processes (on the host), `parts_of` them, and metrics.
 
-    DAPO's dynamic sampling [paper]: groups of equal rewards are drawn again, with other prompts. Prompts and seeds
-    depend on (seed, step, draw) alone; DAPO pools the draws [ours].
+    With max_num_gen_batches > 1, groups of equal rewards are drawn again with other prompts, at most that many draws
+    (DAPO's dynamic sampling [paper]). A place keeps its own draw [ours]; DAPO pools the draws.
     """
     every = torch.arange(recipe.train_batch_size // accelerator.num_processes)
     rollout, answers, mine, replaced = draw_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
@@ -149,12 +149,11 @@ def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:
 
 def reward_values(graded: Sequence[Reward], names: tuple[str, ...] = ()) -> Float[Tensor, "B K"]:
     """Each reward's value, then its breakdown under `names` (NaN if missing); `grade` checks that they fit fp32."""
-    rows = torch.full((len(graded), 1 + len(names)), math.nan, dtype=torch.float32)
-    for row, reward in zip(rows, graded, strict=True):
-        row[0] = float(reward.value)
-        for column, name in enumerate(names, 1):
-            row[column] = float(reward.breakdown.get(name, math.nan))
-    return rows
+    rows = []
+    for reward in graded:
+        values = [reward.value, *(reward.breakdown.get(name, math.nan) for name in names)]
+        rows.append(list(map(float, values)))
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 def reward_metrics(

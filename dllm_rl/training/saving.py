@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.optimizer_shards import Swap, in_step, part_of
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main, versions
 from dllm_rl.distributed.peers import Peers, of_an_exchange
 from dllm_rl.distributed.sharding import sharding_of
@@ -26,6 +27,7 @@ from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training.model_card import card
 from dllm_rl.training.run import Run, Writer
+from dllm_rl.training.scorer import aligns
 from dllm_rl.training.sharded_learner import group_size, on_main
 
 Write = Callable[..., Path]
@@ -73,7 +75,7 @@ def save_at_once(run: Run[Any]) -> None:
     # The update's state is of no step, and sharded weights are saved by all processes together, after the step.
     if stage not in ("", "rollout", "reward", "scoring", "gradients") or sharding_of(run.policy.module) is not None:
         return
-    if stage == "scoring" and run.recipe.corrector.align_forward:  # the weights are the rounded ones
+    if stage == "scoring" and aligns(run.recipe, run.policy, run.rollout_policy):  # the weights are the rounded ones
         return
     run.stop.disarm()
     done = run.state.step
@@ -90,16 +92,17 @@ def save_alone(run: Run[Any]) -> None:
     if sharding_of(run.policy.module) is not None or run.log.entered not in whole:  # sharded: no process has all
         return
     with run.writer.alone, torch.no_grad():
-        done = run.state.step
-        if done == run.saved:
+        state = run.state
+        if state.step == run.saved:
             return
         copies = on_host(run.policy, run.optimizer)
-        if run.policy.version == run.state.version and run.log.entered in whole:  # the copy is of one step
+        # Else the run went on meanwhile, and the copy may be of two steps.
+        if run.state is state and run.policy.version == state.version and run.log.entered in whole:
             try:
                 run.writer.wait()
-                _attempt(run, done, _prepared(run, *copies))
+                _attempt(run, state.step, _prepared(run, state, *copies))
             except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
-                print(f"error: step {done} was not saved: {error}", file=sys.stderr, flush=True)
+                print(f"error: step {state.step} was not saved: {error}", file=sys.stderr, flush=True)
 
 
 def save_on_error(run: Run[Any], kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -127,7 +130,7 @@ def save_on_error(run: Run[Any], kind: Any, error: BaseException | None, traceba
 def _by_main(run: Run[Any], *, copied: bool = False) -> Callable[[], Path | None]:
     """The main process's write; copied: of the current state, even if the run goes on meanwhile."""
     held: tuple[Policy, checkpoint.Saved] = (run.policy, run.optimizer)
-    return partial(_attempt, run, run.state.step, _prepared(run, *(on_host(*held) if copied else held)))
+    return partial(_attempt, run, run.state.step, _prepared(run, run.state, *(on_host(*held) if copied else held)))
 
 
 def _by_all(run: Run[Any]) -> Callable[[], Path | None]:
@@ -137,7 +140,7 @@ def _by_all(run: Run[Any]) -> Callable[[], Path | None]:
     main = run.accelerator.is_main_process
     step = run.state.step
     assert part is not None or not main, "the main process is of the first replica"
-    write = _prepared(run, whole, part) if main and part is not None else None
+    write = _prepared(run, run.state, whole, part) if main and part is not None else None
 
     def work(swap: Swap) -> Path:
         if write is None:
@@ -165,10 +168,10 @@ def on_host(policy: Policy, optimizer: Any) -> tuple[Policy, checkpoint.Held]:
     return twin, checkpoint.Held(state, fields)
 
 
-def _prepared(run: Run[Any], policy: Policy, optimizer: checkpoint.Saved) -> Write:
-    """`checkpoint.save` bound to the run's current state, for now or for the writer thread."""
+def _prepared(run: Run[Any], state: TrainingState, policy: Policy, optimizer: checkpoint.Saved) -> Write:
+    """`checkpoint.save` bound to a state of the run, for now or for the writer thread."""
     recipe = run.recipe
-    state = replace(run.state, seconds=time.perf_counter() - run.log.begun, stages=dict(run.log.seconds))
+    state = replace(state, seconds=time.perf_counter() - run.log.begun, stages=dict(run.log.seconds))
     evaluations = {"before RL": state.eval_before}
     rl = isinstance(recipe, Recipe)
     run.log.flush()  # its rows are on disk before the checkpoint

@@ -3,21 +3,21 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.algorithms.mismatch import PREFIX
 from dllm_rl.device import send
 from dllm_rl.diagnostics.batch_invariance import batch_invariant, check_bitwise_equal
-from dllm_rl.distributed.collectives import local, reduce_metrics, sum_over
+from dllm_rl.distributed.collectives import Metrics, local, reduce_metrics, sum_over
 from dllm_rl.distributed.sharding import in_pace
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
+from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.likelihoods.replay import as_noted, as_sampled, blank, routing_counts, routing_metrics
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
@@ -83,64 +83,40 @@ def only_groups(noise: Noise, chosen: Bool[Tensor, " P"], group_size: int, accel
     return noise.only(live)
 
 
-class Sides(NamedTuple):
-    """Where the log-probs of a ratio come from."""
-
-    rollout: Literal["recorded", "learner", "scored"]  # by the sampler; the learner's own; the rollout policy's
-    aligned: bool  # the learner computes with the rollout's quantised operands
-
-
-def sides(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> Sides:
-    """The sampler's record if the estimator is exact for it; else the learner's, or the rollout policy's."""
-    copied = rollout_policy is not policy
-    exact = recipe.likelihood.exact_for_sampler
-    return Sides(
-        rollout="recorded" if exact else "scored" if copied else "learner",
-        aligned=recipe.corrector.align_forward and copied,
-    )
+def rollout_side(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> Literal["recorded", "scored", "learner"]:
+    """The rollout's log-probs: the sampler's record if the estimator is exact for it, else the rollout policy's own, or
+    without a copy the learner's."""
+    if recipe.likelihood.exact_for_sampler:
+        return "recorded"
+    return "learner" if rollout_policy is policy else "scored"
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """Scores one rollout under any policy with the same masks."""
-
-    likelihood: LikelihoodEstimator
-    rollout: Rollout
-    noise: Noise
-    micro_batch_size: int | None  # rows per forward, whole groups; None: all rows
-
-    def scores(
-        self, policy: Policy, *, keep_graphs: bool = False, note: Integer[Tensor, "N B T M E"] | None = None
-    ) -> Float[Tensor, "N B T"]:
-        """Log-probs of every view, nats."""
-        given = (policy, self.rollout, self.noise)
-        with in_pace(policy):  # here, so that no caller forgets it where the policy is sharded
-            return self.likelihood.scores(
-                *given, micro_batch_size=self.micro_batch_size, keep_graphs=keep_graphs, note=note
-            )
-
-    def logprobs(self, policy: Policy, *, note: Integer[Tensor, "N B T M E"] | None = None) -> Float[Tensor, "B T"]:
-        """Contributions per position, nats; no gradient."""
-        return self.likelihood.combine(self.scores(policy, note=note), self.noise)
+def aligns(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> bool:
+    """Whether the learner computes with the rollout's quantised operands."""
+    return recipe.corrector.align_forward and rollout_policy is not policy
 
 
 def score(
     recipe: Recipe, rollout: Rollout, noise: Noise, *, policy: Policy, rollout_policy: Policy, reference: Policy | None
 ) -> Logprobs:
     """The rollout's log-probs under every policy, same masks. Raises RuntimeError if zero_mismatch does not hold."""
-    scorer = Scorer(recipe.likelihood, rollout, noise, recipe.micro_batch_size)
-    side = sides(recipe, policy, rollout_policy).rollout
+    likelihood = recipe.likelihood
+    side = rollout_side(recipe, policy, rollout_policy)
+    size = recipe.micro_batch_size
     note = blank(policy, rollout, noise) if recipe.router_replay is not None and side == "scored" else None
-    reference_logps = None if reference is None else scorer.logprobs(reference)
+    reference_logps = None
+    if reference is not None:
+        with in_pace(reference):
+            reference_logps = likelihood.logprobs(reference, rollout, noise, micro_batch_size=size)
     rollout_logps = recorded(rollout, noise) if side == "recorded" else None
-    if side == "scored":
-        rollout_logps = scorer.logprobs(rollout_policy, note=note)  # fills `note`
+    if side == "scored":  # by a full copy; fills `note`
+        rollout_logps = likelihood.logprobs(rollout_policy, rollout, noise, micro_batch_size=size, note=note)
     if recipe.router_replay is not None:  # the experts that the learner takes again
         noise = as_sampled(noise, rollout) if note is None else as_noted(noise, rollout, note)
-        scorer = replace(scorer, noise=noise)
     keep = keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
-    scores = scorer.scores(policy, keep_graphs=keep)  # last: kept graphs and another forward would add up
-    old = recipe.likelihood.combine(scores.detach(), noise)
+    with in_pace(policy):  # last: kept graphs and another forward would add up
+        scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep)
+    old = likelihood.combine(scores.detach(), noise)
     logps = Logprobs(
         old=old,
         old_scores=scores,
@@ -161,15 +137,18 @@ def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bo
     return unsharded and forwards <= recipe.kept_graphs and not dropout
 
 
-def measure_sides(
-    policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise, accelerator: Accelerator
-) -> dict[str, float]:
-    """Metrics over all processes: `routing_metrics`, and `order_agreement`, the share of the first step's committed
-    positions that the learner would commit too, in one row per prompt."""
+def compare_sides(
+    policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise
+) -> tuple[Metrics, Int[Tensor, "M X"] | None]:
+    """This process's `routing_counts`, and `order_agreement`: how many of the first step's committed positions the
+    learner would commit too, in one row per prompt."""
     if rollout_policy is policy:
-        return {}
+        return {}, None
     with in_pace(policy):  # both run the learner, which may be sharded
-        order = order_agreement(policy, rollout)
-        routing = routing_counts(policy, rollout_policy, rollout, noise)
+        return order_agreement(policy, rollout), routing_counts(policy, rollout_policy, rollout, noise)
+
+
+def side_metrics(order: Metrics, routing: Int[Tensor, "M X"] | None, accelerator: Accelerator) -> dict[str, float]:
+    """Metrics over all processes of what `compare_sides` found."""
     metrics = {PREFIX + name: value for name, value in reduce_metrics(order, accelerator).items()}
     return metrics if routing is None else metrics | routing_metrics(sum_over(routing, accelerator))

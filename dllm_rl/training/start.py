@@ -39,7 +39,8 @@ from dllm_rl.training.sharded_learner import check_engine, check_sharding, first
 
 
 def start(recipe: Recipe) -> Run[Recipe]:
-    """A run at its first step: fresh, warmed up and evaluated, or as a checkpoint left it. Raises ValueError."""
+    """A run at its first step: fresh, warmed up and evaluated, or as a checkpoint left it. Raises ValueError
+    if the recipe cannot run."""
     # 1. Refuse what needs no model, and join the processes. From here on a signal ends the process at once.
     if recipe.zero_mismatch:
         prepare_workspace()
@@ -48,17 +49,14 @@ def start(recipe: Recipe) -> Run[Recipe]:
     check_tasks(recipe)
     accelerator, stop, peers = launch(recipe)
 
-    # 2. The learner of a checkpoint, or one that has rehearsed a step. A recipe refused up to here overwrites nothing.
-    folder, notes = from_main(partial(open_folder, recipe), accelerator)
-    if folder:
-        policy = resumed_policy(recipe, folder, accelerator)
-        check_prompts(recipe, policy)
-    else:
+    # 2. A new run rehearses a step. A recipe refused up to here overwrites nothing.
+    folder, saved, notes = from_main(partial(open_folder, recipe), accelerator)
+    if not folder:
         policy = rehearsed(recipe, accelerator)
 
     # 3. The run's files, and the watch: from here on the other processes know the stage of this one.
     from_main(partial(clear_folder, recipe), accelerator)
-    log = open_log(recipe, accelerator, notes, folder)
+    log = open_log(recipe, accelerator, notes, start=saved.step if saved else 0)
     if peers is not None:
         peers.follow(log)
     for caution in cautions(recipe):
@@ -66,8 +64,10 @@ def start(recipe: Recipe) -> Run[Recipe]:
 
     # 4. The state of the first step: weights, adapters, moments, log and record are of one step.
     if folder:
+        policy = resumed_policy(recipe, folder, saved, accelerator)
+        check_prompts(recipe, policy)
         optimizer = make_optimizer(recipe, policy)
-        state = restore(recipe, folder, policy, optimizer, log)
+        state = restore(recipe, folder, saved, policy, optimizer, log)
     else:
         state = fresh_state(recipe, policy, accelerator, log)
         optimizer = make_optimizer(recipe, policy)
@@ -100,10 +100,9 @@ def start(recipe: Recipe) -> Run[Recipe]:
 
 
 def restore(
-    recipe: Settings, folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, log: RunLog
+    recipe: Settings, folder: Path, state: TrainingState, policy: Policy, optimizer: torch.optim.Optimizer, log: RunLog
 ) -> TrainingState:
     """Set policy version, optimiser and log to a checkpoint's; returns its state, with the recipe of this run."""
-    state = TrainingState.read(folder)
     policy.version = state.version
     log.seconds = state.stages
     log.begun -= state.seconds  # as if the run had never paused
@@ -112,7 +111,8 @@ def restore(
 
 
 def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
-    """The processes, the stop on a signal, and the watch over other processes (or None). Raises ValueError."""
+    """The processes, the stop on a signal, and the watch over other processes (or None). Raises ValueError
+    if the batches do not divide among the processes, or a tracker is not installed."""
     ended_by_launcher()
     check_trackers(recipe)
     directory = str(Path(recipe.directory) / "tensorboard")
@@ -128,9 +128,8 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
     return accelerator, stop, peers
 
 
-def open_log(recipe: Settings, accelerator: Accelerator, notes: Sequence[str], folder: Path | None) -> RunLog:
-    """The run's files and trackers from the checkpoint `folder` on; prints `notes`, and on a resume the checkpoint."""
-    start = TrainingState.read(folder).step if folder else 0
+def open_log(recipe: Settings, accelerator: Accelerator, notes: Sequence[str], *, start: int) -> RunLog:
+    """The run's files and trackers from step `start` on; prints `notes`."""
     log = RunLog(
         Path(recipe.directory),
         start=start,
@@ -141,8 +140,6 @@ def open_log(recipe: Settings, accelerator: Accelerator, notes: Sequence[str], f
     )
     for note in notes:
         log.say(note)
-    if recipe.resume_from_checkpoint:
-        log.say(f"resuming from {folder}" if folder else "no checkpoint yet: starting from the beginning")
     return log
 
 

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import manifest, tiny_masked_lm
+from dllm_rl.likelihoods.estimators import causal
 from dllm_rl.quantization.schemes import float8_dynamic
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.unmask import unmask
@@ -59,12 +60,13 @@ def test_without_a_scheme_the_learner_rolls_out(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rollout_quantization": None}, "rollout_quantization=None makes none"),
-        ({"sampler": partial(unmask, max_new_tokens=16, num_steps=3, cache=dual_cache())}, "does not go with a cache"),
+        ({"rollout_quantization": None}, "rollout_quantization=None makes none: set one, as float8_dynamic"),
+        ({"sampler": partial(unmask, max_new_tokens=4, num_steps=2, cache=dual_cache())}, "leave out the sampler's"),
+        ({"likelihood": causal()}, "cache.*: take another sampler than autoregress"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(tmp_path, changes, said):
     recipe = tiny_recipe(tmp_path, **{"torch_compile": True, "rollout_quantization": float8_dynamic} | changes)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=f"^torch_compile=True .*{said}, or set torch_compile=False$"):
         check_compiled(recipe)
     check_compiled(replace(recipe, torch_compile=False))

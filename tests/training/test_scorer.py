@@ -8,12 +8,13 @@ from accelerate import Accelerator
 from tiny_recipe import tiny_recipe
 from torch.overrides import _get_current_function_mode_stack
 
-from dllm_rl.algorithms.correctors import aligned, none, qarl, tis
+from dllm_rl.algorithms import correctors
+from dllm_rl.algorithms.correctors import none, qarl, tis
 from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods.estimators import coupled, recorded, trajectory
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
-from dllm_rl.training.scorer import arithmetic, group_weights, learned_groups, sides
+from dllm_rl.training.scorer import aligns, arithmetic, group_weights, learned_groups, rollout_side
 
 EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": none()}
 
@@ -59,7 +60,7 @@ def test_a_term_of_every_row_learns_from_groups_of_equal_rewards_too(tmp_path, c
 
 
 @pytest.mark.parametrize(
-    ("changes", "copied", "rollout", "aligns"),
+    ("changes", "copied", "rollout", "aligned"),
     [
         ({"likelihood": trajectory()}, True, "recorded", False),
         ({"likelihood": trajectory()}, False, "recorded", False),
@@ -67,15 +68,16 @@ def test_a_term_of_every_row_learns_from_groups_of_equal_rewards_too(tmp_path, c
         ({"likelihood": coupled()}, True, "scored", False),
         ({"likelihood": coupled()}, False, "learner", False),
         ({"corrector": tis()}, True, "recorded", False),
-        ({"corrector": aligned()}, True, "recorded", True),
+        ({"corrector": correctors.aligned()}, True, "recorded", True),
         ({"corrector": qarl()}, False, "recorded", False),  # without a copy there is nothing to align with
     ],
 )
-def test_where_log_probs_come_from(changes, copied, rollout, aligns, tmp_path):
+def test_where_log_probs_come_from(changes, copied, rollout, aligned, tmp_path):
     recipe = tiny_recipe(tmp_path, **changes)
     policy = recipe.model()
     rollout_policy = recipe.model() if copied else policy
-    assert sides(recipe, policy, rollout_policy) == (rollout, aligns)
+    assert rollout_side(recipe, policy, rollout_policy) == rollout
+    assert aligns(recipe, policy, rollout_policy) == aligned
 
 
 def test_weights_of_groups():

@@ -9,6 +9,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.monitoring.log import RunLog
+from dllm_rl.training import start
 from dllm_rl.training.loop import train
 from dllm_rl.training.policies import make_optimizer, resumed_policy
 from dllm_rl.training.start import check_processes, restore
@@ -30,11 +31,20 @@ def test_policy_optimiser_and_log_are_set_to_the_checkpoints_and_the_recipe_is_t
     folder = tmp_path / "checkpoints" / "step-000002"
     written = TrainingState.read(folder)
     longer = replace(recipe, logging_steps=7)
-    policy = resumed_policy(longer, folder, Accelerator(cpu=True))
+    policy = resumed_policy(longer, folder, written, Accelerator(cpu=True))
     optimizer = make_optimizer(longer, policy)
     log = RunLog(tmp_path, start=2, main=False)
-    state = restore(longer, folder, policy, optimizer, log)
+    state = restore(longer, folder, written, policy, optimizer, log)
     assert state == replace(written, recipe=longer.settings()) and state.recipe["logging_steps"] == 7
     assert (state.step, state.version, policy.version) == (2, 2, 2)
     assert {int(moments["step"]) for moments in optimizer.state.values()} == {4}
     assert log.seconds == written.stages and time.perf_counter() - log.begun >= written.seconds > 0
+
+
+def test_a_resume_prints_its_checkpoint_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    """Loading may take minutes, and the watch over other processes has begun by then."""
+    recipe = tiny_recipe(tmp_path, num_steps=1)
+    train(recipe)
+    monkeypatch.setattr(start, "resumed_policy", lambda *_: pytest.fail("\n".join(capsys.readouterr().out.split())))
+    with pytest.raises(pytest.fail.Exception, match=r"resuming\nfrom\n.*step-000001"):
+        train(replace(recipe, resume_from_checkpoint="latest"))
