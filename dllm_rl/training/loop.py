@@ -1,5 +1,6 @@
 """The loop: task, prompts, rollout, rewards, advantages, likelihoods, corrector, update, weight sync."""
 
+import os
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,8 @@ def train(recipe: Recipe) -> Summary:
     """Run a recipe; returns its summary with the trained policy. Raises ValueError before any work on a bad recipe."""
     if recipe.dry_run:
         text = plan(recipe)
-        print(escape_controls(text, keep="\n"))
+        if os.environ.get("RANK", "0") == "0":  # one plan, whatever was launched
+            print(escape_controls(text, keep="\n"))
         return Summary({"plan": text})
     run = start(recipe)  # fresh, or from a checkpoint
     policy = run.policy

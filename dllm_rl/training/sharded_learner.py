@@ -39,6 +39,18 @@ def check_engine() -> None:
             )
 
 
+def check_batches(recipe: Settings, processes: int) -> None:
+    """Raise ValueError if the processes cannot share a batch equally."""
+    for name in ("train_batch_size", "warmup_batch_size") if recipe.warmup_steps else ("train_batch_size",):
+        whole = getattr(recipe, name)
+        if whole % processes:
+            least = whole // processes * processes
+            near = f"{f'{least}, ' if least else ''}{least + processes}"
+            raise ValueError(
+                f"{name}={whole} must be a multiple of the {processes} processes; nearest that are: {near}"
+            )
+
+
 def check_sharding(recipe: Settings, processes: int) -> None:
     """Raise ValueError on a setting that a sharded learner cannot have, before anything is loaded."""
     size = group_size(recipe, processes)

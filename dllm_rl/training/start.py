@@ -35,7 +35,7 @@ from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import wanted_parts
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import make_writer, protect, save
-from dllm_rl.training.sharded_learner import check_engine, check_sharding, first_home, share_out
+from dllm_rl.training.sharded_learner import check_batches, check_engine, check_sharding, first_home, share_out
 
 
 def start(recipe: Recipe) -> Run[Recipe]:
@@ -146,13 +146,7 @@ def open_log(recipe: Settings, accelerator: Accelerator, notes: Sequence[str], *
 def check_processes(recipe: Settings, accelerator: Accelerator) -> None:
     check_engine()
     check_sharding(recipe, accelerator.num_processes)
-    count = accelerator.num_processes
-    for name in ("train_batch_size", "warmup_batch_size") if recipe.warmup_steps else ("train_batch_size",):
-        size = getattr(recipe, name)
-        if size % count:
-            least = size // count * count
-            near = f"{f'{least}, ' if least else ''}{least + count}"
-            raise ValueError(f"{name}={size} must be a multiple of the {count} processes; nearest that are: {near}")
+    check_batches(recipe, accelerator.num_processes)
 
 
 def rehearsed(recipe: Recipe, accelerator: Accelerator) -> Policy:

@@ -1,8 +1,9 @@
 #!/bin/bash
 # A run on SLURM, which goes on by itself after its time limit:   sbatch recipes/accelerate/slurm.sh RECIPE.py --FIELD VALUE ...
+# One node or more: sbatch --nodes=2 recipes/accelerate/slurm.sh ...
 # SLURM itself starts one process a GPU. It warns them before the limit; they save, end with 138, and the job is queued again.
 #SBATCH --job-name=dllm-rl
-#SBATCH --nodes=2
+#SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
@@ -10,6 +11,8 @@
 #SBATCH --signal=USR1@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
+source .venv/bin/activate  # the environment, on every node; put your own line here
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take --cpus-per-task from sbatch (SLURM 22.05 on)
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=29500 WORLD_SIZE=$SLURM_NTASKS
 # A process that ended by the warning must not have the others killed while they end, too.

@@ -184,7 +184,7 @@ class FakeStep:
         self.policy = policy
         self.prompt_tokens = prompt_tokens
         self.rows = recipe.train_batch_size * recipe.num_generations
-        self.micro_rows = recipe.micro_batch_size or self.rows
+        self.micro_rows = min(recipe.micro_batch_size or self.rows, self.rows)
         self.graphs = most_graphs(recipe, policy, rows=self.rows)
         self.kept: list[Tensor] = []  # log-probs of scoring, with their graphs
         self.sampler: dict[str, Any] = getattr(recipe.sampler, "keywords", {})
@@ -201,7 +201,7 @@ class FakeStep:
     @torch.no_grad()
     def rollout(self) -> None:
         """The widest turn: the forward of all rows and the draw in a block, with keys and values if cached."""
-        rows = self.recipe.rollout_batch_size or self.rows
+        rows = min(self.recipe.rollout_batch_size or self.rows, self.rows)
         length = self.recipe.max_new_tokens
         spec = self.policy.spec
         with self.autocast():

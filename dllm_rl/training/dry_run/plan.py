@@ -22,8 +22,9 @@ from dllm_rl.quantization.schemes import FakeQuantize, int4_packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import autoregress, sampler_for, unmask
 from dllm_rl.tasks.base import check_filled
+from dllm_rl.training.dry_run.duration import HOST, PEAK, seconds, shares
 from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, measure_step, most_graphs, shared_out
-from dllm_rl.training.sharded_learner import check_module, check_sharding, group_size
+from dllm_rl.training.sharded_learner import check_batches, check_module, check_sharding, group_size
 
 GB = 1e9
 GPUS = (80, 96, 141, 192)  # GB of memory
@@ -79,11 +80,22 @@ def meta_policy(recipe: Recipe) -> MetaPolicy:
     return found
 
 
+def processes(recipe: Recipe) -> int:
+    """How many are assumed: those that were launched, or as many as `shard_size` needs."""
+    return max(group_size(recipe, launched()), launched())
+
+
+def share_of(recipe: Recipe) -> Recipe:
+    """The recipe with one process's part of the batch."""
+    return replace(recipe, train_batch_size=recipe.train_batch_size // processes(recipe))
+
+
 def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
     """Raise ValueError if sampler, likelihood and model do not go together, or a completion does not fit."""
     recipe.likelihood.check(policy)
     size = group_size(recipe, launched())
-    check_sharding(recipe, max(size, launched()))
+    check_sharding(recipe, processes(recipe))
+    check_batches(recipe, processes(recipe))
     if size > 1:
         check_module(policy.module, size)
     sampler = getattr(recipe.sampler, "func", recipe.sampler)
@@ -108,7 +120,7 @@ def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> Memory:
     copied = rollout_bytes(recipe, policy, 2 if recipe.bf16 else dtype.itemsize)
     if size > 1 and recipe.rollout_quantization is None:
         copied = policy.parameters * dtype.itemsize  # the rollout needs a full copy of sharded weights
-    found = measure_step(recipe, policy, prompt_tokens=prompt_tokens, dtype=dtype, rollout_copy=copied)
+    found = measure_step(share_of(recipe), policy, prompt_tokens=prompt_tokens, dtype=dtype, rollout_copy=copied)
     return found if size == 1 else shared_out(found, policy.module, size)
 
 
@@ -154,7 +166,8 @@ def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
             prompt_tokens = len(prompt_ids(policy, first.prompt, first.blank))
     check(recipe, policy, prompt_tokens)
     lines = [*model_lines(recipe, policy), *batch_lines(recipe, policy, prompt_tokens)]
-    return "\n".join([*lines, *memory_lines(recipe, memory(recipe, policy, prompt_tokens))])
+    lines += memory_lines(recipe, memory(recipe, policy, prompt_tokens))
+    return "\n".join([*lines, *time_lines(recipe, seconds(share_of(recipe), policy, prompt_tokens))])
 
 
 def model_lines(recipe: Recipe, policy: MetaPolicy) -> list[str]:
@@ -173,16 +186,19 @@ def model_lines(recipe: Recipe, policy: MetaPolicy) -> list[str]:
 
 
 def batch_lines(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> list[str]:
+    count = processes(recipe)
     rows = recipe.train_batch_size * recipe.num_generations
     length = recipe.max_new_tokens
     kept = "none: an update runs every forward again, one at a time"
-    if graphs := most_graphs(recipe, policy, rows=rows):
+    if graphs := most_graphs(recipe, policy, rows=rows // count):
         most = "" if recipe.likelihood.name in ONE_VIEW else "up to "
         kept = f"{most}{graphs} of scoring's forwards, for the first update (kept_graphs)"
+    at_once = min(recipe.micro_batch_size or rows, rows // count)
     return [
+        f"processes             {count} assumed; WORLD_SIZE=N in front of the command plans for N",
         f"rollout batch         {rows} rows x ({prompt_tokens} assumed prompt + {length} new) tokens: "
         f"{recipe.train_batch_size} prompts x {recipe.num_generations} completions, over all processes",
-        f"update batch          {recipe.micro_batch_size or rows} rows at once, {recipe.num_iterations} updates a step",
+        f"update batch          {at_once} rows at once in a process, {recipe.num_iterations} updates a step",
         f"graphs kept           {kept}",
         f"tokens per step       {rows * length:,} sampled, {rows * (length + prompt_tokens):,} in all",
     ]
@@ -204,6 +220,17 @@ def memory_lines(recipe: Recipe, found: Memory) -> list[str]:
             "--lora lora_r16, --optim adamw_8bit, --base_quantization nf4, or --shard_size on several GPUs"
         )
     return lines
+
+
+def time_lines(recipe: Recipe, found: dict[str, float]) -> list[str]:
+    hours = recipe.num_steps * sum(found.values()) / 3600
+    lines = [
+        f"time of a step on an H100 or H200, an estimate: products at a share of {PEAK / 1e12:.0f} TFLOP/s, or "
+        f"{HOST * 1e6:.0f} us of the host for each linear layer if that takes longer"
+    ]
+    for name, share in shares(recipe).items():
+        lines.append(f"  {name:15}  {found[name]:8.1f} s at {share:.0%}")
+    return [*lines, f"  {'run':15}  {hours:8.1f} h for num_steps={recipe.num_steps}, without evaluation and waiting"]
 
 
 def fit(peak: int, size: int) -> str:

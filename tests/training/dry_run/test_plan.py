@@ -222,6 +222,35 @@ def test_too_long_a_completion():
         plan(long)
 
 
+def test_a_plan_for_eight_processes_is_one_of_an_eighth_of_the_rows(monkeypatch, capsys):
+    recipe = replace(recipe_of("llada_8b_sudoku"), dry_run=True)
+    rows = []
+
+    def measured(recipe, *_, **__):
+        rows.append(recipe.train_batch_size * recipe.num_generations)
+        return Memory({}, {"update": 1})
+
+    monkeypatch.setattr(dry_run, "measure_step", measured)
+    train(recipe)
+    alone = capsys.readouterr().out
+    assert "processes             1 assumed; WORLD_SIZE=N in front" in alone
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    train(recipe)
+    eight = capsys.readouterr().out
+    assert "processes             8 assumed" in eight and rows == [48, 6]
+    for text, rollout, scoring, update in ((alone, 56.8, 2.0, 29.8), (eight, 7.1, 0.2, 3.7)):
+        times = f"  rollout          {rollout:8} s at 84%\n  scoring          {scoring:8} s at 49%\n"
+        assert f"{times}  update           {update:8} s at 20%\n" in text
+    assert "24.6 h for num_steps=1000" in alone and "3.1 h for num_steps=1000" in eight
+    monkeypatch.setenv("RANK", "1")
+    train(recipe)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(
+        ValueError, match="train_batch_size=12 must be a multiple of the 8 processes; nearest that are: 8, 16"
+    ):
+        plan(replace(recipe, train_batch_size=12))
+
+
 def test_carried_configs_are_of_known_families():
     from dllm_rl.models.checkpoint.families import find_family
 

@@ -1,0 +1,104 @@
+"""The plan's seconds: those that an H200 measured, within what the rates are worth, and counts by hand."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.quantization.schemes import float8_dynamic, float8_weight_only
+from dllm_rl.samplers.cache import prefix_cache
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.training.dry_run.duration import FORWARD, HOST, PEAK, count_views, products, seconds
+from dllm_rl.training.dry_run.plan import meta_policy
+from recipes.llada_8b_sudoku import recipe as sudoku
+
+PARTS = json.loads((Path(__file__).parents[3] / "benchmarks" / "results" / "gpu.json").read_text())["parts"]
+POLICY = meta_policy(sudoku)
+WEIGHTS = 32 * (4 * 4096**2 + 3 * 4096 * 12288) + 126464 * 4096  # the head too; embeddings are looked up
+
+
+def measured(part, what, **more):
+    rows = PARTS[part]["rows"]
+    return next(row["seconds"] for row in rows if row["what"] == what and more.items() <= row.items())
+
+
+@pytest.mark.parametrize(
+    ("part", "what", "scheme", "compiled"),
+    [
+        ("fp8", "bf16, exact", None, False),
+        ("fp8", "FP8 weights, eager", float8_weight_only, False),
+        ("fp8", "FP8 weights, compiled", float8_weight_only, True),
+        ("fp8", "FP8 products, eager", float8_dynamic, False),
+        ("fp8", "FP8 products, compiled", float8_dynamic, True),
+    ],
+)
+def test_a_rollout_takes_what_the_h200_took(part, what, scheme, compiled):
+    """8 rows of 64 + 128 tokens in 64 steps, which are a little few for the full rate."""
+    sampler = partial(unmask, max_new_tokens=128, num_steps=64, block_size=32)
+    recipe = replace(sudoku, sampler=sampler, train_batch_size=1, num_generations=8, micro_batch_size=8)
+    recipe = replace(recipe, rollout_quantization=scheme, torch_compile=compiled)
+    assert seconds(recipe, POLICY, 64)["rollout"] == pytest.approx(measured(part, what), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("adapters", {}),
+        ("adapters, checkpointing", {"gradient_checkpointing": True}),
+        ("all weights", {"gradient_checkpointing": True, "lora": None}),
+    ],
+)
+def test_an_update_takes_what_the_h200_took(what, changes):
+    """8 rows of 128 + 256 tokens; the rate is that of the slowest case."""
+    recipe = replace(sudoku, train_batch_size=1, num_generations=8, micro_batch_size=8, kept_graphs=0, **changes)
+    recipe = replace(recipe, num_iterations=1)
+    assert measured("learner", what) <= 1.02 * seconds(recipe, POLICY, 128)["update"] <= 1.3 * measured("learner", what)
+
+
+def test_stages_by_hand():
+    weights, layers = products(POLICY)
+    assert (weights, layers) == (WEIGHTS, 32 * 7 + 1)
+    found = seconds(sudoku, POLICY, 256)
+    step = 2 * weights * 48 * 512 / PEAK
+    assert found["rollout"] == pytest.approx(128 * step / 0.84)
+    assert found["scoring"] == pytest.approx(2 * step / FORWARD + step / 0.84)  # learner, reference; the FP8 copy
+    assert found["update"] == pytest.approx(8 * 2 * step / 0.2)
+    coupled = replace(sudoku, likelihood=lik.coupled(), beta=0.0, rollout_quantization=None, lora=None)
+    found = seconds(coupled, POLICY, 256)
+    assert found["scoring"] == pytest.approx(2 * step / FORWARD)
+    assert found["update"] == pytest.approx(8 * 2 * 3 * step / 0.2)
+    once = replace(sudoku, num_iterations=1, lora=None, micro_batch_size=None)
+    one = seconds(once, meta_policy(once), 256)
+    assert one["update"] == pytest.approx(2 * step / 0.2)  # its forward was scoring's
+    cached = replace(sudoku, sampler=partial(sudoku.sampler, cache=prefix_cache()))
+    assert seconds(cached, POLICY, 256)["rollout"] == pytest.approx(128 * step / 0.84 * 32 / 512)
+
+
+def test_the_host_limits_forwards_of_few_tokens():
+    qwen = import_module("recipes.qwen3_8b_gsm8k").recipe
+    found = seconds(qwen, meta_policy(qwen), 256)
+    turns = qwen.train_batch_size * qwen.num_generations / (qwen.rollout_batch_size or 1e9)
+    assert found["rollout"] == pytest.approx(max(1, turns) * qwen.max_new_tokens * (36 * 7 + 1) * HOST)
+
+
+def test_a_token_passes_the_experts_that_it_takes():
+    moe = meta_policy(import_module("recipes.llada_moe_gsm8k").recipe)
+    weights, _ = products(moe)
+    assert weights == pytest.approx(157184 * 2048 + 16 * (4 * 2048**2 + 8 * 3 * 2048 * 1024), rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "views"),
+    [
+        (lik.one_step(), 1),
+        (lik.coupled(num_samples=2), 4),
+        (lik.trajectory(), 128),
+        (lik.trajectory(num_segments=4), 4),
+    ],
+)
+def test_views_are_those_that_the_likelihood_draws(estimator, views):
+    assert count_views(replace(sudoku, likelihood=estimator), 256) == views
