@@ -34,8 +34,9 @@ def escape_controls(text: str, *, keep: str = "") -> str:
 
 def line_of(error: BaseException) -> str:
     """An error in one line: of a file, its path and what is wrong with it, without the system's number."""
-    of_a_file = isinstance(error, OSError) and error.filename is not None and error.strerror
-    return escape_controls(f"{error.filename}: {error.strerror}" if of_a_file else str(error))
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return escape_controls(f"{error.filename}: {error.strerror}")
+    return escape_controls(str(error))
 
 
 def literal(text: object, *, style: str = "") -> Text:

@@ -94,7 +94,7 @@ class _Chat:
             raise ValueError(f"prompt={messages!r} is neither text nor chat messages, each with role and content")
         if not getattr(policy.tokenizer, "chat_template", None):
             raise ValueError(
-                "prompt is chat messages, but the tokenizer has no chat template; give plain text (chat=False, no --chat)"
+                "prompt is a chat, but the tokenizer has no chat template; give plain text (chat=False, no --chat)"
             )
         self.policy = policy
         self.blank = blank
