@@ -6,7 +6,7 @@ The public names below are imported on first use, so that `import dllm_rl` costs
 from importlib import import_module
 from typing import Any
 
-from dllm_rl.screen import silence_import_noise
+from dllm_rl.screen import imports_interruptible, silence_import_noise
 
 silence_import_noise()  # before the first of these libraries is imported
 
@@ -52,7 +52,8 @@ __all__ = sorted(_MODULE_OF)
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'dllm_rl' has no attribute {name!r}")
-    return getattr(import_module(_MODULE_OF[name]), name)
+    with imports_interruptible():
+        return getattr(import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,9 +1,14 @@
 """Foreign text on a screen: prompts, completions, paths and names cannot act as control characters or rich markup."""
 
 import logging
+import os
+import signal
 import sys
+import threading
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -60,3 +65,26 @@ def silence_import_noise() -> None:
 
 def _other_than(start: str) -> Callable[[logging.LogRecord], bool]:
     return lambda record: start not in str(record.msg)
+
+
+@contextmanager
+def imports_interruptible() -> Iterator[None]:
+    """In the block, a Ctrl-C during an import prints one line and ends the process with 130; at a prompt it raises."""
+    main = threading.current_thread() is threading.main_thread()
+    if interactive() or not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _end_an_import)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end_an_import(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"interrupted\n")
+            os._exit(128 + number)  # libraries turn an exception into another one, or ignore it
+        frame = frame.f_back
+    raise KeyboardInterrupt

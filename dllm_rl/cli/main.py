@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from dllm_rl.cli.options import add_model_options, open_policy
-from dllm_rl.screen import escape_controls, line_of
+from dllm_rl.screen import escape_controls, imports_interruptible, line_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         check_paths(arguments)
-        return arguments.run(arguments) or 0  # a command that checks something returns its own status
+        with imports_interruptible():
+            return arguments.run(arguments) or 0  # a command that checks something returns its own status
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {line_of(error)}", file=sys.stderr)
         return 2

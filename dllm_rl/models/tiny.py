@@ -5,33 +5,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers  # whose classes are imported on first use, which takes seconds
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Generator, nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    RobertaPreLayerNormConfig,
-    RobertaPreLayerNormForMaskedLM,
-)
+from transformers import PreTrainedTokenizerBase
 
-from dllm_rl.models.policy import AutoregressivePolicy, DiffusionPolicy, make_policy
+from dllm_rl.models.base import Policy
 
 PAD = "<pad>"
 MASK = "<mask>"
 EOS = "<eos>"
 
 
-def char_tokenizer(characters: str) -> PreTrainedTokenizerFast:
+def char_tokenizer(characters: str) -> PreTrainedTokenizerBase:
     """One token per character, after <pad> 0, <mask> 1, <eos> 2; an unknown one raises. Decoding is exact."""
     vocabulary = {token: i for i, token in enumerate([PAD, MASK, EOS, *dict.fromkeys(characters)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")  # `.` leaves out newlines
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, mask_token=MASK, eos_token=EOS, clean_up_tokenization_spaces=False
     )
 
@@ -48,7 +40,7 @@ def tiny_masked_lm(
     embedding_std: float = 0.3,
     head_std: float = 0.02,
     gain: float = 0.7,
-) -> DiffusionPolicy:
+) -> Policy:
     """A pre-norm RoBERTa: bidirectional, with learned positions, which learn a grid fastest.
 
     characters         all characters of prompts and completions, one token each
@@ -61,7 +53,7 @@ def tiny_masked_lm(
     gain               initial standard deviation of the other weights, times sqrt(inputs)
     """
     tokenizer = char_tokenizer(characters)
-    config = RobertaPreLayerNormConfig(
+    config = transformers.RobertaPreLayerNormConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         num_hidden_layers=num_layers,
@@ -77,7 +69,7 @@ def tiny_masked_lm(
         eos_token_id=tokenizer.eos_token_id,
         **dict[str, Any](mask_token_id=tokenizer.mask_token_id),
     )
-    return _made(RobertaPreLayerNormForMaskedLM, config, tokenizer, seed, embedding_std, head_std, gain)
+    return _made(transformers.RobertaPreLayerNormForMaskedLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
 
 def tiny_llama(
@@ -94,7 +86,7 @@ def tiny_llama(
     embedding_std: float = 0.3,
     head_std: float = 0.02,
     gain: float = 0.7,
-) -> DiffusionPolicy | AutoregressivePolicy:
+) -> Policy:
     """A Llama: causal, or with `causal=False` un-causaled, in the layout of LLaDA.
 
     causal             an autoregressive model, or a masked-diffusion one
@@ -110,8 +102,8 @@ def tiny_llama(
     """
     tokenizer = char_tokenizer(characters)
     fields = _decoder_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
-    config = LlamaConfig(**fields | {"rope_theta": rope_theta}, intermediate_size=intermediate_size)
-    return _made(LlamaForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
+    config = transformers.LlamaConfig(**fields | {"rope_theta": rope_theta}, intermediate_size=intermediate_size)
+    return _made(transformers.LlamaForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
 
 def tiny_moe(
@@ -130,7 +122,7 @@ def tiny_moe(
     embedding_std: float = 0.3,
     head_std: float = 0.02,
     gain: float = 0.7,
-) -> DiffusionPolicy | AutoregressivePolicy:
+) -> Policy:
     """A Qwen3-MoE with experts in every block: un-causaled, in the layout of LLaDA-MoE, or causal.
 
     causal               an autoregressive model, or a masked-diffusion one
@@ -149,7 +141,7 @@ def tiny_moe(
     tokenizer = char_tokenizer(characters)
     fields = _decoder_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
     fields |= {"rope_theta": rope_theta, "head_dim": hidden_size // num_heads}
-    config = Qwen3MoeConfig(
+    config = transformers.Qwen3MoeConfig(
         **fields,
         num_key_value_heads=num_heads,
         moe_intermediate_size=intermediate_size,
@@ -157,11 +149,11 @@ def tiny_moe(
         num_experts_per_tok=num_experts_per_tok,
         norm_topk_prob=True,
     )
-    return _made(Qwen3MoeForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
+    return _made(transformers.Qwen3MoeForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
 
 def _decoder_fields(
-    tokenizer: PreTrainedTokenizerFast, causal: bool, hidden_size: int, num_layers: int, num_heads: int, max_length: int
+    tokenizer: PreTrainedTokenizerBase, causal: bool, hidden_size: int, num_layers: int, num_heads: int, max_length: int
 ) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
@@ -179,10 +171,10 @@ def _decoder_fields(
 
 
 @torch.no_grad()
-def _made(
-    make: Callable, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, seed: int, *scales: float
-) -> Any:
+def _made(make: Callable, config: Any, tokenizer: PreTrainedTokenizerBase, seed: int, *scales: float) -> Any:
     """The policy of a module with random weights: matrices within blocks have the std gain / sqrt(fan_in)."""
+    from dllm_rl.models.policy import make_policy  # here, for the same reason
+
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global RNG
         module = make(config)
     generator = Generator().manual_seed(seed)

@@ -61,8 +61,9 @@ class View:
         self.metrics |= metrics
         if math.isfinite(metrics.get(self.curve, math.nan)):
             self.values.append(metrics[self.curve])
+        unknown = self.bar.tasks[0].time_remaining is None
         self.bar.update(self.task, advance=not close)
-        if show:
+        if show or (unknown and self.bar.tasks[0].time_remaining):  # the first ETA does not wait for logging_steps
             self.console.print(literal(self.line(metrics)), soft_wrap=True)
         if close or self.bar.finished:
             self.stage = lambda: ""

@@ -9,16 +9,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchao.quantization import (
-    Float8DynamicActivationFloat8WeightConfig,
-    Float8WeightOnlyConfig,
-    Int4WeightOnlyConfig,
-    Int8DynamicActivationInt8WeightConfig,
-    Int8WeightOnlyConfig,
-    IntxWeightOnlyConfig,
-    PerGroup,
-    PerRow,
-)
 
 Scheme = Any  # a torchao config, a FakeQuantize or a Float8DynamicEmulated
 FLOATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}  # mantissa bits, smallest normal exponent, largest value
@@ -49,17 +39,21 @@ class Float8DynamicEmulated:
     """torchao's dynamic float8 tensors and torch's scaled product without float8 hardware: exact, slow."""
 
 
-def float8_weight_only(*, dequantised: bool = False) -> Float8WeightOnlyConfig | FakeQuantize:
+def float8_weight_only(*, dequantised: bool = False) -> Scheme:
     """e4m3 weights per row, products in the learner's dtype. Saves memory, not time; runs anywhere, CPU included.
 
     dequantised  round and dequantise weights once per sync instead of in every product: the same numbers in the time
                  and memory of a plain copy
     """
+    from torchao.quantization import Float8WeightOnlyConfig  # here, as in each scheme: importing torchao takes seconds
+
     return FakeQuantize("e4m3") if dequantised else Float8WeightOnlyConfig()
 
 
-def float8_dynamic() -> Float8DynamicActivationFloat8WeightConfig:
+def float8_dynamic() -> Scheme:
     """e4m3 weights per row, e4m3 inputs per token, on float8 hardware: CUDA capability 8.9 or more, bf16 weights."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
     return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), activation_value_lb=TINY)
 
 
@@ -68,31 +62,39 @@ def float8_dynamic_emulated() -> Float8DynamicEmulated:
     return Float8DynamicEmulated()
 
 
-def int8_weight_only() -> Int8WeightOnlyConfig:
+def int8_weight_only() -> Scheme:
     """int8 weights per row, products in the learner's dtype. Runs anywhere, CPU included."""
+    from torchao.quantization import Int8WeightOnlyConfig
+
     return Int8WeightOnlyConfig()
 
 
-def int8_dynamic() -> Int8DynamicActivationInt8WeightConfig:
+def int8_dynamic() -> Scheme:
     """int8 weights per row, int8 inputs per token, integer products. Runs anywhere; faster than bf16 on many CPUs."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
     return Int8DynamicActivationInt8WeightConfig()
 
 
-def int4_weight_only(*, group_size: int = 32) -> IntxWeightOnlyConfig:
+def int4_weight_only(*, group_size: int = 32) -> Scheme:
     """4-bit weights in groups, held in bytes, products in the learner's dtype. Runs anywhere, CPU included.
 
     group_size  inputs per scale; layers whose inputs are not a multiple are not quantised
     """
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+
     if group_size < 1:
         raise ValueError(f"group_size={group_size} must be at least 1")
     return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group_size))  # type: ignore[attr-defined]
 
 
-def int4_packed(*, group_size: int = 128) -> Int4WeightOnlyConfig:
+def int4_packed(*, group_size: int = 128) -> Scheme:
     """4-bit weights in groups, packed for a CUDA kernel (bf16). Saves memory and, in small batches, time.
 
     group_size  inputs per scale: 32, 64, 128 or 256
     """
+    from torchao.quantization import Int4WeightOnlyConfig
+
     if group_size not in (32, 64, 128, 256):
         raise ValueError(f"group_size={group_size} must be 32, 64, 128 or 256")
     return Int4WeightOnlyConfig(group_size=group_size, int4_packing_format="tile_packed_to_4d")
@@ -125,6 +127,8 @@ def has_float8_rows() -> bool:
 
 def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Scheme:
     """The config, safe for torch's global settings and all-zero inputs. Raises ValueError if `device` cannot run it."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig
+
     ours = isinstance(config, FakeQuantize | Float8DynamicEmulated)
     if not ours and not any("torchao" in cls.__module__ for cls in type(config).__mro__):
         raise ValueError(f"config={config!r} is neither a torchao config nor a FakeQuantize")
@@ -143,6 +147,8 @@ def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Sc
 
 def _refusal(config: Scheme, device: torch.device, dtype: torch.dtype) -> str:
     """Why the device cannot run a config, and what to use instead; else ""."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Int4WeightOnlyConfig, PerRow
+
     if isinstance(config, Float8DynamicEmulated):
         if device.type != "cpu":
             return f"device={device}: float8_dynamic_emulated is for CPUs; use float8_dynamic"

@@ -44,12 +44,14 @@ def test_help_lists_the_tasks_and_protocols_of_the_table(capsys):
         assert protocol_names()[-1] in shown
 
 
-def test_help_imports_no_torch():
-    program = (
-        "import sys; from dllm_rl.cli.main import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.endswith("\nFalse\n")
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [("--help", 0), ("evaluate --help", 0), ("evaluat", 2), ("evaluate model --task sudoku --mistyped 1", 2)],
+)
+def test_help_and_a_mistyped_word_import_no_torch(words, status):
+    program = "import sys; from dllm_rl.cli.main import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program, *words.split()], capture_output=True, text=True)
+    assert done.returncode == status and done.stdout.endswith("False\n")
 
 
 @pytest.mark.parametrize(("flags", "float32_head"), [([], True), (["--half_head"], False)])

@@ -68,6 +68,62 @@ def test_a_file_that_cannot_be_written_is_one_line_and_status_1(tmp_path, monkey
     assert line.startswith("error: process 3: ") and "taken" in line
 
 
+def test_the_first_line_names_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--num_steps", "1", "--warmup_steps", "2"])
+    main(small(tmp_path / "run"))
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(
+        f"tiny, seed 0: up to 2 warm-up steps, then 1 steps, into {tmp_path / 'run'}; the time left"
+    )
+
+
+def test_a_mistyped_option_is_refused_before_torchao_and_the_models_are_imported():
+    program = """if True:
+        import runpy, sys
+        del sys.argv[0]  # -c
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        finally:
+            print({"torchao", "accelerate", "torch._dynamo", "dllm_rl.training"} & sys.modules.keys())
+    """
+    words = ["recipes/sudoku_tiny.py", "--mistyped", "1"]
+    done = subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "set()\n"
+    assert done.stderr == "error: --mistyped is not a field of the recipe; the nearest is --dtype (--help lists all)\n"
+
+
+IMPORTS = ["from dllm_rl import Recipe", "from dllm_rl.cli.main import main; raise SystemExit(main(['doctor', 'x']))"]
+
+
+@pytest.mark.parametrize("program", IMPORTS, ids=["recipe", "command"])
+def test_a_ctrl_c_while_libraries_are_imported_is_one_line(program, tmp_path):
+    """Libraries turn an exception during their import into another one: this one does."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    raise ImportError"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 130 and done.stderr == "interrupted\n" and not done.stdout
+
+
+def test_a_ctrl_c_after_the_imports_is_one_line(tmp_path, monkeypatch, capsys):
+    def interrupted(recipe):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("dllm_rl.cli.run_recipe.from_command_line", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main(small(tmp_path))
+        assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            main(small(tmp_path))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["recipes/sudoku_tiny.py", "recipes/qwen3_8b_gsm8k.py"])
 def test_a_recipes_script_says_one_line(script, tmp_path):
