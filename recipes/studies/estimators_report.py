@@ -1,64 +1,77 @@
-"""Table and figure of the estimator study, from its results alone."""
+"""Tables and figure of the estimator study, from its results alone."""
 
 import json
 from pathlib import Path
 from statistics import fmean, stdev
 
-MEASURED_LEGEND = """Over {completions} completions and {draws} draws of masks each ({gradient_draws} for gradients).
-Mean log p {log_p:.2f} nats, mean any-order ELBO {elbo:.2f}; the true log-ratio's standard
-deviation over completions is {log_ratio_std:.2f}. Forwards: rows sent through the model per
-completion. Bias against the any-order ELBO, and against the exact log-likelihood of the sampler;
-standard deviation over masks, nats per completion. Correlation of the estimated log-ratio with
-the exact one over completions, under one draw of masks, and its root-mean-square error in nats.
-Cosine: between the GRPO gradient that one draw of masks gives and the exact one. Seconds: CPU,
-one scoring of all completions."""
-TRAINED_LEGEND = """{seconds:g} CPU seconds of RL each, from the same warmed-up model per seed; solve rate on 400
-held-out puzzles, greedy, before and after; ± is the standard deviation over seeds. Hyper-
-parameters are `sudoku_tiny`'s, which were chosen with `trajectory`."""
+from recipes.studies.paired import markdown, write_rows
+
+HEADING = "## Bias, noise and cost"
+MEASURED_LEGEND = """{completions} completions, {draws} draws of masks ({gradient_draws} for gradients). Mean log p is
+{log_p:.2f} nats, the mean any-order ELBO {elbo:.2f}. The true log-ratio's standard deviation over completions
+is {log_ratio_std:.2f} nats. [estimators.json](estimators.json) has more columns.
+
+- forwards: model rows per completion
+- bias: the estimate less the sampler's exact log-likelihood, nats
+- std: standard deviation over masks, nats per completion
+- cosine: one draw's GRPO gradient with the exact gradient"""
+TRAINED_LEGEND = """{seconds:g} CPU seconds of RL per run; each seed has one warmed-up model for all arms ({before}).
+Greedy solve rate on 400 held-out puzzles; ± is the standard deviation over {seeds} seeds. The settings are
+`sudoku_tiny`'s, tuned with `trajectory`."""
+MEASURED = {
+    "forwards": ("forwards", 2), "bias, ELBO": ("bias_elbo", 2), "bias, log p": ("bias_exact", 2), "std": ("std", 2),
+    "correlation": ("correlation", 2), "ratio error": ("ratio_error", 2), "cosine": ("cosine", 2),
+    "seconds": ("seconds", 3),
+}  # fmt: skip
 
 
 def write(results: Path, folder: Path, *, seconds: float, order: list[str]) -> None:
-    """`folder`/estimators.md and estimators.png."""
+    """`folder`/estimators.json, estimators.png, and the tables of estimators.md: what stands above HEADING there is
+    kept."""
     measured = json.loads((results / "measured.json").read_text())
     runs = [json.loads(path.read_text()) for path in sorted(results.glob(f"trained-{seconds:g}s-*.json"))]
     runs.sort(key=lambda run: (order.index(run["arm"]), run["seed"]))
-    text = ["# The estimator study: numbers", ""]
-    text += ["Written by `python -m recipes.studies.estimators`; what they say is in WHICH_ESTIMATOR.md.", ""]
-    text += ["## Bias, noise and cost", "", MEASURED_LEGEND.format(**measured), "", *_measured(measured["rows"]), ""]
+    rows, trained = _measured(measured["rows"]), _trained(runs)
+    write_rows(folder / "estimators.json", measured=rows, trained=trained)
+    page = folder / "estimators.md"
+    reading = page.read_text().split(HEADING)[0] if page.exists() else "# Which likelihood estimator?\n\n"
+    shown = ["estimator", "forwards", "bias, log p", "std", "cosine"]
+    text = [reading + HEADING, "", MEASURED_LEGEND.format(**measured), "", markdown(rows, shown)]
     if runs:
-        text += ["## GRPO at equal cost", "", TRAINED_LEGEND.format(seconds=seconds), "", *_trained(runs)]
-    (folder / "estimators.md").write_text("\n".join(text).rstrip() + "\n")
+        first = [run for run in runs if run["arm"] == runs[0]["arm"]]
+        before = "before RL: " + ", ".join(f"{run['before']:.2f}" for run in first)
+        legend = TRAINED_LEGEND.format(seconds=seconds, seeds=len(first), before=before)
+        text += [
+            "## GRPO at equal cost",
+            "",
+            legend,
+            "",
+            markdown(trained, ["estimator", "steps", "after", "each seed"]),
+        ]
+    page.write_text("\n".join(text).rstrip() + "\n")
     _figure(measured["rows"], runs, folder / "estimators.png")
 
 
-def _measured(rows: list[dict]) -> list[str]:
-    heads = ["estimator", "forwards", "bias, ELBO", "bias, log p", "std", "correlation"]
-    heads += ["ratio error", "cosine", "seconds"]
-    keys = ["forwards", "bias_elbo", "bias_exact", "std", "correlation", "ratio_error", "cosine", "seconds"]
-    digits = [2, 2, 2, 2, 2, 2, 2, 3]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in rows:
-        numbers = [f"{row[key] + 0.0:.{n}f}" for key, n in zip(keys, digits, strict=True)]
-        lines.append("| " + " | ".join([f"`{row['estimator']}`", *numbers]) + " |")
-    return lines
+def _measured(rows: list[dict]) -> list[dict[str, str]]:
+    return [
+        {"estimator": f"`{row['estimator']}`"}
+        | {head: f"{row[key] + 0.0:.{n}f}" for head, (key, n) in MEASURED.items()}
+        for row in rows
+    ]
 
 
-def _trained(runs: list[dict]) -> list[str]:
-    lines = ["| estimator | seeds | steps | before | after | each seed, before -> after |", "|---|---|---|---|---|---|"]
+def _trained(runs: list[dict]) -> list[dict[str, str]]:
+    rows = []
     for arm in dict.fromkeys(run["arm"] for run in runs):
         mine = [run for run in runs if run["arm"] == arm]
         after = [run["after"] for run in mine]
         spread = f" ± {stdev(after):.3f}" if len(after) > 1 else ""
-        cells = [
-            f"`{arm}`",
-            str(len(mine)),
-            f"{fmean(run['num_steps'] for run in mine):.0f}",
-            f"{fmean(run['before'] for run in mine):.3f}",
-            f"{fmean(after):.3f}{spread}",
-            ", ".join(f"{run['before']:.2f} -> {run['after']:.2f}" for run in mine),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        row = {"estimator": f"`{arm}`", "seeds": str(len(mine))}
+        row["steps"] = f"{fmean(run['num_steps'] for run in mine):.0f}"
+        row["before"] = f"{fmean(run['before'] for run in mine):.3f}"
+        row["after"] = f"{fmean(after):.3f}{spread}"
+        rows.append(row | {"each seed": ", ".join(f"{run['after']:.2f}" for run in mine)})
+    return rows
 
 
 def _figure(rows: list[dict], runs: list[dict], path: Path) -> None:

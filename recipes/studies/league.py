@@ -5,13 +5,14 @@ steps, fp32; held-out puzzles are filled in greedily in two steps (Countdown: ex
 method's number of steps is the budget over the time of one of its steps, which is measured first, with one thread and
 nothing else running. Each is tried in the settings of GRID, on a seed and on puzzles of their own; the best of them is
 run on the league's seeds. What a method is here, and what it leaves out of its paper: METHODS. Finished runs are kept
-as one JSON each below `--output_dir`. What the numbers say: league.md.
+as one JSON each below `--output_dir`; league_TASK.json has each seed and the tuning. What the numbers say: league.md.
 
     python -m recipes.studies.league                   costs, tuning, runs, table and figure
     python -m recipes.studies.league --task countdown
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers.rules import random
 from recipes import countdown_tiny, sudoku_tiny
-from recipes.studies.paired import Study, interval, load, run_all, run_missing, warm_up
+from recipes.studies.paired import Study, interval, load, markdown, run_all, run_missing, warm_up, write_rows
 from recipes.studies.surrogates import gdsd, stable_drl
 
 TUNED_ON = 100  # a seed that the league does not have
@@ -182,9 +183,10 @@ def main() -> None:
     if not options.report:
         run(study, root, [(arm, seed) for seed in range(options.seeds) for arm in best.values()])
     found = load(root)
-    report(
-        study, options.task, {arm: {s: found[arm, s] for a, s in sorted(found) if a == arm} for arm in best.values()}
-    )
+    rates = {arm: f"{tuned[arm, TUNED_ON]['after']:.3f}" for arm in study.arms}
+    tuning_rows = [{"method": method} | {s: rates[f"{method}, {s}"] for s in GRID} for method in METHODS]
+    runs = {arm: {s: found[arm, s] for a, s in sorted(found) if a == arm} for arm in best.values()}
+    report(study, options.task, runs, tuning_rows)
 
 
 def average(runs: list[dict[str, Any]], column: str, form: str) -> str:
@@ -193,8 +195,13 @@ def average(runs: list[dict[str, Any]], column: str, form: str) -> str:
     return f"{mean(values):{form}}" if values else "-"
 
 
-def report(study: Study, task: str, found: dict[str, dict[int, dict[str, Any]]]) -> None:
-    """Print the table, best mean first, and draw league_TASK.png beside this file."""
+def report(
+    study: Study,
+    task: str,
+    found: dict[str, dict[int, dict[str, Any]]],
+    tuning: Sequence[dict[str, str]] = (),
+) -> None:
+    """Print the table, best mean first; write league_TASK.json and draw league_TASK.png beside this file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -203,20 +210,22 @@ def report(study: Study, task: str, found: dict[str, dict[int, dict[str, Any]]])
     from recipes.studies.mismatch_report import line
 
     order = sorted(found, key=lambda arm: -sum(run["after"] for run in found[arm].values()))
-    print("| method, its setting | seeds | held-out rate, 95 % | each seed | ours less it | area | steps | s in all |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     ours = next(runs for arm, runs in found.items() if arm.startswith("ours"))
+    rows = []
     for arm in order:
         runs = list(found[arm].values())
         rates = [run["after"] for run in runs]
-        each = ", ".join(f"{rate:.3f}" for rate in rates)
         apart = [ours[seed]["after"] - run["after"] for seed, run in found[arm].items()]
-        less = "-" if found[arm] is ours else interval(apart)
-        numbers = f"{interval(rates)} | {each} | {less} | {average(runs, 'area', '.3f')} | {runs[0]['num_steps']}"
-        print(f"| {arm} | {len(runs)} | {numbers} | {average(runs, 's', '.0f')} |")
+        row = {"method, its setting": arm, "seeds": str(len(runs)), "held-out rate, 95 %": interval(rates)}
+        row["each seed"] = ", ".join(f"{rate:.3f}" for rate in rates)
+        row |= {"ours less it": "-" if found[arm] is ours else interval(apart), "area": average(runs, "area", ".3f")}
+        rows.append(row | {"steps": str(runs[0]["num_steps"]), "s in all": average(runs, "s", ".0f")})
+    print(markdown(rows))
+    folder = Path(__file__).parent
+    write_rows(folder / f"league_{task}.json", results=rows, tuning=tuning)
     began = {s: run["before"] for runs in found.values() for s, run in runs.items() if "before" in run}
     before = list(began.values())
-    print(f"\nbefore RL: {interval(before)}")
+    print(f"before RL: {interval(before)}")
     figure, axis = plt.subplots(figsize=(7, 1 + 0.35 * len(order)), layout="constrained")
     for place, arm in enumerate(order):
         line(axis, -place, [run["after"] for run in found[arm].values()], "#1f77b4")
@@ -224,7 +233,7 @@ def report(study: Study, task: str, found: dict[str, dict[int, dict[str, Any]]])
     axis.set_yticks([-place for place in range(len(order))], [arm.split(", ")[0] for arm in order])
     axis.set_xlabel(f"held-out {study.metric.replace('_', ' ')} in equal time (dotted: where RL began)")
     axis.grid(axis="x", alpha=0.3)
-    figure.savefig(Path(__file__).parent / f"league_{task}.png", dpi=110)
+    figure.savefig(folder / f"league_{task}.png", dpi=110)
     plt.close(figure)
 
 

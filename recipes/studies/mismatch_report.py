@@ -1,16 +1,18 @@
-"""Table and figure of the mismatch study, from its results alone."""
+"""Tables and figure of the mismatch study, from its results alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.studies.paired import Results, Study, contrasts_table, interval, table
+from recipes.studies.paired import Results, Study, arm_rows, contrast_rows, interval, markdown, write_rows
 
-LEGEND = """Solve rates are on 400 held-out puzzles, greedy (`after`; through the quantised net: `quantised`), mean ±
-half the 95 % interval (Student's t over seeds). `difference` is of `after`, seed by seed. `rollouts solved` is the mean
-over steps, so it is the quantised policy's own; log-ratios, ESS and orders are of all rows of a step, mean over steps.
-p is exact: the share of all choices of signs whose mean is as far from 0; Holm's correction is over all rows of the
-second table. Every finished run is here."""
+LEGEND = """Solve rates: 400 held-out puzzles, greedy; mean and 95 % interval (Student's t over seeds).
+
+- after: the learner; quantised: its quantised copy
+- difference: `after` less that of the same setting unquantised, paired by seed
+
+[mismatch.json](mismatch.json) has each seed, the metrics (log-ratio, ESS, ...) and the contrasts."""
+COLUMNS = ("arm", "seeds", "after", "quantised", "difference, 95 %")
 
 
 SETTINGS = {
@@ -21,24 +23,21 @@ SETTINGS = {
 
 
 def write(study: Study, results: Results, folder: Path) -> None:
-    """`folder`/mismatch.md and mismatch.png. Raises SystemExit where no run has finished."""
+    """`folder`/mismatch.json, mismatch.md and mismatch.png. Raises SystemExit where no run has finished."""
     if not results:
         raise SystemExit("no run has finished yet")
     versions = sorted({run["torch"] for run in results.values() if "torch" in run})
+    arms = arm_rows(study, results, ("after", "quantised"))
+    write_rows(folder / "mismatch.json", arms=arms, contrasts=contrast_rows(study, results))
     lines = [
-        "# The mismatch study: numbers",
+        "# The mismatch study: every arm",
         "",
-        "Written by `python -m recipes.studies.mismatch`; what they say: [mismatch_reading.md](mismatch_reading.md).",
-        f"{len(results)} runs of {study.num_steps} RL steps, torch {', '.join(versions)}, one CPU thread a run.",
+        "Written by `python -m recipes.studies.mismatch`. Their reading: [mismatch_reading.md](mismatch_reading.md).",
+        f"{len(results)} runs of {study.num_steps} RL steps, torch {', '.join(versions)}, one CPU thread per run.",
         "",
         LEGEND,
         "",
-        "## Arms",
-        "",
-        table(study, results, ("after", "quantised")),
-        "## Contrasts",
-        "",
-        contrasts_table(study, results),
+        markdown(arms, [column for column in COLUMNS if column in arms[0]]),
     ]
     (folder / "mismatch.md").write_text("\n".join(lines).rstrip() + "\n")
     draw(study, results, folder / "mismatch.png")

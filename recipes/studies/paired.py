@@ -1,10 +1,11 @@
 """Paired comparisons: every arm starts from its seed's one warmed-up model, and changes a few settings of a recipe.
 
 Finished runs are kept as one JSON each below `--output_dir`; started again, a study runs what is missing, then prints
-its tables.
+its tables and writes them to `--output_dir`/tables.json.
 """
 
 import argparse
+import json
 import os
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -146,38 +147,50 @@ def paired(results: Results, arm: str, against: str, column: str = "after") -> l
     return [results[arm, seed][column] - results[against, seed][column] for seed in seeds]
 
 
-def table(study: Study, results: Results, columns: Sequence[str] = ("after",)) -> str:
+def arm_rows(study: Study, results: Results, columns: Sequence[str] = ("after",)) -> list[dict[str, str]]:
     """By arm: seeds, solve rates with intervals, each seed's, the paired difference, and the metrics' means."""
-    heads = ["arm", "seeds", *columns, "each seed", "less", "difference, 95 %", *study.metrics]
-    lines = [heads, ["---"] * len(heads)]
+    rows = []
     for arm in study.arms:
         runs = [results[key] for key in sorted(results) if key[0] == arm]
         if not runs:
             continue
         other = study.against.get(arm)
         apart = paired(results, arm, other) if other else []
-        metrics = [[run[column] for run in runs if column in run] for column in study.metrics]
-        lines.append(
-            [arm, str(len(runs))]
-            + [interval([run[column] for run in runs]) for column in columns]
-            + [", ".join(f"{run['after']:.2f}" for run in runs), other or "-", interval(apart) if apart else "-"]
-            + [f"{mean(found):.3g}" if found else "-" for found in metrics]
-        )
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        row = {"arm": arm, "seeds": str(len(runs))}
+        row |= {column: interval([run[column] for run in runs]) for column in columns}
+        row["each seed"] = ", ".join(f"{run['after']:.2f}" for run in runs)
+        row |= {"less": other or "-", "difference, 95 %": interval(apart) if apart else "-"}
+        for column in study.metrics:
+            found = [run[column] for run in runs if column in run]
+            row[column] = f"{mean(found):.3g}" if found else "-"
+        rows.append(row)
+    return rows
 
 
-def contrasts_table(study: Study, results: Results) -> str:
+def contrast_rows(study: Study, results: Results) -> list[dict[str, str]]:
     """By claim: the paired difference with its interval, how many seeds are above 0, exact p, and Holm's."""
-    heads = ["stated before the runs", "arm", "less", "of", "seeds", "difference, 95 %", "above 0", "p", "Holm's p"]
     apart = [paired(results, each.arm, each.against, each.column) for each in study.contrasts]
     found = [(each, values) for each, values in zip(study.contrasts, apart, strict=True) if values]
     p_values = [sign_flip(values) for _, values in found]
-    lines = [heads, ["---"] * len(heads)]
+    rows = []
     for (each, values), p, adjusted in zip(found, p_values, holm(p_values), strict=True):
-        above = f"{sum(value > 0 for value in values)} of {len(values)}"
-        numbers = [str(len(values)), interval(values), above, f"{p:.3f}", f"{adjusted:.3f}"]
-        lines.append([each.claim, each.arm, each.against, each.column, *numbers])
+        row = {"stated before the runs": each.claim, "arm": each.arm, "less": each.against, "of": each.column}
+        row |= {"seeds": str(len(values)), "difference, 95 %": interval(values)}
+        row["above 0"] = f"{sum(value > 0 for value in values)} of {len(values)}"
+        rows.append(row | {"p": f"{p:.3f}", "Holm's p": f"{adjusted:.3f}"})
+    return rows
+
+
+def markdown(rows: Sequence[Mapping[str, str]], columns: Sequence[str] | None = None) -> str:
+    """The rows as a table: all columns of the first row, or those named."""
+    heads = list(columns or rows[0]) if rows else []
+    lines = [heads, ["---"] * len(heads), *([row[head] for head in heads] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_rows(path: Path, **tables: Sequence[Mapping[str, str]]) -> None:
+    """Every table with all of its columns, as JSON."""
+    path.write_text(json.dumps(tables, indent=1, ensure_ascii=False) + "\n")
 
 
 def work(job: Callable[[], object], log: Path) -> str | None:
@@ -246,7 +259,9 @@ def main(study: Study, about: str | None, columns: Sequence[str] = ("after",)) -
         runs = [(arm, seed) for seed, arm in product(seeds, options.arms) if seed < fewest[arm]]
         run_missing(study, root, runs, num_steps=lambda _: options.num_steps, workers=options.workers)
     results = load(root)
-    print(table(study, results, columns))
-    if study.contrasts:
-        print(contrasts_table(study, results))
+    tables = {"arms": arm_rows(study, results, columns), "contrasts": contrast_rows(study, results)}
+    for rows in filter(None, tables.values()):
+        print(markdown(rows))
+    if results:
+        write_rows(root / "tables.json", **tables)
     return results

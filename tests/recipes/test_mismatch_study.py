@@ -1,5 +1,6 @@
 """The paired studies' arithmetic and the mismatch study's plan, from made-up results: by hand, nothing trained."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -56,12 +57,12 @@ def test_a_row_of_each_table():
         *(result("one: none", seed, after, ESS=ess) for seed, after, ess in ((0, 0.2, 0.5), (1, 0.4, 0.7))),
         *(result("one: unquantised", seed, 0.5) for seed in (0, 1)),
     )
-    rows = [line.strip("| ").split(" | ") for line in paired.table(study, runs).splitlines()]
+    rows = [line.strip("| ").split(" | ") for line in paired.markdown(paired.arm_rows(study, runs)).splitlines()]
     # Differences -0.3 and -0.1: deviation 0.1414, 12.706 * 0.1414 / sqrt 2 = 1.271.
     assert rows[2][:6] == ["one: none", "2", "0.300 ± 1.271", "0.20, 0.40", "one: unquantised", "-0.200 ± 1.271"]
     assert rows[0][8] == "ESS" and rows[2][8] == "0.6" and rows[3][8] == "-"
     assert [row[0] for row in rows[2:]] == ["one: none", "one: unquantised"]
-    (row,) = paired.contrasts_table(study, runs).splitlines()[2:]
+    (row,) = paired.markdown(paired.contrast_rows(study, runs)).splitlines()[2:]
     # Both below 0: of four choices of signs two are as far; alone among the claims that were run, Holm leaves it.
     assert row.strip("| ").split(" | ")[4:] == ["2", "-0.200 ± 1.271", "0 of 2", "0.500", "0.500"]
 
@@ -69,7 +70,12 @@ def test_a_row_of_each_table():
 def test_table_and_figure_are_written(tmp_path):
     runs = keyed(*(result(arm, seed, 0.1 * seed) for arm in mismatch.ARMS for seed in range(3)))
     mismatch_report.write(mismatch.study, runs, tmp_path)
-    assert (tmp_path / "mismatch.md").read_text().count("\n| ") == len(mismatch.ARMS) + len(mismatch.CONTRASTS) + 4
+    assert (tmp_path / "mismatch.md").read_text().count("\n| ") == len(mismatch.ARMS) + 2
+    kept = json.loads((tmp_path / "mismatch.json").read_text())
+    assert [row["arm"] for row in kept["arms"]] == list(mismatch.ARMS) and len(kept["contrasts"]) == len(
+        mismatch.CONTRASTS
+    )
+    assert kept["arms"][1]["each seed"] == "0.00, 0.10, 0.20"
     assert (tmp_path / "mismatch.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="no run has finished"):
         mismatch_report.write(mismatch.study, {}, tmp_path)
