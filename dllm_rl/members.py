@@ -2,10 +2,13 @@
 
 import dataclasses
 import inspect
+import os
 import re
+import sys
 import typing
 from collections.abc import Callable
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dllm_rl.bounds import Bound
@@ -122,7 +125,21 @@ def _call(made_by: Any, held: dict[str, Any]) -> str:
 def _full_name(made: Any) -> str:
     """NAME, or MODULE:NAME outside of this library."""
     # A resume must distinguish two functions of one name.
-    return made.__name__ if made.__module__.partition(".")[0] == "dllm_rl" else f"{made.__module__}:{made.__name__}"
+    if made.__module__.partition(".")[0] == "dllm_rl":
+        return made.__name__
+    module = _started_as() if made.__module__ == "__main__" else made.__module__
+    return f"{module}:{made.__name__}"
+
+
+def _started_as() -> str:
+    """The name with which other code imports the script that runs; __main__ in a notebook."""
+    main = sys.modules["__main__"]
+    if main.__spec__ is not None:  # python -m
+        return main.__spec__.name
+    if getattr(main, "__file__", None) is None:
+        return "__main__"
+    path = Path(os.path.relpath(main.__file__)).with_suffix("")
+    return path.name if ".." in path.parts else ".".join(path.parts)
 
 
 def plain(value: Any) -> Any:

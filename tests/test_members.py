@@ -1,5 +1,8 @@
 """What records and functions hold, by name and as text."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -58,3 +61,15 @@ def test_a_function_of_ones_own_is_not_described_as_the_librarys_of_its_name():
     assert describe(mine) == f"{__name__}:token"
     assert describe(partial(mine)) == f"{__name__}:token()"
     assert describe((gdsd,)) == "(recipes.studies.surrogates:gdsd)"
+
+
+def test_a_function_of_the_started_script_has_the_name_that_an_import_gives(tmp_path):
+    """A run started as a script resumes from code that imports the recipe."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "mine.py").write_text(
+        "from dllm_rl.members import describe\ndef reward(): pass\nprint(describe(reward))\n"
+    )
+    for command in (["scripts/mine.py"], ["-m", "scripts.mine"], ["-c", "import scripts.mine"]):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.stdout == "scripts.mine:reward\n", done.stderr

@@ -350,5 +350,5 @@ def compose(*parts: Corrector | Weigh) -> Corrector:
         raise ValueError(f"{len(brought)} parts bring an objective; keep one: replace(part, surrogate=None)")
     weighs = tuple(part.weigh for part in correctors if part.weigh is not no_weights)
     weigh = weighs[0] if len(weighs) == 1 else partial(composed, weighs=weighs) if weighs else no_weights
-    aligned = any(part.align_forward for part in correctors)
-    return Corrector(weigh, brought[0].surrogate, aligned, brought[0].aggregate)
+    align = any(part.align_forward for part in correctors)
+    return Corrector(weigh, brought[0].surrogate, align, brought[0].aggregate)

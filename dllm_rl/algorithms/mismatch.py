@@ -91,10 +91,11 @@ def mismatch_metrics(
 
     rollout_is_*  of the token weights min(rho, high): see `weight_metrics`
     ess, rho_max  of the raw rho: 1 / mean((rho / mean rho)^2) in (0, 1], and the largest (not verl's)
-        kl = mean(-log rho), k3_kl = mean(rho - 1 - log rho), abs_log_ratio_{mean,max} of |log rho|, nats
+    kl, k3_kl  mean(-log rho), mean(rho - 1 - log rho), nats
+    abs_log_ratio_{mean,max}  of |log rho|, nats
     log_ppl_{diff,abs_diff,diff_max,diff_min}  over sequences, of the sequence's mean of -log rho
     ppl_ratio  mean over sequences of exp of the same
-        chi2_token = mean rho^2 - 1,  chi2_seq = mean over sequences of (prod rho)^2 - 1
+    chi2_token, chi2_seq  mean of rho^2 - 1 over tokens, of (prod rho)^2 - 1 over sequences
     {training,rollout}_{ppl,log_ppl}  with `old`: mean over sequences of exp(-mean_t logp), and of -mean_t logp
     contribution_{positive,negative}  with `advantages`: -(rho - 1) A mean over tokens, by sign of A (VeXact [digest])
     nonfinite_fraction, rows  share of marked tokens left out; number of scored rows
@@ -108,8 +109,7 @@ def mismatch_metrics(
     excess = torch.expm1(flat.clamp(-MAX_LOG, MAX_LOG))  # rho - 1: means about 1 are exact where all agree
     rho = flat.clamp(-MAX_LOG, MAX_LOG).exp()
     sums = scored.log_mismatch.sum(-1)[scored.rows]
-    lengths = scored.finite.sum(-1)[scored.rows]
-    log_ppl = -sums / lengths
+    log_ppl = -scored.row_means(scored.log_mismatch)
     mean, _ = scored.spread(rho)
     _, square = scored.spread(rho / mean)  # divided first: where all agree it is exactly 1
     values = {
@@ -130,7 +130,7 @@ def mismatch_metrics(
         "rows": scored.rows.sum(),
     }
     if old is not None:
-        training = torch.where(scored.finite, old, 0).double().sum(-1)[scored.rows] / lengths
+        training = scored.row_means(old.double())
         for name, log_prob in (("training", training), ("rollout", training + log_ppl)):
             values[f"{name}_ppl"] = scored.per_row((-log_prob).exp())
             values[f"{name}_log_ppl"] = -scored.per_row(log_prob)
@@ -139,7 +139,7 @@ def mismatch_metrics(
         for name, sign in (("positive", advantages > 0), ("negative", advantages < 0)):
             values[f"contribution_{name}"] = scored.per_token(part * sign[:, None].expand(mask.shape)[scored.finite])
     found = {PREFIX + name: v.item() + 0.0 for name, v in values.items()}  # + 0.0: no -0.0
-    return weight_metrics(log_mismatch, mask, high=high, row_weights=row_weights) | found
+    return _weight_metrics(scored, high) | found
 
 
 def weight_metrics(
@@ -157,7 +157,10 @@ def weight_metrics(
     seq_fraction_{high,low}  share of rows whose mean rho is > high, < 1/high
     `row_weights` and errors are as in `mismatch_metrics`.
     """
-    scored = _measured(log_mismatch, mask, row_weights)
+    return _weight_metrics(_measured(log_mismatch, mask, row_weights), high)
+
+
+def _weight_metrics(scored: _Measured, high: float) -> dict[str, float]:
     raw = scored.log_mismatch.clamp(-MAX_LOG, MAX_LOG).exp()
     weights = raw.clamp(max=high)
     seq = scored.row_means(weights)
@@ -242,16 +245,16 @@ def symptom_metrics(
     return metrics
 
 
-def repeats(tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, ngram: int = 3) -> Bool[Tensor, "B T"]:
-    """Marked tokens inside an n-gram that started earlier in the same row."""
+def repeats(tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Marked tokens inside a trigram that started earlier in the same row."""
     found = torch.zeros(mask.shape, dtype=torch.bool)
     for row, (ids, marked) in enumerate(zip(tokens.cpu(), mask.cpu(), strict=True)):
         places = marked.nonzero()[:, 0]
         words = ids[marked].tolist()
         seen = set[tuple[int, ...]]()
-        for start in range(len(words) - ngram + 1):
-            gram = tuple(words[start : start + ngram])
+        for start in range(len(words) - 2):
+            gram = tuple(words[start : start + 3])
             if gram in seen:
-                found[row, places[start : start + ngram]] = True
+                found[row, places[start : start + 3]] = True
             seen.add(gram)
     return found.to(mask.device)

@@ -18,6 +18,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, text_ids
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import sampler_for
+from dllm_rl.tasks.answers import cut
 from dllm_rl.types import Prompts, Rollout
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
@@ -132,27 +133,21 @@ class HarnessModel(TemplateLM):
 
 def as_rollout(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
     """Continuations as if sampled: rows are left-padded. Raises ValueError for a pair longer than the model allows."""
-    width = max(len(context) + len(continuation) for context, continuation in pairs)
+    ids = [[*context, *continuation] for context, continuation in pairs]
+    chosen = [[False] * len(context) + [True] * len(continuation) for context, continuation in pairs]
+    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, open_positions=chosen)
+    width = max(map(len, ids))
     limit = policy.spec.max_length
     if limit is not None and width > limit:
         raise ValueError(f"a context and continuation of {width} tokens exceed the model's {limit} positions")
-    tokens = torch.full((len(pairs), width), policy.pad_id)
-    attended = torch.zeros(tokens.shape, dtype=torch.bool)
-    chosen = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, (context, continuation) in enumerate(pairs):
-        ids = [*context, *continuation]
-        tokens[row, width - len(ids) :] = torch.tensor(ids)
-        attended[row, width - len(ids) :] = True
-        chosen[row, width - len(continuation) :] = True
+    tokens = prompts.tokens
+    opened = torch.zeros(tokens.shape, dtype=torch.bool) if prompts.open is None else prompts.open
     blank = torch.zeros(tokens.shape)  # nothing was sampled: no step and no log-prob is recorded
-    return Rollout(tokens, attended, chosen, torch.full_like(tokens, -1), blank, group_size=1).to(policy.device)
+    steps = torch.full_like(tokens, -1)
+    return Rollout(tokens, prompts.attention_mask, opened, steps, blank, group_size=1).to(policy.device)
 
 
 def _cut(text: str, until: str | Sequence[str] | None) -> str:
-    """The text before the first of the stop strings."""
-    end = len(text)
-    for stop in [until] if isinstance(until, str) else until or []:
-        at = text.find(stop)
-        if stop and 0 <= at < end:  # an empty stop string is in every text
-            end = at
-    return text[:end]
+    """The text before the first of the stop strings; an empty one stops nothing."""
+    stops = [until] if isinstance(until, str) else until or []
+    return cut(text, 0, tuple(filter(None, stops)))

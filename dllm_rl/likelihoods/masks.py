@@ -235,8 +235,8 @@ def with_order(
         return noise
     if params.filters and params.support != "own":
         raise ValueError(
-            f"sampling_support={params.support!r} is not recorded where the sampler left a position masked, so that "
-            "its order has no law there; use sampling_support='own', or trajectory(order='given')"
+            f"sampling_support={params.support!r}: the rollout does not record which tokens a filter kept at positions "
+            "left masked, so their order has no probability; use sampling_support='own', or trajectory(order='given')"
         )
     assert rollout.open_step is not None, "a sampler that records an order's log-probs records its blocks"
     left = noise.masked & (noise.weight == 0)

@@ -75,11 +75,11 @@ def score_view(
         logps = token_logprobs(policy, view.states, view.tokens, params, view.kept)
         return out.to(logps.dtype).index_copy(0, view.plan.places, logps).view(scored.shape)
     drawn = view.plan.committed
-    left = view.plan.left
+    stayed_at = view.plan.left
     logps, confidences = order.token_logprobs_and_confidences(policy, view.states[drawn], view.tokens[drawn], params)
-    stayed = order.left_logprobs(policy, view.states[left], *_bounds(rollout, view, confidences), params)
+    stayed = order.left_logprobs(policy, view.states[stayed_at], *_bounds(rollout, view, confidences), params)
     out = out.to(logps.dtype).index_copy(0, view.plan.places[drawn], logps)
-    return out.index_copy(0, view.plan.places[left], stayed).view(scored.shape)
+    return out.index_copy(0, view.plan.places[stayed_at], stayed).view(scored.shape)
 
 
 def backward_view(

@@ -91,7 +91,7 @@ class CachedStates:
         self.columns = columns
         # A shifted family reads a block's first state one column to its left, which therefore is part of the block.
         start = max(0, columns[0] - self.policy.spec.shift)
-        fresh, keep = self._plan(start, columns[1], tokens.shape[1])
+        fresh, keep = self._begin_step(start, columns[1], tokens.shape[1])
         if self.past is not None and len(rows) < len(self.rows):  # rows may leave, and return in the next block
             (wanted,) = send(tokens.device, torch.isin(self.rows, rows).nonzero()[:, 0])
             self.past = mapped(self.past, lambda x: x[wanted])
@@ -104,8 +104,9 @@ class CachedStates:
             self.whole = self.past, rows  # rows that end early leave `past`, and return with the next block
         return states, first
 
-    def _plan(self, start: int, end: int, width: int) -> tuple[Int[Tensor, " F"], Int[Tensor, " C"]]:
-        """The columns that run in this step, and those whose keys and values are kept after it."""
+    def _begin_step(self, start: int, end: int, width: int) -> tuple[Int[Tensor, " F"], Int[Tensor, " C"]]:
+        """The columns that run in this step, and those whose keys and values are kept after it. Restores or drops kept
+        keys where a block starts."""
         everything = torch.arange(width)
         if self.cache.kind == "block":
             if self.step == 0 and self.whole is not None:

@@ -110,11 +110,14 @@ class Canvas:
 
     def rollout(self, sampling_params: SamplingParams, weights_version: int) -> Rollout:
         """The current record: the columns of the prompts, then the columns written behind them."""
-        tokens = self.tokens.clone()
-        attention_mask = self.attention_mask.clone()
-        if self.open is None:
+        if self.open is not None:
+            tokens = self.tokens.clone()
+            attention_mask = self.attention_mask.clone()
+        else:
             prompts = (self.prompts.tokens, self.prompts.attention_mask)
-            before, real = (repeat(x.to(tokens.device), "p s -> (p g) s", g=self.prompts.group_size) for x in prompts)
+            before, real = (
+                repeat(x.to(self.tokens.device), "p s -> (p g) s", g=self.prompts.group_size) for x in prompts
+            )
             beyond = self.masked & self.ended[:, None] & self.pads_ended
             tokens = torch.cat([before, self.completions().masked_fill(beyond, self.pad_id)], dim=1)
             attention_mask = torch.cat([real, ~beyond], dim=1)

@@ -9,9 +9,8 @@ A rank without `tokens` is a function of the state alone. The order is then inde
 commit are the exact behaviour probabilities.
 
 A commit rule (scores (B, L), masked (B, L), steps_left (B,)) -> (B, L) picks masked positions; scores are -inf
-elsewhere. steps_left counts the block's remaining steps, this one included; a rule must have chosen a position by the
-last. Bind hyper-parameters with functools.partial. Rules that rewrite what a
-block holds are in `revise`.
+elsewhere. steps_left counts the block's remaining steps, this one included. A rule must have chosen a position by the
+last step. Bind hyper-parameters with functools.partial. Rules that rewrite what a block holds are in `revise`.
 """
 
 import inspect

@@ -187,7 +187,7 @@ class States:
             self.caches.append(None if cache is None else CachedStates(policy, cache, seen))
 
     def __call__(self, turn: Turn) -> tuple[Float[Tensor, "K D"], Integer[Tensor, "K M E"] | None]:
-        """The states of the turn's K positions, and the experts of each where the policy records them."""
+        """The states of the turn's K positions, and the experts of each where recorded. Counts a forward."""
         # The first state of all is the same for every completion of a prompt: one forward serves the group.
         alike = self.canvas.prompts.group_size if self.canvas.forwards == 0 else 1
         self.canvas.forwards += 1

@@ -233,9 +233,7 @@ def test_repeats():
     # Row 1: 555 at 0 and again at 1: positions 1, 2, 3.
     expected = [[3, 4, 5], [1, 2, 3]]
     assert [row.nonzero()[:, 0].tolist() for row in repeats(tokens, mask)] == expected
-    # Bigrams of row 0: 12 23 31 12* 23* 34 42 23*: positions 3 4 5 and 7 8.
-    assert repeats(tokens, mask, ngram=2)[0].nonzero()[:, 0].tolist() == [3, 4, 5, 7, 8]
-    # Only marked tokens make n-grams: without position 2, row 0 reads 1 2 1 2 3 4 2 3.
+    # Only marked tokens make trigrams: without position 2, row 0 reads 1 2 1 2 3 4 2 3.
     mask[0, 2] = False
     assert repeats(tokens, mask)[0].nonzero()[:, 0].tolist() == []
     # Marks stand at the tokens' own places: 7 8 9 | 7 8 9 with a hole in each and two columns of prompt in front.

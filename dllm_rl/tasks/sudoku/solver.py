@@ -133,8 +133,9 @@ def random_unique_puzzle(solution: str, clues: int, rng: Random) -> str | None:
 def _allowed(givens: list[int]) -> int:
     """The candidates of a 9x9 grid that the givens do not rule out."""
     alive = (1 << 729) - 1
+    rivals = _cover(3)[1]
     for given in givens:
-        alive &= ~_cover(3)[1][given]
+        alive &= ~rivals[given]
     return alive
 
 
