@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from readme import example
 
 import dllm_rl
+from recipes.studies import paired
 
 DOCS = Path(__file__).parents[1] / "docs"
 hooks = importlib.util.module_from_spec(importlib.util.spec_from_file_location("hooks", DOCS / "site" / "hooks.py"))
@@ -73,6 +75,29 @@ def test_the_quickstart_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     summary = runpy.run_path(str(tmp_path / "quick.py"))["summary"]
     assert summary["eval_problems"] == 6 and (tmp_path / "runs/quickstart/summary.json").is_file()
+
+
+def test_the_estimator_of_ones_own_keeps_its_contract_and_scores_each_token_once(tmp_path):
+    (tmp_path / "halves.py").write_text(example("Write a likelihood estimator"))
+    made = runpy.run_path(str(tmp_path / "halves.py"))
+    noise = made["halves"].draw(made["rollout"], torch.Generator())
+    assert torch.equal(noise.weight.sum(0), made["rollout"].completion_mask.float())
+    assert torch.equal(noise.masked, noise.weight > 0)
+
+
+def test_the_paired_study_trains_its_arms_from_one_model_and_prints_its_tables(tmp_path):
+    (tmp_path / "study.py").write_text(example("Run a paired study"))
+    study = runpy.run_path(str(tmp_path / "study.py"))["study"]
+    assert [contrast.arm in study.arms and contrast.against in study.arms for contrast in study.contrasts] == [True]
+    few = {"warmup_steps": 2, "train_batch_size": 4, "report_to": None, "log_completions_steps": 0}
+    few |= {name: dataclasses.replace(getattr(study.base, name), size=8) for name in ("validation_task", "eval_task")}
+    study = dataclasses.replace(study, base=dataclasses.replace(study.base, **few))
+    for arm in study.arms:
+        paired.run_one(study, tmp_path, 1, arm, seed=0)
+    results = paired.load(tmp_path)
+    assert results["none", 0]["before"] == results["tis", 0]["before"] and "ess" in results["tis", 0]
+    assert "| tis | 1 |" in paired.table(study, results)
+    assert "| TIS raises the solve rate | tis | none |" in paired.contrasts_table(study, results)
 
 
 @pytest.mark.slow
