@@ -92,7 +92,7 @@ class Settings:
     gradient_checkpointing: bool = _("backward recomputes blocks: 1/3 more work, less memory, same gradients", False)
     bf16: bool = _("forwards compute in bf16, weights stay in dtype: with float32 for training all weights", False)
 
-    eval_steps: int = _("steps between evaluations on validation_task, or SFT's held-out rows; 0: never", 0, at_least=0)
+    eval_steps: int = _("steps between evaluations, on validation_task or SFT's held-out rows; 0: none", 0, at_least=0)
     eval_batch_size: int = _("problems, or SFT's rows, per evaluation batch", 32, at_least=1)
     logging_steps: int = _("steps between lines on the screen (metrics.jsonl has every step)", 10, at_least=1)
     report_to: str | None = _(

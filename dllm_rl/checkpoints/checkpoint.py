@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from dllm_rl import manifest
 from dllm_rl.checkpoints.optimizer_shards import PATTERN, Part, Swap, alone, load_parts, write_part
-from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.checkpoints.state import NAME, TrainingState
 from dllm_rl.distributed.sharding import part_like
 from dllm_rl.files import folder_size, recover, remove, remove_whole, replacing, write_text
 from dllm_rl.manifest import CARD
@@ -60,8 +60,9 @@ def save(
     card: str | None = None,
     swap: Swap = alone,
 ) -> Path:
-    """Write `directory`/step-NNNNNN, name it in `directory`/latest, and keep the newest `keep`. Raises OSError."""
-    check_finite(f"step {state.step} was not saved", _tensors(policy, optimizer))  # raises before anything is written
+    """Write `directory`/step-NNNNNN, name it in `directory`/latest, and keep the newest `keep`. Raises
+    FloatingPointError on a number that is not finite, before anything is written; OSError if a write fails."""
+    check_finite(f"step {state.step} was not saved", _tensors(policy, optimizer))
     directory.mkdir(parents=True, exist_ok=True)
     recover_all(directory)
     final = folder_of(directory, state.step)
@@ -169,16 +170,16 @@ def folder_of(directory: Path, step: int) -> Path:
 
 
 def set_aside(directory: Path, resumed: Path) -> list[Path]:
-    """Rename checkpoints later than `resumed`, and another one of its step, so that `found` skips them."""
+    """Rename the checkpoints after `resumed`, and another of its step: `found` skips them. Returns the new paths."""
     step = TrainingState.read(resumed).step
     moved = []
     for number, folder in reversed(found(directory)):
         if number > step or (number == step and folder.resolve() != resumed.resolve()):
             free = folder.with_name(f"{folder.name}.set-aside")
-            for number in count(2):
-                if not free.exists():
-                    break
-                free = folder.with_name(f"{folder.name}.set-aside-{number}")
+            others = 1
+            while free.exists():
+                others += 1
+                free = folder.with_name(f"{folder.name}.set-aside-{others}")
             moved.append(folder.rename(free))
     if (directory / resumed.name).exists():  # else the resumed one is of another folder
         write_text(directory / "latest", resumed.name + "\n")
@@ -200,7 +201,7 @@ def locate(
     """The verified checkpoint; 'latest': the newest undamaged one, if any. Raises ValueError if none is whole."""
     if which != "latest":
         path = Path(which)
-        if not (path / "state.json").is_file() and not (path / manifest.NAME).is_file():
+        if not is_checkpoint(path):
             raise ValueError(
                 f"resume_from_checkpoint={which!r} is not a checkpoint folder (no state.json); give one, or 'latest'"
             )
@@ -220,6 +221,11 @@ def locate(
             "start again with --overwrite_output_dir"
         )
     return None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder has a checkpoint's state or manifest; it may be damaged."""
+    return (path / NAME).is_file() or (path / manifest.NAME).is_file()
 
 
 def check(folder: Path, *, quick: bool = False) -> None:

@@ -225,7 +225,7 @@ class Elsewhere(Exception):
 
 
 def in_step(work: Callable[[Swap], Returned], gather: Swap) -> Returned:
-    """Run `work`, which swaps values, in all processes; the next swap raises the error of any process in all."""
+    """Run `work`, which swaps values, in all processes; an error in one is raised in all, at their next swap."""
 
     def swap(value: Any, error: Exception | None = None) -> list[Any]:
         values = []

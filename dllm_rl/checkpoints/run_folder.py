@@ -2,6 +2,7 @@
 
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 from dllm_rl import manifest
 from dllm_rl.checkpoints import checkpoint
@@ -23,8 +24,11 @@ FREE = {
     *("num_steps", "lr_schedule_steps", "max_prompt_length", "shard_size"),
 }
 
-DEFAULTS = {f.name: plain(f.default) for f in fields(Recipe) if f.default is not MISSING}
 HELD = ("metrics.jsonl", "checkpoints", "summary.json")  # by one of these a run's folder is recognised
+
+
+def defaults(record: type[Settings]) -> dict[str, Any]:
+    return {f.name: plain(f.default) for f in fields(record) if f.default is not MISSING}
 
 
 def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, list[str]]:
@@ -76,7 +80,9 @@ def clear_folder(recipe: Settings) -> None:
 
 def _check_recipe(recipe: Settings, state: TrainingState) -> None:
     settings = recipe.settings()
-    before = dict.fromkeys(settings) | DEFAULTS | state.recipe  # a setting that the checkpoint lacks had its default
+    before = defaults(type(recipe)) | state.recipe  # a setting that the checkpoint lacks had its default
+    if lacking := ", ".join(sorted(settings.keys() - before.keys())):
+        raise ValueError(f"the checkpoint is of another kind of run, without {lacking}; give its folder as --model")
     for name, value in settings.items():
         if name not in FREE and before[name] != value:
             raise ValueError(

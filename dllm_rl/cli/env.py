@@ -24,8 +24,6 @@ def environment() -> dict[str, Any]:
         extras = {extra: lacks(needs, extra) for extra in metadata("dllm_rl").get_all("Provides-Extra") or []}
     except PackageNotFoundError:  # the source tree on PYTHONPATH
         pass
-    # A container's limit may be lower.
-    bytes_here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return {
         "dllm_rl": dllm_rl.__version__,
         "python": platform.python_version(),
@@ -35,10 +33,18 @@ def environment() -> dict[str, Any]:
         "driver": driver(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": round(bytes_here / 1e9, 1) if bytes_here else None,
+        "memory_gb": memory_gb(),
         "unmet": unmet,
         "extras": extras,
     }
+
+
+def memory_gb() -> float | None:
+    """The machine's memory; a container's limit may be lower."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    except (AttributeError, ValueError, OSError):  # a system without sysconf, or without these names
+        return None
 
 
 def devices() -> dict[str, Any]:

@@ -176,7 +176,8 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan
     lengths = arguments.max_new_tokens or [usual_length(policy, task)]
     if policy.spec.attention != "causal":
         return plans_of(lengths, arguments)
-    for name in ("num_steps", "block_size", "rank", "commit", "cache"):  # ignored, they would promise what was not done
+    # An ignored option would look as if it had been applied.
+    for name in ("num_steps", "block_size", "rank", "commit", "cache"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} has a causal one")
     plans: list[Plan] = []

@@ -198,19 +198,17 @@ def doctor(arguments: argparse.Namespace) -> int:
     from functools import partial
     from pathlib import Path
 
-    from dllm_rl.config import pickable
+    from dllm_rl.cli.evaluate import read_schemes
     from dllm_rl.diagnostics.doctor import diagnose
     from dllm_rl.diagnostics.findings import write_doctor
     from dllm_rl.models.tokens import encode, usual_length
     from dllm_rl.samplers import sampler_for
     from dllm_rl.tasks.protocols import TASKS
 
-    schemes = {"none": lambda: None, **dict(sorted(pickable("dllm_rl.quantization.schemes").items()))}
-    if arguments.quantization not in schemes:
-        raise ValueError(f"quantization={arguments.quantization!r} is none of {', '.join(schemes)}")
+    make = read_schemes([arguments.quantization])[arguments.quantization]
     if arguments.task not in TASKS:
         raise ValueError(f"task={arguments.task!r} is none of {', '.join(TASKS)}")
-    scheme = schemes[arguments.quantization]()
+    scheme = make and make()
     policy = open_policy(arguments, float32_head=not arguments.half_head)
     task = TASKS[arguments.task]()
     length = arguments.max_new_tokens or usual_length(policy, task)
@@ -255,7 +253,7 @@ def verify(arguments: argparse.Namespace) -> int:
     from dllm_rl.files import folder_size
 
     path = Path(arguments.path)
-    if (path / "state.json").is_file() or (path / manifest.NAME).is_file():
+    if checkpoint.is_checkpoint(path):
         folders = [path]
     else:
         folders = [path / "reference"] * (path / "reference" / manifest.NAME).is_file()

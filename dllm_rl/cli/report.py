@@ -10,14 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.checkpoints.run_folder import DEFAULTS
+from dllm_rl.checkpoints.run_folder import defaults
 from dllm_rl.cli.sample import document, template
 from dllm_rl.files import write_text
 from dllm_rl.monitoring import plots
 from dllm_rl.monitoring.health import health
 from dllm_rl.monitoring.json_lines import current_rows, known, warmup_rows
 from dllm_rl.monitoring.plots import COLOURS, INK, PANELS, SOLVED
+from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
+from dllm_rl.supervised.recipe import SFT
 from dllm_rl.training.completion_log import shortened
 
 WORDS = ("healthy", "mild", "strong", "backfiring")
@@ -143,14 +145,12 @@ def differences(runs: Sequence[Told]) -> str:
     names: dict[str, None] = {}  # in the order of the first run that has them
     for run in runs:
         names |= dict.fromkeys(run.recipe)
+    usual = defaults(SFT if "dataset" in names else Recipe)
     lines = []
     for name in names:
         values = [run.recipe.get(name, "-") for run in runs]
-        if len(runs) == 1:
-            differs = name not in DEFAULTS or DEFAULTS[name] != values[0]
-        else:
-            differs = len(set(map(str, values))) > 1
-        if differs and name not in OWN:
+        compared = values if len(runs) > 1 else [*values, usual.get(name)]
+        if len(set(map(str, compared))) > 1 and name not in OWN:
             lines.append((name, *values))
     if len(runs) == 1:
         return table(("setting", "value"), lines) if lines else "<p>Nothing is known of it.</p>"
@@ -161,7 +161,7 @@ def written(run: Told, *, many: bool) -> list[dict[str, Any]]:
     """The stored completions as groups of the viewer, of at most STEPS evenly spread steps with first and last."""
     rows_of: dict[int, list[dict[str, Any]]] = {}
     for row in run.completions:
-        rows_of.setdefault(row["step"], []).append(replayed(row))
+        rows_of.setdefault(row["step"], []).append(row)
     steps = sorted(rows_of)
     last = len(steps) - 1
     if len(steps) > STEPS:
@@ -170,7 +170,7 @@ def written(run: Told, *, many: bool) -> list[dict[str, Any]]:
     for step in steps:
         title = f"{run.label}, step {step + 1}" if many else f"step {step + 1}"
         facts = "Of each prompt the completion of highest and the one of lowest reward."
-        groups.append({"title": escape_controls(title), "facts": facts, "rows": rows_of[step]})
+        groups.append({"title": escape_controls(title), "facts": facts, "rows": list(map(replayed, rows_of[step]))})
     return groups
 
 

@@ -25,11 +25,12 @@ from dllm_rl.device import device_name, find_device
 from dllm_rl.distributed.sharding import sharding_of
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
-BUCKET = 2**25  # numbers of a bucket of gradients; two buckets are copied at a time
+BUCKET = 2**25  # numbers per bucket of gradients: memory for two buckets is enough
 
 
 def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = False) -> None:
-    """Sum gradients over processes; the loss is already divided by global counts, so that no mean is due."""
+    """Sum gradients over processes, in place. mean: divide by their number, for a loss that each process averaged over
+    its own rows; otherwise the loss is divided by global counts already."""
     gradients = []
     for parameter in module.parameters():
         if parameter.requires_grad:

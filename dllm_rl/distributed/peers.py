@@ -42,7 +42,7 @@ class Line:
     process: int = -1  # not yet known
     name: str = "process 0"
     stage: str = "its start"
-    quiet: int = 0  # silent turns, one's own: after a Ctrl-Z of the whole job none takes the others for lost
+    quiet: int = 0  # turns of this process without a message; a process that was itself stopped counts none
     buffer: bytes = b""
 
     def tell(self, **message: Any) -> None:

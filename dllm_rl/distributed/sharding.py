@@ -39,7 +39,8 @@ def sharding_of(module: Any) -> Sharding | None:
 def shard(
     module: Any, blocks: Sequence[nn.Module], accelerator: Accelerator, *, size: int, timeout: float | None = None
 ) -> None:
-    """Shard weights, gradients and state over `size` consecutive processes (HSDP: several groups), unit by unit."""
+    """Shard weights, gradients and state over `size` consecutive processes (HSDP: several groups), unit by unit. A
+    process waits `timeout` seconds in `Sharding.anyone`, by default as long as torch does."""
     count = accelerator.num_processes
     hybrid = {"mesh_shape": (count // size, size), "mesh_dim_names": ("replicate", "shard")}
     mesh = init_device_mesh(accelerator.device.type, **(hybrid if size < count else {"mesh_shape": (count,)}))
@@ -53,8 +54,8 @@ def shard(
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     for head in heads:
         fully_shard(head, mesh=mesh, reshard_after_forward=False)
+    # Gradients are summed in every backward: kept unsharded, they take up to a quarter of what an unsharded run holds.
     for unit in module.modules():
-        # Every backward sums and shards gradients: full ones would take up to a quarter of an unsharded memory.
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)  # the loss is a sum over the global batch already
             unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
@@ -75,7 +76,8 @@ def part_like(value: Any, tensor: Tensor) -> Any:
 
 @contextmanager
 def in_pace(policy: Any, *, backward: bool = False) -> Iterator[None]:
-    """Inside, processes may run a sharded policy, always or never with a backward, a different number of times."""
+    """Let each process run a sharded policy as often as its rows need; all enter and leave together. backward: every
+    forward has one; without it, none needs gradients. An unsharded policy is left alone."""
     shards = sharding_of(policy.module)
     if shards is None:
         yield

@@ -50,9 +50,9 @@ class RunLog:
         self._done = start
         self.files: dict[str, JsonLines] = {}
         completions = completions or (directory / "completions.jsonl").exists()
-        for name in ("metrics", "completions") if completions else ("metrics",):
-            if main:
-                self.files[name] = JsonLines(directory / f"{name}.jsonl", start=start, patient=patient)
+        names = ("metrics", "completions") if completions else ("metrics",)
+        for name in names if main else ():
+            self.files[name] = JsonLines(directory / f"{name}.jsonl", start=start, patient=patient)
         self.trackers = list(trackers)
         before = current_rows(directory / "metrics.jsonl") if main and start else []
         self.last = known(before[-1]) if before else {}  # the last step's numbers
@@ -131,8 +131,9 @@ class RunLog:
         """The view of a part of the run, to be called once per step; it draws the metric `curve`."""
         rows = current_rows(self.files["metrics"].path) if self.main and completed else []
         past = [row[curve] for row in rows if row.get(curve) is not None]
-        options: dict[str, Any] = {"curve": curve, "completed": completed, "past": past}
-        return View(self.console, description, total, stage=lambda: self.entered, **options)
+        return View(
+            self.console, description, total, curve=curve, completed=completed, past=past, stage=lambda: self.entered
+        )
 
     def close(self) -> None:
         for file in self.files.values():

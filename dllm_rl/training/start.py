@@ -39,8 +39,7 @@ from dllm_rl.training.sharded_learner import check_batches, check_engine, check_
 
 
 def start(recipe: Recipe) -> Run[Recipe]:
-    """A run at its first step: fresh, warmed up and evaluated, or as a checkpoint left it. Raises ValueError
-    if the recipe cannot run."""
+    """A run at its first step, fresh or as a checkpoint left it. Raises ValueError if the recipe cannot run."""
     # 1. Refuse what needs no model, and join the processes. From here on a signal ends the process at once.
     if recipe.zero_mismatch:
         prepare_workspace()
@@ -111,8 +110,7 @@ def restore(
 
 
 def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
-    """The processes, the stop on a signal, and the watch over other processes (or None). Raises ValueError
-    if the batches do not divide among the processes, or a tracker is not installed."""
+    """The processes, the stop on a signal, the watch over processes (or None). Raises ValueError if they do not fit."""
     ended_by_launcher()
     check_trackers(recipe)
     directory = str(Path(recipe.directory) / "tensorboard")

@@ -2,11 +2,17 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+from sft_toys import tiny_sft
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import manifest
+from dllm_rl.checkpoints.run_folder import defaults
+from dllm_rl.recipe import Recipe
+from dllm_rl.supervised.recipe import SFT
+from dllm_rl.supervised.train import fine_tune
 from dllm_rl.training.loop import train
 
 
@@ -53,3 +59,20 @@ def test_a_resume_with_another_recipe(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=1))
     with pytest.raises(ValueError, match=r"learning_rate=0\.1 differs from the checkpoint's"):
         train(tiny_recipe(tmp_path, learning_rate=0.1, resume_from_checkpoint="latest"))
+
+
+def test_a_checkpoint_of_another_kind_of_run_is_refused_as_such(tmp_path):
+    """Also where a field that both kinds have differs, and with no word of damage."""
+    rl = tiny_recipe(tmp_path / "rl", num_steps=1, adam_beta2=0.99)
+    train(rl)
+    supervised = tiny_sft(tmp_path / "sft", num_steps=1)
+    fine_tune(supervised)
+    with pytest.raises(ValueError, match=r"of another kind of run, without .*, task, .*; give its folder as --model"):
+        train(replace(rl, output_dir=str(tmp_path / "sft"), resume_from_checkpoint="latest"))
+    with pytest.raises(ValueError, match="of another kind of run, without dataset"):
+        fine_tune(replace(supervised, output_dir=str(tmp_path / "rl"), resume_from_checkpoint="latest"))
+
+
+def test_defaults_are_the_records_own():
+    assert defaults(SFT)["max_length"] == 1024 and "max_length" not in defaults(Recipe)
+    assert "dataset" not in defaults(SFT), "it has none"

@@ -98,3 +98,12 @@ def test_a_gpu_and_its_driver(monkeypatch, extras, capsys, tmp_path):
     assert "gpu           NVIDIA H200, 150.1 GB, compute capability 9.0" in lines and "driver        570.1" in lines
     monkeypatch.setattr(env.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(OSError("no")))
     assert env.driver() is None
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, AttributeError])
+def test_a_memory_that_the_system_does_not_name_is_unknown(monkeypatch, error):
+    def sysconf(name):
+        raise error(name)
+
+    monkeypatch.setattr(env.os, "sysconf", sysconf)
+    assert env.memory_gb() is None

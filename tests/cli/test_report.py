@@ -9,7 +9,7 @@ import pytest
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.cli import main as cli
-from dllm_rl.cli.report import OWN, STEPS, replayed, report, told, written
+from dllm_rl.cli.report import OWN, STEPS, differences, replayed, report, told, written
 from dllm_rl.monitoring.plots import headline, read_summary
 from dllm_rl.training import train
 
@@ -134,8 +134,15 @@ def test_completions_are_there_to_be_replayed(runs):
 def test_a_long_run_shows_some_steps_first_and_last_among_them(runs):
     run = told(runs[0])
     many = replace(run, completions=[run.completions[0] | {"step": step} for step in range(0, 500, 5)])
+    many.completions[1].pop("prompt")  # damaged, at a step that is not shown
     titles = [group["title"] for group in written(many, many=False)]
     assert len(titles) == STEPS and titles[0] == "step 1" and titles[-1] == "step 496"
+
+
+def test_a_run_of_sft_is_compared_with_its_own_defaults(runs):
+    recipe = {"dataset": "rows.jsonl", "max_length": 1024, "packing": True, "eval_batch_size": 32}
+    text = Markup(differences([replace(told(runs[0]), summary={"recipe": recipe})])).text
+    assert text == ["setting", "value", "dataset", "rows.jsonl", "packing", "True"]
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
