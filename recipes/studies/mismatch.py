@@ -8,10 +8,10 @@ then the right one, so that none can either; CONFIDENCE: one update, ranked as L
 order. The contrasts below were written before the runs, and LEFT, of which nothing is claimed, was added after them.
 What the numbers say: mismatch_reading.md.
 
-mismatch.md also has the arms "AIS error" and "SNIS" and two contrasts of theirs: their correctors did not help and are
-no longer in the library (formulas: gradients.md). A table that is written again has no row of them.
+mismatch.md and mismatch.json also have the arms "AIS error" and "SNIS", and two contrasts with them. Their correctors
+did not help and were removed from the library (formulas: gradients.md). Tables that are written again lack these rows.
 
-    python -m recipes.studies.mismatch                 run what is missing, then write mismatch.md and mismatch.png
+    python -m recipes.studies.mismatch                 run what is missing, then write tables and figure
     python -m recipes.studies.mismatch --report        write table and figure from what is there
 """
 
