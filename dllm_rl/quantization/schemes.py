@@ -39,22 +39,26 @@ class Float8DynamicEmulated:
     """torchao's dynamic float8 tensors and torch's scaled product without float8 hardware: exact, slow."""
 
 
+def _torchao() -> Any:
+    from torchao import quantization  # here: importing torchao takes seconds, and a refused recipe needs none of it
+
+    return quantization
+
+
 def float8_weight_only(*, dequantised: bool = False) -> Scheme:
     """e4m3 weights per row, products in the learner's dtype. Saves memory, not time; runs anywhere, CPU included.
 
     dequantised  round and dequantise weights once per sync instead of in every product: the same numbers in the time
                  and memory of a plain copy
     """
-    from torchao.quantization import Float8WeightOnlyConfig  # here, as in each scheme: importing torchao takes seconds
-
-    return FakeQuantize("e4m3") if dequantised else Float8WeightOnlyConfig()
+    return FakeQuantize("e4m3") if dequantised else _torchao().Float8WeightOnlyConfig()
 
 
 def float8_dynamic() -> Scheme:
     """e4m3 weights per row, e4m3 inputs per token, on float8 hardware: CUDA capability 8.9 or more, bf16 weights."""
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
-
-    return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), activation_value_lb=TINY)
+    return _torchao().Float8DynamicActivationFloat8WeightConfig(
+        granularity=_torchao().PerRow(), activation_value_lb=TINY
+    )
 
 
 def float8_dynamic_emulated() -> Float8DynamicEmulated:
@@ -64,16 +68,12 @@ def float8_dynamic_emulated() -> Float8DynamicEmulated:
 
 def int8_weight_only() -> Scheme:
     """int8 weights per row, products in the learner's dtype. Runs anywhere, CPU included."""
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return Int8WeightOnlyConfig()
+    return _torchao().Int8WeightOnlyConfig()
 
 
 def int8_dynamic() -> Scheme:
     """int8 weights per row, int8 inputs per token, integer products. Runs anywhere; faster than bf16 on many CPUs."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
-
-    return Int8DynamicActivationInt8WeightConfig()
+    return _torchao().Int8DynamicActivationInt8WeightConfig()
 
 
 def int4_weight_only(*, group_size: int = 32) -> Scheme:
@@ -81,11 +81,9 @@ def int4_weight_only(*, group_size: int = 32) -> Scheme:
 
     group_size  inputs per scale; layers whose inputs are not a multiple are not quantised
     """
-    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
-
     if group_size < 1:
         raise ValueError(f"group_size={group_size} must be at least 1")
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group_size))  # type: ignore[attr-defined]
+    return _torchao().IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=_torchao().PerGroup(group_size))  # type: ignore[attr-defined]
 
 
 def int4_packed(*, group_size: int = 128) -> Scheme:
@@ -93,11 +91,9 @@ def int4_packed(*, group_size: int = 128) -> Scheme:
 
     group_size  inputs per scale: 32, 64, 128 or 256
     """
-    from torchao.quantization import Int4WeightOnlyConfig
-
     if group_size not in (32, 64, 128, 256):
         raise ValueError(f"group_size={group_size} must be 32, 64, 128 or 256")
-    return Int4WeightOnlyConfig(group_size=group_size, int4_packing_format="tile_packed_to_4d")
+    return _torchao().Int4WeightOnlyConfig(group_size=group_size, int4_packing_format="tile_packed_to_4d")
 
 
 def fake_quantize(
@@ -127,8 +123,6 @@ def has_float8_rows() -> bool:
 
 def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Scheme:
     """The config, safe for torch's global settings and all-zero inputs. Raises ValueError if `device` cannot run it."""
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig
-
     ours = isinstance(config, FakeQuantize | Float8DynamicEmulated)
     if not ours and not any("torchao" in cls.__module__ for cls in type(config).__mro__):
         raise ValueError(f"config={config!r} is neither a torchao config nor a FakeQuantize")
@@ -139,7 +133,7 @@ def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Sc
     config = copy.copy(config)
     if hasattr(config, "set_inductor_config"):
         config.set_inductor_config = False  # torchao would change torch's global settings
-    if isinstance(config, Float8DynamicActivationFloat8WeightConfig) and config.activation_value_lb is None:
+    if isinstance(config, _torchao().Float8DynamicActivationFloat8WeightConfig) and config.activation_value_lb is None:
         # An all-zero input would give 0/0; torchao's MSLK kernels take no bound.
         config.activation_value_lb = None if "MSLK" in str(config.kernel_preference) else TINY
     return config
@@ -147,22 +141,20 @@ def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Sc
 
 def _refusal(config: Scheme, device: torch.device, dtype: torch.dtype) -> str:
     """Why the device cannot run a config, and what to use instead; else ""."""
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Int4WeightOnlyConfig, PerRow
-
     if isinstance(config, Float8DynamicEmulated):
         if device.type != "cpu":
             return f"device={device}: float8_dynamic_emulated is for CPUs; use float8_dynamic"
         if not has_float8_rows():
             return f"torch {torch.__version__} has no float8 products on this CPU; use {E4M3}, or torch 2.13"
-    if isinstance(config, Float8DynamicActivationFloat8WeightConfig):
+    if isinstance(config, _torchao().Float8DynamicActivationFloat8WeightConfig):
         if device.type != "cuda":
             return f"device={device} has no float8 products; use float8_dynamic_emulated or {E4M3}, which are slower"
         # ROCm counts capabilities in its own way.
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
             return f"device={device} is below CUDA capability 8.9, which dynamic FP8 needs; use int8_dynamic"
-        if dtype != torch.bfloat16 and isinstance(config.granularity[0], PerRow):
+        if dtype != torch.bfloat16 and isinstance(config.granularity[0], _torchao().PerRow):
             return f"dtype={dtype}: dynamic FP8 per row needs weights in bfloat16; load the policy in it"
-    if isinstance(config, Int4WeightOnlyConfig):
+    if isinstance(config, _torchao().Int4WeightOnlyConfig):
         if device.type != "cuda":
             return f"device={device} has no packed int4 kernel; use int4_weight_only"
         if dtype != torch.bfloat16:
