@@ -85,7 +85,7 @@ def test_the_estimator_of_ones_own_keeps_its_contract_and_scores_each_token_once
     assert torch.equal(noise.masked, noise.weight > 0)
 
 
-def test_the_paired_study_trains_its_arms_from_one_model_and_prints_its_tables(tmp_path):
+def test_the_paired_study_trains_its_arms_from_one_model_and_prints_its_tables(tmp_path, monkeypatch, capsys):
     (tmp_path / "study.py").write_text(example("Run a paired study"))
     study = runpy.run_path(str(tmp_path / "study.py"))["study"]
     assert [contrast.arm in study.arms and contrast.against in study.arms for contrast in study.contrasts] == [True]
@@ -94,10 +94,11 @@ def test_the_paired_study_trains_its_arms_from_one_model_and_prints_its_tables(t
     study = dataclasses.replace(study, base=dataclasses.replace(study.base, **few))
     for arm in study.arms:
         paired.run_one(study, tmp_path, 1, arm, seed=0)
-    results = paired.load(tmp_path)
+    monkeypatch.setattr("sys.argv", ["study.py", "--report", "--output_dir", str(tmp_path)])
+    results = paired.main(study, None)
     assert results["none", 0]["before"] == results["tis", 0]["before"] and "ess" in results["tis", 0]
-    assert "| tis | 1 |" in paired.table(study, results)
-    assert "| TIS raises the solve rate | tis | none |" in paired.contrasts_table(study, results)
+    printed = capsys.readouterr().out
+    assert "| tis | 1 |" in printed and "| TIS raises the solve rate | tis | none |" in printed
 
 
 @pytest.mark.slow

@@ -15,20 +15,16 @@ PEAK = 989e12  # operations a second, dense bf16: an H100's and an H200's
 # Shares of PEAK on LLaDA-8B's shapes, measured (benchmarks/README.md).
 FORWARD = 0.49  # forwards in bf16
 BACKWARD = 0.20  # forward and backward
-COPIES = {  # forwards of a rollout's copy: scheme, compiled
-    ("float8_weight_only", False): 0.25,
-    ("float8_weight_only", True): 0.54,
-    ("float8_dynamic", False): 0.29,
-    ("float8_dynamic", True): 0.84,
-}
+# Forwards of a rollout's copy: eager, compiled.
+COPIES = {"float8_weight_only": (0.25, 0.54), "float8_dynamic": (0.29, 0.84)}
 HOST = 21e-3 / 225  # seconds that the host needs for a linear layer: 21 ms for LLaDA-8B's 225
 
 
 def shares(recipe: Recipe) -> dict[str, float]:
     """The share of PEAK that each stage is taken to reach."""
     scheme = getattr(recipe.rollout_quantization, "func", recipe.rollout_quantization)
-    copy = COPIES.get((getattr(scheme, "__name__", ""), recipe.torch_compile), FORWARD)
-    return {"rollout": copy, "scoring": FORWARD, "update": BACKWARD}
+    copies = COPIES.get(getattr(scheme, "__name__", ""), (FORWARD, FORWARD))
+    return {"rollout": copies[recipe.torch_compile], "scoring": FORWARD, "update": BACKWARD}
 
 
 def seconds(recipe: Recipe, policy: Policy, prompt_tokens: int) -> dict[str, float]:
@@ -42,9 +38,15 @@ def seconds(recipe: Recipe, policy: Policy, prompt_tokens: int) -> dict[str, flo
     rows = recipe.train_batch_size * recipe.num_generations
     length = recipe.max_new_tokens or prompt_tokens
     row = prompt_tokens + recipe.max_new_tokens
-    steps, width = forwards_of_a_row(recipe, policy, length, row)
+    settings = getattr(recipe.sampler, "keywords", {})
+    steps = settings.get("num_steps") or length  # an adaptive commit rule takes fewer
+    width = row  # tokens of a row in each forward of a rollout
+    if policy.spec.attention == "causal":
+        width = 1
+    elif settings.get("cache") is not None:
+        width = settings.get("block_size") or policy.spec.block_size or length
     turns = math.ceil(rows / (recipe.rollout_batch_size or rows))
-    views = count_views(recipe, length)
+    views = count_views(recipe, length, steps)
     forwards = views * math.ceil(rows / (recipe.micro_batch_size or rows))
     view_tokens = views * rows * row
     scoring = time(view_tokens, FORWARD, forwards, passes=1 + bool(recipe.beta))
@@ -74,19 +76,9 @@ def products(policy: Policy) -> tuple[float, int]:
     return weights, layers
 
 
-def forwards_of_a_row(recipe: Recipe, policy: Policy, length: int, row: int) -> tuple[int, int]:
-    """Forwards of a rollout's row, and its tokens in each: the whole row without a cache, else a block."""
-    settings = getattr(recipe.sampler, "keywords", {})
-    if policy.spec.attention == "causal":
-        return length, 1
-    block = settings.get("block_size") or policy.spec.block_size or length
-    return settings.get("num_steps") or length, row if settings.get("cache") is None else block
-
-
-def count_views(recipe: Recipe, length: int) -> int:
+def count_views(recipe: Recipe, length: int, steps: int) -> int:
     """Views of the likelihood, by its own draw for a completion that is written from left to right."""
     tokens, mask = batch_of(1, length)
-    steps = getattr(recipe.sampler, "keywords", {}).get("num_steps") or length
     step = torch.arange(length)[None] * steps // length
     rollout = Rollout(tokens, mask, mask, step, torch.zeros(1, length), group_size=1)
     return len(recipe.likelihood.draw(rollout, torch.Generator()).weight)

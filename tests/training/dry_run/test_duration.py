@@ -101,4 +101,4 @@ def test_a_token_passes_the_experts_that_it_takes():
     ],
 )
 def test_views_are_those_that_the_likelihood_draws(estimator, views):
-    assert count_views(replace(sudoku, likelihood=estimator), 256) == views
+    assert count_views(replace(sudoku, likelihood=estimator), 256, 128) == views
