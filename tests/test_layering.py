@@ -1,4 +1,4 @@
-"""The packages from the ground up, and who may import whom. ARCHITECTURE.md says what each is for."""
+"""The packages from the ground up, and who may import whom. docs/ARCHITECTURE.md says what each is for."""
 
 import ast
 import subprocess

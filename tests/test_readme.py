@@ -47,7 +47,7 @@ def test_trls_users_are_served_in_twelve_lines(tmp_path, monkeypatch):
 def test_every_file_it_links_to_is_there():
     import re
 
-    for page in [*PAGES, *map(README.with_name, ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "ARCHITECTURE.md"))]:
+    for page in [*PAGES, README.with_name("CHANGELOG.md")]:
         prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
         for target in re.findall(r"\]\(([^)#]+)\)", prose):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
