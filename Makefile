@@ -16,6 +16,6 @@ docs:
 	$(PYTHON) -m mkdocs build --strict -f docs/site/mkdocs.yml
 
 main:
-	ACCELERATE_USE_CPU=1 OMP_NUM_THREADS=2 $(PYTHON) recipes/sudoku_tiny.py
+	.venv/bin/accelerate launch --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process 2 recipes/sudoku_tiny.py
 
 .PHONY: test slow lint docs main

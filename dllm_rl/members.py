@@ -136,9 +136,10 @@ def _started_as() -> str:
     main = sys.modules["__main__"]
     if main.__spec__ is not None:  # python -m
         return main.__spec__.name
-    if getattr(main, "__file__", None) is None:
+    file = getattr(main, "__file__", None)
+    if file is None:
         return "__main__"
-    path = Path(os.path.relpath(main.__file__)).with_suffix("")
+    path = Path(os.path.relpath(file)).with_suffix("")
     return path.name if ".." in path.parts else ".".join(path.parts)
 
 
