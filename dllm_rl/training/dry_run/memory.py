@@ -237,7 +237,7 @@ class FakeStep:
                 self.logprobs(two_chunks(self.policy, self.states()))
 
     def update(self) -> None:
-        if self.micro_rows >= self.rows and self.recipe.likelihood.name in ONE_VIEW:
+        if self.graphs or (self.micro_rows >= self.rows and self.recipe.likelihood.name in ONE_VIEW):
             # The update's only backward: no gradients of another micro-batch or view are there.
             self.policy.module.zero_grad(set_to_none=True)
         with self.autocast():
