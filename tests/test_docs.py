@@ -14,6 +14,7 @@ import yaml
 from readme import example
 
 import dllm_rl
+from dllm_rl.training.cautions import cautions
 from recipes.studies import paired
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -75,6 +76,21 @@ def test_the_quickstart_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     summary = runpy.run_path(str(tmp_path / "quick.py"))["summary"]
     assert summary["eval_problems"] == 6 and (tmp_path / "runs/quickstart/summary.json").is_file()
+
+
+def test_the_settings_for_a_real_model_are_a_recipe_without_cautions(tmp_path, monkeypatch):
+    made = []
+    tiny = dllm_rl.tiny_masked_lm(characters="0123456789+=?")
+
+    def record(model, rows, reward, **settings):
+        made.append(dllm_rl.grpo_recipe(tiny, rows, reward, **settings))
+
+    monkeypatch.setattr(dllm_rl, "grpo", record, raising=False)
+    (tmp_path / "real.py").write_text(example("A real model on one GPU"))
+    runpy.run_path(str(tmp_path / "real.py"))
+    task = made[0].task
+    assert cautions(made[0]) == [] and len(task) == 1440
+    assert [task.reward(task[0], text).value for text in ("It is 20.", "21")] == [1.0, 0.0]
 
 
 def test_the_estimator_of_ones_own_keeps_its_contract_and_scores_each_token_once(tmp_path):

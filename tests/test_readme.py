@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from dllm_rl import Recipe
 
+RUNNING = README.parent / "docs" / "running.md"
+
 
 def test_ci_runs_the_readmes_test_command():
     lines = Path(__file__).parents[1].joinpath(".ci", "run").read_text().splitlines()
@@ -57,7 +59,7 @@ def test_readme_is_read_in_minutes():
     assert len(README.read_text().splitlines()) <= 150
 
 
-def test_its_exit_statuses_are_those_of_the_code():
+def test_the_exit_statuses_of_a_run_are_those_of_the_code():
     import re
     import signal
 
@@ -66,7 +68,7 @@ def test_its_exit_statuses_are_those_of_the_code():
     from dllm_rl.tasks.deadline import STATUS
 
     rows = dict(
-        re.findall(r"^\| ([\d, ]+) \| (.*?) \|", README.read_text().partition("| exit status |")[2], re.MULTILINE)
+        re.findall(r"^\| ([\d, ]+) \| (.*?) \|", RUNNING.read_text().partition("| exit status |")[2], re.MULTILINE)
     )
     codes = next(row for row in rows if "," in row)
     named = [getattr(signal, name) for name in re.findall(r"SIG[A-Z0-9]+", rows.pop(codes))]
