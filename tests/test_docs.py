@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -123,3 +124,16 @@ def test_the_site_builds(tmp_path):
     done = subprocess.run([*command, "-d", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 'id="dllm_rl.recipe.Recipe"' in (tmp_path / "reference/training/index.html").read_text()
+
+
+def test_the_drawings_are_made_by_their_script():
+    root = Path(__file__).parents[1]
+    pictures = runpy.run_path(str(root / "docs/site/pictures.py"))
+    assert pictures["loop"]() == (root / "docs/loop.svg").read_text()
+    tokens = [{"text": text, "step": step} for text, step in (("<", 1), ("2", 0))]
+    drawn = pictures["sampler"]({"rows": [{"tokens": tokens}], "forwards": 2})
+    cells = [
+        each for each in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text") if each.get("y") == "68"
+    ]
+    assert [cell.text for cell in cells] == ["<", "2"]
+    assert [cell[0].get("keyTimes").split(";")[2] for cell in cells] == ["0.500", "0.250"], "of 4 s, two pauses"
