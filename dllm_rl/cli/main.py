@@ -12,7 +12,7 @@ from dllm_rl.screen import escape_controls, imports_interruptible, line_of
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dllm-rl", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_sample, add_evaluate, add_grade, add_doctor, add_report, add_verify, add_env):
+    for add in (add_sample, add_evaluate, add_grade, add_lm_eval, add_doctor, add_report, add_verify, add_env):
         add(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -171,6 +171,20 @@ def grade(arguments: argparse.Namespace) -> None:
     from dllm_rl.evaluation.results import grade_file
 
     print(json.dumps(grade_file(arguments.file, task=arguments.task, protocol=arguments.protocol)))
+
+
+def add_lm_eval(commands: argparse._SubParsersAction) -> None:
+    about = "lm-evaluation-harness with --model dllm_rl; its own options follow"
+    # No text begins an option here: all are the harness's.
+    sub = commands.add_parser("lm-eval", help=about, add_help=False, prefix_chars="\0")
+    sub.add_argument("options", nargs="*")
+    sub.set_defaults(run=lm_eval)
+
+
+def lm_eval(arguments: argparse.Namespace) -> None:
+    from dllm_rl.cli.harness import harness_command
+
+    harness_command(arguments.options)
 
 
 def add_doctor(commands: argparse._SubParsersAction) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,8 @@ def complete(
     """The rows of a batch: every problem completed `samples` times."""
     asked = list(problems.values())
     keys = list(product(problems, range(samples)))
-    seeds = []
-    for problem, sample in keys:
-        place = (problem, sample) if sample else (problem,)  # sample 0 is what samples=1 gives
-        seeds.append(generator_for(seed, "evaluate", *place).initial_seed())
     begin = time.perf_counter()
-    prompts = encode(policy, asked, group_size=samples, seeds=seeds)
+    prompts = encode(policy, asked, group_size=samples, seeds=row_seeds(seed, keys))
     rollout = sampler(policy, prompts, generator_for(seed, "evaluate"))
     if not rollout.logprobs.isfinite().all():
         raise ValueError("the model's log-probabilities are not finite (NaN or infinity): nothing can be evaluated")
@@ -105,6 +101,15 @@ def complete(
         own = {"problem": problem, "sample": sample, "tokens": len(before_end(policy, ids))}
         rows[problem, sample] = make_row(problems[problem], text, {**own, **share, **facts})
     return rows
+
+
+def row_seeds(seed: int, keys: Sequence[tuple[int, int]]) -> list[int]:
+    """A seed per (problem, sample)."""
+    seeds = []
+    for problem, sample in keys:
+        place = (problem, sample) if sample else (problem,)  # sample 0 is what samples=1 gives
+        seeds.append(generator_for(seed, "evaluate", *place).initial_seed())
+    return seeds
 
 
 def graded(task: Task, problems: dict[int, Problem], rows: Rows, timeout: float | None) -> list[Graded]:

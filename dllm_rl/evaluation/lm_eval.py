@@ -1,18 +1,20 @@
 """A policy as a model of lm-evaluation-harness: `lm_eval.simple_evaluate(model=HarnessModel(...), tasks=[...])`."""
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 try:
+    import lm_eval.models  # noqa: F401 - the harness has its own models only if no other one was registered before
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise ImportError("lm_eval.py needs lm-evaluation-harness: pip install 'dllm_rl[harness]'") from error
 
+from dllm_rl.evaluation.evaluate import row_seeds
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, text_ids
@@ -22,15 +24,19 @@ from dllm_rl.tasks.answers import cut
 from dllm_rl.types import Prompts, Rollout
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
+MAX_NEW_TOKENS = 256  # where neither the sampler nor the task says; as other models of the harness have it
 
 
 class HarnessModel(TemplateLM):
     """Answers the harness's three kinds of request with a sampler and a likelihood estimator, in one process.
 
-    sampler     unmask or autoregress with its settings bound; of a task's generation settings only `until` is used.
+    sampler     unmask or autoregress with its settings bound. Of a task's generation settings `until` is used, and
+                `max_gen_toks` where the sampler's max_new_tokens is not bound.
     likelihood  any estimator that needs no recorded unmasking: causal(), elbo(), coupled(), quadrature() ...; nats.
     greedy      find out if greedy decoding gives the continuation (one forward per token); False: none is greedy.
-    Raises ValueError for an estimator that does not fit this policy, and for a text that is too long."""
+    Completions depend on the seed, the task's row and the sample, as those of `evaluate` do; not on the batch.
+    Raises ValueError for an estimator that does not fit this policy, for a text that is too long, and for a task that
+    samples at another temperature."""
 
     def __init__(
         self,
@@ -71,15 +77,35 @@ class HarnessModel(TemplateLM):
         return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **asked))
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        texts: list[str] = []
-        for start in range(0, len(requests), self.batch_size):
-            arguments = [request.args for request in requests[start : start + self.batch_size]]
-            contexts, settings = zip(*arguments, strict=True)
-            prompts = Prompts.from_ids(list(map(self.tok_encode, contexts)), pad_id=self.policy.pad_id)
-            rollout = self.sampler(self.policy, prompts, generator_for(self.seed, "generate", start))
-            for text, asked in zip(decode(self.policy, rollout), settings, strict=True):
-                texts.append(_cut(text, asked.get("until")))
+        settings = [request.args[1] for request in requests]
+        samples: Counter[tuple[str, int]] = Counter()  # so far, of each row of each task
+        rows = []
+        for request in requests:
+            row = (request.task_name, request.doc_id)
+            rows.append((request.doc_id, samples[row]))
+            samples[row] += 1
+        texts = [""] * len(requests)
+        for length, places in _batches([self._length(asked) for asked in settings], self.batch_size):
+            ids = [self.tok_encode(requests[place].args[0]) for place in places]
+            seeds = row_seeds(self.seed, [rows[place] for place in places])
+            prompts = Prompts.from_ids(ids, pad_id=self.policy.pad_id, seeds=seeds)
+            generator = generator_for(self.seed, "evaluate")
+            rollout = self.sampler(self.policy, prompts, generator, max_new_tokens=length)
+            for place, text in zip(places, decode(self.policy, rollout), strict=True):
+                texts[place] = _cut(text, settings[place].get("until"))
+                self.cache_hook.add_partial("generate_until", requests[place].args, texts[place])
         return texts
+
+    def _length(self, asked: Mapping[str, Any]) -> int:
+        """max_new_tokens for a task's generation settings."""
+        own = getattr(self.sampler, "keywords", {})
+        temperature = asked.get("temperature") if asked.get("do_sample", True) else 0.0
+        if temperature is not None and temperature != own.get("temperature", 0.0):
+            raise ValueError(
+                f"the task samples at temperature={temperature:g}, the model at {own.get('temperature', 0.0):g}; give "
+                f"the model temperature={temperature:g}, or --gen_kwargs do_sample=False"
+            )
+        return int(own.get("max_new_tokens") or asked.get("max_gen_toks", MAX_NEW_TOKENS))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         windows: list[Pair] = []
@@ -117,18 +143,22 @@ class HarnessModel(TemplateLM):
         """Whether greedy decoding of as many tokens, one at a time, gives the continuation."""
         decoder = partial(sampler_for(self.policy), temperature=0.0)
         found = [False] * len(pairs)
-        # A batch is decoded to one length, because a diffusion model's tokens depend on how many there are.
-        by_length = defaultdict(list)
-        for place, (_, continuation) in enumerate(pairs):
-            by_length[len(continuation)].append(place)
-        for length, places in sorted(by_length.items()):
-            for start in range(0, len(places), self.batch_size):
-                some = places[start : start + self.batch_size]
-                prompts = Prompts.from_ids([pairs[place][0] for place in some], pad_id=self.policy.pad_id)
-                made = decoder(self.policy, prompts, generator_for(self.seed), max_new_tokens=length).tokens
-                for place, tokens in zip(some, made[:, prompts.tokens.shape[1] :].tolist(), strict=True):
-                    found[place] = tokens == list(pairs[place][1])
+        for length, places in _batches([len(continuation) for _, continuation in pairs], self.batch_size):
+            prompts = Prompts.from_ids([pairs[place][0] for place in places], pad_id=self.policy.pad_id)
+            made = decoder(self.policy, prompts, generator_for(self.seed), max_new_tokens=length).tokens
+            for place, tokens in zip(places, made[:, prompts.tokens.shape[1] :].tolist(), strict=True):
+                found[place] = tokens == list(pairs[place][1])
         return found
+
+
+def _batches(lengths: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
+    """A length and places that have it, at most `size`: a diffusion model's tokens depend on how many there are."""
+    by_length = defaultdict(list)
+    for place, length in enumerate(lengths):
+        by_length[length].append(place)
+    for length, places in sorted(by_length.items()):
+        for start in range(0, len(places), size):
+            yield length, places[start : start + size]
 
 
 def as_rollout(policy: Policy, pairs: Sequence[Pair]) -> Rollout:

@@ -85,3 +85,11 @@ def test_the_command_says_which_are_whole(run, capsys):
     assert main(["verify", str(run / "checkpoints" / "step-000003"), "--quick"]) == 0
     assert main(["verify", str(run.parent)]) == 2
     assert "neither a checkpoint nor a run" in capsys.readouterr().err
+
+
+def test_lm_eval_without_the_harness_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not there
+    for name in ("dllm_rl.cli.harness", "dllm_rl.evaluation.lm_eval"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert main(["lm-eval", "--model", "dllm_rl", "--tasks", "gsm8k"]) == 2
+    assert "pip install 'dllm_rl[harness]'" in capsys.readouterr().err

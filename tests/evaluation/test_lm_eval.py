@@ -11,6 +11,7 @@ from dllm_rl.likelihoods.estimators import causal, coupled, elbo, trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
+from dllm_rl.types import Prompts
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an optional extra")
 lm_tasks = pytest.importorskip("lm_eval.tasks")
@@ -23,7 +24,7 @@ BIG_HEAD = {"head_std": 1.0}  # so that an untrained model prefers some tokens t
 def diffusion(**options):
     sampler = partial(unmask, max_new_tokens=4, temperature=0.0)
     return harness.HarnessModel(
-        tiny_masked_lm(**SMALL, **BIG_HEAD), sampler=sampler, **{"likelihood": elbo(), **options}
+        tiny_masked_lm(**SMALL, **BIG_HEAD), **{"sampler": sampler, "likelihood": elbo(), **options}
     )
 
 
@@ -33,7 +34,7 @@ def autoregressive():
 
 
 def asked(*arguments):
-    return [SimpleNamespace(args=each) for each in arguments]
+    return [SimpleNamespace(args=each, task_name="t", doc_id=i) for i, each in enumerate(arguments)]
 
 
 def log_softmax(policy, text):
@@ -56,7 +57,7 @@ def test_causal_likelihoods_are_sums_of_token_log_probs():
 def test_a_greedy_continuation_is_known_as_one():
     for model in (autoregressive(), diffusion()):
         decoder = partial(model.sampler, max_new_tokens=3)
-        prompts = model._prompts([model.tok_encode("ab=")])
+        prompts = Prompts.from_ids([model.tok_encode("ab=")], pad_id=model.policy.pad_id)
         ids = decoder(model.policy, prompts, torch.Generator()).tokens[0, 3:].tolist()
         other = [*ids[:2], (ids[2] - 3 + 1) % 10 + 3]
         pairs = [(None, model.tok_encode("ab="), each) for each in (ids, other, ids[:1])]
@@ -100,6 +101,28 @@ def test_generation_stops_where_the_task_says():
     stop = text[-1]
     cut = model.generate_until(asked(("ab=", {"until": [stop, "zz"]}), ("ab=", {"until": stop})), disable_tqdm=True)
     assert cut == [text[: text.index(stop)]] * 2
+
+
+def test_a_completion_depends_on_its_row_and_sample_and_not_on_the_batch():
+    (end,) = tiny_masked_lm(**SMALL).spec.eos_ids
+    sampling = {"sampler": partial(unmask, temperature=1.0, suppress=(end,)), "seed": 3}
+    requests = asked(*[("ab=", {"max_gen_toks": 12})] * 5)
+    requests += [*requests, SimpleNamespace(args=("ab=", {"max_gen_toks": 12}), task_name="other", doc_id=0)]
+    whole = diffusion(**sampling).generate_until(requests)
+    assert whole == diffusion(**sampling, batch_size=2).generate_until(requests)
+    assert len(set(whole[:10])) > 7, "five rows, two samples of each"
+    assert whole[10] == whole[0], "another task's first sample"
+    assert set(map(len, whole)) == {12}
+
+
+def test_a_task_may_name_length_and_temperature():
+    (end,) = tiny_masked_lm(**SMALL).spec.eos_ids
+    greedy = diffusion(sampler=partial(unmask, max_new_tokens=4, suppress=(end,)))
+    asks = [{"max_gen_toks": 9}, {"temperature": 0.0}, {"do_sample": False, "temperature": 0.7}]
+    assert {len(text) for text in greedy.generate_until(asked(*(("ab=", each) for each in asks)))} == {4}
+    for wrong in ({"temperature": 0.7}, {"do_sample": True, "temperature": 0.7}):
+        with pytest.raises(ValueError, match=r"the task samples at temperature=0.7, the model at 0; give the model"):
+            greedy.generate_until(asked(("ab=", wrong)))
 
 
 def test_refusals():

@@ -1,0 +1,81 @@
+"""`dllm-rl lm-eval`: the command of lm-evaluation-harness, which then knows `--model dllm_rl`."""
+
+import inspect
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from dllm_rl.cli.options import open_policy
+from dllm_rl.config import pickable
+from dllm_rl.evaluation.lm_eval import HarnessModel
+from dllm_rl.samplers import sampler_for
+from dllm_rl.samplers.by_name import read_cache, read_commit, read_rank
+
+from lm_eval.__main__ import cli_evaluate  # isort: skip - HarnessModel's module says what to install without it
+from lm_eval.api.registry import register_model  # isort: skip
+
+READ = {"rank": read_rank, "commit": read_commit, "cache": read_cache}
+
+
+@register_model("dllm_rl")
+class NamedModel(HarnessModel):
+    """The model of `--model dllm_rl --model_args pretrained=FOLDER,NAME=VALUE,...`.
+
+    pretrained  a checkpoint's or a run's folder, or a hub's id
+    likelihood  an estimator's name, whose settings are likelihood.NAME; None: causal for a causal model, else elbo
+    options     the sampler's settings, with rank, commit and cache as `dllm-rl sample` has them"""
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        likelihood: str | None = None,
+        dtype: str = "float32",
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,  # of `--batch_size auto`, which is refused
+        greedy: bool = True,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if not str(batch_size).isdecimal() or not int(batch_size):
+            raise ValueError(f"batch_size={batch_size!r} must be a whole number from 1 on")
+        asked = Namespace(model=str(pretrained), maker=None, dtype=dtype, device=device, verify_checkpoint="full")
+        policy = open_policy(asked)
+        likelihood = likelihood or ("causal" if policy.spec.attention == "causal" else "elbo")
+        makers = pickable("dllm_rl.likelihoods.estimators")
+        if likelihood not in makers:
+            raise ValueError(f"likelihood={likelihood!r} is none of {', '.join(makers)}")
+        scoring: dict[str, Any] = {}
+        sampling: dict[str, Any] = {}
+        for name, value in options.items():
+            if name.startswith("likelihood."):
+                scoring[name.removeprefix("likelihood.")] = value
+            else:
+                sampling[name] = READ[name](str(value)) if name in READ else value
+        sampler = sampler_for(policy)
+        check(sampler.__name__, inspect.signature(sampler).bind_partial, sampling)
+        check(likelihood, inspect.signature(makers[likelihood]).bind, scoring)
+        super().__init__(
+            policy,
+            sampler=partial(sampler, **sampling),
+            likelihood=makers[likelihood](**scoring),
+            batch_size=int(batch_size),
+            greedy=greedy,
+            seed=seed,
+        )
+
+
+def check(name: str, bind: Callable[..., Any], settings: Mapping[str, Any]) -> None:
+    """Raise ValueError where a function lacks a setting, or has none of that name."""
+    try:
+        bind(**settings)
+    except TypeError as error:
+        raise ValueError(f"model_args: {name} {error}") from None
+
+
+def harness_command(arguments: Sequence[str]) -> None:
+    sys.argv[1:] = arguments  # where the harness reads them
+    cli_evaluate()
