@@ -145,13 +145,16 @@ def _refusal(config: Scheme, device: torch.device, dtype: torch.dtype) -> str:
         if device.type != "cpu":
             return f"device={device}: float8_dynamic_emulated is for CPUs; use float8_dynamic"
         if not has_float8_rows():
-            return f"torch {torch.__version__} has no float8 products on this CPU; use {E4M3}, or torch 2.13"
+            lacks = f"torch {torch.__version__} has no float8 products with a scale per row on this CPU"
+            return f"{lacks}, which float8_dynamic_emulated needs; use {E4M3}, or torch 2.13"
     if isinstance(config, _torchao().Float8DynamicActivationFloat8WeightConfig):
         if device.type != "cuda":
-            return f"device={device} has no float8 products; use float8_dynamic_emulated or {E4M3}, which are slower"
+            why = f"device={device} has no float8 products"
+            return f"{why}; use float8_weight_only, or, slower, float8_dynamic_emulated or {E4M3}"
         # ROCm counts capabilities in its own way.
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
-            return f"device={device} is below CUDA capability 8.9, which dynamic FP8 needs; use int8_dynamic"
+            below = f"device={torch.cuda.get_device_name(device)} is below CUDA capability 8.9"
+            return f"{below}, which dynamic FP8 needs; use int8_dynamic or float8_weight_only"
         if dtype != torch.bfloat16 and isinstance(config.granularity[0], _torchao().PerRow):
             return f"dtype={dtype}: dynamic FP8 per row needs weights in bfloat16; load the policy in it"
     if isinstance(config, _torchao().Int4WeightOnlyConfig):

@@ -175,7 +175,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     assert torch.equal(torch.get_rng_state(), before), "the global generator must be left alone"
     assert torch.equal(rollout.tokens, tokens), "the rollout must not be written to"
     assert _same_noise(noise, again), "the same seed must give the same masks"
-    assert told.masked is noise.masked and told.weight is noise.weight, "given() must keep the masks that it is given"
+    assert told.masked is noise.masked and told.weight is noise.weight, "with_advantages() must keep the masks"
 
     assert not (noise.masked & ~rollout.attention_mask).any(), "padding must not be masked"
     assert not noise.weight.masked_fill(completion, 0).any(), "weights must be zero off the completion"

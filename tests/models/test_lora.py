@@ -221,6 +221,10 @@ def test_settings_that_cannot_be(kwargs, words):
         Lora(**kwargs)
 
 
+def test_the_small_adapters_are_what_their_name_says():
+    assert lora_r16() == Lora(r=16, alpha=32.0)
+
+
 class Products(TorchFunctionMode):
     """Keeps the dtypes of the operands of every linear layer."""
 

@@ -31,12 +31,25 @@ def test_global_settings_and_the_users_config_are_left_alone(config):
 
 
 def test_what_a_cpu_cannot_run_is_refused_with_the_alternative():
-    with pytest.raises(ValueError, match=r"device=cpu has no float8 products.*use float8_dynamic_emulated"):
+    with pytest.raises(
+        ValueError, match=r"device=cpu has no float8 products; use float8_weight_only.*float8_dynamic_emulated"
+    ):
         quantized_copy(llada(), quantize.float8_dynamic())
     with pytest.raises(ValueError, match="device=cpu has no packed int4 kernel; use int4_weight_only"):
         quantized_copy(llada(), quantize.int4_packed())
     with pytest.raises(ValueError, match="'int8' is neither a torchao config nor a FakeQuantize"):
         quantized_copy(llada(), "int8")
+
+
+def test_refusals_name_what_does_run(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(ValueError, match=r"device=NVIDIA A100 is below .* 8.9.*use int8_dynamic or float8_weight_only"):
+        quantize.check_scheme(quantize.float8_dynamic(), cuda, torch.bfloat16)
+    monkeypatch.setattr(quantize, "has_float8_rows", lambda: False)
+    with pytest.raises(ValueError, match="with a scale per row on this CPU, which float8_dynamic_emulated needs; use"):
+        quantized_copy(llada(), quantize.float8_dynamic_emulated())
 
 
 def test_every_scheme_is_found_under_its_own_name():

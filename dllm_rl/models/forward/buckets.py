@@ -24,9 +24,11 @@ class Bucket:
 def length_buckets(
     starts: Int[Tensor, " B"], columns: int, device: torch.device | str, *, forwards: int = 1
 ) -> list[Bucket]:
-    """The buckets, longest rows first, of the least sum of (rows x columns + forwards x FORWARD[device])."""
-    # Exact, by dynamic programming over the distinct lengths, without attention's quadratic cost. `starts`: the first
-    # column of each row that is no padding, on the host; `forwards`: model calls per bucket, many with a cache.
+    """The buckets, longest rows first, of the least sum of (rows x columns + forwards x FORWARD[device]).
+
+    starts    the first column of each row that is no padding, on the host
+    forwards  model calls per bucket, many with a cache"""
+    # Exact, by dynamic programming over the distinct lengths, without attention's quadratic cost.
     distinct, count = starts.unique(return_counts=True)  # rising: the longest rows first
     begins = distinct.tolist()
     rows_before = [0, *count.cumsum(0).tolist()]
@@ -36,8 +38,7 @@ def length_buckets(
     for end in range(1, len(begins) + 1):
         costs = []
         for begin in range(end):
-            rows = rows_before[end] - rows_before[begin]
-            costs.append(best[begin] + rows * (columns - begins[begin]) + each)
+            costs.append(best[begin] + (rows_before[end] - rows_before[begin]) * (columns - begins[begin]) + each)
         best.append(min(costs))
         cut.append(costs.index(best[-1]))
     found = []
