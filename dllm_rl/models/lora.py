@@ -146,7 +146,8 @@ def add_lora(policy: Policy, lora: Lora) -> None:
         raise ValueError("lora: the policy has adapters already; merge them first (merge_lora)")
     chosen = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear) and is_target(path, names)]
     if not chosen:
-        raise ValueError(f"lora.targets={names} names no linear layer in a block of the module; name other layers")
+        kind = type(module).__name__
+        raise ValueError(f"lora.targets={names} names no linear layer in a block of {kind}; name other layers")
     stacks = [path for path, layer in module.named_modules() if is_stacked(layer)] if lora.experts else []
     if lora.experts and not stacks:
         raise ValueError(f"lora.experts=True, but {type(module).__name__} has no stacked experts; leave it out")
@@ -186,7 +187,7 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
 def without_adapters(policy: Policy) -> Policy:
     """A policy on the same weights without adapters; ValueError without any: training would change the reference."""
     if not adapted_layers(policy.module):
-        raise ValueError("the policy has no adapters to leave out; keep a copy of it as the reference")
+        raise ValueError(f"{type(policy.module).__name__} has no adapters to leave out; keep a copy as the reference")
     spec = policy.spec
     reference = copy.copy(policy)
     reference.spec = replace(spec, encode=partial(_without, spec.encode), head=partial(_without, spec.head))
@@ -196,6 +197,16 @@ def without_adapters(policy: Policy) -> Policy:
 def _without(f: Callable[..., Tensor], module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     with disable_adapters(module):
         return f(module, *args, **kwargs)
+
+
+def base_of(layer: Any) -> Any:
+    """The layer below the adapters; the layer itself without any."""
+    return layer.base_layer if isinstance(layer, LoraLinear | LoraExperts) else layer
+
+
+def is_extra(layer: nn.Module) -> bool:
+    """Whether a layer has adapters or bitsandbytes weights."""
+    return base_of(layer) is not layer or is_bitsandbytes(layer)
 
 
 def linear_of(weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None) -> nn.Linear:
@@ -227,13 +238,11 @@ def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
 
 def is_stacked(layer: nn.Module) -> bool:
     """Whether a module, adapted or not, stores gated experts without biases as two stacks (E, out, in)."""
-    layer = getattr(layer, "base_layer", layer)
-    for name in STACKS:
-        stack = getattr(layer, name, None)
-        if not isinstance(stack, nn.Parameter) or stack.dim() != 3:
-            return False
+    layer = base_of(layer)
+    stacks = [getattr(layer, name, None) for name in STACKS]
     return (
-        len(list(layer.parameters(recurse=False))) == len(STACKS)
+        all(isinstance(stack, nn.Parameter) and stack.dim() == 3 for stack in stacks)
+        and len(list(layer.parameters(recurse=False))) == len(STACKS)
         and isinstance(getattr(layer, "act_fn", None), nn.Module)
         and all(getattr(layer, name, value) == value for name, value in LAYOUT.items())
     )
@@ -242,12 +251,12 @@ def is_stacked(layer: nn.Module) -> bool:
 def adapter_state(policy: Policy) -> dict[str, Tensor]:
     """The adapters' tensors under peft's names, built from the authors' module names."""
     out: dict[str, Tensor] = {}
+    names = backwards(policy.spec)
     for path, layer in adapted_layers(policy.module).items():
         if isinstance(layer, LoraExperts):  # a stock class's own names: the authors have no stacks
-            for name, tensor in layer.saved().items():
-                out[f"{PREFIX}{path}{name}"] = tensor
+            out |= {f"{PREFIX}{path}{name}": tensor for name, tensor in layer.saved().items()}
             continue
-        stem = renamed(f"{path}.weight", backwards(policy.spec)).removesuffix(".weight")
+        stem = renamed(f"{path}.weight", names).removesuffix(".weight")
         for part in ("lora_A", "lora_B"):
             out[f"{PREFIX}{stem}.{part}.weight"] = getattr(layer, part).weight.detach()
     return out

@@ -22,7 +22,7 @@ from dllm_rl.models.checkpoint.tensors import misfits, read_tensors
 from dllm_rl.models.forward.blocks import recomputed_blocks
 from dllm_rl.models.forward.float32_head import head_in_float32
 from dllm_rl.models.lora import Lora, add_lora, without_adapters
-from dllm_rl.models.merge import own_tensors
+from dllm_rl.models.merge import has_extras, own_tensors
 from dllm_rl.models.untrusted import check_regular
 
 Moved = TypeVar("Moved", bound="_Backbone")  # beartype refuses typing.Self
@@ -91,7 +91,8 @@ class _Backbone:
         return self.head(hidden if positions is None else hidden[positions])
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
-        """Write weights (adapters merged), config and tokenizer in the checkpoint's layout, or for `load_weights`."""
+        """Write weights (adapters merged), config and tokenizer in the checkpoint's layout. Of a module that is not
+        transformers' only weights and tokenizer, for `load_weights`."""
         save_module(self.module, self.tokenizer, self.spec, directory, max_shard_size=max_shard_size)
 
     def reference(self) -> Policy:
@@ -155,7 +156,7 @@ def load_policy(
     quantization  "nf4" or "int8": a frozen bitsandbytes base for adapters; None keeps the weights as they are
     lora          adapters to train instead of the weights
     float32_head  logits in fp32 where the weights are in 16 bits; False: in the weights' dtype
-    verify_checkpoint  of a run: "full" reads every byte, "quick" the size and the first MiB of large files
+    verify_checkpoint  of a folder with a manifest: "full" reads every byte, "quick" sizes and each file's first MiB
 
     Raises ValueError on a file that differs from the manifest, an unknown architecture, missing or unexpected tensors,
     weights that are not finite, a mask id outside the vocabulary, or attention other than the family's.
@@ -177,7 +178,9 @@ def load_policy(
 @torch.no_grad()
 def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Check = "full") -> None:
     """Copy the tensors that `save_pretrained` wrote into a policy's custom module. Raises ValueError on other names or
-    shapes, or on a file that differs from the manifest; verify_checkpoint: as for `load_policy`."""
+    shapes, adapters, or a file that differs from the manifest; verify_checkpoint: as for `load_policy`."""
+    if has_extras(policy.module):
+        raise ValueError("the policy has adapters or low-bit layers; load the weights first, then add_lora")
     verify_if_there(Path(directory), verify_checkpoint)
     check_regular(Path(directory))
     state = read_tensors(Path(directory))
@@ -267,7 +270,7 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
 
     dtype  of the weights
     The head stays shifted, as in Dream: the state at t-1 predicts position t. The mask token's embedding starts as the
-    mean of all others. `save_pretrained` writes a stock folder for `load_policy`; ValueError for other models."""
+    mean of all others. `save_pretrained` writes a stock folder. ValueError for a model that is not causal."""
     policy = load_policy(path_or_id, dtype=dtype)
     module = policy.module
     tokenizer = policy.tokenizer

@@ -12,19 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl.models.base import Module, Policy
-from dllm_rl.models.lora import STACKS, LoraExperts, LoraLinear, check_mergeable
+from dllm_rl.models.lora import STACKS, LoraExperts, LoraLinear, base_of, check_mergeable
 from dllm_rl.models.merge import merged_tensor
 from dllm_rl.quantization.linear import (
     Experts,
     check_finite,
     dequantized_input,
     dequantized_weight,
-    is_quantized,
     mixture,
     quantized_forward,
     write_count,
 )
-from dllm_rl.quantization.rollout_policy import quantizable_layers, requantize
+from dllm_rl.quantization.rollout_policy import quantized_pairs, requantize
 
 
 class StraightThrough(torch.autograd.Function):
@@ -55,12 +54,11 @@ class StraightThrough(torch.autograd.Function):
 class _AlignedLinear:
     """The operand that a learner's layer shares with the rollout's."""
 
-    def __init__(self, name: str, source: Any, rollout_module: Module) -> None:
+    def __init__(self, name: str, source: Any, target: Any, rollout_module: Module) -> None:
         self.name = name
         self.source = source
+        self.target = target
         self.rollout_module = rollout_module
-        self.target: Any = rollout_module.get_submodule(name)
-        self.base: Any = source.base_layer if isinstance(source, LoraLinear | LoraExperts) else source
         self.held = list(source.parameters())  # outside of a forward: a sharded learner's parts
         self.seen = self.versions()
 
@@ -75,7 +73,8 @@ class _AlignedLinear:
         return self.product(*inputs)
 
     def product(self, *inputs: Any) -> Tensor:
-        return StraightThrough.apply(self.target, merged_tensor(self.source, "weight"), self.base.bias, *inputs)
+        weight = merged_tensor(self.source, "weight")
+        return StraightThrough.apply(self.target, weight, base_of(self.source).bias, *inputs)
 
     def refresh(self) -> None:
         check_finite({part: fine for part, _, fine in requantize(self.name, self.source, self.rollout_module)})
@@ -103,7 +102,10 @@ def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable
     if policy.version != rollout_policy.version:
         versions = f"weights_version={rollout_policy.version} of the rollout is not the learner's {policy.version}"
         raise ValueError(f"{versions}: call sync_weights(policy, rollout_policy) first")
-    links = list(aligned_layers(policy, rollout_policy))
+    links = []
+    for name, source, target in quantized_pairs(policy.module, rollout_policy.module):
+        kind = _AlignedExperts if isinstance(target, Experts) else _AlignedLinear
+        links.append(kind(name, source, target, rollout_policy.module))
     swapped: list[Any] = []
 
     def refresh() -> None:
@@ -114,7 +116,7 @@ def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable
         for link in links:
             if "forward" in vars(link.source):
                 raise ValueError(f"{link.name}.forward is already replaced: is this inside another aligned_forward()?")
-            if link.base is not link.source:  # it merges them, and so drops nothing
+            if isinstance(link.source, LoraLinear | LoraExperts):  # it merges them, and so drops nothing
                 check_mergeable(link.source.lora)
             link.source.forward = link.forward
             swapped.append(link.source)  # one by one: an error above restores what was replaced before it
@@ -122,13 +124,3 @@ def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable
     finally:
         for layer in swapped:
             del layer.forward
-
-
-def aligned_layers(policy: Policy, rollout_policy: Policy) -> Iterator[_AlignedLinear]:
-    """A link for every layer of the learner that the rollout has quantised."""
-    for name, source in quantizable_layers(policy.module):
-        target = rollout_policy.module.get_submodule(name)
-        if isinstance(target, Experts):
-            yield _AlignedExperts(name, source, rollout_policy.module)
-        elif is_quantized(target):
-            yield _AlignedLinear(name, source, rollout_policy.module)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl.models.base import Module, Policy, whole
-from dllm_rl.models.lora import STACKS, LoraLinear, is_stacked, linear_of
-from dllm_rl.models.merge import forget_quantizer, has_extras, merged_state, merged_tensor, plain_layers
+from dllm_rl.models.lora import STACKS, LoraLinear, base_of, is_stacked, linear_of
+from dllm_rl.models.merge import forget_quantizer, has_extras, layers_of, merged_state, merged_tensor, plain_layers
 from dllm_rl.quantization.linear import (
     Changes,
     Experts,
@@ -63,7 +63,7 @@ def quantized_copy(
     one. At most one layer is held twice: adapters are merged and sharded weights gathered layer by layer. Raises
     ValueError for a config that the device cannot run, NaN or infinite weights, or when nothing can be quantised."""
     module = policy.module
-    layers = module.sharding.plain if hasattr(module, "sharding") else module  # sharded: the layers without weights
+    layers = layers_of(module)
     kept: dict[str, str] = {}
     if config is not None:
         config = check_scheme(config, policy.device, dtype or next(module.parameters()).dtype)
@@ -134,9 +134,9 @@ def replacement(
         for part, weight in rollout_weights(name, held, dtype):
             new, finite[part] = quantized_linear(weight, None, config)
             stacks[part.split(".")[-2]].append(new)
-        return {id(layer): Experts(**stacks, act_fn=getattr(held, "base_layer", held).act_fn)}, finite
+        return {id(layer): Experts(**stacks, act_fn=base_of(held).act_fn)}, finite
     [(_, weight)] = rollout_weights(name, held, dtype)
-    bias = copy.deepcopy(getattr(layer, "base_layer", layer).bias, memo)
+    bias = copy.deepcopy(base_of(layer).bias, memo)
     if config is None:
         return {id(layer): linear_of(weight, bias)}, {}
     new, finite[name] = quantized_linear(weight, bias, config)
@@ -169,7 +169,7 @@ def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, s
         owners.setdefault(id(weight), []).append(name.rpartition(".")[0].removesuffix(".base_layer"))
     kept = {}
     for name, layer in plain_layers(module):
-        layer = getattr(layer, "base_layer", layer)
+        layer = base_of(layer)
         matrices = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
         if not matrices:
             continue
@@ -205,6 +205,14 @@ def quantizable_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, layer
 
 
+def quantized_pairs(module: nn.Module, rollout_module: Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Name, the learner's layer and the rollout's, of every layer that the rollout has quantised."""
+    for name, layer in quantizable_layers(module):
+        target = rollout_module.get_submodule(name)
+        if is_quantized(target) or isinstance(target, Experts):
+            yield name, layer, target
+
+
 @torch.no_grad()
 def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     """Quantise the learner's weights into the rollout policy, in place, layer by layer: no storage moves.
@@ -220,13 +228,11 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     changes: list[Changes] = []
     finite: Finite = {}
     written: set[str] = set()
-    for name, layer in quantizable_layers(policy.module):
-        target = module.get_submodule(name)
-        if is_quantized(target) or isinstance(target, Experts):
-            for part, changed, fine in requantize(name, layer, module):
-                changes.append(changed)
-                finite[part] = fine
-            written |= {f"{name}.{kind}" for kind in ("weight", *STACKS)}
+    for name, layer, _ in quantized_pairs(policy.module, module):
+        for part, changed, fine in requantize(name, layer, module):
+            changes.append(changed)
+            finite[part] = fine
+        written |= {f"{name}.{kind}" for kind in ("weight", *STACKS)}
     targets = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, value in merged_state(policy.module, skip=written):
         if name in targets:  # a tied tensor is written under its first name

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.merge import has_extras, merge_lora
 from dllm_rl.models.policy import check_tokenizer, load_policy, load_weights
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
@@ -110,9 +111,8 @@ def _check_sight(policy: Policy, tokens: Int[Tensor, "1 T"], mask: Bool[Tensor, 
 
 def _check_gradient(policy: Policy, tokens: Tensor, mask: Tensor) -> None:
     twin = copied(policy)
-    twin.module.requires_grad_(policy.lora is None)  # with adapters they alone are trained
-    for name, parameter in twin.module.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad or ".lora_" in name)
+    for name, parameter in twin.module.named_parameters():  # with adapters they alone are trained
+        parameter.requires_grad_(policy.lora is None or ".lora_" in name)
     trained = [parameter for parameter in twin.module.parameters() if parameter.requires_grad]
     if not all(parameter.dtype.is_floating_point for parameter in trained):
         return  # codes have no gradient
@@ -135,6 +135,8 @@ def _check_saving(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) 
             again = copied(policy)
             for parameter in again.module.parameters():
                 parameter.zero_()  # so that a weight that is not loaded shows
+            if has_extras(again.module):  # saved merged, as ordinary layers
+                merge_lora(again)
             load_weights(again, folder)
         found = again.logits(tokens, mask)
     exact = policy.lora is None and policy.quantization is None  # merged adapters and codes as numbers are rounded

@@ -6,7 +6,7 @@ import torch
 from own_module import own_policy
 
 from dllm_rl.models.lora import Lora, LoraLinear, add_lora
-from dllm_rl.models.merge import host_copy, own_tensors
+from dllm_rl.models.merge import host_copy, merge_lora, merged_copy, own_tensors
 
 
 def test_a_tied_tensor_has_its_first_name_alone():
@@ -38,7 +38,26 @@ def test_buffers_that_no_checkpoint_contains_are_left_out_at_every_depth():
     for owner in (module, module[0]):
         owner.register_buffer("kept", torch.zeros(1))
         owner.register_buffer("left", torch.zeros(1), persistent=False)
-    assert set(own_tensors(module)) == module.state_dict().keys() == {"kept", "0.weight", "0.kept"}
+    names = module.state_dict().keys()
+    assert set(own_tensors(module)) == names == {"kept", "0.weight", "0.kept"}
+    module[0] = LoraLinear(module[0], Lora(r=1), torch.Generator())
+    assert set(own_tensors(module)) == names
+
+
+def test_a_layer_of_ones_own_called_base_layer_is_saved():
+    """The name alone says nothing: peft, and layers in its manner, have it too."""
+    module = torch.nn.ModuleDict({"x": torch.nn.ModuleDict({"base_layer": torch.nn.Linear(2, 2)})})
+    assert own_tensors(module).keys() == module.state_dict().keys()
+
+
+def test_a_merge_leaves_the_biases_what_they_are():
+    policy = own_policy()
+    add_lora(policy, Lora(r=2))
+    bias = policy.module.blocks[0].qkv.base_layer.bias
+    alike = merged_copy(policy.module)
+    merge_lora(policy)
+    assert policy.module.blocks[0].qkv.bias is bias and alike.blocks[0].qkv.bias is not bias
+    assert type(alike.blocks[0].qkv) is torch.nn.Linear and torch.equal(alike.blocks[0].qkv.bias, bias)
 
 
 def test_a_copy_on_the_host_shares_no_storage_and_keeps_adapters():

@@ -20,6 +20,7 @@ from transformers import (
 from dllm_rl import FamilySpec, load_policy, load_weights, make_policy, register_family
 from dllm_rl.models.base import encode_roberta, mlm_head
 from dllm_rl.models.checkpoint import families
+from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import char_tokenizer
 
 TOKENS = torch.tensor([[3, 4, 5, 6, 7, 4]])
@@ -121,6 +122,13 @@ class TestAModuleOfOnesOwn:
         own_policy(characters="123").save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=r"tensors \['embed.weight', .* do not fit Own; make the module"):
             load_weights(own_policy(), tmp_path)
+
+    def test_adapters_are_added_after_the_weights(self, tmp_path):
+        policy = own_policy()
+        policy.save_pretrained(tmp_path)
+        add_lora(policy, Lora(r=2))
+        with pytest.raises(ValueError, match="load the weights first, then add_lora"):
+            load_weights(policy, tmp_path)
 
     def test_load_policy_says_what_the_folder_is(self, tmp_path):
         own_policy().save_pretrained(tmp_path)

@@ -42,3 +42,9 @@ def test_adapters_and_16_bits(tmp_path):
     check_policy(policy)
     add_lora(policy, Lora(r=2))
     check_policy(policy)
+
+
+def test_adapters_on_a_module_of_ones_own():
+    policy = own_policy()
+    add_lora(policy, Lora(r=2))
+    check_policy(policy)

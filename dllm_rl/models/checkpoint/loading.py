@@ -31,7 +31,7 @@ from dllm_rl.models.checkpoint.tensors import (
     weight_files,
     write_tensors,
 )
-from dllm_rl.models.merge import has_extras, merged_copy, merged_state, own_tensors, transient
+from dllm_rl.models.merge import has_extras, merged_copy, merged_state, own_tensors
 from dllm_rl.models.untrusted import SUFFIXES, check_plain, check_regular, check_tokenizer, show_messages, without_code
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -216,7 +216,7 @@ def find_mask_id(config: Any, tokenizer: Tokenizer, family: FamilySpec) -> int:
         why = f" (the {family.name} default {family.mask_id} belongs to a vocabulary of {family.mask_vocabulary})"
         raise ValueError(
             f"mask_token_id is neither in the config nor in the tokenizer, for a vocabulary of {config.vocab_size} "
-            f"tokens{why if family.mask_id else ''}; set mask_token_id in config.json, or tokenizer.mask_token"
+            f"tokens{'' if family.mask_id is None else why}; set mask_token_id in config.json, or tokenizer.mask_token"
         )
     if tokenizer.mask_token_id not in (None, found):
         raise ValueError(
@@ -298,7 +298,7 @@ def save_module(
             stored.save_pretrained(directory, max_shard_size=max_shard_size)
         else:
             assert spec.original is not None, "a spec of this checkpoint, not of its family"
-            merged = merged_state(module, skip=transient(module))
+            merged = merged_state(module, lasting=True)
             state = {name: tensor.detach().cpu() for name, tensor in merged}  # the device holds one extra layer
             write_tensors(to_original(state, spec, module.config), directory, max_shard_size=max_shard_size)
             dtype = str(main_dtype(state)).removeprefix("torch.")

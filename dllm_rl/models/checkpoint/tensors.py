@@ -128,6 +128,7 @@ def to_original(state: State, spec: FamilySpec, config: Any) -> State:
     if config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     out = {}
+    names = backwards(spec)
     for name, tensor in split_experts(state).items():
         stem, _, leaf = name.rpartition(".")
         attention, _, part = stem.rpartition(".")
@@ -136,7 +137,7 @@ def to_original(state: State, spec: FamilySpec, config: Any) -> State:
             if part == QKV[0]:  # one fused tensor for the three
                 out[f"{fused}.{leaf}"] = torch.cat([state[f"{attention}.{p}.{leaf}"] for p in QKV])
         else:
-            out[renamed(name, backwards(spec))] = tensor
+            out[renamed(name, names)] = tensor
     return out
 
 

@@ -14,18 +14,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dllm_rl.models.base import Module, Policy
+from dllm_rl.models.lora import base_of
 
 Routes: TypeAlias = tuple[Integer[Tensor, "R W M E"], Bool[Tensor, "R W"]]  # experts, and where to use them
 
 
 def mixtures(module: Module) -> list[Any]:
     """The layers that route tokens to experts, in the order of the blocks; none in a dense model."""
-    return [layer for layer in module.modules() if hasattr(_held(getattr(layer, "experts", None)), "gate_up_proj")]
-
-
-def _held(experts: Any) -> Any:
-    """The module of the experts' weights, in stacks or one by one."""
-    return getattr(experts, "base_layer", experts)
+    return [layer for layer in module.modules() if hasattr(base_of(getattr(layer, "experts", None)), "gate_up_proj")]
 
 
 class Routing(TorchFunctionMode):
@@ -80,7 +76,7 @@ class Routing(TorchFunctionMode):
         return out
 
     def num_experts(self, number: int) -> int:
-        return len(_held(self.layers[number].experts).gate_up_proj)
+        return len(base_of(self.layers[number].experts).gate_up_proj)
 
     def experts(self, rows: int, columns: int | None = None) -> Integer[Tensor, "R W M E"]:
         """The last forward's experts, of `rows` rows and, if packed, `columns` clean columns; bytes where ids fit."""

@@ -2,22 +2,22 @@
 
 import copy
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from dllm_rl.distributed.collectives import launched
 from dllm_rl.models.base import FamilySpec, Module, Policy
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import build_empty
-from dllm_rl.models.lora import STACKS, LoraLinear, add_lora, is_stacked
+from dllm_rl.models.lora import add_lora, base_of
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.models.tokens import prompt_ids
-from dllm_rl.quantization.rollout_policy import skip_reasons
+from dllm_rl.quantization.rollout_policy import quantizable_layers, skip_reasons
 from dllm_rl.quantization.schemes import FakeQuantize, int4_packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import autoregress, sampler_for, unmask
@@ -55,10 +55,7 @@ class MetaPolicy(DiffusionPolicy):
         return torch.device("cuda")
 
     def __init__(self, module: Module, spec: FamilySpec, tokenizer: Any) -> None:
-        self.module = module
-        self.spec = spec
-        self.tokenizer = tokenizer
-        self.version = 0
+        super().__init__(module, spec, tokenizer)
         self.parameters = sum(p.numel() for p in module.parameters())
 
 
@@ -129,17 +126,10 @@ def quantisable(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str,
     if recipe.rollout_quantization is None:
         return 0, 0, {}
     kept = skip_reasons(policy.module, recipe.rollout_quantization(), None)
-    chosen: list[Tensor] = []
-    for name, layer in policy.module.named_modules():
-        if name in kept or name.endswith((".base_layer", "lora_A", "lora_B")):
-            continue  # an adapter is merged into the layer that it wraps
-        base: Any = getattr(layer, "base_layer", layer)
-        if isinstance(layer, nn.Linear | LoraLinear):
-            chosen.append(base.weight)
-        elif is_stacked(layer):
-            for stack in STACKS:
-                chosen += getattr(base, stack).unbind()
-    return len(chosen), sum(weight.numel() for weight in chosen), kept
+    layers = [base_of(layer) for name, layer in quantizable_layers(policy.module) if name not in kept]
+    chosen = [weight for layer in layers for weight in layer.parameters(recurse=False) if weight.dim() > 1]
+    # An expert of a stack is a layer.
+    return sum(math.prod(weight.shape[:-2]) for weight in chosen), sum(map(torch.numel, chosen)), kept
 
 
 def rollout_bytes(recipe: Recipe, policy: MetaPolicy, size: int) -> int:
