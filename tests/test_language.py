@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LONGEST = 25  # words per sentence
 WORDS = (
     r"stands?|beside|anew|told apart|shared out|evened out|lies whole|held whole|laws?|laboratory|mend(?:s|ed)?"

@@ -20,6 +20,12 @@ def test_ci_runs_the_readmes_test_command():
     assert f"    {command}\n" in README.read_text()
 
 
+def test_six_lines_train(tmp_path, monkeypatch):
+    (tmp_path / "first.py").write_text(example("Train in six lines").replace("num_steps=100", "num_steps=2"))
+    monkeypatch.chdir(tmp_path)
+    assert runpy.run_path("first.py")["summary"]["eval_problems"] == 6
+
+
 def test_the_example_recipe_is_one(tmp_path):
     (tmp_path / "mine.py").write_text(example("Use it"))
     recipe = runpy.run_path(str(tmp_path / "mine.py"))["recipe"]
@@ -56,7 +62,7 @@ def test_every_file_it_links_to_is_there():
 
 
 def test_readme_is_read_in_minutes():
-    assert len(README.read_text().splitlines()) <= 150
+    assert len(README.read_text().split()) <= 500
 
 
 def test_the_exit_statuses_of_a_run_are_those_of_the_code():
