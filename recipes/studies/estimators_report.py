@@ -65,7 +65,7 @@ def _trained(runs: list[dict]) -> list[dict[str, str]]:
     for arm in dict.fromkeys(run["arm"] for run in runs):
         mine = [run for run in runs if run["arm"] == arm]
         after = [run["after"] for run in mine]
-        spread = f" ± {stdev(after):.3f}" if len(after) > 1 else ""
+        spread = f"±{stdev(after):.3f}" if len(after) > 1 else ""
         row = {"estimator": f"`{arm}`", "seeds": str(len(mine))}
         row["steps"] = f"{fmean(run['num_steps'] for run in mine):.0f}"
         row["before"] = f"{fmean(run['before'] for run in mine):.3f}"

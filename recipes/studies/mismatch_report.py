@@ -81,5 +81,5 @@ def draw(study: Study, results: Results, path: Path) -> None:
 def line(axis: Any, place: float, values: Sequence[float], colour: str) -> None:
     """Dots, and the mean with its interval above them."""
     axis.plot(values, [place] * len(values), "o", color=colour, alpha=0.35, markersize=4)
-    centre, _, half = interval(values).partition(" ± ")
+    centre, _, half = interval(values).partition("±")
     axis.errorbar(float(centre), place, xerr=float(half or 0), fmt="|", color="black", markersize=11, capsize=3)

@@ -119,7 +119,7 @@ def interval(values: Sequence[float]) -> str:
     """mean ± half-width of the 95 % interval (Student's t); the mean alone for a single value."""
     if len(values) < 2:
         return f"{mean(values):.3f}"
-    return f"{mean(values):.3f} ± {T[len(values)] * stdev(values) / len(values) ** 0.5:.3f}"
+    return f"{mean(values):.3f}±{T[len(values)] * stdev(values) / len(values) ** 0.5:.3f}"
 
 
 def sign_flip(differences: Sequence[float]) -> float:

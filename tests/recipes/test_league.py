@@ -62,8 +62,8 @@ def test_the_table_has_the_best_method_first(tmp_path, monkeypatch, capsys):
     }
     league.report(league.study_of("sudoku", 2), "sudoku", found)
     rows = [line for line in capsys.readouterr().out.splitlines() if "lr 1e-3" in line]
-    assert rows[0] == "| ours, lr 1e-3 | 2 | 0.450 ± 0.635 | 0.400, 0.500 | - | 0.300 | 70 | 40 |"
-    assert rows[1] == "| a, lr 1e-3 | 2 | 0.250 ± 0.635 | 0.200, 0.300 | 0.200 ± 0.000 | 0.300 | 70 | 40 |"
+    assert rows[0] == "| ours, lr 1e-3 | 2 | 0.450±0.635 | 0.400, 0.500 | - | 0.300 | 70 | 40 |"
+    assert rows[1] == "| a, lr 1e-3 | 2 | 0.250±0.635 | 0.200, 0.300 | 0.200±0.000 | 0.300 | 70 | 40 |"
     assert (tmp_path / "league_sudoku.png").stat().st_size > 5_000
 
 
@@ -77,4 +77,4 @@ def test_a_run_that_diverged_has_a_rate_and_no_seconds(tmp_path, monkeypatch, ca
     lines = capsys.readouterr().out.splitlines()
     assert sum("| 0.200 | 70 | 40 |" in line for line in lines) == 2
     assert any(line.startswith("| b, ") and line.endswith("| - | 70 | - |") for line in lines)
-    assert lines[-1].startswith("before RL: 0.300 ± ")
+    assert lines[-1].startswith("before RL: 0.300±")
