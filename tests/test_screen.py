@@ -133,6 +133,7 @@ def test_errors_are_one_line_without_controls(terminal):
 def test_evaluation_tables_and_bars(terminal):
     found = {"task": HOSTILE, "version": "1", "protocol": "own", "split": None, "seed": 0, "n": 1, "samples": 1}
     found |= {"model": HOSTILE, "max_new_tokens": 1, "tokens": 1, "forwards": 1, "seconds": 0.0}
+    found |= {"forwards_per_answer": 1.0, "tokens_per_forward": 1.0}
     found |= {HOSTILE: 0.5, f"{HOSTILE}_interval": [0.25, 0.75]}
     Console().print(evaluate_cli.table([found]))
     assert terminal().count(SHOWN) == 3 and "0.500  [0.250, 0.750]" in terminal()

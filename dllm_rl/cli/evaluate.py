@@ -19,9 +19,10 @@ from dllm_rl.cli.options import open_policy
 from dllm_rl.config import override, paths, pickable
 from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import OneProcess, Processes, launched, make_accelerator
+from dllm_rl.evaluation.budget import within_budget
 from dllm_rl.evaluation.completions import fingerprint
 from dllm_rl.evaluation.evaluate import evaluate, task_facts
-from dllm_rl.evaluation.results import Evaluation, headline, paired_differences
+from dllm_rl.evaluation.results import Evaluation, best_of, headline, paired_differences
 from dllm_rl.evaluation.sweep import plot_curve, varying, write_csv
 from dllm_rl.files import write_json
 from dllm_rl.members import function_of
@@ -30,12 +31,12 @@ from dllm_rl.models.tokens import usual_length
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.by_name import ADAPTIVE, read_cache, read_commit, read_rank
+from dllm_rl.samplers.by_name import ADAPTIVE, own_rank, read_cache, read_commit, read_rank
 from dllm_rl.samplers.rules import check_steps, steps_per_block
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.screen import NARROW, escape_controls, literal
 from dllm_rl.tasks import Task
-from dllm_rl.tasks.base import check_filled
+from dllm_rl.tasks.base import Problem, check_filled
 from dllm_rl.tasks.protocols import TASKS, under_protocol
 
 Plan = tuple[dict[str, Any], Callable]  # settings by name, and the sampler bound to them
@@ -83,7 +84,6 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
                     )
                 measured.append((settings, result))
                 row = {**result.summary, **settings} | ({"completions": file.name} if file else {})
-                row["steps"] = row["forwards"] / num_batches(result, arguments, processes)
                 found.append(row | compared(result, settings, first, arguments.models[0]))
         first = first or measured  # later models are compared with it
     if processes.is_main_process:
@@ -136,13 +136,6 @@ def completions_file(
     return Path(arguments.output_dir) / f"completions-{settings['max_new_tokens']}-tokens{steps}-{key}.jsonl"
 
 
-def num_batches(result: Evaluation, arguments: argparse.Namespace, processes: Processes) -> int:
-    """How many times the sampler ran, over all processes."""
-    problems = len(result.answers) // arguments.samples
-    size = min(max(1, arguments.batch_size // arguments.samples), -(-problems // processes.num_processes))
-    return -(-problems // size)  # rounded up: the last batch may be small
-
-
 def make_task(arguments: argparse.Namespace) -> Task:
     """The named task with the given split, file and settings, under its protocol (strict by default)."""
     name = arguments.task
@@ -173,11 +166,13 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan
     """(settings, sampler bound to them) for each combination of the settings that are lists."""
     if arguments.samples > 1 and arguments.temperature == 0:
         raise ValueError(f"--samples {arguments.samples} at --temperature 0 are all alike; give a temperature above 0")
+    if arguments.forwards and arguments.num_steps:
+        raise ValueError("--forwards and --num_steps both say how many steps are taken; give one of them")
     lengths = arguments.max_new_tokens or [usual_length(policy, task)]
     if policy.spec.attention != "causal":
-        return plans_of(lengths, arguments)
+        return plans_of(policy, task, lengths, arguments)
     # An ignored option would look as if it had been applied.
-    for name in ("num_steps", "block_size", "rank", "commit", "cache"):
+    for name in ("num_steps", "forwards", "block_size", "rank", "commit", "cache"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} has a causal one")
     plans: list[Plan] = []
@@ -187,20 +182,35 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan
     return plans
 
 
-def plans_of(lengths: Sequence[int], arguments: argparse.Namespace) -> list[Plan]:
+def choices(arguments: argparse.Namespace) -> tuple[Sequence[Any], ...]:
+    """The commit rules, ranks, caches and budgets; None for a rule's own rank and for no budget."""
+    lists = (arguments.commit or ["schedule"], arguments.rank or [None], arguments.cache or ["none"])
+    return (*lists, arguments.forwards or [None])
+
+
+def problems_of_a_batch(task: Task, arguments: argparse.Namespace) -> dict[int, Problem]:
+    return {i: task[i] for i in range(min(arguments.batch_size, num_problems(task, arguments)))}
+
+
+def plans_of(policy: Policy, task: Task, lengths: Sequence[int], arguments: argparse.Namespace) -> list[Plan]:
     block_size = arguments.block_size
     plans: list[Plan] = []
-    lists = (arguments.commit or ["schedule"], arguments.rank or ["confidence"], arguments.cache or ["none"])
-    for length, commit, rank, cache in product(lengths, *lists):
-        rules: dict[str, Any] = {"rank": read_rank(rank), "commit": read_commit(commit)}
-        rules["cache"] = None if cache == "none" else read_cache(cache)
+    for length, commit, rank, cache, forwards in product(lengths, *choices(arguments)):
+        rank = rank or own_rank(commit)
+        rules: dict[str, Any] = {"rank": read_rank(rank), "cache": None if cache == "none" else read_cache(cache)}
+        bound: dict[str, Any] = {"max_new_tokens": length, "num_steps": None, "block_size": block_size}
+        bound["temperature"] = arguments.temperature
+        if forwards is not None:
+            first = problems_of_a_batch(task, arguments)
+            sampler = partial(unmask, **bound, **rules)
+            commit = within_budget(policy, first, sampler, commit, forwards, seed=arguments.seed)
+        rules["commit"] = read_commit(commit)
         adaptive = function_of(rules["commit"]) in ADAPTIVE  # An adaptive rule chooses its number of steps
-        for steps in [None] if adaptive else dict.fromkeys(arguments.num_steps or [length]):
+        for steps in [None] if adaptive else dict.fromkeys(arguments.num_steps or [forwards or length]):
             check_steps(steps, length, rules["commit"])  # before the first model is run, and not amid a sweep
             if block_size and steps:
                 steps_per_block(steps, [block_size] * -(-length // block_size))
-            bound: dict[str, Any] = {"max_new_tokens": length, "num_steps": steps, "block_size": block_size}
-            bound["temperature"] = arguments.temperature
+            bound = bound | {"num_steps": steps}
             names = {"rank": rank, "commit": commit, "cache": cache}
             plans.append((bound | names, partial(unmask, **bound, **rules)))
     return plans
@@ -244,7 +254,8 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
         shown.add_row(literal(name), *(f"{mean:.3f}  [{low:.3f}, {high:.3f}]" for mean, low, high in cells))
     completions = first["n"] * first["samples"]
     shown.add_row("tokens per completion", *(f"{result['tokens'] / completions:.1f}" for result in found))
-    shown.add_row("forwards, of a batch each", *(f"{result['forwards']}" for result in found))
+    shown.add_row("forwards per answer", *(f"{result['forwards_per_answer']:.1f}" for result in found))
+    shown.add_row("tokens per forward", *(f"{result['tokens_per_forward']:.1f}" for result in found))
     shown.add_row("seconds", *(f"{result['seconds']:.1f}" for result in found))
     return shown
 
@@ -254,12 +265,13 @@ def sweep_table(found: Sequence[dict[str, Any]]) -> Table:
     metric = headline(found[0])
     against = next((row["against"] for row in found if "against" in row), None)
     text = f"difference: {metric} minus that of {against}, problem by problem, with a 95 % interval"
-    caption = literal(text, style="table.caption") if against else None
-    shown = Table(title=heading(found[0]), caption=caption, **NARROW)
     names = varying(found)
+    looked_at = [(row[metric], ", ".join(str(row.get(name)) for name in names)) for row in found]
+    said = [*[text] * bool(against), best_of(looked_at, metric), "forwards: per answer, x tokens per forward"]
+    shown = Table(title=heading(found[0]), caption=literal(". ".join(said), style="table.caption"), **NARROW)
     for name in names:
         shown.add_column(literal(name), overflow="fold")
-    for name in (metric, *["difference"] * (against is not None), "steps", "tokens", "seconds"):
+    for name in (metric, *["difference"] * (against is not None), "forwards", "seconds"):
         shown.add_column(literal(name), justify="right", no_wrap=True)
     apart = "\n" if against else " "  # room for the names of models
     for row in found:
@@ -268,6 +280,7 @@ def sweep_table(found: Sequence[dict[str, Any]]) -> Table:
         if against is not None:
             difference = row.get("difference", {}).get(metric)
             cells.append("{:+.3f}\n[{:+.3f}, {:+.3f}]".format(*difference) if difference else "")
-        cells += [f"{row['steps']:.1f}", f"{row['tokens'] / (row['n'] * row['samples']):.1f}", f"{row['seconds']:.1f}"]
+        cells.append(f"{row['forwards_per_answer']:.1f}{apart}x {row['tokens_per_forward']:.1f}")
+        cells.append(f"{row['seconds']:.1f}")
         shown.add_row(*(literal(str(row.get(name))) for name in names), *cells)
     return shown

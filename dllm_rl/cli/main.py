@@ -104,6 +104,8 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     lengths = "tokens per completion, as 128,256 (default: the task's)"
     sub.add_argument("--max_new_tokens", "--lengths", type=_numbers, help=lengths)
     sub.add_argument("--num_steps", type=_numbers, help="unmasking steps, as 1,2,4,8 (default: as tokens)")
+    budgets = "most forwards per answer, as 1,2,4: steps; or of --commit threshold, whose number is then found"
+    sub.add_argument("--forwards", type=_numbers, help=budgets)
     sub.add_argument("--quantization", type=_names, help="schemes of the weights, as none,float8_weight_only")
     sub.add_argument("--rank", type=_names, help="as confidence,max_prob")
     sub.add_argument("--commit", type=_names, help="as schedule,threshold=0.9")
@@ -119,7 +121,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--output_dir", help="keep completions; the same command continues what was interrupted")
     sub.add_argument("--json", action="store_true", help="one JSON object a setting instead of a table")
     sub.add_argument("--csv", metavar="FILE", help="also write a row a setting, with intervals and differences")
-    sub.add_argument("--plot", metavar="FILE", help="also draw accuracy against steps, as a PNG")
+    sub.add_argument("--plot", metavar="FILE", help="also draw accuracy against forwards and seconds")
     sub.set_defaults(run=evaluate)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from dllm_rl.checkpoints.run_folder import defaults
 from dllm_rl.cli.sample import document, template
+from dllm_rl.evaluation.results import best_of
 from dllm_rl.files import write_text
 from dllm_rl.monitoring import plots
 from dllm_rl.monitoring.health import health
@@ -111,8 +112,18 @@ def results(runs: Sequence[Told]) -> str:
         mismatch = ", ".join(f"{word} {words[word]}" for word in WORDS if words[word]) or "-"
         lines.append((run.label, run.recipe.get("seed", "?"), result_of(run), steps, seconds, mismatch))
     made = table(("run", "seed", "held out, before → after RL", "RL steps", "seconds", "mismatch, steps"), lines)
+    made += "".join(f"<p>{shown(text)}</p>" for text in map(validated, runs) if text)
     last = health(known(runs[0].rows[-1])) if len(runs) == 1 and runs[0].rows else None
     return made + f"<p>At the last step: {shown(f'{last[0]}: {last[1]}')}.</p>" if last else made
+
+
+def validated(run: Told) -> str:
+    """The best and the last of the validations; nothing where there are fewer than two."""
+    for name in SOLVED:
+        found = [(row[f"eval/{name}"], f"step {row['step'] + 1}") for row in run.rows if f"eval/{name}" in row]
+        if len(found) > 1:
+            return f"{run.label}, validation: {best_of(found, name.replace('_', ' '))}."
+    return ""
 
 
 def keys(runs: Sequence[Told]) -> str:

@@ -35,6 +35,8 @@ class Completions:
             self.rows = read(path)
             self.part = path.with_name(f"{path.stem}.part{accelerator.process_index}.jsonl")
             for row in self.rows.values():
+                if "steps" not in row["evaluation"]:
+                    raise ValueError(f"{path} holds completions without `steps`, of before; give another output_dir")
                 for name, value in made_with.items():  # facts that old and new rows share: weights, seed, sampler
                     before = row["evaluation"].get(name)
                     if before != value:

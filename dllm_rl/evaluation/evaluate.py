@@ -96,9 +96,10 @@ def complete(
     texts = graded_texts(policy, rollout, asked, chosen)
     # The rows of a batch share its calls and its time, so that their sum is the evaluation's cost.
     share = {"forwards": rollout.forwards / len(keys), "seconds": (time.perf_counter() - begin) / len(keys)}
+    steps = (rollout.unmask_step.amax(-1) + 1).tolist()  # a row's own forwards, up to its last writing
     rows = {}
-    for (problem, sample), text, ids in zip(keys, texts, chosen, strict=True):
-        own = {"problem": problem, "sample": sample, "tokens": len(before_end(policy, ids))}
+    for (problem, sample), text, ids, own_steps in zip(keys, texts, chosen, steps, strict=True):
+        own = {"problem": problem, "sample": sample, "tokens": len(before_end(policy, ids)), "steps": own_steps}
         rows[problem, sample] = make_row(problems[problem], text, {**own, **share, **facts})
     return rows
 
@@ -118,7 +119,7 @@ def graded(task: Task, problems: dict[int, Problem], rows: Rows, timeout: float 
     answers = []
     for (key, row), reward in zip(rows.items(), rewards, strict=True):
         made = row["evaluation"]
-        answers.append(Graded(*key, reward, made["tokens"], made["forwards"], made["seconds"]))
+        answers.append(Graded(*key, reward, made["tokens"], made["forwards"], made["seconds"], made["steps"]))
     return answers
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class Graded:
     tokens: int = 0  # before the end token; 0 here and below: unknown
     forwards: float = 0.0  # its share of the batch's
     seconds: float = 0.0  # its share of the batch's
+    steps: int = 0  # forwards that its row took part in, whatever the batch
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,10 @@ class Evaluation:
                 found[f"pass@{k}"] = {}
                 for problem, (count, _) in self.sums[right].items():
                     found[f"pass@{k}"][problem] = pass_at_k(samples, round(count), k), 1.0
-        costs = [(answer.tokens, answer.forwards, answer.seconds) for answer in self.answers]
-        tokens, forwards, seconds = map(sum, zip(*costs, strict=True))
-        cost = {"tokens": tokens, "forwards": round(forwards), "seconds": round(seconds, 3)}
+        costs = [(answer.tokens, answer.forwards, answer.seconds, answer.steps) for answer in self.answers]
+        tokens, forwards, seconds, steps = map(sum, zip(*costs, strict=True))
+        cost = {"forwards_per_answer": steps / len(costs), "tokens_per_forward": tokens / steps if steps else 0.0}
+        cost |= {"tokens": tokens, "forwards": round(forwards), "seconds": round(seconds, 3)}
         return {**self.facts, "n": problems, "samples": samples, **with_intervals(found), **cost}
 
 
@@ -84,6 +87,14 @@ def headline(names: Collection[str]) -> str:
         if name in names:
             return name
     return "reward"
+
+
+def best_of(looked_at: Sequence[tuple[float, str]], metric: str) -> str:
+    """The highest of the (value, label), of how many it is, and the last one, which no choice flatters."""
+    best, where = max(looked_at, key=itemgetter(0))
+    last, end = looked_at[-1]
+    of = f"the highest of {len(looked_at)}, which flatters it"
+    return f"best {metric}: {best:.3f} ({where}), {of}; the last: {last:.3f} ({end})"
 
 
 def paired_differences(found: Evaluation, before: Evaluation) -> dict[str, list[float]]:

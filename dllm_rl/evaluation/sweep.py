@@ -1,9 +1,9 @@
-"""Results of one task at many settings: a table of numbers, and a curve of accuracy against steps."""
+"""Results of one task at many settings: a table of numbers, and accuracy against forwards and seconds."""
 
 import csv
 from collections.abc import Sequence
 from itertools import chain
-from operator import itemgetter
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from dllm_rl.screen import escape_controls
 SAMPLER = ("max_new_tokens", "num_steps", "block_size", "temperature", "rank", "commit", "cache")
 SETTINGS = ("model", "quantization", *SAMPLER)
 FACTS = ("task", "version", "protocol", "split", "seed", "n", "samples")
-COSTS = ("steps", "tokens", "forwards", "seconds")
+COSTS = ("forwards_per_answer", "tokens_per_forward", "tokens", "forwards", "seconds")
 
 
 def varying(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -46,38 +46,48 @@ def write_csv(path: Path, found: Sequence[dict[str, Any]]) -> None:
 
 
 def plot_curve(path: Path, found: Sequence[dict[str, Any]]) -> None:
-    """A PNG: the headline metric with 95 % intervals against steps per completion; a line per other settings."""
+    """A PNG: the headline metric with 95 % intervals against forwards and seconds an answer; a line per sampler."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     metric = headline(found[0])
-    lines: dict[str, list[tuple[float, ...]]] = {}  # label -> (steps, mean, low, high) of each point
+    differ = varying(found)
+    lines: dict[str, list[dict[str, Any]]] = {}
     for row in found:
-        shown = []
-        for name in varying(found):
-            if name == "commit":
-                # The numbers of an adaptive rule (threshold=0.9, 0.8 ...) are points of one line.
-                shown.append(str(row.get(name)).partition("=")[0])
-            elif name != "num_steps":  # the axis
-                shown.append(str(row.get(name)))
-        point = (row["steps"], row[metric], *row[f"{metric}_interval"])
-        lines.setdefault(", ".join(shown), []).append(point)
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for label, points in lines.items():
-        steps, means, low, high = zip(*sorted(points, key=itemgetter(0)), strict=True)
-        # A dollar sign would begin a formula.
-        (line,) = axis.plot(steps, means, marker="o", label=escape_controls(label).replace("$", r"\$"))
-        axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
-    ticks = sorted({round(row["steps"], 1) for row in found})
-    axis.set(xlabel="steps of a completion", ylabel=metric, title=f"{found[0]['task']}, {found[0]['n']} problems")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, list(map("{:g}".format, ticks)))
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
+        # The numbers of an adaptive rule (threshold=0.9, 0.8 ...) are points of one line; steps are the axis.
+        shown = [str(row.get(name)).partition("=" if name == "commit" else "\0")[0] for name in differ]
+        label = ", ".join(text for name, text in zip(differ, shown, strict=True) if name != "num_steps")
+        lines.setdefault(label, []).append(row)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained", sharey=True)
+    for axis, cost in zip(axes, (_forwards, _seconds), strict=True):
+        for label, rows in lines.items():
+            rows = sorted(rows, key=cost)
+            low, high = zip(*(row[f"{metric}_interval"] for row in rows), strict=True)
+            along = list(map(cost, rows))
+            # A dollar sign would begin a formula.
+            text = escape_controls(label).replace("$", r"\$")
+            (line,) = axis.plot(along, [row[metric] for row in rows], marker="o", label=text)
+            axis.fill_between(along, low, high, color=line.get_color(), alpha=0.15)
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    ticks = sorted({2 ** round(log2(_forwards(row))) for row in found})
+    axes[0].set_xticks(ticks, list(map("{:g}".format, ticks)))
+    axes[0].set(xlabel="forwards per answer", ylabel=metric)
+    axes[1].set(xlabel="seconds per answer")
+    axes[1].xaxis.set_major_formatter("{x:.2g}")
+    figure.suptitle(f"{found[0]['task']}, {found[0]['n']} problems")
     if len(lines) > 1:
-        axis.legend(fontsize="small")
+        axes[0].legend(fontsize="small")
     with replacing(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
+
+
+def _forwards(row: dict[str, Any]) -> float:
+    return row["forwards_per_answer"]
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    return row["seconds"] / (row["n"] * row["samples"])

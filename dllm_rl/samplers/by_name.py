@@ -10,6 +10,7 @@ from dllm_rl.samplers.cache import Cache, block_cache, dual_cache, prefix_cache
 RANKS = {f.__name__: f for f in rules.RANKS}
 PACED = (rules.schedule, rules.late_schedule, rules.origin, revise.remask)  # in as many steps as num_steps says
 ADAPTIVE = (rules.threshold, rules.factor, rules.entropy_bound, revise.edit)
+OWN_RANKS = {"entropy_bound": "entropy", "origin": "random", "remask": "random"}  # whose scores a rule is made for
 COMMITS: dict[str, Callable] = {f.__name__: f for f in (*PACED, *ADAPTIVE)}
 CACHES: dict[str, Callable[..., Cache]] = {"block": block_cache, "prefix": prefix_cache, "dual": dual_cache}
 
@@ -33,6 +34,11 @@ def read_commit(text: str) -> Callable:
             f"commit={text!r}: {name} takes " + (f"a number, as {name}=0.9" if parameters else "no number")
         )
     return partial(COMMITS[name], **{parameters[0]: _number(text, value)}) if parameters else COMMITS[name]
+
+
+def own_rank(commit: str) -> str:
+    """The name of the rank whose scores a rule, as `read_commit` takes it, is made for."""
+    return OWN_RANKS.get(commit.partition("=")[0], "confidence")
 
 
 def read_cache(text: str) -> Cache:

@@ -112,9 +112,11 @@ def test_several_lengths_give_a_table_and_a_file_each(model, capsys, tmp_path):
 def test_tokens_are_counted_by_completion_not_by_problem():
     result = {"task": "t", "version": "1", "protocol": "own", "split": "", "seed": 0, "model": "m", "seconds": 1.0}
     result |= {"n": 5, "samples": 2, "tokens": 34, "forwards": 7, "max_new_tokens": 4}
+    result |= {"forwards_per_answer": 3.0, "tokens_per_forward": 34 / 30}
     console = Console(record=True, width=80)
     console.print(table([result]))
-    assert "tokens per completion 3.4" in " ".join(console.export_text().replace("│", " ").split())
+    text = " ".join(console.export_text().replace("│", " ").split())
+    assert "tokens per completion 3.4 forwards per answer 3.0 tokens per forward 1.1 seconds 1.0" in text
 
 
 def test_evaluate_and_grade_agree_and_a_second_run_makes_nothing_again(model, capsys, tmp_path, monkeypatch):
@@ -137,7 +139,7 @@ def test_a_sweep_keeps_every_setting_apart_and_goes_on_where_it_stopped(model, c
     # (2 steps + 2 thresholds, which decide for themselves) x 2 ranks x 2 caches x 2 schemes
     assert len(found) == 4 * 2 * 2 * 2 == len({row["completions"] for row in found})
     assert {row["num_steps"] for row in found if "threshold" in row["commit"]} == {None}
-    assert {row["steps"] for row in found if row["commit"] == "schedule"} == {1.0, 4.0}
+    assert {row["forwards_per_answer"] for row in found if row["commit"] == "schedule"} == {1.0, 4.0}
     assert len({row["sampler"] for row in found}) == 16 and len({row["weights"] for row in found}) == 2
     monkeypatch.setattr("dllm_rl.evaluation.evaluate.complete", None)  # nothing is left to be made
     again = [json.loads(line) for line in output(capsys, *command).splitlines()]
@@ -287,6 +289,8 @@ def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
         (("--task", "sudoku", "--path", "nowhere.csv"), "nowhere.csv"),
         (("--task", "sudoku", "--limit", "0"), "limit=0 must be at least 1"),
         (("--task", "sudoku", "--set", "side=9"), "clues=(10, 12) must lie in 26..81 on 9x9"),
+        (("--task", "sudoku", "--num_steps", "2", "--forwards", "2"), "--forwards and --num_steps both say"),
+        (("--task", "sudoku", "--forwards", "2", "--commit", "edit=0.5"), "commit='edit=0.5' decides its own forwards"),
         (("--task", "sudoku", "--num_steps", "8,99"), "num_steps=99 is more than the 16 tokens of a completion"),
         (("--task", "sudoku", "--samples", "0"), "samples=0 must be at least 1"),
         (("--task", "sudoku", "--samples", "4"), "--samples 4 at --temperature 0 are all alike"),
@@ -343,7 +347,7 @@ def test_a_paced_rule_with_a_number_of_its_own_takes_the_steps_that_are_asked_fo
     found = [json.loads(line) for line in output(capsys, *command).splitlines()]
     assert [(row["commit"].partition("=")[0], row["num_steps"]) for row in found] == [
         ("remask", 2), ("remask", 4), ("edit", None)]  # fmt: skip
-    assert [row["steps"] for row in found[:2]] == [2.0, 4.0]
+    assert [row["forwards_per_answer"] for row in found[:2]] == [2.0, 4.0]
 
 
 def test_an_error_obeys_no_escape_sequence_of_a_path(capsys, tmp_path):
@@ -351,3 +355,13 @@ def test_an_error_obeys_no_escape_sequence_of_a_path(capsys, tmp_path):
     path.write_text(json.dumps({"completion": "1", "numbers": [1]}) + "\n")
     message = refusal(capsys, "grade", "--task", "countdown", path)
     assert "irs.jsonl, line 1: no field 'target'" in message and "\x1b" not in message
+
+
+def test_a_budget_gives_each_sampler_its_steps_or_its_number_and_the_rank_it_is_made_for(model, capsys):
+    command = ("evaluate", model, "--task", "sudoku", "--limit", 4, "--commit", "schedule,entropy_bound", "--json")
+    found = list(map(json.loads, output(capsys, *command, "--forwards", "1,4").splitlines()))
+    assert [row["num_steps"] for row in found] == [1, 4, None, None]
+    assert [row["rank"] for row in found] == ["confidence"] * 2 + ["entropy"] * 2
+    assert [row["forwards_per_answer"] for row in found[:2]] == [1.0, 4.0]
+    assert all(row["forwards_per_answer"] <= budget for row, budget in zip(found[2:], (1, 4), strict=True))
+    assert all(row["tokens_per_forward"] == row["tokens"] / 4 / row["forwards_per_answer"] for row in found)

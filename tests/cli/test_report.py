@@ -9,7 +9,7 @@ import pytest
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.cli import main as cli
-from dllm_rl.cli.report import OWN, STEPS, differences, replayed, report, told, written
+from dllm_rl.cli.report import OWN, STEPS, Told, differences, replayed, report, results, told, validated, written
 from dllm_rl.monitoring.plots import headline, read_summary
 from dllm_rl.training import train
 
@@ -26,6 +26,15 @@ def runs(tmp_path_factory):
     train(tiny_recipe(two, **SHORT | {"seed": 1, "learning_rate": 1e-3}))
     (two / "summary.json").unlink()
     return one, two
+
+
+def test_the_best_validation_is_told_with_the_last_and_how_many_there_were():
+    rows = [{"step": step, "eval/solve_rate": rate} for step, rate in ((59, 0.25), (119, 0.5), (179, 0.375))]
+    run = Told("a<b", [{"step": 1}, *rows], [], [], {})
+    said = "a<b, validation: best solve rate: 0.500 (step 120), the highest of 3, which flatters it; the last: 0.375"
+    assert validated(run) == f"{said} (step 180)."
+    assert validated(replace(run, rows=rows[:1])) == "", "one is no choice"
+    assert said.replace("<", "&lt;") in results([run])
 
 
 class Markup(HTMLParser):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dllm_rl.evaluation.intervals import wilson
-from dllm_rl.evaluation.results import Evaluation, Graded, grade_file, interval, paired_differences
+from dllm_rl.evaluation.results import Evaluation, Graded, best_of, grade_file, interval, paired_differences
 from dllm_rl.tasks import Problem, Reward, Sudoku
 from dllm_rl.tasks.protocols import PROTOCOLS, under_protocol
 
@@ -191,3 +191,10 @@ def test_a_difference_is_of_problems_that_both_have():
     """The first problem's difference is 1; the second has no accuracy before, the third none now."""
     found = paired_differences(graded(1.0, 0.0, None), graded(0.0, None, 1.0))
     assert found["accuracy"] == [1.0, 1.0, 1.0]
+
+
+def test_the_best_is_named_with_how_many_it_is_the_best_of_and_the_last():
+    found = best_of([(0.5, "step 60"), (0.75, "step 120"), (0.625, "step 180")], "solve rate")
+    assert found == (
+        "best solve rate: 0.750 (step 120), the highest of 3, which flatters it; the last: 0.625 (step 180)"
+    )

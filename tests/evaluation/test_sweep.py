@@ -9,7 +9,14 @@ from dllm_rl.evaluation.sweep import COSTS, plot_curve, varying, write_csv
 
 def result(steps, accuracy, **settings):
     facts = {"task": "t", "n": 4, "num_steps": steps, "accuracy": accuracy}
-    cost = {"steps": steps, "tokens": 9, "forwards": 2, "seconds": 0.5}
+    cost = {
+        "forwards_per_answer": float(steps),
+        "tokens_per_forward": 9 / steps,
+        "tokens": 9,
+        "forwards": 2,
+        "seconds": 0.5,
+    }
+    facts["samples"] = 1
     return facts | settings | {"accuracy_interval": [accuracy - 0.1, accuracy + 0.1]} | cost
 
 
@@ -25,13 +32,13 @@ def test_a_table_has_a_row_per_result_and_every_difference(tmp_path):
     with (tmp_path / "a.csv").open() as file:
         first, second = csv.DictReader(file)
     written = {name: value for name, value in first.items() if value}
-    assert list(written) == ["task", "n", "num_steps", "accuracy", "accuracy_low", "accuracy_high", *COSTS]
+    assert list(written) == ["task", "n", "samples", "num_steps", "accuracy", "accuracy_low", "accuracy_high", *COSTS]
     assert list(first)[-3:] == ["accuracy_difference", "accuracy_difference_low", "accuracy_difference_high"]
-    assert (first["accuracy"], first["accuracy_low"], first["steps"]) == ("0.5", "0.4", "2")
+    assert (first["accuracy"], first["accuracy_low"], first["forwards_per_answer"]) == ("0.5", "0.4", "2.0")
     assert first["accuracy_difference"] == "" and second["accuracy_difference_low"] == "-0.5"
 
 
-def test_a_curve_has_a_line_per_rule_and_its_points_by_steps(tmp_path, monkeypatch):
+def test_a_curve_has_a_line_per_rule_and_its_points_by_forwards(tmp_path, monkeypatch):
     """The numbers of an adaptive rule are points of one line; nothing in a label is a formula."""
     plt = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.setattr(plt, "close", lambda figure: None)
@@ -41,10 +48,14 @@ def test_a_curve_has_a_line_per_rule_and_its_points_by_steps(tmp_path, monkeypat
         result(4, 0.25, commit="$a"),
     ]
     plot_curve(tmp_path / "a.png", found)
-    (axis,) = plt.gcf().axes
+    axis, seconds = plt.gcf().axes
     points = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
     assert points == {"threshold": [[2, 0.75], [3, 0.5]], r"\$a": [[4, 0.25]]}
-    assert axis.get_title() == "t, 4 problems" and axis.get_ylabel() == "accuracy"
+    assert {line.get_xdata()[0] for line in seconds.lines} == {0.5 / 4}
+    (band,) = {tuple(each.get_paths()[0].get_extents().intervaly) for each in axis.collections[1:]}
+    assert band == pytest.approx((0.15, 0.35)), "the interval"
+    assert plt.gcf().get_suptitle() == "t, 4 problems" and axis.get_ylabel() == "accuracy"
+    assert axis.get_xlabel() == "forwards per answer" and seconds.get_xlabel() == "seconds per answer"
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     monkeypatch.undo()
     plt.close("all")

@@ -1,0 +1,61 @@
+"""The number of an adaptive commit rule for a budget of forwards: `--commit threshold --forwards 4`."""
+
+from collections.abc import Callable
+from statistics import fmean
+
+from dllm_rl.evaluation.evaluate import complete
+from dllm_rl.models.base import Policy
+from dllm_rl.samplers.by_name import PACED, read_commit
+from dllm_rl.tasks.base import Problem
+from dllm_rl.types import Rollout
+
+# More slack writes more at once. 10^5 nats and 1 - 10^-7 are beyond what a rule meets.
+NUMBERS: dict[str, Callable[[float], float]] = {
+    "threshold": lambda slack: max(1 - slack, 1e-9),
+    "factor": lambda slack: slack,
+    "entropy_bound": lambda slack: slack,
+}
+SLACK = (-7.0, 5.0)  # log10
+HALVINGS = 10
+
+
+def within_budget(
+    policy: Policy,
+    problems: dict[int, Problem],
+    sampler: Callable[..., Rollout],
+    commit: str,
+    budget: int,
+    *,
+    seed: int,
+) -> str:
+    """The commit rule, with the number whose mean forwards per answer on the problems are the most up to the budget.
+
+    A rule of `num_steps` is returned as it is. Grades are not looked at. Costs 11 batches. Raises ValueError for a rule
+    with a number already, for `edit`, and where blocks alone take more forwards."""
+    name, _, value = commit.partition("=")
+    if name in {rule.__name__ for rule in PACED}:
+        return commit
+    if value or name not in NUMBERS:
+        remedy = f"write {name}, whose number is then found" if name in NUMBERS else f"use {', '.join(NUMBERS)}"
+        raise ValueError(f"--forwards {budget}: commit={commit!r} decides its own forwards; {remedy}")
+
+    def rule(slack: float) -> str:
+        return f"{name}={NUMBERS[name](float(f'{10**slack:.3g}')):.9g}"
+
+    def forwards(slack: float) -> float:
+        def budgeted(*arguments: object) -> Rollout:
+            return sampler(*arguments, commit=read_commit(rule(slack)))
+
+        rows = complete(policy, problems, budgeted, seed, 1, {})
+        return fmean(row["evaluation"]["steps"] for row in rows.values())
+
+    low, high = SLACK
+    if (least := forwards(high)) > budget:
+        raise ValueError(f"--forwards {budget}: commit={name} takes {least:g} at least; use larger blocks, or more")
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if forwards(middle) <= budget:
+            high = middle
+        else:
+            low = middle
+    return rule(high)
