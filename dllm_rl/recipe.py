@@ -56,11 +56,12 @@ def check_bounds(field: Field, value: Any) -> None:
 
 
 def check_fits(field: Field, value: Any) -> None:
-    """Raise ValueError on a flag for what is none (push_to_hub=True), on no function (optim="adamw_torch"), and on text
-    in place of a number or a flag (learning_rate="1e-3")."""
+    """Raise ValueError on a flag for what is none (push_to_hub=True), on no function or record (optim="adamw_torch",
+    corrector="tis"), and on text in place of a number or a flag (learning_rate="1e-3")."""
     kinds = (field.type, *get_args(field.type))
     flag = isinstance(value, bool) and bool not in kinds
-    if flag or (field.metadata.get("pick") and not callable(value)):
+    name = isinstance(value, str) and field.type in (Callable, Corrector, LikelihoodEstimator, Task)
+    if flag or name or (field.metadata.get("pick") and not callable(value)):
         raise ValueError(f"{field.name}={value!r} does not fit; it is: {field.metadata['help']}")
     for kind, like in ((bool, bool), (int, Integral), (float, Real)):
         if kind in kinds and not isinstance(value, like):

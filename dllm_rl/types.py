@@ -52,8 +52,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.support not in SUPPORTS:
             raise ValueError(f"support={self.support!r} is not one of {', '.join(SUPPORTS)}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature} must be >= 0 (0 is greedy)")
+        if not (isinstance(self.temperature, int | float) and self.temperature >= 0):
+            raise ValueError(f"temperature={self.temperature!r} must be a number >= 0 (0 is greedy)")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1, or None to keep every token")
         if self.top_p is not None and not 0 < self.top_p <= 1:

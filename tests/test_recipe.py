@@ -87,6 +87,10 @@ def test_the_objective_is_the_one_given_else_the_correctors_else_ppos(recipe):
     [
         ("optim", "adamw_torch"),
         ("loss", "gspo"),
+        ("corrector", "tis"),
+        ("likelihood", "trajectory"),
+        ("sampler", "unmask"),
+        ("task", "sudoku"),
         ("push_to_hub", True),
         ("resume_from_checkpoint", True),
         ("lora", True),

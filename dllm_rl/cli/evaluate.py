@@ -46,6 +46,7 @@ GENERATED = 500  # problems of a task that generates any number
 
 def evaluate_command(arguments: argparse.Namespace) -> None:
     task = make_task(arguments)
+    check_writable(arguments)  # before the first model is loaded
     schemes = read_schemes(arguments.quantization or ["none"])
     processes: Processes = OneProcess()
     device = find_device(arguments.device)
@@ -88,6 +89,16 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         first = first or measured  # later models are compared with it
     if processes.is_main_process:
         show(found, arguments)
+
+
+def check_writable(arguments: argparse.Namespace) -> None:
+    """Make the folders of the results. Errors: OSError where one cannot be made."""
+    for name in ("output_dir", "csv", "plot"):
+        if value := getattr(arguments, name):
+            try:
+                (Path(value) if name == "output_dir" else Path(value).parent).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OSError(f"--{name} {value!r} cannot be written ({error.strerror}); give another") from None
 
 
 def compared(result: Evaluation, settings: dict[str, Any], first: Sequence[Measured], against: str) -> dict[str, Any]:

@@ -123,7 +123,8 @@ def curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) ->
     """A metric against steps: smoothed over a twentieth of them, and pale without smoothing."""
     steps = [row["step"] + 1 for row in rows]
     values = column(rows, name)
-    (line,) = axis.plot(steps, smoothed(values, width=len(steps) // 40), **style)
+    marker = "o" if len(steps) == 1 else None  # a line of one point shows nothing
+    (line,) = axis.plot(steps, smoothed(values, width=len(steps) // 40), marker=marker, **style)
     axis.plot(steps, values, linewidth=0.7, alpha=0.3, color=line.get_color())
 
 

@@ -92,7 +92,7 @@ def task_from_dataset(
         raise ValueError("reward_funcs is empty: give at least one function")
     scales = (1.0,) * len(functions) if weights is None else tuple(map(float, weights))
     if len(scales) != len(functions):
-        raise ValueError(f"weights has {len(scales)} entries for {len(functions)} reward_funcs")
+        raise ValueError(f"{len(functions)} reward_funcs have {len(scales)} weights; give one for each")
     if not isinstance(dataset, Sized):
         raise ValueError("dataset has no length, as a streamed one: give its first rows, list(itertools.islice(...))")
     if not len(dataset):
@@ -116,7 +116,7 @@ def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
 def hold_out(rows: Any) -> tuple[Any, Any]:
     """The rows without their last tenth, and the last tenth: 1 to HELD_OUT rows. Errors: ValueError below 2 rows."""
     if len(rows) < 2:
-        raise ValueError(f"dataset has {len(rows)} row, and one is to be held out; give eval_dataset")
+        raise ValueError(f"dataset must have 2 rows, one of them held out, and has {len(rows)}; give eval_dataset")
     kept = len(rows) - min(HELD_OUT, len(rows) // 10 or 1)  # one row at least
     parts = range(kept), range(kept, len(rows))
     if hasattr(rows, "select"):  # a `datasets.Dataset`, which gives views

@@ -96,7 +96,7 @@ def translated(given: dict[str, Any]) -> dict[str, Any]:
             hint = f"the nearest is {near[0]}" if near else "help(dllm_rl.Recipe) lists all"
             raise ValueError(f"{name} is not a setting of grpo; {hint}")
         if path in found:
-            raise ValueError(f"{name}={value!r} and {path}={found[path]!r} are the same setting; give one of them")
+            raise ValueError(f"{path} is given twice, once by TRL's name; give it once")
         found[path] = value
     if "max_steps" in given and given.get("num_iterations", 1) > 1:
         raise ValueError("max_steps counts updates, and num_iterations of them are one step here; give num_steps")

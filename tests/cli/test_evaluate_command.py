@@ -287,6 +287,7 @@ def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
         (("--task", "sudoku", "--set", "clue=3"), "--set clue=3: write FIELD=VALUE, where task 'sudoku' has split, "),
         (("--task", "sudoku", "--set", "clues=ten"), "--clues 'ten' is not a valid"),
         (("--task", "sudoku", "--path", "nowhere.csv"), "nowhere.csv"),
+        (("--task", "sudoku", "--output_dir", "/dev/null/x"), "--output_dir '/dev/null/x' cannot be written (Not a"),
         (("--task", "sudoku", "--limit", "0"), "limit=0 must be at least 1"),
         (("--task", "sudoku", "--set", "side=9"), "clues=(10, 12) must lie in 26..81 on 9x9"),
         (("--task", "sudoku", "--num_steps", "2", "--forwards", "2"), "--forwards and --num_steps both say"),

@@ -42,6 +42,7 @@ def test_ticks_are_whole_steps_and_no_run_hides_another(tmp_path):
         rows = [{"step": step, "reward": 0.5} for step in range(last)]
         lines_of(axis, [rows, rows, rows], Panel("Reward", "reward", {"reward": "training"}))
         whole_steps(axis)
+        assert (axis.lines[0].get_marker() == "o") == (last == 1), "one point is no line"
         assert all(tick == round(tick) for tick in axis.get_xticks()), "a tick between two steps"
         widths = [line.get_linewidth() for line in axis.lines[::2]]
         assert widths == sorted(widths, reverse=True) and len(set(widths)) == 3

@@ -202,7 +202,7 @@ def test_a_file_of_json_lines_from_the_command_line(tmp_path, monkeypatch):
         ({"dataset": [{"a": "1"}] * 3}, "dataset: row 0: has no columns messages, prompt and completion, or text"),
         ({"dataset": [{"text": ""}] * 3}, "dataset: row 0: has nothing to learn"),
         ({"dataset": []}, "dataset is empty"),
-        ({"dataset": ROWS[:1]}, "dataset has 1 row, and one is to be held out"),
+        ({"dataset": ROWS[:1]}, "2 rows, one of them held out, and has 1;"),
         ({"max_length": 3}, "all of 15 rows are longer than max_length=3"),
         ({"max_length": 65}, "max_length=65 is more than the model's 64 positions"),
         ({"completion_length": 1}, "its completion has 2 tokens, more than completion_length=1"),
@@ -217,9 +217,7 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_written(tmp_path, ch
 
 def test_another_kind_of_run_is_not_resumed(tmp_path):
     fine_tune(tiny_sft(tmp_path, num_steps=1))
-    with pytest.raises(
-        ValueError, match=r"adam_beta2=0\.99 differs from the checkpoint's 0\.95; resume with the same recipe"
-    ):
+    with pytest.raises(ValueError, match="is of another kind of run, without eval_sampler, eval_task"):
         train(tiny_recipe(tmp_path, name="tiny", resume_from_checkpoint="latest"))
 
 

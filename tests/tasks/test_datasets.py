@@ -126,7 +126,7 @@ def test_bad_functions_and_data_sets_are_refused() -> None:
             task.reward(task[0], "4")
     with pytest.raises(ValueError, match="no column 'prompt'"):
         task_from_dataset([{"question": "q"}], reward_funcs=[right])
-    with pytest.raises(ValueError, match="weights has 1 entries for 2"):
+    with pytest.raises(ValueError, match="2 reward_funcs have 1 weights"):
         task_from_dataset(ROWS, reward_funcs=[right, short], weights=[1.0])
     with pytest.raises(ValueError, match="empty"):
         task_from_dataset(ROWS, reward_funcs=[])
