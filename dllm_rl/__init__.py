@@ -25,7 +25,7 @@ _HOME = {
     "models.tiny": "tiny_masked_lm tiny_llama tiny_moe",
     "samplers": "unmask autoregress",
     "samplers.rules": "confidence max_prob margin schedule threshold factor entropy_bound",
-    "samplers.revise": "remask edit",
+    "samplers.revise": "remask edit soft_edit",
     "samplers.cache": "block_cache prefix_cache dual_cache",
     "quantization.schemes": "float8_weight_only float8_dynamic int8_weight_only int8_dynamic "
     "int4_weight_only int4_packed fake_quantize",

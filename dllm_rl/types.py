@@ -144,6 +144,8 @@ def _opened(
 
 # What a rollout's columns hold where there is no token; other numbers are 0.
 FILLS = {"attention_mask": False, "completion_mask": False, "unmask_step": -1, "open_step": -1, "kept_ids": -1}
+FILLS |= {"event_step": -1, "event_token": -1}
+EVENTS = ("event_step", "event_token", "event_logprobs")
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,12 @@ class Rollout(_Movable):
     order_logprobs   log-prob (nats, 0 elsewhere) that its block's earlier steps left the position (`models.order`).
                      None where the order does not depend on the draws, or its probability is unknown
     experts          expert ids in M mixtures, of the state that the token was drawn from; undefined without a token
+
+    A sampler that revises (`remask`, `edit`, `soft_edit`) also records every event of each position, in order. Its
+    unmask_step and logprobs are of the last writing alone.
+    event_step       step of the event; -1 behind a position's last one
+    event_token      the token written; -1 where the position was masked again
+    event_logprobs   of the token, as drawn in that step; nats, 0 where masked again
     """
 
     tokens: Int[Tensor, "B T"]
@@ -177,7 +185,11 @@ class Rollout(_Movable):
     open_step: Int[Tensor, "B T"] | None = None  # the first step of the position's block; -1 elsewhere
     order_logprobs: Float[Tensor, "B T"] | None = None
     experts: Integer[Tensor, "B T M E"] | None = None  # None: not recorded (`records_experts`)
-    revised: bool = False  # `remask`, `edit`: step and log-prob are of the last writing, no likelihood of a completion
+    revised: bool = False  # the commit rule may rewrite what it wrote
+    event_step: Int[Tensor, "B T W"] | None = None  # None: a position is written once
+    event_token: Int[Tensor, "B T W"] | None = None
+    event_logprobs: Float[Tensor, "B T W"] | None = None
+    by_draws: bool = False  # what is rewritten depends on the tokens drawn: events are not all of the law
     batch_row: Int[Tensor, " B"] | None = None  # in the global batch, by which noise is drawn; None: rows are in order
 
     def with_support(self, support: Support) -> "Rollout":
@@ -213,32 +225,53 @@ class Rollout(_Movable):
         width = max(self.tokens.shape[1], by.tokens.shape[1])
         old = self.padded(width - self.tokens.shape[1], pad_id=pad_id)
         new = by.padded(width - by.tokens.shape[1], pad_id=pad_id)
-        if old.kept_ids is not None and new.kept_ids is not None:
-            count = max(old.kept_ids.shape[-1], new.kept_ids.shape[-1])
-            old = old.with_ids(count)
-            new = new.with_ids(count)
+        counts = list(map(max, old.slots(), new.slots()))
+        old = old.with_slots(*counts)
+        new = new.with_slots(*counts)
         changed: dict[str, Any] = {"forwards": self.forwards + by.forwards}
         for name, column in old._tensors().items():
             other = getattr(new, name)  # None: what is known of some rows alone is known of no rollout
             changed[name] = None if other is None else column.index_copy(0, rows, other)
         return dataclasses.replace(self, **changed)
 
-    def with_ids(self, count: int) -> "Rollout":
-        """`kept_ids` padded to `count` per token."""
-        if self.kept_ids is None:
-            return self
-        return dataclasses.replace(self, kept_ids=F.pad(self.kept_ids, (0, count - self.kept_ids.shape[-1]), value=-1))
+    def slots(self) -> tuple[int, int]:
+        """The most kept ids of a token, and the most events of a position; 0 where there are none."""
+        held = (self.kept_ids, self.event_step)
+        return tuple(0 if x is None else x.shape[-1] for x in held)  # type: ignore[return-value]
+
+    def with_slots(self, ids: int, events: int) -> "Rollout":
+        """`kept_ids` padded to `ids` per token, and events to `events` per position."""
+        wider: dict[str, Any] = {}
+        for name, column in self._tensors().items():
+            if name == "kept_ids" or name in EVENTS:
+                missing = (ids if name == "kept_ids" else events) - column.shape[-1]
+                wider[name] = F.pad(column, (0, missing), value=FILLS.get(name, 0))
+        return dataclasses.replace(self, **wider)
+
+    def canvas(self, step: Int[Tensor, "B T"] | None) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+        """The tokens before the given step of each position, and those that it wrote; -1 if masked, or not written.
+        None: the rollout's tokens, which are both where a position is written once."""
+        if step is None:
+            return self.tokens, self.tokens
+        if self.event_step is None or self.event_token is None:
+            raise ValueError("the rollout has no events: only a sampler that revises records them")
+        known = self.event_step >= 0
+        count = (known & (self.event_step < step[..., None])).sum(-1, keepdim=True)
+        latest = self.event_token.gather(-1, (count - 1).clamp(min=0))
+        first = torch.where(known[..., :1], -1, self.tokens[..., None])  # a position without events never changed
+        before = torch.where(count > 0, latest, first)[..., 0]
+        return before, torch.where(self.event_step == step[..., None], self.event_token, -1).amax(-1).long()
 
     @classmethod
     def joined(cls, parts: "Sequence[Rollout]", *, pad_id: int) -> "Rollout":
         """The rows of all parts, in order; narrower parts are padded on the right, like rows that ended early."""
         width = max(part.tokens.shape[1] for part in parts)  # parts end where their longest row ends
         parts = [part.padded(width - part.tokens.shape[1], pad_id=pad_id, right=True) for part in parts]
-        counts = [part.kept_ids.shape[-1] for part in parts if part.kept_ids is not None]
-        if len(counts) == len(parts):
-            parts = [part.with_ids(max(counts)) for part in parts]
-        else:  # a part in which more was kept than is recorded: no scorer could use the others' ids
+        counts = [max(column) for column in zip(*(part.slots() for part in parts), strict=True)]
+        if any(part.kept_ids is None for part in parts):
+            # A part in which more was kept than is recorded: no scorer could use the others' ids.
             parts = [dataclasses.replace(part, kept_ids=None) for part in parts]
+        parts = [part.with_slots(*counts) for part in parts]
         changed: dict[str, Any] = {"forwards": sum(part.forwards for part in parts)}
         for name in parts[0]._tensors():
             changed[name] = torch.cat([getattr(part, name) for part in parts])
@@ -301,6 +334,7 @@ class Noise(_Movable):
     learned: Bool[Tensor, " B"] | None = None  # rows whose graphs scoring may keep; None: all
     experts: Integer[Tensor, "n B T M E"] | None = None  # taken again where `routed`; n=1: for all views
     routed: Bool[Tensor, "N B T"] | None = None  # None: routers choose
+    step: Int[Tensor, "N B T"] | None = None  # revised rollouts: view n sees and scores this step (`Rollout.canvas`)
 
     def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Noise":
         return self._map(lambda x: x[keep] if x.dim() == 1 else x[:, keep][:, :, columns])
@@ -310,6 +344,11 @@ class Noise(_Movable):
         if self.experts is None or self.routed is None:
             return None
         return self.experts[view if len(self.experts) > 1 else 0], self.routed[view]
+
+    def seen(self, rollout: Rollout, view: int, mask_id: int | None) -> Int[Tensor, "B T"]:
+        """The tokens that the model sees in a view."""
+        before, _ = rollout.canvas(None if self.step is None else self.step[view])
+        return before if mask_id is None else before.masked_fill(self.masked[view], mask_id)
 
     def only(self, live: Bool[Tensor, " B"]) -> "Noise":
         """The same masks, with the other rows not scored."""

@@ -22,7 +22,7 @@ RECORDS = (correctors.Corrector, estimators.LikelihoodEstimator)
 NUMBERS = {int, float}
 GIVEN = {"num_tokens", "num_sequences", "group_size", "beta", "entropy"}  # by the learner, to functions of losses
 # Where 0 says something: no token is left out of a band or a mask, no bound on the entropy, nothing added.
-ZERO = {"low", "bound", "prompt_mask", "mix", "gamma", "eta", "tau_edit", "eps"}
+ZERO = {"low", "bound", "prompt_mask", "mix", "gamma", "eta", "rate", "tau_edit", "eps"}
 
 
 def kinds_of(annotation):

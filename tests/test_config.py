@@ -178,7 +178,17 @@ def test_a_function_that_does_not_say_what_it_returns_has_no_others_beside_it(re
     assert "mine" in choices and "max_prob" in choices and "name_of" not in choices
     assert siblings(mine) == {"mine": mine}
     weighs = siblings(correctors.no_weights)
-    rules = {"schedule", "late_schedule", "origin", "threshold", "factor", "entropy_bound", "remask", "edit"}
+    rules = {
+        "schedule",
+        "late_schedule",
+        "origin",
+        "threshold",
+        "factor",
+        "entropy_bound",
+        "remask",
+        "edit",
+        "soft_edit",
+    }
     assert set(siblings(schedule)) == rules, "of two modules, and no helper of theirs"
     assert "band_weights" in weighs and "composed" not in weighs, "its parts cannot be given as text"
 
@@ -320,7 +330,12 @@ def test_every_name_of_every_recipe_is_explained(name):
     if isinstance(recipe, Recipe):
         without_dropout = replace(without_dropout, loss=None)  # tbpo brings its own
     needed = {"threshold": ("tau", "0.9"), "factor": ("f", "1"), "entropy_bound": ("gamma", "1"), "edit": ("tau", "1")}
-    needed |= {"remask": ("eta", "0.1"), "constant": ("length", "16"), "block": ("block_size", "4")}
+    needed |= {
+        "remask": ("eta", "0.1"),
+        "soft_edit": ("rate", "0.1"),
+        "constant": ("length", "16"),
+        "block": ("block_size", "4"),
+    }
     recipes = [recipe]
     for field in (*PICKS, "sampler.cache", "optim", "kl", "lr_schedule"):
         offered = paths(without_dropout)

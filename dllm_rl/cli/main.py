@@ -48,7 +48,7 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--top_k", type=int)
     sub.add_argument("--top_p", type=float)
     sub.add_argument("--rank", help="confidence (default), max_prob, margin, entropy or random")
-    rules = "schedule (default), threshold=TAU, factor=F, entropy_bound=GAMMA, remask=ETA, edit=TAU ..."
+    rules = "schedule (default), threshold=TAU, factor=F, entropy_bound=GAMMA, remask=ETA, soft_edit=RATE ..."
     sub.add_argument("--commit", help=rules)
     sub.add_argument("--cache", help="key-value cache by name, as prefix, or dual=4 for 4 steps a refresh")
     sub.add_argument("--group_size", type=int, default=1, help="completions of each prompt")

@@ -142,10 +142,8 @@ def check_bitwise_equal(
         return
     row, position = differs.nonzero()[0].tolist()
     token = int(rollout.tokens[row, position])
-    tokens = rollout.tokens[row : row + 1]
-    if policy.spec.mask_id is not None:
-        view = int((noise.weight[:, row, position] != 0).int().argmax())  # the first that scores the token, or 0
-        tokens = tokens.masked_fill(noise.masked[view, row : row + 1], policy.spec.mask_id)
+    view = int((noise.weight[:, row, position] != 0).int().argmax())  # the first that scores the token, or 0
+    tokens = noise.seen(rollout, view, policy.spec.mask_id)[row : row + 1]
     layer = first_differing_layer(policy, rollout_policy, tokens, rollout.attention_mask[row : row + 1])
     where = f"the hidden states part at {layer}"
     if layer is None:

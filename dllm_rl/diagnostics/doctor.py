@@ -293,7 +293,8 @@ def pad_left(rollout: Rollout, noise: Noise, pad_id: int) -> tuple[Rollout, Nois
     """The same batch with PADDING more columns on the left, which should score the same."""
     wider = partial(F.pad, pad=(PADDING, 0))  # new columns are neither masked nor scored
     left = None if noise.left is None else wider(noise.left)
-    padded = replace(noise, masked=wider(noise.masked), weight=wider(noise.weight), left=left)
+    step = None if noise.step is None else wider(noise.step)
+    padded = replace(noise, masked=wider(noise.masked), weight=wider(noise.weight), left=left, step=step)
     return rollout.padded(PADDING, pad_id=pad_id), padded
 
 
@@ -322,10 +323,8 @@ def worst_layers(
     policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise, count: int
 ) -> tuple[tuple[str, float], ...]:
     """Layers by ||output under the learner - under the rollout|| / ||output||, on at most eight rows of a view."""
-    tokens = rollout.tokens[:8]
+    tokens = noise.seen(rollout, 0, policy.spec.mask_id)[:8]
     attention_mask = rollout.attention_mask[:8]
-    if policy.spec.mask_id is not None:
-        tokens = tokens.masked_fill(noise.masked[0, :8], policy.spec.mask_id)
     theirs = layer_outputs(rollout_policy, tokens, attention_mask)
     errors = {}
     for name, before in layer_outputs(policy, tokens, attention_mask).items():

@@ -27,7 +27,7 @@ from dllm_rl.types import Noise, Rollout
 
 def weighted_sum(scores: Float[Tensor, "N B T"], noise: Noise) -> Float[Tensor, "B T"]:
     """sum_n weight_n * log p(y_t | view n), per position, nats."""
-    if noise.left is None:
+    if noise.left is None and noise.step is None:
         return (scores * noise.weight).sum(0)
     total = torch.zeros_like(scores[0])
     for score, weight in zip(scores, noise.weight, strict=True):  # view by view, as a sampler adds up its record
@@ -100,6 +100,7 @@ class LikelihoodEstimator:
                 masked,
                 views.weight[n] != 0,
                 left=None if views.left is None else views.left[n],
+                step=None if views.step is None else views.step[n],
                 packed=self.packed is not None,
                 routes=views.routes(n),
                 note=taken,
@@ -275,7 +276,10 @@ def trajectory(
     Sources: TraceRL, d2's StepMerge [paper]. Under the sampler's rank `confidence` the order depends on the draws: each
     step then also scores the positions left masked, by the probability of a lower-ranked draw (`models.order` [ours]).
     The row's sum is then the exact log-probability of tokens AND order.
-    num_segments  parts into which a row's steps are merged; None: one per step, which is exact
+    A rollout that revises (`remask`, `soft_edit`) is replayed event by event [ours]: the canvas of each step is
+    rebuilt, and a position's contribution is the sum over its writings (docs/order.md).
+    num_segments  parts into which a row's steps are merged; None: one per step, which is exact, and all that a rollout
+                  that revises can have
     block_size    of a block-causal model: the same likelihood from one packed forward per place of a step in its block,
                   all blocks together; num_segments then counts the segments of a block
     order         law: also the order's part, where the rollout recorded one (rank=confidence with commit=schedule) and
@@ -302,6 +306,9 @@ def trajectory(
 
 def recorded(rollout: Rollout, noise: Noise) -> Float[Tensor, "B T"]:
     """The sampler's recorded contributions for an estimate that is `exact_for_sampler`, nats."""
+    if noise.step is not None and rollout.event_logprobs is not None:
+        # Slot by slot, in the order of `weighted_sum`.
+        return sum(rollout.event_logprobs.unbind(-1), torch.zeros_like(rollout.logprobs))
     if noise.left is None:
         return rollout.logprobs
     assert rollout.order_logprobs is not None, "positions are scored as left only where the sampler recorded it"

@@ -199,9 +199,10 @@ def draw_some_segments(rollout: Rollout, generator: Generator, *, num_segments: 
 
 def _merged(rollout: Rollout, num_segments: int | None) -> Int[Tensor, "B T"]:
     """The segment of each position: its step, or its step's part of num_segments; -1 off the completion."""
-    step = rollout.unmask_step
+    step = _last_step(rollout)
     if num_segments is None:
         return step
+    _check_not_revised(rollout, num_segments)
     steps = step.amax(-1, keepdim=True) + 1  # a row's own: rows may end early
     return torch.where(step < 0, -1, step * num_segments // steps.clamp(min=1))
 
@@ -210,16 +211,32 @@ def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | N
     """`draw_trajectory` in every block at once: view r hides what was committed r or more steps after the block's first
     step, and scores step r. Blocks count from the row's first token."""
     completion = rollout.completion_mask
-    step = rollout.unmask_step
+    step = _last_step(rollout)
+    begun = step if rollout.event_step is None else rollout.event_step[..., 0].to(step)
     block = position_ids(rollout.attention_mask) // block_size
     far = torch.iinfo(step.dtype).max  # positions off the completion are no block's first step
     blank = step.new_full((len(step), int(block.max()) + 1), far)
-    first = blank.scatter_reduce(1, block, torch.where(completion, step, far), "amin").gather(1, block)
+    first = blank.scatter_reduce(1, block, torch.where(completion, begun, far), "amin").gather(1, block)
     segment = step - first
     if num_segments is not None:
+        _check_not_revised(rollout, num_segments)
         last = (-blank).scatter_reduce(1, block, torch.where(completion, step, -far), "amax").gather(1, block)
         segment = segment * num_segments // (last - first + 1).clamp(min=1)
-    return _views(rollout, torch.where(completion, segment, -1))
+    return _views(rollout, torch.where(completion, segment, -1), first=torch.where(completion, first, 0))
+
+
+def _last_step(rollout: Rollout) -> Int[Tensor, "B T"]:
+    """The last step in which something happened to each position; -1 off the completion."""
+    step = rollout.unmask_step
+    return step if rollout.event_step is None else rollout.event_step.amax(-1).to(step)
+
+
+def _check_not_revised(rollout: Rollout, num_segments: int) -> None:
+    if rollout.revised:
+        raise ValueError(
+            f"num_segments={num_segments} merges steps, and this rollout's commit rule may write a position in several "
+            "of them (remask, soft_edit): leave num_segments at None; num_sampled scores some of the steps"
+        )
 
 
 def with_order(
@@ -245,14 +262,39 @@ def with_order(
     return dataclasses.replace(noise, weight=noise.weight + left, left=left)
 
 
-def _views(rollout: Rollout, segment: Int[Tensor, "B T"], index: Int[Tensor, "S #B 1"] | None = None) -> Noise:
+def _views(
+    rollout: Rollout,
+    segment: Int[Tensor, "B T"],
+    index: Int[Tensor, "S #B 1"] | None = None,
+    first: Int[Tensor, "B T"] | None = None,  # the step of segment 0, where steps count from each block's own
+) -> Noise:
     """View s hides segments >= index and scores segment `index` (None: each one); a negative index does neither."""
     if index is None:
         index = torch.arange(int(segment.max()) + 1, device=segment.device)[:, None, None]
     if rollout.revised:
-        raise ValueError(
-            "likelihood='trajectory' replays an unmasking that writes a position once; this rollout's commit rule may "
-            "rewrite it (remask, edit): use one_step(), elbo() or coupled()"
-        )
+        return _replayed(rollout, (index if first is None else index + first).expand(-1, *segment.shape))
     masked = rollout.completion_mask & (segment >= index) & (index >= 0)  # -2 fills up a row of few steps
     return Noise(masked, (rollout.completion_mask & (segment == index)).float())
+
+
+def _replayed(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Noise:
+    """View s sees the canvas before its step of each position, and scores what that step wrote."""
+    if rollout.by_draws or rollout.event_step is None:
+        raise ValueError(
+            "likelihood='trajectory' replays events, but which positions this rollout rewrote depends on the tokens "
+            "drawn (edit, rank=confidence), and its ratios would be biased: use soft_edit or remask with rank=random, "
+            "or one_step(), elbo() or coupled()"
+        )
+    params = rollout.sampling_params
+    if params.filters and params.support != "own":
+        raise ValueError(
+            f"sampling_support={params.support!r}: a rollout that revises records what a filter kept at each "
+            "position's last writing alone; use sampling_support='own'"
+        )
+    masked = []
+    scored = []
+    for each in step:
+        before, written = rollout.canvas(each)
+        masked.append(before < 0)
+        scored.append(written >= 0)
+    return Noise(torch.stack(masked), torch.stack(scored).float(), step=step)

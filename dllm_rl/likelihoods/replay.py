@@ -39,6 +39,11 @@ def as_sampled(noise: Noise, rollout: Rollout) -> Noise:
             "router_replay='R3' needs the rollout's experts, which its sampler did not note; sample with unmask, or "
             "set router_replay=None"
         )
+    if noise.step is not None:
+        raise ValueError(
+            "router_replay='R3': a rollout that revises (remask, soft_edit) records the experts of each position's "
+            "last writing alone; leave router_replay at None"
+        )
     routed = noise.weight != 0
     if noise.left is not None:  # no token was drawn there, so that no experts are recorded
         routed &= ~noise.left
@@ -57,11 +62,8 @@ def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, noi
     if not mixtures(policy.module):
         return None
     first = slice(None, None, rollout.group_size)  # one row per prompt: enough choices, a group's share of the work
-    mask_id = policy.spec.mask_id
     seen = rollout.attention_mask[first]
-    tokens = rollout.tokens[first]
-    if mask_id is not None:
-        tokens = tokens.masked_fill(noise.masked[0, first], mask_id)
+    tokens = noise.seen(rollout, 0, policy.spec.mask_id)[first]
     sides = []
     for each in (policy, rollout_policy):
         with Routing(each.module) as routing:

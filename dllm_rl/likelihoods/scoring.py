@@ -56,6 +56,7 @@ def score_view(
     scored: Bool[Tensor, "B T"],
     *,
     left: Bool[Tensor, "B T"] | None = None,
+    step: Int[Tensor, "B T"] | None = None,
     packed: bool = False,
     routes: Routes | None = None,
     note: Integer[Tensor, "B T M E"] | None = None,
@@ -63,11 +64,12 @@ def score_view(
     """One forward: log p of the rollout's tokens at `scored`, with `masked` positions hidden; nats, 0 elsewhere.
 
     left          positions of `scored` scored by the log-prob of having been left masked (`models.order`)
+    step          of a revised rollout: the model sees the tokens before this step, and those that it wrote are scored
     packed        every block sees the others without masks (`packed_hidden`)
     routes, note  experts to take again and where (`Noise.routes`); where the chosen experts are written
     """
     out = torch.zeros(scored.numel(), device=scored.device)
-    view = run_view(policy, rollout, masked, scored, left=left, packed=packed, routes=routes, note=note)
+    view = run_view(policy, rollout, masked, scored, left=left, step=step, packed=packed, routes=routes, note=note)
     if view is None:
         return out.view(scored.shape)
     params = rollout.sampling_params
@@ -90,6 +92,7 @@ def backward_view(
     *,
     scored: Bool[Tensor, "B T"] | None = None,
     left: Bool[Tensor, "B T"] | None = None,
+    step: Int[Tensor, "B T"] | None = None,
     packed: bool = False,
     routes: Routes | None = None,
 ) -> None:
@@ -100,7 +103,7 @@ def backward_view(
     moved = vector != 0
     if left is not None and scored is not None:
         moved |= scored & ~left & moved.any(-1, keepdim=True)
-    view = run_view(policy, rollout, masked, moved, left=left, packed=packed, routes=routes)
+    view = run_view(policy, rollout, masked, moved, left=left, step=step, packed=packed, routes=routes)
     if view is None:
         return
     at = vector.flatten()[view.plan.places]
@@ -166,13 +169,14 @@ def run_view(
     scored: Bool[Tensor, "B T"],
     *,
     left: Bool[Tensor, "B T"] | None = None,
+    step: Int[Tensor, "B T"] | None = None,
     packed: bool = False,
     routes: Routes | None = None,
     note: Integer[Tensor, "B T M E"] | None = None,
 ) -> View | None:
     """One forward with `masked` positions hidden from the model; None, and no forward, where nothing is scored."""
     group = rollout.group_size
-    tokens = rollout.tokens
+    tokens, drawn = rollout.canvas(step)
     if policy.spec.mask_id is not None:
         tokens = tokens.masked_fill(masked, policy.spec.mask_id)
     plan = plan_view(rollout, tokens, scored, left, share=not packed and routes is None)
@@ -182,7 +186,8 @@ def run_view(
     noted = None if note is None else torch.zeros_like(note[rows])
     with routed(policy, None if routes is None else (routes[0][rows], routes[1][rows]), noted):
         if packed:
-            hidden = packed_hidden(policy, rollout.tokens[rows], masked[rows], rollout.attention_mask[rows])
+            read = (masked | scored)[rows]
+            hidden = packed_hidden(policy, rollout.tokens[rows], tokens[rows], read, rollout.attention_mask[rows])
         else:
             hidden = policy.hidden(tokens[rows], rollout.attention_mask[rows])
     if plan.together:
@@ -192,7 +197,7 @@ def run_view(
         note[plan.live] = noted.repeat_interleave(group, 0)[plan.live] if plan.together else noted
     kept = rollout.kept_ids if rollout.sampling_params.support == "rollout" else None
     kept = kept if kept is None else kept.flatten(0, 1)[plan.places]
-    return View(plan, hidden.flatten(0, 1)[plan.inside], rollout.tokens.flatten()[plan.places], kept)
+    return View(plan, hidden.flatten(0, 1)[plan.inside], drawn.flatten()[plan.places], kept)
 
 
 def plan_view(
@@ -242,9 +247,14 @@ def packed_mask(attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], 
 
 
 def packed_hidden(
-    policy: Policy, tokens: Int[Tensor, "B T"], masked: Bool[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]
+    policy: Policy,
+    tokens: Int[Tensor, "B T"],
+    noisy: Int[Tensor, "B T"],
+    read: Bool[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
 ) -> Float[Tensor, "B T D"]:
-    """Final states with `masked` positions hidden in their own block only; zeros before the first block that has one.
+    """Final states where each block sees `noisy` of itself and `tokens` of the others; zeros before the first block
+    with a position to `read`.
 
     A clean and a noisy copy of the row go through one forward. Clean tokens see clean tokens of their own and earlier
     blocks, noisy tokens clean ones of earlier blocks and noisy ones of their own. Exact: each token sees what it would
@@ -255,10 +265,9 @@ def packed_hidden(
         raise ValueError(f"packed scoring is for block-causal models without a shift; the policy is {spec.name!r}")
     positions = position_ids(attention_mask)
     block = positions // spec.block_size
-    first = torch.where(masked, block, block.max() + 1).amin(-1, keepdim=True)
+    first = torch.where(read, block, block.max() + 1).amin(-1, keepdim=True)
     start = int((attention_mask & (block >= first)).any(0).long().argmax())  # before it no noisy column is needed
-    both = torch.cat([tokens, tokens.masked_fill(masked, spec.mask_id)[:, start:]], dim=1)
+    both = torch.cat([tokens, noisy[:, start:]], dim=1)
     mask = packed_mask(attention_mask, block, start)
-    states = policy.encode(both, mask, torch.cat([positions, positions[:, start:]], dim=1))
-    noisy = states[:, tokens.shape[1] :]
-    return torch.cat([noisy.new_zeros(len(noisy), start, noisy.shape[-1]), noisy], dim=1)
+    states = policy.encode(both, mask, torch.cat([positions, positions[:, start:]], dim=1))[:, tokens.shape[1] :]
+    return torch.cat([states.new_zeros(len(states), start, states.shape[-1]), states], dim=1)

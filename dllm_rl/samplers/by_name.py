@@ -8,7 +8,8 @@ from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.cache import Cache, block_cache, dual_cache, prefix_cache
 
 RANKS = {f.__name__: f for f in rules.RANKS}
-PACED = (rules.schedule, rules.late_schedule, rules.origin, revise.remask)  # in as many steps as num_steps says
+# PACED rules take as many steps as num_steps says.
+PACED = (rules.schedule, rules.late_schedule, rules.origin, revise.remask, revise.soft_edit)
 ADAPTIVE = (rules.threshold, rules.factor, rules.entropy_bound, revise.edit)
 OWN_RANKS = {"entropy_bound": "entropy", "origin": "random", "remask": "random"}  # whose scores a rule is made for
 COMMITS: dict[str, Callable] = {f.__name__: f for f in (*PACED, *ADAPTIVE)}

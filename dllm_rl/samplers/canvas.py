@@ -14,7 +14,10 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import fitting
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers.rules import name_of, steps_per_block
-from dllm_rl.types import Prompts, Rollout, SamplingParams
+from dllm_rl.types import EVENTS, FILLS, Prompts, Rollout, SamplingParams
+
+TOKENS = 0  # streams of random numbers: the draw of a token, and the numbers of ranks and commit rules
+TIES = 1
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Canvas:
     ended: Bool[Tensor, " B"] = field(init=False)  # rows that stopped early
     forwards: int = 0
     revised: bool = False  # the commit rule may rewrite what it wrote
+    by_draws: bool = False  # what it rewrites depends on the tokens drawn
+    events: list[tuple[Tensor, ...]] = field(init=False, default_factory=list)  # of revising: see `packed_events`
     # Infilling only: the T columns of the completion, those inside the prompt included. Rows may then have fewer than L
     # positions: later places are never masked, and their `columns` mean nothing.
     open: Bool[Tensor, "B T"] | None = None
@@ -62,6 +67,8 @@ class Canvas:
         self.masked[rows, places] = torch.zeros_like(rows, dtype=torch.bool)  # a number is copied, which is waited for
         self.logprobs[rows, places] = logprobs
         self.unmask_step[rows, places] = steps
+        if self.revised:
+            self.events.append((rows, places, steps, tokens, logprobs))
         if kept:
             log_mass, ids = kept
             if self.log_kept_mass is None or self.kept_ids is None:
@@ -88,8 +95,11 @@ class Canvas:
         first = torch.full_like(steps, far).scatter_reduce(1, self.block, steps, "amin").gather(1, self.block)
         return torch.where(first < far, first, -1)
 
-    def reopen(self, rows: Tensor, places: Tensor, mask_id: int) -> None:
-        """Mask places (within the completion) of rows again; both are (K,)."""
+    def reopen(self, rows: Tensor, places: Tensor, steps: Tensor, mask_id: int) -> None:
+        """Mask places (within the completion) of rows again; all are (K,)."""
+        self.events.append(
+            (rows, places, steps, torch.full_like(rows, -1), torch.zeros_like(rows, dtype=self.logprobs.dtype))
+        )
         self.tokens[rows, self.columns[rows, places]] = torch.full_like(rows, mask_id)
         self.masked[rows, places] = torch.ones_like(rows, dtype=torch.bool)
         self.logprobs[rows, places] = torch.zeros_like(rows, dtype=self.logprobs.dtype)
@@ -122,6 +132,7 @@ class Canvas:
             tokens = torch.cat([before, self.completions().masked_fill(beyond, self.pad_id)], dim=1)
             attention_mask = torch.cat([real, ~beyond], dim=1)
         kept_ids = None if self.kept_ids is None else fitting(self.kept_ids)
+        events = packed_events(self.events, self.masked.shape) if self.revised else {}
         return Rollout(
             tokens=tokens,
             attention_mask=attention_mask,
@@ -133,6 +144,8 @@ class Canvas:
             sampling_params=sampling_params,
             forwards=self.forwards,
             revised=self.revised,
+            by_draws=self.by_draws,
+            **{name: self._at_columns(value, FILLS.get(name, 0)) for name, value in events.items()},
             log_kept_mass=None if self.log_kept_mass is None else self._at_columns(self.log_kept_mass, 0.0),
             kept_ids=None if kept_ids is None else self._at_columns(kept_ids, -1),
             rank=self.rank,
@@ -150,6 +163,26 @@ class Canvas:
         wide = (..., *[None] * (values.dim() - 2))
         found = values.gather(1, place[wide].expand(*place.shape, *values.shape[2:]))
         return torch.where(self.open[wide], found, torch.full_like(found, elsewhere))
+
+
+def packed_events(events: list[tuple[Tensor, ...]], shape: torch.Size) -> dict[str, Tensor]:
+    """Each position's events (B, L, W) in order, by `EVENTS`, from every step's rows, places, steps, tokens, log-probs.
+
+    The host waits for the device: it does not know how many events a position has."""
+    rows, places, *values = map(torch.cat, zip(*events, strict=True))
+    position = rows * shape[1] + places
+    order = position.argsort(stable=True)  # steps were noted in order
+    position = position[order]
+    slot = torch.arange(len(order), device=order.device) - torch.searchsorted(position, position)
+    packed = {}
+    for name, value in zip(EVENTS, values, strict=True):
+        dtype = value.dtype if value.is_floating_point() else torch.int32
+        blank = torch.full(
+            (*shape, int(F.pad(slot, (0, 1)).max()) + 1), FILLS.get(name, 0), dtype=dtype, device=order.device
+        )
+        blank[rows[order], places[order], slot] = value[order].to(dtype)
+        packed[name] = blank
+    return packed
 
 
 def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, *, block_aligned: bool) -> Canvas:

@@ -10,13 +10,11 @@ from torch import Tensor
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import chunked, invert, kept_set, process
 from dllm_rl.models.order import last_committed, left_logprobs
-from dllm_rl.samplers.canvas import Canvas, Decision, Turn, check_last_step
+from dllm_rl.samplers.canvas import TIES, TOKENS, Canvas, Decision, Turn, check_last_step
 from dllm_rl.samplers.revise import revise, revising_inputs
 from dllm_rl.samplers.rules import order_has_law, rank_inputs, schedule, share
 from dllm_rl.types import SamplingParams
 
-TOKENS = 0  # streams of random numbers: the draw of a token, and the rank's own numbers
-TIES = 1
 SLAB = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits reduced at once; on a CPU they should stay in its cache
 
 
@@ -48,6 +46,8 @@ class Choose:
         greedy = sampling_params.temperature == 0
         # A rank of the state alone leaves the drawing to when it is known where; the likeliest tokens come for free.
         self.draws_first = "tokens" in needs or (greedy and "logits" in needs) or "changed" in self.revising
+        canvas.revised = bool(self.revising)
+        canvas.by_draws = canvas.revised and not greedy and ("tokens" in needs or "changed" in self.revising)
         # Without chance, or with a rank of the state alone, the order does not depend on what is drawn.
         self.has_order_law = order_has_law(rank, commit) and not greedy
 

@@ -1,11 +1,13 @@
 """Commit rules that rewrite what a block holds: ReMDM masks again, LLaDA2.1 edits.
 
-Such a rule takes one of `written` and `changed` by name, beside what every commit rule takes (`rules`). Scores are then
-given at written positions too. Log-probs at commit are those of the last writing, not a likelihood of the completion.
-    written  (B, L)  positions written before; picked ones are masked again, and the row uses all its steps
-    changed  (B, L)  positions whose proposal differs from the token written; picked ones take the proposal, and the
-                     row leaves its block when nothing is masked and a step changed nothing
-    steps    (B,)    the block's total steps; optional with either
+Such a rule takes one of `written`, `visible` and `changed` by name, beside what every commit rule takes (`rules`).
+Scores are then given at written positions too. The rollout records every event (`Rollout.event_step`).
+    written   (B, L)  positions written before; picked ones are masked again, and the row uses all its steps
+    visible   (B, L)  positions written before; picked ones are drawn again, and the row uses all its steps
+    changed   (B, L)  positions whose proposal differs from the token written; picked ones take the proposal, and the
+                      row leaves its block when nothing is masked and a step changed nothing. `trajectory()` refuses it
+    steps     (B,)    the block's total steps; optional with each
+    uniforms  (B, L)  fresh random numbers in [0, 1); with rank=random they are the scores
 """
 
 import inspect
@@ -16,10 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.bounds import Bound, bounded
-from dllm_rl.samplers.canvas import Decision, Turn, check_last_step
-from dllm_rl.samplers.rules import Counts, Places, Scores, name_of, threshold
+from dllm_rl.samplers.canvas import TIES, Decision, Turn, check_last_step
+from dllm_rl.samplers.rules import Counts, Places, Scores, name_of, schedule, threshold
 
-OFFERED = ("written", "changed", "steps")
+OFFERED = ("written", "visible", "changed", "steps", "uniforms")
+KINDS = frozenset(OFFERED[:3])
 
 
 @bounded(eta=Bound(at_least=0, at_most=1))
@@ -55,16 +58,31 @@ def edit(
     return best | changed & (scores >= log_edit)
 
 
+@bounded(rate=Bound(at_least=0, at_most=1))
+def soft_edit(
+    scores: Scores, masked: Places, steps_left: Counts, visible: Places, uniforms: Scores, *, rate: float
+) -> Places:
+    """Editing with an exact law: masked positions as in `schedule`; each written one is drawn again with probability
+    `rate`, independently.
+
+    rate  in [0, 1]; a written position becomes v with probability rate p(v), of the sampled distribution; 0 is
+          `schedule` in as many steps
+    The soft form of `edit`: the model's probability of another token is the chance of an edit, and no threshold. With
+    rank=random or max_prob, `trajectory()` scores its rollouts; the same token drawn again counts too. [ours]
+    """
+    return schedule(scores.masked_fill(~masked, -torch.inf), masked, steps_left) | visible & (uniforms < rate)
+
+
 def revising_inputs(commit: Callable) -> frozenset[str]:
-    """Which of OFFERED a rule takes; empty if the rule never rewrites. ValueError for `written` with `changed`."""
+    """Which of OFFERED a rule takes; empty if the rule never rewrites. ValueError for two of KINDS."""
     parameters = inspect.signature(commit).parameters.values()
     taken = frozenset(p.name for p in parameters if p.name in OFFERED and p.default is p.empty)
-    if {"written", "changed"} <= taken:
+    if len(taken & KINDS) > 1:
         raise ValueError(
-            f"commit={name_of(commit)} takes written and changed; a position that it picks would be masked again and "
-            "edited at once: take one of them"
+            f"commit={name_of(commit)} takes {' and '.join(sorted(taken & KINDS, key=OFFERED.index))}, which say "
+            "different things of a position that it picks: take one of them"
         )
-    return taken if taken & {"written", "changed"} else frozenset()
+    return taken if taken & KINDS else frozenset()
 
 
 def revise(
@@ -86,11 +104,13 @@ def revise(
     changed = torch.zeros_like(turn.masked)
     if drawn is not None:
         changed[turn.row, turn.place] = drawn[0] != tokens[turn.canvas_row, turn.column]
-    offered = {"written": turn.written, "changed": turn.written & changed, "steps": turn.steps}
+    offered = {"steps": turn.steps, "written": turn.written, "visible": turn.written, "changed": turn.written & changed}
+    if "uniforms" in takes:
+        offered["uniforms"] = turn.spread(turn.uniforms(TIES).float())
     flipped = commit(scores, turn.masked, turn.left, **{name: offered[name] for name in takes})
-    masks_again = "written" in takes
-    again = flipped & turn.written & masks_again
-    chosen = flipped & (turn.masked | offered["changed"]) & ~again
+    (kind,) = takes & KINDS
+    again = flipped & turn.written & (kind == "written")
+    chosen = flipped & (turn.masked | offered[kind]) & ~again
     # One wait for the device gives the host all three counts.
     committed, num_chosen, reopened = torch.stack([chosen & turn.masked, chosen, again]).sum(-1).cpu()
     check_last_step(commit, turn, committed)
@@ -103,6 +123,6 @@ def revise(
         num_chosen=num_chosen,
         committed=committed - reopened,
         reopened=turn.among(again, int(reopened.sum())),
-        # Under remasking a row uses all its steps; under editing it leaves when a step changes nothing.
-        held=(num_chosen > 0) | masks_again,
+        # A row uses all its steps, but under `changed` leaves when a step changes nothing.
+        held=(num_chosen > 0) | (kind != "changed"),
     )

@@ -48,7 +48,7 @@ def unmask(
     top_k           only the k likeliest tokens are sampled; None: all
     top_p           only the smallest set of likeliest tokens with this probability is sampled; None: all
     rank            which positions come first, on untempered fp32 log-probabilities, see `rules`
-    commit          how many positions a step writes, see `rules`; those of `revise` leave no likelihood
+    commit          how many positions a step writes, see `rules`; those of `revise` also record events
     suppress        token ids that are never sampled; the mask token never is
     cache           see `cache`; None recomputes every position in every step
     approximate_early_exit  full attention only: a row ends with the block of its end token. Masks after the end token
@@ -77,7 +77,6 @@ def unmask(
     canvas = make_canvas(policy, prompts, max_new_tokens, block_size, block_aligned=block_aligned)
     canvas.rank = rank_name(rank)
     choose = Choose(policy, canvas, sampling_params, rank, commit)
-    canvas.revised = bool(choose.revising)
     masked = None if prompts.open is None else canvas.masked
     queue = BlockQueue(canvas.block, num_steps, in_step=cache is not None, masked=masked)
     states_of = States(policy, canvas, cache, queue.steps)
@@ -87,8 +86,8 @@ def unmask(
     while (turn := next_turn(canvas, queue, seeds)) is not None:
         states, experts = states_of(turn)
         choice = choose(turn, states)
-        if choice.decision.reopened is not None:
-            canvas.reopen(*turn.where(choice.decision.reopened), spec.mask_id)
+        if (again := choice.decision.reopened) is not None:
+            canvas.reopen(*turn.where(again), turn.clock[again], spec.mask_id)
         where = turn.where(choice.picked)
         canvas.write(*where, turn.clock[choice.picked], *choice.drawn)
         if choice.left is not None:

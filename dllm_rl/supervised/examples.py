@@ -186,9 +186,9 @@ def hidden_states(policy: Policy, layout: Layout, *, packed: bool) -> Float[Tens
     """States whose head gives the logits AT each position; `packed`: a token attends to its own sequence alone."""
     spec = policy.spec
     segment = layout.segment
-    if spec.attention == "block_causal":  # earlier blocks are seen without masks
-        return packed_hidden(policy, layout.tokens, layout.hidden, segment > 0)
     tokens = layout.tokens if spec.mask_id is None else layout.tokens.masked_fill(layout.hidden, spec.mask_id)
+    if spec.attention == "block_causal":  # earlier blocks are seen without masks
+        return packed_hidden(policy, layout.tokens, tokens, layout.hidden, segment > 0)
     if not packed:
         return policy.hidden(tokens, segment > 0)
     seen = segment[:, :, None] == segment[:, None, :]

@@ -42,10 +42,10 @@ def balance(
     if rollout.sampling_params.support != "rollout":
         rollout = replace(rollout, kept_ids=None)  # unused here, and not every process records them
     lengths = reduce(rollout.attention_mask.long(), "(p g) t -> p", "sum", g=rollout.group_size).cpu()
-    shape = (rollout.tokens.shape[1], 0 if rollout.kept_ids is None else rollout.kept_ids.shape[-1])
+    shape = (rollout.tokens.shape[1], *rollout.slots())
     (table,) = gather_on_host([torch.cat([lengths, torch.tensor(shape)])[None]], accelerator)
     work = (groups > 0) + UPDATE * learned_groups(recipe, advantages).long()
-    costs = table[:, :-2] * rearrange(work, "(w p) -> w p", w=len(table))
+    costs = table[:, : -len(shape)] * rearrange(work, "(w p) -> w p", w=len(table))
     plan = swaps(costs)
     mine = dict[int, list[int]]()  # by process, which places trade with it; both sides list a trade in the plan's order
     for pair in plan:
@@ -53,8 +53,8 @@ def balance(
             if process == accelerator.process_index:
                 mine.setdefault(other, []).append(place)
     if mine:
-        width, ids = table[:, -2:].amax(0).tolist()
-        rollout = exchanged(rollout.padded(width - shape[0], pad_id=pad_id).with_ids(ids), mine)
+        width, *slots = table[:, -len(shape) :].amax(0).tolist()
+        rollout = exchanged(rollout.padded(width - shape[0], pad_id=pad_id).with_slots(*slots), mine)
     home = torch.arange(len(groups)).view_as(costs)  # every process computes the same new order
     order = home.clone()
     for first, second in plan:

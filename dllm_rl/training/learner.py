@@ -284,5 +284,5 @@ def accumulate_gradients(
                 back = partial(backward_view, policy, part, masked, vector, packed=likelihood.packed is not None)
                 if masks.left is not None:
                     back = partial(back, scored=masks.weight[n] != 0, left=masks.left[n])
-                back(routes=masks.routes(n))
+                back(step=None if masks.step is None else masks.step[n], routes=masks.routes(n))
     return metrics

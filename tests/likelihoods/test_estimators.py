@@ -308,7 +308,7 @@ def test_drawing_as_many_steps_as_there_are_is_the_trajectory():
         assert len(noise.weight) == 6 and set(noise.weight.flatten().tolist()) == {0.0, 1.0}
         expected = whole.logprobs(toy, rollout, whole.draw(rollout, seeded(0)))
         assert torch.equal(drawn.logprobs(toy, rollout, noise), expected)
-    with pytest.raises(ValueError, match="writes a position once"):
+    with pytest.raises(ValueError, match="replays events"):
         lik.trajectory(num_sampled=2).draw(replace(rollout, revised=True), seeded(0))
 
 

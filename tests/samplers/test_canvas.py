@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from likelihood_toys import TablePolicy
 
-from dllm_rl.samplers.canvas import BlockQueue, Decision, make_canvas, next_turn
+from dllm_rl.samplers.canvas import BlockQueue, Decision, make_canvas, next_turn, packed_events
 from dllm_rl.types import Prompts, SamplingParams
 
 MASK = 2  # of a policy of two words; 3 is its prompt token and 4 its padding
@@ -41,10 +41,22 @@ def test_a_position_that_is_masked_again_has_no_record():
     kept = torch.tensor([-0.1]), torch.tensor([[0, 1]])
     canvas.write(*torch.tensor([[0], [1], [3], [0]]), torch.tensor([-0.5]), *kept)
     assert canvas.rollout(SamplingParams(), 0).logprobs.tolist() == [[0.0, 0.0, -0.5]]
-    canvas.reopen(torch.tensor([0]), torch.tensor([1]), MASK)
+    canvas.reopen(torch.tensor([0]), torch.tensor([1]), torch.tensor([4]), MASK)
     seen = canvas.rollout(SamplingParams(), 0)
     assert not seen.logprobs.any() and not seen.log_kept_mass.any() and (seen.kept_ids == -1).all()
     assert (seen.unmask_step == -1).all() and not seen.completion_mask.any() and seen.tokens[0, 2] == MASK
+
+
+def test_events_of_a_position_are_packed_in_their_order():
+    """Row 0, place 1: written in step 0, masked in 2, written in 3; row 1, place 0: written in step 1."""
+    noted = [[[0], [1], [0], [5]], [[1], [0], [1], [6]], [[0], [1], [2], [-1]], [[0], [1], [3], [7]]]
+    events = [(*torch.tensor(each), -0.1 * torch.tensor(each[3])) for each in noted]
+    found = packed_events(events, torch.Size([2, 2]))
+    none = [-1, -1, -1]
+    assert found["event_step"].tolist() == [[none, [0, 2, 3]], [[1, -1, -1], none]]
+    assert found["event_token"].tolist() == [[none, [5, -1, 7]], [[6, -1, -1], none]]
+    wanted = torch.tensor([[[0, 0, 0], [-0.5, 0.1, -0.7]], [[-0.6, 0, 0], [0, 0, 0]]])
+    torch.testing.assert_close(found["event_logprobs"], wanted)
 
 
 def test_the_opening_step_is_known_of_what_is_written_alone():

@@ -21,6 +21,7 @@ from tests.support.tiny_recipe import SIZES, tiny_recipe
 
 REMASK = {"rank": rules.random, "commit": partial(revise.remask, eta=0.5)}
 EDIT = {"rank": rules.confidence, "commit": partial(revise.edit, tau=0.5)}
+SOFT = {"rank": rules.max_prob, "commit": partial(revise.soft_edit, rate=0.5)}
 
 
 def sample(policy, ids, seeds, *, length=6, group=1, **options):
@@ -143,7 +144,7 @@ def policy(request):
 IDS = [[3, 4, 5], [7], [8, 9, 10, 11, 12]]
 
 
-@pytest.mark.parametrize("options", [REMASK, EDIT], ids=["remask", "edit"])
+@pytest.mark.parametrize("options", [REMASK, EDIT, SOFT], ids=["remask", "edit", "soft_edit"])
 def test_a_row_depends_on_itself_alone_and_ends_whole(policy, options):
     together = sample(policy, IDS, [5, 6, 7], num_steps=4, **options)
     assert together.completion_mask.sum(-1).tolist() == [6, 6, 6] and together.revised
@@ -163,7 +164,7 @@ def test_positions_are_masked_again_and_none_is_left(policy):
     assert rollout.logprobs[:, -12:].lt(0).all() and (rollout.unmask_step[:, -12:] >= 0).all()
 
 
-@pytest.mark.parametrize("options", [REMASK, EDIT], ids=["remask", "edit"])
+@pytest.mark.parametrize("options", [REMASK, EDIT, SOFT], ids=["remask", "edit", "soft_edit"])
 def test_filters_caches_and_infilling(policy, options):
     if "llama" in type(policy.module).__name__.lower():
         cached = sample(policy, IDS, range(3), num_steps=4, block_size=3, cache=dual_cache(refresh=1), **options)
@@ -176,17 +177,11 @@ def test_filters_caches_and_infilling(policy, options):
     assert filled.completion_mask.sum(-1).tolist() == [3, 1] and not (filled.tokens[filled.completion_mask] == 1).any()
 
 
-def test_a_likelihood_of_the_order_is_refused(policy):
-    rollout = sample(policy, IDS, range(3), num_steps=4, **REMASK)
-    for estimator in (estimators.trajectory(), estimators.trajectory(num_segments=2)):
-        with pytest.raises(ValueError, match=r"trajectory.*may rewrite it.*remask, edit.*one_step"):
-            estimator.draw(rollout, torch.Generator())
-    noise = estimators.coupled().draw(rollout, torch.Generator())
-    assert noise.masked.any() and not sample(policy, IDS, range(3), num_steps=4).revised
-
-
 def test_a_rule_takes_written_or_changed_and_leaves_the_last_step_whole(policy):
     def both(scores, masked, steps_left, written, changed):
+        return masked
+
+    def three(scores, masked, steps_left, written, changed, visible):
         return masked
 
     def stubborn(scores, masked, steps_left, written):
@@ -194,12 +189,15 @@ def test_a_rule_takes_written_or_changed_and_leaves_the_last_step_whole(policy):
 
     with pytest.raises(ValueError, match="commit=both takes written and changed"):
         sample(policy, IDS, range(3), commit=both)
+    with pytest.raises(ValueError, match="commit=three takes written and visible and changed"):
+        sample(policy, IDS, range(3), commit=three)
     with pytest.raises(ValueError, match="commit=stubborn masked positions again in the last step"):
         sample(policy, IDS, range(3), num_steps=2, commit=stubborn)
     for rule in (rules.schedule, partial(rules.threshold, tau=0.5)):
         assert revise.revising_inputs(rule) == frozenset()
     assert revise.revising_inputs(revise.remask) == {"written", "steps"}
     assert revise.revising_inputs(revise.edit) == {"changed"}
+    assert revise.revising_inputs(revise.soft_edit) == {"visible", "uniforms"}
 
 
 def test_errors_and_names():
@@ -209,6 +207,9 @@ def test_errors_and_names():
         revise.remask(one, yes, left, yes, left, eta=1.5)
     with pytest.raises(ValueError, match=r"tau_edit=-1.0 must lie in \[0, 1\]"):
         revise.edit(one, yes, left, yes, tau=0.5, tau_edit=-1.0)
+    with pytest.raises(ValueError, match=r"rate=1.5 must lie in \[0, 1\]"):
+        revise.soft_edit(one, yes, left, yes, one, rate=1.5)
+    assert read_commit("soft_edit=0.2").keywords == {"rate": 0.2}
     assert read_commit("remask=0.1").keywords == {"eta": 0.1} and read_commit("edit=0.7").keywords == {"tau": 0.7}
     with pytest.raises(ValueError, match="remask takes a number"):
         read_commit("remask")
@@ -235,6 +236,18 @@ def test_a_row_that_ends_early_ends_with_the_block_of_its_end_token(policy):
         stopped += kept < length
         assert short.tokens[row, -length:].tolist() == completion[:kept] + [policy.spec.mask_id] * (length - kept)
     assert stopped > 0
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_soft_edit_draws_every_written_position_again_at_rate_1(rate):
+    """Three positions, five steps: at rate 0 the plan of `schedule`; at rate 1 all that can be."""
+    policy, rule = TablePolicy(length=3, words=2, seed=3), partial(revise.soft_edit, rate=rate)
+    options = {"length": 3, "num_steps": 5, "rank": rules.random, "suppress": (3, 4)}
+    rollout = sample(policy, [[3]] * 9, range(9), commit=rule, **options)
+    assert rollout.forwards == 5 and ((rollout.event_token >= 0) == (rollout.event_step >= 0)).all()
+    for row in rollout.event_step[:, 1:]:
+        steps = sorted([s for s in place if s >= 0] for place in row.tolist())
+        assert steps == ([[0], [1], [2]] if rate == 0 else [[0, 1, 2, 3, 4], [1, 2, 3, 4], [2, 3, 4]])
 
 
 def test_remasking_reconsiders_a_block_in_every_step_of_its_share():

@@ -13,7 +13,7 @@ from torch import Tensor
 from dllm_rl.likelihoods.estimators import block, coupled, elbo, one_step, quadrature, trajectory
 from dllm_rl.rng import generator_for
 from dllm_rl.training import balance
-from dllm_rl.types import Rollout, SamplingParams
+from dllm_rl.types import EVENTS, FILLS, Rollout, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ class Joined:
             return list(pool.map(work, ranks))
 
 
-def made(rows, columns, ids, *, seed, padding):
+def made(rows, columns, ids, *, seed, padding, events=0):
     """A rollout of random numbers, every field filled; its first columns pad every row."""
     draw = generator_for("balance", seed)
     whole = lambda *shape: torch.randint(-1, 2**50, shape, generator=draw)  # noqa: E731
@@ -94,11 +94,14 @@ def made(rows, columns, ids, *, seed, padding):
     real = lambda *shape: torch.randn(shape, generator=draw)  # noqa: E731
     two = (rows, columns)
     seen = torch.arange(columns).expand(two) >= padding
+    record = {"revised": events > 0}
+    if events:
+        record |= {name: whole(*two, events) for name in EVENTS[:2]} | {EVENTS[2]: real(*two, events)}
     return Rollout(
         tokens=whole(*two), attention_mask=seen, completion_mask=yes(*two), unmask_step=whole(*two),
         logprobs=real(*two), group_size=2, sampling_params=SamplingParams(support="rollout"), log_kept_mass=real(*two),
         kept_ids=whole(*two, ids), open_step=whole(*two), order_logprobs=real(*two),
-        experts=torch.randint(0, 64, (*two, 3, 2), dtype=torch.uint8, generator=draw),
+        experts=torch.randint(0, 64, (*two, 3, 2), dtype=torch.uint8, generator=draw), **record,
     )  # fmt: skip
 
 
@@ -123,9 +126,9 @@ def balanced(monkeypatch, recipe, rollouts, advantages, groups):
 
 
 def test_what_moves_arrives_as_it_left(tmp_path, monkeypatch):
-    """Between processes whose rollouts differ in columns and kept ids; all know the new order."""
+    """Between processes whose rollouts differ in columns, kept ids and events; all know the new order."""
     recipe = tiny_recipe(tmp_path)
-    rollouts = [made(8, 7, 5, seed=0, padding=0), made(8, 9, 1, seed=1, padding=1)]
+    rollouts = [made(8, 7, 5, seed=0, padding=0, events=2), made(8, 9, 1, seed=1, padding=1, events=3)]
     advantages = torch.zeros(8, 2)
     advantages[:3] = torch.arange(1.0, 7).view(3, 2)  # the first process has three groups of four, the other none
     groups = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 5])
@@ -140,12 +143,13 @@ def test_what_moves_arrives_as_it_left(tmp_path, monkeypatch):
             source = rollouts[row // 8]
             for field in fields(rollout):
                 now, then = getattr(rollout, field.name), getattr(source, field.name)
-                if field.name == "kept_ids":
+                if field.name in ("kept_ids", *EVENTS):
                     width = min(now.shape[1], then.shape[1])
                     ids = then.shape[-1]
+                    fill = FILLS.get(field.name, 0)
                     assert (
                         torch.equal(now[line, -width:, :ids], then[row % 8, -width:])
-                        and (now[line, ..., ids:] == -1).all()
+                        and (now[line, ..., ids:] == fill).all()
                     )
                 elif isinstance(now, Tensor) and field.name != "batch_row":
                     width = min(now.shape[1], then.shape[1])

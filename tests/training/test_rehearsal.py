@@ -17,9 +17,8 @@ from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.models.lora import lora_r16
 from dllm_rl.quantization.schemes import int4_weight_only
-from dllm_rl.samplers.revise import remask
-from dllm_rl.samplers.rules import random as random_order
-from dllm_rl.samplers.rules import threshold
+from dllm_rl.samplers.revise import edit
+from dllm_rl.samplers.rules import max_prob, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.policies import make_policy
 from dllm_rl.training.rehearsal import random_numbers_kept
@@ -49,10 +48,10 @@ BAD = {
     "replay of a sampler that comes back": (
         {
             "sampler": partial(
-                unmask, max_new_tokens=16, num_steps=3, rank=random_order, commit=partial(remask, eta=0.5)
+                unmask, max_new_tokens=16, num_steps=3, rank=max_prob, commit=partial(edit, tau=0.5), temperature=1.0
             )
         },
-        r"trajectory.*may rewrite it \(remask, edit\)",
+        r"trajectory.*depends on the tokens drawn \(edit, rank=confidence\)",
     ),
     "warm-up": ({"warmup_steps": 1, "warmup_metric": "solved"}, "warmup_metric='solved' is none of the task's"),
     "advantages": ({"advantages": lambda rewards: rewards.mean(-1)}, r"numbers of shape \(4,\) for rewards of shape"),

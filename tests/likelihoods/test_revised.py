@@ -1,0 +1,322 @@
+"""The law of samplers that revise against the enumeration of every event sequence, and what carries their events."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from likelihood_toys import TablePolicy
+from revise_toys import as_rollout, events_of, sequences
+from run_outputs import metrics_of
+from tiny_recipe import tiny_recipe
+
+from dllm_rl import train
+from dllm_rl.algorithms import correctors
+from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
+from dllm_rl.config import from_command_line
+from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.likelihoods.replay import as_sampled
+from dllm_rl.likelihoods.scoring import backward_view, score_view
+from dllm_rl.models.base import encode_block_causal
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.samplers import revise, rules
+from dllm_rl.samplers.cache import block_cache
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.training.learner import accumulate_gradients
+from dllm_rl.types import EVENTS, Batch, Prompts, Rollout
+
+REMASK = {"name": "remask", "eta": 0.6}
+EDIT = {"name": "soft_edit", "rank": "random", "rate": 0.3}
+SURE = {"name": "soft_edit", "rank": "max_prob", "rate": 0.4}
+TOYS = [
+    (REMASK, [[0, 1]], 3, {}),
+    (REMASK | {"eta": 1.0}, [[0, 1]], 4, {"temperature": 0.7}),
+    (REMASK, [[0, 1], [2]], 3, {}),
+    (EDIT, [[0, 1]], 3, {}),
+    (EDIT, [[0, 1, 2]], 2, {"temperature": 1.4, "top_k": 2}),
+    (SURE, [[0, 1, 2]], 3, {}),
+    (SURE, [[0, 1], [2]], 2, {"top_p": 0.8}),
+]
+
+
+@pytest.fixture
+def fp64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def toy(blocks, *, seed=0):
+    length = sum(map(len, blocks))
+    return TablePolicy(length=length, words=2 if length == 2 else 3, seed=seed)
+
+
+def bound(rule):
+    """The sampler's keywords for a rule of the toys."""
+    if rule["name"] == "remask":
+        return {"rank": rules.random, "commit": partial(revise.remask, eta=rule["eta"])}
+    return {"rank": getattr(rules, rule["rank"]), "commit": partial(revise.soft_edit, rate=rule["rate"])}
+
+
+def sampled(policy, rows, blocks, num_steps, rule, **options):
+    prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, group_size=rows)
+    suppress = (policy.words + 1, policy.words + 2)
+    return unmask(
+        policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=policy.length, suppress=suppress,
+        num_steps=num_steps * len(blocks), block_size=len(blocks[0]), **bound(rule), **{"temperature": 1.0} | options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("toy_of", TOYS, ids=str)
+def test_the_law_is_the_enumeration_of_all_event_sequences(fp64, toy_of):
+    rule, blocks, num_steps, options = toy_of
+    policy, estimator = toy(blocks), lik.trajectory()
+    found = sequences(policy, blocks, num_steps, rule, **options)
+    rollout = as_rollout(policy, found, **options)
+    known, drawn = torch.tensor(list(found.values())).T
+    torch.testing.assert_close((known * drawn).sum(), torch.tensor(1.0), rtol=0, atol=1e-10)
+    contributions = estimator.logprobs(policy, rollout, estimator.draw(rollout, torch.Generator()))
+    torch.testing.assert_close(contributions.sum(-1), drawn.log(), rtol=0, atol=1e-10)
+    assert (rollout.event_token == -1).any() and rollout.event_step.shape[-1] > 1
+
+
+@pytest.mark.parametrize("toy_of", TOYS, ids=str)
+def test_the_sampler_takes_each_sequence_as_often_as_the_law_says(toy_of):
+    """Pearson's chi-square over the sequences that are expected five times or more, the others as one."""
+    rule, blocks, num_steps, options = toy_of
+    policy, rows = toy(blocks), 20_000
+    found = sequences(policy, blocks, num_steps, rule, **options)
+    rollout = sampled(policy, rows, blocks, num_steps, rule, **options)
+    counts = Counter(events_of(rollout))
+    assert set(counts) <= set(found) and rollout.revised and not rollout.by_draws
+    expected = {key: rows * known * drawn for key, (known, drawn) in found.items()}
+    cells = [(counts[key], e) for key, e in expected.items() if e >= 5]
+    cells.append((rows - sum(o for o, _ in cells), rows - sum(e for _, e in cells)))
+    statistic, degrees = sum((o - e) ** 2 / e for o, e in cells if e > 1e-9), len(cells) - 1
+    assert degrees > 20 and abs(math.sqrt(2 * statistic) - math.sqrt(2 * degrees - 1)) < 3  # Fisher's normal
+    estimator = lik.trajectory()  # the record is the law's, bit for bit
+    noise = estimator.draw(rollout, torch.Generator())
+    assert torch.equal(estimator.logprobs(policy, rollout, noise), lik.recorded(rollout, noise))
+
+
+@pytest.mark.parametrize("toy_of", [TOYS[0], TOYS[2], TOYS[3], TOYS[6]], ids=str)
+def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, toy_of):
+    """sum over all sequences of P A grad log P, as `accumulate_gradients` makes it, is grad E[A] by enumeration to
+    1e-10 of its norm, and the finite difference; the last writings' alone is another vector."""
+    rule, blocks, num_steps, options = toy_of
+    policy = toy(blocks, seed=1)
+    found = sequences(policy, blocks, num_steps, rule, **options)
+    chances = torch.tensor([known * drawn for known, drawn in found.values()])
+    rewards = torch.randn(len(found), generator=torch.Generator().manual_seed(0))
+    direction = torch.randn(policy.table.shape, generator=torch.Generator().manual_seed(1))
+
+    def expectation(table):
+        moved = toy(blocks, seed=1)
+        moved.table = table
+        again = sequences(moved, blocks, num_steps, rule, **options)
+        return sum(known * drawn * r for (known, drawn), r in zip(again.values(), rewards.tolist(), strict=True))
+
+    def through_the_learner(rollout):
+        estimator = lik.trajectory()
+        policy.table.grad = None
+        policy.table.requires_grad_()
+        noise = estimator.draw(rollout, torch.Generator())
+        scores = estimator.scores(policy, rollout, noise)
+        old, mask = estimator.combine(scores, noise), rollout.completion_mask
+        weights = chances[:, None].expand(mask.shape)
+        batch = Batch(rollout, noise, rewards, old, scores, weights, mask, None, num_tokens=1, num_sequences=1)
+        surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(constant, length=1)
+        loss = partial(policy_loss, surrogate=surrogate, aggregate=aggregate, beta=0.0, kl=kl_k2)
+        accumulate_gradients(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=64)
+        return -policy.table.grad
+
+    rollout = as_rollout(policy, found, **options)
+    exact = through_the_learner(rollout)
+    expected = policy.table.detach().requires_grad_()
+    policy.table = expected
+    sums = sequences(policy, blocks, num_steps, rule, differentiable=True, **options)
+    total = sum(known * drawn * r for (known, drawn), r in zip(sums.values(), rewards.tolist(), strict=True))
+    (expected,) = torch.autograd.grad(total, expected)
+    assert (exact - expected).norm() <= 1e-10 * expected.norm()
+    table, small = policy.table.detach(), 1e-5
+    slope = (expectation(table + small * direction) - expectation(table - small * direction)) / (2 * small)
+    assert float((exact * direction).sum()) == pytest.approx(slope, rel=1e-6, abs=1e-9)
+    last = through_the_learner(replace(rollout, revised=False, event_step=None, event_token=None, event_logprobs=None))
+    assert (last - expected).norm() > 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("rule", [REMASK, EDIT], ids=str)
+def test_a_few_steps_are_an_unbiased_estimate_of_all(fp64, rule):
+    """Each draw of two of three steps is as likely: their mean is the sum."""
+    policy, estimator = toy([[0, 1]]), lik.trajectory(num_sampled=2)
+    found = sequences(policy, [[0, 1]], 3, rule)
+    key = next(k for k in found if {step for place in k for step, token in place if token >= 0} == {0, 1, 2})
+    rollout = as_rollout(policy, [key] * 3000)
+    some = estimator.logprobs(policy, rollout, estimator.draw(rollout, torch.Generator().manual_seed(0))).sum(-1)
+    whole = lik.trajectory()
+    total = whole.logprobs(policy, rollout, whole.draw(rollout, torch.Generator())).sum(-1)[0]
+    values, counts = some.round(decimals=9).unique(return_counts=True)
+    assert len(values) == 3 and (counts / 3000 - 1 / 3).abs().max() < 0.04
+    torch.testing.assert_close(values.mean(), total, rtol=0, atol=1e-8)
+
+
+CHARACTERS = "0123456789 abcdefghijklmnop"
+IDS = [[3, 4, 5], [7], [8, 9, 10, 11, 12]]
+RULES = [
+    {"rank": rules.random, "commit": partial(revise.remask, eta=0.5)},
+    {"rank": rules.random, "commit": partial(revise.soft_edit, rate=0.3)},
+    {"rank": rules.max_prob, "commit": partial(revise.soft_edit, rate=0.3)},
+]
+
+
+def block_causal():
+    policy = tiny_llama(characters=CHARACTERS, causal=False, num_layers=2, head_std=0.3)
+    encode = partial(encode_block_causal, block_size=4)
+    policy.spec = replace(policy.spec, attention="block_causal", block_size=4, encode=encode)
+    return policy
+
+
+def rolled(policy, *, group=2, length=8, **options):
+    seeds = list(range(len(IDS) * group))
+    prompts = Prompts.from_ids(IDS, pad_id=policy.pad_id, group_size=group, seeds=seeds)
+    options = {"num_steps": 6, "temperature": 1.0} | options
+    return unmask(policy, prompts, torch.Generator(), max_new_tokens=length, **options)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=["remask", "soft_edit", "soft_edit, max_prob"])
+@pytest.mark.parametrize("options", [{}, {"block_size": 4}, {"top_k": 5, "temperature": 0.7}], ids=str)
+def test_recorded_logprobs_are_the_replayed_ones_bit_for_bit(rule, options):
+    for policy in (
+        tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3),
+        tiny_llama(characters=CHARACTERS, causal=False, num_layers=2, head_std=0.3),
+    ):
+        rollout, estimator = rolled(policy, **rule, **options), lik.trajectory()
+        noise = estimator.draw(rollout, torch.Generator())
+        contributions = estimator.logprobs(policy, rollout, noise)
+        assert torch.equal(contributions, lik.recorded(rollout, noise))
+        assert not torch.equal(contributions, rollout.logprobs)  # of the last writings
+        last = rollout.event_step.argmax(-1, keepdim=True)
+        chosen = rollout.completion_mask
+        for event, column in zip(EVENTS, (rollout.unmask_step, rollout.tokens, rollout.logprobs), strict=True):
+            assert torch.equal(getattr(rollout, event).gather(-1, last)[..., 0][chosen].to(column), column[chosen])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=["remask", "soft_edit", "soft_edit, max_prob"])
+@pytest.mark.parametrize("cache", [None, block_cache()], ids=["no cache", "cache"])
+def test_blocks_at_once_score_what_steps_one_by_one_do(rule, cache):
+    """Also where a view edits a block without masks."""
+    policy = block_causal()
+    rollout = rolled(policy, num_steps=9, length=9, cache=cache, **rule)
+    vector = torch.randn(rollout.tokens.shape, generator=torch.Generator().manual_seed(2)) * rollout.completion_mask
+    found = []
+    for estimator in (lik.trajectory(), lik.trajectory(block_size=4)):
+        noise = estimator.draw(rollout, torch.Generator())
+        logps = estimator.logprobs(policy, rollout, noise)
+        torch.testing.assert_close(logps, lik.recorded(rollout, noise), atol=5e-6, rtol=1e-5)
+        packed = estimator.packed is not None
+        policy.module.zero_grad()
+        for masked, weight, step in zip(noise.masked, noise.weight, noise.step, strict=True):
+            backward_view(policy, rollout, masked, vector * weight, step=step, packed=packed)
+        by_hand = torch.cat([p.grad.flatten() for p in policy.module.parameters() if p.grad is not None])
+        parts = zip(noise.masked, noise.weight, noise.step, strict=True)
+        logps = sum(score_view(policy, rollout, m, w != 0, step=s, packed=packed) for m, w, s in parts)
+        used = [p for p in policy.module.parameters() if p.grad is not None]
+        autograd = torch.cat([g.flatten() for g in torch.autograd.grad((logps * vector).sum(), used)])
+        torch.testing.assert_close(by_hand, autograd, atol=1e-5, rtol=1e-4)
+        found.append((len(noise.masked), by_hand))
+    assert found[1][0] < found[0][0]
+    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-5, rtol=1e-4)
+
+
+def test_open_positions_inside_a_prompt_are_revised_too():
+    policy = tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3)
+    prompts = Prompts.from_ids([[3, 1, 4, 1, 1], [1, 5]], pad_id=0, group_size=2, seeds=range(4), mask_id=1)
+    options = {"num_steps": 4, "temperature": 1.0, "max_new_tokens": 2}
+    for rule in RULES:
+        rollout, estimator = unmask(policy, prompts, torch.Generator(), **options, **rule), lik.trajectory()
+        noise = estimator.draw(rollout, torch.Generator())
+        assert torch.equal(estimator.logprobs(policy, rollout, noise), lik.recorded(rollout, noise))
+        assert torch.equal((rollout.event_step >= 0).any(-1), rollout.completion_mask)
+
+
+def test_events_are_carried_with_the_record():
+    policy = tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3)
+    estimator = lik.trajectory()
+    few, many = (rolled(policy, num_steps=steps, **RULES[0]) for steps in (3, 12))
+    assert few.event_step.shape[-1] < many.event_step.shape[-1] and few.event_step.dtype == torch.int32
+
+    def scored(rollout):
+        noise = estimator.draw(rollout, torch.Generator())
+        ours = estimator.logprobs(policy, rollout, noise, micro_batch_size=2)
+        torch.testing.assert_close(ours, lik.recorded(rollout, noise), atol=1e-5, rtol=0)
+        return ours
+
+    wide = few.padded(3, pad_id=policy.pad_id)
+    torch.testing.assert_close(scored(wide)[:, 3:], scored(few), atol=3e-6, rtol=0)
+    taken = torch.tensor([4, 5, 0, 1])
+    torch.testing.assert_close(scored(many.rows(taken)), scored(many)[taken], atol=3e-6, rtol=0)
+    for first, second in ((few, many), (many, wide)):
+        both = Rollout.joined([first, second], pad_id=policy.pad_id)
+        assert both.event_step.shape[-1] == many.event_step.shape[-1]
+        parts = torch.cat([scored(first).sum(-1), scored(second).sum(-1)])
+        torch.testing.assert_close(scored(both).sum(-1), parts, atol=1e-5, rtol=0)
+        rows = torch.tensor([2, 3, 0, 1, 4, 5])
+        swapped = first.replaced(rows[:4], second.rows(torch.arange(4)), pad_id=policy.pad_id)
+        expected = scored(first).sum(-1).index_copy(0, rows[:4], scored(second).sum(-1)[:4])
+        torch.testing.assert_close(scored(swapped).sum(-1), expected, atol=1e-5, rtol=0)
+
+
+def test_what_has_no_law_is_refused_before_any_forward():
+    policy = tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3)
+    hard = {"rank": rules.max_prob, "commit": partial(revise.edit, tau=0.5, tau_edit=0.0)}
+    ranked = {"rank": rules.confidence, "commit": partial(revise.soft_edit, rate=0.3)}
+    for options in (hard, ranked):
+        rollout = rolled(policy, **options)
+        assert rollout.by_draws and rollout.event_step is not None
+        for estimator in (lik.trajectory(), lik.trajectory(num_sampled=2)):
+            with pytest.raises(ValueError, match=r"trajectory.*\(edit, rank=confidence\).*soft_edit.*one_step"):
+                estimator.draw(rollout, torch.Generator())
+        assert lik.coupled().draw(rollout, torch.Generator()).masked.any()
+    with pytest.raises(ValueError, match="num_segments=2 merges steps"):
+        lik.trajectory(num_segments=2).draw(rolled(policy, **RULES[0]), torch.Generator())
+    with pytest.raises(ValueError, match=r"sampling_support='rollout'.*last writing alone"):
+        filtered = rolled(policy, top_k=3, **RULES[0]).with_support("rollout")
+        lik.trajectory().draw(filtered, torch.Generator())
+    rollout = rolled(policy, **RULES[0])
+    with pytest.raises(ValueError, match=r"router_replay='R3'.*last writing alone"):
+        noted = replace(rollout, experts=rollout.tokens[..., None, None])
+        as_sampled(lik.trajectory().draw(noted, torch.Generator()), noted)
+    with pytest.raises(ValueError, match="has no events"):
+        rolled(policy).canvas(rollout.unmask_step)
+
+
+def run(directory, words, **changes):
+    """The metrics of each step of a run from the command line."""
+    recipe = from_command_line(tiny_recipe(directory, learning_rate=1e-3, **changes), words)
+    train(recipe)
+    return metrics_of(directory)
+
+
+WORDS = {
+    "remask": ["--sampler.commit", "remask", "--sampler.commit.eta", "0.5", "--sampler.rank", "random"],
+    "soft_edit": ["--sampler.commit", "soft_edit", "--sampler.commit.rate", "0.3", "--sampler.rank", "max_prob"],
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_an_unquantised_run_has_exactly_no_mismatch(tmp_path, name):
+    exact = {"zero_mismatch": True, "rollout_quantization": None, "corrector": correctors.none()}
+    rows = run(tmp_path / "run", WORDS[name], **exact, likelihood=lik.trajectory())
+    assert [row["rollout_corr/abs_log_ratio_max"] for row in rows] == [0.0, 0.0]
+    assert all(row["grad_norm"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", WORDS)
+@pytest.mark.parametrize("corrector", ["tis", "mis", "icepop", "reject", "ais", "tbpo"])
+def test_correctors_run_on_a_rollout_that_revises(tmp_path, name, corrector):
+    changes = {"corrector": getattr(correctors, corrector)(), "likelihood": lik.trajectory()}
+    rows = run(tmp_path / "run", WORDS[name], **changes, num_iterations=2, micro_batch_size=4, num_steps=1)
+    assert 0 < rows[0]["rollout_corr/abs_log_ratio_mean"] < 0.5 and 0 < rows[0]["grad_norm/iteration_0"] < math.inf
+    assert 0.5 < rows[0]["rollout_corr/rollout_is_eff_sample_size"] <= 1
