@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
@@ -150,8 +150,9 @@ def leave_folder(directory: Path) -> None:
     """Unlock a run's folder, and delete it if it holds nothing else: a recipe was refused."""
     lock = directory / LOCK
     unlock(lock)
-    if lock.exists() and not any(path != lock for path in directory.iterdir()):
-        remove(directory)
+    with suppress(FileNotFoundError):  # another process of the run deletes it at the same time
+        if lock.exists() and not any(path != lock for path in directory.iterdir()):
+            remove(directory)
 
 
 def leaving_nothing_behind(train: Callable[[Record], Returned]) -> Callable[[Record], Returned]:

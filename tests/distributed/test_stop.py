@@ -1,12 +1,14 @@
 """Signals to one of several processes, in one process: the exchange is played."""
 
 import os
+import shutil
 import signal
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from dllm_rl.distributed import stop as stopping
 from dllm_rl.distributed.stop import SIGNALS, Stop, Stopped
 
 OVER = "the end"
@@ -85,3 +87,16 @@ def test_a_signal_that_this_process_does_not_hear_is_not_raised_for_another(stop
     signal.signal(signal.SIGHUP, lambda *_: pytest.fail("raised"))
     stop.hear_from_another(signal.SIGHUP)
     assert not stop.asked
+
+
+def test_two_processes_delete_a_refused_runs_folder_at_the_same_time(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / stopping.LOCK).touch()
+
+    def after_the_other(directory):
+        shutil.rmtree(directory)
+        raise FileNotFoundError(directory)
+
+    monkeypatch.setattr(stopping, "remove", after_the_other)
+    stopping.leave_folder(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
