@@ -236,8 +236,9 @@ class Rollout(_Movable):
 
     def slots(self) -> tuple[int, int]:
         """The most kept ids of a token, and the most events of a position; 0 where there are none."""
-        held = (self.kept_ids, self.event_step)
-        return tuple(0 if x is None else x.shape[-1] for x in held)  # type: ignore[return-value]
+        ids = 0 if self.kept_ids is None else self.kept_ids.shape[-1]
+        events = 0 if self.event_step is None else self.event_step.shape[-1]
+        return ids, events
 
     def with_slots(self, ids: int, events: int) -> "Rollout":
         """`kept_ids` padded to `ids` per token, and events to `events` per position."""

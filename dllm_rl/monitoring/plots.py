@@ -135,7 +135,7 @@ def held_out(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any)
 
 
 def thickness(i: int, count: int) -> float:
-    """The width of line `i`, points: a line is thinner than those that it is drawn over, so that none hides another."""
+    """The width of line `i`, points. A later line is thinner than the lines under it: all stay visible."""
     return 1.6 + 4.8 * (count - 1 - i) / max(4, count)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
+from dllm_rl.checkpoints.run_folder import open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main, reduce_metrics, sum_gradients
 from dllm_rl.distributed.stop import how_to_continue, leaving_nothing_behind
@@ -57,10 +57,7 @@ def fine_tune(recipe: SFT) -> Summary:
     training = read_examples(recipe, policy, recipe.dataset, "dataset", say=notes.append)
     held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
     optimizer = make_optimizer(recipe, policy)
-    from_main(partial(clear_folder, recipe), accelerator)
-    log = open_log(recipe, accelerator, notes, start=saved.step if saved else 0)
-    if peers is not None:
-        peers.follow(log)
+    log = open_log(recipe, accelerator, peers, saved, notes)
     state = restore(recipe, folder, saved, policy, optimizer, log) if folder else TrainingState.first(recipe, policy)
     run = Run(
         recipe=recipe,

@@ -54,10 +54,7 @@ def start(recipe: Recipe) -> Run[Recipe]:
         policy = rehearsed(recipe, accelerator)
 
     # 3. The run's files, and the watch: from here on the other processes know the stage of this one.
-    from_main(partial(clear_folder, recipe), accelerator)
-    log = open_log(recipe, accelerator, notes, start=saved.step if saved else 0)
-    if peers is not None:
-        peers.follow(log)
+    log = open_log(recipe, accelerator, peers, saved, notes)
     for caution in cautions(recipe):
         log.say(f"warning: {caution}")
 
@@ -126,8 +123,12 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
     return accelerator, stop, peers
 
 
-def open_log(recipe: Settings, accelerator: Accelerator, notes: Sequence[str], *, start: int) -> RunLog:
-    """The run's files and trackers from step `start` on; prints `notes`."""
+def open_log(
+    recipe: Settings, accelerator: Accelerator, peers: Peers | None, saved: TrainingState | None, notes: Sequence[str]
+) -> RunLog:
+    """The run's files and trackers, from the step of `saved` on; `peers` follows the log; prints `notes`."""
+    from_main(partial(clear_folder, recipe), accelerator)
+    start = saved.step if saved else 0
     log = RunLog(
         Path(recipe.directory),
         start=start,
@@ -138,6 +139,8 @@ def open_log(recipe: Settings, accelerator: Accelerator, notes: Sequence[str], *
     )
     for note in notes:
         log.say(note)
+    if peers is not None:
+        peers.follow(log)
     return log
 
 

@@ -1,4 +1,4 @@
-"""`dllm-rl lm-eval --model dllm_rl`: a task of one's own gives the numbers of `dllm-rl evaluate`."""
+"""`dllm-rl lm-eval --model dllm_rl`: a custom task gives the numbers of `dllm-rl evaluate`."""
 
 import json
 import re
@@ -23,13 +23,15 @@ def process_results(doc, results):
     (reward,) = grade_all("sudoku", "strict", [doc], results)
     return {"cell_accuracy": reward.breakdown["cell_accuracy"], "givens_kept": reward.breakdown["givens_kept"]}
 """
-YAML = """
-task: my_sudoku
+ROWS = """
 dataset_path: json
 dataset_kwargs: {data_files: {test: FOLDER/rows.jsonl}}
 test_split: test
-output_type: generate_until
 doc_to_text: "{{text}}"
+"""
+YAML = """
+task: my_sudoku
+output_type: generate_until
 doc_to_target: "{{solution}}"
 process_results: !function grades.process_results
 generation_kwargs: {max_gen_toks: 16}
@@ -37,11 +39,7 @@ metric_list: [{metric: cell_accuracy, aggregation: mean}, {metric: givens_kept, 
 """
 CHOICE = """
 task: my_choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/rows.jsonl}}
-test_split: test
 output_type: multiple_choice
-doc_to_text: "{{text}}"
 doc_to_choice: ["1", "2", "3", "4"]
 doc_to_target: 0
 target_delimiter: ""
@@ -66,13 +64,13 @@ def causal_model(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Two tasks of one's own in YAML, over the puzzles of `evaluate --task sudoku`."""
+    """Two custom tasks in YAML, over the puzzles of `evaluate --task sudoku`."""
     task = Sudoku(split="test", clues=9)
     rows = [json.dumps(task[i].fields | {"text": task[i].prompt}) for i in range(COUNT)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     (tmp_path / "grades.py").write_text(GRADES)
-    (tmp_path / "sudoku.yaml").write_text(YAML.replace("FOLDER", str(tmp_path)))
-    (tmp_path / "choice.yaml").write_text(CHOICE.replace("FOLDER", str(tmp_path)))
+    (tmp_path / "sudoku.yaml").write_text((ROWS + YAML).replace("FOLDER", str(tmp_path)))
+    (tmp_path / "choice.yaml").write_text((ROWS + CHOICE).replace("FOLDER", str(tmp_path)))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     return tmp_path
 

@@ -190,7 +190,7 @@ def test_a_rollout_records_what_was_kept(is_causal, name):
     assert count.max() == rollout.kept_ids.shape[-1]
     if name == "top_k":
         assert (count == 2).all()
-    # On-policy all conventions agree: each with itself bit for bit, but for the rounding of a sum of two numbers.
+    # On-policy all conventions agree bit for bit, except for the rounding of one sum of two numbers.
     own, within, whole = (rollout.with_support(s) for s in ("own", "rollout", "unfiltered"))
     assert own is rollout
     if not is_causal:  # a cache computes other shapes than the learner
