@@ -36,7 +36,7 @@ from dllm_rl.samplers.rules import check_steps, steps_per_block
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.screen import NARROW, escape_controls, literal
 from dllm_rl.tasks import Task
-from dllm_rl.tasks.base import Problem, check_filled
+from dllm_rl.tasks.base import check_filled
 from dllm_rl.tasks.protocols import TASKS, under_protocol
 
 Plan = tuple[dict[str, Any], Callable]  # settings by name, and the sampler bound to them
@@ -66,7 +66,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
                 settings = {"quantization": name, **rules}
                 file = completions_file(arguments, sampled, task, settings)
                 title = f"{task.name}, {', '.join(map(str, [model, *settings.values()]))}"
-                total = min(len(task), limit) * arguments.samples
+                total = limit * arguments.samples
                 with progress_bar(title, total, main=processes.is_main_process) as progress:
                     result = evaluate(
                         sampled,
@@ -85,7 +85,8 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
                     )
                 measured.append((settings, result))
                 row = {**result.summary, **settings} | ({"completions": file.name} if file else {})
-                found.append(row | compared(result, settings, first, arguments.models[0]))
+                before = first[len(measured) - 1 :][:1]  # every model has the same plans, in the same order
+                found.append(row | compared(result, settings, before, arguments.models[0]))
         first = first or measured  # later models are compared with it
     if processes.is_main_process:
         show(found, arguments)
@@ -104,9 +105,14 @@ def check_writable(arguments: argparse.Namespace) -> None:
 def compared(result: Evaluation, settings: dict[str, Any], first: Sequence[Measured], against: str) -> dict[str, Any]:
     """The differences from the first model at the same settings; nothing for the first model itself."""
     for known, before in first:
-        if known == settings:
+        if without_number(known) == without_number(settings):
             return {"against": against, "difference": paired_differences(result, before)}
     return {}
+
+
+def without_number(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, the commit rule by its name alone: under a budget each model has a number for itself."""
+    return settings | {"commit": str(settings.get("commit")).partition("=")[0]}
 
 
 def show(found: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
@@ -168,9 +174,8 @@ def num_problems(task: Task, arguments: argparse.Namespace) -> int:
     """--limit, else all problems of a file or data set, else GENERATED."""
     inner = getattr(task, "task", task)  # under a protocol
     made_at_will = hasattr(inner, "seed") and getattr(inner, "path", None) is None
-    if arguments.limit is not None:
-        return arguments.limit
-    return min(len(task), GENERATED) if made_at_will else len(task)
+    limit = GENERATED if made_at_will and arguments.limit is None else arguments.limit
+    return len(task) if limit is None else min(limit, len(task))
 
 
 def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan]:
@@ -199,12 +204,10 @@ def choices(arguments: argparse.Namespace) -> tuple[Sequence[Any], ...]:
     return (*lists, arguments.forwards or [None])
 
 
-def problems_of_a_batch(task: Task, arguments: argparse.Namespace) -> dict[int, Problem]:
-    return {i: task[i] for i in range(min(arguments.batch_size, num_problems(task, arguments)))}
-
-
 def plans_of(policy: Policy, task: Task, lengths: Sequence[int], arguments: argparse.Namespace) -> list[Plan]:
     block_size = arguments.block_size
+    count = min(arguments.batch_size, num_problems(task, arguments)) if arguments.forwards else 0
+    first = {i: task[i] for i in range(count)}  # on which a rule's number is searched
     plans: list[Plan] = []
     for length, commit, rank, cache, forwards in product(lengths, *choices(arguments)):
         rank = rank or own_rank(commit)
@@ -212,7 +215,6 @@ def plans_of(policy: Policy, task: Task, lengths: Sequence[int], arguments: argp
         bound: dict[str, Any] = {"max_new_tokens": length, "num_steps": None, "block_size": block_size}
         bound["temperature"] = arguments.temperature
         if forwards is not None:
-            first = problems_of_a_batch(task, arguments)
             sampler = partial(unmask, **bound, **rules)
             commit = within_budget(policy, first, sampler, commit, forwards, seed=arguments.seed)
         rules["commit"] = read_commit(commit)

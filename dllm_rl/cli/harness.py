@@ -11,12 +11,10 @@ from dllm_rl.cli.options import open_policy
 from dllm_rl.config import pickable
 from dllm_rl.evaluation.lm_eval import HarnessModel
 from dllm_rl.samplers import sampler_for
-from dllm_rl.samplers.by_name import read_cache, read_commit, read_rank
+from dllm_rl.samplers.by_name import READERS, own_rank, read_rank
 
 from lm_eval.__main__ import cli_evaluate  # isort: skip - HarnessModel's module says what to install without it
 from lm_eval.api.registry import register_model  # isort: skip
-
-READ = {"rank": read_rank, "commit": read_commit, "cache": read_cache}
 
 
 @register_model("dllm_rl")
@@ -49,12 +47,14 @@ class NamedModel(HarnessModel):
         if likelihood not in makers:
             raise ValueError(f"likelihood={likelihood!r} is none of {', '.join(makers)}")
         scoring: dict[str, Any] = {}
-        sampling: dict[str, Any] = {}
+        sampling: dict[str, Any] = {"temperature": 0.0}  # as `dllm-rl evaluate` has it; autoregress has 1.0
         for name, value in options.items():
             if name.startswith("likelihood."):
                 scoring[name.removeprefix("likelihood.")] = value
             else:
-                sampling[name] = READ[name](str(value)) if name in READ else value
+                sampling[name] = READERS[name](str(value)) if name in READERS else value
+        if "commit" in options:
+            sampling.setdefault("rank", read_rank(own_rank(str(options["commit"]))))
         sampler = sampler_for(policy)
         check(sampler.__name__, inspect.signature(sampler).bind_partial, sampling)
         check(likelihood, inspect.signature(makers[likelihood]).bind, scoring)

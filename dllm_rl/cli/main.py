@@ -65,12 +65,12 @@ def sample(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from dllm_rl.cli.sample import show
-    from dllm_rl.samplers.by_name import read_cache, read_commit, read_rank
+    from dllm_rl.samplers.by_name import READERS
 
     shown = ("live", "delay", "seed", "group_size", "blank", "chat")
     sampled = ("max_new_tokens", "num_steps", "block_size", "temperature", "top_k", "top_p")
     options = {name: getattr(arguments, name) for name in (*shown, *sampled)}
-    for name, read in {"rank": read_rank, "commit": read_commit, "cache": read_cache}.items():
+    for name, read in READERS.items():
         given = getattr(arguments, name)
         options[name] = None if given is None else read(given)  # None: the sampler's own default
     policy = open_policy(arguments)  # names the checkpoint, too

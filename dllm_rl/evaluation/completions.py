@@ -36,7 +36,8 @@ class Completions:
             self.part = path.with_name(f"{path.stem}.part{accelerator.process_index}.jsonl")
             for row in self.rows.values():
                 if "steps" not in row["evaluation"]:
-                    raise ValueError(f"{path} holds completions without `steps`, of before; give another output_dir")
+                    older = "holds completions without `steps`, of an older version"
+                    raise ValueError(f"{path} {older}; give another output_dir")
                 for name, value in made_with.items():  # facts that old and new rows share: weights, seed, sampler
                     before = row["evaluation"].get(name)
                     if before != value:
@@ -51,8 +52,8 @@ class Completions:
             now = json.loads(json.dumps(make_row(problems[key[0]], row["completion"], row["evaluation"])))
             for name, value in now.items():
                 if value != row.get(name):
-                    parts = f"its {name} is {row.get(name)!r}, the task's is {value!r}"
-                    raise ValueError(f"{self.path} holds another problem {key[0]}: {parts}; give another output_dir")
+                    differs = f"its {name} is {row.get(name)!r}, the task's is {value!r}"
+                    raise ValueError(f"{self.path} holds another problem {key[0]}: {differs}; give another output_dir")
         return rows
 
     def append(self, rows: Rows) -> None:

@@ -88,7 +88,7 @@ def complete(
     asked = list(problems.values())
     keys = list(product(problems, range(samples)))
     begin = time.perf_counter()
-    prompts = encode(policy, asked, group_size=samples, seeds=row_seeds(seed, keys))
+    prompts = encode(policy, asked, group_size=samples, seeds=seeds_of(seed, keys))
     rollout = sampler(policy, prompts, generator_for(seed, "evaluate"))
     if not rollout.logprobs.isfinite().all():
         raise ValueError("the model's log-probabilities are not finite (NaN or infinity): nothing can be evaluated")
@@ -104,7 +104,7 @@ def complete(
     return rows
 
 
-def row_seeds(seed: int, keys: Sequence[tuple[int, int]]) -> list[int]:
+def seeds_of(seed: int, keys: Sequence[tuple[int, int]]) -> list[int]:
     """A seed per (problem, sample)."""
     seeds = []
     for problem, sample in keys:

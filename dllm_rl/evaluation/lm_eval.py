@@ -1,5 +1,6 @@
 """A policy as a model of lm-evaluation-harness: `lm_eval.simple_evaluate(model=HarnessModel(...), tasks=[...])`."""
 
+import inspect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("lm_eval.py needs lm-evaluation-harness: pip install 'dllm_rl[harness]'") from error
 
-from dllm_rl.evaluation.evaluate import row_seeds
+from dllm_rl.evaluation.evaluate import seeds_of
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, text_ids
@@ -87,7 +88,7 @@ class HarnessModel(TemplateLM):
         texts = [""] * len(requests)
         for length, places in _batches([self._length(asked) for asked in settings], self.batch_size):
             ids = [self.tok_encode(requests[place].args[0]) for place in places]
-            seeds = row_seeds(self.seed, [rows[place] for place in places])
+            seeds = seeds_of(self.seed, [rows[place] for place in places])
             prompts = Prompts.from_ids(ids, pad_id=self.policy.pad_id, seeds=seeds)
             generator = generator_for(self.seed, "evaluate")
             rollout = self.sampler(self.policy, prompts, generator, max_new_tokens=length)
@@ -99,10 +100,11 @@ class HarnessModel(TemplateLM):
     def _length(self, asked: Mapping[str, Any]) -> int:
         """max_new_tokens for a task's generation settings."""
         own = getattr(self.sampler, "keywords", {})
+        held = inspect.signature(self.sampler).parameters["temperature"].default  # bound, or the sampler's own
         temperature = asked.get("temperature") if asked.get("do_sample", True) else 0.0
-        if temperature is not None and temperature != own.get("temperature", 0.0):
+        if temperature is not None and temperature != held:
             raise ValueError(
-                f"the task samples at temperature={temperature:g}, the model at {own.get('temperature', 0.0):g}; give "
+                f"the task samples at temperature={temperature:g}, the model at {held:g}; give "
                 f"the model temperature={temperature:g}, or --gen_kwargs do_sample=False"
             )
         return int(own.get("max_new_tokens") or asked.get("max_gen_toks", MAX_NEW_TOKENS))

@@ -53,13 +53,12 @@ def plot_curve(path: Path, found: Sequence[dict[str, Any]]) -> None:
     from matplotlib import pyplot as plt
 
     metric = headline(found[0])
-    differ = varying(found)
+    differ = [name for name in varying(found) if name != "num_steps"]  # steps are the axis
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in found:
-        # The numbers of an adaptive rule (threshold=0.9, 0.8 ...) are points of one line; steps are the axis.
-        shown = [str(row.get(name)).partition("=" if name == "commit" else "\0")[0] for name in differ]
-        label = ", ".join(text for name, text in zip(differ, shown, strict=True) if name != "num_steps")
-        lines.setdefault(label, []).append(row)
+        # The numbers of an adaptive rule (threshold=0.9, 0.8 ...) are points of one line.
+        known = row | {"commit": str(row.get("commit")).partition("=")[0]}
+        lines.setdefault(", ".join(str(known.get(name)) for name in differ), []).append(row)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained", sharey=True)
     for axis, cost in zip(axes, (_forwards, _seconds), strict=True):
         for label, rows in lines.items():

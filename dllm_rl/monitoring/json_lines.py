@@ -8,7 +8,7 @@ from typing import Any
 
 
 class JsonLines:
-    """An open file of JSON objects, one per line, which only grows."""
+    """An open file of JSON objects, one per line, which only grows; opening it cuts off half a line."""
 
     def __init__(self, path: Path, *, start: int, patient: bool = False) -> None:
         self.path = path
@@ -16,8 +16,9 @@ class JsonLines:
         self._waiting = b""  # rows that are not written yet
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         if size := os.fstat(self._file).st_size:
-            torn = os.pread(self._file, 1, size - 1) != b"\n"  # a kill may leave half a line
-            self._write("\n" * torn + json.dumps({"resume_from": start}) + "\n")  # older rows from here on do not count
+            if os.pread(self._file, 1, size - 1) != b"\n":  # a kill may leave half a line
+                os.ftruncate(self._file, path.read_bytes().rfind(b"\n") + 1)
+            self._write(json.dumps({"resume_from": start}) + "\n")  # older rows from here on do not count
 
     def append(self, row: dict[str, Any]) -> None:
         self._write(json.dumps(row, allow_nan=False) + "\n")  # JSON has neither NaN nor infinity: ValueError

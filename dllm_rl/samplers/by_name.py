@@ -55,3 +55,7 @@ def _number(text: str, value: str) -> float:
         return float(value)
     except ValueError:
         raise ValueError(f"{text!r}: {value!r} is not a number") from None
+
+
+# What reads each of a sampler's settings that a command line names.
+READERS: dict[str, Callable] = {"rank": read_rank, "commit": read_commit, "cache": read_cache}

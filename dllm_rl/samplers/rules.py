@@ -15,6 +15,7 @@ last step. Bind hyper-parameters with functools.partial. Rules that rewrite what
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -80,7 +81,7 @@ def rank_inputs(rank: Callable) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.name in OFFERED)
 
 
-def name_of(rule: Callable) -> str:
+def name_of(rule: Any) -> str:
     return getattr(getattr(rule, "func", rule), "__name__", repr(rule))
 
 

@@ -48,7 +48,8 @@ def finish(run: Run[Recipe]) -> Summary:
     settle(run)
     measured = {"before RL": before, "after": after, "after, quantised": quantized}
     model_card = Path(run.checkpoint) / CARD
-    if run.accelerator.is_main_process and run.checkpoint and model_card.is_file():  # else none is saved, or is left
+    # No card is written where no checkpoint was saved, or where its folder was deleted.
+    if run.accelerator.is_main_process and run.checkpoint and model_card.is_file():
         step = TrainingState.read(model_card.parent).step
         write_text(model_card, card(recipe, step=step, evaluations=measured, metrics=log.last))
     return conclude(
@@ -62,12 +63,13 @@ def finish(run: Run[Recipe]) -> Summary:
         },
         result=f"{shown(before)}  ->  {shown(after)}  on {len(recipe.eval_task)} held-out problems, "
         f"after {run.state.warmup_steps} warm-up and {recipe.num_steps} RL steps",
-        advice=_next_command(recipe, run.checkpoint),
+        advice=_next_command(recipe, run.checkpoint) if run.checkpoint else "Sample:     no checkpoint was saved",
     )
 
 
 def conclude(run: Run[Any], measured: dict[str, Any], *, result: str, advice: str) -> Summary:
-    """Write summary.json with `measured`, and the picture; print `result` and `advice`. Call `settle` first."""
+    """Write summary.json with `measured`, and the picture; print `result` and `advice`. With async_save, call
+    `settle` first."""
     run.log.close()
     recipe = run.recipe
     directory = Path(recipe.directory)

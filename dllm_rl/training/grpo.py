@@ -149,7 +149,7 @@ def grpo_recipe(
     model           a checkpoint's folder, a hub id, a transformers model, a policy, or a function that makes one.
     train_dataset   rows with a `prompt` (text or chat messages); the other columns go to the reward functions.
     reward_funcs    f(prompts=, completions=, **columns) -> numbers or None, sync or async; logged as rewards/NAME/mean.
-    processing_class  the tokenizer of a transformers model, which is copied.
+    processing_class  the tokenizer of a transformers model; training copies the model.
     eval_dataset    held-out rows; None: the last tenth of `train_dataset`, at most 256 rows.
     reward_weights  one per function, 1 by default; advantages=decoupled normalises each reward before weighing it.
     sampler_options keywords of `unmask` or `autoregress`: num_steps (unmasking; default one per token), top_p ...

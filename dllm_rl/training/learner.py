@@ -216,9 +216,9 @@ def update(
     micro_batch_size: int | None = None,
 ) -> dict[str, float]:
     """Take `num_iterations` steps on one batch, `micro_batch_size` rows per forward in whole groups. Returns the last
-    iteration's metrics, and of each NAME/iteration_I (grad_norm and off_policy/*). Raises RuntimeError if the rollout's
-    weights are not the learner's; FloatingPointError on a gradient norm that is not finite: that iteration is not
-    applied, earlier ones are."""
+    iteration's metrics, and grad_norm and off_policy/* of every iteration as NAME/iteration_I. Raises RuntimeError if
+    the rollout's weights are not the learner's; FloatingPointError on a gradient norm that is not finite: that
+    iteration is not applied, earlier ones are."""
     check_version(batch.rollout, policy)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

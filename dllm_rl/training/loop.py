@@ -35,7 +35,7 @@ def train(recipe: Recipe) -> Summary:
 
     for number in range(run.state.step, recipe.num_steps):
         sampled, answers, rewards, parts, sampling = collect(recipe, rollout_policy, number, accelerator, log)
-        advantages = recipe.advantages(rewards, **parts)  # (P, G), all processes: (R - mean) / (std + 1e-4)
+        advantages = recipe.advantages(rewards, **parts)  # (P, G), all processes; by default (R - mean) / (std + 1e-4)
         learn = partial(update, policy, run.optimizer, accelerator=accelerator, **recipe.update_settings(number))
         learned = step(recipe, sampled, advantages, number, accelerator, learn=learn, stage=log.stage, **policies)
         with log.stage("sync"):

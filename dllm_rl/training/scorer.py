@@ -47,8 +47,8 @@ def measured_groups(recipe: Recipe, advantages: Float[Tensor, "P G"], step: int)
 
 
 def group_weights(learned: Bool[Tensor, " P"], sample: int, generator: Generator) -> Float[Tensor, " P"]:
-    """Each group's weight in an estimate over all groups: 1 if the step learns from it, else others / drawn for at most
-    `sample` groups drawn without replacement, else 0.
+    """A weight per group for an estimate over all groups. A learned group weighs 1. Of the others at most `sample` are
+    drawn, without replacement. A drawn group weighs others / drawn, the rest 0.
 
     E[sum_p weight_p x_p] = sum_p x_p for every x (Horvitz and Thompson 1952, two strata).
     """

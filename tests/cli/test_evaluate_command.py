@@ -366,3 +366,16 @@ def test_a_budget_gives_each_sampler_its_steps_or_its_number_and_the_rank_it_is_
     assert [row["forwards_per_answer"] for row in found[:2]] == [1.0, 4.0]
     assert all(row["forwards_per_answer"] <= budget for row, budget in zip(found[2:], (1, 4), strict=True))
     assert all(row["tokens_per_forward"] == row["tokens"] / 4 / row["forwards_per_answer"] for row in found)
+
+
+def test_a_budget_is_searched_on_the_problems_of_a_short_file_and_compares_models(model, capsys, tmp_path):
+    """Each model has its own number of a rule: the rows are of one budget all the same."""
+    other = tmp_path / "other"
+    tiny_masked_lm(characters=CHARACTERS, **SMALL, seed=1, head_std=1.0).save_pretrained(other)
+    rows = (json.dumps({"puzzle": "1234341221434.2" + last, "solution": "1234341221434321"}) for last in ".1")
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    short = ("--path", tmp_path / "rows.jsonl", "--limit", 100, "--forwards", 3)
+    command = ("evaluate", model, other, "--task", "sudoku", "--commit", "threshold", *short, "--json")
+    first, second = map(json.loads, output(capsys, *command).splitlines())
+    assert first["n"] == second["n"] == 2 and first["commit"] != second["commit"]
+    assert second["against"] == model and "solve_rate" in second["difference"]

@@ -8,6 +8,7 @@ import pytest
 
 from dllm_rl.cli.main import main
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.samplers.rules import entropy
 from dllm_rl.tasks import Sudoku
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an optional extra")
@@ -136,7 +137,9 @@ def test_the_names_of_model_args(model, causal_model):
     assert made.batch_size == 3 and made.likelihood.name == "elbo"
     assert made.likelihood.made_by.keywords == {"num_samples": 6}
     assert made.sampler.keywords["commit"].keywords == {"tau": 0.5} and made.sampler.keywords["num_steps"] == 2
-    assert harness.NamedModel(causal_model).likelihood.name == "causal"
+    causal = harness.NamedModel(causal_model)
+    assert causal.likelihood.name == "causal" and causal.sampler.keywords == {"temperature": 0.0}
+    assert harness.NamedModel(model, commit="entropy_bound=0.5").sampler.keywords["rank"] is entropy, "its own rank"
     assert get_model("dllm_rl") is harness.NamedModel
     assert get_model("dummy").__name__ == "DummyLM", "the harness's own are still there"
 

@@ -28,8 +28,8 @@ def diffusion(**options):
     )
 
 
-def autoregressive():
-    sampler = partial(autoregress, max_new_tokens=4, temperature=0.0)
+def autoregressive(**options):
+    sampler = partial(autoregress, max_new_tokens=4, **{"temperature": 0.0} | options)
     return harness.HarnessModel(tiny_llama(causal=True, **SMALL, **BIG_HEAD), sampler=sampler, likelihood=causal())
 
 
@@ -123,6 +123,9 @@ def test_a_task_may_name_length_and_temperature():
     for wrong in ({"temperature": 0.7}, {"do_sample": True, "temperature": 0.7}):
         with pytest.raises(ValueError, match=r"the task samples at temperature=0.7, the model at 0; give the model"):
             greedy.generate_until(asked(("ab=", wrong)))
+    drawn = autoregressive(temperature=1.0)
+    with pytest.raises(ValueError, match=r"the task samples at temperature=0, the model at 1; give the model"):
+        drawn.generate_until(asked(("ab=", {"do_sample": False})))
 
 
 def test_refusals():

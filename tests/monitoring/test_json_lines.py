@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from dllm_rl.monitoring.json_lines import current_rows, known, warmup_rows
+from dllm_rl.monitoring.json_lines import JsonLines, current_rows, known, warmup_rows
 from dllm_rl.monitoring.log import RunLog
 
 
@@ -31,6 +31,14 @@ def test_no_tail_stops_a_resume(tmp_path, tail):
     log.write(1, {"a": 3.0})
     log.close()
     assert [(row["step"], row["a"]) for row in current_rows(path)] == [(0, 1), (1, 3)]
+
+
+def test_opening_a_file_cuts_off_half_a_line(tmp_path):
+    """Other readers take no line that is not JSON."""
+    path = tmp_path / "completions.jsonl"
+    path.write_bytes(b'{"step": 0}\n{"step": 1, "compl')
+    JsonLines(path, start=1).close()
+    assert path.read_bytes() == b'{"step": 0}\n{"resume_from": 1}\n'
 
 
 def test_a_full_disk_keeps_rows_for_later(tmp_path, monkeypatch):

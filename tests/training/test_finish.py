@@ -23,7 +23,7 @@ def test_a_summary_compares_as_its_numbers():
     assert Summary({"seed": 3}, policy) == {"seed": 3} and Summary({"seed": 3}, policy).policy is policy
 
 
-def test_a_run_without_a_checkpoint_touches_no_card(tmp_path, monkeypatch):
+def test_a_run_without_a_checkpoint_touches_no_card(tmp_path, monkeypatch, capsys):
     """The folder '' would be the current one, with a README.md of its own."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("mine")
@@ -34,6 +34,7 @@ def test_a_run_without_a_checkpoint_touches_no_card(tmp_path, monkeypatch):
     monkeypatch.setattr("dllm_rl.training.rehearsal.checkpoint.save", full)
     summary = train(tiny_recipe(tmp_path / "run", num_steps=1, on_save_error="continue"))
     assert summary["checkpoint"] == "" and (tmp_path / "README.md").read_text() == "mine"
+    assert "Sample:     no checkpoint was saved" in capsys.readouterr().out, "no command without a model"
 
 
 class Told(Wrapped):

@@ -3,11 +3,12 @@
 import math
 
 import torch
-from torch import nn
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.lora import STACKS, is_stacked
+from dllm_rl.models.lora import STACKS, base_of, is_stacked
+from dllm_rl.quantization.rollout_policy import quantizable_layers
 from dllm_rl.recipe import Recipe
+from dllm_rl.samplers.rules import name_of
 from dllm_rl.training.dry_run.memory import batch_of, most_graphs
 from dllm_rl.types import Rollout
 
@@ -22,8 +23,7 @@ HOST = 21e-3 / 225  # seconds that the host needs for a linear layer: 21 ms for 
 
 def shares(recipe: Recipe) -> dict[str, float]:
     """The share of PEAK that each stage is taken to reach."""
-    scheme = getattr(recipe.rollout_quantization, "func", recipe.rollout_quantization)
-    copies = COPIES.get(getattr(scheme, "__name__", ""), (FORWARD, FORWARD))
+    copies = COPIES.get(name_of(recipe.rollout_quantization), (FORWARD, FORWARD))
     return {"rollout": copies[recipe.torch_compile], "scoring": FORWARD, "update": BACKWARD}
 
 
@@ -63,16 +63,15 @@ def products(policy: Policy) -> tuple[float, int]:
     """The weights that a token is multiplied with, and the number of linear layers; of experts those that it takes."""
     weights = 0.0
     layers = 0
-    for name, layer in policy.module.named_modules():
-        if ".lora_" in name or hasattr(layer, "base_layer"):
-            continue  # adapters are small, and what wraps a layer is not one more
-        if isinstance(layer, nn.Linear):
-            weights += layer.weight.numel()
-            layers += 1
-        elif is_stacked(layer):
-            expert = sum(getattr(layer, stack)[0].numel() for stack in STACKS)
+    for _, layer in quantizable_layers(policy.module):
+        base = base_of(layer)
+        if is_stacked(base):
+            expert = sum(getattr(base, stack)[0].numel() for stack in STACKS)
             weights += expert * policy.module.config.num_experts_per_tok
             layers += 2
+        else:  # adapters are small: they are not counted
+            weights += base.weight.numel()
+            layers += 1
     return weights, layers
 
 
