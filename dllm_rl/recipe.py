@@ -15,6 +15,7 @@ from dllm_rl.bounds import Bound, check_bound
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.members import describe, described, plain
 from dllm_rl.models.base import Policy
+from dllm_rl.models.engine import RolloutEngine
 from dllm_rl.models.lora import Lora, check_mergeable
 from dllm_rl.tasks.base import Task
 
@@ -60,8 +61,8 @@ def check_fits(field: Field, value: Any) -> None:
     corrector="tis"), and on text in place of a number or a flag (learning_rate="1e-3")."""
     kinds = (field.type, *get_args(field.type))
     flag = isinstance(value, bool) and bool not in kinds
-    name = isinstance(value, str) and field.type in (Callable, Corrector, LikelihoodEstimator, Task)
-    if flag or name or (field.metadata.get("pick") and not callable(value)):
+    record = field.type in (Callable, Corrector, LikelihoodEstimator, Task, RolloutEngine | None)
+    if flag or (record and isinstance(value, str)) or (field.metadata.get("pick") and not callable(value)):
         raise ValueError(f"{field.name}={value!r} does not fit; it is: {field.metadata['help']}")
     for kind, like in ((bool, bool), (int, Integral), (float, Real)):
         if kind in kinds and not isinstance(value, like):
@@ -204,6 +205,7 @@ class Recipe(Settings):
     rollout_quantization: Callable[[], Any] | None = _(
         "the rollout's scheme", None, pick="dllm_rl.quantization.schemes"
     )
+    rollout_engine: RolloutEngine | None = _("what makes rollouts; None: the learner, or its quantised copy", None)
 
     num_generations: int = _("completions per prompt (G)", 8, at_least=1)
     rollout_batch_size: int | None = _("completions sampled at a time, whole groups; None: all at once", None)
@@ -254,13 +256,14 @@ class Recipe(Settings):
             check_mergeable(self.lora())  # the aligned forward quantises merged weights
 
     def conflicts(self) -> list[tuple[bool, str]]:
-        quantized = self.rollout_quantization is not None  # else rollout and learner share their weights
+        quantized = self.rollout_quantization is not None
         found = [
             *super().conflicts(),
+            *self.engine_conflicts(),
             (
                 self.router_replay is not None and not quantized,
-                "router_replay='R3' takes the rollout's experts again, and without rollout_quantization the learner's "
-                "own weights roll out: set a scheme, or leave it at none",
+                "router_replay='R3' takes a quantised copy's experts again, and without rollout_quantization there is "
+                "no copy: set a scheme, or leave it at none",
             ),
             (
                 self.async_save and self.base_quantization is not None,
@@ -282,8 +285,9 @@ class Recipe(Settings):
                 "correct a second time: use corrector=none(), or one without weigh, or old_logprobs='recompute'",
             ),
             (
-                self.zero_mismatch and quantized and not self.corrector.align_forward,
-                "zero_mismatch=True needs rollout_quantization=None, or a corrector that aligns the forward",
+                self.zero_mismatch and self.rolls_out_apart and not self.corrector.align_forward,
+                "zero_mismatch=True needs rollout_quantization=None without a rollout_engine, or a corrector that "
+                "aligns the forward",
             ),
             (
                 self.zero_mismatch and not quantized and not self.likelihood.exact_for_sampler,
@@ -302,6 +306,26 @@ class Recipe(Settings):
             whole = size is None or (size >= group and size % group == 0)  # a group is never split
             found.append((not whole, f"{name}={size} must be a multiple of num_generations={group}"))
         return found
+
+    def engine_conflicts(self) -> list[tuple[bool, str]]:
+        there = self.rollout_engine is not None
+        engine = f"rollout_engine={describe(self.rollout_engine)}"
+        return [
+            (
+                there and self.rollout_quantization is not None,
+                f"{engine} makes the rollouts, and rollout_quantization's copy none: leave one of both at none",
+            ),
+            (
+                there and self.corrector.align_forward,
+                f"the corrector aligns the learner with a quantised copy's operands, and {engine} has no such copy: "
+                "use another corrector, or rollout_quantization",
+            ),
+        ]
+
+    @property
+    def rolls_out_apart(self) -> bool:
+        """Whether rollouts come from other arithmetic than the learner's own."""
+        return self.rollout_quantization is not None or self.rollout_engine is not None
 
     @property
     def aggregation(self) -> Callable:

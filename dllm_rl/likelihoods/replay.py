@@ -58,8 +58,8 @@ def as_noted(noise: Noise, rollout: Rollout, experts: Integer[Tensor, "N B T M E
 @torch.no_grad()
 def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise) -> Int[Tensor, "M X"] | None:
     """Counts per mixture, under the first view and one row per prompt: choices that both sides make, all choices, the
-    tokens of each expert in the rollout, and in the learner. None without mixtures."""
-    if not mixtures(policy.module):
+    tokens of each expert in the rollout, and in the learner. None without mixtures, or where an engine hides them."""
+    if not (mixtures(policy.module) and mixtures(rollout_policy.module)):
         return None
     first = slice(None, None, rollout.group_size)  # one row per prompt: enough choices, a group's share of the work
     seen = rollout.attention_mask[first]

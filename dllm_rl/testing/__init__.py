@@ -1,6 +1,7 @@
-"""Contracts of correctors, estimators and policies, for the tests of this package and of custom methods."""
+"""Contracts of correctors, engines, estimators and policies, for the tests of this package and of custom methods."""
 
+from dllm_rl.testing.engine_contract import check_engine
 from dllm_rl.testing.method_contracts import check_corrector, check_estimator, loss_of, make_batch
 from dllm_rl.testing.policy_contract import check_policy
 
-__all__ = ["check_corrector", "check_estimator", "check_policy", "loss_of", "make_batch"]
+__all__ = ["check_corrector", "check_engine", "check_estimator", "check_policy", "loss_of", "make_batch"]

@@ -48,7 +48,7 @@ def of_the_clip(recipe: Recipe) -> list[str]:
     epsilon = _bound(surrogate, "epsilon")
     high = _bound(surrogate, "epsilon_high")
     open_above = getattr(surrogate, "func", surrogate) is ppo_clip and _bound(surrogate, "delta") is None
-    if recipe.num_iterations == 1 or recipe.rollout_quantization is None or not open_above:
+    if recipe.num_iterations == 1 or not recipe.rolls_out_apart or not open_above:
         return []
     return [
         f"num_iterations={recipe.num_iterations} with quantised rollouts and loss.delta=None: nothing "
@@ -75,7 +75,7 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
             "by a law that likelihood=trajectory does not know, and its ratios leave the order out; use rank=max_prob "
             "or random, or order='given' to say that it is meant"
         )
-    if not exact and recipe.corrector.weigh is not no_weights and recipe.rollout_quantization is not None:
+    if not exact and recipe.corrector.weigh is not no_weights and recipe.rolls_out_apart:
         said.append(
             f"likelihood={likelihood.name!r} gives no likelihood ratios: the mean of the corrector's weights is not 1, "
             "and they need not bring the gradient nearer to the learner's own; use trajectory(), or corrector=none"

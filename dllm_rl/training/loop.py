@@ -5,13 +5,13 @@ from functools import partial
 from typing import Any
 
 from dllm_rl.distributed.stop import leaving_nothing_behind
-from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.completion_log import log_completions
 from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.finish import Summary, finish
 from dllm_rl.training.learner import step, update
+from dllm_rl.training.policies import engine_of
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.saving import checkpoint_if_due
 from dllm_rl.training.start import start
@@ -31,6 +31,7 @@ def train(recipe: Recipe) -> Summary:
     rollout_policy = run.rollout_policy
     accelerator = run.accelerator
     log = run.log
+    engine = engine_of(recipe)
     policies: dict[str, Any] = {"policy": policy, "rollout_policy": rollout_policy, "reference": run.reference}
 
     for number in range(run.state.step, recipe.num_steps):
@@ -39,7 +40,7 @@ def train(recipe: Recipe) -> Summary:
         learn = partial(update, policy, run.optimizer, accelerator=accelerator, **recipe.update_settings(number))
         learned = step(recipe, sampled, advantages, number, accelerator, learn=learn, stage=log.stage, **policies)
         with log.stage("sync"):
-            synced = sync_weights(policy, rollout_policy)
+            synced = engine.sync(policy, rollout_policy)
 
         metrics = sampling | learned.metrics | synced | validate(run, number)
         log.write(number, metrics)

@@ -15,11 +15,12 @@ from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.files import replacing
 from dllm_rl.likelihoods.replay import check_replay
 from dllm_rl.models.base import Policy, copied
+from dllm_rl.models.engine import RolloutEngine
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.monitoring.log import RunLog
-from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training.sharded_learner import first_home, on_main, share_out
 from dllm_rl.training.validation import evaluate_with, shown
@@ -122,6 +123,10 @@ def save_reference(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> 
             return manifest.write(partial, step=None, processes=accelerator.num_processes, versions=versions())
 
     return from_main(write, accelerator)
+
+
+def engine_of(recipe: Recipe) -> RolloutEngine:
+    return recipe.rollout_engine or RolloutEngine(partial(rollout_copy, recipe), sync_weights)
 
 
 def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:

@@ -30,7 +30,7 @@ from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.tasks.base import Problem, addends
 from dllm_rl.training.cautions import made_up_rewards
 from dllm_rl.training.learner import accumulate_gradients, step
-from dllm_rl.training.policies import make_optimizer, rollout_copy
+from dllm_rl.training.policies import engine_of, make_optimizer
 from dllm_rl.training.rollouts import Answer, sample_and_grade
 from dllm_rl.training.sharded_learner import on_main
 from dllm_rl.training.warmup import examples
@@ -52,7 +52,7 @@ def rehearse(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Acce
 def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
     """The loop's step on one group per process, up to the gradients; no weight changes."""
     key = (recipe.seed, "rehearsal")
-    rollout_policy = rollout_copy(recipe, policy)
+    rollout_policy = engine_of(recipe).load(policy)
     seeds = row_seeds(generator_for(*key), recipe.num_generations)[None]
     rollout, answers, _ = sample_and_grade(recipe, rollout_policy, [problem], seeds, key, accelerator)
     if recipe.warmup_steps:

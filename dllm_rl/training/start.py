@@ -23,12 +23,12 @@ from dllm_rl.training.cautions import cautions
 from dllm_rl.training.model_card import check_hub
 from dllm_rl.training.policies import (
     check_compiled,
+    engine_of,
     fresh_state,
     make_optimizer,
     make_policy,
     reference_policy,
     resumed_policy,
-    rollout_copy,
 )
 from dllm_rl.training.prompts import check_prompts, check_tasks, choose
 from dllm_rl.training.rehearsal import rehearse
@@ -69,7 +69,7 @@ def start(recipe: Recipe) -> Run[Recipe]:
         optimizer = make_optimizer(recipe, policy)
 
     # 5. The copies: the rollout's is of the learner's version, the reference is what RL started from.
-    rollout_policy = rollout_copy(recipe, policy)
+    rollout_policy = engine_of(recipe).load(policy)
     rollout_policy.version = policy.version
     if recipe.torch_compile:
         compile_blocks(rollout_policy, mode=recipe.torch_compile_mode)

@@ -50,7 +50,7 @@ def seconds(recipe: Recipe, policy: Policy, prompt_tokens: int) -> dict[str, flo
     forwards = views * math.ceil(rows / (recipe.micro_batch_size or rows))
     view_tokens = views * rows * row
     scoring = time(view_tokens, FORWARD, forwards, passes=1 + bool(recipe.beta))
-    if recipe.rollout_quantization is not None and not recipe.likelihood.exact_for_sampler:
+    if recipe.rolls_out_apart and not recipe.likelihood.exact_for_sampler:
         scoring += time(view_tokens, copy, forwards)
     passes = 2 + (recipe.lora is None) + recipe.gradient_checkpointing  # gradients of inputs, of weights; run again
     update = recipe.num_iterations * time(view_tokens, BACKWARD, forwards, passes)

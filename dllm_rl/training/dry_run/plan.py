@@ -166,12 +166,14 @@ def model_lines(recipe: Recipe, policy: MetaPolicy) -> list[str]:
     layers, weights, kept = quantisable(recipe, policy)
     reasons = Counter(why.split(" ")[0] if why.startswith("tied") else why for why in kept.values())
     named = ", ".join(f"{count} {why}" for why, count in reasons.items())
+    unknown = "rollout engine        not counted: memory and seconds below are of rollouts by the learner itself"
     return [
         f"{recipe.name}: {recipe.model if isinstance(recipe.model, str) else policy.spec.name} "
         f"({type(policy.module).__name__}, {policy.spec.attention} attention)",
         f"parameters            {policy.parameters:,}",
         f"trainable parameters  {trainable:,}{adapters}",
         f"quantised layers      {layers} with {weights:,} weights; kept: {named or 'all'}",
+        *([unknown] if recipe.rollout_engine is not None else []),
     ]
 
 

@@ -1,0 +1,117 @@
+"""An engine in a run: its rollouts and syncs are the loop's, and settings that it cannot have are refused."""
+
+from dataclasses import fields, replace
+from functools import partial
+
+import pytest
+import torch
+from own_module import own_policy
+from tiny_recipe import tiny_recipe, tiny_recipe_ar
+
+from dllm_rl import train
+from dllm_rl.algorithms.correctors import aligned, none, tis
+from dllm_rl.likelihoods.estimators import coupled
+from dllm_rl.models.base import copied
+from dllm_rl.models.engine import RolloutEngine, computed_by
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm, tiny_moe
+from dllm_rl.quantization.schemes import float8_weight_only
+from dllm_rl.recipe import Recipe, check_fits
+from dllm_rl.training.cautions import cautions
+from dllm_rl.training.dry_run.plan import plan
+from dllm_rl.training.policies import engine_of
+
+
+def held_apart(noise=0.0):
+    """An engine that computes logits with weights of its own, which a sync copies."""
+
+    def load(policy):
+        held = copied(policy)
+        held.module.requires_grad_(False)
+
+        def forward(*inputs, **cache):
+            logits = held.head(held.spec.encode(held.module, *inputs, **cache))
+            return logits + noise * torch.arange(logits.shape[-1]) / logits.shape[-1]
+
+        rollout_policy = computed_by(policy, forward)
+        rollout_policy.module.held = [held]
+        return rollout_policy
+
+    def sync(policy, rollout_policy):
+        (held,) = rollout_policy.module.held
+        held.module.load_state_dict(policy.module.state_dict())
+        rollout_policy.version = policy.version
+        return {"engine/synced": 1.0}
+
+    return RolloutEngine(load, sync)
+
+
+@pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar], ids=["full", "causal"])
+def test_an_engine_of_the_same_arithmetic_trains_as_the_learner_alone(tmp_path, make):
+    plain = train(make(tmp_path / "a", rollout_quantization=None, report_to=None))
+    apart = train(make(tmp_path / "b", rollout_quantization=None, report_to=None, rollout_engine=held_apart()))
+    for ours, theirs in zip(apart.policy.module.parameters(), plain.policy.module.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert apart["eval_after_quantized"] == apart["eval_after"] == plain["eval_after"]
+    rows = (tmp_path / "b" / "metrics.jsonl").read_text()
+    assert rows.count('"engine/synced": 1.0') == 2 and rows.count('"rollout_corr/abs_log_ratio_mean": 0.0,') == 2
+
+
+@pytest.mark.parametrize("likelihood", [None, coupled()], ids=["recorded", "scored"])
+def test_what_an_engine_computes_otherwise_is_measured(tmp_path, likelihood):
+    more = {} if likelihood is None else {"likelihood": likelihood}
+    engine = held_apart(noise=0.5)
+    train(tiny_recipe(tmp_path, rollout_quantization=None, rollout_engine=engine, num_steps=1, **more))
+    line = (tmp_path / "metrics.jsonl").read_text().split('"rollout_corr/abs_log_ratio_mean": ')[1]
+    assert float(line.split(",")[0]) > 0.01
+
+
+def test_mixtures_that_an_engine_hides_are_not_compared(tmp_path):
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 16, "num_experts": 4}
+    recipe = tiny_recipe(tmp_path, rollout_quantization=None, rollout_engine=held_apart(), num_steps=1)
+    train(replace(recipe, model=partial(tiny_moe, characters="1234.=", **sizes)))
+    assert "routing/" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("make", [tiny_masked_lm, tiny_llama, own_policy], ids=["roberta", "shifted", "own"])
+def test_logits_and_scores_are_the_forwards(make):
+    options = {} if make is own_policy else {"characters": "01234"}
+    policy = make(**options, **({"causal": True} if make is tiny_llama else {}))
+    rollout_policy = held_apart().load(policy)
+    tokens = torch.tensor([[0, 3, 4, 5], [3, 4, 5, 4]])
+    mask = torch.tensor([[False, True, True, True], [True] * 4])
+    with torch.no_grad():
+        assert torch.equal(rollout_policy.logits(tokens, mask)[mask], policy.logits(tokens, mask)[mask])
+    assert rollout_policy.vocab_size == policy.vocab_size and rollout_policy.device == policy.device
+    assert sum(p.numel() for p in rollout_policy.module.parameters()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rollout_quantization": float8_weight_only}, "leave one of both at none"),
+        ({"corrector": aligned()}, "has no such copy: use another corrector"),
+        ({"router_replay": "R3"}, "without rollout_quantization there is no copy"),
+        ({"zero_mismatch": True}, "without a rollout_engine"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_what_an_engine_cannot_have_is_refused_in_a_line(tmp_path, changes, said):
+    given = {"rollout_quantization": None, "rollout_engine": held_apart(), "corrector": none()} | changes
+    with pytest.raises(ValueError, match=said) as error:
+        tiny_recipe(tmp_path, **given)
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_is_no_engine():
+    (field,) = [field for field in fields(Recipe) if field.name == "rollout_engine"]
+    with pytest.raises(ValueError, match="rollout_engine='vllm' does not fit; it is: what makes rollouts"):
+        check_fits(field, "vllm")
+
+
+def test_a_run_is_cautioned_and_planned_as_one_whose_rollouts_differ(tmp_path):
+    given = {"rollout_quantization": None, "rollout_engine": held_apart(), "corrector": tis()}
+    recipe = tiny_recipe(tmp_path, **given, num_iterations=2, likelihood=coupled())
+    assert engine_of(recipe) is recipe.rollout_engine
+    said = cautions(recipe)
+    assert len(said) == 2 and "loss.delta" in said[0] and "no likelihood ratios" in said[1]
+    assert "rollout engine        not counted" in plan(recipe)

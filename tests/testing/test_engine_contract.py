@@ -1,0 +1,137 @@
+"""check_engine passes this library's copies, and an engine that decodes by itself; it names each planted fault."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from tiny_recipe import SIZES, tiny_recipe
+
+from dllm_rl import tiny_llama, tiny_masked_lm
+from dllm_rl.models.base import copied
+from dllm_rl.models.engine import RolloutEngine, computed_by
+from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.quantization.schemes import int8_weight_only
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.testing import check_engine
+from dllm_rl.training.policies import engine_of
+from dllm_rl.types import Prompts
+
+SAMPLERS = {
+    "full": partial(unmask, max_new_tokens=6, num_steps=3, temperature=0.7),
+    "causal": partial(autoregress, max_new_tokens=6, temperature=0.7),
+}
+
+
+def model(attention):
+    return tiny_llama(**SIZES, causal=attention == "causal", head_std=0.1)
+
+
+def prompts(policy):
+    return Prompts.from_ids([[3, 4, 5, 6], [7, 8], [4]], pad_id=policy.pad_id, group_size=4)
+
+
+def checked(engine, attention="full", sampler=None, **options):
+    policy = model(attention)
+    check_engine(engine, policy, prompts(policy), sampler or SAMPLERS[attention], **options)
+
+
+@pytest.mark.parametrize("scheme", [None, int8_weight_only], ids=["learner", "int8"])
+@pytest.mark.parametrize("attention", SAMPLERS)
+def test_this_librarys_copies_pass(tmp_path, attention, scheme):
+    checked(engine_of(tiny_recipe(tmp_path, rollout_quantization=scheme)), attention, bound=0.05 if scheme else 1e-5)
+
+
+def test_adapters_and_learned_positions_pass(tmp_path):
+    policy = tiny_masked_lm(**SIZES, head_std=0.1)
+    add_lora(policy, Lora(r=2))
+    engine = engine_of(tiny_recipe(tmp_path, rollout_quantization=int8_weight_only))
+    check_engine(engine, policy, prompts(policy), SAMPLERS["full"], bound=0.05)
+
+
+def forward_of(policy):
+    return computed_by(
+        policy, lambda tokens, mask, positions: policy.head(policy.spec.encode(policy.module, tokens, mask, positions))
+    )
+
+
+class Elsewhere:
+    """An engine with weights of its own: it computes logits, or decodes by itself through `sampler`."""
+
+    def __init__(self, fault=None):
+        self.fault = fault
+
+    @property
+    def record(self):
+        return RolloutEngine(self.load, self.sync)
+
+    def load(self, policy):
+        self.held = policy if self.fault == "the learner's weights" else copied(policy)
+        return forward_of(self.held)
+
+    def sync(self, policy, rollout_policy):
+        if self.fault != "stale weights":
+            self.held.module.load_state_dict(policy.module.state_dict())
+        if self.fault != "stale version":
+            rollout_policy.version = policy.version
+        return {"seconds": torch.ones(())} if self.fault == "metrics" else {}
+
+    def sampler(self, policy, prompts, generator, *, attention):
+        """The library's sampler on the held weights, whose record then gets the fault."""
+        if self.fault == "lost seed":
+            prompts = replace(prompts, seeds=torch.arange(prompts.num_rows))
+        if self.fault == "one seed":
+            prompts = replace(prompts, seeds=prompts.seeds[:1] + torch.arange(prompts.num_rows))
+        rollout = replace(SAMPLERS[attention](self.held, prompts, generator), weights_version=policy.version)
+        if self.fault == "other tokens":
+            return replace(rollout, logprobs=rollout.logprobs.roll(1, 0))
+        if self.fault == "tempered":
+            return replace(rollout, sampling_params=replace(rollout.sampling_params, temperature=1.0))
+        if self.fault == "dropped end":
+            ended = (rollout.tokens == policy.spec.eos_ids[0]).cumsum(1) > 0
+            return replace(rollout, completion_mask=rollout.completion_mask & ~ended)
+        if self.fault == "global generator":
+            torch.rand(1)
+        if self.fault == "the learner's weights":
+            next(self.held.module.parameters()).add_(1e-4)
+        return rollout
+
+
+@pytest.mark.parametrize("attention", SAMPLERS)
+def test_an_engine_that_decodes_by_itself_passes(attention):
+    engine = Elsewhere()
+    checked(engine.record, attention, partial(engine.sampler, attention=attention), bound=1e-5)
+
+
+def test_an_engine_that_computes_logits_passes():
+    checked(Elsewhere().record, bound=1e-5)
+
+
+FAULTS = {
+    "other tokens": "log-probs differ",
+    "tempered": "temperature",
+    "dropped end": "without its end token",
+    "lost seed": "other seeds must give other tokens",
+    "one seed": "a row's seed alone",
+    "stale weights": "log-probs differ",
+    "stale version": "weights_version=0 of a rollout, but the learner's is 1",
+    "global generator": "global generator",
+    "the learner's weights": "weights must be left alone",
+    "metrics": "metrics as floats",
+}
+
+
+@pytest.mark.parametrize("attention", SAMPLERS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_named(fault, attention):
+    engine = Elsewhere(fault)
+    with torch.random.fork_rng(devices=[]), pytest.raises(AssertionError, match=FAULTS[fault]):
+        checked(engine.record, attention, partial(engine.sampler, attention=attention))
+
+
+def test_a_check_that_could_not_tell_is_refused():
+    with pytest.raises(AssertionError, match="hides weights that differ"):
+        checked(Elsewhere().record, bound=9.0)
+    with pytest.raises(AssertionError, match="sample at another temperature"):
+        checked(Elsewhere().record, sampler=partial(SAMPLERS["full"], temperature=1.0))
