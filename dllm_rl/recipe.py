@@ -238,6 +238,7 @@ class Recipe(Settings):
     warmup_steps: int = _("most supervised steps before RL; 0: none", 0, at_least=0)
     warmup_batch_size: int = _("prompts per warm-up step, over all processes", 64, at_least=1)
     warmup_learning_rate: float = _("of the warm-up's AdamW", 2e-3, above=0)
+    warmup_corruption: float = _("SFT's corruption, in the warm-up", 0.0, at_least=0, below=1)
     warmup_target: float = _("warm-up ends when warmup_metric on validation_task reaches this", 1.0)
     warmup_metric: str = _("the metric that ends the warm-up", "solve_rate")
     warmup_eval_steps: int = _("steps between looks at that metric", 5, at_least=1)

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from itertools import compress
 from typing import Any
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.models.base import Policy
@@ -141,6 +144,14 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"text {text!r} cannot be tokenised by this model: {error}") from error
+
+
+def ordinary_ids(policy: Policy) -> Int[Tensor, " V"]:
+    """The ids of the vocabulary that are no special tokens, ascending."""
+    size = len(policy.tokenizer) if hasattr(policy.tokenizer, "__len__") else policy.vocab_size
+    added = getattr(policy.tokenizer, "added_tokens_decoder", {})
+    special = {policy.pad_id, policy.spec.mask_id, *policy.spec.eos_ids, *(i for i in added if added[i].special)}
+    return torch.tensor([i for i in range(min(size, policy.vocab_size)) if i not in special])
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:

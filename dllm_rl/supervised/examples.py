@@ -14,6 +14,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import token_logprobs
 from dllm_rl.models.tokens import conversation_ids, text_ids
 from dllm_rl.supervised.recipe import SFT
+from dllm_rl.training.warmup import corrupted
 from dllm_rl.types import SamplingParams
 
 Piece = tuple[list[int], bool]  # token ids, and whether they are an answer
@@ -29,10 +30,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Shown:
-    """An example as the model sees it: with `hidden` tokens masked, each with its `weight` in the loss."""
+    """An example, the tokens that the model sees in its place, and each token's `weight` in the loss."""
 
     tokens: Int[Tensor, " T"]
-    hidden: Bool[Tensor, " T"]
+    seen: Int[Tensor, " T"]
     weight: Float[Tensor, " T"]
 
 
@@ -117,20 +118,30 @@ def _joined(pieces: list[Piece], ends: Sequence[int], *, only_answers: bool) -> 
 
 
 def show(
-    examples: Sequence[Example], levels: Float[Tensor, " B"], uniforms: Float[Tensor, "B L"], *, causal: bool
+    policy: Policy,
+    examples: Sequence[Example],
+    levels: Float[Tensor, " B"],
+    uniforms: Float[Tensor, "B L"],
+    noise: Float[Tensor, "B L"],
+    *,
+    corruption: float = 0.0,
 ) -> tuple[list[Shown], int]:
     """The examples with weights, and the divisor of the sum of their weighted losses."""
+    causal = policy.spec.attention == "causal"
     shown = []
     total = 0
-    for one, level, row in zip(examples, levels, uniforms, strict=True):
+    for one, level, row, other in zip(examples, levels, uniforms, noise, strict=True):
         count = int(one.learned.sum())
-        hidden = torch.zeros_like(one.learned)
+        seen = one.tokens.clone()
+        seen[one.learned] = corrupted(policy, seen[one.learned], other[:count], share=corruption)
         weight = one.learned.float()
         if not causal:
             # The k-th learned token takes the k-th uniform, so that a prompt's length does not move the masks.
-            hidden[one.learned] = row[:count] < level
-            weight = hidden / (level * count)  # 1 / (t_b n_b): LLaDA's SFT loss, eq. 5 [paper]
-        shown.append(Shown(one.tokens, hidden, weight))
+            hidden = row[:count] < level
+            seen[one.learned] = torch.where(hidden, policy.spec.mask_id, seen[one.learned])
+            # 1 / (t_b n_b): LLaDA's SFT loss, eq. 5 [paper]. A visible token counts 1 / n_b [ours].
+            weight[one.learned] = torch.where(hidden, 1 / (level * count), float(corruption > 0) / count)
+        shown.append(Shown(one.tokens, seen, weight))
         total += count if causal else 1  # causal: the mean over tokens, as transformers' `labels=`
     return shown, total
 
@@ -157,7 +168,7 @@ class Layout:
 
     tokens: Int[Tensor, "B T"]
     segment: Int[Tensor, "B T"]
-    hidden: Bool[Tensor, "B T"]
+    seen: Int[Tensor, "B T"]
     weight: Float[Tensor, "B T"]
 
     @property
@@ -172,7 +183,7 @@ class Layout:
 def lay_out(shown: Sequence[Shown], rows: Sequence[Sequence[int]], *, pad_id: int, device: torch.device) -> Layout:
     """The sequences of each row, one after the other."""
     columns = {}
-    for name, fill in (("tokens", pad_id), ("hidden", False), ("weight", 0.0)):
+    for name, fill in (("tokens", pad_id), ("seen", pad_id), ("weight", 0.0)):
         joined = [torch.cat([getattr(shown[i], name) for i in row]) for row in rows]
         columns[name] = pad_sequence(joined, batch_first=True, padding_value=fill).to(device)
     numbers = []
@@ -186,19 +197,18 @@ def hidden_states(policy: Policy, layout: Layout, *, packed: bool) -> Float[Tens
     """States whose head gives the logits AT each position; `packed`: a token attends to its own sequence alone."""
     spec = policy.spec
     segment = layout.segment
-    tokens = layout.tokens if spec.mask_id is None else layout.tokens.masked_fill(layout.hidden, spec.mask_id)
     if spec.attention == "block_causal":  # earlier blocks are seen without masks
-        return packed_hidden(policy, layout.tokens, tokens, layout.hidden, segment > 0)
+        return packed_hidden(policy, layout.tokens, layout.seen, layout.weight != 0, segment > 0)
     if not packed:
-        return policy.hidden(tokens, segment > 0)
+        return policy.hidden(layout.seen, segment > 0)
     seen = segment[:, :, None] == segment[:, None, :]
     positions = layout.positions
     if spec.attention == "causal":
         seen = seen.tril()
     dtype = next(policy.module.parameters()).dtype
     # The lowest finite number and not -inf: a row of -inf alone has a softmax of NaN.
-    barred = torch.zeros(seen.shape, dtype=dtype, device=tokens.device).masked_fill(~seen, torch.finfo(dtype).min)
-    states = policy.encode(tokens, barred[:, None], positions)
+    barred = torch.zeros(seen.shape, dtype=dtype, device=layout.seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+    states = policy.encode(layout.seen, barred[:, None], positions)
     # A first token keeps its own state: the one before it is of another sequence.
     return torch.where((positions > 0)[..., None], states.roll(1, dims=1), states) if spec.shift else states
 
@@ -221,7 +231,7 @@ def check_packing(policy: Policy) -> None:
     alone = []
     for count in (5, 7):  # of two lengths, so that a state at a wrong place is seen
         ids = (torch.arange(count) + count) % policy.vocab_size
-        alone.append(Shown(ids, torch.zeros_like(ids, dtype=torch.bool), torch.ones(count)))
+        alone.append(Shown(ids, ids, torch.ones(count)))
     options: dict[str, Any] = {"pad_id": policy.pad_id, "device": policy.device}
     try:
         together = hidden_states(policy, lay_out(alone, [[0, 1]], **options), packed=True)[0].float()

@@ -21,6 +21,12 @@ class SFT(Settings):
     )
     completion_only_loss: bool = _("of prompt and completion, the completion alone is learned", True)
     assistant_only_loss: bool = _("of messages, the assistant's alone are learned", True)
+    corruption: float = _(
+        "share of a diffusion model's visible tokens that is replaced; all are then predicted",
+        0.0,
+        at_least=0,
+        below=1,
+    )
     packing: bool = _("several sequences per row, which do not see each other: same gradients, less padding", False)
     micro_batch_size: int | None = _("rows per forward; None: all at once", None, at_least=1)
 

@@ -198,10 +198,10 @@ def _parts(
     recipe: SFT, policy: Policy, examples: Sequence[Example], accelerator: Accelerator, size: int | None, *key: object
 ) -> tuple[Iterator[Layout], int, int]:
     """This process's examples, masked and laid out `size` rows at a time; the loss's divisor; the number of tokens."""
-    causal = policy.spec.attention == "causal"
     longest = max(int(one.learned.sum()) for one in examples)
-    levels, uniforms = draw_levels(generator_for(recipe.seed, *key), len(examples), longest)
-    shown, total = show(examples, levels, uniforms, causal=causal)  # of all processes: each divides by the same total
+    drawn = draw_levels(generator_for(recipe.seed, *key), len(examples), longest)
+    # Of all processes: each divides by the same total.
+    shown, total = show(policy, examples, *drawn, corruption=recipe.corruption)
     mine = shown[accelerator.process_index :: accelerator.num_processes]
     lengths = [len(one.tokens) for one in mine]
     rows = pack(lengths, recipe.max_length) if recipe.packing else [[i] for i in range(len(mine))]

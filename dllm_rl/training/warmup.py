@@ -1,17 +1,18 @@
 """Supervised warm-up: the masked-diffusion loss, or the causal one, on prompts with a known completion."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.distributed.collectives import local, reduce_metrics, sum_gradients
 from dllm_rl.distributed.sharding import in_pace
 from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models.base import Policy, whole
-from dllm_rl.models.tokens import prompt_ids, text_ids
+from dllm_rl.models.tokens import ordinary_ids, prompt_ids, text_ids
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
@@ -64,31 +65,61 @@ def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int
 
 def draw_levels(
     generator: Generator, num_rows: int, length: int, *, min_t: float = 0.02
-) -> tuple[Float[Tensor, " B"], Float[Tensor, "B L"]]:
-    """Masking levels t ~ U(min_t, 1], stratified over the batch, and the uniforms to compare with them."""
+) -> tuple[Float[Tensor, " B"], Float[Tensor, "B L"], Float[Tensor, "B L"]]:
+    """Masking levels t ~ U(min_t, 1], stratified over the batch, the uniforms to compare with them, and the noise."""
     # One level per stratum: a batch has easy and hard rows, so that the loss varies less.
     strata = (torch.randperm(num_rows, generator=generator) + torch.rand(num_rows, generator=generator)) / num_rows
-    return min_t + (1 - min_t) * strata, torch.rand(num_rows, length, generator=generator)
+    uniforms = torch.rand(num_rows, length, generator=generator)
+    return min_t + (1 - min_t) * strata, uniforms, torch.rand(num_rows, length, generator=generator)
+
+
+def corrupted(
+    policy: Policy, tokens: Int[Tensor, "*K"], noise: Float[Tensor, "*K"], *, share: float
+) -> Int[Tensor, "*K"]:
+    """Each token replaced with probability `share` by another one, uniform over the vocabulary without special tokens.
+    `noise`: uniforms in [0, 1). Raises ValueError for a causal model."""
+    if not share:
+        return tokens
+    if policy.spec.attention == "causal":
+        raise ValueError(f"corruption={share} is of a diffusion model's visible tokens; use 0 for a causal model")
+    ordinary = ordinary_ids(policy).to(tokens.device)
+    place = torch.searchsorted(ordinary, tokens)
+    own = (ordinary[place % len(ordinary)] == tokens).long()  # else a special token, which any id may replace
+    # A uniform below `share` is, divided by it, uniform again. Doubles: no device rounds the product up.
+    drawn = (noise.double() / share * (len(ordinary) - own)).long()
+    return torch.where(noise.double() < share, ordinary[(place + own + drawn) % len(ordinary)], tokens)
 
 
 def supervised_loss(
-    policy: Policy, batch: Rollout, levels: Float[Tensor, " B"], uniforms: Float[Tensor, "B L"]
+    policy: Policy,
+    batch: Rollout,
+    levels: Float[Tensor, " B"],
+    uniforms: Float[Tensor, "B L"],
+    noise: Float[Tensor, "B L"],
+    *,
+    corruption: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Mean negative log-likelihood per completion token, nats. The L completion positions stand at the rows' end.
 
     causal     -sum_t log p(y_t | before) / tokens
     diffusion  -sum_{masked with the row's t} log p(y_i | rest) / t / tokens (LLaDA eq. 5 [paper]; strata, floor [ours])
+    corruption: a share of a diffusion model's visible tokens is replaced, and each visible one counts 1 / tokens [ours]
     """
-    if policy.spec.attention == "causal":
-        scored = batch.completion_mask
-        weight = scored.float()
-    else:
-        below = (uniforms < levels[:, None]).to(policy.device)
-        scored = torch.zeros_like(batch.completion_mask)
-        scored[:, -uniforms.shape[1] :] = below
-        scored &= batch.completion_mask
-        weight = scored / levels[:, None].to(policy.device)
-    logps = score_view(policy, batch, scored, scored)
+    here = slice(-uniforms.shape[1], None)
+    seen = batch.tokens.clone()
+    seen[:, here] = corrupted(policy, seen[:, here], noise.to(policy.device), share=corruption)
+    masked = batch.completion_mask
+    weight = masked.float()
+    if policy.spec.attention != "causal":
+        masked = torch.zeros_like(masked)
+        masked[:, here] = (uniforms < levels[:, None]).to(policy.device)
+        masked &= batch.completion_mask
+        weight *= torch.where(masked, 1 / levels[:, None].to(policy.device), float(corruption > 0))
+    # Scored as a rollout whose step 0 wrote what is seen, and whose step 1 draws the solution.
+    written = torch.stack([seen, batch.tokens], dim=-1)
+    steps = torch.tensor([0, 1], device=policy.device).expand_as(written)
+    batch = replace(batch, event_step=steps, event_token=written)
+    logps = score_view(policy, batch, masked, weight != 0, step=torch.ones_like(seen))
     return -(logps * weight).sum() / batch.completion_mask.sum()
 
 
@@ -122,12 +153,13 @@ def warmup_step(
     """One step on the problems and masks of its number, which one process would draw too; returns this process's loss.
     Raises FloatingPointError on a gradient that is not finite, before the weights change."""
     generator = generator_for(recipe.seed, "warm-up masks", step)
-    levels, uniforms = draw_levels(generator, recipe.warmup_batch_size, recipe.max_new_tokens)
+    drawn = draw_levels(generator, recipe.warmup_batch_size, recipe.max_new_tokens)
     chosen = draw_indices(len(recipe.task), recipe.warmup_batch_size, recipe.seed, "warm-up", step)
     problems, _ = choose(recipe, policy, local(chosen, accelerator).tolist())
     batch = examples(policy, problems, max_new_tokens=recipe.max_new_tokens)
     with in_pace(policy, backward=True):
-        loss = supervised_loss(policy, batch, local(levels, accelerator), local(uniforms, accelerator))
+        mine = [local(each, accelerator) for each in drawn]
+        loss = supervised_loss(policy, batch, *mine, corruption=recipe.warmup_corruption)
         loss.backward()
     sum_gradients(policy.module, accelerator, mean=True)  # equal shares
     norm = whole(torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0))

@@ -10,7 +10,7 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training.warmup import draw_levels, examples, supervised_loss, warm_up, warmup_step
+from dllm_rl.training.warmup import corrupted, draw_levels, examples, supervised_loss, warm_up, warmup_step
 
 PROBLEMS = [Problem("12=", solution="3412"), Problem("1.2.4=", solution="21")]
 
@@ -35,7 +35,7 @@ def test_causal_loss_is_cross_entropy():
     positions = (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     logits = policy.module(batch.tokens, attention_mask=batch.attention_mask, position_ids=positions).logits
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    found = supervised_loss(policy, batch, torch.ones(2), torch.zeros(2, 5))
+    found = supervised_loss(policy, batch, torch.ones(2), *torch.zeros(2, 2, 5))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -57,13 +57,52 @@ def test_diffusion_loss_weighs_masked_tokens_by_one_over_t():
         for row, columns in enumerate(masked)
         for column in columns
     )
-    torch.testing.assert_close(supervised_loss(policy, batch, t, uniforms), -total / 10, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(supervised_loss(policy, batch, t, uniforms, uniforms), -total / 10, rtol=1e-5, atol=1e-6)
+
+
+def test_a_replaced_token_counts_where_it_stands():
+    """Of the first row's 3, 4, 1, 2, <eos> the model sees a mask, a mask, another 1, the 2 and a 3: a loop."""
+    policy = tiny_masked_lm(**SIZES)
+    batch = examples(policy, PROBLEMS[:1], max_new_tokens=5)
+    uniforms, noise = torch.tensor([[0.1, 0.2, 0.6, 0.5, 0.9]]), torch.tensor([[0.0, 0.9, 0.19, 0.2, 0.0]])
+    seen = batch.tokens.clone()
+    # The characters 1234.= are 3 to 8; 0.19 / 0.2 of five others is the last behind 1.
+    seen[0, -5:] = torch.tensor([1, 1, 8, 4, 3])
+    logits = policy.logits(seen, batch.attention_mask)
+    logits[..., 1] = -torch.inf
+    logps = logits.log_softmax(-1)[0, -5:].gather(-1, batch.tokens[0, -5:, None])[:, 0]
+    expected = -(logps * torch.tensor([2.0, 2.0, 1.0, 1.0, 1.0])).sum() / 5
+    found = supervised_loss(policy, batch, torch.tensor([0.5]), uniforms, noise, corruption=0.2)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_share_of_tokens_is_replaced_by_all_others_alike(share):
+    """Counts within four deviations of a binomial; <eos> may become any character, a 1 any but 1."""
+    policy, count = tiny_masked_lm(**SIZES), 30_000
+    noise = torch.rand(2, count, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[3], [2]]).expand(2, count)
+    found = corrupted(policy, tokens.contiguous(), noise, share=share)
+    for row, token, others in zip(found, (3, 2), ([4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8]), strict=True):
+        counts = row.bincount(minlength=9).tolist()
+        assert sum(counts[i] for i in (token, *others)) == count
+        expected = count * share / len(others)
+        assert all(abs(counts[i] - expected) < 4 * expected**0.5 for i in others)
+    assert corrupted(policy, tokens, noise, share=0.0) is tokens
+
+
+def test_a_causal_model_has_no_visible_tokens_to_replace():
+    policy = tiny_llama(causal=True, **SIZES)
+    batch = examples(policy, PROBLEMS, max_new_tokens=5)
+    with pytest.raises(ValueError, match="use 0 for a causal model"):
+        supervised_loss(policy, batch, torch.ones(2), *torch.zeros(2, 2, 5), corruption=0.1)
 
 
 def test_levels_are_stratified_and_floored():
-    levels, uniforms = draw_levels(torch.Generator().manual_seed(0), 50, 7, min_t=0.02)
+    levels, uniforms, noise = draw_levels(torch.Generator().manual_seed(0), 50, 7, min_t=0.02)
     strata = ((levels - 0.02) / 0.98 * 50).sort().values.floor()
-    assert strata.tolist() == list(range(50)) and uniforms.shape == (50, 7)
+    assert strata.tolist() == list(range(50)) and uniforms.shape == noise.shape == (50, 7)
+    assert not torch.equal(uniforms, noise)
 
 
 def stepped(policy, tmp_path, *, steps: int, **changes):
