@@ -15,11 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+import dllm_rl
+from dllm_rl.cli.env import installed
 from dllm_rl.cli.options import open_policy
 from dllm_rl.config import override, paths, pickable
 from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import OneProcess, Processes, launched, make_accelerator
 from dllm_rl.evaluation.budget import within_budget
+from dllm_rl.evaluation.card import differences, flat, read_card
 from dllm_rl.evaluation.completions import fingerprint
 from dllm_rl.evaluation.evaluate import evaluate, task_facts
 from dllm_rl.evaluation.results import Evaluation, best_of, headline, paired_differences
@@ -37,7 +40,7 @@ from dllm_rl.samplers.unmask import unmask
 from dllm_rl.screen import NARROW, escape_controls, literal
 from dllm_rl.tasks import Task
 from dllm_rl.tasks.base import check_filled
-from dllm_rl.tasks.protocols import TASKS, under_protocol
+from dllm_rl.tasks.protocols import PUBLISHED, SOURCES, TASKS, UnderProtocol, published, under_protocol
 
 Plan = tuple[dict[str, Any], Callable]  # settings by name, and the sampler bound to them
 Measured = tuple[dict[str, Any], Evaluation]  # settings by name, and what was found at them
@@ -46,14 +49,18 @@ GENERATED = 500  # problems of a task that generates any number
 
 def evaluate_command(arguments: argparse.Namespace) -> None:
     task = make_task(arguments)
-    check_writable(arguments)  # before the first model is loaded
+    check(task, arguments)  # before the first model is loaded
     schemes = read_schemes(arguments.quantization or ["none"])
     processes: Processes = OneProcess()
     device = find_device(arguments.device)
     if launched() > 1:
         processes = make_accelerator(device=device if arguments.device else None)
         device = processes.device
+    fixed = {"seed": arguments.seed, "batch_size": arguments.batch_size, "samples": arguments.samples}
     limit = num_problems(task, arguments)
+    fixed |= {"reward_timeout": arguments.reward_timeout, "accelerator": processes, "limit": limit}
+    versions = {"dllm_rl": dllm_rl.__version__, "torch": installed("torch"), "transformers": installed("transformers")}
+    facts = {"protocol_source": SOURCES[task.protocol], "dtype": arguments.dtype, "versions": versions}
     found: list[dict[str, Any]] = []
     first: list[Measured] = []  # of the first model, setting by setting
     for model in arguments.models:
@@ -67,24 +74,12 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
                 file = completions_file(arguments, sampled, task, settings)
                 title = f"{task.name}, {', '.join(map(str, [model, *settings.values()]))}"
                 total = limit * arguments.samples
+                own: dict[str, Any] = {"completions": file, "model": str(model), "quantization": scheme and name}
                 with progress_bar(title, total, main=processes.is_main_process) as progress:
-                    result = evaluate(
-                        sampled,
-                        task,
-                        sampler,
-                        seed=arguments.seed,
-                        batch_size=arguments.batch_size,
-                        samples=arguments.samples,
-                        limit=limit,
-                        completions=file,
-                        model=str(model),
-                        quantization=scheme and name,
-                        accelerator=processes,
-                        reward_timeout=arguments.reward_timeout,
-                        progress=progress,
-                    )
+                    result = evaluate(sampled, task, sampler, progress=progress, **own, **fixed)
                 measured.append((settings, result))
-                row = {**result.summary, **settings} | ({"completions": file.name} if file else {})
+                row = {**result.summary, **result.majority(arguments.majority), **settings, **facts}
+                row |= {"completions": file.name} if file else {}
                 before = first[len(measured) - 1 :][:1]  # every model has the same plans, in the same order
                 found.append(row | compared(result, settings, before, arguments.models[0]))
         first = first or measured  # later models are compared with it
@@ -92,8 +87,40 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         show(found, arguments)
 
 
-def check_writable(arguments: argparse.Namespace) -> None:
-    """Make the folders of the results. Errors: OSError where one cannot be made."""
+def asked(arguments: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
+    """The settings of this command, as a card names them -> their values; lengths and steps only where given."""
+    task = make_task(arguments)
+    lists = dict(zip(("commit", "rank", "cache"), choices(arguments), strict=False))
+    lists["rank"] = [rank or own_rank(commit) for rank, commit in product(lists["rank"], lists["commit"])]
+    lists |= {name: getattr(arguments, name) for name in ("max_new_tokens", "num_steps")}
+    lists["quantization"] = arguments.quantization or ["none"]
+    row = flat(vars(arguments) | task_facts(task) | {"n": num_problems(task, arguments)})
+    found = {name: (value,) for name, value in json.loads(json.dumps(row)).items() if name not in lists}
+    return found | {name: tuple(values) for name, values in lists.items() if values}
+
+
+def show_differences(arguments: argparse.Namespace) -> None:
+    """Print where a card differs from the paper of --protocol and, with --task, from this command."""
+    ours = [asked(arguments)] if arguments.task else []
+    paper = arguments.protocol in PUBLISHED or not ours
+    lines: dict[tuple[str, ...], None] = {}  # the rows of a sweep differ alike in most settings
+    for row in read_card(Path(arguments.compare)):
+        theirs = [published(arguments.protocol or "strict", row["task"], row["max_new_tokens"])] if paper else []
+        lines |= dict.fromkeys(differences(row, theirs + ours))
+    shown = Table("setting", "card", *["published"] * paper, *["this command"] * len(ours), **NARROW)
+    for line in lines:
+        shown.add_row(*map(literal, line))
+    Console().print(shown if lines else "nothing differs")
+
+
+def check(task: Task, arguments: argparse.Namespace) -> None:
+    """Refuse what cannot be counted or written, and make the folders of the results. Errors: ValueError, OSError."""
+    most = max(arguments.majority, default=0)
+    if not arguments.models:
+        raise ValueError("evaluate needs a MODEL: a checkpoint's or a run's folder, or a hub's id")
+    if most > arguments.samples or (most and task.reward(task[0], "").answer is None):
+        need = f"--samples {most} or more, and a grader that says which answers are equal"
+        raise ValueError(f"--majority {most} needs {need}: gsm8k's, or math500's without math-verify")
     for name in ("output_dir", "csv", "plot"):
         if value := getattr(arguments, name):
             try:
@@ -153,7 +180,7 @@ def completions_file(
     return Path(arguments.output_dir) / f"completions-{settings['max_new_tokens']}-tokens{steps}-{key}.jsonl"
 
 
-def make_task(arguments: argparse.Namespace) -> Task:
+def make_task(arguments: argparse.Namespace) -> UnderProtocol:
     """The named task with the given split, file and settings, under its protocol (strict by default)."""
     name = arguments.task
     if name not in TASKS:
@@ -191,11 +218,8 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan
     for name in ("num_steps", "forwards", "block_size", "rank", "commit", "cache"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} has a causal one")
-    plans: list[Plan] = []
-    for length in lengths:
-        bound = {"max_new_tokens": length, "temperature": arguments.temperature}
-        plans.append((bound, partial(autoregress, **bound)))
-    return plans
+    bounds = [{"max_new_tokens": length, "temperature": arguments.temperature} for length in lengths]
+    return [(bound, partial(autoregress, **bound)) for bound in bounds]
 
 
 def choices(arguments: argparse.Namespace) -> tuple[Sequence[Any], ...]:

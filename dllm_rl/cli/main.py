@@ -87,15 +87,11 @@ def sample(arguments: argparse.Namespace) -> None:
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
     from dllm_rl.tasks.protocols import TASKS, protocol_names  # tasks import no torch, so that help is fast
 
-    sub = commands.add_parser(
-        "evaluate",
-        help="complete a task's problems with checkpoints and grade the completions",
-        description="Complete a task's problems and grade the completions, once for every checkpoint and every "
-        "combination of the settings that are lists. Later checkpoints are compared with the first, problem by "
-        "problem.",
-    )
-    sub.add_argument("models", nargs="+", metavar="MODEL", help="a checkpoint's or a run's folder, or a hub's id")
-    sub.add_argument("--task", required=True, help=_either(TASKS))
+    about = "complete a task's problems with checkpoints and grade the completions"
+    more = "once per checkpoint and per combination of the settings that are lists; later checkpoints are compared with"
+    sub = commands.add_parser("evaluate", help=about, description=f"{about}, {more} the first, problem by problem")
+    sub.add_argument("models", nargs="*", metavar="MODEL", help="a checkpoint's or a run's folder, or a hub's id")
+    sub.add_argument("--task", help=_either(TASKS))
     names = _either(protocol_names(), default="strict")
     sub.add_argument("--protocol", help=f"how completions are graded: {names}")
     sub.add_argument("--split", choices=("train", "validation", "test"), help="default: test")
@@ -113,6 +109,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     sub.add_argument("--samples", type=int, default=1, help="completions of each problem, for pass@k")
+    sub.add_argument("--majority", type=_numbers, default=[], help="k of maj@k, as 4,16: the most frequent answer of k")
     sub.add_argument("--limit", type=int, help="the first so many problems (default: all, or 500 made)")
     sub.add_argument("--batch_size", type=int, default=32, help="completions at a time (default 32)")
     add_model_options(sub)
@@ -122,6 +119,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--json", action="store_true", help="one JSON object a setting instead of a table")
     sub.add_argument("--csv", metavar="FILE", help="also write a row a setting, with intervals and differences")
     sub.add_argument("--plot", metavar="FILE", help="also draw accuracy against forwards and seconds")
+    sub.add_argument("--compare", metavar="RESULTS.JSON", help="print what differs from --protocol and --task, no more")
     sub.set_defaults(run=evaluate)
 
 
@@ -152,9 +150,10 @@ def _seconds(text: str) -> float | None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from dllm_rl.cli.evaluate import evaluate_command
+    from dllm_rl.cli.evaluate import evaluate_command, show_differences
 
-    evaluate_command(arguments)
+    run = evaluate_command if arguments.compare is None else show_differences
+    run(arguments)
 
 
 def add_grade(commands: argparse._SubParsersAction) -> None:

@@ -1,7 +1,9 @@
-"""95 % confidence intervals (Wilson, bootstrap) and the unbiased pass@k estimator. No torch."""
+"""95 % confidence intervals (Wilson, bootstrap) and the unbiased pass@k and maj@k estimators. No torch."""
 
+from collections import Counter
 from collections.abc import Sequence
-from math import sqrt
+from fractions import Fraction
+from math import comb, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -75,3 +77,28 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     for i in range(n - correct + 1, n + 1):
         none_right *= 1 - k / i
     return 1 - none_right
+
+
+def majority_at_k(n: int, correct: int, wrong: Sequence[int], k: int) -> float:
+    """Unbiased chance that the most frequent answer among k of n samples is right: the exact mean over all subsets.
+
+    correct  samples with the right answer; wrong: samples with each wrong answer. The others have no vote.
+    A tie counts as the right answer's share of it; k samples without a vote are wrong [ours]. ValueError if k > n."""
+    if not (min(correct, *wrong, 0) == 0 and correct + sum(wrong) <= n and 1 <= k <= n):
+        raise ValueError(
+            f"n={n}, correct={correct}, wrong={wrong}, k={k}: needs correct + sum(wrong) <= n, 1 <= k <= n"
+        )
+    right = Fraction(0)
+    for most in range(1, min(correct, k) + 1):  # votes for the right answer, which no other answer may exceed
+        rivals = [count for count in wrong if count >= most]
+        free = n - correct - sum(rivals)  # samples that cannot tie, however many are drawn
+        ways = Counter({(drawn, 1): comb(free, drawn) for drawn in range(k - most + 1)})  # (drawn, answers that tie)
+        for count in rivals:
+            more: Counter[tuple[int, int]] = Counter()
+            for (drawn, tied), number in ways.items():
+                for votes in range(min(most, k - most - drawn) + 1):
+                    more[drawn + votes, tied + (votes == most)] += number * comb(count, votes)
+            ways = more
+        for (drawn, tied), number in ways.items():
+            right += Fraction(comb(correct, most) * number, tied) if drawn == k - most else 0
+    return float(right / comb(n, k))

@@ -1,15 +1,17 @@
 """The results of an evaluation, or of grading stored completions again, as numbers. No torch."""
 
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dllm_rl.evaluation.intervals import bootstrap_difference, bootstrap_mean, pass_at_k, wilson
+from dllm_rl.evaluation.intervals import bootstrap_difference, bootstrap_mean, majority_at_k, pass_at_k, wilson
 from dllm_rl.tasks.base import Reward, addends
 from dllm_rl.tasks.protocols import TABLE, find_grader, grade_all
 from dllm_rl.tasks.rows import load_rows, text_of
@@ -62,6 +64,22 @@ class Evaluation:
         cost = {"forwards_per_answer": steps / len(costs), "tokens_per_forward": tokens / steps if steps else 0.0}
         cost |= {"tokens": tokens, "forwards": round(forwards), "seconds": round(seconds, 3)}
         return {**self.facts, "n": problems, "samples": samples, **with_intervals(found), **cost}
+
+    def majority(self, ks: Sequence[int]) -> dict[str, Any]:
+        """maj@k by `majority_at_k`, and its interval. Errors: ValueError without answers or k samples."""
+        right = headline(self.means)
+        wrong: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        for answer in self.answers if ks else ():
+            if answer.reward.answer is None or right == "reward":
+                raise ValueError("maj@k needs a grader that gives the answers that it compares, and an accuracy")
+            if answer.reward.answer and not answer.reward.breakdown[right]:
+                wrong[answer.problem][answer.reward.answer] += 1
+        samples = len(self.answers) // len(self.sums["reward"])
+        found: dict[str, Sums] = {f"maj@{k}": {} for k in ks}
+        for k, (problem, (count, _)) in product(ks, self.sums[right].items()):
+            votes = list(wrong[problem].values())
+            found[f"maj@{k}"][problem] = majority_at_k(samples, round(count), votes, k), 1.0
+        return with_intervals(found)
 
 
 def sums_by_name(answers: Sequence[Graded]) -> dict[str, Sums]:

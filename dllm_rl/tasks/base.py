@@ -28,6 +28,7 @@ class Reward:
     value: float  # the number that training maximises
     parsed: bool  # whether the grader found an answer at all; reported separately from the value
     breakdown: Mapping[str, float] = field(default_factory=dict)  # averaged over completions; ratios: see COUNTED
+    answer: str | None = None  # a vote of maj@k: one spelling of equal answers, "" if not parsed; None: not known
 
 
 @runtime_checkable

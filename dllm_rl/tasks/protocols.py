@@ -34,6 +34,9 @@ TABLE = {
 }
 TASKS = {name: entry.task for name, entry in TABLE.items()}
 PROTOCOLS = {name: entry.graders for name, entry in TABLE.items()}
+SOURCES = {"strict": "dllm_rl", "d1": "arXiv 2504.12216", "spg": "arXiv 2510.09541", "espo": "arXiv 2512.03759"}
+SOURCES["math-verify"] = "huggingface/Math-Verify"
+PUBLISHED = ("d1", "spg")  # whose settings of every task are known
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,21 @@ def grade_all(
     if protocol in TABLE[task].prepare:
         TABLE[task].prepare[protocol](fields, completions)
     return [grader(*each) for each in zip(fields, completions, strict=True)]
+
+
+def published(protocol: str, task: str, max_new_tokens: int) -> dict[str, tuple[Any, ...]]:
+    """The settings of a paper's evaluation: name -> the values that the paper has. Errors: ValueError if not known."""
+    graders = PROTOCOLS.get(task, {})
+    if protocol not in PUBLISHED or protocol not in graders:
+        raise ValueError(f"no published settings of protocol={protocol!r} for task={task!r}; give d1 or spg")
+    alike = tuple(name for name in graders if graders[name] is graders[protocol])
+    found: dict[str, tuple] = {"protocol": alike, "block_size": (32,), "temperature": (0,), "cache": ("none",)}
+    found |= {"max_new_tokens": (128, 256, 512), "num_steps": (max_new_tokens // 2,), "quantization": ("none",)}
+    found |= {"rank": ("confidence", "max_prob"), "commit": ("schedule",), "settings.opening": ("<reasoning>",)}
+    found["settings.prompt_format"] = ("the paper's text",)  # the texts of the tasks are ours
+    if task == "sudoku":
+        found["settings.shots"] = (0 if protocol == "d1" else 3,)
+    return found if task == "gsm8k" else found | {"n": (500 if task == "math500" else 256,)}
 
 
 def protocol_names() -> list[str]:

@@ -4,11 +4,13 @@ import csv
 import json
 from argparse import Namespace
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 from rich.console import Console
 from tiny_recipe import tiny_recipe
 
+import dllm_rl
 from dllm_rl import train
 from dllm_rl.cli.evaluate import make_task, num_problems, table
 from dllm_rl.cli.main import main
@@ -78,6 +80,8 @@ def test_json_says_what_was_evaluated_and_how(model, capsys, tmp_path):
         assert low <= found[name] <= high
     assert found["forwards"] == 2 and 0 <= found["tokens"] <= 12 * 16 and found["seconds"] > 0
     assert json.loads((tmp_path / "results.json").read_text()) == [found]
+    assert found["protocol_source"] == "arXiv 2504.12216" and found["dtype"] == "float32"
+    assert found["versions"]["dllm_rl"] == dllm_rl.__version__ and found["versions"]["torch"] == version("torch")
     rows = [json.loads(line) for line in (tmp_path / found["completions"]).read_text().splitlines()]
     task = Sudoku(split="test", clues=9)
     assert [row["puzzle"] for row in rows] == [task[i // 2].fields["puzzle"] for i in range(12)]
@@ -294,6 +298,8 @@ def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
         (("--task", "sudoku", "--forwards", "2", "--commit", "edit=0.5"), "commit='edit=0.5' decides its own forwards"),
         (("--task", "sudoku", "--num_steps", "8,99"), "num_steps=99 is more than the 16 tokens of a completion"),
         (("--task", "sudoku", "--samples", "0"), "samples=0 must be at least 1"),
+        (("--task", "sudoku", "--samples", "4", "--majority", "2,8"), "--majority 8 needs --samples 8 or more"),
+        (("--task", "sudoku", "--samples", "4", "--majority", "4"), "and a grader that says which answers are equal"),
         (("--task", "sudoku", "--samples", "4"), "--samples 4 at --temperature 0 are all alike"),
         (("--task", "sudoku", "--num_steps", "4,2", "--block_size", "4"), "num_steps=2 is fewer than the 4 blocks"),
         (("--task", "sudoku", "--quantization", "none,fp8"), "quantization='fp8' is none of fake_quantize, "),
@@ -379,3 +385,60 @@ def test_a_budget_is_searched_on_the_problems_of_a_short_file_and_compares_model
     first, second = map(json.loads, output(capsys, *command).splitlines())
     assert first["n"] == second["n"] == 2 and first["commit"] != second["commit"]
     assert second["against"] == model and "solve_rate" in second["difference"]
+
+
+@pytest.fixture
+def sums(tmp_path):
+    """Questions whose every sign the model has, and the options with which they are asked."""
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{n}+1=", "answer": f"#### {n + 1}"}) + "\n" for n in range(3)))
+    return "--task", "gsm8k", "--path", path, "--set", "prompt_format={question}", "--set", "chat=false"
+
+
+def test_majority_of_answers_that_a_model_gives(model, capsys, sums):
+    """ESPO reads any integer, so that a random model votes. Of one sample, the vote is the sample."""
+    many = ("--samples", 5, "--temperature", 1, "--lengths", 4, "--protocol", "espo", "--json")
+    found = json.loads(output(capsys, "evaluate", model, *sums, *many, "--majority", "1,5"))
+    assert found["maj@1"] == pytest.approx(found["accuracy"]) and found["parsed"] > 0
+    for name in ("maj@1", "maj@5"):
+        low, high = found[f"{name}_interval"]
+        assert low <= found[name] <= high
+    assert "maj@5" not in json.loads(output(capsys, "evaluate", model, *sums, *many))
+    message = refusal(capsys, "evaluate", model, *sums, *many, "--majority", 6)
+    assert "--majority 6 needs --samples 6 or more, and a grader that says" in message
+
+
+def test_a_card_is_compared_with_a_paper_and_with_the_command_and_nothing_is_run(model, capsys, tmp_path, monkeypatch):
+    options = ("--task", "sudoku", "--limit", 2, "--num_steps", "2,4", "--set", "clues=10,12")
+    output(capsys, "evaluate", model, *options, "--output_dir", tmp_path)
+    card = ("evaluate", "--compare", tmp_path / "results.json")
+    monkeypatch.setattr("dllm_rl.cli.evaluate.evaluate_command", None)
+    monkeypatch.setattr("dllm_rl.cli.evaluate.open_policy", None)
+    rows = [line.split() for line in output(capsys, *card, "--protocol", "d1").splitlines()]
+    assert rows[0] == ["setting", "card", "published"] and ["block_size", "-", "32"] in rows
+    assert ["num_steps", "2", "8"] in rows and ["num_steps", "4", "8"] in rows and ["n", "2", "256"] in rows
+    assert output(capsys, *card, *options) == "nothing differs\n"
+    other = ("--task", "sudoku", "--num_steps", 4, "--seed", 1, "--protocol", "d1", "--temperature", 0.5)
+    rows = [line.split() for line in output(capsys, *card, *other).splitlines()]
+    assert rows[0] == ["setting", "card", "published", "this", "command"]
+    assert ["num_steps", "2", "8", "4"] in rows and ["seed", "0", "1"] in rows
+    assert ["temperature", "0.0", "0", "0.5"] in rows and ["n", "2", "256", "500"] in rows
+
+
+def test_compare_refuses_in_one_line(model, capsys, tmp_path):
+    path = tmp_path / "results.json"
+    output(capsys, "evaluate", model, "--task", "sudoku", "--limit", 1, "--num_steps", 1, "--output_dir", tmp_path)
+    assert "no published settings of protocol='strict' for task='sudoku'; give d1" in refusal(
+        capsys, "evaluate", "--compare", path
+    )
+    (row,) = json.loads(path.read_text())
+    path.write_text(json.dumps(row | {"rank": "a\x1b[2J\ud800[bold]b\nc"}))
+    text = output(capsys, "evaluate", "--compare", path, "--protocol", "d1")
+    assert "\x1b" not in text and "[bold]b" in text
+    path.write_text(json.dumps(row | {"task": "a\x1b[2J\nb"}))
+    assert "\x1b" not in refusal(capsys, "evaluate", "--compare", path, "--protocol", "d1")
+    path.write_text(json.dumps(row | {"seed": "0"}))
+    assert "results.json, row 1: seed is" in refusal(capsys, "evaluate", "--compare", path, "--protocol", "d1")
+    assert "no regular file" in refusal(capsys, "evaluate", "--compare", "", "--protocol", "d1")
+    assert "evaluate needs a MODEL" in refusal(capsys, "evaluate", "--task", "sudoku")
+    assert "task=None is none of sudoku" in refusal(capsys, "evaluate", model)

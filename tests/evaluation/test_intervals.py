@@ -1,12 +1,14 @@
 """Intervals and pass@k against closed forms, enumeration and simulation."""
 
+from collections import Counter
+from fractions import Fraction
 from itertools import combinations
 from math import comb, sqrt
 
 import numpy as np
 import pytest
 
-from dllm_rl.evaluation.intervals import bootstrap_difference, bootstrap_mean, pass_at_k, wilson
+from dllm_rl.evaluation.intervals import bootstrap_difference, bootstrap_mean, majority_at_k, pass_at_k, wilson
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (1, 10), (37, 400), (200, 400)])
@@ -93,7 +95,57 @@ def test_pass_at_k_closed_form_and_large_numbers() -> None:
     assert pass_at_k(100_000, 1, 50_000) == pytest.approx(0.5, abs=1e-9)
 
 
+def partitions(n: int, most: int):
+    """Every way to write n as a sum of numbers of at most `most`, the largest first."""
+    if n == 0:
+        yield ()
+    for first in range(min(n, most), 0, -1):
+        for rest in partitions(n - first, first):
+            yield (first, *rest)
+
+
+def share_of_right(votes: tuple) -> Fraction:
+    """The right answer is 0, a vote of None is none: 1 over the answers that tie with it, else 0."""
+    counts = Counter(vote for vote in votes if vote is not None)
+    if not counts or counts[0] < max(counts.values()):
+        return Fraction(0)
+    return Fraction(1, list(counts.values()).count(counts[0]))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6])
+def test_majority_at_k_is_the_mean_over_every_subset(n: int) -> None:
+    """Brute force: every number of right samples, every partition of wrong ones, every k; exactly equal."""
+    for correct in range(n + 1):
+        for counts in (counts for wrong in range(n - correct + 1) for counts in partitions(wrong, wrong)):
+            votes = [0] * correct + [i for i, count in enumerate(counts, 1) for _ in range(count)]
+            votes += [None] * (n - len(votes))
+            for k in range(1, n + 1):
+                subsets = list(combinations(votes, k))
+                mean = sum(map(share_of_right, subsets)) / len(subsets)
+                assert majority_at_k(n, correct, counts, k) == float(mean), (correct, counts, k)
+
+
+def test_majority_at_k_by_hand() -> None:
+    """Samples A A B C, A right. Of 3: AAB and AAC are right, each A of ABC ties with two others: (1 + 1 + 2/3) / 4."""
+    assert majority_at_k(4, 2, [1, 1], 3) == 2 / 3
+    assert majority_at_k(4, 2, [1, 1], 4) == 1.0
+    # A B B and a sample without a vote: of the 6 pairs, two are AB, half right, and in one A votes alone.
+    assert majority_at_k(4, 1, [2], 2) == 2 / 6
+
+
+def test_majority_at_k_of_many_samples() -> None:
+    """The answers' chances to win, and that of no vote, sum to 1; of one sample, the chance is the share."""
+    counts, n = [20, 11, 11, 5, *[1] * 9], 64
+    for k in (1, 7, 32, 64):
+        wins = [majority_at_k(n, own, counts[:i] + counts[i + 1 :], k) for i, own in enumerate(counts)]
+        assert sum(wins) + comb(n - sum(counts), k) / comb(n, k) == pytest.approx(1.0, abs=1e-12)
+    assert majority_at_k(n, 20, counts[1:], 1) == 20 / 64 and majority_at_k(n, 20, counts[1:], 64) == 1.0
+
+
 def test_bad_arguments() -> None:
+    for bad in ((4, 2, [3], 1), (4, 2, [2], 5), (4, 2, [2], 0), (4, -1, [2], 1), (4, 2, [-1], 1)):
+        with pytest.raises(ValueError, match="correct"):
+            majority_at_k(*bad)
     for bad in ((1, 0), (-1, 5), (6, 5)):
         with pytest.raises(ValueError, match="successes"):
             wilson(*bad)

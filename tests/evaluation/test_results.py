@@ -198,3 +198,31 @@ def test_the_best_is_named_with_how_many_it_is_the_best_of_and_the_last():
     assert found == (
         "best solve rate: 0.750 (step 120), the highest of 3, which flatters it; the last: 0.625 (step 180)"
     )
+
+
+def voted(*votes: str) -> tuple:
+    """Answers to problem 0, the first half, and problem 1; R: right, -: no answer, else the answer's spelling."""
+    graded = []
+    for place, vote in enumerate(votes):
+        reward = Reward(0.0, vote != "-", {"accuracy": float(vote == "R")}, vote.replace("-", ""))
+        graded.append(Graded(*divmod(place, len(votes) // 2), reward))
+    return Evaluation(tuple(graded), {})
+
+
+def test_majority_counts_equal_answers_of_each_problem() -> None:
+    """R R x -, and x x R y. Of 1: 1/2 and 1/4. Of 4: R wins the first and loses the second."""
+    found = voted("R", "R", "x", "-", "x", "x", "R", "y").majority([1, 4])
+    assert (found["maj@1"], found["maj@4"]) == (0.375, 0.5)
+    assert found["maj@4_interval"] == list(wilson(1, 2)) and found["maj@1_interval"] == [0.25, 0.5]
+    # Three wrong answers outvote one right one only if they are equal.
+    assert [voted("R", "x", "x", "x", *more).majority([4])["maj@4"] for more in ("Rxyz", "Rxxy")] == [0.125, 0.0]
+    assert voted("-", "-", "-", "-").majority([2]) == {"maj@2": 0.0, "maj@2_interval": list(wilson(0, 2))}
+    # Two completions without an answer do not outvote a right one.
+    assert voted("R", "-", "-", "R", "-", "-").majority([3])["maj@3"] == 1.0
+    assert voted("R", "-").majority([]) == {}
+
+
+def test_majority_needs_answers_and_an_accuracy() -> None:
+    for reward in (Reward(0.0, True, {"accuracy": 0.0}), Reward(0.0, True, {}, "x")):
+        with pytest.raises(ValueError, match="needs a grader that gives the answers that it compares, and an accuracy"):
+            Evaluation((Graded(0, 0, reward),), {}).majority([1])

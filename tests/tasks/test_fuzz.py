@@ -48,6 +48,21 @@ def test_no_text_raises_or_leaves_the_range(task: str, grader, text: str) -> Non
     check(grader(FIELDS[task], text))
 
 
+VOTED = [(task, name) for task in ("gsm8k", "math500") for name in ("strict", "d1", "spg", "espo")][:-1]
+
+
+@pytest.mark.parametrize(("task", "protocol"), VOTED)
+@given(text=HOSTILE)
+@settings(max_examples=150, deadline=None)
+def test_the_right_answers_are_one_vote_and_no_wrong_answer_is_in_it(task: str, protocol: str, text: str) -> None:
+    grader = PROTOCOLS[task][protocol]
+    right = grader({"answer": "42"}, "\\boxed{42}")
+    found = grader({"answer": "42"}, text)
+    assert right.value == 1.0 and right.answer
+    assert (found.value == 1.0) == (found.answer == right.answer)
+    assert found.parsed or found.answer == ""
+
+
 @pytest.mark.parametrize(("task", "grader"), GRADERS, ids=NAMES)
 def test_no_text_is_compiled_executed_or_imported(task: str, grader) -> None:
     """The interpreter's own audit hook would see any of these, whoever asks for them."""

@@ -9,7 +9,7 @@ from dllm_rl.tasks import answers
 from dllm_rl.tasks.answers import d1_box, exact_number, final_answer, first_closed_answer
 from dllm_rl.tasks.base import Grader, Reward
 from dllm_rl.tasks.math import math_verify as math_check
-from dllm_rl.tasks.math.latex import normalise, rational, same_in_d1
+from dllm_rl.tasks.math.latex import d1_spelling, normalise, rational, same_in_d1
 from dllm_rl.tasks.rows import present
 
 _STATED = re.compile(r"The answer is (-?[0-9.,]+)"), re.compile(r"#### (-?[0-9.,]+)")
@@ -19,8 +19,7 @@ _REASONED = re.compile(r"</reasoning>\s*+<answer>")  # *+ does not backtrack: li
 def gsm8k_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     """The strict answer (see `final_answer`) is one number (see `exact_number`), exactly the reference [ours]."""
     answer = final_answer(completion)
-    number = None if answer is None else exact_number(answer)
-    return _graded(number is not None, _is_reference(number, fields["answer"]))
+    return _compared(None if answer is None else exact_number(answer), fields)
 
 
 def gsm8k_d1(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -28,7 +27,7 @@ def gsm8k_d1(fields: Mapping[str, Any], completion: str) -> Reward:
     number = answers.first_boxed_number(completion)
     if number is None:
         number = answers.last_number((first_closed_answer(completion) or "").strip())
-    return _graded(number is not None, _is_reference(number, fields["answer"]))
+    return _compared(number, fields)
 
 
 def gsm8k_spg(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -36,8 +35,7 @@ def gsm8k_spg(fields: Mapping[str, Any], completion: str) -> Reward:
     graded = gsm8k_d1(fields, completion)
     if graded.parsed:
         return graded
-    number = answers.last_number(_after_last_tag(completion))
-    return _graded(number is not None, _is_reference(number, fields["answer"]))
+    return _compared(answers.last_number(_after_last_tag(completion)), fields)
 
 
 def gsm8k_espo(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -49,7 +47,7 @@ def gsm8k_espo(fields: Mapping[str, Any], completion: str) -> Reward:
         last = re.search("[0-9]+-?", completion[::-1])  # backwards: the last integer in linear time
         stated = last[0][::-1] if last else ""
     number = exact_number(stated.rstrip(".,"))  # numbers are compared instead of strings [ours]
-    return _graded(number is not None, _is_reference(number, fields["answer"]))
+    return _compared(number, fields)
 
 
 def gsm8k_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -73,11 +71,8 @@ def math500_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     """The strict answer equals the reference: the same after normalisation, or the same rational number [ours]."""
     answer = final_answer(completion)
     reference = fields["answer"]
-    if not answer or reference is None:
-        return _graded(bool(answer), False)
-    value = rational(answer)
-    same = normalise(answer) == normalise(reference)
-    return _graded(True, same or (value is not None and value == rational(reference)))
+    spelt = _spelling(answer or "")
+    return _graded(bool(answer), bool(answer) and reference is not None and spelt == _spelling(reference), spelt)
 
 
 def math500_d1(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -85,24 +80,22 @@ def math500_d1(fields: Mapping[str, Any], completion: str) -> Reward:
     answer = d1_box(completion) or (first_closed_answer(completion) or "").strip()
     correct = fields["answer"] is not None and same_in_d1(answer, fields["answer"])
     # parsed: the completion marks an answer, or all of it is the right answer [ours]
-    return _graded(correct or bool(answer and answer != completion), correct)
+    parsed = correct or bool(answer and answer != completion)
+    return _graded(parsed, correct, d1_spelling(answer) if parsed and len(answer) <= answers.LONGEST else "")
 
 
 def math500_math_verify(fields: Mapping[str, Any], completion: str) -> Reward:
     """The strict answer is symbolically equal to the reference, by math-verify [library]."""
     answer = final_answer(completion)
     equal = math_check.equal(fields["answer"], answer) if answer and fields["answer"] is not None else False
-    return _graded(bool(answer), equal is True, undecided=float(equal is None))  # None: beyond math-verify's bounds
+    # undecided: beyond math-verify's bounds. No spelling says which wrong answers it finds equal.
+    return _graded(bool(answer), equal is True, None, undecided=float(equal is None))
 
 
 def compare_all(fields: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> None:
     """Makes the comparisons of math500_math_verify in parallel; math_check remembers the verdicts."""
-    pairs = []
-    for each, text in zip(fields, completions, strict=True):
-        answer = final_answer(text)
-        if answer and each["answer"] is not None:
-            pairs.append((each["answer"], answer))
-    math_check.equal_all(pairs)
+    found = zip(fields, map(final_answer, completions), strict=True)
+    math_check.equal_all([(each["answer"], answer) for each, answer in found if answer and each["answer"] is not None])
 
 
 GSM8K_GRADERS: dict[str, Grader] = {"strict": gsm8k_strict, "d1": gsm8k_d1, "spg": gsm8k_spg, "espo": gsm8k_espo}
@@ -161,5 +154,16 @@ def _strict_layout(text: str) -> bool:
     return turn >= 0 and turn + len("\n</reasoning>\n<answer>\n") <= len(text) - len("\n</answer>\n")
 
 
-def _graded(parsed: bool, correct: bool, **more: float) -> Reward:
-    return Reward(float(correct), parsed, {"accuracy": float(correct), **more})
+def _compared(number: Fraction | float | None, fields: Mapping[str, Any]) -> Reward:
+    answer = "" if number is None else str(number + 0)  # + 0: a float's -0.0 is 0.0
+    return _graded(number is not None, _is_reference(number, fields["answer"]), answer)
+
+
+def _spelling(answer: str) -> str:
+    """The rational number, else the text after normalisation."""
+    value = rational(answer)
+    return normalise(answer) if value is None else str(value)
+
+
+def _graded(parsed: bool, correct: bool, answer: str | None, **more: float) -> Reward:
+    return Reward(float(correct), parsed, {"accuracy": float(correct), **more}, answer)

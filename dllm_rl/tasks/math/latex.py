@@ -37,12 +37,15 @@ def normalise(answer: str) -> str:
 
 def same_in_d1(answer: str, reference: str) -> bool:
     """Whether d1's spellings of both are equal, or the texts where d1's code fails; False beyond LONGEST [ours]."""
-    if max(len(answer), len(reference)) > LONGEST:
-        return False
+    return max(len(answer), len(reference)) <= LONGEST and d1_spelling(answer) == d1_spelling(reference)
+
+
+def d1_spelling(answer: str) -> str:
+    """d1's spelling; where d1's code fails, the text after a line break, which no spelling has."""
     try:
-        return _normalised_in_d1(answer) == _normalised_in_d1(reference)
+        return _normalised_in_d1(answer)
     except (IndexError, ValueError):
-        return answer == reference
+        return "\n" + answer
 
 
 def _normalised_in_d1(answer: str) -> str:

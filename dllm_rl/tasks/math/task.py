@@ -51,15 +51,16 @@ class Questions(Prompted, ABC):
         written = self.final.format(answer)
         solution = f"<reasoning>\n{working}\n</reasoning>\n<answer>\n{written}\n</answer>\n"
         prompt = self.worded(**{self.placeholders[0]: question})
-        return Problem(prompt, {"answer": answer}, solution.removeprefix(self.opening))  # the prompt has the opening
+        own = solution.removeprefix(self.opening)  # the prompt has the opening
+        return Problem(prompt, {"answer": answer}, None if working is None else own)
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         return self.rules[self.reward_rule](problem.fields, completion)
 
     @staticmethod
     @abstractmethod
-    def read_row(place: str, row: Row) -> tuple[str, str, str]:
-        """(question, answer, working). Errors: ValueError naming the place."""
+    def read_row(place: str, row: Row) -> tuple[str, str, str | None]:
+        """(question, answer, working or None). Errors: ValueError naming the place."""
 
     def _rows(self) -> tuple[tuple[Any, ...], ...]:
         return load_problems(self.path, self.split, self.hub, type(self).read_row)
@@ -110,6 +111,7 @@ class GSM8K(Questions):
 @dataclass(frozen=True)
 class MATH500(Questions):
     """MATH problems in their published form: rows with `problem`, `solution` and, where the file has it, `answer`.
+    Or those of AIME, AMC and olympiads, in a file of yours: `problem` and `answer`, a text or a whole number.
 
     path           as for GSM8K; None: HuggingFaceH4/MATH-500 by `datasets`, which has only a test split. For "train"
                    give a file of other MATH problems: "validation" is a tenth of it, by a hash of the problem, and
@@ -144,10 +146,13 @@ class MATH500(Questions):
         return list(map(self.reward, problems, completions))
 
     @staticmethod
-    def read_row(place: str, row: Row) -> tuple[str, str, str]:
+    def read_row(place: str, row: Row) -> tuple[str, str, str | None]:
         problem: Any = row.get("problem")
         working: Any = row.get("solution")
-        answer: Any = row.get("answer") or (last_box(working) if isinstance(working, str) else None)
-        if not all(isinstance(text, str) and text for text in (problem, working, answer)):
-            raise ValueError(f"{place}: a MATH row needs texts: problem, solution, and answer or a box in solution")
-        return problem, answer, working
+        answer: Any = row.get("answer")
+        if type(answer) in (int, float) and answer % 1 == 0:
+            answer = str(int(answer))  # some files have 73.0
+        answer = answer or (last_box(working) if isinstance(working, str) else None)
+        if not all(isinstance(text, str) and text for text in (problem, answer, working or "none")):
+            raise ValueError(f"{place}: a MATH row needs texts: problem, and answer or a solution with a box")
+        return problem, answer, working or None

@@ -4,7 +4,13 @@ from fractions import Fraction
 
 import pytest
 
-from dllm_rl.tasks.math.graders import gsm8k_d1_training, math500_strict, reference_number
+from dllm_rl.tasks.math.graders import (
+    GSM8K_GRADERS,
+    MATH500_GRADERS,
+    gsm8k_d1_training,
+    math500_strict,
+    reference_number,
+)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +67,27 @@ def test_d1s_gsm8k_training_reward(
     assert graded.breakdown == {"accuracy": float(correct == 2.0), **terms}
     assert graded.value == sum(terms.values())
     assert graded.parsed == ("<answer>" in completion)
+
+
+@pytest.mark.parametrize(
+    ("graders", "protocol", "groups"),
+    [
+        (GSM8K_GRADERS, "strict", [["7", "7.0", "$7", "007"], ["0", "-0"], ["8"], ["?", ""]]),
+        (GSM8K_GRADERS, "d1", [["7", "7.0", "so 7"], ["0", "-0.0"], ["8"], ["?", ""]]),
+        (GSM8K_GRADERS, "espo", [["7", "x 007"], ["8"], ["?", ""]]),
+        (MATH500_GRADERS, "strict", [["1/2", "0.50", "\\frac12"], ["x=2\\pi", "2 \\pi"], ["\\pi"], [""]]),
+        (MATH500_GRADERS, "d1", [["1/2", "0.5", "\\frac12"], ["0.50"], ["x=2\\pi", "2 \\pi"], ["1/x"], ["1/y"], [""]]),
+    ],
+)
+def test_equal_answers_are_one_vote(graders, protocol, groups) -> None:
+    found = []
+    for group in groups:
+        (spelling,) = {graders[protocol]({"answer": "42"}, f"\\boxed{{{text}}}").answer for text in group}
+        found.append(spelling)
+    assert len(set(found)) == len(groups)
+    assert [spelling == "" for spelling in found] == ["" in group for group in groups]
+    assert graders[protocol]({"answer": "42"}, "no answer").answer == ""
+
+
+def test_math_verify_names_no_equal_answers() -> None:
+    assert MATH500_GRADERS["math-verify"]({"answer": "42"}, "").answer is None

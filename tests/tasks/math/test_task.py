@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dllm_rl.tasks import GSM8K, MATH500, Task
+from dllm_rl.tasks.protocols import under_protocol
 
 TRAIN = [
     {
@@ -78,3 +79,29 @@ def test_math500_from_its_published_form(tmp_path) -> None:
         MATH500(split="train")
     both = [MATH500(split=split, path=tmp_path / "test.jsonl") for split in ("train", "validation")]
     assert sum(map(len, both)) == 3
+
+
+AIME = [
+    {"id": "2025-I-1", "problem": "Sum the bases.", "answer": "70"},
+    {"problem": "Count the ways.", "answer": 16, "solution": None},
+    {"problem": "Find m + n.", "answer": 117.0, "solution": ""},
+    {"problem": "Remainder?", "answer": 0},
+    {"problem": "Last digits?", "answer": "025", "solution": "So $\\boxed{025}$."},
+]
+
+
+def test_a_competitions_file_has_problems_and_answers(tmp_path) -> None:
+    """References that are numbers, 117.0 as tables write them; no working, so that warm-up refuses the problem."""
+    task = under_protocol(MATH500(path=write_lines(tmp_path / "aime.jsonl", AIME)), "strict")
+    assert [problem.fields["answer"] for problem in task] == ["70", "16", "117", "0", "025"]
+    assert [problem.solution is None for problem in task] == [True, True, True, True, False]
+    for problem, right in zip(task, ("70", "16", "117.0", "0", "25"), strict=True):
+        assert task.reward(problem, f"so <answer>\\boxed{{{right}}}</answer>").value == 1.0
+        assert task.reward(problem, f"so <answer>\\boxed{{1{right}}}</answer>").value == 0.0
+
+
+@pytest.mark.parametrize("answer", [None, "", 0.5, float("inf"), float("nan"), True, [1], {"a": 1}])
+def test_an_answer_that_is_neither_text_nor_whole_is_refused(tmp_path, answer) -> None:
+    path = write_lines(tmp_path / "aime.jsonl", [AIME[0], {"problem": "How many?", "answer": answer}])
+    with pytest.raises(ValueError, match=r"aime\.jsonl, line 2: a MATH row needs texts: problem, and answer or a sol"):
+        len(MATH500(path=path))

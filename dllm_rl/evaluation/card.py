@@ -1,0 +1,50 @@
+"""An evaluation's card, a row of its results.json: read as foreign text, and compared with other settings. No torch."""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from dllm_rl.files import read_json
+
+LARGEST = 2**24  # bytes of a file
+LONGEST = 1000  # characters of a setting
+KINDS: dict[str, tuple[type, ...]] = dict.fromkeys(("task", "version", "protocol", "quantization"), (str,))
+KINDS |= dict.fromkeys(("seed", "n", "samples", "max_new_tokens"), (int,)) | {"temperature": (int, float)}
+KINDS |= dict.fromkeys(("num_steps", "block_size"), (int, NoneType))
+KINDS |= dict.fromkeys(("split", "rank", "commit", "cache", "dtype"), (str, NoneType))
+PLAIN = (str, int, float, bool, NoneType, list)  # a setting of a task
+
+
+def read_card(path: Path) -> list[dict[str, Any]]:
+    """The `flat` settings of each row of a results.json, or of a file with one row. Errors: ValueError."""
+    if path.is_file() and path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} is larger than {LARGEST >> 20} MiB; give the results.json of an evaluation")
+    found = read_json(path)
+    rows = [flat(row) for row in (found if isinstance(found, list) else [found])]
+    for number, row in enumerate(rows, 1):
+        for name, value in row.items():
+            nested = isinstance(value, list) and {list, dict} & set(map(type, value))
+            if type(value) not in KINDS.get(name, PLAIN) or nested or len(str(value)) > LONGEST:
+                wrong = f"{name[:LONGEST]} is missing, of a wrong type or too long"
+                raise ValueError(f"{path}, row {number}: {wrong}; give the results.json of an evaluation")
+    return rows
+
+
+def flat(row: Any) -> dict[str, Any]:
+    """The settings of KINDS, None where the row has none, and those of its task as settings.NAME."""
+    whole = row if isinstance(row, dict) else {}
+    own = whole.get("settings")
+    found = {name: whole.get(name) for name in KINDS}
+    return found | {f"settings.{name}": value for name, value in (own.items() if isinstance(own, dict) else ())}
+
+
+def differences(row: Mapping[str, Any], others: Sequence[Mapping[str, tuple[Any, ...]]]) -> list[tuple[str, ...]]:
+    """(setting, the row's, each other's), as texts, where the row's is none of the values that another one has."""
+    found = []
+    for name in dict.fromkeys(chain(*others)):
+        if any(row.get(name) not in other.get(name, (row.get(name),)) for other in others):
+            values = [(row.get(name),), *(other.get(name, ()) for other in others)]
+            found.append((name, *(" or ".join("-" if v in (None, "") else str(v) for v in each) for each in values)))
+    return found
