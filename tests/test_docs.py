@@ -102,6 +102,14 @@ def test_the_estimator_of_ones_own_keeps_its_contract_and_scores_each_token_once
     assert torch.equal(noise.masked, noise.weight > 0)
 
 
+def test_the_engine_of_ones_own_keeps_its_contract_and_without_its_sync_does_not(tmp_path):
+    (tmp_path / "engine.py").write_text(example("What an engine must give"))
+    made = runpy.run_path(str(tmp_path / "engine.py"))
+    stale = made["RolloutEngine"](made["load"], lambda policy, rollout_policy: {})
+    with pytest.raises(AssertionError, match="load and sync must pass it on"):
+        made["check_engine"](stale, made["policy"], made["prompts"], made["sampler"])
+
+
 def test_the_paired_study_trains_its_arms_from_one_model_and_prints_its_tables(tmp_path, monkeypatch, capsys):
     (tmp_path / "study.py").write_text(example("Run a paired study"))
     study = runpy.run_path(str(tmp_path / "study.py"))["study"]

@@ -31,11 +31,9 @@ def computed_by(policy: Policy, forward: Callable[..., Tensor]) -> Policy:
 
     forward  -> fp32 (B, T, V), not shifted: what the module's head gives at each token; any numbers at padding
     """
-    spec = policy.spec
     twin = copy.copy(policy)
     twin.spec = replace(
-        spec,
-        vocab_size=policy.vocab_size,
+        policy.spec,
         encode=lambda module, *inputs, **cache: forward(*inputs, **cache),
         head=lambda module, logits: logits,
     )

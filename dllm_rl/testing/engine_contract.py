@@ -48,52 +48,50 @@ def check_engine(
     assert all(map(torch.equal, before, after)), "the learner's weights must be left alone"
     assert torch.equal(torch.get_rng_state(), state), "the global generator must be left alone"
 
-    scored = _logprobs(learner, rollout)
+    scored = _logprobs(learner, rollout)[1]
     for tensor in learner.module.parameters():  # an update, after which the old weights would be far off
         tensor.mul_(0.5)
     learner.version += 1
-    moved = (_logprobs(learner, rollout) - scored).abs()[rollout.completion_mask].mean()
+    moved = (_logprobs(learner, rollout)[1] - scored).abs().mean()
     assert moved > 2 * bound, f"bound={bound} nats hides weights that differ by {moved:.3g}: give a smaller one"
     metrics = engine.sync(learner, rollout_policy)
     assert all(isinstance(value, float) for value in metrics.values()), f"sync returns metrics as floats, got {metrics}"
     _check_record(learner, sampled(seeds), bound)
 
 
-def _logprobs(learner: Policy, rollout: Rollout, *, of_record: bool = False) -> Float[Tensor, "B T"]:
-    """The learner's log-probs of the sampled tokens (nats), or the record of the same."""
+def _logprobs(learner: Policy, rollout: Rollout) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """The sampled tokens' log-probs by the record, and by the learner, nats."""
     exact = causal() if learner.spec.attention == "causal" else trajectory()
     noise = exact.draw(rollout, Generator().manual_seed(0))
-    return recorded(rollout, noise) if of_record else exact.logprobs(learner, rollout, noise)
+    mask = rollout.completion_mask
+    return recorded(rollout, noise)[mask], exact.logprobs(learner, rollout, noise)[mask]
 
 
 def _check_record(learner: Policy, rollout: Rollout, bound: float) -> None:
     versions = f"weights_version={rollout.weights_version} of a rollout, but the learner's is {learner.version}"
     assert rollout.weights_version == learner.version, f"{versions}: load and sync must pass it on"
-    apart = (_logprobs(learner, rollout, of_record=True) - _logprobs(learner, rollout)).abs()
-    mean = apart[rollout.completion_mask].mean()
-    wrong = f"log-probs differ from the learner's by {mean:.3g} nats in the mean, more than bound={bound}"
-    why = "of other tokens, at another temperature, of other weights?"
-    assert mean <= bound, f"{wrong}: are they {why}"  # fails on NaN
+    theirs, ours = _logprobs(learner, rollout)
+    mean = (theirs - ours).abs().mean()
+    why = "are they of other tokens, at another temperature, of other weights?"
+    assert mean <= bound, f"log-probs differ by {mean:.3g} nats a token, more than bound={bound}: {why}"  # also on NaN
 
 
 def _check_ends(learner: Policy, rollout: Rollout) -> None:
     """Full attention has no early end: a shorter row lost its end."""
-    length = rollout.completion_mask.sum(-1)
-    columns = torch.arange(rollout.tokens.shape[1], device=length.device)
-    last = torch.where(rollout.completion_mask, columns, -1).amax(-1)
-    ends = torch.isin(rollout.tokens.gather(1, last.clamp(min=0)[:, None])[:, 0], torch.tensor(learner.spec.eos_ids))
-    lost = ((length < length.max()) & ~ends).nonzero()[:, 0].tolist()
-    assert not lost, f"row {lost[:1]} ends early without its end token: the completion must hold that token"
+    written = _written(rollout)
+    full = max(map(len, written))
+    lost = [row for row in written if len(row) < full and not {*row[-1:]} & {*learner.spec.eos_ids}]
+    assert not lost, f"tokens {lost[:1]} end early without its end token: the completion must hold that token"
 
 
 def _check_seeds(rollout: Rollout, sampled: Callable[[Tensor], Rollout], seeds: Tensor) -> None:
-    def written(one: Rollout) -> list[list[int]]:
-        pairs = zip(one.tokens, one.completion_mask, strict=True)
-        return [row[mask].tolist() for row, mask in pairs]
-
-    first = written(rollout)
-    assert written(sampled(seeds)) == first, "the same seeds must give the same tokens"
-    assert written(sampled(seeds + 10**6)) != first, "other seeds must give other tokens: is engine or policy greedy?"
+    first = _written(rollout)
+    assert _written(sampled(seeds)) == first, "the same seeds must give the same tokens"
+    assert _written(sampled(seeds + 10**6)) != first, "other seeds must give other tokens: is engine or policy greedy?"
     groups = torch.arange(len(seeds)).view(-1, rollout.group_size).flip(1).flatten()
-    turned = written(sampled(seeds[groups]))
-    assert [turned[i] for i in groups.tolist()] == first, "a row's seed alone must make its chance"
+    turned = _written(sampled(seeds[groups]))
+    assert [turned[i] for i in groups] == first, "a row's seed alone must make its chance"
+
+
+def _written(rollout: Rollout) -> list[list[int]]:
+    return [row[mask].tolist() for row, mask in zip(rollout.tokens, rollout.completion_mask, strict=True)]

@@ -102,6 +102,16 @@ def test_what_an_engine_cannot_have_is_refused_in_a_line(tmp_path, changes, said
     assert "\n" not in str(error.value)
 
 
+def test_a_rehearsal_loads_the_engine_before_any_file(tmp_path):
+    def load(policy):
+        raise ValueError("no server answers")
+
+    engine = RolloutEngine(load, held_apart().sync)
+    with pytest.raises(ValueError, match="no server answers"):
+        train(tiny_recipe(tmp_path / "run", rollout_quantization=None, rollout_engine=engine))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_name_is_no_engine():
     (field,) = [field for field in fields(Recipe) if field.name == "rollout_engine"]
     with pytest.raises(ValueError, match="rollout_engine='vllm' does not fit; it is: what makes rollouts"):

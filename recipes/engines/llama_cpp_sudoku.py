@@ -1,0 +1,18 @@
+"""The main job in LLaDA's layout, with rollouts computed by llama.cpp: `pip install -e ".[llamacpp]"` first.
+
+The main job's own model has learned positions, which llama.cpp's `llada` architecture lacks; sudoku_tiny_llada's has
+none, and its width of 96 holds whole blocks of 32 weights. `--rollout_engine.format F16` takes another format.
+"""
+
+from dataclasses import replace
+
+from dllm_rl import main
+from recipes.engines.llama_cpp import llama_cpp
+from recipes.sudoku_tiny_llada import recipe as base
+
+recipe = replace(
+    base, name="llama-cpp-sudoku", rollout_quantization=None, rollout_engine=llama_cpp(format="Q8_0"), num_steps=900
+)
+
+if __name__ == "__main__":
+    main(recipe)
