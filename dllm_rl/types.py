@@ -159,8 +159,9 @@ class Rollout(_Movable):
     sampling_params  that distribution's temperature and filters, which the learner uses too
     log_kept_mass    log of the probability that top_k and top_p kept, at commit; nats, 0 elsewhere. None: no filter
     kept_ids         ids of the kept tokens, at most KEPT_IDS, then -1. None where nothing filters, or more were kept
-    order_logprobs   log-prob (nats, 0 elsewhere) that its block's earlier steps left the position (`models.order`).
-                     None where the order does not depend on the draws, or its probability is unknown
+    order_logprobs   log-prob (nats, 0 elsewhere) that its block's earlier steps left the position (`models.order`), or
+                     that its step drew it (`plackett_luce`). None without chance, or if the probability is unknown
+    draw_in_step     which draw of its step took the position, from 0, under `order_rank`, a bound `plackett_luce`
     experts          expert ids in M mixtures, of the state that the token was drawn from; undefined without a token
 
     A sampler that revises (`remask`, `edit`, `soft_edit`) also records every event of each position, in order. Its
@@ -184,6 +185,8 @@ class Rollout(_Movable):
     rank: str | None = None  # name of the sampler's rank, one of `samplers.rules.RANKS`; None: another
     open_step: Int[Tensor, "B T"] | None = None  # the first step of the position's block; -1 elsewhere
     order_logprobs: Float[Tensor, "B T"] | None = None
+    order_rank: Callable | None = None
+    draw_in_step: Int[Tensor, "B T"] | None = None
     experts: Integer[Tensor, "B T M E"] | None = None  # None: not recorded (`records_experts`)
     revised: bool = False  # the commit rule may rewrite what it wrote
     event_step: Int[Tensor, "B T W"] | None = None  # None: a position is written once

@@ -47,7 +47,7 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     sub.add_argument("--top_k", type=int)
     sub.add_argument("--top_p", type=float)
-    sub.add_argument("--rank", help="confidence (default), max_prob, margin, entropy or random")
+    sub.add_argument("--rank", help="confidence (default), max_prob, margin, entropy, random or plackett_luce=0.3")
     rules = "schedule (default), threshold=TAU, factor=F, entropy_bound=GAMMA, remask=ETA, soft_edit=RATE ..."
     sub.add_argument("--commit", help=rules)
     sub.add_argument("--cache", help="key-value cache by name, as prefix, or dual=4 for 4 steps a refresh")

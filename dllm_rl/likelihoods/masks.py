@@ -248,9 +248,9 @@ def with_order(
     """
     noise = draw(rollout, generator)
     params = rollout.sampling_params
-    if rollout.order_logprobs is None:  # the order does not depend on the draws, or has no known law
+    if rollout.order_logprobs is None:  # the order is a function of the state, or has no known law
         return noise
-    if params.filters and params.support != "own":
+    if params.filters and params.support != "own" and rollout.order_rank is None:
         raise ValueError(
             f"sampling_support={params.support!r}: the rollout does not record which tokens a filter kept at positions "
             "left masked, so their order has no probability; use sampling_support='own', or trajectory(order='given')"

@@ -63,7 +63,8 @@ def score_view(
 ) -> Float[Tensor, "B T"]:
     """One forward: log p of the rollout's tokens at `scored`, with `masked` positions hidden; nats, 0 elsewhere.
 
-    left          positions of `scored` scored by the log-prob of having been left masked (`models.order`)
+    left          positions of `scored` scored by the log-prob of having been left masked (`models.order`); by 0 under
+                  `plackett_luce`, where the log-prob of its draw is added to each written position's
     step          of a revised rollout: the model sees the tokens before this step, and those that it wrote are scored
     packed        every block sees the others without masks (`packed_hidden`)
     routes, note  experts to take again and where (`Noise.routes`); where the chosen experts are written
@@ -78,6 +79,14 @@ def score_view(
         return out.to(logps.dtype).index_copy(0, view.plan.places, logps).view(scored.shape)
     drawn = view.plan.committed
     stayed_at = view.plan.left
+    if rollout.order_rank is not None and rollout.draw_in_step is not None:
+        kept = view.kept if view.kept is None else view.kept[drawn]
+        logps = token_logprobs(policy, view.states[drawn], view.tokens[drawn], params, kept)
+        scores = order.state_scores(policy, view.states, params, rollout.order_rank)
+        width = rollout.tokens.shape[1]
+        nth = rollout.draw_in_step.flatten()[view.plan.places].index_fill(0, stayed_at, width)  # left: drawn later
+        logps = logps + order.drawn_logprobs(scores, _blocks(rollout, view.plan), nth, drawn, width)
+        return out.to(logps.dtype).index_copy(0, view.plan.places[drawn], logps).view(scored.shape)
     logps, confidences = order.token_logprobs_and_confidences(policy, view.states[drawn], view.tokens[drawn], params)
     stayed = order.left_logprobs(policy, view.states[stayed_at], *_bounds(rollout, view, confidences), params)
     out = out.to(logps.dtype).index_copy(0, view.plan.places[drawn], logps)
@@ -102,7 +111,13 @@ def backward_view(
     """
     moved = vector != 0
     if left is not None and scored is not None:
-        moved |= scored & ~left & moved.any(-1, keepdim=True)
+        live = scored & moved.any(-1, keepdim=True)
+        if rollout.order_rank is not None:  # a draw depends on all that its step offered
+            found = score_view(policy, rollout, masked, live, left=left, packed=packed, routes=routes)
+            if found.requires_grad:  # some row moves
+                found.backward(vector)
+            return
+        moved |= live & ~left
     view = run_view(policy, rollout, masked, moved, left=left, step=step, packed=packed, routes=routes)
     if view is None:
         return
@@ -131,16 +146,20 @@ def _bounds(
     rollout: Rollout, view: "View", confidences: Float[Tensor, " C"]
 ) -> tuple[Float[Tensor, " J"], Bool[Tensor, " J"]]:
     """For each left position, the lowest confidence that its block committed, and whether the position follows it."""
-    assert rollout.open_step is not None, "an order has a law only where the sampler recorded the blocks"
-    width = rollout.tokens.shape[1]
     plan = view.plan
-    # The opening step distinguishes the blocks of a packed view.
-    block = plan.places // width * width + rollout.open_step.flatten()[plan.places]
-    column = plan.places % width
+    block = _blocks(rollout, plan)
+    column = plan.places % rollout.tokens.shape[1]
     drawn = plan.committed
     lowest, last = order.last_committed(confidences, block[drawn], column[drawn], rollout.tokens.numel())
     mine = block[plan.left]
     return lowest[mine], column[plan.left] > last[mine]
+
+
+def _blocks(rollout: Rollout, plan: "Plan") -> Int[Tensor, " K"]:
+    """A number for each row and block, rising; the opening step distinguishes the blocks of a packed view."""
+    assert rollout.open_step is not None, "an order has a law only where the sampler recorded the blocks"
+    width = rollout.tokens.shape[1]
+    return plan.places // width * width + rollout.open_step.flatten()[plan.places]
 
 
 class Plan(NamedTuple):

@@ -1,4 +1,4 @@
-"""The probability of confidence-ranked unmasking: how likely a step leaves a position masked.
+"""The probability of an order: how likely a step leaves a position masked (`confidence`) or draws it (`plackett_luce`).
 
 LLaDA's `low_confidence` draws a token y_j ~ p_j at every masked position of a step, and commits the k positions whose
 draws have the highest confidence conf_j(y_j), the untempered log-prob. For a set S of committed positions with y_S
@@ -31,6 +31,43 @@ def last_committed(
     return lowest, places.new_full((num_groups,), -1).scatter_reduce(0, groups, at, "amax")
 
 
+def drawn_logprobs(
+    scores: Float[Tensor, " K"],
+    groups: Int[Tensor, " K"],  # rising; a group is one step of one row
+    nth: Int[Tensor, " K"],  # which draw of its group takes the position
+    drawn: Int[Tensor, " C"],  # the positions that the step committed
+    width: int,  # at least the size of a group
+) -> Float[Tensor, " C"]:
+    """Plackett-Luce: scores_i - log sum_m exp(scores_m), nats, over the m of i's group drawn at i's turn or later."""
+    slots = max(16, 1 << (width - 1).bit_length())
+    at = torch.searchsorted(groups, groups[drawn])[:, None] + torch.arange(slots, device=scores.device)
+    member = at.clamp(max=len(scores) - 1)
+    rivals = (at == member) & (groups[member] == groups[drawn, None]) & (nth[member] >= nth[drawn, None])
+    among = scores[member].masked_fill(~rivals, -torch.inf)
+    peak = among.detach().amax(-1, keepdim=True)
+    mass = (among - peak).exp()
+    while mass.shape[-1] > 1:  # in pairs: more empty slots do not change the rounding
+        mass = mass[:, : mass.shape[-1] // 2] + mass[:, mass.shape[-1] // 2 :]
+    return scores[drawn] - peak[:, 0] - mass[:, 0].log()
+
+
+def state_scores(
+    policy: Policy, hidden: Float[Tensor, "K D"], sampling_params: SamplingParams, rank: Callable
+) -> Float[Tensor, " K"]:
+    """A state-only rank's scores as the sampler has them, differentiable; the head runs in chunks of rows."""
+
+    def one(h: Tensor) -> tuple[Tensor]:
+        logits = own_logits(policy.head(h), sampling_params, policy.spec.mask_id)
+        return (rank(logits=logits, normalizer=logits.logsumexp(-1)),)
+
+    return chunked(one, hidden, policy=policy)[0]
+
+
+def own_logits(logits: Float[Tensor, "K V"], sampling_params: SamplingParams, mask_id: int | None) -> Tensor:
+    """The model's own logits: neither tempered nor filtered; of the suppressed ids the mask token takes its share."""
+    return process(logits, SamplingParams(suppress=tuple(i for i in sampling_params.suppress if i != mask_id)))
+
+
 def confidence_normalizer(
     logits: Float[Tensor, "K V"], drawn: Float[Tensor, "K V"], sampling_params: SamplingParams, mask_id: int | None
 ) -> Float[Tensor, " K"]:
@@ -38,9 +75,7 @@ def confidence_normalizer(
     assert mask_id is not None, "a diffusion model has a mask token"
     if sampling_params.temperature in (0, 1) and not sampling_params.filters:  # `drawn` equals the sampler's to the bit
         return drawn.logsumexp(-1).logaddexp(wide(logits[:, mask_id]))
-    # The confidence is the model's own: neither tempered nor filtered, and the mask token takes its share.
-    others = tuple(token for token in sampling_params.suppress if token != mask_id)
-    return process(logits, SamplingParams(suppress=others)).logsumexp(-1)
+    return own_logits(logits, sampling_params, mask_id).logsumexp(-1)
 
 
 class _LeftLogprob(torch.autograd.Function):

@@ -7,7 +7,7 @@ from functools import partial
 from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.cache import Cache, block_cache, dual_cache, prefix_cache
 
-RANKS = {f.__name__: f for f in rules.RANKS}
+RANKS: dict[str, Callable] = {f.__name__: f for f in (*rules.RANKS, rules.plackett_luce)}
 # PACED rules take as many steps as num_steps says.
 PACED = (rules.schedule, rules.late_schedule, rules.origin, revise.remask, revise.soft_edit)
 ADAPTIVE = (rules.threshold, rules.factor, rules.entropy_bound, revise.edit)
@@ -17,24 +17,26 @@ CACHES: dict[str, Callable[..., Cache]] = {"block": block_cache, "prefix": prefi
 
 
 def read_rank(text: str) -> Callable:
-    """A rank by its name. Raises ValueError on an unknown one, listing all."""
-    if text not in RANKS:
-        raise ValueError(f"rank={text!r} is not one of {', '.join(RANKS)}")
-    return RANKS[text]
+    """A rank by its name, or with its number, as `plackett_luce=0.3`. Raises ValueError on anything else."""
+    return _read("rank", text, RANKS)
 
 
 def read_commit(text: str) -> Callable:
     """`schedule`, or a rule with its number, as `threshold=0.9`. Raises ValueError on anything else."""
+    return _read("commit", text, COMMITS)
+
+
+def _read(kind: str, text: str, known: dict[str, Callable]) -> Callable:
     name, _, value = text.partition("=")
-    if name not in COMMITS:
-        raise ValueError(f"commit={text!r} is not one of {', '.join(COMMITS)}")
-    keywords = inspect.signature(COMMITS[name]).parameters.values()
+    if name not in known:
+        raise ValueError(f"{kind}={text!r} is not one of {', '.join(known)}")
+    keywords = inspect.signature(known[name]).parameters.values()
     parameters = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     if bool(value) != bool(parameters):
         raise ValueError(
-            f"commit={text!r}: {name} takes " + (f"a number, as {name}=0.9" if parameters else "no number")
+            f"{kind}={text!r}: {name} takes " + (f"a number, as {name}=0.9" if parameters else "no number")
         )
-    return partial(COMMITS[name], **{parameters[0]: _number(text, value)}) if parameters else COMMITS[name]
+    return partial(known[name], **{parameters[0]: _number(text, value)}) if parameters else known[name]
 
 
 def own_rank(commit: str) -> str:

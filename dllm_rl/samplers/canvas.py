@@ -39,6 +39,8 @@ class Canvas:
     log_kept_mass: Float[Tensor, "B L"] | None = field(init=False, default=None)
     kept_ids: Int[Tensor, "B L C"] | None = field(init=False, default=None)
     order_logprobs: Float[Tensor, "B L"] | None = field(init=False, default=None)
+    draw_in_step: Int[Tensor, "B L"] | None = field(init=False, default=None)
+    order_rank: Callable | None = field(init=False, default=None)
     experts: Integer[Tensor, "B L M E"] | None = field(init=False, default=None)
     rank: str | None = field(init=False, default=None)
     ended: Bool[Tensor, " B"] = field(init=False)  # rows that stopped early
@@ -82,11 +84,14 @@ class Canvas:
             self.experts = experts.new_zeros((*self.masked.shape, *experts.shape[1:]))
         self.experts[rows, places] = experts
 
-    def leave(self, rows: Tensor, places: Tensor, logprobs: Float[Tensor, " K"]) -> None:
-        """Record the log-probability with which a step left these places masked."""
+    def order(self, rows: Tensor, places: Tensor, logprobs: Float[Tensor, " K"], *nth: Int[Tensor, " K"]) -> None:
+        """Record the log-probability with which a step left these places masked, or drew each as its nth."""
         if self.order_logprobs is None:
             self.order_logprobs = torch.zeros_like(self.logprobs)
+            self.draw_in_step = torch.zeros_like(self.columns) if nth else None
         self.order_logprobs[rows, places] += logprobs
+        if self.draw_in_step is not None:
+            self.draw_in_step[rows, places] = nth[0]
 
     def open_step(self) -> Int[Tensor, "B L"]:
         """The first step of each place's block, -1 where the block has none yet."""
@@ -151,6 +156,8 @@ class Canvas:
             rank=self.rank,
             open_step=self._at_columns(self.open_step().masked_fill(self.masked, -1), -1),
             order_logprobs=None if self.order_logprobs is None else self._at_columns(self.order_logprobs, 0.0),
+            order_rank=self.order_rank,
+            draw_in_step=None if self.draw_in_step is None else self._at_columns(self.draw_in_step, 0),
             experts=None if self.experts is None else self._at_columns(self.experts, 0),
         )
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import chunked, invert, kept_set, process
-from dllm_rl.models.order import last_committed, left_logprobs
+from dllm_rl.models.order import drawn_logprobs, last_committed, left_logprobs
 from dllm_rl.samplers.canvas import TIES, TOKENS, Canvas, Decision, Turn, check_last_step
 from dllm_rl.samplers.revise import revise, revising_inputs
-from dllm_rl.samplers.rules import order_has_law, rank_inputs, schedule, share
+from dllm_rl.samplers.rules import is_plackett_luce, name_of, order_has_law, rank_inputs, schedule, share
 from dllm_rl.types import SamplingParams
 
 SLAB = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits reduced at once; on a CPU they should stay in its cache
@@ -25,8 +25,8 @@ class Choice:
     decision: Decision
     picked: Int[Tensor, " C"]  # positions that are written
     drawn: Sequence[Tensor]  # their tokens and log-probs (nats); with top_k or top_p also what `kept_set` gives
-    # Positions left masked, and the log-prob (nats) with which the step leaves them; None: the order has no law
-    left: tuple[Int[Tensor, " J"], Float[Tensor, " J"]] | None
+    # For `Canvas.order`: positions, log-probs (nats) and, with `plackett_luce`, draws; None: the order has no law
+    order: tuple[Tensor, ...] | None
 
 
 class Choose:
@@ -48,30 +48,48 @@ class Choose:
         self.draws_first = "tokens" in needs or (greedy and "logits" in needs) or "changed" in self.revising
         canvas.revised = bool(self.revising)
         canvas.by_draws = canvas.revised and not greedy and ("tokens" in needs or "changed" in self.revising)
+        self.noisy = is_plackett_luce(rank)
+        if self.noisy and not order_has_law(rank, commit):
+            raise ValueError(
+                f"commit={name_of(commit)} cannot use rank=plackett_luce's noisy scores; use schedule or late_schedule"
+            )
         # Without chance, or with a rank of the state alone, the order does not depend on what is drawn.
         self.has_order_law = order_has_law(rank, commit) and not greedy
+        canvas.order_rank = rank if self.noisy and self.has_order_law else None
 
     def __call__(self, turn: Turn, states: Float[Tensor, "K D"]) -> Choice:
         """Raises ValueError where the commit rule leaves a block's last step empty."""
         drawn: Sequence[Tensor] | None = None
-        left = None
+        order: tuple[Tensor, ...] | None = None
         if self.draws_first:
             scores, *drawn = propose_and_rank(
                 self.policy, states, turn.uniforms(TOKENS), turn.uniforms(TIES), self.sampling_params, self.rank
             )
         else:
             scores = rank_only(self.policy, states, turn.uniforms(TIES), self.sampling_params, self.rank)
-        decision = self.decide(turn, turn.spread(scores), drawn)
+        offered = scores
+        if self.noisy:  # Gumbel noise; a uniform may be 0
+            offered = (scores - turn.uniforms(TIES).clamp(min=1e-300).log().neg().log()).float()
+        decision = self.decide(turn, turn.spread(offered), drawn)
         picked = turn.among(decision.chosen, int(decision.num_chosen.sum()))
-        if self.has_order_law:
+        if self.has_order_law and self.noisy:
+            nth = turn.spread(offered).argsort(stable=True, descending=True).argsort()[turn.row, turn.place]
+            order = (picked, drawn_logprobs(scores, turn.row, nth, picked, decision.chosen.shape[1]), nth[picked])
+        elif self.has_order_law:
             stayed = turn.among(~decision.chosen, len(scores) - len(picked))
-            order = order_logprobs(self.policy, states, self.sampling_params, turn, scores, picked, stayed)
-            left = (stayed, order)
+            order = (stayed, self.left_logprobs(turn, states, scores, picked, stayed))
         if drawn is None:
             drawn = propose(self.policy, states[picked], turn.uniforms(TOKENS, picked), self.sampling_params)
         else:
             drawn = [values[picked] for values in drawn]
-        return Choice(decision, picked, drawn, left)
+        return Choice(decision, picked, drawn, order)
+
+    def left_logprobs(self, turn: Turn, states: Tensor, scores: Tensor, picked: Tensor, left: Tensor) -> Tensor:
+        """For each position left, the log-prob that its draw ranks behind the row's picked by `confidence`; nats."""
+        lowest, last = last_committed(scores[picked], turn.row[picked], turn.place[picked], len(scores))
+        bounds = (lowest[turn.row[left]], turn.place[left] > last[turn.row[left]])
+        # The head runs again, because the picked positions are known only now.
+        return left_logprobs(self.policy, states[left], *bounds, self.sampling_params)
 
     def decide(self, turn: Turn, scores: Float[Tensor, "R L"], drawn: Sequence[Tensor] | None) -> Decision:
         """What the commit rule picks. Raises ValueError where it leaves a block's last step empty."""
@@ -123,22 +141,6 @@ def propose_and_rank(
         return rank(**{name: offered[name] for name in needs}).float(), tokens, logp, *kept
 
     return _slabs(policy, one, sampling_params, hidden, uniforms, ties)
-
-
-def order_logprobs(
-    policy: Policy,
-    hidden: Float[Tensor, "K D"],
-    sampling_params: SamplingParams,
-    turn: Turn,
-    scores: Float[Tensor, " K"],
-    committed: Int[Tensor, " C"],
-    left: Int[Tensor, " J"],
-) -> Float[Tensor, " J"]:
-    """For each position left, the log-prob that its draw ranks behind the row's committed by `confidence`; nats."""
-    lowest, last = last_committed(scores[committed], turn.row[committed], turn.place[committed], len(scores))
-    mine = turn.row[left]
-    # The head runs again, because the committed positions are known only now.
-    return left_logprobs(policy, hidden[left], lowest[mine], turn.place[left] > last[mine], sampling_params)
 
 
 def rank_only(

@@ -58,12 +58,34 @@ def margin(logits: Logits, normalizer: PerPosition) -> PerPosition:
 def entropy(logits: Logits, normalizer: PerPosition) -> PerPosition:
     """Minus the entropy, sum_v p_v log p_v, nats. State-only. [paper: Dream's, there tempered and filtered]"""
     logp = logits - normalizer[:, None]
-    return torch.where(logp == -torch.inf, 0.0, logp.exp() * logp).sum(-1)
+    return (logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)  # before the product: finite gradients
 
 
 def random(uniforms: PerPosition) -> PerPosition:
     """A uniformly random order, as LLaDA's remasking="random" and Dream's origin. State-only. [paper]"""
     return uniforms
+
+
+@bounded(temperature=Bound(above=0))
+def plackett_luce(
+    logits: Logits, normalizer: PerPosition, *, temperature: float, score: Callable = max_prob
+) -> PerPosition:
+    """s = score / temperature, to which the sampler adds Gumbel noise: a random order with a known probability [ours].
+
+    A step commits j_1 .. j_k, in the order of noisy scores, with probability (Plackett-Luce [paper])
+        prod_{i=1..k} exp(s_{j_i}) / sum_{m masked, not j_1 .. j_(i-1)} exp(s_m).
+    It is that of the ORDERED draw; the set's is a sum over k! orders. Given the set, the mean of the ordered ratio is
+    the set's ratio: weights and gradients stay unbiased. Needs `schedule` or `late_schedule`.
+    temperature  towards 0 the order of `score`, towards infinity that of `random`
+    score        max_prob, margin or entropy
+    """
+    if rank_inputs(score) != {"logits", "normalizer"}:
+        raise ValueError(f"score={name_of(score)} must take logits and normalizer, as max_prob, margin and entropy do")
+    return score(logits, normalizer) / temperature
+
+
+def is_plackett_luce(rank: Callable) -> bool:
+    return getattr(rank, "func", rank) is plackett_luce
 
 
 RANKS = (confidence, max_prob, margin, entropy, random)
@@ -91,8 +113,8 @@ def rank_name(rank: Callable) -> str | None:
 
 
 def order_has_law(rank: Callable, commit: Callable) -> bool:
-    """True if the order's probability is known (`models.order`): rank `confidence` with fixed commits per step."""
-    return rank is confidence and commit in (schedule, late_schedule)
+    """True if the order's probability is known (`models.order`): these two ranks with fixed commits per step."""
+    return (rank is confidence or is_plackett_luce(rank)) and commit in (schedule, late_schedule)
 
 
 def schedule(scores: Scores, masked: Places, steps_left: Counts) -> Places:

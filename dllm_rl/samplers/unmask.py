@@ -90,9 +90,8 @@ def unmask(
             canvas.reopen(*turn.where(again), turn.clock[again], spec.mask_id)
         where = turn.where(choice.picked)
         canvas.write(*where, turn.clock[choice.picked], *choice.drawn)
-        if choice.left is not None:
-            stayed, order = choice.left
-            canvas.leave(*turn.where(stayed), order)
+        if choice.order is not None:
+            canvas.order(*turn.where(choice.order[0]), *choice.order[1:])
         if experts is not None:
             canvas.route(*where, experts[choice.picked])
         complete = queue.record(turn, choice.decision)

@@ -13,7 +13,7 @@ from dllm_rl.algorithms.advantages import takes_parts
 from dllm_rl.algorithms.correctors import no_weights
 from dllm_rl.algorithms.losses import ppo_clip
 from dllm_rl.recipe import Recipe
-from dllm_rl.samplers.rules import name_of, order_has_law, rank_inputs
+from dllm_rl.samplers.rules import is_plackett_luce, name_of, order_has_law, rank_inputs
 
 BF16_STEPS = 512  # half a step of bf16 is at least a 512th of the number
 TYPICAL_WEIGHT = 0.02  # of a matrix in a language model
@@ -67,7 +67,8 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
     cache = _bound(recipe.sampler, "cache")
     given = likelihood.made_by is not None and likelihood.made_by.keywords.get("order") == "given"
     lawful = rank is not None and order_has_law(rank, commit) and likelihood.exact_for_sampler
-    by_draws = rank is not None and "tokens" in rank_inputs(rank) and _bound(recipe.sampler, "temperature") != 0
+    by_draws = rank is not None and ("tokens" in rank_inputs(rank)) | is_plackett_luce(rank)
+    by_draws &= _bound(recipe.sampler, "temperature") != 0
     if likelihood.name == "trajectory" and by_draws and not lawful and not given:
         merged = "" if likelihood.exact_for_sampler else " and num_segments or num_sampled"
         said.append(

@@ -11,7 +11,7 @@ weights depend on the batch, 64 batches. Every number is a median over 8 network
 import argparse
 from dataclasses import replace
 from functools import partial
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import losses
 from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.samplers.rules import plackett_luce
 from dllm_rl.types import Rollout
 from recipes.studies import surrogates as published
 from recipes.studies.controls import fixed_lambda, shuffled
@@ -90,6 +91,14 @@ ESTIMATORS = {
     "block of 2, 2 masks": lik.block(block_size=2),
     "eubo, 2 masks": lik.eubo(),
     "sandwich, 2 masks": lik.sandwich(),
+}
+# The temperature of plackett_luce that gives a rank's law (None: the law is confidence's), and `order` of its gradient.
+RANKED: dict[str, tuple[float | None, str]] = {
+    "max_prob": (1e-6, "given"),
+    "confidence": (None, "law"),
+    "random": (1e9, "given"),
+    **{f"plackett_luce {tau}": (tau, "law") for tau in (0.03, 0.1, 0.3, 1.0)},
+    **{f"plackett_luce {tau}, tokens alone": (tau, "given") for tau in (0.03, 0.1, 0.3, 1.0)},
 }
 SIGMAS, KINDS, SHARPNESS = (0.1, 0.3, 0.5), ("early", "late"), {"early": 1.0, "late": 3.0}
 COLUMNS = [f"{kind} {sigma}" for kind, sigma in product(KINDS, SIGMAS)]
@@ -195,6 +204,59 @@ def of_orders(networks: int, *, batch: int = 128) -> dict[str, list[str]]:
     return found
 
 
+def in_every_order(toy: ToyPolicy, temperature: float | None) -> Rollout:
+    """All outcomes, each in every order of one position a step, ranked by `plackett_luce`; None: by confidence."""
+    base = toy.rollout(toy.length)
+    steps = torch.tensor(list(permutations(range(toy.length))))
+    step = steps.repeat_interleave(len(base.tokens), 0)
+    blank = torch.zeros_like(step)
+    record: dict[str, Any] = {"order_logprobs": torch.zeros(step.shape), "open_step": blank}
+    if temperature is not None:
+        record |= {"draw_in_step": blank, "order_rank": partial(plackett_luce, temperature=temperature)}
+    return replace(base.rows(torch.arange(len(base.tokens)).repeat(len(steps))), unmask_step=step, **record)
+
+
+def along_a_line(toy: ToyPolicy, rank: str, generator: torch.Generator, *, points: int) -> tuple[float, float]:
+    """The change of the expected reward as all weights move along a random line, by 0.6 of their spread, and what the
+    integral of the policy gradient makes of it."""
+    temperature, order = RANKED[rank]
+    rollout = in_every_order(toy, temperature)
+    rewards = torch.randn(toy.words**toy.length, generator=generator, dtype=torch.float64).repeat(6)
+    starts, ends = toy.weights, toy.moved(0.6, generator).weights
+    laws = {each: lik.trajectory(order=each) for each in ("law", "given")}
+    noises = {each: law.draw(rollout, generator) for each, law in laws.items()}
+    moving = toy.moved(0.0, generator)
+    change = integral = 0.0
+    for place in [0.0, 1.0, *((i + 0.5) / points for i in range(points))]:
+        moving.weights = [(a + place * (b - a)).requires_grad_() for a, b in zip(starts, ends, strict=True)]
+        logps = {each: contributions(moving, rollout, noises[each], laws[each]).sum(-1) for each in laws}
+        chances = logps["law"].detach().exp()
+        chances = torch.where(chances > 1e-8, chances, 0) if temperature is None else chances  # the floor stands for 0
+        if place in (0.0, 1.0):
+            change += (2 * place - 1) * float(chances @ rewards)
+            continue
+        gradients = torch.autograd.grad((chances * rewards * logps[order]).sum(), moving.weights)
+        slope = sum((g * (b - a)).sum() for g, a, b in zip(gradients, starts, ends, strict=True))
+        integral += float(slope) / points
+    return change, integral
+
+
+def of_lines(networks: int, *, points: int = 100) -> dict[str, list[str]]:
+    """Mean |change|, what the integrated gradient misses of it, and in how many networks its sign is wrong."""
+    found: dict[str, list[str]] = {}
+    for rank, kind in product(RANKED, KINDS):
+        pairs = []
+        for network in range(networks):
+            generator = torch.Generator().manual_seed(1000 * network)
+            toy = ToyPolicy(length=3, words=3, sharpness=SHARPNESS[kind], generator=generator)
+            pairs.append(along_a_line(toy, rank, generator, points=points))
+        size = sum(abs(change) for change, _ in pairs) / networks
+        missed = sum(abs(change - integral) for change, integral in pairs) / networks
+        wrong = sum(change * integral < 0 for change, integral in pairs)
+        found.setdefault(rank, []).append(f"{size:.3f}/{missed:.3f}/{wrong}")
+    return found
+
+
 def plot(rows: dict[str, list[GradientRow]], path: Path) -> None:
     """Bias against error of each corrector, early and late, as sigma grows."""
     import matplotlib
@@ -242,6 +304,7 @@ def main() -> None:
         table("surrogate after an update, n = 128", COLUMNS, as_cells(updated)),
         table("estimator, n = 128", ["early", "cosine", "late", "cosine"], of_estimators(networks)),
         table("rank confidence, n = 128", [f"{k} {s}" for k, s in product(KINDS, (0.0, *SIGMAS))], of_orders(networks)),
+        table("12 lines: change/missed/wrong sign", list(KINDS), of_lines(12)),
     ]
     head = "# The gradient laboratory: all tables\n\nCells are bias/error/efficiency; what they are and say: "
     parts.insert(0, head + "[gradients.md](gradients.md).\n")

@@ -85,6 +85,7 @@ def on_both(work, make=masked_lm, near=1e-3):
 RULES = {
     **{f"rank {rank.__name__}": {"rank": rank} for rank in rules.RANKS},
     **{f"greedy {rank.__name__}": {"rank": rank, "temperature": 0.0} for rank in (rules.confidence, rules.margin)},
+    "rank plackett_luce": {"rank": partial(rules.plackett_luce, temperature=0.3)},
     "late_schedule": {"commit": rules.late_schedule},
     "origin": {"commit": rules.origin, "rank": rules.random, "temperature": 0.7},
     "threshold": {"commit": partial(rules.threshold, tau=0.3)},

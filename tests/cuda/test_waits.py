@@ -28,12 +28,15 @@ ESTIMATORS = {
     "elbo": elbo(num_samples=3),
     "one_step, a forward for the group": one_step(prompt_mask=0.0),
     "packed": trajectory(block_size=4),
+    "noisy order": trajectory(),
 }
+NOISY = partial(rules.plackett_luce, temperature=0.3)
 STEPS = {
     "plain": {},
     "filters and suppressed tokens": {"top_k": 3, "suppress": (2, 0)},
     "greedy": {"temperature": 0.0},
     "drawn where it is known": {"rank": rules.random},
+    "noisy order": {"rank": NOISY},
     "blocks": {"block_size": 4},
     "prefix cache": {"block_size": 4, "cache": prefix_cache()},
     "dual cache": {"block_size": 4, "cache": dual_cache(refresh=2)},
@@ -72,12 +75,14 @@ def test_a_scored_view_waits_twice_at_most(name, tmp_path):
             policy = load_policy(checkpoint(tmp_path, "sdar"), device="cuda")
         prompts = Prompts.from_ids([[3, 4, 5], [6, 7]], pad_id=0, group_size=2)
         generator = torch.Generator().manual_seed(0)
-        rollout = unmask(policy, prompts, generator, max_new_tokens=8, num_steps=4, temperature=1.0, top_k=3)
+        rank = NOISY if name == "noisy order" else rules.confidence
+        options = {"max_new_tokens": 8, "num_steps": 4, "temperature": 1.0, "top_k": 3}
+        rollout = unmask(policy, prompts, generator, rank=rank, **options)
         rollout = rollout.with_support("rollout" if "support" in name else "own")
         noise = likelihood.draw(rollout, generator)
         views, packed = len(noise.masked), likelihood.packed is not None
         lefts = [None] * views if noise.left is None else noise.left
-        assert (noise.left is None) == (likelihood not in (ESTIMATORS["trajectory"], ESTIMATORS["packed"]))
+        assert (noise.left is None) == (name not in ("trajectory", "packed", "noisy order"))
         with cuda.phase("forward"):
             for masked, weight, left in zip(noise.masked, noise.weight, lefts, strict=True):
                 score_view(policy, rollout, masked, weight != 0, left=left, packed=packed)

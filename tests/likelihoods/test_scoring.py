@@ -17,7 +17,7 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.rules import max_prob, plackett_luce
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing import check_estimator
@@ -136,11 +136,11 @@ def block_causal_policy():
     return policy
 
 
-def block_sampled(policy, *, num_steps: int = 9):
+def block_sampled(policy, *, num_steps: int = 9, rank=max_prob):
     """Prompts of 5, 2 and 8 tokens: the completion starts inside a block, inside another, and at a boundary."""
     ids = [[3, 4, 5, 6, 7], [8, 9], [4, 4, 4, 5, 5, 5, 6, 6]]
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=2)
-    options = {"max_new_tokens": 12, "num_steps": num_steps, "block_size": SIZE, "temperature": 1.0, "rank": max_prob}
+    options = {"max_new_tokens": 12, "num_steps": num_steps, "block_size": SIZE, "temperature": 1.0, "rank": rank}
     return unmask(policy, prompts, torch.Generator().manual_seed(1), **options)
 
 
@@ -185,6 +185,24 @@ def test_packed_gradient_is_that_of_the_steps_one_by_one():
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad((logps * vector).sum(), parameters)]))
     assert gradients[0].norm() > 0.1
     assert ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item() < 1e-5
+
+
+def test_packed_scoring_of_noisy_orders():
+    """Several blocks of a row in one view, each with its own draws: log-probs and gradient of the steps one by one."""
+    policy = block_causal_policy()
+    rollout = block_sampled(policy, rank=partial(plackett_luce, temperature=0.3))
+    parameters, found = list(policy.module.parameters()), []
+    vector = torch.randn(rollout.tokens.shape, generator=torch.Generator().manual_seed(2)) * rollout.completion_mask
+    for estimator in (lik.trajectory(), lik.trajectory(block_size=SIZE)):
+        noise = estimator.draw(rollout, torch.Generator())
+        logps = estimator.combine(estimator.scores(policy, rollout, noise, keep_graphs=True), noise)
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad((logps * vector).sum(), parameters)])
+        found.append((logps.detach(), gradient))
+    (one_by_one, expected), (packed, gradient) = found
+    assert torch.equal(one_by_one, lik.recorded(rollout, lik.trajectory().draw(rollout, torch.Generator())))
+    torch.testing.assert_close(packed, one_by_one, atol=5e-6, rtol=1e-5)
+    assert (rollout.order_logprobs < -0.5).any() and expected.norm() > 0.1
+    assert ((gradient - expected).norm() / expected.norm()).item() < 1e-5
 
 
 def test_what_a_block_cannot_see_does_not_move_it():

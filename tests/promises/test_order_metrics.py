@@ -2,11 +2,12 @@
 
 from functools import partial
 
+import pytest
 from emulated import five_level_emulated
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
-from dllm_rl.samplers.rules import confidence, max_prob, random
+from dllm_rl.samplers.rules import confidence, max_prob, plackett_luce, random
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.loop import train
 
@@ -29,9 +30,10 @@ def test_agreement_is_logged_where_the_learner_would_choose_for_itself(tmp_path)
         assert not NAMES & set(one_step(tmp_path / str(i), rank, rollout_quantization=scheme))
 
 
-def test_unquantised_the_orders_log_probs_have_no_mismatch_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("rank", [confidence, partial(plackett_luce, temperature=0.3)], ids=["confidence", "noisy"])
+def test_unquantised_the_orders_log_probs_have_no_mismatch_bit_for_bit(tmp_path, rank):
     """The sampler's record of tokens and order is what the learner finds, in micro-batches too, or the run stops."""
     settings = {"rollout_quantization": None, "zero_mismatch": True, "micro_batch_size": 4}
-    row = one_step(tmp_path, confidence, **settings)
+    row = one_step(tmp_path, rank, **settings)
     assert row["rollout_corr/abs_log_ratio_max"] == 0 and row["grad_norm"] > 0
     assert "symptoms/error_tokens_positive" not in row, "contributions are not log-probs of single tokens"

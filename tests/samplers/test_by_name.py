@@ -9,6 +9,8 @@ from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 def test_rules_and_caches_by_name():
     rule = by_name.read_commit("factor=1.5")
     assert rule.func is rules.factor and rule.keywords == {"f": 1.5} and by_name.read_commit("origin") is rules.origin
+    rank = by_name.read_rank("plackett_luce=0.3")
+    assert rank.func is rules.plackett_luce and rank.keywords == {"temperature": 0.3}
     assert [by_name.read_cache(t) for t in ("block", "prefix", "dual=3")] == [
         block_cache(),
         prefix_cache(),
@@ -20,6 +22,8 @@ def test_rules_and_caches_by_name():
     "read, text, said",
     [
         (by_name.read_rank, "best", "rank='best' is not one of confidence, max_prob"),
+        (by_name.read_rank, "plackett_luce", "plackett_luce takes a number"),
+        (by_name.read_rank, "random=2", "rank='random=2': random takes no number"),
         (by_name.read_commit, "threshold", "threshold takes a number, as threshold=0.9"),
         (by_name.read_commit, "schedule=2", "schedule takes no number"),
         (by_name.read_commit, "factor=much", "'much' is not a number"),

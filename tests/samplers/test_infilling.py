@@ -24,6 +24,7 @@ WAYS = {
     "confidence": {"rank": rules.confidence},
     "entropy": {"rank": rules.entropy, "block_size": 2},
     "random": {"rank": rules.random, "num_steps": 3, "top_k": 5},
+    "plackett_luce": {"rank": partial(rules.plackett_luce, temperature=0.3, score=rules.entropy), "num_steps": 3},
     "threshold": {"rank": rules.max_prob, "commit": partial(rules.threshold, tau=0.2)},
     "greedy": {"temperature": 0.0},
 }
@@ -105,7 +106,7 @@ def test_replay_gives_recorded_logprobs_bitwise(policy, name):
         estimator = estimators.trajectory()
         noise = estimator.draw(rollout, torch.Generator())
         assert torch.equal(estimator.logprobs(policy, rollout, noise), estimators.recorded(rollout, noise))
-        assert (noise.left is None) == (name != "confidence")
+        assert (noise.left is None) == (name not in ("confidence", "plackett_luce"))
 
 
 def test_filters_record_what_they_kept(policy):

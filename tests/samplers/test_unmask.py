@@ -100,6 +100,7 @@ RULES = {
     "margin": {"rank": rules.margin, "commit": rules.late_schedule},
     "entropy": {"rank": rules.entropy, "commit": partial(rules.entropy_bound, gamma=4.0)},
     "random": {"rank": rules.random},
+    "plackett_luce": {"rank": partial(rules.plackett_luce, temperature=0.3), "temperature": 0.7, "top_k": 9},
     "origin": {"rank": rules.random, "commit": rules.origin},
     "threshold": {"commit": partial(rules.threshold, tau=0.3)},
     "factor": {"rank": rules.max_prob, "commit": partial(rules.factor, f=1.5), "top_p": 0.8},
@@ -147,7 +148,7 @@ def test_replay_gives_recorded_logprobs_bitwise(policy, name):
         for size in (None, 2):
             found = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
             assert torch.equal(found, recorded(rollout, noise))
-        assert (noise.left is None) == (name != "confidence")
+        assert (noise.left is None) == (name not in ("confidence", "plackett_luce"))
         given = trajectory(order="given")
         tokens = given.logprobs(policy, rollout, given.draw(rollout, torch.Generator()))
         assert torch.equal(tokens, rollout.logprobs)

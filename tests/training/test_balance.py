@@ -100,7 +100,7 @@ def made(rows, columns, ids, *, seed, padding, events=0):
     return Rollout(
         tokens=whole(*two), attention_mask=seen, completion_mask=yes(*two), unmask_step=whole(*two),
         logprobs=real(*two), group_size=2, sampling_params=SamplingParams(support="rollout"), log_kept_mass=real(*two),
-        kept_ids=whole(*two, ids), open_step=whole(*two), order_logprobs=real(*two),
+        kept_ids=whole(*two, ids), open_step=whole(*two), order_logprobs=real(*two), draw_in_step=whole(*two),
         experts=torch.randint(0, 64, (*two, 3, 2), dtype=torch.uint8, generator=draw), **record,
     )  # fmt: skip
 

@@ -1,0 +1,245 @@
+"""The law of `plackett_luce` against the enumeration of every order of every step, in fp64."""
+
+import itertools
+import math
+import random
+from functools import partial
+
+import pytest
+import torch
+from likelihood_toys import TablePolicy
+from order_toys import drawn_from
+
+from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
+from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.samplers import rules
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.training.learner import accumulate_gradients
+from dllm_rl.types import Batch, Prompts, Rollout, SamplingParams
+
+GENERATOR = torch.Generator()
+SCORES = {
+    "max_prob": lambda p: math.log(max(p)),
+    "margin": lambda p: sorted(p)[-1] - sorted(p)[-2],
+    "entropy": lambda p: sum(x * math.log(x) for x in p),
+}
+
+
+@pytest.fixture
+def fp64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def orders(scores):
+    """Every order of these positions and its chance: one leaves after the other, in proportion to exp(score)."""
+    for order in itertools.permutations(range(len(scores))):
+        chance, masses = 1.0, [math.exp(score - max(scores)) for score in scores]
+        for n, i in enumerate(order):
+            chance *= masses[i] / sum(masses[j] for j in order[n:])
+        yield order, chance
+
+
+def outcomes(policy, blocks, num_steps, *, tau, score="max_prob", **options):
+    """{(tokens, steps, draws, opened): probability}: a step of M masked positions has M! orders of noisy scores and W^k
+    words at the k positions that come first."""
+    hole, size = policy.mask_id, policy.length
+    found, opened, clock = {((hole,) * size, (-1,) * size, (0,) * size): 1.0}, [0] * size, 0
+    for block in blocks:
+        for position in block:
+            opened[position] = clock
+        for left in range(min(num_steps, len(block)), 0, -1):
+            after = {}
+            for (tokens, steps, draws), chance in found.items():
+                masked = [i for i in block if tokens[i] == hole]
+                count = math.ceil(len(masked) / left)
+                state = sum(t * (policy.words + 1) ** i for i, t in enumerate(tokens))
+                rows = [policy.table[state, i].detach() for i in masked]
+                p = [drawn_from(row[: policy.words], **options).tolist() for row in rows]
+                own = [row[: policy.words + 1].softmax(-1).tolist() for row in rows]  # the mask token takes its share
+                for order, likely in orders([SCORES[score](each) / tau for each in own]):
+                    for words in itertools.product(range(policy.words), repeat=count):
+                        new = list(tokens), list(steps), list(draws)
+                        drawn = chance * likely
+                        for n, (i, word) in enumerate(zip(order, words, strict=False)):
+                            new[0][masked[i]], new[1][masked[i]], new[2][masked[i]] = word, clock, n
+                            drawn *= p[i][word]
+                        key = tuple(map(tuple, new))
+                        after[key] = after.get(key, 0.0) + drawn
+            found, clock = after, clock + 1
+    return {(*key, tuple(opened)): p for key, p in found.items() if p > 0}
+
+
+def as_rollout(policy, keys, *, tau, score="max_prob", **options):
+    tokens, steps, draws, opened = (torch.tensor(column) for column in zip(*keys, strict=True))
+    steps, draws, opened = (torch.nn.functional.pad(x, (1, 0), value=-1) for x in (steps, draws, opened))
+    made = policy.rollout(tokens, unmask_step=steps, open_step=opened, draw_in_step=draws)
+    rank = partial(rules.plackett_luce, temperature=tau, score=getattr(rules, score))
+    params = SamplingParams(**options, suppress=made.sampling_params.suppress)
+    record = {"sampling_params": params, "order_rank": rank, "order_logprobs": torch.zeros(made.tokens.shape)}
+    return Rollout(**vars(made) | record)
+
+
+def total(policy, rollout, **options):
+    estimator = lik.trajectory(**options)
+    return estimator.logprobs(policy, rollout, estimator.draw(rollout, GENERATOR)).sum(-1)
+
+
+def some_toy(seed):
+    """Three positions, 1 to 3 commits a step, in one block or two."""
+    pick = random.Random(seed)
+    options = {"temperature": pick.choice([1.0, 0.6, 1.7])} | pick.choice([{}, {"top_k": 2}, {"top_p": 0.8}])
+    options |= {"tau": pick.choice([0.03, 0.1, 0.3, 1.0, 10.0]), "score": pick.choice(list(SCORES))}
+    policy = TablePolicy(length=3, words=3, seed=seed, scale=pick.choice([0.7, 1.5, 2.5]))
+    return policy, pick.choice([[[0, 1, 2]], [[0, 1, 2]], [[0, 1], [2]]]), 1 + seed % 3, options
+
+
+@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))])
+def test_the_law_is_the_enumeration_of_all_orders(fp64, part):
+    """Every outcome's log-prob to 1e-10, all of them together 1, and the draws of a set together the set."""
+    missing = []
+    for seed in range(10 * part, 10 * part + 10):
+        policy, blocks, num_steps, options = some_toy(seed)
+        found = outcomes(policy, blocks, num_steps, **options)
+        rollout, expected = as_rollout(policy, found, **options), torch.tensor(list(found.values()))
+        torch.testing.assert_close(expected.sum(), torch.tensor(1.0), rtol=0, atol=1e-12)
+        torch.testing.assert_close(total(policy, rollout), expected.log(), rtol=0, atol=1e-10)
+        missing.append((total(policy, rollout, order="given") - expected.log()).abs().max().item())
+    assert max(missing) > 0.5
+
+
+def through_the_learner(policy, rollout, chances, rewards, *, keep_graphs, **options):
+    """sum of P A grad log P over the rows, as an update makes it."""
+    estimator = lik.trajectory(**options)
+    noise = estimator.draw(rollout, GENERATOR)
+    scores = estimator.scores(policy, rollout, noise, keep_graphs=keep_graphs)
+    old, mask = estimator.combine(scores.detach(), noise), rollout.completion_mask
+    weights = chances[:, None].expand(mask.shape)
+    batch = Batch(rollout, noise, rewards, old, scores, weights, mask, None, num_tokens=1, num_sequences=1)
+    surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(constant, length=1)
+    loss = partial(policy_loss, surrogate=surrogate, aggregate=aggregate, beta=0.0, kl=kl_k2)
+    policy.table.grad = None
+    accumulate_gradients(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=64)
+    return -policy.table.grad
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "options"),
+    [
+        (3, {"tau": 0.03}),
+        (3, {"tau": 1.0, "score": "entropy"}),
+        (2, {"tau": 0.3, "score": "margin"}),
+        (1, {"tau": 0.3, "temperature": 0.7, "top_k": 2}),
+    ],
+    ids=str,
+)
+def test_the_gradient_is_the_finite_difference_of_the_expected_reward(fp64, num_steps, options):
+    """The reward depends on tokens and order. An update's gradient, with kept graphs and without, is the enumeration's
+    difference quotient to 1e-6; without the order's part it is another vector."""
+    policy = TablePolicy(length=3, words=3, seed=4, scale=1.0)
+    found = outcomes(policy, [[0, 1, 2]], num_steps, **options)
+    rewards = torch.randn(len(found), generator=GENERATOR.manual_seed(0))
+    directions = torch.randn(4, *policy.table.shape, generator=GENERATOR)
+    quotients, table = [], policy.table
+    for direction in directions:
+        ends = []
+        for step in (1e-5, -1e-5):
+            policy.table = table + step * direction
+            moved = outcomes(policy, [[0, 1, 2]], num_steps, **options)
+            ends.append(float(torch.tensor([moved[key] for key in found]) @ rewards))
+        quotients.append((ends[0] - ends[1]) / 2e-5)
+    policy.table = table.requires_grad_()
+    rollout, chances = as_rollout(policy, found, **options), torch.tensor(list(found.values()))
+    run = partial(through_the_learner, policy, rollout, chances, rewards)
+    expected = torch.tensor(quotients)
+    for keep_graphs in (False, True):
+        slopes = (run(keep_graphs=keep_graphs) * directions).flatten(1).sum(1)
+        torch.testing.assert_close(slopes, expected, rtol=0, atol=1e-6)
+    given = (run(keep_graphs=False, order="given") * directions).flatten(1).sum(1)
+    assert (given - expected).abs().max() > 1e-2
+
+
+def test_ratios_and_kl_take_the_order_in(fp64):
+    """Between any two policies the mean ratio is 1, and the mean log-ratio is their divergence. The mean ratio of the
+    draws of one set is the set's ratio."""
+    policy, other = (TablePolicy(length=3, words=2, seed=seed, scale=0.8) for seed in (7, 8))
+    options = {"tau": 0.3}
+    found, theirs = (outcomes(each, [[0, 1, 2]], 2, **options) for each in (policy, other))
+    rollout, p = as_rollout(policy, found, **options), torch.tensor(list(found.values()))
+    q = torch.tensor([theirs[key] for key in found])
+    log_ratio = total(other, rollout) - total(policy, rollout)
+    torch.testing.assert_close((p * log_ratio.exp()).sum(), torch.tensor(1.0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(-(p * log_ratio).sum(), (p * (p / q).log()).sum(), rtol=0, atol=1e-12)
+    sets = [key[:2] for key in found]
+    assert len(set(sets)) < len(sets), "two draws of a step have two orders"
+    for each in set(sets):
+        rows = torch.tensor([key == each for key in sets])
+        mean = (p[rows] * log_ratio[rows].exp()).sum() / p[rows].sum()
+        torch.testing.assert_close(mean, q[rows].sum() / p[rows].sum(), rtol=0, atol=1e-12)
+    given = (total(other, rollout, order="given") - total(policy, rollout, order="given")).exp()
+    assert abs(float((p * given).sum()) - 1) < 1e-12, "the tokens' ratio also has mean 1 ..."
+    assert abs(float(((p * given) - q).abs().sum())) > 0.1, "... and moves to another law of the orders"
+
+
+def sample(policy, rank, rows, *, num_steps, seed=0, **options):
+    suppress = (policy.words + 1, policy.words + 2)
+    prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, group_size=rows)
+    settings = {"max_new_tokens": policy.length, "num_steps": num_steps, "suppress": suppress} | options
+    return unmask(policy, prompts, torch.Generator().manual_seed(seed), rank=rank, **{"temperature": 1.0} | settings)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "tau", "options"), [(3, 0.3, {}), (2, 1.0, {"temperature": 0.7}), (1, 0.5, {"top_k": 2})], ids=str
+)
+def test_a_sampler_draws_by_the_law_and_records_it(num_steps, tau, options):
+    """Tokens, steps and draws pass a chi-square test; the record is what scoring finds, bit for bit."""
+    policy = TablePolicy(length=3, words=3, seed=5)
+    rows = 8_000
+    rollout = sample(policy, partial(rules.plackett_luce, temperature=tau), rows, num_steps=num_steps, **options)
+    estimator = lik.trajectory()
+    noise = estimator.draw(rollout, GENERATOR)
+    contributions = estimator.logprobs(policy, rollout, noise)
+    assert torch.equal(contributions, lik.recorded(rollout, noise))
+    if "top_k" in options:  # the order needs no kept set
+        kept = rollout.with_support("rollout")
+        again = estimator.logprobs(policy, kept, estimator.draw(kept, GENERATOR))
+        torch.testing.assert_close(again, contributions, rtol=0, atol=1e-5)
+    found = outcomes(policy, [[0, 1, 2]], num_steps, tau=tau, **options)
+    columns = (rollout.tokens, rollout.unmask_step, rollout.draw_in_step, rollout.open_step)
+    keys = [tuple(map(tuple, key)) for key in zip(*(x[:, 1:].tolist() for x in columns), strict=True)]
+    chances = torch.tensor([found[key] for key in keys])
+    torch.testing.assert_close(contributions.sum(-1), chances.log(), rtol=0, atol=1e-4)
+    counts = dict.fromkeys(found, 0)
+    for key in keys:
+        counts[key] += 1
+    rare = [key for key, chance in found.items() if rows * chance < 10]
+    cells = [(counts[key], rows * found[key]) for key in found if key not in rare]
+    cells.append((sum(counts[key] for key in rare), rows * sum(found[key] for key in rare)))
+    statistic = sum((seen - wanted) ** 2 / max(wanted, 1) for seen, wanted in cells)
+    degrees = len(cells) - 1
+    bound = degrees * (1 - 2 / (9 * degrees) + 3.09 * math.sqrt(2 / (9 * degrees))) ** 3  # 1 - 1e-3, Wilson-Hilferty
+    assert degrees >= 20 and statistic < bound
+
+
+@pytest.mark.parametrize("num_steps", [3, 2])
+def test_the_limits_are_the_score_and_a_random_order(num_steps):
+    """The same seeds: a small temperature has max_prob's rollouts, and a large one those of `random`."""
+    policy = TablePolicy(length=3, words=3, seed=6)
+    for tau, limit in ((1e-6, rules.max_prob), (1e9, rules.random)):
+        ours = sample(policy, partial(rules.plackett_luce, temperature=tau), 500, num_steps=num_steps)
+        theirs = sample(policy, limit, 500, num_steps=num_steps)
+        assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.unmask_step, theirs.unmask_step)
+        assert ours.rank is None and theirs.order_logprobs is None
+
+
+def test_what_needs_log_probabilities_is_refused():
+    policy = TablePolicy(length=3, words=3, seed=6)
+    rank = partial(rules.plackett_luce, temperature=0.3)
+    with pytest.raises(ValueError, match=r"commit=threshold cannot use rank=plackett_luce's noisy scores; use"):
+        sample(policy, rank, 2, num_steps=3, commit=partial(rules.threshold, tau=0.9))
+    with pytest.raises(ValueError, match="temperature=0 must be above 0"):
+        sample(policy, partial(rules.plackett_luce, temperature=0), 2, num_steps=3)
+    with pytest.raises(ValueError, match="score=confidence must take logits and normalizer, as max_prob"):
+        sample(policy, partial(rank, score=rules.confidence), 2, num_steps=3)
+    assert sample(policy, rank, 2, num_steps=3, temperature=0.0).order_logprobs is None
