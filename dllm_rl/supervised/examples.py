@@ -138,6 +138,7 @@ def show(
         if not causal:
             # The k-th learned token takes the k-th uniform, so that a prompt's length does not move the masks.
             hidden = row[:count] < level
+            assert policy.spec.mask_id is not None, "a diffusion model has a mask token"
             seen[one.learned] = torch.where(hidden, policy.spec.mask_id, seen[one.learned])
             # 1 / (t_b n_b): LLaDA's SFT loss, eq. 5 [paper]. A visible token counts 1 / n_b [ours].
             weight[one.learned] = torch.where(hidden, 1 / (level * count), float(corruption > 0) / count)
