@@ -83,7 +83,7 @@ def corrupted(
     if policy.spec.attention == "causal":
         raise ValueError(f"corruption={share} is of a diffusion model's visible tokens; use 0 for a causal model")
     ordinary = ordinary_ids(policy).to(tokens.device)
-    place = torch.searchsorted(ordinary, tokens)
+    place = torch.searchsorted(ordinary, tokens.contiguous())
     own = (ordinary[place % len(ordinary)] == tokens).long()  # else a special token, which any id may replace
     # A uniform below `share` is, divided by it, uniform again. Doubles: no device rounds the product up.
     drawn = (noise.double() / share * (len(ordinary) - own)).long()
