@@ -17,6 +17,7 @@ TEXT = """Solve this problem step by step. Put your working between <reasoning> 
 {answer}, and nothing else, between <answer> and </answer>.
 
 """
+TAGGED = "<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>\n"  # a solution
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,6 @@ class Questions(Prompted, ABC):
 
     hub: ClassVar[tuple[str, str | None]]
     rules: ClassVar[Mapping[str, Grader]]  # by reward_rule
-    final: ClassVar[str] = "{}"  # how a solution writes the answer
 
     split: Split = "train"
     path: str | Path | None = None
@@ -47,20 +47,17 @@ class Questions(Prompted, ABC):
     def __getitem__(self, index: int) -> Problem:
         if not 0 <= index < len(self):
             raise IndexError(f"problem {index} of {len(self)}")
-        question, answer, working = self._rows()[index]
-        written = self.final.format(answer)
-        solution = f"<reasoning>\n{working}\n</reasoning>\n<answer>\n{written}\n</answer>\n"
+        question, fields, solution = self._rows()[index]
         prompt = self.worded(**{self.placeholders[0]: question})
-        own = solution.removeprefix(self.opening)  # the prompt has the opening
-        return Problem(prompt, {"answer": answer}, None if working is None else own)
+        return Problem(prompt, fields, solution and solution.removeprefix(self.opening))  # the prompt has the opening
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         return self.rules[self.reward_rule](problem.fields, completion)
 
     @staticmethod
     @abstractmethod
-    def read_row(place: str, row: Row) -> tuple[str, str, str | None]:
-        """(question, answer, working or None). Errors: ValueError naming the place."""
+    def read_row(place: str, row: Row) -> tuple[str, dict[str, Any], str | None]:
+        """(question, the graders' fields, solution or None). Errors: ValueError naming the place."""
 
     def _rows(self) -> tuple[tuple[Any, ...], ...]:
         return load_problems(self.path, self.split, self.hub, type(self).read_row)
@@ -95,7 +92,7 @@ class GSM8K(Questions):
     reward_rule: Literal["own", "d1", "espo"] = "own"
 
     @staticmethod
-    def read_row(place: str, row: Row) -> tuple[str, str, str]:
+    def read_row(place: str, row: Row) -> tuple[str, dict[str, Any], str]:
         question = row.get("question")
         answer = row.get("answer")
         if not isinstance(question, str) or not isinstance(answer, str):
@@ -105,7 +102,7 @@ class GSM8K(Questions):
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         working, _, number = answer.rpartition("####")
-        return question, number.strip(), working.strip()
+        return question, {"answer": number.strip()}, TAGGED.format(working.strip(), number.strip())
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,6 @@ class MATH500(Questions):
     placeholders: ClassVar[tuple[str, ...]] = ("problem",)
     hub: ClassVar[tuple[str, str | None]] = ("HuggingFaceH4/MATH-500", None)
     rules: ClassVar[Mapping[str, Grader]] = {"own": graders.math500_strict, "espo": graders.math500_math_verify}
-    final: ClassVar[str] = "\\boxed{{{}}}"
 
     split: Split = "test"
     reward_rule: Literal["own", "espo"] = "own"
@@ -146,7 +142,7 @@ class MATH500(Questions):
         return list(map(self.reward, problems, completions))
 
     @staticmethod
-    def read_row(place: str, row: Row) -> tuple[str, str, str | None]:
+    def read_row(place: str, row: Row) -> tuple[str, dict[str, Any], str | None]:
         problem: Any = row.get("problem")
         working: Any = row.get("solution")
         answer: Any = row.get("answer")
@@ -155,4 +151,4 @@ class MATH500(Questions):
         answer = answer or (last_box(working) if isinstance(working, str) else None)
         if not all(isinstance(text, str) and text for text in (problem, answer, working or "none")):
             raise ValueError(f"{place}: a MATH row needs texts: problem, and answer or a solution with a box")
-        return problem, answer, working or None
+        return problem, {"answer": answer}, TAGGED.format(working, f"\\boxed{{{answer}}}") if working else None

@@ -1,0 +1,5 @@
+"""Problems of programming: static rewards, and a sandbox for tests."""
+
+from dllm_rl.tasks.code.task import Code
+
+__all__ = ["Code"]

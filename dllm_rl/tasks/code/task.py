@@ -1,0 +1,140 @@
+"""Functions to write in Python: problems of files in the form of HumanEval or MBPP, and their rewards."""
+
+import ast
+import builtins
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from dllm_rl.tasks.answers import SPECIAL, cut
+from dllm_rl.tasks.base import Grader, Problem, Reward
+from dllm_rl.tasks.code import sandbox
+from dllm_rl.tasks.math.task import Questions
+from dllm_rl.tasks.rows import Row, Split, text_of
+
+AT_ONCE = 4  # programs that run at the same time
+LONGEST = 20_000  # characters of a program; a longer one is not parsed
+ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # of a function that the prompt begins (arXiv 2107.03374)
+MODULES = """abc array bisect calendar cmath collections copy dataclasses datetime decimal enum fractions functools
+hashlib heapq itertools json math operator random re statistics string sys textwrap time typing"""
+FORBIDDEN = "__import__ breakpoint compile eval exec exit getattr globals input locals open quit vars"
+
+
+def program(fields: Mapping[str, Any], completion: str) -> str:
+    """The prelude and the last block that defines the function; without one, the first block or the text goes on."""
+    blocks = [re.sub(r"^[\w+-]*\n", "", block) for block in cut(completion, 0, SPECIAL).split("```")]
+    for block in reversed(blocks):
+        if re.search(rf"^def {re.escape(fields['entry_point'])}\b", block, re.MULTILINE):
+            return f"{fields['prelude']}\n{block}"
+    return fields["prelude"] + cut(next(filter(str.strip, blocks), ""), 0, ENDS)
+
+
+def static(fields: Mapping[str, Any], completion: str) -> Reward:
+    """The mean of four checks; nothing runs [ours]. The program parses. Its function has the number of arguments asked
+    and returns something. Its names are defined in it. It imports only MODULES, and uses no name of FORBIDDEN."""
+    code = program(fields, completion)
+    checks = dict.fromkeys(("parses", "signature", "names", "allowed"), 0.0)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            nodes = list(ast.walk(ast.parse(code if len(code) <= LONGEST else "(")))
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return Reward(0.0, False, checks)
+    defined = set(dir(builtins))
+    used = set()
+    foreign = set()  # modules, and attributes such as __globals__
+    for node in nodes:
+        match node:
+            case ast.Name(name, ast.Load()):
+                used.add(name)
+            case ast.Name(name) | ast.arg(name) | ast.FunctionDef(name) | ast.ClassDef(name):
+                defined.add(name)
+            case ast.ExceptHandler(_, name) | ast.MatchAs(_, name):
+                defined.add(str(name))
+            case ast.alias(name, other):
+                defined.add(other or name.split(".")[0])
+            case ast.Import(names):
+                foreign |= {alias.name.split(".")[0] for alias in names}
+            case ast.ImportFrom(name, _, level):
+                foreign.add("." * level + str(name).split(".")[0])
+            case ast.Attribute(_, name) if name.startswith("__") and name != "__init__":
+                foreign.add(name)
+    checks["parses"] = 1.0
+    checks["signature"] = float(any(_fits(node, fields) for node in nodes))
+    checks["names"] = float(used <= defined)
+    checks["allowed"] = float(foreign <= {*MODULES.split()} and not used & {*FORBIDDEN.split()})
+    return Reward(sum(checks.values()) / 4, True, checks)
+
+
+def _fits(node: ast.AST, fields: Mapping[str, Any]) -> bool:
+    if not isinstance(node, ast.FunctionDef) or node.name != fields["entry_point"]:
+        return False
+    most = len(node.args.posonlyargs) + len(node.args.args)
+    returns = any(isinstance(each, ast.Return | ast.Yield) and each.value for each in ast.walk(node))
+    return returns and most - len(node.args.defaults) <= fields["arguments"] <= most
+
+
+def passes(fields: Mapping[str, Any], completion: str) -> bool:
+    return sandbox.run(fields["prelude"], program(fields, completion), fields["tests"], fields["entry_point"])[0]
+
+
+@dataclass(frozen=True)
+class Code(Questions):
+    """Functions to write in Python.
+
+    path         a file of rows with `prompt`, `entry_point`, `canonical_solution`, `test` (HumanEval's), or with `text`
+                 or `prompt`, `code`, `test_list` (MBPP's; the prompt shows the tests). None: HumanEval by `datasets`.
+    split        as for MATH500; prompt_format (with {question}), size, chat and opening, too.
+    reward_rule  "static": the share of checks that the text passes; nothing runs. "sandbox": 1 when the tests pass, run
+                 in a sandbox: Linux only. Tests give the function plain data, and compare plain data.
+    """
+
+    name: ClassVar[str] = "code"
+    version: ClassVar[str] = "1"
+    text: ClassVar[str] = "Write this Python function, in one ```python block and nothing else.\n\n{question}"
+    placeholders: ClassVar[tuple[str, ...]] = ("question",)
+    hub: ClassVar[tuple[str, str | None]] = ("openai/openai_humaneval", None)
+    rules: ClassVar[Mapping[str, Grader]] = dict.fromkeys(("static", "sandbox"), static)
+
+    split: Split = "test"
+    reward_rule: Literal["static", "sandbox"] = "static"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reward_rule == "sandbox":
+            sandbox.require()
+
+    def reward(self, problem: Problem, completion: str) -> Reward:
+        return self.rewards([problem], [completion])[0]
+
+    def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
+        fields = [problem.fields for problem in problems]
+        graded = list(map(static, fields, completions))
+        if self.reward_rule == "static":
+            return graded
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            right = [*map(float, pool.map(passes, fields, completions))]
+        return [Reward(one, each.parsed, {"accuracy": one}) for one, each in zip(right, graded, strict=True)]
+
+    @staticmethod
+    def read_row(place: str, row: Row) -> tuple[str, Any, str]:
+        """(question, the grader's fields, solution)."""
+        try:
+            if "entry_point" in row:
+                question = prelude = text_of(row, "prompt")
+                solution = prelude + text_of(row, "canonical_solution")
+                called = text_of(row, "entry_point")
+                tests = f"{text_of(row, 'test')}\ncheck({called})"
+            else:
+                solution = text_of(row, "code")
+                called = tests = "\n".join(row["test_list"])
+                question = f"{row['text'] if 'text' in row else row['prompt']}\nIt must pass these tests:\n{tests}"
+                prelude = "\n".join([*row.get("test_imports", ()), row.get("test_setup_code", "")])
+            defined = [node for node in ast.parse(solution).body if isinstance(node, ast.FunctionDef)]
+            asked = [node for node in defined if re.search(rf"\b{node.name}\b", called)][-1]
+        except (ValueError, TypeError, KeyError, IndexError, SyntaxError) as error:
+            raise ValueError(f"{place}: no problem in the form of HumanEval or MBPP ({error!r})") from None
+        fields = {"prelude": prelude, "entry_point": asked.name, "arguments": len(asked.args.args), "tests": tests}
+        return question, fields, f"```python\n{solution}\n```"

@@ -1,0 +1,180 @@
+"""The sandbox: right programs pass, wrong ones do not, and no hostile one gets out or stays."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import sleep
+
+import pytest
+from hostile_programs import CHEATS, HOSTILE, STOPPED
+
+from dllm_rl.tasks.code import sandbox
+
+RIGHT = "def f(x):\n    return x + 1"
+TESTS = "assert f(1) == 2\nassert f(5) == 6"
+ROOT = Path(__file__).parents[3]
+DEFAULT = ("fork bomb", "100 GB", "sleep", "1 GB of output", "a file outside", "tcp", "a signal to its group", "ptrace")
+try:
+    sandbox.require()
+    MISSING = ""
+except ValueError as error:
+    MISSING = str(error)
+needs_sandbox = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+
+@pytest.fixture
+def marker(tmp_path, monkeypatch) -> str:
+    """An empty folder that the sandbox has too, so that its path is in the command line of all processes in there."""
+    monkeypatch.setattr(sandbox, "FOLDERS", [*sandbox.FOLDERS, str(tmp_path)])
+    return str(tmp_path)
+
+
+def living(marker: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += [int(path.parent.name)] * (marker.encode() in path.read_bytes())
+        except OSError:  # it has ended
+            continue
+    return sorted(found)
+
+
+def attack_all(names, marker: str) -> None:
+    facts = f"HOME = {str(Path.home())!r}\nREPOSITORY = {str(ROOT)!r}\nOUTSIDE = {marker!r}\n"
+
+    def attack(name: str) -> tuple[bool, str]:
+        code, expected = HOSTILE[name]
+        program = f"{facts}def f(): return 'out'\n{code}"
+        return sandbox.run("", program, "assert f() == 'out'", "f", 1 if expected == STOPPED else 60)
+
+    with ThreadPoolExecutor(4) as pool:
+        ended = dict(zip(names, pool.map(attack, names), strict=True))
+    assert [name for name, (passed, _) in ended.items() if passed] == []
+    unlike = {name: said[-300:] for name, (_, said) in ended.items() if not re.search(HOSTILE[name][1], said)}
+    assert unlike == {}  # each met its own limit
+    assert os.listdir(marker) == []
+    while living(marker):
+        sleep(0.01)
+    assert sandbox.run("", RIGHT, TESTS, "f", 60) == (True, "")
+
+
+@needs_sandbox
+def test_eight_hostile_programs_end_in_their_limits_and_leave_nothing(marker) -> None:
+    attack_all(DEFAULT, marker)
+
+
+@pytest.mark.slow
+@needs_sandbox
+def test_sixty_hostile_programs_end_in_their_limits_and_leave_nothing(marker) -> None:
+    assert len(HOSTILE) >= 60
+    attack_all(HOSTILE, marker)
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_program_that_pretends_does_not_pass(name) -> None:
+    assert not sandbox.run("", CHEATS[name], TESTS, "f", 60)[0]
+
+
+@needs_sandbox
+def test_right_programs_pass_and_wrong_ones_do_not() -> None:
+    """Plain data of each kind, a name of the prelude on both sides, an error, a number of calls, output."""
+    values = [None, True, 3, -0.5, 1j, "a\n'\u2028é", b"\0", [1, (2,)], {1: {2}}, set(), {"k": []}]
+    code = "from collections import Counter\ndef f(x):\n    print(x)\n    return Counter(x) if x == 'aab' else x"
+    tests = (
+        f"for x in {values!r}:\n    assert f(x) == x and type(f(x)) is type(x)\nassert f('aab') == {{'a': 2, 'b': 1}}"
+    )
+    assert sandbox.run("", code, tests, "f", 60)[0]
+    prelude = "import math\ndef double(x):\n    return 2 * x"
+    assert sandbox.run(prelude, f"{prelude}\ndef f(x): return double(x)", "assert f(x := 2) == double(x)", "f", 60)[0]
+    for wrong in ("def f(x): return x + 2", "def f(x): return 1 / 0", "def g(x): return x + 1", "def f(): return 2"):
+        assert not sandbox.run("", wrong, TESTS, "f", 60)[0]
+    assert not sandbox.run("", RIGHT, "f(1)\nassert False", "f", 60)[0]
+    assert not sandbox.run("", RIGHT, "import sys\nsys.exit(0)", "f", 60)[0]  # tests that end early prove nothing
+
+
+@needs_sandbox
+def test_the_program_sees_the_interpreter_alone() -> None:
+    code = """import os, sys
+def f(): return sorted(os.listdir("/")), [*os.environ], sys.stdin.closed, os.getcwd(), os.path.exists(sys.executable)
+"""
+    folders = sorted({folder.split("/")[1] for folder in filter(os.path.isdir, sandbox.FOLDERS)})
+    worked, said = sandbox.run("", code, f"assert f() == ({folders!r}, ['LC_CTYPE'], False, '/', False), f()", "f", 60)
+    assert worked, said
+
+
+@pytest.mark.slow
+@needs_sandbox
+def test_the_sandbox_ends_without_its_caller(marker) -> None:
+    """The caller is killed; process 1 has its own alarm."""
+    program = (
+        "import sys\nfrom dllm_rl.tasks.code import sandbox\n"
+        "sandbox.FOLDERS = [*sandbox.FOLDERS, sys.argv[1]]\nprint(flush=True)\n"
+        "sandbox.run('', 'import time\\ntime.sleep(1000)', 'f()', 'f', 1)"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", program, marker], stdout=subprocess.PIPE, cwd=ROOT)
+    caller.stdout.readline()
+    while len(living(marker)) < 4:  # the caller, unshare, and the two in the namespace
+        sleep(0.01)
+    inner = living(marker)[-1]
+    for kind in ("user", "mnt", "net", "pid", "ipc", "uts"):
+        assert os.readlink(f"/proc/{inner}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
+    caller.kill()
+    caller.communicate()
+    while living(marker):
+        sleep(0.01)
+
+
+def test_without_the_tools_one_line_says_so(monkeypatch) -> None:
+    monkeypatch.setattr(os, "defpath", "/nowhere")
+    with pytest.raises(ValueError, match=r"No such file or directory: 'prlimit'.*take 'static'"):
+        sandbox.require()
+
+
+@needs_sandbox
+def test_without_namespaces_one_line_says_so() -> None:
+    """In a namespace that allows no further one, as where an administrator forbids them."""
+    program = "from dllm_rl.tasks.code import sandbox\ntry: sandbox.require()\nexcept ValueError as error: print(error)"
+    forbid = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
+    command = ["unshare", "--user", "--map-root-user", "sh", "-c", forbid, "sh", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == (
+        "the sandbox needs Linux 5.12, unshare and user namespaces "
+        "(unshare: unshare failed: No space left on device); take 'static'\n"
+    )
+
+
+@needs_sandbox
+@pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/usr/bin/python3"), reason="needs root and another Python")
+def test_an_ordinary_user_has_the_sandbox_too() -> None:
+    program = "import sandbox\nsandbox.require()\nprint(sandbox.run('', 'open(\"/x\", \"w\")', 'f()', 'f')[1])"
+    with TemporaryDirectory() as folder:  # pytest's own is closed to others
+        os.chmod(folder, 0o755)
+        shutil.copy(sandbox.__file__, folder)
+        user = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", "/usr/bin/python3", "-c", program]
+        done = subprocess.run(user, capture_output=True, text=True, cwd=folder)
+    assert "Read-only file system: '/x'" in done.stdout, done.stderr
+
+
+HEADERS = {"x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "/usr/include/asm-generic/unistd.h"}
+NAMES = (
+    "execve execveat clone clone3 socket socketpair ptrace process_vm_readv process_vm_writev pidfd_getfd unshare "
+    "setns shmget semget msgget add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_setup memfd_create"
+)
+
+
+@pytest.mark.parametrize("machine", HEADERS)
+def test_the_numbers_of_the_refused_calls_are_those_of_the_kernel_s_headers(machine) -> None:
+    if not os.path.exists(HEADERS[machine]):
+        pytest.skip(f"without {HEADERS[machine]}")
+    known = dict(re.findall(r"#define __NR_(\w+)\s+(\d+)", Path(HEADERS[machine]).read_text()))
+    names = NAMES.split() + ["fork", "vfork"] * (machine == "x86_64")
+    architecture = {"x86_64": 62, "aarch64": 183}[
+        machine
+    ] | 0xC0000000  # AUDIT_ARCH_*: ELF machine, 64 bits, little end
+    assert sandbox.DENIED[machine].split() == [str(architecture), *map(known.get, names)]
