@@ -253,6 +253,9 @@ class Recipe(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         surrogate_inputs(self.surrogate)
+        if self.rollout_engine is not None and (self.rollout_quantization is not None or self.corrector.align_forward):
+            wrong = f"rollout_engine={describe(self.rollout_engine)} makes no quantised copy"
+            raise ValueError(f"{wrong}: use rollout_quantization=None, and a corrector that does not align the forward")
         if self.lora is not None and self.corrector.align_forward and self.rollout_quantization is not None:
             check_mergeable(self.lora())  # the aligned forward quantises merged weights
 
@@ -260,7 +263,6 @@ class Recipe(Settings):
         quantized = self.rollout_quantization is not None
         found = [
             *super().conflicts(),
-            *self.engine_conflicts(),
             (
                 self.router_replay is not None and not quantized,
                 "router_replay='R3' takes a quantised copy's experts again, and without rollout_quantization there is "
@@ -287,8 +289,7 @@ class Recipe(Settings):
             ),
             (
                 self.zero_mismatch and self.rolls_out_apart and not self.corrector.align_forward,
-                "zero_mismatch=True needs rollout_quantization=None without a rollout_engine, or a corrector that "
-                "aligns the forward",
+                "zero_mismatch=True needs rollout_quantization=None and no engine, or a corrector that aligns forwards",
             ),
             (
                 self.zero_mismatch and not quantized and not self.likelihood.exact_for_sampler,
@@ -307,21 +308,6 @@ class Recipe(Settings):
             whole = size is None or (size >= group and size % group == 0)  # a group is never split
             found.append((not whole, f"{name}={size} must be a multiple of num_generations={group}"))
         return found
-
-    def engine_conflicts(self) -> list[tuple[bool, str]]:
-        there = self.rollout_engine is not None
-        engine = f"rollout_engine={describe(self.rollout_engine)}"
-        return [
-            (
-                there and self.rollout_quantization is not None,
-                f"{engine} makes the rollouts, and rollout_quantization's copy none: leave one of both at none",
-            ),
-            (
-                there and self.corrector.align_forward,
-                f"the corrector aligns the learner with a quantised copy's operands, and {engine} has no such copy: "
-                "use another corrector, or rollout_quantization",
-            ),
-        ]
 
     @property
     def rolls_out_apart(self) -> bool:

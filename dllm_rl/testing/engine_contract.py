@@ -12,11 +12,9 @@ from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.engine import RolloutEngine
 from dllm_rl.types import Prompts, Rollout
 
-Sampler = Callable[[Policy, Prompts, Generator], Rollout]
-
 
 def check_engine(
-    engine: RolloutEngine, policy: Policy, prompts: Prompts, sampler: Sampler, *, bound: float = 0.02, seed: int = 0
+    engine: RolloutEngine, policy: Policy, prompts: Prompts, sampler: Callable, *, bound: float = 0.02, seed: int = 0
 ) -> None:
     """Raise AssertionError, naming the broken promise, unless the engine's rollouts keep their contract.
 
@@ -30,22 +28,21 @@ def check_engine(
     """
     learner = copied(policy)
     learner.module.requires_grad_(False)
+    before = copied(learner).module.state_dict()
+    state = torch.get_rng_state()
     rollout_policy = engine.load(learner)
     seeds = torch.arange(prompts.num_rows) + 1000 * (seed + 1)
 
     def sampled(seeds: Tensor) -> Rollout:
         return sampler(rollout_policy, replace(prompts, seeds=seeds), Generator().manual_seed(seed))
 
-    before = [tensor.clone() for tensor in learner.module.state_dict().values()]
-    state = torch.get_rng_state()
     rollout = sampled(seeds)
-    assert rollout.sampling_params.temperature not in (0, 1), "sample at another temperature than 0 and 1, as 0.7"
-    assert prompts.group_size > 1, "give prompts a group_size of at least 2"
-    _check_ends(learner, rollout)
+    telling = rollout.sampling_params.temperature not in (0, 1) and prompts.group_size > 1
+    assert telling, "sample at a temperature other than 0 and 1, as 0.7, with a group_size of at least 2"
+    _check_rows(rollout, sampled, seeds, {*learner.spec.eos_ids})
     _check_record(learner, rollout, bound)
-    _check_seeds(rollout, sampled, seeds)
-    after = learner.module.state_dict().values()
-    assert all(map(torch.equal, before, after)), "the learner's weights must be left alone"
+    same = map(torch.equal, before.values(), learner.module.state_dict().values())
+    assert all(same), "the learner's weights must be left alone"
     assert torch.equal(torch.get_rng_state(), state), "the global generator must be left alone"
 
     scored = _logprobs(learner, rollout)[1]
@@ -70,22 +67,16 @@ def _logprobs(learner: Policy, rollout: Rollout) -> tuple[Float[Tensor, " N"], F
 def _check_record(learner: Policy, rollout: Rollout, bound: float) -> None:
     versions = f"weights_version={rollout.weights_version} of a rollout, but the learner's is {learner.version}"
     assert rollout.weights_version == learner.version, f"{versions}: load and sync must pass it on"
-    theirs, ours = _logprobs(learner, rollout)
-    mean = (theirs - ours).abs().mean()
+    mean = torch.sub(*_logprobs(learner, rollout)).abs().mean()
     why = "are they of other tokens, at another temperature, of other weights?"
     assert mean <= bound, f"log-probs differ by {mean:.3g} nats a token, more than bound={bound}: {why}"  # also on NaN
 
 
-def _check_ends(learner: Policy, rollout: Rollout) -> None:
-    """Full attention has no early end: a shorter row lost its end."""
-    written = _written(rollout)
-    full = max(map(len, written))
-    lost = [row for row in written if len(row) < full and not {*row[-1:]} & {*learner.spec.eos_ids}]
-    assert not lost, f"tokens {lost[:1]} end early without its end token: the completion must hold that token"
-
-
-def _check_seeds(rollout: Rollout, sampled: Callable[[Tensor], Rollout], seeds: Tensor) -> None:
+def _check_rows(rollout: Rollout, sampled: Callable[[Tensor], Rollout], seeds: Tensor, ends: set[int]) -> None:
     first = _written(rollout)
+    full = max(map(len, first))
+    lost = [row for row in first if len(row) < full and not {*row[-1:]} & ends]
+    assert not lost, f"tokens {lost[:1]} end early without an end token: a completion must hold that token"
     assert _written(sampled(seeds)) == first, "the same seeds must give the same tokens"
     assert _written(sampled(seeds + 10**6)) != first, "other seeds must give other tokens: is engine or policy greedy?"
     groups = torch.arange(len(seeds)).view(-1, rollout.group_size).flip(1).flatten()

@@ -88,10 +88,10 @@ def test_logits_and_scores_are_the_forwards(make):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rollout_quantization": float8_weight_only}, "leave one of both at none"),
-        ({"corrector": aligned()}, "has no such copy: use another corrector"),
+        ({"rollout_quantization": float8_weight_only}, "makes no quantised copy: use rollout_quantization=None"),
+        ({"corrector": aligned()}, "and a corrector that does not align"),
         ({"router_replay": "R3"}, "without rollout_quantization there is no copy"),
-        ({"zero_mismatch": True}, "without a rollout_engine"),
+        ({"zero_mismatch": True}, "and no engine"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )

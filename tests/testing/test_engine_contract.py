@@ -111,7 +111,7 @@ def test_an_engine_that_computes_logits_passes():
 FAULTS = {
     "other tokens": "log-probs differ",
     "tempered": "temperature",
-    "dropped end": "without its end token",
+    "dropped end": "without an end token",
     "lost seed": "other seeds must give other tokens",
     "one seed": "a row's seed alone",
     "stale weights": "log-probs differ",
@@ -133,5 +133,5 @@ def test_a_planted_fault_is_named(fault, attention):
 def test_a_check_that_could_not_tell_is_refused():
     with pytest.raises(AssertionError, match="hides weights that differ"):
         checked(Elsewhere().record, bound=9.0)
-    with pytest.raises(AssertionError, match="sample at another temperature"):
+    with pytest.raises(AssertionError, match="sample at a temperature other"):
         checked(Elsewhere().record, sampler=partial(SAMPLERS["full"], temperature=1.0))
