@@ -136,7 +136,6 @@ def show(
         seen[one.learned] = corrupted(policy, seen[one.learned], other[:count], share=corruption)
         weight = one.learned.float()
         if not causal:
-            assert policy.spec.mask_id is not None, "a diffusion model has a mask token"
             # The k-th learned token takes the k-th uniform, so that a prompt's length does not move the masks.
             hidden = row[:count] < level
             assert policy.spec.mask_id is not None, "a diffusion model has a mask token"
