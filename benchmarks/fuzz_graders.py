@@ -39,13 +39,26 @@ FIELDS = {
     "countdown": {"numbers": [3, 4, 5], "target": 17},
     "gsm8k": {"answer": "42"},
     "math500": {"answer": "\\frac{1}{2}"},
+    "reasoning_gym/mini_sudoku": {"puzzle": "2143432134000030", "solution": "2143432134121234"},
+    "reasoning_gym/puzzle24": {"numbers": [1, 3, 5, 9], "target": 24},
+    "reasoning_gym/zebra_puzzles": {"answer": "arnold"},
+    "reasoning_gym/graph_color": {"count": 4, "pairs": [[0, 1], [0, 2], [1, 2]], "colors": 3},
+    "reasoning_gym/course_schedule": {"count": 4, "pairs": [[0, 2], [1, 2], [3, 0]]},
 }
+for name in FIELDS:
+    if name.startswith("reasoning_gym/"):
+        FIELDS[name]["generator"] = name.partition("/")[2]
 TRAINING = {"sudoku": [sudoku_d1_training], "countdown": [countdown_d1_training], "gsm8k": [gsm8k_d1_training]}
 RIGHT = {
     "sudoku": ["1234341221434321", "<answer>\n1234\n3412\n2143\n4321\n</answer>", "<answer>```\n1234341221434321```"],
     "countdown": ["3*4+5", "<answer>5+4*3</answer>", "so \\boxed{3 \\times 4 + 5 = 17}", "(3*4)+5 = 17"],
     "gsm8k": ["\\boxed{42}", "<answer>42</answer>", "The answer is 42.", "#### 42", "<answer>40 + 2 = $42.00</answer>"],
     "math500": ["\\boxed{\\frac12}", "<answer>\\dfrac{1}{2}</answer>", "\\fbox{0.5}", "\\boxed{x = 1/2\\text{ cm}}"],
+    "reasoning_gym/mini_sudoku": ["2143432134121234", "<answer>\n2 1 4 3\n4 3 2 1\n3 4 1 2\n1 2 3 4\n</answer>"],
+    "reasoning_gym/puzzle24": ["<answer>1*3*5 + 9</answer>", "\\boxed{(9 + 5 \\times 3)/1}"],
+    "reasoning_gym/zebra_puzzles": ["<answer>arnold</answer>", "so \\boxed{Arnold}."],
+    "reasoning_gym/graph_color": ['<answer>{"0": 1, "1": 2, "2": 3, "3": 1}</answer>'],
+    "reasoning_gym/course_schedule": ["<answer>2, 1, 0, 3</answer>", "<answer>[2, 0, 3, 1]</answer>"],
 }
 PIECES = [
     *["<answer>", "</answer>", "<reasoning>\n", "\n</reasoning>\n", "<|eot_id|>", "<|endoftext|>", "```", "\n", " "],
@@ -72,6 +85,10 @@ SYMBOLIC = [
     *["|", "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", "\\pi", "10^{10^{8}}", "(", ")", "[", "]"],
     *["\\lim_{x \\to 0}", "y", "i"],
 ]
+MAPS = [
+    *['{"0": 1, "1": 2, "2": 3', ', "3": 1}', "[[" * 30, '{"0": ' * 30, "9" * 5000, "arnold", "bob", "2, 1, 0", "->"],
+    *['"', ":", "[", "]", "0", "1", "2", "3", "4", "-1", "1.0", "true", "null", "{}", "Infinity"],
+]
 FORBIDDEN = ("exec", "compile", "import", "open", "os.", "subprocess.", "socket.", "ctypes.", "code.", "pickle.")
 
 
@@ -80,7 +97,7 @@ def completion(task: str, rng: Random) -> str:
     if kind < 0.001:
         piece = "".join(rng.choices(PIECES, k=rng.randint(1, 2)))
         return piece * (100_000 // len(piece)) + rng.choice(PIECES)
-    pieces = PIECES + SYMBOLIC if task == "math500" else PIECES
+    pieces = PIECES + SYMBOLIC if task == "math500" else PIECES + MAPS if "/" in task else PIECES
     if kind < 0.5:
         return "".join(rng.choices(pieces, k=rng.randint(0, 24)))
     if kind < 0.75:
@@ -127,7 +144,7 @@ def campaign(task: str, graders: list, count: int, symbolic_count: int, seed: in
             found["first_over_50_ms"] += first > 0.05
             slowest[grader] = max(slowest[grader], (spent, text[:60]))
     return [
-        {"grader": grader.__name__, **found}
+        {"grader": "/".join((grader.__name__, *task.split("/")[1:])), **found}
         | {"slowest_ms": round(slowest[grader][0] * 1e3, 2), "slowest_text": slowest[grader][1]}
         for grader, found in results.items()
     ]
@@ -175,7 +192,7 @@ def main() -> None:
     watch: Counter = Counter()
     sys.addaudithook(partial(observe, watch))
     for task in [] if options.merge else options.tasks:
-        graders = list(dict.fromkeys((*PROTOCOLS[task].values(), *TRAINING.get(task, []))))
+        graders = list(dict.fromkeys((*PROTOCOLS[task.partition("/")[0]].values(), *TRAINING.get(task, []))))
         results += campaign(task, graders, options.count, options.symbolic_count, options.seed, watch)
     for result in results:
         print(" ".join(f"{name}={value!r}" for name, value in result.items()))

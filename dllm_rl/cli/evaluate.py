@@ -185,7 +185,9 @@ def make_task(arguments: argparse.Namespace) -> UnderProtocol:
     name = arguments.task
     if name not in TASKS:
         raise ValueError(f"task={name!r} is none of {', '.join(TASKS)}")
-    task = TASKS[name](split=arguments.split or "test", path=arguments.path)
+    if arguments.path and not hasattr(TASKS[name], "path"):
+        raise ValueError(f"path={arguments.path!r}: task {name!r} makes its problems; leave it out")
+    task = TASKS[name](split=arguments.split or "test", **({"path": arguments.path} if arguments.path else {}))
     known = paths(task)
     texts = {}
     for text in arguments.set:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 Prompt = str | list[dict[str, str]]
+BLANK = "\u25a1"  # a token to fill in; no text of a prompt has this square
 _MESSAGE = {"role": str, "content": str}
 
 
@@ -32,10 +33,8 @@ def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
 
 
 def _are_messages(loaded: Any) -> bool:
-    for each in loaded if isinstance(loaded, list) else [None]:
-        if not isinstance(each, dict) or {name: type(text) for name, text in each.items()} != _MESSAGE:
-            return False
-    return True
+    turns = loaded if isinstance(loaded, list) else [None]
+    return all(isinstance(one, dict) and {name: type(text) for name, text in one.items()} == _MESSAGE for one in turns)
 
 
 class Prompted:
@@ -61,14 +60,17 @@ class Prompted:
         if not self.compact:
             self._template()
 
-    def worded(self, **values: str) -> Prompt:
-        """The template with each given `{name}` replaced; with `chat`, a plain text becomes one user message."""
+    def worded(self, blanks: str = "", **values: str) -> Prompt:
+        """The template with each given `{name}` replaced, then an answer block of the `blanks` to fill in; with `chat`,
+        a plain text becomes one user message."""
+        block = blanks and f"<answer>\n{blanks}\n</answer>"
         template = self._template()  # nothing is replaced inside a value; other braces stay, such as \boxed{}
         if isinstance(template, str) and not self.chat:
-            return _replace(template, values)
+            return _replace(template, values) + (block and f"\n\n{block}")
         asked = [{"role": "user", "content": template}] if isinstance(template, str) else template
         messages = [{"role": message["role"], "content": _replace(message["content"], values)} for message in asked]
-        return [*messages, {"role": "assistant", "content": self.opening}] if self.opening else messages
+        opening = self.opening + block
+        return [*messages, {"role": "assistant", "content": opening}] if opening else messages
 
     def _template(self) -> Prompt:
         return self.text if self.prompt_format == "text" else load_template(self.prompt_format, needs=self.placeholders)

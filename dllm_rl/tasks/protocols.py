@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dllm_rl.tasks import reasoning_gym as gym
 from dllm_rl.tasks.base import Grader, Problem, Reward, Task
 from dllm_rl.tasks.countdown import Countdown
 from dllm_rl.tasks.countdown import graders as countdown
@@ -31,6 +32,7 @@ TABLE = {
     "countdown": Entry(Countdown, countdown.GRADERS, countdown.read_fields),
     "gsm8k": Entry(GSM8K, math.GSM8K_GRADERS, math.read_gsm8k),
     "math500": Entry(MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_NEEDS, math.MATH500_AT_ONCE),
+    "reasoning_gym": Entry(gym.ReasoningGym, {"strict": gym.gym_strict}, gym.read_fields),
 }
 TASKS = {name: entry.task for name, entry in TABLE.items()}
 PROTOCOLS = {name: entry.graders for name, entry in TABLE.items()}

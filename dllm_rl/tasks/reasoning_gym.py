@@ -1,61 +1,165 @@
-"""reasoning-gym's generators as a task."""
+"""reasoning-gym's generators as a task, with graders of ours: its own scorers evaluate what a model writes."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
+from pathlib import Path
+from random import Random
 from typing import Any, ClassVar
 
-from dllm_rl.tasks.base import Problem, Reward
-from dllm_rl.tasks.countdown.graders import countdown_strict
-from dllm_rl.tasks.math.graders import gsm8k_strict
-from dllm_rl.tasks.sudoku.graders import sudoku_strict
+from dllm_rl.tasks.answers import final_answer
+from dllm_rl.tasks.base import Grader, Problem, Reward
+from dllm_rl.tasks.countdown import graders as countdown
+from dllm_rl.tasks.math import graders as math
+from dllm_rl.tasks.prompt_texts import BLANK, Prompted
+from dllm_rl.tasks.rows import Split, check_settings, check_split, hashed_split, present, text_of
+from dllm_rl.tasks.sudoku import graders as sudoku
+from dllm_rl.tasks.sudoku.task import lines
+
+ORDER = """Each of {count} courses, numbered from 0, is taken once. In every pair [a, b] course b comes before course a:
+{pairs}
+Write the numbers of all courses in such an order, separated by commas."""
+TRIES = 1000  # entries for a problem of a split
+
+Fields = Mapping[str, Any]
+# A question, the grader's fields, a right answer, what no two splits share, and the answer to fill in or "".
+Drawn = tuple[str, dict[str, Any], str, str, str]
 
 
-def _sudoku_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
-    rows = entry["metadata"]
-    return {name: "".join(map(str, chain.from_iterable(rows[name]))) for name in ("puzzle", "solution")}
+def exact(fields: Fields, completion: str) -> Reward:
+    """The strict answer (`final_answer`) is `answer`; case, blanks around it and a final point do not count [ours]."""
+    found = (final_answer(completion) or "").removesuffix(".").strip().casefold()
+    return _graded(found != "", found == fields["answer"].casefold())
 
 
-def _countdown_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {"numbers": list(entry["metadata"]["numbers"]), "target": entry["metadata"]["target"]}
+def coloring(fields: Fields, completion: str) -> Reward:
+    """The strict answer is a JSON map of each vertex, once, to a color from 1; no pair has one color [ours]."""
+    try:
+        colored = json.loads(final_answer(completion) or "", object_pairs_hook=tuple)
+    except (ValueError, RecursionError):  # RecursionError: a hostile text of brackets
+        colored = None
+    color = dict(colored) if isinstance(colored, tuple) else {}  # only a map is read as a tuple
+    whole = sorted(color) == sorted(map(str, range(fields["count"]))) and len(colored) == len(color)
+    known = all(type(one) is int and 1 <= one <= fields["colors"] for one in color.values())  # True is no color
+    return _graded(bool(color), whole and known and all(color[str(a)] != color[str(b)] for a, b in fields["pairs"]))
 
 
-# Each generator's way from its entry to our grader's fields, and the grader.
-_GYM = {
-    "mini_sudoku": (_sudoku_fields, sudoku_strict),
-    "sudoku": (_sudoku_fields, sudoku_strict),
-    "countdown": (_countdown_fields, countdown_strict),
-    "gsm_symbolic": (lambda entry: {"answer": str(entry["answer"])}, gsm8k_strict),
+def course_order(fields: Fields, completion: str) -> Reward:
+    """The strict answer has each course once, and in each pair the second before the first [ours]."""
+    words = (final_answer(completion) or "").strip("[]").replace(",", " ").split()
+    place = {word: at for at, word in enumerate(words)}
+    courses = set(map(str, range(fields["count"])))
+    whole = len(words) == len(courses) and set(words) == courses
+    right = whole and all(place[str(b)] < place[str(a)] for a, b in fields["pairs"])
+    return _graded(bool(words) and set(words) <= courses, right)
+
+
+def _graded(parsed: bool, right: bool) -> Reward:
+    value = float(parsed and right)
+    return Reward(value, parsed, {"accuracy": value})
+
+
+def _read(entry: Fields) -> Drawn | None:
+    """None: a schedule without an order. The generator asks whether there is an order; our question asks for it."""
+    question, answer, facts = (entry[name] for name in ("question", "answer", "metadata"))
+    if "numbers" in facts:
+        fields = {"numbers": facts["numbers"], "target": facts.get("target", 24)}
+        return question, fields, answer, repr(sorted(facts["numbers"])), ""
+    if "prerequisites" in facts:
+        fields = {"count": len(facts["courses"]), "pairs": sorted(map(list, facts["prerequisites"]))}
+        order = ", ".join(map(str, facts["courses"]))  # a course's prerequisites were drawn from those before it
+        return (ORDER.format(**fields), fields, order, repr(fields), "") if facts["solution"] else None
+    if "possible_answer" in facts:
+        graph = facts["puzzle"]
+        fields = {"count": len(graph["vertices"]), "pairs": list(map(list, graph["edges"]))}
+        answer = json.dumps(facts["possible_answer"])
+        filled = re.sub(r": \d+", f": {BLANK}", answer)
+        return question, fields | {"colors": graph["num_colors"]}, answer, repr(fields), filled
+    if "puzzle" in facts:
+        puzzle, solution = ("".join(map(str, chain.from_iterable(facts[name]))) for name in ("puzzle", "solution"))
+        blanks = lines(puzzle.replace("0", BLANK))
+        return question, {"puzzle": puzzle, "solution": solution}, answer, solution, blanks
+    return question, {"answer": str(answer)}, str(answer), question, ""
+
+
+def _read_graph(names: tuple[str, ...], row: Fields, _: str) -> dict[str, Any]:
+    read = {name: present(row, name) for name in ("pairs", *names)}
+    small = all(type(read[name]) is int and 0 < read[name] <= TRIES for name in names)
+    listed = isinstance(read["pairs"], list) and all(type(pair) is list and len(pair) == 2 for pair in read["pairs"])
+    ends = chain(*read["pairs"]) if small and listed else ["none"]
+    if not all(type(end) is int and 0 <= end < read["count"] for end in ends):
+        raise ValueError(f"{read} must be integers from 1 to {TRIES} and pairs of integers from 0 below count")
+    return read
+
+
+# How a generator's answers are graded, and how a stored row's fields are read.
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("mini_sudoku", "sudoku"), (sudoku.sudoku_strict, sudoku.read_fields)),
+    **dict.fromkeys(("countdown", "puzzle24"), (countdown.countdown_strict, countdown.read_fields)),
+    "gsm_symbolic": (math.gsm8k_strict, math.read_gsm8k),
+    "zebra_puzzles": (exact, lambda row, _: {"answer": text_of(row, "answer")}),
+    "graph_color": (coloring, partial(_read_graph, ("count", "colors"))),
+    "course_schedule": (course_order, partial(_read_graph, ("count",))),
 }
 
 
-@dataclass(frozen=True)
-class ReasoningGym:
-    """A reasoning-gym generator with our strict graders (its own scorers evaluate model text).
+def _kind(generator: str) -> tuple[Grader, Callable[[Fields, str], dict[str, Any]]]:
+    if generator not in KINDS:
+        known = ", ".join(map(repr, KINDS))
+        raise ValueError(f"generator={generator!r} must be one of {known}: only these have graders of ours")
+    return KINDS[generator]
 
-    generator  "mini_sudoku", "sudoku", "countdown" or "gsm_symbolic".
-    settings   of the generator, as JSON: '{"min_numbers": 3, "max_numbers": 3}'.
-    The prompt is the generator's question and a line that asks for <answer> tags. Value: 1 when right, else 0.
+
+def gym_strict(fields: Fields, completion: str) -> Reward:
+    """The strict grader of the field `generator` [ours]."""
+    return _kind(fields["generator"])[0](fields, completion)
+
+
+def read_fields(row: Fields, protocol: str) -> dict[str, Any]:
+    """`generator` of a stored row, and the fields of its grader. Errors: ValueError."""
+    generator = text_of(row, "generator")
+    return {"generator": generator} | _kind(generator)[1](row, protocol)
+
+
+@dataclass(frozen=True)
+class ReasoningGym(Prompted):
+    """A reasoning-gym generator with our strict graders; problem i depends on seed, split, i and the settings only.
+
+    generator, size, seed  of the problems; "course_schedule" asks for an order of the courses.
+    settings       of the generator, such as its difficulty, as JSON: '{"num_people": 3}'.
+    split          train, validation and test share no solution grid (Sudoku), set of numbers (Countdown, puzzle24),
+                   graph or question: 70, 10 and 20 in 100, by a hash.
+    infill         the prompt ends in the answer with a blank per empty cell or color: both Sudokus and graph_color.
+    prompt_format, chat, opening  as in `Sudoku`, without "compact"; a template has {question}.
     """
 
-    version: ClassVar[str] = "1"
+    name: ClassVar[str] = "reasoning_gym"
+    version: ClassVar[str] = "2"
+    text: ClassVar[str] = "{question}\n\nWrite the final answer between <answer> and </answer>."
+    placeholders: ClassVar[tuple[str, ...]] = ("question",)
 
-    generator: str
+    generator: str = "mini_sudoku"
     size: int = 1000
     seed: int = 0
     settings: str = "{}"
+    split: Split = "train"
+    infill: bool = False
+    prompt_format: str | Path = "text"
+    chat: bool = True
+    opening: str = ""
 
     def __post_init__(self) -> None:
-        if self.generator not in _GYM:
-            known = ", ".join(map(repr, _GYM))
-            raise ValueError(f"generator={self.generator!r} must be one of {known}: only these have graders of ours")
-        _generated(self.generator, self.size, self.seed, self.settings)  # a wrong setting is found here
-
-    @property
-    def name(self) -> str:
-        return f"reasoning_gym/{self.generator}"
+        check_split(self.split)
+        _kind(self.generator)
+        self.check_prompt()
+        blanks = _drawn(self.generator, self.settings, self.seed, self.split, 0)[-1]  # a wrong setting is found here
+        check_settings(
+            (self.size < 1, f"size={self.size} must be at least 1"),
+            (self.infill and not blanks, "infill=True needs a generator with a grid or colors to fill in"),
+        )
 
     def __len__(self) -> int:
         return self.size
@@ -63,19 +167,30 @@ class ReasoningGym:
     def __getitem__(self, index: int) -> Problem:
         if not 0 <= index < self.size:
             raise IndexError(f"problem {index} of {self.size}")
-        entry = _generated(self.generator, self.size, self.seed, self.settings)[index]
-        asked = f"{entry['question']}\n\nWrite the final answer between <answer> and </answer>."
-        fields = _GYM[self.generator][0](entry)
-        return Problem([{"role": "user", "content": asked}], fields, f"<answer>\n{entry['answer']}\n</answer>")
+        question, fields, answer, _, blanks = _drawn(self.generator, self.settings, self.seed, self.split, index)
+        if self.infill:
+            return Problem(self.worded(blanks, question=question), fields, blank=BLANK)
+        return Problem(self.worded(question=question), fields, f"<answer>\n{answer}\n</answer>")
 
     def reward(self, problem: Problem, completion: str) -> Reward:
-        return _GYM[self.generator][1](problem.fields, completion)
+        return gym_strict(problem.fields, completion)
 
 
-@lru_cache(maxsize=8)
-def _generated(generator: str, size: int, seed: int, settings: str) -> Any:
+@lru_cache(maxsize=4096)
+def _drawn(generator: str, settings: str, seed: int, split: Split, index: int) -> Drawn:
     try:
         import reasoning_gym
     except ImportError:
         raise ImportError("ReasoningGym needs the reasoning-gym package: pip install 'dllm_rl[gym]'") from None
-    return reasoning_gym.create_dataset(generator, size=size, seed=seed, **json.loads(settings))
+    # Only random() is used: Python promises its sequence for a seed, in every version.
+    rng = Random(f"reasoning_gym/{generator}/{seed}/{split}/{index}")
+    for _ in range(TRIES):
+        own = int(rng.random() * 2**53)
+        try:
+            entry = reasoning_gym.create_dataset(generator, seed=own, size=1, **json.loads(settings))[0]
+        except (AssertionError, TypeError, ValueError) as error:  # the package's ways to refuse a setting
+            raise ValueError(f"settings={settings!r} of {generator}: {error}; give its own settings as JSON") from None
+        drawn = _read(entry)
+        if drawn and hashed_split(drawn[3]) == split:
+            return drawn[0], {"generator": generator} | drawn[1], *drawn[2:]
+    raise ValueError(f"settings={settings!r}: no problem of split {split!r} in {TRIES} tries; widen them")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from argparse import Namespace
 from dataclasses import replace
 from importlib.metadata import version
@@ -276,6 +277,21 @@ def test_the_settings_of_a_task_are_checked_together():
         assert make_task(asked).task == Sudoku(split="test", side=9, clues=(50, 60))
 
 
+def test_a_reasoning_gym_generator_is_filled_in(capsys, tmp_path):
+    """Its kept completions are whole texts, and `grade` grades them as `evaluate` did."""
+    letters = "".join(map(chr, range(32, 127))) + "\n"
+    tiny_masked_lm(characters=letters, max_length=1024, **SMALL).save_pretrained(tmp_path / "model")
+    options = ("--limit", 3, "--set", "generator=graph_color", "--set", "infill=true", "--set", "chat=false")
+    hard = ("--set", 'settings={"min_num_vertices": 3, "max_num_vertices": 3}', "--output_dir", tmp_path, "--json")
+    command = ("evaluate", tmp_path / "model", "--task", "reasoning_gym", *options, *hard)
+    found = json.loads(output(capsys, *command))
+    assert (found["task"], found["n"], found["max_new_tokens"]) == ("reasoning_gym", 3, 0)
+    rows = [json.loads(line) for line in (tmp_path / found["completions"]).read_text().splitlines()]
+    assert all(re.search(r'<answer>\n{"0": ., "1": ., "2": .}\n</answer>$', row["completion"]) for row in rows)
+    graded = json.loads(output(capsys, "grade", "--task", "reasoning_gym", tmp_path / found["completions"]))
+    assert (graded["accuracy"], graded["parsed"]) == (found["accuracy"], found["parsed"])
+
+
 def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
     (tmp_path / "empty.jsonl").touch()
     message = refusal(capsys, "evaluate", model, "--task", "sudoku", "--path", tmp_path / "empty.jsonl")
@@ -285,12 +301,13 @@ def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--task", "chess"), "task='chess' is none of sudoku, countdown, gsm8k, math500"),
+        (("--task", "chess"), "task='chess' is none of sudoku, countdown, gsm8k, math500, reasoning_gym"),
         (("--task", "sudoku", "--protocol", "d2"), "protocol='d2' is none of sudoku's: strict, d1, spg, espo"),
         (("--task", "countdown", "--set", "difficulty=hard"), "--difficulty 'hard' is not known"),
         (("--task", "sudoku", "--set", "clue=3"), "--set clue=3: write FIELD=VALUE, where task 'sudoku' has split, "),
         (("--task", "sudoku", "--set", "clues=ten"), "--clues 'ten' is not a valid"),
         (("--task", "sudoku", "--path", "nowhere.csv"), "nowhere.csv"),
+        (("--task", "reasoning_gym", "--path", "x.csv"), "path='x.csv': task 'reasoning_gym' makes its problems"),
         (("--task", "sudoku", "--output_dir", "/dev/null/x"), "--output_dir '/dev/null/x' cannot be written (Not a"),
         (("--task", "sudoku", "--limit", "0"), "limit=0 must be at least 1"),
         (("--task", "sudoku", "--set", "side=9"), "clues=(10, 12) must lie in 26..81 on 9x9"),

@@ -42,7 +42,7 @@ class Sudoku(Prompted):
                    {puzzle}, or the path of its file.
     chat           "text" and templates: one user message (True) or plain text (False).
     opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
-    shots          worked examples before the puzzle, from the solutions of the train split; 4x4 and text only.
+    shots          worked examples before the puzzle, from the solutions of the train split; text only.
     reward_rule    "own": solved_weight * solved + match_weight * (share of all cells that agree with the best
                    matching completion; over the empty cells alone, training lets the givens drift) [ours]. "d1": empty
                    cells that agree with the reference / empty cells [paper].
@@ -73,15 +73,15 @@ class Sudoku(Prompted):
     def __post_init__(self) -> None:
         check_split(self.split)
         fewest, most, why = _CLUES.get((self.side, self.unique), (0, 0, ""))
-        low, high = as_range(self.clues) if self.path is None else (fewest, most)  # a file's puzzles have their own
+        drawn_here = self.path is None or self.shots  # a file's puzzles have their own clues
+        low, high = as_range(self.clues) if drawn_here else (fewest, most)
         rules = ("own", "d1") if self.side == 4 else ("own",)
-        shown = self.side == 4 and not self.compact  # whether a prompt has room for examples
         check_settings(
             (self.side not in (4, 9), f"side={self.side} must be 4 or 9"),
             (fewest == most, "unique=False needs side=4: 9x9 puzzles are always made with one completion"),
             (not fewest <= low <= high <= most, f"clues={self.clues} must lie in {fewest}..{most}{why}"),
             (self.shots < 0, f"shots={self.shots} must not be negative"),
-            (self.shots > 0 and not shown, f"shots={self.shots} needs 4x4 puzzles and a text prompt"),
+            (self.shots > 0 and self.compact, f"shots={self.shots} needs a text prompt"),
             (self.size < 1, f"size={self.size} must be at least 1"),
             (self.reward_rule not in rules, f"reward_rule={self.reward_rule!r} must be 'own', or on 4x4 'd1'"),
         )
@@ -99,9 +99,9 @@ class Sudoku(Prompted):
         elif self.side == 4:
             puzzle, solution = self._drawn4(Random(f"sudoku/{self.seed}/{self.split}/{index}"), SPLITS[self.split])
         else:
-            puzzle, solution = self._drawn9(Random(f"sudoku/9x9/{self.seed}/{self.split}/{index}"))
+            puzzle, solution = self._drawn9(Random(f"sudoku/9x9/{self.seed}/{self.split}/{index}"), self.split)
         fields = {"puzzle": puzzle, "solution": solution}
-        answer = solution if self.compact else f"<answer>\n{_lines(solution)}\n</answer>"
+        answer = solution if self.compact else f"<answer>\n{lines(solution)}\n</answer>"
         return Problem(self._prompt(puzzle, solution, index), fields, answer)
 
     def reward(self, problem: Problem, completion: str) -> Reward:
@@ -121,11 +121,11 @@ class Sudoku(Prompted):
             puzzle = _blanked(solution, given, rng)
         return puzzle, solution
 
-    def _drawn9(self, rng: Random) -> tuple[str, str]:
+    def _drawn9(self, rng: Random, split: Split) -> tuple[str, str]:
         given = drawn(self.clues, rng)
         while True:
             solution = random_grid(rng)  # the billions of 9x9 grids cannot be listed: a hash splits them
-            if hashed_split(solution) == self.split and (puzzle := random_unique_puzzle(solution, given, rng)):
+            if hashed_split(solution) == split and (puzzle := random_unique_puzzle(solution, given, rng)):
                 return puzzle, solution
 
     def _prompt(self, puzzle: str, solution: str, index: int) -> Prompt:
@@ -133,14 +133,14 @@ class Sudoku(Prompted):
         side = isqrt(len(puzzle))
         if self.compact:
             return dotted + "="
-        asked = _lines(dotted)
+        asked = lines(dotted)
         if self.shots:
             rng = Random(f"sudoku/shots/{self.seed}/{self.split}/{index}")  # own: examples leave the puzzle as it is
             grids = [grid for grid in SPLITS["train"] if grid != solution]
             parts = []
             for _ in range(self.shots):
-                given, grid = self._drawn4(rng, grids)
-                parts.append(f"An example:\n{_lines(given.replace('0', '.'))}\n\nSolved:\n{_lines(grid)}")
+                given, grid = self._drawn4(rng, grids) if self.side == 4 else self._drawn9(rng, "train")
+                parts.append(f"An example:\n{lines(given.replace('0', '.'))}\n\nSolved:\n{lines(grid)}")
             asked = "\n\n".join([*parts, f"Your puzzle:\n{asked}"])
         return self.worded(puzzle=asked, side=str(side), box=str(isqrt(side)))
 
@@ -156,7 +156,8 @@ def _blanked(solution: str, given: int, rng: Random) -> str:
     return "".join(kept)
 
 
-def _lines(grid: str) -> str:
+def lines(grid: str) -> str:
+    """The rows of a grid, one a line."""
     side = isqrt(len(grid))
     return "\n".join(grid[start : start + side] for start in range(0, len(grid), side))
 

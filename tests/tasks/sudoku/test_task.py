@@ -5,6 +5,7 @@ from hash_seeds import printed_under_hash_seeds
 from small_sudoku import GRID
 
 from dllm_rl.tasks.base import Task
+from dllm_rl.tasks.rows import hashed_split
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.tasks.sudoku.solver import SPLITS, completions
 
@@ -84,6 +85,7 @@ def test_text_prompts_read_the_last_answer_block() -> None:
         {"opening": "<reasoning>"},
         {"shots": -1, "prompt_format": "text"},
         {"shots": 1},
+        {"shots": 1, "side": 9, "clues": 50},
     ],
 )
 def test_bad_settings_name_the_field(bad: dict) -> None:
@@ -112,6 +114,20 @@ def test_worked_examples_come_from_train_solutions() -> None:
         solution = problem.fields["solution"]
         assert "\n".join(solution[i : i + 4] for i in (0, 4, 8, 12)) not in problem.prompt[0]["content"]
     assert len({problem.prompt[0]["content"].partition("Your puzzle")[0] for problem in train}) > 150
+
+
+def test_worked_examples_of_9x9_puzzles() -> None:
+    """Each example is a puzzle with one completion, that completion, and of the train split."""
+    task = Sudoku(side=9, clues=(50, 52), split="test", prompt_format="text", chat=False, shots=2, size=2)
+    plain = Sudoku(side=9, clues=(50, 52), split="test", size=2)
+    for index in range(2):
+        assert task[index].fields == plain[index].fields
+        parts = task[index].prompt.split("An example:\n")[1:]
+        shown = [part.partition("Your puzzle:")[0].replace("\n", "").split("Solved:") for part in parts]
+        assert len({solved for _, solved in shown}) == 2
+        for puzzle, solved in shown:
+            assert 29 <= puzzle.count(".") <= 31 and hashed_split(solved) == "train"
+            assert completions(puzzle.replace(".", "0")) == (solved,)
 
 
 def test_stored_puzzles(tmp_path) -> None:
