@@ -245,9 +245,9 @@ def plans_of(policy: Policy, task: Task, lengths: Sequence[int], arguments: argp
             commit = within_budget(policy, first, sampler, commit, forwards, seed=arguments.seed)
         rules["commit"] = read_commit(commit)
         adaptive = function_of(rules["commit"]) in ADAPTIVE  # An adaptive rule chooses its number of steps
-        for steps in [None] if adaptive else dict.fromkeys(arguments.num_steps or [forwards or length]):
+        for steps in [None] if adaptive else dict.fromkeys(arguments.num_steps or [forwards or length or None]):
             check_steps(steps, length, rules["commit"])  # before the first model is run, and not amid a sweep
-            if block_size and steps:
+            if block_size and steps and length:
                 steps_per_block(steps, [block_size] * -(-length // block_size))
             bound = bound | {"num_steps": steps}
             names = {"rank": rank, "commit": commit, "cache": cache}

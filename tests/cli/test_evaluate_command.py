@@ -290,6 +290,8 @@ def test_a_reasoning_gym_generator_is_filled_in(capsys, tmp_path):
     assert all(re.search(r'<answer>\n{"0": ., "1": ., "2": .}\n</answer>$', row["completion"]) for row in rows)
     graded = json.loads(output(capsys, "grade", "--task", "reasoning_gym", tmp_path / found["completions"]))
     assert (graded["accuracy"], graded["parsed"]) == (found["accuracy"], found["parsed"])
+    steps = json.loads(output(capsys, *command, "--num_steps", 2, "--block_size", 2))
+    assert (found["num_steps"], steps["num_steps"], steps["forwards_per_answer"]) == (None, 2, 2.0)
 
 
 def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
