@@ -37,7 +37,7 @@ TABLE = {
 TASKS = {name: entry.task for name, entry in TABLE.items()}
 PROTOCOLS = {name: entry.graders for name, entry in TABLE.items()}
 SOURCES = {"strict": "dllm_rl", "d1": "arXiv 2504.12216", "spg": "arXiv 2510.09541", "espo": "arXiv 2512.03759"}
-SOURCES["math-verify"] = "huggingface/Math-Verify"
+SOURCES |= {"dream": "arXiv 2508.15487", "math-verify": "huggingface/Math-Verify"}
 PUBLISHED = ("d1", "spg")  # whose settings of every task are known
 
 

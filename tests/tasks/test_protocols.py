@@ -25,7 +25,7 @@ def test_the_table_has_a_line_for_each_task() -> None:
     modules = {entry.task.__module__.split(".")[2] for entry in TABLE.values()}
     assert modules == folders | {"reasoning_gym"} and folders >= {"sudoku", "countdown"}
     assert all(entry.task.name == name for name, entry in TABLE.items())
-    assert protocol_names() == ["strict", "d1", "spg", "espo", "math-verify"]
+    assert protocol_names() == ["strict", "d1", "spg", "espo", "dream", "math-verify"]
 
 
 def test_every_protocol_has_a_right_and_a_wrong_completion() -> None:

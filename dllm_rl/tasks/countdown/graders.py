@@ -12,6 +12,7 @@ from dllm_rl.tasks.rows import present
 
 _RUN = "0123456789+-*/() "
 _NOTHING = dict.fromkeys(("accuracy", "valid", "numbers_used", "undecided"), 0.0)
+_DIGITS = re.compile(r"[0-9]{1,300}")
 _EQUALS = re.compile(r"[0-9+\-*/() ]=[0-9. ]")
 
 
@@ -44,7 +45,33 @@ def countdown_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
     return Reward(1.0 if graded.value else 0.1, True, graded.breakdown)
 
 
-GRADERS: dict[str, Grader] = {"strict": countdown_strict, **dict.fromkeys(("d1", "spg", "espo"), countdown_d1)}
+def countdown_dream(fields: Mapping[str, Any], completion: str) -> Reward:
+    """Dream's evaluation of cd3, cd4 and cd5 [code]: the first line is steps such as 86+28=114,114-18=96. Each is right
+    by Python, takes given numbers or results, which are then used up, and the last result is the target."""
+    left_over = Counter(map(str, fields["numbers"]))
+    result = ""
+    for step in completion.partition("\n")[0].split(","):
+        left, _, result = step.partition("=")
+        try:
+            value = python_value(left) if re.match(r"\d+[+\-*/]\d", left) and _DIGITS.fullmatch(result) else None
+        except OutOfBounds:  # undecided: beyond the bounds of `python_value`
+            return Reward(0.0, False, {"accuracy": 0.0, "undecided": 1.0})
+        if value is None:
+            return Reward(0.0, False, {"accuracy": 0.0, "undecided": 0.0})
+        if value != float(result):
+            return Reward(0.0, True, {"accuracy": 0.0, "undecided": 0.0})
+        left_over.subtract(re.findall(r"\d+(?=[+-/*=])", step))  # as their code counts numbers: none before ")"
+        left_over[result] += 1
+    left_over[str(fields["target"])] -= 1
+    right = float(result == str(fields["target"]) and not any(left_over.values()))
+    return Reward(right, True, {"accuracy": right, "undecided": 0.0})
+
+
+GRADERS: dict[str, Grader] = {
+    "strict": countdown_strict,
+    **dict.fromkeys(("d1", "spg", "espo"), countdown_d1),
+    "dream": countdown_dream,
+}
 
 
 def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:

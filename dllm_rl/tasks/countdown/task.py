@@ -36,7 +36,8 @@ class Countdown(Prompted):
     difficulty     "sums": + and - suffice. "products": they do not. "any".
     size           number of problems; fewer when a file has fewer.
     seed           of the problems.
-    path           a JSONL file of problems instead: {"input": "30,100,93", "output": "23"} or numbers and target.
+    path           a JSONL file of problems instead: {"input": "30,100,93", "output": "23"} (d1's), {"input":
+                   "30,7,37", "output": "30+7=37"} (Dream's, with the target last), or numbers and target.
     prompt_format  "compact": " 3,25, 7> 82=", answered by an expression padded with spaces to `width` characters.
                    "text": an instruction, answered between <answer> tags. Else a template with {numbers} and
                    {target}, or the path of its file.
@@ -184,7 +185,12 @@ def _stored(path: str | Path) -> tuple[tuple[tuple[int, ...], int], ...]:
     for place, row in load_rows(path):
         try:
             listed = row["numbers"] if "numbers" in row else row["input"].split(",")
-            target = row["target"] if "target" in row else int(row["output"])
+            if "target" in row:
+                target = row["target"]
+            elif "=" in row["output"]:  # Dream's: the target ends the input, and the output shows steps
+                *listed, target = listed
+            else:
+                target = row["output"]
             problems.append((tuple(map(int, listed)), int(target)))
         except (KeyError, ValueError, TypeError, AttributeError):
             raise ValueError(f"{place}: a Countdown problem needs numbers and target, or input and output") from None

@@ -178,6 +178,9 @@ def test_stored_problems(tmp_path) -> None:
     ]
     assert "30, 100, 93" in task[0].prompt[0]["content"] and "exactly 23" in task[0].prompt[0]["content"]
     assert task[0].solution is None
+    path = tmp_path / "cd4.jsonl"
+    path.write_text('{"input": "86,28,13,31,96", "output": "86+28=114,31-13=18,114-18=96"}\n')
+    assert [dict(p.fields) for p in Countdown(path=path)] == [{"numbers": [86, 28, 13, 31], "target": 96}], "Dream's"
     path = tmp_path / "bad.jsonl"
     path.write_text('{"numbers": [1], "target": 1}\n{"input": "1,x", "output": "2"}\n')
     with pytest.raises(ValueError, match="line 2"):
