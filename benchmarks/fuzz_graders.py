@@ -29,6 +29,7 @@ from time import perf_counter, sleep
 from rich.progress import track
 
 from dllm_rl.tasks.base import Reward
+from dllm_rl.tasks.code.task import sandboxed
 from dllm_rl.tasks.countdown.graders import countdown_d1_training
 from dllm_rl.tasks.math.graders import gsm8k_d1_training, math500_math_verify
 from dllm_rl.tasks.protocols import PROTOCOLS
@@ -44,6 +45,7 @@ FIELDS = {
     "reasoning_gym/zebra_puzzles": {"answer": "arnold"},
     "reasoning_gym/graph_color": {"count": 4, "pairs": [[0, 1], [0, 2], [1, 2]], "colors": 3},
     "reasoning_gym/course_schedule": {"count": 4, "pairs": [[0, 2], [1, 2], [3, 0]]},
+    "code": {"prelude": "def f(a):\n", "entry_point": "f", "arguments": 1, "tests": "assert f(41) == 42"},
 }
 for name in FIELDS:
     if name.startswith("reasoning_gym/"):
@@ -59,6 +61,7 @@ RIGHT = {
     "reasoning_gym/zebra_puzzles": ["<answer>arnold</answer>", "so \\boxed{Arnold}."],
     "reasoning_gym/graph_color": ['<answer>{"0": 1, "1": 2, "2": 3, "3": 1}</answer>'],
     "reasoning_gym/course_schedule": ["<answer>2, 1, 0, 3</answer>", "<answer>[2, 0, 3, 1]</answer>"],
+    "code": ["    return a + 1\n", "```python\nimport math\ndef f(a):\n    return math.ceil(a + 0.5)\n```"],
 }
 PIECES = [
     *["<answer>", "</answer>", "<reasoning>\n", "\n</reasoning>\n", "<|eot_id|>", "<|endoftext|>", "```", "\n", " "],
@@ -99,6 +102,7 @@ MAPS = [
     ],
     *['"', ":", "[", "]", "0", "1", "2", "3", "4", "-1", "1.0", "true", "null", "{}", "Infinity"],
 ]
+CODE = ["def f(a):\n", "    return ", "(" * 300, "lambda: " * 200, "eval(", "import os\n", "a.", '"""', "9" * 5000]
 FORBIDDEN = ("exec", "compile", "import", "open", "os.", "subprocess.", "socket.", "ctypes.", "code.", "pickle.")
 
 
@@ -108,6 +112,7 @@ def completion(task: str, rng: Random) -> str:
         piece = "".join(rng.choices(PIECES, k=rng.randint(1, 2)))
         return piece * (100_000 // len(piece)) + rng.choice(PIECES)
     pieces = PIECES + SYMBOLIC if task == "math500" else PIECES + MAPS if "/" in task else PIECES
+    pieces = PIECES + CODE if task == "code" else pieces
     if kind < 0.5:
         return "".join(rng.choices(pieces, k=rng.randint(0, 24)))
     if kind < 0.75:
@@ -123,11 +128,12 @@ def completion(task: str, rng: Random) -> str:
 def campaign(task: str, graders: list, count: int, symbolic_count: int, seed: int, watch: Counter) -> list[dict]:
     """Each completion goes to every grader of the task, or the first ones to math-verify's."""
     rng = Random(f"{task}/{seed}")
-    names = ("count", "exceptions", "events", "out_of_range", "parsed", "right", "undecided", "first_over_50_ms")
-    results = {grader: Counter(dict.fromkeys(names, 0)) for grader in graders}
+    names = ["count", "exceptions", "events", "out_of_range", "parsed", "right", "undecided", "first_over_50_ms"]
+    results = {grader: Counter(dict.fromkeys([*names, "bad_votes"], 0)) for grader in graders}
     slowest: dict = dict.fromkeys(graders, (0.0, ""))
     for grader in graders:  # so that every pattern is compiled and every child process started
         grader(FIELDS[task], "\\boxed{2x}")
+    vote = {grader: grader(FIELDS[task], RIGHT[task][0]).answer for grader in graders}
     for place, text in enumerate(track([completion(task, rng) for _ in range(count)], description=task)):
         for grader in graders:
             symbolic = grader is math500_math_verify
@@ -149,7 +155,9 @@ def campaign(task: str, graders: list, count: int, symbolic_count: int, seed: in
             numbers = [graded.value, *graded.breakdown.values()]
             found["out_of_range"] += not all(math.isfinite(number) and 0 <= number <= 16 for number in numbers)
             found["parsed"] += graded.parsed
-            found["right"] += graded.breakdown.get("accuracy", graded.breakdown.get("solve_rate", 0)) == 1
+            found["right"] += graded.breakdown.get("accuracy", graded.breakdown.get("solve_rate", graded.value)) == 1
+            # Right answers are one vote, and no wrong answer is in it.
+            found["bad_votes"] += vote[grader] is not None and (graded.answer == vote[grader]) != (graded.value == 1)
             found["undecided"] += graded.breakdown.get("undecided", 0) == 1
             found["first_over_50_ms"] += first > 0.05
             slowest[grader] = max(slowest[grader], (spent, text[:60]))
@@ -185,7 +193,8 @@ def merged(parts: list[list[dict]]) -> list[dict]:
 
 
 def observe(watch: Counter, event: str, arguments: tuple) -> None:
-    if watch["on"] and event.startswith(FORBIDDEN):
+    # Not `ast.parse`, which runs nothing: it has this name for its text, and an error looks for such a file.
+    if watch["on"] and event.startswith(FORBIDDEN) and "<unknown>" not in arguments[:2]:
         watch[event] += 1
 
 
@@ -203,6 +212,7 @@ def main() -> None:
     sys.addaudithook(partial(observe, watch))
     for task in [] if options.merge else options.tasks:
         graders = list(dict.fromkeys((*PROTOCOLS[task.partition("/")[0]].values(), *TRAINING.get(task, []))))
+        graders = [grader for grader in graders if grader is not sandboxed]  # tests/tasks/code/test_sandbox.py has it
         results += campaign(task, graders, options.count, options.symbolic_count, options.seed, watch)
     for result in results:
         print(" ".join(f"{name}={value!r}" for name, value in result.items()))

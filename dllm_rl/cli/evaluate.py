@@ -181,7 +181,7 @@ def completions_file(
 
 
 def make_task(arguments: argparse.Namespace) -> UnderProtocol:
-    """The named task with the given split, file and settings, under its protocol (strict by default)."""
+    """The named task with the given split, file and settings, under its protocol (strict, or a setting's sandbox)."""
     name = arguments.task
     if name not in TASKS:
         raise ValueError(f"task={name!r} is none of {', '.join(TASKS)}")
@@ -196,7 +196,8 @@ def make_task(arguments: argparse.Namespace) -> UnderProtocol:
             raise ValueError(f"--set {text}: write FIELD=VALUE, where task {name!r} has {', '.join(known)}")
     task = override(task, texts)
     check_filled("task", task)
-    return under_protocol(task, arguments.protocol or "strict")
+    by_setting = "sandbox" if getattr(task, "reward_rule", "") == "sandbox" else "strict"
+    return under_protocol(task, arguments.protocol or by_setting)
 
 
 def num_problems(task: Task, arguments: argparse.Namespace) -> int:

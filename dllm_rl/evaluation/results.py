@@ -158,7 +158,8 @@ def interval(name: str, values: Sequence[float], weights: Sequence[float]) -> tu
 def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict[str, Any]:
     """Grade the rows of a JSONL file, a run's or anyone's: `completion` and the task's fields; others are ignored.
 
-    Fields: sudoku `puzzle`, `solution`; countdown `numbers`, `target`; gsm8k, math500 `answer` (null: graded wrong).
+    Fields: sudoku `puzzle`, `solution`; countdown `numbers`, `target`; gsm8k, math500 `answer` (null: graded wrong);
+    code `prelude`, `entry_point`, `arguments` (how many), `tests`.
     Returns task, version, protocol, n, `no_answer` (rows with null), and each of RATES with its 95 % [low, high].
     Raises ValueError for no rows, and for the first malformed row by file and line, before anything is graded."""
     find_grader(task, protocol)
@@ -185,4 +186,4 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
     without = sum(None in each.values() for each in fields)
     if without:
         facts["no_answer"] = without
-    return facts | with_intervals({name: sums[name] for name in RATES if name in sums})
+    return facts | with_intervals({name: sums[name] for name in (*RATES, headline(sums)) if name in sums})

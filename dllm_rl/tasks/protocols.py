@@ -6,6 +6,8 @@ from typing import Any
 
 from dllm_rl.tasks import reasoning_gym as gym
 from dllm_rl.tasks.base import Grader, Problem, Reward, Task
+from dllm_rl.tasks.code import sandbox
+from dllm_rl.tasks.code import task as code
 from dllm_rl.tasks.countdown import Countdown
 from dllm_rl.tasks.countdown import graders as countdown
 from dllm_rl.tasks.math import GSM8K, MATH500
@@ -33,11 +35,12 @@ TABLE = {
     "gsm8k": Entry(GSM8K, math.GSM8K_GRADERS, math.read_gsm8k),
     "math500": Entry(MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_NEEDS, math.MATH500_AT_ONCE),
     "reasoning_gym": Entry(gym.ReasoningGym, {"strict": gym.gym_strict}, gym.read_fields),
+    "code": Entry(code.Code, code.GRADERS, code.read_fields, {"sandbox": sandbox.require}, {"sandbox": code.run_all}),
 }
 TASKS = {name: entry.task for name, entry in TABLE.items()}
 PROTOCOLS = {name: entry.graders for name, entry in TABLE.items()}
 SOURCES = {"strict": "dllm_rl", "d1": "arXiv 2504.12216", "spg": "arXiv 2510.09541", "espo": "arXiv 2512.03759"}
-SOURCES |= {"dream": "arXiv 2508.15487", "math-verify": "huggingface/Math-Verify"}
+SOURCES |= {"dream": "arXiv 2508.15487", "math-verify": "huggingface/Math-Verify", "sandbox": "dllm_rl"}
 PUBLISHED = ("d1", "spg")  # whose settings of every task are known
 
 

@@ -18,6 +18,7 @@ from dllm_rl.cli.main import main
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.tasks import Countdown, Sudoku
+from dllm_rl.tasks.code import sandbox
 from dllm_rl.tasks.protocols import under_protocol
 
 SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
@@ -425,6 +426,28 @@ def test_majority_of_answers_that_a_model_gives(model, capsys, sums):
     assert "maj@5" not in json.loads(output(capsys, "evaluate", model, *sums, *many))
     message = refusal(capsys, "evaluate", model, *sums, *many, "--majority", 6)
     assert "--majority 6 needs --samples 6 or more, and a grader that says" in message
+
+
+def test_code_runs_only_on_request_and_grade_agrees(capsys, tmp_path, monkeypatch):
+    tiny_masked_lm(characters="".join(map(chr, range(10, 127))), **SMALL).save_pretrained(tmp_path / "model")
+    tests = "def check(candidate):\n    assert candidate(1) == 2"
+    names = {"prompt": "def f(a):\n", "entry_point": "f", "canonical_solution": "    return a + 1\n", "test": tests}
+    (tmp_path / "problems.jsonl").write_text(json.dumps(names) + "\n")
+    monkeypatch.setattr(sandbox, "run", None)  # a call of it raises
+    command = ["evaluate", tmp_path / "model", "--task", "code", "--path", tmp_path / "problems.jsonl", "--json"]
+    command += ["--set", "prompt_format={question}", "--set", "chat=false", "--max_new_tokens", 4]
+    kept = json.loads(output(capsys, *command, "--output_dir", tmp_path))
+    assert (kept["protocol"], kept["n"], "parses" in kept, "accuracy" in kept) == ("strict", 1, True, False)
+    graded = json.loads(output(capsys, "grade", "--task", "code", tmp_path / kept["completions"]))
+    assert {name: graded[name] for name in ("reward", "parsed")} == {name: kept[name] for name in ("reward", "parsed")}
+    ran = []
+    monkeypatch.setattr(sandbox, "run", lambda *each: (ran.append(each) is None, ""))
+    found = json.loads(output(capsys, *command, "--set", "reward_rule=sandbox"))
+    assert (found["protocol"], found["accuracy"]) == ("sandbox", 1.0)
+    graded = output(capsys, "grade", "--task", "code", "--protocol", "sandbox", tmp_path / kept["completions"])
+    assert json.loads(graded)["accuracy"] == 1.0
+    programs = [each[1] for each in ran if each[0]]  # the trials of the sandbox itself have no prelude
+    assert len(programs) == 1 and programs[0].startswith("def f(a):\n"), "a verdict is remembered"
 
 
 def test_a_card_is_compared_with_a_paper_and_with_the_command_and_nothing_is_run(model, capsys, tmp_path, monkeypatch):

@@ -97,6 +97,7 @@ GOOD = {
     "countdown": {"completion": "1+2", "numbers": [1, 2], "target": 3},
     "gsm8k": {"completion": "1", "answer": "1"},
     "math500": {"completion": "1", "answer": "1"},
+    "code": {"completion": "1", "prelude": "", "entry_point": "f", "arguments": 1, "tests": ""},
 }
 
 
@@ -116,6 +117,8 @@ GOOD = {
         ("countdown", {"target": "3"}, "target='3' must be an integer"),
         ("gsm8k", {"answer": "many"}, "answer='many' is no number"),
         ("gsm8k", {"answer": [1]}, "must be a number or a text"),
+        ("code", {"arguments": True}, "arguments=True must be an integer"),
+        ("code", {"tests": ["assert f(1)"]}, "tests must be text, not list"),
         ("math500", {"answer": " "}, "must be a number or a text that is not empty"),
     ],
 )

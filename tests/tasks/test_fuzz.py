@@ -15,6 +15,7 @@ from linear import linear_time
 
 from benchmarks import fuzz_graders
 from dllm_rl.tasks.base import Reward
+from dllm_rl.tasks.code.task import sandboxed
 from dllm_rl.tasks.countdown.graders import countdown_d1_training
 from dllm_rl.tasks.math.graders import gsm8k_d1_training
 from dllm_rl.tasks.protocols import PROTOCOLS
@@ -28,6 +29,7 @@ GRADERS = [
     ("countdown/", countdown_d1_training),
     ("gsm8k/", gsm8k_d1_training),
 ]
+GRADERS = [each for each in GRADERS if each[1] is not sandboxed]  # it runs what it is given: code/test_sandbox.py
 NAMES = [grader.__name__ + name[name.index("/") :] for name, grader in GRADERS]
 
 PIECES = [
@@ -43,6 +45,7 @@ def check(graded: Reward) -> None:
     assert math.isfinite(graded.value) and 0.0 <= graded.value <= 4.0
     assert all(math.isfinite(number) and 0.0 <= number <= 16.0 for number in graded.breakdown.values())
     assert graded.parsed or graded.breakdown.get("accuracy", 0.0) == 0.0 or "tags" in graded.breakdown
+    assert graded.answer is None or (type(graded.answer) is str and (graded.parsed or not graded.answer))
 
 
 @pytest.mark.parametrize(("task", "grader"), GRADERS, ids=NAMES)
@@ -72,6 +75,7 @@ def test_no_text_is_compiled_executed_or_imported(task: str, grader) -> None:
     """The interpreter's own audit hook would see any of these, whoever asks for them."""
     grader(FIELDS[task], "\\boxed{2x}, so that every pattern is compiled and every child process started")
     code = ["__import__('os').abort()", "9**9**9", "open('/etc/passwd')", "(lambda: 3*4+5)()", "3*4+5", "42", "exit()"]
+    code.append("def f(x=open('/')): 1")
     SEEN.clear()
     WATCHING.append(True)
     for text in code:
@@ -85,7 +89,9 @@ WATCHING: list[bool] = []
 SEEN: list[str] = []
 
 
-def _listen(event: str, _: tuple) -> None:
+def _listen(event: str, arguments: tuple) -> None:
+    if "<unknown>" in arguments[:2]:  # `ast.parse`, which runs nothing; an error's line is looked for in such a file
+        return
     if WATCHING and event.startswith(("exec", "compile", "import", "open", "os.", "subprocess.", "code.")):
         SEEN.append(event)
 

@@ -14,18 +14,22 @@ from dllm_rl.tasks.protocols import PROTOCOLS, TABLE, TASKS, find_grader, protoc
 @pytest.mark.parametrize("row", GRADED, ids=lambda row: f"{row['task']}-{row['protocol']}-{row['rule']}")
 def test_golden_grades(row: dict) -> None:
     """When a grade is meant to change, change the task's `version` too, and this file."""
-    graded = find_grader(row["task"], row["protocol"])(fields_of(row), row["completion"])
+    try:
+        grader = find_grader(row["task"], row["protocol"])
+    except ValueError as error:  # on a machine without a sandbox
+        assert row["protocol"] == "sandbox"
+        pytest.skip(str(error))
+    graded = grader(fields_of(row), row["completion"])
     assert (graded.value, graded.parsed) == (row["value"], row["parsed"])
     assert dict(graded.breakdown) == row["breakdown"]
     assert TASKS[row["task"]].version == row["version"]
 
 
 def test_the_table_has_a_line_for_each_task() -> None:
-    folders = {path.parent.name for path in Path(tasks.__file__).parent.glob("*/graders.py")}
-    modules = {entry.task.__module__.split(".")[2] for entry in TABLE.values()}
-    assert modules == folders | {"reasoning_gym"} and folders >= {"sudoku", "countdown"}
+    rooms = {path.parent.name for path in Path(tasks.__file__).parent.glob("*/task.py")} | {"reasoning_gym"}
+    assert {entry.task.__module__.split(".")[2] for entry in TABLE.values()} == rooms >= {"sudoku", "countdown"}
     assert all(entry.task.name == name for name, entry in TABLE.items())
-    assert protocol_names() == ["strict", "d1", "spg", "espo", "dream", "math-verify"]
+    assert protocol_names() == ["strict", "d1", "spg", "espo", "dream", "math-verify", "sandbox"]
 
 
 def test_every_protocol_has_a_right_and_a_wrong_completion() -> None:

@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from dllm_rl.tasks.answers import SPECIAL, cut
 from dllm_rl.tasks.base import Grader, Problem, Reward
 from dllm_rl.tasks.code import sandbox
 from dllm_rl.tasks.math.task import Questions
-from dllm_rl.tasks.rows import Row, Split, text_of
+from dllm_rl.tasks.rows import Row, Split, present, text_of
 
 AT_ONCE = 4  # programs that run at the same time
 LONGEST = 20_000  # characters of a program; a longer one is not parsed
@@ -76,8 +77,32 @@ def _fits(node: ast.AST, fields: Mapping[str, Any]) -> bool:
     return returns and most - len(node.args.defaults) <= fields["arguments"] <= most
 
 
-def passes(fields: Mapping[str, Any], completion: str) -> bool:
-    return sandbox.run(fields["prelude"], program(fields, completion), fields["tests"], fields["entry_point"])[0]
+@lru_cache(maxsize=4096)
+def _passes(prelude: str, code: str, tests: str, entry_point: str) -> bool:
+    return sandbox.run(prelude, code, tests, entry_point)[0]
+
+
+def sandboxed(fields: Mapping[str, Any], completion: str) -> Reward:
+    """1 when the tests pass, run in the sandbox [ours]. Errors: OSError without the sandbox's programs."""
+    code = program(fields, completion)
+    right = float(_passes(fields["prelude"], code, fields["tests"], fields["entry_point"]))
+    return Reward(right, static(fields, completion).parsed, {"accuracy": right})
+
+
+def run_all(fields: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> None:
+    """Runs the programs in parallel; `sandboxed` finds the verdicts remembered."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(sandboxed, fields, completions))
+
+
+def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
+    """The fields of a stored row. Errors: ValueError."""
+    if type(present(row, "arguments")) is not int:  # a truth value is an int to isinstance
+        raise ValueError(f"arguments={row['arguments']!r} must be an integer")
+    return {name: text_of(row, name) for name in ("prelude", "entry_point", "tests")} | {"arguments": row["arguments"]}
+
+
+GRADERS: dict[str, Grader] = {"strict": static, "sandbox": sandboxed}
 
 
 @dataclass(frozen=True)
@@ -96,7 +121,7 @@ class Code(Questions):
     text: ClassVar[str] = "Write this Python function, in one ```python block and nothing else.\n\n{question}"
     placeholders: ClassVar[tuple[str, ...]] = ("question",)
     hub: ClassVar[tuple[str, str | None]] = ("openai/openai_humaneval", None)
-    rules: ClassVar[Mapping[str, Grader]] = dict.fromkeys(("static", "sandbox"), static)
+    rules: ClassVar[Mapping[str, Grader]] = {"static": static, "sandbox": sandboxed}
 
     split: Split = "test"
     reward_rule: Literal["static", "sandbox"] = "static"
@@ -106,17 +131,10 @@ class Code(Questions):
         if self.reward_rule == "sandbox":
             sandbox.require()
 
-    def reward(self, problem: Problem, completion: str) -> Reward:
-        return self.rewards([problem], [completion])[0]
-
     def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
-        fields = [problem.fields for problem in problems]
-        graded = list(map(static, fields, completions))
-        if self.reward_rule == "static":
-            return graded
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            right = [*map(float, pool.map(passes, fields, completions))]
-        return [Reward(one, each.parsed, {"accuracy": one}) for one, each in zip(right, graded, strict=True)]
+        if self.reward_rule == "sandbox":
+            run_all([problem.fields for problem in problems], completions)
+        return list(map(self.reward, problems, completions))
 
     @staticmethod
     def read_row(place: str, row: Row) -> tuple[str, Any, str]:

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from dataclasses import replace
+from threading import Barrier
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from linear import linear_time
 
 from dllm_rl.tasks import Code, Task
 from dllm_rl.tasks.code import sandbox
-from dllm_rl.tasks.code.task import program, static
+from dllm_rl.tasks.code.task import AT_ONCE, program, static
 
 HUMANEVAL = {
     "task_id": "HumanEval/0",
@@ -204,6 +206,33 @@ def test_the_sandbox_s_reward_is_the_tests(tmp_path) -> None:
     assert [dict(reward.breakdown) for reward in graded[2:4]] == [{"accuracy": 1.0}, {"accuracy": 0.0}]
     assert [reward.parsed for reward in graded] == [True] * 5 + [False]
     assert task.reward(problems[0], "    return k * 3.141592653589793 * r * r\n").value == 1.0
+
+
+def test_each_program_runs_once_and_several_run_at_a_time(tmp_path, monkeypatch) -> None:
+    together = Barrier(AT_ONCE, timeout=60)  # a lonely run would wait for the others, and raise
+    ran = []
+
+    def run(prelude: str, *rest: object) -> tuple[bool, str]:
+        if prelude:  # not the sandbox's own trial
+            together.wait()
+            ran.append(rest)
+        return "return 0" not in str(rest), ""
+
+    monkeypatch.setattr(sandbox, "run", run)
+    task = task_of(tmp_path, HUMANEVAL, reward_rule="sandbox")
+    texts = [f"    return {i} + {tmp_path.name!r}\n" for i in range(AT_ONCE)]
+    assert [each.value for each in task.rewards([task[0]] * AT_ONCE, texts)] == [0.0, *[1.0] * (AT_ONCE - 1)]
+    assert task.reward(task[0], texts[0]).value == 0.0 and len(ran) == AT_ONCE
+
+
+def test_by_default_all_rows_of_a_file_are_the_test_split(tmp_path) -> None:
+    """The published files are test sets. As a train split a tenth of the rows would be held out."""
+    rows = [MBPP | {"text": f"Problem {i}"} for i in range(100)]
+    task = task_of(tmp_path, *rows)
+    assert task.split == "test" and len(task) == 100
+    train = {problem.prompt[0]["content"] for problem in replace(task, split="train")}
+    validation = {problem.prompt[0]["content"] for problem in replace(task, split="validation")}
+    assert 75 < len(train) < 100 and len(train) + len(validation) == 100 and not train & validation
 
 
 def test_the_sandbox_is_never_the_default(tmp_path, monkeypatch) -> None:
