@@ -116,7 +116,7 @@ def judge(ask: Any, answers: Any) -> str:
         return literal_eval(answers.readline(1 << 20))  # ValueError for an error's name and for what is no plain data
 
     space: dict[str, Any] = {"__name__": "tests"}
-    exec(prelude, space)
+    exec(f"\n{prelude}".partition(f"\ndef {entry_point}(")[0], space)  # a prelude may end before the function's body
     space[entry_point] = function
     exec(tests, space)
     return token

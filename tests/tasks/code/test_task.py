@@ -208,6 +208,19 @@ def test_the_sandbox_s_reward_is_the_tests(tmp_path) -> None:
     assert task.reward(problems[0], "    return k * 3.141592653589793 * r * r\n").value == 1.0
 
 
+@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+@pytest.mark.parametrize(
+    "begun", ["", "    # twice the half of x\n", '    """Twice."""\n', "    y = half(x)\n    return (\n"]
+)
+def test_a_prompt_ends_anywhere_in_the_function(tmp_path, begun) -> None:
+    """The tests see what the prompt defines before the function."""
+    end = "        2 * y)\n" if "(\n" in begun else "    return half(x) * 2\n"
+    row = HUMANEVAL | {"prompt": f"def half(x):\n    return x / 2\n\ndef f(x):\n{begun}", "entry_point": "f"}
+    row |= {"canonical_solution": end, "test": "def check(candidate):\n    assert candidate(half(6)) == 3"}
+    task = task_of(tmp_path, row, reward_rule="sandbox")
+    assert [task.reward(task[0], text).value for text in (end, end.replace("2", "4"))] == [1.0, 0.0]
+
+
 def test_each_program_runs_once_and_several_run_at_a_time(tmp_path, monkeypatch) -> None:
     together = Barrier(AT_ONCE, timeout=60)  # a lonely run would wait for the others, and raise
     ran = []
