@@ -22,8 +22,6 @@ PREFIX = "rollout_corr/"
 
 @dataclass(frozen=True)
 class _Measured:
-    """Scored rows and their weights."""
-
     log_mismatch: Float[Tensor, "B T"]  # fp64, 0 where not `finite`
     finite: Bool[Tensor, "B T"]  # tokens of scored rows whose ratio is finite
     token_weights: Float[Tensor, " K"]  # of those tokens
@@ -41,7 +39,6 @@ class _Measured:
         return (values * self.token_weights).sum() / self.num_tokens  # the known number, so that the mean is unbiased
 
     def per_row(self, values: Float[Tensor, " R"]) -> Float[Tensor, ""]:
-        """Mean over all rows."""
         return (values * self.row_weights).sum() / self.num_rows
 
     def row_means(self, values: Float[Tensor, "B T"]) -> Float[Tensor, " R"]:

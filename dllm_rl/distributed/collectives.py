@@ -89,10 +89,8 @@ def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, floa
     if not metrics:
         return {}
     pairs = torch.stack([torch.stack([s.detach().double(), c.double()]) for s, c in metrics.values()])
-    if accelerator.num_processes > 1:
-        pairs = accelerator.reduce(pairs.to(accelerator.device), reduction="sum")
     means = {}
-    for name, (total, count) in zip(metrics, pairs.cpu(), strict=True):
+    for name, (total, count) in zip(metrics, sum_over(pairs, accelerator), strict=True):
         if count:  # else nothing was measured
             means[name] = (total if name == "loss" else total / count).item()  # the loss is a sum of shares
     return means
@@ -111,7 +109,6 @@ def waited(stage: str, accelerator: Accelerator) -> Metrics:
 
 
 def launched() -> int:
-    """How many processes the launcher started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -143,10 +140,7 @@ def make_accelerator(
             "with distributed_type: MULTI_GPU and use_cpu: true, like recipes/accelerate/cpu_2.yaml"
         )
     if accelerator.device.type != wanted.type:
-        raise RuntimeError(
-            f"device={wanted.type} is wanted, but Accelerate is on {accelerator.device}, as an earlier Accelerator of "
-            "this process was made to be: start a new process"
-        )
+        raise RuntimeError(f"device={wanted.type} is wanted, but Accelerate is on {accelerator.device}: restart Python")
     return accelerator
 
 

@@ -81,9 +81,8 @@ def _message(line: bytes) -> dict[str, Any]:
 
 def of_an_exchange(error: BaseException | None) -> bool:
     """Whether another process or the network is at fault; gloo raises RuntimeError that names its source file."""
-    return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
-    )
+    gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return gloo or isinstance(error, torch.distributed.DistError)
 
 
 @runtime_checkable

@@ -13,8 +13,6 @@ WAITING = ("/torch/distributed/", f"{PACKAGE}distributed", "/torch/_inductor/", 
 
 
 class Motion:
-    """Looks at the main thread."""
-
     def __init__(self) -> None:
         self.turns = 0
         self._seen: tuple[tuple[object, int], ...] = ()

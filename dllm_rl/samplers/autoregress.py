@@ -41,9 +41,7 @@ def autoregress(
     suppress        token ids that are never sampled
     """
     if policy.spec.attention != "causal":
-        raise ValueError(
-            f"policy is a diffusion model ({type(policy.module).__name__}); autoregress needs a causal one: use unmask"
-        )
+        raise ValueError(f"policy {policy.spec.name!r} is not causal; autoregress needs a causal one: use unmask")
     if prompts.open is not None:
         raise ValueError("prompts have open positions, which a causal model cannot fill in; use a diffusion model")
     check_fits(policy, prompts, max_new_tokens)
@@ -108,8 +106,7 @@ def _rollout(
     columns: list[tuple[Tensor, ...]],
 ) -> Rollout:
     """The record of the steps' columns: tokens, log-probs, which rows were alive, and with filters what was kept."""
-    stacked = [torch.stack(part, dim=1)[: prompts.num_rows] for part in zip(*columns, strict=True)]
-    tokens, logprobs, alive, *kept = stacked
+    tokens, logprobs, alive, *kept = (torch.stack(x, dim=1)[: prompts.num_rows] for x in zip(*columns, strict=True))
     before = repeat(prompts.tokens.to(policy.device), "p s -> (p g) s", g=prompts.group_size)
     start = before.shape[1]
     completion_mask = F.pad(alive, (start, 0))

@@ -31,12 +31,10 @@ def _read(kind: str, text: str, known: dict[str, Callable]) -> Callable:
     if name not in known:
         raise ValueError(f"{kind}={text!r} is not one of {', '.join(known)}")
     keywords = inspect.signature(known[name]).parameters.values()
-    parameters = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    if bool(value) != bool(parameters):
-        raise ValueError(
-            f"{kind}={text!r}: {name} takes " + (f"a number, as {name}=0.9" if parameters else "no number")
-        )
-    return partial(known[name], **{parameters[0]: _number(text, value)}) if parameters else known[name]
+    needed = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if bool(value) != bool(needed):
+        raise ValueError(f"{kind}={text!r}: {name} takes " + (f"a number, as {name}=0.9" if needed else "no number"))
+    return partial(known[name], **{needed[0]: _number(text, value)}) if needed else known[name]
 
 
 def own_rank(commit: str) -> str:

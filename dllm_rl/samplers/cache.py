@@ -125,18 +125,14 @@ class CachedStates:
         """Run the `fresh` columns against the kept ones and themselves, then keep only `keep`; all on the host."""
         module = self.policy.module
         seen = torch.cat([self.kept, fresh])
-        on_device, new, columns = send(tokens.device, rows, fresh, seen)
+        here, new, columns = send(tokens.device, rows, fresh, seen)
         # The model puts the fresh keys behind those that it is given: into a copy, so that the kept ones stay.
         past = KeysAndValues(config=module.config) if self.past is None else mapped(self.past, lambda x: x)
-        positions = self.positions[on_device]
-        mask = self._mask(self.attention_mask[on_device], positions, new, columns)
-        states = self.policy.encode(
-            tokens[on_device][:, new], mask, positions[:, new], past_key_values=past, use_cache=True
-        )
+        positions = self.positions[here]
+        mask = self._mask(self.attention_mask[here], positions, new, columns)
+        states = self.policy.encode(tokens[here][:, new], mask, positions[:, new], past_key_values=past, use_cache=True)
         if past.get_seq_length() != len(seen):
-            raise ValueError(
-                f"cache={self.cache} needs a decoder; {type(module).__name__} keeps no keys and values: use cache=None"
-            )
+            raise ValueError(f"cache={self.cache}: {type(module).__name__} keeps no keys and values; use cache=None")
         if self.past is None or len(keep) != len(self.kept):
             # Keys carry their own positions, so the order in which they are stored means nothing.
             (wanted,) = send(tokens.device, torch.isin(seen, keep).nonzero()[:, 0])

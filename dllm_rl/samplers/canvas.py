@@ -102,15 +102,14 @@ class Canvas:
 
     def reopen(self, rows: Tensor, places: Tensor, steps: Tensor, mask_id: int) -> None:
         """Mask places (within the completion) of rows again; all are (K,)."""
-        self.events.append(
-            (rows, places, steps, torch.full_like(rows, -1), torch.zeros_like(rows, dtype=self.logprobs.dtype))
-        )
+        nothing = torch.zeros_like(rows, dtype=self.logprobs.dtype)
+        self.events.append((rows, places, steps, torch.full_like(rows, -1), nothing))
         self.tokens[rows, self.columns[rows, places]] = torch.full_like(rows, mask_id)
         self.masked[rows, places] = torch.ones_like(rows, dtype=torch.bool)
-        self.logprobs[rows, places] = torch.zeros_like(rows, dtype=self.logprobs.dtype)
+        self.logprobs[rows, places] = nothing
         self.unmask_step[rows, places] = torch.full_like(rows, -1)
         if self.log_kept_mass is not None and self.kept_ids is not None:
-            self.log_kept_mass[rows, places] = torch.zeros_like(rows, dtype=self.log_kept_mass.dtype)
+            self.log_kept_mass[rows, places] = nothing
             self.kept_ids[rows, places] = torch.full_like(self.kept_ids[rows, places], -1)
 
     def completions(self) -> Int[Tensor, "B L"]:
@@ -129,10 +128,8 @@ class Canvas:
             tokens = self.tokens.clone()
             attention_mask = self.attention_mask.clone()
         else:
-            prompts = (self.prompts.tokens, self.prompts.attention_mask)
-            before, real = (
-                repeat(x.to(self.tokens.device), "p s -> (p g) s", g=self.prompts.group_size) for x in prompts
-            )
+            both = (self.prompts.tokens, self.prompts.attention_mask)
+            before, real = (repeat(x.to(self.tokens.device), "p s -> (p g) s", g=self.prompts.group_size) for x in both)
             beyond = self.masked & self.ended[:, None] & self.pads_ended
             tokens = torch.cat([before, self.completions().masked_fill(beyond, self.pad_id)], dim=1)
             attention_mask = torch.cat([real, ~beyond], dim=1)
@@ -181,12 +178,11 @@ def packed_events(events: list[tuple[Tensor, ...]], shape: torch.Size) -> dict[s
     order = position.argsort(stable=True)  # steps were noted in order
     position = position[order]
     slot = torch.arange(len(order), device=order.device) - torch.searchsorted(position, position)
+    size = (*shape, int(F.pad(slot, (0, 1)).max()) + 1)
     packed = {}
     for name, value in zip(EVENTS, values, strict=True):
         dtype = value.dtype if value.is_floating_point() else torch.int32
-        blank = torch.full(
-            (*shape, int(F.pad(slot, (0, 1)).max()) + 1), FILLS.get(name, 0), dtype=dtype, device=order.device
-        )
+        blank = torch.full(size, FILLS.get(name, 0), dtype=dtype, device=order.device)
         blank[rows[order], places[order], slot] = value[order].to(dtype)
         packed[name] = blank
     return packed
@@ -394,7 +390,5 @@ def next_turn(canvas: Canvas, queue: BlockQueue, seeds: Int[Tensor, " B"]) -> Tu
 def check_last_step(commit: Callable, turn: Turn, committed: Int[Tensor, " R"]) -> None:
     """Raise ValueError where a block's last step commits none of its masked positions."""
     if ((turn.steps_left == 1) & (turn.num_masked > 0) & (committed == 0)).any():
-        raise ValueError(
-            f"commit={name_of(commit)} chose nothing in the last step of a block; it must choose a position by then: "
-            "are the rank's scores those that it wants?"
-        )
+        wrong = f"commit={name_of(commit)} chose nothing in the last step of a block; it must choose a position by then"
+        raise ValueError(f"{wrong}: are the rank's scores those that it wants?")

@@ -77,12 +77,10 @@ def revising_inputs(commit: Callable) -> frozenset[str]:
     """Which of OFFERED a rule takes; empty if the rule never rewrites. ValueError for two of KINDS."""
     parameters = inspect.signature(commit).parameters.values()
     taken = frozenset(p.name for p in parameters if p.name in OFFERED and p.default is p.empty)
-    if len(taken & KINDS) > 1:
-        raise ValueError(
-            f"commit={name_of(commit)} takes {' and '.join(sorted(taken & KINDS, key=OFFERED.index))}, which say "
-            "different things of a position that it picks: take one of them"
-        )
-    return taken if taken & KINDS else frozenset()
+    kinds = sorted(taken & KINDS, key=OFFERED.index)
+    if len(kinds) > 1:
+        raise ValueError(f"commit={name_of(commit)} takes {' and '.join(kinds)} of a position: take one of them")
+    return taken if kinds else frozenset()
 
 
 def revise(
@@ -115,9 +113,7 @@ def revise(
     committed, num_chosen, reopened = torch.stack([chosen & turn.masked, chosen, again]).sum(-1).cpu()
     check_last_step(commit, turn, committed)
     if ((turn.steps_left == 1) & (reopened > 0)).any():
-        raise ValueError(
-            f"commit={name_of(commit)} masked positions again in the last step of a block; it must not by then"
-        )
+        raise ValueError(f"commit={name_of(commit)} masked positions again in the last step of a block, which must not")
     return Decision(
         chosen,
         num_chosen=num_chosen,

@@ -96,10 +96,7 @@ def rank_inputs(rank: Callable) -> frozenset[str]:
     parameters = inspect.signature(rank).parameters.values()
     unknown = [p.name for p in parameters if p.name not in OFFERED and p.default is p.empty]
     if unknown:
-        raise ValueError(
-            f"rank {name_of(rank)} takes {unknown[0]!r}, which is not one of {', '.join(OFFERED)}; "
-            "bind it with functools.partial"
-        )
+        raise ValueError(f"rank {name_of(rank)} takes {unknown[0]!r}, which is none of {', '.join(OFFERED)}; bind it")
     return frozenset(p.name for p in parameters if p.name in OFFERED)
 
 
@@ -108,7 +105,6 @@ def name_of(rule: Any) -> str:
 
 
 def rank_name(rank: Callable) -> str | None:
-    """The name of one of RANKS; None for any other."""
     return name_of(rank) if rank in RANKS else None
 
 
@@ -188,10 +184,8 @@ def highest(scores: Scores, masked: Places, *, count: Counts) -> Places:
 def check_steps(num_steps: int | None, length: int, commit: Callable) -> None:
     """Raise ValueError if `schedule`, which writes a position in each step, would take fewer steps than `num_steps`."""
     if num_steps is not None and 0 < length < num_steps and commit is schedule:
-        raise ValueError(
-            f"num_steps={num_steps} is more than the {length} tokens of a completion, and a step writes at least one; "
-            f"use at most {length}"
-        )
+        wrong = f"num_steps={num_steps} is more than the {length} tokens of a completion"
+        raise ValueError(f"{wrong}, and a step writes at least one; use at most {length}")
 
 
 def steps_per_block(num_steps: int | None, sizes: list[int]) -> list[int]:
@@ -200,9 +194,6 @@ def steps_per_block(num_steps: int | None, sizes: list[int]) -> list[int]:
     if num_steps is None:
         return sizes
     if num_steps < len(sizes):
-        raise ValueError(
-            f"num_steps={num_steps} is fewer than the {len(sizes)} blocks, each of which needs one; "
-            f"use at least {len(sizes)}"
-        )
+        raise ValueError(f"num_steps={num_steps} is fewer than the {len(sizes)} blocks; use at least {len(sizes)}")
     each, remainder = divmod(num_steps, len(sizes))
     return [each + (i < remainder) for i in range(len(sizes))]

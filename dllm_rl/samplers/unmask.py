@@ -106,9 +106,7 @@ def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None
     """The block size in effect. Raises ValueError as documented in `unmask`."""
     attention = policy.spec.attention
     if attention == "causal":
-        raise ValueError(
-            f"policy is causal ({type(policy.module).__name__}); unmask needs a diffusion model: use autoregress"
-        )
+        raise ValueError(f"policy {policy.spec.name!r} is causal; unmask needs a diffusion model: use autoregress")
     infilling = prompts.open is not None
     width = prompts.tokens.shape[1] + length if infilling else length
     least = 0 if infilling else 1  # open positions alone may be the whole completion
@@ -116,10 +114,7 @@ def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None
     if length < least or size < 1:
         raise ValueError(f"max_new_tokens={length} and block_size={size} must both be at least 1")
     if attention == "block_causal" and size != policy.spec.block_size:
-        raise ValueError(
-            f"block_size={size} is not the policy's: its blocks are of {policy.spec.block_size}; "
-            "leave block_size at None"
-        )
+        raise ValueError(f"block_size={size} is not the policy's {policy.spec.block_size}; leave it at None")
     if cache is not None:
         cache.check(attention)
     check_fits(policy, prompts, length)
@@ -132,10 +127,8 @@ def _check_infilling(
     """Raise ValueError where prompts with open positions cannot be filled in, or a row has nothing to fill."""
     assert prompts.open is not None
     if policy.spec.attention != "full":
-        raise ValueError(
-            f"prompts have open positions, but the policy's attention is {policy.spec.attention!r} and a gap would not "
-            "see what follows it; use a model of full attention"
-        )
+        wrong = f"with {policy.spec.attention!r} attention a gap does not see what follows it"
+        raise ValueError(f"prompts have open positions, and {wrong}; use a model of full attention")
     if cache is not None:
         raise ValueError(f"cache={cache} keeps what surrounds a block, but open positions lie apart; use cache=None")
     if approximate_early_exit:
@@ -164,9 +157,7 @@ def check_suppress(policy: Policy, sampling_params: SamplingParams) -> None:
     if odd:
         raise ValueError(f"suppress={odd[0]} is no token of the vocabulary of {policy.vocab_size}; leave it out")
     if len(tokens) == policy.vocab_size:
-        raise ValueError(
-            f"suppress names all {policy.vocab_size} tokens (a mask token is never sampled); leave one to sample"
-        )
+        raise ValueError(f"suppress names all {policy.vocab_size} tokens (a mask is never drawn); leave one to sample")
 
 
 class States:
