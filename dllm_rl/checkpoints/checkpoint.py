@@ -202,9 +202,7 @@ def locate(
     if which != "latest":
         path = Path(which)
         if not is_checkpoint(path):
-            raise ValueError(
-                f"resume_from_checkpoint={which!r} is not a checkpoint folder (no state.json); give one, or 'latest'"
-            )
+            raise ValueError(f"resume_from_checkpoint={which!r} is not a checkpoint folder; give one, or 'latest'")
         check(path, quick=quick)
         return path
     skipped = []
@@ -216,10 +214,8 @@ def locate(
             say(f"skipped {error}")
             skipped.append(str(error))
     if skipped:
-        raise ValueError(
-            f"resume_from_checkpoint='latest': no checkpoint is whole ({'; '.join(skipped)}); "
-            "start again with --overwrite_output_dir"
-        )
+        why = f"no checkpoint is whole ({'; '.join(skipped)}); start again with --overwrite_output_dir"
+        raise ValueError(f"resume_from_checkpoint='latest': {why}")
     return None
 
 

@@ -29,8 +29,6 @@ Swap = Callable[[Any], list[Any]]  # this process's value -> the values of all p
 
 @dataclass(frozen=True)
 class Part:
-    """One process's part of an optimiser's state."""
-
     number: int  # from 0
     count: int
     tensors: dict[str, Tensor] = field(default_factory=dict)  # by "KIND of NAME"; rows of the sharded ones
@@ -109,8 +107,6 @@ def load_parts(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -
 
 @dataclass(frozen=True)
 class _Piece:
-    """A tensor's rows in one file."""
-
     file: Any
     first: int
     total: int | None  # rows in all files; None: not sharded, and this file has all
@@ -152,10 +148,7 @@ def _says_numbers(plain: Any) -> bool:
     """Whether `plain` is of numbers or None, and no step is None."""
     if not isinstance(plain, dict):
         return False
-    for key, value in plain.items():
-        if not isinstance(value, int | float | None) or (value is None and key.startswith("step of ")):
-            return False
-    return True
+    return all(isinstance(x, int | float) or (x is None and not key.startswith("step of ")) for key, x in plain.items())
 
 
 def _files(folder: Path) -> list[Path]:

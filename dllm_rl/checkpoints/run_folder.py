@@ -39,9 +39,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     try:
         lock(directory / LOCK)
     except BlockingIOError as error:
-        raise ValueError(
-            f"output_dir={str(directory)!r} is being written by another run, {error.strerror}; stop it, or give another"
-        ) from None
+        raise ValueError(f"output_dir={str(directory)!r} is another run's, {error.strerror}; give another") from None
     except OSError as error:
         raise OSError(f"output_dir={str(directory)!r} cannot be written ({error.strerror}); give another") from None
     recover(directory / "reference")  # a kill may have left it between two names
@@ -85,16 +83,12 @@ def _check_recipe(recipe: Settings, state: TrainingState) -> None:
         raise ValueError(f"the checkpoint is of another kind of run, without {lacking}; give its folder as --model")
     for name, value in settings.items():
         if name not in FREE and before[name] != value:
-            raise ValueError(
-                f"{name}={value!r} differs from the checkpoint's {before[name]!r}; resume with the same recipe"
-            )
+            raise ValueError(f"{name}={value!r} differs from the checkpoint's {before[name]!r}; give the same recipe")
     if recipe.num_steps < state.step:
         raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {state.step}; give more")
     then = before["lr_schedule_steps"] or before["num_steps"]
     now = recipe.schedule_steps
     if any(recipe.lr_schedule(i, then) != recipe.lr_schedule(i, now) for i in range(recipe.num_steps)):
         field = "num_steps" if recipe.lr_schedule_steps is None else "lr_schedule_steps"
-        raise ValueError(
-            f"{field}={now} would change the learning rates of a schedule that began with {then} steps; "
-            f"add --lr_schedule_steps {then}"
-        )
+        change = f"would change the learning rates of a schedule that began with {then} steps"
+        raise ValueError(f"{field}={now} {change}; add --lr_schedule_steps {then}")

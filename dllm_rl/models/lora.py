@@ -166,13 +166,11 @@ def is_target(path: str, names: Sequence[str]) -> bool:
 
 
 def adapted_layers(module: nn.Module) -> dict[str, LoraLinear | LoraExperts]:
-    """The layers that carry adapters, by name."""
     return {path: layer for path, layer in module.named_modules() if isinstance(layer, LoraLinear | LoraExperts)}
 
 
 @contextmanager
 def disable_adapters(module: nn.Module) -> Iterator[None]:
-    """Run the block without adapters."""
     layers = adapted_layers(module).values()
     before = [layer.active for layer in layers]  # an outer block may have disabled some already
     for layer in layers:

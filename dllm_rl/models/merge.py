@@ -85,7 +85,6 @@ def _plain(layer: Any, memo: dict[int, Any]) -> nn.Module:
 
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:
-    """The value as a parameter where the tensor is one."""
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 

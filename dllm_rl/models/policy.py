@@ -245,24 +245,19 @@ def check_attention(policy: _Backbone) -> None:
     attention = policy.spec.attention
     expected = {7: attention == "full"}
     if attention == "block_causal" and (block := policy.spec.block_size) is not None:
-        expected = {block - 1: True, block: False}
+        expected = {block - 1: True, block: False} if block > 1 else {block: False}  # one token sees itself alone
+    size = policy.vocab_size
     for position, moves in expected.items():
-        if position and first_moves(policy, position) != moves:  # a block of one token has no other one
+        tokens = (torch.arange(position + 1, device=policy.device) % max(1, size - 1))[None].repeat(2, 1)
+        tokens[1, -1] = (tokens[0, -1] + 1) % size
+        first = policy.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 0].float()
+        if torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-6) == moves:  # a batch's rows may round differently
             upgrade = "upgrade transformers (>= 5.2 honours config.is_causal=False)"
             raise ValueError(
                 f"attention={attention!r} is what {type(policy.module).__name__} should have, but "
                 f"changing token {position} {'did not move' if moves else 'moved'} the first position's state; "
                 + (upgrade if moves else "load it as a diffusion model")
             )
-
-
-def first_moves(policy: _Backbone, position: int) -> bool:
-    """Whether the first state of a sequence that ends at `position` depends on the last token."""
-    size = policy.vocab_size
-    tokens = (torch.arange(position + 1, device=policy.device) % max(1, size - 1))[None].repeat(2, 1)
-    tokens[1, -1] = (tokens[0, -1] + 1) % size
-    first = policy.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 0].float()
-    return not torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-6)  # a batch's rows may round differently
 
 
 def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32) -> DiffusionPolicy:

@@ -53,21 +53,13 @@ def tiny_masked_lm(
     gain               initial standard deviation of the other weights, times sqrt(inputs)
     """
     tokenizer = char_tokenizer(characters)
+    positions = max_length + 1  # counted from pad_token_id + 1
     config = transformers.RobertaPreLayerNormConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
+        **_fields(tokenizer, False, hidden_size, num_layers, num_heads, positions),
         intermediate_size=intermediate_size,
-        max_position_embeddings=max_length + 1,  # counted from pad_token_id + 1
         type_vocab_size=1,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        **dict[str, Any](mask_token_id=tokenizer.mask_token_id),
     )
     return _made(transformers.RobertaPreLayerNormForMaskedLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
@@ -101,8 +93,9 @@ def tiny_llama(
     gain               initial standard deviation of the other weights, times sqrt(inputs)
     """
     tokenizer = char_tokenizer(characters)
-    fields = _decoder_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
-    config = transformers.LlamaConfig(**fields | {"rope_theta": rope_theta}, intermediate_size=intermediate_size)
+    fields = _fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
+    fields |= {"rope_theta": rope_theta, "is_causal": causal}  # transformers >= 5.2 honours is_causal
+    config = transformers.LlamaConfig(**fields, intermediate_size=intermediate_size)
     return _made(transformers.LlamaForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
 
@@ -139,8 +132,8 @@ def tiny_moe(
     gain                 initial standard deviation of the other weights, times sqrt(inputs)
     """
     tokenizer = char_tokenizer(characters)
-    fields = _decoder_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
-    fields |= {"rope_theta": rope_theta, "head_dim": hidden_size // num_heads}
+    fields = _fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
+    fields |= {"rope_theta": rope_theta, "head_dim": hidden_size // num_heads, "is_causal": causal}
     config = transformers.Qwen3MoeConfig(
         **fields,
         num_key_value_heads=num_heads,
@@ -152,7 +145,7 @@ def tiny_moe(
     return _made(transformers.Qwen3MoeForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
 
-def _decoder_fields(
+def _fields(
     tokenizer: PreTrainedTokenizerBase, causal: bool, hidden_size: int, num_layers: int, num_heads: int, max_length: int
 ) -> dict[str, Any]:
     return {
@@ -165,7 +158,6 @@ def _decoder_fields(
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,  # the classes' default ids belong to other vocabularies
         "eos_token_id": tokenizer.eos_token_id,
-        "is_causal": causal,  # transformers >= 5.2 honours it
         "mask_token_id": None if causal else tokenizer.mask_token_id,
     }
 

@@ -27,7 +27,6 @@ def encode(
 
 
 def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]], blank: str | None = None) -> list[int]:
-    """The first of `ids_and_blanks`."""
     return ids_and_blanks(policy, prompt, blank)[0]
 
 
@@ -54,7 +53,6 @@ def _gap(policy: Policy) -> tuple[list[int], bool]:
 
 
 def _joined(pieces: list[tuple[list[int], bool]]) -> tuple[list[int], list[bool]]:
-    """Ids of all pieces, and for each id whether its piece is a blank."""
     ids: list[int] = []
     blanks: list[bool] = []
     for piece, blank in pieces:
@@ -78,10 +76,7 @@ def conversation_ids(
         before = chat.rendered(turns[:i], answered=True)
         after = chat.rendered(turns[: i + 1])
         if not (whole.startswith(after) and after.startswith(before)):
-            raise ValueError(
-                f"messages: the chat template does not write message {i} as the continuation of those before it; give "
-                "a row for each turn, with prompt and completion as text"
-            )
+            raise ValueError(f"messages: the chat template does not write message {i} as the continuation; give a row")
         pieces.append((chat.ids(whole[done : len(before)]), False))  # up to where `prompt_ids` of these messages end
         pieces.append((chat.ids(whole[len(before) : len(after)]), True))
         done = len(after)
@@ -96,9 +91,7 @@ class _Chat:
         if not turns or not all({"role", "content"} <= set(turn) for turn in turns):
             raise ValueError(f"prompt={messages!r} is neither text nor chat messages, each with role and content")
         if not getattr(policy.tokenizer, "chat_template", None):
-            raise ValueError(
-                "prompt is a chat, but the tokenizer has no chat template; give plain text (chat=False, no --chat)"
-            )
+            raise ValueError("the tokenizer has no chat template; give plain text (chat=False, no --chat)")
         self.policy = policy
         self.blank = blank
         self.specials = [*([] if blank is None else [blank]), *special_texts(policy.tokenizer)]
@@ -166,7 +159,6 @@ def decode(policy: Policy, rollout: Rollout) -> list[str]:
 
 
 def decode_ids(policy: Policy, chosen: list[list[int]]) -> list[str]:
-    """The texts of `chosen_ids`."""
     return [policy.tokenizer.decode(before_end(policy, ids), skip_special_tokens=True) for ids in chosen]
 
 

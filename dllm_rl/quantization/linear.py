@@ -161,7 +161,6 @@ def unpacked(weight: Tensor) -> Tensor:
 
 
 def dequantized_input(layer: nn.Linear, x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """The input as the quantised layer rounds it."""
     if scale is not None:
         return x * scale
     kwargs = getattr(layer.weight, "act_quant_kwargs", None)

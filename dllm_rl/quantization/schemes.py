@@ -56,9 +56,8 @@ def float8_weight_only(*, dequantised: bool = False) -> Scheme:
 
 def float8_dynamic() -> Scheme:
     """e4m3 weights per row, e4m3 inputs per token, on float8 hardware: CUDA capability 8.9 or more, bf16 weights."""
-    return _torchao().Float8DynamicActivationFloat8WeightConfig(
-        granularity=_torchao().PerRow(), activation_value_lb=TINY
-    )
+    made = _torchao()
+    return made.Float8DynamicActivationFloat8WeightConfig(granularity=made.PerRow(), activation_value_lb=TINY)
 
 
 def float8_dynamic_emulated() -> Float8DynamicEmulated:

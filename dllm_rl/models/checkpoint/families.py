@@ -61,9 +61,7 @@ def _refuse(raw: dict, **supported: Any) -> None:
     """Raise ValueError on a field whose value is not the one that the stock class computes."""
     for key, value in supported.items():
         if raw.get(key) not in (None, value):
-            raise ValueError(
-                f"{key}={raw[key]!r} is not supported for {raw['architectures'][0]}; only {key}={value!r} is"
-            )
+            raise ValueError(f"{key}={raw[key]!r} is not supported for {raw['architectures'][0]}; only {key}={value!r}")
 
 
 def llada(raw: dict) -> tuple[type, LlamaConfig]:
@@ -90,10 +88,7 @@ def llada(raw: dict) -> tuple[type, LlamaConfig]:
 def llada_moe(raw: dict) -> tuple[type, Qwen3MoeConfig]:
     """LLaDA-MoE-7B-A1B: a Qwen3-MoE whose chosen experts' weights are not normalised."""
     if raw.get("moe_router_enable_expert_bias"):
-        raise ValueError(
-            "moe_router_enable_expert_bias=True adds the bias to the experts' weights, which is not supported; "
-            "use a checkpoint without it"
-        )
+        raise ValueError("moe_router_enable_expert_bias=True is not supported; use a checkpoint without it")
     _refuse(raw, moe_router_score_function="softmax", qk_layernorm=True, routed_scaling_factor=1)
     _refuse(raw, shared_expert_intermediate_size=0, partial_rotary_factor=1, clip_qkv=0, router_num_group=1)
     fields = _fields(
@@ -325,7 +320,6 @@ def rotate_in_float32(module: Module) -> None:
 
 
 def _as_float32(rotary: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """An empty fp32 tensor in place of the states."""
     states, *rest = args  # the rotary module takes the dtype of cos and sin from the states, and nothing else
     return (states.new_empty(0).float(), *rest), kwargs
 
@@ -333,7 +327,6 @@ def _as_float32(rotary: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
-    """sdpa attention of queries and keys in the values' dtype."""
     # fp32 cos and sin have promoted the rotated queries and keys to fp32.
     return sdpa_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, attention_mask, **kwargs)
 

@@ -137,10 +137,7 @@ def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> N
     for field in ("num_hidden_layers", "n_layers", "n_layer"):
         number = raw.get(field)
         if number is not None and not (isinstance(number, int) and 0 <= number <= most):
-            raise ValueError(
-                f"{folder or 'config.json'}: {field}={number!r} is not a number of layers that {most} tensors could "
-                "hold; correct config.json"
-            )
+            raise ValueError(f"{folder or 'config.json'}: {field}={number!r} is not a number of layers; correct it")
 
 
 @torch.no_grad()
@@ -191,10 +188,8 @@ def family_spec(
         assert size is not None, "a block-causal family has a block size"
         changes |= {"block_size": size, "encode": partial(encode_block_causal, block_size=size)}
     elif block_size is not None:
-        raise ValueError(
-            f"block_size={block_size} is for block-causal models, but {family.name} has {family.attention} attention; "
-            "leave it out"
-        )
+        wrong = f"but {family.name} has {family.attention} attention; leave it out"
+        raise ValueError(f"block_size={block_size} is for block-causal models, {wrong}")
     if family.encode is encode_roberta:  # it counts positions from pad_token_id + 1
         if not 0 <= config.pad_token_id < config.vocab_size:
             raise ValueError(f"pad_token_id={config.pad_token_id} is outside the vocabulary; correct config.json")
@@ -224,9 +219,7 @@ def find_mask_id(config: Any, tokenizer: Tokenizer, family: FamilySpec) -> int:
             f"{tokenizer.mask_token_id}; correct one of them"
         )
     if not 0 <= found < config.vocab_size:
-        raise ValueError(
-            f"mask_token_id={found} is outside the vocabulary of {config.vocab_size} tokens; set it in config.json"
-        )
+        raise ValueError(f"mask_token_id={found} is outside the vocabulary of {config.vocab_size} tokens; correct it")
     return found
 
 
@@ -260,9 +253,7 @@ def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
     for number, token in asked.get("added_tokens_decoder", {}).items():
         found = tokenizer.convert_tokens_to_ids(token["content"])
         if found != int(number):
-            raise ValueError(
-                f"{folder}: token {token['content']!r} is {found}, not {number}; its files need a tokenizer.json"
-            )
+            raise ValueError(f"{folder}: token {token['content']!r} is {found}, not {number}; add a tokenizer.json")
     return tokenizer
 
 

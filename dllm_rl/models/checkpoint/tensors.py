@@ -23,9 +23,7 @@ def read_tensors(directory: Path) -> State:
     """All tensors of a folder's safetensors files, memory-mapped. Raises ValueError when there are none."""
     files = weight_files(directory)
     if not files:
-        raise ValueError(
-            f"{directory}: no model.safetensors or model.safetensors.index.json; convert the checkpoint to safetensors"
-        )
+        raise ValueError(f"{directory}: no model.safetensors or {INDEX}; convert the checkpoint to safetensors")
     state: State = {}
     for file in files:
         state |= load_file(directory / file)
