@@ -144,24 +144,17 @@ def check_bitwise_equal(
     token = int(rollout.tokens[row, position])
     view = int((noise.weight[:, row, position] != 0).int().argmax())  # the first that scores the token, or 0
     tokens = noise.seen(rollout, view, policy.spec.mask_id)[row : row + 1]
-    layer = first_differing_layer(policy, rollout_policy, tokens, rollout.attention_mask[row : row + 1])
-    where = f"the hidden states part at {layer}"
-    if layer is None:
-        where = "no layer differs when both score this row alone: the sampler, the batch's shape, or the settings do"
+    seen = rollout.attention_mask[row : row + 1]
+    ours = layer_outputs(policy, tokens, seen)
+    theirs = layer_outputs(rollout_policy, tokens, seen)
+    where = "no layer differs when both score this row alone: the sampler, the batch's shape, or the settings do"
+    if parted := [name for name in ours if name in theirs and not torch.equal(ours[name], theirs[name])]:
+        where = f"the hidden states part at {parted[0]}"  # in the order of the forward
     raise RuntimeError(
         f"zero_mismatch: {int(differs.sum())} of {int(mask.sum())} log-probs differ, the first at row {row}, position "
         f"{position} (token {token}, {policy.tokenizer.decode([token])!r}): learner "
         f"{float(logps.old[row, position]):.9g}, rollout {float(logps.rollout[row, position]):.9g} nats; {where}"
     )
-
-
-def first_differing_layer(policy: Policy, rollout_policy: Policy, tokens: Tensor, attention_mask: Tensor) -> str | None:
-    """The first layer, in the order of the forward, whose outputs under the two policies differ in any bit."""
-    theirs = layer_outputs(rollout_policy, tokens, attention_mask)
-    for name, out in layer_outputs(policy, tokens, attention_mask).items():
-        if name in theirs and not torch.equal(out, theirs[name]):
-            return name
-    return None
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The number of an adaptive commit rule for a budget of forwards: `--commit threshold --forwards 4`."""
 
 from collections.abc import Callable
+from functools import partial
 from statistics import fmean
 
 from dllm_rl.evaluation.evaluate import complete
@@ -43,10 +44,7 @@ def within_budget(
         return f"{name}={NUMBERS[name](float(f'{10**slack:.3g}')):.9g}"
 
     def forwards(slack: float) -> float:
-        def budgeted(*arguments: object) -> Rollout:
-            return sampler(*arguments, commit=read_commit(rule(slack)))
-
-        rows = complete(policy, problems, budgeted, seed, 1, {})
+        rows = complete(policy, problems, partial(sampler, commit=read_commit(rule(slack))), seed, 1, {})
         return fmean(row["evaluation"]["steps"] for row in rows.values())
 
     low, high = SLACK

@@ -105,7 +105,6 @@ def complete(
 
 
 def seeds_of(seed: int, keys: Sequence[tuple[int, int]]) -> list[int]:
-    """A seed per (problem, sample)."""
     seeds = []
     for problem, sample in keys:
         place = (problem, sample) if sample else (problem,)  # sample 0 is what samples=1 gives

@@ -85,9 +85,7 @@ def majority_at_k(n: int, correct: int, wrong: Sequence[int], k: int) -> float:
     correct  samples with the right answer; wrong: samples with each wrong answer. The others have no vote.
     A tie counts as the right answer's share of it; k samples without a vote are wrong [ours]. ValueError if k > n."""
     if not (min(correct, *wrong, 0) == 0 and correct + sum(wrong) <= n and 1 <= k <= n):
-        raise ValueError(
-            f"n={n}, correct={correct}, wrong={wrong}, k={k}: needs correct + sum(wrong) <= n, 1 <= k <= n"
-        )
+        raise ValueError(f"n={n}, correct={correct}, wrong={wrong}, k={k}: needs correct + sum(wrong) <= n, n >= k > 0")
     right = Fraction(0)
     for most in range(1, min(correct, k) + 1):  # votes for the right answer, which no other answer may exceed
         rivals = [count for count in wrong if count >= most]

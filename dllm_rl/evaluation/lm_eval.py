@@ -93,7 +93,9 @@ class HarnessModel(TemplateLM):
             generator = generator_for(self.seed, "evaluate")
             rollout = self.sampler(self.policy, prompts, generator, max_new_tokens=length)
             for place, text in zip(places, decode(self.policy, rollout), strict=True):
-                texts[place] = _cut(text, settings[place].get("until"))
+                until = settings[place].get("until") or []
+                stops = [until] if isinstance(until, str) else until
+                texts[place] = cut(text, 0, tuple(filter(None, stops)))  # an empty one stops nothing
                 self.cache_hook.add_partial("generate_until", requests[place].args, texts[place])
         return texts
 
@@ -114,11 +116,9 @@ class HarnessModel(TemplateLM):
         owners: list[int] = []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            longest = self.policy.spec.max_length or len(tokens) + 1
-            parts = get_rolling_token_windows(
-                tokens, prefix_token=self.prefix_token_id, max_seq_len=longest - 1, context_len=1
-            )
-            windows += map(make_disjoint_window, parts)
+            most = (self.policy.spec.max_length or len(tokens) + 1) - 1
+            cuts = get_rolling_token_windows(tokens, prefix_token=self.prefix_token_id, max_seq_len=most, context_len=1)
+            windows += map(make_disjoint_window, cuts)
             owners += [owner] * (len(windows) - len(owners))  # a long text has several windows
         totals = [0.0] * len(requests)
         for owner, value in zip(owners, self._scored(windows), strict=True):
@@ -177,9 +177,3 @@ def as_rollout(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
     blank = torch.zeros(tokens.shape)  # nothing was sampled: no step and no log-prob is recorded
     steps = torch.full_like(tokens, -1)
     return Rollout(tokens, prompts.attention_mask, opened, steps, blank, group_size=1).to(policy.device)
-
-
-def _cut(text: str, until: str | Sequence[str] | None) -> str:
-    """The text before the first of the stop strings; an empty one stops nothing."""
-    stops = [until] if isinstance(until, str) else until or []
-    return cut(text, 0, tuple(filter(None, stops)))

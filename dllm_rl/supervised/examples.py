@@ -80,7 +80,6 @@ def example(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> Example:
 
 
 def _pieces(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> tuple[list[Piece], bool]:
-    """The row's pieces, and whether only answers are learned."""
     row = {name: value for name, value in row.items() if value is not None}  # files of mixed rows fill up with None
     if "messages" in row:
         return conversation_ids(policy, row["messages"]), recipe.assistant_only_loss

@@ -1,6 +1,5 @@
 """Supervised fine-tuning: a model learns rows by the masked-diffusion loss or the causal loss."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from dllm_rl.supervised.examples import (
 )
 from dllm_rl.supervised.recipe import SFT
 from dllm_rl.tasks.datasets import hold_out, in_memory
+from dllm_rl.tasks.rows import load_rows
 from dllm_rl.training.finish import Summary, conclude
 from dllm_rl.training.policies import make_optimizer, make_policy, opened
 from dllm_rl.training.run import Run
@@ -110,18 +110,7 @@ def read_datasets(recipe: SFT) -> SFT:
 
 
 def _rows(dataset: Any) -> Any:
-    if not isinstance(dataset, str):
-        return in_memory(dataset)
-    rows = []
-    for number, line in enumerate(Path(dataset).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{dataset}: line {number} is no JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{dataset}: line {number} is no JSON object")
-        rows.append(row)
-    return rows
+    return [row for _, row in load_rows(dataset)] if isinstance(dataset, str) else in_memory(dataset)
 
 
 def _policy(recipe: SFT, accelerator: Accelerator, folder: Path | None, saved: TrainingState | None) -> Policy:

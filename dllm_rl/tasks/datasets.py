@@ -67,7 +67,8 @@ class DatasetTask:
         return [Reward(value, True, breakdown) for value, breakdown in zip(values, breakdowns, strict=True)]
 
     def _labels(self) -> list[str]:
-        names = [_label(function) for function in self.reward_funcs]
+        inner = [getattr(function, "func", function) for function in self.reward_funcs]  # of a functools.partial
+        names = [getattr(function, "__name__", type(function).__name__) for function in inner]
         return [name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names, 1)]
 
 
@@ -152,8 +153,3 @@ def _numbers(label: str, numbers: Any, told: Sequence[Any]) -> dict[int, float]:
                 raise ValueError(f"reward function {label} returned {number!r} for completion {told[place]!r}")
             found[place] = float(number)
     return found
-
-
-def _label(function: RewardFunction) -> str:
-    inner = getattr(function, "func", function)  # a functools.partial
-    return getattr(inner, "__name__", type(inner).__name__)

@@ -130,14 +130,6 @@ def reference_number(answer: str | int | float) -> Fraction:
     return number
 
 
-def _is_reference(number: Fraction | float | None, answer: str | None) -> bool:
-    """Whether a number is the reference's: exactly, or rounded to a float when it is a float."""
-    if number is None or answer is None:
-        return False
-    reference = reference_number(answer)
-    return number == (float(reference) if isinstance(number, float) else reference)
-
-
 def _after_hashes(answer: str) -> str:
     return str(answer).rpartition("####")[2].strip()
 
@@ -155,12 +147,15 @@ def _strict_layout(text: str) -> bool:
 
 
 def _compared(number: Fraction | float | None, fields: Mapping[str, Any]) -> Reward:
-    answer = "" if number is None else str(number + 0)  # + 0: a float's -0.0 is 0.0
-    return _graded(number is not None, _is_reference(number, fields["answer"]), answer)
+    if number is None:
+        return _graded(False, False, "")
+    reference: Any = None if fields["answer"] is None else reference_number(fields["answer"])
+    if reference is not None and isinstance(number, float):  # is the reference if it is that rounded to a float
+        reference = float(reference)
+    return _graded(True, number == reference, str(number + 0))  # + 0: a float's -0.0 is 0.0
 
 
 def _spelling(answer: str) -> str:
-    """The rational number, else the text after normalisation."""
     value = rational(answer)
     return normalise(answer) if value is None else str(value)
 

@@ -30,7 +30,7 @@ def normalise(answer: str) -> str:
     if answer == "0.5":
         return "\\frac{1}{2}"
     quotient = _QUOTIENT.fullmatch(answer)
-    if quotient and all(map(_canonical, quotient.groups())):
+    if quotient and all(part == "0" or not part.removeprefix("-").startswith("0") for part in quotient.groups()):
         return f"\\frac{{{quotient[1]}}}{{{quotient[2]}}}"
     return answer
 
@@ -100,7 +100,3 @@ def rational(answer: str) -> Fraction | None:
 
 def _braced(found: re.Match[str]) -> str:
     return f"{{{found[1]}}}" + (found[2] if found[2] == "{" else f"{{{found[2]}}}")
-
-
-def _canonical(integer: str) -> bool:
-    return integer == "0" or not integer.removeprefix("-").startswith("0")
