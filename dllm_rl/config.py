@@ -136,7 +136,6 @@ def _setting(path: str, member: Member) -> Setting | None:
 
 
 def _names(known: Iterable[str], kinds: tuple) -> tuple[str, ...]:
-    """The names, and `none` where a value may be left out."""
     return (*known, "none") if types.NoneType in kinds else tuple(known)
 
 

@@ -97,7 +97,6 @@ def flush(path: Path) -> None:
 
 
 def to_disk(file: IO[Any]) -> None:
-    """Force an open file's content to disk."""
     file.flush()
     os.fsync(file.fileno())
 

@@ -350,7 +350,6 @@ class Noise(_Movable):
         return self.experts[view if len(self.experts) > 1 else 0], self.routed[view]
 
     def seen(self, rollout: Rollout, view: int, mask_id: int | None) -> Int[Tensor, "B T"]:
-        """The tokens that the model sees in a view."""
         before, _ = rollout.canvas(None if self.step is None else self.step[view])
         return before if mask_id is None else before.masked_fill(self.masked[view], mask_id)
 

@@ -294,9 +294,8 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
         shown.add_row(literal(name), *(f"{mean:.3f}  [{low:.3f}, {high:.3f}]" for mean, low, high in cells))
     completions = first["n"] * first["samples"]
     shown.add_row("tokens per completion", *(f"{result['tokens'] / completions:.1f}" for result in found))
-    shown.add_row("forwards per answer", *(f"{result['forwards_per_answer']:.1f}" for result in found))
-    shown.add_row("tokens per forward", *(f"{result['tokens_per_forward']:.1f}" for result in found))
-    shown.add_row("seconds", *(f"{result['seconds']:.1f}" for result in found))
+    for name in ("forwards_per_answer", "tokens_per_forward", "seconds"):
+        shown.add_row(name.replace("_", " "), *(f"{result[name]:.1f}" for result in found))
     return shown
 
 

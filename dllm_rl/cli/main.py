@@ -191,9 +191,7 @@ def lm_eval(arguments: argparse.Namespace) -> None:
 def add_doctor(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("doctor", help="say where the mismatch of quantised rollouts comes from")
     sub.add_argument("model", help="a checkpoint's or a run's folder")
-    sub.add_argument(
-        "--quantization", default="float8_weight_only", help="a scheme's name, or none (default float8_weight_only)"
-    )
+    sub.add_argument("--quantization", default="float8_weight_only", help="a scheme, or none (default %(default)s)")
     sub.add_argument("--task", default="sudoku", help="whose prompts are sampled (default sudoku)")
     sub.add_argument("--num_prompts", type=int, default=32, help="two completions each (default 32)")
     sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the task's)")

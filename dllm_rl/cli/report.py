@@ -30,8 +30,6 @@ OWN = ("name", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "
 
 @dataclass(frozen=True)
 class Told:
-    """The contents of a run's folder."""
-
     label: str
     rows: list[dict[str, Any]]
     warmup: list[dict[str, Any]]
@@ -127,7 +125,6 @@ def validated(run: Told) -> str:
 
 
 def keys(runs: Sequence[Told]) -> str:
-    """The runs' names and colours, if there are several."""
     items = []
     for i, run in enumerate(runs):
         colour = COLOURS[i % len(COLOURS)]
@@ -234,7 +231,6 @@ def warmups(axis: Any, runs: Sequence[Told]) -> None:
 
 
 def times(axis: Any, runs: Sequence[Told]) -> None:
-    """Seconds by stage, one bar per run."""
     spent = [seconds_of(run) for run in runs]
     stages = [stage for stage, _ in sum(spent, Counter()).most_common()]
     left = [0.0] * len(runs)

@@ -87,7 +87,6 @@ def check_options(policy: Policy, options: Mapping[str, Any]) -> None:
 def drawn(
     console: Console, policy: Policy, prompts: Prompts, texts: Sequence[str], *, delay: float, seed: int, **options: Any
 ) -> Rollout:
-    """The rollout, each step drawn on the console."""
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as screen:
 
         def watch(rollout: Rollout) -> None:

@@ -23,8 +23,6 @@ PICTURE_OF_SFT = ("Loss", "Gradient norm")
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure: metrics against steps."""
-
     title: str
     unit: str
     metrics: dict[str, str]  # name -> text in the legend

@@ -22,9 +22,7 @@ TYPICAL_WEIGHT = 0.02  # of a matrix in a language model
 def cautions(recipe: Recipe) -> list[str]:
     said = []
     if _bound(recipe.sampler, "temperature") == 0:
-        said.append(
-            "sampler.temperature=0 is greedy: the completions of a prompt are all alike and teach nothing; use 1.0"
-        )
+        said.append("sampler.temperature=0 is greedy: completions of a prompt are all alike and teach nothing; use 1.0")
     steps = recipe.learning_rate * BF16_STEPS  # AdamW's update of a weight is about the learning rate
     if recipe.lora is None and isinstance(recipe.model, str) and recipe.dtype == "bfloat16" and steps < TYPICAL_WEIGHT:
         said.append(

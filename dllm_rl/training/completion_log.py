@@ -66,7 +66,6 @@ def log_completions(
 
 
 def stored_fields(problem: Problem) -> dict[str, Any]:
-    """The problem's fields as JSON."""
     # A data set's columns may be of any kind, such as dates and NaN: they become text rather than stop the run.
     return json.loads(json.dumps(dict(problem.fields), default=str, skipkeys=True), parse_constant=str)
 

@@ -102,7 +102,6 @@ def conclude(run: Run[Any], measured: dict[str, Any], *, result: str, advice: st
 
 
 def _next_command(recipe: Recipe, folder: str) -> str:
-    """The command that samples from the trained model."""
     maker = "" if (Path(folder) / "config.json").exists() else " --model MODULE:FUNCTION"  # it makes a custom module
     problem = recipe.eval_task[0]
     text = problem.prompt

@@ -57,17 +57,13 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
     evaluated = getattr(recipe.eval_sampler, "keywords", {}).get("max_new_tokens")
     if limit is None or trained is None or evaluated is None:
         return 0
-    if max(trained, evaluated) >= limit:
-        raise ValueError(
-            f"max_new_tokens={max(trained, evaluated)} leaves no room for a prompt in the model's {limit} positions; "
-            "lower it (--sampler.max_new_tokens, --eval_sampler.max_new_tokens)"
-        )
+    new = max(trained, evaluated)
+    if new >= limit:
+        raise ValueError(f"max_new_tokens={new} leaves no room for a prompt in the model's {limit} positions; lower it")
     most = recipe.max_prompt_length
     if most is not None and most + trained > limit:
-        raise ValueError(
-            f"max_prompt_length={most} and max_new_tokens={trained} exceed the model's {limit} positions; "
-            f"use at most {limit - trained}"
-        )
+        both = f"max_prompt_length={most} and max_new_tokens={trained}"
+        raise ValueError(f"{both} exceed the model's {limit} positions; use at most {limit - trained}")
     _longest(recipe, policy, "validation_task", _first(recipe.validation_task), room=limit, new=evaluated)
     _longest(recipe, policy, "eval_task", _first(recipe.eval_task), room=limit, new=evaluated)
     if most is not None:  # `choose` checks training prompts as they are drawn

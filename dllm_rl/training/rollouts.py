@@ -107,18 +107,21 @@ def sample_and_grade(
     with stage("rollout"), arithmetic(recipe, accelerator):
         prompts = encode(rollout_policy, problems, group_size=group, seeds=seeds.flatten().tolist())
         batches = prompts.split(recipe.rollout_batch_size or prompts.num_rows)  # rows have seeds: the split is not seen
-        parts = [recipe.sampler(rollout_policy, batch, generator_for(*key)) for batch in batches]
-        rollout = parts[0] if len(parts) == 1 else Rollout.joined(parts, pad_id=rollout_policy.pad_id)
+        pieces = [recipe.sampler(rollout_policy, batch, generator_for(*key)) for batch in batches]
+        rollout = pieces[0] if len(pieces) == 1 else Rollout.joined(pieces, pad_id=rollout_policy.pad_id)
         rollout = rollout.with_support(recipe.sampling_support)
     with stage("reward"):
         chosen = chosen_ids(rollout)
         completions = graded_texts(rollout_policy, rollout, problems, chosen)
         graded = grade(recipe.task, problems, completions, timeout=recipe.reward_timeout)
-        values = reward_values(graded, tuple(wanted_parts(recipe)))
+        names = tuple(wanted_parts(recipe))
     answers = []
+    values = []
     for row, (completion, reward) in enumerate(zip(completions, graded, strict=True)):
         answers.append(Answer(problems[row // group], completion, reward, len(chosen[row])))
-    return rollout, answers, rearrange(values, "(p g) k -> p g k", g=group)
+        parts = [reward.breakdown.get(name, math.nan) for name in names]  # NaN: does not apply
+        values.append(list(map(float, [reward.value, *parts])))  # `grade` checks that they fit fp32
+    return rollout, answers, rearrange(torch.tensor(values, dtype=torch.float32), "(p g) k -> p g k", g=group)
 
 
 def parts_of(recipe: Recipe, graded: Float[Tensor, "P G K"]) -> dict[str, Tensor]:
@@ -145,15 +148,6 @@ def wanted_parts(recipe: Recipe) -> dict[str, float]:
 
 def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:
     return (~informative(rewards)).double().mean().item()
-
-
-def reward_values(graded: Sequence[Reward], names: tuple[str, ...] = ()) -> Float[Tensor, "B K"]:
-    """Each reward's value, then its breakdown under `names` (NaN if missing); `grade` checks that they fit fp32."""
-    rows = []
-    for reward in graded:
-        values = [reward.value, *(reward.breakdown.get(name, math.nan) for name in names)]
-        rows.append(list(map(float, values)))
-    return torch.tensor(rows, dtype=torch.float32)
 
 
 def reward_metrics(

@@ -90,16 +90,13 @@ def check_module(module: Module, size: int) -> None:
     """Raise ValueError on a module whose weights cannot be sharded."""
     backbone: Module = backbone_of(module)
     if backbone is module:
-        raise ValueError(
-            f"shard_size={size} needs a transformers module with a backbone and a head, not {type(module).__name__}; "
-            "use shard_size=1"
-        )
+        wrong = f"needs a transformers module with a backbone and a head, not {type(module).__name__}"
+        raise ValueError(f"shard_size={size} {wrong}; use shard_size=1")
     inside = {id(parameter) for parameter in backbone.parameters()}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if id(parameter) in inside and not name.startswith(f"{module.base_model_prefix}."):
             raise ValueError(
-                f"shard_size={size}: {name} of {type(module).__name__} is tied to the backbone's embeddings: two "
-                "shards would hold it; use shard_size=1"
+                f"shard_size={size}: {name} of {type(module).__name__} is tied to the backbone's embeddings; use 1"
             )
 
 

@@ -38,9 +38,7 @@ def published_config(path_or_id: str | Path) -> dict:
         if file.is_file():
             return json.loads(file.read_text())
     known = ", ".join(sorted(file.stem.replace("--", "/") for file in CONFIGS.glob("*.json")))
-    raise ValueError(
-        f"model={str(path_or_id)!r} is no checkpoint's folder, and no config is carried for it; carried are {known}"
-    )
+    raise ValueError(f"model={str(path_or_id)!r} is no folder, and no config is carried for it; carried are {known}")
 
 
 class MetaPolicy(DiffusionPolicy):
@@ -145,15 +143,14 @@ def rollout_bytes(recipe: Recipe, policy: MetaPolicy, size: int) -> int:
     return int(weights * each) + (policy.parameters - weights) * size
 
 
-def plan(recipe: Recipe, *, prompt_tokens: int | None = None) -> str:
+def plan(recipe: Recipe) -> str:
     """The plan as text, after every check that needs no weights. Raises ValueError if the recipe cannot run."""
     policy = meta_policy(recipe)
-    if prompt_tokens is None:
-        prompt_tokens = 256  # without a tokenizer no task is opened: its data may not be here
-        if policy.tokenizer is not None:
-            check_filled("task", recipe.task)
-            first = recipe.task[0]
-            prompt_tokens = len(prompt_ids(policy, first.prompt, first.blank))
+    prompt_tokens = 256  # without a tokenizer no task is opened: its data may not be here
+    if policy.tokenizer is not None:
+        check_filled("task", recipe.task)
+        first = recipe.task[0]
+        prompt_tokens = len(prompt_ids(policy, first.prompt, first.blank))
     check(recipe, policy, prompt_tokens)
     lines = [*model_lines(recipe, policy), *batch_lines(recipe, policy, prompt_tokens)]
     lines += memory_lines(recipe, memory(recipe, policy, prompt_tokens))
