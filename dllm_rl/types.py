@@ -161,7 +161,8 @@ class Rollout(_Movable):
     kept_ids         ids of the kept tokens, at most KEPT_IDS, then -1. None where nothing filters, or more were kept
     order_logprobs   log-prob (nats, 0 elsewhere) that its block's earlier steps left the position (`models.order`), or
                      that its step drew it (`plackett_luce`). None without chance, or if the probability is unknown
-    draw_in_step     which draw of its step took the position, from 0, under `order_rank`, a bound `plackett_luce`
+    draw_in_step     which draw of its step took the position, from 0, under `order_rank`, a bound `plackett_luce`;
+                     0 in a step that wrote all that was left
     experts          expert ids in M mixtures, of the state that the token was drawn from; undefined without a token
 
     A sampler that revises (`remask`, `edit`, `soft_edit`) also records every event of each position, in order. Its

@@ -38,17 +38,22 @@ def drawn_logprobs(
     drawn: Int[Tensor, " C"],  # the positions that the step committed
     width: int,  # at least the size of a group
 ) -> Float[Tensor, " C"]:
-    """Plackett-Luce: scores_i - log sum_m exp(scores_m), nats, over the m of i's group drawn at i's turn or later."""
+    """Plackett-Luce: scores_i - log sum_m exp(scores_m), nats, over the m of i's group drawn at i's turn or later.
+    0 where a group is drawn whole: nothing depends on its order, whose log-prob would be noise in every ratio."""
     slots = max(16, 1 << (width - 1).bit_length())
     at = torch.searchsorted(groups, groups[drawn])[:, None] + torch.arange(slots, device=scores.device)
     member = at.clamp(max=len(scores) - 1)
-    rivals = (at == member) & (groups[member] == groups[drawn, None]) & (nth[member] >= nth[drawn, None])
+    mine = (at == member) & (groups[member] == groups[drawn, None])
+    rivals = mine & (nth[member] >= nth[drawn, None])
     among = scores[member].masked_fill(~rivals, -torch.inf)
     peak = among.detach().amax(-1, keepdim=True)
     mass = (among - peak).exp()
     while mass.shape[-1] > 1:  # in pairs: more empty slots do not change the rounding
         mass = mass[:, : mass.shape[-1] // 2] + mass[:, mass.shape[-1] // 2 :]
-    return scores[drawn] - peak[:, 0] - mass[:, 0].log()
+    found = scores[drawn] - peak[:, 0] - mass[:, 0].log()
+    own = groups[drawn]  # rising, too
+    count = torch.searchsorted(own, own, right=True) - torch.searchsorted(own, own)
+    return torch.where(count < mine.sum(-1), found, 0)
 
 
 def state_scores(

@@ -72,6 +72,8 @@ class Choose:
         picked = turn.among(decision.chosen, int(decision.num_chosen.sum()))
         if self.has_order_law and self.noisy:
             nth = turn.spread(offered).argsort(stable=True, descending=True).argsort()[turn.row, turn.place]
+            whole = (decision.chosen == turn.masked).all(-1)  # of all that is left nothing depends on the order
+            nth = nth.masked_fill(whole[turn.row], 0)
             order = (picked, drawn_logprobs(scores, turn.row, nth, picked, decision.chosen.shape[1]), nth[picked])
         elif self.has_order_law:
             stayed = turn.among(~decision.chosen, len(scores) - len(picked))

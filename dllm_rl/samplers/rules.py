@@ -75,7 +75,8 @@ def plackett_luce(
     A step commits j_1 .. j_k, in the order of noisy scores, with probability (Plackett-Luce [paper])
         prod_{i=1..k} exp(s_{j_i}) / sum_{m masked, not j_1 .. j_(i-1)} exp(s_m).
     It is that of the ORDERED draw; the set's is a sum over k! orders. Given the set, the mean of the ordered ratio is
-    the set's ratio: weights and gradients stay unbiased. Needs `schedule` or `late_schedule`.
+    the set's ratio: weights and gradients stay unbiased. A step that commits all that is left counts 1.
+    Needs `schedule` or `late_schedule`.
     temperature  towards 0 the order of `score`, towards infinity that of `random`
     score        max_prob, margin or entropy
     """

@@ -58,12 +58,16 @@ def outcomes(policy, blocks, num_steps, *, tau, score="max_prob", **options):
                 rows = [policy.table[state, i].detach() for i in masked]
                 p = [drawn_from(row[: policy.words], **options).tolist() for row in rows]
                 own = [row[: policy.words + 1].softmax(-1).tolist() for row in rows]  # the mask token takes its share
-                for order, likely in orders([SCORES[score](each) / tau for each in own]):
+                ways = orders([SCORES[score](each) / tau for each in own])
+                if count == len(masked):  # nothing depends on the order: one outcome
+                    ways = [(tuple(range(count)), 1.0)]
+                for order, likely in ways:
                     for words in itertools.product(range(policy.words), repeat=count):
                         new = list(tokens), list(steps), list(draws)
                         drawn = chance * likely
                         for n, (i, word) in enumerate(zip(order, words, strict=False)):
-                            new[0][masked[i]], new[1][masked[i]], new[2][masked[i]] = word, clock, n
+                            new[0][masked[i]], new[1][masked[i]] = word, clock
+                            new[2][masked[i]] = n if count < len(masked) else 0
                             drawn *= p[i][word]
                         key = tuple(map(tuple, new))
                         after[key] = after.get(key, 0.0) + drawn
@@ -157,7 +161,7 @@ def test_the_gradient_is_the_finite_difference_of_the_expected_reward(fp64, num_
         slopes = (run(keep_graphs=keep_graphs) * directions).flatten(1).sum(1)
         torch.testing.assert_close(slopes, expected, rtol=0, atol=1e-6)
     given = (run(keep_graphs=False, order="given") * directions).flatten(1).sum(1)
-    assert (given - expected).abs().max() > 1e-2
+    assert ((given - expected).abs().max() > 1e-2) == (num_steps > 1), "one step writes all: no order matters"
 
 
 def test_ratios_and_kl_take_the_order_in(fp64):
@@ -219,7 +223,7 @@ def test_a_sampler_draws_by_the_law_and_records_it(num_steps, tau, options):
     statistic = sum((seen - wanted) ** 2 / max(wanted, 1) for seen, wanted in cells)
     degrees = len(cells) - 1
     bound = degrees * (1 - 2 / (9 * degrees) + 3.09 * math.sqrt(2 / (9 * degrees))) ** 3  # 1 - 1e-3, Wilson-Hilferty
-    assert degrees >= 20 and statistic < bound
+    assert degrees >= (20 if num_steps > 1 else 7) and statistic < bound
 
 
 @pytest.mark.parametrize("num_steps", [3, 2])
