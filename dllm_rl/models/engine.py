@@ -15,7 +15,8 @@ from dllm_rl.models.base import Policy
 class RolloutEngine:
     """What makes a run's rollouts, as two functions; `load` makes all that a run keeps. `check_engine` tests both.
 
-    load  learner -> the policy that samplers get, with the learner's weights and version; see `computed_by`
+    load  learner -> the policy that samplers get, with the learner's weights and version; see `computed_by`. A new run
+          also loads for its rehearsal, and drops that policy first: what the policy holds must end with it
     sync  learner, that policy -> metrics, after the policy got the learner's new weights and version
     made_by  the function that made the engine, with its keywords, so that a command line can change a keyword
 

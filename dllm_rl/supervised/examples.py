@@ -129,10 +129,13 @@ def show(
     causal = policy.spec.attention == "causal"
     shown = []
     total = 0
-    for one, level, row, other in zip(examples, levels, uniforms, noise, strict=True):
-        count = int(one.learned.sum())
+    counts = [int(one.learned.sum()) for one in examples]
+    learned = torch.cat([one.tokens[one.learned] for one in examples])
+    draws = torch.cat([row[:count] for row, count in zip(noise, counts, strict=True)])
+    fresh = corrupted(policy, learned, draws, share=corruption).split(counts)  # at once: the vocabulary is read once
+    for one, level, row, tokens, count in zip(examples, levels, uniforms, fresh, counts, strict=True):
         seen = one.tokens.clone()
-        seen[one.learned] = corrupted(policy, seen[one.learned], other[:count], share=corruption)
+        seen[one.learned] = tokens
         weight = one.learned.float()
         if not causal:
             # The k-th learned token takes the k-th uniform, so that a prompt's length does not move the masks.

@@ -28,8 +28,7 @@ def check_engine(
     """
     learner = copied(policy)
     learner.module.requires_grad_(False)
-    before = copied(learner).module.state_dict()
-    state = torch.get_rng_state()
+    facts = _facts(learner)
     rollout_policy = engine.load(learner)
     seeds = torch.arange(prompts.num_rows) + 1000 * (seed + 1)
 
@@ -41,9 +40,7 @@ def check_engine(
     assert telling, "sample at a temperature other than 0 and 1, as 0.7, with a group_size of at least 2"
     _check_rows(rollout, sampled, seeds, {*learner.spec.eos_ids})
     _check_record(learner, rollout, bound)
-    same = map(torch.equal, before.values(), learner.module.state_dict().values())
-    assert all(same), "the learner's weights must be left alone"
-    assert torch.equal(torch.get_rng_state(), state), "the global generator must be left alone"
+    _check_untouched(learner, *facts)
 
     scored = _logprobs(learner, rollout)[1]
     for tensor in learner.module.parameters():  # an update, after which the old weights would be far off
@@ -51,9 +48,22 @@ def check_engine(
     learner.version += 1
     moved = (_logprobs(learner, rollout)[1] - scored).abs().mean()
     assert moved > 2 * bound, f"bound={bound} nats hides weights that differ by {moved:.3g}: give a smaller one"
+    facts = _facts(learner)
     metrics = engine.sync(learner, rollout_policy)
     assert all(isinstance(value, float) for value in metrics.values()), f"sync returns metrics as floats, got {metrics}"
     _check_record(learner, sampled(seeds), bound)
+    _check_untouched(learner, *facts)
+
+
+def _facts(learner: Policy) -> tuple[dict[str, Tensor], Tensor]:
+    return copied(learner).module.state_dict(), torch.get_rng_state()
+
+
+def _check_untouched(learner: Policy, before: dict[str, Tensor], state: Tensor) -> None:
+    now = learner.module.state_dict()
+    same = now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in now)
+    assert same, "the learner's weights must be left alone"
+    assert torch.equal(torch.get_rng_state(), state), "the global generator must be left alone"
 
 
 def _logprobs(learner: Policy, rollout: Rollout) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:

@@ -49,7 +49,7 @@ def of_the_clip(recipe: Recipe) -> list[str]:
     if recipe.num_iterations == 1 or not recipe.rolls_out_apart or not open_above:
         return []
     return [
-        f"num_iterations={recipe.num_iterations} with quantised rollouts and loss.delta=None: nothing "
+        f"num_iterations={recipe.num_iterations} with rollouts of other arithmetic and loss.delta=None: nothing "
         "bounds the ratio where the advantage is negative, and heavy mismatch then does most of its harm; use "
         f"{'--loss ppo_clip ' if recipe.loss is None else ''}--loss.delta {1 + (epsilon if high is None else high):g}"
     ]

@@ -143,7 +143,9 @@ def check_compiled(recipe: Recipe) -> None:
     """Raise ValueError if torch_compile has nothing to compile, or would compile again at every step."""
     cached = getattr(recipe.sampler, "keywords", {}).get("cache") is not None
     why = None
-    if recipe.rollout_quantization is None:
+    if recipe.rollout_engine is not None:
+        why = "compiles the rollout's quantised copy, and a rollout_engine has none: leave torch_compile out"
+    elif recipe.rollout_quantization is None:
         why = "compiles the rollout's copy, and rollout_quantization=None makes none: set one, as float8_dynamic"
     elif recipe.router_replay is not None:
         why = "does not go with router_replay='R3', as compiled blocks name no experts: leave out router_replay"

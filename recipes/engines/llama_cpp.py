@@ -109,12 +109,14 @@ def sync(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
 class Llama:
     """Owns llama.cpp's model and context of a learner's weights."""
 
+    model: int | None = None  # here, for a `close` after an __init__ that raised
+    context: int | None = None
+
     def __init__(self, policy: Policy, format: Format, threads: int) -> None:
         self.lib = library()
         self.format: Format = format
         self.threads = threads
         self.vocab_size = policy.vocab_size
-        self.model = self.context = None
         self.width = 0  # most tokens of a row in the context
         self.open(policy)
 
@@ -146,13 +148,15 @@ class Llama:
             self.lib.llama_free(self.context)
         self.width = max(self.width, -(-width // 64) * 64)
         params = self.lib.llama_context_default_params()
-        params.n_seq_max = ROWS
-        params.n_ctx = self.width * ROWS
+        # As many rows as a batch takes: every one has keys and values of the whole width.
+        self.rows = min(ROWS, max(1, TOKENS // width))
+        params.n_seq_max = self.rows
+        params.n_ctx = self.width * self.rows
         params.n_batch = params.n_ubatch = max(TOKENS, self.width)  # attention that is not causal takes a batch whole
         params.n_threads = params.n_threads_batch = self.threads
         self.context = self.lib.llama_init_from_model(self.model, params)
         if not self.context:
-            raise ValueError(f"llama.cpp has no memory for {ROWS} rows of {width} tokens: sample shorter ones")
+            raise ValueError(f"llama.cpp has no memory for {self.rows} rows of {width} tokens: sample shorter ones")
 
     def forward(
         self, tokens: Int[Tensor, "B T"], attention_mask: Tensor, positions: Int[Tensor, "B T"], **cache: Any
@@ -168,7 +172,7 @@ class Llama:
         given = [x.cpu() for x in (tokens, attention_mask, positions)]
         longest = int(given[1].sum(-1).max())
         self.fit(longest)
-        parts = [x.split(min(ROWS, max(1, TOKENS // longest))) for x in given]
+        parts = [x.split(min(self.rows, max(1, TOKENS // longest))) for x in given]
         out = torch.cat([self.batch(*part) for part in zip(*parts, strict=True)])
         return out[:, -width:].to(tokens.device)
 

@@ -75,6 +75,10 @@ class Elsewhere:
             self.held.module.load_state_dict(policy.module.state_dict())
         if self.fault != "stale version":
             rollout_policy.version = policy.version
+        if self.fault == "a draw in sync":
+            torch.rand(1)
+        if self.fault == "the learner's weights in sync":
+            next(policy.module.parameters()).add_(1e-4)
         return {"seconds": torch.ones(())} if self.fault == "metrics" else {}
 
     def sampler(self, policy, prompts, generator, *, attention):
@@ -118,6 +122,8 @@ FAULTS = {
     "stale version": "weights_version=0 of a rollout, but the learner's is 1",
     "global generator": "global generator",
     "the learner's weights": "weights must be left alone",
+    "a draw in sync": "global generator",
+    "the learner's weights in sync": "weights must be left alone",
     "metrics": "metrics as floats",
 }
 
