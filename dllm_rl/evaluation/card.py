@@ -26,7 +26,9 @@ def read_card(path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         for name, value in row.items():
             nested = isinstance(value, list) and {list, dict} & set(map(type, value))
-            if type(value) not in KINDS.get(name, PLAIN) or nested or len(str(value)) > LONGEST:
+            # A prompt's own template is long.
+            long = len(str(value)) > LONGEST and name != "settings.prompt_format"
+            if type(value) not in KINDS.get(name, PLAIN) or nested or long:
                 wrong = f"{name[:LONGEST]} is missing, of a wrong type or too long"
                 raise ValueError(f"{path}, row {number}: {wrong}; give the results.json of an evaluation")
     return rows
@@ -46,5 +48,9 @@ def differences(row: Mapping[str, Any], others: Sequence[Mapping[str, tuple[Any,
     for name in dict.fromkeys(chain(*others)):
         if any(row.get(name) not in other.get(name, (row.get(name),)) for other in others):
             values = [(row.get(name),), *(other.get(name, ()) for other in others)]
-            found.append((name, *(" or ".join("-" if v in (None, "") else str(v) for v in each) for each in values)))
+            found.append((name, *map(shown, values)))
     return found
+
+
+def shown(values: tuple[Any, ...]) -> str:
+    return " or ".join("-" if value in (None, "") else str(value)[:LONGEST] for value in values)

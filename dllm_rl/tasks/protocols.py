@@ -111,7 +111,9 @@ def published(protocol: str, task: str, max_new_tokens: int) -> dict[str, tuple[
     found["settings.prompt_format"] = ("the paper's text",)  # the texts of the tasks are ours
     if task == "sudoku":
         found["settings.shots"] = (0 if protocol == "d1" else 3,)
-    return found if task == "gsm8k" else found | {"n": (500 if task == "math500" else 256,)}
+    if task in ("sudoku", "countdown"):
+        found["settings.path"] = ("the paper's file",)
+    return found | {"split": ("test",), "n": ({"gsm8k": 1319, "math500": 500}.get(task, 256),)}
 
 
 def protocol_names() -> list[str]:

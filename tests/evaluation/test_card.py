@@ -27,10 +27,11 @@ def test_a_card_is_a_row_or_the_rows_of_a_sweep(tmp_path) -> None:
     assert row["max_new_tokens"] == 256 and row["settings.clues"] == [10, 12] and "accuracy" not in row
 
 
-def test_the_paper_s_own_settings_differ_in_the_words_of_the_prompt_alone(tmp_path) -> None:
+def test_the_paper_s_own_settings_differ_in_its_words_and_file_alone(tmp_path) -> None:
     (row,) = read(tmp_path, CARD)
     assert differences(row, [published("d1", "sudoku", 256)]) == [
-        ("settings.prompt_format", "d1.txt", "the paper's text")
+        ("settings.prompt_format", "d1.txt", "the paper's text"),
+        ("settings.path", "-", "the paper's file"),
     ]
 
 
@@ -45,6 +46,7 @@ def test_the_paper_s_own_settings_differ_in_the_words_of_the_prompt_alone(tmp_pa
         ({"rank": "entropy"}, ("rank", "entropy", "confidence or max_prob")),
         ({"quantization": "int4_weight_only"}, ("quantization", "int4_weight_only", "none")),
         ({"n": 500}, ("n", "500", "256")),
+        ({"split": "train"}, ("split", "train", "test")),
         ({"max_new_tokens": 64, "num_steps": 32}, ("max_new_tokens", "64", "128 or 256 or 512")),
         ({"settings": CARD["settings"] | {"opening": ""}}, ("settings.opening", "-", "<reasoning>")),
     ],
@@ -56,7 +58,7 @@ def test_each_setting_that_differs_is_named(change, line) -> None:
 
 def test_spg_gives_sudoku_three_examples_and_a_task_without_a_paper_is_refused() -> None:
     assert ("settings.shots", "0", "3") in differences(flat(CARD), [published("spg", "sudoku", 256)])
-    assert published("d1", "math500", 512)["n"] == (500,) and "n" not in published("spg", "gsm8k", 512)
+    assert published("d1", "math500", 512)["n"] == (500,) and published("spg", "gsm8k", 512)["n"] == (1319,)
     for protocol, task in [("strict", "sudoku"), ("d1", "chess"), ("espo", "sudoku")]:
         with pytest.raises(ValueError, match=f"no published settings of protocol={protocol!r} for task='{task}'"):
             published(protocol, task, 256)

@@ -1,5 +1,6 @@
 """llama.cpp in the engine's place: its file, its logits, its syncs, the contract, a run; skipped without its wheel."""
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -161,6 +162,10 @@ def test_a_missing_or_other_wheel_is_one_line(monkeypatch, found, said):
     with pytest.raises(ValueError, match=rf"needs xllamacpp {engine.PINNED}, .* {said}: pip install") as error:
         engine.library.__wrapped__()
     assert "\n" not in str(error.value)
+    monkeypatch.setattr(engine, "library", engine.library.__wrapped__)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="needs xllamacpp"):
+        warnings.simplefilter("error", pytest.PytestUnraisableExceptionWarning)
+        llama_cpp().load(llama())  # `close` after an __init__ that raised says nothing
 
 
 @needs_gguf

@@ -5,13 +5,13 @@ tests call the program's function through pipes and get plain data, so that the 
 none of its objects is compared. What remains possible: answers to the calls that are seen, without computing them; a
 fault of the kernel. Each of the two processes may take the memory."""
 
+import ast
 import ctypes
 import os
 import signal
 import struct
 import subprocess
 import sys
-from ast import literal_eval
 from typing import Any
 
 SECONDS = 5  # of a program and its tests, by the wall and by the processor
@@ -92,14 +92,27 @@ def confine() -> None:
     call("prctl", 22, 2, struct.pack("HP", len(steps), ctypes.addressof(lines)))
 
 
+class Floats(ast.NodeTransformer):
+    """What `ascii` writes of floats that are not finite."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(float(node.id)) if node.id in ("inf", "nan") else node
+
+
+def plain(text: str) -> Any:
+    """The plain data that `ascii` wrote. Errors: ValueError or SyntaxError."""
+    return ast.literal_eval(Floats().visit(ast.parse(text.strip(), mode="eval")))
+
+
 def serve(asked: Any, answer: Any) -> None:
     """The child: runs the program, then answers calls of its function, by an error's name if it raises."""
-    code, entry_point = literal_eval(asked.readline())
+    code, entry_point = plain(asked.readline())
     space: dict[str, Any] = {"__name__": "program"}
     exec(code, space)
     for line in asked:
         try:
-            value = space[entry_point](*literal_eval(line))
+            arguments, keywords = plain(line)
+            value = space[entry_point](*arguments, **keywords)
             reply = ascii(dict(value) if isinstance(value, dict) else value)  # a Counter is compared as a dict
         except Exception as error:
             reply = type(error).__name__
@@ -108,12 +121,12 @@ def serve(asked: Any, answer: Any) -> None:
 
 def judge(ask: Any, answers: Any) -> str:
     """Process 1: runs the tests, and returns the token."""
-    prelude, code, tests, entry_point, token = literal_eval(sys.stdin.read())
+    prelude, code, tests, entry_point, token = plain(sys.stdin.read())
     print(ascii((code, entry_point)), file=ask, flush=True)
 
-    def function(*arguments: Any) -> Any:
-        print(ascii(arguments), file=ask, flush=True)
-        return literal_eval(answers.readline(1 << 20))  # ValueError for an error's name and for what is no plain data
+    def function(*arguments: Any, **keywords: Any) -> Any:
+        print(ascii((arguments, keywords)), file=ask, flush=True)
+        return plain(answers.readline(1 << 20))  # ValueError for an error's name and for what is no plain data
 
     space: dict[str, Any] = {"__name__": "tests"}
     exec(f"\n{prelude}".partition(f"\ndef {entry_point}(")[0], space)  # a prelude may end before the function's body

@@ -25,12 +25,14 @@ FORBIDDEN = "__import__ breakpoint compile eval exec exit getattr globals input 
 
 
 def program(fields: Mapping[str, Any], completion: str) -> str:
-    """The prelude and the last block that defines the function; without one, the first block or the text goes on."""
+    """The prelude and the last block that defines the function; without one, the first block that begins with a
+    space, or the first text, goes on."""
     blocks = [re.sub(r"^[\w+-]*\n", "", block) for block in cut(completion, 0, SPECIAL).split("```")]
     for block in reversed(blocks):
         if re.search(rf"^def {re.escape(fields['entry_point'])}\b", block, re.MULTILINE):
             return f"{fields['prelude']}\n{block}"
-    return fields["prelude"] + cut(next(filter(str.strip, blocks), ""), 0, ENDS)
+    indented = (block for block in blocks if block[:1].isspace() and block.strip())  # such a block goes on
+    return fields["prelude"] + cut(next(indented, next(filter(str.strip, blocks), "")), 0, ENDS)
 
 
 def static(fields: Mapping[str, Any], completion: str) -> Reward:

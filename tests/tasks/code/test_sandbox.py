@@ -89,6 +89,7 @@ def test_right_programs_pass_and_wrong_ones_do_not() -> None:
     tests = (
         f"for x in {values!r}:\n    assert f(x) == x and type(f(x)) is type(x)\nassert f('aab') == {{'a': 2, 'b': 1}}"
     )
+    tests += "\nassert f(x=float('inf')) == float('inf') and f(float('nan')) != 0"
     assert sandbox.run("", code, tests, "f", 60)[0]
     prelude = "import math\ndef double(x):\n    return 2 * x"
     assert sandbox.run(prelude, f"{prelude}\ndef f(x): return double(x)", "assert f(x := 2) == double(x)", "f", 60)[0]

@@ -88,6 +88,7 @@ def test_a_row_of_another_form_is_refused_by_its_line(tmp_path, drop) -> None:
         ("def f(a): return 1\n```\nThat is all.", "\ndef f(a): return 1\n"),  # the prompt's opening has the fence
         ("    return 1\n\ndef g(): pass\n", "    return 1\n"),
         ("```py\n    return 1\n```\nas asked", "    return 1\n"),
+        ("Sure:\n```python\n    return 1\n```", "    return 1\n"),  # the sentence before the fence is no code
         ("    return 1\n<|endoftext|>def f(a): return 2", "    return 1\n"),
         ("    return fg\nprint(f(1))", "    return fg"),
         ("", ""),
