@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 Module = Any  # transformers' or custom; nn.Module would type every member as Tensor | Module
 Tokenizer = Any  # transformers' or custom: `make_policy` lists what it needs
@@ -169,6 +169,10 @@ class Policy(Head, Protocol):
     def to(self, device: torch.device | str) -> "Policy": ...
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int = ...) -> None: ...
     def reference(self) -> "Policy": ...
+
+
+def trained_of(module: Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from dllm_rl.checkpoints.run_folder import open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main, reduce_metrics, sum_gradients
 from dllm_rl.distributed.stop import how_to_continue, leaving_nothing_behind
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Policy, trained_of
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.rng import generator_for
 from dllm_rl.supervised.examples import (
@@ -110,7 +110,7 @@ def read_datasets(recipe: SFT) -> SFT:
 
 
 def _rows(dataset: Any) -> Any:
-    return [row for _, row in load_rows(dataset)] if isinstance(dataset, str) else in_memory(dataset)
+    return list(dict(load_rows(dataset)).values()) if isinstance(dataset, str) else in_memory(dataset)
 
 
 def _policy(recipe: SFT, accelerator: Accelerator, folder: Path | None, saved: TrainingState | None) -> Policy:
@@ -149,7 +149,7 @@ def take_step(run: Run[SFT], examples: Sequence[Example], step: int) -> dict[str
         chosen = [examples[i] for i in rows_of_step(len(examples), recipe.train_batch_size, recipe.seed, step)]
         loss, padding = add_gradients(recipe, policy, chosen, accelerator, "sft masks", step)
         sum_gradients(policy.module, accelerator)
-        trained = [p for p in policy.module.parameters() if p.requires_grad]
+        trained = trained_of(policy.module)
         norm = torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
         shares = {"loss": (loss, torch.ones_like(loss)), "grad_norm": (norm, torch.ones_like(norm))}
         metrics = reduce_metrics(shares, accelerator) | reduce_metrics({"frac_padding": padding}, accelerator)

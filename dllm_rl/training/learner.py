@@ -22,7 +22,7 @@ from dllm_rl.distributed.collectives import Metrics, gather_on_host, local, redu
 from dllm_rl.distributed.sharding import in_pace
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.scoring import backward_view, row_chunks
-from dllm_rl.models.base import Policy, whole
+from dllm_rl.models.base import Policy, trained_of, whole
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.balance import balance
@@ -238,7 +238,7 @@ def update(
         )
         metrics |= waited("update", accelerator)
         sum_gradients(policy.module, accelerator)
-        trained = [p for p in policy.module.parameters() if p.requires_grad]
+        trained = trained_of(policy.module)
         norm = whole(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm))
         reduced = reduce_metrics(metrics | {"grad_norm": (norm, torch.ones_like(norm))}, accelerator)
         if not math.isfinite(reduced["grad_norm"]):

@@ -14,7 +14,7 @@ from dllm_rl.distributed.collectives import from_main, versions
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.files import replacing
 from dllm_rl.likelihoods.replay import check_replay
-from dllm_rl.models.base import Policy, copied
+from dllm_rl.models.base import Policy, copied, trained_of
 from dllm_rl.models.engine import RolloutEngine
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.lora import add_lora, load_adapter
@@ -91,7 +91,7 @@ def opened(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.dev
 
 
 def make_optimizer(recipe: Settings, policy: Policy) -> torch.optim.Optimizer:
-    trainable = [p for p in policy.module.parameters() if p.requires_grad]
+    trainable = trained_of(policy.module)
     betas = (recipe.adam_beta1, recipe.adam_beta2)
     return recipe.optim(trainable, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
 

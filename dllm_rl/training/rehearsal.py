@@ -22,7 +22,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.sharding import in_pace
 from dllm_rl.files import remove
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Policy, trained_of
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tokens import encode
 from dllm_rl.recipe import Recipe
@@ -100,7 +100,7 @@ def made_up_advantages(recipe: Recipe) -> Float[Tensor, "P G"]:
 def save_once(recipe: Recipe, policy: Policy) -> None:
     """Write a checkpoint where the run will, with room for the optimiser's state, and delete it."""
     folder = Path(recipe.directory) / REHEARSAL
-    trained = [p for p in policy.module.parameters() if p.requires_grad]
+    trained = trained_of(policy.module)
     moments = MOMENTS.get(recipe.optim, 0) * sum(p.numel() for p in trained)
     try:
         state = TrainingState.first(recipe, policy)
@@ -114,7 +114,7 @@ def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
     """The policy as RL will train it, with adapters if there are any, on the same weights; no gradient is left."""
     module = policy.module
     learner = policy
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trained = trained_of(module)
     if recipe.lora is not None and policy.lora is None:
         shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
         learner = copy.copy(policy)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.diagnostics.batch_invariance import GROUPED
-from dllm_rl.models.base import Module, Policy, position_ids
+from dllm_rl.models.base import Module, Policy, position_ids, trained_of
 from dllm_rl.models.forward.blocks import backbone_of, blocks_of
 from dllm_rl.models.logprobs import backward_token_logprobs, chunk_rows, token_logprobs
 from dllm_rl.models.merge import merged_state
@@ -138,7 +138,7 @@ def measure_step(
     with FakeTensorMode(allow_non_fake_inputs=True), GroupedShapes(), LiveBytes() as live:
         with live.measured(held, "weights"):
             policy.module = forget_data(module, dtype, recipe.base_quantization)
-        trained = [p for p in policy.module.parameters() if p.requires_grad]
+        trained = trained_of(policy.module)
         if recipe.lora is not None:
             held["adapters"] = sum(p.nbytes for p in trained)
             held["weights"] -= held["adapters"]
