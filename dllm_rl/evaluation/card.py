@@ -22,7 +22,7 @@ def read_card(path: Path) -> list[dict[str, Any]]:
     if path.is_file() and path.stat().st_size > LARGEST:
         raise ValueError(f"{path} is larger than {LARGEST >> 20} MiB; give the results.json of an evaluation")
     found = read_json(path)
-    rows = [flat(row) for row in (found if isinstance(found, list) else [found])]
+    rows = list(map(flat, found if isinstance(found, list) else [found]))
     for number, row in enumerate(rows, 1):
         for name, value in row.items():
             nested = isinstance(value, list) and {list, dict} & set(map(type, value))
@@ -38,8 +38,10 @@ def flat(row: Any) -> dict[str, Any]:
     """The settings of KINDS, None where the row has none, and those of its task as settings.NAME."""
     whole = row if isinstance(row, dict) else {}
     own = whole.get("settings")
-    found = {name: whole.get(name) for name in KINDS}
-    return found | {f"settings.{name}": value for name, value in (own.items() if isinstance(own, dict) else ())}
+    found = dict(zip(KINDS, map(whole.get, KINDS), strict=True))
+    for name, value in own.items() if isinstance(own, dict) else ():
+        found[f"settings.{name}"] = value
+    return found
 
 
 def differences(row: Mapping[str, Any], others: Sequence[Mapping[str, tuple[Any, ...]]]) -> list[tuple[str, ...]]:

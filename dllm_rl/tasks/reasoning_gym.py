@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
@@ -50,7 +50,7 @@ def coloring(fields: Fields, completion: str) -> Reward:
 def course_order(fields: Fields, completion: str) -> Reward:
     """The strict answer has each course once, and in each pair the second before the first [ours]."""
     words = (final_answer(completion) or "").strip("[]").replace(",", " ").split()
-    place = {word: at for at, word in enumerate(words)}
+    place = dict(zip(words, range(len(words)), strict=True))
     courses = set(map(str, range(fields["count"])))
     whole = len(words) == len(courses) and set(words) == courses
     right = whole and all(place[str(b)] < place[str(a)] for a, b in fields["pairs"])
@@ -64,7 +64,9 @@ def _graded(parsed: bool, right: bool) -> Reward:
 
 def _read(entry: Fields) -> Drawn | None:
     """None: a schedule without an order. The generator asks whether there is an order; our question asks for it."""
-    question, answer, facts = (entry[name] for name in ("question", "answer", "metadata"))
+    question = entry["question"]
+    answer = entry["answer"]
+    facts = entry["metadata"]
     if "numbers" in facts:
         fields = {"numbers": facts["numbers"], "target": facts.get("target", 24)}
         return question, fields, answer, repr(sorted(facts["numbers"])), ""
@@ -79,10 +81,15 @@ def _read(entry: Fields) -> Drawn | None:
         filled = re.sub(r": \d+", f": {BLANK}", answer)
         return question, fields | {"colors": graph["num_colors"]}, answer, repr(fields), filled
     if "puzzle" in facts:
-        puzzle, solution = ("".join(map(str, chain.from_iterable(facts[name]))) for name in ("puzzle", "solution"))
+        puzzle = _joined(facts["puzzle"])
+        solution = _joined(facts["solution"])
         blanks = lines(puzzle.replace("0", BLANK))
         return question, {"puzzle": puzzle, "solution": solution}, answer, solution, blanks
     return question, {"answer": str(answer)}, str(answer), question, ""
+
+
+def _joined(grid: Sequence[Sequence[int]]) -> str:
+    return "".join(map(str, chain.from_iterable(grid)))
 
 
 def _read_graph(names: tuple[str, ...], row: Fields, _: str) -> dict[str, Any]:
