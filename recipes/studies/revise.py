@@ -15,7 +15,7 @@ RATE has the best mean of "edits, 4" on seeds 100 to 102 among RATES (`tune`), o
 `plain` has nothing to choose. The contrasts below were written before the runs of `main`. After them "plain, elbo" was
 added, of which nothing is claimed: elbo() also draws other masks than trajectory(), with edits or without.
 
-    python -m recipes.studies.revise                  run what is missing, then print the tables
+    python -m recipes.studies.revise                  run what is missing, then write revise.json, print the tables
     python -m recipes.studies.revise tune             run the rates, then print their table
 """
 
@@ -27,12 +27,25 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl import elbo, none, soft_edit
-from recipes.studies.paired import Contrast, Study, arm_rows, load, main, markdown, run_missing
+from dllm_rl.files import write_json
+from recipes.studies.paired import (
+    Contrast,
+    Results,
+    Study,
+    arm_rows,
+    contrast_rows,
+    load,
+    main,
+    markdown,
+    run_missing,
+)
 from recipes.sudoku_revise import recipe, unmask_in_four
 
 FORWARDS = (2, 4, 8)
 RATE = 0.2
 RATES = (0.05, 0.1, 0.2, 0.4)
+STORED = Path(__file__).with_suffix(".json")  # every run
+CLAIMS = ("stated before the runs", "seeds", "difference, 95 %", "above 0", "p", "Holm's p")
 
 base = replace(
     recipe,
@@ -85,5 +98,17 @@ def tune(root: Path) -> None:
     print(markdown(arm_rows(rates, load(root))))
 
 
+def tables(results: Results) -> str:
+    """The tables of revise.md."""
+    arms = markdown(arm_rows(study, results), ("arm", "seeds", "after", "less", "difference, 95 %"))
+    claims = markdown(contrast_rows(study, results), CLAIMS)
+    return f"{arms}\n{claims}"
+
+
 if __name__ == "__main__":
-    tune(Path("runs/revise-rates")) if sys.argv[1:] == ["tune"] else main(study, __doc__)
+    if sys.argv[1:] == ["tune"]:
+        tune(Path("runs/revise-rates"))
+    else:
+        found = main(study, __doc__)
+        write_json(STORED, list(found.values()))
+        print(tables(found))

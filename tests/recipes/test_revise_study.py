@@ -1,5 +1,6 @@
 """The recipe and the study of a sampler that revises, cut short: equal forwards, edits and their record, its claims."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -49,3 +50,9 @@ def test_every_claim_is_of_two_arms_with_as_many_forwards():
         assert {claim.arm, claim.against} <= set(revise.ARMS)
         assert claim.arm.split(", ")[-1] == claim.against.split(", ")[-1]
     assert set(revise.study.against.values()) <= set(revise.ARMS) and revise.RATE in revise.RATES
+
+
+def test_the_tables_are_those_of_the_stored_runs():
+    stored = json.loads(revise.STORED.read_text())
+    results = {(run["arm"], run["seed"]): run for run in stored}
+    assert revise.tables(results) in revise.STORED.with_suffix(".md").read_text()
