@@ -127,8 +127,8 @@ def _check_infilling(
     """Raise ValueError where prompts with open positions cannot be filled in, or a row has nothing to fill."""
     assert prompts.open is not None
     if policy.spec.attention != "full":
-        wrong = f"with {policy.spec.attention!r} attention a gap does not see what follows it"
-        raise ValueError(f"prompts have open positions, and {wrong}; use a model of full attention")
+        wrong = f"attention is {policy.spec.attention!r} and a gap would not see what follows it"
+        raise ValueError(f"prompts have open positions, but {wrong}; use a model of full attention")
     if cache is not None:
         raise ValueError(f"cache={cache} keeps what surrounds a block, but open positions lie apart; use cache=None")
     if approximate_early_exit:
