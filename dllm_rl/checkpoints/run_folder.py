@@ -39,8 +39,8 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     try:
         lock(directory / LOCK)
     except BlockingIOError as error:
-        held = f"is another run's, {error.strerror}"
-        raise ValueError(f"output_dir={str(directory)!r} {held}; stop it, or give another") from None
+        whose = f"is another run's, {error.strerror}"
+        raise ValueError(f"output_dir={str(directory)!r} {whose}; stop it, or give another") from None
     except OSError as error:
         raise OSError(f"output_dir={str(directory)!r} cannot be written ({error.strerror}); give another") from None
     recover(directory / "reference")  # a kill may have left it between two names
