@@ -30,7 +30,10 @@ def surrogate_inputs(surrogate: Callable) -> frozenset[str]:
     further = list(inspect.signature(surrogate).parameters.values())[3:]  # behind log_ratio, advantages, mask
     for p in further:
         if p.name not in OFFERED and p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-            raise ValueError(f"the surrogate takes {p.name!r}, which is not one of {', '.join(OFFERED)}; bind it")
+            raise ValueError(
+                f"the surrogate takes {p.name!r}, which is not one of {', '.join(OFFERED)}; bind it with "
+                "functools.partial"
+            )
     return frozenset(p.name for p in further if p.name in OFFERED and p.default is p.empty)
 
 

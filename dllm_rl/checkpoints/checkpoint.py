@@ -202,7 +202,9 @@ def locate(
     if which != "latest":
         path = Path(which)
         if not is_checkpoint(path):
-            raise ValueError(f"resume_from_checkpoint={which!r} is not a checkpoint folder; give one, or 'latest'")
+            raise ValueError(
+                f"resume_from_checkpoint={which!r} is not a checkpoint folder (no state.json); give one, or 'latest'"
+            )
         check(path, quick=quick)
         return path
     skipped = []

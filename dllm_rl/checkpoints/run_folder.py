@@ -39,8 +39,9 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     try:
         lock(directory / LOCK)
     except BlockingIOError as error:
-        whose = f"is another run's, {error.strerror}"
-        raise ValueError(f"output_dir={str(directory)!r} {whose}; stop it, or give another") from None
+        raise ValueError(
+            f"output_dir={str(directory)!r} is being written by another run, {error.strerror}; stop it, or give another"
+        ) from None
     except OSError as error:
         raise OSError(f"output_dir={str(directory)!r} cannot be written ({error.strerror}); give another") from None
     recover(directory / "reference")  # a kill may have left it between two names
@@ -84,7 +85,9 @@ def _check_recipe(recipe: Settings, state: TrainingState) -> None:
         raise ValueError(f"the checkpoint is of another kind of run, without {lacking}; give its folder as --model")
     for name, value in settings.items():
         if name not in FREE and before[name] != value:
-            raise ValueError(f"{name}={value!r} differs from the checkpoint's {before[name]!r}; give the same recipe")
+            raise ValueError(
+                f"{name}={value!r} differs from the checkpoint's {before[name]!r}; resume with the same recipe"
+            )
     if recipe.num_steps < state.step:
         raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {state.step}; give more")
     then = before["lr_schedule_steps"] or before["num_steps"]

@@ -140,7 +140,10 @@ def make_accelerator(
             "with distributed_type: MULTI_GPU and use_cpu: true, like recipes/accelerate/cpu_2.yaml"
         )
     if accelerator.device.type != wanted.type:
-        raise RuntimeError(f"device={wanted.type} is wanted, but Accelerate is on {accelerator.device}: restart Python")
+        raise RuntimeError(
+            f"device={wanted.type} is wanted, but Accelerate is on {accelerator.device}, as an earlier Accelerator of "
+            "this process was made to be: start a new process"
+        )
     return accelerator
 
 

@@ -287,7 +287,10 @@ def _replayed(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Noise:
         )
     params = rollout.sampling_params
     if params.filters and params.support != "own":
-        raise ValueError(f"sampling_support={params.support!r}: kept sets are of the last writing alone; use 'own'")
+        raise ValueError(
+            f"sampling_support={params.support!r}: a rollout that revises records what a filter kept at each "
+            "position's last writing alone; use sampling_support='own'"
+        )
     masked = []
     scored = []
     for each in step:

@@ -35,9 +35,15 @@ def blank(policy: Policy, rollout: Rollout, noise: Noise) -> Integer[Tensor, "N 
 def as_sampled(noise: Noise, rollout: Rollout) -> Noise:
     """The masks with the sampler's recorded experts. Raises ValueError where none are recorded."""
     if rollout.experts is None:
-        raise ValueError("router_replay='R3' needs experts that its sampler did not note; use router_replay=None")
+        raise ValueError(
+            "router_replay='R3' needs the rollout's experts, which its sampler did not note; sample with unmask, or "
+            "set router_replay=None"
+        )
     if noise.step is not None:
-        raise ValueError("router_replay='R3': experts are of a position's last writing alone; use router_replay=None")
+        raise ValueError(
+            "router_replay='R3': a rollout that revises (remask, soft_edit) records the experts of each position's "
+            "last writing alone; leave router_replay at None"
+        )
     routed = noise.weight != 0
     if noise.left is not None:  # no token was drawn there, so that no experts are recorded
         routed &= ~noise.left

@@ -76,7 +76,10 @@ def conversation_ids(
         before = chat.rendered(turns[:i], answered=True)
         after = chat.rendered(turns[: i + 1])
         if not (whole.startswith(after) and after.startswith(before)):
-            raise ValueError(f"messages: the chat template does not write message {i} as the continuation; give a row")
+            raise ValueError(
+                f"messages: the chat template does not write message {i} as the continuation of those before it; give "
+                "a row for each turn, with prompt and completion as text"
+            )
         pieces.append((chat.ids(whole[done : len(before)]), False))  # up to where `prompt_ids` of these messages end
         pieces.append((chat.ids(whole[len(before) : len(after)]), True))
         done = len(after)
@@ -91,7 +94,9 @@ class _Chat:
         if not turns or not all({"role", "content"} <= set(turn) for turn in turns):
             raise ValueError(f"prompt={messages!r} is neither text nor chat messages, each with role and content")
         if not getattr(policy.tokenizer, "chat_template", None):
-            raise ValueError("the tokenizer has no chat template; give plain text (chat=False, no --chat)")
+            raise ValueError(
+                "prompt is a chat, but the tokenizer has no chat template; give plain text (chat=False, no --chat)"
+            )
         self.policy = policy
         self.blank = blank
         self.specials = [*([] if blank is None else [blank]), *special_texts(policy.tokenizer)]

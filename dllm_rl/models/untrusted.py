@@ -29,7 +29,10 @@ def check_regular(folder: Path) -> None:
 def check_plain(raw: dict[str, Any], folder: Path) -> None:
     """Raise ValueError on weights that another tool quantised."""
     if raw.get("quantization_config") is not None:
-        raise ValueError(f"{folder}: config.json has a quantization_config; give the checkpoint in 16 or 32 bits")
+        raise ValueError(
+            f"{folder}: config.json has a quantization_config; give the checkpoint in 16 or 32 bits, and quantise it "
+            "with base_quantization or rollout_quantization"
+        )
 
 
 def without_code(fields: Any) -> Any:

@@ -50,7 +50,9 @@ class Choose:
         canvas.by_draws = canvas.revised and not greedy and ("tokens" in needs or "changed" in self.revising)
         self.noisy = is_plackett_luce(rank)
         if self.noisy and not order_has_law(rank, commit):
-            raise ValueError(f"commit={name_of(commit)} cannot use rank=plackett_luce's noisy scores; use schedule")
+            raise ValueError(
+                f"commit={name_of(commit)} cannot use rank=plackett_luce's noisy scores; use schedule or late_schedule"
+            )
         # Without chance, or with a rank of the state alone, the order does not depend on what is drawn.
         self.has_order_law = order_has_law(rank, commit) and not greedy
         canvas.order_rank = rank if self.noisy and self.has_order_law else None

@@ -79,7 +79,10 @@ def revising_inputs(commit: Callable) -> frozenset[str]:
     taken = frozenset(p.name for p in parameters if p.name in OFFERED and p.default is p.empty)
     kinds = sorted(taken & KINDS, key=OFFERED.index)
     if len(kinds) > 1:
-        raise ValueError(f"commit={name_of(commit)} takes {' and '.join(kinds)} of a position: take one of them")
+        raise ValueError(
+            f"commit={name_of(commit)} takes {' and '.join(kinds)}, which say different things of a position that it "
+            "picks: take one of them"
+        )
     return taken if kinds else frozenset()
 
 
@@ -113,7 +116,9 @@ def revise(
     committed, num_chosen, reopened = torch.stack([chosen & turn.masked, chosen, again]).sum(-1).cpu()
     check_last_step(commit, turn, committed)
     if ((turn.steps_left == 1) & (reopened > 0)).any():
-        raise ValueError(f"commit={name_of(commit)} masked positions again in the last step of a block, which must not")
+        raise ValueError(
+            f"commit={name_of(commit)} masked positions again in the last step of a block; it must not by then"
+        )
     return Decision(
         chosen,
         num_chosen=num_chosen,

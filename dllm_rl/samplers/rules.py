@@ -97,7 +97,10 @@ def rank_inputs(rank: Callable) -> frozenset[str]:
     parameters = inspect.signature(rank).parameters.values()
     unknown = [p.name for p in parameters if p.name not in OFFERED and p.default is p.empty]
     if unknown:
-        raise ValueError(f"rank {name_of(rank)} takes {unknown[0]!r}, which is none of {', '.join(OFFERED)}; bind it")
+        raise ValueError(
+            f"rank {name_of(rank)} takes {unknown[0]!r}, which is not one of {', '.join(OFFERED)}; "
+            "bind it with functools.partial"
+        )
     return frozenset(p.name for p in parameters if p.name in OFFERED)
 
 
@@ -195,6 +198,9 @@ def steps_per_block(num_steps: int | None, sizes: list[int]) -> list[int]:
     if num_steps is None:
         return sizes
     if num_steps < len(sizes):
-        raise ValueError(f"num_steps={num_steps} is fewer than the {len(sizes)} blocks; use at least {len(sizes)}")
+        raise ValueError(
+            f"num_steps={num_steps} is fewer than the {len(sizes)} blocks, each of which needs one; "
+            f"use at least {len(sizes)}"
+        )
     each, remainder = divmod(num_steps, len(sizes))
     return [each + (i < remainder) for i in range(len(sizes))]

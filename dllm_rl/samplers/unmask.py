@@ -114,7 +114,10 @@ def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None
     if length < least or size < 1:
         raise ValueError(f"max_new_tokens={length} and block_size={size} must both be at least 1")
     if attention == "block_causal" and size != policy.spec.block_size:
-        raise ValueError(f"block_size={size} is not the policy's {policy.spec.block_size}; leave it at None")
+        raise ValueError(
+            f"block_size={size} is not the policy's: its blocks are of {policy.spec.block_size}; "
+            "leave block_size at None"
+        )
     if cache is not None:
         cache.check(attention)
     check_fits(policy, prompts, length)

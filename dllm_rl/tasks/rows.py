@@ -115,7 +115,10 @@ def load_split(path: str | Path | None, split: str, dataset: tuple[str, str | No
         loaded = datasets.load_dataset(name, configuration, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"data set {name} (split {split}) is not here ({reason}); give path= its file") from None
+        raise ValueError(
+            f"data set {name} (split {split}) is not here and could not be fetched ({reason}); "
+            f"give path= the file or folder that holds it"
+        ) from None
     return tuple((f"{name} {split}, row {number}", dict(row)) for number, row in enumerate(loaded, 1))
 
 

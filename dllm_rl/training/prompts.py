@@ -59,7 +59,10 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
         return 0
     new = max(trained, evaluated)
     if new >= limit:
-        raise ValueError(f"max_new_tokens={new} leaves no room for a prompt in the model's {limit} positions; lower it")
+        raise ValueError(
+            f"max_new_tokens={new} leaves no room for a prompt in the model's {limit} positions; "
+            "lower it (--sampler.max_new_tokens, --eval_sampler.max_new_tokens)"
+        )
     most = recipe.max_prompt_length
     if most is not None and most + trained > limit:
         both = f"max_prompt_length={most} and max_new_tokens={trained}"

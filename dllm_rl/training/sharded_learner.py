@@ -96,7 +96,8 @@ def check_module(module: Module, size: int) -> None:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if id(parameter) in inside and not name.startswith(f"{module.base_model_prefix}."):
             raise ValueError(
-                f"shard_size={size}: {name} of {type(module).__name__} is tied to the backbone's embeddings; use 1"
+                f"shard_size={size}: {name} of {type(module).__name__} is tied to the backbone's embeddings: two "
+                "shards would hold it; use shard_size=1"
             )
 
 

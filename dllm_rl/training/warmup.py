@@ -36,10 +36,14 @@ def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int
     scored = []
     for problem, prompt in zip(problems, prompts, strict=True):
         if problem.solution is None:
-            raise ValueError(f"solution is None for the problem {problem.prompt!r}; warm-up needs a solution")
+            raise ValueError(
+                f"solution is None for the problem {problem.prompt!r}; warm-up needs a reference completion"
+            )
         answer = text_ids(policy, problem.solution)
         if len(answer) > max_new_tokens:
-            raise ValueError(f"max_new_tokens={max_new_tokens} is too short for the solution {problem.solution!r}")
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} is too short for a solution of {len(answer)}: {problem.solution!r}"
+            )
         left = width - len(prompt)
         spare = max_new_tokens - len(answer)
         # A diffusion model generates all end tokens, a causal one stops at the first.

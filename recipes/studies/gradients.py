@@ -190,7 +190,7 @@ def of_orders(networks: int, *, batch: int = 128) -> dict[str, list[str]]:
             theirs = {order: contributions(behaviour, rollout, noises[order], laws[order]).sum(-1) for order in laws}
             scores = {order: per_outcome(toy, ours[order][:, None])[:, 0] for order in laws}
             p, q = ours["law"].detach().exp(), theirs["law"].detach().exp()
-            p, q = (torch.where(x > 1e-8, x, 0) for x in (p, q))  # the floor stands for 0
+            p, q = map(without_floor, (p, q))
             advantages = rewards - q @ rewards
             truth = torch.einsum("b,bw->w", p * advantages, scores["law"])
             for order, weighted in product(laws, (False, True)):
@@ -202,6 +202,11 @@ def of_orders(networks: int, *, batch: int = 128) -> dict[str, list[str]]:
         for name, rows in numbers.items():
             found.setdefault(name, []).append(shown(*(median(column) for column in zip(*rows, strict=True))))
     return found
+
+
+def without_floor(chances: torch.Tensor) -> torch.Tensor:
+    """0 for an order that the ranks rule out: `models.order` gives it a log-prob of LEAST, and not of -inf."""
+    return torch.where(chances > 1e-8, chances, 0)
 
 
 def in_every_order(toy: ToyPolicy, temperature: float | None) -> Rollout:
@@ -231,7 +236,8 @@ def along_a_line(toy: ToyPolicy, rank: str, generator: torch.Generator, *, point
         moving.weights = [(a + place * (b - a)).requires_grad_() for a, b in zip(starts, ends, strict=True)]
         logps = {each: contributions(moving, rollout, noises[each], laws[each]).sum(-1) for each in laws}
         chances = logps["law"].detach().exp()
-        chances = torch.where(chances > 1e-8, chances, 0) if temperature is None else chances  # the floor stands for 0
+        if temperature is None:
+            chances = without_floor(chances)
         if place in (0.0, 1.0):
             change += (2 * place - 1) * float(chances @ rewards)
             continue

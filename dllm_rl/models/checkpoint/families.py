@@ -61,7 +61,9 @@ def _refuse(raw: dict, **supported: Any) -> None:
     """Raise ValueError on a field whose value is not the one that the stock class computes."""
     for key, value in supported.items():
         if raw.get(key) not in (None, value):
-            raise ValueError(f"{key}={raw[key]!r} is not supported for {raw['architectures'][0]}; only {key}={value!r}")
+            raise ValueError(
+                f"{key}={raw[key]!r} is not supported for {raw['architectures'][0]}; only {key}={value!r} is"
+            )
 
 
 def llada(raw: dict) -> tuple[type, LlamaConfig]:
@@ -88,7 +90,10 @@ def llada(raw: dict) -> tuple[type, LlamaConfig]:
 def llada_moe(raw: dict) -> tuple[type, Qwen3MoeConfig]:
     """LLaDA-MoE-7B-A1B: a Qwen3-MoE whose chosen experts' weights are not normalised."""
     if raw.get("moe_router_enable_expert_bias"):
-        raise ValueError("moe_router_enable_expert_bias=True is not supported; use a checkpoint without it")
+        raise ValueError(
+            "moe_router_enable_expert_bias=True adds the bias to the experts' weights, which is not supported; "
+            "use a checkpoint without it"
+        )
     _refuse(raw, moe_router_score_function="softmax", qk_layernorm=True, routed_scaling_factor=1)
     _refuse(raw, shared_expert_intermediate_size=0, partial_rotary_factor=1, clip_qkv=0, router_num_group=1)
     fields = _fields(

@@ -137,7 +137,10 @@ def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> N
     for field in ("num_hidden_layers", "n_layers", "n_layer"):
         number = raw.get(field)
         if number is not None and not (isinstance(number, int) and 0 <= number <= most):
-            raise ValueError(f"{folder or 'config.json'}: {field}={number!r} is not a number of layers; correct it")
+            raise ValueError(
+                f"{folder or 'config.json'}: {field}={number!r} is not a number of layers that {most} tensors could "
+                "hold; correct config.json"
+            )
 
 
 @torch.no_grad()
@@ -219,7 +222,9 @@ def find_mask_id(config: Any, tokenizer: Tokenizer, family: FamilySpec) -> int:
             f"{tokenizer.mask_token_id}; correct one of them"
         )
     if not 0 <= found < config.vocab_size:
-        raise ValueError(f"mask_token_id={found} is outside the vocabulary of {config.vocab_size} tokens; correct it")
+        raise ValueError(
+            f"mask_token_id={found} is outside the vocabulary of {config.vocab_size} tokens; set it in config.json"
+        )
     return found
 
 

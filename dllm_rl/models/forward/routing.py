@@ -82,7 +82,10 @@ class Routing(TorchFunctionMode):
         """The last forward's experts, of `rows` rows and, if packed, `columns` clean columns; bytes where ids fit."""
         taken = [ids for ids in self.taken if ids is not None]
         if not taken or len(taken) < len(self.layers) or len({ids.shape for ids in taken}) > 1:
-            raise ValueError(f"{len(taken)} of {len(self.layers)} mixtures chose by one topk; use router_replay=None")
+            raise ValueError(
+                f"router_replay: {len(taken)} of {len(self.layers)} mixtures chose among their experts by one topk of "
+                "like size; set router_replay=None"
+            )
         narrow = torch.uint8 if max(map(self.num_experts, range(len(taken)))) <= 256 else torch.int16
         experts = torch.stack(taken, dim=1).to(narrow).unflatten(0, (rows, -1))
         if columns is None or experts.shape[1] == columns:

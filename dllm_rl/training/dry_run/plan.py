@@ -38,7 +38,9 @@ def published_config(path_or_id: str | Path) -> dict:
         if file.is_file():
             return json.loads(file.read_text())
     known = ", ".join(sorted(file.stem.replace("--", "/") for file in CONFIGS.glob("*.json")))
-    raise ValueError(f"model={str(path_or_id)!r} is no folder, and no config is carried for it; carried are {known}")
+    raise ValueError(
+        f"model={str(path_or_id)!r} is no checkpoint's folder, and no config is carried for it; carried are {known}"
+    )
 
 
 class MetaPolicy(DiffusionPolicy):
