@@ -9,13 +9,17 @@ doing, a format less F32 the format's. The contrasts below were written before t
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dllm_rl.algorithms import correctors as c
+from dllm_rl.files import write_json
 from recipes.engines.llama_cpp import llama_cpp
 from recipes.studies import mismatch
 from recipes.studies.paired import Contrast, Study, main
 from recipes.sudoku_tiny_llada import recipe
+
+STORED = Path(__file__).with_suffix(".json")  # every run
 
 base = replace(recipe, train_batch_size=16, kept_graphs=2, rollout_quantization=None, corrector=c.none())
 
@@ -55,4 +59,4 @@ study = Study(
 )
 
 if __name__ == "__main__":
-    main(study, __doc__, ("after", "quantised"))
+    write_json(STORED, list(main(study, __doc__, ("after", "quantised")).values()))

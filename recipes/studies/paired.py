@@ -1,4 +1,5 @@
 """Paired comparisons: every arm starts from its seed's one warmed-up model, and changes a few settings of a recipe.
+A recipe without a warm-up starts all seeds from its own model.
 
 Finished runs are kept as one JSON each below `--output_dir`; started again, a study runs what is missing, then prints
 its tables and writes them to `--output_dir`/tables.json.
@@ -88,7 +89,6 @@ def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> No
     folder = root / "runs" / path.stem
     settings: dict[str, Any] = {
         "name": f"{study.name}-{path.stem}",
-        "model": str(warm_up(study.base, seed, root / "warm" / str(seed))),
         "warmup_steps": 0,
         "seed": seed,
         "num_steps": num_steps,
@@ -97,6 +97,8 @@ def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> No
         "output_dir": str(folder),
         "resume_from_checkpoint": "latest",
     }
+    if study.base.warmup_steps:
+        settings["model"] = str(warm_up(study.base, seed, root / "warm" / str(seed)))
     kept: dict[str, Any] = {"arm": arm, "seed": seed, "num_steps": num_steps, "diverged": False}
     try:
         summary = train(replace(study.base, **(settings | study.arms[arm])))
@@ -188,6 +190,14 @@ def markdown(rows: Sequence[Mapping[str, str]], columns: Sequence[str] | None = 
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def tables(study: Study, results: Results, *more: str) -> str:
+    """The arms' rates, `more` columns and differences, then the claims, as a document holds them."""
+    columns = ["after", *(column for column in more if column not in study.metrics)]
+    arms = markdown(arm_rows(study, results, columns), ("arm", "after", *more, "difference, 95 %"))
+    claims = markdown(contrast_rows(study, results), ("stated before the runs", "difference, 95 %", "Holm's p"))
+    return f"{arms}\n{claims}"
+
+
 def write_rows(path: Path, **tables: Sequence[Mapping[str, str]]) -> None:
     """Every table with all of its columns, as JSON."""
     path.write_text(json.dumps(tables, indent=1, ensure_ascii=False) + "\n")
@@ -230,7 +240,7 @@ def run_missing(
     """Those (arm, seed) that have left no result below `root`, an arm for its number of steps; first the models that
     they start from."""
     missing = [(arm, seed) for arm, seed in runs if not result_path(root, arm, seed).exists()]
-    starts = dict.fromkeys(seed for _, seed in missing)
+    starts = dict.fromkeys(seed for _, seed in missing if study.base.warmup_steps)
     warm = ((f"warm-{s}", partial(warm_up, study.base, s, root / "warm" / str(s))) for s in starts)
     run_all(warm, root, workers)
     jobs = ((result_path(root, a, s).stem, partial(run_one, study, root, num_steps(a), a, s)) for a, s in missing)

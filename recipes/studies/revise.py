@@ -30,14 +30,13 @@ from dllm_rl import elbo, none, soft_edit
 from dllm_rl.files import write_json
 from recipes.studies.paired import (
     Contrast,
-    Results,
     Study,
     arm_rows,
-    contrast_rows,
     load,
     main,
     markdown,
     run_missing,
+    tables,
 )
 from recipes.sudoku_revise import recipe, unmask_in_four
 
@@ -45,7 +44,6 @@ FORWARDS = (2, 4, 8)
 RATE = 0.2
 RATES = (0.05, 0.1, 0.2, 0.4)
 STORED = Path(__file__).with_suffix(".json")  # every run
-CLAIMS = ("stated before the runs", "difference, 95 %", "Holm's p")
 
 base = replace(
     recipe,
@@ -98,17 +96,10 @@ def tune(root: Path) -> None:
     print(markdown(arm_rows(rates, load(root))))
 
 
-def tables(results: Results) -> str:
-    """The tables of revise.md."""
-    arms = markdown(arm_rows(study, results), ("arm", "after", "difference, 95 %"))
-    claims = markdown(contrast_rows(study, results), CLAIMS)
-    return f"{arms}\n{claims}"
-
-
 if __name__ == "__main__":
     if sys.argv[1:] == ["tune"]:
         tune(Path("runs/revise-rates"))
     else:
         found = main(study, __doc__)
         write_json(STORED, list(found.values()))
-        print(tables(found))
+        print(tables(study, found))

@@ -21,7 +21,7 @@ from dllm_rl.types import Prompts
 from recipes.engines import llama_cpp as engine
 from recipes.engines.gguf_file import as_rotated, write_gguf
 from recipes.engines.llama_cpp import llama_cpp
-from recipes.studies import engines, paired
+from recipes.studies import engines, engines_ar, paired
 
 needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="the package gguf is not installed")
 needs_wheel = pytest.mark.skipif(
@@ -204,12 +204,13 @@ def test_the_recipe_runs_in_another_format(
     assert 0 < mismatch < 0.01 and "format='F16'" in str(recipe)
 
 
-def test_every_claim_is_between_arms_of_the_study():
-    for name, changes in engines.ARMS.items():
-        made = replace(engines.base, **changes)
+@pytest.mark.parametrize("study", [engines.study, engines_ar.study], ids=lambda study: study.name)
+def test_every_claim_is_between_arms_of_the_study(study):
+    for name, changes in study.arms.items():
+        made = replace(study.base, **changes)
         assert (made.rollout_engine is None) == (not made.rolls_out_apart) == (name == "unquantised")
-    names = {name for each in engines.CONTRASTS for name in (each.arm, each.against)}
-    assert names <= set(engines.ARMS) and set(engines.study.against.values()) == {"unquantised"}
+    names = {name for each in study.contrasts for name in (each.arm, each.against)}
+    assert names <= set(study.arms) and set(study.against.values()) == {"unquantised"}
 
 
 @needs_wheel

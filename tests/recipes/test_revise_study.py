@@ -12,7 +12,7 @@ from dllm_rl.models.tokens import encode
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.training.loop import train
 from recipes import sudoku_revise
-from recipes.studies import revise
+from recipes.studies import paired, revise
 
 SHORT = "--warmup_steps 2 --num_steps 2 --train_batch_size 2 --num_generations 4 --model.num_layers 1"
 FEW = "--eval_task.size 8 --validation_task.size 8"
@@ -55,4 +55,4 @@ def test_every_claim_is_of_two_arms_with_as_many_forwards():
 def test_the_tables_are_those_of_the_stored_runs():
     stored = json.loads(revise.STORED.read_text())
     results = {(run["arm"], run["seed"]): run for run in stored}
-    assert revise.tables(results) in revise.STORED.with_suffix(".md").read_text()
+    assert paired.tables(revise.study, results) in revise.STORED.with_suffix(".md").read_text()

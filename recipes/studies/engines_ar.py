@@ -1,0 +1,43 @@
+"""The engines study's question for a pretrained causal model: SmolLM2-135M's sums, whose rollouts llama.cpp computes.
+
+No warm-up, adapters of rank 16, no KL term, 15 steps of 4 prompts x 8 completions: half of the recipe's, on its rising
+side. A seed draws the prompts, the adapters and the completions. The contrasts were written before the runs. Needs
+`.[llamacpp]`.
+
+    python -m recipes.studies.engines_ar              run what is missing, then print the tables
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from dllm_rl.algorithms.correctors import none, tis
+from dllm_rl.files import write_json
+from recipes.smollm2_arithmetic import recipe
+from recipes.studies.engines import arm
+from recipes.studies.paired import Contrast, Study, main
+
+STORED = Path(__file__).with_suffix(".json")  # every run
+
+study = Study(
+    name="engines_ar",
+    base=replace(recipe, rollout_quantization=None, corrector=none(), beta=0.0),
+    arms={
+        "unquantised": {},
+        "Q8_0": arm("Q8_0"),
+        "Q4_0": arm("Q4_0"),
+        "Q4_0 TIS": arm("Q4_0", tis()),
+    },
+    against={"Q8_0": "unquantised", "Q4_0": "unquantised", "Q4_0 TIS": "unquantised"},
+    metrics={"mean abs log-ratio": "rollout_corr/abs_log_ratio_mean", "ESS": "rollout_corr/ess"},
+    seeds=5,
+    num_steps=15,
+    contrasts=(
+        Contrast("blocks of 8 bits harm", "Q8_0", "unquantised"),
+        Contrast("blocks of 4 bits harm", "Q4_0", "unquantised"),
+        Contrast("token TIS helps under 4 bits", "Q4_0 TIS", "Q4_0"),
+    ),
+    metric="accuracy",
+)
+
+if __name__ == "__main__":
+    write_json(STORED, list(main(study, __doc__, ("after", "quantised")).values()))
