@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -43,10 +44,10 @@ class Batch(c.Structure):
     _fields_ = (("n_tokens", c.c_int32), *((name, c.c_void_p) for name in ARRAYS))
 
 
-LOG = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)
-silent = LOG(lambda *said: None)
+# Takes what llama.cpp logs and does nothing: a function of C, as one of Python may be gone when the last model closes.
+SILENT = c.cast(c.CDLL(None).getpid, c.c_void_p)
 PROTOTYPES: dict[str, tuple[Any, ...]] = {  # what comes back, then what goes in
-    "log_set": (None, LOG, c.c_void_p),
+    "log_set": (None, c.c_void_p, c.c_void_p),
     "backend_init": (None,),
     "model_default_params": (ModelParams,),
     "model_load_from_file": (c.c_void_p, c.c_char_p, ModelParams),
@@ -78,7 +79,7 @@ def library() -> c.CDLL:
         function = getattr(opened, f"llama_{name}")
         function.restype = result
         function.argtypes = arguments
-    opened.llama_log_set(silent, None)
+    opened.llama_log_set(SILENT, None)
     opened.llama_backend_init()
     return opened
 
@@ -173,21 +174,25 @@ class Llama:
         longest = int(given[1].sum(-1).max())
         self.fit(longest)
         parts = [x.split(min(self.rows, max(1, TOKENS // longest))) for x in given]
-        out = torch.cat([self.batch(*part) for part in zip(*parts, strict=True)])
-        return out[:, -width:].to(tokens.device)
+        return torch.cat([self.batch(*part, width) for part in zip(*parts, strict=True)]).to(tokens.device)
 
-    def batch(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Float[Tensor, "b T V"]:
-        """`forward` of a few rows, each of which sees its own tokens alone."""
+    def batch(self, tokens: Tensor, mask: Tensor, positions: Tensor, width: int) -> Float[Tensor, "b W V"]:
+        """`forward` of a few rows, each of which sees its own tokens alone: logits of the last `width` columns."""
+        out = torch.zeros(len(tokens), width, self.vocab_size)
+        asked = mask[:, -width:]
+        if not asked.any():  # every row has ended
+            return out
         if memory := self.lib.llama_get_memory(self.context):  # causal architectures keep keys and values
             self.lib.llama_memory_clear(memory, True)
         count = int(mask.sum())
         token, pos, row = (x.int().contiguous().numpy() for x in (tokens[mask], positions[mask], mask.nonzero()[:, 0]))
         pointers = row.ctypes.data + 4 * np.arange(count, dtype=np.uintp)
-        held = (token, None, pos, np.ones(count, np.int32), pointers, np.ones(count, np.int8))
+        # The head is the costliest product of a small model: no other column goes through it.
+        flags = F.pad(asked, (tokens.shape[1] - width, 0))[mask].numpy().astype(np.int8)
+        held = (token, None, pos, np.ones(count, np.int32), pointers, flags)
         code = self.lib.llama_decode(self.context, Batch(count, *(x if x is None else x.ctypes.data for x in held)))
         if code:
             raise RuntimeError(f"llama_decode ended with {code}")
-        out = torch.zeros(*tokens.shape, self.vocab_size)
-        found = np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), (count, self.vocab_size))
-        out[mask] = torch.from_numpy(found)
+        found = np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), (int(flags.sum()), self.vocab_size))
+        out[asked] = torch.from_numpy(found)
         return out

@@ -1,5 +1,7 @@
 """llama.cpp in the engine's place: its file, its logits, its syncs, the contract, a run; skipped without its wheel."""
 
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -181,6 +183,20 @@ def test_a_missing_or_other_wheel_is_one_line(monkeypatch, found, said):
 def test_what_llama_cpp_does_not_compute_is_refused(tmp_path, make, format, said):
     with pytest.raises(ValueError, match=said):
         write_gguf(make(), tmp_path / "a.gguf", format=format)
+
+
+LASTING = """
+from dllm_rl import tiny_llama
+from recipes.engines import llama_cpp as engine
+held = engine.llama_cpp(format="Q8_0").load(tiny_llama(characters="1234.=", causal=False))
+engine.Llama.batch = lambda *given: held  # keeps this module's names until the engine's own are gone
+"""
+
+
+@needs_wheel
+@pytest.mark.slow
+def test_a_model_that_closes_last_ends_the_process_well():
+    subprocess.run([sys.executable, "-c", LASTING], check=True)
 
 
 @needs_wheel
