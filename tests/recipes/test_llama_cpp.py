@@ -186,9 +186,11 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path, make, format, said
 
 
 LASTING = """
+import torch
 from dllm_rl import tiny_llama
 from recipes.engines import llama_cpp as engine
 held = engine.llama_cpp(format="Q8_0").load(tiny_llama(characters="1234.=", causal=False))
+held.logits(torch.ones(1, 4).long(), torch.ones(1, 4).bool())
 engine.Llama.batch = lambda *given: held  # keeps this module's names until the engine's own are gone
 """
 
