@@ -1,7 +1,7 @@
 """The engines study's question for a pretrained causal model: SmolLM2-135M's sums, whose rollouts llama.cpp computes.
 
-No warm-up, adapters of rank 16, no KL term, 15 steps of 4 prompts x 8 completions: half of the recipe's, on its rising
-side. A seed draws the prompts, the adapters and the completions. The contrasts were written before the runs. Needs
+No warm-up, adapters of rank 16, no KL term, 12 steps of 4 prompts x 8 completions: the rising part of the
+recipe's 30. A seed draws the prompts, the adapters and the completions. The contrasts were written before the runs. Needs
 `.[llamacpp]`.
 
     python -m recipes.studies.engines_ar              run what is missing, then print the tables
@@ -30,7 +30,7 @@ study = Study(
     against={"Q8_0": "unquantised", "Q4_0": "unquantised", "Q4_0 TIS": "unquantised"},
     metrics={"mean abs log-ratio": "rollout_corr/abs_log_ratio_mean", "ESS": "rollout_corr/ess"},
     seeds=5,
-    num_steps=15,
+    num_steps=12,
     contrasts=(
         Contrast("blocks of 8 bits harm", "Q8_0", "unquantised"),
         Contrast("blocks of 4 bits harm", "Q4_0", "unquantised"),
