@@ -1,7 +1,7 @@
 """The engines study's question for a pretrained causal model: SmolLM2-135M's sums, whose rollouts llama.cpp computes.
 
-No warm-up, adapters of rank 16, no KL term, 12 steps of 4 prompts x 8 completions: the rising part of the
-recipe's 30. A seed draws the prompts, the adapters and the completions. The contrasts were written before the runs. Needs
+No warm-up, adapters of rank 16, no KL term, 12 steps of 4 prompts x 8 completions: the rising part of the recipe's 30.
+A seed draws the prompts, the adapters and the completions. The contrasts were written before the runs. Needs
 `.[llamacpp]`.
 
     python -m recipes.studies.engines_ar              run what is missing, then print the tables
