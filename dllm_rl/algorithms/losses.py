@@ -165,7 +165,9 @@ def exp_ratio(log_ratio: Tensor) -> Tensor:
 
 
 def kl_k1(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """k1 = -d, d = logp_reference - logp_current: unbiased for KL(current || reference), per token, nats."""
+    """k1 = -d, d = logp_reference - logp_current: unbiased for KL(current || reference), per token, nats.
+
+    In a loss its mean gradient is 0 on-policy, as that of any log-prob is [ours]."""
     return -log_ratio
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dllm_rl.algorithms.advantages import takes_parts
 from dllm_rl.algorithms.correctors import no_weights
-from dllm_rl.algorithms.losses import ppo_clip
+from dllm_rl.algorithms.losses import kl_k1, ppo_clip
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.rules import is_plackett_luce, name_of, order_has_law, rank_inputs
 
@@ -28,6 +28,11 @@ def cautions(recipe: Recipe) -> list[str]:
         said.append(
             f"dtype='bfloat16' without lora and learning_rate={recipe.learning_rate}: bf16 weights above {steps:.1g} "
             "round such updates away; use --dtype float32 --bf16, whose weights are fp32 and whose products are bf16"
+        )
+    if recipe.beta and recipe.kl is kl_k1:
+        said.append(
+            f"beta={recipe.beta:g} with kl=kl_k1: the mean gradient of k1 is 0 where the learner drew the tokens, and "
+            "only noise is added; use kl_k2 or kl_k3"
         )
     said += of_the_clip(recipe) + of_the_likelihood(recipe)
     rewards, parts = made_up_rewards(recipe)

@@ -6,6 +6,7 @@ import math
 import torch
 from likelihood_toys import TablePolicy
 
+from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.types import Rollout, SamplingParams
 
 
@@ -66,3 +67,18 @@ def as_rollout(policy: TablePolicy, keys, **options) -> Rollout:
     made = policy.rollout(tokens, unmask_step=torch.cat([ahead, steps], 1), open_step=torch.cat([ahead, opened], 1))
     params = SamplingParams(**options, suppress=made.sampling_params.suppress)
     return Rollout(**{**vars(made), "sampling_params": params, "order_logprobs": torch.zeros(made.tokens.shape)})
+
+
+def total(policy, rollout, **options):
+    """The estimate of each row by `trajectory`."""
+    estimator = lik.trajectory(**options)
+    return estimator.logprobs(policy, rollout, estimator.draw(rollout, torch.Generator())).sum(-1)
+
+
+def missing_order(policy, rollout, found, *, atol):
+    """How far a row's log-prob is off, at most, where the order is taken as given. Every outcome's log-prob is right to
+    `atol`, and all of them together are 1."""
+    expected = torch.tensor(list(found.values()))
+    torch.testing.assert_close(expected.sum(), torch.tensor(1.0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(total(policy, rollout), expected.log(), rtol=0, atol=atol)
+    return (total(policy, rollout, order="given") - expected.log()).abs().max().item()

@@ -9,7 +9,7 @@ from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import leave_one_out
 from dllm_rl.algorithms.correctors import none, tbpo
-from dllm_rl.algorithms.losses import ppo_clip
+from dllm_rl.algorithms.losses import kl_k1, kl_k2, ppo_clip
 from dllm_rl.likelihoods.estimators import elbo, one_step, trajectory
 from dllm_rl.models.lora import lora_r16
 from dllm_rl.monitoring.health import PATIENCE
@@ -35,6 +35,17 @@ def test_greedy_rollouts():
         assert "sampler.temperature=0 is greedy" in said and "\n" not in said
     by_default = partial(autoregress, max_new_tokens=16)  # temperature 1
     assert cautions(replace(tiny_recipe_ar("x"), sampler=by_default)) == []
+
+
+def test_a_kl_term_without_a_gradient():
+    (said,) = cautions(tiny_recipe("x", beta=0.1, kl=kl_k1))
+    assert "beta=0.1 with kl=kl_k1" in said and said.endswith("use kl_k2 or kl_k3")
+    assert cautions(tiny_recipe("x", beta=0.1)) == cautions(tiny_recipe("x", kl=kl_k1)) == []
+    logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    logps = logits.log_softmax(-1)
+    for kl, mean_is_zero in ((kl_k1, True), (kl_k2, False)):
+        mean = (logps.detach().exp() * kl(0.0 - logps[None])[0]).sum()
+        assert (torch.autograd.grad(mean, logits, retain_graph=True)[0].abs().max() < 1e-12) == mean_is_zero
 
 
 def test_one_completion_a_group():

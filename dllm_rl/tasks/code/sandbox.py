@@ -104,6 +104,7 @@ def plain(text: str) -> Any:
     return ast.literal_eval(Floats().visit(ast.parse(text.strip(), mode="eval")))
 
 
+# What `exec` runs below is a stranger's program: only here, behind `enter`, where nothing of the machine is in reach.
 def serve(asked: Any, answer: Any) -> None:
     """The child: runs the program, then answers calls of its function, by an error's name if it raises."""
     code, entry_point = plain(asked.readline())
