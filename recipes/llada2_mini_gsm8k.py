@@ -4,14 +4,20 @@ Not run yet: no results.
 """
 
 from dataclasses import replace
+from functools import partial
 
-from dllm_rl import main, trajectory
+from dllm_rl import main, max_prob, trajectory
+from recipes.llada_8b_gsm8k import in_blocks
 from recipes.llada_8b_gsm8k import recipe as base
+
+by_max_prob = partial(in_blocks, rank=max_prob)  # the order of segments has no known law under `confidence`
 
 recipe = replace(
     base,
     name="llada2-mini-gsm8k",
     model="inclusionAI/LLaDA2.0-mini",
+    sampler=partial(by_max_prob, temperature=0.9),
+    eval_sampler=partial(by_max_prob, temperature=0.0),
     likelihood=trajectory(num_segments=8),
     gradient_checkpointing=True,
 )

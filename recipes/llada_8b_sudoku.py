@@ -1,4 +1,4 @@
-"""LLaDA-8B-Instruct learns 4x4 Sudoku: d1's settings (arXiv 2504.12216), FP8 rollouts, adaptive importance weights.
+"""LLaDA-8B-Instruct learns 4x4 Sudoku: d1's settings (arXiv 2504.12216), FP8 rollouts.
 
 Written for one GPU of 80 GB or more. Estimates, no step has been timed: --dry_run counts 56 GB at most (with a copy in
 FP8, and 6 rows of 512 tokens kept for their backward; 34 with --gradient_checkpointing), and an H200's measured rates
@@ -8,7 +8,7 @@ rows at a time (81 GB). Not run yet: no results.
 
 from functools import partial
 
-from dllm_rl import Lora, Recipe, Sudoku, ais, float8_dynamic, kl_k3, main, one_step, ppo_clip, unmask
+from dllm_rl import Lora, Recipe, Sudoku, float8_dynamic, kl_k3, main, one_step, ppo_clip, unmask
 
 in_blocks = partial(unmask, max_new_tokens=256, num_steps=128, block_size=32)
 puzzles = partial(Sudoku, clues=8, prompt_format="text", opening="<reasoning>", reward_rule="d1")
@@ -23,8 +23,7 @@ recipe = Recipe(
     eval_task=puzzles(split="test", size=256),
     sampler=partial(in_blocks, temperature=0.3),
     eval_sampler=partial(in_blocks, temperature=0.0),
-    likelihood=one_step(prompt_mask=0.15),
-    corrector=ais(),
+    likelihood=one_step(prompt_mask=0.15),  # gives no likelihood ratios, so that no corrector's weights are right
     loss=partial(ppo_clip, epsilon=0.2, delta=1.2),  # several updates a rollout
     rollout_quantization=float8_dynamic,
     torch_compile=True,

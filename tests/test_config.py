@@ -22,6 +22,7 @@ from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.rules import margin, schedule
 from dllm_rl.supervised.recipe import SFT
 from dllm_rl.tasks.sudoku import Sudoku
+from dllm_rl.training.cautions import cautions
 from recipes.studies.surrogates import gdsd
 from recipes.sudoku_tiny import __file__ as main_job_file
 
@@ -320,10 +321,17 @@ def test_help_shows_each_bound(recipe):
 
 
 NAMES = [path.stem for path in sorted(Path(main_job_file).parent.glob("*.py")) if "recipe" in path.read_text()]
+NAMES = [name for name in NAMES if name not in ("__init__", "weights", "antibody_loops")]
 PICKS = ("likelihood", "corrector", "loss", "advantages", "aggregate", "rollout_quantization", "lora", "sampler.commit")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("__init__", "weights", "antibody_loops")])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_recipe_is_what_the_cautions_warn_of(name):
+    recipe = import_module(f"recipes.{name}").recipe
+    assert isinstance(recipe, SFT) or cautions(recipe) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_name_of_every_recipe_is_explained(name):
     recipe = import_module(f"recipes.{name}").recipe
     without_dropout = replace(recipe, lora=None)  # which aligned forwards refuse
