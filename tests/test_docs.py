@@ -16,7 +16,6 @@ from readme import example
 
 import dllm_rl
 from dllm_rl.training.cautions import cautions
-from recipes.studies import paired
 
 DOCS = Path(__file__).parents[1] / "docs"
 hooks = importlib.util.module_from_spec(importlib.util.spec_from_file_location("hooks", DOCS / "site" / "hooks.py"))
@@ -108,22 +107,6 @@ def test_the_engine_of_ones_own_keeps_its_contract_and_without_its_sync_does_not
     stale = made["RolloutEngine"](made["load"], lambda policy, rollout_policy: {})
     with pytest.raises(AssertionError, match="load and sync must pass it on"):
         made["check_engine"](stale, made["policy"], made["prompts"], made["sampler"])
-
-
-def test_the_paired_study_trains_its_arms_from_one_model_and_prints_its_tables(tmp_path, monkeypatch, capsys):
-    (tmp_path / "study.py").write_text(example("Run a paired study"))
-    study = runpy.run_path(str(tmp_path / "study.py"))["study"]
-    assert [contrast.arm in study.arms and contrast.against in study.arms for contrast in study.contrasts] == [True]
-    few = {"warmup_steps": 2, "train_batch_size": 4, "report_to": None, "log_completions_steps": 0}
-    few |= {name: dataclasses.replace(getattr(study.base, name), size=8) for name in ("validation_task", "eval_task")}
-    study = dataclasses.replace(study, base=dataclasses.replace(study.base, **few))
-    for arm in study.arms:
-        paired.run_one(study, tmp_path, 1, arm, seed=0)
-    monkeypatch.setattr("sys.argv", ["study.py", "--report", "--output_dir", str(tmp_path)])
-    results = paired.main(study, None)
-    assert results["none", 0]["before"] == results["tis", 0]["before"] and "ess" in results["tis", 0]
-    printed = capsys.readouterr().out
-    assert "| tis | 1 |" in printed and "| TIS raises the solve rate | tis | none |" in printed
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """llama.cpp in the engine's place: its file, its logits, its syncs, the contract, a run; skipped without its wheel."""
 
+import json
 import subprocess
 import sys
 import warnings
@@ -7,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,6 +231,13 @@ def test_every_claim_is_between_arms_of_the_study(study):
         assert (made.rollout_engine is None) == (not made.rolls_out_apart) == (name == "unquantised")
     names = {name for each in study.contrasts for name in (each.arm, each.against)}
     assert names <= set(study.arms) and set(study.against.values()) == {"unquantised"}
+
+
+def test_the_tables_are_those_of_the_stored_runs():
+    stored = json.loads(engines.STORED.read_text())
+    assert len(stored) == 90
+    found = paired.tables(engines.study, {(run["arm"], run["seed"]): run for run in stored}, *engines.SHOWN)
+    assert found in (Path(__file__).parents[2] / "docs" / "mismatch.md").read_text()
 
 
 @needs_wheel

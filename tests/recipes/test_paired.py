@@ -1,0 +1,32 @@
+"""A paired study, cut short: its arms start from one model, and its tables say what was compared."""
+
+import dataclasses
+
+from dllm_rl import none, tis
+from recipes.studies import paired
+from recipes.studies.paired import Contrast, Study
+from recipes.sudoku_tiny import recipe
+
+study = Study(
+    name="my-study",
+    base=recipe,
+    arms={"none": {"corrector": none()}, "tis": {"corrector": tis()}},
+    against={"tis": "none"},
+    metrics={"ess": "rollout_corr/ess"},
+    seeds=5,
+    num_steps=180,
+    contrasts=(Contrast("TIS raises the solve rate", arm="tis", against="none"),),
+)
+
+
+def test_a_study_trains_its_arms_from_one_model_and_prints_its_tables(tmp_path, monkeypatch, capsys):
+    few = {"warmup_steps": 2, "train_batch_size": 4, "report_to": None, "log_completions_steps": 0}
+    few |= {name: dataclasses.replace(getattr(recipe, name), size=8) for name in ("validation_task", "eval_task")}
+    short = dataclasses.replace(study, base=dataclasses.replace(recipe, **few))
+    for arm in short.arms:
+        paired.run_one(short, tmp_path, 1, arm, seed=0)
+    monkeypatch.setattr("sys.argv", ["study.py", "--report", "--output_dir", str(tmp_path)])
+    results = paired.main(short, None)
+    assert results["none", 0]["before"] == results["tis", 0]["before"] and "ess" in results["tis", 0]
+    printed = capsys.readouterr().out
+    assert "| tis | 1 |" in printed and "| TIS raises the solve rate | tis | none |" in printed
