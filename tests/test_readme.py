@@ -9,8 +9,6 @@ import torch
 from readme import PAGES, README, example
 from safetensors.torch import load_file
 
-from dllm_rl import Recipe
-
 RUNNING = README.parent / "docs" / "running.md"
 
 
@@ -24,12 +22,6 @@ def test_six_lines_train(tmp_path, monkeypatch):
     (tmp_path / "first.py").write_text(example("Train in six lines").replace("num_steps=100", "num_steps=2"))
     monkeypatch.chdir(tmp_path)
     assert runpy.run_path("first.py")["summary"]["eval_problems"] == 6
-
-
-def test_the_example_recipe_is_one(tmp_path):
-    (tmp_path / "mine.py").write_text(example("Use it"))
-    recipe = runpy.run_path(str(tmp_path / "mine.py"))["recipe"]
-    assert isinstance(recipe, Recipe) and len(recipe.eval_task) == 400
 
 
 @pytest.mark.slow
