@@ -163,6 +163,15 @@ def sdar(*, experts: int = 0) -> tuple[dict, dict]:
     return qwen(name, "sdar_moe" if experts else "sdar", qk_norm=True, qkv_bias=False, experts=experts, **more)
 
 
+def a2d(base: str, **more) -> tuple[dict, dict]:
+    """Tiny-A2D: no mask id in the config, and the tied embedding is stored twice."""
+    name = f"A2D{base}LMHeadModel"
+    more |= {"auto_map": {"AutoModelForMaskedLM": f"modeling_{base.lower()}.{name}"}, "tie_word_embeddings": True}
+    more |= {"head_dim": 16} if base == "Qwen3" else {}
+    config, state = qwen(name, f"a2d-{base.lower()}", qk_norm=base == "Qwen3", qkv_bias=base == "Qwen2", **more)
+    return config, state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
+
+
 def llada_moe(**more) -> tuple[dict, dict]:
     fields = {
         "auto_map": {"AutoConfig": "configuration_lladamoe.LLaDAConfig"},
@@ -252,6 +261,9 @@ ORIGINAL = {
     "dream": dream,
     "sdar": sdar,
     "sdar_moe": lambda: sdar(experts=8),
+    "a2d_qwen2": lambda: a2d("Qwen2"),
+    "a2d_qwen3": lambda: a2d("Qwen3"),
+    "a2d_blocks": lambda: a2d("Qwen3", block_size=4),
 }
 
 
@@ -275,7 +287,7 @@ def write(
     save_file({name: x.contiguous() for name, x in cast.items()}, directory / "model.safetensors", {"format": "pt"})
     config = config | {"torch_dtype": str(dtype).removeprefix("torch.")}
     (directory / "config.json").write_text(json.dumps(config, indent=2))
-    tokenizer(mask=mask).save_pretrained(directory)
+    tokenizer(mask=mask or config["model_type"].startswith("a2d")).save_pretrained(directory)
     return directory
 
 

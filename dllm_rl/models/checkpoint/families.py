@@ -140,6 +140,11 @@ def sdar(raw: dict) -> tuple[type, Qwen3Config | Qwen3MoeConfig]:
     return Qwen3ForCausalLM, Qwen3Config(**_fields(raw))
 
 
+def a2d(raw: dict) -> tuple[type, Qwen2Config | Qwen3Config | Qwen3MoeConfig]:
+    """Tiny-A2D: Qwen2.5-0.5B or Qwen3-0.6B, whose head is not shifted."""
+    return sdar(raw) if "Qwen3" in raw["architectures"][0] else dream(raw)
+
+
 # (original, stock) names in a block.
 _BLOCK = [("attn_norm", "input_layernorm"), ("ff_norm", "post_attention_layernorm"), ("attn_out", "self_attn.o_proj")]
 _BLOCK += [("q_proj", "self_attn.q_proj"), ("k_proj", "self_attn.k_proj"), ("v_proj", "self_attn.v_proj")]
@@ -215,6 +220,16 @@ SDAR = FamilySpec(
     mask_names=("<|MASK|>",),
     end_tokens=("<|im_end|>",),
 )
+A2D = FamilySpec(
+    name="a2d",
+    attention="full",
+    architectures=("A2DQwen2LMHeadModel", "A2DQwen3LMHeadModel"),
+    native=a2d,
+    mask_names=("<|mask|>",),
+    end_tokens=("<|im_end|>",),
+)
+# The published configs of bd3lm and mdlm are alike: only a block size that is given says which one it is.
+A2D_BLOCKS = replace(A2D, name="a2d_blocks", attention="block_causal", when=lambda raw: bool(raw.get("block_size")))
 MASKED_LM = FamilySpec(
     name="masked_lm",
     attention="full",
@@ -244,7 +259,8 @@ SHIFTED_DIFFUSION_LM = replace(
 CAUSAL_LM = FamilySpec(name="causal_lm", attention="causal", shift=True, architectures=("*ForCausalLM", "*LMHeadModel"))
 
 # The first family that recognises a config is used: specific families come first.
-FAMILIES = [LLADA, LLADA_MOE, LLADA2, DREAM, SDAR, ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]
+FAMILIES = [LLADA, LLADA_MOE, LLADA2, DREAM, SDAR, A2D_BLOCKS, A2D]
+FAMILIES += [ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]
 
 
 def register_family(spec: FamilySpec) -> None:

@@ -56,7 +56,8 @@ def load_module(
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
     with named(folder):
-        raw = read_config(folder)
+        # The chosen size is saved with the weights, which need it from then on.
+        raw = read_config(folder) | ({} if block_size is None else {"block_size": block_size})
         family = find_family(raw)
         files = weight_files(folder)
         shapes = shapes_of(folder, files)

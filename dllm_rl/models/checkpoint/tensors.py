@@ -123,7 +123,8 @@ def to_stock(state: State, spec: FamilySpec, config: Any) -> State:
 
 def to_original(state: State, spec: FamilySpec, config: Any) -> State:
     """The stock class's tensors -> the authors'; the exact inverse of `to_stock`."""
-    if config.tie_word_embeddings:
+    # A config may say that two tensors are tied which the checkpoint has apart: none of them is lost.
+    if config.tie_word_embeddings and torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"]):
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     out = {}
     names = backwards(spec)

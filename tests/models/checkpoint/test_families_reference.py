@@ -1,10 +1,11 @@
 """Logits against implementations written from the published descriptions: einsum, on the original names."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from layouts import HEADS, KV_HEADS, dream, llada, llada2, llada_moe, write
+from layouts import HEADS, KV_HEADS, ORIGINAL, write
 from torch import einsum
 from torch.nn.functional import silu
 
@@ -66,18 +67,19 @@ def softmax_experts(x, layer, config):
     return out
 
 
-def reference_qwen(config, w, tokens, *, shift):
-    """Dream (biases, shifted) and LLaDA-MoE (query and key norms, experts)."""
-    x, everyone = w["model.embed_tokens.weight"][tokens], torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+def reference_qwen(config, w, tokens, *, shift=False):
+    """Dream (biases, shifted), LLaDA-MoE (query and key norms, experts), Tiny-A2D (either; full or in blocks)."""
+    x, block = w["model.embed_tokens.weight"][tokens], torch.arange(LENGTH) // config.get("block_size", LENGTH)
+    allowed, size = block[None, :] <= block[:, None], config.get("head_dim", 8)
     for n in range(config["num_hidden_layers"]):
         layer = {k.removeprefix(f"model.layers.{n}."): v for k, v in w.items() if f".layers.{n}." in k}
         h = norm(x, layer["input_layernorm.weight"], 1e-6)
         q, k, v = (
-            heads(h, layer[f"self_attn.{a}_proj.weight"], layer.get(f"self_attn.{a}_proj.bias", 0)) for a in "qkv"
+            heads(h, layer[f"self_attn.{a}_proj.weight"], layer.get(f"self_attn.{a}_proj.bias", 0), size) for a in "qkv"
         )
         if "self_attn.q_norm.weight" in layer:
             q, k = norm(q, layer["self_attn.q_norm.weight"], 1e-6), norm(k, layer["self_attn.k_norm.weight"], 1e-6)
-        y = attend(rotate(q, config["rope_theta"]), rotate(k, config["rope_theta"]), v, everyone)
+        y = attend(rotate(q, config["rope_theta"]), rotate(k, config["rope_theta"]), v, allowed)
         x = x + einsum("to,do->td", y, layer["self_attn.o_proj.weight"])
         h = norm(x, layer["post_attention_layernorm.weight"], 1e-6)
         if "num_experts" in config:
@@ -133,17 +135,19 @@ def reference_llada2(config, w, tokens):
 
 
 @pytest.mark.parametrize(
-    ("layout", "reference"),
+    ("family", "reference"),
     [
-        (llada, reference_llada),
-        (dream, lambda *a: reference_qwen(*a, shift=True)),
-        (llada_moe, lambda *a: reference_qwen(*a, shift=False)),
-        (llada2, reference_llada2),
+        ("llada", reference_llada),
+        ("dream", partial(reference_qwen, shift=True)),
+        ("llada_moe", reference_qwen),
+        ("llada2", reference_llada2),
+        ("a2d_qwen2", reference_qwen),
+        ("a2d_qwen3", reference_qwen),
+        ("a2d_blocks", reference_qwen),
     ],
-    ids=["llada", "dream", "llada_moe", "llada2"],
 )
-def test_logits_equal_the_published_description(tmp_path, layout, reference):
-    config, state = layout()
+def test_logits_equal_the_published_description(tmp_path, family, reference):
+    config, state = ORIGINAL[family]()
     policy = load_policy(write(tmp_path, config, state))
     tokens = torch.randint(3, 38, (LENGTH,), generator=torch.Generator().manual_seed(3))
     expected = reference(config, state, tokens)

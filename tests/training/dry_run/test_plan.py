@@ -35,6 +35,7 @@ LLADA2 = (
 )  # fmt: skip
 QWEN = 2 * 151936 * 4096 + 4096 + 36 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128)
 DREAM = 2 * 152064 * 3584 + 3584 + 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3584 + 2 * 512 + 3 * 3584 * 18944 + 2 * 3584)
+A2D = 151936 * 1024 + 1024 + 28 * (3 * 2 * 1024**2 + 3 * 1024 * 3072 + 2 * 1024 + 2 * 128)  # tied; 16 and 2 * 8 heads
 REAL = {
     "llada_8b_sudoku": (8_015_581_184, 32 * 7),
     "llada_8b_sudoku_full": (8_015_581_184, 32 * 7),
@@ -44,6 +45,7 @@ REAL = {
     "llada_moe_gsm8k": (MOE, 16 * (4 + 2 * 64)),
     "llada2_mini_gsm8k": (LLADA2, 20 * 4 + 3 + 19 * (3 + 2 * 256)),
     "qwen3_8b_gsm8k": (QWEN, 36 * 7),
+    "tiny_a2d_gsm8k": (A2D, 28 * 7),
 }
 
 
@@ -257,4 +259,5 @@ def test_carried_configs_are_of_known_families():
     names = {file.stem: find_family(json.loads(file.read_text())).name for file in CONFIGS.glob("*.json")}
     assert names["GSAI-ML--LLaDA-8B-Instruct"] == names["GSAI-ML--LLaDA-1.5"] == "llada"
     assert names["inclusionAI--LLaDA2.0-mini"] == "llada2"
-    assert all(v in ("llada", "llada_moe", "llada2", "dream", "causal_lm") for v in names.values())
+    assert names["dllm-hub--Qwen3-0.6B-diffusion-mdlm-v0.1"] == "a2d"
+    assert all(v in ("llada", "llada_moe", "llada2", "dream", "a2d", "causal_lm") for v in names.values())
