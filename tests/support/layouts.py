@@ -163,6 +163,40 @@ def sdar(*, experts: int = 0) -> tuple[dict, dict]:
     return qwen(name, "sdar_moe" if experts else "sdar", qk_norm=True, qkv_bias=False, experts=experts, **more)
 
 
+def rnd1() -> tuple[dict, dict]:
+    more = {
+        "auto_map": {"AutoConfig": "configuration_rnd.RND1Config", "AutoModelForMaskedLM": "modeling_rnd.RND1LM"},
+        "decoder_sparse_step": 1,
+        "head_dim": 16,
+        "is_causal": False,
+        "mask_token_id": MASK,
+        "mlp_only_layers": [],
+        "moe_backend": "hf",
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "rope_scaling": False,
+        "sliding_window": False,
+        "use_sliding_window": False,
+    }
+    return qwen("RND1", "rnd1", qk_norm=True, qkv_bias=False, experts=8, **more)
+
+
+def stable_diffcoder() -> tuple[dict, dict]:
+    """A Llama under its own names; the published config has no mask id, which is the tokenizer's."""
+    more = {
+        "auto_map": {"AutoModelForCausalLM": "modeling_stable_diffcoder.StableDiffcoderForCausalLM"},
+        "attention_bias": False,
+        "attention_dropout": 0.1,
+        "layer_norm_eps": None,
+        "mlp_bias": False,
+        "resid_pdrop": 0.1,
+        "rope_theta": 500000.0,
+    }
+    return qwen("StableDiffcoderForCausalLM", "llama", qk_norm=False, qkv_bias=False, **more)
+
+
 def a2d(base: str, **more) -> tuple[dict, dict]:
     """Tiny-A2D: no mask id in the config, and the tied embedding is stored twice."""
     name = f"A2D{base}LMHeadModel"
@@ -261,6 +295,8 @@ ORIGINAL = {
     "dream": dream,
     "sdar": sdar,
     "sdar_moe": lambda: sdar(experts=8),
+    "rnd1": rnd1,
+    "stable_diffcoder": stable_diffcoder,
     "a2d_qwen2": lambda: a2d("Qwen2"),
     "a2d_qwen3": lambda: a2d("Qwen3"),
     "a2d_blocks": lambda: a2d("Qwen3", block_size=4),
@@ -287,7 +323,8 @@ def write(
     save_file({name: x.contiguous() for name, x in cast.items()}, directory / "model.safetensors", {"format": "pt"})
     config = config | {"torch_dtype": str(dtype).removeprefix("torch.")}
     (directory / "config.json").write_text(json.dumps(config, indent=2))
-    tokenizer(mask=mask or config["model_type"].startswith("a2d")).save_pretrained(directory)
+    own = "A2D" in config["architectures"][0] or "Diffcoder" in config["architectures"][0]  # the config has no mask id
+    tokenizer(mask=mask or own).save_pretrained(directory)
     return directory
 
 

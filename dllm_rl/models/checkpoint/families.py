@@ -133,11 +133,17 @@ def dream(raw: dict) -> tuple[type, Qwen2Config]:
 
 
 def sdar(raw: dict) -> tuple[type, Qwen3Config | Qwen3MoeConfig]:
-    """SDAR, TraDo: Qwen3, dense or with experts."""
+    """SDAR, TraDo, RND1: Qwen3, dense or with experts."""
     _refuse(raw, use_sliding_window=False)
     if raw.get("num_experts"):
         return Qwen3MoeForCausalLM, Qwen3MoeConfig(**_fields(raw))
     return Qwen3ForCausalLM, Qwen3Config(**_fields(raw))
+
+
+def stable_diffcoder(raw: dict) -> tuple[type, LlamaConfig]:
+    """Stable-DiffCoder: a Llama."""
+    _refuse(raw, mlp_bias=False)
+    return LlamaForCausalLM, LlamaConfig(**_fields(raw))
 
 
 def a2d(raw: dict) -> tuple[type, Qwen2Config | Qwen3Config | Qwen3MoeConfig]:
@@ -220,6 +226,25 @@ SDAR = FamilySpec(
     mask_names=("<|MASK|>",),
     end_tokens=("<|im_end|>",),
 )
+RND1 = FamilySpec(
+    name="rnd1",
+    attention="full",
+    shift=True,
+    architectures=("RND1", "RND1LM"),
+    native=sdar,
+    mask_id=151669,
+    mask_vocabulary=151936,
+)
+STABLE_DIFFCODER = FamilySpec(
+    name="stable_diffcoder",
+    attention="block_causal",
+    block_size=4,
+    architectures=("StableDiffcoderForCausalLM",),
+    native=stable_diffcoder,
+    mask_id=5,
+    mask_vocabulary=155136,
+    mask_names=("<[MASK_TOKEN]>",),
+)
 A2D = FamilySpec(
     name="a2d",
     attention="full",
@@ -259,7 +284,7 @@ SHIFTED_DIFFUSION_LM = replace(
 CAUSAL_LM = FamilySpec(name="causal_lm", attention="causal", shift=True, architectures=("*ForCausalLM", "*LMHeadModel"))
 
 # The first family that recognises a config is used: specific families come first.
-FAMILIES = [LLADA, LLADA_MOE, LLADA2, DREAM, SDAR, A2D_BLOCKS, A2D]
+FAMILIES = [LLADA, LLADA_MOE, LLADA2, DREAM, SDAR, RND1, STABLE_DIFFCODER, A2D_BLOCKS, A2D]
 FAMILIES += [ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]
 
 
@@ -290,6 +315,11 @@ def find_family(raw: dict) -> FamilySpec:
         # A checkpoint's custom class may be called ...ForCausalLM too.
         if family.recognises(raw) and (family.native or stock_class(raw) is not None):
             return family
+    if raw.get("model_type") == "diffusion_gemma":
+        raise ValueError(
+            "model_type='diffusion_gemma' is not supported: its noise is random tokens, and no mask token says which "
+            "positions are open (docs/models.md); open a model with a mask token"
+        )
     known = ", ".join(sorted({name.replace("*", "...") for family in FAMILIES for name in family.architectures}))
     asks = " and its config asks for remote code (auto_map), which is never run" if raw.get("auto_map") else ""
     raise ValueError(

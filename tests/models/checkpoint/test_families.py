@@ -9,9 +9,10 @@ import torch
 from layouts import LAYERS, MASK, ORIGINAL, STOCK, checkpoint, llada, llada2, llada_moe, published, tokenizer, write
 from safetensors.torch import load_file
 
-from dllm_rl import AutoregressivePolicy, DiffusionPolicy, load_policy
+from dllm_rl import AutoregressivePolicy, DiffusionPolicy, Prompts, load_policy, trajectory, unmask
 from dllm_rl.models.checkpoint import families
 from dllm_rl.models.checkpoint.loading import end_ids
+from dllm_rl.samplers.rules import max_prob
 
 EVERY = [*ORIGINAL, *STOCK]
 
@@ -91,6 +92,8 @@ def aliases(family: str) -> set[str]:
         ("dream", "full", True, None, DiffusionPolicy),
         ("sdar", "block_causal", False, 4, DiffusionPolicy),
         ("sdar_moe", "block_causal", False, 4, DiffusionPolicy),
+        ("rnd1", "full", True, None, DiffusionPolicy),
+        ("stable_diffcoder", "block_causal", False, 4, DiffusionPolicy),
         ("a2d_qwen2", "full", False, None, DiffusionPolicy),
         ("a2d_qwen3", "full", False, None, DiffusionPolicy),
         ("a2d_blocks", "block_causal", False, 4, DiffusionPolicy),
@@ -123,10 +126,20 @@ def test_padding_on_either_side_changes_nothing(policies, family):
         torch.testing.assert_close(got, alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["llada", "llada_moe", "dream", "sdar", "llada2", "a2d_qwen2", "a2d_blocks", "bert", "modernbert", "qwen3"],
-)
+@pytest.mark.parametrize("family", ORIGINAL)
+def test_what_is_sampled_is_scored_as_sampled(policies, family):
+    policy, generator = policies(family), torch.Generator().manual_seed(0)
+    prompts = Prompts.from_ids([[3, 4, 5, 6, 7], [8]], pad_id=policy.pad_id, group_size=2)
+    rollout = unmask(policy, prompts, generator, max_new_tokens=12, num_steps=6, temperature=1.0, rank=max_prob)
+    scored = trajectory().logprobs(policy, rollout, trajectory().draw(rollout, generator))
+    assert rollout.logprobs[rollout.completion_mask].max() < 0
+    torch.testing.assert_close(scored, rollout.logprobs, rtol=0, atol=1e-5)
+
+
+ALIKE = ("llada_tied", "sdar_moe", "a2d_qwen3", "roberta", "llama", "smollm2")  # each as one that is tested
+
+
+@pytest.mark.parametrize("family", [family for family in EVERY if family not in ALIKE])
 @pytest.mark.parametrize("left", [0, 3])
 def test_who_sees_whom(policies, family, left):
     """Change each token in turn: the states that move are exactly those whose attention reaches it."""
@@ -148,7 +161,7 @@ def test_who_sees_whom(policies, family, left):
         assert moved == [sees(q, key) for q in range(length)], key
 
 
-@pytest.mark.parametrize("family", ["dream", "llama"])
+@pytest.mark.parametrize("family", ["dream", "rnd1", "llama"])
 def test_a_shifted_head_is_hidden(policies, family):
     """logits at t are the module's own at t-1; the first token has only its own state."""
     policy, tokens = policies(family), ids(9)

@@ -57,19 +57,22 @@ def reference_llada(config, w, tokens):
 
 
 def softmax_experts(x, layer, config):
-    """The two likeliest experts, weighted by their probabilities as they are: not normalised to sum to one."""
+    """The two likeliest experts, weighted by their probabilities as they are, or divided by their sum (RND1)."""
     out = torch.zeros_like(x)
     probs = einsum("td,ed->te", x, layer["mlp.gate.weight"]).softmax(-1)
     for t in range(len(x)):
-        for e in probs[t].topk(config["num_experts_per_tok"]).indices.tolist():
+        chosen = probs[t].topk(config["num_experts_per_tok"]).indices
+        total = probs[t, chosen].sum() if config["norm_topk_prob"] else 1.0
+        for e in chosen.tolist():
             expert = [layer[f"mlp.experts.{e}.{name}_proj.weight"] for name in ("gate", "up", "down")]
-            out[t] += probs[t, e] * swiglu(x[t : t + 1], *expert)[0]
+            out[t] += probs[t, e] / total * swiglu(x[t : t + 1], *expert)[0]
     return out
 
 
-def reference_qwen(config, w, tokens, *, shift=False):
-    """Dream (biases, shifted), LLaDA-MoE (query and key norms, experts), Tiny-A2D (either; full or in blocks)."""
-    x, block = w["model.embed_tokens.weight"][tokens], torch.arange(LENGTH) // config.get("block_size", LENGTH)
+def reference_qwen(config, w, tokens, *, shift=False, block_size=LENGTH):
+    """Dream (biases, shifted), LLaDA-MoE (query and key norms, experts), RND1 (the same, shifted), Stable-DiffCoder
+    (neither; blocks), Tiny-A2D (biases or norms; full or in blocks)."""
+    x, block = w["model.embed_tokens.weight"][tokens], torch.arange(LENGTH) // block_size
     allowed, size = block[None, :] <= block[:, None], config.get("head_dim", 8)
     for n in range(config["num_hidden_layers"]):
         layer = {k.removeprefix(f"model.layers.{n}."): v for k, v in w.items() if f".layers.{n}." in k}
@@ -141,9 +144,11 @@ def reference_llada2(config, w, tokens):
         ("dream", partial(reference_qwen, shift=True)),
         ("llada_moe", reference_qwen),
         ("llada2", reference_llada2),
+        ("rnd1", partial(reference_qwen, shift=True)),
+        ("stable_diffcoder", partial(reference_qwen, block_size=4)),
         ("a2d_qwen2", reference_qwen),
         ("a2d_qwen3", reference_qwen),
-        ("a2d_blocks", reference_qwen),
+        ("a2d_blocks", partial(reference_qwen, block_size=4)),
     ],
 )
 def test_logits_equal_the_published_description(tmp_path, family, reference):

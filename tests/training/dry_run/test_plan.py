@@ -260,4 +260,7 @@ def test_carried_configs_are_of_known_families():
     assert names["GSAI-ML--LLaDA-8B-Instruct"] == names["GSAI-ML--LLaDA-1.5"] == "llada"
     assert names["inclusionAI--LLaDA2.0-mini"] == "llada2"
     assert names["dllm-hub--Qwen3-0.6B-diffusion-mdlm-v0.1"] == "a2d"
-    assert all(v in ("llada", "llada_moe", "llada2", "dream", "a2d", "causal_lm") for v in names.values())
+    assert names["radicalnumerics--RND1-Base-0910"] == "rnd1"
+    assert names["ByteDance-Seed--Stable-DiffCoder-8B-Instruct"] == "stable_diffcoder"
+    known = ("llada", "llada_moe", "llada2", "dream", "a2d", "rnd1", "stable_diffcoder", "causal_lm")
+    assert all(v in known for v in names.values())
