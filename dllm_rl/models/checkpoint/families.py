@@ -1,17 +1,14 @@
-"""The published families: a `FamilySpec` in FAMILIES, a function for its stock config, and rotary positions in fp32."""
+"""The published families: a `FamilySpec` in FAMILIES, and a function for its stock config."""
 
 from dataclasses import replace
 from typing import Any
 
 import transformers
-from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_MAPPING,
-    AttentionInterface,
-    AttentionMaskInterface,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     LlamaConfig,
@@ -23,23 +20,10 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from dllm_rl.models.base import BERT_LINEARS, FamilySpec, Module, encode_roberta, mlm_head
+from dllm_rl.models.base import BERT_LINEARS, FamilySpec, encode_roberta, mlm_head
+from dllm_rl.models.checkpoint.rope import rope_parameters
 
-ATTENTION = "sdpa_float32_rope"
-_YARN = {"original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
-# What transformers computes: the required and the optional fields of each kind of scaling.
-SCALINGS: dict[str, tuple[set[str], set[str]]] = {
-    "default": (set(), set()),
-    "linear": ({"factor"}, set()),
-    "dynamic": ({"factor"}, set()),
-    "yarn": ({"factor"}, _YARN | {"mscale", "mscale_all_dim", "truncate"}),
-    "longrope": ({"short_factor", "long_factor"}, {"original_max_position_embeddings", "attention_factor", "factor"}),
-    "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, {"original_max_position_embeddings"}),
-}
-_COMMON = {"rope_type", "rope_theta", "partial_rotary_factor"}
 _SAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
@@ -326,61 +310,3 @@ def find_family(raw: dict) -> FamilySpec:
         f"architectures={architecture!r} is not known{asks}; known are {known}; "
         "give your own to register_family (a FamilySpec), or wrap its module with make_policy"
     )
-
-
-def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
-    """transformers' `rope_parameters` of config fields; ValueError on an unsupported kind, field or factor."""
-    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"  # of older files
-    given = raw.get(name) or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"{name}={given!r} is not understood; give its fields by name, or null for no scaling")
-    found = {key: value for key, value in given.items() if key != "type" and value is not None}
-    kind = found.setdefault("rope_type", given.get("type", "default"))  # older files say `type`
-    if given.get("type", kind) != kind:
-        raise ValueError(f"{name} says rope_type={kind!r} and type={given['type']!r}; keep the one that is meant")
-    _check_scaling(name, kind, found)
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if raw.get(key) is not None:
-            found.setdefault(key, raw[key])  # the scaling's own value comes first
-    if "rope_theta" not in found:  # transformers would take a default, which may not be the checkpoint's
-        raise ValueError("rope_theta is not in the config; set the base of the rotary frequencies in config.json")
-    return found
-
-
-def _check_scaling(name: str, kind: Any, found: dict[str, Any]) -> None:
-    """Raise ValueError on a kind of scaling, or a field of one, that transformers does not compute."""
-    if kind not in SCALINGS:
-        raise ValueError(f"{name} has the kind {kind!r}, which is not known; known are {', '.join(SCALINGS)}")
-    needed, optional = SCALINGS[kind]
-    for key in sorted(needed - found.keys()):
-        raise ValueError(f"{name} of the kind {kind!r} has no {key!r}; add it to config.json")
-    # transformers ignores a field that it does not know, and would compute other positions than the authors.
-    for key in sorted(found.keys() - needed - optional - _COMMON):
-        raise ValueError(f"{name} of the kind {kind!r} has a {key!r} that is not understood; remove it")
-    factor = found.get("factor", 1.0)
-    # `not >=` refuses NaN too; True is an int.
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
-        raise ValueError(f"{name} has factor={factor!r}; it must be a number of at least 1")
-
-
-def rotate_in_float32(module: Module) -> None:
-    """Make a Llama-like module compute cos and sin and rotate queries and keys in fp32, then round them back."""
-    # A stock module rounds cos and sin to the weights' dtype: that moves the argmax at 2 % of a bf16 LLaDA's positions.
-    module.base_model.rotary_emb.register_forward_pre_hook(_as_float32, with_kwargs=True)
-    module.set_attn_implementation(ATTENTION)
-
-
-def _as_float32(rotary: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    states, *rest = args  # the rotary module takes the dtype of cos and sin from the states, and nothing else
-    return (states.new_empty(0).float(), *rest), kwargs
-
-
-def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> Any:
-    # fp32 cos and sin have promoted the rotated queries and keys to fp32.
-    return sdpa_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, attention_mask, **kwargs)
-
-
-AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

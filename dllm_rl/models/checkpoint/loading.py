@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from dllm_rl.models.base import FamilySpec, Module, Tokenizer, encode_block_causal, encode_roberta, mlm_head
-from dllm_rl.models.checkpoint.families import find_family, rotate_in_float32, stock_class
+from dllm_rl.models.checkpoint.families import find_family, stock_class
+from dllm_rl.models.checkpoint.rope import rotate_in_float32
 from dllm_rl.models.checkpoint.tensors import (
     read_tensors,
     shapes_of,

@@ -10,7 +10,7 @@ from layouts import LAYERS, MASK, ORIGINAL, STOCK, checkpoint, llada, llada2, ll
 from safetensors.torch import load_file
 
 from dllm_rl import AutoregressivePolicy, DiffusionPolicy, Prompts, load_policy, trajectory, unmask
-from dllm_rl.models.checkpoint import families
+from dllm_rl.models.checkpoint import families, rope
 from dllm_rl.models.checkpoint.loading import end_ids
 from dllm_rl.samplers.rules import max_prob
 
@@ -184,9 +184,9 @@ def test_an_unshifted_head_is_the_modules(policies, family):
 def test_llada_rotates_in_fp32_whatever_its_dtype(tmp_path, monkeypatch):
     policy = load_policy(published(tmp_path, "llada", dtype=torch.bfloat16), dtype="auto")
     seen = []
-    plain = families.sdpa_attention_forward
+    plain = rope.sdpa_attention_forward
     monkeypatch.setattr(
-        families,
+        rope,
         "sdpa_attention_forward",
         lambda m, q, k, v, *a, **kw: seen.append((m, q, k)) or plain(m, q, k, v, *a, **kw),
     )

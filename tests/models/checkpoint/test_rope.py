@@ -8,7 +8,7 @@ from layouts import HEAD_DIM, published
 from transformers import Qwen2Config
 
 from dllm_rl import load_policy
-from dllm_rl.models.checkpoint.families import rope_parameters
+from dllm_rl.models.checkpoint.rope import rope_parameters
 
 FACTORS = [1.0 + 0.5 * i for i in range(HEAD_DIM // 2)]
 SCALINGS = {
