@@ -258,7 +258,7 @@ def test_a_tokenizer_of_the_checkpoints_own_is_built_from_its_files(tmp_path):
     assert load_policy(tmp_path / "saved").tokenizer("cab<|mask|>")["input_ids"] == [2, 26, 30]
 
 
-@pytest.mark.parametrize("family", [families.LLADA, families.LLADA_MOE, families.LLADA2, families.DREAM, families.SDAR])
+@pytest.mark.parametrize("family", [family for family in families.FAMILIES if family.end_tokens])
 def test_the_token_that_ends_a_turn_ends_a_completion(family):
     named, token = tokenizer(), {"llada": "<|eot_id|>", "llada_moe": "<|role_end|>", "llada2": "<|role_end|>"}
     named.add_tokens([token.get(family.name, "<|im_end|>")], special_tokens=True)

@@ -155,7 +155,7 @@ def test_logits_equal_the_published_description(tmp_path, family, reference):
     config, state = ORIGINAL[family]()
     policy = load_policy(write(tmp_path, config, state))
     tokens = torch.randint(3, 38, (LENGTH,), generator=torch.Generator().manual_seed(3))
-    expected = reference(config, state, tokens)
+    expected = reference(config, {name: tensor.double() for name, tensor in state.items()}, tokens).float()
     got = policy.logits(tokens[None], torch.ones(1, LENGTH, dtype=torch.bool))[0]
     assert expected.std() > 0.5  # logits that all but vanish would agree with anything
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
