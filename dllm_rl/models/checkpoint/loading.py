@@ -57,8 +57,7 @@ def load_module(
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
     with named(folder):
-        # The chosen size is saved with the weights, which need it from then on.
-        raw = read_config(folder) | ({} if block_size is None else {"block_size": block_size})
+        raw = read_config(folder, block_size)
         family = find_family(raw)
         files = weight_files(folder)
         shapes = shapes_of(folder, files)
@@ -104,8 +103,10 @@ def class_and_config(raw: dict, family: FamilySpec) -> tuple[Any, Any]:
     return cls, cls.config_class.from_dict(without_code(raw))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The fields of a checkpoint's config.json. Raises ValueError without one, saying what the folder is."""
+def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
+    """The fields of a checkpoint's config.json, with a chosen block size, which is saved with the weights later.
+
+    Raises ValueError without a config.json, saying what the folder is."""
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_bytes())
@@ -123,7 +124,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: it is not JSON; fetch the checkpoint again") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} is damaged: it is no JSON object; fetch the checkpoint again")
-    return raw
+    return raw if block_size is None else raw | {"block_size": block_size}
 
 
 def main_dtype(state: dict[str, torch.Tensor]) -> torch.dtype:
