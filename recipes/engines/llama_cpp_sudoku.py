@@ -11,7 +11,12 @@ from recipes.engines.llama_cpp import llama_cpp
 from recipes.sudoku_tiny_llada import recipe as base
 
 recipe = replace(
-    base, name="llama-cpp-sudoku", rollout_quantization=None, rollout_engine=llama_cpp(format="Q8_0"), num_steps=1400
+    base,
+    name="llama-cpp-sudoku",
+    rollout_quantization=None,
+    rollout_engine=llama_cpp(format="Q8_0"),
+    kept_graphs=2,
+    num_steps=1800,
 )
 
 if __name__ == "__main__":

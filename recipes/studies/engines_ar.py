@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dllm_rl.algorithms.correctors import none, tis
 from dllm_rl.files import write_json
+from recipes import weights
 from recipes.smollm2_arithmetic import recipe
 from recipes.studies.engines import arm
 from recipes.studies.paired import Contrast, Study, main
@@ -40,4 +41,5 @@ study = Study(
 )
 
 if __name__ == "__main__":
+    weights.smollm2()  # before the workers, which would all write its folder
     write_json(STORED, list(main(study, __doc__, ("after", "quantised")).values()))
