@@ -149,6 +149,15 @@ def dream() -> tuple[dict, dict]:
     return qwen("DreamModel", "Dream", qk_norm=False, qkv_bias=True, **more)
 
 
+def illada() -> tuple[dict, dict]:
+    """The head is tied, and stored as well."""
+    auto_map = {"AutoConfig": "configuration_illada.ILLaDAConfig"}
+    more = {"auto_map": auto_map, "tie_word_embeddings": True, "rope_theta": 500000.0, "layer_norm_eps": None}
+    more |= {"attention_bias": False, "mlp_bias": False, "resid_pdrop": 0.0, "bos_token_id": 0, "pad_token_id": PAD}
+    config, state = qwen("ILLaDAForCausalLM", "illada", qk_norm=False, qkv_bias=False, **more)
+    return config | {"mask_token_id": MASK}, state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
+
+
 def sdar(*, experts: int = 0) -> tuple[dict, dict]:
     more = {
         "auto_map": {"AutoConfig": "configuration_sdar.SDARConfig"},
@@ -290,6 +299,7 @@ def llada2() -> tuple[dict, dict]:
 ORIGINAL = {
     "llada": llada,
     "llada_tied": lambda: llada(tied=True),
+    "illada": illada,
     "llada_moe": llada_moe,
     "llada2": llada2,
     "dream": dream,

@@ -124,9 +124,9 @@ def sdar(raw: dict) -> tuple[type, Qwen3Config | Qwen3MoeConfig]:
     return Qwen3ForCausalLM, Qwen3Config(**_fields(raw))
 
 
-def stable_diffcoder(raw: dict) -> tuple[type, LlamaConfig]:
-    """Stable-DiffCoder: a Llama."""
-    _refuse(raw, mlp_bias=False)
+def plain_llama(raw: dict) -> tuple[type, LlamaConfig]:
+    """iLLaDA, Stable-DiffCoder: a Llama."""
+    _refuse(raw, mlp_bias=False, layer_norm_eps=None)  # a number asks for LayerNorm
     return LlamaForCausalLM, LlamaConfig(**_fields(raw))
 
 
@@ -157,6 +157,15 @@ LLADA = FamilySpec(
         ("model.transformer.ff_out", "lm_head"),
         *((f"model.transformer.blocks.*.{a}", f"model.layers.*.{b}") for a, b in _BLOCK),
     ),
+)
+ILLADA = FamilySpec(
+    name="illada",
+    attention="full",
+    architectures=("ILLaDAForCausalLM",),
+    native=plain_llama,
+    mask_id=5,
+    mask_vocabulary=155136,
+    mask_names=("<[MASK]>",),
 )
 LLADA_MOE = FamilySpec(
     name="llada_moe",
@@ -224,7 +233,7 @@ STABLE_DIFFCODER = FamilySpec(
     attention="block_causal",
     block_size=4,
     architectures=("StableDiffcoderForCausalLM",),
-    native=stable_diffcoder,
+    native=plain_llama,
     mask_id=5,
     mask_vocabulary=155136,
     mask_names=("<[MASK_TOKEN]>",),
@@ -268,7 +277,7 @@ SHIFTED_DIFFUSION_LM = replace(
 CAUSAL_LM = FamilySpec(name="causal_lm", attention="causal", shift=True, architectures=("*ForCausalLM", "*LMHeadModel"))
 
 # The first family that recognises a config is used: specific families come first.
-FAMILIES = [LLADA, LLADA_MOE, LLADA2, DREAM, SDAR, RND1, STABLE_DIFFCODER, A2D_BLOCKS, A2D]
+FAMILIES = [LLADA, ILLADA, LLADA_MOE, LLADA2, DREAM, SDAR, RND1, STABLE_DIFFCODER, A2D_BLOCKS, A2D]
 FAMILIES += [ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]
 
 

@@ -50,7 +50,7 @@ def test_the_original_layout_comes_back_bit_for_bit(tmp_path, family, dtype):
     (source / "modeling.py").write_text(code)
     load_policy(source, dtype="auto").save_pretrained(tmp_path / "saved")
     before, after = tensors(source), tensors(tmp_path / "saved")
-    assert before.keys() - after.keys() == ({"lm_head.weight"} if family.startswith("a2d") else set())
+    assert before.keys() - after.keys() == ({"lm_head.weight"} if family.startswith(("a2d", "illada")) else set())
     assert all(before[k].dtype == after[k].dtype and torch.equal(before[k], after[k]) for k in after)
     assert json.loads((tmp_path / "saved/config.json").read_text()) == json.loads((source / "config.json").read_text())
     assert (tmp_path / "saved/modeling.py").read_text() == code
@@ -75,8 +75,9 @@ def test_a_stock_checkpoint_comes_back_bit_for_bit(tmp_path, family):
 
 
 def aliases(family: str) -> set[str]:
-    """Heads that stock masked models tie to their embeddings, so that saving leaves them out."""
+    """Heads that are tied to their embeddings, so that saving leaves them out."""
     return {
+        "illada": {"lm_head.weight"},
         "bert": {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"},
         "roberta": {"lm_head.decoder.weight", "lm_head.decoder.bias"},
         "modernbert": {"decoder.weight"},
@@ -87,6 +88,7 @@ def aliases(family: str) -> set[str]:
     ("family", "attention", "shift", "block", "kind"),
     [
         ("llada", "full", False, None, DiffusionPolicy),
+        ("illada", "full", False, None, DiffusionPolicy),
         ("llada_moe", "full", False, None, DiffusionPolicy),
         ("llada2", "block_causal", False, 32, DiffusionPolicy),
         ("dream", "full", True, None, DiffusionPolicy),

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from layouts import MASK, checkpoint, llada, llada2, llada_moe, published, tokenizer, write
+from layouts import MASK, checkpoint, illada, llada, llada2, llada_moe, published, tokenizer, write
 from safetensors.torch import load_file, save_file
 
 from dllm_rl import Prompts, autoregress, load_policy, unmask
-from dllm_rl.models.checkpoint.families import DREAM, LLADA, LLADA2, LLADA_MOE, SDAR
+from dllm_rl.models.checkpoint.families import DREAM, ILLADA, LLADA, LLADA2, LLADA_MOE, SDAR
 from dllm_rl.models.checkpoint.loading import find_mask_id, load_tokenizer
 from dllm_rl.models.policy import make_policy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
@@ -121,6 +121,7 @@ def test_mask_tokens(tmp_path):
     ("family", "size", "found"),
     [
         (LLADA, 126464, 126336),
+        (ILLADA, 155136, 5),
         (LLADA_MOE, 157184, 156895),
         (LLADA2, 157184, 156895),
         (DREAM, 152064, 151666),
@@ -128,10 +129,10 @@ def test_mask_tokens(tmp_path):
     ],
 )
 def test_a_familys_mask_id_goes_with_its_own_vocabulary_alone(family, size, found):
-    """126336 is a word in a LLaDA's vocabulary of 155,136 tokens, whose mask is 5."""
+    """126336 is a word of iLLaDA's 155,136, whose mask is 5."""
     config = SimpleNamespace(vocab_size=size)
     assert find_mask_id(config, tokenizer(), family) == found
-    for other in (155136, size + 64):
+    for other in {155136, size + 64} - {size}:
         config.vocab_size = other
         words = f"(the {family.name} default {found} belongs to a vocabulary of {size})"
         refused(words, find_mask_id, config, tokenizer(), family)
@@ -165,6 +166,7 @@ def test_the_expert_bias_of_llada_moe(tmp_path):
     [
         (llada, "alibi", True),
         (llada, "include_bias", True),
+        (illada, "layer_norm_eps", 1e-5),
         (llada_moe, "qk_layernorm", False),
         (llada2, "score_function", "softmax"),
     ],

@@ -70,8 +70,8 @@ def softmax_experts(x, layer, config):
 
 
 def reference_qwen(config, w, tokens, *, shift=False, block_size=LENGTH):
-    """Dream (biases, shifted), LLaDA-MoE (query and key norms, experts), RND1 (the same, shifted), Stable-DiffCoder
-    (neither; blocks), Tiny-A2D (biases or norms; full or in blocks)."""
+    """Dream (biases, shifted), LLaDA-MoE (query and key norms, experts), RND1 (the same, shifted), iLLaDA (neither),
+    Stable-DiffCoder (neither; blocks), Tiny-A2D (biases or norms; full or in blocks)."""
     x, block = w["model.embed_tokens.weight"][tokens], torch.arange(LENGTH) // block_size
     allowed, size = block[None, :] <= block[:, None], config.get("head_dim", 8)
     for n in range(config["num_hidden_layers"]):
@@ -142,6 +142,7 @@ def reference_llada2(config, w, tokens):
     [
         ("llada", reference_llada),
         ("dream", partial(reference_qwen, shift=True)),
+        ("illada", reference_qwen),
         ("llada_moe", reference_qwen),
         ("llada2", reference_llada2),
         ("rnd1", partial(reference_qwen, shift=True)),
