@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm_rl.device import send
 from dllm_rl.models import order
-from dllm_rl.models.base import Policy, position_ids
+from dllm_rl.models.base import Policy, block_causal_mask, block_ranks, position_ids
 from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.forward.routing import Routes, routed
 from dllm_rl.models.logprobs import backward_chunked, backward_token_logprobs, token_logprobs
@@ -252,17 +252,18 @@ def _equal_in_groups(rows: Integer[Tensor, "B T"] | Bool[Tensor, "B T"], group: 
     return (groups == groups[:, :1]).all()
 
 
-def packed_mask(attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], start: int) -> Bool[Tensor, "B 1 Q Q"]:
-    """Which columns see which, among T clean columns and the noisy columns start..T-1; Q = 2 T - start."""
+def packed_mask(
+    attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], start: int, *ranks: tuple[Tensor, Tensor]
+) -> Bool[Tensor, "B 1 Q Q"]:
+    """Which columns see which, among T clean columns and the noisy columns start..T-1, each with its `block_ranks`;
+    Q = 2 T - start."""
+    clean, noisy = (block_causal_mask(attention_mask, *one)[:, 0] for one in ranks)
+    before = block_causal_mask(attention_mask, block, block - 1)[:, 0]
     real = attention_mask[:, :, None]
-    before = block[:, None, :] < block[:, :, None]
-    same = block[:, None, :] == block[:, :, None]
-    key = attention_mask[:, None, :]
-    to_noisy = torch.zeros_like(same[:, :, start:])
-    clean = torch.cat([key & (before | same), to_noisy], dim=-1)
+    upper = torch.cat([clean, torch.zeros_like(noisy[:, :, start:])], dim=-1)
     # Padding sees its own clean block, so that no row of the mask is empty, whose softmax is NaN.
-    noisy = torch.cat([key & (before | (same & ~real)), (key & same & real)[:, :, start:]], dim=-1)[:, start:]
-    return torch.cat([clean, noisy], dim=1)[:, None]
+    lower = torch.cat([before | (clean & ~real), (noisy & ~before & real)[:, :, start:]], dim=-1)[:, start:]
+    return torch.cat([upper, lower], dim=1)[:, None]
 
 
 def packed_hidden(
@@ -287,6 +288,7 @@ def packed_hidden(
     first = torch.where(read, block, block.max() + 1).amin(-1, keepdim=True)
     start = int((attention_mask & (block >= first)).any(0).long().argmax())  # before it no noisy column is needed
     both = torch.cat([tokens, noisy[:, start:]], dim=1)
-    mask = packed_mask(attention_mask, block, start)
+    ranks = (block_ranks(spec, some, positions) for some in (tokens, noisy))
+    mask = packed_mask(attention_mask, block, start, *ranks)
     states = policy.encode(both, mask, torch.cat([positions, positions[:, start:]], dim=1))[:, tokens.shape[1] :]
     return torch.cat([states.new_zeros(len(states), start, states.shape[-1]), states], dim=1)

@@ -68,20 +68,29 @@ def encode_roberta(module: Module, tokens: Tokens, attention_mask: Mask, positio
     return encode_base(module, tokens, attention_mask, positions + module.config.pad_token_id + 1, **cache)
 
 
-def block_causal_mask(
-    attention_mask: Bool[Tensor, "B T"], positions: Tokens, block_size: int
-) -> Bool[Tensor, "B 1 T T"]:
-    """Query q may see key k when k is no padding and floor(position_k / block) <= floor(position_q / block)."""
-    block = positions // block_size
-    return (attention_mask[:, None, :] & (block[:, None, :] <= block[:, :, None]))[:, None]
+def block_ranks(spec: "FamilySpec", tokens: Tokens, positions: Tokens) -> tuple[Tokens, Tokens]:
+    """Each token's rank as a key and as a query, which sees the keys of at most its rank: floor(position / block). With
+    `causal_context`: its block's first and last position, but its own position in a block without a mask."""
+    assert spec.block_size is not None, "a block-causal family has a block size"
+    block = positions // spec.block_size
+    if not spec.causal_context or spec.mask_id is None:
+        return block, block
+    closed = torch.zeros_like(block).scatter_add(1, block, tokens.eq(spec.mask_id).long()).gather(1, block) == 0
+    first = torch.where(closed, positions, block * spec.block_size)
+    return first, torch.where(closed, positions, first + spec.block_size - 1)
+
+
+def block_causal_mask(attention_mask: Bool[Tensor, "B T"], key: Tokens, query: Tokens) -> Bool[Tensor, "B 1 T T"]:
+    """Query q may see key k when k is no padding and rank_k <= rank_q (`block_ranks`)."""
+    return (attention_mask[:, None, :] & (key[:, None, :] <= query[:, :, None]))[:, None]
 
 
 def encode_block_causal(
-    module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, *, block_size: int, **cache: Any
+    module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, *, spec: "FamilySpec", **cache: Any
 ) -> States:
     """The final hidden states under the block-causal mask, or under a given mask of four axes."""
     if attention_mask.dim() == 2:  # a mask of four axes is whole: a cache's, or a packed forward's
-        attention_mask = block_causal_mask(attention_mask, positions, block_size)
+        attention_mask = block_causal_mask(attention_mask, *block_ranks(spec, tokens, positions))
     return encode_base(module, tokens, attention_mask, positions, **cache)
 
 
@@ -110,6 +119,7 @@ class FamilySpec:
     attention: Attention  # "block_causal": blocks of `block_size`, aligned to a row's first token
     shift: bool = False  # the state at t-1 predicts position t
     block_size: int | None = None
+    causal_context: bool = False  # "block_causal": a block without a mask is causal
     mask_id: int | None = None  # token id of the mask; None for causal models
     mask_vocabulary: int | None = None  # a family's mask_id is for so many tokens
     mask_names: tuple[str, ...] = ()  # the mask's texts, for a tokenizer that declares no mask token

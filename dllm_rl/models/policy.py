@@ -249,6 +249,8 @@ def check_attention(policy: _Backbone) -> None:
     size = policy.vocab_size
     for position, moves in expected.items():
         tokens = (torch.arange(position + 1, device=policy.device) % max(1, size - 1))[None].repeat(2, 1)
+        if policy.spec.causal_context and policy.spec.mask_id is not None:
+            tokens[:, 0] = policy.spec.mask_id  # a block without a mask is causal
         tokens[1, -1] = (tokens[0, -1] + 1) % size
         first = policy.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 0].float()
         if torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-6) == moves:  # a batch's rows may round differently

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dllm_rl.device import send
-from dllm_rl.models.base import Policy, position_ids
+from dllm_rl.models.base import Policy, block_ranks, position_ids
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class CachedStates:
         # The model puts the fresh keys behind those that it is given: into a copy, so that the kept ones stay.
         past = KeysAndValues(config=module.config) if self.past is None else mapped(self.past, lambda x: x)
         positions = self.positions[here]
-        mask = self._mask(self.attention_mask[here], positions, new, columns)
+        mask = self._mask(tokens[here], self.attention_mask[here], positions, new, columns)
         states = self.policy.encode(tokens[here][:, new], mask, positions[:, new], past_key_values=past, use_cache=True)
         if past.get_seq_length() != len(seen):
             raise ValueError(f"cache={self.cache}: {type(module).__name__} keeps no keys and values; use cache=None")
@@ -140,13 +140,12 @@ class CachedStates:
             self.kept = keep
         return states
 
-    def _mask(self, attention_mask: Tensor, positions: Tensor, fresh: Tensor, seen: Tensor) -> Tensor:
+    def _mask(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor, fresh: Tensor, seen: Tensor) -> Tensor:
         """The additive attention mask, (R, 1, fresh, seen): 0 where a query may look, else the lowest number."""
         allowed = attention_mask[:, None, seen].expand(-1, len(fresh), -1)
         if self.policy.spec.attention == "block_causal":
-            assert self.policy.spec.block_size is not None, "a block-causal model has a block size"
-            block = positions // self.policy.spec.block_size
-            allowed = allowed & (block[:, None, seen] <= block[:, fresh, None])
+            key, query = block_ranks(self.policy.spec, tokens, positions)
+            allowed = allowed & (key[:, None, seen] <= query[:, fresh, None])
         dtype = next(self.policy.module.parameters()).dtype
         bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
         return bias.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]

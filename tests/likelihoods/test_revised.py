@@ -173,8 +173,8 @@ RULES = [
 
 def block_causal():
     policy = tiny_llama(characters=CHARACTERS, causal=False, num_layers=2, head_std=0.3)
-    encode = partial(encode_block_causal, block_size=4)
-    policy.spec = replace(policy.spec, attention="block_causal", block_size=4, encode=encode)
+    spec = replace(policy.spec, attention="block_causal", block_size=4)
+    policy.spec = replace(spec, encode=partial(encode_block_causal, spec=spec))
     return policy
 
 

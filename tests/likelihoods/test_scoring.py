@@ -128,11 +128,12 @@ def test_what_is_scored_is_bit_for_bit_what_was_sampled(tmp_path, zero_mismatch)
 SIZE = 4
 
 
-def block_causal_policy():
+def block_causal_policy(*, causal_context: bool = False):
     shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "head_std": 0.3}
     policy = tiny_llama(characters="abcdefgh", causal=False, **shape)
-    encode = partial(encode_block_causal, block_size=SIZE)
-    policy.spec = replace(policy.spec, name="toy", attention="block_causal", block_size=SIZE, encode=encode)
+    toy = {"name": "toy", "attention": "block_causal", "block_size": SIZE, "causal_context": causal_context}
+    spec = replace(policy.spec, **toy)
+    policy.spec = replace(spec, encode=partial(encode_block_causal, spec=spec))
     return policy
 
 
@@ -146,8 +147,9 @@ def block_sampled(policy, *, num_steps: int = 9, rank=max_prob):
 
 def test_packed_mask_by_hand():
     """A row of one padding column and blocks (a b) (c d) of two; noisy columns from c on."""
-    mask = packed_mask(torch.tensor([[False, True, True, True, True]]), torch.tensor([[0, 0, 0, 1, 1]]), 3)[0, 0].int()
-    assert mask.tolist() == [
+    block = torch.tensor([[0, 0, 0, 1, 1]])
+    mask = packed_mask(torch.tensor([[False, True, True, True, True]]), block, 3, (block, block), (block, block))[0, 0]
+    assert mask.int().tolist() == [
         # -  a  b  c  d  c' d'
         [0, 1, 1, 0, 0, 0, 0],  # padding
         [0, 1, 1, 0, 0, 0, 0],  # a
@@ -159,9 +161,10 @@ def test_packed_mask_by_hand():
     ]
 
 
+@pytest.mark.parametrize("causal_context", [False, True])
 @pytest.mark.parametrize("num_steps", [4, 9, 12])
-def test_packed_trajectory_is_the_trajectory(num_steps, monkeypatch):
-    policy = block_causal_policy()
+def test_packed_trajectory_is_the_trajectory(num_steps, causal_context):
+    policy = block_causal_policy(causal_context=causal_context)
     rollout = block_sampled(policy, num_steps=num_steps)
     one_by_one, packed = lik.trajectory(), lik.trajectory(block_size=SIZE)
     plain, together = (e.draw(rollout, torch.Generator()) for e in (one_by_one, packed))

@@ -65,9 +65,9 @@ def columns_run(policy, monkeypatch, **options):
 
 
 @pytest.mark.parametrize("commit", COMMITS)
-@pytest.mark.parametrize("family", ["sdar", "llada2"])
+@pytest.mark.parametrize("family", ["sdar", "llada2", "nemotron"])
 def test_block_cache_is_exact(policies, family, commit, monkeypatch):
-    policy, length = policies(family), {"sdar": 11, "llada2": 70}[family]
+    policy, length = policies(family), {"sdar": 11, "llada2": 70, "nemotron": 19}[family]
     options = {"commit": COMMITS[commit], "length": length, "num_steps": length // 2}
     plain, cached = run(policy, **options), run(policy, cache=block_cache(), **options)
     assert_same(plain, cached)
@@ -77,7 +77,7 @@ def test_block_cache_is_exact(policies, family, commit, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("family", ["sdar", "llada2"])
+@pytest.mark.parametrize("family", ["sdar", "llada2", "nemotron"])
 def test_completions_of_a_prompt_share_its_keys_and_values(policies, family, monkeypatch):
     """Against the same rows as prompts of their own: the same tokens and log-probs, and each prompt is run once for its
     group, where each row runs its own otherwise. What is run later are blocks, of every row."""
@@ -120,8 +120,9 @@ def test_blocks_count_from_the_prompt(policies, cache):
             begin += size
 
 
-def test_block_causal_replay_is_bitwise(policies):
-    policy = policies("sdar")
+@pytest.mark.parametrize("family", ["sdar", "nemotron"])
+def test_block_causal_replay_is_bitwise(policies, family):
+    policy = policies(family)
     rollout, estimator = run(policy), trajectory()
     noise = estimator.draw(rollout, torch.Generator())
     assert torch.equal(estimator.logprobs(policy, rollout, noise), rollout.logprobs)

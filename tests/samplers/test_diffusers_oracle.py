@@ -66,8 +66,8 @@ def with_head(policy, *, mask: float, end: float = -torch.inf):
 
 def block_causal(*, head_std: float = 0.6, **changes):
     policy = tiny_llama(causal=False, head_std=head_std, **SIZES)
-    encode = partial(encode_block_causal, block_size=BLOCK)
-    policy.spec = replace(policy.spec, name="toy", attention="block_causal", block_size=BLOCK, encode=encode)
+    spec = replace(policy.spec, name="toy", attention="block_causal", block_size=BLOCK)
+    policy.spec = replace(spec, encode=partial(encode_block_causal, spec=spec))
     return with_head(policy, **changes)
 
 

@@ -215,6 +215,22 @@ def a2d(base: str, **more) -> tuple[dict, dict]:
     return config, state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
 
 
+def nemotron(paradigm: str = "bidirectional") -> tuple[dict, dict]:
+    """Ministral 3's tensors below `encoder`; the heads together are wider than the model. Positions from 16 on are past
+    the original length."""
+    rope = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+    more = {"auto_map": {"AutoConfig": "configuration_nemotron_labs_diffusion.NemotronLabsDiffusionConfig"}}
+    more |= {"head_dim": 16, "rope_parameters": rope, "dlm_paradigm": paradigm, "block_size": 8, "mask_token_id": MASK}
+    more |= {"attention_bias": False, "mlp_bias": False, "sliding_window": None, "pad_token_id": None}
+    name = "NemotronLabsDiffusionModel"
+    config, state = qwen(name, "nemotron_labs_diffusion", qk_norm=False, qkv_bias=False, **more)
+    del config["rope_scaling"], config["rope_theta"]
+    return config, {
+        key.replace("model.", "encoder.").replace("lm_head", "diffusion_head"): x for key, x in state.items()
+    }
+
+
 def llada_moe(**more) -> tuple[dict, dict]:
     fields = {
         "auto_map": {"AutoConfig": "configuration_lladamoe.LLaDAConfig"},
@@ -310,6 +326,8 @@ ORIGINAL = {
     "a2d_qwen2": lambda: a2d("Qwen2"),
     "a2d_qwen3": lambda: a2d("Qwen3"),
     "a2d_blocks": lambda: a2d("Qwen3", block_size=4),
+    "nemotron": nemotron,
+    "nemotron_ar": lambda: nemotron("autoregressive"),
 }
 
 

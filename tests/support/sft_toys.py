@@ -38,8 +38,8 @@ def dream_like():
 
 def block_causal():
     policy = tiny_llama(causal=False, **SIZES)
-    encode = partial(encode_block_causal, block_size=2)
-    policy.spec = replace(policy.spec, name="toy", attention="block_causal", block_size=2, encode=encode)
+    spec = replace(policy.spec, name="toy", attention="block_causal", block_size=2)
+    policy.spec = replace(spec, encode=partial(encode_block_causal, spec=spec))
     return policy
 
 

@@ -5,10 +5,6 @@ from typing import Any
 
 import transformers
 from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_MAPPING,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     LlamaConfig,
@@ -135,6 +131,16 @@ def a2d(raw: dict) -> tuple[type, Qwen2Config | Qwen3Config | Qwen3MoeConfig]:
     return sdar(raw) if "Qwen3" in raw["architectures"][0] else dream(raw)
 
 
+def nemotron(raw: dict) -> tuple[type, transformers.Ministral3Config]:
+    """Nemotron-Labs-Diffusion: a Ministral 3, causal if its `dlm_paradigm` is autoregressive."""
+    _refuse(raw, attention_bias=False, mlp_bias=False, sliding_window=None)
+    rope = {**raw["rope_parameters"]}
+    beta = {"llama_4_scaling_beta": rope.pop("llama_4_scaling_beta")}  # only this stock class scales queries by it
+    fields = _fields(raw | {"rope_parameters": rope}, is_causal=raw.get("dlm_paradigm") == "autoregressive")
+    fields["rope_parameters"] |= beta
+    return transformers.Ministral3ForCausalLM, transformers.Ministral3Config(**fields)
+
+
 # (original, stock) names in a block.
 _BLOCK = [("attn_norm", "input_layernorm"), ("ff_norm", "post_attention_layernorm"), ("attn_out", "self_attn.o_proj")]
 _BLOCK += [("q_proj", "self_attn.q_proj"), ("k_proj", "self_attn.k_proj"), ("v_proj", "self_attn.v_proj")]
@@ -248,6 +254,30 @@ A2D = FamilySpec(
 )
 # The published configs of bd3lm and mdlm are alike: only a block size that is given says which one it is.
 A2D_BLOCKS = replace(A2D, name="a2d_blocks", attention="block_causal", when=lambda raw: bool(raw.get("block_size")))
+NEMOTRON_AR = FamilySpec(
+    name="nemotron_ar",
+    attention="causal",
+    shift=True,
+    architectures=("NemotronLabsDiffusionModel",),
+    when=lambda raw: raw.get("dlm_paradigm") == "autoregressive",
+    native=nemotron,
+    names=(
+        ("diffusion_head", "lm_head"),
+        *((f"encoder.{name}", f"model.{name}") for name in ("embed_tokens", "norm")),
+        *((f"encoder.layers.*.{name}", f"model.layers.*.{name}") for _, name in _BLOCK),
+    ),
+)
+NEMOTRON = replace(
+    NEMOTRON_AR,
+    name="nemotron",
+    attention="block_causal",
+    block_size=32,
+    causal_context=True,
+    shift=False,
+    when=lambda raw: raw.get("dlm_paradigm") != "autoregressive",
+    mask_id=100,
+    mask_vocabulary=131072,
+)
 MASKED_LM = FamilySpec(
     name="masked_lm",
     attention="full",
@@ -278,6 +308,7 @@ CAUSAL_LM = FamilySpec(name="causal_lm", attention="causal", shift=True, archite
 
 # The first family that recognises a config is used: specific families come first.
 FAMILIES = [LLADA, ILLADA, LLADA_MOE, LLADA2, DREAM, SDAR, RND1, STABLE_DIFFCODER, A2D_BLOCKS, A2D]
+FAMILIES += [NEMOTRON_AR, NEMOTRON]
 FAMILIES += [ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]
 
 
@@ -292,9 +323,9 @@ def stock_class(raw: dict) -> Any:
     """The class that a config's `architectures` names, in transformers or its Auto classes; else None."""
     architecture = (raw.get("architectures") or [""])[0]
     kind = raw.get("model_type", "")
-    if kind in CONFIG_MAPPING:
-        for mapping in (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
-            found: Any = mapping.get(CONFIG_MAPPING[kind], None)
+    if kind in transformers.CONFIG_MAPPING:
+        for name in ("MODEL_FOR_MASKED_LM", "MODEL_FOR_CAUSAL_LM", "MODEL"):
+            found: Any = getattr(transformers, f"{name}_MAPPING").get(transformers.CONFIG_MAPPING[kind], None)
             # An Auto class may map the config to another class than the checkpoint's.
             if getattr(found, "__name__", None) == architecture:
                 return found

@@ -190,9 +190,8 @@ def family_spec(
     if family.attention != "causal":
         changes["mask_id"] = find_mask_id(config, tokenizer, family)
     if family.attention == "block_causal":
-        size = block_size or raw.get("block_size") or family.block_size
-        assert size is not None, "a block-causal family has a block size"
-        changes |= {"block_size": size, "encode": partial(encode_block_causal, block_size=size)}
+        changes["block_size"] = block_size or raw.get("block_size") or family.block_size
+        changes["encode"] = partial(encode_block_causal, spec=replace(family, **changes))
     elif block_size is not None:
         wrong = f"but {family.name} has {family.attention} attention; leave it out"
         raise ValueError(f"block_size={block_size} is for block-causal models, {wrong}")

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from layouts import MASK, checkpoint, illada, llada, llada2, llada_moe, published, tokenizer, write
+from layouts import MASK, checkpoint, illada, llada, llada2, llada_moe, nemotron, published, tokenizer, write
 from safetensors.torch import load_file, save_file
 
 from dllm_rl import Prompts, autoregress, load_policy, unmask
-from dllm_rl.models.checkpoint.families import DREAM, ILLADA, LLADA, LLADA2, LLADA_MOE, SDAR
+from dllm_rl.models.checkpoint.families import DREAM, ILLADA, LLADA, LLADA2, LLADA_MOE, NEMOTRON, SDAR
 from dllm_rl.models.checkpoint.loading import find_mask_id, load_tokenizer
 from dllm_rl.models.policy import make_policy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
@@ -126,6 +126,7 @@ def test_mask_tokens(tmp_path):
         (LLADA2, 157184, 156895),
         (DREAM, 152064, 151666),
         (SDAR, 151936, 151669),
+        (NEMOTRON, 131072, 100),
     ],
 )
 def test_a_familys_mask_id_goes_with_its_own_vocabulary_alone(family, size, found):
@@ -167,6 +168,7 @@ def test_the_expert_bias_of_llada_moe(tmp_path):
         (llada, "alibi", True),
         (llada, "include_bias", True),
         (illada, "layer_norm_eps", 1e-5),
+        (nemotron, "sliding_window", 64),
         (llada_moe, "qk_layernorm", False),
         (llada2, "score_function", "softmax"),
     ],

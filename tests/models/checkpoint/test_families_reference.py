@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from layouts import HEADS, KV_HEADS, ORIGINAL, write
+from layouts import HEADS, KV_HEADS, MASK, ORIGINAL, write
 from torch import einsum
 from torch.nn.functional import silu
 
@@ -25,6 +25,21 @@ def rotate(x, theta, fraction=1.0):
     angle = torch.arange(x.shape[1])[:, None] / theta ** (torch.arange(half) * 2 / size)
     a, b, rest = x[..., :half], x[..., half:size], x[..., size:]
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest], dim=-1)
+
+
+def yarn(x, rope):
+    """As `rotate`, where waves longer than the original length are `factor` times slower, and shorter ones in part."""
+    size, theta, original = x.shape[-1], rope["rope_theta"], rope["original_max_position_embeddings"]
+    pairs = torch.arange(size // 2).double()
+
+    def place(turns):  # of the pair that turns so often in the original length
+        return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(place(rope["beta_fast"])), 0), min(math.ceil(place(rope["beta_slow"])), size - 1)
+    slow = ((pairs - low) / (high - low)).clamp(0, 1)
+    angle = torch.arange(x.shape[1])[:, None] * theta ** (-pairs * 2 / size) * (slow / rope["factor"] + 1 - slow)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
 
 
 def attend(q, k, v, allowed):
@@ -71,7 +86,7 @@ def softmax_experts(x, layer, config):
 
 def reference_qwen(config, w, tokens, *, shift=False, block_size=LENGTH):
     """Dream (biases, shifted), LLaDA-MoE (query and key norms, experts), RND1 (the same, shifted), iLLaDA (neither),
-    Stable-DiffCoder (neither; blocks), Tiny-A2D (biases or norms; full or in blocks)."""
+    Stable-DiffCoder (neither; blocks), SDAR (norms; blocks), Tiny-A2D (biases or norms; full or in blocks)."""
     x, block = w["model.embed_tokens.weight"][tokens], torch.arange(LENGTH) // block_size
     allowed, size = block[None, :] <= block[:, None], config.get("head_dim", 8)
     for n in range(config["num_hidden_layers"]):
@@ -137,14 +152,39 @@ def reference_llada2(config, w, tokens):
     return einsum("td,vd->tv", norm(x, w["model.norm.weight"], 1e-6), w["lm_head.weight"])
 
 
+def reference_nemotron(config, w, tokens):
+    """A block with a mask sees all of itself; its context is causal. Queries grow with the log of their position."""
+    place, rope, causal = torch.arange(LENGTH), config["rope_parameters"], config["dlm_paradigm"] == "autoregressive"
+    allowed = place[None, :] <= place[:, None]
+    if not causal:
+        for block in (tokens == MASK).nonzero()[:, 0] // config["block_size"]:
+            inside = place // config["block_size"] == block
+            allowed = allowed | (inside[None, :] & inside[:, None])
+    growth = 1 + rope["llama_4_scaling_beta"] * (1 + place // rope["original_max_position_embeddings"]).double().log()
+    x = w["encoder.embed_tokens.weight"][tokens]
+    for n in range(config["num_hidden_layers"]):
+        layer = {k.removeprefix(f"encoder.layers.{n}."): v for k, v in w.items() if f".layers.{n}." in k}
+        h = norm(x, layer["input_layernorm.weight"], 1e-6)
+        q, k, v = (heads(h, layer[f"self_attn.{a}_proj.weight"], size=16) for a in "qkv")
+        y = attend(yarn(q, rope) * growth[:, None], yarn(k, rope), v, allowed)
+        x = x + einsum("to,do->td", y, layer["self_attn.o_proj.weight"])
+        h = norm(x, layer["post_attention_layernorm.weight"], 1e-6)
+        x = x + swiglu(h, *(layer[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down")))
+    logits = einsum("td,vd->tv", norm(x, w["encoder.norm.weight"], 1e-6), w["diffusion_head.weight"])
+    return torch.cat([logits[:1], logits[:-1]]) if causal else logits
+
+
 @pytest.mark.parametrize(
     ("family", "reference"),
     [
         ("llada", reference_llada),
         ("dream", partial(reference_qwen, shift=True)),
         ("illada", reference_qwen),
+        ("sdar", partial(reference_qwen, block_size=4)),
         ("llada_moe", reference_qwen),
         ("llada2", reference_llada2),
+        ("nemotron", reference_nemotron),
+        ("nemotron_ar", reference_nemotron),
         ("rnd1", partial(reference_qwen, shift=True)),
         ("stable_diffcoder", partial(reference_qwen, block_size=4)),
         ("a2d_qwen2", reference_qwen),
@@ -156,6 +196,7 @@ def test_logits_equal_the_published_description(tmp_path, family, reference):
     config, state = ORIGINAL[family]()
     policy = load_policy(write(tmp_path, config, state))
     tokens = torch.randint(3, 38, (LENGTH,), generator=torch.Generator().manual_seed(3))
+    tokens[[17, 21, 35]] = MASK
     expected = reference(config, {name: tensor.double() for name, tensor in state.items()}, tokens).float()
     got = policy.logits(tokens[None], torch.ones(1, LENGTH, dtype=torch.bool))[0]
     assert expected.std() > 0.5  # logits that all but vanish would agree with anything

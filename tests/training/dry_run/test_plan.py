@@ -255,12 +255,16 @@ def test_a_plan_for_eight_processes_is_one_of_an_eighth_of_the_rows(monkeypatch,
 
 def test_carried_configs_are_of_known_families():
     from dllm_rl.models.checkpoint.families import find_family
+    from dllm_rl.models.checkpoint.loading import build_empty
 
     names = {file.stem: find_family(json.loads(file.read_text())).name for file in CONFIGS.glob("*.json")}
     assert names["GSAI-ML--LLaDA-8B-Instruct"] == names["GSAI-ML--LLaDA-1.5"] == "llada"
     assert names["inclusionAI--LLaDA2.0-mini"] == "llada2"
+    nemotron = build_empty(published_config("nvidia/Nemotron-Labs-Diffusion-8B"))
+    block = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336 + 2 * 4096
+    assert sum(p.numel() for p in nemotron.parameters()) == 2 * 131072 * 4096 + 34 * block + 4096
     assert names["dllm-hub--Qwen3-0.6B-diffusion-mdlm-v0.1"] == "a2d"
     assert names["radicalnumerics--RND1-Base-0910"] == "rnd1"
     assert names["ByteDance-Seed--Stable-DiffCoder-8B-Instruct"] == "stable_diffcoder"
-    known = ("llada", "llada_moe", "llada2", "dream", "a2d", "rnd1", "stable_diffcoder", "causal_lm")
+    known = ("llada", "llada_moe", "llada2", "dream", "a2d", "rnd1", "stable_diffcoder", "nemotron", "causal_lm")
     assert all(v in known for v in names.values())
