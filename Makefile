@@ -7,6 +7,12 @@ test:
 slow:
 	$(PYTHON) -m pytest -m slow
 
+# With uv: the suite on the lowest versions that pyproject.toml names, and on the newest there are.
+lowest-direct highest:
+	uv venv -q --clear build/$@
+	uv pip install -q --python build/$@ --resolution $@ -e ".[test]"
+	build/$@/bin/python -m pytest
+
 lint:
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -18,4 +24,4 @@ docs:
 main:
 	.venv/bin/accelerate launch --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process 2 recipes/sudoku_tiny.py
 
-.PHONY: test slow lint docs main
+.PHONY: test slow lowest-direct highest lint docs main

@@ -63,7 +63,7 @@ def test_a_constant_is_a_number():
         Bound(at_least=1).check("cap", "3")
 
 
-@pytest.mark.parametrize(("function", "keyword"), constants())
+@pytest.mark.parametrize(("function", "keyword"), [*constants()])
 @pytest.mark.parametrize("value", [-1, -3.0, 0, math.inf, -math.inf, math.nan])
 def test_no_constant_is_negative_or_zero_or_not_finite(function, keyword, value):
     if float in kinds_of(inspect.signature(function).parameters[keyword].annotation):

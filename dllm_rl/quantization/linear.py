@@ -56,8 +56,7 @@ def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]
         packed = Float8Tensor.from_hp(weight, torch.float8_e4m3fn, PerRow(), hp_value_lb=TINY, **settings)
     elif isinstance(config, Float8WeightOnlyConfig):
         # The same as quantize_ for this config in a third of the time.
-        granularity = getattr(config, "granularity", PerRow())  # torchao 0.14 has no such field
-        packed = Float8Tensor.from_hp(weight, config.weight_dtype, granularity=granularity)
+        packed = Float8Tensor.from_hp(weight, config.weight_dtype, granularity=config.granularity)
     else:
         layer = linear_of(weight.detach(), None)
         quantize_(layer, config)

@@ -166,8 +166,7 @@ def test_gradient_survives(variant, name, monkeypatch):
     if variant == "chunked head":
         monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", 4 * policy.vocab_size)
     if variant == "gradient checkpointing":
-        policy.module.gradient_checkpointing_enable({"use_reentrant": False})
-        policy.module.train()
+        policy.gradient_checkpointing = True
     if variant == "lora":
         from peft import LoraConfig, inject_adapter_in_model
 
