@@ -70,14 +70,13 @@ def encode_roberta(module: Module, tokens: Tokens, attention_mask: Mask, positio
 
 def block_ranks(spec: "FamilySpec", tokens: Tokens, positions: Tokens) -> tuple[Tokens, Tokens]:
     """Each token's rank as a key and as a query, which sees the keys of at most its rank: floor(position / block). With
-    `causal_context`: its block's first and last position, but its own position in a block without a mask."""
+    `causal_context` the rank is the position, but the block's first one for a key whose block holds a mask."""
     assert spec.block_size is not None, "a block-causal family has a block size"
     block = positions // spec.block_size
     if not spec.causal_context or spec.mask_id is None:
         return block, block
     closed = torch.zeros_like(block).scatter_add(1, block, tokens.eq(spec.mask_id).long()).gather(1, block) == 0
-    first = torch.where(closed, positions, block * spec.block_size)
-    return first, torch.where(closed, positions, first + spec.block_size - 1)
+    return torch.where(closed, positions, block * spec.block_size), positions
 
 
 def block_causal_mask(attention_mask: Bool[Tensor, "B T"], key: Tokens, query: Tokens) -> Bool[Tensor, "B 1 T T"]:
