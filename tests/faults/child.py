@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dllm_rl.distributed.stop import Stop
 from dllm_rl.files import replacing
 from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe
-from dllm_rl.training import train
+from dllm_rl.training import start, train
 
 FULL = "full"  # not a signal: writes beyond `at` bytes of a file fail, as on a full disk
 
@@ -93,6 +94,7 @@ def _child(recipes: Sequence[Recipe], fault: Fault | None, place: tuple[int, int
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's parent may have ignored it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if processes > 1:
+        _outlive_the_launcher()
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
         os.environ.update({name: str(value) for name, value in names.items()})
@@ -111,6 +113,23 @@ def _child(recipes: Sequence[Recipe], fault: Fault | None, place: tuple[int, int
         os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(code)
+
+
+def _outlive_the_launcher() -> None:
+    """Once a run has listened, the launcher's SIGTERM does not change the status that the run has ended with."""
+    listening: list[Stop] = []
+
+    def listen(**settings: Any) -> Stop:
+        listening.append(Stop(**settings))
+        return listening[-1]
+
+    def late(number: int, frame: Any) -> None:
+        if not listening:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    start.Stop = listen  # type: ignore[misc, assignment]
+    signal.signal(signal.SIGTERM, late)
 
 
 def _planted(folder: Path, fault: Fault | None, count: bool) -> dict[str, int]:
