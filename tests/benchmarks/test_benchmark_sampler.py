@@ -52,7 +52,7 @@ def test_products_are_all_of_a_runs_and_run_again_alone():
         for rows in policy.hidden(tokens, tokens > 0):
             policy.head(rows)
     names = [function.__name__ for function, _, _ in products.calls]
-    angles = names.count("bmm.default")  # of positions: one product in transformers 5.2, later none
+    angles = names.count("bmm.default")  # of positions: one product in early transformers 5, later none
     assert names.count("mm.default") == 2 * 7 + 2 and len(names) - angles == 2 * 8 + 2
     weights = {args[1].data_ptr() for function, args, _ in products.calls if function.__name__ == "mm.default"}
     assert len(weights) == 2 * 7 + 1

@@ -236,7 +236,7 @@ def test_a_stack_of_another_layout_is_not_taken_for_experts():
     experts = Qwen3MoeForCausalLM(config).model.layers[0].mlp.experts
     assert is_stacked(experts)
     for name, value in (("is_transposed", True), ("has_bias", True), ("has_gate", False), ("is_concatenated", False)):
-        before = getattr(experts, name, not value)  # transformers 5.2 has not all of them
+        before = getattr(experts, name, not value)  # early transformers 5 have not all of them
         setattr(experts, name, value)
         assert not is_stacked(experts), name
         setattr(experts, name, before)
