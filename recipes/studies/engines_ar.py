@@ -14,6 +14,7 @@ from dllm_rl.algorithms.correctors import none, tis
 from dllm_rl.files import write_json
 from recipes import weights
 from recipes.smollm2_arithmetic import recipe
+from recipes.studies import mismatch_ar
 from recipes.studies.engines import arm
 from recipes.studies.paired import Contrast, Study, main
 
@@ -29,7 +30,7 @@ study = Study(
         "Q4_0 TIS": arm("Q4_0", tis()),
     },
     against={"Q8_0": "unquantised", "Q4_0": "unquantised", "Q4_0 TIS": "unquantised"},
-    metrics={"mean abs log-ratio": "rollout_corr/abs_log_ratio_mean", "ESS": "rollout_corr/ess"},
+    metrics=mismatch_ar.study.metrics,
     seeds=5,
     num_steps=12,
     contrasts=(

@@ -28,16 +28,7 @@ from typing import Any
 
 from dllm_rl import elbo, none, soft_edit
 from dllm_rl.files import write_json
-from recipes.studies.paired import (
-    Contrast,
-    Study,
-    arm_rows,
-    load,
-    main,
-    markdown,
-    run_missing,
-    tables,
-)
+from recipes.studies.paired import Contrast, Study, arm_rows, load, main, markdown, run_missing, tables
 from recipes.sudoku_revise import recipe, unmask_in_four
 
 FORWARDS = (2, 4, 8)

@@ -324,8 +324,10 @@ def stock_class(raw: dict) -> Any:
     architecture = (raw.get("architectures") or [""])[0]
     kind = raw.get("model_type", "")
     if kind in transformers.CONFIG_MAPPING:
-        for name in ("MODEL_FOR_MASKED_LM", "MODEL_FOR_CAUSAL_LM", "MODEL"):
-            found: Any = getattr(transformers, f"{name}_MAPPING").get(transformers.CONFIG_MAPPING[kind], None)
+        masked = transformers.MODEL_FOR_MASKED_LM_MAPPING
+        causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        for mapping in (masked, causal, transformers.MODEL_MAPPING):
+            found: Any = mapping.get(transformers.CONFIG_MAPPING[kind], None)
             # An Auto class may map the config to another class than the checkpoint's.
             if getattr(found, "__name__", None) == architecture:
                 return found
