@@ -3,30 +3,31 @@
     pip install gguf && python recipes/smollm2_diffusion_sft.py
     python recipes/smollm2_diffusion.py
 
-Four tokens are written in two parallel steps. Results: recipes/README.md.
+Four tokens are written in two parallel steps, at random positions in training: no gradient then misses the order's part
+(docs/order.md). Results: recipes/README.md.
 """
 
 from dataclasses import replace
 from functools import partial
 
 from dllm_rl import main, max_prob, trajectory, unmask
+from dllm_rl.samplers.rules import random
 from recipes.smollm2_arithmetic import recipe as base
 from recipes.smollm2_diffusion_sft import PlainSums
 
-in_two = partial(unmask, max_new_tokens=4, num_steps=2, rank=max_prob)
+in_two = partial(unmask, max_new_tokens=4, num_steps=2)
 
 recipe = replace(
     base,
     name="smollm2-diffusion",
-    model="runs/smollm2-diffusion-sft-seed0/checkpoints/step-000100",
+    model="runs/smollm2-diffusion-sft-seed0/checkpoints/step-000120",
     task=PlainSums(held_out=False, size=1200),
     validation_task=PlainSums(held_out=True, size=40),
     eval_task=PlainSums(held_out=True, size=100),
-    sampler=partial(in_two, temperature=1.0),
-    eval_sampler=partial(in_two, temperature=0.0),
+    sampler=partial(in_two, rank=random, temperature=1.0),
+    eval_sampler=partial(in_two, rank=max_prob, temperature=0.0),
     likelihood=trajectory(),
     kept_graphs=2,
-    learning_rate=1e-3,
     train_batch_size=8,
     num_steps=48,
 )

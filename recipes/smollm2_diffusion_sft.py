@@ -39,9 +39,9 @@ recipe = SFT(
     lora=lora_r16,
     train_batch_size=32,
     learning_rate=1e-3,
-    num_steps=100,
-    eval_steps=25,
-    save_steps=100,
+    num_steps=120,
+    eval_steps=30,
+    save_steps=120,
     logging_steps=10,
 )
 
