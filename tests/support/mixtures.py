@@ -19,7 +19,8 @@ def own_choice(router, hidden):
     best are best."""
     if hasattr(router, "e_score_correction_bias"):
         scores = F.linear(hidden.float(), router.weight.float()).sigmoid()
-        ranked = (scores + router.e_score_correction_bias).unflatten(1, (router.num_group, -1))
+        groups = router.num_group if hasattr(router, "num_group") else router.n_group  # its name below transformers 5.13
+        ranked = (scores + router.e_score_correction_bias).unflatten(1, (groups, -1))
         groups = ranked.sort(-1).values[..., -2:].sum(-1).argsort(-1, descending=True)[:, : router.topk_group]
         open_ = torch.zeros(ranked.shape[:2], dtype=torch.bool).scatter(1, groups, True)
         return scores, ranked.where(open_[..., None], -torch.inf).flatten(1).topk(router.top_k).indices
