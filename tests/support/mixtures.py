@@ -19,7 +19,7 @@ def own_choice(router, hidden):
     best are best."""
     if hasattr(router, "e_score_correction_bias"):
         scores = F.linear(hidden.float(), router.weight.float()).sigmoid()
-        groups = router.num_group if hasattr(router, "num_group") else router.n_group  # its name below transformers 5.13
+        groups = router.num_group if hasattr(router, "num_group") else router.n_group  # below 5.13
         ranked = (scores + router.e_score_correction_bias).unflatten(1, (groups, -1))
         groups = ranked.sort(-1).values[..., -2:].sum(-1).argsort(-1, descending=True)[:, : router.topk_group]
         open_ = torch.zeros(ranked.shape[:2], dtype=torch.bool).scatter(1, groups, True)
