@@ -157,7 +157,7 @@ def test_replay_gives_recorded_logprobs_bitwise(policy, name):
 def test_group_shares_first_forward(policy, monkeypatch):
     """The first state is read once per prompt, and every later one by rows; completions of a group differ."""
     rows, hidden = [], policy.hidden
-    monkeypatch.setattr(policy, "hidden", lambda tokens, mask: rows.append(len(tokens)) or hidden(tokens, mask))
+    monkeypatch.setitem(vars(policy), "hidden", lambda tokens, mask: rows.append(len(tokens)) or hidden(tokens, mask))
     prompts = Prompts.from_ids(IDS[:2], pad_id=0, group_size=3)
     rollout = unmask(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=4, num_steps=4, temperature=3.0)
     assert rows == [2, 6, 6, 6]
@@ -166,7 +166,7 @@ def test_group_shares_first_forward(policy, monkeypatch):
 
 def test_finished_rows_leave_the_batch(policy, monkeypatch):
     rows, hidden = [], policy.hidden
-    monkeypatch.setattr(policy, "hidden", lambda tokens, mask: rows.append(len(tokens)) or hidden(tokens, mask))
+    monkeypatch.setitem(vars(policy), "hidden", lambda tokens, mask: rows.append(len(tokens)) or hidden(tokens, mask))
     rollout = sample(policy, IDS, list(range(8)), commit=partial(rules.threshold, tau=0.3))
     steps = rollout.unmask_step.amax(-1) + 1
     assert rows == [int((steps > n).sum()) for n in range(int(steps.max()))] and rows[-1] < 8
@@ -228,7 +228,7 @@ def test_half_precision_logits_are_ranked_in_fp32(policy, float32_head):
 def test_greedy_tokens_come_with_the_ranks_own_logits(policy, monkeypatch):
     """At temperature 0 a rank that reads logits costs one pass of the head a step: 32 positions, then the other 16."""
     rows, run = [], policy.head
-    monkeypatch.setattr(policy, "head", lambda h: rows.append(len(h)) or run(h))
+    monkeypatch.setitem(vars(policy), "head", lambda h: rows.append(len(h)) or run(h))
     prompts = Prompts.from_ids(IDS[:1], pad_id=0)
     unmask(policy, prompts, torch.Generator(), max_new_tokens=32, num_steps=2, rank=rules.max_prob)
     assert rows == [32, 16]
@@ -247,7 +247,7 @@ def test_what_a_rule_chooses_beyond_the_open_masks_is_not_written(policy):
 
 def test_rank_without_logits_runs_no_head(policy, monkeypatch):
     rows, run = [], policy.head
-    monkeypatch.setattr(policy, "head", lambda h: rows.append(len(h)) or run(h))
+    monkeypatch.setitem(vars(policy), "head", lambda h: rows.append(len(h)) or run(h))
     unmask(
         policy,
         Prompts.from_ids(IDS[:1], pad_id=0),

@@ -43,6 +43,10 @@ def by_hand(policy, given, where):
             return scores, weights * getattr(router, "routed_scaling_factor", 1.0), taken
 
         router.forward = forward
+        if hasattr(
+            layer, "route_tokens_to_experts"
+        ):  # below transformers 5.13, where LLaDA2's router gives scores alone
+            layer.route_tokens_to_experts = lambda routed: (routed[2], routed[1])
 
 
 def chosen_by_hand(policy, tokens, mask):
