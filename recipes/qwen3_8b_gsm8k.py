@@ -18,7 +18,6 @@ recipe = replace(
     sampler=partial(autoregress, max_new_tokens=512, temperature=1.0),
     eval_sampler=partial(autoregress, max_new_tokens=512, temperature=0.0),
     likelihood=causal(),
-    torch_compile=False,  # an autoregressive sampler has a cache
     num_generations=8,
     micro_batch_size=8,
     gradient_checkpointing=True,

@@ -140,17 +140,17 @@ def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:
 
 
 def check_compiled(recipe: Recipe) -> None:
-    """Raise ValueError if torch_compile has nothing to compile, or would compile again at every step."""
-    cached = getattr(recipe.sampler, "keywords", {}).get("cache") is not None
+    """Raise ValueError if what torch_compile compiles is elsewhere, or its CUDA graphs would be of every step."""
+    cached = getattr(recipe.sampler, "keywords", {}).get("cache") is not None or recipe.likelihood.name == "causal"
     why = None
     if recipe.rollout_engine is not None:
-        why = "compiles the rollout's quantised copy, and a rollout_engine has none: leave torch_compile out"
-    elif recipe.rollout_quantization is None:
-        why = "compiles the rollout's copy, and rollout_quantization=None makes none: set one, as float8_dynamic"
+        why = "compiles the rollout's policy, and a rollout_engine has its own: leave torch_compile out"
     elif recipe.router_replay is not None:
         why = "does not go with router_replay='R3', as compiled blocks name no experts: leave out router_replay"
-    elif cached or recipe.likelihood.name == "causal":
-        why = "does not go with a cache, whose state would be compiled again at every step: "
-        why += "leave out the sampler's" if cached else "take another sampler than autoregress"
+    elif recipe.zero_mismatch:
+        why = "rounds otherwise than the eager learner, which zero_mismatch forbids: leave one of them out"
+    elif cached and recipe.torch_compile_mode != "default":
+        why = f"with torch_compile_mode={recipe.torch_compile_mode!r} does not go with a cache, whose shapes change: "
+        why += "take mode 'default'"
     if recipe.torch_compile and why:
         raise ValueError(f"torch_compile=True {why}, or set torch_compile=False")

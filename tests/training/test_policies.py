@@ -57,12 +57,18 @@ def test_without_a_scheme_the_learner_rolls_out(tmp_path):
     assert rollout_copy(recipe, policy) is policy
 
 
+GRAPHS = {"torch_compile_mode": "reduce-overhead"}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rollout_quantization": None}, "rollout_quantization=None makes none: set one, as float8_dynamic"),
-        ({"sampler": partial(unmask, max_new_tokens=4, num_steps=2, cache=dual_cache())}, "leave out the sampler's"),
-        ({"likelihood": causal()}, "cache.*: take another sampler than autoregress"),
+        ({"zero_mismatch": True, "rollout_quantization": None}, "forbids: leave one of them out"),
+        (
+            {"sampler": partial(unmask, max_new_tokens=4, num_steps=2, cache=dual_cache())} | GRAPHS,
+            "take mode 'default'",
+        ),
+        ({"likelihood": causal()} | GRAPHS, "cache.*: take mode 'default'"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(tmp_path, changes, said):

@@ -4,11 +4,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, no_type_check
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import DynamicLayer
 
 from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.lora import LoraLinear
@@ -38,13 +40,16 @@ def recomputed_blocks(module: Module) -> Iterator[None]:
     block again with the same dropout masks, so that gradients are the same bit for bit on deterministic kernels."""
     # transformers' own switch does nothing in eval mode, in which policies stay, and does not cover every family.
     blocks = blocks_of(module)
+    compiled = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         block.forward = partial(_checkpointed, block.forward, block)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, compiled, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward  # type: ignore[method-assign]
 
 
 def _checkpointed(forward: Callable, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -75,9 +80,61 @@ def _count(adapters: list[LoraLinear], calls: Iterable[int]) -> None:
 def compile_blocks(policy: Policy, *, mode: str = "default") -> None:
     """Compile every block of the policy's module in place, at its first forward. Raises ValueError without blocks.
 
-    mode  torch.compile's. "default": one compilation for all shapes. "reduce-overhead", "max-autotune": one per shape
-          for CUDA graphs, for at most eight shapes; torch runs further shapes uncompiled.
-    Numbers differ from eager ones by rounding. Only for sampling without a cache: a compiled block is neither
-    differentiated with adapters nor recomputed, and a growing cache would be compiled again at every step."""
-    for block in blocks_of(policy.module, "torch_compile"):
-        block.compile(mode=mode, dynamic=mode == "default")
+    mode  torch.compile's. "default": few graphs for all blocks and shapes, with a cache or without: the first forward
+          has its own, and so have a batch or a width of 1. A block that is not one graph raises torch's error;
+          quantised experts run between two graphs.
+          "reduce-overhead", "max-autotune": one per shape for CUDA graphs, without a cache, for at most eight shapes;
+          torch runs further shapes uncompiled.
+    Numbers differ from eager ones by rounding. Differentiated forwards stay eager."""
+    split = any(getattr(layer.forward, "_torchdynamo_disable", False) for layer in policy.module.modules())
+    default = mode == "default"
+    options: dict[str, Any] = {"mode": mode, "dynamic": default, "fullgraph": default and not split}
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)  # 12 have been seen
+    alone, cached = torch.compile(_alone, **options), torch.compile(_cached, **options)
+    for index, block in enumerate(blocks_of(policy.module, "torch_compile")):
+        block.forward = partial(_compiled, block, index, alone, cached)  # type: ignore[method-assign]
+
+
+def _compiled(block: nn.Module, index: int, alone: Callable, cached: Callable, *args: Any, **kw: Any) -> Any:
+    if torch.is_grad_enabled():
+        return type(block).forward(block, *args, **kw)
+    past = kw.pop("past_key_values", None)
+    if past is None:
+        return alone(block, args, kw)
+    layer = past.layers[index]
+    if type(layer) is not DynamicLayer:
+        raise ValueError(f"torch_compile=True: block {index} keeps its keys in a {type(layer).__name__}; leave it off")
+    kept = (layer.keys, layer.values) if layer.is_initialized else (None, None)
+    states, keys, values = cached(block, *kept, args, kw)
+    if not layer.is_initialized:
+        layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    return states
+
+
+@no_type_check  # torch.compile cannot trace the tests' type checks
+def _alone(block: nn.Module, args: tuple, kw: dict) -> Any:
+    return type(block).forward(block, *args, **kw)
+
+
+@no_type_check  # torch.compile cannot trace the tests' type checks
+def _cached(block: nn.Module, keys: Tensor | None, values: Tensor | None, args: tuple, kw: dict) -> tuple:
+    """The block's states, and its keys and values: kept ones come in as tensors, so that no graph is of one block."""
+    own = _OwnKeysAndValues(keys, values)
+    return type(block).forward(block, *args, past_key_values=own, **kw), own.keys, own.values
+
+
+class _OwnKeysAndValues:
+    """One block's, in place of transformers' cache of all: a graph that read the block's number would be its alone."""
+
+    @no_type_check
+    def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
+        self.keys = keys
+        self.values = values
+
+    @no_type_check
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys = keys.to(values.dtype)  # as `KeysAndValues`
+        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], dim=-2)
+        self.values = values if self.values is None else torch.cat([self.values, values], dim=-2)
+        return self.keys, self.values

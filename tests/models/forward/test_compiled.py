@@ -1,21 +1,28 @@
-"""Compiled blocks: the same numbers to rounding, weights synced in place, refusals of what is compiled anew."""
+"""Compiled blocks: the same numbers to rounding, few graphs, and weights synced in place."""
 
 from functools import partial
 
 import pytest
 import torch
+from layouts import checkpoint
 from run_outputs import metrics_of
-from tiny_recipe import tiny_recipe, tiny_recipe_ar
+from tiny_recipe import tiny_recipe
+from torch._dynamo.utils import counters
 
+from dllm_rl import Prompts, load_policy
+from dllm_rl.models.base import copied
 from dllm_rl.models.forward.blocks import blocks_of, compile_blocks
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.samplers import unmask
-from dllm_rl.samplers.cache import prefix_cache
+from dllm_rl.samplers import autoregress, unmask
+from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.training import train
 
 SIZES = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
+FULL = ("llada", "illada", "llada_moe", "dream", "rnd1", "a2d_qwen2", "a2d_qwen3")
+BLOCKS = ("llada2", "sdar", "sdar_moe", "stable_diffcoder", "a2d_blocks", "nemotron")
+CAUSAL = ("llama", "qwen3", "smollm2", "nemotron_ar")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,11 +61,99 @@ def test_compiled_blocks_follow_a_sync(mode):
                 parameter.mul_(1.1)
         policy.version += 1
         before = compiled.logits(*calls[0])
-        for copied in (eager, compiled):
-            sync_weights(policy, copied)
+        for copy in (eager, compiled):
+            sync_weights(policy, copy)
         assert not torch.allclose(compiled.logits(*calls[0]), before)
-    assert all(block._compiled_call_impl is not None for block in blocks_of(compiled.module))
-    assert all(block._compiled_call_impl is None for block in blocks_of(policy.module))
+    assert all("forward" not in vars(block) for block in blocks_of(policy.module))
+
+
+def sampled(policy, cache, prompts, width=24):
+    ids = Prompts.from_ids(prompts, pad_id=policy.pad_id, group_size=2)
+    generator = torch.Generator().manual_seed(0)
+    if policy.spec.attention == "causal":
+        return autoregress(policy, ids, generator, max_new_tokens=width)
+    options = {"block_size": policy.spec.block_size or 8, "num_steps": 12, "temperature": 1.0, "cache": cache}
+    return unmask(policy, ids, generator, max_new_tokens=width, **options)
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [
+        *((family, None) for family in (*FULL, *BLOCKS, *CAUSAL, "bert", "roberta", "modernbert")),
+        *((family, dual_cache(refresh=3)) for family in FULL),
+        ("llada", prefix_cache()),
+        *((family, block_cache()) for family in BLOCKS),
+    ],
+    ids=str,
+)
+def test_few_graphs_serve_all_blocks_and_shapes(tmp_path, monkeypatch, family, cache):
+    """Captured whole (`fullgraph`), with dynamo alone, whose kernels are eager: the tokens are the same."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    eager = load_policy(checkpoint(tmp_path, family))
+    prompts = [[3, 4, 5], [6, 7, 8, 9, 10, 11, 12]]
+    expected = sampled(eager, cache, prompts)
+    compiled = copied(eager)
+    compile_blocks(compiled)
+    before = graphs()
+    found = sampled(compiled, cache, prompts)
+    assert torch.equal(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+    others = ([[3, 4], [5, 6, 7, 8, 9], [10, 11, 12]], 32), ([[3, 4, 5, 6], [7, 8], [9, 10, 11], [12, 13]], 36)
+    for prompts, width in others:
+        sampled(compiled, cache, prompts, width)
+    whole = graphs()
+    assert 1 <= whole - before <= 8
+    sampled(compiled, cache, *others[0])
+    assert graphs() == whole
+
+
+@pytest.mark.parametrize(
+    "scheme", ["bf16", "float8_weight_only", "int8_weight_only", "int8_dynamic", "int4_weight_only"]
+)
+def test_every_schemes_copy_is_captured_whole(monkeypatch, scheme):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    config = getattr(schemes, scheme, lambda: None)()
+    dtype = torch.bfloat16 if scheme == "bf16" else None
+    policy = tiny_llama(**SIZES, causal=False, head_std=0.3)
+    eager, compiled = (quantized_copy(policy, config, dtype=dtype) for _ in range(2))
+    compile_blocks(compiled)
+    for cache in (None, dual_cache()):
+        found = sampled(compiled, cache, [[3, 4, 5], [6, 7]])
+        assert torch.equal(found.tokens, sampled(eager, cache, [[3, 4, 5], [6, 7]]).tokens)
+
+
+@pytest.mark.parametrize("family", ["llada_moe", "llada2"])
+def test_quantised_experts_split_their_block(tmp_path, monkeypatch, family):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    policy = load_policy(checkpoint(tmp_path, family))
+    cache = block_cache() if family == "llada2" else dual_cache()
+    eager, compiled = (quantized_copy(policy, schemes.float8_weight_only()) for _ in range(2))
+    compile_blocks(compiled)
+    expected, found = (sampled(copy, cache, [[3, 4, 5], [6, 7]]) for copy in (eager, compiled))
+    assert torch.equal(found.tokens, expected.tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [prefix_cache(), dual_cache(), "autoregress"], ids=str)
+def test_compiled_and_cached_tokens_are_the_eager_ones(cache):
+    causal = cache == "autoregress"
+    policy = tiny_llama(**SIZES, causal=causal, head_std=0.3)
+    eager, compiled = (quantized_copy(policy, schemes.float8_weight_only()) for _ in range(2))
+    compile_blocks(compiled)
+    for _ in range(2):
+        ours, theirs = (sampled(copy, None if causal else cache, [[3, 4, 5], [6, 7]]) for copy in (compiled, eager))
+        assert torch.equal(ours.tokens, theirs.tokens)
+        torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-4)
+        with torch.no_grad():
+            for parameter in policy.module.parameters():
+                parameter.mul_(1.1)
+        policy.version += 1
+        for copy in (eager, compiled):
+            sync_weights(policy, copy)
 
 
 @pytest.mark.slow
@@ -72,13 +167,12 @@ def test_a_run_whose_rollouts_are_compiled(tmp_path):
     assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
-def test_what_does_not_go_with_it_is_refused(tmp_path):
-    cached = partial(unmask, max_new_tokens=16, num_steps=4, block_size=8, cache=prefix_cache())
-    for recipe, said in (
-        (tiny_recipe(tmp_path, torch_compile=True, rollout_quantization=None), "rollout_quantization=None makes none"),
-        (tiny_recipe(tmp_path, torch_compile=True, sampler=cached), "does not go with a cache"),
-        (tiny_recipe_ar(tmp_path, torch_compile=True), "does not go with a cache"),
-    ):
-        with pytest.raises(ValueError, match=f"torch_compile=True .*{said}"):
-            train(recipe)
-    assert not list(tmp_path.iterdir())
+def test_a_compiled_learner_is_differentiated_eagerly(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = partial(tiny_llama, causal=False, **SIZES)
+    plain, compiled = (tmp_path / name for name in ("plain", "compiled"))
+    given = {"model": model, "num_steps": 1, "rollout_quantization": None, "gradient_checkpointing": True}
+    train(tiny_recipe(plain, **given))
+    train(tiny_recipe(compiled, torch_compile=True, **given))
+    (one,), (other,) = metrics_of(plain), metrics_of(compiled)
+    assert other["reward"] == one["reward"] and other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
