@@ -6,11 +6,12 @@ Not run yet: no results.
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl import main, max_prob, trajectory
+from dllm_rl import block_cache, main, max_prob, trajectory
 from recipes.llada_8b_gsm8k import in_blocks
 from recipes.llada_8b_gsm8k import recipe as base
 
-by_max_prob = partial(in_blocks, rank=max_prob)  # the order of segments has no known law under `confidence`
+# The order of segments has no known law under `confidence`.
+by_max_prob = partial(in_blocks, rank=max_prob, cache=block_cache())
 
 recipe = replace(
     base,
