@@ -1,25 +1,30 @@
-"""What a GPU makes of all this, in one command of at most ten minutes: JSON, a table, a picture.
+"""What a GPU makes of all this: a queue of measurements, each in a process of its own, each written as it ends.
 
-    python -m benchmarks.gpu --json benchmarks/results/gpu.json          on a GPU; LLaDA-8B's shapes, random weights
-    python -m benchmarks.gpu --smoke                                     the same parts at toy size, on a CPU
+    python -m benchmarks.gpu --queue runs/gpu --minutes 9     on a GPU: what is missing, for nine minutes
+    python -m benchmarks.gpu --queue runs/smoke --smoke       the same at toy size, on a CPU
 
-Parts run one after the other, each in a process of its own, so that one that fails, or runs out of memory, is named
-in the result and takes nothing of the others with it:
+A part leaves FOLDER/NAME.json. What is there is skipped. A part that failed says why there, and runs again when its
+file is deleted. A part that the minutes cut off starts again, and a study goes on where it was. In order:
 
-    roofline   products in bf16 and FP8, and copying: what the other parts are held against
-    sampler    the plain published algorithm, the exact sampler, threshold decoding, caches; batches of 1, 8 and 64
-    fp8        the exact sampler on FP8 weights, and on FP8 products, eager and compiled block by block
-    sync       a fresh copy's weights, quantised in place
-    learner    a step with adapters, gradient checkpointing off and on, and one of all weights with 8-bit moments
-    step       steps of recipes/llada_8b_sudoku.py by `train`, a quarter of its sampler's, on random weights
-    plan       what the dry run says that a step takes at most, and what the allocator says that it took
-    mismatch   trained small weights under real FP8 kernels: causes, as `dllm-rl doctor` names them
-    main job   the README's
+    tests        pytest -m gpu
+    plan         what the dry run says that a step takes at most, and what the allocator says that it took
+    sampler      plain, exact, cached, FP8, compiled, all of it; batches of 1, 2, 8 and 64; LLaDA-8B's shapes
+    step         steps of recipes/llada_8b_sudoku.py by `train`, a quarter of its sampler's, on random weights
+    main job     the README's
+    mismatch     trained small weights under real FP8 kernels: causes, as `dllm-rl doctor` names them
+    fp8_sums     recipes/studies/fp8_sums.py
+    long         the sampler's ways at 256 tokens
+    learner      a step with adapters, gradient checkpointing off and on, and one of all weights with 8-bit moments
+    sync         a fresh copy's weights, quantised in place
+    experts      a forward of a mixture's FP8 copy, expert by expert, against its 16-bit weights
+    roofline     products in bf16 and FP8, and copying: what the other parts are held against
+    fp8_sudoku   recipes/studies/fp8_sudoku.py
 """
 
 import argparse
 import gc
-import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,27 +38,29 @@ from typing import Any
 import torch
 
 from benchmarks import sampler as samplers
-from benchmarks.measure import machine, seconds_and_peak, table, write_json
+from benchmarks.measure import machine, seconds_and_peak, table
 from benchmarks.presets import PRESETS, make
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.diagnostics.doctor import diagnose
+from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods.estimators import one_step
 from dllm_rl.likelihoods.scoring import backward_view
 from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.models.lora import Lora, add_lora
-from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.models.tiny import tiny_llama, tiny_moe
 from dllm_rl.models.tokens import encode, prompt_ids
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.cache import dual_cache, prefix_cache
-from dllm_rl.samplers.rules import threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training import train
 from dllm_rl.training.dry_run.plan import memory, meta_policy
 from dllm_rl.types import Prompts
 from recipes.llada_8b_sudoku import recipe as job_8b
+from recipes.studies import fp8_sudoku, fp8_sums
+from recipes.studies.paired import arm_rows, load, run_missing
 from recipes.sudoku_tiny import recipe as main_job
 
 E4M3 = partial(schemes.fake_quantize, weight="e4m3", activation="e4m3")
@@ -106,45 +113,57 @@ def _timed(
     }
 
 
-def sampler(smoke: bool, device: str) -> list[Row]:
+def sampler(smoke: bool, device: str, batches: tuple[int, ...] = (1, 2, 8, 64), length: int | None = None) -> list[Row]:
+    """Every way, eager and then compiled, which is in place; a batch of 64 is timed once, after a short run."""
     policy = samplers.random_policy(_shape(smoke, 1), torch.device(device))
-    rows = []
-    for batch in (1, 8, 64):
-        shape = _shape(smoke, batch)
-        arms = {
-            "plain: the published algorithm": partial(samplers.plain, policy, _prompts(policy, shape), shape),
-            "exact": _sampled(policy, shape),
-            "threshold 0.9": _sampled(policy, shape, commit=partial(threshold, tau=0.9)),
-            "prefix cache": _sampled(policy, shape, cache=prefix_cache()),
-            "dual cache": _sampled(policy, shape, cache=dual_cache()),
-        }
-        if batch == 64:
-            del arms["threshold 0.9"]  # random weights pass no threshold: it takes a step a position
-        short = _sampled(policy, shape, num_steps=shape.new // shape.block)
-        warm = short if batch == 64 else None
-        rows += [
-            _timed(name, run, device, shape.batch * shape.new, warm, batch=shape.batch) for name, run in arms.items()
-        ]
+    dynamic = schemes.float8_dynamic if device.startswith("cuda") and not smoke else schemes.float8_weight_only
+    fp8 = quantized_copy(policy, dynamic())
+    ways = {"exact": (policy, None), "prefix cache": (policy, prefix_cache()), "dual cache": (policy, dual_cache())}
+    ways |= {"FP8": (fp8, None), "FP8, dual cache": (fp8, dual_cache())}
+    rows: list[Row] = []
+
+    def time_all(suffix: str, published: bool) -> None:
+        for batch in batches:
+            shape = _shape(smoke, batch)
+            if length and not smoke:
+                shape = replace(shape, new=length, steps=length // 2)
+            arms = {name + suffix: _sampled(of, shape, cache=cache) for name, (of, cache) in ways.items()}
+            if published:
+                plain = partial(samplers.plain, policy, _prompts(policy, shape), shape)
+                arms = {"plain: the published algorithm": plain} | arms
+            short = _sampled(policy, shape, num_steps=shape.new // shape.block)
+            warm = short if batch == 64 and not suffix else None
+            rows.extend(
+                _timed(name, run, device, shape.batch * shape.new, warm, batch=batch) for name, run in arms.items()
+            )
+
+    time_all("", True)
+    if not (smoke and device.startswith("cuda")):  # the simulated device has no compiler
+        torch.compiler.reset()
+        for each in (policy, fp8):
+            compile_blocks(each)
+        time_all(", compiled", False)
     return rows
 
 
-def fp8(smoke: bool, device: str) -> list[Row]:
-    shape = _shape(smoke, 8)
-    policy = samplers.random_policy(shape, torch.device(device))
-    dynamic = schemes.float8_dynamic if device.startswith("cuda") else E4M3
-    rows = [_timed("bf16, exact", _sampled(policy, shape), device, shape.batch * shape.new)]
-    for name, scheme in (("bf16", None), ("FP8 weights", schemes.float8_weight_only), ("FP8 products", dynamic)):
-        copied = quantized_copy(policy, scheme and scheme())
-        if scheme:
-            rows.append(_timed(f"{name}, eager", _sampled(copied, shape), device, shape.batch * shape.new))
-        if not smoke:
-            torch.compiler.reset()
-            compile_blocks(copied)
-            rows.append(_timed(f"{name}, compiled", _sampled(copied, shape), device, shape.batch * shape.new))
-    if not smoke:  # the last of them, on many rows
-        many = replace(shape, batch=64)
-        short = _sampled(copied, many, num_steps=many.new // many.block)
-        rows.append(_timed(f"{name}, compiled, batch 64", _sampled(copied, many), device, many.batch * many.new, short))
+def experts(smoke: bool, device: str) -> list[Row]:
+    """A mixture of LLaDA2-mini's experts, two blocks, and its FP8 copy; 2,048 tokens."""
+    letters = "".join(chr(0x4E00 + i) for i in range(50))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    if not smoke:
+        sizes = {"hidden_size": 2048, "intermediate_size": 512, "num_experts": 256, "num_experts_per_tok": 8}
+    policy = tiny_moe(characters=letters, causal=False, num_layers=2, max_length=1024, **sizes)
+    policy.module.to(device, torch.bfloat16)
+    tokens = torch.randint(3, 50, (2 if smoke else 8, 16 if smoke else 256), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(device)
+    rows = []
+    for name, of in {"bf16": policy, "FP8": quantized_copy(policy, schemes.float8_weight_only())}.items():
+
+        def forward(of=of) -> None:
+            with torch.no_grad():
+                of.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+        rows.append(_timed(name, forward, device, tokens.numel()))
     return rows
 
 
@@ -313,83 +332,108 @@ def whole(smoke: bool, device: str) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[bool, str], list[Row]]] = {
-    "roofline": roofline,
-    "sampler": sampler,
-    "fp8": fp8,
-    "sync": sync,
-    "learner": learner,
-    "step": step,
     "plan": planned,
-    "mismatch": mismatch,
+    "sampler": sampler,
+    "step": step,
     "main job": whole,
+    "mismatch": mismatch,
+    "long": partial(sampler, batches=(8,), length=256),
+    "learner": learner,
+    "sync": sync,
+    "experts": experts,
+    "roofline": roofline,
 }
+STUDIES = {"fp8_sums": fp8_sums.study, "fp8_sudoku": fp8_sudoku.study}
+QUEUE = ("tests", *list(PARTS)[:5], "fp8_sums", *list(PARTS)[5:], "fp8_sudoku")
 
 
-def in_own_process(part: str, smoke: bool, device: str) -> dict[str, Any]:
-    """The part's rows and seconds, or what it ended with."""
+def tests(smoke: bool) -> list[Row]:
+    """`pytest -m gpu`; its summary line."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/cuda", "-n0", *["--collect-only"] * smoke]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout.strip()[-500:]}")
+    return [{"what": "pytest -m gpu", "said": (done.stdout.strip() or "passed").splitlines()[-1]}]
+
+
+def studied(name: str, smoke: bool, folder: Path) -> list[Row]:
+    """The study's table, once all of its runs are there; finished ones are kept below `folder`."""
+    study = STUDIES[name]
+    if smoke:
+        few = {"task": replace(main_job.task, size=8), "validation_task": replace(main_job.validation_task, size=4)}
+        tiny = partial(tiny_llama, characters="1234.=", causal=False, hidden_size=32, num_layers=1, num_heads=2)
+        base = replace(main_job, model=tiny, eval_task=replace(main_job.eval_task, size=4), **few, warmup_steps=2)
+        base = replace(base, train_batch_size=2, num_generations=2)
+        study = replace(study, base=base, seeds=2, num_steps=1, metric="solve_rate")
+    runs = [(arm, seed) for seed in range(study.seeds) for arm in study.arms]
+    run_missing(study, folder, runs, num_steps=lambda _: study.num_steps, workers=1)
+    results = load(folder)
+    if missing := [run for run in runs if run not in results]:
+        raise RuntimeError(f"{len(missing)} of {len(runs)} runs failed, {missing[0]} first: see {folder}/logs")
+    return [{"what": row["arm"], **row} for row in arm_rows(study, results)]
+
+
+def run_part(part: str, smoke: bool, device: str, folder: Path) -> list[Row]:
+    if part == "tests":
+        return tests(smoke)
+    return studied(part, smoke, folder / part) if part in STUDIES else PARTS[part](smoke, device)
+
+
+def in_own_process(part: str, smoke: bool, device: str, folder: Path, seconds: float) -> bool:
+    """True once FOLDER/PART.json is there: with the part's rows, or with what it ended with."""
+    found = folder / f"{part}-rows.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", part, "--device", device, "--queue", str(folder)]
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "benchmarks.gpu", "--part", part, "--device", device, "--json", str(file)]
-        try:
-            done = subprocess.run(command + ["--smoke"] * smoke, capture_output=True, text=True, timeout=SECONDS)
-            why = "" if file.exists() else (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
-        except subprocess.TimeoutExpired:
-            why = f"stopped after {SECONDS} s"
-        rows = json.loads(file.read_text()) if file.exists() else []
-    return {"rows": rows, "seconds": round(time.perf_counter() - begin, 1)} | ({"failed": why} if why else {})
-
-
-def picture(found: dict[str, dict[str, Any]], path: Path) -> None:
-    """Tokens a second of sampler and FP8, and of the learner."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    shown = [name for name in ("sampler", "fp8", "learner") if found.get(name, {}).get("rows")]
-    figure, axes = plt.subplots(
-        1, max(1, len(shown)), figsize=(5.5 * max(1, len(shown)), 4), layout="constrained", squeeze=False
+    child = subprocess.Popen(
+        command + ["--smoke"] * smoke, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
     )
-    for axis, name in zip(axes[0], shown, strict=False):  # an empty picture where nothing is
-        rows = found[name]["rows"][::-1]
-        labels = [f"{row['what']}" + (f", batch {row['batch']}" if "batch" in row else "") for row in rows]
-        axis.barh(labels, [row["tokens/s"] for row in rows])
-        axis.set(title=name, xlabel="tokens a second")
-        axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    try:
+        _, said = child.communicate(timeout=min(seconds, SECONDS) if part in PARTS else seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)  # a study has workers
+        child.communicate()
+        if part not in PARTS or seconds < SECONDS:
+            return False
+        said = f"stopped after {SECONDS} s"
+    about = {"part": part, "smoke": smoke, "machine": machine(device), "seconds": time.perf_counter() - begin}
+    rows = read_json(found) if found.exists() else []
+    why = {} if child.returncode == 0 else {"failed": (said.strip() or f"status {child.returncode}").splitlines()[-1]}
+    write_json(folder / f"{part}.json", about | {"rows": rows} | why)
+    return True
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--queue", type=Path, required=True, metavar="FOLDER", help="folder of the results")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after which no part goes on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that every part runs")
-    parser.add_argument("--part", choices=PARTS, help="this one alone, in this process")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="these alone")
-    parser.add_argument("--json", help="file for the numbers; the picture lies beside it")
+    parser.add_argument("--part", choices=QUEUE, help="this one alone, in this process")
     options = parser.parse_args()
-    if options.device == "cpu" and not options.smoke and not options.part:
+    if options.device == "cpu" and not options.smoke:
         print("error: no GPU is here; --smoke runs the parts at toy size", file=sys.stderr)
         return 2
+    folder = options.queue
+    folder.mkdir(parents=True, exist_ok=True)
     if options.part:
-        write_json(options.json, PARTS[options.part](options.smoke, options.device))
+        write_json(folder / f"{options.part}-rows.json", run_part(options.part, options.smoke, options.device, folder))
         return 0
-    found: dict[str, dict[str, Any]] = {}
-    for part in options.parts:  # what a part found is there although a later one ends everything
-        found[part] = result = in_own_process(part, options.smoke, options.device)
-        failed = f": FAILED, {result['failed']}" if "failed" in result else ""
-        print(f"\n{part}, {result['seconds']} s{failed}", flush=True)
+    end = time.monotonic() + 60 * options.minutes
+    failed = 0
+    for part in QUEUE:
+        file = folder / f"{part}.json"
+        left = end - time.monotonic()
+        if not file.exists() and not in_own_process(part, options.smoke, options.device, folder, left):
+            print(f"{part}: out of time; run the same command again")
+            return 3
+        result = read_json(file)
+        failed += "failed" in result
+        print(f"\n{part}, {result['seconds']:.0f} s" + (f": FAILED, {result['failed']}" if "failed" in result else ""))
         if result["rows"]:
             shorter = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in result["rows"]]
             names = list(dict.fromkeys(name for row in shorter for name in row))
             print(table([{name: row.get(name, "") for name in names} for row in shorter]), flush=True)
-        if options.json:
-            about = {"benchmark": "gpu", "smoke": options.smoke, "machine": machine(options.device)}
-            write_json(options.json, about | {"parts": found})
-    if options.json:
-        picture(found, Path(options.json).with_suffix(".png"))
-    return 1 if any("failed" in result for result in found.values()) else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

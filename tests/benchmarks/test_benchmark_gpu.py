@@ -1,20 +1,11 @@
 """The GPU suite at toy size: every part on a CPU, the parts that hold no FP8 product under the simulated device too."""
 
-import json
-
 import pytest
 import torch
 from simulated_cuda import SimulatedCuda
 
 from benchmarks import gpu, sampler
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", gpu.PARTS)
-def test_every_part_runs_at_toy_size(part):
-    rows = gpu.PARTS[part](True, "cpu")
-    assert rows and all("what" in row for row in rows)
-    assert all(row["seconds"] > 0 for row in rows if "tokens/s" in row)
+from dllm_rl.files import read_json
 
 
 @pytest.mark.parametrize("part", ["sampler", "sync", "learner"])
@@ -25,29 +16,44 @@ def test_on_the_simulated_device(part, monkeypatch):
     )
     with SimulatedCuda():
         rows = gpu.PARTS[part](True, "cuda")
-    assert len(rows) == {"sampler": 14, "sync": 2, "learner": 3}[part]
+    assert len(rows) == {"sampler": 24, "sync": 2, "learner": 3}[part]
 
 
-def test_a_part_that_fails_is_named_and_takes_nothing_with_it(monkeypatch, tmp_path, capsys):
-    done = {"roofline": {"rows": [{"what": "a", "TFLOP/s": 1.0}], "seconds": 1.0}}
-    broken = {"rows": [], "seconds": 2.0, "failed": "torch.OutOfMemoryError: CUDA out of memory"}
-    monkeypatch.setattr(gpu, "in_own_process", lambda part, smoke, device: done.get(part, broken))
-    monkeypatch.setattr("sys.argv", ["gpu", "--smoke", "--device", "cpu", "--json", str(tmp_path / "gpu.json")])
-    assert gpu.main() == 1
-    out = capsys.readouterr().out
-    assert "| a | 1 |" in out and "sampler, 2.0 s: FAILED, torch.OutOfMemoryError" in out
-    assert json.loads((tmp_path / "gpu.json").read_text())["parts"]["roofline"] == done["roofline"]
-    assert (tmp_path / "gpu.png").is_file()
+def queue(monkeypatch, folder, *more):
+    monkeypatch.setattr("sys.argv", ["gpu", "--smoke", "--device", "cpu", "--queue", str(folder), *more])
+    return gpu.main()
 
 
 @pytest.mark.slow
-def test_a_part_in_its_own_process():
-    found = gpu.in_own_process("roofline", True, "cpu")
-    assert "failed" not in found and found["rows"][0]["TFLOP/s"] > 0
-    assert gpu.in_own_process("roofline", True, "cuda:7")["failed"].strip()
+def test_the_whole_queue_runs_at_toy_size(monkeypatch, tmp_path):
+    assert queue(monkeypatch, tmp_path, "--minutes", "40") == 0
+    for part in gpu.QUEUE:
+        rows = read_json(tmp_path / f"{part}.json")["rows"]
+        assert rows and all("what" in row for row in rows)
+        assert all(row["seconds"] > 0 for row in rows if "tokens/s" in row)
+    names = {row["what"] for row in read_json(tmp_path / "sampler.json")["rows"]}
+    assert {"exact", "FP8, dual cache, compiled", "plain: the published algorithm"} <= names
+
+
+def test_a_part_that_fails_is_named_and_takes_nothing_with_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "QUEUE", ("roofline", "no such part"))
+    assert queue(monkeypatch, tmp_path, "--minutes", "5") == 1
+    out = capsys.readouterr().out
+    assert "256^3 product, bf16" in out and "no such part, " in out and "FAILED, gpu.py: error: argument --part" in out
+    assert "failed" not in read_json(tmp_path / "roofline.json")
+    before = (tmp_path / "roofline.json").stat().st_mtime_ns
+    monkeypatch.setattr(gpu, "in_own_process", None)  # what is there is not run again
+    assert queue(monkeypatch, tmp_path) == 1 and (tmp_path / "roofline.json").stat().st_mtime_ns == before
+
+
+def test_what_the_minutes_cut_off_runs_again(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "QUEUE", ("roofline",))
+    assert queue(monkeypatch, tmp_path, "--minutes", "0.01") == 3
+    assert "roofline: out of time" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert queue(monkeypatch, tmp_path, "--minutes", "5") == 0
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu"])
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--queue", "unused"])
     assert gpu.main() == 2 and "no GPU is here" in capsys.readouterr().err
     assert sampler.PRESETS["llada-8b"].layers == 32
