@@ -12,7 +12,7 @@ nothing to choose. The contrasts below were written before the runs; Holm's corr
 
     python -m recipes.studies.order sudoku            4x4, two steps a completion; or countdown, three steps: run what
                                                       is missing, write order_sudoku.json, print the tables
-    python -m recipes.studies.order tune sudoku       run the temperatures, then print their table
+    python -m recipes.studies.order sudoku tune       run the temperatures, then print their table
 """
 
 import sys
@@ -31,7 +31,7 @@ from recipes.studies.paired import Contrast, Study, arm_rows, load, main, markdo
 RECIPES = {"sudoku": sudoku_tiny.recipe, "countdown": countdown_tiny.recipe}
 METRICS = {"sudoku": "solve_rate", "countdown": "accuracy"}
 TAUS = (0.1, 0.3, 1.0)
-TAU = {"sudoku": 0.3, "countdown": 0.3}
+TAU = {"sudoku": 1.0, "countdown": 0.3}
 STORED = {task: Path(__file__).with_name(f"order_{task}.json") for task in RECIPES}  # every run
 
 CONTRASTS = (
@@ -83,7 +83,7 @@ def tune(study: Study) -> None:
 
 
 if __name__ == "__main__":
-    task = sys.argv.pop()
+    task = sys.argv.pop(1)
     if sys.argv[1:] == ["tune"]:
         tune(STUDIES[task])
     else:
