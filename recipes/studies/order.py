@@ -32,6 +32,7 @@ RECIPES = {"sudoku": sudoku_tiny.recipe, "countdown": countdown_tiny.recipe}
 METRICS = {"sudoku": "solve_rate", "countdown": "accuracy"}
 TAUS = (0.1, 0.3, 1.0)
 TAU = {"sudoku": 1.0, "countdown": 0.3}
+SEEDS = {"sudoku": 10, "countdown": 5}
 STORED = {task: Path(__file__).with_name(f"order_{task}.json") for task in RECIPES}  # every run
 
 CONTRASTS = (
@@ -63,7 +64,7 @@ def study_of(task: str) -> Study:
         arms=arms,
         against={name: "max_prob" for name in arms if name != "max_prob"},
         metrics={"rollouts solved": f"rewards/{METRICS[task]}/mean", "gradient norm": "grad_norm"},
-        seeds=10,
+        seeds=SEEDS[task],
         num_steps=120,
         contrasts=CONTRASTS,
         metric=METRICS[task],

@@ -1,0 +1,103 @@
+"""The documents' tables of the studies are those of the stored results, and the intervals those of the stored seeds."""
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+
+from recipes.studies import experts, mismatch_report, paired
+
+STUDIES = Path(paired.__file__).parent
+
+
+def stored(name):
+    return json.loads((STUDIES / f"{name}.json").read_text())
+
+
+def tables_of(name):
+    """Each table's rows, by its head's cells."""
+    tables, head = [], None
+    for line in (STUDIES / f"{name}.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split(" | ")] if line.startswith("|") else None
+        if cells and head is None:
+            head = cells
+            tables.append([])
+        elif cells and not set(line) <= set("|- "):
+            tables[-1].append(dict(zip(head, cells, strict=True)))
+        head = head if cells else None
+    return tables
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "column"),
+    [
+        *((name, "arms", "after") for name in ("mismatch", "mismatch_ar", "kernel_noise")),
+        *((f"league_{task}", "results", "held-out rate, 95 %") for task in ("sudoku", "countdown")),
+    ],
+)
+def test_the_intervals_are_those_of_the_seeds(name, part, column):
+    """The seeds are rounded to two or three digits, and so move the mean and the spread a little."""
+    for row in stored(name)[part]:
+        seeds = [float(value) for value in row["each seed"].split(", ")]
+        centre, half = map(float, row[column].split("±"))
+        rounded = 0.5 * 10 ** -len(row["each seed"].split(", ")[0].split(".")[1]) + 0.0006
+        assert len(seeds) == int(row["seeds"])
+        assert centre == pytest.approx(mean(seeds), abs=rounded)
+        width = paired.T[len(seeds)] / len(seeds) ** 0.5
+        assert half == pytest.approx(
+            width * stdev(seeds), abs=0.0006 + width * rounded * (len(seeds) / (len(seeds) - 1)) ** 0.5
+        )
+
+
+def test_mismatch():
+    arms, contrasts = (stored("mismatch")[part] for part in ("arms", "contrasts"))
+    (table,) = tables_of("mismatch")
+    assert table == [{column: row[column] for column in mismatch_report.COLUMNS} for row in arms]
+    claims, causal = tables_of("mismatch_reading")
+    assert [(row["difference, 95 %"], row["p"]) for row in claims] == [
+        (row["difference, 95 %"], row["Holm's p"]) for row in contrasts
+    ]
+    arms, contrasts = (stored("mismatch_ar")[part] for part in ("arms", "contrasts"))
+    assert [(row["arm"], row["after"], row["ESS"]) for row in causal] == [
+        (row["arm"], row["after"], row["ESS"]) for row in arms
+    ]
+    told = [(row["difference, 95 %"].split(" ")[0], row["p"]) for row in causal[1:]]
+    assert told == [(row["difference, 95 %"], row["Holm's p"]) for row in contrasts]
+
+
+def test_rounding_as_small_as_a_kernels():
+    plain, noisy = stored("kernel_noise")["arms"]
+    told = (STUDIES / "mismatch_reading.md").read_text()
+    assert f"({noisy['after']} against {plain['after']} unquantised" in told
+    assert f"**Harm is not shown: +{noisy['difference, 95 %']}**" in told
+
+
+def test_league():
+    told = (STUDIES / "league.md").read_text()
+    for row in stored("league_sudoku")["results"]:
+        method = row["method, its setting"].split(",")[0]
+        (other,) = (
+            r for r in stored("league_countdown")["results"] if r["method, its setting"].split(",")[0] == method
+        )
+        cells = (each[column] for each in (row, other) for column in ("held-out rate, 95 %", "ours less it"))
+        assert f"| {method} | {' | '.join(cells)} |" in told
+
+
+def test_estimators():
+    measured, trained = tables_of("estimators")
+    kept = {row["estimator"]: row for row in stored("estimators")["measured"]}
+    assert all(row == {column: kept[row["estimator"]][column] for column in row} for row in measured)
+    assert trained == [{column: row[column] for column in trained[0]} for row in stored("estimators")["trained"]]
+
+
+def test_experts():
+    results = {(run["arm"], run["seed"]): run for run in stored("experts")}
+    (table,) = tables_of("experts")
+    for arm, row in zip(experts.study.arms, table, strict=True):
+        values = [results[arm, seed]["after"] for seed in range(3)]
+        assert row["seeds 0, 1, 2"] == ", ".join(f"{value:.3f}" for value in values)
+        assert row["mean"] == f"{mean(values):.3f}"
+        if arm in experts.study.against:
+            apart = paired.interval(paired.paired(results, arm, experts.study.against[arm]))
+            assert row["less no replay, 95 %"] == f"+{apart}"
