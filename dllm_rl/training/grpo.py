@@ -183,6 +183,9 @@ def grpo_recipe(
     if attention == "causal":  # an autoregressive model writes from left to right, and is scored in one view
         sampler = partial(autoregress, **options)
         likelihood = causal()
+    for option in options.keys() - inspect.signature(sampler.func).parameters:
+        kind = sampler.func.__name__
+        raise ValueError(f"sampler_options: {option!r} is not a keyword of {kind}; help(dllm_rl.{kind}) lists them")
     fixed: dict[str, Any] = {
         "name": name,
         "model": model,

@@ -92,6 +92,11 @@ def test_the_models_attention_picks_sampler_and_likelihood(tmp_path):
     assert few.likelihood.exact_for_sampler
 
 
+def test_an_option_that_the_sampler_lacks_is_named():
+    with pytest.raises(ValueError, match=r"sampler_options: 'nope' is not a keyword of unmask; help\(dllm_rl.unmask\)"):
+        grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=8, sampler_options={"nope": 1})
+
+
 def test_a_path_is_looked_at_without_its_weights(tmp_path, monkeypatch):
     tiny_llama(causal=True, **SMALL).save_pretrained(tmp_path / "Some-Model")
     monkeypatch.setattr("dllm_rl.models.policy.load_module", None)
