@@ -267,7 +267,8 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
 
     dtype  of the weights
     The head stays shifted, as in Dream: the state at t-1 predicts position t. The mask token's embedding starts as the
-    mean of all others. `save_pretrained` writes a stock folder. ValueError for a model that is not causal."""
+    mean of all others. Attention is full at once, as Tiny-A2D's; DiffuLLaMA anneals its mask, which is not built here.
+    `save_pretrained` writes a stock folder. ValueError for a model that is not causal."""
     policy = load_policy(path_or_id, dtype=dtype)
     module = policy.module
     tokenizer = policy.tokenizer
