@@ -48,6 +48,15 @@ def function_of(value: Any) -> Any:
     return value.func if isinstance(value, partial) else value
 
 
+def flattened(value: Any) -> Any:
+    """A partial of a partial as one partial; anything else as it is."""
+    # Python keeps the two apart once the inner one's `__dict__` was read, as by `dir`.
+    if not (isinstance(value, partial) and isinstance(value.func, partial)):
+        return value
+    inner = flattened(value.func)
+    return partial(inner.func, *inner.args, *value.args, **(inner.keywords | value.keywords))
+
+
 def members(owner: Any) -> list[Member]:
     """A record's fields, or its maker's keywords; a function's keywords, bound or by default; a tuple's functions."""
     if hasattr(owner, "made_by"):

@@ -13,7 +13,7 @@ from dllm_rl.algorithms.losses import kl_k3, policy_loss, ppo_clip, surrogate_in
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
 from dllm_rl.bounds import Bound, check_bound
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
-from dllm_rl.members import describe, described, plain
+from dllm_rl.members import describe, described, flattened, plain
 from dllm_rl.models.base import Policy
 from dllm_rl.models.engine import RolloutEngine
 from dllm_rl.models.lora import Lora, check_mergeable
@@ -139,7 +139,9 @@ class Settings:
     def __post_init__(self) -> None:
         """Raise ValueError on a field out of bounds, and on fields that do not go together."""
         for checked in fields(self):
-            check_bounds(checked, getattr(self, checked.name))
+            value = flattened(getattr(self, checked.name))
+            object.__setattr__(self, checked.name, value)
+            check_bounds(checked, value)
         for wrong, message in self.conflicts():
             if wrong:
                 raise ValueError(message)

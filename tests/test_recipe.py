@@ -13,6 +13,7 @@ from dllm_rl.algorithms.losses import gspo, ppo_clip, sequence, token, trust_ban
 from dllm_rl.config import from_command_line
 from dllm_rl.members import describe
 from dllm_rl.recipe import Recipe, check_bounds
+from dllm_rl.samplers.unmask import unmask
 from dllm_rl.supervised.recipe import SFT
 
 
@@ -111,3 +112,13 @@ def test_a_run_is_said_to_aggregate_as_it_does(recipe):
     assert replace(recipe, corrector=correctors.qarl()).settings()["aggregate"] == "sequence"
     assert describe(correctors.none()).endswith(", align_forward=False)")
     assert describe(correctors.tbpo()).endswith(", align_forward=False, aggregate=sequence)")
+
+
+def test_a_partial_whose_dict_was_read_is_bound_again(tmp_path):
+    """`dir`, as debuggers call it, gives it a dict; functools.partial then nests instead of merging."""
+    inner = partial(unmask, max_new_tokens=8, num_steps=4)
+    dir(inner)
+    outer = partial(inner, num_steps=2)
+    assert outer.func is inner
+    sampler = tiny_recipe(tmp_path, sampler=outer).sampler
+    assert sampler.func is unmask and sampler.keywords == {"max_new_tokens": 8, "num_steps": 2}
