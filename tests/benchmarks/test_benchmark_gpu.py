@@ -8,7 +8,7 @@ from benchmarks import gpu, sampler
 from dllm_rl.files import read_json
 
 
-@pytest.mark.parametrize("part", ["sampler", "sync", "learner"])
+@pytest.mark.parametrize("part", ["sampler 1", "sync", "learner"])
 def test_on_the_simulated_device(part, monkeypatch):
     on_the_host = sampler.random_policy  # no generator draws on a device that is none
     monkeypatch.setattr(
@@ -16,7 +16,7 @@ def test_on_the_simulated_device(part, monkeypatch):
     )
     with SimulatedCuda():
         rows = gpu.PARTS[part](True, "cuda")
-    assert len(rows) == {"sampler": 24, "sync": 2, "learner": 3}[part]
+    assert len(rows) == {"sampler 1": 6, "sync": 2, "learner": 3}[part]
 
 
 def queue(monkeypatch, folder, *more):
@@ -31,7 +31,7 @@ def test_the_whole_queue_runs_at_toy_size(monkeypatch, tmp_path):
         rows = read_json(tmp_path / f"{part}.json")["rows"]
         assert rows and all("what" in row for row in rows)
         assert all(row["seconds"] > 0 for row in rows if "tokens/s" in row)
-    names = {row["what"] for row in read_json(tmp_path / "sampler.json")["rows"]}
+    names = {row["what"] for row in read_json(tmp_path / "sampler 8.json")["rows"]}
     assert {"exact", "FP8, dual cache, compiled", "plain: the published algorithm"} <= names
 
 
