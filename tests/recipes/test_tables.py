@@ -6,7 +6,8 @@ from statistics import mean, stdev
 
 import pytest
 
-from recipes.studies import experts, mismatch_report, paired
+from dllm_rl.members import describe
+from recipes.studies import experts, mismatch_report, order, paired
 
 STUDIES = Path(paired.__file__).parent
 
@@ -101,3 +102,14 @@ def test_experts():
         if arm in experts.study.against:
             apart = paired.interval(paired.paired(results, arm, experts.study.against[arm]))
             assert row["less no replay, 95 %"] == f"+{apart}"
+
+
+@pytest.mark.parametrize("task", order.STUDIES)
+def test_orders(task):
+    study = order.STUDIES[task]
+    results = {(run["arm"], run["seed"]): run for run in stored(f"order_{task}")}
+    assert paired.tables(study, results) in (STUDIES / "order.md").read_text()
+    assert all({claim.arm, claim.against} <= set(study.arms) for claim in study.contrasts)
+    for name, changes in study.arms.items():
+        assert ("with_order" in describe(changes["likelihood"])) != name.endswith("tokens alone")
+        assert changes["sampler"].func is study.base.sampler.func

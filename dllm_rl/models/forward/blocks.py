@@ -90,47 +90,39 @@ def compile_blocks(policy: Policy, *, mode: str = "default") -> None:
     default = mode == "default"
     options: dict[str, Any] = {"mode": mode, "dynamic": default, "fullgraph": default and not split}
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)  # 12 have been seen
-    alone, cached = torch.compile(_alone, **options), torch.compile(_cached, **options)
+    run = torch.compile(_run, **options)
     for index, block in enumerate(blocks_of(policy.module, "torch_compile")):
-        block.forward = partial(_compiled, block, index, alone, cached)  # type: ignore[method-assign]
+        block.forward = partial(_compiled, block, index, run)  # type: ignore[method-assign]
 
 
-def _compiled(block: nn.Module, index: int, alone: Callable, cached: Callable, *args: Any, **kw: Any) -> Any:
+def _compiled(block: nn.Module, index: int, run: Callable, *args: Any, **kw: Any) -> Any:
     if torch.is_grad_enabled():
-        return type(block).forward(block, *args, **kw)
-    past = kw.pop("past_key_values", None)
+        return _run(block, args, kw)
+    past = kw.get("past_key_values")
     if past is None:
-        return alone(block, args, kw)
+        return run(block, args, kw)
     layer = past.layers[index]
     if type(layer) is not DynamicLayer:
         raise ValueError(f"torch_compile=True: block {index} keeps its keys in a {type(layer).__name__}; leave it off")
-    kept = (layer.keys, layer.values) if layer.is_initialized else (None, None)
-    states, keys, values = cached(block, *kept, args, kw)
+    own = _OwnKeysAndValues(*((layer.keys, layer.values) if layer.is_initialized else (None, None)))
+    states = run(block, args, kw | {"past_key_values": own})
     if not layer.is_initialized:
-        layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
+        layer.lazy_initialization(own.keys, own.values)
+    layer.keys, layer.values = own.keys, own.values
     return states
 
 
 @no_type_check  # torch.compile cannot trace the tests' type checks
-def _alone(block: nn.Module, args: tuple, kw: dict) -> Any:
+def _run(block: nn.Module, args: tuple, kw: dict) -> Any:
     return type(block).forward(block, *args, **kw)
-
-
-@no_type_check  # torch.compile cannot trace the tests' type checks
-def _cached(block: nn.Module, keys: Tensor | None, values: Tensor | None, args: tuple, kw: dict) -> tuple:
-    """The block's states, and its keys and values: kept ones come in as tensors, so that no graph is of one block."""
-    own = _OwnKeysAndValues(keys, values)
-    return type(block).forward(block, *args, past_key_values=own, **kw), own.keys, own.values
 
 
 class _OwnKeysAndValues:
     """One block's, in place of transformers' cache of all: a graph that read the block's number would be its alone."""
 
-    @no_type_check
     def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
-        self.keys = keys
-        self.values = values
+        self.keys: Any = keys
+        self.values: Any = values
 
     @no_type_check
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
