@@ -140,7 +140,7 @@ def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:
 
 
 def check_compiled(recipe: Recipe) -> None:
-    """Raise ValueError if what torch_compile compiles is elsewhere, or its CUDA graphs would be of every step."""
+    """Raise ValueError where torch_compile has nothing to compile, or does not go with another setting."""
     cached = getattr(recipe.sampler, "keywords", {}).get("cache") is not None or recipe.likelihood.name == "causal"
     why = None
     if recipe.rollout_engine is not None:

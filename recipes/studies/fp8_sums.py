@@ -9,36 +9,29 @@ engines_ar.py, whose arms are llama.cpp's formats. Not run yet: `python -m bench
 from dataclasses import replace
 from pathlib import Path
 
-from dllm_rl import ais, aligned, none, tis
+from dllm_rl import ais, aligned, tis
 from dllm_rl.files import write_json
 from recipes import weights
 from recipes.smollm2_arithmetic import recipe
-from recipes.studies import mismatch_ar
-from recipes.studies.paired import Contrast, Study, main
+from recipes.studies import engines_ar
+from recipes.studies.paired import Contrast, main
 
 STORED = Path(__file__).with_suffix(".json")  # every run
+CORRECTORS = {"TIS": tis(), "AIS": ais(), "aligned": aligned()}
 
-study = Study(
+study = replace(
+    engines_ar.study,
     name="fp8-sums",
-    base=replace(recipe, corrector=none(), beta=0.0),
-    arms={
-        "unquantised": {"rollout_quantization": None},
-        "none": {},
-        "TIS": {"corrector": tis()},
-        "AIS": {"corrector": ais()},
-        "aligned": {"corrector": aligned()},
-    },
-    against=dict.fromkeys(("none", "TIS", "AIS", "aligned"), "unquantised"),
-    metrics=mismatch_ar.study.metrics,
-    seeds=5,
-    num_steps=12,
+    base=replace(engines_ar.study.base, rollout_quantization=recipe.rollout_quantization),
+    arms={"unquantised": {"rollout_quantization": None}, "none": {}}
+    | {name: {"corrector": corrector} for name, corrector in CORRECTORS.items()},
+    against=dict.fromkeys(("none", *CORRECTORS), "unquantised"),
     contrasts=(
         Contrast("FP8 weights harm", "none", "unquantised"),
         Contrast("token TIS helps", "TIS", "none"),
         Contrast("AIS helps", "AIS", "none"),
         Contrast("an aligned forward helps", "aligned", "none"),
     ),
-    metric="accuracy",
 )
 
 if __name__ == "__main__":

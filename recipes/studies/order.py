@@ -18,7 +18,6 @@ nothing to choose. The contrasts below were written before the runs; Holm's corr
 import sys
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from dllm_rl import Recipe, max_prob, none, trajectory
 from dllm_rl.files import write_json
 from dllm_rl.samplers.rules import confidence, plackett_luce, random
 from recipes import countdown_tiny, sudoku_tiny
-from recipes.studies.paired import Contrast, Study, arm_rows, load, main, markdown, run_missing, tables
+from recipes.studies.paired import Contrast, Study, main, tables, tune
 
 RECIPES = {"sudoku": sudoku_tiny.recipe, "countdown": countdown_tiny.recipe}
 METRICS = {"sudoku": "solve_rate", "countdown": "accuracy"}
@@ -74,19 +73,17 @@ def study_of(task: str) -> Study:
 STUDIES = {task: study_of(task) for task in RECIPES}
 
 
-def tune(study: Study) -> None:
-    """The temperatures on the seeds that the study does not take."""
+def temperatures_of(study: Study) -> Study:
+    """The noisy arm at each of TAUS."""
     arms = {f"noisy {tau}": arm(study.base, partial(plackett_luce, temperature=tau)) for tau in TAUS}
-    temperatures = replace(study, name=f"{study.name}-tune", arms=arms, against={}, contrasts=())
-    root = Path("runs") / temperatures.name
-    run_missing(temperatures, root, product(arms, (100, 101, 102)), num_steps=lambda _: study.num_steps, workers=1)
-    print(markdown(arm_rows(temperatures, load(root))))
+    return replace(study, name=f"{study.name}-tune", arms=arms, against={}, contrasts=())
 
 
 if __name__ == "__main__":
     task = sys.argv.pop(1)
     if sys.argv[1:] == ["tune"]:
-        tune(STUDIES[task])
+        temperatures = temperatures_of(STUDIES[task])
+        tune(temperatures, Path("runs") / temperatures.name)
     else:
         found = main(STUDIES[task], __doc__)
         write_json(STORED[task], list(found.values()))

@@ -253,6 +253,12 @@ def load(root: Path) -> dict[tuple[str, int], dict[str, Any]]:
     return {(each["arm"], each["seed"]): each for each in stored}
 
 
+def tune(study: Study, root: Path) -> None:
+    """The arms on the seeds that no study takes, and their table."""
+    run_missing(study, root, product(study.arms, (100, 101, 102)), num_steps=lambda _: study.num_steps, workers=1)
+    print(markdown(arm_rows(study, load(root))))
+
+
 def main(study: Study, about: str | None, columns: Sequence[str] = ("after",)) -> Results:
     """Run what is missing, print the tables, and return the results."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -22,13 +22,12 @@ added, of which nothing is claimed: elbo() also draws other masks than trajector
 import sys
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from dllm_rl import elbo, none, soft_edit
 from dllm_rl.files import write_json
-from recipes.studies.paired import Contrast, Study, arm_rows, load, main, markdown, run_missing, tables
+from recipes.studies.paired import Contrast, Study, main, tables, tune
 from recipes.sudoku_revise import recipe, unmask_in_four
 
 FORWARDS = (2, 4, 8)
@@ -80,16 +79,9 @@ study = Study(
 )
 rates = replace(study, name="revise-rates", arms={f"rate {r}": arm(4, rate=r) for r in RATES}, against={}, contrasts=())
 
-
-def tune(root: Path) -> None:
-    """The rates on the seeds that the study does not take."""
-    run_missing(rates, root, product(rates.arms, (100, 101, 102)), num_steps=lambda _: rates.num_steps, workers=1)
-    print(markdown(arm_rows(rates, load(root))))
-
-
 if __name__ == "__main__":
     if sys.argv[1:] == ["tune"]:
-        tune(Path("runs/revise-rates"))
+        tune(rates, Path("runs/revise-rates"))
     else:
         found = main(study, __doc__)
         write_json(STORED, list(found.values()))

@@ -3,8 +3,7 @@
 LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None)\n"
 SOCKET = "import socket\nsocket.socket(socket.AF_{}, socket.SOCK_{})"
 STOPPED = "^stopped after"
-# What process 1 writes when the program has ended without a reply: after the question, or before it.
-ENDED = r"SyntaxError: invalid syntax|BrokenPipeError: \[Errno 32\]"
+ENDED = "SyntaxError: invalid syntax"  # what process 1 writes when the program has ended without a reply
 DENIED = r"PermissionError: \[Errno 1\]"
 READ_ONLY = r"OSError: \[Errno 30\]"
 ABSENT = "FileNotFoundError"

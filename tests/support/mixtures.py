@@ -19,7 +19,7 @@ def own_choice(router, hidden):
     best are best."""
     if hasattr(router, "e_score_correction_bias"):
         scores = F.linear(hidden.float(), router.weight.float()).sigmoid()
-        groups = router.num_group if hasattr(router, "num_group") else router.n_group  # below 5.13
+        groups = router.num_group if hasattr(router, "num_group") else router.n_group  # below transformers 5.13
         ranked = (scores + router.e_score_correction_bias).unflatten(1, (groups, -1))
         groups = ranked.sort(-1).values[..., -2:].sum(-1).argsort(-1, descending=True)[:, : router.topk_group]
         open_ = torch.zeros(ranked.shape[:2], dtype=torch.bool).scatter(1, groups, True)
@@ -43,9 +43,7 @@ def by_hand(policy, given, where):
             return scores, weights * getattr(router, "routed_scaling_factor", 1.0), taken
 
         router.forward = forward
-        if hasattr(
-            layer, "route_tokens_to_experts"
-        ):  # below transformers 5.13, where LLaDA2's router gives scores alone
+        if hasattr(layer, "route_tokens_to_experts"):  # below 5.13, where LLaDA2's router gives scores alone
             layer.route_tokens_to_experts = lambda routed: (routed[2], routed[1])
 
 

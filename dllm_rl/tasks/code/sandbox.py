@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 SECONDS = 5  # of a program and its tests, by the wall and by the processor
@@ -126,7 +127,8 @@ def judge(ask: Any, answers: Any) -> str:
     print(ascii((code, entry_point)), file=ask, flush=True)
 
     def function(*arguments: Any, **keywords: Any) -> Any:
-        print(ascii((arguments, keywords)), file=ask, flush=True)
+        with suppress(BrokenPipeError):  # the program has ended: there is no reply to read
+            print(ascii((arguments, keywords)), file=ask, flush=True)
         return plain(answers.readline(1 << 20))  # ValueError for an error's name and for what is no plain data
 
     space: dict[str, Any] = {"__name__": "tests"}

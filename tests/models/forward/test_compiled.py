@@ -6,7 +6,7 @@ import pytest
 import torch
 from layouts import checkpoint
 from run_outputs import metrics_of
-from tiny_recipe import tiny_recipe
+from tiny_recipe import tiny_recipe, tiny_recipe_ar
 from torch._dynamo.utils import counters
 
 from dllm_rl import Prompts, load_policy
@@ -60,10 +60,13 @@ def test_compiled_blocks_follow_a_sync(mode):
             for parameter in policy.module.parameters():
                 parameter.mul_(1.1)
         policy.version += 1
-        before = compiled.logits(*calls[0])
+        with torch.no_grad():
+            before = compiled.logits(*calls[0])
         for copy in (eager, compiled):
             sync_weights(policy, copy)
-        assert not torch.allclose(compiled.logits(*calls[0]), before)
+        with torch.no_grad():
+            assert not torch.allclose(compiled.logits(*calls[0]), before)
+    assert all("forward" in vars(block) for block in blocks_of(compiled.module))
     assert all("forward" not in vars(block) for block in blocks_of(policy.module))
 
 
@@ -176,3 +179,12 @@ def test_a_compiled_learner_is_differentiated_eagerly(tmp_path, monkeypatch):
     train(tiny_recipe(compiled, torch_compile=True, **given))
     (one,), (other,) = metrics_of(plain), metrics_of(compiled)
     assert other["reward"] == one["reward"] and other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+def test_a_refused_run_leaves_nothing(tmp_path):
+    cached = partial(unmask, max_new_tokens=16, num_steps=4, block_size=8, cache=prefix_cache())
+    graphs = {"torch_compile": True, "torch_compile_mode": "reduce-overhead"}
+    for recipe in (tiny_recipe(tmp_path, sampler=cached, **graphs), tiny_recipe_ar(tmp_path, **graphs)):
+        with pytest.raises(ValueError, match=r"torch_compile=True .*does not go with a cache"):
+            train(recipe)
+    assert not list(tmp_path.iterdir())
