@@ -1,23 +1,26 @@
-"""Real FP8 where it moves a pretrained model: SmolLM2-135M's sums, five seeds. Claims stated before the runs.
+"""Real FP8 where it moves a pretrained model: SmolLM2-135M's sums, ten seeds. Claims stated before the runs.
 
 Weights in FP8 (`float8_weight_only`), 12 steps of 4 prompts x 8 completions, adapters of rank 16, no KL term: as
-engines_ar.py, whose arms are llama.cpp's formats. Not run yet: `python -m benchmarks.gpu --queue` runs it.
+engines_ar.py, whose arms are llama.cpp's formats. The seeds were five, and TBPO was no arm, until seed 0 of
+unquantised, none, TIS and AIS had run. `half`: the same at half the learning rate.
 
-    python -m recipes.studies.fp8_sums                run what is missing, then print the tables
+    python -m recipes.studies.fp8_sums full           run what is missing, then print the tables
+    python -m recipes.studies.fp8_sums half
 """
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-from dllm_rl import ais, aligned, tis
+from dllm_rl import ais, aligned, tbpo, tis
 from dllm_rl.files import write_json
 from recipes import weights
 from recipes.smollm2_arithmetic import recipe
 from recipes.studies import engines_ar
 from recipes.studies.paired import Contrast, main
 
-STORED = Path(__file__).with_suffix(".json")  # every run
-CORRECTORS = {"TIS": tis(), "AIS": ais(), "aligned": aligned()}
+STORED = {rate: Path(__file__).with_name(f"fp8_sums_{rate}.json") for rate in ("full", "half")}  # every run
+CORRECTORS = {"TIS": tis(), "AIS": ais(), "TBPO": tbpo(), "aligned": aligned()}
 
 study = replace(
     engines_ar.study,
@@ -26,14 +29,20 @@ study = replace(
     arms={"unquantised": {"rollout_quantization": None}, "none": {}}
     | {name: {"corrector": corrector} for name, corrector in CORRECTORS.items()},
     against=dict.fromkeys(("none", *CORRECTORS), "unquantised"),
+    seeds=10,
     contrasts=(
         Contrast("FP8 weights harm", "none", "unquantised"),
         Contrast("token TIS helps", "TIS", "none"),
         Contrast("AIS helps", "AIS", "none"),
+        Contrast("TBPO helps", "TBPO", "none"),
         Contrast("an aligned forward helps", "aligned", "none"),
     ),
 )
 
+half = replace(study.base, learning_rate=study.base.learning_rate / 2)
+STUDIES = {"full": study, "half": replace(study, name="fp8-sums-half", base=half)}
+
 if __name__ == "__main__":
+    rate = sys.argv.pop(1)
     weights.smollm2()  # before the workers, which would all write its folder
-    write_json(STORED, list(main(study, __doc__, ("after", "quantised")).values()))
+    write_json(STORED[rate], list(main(STUDIES[rate], __doc__, ("after", "quantised")).values()))
