@@ -9,6 +9,7 @@ file is deleted. A part that the minutes cut off starts again, and a study goes 
     tests        pytest -m gpu
     plan         what the dry run says that a step takes at most, and what the allocator says that it took
     sampler N    plain, exact, cached, FP8, compiled, all of it; a batch of N; LLaDA-8B's shapes
+    whole step N  steps as one graph (`compile_step`), a batch of N
     step         steps of recipes/llada_8b_sudoku.py by `train`, a quarter of its sampler's, on random weights
     main job     the README's
     mismatch     trained small weights under real FP8 kernels: causes, as `dllm-rl doctor` names them
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from benchmarks import sampler as samplers
 from benchmarks.measure import machine, seconds_and_peak, table
@@ -138,6 +140,22 @@ def sampler(smoke: bool, device: str, batch: int = 8, length: int | None = None)
         for each in (policy, fp8):
             compile_blocks(each)
         rows += all_ways(", compiled")
+    return rows
+
+
+def whole_steps(smoke: bool, device: str, batch: int) -> list[Row]:
+    """Steps of few rows as one graph: the rows to hold beside those of `sampler`, and how many graphs each took."""
+    policy = samplers.random_policy(_shape(smoke, 1), torch.device(device))
+    dynamic = schemes.float8_weight_only if smoke else schemes.float8_dynamic
+    fp8 = quantized_copy(policy, dynamic())
+    shape = _shape(smoke, batch)
+    ways = {"exact": (policy, None), "FP8": (fp8, None), "FP8, dual cache": (fp8, dual_cache())}
+    rows = []
+    for name, (of, cache) in ways.items():
+        before = counters["stats"]["unique_graphs"]
+        run = _sampled(of, shape, cache=cache, compile_step=True)
+        rows.append(_timed(f"{name}, whole step", run, device, shape.batch * shape.new, batch=batch))
+        rows[-1]["graphs"] = counters["stats"]["unique_graphs"] - before
     return rows
 
 
@@ -329,6 +347,7 @@ def whole(smoke: bool, device: str) -> list[Row]:
 PARTS: dict[str, Callable[[bool, str], list[Row]]] = {
     "plan": planned,
     **{f"sampler {batch}": partial(sampler, batch=batch) for batch in (8, 1, 2, 64)},
+    **{f"whole step {batch}": partial(whole_steps, batch=batch) for batch in (1, 4)},
     "step": step,
     "main job": whole,
     "mismatch": mismatch,
@@ -339,7 +358,7 @@ PARTS: dict[str, Callable[[bool, str], list[Row]]] = {
     "roofline": roofline,
 }
 STUDIES = {"fp8_sums": fp8_sums.study, "fp8_sudoku": fp8_sudoku.study}
-QUEUE = ("tests", *list(PARTS)[:8], "fp8_sums", *list(PARTS)[8:], "fp8_sudoku")
+QUEUE = ("tests", *list(PARTS)[:10], "fp8_sums", *list(PARTS)[10:], "fp8_sudoku")
 
 
 def tests(smoke: bool) -> list[Row]:

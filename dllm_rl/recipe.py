@@ -231,9 +231,6 @@ class Recipe(Settings):
     use_bias_correction_kl: bool = _("that KL times the ratio to the rollout: kl_k3 then has the KL's gradient", False)
     entropy_coeff: float = _("weight of the entropy bonus; 0: none", 0.0, at_least=0)
     torch_compile: bool = _("compile the blocks of the policy that samples: for FP8 products on a GPU", False)
-    torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = _(
-        "torch.compile's: default is for all shapes at once; the others for one at a time, with CUDA graphs", "default"
-    )
     shard_size: int = _("processes (a divisor of all) that shard the learner (FSDP2); 0: all; 1: none", 1, at_least=0)
     zero_mismatch: bool = _("batch-invariant arithmetic; stop where rollout and learner differ at all", False)
 

@@ -67,6 +67,8 @@ class BatchInvariantOps(TorchFunctionMode):
             return self.linear(*args, **kwargs)
         if func is torch.addmm and not kwargs:
             return self.linear(args[1], args[2].T, args[0])
+        if func is torch.mm and kwargs:  # a 16-bit head in fp32
+            return self.linear(args[0].float(), args[1].float().T)
         if func in GROUPED:
             return self.grouped(*args, **kwargs)
         if func is F.scaled_dot_product_attention:

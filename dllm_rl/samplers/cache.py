@@ -129,7 +129,7 @@ class CachedStates:
         # The model puts the fresh keys behind those that it is given: into a copy, so that the kept ones stay.
         past = KeysAndValues(config=module.config) if self.past is None else mapped(self.past, lambda x: x)
         positions = self.positions[here]
-        mask = self._mask(tokens[here], self.attention_mask[here], positions, new, columns)
+        mask = attention_bias(self.policy, tokens[here], self.attention_mask[here], positions, new, columns)
         states = self.policy.encode(tokens[here][:, new], mask, positions[:, new], past_key_values=past, use_cache=True)
         if past.get_seq_length() != len(seen):
             raise ValueError(f"cache={self.cache}: {type(module).__name__} keeps no keys and values; use cache=None")
@@ -140,15 +140,23 @@ class CachedStates:
             self.kept = keep
         return states
 
-    def _mask(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor, fresh: Tensor, seen: Tensor) -> Tensor:
-        """The additive attention mask, (R, 1, fresh, seen): 0 where a query may look, else the lowest number."""
-        allowed = attention_mask[:, None, seen].expand(-1, len(fresh), -1)
-        if self.policy.spec.attention == "block_causal":
-            key, query = block_ranks(self.policy.spec, tokens, positions)
-            allowed = allowed & (key[:, None, seen] <= query[:, fresh, None])
-        dtype = next(self.policy.module.parameters()).dtype
-        bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-        return bias.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+
+def attention_bias(
+    policy: Policy,
+    tokens: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
+    positions: Int[Tensor, "B T"],
+    fresh: Int[Tensor, " F"],
+    seen: Int[Tensor, " C"],
+) -> Float[Tensor, "B 1 F C"]:
+    """The additive mask of fresh columns over seen ones: 0 where a query may look, else the lowest number."""
+    allowed = attention_mask[:, None, seen].expand(-1, len(fresh), -1)
+    if policy.spec.attention == "block_causal":
+        key, query = block_ranks(policy.spec, tokens, positions)
+        allowed = allowed & (key[:, None, seen] <= query[:, fresh, None])
+    dtype = next(policy.module.parameters()).dtype
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return bias.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def mapped(past: Any, f: Callable[[Tensor], Tensor]) -> Any:

@@ -32,6 +32,7 @@ class Canvas:
     bounds: list[tuple[int, int]]  # the columns of each block; caches read them
     starts: Int[Tensor, " B"]  # the first of the T columns that a row does not pad, on the host
     pad_id: int
+    mask_id: int
     pads_ended: bool  # the masks of rows that stopped early become padding
     masked: Bool[Tensor, "B L"] = field(init=False)
     unmask_step: Int[Tensor, "B L"] = field(init=False)
@@ -100,11 +101,11 @@ class Canvas:
         first = torch.full_like(steps, far).scatter_reduce(1, self.block, steps, "amin").gather(1, self.block)
         return torch.where(first < far, first, -1)
 
-    def reopen(self, rows: Tensor, places: Tensor, steps: Tensor, mask_id: int) -> None:
+    def reopen(self, rows: Tensor, places: Tensor, steps: Tensor) -> None:
         """Mask places (within the completion) of rows again; all are (K,)."""
         nothing = torch.zeros_like(rows, dtype=self.logprobs.dtype)
         self.events.append((rows, places, steps, torch.full_like(rows, -1), nothing))
-        self.tokens[rows, self.columns[rows, places]] = torch.full_like(rows, mask_id)
+        self.tokens[rows, self.columns[rows, places]] = torch.full_like(rows, self.mask_id)
         self.masked[rows, places] = torch.ones_like(rows, dtype=torch.bool)
         self.logprobs[rows, places] = nothing
         self.unmask_step[rows, places] = torch.full_like(rows, -1)
@@ -228,6 +229,7 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
         bounds=[(start, min(start + block_size, width)) for start in range(base, width, block_size)],
         starts=attention_mask.long().argmax(-1),
         pad_id=policy.pad_id,
+        mask_id=spec.mask_id,
         pads_ended=spec.attention == "block_causal",
     )
 
@@ -255,6 +257,7 @@ def _infilling(policy: Policy, prompts: Prompts, opened: Bool[Tensor, "P S"], le
         bounds=[],  # only caches read them
         starts=repeat(mask.long().argmax(-1), "p -> (p g)", g=prompts.group_size),
         pad_id=policy.pad_id,
+        mask_id=policy.spec.mask_id,
         pads_ended=False,
         open=per_row(opened),
     )
@@ -346,15 +349,16 @@ class BlockQueue:
         rows = taking_part.nonzero()[:, 0]
         return rows, blocks[rows]
 
-    def record(self, turn: Turn, decision: Decision) -> Int[Tensor, " C"]:
-        """Record a step; returns the rows whose block is now complete."""
-        where = (turn.rows, turn.blocks)
-        self.masked[where] -= decision.committed
+    def record(
+        self, where: tuple[Tensor, Tensor], committed: Int[Tensor, " R"], held: Bool[Tensor, " R"] | None = None
+    ) -> Int[Tensor, " C"]:
+        """Record a step of rows and blocks, as `Decision` says; returns the rows whose block is now complete."""
+        self.masked[where] -= committed
         self.steps[where] -= 1
-        self.clock[turn.rows] += 1
-        if decision.held is not None:
-            self.held[where] = decision.held & (self.steps[where] > 0)
-        return turn.rows[(self.masked[where] == 0) & ~self.held[where]]
+        self.clock[where[0]] += 1
+        if held is not None:
+            self.held[where] = held & (self.steps[where] > 0)
+        return where[0][(self.masked[where] == 0) & ~self.held[where]]
 
     def drop(self, rows: Int[Tensor, " C"]) -> None:
         """Rows that ended early take part no more."""
@@ -387,8 +391,10 @@ def next_turn(canvas: Canvas, queue: BlockQueue, seeds: Int[Tensor, " B"]) -> Tu
     return Turn(rows, blocks, num_masked, steps_left, num_positions, left, steps, masked, written, *position)
 
 
-def check_last_step(commit: Callable, turn: Turn, committed: Int[Tensor, " R"]) -> None:
+def check_last_step(
+    commit: Callable, steps_left: Int[Tensor, " R"], num_masked: Int[Tensor, " R"], committed: Int[Tensor, " R"]
+) -> None:
     """Raise ValueError where a block's last step commits none of its masked positions."""
-    if ((turn.steps_left == 1) & (turn.num_masked > 0) & (committed == 0)).any():
+    if ((steps_left == 1) & (num_masked > 0) & (committed == 0)).any():
         wrong = f"commit={name_of(commit)} chose nothing in the last step of a block; it must choose a position by then"
         raise ValueError(f"{wrong}: are the rank's scores those that it wants?")

@@ -68,8 +68,8 @@ class Choose:
         else:
             scores = rank_only(self.policy, states, turn.uniforms(TIES), self.sampling_params, self.rank)
         offered = scores
-        if self.noisy:  # Gumbel noise; a uniform may be 0
-            offered = (scores - turn.uniforms(TIES).clamp(min=1e-300).log().neg().log()).float()
+        if self.noisy:
+            offered = add_gumbel(scores, turn.uniforms(TIES))
         decision = self.decide(turn, turn.spread(offered), drawn)
         picked = turn.among(decision.chosen, int(decision.num_chosen.sum()))
         if self.has_order_law and self.noisy:
@@ -101,8 +101,13 @@ class Choose:
         # The host knows the shares of `schedule`, and does not wait for the device to count.
         known = self.commit is schedule
         count = share(turn.num_masked, turn.steps_left) if known else chosen.sum(-1).cpu()
-        check_last_step(self.commit, turn, count)
+        check_last_step(self.commit, turn.steps_left, turn.num_masked, count)
         return Decision(chosen, num_chosen=count, committed=count)
+
+
+def add_gumbel(scores: Float[Tensor, "*K"], uniforms: Float[Tensor, "*K"]) -> Float[Tensor, "*K"]:
+    """Scores with Gumbel noise made of uniforms, of which one may be 0."""
+    return (scores - uniforms.clamp(min=1e-300).log().neg().log()).float()
 
 
 def propose(

@@ -1,6 +1,7 @@
 """Iterative unmasking as in LLaDA: blocks from left to right, a few positions of a block per step."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -15,6 +16,7 @@ from dllm_rl.samplers.cache import Cache, CachedStates
 from dllm_rl.samplers.canvas import BlockQueue, Canvas, Turn, make_canvas, next_turn
 from dllm_rl.samplers.choose import Choose
 from dllm_rl.samplers.rules import check_steps, confidence, rank_name, schedule
+from dllm_rl.samplers.whole_step import WholeSteps
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
@@ -35,6 +37,7 @@ def unmask(
     commit: Callable = schedule,
     cache: Cache | None = None,
     approximate_early_exit: bool = False,
+    compile_step: bool = False,
     watch: Callable[[Rollout], None] | None = None,
 ) -> Rollout:
     """Complete every prompt `group_size` times by iterative unmasking (LLaDA, arXiv 2502.09992, algorithm 5 [paper]).
@@ -53,6 +56,8 @@ def unmask(
     cache           see `cache`; None recomputes every position in every step
     approximate_early_exit  full attention only: a row ends with the block of its end token. Masks after the end token
                     stay in the input, never sampled; the recorded log-probs stay exact. Block-causal rows always end so
+    compile_step    a step is one compiled graph, with a cache two, on a GPU CUDA graphs: for batches of few rows, whose
+                    steps wait for the host. Not for prefix_cache() and rules that rewrite. Numbers differ by rounding
     watch           called with the current rollout after every step
 
     Infilling (full attention only): a row's completion is its open positions, then the appended ones; blocks count
@@ -69,37 +74,47 @@ def unmask(
         check_steps(num_steps, max_new_tokens, commit)
     else:
         _check_infilling(policy, prompts, max_new_tokens, cache, approximate_early_exit)
-    assert spec.mask_id is not None, "a diffusion model has a mask token"
-    sampling_params = SamplingParams(temperature, top_k, top_p, (*suppress, spec.mask_id))
-    check_suppress(policy, sampling_params)
-
     block_aligned = cache is not None and cache.kind == "block"
     canvas = make_canvas(policy, prompts, max_new_tokens, block_size, block_aligned=block_aligned)
+    sampling_params = SamplingParams(temperature, top_k, top_p, (*suppress, canvas.mask_id))
+    check_suppress(policy, sampling_params)
     canvas.rank = rank_name(rank)
     choose = Choose(policy, canvas, sampling_params, rank, commit)
     masked = None if prompts.open is None else canvas.masked
     queue = BlockQueue(canvas.block, num_steps, in_step=cache is not None, masked=masked)
-    states_of = States(policy, canvas, cache, queue.steps)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(policy.device)
+    take: Callable[[], Int[Tensor, " C"] | None]
+    if compile_step:
+        take = WholeSteps(choose, cache, queue, seeds).take
+    else:
+        take = partial(_take, choose, States(policy, canvas, cache, queue.steps), queue, seeds)
     rows_end_early = spec.attention == "block_causal" or approximate_early_exit
 
-    while (turn := next_turn(canvas, queue, seeds)) is not None:
-        states, experts = states_of(turn)
-        choice = choose(turn, states)
-        if (again := choice.decision.reopened) is not None:
-            canvas.reopen(*turn.where(again), turn.clock[again], spec.mask_id)
-        where = turn.where(choice.picked)
-        canvas.write(*where, turn.clock[choice.picked], *choice.drawn)
-        if choice.order is not None:
-            canvas.order(*turn.where(choice.order[0]), *choice.order[1:])
-        if experts is not None:
-            canvas.route(*where, experts[choice.picked])
-        complete = queue.record(turn, choice.decision)
+    while (complete := take()) is not None:
         if rows_end_early and len(complete):
             queue.drop(canvas.end(complete, spec.eos_ids))
         if watch is not None:
             watch(canvas.rollout(sampling_params, policy.version))
     return canvas.rollout(sampling_params, policy.version)
+
+
+def _take(choose: Choose, states_of: "States", queue: BlockQueue, seeds: Int[Tensor, " B"]) -> Tensor | None:
+    """One step of the open rows; returns the rows whose block is now complete, None when every block was."""
+    canvas = choose.canvas
+    if (turn := next_turn(canvas, queue, seeds)) is None:
+        return None
+    states, experts = states_of(turn)
+    choice = choose(turn, states)
+    decision = choice.decision
+    if (again := decision.reopened) is not None:
+        canvas.reopen(*turn.where(again), turn.clock[again])
+    where = turn.where(choice.picked)
+    canvas.write(*where, turn.clock[choice.picked], *choice.drawn)
+    if choice.order is not None:
+        canvas.order(*turn.where(choice.order[0]), *choice.order[1:])
+    if experts is not None:
+        canvas.route(*where, experts[choice.picked])
+    return queue.record((turn.rows, turn.blocks), decision.committed, decision.held)
 
 
 def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None, cache: Cache | None) -> int:

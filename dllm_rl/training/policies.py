@@ -22,6 +22,8 @@ from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe, Settings
+from dllm_rl.samplers.rules import schedule
+from dllm_rl.samplers.whole_step import check_fixed_shapes
 from dllm_rl.training.sharded_learner import first_home, on_main, share_out
 from dllm_rl.training.validation import evaluate_with, shown
 from dllm_rl.training.warmup import warm_up
@@ -140,17 +142,20 @@ def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:
 
 
 def check_compiled(recipe: Recipe) -> None:
-    """Raise ValueError where torch_compile has nothing to compile, or does not go with another setting."""
-    cached = getattr(recipe.sampler, "keywords", {}).get("cache") is not None or recipe.likelihood.name == "causal"
+    """Raise ValueError where torch_compile, or the sampler's compile_step, does not go with another setting."""
+    given = getattr(recipe.sampler, "keywords", {})
+    steps = given.get("compile_step", False)
     why = None
     if recipe.rollout_engine is not None:
-        why = "compiles the rollout's policy, and a rollout_engine has its own: leave torch_compile out"
+        why = "compiles the rollout's policy, and a rollout_engine has its own: leave it out"
     elif recipe.router_replay is not None:
         why = "does not go with router_replay='R3', as compiled blocks name no experts: leave out router_replay"
     elif recipe.zero_mismatch:
         why = "rounds otherwise than the eager learner, which zero_mismatch forbids: leave one of them out"
-    elif cached and recipe.torch_compile_mode != "default":
-        why = f"with torch_compile_mode={recipe.torch_compile_mode!r} does not go with a cache, whose shapes change: "
-        why += "take mode 'default'"
-    if recipe.torch_compile and why:
-        raise ValueError(f"torch_compile=True {why}, or set torch_compile=False")
+    elif recipe.torch_compile and steps:
+        why = "compiles blocks, and the sampler's compile_step=True whole steps: leave one of them out"
+    setting = "torch_compile" if recipe.torch_compile else "compile_step"
+    if (recipe.torch_compile or steps) and why:
+        raise ValueError(f"{setting}=True {why}, or set {setting}=False")
+    if steps:
+        check_fixed_shapes(given.get("cache"), given.get("commit", schedule))

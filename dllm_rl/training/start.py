@@ -72,7 +72,7 @@ def start(recipe: Recipe) -> Run[Recipe]:
     rollout_policy = engine_of(recipe).load(policy)
     rollout_policy.version = policy.version
     if recipe.torch_compile:
-        compile_blocks(rollout_policy, mode=recipe.torch_compile_mode)
+        compile_blocks(rollout_policy)
     run = Run(
         recipe=recipe,
         accelerator=accelerator,

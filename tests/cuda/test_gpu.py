@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import whole_steps
 from devices import Cuda
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
@@ -16,6 +17,7 @@ from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.likelihoods.estimators import one_step, trajectory
 from dllm_rl.likelihoods.scoring import backward_view, score_view
+from dllm_rl.models.forward.float32_head import float32_linear
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes
@@ -146,3 +148,18 @@ def test_the_host_waits_as_often_as_the_simulated_device_says():
         with cuda.phase("sync"):
             sync_weights(policy, rollout_policy)
         assert cuda.waits("sync") <= 4, cuda.report()
+
+
+def test_whole_steps_are_replayed():
+    whole_steps.check("own", ["confidence"], "llada", "float8_weight_only")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_heads_sums_are_in_fp32(dtype):
+    """The products of 16-bit numbers are exact; a sum of D of them in fp32 is off by at most D of its roundings, here
+    doubled, because tensor cores cut off."""
+    x, weight = (torch.randn(rows, 4096, device="cuda").to(dtype) for rows in (300, 1000))
+    found = float32_linear(x, weight).double()
+    exact = x.double() @ weight.double().T
+    size = x.double().abs() @ weight.double().abs().T
+    assert ((found - exact).abs() <= 4096 * 2**-23 * size).all()

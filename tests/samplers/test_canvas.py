@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from likelihood_toys import TablePolicy
 
-from dllm_rl.samplers.canvas import BlockQueue, Decision, make_canvas, next_turn, packed_events
+from dllm_rl.samplers.canvas import BlockQueue, make_canvas, next_turn, packed_events
 from dllm_rl.types import Prompts, SamplingParams
 
 MASK = 2  # of a policy of two words; 3 is its prompt token and 4 its padding
@@ -41,7 +41,7 @@ def test_a_position_that_is_masked_again_has_no_record():
     kept = torch.tensor([-0.1]), torch.tensor([[0, 1]])
     canvas.write(*torch.tensor([[0], [1], [3], [0]]), torch.tensor([-0.5]), *kept)
     assert canvas.rollout(SamplingParams(), 0).logprobs.tolist() == [[0.0, 0.0, -0.5]]
-    canvas.reopen(torch.tensor([0]), torch.tensor([1]), torch.tensor([4]), MASK)
+    canvas.reopen(torch.tensor([0]), torch.tensor([1]), torch.tensor([4]))
     seen = canvas.rollout(SamplingParams(), 0)
     assert not seen.logprobs.any() and not seen.log_kept_mass.any() and (seen.kept_ids == -1).all()
     assert (seen.unmask_step == -1).all() and not seen.completion_mask.any() and seen.tokens[0, 2] == MASK
@@ -80,9 +80,7 @@ def half_written(*, in_step: bool, revised: bool = False):
     rows, places = torch.tensor([[0, 0, 1], [0, 1, 1]])
     first = next_turn(canvas, queue, SEEDS)
     canvas.write(rows, places, torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), torch.zeros(3))
-    chosen = torch.tensor([[True, True, False, False, False], [False, True, False, False, False]])
-    count = torch.tensor([2, 1])
-    complete = queue.record(first, Decision(chosen, num_chosen=count, committed=count))
+    complete = queue.record((first.rows, first.blocks), torch.tensor([2, 1]))
     assert complete.tolist() == [0]
     return canvas, queue
 
@@ -112,13 +110,13 @@ def test_a_rule_that_rewrites_is_offered_what_the_block_holds():
 def test_a_held_row_stays_in_its_block_while_steps_last():
     canvas, queue = half_written(in_step=True)
     turn = next_turn(canvas, queue, SEEDS)
-    none = torch.zeros(1, 5, dtype=torch.bool)
     zero = torch.tensor([0])
+    where = (turn.rows, turn.blocks)
     queue.steps[1, 0] = 2
     held = torch.tensor([True])
-    assert queue.record(turn, Decision(none, zero, committed=torch.tensor([1]), held=held)).tolist() == []
+    assert queue.record(where, torch.tensor([1]), held).tolist() == []
     assert next_turn(canvas, queue, SEEDS).blocks.tolist() == [0]
-    assert queue.record(turn, Decision(none, zero, committed=zero, held=held)).tolist() == [1]
+    assert queue.record(where, zero, held).tolist() == [1]
 
 
 def test_rows_that_end_early_take_part_no_more():

@@ -113,6 +113,8 @@ class SimulatedTensor(torch.Tensor):
         check(func._schema.name, args, kwargs, tensors)
         if func is torch.ops.aten.histc.default:  # of integers it is CUDA's alone
             args = (args[0].float(), *args[1:])
+        if func is torch.ops.aten.mm.dtype:  # CUDA's alone
+            func, args = torch.ops.aten.mm.default, tuple(x.float() for x in args[:2])
         with torch._C._DisableTorchDispatch():
             out = func(*args, **kwargs)
         given = {id(x) for x in tensors}

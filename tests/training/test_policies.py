@@ -1,5 +1,6 @@
 """The policies of a run: whose weights each has, and which settings cannot be compiled."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -8,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import manifest, tiny_masked_lm
-from dllm_rl.likelihoods.estimators import causal
+from dllm_rl import manifest, tiny_masked_lm, train
 from dllm_rl.quantization.schemes import float8_dynamic
-from dllm_rl.samplers.cache import dual_cache
+from dllm_rl.samplers.cache import prefix_cache
+from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.policies import check_compiled, make_policy, reference_policy, rollout_copy, save_reference
 
@@ -57,18 +58,11 @@ def test_without_a_scheme_the_learner_rolls_out(tmp_path):
     assert rollout_copy(recipe, policy) is policy
 
 
-GRAPHS = {"torch_compile_mode": "reduce-overhead"}
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"zero_mismatch": True, "rollout_quantization": None}, "forbids: leave one of them out"),
-        (
-            {"sampler": partial(unmask, max_new_tokens=4, num_steps=2, cache=dual_cache())} | GRAPHS,
-            "take mode 'default'",
-        ),
-        ({"likelihood": causal()} | GRAPHS, "cache.*: take mode 'default'"),
+        ({"sampler": partial(unmask, max_new_tokens=4, compile_step=True)}, "whole steps: leave one of them out"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(tmp_path, changes, said):
@@ -76,3 +70,18 @@ def test_what_cannot_be_compiled_is_refused(tmp_path, changes, said):
     with pytest.raises(ValueError, match=f"^torch_compile=True .*{said}, or set torch_compile=False$"):
         check_compiled(recipe)
     check_compiled(replace(recipe, torch_compile=False))
+
+
+@pytest.mark.parametrize(
+    ("given", "changes", "said"),
+    [
+        ({}, {"zero_mismatch": True, "rollout_quantization": None}, "forbids: leave one of them out"),
+        ({"cache": prefix_cache()}, {}, "take dual_cache()"),
+        ({"commit": partial(remask, eta=0.1)}, {}, "commit=remask, which rewrites"),
+    ],
+)
+def test_steps_that_cannot_be_compiled_are_refused(tmp_path, given, changes, said):
+    recipe = tiny_recipe(tmp_path, sampler=partial(unmask, max_new_tokens=4, compile_step=True, **given), **changes)
+    with pytest.raises(ValueError, match=rf"^compile_step=True .*{re.escape(said)}.*, or set compile_step=False$"):
+        train(recipe)
+    assert not list(tmp_path.iterdir())

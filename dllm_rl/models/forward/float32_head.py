@@ -24,6 +24,11 @@ class _Float32Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        if x.is_cuda and x.dtype == weight.dtype and x.dtype in HALF:
+            # Tensor cores: a product of two 16-bit numbers is exact in fp32, and the sums are in fp32.
+            with torch.autocast(x.device.type, enabled=False):
+                out = torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32)
+            return (out if bias is None else out + bias.float()).unflatten(0, x.shape[:-1])
         out = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # autocast would round the fp32 product's operands again
             wide = x.float()
@@ -86,4 +91,4 @@ def projected_in_float32(output: nn.Linear) -> Iterator[None]:
     try:
         yield
     finally:
-        del output.forward
+        vars(output).pop("forward")  # torch.compile cannot trace `del`

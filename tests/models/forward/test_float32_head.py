@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from layouts import checkpoint
 from run_outputs import metrics_of
+from simulated_cuda import SimulatedCuda
 from tiny_recipe import tiny_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm_rl import load_policy, quantized_copy, train
+from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.forward import float32_head as head
 from dllm_rl.models.forward.float32_head import float32_linear, projected_in_float32
 from dllm_rl.models.lora import Lora
@@ -68,6 +70,21 @@ def test_values_and_gradients_are_autograds_in_fp32_rounded_once(monkeypatch, sl
     for a, b in zip(low, wide, strict=True):
         assert a.grad.dtype == dtype
         torch.testing.assert_close(a.grad.float(), b.grad, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
+def test_a_gpus_one_product_is_that_of_slabs(monkeypatch, dtype):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    x, weight, bias = (drawn(*shape, seed=i, dtype=dtype) for i, shape in enumerate([(2, 5, 8), (11, 8), (11,)]))
+    here = float32_linear(x, weight, bias)
+    with SimulatedCuda():
+        there = [each.to("cuda") for each in (x, weight, bias)]
+        found = float32_linear(*there)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.cpu(), here, rtol=1e-6, atol=1e-6)
+        with batch_invariant():
+            one = float32_linear(there[0][:1], *there[1:])
+            assert torch.equal(float32_linear(*there)[:1].cpu(), one.cpu())
 
 
 def test_gradients_in_fp32_itself():

@@ -1,0 +1,239 @@
+"""A step of `unmask` as one compiled graph of fixed shapes, for batches of few rows, where a GPU waits for its host.
+
+Every step runs all rows and all positions of a block, masked or not, and writes back what it does not choose. So no
+shape depends on data, and the host reads nothing inside a step."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, no_type_check
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dllm_rl.device import send
+from dllm_rl.models.base import Policy, position_ids
+from dllm_rl.models.order import left_logprobs
+from dllm_rl.rng import uniforms
+from dllm_rl.samplers.cache import Cache, KeysAndValues, attention_bias
+from dllm_rl.samplers.canvas import TIES, TOKENS, BlockQueue, check_last_step
+from dllm_rl.samplers.choose import Choose, add_gumbel, propose_and_rank
+from dllm_rl.samplers.revise import revising_inputs
+from dllm_rl.samplers.rules import name_of, schedule, share
+from dllm_rl.types import KEPT_IDS
+
+COLUMNS = 64  # the canvas is padded to a multiple of these, because each width has graphs of its own
+GRAPHS = 128  # in a process at most; more are torch's error
+Past = list[tuple[Tensor, Tensor]]  # keys and values of each layer
+WRITTEN = ("masked", "unmask_step", "logprobs", "log_kept_mass", "kept_ids", "order_logprobs", "draw_in_step")
+
+
+class WholeSteps:
+    """Owns the padded tokens and, with a cache, the kept keys and values; `take` advances all rows by one step."""
+
+    def __init__(self, choose: Choose, cache: Cache | None, queue: BlockQueue, seeds: Int[Tensor, " B"]) -> None:
+        """Raises ValueError for what has no fixed shapes."""
+        policy, canvas = choose.policy, choose.canvas
+        check_fixed_shapes(cache, choose.commit)
+        if policy.records_experts:
+            raise ValueError("compile_step=True records no experts; leave out router_replay, or set compile_step=False")
+        self.choose = choose
+        self.canvas = canvas
+        self.queue = queue
+        self.size = int(queue.sizes.max())
+        self.seeds = seeds
+        self.cache = cache
+        self.first_place = queue.sizes.cumsum(-1) - queue.sizes
+        width = canvas.tokens.shape[1]
+        # A cache's windows are of one width: the last block is filled up.
+        behind = 0 if cache is None else canvas.bounds[0][1] - canvas.bounds[0][0] + canvas.bounds[-1][0] - width
+        padding = (-(width + behind) % COLUMNS, behind)
+        self.shown = slice(padding[0], padding[0] + width)
+        self.columns = canvas.columns + padding[0]
+        self.tokens = F.pad(canvas.tokens, padding, value=policy.pad_id)
+        self.attention_mask = F.pad(canvas.attention_mask, padding, value=False)
+        self.past: Past = []
+        self.block = -1
+        self.step = 0  # within the block
+        if choose.sampling_params.filters:
+            size = (*canvas.masked.shape, min(KEPT_IDS + 1, policy.vocab_size))
+            canvas.log_kept_mass = torch.zeros_like(canvas.logprobs)
+            canvas.kept_ids = torch.full(size, -1, dtype=torch.int32, device=seeds.device)
+        if choose.has_order_law:
+            canvas.order_logprobs = torch.zeros_like(canvas.logprobs)
+            canvas.draw_in_step = torch.zeros_like(canvas.columns) if choose.noisy else None
+
+    def take(self) -> Int[Tensor, " C"] | None:
+        """Advance the open rows; returns the rows whose block is now complete, None when every block was. Raises
+        ValueError where the commit rule leaves a block's last step empty."""
+        rows, blocks = where = self.queue.next_rows()
+        if not len(rows):
+            return None
+        num_masked = self.queue.masked[where]
+        steps_left = self.queue.steps[where].clamp(min=1)
+        begin, width, whole = self._window(int(blocks[0]))
+        host = torch.zeros(5, len(self.queue.clock), dtype=torch.long)  # rows that do not take part have a size of 0
+        host[0] = begin
+        host[1:, rows] = torch.stack(
+            [self.first_place[where], self.queue.sizes[where], steps_left, self.queue.clock[rows]]
+        )
+        (numbers,) = send(self.seeds.device, host)
+        written = {name: getattr(self.canvas, name) for name in WRITTEN}
+        state = {name: values for name, values in written.items() if values is not None}
+        constant = (self.choose, self.attention_mask, self.columns, self.seeds)
+        past = [] if whole else self.past
+        with torch._dynamo.config.patch(recompile_limit=GRAPHS), torch.no_grad():
+            tokens, state, committed, past = compiled()(
+                *constant,
+                self.tokens,
+                state,
+                numbers,
+                past,
+                width=width,
+                size=self.size,
+                whole=whole,
+                cached=self.cache is not None,
+            )
+        self.canvas.forwards += 1
+        # The next replay of a graph writes its outputs where this one did.
+        self.tokens = tokens.clone()
+        self.canvas.tokens = self.tokens[:, self.shown]
+        for name, values in state.items():
+            setattr(self.canvas, name, values.clone())
+        if whole:
+            self.past = [(keys.clone(), values.clone()) for keys, values in past]
+        # The host knows the shares of `schedule`, and does not wait for the device to count.
+        known = self.choose.commit is schedule
+        count = share(num_masked, steps_left) if known else committed.cpu()[rows]
+        check_last_step(self.choose.commit, steps_left, num_masked, count)
+        return self.queue.record(where, count)
+
+    def _window(self, block: int) -> tuple[int, int, bool]:
+        """The first column that this step runs, the number of columns, and whether the columns are all."""
+        width = self.tokens.shape[1]
+        if self.cache is None:
+            return 0, width, True
+        self.step = 0 if block != self.block else self.step + 1
+        self.block = block
+        start, end = self.canvas.bounds[0]
+        shift = self.choose.policy.spec.shift  # a shifted family reads a block's first state one column to its left
+        begin = self.shown.start + self.canvas.bounds[block][0] - shift
+        refresh = self.cache.refresh
+        return begin, end - start + shift, self.step == 0 or (refresh is not None and self.step % refresh == 0)
+
+
+def check_fixed_shapes(cache: Cache | None, commit: Callable) -> None:
+    """Raise ValueError for a cache or a commit rule whose steps have no fixed shapes."""
+    why = None
+    if revising_inputs(commit):
+        why = f"commit={name_of(commit)}, which rewrites: take a rule that does not"
+    elif cache is not None and cache.kind == "prefix":
+        why = "prefix_cache(), which runs all that follows a block: take dual_cache()"
+    if why:
+        raise ValueError(f"compile_step=True does not go with {why}, or set compile_step=False")
+
+
+@functools.cache
+def compiled() -> Callable[..., Any]:
+    return torch.compile(_step, mode="reduce-overhead", dynamic=False, fullgraph=True)
+
+
+@no_type_check  # torch.compile cannot trace the tests' type checks
+def _step(
+    choose: Choose,
+    attention_mask: Bool[Tensor, "B T"],
+    columns: Int[Tensor, "B L"],
+    seeds: Int[Tensor, " B"],
+    tokens: Int[Tensor, "B T"],
+    state: dict[str, Tensor],  # of WRITTEN
+    numbers: Int[Tensor, "5 B"],  # the window's first column, the block's first place, its size, steps left, the clock
+    past: Past,
+    *,
+    width: int,  # of the window
+    size: int,  # of the largest block
+    whole: bool,  # all columns run, and with a cache those outside the window are kept
+    cached: bool,
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Past]:
+    """Tokens and state after the step, the number of committed positions of each row (B,), and what is kept."""
+    policy = choose.policy
+    begin, first_place, sizes, left, clock = numbers.unbind()
+    slot = torch.arange(size, device=tokens.device)
+    # The slots behind a smaller block are other places, all distinct, which keep what they hold.
+    place = (first_place[:, None] + slot) % columns.shape[1]
+    column = columns.gather(1, place)
+    masked = state["masked"].gather(1, place) & (slot < sizes[:, None])
+    if not cached:
+        hidden = policy.hidden(tokens, attention_mask)
+        at = column
+    else:
+        hidden, past = _cached_states(policy, tokens, attention_mask, (begin[0], width), past, whole)
+        first = 0 if whole else begin[:, None]
+        at = (column - first - int(policy.spec.shift)).clamp(0, hidden.shape[1] - 1)
+    hidden = hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
+
+    drawn_at = [each.expand_as(place).flatten() for each in (seeds[:, None], clock[:, None], place)]
+    uniform, ties = (uniforms(*drawn_at, stream=stream) for stream in (TOKENS, TIES))
+    found = propose_and_rank(policy, hidden, uniform, ties, choose.sampling_params, choose.rank)
+    scores, drawn, logprobs, *kept = (values.unflatten(0, place.shape) for values in found)
+    scores = scores.masked_fill(~masked, -torch.inf)
+    offered = add_gumbel(scores, ties.view_as(scores)) if choose.noisy else scores
+    chosen = choose.commit(offered, masked, left.clamp(min=1)) & masked
+
+    new = {"masked": torch.zeros_like(masked), "unmask_step": clock[:, None].expand_as(place), "logprobs": logprobs}
+    new |= dict(zip(("log_kept_mass", "kept_ids"), kept, strict=False))
+    if choose.has_order_law and choose.noisy:
+        new["order_logprobs"], new["draw_in_step"] = _drawn(scores, offered, masked, chosen)
+    state = state | {name: _put(state[name], place, values, chosen) for name, values in new.items()}
+    if choose.has_order_law and not choose.noisy:
+        stayed = masked & ~chosen
+        lowest = scores.masked_fill(~chosen, torch.inf).amin(-1, keepdim=True)
+        last = torch.where(chosen & (scores == lowest), slot, -1).amax(-1, keepdim=True)
+        bounds = (lowest.expand_as(scores).flatten(), (slot > last).flatten())
+        behind = left_logprobs(policy, hidden, *bounds, choose.sampling_params).view_as(scores)
+        so_far = state["order_logprobs"]
+        state["order_logprobs"] = _put(so_far, place, so_far.gather(1, place) + behind, stayed)
+    return _put(tokens, column, drawn, chosen), state, chosen.sum(-1), past
+
+
+@no_type_check
+def _put(whole: Tensor, place: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
+    """`whole` (B, L, ...) with the chosen of the values (B, S, ...) at their places (B, S)."""
+    wide = (..., *[None] * (whole.dim() - 2))
+    place = place[wide].expand(*place.shape, *whole.shape[2:])
+    return whole.scatter(1, place, torch.where(chosen[wide], values.to(whole.dtype), whole.gather(1, place)))
+
+
+@no_type_check
+def _drawn(scores: Tensor, offered: Tensor, masked: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """`order.drawn_logprobs` of whole rows, and which draw takes each position."""
+    nth = offered.argsort(stable=True, descending=True).argsort()
+    everything = (chosen == masked).all(-1, keepdim=True)  # of all that is left nothing depends on the order
+    nth = nth.masked_fill(everything, 0)
+    rivals = masked[:, None, :] & (nth[:, None, :] >= nth[:, :, None])
+    among = scores[:, None, :].masked_fill(~rivals, -torch.inf).logsumexp(-1)
+    return torch.where(everything | ~masked, 0, scores - among), nth
+
+
+@no_type_check
+def _cached_states(
+    policy: Policy, tokens: Tensor, attention_mask: Tensor, window: tuple[Tensor, int], past: Past, whole: bool
+) -> tuple[Tensor, Past]:
+    """The states of all columns, and the keys and values outside the window; or the window's states, and `past`."""
+    begin, width = window
+    inside = begin + torch.arange(width, device=tokens.device)
+    outside = torch.arange(tokens.shape[1] - width, device=tokens.device)
+    outside = outside + width * (outside >= begin)
+    positions = position_ids(attention_mask)
+    every = torch.arange(tokens.shape[1], device=tokens.device)
+    fresh, seen = (every, every) if whole else (inside, torch.cat([outside, inside]))
+    bias = attention_bias(policy, tokens, attention_mask, positions, fresh, seen)
+    keys_and_values = KeysAndValues(config=policy.module.config)
+    for layer, (keys, values) in zip(keys_and_values.layers, past, strict=False):
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+    given = {"past_key_values": keys_and_values, "use_cache": True}
+    states = policy.encode(tokens[:, fresh], bias, positions[:, fresh], **given)
+    if whole:
+        past = [(layer.keys[:, :, outside], layer.values[:, :, outside]) for layer in keys_and_values.layers]
+    return states, past

@@ -1,0 +1,97 @@
+"""Steps of fixed shapes: the rollouts of ragged steps, no host read, and one graph, or two with a cache."""
+
+from functools import partial
+
+import pytest
+import torch
+import whole_steps
+from layouts import checkpoint
+from simulated_cuda import SimulatedCuda
+
+from dllm_rl import Prompts, load_policy
+from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.samplers import unmask, whole_step
+from dllm_rl.samplers.cache import prefix_cache
+from dllm_rl.samplers.revise import remask
+from dllm_rl.samplers.rules import max_prob, threshold
+
+FULL = ("llada", "illada", "llada_moe", "dream", "rnd1", "a2d_qwen2", "a2d_qwen3")
+BLOCKS = ("llada2", "sdar", "sdar_moe", "stable_diffcoder", "a2d_blocks", "nemotron")
+SCHEMES = ("bf16", "float8_weight_only", "int8_weight_only", "int8_dynamic", "int4_weight_only")
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
+
+
+@pytest.mark.parametrize("family", [*FULL, *BLOCKS])
+def test_fixed_shapes_write_what_ragged_ones_do(uncompiled, tmp_path, family):
+    policy = load_policy(checkpoint(tmp_path, family))
+    for cache in whole_steps.caches_of(policy):
+        for rule, given in whole_steps.RULES.items():
+            ragged, fixed = (whole_steps.sampled(policy, cache, compile_step=on, **given) for on in (False, True))
+            assert whole_steps.differing(ragged, fixed) == [], (cache, rule)
+            assert fixed.forwards >= ragged.forwards
+
+
+def test_gaps_and_uneven_blocks(uncompiled):
+    """Open positions inside prompts, and a last block of 2 after two of 5; `watch` sees every step."""
+    policy = tiny_llama(characters="1234.=", causal=False, head_std=0.3)
+    mask = policy.spec.mask_id
+    gaps = Prompts.from_ids([[3, mask, 4, mask, mask], [mask, 3]], pad_id=policy.pad_id, mask_id=mask)
+    whole = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
+    for prompts, length in ((gaps, 4), (whole, 12)):
+        seen = []
+        run = partial(unmask, policy, prompts, max_new_tokens=length, block_size=5, temperature=1.0)
+        ragged, fixed = (
+            run(torch.Generator().manual_seed(0), compile_step=on, watch=seen.append) for on in (False, True)
+        )
+        assert whole_steps.differing(ragged, fixed) == []
+        assert whole_steps.differing(seen[0], seen[len(seen) // 2]) == []
+
+
+@pytest.mark.parametrize(("given", "each"), [({}, 0), ({"rank": max_prob, "commit": partial(threshold, tau=1.0)}, 1)])
+def test_a_step_waits_for_the_device_once_at_most(uncompiled, given, each):
+    """The shares of `schedule` are known to the host; it reads how many positions another rule chose."""
+    with SimulatedCuda() as cuda:
+        policy = tiny_llama(characters="1234.=", causal=False, num_layers=1).to("cuda")
+        prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
+        with cuda.phase("sampling"):
+            unmask(policy, prompts, torch.Generator(), max_new_tokens=8, compile_step=True, **given)
+        # transformers reads the mask once a forward, but not where torch traces it: a graph reads nothing.
+        assert cuda.waits("sampling", place="samplers/whole_step.py") == 8 * each, cuda.report()
+        assert cuda.waits("sampling") - cuda.waits("sampling", place="samplers/") == 8, cuda.report()
+
+
+def test_what_has_no_fixed_shapes_is_refused():
+    policy = tiny_llama(characters="1234.=", causal=False)
+    prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
+    run = partial(unmask, policy, prompts, torch.Generator(), max_new_tokens=4, compile_step=True)
+    with pytest.raises(ValueError, match=r"^compile_step=True .*take dual_cache\(\), or set compile_step=False$"):
+        run(cache=prefix_cache())
+    with pytest.raises(ValueError, match="commit=remask, which rewrites"):
+        run(commit=partial(remask, eta=0.1))
+    policy.records_experts = True
+    with pytest.raises(ValueError, match="records no experts"):
+        run()
+
+
+def test_a_whole_step_is_one_graph():
+    """Captured with `fullgraph` by dynamo alone."""
+    whole_steps.check("eager", ["confidence"], "dream", "llada2", "float8_weight_only")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rules", "names"),
+    [([*whole_steps.RULES], ("llada", "llada2")), (["random"], (*FULL, *BLOCKS)), (["confidence"], SCHEMES)],
+    ids=["rules", "families", "schemes"],
+)
+def test_every_whole_step_is_one_graph(rules, names):
+    whole_steps.check("eager", rules, *names)
+
+
+@pytest.mark.slow
+def test_generated_code_writes_the_same_tokens():
+    whole_steps.check("own", ["confidence"], "float8_weight_only")
