@@ -71,7 +71,16 @@ def collect(
     if recipe.max_num_gen_batches > 1:
         metrics["dynamic_sampling/draws"] = float(draws)
         metrics["dynamic_sampling/frac_reward_zero_std"] = zero_std_fraction(rewards)
-    return rollout, answers, rewards, parts_of(recipe, graded_all), metrics
+    return rollout, answers, rewards, parts_of(recipe, graded_all), metrics | compiled_graphs(recipe)
+
+
+def compiled_graphs(recipe: Recipe) -> dict[str, float]:
+    """How many graphs this process has compiled, where rollouts are compiled: a number that grows shows new shapes."""
+    if not (recipe.torch_compile or getattr(recipe.sampler, "keywords", {}).get("compile_step")):
+        return {}
+    from torch._dynamo.utils import counters  # imported by then; for other runs it would take a second
+
+    return {"rollout/compiled_graphs": float(counters["stats"]["unique_graphs"])}
 
 
 def draw_and_grade(

@@ -178,3 +178,4 @@ def test_a_compiled_learner_is_differentiated_eagerly(tmp_path, monkeypatch):
     train(tiny_recipe(compiled, torch_compile=True, **given))
     (one,), (other,) = metrics_of(plain), metrics_of(compiled)
     assert other["reward"] == one["reward"] and other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    assert other["rollout/compiled_graphs"] >= 1 and "rollout/compiled_graphs" not in one
