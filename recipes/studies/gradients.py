@@ -5,7 +5,7 @@ mean and covariance of a policy gradient are sums and nothing is sampled, but fo
 weights depend on the batch, 64 batches. Every number is a median over 8 networks. A corrector of your own:
 `recipes.studies.enumeration.gradient_table(corrector)`. About eight minutes of one core. The reading is gradients.md.
 
-    python -m recipes.studies.gradients                    write gradients_tables.md and gradients.png
+    python -m recipes.studies.gradients                    write gradients.json and gradients.png
 """
 
 import argparse
@@ -20,12 +20,14 @@ import torch
 
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import losses
+from dllm_rl.files import write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.samplers.rules import plackett_luce
 from dllm_rl.types import Rollout
 from recipes.studies import surrogates as published
 from recipes.studies.controls import fixed_lambda, shuffled
 from recipes.studies.enumeration import GradientRow, ToyPolicy, against, contributions, gradient_table, per_outcome
+from recipes.studies.paired import markdown
 
 BAND = {"eps_high": 0.05, "neg_low": 0.05, "neg_high": 0.05}
 CORRECTORS = {
@@ -108,9 +110,8 @@ def shown(bias: float, rmse: float, efficiency: float) -> str:
     return "/".join(f"{x:.2f}" for x in (bias, rmse, efficiency))
 
 
-def table(title: str, columns: list[str], rows: dict[str, list[str]]) -> str:
-    head = f"| {title} | {' | '.join(columns)} |\n| --- |{' --- |' * len(columns)}\n"
-    return head + "".join(f"| {name} | {' | '.join(cells)} |\n" for name, cells in rows.items())
+def table(columns: list[str], rows: dict[str, list[str]]) -> list[dict[str, str]]:
+    return [{"row": name, **dict(zip(columns, cells, strict=True))} for name, cells in rows.items()]
 
 
 def of_correctors(made: dict[str, c.Corrector], **options: Any) -> dict[str, list[GradientRow]]:
@@ -299,24 +300,24 @@ def main() -> None:
     short, long = sized(length=2), sized(length=6)
     clipped = {name: replace(c.none(), surrogate=surrogate) for name, surrogate in SURROGATES.items()}
     updated = of_correctors(clipped, networks=networks, moved="old")
-    parts = [
-        table("corrector, n = 128", COLUMNS, as_cells(many)),
-        table("corrector, n = 16", COLUMNS, as_cells(few)),
-        table("corrector: mean weight/ESS", COLUMNS, weights),
-        table("corrector, 2 tokens of 2 words, n = 128", COLUMNS, as_cells(short)),
-        table("corrector, 6 tokens of 2 words, n = 128", COLUMNS, as_cells(long)),
-        table("real batches, n = 128", COLUMNS, as_cells(of_batches(draws=draws, networks=networks))),
-        table("real batches, n = 16", COLUMNS, as_cells(of_batches(draws=draws, networks=networks, batch=16))),
-        table("surrogate after an update, n = 128", COLUMNS, as_cells(updated)),
-        table("estimator, n = 128", ["early", "cosine", "late", "cosine"], of_estimators(networks)),
-        table("rank confidence, n = 128", [f"{k} {s}" for k, s in product(KINDS, (0.0, *SIGMAS))], of_orders(networks)),
-        table("12 lines: change/missed/wrong sign", list(KINDS), of_lines(12)),
-    ]
-    head = "# The gradient laboratory: all tables\n\nCells are bias/error/efficiency; what they are and say: "
-    parts.insert(0, head + "[gradients.md](gradients.md).\n")
-    (options.output_dir / "gradients_tables.md").write_text("\n".join(parts))
+    with_none = [f"{kind} {sigma}" for kind, sigma in product(KINDS, (0.0, *SIGMAS))]
+    tables = {
+        "corrector, n = 128": table(COLUMNS, as_cells(many)),
+        "corrector, n = 16": table(COLUMNS, as_cells(few)),
+        "corrector: mean weight/ESS": table(COLUMNS, weights),
+        "corrector, 2 tokens of 2 words, n = 128": table(COLUMNS, as_cells(short)),
+        "corrector, 6 tokens of 2 words, n = 128": table(COLUMNS, as_cells(long)),
+        "real batches, n = 128": table(COLUMNS, as_cells(of_batches(draws=draws, networks=networks))),
+        "real batches, n = 16": table(COLUMNS, as_cells(of_batches(draws=draws, networks=networks, batch=16))),
+        "surrogate after an update, n = 128": table(COLUMNS, as_cells(updated)),
+        "estimator, n = 128": table(["early", "early cosine", "late", "late cosine"], of_estimators(networks)),
+        "rank confidence, n = 128": table(with_none, of_orders(networks)),
+        "12 lines: change/missed/wrong sign": table(list(KINDS), of_lines(12)),
+    }
+    write_json(options.output_dir / "gradients.json", tables)
     plot(many, options.output_dir / "gradients.png")
-    print("\n".join(parts))
+    for title, rows in tables.items():
+        print(f"{title}\n\n{markdown(rows)}")
 
 
 if __name__ == "__main__":

@@ -92,6 +92,13 @@ def test_estimators():
     assert trained == [{column: row[column] for column in trained[0]} for row in stored("estimators")["trained"]]
 
 
+def test_gradients():
+    (table,) = tables_of("gradients")
+    kept = {row["row"]: row for row in stored("gradients")["corrector, n = 128"]}
+    for row in table:
+        assert row == {"corrector": row["corrector"]} | {name: kept[row["corrector"]][name] for name in list(row)[1:]}
+
+
 def test_experts():
     results = {(run["arm"], run["seed"]): run for run in stored("experts")}
     (table,) = tables_of("experts")
