@@ -17,6 +17,7 @@ from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from shutil import rmtree
 from statistics import mean, stdev
 from typing import Any
 
@@ -115,6 +116,9 @@ def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> No
             kept[column] = mean(found)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, kept)
+    for part in ("checkpoints", "reference"):  # no study reads them, and a hundred runs' fill a disk
+        if (folder / part).exists():
+            rmtree(folder / part)
 
 
 def interval(values: Sequence[float]) -> str:

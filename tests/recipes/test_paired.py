@@ -25,6 +25,7 @@ def test_a_study_trains_its_arms_from_one_model_and_prints_its_tables(tmp_path, 
     short = dataclasses.replace(study, base=dataclasses.replace(recipe, **few))
     for arm in short.arms:
         paired.run_one(short, tmp_path, 1, arm, seed=0)
+    assert not list(tmp_path.glob("runs/*/checkpoints"))
     monkeypatch.setattr("sys.argv", ["study.py", "--report", "--output_dir", str(tmp_path)])
     results = paired.main(short, None)
     assert results["none", 0]["before"] == results["tis", 0]["before"] and "ess" in results["tis", 0]
