@@ -106,11 +106,12 @@ class _LeftLogprob(torch.autograd.Function):
 def score_left(policy: Policy, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor]]:
     """`left_logprobs` of one chunk of rows, for `backward_chunked` too."""
 
-    def one(h: Tensor, lowest: Tensor, behind: Tensor) -> tuple[Tensor]:
+    def one(h: Tensor, lowest: Tensor, behind: Tensor, normalizer: Tensor | None = None) -> tuple[Tensor]:
         logits = policy.head(h)
         drawn = process(logits, sampling_params)
         with torch.no_grad():  # the gradient goes through F_j and not through its bound c [ours: docs/order.md]
-            normalizer = confidence_normalizer(logits, drawn, sampling_params, policy.spec.mask_id)
+            if normalizer is None:
+                normalizer = confidence_normalizer(logits, drawn, sampling_params, policy.spec.mask_id)
             confidences = wide(logits) - normalizer[:, None]
             inside = confidences < lowest[:, None]
             inside |= behind[:, None] & (confidences == lowest[:, None])
@@ -125,9 +126,11 @@ def left_logprobs(
     lowest: Float[Tensor, " K"],  # c, the lowest committed confidence
     behind: Bool[Tensor, " K"],  # the position is to the right of the one that set c
     sampling_params: SamplingParams,
+    normalizer: Float[Tensor, " K"] | None = None,  # of the confidences; None: computed
 ) -> Float[Tensor, " K"]:
     """log F_j(c) of K positions that a step left masked, nats, at least LEAST; the head runs in chunks of rows."""
-    return chunked(score_left(policy, sampling_params), hidden, lowest, behind, policy=policy)[0]
+    given = (lowest, behind) if normalizer is None else (lowest, behind, normalizer)
+    return chunked(score_left(policy, sampling_params), hidden, *given, policy=policy)[0]
 
 
 def token_logprobs_and_confidences(

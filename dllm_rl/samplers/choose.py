@@ -130,8 +130,10 @@ def propose_and_rank(
     ties: Float[Tensor, " K"],
     sampling_params: SamplingParams,
     rank: Callable,
+    *,
+    with_normalizer: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The rank's score of each position, and the result of `propose`."""
+    """The rank's score of each position, and the result of `propose`; at the end, if asked, the rank's normaliser."""
     needs = rank_inputs(rank)
     mask_id = policy.spec.mask_id
     same = sampling_params.temperature in (0, 1) and not sampling_params.filters
@@ -145,7 +147,8 @@ def propose_and_rank(
         if "normalizer" in needs:
             # With the mask token, as in the published algorithms; `same` reuses the log-sum-exp of the draw.
             offered["normalizer"] = normalizer.logaddexp(mask) if same else logits.logsumexp(-1)
-        return rank(**{name: offered[name] for name in needs}).float(), tokens, logp, *kept
+        scores = rank(**{name: offered[name] for name in needs}).float()
+        return scores, tokens, logp, *kept, *([offered.get("normalizer", normalizer)] if with_normalizer else [])
 
     return _slabs(policy, one, sampling_params, hidden, uniforms, ties)
 

@@ -56,15 +56,16 @@ def unmask(
     cache           see `cache`; None recomputes every position in every step
     approximate_early_exit  full attention only: a row ends with the block of its end token. Masks after the end token
                     stay in the input, never sampled; the recorded log-probs stay exact. Block-causal rows always end so
-    compile_step    a step is one compiled graph, with a cache two, on a GPU CUDA graphs: for batches of few rows, whose
-                    steps wait for the host. Not for prefix_cache() and rules that rewrite. Numbers differ by rounding
+    compile_step    run each step as one compiled graph, with a cache as two; for few rows, on a GPU as CUDA graphs.
+                    Refuses prefix_cache(), open positions and rules that rewrite. A near-tie may give another token
     watch           called with the current rollout after every step
 
     Infilling (full attention only): a row's completion is its open positions, then the appended ones; blocks count
     these alone. Rows may differ in their open positions.
 
     A row depends on its prompt, its seed and the weights only; batching changes at most the last bits of a sum.
-    Finished rows leave the batch; rows of similar length run together (`length_buckets`). With `schedule` the host
+    Finished rows leave the batch; rows of similar length run together (`length_buckets`); with compile_step all rows
+    run in every step. With `schedule` the host
     waits for the device at most once per forward; other rules also wait for the number of chosen positions. Raises
     ValueError for a causal policy, a completion that does not fit, or rules, blocks and caches that do not go together.
     """
@@ -85,7 +86,7 @@ def unmask(
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(policy.device)
     take: Callable[[], Int[Tensor, " C"] | None]
     if compile_step:
-        take = WholeSteps(choose, cache, queue, seeds).take
+        take = WholeSteps(choose, cache, queue, seeds, block_size).take
     else:
         take = partial(_take, choose, States(policy, canvas, cache, queue.steps), queue, seeds)
     rows_end_early = spec.attention == "block_causal" or approximate_early_exit

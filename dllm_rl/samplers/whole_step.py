@@ -1,7 +1,7 @@
 """A step of `unmask` as one compiled graph of fixed shapes, for batches of few rows, where a GPU waits for its host.
 
-Every step runs all rows and all positions of a block, masked or not, and writes back what it does not choose. So no
-shape depends on data, and the host reads nothing inside a step."""
+Every step runs all rows and a whole block. Positions that it does not choose keep what they hold. The host reads
+nothing inside a step. Each number of rows, length of completion and 64 columns of width has its own graph."""
 
 import functools
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.order import left_logprobs
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers.cache import Cache, KeysAndValues, attention_bias
-from dllm_rl.samplers.canvas import TIES, TOKENS, BlockQueue, check_last_step
+from dllm_rl.samplers.canvas import TIES, TOKENS, BlockQueue, Canvas, check_last_step
 from dllm_rl.samplers.choose import Choose, add_gumbel, propose_and_rank
 from dllm_rl.samplers.revise import revising_inputs
 from dllm_rl.samplers.rules import name_of, schedule, share
 from dllm_rl.types import KEPT_IDS
 
 COLUMNS = 64  # the canvas is padded to a multiple of these, because each width has graphs of its own
-GRAPHS = 128  # in a process at most; more are torch's error
+GRAPHS = 128  # in a process at most
 Past = list[tuple[Tensor, Tensor]]  # keys and values of each layer
 WRITTEN = ("masked", "unmask_step", "logprobs", "log_kept_mass", "kept_ids", "order_logprobs", "draw_in_step")
 
@@ -32,23 +32,26 @@ WRITTEN = ("masked", "unmask_step", "logprobs", "log_kept_mass", "kept_ids", "or
 class WholeSteps:
     """Owns the padded tokens and, with a cache, the kept keys and values; `take` advances all rows by one step."""
 
-    def __init__(self, choose: Choose, cache: Cache | None, queue: BlockQueue, seeds: Int[Tensor, " B"]) -> None:
-        """Raises ValueError for what has no fixed shapes."""
+    def __init__(
+        self, choose: Choose, cache: Cache | None, queue: BlockQueue, seeds: Int[Tensor, " B"], block_size: int
+    ) -> None:
+        """Raises ValueError for what has no fixed shapes, or cannot be captured."""
         policy, canvas = choose.policy, choose.canvas
         check_fixed_shapes(cache, choose.commit)
-        if policy.records_experts:
-            raise ValueError("compile_step=True records no experts; leave out router_replay, or set compile_step=False")
+        check_captured(policy, canvas, cache)
         self.choose = choose
         self.canvas = canvas
         self.queue = queue
-        self.size = int(queue.sizes.max())
+        self.size = min(block_size, canvas.columns.shape[1])
+        self.block_size = block_size
         self.seeds = seeds
         self.cache = cache
         self.first_place = queue.sizes.cumsum(-1) - queue.sizes
         width = canvas.tokens.shape[1]
-        # A cache's windows are of one width: the last block is filled up.
-        behind = 0 if cache is None else canvas.bounds[0][1] - canvas.bounds[0][0] + canvas.bounds[-1][0] - width
-        padding = (-(width + behind) % COLUMNS, behind)
+        # A cache's windows are of one width: the last block is filled up, and the first one may begin a column earlier.
+        behind = 0 if cache is None else block_size + canvas.bounds[-1][0] - width
+        shift = int(policy.spec.shift)
+        padding = (shift + -(width + behind + shift) % COLUMNS, behind)
         self.shown = slice(padding[0], padding[0] + width)
         self.columns = canvas.columns + padding[0]
         self.tokens = F.pad(canvas.tokens, padding, value=policy.pad_id)
@@ -83,7 +86,7 @@ class WholeSteps:
         state = {name: values for name, values in written.items() if values is not None}
         constant = (self.choose, self.attention_mask, self.columns, self.seeds)
         past = [] if whole else self.past
-        with torch._dynamo.config.patch(recompile_limit=GRAPHS), torch.no_grad():
+        try:
             tokens, state, committed, past = compiled()(
                 *constant,
                 self.tokens,
@@ -95,6 +98,11 @@ class WholeSteps:
                 whole=whole,
                 cached=self.cache is not None,
             )
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            varied = "the number of rows, the prompts' width or max_new_tokens changes too often"
+            raise ValueError(
+                f"compile_step=True has compiled {GRAPHS} graphs: {varied}; set compile_step=False"
+            ) from error
         self.canvas.forwards += 1
         # The next replay of a graph writes its outputs where this one did.
         self.tokens = tokens.clone()
@@ -116,11 +124,10 @@ class WholeSteps:
             return 0, width, True
         self.step = 0 if block != self.block else self.step + 1
         self.block = block
-        start, end = self.canvas.bounds[0]
         shift = self.choose.policy.spec.shift  # a shifted family reads a block's first state one column to its left
         begin = self.shown.start + self.canvas.bounds[block][0] - shift
         refresh = self.cache.refresh
-        return begin, end - start + shift, self.step == 0 or (refresh is not None and self.step % refresh == 0)
+        return begin, self.block_size + shift, self.step == 0 or (refresh is not None and self.step % refresh == 0)
 
 
 def check_fixed_shapes(cache: Cache | None, commit: Callable) -> None:
@@ -134,9 +141,35 @@ def check_fixed_shapes(cache: Cache | None, commit: Callable) -> None:
         raise ValueError(f"compile_step=True does not go with {why}, or set compile_step=False")
 
 
+def check_captured(policy: Policy, canvas: Canvas, cache: Cache | None) -> None:
+    """Raise ValueError for a policy or prompts that a graph cannot hold."""
+    why = None
+    if policy.records_experts:
+        why = "records no experts: leave out router_replay"
+    elif canvas.open is not None:
+        why = "does not go with open positions, whose number differs from batch to batch: leave it out"
+    elif any(getattr(layer.forward, "_torchdynamo_disable", False) for layer in policy.module.modules()):
+        why = "cannot capture quantised experts, which run one by one: sample with unquantised weights"
+    elif cache is not None and not keeps_keys(policy, canvas):
+        why = f"with cache={cache} needs keys and values, which {type(policy.module).__name__} does not keep"
+    if why:
+        raise ValueError(f"compile_step=True {why}, or set compile_step=False")
+
+
+@torch.no_grad()
+def keeps_keys(policy: Policy, canvas: Canvas) -> bool:
+    """Whether a forward of one column leaves its keys and values in the cache that it gets."""
+    past = KeysAndValues(config=policy.module.config)
+    one = torch.ones_like(canvas.attention_mask[:1, :1])
+    policy.encode(canvas.tokens[:1, :1], one, position_ids(one), past_key_values=past, use_cache=True)
+    return past.get_seq_length() == 1
+
+
 @functools.cache
 def compiled() -> Callable[..., Any]:
-    return torch.compile(_step, mode="reduce-overhead", dynamic=False, fullgraph=True)
+    run = torch.compile(_step, mode="reduce-overhead", dynamic=False, fullgraph=True)
+    limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    return torch.no_grad()(torch._dynamo.config.patch(recompile_limit=limit)(run))
 
 
 @no_type_check  # torch.compile cannot trace the tests' type checks
@@ -174,8 +207,8 @@ def _step(
 
     drawn_at = [each.expand_as(place).flatten() for each in (seeds[:, None], clock[:, None], place)]
     uniform, ties = (uniforms(*drawn_at, stream=stream) for stream in (TOKENS, TIES))
-    found = propose_and_rank(policy, hidden, uniform, ties, choose.sampling_params, choose.rank)
-    scores, drawn, logprobs, *kept = (values.unflatten(0, place.shape) for values in found)
+    found = propose_and_rank(policy, hidden, uniform, ties, choose.sampling_params, choose.rank, with_normalizer=True)
+    scores, drawn, logprobs, *kept, normalizer = (values.unflatten(0, place.shape) for values in found)
     scores = scores.masked_fill(~masked, -torch.inf)
     offered = add_gumbel(scores, ties.view_as(scores)) if choose.noisy else scores
     chosen = choose.commit(offered, masked, left.clamp(min=1)) & masked
@@ -190,9 +223,11 @@ def _step(
         lowest = scores.masked_fill(~chosen, torch.inf).amin(-1, keepdim=True)
         last = torch.where(chosen & (scores == lowest), slot, -1).amax(-1, keepdim=True)
         bounds = (lowest.expand_as(scores).flatten(), (slot > last).flatten())
-        behind = left_logprobs(policy, hidden, *bounds, choose.sampling_params).view_as(scores)
+        # Generated code sums the normaliser in another order here, and a tie would be none: the scores' own is taken.
+        left_behind = left_logprobs(policy, hidden, *bounds, choose.sampling_params, normalizer.flatten())
         so_far = state["order_logprobs"]
-        state["order_logprobs"] = _put(so_far, place, so_far.gather(1, place) + behind, stayed)
+        total = so_far.gather(1, place) + left_behind.view_as(scores)
+        state["order_logprobs"] = _put(so_far, place, total, stayed)
     return _put(tokens, column, drawn, chosen), state, chosen.sum(-1), past
 
 

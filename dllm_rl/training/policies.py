@@ -143,11 +143,12 @@ def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:
 
 def check_compiled(recipe: Recipe) -> None:
     """Raise ValueError where torch_compile, or the sampler's compile_step, does not go with another setting."""
-    given = getattr(recipe.sampler, "keywords", {})
-    steps = given.get("compile_step", False)
+    given = [getattr(sampler, "keywords", {}) for sampler in (recipe.sampler, recipe.eval_sampler)]
+    whole = [options for options in given if options.get("compile_step")]
+    steps = bool(whole)
     why = None
     if recipe.rollout_engine is not None:
-        why = "compiles the rollout's policy, and a rollout_engine has its own: leave it out"
+        why = "compiles torch's forwards, and a rollout_engine has its own: leave rollout_engine out"
     elif recipe.router_replay is not None:
         why = "does not go with router_replay='R3', as compiled blocks name no experts: leave out router_replay"
     elif recipe.zero_mismatch:
@@ -157,5 +158,5 @@ def check_compiled(recipe: Recipe) -> None:
     setting = "torch_compile" if recipe.torch_compile else "compile_step"
     if (recipe.torch_compile or steps) and why:
         raise ValueError(f"{setting}=True {why}, or set {setting}=False")
-    if steps:
-        check_fixed_shapes(given.get("cache"), given.get("commit", schedule))
+    for options in whole:
+        check_fixed_shapes(options.get("cache"), options.get("commit", schedule))

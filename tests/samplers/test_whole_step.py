@@ -1,5 +1,6 @@
 """Steps of fixed shapes: the rollouts of ragged steps, no host read, and one graph, or two with a cache."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,8 +11,10 @@ from simulated_cuda import SimulatedCuda
 
 from dllm_rl import Prompts, load_policy
 from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.quantization import schemes
+from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers import unmask, whole_step
-from dllm_rl.samplers.cache import prefix_cache
+from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import max_prob, threshold
 
@@ -32,23 +35,28 @@ def test_fixed_shapes_write_what_ragged_ones_do(uncompiled, tmp_path, family):
         for rule, given in whole_steps.RULES.items():
             ragged, fixed = (whole_steps.sampled(policy, cache, compile_step=on, **given) for on in (False, True))
             assert whole_steps.differing(ragged, fixed) == [], (cache, rule)
-            assert fixed.forwards >= ragged.forwards
+            assert fixed.forwards == ragged.forwards
 
 
-def test_gaps_and_uneven_blocks(uncompiled):
-    """Open positions inside prompts, and a last block of 2 after two of 5; `watch` sees every step."""
+def test_uneven_blocks_step_by_step(uncompiled):
+    """A last block of 2 after two of 5; `watch` sees every step."""
     policy = tiny_llama(characters="1234.=", causal=False, head_std=0.3)
-    mask = policy.spec.mask_id
-    gaps = Prompts.from_ids([[3, mask, 4, mask, mask], [mask, 3]], pad_id=policy.pad_id, mask_id=mask)
-    whole = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
-    for prompts, length in ((gaps, 4), (whole, 12)):
-        seen = []
-        run = partial(unmask, policy, prompts, max_new_tokens=length, block_size=5, temperature=1.0)
-        ragged, fixed = (
-            run(torch.Generator().manual_seed(0), compile_step=on, watch=seen.append) for on in (False, True)
-        )
-        assert whole_steps.differing(ragged, fixed) == []
-        assert whole_steps.differing(seen[0], seen[len(seen) // 2]) == []
+    prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
+    run = partial(unmask, policy, prompts, max_new_tokens=12, block_size=5, temperature=1.0)
+    ragged, fixed = [], []
+    run(torch.Generator().manual_seed(0), watch=ragged.append)
+    run(torch.Generator().manual_seed(0), watch=fixed.append, compile_step=True)
+    assert len(ragged) == 12
+    assert not any(whole_steps.differing(one, other) for one, other in zip(ragged, fixed, strict=True))
+
+
+def test_a_shifted_block_may_begin_before_the_prompt(uncompiled, tmp_path):
+    policy = load_policy(checkpoint(tmp_path, "sdar"), block_size=64)
+    policy.spec = replace(policy.spec, shift=True)
+    prompts = Prompts.from_ids([[3, 4, 5], [6]], pad_id=policy.pad_id)
+    run = partial(unmask, policy, prompts, max_new_tokens=61, num_steps=6, cache=block_cache())
+    ragged, fixed = (run(torch.Generator().manual_seed(0), compile_step=on) for on in (False, True))
+    assert whole_steps.differing(ragged, fixed) == []
 
 
 @pytest.mark.parametrize(("given", "each"), [({}, 0), ({"rank": max_prob, "commit": partial(threshold, tau=1.0)}, 1)])
@@ -64,7 +72,7 @@ def test_a_step_waits_for_the_device_once_at_most(uncompiled, given, each):
         assert cuda.waits("sampling") - cuda.waits("sampling", place="samplers/") == 8, cuda.report()
 
 
-def test_what_has_no_fixed_shapes_is_refused():
+def test_what_has_no_fixed_shapes_is_refused(tmp_path):
     policy = tiny_llama(characters="1234.=", causal=False)
     prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
     run = partial(unmask, policy, prompts, torch.Generator(), max_new_tokens=4, compile_step=True)
@@ -72,9 +80,31 @@ def test_what_has_no_fixed_shapes_is_refused():
         run(cache=prefix_cache())
     with pytest.raises(ValueError, match="commit=remask, which rewrites"):
         run(commit=partial(remask, eta=0.1))
+    gaps = Prompts.from_ids([[3, policy.spec.mask_id]], pad_id=policy.pad_id, mask_id=policy.spec.mask_id)
+    with pytest.raises(ValueError, match="open positions"):
+        unmask(policy, gaps, torch.Generator(), max_new_tokens=4, compile_step=True)
     policy.records_experts = True
     with pytest.raises(ValueError, match="records no experts"):
         run()
+    bert = load_policy(checkpoint(tmp_path, "modernbert"))
+    with pytest.raises(ValueError, match="needs keys and values, which ModernBertForMaskedLM does not keep"):
+        whole_steps.sampled(bert, dual_cache(), compile_step=True)
+
+
+def test_quantised_experts_are_refused(tmp_path):
+    policy = quantized_copy(load_policy(checkpoint(tmp_path, "llada_moe")), schemes.float8_weight_only())
+    with pytest.raises(ValueError, match="quantised experts"):
+        whole_steps.sampled(policy, None, compile_step=True)
+
+
+def test_too_many_shapes_are_one_line(monkeypatch):
+    def fails(*_, **__):
+        raise torch._dynamo.exc.FailOnRecompileLimitHit("torch's")
+
+    monkeypatch.setattr(whole_step, "compiled", lambda: fails)
+    policy = tiny_llama(characters="1234.=", causal=False)
+    with pytest.raises(ValueError, match=r"^compile_step=True has compiled 128 graphs: .*; set compile_step=False$"):
+        whole_steps.sampled(policy, None, compile_step=True)
 
 
 def test_a_whole_step_is_one_graph():
@@ -94,4 +124,4 @@ def test_every_whole_step_is_one_graph(rules, names):
 
 @pytest.mark.slow
 def test_generated_code_writes_the_same_tokens():
-    whole_steps.check("own", ["confidence"], "float8_weight_only")
+    whole_steps.check("own", ["confidence", "random", "plackett_luce"], "float8_weight_only")

@@ -34,11 +34,12 @@ RULES = {
 
 def differing(one, other):
     """The fields in which two rollouts differ by more than rounding."""
-    return [
-        name
-        for name, values in one._tensors().items()
-        if not torch.allclose(getattr(other, name).double(), values.double(), rtol=0, atol=1e-4)
-    ]
+    ours, theirs = one._tensors(), other._tensors()
+    found = sorted(ours.keys() ^ theirs.keys())
+    for name in ours.keys() & theirs.keys():
+        if not torch.allclose(theirs[name].double(), ours[name].double(), rtol=0, atol=1e-4):
+            found.append(name)
+    return found
 
 
 def sampled(policy, cache, seed=0, **given):
