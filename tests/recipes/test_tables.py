@@ -7,7 +7,7 @@ from statistics import mean, stdev
 import pytest
 
 from dllm_rl.members import describe
-from recipes.studies import experts, mismatch_report, order, paired
+from recipes.studies import experts, fp8_sums, mismatch_report, order, paired
 
 STUDIES = Path(paired.__file__).parent
 
@@ -55,7 +55,7 @@ def test_mismatch():
     arms, contrasts = (stored("mismatch")[part] for part in ("arms", "contrasts"))
     (table,) = tables_of("mismatch")
     assert table == [{column: row[column] for column in mismatch_report.COLUMNS} for row in arms]
-    claims, causal = tables_of("mismatch_reading")
+    claims, causal, *_ = tables_of("mismatch_reading")
     assert [(row["difference, 95 %"], row["p"]) for row in claims] == [
         (row["difference, 95 %"], row["Holm's p"]) for row in contrasts
     ]
@@ -72,6 +72,12 @@ def test_rounding_as_small_as_a_kernels():
     told = (STUDIES / "mismatch_reading.md").read_text()
     assert f"({noisy['after']} against {plain['after']} unquantised" in told
     assert f"**Harm is not shown: +{noisy['difference, 95 %']}**" in told
+
+
+def test_real_fp8():
+    results = {(run["arm"], run["seed"]): run for run in stored("fp8_sums_full")}
+    assert len(results) == 60
+    assert paired.tables(fp8_sums.study, results, "quantised", "ESS") in (STUDIES / "mismatch_reading.md").read_text()
 
 
 def test_league():
