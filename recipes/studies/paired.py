@@ -18,7 +18,7 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from shutil import rmtree
-from statistics import mean, stdev
+from statistics import covariance, mean, stdev, variance
 from typing import Any
 
 from dllm_rl import Recipe
@@ -80,6 +80,12 @@ def result_path(root: Path, arm: str, seed: int) -> Path:
     return root / "results" / f"{''.join(c for c in arm if c not in ',:').replace(' ', '-')}_{seed}.json"
 
 
+def capability() -> str:
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> None:
     """Train and evaluate one arm; leaves `root`/results/....json. A run whose gradient is not finite has diverged: its
     rates count as 0."""
@@ -107,7 +113,7 @@ def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> No
         print(f"diverged: {error}")
         kept |= {"diverged": True, "after": 0.0, "quantised": 0.0}
     else:
-        kept |= {"s": summary["seconds"], "torch": summary["machine"]["versions"]["torch"]}
+        kept |= {"s": summary["seconds"], "torch": summary["machine"]["versions"]["torch"], "cpu": capability()}
         kept |= {when: summary[f"eval_{when}"][study.metric] for when in ("before", "after")}
         kept["quantised"] = (summary["eval_after_quantized"] or summary["eval_after"])[study.metric]
     steps = read_metrics(folder)
@@ -126,6 +132,22 @@ def interval(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f"{mean(values):.3f}"
     return f"{mean(values):.3f}±{T[len(values)] * stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def share(results: Results, arm: str, against: str, whole: str) -> str:
+    """(arm less against) / (whole less against), paired by seed, and Fieller's 95 % interval.
+
+    "no harm" where the interval of the whole loss includes 0: then no share is bounded."""
+    part, loss = paired(results, arm, against), paired(results, whole, against)
+    n = len(loss)
+    t = T[n] ** 2 / n
+    a = mean(loss) ** 2 - t * variance(loss)
+    b = mean(part) * mean(loss) - t * covariance(part, loss)
+    c = mean(part) ** 2 - t * variance(part)
+    if a <= 0:
+        return "no harm"
+    half = (b * b - a * c) ** 0.5
+    return f"{mean(part) / mean(loss):.2f} [{(b - half) / a:.2f}, {(b + half) / a:.2f}]"
 
 
 def sign_flip(differences: Sequence[float]) -> float:

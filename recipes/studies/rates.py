@@ -1,0 +1,120 @@
+"""Does mismatch harm at the learning rate that suits it? Four formats, four correctors. Claims before the runs.
+
+A smaller learning rate may do what a corrector does. So every arm takes its own best of RATES, and harm is counted from
+unquantised rollouts at their own best. 4x4 Sudoku, one update a rollout, 60 steps; all formats round inputs to e4m3.
+A rate is chosen by the mean of seeds 100 to 102; the claims are of seeds 10 to 19. "other rounding" is the unquantised
+arm in other micro-batches: the same sums in another order, and so the design's own noise.
+
+    python -m recipes.studies.rates                   run what is missing, then print the tables
+"""
+
+import argparse
+import os
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from dllm_rl import ais, aligned, none, tis
+from dllm_rl.files import write_json
+from dllm_rl.quantization.schemes import fake_quantize
+from recipes.studies import mismatch
+from recipes.studies.paired import Contrast, Results, Study, load, markdown, run_missing, share, tables
+
+STORED = Path(__file__).with_suffix(".json")  # every run
+RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
+TUNED_ON, TESTED_ON = range(100, 103), range(10, 20)
+FORMATS = {"FP8": "e4m3", "int4": "int4", "int3": "int3", "five levels": "five_level"}
+CORRECTORS = {"none": none(), "TIS": tis(), "AIS": ais(), "aligned": aligned()}
+OTHER = "unquantised, other rounding"
+
+
+ARMS: dict[str, dict[str, Any]] = {"unquantised": {}, OTHER: {"micro_batch_size": 32}} | {
+    f"{name}: {corrector}": {
+        "rollout_quantization": partial(fake_quantize, weight=weight, activation="e4m3"),
+        "corrector": made,
+    }
+    for (name, weight), (corrector, made) in product(FORMATS.items(), CORRECTORS.items())
+}
+study = Study(
+    name="rates",
+    base=mismatch.base,
+    arms=ARMS,
+    against={OTHER: "unquantised"}
+    | {f"{name}: none": "unquantised" for name in FORMATS}
+    | {f"{name}: {corrector}": f"{name}: none" for name in FORMATS for corrector in ("TIS", "AIS", "aligned")},
+    metrics=mismatch.study.metrics,
+    seeds=10,
+    num_steps=60,
+    contrasts=(
+        *(Contrast(f"{name} harms", f"{name}: none", "unquantised") for name in FORMATS),
+        *(Contrast(f"token TIS helps under {name}", f"{name}: TIS", f"{name}: none") for name in FORMATS),
+        Contrast("AIS does better than TIS under five levels", "five levels: AIS", "five levels: TIS"),
+        Contrast(
+            "aligned helps the quantised net of five levels", "five levels: aligned", "five levels: none", "quantised"
+        ),
+    ),
+)
+
+
+def at(arm: str, rate: float) -> str:
+    return f"{arm} at {rate:g}"
+
+
+trials = replace(
+    study,
+    arms={
+        at(arm, rate): changes | {"learning_rate": rate}
+        for (arm, changes), rate in product(study.arms.items(), RATES)
+        if arm != OTHER
+    },
+    against={},
+    contrasts=(),
+)
+
+
+def best(tuning: Results) -> dict[str, float]:
+    """By arm: the rate with the best mean over the trials' seeds."""
+    means = {name: mean(tuning[name, seed]["after"] for seed in TUNED_ON) for name in trials.arms}
+    found = {arm: max(RATES, key=lambda rate: means[at(arm, rate)]) for arm in ARMS if arm != OTHER}
+    return found | {OTHER: found["unquantised"]}
+
+
+def shares(results: Results) -> list[dict[str, str]]:
+    """What part of a format's harm each corrector undoes."""
+    rows = []
+    for name in FORMATS:
+        row = {"share of the harm undone, 95 %": name}
+        for corrector in ("TIS", "AIS", "aligned"):
+            row[corrector] = share(results, f"{name}: {corrector}", f"{name}: none", "unquantised")
+        rows.append(row)
+    return rows
+
+
+def told(tuning: Results, results: Results) -> str:
+    """The tables, as the document holds them."""
+    rates = "; ".join(f"{arm} {rate:g}" for arm, rate in best(tuning).items() if arm != OTHER)
+    return f"{tables(study, results, 'quantised', 'ESS')}\n{markdown(shares(results))}\nChosen rates: {rates}.\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs") / study.name)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    root, trial_root = options.output_dir, options.output_dir / "tuning"
+    run = partial(run_missing, num_steps=lambda _: study.num_steps, workers=options.workers)
+    run(trials, trial_root, product(trials.arms, TUNED_ON))
+    tuning = load(trial_root)
+    rates = best(tuning)
+    arms = {arm: changes | {"learning_rate": rates[arm]} for arm, changes in ARMS.items()}
+    run(replace(study, arms=arms), root, [(arm, seed) for seed, arm in product(TESTED_ON, arms)])
+    results = load(root)
+    write_json(STORED, {"tuning": list(tuning.values()), "runs": list(results.values())})
+    print(told(tuning, results))
+
+
+if __name__ == "__main__":
+    main()
