@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dllm_rl.device import send
 from dllm_rl.models.base import Policy, position_ids
-from dllm_rl.models.order import left_logprobs
+from dllm_rl.models.forward.blocks import has_uncompiled
+from dllm_rl.models.order import last_committed, left_logprobs
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers.cache import Cache, KeysAndValues, attention_bias
 from dllm_rl.samplers.canvas import TIES, TOKENS, BlockQueue, Canvas, check_last_step
@@ -38,7 +39,7 @@ class WholeSteps:
         """Raises ValueError for what has no fixed shapes, or cannot be captured."""
         policy, canvas = choose.policy, choose.canvas
         check_fixed_shapes(cache, choose.commit)
-        check_captured(policy, canvas, cache)
+        check_captured(policy, canvas)
         self.choose = choose
         self.canvas = canvas
         self.queue = queue
@@ -109,7 +110,10 @@ class WholeSteps:
         self.canvas.tokens = self.tokens[:, self.shown]
         for name, values in state.items():
             setattr(self.canvas, name, values.clone())
-        if whole:
+        if whole and self.cache is not None:
+            if not past:
+                why = f"needs keys and values, which {type(self.choose.policy.module).__name__} does not keep"
+                raise ValueError(f"compile_step=True with cache={self.cache} {why}, or set compile_step=False")
             self.past = [(keys.clone(), values.clone()) for keys, values in past]
         # The host knows the shares of `schedule`, and does not wait for the device to count.
         known = self.choose.commit is schedule
@@ -141,35 +145,24 @@ def check_fixed_shapes(cache: Cache | None, commit: Callable) -> None:
         raise ValueError(f"compile_step=True does not go with {why}, or set compile_step=False")
 
 
-def check_captured(policy: Policy, canvas: Canvas, cache: Cache | None) -> None:
+def check_captured(policy: Policy, canvas: Canvas) -> None:
     """Raise ValueError for a policy or prompts that a graph cannot hold."""
     why = None
     if policy.records_experts:
         why = "records no experts: leave out router_replay"
     elif canvas.open is not None:
         why = "does not go with open positions, whose number differs from batch to batch: leave it out"
-    elif any(getattr(layer.forward, "_torchdynamo_disable", False) for layer in policy.module.modules()):
+    elif has_uncompiled(policy.module):
         why = "cannot capture quantised experts, which run one by one: sample with unquantised weights"
-    elif cache is not None and not keeps_keys(policy, canvas):
-        why = f"with cache={cache} needs keys and values, which {type(policy.module).__name__} does not keep"
     if why:
         raise ValueError(f"compile_step=True {why}, or set compile_step=False")
-
-
-@torch.no_grad()
-def keeps_keys(policy: Policy, canvas: Canvas) -> bool:
-    """Whether a forward of one column leaves its keys and values in the cache that it gets."""
-    past = KeysAndValues(config=policy.module.config)
-    one = torch.ones_like(canvas.attention_mask[:1, :1])
-    policy.encode(canvas.tokens[:1, :1], one, position_ids(one), past_key_values=past, use_cache=True)
-    return past.get_seq_length() == 1
 
 
 @functools.cache
 def compiled() -> Callable[..., Any]:
     run = torch.compile(_step, mode="reduce-overhead", dynamic=False, fullgraph=True)
     limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-    return torch.no_grad()(torch._dynamo.config.patch(recompile_limit=limit)(run))
+    return torch._dynamo.config.patch(recompile_limit=limit)(run)
 
 
 @no_type_check  # torch.compile cannot trace the tests' type checks
@@ -220,9 +213,10 @@ def _step(
     state = state | {name: _put(state[name], place, values, chosen) for name, values in new.items()}
     if choose.has_order_law and not choose.noisy:
         stayed = masked & ~chosen
-        lowest = scores.masked_fill(~chosen, torch.inf).amin(-1, keepdim=True)
-        last = torch.where(chosen & (scores == lowest), slot, -1).amax(-1, keepdim=True)
-        bounds = (lowest.expand_as(scores).flatten(), (slot > last).flatten())
+        row = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores).flatten()
+        at = slot.expand_as(scores).flatten()
+        lowest, last = last_committed(scores.masked_fill(~chosen, torch.inf).flatten(), row, at, len(scores))
+        bounds = (lowest[row], at > last[row])
         # Generated code sums the normaliser in another order here, and a tie would be none: the scores' own is taken.
         left_behind = left_logprobs(policy, hidden, *bounds, choose.sampling_params, normalizer.flatten())
         so_far = state["order_logprobs"]
@@ -269,6 +263,6 @@ def _cached_states(
         layer.keys, layer.values = keys, values
     given = {"past_key_values": keys_and_values, "use_cache": True}
     states = policy.encode(tokens[:, fresh], bias, positions[:, fresh], **given)
-    if whole:
+    if whole and keys_and_values.get_seq_length():  # a module may ignore its cache
         past = [(layer.keys[:, :, outside], layer.values[:, :, outside]) for layer in keys_and_values.layers]
     return states, past

@@ -77,15 +77,19 @@ def _count(adapters: list[LoraLinear], calls: Iterable[int]) -> None:
         layer.calls = count
 
 
+def has_uncompiled(module: Module) -> bool:
+    """Whether some layers, as quantised experts, always run outside of compiled graphs."""
+    return any(getattr(layer.forward, "_torchdynamo_disable", False) for layer in module.modules())
+
+
 def compile_blocks(policy: Policy) -> None:
     """Compile every block of the policy's module in place, at its first forward. Raises ValueError without blocks.
 
     Few graphs serve all blocks and shapes, with a cache or without: the first forward has its own, and so have a batch
     or a width of 1. A block that is not one graph raises torch's error; quantised experts run between two graphs.
     Numbers differ from eager ones by rounding. Differentiated forwards stay eager."""
-    split = any(getattr(layer.forward, "_torchdynamo_disable", False) for layer in policy.module.modules())
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)  # 12 have been seen
-    run = torch.compile(_run, dynamic=True, fullgraph=not split)
+    run = torch.compile(_run, dynamic=True, fullgraph=not has_uncompiled(policy.module))
     for index, block in enumerate(blocks_of(policy.module, "torch_compile")):
         block.forward = partial(_compiled, block, index, run)  # type: ignore[method-assign]
 
