@@ -65,8 +65,10 @@ def step(
     batch = Batch(rollout, noise, advantages_of(rollout), old, scores, ones, mask, anchor, count, len(mask))
     beta = 0.0 if reference is None else BETA
     loss = partial(losses.policy_loss, surrogate=ppo_clip, aggregate=losses.token, beta=beta, kl=losses.kl_k3)
-    settings = {"loss": loss, "likelihood": likelihood, "learning_rate": 0.0, "num_iterations": iterations}
-    update(policy, optimizer, replace(batch, rollout=at(rollout, policy)), Accelerator(cpu=True), **settings)
+    settings = {"loss": loss, "likelihood": likelihood, "learning_rate": 0.0}
+    update(
+        policy, optimizer, [replace(batch, rollout=at(rollout, policy))] * iterations, Accelerator(cpu=True), **settings
+    )
 
 
 def at(rollout: Rollout, policy: Policy) -> Rollout:

@@ -224,6 +224,7 @@ class Recipe(Settings):
     max_num_gen_batches: int = _("draws of prompts per step, until no group's rewards are all equal", 1, at_least=1)
     num_steps: int = _("RL steps", 180, at_least=0)
     num_iterations: int = _("optimiser updates per rollout", 1, at_least=1)
+    fresh_masks: bool = _("each of these updates draws its own masks, as in d1's code; False: all share one set", True)
     adam_beta2: float = _("of AdamW", 0.99, at_least=0, below=1)
     weight_decay: float = _("of AdamW", 0.0, at_least=0)
     beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0, at_least=0)
@@ -309,6 +310,11 @@ class Recipe(Settings):
         return found
 
     @property
+    def mask_draws(self) -> int:
+        """How many sets of masks score a rollout; only the first is counted in `rollout_corr/*`."""
+        return self.num_iterations if self.fresh_masks and self.likelihood.random else 1
+
+    @property
     def rolls_out_apart(self) -> bool:
         """Whether rollouts come from other arithmetic than the learner's own."""
         return self.rollout_quantization is not None or self.rollout_engine is not None
@@ -348,7 +354,6 @@ class Recipe(Settings):
             "loss": self.policy_loss,
             "likelihood": self.likelihood,
             "learning_rate": self.learning_rate * self.lr_schedule(step, self.schedule_steps),
-            "num_iterations": self.num_iterations,
             "max_grad_norm": self.max_grad_norm,
             "micro_batch_size": self.micro_batch_size,
         }

@@ -48,6 +48,7 @@ class LikelihoodEstimator:
     combine   scores (N, B, T), noise -> contributions (B, T); differentiable
     with_advantages    adapts the noise to the advantages (B,); only `sandwich` needs it
     exact_for_sampler  True if scoring under the rollout policy equals the sampler's record (`recorded`), reused then
+    random    whether two draws differ: an inner update then takes masks of its own (`Recipe.fresh_masks`)
     packed    block size of a block-causal model whose views mask every block at once, each seeing the others clean
     made_by   the function below with its keywords, so that a command line can change a keyword
 
@@ -62,6 +63,7 @@ class LikelihoodEstimator:
     with_advantages: Callable[[Noise, Tensor], Noise] = as_drawn
     attention: tuple[str, ...] = ("full", "block_causal")
     exact_for_sampler: bool = False
+    random: bool = True
     packed: int | None = None
     made_by: partial | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -134,7 +136,7 @@ class LikelihoodEstimator:
 @maker
 def causal() -> LikelihoodEstimator:
     """log p(y) = sum_t log p(y_t | prompt, y_<t). One forward, exact. For autoregressive policies."""
-    return LikelihoodEstimator("causal", masks.draw_nothing, attention=("causal",))
+    return LikelihoodEstimator("causal", masks.draw_nothing, attention=("causal",), random=False)
 
 
 @maker
@@ -145,7 +147,8 @@ def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
     prompt_mask  share of the prompt's tokens that are masked, in [0, 1)
     One forward (per group at prompt_mask=0). Biased: tokens count as independent. Source: d1, arXiv 2504.12216 [paper].
     """
-    return LikelihoodEstimator("one_step", partial(masks.draw_everything, prompt_mask=prompt_mask))
+    draw = partial(masks.draw_everything, prompt_mask=prompt_mask)
+    return LikelihoodEstimator("one_step", draw, random=prompt_mask > 0)
 
 
 @maker
@@ -300,7 +303,8 @@ def trajectory(
         draw = partial(masks.draw_rounds, num_segments=num_segments, block_size=block_size)
     if order == "law" and num_segments is None:  # a merged segment is no step of the sampler
         draw = partial(masks.with_order, draw=draw, packed=block_size is not None)
-    estimator = LikelihoodEstimator("trajectory", draw, exact_for_sampler=num_segments is None)  # one view per step
+    exact = num_segments is None  # one view per step
+    estimator = LikelihoodEstimator("trajectory", draw, exact_for_sampler=exact, random=False)
     return estimator if block_size is None else replace(estimator, attention=("block_causal",), packed=block_size)
 
 

@@ -60,7 +60,7 @@ def step(
     policy: Policy,
     rollout_policy: Policy,
     reference: Policy | None,
-    learn: Callable[[Batch], dict[str, float]],  # -> metrics: an update, or the gradients alone
+    learn: Callable[[list[Batch]], dict[str, float]],  # a batch for each inner update -> metrics
     stage: Callable[[str], AbstractContextManager] = nullcontext,  # times a block
 ) -> Step:
     """Learn from a rollout and its advantages: the loop's step, and the rehearsal's."""
@@ -68,13 +68,19 @@ def step(
     with stage("scoring"), learner_forward(recipe, policy, rollout_policy, accelerator):
         balanced = balance(recipe, sampled, advantages, groups, accelerator, pad_id=policy.pad_id)
         rollout, advantages, groups = balanced  # so that all processes finish together
-        noise = draw_noise(recipe, rollout, advantages, groups, number, accelerator)  # shared by every policy
-        compared = compare_sides(policy, rollout_policy, rollout, noise)  # before graphs are kept
-        logps = score(recipe, rollout, noise, policy=policy, rollout_policy=rollout_policy, reference=reference)
+        keys = [(number, iteration) if iteration else (number,) for iteration in range(recipe.mask_draws)]
+        # Every policy is scored under the same masks.
+        noises = [draw_noise(recipe, rollout, advantages, groups, key, accelerator) for key in keys]
+        compared = compare_sides(policy, rollout_policy, rollout, noises[0])  # before graphs are kept
+        scored = partial(score, recipe, rollout, policy=policy, rollout_policy=rollout_policy, reference=reference)
+        later = [scored(noise) for noise in noises[1:]]
+        logps = scored(noises[0], keep=True)
     with stage("update"), learner_forward(recipe, policy, rollout_policy, accelerator):
-        batch, mismatch = correct(recipe, rollout, logps, advantages, accelerator, groups=groups)
+        corrected = partial(correct, recipe, rollout, advantages=advantages, accelerator=accelerator, groups=groups)
+        batch, mismatch = corrected(logps)
+        batches = [batch, *(corrected(each)[0] for each in later)]
         agreement = side_metrics(*compared, accelerator)  # after scoring, which would wait for the exchange
-        learning = learn(batch)
+        learning = learn(batches * (recipe.num_iterations // len(batches)))
     return Step(rollout, advantages, logps, agreement | mismatch | learning)
 
 
@@ -205,30 +211,29 @@ Loss = Callable[[Tensor, Batch], tuple[Tensor, Metrics, Tensor]]  # detached log
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    batch: Batch,
+    batches: list[Batch],
     accelerator: Accelerator,
     *,
     loss: Loss,
     likelihood: LikelihoodEstimator,
     learning_rate: float,
-    num_iterations: int = 1,
     max_grad_norm: float = 1.0,
     micro_batch_size: int | None = None,
 ) -> dict[str, float]:
-    """Take `num_iterations` steps on one batch, `micro_batch_size` rows per forward in whole groups. Returns the last
-    iteration's metrics, and grad_norm and off_policy/* of every iteration as NAME/iteration_I. Raises RuntimeError if
-    the rollout's weights are not the learner's; FloatingPointError on a gradient norm that is not finite: that
-    iteration is not applied, earlier ones are."""
-    check_version(batch.rollout, policy)
+    """Take a step on each of the batches, which are one rollout's, `micro_batch_size` rows per forward in whole groups.
+    Returns the last iteration's metrics, and grad_norm and off_policy/* of every iteration as NAME/iteration_I. Raises
+    RuntimeError if the rollout's weights are not the learner's; FloatingPointError on a gradient norm that is not
+    finite: that iteration is not applied, earlier ones are."""
+    check_version(batches[0].rollout, policy)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    scores = batch.old_scores
+    scores = batches[0].old_scores
+    keep = scores.grad_fn is not None
     gathered = {"learning_rate": learning_rate}
-    for iteration in range(num_iterations):
+    for iteration, batch in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)  # before scoring, which can use the memory
         if iteration:
             torch.clear_autocast_cache()  # its bf16 copies are of the weights before the last optimiser step
-            keep = batch.old_scores.grad_fn is not None
             with in_pace(policy):
                 scores = likelihood.scores(
                     policy, batch.rollout, batch.noise, micro_batch_size=micro_batch_size, keep_graphs=keep

@@ -58,7 +58,8 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
     if recipe.warmup_steps:
         check_warmup(recipe, policy, answers[0])
 
-    def gradients(batch: Batch) -> dict[str, float]:
+    def gradients(batches: list[Batch]) -> dict[str, float]:
+        batch = batches[0]
         options: dict[str, Any] = {"loss": recipe.policy_loss, "likelihood": recipe.likelihood}
         accumulate_gradients(policy, batch, batch.old_scores, **options, micro_batch_size=recipe.micro_batch_size)
         return {}

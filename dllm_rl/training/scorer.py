@@ -64,11 +64,11 @@ def draw_noise(
     rollout: Rollout,
     advantages: Float[Tensor, "P G"],
     groups: Float[Tensor, " P"],
-    step: int,
+    key: tuple[int, ...],  # the step; and the inner update, if masks are drawn anew for it
     accelerator: Accelerator,
 ) -> Noise:
-    """The step's masks: groups of weight 0 in `groups` are not scored; rows of `learned_groups` are marked."""
-    noise = recipe.likelihood.draw(rollout, generator_for(recipe.seed, "noise", step))
+    """The masks of a step: groups of weight 0 in `groups` are not scored; rows of `learned_groups` are marked."""
+    noise = recipe.likelihood.draw(rollout, generator_for(recipe.seed, "noise", *key))
     chosen = repeat(learned_groups(recipe, advantages), "p -> (p g)", g=rollout.group_size)
     (learned,) = send(accelerator.device, local(chosen, accelerator))
     (mine,) = send(accelerator.device, local(rearrange(advantages, "p g -> (p g)"), accelerator))
@@ -97,9 +97,17 @@ def aligns(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> bool:
 
 
 def score(
-    recipe: Recipe, rollout: Rollout, noise: Noise, *, policy: Policy, rollout_policy: Policy, reference: Policy | None
+    recipe: Recipe,
+    rollout: Rollout,
+    noise: Noise,
+    *,
+    policy: Policy,
+    rollout_policy: Policy,
+    reference: Policy | None,
+    keep: bool = False,
 ) -> Logprobs:
-    """The rollout's log-probs under every policy, same masks. Raises RuntimeError if zero_mismatch does not hold."""
+    """The rollout's log-probs under every policy, same masks; `keep`: with graphs, where `keeps_graphs` allows them.
+    Raises RuntimeError if zero_mismatch does not hold."""
     likelihood = recipe.likelihood
     side = rollout_side(recipe, policy, rollout_policy)
     size = recipe.micro_batch_size
@@ -113,7 +121,7 @@ def score(
         rollout_logps = likelihood.logprobs(rollout_policy, rollout, noise, micro_batch_size=size, note=note)
     if recipe.router_replay is not None:  # the experts that the learner takes again
         noise = as_sampled(noise, rollout) if note is None else as_noted(noise, rollout, note)
-    keep = keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
+    keep = keep and keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens))
     with in_pace(policy):  # last: kept graphs and another forward would add up
         scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep)
     old = likelihood.combine(scores.detach(), noise)

@@ -220,7 +220,7 @@ def test_the_first_inner_iteration_pays_no_extra_forward(num_iterations, monkeyp
     settings = {"loss": loss_of(c.none(), losses.token), "likelihood": estimator, "learning_rate": 1e-3}
     optimizer = torch.optim.AdamW(policy.module.parameters())
     rows = spying(policy, monkeypatch)
-    metrics = update(policy, optimizer, batch, Accelerator(cpu=True), num_iterations=num_iterations, **settings)
+    metrics = update(policy, optimizer, [batch] * num_iterations, Accelerator(cpu=True), **settings)
     views = 4
     assert len(rows) == views * (1 + 2 * (num_iterations - 1))
     if num_iterations == 1:
@@ -254,7 +254,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move():
     before = [p.detach().clone() for p in parameters(policy)]
     broken = replace(batch, weights=batch.weights.masked_fill(batch.keep, torch.nan))
     with pytest.raises(FloatingPointError, match=r"gradient norm is nan at inner iteration 0"):
-        update(policy, torch.optim.AdamW(policy.module.parameters()), broken, Accelerator(cpu=True), **settings)
+        update(policy, torch.optim.AdamW(policy.module.parameters()), [broken], Accelerator(cpu=True), **settings)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(policy), strict=True))
 
 
@@ -271,7 +271,7 @@ def test_bf16_autocast_sees_the_weights_of_each_inner_iteration(num_iterations):
     optimizer = torch.optim.SGD(policy.module.parameters(), lr=0.05)
     start = [p.detach().clone() for p in parameters(policy)]
     with torch.autocast("cpu", torch.bfloat16):
-        update(policy, optimizer, batch, Accelerator(cpu=True), num_iterations=num_iterations, **settings)
+        update(policy, optimizer, [batch] * num_iterations, Accelerator(cpu=True), **settings)
     ours = [p.grad.clone() for p in parameters(policy)]
 
     # The same steps with a block of autocast for each forward.

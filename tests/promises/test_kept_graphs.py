@@ -61,8 +61,8 @@ class Step:
             assert (groups > 0).all() and not (self.advantages[0] != 0).any()
         anchor = None if not recipe.beta else self.policy.reference() if recipe.lora else recipe.model(seed=3)
         with self.forward():
-            noise = draw_noise(recipe, self.rollout, self.advantages, groups, 0, self.accelerator)
-            self.logps = score(recipe, self.rollout, noise, reference=anchor, **policies)
+            noise = draw_noise(recipe, self.rollout, self.advantages, groups, (0,), self.accelerator)
+            self.logps = score(recipe, self.rollout, noise, reference=anchor, keep=True, **policies)
         given = (recipe, self.rollout, self.logps, self.advantages, self.accelerator)
         return correct(*given, groups=groups)[0]
 
@@ -124,7 +124,9 @@ def test_an_update_runs_one_forward_for_each_later_inner_iteration(tmp_path, ite
         batch, optimizer = step.batch(), make_optimizer(step.recipe, step.policy)
         step.forwards.clear()
         with step.forward():
-            metrics = update(step.policy, optimizer, batch, step.accelerator, **step.recipe.update_settings(0))
+            metrics = update(
+                step.policy, optimizer, [batch] * iterations, step.accelerator, **step.recipe.update_settings(0)
+            )
         ends.append(([p.detach().clone() for p in step.policy.module.parameters()], metrics))
         assert step.forwards == ([True] * (iterations - 1) if number else [True, *[False, True] * (iterations - 1)])
     (ours, metrics), (theirs, others) = ends

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 
 import numpy as np
 import pytest
 import torch
+from run_outputs import metrics_of
 
 from dllm_rl.algorithms.correctors import tis
 from dllm_rl.likelihoods import estimators as lik
@@ -16,11 +18,13 @@ from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.recipe import Recipe
+from dllm_rl.rng import generator_for
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training import learner
 from dllm_rl.training.loop import train
+from dllm_rl.types import Prompts
 
 SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 24}
 
@@ -54,7 +58,8 @@ MAKERS = [partial(lik.coupled, num_samples=2), partial(lik.sandwich)]
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=["coupled", "sandwich"])
-def test_old_rollout_reference_and_current_share_one_noise_object(make, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fresh", [True, False])
+def test_old_rollout_reference_and_current_share_one_noise_object(make, fresh, tmp_path, monkeypatch):
     estimator, seen = make(), []
     scores, accumulate = LikelihoodEstimator.scores, learner.accumulate_gradients
 
@@ -68,14 +73,49 @@ def test_old_rollout_reference_and_current_share_one_noise_object(make, tmp_path
 
     monkeypatch.setattr(LikelihoodEstimator, "scores", spied_scores)
     monkeypatch.setattr(learner, "accumulate_gradients", spied_accumulate)
-    train(recipe(tmp_path, estimator))
-    seen = seen[3:]  # after the rehearsal's
-    noises = [noise for _, noise in seen]
-    # old, rollout, reference; then a gradient, scores again and a gradient for the two inner iterations
-    assert len(noises) == 6 and all(noise is noises[0] for noise in noises)
+    train(recipe(tmp_path, estimator, fresh_masks=fresh))
+    seen = seen[6 if fresh else 3 :]  # after the rehearsal's
+    # Each set of masks is scored by reference, rollout policy and learner, the last set first; then come the updates: a
+    # gradient, and for the second one scores and a gradient.
+    second, first = (seen[:3], seen[3:]) if fresh else ([], seen)
+    order = [noise for _, noise in first]
+    assert all(noise is order[0] for noise in order[:4]) and len(order) == 6
+    assert order[4] is order[5] is (second[0][1] if fresh else order[0])
+    assert all(noise is second[0][1] for _, noise in second)
+    assert not (fresh and torch.equal(order[4].masked, order[0].masked))
     assert len({id(policy) for policy, _ in seen}) == 3
     if make.func is lik.sandwich:
-        assert set(noises[0].upper_bound_weight.tolist()) == {0.0, 0.5}
+        assert set(order[4].upper_bound_weight.tolist()) == {0.0, 0.5}
+
+
+@pytest.mark.parametrize(
+    "make", [*MAKERS, lik.one_step, lik.trajectory], ids=["coupled", "sandwich", "one_step", "all"]
+)
+def test_ratios_of_every_inner_update_divide_by_the_same_masks(make, tmp_path):
+    """Weights that do not move have ratio 1 under any masks, if both sides have them."""
+    given = {"num_iterations": 3, "learning_rate": 1e-30, "beta": 0.0, "weight_decay": 0.0}
+    train(recipe(tmp_path, make(), **given))
+    (row,) = metrics_of(tmp_path / "run")
+    assert row["ratio/mean"] == pytest.approx(1, abs=1e-6)  # of the last update
+    norms = {row[f"grad_norm/iteration_{iteration}"] for iteration in range(3)}
+    assert len(norms) == (1 if make is lik.trajectory else 3)
+
+
+ESTIMATORS = [
+    *(getattr(lik, name)() for name in ("one_step", "elbo", "coupled", "quadrature", "eubo", "sandwich", "trajectory")),
+    *(lik.one_step(prompt_mask=0.0), lik.causal(), lik.block(block_size=4)),
+    *(lik.trajectory(num_segments=2), lik.trajectory(num_sampled=2)),
+]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=attrgetter("name"))
+def test_random_says_whether_two_draws_differ(estimator):
+    policy = tiny_masked_lm(characters="1234.=", **SMALL)
+    prompts = Prompts.from_ids([[3, 4, 5, 6]] * 4, pad_id=policy.pad_id)
+    rollout = unmask(policy, prompts, generator_for(0), max_new_tokens=16, num_steps=4, rank=max_prob)
+    one, other = (estimator.draw(rollout, generator_for(0, "noise", i)) for i in range(2))
+    differ = not (torch.equal(one.masked, other.masked) and torch.equal(one.weight, other.weight))
+    assert differ == estimator.random
 
 
 @pytest.mark.parametrize("name", ["one_step", "elbo", "coupled", "quadrature", "sandwich", "trajectory"])

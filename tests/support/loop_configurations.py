@@ -11,10 +11,11 @@ from dllm_rl.likelihoods.estimators import coupled, elbo, one_step, sandwich, tr
 from dllm_rl.training import train
 
 PAIRS = {"num_generations": 2, "train_batch_size": 8}
+TWICE = PAIRS | {"num_iterations": 2, "fresh_masks": False}
 CONFIGURATIONS = {
     "golden": {"num_steps": 5, "num_iterations": 2, "learning_rate": 5e-3, "warmup_steps": 4},
-    "elbo, micro-batches": PAIRS | {"likelihood": elbo(num_samples=2), "micro_batch_size": 4, "num_iterations": 2},
-    "one_step": PAIRS | {"likelihood": one_step(), "num_iterations": 2},
+    "elbo, micro-batches": TWICE | {"likelihood": elbo(num_samples=2), "micro_batch_size": 4},
+    "one_step": TWICE | {"likelihood": one_step()},
     "coupled, KL": PAIRS | {"likelihood": coupled(), "beta": 0.1, "kl": kl_k2},
     "sandwich, tis, rejection": PAIRS | {"likelihood": sandwich(), "corrector": compose(tis(), reject(bound=1e-4))},
     "qarl": PAIRS | {"corrector": qarl(), "num_iterations": 2},

@@ -73,7 +73,7 @@ def test_mismatch_and_advantage_by_hand(tmp_path):
     rollout, answers, rewards, _, _ = collect(recipe, run.rollout_policy, 0, run.accelerator, run.log)
     advantages = torch.arange(16.0).reshape(4, 4)
     groups = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
-    noise = draw_noise(recipe, rollout, advantages, groups, 0, run.accelerator)
+    noise = draw_noise(recipe, rollout, advantages, groups, (0,), run.accelerator)
     old = rollout.logprobs + 0.25 * rollout.completion_mask
     logps = Logprobs(old=old, old_scores=old[None], rollout=rollout.logprobs, reference=None, noise=noise)
     log_completions(run, 0, answers, rollout, rollout, logps=logps, advantages=advantages)
@@ -93,7 +93,7 @@ def test_a_probability_that_is_no_number_stops_no_run(tmp_path):
     rollout, answers, _, _, _ = collect(recipe, run.rollout_policy, 0, run.accelerator, run.log)
     rollout = dataclasses.replace(rollout, logprobs=torch.full_like(rollout.logprobs, torch.nan))
     advantages = torch.full((4, 4), torch.inf)
-    noise = draw_noise(recipe, rollout, advantages, torch.ones(4, dtype=torch.float64), 0, run.accelerator)
+    noise = draw_noise(recipe, rollout, advantages, torch.ones(4, dtype=torch.float64), (0,), run.accelerator)
     same = rollout.logprobs
     logps = Logprobs(old=same, old_scores=same[None], rollout=same, reference=None, noise=noise)
     log_completions(run, 0, answers, rollout, rollout, logps=logps, advantages=advantages)

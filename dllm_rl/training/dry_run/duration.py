@@ -52,6 +52,7 @@ def seconds(recipe: Recipe, policy: Policy, prompt_tokens: int) -> dict[str, flo
     scoring = time(view_tokens, FORWARD, forwards, passes=1 + bool(recipe.beta))
     if recipe.rolls_out_apart and not recipe.likelihood.exact_for_sampler:
         scoring += time(view_tokens, copy, forwards)
+    scoring *= recipe.mask_draws
     passes = 2 + (recipe.lora is None) + recipe.gradient_checkpointing  # gradients of inputs, of weights; run again
     update = recipe.num_iterations * time(view_tokens, BACKWARD, forwards, passes)
     if most_graphs(recipe, policy, rows=rows):  # the first update has its forward from scoring

@@ -128,9 +128,9 @@ def updated(policy, estimator, *, recompute: bool, align: bool = False, bf16: bo
     )  # fmt: skip
     rollout_policy = quantized_copy(policy, int8_weight_only())
     optimizer = torch.optim.AdamW([p for p in policy.module.parameters() if p.requires_grad], lr=1e-2)
-    settings = {"loss": main_job.policy_loss, "likelihood": estimator, "learning_rate": 1e-2, "num_iterations": 2}
+    settings = {"loss": main_job.policy_loss, "likelihood": estimator, "learning_rate": 1e-2}
     with aligned_forward(policy, rollout_policy) if align else torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        update(policy, optimizer, batch, Accelerator(cpu=True), **settings)
+        update(policy, optimizer, [batch] * 2, Accelerator(cpu=True), **settings)
     return {name: parameter.detach() for name, parameter in policy.module.named_parameters()}
 
 

@@ -65,9 +65,11 @@ def test_stages_by_hand():
     found = seconds(sudoku, POLICY, 256)
     step = 2 * weights * 48 * 512 / PEAK
     assert found["rollout"] == pytest.approx(128 * step / 0.84)
-    assert found["scoring"] == pytest.approx(2 * step / FORWARD + step / 0.84)  # learner, reference; the FP8 copy
+    # Learner, reference and the FP8 copy, under the masks of each of 8 updates.
+    assert found["scoring"] == pytest.approx(8 * (2 * step / FORWARD + step / 0.84))
     assert found["update"] == pytest.approx(8 * 2 * step / 0.2)
-    coupled = replace(sudoku, likelihood=lik.coupled(), beta=0.0, rollout_quantization=None, lora=None)
+    fields = {"likelihood": lik.coupled(), "beta": 0.0, "rollout_quantization": None, "fresh_masks": False}
+    coupled = replace(sudoku, **fields, lora=None)
     found = seconds(coupled, POLICY, 256)
     assert found["scoring"] == pytest.approx(2 * step / FORWARD)
     assert found["update"] == pytest.approx(8 * 2 * 3 * step / 0.2)

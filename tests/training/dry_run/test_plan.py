@@ -240,10 +240,10 @@ def test_a_plan_for_eight_processes_is_one_of_an_eighth_of_the_rows(monkeypatch,
     train(recipe)
     eight = capsys.readouterr().out
     assert "processes             8 assumed" in eight and rows == [48, 6]
-    for text, rollout, scoring, update in ((alone, 56.8, 2.0, 29.8), (eight, 7.1, 0.2, 3.7)):
+    for text, rollout, scoring, update in ((alone, 56.8, 15.7, 29.8), (eight, 7.1, 2.0, 3.7)):
         times = f"  rollout          {rollout:8} s at 84%\n  scoring          {scoring:8} s at 49%\n"
         assert f"{times}  update           {update:8} s at 20%\n" in text
-    assert "24.6 h for num_steps=1000" in alone and "3.1 h for num_steps=1000" in eight
+    assert "28.4 h for num_steps=1000" in alone and "3.6 h for num_steps=1000" in eight
     monkeypatch.setenv("RANK", "1")
     train(recipe)
     assert capsys.readouterr().out == ""
