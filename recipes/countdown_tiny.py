@@ -7,7 +7,7 @@ numbers that are rightly used.
 
 from functools import partial
 
-from dllm_rl import Recipe, ais, float8_weight_only, main, max_prob, trajectory, unmask
+from dllm_rl import Recipe, float8_weight_only, main, max_prob, trajectory, unmask
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.tasks import Countdown
 
@@ -23,7 +23,6 @@ recipe = Recipe(
     sampler=partial(unmask_in_three, temperature=1.0),
     eval_sampler=partial(unmask_in_three, temperature=0.0),
     likelihood=trajectory(),
-    corrector=ais(),
     rollout_quantization=float8_weight_only,
     train_batch_size=32,
     num_steps=300,

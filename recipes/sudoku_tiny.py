@@ -6,7 +6,7 @@ RL does the rest from rewards alone.
 
 from functools import partial
 
-from dllm_rl import Recipe, ais, float8_weight_only, main, max_prob, trajectory, unmask
+from dllm_rl import Recipe, float8_weight_only, main, max_prob, trajectory, unmask
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.tasks import Sudoku
 
@@ -21,7 +21,6 @@ recipe = Recipe(
     sampler=partial(unmask_in_two, temperature=1.0),
     eval_sampler=partial(unmask_in_two, temperature=0.0),
     likelihood=trajectory(),
-    corrector=ais(),
     rollout_quantization=float8_weight_only,
     warmup_steps=200,
     warmup_target=0.2,

@@ -46,7 +46,7 @@ def cautions(recipe: Recipe) -> list[str]:
 
 
 def of_the_clip(recipe: Recipe) -> list[str]:
-    """PPO bounds no ratio above 1 + epsilon at a negative advantage: see recipes/studies/mismatch_reading.md."""
+    """PPO bounds no ratio above 1 + epsilon at a negative advantage: see recipes/studies/mismatch.md."""
     surrogate = recipe.surrogate
     epsilon = _bound(surrogate, "epsilon")
     high = _bound(surrogate, "epsilon_high")

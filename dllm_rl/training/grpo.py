@@ -19,6 +19,7 @@ from dllm_rl.models.checkpoint.loading import checkpoint_folder, read_config
 from dllm_rl.models.policy import make_policy
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import RewardFunction, hold_out, in_memory, task_from_dataset
 from dllm_rl.training.finish import Summary
@@ -144,7 +145,8 @@ def grpo_recipe(
     max_rows: int | None = None,
     **settings: Any,
 ) -> Recipe:
-    """The recipe of `grpo`, with the sampler and the likelihood that the model's attention needs.
+    """The recipe of `grpo`, with the sampler and the likelihood that the model's attention needs. Positions are ranked
+    by `max_prob`.
 
     model           a checkpoint's folder, a hub id, a transformers model, a policy, or a function that makes one.
     train_dataset   rows with a `prompt` (text or chat messages); the other columns go to the reward functions.
@@ -174,7 +176,8 @@ def grpo_recipe(
     eval_task = task_of(held_out, name=f"{name}-held-out")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens} | dict(sampler_options or {})
     steps = options.get("num_steps") or max_new_tokens
-    sampler = partial(unmask, **options)
+    # `unmask`'s own rank, LLaDA's `confidence`, learns no more (docs/concepts.md), and its law takes more products.
+    sampler = partial(unmask, **{"rank": max_prob} | options)
     likelihood = trajectory(num_segments=None if steps <= SEGMENTS else SEGMENTS)
     if isinstance(model, str):
         attention = find_family(read_config(checkpoint_folder(model))).attention  # the config alone says it

@@ -20,7 +20,6 @@ from recipes.studies.paired import Contrast, Study, main
 from recipes.sudoku_tiny_llada import recipe
 
 STORED = Path(__file__).with_suffix(".json")  # every run
-SHOWN = ("mean abs log-ratio", "ESS")  # beside the rates in docs/mismatch.md
 
 base = replace(recipe, train_batch_size=16, kept_graphs=2, rollout_quantization=None, corrector=c.none())
 

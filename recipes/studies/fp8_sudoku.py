@@ -10,10 +10,9 @@ warmed up by supervision. `s` is the run's wall clock. Not run yet: `python -m b
     python -m recipes.studies.fp8_sudoku              run what is missing, then print the tables
 """
 
-from dataclasses import replace
 from pathlib import Path
 
-from dllm_rl import none
+from dllm_rl import ais
 from dllm_rl.files import write_json
 from recipes.studies.paired import Contrast, Study, main
 from recipes.sudoku_9x9_gpu import recipe
@@ -22,11 +21,11 @@ STORED = Path(__file__).with_suffix(".json")  # every run
 
 study = Study(
     name="fp8-sudoku",
-    base=replace(recipe, corrector=none()),
+    base=recipe,
     arms={
         "bf16": {"rollout_quantization": None},
         "FP8": {},
-        "FP8, AIS": {"corrector": recipe.corrector},
+        "FP8, AIS": {"corrector": ais()},
     },
     against={"FP8": "bf16", "FP8, AIS": "bf16"},
     metrics={"ESS": "rollout_corr/ess", "rollout, s": "time/rollout", "step, s": "step_time"},

@@ -35,6 +35,7 @@ from recipes.studies.paired import Study, interval, load, markdown, run_all, run
 from recipes.studies.surrogates import gdsd, stable_drl
 
 TUNED_ON = 100  # a seed that the league does not have
+DEFAULT = "TraceRL (the default)"
 
 
 def wd1(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
@@ -84,8 +85,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # Rollouts a token a step from left to right, each token's own conditional; two positions a row are scored, ours.
     "JustGRPO": {"likelihood": lik.trajectory(num_sampled=2), "sampler": {"num_steps": None, "block_size": 1}},
-    # The recorded trajectory, PPO's clip per token (without its value model).
-    "TraceRL": {"likelihood": lik.trajectory()},
+    # The recorded trajectory, PPO's clip per token (without its value model): the library's default too.
+    DEFAULT: {"likelihood": lik.trajectory()},
     # The trajectory, its clip higher above than below, a mean over tokens, groups of one reward drawn again.
     "DAPO": {
         "likelihood": lik.trajectory(),
@@ -99,10 +100,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "loss": partial(gspo, epsilon=0.2, epsilon_high=0.2),
         "aggregate": sequence,
     },
-    # A control: TraceRL's, in random order; what ours has beside it is FP8 weights and AIS.
+    # The default's, in random order.
     "random order": {"likelihood": lik.trajectory(), "sampler": {"rank": random}},
-    # Rollouts on FP8 weights in random order, AIS, the exact trajectory.
-    "ours": {
+    "random order with FP8 and AIS": {
         "likelihood": lik.trajectory(),
         "corrector": ais(),
         "rollout_quantization": partial(float8_weight_only, dequantised=True),
@@ -210,15 +210,18 @@ def report(
     from recipes.studies.mismatch_report import line
 
     order = sorted(found, key=lambda arm: -sum(run["after"] for run in found[arm].values()))
-    ours = next(runs for arm, runs in found.items() if arm.startswith("ours"))
+    default = next(runs for arm, runs in found.items() if arm.startswith(DEFAULT))
     rows = []
     for arm in order:
         runs = list(found[arm].values())
         rates = [run["after"] for run in runs]
-        apart = [ours[seed]["after"] - run["after"] for seed, run in found[arm].items()]
+        apart = [default[seed]["after"] - run["after"] for seed, run in found[arm].items()]
         row = {"method, its setting": arm, "seeds": str(len(runs)), "held-out rate, 95 %": interval(rates)}
         row["each seed"] = ", ".join(f"{rate:.3f}" for rate in rates)
-        row |= {"ours less it": "-" if found[arm] is ours else interval(apart), "area": average(runs, "area", ".3f")}
+        row |= {
+            "default less it": "-" if found[arm] is default else interval(apart),
+            "area": average(runs, "area", ".3f"),
+        }
         rows.append(row | {"steps": str(runs[0]["num_steps"]), "s in all": average(runs, "s", ".0f")})
     print(markdown(rows))
     folder = Path(__file__).parent

@@ -32,7 +32,17 @@ from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.quantization.schemes import EmulatedLinear, FakeQuantize
 from dllm_rl.rng import generator_for
 from recipes.studies import mismatch, mismatch_ar
-from recipes.studies.paired import Contrast, Study, run_missing, tables, warm_up
+from recipes.studies.paired import (
+    Contrast,
+    Results,
+    Study,
+    contrast_rows,
+    interval,
+    markdown,
+    run_missing,
+    tables,
+    warm_up,
+)
 from recipes.studies.paired import load as load_results
 
 STORED = Path(__file__).with_suffix(".json")  # every run
@@ -135,6 +145,21 @@ def tuned(study: Study, name: str, root: Path) -> float:
     return round((low + high) / 2, 2)
 
 
+def told(results: Results) -> str:
+    """The table, as the document holds it."""
+    rows = []
+    claims = {row["arm"]: row for row in contrast_rows(study, results)}
+    for name in SHARES:
+        row = {"steps": name}
+        for arm in (f"{name}: {each}" for each in ("unquantised", "none", "TIS")):
+            runs = [run for (other, _), run in results.items() if other == arm]
+            row[arm.split(": ")[1]] = interval([run["after"] for run in runs]) if runs else "-"
+        claim = claims[f"{name}: TIS"]
+        row |= {"TIS less none": claim["difference, 95 %"], "Holm's p": claim["Holm's p"]}
+        rows.append(row)
+    return markdown(rows)
+
+
 def main() -> None:
     root = Path("runs") / study.name
     if sys.argv[1:] == ["tune"]:
@@ -148,7 +173,7 @@ def main() -> None:
         run_missing(part, root / part.base.name, runs, num_steps=lambda _, steps=steps: steps, workers=os.cpu_count())
     results = load_results(root / DIFFUSION.base.name) | load_results(root / CAUSAL.base.name)
     write_json(STORED, list(results.values()))
-    print(tables(study, results, "mean abs log-ratio", "ESS"))
+    print(tables(study, results, "mean abs log-ratio", "ESS"), told(results), sep="\n")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ setting: ONE or TWO updates a rollout (with two a dual clip stands in every arm 
 update, rollouts commit at random positions, so that no order can disagree; LEFT: one update, rollouts of the left half,
 then the right one, so that none can either; CONFIDENCE: one update, ranked as LLaDA does, likelihoods of tokens and
 order. The contrasts below were written before the runs, and LEFT, of which nothing is claimed, was added after them.
-What the numbers say: mismatch_reading.md.
+What the numbers say: mismatch.md.
 
-mismatch.md and mismatch.json also have the arms "AIS error" and "SNIS", and two contrasts with them. Their correctors
-did not help and were removed from the library (formulas: gradients.md). Tables that are written again lack these rows.
+mismatch.json also has the arms "AIS error" and "SNIS", and two contrasts with them. Their correctors
+did not help and were removed from the library (formulas: gradients.md). Results that are written again lack these rows.
 
-    python -m recipes.studies.mismatch                 run what is missing, then write tables and figure
-    python -m recipes.studies.mismatch --report        write table and figure from what is there
+    python -m recipes.studies.mismatch                 run what is missing, then write results and figure
+    python -m recipes.studies.mismatch --report        write both from what is there
 """
 
 from dataclasses import replace

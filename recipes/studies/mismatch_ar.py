@@ -2,7 +2,7 @@
 
 One update a rollout, 16 prompts of 8 completions, half the recipe's learning rate, at which so small a batch learns
 (seed 0 unquantised, 180 steps: 0.39 of the held-out puzzles; 0.30 at the recipe's own, 0.03 at twice that). Stated
-before the runs: such rollouts harm, and token TIS helps. The numbers: mismatch_reading.md.
+before the runs: such rollouts harm, and token TIS helps. The numbers: mismatch.md.
 
     python -m recipes.studies.mismatch_ar                  run what is missing, then print the tables
 """

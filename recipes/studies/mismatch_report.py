@@ -1,19 +1,10 @@
-"""Tables and figure of the mismatch study, from its results alone."""
+"""Results and figure of the mismatch study, from its results alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.studies.paired import Results, Study, arm_rows, contrast_rows, interval, markdown, write_rows
-
-LEGEND = """Solve rates: 400 held-out puzzles, greedy; mean and 95 % interval (Student's t over seeds).
-
-- after: the learner; quantised: its quantised copy
-- difference: `after` less that of the same setting unquantised, paired by seed
-
-[mismatch.json](mismatch.json) has each seed, the metrics (log-ratio, ESS, ...) and the contrasts."""
-COLUMNS = ("arm", "seeds", "after", "quantised", "difference, 95 %")
-
+from recipes.studies.paired import Results, Study, arm_rows, contrast_rows, interval, write_rows
 
 SETTINGS = {
     "one": "one update a rollout",
@@ -23,23 +14,11 @@ SETTINGS = {
 
 
 def write(study: Study, results: Results, folder: Path) -> None:
-    """`folder`/mismatch.json, mismatch.md and mismatch.png. Raises SystemExit where no run has finished."""
+    """`folder`/mismatch.json and mismatch.png. Raises SystemExit where no run has finished."""
     if not results:
         raise SystemExit("no run has finished yet")
-    versions = sorted({run["torch"] for run in results.values() if "torch" in run})
     arms = arm_rows(study, results, ("after", "quantised"))
     write_rows(folder / "mismatch.json", arms=arms, contrasts=contrast_rows(study, results))
-    lines = [
-        "# The mismatch study: every arm",
-        "",
-        "Written by `python -m recipes.studies.mismatch`. Their reading: [mismatch_reading.md](mismatch_reading.md).",
-        f"{len(results)} runs of {study.num_steps} RL steps, torch {', '.join(versions)}, one CPU thread per run.",
-        "",
-        LEGEND,
-        "",
-        markdown(arms, [column for column in COLUMNS if column in arms[0]]),
-    ]
-    (folder / "mismatch.md").write_text("\n".join(lines).rstrip() + "\n")
     draw(study, results, folder / "mismatch.png")
 
 

@@ -21,7 +21,18 @@ from dllm_rl import ais, aligned, none, tis
 from dllm_rl.files import write_json
 from dllm_rl.quantization.schemes import fake_quantize
 from recipes.studies import mismatch
-from recipes.studies.paired import Contrast, Results, Study, load, markdown, run_missing, share, tables
+from recipes.studies.paired import (
+    Contrast,
+    Results,
+    Study,
+    arm_rows,
+    contrast_rows,
+    interval,
+    load,
+    markdown,
+    run_missing,
+    share,
+)
 
 STORED = Path(__file__).with_suffix(".json")  # every run
 RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
@@ -82,21 +93,25 @@ def best(tuning: Results) -> dict[str, float]:
     return found | {OTHER: found["unquantised"]}
 
 
-def shares(results: Results) -> list[dict[str, str]]:
-    """What part of a format's harm each corrector undoes."""
+def rows_of(results: Results) -> list[dict[str, str]]:
+    """By format: the accuracy under each corrector, and what part of the harm it undoes."""
     rows = []
     for name in FORMATS:
-        row = {"share of the harm undone, 95 %": name}
-        for corrector in ("TIS", "AIS", "aligned"):
-            row[corrector] = share(results, f"{name}: {corrector}", f"{name}: none", "unquantised")
+        row = {"held-out rate, 95 %": name}
+        for corrector in CORRECTORS:
+            arm = f"{name}: {corrector}"
+            row[corrector] = interval([run["after"] for (other, _), run in results.items() if other == arm])
+        for corrector in list(CORRECTORS)[1:]:
+            part = share(results, f"{name}: {corrector}", f"{name}: none", "unquantised")
+            row[f"share, {corrector}"] = part
         rows.append(row)
     return rows
 
 
-def told(tuning: Results, results: Results) -> str:
+def told(results: Results) -> str:
     """The tables, as the document holds them."""
-    rates = "; ".join(f"{arm} {rate:g}" for arm, rate in best(tuning).items() if arm != OTHER)
-    return f"{tables(study, results, 'quantised', 'ESS')}\n{markdown(shares(results))}\nChosen rates: {rates}.\n"
+    claims = markdown(contrast_rows(study, results), ("stated before the runs", "difference, 95 %", "Holm's p"))
+    return f"{markdown(rows_of(results))}\n{claims}"
 
 
 def main() -> None:
@@ -113,7 +128,7 @@ def main() -> None:
     run(replace(study, arms=arms), root, [(arm, seed) for seed, arm in product(TESTED_ON, arms)])
     results = load(root)
     write_json(STORED, {"tuning": list(tuning.values()), "runs": list(results.values())})
-    print(told(tuning, results))
+    print(markdown(arm_rows(study, results, ("after", "quantised"))), rates, told(results), sep="\n")
 
 
 if __name__ == "__main__":

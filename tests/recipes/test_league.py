@@ -25,7 +25,7 @@ def test_every_method_is_a_recipe_in_every_setting(task):
     assert in_order == {f"JustGRPO, {setting}" for setting in league.GRID}
     assert {recipe.eval_sampler for recipe in made.values()} == {study.base.eval_sampler}
     quantised = {arm.split(", ")[0] for arm, recipe in made.items() if recipe.rollout_quantization is not None}
-    assert quantised == {"ours"}
+    assert quantised == {"random order with FP8 and AIS"}
     assert {recipe.train_batch_size * recipe.num_generations for recipe in made.values()} == {128}
 
 
@@ -58,11 +58,11 @@ def test_the_table_has_the_best_method_first(tmp_path, monkeypatch, capsys):
     run = {"before": 0.25, "area": 0.3, "s": 40.0, "num_steps": 70}
     found = {
         f"{arm}, lr 1e-3": {seed: run | {"after": after + seed / 10} for seed in (0, 1)}
-        for arm, after in (("a", 0.2), ("ours", 0.4))
+        for arm, after in (("a", 0.2), (league.DEFAULT, 0.4))
     }
     league.report(league.study_of("sudoku", 2), "sudoku", found)
     rows = [line for line in capsys.readouterr().out.splitlines() if "lr 1e-3" in line]
-    assert rows[0] == "| ours, lr 1e-3 | 2 | 0.450±0.635 | 0.400, 0.500 | - | 0.300 | 70 | 40 |"
+    assert rows[0] == f"| {league.DEFAULT}, lr 1e-3 | 2 | 0.450±0.635 | 0.400, 0.500 | - | 0.300 | 70 | 40 |"
     assert rows[1] == "| a, lr 1e-3 | 2 | 0.250±0.635 | 0.200, 0.300 | 0.200±0.000 | 0.300 | 70 | 40 |"
     assert (tmp_path / "league_sudoku.png").stat().st_size > 5_000
 
@@ -71,7 +71,7 @@ def test_a_run_that_diverged_has_a_rate_and_no_seconds(tmp_path, monkeypatch, ca
     monkeypatch.setattr(league, "__file__", str(tmp_path / "league.py"))
     run = {"before": 0.25, "after": 0.4, "area": 0.3, "s": 40.0, "num_steps": 70}
     lost = {"after": 0.0, "area": 0.1, "num_steps": 70}
-    found = {"ours, lr 1e-3": {0: lost, 1: run}, "a, lr 1e-3": {0: run | {"before": 0.35}, 1: lost}}
+    found = {f"{league.DEFAULT}, lr 1e-3": {0: lost, 1: run}, "a, lr 1e-3": {0: run | {"before": 0.35}, 1: lost}}
     found["b, lr 1e-3"] = {seed: {"after": 0.0, "num_steps": 70} for seed in (0, 1)}
     league.report(league.study_of("sudoku", 2), "sudoku", found)
     lines = capsys.readouterr().out.splitlines()

@@ -67,10 +67,9 @@ def test_a_row_of_each_table():
     assert row.strip("| ").split(" | ")[4:] == ["2", "-0.200±1.271", "0 of 2", "0.500", "0.500"]
 
 
-def test_table_and_figure_are_written(tmp_path):
+def test_results_and_figure_are_written(tmp_path):
     runs = keyed(*(result(arm, seed, 0.1 * seed) for arm in mismatch.ARMS for seed in range(3)))
     mismatch_report.write(mismatch.study, runs, tmp_path)
-    assert (tmp_path / "mismatch.md").read_text().count("\n| ") == len(mismatch.ARMS) + 2
     kept = json.loads((tmp_path / "mismatch.json").read_text())
     assert [row["arm"] for row in kept["arms"]] == list(mismatch.ARMS) and len(kept["contrasts"]) == len(
         mismatch.CONTRASTS

@@ -19,6 +19,21 @@ study = Study(
 )
 
 
+def test_a_share_of_the_harm_by_hand():
+    """Parts 1, 3 of losses 2, 4: t^2/n = 12.706^2/2, both variances and the covariance 2, so nothing is bounded; of
+    losses 399, 401 the quadratic's roots are (b -+ sqrt(b^2 - ac)) / a."""
+    results = {("none", seed): {"after": 0.0} for seed in (0, 1)}
+    results |= {("TIS", 0): {"after": 1.0}, ("TIS", 1): {"after": 3.0}}
+    whole = {("whole", 0): {"after": 2.0}, ("whole", 1): {"after": 4.0}}
+    assert paired.share(results | whole, "TIS", "none", "whole") == "no harm"
+    whole = {("whole", 0): {"after": 399.0}, ("whole", 1): {"after": 401.0}}
+    t = 12.706**2 / 2
+    a, b, c = 160_000 - 2 * t, 800 - 2 * t, 4 - 2 * t
+    root = (b * b - a * c) ** 0.5
+    expected = f"0.01 [{(b - root) / a:.2f}, {(b + root) / a:.2f}]"
+    assert paired.share(results | whole, "TIS", "none", "whole") == expected == "0.01 [-0.03, 0.04]"
+
+
 def test_a_study_trains_its_arms_from_one_model_and_prints_its_tables(tmp_path, monkeypatch, capsys):
     few = {"warmup_steps": 2, "train_batch_size": 4, "report_to": None, "log_completions_steps": 0}
     few |= {name: dataclasses.replace(getattr(recipe, name), size=8) for name in ("validation_task", "eval_task")}

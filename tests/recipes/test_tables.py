@@ -7,7 +7,7 @@ from statistics import mean, stdev
 import pytest
 
 from dllm_rl.members import describe
-from recipes.studies import experts, fp8_sums, mismatch_report, order, paired
+from recipes.studies import experts, fp8_sums, order, paired, rates
 
 STUDIES = Path(paired.__file__).parent
 
@@ -52,10 +52,8 @@ def test_the_intervals_are_those_of_the_seeds(name, part, column):
 
 
 def test_mismatch():
-    arms, contrasts = (stored("mismatch")[part] for part in ("arms", "contrasts"))
-    (table,) = tables_of("mismatch")
-    assert table == [{column: row[column] for column in mismatch_report.COLUMNS} for row in arms]
-    claims, causal, *_ = tables_of("mismatch_reading")
+    contrasts = stored("mismatch")["contrasts"]
+    claims, _, _, causal, *_ = tables_of("mismatch")
     assert [(row["difference, 95 %"], row["p"]) for row in claims] == [
         (row["difference, 95 %"], row["Holm's p"]) for row in contrasts
     ]
@@ -69,7 +67,7 @@ def test_mismatch():
 
 def test_rounding_as_small_as_a_kernels():
     plain, noisy = stored("kernel_noise")["arms"]
-    told = (STUDIES / "mismatch_reading.md").read_text()
+    told = (STUDIES / "mismatch.md").read_text()
     assert f"({noisy['after']} against {plain['after']} unquantised" in told
     assert f"**Harm is not shown: +{noisy['difference, 95 %']}**" in told
 
@@ -77,7 +75,18 @@ def test_rounding_as_small_as_a_kernels():
 def test_real_fp8():
     results = {(run["arm"], run["seed"]): run for run in stored("fp8_sums_full")}
     assert len(results) == 60
-    assert paired.tables(fp8_sums.study, results, "quantised", "ESS") in (STUDIES / "mismatch_reading.md").read_text()
+    assert paired.tables(fp8_sums.study, results, "quantised", "ESS") in (STUDIES / "mismatch.md").read_text()
+
+
+def test_rates():
+    """The tables, and that the trials chose what the text says."""
+    tuning, results = ({(run["arm"], run["seed"]): run for run in stored("rates")[part]} for part in ("tuning", "runs"))
+    assert (len(tuning), len(results)) == (204, 180)
+    told = (STUDIES / "mismatch.md").read_text()
+    assert rates.told(results) in told
+    assert f"Unquantised: {paired.interval([results['unquantised', seed]['after'] for seed in range(10, 20)])}." in told
+    best = rates.best(tuning)
+    assert best.pop("five levels: AIS") == 1.25e-4 and set(best.values()) == {2.5e-4, 5e-4}
 
 
 def test_league():
@@ -87,7 +96,7 @@ def test_league():
         (other,) = (
             r for r in stored("league_countdown")["results"] if r["method, its setting"].split(",")[0] == method
         )
-        cells = (each[column] for each in (row, other) for column in ("held-out rate, 95 %", "ours less it"))
+        cells = (each[column] for each in (row, other) for column in ("held-out rate, 95 %", "default less it"))
         assert f"| {method} | {' | '.join(cells)} |" in told
 
 

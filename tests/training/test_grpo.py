@@ -18,6 +18,7 @@ from dllm_rl.members import describe
 from dllm_rl.models.tiny import char_tokenizer
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.grpo import NEAREST, SAME
@@ -193,7 +194,7 @@ def test_trls_names_set_what_they_mean():
     assert (recipe.max_new_tokens, recipe.num_steps, recipe.name, recipe.push_to_hub) == (4, 3, "a", "me/b")
     assert recipe.advantages.keywords == {"scale_rewards": "none"} and recipe.trackers == []
     assert recipe.sampler.keywords == {
-        "max_new_tokens": 4, "num_steps": 2, "top_p": 0.9, "top_k": 5, "temperature": 1.0
+        "rank": max_prob, "max_new_tokens": 4, "num_steps": 2, "top_p": 0.9, "top_k": 5, "temperature": 1.0
     }  # fmt: skip
     assert recipe_of(loss=gspo, epsilon=0.1).loss.func is gspo
     assert recipe_of(report_to=["wandb", "mlflow"]).trackers == ["wandb", "mlflow"]

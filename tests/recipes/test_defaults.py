@@ -1,0 +1,59 @@
+"""One default for RL, which `grpo` and the recipes share; who differs is named here, with the reason."""
+
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from dllm_rl import Recipe, autoregress, causal, max_prob, tiny_llama, tiny_masked_lm, trajectory, unmask
+from dllm_rl.members import describe
+from dllm_rl.samplers.rules import confidence
+from dllm_rl.training.grpo import grpo_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+DEFAULTS = {field.name: field.default for field in fields(Recipe)}
+PARTS = ("corrector", "loss", "aggregate", "num_iterations", "advantages", "old_logprobs", "beta", "entropy_coeff")
+LIKE_D1 = {"likelihood", "num_iterations", "loss", "rank", "beta"}  # published settings, for comparison
+APART = {
+    "antibody_cdr3": {"beta"},  # a KL term to the pretrained model
+    "smollm2_arithmetic": {"beta", "corrector"},  # the ESS falls to 0.6
+    "smollm2_diffusion": {"beta", "corrector", "rank"},  # its SFT masked at random
+    "qwen3_8b_gsm8k": {"loss"},  # of the recipe that it varies; acts above one update alone
+    "llada2_mini_gsm8k": LIKE_D1 - {"rank"},
+    "llada_8b_sudoku_full": LIKE_D1 - {"beta"},  # no second copy of all weights
+} | dict.fromkeys(("dream_7b_countdown", "llada_8b_countdown", "llada_8b_gsm8k", "llada_8b_sudoku"), LIKE_D1)
+APART |= dict.fromkeys(("llada_moe_gsm8k", "tiny_a2d_gsm8k"), LIKE_D1)
+
+
+def parts_apart(recipe):
+    """Names of the parts in which a recipe is not the default."""
+    apart = {name for name in PARTS if getattr(recipe, name) != DEFAULTS[name]}
+    diffusion = recipe.sampler.func is unmask
+    if diffusion and recipe.sampler.keywords.get("rank") is not max_prob:
+        apart.add("rank")
+    if describe(recipe.likelihood) != describe(trajectory() if diffusion else causal()):
+        apart.add("likelihood")
+    return apart
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_a_recipe_is_the_default_where_no_reason_is_given(path):
+    recipe = getattr(import_module(f"recipes.{path.stem}"), "recipe", None)
+    if isinstance(recipe, Recipe) and path.stem != "antibody_loops":
+        assert parts_apart(recipe) == APART.get(path.stem, set())
+
+
+@pytest.mark.parametrize("steps", [8, 9])
+def test_grpo_is_the_default(steps):
+    rows = [{"prompt": character} for character in "abcdefghij" * 3]
+    given = {"max_new_tokens": 16, "sampler_options": {"num_steps": steps}}
+    model = tiny_masked_lm(characters="abcdefghij")
+    recipe = grpo_recipe(model, rows, len, **given)
+    assert parts_apart(recipe) == (set() if steps == 8 else {"likelihood"})
+    assert describe(recipe.likelihood) == describe(trajectory(num_segments=None if steps == 8 else 8))
+    assert recipe.eval_sampler.keywords["rank"] is max_prob
+    given["sampler_options"]["rank"] = confidence
+    assert grpo_recipe(model, rows, len, **given).sampler.keywords["rank"] is confidence
+    recipe = grpo_recipe(tiny_llama(characters="abcdefghij", causal=True), rows, len, max_new_tokens=4)
+    assert recipe.sampler.func is autoregress and parts_apart(recipe) == set()
