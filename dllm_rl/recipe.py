@@ -311,7 +311,7 @@ class Recipe(Settings):
 
     @property
     def mask_draws(self) -> int:
-        """How many sets of masks score a rollout; only the first is counted in `rollout_corr/*`."""
+        """How many sets of masks score a rollout. `rollout_corr/*`, `live/*` and `ais/*` are of the first."""
         return self.num_iterations if self.fresh_masks and self.likelihood.random else 1
 
     @property

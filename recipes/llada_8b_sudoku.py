@@ -2,8 +2,8 @@
 
 Written for one GPU of 80 GB or more. Estimates, no step has been timed: --dry_run counts 56 GB at most (with a copy in
 FP8, and 6 rows of 512 tokens kept for their backward; 34 with --gradient_checkpointing), and an H200's measured rates
-make a step's rollout 57 s, compiled and in FP8, and its 8 updates 30 s (benchmarks/README.md). An H200 has room for 12
-rows at a time (81 GB). Not run yet: no results.
+make a step's rollout 57 s, compiled and in FP8, its scoring 16 s and its 8 updates 30 s (benchmarks/README.md). An H200
+has room for 12 rows at a time (81 GB). Not run yet: no results.
 """
 
 from functools import partial

@@ -39,7 +39,7 @@ class WholeSteps:
         """Raises ValueError for what has no fixed shapes, or cannot be captured."""
         policy, canvas = choose.policy, choose.canvas
         check_fixed_shapes(cache, choose.commit)
-        check_captured(policy, canvas)
+        check_captured(policy, canvas, cache)
         self.choose = choose
         self.canvas = canvas
         self.queue = queue
@@ -110,10 +110,7 @@ class WholeSteps:
         self.canvas.tokens = self.tokens[:, self.shown]
         for name, values in state.items():
             setattr(self.canvas, name, values.clone())
-        if whole and self.cache is not None:
-            if not past:
-                why = f"needs keys and values, which {type(self.choose.policy.module).__name__} does not keep"
-                raise ValueError(f"compile_step=True with cache={self.cache} {why}, or set compile_step=False")
+        if whole:
             self.past = [(keys.clone(), values.clone()) for keys, values in past]
         # The host knows the shares of `schedule`, and does not wait for the device to count.
         known = self.choose.commit is schedule
@@ -145,7 +142,7 @@ def check_fixed_shapes(cache: Cache | None, commit: Callable) -> None:
         raise ValueError(f"compile_step=True does not go with {why}, or set compile_step=False")
 
 
-def check_captured(policy: Policy, canvas: Canvas) -> None:
+def check_captured(policy: Policy, canvas: Canvas, cache: Cache | None) -> None:
     """Raise ValueError for a policy or prompts that a graph cannot hold."""
     why = None
     if policy.records_experts:
@@ -154,8 +151,19 @@ def check_captured(policy: Policy, canvas: Canvas) -> None:
         why = "does not go with open positions, whose number differs from batch to batch: leave it out"
     elif has_uncompiled(policy.module):
         why = "cannot capture quantised experts, which run one by one: sample with unquantised weights"
+    elif cache is not None and not keeps_keys(policy, canvas):
+        why = f"with cache={cache} needs keys and values, which {type(policy.module).__name__} does not keep"
     if why:
         raise ValueError(f"compile_step=True {why}, or set compile_step=False")
+
+
+@torch.no_grad()
+def keeps_keys(policy: Policy, canvas: Canvas) -> bool:
+    """Whether a forward of one column leaves its keys and values in the cache that it gets."""
+    past = KeysAndValues(config=policy.module.config)
+    one = torch.ones_like(canvas.attention_mask[:1, :1])
+    policy.encode(canvas.tokens[:1, :1], one, position_ids(one), past_key_values=past, use_cache=True)
+    return past.get_seq_length() == 1
 
 
 @functools.cache
@@ -263,6 +271,6 @@ def _cached_states(
         layer.keys, layer.values = keys, values
     given = {"past_key_values": keys_and_values, "use_cache": True}
     states = policy.encode(tokens[:, fresh], bias, positions[:, fresh], **given)
-    if whole and keys_and_values.get_seq_length():  # a module may ignore its cache
+    if whole:
         past = [(layer.keys[:, :, outside], layer.values[:, :, outside]) for layer in keys_and_values.layers]
     return states, past

@@ -176,7 +176,7 @@ def grpo_recipe(
     eval_task = task_of(held_out, name=f"{name}-held-out")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens} | dict(sampler_options or {})
     steps = options.get("num_steps") or max_new_tokens
-    # `unmask`'s own rank, LLaDA's `confidence`, learns no more (docs/concepts.md), and its law takes more products.
+    # `unmask`'s own rank, LLaDA's `confidence`, is not shown to learn more (docs/concepts.md), and its law costs time.
     sampler = partial(unmask, **{"rank": max_prob} | options)
     likelihood = trajectory(num_segments=None if steps <= SEGMENTS else SEGMENTS)
     if isinstance(model, str):

@@ -42,7 +42,8 @@ from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 
 @dataclass(frozen=True)
 class Step:
-    """What a step learned from, and its metrics, in balanced rows: not all are those that this process sampled."""
+    """What a step learned from, and its metrics, in balanced rows: not all are those that this process sampled. Of
+    several sets of masks, `logps` and all metrics but the update's are of the first."""
 
     rollout: Rollout
     advantages: Float[Tensor, "P G"]
@@ -70,15 +71,19 @@ def step(
         rollout, advantages, groups = balanced  # so that all processes finish together
         keys = [(number, iteration) if iteration else (number,) for iteration in range(recipe.mask_draws)]
         # Every policy is scored under the same masks.
-        noises = [draw_noise(recipe, rollout, advantages, groups, key, accelerator) for key in keys]
+        learned = learned_groups(recipe, advantages).double()  # later masks are for the update alone, not for metrics
+        scored_groups = [groups, *[learned] * (len(keys) - 1)]
+        noises = [
+            draw_noise(recipe, rollout, advantages, some, key, accelerator)
+            for some, key in zip(scored_groups, keys, strict=True)
+        ]
         compared = compare_sides(policy, rollout_policy, rollout, noises[0])  # before graphs are kept
         scored = partial(score, recipe, rollout, policy=policy, rollout_policy=rollout_policy, reference=reference)
         later = [scored(noise) for noise in noises[1:]]
         logps = scored(noises[0], keep=True)
     with stage("update"), learner_forward(recipe, policy, rollout_policy, accelerator):
-        corrected = partial(correct, recipe, rollout, advantages=advantages, accelerator=accelerator, groups=groups)
-        batch, mismatch = corrected(logps)
-        batches = [batch, *(corrected(each)[0] for each in later)]
+        batch, mismatch = correct(recipe, rollout, logps, advantages, accelerator, groups=groups)
+        batches = [batch, *(weigh(recipe, rollout, each, advantages, learned, accelerator)[0] for each in later)]
         agreement = side_metrics(*compared, accelerator)  # after scoring, which would wait for the exchange
         learning = learn(batches * (recipe.num_iterations // len(batches)))
     return Step(rollout, advantages, logps, agreement | mismatch | learning)
@@ -103,13 +108,25 @@ def correct(
 ) -> tuple[Batch, dict[str, float]]:
     """The batch to learn from, with the corrector's weights and keep mask, and mismatch metrics over all processes."""
     lost = reduce_metrics(waited("scoring", accelerator), accelerator)  # first: the gathering waits for all
-    rows = gather_rows(recipe, rollout, logps, advantages, groups, accelerator)
-    weights, keep, live = weigh_learned(recipe.corrector, rows)  # sees learned rows only
+    batch, rows, live = weigh(recipe, rollout, logps, advantages, groups, accelerator)
     every = mismatch_metrics(  # of all rows, estimated from those that are scored
         rows.log_mismatch, rows.completion, old=rows.old, advantages=rows.advantages, row_weights=rows.weights
     )
-    metrics = lost | every | live | symptoms(recipe, rows, logps.noise)
-    return make_batch(recipe, logps, rollout, rows, weights, keep, accelerator), metrics
+    return batch, lost | every | live | symptoms(recipe, rows, logps.noise)
+
+
+def weigh(
+    recipe: Recipe,
+    rollout: Rollout,
+    logps: Logprobs,
+    advantages: Float[Tensor, "P G"],
+    groups: Float[Tensor, " P"],
+    accelerator: Accelerator,
+) -> "tuple[Batch, Rows, dict[str, float]]":
+    """The batch with the corrector's weights and keep mask, the rows of all processes, and `live/*` of those rows."""
+    rows = gather_rows(recipe, rollout, logps, advantages, groups, accelerator)
+    weights, keep, live = weigh_learned(recipe.corrector, rows)  # sees learned rows only
+    return make_batch(recipe, logps, rollout, rows, weights, keep, accelerator), rows, live
 
 
 @dataclass(frozen=True)
@@ -129,7 +146,7 @@ class Rows:
 def gather_rows(
     recipe: Recipe, rollout: Rollout, logps: Logprobs, advantages: Tensor, groups: Tensor, accelerator: Accelerator
 ) -> Rows:
-    """The one transfer of a step's log-probs, of completion tokens in scored rows. An exchange of all processes."""
+    """The one transfer of one set of masks' log-probs, of tokens in scored rows. An exchange of all processes."""
     mask = logps.noise.scored(rollout.completion_mask)
     apart = torch.where(mask, logps.old - logps.rollout, 0)
     parts = (apart, mask, rollout.completion_mask, logps.old, rollout.tokens)

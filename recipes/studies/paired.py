@@ -137,7 +137,7 @@ def interval(values: Sequence[float]) -> str:
 def share(results: Results, arm: str, against: str, whole: str) -> str:
     """(arm less against) / (whole less against), paired by seed, and Fieller's 95 % interval.
 
-    "no harm" where the interval of the whole loss includes 0: then no share is bounded."""
+    "not shown" where the interval of the whole loss includes 0: then no share is bounded."""
     part, loss = paired(results, arm, against), paired(results, whole, against)
     n = len(loss)
     t = T[n] ** 2 / n
@@ -145,7 +145,7 @@ def share(results: Results, arm: str, against: str, whole: str) -> str:
     b = mean(part) * mean(loss) - t * covariance(part, loss)
     c = mean(part) ** 2 - t * variance(part)
     if a <= 0:
-        return "no harm"
+        return "not shown"
     half = (b * b - a * c) ** 0.5
     return f"{mean(part) / mean(loss):.2f} [{(b - half) / a:.2f}, {(b + half) / a:.2f}]"
 

@@ -101,6 +101,14 @@ def test_ratios_of_every_inner_update_divide_by_the_same_masks(make, tmp_path):
     assert len(norms) == (1 if make is lik.trajectory else 3)
 
 
+def test_updates_on_fresh_masks_may_have_nothing_to_learn_from(tmp_path):
+    still = {"advantages": lambda rewards: 0 * rewards, "beta": 0.0, "num_iterations": 3}
+    train(recipe(tmp_path, lik.coupled(), **still))
+    (row,) = metrics_of(tmp_path / "run")
+    assert [row[f"grad_norm/iteration_{iteration}"] for iteration in range(3)] == [0, 0, 0]
+    assert row["rollout_corr/abs_log_ratio_mean"] > 0  # of the groups that are measured alone
+
+
 ESTIMATORS = [
     *(getattr(lik, name)() for name in ("one_step", "elbo", "coupled", "quadrature", "eubo", "sandwich", "trajectory")),
     *(lik.one_step(prompt_mask=0.0), lik.causal(), lik.block(block_size=4)),

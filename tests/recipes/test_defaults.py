@@ -17,8 +17,12 @@ PARTS = ("corrector", "loss", "aggregate", "num_iterations", "advantages", "old_
 LIKE_D1 = {"likelihood", "num_iterations", "loss", "rank", "beta"}  # published settings, for comparison
 APART = {
     "antibody_cdr3": {"beta"},  # a KL term to the pretrained model
-    "smollm2_arithmetic": {"beta", "corrector"},  # the ESS falls to 0.6
-    "smollm2_diffusion": {"beta", "corrector", "rank"},  # its SFT masked at random
+    "smollm2_arithmetic": {"beta", "corrector"},  # its mean ESS is 0.92
+    "smollm2_diffusion": {
+        "beta",
+        "corrector",
+        "rank",
+    },  # its SFT masked at random; the corrector is the recipe's before it
     "qwen3_8b_gsm8k": {"loss"},  # of the recipe that it varies; acts above one update alone
     "llada2_mini_gsm8k": LIKE_D1 - {"rank"},
     "llada_8b_sudoku_full": LIKE_D1 - {"beta"},  # no second copy of all weights

@@ -29,7 +29,7 @@ def test_a_blended_copy_lies_its_share_of_the_way():
         torch.testing.assert_close(weights_of(lengths.blended(share).load(policy)), weights_of(policy) + share * far)
 
 
-def test_settings_differ_in_steps_and_nothing_else():
+def test_settings_differ_in_steps_and_engine():
     for part in (lengths.DIFFUSION, lengths.CAUSAL):
         for arm, changes in part.arms.items():
             recipe = replace(part.base, **changes)

@@ -25,7 +25,7 @@ def test_a_share_of_the_harm_by_hand():
     results = {("none", seed): {"after": 0.0} for seed in (0, 1)}
     results |= {("TIS", 0): {"after": 1.0}, ("TIS", 1): {"after": 3.0}}
     whole = {("whole", 0): {"after": 2.0}, ("whole", 1): {"after": 4.0}}
-    assert paired.share(results | whole, "TIS", "none", "whole") == "no harm"
+    assert paired.share(results | whole, "TIS", "none", "whole") == "not shown"
     whole = {("whole", 0): {"after": 399.0}, ("whole", 1): {"after": 401.0}}
     t = 12.706**2 / 2
     a, b, c = 160_000 - 2 * t, 800 - 2 * t, 4 - 2 * t

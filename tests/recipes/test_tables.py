@@ -7,7 +7,7 @@ from statistics import mean, stdev
 import pytest
 
 from dllm_rl.members import describe
-from recipes.studies import experts, fp8_sums, order, paired, rates
+from recipes.studies import experts, fp8_sums, league, order, paired, rates
 
 STUDIES = Path(paired.__file__).parent
 
@@ -53,7 +53,7 @@ def test_the_intervals_are_those_of_the_seeds(name, part, column):
 
 def test_mismatch():
     contrasts = stored("mismatch")["contrasts"]
-    claims, _, _, causal, *_ = tables_of("mismatch")
+    claims, _, _, _, causal, *_ = tables_of("mismatch")
     assert [(row["difference, 95 %"], row["p"]) for row in claims] == [
         (row["difference, 95 %"], row["Holm's p"]) for row in contrasts
     ]
@@ -80,22 +80,37 @@ def test_real_fp8():
 
 def test_rates():
     """The tables, and that the trials chose what the text says."""
-    tuning, results = ({(run["arm"], run["seed"]): run for run in stored("rates")[part]} for part in ("tuning", "runs"))
-    assert (len(tuning), len(results)) == (204, 180)
+    parts = ({(run["arm"], run["seed"]): run for run in stored("rates")[part]} for part in ("tuning", "runs", "equal"))
+    tuning, results, more = parts
+    assert (len(tuning), len(results), len(more)) == (204, 180, 50)
     told = (STUDIES / "mismatch.md").read_text()
-    assert rates.told(results) in told
+    assert rates.told(results, more, rates.best(tuning)) in told
     assert f"Unquantised: {paired.interval([results['unquantised', seed]['after'] for seed in range(10, 20)])}." in told
     best = rates.best(tuning)
     assert best.pop("five levels: AIS") == 1.25e-4 and set(best.values()) == {2.5e-4, 5e-4}
 
 
+def seeds_of(row):
+    return [float(value) for value in row["each seed"].split(", ")]
+
+
 def test_league():
     told = (STUDIES / "league.md").read_text()
+    default = {
+        task: seeds_of(row)
+        for task in ("sudoku", "countdown")
+        for row in stored(f"league_{task}")["results"]
+        if row["method, its setting"].startswith(league.DEFAULT)
+    }
     for row in stored("league_sudoku")["results"]:
         method = row["method, its setting"].split(",")[0]
         (other,) = (
             r for r in stored("league_countdown")["results"] if r["method, its setting"].split(",")[0] == method
         )
+        for each, task in ((row, "sudoku"), (other, "countdown")):
+            apart = [ours - its for ours, its in zip(default[task], seeds_of(each), strict=True)]
+            told_apart = paired.interval(apart) if method != league.DEFAULT else "-"
+            assert each["default less it"] == told_apart
         cells = (each[column] for each in (row, other) for column in ("held-out rate, 95 %", "default less it"))
         assert f"| {method} | {' | '.join(cells)} |" in told
 

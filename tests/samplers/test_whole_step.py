@@ -72,7 +72,7 @@ def test_a_step_waits_for_the_device_once_at_most(uncompiled, given, each):
         assert cuda.waits("sampling") - cuda.waits("sampling", place="samplers/") == 8, cuda.report()
 
 
-def test_what_has_no_fixed_shapes_is_refused(uncompiled, tmp_path):
+def test_what_has_no_fixed_shapes_is_refused(tmp_path):
     policy = tiny_llama(characters="1234.=", causal=False)
     prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
     run = partial(unmask, policy, prompts, torch.Generator(), max_new_tokens=4, compile_step=True)

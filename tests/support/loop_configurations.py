@@ -1,4 +1,4 @@
-"""Nine small runs that between them take every branch of the loop; in several, some groups' rewards are all equal."""
+"""Nine small runs that take every branch of the loop but fresh masks; in several, rewards of groups are all equal."""
 
 from pathlib import Path
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+from dllm_rl.algorithms.correctors import ais
 from dllm_rl.likelihoods.estimators import causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers.autoregress import autoregress
@@ -23,6 +24,7 @@ def tiny_recipe(directory, **changes):
         eval_task=Sudoku(split="test", size=8),
         sampler=partial(unmask, max_new_tokens=16, num_steps=3, temperature=1.0),
         eval_sampler=partial(unmask, max_new_tokens=16, num_steps=3),
+        corrector=ais(),  # the main job takes none
         train_batch_size=4,
         num_generations=4,
         num_steps=2,
