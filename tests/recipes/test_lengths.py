@@ -1,4 +1,4 @@
-"""The lengths study: its blended copy, its settings, and the table of its stored runs."""
+"""The lengths study: its blended copy and its settings."""
 
 from dataclasses import replace
 

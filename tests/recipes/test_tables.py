@@ -7,7 +7,7 @@ from statistics import mean, stdev
 import pytest
 
 from dllm_rl.members import describe
-from recipes.studies import experts, fp8_sums, league, order, paired, rates
+from recipes.studies import experts, fp8_sums, league, lengths, order, paired, rates
 
 STUDIES = Path(paired.__file__).parent
 
@@ -88,6 +88,12 @@ def test_rates():
     assert f"Unquantised: {paired.interval([results['unquantised', seed]['after'] for seed in range(10, 20)])}." in told
     best = rates.best(tuning)
     assert best.pop("five levels: AIS") == 1.25e-4 and set(best.values()) == {2.5e-4, 5e-4}
+
+
+def test_lengths():
+    results = {(run["arm"], run["seed"]): run for run in stored("lengths")}
+    assert len(results) == 98 and {arm for arm, _ in results} == set(lengths.study.arms)
+    assert lengths.told(results) in (STUDIES / "mismatch.md").read_text()
 
 
 def seeds_of(row):
