@@ -173,8 +173,9 @@ def plan_and_allocator(cases):
             held = sum(x.to_local().nbytes for x in [*policy.module.parameters(), *state])
             batch = replace(batch, rollout=replace(rollout, weights_version=step))
             optimizer.zero_grad(set_to_none=True)
-            settings = recipe.update_settings(0)
-            peaks.append(held + plan.profiled(partial(update, policy, optimizer, batch, accelerator, **settings))[0])
+            batches = [batch] * recipe.num_iterations
+            learn = partial(update, policy, optimizer, batches, accelerator, **recipe.update_settings(0))
+            peaks.append(held + plan.profiled(learn)[0])
         # Gloo's thread frees a gathered layer when its turn comes: the lowest peak has the shortest wait.
         peak = min(peaks[1:])
         assert 0.97 * peak < planned.peaks["update"] < 1.1 * peak, (case, peak, planned)
