@@ -1,20 +1,26 @@
-"""Published methods for RL of diffusion language models on one task, in equal time, tuned by the same budget.
+"""Published methods for RL of diffusion language models, in equal time and tuned alike. Claims before the runs.
 
-Every method trains its seed's one warmed-up model on 4x4 Sudoku, 16 prompts of 8 completions, rollouts of two parallel
-steps, fp32; held-out puzzles are filled in greedily in two steps (Countdown: expressions, three steps in both). A
-method's number of steps is the budget over the time of one of its steps, which is measured first, with one thread and
-nothing else running. Each is tried in the settings of GRID, on a seed and on puzzles of their own; the best of them is
-run on the league's seeds. What a method is here, and what it leaves out of its paper: METHODS. Finished runs are kept
-as one JSON each below `--output_dir`; league_TASK.json has each seed and the tuning. What the numbers say: league.md.
+Every method trains its seed's one warmed-up model: 16 prompts of 8 completions, fp32, unquantised. Held-out problems
+are decoded greedily in as many steps as the rollouts, two on 4x4 Sudoku and three on Countdown. A method's number of
+steps is the budget over the time of one of its steps, measured first, by one thread, with nothing else running.
 
-    python -m recipes.studies.league                   costs, tuning, runs, table and figure
-    python -m recipes.studies.league --task countdown
+Tuning: a method takes one update a rollout, or as many as its authors, at the rates of GRID. Updates draw fresh masks.
+All settings run on seed 100, the two best of them on 101 and 102 too, on problems of their own; the best mean is run on
+the league's ten seeds. The claims: the default ends above each other row. Holm's correction counts those of one task.
+
+Each row is another gradient. With one update those of TraceRL, GSPO and DAPO are one: TraceRL's row stands for GSPO,
+and DAPO's differs by the groups that it draws again. `trajectory(num_segments=1)` is `one_step(prompt_mask=0)`.
+
+    python -m recipes.studies.league sudoku            costs, tuning, runs, league_sudoku.json, the table and the figure
+    python -m recipes.studies.league countdown
 """
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -24,184 +30,206 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import group_relative, leave_one_out
-from dllm_rl.algorithms.correctors import ais, none
+from dllm_rl.algorithms.correctors import none
 from dllm_rl.algorithms.losses import gspo, ppo_clip, reinforce, sequence, token
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers.rules import random
 from recipes import countdown_tiny, sudoku_tiny
-from recipes.studies.paired import Study, interval, load, markdown, run_all, run_missing, warm_up, write_rows
+from recipes.studies.paired import (
+    Contrast,
+    Results,
+    Study,
+    contrast_rows,
+    interval,
+    load,
+    markdown,
+    run_all,
+    run_missing,
+    warm_up,
+)
 from recipes.studies.surrogates import gdsd, stable_drl
 
-TUNED_ON = 100  # a seed that the league does not have
+SECONDS = 14.0  # of a run's steps, by one thread
+TUNED_ON = (100, 101, 102)
+SEEDS = 10
 DEFAULT = "TraceRL (the default)"
+TASKS = {"sudoku": (sudoku_tiny.recipe, "solve_rate"), "countdown": (countdown_tiny.recipe, "accuracy")}
+STORED = {task: Path(__file__).with_name(f"league_{task}.json") for task in TASKS}  # every run
+SPG_BOUNDS = lik.sandwich(beta=1.0, mix=0.5, base=lik.coupled())  # beta: of SPG's Sudoku runs
+
+centred = partial(group_relative, scale_rewards="none")
+dual_clip = partial(ppo_clip, delta=1.2)
 
 
 def wd1(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     """wd1's weights: softmax(A) - softmax(-A) over the group, A = R - mean, times G (arXiv 2507.08838, its authors'
     code [paper]; there the softmax is over a process's rows, which are one group)."""
-    centred = group_relative(rewards, scale_rewards="none")
-    return rewards.shape[-1] * (torch.softmax(centred, -1) - torch.softmax(-centred, -1))
+    apart = centred(rewards)
+    return rewards.shape[-1] * (torch.softmax(apart, -1) - torch.softmax(-apart, -1))
 
 
-# Likelihood, objective and, as `sampler`, what the rollout's differs in are the papers'; batch, optimiser, no KL term
-# are the league's. ELBO-based ones share one estimator, `coupled`, so that what differs is the objective;
-# length-normalised ratios have a clip of 0.2. Formulas, sources and tags: the docstrings of what is named here.
+# Likelihood, objective, advantages and updates are the papers' or their code's; `sampler`: what differs in the rollout.
+# Batch, optimiser and no KL term are the league's. ELBOs come from `coupled`, each token under one of two masks. A
+# sequence's ratio has a clip of 0.2: the authors' 4e-4 is for smaller updates. Methods that publish one update get two
+# with a dual clip as well. Formulas and sources: the docstrings of what is named here.
 METHODS: dict[str, dict[str, Any]] = {
-    # diffu-GRPO: all masked at once, 15 % of the prompt too; A = R - mean; PPO's clip per token.
+    # All masked at once, 15 % of the prompt too, anew in each update; PPO's clip per token.
     "d1": {
         "likelihood": lik.one_step(prompt_mask=0.15),
-        "advantages": partial(group_relative, scale_rewards="none"),
-        "aggregate": sequence,
+        "loss": partial(ppo_clip, epsilon=0.5),
+        "advantages": centred,
+        "aggregate": token,
+        "num_iterations": 8,
     },
-    # The ELBO's ratio per sequence, over its length, clipped; leave-one-out advantages.
-    "ESPO": {
-        "likelihood": lik.coupled(num_samples=1),
-        "loss": partial(gspo, epsilon=0.2, epsilon_high=0.2),
-        "advantages": leave_one_out,
-        "aggregate": sequence,
-    },
-    # A lower bound where A >= 0, an upper one mixed in where A < 0.
-    "SPG": {"likelihood": lik.sandwich(base=lik.coupled(num_samples=1))},
     # One estimate of log p, no ratio, softmax weights of both signs.
     "wd1": {
         "likelihood": lik.one_step(prompt_mask=0.15),
         "loss": reinforce,
         "advantages": wd1,
         "aggregate": sequence,
+        "num_iterations": 8,
+    },
+    # The ELBO's ratio per sequence, over its length, clipped; two Monte Carlo samples.
+    "ESPO": {
+        "likelihood": lik.coupled(num_samples=2),
+        "loss": partial(gspo, epsilon=0.2, epsilon_high=0.2),
+        "advantages": leave_one_out,
+        "aggregate": sequence,
+        "num_iterations": 8,
+    },
+    # A lower bound where A >= 0, an upper one mixed in where A < 0.
+    "SPG": {"likelihood": SPG_BOUNDS, "advantages": centred, "num_iterations": 4},
+    # SPG's bounds; the ratio per sequence, clipped whatever the sign, normalised over the batch.
+    "StableDRL": {
+        "likelihood": SPG_BOUNDS,
+        "loss": stable_drl,
+        "advantages": centred,
+        "aggregate": sequence,
+        "num_iterations": 2,
     },
     # A regression of the sequence's log-ratio on the advantage.
     "GDSD": {
-        "likelihood": lik.coupled(num_samples=1),
-        "loss": gdsd,
+        "likelihood": lik.coupled(),
+        "loss": partial(gdsd, psi=1.0),
+        "advantages": centred,
         "aggregate": sequence,
+        "num_iterations": 8,
     },
-    # The ELBO's ratio per sequence, clipped whatever the sign, normalised over the batch.
-    "StableDRL": {
-        "likelihood": lik.coupled(num_samples=1),
-        "loss": stable_drl,
-        "aggregate": sequence,
+    # Rollouts a token a step from left to right, each token's own conditional. Two positions a row are scored, ours:
+    # with all 16 there is time for three steps.
+    "JustGRPO": {
+        "likelihood": lik.trajectory(num_sampled=2),
+        "sampler": {"num_steps": None, "block_size": 1},
+        "loss": dual_clip,
+        "num_iterations": 2,
     },
-    # Rollouts a token a step from left to right, each token's own conditional; two positions a row are scored, ours.
-    "JustGRPO": {"likelihood": lik.trajectory(num_sampled=2), "sampler": {"num_steps": None, "block_size": 1}},
-    # The recorded trajectory, PPO's clip per token (without its value model): the library's default too.
-    DEFAULT: {"likelihood": lik.trajectory()},
-    # The trajectory, its clip higher above than below, a mean over tokens, groups of one reward drawn again.
+    # The recorded trajectory, PPO's clip per token, without TraceRL's value model: the library's default too.
+    DEFAULT: {"likelihood": lik.trajectory(), "loss": dual_clip, "num_iterations": 2},
+    # The trajectory; groups of one reward drawn again, a clip that is higher above than below.
     "DAPO": {
         "likelihood": lik.trajectory(),
         "loss": partial(ppo_clip, epsilon=0.2, epsilon_high=0.28),
-        "aggregate": token,
         "max_num_gen_batches": 4,
+        "num_iterations": 2,
     },
-    # The trajectory's ratio per sequence, over its length, clipped.
-    "GSPO": {
+    "random order": {
         "likelihood": lik.trajectory(),
-        "loss": partial(gspo, epsilon=0.2, epsilon_high=0.2),
-        "aggregate": sequence,
-    },
-    # The default's, in random order.
-    "random order": {"likelihood": lik.trajectory(), "sampler": {"rank": random}},
-    "random order with FP8 and AIS": {
-        "likelihood": lik.trajectory(),
-        "corrector": ais(),
-        "rollout_quantization": partial(float8_weight_only, dequantised=True),
         "sampler": {"rank": random},
+        "loss": dual_clip,
+        "num_iterations": 2,
     },
+    "one step": {"likelihood": lik.one_step(prompt_mask=0.0), "loss": dual_clip, "num_iterations": 2},
 }
+
+
 GRID: dict[str, dict[str, Any]] = {
-    "lr 1e-4": {"learning_rate": 1e-4},
-    "lr 2e-4": {"learning_rate": 2e-4},
-    "lr 5e-4": {},
-    "lr 1e-3": {"learning_rate": 1e-3},
-    "lr 5e-4, two updates": {"num_iterations": 2},
-}
-TASKS = {"sudoku": (sudoku_tiny.recipe, "solve_rate"), "countdown": (countdown_tiny.recipe, "accuracy")}
+    f"one update, {rate}": {"learning_rate": float(rate), "num_iterations": 1} for rate in ("2e-4", "5e-4", "1e-3")
+} | {f"all updates, {rate}": {"learning_rate": float(rate)} for rate in ("1e-4", "3e-4")}
 
 
-def study_of(task: str, seeds: int) -> Study:
-    """All methods in all settings; which of them are run is `main`'s to say."""
+def study_of(task: str) -> Study:
+    """All methods in all settings, and the claims, which are of methods."""
     recipe, metric = TASKS[task]
-    base = replace(
-        recipe, train_batch_size=16, kept_graphs=4, corrector=none(), rollout_quantization=None, learning_rate=5e-4
-    )
+    base = replace(recipe, train_batch_size=16, kept_graphs=16, corrector=none(), rollout_quantization=None)
     arms = {}
-    for method, changes in METHODS.items():
+    for (method, changes), (setting, more) in product(METHODS.items(), GRID.items()):
         sampler = partial(base.sampler, **changes.get("sampler", {}))
-        for setting, more in GRID.items():
-            arms[f"{method}, {setting}"] = changes | more | {"sampler": sampler}
-    metrics = {"area": f"rewards/{metric}/mean"}
-    return Study("league", base, arms, {}, metrics, seeds=seeds, num_steps=0, metric=metric)
+        arms[f"{method}, {setting}"] = changes | more | {"sampler": sampler}
+    claims = tuple(Contrast(f"above {each}", DEFAULT, each) for each in METHODS if each != DEFAULT)
+    solved = {"rollouts solved": f"rewards/{metric}/mean"}
+    return Study("league", base, arms, {}, solved, seeds=SEEDS, num_steps=0, contrasts=claims, metric=metric)
 
 
-def costs(study: Study, root: Path) -> None:
-    """Adds to `root`/costs.json the seconds of a step of every arm that it lacks, one thread, nothing else running: the
-    median of six steps, the lesser of two rounds of all arms. A learning rate costs nothing."""
+def method_of(arm: str) -> str:
+    return arm.split(", ")[0]
+
+
+def same_cost(arm: str) -> str:
+    """The arm without its learning rate, which costs nothing."""
+    return arm.rsplit(", ", 1)[0]
+
+
+def measure(study: Study, root: Path) -> None:
+    """Adds to `root`/costs.json the seconds of a step of each method and number of updates that it lacks, one thread,
+    nothing else running: the median of six steps, the lesser of two rounds."""
     from dllm_rl.monitoring.plots import read_metrics
     from dllm_rl.training.loop import train
 
     path, folder = root / "costs.json", root / "runs" / "cost"
     found: dict[str, float] = read_json(path) if path.exists() else {}
-    missing = [arm for arm in study.arms if "lr 5e-4" in arm and arm not in found]
-    warm = warm_up(study.base, TUNED_ON, root / "tuning" / "warm" / str(TUNED_ON))
+    missing = {same_cost(arm): changes for arm, changes in study.arms.items() if same_cost(arm) not in found}
+    warm = warm_up(study.base, TUNED_ON[0], root / "tuning" / "warm" / str(TUNED_ON[0]))
     few = {"model": str(warm), "warmup_steps": 0, "num_steps": 8, "eval_steps": 0, "report_to": None}
     for _ in range(2):
-        for arm in missing:
-            changes = study.arms[arm] | few | {"output_dir": str(folder), "overwrite_output_dir": True}
-            train(replace(study.base, **changes))
+        for name, changes in missing.items():
+            settings = changes | few | {"output_dir": str(folder), "overwrite_output_dir": True}
+            train(replace(study.base, **settings))
             seconds = median(row["step_time"] for row in read_metrics(folder)[2:])
-            found[arm] = min(seconds, found.get(arm, seconds))
-    alike = {arm: arm if "two updates" in arm else f"{arm.split(', ')[0]}, lr 5e-4" for arm in study.arms}
-    write_json(path, {arm: found[other] for arm, other in alike.items()})
+            found[name] = min(seconds, found.get(name, seconds))
+    write_json(path, found)
 
 
-def steps_of(root: Path, arm: str, seconds: float) -> int:
-    return max(1, round(seconds / read_json(root / "costs.json")[arm]))
+def steps_of(costs: Mapping[str, float], arm: str) -> int:
+    return max(1, round(SECONDS / costs[same_cost(arm)]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path)
-    parser.add_argument("--task", choices=TASKS, default="sudoku")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=24.0, help="of a run's steps, at their cost")
-    parser.add_argument("--report", action="store_true", help="run nothing")
-    options = parser.parse_args()
-    root = options.output_dir or Path("runs") / f"league-{options.task}"
-    study = study_of(options.task, options.seeds)
-    tuning = replace(study, base=replace(study.base, eval_task=study.base.validation_task))
-
-    run = partial(run_missing, num_steps=lambda arm: steps_of(root, arm, options.seconds), workers=options.workers)
-    if not options.report:
-        run_all([("costs", partial(costs, study, root))], root, 1)
-        run(tuning, root / "tuning", [(arm, TUNED_ON) for arm in study.arms])
-    tuned, best = load(root / "tuning"), {}
-    for method in METHODS:
-        settings = [f"{method}, {setting}" for setting in GRID]
-        best[method] = max(settings, key=lambda arm: tuned[arm, TUNED_ON]["after"])
-    if not options.report:
-        run(study, root, [(arm, seed) for seed in range(options.seeds) for arm in best.values()])
-    found = load(root)
-    rates = {arm: f"{tuned[arm, TUNED_ON]['after']:.3f}" for arm in study.arms}
-    tuning_rows = [{"method": method} | {s: rates[f"{method}, {s}"] for s in GRID} for method in METHODS]
-    runs = {arm: {s: found[arm, s] for a, s in sorted(found) if a == arm} for arm in best.values()}
-    report(study, options.task, runs, tuning_rows)
+def shortlist(tuning: Results) -> dict[str, list[str]]:
+    """By method: the two arms with the best rates on the first of TUNED_ON."""
+    first = TUNED_ON[0]
+    arms = sorted((arm for arm, seed in tuning if seed == first), key=lambda arm: -tuning[arm, first]["after"])
+    return {method: [arm for arm in arms if method_of(arm) == method][:2] for method in map(method_of, arms)}
 
 
-def average(runs: list[dict[str, Any]], column: str, form: str) -> str:
-    """Of the runs that have it: one that diverged has no seconds, and may have no area."""
-    values = [run[column] for run in runs if column in run]
-    return f"{mean(values):{form}}" if values else "-"
+def best(tuning: Results) -> dict[str, str]:
+    """By method: the arm of its shortlist with the best mean over TUNED_ON."""
+
+    def rate(arm: str) -> float:
+        return mean(tuning[arm, seed]["after"] for seed in TUNED_ON)
+
+    return {method: max(arms, key=rate) for method, arms in shortlist(tuning).items()}
 
 
-def report(
-    study: Study,
-    task: str,
-    found: dict[str, dict[int, dict[str, Any]]],
-    tuning: Sequence[dict[str, str]] = (),
-) -> None:
-    """Print the table, best mean first; write league_TASK.json and draw league_TASK.png beside this file."""
+def told(task: str, results: Results) -> str:
+    """The table, as the document holds it: the best mean first."""
+    runs = {(method_of(arm), seed): run | {"arm": arm} for (arm, seed), run in results.items()}
+    claims = {row["less"]: row for row in contrast_rows(study_of(task), runs)}
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for (method, _), run in runs.items():
+        by_method.setdefault(method, []).append(run)
+    rows = []
+    for method, its in sorted(by_method.items(), key=lambda each: -mean(run["after"] for run in each[1])):
+        row = {"method": method, "held-out rate, 95 %": interval([run["after"] for run in its])}
+        claim = claims.get(method, {"difference, 95 %": "-", "Holm's p": "-"})
+        row |= {"default less it": claim["difference, 95 %"], "Holm's p": claim["Holm's p"]}
+        seconds = [run["s"] for run in its if "s" in run]  # a run that diverged has none
+        row |= {"setting": its[0]["arm"].split(", ", 1)[1], "steps": str(its[0]["num_steps"])}
+        rows.append(row | {"s in all": f"{mean(seconds):.0f}" if seconds else "-"})
+    return markdown(rows)
+
+
+def draw(task: str, results: Results, path: Path) -> None:
+    """A line a method, the best mean on top: a dot a seed, the mean and its interval, and where RL began."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -209,35 +237,45 @@ def report(
 
     from recipes.studies.mismatch_report import line
 
-    order = sorted(found, key=lambda arm: -sum(run["after"] for run in found[arm].values()))
-    default = next(runs for arm, runs in found.items() if arm.startswith(DEFAULT))
-    rows = []
-    for arm in order:
-        runs = list(found[arm].values())
-        rates = [run["after"] for run in runs]
-        apart = [default[seed]["after"] - run["after"] for seed, run in found[arm].items()]
-        row = {"method, its setting": arm, "seeds": str(len(runs)), "held-out rate, 95 %": interval(rates)}
-        row["each seed"] = ", ".join(f"{rate:.3f}" for rate in rates)
-        row |= {
-            "default less it": "-" if found[arm] is default else interval(apart),
-            "area": average(runs, "area", ".3f"),
-        }
-        rows.append(row | {"steps": str(runs[0]["num_steps"]), "s in all": average(runs, "s", ".0f")})
-    print(markdown(rows))
-    folder = Path(__file__).parent
-    write_rows(folder / f"league_{task}.json", results=rows, tuning=tuning)
-    began = {s: run["before"] for runs in found.values() for s, run in runs.items() if "before" in run}
-    before = list(began.values())
-    print(f"before RL: {interval(before)}")
+    by_method: dict[str, list[float]] = {}
+    for (arm, _), run in results.items():
+        by_method.setdefault(method_of(arm), []).append(run["after"])
+    order = sorted(by_method, key=lambda method: -mean(by_method[method]))
     figure, axis = plt.subplots(figsize=(7, 1 + 0.35 * len(order)), layout="constrained")
-    for place, arm in enumerate(order):
-        line(axis, -place, [run["after"] for run in found[arm].values()], "#1f77b4")
-    axis.axvline(mean(before), color="grey", linewidth=0.8, linestyle=":")
-    axis.set_yticks([-place for place in range(len(order))], [arm.split(", ")[0] for arm in order])
-    axis.set_xlabel(f"held-out {study.metric.replace('_', ' ')} in equal time (dotted: where RL began)")
+    for place, method in enumerate(order):
+        line(axis, -place, by_method[method], "#1f77b4")
+    began = [run["before"] for run in results.values() if "before" in run]
+    axis.axvline(mean(began), color="grey", linewidth=0.8, linestyle=":")
+    axis.set_yticks([-place for place in range(len(order))], order)
+    axis.set_xlabel(f"held-out {TASKS[task][1].replace('_', ' ')} in equal time (dotted: where RL began)")
     axis.grid(axis="x", alpha=0.3)
-    figure.savefig(folder / f"league_{task}.png", dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--output_dir", type=Path)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    root = options.output_dir or Path("runs") / f"league-{options.task}"
+    study = study_of(options.task)
+    trials = replace(study, base=replace(study.base, eval_task=study.base.validation_task))
+
+    run_all([("costs", partial(measure, study, root))], root, 1)
+    costs = read_json(root / "costs.json")
+    run = partial(run_missing, num_steps=lambda arm: steps_of(costs, arm), workers=options.workers)
+    run(trials, root / "tuning", product(study.arms, TUNED_ON[:1]))
+    second = [arm for arms in shortlist(load(root / "tuning")).values() for arm in arms]
+    run(trials, root / "tuning", product(second, TUNED_ON[1:]))
+    tuning = load(root / "tuning")
+    run(study, root, [(arm, seed) for seed, arm in product(range(SEEDS), best(tuning).values())])
+    results = load(root)
+    parts = {"costs": costs, "tuning": list(tuning.values()), "runs": list(results.values())}
+    write_json(STORED[options.task], parts)
+    draw(options.task, results, STORED[options.task].with_suffix(".png"))
+    print(told(options.task, results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The league's own weights, its arms and its table, from made-up results: nothing trained."""
+"""The league's own weights, its arms, its tuning and its table, from made-up results: nothing trained."""
 
 import json
 from dataclasses import replace
@@ -6,6 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dllm_rl import one_step, trajectory
+from dllm_rl.models.tokens import encode
+from dllm_rl.rng import generator_for
 from recipes.studies import league
 
 
@@ -16,22 +19,37 @@ def test_wd1_by_hand():
     assert league.wd1(torch.tensor([[3.0, 1.0, 2.0]])).sum().item() == pytest.approx(0, abs=1e-6)
 
 
+def test_one_segment_is_one_step():
+    """So the league has one row for both."""
+    recipe = league.study_of("sudoku").base
+    policy = recipe.model()
+    prompts = encode(policy, [recipe.task[0]], group_size=4, seeds=list(range(4)))
+    rollout = recipe.sampler(policy, prompts, generator_for(0, "rollout"))
+    scores = []
+    for likelihood in (one_step(prompt_mask=0.0), trajectory(num_segments=1)):
+        noise = likelihood.draw(rollout, generator_for(0, "noise"))
+        scores.append(likelihood.logprobs(policy, rollout, noise))
+    assert torch.equal(*scores) and scores[0].abs().sum() > 1
+
+
 @pytest.mark.parametrize("task", league.TASKS)
 def test_every_method_is_a_recipe_in_every_setting(task):
-    study = league.study_of(task, 5)
-    assert len(study.arms) == len(league.METHODS) * len(league.GRID) == 60
+    study = league.study_of(task)
+    assert len(study.arms) == len(league.METHODS) * len(league.GRID) == 55
     made = {arm: replace(study.base, **changes) for arm, changes in study.arms.items()}
-    in_order = {arm for arm, recipe in made.items() if recipe.sampler.keywords.get("block_size") == 1}
-    assert in_order == {f"JustGRPO, {setting}" for setting in league.GRID}
     assert {recipe.eval_sampler for recipe in made.values()} == {study.base.eval_sampler}
-    quantised = {arm.split(", ")[0] for arm, recipe in made.items() if recipe.rollout_quantization is not None}
-    assert quantised == {"random order with FP8 and AIS"}
     assert {recipe.train_batch_size * recipe.num_generations for recipe in made.values()} == {128}
+    updates = {league.method_of(arm): made[arm].num_iterations for arm in made if "all updates" in arm}
+    published = {"d1": 8, "wd1": 8, "ESPO": 8, "GDSD": 8, "SPG": 4, "StableDRL": 2}
+    assert updates == dict.fromkeys(league.METHODS, 2) | published
+    assert {made[arm].num_iterations for arm in made if "one update" in arm} == {1}
+    fresh = {league.method_of(arm) for arm, recipe in made.items() if recipe.mask_draws > 1}
+    assert fresh == {*published, "JustGRPO"}  # the others draw no masks
 
 
-def test_steps_follow_from_the_cost(tmp_path):
-    (tmp_path / "costs.json").write_text(json.dumps({"d1, lr 1e-3": 0.4}))
-    assert league.steps_of(tmp_path, "d1, lr 1e-3", 30) == 75
+def test_steps_follow_from_the_cost():
+    assert league.steps_of({"d1, one update": 0.4}, "d1, one update, 1e-3") == 35
+    assert league.steps_of({"d1, one update": 60.0}, "d1, one update, 1e-3") == 1
 
 
 def test_a_cost_is_the_lesser_median_of_two_rounds(tmp_path, monkeypatch):
@@ -41,40 +59,32 @@ def test_a_cost_is_the_lesser_median_of_two_rounds(tmp_path, monkeypatch):
     monkeypatch.setattr("dllm_rl.training.loop.train", trained.append)
     steps = lambda _: [{"step_time": float(len(trained) + i)} for i in range(8)]  # noqa: E731
     monkeypatch.setattr("dllm_rl.monitoring.plots.read_metrics", steps)
-    study = league.study_of("sudoku", 5)
-    league.costs(study, tmp_path)
-    league.costs(study, tmp_path)  # everything is there
+    study = league.study_of("sudoku")
+    league.measure(study, tmp_path)
+    league.measure(study, tmp_path)  # everything is there
     assert [recipe.num_steps for recipe in trained] == [8] * 2 * 2 * len(league.METHODS)
-    assert {recipe.learning_rate for recipe in trained} == {5e-4}
-    assert {recipe.num_iterations for recipe in trained} == {1, 2}
     found = json.loads((tmp_path / "costs.json").read_text())
-    assert found.keys() == study.arms.keys()
-    assert found["d1, lr 1e-4"] == found["d1, lr 1e-3"] == found["d1, lr 5e-4"] == 5.5
-    assert found["d1, lr 5e-4, two updates"] == 6.5
+    assert found.keys() == {league.same_cost(arm) for arm in study.arms}
+    assert (found["d1, one update"], found["d1, all updates"]) == (5.5, 6.5)
 
 
-def test_the_table_has_the_best_method_first(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(league, "__file__", str(tmp_path / "league.py"))
-    run = {"before": 0.25, "area": 0.3, "s": 40.0, "num_steps": 70}
-    found = {
-        f"{arm}, lr 1e-3": {seed: run | {"after": after + seed / 10} for seed in (0, 1)}
-        for arm, after in (("a", 0.2), (league.DEFAULT, 0.4))
-    }
-    league.report(league.study_of("sudoku", 2), "sudoku", found)
-    rows = [line for line in capsys.readouterr().out.splitlines() if "lr 1e-3" in line]
-    assert rows[0] == f"| {league.DEFAULT}, lr 1e-3 | 2 | 0.450±0.635 | 0.400, 0.500 | - | 0.300 | 70 | 40 |"
-    assert rows[1] == "| a, lr 1e-3 | 2 | 0.250±0.635 | 0.200, 0.300 | 0.200±0.000 | 0.300 | 70 | 40 |"
-    assert (tmp_path / "league_sudoku.png").stat().st_size > 5_000
+def test_the_best_two_of_the_first_seed_are_tried_again():
+    rates = {"a, one update, 2e-4": 0.3, "a, one update, 5e-4": 0.5, "a, all updates, 1e-4": 0.4, "b, x, 1": 0.1}
+    first = {(arm, 100): {"after": rate} for arm, rate in rates.items()}
+    shortlist = {"a": ["a, one update, 5e-4", "a, all updates, 1e-4"], "b": ["b, x, 1"]}
+    assert league.shortlist(first) == shortlist
+    more = {(arm, seed): {"after": 0.2} for arms in shortlist.values() for arm in arms for seed in (101, 102)}
+    more["a, all updates, 1e-4", 101] = {"after": 0.45}
+    assert league.best(first | more) == {"a": "a, all updates, 1e-4", "b": "b, x, 1"}
 
 
-def test_a_run_that_diverged_has_a_rate_and_no_seconds(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(league, "__file__", str(tmp_path / "league.py"))
-    run = {"before": 0.25, "after": 0.4, "area": 0.3, "s": 40.0, "num_steps": 70}
-    lost = {"after": 0.0, "area": 0.1, "num_steps": 70}
-    found = {f"{league.DEFAULT}, lr 1e-3": {0: lost, 1: run}, "a, lr 1e-3": {0: run | {"before": 0.35}, 1: lost}}
-    found["b, lr 1e-3"] = {seed: {"after": 0.0, "num_steps": 70} for seed in (0, 1)}
-    league.report(league.study_of("sudoku", 2), "sudoku", found)
-    lines = capsys.readouterr().out.splitlines()
-    assert sum("| 0.200 | 70 | 40 |" in line for line in lines) == 2
-    assert any(line.startswith("| b, ") and line.endswith("| - | 70 | - |") for line in lines)
-    assert lines[-1].startswith("before RL: 0.300±")
+def test_the_table_has_the_best_method_first(tmp_path):
+    """A run that diverged has a rate and no seconds."""
+    run = {"before": 0.25, "num_steps": 70, "s": 20.0}
+    ours = {(f"{league.DEFAULT}, one update, 5e-4", seed): run | {"after": 0.4 + seed / 10} for seed in (0, 1)}
+    lost = {("d1, all updates, 1e-4", seed): {"after": 0.0, "num_steps": 7} for seed in (0, 1)}
+    rows = league.told("sudoku", lost | ours).splitlines()[2:]
+    assert rows[0] == f"| {league.DEFAULT} | 0.450±0.635 | - | - | one update, 5e-4 | 70 | 20 |"
+    assert rows[1] == "| d1 | 0.000±0.000 | 0.450±0.635 | 0.500 | all updates, 1e-4 | 7 | - |"
+    league.draw("sudoku", lost | ours, tmp_path / "league.png")
+    assert (tmp_path / "league.png").stat().st_size > 5_000
