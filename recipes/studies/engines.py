@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.files import write_json
 from recipes.engines.llama_cpp import llama_cpp
 from recipes.studies import mismatch
 from recipes.studies.paired import Contrast, Study, main
@@ -59,4 +58,4 @@ study = Study(
 )
 
 if __name__ == "__main__":
-    write_json(STORED, list(main(study, __doc__, ("after", "quantised")).values()))
+    main(study, __doc__, ("after", "quantised"), STORED)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from dllm_rl.algorithms.correctors import none, tis
-from dllm_rl.files import write_json
 from recipes import weights
 from recipes.smollm2_arithmetic import recipe
 from recipes.studies import mismatch_ar
@@ -43,4 +42,4 @@ study = Study(
 
 if __name__ == "__main__":
     weights.smollm2()  # before the workers, which would all write its folder
-    write_json(STORED, list(main(study, __doc__, ("after", "quantised")).values()))
+    main(study, __doc__, ("after", "quantised"), STORED)

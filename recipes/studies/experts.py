@@ -4,11 +4,12 @@ All arms train the same warmed-up mixture (one per seed) on 4x4 Sudoku; held-out
 unquantised model. Stated before the runs: that replay (R3) raises the solve rate under three bits. What the numbers
 say: experts.md.
 
-    python -m recipes.studies.experts                      run what is missing, then print the table
+    python -m recipes.studies.experts                      run what is missing, then write experts.json, print the table
     python -m recipes.studies.experts --num_steps 60 --seeds 2
 """
 
 from functools import partial
+from pathlib import Path
 
 from dllm_rl.quantization.schemes import fake_quantize, float8_weight_only
 from recipes.studies.paired import Study, main
@@ -32,4 +33,4 @@ study = Study(
 )
 
 if __name__ == "__main__":
-    main(study, __doc__)
+    main(study, __doc__, stored=Path(__file__).with_suffix(".json"))

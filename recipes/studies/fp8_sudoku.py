@@ -13,7 +13,6 @@ warmed up by supervision. `s` is the run's wall clock. Not run yet: `python -m b
 from pathlib import Path
 
 from dllm_rl import ais
-from dllm_rl.files import write_json
 from recipes.studies.paired import Contrast, Study, main
 from recipes.sudoku_9x9_gpu import recipe
 
@@ -39,4 +38,4 @@ study = Study(
 )
 
 if __name__ == "__main__":
-    write_json(STORED, list(main(study, __doc__).values()))
+    main(study, __doc__, stored=STORED)

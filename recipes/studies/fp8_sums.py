@@ -8,16 +8,14 @@ unquantised, none, TIS and AIS had run. `half`: the same at half the learning ra
     python -m recipes.studies.fp8_sums half
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from dllm_rl import ais, aligned, tbpo, tis
-from dllm_rl.files import write_json
 from recipes import weights
 from recipes.smollm2_arithmetic import recipe
 from recipes.studies import engines_ar
-from recipes.studies.paired import Contrast, main
+from recipes.studies.paired import Contrast, main, which
 
 STORED = {rate: Path(__file__).with_name(f"fp8_sums_{rate}.json") for rate in ("full", "half")}  # every run
 CORRECTORS = {"TIS": tis(), "AIS": ais(), "TBPO": tbpo(), "aligned": aligned()}
@@ -43,6 +41,6 @@ half = replace(study.base, learning_rate=study.base.learning_rate / 2)
 STUDIES = {"full": study, "half": replace(study, name="fp8-sums-half", base=half)}
 
 if __name__ == "__main__":
-    rate = sys.argv.pop(1)
+    rate = which(STUDIES)
     weights.smollm2()  # before the workers, which would all write its folder
-    write_json(STORED[rate], list(main(STUDIES[rate], __doc__, ("after", "quantised")).values()))
+    main(STUDIES[rate], __doc__, ("after", "quantised"), STORED[rate])

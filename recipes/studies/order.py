@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl import Recipe, max_prob, none, trajectory
-from dllm_rl.files import write_json
 from dllm_rl.samplers.rules import confidence, plackett_luce, random
 from recipes import countdown_tiny, sudoku_tiny
-from recipes.studies.paired import Contrast, Study, main, tables, tune
+from recipes.studies.paired import Contrast, Study, main, tables, tune, which
 
 RECIPES = {"sudoku": sudoku_tiny.recipe, "countdown": countdown_tiny.recipe}
 METRICS = {"sudoku": "solve_rate", "countdown": "accuracy"}
@@ -80,11 +79,10 @@ def temperatures_of(study: Study) -> Study:
 
 
 if __name__ == "__main__":
-    task = sys.argv.pop(1)
+    task = which(STUDIES)
     if sys.argv[1:] == ["tune"]:
         temperatures = temperatures_of(STUDIES[task])
         tune(temperatures, Path("runs") / temperatures.name)
     else:
-        found = main(STUDIES[task], __doc__)
-        write_json(STORED[task], list(found.values()))
+        found = main(STUDIES[task], __doc__, stored=STORED[task])
         print(tables(STUDIES[task], found))

@@ -8,6 +8,7 @@ its tables and writes them to `--output_dir`/tables.json.
 import argparse
 import json
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -285,8 +286,25 @@ def tune(study: Study, root: Path) -> None:
     print(markdown(arm_rows(study, load(root))))
 
 
-def main(study: Study, about: str | None, columns: Sequence[str] = ("after",)) -> Results:
-    """Run what is missing, print the tables, and return the results."""
+def store(path: Path, study: Study, results: Results) -> None:
+    """Write every run, once all runs of the study are there."""
+    expected = {(arm, seed) for arm in study.arms for seed in range(study.fewer.get(arm, study.seeds))}
+    if missing := len(expected - results.keys()):
+        print(f"{path.name} is not written: {missing} of {len(expected)} runs are missing")
+    else:
+        write_json(path, list(results.values()))
+
+
+def which(names: Iterable[str]) -> str:
+    """The command line's first word, which is one of the names; it is taken off."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("which", choices=names)
+    found, sys.argv[1:] = parser.parse_known_args()
+    return found.which
+
+
+def main(study: Study, about: str | None, columns: Sequence[str] = ("after",), stored: Path | None = None) -> Results:
+    """Run what is missing, print the tables, write the runs of a finished study to `stored`, and return the results."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / study.name)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -306,4 +324,6 @@ def main(study: Study, about: str | None, columns: Sequence[str] = ("after",)) -
         print(markdown(rows))
     if results:
         write_rows(root / "tables.json", **tables)
+    if stored is not None:
+        store(stored, study, results)
     return results

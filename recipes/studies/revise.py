@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl import elbo, none, soft_edit
-from dllm_rl.files import write_json
 from recipes.studies.paired import Contrast, Study, main, tables, tune
 from recipes.sudoku_revise import recipe, unmask_in_four
 
@@ -83,6 +82,5 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["tune"]:
         tune(rates, Path("runs/revise-rates"))
     else:
-        found = main(study, __doc__)
-        write_json(STORED, list(found.values()))
+        found = main(study, __doc__, stored=STORED)
         print(tables(study, found))

@@ -1,8 +1,12 @@
 """A paired study, cut short: its arms start from one model, and its tables say what was compared."""
 
 import dataclasses
+import sys
+
+import pytest
 
 from dllm_rl import none, tis
+from dllm_rl.files import read_json
 from recipes.studies import paired
 from recipes.studies.paired import Contrast, Study
 from recipes.sudoku_tiny import recipe
@@ -42,7 +46,18 @@ def test_a_study_trains_its_arms_from_one_model_and_prints_its_tables(tmp_path, 
         paired.run_one(short, tmp_path, 1, arm, seed=0)
     assert not list(tmp_path.glob("runs/*/checkpoints"))
     monkeypatch.setattr("sys.argv", ["study.py", "--report", "--output_dir", str(tmp_path)])
-    results = paired.main(short, None)
+    results = paired.main(short, None, stored=tmp_path / "stored.json")
     assert results["none", 0]["before"] == results["tis", 0]["before"] and "ess" in results["tis", 0]
     printed = capsys.readouterr().out
     assert "| tis | 1 |" in printed and "| TIS raises the solve rate | tis | none |" in printed
+    assert "stored.json is not written: 8 of 10 runs are missing" in printed
+    paired.store(tmp_path / "stored.json", dataclasses.replace(short, seeds=1), results)
+    assert read_json(tmp_path / "stored.json") == list(results.values())
+
+
+def test_a_study_of_several_is_named_first(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["study.py", "half", "--seeds", "2"])
+    assert paired.which(["full", "half"]) == "half" and sys.argv[1:] == ["--seeds", "2"]
+    with pytest.raises(SystemExit):
+        paired.which(["full", "half"])
+    assert "invalid choice: '2'" in capsys.readouterr().err
