@@ -50,7 +50,7 @@ from recipes.studies.paired import (
 )
 from recipes.studies.surrogates import gdsd, stable_drl
 
-SECONDS = 14.0  # of a run's steps, by one thread
+SECONDS = 12.0  # of a run's steps, by one thread
 TUNED_ON = (100, 101, 102)
 SEEDS = 10
 DEFAULT = "TraceRL (the default)"

@@ -48,7 +48,7 @@ def test_every_method_is_a_recipe_in_every_setting(task):
 
 
 def test_steps_follow_from_the_cost():
-    assert league.steps_of({"d1, one update": 0.4}, "d1, one update, 1e-3") == 35
+    assert league.steps_of({"d1, one update": 0.4}, "d1, one update, 1e-3") == 30
     assert league.steps_of({"d1, one update": 60.0}, "d1, one update, 1e-3") == 1
 
 
