@@ -9,7 +9,7 @@ import torch
 from dllm_rl import one_step, trajectory
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
-from recipes.studies import league
+from recipes.studies import league, paired
 
 
 def test_wd1_by_hand():
@@ -83,8 +83,10 @@ def test_the_table_has_the_best_method_first(tmp_path):
     run = {"before": 0.25, "num_steps": 70, "s": 20.0}
     ours = {(f"{league.DEFAULT}, one update, 5e-4", seed): run | {"after": 0.4 + seed / 10} for seed in (0, 1)}
     lost = {("d1, all updates, 1e-4", seed): {"after": 0.0, "num_steps": 7} for seed in (0, 1)}
-    rows = league.told("sudoku", lost | ours).splitlines()[2:]
+    rows = paired.markdown(league.rows_of("sudoku", lost | ours)).splitlines()[2:]
     assert rows[0] == f"| {league.DEFAULT} | 0.450±0.635 | - | - | one update, 5e-4 | 70 | 20 |"
     assert rows[1] == "| d1 | 0.000±0.000 | 0.450±0.635 | 0.500 | all updates, 1e-4 | 7 | - |"
+    both = league.told({"sudoku": lost | ours, "countdown": lost | ours}).splitlines()
+    assert both[-1] == "| d1 | 0.000±0.000 | 0.450±0.635 | 0.500 | 0.000±0.000 | 0.450±0.635 | 0.500 |"
     league.draw("sudoku", lost | ours, tmp_path / "league.png")
     assert (tmp_path / "league.png").stat().st_size > 5_000
