@@ -8,6 +8,7 @@ unquantised, none, TIS and AIS had run. `half`: the same at half the learning ra
     python -m recipes.studies.fp8_sums half
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from dllm_rl import ais, aligned, tbpo, tis
 from recipes import weights
 from recipes.smollm2_arithmetic import recipe
 from recipes.studies import engines_ar
-from recipes.studies.paired import Contrast, main, which
+from recipes.studies.paired import Contrast, Results, arm_rows, contrast_rows, main, markdown, which
 
 STORED = {rate: Path(__file__).with_name(f"fp8_sums_{rate}.json") for rate in ("full", "half")}  # every run
 CORRECTORS = {"TIS": tis(), "AIS": ais(), "TBPO": tbpo(), "aligned": aligned()}
@@ -39,6 +40,22 @@ study = replace(
 
 half = replace(study.base, learning_rate=study.base.learning_rate / 2)
 STUDIES = {"full": study, "half": replace(study, name="fp8-sums-half", base=half)}
+
+
+def told(by_rate: Mapping[str, Results]) -> str:
+    """The tables of both rates, as the document holds them."""
+    arms: dict[str, dict[str, str]] = {}
+    claims: dict[str, dict[str, str]] = {}
+    for rate, results in by_rate.items():
+        for row in arm_rows(study, results):
+            cells = {f"{rate} rate": row["after"], f"ESS, {rate}": row["ESS"]}
+            arms.setdefault(row["arm"], {"arm": row["arm"]}).update(cells)
+        for row in contrast_rows(study, results):
+            claim = row["stated before the runs"]
+            cells = {f"{rate} rate": row["difference, 95 %"], f"Holm's p, {rate}": row["Holm's p"]}
+            claims.setdefault(claim, {"stated before the runs": claim}).update(cells)
+    return f"{markdown(list(arms.values()))}\n{markdown(list(claims.values()))}"
+
 
 if __name__ == "__main__":
     rate = which(STUDIES)

@@ -8,6 +8,9 @@ Tuning: a method takes one update a rollout, or as many as its authors, at the r
 All settings run on seed 100, the two best of them on 101 and 102 too, on problems of their own; the best mean is run on
 the league's ten seeds. The claims: the default ends above each other row. Holm's correction counts those of one task.
 
+For time Countdown leaves out LEFT_OUT, which an earlier league of five seeds, without fresh masks, had below the default
+there (league_countdown_first.json).
+
 Each row is another gradient. With one update those of TraceRL, GSPO and DAPO are one: TraceRL's row stands for GSPO,
 and DAPO's differs by the groups that it draws again. `trajectory(num_segments=1)` is `one_step(prompt_mask=0)`.
 
@@ -55,6 +58,7 @@ TUNED_ON = (100, 101, 102)
 SEEDS = 10
 DEFAULT = "TraceRL (the default)"
 TASKS = {"sudoku": (sudoku_tiny.recipe, "solve_rate"), "countdown": (countdown_tiny.recipe, "accuracy")}
+LEFT_OUT = {"sudoku": (), "countdown": ("ESPO", "SPG", "StableDRL", "JustGRPO")}
 STORED = {task: Path(__file__).with_name(f"league_{task}.json") for task in TASKS}  # every run
 SPG_BOUNDS = lik.sandwich(beta=1.0, mix=0.5, base=lik.coupled())  # beta: of SPG's Sudoku runs
 
@@ -153,10 +157,12 @@ def study_of(task: str) -> Study:
     recipe, metric = TASKS[task]
     base = replace(recipe, train_batch_size=16, kept_graphs=16, corrector=none(), rollout_quantization=None)
     arms = {}
-    for (method, changes), (setting, more) in product(METHODS.items(), GRID.items()):
+    names = [method for method in METHODS if method not in LEFT_OUT[task]]
+    for method, (setting, more) in product(names, GRID.items()):
+        changes = METHODS[method]
         sampler = partial(base.sampler, **changes.get("sampler", {}))
         arms[f"{method}, {setting}"] = changes | more | {"sampler": sampler}
-    claims = tuple(Contrast(f"above {each}", DEFAULT, each) for each in METHODS if each != DEFAULT)
+    claims = tuple(Contrast(f"above {each}", DEFAULT, each) for each in names if each != DEFAULT)
     solved = {"rollouts solved": f"rewards/{metric}/mean"}
     return Study("league", base, arms, {}, solved, seeds=SEEDS, num_steps=0, contrasts=claims, metric=metric)
 
@@ -228,18 +234,9 @@ def rows_of(task: str, results: Results) -> list[dict[str, str]]:
     return rows
 
 
-def told(by_task: Mapping[str, Results]) -> str:
-    """The table of both tasks, as the document holds it, in the first one's order."""
-    rows: dict[str, dict[str, str]] = {}
-    for task, results in by_task.items():
-        for row in rows_of(task, results):
-            cells = {
-                f"{task.title()}, 95 %": row["held-out rate, 95 %"],
-                f"default less it on {task.title()}": row["default less it"],
-            }
-            cells |= {f"Holm's p on {task.title()}": row["Holm's p"]}
-            rows[row["method"]] = rows.get(row["method"], {"method": row["method"]}) | cells
-    return markdown(list(rows.values()))
+def told(task: str, results: Results) -> str:
+    """The table, as the document holds it."""
+    return markdown(rows_of(task, results), ("method", "held-out rate, 95 %", "default less it", "Holm's p", "setting"))
 
 
 def draw(task: str, results: Results, path: Path) -> None:

@@ -35,16 +35,17 @@ def test_one_segment_is_one_step():
 @pytest.mark.parametrize("task", league.TASKS)
 def test_every_method_is_a_recipe_in_every_setting(task):
     study = league.study_of(task)
-    assert len(study.arms) == len(league.METHODS) * len(league.GRID) == 55
+    names = [method for method in league.METHODS if method not in league.LEFT_OUT[task]]
+    assert len(study.arms) == len(names) * len(league.GRID) == {"sudoku": 55, "countdown": 35}[task]
     made = {arm: replace(study.base, **changes) for arm, changes in study.arms.items()}
     assert {recipe.eval_sampler for recipe in made.values()} == {study.base.eval_sampler}
     assert {recipe.train_batch_size * recipe.num_generations for recipe in made.values()} == {128}
     updates = {league.method_of(arm): made[arm].num_iterations for arm in made if "all updates" in arm}
     published = {"d1": 8, "wd1": 8, "ESPO": 8, "GDSD": 8, "SPG": 4, "StableDRL": 2}
-    assert updates == dict.fromkeys(league.METHODS, 2) | published
+    assert updates == {method: published.get(method, 2) for method in names}
     assert {made[arm].num_iterations for arm in made if "one update" in arm} == {1}
     fresh = {league.method_of(arm) for arm, recipe in made.items() if recipe.mask_draws > 1}
-    assert fresh == {*published, "JustGRPO"}  # the others draw no masks
+    assert fresh == {*published, "JustGRPO"} & set(names)  # the others draw no masks
 
 
 def test_steps_follow_from_the_cost():
@@ -86,7 +87,6 @@ def test_the_table_has_the_best_method_first(tmp_path):
     rows = paired.markdown(league.rows_of("sudoku", lost | ours)).splitlines()[2:]
     assert rows[0] == f"| {league.DEFAULT} | 0.450±0.635 | - | - | one update, 5e-4 | 70 | 20 |"
     assert rows[1] == "| d1 | 0.000±0.000 | 0.450±0.635 | 0.500 | all updates, 1e-4 | 7 | - |"
-    both = league.told({"sudoku": lost | ours, "countdown": lost | ours}).splitlines()
-    assert both[-1] == "| d1 | 0.000±0.000 | 0.450±0.635 | 0.500 | 0.000±0.000 | 0.450±0.635 | 0.500 |"
+    assert league.told("sudoku", lost).endswith("| d1 | 0.000±0.000 | - | - | all updates, 1e-4 |\n")
     league.draw("sudoku", lost | ours, tmp_path / "league.png")
     assert (tmp_path / "league.png").stat().st_size > 5_000
