@@ -8,8 +8,8 @@ Tuning: a method takes one update a rollout, or as many as its authors, at the r
 All settings run on seed 100, the two best of them on 101 and 102 too, on problems of their own; the best mean is run on
 the league's ten seeds. The claims: the default ends above each other row. Holm's correction counts those of one task.
 
-For time Countdown leaves out LEFT_OUT, which an earlier league of five seeds, without fresh masks, had below the default
-there (league_countdown_first.json).
+For time Countdown leaves out LEFT_OUT. An earlier league of five seeds, without fresh masks, had them below the default
+there: league_countdown_first.json.
 
 Each row is another gradient. With one update those of TraceRL, GSPO and DAPO are one: TraceRL's row stands for GSPO,
 and DAPO's differs by the groups that it draws again. `trajectory(num_segments=1)` is `one_step(prompt_mask=0)`.
@@ -236,7 +236,7 @@ def rows_of(task: str, results: Results) -> list[dict[str, str]]:
 
 def told(task: str, results: Results) -> str:
     """The table, as the document holds it."""
-    return markdown(rows_of(task, results), ("method", "held-out rate, 95 %", "default less it", "Holm's p", "setting"))
+    return markdown(rows_of(task, results), ("method", "held-out rate, 95 %", "default less it", "Holm's p"))
 
 
 def draw(task: str, results: Results, path: Path) -> None:
