@@ -106,7 +106,7 @@ def test_lengths():
     assert lengths.told(results) in (STUDIES / "mismatch.md").read_text()
 
 
-@pytest.mark.parametrize("task", ["sudoku"])
+@pytest.mark.parametrize("task", league.TASKS)
 def test_league(task):
     """The table, where RL began, and that each method ran in the setting that its trials chose."""
     told = (STUDIES / "league.md").read_text()
