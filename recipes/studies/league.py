@@ -1,27 +1,28 @@
 """Published methods for RL of diffusion language models, in equal time and tuned alike. Claims before the runs.
 
 Every method trains its seed's one warmed-up model: 16 prompts of 8 completions, fp32, unquantised. Held-out problems
-are decoded greedily in as many steps as the rollouts, two on 4x4 Sudoku and three on Countdown. A method's number of
-steps is the budget over the time of one of its steps, measured first, by one thread, with nothing else running.
+are decoded greedily in as many steps as the rollouts. A method's number of steps is the budget over the time of one of
+its steps, measured first, by one thread, with nothing else running.
 
 Tuning: a method takes one update a rollout, or as many as its authors, at the rates of GRID. Updates draw fresh masks.
 All settings run on seed 100, the two best of them on 101 and 102 too, on problems of their own; the best mean is run on
 the league's ten seeds. The claims: the default ends above each other row. Holm's correction counts those of one task.
 
-For time Countdown leaves out LEFT_OUT. An earlier league of five seeds, without fresh masks, had them below the default
-there: league_countdown_first.json.
+LEAGUES has four. For time three of them have fewer rows. An earlier one of five seeds, without fresh masks, had those
+that Countdown leaves out below the default there: league_countdown_first.json. The two longer ones were added when the
+others had run, before their own runs: is the default behind `one step` there too, and with eight steps a completion?
 
 Each row is another gradient. With one update those of TraceRL, GSPO and DAPO are one: TraceRL's row stands for GSPO,
 and DAPO's differs by the groups that it draws again. `trajectory(num_segments=1)` is `one_step(prompt_mask=0)`.
 
     python -m recipes.studies.league sudoku            costs, tuning, runs, league_sudoku.json, the table and the figure
-    python -m recipes.studies.league countdown
+    python -m recipes.studies.league countdown         or another of LEAGUES
 """
 
 import argparse
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -32,6 +33,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dllm_rl import Recipe
 from dllm_rl.algorithms.advantages import group_relative, leave_one_out
 from dllm_rl.algorithms.correctors import none
 from dllm_rl.algorithms.losses import gspo, ppo_clip, reinforce, sequence, token
@@ -53,13 +55,9 @@ from recipes.studies.paired import (
 )
 from recipes.studies.surrogates import gdsd, stable_drl
 
-SECONDS = 12.0  # of a run's steps, by one thread
 TUNED_ON = (100, 101, 102)
 SEEDS = 10
 DEFAULT = "TraceRL (the default)"
-TASKS = {"sudoku": (sudoku_tiny.recipe, "solve_rate"), "countdown": (countdown_tiny.recipe, "accuracy")}
-LEFT_OUT = {"sudoku": (), "countdown": ("ESPO", "SPG", "StableDRL", "JustGRPO")}
-STORED = {task: Path(__file__).with_name(f"league_{task}.json") for task in TASKS}  # every run
 SPG_BOUNDS = lik.sandwich(beta=1.0, mix=0.5, base=lik.coupled())  # beta: of SPG's Sudoku runs
 
 centred = partial(group_relative, scale_rewards="none")
@@ -144,27 +142,60 @@ METHODS: dict[str, dict[str, Any]] = {
         "num_iterations": 2,
     },
     "one step": {"likelihood": lik.one_step(prompt_mask=0.0), "loss": dual_clip, "num_iterations": 2},
+    # The trajectory's steps in two segments: between the default and `one step`.
+    "two segments": {"likelihood": lik.trajectory(num_segments=2), "loss": dual_clip, "num_iterations": 2},
 }
 
+ALL = tuple(method for method in METHODS if method != "two segments")  # with two steps it is the default
+
+
+@dataclass(frozen=True)
+class League:
+    """What is compared: a task, `methods`, `seconds` of a run's steps by one thread, `num_steps` of a completion."""
+
+    recipe: Recipe
+    metric: str
+    num_steps: int
+    seconds: float = 12.0
+    methods: tuple[str, ...] = ALL
+
+
+SUDOKU = League(sudoku_tiny.recipe, "solve_rate", num_steps=2)
+LEAGUES = {
+    "sudoku": SUDOKU,
+    "sudoku_60_s": replace(SUDOKU, seconds=60.0, methods=(DEFAULT, "one step")),
+    "sudoku_8_steps": replace(SUDOKU, num_steps=8, seconds=48.0, methods=(DEFAULT, "two segments", "one step", "wd1")),
+    "countdown": League(
+        countdown_tiny.recipe,
+        "accuracy",
+        num_steps=3,
+        methods=tuple(each for each in ALL if each not in ("ESPO", "SPG", "StableDRL", "JustGRPO")),
+    ),
+}
+STORED = {name: Path(__file__).with_name(f"league_{name}.json") for name in LEAGUES}  # every run
 
 GRID: dict[str, dict[str, Any]] = {
     f"one update, {rate}": {"learning_rate": float(rate), "num_iterations": 1} for rate in ("2e-4", "5e-4", "1e-3")
 } | {f"all updates, {rate}": {"learning_rate": float(rate)} for rate in ("1e-4", "3e-4")}
 
 
-def study_of(task: str) -> Study:
-    """All methods in all settings, and the claims, which are of methods."""
-    recipe, metric = TASKS[task]
-    base = replace(recipe, train_batch_size=16, kept_graphs=16, corrector=none(), rollout_quantization=None)
+def study_of(name: str) -> Study:
+    """The league's methods in all settings, and the claims, which are of methods."""
+    league = LEAGUES[name]
+    steps = {
+        each: partial(getattr(league.recipe, each), num_steps=league.num_steps) for each in ("sampler", "eval_sampler")
+    }
+    base = replace(
+        league.recipe, train_batch_size=16, kept_graphs=16, corrector=none(), rollout_quantization=None, **steps
+    )
     arms = {}
-    names = [method for method in METHODS if method not in LEFT_OUT[task]]
-    for method, (setting, more) in product(names, GRID.items()):
+    for method, (setting, more) in product(league.methods, GRID.items()):
         changes = METHODS[method]
         sampler = partial(base.sampler, **changes.get("sampler", {}))
         arms[f"{method}, {setting}"] = changes | more | {"sampler": sampler}
-    claims = tuple(Contrast(f"above {each}", DEFAULT, each) for each in names if each != DEFAULT)
-    solved = {"rollouts solved": f"rewards/{metric}/mean"}
-    return Study("league", base, arms, {}, solved, seeds=SEEDS, num_steps=0, contrasts=claims, metric=metric)
+    claims = tuple(Contrast(f"above {each}", DEFAULT, each) for each in league.methods if each != DEFAULT)
+    solved = {"rollouts solved": f"rewards/{league.metric}/mean"}
+    return Study("league", base, arms, {}, solved, seeds=SEEDS, num_steps=0, contrasts=claims, metric=league.metric)
 
 
 def method_of(arm: str) -> str:
@@ -196,8 +227,8 @@ def measure(study: Study, root: Path) -> None:
     write_json(path, found)
 
 
-def steps_of(costs: Mapping[str, float], arm: str) -> int:
-    return max(1, round(SECONDS / costs[same_cost(arm)]))
+def steps_of(costs: Mapping[str, float], arm: str, seconds: float) -> int:
+    return max(1, round(seconds / costs[same_cost(arm)]))
 
 
 def shortlist(tuning: Results) -> dict[str, list[str]]:
@@ -216,10 +247,10 @@ def best(tuning: Results) -> dict[str, str]:
     return {method: max(arms, key=rate) for method, arms in shortlist(tuning).items()}
 
 
-def rows_of(task: str, results: Results) -> list[dict[str, str]]:
+def rows_of(name: str, results: Results) -> list[dict[str, str]]:
     """By method, the best mean first: its rate, the claim, the setting that its trials chose, steps and seconds."""
     runs = {(method_of(arm), seed): run | {"arm": arm} for (arm, seed), run in results.items()}
-    claims = {row["less"]: row for row in contrast_rows(study_of(task), runs)}
+    claims = {row["less"]: row for row in contrast_rows(study_of(name), runs)}
     by_method: dict[str, list[dict[str, Any]]] = {}
     for (method, _), run in runs.items():
         by_method.setdefault(method, []).append(run)
@@ -234,12 +265,12 @@ def rows_of(task: str, results: Results) -> list[dict[str, str]]:
     return rows
 
 
-def told(task: str, results: Results) -> str:
+def told(name: str, results: Results) -> str:
     """The table, as the document holds it."""
-    return markdown(rows_of(task, results), ("method", "held-out rate, 95 %", "default less it", "Holm's p"))
+    return markdown(rows_of(name, results), ("method", "held-out rate, 95 %", "default less it", "Holm's p"))
 
 
-def draw(task: str, results: Results, path: Path) -> None:
+def draw(name: str, results: Results, path: Path) -> None:
     """A line a method, the best mean on top: a dot a seed, the mean and its interval, and where RL began."""
     import matplotlib
 
@@ -258,7 +289,7 @@ def draw(task: str, results: Results, path: Path) -> None:
     began = [run["before"] for run in results.values() if "before" in run]
     axis.axvline(mean(began), color="grey", linewidth=0.8, linestyle=":")
     axis.set_yticks([-place for place in range(len(order))], order)
-    axis.set_xlabel(f"held-out {TASKS[task][1].replace('_', ' ')} in equal time (dotted: where RL began)")
+    axis.set_xlabel(f"held-out {LEAGUES[name].metric.replace('_', ' ')} in equal time (dotted: where RL began)")
     axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -266,17 +297,17 @@ def draw(task: str, results: Results, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("league", choices=LEAGUES)
     parser.add_argument("--output_dir", type=Path)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    root = options.output_dir or Path("runs") / f"league-{options.task}"
-    study = study_of(options.task)
+    root = options.output_dir or Path("runs") / f"league-{options.league}"
+    study = study_of(options.league)
     trials = replace(study, base=replace(study.base, eval_task=study.base.validation_task))
 
     run_all([("costs", partial(measure, study, root))], root, 1)
-    costs = read_json(root / "costs.json")
-    run = partial(run_missing, num_steps=lambda arm: steps_of(costs, arm), workers=options.workers)
+    costs, seconds = read_json(root / "costs.json"), LEAGUES[options.league].seconds
+    run = partial(run_missing, num_steps=lambda arm: steps_of(costs, arm, seconds), workers=options.workers)
     run(trials, root / "tuning", product(study.arms, TUNED_ON[:1]))
     second = [arm for arms in shortlist(load(root / "tuning")).values() for arm in arms]
     run(trials, root / "tuning", product(second, TUNED_ON[1:]))
@@ -284,9 +315,9 @@ def main() -> None:
     run(study, root, [(arm, seed) for seed, arm in product(range(SEEDS), best(tuning).values())])
     results = load(root)
     parts = {"costs": costs, "tuning": list(tuning.values()), "runs": list(results.values())}
-    write_json(STORED[options.task], parts)
-    draw(options.task, results, STORED[options.task].with_suffix(".png"))
-    print(markdown(rows_of(options.task, results)))
+    write_json(STORED[options.league], parts)
+    draw(options.league, results, STORED[options.league].with_suffix(".png"))
+    print(markdown(rows_of(options.league, results)))
 
 
 if __name__ == "__main__":

@@ -32,13 +32,16 @@ def test_one_segment_is_one_step():
     assert torch.equal(*scores) and scores[0].abs().sum() > 1
 
 
-@pytest.mark.parametrize("task", league.TASKS)
-def test_every_method_is_a_recipe_in_every_setting(task):
-    study = league.study_of(task)
-    names = [method for method in league.METHODS if method not in league.LEFT_OUT[task]]
-    assert len(study.arms) == len(names) * len(league.GRID) == {"sudoku": 55, "countdown": 35}[task]
+@pytest.mark.parametrize(
+    ("name", "arms"), [("sudoku", 55), ("sudoku_60_s", 10), ("sudoku_8_steps", 20), ("countdown", 35)]
+)
+def test_every_method_is_a_recipe_in_every_setting(name, arms):
+    study, names = league.study_of(name), league.LEAGUES[name].methods
+    assert len(study.arms) == len(names) * len(league.GRID) == arms
     made = {arm: replace(study.base, **changes) for arm, changes in study.arms.items()}
     assert {recipe.eval_sampler for recipe in made.values()} == {study.base.eval_sampler}
+    steps = {recipe.sampler.keywords["num_steps"] for recipe in (study.base, *made.values())}
+    assert steps - {None} == {study.base.eval_sampler.keywords["num_steps"]} == {league.LEAGUES[name].num_steps}
     assert {recipe.train_batch_size * recipe.num_generations for recipe in made.values()} == {128}
     updates = {league.method_of(arm): made[arm].num_iterations for arm in made if "all updates" in arm}
     published = {"d1": 8, "wd1": 8, "ESPO": 8, "GDSD": 8, "SPG": 4, "StableDRL": 2}
@@ -49,8 +52,8 @@ def test_every_method_is_a_recipe_in_every_setting(task):
 
 
 def test_steps_follow_from_the_cost():
-    assert league.steps_of({"d1, one update": 0.4}, "d1, one update, 1e-3") == 30
-    assert league.steps_of({"d1, one update": 60.0}, "d1, one update, 1e-3") == 1
+    assert league.steps_of({"d1, one update": 0.4}, "d1, one update, 1e-3", 12.0) == 30
+    assert league.steps_of({"d1, one update": 60.0}, "d1, one update, 1e-3", 12.0) == 1
 
 
 def test_a_cost_is_the_lesser_median_of_two_rounds(tmp_path, monkeypatch):
@@ -63,7 +66,7 @@ def test_a_cost_is_the_lesser_median_of_two_rounds(tmp_path, monkeypatch):
     study = league.study_of("sudoku")
     league.measure(study, tmp_path)
     league.measure(study, tmp_path)  # everything is there
-    assert [recipe.num_steps for recipe in trained] == [8] * 2 * 2 * len(league.METHODS)
+    assert [recipe.num_steps for recipe in trained] == [8] * 2 * 2 * len(league.LEAGUES["sudoku"].methods)
     found = json.loads((tmp_path / "costs.json").read_text())
     assert found.keys() == {league.same_cost(arm) for arm in study.arms}
     assert (found["d1, one update"], found["d1, all updates"]) == (5.5, 6.5)
