@@ -1,20 +1,16 @@
-"""Which likelihood estimator should one use? Bias, noise and cost of each, then GRPO with each at equal cost.
+"""Which likelihood estimator should one use? Bias, noise and cost of each. league.py trains with them.
 
-Part one scores completions of the main job's model (4x4 Sudoku, 16 cells in two steps) many times over. The sampler
-ranks positions by the state alone, so that the two-step trajectory is the exact log-likelihood of a completion, and
-its gradient the exact policy gradient; the any-order ELBO is known to a hundredth of a nat from 512 masks.
-Part two trains with each estimator from the same warmed-up model (one per seed) for the same CPU seconds: the number
-of steps is the budget over the cost of a step, measured just before. Finished runs are kept, one JSON each.
+Completions of the main job's model (4x4 Sudoku, 16 cells in two steps) are scored many times over. The sampler ranks
+positions by the state alone. So the two-step trajectory is the exact log-likelihood of a completion, and its gradient
+the exact policy gradient. The any-order ELBO is known to a hundredth of a nat from 512 masks.
 
-    python -m recipes.studies.estimators                   run what is missing, then write the table and the figure
-    python -m recipes.studies.estimators --seconds 20 --seeds 2 --arms trajectory coupled
-    python -m recipes.studies.estimators --report          write table and figure from what is there
+    python -m recipes.studies.estimators            measure; estimators.json, the figure and the table
+    python -m recipes.studies.estimators --report   the figure and the table from estimators.json
 """
 
 import argparse
-import json
-import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,17 +19,16 @@ import torch
 from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.algorithms.correctors import none
 from dllm_rl.checkpoints.checkpoint import found
+from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import decode, encode
-from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.tasks.base import grade
 from dllm_rl.training.learner import accumulate_gradients
 from dllm_rl.training.loop import train
 from dllm_rl.types import Batch, Rollout
-from recipes.studies import estimators_report
-from recipes.studies.paired import warm_up
+from recipes.studies.paired import markdown, warm_up
 from recipes.sudoku_tiny import recipe as base
 
 MEASURED = {
@@ -54,35 +49,17 @@ MEASURED = {
     "trajectory(1 segment)": lik.trajectory(num_segments=1),
     "trajectory": lik.trajectory(),
 }
-TRAINED = {
-    "trajectory": lik.trajectory(),
-    "one_step": lik.one_step(),
-    "coupled": lik.coupled(num_samples=1),
-    "elbo": lik.elbo(num_samples=4, antithetic=True),
-    "trajectory-1": lik.trajectory(num_segments=1),
-    "quadrature": lik.quadrature(nodes=3),
-    "coupled-4": lik.coupled(num_samples=4),
-    "sandwich": lik.sandwich(base=lik.coupled(num_samples=1)),
-    "block": lik.block(block_size=8, num_samples=2),
-}
+LEFT_OUT = {  # of the page
+    "one_step(prompt_mask=0)", "elbo(4), plain", "elbo(4), stratified", "elbo(1)", "coupled(1)", "quadrature(2)",
+    "block(8, 2)",
+}  # fmt: skip
+COLUMNS = {
+    "forwards": ("forwards", 2), "bias, ELBO": ("bias_elbo", 2), "bias, log p": ("bias_exact", 2), "std": ("std", 2),
+    "correlation": ("correlation", 2), "ratio error": ("ratio_error", 2), "cosine": ("cosine", 2),
+    "seconds": ("seconds", 3),
+}  # fmt: skip
+STORED = Path(__file__).with_suffix(".json")  # every estimator
 plain = replace(base, rollout_quantization=None, corrector=none())
-
-
-def start(seed: int, root: Path) -> Path:
-    """The checkpoint that every arm of a seed starts from; made on first use."""
-    return warm_up(plain, seed, root / f"warm-{seed}")
-
-
-def trained(arm: str, seed: int, num_steps: int, folder: Path, root: Path) -> dict:
-    """A finished run's summary, with the CPU seconds that its steps took."""
-    likelihood = TRAINED[arm]
-    recipe = replace(plain, model=str(start(seed, root)), warmup_steps=0, likelihood=likelihood, seed=seed)
-    recipe = replace(recipe, num_steps=num_steps, save_steps=10**6, output_dir=str(folder), overwrite_output_dir=True)
-    begin = time.process_time()
-    return {**train(recipe), "cpu_seconds": time.process_time() - begin}
-
-
-# Part one ---------------------------------------------------------------------------------------------------------
 
 
 def sequences(estimator, policy: Policy, rollout: Rollout, noise) -> torch.Tensor:
@@ -116,10 +93,12 @@ def measure(root: Path, *, draws: int, gradient_draws: int, prompts: int, group:
 
     The ratio is between that model and the one that 20 steps of RL make of it.
     """
-    old = load_policy(start(0, root))
+    start = warm_up(plain, 0, root / "warm")
+    old = load_policy(start)
     after = root / "after-20-steps"
     if not (after / "summary.json").exists():
-        trained("trajectory", 0, 20, after, root)
+        settings = {"num_steps": 20, "save_steps": 10**6, "output_dir": str(after), "overwrite_output_dir": True}
+        train(replace(plain, model=str(start), warmup_steps=0, **settings))
     current = load_policy(found(after / "checkpoints")[-1][1])
     stream = torch.Generator().manual_seed(7)
     problems = [base.task[i] for i in range(prompts)]
@@ -164,56 +143,56 @@ def measure(root: Path, *, draws: int, gradient_draws: int, prompts: int, group:
     return facts | {"rows": rows}
 
 
-# Part two ---------------------------------------------------------------------------------------------------------
+def told(measured: Sequence[Mapping[str, str]]) -> str:
+    """The table, as the document holds it."""
+    kept = [row for row in measured if row["estimator"].strip("`") not in LEFT_OUT]
+    return markdown(kept, ("estimator", "forwards", "bias, log p", "std", "cosine"))
 
 
-def train_for(arm: str, seed: int, seconds: float, root: Path) -> dict:
-    """GRPO with one estimator for a budget of CPU seconds; curves against CPU seconds."""
-    probe = root / "probe"
-    fixed = trained(arm, seed, 0, probe, root)["cpu_seconds"]
-    step = max(1e-3, (trained(arm, seed, 6, probe, root)["cpu_seconds"] - fixed) / 6)
-    num_steps = max(1, math.floor(seconds / step))
-    folder = root / "runs" / f"{arm}-{seed}"
-    summary = trained(arm, seed, num_steps, folder, root)
-    curve = [row["rewards/solve_rate/mean"] for row in read_metrics(folder)]
-    return {
-        "arm": arm,
-        "seed": seed,
-        "budget": seconds,
-        "num_steps": num_steps,
-        "cpu_seconds": summary["cpu_seconds"] - fixed,
-        "before": summary["eval_before"]["solve_rate"],
-        "after": summary["eval_after"]["solve_rate"],
-        "curve": curve,
-    }
+def draw(measured: Sequence[Mapping[str, str]], path: Path) -> None:
+    """Noise and gradients against the forwards of a completion."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    markers, colours = "osD^vP*X", plt.get_cmap("tab20").colors
+    for i, row in enumerate(measured):
+        look = {"marker": markers[i % len(markers)], "color": colours[i % 20], "linestyle": "", "markersize": 8}
+        for axis, column in zip(axes, ("std", "cosine"), strict=True):
+            axis.plot(float(row["forwards"]), float(row[column]), alpha=0.8, label=row["estimator"].strip("`"), **look)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    axes[0].set(title="noise from the masks", ylabel="std, nats per completion")
+    axes[1].set(title="one draw's GRPO gradient", ylabel="cosine with the exact one")
+    for axis in axes:
+        axis.set(xscale="log", xlabel="forwards a completion")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/estimators"))
-    parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of RL for each run of part two")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--arms", nargs="+", choices=TRAINED, default=list(TRAINED))
-    parser.add_argument("--prompts", type=int, default=16, help="of part one, 8 completions each")
-    parser.add_argument("--draws", type=int, default=24)
-    parser.add_argument("--gradient_draws", type=int, default=12)
+    parser.add_argument("--prompts", type=int, default=8, help="8 completions each")
+    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--gradient_draws", type=int, default=5)
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    root = options.output_dir
-    results = root / "results"
-    results.mkdir(parents=True, exist_ok=True)
     if not options.report:
-        path = results / "measured.json"
-        if not path.exists():
-            counts = {"draws": options.draws, "gradient_draws": options.gradient_draws, "prompts": options.prompts}
-            path.write_text(json.dumps(measure(root, **counts), indent=1) + "\n")
-        for seed in range(options.seeds):
-            for arm in options.arms:
-                path = results / f"trained-{options.seconds:g}s-{arm}-{seed}.json"
-                if not path.exists():
-                    path.write_text(json.dumps(train_for(arm, seed, options.seconds, root)) + "\n")
-    estimators_report.write(results, Path(__file__).parent, seconds=options.seconds, order=list(TRAINED))
+        counts = {"draws": options.draws, "gradient_draws": options.gradient_draws, "prompts": options.prompts}
+        facts = measure(options.output_dir, **counts)
+        rows = [
+            {"estimator": f"`{row['estimator']}`"}
+            | {head: f"{row[key] + 0.0:.{digits}f}" for head, (key, digits) in COLUMNS.items()}
+            for row in facts.pop("rows")
+        ]
+        write_json(STORED, facts | {"measured": rows})
+    measured = read_json(STORED)["measured"]
+    draw(measured, STORED.with_suffix(".png"))
+    print(told(measured))
 
 
 if __name__ == "__main__":
