@@ -160,3 +160,10 @@ def test_orders(task):
     for name, changes in study.arms.items():
         assert ("with_order" in describe(changes["likelihood"])) != name.endswith("tokens alone")
         assert changes["sampler"].func is study.base.sampler.func
+
+
+def test_ess_of_the_converted_model():
+    found = json.loads((STUDIES.parent / "results.json").read_text())["smollm2_diffusion_ess"]
+    ess, apart = found["ESS"], found["mean abs log-ratio, nats"]
+    told = f"an ESS of {min(ess):.3f} to {max(ess):.3f} under this FP8 (mean {mean(ess):.3f}, {mean(apart):.3f} nats;"
+    assert told in (STUDIES / "mismatch.md").read_text()
