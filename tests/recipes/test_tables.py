@@ -121,6 +121,16 @@ def test_league(name):
     assert f"Before RL: {paired.interval(list(began.values()))}." in told
 
 
+def test_the_default_gains_on_one_step_with_the_length_of_training():
+    apart = []
+    for name in ("sudoku", "sudoku_60_s"):
+        runs = {(league.method_of(run["arm"]), run["seed"]): run for run in stored(f"league_{name}")["runs"]}
+        apart.append(paired.paired(runs, league.DEFAULT, "one step"))
+    gains = [after - before for before, after in zip(*apart, strict=True)]
+    told = f"{paired.interval(gains)} from 12 to 60 s (every seed, exact p {paired.sign_flip(gains):.3f};"
+    assert told in (STUDIES / "league.md").read_text() and min(gains) > 0
+
+
 def test_an_earlier_league_had_what_is_left_out_below_the_default():
     rows = {row["method, its setting"].split(",")[0]: row for row in stored("league_countdown_first")["results"]}
     for method in set(league.LEAGUES["sudoku"].methods).difference(league.LEAGUES["countdown"].methods):
