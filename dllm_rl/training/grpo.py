@@ -25,7 +25,8 @@ from dllm_rl.tasks.datasets import RewardFunction, hold_out, in_memory, task_fro
 from dllm_rl.training.finish import Summary
 from dllm_rl.training.loop import train
 
-SEGMENTS = 8  # views of a trajectory that takes more steps than this
+EXACT_STEPS = 4  # a trajectory of so many steps is scored exactly
+SEGMENTS = 8  # at most, of a longer one
 
 # TRL's names; docs/trl.md has both tables. A name of the same meaning is taken: the keyword of grpo_recipe or, behind a
 # dot, of what the keyword holds.
@@ -158,8 +159,8 @@ def grpo_recipe(
     max_rows        rows to read of a data set without a length, as a streamed one.
     settings        fields of Recipe: num_steps (RL steps), learning_rate, lora, rollout_quantization, corrector ...
 
-    TRL's names are taken where they mean the same (docs/trl.md). The trajectory is scored exactly up to 8 steps, in 8
-    segments above. Raises ValueError on too few rows and on an unknown setting.
+    TRL's names are taken where they mean the same (docs/trl.md). The trajectory is scored exactly up to 4 steps; above,
+    in a segment for every four steps, 2 to 8. Raises ValueError on too few rows and on an unknown setting.
     """
     model = as_model(model, processing_class)
     if callable(train_dataset):
@@ -178,7 +179,8 @@ def grpo_recipe(
     steps = options.get("num_steps") or max_new_tokens
     # `unmask`'s own rank, LLaDA's `confidence`, is not shown to learn more (docs/concepts.md), and its law costs time.
     sampler = partial(unmask, **{"rank": max_prob} | options)
-    likelihood = trajectory(num_segments=None if steps <= SEGMENTS else SEGMENTS)
+    # A segment's forward and backward cost three steps of the rollout. A segment for four steps takes no longer than it.
+    likelihood = trajectory(num_segments=None if steps <= EXACT_STEPS else max(2, min(SEGMENTS, steps // 4)))
     if isinstance(model, str):
         attention = find_family(read_config(checkpoint_folder(model))).attention  # the config alone says it
     else:

@@ -2,7 +2,7 @@
 
 Every method trains its seed's one warmed-up model: 16 prompts of 8 completions, fp32, unquantised. Held-out problems
 are decoded greedily in as many steps as the rollouts. A method's number of steps is the budget over the time of one of
-its steps, measured first, by one thread, with nothing else running.
+its steps, measured first, by one thread, with nothing else running. The runs share the machine and take longer.
 
 Tuning: a method takes one update a rollout, or as many as its authors, at the rates of GRID. Updates draw fresh masks.
 All settings run on seed 100, the two best of them on 101 and 102 too, on problems of their own; the best mean is run on
@@ -73,8 +73,8 @@ def wd1(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
 
 # Likelihood, objective, advantages and updates are the papers' or their code's; `sampler`: what differs in the rollout.
 # Batch, optimiser and no KL term are the league's. ELBOs come from `coupled`, each token under one of two masks. A
-# sequence's ratio has a clip of 0.2: the authors' 4e-4 is for smaller updates. Methods that publish one update get two
-# with a dual clip as well. Formulas and sources: the docstrings of what is named here.
+# sequence's ratio has a clip of 0.2: the authors' 4e-4 is for smaller updates. The others
+# get two updates as well, with a dual clip (DAPO: its own). Formulas and sources: the docstrings of what is named here.
 METHODS: dict[str, dict[str, Any]] = {
     # All masked at once, 15 % of the prompt too, anew in each update; PPO's clip per token.
     "d1": {
@@ -100,7 +100,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "aggregate": sequence,
         "num_iterations": 8,
     },
-    # A lower bound where A >= 0, an upper one mixed in where A < 0.
+    # A lower bound where A >= 0, an upper one mixed in where A < 0. Ours: PPO's clip per token; masks not by block.
     "SPG": {"likelihood": SPG_BOUNDS, "advantages": centred, "num_iterations": 4},
     # SPG's bounds; the ratio per sequence, clipped whatever the sign, normalised over the batch.
     "StableDRL": {
@@ -267,7 +267,7 @@ def rows_of(name: str, results: Results) -> list[dict[str, str]]:
 
 def told(name: str, results: Results) -> str:
     """The table, as the document holds it."""
-    return markdown(rows_of(name, results), ("method", "held-out rate, 95 %", "default less it", "Holm's p"))
+    return markdown(rows_of(name, results), ("method", "held-out rate, 95 %", "default less it", "Holm's p", "steps"))
 
 
 def draw(name: str, results: Results, path: Path) -> None:

@@ -48,14 +48,14 @@ def test_a_recipe_is_the_default_where_no_reason_is_given(path):
         assert parts_apart(recipe) == APART.get(path.stem, set())
 
 
-@pytest.mark.parametrize("steps", [8, 9])
-def test_grpo_is_the_default(steps):
+@pytest.mark.parametrize(("steps", "segments"), [(4, None), (5, 2), (8, 2), (16, 4), (64, 8)])
+def test_grpo_is_the_default(steps, segments):
     rows = [{"prompt": character} for character in "abcdefghij" * 3]
-    given = {"max_new_tokens": 16, "sampler_options": {"num_steps": steps}}
+    given = {"max_new_tokens": 64, "sampler_options": {"num_steps": steps}}
     model = tiny_masked_lm(characters="abcdefghij")
     recipe = grpo_recipe(model, rows, len, **given)
-    assert parts_apart(recipe) == (set() if steps == 8 else {"likelihood"})
-    assert describe(recipe.likelihood) == describe(trajectory(num_segments=None if steps == 8 else 8))
+    assert parts_apart(recipe) == ({"likelihood"} if segments else set())
+    assert describe(recipe.likelihood) == describe(trajectory(num_segments=segments))
     assert recipe.eval_sampler.keywords["rank"] is max_prob
     given["sampler_options"]["rank"] = confidence
     assert grpo_recipe(model, rows, len, **given).sampler.keywords["rank"] is confidence

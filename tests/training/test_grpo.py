@@ -88,8 +88,8 @@ def test_the_models_attention_picks_sampler_and_likelihood(tmp_path):
     assert recipe.sampler.keywords["temperature"] == 1.0 and recipe.eval_sampler.keywords["temperature"] == 0.0
     long = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=32, sampler_options={"num_steps": 16})
     assert long.sampler.keywords["num_steps"] == 16 and not long.likelihood.exact_for_sampler
-    assert "num_segments=8" in describe(long.likelihood)
-    few = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=32, sampler_options={"num_steps": 8})
+    assert "num_segments=4" in describe(long.likelihood)
+    few = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=32, sampler_options={"num_steps": 4})
     assert few.likelihood.exact_for_sampler
 
 
