@@ -131,6 +131,15 @@ def test_the_default_gains_on_one_step_with_the_length_of_training():
     assert told in (STUDIES / "league.md").read_text() and min(gains) > 0
 
 
+def test_two_segments_in_eight_steps():
+    runs = {(league.method_of(run["arm"]), run["seed"]): run for run in stored("league_sudoku_8_steps")["runs"]}
+    told = (STUDIES / "league.md").read_text()
+    assert f"Two segments less eight: {paired.interval(paired.paired(runs, 'two segments', league.DEFAULT))}." in told
+    for other, claim in (("wd1", "less wd1:"), ("one step", "less `one step` are")):
+        apart = paired.paired(runs, "two segments", other)
+        assert f"{claim} {paired.interval(apart)} (exact p {paired.sign_flip(apart):.3f}, not claimed before)" in told
+
+
 def test_an_earlier_league_had_what_is_left_out_below_the_default():
     rows = {row["method, its setting"].split(",")[0]: row for row in stored("league_countdown_first")["results"]}
     for method in set(league.LEAGUES["sudoku"].methods).difference(league.LEAGUES["countdown"].methods):
