@@ -10,9 +10,27 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--other-cpu", action="store_true", help="matrix products round by their number of rows")
+
+
 def pytest_configure(config):
+    if config.getoption("other_cpu"):
+        from other_cpu import OtherCPU
+
+        OtherCPU().__enter__()  # for the whole process: fixtures are computed under it too
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture
+def exact_arithmetic():
+    """The arithmetic of `zero_mismatch`, in which a row rounds alike in every batch on every processor. A test takes it
+    where bits must agree between forwards of other rows; without it they agree to rounding alone."""
+    from dllm_rl.diagnostics.batch_invariance import batch_invariant
+
+    with batch_invariant():
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -15,8 +15,6 @@ from dllm_rl.samplers.cache import KeysAndValues
 from dllm_rl.samplers.unmask import check_fits, check_suppress
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
-FEWEST = 4  # rows of a step: products of fewer end in other last bits (fp32, MKL on a CPU with AVX2)
-
 
 @torch.no_grad()
 def autoregress(
@@ -49,25 +47,23 @@ def autoregress(
     check_suppress(policy, sampling_params)
     device = policy.device
     num_rows = prompts.num_rows
-    # Copies of the last row make up the fewest.
-    place = torch.arange(max(FEWEST, num_rows), device=device).clamp(max=num_rows - 1)
     seeds = row_seeds(generator, num_rows) if prompts.seeds is None else prompts.seeds
     # One uniform per token, all drawn first: a row's numbers do not depend on when its neighbours end.
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     drawn = [torch.rand(max_new_tokens, generator=row, dtype=torch.float64) for row in generators]
-    uniforms = torch.stack(drawn).to(device)[place]
+    uniforms = torch.stack(drawn).to(device)
 
     new = prompts.tokens.to(device)
     attention_mask = prompts.attention_mask.to(device)
     positions = position_ids(attention_mask)
     cache = KeysAndValues(config=policy.module.config)
     eos = torch.tensor(policy.spec.eos_ids, device=device)
-    alive = torch.ones_like(place, dtype=torch.bool)
+    alive = torch.ones(num_rows, dtype=torch.bool, device=device)
     columns = []
     for step in range(max_new_tokens):
         states = policy.encode(new, attention_mask, positions, past_key_values=cache, use_cache=True)[:, -1]
         if step == 0:  # the prompt is read once for all rows of its group
-            prompt_of = place // prompts.group_size
+            prompt_of = torch.arange(num_rows, device=device) // prompts.group_size
             states = states[prompt_of]
             attention_mask = attention_mask[prompt_of]
             positions = positions[prompt_of]
@@ -82,7 +78,7 @@ def autoregress(
         alive = alive & ~torch.isin(token, eos)
         if not alive.any():
             break
-    return _rollout(policy, prompts, sampling_params, attention_mask[:num_rows], columns)
+    return _rollout(policy, prompts, sampling_params, attention_mask, columns)
 
 
 def _draw(
@@ -106,7 +102,7 @@ def _rollout(
     columns: list[tuple[Tensor, ...]],
 ) -> Rollout:
     """The record of the steps' columns: tokens, log-probs, which rows were alive, and with filters what was kept."""
-    tokens, logprobs, alive, *kept = (torch.stack(x, dim=1)[: prompts.num_rows] for x in zip(*columns, strict=True))
+    tokens, logprobs, alive, *kept = (torch.stack(x, dim=1) for x in zip(*columns, strict=True))
     before = repeat(prompts.tokens.to(policy.device), "p s -> (p g) s", g=prompts.group_size)
     start = before.shape[1]
     completion_mask = F.pad(alive, (start, 0))

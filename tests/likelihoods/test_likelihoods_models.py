@@ -58,6 +58,7 @@ def sampled(policy, *, group_size: int = 2, ids=RAGGED, **options) -> Rollout:
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("exact_arithmetic")
 def test_trajectory_over_every_step_is_the_samplers_own_record_bitwise(family, options):
     policy = DIFFUSION[family]
     rollout = sampled(policy, group_size=4, **options)

@@ -95,6 +95,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("exact_arithmetic")
 def test_kept_graphs_give_the_same_scores_and_gradient_without_a_forward(case, tmp_path):
     """Bit for bit with one forward: the same rows meet the same kernels. With several, one backward adds the views'
     gradients from the last to the first, where the constant-memory update goes from the first to the last."""

@@ -100,6 +100,7 @@ def test_a_row_depends_on_itself_only(policy, name):
 
 
 @pytest.mark.parametrize("name", WAYS)
+@pytest.mark.usefixtures("exact_arithmetic")
 def test_replay_gives_recorded_logprobs_bitwise(policy, name):
     for rows, group in ((slice(1), 1), (slice(3), 2)):
         rollout = fill(policy, IDS[rows], range(len(IDS[rows]) * group), new=1, group=group, **WAYS[name])

@@ -138,6 +138,7 @@ def test_row_depends_on_itself_only(policy, name):
 
 
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.usefixtures("exact_arithmetic")
 def test_replay_gives_recorded_logprobs_bitwise(policy, name):
     for ids, group in ((IDS[:1], 1), (IDS[:3], 2)):
         prompts = Prompts.from_ids(ids, pad_id=0, group_size=group)

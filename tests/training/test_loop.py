@@ -63,6 +63,7 @@ def test_a_run_leaves_what_it_promises(make, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])
+@pytest.mark.usefixtures("exact_arithmetic")
 def test_unquantised_rollouts_have_exactly_no_mismatch(make, tmp_path):
     train(make(tmp_path, rollout_quantization=None, micro_batch_size=8))
     for row in metrics_of(tmp_path):
@@ -72,6 +73,7 @@ def test_unquantised_rollouts_have_exactly_no_mismatch(make, tmp_path):
 
 
 @pytest.mark.parametrize("corrector", [tis(), tis(level="sequence"), correctors.icepop(), correctors.ais()])
+@pytest.mark.usefixtures("exact_arithmetic")
 def test_on_policy_every_weighting_is_none(corrector, tmp_path):
     a = train(tiny_recipe(tmp_path / "a", rollout_quantization=None, corrector=none()))
     b = train(tiny_recipe(tmp_path / "b", rollout_quantization=None, corrector=corrector))
@@ -221,6 +223,7 @@ def test_estimators_train(likelihood, tmp_path):
     assert all(row["grad_norm"] > 0 and row["rollout_corr/k3_kl"] > 0 for row in metrics_of(tmp_path))
 
 
+@pytest.mark.usefixtures("exact_arithmetic")
 def test_aligned_forward_leaves_no_mismatch(tmp_path):
     train(tiny_recipe(tmp_path, corrector=correctors.aligned(), num_iterations=2))
     assert all(row["rollout_corr/abs_log_ratio_max"] == 0 and row["grad_norm"] > 0 for row in metrics_of(tmp_path))

@@ -39,6 +39,7 @@ def test_sharded_weights_are_not_kept_in_bf16(size, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"bf16": True}, {}, {"dtype": "bfloat16"}])
+@pytest.mark.usefixtures("exact_arithmetic")
 def test_the_samplers_record_is_the_learners_own_score_in_any_arithmetic(tmp_path, changes):
     """Bit for bit: attention rounds alike with a graph and without one."""
     recipe = tiny_recipe(tmp_path, rollout_quantization=None, **changes)
