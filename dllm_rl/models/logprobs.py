@@ -17,7 +17,9 @@ CHUNK_ELEMENTS = 2**23  # fp32 logits held at once on a CPU: 32 MiB
 # On an accelerator 256 MiB, 530 rows of LLaDA's vocabulary. Each chunk reads the head's weights and writes their whole
 # gradient: with 64 rows the traffic takes longer than the products.
 ACCELERATOR_ELEMENTS = 2**26
-ROWS = 16  # A product has at least ROWS rows, and a multiple of STEP: fp32 kernels round few rows differently
+# A product of the head has at least ROWS rows, and a multiple of STEP. Many processors round few rows differently: the
+# mismatch of unquantised rollouts is then smaller. Only `zero_mismatch` makes it 0 on every processor.
+ROWS = 16
 STEP = 8
 GROUP = 256  # tokens whose mass is summed before the search for the drawn one
 
@@ -109,7 +111,7 @@ def chunked(f: Callable, *rows: Tensor, policy: Head) -> tuple[Tensor, ...]:
     """Apply `f` (rows -> tuple of per-row tensors) to chunks of `chunk_rows`."""
     size = chunk_rows(policy.vocab_size, policy.device)
     count = len(rows[0])
-    # Rows of zeros fill the last chunk, so that a row's value does not depend on the number of rows.
+    # Rows of zeros fill the last chunk up.
     last = count - (count - 1) // size * size
     if missing := max(ROWS - last, -last % STEP):
         rows = tuple(torch.cat([r, r.new_zeros(missing, *r.shape[1:])]) for r in rows)

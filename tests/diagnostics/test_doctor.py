@@ -170,8 +170,10 @@ def test_worst_tokens_and_layers_are_the_ones_that_differ_most():
     other = quantized_copy(policy, None)
     other.module.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
     report = diagnose(policy, prompts=prompts(), sampler=sampler, rollout_policy=other, num_worst=3)
-    assert report.layers[0][0] == "model.layers.1.mlp.up_proj"
-    assert report.layers[0][1] == pytest.approx(0.5, rel=1e-5)  # ||1.5 y - y|| / ||y||
+    worst = dict(report.layers)
+    # ||1.5 y - y|| / ||y||, also of down_proj, which is linear in y: rounding decides which of the two comes first.
+    assert {name for name, _ in report.layers[:2]} == {f"model.layers.1.mlp.{part}_proj" for part in ("up", "down")}
+    assert worst["model.layers.1.mlp.up_proj"] == pytest.approx(0.5, rel=1e-5) == report.layers[0][1]
     gaps = [abs(token.learner - token.rollout) for token in report.tokens]
     assert gaps == sorted(gaps, reverse=True) and gaps[0] == pytest.approx(report.total.max_abs, rel=1e-6)
     assert len(report.tokens) == 3 and report.num_tokens == 12 * 8

@@ -116,8 +116,8 @@ def test_gradient_of_one_layer_by_hand():
     with aligned_forward(policy, rollout):
         source(x + 3.0)[0, 0].backward()
     assert torch.allclose(x.grad[0, :3], torch.tensor([0.7, -0.7, 0.0]))
-    assert torch.equal(source.weight.grad[0], torch.full((32,), 3.0))
-    assert torch.equal(source.bias.grad[:2], torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(source.weight.grad[0], torch.full((32,), 3.0))
+    torch.testing.assert_close(source.bias.grad[:2], torch.tensor([1.0, 0.0]))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=describe)

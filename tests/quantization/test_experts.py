@@ -77,7 +77,8 @@ def test_the_mixture_is_the_stock_ones(policy):
         weights = torch.rand(9, 2, generator=generator)
         gate_up, down = ([lambda x, w=w: F.linear(x, w) for w in stack] for stack in stacks.values())
         ours = mixture(x, index, weights, gate_up, down, act_fn=layer.act_fn)
-        torch.testing.assert_close(ours, layer(x, index, weights), rtol=1e-5, atol=1e-6)
+        theirs = layer(x, index, weights)  # a grouped product, which rounds otherwise
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * theirs.abs().max().item())
     assert layers
 
 

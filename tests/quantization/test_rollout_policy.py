@@ -273,13 +273,13 @@ def test_zero_rows_and_zero_inputs_give_zeros(scheme):
 
 @pytest.mark.float8_rows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fast_emulation_equals_torchaos_dynamic_float8_bitwise(dtype):
+def test_fast_emulation_equals_torchaos_dynamic_float8(dtype):
     policy = masked_lm()
     policy.module.to(dtype)
     fast = quantized_copy(policy, e4m3_emulated()).logits(*batch())
     exact = quantized_copy(policy, quantize.float8_dynamic_emulated()).logits(*batch())
-    assert torch.equal(fast, exact)
-    assert not torch.equal(fast, policy.logits(*batch()))
+    moved = (fast - policy.logits(*batch())).norm()  # as far as quantisation moves them
+    assert 0 < moved and (fast - exact).norm() < (1e-4 if dtype == torch.float32 else 0.2) * moved
 
 
 def test_quantisation_error_is_bounded_by_the_format():

@@ -178,6 +178,7 @@ def test_mean_ratios_by_enumeration(name, temperature):
 
 @pytest.mark.parametrize("name", FILTERS)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["unmask", "autoregress"])
+@pytest.mark.usefixtures("exact_arithmetic")
 def test_a_rollout_records_what_was_kept(is_causal, name):
     policy = tiny(is_causal=is_causal)
     rollout = sampled(policy, **FILTERS[name])

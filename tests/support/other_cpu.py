@@ -29,7 +29,7 @@ class OtherCPU(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         which = PRODUCTS.get(func.overloadpacket)
-        if which is None:
+        if which is None or args[which].device.type != "cpu":  # a simulated GPU has its own rounding
             return out
         rows = args[which].numel() // max(args[which].shape[-1], 1)
         if isinstance(out, tuple):  # attention also returns what its backward needs
