@@ -46,6 +46,7 @@ def test_a_part_that_fails_is_named_and_takes_nothing_with_it(monkeypatch, tmp_p
     assert queue(monkeypatch, tmp_path) == 1 and (tmp_path / "roofline.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_what_the_minutes_cut_off_runs_again(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "QUEUE", ("roofline",))
     assert queue(monkeypatch, tmp_path, "--minutes", "0.01") == 3

@@ -111,8 +111,8 @@ class Ragged(Wrapped):
 
 @pytest.mark.parametrize("zero_mismatch", [False, True])
 def test_what_is_scored_is_what_was_sampled(tmp_path, zero_mismatch):
-    """The sampler's buckets are the learner's, also where some groups are not scored. Bit for bit with zero_mismatch, to
-    rounding without it."""
+    """The sampler's buckets are the learner's, also where some groups are not scored. Bit for bit with zero_mismatch,
+    to rounding without it."""
     task = Ragged(Sudoku(split="train", size=8))
     recipe = tiny_recipe(tmp_path, zero_mismatch=zero_mismatch, rollout_quantization=None, task=task)
     policy = recipe.model()

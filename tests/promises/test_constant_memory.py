@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 from accelerate import Accelerator
+from repetitions import crossed
 
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import losses
@@ -140,8 +141,7 @@ def assert_same(ours: torch.Tensor, plain: torch.Tensor) -> None:
     assert ((ours - plain).norm() / plain.norm()).item() < 1e-5
 
 
-@pytest.mark.parametrize("correction", CORRECTORS)
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize(("name", "correction"), crossed(ESTIMATORS, CORRECTORS, row="trajectory", column="tis"))
 def test_gradient_is_plain_autograds(name, correction):
     """Every loss and aggregation; KL term, entropy bonus and micro-batch size change from case to case."""
     policy, estimator, rollout, noise, advantages = setting(name)

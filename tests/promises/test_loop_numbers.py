@@ -282,7 +282,9 @@ def test_the_kl_term_reaches_groups_without_advantage_and_counts_every_token(tmp
     assert rows[1]["kl"] == pytest.approx(distance.mean().item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("estimator", [elbo(num_samples=2), coupled()], ids=["elbo", "coupled"])
+@pytest.mark.parametrize(
+    "estimator", [elbo(num_samples=2), pytest.param(coupled(), marks=pytest.mark.slow)], ids=["elbo", "coupled"]
+)
 def test_masks_are_drawn_anew_every_step_and_depend_on_the_seed(estimator, tmp_path):
     def masks(folder, **changes):
         drawn = []

@@ -72,7 +72,13 @@ def test_unquantised_rollouts_have_exactly_no_mismatch(make, tmp_path):
         assert {name: row[f"rollout_corr/{name}"] for name in exact} == exact
 
 
-@pytest.mark.parametrize("corrector", [tis(), tis(level="sequence"), correctors.icepop(), correctors.ais()])
+@pytest.mark.parametrize(
+    "corrector",
+    [
+        correctors.ais(),
+        *(pytest.param(c, marks=pytest.mark.slow) for c in (tis(), tis(level="sequence"), correctors.icepop())),
+    ],
+)
 @pytest.mark.usefixtures("exact_arithmetic")
 def test_on_policy_every_weighting_is_none(corrector, tmp_path):
     a = train(tiny_recipe(tmp_path / "a", rollout_quantization=None, corrector=none()))
@@ -80,7 +86,9 @@ def test_on_policy_every_weighting_is_none(corrector, tmp_path):
     assert_same_weights(a, b)
 
 
-@pytest.mark.parametrize("aggregate", [token, sequence, partial(constant, length=16)])
+@pytest.mark.parametrize(
+    "aggregate", [token, *(pytest.param(f, marks=pytest.mark.slow) for f in (sequence, partial(constant, length=16)))]
+)
 def test_micro_batches_change_nothing_beyond_rounding(aggregate, tmp_path):
     # Plain descent: AdamW divides a gradient by its own size, and so shows the rounding of one near zero at full scale.
     changes = {"aggregate": aggregate, "num_iterations": 2, "beta": 0.04, "kl": kl_k2, "optim": descent}

@@ -339,10 +339,10 @@ def recipe(tmp_path, name: str, **fields):
     ("kind", "fields"),
     [
         ("full", {}),
-        ("full in 8 bits", {"optim": adamw_8bit}),
+        pytest.param("full in 8 bits", {"optim": adamw_8bit}, marks=pytest.mark.slow),
         ("lora", {"lora": partial(Lora, r=4, dropout=0.1)}),
         ("lora after warm-up", {"lora": partial(Lora, r=4), "warmup_steps": 2, "optim": adamw_8bit}),
-        ("qlora", {"lora": partial(Lora, r=4)}),
+        pytest.param("qlora", {"lora": partial(Lora, r=4)}, marks=pytest.mark.slow),
     ],
 )
 def test_three_steps_then_resume_and_merge(tmp_path, kind, fields):

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from layouts import checkpoint
+from repetitions import few
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 from torch._dynamo.utils import counters
@@ -23,6 +24,11 @@ SIZES = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_heads"
 FULL = ("llada", "illada", "llada_moe", "dream", "rnd1", "a2d_qwen2", "a2d_qwen3")
 BLOCKS = ("llada2", "sdar", "sdar_moe", "stable_diffcoder", "a2d_blocks", "nemotron")
 CAUSAL = ("llama", "qwen3", "smollm2", "nemotron_ar")
+OTHERS = [
+    *((family, None) for family in (*FULL, *BLOCKS, *CAUSAL[1:], "roberta", "modernbert")),
+    *((family, dual_cache(refresh=3)) for family in FULL[1:]),
+    *((family, block_cache()) for family in BLOCKS if family != "sdar"),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -85,10 +91,12 @@ def graphs():
 @pytest.mark.parametrize(
     ("family", "cache"),
     [
-        *((family, None) for family in (*FULL, *BLOCKS, *CAUSAL, "bert", "roberta", "modernbert")),
-        *((family, dual_cache(refresh=3)) for family in FULL),
+        ("llada", dual_cache(refresh=3)),
         ("llada", prefix_cache()),
-        *((family, block_cache()) for family in BLOCKS),
+        ("sdar", block_cache()),
+        ("llama", None),
+        ("bert", None),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS),
     ],
     ids=str,
 )
@@ -114,7 +122,8 @@ def test_few_graphs_serve_all_blocks_and_shapes(tmp_path, monkeypatch, family, c
 
 
 @pytest.mark.parametrize(
-    "scheme", ["bf16", "float8_weight_only", "int8_weight_only", "int8_dynamic", "int4_weight_only"]
+    "scheme",
+    few(["bf16", "float8_weight_only", "int8_weight_only", "int8_dynamic", "int4_weight_only"], ["float8_weight_only"]),
 )
 def test_every_schemes_copy_is_captured_whole(monkeypatch, scheme):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

@@ -64,6 +64,7 @@ def processor_seconds(pid: int) -> float:
     return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.slow
 def test_every_pair_is_decided_and_right_under_load(load, own_pool) -> None:
     assert len(set(EQUAL)) == 191
     assert [pair for pair, equal in zip(EQUAL, math_check.equal_all(EQUAL), strict=True) if equal is not True] == []

@@ -7,6 +7,7 @@ from functools import partial
 from importlib import import_module
 
 import pytest
+from repetitions import few
 
 from dllm_rl import train
 from dllm_rl.algorithms.optimizers import adamw_8bit
@@ -53,7 +54,7 @@ def recipe_of(name: str):
     return import_module(f"recipes.{name}").recipe
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", few(REAL, ["llada_8b_sudoku", "smollm2_arithmetic"]))
 def test_every_recipe_runs_dry(name, capsys, tmp_path, monkeypatch):
     """Parameters and layers of the whole model; the memory, for time's sake, of two blocks of each kind of model."""
     monkeypatch.chdir(tmp_path)
