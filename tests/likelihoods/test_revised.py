@@ -188,8 +188,16 @@ def rolled(policy, *, group=2, length=8, **options):
 
 @pytest.mark.parametrize("rule", RULES, ids=["remask", "soft_edit", "soft_edit, max_prob"])
 @pytest.mark.parametrize("options", [{}, {"block_size": 4}, {"top_k": 5, "temperature": 0.7}], ids=str)
+def test_recorded_logprobs_are_the_replayed_ones(rule, options):
+    assert_replayed(rule, options, atol=1e-5)
+
+
 @pytest.mark.usefixtures("exact_arithmetic")
-def test_recorded_logprobs_are_the_replayed_ones_bit_for_bit(rule, options):
+def test_recorded_logprobs_are_the_replayed_ones_bit_for_bit():
+    assert_replayed(RULES[0], {}, atol=0)
+
+
+def assert_replayed(rule, options, *, atol):
     for policy in (
         tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3),
         tiny_llama(characters=CHARACTERS, causal=False, num_layers=2, head_std=0.3),
@@ -197,7 +205,7 @@ def test_recorded_logprobs_are_the_replayed_ones_bit_for_bit(rule, options):
         rollout, estimator = rolled(policy, **rule, **options), lik.trajectory()
         noise = estimator.draw(rollout, torch.Generator())
         contributions = estimator.logprobs(policy, rollout, noise)
-        assert torch.equal(contributions, lik.recorded(rollout, noise))
+        torch.testing.assert_close(contributions, lik.recorded(rollout, noise), rtol=0, atol=atol)
         assert not torch.equal(contributions, rollout.logprobs)  # of the last writings
         last = rollout.event_step.argmax(-1, keepdim=True)
         chosen = rollout.completion_mask
@@ -226,10 +234,10 @@ def test_blocks_at_once_score_what_steps_one_by_one_do(rule, cache):
         logps = sum(score_view(policy, rollout, m, w != 0, step=s, packed=packed) for m, w, s in parts)
         used = [p for p in policy.module.parameters() if p.grad is not None]
         autograd = torch.cat([g.flatten() for g in torch.autograd.grad((logps * vector).sum(), used)])
-        torch.testing.assert_close(by_hand, autograd, atol=1e-5, rtol=1e-4)
+        assert (by_hand - autograd).norm() < 1e-5 * autograd.norm()
         found.append((len(noise.masked), by_hand))
     assert found[1][0] < found[0][0]
-    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-5, rtol=1e-4)
+    assert (found[1][1] - found[0][1]).norm() < 1e-5 * found[0][1].norm()
 
 
 @pytest.mark.usefixtures("exact_arithmetic")
@@ -257,9 +265,9 @@ def test_events_are_carried_with_the_record():
         return ours
 
     wide = few.padded(3, pad_id=policy.pad_id)
-    torch.testing.assert_close(scored(wide)[:, 3:], scored(few), atol=3e-6, rtol=0)
+    torch.testing.assert_close(scored(wide)[:, 3:], scored(few), atol=1e-5, rtol=0)
     taken = torch.tensor([4, 5, 0, 1])
-    torch.testing.assert_close(scored(many.rows(taken)), scored(many)[taken], atol=3e-6, rtol=0)
+    torch.testing.assert_close(scored(many.rows(taken)), scored(many)[taken], atol=1e-5, rtol=0)
     for first, second in ((few, many), (many, wide)):
         both = Rollout.joined([first, second], pad_id=policy.pad_id)
         assert both.event_step.shape[-1] == many.event_step.shape[-1]

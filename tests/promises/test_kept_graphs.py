@@ -117,6 +117,7 @@ def test_kept_graphs_give_the_same_scores_and_gradient_without_a_forward(case, t
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.usefixtures("exact_arithmetic")
 def test_an_update_runs_one_forward_for_each_later_inner_iteration(tmp_path, iterations):
     """And the weights end where two forwards an iteration take them: the second's graph is of the moved weights."""
     ends = []

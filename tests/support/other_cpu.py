@@ -1,9 +1,9 @@
 """Another CPU, simulated: `pytest --other-cpu`.
 
-The last bits of a matrix product depend on the kernel that a library picks, by the processor and by the number of rows. A
-row may therefore round differently in a batch of 4 than in a batch of 32. On some processors it does not, and a test that
-compares such bits passes there and fails elsewhere. Under this mode every product rounds by its number of rows: the same
-call gives the same bits, the same row in another batch does not.
+The last bits of a matrix product depend on the kernel that a library picks, by the processor and by the number of rows.
+A row may therefore round differently in a batch of 4 than in a batch of 32. On some processors it does not, and a test
+that compares such bits passes there and fails elsewhere. Under this mode every product rounds by its number of rows:
+the same call gives the same bits, the same row in another batch does not.
 """
 
 from functools import cache
@@ -33,7 +33,7 @@ class OtherCPU(TorchDispatchMode):
         if which is None or args[which].device.type != "cpu":  # a simulated GPU has its own rounding
             return out
         product = out[0] if isinstance(out, tuple) else out  # attention also returns what its backward needs
-        if product.is_floating_point() and product.numel():
+        if product.is_floating_point() and product.numel() and args[which].shape[-1]:
             rows = args[which].numel() // args[which].shape[-1]
             product.mul_(factors(product.shape[-1], rows, product.dtype))
         return out
