@@ -1,15 +1,18 @@
 """The documents' tables of the studies are those of the stored results, and the intervals those of the stored seeds."""
 
 import json
+import re
 from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
 
 from dllm_rl.members import describe
+from recipes.smollm2_diffusion import recipe as converted
 from recipes.studies import estimators, experts, fp8_sums, league, lengths, order, paired, rates
 
 STUDIES = Path(paired.__file__).parent
+PS = "Holm's p"
 
 
 def stored(name):
@@ -38,6 +41,23 @@ def tables_of(name):
     return tables
 
 
+def two_digits(cell):
+    """Of the studies whose seeds are stored with two digits: the cell with its numbers so."""
+    return re.sub(r"\d\.\d{3,}", lambda number: f"{float(number[0]):.2f}", cell)
+
+
+def p_value(cell):
+    return "<0.01" if float(cell) < 0.005 else two_digits(cell)
+
+
+def rounded_runs(name):
+    """The stored rates of each arm, rounded to two digits, as runs."""
+    runs = {}
+    for row in stored(name)["arms"]:
+        runs |= {(row["arm"], seed): {"after": float(rate)} for seed, rate in enumerate(row["each seed"].split(", "))}
+    return runs
+
+
 @pytest.mark.parametrize("name", ["mismatch", "mismatch_ar", "kernel_noise"])
 def test_the_intervals_are_those_of_the_seeds(name):
     """The seeds are rounded to two or three digits, and so move the mean and the spread a little."""
@@ -54,24 +74,60 @@ def test_the_intervals_are_those_of_the_seeds(name):
 
 
 def test_mismatch():
+    """The tables with two digits, and that the rounded seeds give the differences to within their rounding."""
     contrasts = stored("mismatch")["contrasts"]
     claims, _, _, _, causal, *_ = tables_of("mismatch")
     assert [(row["difference, 95 %"], row["p"]) for row in claims] == [
-        (row["difference, 95 %"], row["Holm's p"]) for row in contrasts
+        (two_digits(row["difference, 95 %"]), p_value(row["Holm's p"])) for row in contrasts
     ]
+    for name in ("mismatch", "mismatch_ar"):
+        runs = rounded_runs(name)
+        for row in stored(name)["contrasts"]:
+            if row["of"] == "after":  # the quantised nets' seeds are not stored
+                again = mean(paired.paired(runs, row["arm"], row["less"]))
+                assert float(row["difference, 95 %"].split("±")[0]) == pytest.approx(again, abs=0.01)
     arms, contrasts = (stored("mismatch_ar")[part] for part in ("arms", "contrasts"))
-    assert [(row["arm"], row["after"], row["ESS"]) for row in causal] == [
-        (row["arm"], row["after"], row["ESS"]) for row in arms
+    assert [(row["arm"], row["after"], row["log-ratio"], row["ESS"]) for row in causal] == [
+        (row["arm"], *(two_digits(row[column]) for column in ("after", "mean abs log-ratio", "ESS"))) for row in arms
     ]
     told = [(row["difference, 95 %"].split(" ")[0], row["p"]) for row in causal[1:]]
-    assert told == [(row["difference, 95 %"], row["Holm's p"]) for row in contrasts]
+    assert told == [(two_digits(row["difference, 95 %"]), p_value(row["Holm's p"])) for row in contrasts]
+
+
+def test_findings_of_the_mismatch_study():
+    told = (STUDIES / "mismatch.md").read_text()
+    arms, runs = {row["arm"]: row for row in stored("mismatch")["arms"]}, rounded_runs("mismatch")
+    none = arms["one: none"]
+    apart, ess, order = (two_digits(none[column]) for column in ("mean abs log-ratio", "ESS", "same order"))
+    assert f"Mean |log ratio| is {apart} nats and ESS {ess}." in told and f"on {order} of the positions" in told
+    assert f"one warmed-up model: {two_digits(arms['start']['after'])} (ten seeds)" in told
+    assert f"AIS's mean lambda is {two_digits(arms['one: AIS alarm']['lambda'])}," in told
+    undone = paired.share(runs, "two: none", "two: none, no clip", "two: unquantised")
+    assert f"A dual clip at 1.2 alone undoes {undone} of it" in told
+    undone = paired.share(runs, "one: TIS", "one: none", "one: unquantised")
+    assert f"it undoes {undone} of the harm" in told
+    for arm, against, sentence in (
+        ("one: TIS shuffled", "one: none", "between shuffled weights and none ({})"),
+        ("one: TIS", "one: lambda 0.5", "TIS beats a fixed lambda of 0.5 by {}"),
+        ("left: TIS", "left: none", "Left half first, TIS adds {} (five seeds)"),
+    ):
+        assert sentence.format(two_digits(paired.interval(paired.paired(runs, arm, against)))) in told
+
+
+def test_the_claims_were_stated_after_an_earlier_study():
+    arms = stored("mismatch_first")["arms"]
+    assert {row["seeds"] for row in arms} == {"5"} == {str(len(row["each seed"].split(", "))) for row in arms}
+    assert f"after {5 * len(arms)} runs of [an earlier study](mismatch_first.json) on seeds 0 to 4" in " ".join(
+        (STUDIES / "mismatch.md").read_text().split()
+    )
 
 
 def test_rounding_as_small_as_a_kernels():
     plain, noisy = stored("kernel_noise")["arms"]
     told = (STUDIES / "mismatch.md").read_text()
-    assert f"({noisy['after']} against {plain['after']} unquantised" in told
-    assert f"**Harm is not shown: +{noisy['difference, 95 %']}**" in told
+    assert f"({two_digits(noisy['after'])} against {two_digits(plain['after'])} unquantised" in told
+    assert f"**We saw no difference: {two_digits(noisy['difference, 95 %'])}**" in told
+    assert f"mean |log ratio| {float(noisy['mean abs log-ratio']):.3f} nats" in told
 
 
 def test_real_fp8():
@@ -96,14 +152,58 @@ def test_rates():
     told = (STUDIES / "mismatch.md").read_text()
     assert rates.told(results, more, rates.best(tuning)) in told
     assert f"Unquantised: {paired.interval([results['unquantised', seed]['after'] for seed in range(10, 20)])}." in told
+    claims = {row["stated before the runs"]: row for row in paired.contrast_rows(rates.study, results)}
+    harm, gain = claims["five levels harms"], claims["token TIS helps under five levels"]
+    assert f"five levels still harm ({harm['difference, 95 %']}, Holm's p {harm[PS]})" in " ".join(told.split())
+    assert f"beats no corrector by {gain['difference, 95 %']}, Holm's p {gain[PS]}: not significant" in told
+    ais = claims["AIS does better than TIS under five levels"]["difference, 95 %"]
+    assert f"**TIS beats AIS at five levels** by {ais.removeprefix('-')};" in told
     best = rates.best(tuning)
     assert best.pop("five levels: AIS") == 1.25e-4 and set(best.values()) == {2.5e-4, 5e-4}
+
+
+def test_what_a_rate_costs():
+    """At 2.5e-4 and 5e-4, of every format without a corrector: the bullets below the tables of rates."""
+    parts = stored("rates")
+    best = rates.best(by_arm(parts["tuning"]))
+    runs = {(rates.at(run["arm"], best[run["arm"]]), run["seed"]): run for run in parts["runs"]} | by_arm(
+        parts["equal"]
+    )
+    low, high = ({arm: rates.at(arm, rate) for arm in rates.ARMS} for rate in rates.EQUAL)
+
+    def loss(format, at):
+        return paired.paired(runs, at["unquantised"], at[f"{format}: none"])
+
+    def ess(format, at):
+        return f"{mean(runs[at[f'{format}: none'], seed]['ESS'] for seed in rates.TESTED_ON):.3f}"
+
+    told = (STUDIES / "mismatch.md").read_text()
+    more = {
+        format: paired.interval(
+            [after - before for after, before in zip(loss(format, high), loss(format, low), strict=True)]
+        )
+        for format in rates.FORMATS
+    }
+    assert f"at 5e-4 (ESS {ess('FP8', high)})" in told
+    assert f"it loses {paired.interval(loss('int4', high))} there, although its ESS is {ess('int4', high)}" in told
+    assert f"(2.5e-4: ESS {ess('int4', low)}, a loss of {paired.interval(loss('int4', low))})" in told
+    assert f"int3 loses {more['int3']} more at 5e-4 than at 2.5e-4, five levels {more['five levels']} more" in told
+    unquantised = paired.interval(paired.paired(runs, high["unquantised"], low["unquantised"]))
+    five = paired.interval(paired.paired(runs, low["five levels: none"], high["five levels: none"]))
+    assert f"It takes {unquantised} from unquantised rollouts and gives five levels {five}." in told
 
 
 def test_lengths():
     results = runs_of("lengths")
     assert len(results) == 98 and {arm for arm, _ in results} == set(lengths.study.arms)
-    assert lengths.told(results) in (STUDIES / "mismatch.md").read_text()
+    told = (STUDIES / "mismatch.md").read_text()
+    assert lengths.told(results) in told
+    apart = [
+        f"{mean(results[f'{name}: none', seed]['mean abs log-ratio'] for seed in range(10)):.2f}"
+        for name in lengths.SHARES
+    ]
+    assert f"grows to {apart[3]} nats (the others: {min(apart)} to {max(apart[:3])})" in told
+    assert f"by {paired.interval(paired.paired(results, '4 steps: TIS', '4 steps: none'))} at 4 steps" in told
 
 
 @pytest.mark.parametrize("name", league.LEAGUES)
@@ -185,4 +285,13 @@ def test_ess_of_the_converted_model():
     found = json.loads((STUDIES.parent / "results.json").read_text())["smollm2_diffusion_ess"]
     ess, apart = found["ESS"], found["mean abs log-ratio, nats"]
     told = f"an ESS of {min(ess):.3f} to {max(ess):.3f} under this FP8 (mean {mean(ess):.3f}, {mean(apart):.3f} nats;"
-    assert told in (STUDIES / "mismatch.md").read_text()
+    page = " ".join((STUDIES / "mismatch.md").read_text().split())
+    assert told in page
+    assert f"But they are {len(ess)} of the recipe's {converted.num_steps}:" in page
+    assert f"from {ess[0]:.3f} to {ess[10]:.3f} at the eleventh" in page
+    assert f"grows from {apart[0]:.3f} to {apart[11]:.3f} nats at the twelfth" in page
+
+
+def test_tbpos_band_never_acts_in_the_study_of_real_fp8():
+    assert {study.base.num_iterations for study in fp8_sums.STUDIES.values()} == {1}
+    assert not any("num_iterations" in changes for changes in fp8_sums.study.arms.values())
