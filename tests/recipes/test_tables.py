@@ -27,6 +27,11 @@ def runs_of(name):
     return by_arm(stored(name))
 
 
+def mismatch_page():
+    """docs/mismatch.md in one line."""
+    return " ".join((STUDIES.parents[1] / "docs" / "mismatch.md").read_text().split())
+
+
 def tables_of(name):
     """Each table's rows, by its head's cells."""
     tables, head = [], None
@@ -162,35 +167,84 @@ def test_rates():
     assert best.pop("five levels: AIS") == 1.25e-4 and set(best.values()) == {2.5e-4, 5e-4}
 
 
-def test_what_a_rate_costs():
-    """At 2.5e-4 and 5e-4, of every format without a corrector: the bullets below the tables of rates."""
+def runs_at_rates():
+    """The rates study's runs by arm and rate, and the arms' names at 2.5e-4 and at 5e-4."""
     parts = stored("rates")
     best = rates.best(by_arm(parts["tuning"]))
-    runs = {(rates.at(run["arm"], best[run["arm"]]), run["seed"]): run for run in parts["runs"]} | by_arm(
-        parts["equal"]
-    )
+    runs = {(rates.at(run["arm"], best[run["arm"]]), run["seed"]): run for run in parts["runs"]}
     low, high = ({arm: rates.at(arm, rate) for arm in rates.ARMS} for rate in rates.EQUAL)
+    return runs | by_arm(parts["equal"]), low, high
 
-    def loss(format, at):
-        return paired.paired(runs, at["unquantised"], at[f"{format}: none"])
 
-    def ess(format, at):
-        return f"{mean(runs[at[f'{format}: none'], seed]['ESS'] for seed in rates.TESTED_ON):.3f}"
+def ess_at(runs, at, format):
+    return mean(runs[at[f"{format}: none"], seed]["ESS"] for seed in rates.TESTED_ON)
 
+
+def loss_at(runs, at, format):
+    """By seed: what the format costs without a corrector."""
+    return paired.paired(runs, at["unquantised"], at[f"{format}: none"])
+
+
+def test_what_a_rate_costs():
+    """At 2.5e-4 and 5e-4, of every format without a corrector: the bullets below the tables of rates."""
+    runs, low, high = runs_at_rates()
     told = (STUDIES / "mismatch.md").read_text()
-    more = {
-        format: paired.interval(
-            [after - before for after, before in zip(loss(format, high), loss(format, low), strict=True)]
-        )
-        for format in rates.FORMATS
-    }
-    assert f"at 5e-4 (ESS {ess('FP8', high)})" in told
-    assert f"it loses {paired.interval(loss('int4', high))} there, although its ESS is {ess('int4', high)}" in told
-    assert f"(2.5e-4: ESS {ess('int4', low)}, a loss of {paired.interval(loss('int4', low))})" in told
+    more = {}
+    for format in ("int3", "five levels"):
+        both = zip(loss_at(runs, high, format), loss_at(runs, low, format), strict=True)
+        more[format] = paired.interval([at_high - at_low for at_high, at_low in both])
+    costs = {name: paired.interval(loss_at(runs, at, "int4")) for name, at in (("low", low), ("high", high))}
+    ess = {name: f"{ess_at(runs, at, 'int4'):.3f}" for name, at in (("low", low), ("high", high))}
+    assert f"at 5e-4 (ESS {ess_at(runs, high, 'FP8'):.3f})" in told
+    assert f"it loses {costs['high']} there, although its ESS is {ess['high']}" in told
+    assert f"(2.5e-4: ESS {ess['low']}, a loss of {costs['low']})" in told
     assert f"int3 loses {more['int3']} more at 5e-4 than at 2.5e-4, five levels {more['five levels']} more" in told
     unquantised = paired.interval(paired.paired(runs, high["unquantised"], low["unquantised"]))
     five = paired.interval(paired.paired(runs, low["five levels: none"], high["five levels: none"]))
     assert f"It takes {unquantised} from unquantised rollouts and gives five levels {five}." in told
+
+
+def test_which_corrector_under_one_rate_or_each_ones_own():
+    """The numbers of docs/mismatch.md's table of correctors that are the rates study's."""
+    told = mismatch_page()
+    runs, low, high = runs_at_rates()
+    int4, fewer = (paired.interval(loss_at(runs, at, "int4")) for at in (high, low))
+    ess = f"{ess_at(runs, high, 'int4'):.3f}"
+    assert f"int4 costs {int4} at the default learning rate of 5e-4, where its ESS is {ess}" in told
+    assert f"FP8 {ess_at(runs, high, 'FP8'):.3f}, int4 {ess})" in told
+    assert f"at 2.5e-4 (ESS {ess_at(runs, low, 'int4'):.3f}) it loses {fewer} |" in told
+    int3 = f"{ess_at(runs, low, 'int3'):.2f}"
+    assert f"Under int3 ({int3}) we saw no gain" in told and f"int3 harms at an ESS of {int3}." in told
+    rows = paired.contrast_rows(rates.study, by_arm(stored("rates")["runs"]))
+    claims = {row["stated before the runs"]: row for row in rows}
+    gain = claims["token TIS helps under five levels"]
+    assert f"beats no corrector by {gain['difference, 95 %']} (Holm's p {gain[PS]}: not significant)" in told
+    ais = claims["AIS does better than TIS under five levels"]
+    assert f"by {ais['difference, 95 %'].removeprefix('-')} where each takes its own rate ({ais[PS]})" in told
+
+
+def test_which_corrector_in_the_first_study_and_under_real_fp8():
+    """The table's other numbers."""
+    told = mismatch_page()
+    arms = {row["arm"]: row for row in stored("mismatch")["arms"]}
+    first = {row["stated before the runs"]: row for row in stored("mismatch")["contrasts"]}
+    assert f"in the first study by {two_digits(first['token TIS helps']['difference, 95 %'])} |" in told
+    ais = first["AIS alarm does better than TIS"]
+    apart = two_digits(ais["difference, 95 %"]).removeprefix("-")
+    assert f"TIS beats AIS by {apart} at one rate (Holm's p {p_value(ais[PS])})" in told
+    undone = paired.share(rounded_runs("mismatch"), "two: none", "two: none, no clip", "two: unquantised")
+    assert f"It undoes {undone} of the harm" in told
+    tis, none = (two_digits(arms[f"one: {arm}"]["quantised"]).split("±")[0] for arm in ("TIS", "none"))
+    assert f"TIS lowers this net: {tis}, against {none} without" in told
+    ess, apart = (two_digits(arms["one: none"][column]) for column in ("ESS", "mean abs log-ratio"))
+    assert f"had ESS {ess} and {apart} nats of mean |log ratio|" in told
+    causal = two_digits(stored("mismatch_ar")["contrasts"][0]["difference, 95 %"]).removeprefix("-")
+    assert f"Five levels cost an autoregressive model {causal}," in told
+    by_rate = [runs_of(f"fp8_sums_{rate}") for rate in fp8_sums.STUDIES]
+    gains = [mean(paired.paired(found, arm, "none")) for found in by_rate for arm in ("TIS", "aligned")]
+    assert f"[adds {min(gains):.2f} to {max(gains):.2f} there]" in told
+    ess = mean(by_rate[0]["none", seed]["ESS"] for seed in range(10))
+    assert f"an autoregressive model: {ess:.2f})" in told
 
 
 def test_lengths():
