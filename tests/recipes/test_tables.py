@@ -288,10 +288,51 @@ def test_the_default_gains_on_one_step_with_the_length_of_training():
 def test_two_segments_in_eight_steps():
     runs = {(league.method_of(run["arm"]), run["seed"]): run for run in stored("league_sudoku_8_steps")["runs"]}
     told = (STUDIES / "league.md").read_text()
-    assert f"Two segments less eight: {paired.interval(paired.paired(runs, 'two segments', league.DEFAULT))}." in told
-    for other, claim in (("wd1", "less wd1:"), ("one step", "less `one step` are")):
-        apart = paired.paired(runs, "two segments", other)
+    assert f"Two segments beat eight by {paired.interval(paired.paired(runs, 'two segments', league.DEFAULT))}," in told
+    for arm, other, claim in (
+        ("two segments", "wd1", "wd1 by"),
+        ("one step", "two segments", "`one step` still beats two segments by"),
+    ):
+        apart = paired.paired(runs, arm, other)
         assert f"{claim} {paired.interval(apart)} (exact p {paired.sign_flip(apart):.3f}, not claimed before)" in told
+    behind = [paired.interval(paired.paired(runs, arm, league.DEFAULT)) for arm in ("one step", "two segments", "wd1")]
+    assert "`one step` beats the default by {}, two segments by {}, wd1 by {}.".format(*behind) in told
+
+
+def test_what_equal_time_was():
+    """The sentences before the league's tables: what runs took, and which rates they chose."""
+    told = " ".join((STUDIES / "league.md").read_text().split())
+    seconds, settings, steps = {}, {}, {}
+    for name in league.LEAGUES:
+        for arm, run in league.best(by_arm(stored(f"league_{name}")["tuning"])).items():
+            settings[name, arm] = run.split(", ", 1)[1]
+        for run in stored(f"league_{name}")["runs"]:
+            seconds.setdefault((name, league.method_of(run["arm"])), []).append(run["s"])
+            steps[name, league.method_of(run["arm"])] = run["num_steps"]
+    took = {key: mean(each) for key, each in seconds.items()}
+
+    def more(name, method):
+        return 100 * (took[name, method] / took[name, league.DEFAULT] - 1)
+
+    others = [more("sudoku", method) for method in league.LEAGUES["sudoku"].methods]
+    assert min(others) == more("sudoku", "SPG") and max(others) == more("sudoku", "one step")
+    assert f"SPG took {-min(others):.0f} % less than the default, `one step` {max(others):.0f} % more." in told
+    default, one_step = took["sudoku_60_s", league.DEFAULT], took["sudoku_60_s", "one step"]
+    assert f"the default took {default:.0f} s and `one step` {one_step:.0f} s" in told
+    assert told.count(f"{more('sudoku_60_s', 'one step'):.0f} % more") == 1
+    assert f"which took {more('sudoku_60_s', 'one step'):.0f} % longer" in told
+    eight = [each for (name, _), each in took.items() if name == "sudoku_8_steps"]
+    assert f"In 48 s all took {min(eight):.0f} to {max(eight):.0f} s." in told
+    assert f"`one step` took {more('countdown', 'one step'):.0f} % more than the default." in told
+    few = {method: number for (name, method), number in steps.items() if name == "sudoku" and number < 20}
+    assert set(few) == {"ESPO", "GDSD", "SPG", "JustGRPO"} and (min(few.values()), max(few.values())) == (2, 7)
+    lowest = {"one update, 2e-4", "all updates, 1e-4"}
+    at_the_edge = {
+        name: [arm for (of, arm) in settings if of == name and settings[of, arm] in lowest] for name in league.LEAGUES
+    }
+    assert "one step" in at_the_edge["sudoku"] and at_the_edge["sudoku_60_s"] == ["one step"]
+    assert len(at_the_edge["sudoku"]) == 6 and league.DEFAULT not in at_the_edge["sudoku"]
+    assert len(at_the_edge["sudoku_8_steps"]) == 3 and league.DEFAULT in at_the_edge["sudoku_8_steps"]
 
 
 def test_an_earlier_league_had_what_is_left_out_below_the_default():
