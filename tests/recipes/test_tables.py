@@ -299,6 +299,18 @@ def test_two_segments_in_eight_steps():
     assert "`one step` beats the default by {}, two segments by {}, wd1 by {}.".format(*behind) in told
 
 
+def test_the_log_on_one_segment_against_every_step():
+    told = " ".join((STUDIES.parents[1] / "docs" / "LOG.md").read_text().split())
+    for name, sentence in (
+        ("sudoku_8_steps", "one segment beats every step by {} in 48 s"),
+        ("sudoku", "it beats every step by {} in 12 s"),
+        ("sudoku_60_s", "(every step is {} above)"),
+    ):
+        runs = {(league.method_of(run["arm"]), run["seed"]): run for run in stored(f"league_{name}")["runs"]}
+        apart = paired.interval(paired.paired(runs, "one step", league.DEFAULT))
+        assert sentence.format(apart.removeprefix("-")) in told
+
+
 def test_what_equal_time_was():
     """The sentences before the league's tables: what runs took, and which rates they chose."""
     told = " ".join((STUDIES / "league.md").read_text().split())
