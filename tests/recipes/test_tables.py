@@ -388,6 +388,19 @@ def test_orders(task):
         assert changes["sampler"].func is study.base.sampler.func
 
 
+def test_supervision_beats_rl_on_sudoku():
+    results = json.loads((STUDIES.parent / "results.json").read_text())
+    page = " ".join((STUDIES.parent / "README.md").read_text().split())
+    supervised = results["sudoku_tiny_longer"]["supervised only, about 90 CPU seconds"]
+    runs = [row for row in results["sudoku"] if row["recipe"] == "sudoku_tiny"]
+    learned = [float(row["solve rate before -> after (quantised net)"].split()[2]) for row in runs]
+    assert all(alone > after for alone, after in zip(supervised, learned, strict=True))
+    told = [f"{a:.3f}, {b:.3f} and {c:.3f}" for a, b, c in (supervised, learned)]
+    assert f"on all three seeds**: {told[0]} against {told[1]} (" in page
+    least = min(int(row["seconds in all"]) for row in runs)
+    assert f"RL takes at least {least} s on two threads, about {2 * least} CPU seconds." in page
+
+
 def test_ess_of_the_converted_model():
     found = json.loads((STUDIES.parent / "results.json").read_text())["smollm2_diffusion_ess"]
     ess, apart = found["ESS"], found["mean abs log-ratio, nats"]
