@@ -1,4 +1,4 @@
-"""Aligned forward (QaRL, arXiv 2604.07853 [paper]): the learner computes with the rollout's quantised operands.
+"""Aligned forward (QaRL, arXiv 2604.07853 [digest]): the learner computes with the rollout's quantised operands.
 
 The forward is the rollout's low-bit product, bit for bit. The backward is that of the dequantised operands' product,
     y = Q(x) Q(w)^T + b,   dx = dy Q(w),   dw = dy^T Q(x),   db = sum dy."""
