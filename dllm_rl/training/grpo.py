@@ -19,6 +19,7 @@ from dllm_rl.models.checkpoint.loading import checkpoint_folder, read_config
 from dllm_rl.models.policy import make_policy
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.by_name import ADAPTIVE
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import RewardFunction, hold_out, in_memory, task_from_dataset
@@ -156,11 +157,13 @@ def grpo_recipe(
     eval_dataset    held-out rows; None: the last tenth of `train_dataset`, at most 256 rows.
     reward_weights  one per function, 1 by default; advantages=decoupled normalises each reward before weighing it.
     sampler_options keywords of `unmask` or `autoregress`: num_steps (unmasking; default one per token), top_p ...
+                    A max_new_tokens or temperature in them replaces the argument of that name.
     max_rows        rows to read of a data set without a length, as a streamed one.
     settings        fields of Recipe: num_steps (RL steps), learning_rate, lora, rollout_quantization, corrector ...
 
-    TRL's names are taken where they mean the same (docs/trl.md). The trajectory is scored exactly up to 4 steps; above,
-    in a segment for every four steps, 2 to 8. Raises ValueError on too few rows and on an unknown setting.
+    TRL's names are taken where they mean the same (docs/trl.md). A sampler that takes at most 4 steps is scored
+    exactly; one that takes more, in a segment for every four steps, 2 to 8. Raises ValueError on too few rows and on an
+    unknown setting.
     """
     model = as_model(model, processing_class)
     if callable(train_dataset):
@@ -175,20 +178,21 @@ def grpo_recipe(
     name = settings.pop("name", Path(model).name.lower() if isinstance(model, str) else "grpo")
     task = task_of(training, name=name)
     eval_task = task_of(held_out, name=f"{name}-held-out")
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens} | dict(sampler_options or {})
-    steps = options.get("num_steps") or max_new_tokens
-    # `unmask`'s own rank, LLaDA's `confidence`, is not shown to learn more (docs/concepts.md), and its law costs time.
-    sampler = partial(unmask, **{"rank": max_prob} | options)
-    # A segment's forward and backward cost three steps of the rollout. In equal time two segments of eight steps teach
-    # more than all eight (recipes/studies/league.md).
-    likelihood = trajectory(num_segments=None if steps <= EXACT_STEPS else max(2, min(SEGMENTS, steps // 4)))
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options |= sampler_options or {}
     if isinstance(model, str):
         attention = find_family(read_config(checkpoint_folder(model))).attention  # the config alone says it
     else:
         attention = (model if isinstance(model, Policy) else model()).spec.attention
+    sampler: partial
     if attention == "causal":  # an autoregressive model writes from left to right, and is scored in one view
         sampler = partial(autoregress, **options)
         likelihood = causal()
+    else:
+        # `unmask`'s own rank, LLaDA's `confidence`, is not shown to learn more (docs/concepts.md), and its law costs
+        # time.
+        sampler = partial(unmask, **{"rank": max_prob, **options})
+        likelihood = trajectory(num_segments=segments_for(settings.get("sampler", sampler), max_new_tokens))
     for option in options.keys() - inspect.signature(sampler.func).parameters:
         kind = sampler.func.__name__
         raise ValueError(f"sampler_options: {option!r} is not a keyword of {kind}; help(dllm_rl.{kind}) lists them")
@@ -198,11 +202,26 @@ def grpo_recipe(
         "task": task,
         "validation_task": eval_task,
         "eval_task": eval_task,
-        "sampler": partial(sampler, temperature=temperature),
+        "sampler": sampler,
         "eval_sampler": partial(sampler, temperature=0.0),
         "likelihood": likelihood,
     }
     return Recipe(**fixed | settings)
+
+
+def segments_for(sampler: Callable, max_new_tokens: int) -> int | None:
+    """Into how many segments to merge the steps that a sampler takes at most; None: each step is scored, exactly.
+
+    max_new_tokens  the completion's length where the sampler does not bind one
+    """
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens} | getattr(sampler, "keywords", {})
+    steps = options["max_new_tokens"]  # one per token, which is also what a rule that ignores num_steps may take
+    commit = options.get("commit")
+    if options.get("num_steps") and getattr(commit, "func", commit) not in ADAPTIVE:
+        steps = options["num_steps"]
+    # A segment's forward and backward cost three steps of the rollout. In equal time two segments of eight steps teach
+    # more than all eight (recipes/studies/league.md).
+    return None if steps <= EXACT_STEPS else max(2, min(SEGMENTS, steps // 4))
 
 
 def as_model(model: Any, tokenizer: Tokenizer) -> str | Policy | Callable[..., Policy]:

@@ -18,7 +18,8 @@ from dllm_rl.members import describe
 from dllm_rl.models.tiny import char_tokenizer
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.revise import edit
+from dllm_rl.samplers.rules import max_prob, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.grpo import NEAREST, SAME
@@ -267,3 +268,25 @@ def test_a_loaded_model_and_its_tokenizer_go_together():
     loaded.config.architectures = ["LLaDAModelLM"]
     with pytest.raises(ValueError, match="runs code of its checkpoint; give the checkpoint's folder or id"):
         grpo_recipe(loaded, ROWS, right, tokenizer=char_tokenizer("1234="))
+
+
+def segments(**settings):
+    """How many segments a trajectory is scored in: None where each step is scored, which is exact."""
+    return recipe_of(**settings).likelihood.made_by.keywords["num_segments"]
+
+
+def test_the_likelihood_is_chosen_by_the_steps_that_the_sampler_takes():
+    """One step per token unless num_steps says fewer; a rule that ignores num_steps may take one per token."""
+    assert segments(max_new_tokens=64) == 8 and segments(max_new_tokens=4) is None
+    assert segments(sampler_options={"max_new_tokens": 4}) is None
+    assert segments(max_new_tokens=4, sampler_options={"max_new_tokens": 64}) == 8
+    assert segments(max_new_tokens=4, sampler_options={"max_new_tokens": 64, "num_steps": 12}) == 3
+    assert segments(sampler=partial(unmask, max_new_tokens=4)) is None
+    assert segments(max_new_tokens=4, sampler=partial(partial(unmask, max_new_tokens=64), num_steps=16)) == 4
+    for rule in (partial(threshold, tau=0.9), partial(edit, tau=0.9)):
+        assert segments(max_new_tokens=64, sampler_options={"num_steps": 4, "commit": rule}) == 8
+
+
+def test_the_samplers_own_temperature_is_kept():
+    recipe = recipe_of(max_new_tokens=4, sampler_options={"temperature": 0.5})
+    assert recipe.sampler.keywords["temperature"] == 0.5 and recipe.eval_sampler.keywords["temperature"] == 0.0
