@@ -25,6 +25,7 @@ from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import RewardFunction, hold_out, in_memory, task_from_dataset
 from dllm_rl.training.finish import Summary
 from dllm_rl.training.loop import train
+from dllm_rl.training.policies import called
 
 EXACT_STEPS = 4  # a trajectory of so many steps is scored exactly
 SEGMENTS = 8  # at most, of a longer one
@@ -150,7 +151,8 @@ def grpo_recipe(
     """The recipe of `grpo`, with the sampler and the likelihood that the model's attention needs. Positions are ranked
     by `max_prob`.
 
-    model           a checkpoint's folder, a hub id, a transformers model, a policy, or a function that makes one.
+    model           a checkpoint's folder, a hub id, a transformers model, a policy, or a function that makes one and
+                    may take the seed.
     train_dataset   rows with a `prompt` (text or chat messages); the other columns go to the reward functions.
     reward_funcs    f(prompts=, completions=, **columns) -> numbers or None, sync or async; logged as rewards/NAME/mean.
     processing_class  the tokenizer of a transformers model; training copies the model.
@@ -183,7 +185,8 @@ def grpo_recipe(
     if isinstance(model, str):
         attention = find_family(read_config(checkpoint_folder(model))).attention  # the config alone says it
     else:
-        attention = (model if isinstance(model, Policy) else model()).spec.attention
+        policy = model if isinstance(model, Policy) else called(model, settings.get("seed", Recipe.seed))
+        attention = policy.spec.attention
     sampler: partial
     if attention == "causal":  # an autoregressive model writes from left to right, and is scored in one view
         sampler = partial(autoregress, **options)

@@ -290,3 +290,19 @@ def test_the_likelihood_is_chosen_by_the_steps_that_the_sampler_takes():
 def test_the_samplers_own_temperature_is_kept():
     recipe = recipe_of(max_new_tokens=4, sampler_options={"temperature": 0.5})
     assert recipe.sampler.keywords["temperature"] == 0.5 and recipe.eval_sampler.keywords["temperature"] == 0.0
+
+
+@pytest.mark.parametrize("how", ["grpo_recipe", "grpo", "dry_run"])
+def test_a_function_that_makes_the_model_may_need_the_seed(tmp_path, how):
+    """As it may in Recipe(model=make); each call gets the run's seed."""
+    seeds = []
+
+    def make(seed):
+        seeds.append(seed)
+        return tiny_masked_lm(**SMALL, seed=seed)
+
+    if how == "grpo_recipe":
+        assert grpo_recipe(make, ROWS, right).sampler.func is unmask and seeds == [0]
+        return
+    assert grpo(make, ROWS, right, **options(tmp_path, num_steps=0, seed=3, dry_run=how == "dry_run"))
+    assert len(seeds) >= 2 and set(seeds) == {3}
