@@ -17,6 +17,7 @@ from dllm_rl.samplers import unmask, whole_step
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import max_prob, threshold
+from dllm_rl.types import KEPT_IDS
 
 FULL = ("llada", "illada", "llada_moe", "dream", "rnd1", "a2d_qwen2", "a2d_qwen3")
 BLOCKS = ("llada2", "sdar", "sdar_moe", "stable_diffcoder", "a2d_blocks", "nemotron")
@@ -48,6 +49,21 @@ def test_uneven_blocks_step_by_step(uncompiled):
     run(torch.Generator().manual_seed(0), watch=fixed.append, compile_step=True)
     assert len(ragged) == 12
     assert not any(whole_steps.differing(one, other) for one, other in zip(ragged, fixed, strict=True))
+
+
+@pytest.mark.parametrize("kept", [KEPT_IDS, KEPT_IDS + 1])
+def test_a_vocabulary_that_is_larger_than_what_is_recorded(uncompiled, kept):
+    """The ids of a filter are recorded for up to 64 tokens. One more shows that a set does not fit."""
+    characters = "".join(map(chr, range(0x4E00, 0x4E00 + 80)))
+    policy = tiny_llama(characters=characters, causal=False, num_layers=1, head_std=0.3)
+    prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
+    run = partial(unmask, policy, prompts, max_new_tokens=4, num_steps=2, temperature=1.0, top_k=kept)
+    ragged, fixed = (run(torch.Generator().manual_seed(0), compile_step=on) for on in (False, True))
+    assert whole_steps.differing(ragged, fixed) == []
+    if kept > KEPT_IDS:
+        assert fixed.kept_ids is None
+    else:
+        assert ((fixed.kept_ids >= 0).sum(-1)[fixed.completion_mask] == kept).all()
 
 
 def test_a_shifted_block_may_begin_before_the_prompt(uncompiled, tmp_path):
