@@ -5,7 +5,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from layouts import MASK, checkpoint, illada, llada, llada2, llada_moe, nemotron, published, tokenizer, write
+from layouts import (
+    MASK,
+    checkpoint,
+    dream,
+    illada,
+    llada,
+    llada2,
+    llada_moe,
+    nemotron,
+    published,
+    sdar,
+    tokenizer,
+    write,
+)
 from safetensors.torch import load_file, save_file
 
 from dllm_rl import Prompts, autoregress, load_policy, unmask
@@ -151,6 +164,17 @@ def test_a_token_with_the_familys_name_for_the_mask():
     refused("neither in the config nor in the tokenizer", find_mask_id, SimpleNamespace(vocab_size=126464), named, SDAR)
 
 
+def test_of_two_names_for_the_mask_neither_is_taken():
+    """Nothing tells which of the two tokens the model was trained with. The config, or the vocabulary, may tell."""
+    named = tokenizer()
+    named.add_tokens(["<|mdm_mask|>", "[MDM_MASK]"], special_tokens=True)
+    config = SimpleNamespace(vocab_size=64)
+    refused("mask_token_id is neither in the config nor in the tokenizer", find_mask_id, config, named, LLADA)
+    assert find_mask_id(SimpleNamespace(vocab_size=126464), named, LLADA) == 126336
+    config.mask_token_id = named.convert_tokens_to_ids("[MDM_MASK]")
+    assert find_mask_id(config, named, LLADA) == config.mask_token_id == 40
+
+
 def test_a_masked_model_whose_tokenizer_has_no_mask():
     policy = tiny_masked_lm(characters="ab")
     policy.tokenizer.mask_token = policy.module.config.mask_token_id = None
@@ -171,6 +195,9 @@ def test_the_expert_bias_of_llada_moe(tmp_path):
         (nemotron, "sliding_window", 64),
         (llada_moe, "qk_layernorm", False),
         (llada2, "score_function", "softmax"),
+        (llada2, "use_sliding_window", True),
+        (dream, "use_sliding_window", True),
+        (sdar, "use_sliding_window", True),
     ],
 )
 def test_variants_that_the_stock_class_does_not_compute(tmp_path, layout, field, value):

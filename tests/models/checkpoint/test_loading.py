@@ -21,6 +21,16 @@ def test_the_dtype_is_written_under_the_name_that_the_config_has(tmp_path):
     assert saved["dtype"] == "bfloat16" and "torch_dtype" not in saved
 
 
+def test_a_copy_ends_its_completions_as_the_checkpoint_does(tmp_path):
+    """End tokens may stand in generation_config.json alone, which is saved with the weights."""
+    source = published(tmp_path / "source", "llada")
+    text = json.dumps({"eos_token_id": [5, 7]})
+    (source / "generation_config.json").write_text(text)
+    load_policy(source).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "generation_config.json").read_text() == text
+    assert {5, 7} <= {*load_policy(tmp_path / "saved").spec.eos_ids}
+
+
 def test_a_model_that_an_offline_machine_does_not_hold_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
