@@ -302,6 +302,43 @@ def test_adapters_that_do_not_fit(tmp_path):
         load_adapter(tiny_llama(characters="ab", causal=False), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha_pattern": {"q_proj": 64}},
+        {"rank_pattern": {"q_proj": 4}},
+        {"use_rslora": True},
+        {"alora_invocation_tokens": [3]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+    ],
+    ids=str,
+)
+def test_what_peft_computes_otherwise_is_refused(tmp_path, settings):
+    """peft's own adapters: the same logits on the unchanged base, or a line that names the setting."""
+    peft = pytest.importorskip("peft")
+    sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "intermediate_size": 8}
+    policy, base = (tiny_llama(characters="ab", causal=False, **sizes) for _ in range(2))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], **settings)
+        wrapped = peft.get_peft_model(policy.module, config)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.data += 0.3 * torch.randn(parameter.shape)
+    wrapped.save_pretrained(tmp_path)
+    (name,) = settings
+    if settings[name] in ("gaussian", "orthogonal"):
+        load_adapter(base, tmp_path)
+        tokens, mask = torch.tensor([[3, 4, 3, 4]]), torch.ones(1, 4, dtype=torch.bool)
+        torch.testing.assert_close(base.logits(tokens, mask), policy.logits(tokens, mask), rtol=0, atol=1e-5)
+    else:
+        with pytest.raises(ValueError, match=rf"{name}=.* not supported"):
+            load_adapter(base, tmp_path)
+
+
 # The loop, on the smallest Sudoku.
 
 
