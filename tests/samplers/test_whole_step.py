@@ -75,6 +75,26 @@ def test_a_shifted_block_may_begin_before_the_prompt(uncompiled, tmp_path):
     assert whole_steps.differing(ragged, fixed) == []
 
 
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("cache", [None, dual_cache()], ids=["whole", "dual"])
+def test_prompts_of_most_lengths_share_their_graphs(monkeypatch, shift, cache):
+    """A width has graphs of its own: the canvas is padded to 64 columns, and to 128 behind prompts of more."""
+    widths = []
+
+    def step(choose, attention_mask, columns, seeds, tokens, *given, **options):
+        widths.append(tokens.shape[1])
+        return whole_step._step(choose, attention_mask, columns, seeds, tokens, *given, **options)
+
+    monkeypatch.setattr(whole_step, "compiled", lambda: step)
+    policy = tiny_llama(characters="1234.=", causal=False, num_layers=1, max_length=128)
+    policy.spec = replace(policy.spec, shift=shift)
+    for length in (1, 50, 51, 60, 90):
+        prompts = Prompts.from_ids([[3] * length], pad_id=policy.pad_id)
+        run = partial(unmask, policy, prompts, max_new_tokens=10, num_steps=2, block_size=5, cache=cache)
+        run(torch.Generator().manual_seed(0), compile_step=True)
+    assert set(widths) == {64, 128}
+
+
 @pytest.mark.parametrize(("given", "each"), [({}, 0), ({"rank": max_prob, "commit": partial(threshold, tau=1.0)}, 1)])
 def test_a_step_waits_for_the_device_once_at_most(uncompiled, given, each):
     """The shares of `schedule` are known to the host; it reads how many positions another rule chose."""
