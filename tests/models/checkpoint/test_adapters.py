@@ -171,6 +171,23 @@ def test_dropout_repeats_and_spares_what_is_not_differentiated():
     assert abs(kept.mean() - 1) < 0.03
 
 
+def test_saved_adapters_go_on_with_the_dropout_masks_of_training(tmp_path):
+    """Every layer drops inputs of its own. The seed and the number of forwards are saved, and say which come next."""
+    sizes = {"characters": "ab", "causal": False, "num_layers": 2, "hidden_size": 32, "num_heads": 2}
+    policy, again = tiny_llama(**sizes), tiny_llama(**sizes)
+    add_lora(policy, Lora(r=2, dropout=0.5, seed=3, targets=("q_proj", "v_proj")))
+    x = torch.ones(4, 32)
+    drop = lambda each: [layer.dropped(x) for layer in adapted_layers(each.module).values()]  # noqa: E731
+    first = drop(policy)
+    assert len(first) == 4 and not any(torch.equal(a, b) for i, a in enumerate(first) for b in first[:i])
+    save_adapter(policy, tmp_path)
+    load_adapter(again, tmp_path)
+    assert again.lora.seed == 3
+    theirs, ours = drop(again), drop(policy)
+    assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(ours, first, strict=True))
+
+
 def dropping() -> LoraLinear:
     layer = LoraLinear(torch.nn.Linear(8, 4), Lora(r=2, dropout=0.5), torch.Generator().manual_seed(0))
     layer.base_layer.weight.data.copy_(torch.linspace(-1, 1, 32).view(4, 8))

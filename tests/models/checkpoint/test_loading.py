@@ -1,13 +1,16 @@
 """What a checkpoint's own config says after saving, and a model that is not on the machine."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 from layouts import published
 
 from dllm_rl import load_policy
+from dllm_rl.models.checkpoint import loading
 
 
 def test_the_dtype_is_written_under_the_name_that_the_config_has(tmp_path):
@@ -29,6 +32,24 @@ def test_a_copy_ends_its_completions_as_the_checkpoint_does(tmp_path):
     load_policy(source).save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "generation_config.json").read_text() == text
     assert {5, 7} <= {*load_policy(tmp_path / "saved").spec.eos_ids}
+
+
+def test_pickled_weights_are_not_downloaded(tmp_path, monkeypatch):
+    """They run code when they are opened. What is left is enough to load the model."""
+    hub, cache = published(tmp_path / "hub", "llada"), tmp_path / "cache"
+    for name in ("pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "model.pkl"):
+        (hub / name).write_text("")
+
+    def download(model, *, allow_patterns=None):
+        assert model == "owner/name"
+        cache.mkdir()
+        for name in filter_repo_objects([file.name for file in hub.iterdir()], allow_patterns=allow_patterns):
+            shutil.copyfile(hub / name, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    load_policy("owner/name")
+    assert {file.suffix for file in cache.iterdir()} == {".json", ".safetensors"}
 
 
 def test_a_model_that_an_offline_machine_does_not_hold_is_named(tmp_path, monkeypatch):
