@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 from layouts import published
+from transformers.utils import logging
 
 from dllm_rl import load_policy
 from dllm_rl.models.checkpoint import loading
@@ -32,6 +33,26 @@ def test_a_copy_ends_its_completions_as_the_checkpoint_does(tmp_path):
     load_policy(source).save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "generation_config.json").read_text() == text
     assert {5, 7} <= {*load_policy(tmp_path / "saved").spec.eos_ids}
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_load_leaves_what_transformers_shows_as_it_was(tmp_path, shown):
+    """Whether it succeeds or fails."""
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    folder = published(tmp_path, "llada")
+    set_bars = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
+    try:
+        logging.set_verbosity_info()
+        set_bars[shown]()
+        load_policy(folder)
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.INFO, shown)
+        with pytest.raises(KeyError), loading.quiet_progress():
+            assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
+            raise KeyError
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.INFO, shown)
+    finally:
+        logging.set_verbosity(before[0])
+        set_bars[before[1]]()
 
 
 def test_pickled_weights_are_not_downloaded(tmp_path, monkeypatch):
