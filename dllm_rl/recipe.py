@@ -220,7 +220,9 @@ class Recipe(Settings):
     )
     router_replay: Literal["R3"] | None = _("experts of the learner's tokens: R3: the rollout's; none: its own", None)
     mismatch_sample: int = _("groups without advantage scored per step, to measure the mismatch", 2, at_least=1)
-    max_prompt_length: int | None = _("tokens; longer training prompts are left out; None: refused", None, at_least=1)
+    max_prompt_length: int | None = _(
+        "tokens; a longer training prompt is replaced by the task's next one that fits; None: refused", None, at_least=1
+    )
     max_num_gen_batches: int = _("draws of prompts per step, until no group's rewards are all equal", 1, at_least=1)
     num_steps: int = _("RL steps", 180, at_least=0)
     num_iterations: int = _("optimiser updates per rollout", 1, at_least=1)

@@ -321,7 +321,7 @@ def test_help_shows_each_bound(recipe):
 
 
 NAMES = [path.stem for path in sorted(Path(main_job_file).parent.glob("*.py")) if "recipe" in path.read_text()]
-NAMES = [name for name in NAMES if name not in ("__init__", "weights", "antibody_loops")]
+NAMES = [name for name in NAMES if name not in ("__init__", "weights", "antibody_loops", "one_file")]
 PICKS = ("likelihood", "corrector", "loss", "advantages", "aggregate", "rollout_quantization", "lora", "sampler.commit")
 
 

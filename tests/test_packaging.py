@@ -1,5 +1,6 @@
 """What is installed is the whole package: every module, and the data files beside them."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+
+import dllm_rl
 
 ROOT = Path(__file__).parents[1]
 FILES = {
@@ -51,3 +54,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert {name for name in inside.namelist() if ".dist-info/" not in name} == FILES
     points = next(name for name in inside.namelist() if name.endswith("entry_points.txt"))
     assert b"dllm-rl = dllm_rl.cli.main:main" in inside.read(points)
+
+
+def test_the_documents_speak_of_the_version_that_the_package_has():
+    """A change after the release stands under Unreleased, until the package has a higher version."""
+    released = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    sections = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert dllm_rl.__version__ == released
+    assert next(name for name in sections if name != "Unreleased") == released and "Unreleased" not in sections[1:]
+    (fixed,) = re.findall(r"Only the latest release, ([\d.]+), gets fixes", (ROOT / "docs" / "SECURITY.md").read_text())
+    assert fixed == released

@@ -173,8 +173,8 @@ def rejection(
 
 @bounded(tau=Bound(above=0))
 def alarm(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
-    """lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): 0 on-policy, towards 1 with the mismatch [ours: AIS's is not
-    public]."""
+    """lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): 0 on-policy, towards 1 with the mismatch [ours: the digest of AIS
+    that we read does not give the formula]."""
     return 1 - reliability * (tau / (divergence + tau)) * (1 / (1 + variation))
 
 
@@ -190,7 +190,7 @@ def adaptive_weights(
     aggregate: Aggregate = "product",
     level: Level = "token",
 ) -> Weighed:
-    """AIS (arXiv 2605.13907): one lam in [0, 1] for the batch mixes the uncorrected gradient and the TIS one.
+    """AIS (arXiv 2605.13907 [digest]): one lam in [0, 1] for the batch mixes the uncorrected gradient and the TIS one.
         m_t = 1 + lam (min(w_t, cap) - 1),   w_t = exp(log_mismatch_t)
         rho = (sum w)^2 / (B sum w^2) over SEQUENCE weights: reliability [digest]; B counts rows that have a token
         D   = mean |log_mismatch| over tokens, nats: divergence severity [digest]
@@ -226,8 +226,8 @@ def adaptive_weights(
 def band_weights(
     log_mismatch: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"], *, c: float = 2.0
 ) -> Weighed:
-    """TBPO's weight exp(clamp(mean_t log_mismatch, -log c, log c)), one per row (QaRL, arXiv 2604.07853, eq. 5 [paper],
-    clamp in log space [ours], length-normalised ratio [digest]).
+    """TBPO's weight exp(clamp(mean_t log_mismatch, -log c, log c)), one per row (QaRL, arXiv 2604.07853 [digest]; clamp
+    in log space [ours]).
 
     c  the largest weight, and one over the smallest; at least 1
     """
@@ -335,7 +335,7 @@ def aligned() -> Corrector:
 
 
 def qarl(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-4, c: float = 2.0) -> Corrector:
-    """QaRL (arXiv 2604.07853): `tbpo` with the aligned forward [paper]."""
+    """QaRL (arXiv 2604.07853 [digest]): `tbpo` with the aligned forward."""
     return compose(tbpo(eps_high=eps_high, neg_low=neg_low, neg_high=neg_high, c=c), aligned())
 
 

@@ -84,7 +84,8 @@ def mismatch_metrics(
     advantages: Float[Tensor, " B"] | None = None,
     row_weights: Float[Tensor, " B"] | None = None,
 ) -> dict[str, float]:
-    """The `rollout_corr/` set over the marked tokens; exactly 0 / exactly 1 where both policies agree bit for bit.
+    """The `rollout_corr/` set over the marked tokens; exactly 0 / exactly 1 where both policies agree bit for bit,
+    which only zero_mismatch promises: otherwise an unquantised rollout agrees with the learner to rounding.
 
     rollout_is_*  of the token weights min(rho, high): see `weight_metrics`
     ess, rho_max  of the raw rho: 1 / mean((rho / mean rho)^2) in (0, 1], and the largest (not verl's)

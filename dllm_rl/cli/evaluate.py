@@ -34,7 +34,7 @@ from dllm_rl.models.tokens import usual_length
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.by_name import ADAPTIVE, own_rank, read_cache, read_commit, read_rank
+from dllm_rl.samplers.by_name import ADAPTIVE, rank_for, read_cache, read_commit, read_rank
 from dllm_rl.samplers.rules import check_steps, steps_per_block
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.screen import NARROW, escape_controls, literal
@@ -91,7 +91,7 @@ def asked(arguments: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
     """The settings of this command, as a card names them -> their values; lengths and steps only where given."""
     task = make_task(arguments)
     lists = dict(zip(("commit", "rank", "cache"), choices(arguments), strict=False))
-    lists["rank"] = [rank or own_rank(commit) for rank, commit in product(lists["rank"], lists["commit"])]
+    lists["rank"] = [rank_for(commit, rank) for rank, commit in product(lists["rank"], lists["commit"])]
     lists |= {name: getattr(arguments, name) for name in ("max_new_tokens", "num_steps")}
     lists["quantization"] = arguments.quantization or ["none"]
     row = flat(vars(arguments) | task_facts(task) | {"n": num_problems(task, arguments)})
@@ -237,7 +237,7 @@ def plans_of(policy: Policy, task: Task, lengths: Sequence[int], arguments: argp
     first = {i: task[i] for i in range(count)}  # on which a rule's number is searched
     plans: list[Plan] = []
     for length, commit, rank, cache, forwards in product(lengths, *choices(arguments)):
-        rank = rank or own_rank(commit)
+        rank = rank_for(commit, rank)
         rules: dict[str, Any] = {"rank": read_rank(rank), "cache": None if cache == "none" else read_cache(cache)}
         bound: dict[str, Any] = {"max_new_tokens": length, "num_steps": None, "block_size": block_size}
         bound["temperature"] = arguments.temperature

@@ -47,7 +47,8 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     sub.add_argument("--top_k", type=int)
     sub.add_argument("--top_p", type=float)
-    sub.add_argument("--rank", help="confidence (default), max_prob, margin, entropy, random or plackett_luce=0.3")
+    ranks = "confidence, max_prob, margin, entropy, random or plackett_luce=0.3 (default: what --commit is made for)"
+    sub.add_argument("--rank", help=ranks)
     rules = "schedule (default), threshold=TAU, factor=F, entropy_bound=GAMMA, remask=ETA, soft_edit=RATE ..."
     sub.add_argument("--commit", help=rules)
     sub.add_argument("--cache", help="key-value cache by name, as prefix, or dual=4 for 4 steps a refresh")
@@ -65,8 +66,10 @@ def sample(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from dllm_rl.cli.sample import show
-    from dllm_rl.samplers.by_name import READERS
+    from dllm_rl.samplers.by_name import READERS, rank_for
 
+    if arguments.commit is not None:  # without a rule the sampler's own default ranks; a causal one has none
+        arguments.rank = rank_for(arguments.commit, arguments.rank)
     shown = ("live", "delay", "seed", "group_size", "blank", "chat")
     sampled = ("max_new_tokens", "num_steps", "block_size", "temperature", "top_k", "top_p")
     options = {name: getattr(arguments, name) for name in (*shown, *sampled)}
@@ -103,7 +106,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     budgets = "most forwards per answer, as 1,2,4: steps; or of --commit threshold, whose number is then found"
     sub.add_argument("--forwards", type=_numbers, help=budgets)
     sub.add_argument("--quantization", type=_names, help="schemes of the weights, as none,float8_weight_only")
-    sub.add_argument("--rank", type=_names, help="as confidence,max_prob")
+    sub.add_argument("--rank", type=_names, help="as confidence,max_prob (default: what --commit is made for)")
     sub.add_argument("--commit", type=_names, help="as schedule,threshold=0.9")
     sub.add_argument("--cache", type=_names, help="as none,dual=4")
     sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")

@@ -1,6 +1,8 @@
 """A reference without training-inference mismatch (VeXact, 2605.14220 [paper]): rollout and learner agree bit for bit.
 
-Kernels depend on the batch's shape. Here products run in tiles of a fixed number of rows, attention row by row."""
+Kernels depend on the batch's shape: a processor rounds the same row differently in batches of different size. So
+without this reference unquantised rollouts agree with the learner to rounding only. Here products run in tiles of a
+fixed number of rows, attention row by row."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence

@@ -119,7 +119,8 @@ def make_accelerator(
     log_with: Sequence[str] = (),  # trackers, by Accelerate's names
     directory: str | None = None,  # parent of tensorboard's events
 ) -> Accelerator:
-    """The launch's processes and device. Raises RuntimeError if Accelerate has others."""
+    """The launch's processes and device. Raises ValueError if Accelerate has others: a setting of
+    the launch is wrong."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # what a launch's config with use_cpu sets
     wanted = device if device is not None else torch.device("cpu") if on_cpu else find_device()
     # Accelerate joins the processes of a CPU launch only when told that there is no accelerator.
@@ -131,16 +132,16 @@ def make_accelerator(
         project_config=ProjectConfiguration(logging_dir=directory),
     )
     if accelerator.num_processes != launched():
-        raise RuntimeError(
+        raise ValueError(
             f"{launched()} processes were launched, but Accelerate joined {accelerator.num_processes}: check the config"
         )
     if on_cpu and accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise RuntimeError(
+        raise ValueError(
             "Accelerate was asked for several CPU processes and started one, as it does with --cpu: give it a config "
             "with distributed_type: MULTI_GPU and use_cpu: true, like recipes/accelerate/cpu_2.yaml"
         )
     if accelerator.device.type != wanted.type:
-        raise RuntimeError(
+        raise ValueError(
             f"device={wanted.type} is wanted, but Accelerate is on {accelerator.device}, as an earlier Accelerator of "
             "this process was made to be: start a new process"
         )

@@ -24,6 +24,15 @@ from dllm_rl.rng import keep_mask
 
 STACKS = ("gate_up_proj", "down_proj")
 PREFIX = "base_model.model."  # peft's, of every name
+# Settings under which peft computes something else from the same tensors.
+PEFT_VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "use_bdlora",
+)
 LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
 
 
@@ -292,13 +301,21 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
     directory = Path(directory)
     config, state, metadata = read_adapter(directory)
     plain: dict[str, Any] = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none"}
-    plain |= {"modules_to_save": None, "rank_pattern": {}}
+    plain |= {"modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+    plain |= dict.fromkeys(PEFT_VARIANTS)
     for field, value in plain.items():
         if config.get(field) not in (value, None):
             raise ValueError(f"{directory}: {field}={config[field]!r} is not supported; only {field}={value!r} is")
+    start = config.get("init_lora_weights")
+    if start not in (None, True, False, "gaussian", "eva", "orthogonal"):
+        # PiSSA, OLoRA and their like subtract the first adapters from the base, which here is the unchanged one.
+        raise ValueError(
+            f"{directory}: init_lora_weights={start!r} changed the base too, which is not supported; save the adapters "
+            "as plain LoRA (peft's path_initial_model_for_weight_conversion)"
+        )
     linear, experts = _paths(state)
     paths = tuple(sorted(renamed(f"{stem}.weight", policy.spec.names).removesuffix(".weight") for stem in linear))
-    settings = {"r": config["r"], "alpha": config["lora_alpha"], "dropout": config["lora_dropout"]}
+    settings = {"r": config["r"], "alpha": float(config["lora_alpha"]), "dropout": float(config["lora_dropout"])}
     # peft's files have no seed: it matters for dropout alone, since A and B are overwritten.
     add_lora(policy, Lora(**settings, targets=paths, experts=bool(experts), seed=int(metadata.get("seed", 0))))
     have = adapter_state(policy)

@@ -281,9 +281,11 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
     if mask_id >= old:  # many vocabularies are padded, and have a row for it already
         with torch.random.fork_rng(devices=[]):  # transformers fills new rows from the global RNG
             module.resize_token_embeddings(mask_id + 1, mean_resizing=False)
+    words = torch.arange(module.config.vocab_size) < min(old, 1 + max(tokenizer.get_vocab().values()))
+    words[mask_id] = False  # it stands anywhere in a vocabulary that has one; rows behind all tokens start as it does
     with torch.no_grad():
         for table in (module.get_input_embeddings(), module.get_output_embeddings()):  # tied tables get the same row
-            table.weight[min(old, mask_id) :] = table.weight[: min(old, mask_id)].mean(0)
+            table.weight[~words] = table.weight[words].mean(0)
     module.config.is_causal = False
     module.config.shifted_head = True  # so that `find_family` knows a saved copy
     module.config.mask_token_id = mask_id

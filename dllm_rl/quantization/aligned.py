@@ -1,6 +1,7 @@
-"""Aligned forward (QaRL, arXiv 2604.07853 [paper]): the learner computes with the rollout's quantised operands.
+"""Aligned forward (QaRL, arXiv 2604.07853 [digest]): the learner computes with the rollout's quantised operands.
 
-The forward is the rollout's low-bit product, bit for bit. The backward is that of the dequantised operands' product,
+The forward is the rollout's low-bit product: the same operands, and the same bits for a batch of the same shape. The
+backward is that of the dequantised operands' product,
     y = Q(x) Q(w)^T + b,   dx = dy Q(w),   dw = dy^T Q(x),   db = sum dy."""
 
 from collections.abc import Callable, Iterator

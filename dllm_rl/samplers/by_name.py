@@ -37,9 +37,10 @@ def _read(kind: str, text: str, known: dict[str, Callable]) -> Callable:
     return partial(known[name], **{needed[0]: _number(text, value)}) if needed else known[name]
 
 
-def own_rank(commit: str) -> str:
-    """The name of the rank whose scores a rule, as `read_commit` takes it, is made for."""
-    return OWN_RANKS.get(commit.partition("=")[0], "confidence")
+def rank_for(commit: str, asked: str | None = None) -> str:
+    """The name of the rank: the one asked for, else the one whose scores the rule is made for (as `read_commit` has
+    its name)."""
+    return asked or OWN_RANKS.get(commit.partition("=")[0], "confidence")
 
 
 def read_cache(text: str) -> Cache:

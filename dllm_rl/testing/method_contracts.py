@@ -17,9 +17,10 @@ from dllm_rl.types import Batch, Noise, Rollout
 def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
     """Raise AssertionError, naming the broken promise, unless the corrector keeps its contract.
 
-    On-policy it is `none` bit for bit. Weights are finite, >= 0 and without gradient; the keep mask is inside the mask,
-    and drops ratios that are not finite; metrics are finite floats. Inputs are left alone. Row order, padding and
-    micro-batches do not matter. One row, a row without tokens, and a batch without tokens are defined."""
+    Where every log-ratio is exactly 0 it is `none` bit for bit. Weights are finite, >= 0 and without gradient; the keep
+    mask is inside the mask, and drops ratios that are not finite; metrics are finite floats. Inputs are left alone. Row
+    order, padding and micro-batches do not matter. One row, a row without tokens, and a batch without tokens are
+    defined."""
     generator = torch.Generator().manual_seed(seed)
     for rows, length in ((6, 5), (1, 3)):  # a statistic over one row divides by nothing
         mask = torch.rand(rows, length, generator=generator) < 0.8
@@ -65,7 +66,8 @@ def _neutral(corrector: Corrector, mask: Tensor, advantages: Tensor) -> None:
     plain = make_batch(mask, advantages)
     loss, _, gradient = loss_of(corrector, ours, ours.old)
     wanted, _, slope = loss_of(none(), plain, plain.old)
-    # Bit for bit: an unquantised run with a corrector is then the run without one.
+    # Bit for bit: under zero_mismatch a run with a corrector is then the run without one. Unquantised rollouts alone
+    # agree with the learner to rounding, and so do the two runs.
     assert torch.equal(loss, wanted), f"on-policy, the loss must be that of none() bit for bit: {loss} against {wanted}"
     assert torch.equal(gradient, slope), "on-policy, the gradient must be that of none() bit for bit"
 

@@ -5,13 +5,16 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial, wraps
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from dllm_rl.algorithms import optimizers
 from dllm_rl.algorithms.advantages import group_relative
-from dllm_rl.algorithms.losses import ppo_clip
+from dllm_rl.algorithms.losses import constant, gspo, ppo_clip, sequence, token
+from dllm_rl.distributed.collectives import launched
 from dllm_rl.likelihoods.estimators import causal, trajectory
 from dllm_rl.models.base import Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
@@ -19,11 +22,13 @@ from dllm_rl.models.checkpoint.loading import checkpoint_folder, read_config
 from dllm_rl.models.policy import make_policy
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.by_name import ADAPTIVE
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import RewardFunction, hold_out, in_memory, task_from_dataset
 from dllm_rl.training.finish import Summary
 from dllm_rl.training.loop import train
+from dllm_rl.training.policies import called
 
 EXACT_STEPS = 4  # a trajectory of so many steps is scored exactly
 SEGMENTS = 8  # at most, of a longer one
@@ -43,21 +48,37 @@ SAME = {
     "delta": "loss.delta",
     "scale_rewards": "advantages.scale_rewards",
 }
+# A name that takes a word: the keyword, and what it holds for each word that means one thing here.
+WORDS: dict[str, tuple[str, dict[str, Callable]]] = {
+    "loss_type": ("aggregate", {"grpo": sequence, "dapo": token, "bnpo": token, "dr_grpo": constant}),
+    # The level alone: epsilon stays 0.2, and epsilon_high what epsilon is. GSPO's own bounds are those of loss=gspo.
+    "importance_sampling_level": (
+        "loss",
+        {"token": ppo_clip, "sequence": partial(gspo, epsilon=0.2, epsilon_high=None)},
+    ),
+    "lr_scheduler_type": (
+        "lr_schedule",
+        {
+            "constant": optimizers.constant_rate,
+            "constant_with_warmup": optimizers.constant_with_warmup,
+            "linear": optimizers.linear_with_warmup,
+            "cosine": optimizers.cosine_with_warmup,
+        },
+    ),
+}
+# Completions of a process's forward, and forwards of a process per update: see `batch_sizes`.
+BATCH_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # Other names are refused with what is nearest here.
 NEAREST = {
     "args": "a keyword for each of its fields, as learning_rate=1e-6",
-    "per_device_train_batch_size": "train_batch_size, in prompts per step over all processes",
     "generation_batch_size": "train_batch_size, in prompts per step over all processes",
-    "gradient_accumulation_steps": "micro_batch_size, in completions per forward",
     "steps_per_generation": "num_iterations, updates per rollout",
     "num_train_epochs": "num_steps",
     "per_device_eval_batch_size": "eval_batch_size",
     "eval_strategy": "eval_steps",
     "save_strategy": "save_steps",
-    "lr_scheduler_type": "lr_schedule, a function",
-    "warmup_ratio": "lr_schedule, a function",
-    "loss_type": "loss and aggregate, functions",
-    "importance_sampling_level": "loss=gspo with aggregate=sequence",
+    "warmup_ratio": "warmup_steps with lr_scheduler_type",
+    "sync_ref_model": "beta, whose reference stays the policy that RL started from",
     "multi_objective_aggregation": "advantages=decoupled",
     "vllm_importance_sampling_mode": "corrector",
     "vllm_importance_sampling_cap": "corrector=tis(cap=2.0)",
@@ -90,9 +111,15 @@ def grpo(
 def translated(given: dict[str, Any]) -> dict[str, Any]:
     """Keywords of `grpo_recipe` for these, which may have TRL's names. Raises ValueError on an unknown name."""
     known = inspect.signature(grpo_recipe).parameters.keys() - {"settings"} | {field.name for field in fields(Recipe)}
-    found: dict[str, Any] = {}
+    check_counts(given)
+    found = batch_sizes(given)
+    same = dict(SAME)
+    if "lr_scheduler_type" in given and given.get("warmup_steps"):  # else Recipe's own, which counts supervised steps
+        same["warmup_steps"] = "lr_schedule.warmup_steps"
     for name, value in given.items():
-        path = SAME.get(name, name)
+        if name in BATCH_SIZES or (name == "sync_ref_model" and value is False):  # False: the reference stays, as here
+            continue
+        path, value = spelled(name, value) if name in WORDS else (same.get(name, name), value)
         if path.partition(".")[0] not in known:
             near = [NEAREST[name]] if name in NEAREST else difflib.get_close_matches(name, known | SAME.keys(), n=1)
             hint = f"the nearest is {near[0]}" if near else "help(dllm_rl.Recipe) lists all"
@@ -100,13 +127,54 @@ def translated(given: dict[str, Any]) -> dict[str, Any]:
         if path in found:
             raise ValueError(f"{path} is given twice, once by TRL's name; give it once")
         found[path] = value
-    if "max_steps" in given and given.get("num_iterations", 1) > 1:
-        raise ValueError("max_steps counts updates, and num_iterations of them are one step here; give num_steps")
     if isinstance(found.get("report_to"), list):
         found["report_to"] = ",".join(found["report_to"]) or "none"
     for path in [path for path in found if "." in path]:
         bind(found, path, found.pop(path))
     return found
+
+
+def check_counts(given: dict[str, Any]) -> None:
+    """Raise ValueError on TRL's numbers that are no whole numbers, or that count what a step here has several of."""
+    for name in (*BATCH_SIZES, "num_generations", "warmup_steps"):
+        if not isinstance(given.get(name, 0), Integral):
+            raise ValueError(f"{name}={given[name]!r} must be a whole number")
+    if given.get("num_iterations", 1) > 1:
+        for name, remedy in (("max_steps", "num_steps"), ("lr_scheduler_type", "lr_schedule, a function")):
+            if given.get(name, "constant") != "constant":  # a constant rate counts nothing
+                raise ValueError(f"{name} counts updates, and num_iterations of them are one step here; give {remedy}")
+    forwards = given.get("gradient_accumulation_steps", 1) * launched()
+    if given.get("loss_type") == "bnpo" and forwards > 1:
+        raise ValueError(
+            f"loss_type='bnpo' divides by the tokens of each forward, and an update has {forwards} of them; "
+            "use 'dapo', which divides by the tokens of the batch"
+        )
+
+
+def spelled(name: str, word: Any) -> tuple[str, Callable]:
+    """The keyword for a name of WORDS, and what it holds. Raises ValueError on a word that is not in the table."""
+    keyword, words = WORDS[name]
+    if word not in list(words):
+        known = ", ".join(map(repr, words))
+        raise ValueError(f"{name}={word!r} is none of {known}; for others give Recipe's loss, aggregate or lr_schedule")
+    return keyword, words[word]
+
+
+def batch_sizes(given: dict[str, Any]) -> dict[str, Any]:
+    """micro_batch_size (completions) and train_batch_size (prompts) for TRL's BATCH_SIZES; {} without them. Raises
+    ValueError where a forward would cut a group."""
+    if not given.keys() & set(BATCH_SIZES):
+        return {}
+    rows, forwards = given.get(BATCH_SIZES[0]), given.get(BATCH_SIZES[1], 1)
+    if rows is None:
+        raise ValueError(f"gradient_accumulation_steps={forwards} needs per_device_train_batch_size, in completions")
+    group = max(1, given.get("num_generations", Recipe.num_generations))  # Recipe refuses less than 1
+    if rows % group:
+        wrong = f"per_device_train_batch_size={rows} is not a multiple of num_generations={group}"
+        raise ValueError(
+            f"{wrong}, and a forward has whole groups here; use a multiple, or train_batch_size, in prompts"
+        )
+    return {"micro_batch_size": rows, "train_batch_size": rows * forwards * launched() // group}
 
 
 def bind(settings: dict[str, Any], path: str, value: Any) -> None:
@@ -149,18 +217,21 @@ def grpo_recipe(
     """The recipe of `grpo`, with the sampler and the likelihood that the model's attention needs. Positions are ranked
     by `max_prob`.
 
-    model           a checkpoint's folder, a hub id, a transformers model, a policy, or a function that makes one.
+    model           a checkpoint's folder, a hub id, a transformers model, a policy, or a function that makes one and
+                    may take the seed.
     train_dataset   rows with a `prompt` (text or chat messages); the other columns go to the reward functions.
     reward_funcs    f(prompts=, completions=, **columns) -> numbers or None, sync or async; logged as rewards/NAME/mean.
     processing_class  the tokenizer of a transformers model; training copies the model.
     eval_dataset    held-out rows; None: the last tenth of `train_dataset`, at most 256 rows.
     reward_weights  one per function, 1 by default; advantages=decoupled normalises each reward before weighing it.
     sampler_options keywords of `unmask` or `autoregress`: num_steps (unmasking; default one per token), top_p ...
+                    A max_new_tokens or temperature in them replaces the argument of that name.
     max_rows        rows to read of a data set without a length, as a streamed one.
     settings        fields of Recipe: num_steps (RL steps), learning_rate, lora, rollout_quantization, corrector ...
 
-    TRL's names are taken where they mean the same (docs/trl.md). The trajectory is scored exactly up to 4 steps; above,
-    in a segment for every four steps, 2 to 8. Raises ValueError on too few rows and on an unknown setting.
+    TRL's names are taken where they mean the same (docs/trl.md). A sampler that takes at most 4 steps is scored
+    exactly; one that takes more, in a segment for every four steps, 2 to 8. Raises ValueError on too few rows and on an
+    unknown setting.
     """
     model = as_model(model, processing_class)
     if callable(train_dataset):
@@ -175,34 +246,49 @@ def grpo_recipe(
     name = settings.pop("name", Path(model).name.lower() if isinstance(model, str) else "grpo")
     task = task_of(training, name=name)
     eval_task = task_of(held_out, name=f"{name}-held-out")
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens} | dict(sampler_options or {})
-    steps = options.get("num_steps") or max_new_tokens
-    # `unmask`'s own rank, LLaDA's `confidence`, is not shown to learn more (docs/concepts.md), and its law costs time.
-    sampler = partial(unmask, **{"rank": max_prob} | options)
-    # A segment's forward and backward cost three steps of the rollout. In equal time two segments of eight steps teach
-    # more than all eight (recipes/studies/league.md).
-    likelihood = trajectory(num_segments=None if steps <= EXACT_STEPS else max(2, min(SEGMENTS, steps // 4)))
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options |= sampler_options or {}
     if isinstance(model, str):
         attention = find_family(read_config(checkpoint_folder(model))).attention  # the config alone says it
     else:
-        attention = (model if isinstance(model, Policy) else model()).spec.attention
-    if attention == "causal":  # an autoregressive model writes from left to right, and is scored in one view
+        policy = model if isinstance(model, Policy) else called(model, settings.get("seed", Recipe.seed))
+        attention = policy.spec.attention
+    sampler: partial
+    if attention == "causal":  # an autoregressive model writes from left to right
         sampler = partial(autoregress, **options)
-        likelihood = causal()
+    else:
+        # `unmask`'s own rank, LLaDA's `confidence`, is not shown to learn more (docs/concepts.md), and its law costs
+        # time.
+        sampler = partial(unmask, **{"rank": max_prob, **options})
     for option in options.keys() - inspect.signature(sampler.func).parameters:
         kind = sampler.func.__name__
         raise ValueError(f"sampler_options: {option!r} is not a keyword of {kind}; help(dllm_rl.{kind}) lists them")
+    # A recipe's own sampler takes the place of this one.
+    taken = {"max_new_tokens": max_new_tokens} | getattr(settings.get("sampler", sampler), "keywords", {})
+    if settings.get("aggregate") is constant:  # Dr. GRPO's constant is the length of a completion
+        settings["aggregate"] = partial(constant, length=taken["max_new_tokens"])
     fixed: dict[str, Any] = {
         "name": name,
         "model": model,
         "task": task,
         "validation_task": eval_task,
         "eval_task": eval_task,
-        "sampler": partial(sampler, temperature=temperature),
+        "sampler": sampler,
         "eval_sampler": partial(sampler, temperature=0.0),
-        "likelihood": likelihood,
+        "likelihood": causal() if attention == "causal" else trajectory(num_segments=segments_for(taken)),
     }
     return Recipe(**fixed | settings)
+
+
+def segments_for(options: dict[str, Any]) -> int | None:
+    """Into how many segments to merge the steps that `unmask` takes at most; None: each step is scored, exactly."""
+    steps = options["max_new_tokens"]  # one per token, which is also what a rule that ignores num_steps may take
+    commit = options.get("commit")
+    if options.get("num_steps") and getattr(commit, "func", commit) not in ADAPTIVE:
+        steps = options["num_steps"]
+    # A segment's forward and backward cost three steps of the rollout. In equal time two segments of eight steps teach
+    # more than all eight (recipes/studies/league.md).
+    return None if steps <= EXACT_STEPS else max(2, min(SEGMENTS, steps // 4))
 
 
 def as_model(model: Any, tokenizer: Tokenizer) -> str | Policy | Callable[..., Policy]:

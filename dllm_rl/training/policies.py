@@ -1,6 +1,7 @@
 """The policies of a run: the learner, its reference, and the rollout's copy."""
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,13 @@ def make_policy(recipe: Settings, device: torch.device) -> Policy:
     elif isinstance(recipe.model, Policy):
         policy = copied(recipe.model).to(device)  # the caller's own stays as it is
     else:
-        seeded = "seed" in inspect.signature(recipe.model).parameters
-        policy = (recipe.model(seed=recipe.seed) if seeded else recipe.model()).to(device)
+        policy = called(recipe.model, recipe.seed).to(device)
     return configured(recipe, policy)
+
+
+def called(model: Callable[..., Policy], seed: int) -> Policy:
+    """The policy that a recipe's function makes: model(seed=seed) if it takes a seed, else model()."""
+    return model(seed=seed) if "seed" in inspect.signature(model).parameters else model()
 
 
 def configured(recipe: Settings, policy: Policy) -> Policy:

@@ -88,7 +88,7 @@ def _longest(recipe: Recipe, policy: Policy, field: str, indices: Iterable[int],
         except ValueError as error:
             raise ValueError(f"{field}: problem {index}: {error}") from None
         if length + new > room:
-            remedy = f"--max_prompt_length {room - new} leaves such out" if field == "task" else "shorten it"
+            remedy = f"--max_prompt_length {room - new} takes another in its place" if field == "task" else "shorten it"
             raise ValueError(
                 f"{field}: the prompt of problem {index} has {length} tokens and its completion {new}, more than "
                 f"the model's {room} positions; {remedy}"

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from dllm_rl.algorithms.advantages import informative, takes_parts
 from dllm_rl.device import send
-from dllm_rl.distributed.collectives import Metrics, gather_objects, gather_on_host, local, reduce_metrics, waited
+from dllm_rl.distributed.collectives import (
+    Metrics,
+    gather_objects,
+    gather_on_host,
+    local,
+    reduce_metrics,
+    sum_over,
+    waited,
+)
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import chosen_ids, encode, graded_texts
 from dllm_rl.monitoring.log import RunLog
@@ -33,6 +41,7 @@ class Answer:
     completion: str
     reward: Reward
     length: int  # tokens that the policy chose
+    prompt_length: int  # tokens that it was given
 
 
 def collect(
@@ -42,6 +51,9 @@ def collect(
 
     With max_num_gen_batches > 1, groups of equal rewards are drawn again with other prompts, at most that many draws
     (DAPO's dynamic sampling [paper]). A place keeps its own draw [ours]; DAPO pools the draws.
+
+    num_tokens  TRL's: tokens of the run so far, of all processes, of each completion and of the prompt before it. The
+                completions that dynamic sampling replaces were sampled, and count
     """
     every = torch.arange(recipe.train_batch_size // accelerator.num_processes)
     rollout, answers, mine, replaced = draw_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
@@ -54,11 +66,13 @@ def collect(
         share = (torch.tensor(float(replaced)), torch.tensor(float(len(mine))))
         metrics |= reduce_metrics({"frac_prompts_too_long": share}, accelerator)
     draws = 1
+    tokens = tokens_of(answers)
     while draws < recipe.max_num_gen_batches and not informative(graded_all).all():
         places = local(~informative(graded_all), accelerator).nonzero()[:, 0]
         if len(places):  # another process may have groups to draw again where this one has none
             key = (step, draws)
             part, others, mine[places], _ = draw_and_grade(recipe, rollout_policy, key, places, accelerator, log)
+            tokens += tokens_of(others)
             group = torch.arange(recipe.num_generations)
             rows = rearrange(places[:, None] * recipe.num_generations + group, "p g -> (p g)")
             for row, answer in zip(rows.tolist(), others, strict=True):
@@ -68,10 +82,17 @@ def collect(
         (graded_all,) = gather_on_host([mine], accelerator)
         draws += 1
     rewards = graded_all[..., 0]
+    # The last step's total is in the log's last row, also after a resume: there in the main process, which writes it.
+    before = log.last.get("num_tokens", 0.0)
+    metrics["num_tokens"] = before + sum_over(torch.tensor(tokens, dtype=torch.double), accelerator).item()
     if recipe.max_num_gen_batches > 1:
         metrics["dynamic_sampling/draws"] = float(draws)
         metrics["dynamic_sampling/frac_reward_zero_std"] = zero_std_fraction(rewards)
     return rollout, answers, rewards, parts_of(recipe, graded_all), metrics | compiled_graphs(recipe)
+
+
+def tokens_of(answers: Sequence[Answer]) -> int:
+    return sum(answer.prompt_length + answer.length for answer in answers)
 
 
 def compiled_graphs(recipe: Recipe) -> dict[str, float]:
@@ -124,10 +145,13 @@ def sample_and_grade(
         completions = graded_texts(rollout_policy, rollout, problems, chosen)
         graded = grade(recipe.task, problems, completions, timeout=recipe.reward_timeout)
         names = tuple(wanted_parts(recipe))
+    given = prompts.attention_mask if prompts.open is None else prompts.attention_mask & ~prompts.open
+    prompt_lengths = given.sum(-1).tolist()
     answers = []
     values = []
     for row, (completion, reward) in enumerate(zip(completions, graded, strict=True)):
-        answers.append(Answer(problems[row // group], completion, reward, len(chosen[row])))
+        place = row // group
+        answers.append(Answer(problems[place], completion, reward, len(chosen[row]), prompt_lengths[place]))
         parts = [reward.breakdown.get(name, math.nan) for name in names]  # NaN: does not apply
         values.append(list(map(float, [reward.value, *parts])))  # `grade` checks that they fit fp32
     return rollout, answers, rearrange(torch.tensor(values, dtype=torch.float32), "(p g) k -> p g k", g=group)
@@ -176,7 +200,6 @@ def reward_metrics(
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(correction=0).item(),  # a batch of one has 0, not NaN
         "frac_reward_zero_std": zero_std_fraction(rewards),
-        "num_tokens": means["completions/mean_length"] * rewards.numel(),  # over all processes
         **means,
     }
 

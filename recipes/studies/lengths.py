@@ -156,7 +156,7 @@ def told(results: Results) -> str:
             runs = [run for (other, _), run in results.items() if other == arm]
             row[arm.split(": ")[1]] = interval([run["after"] for run in runs]) if runs else "-"
         claim = claims[f"{name}: TIS"]
-        row |= {"TIS less none": claim["difference, 95 %"], "Holm's p": claim["Holm's p"]}
+        row |= {"TIS minus none": claim["difference, 95 %"], "Holm's p": claim["Holm's p"]}
         rows.append(row)
     return markdown(rows)
 

@@ -103,7 +103,7 @@ def at_equal_rates(results: Results, more: Results, rates: dict[str, float]) -> 
     runs = {(at(arm, rates[arm]), seed): run for (arm, seed), run in results.items()} | dict(more)
     rows = []
     for name in FORMATS:
-        row = {"less unquantised at the same rate, 95 %": name}
+        row = {"minus unquantised at the same rate, 95 %": name}
         for rate in EQUAL:
             apart = paired(runs, at(f"{name}: none", rate), at("unquantised", rate))
             row[f"{rate:g}"] = interval(apart)

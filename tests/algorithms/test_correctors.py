@@ -140,6 +140,15 @@ def test_rejection_leaves_the_mask(options, dropped):
     assert metrics["rollout_corr/rollout_rs_seq_masked_fraction"] == pytest.approx(rows / 3)
 
 
+@pytest.mark.parametrize(("aggregate", "statistic"), [("sum", 4.0), ("mean", 1.0), ("max", 20.0)])
+def test_rejection_counts_a_log_ratio_of_at_most_twenty(aggregate, statistic):
+    """Log-ratios of 900, -12, -2 and -2: the first counts 20. The sum is 4, the mean 1, and the largest 20."""
+    log_ratios, mask = torch.tensor([[900.0, -12.0, -2.0, -2.0]]), torch.ones(1, 4, dtype=torch.bool)
+    for bound, is_kept in ((statistic, True), (statistic - 0.01, False)):
+        corrector = c.reject(statistic="k1", aggregate=aggregate, bound=bound)
+        assert corrector.weigh(log_ratios, torch.ones(1), mask)[1].all().item() == is_kept
+
+
 def test_edges_belong_to_what_is_kept():
     zeros = torch.zeros_like(X)
     for corrector in (c.mis(low=1.0, high=1.0), c.reject(bound=0.0), c.reject(level="token", bound=0.0)):

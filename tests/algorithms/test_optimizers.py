@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dllm_rl.algorithms.optimizers import adamw, adamw_8bit, linear_decay
+from dllm_rl.algorithms.optimizers import adamw, adamw_8bit, cosine_with_warmup, linear_decay, linear_with_warmup
 
 LR, BETAS, DECAY = 0.1, (0.8, 0.5), 0.25
 
@@ -42,3 +42,8 @@ def test_schedule_by_hand():
     # No plateau: step 2 of 4 is half of the way to 0.5, and the rise of 10 steps multiplies it by 3/10.
     assert linear_decay(2, 4, warmup_steps=10, constant_until=0.0, final=0.5) == pytest.approx(0.3 * 0.75)
     assert linear_decay(0, 0, warmup_steps=0) == 1.0
+
+
+def test_a_rate_that_has_fallen_to_0_stays_there():
+    for schedule in (linear_with_warmup, cosine_with_warmup):
+        assert [schedule(step, 4, warmup_steps=2) for step in (1, 2, 4, 7)] == pytest.approx([0.5, 1.0, 0.0, 0.0])

@@ -245,3 +245,19 @@ def test_marks_in_a_title_or_a_body_are_text():
     page = document("a @BODY@ @STYLE@ run", "<p>@SCRIPTS@ and @TITLE@</p>", groups=[], style="p { color: red; }")
     assert "<title>a @BODY@ @STYLE@ run</title>" in page and "<main>\n<p>@SCRIPTS@ and @TITLE@</p>\n</main>" in page
     assert page.count("color: red") == 1
+
+
+@pytest.mark.parametrize(
+    ("commit", "rank"), [("remask=0.2", "random"), ("origin", "random"), ("entropy_bound=0.5", "entropy")]
+)
+def test_a_rule_gets_the_scores_that_it_is_made_for_unless_another_rank_is_asked_for(checkpoint, capsys, commit, rank):
+    """The rules' docstrings say which: uniforms for remask and origin, entropies for entropy_bound."""
+
+    def rows(*ranks):
+        options = ["--commit", commit, *ranks, "--json", "--max_new_tokens", "8", "--temperature", "1"]
+        assert cli.main(["sample", checkpoint, "12.=", *options]) == 0
+        return json.loads(capsys.readouterr().out)["rows"]
+
+    assert rows() == rows("--rank", rank)
+    if commit.startswith("entropy_bound"):
+        assert rows() != rows("--rank", "max_prob")

@@ -26,7 +26,7 @@ from dllm_rl.models.forward import routing
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.cache import block_cache, dual_cache
-from dllm_rl.samplers.rules import confidence, max_prob, random
+from dllm_rl.samplers.rules import confidence, max_prob, plackett_luce, random
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts, Rollout
 
@@ -153,6 +153,35 @@ def test_scores_and_gradients_under_replay_are_those_of_routers_by_hand(estimato
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [confidence, partial(plackett_luce, temperature=0.3)], ids=["confidence", "drawn"])
+def test_an_update_replays_where_the_order_has_a_law(rank):
+    """The backward of a view makes a forward of its own. Its gradient is that of the scores, with the experts of the
+    rollout; with the learner's own experts it would be another one."""
+    policy = moe()
+    rollout = sampled(quantized_copy(policy, int3_emulated()), rank=rank)
+    noise = as_sampled(lik.trajectory().draw(rollout, GENERATOR), rollout)
+    assert noise.left is not None
+    vector = torch.randn(noise.weight.shape, generator=torch.Generator().manual_seed(1)) * (noise.weight != 0)
+
+    def gradient(update):
+        policy.module.zero_grad()
+        for n, masked in enumerate(noise.masked):
+            update(n, masked, noise.weight[n] != 0)
+        return torch.cat([p.grad.flatten() for p in policy.module.parameters() if p.grad is not None])
+
+    def through_the_scores(n, masked, scored, routes):
+        score_view(policy, rollout, masked, scored, left=noise.left[n], routes=routes).backward(vector[n])
+
+    def through_an_update(n, masked, scored):
+        given = {"scored": scored, "left": noise.left[n], "routes": noise.routes(n)}
+        backward_view(policy, rollout, masked, vector[n], **given)
+
+    replayed = gradient(lambda *view: through_the_scores(*view, routes=noise.routes(view[0])))
+    own = gradient(lambda *view: through_the_scores(*view, routes=None))
+    torch.testing.assert_close(gradient(through_an_update), replayed, rtol=1e-3, atol=1e-5)
+    assert (own - replayed).norm() > 0.1 * replayed.norm()
 
 
 def test_what_is_noted_in_scoring_is_what_routers_take_by_hand():

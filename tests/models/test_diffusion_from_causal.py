@@ -62,6 +62,19 @@ def test_a_vocabulary_without_room_grows(tmp_path):
     torch.testing.assert_close(rows[5], rows[:5].mean(0))
 
 
+def test_a_mask_token_in_the_middle_of_the_vocabulary_leaves_the_others_their_rows(tmp_path):
+    """The tokenizer declares one, as BERT's does: <pad> 0, <mask> 1, <eos> 2, two letters."""
+    causal = tiny_llama(characters="ab", causal=True)
+    causal.save_pretrained(tmp_path)
+    policy = diffusion_from_causal(tmp_path)
+    assert policy.spec.mask_id == 1 and policy.vocab_size == causal.vocab_size == 5
+    others = [0, 2, 3, 4]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        before, after = (each.module.state_dict()[name] for each in (causal, policy))
+        assert torch.equal(after[others], before[others])
+        torch.testing.assert_close(after[1], before[others].mean(0))
+
+
 def test_a_diffusion_model_is_refused(tmp_path):
     tiny_llama(characters="ab", causal=False).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a diffusion model already"):

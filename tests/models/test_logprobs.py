@@ -197,6 +197,9 @@ def test_filters_leave_the_tokens_that_they_should():
     assert kept(suppress=(0, 4)) == [False, True, True, True, False]
     assert kept(top_p=0.3) == [True, False, False, False, False]  # a tie in top-p goes to the lowest index
     assert kept(suppress=(0,), top_k=2) == [False, False, True, False, True]
+    # Four equal tokens have exactly 1/4 each: the mass before the third is 1/2, which is not below top_p.
+    equal = process(torch.zeros(1, 4), SamplingParams(top_p=0.5))
+    assert torch.isfinite(equal)[0].tolist() == [True, True, False, False]
     keep = process(logits, SamplingParams(top_k=1, top_p=0.3, suppress=(0,)), torch.tensor([3]))
     assert torch.isfinite(keep)[0].tolist() == [False, False, True, True, False]
     assert torch.equal(process(logits, SamplingParams(temperature=0.0)), logits)

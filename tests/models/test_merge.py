@@ -1,11 +1,13 @@
 """The tensors of any module: each once, on the device that is asked for, without what no checkpoint contains."""
 
+import copy
 import weakref
+from types import SimpleNamespace
 
 import torch
 from own_module import own_policy
 
-from dllm_rl.models.lora import Lora, LoraLinear, add_lora
+from dllm_rl.models.lora import Lora, LoraLinear, adapted_layers, add_lora
 from dllm_rl.models.merge import host_copy, merge_lora, merged_copy, own_tensors
 
 
@@ -71,3 +73,16 @@ def test_a_copy_on_the_host_shares_no_storage_and_keeps_adapters():
     assert [p.requires_grad for p in copied.parameters()] == [p.requires_grad for p in policy.module.parameters()]
     assert copied.blocks[0].qkv.calls == 3
     assert host_copy(policy.module, keep=False) is None
+
+
+def test_a_sharded_modules_copy_goes_on_with_the_dropout_masks_of_training():
+    """Its layers without weights were copied before training began, with no forward counted."""
+    policy = own_policy()
+    add_lora(policy, Lora(r=2, dropout=0.1))
+    module = policy.module
+    module.sharding = SimpleNamespace(plain=copy.deepcopy(module))
+    for number, layer in enumerate(adapted_layers(module).values()):
+        layer.calls = 3 + number
+    copied = adapted_layers(host_copy(module))
+    assert len(copied) > 1
+    assert {path: layer.calls for path, layer in copied.items()} == {path: 3 + n for n, path in enumerate(copied)}

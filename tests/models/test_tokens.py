@@ -14,6 +14,7 @@ from dllm_rl.models.tokens import (
     filled,
     graded_texts,
     ids_and_blanks,
+    ordinary_ids,
     prompt_ids,
     special_texts,
     text_ids,
@@ -126,3 +127,14 @@ def test_an_end_token_that_ends_the_prompt_ends_no_completion(policy):
     own = torch.tensor([[0, 1, 0, 1, 1]]).bool()
     rollout = Rollout(tokens, torch.ones_like(own), own, torch.where(own, 0, -1), torch.zeros(1, 5), group_size=1)
     assert filled(policy, rollout) == ["abcd"]
+
+
+def test_ordinary_ids_leave_out_what_ends_masks_and_pads():
+    """Three special tokens, four letters. A checkpoint's end token may be one that its tokenizer holds for a word."""
+    policy = tiny_masked_lm(characters="abcd", num_layers=1)
+    assert ordinary_ids(policy).tolist() == [3, 4, 5, 6]
+    policy.spec = replace(policy.spec, eos_ids=(EOS, 4))
+    assert ordinary_ids(policy).tolist() == [3, 5, 6]
+    for size, left in ((9, [3, 5, 6]), (6, [3, 5])):  # rows of no token are not drawn, nor tokens without a row
+        policy.spec = replace(policy.spec, vocab_size=size)
+        assert ordinary_ids(policy).tolist() == left

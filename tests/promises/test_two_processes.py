@@ -76,7 +76,7 @@ def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch):
     monkeypatch.setattr(
         "dllm_rl.distributed.collectives.Accelerator", lambda **kw: type("One", (), {"num_processes": 1})()
     )
-    with pytest.raises(RuntimeError, match="2 processes were launched, but Accelerate joined 1"):
+    with pytest.raises(ValueError, match="2 processes were launched, but Accelerate joined 1"):
         make_accelerator()
 
 
@@ -90,7 +90,7 @@ def test_a_device_that_another_accelerator_settled_is_refused():
     """Accelerate keeps the first device of a process: a run must not go on on the CPU beside an idle GPU."""
     with SimulatedCuda():
         Accelerator(cpu=True)
-        with pytest.raises(RuntimeError, match="device=cuda is wanted, but Accelerate is on cpu"):
+        with pytest.raises(ValueError, match="device=cuda is wanted, but Accelerate is on cpu"):
             make_accelerator()
     with SimulatedCuda():
         assert make_accelerator().device.type == "cuda"

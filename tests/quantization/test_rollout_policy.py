@@ -116,6 +116,24 @@ def test_twenty_steps_and_syncs_equal_a_fresh_quantisation_and_move_no_storage(m
         assert (head is embedding) == policy.module.config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("scheme", [*SCHEMES, lambda: None], ids=describe)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_in_bf16_is_its_own_and_a_sync_rounds_as_the_first_copy_did(dtype, scheme):
+    """The weights are rounded to bf16, and quantised then. A learner in bf16 shares no weight with its copy."""
+    policy = llada()
+    policy.module.to(dtype)
+    rollout = quantized_copy(policy, scheme(), dtype=torch.bfloat16)
+    before = contents(rollout.module)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.module.parameters():
+            parameter += (0.01 * torch.randn(parameter.shape, generator=generator)).to(dtype)
+    assert equal(contents(rollout.module), before)
+    sync_weights(policy, rollout)
+    fresh = contents(quantized_copy(policy, scheme(), dtype=torch.bfloat16).module)
+    assert equal(contents(rollout.module), fresh) and not equal(fresh, before)
+
+
 def test_adapters_are_merged_and_gone():
     policy = adapted()
     rollout, merged = quantized_copy(policy, None), llada()

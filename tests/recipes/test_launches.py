@@ -2,13 +2,16 @@
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from tiny_recipe import tiny_recipe
 
+from dllm_rl import main
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.training.sharded_learner import check_engine
 
@@ -61,5 +64,17 @@ def test_cpu_processes_that_accelerate_does_not_start_are_missed(monkeypatch):
             if count == "1":
                 assert make_accelerator().num_processes == 1
             else:
-                with pytest.raises(RuntimeError, match=r"asked for several CPU processes and started one.*cpu_2.yaml"):
+                with pytest.raises(ValueError, match=r"asked for several CPU processes and started one.*cpu_2.yaml"):
                     make_accelerator()
+
+
+def test_a_recipe_so_launched_says_one_line_and_ends_with_status_2(tmp_path, monkeypatch, capsys):
+    _, environment = launched("--cpu", "--num_processes", "2")
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    with pytest.raises(SystemExit) as stopped:
+        main(tiny_recipe(tmp_path / "run"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and not any(tmp_path.iterdir())
+    assert line.startswith("error: Accelerate was asked for several CPU processes and started one") and "cpu_2" in line

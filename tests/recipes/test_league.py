@@ -90,6 +90,6 @@ def test_the_table_has_the_best_method_first(tmp_path):
     rows = paired.markdown(league.rows_of("sudoku", lost | ours)).splitlines()[2:]
     assert rows[0] == f"| {league.DEFAULT} | 0.450±0.635 | - | - | one update, 5e-4 | 70 | 20 |"
     assert rows[1] == "| d1 | 0.000±0.000 | 0.450±0.635 | 0.500 | all updates, 1e-4 | 7 | - |"
-    assert league.told("sudoku", lost).endswith("| d1 | 0.000±0.000 | - | - | 7 |\n")
+    assert league.told("sudoku", lost).endswith("| d1 | 0.000±0.000 | - | - | 7 | - |\n")
     league.draw("sudoku", lost | ours, tmp_path / "league.png")
     assert (tmp_path / "league.png").stat().st_size > 5_000

@@ -42,6 +42,17 @@ def test_positions_and_prompts_that_agree(rank):
         assert found == {"order_agreement": (positions, 4), "order_agreement_rows": (prompts, 2)}
 
 
+def test_a_first_step_that_writes_nothing_is_not_compared():
+    """Eight steps for four positions, with the remainder on the last ones: the first four write nothing."""
+    rollout = sampled(policy_of(4.0, 3.0, 2.0, 1.0), num_steps=8, commit=rules.late_schedule)
+    assert rollout.unmask_step[:, 1:].min() == 4
+    found = order_agreement(policy_of(4.0, 3.0, 2.0, 1.0), rollout)
+    assert {name: tuple(map(int, pair)) for name, pair in found.items()} == {
+        "order_agreement": (0, 0),
+        "order_agreement_rows": (0, 0),
+    }
+
+
 def test_only_the_open_block_can_be_chosen():
     rollout = sampled(policy_of(1.0, 2.0, 3.0, 4.0), block_size=2, num_steps=4)
     found = order_agreement(policy_of(1.0, 2.0, 9.0, 9.0), rollout)

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from likelihood_toys import TablePolicy
 
-from dllm_rl.samplers.canvas import BlockQueue, make_canvas, next_turn, packed_events
+from dllm_rl.samplers.canvas import BlockQueue, check_last_step, make_canvas, next_turn, packed_events
+from dllm_rl.samplers.rules import threshold
 from dllm_rl.types import Prompts, SamplingParams
 
 MASK = 2  # of a policy of two words; 3 is its prompt token and 4 its padding
@@ -117,6 +119,18 @@ def test_a_held_row_stays_in_its_block_while_steps_last():
     assert queue.record(where, torch.tensor([1]), held).tolist() == []
     assert next_turn(canvas, queue, SEEDS).blocks.tolist() == [0]
     assert queue.record(where, zero, held).tolist() == [1]
+
+
+def test_a_row_that_has_used_its_steps_is_in_its_last_one_until_all_is_written():
+    """An adaptive rule may take more steps than num_steps. Then a step that writes nothing would repeat for ever."""
+    canvas, queue = half_written(in_step=True)
+    nothing = torch.tensor([0])
+    for _ in range(3):
+        turn = next_turn(canvas, queue, SEEDS)
+        assert turn.rows.tolist() == [1] and turn.steps_left.tolist() == turn.left.tolist() == [1]
+        with pytest.raises(ValueError, match="chose nothing in the last step of a block"):
+            check_last_step(threshold, turn.steps_left, turn.num_masked, nothing)
+        queue.record((turn.rows, turn.blocks), nothing)
 
 
 def test_rows_that_end_early_take_part_no_more():

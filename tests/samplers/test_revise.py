@@ -121,6 +121,18 @@ def test_editing_by_hand():
         torch.testing.assert_close(rollout.logprobs[0, 1:], wanted)
 
 
+@pytest.mark.parametrize("rank", [rules.max_prob, rules.confidence])
+def test_edits_depend_on_draws_only_where_tokens_are_drawn(rank):
+    """At temperature 0 a state has one proposal: the events are all of the law, and replay gives the record."""
+    options = {"rank": rank, "commit": partial(revise.edit, tau=0.5)}
+    assert sample(Scripted(), [[3]], [0], length=3, **options).by_draws
+    greedy = sample(Scripted(), [[3]], [0], length=3, temperature=0.0, **options)
+    assert not greedy.by_draws and greedy.tokens[0, 1:].tolist() == [0, 1, 0]
+    trajectory = estimators.trajectory()
+    noise = trajectory.draw(greedy, torch.Generator())
+    assert torch.equal(trajectory.logprobs(Scripted(), greedy, noise), estimators.recorded(greedy, noise))
+
+
 def test_a_rank_of_the_state_edits_too():
     """max_prob asks for no tokens, but a change is only seen once they are drawn: this cold, the likeliest."""
     options = {"rank": rules.max_prob, "commit": partial(revise.edit, tau=0.5), "temperature": 0.01}

@@ -17,6 +17,7 @@ from dllm_rl.samplers import unmask, whole_step
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import max_prob, threshold
+from dllm_rl.types import KEPT_IDS
 
 FULL = ("llada", "illada", "llada_moe", "dream", "rnd1", "a2d_qwen2", "a2d_qwen3")
 BLOCKS = ("llada2", "sdar", "sdar_moe", "stable_diffcoder", "a2d_blocks", "nemotron")
@@ -50,6 +51,21 @@ def test_uneven_blocks_step_by_step(uncompiled):
     assert not any(whole_steps.differing(one, other) for one, other in zip(ragged, fixed, strict=True))
 
 
+@pytest.mark.parametrize("kept", [KEPT_IDS, KEPT_IDS + 1])
+def test_a_vocabulary_that_is_larger_than_what_is_recorded(uncompiled, kept):
+    """The ids of a filter are recorded for up to 64 tokens. One more shows that a set does not fit."""
+    characters = "".join(map(chr, range(0x4E00, 0x4E00 + 80)))
+    policy = tiny_llama(characters=characters, causal=False, num_layers=1, head_std=0.3)
+    prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
+    run = partial(unmask, policy, prompts, max_new_tokens=4, num_steps=2, temperature=1.0, top_k=kept)
+    ragged, fixed = (run(torch.Generator().manual_seed(0), compile_step=on) for on in (False, True))
+    assert whole_steps.differing(ragged, fixed) == []
+    if kept > KEPT_IDS:
+        assert fixed.kept_ids is None
+    else:
+        assert ((fixed.kept_ids >= 0).sum(-1)[fixed.completion_mask] == kept).all()
+
+
 def test_a_shifted_block_may_begin_before_the_prompt(uncompiled, tmp_path):
     policy = load_policy(checkpoint(tmp_path, "sdar"), block_size=64)
     policy.spec = replace(policy.spec, shift=True)
@@ -57,6 +73,26 @@ def test_a_shifted_block_may_begin_before_the_prompt(uncompiled, tmp_path):
     run = partial(unmask, policy, prompts, max_new_tokens=61, num_steps=6, cache=block_cache())
     ragged, fixed = (run(torch.Generator().manual_seed(0), compile_step=on) for on in (False, True))
     assert whole_steps.differing(ragged, fixed) == []
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("cache", [None, dual_cache()], ids=["whole", "dual"])
+def test_prompts_of_most_lengths_share_their_graphs(monkeypatch, shift, cache):
+    """A width has graphs of its own: the canvas is padded to 64 columns, and to 128 behind prompts of more."""
+    widths = []
+
+    def step(choose, attention_mask, columns, seeds, tokens, *given, **options):
+        widths.append(tokens.shape[1])
+        return whole_step._step(choose, attention_mask, columns, seeds, tokens, *given, **options)
+
+    monkeypatch.setattr(whole_step, "compiled", lambda: step)
+    policy = tiny_llama(characters="1234.=", causal=False, num_layers=1, max_length=128)
+    policy.spec = replace(policy.spec, shift=shift)
+    for length in (1, 50, 51, 60, 90):
+        prompts = Prompts.from_ids([[3] * length], pad_id=policy.pad_id)
+        run = partial(unmask, policy, prompts, max_new_tokens=10, num_steps=2, block_size=5, cache=cache)
+        run(torch.Generator().manual_seed(0), compile_step=True)
+    assert set(widths) == {64, 128}
 
 
 @pytest.mark.parametrize(("given", "each"), [({}, 0), ({"rank": max_prob, "commit": partial(threshold, tau=1.0)}, 1)])

@@ -90,6 +90,8 @@ class Elsewhere:
         rollout = replace(SAMPLERS[attention](self.held, prompts, generator), weights_version=policy.version)
         if self.fault == "other tokens":
             return replace(rollout, logprobs=rollout.logprobs.roll(1, 0))
+        if self.fault == "no numbers":
+            return replace(rollout, logprobs=torch.full_like(rollout.logprobs, torch.nan))
         if self.fault == "tempered":
             return replace(rollout, sampling_params=replace(rollout.sampling_params, temperature=1.0))
         if self.fault == "dropped end":
@@ -114,6 +116,7 @@ def test_an_engine_that_computes_logits_passes():
 
 FAULTS = {
     "other tokens": "log-probs differ",
+    "no numbers": "log-probs differ by nan",
     "tempered": "temperature",
     "dropped end": "without an end token",
     "lost seed": "other seeds must give other tokens",

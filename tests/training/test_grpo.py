@@ -10,7 +10,7 @@ from datasets import Dataset
 from own_module import own_policy
 from readme import README
 from tiny_recipe import SIZES, tiny_recipe
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
 from dllm_rl import Recipe, decoupled, float8_weight_only, grpo, grpo_recipe, gspo, tiny_llama, tiny_masked_lm, train
 from dllm_rl.likelihoods.estimators import causal
@@ -18,10 +18,11 @@ from dllm_rl.members import describe
 from dllm_rl.models.tiny import char_tokenizer
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.revise import edit
+from dllm_rl.samplers.rules import max_prob, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import task_from_dataset
-from dllm_rl.training.grpo import NEAREST, SAME
+from dllm_rl.training.grpo import NEAREST, SAME, WORDS
 
 SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]
@@ -204,7 +205,7 @@ def test_trls_names_set_what_they_mean():
     ("settings", "message"),
     [
         ({"args": object()}, "args is not a setting of grpo; the nearest is a keyword for each of its fields"),
-        ({"per_device_train_batch_size": 8}, "the nearest is train_batch_size, in prompts per step"),
+        ({"generation_batch_size": 8}, "the nearest is train_batch_size, in prompts per step"),
         ({"learning_rat": 1e-6}, "learning_rat is not a setting of grpo; the nearest is learning_rate$"),
         ({"settings": {}}, "settings is not a setting of grpo"),
         ({"zyx": 1}, r"zyx is not a setting of grpo; help\(dllm_rl.Recipe\) lists all"),
@@ -267,3 +268,147 @@ def test_a_loaded_model_and_its_tokenizer_go_together():
     loaded.config.architectures = ["LLaDAModelLM"]
     with pytest.raises(ValueError, match="runs code of its checkpoint; give the checkpoint's folder or id"):
         grpo_recipe(loaded, ROWS, right, tokenizer=char_tokenizer("1234="))
+
+
+def segments(**settings):
+    """How many segments a trajectory is scored in: None where each step is scored, which is exact."""
+    return recipe_of(**settings).likelihood.made_by.keywords["num_segments"]
+
+
+def test_the_likelihood_is_chosen_by_the_steps_that_the_sampler_takes():
+    """One step per token unless num_steps says fewer; a rule that ignores num_steps may take one per token."""
+    assert segments(max_new_tokens=64) == 8 and segments(max_new_tokens=4) is None
+    assert segments(sampler_options={"max_new_tokens": 4}) is None
+    assert segments(max_new_tokens=4, sampler_options={"max_new_tokens": 64}) == 8
+    assert segments(max_new_tokens=4, sampler_options={"max_new_tokens": 64, "num_steps": 12}) == 3
+    assert segments(sampler=partial(unmask, max_new_tokens=4)) is None
+    assert segments(max_new_tokens=4, sampler=partial(partial(unmask, max_new_tokens=64), num_steps=16)) == 4
+    for rule in (partial(threshold, tau=0.9), partial(edit, tau=0.9)):
+        assert segments(max_new_tokens=64, sampler_options={"num_steps": 4, "commit": rule}) == 8
+
+
+def test_the_samplers_own_temperature_is_kept():
+    recipe = recipe_of(max_new_tokens=4, sampler_options={"temperature": 0.5})
+    assert recipe.sampler.keywords["temperature"] == 0.5 and recipe.eval_sampler.keywords["temperature"] == 0.0
+
+
+@pytest.mark.parametrize("how", ["grpo_recipe", "grpo", "dry_run"])
+def test_a_function_that_makes_the_model_may_need_the_seed(tmp_path, how):
+    """As it may in Recipe(model=make); each call gets the run's seed."""
+    seeds = []
+
+    def make(seed):
+        seeds.append(seed)
+        return tiny_masked_lm(**SMALL, seed=seed)
+
+    if how == "grpo_recipe":
+        assert grpo_recipe(make, ROWS, right).sampler.func is unmask and seeds == [0]
+        return
+    assert grpo(make, ROWS, right, **options(tmp_path, num_steps=0, seed=3, dry_run=how == "dry_run"))
+    assert len(seeds) >= 2 and set(seeds) == {3}
+
+
+def test_trls_loss_types_weigh_tokens_as_trl_does():
+    """By hand, of completions of 1 and 3 tokens; dr_grpo's constant is the completion's length, 5 here."""
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+
+    def weights(**settings):
+        return recipe_of(**settings).aggregation(mask, num_tokens=4, num_sequences=2).tolist()
+
+    of_sequences = [[1 / 2, 0, 0], [1 / 6, 1 / 6, 1 / 6]]
+    of_tokens = [[1 / 4, 0, 0], [1 / 4, 1 / 4, 1 / 4]]
+    constants = [[1 / 10, 0, 0], [1 / 10, 1 / 10, 1 / 10]]
+    for name, expected in {"grpo": of_sequences, "dapo": of_tokens, "bnpo": of_tokens}.items():
+        assert weights(loss_type=name) == [pytest.approx(row) for row in expected], name
+    for length in ({"max_completion_length": 5}, {"sampler_options": {"max_new_tokens": 5}}):
+        assert weights(loss_type="dr_grpo", **length) == [pytest.approx(row) for row in constants]
+
+
+def test_the_level_of_the_ratio_changes_nothing_else():
+    """By hand: ratios 2 and 1 of one completion, whose geometric mean is the root of 2, clipped at 1 +- 0.2."""
+    log_ratio, mask = torch.tensor([[2.0, 1.0]]).log(), torch.ones(1, 2, dtype=torch.bool)
+
+    def objective(advantage, **settings):
+        return recipe_of(**settings).surrogate(log_ratio, torch.tensor([advantage]), mask)[0].tolist()
+
+    token, sequence = {"importance_sampling_level": "token"}, {"importance_sampling_level": "sequence"}
+    root = 2**0.5
+    assert objective(1.0, **token) == objective(1.0) == pytest.approx([1.2, 1.0])
+    assert objective(1.0, **sequence) == pytest.approx([1.2, 1.2])
+    assert objective(-1.0, **sequence) == pytest.approx([-root, -root])
+    assert objective(1.0, **sequence, epsilon=0.1) == pytest.approx([1.1, 1.1]), "epsilon_high is then epsilon"
+    assert objective(1.0, **sequence, epsilon_high=0.3) == pytest.approx([1.3, 1.3])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_trls_batch_sizes_count_completions(monkeypatch, processes):
+    """16 completions per forward, 4 forwards per process and update: 64 completions, of 8 per prompt, for each."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    recipe = recipe_of(per_device_train_batch_size=16, gradient_accumulation_steps=4, num_generations=8)
+    assert (recipe.micro_batch_size, recipe.train_batch_size) == (16, 8 * processes)
+    recipe = recipe_of(per_device_train_batch_size=16)
+    assert (recipe.micro_batch_size, recipe.train_batch_size) == (16, 2 * processes)
+
+
+@pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_trls_learning_rates_are_those_of_transformers(name, warmup):
+    if name == "constant" and warmup:
+        with pytest.raises(ValueError, match="warmup_steps=3 is not a keyword of the lr_schedule; leave one of them"):
+            recipe_of(lr_scheduler_type=name, warmup_steps=warmup)
+        return
+    recipe = recipe_of(lr_scheduler_type=name, warmup_steps=warmup, max_steps=8, learning_rate=0.5)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=8)
+    rates = []
+    for _ in range(8):
+        rates.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    assert [recipe.update_settings(step)["learning_rate"] for step in range(8)] == pytest.approx(rates)
+    assert recipe.warmup_steps == 0, "Recipe's counts supervised steps"
+
+
+def test_a_reference_that_stays_is_the_only_one():
+    assert recipe_of(sync_ref_model=False, beta=0.1).beta == 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "cispo"}, "loss_type='cispo' is none of 'grpo', .*; for others give Recipe's loss, aggregate"),
+        ({"loss_type": ["grpo"]}, r"loss_type=\['grpo'\] is none of"),
+        ({"loss_type": "grpo", "aggregate": torch.zeros_like}, "aggregate is given twice, once by TRL's name"),
+        (
+            {"loss_type": "bnpo", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+            "loss_type='bnpo' divides by the tokens of each forward, and an update has 2 of them; use 'dapo'",
+        ),
+        ({"importance_sampling_level": "sequence_token"}, "='sequence_token' is none of 'token', 'sequence'; for"),
+        ({"importance_sampling_level": "sequence", "loss": gspo}, "loss is given twice"),
+        ({"importance_sampling_level": "sequence", "delta": 4.0}, "delta=4.0 is not a keyword of the loss"),
+        ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type='polynomial' is none of 'constant', .*'cosine'; for"),
+        ({"lr_scheduler_type": "linear", "warmup_steps": 0.1}, "warmup_steps=0.1 must be a whole number"),
+        ({"lr_scheduler_type": "linear", "num_iterations": 2}, "lr_scheduler_type counts updates, and num_iterations"),
+        ({"sync_ref_model": True}, "sync_ref_model is not a setting of grpo; the nearest is beta, whose reference"),
+        ({"per_device_train_batch_size": 12}, "=12 is not a multiple of num_generations=8, and a forward has whole"),
+        ({"per_device_train_batch_size": "8"}, "per_device_train_batch_size='8' must be a whole number"),
+        ({"per_device_train_batch_size": 8, "micro_batch_size": 8}, "micro_batch_size is given twice"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps=4 needs per_device_train_batch_size"),
+    ],
+)
+def test_what_has_no_one_meaning_here_is_refused_in_a_line(settings, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_of(**settings)
+
+
+def test_lr_scheduler_type_constant_goes_with_several_updates_per_rollout():
+    assert recipe_of(lr_scheduler_type="constant", num_iterations=2).lr_schedule(3, 9) == 1.0
+
+
+def test_the_docs_have_the_table_of_words():
+    page = README.parent.joinpath("docs", "trl.md").read_text()
+    expected = {}
+    for name, (keyword, words) in WORDS.items():
+        for word, held in words.items():
+            expected[f"{name}={word!r}"] = f"{keyword}={describe(held)}"
+    assert dict(re.findall(r"^\| `(\w+=.+)` \| (.*) \|$", page, re.MULTILINE)) == expected

@@ -1,4 +1,4 @@
-"""Prompts that do not fit the model: found before a run begins, or left out and counted."""
+"""Prompts that do not fit the model: found before a run begins, or replaced and counted."""
 
 from dataclasses import replace
 from functools import partial
@@ -89,11 +89,11 @@ def test_a_prompt_that_cannot_be_read_is_named_with_its_problem(tmp_path):
 def test_of_a_large_task_the_prompts_that_are_drawn_are_looked_at(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, task=SomeLong(size=1000, every=4))
     monkeypatch.setattr(prompts, "CHECKED", 7)
-    with pytest.raises(ValueError, match=r"task: the prompt of problem \d+ has 60 .*--max_prompt_length 48 leaves"):
+    with pytest.raises(ValueError, match=r"task: the prompt of problem \d+ has 60 .*--max_prompt_length 48 takes"):
         train(recipe)
 
 
-def test_long_prompts_are_left_out_and_counted(tmp_path):
+def test_long_prompts_are_replaced_and_counted(tmp_path):
     recipe = tiny_recipe(tmp_path / "a", task=SomeLong(), max_prompt_length=48, num_steps=3, warmup_steps=2)
     train(recipe)
     shares = [row["frac_prompts_too_long"] for row in metrics_of(tmp_path / "a")]

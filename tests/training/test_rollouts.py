@@ -15,6 +15,7 @@ from dllm_rl import load_policy
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.monitoring.log import RunLog
+from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import block_cache
@@ -138,3 +139,30 @@ def test_rows_that_are_drawn_again_have_seeds_of_their_own(tmp_path):
     train(tiny_recipe(tmp_path, task=OddPuzzles(), sampler=sampler, max_num_gen_batches=2, num_steps=1))
     first, again = seen[-2:]
     assert first and again and not first & again
+
+
+@pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])
+def test_num_tokens_counts_every_prompt_and_completion_that_was_sampled_so_far(tmp_path, make):
+    """With dynamic sampling, whose later draws count too. What the sampler was asked and returned is counted here."""
+    seen = []
+
+    def counted(policy, prompts, generator, *, sampler, **options):
+        rollout = sampler(policy, prompts, generator, **options)
+        seen.append(int(rollout.attention_mask.sum()))  # of every row: its prompt and its completion
+        return rollout
+
+    recipe = make(tmp_path, task=OddPuzzles(), max_num_gen_batches=3)
+    sampler = partial(counted, sampler=recipe.sampler.func, **recipe.sampler.keywords)
+    recipe = dataclasses.replace(recipe, sampler=sampler)
+    policy, log = make_policy(recipe, torch.device("cpu")), RunLog(tmp_path, start=0, main=True)
+    for step in (0, 1):
+        *_, metrics = collect(recipe, policy, step, Accelerator(cpu=True), log)
+        log.write(step, metrics)
+        assert metrics["dynamic_sampling/draws"] > 1 and metrics["num_tokens"] == sum(seen)
+
+
+def test_num_tokens_goes_on_after_a_resume(tmp_path):
+    """A step of a 4x4 Sudoku has 16 completions of 16 tokens, each after a prompt of 17: 528 tokens."""
+    train(tiny_recipe(tmp_path, num_steps=1, lr_schedule_steps=2))
+    train(tiny_recipe(tmp_path, lr_schedule_steps=2, resume_from_checkpoint="latest"))
+    assert [row["num_tokens"] for row in read_metrics(tmp_path)] == [528, 1056]

@@ -24,6 +24,7 @@ from dllm_rl.samplers import autoregress, sampler_for, unmask
 from dllm_rl.tasks.base import check_filled
 from dllm_rl.training.dry_run.duration import HOST, PEAK, seconds, shares
 from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, measure_step, most_graphs, shared_out
+from dllm_rl.training.policies import called
 from dllm_rl.training.sharded_learner import check_batches, check_module, check_sharding, group_size
 
 GB = 1e9
@@ -62,7 +63,7 @@ class MetaPolicy(DiffusionPolicy):
 def meta_policy(recipe: Recipe) -> MetaPolicy:
     """The recipe's policy without weights: its module on the meta device (or the small model itself) and its spec."""
     if not isinstance(recipe.model, str):
-        policy = recipe.model if isinstance(recipe.model, Policy) else recipe.model()
+        policy = recipe.model if isinstance(recipe.model, Policy) else called(recipe.model, recipe.seed)
         found = MetaPolicy(copy.deepcopy(policy.module), policy.spec, policy.tokenizer)
     else:
         raw = published_config(recipe.model)

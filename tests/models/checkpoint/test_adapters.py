@@ -171,6 +171,23 @@ def test_dropout_repeats_and_spares_what_is_not_differentiated():
     assert abs(kept.mean() - 1) < 0.03
 
 
+def test_saved_adapters_go_on_with_the_dropout_masks_of_training(tmp_path):
+    """Every layer drops inputs of its own. The seed and the number of forwards are saved, and say which come next."""
+    sizes = {"characters": "ab", "causal": False, "num_layers": 2, "hidden_size": 32, "num_heads": 2}
+    policy, again = tiny_llama(**sizes), tiny_llama(**sizes)
+    add_lora(policy, Lora(r=2, dropout=0.5, seed=3, targets=("q_proj", "v_proj")))
+    x = torch.ones(4, 32)
+    drop = lambda each: [layer.dropped(x) for layer in adapted_layers(each.module).values()]  # noqa: E731
+    first = drop(policy)
+    assert len(first) == 4 and not any(torch.equal(a, b) for i, a in enumerate(first) for b in first[:i])
+    save_adapter(policy, tmp_path)
+    load_adapter(again, tmp_path)
+    assert again.lora.seed == 3
+    theirs, ours = drop(again), drop(policy)
+    assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(ours, first, strict=True))
+
+
 def dropping() -> LoraLinear:
     layer = LoraLinear(torch.nn.Linear(8, 4), Lora(r=2, dropout=0.5), torch.Generator().manual_seed(0))
     layer.base_layer.weight.data.copy_(torch.linspace(-1, 1, 32).view(4, 8))
@@ -300,6 +317,43 @@ def test_adapters_that_do_not_fit(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(ValueError, match="use_dora=True is not supported"):
         load_adapter(tiny_llama(characters="ab", causal=False), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha_pattern": {"q_proj": 64}},
+        {"rank_pattern": {"q_proj": 4}},
+        {"use_rslora": True},
+        {"alora_invocation_tokens": [3]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+    ],
+    ids=str,
+)
+def test_what_peft_computes_otherwise_is_refused(tmp_path, settings):
+    """peft's own adapters: the same logits on the unchanged base, or a line that names the setting."""
+    peft = pytest.importorskip("peft")
+    sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "intermediate_size": 8}
+    policy, base = (tiny_llama(characters="ab", causal=False, **sizes) for _ in range(2))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], **settings)
+        wrapped = peft.get_peft_model(policy.module, config)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.data += 0.3 * torch.randn(parameter.shape)
+    wrapped.save_pretrained(tmp_path)
+    (name,) = settings
+    if settings[name] in ("gaussian", "orthogonal"):
+        load_adapter(base, tmp_path)
+        tokens, mask = torch.tensor([[3, 4, 3, 4]]), torch.ones(1, 4, dtype=torch.bool)
+        torch.testing.assert_close(base.logits(tokens, mask), policy.logits(tokens, mask), rtol=0, atol=1e-5)
+    else:
+        with pytest.raises(ValueError, match=rf"{name}=.* not supported"):
+            load_adapter(base, tmp_path)
 
 
 # The loop, on the smallest Sudoku.

@@ -5,11 +5,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from layouts import MASK, checkpoint, illada, llada, llada2, llada_moe, nemotron, published, tokenizer, write
+from layouts import (
+    MASK,
+    checkpoint,
+    dream,
+    illada,
+    llada,
+    llada2,
+    llada_moe,
+    nemotron,
+    published,
+    sdar,
+    tokenizer,
+    write,
+)
 from safetensors.torch import load_file, save_file
 
 from dllm_rl import Prompts, autoregress, load_policy, unmask
-from dllm_rl.models.checkpoint.families import DREAM, ILLADA, LLADA, LLADA2, LLADA_MOE, NEMOTRON, SDAR
+from dllm_rl.models.checkpoint.families import DREAM, ILLADA, LLADA, LLADA2, LLADA_MOE, NEMOTRON, SDAR, find_family
 from dllm_rl.models.checkpoint.loading import find_mask_id, load_tokenizer
 from dllm_rl.models.policy import make_policy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
@@ -151,6 +164,17 @@ def test_a_token_with_the_familys_name_for_the_mask():
     refused("neither in the config nor in the tokenizer", find_mask_id, SimpleNamespace(vocab_size=126464), named, SDAR)
 
 
+def test_of_two_names_for_the_mask_neither_is_taken():
+    """Nothing tells which of the two tokens the model was trained with. The config, or the vocabulary, may tell."""
+    named = tokenizer()
+    named.add_tokens(["<|mdm_mask|>", "[MDM_MASK]"], special_tokens=True)
+    config = SimpleNamespace(vocab_size=64)
+    refused("mask_token_id is neither in the config nor in the tokenizer", find_mask_id, config, named, LLADA)
+    assert find_mask_id(SimpleNamespace(vocab_size=126464), named, LLADA) == 126336
+    config.mask_token_id = named.convert_tokens_to_ids("[MDM_MASK]")
+    assert find_mask_id(config, named, LLADA) == config.mask_token_id == 40
+
+
 def test_a_masked_model_whose_tokenizer_has_no_mask():
     policy = tiny_masked_lm(characters="ab")
     policy.tokenizer.mask_token = policy.module.config.mask_token_id = None
@@ -177,6 +201,38 @@ def test_variants_that_the_stock_class_does_not_compute(tmp_path, layout, field,
     config, state = layout()
     folder = write(tmp_path, config | {field: value}, state)
     refused(f"{field}={value!r} is not supported for {config['architectures'][0]}; only {field}=", load_policy, folder)
+
+
+# Every field that changes what the authors' own code computes, with a value that the stock class does not.
+OTHERWISE = {
+    llada: {
+        **{"block_type": "sequential", "layer_norm_type": "default", "activation_type": "gelu", "rope": False},
+        **{"alibi": True, "include_bias": True, "include_qkv_bias": True, "bias_for_layer_norm": True},
+        **{"attention_layer_norm": True, "input_emb_norm": True, "scale_logits": True},
+        **{"multi_query_attention": True, "block_group_size": 2},
+    },
+    llada_moe: {
+        **{"moe_router_score_function": "sigmoid", "qk_layernorm": False, "routed_scaling_factor": 2.5},
+        **{"shared_expert_intermediate_size": 48, "partial_rotary_factor": 0.5, "clip_qkv": 8.0, "router_num_group": 2},
+    },
+    llada2: {
+        **{"score_function": "softmax", "use_bias": True, "norm_head": True, "use_rmsnorm": False},
+        "use_sliding_window": True,
+    },
+    dream: {"use_sliding_window": True},
+    sdar: {"use_sliding_window": True},
+    illada: {"mlp_bias": True, "layer_norm_eps": 1e-5},
+    nemotron: {"attention_bias": True, "mlp_bias": True, "sliding_window": 64},
+}
+
+
+@pytest.mark.parametrize("layout", OTHERWISE, ids=lambda layout: layout.__name__)
+def test_every_field_that_the_stock_class_computes_otherwise_is_refused(layout):
+    raw, _ = layout()
+    native = find_family(raw).native
+    native(raw)
+    for field, value in OTHERWISE[layout].items():
+        refused(f"{field}={value!r} is not supported for {raw['architectures'][0]}", native, raw | {field: value})
 
 
 def test_attention_that_is_not_what_the_family_needs():

@@ -1,13 +1,17 @@
 """What a checkpoint's own config says after saving, and a model that is not on the machine."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 from layouts import published
+from transformers.utils import logging
 
 from dllm_rl import load_policy
+from dllm_rl.models.checkpoint import loading
 
 
 def test_the_dtype_is_written_under_the_name_that_the_config_has(tmp_path):
@@ -19,6 +23,54 @@ def test_the_dtype_is_written_under_the_name_that_the_config_has(tmp_path):
     load_policy(source, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["dtype"] == "bfloat16" and "torch_dtype" not in saved
+
+
+def test_a_copy_ends_its_completions_as_the_checkpoint_does(tmp_path):
+    """End tokens may stand in generation_config.json alone, which is saved with the weights."""
+    source = published(tmp_path / "source", "llada")
+    text = json.dumps({"eos_token_id": [5, 7]})
+    (source / "generation_config.json").write_text(text)
+    load_policy(source).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "generation_config.json").read_text() == text
+    assert {5, 7} <= {*load_policy(tmp_path / "saved").spec.eos_ids}
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_load_leaves_what_transformers_shows_as_it_was(tmp_path, shown):
+    """Whether it succeeds or fails."""
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    folder = published(tmp_path, "llada")
+    set_bars = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
+    try:
+        logging.set_verbosity_info()
+        set_bars[shown]()
+        load_policy(folder)
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.INFO, shown)
+        with pytest.raises(KeyError), loading.quiet_progress():
+            assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
+            raise KeyError
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.INFO, shown)
+    finally:
+        logging.set_verbosity(before[0])
+        set_bars[before[1]]()
+
+
+def test_pickled_weights_are_not_downloaded(tmp_path, monkeypatch):
+    """They run code when they are opened. What is left is enough to load the model."""
+    hub, cache = published(tmp_path / "hub", "llada"), tmp_path / "cache"
+    for name in ("pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "model.pkl"):
+        (hub / name).write_text("")
+
+    def download(model, *, allow_patterns=None):
+        assert model == "owner/name"
+        cache.mkdir()
+        for name in filter_repo_objects([file.name for file in hub.iterdir()], allow_patterns=allow_patterns):
+            shutil.copyfile(hub / name, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    load_policy("owner/name")
+    assert {file.suffix for file in cache.iterdir()} == {".json", ".safetensors"}
 
 
 def test_a_model_that_an_offline_machine_does_not_hold_is_named(tmp_path, monkeypatch):

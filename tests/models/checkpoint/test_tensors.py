@@ -8,7 +8,7 @@ from layouts import checkpoint
 from safetensors.torch import load_file, save_file
 
 from dllm_rl import load_policy
-from dllm_rl.models.checkpoint.tensors import INDEX, misfits, renamed, write_tensors
+from dllm_rl.models.checkpoint.tensors import INDEX, misfits, read_tensors, renamed, write_tensors
 
 
 def tensors(directory) -> dict:
@@ -34,6 +34,16 @@ def test_shards_hold_what_one_file_held(tmp_path, family):
     assert torch.equal(again.logits(tokens, mask), policy.logits(tokens, mask))
     policy.save_pretrained(saved)  # one file replaces the shards
     assert [f.name for f in saved.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_one_file_replaces_shards_and_their_index(tmp_path):
+    """An index of the shards that are gone would make the folder unreadable; shards without one would not be read."""
+    old, new = ({name: torch.full((2,), value) for name in "ab"} for value in (1.0, 2.0))
+    for state, size, files in ((old, 8, 2), (new, 16, 1), (old, 8, 2)):
+        write_tensors(state, tmp_path, max_shard_size=size)
+        assert len([*tmp_path.glob("*.safetensors")]) == files and (tmp_path / INDEX).exists() == (files > 1)
+        found = read_tensors(tmp_path)
+        assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
 
 
 def test_a_part_of_another_tensor_is_written_as_a_tensor_of_its_own(tmp_path):
