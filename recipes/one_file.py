@@ -232,8 +232,8 @@ def ais_weights(log_mismatch_RL: Tensor, *, cap: float, tau: float) -> tuple[Ten
 
         m = 1 + lambda (min(w, cap) - 1),   lambda = 1 - reliability * tau / (divergence + tau) / (1 + variation)
 
-    lambda is 0 where the policies agree, and rises towards 1. The paper names the three measures; how they combine is
-    our choice, as its code is not public.
+    lambda is 0 where the policies agree, and rises towards 1. The three measures are the paper's, of which a digest was
+    read; how they combine is our choice.
     """
     log_ratio_RL = log_mismatch_RL.double()
     ratio_RL = log_ratio_RL.exp()

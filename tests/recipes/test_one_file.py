@@ -118,6 +118,10 @@ def test_the_package_does_the_same(changed, tmp_path):
     start = policy.module.state_dict()
     end = package.module.state_dict()
     for name, weight in module.state_dict().items():
+        if name.endswith("key.bias"):
+            # It moves all scores of a query alike, which a softmax does not see: its gradient is rounding alone, which
+            # AdamW divides by its own size.
+            continue
         torch.testing.assert_close(weight, end[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
     # What would make the comparison empty: weights that stay, no mismatch to correct, and no ratio that is clipped.
     assert max((end[name] - start[name]).abs().max() for name in start) > 1e-3
