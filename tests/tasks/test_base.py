@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dllm_rl.tasks.base import Problem, Reward, addends, grade
+from dllm_rl.tasks.base import Problem, Reward, addends, grade, parts
 from dllm_rl.tasks.deadline import STATUS
 
 
@@ -134,3 +134,11 @@ def test_what_a_completion_adds_to_a_mean() -> None:
     assert added == {"reward": (2.5, 1.0), "parsed": (0.0, 1.0), "solve_rate": (0.0, 1.0), "cell_accuracy": (3.0, 4.0)}
     assert addends(Reward(0.0, True, {"cell_accuracy": 0.75}))["cell_accuracy"] == (0.75, 1.0)
     assert addends(Reward(0.0, True, counts))["correct_cells"] == (3.0, 1.0)
+
+
+def test_a_ratio_over_nothing_is_not_shown() -> None:
+    """A puzzle without an empty cell has no share of them that is right."""
+    breakdown = {"cell_accuracy": 0.0, "correct_cells": 0.0, "solve_rate": 0.0}
+    assert parts(Reward(1.0, True, breakdown | {"empty_cells": 0.0})) == {"parsed": 1.0, "solve_rate": 0.0}
+    shown = {"parsed": 1.0, "solve_rate": 0.0, "cell_accuracy": 0.0}
+    assert parts(Reward(1.0, True, breakdown | {"empty_cells": 4.0})) == shown, "a share of 0 is one"
