@@ -70,6 +70,14 @@ def test_a_further_signal_does_not_interrupt_the_end_of_a_run(stop):
     assert stop.asked == signal.SIGUSR1
 
 
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_ctrl_c_after_another_signal_waits_for_the_step(stop, first):
+    """A launcher hands a signal on, and its user presses Ctrl-C as well: only a second Ctrl-C asks for less."""
+    os.kill(os.getpid(), first)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.asked == first
+
+
 @pytest.mark.parametrize("last_words", [None, OVER])
 def test_a_signal_that_another_process_leaves_on_is_heard_once(stop, last_words):
     stop.last_words = last_words

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -226,3 +227,10 @@ def test_each_step_hides_other_tokens():
     examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
     losses = [add_gradients(tiny_sft(), policy, examples, accelerator, "masks", step)[0].item() for step in (0, 1, 1)]
     assert losses[0] != losses[1] == losses[2]
+
+
+def test_each_step_of_a_run_hides_other_tokens(tmp_path):
+    """One row, and a learning rate that moves no weight: only the masks can change the loss."""
+    fine_tune(tiny_sft(tmp_path, dataset=ROWS[1:2] * 8, eval_dataset=ROWS[:1], learning_rate=1e-30))
+    losses = sorted(row["loss"] for row in metrics_of(tmp_path))
+    assert len(losses) == 4 and all(after - before > 1e-3 for before, after in pairwise(losses))

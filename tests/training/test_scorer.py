@@ -14,7 +14,7 @@ from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods.estimators import coupled, recorded, trajectory
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
-from dllm_rl.training.scorer import aligns, arithmetic, group_weights, learned_groups, rollout_side
+from dllm_rl.training.scorer import aligns, arithmetic, group_weights, keeps_graphs, learned_groups, rollout_side
 
 EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": none()}
 
@@ -78,6 +78,16 @@ def test_where_log_probs_come_from(changes, copied, rollout, aligned, tmp_path):
     rollout_policy = recipe.model() if copied else policy
     assert rollout_side(recipe, policy, rollout_policy) == rollout
     assert aligns(recipe, policy, rollout_policy) == aligned
+
+
+@pytest.mark.parametrize(
+    ("views", "rows", "size", "forwards"),
+    [(2, 20, 8, 6), (2, 16, 8, 4), (1, 20, 4, 5), (3, 20, None, 3), (3, 4, 8, 3)],  # the last forward may have fewer
+)
+def test_graphs_are_kept_of_as_many_forwards_as_are_allowed(views, rows, size, forwards, tmp_path):
+    for allowed, kept in ((forwards - 1, False), (forwards, True)):
+        recipe = tiny_recipe(tmp_path, micro_batch_size=size, kept_graphs=allowed)
+        assert keeps_graphs(recipe, recipe.model(), views=views, rows=rows) == kept
 
 
 def test_weights_of_groups():

@@ -1,10 +1,15 @@
 """The supervised losses against transformers' cross-entropy and a loop over positions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from tiny_recipe import SIZES, tiny_recipe
+from torch.nn.utils import parameters_to_vector
 
+from dllm_rl.distributed import collectives
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.log import RunLog
@@ -124,6 +129,28 @@ def test_the_learning_rate_rises_to_its_full_height(tmp_path):
     stepped(policy, tmp_path, steps=1, warmup_learning_rate=1e-3)
     moved = max((p - was).abs().max().item() for p, was in zip(policy.module.parameters(), before, strict=True))
     assert moved == pytest.approx(1e-3 / 30, rel=0.05)
+
+
+def test_a_step_takes_the_mean_of_the_processes_gradients(tmp_path, monkeypatch):
+    """Each process averages over its own rows. The other one, a stand-in, takes most of this one's back."""
+    sent = []
+
+    def all_reduce(flat, async_op):
+        sent.append(flat.clone())
+        flat *= 0.2  # the sum with -0.8 of it
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(collectives.dist, "all_reduce", all_reduce)
+    policy = tiny_recipe(tmp_path).model()
+    before = parameters_to_vector(policy.module.parameters()).detach()
+    # The rate of the first step, which rises to its height in 30, is 1: plain descent moves weights by the gradient.
+    recipe = tiny_recipe(tmp_path, warmup_learning_rate=30.0, warmup_batch_size=8)
+    warmup_step(recipe, policy, torch.optim.SGD(policy.module.parameters()), 0, Accelerator(cpu=True))
+    expected = 0.1 * torch.cat(sent)
+    assert 0.1 < expected.norm() < 0.5, "above 1 a gradient is scaled down"
+    moved = before - parameters_to_vector(policy.module.parameters()).detach()
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_warm_up(tmp_path):
