@@ -14,7 +14,15 @@ from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods.estimators import coupled, recorded, trajectory
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
-from dllm_rl.training.scorer import aligns, arithmetic, group_weights, keeps_graphs, learned_groups, rollout_side
+from dllm_rl.training.scorer import (
+    aligns,
+    arithmetic,
+    group_weights,
+    keeps_graphs,
+    learned_groups,
+    measured_groups,
+    rollout_side,
+)
 
 EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": none()}
 
@@ -103,3 +111,12 @@ def test_weights_of_groups():
     # Each of the 6 pairs of 4 others a sixth of the time: 100 expected of 600, standard deviation 9.
     pairs = Counter(tuple(weights([0, 1, 0, 0, 0], 2, seed)) for seed in range(600))
     assert len(pairs) == 6 and all(60 < n < 140 for n in pairs.values())
+
+
+def test_each_step_measures_other_groups(tmp_path):
+    """The same groups at each step would hide the mismatch of all others for the whole run."""
+    recipe, still = tiny_recipe(tmp_path, mismatch_sample=2), torch.zeros(8, 4)
+    drawn = [measured_groups(recipe, still, step).tolist() for step in range(20)]
+    assert drawn == [measured_groups(recipe, still, step).tolist() for step in range(20)]
+    assert all(sorted(weights) == [0] * 6 + [4, 4] for weights in drawn)
+    assert all(any(weights[group] for weights in drawn) for group in range(8))

@@ -1,5 +1,6 @@
 """The supervised losses against transformers' cross-entropy and a loop over positions."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -120,6 +121,16 @@ def stepped(policy, tmp_path, *, steps: int, **changes):
 def test_warm_up_learns_what_it_is_shown(tmp_path):
     losses = stepped(tiny_recipe(tmp_path).model(), tmp_path, steps=60, task=Sudoku(split="train", size=1))
     assert min(losses) < 0.05 < losses[0]
+
+
+def test_each_step_hides_other_tokens_and_replaces_its_share(tmp_path):
+    """One problem, and a rate that moves no weight: masks and replaced tokens alone can change the loss."""
+    still = {"steps": 3, "warmup_learning_rate": 1e-30, "task": Sudoku(split="train", size=1)}
+    policy = tiny_recipe(tmp_path).model()
+    losses = [stepped(policy, tmp_path, **still, warmup_corruption=share) for share in (0.0, 0.5, 0.0)]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-6)
+    every = sorted(losses[0] + losses[1])
+    assert all(after - before > 1e-3 for before, after in pairwise(every))
 
 
 def test_the_learning_rate_rises_to_its_full_height(tmp_path):
