@@ -1,5 +1,7 @@
 """Sharded weights in one process; several processes are in tests/training/test_sharded_learner.py."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -46,7 +48,7 @@ def fourth_of_six(monkeypatch):
     if dist.is_initialized():
         pytest.skip("another test's group")
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=6)
-    monkeypatch.setattr(dist, "new_group", lambda **_: None)  # gloo's, which would call the others
+    monkeypatch.setattr(dist, "new_group", lambda **given: given)  # gloo's own would call the others
     monkeypatch.setattr(Accelerator, "num_processes", 6)
     yield Accelerator(cpu=True)
     dist.destroy_process_group()
@@ -63,9 +65,10 @@ def fourth_of_six(monkeypatch):
 def test_neighbours_hold_the_shards_and_each_group_of_them_all_weights(fourth_of_six, size, groups, placements):
     """Processes of one machine have consecutive numbers: gathering weights is what must be fast."""
     module = tiny_masked_lm(**SIZES).module
-    shard(module, blocks_of(module), fourth_of_six, size=size)
+    shard(module, blocks_of(module), fourth_of_six, size=size, timeout=7.0)
     weight = module.lm_head.dense.weight
     assert (weight.shape, weight.to_local().shape) == ((32, 32), (-(-32 // size), 32))
     mesh = weight.device_mesh
     assert weight.placements == placements
     assert [dist.get_process_group_ranks(mesh.get_group(axis)) for axis in range(mesh.ndim)] == groups
+    assert module.sharding.group == {"backend": "gloo", "timeout": timedelta(seconds=7)}
