@@ -18,12 +18,9 @@ def test_a_field_that_is_named_blank_is_refused_only_beside_a_blank():
     assert make_row(Problem("a", fields=fields), "b", {})["blank"] == "mine"
 
 
-def test_a_fingerprint_tells_weights_apart_and_layers_of_equal_weights():
+def test_a_fingerprint_tells_layers_of_equal_weights_apart():
     policy = tiny_masked_lm(**SIZES)
     # The inputs alone are rounded: every weight is the learner's.
     rounded = quantized_copy(policy, fake_quantize(weight=None, activation="int8"))
     assert all(map(torch.equal, rounded.module.parameters(), policy.module.parameters()))
-    assert fingerprint(policy) == fingerprint(tiny_masked_lm(**SIZES)) != fingerprint(rounded)
-    with torch.no_grad():
-        list(policy.module.parameters())[-1][-1] += 1e-6
-    assert fingerprint(policy) not in (fingerprint(tiny_masked_lm(**SIZES)), fingerprint(rounded))
+    assert fingerprint(rounded) != fingerprint(policy)
