@@ -207,3 +207,14 @@ def test_a_resumed_run_purges_what_it_runs_again(tmp_path):
     accelerator.trackers = []
     module.start_trackers(tiny_recipe(tmp_path), accelerator, start=7)
     assert seen == [{"purge_step": 7}]
+
+
+def test_a_resumed_run_knows_the_numbers_of_the_step_before(tmp_path):
+    """Of the steps that it goes on from: what a kill cut off does not count. A model card shows them."""
+    log = RunLog(tmp_path, start=0, main=True)
+    for step in range(4):
+        log.write(step, {"reward": step / 4})
+    log.close()
+    resumed = RunLog(tmp_path, start=3, main=True)
+    resumed.close()
+    assert resumed.last["reward"] == 0.5 and RunLog(tmp_path, start=3, main=False).last == {}
