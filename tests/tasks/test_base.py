@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,3 +143,17 @@ def test_a_ratio_over_nothing_is_not_shown() -> None:
     assert parts(Reward(1.0, True, breakdown | {"empty_cells": 0.0})) == {"parsed": 1.0, "solve_rate": 0.0}
     shown = {"parsed": 1.0, "solve_rate": 0.0, "cell_accuracy": 0.0}
     assert parts(Reward(1.0, True, breakdown | {"empty_cells": 4.0})) == shown, "a share of 0 is one"
+
+
+def test_each_completion_has_the_time_limit_for_itself(monkeypatch) -> None:
+    """A task that grades one by one may take longer for all of them than for one."""
+    begun = []
+
+    @contextmanager
+    def counted(seconds: float, late: Any) -> Any:
+        yield lambda: begun.append(seconds)
+
+    monkeypatch.setattr("dllm_rl.tasks.base.deadline", counted)
+    task = Returning(Reward(1.0, True))
+    assert len(grade(task, [Problem("1"), Problem("2")], ["a", "b", "c", "d"], timeout=7.0)) == 4
+    assert begun == [7.0] * 4
