@@ -81,11 +81,14 @@ def test_a_steps_seconds_are_those_of_its_own_stages(tmp_path):
 
 def test_a_stage_that_computes_has_the_least_patience_and_a_graders_has_none_to_lose(tmp_path):
     log = RunLog(tmp_path, start=0, main=False)
+    computes = dict.fromkeys(("rollout", "scoring", "update", "sync", "gradients"), 1.0)
+    grades = dict.fromkeys(("reward", "evaluation", "warm-up"), math.inf)
+    expected = {"between stages": 10.0, "waiting": 10.0, **computes, **grades}
     found = {"between stages": log.patience}
-    for name in ("rollout", "reward", "evaluation", "waiting"):
+    for name in list(expected)[1:]:
         with log.stage(name):
             found[name] = log.patience
-    assert found == {"between stages": 10, "rollout": 1, "reward": math.inf, "evaluation": math.inf, "waiting": 10}
+    assert found == expected
 
 
 def events(directory: Path) -> EventAccumulator:
