@@ -9,8 +9,9 @@ import pytest
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors
-from dllm_rl.algorithms.losses import gspo, ppo_clip, sequence, token, trust_band
+from dllm_rl.algorithms.losses import gspo, kl_k2, ppo_clip, sequence, token, trust_band
 from dllm_rl.config import from_command_line
+from dllm_rl.likelihoods.estimators import one_step, trajectory
 from dllm_rl.members import describe
 from dllm_rl.recipe import Recipe, check_bounds
 from dllm_rl.samplers.unmask import unmask
@@ -81,6 +82,25 @@ def test_the_objective_is_the_one_given_else_the_correctors_else_ppos(recipe):
     both = r"loss=gspo and the corrector's own trust_band\(.*\) are two objectives: use --loss none, or a corrector"
     with pytest.raises(ValueError, match=both):
         replace(recipe, loss=gspo, corrector=correctors.tbpo())
+
+
+def test_an_update_has_the_recipes_rate_limits_and_loss(recipe):
+    """The rate is that of a schedule of ten steps, whatever the number of the run's own."""
+    limits = {"max_grad_norm": 0.25, "micro_batch_size": 8}
+    schedule = {"learning_rate": 0.5, "lr_schedule": lambda step, num_steps: step / num_steps, "lr_schedule_steps": 10}
+    terms = {"beta": 0.1, "kl": kl_k2, "use_bias_correction_kl": True, "entropy_coeff": 0.01}
+    given = replace(recipe, **limits, **schedule, **terms).update_settings(3)
+    loss = given.pop("loss").keywords
+    assert given == limits | {"likelihood": recipe.likelihood, "learning_rate": 0.5 * 3 / 10}
+    named = {"surrogate": ppo_clip, "aggregate": token, "beta": 0.1, "kl": kl_k2}
+    assert loss == named | {"entropy": 0.01, "unbiased_kl": True}
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "fresh", "draws"), [(one_step(), True, 3), (one_step(), False, 1), (trajectory(), True, 1)]
+)
+def test_masks_are_drawn_anew_where_another_draw_gives_others(recipe, likelihood, fresh, draws):
+    assert replace(recipe, likelihood=likelihood, num_iterations=3, fresh_masks=fresh).mask_draws == draws
 
 
 @pytest.mark.parametrize(

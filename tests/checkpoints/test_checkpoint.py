@@ -2,10 +2,14 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +18,10 @@ from run_outputs import assert_same_weights, metrics_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.checkpoints import checkpoint
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.training.loop import train
+from dllm_rl.training.policies import make_optimizer
 
 
 def test_resume_continues_bit_for_bit(tmp_path):
@@ -109,6 +115,25 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         train(tiny_recipe(tmp_path, num_steps=3, lr_schedule_steps=1, resume_from_checkpoint="latest"))
     assert [step for step, _ in checkpoint.found(tmp_path / "checkpoints")] == [0, 1]
+
+
+def test_room_is_needed_for_as_much_as_the_last_checkpoint_took(tmp_path, monkeypatch):
+    """A tokenizer and a card count too: more than the weights say may not fit."""
+    recipe = tiny_recipe(tmp_path)
+    policy = recipe.model()
+    state = TrainingState.first(recipe, policy)
+    older = tmp_path / "step-000000" / "tokenizer.json"
+    older.parent.mkdir()
+    with older.open("wb") as file:
+        file.truncate(10**8)  # no byte is written
+    room = namedtuple("room", "total used free")
+    optimizer = make_optimizer(recipe, policy)
+    save = partial(checkpoint.save, tmp_path, policy, optimizer, replace(state, step=1), keep=9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room(10**9, 0, 10**8))
+    with pytest.raises(OSError, match=r"step-000001 was not saved: the disk is full; it takes 101\.0 MB, 100\.0 MB"):
+        save()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room(10**9, 0, 10**8 + 2**20))
+    assert save() == tmp_path / "step-000001"
 
 
 PROGRAM = """

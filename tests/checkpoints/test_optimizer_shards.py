@@ -6,12 +6,16 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tiny_recipe import SIZES
 
 from dllm_rl import tiny_masked_lm
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.checkpoints.optimizer_shards import Part, file_name, in_step, write_part
+from dllm_rl.checkpoints.optimizer_shards import Part, file_name, in_step, part_of, write_part
+from dllm_rl.distributed.sharding import shard
+from dllm_rl.models.forward.blocks import blocks_of
 
 SMALL = partial(tiny_masked_lm, **(SIZES | {"hidden_size": 8, "num_layers": 1, "intermediate_size": 8}))
 
@@ -141,6 +145,32 @@ def test_a_part_too_few_or_too_many_is_named(tmp_path, trained):
     (tmp_path / file_name(0, 3)).rename(tmp_path / file_name(3, 4))
     with pytest.raises(ValueError, match=r"optimizer-00004-of-00004.safetensors is not one of 3 parts"):
         load(tmp_path)
+
+
+@pytest.fixture
+def alone():
+    """A group of one process."""
+    if dist.is_initialized():
+        pytest.skip("another test's group")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_part_that_is_written_during_the_next_step_is_of_the_step_before(alone):
+    policy = SMALL()
+    shard(policy.module, blocks_of(policy.module), Accelerator(cpu=True), size=1)
+    optimizer = torch.optim.AdamW(policy.module.parameters(), lr=1e-3)
+    for parameter in policy.module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    part = part_of(policy, optimizer, copy=True)
+    before = {key: value.clone() for key, value in part.tensors.items()}
+    optimizer.step()
+    after = part_of(policy, optimizer).tensors
+    assert {key.partition(" of ")[0] for key in part.tensors} == {"step", "exp_avg", "exp_avg_sq"}
+    assert all(torch.equal(value, before[key]) for key, value in part.tensors.items())
+    assert not any(torch.equal(value, before[key]) for key, value in after.items())
 
 
 def test_moments_of_no_weight_are_missed(tmp_path, trained):

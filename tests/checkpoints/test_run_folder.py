@@ -9,7 +9,8 @@ from sft_toys import tiny_sft
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import manifest
-from dllm_rl.checkpoints.run_folder import defaults
+from dllm_rl.checkpoints.run_folder import _check_recipe, defaults
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.recipe import Recipe
 from dllm_rl.supervised.recipe import SFT
 from dllm_rl.supervised.train import fine_tune
@@ -46,6 +47,28 @@ def test_a_checkpoint_from_before_a_setting_existed_had_its_default(tmp_path):
         train(tiny_recipe(tmp_path, **again, gradient_checkpointing=True))
     # What does not touch training may be another one.
     train(tiny_recipe(tmp_path, **again, mismatch_sample=3, eval_steps=1, eval_batch_size=2))
+
+
+MAY_CHANGE = {
+    **{"output_dir": "elsewhere", "resume_from_checkpoint": "latest", "overwrite_output_dir": True, "dry_run": True},
+    **{"eval_steps": 1, "eval_batch_size": 2, "mismatch_sample": 3},
+    **{"save_steps": 7, "save_total_limit": 3, "verify_checkpoint": "quick", "on_save_error": "continue"},
+    **{"async_save": True, "logging_steps": 3, "log_completions_steps": 1, "report_to": None, "push_to_hub": "me/it"},
+    **{"stop_seconds": 1.0, "reward_timeout": None, "collective_timeout": 60.0, "peer_timeout": 60.0},
+    **{"num_steps": 9, "lr_schedule_steps": 5, "max_prompt_length": 20, "shard_size": 0},
+}
+
+
+@pytest.mark.parametrize("name", MAY_CHANGE)
+def test_what_changes_no_number_of_the_steps_before_may_change_on_a_resume(name):
+    """The rates of the first two steps are the same in a schedule of 4 steps and in one of 5."""
+    recipe = tiny_recipe("x", num_steps=2, lr_schedule_steps=4)
+    state = TrainingState(step=1, version=1, dtype="float32", recipe=recipe.settings())
+    changed = replace(recipe, **{name: MAY_CHANGE[name]})
+    assert getattr(changed, name) != getattr(recipe, name)
+    _check_recipe(changed, state)
+    with pytest.raises(ValueError, match="seed=1 differs from the checkpoint's 0"):
+        _check_recipe(replace(changed, seed=1), state)
 
 
 def test_a_folder_that_holds_a_run(tmp_path):

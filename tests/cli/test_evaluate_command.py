@@ -152,6 +152,20 @@ def test_a_sweep_keeps_every_setting_apart_and_goes_on_where_it_stopped(model, c
     assert again == found
 
 
+def test_two_dtypes_keep_their_completions_apart(capsys, tmp_path):
+    """A checkpoint in bf16 has the same weights in both; what is sampled is not the same."""
+    policy = tiny_masked_lm(characters=CHARACTERS, **SMALL)
+    policy.module.bfloat16()
+    policy.save_pretrained(tmp_path / "model")
+    command = ("evaluate", tmp_path / "model", "--task", "sudoku", "--limit", 1, "--num_steps", 1, "--json")
+    found = []
+    for dtype in ("float32", "bfloat16", "float32"):
+        found.append(json.loads(output(capsys, *command, "--output_dir", tmp_path, "--dtype", dtype)))
+    assert len({row["weights"] for row in found}) == 1, "or the weights would tell them apart"
+    exact, rounded, again = (row["completions"] for row in found)
+    assert exact == again != rounded
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two runs' folders, the second with a newer checkpoint that is damaged."""
@@ -320,6 +334,7 @@ def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
         (("--task", "sudoku", "--samples", "0"), "samples=0 must be at least 1"),
         (("--task", "sudoku", "--samples", "4", "--majority", "2,8"), "--majority 8 needs --samples 8 or more"),
         (("--task", "sudoku", "--samples", "4", "--majority", "4"), "and a grader that says which answers are equal"),
+        (("--task", "sudoku", "--num_steps", "4,3", "--block_size", "5"), "num_steps=3 is fewer than the 4 blocks"),
         (("--task", "sudoku", "--samples", "4"), "--samples 4 at --temperature 0 are all alike"),
         (("--task", "sudoku", "--num_steps", "4,2", "--block_size", "4"), "num_steps=2 is fewer than the 4 blocks"),
         (("--task", "sudoku", "--quantization", "none,fp8"), "quantization='fp8' is none of fake_quantize, "),
@@ -392,6 +407,14 @@ def test_a_budget_gives_each_sampler_its_steps_or_its_number_and_the_rank_it_is_
     assert [row["forwards_per_answer"] for row in found[:2]] == [1.0, 4.0]
     assert all(row["forwards_per_answer"] <= budget for row, budget in zip(found[2:], (1, 4), strict=True))
     assert all(row["tokens_per_forward"] == row["tokens"] / 4 / row["forwards_per_answer"] for row in found)
+
+
+def test_a_budgets_number_is_searched_with_the_seed_of_the_evaluation(model, capsys, monkeypatch):
+    seeds = []
+    monkeypatch.setattr("dllm_rl.cli.evaluate.within_budget", lambda *_, seed: seeds.append(seed) or "threshold=0.5")
+    options = ("--limit", 1, "--commit", "threshold", "--forwards", 4, "--temperature", 1, "--seed", 7)
+    output(capsys, "evaluate", model, "--task", "sudoku", *options)
+    assert seeds == [7]
 
 
 def test_a_budget_is_searched_on_the_problems_of_a_short_file_and_compares_models(model, capsys, tmp_path):

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_recipe import tiny_recipe
+from tiny_recipe import SIZES, tiny_recipe
 
 import dllm_rl.cli.main as commands
+from dllm_rl import manifest
 from dllm_rl.cli.main import main
+from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.tasks.protocols import TASKS, protocol_names
 from dllm_rl.training import train
 
@@ -67,6 +69,21 @@ def test_the_head_is_in_fp32_unless_told_otherwise(monkeypatch, flags, float32_h
     assert seen == [{"float32_head": float32_head}]
 
 
+def test_the_doctor_looks_at_what_the_options_say(monkeypatch, tmp_path):
+    tiny_masked_lm(**SIZES).save_pretrained(tmp_path)
+    seen = {}
+
+    def looked(policy, scheme, **given):
+        seen.update(given, scheme=scheme)
+        raise ValueError("this is enough")
+
+    monkeypatch.setattr("dllm_rl.diagnostics.doctor.diagnose", looked)
+    words = "--quantization none --num_prompts 3 --max_new_tokens 8 --num_steps 4 --temperature 0.5 --seed 7"
+    assert main(["doctor", str(tmp_path), *words.split()]) == 2
+    assert (seen["scheme"], seen["seed"], seen["prompts"].num_rows, seen["prompts"].group_size) == (None, 7, 6, 2)
+    assert seen["sampler"].keywords == {"max_new_tokens": 8, "num_steps": 4, "temperature": 0.5}
+
+
 @pytest.fixture
 def run(tmp_path) -> Path:
     """A run of three steps with a checkpoint of each."""
@@ -85,6 +102,17 @@ def test_the_command_says_which_are_whole(run, capsys):
     assert main(["verify", str(run / "checkpoints" / "step-000003"), "--quick"]) == 0
     assert main(["verify", str(run.parent)]) == 2
     assert "neither a checkpoint nor a run" in capsys.readouterr().err
+
+
+def test_a_quick_look_leaves_the_rest_of_large_files_unread(run, monkeypatch, capsys):
+    newest = run / "checkpoints" / "step-000003"
+    monkeypatch.setattr(manifest, "HEAD", 64)
+    manifest.write(newest, step=3, processes=1, versions={})
+    damaged = bytearray((newest / "optimizer.pt").read_bytes())
+    damaged[-3] ^= 1
+    (newest / "optimizer.pt").write_bytes(damaged)
+    assert main(["verify", str(newest)]) == 1 and "optimizer.pt is damaged" in capsys.readouterr().out
+    assert main(["verify", str(newest), "--quick"]) == 0 and capsys.readouterr().out.startswith("whole ")
 
 
 def test_lm_eval_without_the_harness_says_what_to_install(monkeypatch, capsys):

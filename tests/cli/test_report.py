@@ -9,7 +9,19 @@ import pytest
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.cli import main as cli
-from dllm_rl.cli.report import OWN, STEPS, Told, differences, replayed, report, results, told, validated, written
+from dllm_rl.cli.report import (
+    OWN,
+    STEPS,
+    Told,
+    differences,
+    replayed,
+    report,
+    results,
+    seconds_of,
+    told,
+    validated,
+    written,
+)
 from dllm_rl.monitoring.plots import headline, read_summary
 from dllm_rl.training import train
 
@@ -35,6 +47,13 @@ def test_the_best_validation_is_told_with_the_last_and_how_many_there_were():
     assert validated(run) == f"{said} (step 180)."
     assert validated(replace(run, rows=rows[:1])) == "", "one is no choice"
     assert said.replace("<", "&lt;") in results([run])
+
+
+def test_the_time_of_a_run_that_has_not_ended_is_that_of_its_steps():
+    rows = [{"step": 0, "time/rollout": 2.0, "time/update": 1.0}, {"step": 1, "time/rollout": 3.0, "reward": 0.5}]
+    run = Told("a", rows, [], [], {})
+    assert seconds_of(run) == {"rollout": 5.0, "update": 1.0}
+    assert seconds_of(replace(run, summary={"stages": {"rollout": 7.0}})) == {"rollout": 7.0}
 
 
 class Markup(HTMLParser):

@@ -68,6 +68,15 @@ def test_a_file_that_cannot_be_written_is_one_line_and_status_1(tmp_path, monkey
     assert line.startswith("error: process 3: ") and "taken" in line
 
 
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_one_process_names_the_run_for_all(tmp_path, monkeypatch, capsys, rank, lines):
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("dllm_rl.training.loop.train", lambda recipe: None)
+    main(small(tmp_path / "run"))
+    assert len(capsys.readouterr().out.splitlines()) == lines
+
+
 def test_the_first_line_names_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["recipe.py", "--num_steps", "1", "--warmup_steps", "2"])
     main(small(tmp_path / "run"))

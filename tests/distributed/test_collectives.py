@@ -1,5 +1,6 @@
 """Gradients are summed over processes in buckets: nothing is left out, and nothing of another dtype is mixed in."""
 
+from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.distributed import collectives as distributed
-from dllm_rl.distributed.collectives import buckets, sum_gradients
+from dllm_rl.distributed.collectives import buckets, make_accelerator, sum_gradients
 
 
 def test_buckets_keep_order_and_dtype_and_size():
@@ -51,3 +52,17 @@ def test_buckets_travel_one_behind_the_other_and_are_put_back_when_they_have_arr
     assert events == [
         ("started", 7), ("started", 9), ("arrived", 7), ("started", 1), ("arrived", 9), ("arrived", 1),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seconds", [None, 7.0])
+def test_an_exchange_waits_as_long_as_the_run_says(monkeypatch, seconds):
+    """None: as long as torch does."""
+    given = []
+
+    def noted(*, kwargs_handlers, **options):
+        given.extend(handler.timeout for handler in kwargs_handlers)
+        return Accelerator(**options)
+
+    monkeypatch.setattr(distributed, "Accelerator", noted)
+    make_accelerator(timeout=seconds)
+    assert given == ([] if seconds is None else [timedelta(seconds=seconds)])

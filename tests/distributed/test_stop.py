@@ -70,6 +70,14 @@ def test_a_further_signal_does_not_interrupt_the_end_of_a_run(stop):
     assert stop.asked == signal.SIGUSR1
 
 
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_ctrl_c_after_another_signal_waits_for_the_step(stop, first):
+    """A launcher hands a signal on, and its user presses Ctrl-C as well: only a second Ctrl-C asks for less."""
+    os.kill(os.getpid(), first)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.asked == first
+
+
 @pytest.mark.parametrize("last_words", [None, OVER])
 def test_a_signal_that_another_process_leaves_on_is_heard_once(stop, last_words):
     stop.last_words = last_words
@@ -100,3 +108,27 @@ def test_two_processes_delete_a_refused_runs_folder_at_the_same_time(tmp_path, m
     monkeypatch.setattr(stopping, "remove", after_the_other)
     stopping.leave_folder(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1000.0])
+def test_a_step_that_is_overdue_is_asked_again_each_second(stop, seconds):
+    """An update is let end: only what comes after it can be saved. No time at all is no time limit turned off."""
+    stop.seconds = seconds
+    os.kill(os.getpid(), signal.SIGTERM)
+    left, every = signal.getitimer(signal.ITIMER_REAL)
+    assert 0 < left <= max(seconds, 1.0) and every == 1.0
+    asked = []
+    stop.overdue = lambda: asked.append(True)
+    signal.raise_signal(signal.SIGALRM)
+    assert asked
+
+
+def test_a_ctrl_c_is_heard_where_it_was_ignored_and_a_hangup_is_not(stop):
+    """A shell starts what runs in its background with Ctrl-C ignored, and nohup ignores the hangup."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    made = Stop(seconds=1000.0, main=False)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    os.kill(os.getpid(), signal.SIGINT)
+    assert made.asked == signal.SIGINT
+    made.disarm()

@@ -16,6 +16,7 @@ import torch
 from sorting import Mini
 
 from dllm_rl import Problem, Reward, evaluate, quantized_copy
+from dllm_rl.distributed.collectives import OneProcess
 from dllm_rl.evaluation.completions import fingerprint, fold, read
 from dllm_rl.evaluation.intervals import wilson
 from dllm_rl.evaluation.results import Evaluation, Graded, grade_file, interval, mean, sums_by_name
@@ -214,6 +215,17 @@ def test_folding_survives_a_kill_between_the_file_and_its_parts(tmp_path):
     fold(path)
     assert list(texts(path).items()) == [((0, 0), "a"), ((1, 0), "b"), ((2, 0), "c")]
     assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+@pytest.mark.parametrize(("count", "processes"), [(3, 5), (7, 3), (6, 3)])
+def test_processes_share_the_problems_however_many_they_are(policy, monkeypatch, count, processes):
+    """Each problem is completed by one process; some may have none."""
+    monkeypatch.setattr("dllm_rl.evaluation.evaluate.gather_objects", lambda answers, processes: answers)
+    done = []
+    for index in range(processes):
+        found = evaluate(policy, sudoku(count), SAMPLER, accelerator=OneProcess(processes, index))
+        done += [answer.problem for answer in found.answers]
+    assert sorted(done) == list(range(count))
 
 
 @pytest.mark.slow

@@ -196,6 +196,15 @@ def test_a_difference_is_of_problems_that_both_have():
     assert found["accuracy"] == [1.0, 1.0, 1.0]
 
 
+def test_each_side_of_a_difference_has_its_own_number_of_completions():
+    """One completion of each of three problems, all right; before, two of each and one of them right: 1 - 1/2."""
+    now = graded(1.0, 1.0, 1.0)
+    before = [Reward(0.0, True, {"accuracy": float(sample)}) for _ in range(3) for sample in range(2)]
+    halves = Evaluation(tuple(Graded(*divmod(place, 2), reward) for place, reward in enumerate(before)), {})
+    assert paired_differences(now, halves)["accuracy"] == [0.5, 0.5, 0.5]
+    assert paired_differences(halves, now)["accuracy"] == [-0.5, -0.5, -0.5]
+
+
 def test_the_best_is_named_with_how_many_it_is_the_best_of_and_the_last():
     found = best_of([(0.5, "step 60"), (0.75, "step 120"), (0.625, "step 180")], "solve rate")
     assert found == (

@@ -16,7 +16,7 @@ def result(steps, accuracy, **settings):
         "forwards": 2,
         "seconds": 0.5,
     }
-    facts["samples"] = 1
+    facts["samples"] = 2
     return facts | settings | {"accuracy_interval": [accuracy - 0.1, accuracy + 0.1]} | cost
 
 
@@ -51,7 +51,7 @@ def test_a_curve_has_a_line_per_rule_and_its_points_by_forwards(tmp_path, monkey
     axis, seconds = plt.gcf().axes
     points = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
     assert points == {"threshold": [[2, 0.75], [3, 0.5]], r"\$a": [[4, 0.25]]}
-    assert {line.get_xdata()[0] for line in seconds.lines} == {0.5 / 4}
+    assert {line.get_xdata()[0] for line in seconds.lines} == {0.5 / 8}
     (band,) = {tuple(each.get_paths()[0].get_extents().intervaly) for each in axis.collections[1:]}
     assert band == pytest.approx((0.15, 0.35)), "the interval"
     assert plt.gcf().get_suptitle() == "t, 4 problems" and axis.get_ylabel() == "accuracy"

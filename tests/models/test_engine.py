@@ -112,6 +112,21 @@ def test_a_rehearsal_loads_the_engine_before_any_file(tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_resumed_run_sets_the_version_of_an_engine_that_counts_for_itself(tmp_path):
+    """An engine that starts with weights of its own knows nothing of the steps that the learner has taken."""
+    apart = held_apart()
+
+    def load(policy):
+        rollout_policy = apart.load(policy)
+        rollout_policy.version = 0
+        return rollout_policy
+
+    options = {"rollout_quantization": None, "rollout_engine": RolloutEngine(load, apart.sync), "lr_schedule_steps": 2}
+    train(tiny_recipe(tmp_path, num_steps=1, **options))
+    train(tiny_recipe(tmp_path, num_steps=2, resume_from_checkpoint="latest", **options))
+    assert (tmp_path / "checkpoints/step-000002").exists()
+
+
 def test_a_name_is_no_engine():
     (field,) = [field for field in fields(Recipe) if field.name == "rollout_engine"]
     with pytest.raises(ValueError, match="rollout_engine='vllm' does not fit; it is: what makes rollouts"):

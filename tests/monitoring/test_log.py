@@ -81,11 +81,14 @@ def test_a_steps_seconds_are_those_of_its_own_stages(tmp_path):
 
 def test_a_stage_that_computes_has_the_least_patience_and_a_graders_has_none_to_lose(tmp_path):
     log = RunLog(tmp_path, start=0, main=False)
+    computes = dict.fromkeys(("rollout", "scoring", "update", "sync", "gradients"), 1.0)
+    grades = dict.fromkeys(("reward", "evaluation", "warm-up"), math.inf)
+    expected = {"between stages": 10.0, "waiting": 10.0, **computes, **grades}
     found = {"between stages": log.patience}
-    for name in ("rollout", "reward", "evaluation", "waiting"):
+    for name in list(expected)[1:]:
         with log.stage(name):
             found[name] = log.patience
-    assert found == {"between stages": 10, "rollout": 1, "reward": math.inf, "evaluation": math.inf, "waiting": 10}
+    assert found == expected
 
 
 def events(directory: Path) -> EventAccumulator:
@@ -207,3 +210,14 @@ def test_a_resumed_run_purges_what_it_runs_again(tmp_path):
     accelerator.trackers = []
     module.start_trackers(tiny_recipe(tmp_path), accelerator, start=7)
     assert seen == [{"purge_step": 7}]
+
+
+def test_a_resumed_run_knows_the_numbers_of_the_step_before(tmp_path):
+    """Of the steps that it goes on from: what a kill cut off does not count. A model card shows them."""
+    log = RunLog(tmp_path, start=0, main=True)
+    for step in range(4):
+        log.write(step, {"reward": step / 4})
+    log.close()
+    resumed = RunLog(tmp_path, start=3, main=True)
+    resumed.close()
+    assert resumed.last["reward"] == 0.5 and RunLog(tmp_path, start=3, main=False).last == {}

@@ -13,6 +13,7 @@ from dllm_rl.monitoring.plots import (
     lines_of,
     measured,
     plot,
+    read_summary,
     smoothed,
     whole_steps,
 )
@@ -53,3 +54,15 @@ def test_a_report_is_drawn_where_a_step_lacks_a_breakdown(tmp_path):
     rows = [{"step": 0, **ALWAYS}, {"step": 1, **ALWAYS, "rewards/accuracy/mean": 1.0}, {"step": 2, "reward": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert plot(tmp_path).is_file()
+
+
+def test_of_a_run_that_has_not_ended_the_newest_checkpoint_is_told(tmp_path):
+    for step in (2, 10, 30):
+        folder = tmp_path / "checkpoints" / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"step": step}))
+    assert read_summary(tmp_path) == {"step": 30}
+    (folder / "state.json").write_text("{")
+    assert read_summary(tmp_path) == {"step": 10}, "that one is damaged"
+    (tmp_path / "summary.json").write_text('{"seconds": 3}')
+    assert read_summary(tmp_path) == {"seconds": 3}

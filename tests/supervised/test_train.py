@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,7 @@ def test_an_epoch_shows_every_row_once():
     steps = [rows_of_step(10, 4, 0, step) for step in range(5)]
     seen = [i for step in steps for i in step]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+    assert rows_of_step(10, 10, 0, 0) != rows_of_step(10, 10, 1, 0), "another seed, another order"
 
 
 def test_a_file_of_json_lines_from_the_command_line(tmp_path, monkeypatch):
@@ -226,3 +228,46 @@ def test_each_step_hides_other_tokens():
     examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
     losses = [add_gradients(tiny_sft(), policy, examples, accelerator, "masks", step)[0].item() for step in (0, 1, 1)]
     assert losses[0] != losses[1] == losses[2]
+
+
+def test_each_step_of_a_run_hides_other_tokens(tmp_path):
+    """One row, and a learning rate that moves no weight: only the masks can change the loss."""
+    fine_tune(tiny_sft(tmp_path, dataset=ROWS[1:2] * 8, eval_dataset=ROWS[:1], learning_rate=1e-30))
+    losses = sorted(row["loss"] for row in metrics_of(tmp_path))
+    assert len(losses) == 4 and all(after - before > 1e-3 for before, after in pairwise(losses))
+
+
+def test_replaced_tokens_are_those_of_the_recipes_share():
+    policy, accelerator = tiny_masked_lm(**SIZES), make_accelerator()
+    examples = read_examples(tiny_sft(), policy, ROWS, "dataset")
+    plain, replaced = (
+        add_gradients(tiny_sft(corruption=share), policy, examples, accelerator, "masks", 0)[0].item()
+        for share in (0.0, 0.5)
+    )
+    assert replaced > plain + 0.01, "visible tokens are predicted too"
+
+
+def test_a_step_goes_as_far_as_rate_schedule_and_clipped_gradient_say(tmp_path):
+    """Plain descent: 0.04 times the first factor of four steps, 1/4, times a gradient scaled down to 0.25."""
+
+    def descent(parameters, lr, betas, weight_decay):
+        return torch.optim.SGD(parameters, lr=lr)
+
+    given = {"optim": descent, "learning_rate": 0.04, "max_grad_norm": 0.25}
+    given |= {"lr_schedule": lambda step, num_steps: 1 / num_steps, "lr_schedule_steps": 4}
+    policy = fine_tune(tiny_sft(tmp_path, num_steps=1, **given)).policy
+    start = tiny_masked_lm(**SIZES)
+    pairs = zip(policy.module.parameters(), start.module.parameters(), strict=True)
+    moved = torch.cat([(after - before).detach().flatten() for after, before in pairs]).norm().item()
+    (row,) = metrics_of(tmp_path)
+    assert row["grad_norm"] > 0.5 and row["learning_rate"] == pytest.approx(0.01)
+    assert moved == pytest.approx(0.0025, rel=1e-3)
+
+
+def test_a_resumed_model_keeps_its_dtype(tmp_path):
+    model = tiny_masked_lm(**SIZES)
+    model.module.bfloat16()
+    recipe = tiny_sft(tmp_path, model=model, num_steps=1, lr_schedule_steps=2)
+    fine_tune(recipe)
+    policy = fine_tune(replace(recipe, num_steps=2, resume_from_checkpoint="latest")).policy
+    assert {p.dtype for p in policy.module.parameters()} == {torch.bfloat16}

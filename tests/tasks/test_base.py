@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from dllm_rl.tasks.base import Problem, Reward, addends, grade
+from dllm_rl.tasks.base import Problem, Reward, addends, grade, parts
 from dllm_rl.tasks.deadline import STATUS
 
 
@@ -134,3 +135,25 @@ def test_what_a_completion_adds_to_a_mean() -> None:
     assert added == {"reward": (2.5, 1.0), "parsed": (0.0, 1.0), "solve_rate": (0.0, 1.0), "cell_accuracy": (3.0, 4.0)}
     assert addends(Reward(0.0, True, {"cell_accuracy": 0.75}))["cell_accuracy"] == (0.75, 1.0)
     assert addends(Reward(0.0, True, counts))["correct_cells"] == (3.0, 1.0)
+
+
+def test_a_ratio_over_nothing_is_not_shown() -> None:
+    """A puzzle without an empty cell has no share of them that is right."""
+    breakdown = {"cell_accuracy": 0.0, "correct_cells": 0.0, "solve_rate": 0.0}
+    assert parts(Reward(1.0, True, breakdown | {"empty_cells": 0.0})) == {"parsed": 1.0, "solve_rate": 0.0}
+    shown = {"parsed": 1.0, "solve_rate": 0.0, "cell_accuracy": 0.0}
+    assert parts(Reward(1.0, True, breakdown | {"empty_cells": 4.0})) == shown, "a share of 0 is one"
+
+
+def test_each_completion_has_the_time_limit_for_itself(monkeypatch) -> None:
+    """A task that grades one by one may take longer for all of them than for one."""
+    begun = []
+
+    @contextmanager
+    def counted(seconds: float, late: Any) -> Any:
+        yield lambda: begun.append(seconds)
+
+    monkeypatch.setattr("dllm_rl.tasks.base.deadline", counted)
+    task = Returning(Reward(1.0, True))
+    assert len(grade(task, [Problem("1"), Problem("2")], ["a", "b", "c", "d"], timeout=7.0)) == 4
+    assert begun == [7.0] * 4

@@ -6,6 +6,7 @@ import pytest
 
 from dllm_rl.tasks import Task, task_from_dataset
 from dllm_rl.tasks.base import grade
+from dllm_rl.tasks.datasets import hold_out
 
 ROWS = [
     {"prompt": "2+2=", "answer": "4", "completion": "4"},
@@ -104,6 +105,14 @@ def test_a_datasets_dataset() -> None:
 def test_names_of_functions() -> None:
     task = task_from_dataset(ROWS, reward_funcs=[partial(scaled, by=1.0), partial(scaled, by=2.0), right])
     assert task.reward(task[0], "4").breakdown == {"scaled_1": 1.0, "scaled_2": 2.0, "right": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("count", "held"), [(2, 1), (9, 1), (10, 1), (19, 1), (20, 2), (2559, 255), (2560, 256), (9999, 256)]
+)
+def test_a_tenth_of_the_rows_is_held_out_one_at_least_and_256_at_most(count: int, held: int) -> None:
+    training, last = hold_out(range(count))
+    assert training == list(range(count - held)) and last == list(range(count - held, count))
 
 
 def test_bad_functions_and_data_sets_are_refused() -> None:

@@ -123,6 +123,8 @@ def test_a_streamed_data_set_needs_a_bound():
         grpo_recipe(tiny_masked_lm(**SMALL), stream, right)
     recipe = grpo_recipe(tiny_masked_lm(**SMALL), stream, right, max_rows=10)
     assert (len(recipe.task), len(recipe.eval_task)) == (9, 1)
+    recipe = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, eval_dataset=stream, max_rows=3)
+    assert (len(recipe.task), len(recipe.eval_task)) == (16, 3)
     with pytest.raises(ValueError, match=r"has no length, as a streamed one: give its first rows"):
         task_from_dataset(stream, reward_funcs=right)
 

@@ -10,11 +10,19 @@ from accelerate import Accelerator
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import manifest, tiny_masked_lm, train
+from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.quantization.schemes import float8_dynamic
 from dllm_rl.samplers.cache import prefix_cache
 from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.training.policies import check_compiled, make_policy, reference_policy, rollout_copy, save_reference
+from dllm_rl.training.policies import (
+    check_compiled,
+    make_policy,
+    reference_policy,
+    resumed_policy,
+    rollout_copy,
+    save_reference,
+)
 
 CPU = torch.device("cpu")
 
@@ -56,6 +64,39 @@ def test_without_a_scheme_the_learner_rolls_out(tmp_path):
     recipe = tiny_recipe(tmp_path, rollout_quantization=None)
     policy = make_policy(recipe, CPU)
     assert rollout_copy(recipe, policy) is policy
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_rollouts_copy_is_in_the_dtype_of_the_runs_products(tmp_path, bf16, dtype):
+    recipe = tiny_recipe(tmp_path, bf16=bf16)
+    copy = rollout_copy(recipe, make_policy(recipe, CPU))
+    assert {p.dtype for p in copy.module.parameters()} == {dtype}
+
+
+def test_a_resumed_learner_keeps_the_dtype_that_it_was_saved_in(tmp_path):
+    """Not the recipe's, which is of a model from a path."""
+    recipe = tiny_recipe(tmp_path)
+    policy = make_policy(recipe, CPU)
+    policy.module.bfloat16()
+    accelerator = Accelerator(cpu=True)
+    save_reference(recipe, policy, accelerator)
+    state = TrainingState.first(recipe, policy)
+    resumed = resumed_policy(recipe, tmp_path / "reference", state, accelerator)
+    assert recipe.dtype == "float32" and torch.equal(weights(resumed), weights(policy))
+    assert {p.dtype for p in resumed.module.parameters()} == {torch.bfloat16}
+
+
+def test_of_the_model_that_a_recipe_names_the_rest_of_large_files_may_be_left_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "HEAD", 64)
+    recipe = tiny_recipe(tmp_path)
+    save_reference(recipe, make_policy(recipe, CPU), Accelerator(cpu=True))
+    file = tmp_path / "reference" / "model.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-3] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its SHA-256 differs"):
+        make_policy(replace(recipe, model=str(file.parent)), CPU)
+    make_policy(replace(recipe, model=str(file.parent), verify_checkpoint="quick"), CPU)
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,9 @@ def test_it_takes_the_longest_prompt_and_a_whole_group(tmp_path):
     assert seen[0] == (max(len(task[i].prompt) for i in range(len(task))), 4)
 
 
-def test_what_a_kill_left_of_it_is_removed(tmp_path):
+@pytest.mark.parametrize("on_save_error", ["stop", "continue"])
+def test_what_a_kill_left_of_it_is_removed(tmp_path, on_save_error):
+    """Also by a run that goes on without its checkpoints, which rehearses no save."""
     (tmp_path / REHEARSAL / "step-000000").mkdir(parents=True)
-    train(small(tmp_path))
+    train(small(tmp_path, on_save_error=on_save_error))
     assert not (tmp_path / REHEARSAL).exists()

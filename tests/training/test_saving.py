@@ -6,8 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tiny_recipe import SIZES, tiny_recipe
 
+from dllm_rl.algorithms.correctors import aligned
 from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.training import saving
 from dllm_rl.training.run import Run
 
@@ -49,3 +52,61 @@ def test_a_copy_during_which_a_step_ended_is_not_saved(monkeypatch, during):
     monkeypatch.setattr(saving, "_attempt", lambda run, step, write: written.append((step, write)))
     saving.save_alone(run)
     assert written == ([] if during else [(3, state)])
+
+
+class Left(BaseException):
+    """What a stop raises here to end the run."""
+
+
+def stopped_in(stage, monkeypatch, **changes):
+    """Whether an overdue stop in the stage ended the run, and the steps that it wrote, of a run after step 3."""
+    stop = SimpleNamespace(disarm=lambda: None, leave=leave)
+    run = object.__new__(Run)
+    run.__dict__.update(log=SimpleNamespace(entered=stage), stop=stop, recipe=tiny_recipe("runs/x"), saved=2)
+    run.__dict__.update(policy=tiny_masked_lm(**SIZES), rollout_policy=tiny_masked_lm(**SIZES))
+    run.__dict__.update(accelerator=SimpleNamespace(is_main_process=True), writer=SimpleNamespace(wait=lambda: None))
+    run.__dict__.update(state=TrainingState(step=3, version=3, dtype="float32", recipe={}), **changes)
+    written = []
+    monkeypatch.setattr(saving, "write_checkpoint", lambda run: written.append(run.state.step))
+    try:
+        saving.save_at_once(run)
+    except Left as left:
+        assert str(left) == "stopped in the step after step 3, which is saved; continue with " + (
+            "--resume_from_checkpoint latest --output_dir runs/x"
+        )
+        return True, written
+    return False, written
+
+
+def leave(text):
+    raise Left(text)
+
+
+@pytest.mark.parametrize("stage", ["", "rollout", "reward", "scoring", "gradients"])
+def test_an_overdue_stop_saves_the_last_step_where_weights_are_whole(monkeypatch, stage):
+    assert stopped_in(stage, monkeypatch) == (True, [3])
+    assert stopped_in(stage, monkeypatch, saved=3) == (True, []), "that step is saved already"
+    other = SimpleNamespace(is_main_process=False)
+    assert stopped_in(stage, monkeypatch, accelerator=other) == (True, []), "the main process writes"
+
+
+def test_an_overdue_stop_waits_where_the_weights_are_of_no_step(monkeypatch):
+    assert stopped_in("update", monkeypatch) == (False, [])
+    recipe = tiny_recipe("runs/x", corrector=aligned())
+    assert stopped_in("scoring", monkeypatch, recipe=recipe) == (False, []), "they are the rounded ones"
+    assert stopped_in("reward", monkeypatch, recipe=recipe) == (True, [3])
+
+
+def test_before_the_first_stage_of_a_step_a_run_is_between_two_steps():
+    """Else a fault there would count as one of the stage before, and nothing would be saved."""
+    log = SimpleNamespace(entered="evaluation")
+    stop = SimpleNamespace(last_words="over", agreed=lambda accelerator: 0)
+    run = object.__new__(Run)
+    run.__dict__.update(log=log, stop=stop, accelerator=None, policy=SimpleNamespace(version=4))
+    saving.protect(run, None)
+    assert log.entered == "" and stop.last_words is None
+    log.entered = "sync"
+    run.__dict__.update(recipe=SimpleNamespace(save_steps=9, num_steps=99), writer=SimpleNamespace(check=lambda: None))
+    run.__dict__.update(state=TrainingState(step=3, version=3, dtype="float32", recipe={}))
+    saving.checkpoint_if_due(run, 3)
+    assert log.entered == "" and (run.state.step, run.state.version) == (4, 4)

@@ -14,7 +14,15 @@ from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods.estimators import coupled, recorded, trajectory
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
-from dllm_rl.training.scorer import aligns, arithmetic, group_weights, learned_groups, rollout_side
+from dllm_rl.training.scorer import (
+    aligns,
+    arithmetic,
+    group_weights,
+    keeps_graphs,
+    learned_groups,
+    measured_groups,
+    rollout_side,
+)
 
 EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": none()}
 
@@ -81,6 +89,16 @@ def test_where_log_probs_come_from(changes, copied, rollout, aligned, tmp_path):
     assert aligns(recipe, policy, rollout_policy) == aligned
 
 
+@pytest.mark.parametrize(
+    ("views", "rows", "size", "forwards"),
+    [(2, 20, 8, 6), (2, 16, 8, 4), (1, 20, 4, 5), (3, 20, None, 3), (3, 4, 8, 3)],  # the last forward may have fewer
+)
+def test_graphs_are_kept_of_as_many_forwards_as_are_allowed(views, rows, size, forwards, tmp_path):
+    for allowed, kept in ((forwards - 1, False), (forwards, True)):
+        recipe = tiny_recipe(tmp_path, micro_batch_size=size, kept_graphs=allowed)
+        assert keeps_graphs(recipe, recipe.model(), views=views, rows=rows) == kept
+
+
 def test_weights_of_groups():
     def weights(learned, sample, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -94,3 +112,12 @@ def test_weights_of_groups():
     # Each of the 6 pairs of 4 others a sixth of the time: 100 expected of 600, standard deviation 9.
     pairs = Counter(tuple(weights([0, 1, 0, 0, 0], 2, seed)) for seed in range(600))
     assert len(pairs) == 6 and all(60 < n < 140 for n in pairs.values())
+
+
+def test_each_step_measures_other_groups(tmp_path):
+    """The same groups at each step would hide the mismatch of all others for the whole run."""
+    recipe, still = tiny_recipe(tmp_path, mismatch_sample=2), torch.zeros(8, 4)
+    drawn = [measured_groups(recipe, still, step).tolist() for step in range(20)]
+    assert drawn == [measured_groups(recipe, still, step).tolist() for step in range(20)]
+    assert all(sorted(weights) == [0] * 6 + [4, 4] for weights in drawn)
+    assert all(any(weights[group] for weights in drawn) for group in range(8))

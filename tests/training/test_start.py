@@ -1,6 +1,9 @@
 """The start of a run: what a launch cannot run is refused, and what a checkpoint left is set again."""
 
+import errno
+import os
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,7 +15,7 @@ from dllm_rl.monitoring.log import RunLog
 from dllm_rl.training import start
 from dllm_rl.training.loop import train
 from dllm_rl.training.policies import make_optimizer, resumed_policy
-from dllm_rl.training.start import check_processes, restore
+from dllm_rl.training.start import check_processes, open_log, restore
 
 
 @pytest.mark.parametrize("changes", [{"train_batch_size": 8}, {"train_batch_size": 2}, {"warmup_steps": 5}])
@@ -48,3 +51,19 @@ def test_a_resume_prints_its_checkpoint_before_the_model_is_loaded(tmp_path, mon
     monkeypatch.setattr(start, "resumed_policy", lambda *_: pytest.fail("\n".join(capsys.readouterr().out.split())))
     with pytest.raises(pytest.fail.Exception, match=r"resuming\nfrom\n.*step-000001"):
         train(replace(recipe, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize("on_save_error", ["stop", "continue"])
+def test_a_full_disk_stops_the_log_where_it_stops_a_save(tmp_path, monkeypatch, on_save_error):
+    recipe = tiny_recipe(tmp_path, on_save_error=on_save_error, report_to=None)
+    log = open_log(recipe, Accelerator(cpu=True), None, None, [])
+
+    def full(handle, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        stops = pytest.raises(OSError, match=r"metrics\.jsonl: No space left on device; make room and resume")
+        with stops if on_save_error == "stop" else nullcontext():
+            log.write(0, {"reward": 0.5})
+    log.close()

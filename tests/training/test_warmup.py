@@ -1,10 +1,16 @@
 """The supervised losses against transformers' cross-entropy and a loop over positions."""
 
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from tiny_recipe import SIZES, tiny_recipe
+from torch.nn.utils import parameters_to_vector
 
+from dllm_rl.distributed import collectives
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.log import RunLog
@@ -117,6 +123,16 @@ def test_warm_up_learns_what_it_is_shown(tmp_path):
     assert min(losses) < 0.05 < losses[0]
 
 
+def test_each_step_hides_other_tokens_and_replaces_its_share(tmp_path):
+    """One problem, and a rate that moves no weight: masks and replaced tokens alone can change the loss."""
+    still = {"steps": 3, "warmup_learning_rate": 1e-30, "task": Sudoku(split="train", size=1)}
+    policy = tiny_recipe(tmp_path).model()
+    losses = [stepped(policy, tmp_path, **still, warmup_corruption=share) for share in (0.0, 0.5, 0.0)]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-6)
+    every = sorted(losses[0] + losses[1])
+    assert all(after - before > 1e-3 for before, after in pairwise(every))
+
+
 def test_the_learning_rate_rises_to_its_full_height(tmp_path):
     """AdamW moves a weight first by the rate, here 1/30 of 1e-3, and by its decay, a hundredth of that."""
     policy = tiny_recipe(tmp_path).model()
@@ -124,6 +140,28 @@ def test_the_learning_rate_rises_to_its_full_height(tmp_path):
     stepped(policy, tmp_path, steps=1, warmup_learning_rate=1e-3)
     moved = max((p - was).abs().max().item() for p, was in zip(policy.module.parameters(), before, strict=True))
     assert moved == pytest.approx(1e-3 / 30, rel=0.05)
+
+
+def test_a_step_takes_the_mean_of_the_processes_gradients(tmp_path, monkeypatch):
+    """Each process averages over its own rows. The other one, a stand-in, takes most of this one's back."""
+    sent = []
+
+    def all_reduce(flat, async_op):
+        sent.append(flat.clone())
+        flat *= 0.2  # the sum with -0.8 of it
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(collectives.dist, "all_reduce", all_reduce)
+    policy = tiny_recipe(tmp_path).model()
+    before = parameters_to_vector(policy.module.parameters()).detach()
+    # The rate of the first step, which rises to its height in 30, is 1: plain descent moves weights by the gradient.
+    recipe = tiny_recipe(tmp_path, warmup_learning_rate=30.0, warmup_batch_size=8)
+    warmup_step(recipe, policy, torch.optim.SGD(policy.module.parameters()), 0, Accelerator(cpu=True))
+    expected = 0.1 * torch.cat(sent)
+    assert 0.1 < expected.norm() < 0.5, "above 1 a gradient is scaled down"
+    moved = before - parameters_to_vector(policy.module.parameters()).detach()
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_warm_up(tmp_path):

@@ -12,7 +12,7 @@ from repetitions import few
 from dllm_rl import train
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.config import from_command_line
-from dllm_rl.quantization.schemes import float8_weight_only
+from dllm_rl.quantization.schemes import fake_quantize, float8_weight_only
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.training.dry_run import plan as dry_run
 from dllm_rl.training.dry_run.memory import Memory, measure_step
@@ -86,6 +86,8 @@ def test_llada_8b_to_the_parameter():
     assert sorted(kept) == ["lm_head", "model.embed_tokens"]
     held = replace(recipe, rollout_quantization=partial(float8_weight_only, dequantised=True))
     assert rollout_bytes(held, adapted, 2) == 2 * 8_015_581_184  # in bf16, what a plain copy takes
+    rounded = replace(recipe, rollout_quantization=partial(fake_quantize, activation="int8"))
+    assert rollout_bytes(rounded, adapted, 2) == 4 * weights + 2 * (8_015_581_184 - weights)  # products in fp32
 
 
 def two_blocks(recipe, policy, **options) -> Memory:
@@ -119,6 +121,8 @@ def test_what_is_held_is_counted_by_hand(monkeypatch):
     policy, *_ = shallow(full, monkeypatch)
     held = memory(full, policy, 256).held
     assert held["weights"] == pytest.approx(4 * parameters, rel=1e-5) and held["reference"] == 4 * parameters
+    rounded = quantisable(full, policy)[1]
+    assert held["rollout copy"] == rounded + 2 * (parameters - rounded)  # FP8 weights, and the others in bf16
     assert held["gradients"] == pytest.approx(4 * parameters, rel=1e-5)
     assert held["optimiser"] == pytest.approx(8 * parameters, rel=1e-5)
     eight = memory(replace(full, optim=adamw_8bit, beta=0.0), policy, 256)
