@@ -7,14 +7,14 @@ import os
 import pytest
 import torch
 
-torch.set_num_threads(1)
-
 
 def pytest_addoption(parser):
+    parser.addoption("--threads", type=int, default=1, help="of torch, in a test process")
     parser.addoption("--other-cpu", action="store_true", help="matrix products round by their number of rows")
 
 
 def pytest_configure(config):
+    torch.set_num_threads(config.getoption("threads"))
     if config.getoption("other_cpu"):
         from other_cpu import OtherCPU
 
