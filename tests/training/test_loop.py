@@ -102,10 +102,11 @@ def test_micro_batches_change_nothing_beyond_rounding(aggregate, tmp_path):
 
 def test_leaving_out_groups_without_advantage_changes_nothing_but_time(tmp_path):
     # A KL term of weight 1e-30 keeps every row in the batch and adds nothing that fp32 could show.
-    changes = {"advantages": one_live_group, "rollout_quantization": None}
+    # Plain descent, as above: AdamW would show the rounding of gradients near zero at full scale.
+    changes = {"advantages": one_live_group, "rollout_quantization": None, "optim": descent, "learning_rate": 0.5}
     skipped = train(tiny_recipe(tmp_path / "skipped", **changes))
     kept = train(tiny_recipe(tmp_path / "kept", beta=1e-30, kl=kl_k1, **changes))
-    assert_same_weights(skipped, kept, rtol=1e-5, atol=1e-7)
+    assert_same_weights(skipped, kept, rtol=1e-5, atol=1e-6)
 
 
 def test_entropy_bonus_reaches_the_weights_without_any_advantage(tmp_path):
