@@ -204,12 +204,14 @@ def test_mismatch_is_that_of_all_rows_whatever_the_number_of_live_ones(tmp_path)
     assert {name: five[name] for name in shared} == pytest.approx({name: every[name] for name in shared}, rel=1e-4)
     assert [row["rollout_corr/rows"] for row in (every, five, two)] == [24, 24, 12]
     assert [row["live/rows"] for row in (every, five, two)] == [24, 4, 4]
-    assert five["live/k3_kl"] == two["live/k3_kl"] != pytest.approx(five["rollout_corr/k3_kl"], rel=1e-3)
+    assert five["live/k3_kl"] == pytest.approx(two["live/k3_kl"], rel=1e-4)
+    assert five["live/k3_kl"] != pytest.approx(five["rollout_corr/k3_kl"], rel=1e-3)
     assert two["rollout_corr/k3_kl"] != pytest.approx(five["rollout_corr/k3_kl"], rel=1e-3), "an estimate, not the mean"
     # The corrector's own statistics are of the rows that it corrects, however many others are measured.
     lam = [row["ais/lambda"] for row in (every, five, two)]
-    assert lam[1] == lam[2] != pytest.approx(lam[0], rel=1e-3)
-    assert five["loss"] == two["loss"] and five["grad_norm"] == two["grad_norm"]
+    assert lam[1] == pytest.approx(lam[2], rel=1e-5) and lam[1] != pytest.approx(lam[0], rel=1e-3)
+    learned = ("loss", "grad_norm")
+    assert [five[name] for name in learned] == pytest.approx([two[name] for name in learned], rel=1e-4, abs=1e-7)
 
 
 def test_the_sample_of_groups_depends_on_seed_and_step_alone(tmp_path):
