@@ -46,6 +46,7 @@ def held_apart(noise=0.0):
 
 
 @pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar], ids=["full", "causal"])
+@pytest.mark.usefixtures("exact_arithmetic")
 def test_an_engine_of_the_same_arithmetic_trains_as_the_learner_alone(tmp_path, make):
     plain = train(make(tmp_path / "a", rollout_quantization=None, report_to=None))
     apart = train(make(tmp_path / "b", rollout_quantization=None, report_to=None, rollout_engine=held_apart()))

@@ -59,7 +59,13 @@ def contents(folder):
     return tensors
 
 
-@pytest.mark.parametrize("changes", [{"num_iterations": 2}, {"lora": partial(Lora, r=2, dropout=0.1)}])
+# Adapters are merged in the writer's thread, which the simulated CPU does not reach.
+UNREACHED = pytest.mark.skipif("config.getoption('other_cpu')", reason="the writer's thread merges adapters")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_iterations": 2}, pytest.param({"lora": partial(Lora, r=2, dropout=0.1)}, marks=UNREACHED)]
+)
 def test_what_is_written_during_the_next_step_is_the_state_before_it(tmp_path, monkeypatch, changes):
     """Each is written when the step after it has changed the weights; a run goes on from it bit for bit."""
     train(small(tmp_path / "at once", **changes))

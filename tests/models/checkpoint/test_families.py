@@ -126,7 +126,7 @@ def test_padding_on_either_side_changes_nothing(policies, family):
         mask = torch.nn.functional.pad(ones(tokens), (left, right))
         both, masks = torch.cat([padded, ids(padded.shape[1], 1)]), torch.cat([mask, ones(padded)])
         got = policy.logits(both, masks)[:1, left : left + 11]
-        torch.testing.assert_close(got, alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, alone, rtol=1e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("family", [family for family in ORIGINAL if family != "nemotron_ar"])
