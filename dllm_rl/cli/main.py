@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from dllm_rl.cli.options import add_model_options, open_policy
-from dllm_rl.screen import escape_controls, imports_interruptible, line_of
+from dllm_rl.screen import imports_interruptible, line_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dllm-rl", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_sample, add_evaluate, add_grade, add_lm_eval, add_doctor, add_report, add_verify, add_env):
+    for add in (add_sample, add_evaluate, add_grade, add_lm_eval, add_doctor, add_verify, add_env):
         add(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_paths(arguments: argparse.Namespace) -> None:
     """Raise ValueError on an empty name of a file or folder, such as from an unset shell variable."""
-    for name in ("model", "models", "path", "file", "directories", "output_dir", "out", "html", "csv", "plot"):
+    for name in ("model", "models", "path", "file", "output_dir", "html", "csv", "plot"):
         value = getattr(arguments, name, None)
         if "" in (value if isinstance(value, list) else [value]):  # Path('') is the present folder
             raise ValueError(f"{name}='' is empty; give a file or folder, or leave the option out")
@@ -235,22 +235,6 @@ def doctor(arguments: argparse.Namespace) -> int:
     found = diagnose(policy, scheme, prompts=prompts, sampler=sampler, seed=arguments.seed)
     write_doctor(found, as_json=arguments.json, directory=arguments.output_dir and Path(arguments.output_dir))
     return int(arguments.bound is not None and found.worst > arguments.bound)
-
-
-def add_report(commands: argparse._SubParsersAction) -> None:
-    sub = commands.add_parser("report", help="runs side by side on one HTML page, and their pictures drawn again")
-    sub.add_argument("directories", nargs="+", metavar="RUN", help="the output_dir of a run")
-    sub.add_argument("--out", metavar="FILE", help="the page (default: report.html in the first run's folder)")
-    sub.set_defaults(run=report)
-
-
-def report(arguments: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from dllm_rl.cli.report import report_command
-
-    made = report_command(list(map(Path, arguments.directories)), arguments.out and Path(arguments.out))
-    print(escape_controls("\n".join(map(str, made)), keep="\n"))
 
 
 def add_verify(commands: argparse._SubParsersAction) -> None:

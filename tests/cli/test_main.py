@@ -20,8 +20,6 @@ EMPTY = [
     ["grade", "", "--task", "sudoku"],
     ["doctor", ""],
     ["doctor", "model", "--output_dir", ""],
-    ["report", ""],
-    ["report", "run", "--out", ""],
     ["verify", ""],
 ]
 
