@@ -12,7 +12,7 @@ from dllm_rl.screen import imports_interruptible, line_of
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dllm-rl", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_sample, add_evaluate, add_grade, add_lm_eval, add_doctor, add_verify, add_env):
+    for add in (add_sample, add_evaluate, add_grade, add_lm_eval, add_doctor, add_verify):
         add(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -272,15 +272,3 @@ def verify(arguments: argparse.Namespace) -> int:
         else:
             print(f"whole    {folder} ({folder_size(folder) / 1e6:.1f} MB)")
     return int(damaged > 0)
-
-
-def add_env(commands: argparse._SubParsersAction) -> None:
-    sub = commands.add_parser("env", help="versions, devices, memory and missing extras, for a report of a problem")
-    sub.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    sub.set_defaults(run=env)
-
-
-def env(arguments: argparse.Namespace) -> None:
-    from dllm_rl.cli.env import env_command
-
-    env_command(as_json=arguments.json)
