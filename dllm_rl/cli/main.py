@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_paths(arguments: argparse.Namespace) -> None:
     """Raise ValueError on an empty name of a file or folder, such as from an unset shell variable."""
-    for name in ("model", "models", "path", "file", "output_dir", "html", "csv", "plot"):
+    for name in ("model", "models", "path", "file", "output_dir", "csv", "plot"):
         value = getattr(arguments, name, None)
         if "" in (value if isinstance(value, list) else [value]):  # Path('') is the present folder
             raise ValueError(f"{name}='' is empty; give a file or folder, or leave the option out")
@@ -55,7 +55,6 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--group_size", type=int, default=1, help="completions of each prompt")
     add_model_options(sub)
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--html", metavar="FILE", help="write a page that replays the completions")
     sub.add_argument("--json", action="store_true", help="print an object with every token, its step and probability")
     sub.add_argument("--no_live", dest="live", action="store_false", default=None, help="do not draw the steps")
     sub.add_argument("--delay", type=float, default=0.0, help="seconds to rest on each step of the live view")
@@ -63,8 +62,6 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from dllm_rl.cli.sample import show
     from dllm_rl.samplers.by_name import READERS, rank_for
 
@@ -80,7 +77,6 @@ def sample(arguments: argparse.Namespace) -> None:
     show(
         policy,
         arguments.prompts or [line.rstrip("\n") for line in sys.stdin],
-        html=None if arguments.html is None else Path(arguments.html),
         as_json=arguments.json,
         checkpoint=arguments.checkpoint,
         **options,
