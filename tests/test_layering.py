@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "supervised": "rng tasks types members distributed models likelihoods recipe checkpoints training",
     # floor 8
     "cli": "device files manifest members rng screen tasks types config distributed models quantization "
-    "samplers diagnostics evaluation recipe checkpoints monitoring training supervised",
+    "samplers diagnostics evaluation recipe checkpoints training supervised",
 }
 # Costly libraries, and the only packages that may import them.
 ROOMS = {"torchao": {"quantization"}, "accelerate": {"distributed", "monitoring", "training", "supervised"}}

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import dllm_rl
-from dllm_rl.cli.env import installed
 from dllm_rl.cli.options import open_policy
 from dllm_rl.config import override, paths, pickable
 from dllm_rl.device import find_device
@@ -59,7 +59,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     fixed = {"seed": arguments.seed, "batch_size": arguments.batch_size, "samples": arguments.samples}
     limit = num_problems(task, arguments)
     fixed |= {"reward_timeout": arguments.reward_timeout, "accelerator": processes, "limit": limit}
-    versions = {"dllm_rl": dllm_rl.__version__, "torch": installed("torch"), "transformers": installed("transformers")}
+    versions = {"dllm_rl": dllm_rl.__version__, "torch": version("torch"), "transformers": version("transformers")}
     facts = {"protocol_source": SOURCES[task.protocol], "dtype": arguments.dtype, "versions": versions}
     found: list[dict[str, Any]] = []
     first: list[Measured] = []  # of the first model, setting by setting

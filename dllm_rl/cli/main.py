@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from dllm_rl.cli.options import add_model_options, open_policy
-from dllm_rl.screen import escape_controls, imports_interruptible, line_of
+from dllm_rl.screen import imports_interruptible, line_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dllm-rl", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_sample, add_evaluate, add_grade, add_lm_eval, add_doctor, add_report, add_verify, add_env):
+    for add in (add_sample, add_evaluate, add_grade, add_lm_eval, add_doctor, add_verify):
         add(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_paths(arguments: argparse.Namespace) -> None:
     """Raise ValueError on an empty name of a file or folder, such as from an unset shell variable."""
-    for name in ("model", "models", "path", "file", "directories", "output_dir", "out", "html", "csv", "plot"):
+    for name in ("model", "models", "path", "file", "output_dir", "csv", "plot"):
         value = getattr(arguments, name, None)
         if "" in (value if isinstance(value, list) else [value]):  # Path('') is the present folder
             raise ValueError(f"{name}='' is empty; give a file or folder, or leave the option out")
@@ -55,7 +55,6 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--group_size", type=int, default=1, help="completions of each prompt")
     add_model_options(sub)
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--html", metavar="FILE", help="write a page that replays the completions")
     sub.add_argument("--json", action="store_true", help="print an object with every token, its step and probability")
     sub.add_argument("--no_live", dest="live", action="store_false", default=None, help="do not draw the steps")
     sub.add_argument("--delay", type=float, default=0.0, help="seconds to rest on each step of the live view")
@@ -63,8 +62,6 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from dllm_rl.cli.sample import show
     from dllm_rl.samplers.by_name import READERS, rank_for
 
@@ -80,7 +77,6 @@ def sample(arguments: argparse.Namespace) -> None:
     show(
         policy,
         arguments.prompts or [line.rstrip("\n") for line in sys.stdin],
-        html=None if arguments.html is None else Path(arguments.html),
         as_json=arguments.json,
         checkpoint=arguments.checkpoint,
         **options,
@@ -237,22 +233,6 @@ def doctor(arguments: argparse.Namespace) -> int:
     return int(arguments.bound is not None and found.worst > arguments.bound)
 
 
-def add_report(commands: argparse._SubParsersAction) -> None:
-    sub = commands.add_parser("report", help="runs side by side on one HTML page, and their pictures drawn again")
-    sub.add_argument("directories", nargs="+", metavar="RUN", help="the output_dir of a run")
-    sub.add_argument("--out", metavar="FILE", help="the page (default: report.html in the first run's folder)")
-    sub.set_defaults(run=report)
-
-
-def report(arguments: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from dllm_rl.cli.report import report_command
-
-    made = report_command(list(map(Path, arguments.directories)), arguments.out and Path(arguments.out))
-    print(escape_controls("\n".join(map(str, made)), keep="\n"))
-
-
 def add_verify(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("verify", help="check that checkpoints are whole; exit with 1 when one is not")
     sub.add_argument("path", help="a checkpoint folder, or the output_dir of a run for all of its checkpoints")
@@ -288,15 +268,3 @@ def verify(arguments: argparse.Namespace) -> int:
         else:
             print(f"whole    {folder} ({folder_size(folder) / 1e6:.1f} MB)")
     return int(damaged > 0)
-
-
-def add_env(commands: argparse._SubParsersAction) -> None:
-    sub = commands.add_parser("env", help="versions, devices, memory and missing extras, for a report of a problem")
-    sub.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    sub.set_defaults(run=env)
-
-
-def env(arguments: argparse.Namespace) -> None:
-    from dllm_rl.cli.env import env_command
-
-    env_command(as_json=arguments.json)

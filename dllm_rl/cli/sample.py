@@ -1,16 +1,12 @@
-"""`dllm-rl sample`: shows the steps of a completion in the terminal, as JSON, or as a page that needs no other file."""
+"""`dllm-rl sample`: shows the steps of a completion in the terminal, or as JSON."""
 
 import inspect
 import json
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from html import escape
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -18,7 +14,6 @@ from rich.live import Live
 from rich.text import Text
 
 from dllm_rl.device import device_name
-from dllm_rl.files import write_text
 from dllm_rl.members import describe
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, encode, filled, written_tokens
@@ -35,7 +30,6 @@ def show(
     policy: Policy,
     texts: Sequence[str],
     *,
-    html: Path | None = None,  # also write the page to this file
     as_json: bool = False,
     live: bool | None = None,  # draw each step; None: only on a terminal and without JSON
     delay: float = 0.0,  # seconds per step of the live view
@@ -68,8 +62,6 @@ def show(
     record |= {"checkpoint": checkpoint, "dtype": dtype, "device": device}
     record |= {"sampler": describe(partial(sampler, **options)), "seed": seed}
     record["date"] = datetime.now().astimezone().isoformat(" ", "seconds")
-    if html is not None:
-        write_text(html, page(record))
     if as_json:
         print(json.dumps(record))
     else:
@@ -136,30 +128,3 @@ def render(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows
     more = f", {hidden} more rows" if hidden else ""
     lines.append(Text(f"step {rollout.forwards}, {left} masked{more}", style="dim italic"))
     return Group(*lines)
-
-
-def page(record: dict[str, Any]) -> str:
-    """The page for one record (see `to_record`), with what made it, as `show` adds."""
-    facts = [record["facts"]]
-    for name in ("checkpoint", "sampler", "seed", "dtype", "device", "date"):
-        if name in record:
-            facts.append(escape_controls(f"{name}: {record[name]}"))
-    group = {"title": "", "facts": "\n".join(facts), "rows": record["rows"]}
-    body = "<h1>How it was written</h1>\n" + template("viewer.html")
-    return document("dllm_rl: how it was written", body, groups=[group])
-
-
-def template(name: str) -> str:
-    return (resources.files("dllm_rl.cli") / name).read_text(encoding="utf-8")
-
-
-def document(title: str, body: str, *, groups: list[dict[str, Any]], style: str = "") -> str:
-    """A page from a title (text), a body (markup) and further CSS. With groups, the body contains viewer.html."""
-    # groups: {"title", "facts", "rows": [{"prompt", "tokens", "facts"?}]}, of which the viewer shows one at a time.
-    data = json.dumps({"groups": groups}, allow_nan=False)  # a browser's JSON.parse has no NaN
-    for character in "<>&":  # no `<` ends the script block
-        data = data.replace(character, f"\\u{ord(character):04x}")
-    scripts = f'<script type="application/json" id="data">{data}</script>\n<script>\n{template("viewer.js")}</script>'
-    parts = {"TITLE": escape(title), "STYLE": style, "BODY": body, "SCRIPTS": scripts if groups else ""}
-    # One substitution for all marks: a mark inside of a text stays text.
-    return re.sub("@(TITLE|STYLE|BODY|SCRIPTS)@", lambda mark: parts[mark[1]], template("page.html"))

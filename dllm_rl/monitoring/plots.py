@@ -4,21 +4,17 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dllm_rl.files import replacing
-from dllm_rl.monitoring.health import BACKWARDS, MILD, STRONG
+from dllm_rl.monitoring.health import MILD, STRONG
 from dllm_rl.monitoring.json_lines import current_rows, known, warmup_rows
 from dllm_rl.screen import escape_controls
 
 SOLVED = ("solve_rate", "accuracy", "correct")  # the first that a run has is in its headline
-COLOURS = ("#3b7dd8", "#d9772b", "#2f9e6e", "#a35fd0", "#d0485a", "#8a8f98")  # of runs; distinct on white and on black
-DASHES = ("-", "--", ":", "-.")  # of a panel's metrics
-INK = "#010203"  # the report replaces it by the page's text colour, light or dark
-PICTURE = ("Reward", "Problems solved", "Mismatch", "Effective sample size")  # panels of an RL run's training.png
-PICTURE_OF_SFT = ("Loss", "Gradient norm")
+COLOURS = ("#3b7dd8", "#d9772b", "#2f9e6e")  # of a panel's metrics; a panel has at most three
+DASHES = ("-", "--", ":")
 
 
 @dataclass(frozen=True)
@@ -30,8 +26,7 @@ class Panel:
     bounds: tuple[float, ...] = ()  # thin lines
 
 
-PANELS = (
-    Panel("Loss", "nats a token", {"loss": "training"}, ("eval/loss",)),  # of SFT alone: see `measured`
+PANELS = (  # of an RL run, whose loss is no likelihood and is not drawn
     Panel("Reward", "reward", {"reward": "training"}, ("eval/reward",)),
     Panel(
         "Problems solved",
@@ -41,34 +36,10 @@ PANELS = (
     ),
     Panel("Mismatch", "nats", {"rollout_corr/k3_kl": "k3 KL", "rollout_corr/abs_log_ratio_mean": "mean |log ratio|"}),
     Panel("Effective sample size", "share", {"rollout_corr/ess": "of the raw ratios"}, bounds=(MILD, STRONG)),
-    Panel("Lambda of AIS", "λ", {"ais/lambda": "λ"}),
-    Panel(
-        "Contributions C by sign of A",
-        "reward",
-        {
-            "off_policy/rollout/contribution_positive": "A > 0, against the rollout",
-            "off_policy/rollout/contribution_negative": "A < 0, against the rollout",
-        },
-        bounds=(BACKWARDS,),
-    ),
-    Panel(
-        "Clipped tokens",
-        "share",
-        {"clip_ratio/region_mean": "region", "clip_ratio/low_mean": "low", "clip_ratio/high_mean": "high"},
-    ),
-    Panel(
-        "Entropy",
-        "nats a token",
-        {"entropy": "estimate in the loss", "rollout_corr/rollout_log_ppl": "mean of -log p as sampled"},
-    ),
+)
+PANELS_OF_SFT = (
+    Panel("Loss", "nats a token", {"loss": "training"}, ("eval/loss",)),
     Panel("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}),
-    Panel("Completion length", "tokens", {"completions/mean_length": "mean"}),
-    Panel("Memory", "GB, peak so far", {"memory/peak_gb": "main process"}),
-    Panel(
-        "Waiting for the slowest",
-        "s a step, mean over processes",
-        {"waiting/rollout": "rollout", "waiting/scoring": "scoring", "waiting/update": "update"},
-    ),
 )
 
 
@@ -76,30 +47,16 @@ def read_metrics(directory: Path) -> list[dict[str, float | int]]:
     return current_rows(directory / "metrics.jsonl")
 
 
-def read_summary(directory: Path) -> dict[str, Any]:
-    """A run's summary.json; before its end, its newest checkpoint's state; else {}."""
-    states = sorted(directory.glob("checkpoints/step-*/state.json"), reverse=True)
-    for path in [directory / "summary.json", *states]:
-        try:
-            found = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            continue
-        if isinstance(found, dict):
-            return found
-    return {}
-
-
 def headline(summary: dict[str, Any]) -> str:
     """Name, seed and result of a run in one line."""
     recipe = summary.get("recipe", {})
     before = summary.get("eval_before", {})
-    after = summary.get("eval_after")
+    after = summary.get("eval_after", {})
     text = f"{recipe.get('name', 'a run')}, seed {recipe.get('seed', '?')}"
     name = next((name for name in (*SOLVED, "reward") if name in before), "loss")
     if name in before:
-        result = "not ended" if after is None else f"{after[name]:.3f}"
         problems = f" on {summary['eval_problems']} held-out problems" if "eval_problems" in summary else ""
-        text += f": {name.replace('_', ' ')} {before[name]:.3f} → {result}{problems}"
+        text += f": {name.replace('_', ' ')} {before[name]:.3f} → {after[name]:.3f}{problems}"
     return escape_controls(text)
 
 
@@ -126,15 +83,10 @@ def curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) ->
     axis.plot(steps, values, linewidth=0.7, alpha=0.3, color=line.get_color())
 
 
-def held_out(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) -> None:
+def held_out(axis: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
     points = [(row["step"] + 1, row[name]) for row in rows if row.get(name) is not None]
     if points:
-        axis.plot(*zip(*points, strict=True), "o", markeredgewidth=0, **style)
-
-
-def thickness(i: int, count: int) -> float:
-    """The width of line `i`, points. A later line is thinner than the lines under it: all stay visible."""
-    return 1.6 + 4.8 * (count - 1 - i) / max(4, count)
+        axis.plot(*zip(*points, strict=True), "o", color=COLOURS[1], label="held out", markersize=4, markeredgewidth=0)
 
 
 def whole_steps(axis: Any) -> None:
@@ -144,29 +96,20 @@ def whole_steps(axis: Any) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
 
 
-def measured(panel: Panel, runs: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
-    """The panel's metrics with a number in some row. The loss of RL is no likelihood: it is not drawn."""
-    seen: set[str] = set()
-    for row in chain.from_iterable(runs):
-        if panel.title != "Loss" or "reward" not in row:
-            seen |= known(row).keys()
+def measured(panel: Panel, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The panel's metrics with a number in some row."""
+    seen = {name for row in rows for name in known(row)}
     return [name for name in panel.metrics if name in seen]
 
 
-def lines_of(axis: Any, runs: Sequence[Sequence[dict[str, Any]]], panel: Panel) -> None:
-    """The panel's metrics of each run: one colour per run, or per metric of a single run."""
-    names = measured(panel, runs)
-    for i, rows in enumerate(runs):
-        for j, name in enumerate(names):
-            colour = COLOURS[(i if len(runs) > 1 else j) % len(COLOURS)]
-            style = {"linestyle": DASHES[j % len(DASHES)], "linewidth": thickness(i, len(runs))}
-            curve(axis, rows, name, color=colour, label=panel.metrics[name] if i == 0 else None, **style)
-        for name in panel.points:
-            colour = COLOURS[i % len(COLOURS) if len(runs) > 1 else 1]
-            size = 2.4 + thickness(i, len(runs))
-            held_out(axis, rows, name, color=colour, label="held out" if i == 0 else None, markersize=size)
+def lines_of(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel) -> None:
+    """The panel's metrics, of which each has its colour, and its held-out metrics as points."""
+    for i, name in enumerate(measured(panel, rows)):
+        curve(axis, rows, name, color=COLOURS[i], linestyle=DASHES[i], linewidth=1.6, label=panel.metrics[name])
+    for name in panel.points:
+        held_out(axis, rows, name)
     for bound in panel.bounds:
-        axis.axhline(bound, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
+        axis.axhline(bound, color="black", linewidth=0.8, linestyle=":", alpha=0.6)
 
 
 def ends(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summary: dict[str, Any]) -> None:
@@ -177,22 +120,23 @@ def ends(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summary: dict[
             values = [summary["eval_before"][metric], summary["eval_after"][metric]]
             label = f"held out: {values[0]:.3f} → {values[1]:.3f}"
             steps = [0, rows[-1]["step"] + 1]
-            axis.plot(steps, values, "s", color=COLOURS[4], markersize=6, label=label, clip_on=False)
+            axis.plot(steps, values, "s", color="#d0485a", markersize=6, label=label, clip_on=False)
 
 
 def plot(directory: Path) -> Path:
-    """Draw `directory`/training.png: the warm-up and the first panels of the report."""
+    """Draw `directory`/training.png: the warm-up, and a panel for each kind of number that the run has. Without
+    summary.json, as of a run that has not ended, the picture lacks the result."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     rows = read_metrics(directory)
-    summary = read_summary(directory)
+    written = directory / "summary.json"
+    summary = json.loads(written.read_bytes()) if written.exists() else {}
     warmup = warmup_rows(directory / "metrics.jsonl")
     rl = not rows or "reward" in rows[0]
-    titles = PICTURE if rl else PICTURE_OF_SFT
-    panels = [panel for panel in PANELS if panel.title in titles and (not rows or measured(panel, [rows]))]
+    panels = [panel for panel in (PANELS if rl else PANELS_OF_SFT) if not rows or measured(panel, rows)]
     count = len(panels) + bool(warmup)
     figure, axes = plt.subplots(1, count, figsize=(3.75 * count, 3.4), layout="constrained", squeeze=False)
     figure.suptitle(headline(summary), parse_math=False)
@@ -200,7 +144,7 @@ def plot(directory: Path) -> Path:
         axes[0, 0].plot([row["warmup_step"] + 1 for row in warmup], column(warmup, "warmup/loss"), linewidth=1.2)
         axes[0, 0].set(title="Warm-up", xlabel="supervised step", ylabel="loss, nats")
     for axis, panel in zip(axes[0, bool(warmup) :], panels, strict=True):
-        lines_of(axis, [rows], panel)
+        lines_of(axis, rows, panel)
         ends(axis, rows, panel, summary)
         if len(axis.get_legend_handles_labels()[0]) > 1:
             axis.legend(fontsize="small", framealpha=0.5)

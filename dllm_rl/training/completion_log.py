@@ -102,8 +102,8 @@ def signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.3g}"
 
 
-def shortened(text: object, *, characters: int = CHARACTERS) -> str:
+def shortened(text: object) -> str:
     """A text, or its two ends where it is longer."""
     shown = str(text)
-    half = characters // 2
-    return shown if len(shown) <= characters else f"{shown[:half]} ... {shown[-half:]}"
+    half = CHARACTERS // 2
+    return shown if len(shown) <= CHARACTERS else f"{shown[:half]} ... {shown[-half:]}"

@@ -16,14 +16,11 @@ from dllm_rl.training import train
 
 EMPTY = [
     ["sample", "", "1"],
-    ["sample", "model", "1", "--html", ""],
     ["evaluate", "model", "", "--task", "sudoku"],
     *(["evaluate", "model", "--task", "sudoku", f"--{name}", ""] for name in ("path", "output_dir", "csv", "plot")),
     ["grade", "", "--task", "sudoku"],
     ["doctor", ""],
     ["doctor", "model", "--output_dir", ""],
-    ["report", ""],
-    ["report", "run", "--out", ""],
     ["verify", ""],
 ]
 

@@ -1,13 +1,6 @@
-"""Watching completions: plain data, the terminal's view, the page in a browser, the command."""
+"""Watching completions: plain data, the terminal's view, the command."""
 
 import json
-import re
-import shutil
-import subprocess
-import time
-import urllib.error
-import urllib.request
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -16,11 +9,8 @@ from rich.console import Console
 
 from dllm_rl.cli import main as cli
 from dllm_rl.cli import sample as show
-from dllm_rl.cli.sample import document, page
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.types import Rollout
-
-HOSTILE = "</script><img src=x onerror=alert(1)>&\"'\u2028"
 
 
 @pytest.fixture(scope="module")
@@ -97,29 +87,16 @@ def test_completions_of_a_prompt_stand_together_and_follow_the_seed(checkpoint, 
     assert first == again and first != other
 
 
-def test_command_prints_text_and_writes_the_page(checkpoint, capsys, tmp_path):
-    options = [
-        "--temperature",
-        "1",
-        "--rank",
-        "random",
-        "--commit",
-        "threshold=0.5",
-        "--cache",
-        "dual=2",
-        "--block_size",
-        "4",
-    ]
-    options += ["--group_size", "2", "--max_new_tokens", "8", "--html", str(tmp_path / "page.html")]
+def test_command_prints_text_and_its_record_says_what_made_it(checkpoint, capsys):
+    options = ["--temperature", "1", "--rank", "random", "--commit", "threshold=0.5", "--cache", "dual=2"]
+    options += ["--block_size", "4", "--group_size", "2", "--max_new_tokens", "8"]
     assert cli.main(["sample", checkpoint, "12.=", *options]) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2 and "tokens/s" in err
-    text = (tmp_path / "page.html").read_text()
-    assert '"prompt": "12.="' in text
-    facts = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])["groups"][0]["facts"].splitlines()
-    names = [fact.partition(":")[0] for fact in facts[1:]]
-    assert names == ["checkpoint", "sampler", "seed", "dtype", "device", "date"]
-    assert facts[1] == f"checkpoint: {checkpoint}" and "temperature=1.0" in facts[2] and "rank=random" in facts[2]
+    assert cli.main(["sample", checkpoint, "12.=", *options, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["checkpoint"], record["seed"], record["dtype"]) == (checkpoint, 0, "float32")
+    assert "temperature=1.0" in record["sampler"] and "rank=random" in record["sampler"]
 
 
 def test_command_draws_every_step(checkpoint, capsys):
@@ -167,84 +144,6 @@ def test_chat_asks_with_the_models_template(capsys):
     assert asked["ids"] == [policy.tokenizer.encode("<user>12=", add_special_tokens=False)]
     with pytest.raises(ValueError, match="no chat template"):
         show.show(tiny_masked_lm(characters="1"), ["1"], chat=True)
-
-
-@contextmanager
-def browser():
-    """A chromium driven over the WebDriver protocol: yields run(script) -> its value, and open(url)."""
-    with subprocess.Popen(["chromedriver", "--port=9517"], stdout=subprocess.DEVNULL) as driver:
-
-        def call(path, body=None, method="POST"):
-            data = json.dumps(body or {}).encode() if method == "POST" else None
-            request = urllib.request.Request(
-                f"http://127.0.0.1:9517{path}", data, {"Content-Type": "application/json"}, method=method
-            )
-            with urllib.request.urlopen(request) as reply:
-                return json.load(reply)["value"]
-
-        try:
-            while driver.poll() is None:
-                try:
-                    call("/status", method="GET")
-                    break
-                except urllib.error.URLError:
-                    time.sleep(0.1)
-            options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu"]}
-            session = call("/session", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}})["sessionId"]
-            yield (
-                lambda script: call(f"/session/{session}/execute/sync", {"script": script, "args": []}),
-                lambda url: call(f"/session/{session}/url", {"url": url}),
-            )
-            call(f"/session/{session}", method="DELETE")
-        finally:
-            driver.terminate()
-
-
-@pytest.mark.browser
-@pytest.mark.skipif(
-    not (shutil.which("chromedriver") and shutil.which("chromium")), reason="chromium or chromedriver is not installed"
-)
-def test_slider_changes_the_tokens_in_a_browser(policy, tmp_path):
-    """Steps 0 to 2 of a completion made by hand, hostile text among its tokens; colours follow step and confidence."""
-    record = show.to_record(policy, rollout_by_hand(), [HOSTILE])
-    record["rows"][0]["tokens"][0]["text"] = HOSTILE
-    (tmp_path / "page.html").write_text(page(record), encoding="utf-8")
-    cells = "return [...document.querySelectorAll('.cell')].map(c => c.textContent)"
-    move = "const s = document.getElementById('step'); s.value = {}; s.dispatchEvent(new Event('input'));"
-    colours = "return [...document.querySelectorAll('.cell')].map(c => c.style.background)"
-    with browser() as (run, open_page):
-        open_page(f"file://{tmp_path}/page.html")
-        assert run(cells) == [HOSTILE, "▒", "1"]
-        run(move.format(0))
-        assert (
-            run(cells) == ["▒", "▒", "▒"]
-            and run("return document.getElementById('where').textContent") == "step 0 of 2"
-        )
-        run(move.format(1))
-        assert run(cells) == ["▒", "▒", "1"]
-        assert run("return [...document.querySelectorAll('.fresh')].length") == 1
-        run(move.format(2))
-        by_step = run(colours)
-        assert by_step[0] == "rgb(250, 226, 110)" and by_step[2] == "rgb(122, 146, 214)" and by_step[1] == ""
-        run("const c = document.getElementById('colour'); c.value = 'confidence'; c.dispatchEvent(new Event('change'))")
-        assert run(colours) != by_step
-        assert run("return document.images.length") == 0
-        assert run("return document.querySelector('.prompt').textContent") == HOSTILE
-
-
-def test_page_keeps_text_out_of_its_markup():
-    token = {"id": 1, "text": HOSTILE, "step": 0, "probability": 0.5}
-    text = page({"facts": HOSTILE, "rows": [{"prompt": HOSTILE, "completion": HOSTILE, "tokens": [token]}]})
-    assert text.count("<img") == 0 and text.count("</script>") == 2
-    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1)
-    assert json.loads(data)["groups"][0]["rows"][0]["tokens"][0]["text"] == HOSTILE
-    assert not re.search(r"(src|href)=|https?://|@import|url\(", page({"facts": "", "rows": []}))  # nothing is fetched
-
-
-def test_marks_in_a_title_or_a_body_are_text():
-    page = document("a @BODY@ @STYLE@ run", "<p>@SCRIPTS@ and @TITLE@</p>", groups=[], style="p { color: red; }")
-    assert "<title>a @BODY@ @STYLE@ run</title>" in page and "<main>\n<p>@SCRIPTS@ and @TITLE@</p>\n</main>" in page
-    assert page.count("color: red") == 1
 
 
 @pytest.mark.parametrize(

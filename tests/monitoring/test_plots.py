@@ -5,18 +5,7 @@ import math
 
 import pytest
 
-from dllm_rl.monitoring.plots import (
-    PANELS,
-    PICTURE,
-    PICTURE_OF_SFT,
-    Panel,
-    lines_of,
-    measured,
-    plot,
-    read_summary,
-    smoothed,
-    whole_steps,
-)
+from dllm_rl.monitoring.plots import Panel, headline, lines_of, measured, plot, smoothed, whole_steps
 
 ALWAYS = {"reward": 0.5, "parsed": 1.0, "rollout_corr/k3_kl": 0.0, "rollout_corr/rollout_is_eff_sample_size": 1.0}
 
@@ -27,42 +16,47 @@ def test_a_curve_is_smoothed_by_hand():
     assert smoothed([1.0, 2.0], width=0) == [1.0, 2.0] and math.isnan(smoothed([nan], width=3)[0])
 
 
-def test_the_picture_and_the_page_share_their_panels():
-    """RL's loss is no likelihood: neither shows it. The picture's panels are some of the page's."""
-    assert {*PICTURE, *PICTURE_OF_SFT} <= {panel.title for panel in PANELS}
-    rl = [{"step": 0, "reward": 0.5, "loss": 1.0}]
-    assert [panel.title for panel in PANELS if measured(panel, [rl])] == ["Reward"]
-    sft = [{"step": 0, "loss": 1.0, "grad_norm": 2.0}]
-    assert tuple(panel.title for panel in PANELS if measured(panel, [sft])) == PICTURE_OF_SFT
+def test_a_metric_without_a_number_is_not_drawn():
+    panel = Panel("Both", "nats", {"a": "first", "b": "second"})
+    assert measured(panel, [{"step": 0, "b": None}, {"step": 1, "b": 0.5}]) == ["b"]
+    assert measured(panel, [{"step": 0, "a": None, "c": 1.0}]) == []
 
 
-def test_ticks_are_whole_steps_and_no_run_hides_another(tmp_path):
+def test_ticks_are_whole_steps_and_one_point_is_seen():
     plt = pytest.importorskip("matplotlib.pyplot")
     for last in (1, 2, 3, 7, 1000):
         figure, axis = plt.subplots(figsize=(4.6, 2.9))
         rows = [{"step": step, "reward": 0.5} for step in range(last)]
-        lines_of(axis, [rows, rows, rows], Panel("Reward", "reward", {"reward": "training"}))
+        lines_of(axis, rows, Panel("Reward", "reward", {"reward": "training"}))
         whole_steps(axis)
         assert (axis.lines[0].get_marker() == "o") == (last == 1), "one point is no line"
         assert all(tick == round(tick) for tick in axis.get_xticks()), "a tick between two steps"
-        widths = [line.get_linewidth() for line in axis.lines[::2]]
-        assert widths == sorted(widths, reverse=True) and len(set(widths)) == 3
         plt.close(figure)
 
 
-def test_a_report_is_drawn_where_a_step_lacks_a_breakdown(tmp_path):
+def test_the_headline_says_what_is_known_of_a_run():
+    summary = {"recipe": {"name": "a\x1b", "seed": 1}, "eval_problems": 8}
+    summary |= {"eval_before": {"reward": 0.5, "solve_rate": 0.25}, "eval_after": {"reward": 0.5, "solve_rate": 0.75}}
+    assert headline(summary) == "a␛, seed 1: solve rate 0.250 → 0.750 on 8 held-out problems"
+    assert headline({}) == "a run, seed ?"
+
+
+def test_which_panels_a_picture_has(tmp_path, monkeypatch):
+    """RL's loss is no likelihood: its picture does not show it."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    for row, titles in [
+        ({"step": 0, "reward": 0.5, "loss": 1.0}, ["Reward"]),
+        ({"step": 0, "loss": 1.0, "grad_norm": 2.0}, ["Loss", "Gradient norm"]),
+    ]:
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        plot(tmp_path)
+        assert [axis.get_title() for axis in plt.gcf().axes] == titles
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_a_picture_is_drawn_where_a_step_lacks_a_breakdown(tmp_path):
     rows = [{"step": 0, **ALWAYS}, {"step": 1, **ALWAYS, "rewards/accuracy/mean": 1.0}, {"step": 2, "reward": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert plot(tmp_path).is_file()
-
-
-def test_of_a_run_that_has_not_ended_the_newest_checkpoint_is_told(tmp_path):
-    for step in (2, 10, 30):
-        folder = tmp_path / "checkpoints" / f"step-{step:06d}"
-        folder.mkdir(parents=True)
-        (folder / "state.json").write_text(json.dumps({"step": step}))
-    assert read_summary(tmp_path) == {"step": 30}
-    (folder / "state.json").write_text("{")
-    assert read_summary(tmp_path) == {"step": 10}, "that one is damaged"
-    (tmp_path / "summary.json").write_text('{"seconds": 3}')
-    assert read_summary(tmp_path) == {"seconds": 3}

@@ -18,7 +18,6 @@ from sft_toys import MODELS, ROWS, tiny_sft
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.algorithms.optimizers import linear_decay
-from dllm_rl.cli.report import report_command
 from dllm_rl.cli.run_recipe import main
 from dllm_rl.config import from_command_line
 from dllm_rl.distributed.collectives import make_accelerator
@@ -128,8 +127,6 @@ def test_it_learns_and_rl_starts_from_its_checkpoint(tmp_path, kind):
     summary = sft(MODELS[kind](), ROWS, **settings)
     assert summary["eval_after"]["loss"] < 0.5 * summary["eval_before"]["loss"]
     assert (tmp_path / "sft/training.png").stat().st_size > 1000
-    page = report_command([tmp_path / "sft"], None)[-1].read_text()
-    assert f"{summary['eval_before']['loss']:.3f} → {summary['eval_after']['loss']:.3f} loss" in page
     rows = metrics_of(tmp_path / "sft")
     assert rows[-1]["epoch"] == pytest.approx(60 * 14 / 16) and rows[-1]["loss"] < rows[0]["loss"]
     if kind == "masked":
