@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from dllm_rl.models.base import Lora, Policy, whole
+from dllm_rl.models.base import Lora, Policy, output_embeddings, whole
 from dllm_rl.models.checkpoint.tensors import backwards, misfits, renamed
 from dllm_rl.models.untrusted import read_adapter
 from dllm_rl.rng import keep_mask
@@ -148,7 +148,8 @@ class LoraExperts(nn.Module):
 
 def add_lora(policy: Policy, lora: Lora) -> None:
     """Put adapters on the policy's module, in place; freeze everything else and free its gradients. Raises ValueError
-    without a layer of a target name, without stacked experts to adapt, or on existing adapters."""
+    without a layer of a target name, for the output layer, without stacked experts to adapt, or on existing adapters.
+    """
     module = policy.module
     names = lora.targets or policy.spec.lora_targets
     if adapted_layers(module):
@@ -157,6 +158,9 @@ def add_lora(policy: Policy, lora: Lora) -> None:
     if not chosen:
         kind = type(module).__name__
         raise ValueError(f"lora.targets={names} names no linear layer in a block of {kind}; name other layers")
+    head = output_embeddings(module)
+    if odd := [path for path in chosen if module.get_submodule(path) is head]:  # its fp32 product takes a plain layer
+        raise ValueError(f"lora.targets names {odd[0]!r}, the output layer, which takes no adapters; leave it out")
     stacks = [path for path, layer in module.named_modules() if is_stacked(layer)] if lora.experts else []
     if lora.experts and not stacks:
         raise ValueError(f"lora.experts=True, but {type(module).__name__} has no stacked experts; leave it out")

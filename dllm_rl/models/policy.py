@@ -281,8 +281,10 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
     if mask_id >= old:  # many vocabularies are padded, and have a row for it already
         with torch.random.fork_rng(devices=[]):  # transformers fills new rows from the global RNG
             module.resize_token_embeddings(mask_id + 1, mean_resizing=False)
+    # A vocabulary that already has a mask token may have it anywhere. The rows behind the last token belong to none:
+    # they start as the mask token's does.
     words = torch.arange(module.config.vocab_size) < min(old, 1 + max(tokenizer.get_vocab().values()))
-    words[mask_id] = False  # it stands anywhere in a vocabulary that has one; rows behind all tokens start as it does
+    words[mask_id] = False
     with torch.no_grad():
         for table in (module.get_input_embeddings(), module.get_output_embeddings()):  # tied tables get the same row
             table.weight[~words] = table.weight[words].mean(0)

@@ -13,6 +13,7 @@ from dllm_rl.algorithms.correctors import aligned, none, tis
 from dllm_rl.likelihoods.estimators import coupled
 from dllm_rl.models.base import copied
 from dllm_rl.models.engine import RolloutEngine, computed_by
+from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm, tiny_moe
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.recipe import Recipe, check_fits
@@ -84,6 +85,15 @@ def test_logits_and_scores_are_the_forwards(make):
         assert torch.equal(rollout_policy.logits(tokens, mask)[mask], policy.logits(tokens, mask)[mask])
     assert rollout_policy.vocab_size == policy.vocab_size and rollout_policy.device == policy.device
     assert sum(p.numel() for p in rollout_policy.module.parameters()) == 1
+
+
+def test_an_engines_policy_has_no_adapters_of_its_own():
+    """They are merged into what the engine computes with: nothing else may take them for what is trained."""
+    policy = tiny_llama(characters="01234", causal=False, num_layers=1)
+    add_lora(policy, Lora(r=2, dropout=0.5))
+    rollout_policy = computed_by(policy, lambda tokens, mask, positions: torch.zeros(*tokens.shape, policy.vocab_size))
+    assert rollout_policy.lora is None and policy.lora is not None
+    assert not any(parameter.requires_grad for parameter in rollout_policy.module.parameters())
 
 
 @pytest.mark.parametrize(

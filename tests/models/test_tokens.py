@@ -18,6 +18,7 @@ from dllm_rl.models.tokens import (
     prompt_ids,
     special_texts,
     text_ids,
+    usual_length,
 )
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
@@ -138,3 +139,23 @@ def test_ordinary_ids_leave_out_what_ends_masks_and_pads():
     for size, left in ((9, [3, 5, 6]), (6, [3, 5])):  # rows of no token are not drawn, nor tokens without a row
         policy.spec = replace(policy.spec, vocab_size=size)
         assert ordinary_ids(policy).tolist() == left
+
+
+class Problems(list):
+    """A task of these problems, which nobody grades."""
+
+    name, version = "problems", "1"
+
+    def reward(self, problem, completion):
+        raise NotImplementedError
+
+
+def test_a_completion_is_usually_as_long_as_a_solution(policy):
+    """One token a letter. A chat's answer may be of any length, and what has blanks needs no further token."""
+    for problem, length in (
+        (Problem("ab", solution="cdefg"), 5),
+        (Problem("ab"), 256),
+        (Problem([user("ab")], solution="cdefg"), 256),
+        (Problem("a_", blank="_", solution="b"), 0),
+    ):
+        assert usual_length(policy, Problems([problem])) == length

@@ -82,6 +82,23 @@ def test_the_mixture_is_the_stock_ones(policy):
     assert layers
 
 
+def test_a_mixture_in_bf16_stays_in_bf16():
+    """Routers in fp32 give weights in fp32, by which the experts' outputs are multiplied before they are rounded."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 8, generator=generator).bfloat16()
+    gate_up, down = (torch.randn(shape, generator=generator).bfloat16() for shape in ((3, 12, 8), (3, 8, 6)))
+    index, weights = torch.tensor([[0, 2], [1, 0], [2, 1], [2, 0], [1, 2]]), torch.rand(5, 2, generator=generator)
+    expected = torch.zeros(5, 8)
+    for row, (experts, shares) in enumerate(zip(index.tolist(), weights, strict=True)):
+        for expert, share in zip(experts, shares, strict=True):
+            gate, up = F.linear(x[row], gate_up[expert]).chunk(2)
+            expected[row] += share * F.linear(F.silu(gate) * up, down[expert]).float()
+    products = ([partial(F.linear, weight=weight) for weight in stack] for stack in (gate_up, down))
+    found = mixture(x, index, weights, *products, act_fn=F.silu)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-3)  # rounded once, to 8 bits
+
+
 @pytest.mark.parametrize("scheme", FEW)
 def test_all_but_router_norms_embeddings_and_head_is_quantised(policy, scheme):
     rollout_policy = quantized_copy(policy, SCHEMES[scheme]())

@@ -1,12 +1,20 @@
 """Schemes by name: each is found, none changes a global setting, what a device cannot run is refused."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._inductor import config as inductor
-from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+from torchao.quantization import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8WeightOnlyConfig,
+    Int8WeightOnlyConfig,
+    PerRow,
+)
 
 from dllm_rl.config import pickable
 from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.quantization import rollout_policy
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.rollout_policy import quantized_copy
 
@@ -50,6 +58,34 @@ def test_refusals_name_what_does_run(monkeypatch):
     monkeypatch.setattr(quantize, "has_float8_rows", lambda: False)
     with pytest.raises(ValueError, match="with a scale per row on this CPU, which float8_dynamic_emulated needs; use"):
         quantized_copy(llada(), quantize.float8_dynamic_emulated())
+
+
+def test_a_learner_in_fp32_may_have_a_copy_in_the_dtype_that_a_kernel_needs(monkeypatch):
+    """What counts is the dtype of the copy's weights, which the learner's are rounded to."""
+    asked = []
+
+    def check(config, device, dtype):
+        asked.append(dtype)
+        return config
+
+    monkeypatch.setattr(rollout_policy, "check_scheme", check)
+    for dtype in (None, torch.bfloat16):
+        quantized_copy(llada(), quantize.int8_weight_only(), dtype=dtype)
+    assert asked == [torch.float32, torch.bfloat16]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for name in ("float8_dynamic", "int4_packed"):
+        run = partial(quantize.check_scheme, getattr(quantize, name)(), torch.device("cuda"))
+        assert run(torch.bfloat16) is not None
+        with pytest.raises(ValueError, match=r"dtype=torch.float32: .* needs weights in bfloat16"):
+            run(torch.float32)
+
+
+@pytest.mark.parametrize(("given", "bound"), [(None, quantize.TINY), (0.25, 0.25)])
+def test_zero_inputs_get_a_smallest_scale_unless_the_user_has_set_one(monkeypatch, given, bound):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), activation_value_lb=given)
+    checked = quantize.check_scheme(config, torch.device("cuda"), torch.bfloat16)
+    assert checked.activation_value_lb == bound and config.activation_value_lb == given
 
 
 def test_every_scheme_is_found_under_its_own_name():

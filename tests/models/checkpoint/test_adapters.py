@@ -113,6 +113,17 @@ def test_a_starts_uniform_between_the_bounds_of_its_inputs():
     assert abs(a.mean()) < 0.03 and abs(a.square().mean() - 1 / 3) < 0.03
 
 
+def test_the_reference_leaves_out_adapters_of_the_head_too():
+    """A masked model's head has a layer before its projection, which its full path names."""
+    policy, (tokens, mask) = tiny_masked_lm(characters="ab", num_layers=1), (torch.tensor([[3, 4]]), torch.ones(1, 2))
+    before = policy.logits(tokens, mask.bool())
+    add_lora(policy, Lora(r=2, targets=("lm_head.dense",)))
+    stir(policy)
+    assert list(adapted_layers(policy.module)) == ["lm_head.dense"]
+    assert torch.equal(policy.reference().logits(tokens, mask.bool()), before)
+    assert (policy.logits(tokens, mask.bool()) - before).abs().max() > 0.01
+
+
 def test_adapters_left_out_twice_come_back_after_both():
     policy = tiny_llama(characters="ab", causal=False)
     add_lora(policy, Lora(r=2))
@@ -307,6 +318,9 @@ def test_adapters_that_do_not_fit(tmp_path):
         policy.reference()
     with pytest.raises(ValueError, match=r"lora.targets=\('query',\) names no linear layer"):
         add_lora(policy, Lora(targets=("query",)))
+    with pytest.raises(ValueError, match=r"lora.targets names 'lm_head', the output layer, .*; leave it out"):
+        add_lora(policy, Lora(r=2, targets=("q_proj", "lm_head")))
+    assert not adapted_layers(policy.module)
     add_lora(policy, Lora(r=2))
     with pytest.raises(ValueError, match="has adapters already"):
         add_lora(policy, Lora(r=2))
