@@ -13,7 +13,6 @@ import torch
 from benchmarks.measure import fastest, machine, table, write_json
 from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.likelihoods.replay import as_sampled, routing_counts
-from dllm_rl.likelihoods.scoring import backward_view
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import float8_weight_only
@@ -54,8 +53,8 @@ def main() -> None:
     replay = as_sampled(noise, rollout)
 
     def update(masks: Noise) -> None:
-        for n, masked in enumerate(masks.masked):
-            backward_view(policy, rollout, masked, masks.weight[n], routes=masks.routes(n))
+        for view, weight in zip(estimator.views(masks), masks.weight, strict=True):
+            view.backward(policy, rollout, weight)
 
     score = partial(estimator.scores, policy, rollout)
     best = fastest(

@@ -16,7 +16,6 @@ from benchmarks.presets import PRESETS, make
 from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.losses import ppo_clip
 from dllm_rl.likelihoods.estimators import elbo
-from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.training.learner import accumulate_gradients
 from dllm_rl.types import Batch
 
@@ -48,8 +47,8 @@ def arm(
                 policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=micro_batch_size
             )
         else:
-            views = zip(noise.masked, noise.weight, strict=True)
-            logps = estimator.combine(torch.stack([score_view(policy, rollout, m, w != 0) for m, w in views]), noise)
+            scored = [view.logprobs(policy, rollout) for view in estimator.views(noise)]
+            logps = estimator.combine(torch.stack(scored), noise)
             objective = surrogate(logps - old, advantages, mask)
             (-(objective * mask).sum() / count).backward()
         norms.append(sum(p.grad.double().norm().item() ** 2 for p in parameters) ** 0.5)

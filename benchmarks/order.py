@@ -13,7 +13,6 @@ from functools import partial
 import torch
 
 from dllm_rl.likelihoods.estimators import trajectory
-from dllm_rl.likelihoods.scoring import backward_view
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers.rules import confidence, max_prob
 from dllm_rl.samplers.unmask import unmask
@@ -50,9 +49,8 @@ def main() -> None:
         if not backward:
             estimator.scores(policy, rollout, noise)
             return
-        for n, (masked, weight) in enumerate(zip(noise.masked, noise.weight, strict=True)):
-            more = {} if noise.left is None else {"scored": weight != 0, "left": noise.left[n]}
-            backward_view(policy, rollout, masked, weight, **more)
+        for view, weight in zip(estimator.views(noise), noise.weight, strict=True):
+            view.backward(policy, rollout, weight)
 
     for _ in range(options.repeats):
         for rank in (max_prob, confidence):

@@ -13,7 +13,7 @@ import torch
 from benchmarks.measure import in_fresh_process, machine, seconds_and_peak, speed_up, table, write_json
 from benchmarks.presets import PRESETS, make
 from dllm_rl.likelihoods.estimators import one_step
-from dllm_rl.likelihoods.scoring import backward_view, score_view
+from dllm_rl.likelihoods.scoring import View
 
 
 def plain(policy, rollout, masked, scored) -> torch.Tensor:
@@ -29,12 +29,14 @@ def arm(name: str, task: str, preset: str, device: str, dtype: str, repeats: int
     policy, rollout = make(PRESETS[preset], device, getattr(torch, dtype))
     noise = one_step(prompt_mask=0.0).draw(rollout, torch.Generator().manual_seed(0))
     masked, scored = noise.masked[0], noise.weight[0] != 0
+    view = View(masked, scored)
     vector = torch.linspace(-1, 1, scored.numel(), device=device).view(scored.shape) * scored
     parameters = list(policy.module.parameters())
 
     def score() -> None:
         with torch.no_grad():
-            found.append((plain if name == "plain" else score_view)(policy, rollout, masked, scored).sum().item())
+            logps = plain(policy, rollout, masked, scored) if name == "plain" else view.logprobs(policy, rollout)
+            found.append(logps.sum().item())
 
     def update() -> None:
         for parameter in parameters:
@@ -42,7 +44,7 @@ def arm(name: str, task: str, preset: str, device: str, dtype: str, repeats: int
         if name == "plain":
             plain(policy, rollout, masked, scored).backward(vector)
         else:
-            backward_view(policy, rollout, masked, vector)
+            view.backward(policy, rollout, vector)
         found.append(sum(p.grad.double().norm().item() ** 2 for p in parameters) ** 0.5)
 
     for parameter in parameters:  # gradients exist before the clock starts: both ways need them

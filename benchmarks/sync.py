@@ -15,7 +15,6 @@ from benchmarks.measure import machine, seconds_and_peak, table, write_json
 from benchmarks.presets import PRESETS, make
 from dllm_rl.config import pickable
 from dllm_rl.likelihoods.estimators import trajectory
-from dllm_rl.likelihoods.scoring import backward_view
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers.rules import max_prob
@@ -42,8 +41,8 @@ def arm(scheme: str, preset: str, device: str, dtype: str, repeats: int) -> dict
         length = shape.completion_length
         unmask(rollout_policy, prompts, generator, max_new_tokens=length, num_steps=2, temperature=1.0, rank=max_prob)
         trajectory().scores(policy, rollout, noise)
-        for masked, weight in zip(noise.masked, noise.weight, strict=True):
-            backward_view(policy, rollout, masked, weight / weight.sum())
+        for view, weight in zip(trajectory().views(noise), noise.weight, strict=True):
+            view.backward(policy, rollout, weight / weight.sum())
         optimizer.step()
         optimizer.zero_grad()
 

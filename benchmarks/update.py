@@ -24,7 +24,6 @@ from benchmarks.presets import PRESETS, Shape, make
 from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.losses import ppo_clip
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, coupled, elbo, one_step
-from dllm_rl.likelihoods.scoring import backward_view
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.training.learner import accumulate_gradients, update
@@ -149,8 +148,8 @@ def gradient(policy: Policy, rollout: Rollout, noise: Noise, estimator: Likeliho
 def padded_gradient(policy: Policy, rollout: Rollout, noise: Noise, estimator: LikelihoodEstimator) -> None:
     """As `gradient` with its graphs kept would be, of one batch as wide as its longest row: forward and backward."""
     policy.module.zero_grad()
-    for masked, weight in zip(noise.masked, noise.weight, strict=True):
-        backward_view(policy, rollout, masked, weight)
+    for view, weight in zip(estimator.views(noise), noise.weight, strict=True):
+        view.backward(policy, rollout, weight)
 
 
 def left_padded(rollout: Rollout, lengths: list[int]) -> Rollout:

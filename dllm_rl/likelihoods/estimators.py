@@ -9,7 +9,7 @@ The any-order ELBO is  sum_{k=1..L} (1/k) E_{|m|=k} sum_{i in m} l_i(m)  <=  log
 before it in the order).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 
 from dllm_rl.bounds import Bound, bounded
 from dllm_rl.likelihoods import masks
-from dllm_rl.likelihoods.scoring import Chunk, row_chunks, score_view
+from dllm_rl.likelihoods.scoring import View, row_chunks
 from dllm_rl.members import maker
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Noise, Rollout
@@ -67,6 +67,18 @@ class LikelihoodEstimator:
     packed: int | None = None
     made_by: partial | None = field(default=None, init=False, repr=False, compare=False)
 
+    def views(self, noise: Noise) -> Iterator[View]:
+        """The views of the noise, one by one: what scoring runs through, and the update again."""
+        for n, masked in enumerate(noise.masked):
+            yield View(
+                masked,
+                noise.weight[n] != 0,
+                left=None if noise.left is None else noise.left[n],
+                step=None if noise.step is None else noise.step[n],
+                routes=noise.routes(n),
+                packed=self.packed is not None,
+            )
+
     def scores(
         self,
         policy: Policy,
@@ -87,28 +99,13 @@ class LikelihoodEstimator:
         for part, kept in parts:
             with torch.set_grad_enabled(kept):
                 for chunk in row_chunks(rollout, part, micro_batch_size):
-                    self._score_chunk(policy, rollout, part, chunk, out, note)
+                    rows, masks = chunk.of(rollout, part)
+                    for n, view in enumerate(self.views(masks)):
+                        taken = None if note is None else note[n, chunk.rows, chunk.columns]
+                        out[n, chunk.rows, chunk.columns] = view.logprobs(policy, rows, taken)
+                        if note is not None and taken is not None:
+                            note[n, chunk.rows, chunk.columns] = taken
         return out
-
-    def _score_chunk(
-        self, policy: Policy, rollout: Rollout, noise: Noise, chunk: Chunk, out: Tensor, note: Tensor | None
-    ) -> None:
-        part, views = chunk.of(rollout, noise)
-        for n, masked in enumerate(views.masked):
-            taken = None if note is None else note[n, chunk.rows, chunk.columns]
-            out[n, chunk.rows, chunk.columns] = score_view(
-                policy,
-                part,
-                masked,
-                views.weight[n] != 0,
-                left=None if views.left is None else views.left[n],
-                step=None if views.step is None else views.step[n],
-                packed=self.packed is not None,
-                routes=views.routes(n),
-                note=taken,
-            )
-            if note is not None and taken is not None:
-                note[n, chunk.rows, chunk.columns] = taken
 
     def logprobs(
         self,

@@ -1,6 +1,6 @@
-"""One forward of one view: its log-probs, and its backward for a given vector."""
+"""A view scores itself in one forward, and takes its own backward for a given vector."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -49,104 +49,123 @@ def row_chunks(rollout: Rollout, noise: Noise, micro_batch_size: int | None) -> 
     return found
 
 
-def score_view(
-    policy: Policy,
-    rollout: Rollout,
-    masked: Bool[Tensor, "B T"],
-    scored: Bool[Tensor, "B T"],
-    *,
-    left: Bool[Tensor, "B T"] | None = None,
-    step: Int[Tensor, "B T"] | None = None,
-    packed: bool = False,
-    routes: Routes | None = None,
-    note: Integer[Tensor, "B T M E"] | None = None,
-) -> Float[Tensor, "B T"]:
-    """One forward: log p of the rollout's tokens at `scored`, with `masked` positions hidden; nats, 0 elsewhere.
+@dataclass(frozen=True)
+class View:
+    """A view of the rows at hand: what is hidden from the model, and what is scored.
 
-    left          positions of `scored` scored by the log-prob of having been left masked (`models.order`); by 0 under
-                  `plackett_luce`, where the log-prob of its draw is added to each written position's
-    step          of a revised rollout: the model sees the tokens before this step, and those that it wrote are scored
-    packed        every block sees the others without masks (`packed_hidden`)
-    routes, note  experts to take again and where (`Noise.routes`); where the chosen experts are written
+    masked  positions hidden from the model
+    scored  positions whose log-prob is wanted
+    left    of `scored`, those scored by the log-prob of having been left masked (`models.order`); by 0 under
+            `plackett_luce`, where the log-prob of its draw is added to each written position's
+    step    of a revised rollout: the model sees the tokens before this step, and those that it wrote are scored
+    routes  experts to take again, and where (`Noise.routes`)
+    packed  every block sees the others without masks (`packed_hidden`)
     """
-    out = torch.zeros(scored.numel(), device=scored.device)
-    view = run_view(policy, rollout, masked, scored, left=left, step=step, packed=packed, routes=routes, note=note)
-    if view is None:
-        return out.view(scored.shape)
-    params = rollout.sampling_params
-    if left is None:
-        logps = token_logprobs(policy, view.states, view.tokens, params, view.kept)
-        return out.to(logps.dtype).index_copy(0, view.plan.places, logps).view(scored.shape)
-    drawn = view.plan.committed
-    stayed_at = view.plan.left
-    if rollout.order_rank is not None and rollout.draw_in_step is not None:
-        kept = view.kept if view.kept is None else view.kept[drawn]
-        logps = token_logprobs(policy, view.states[drawn], view.tokens[drawn], params, kept)
-        scores = order.state_scores(policy, view.states, params, rollout.order_rank)
-        width = rollout.tokens.shape[1]
-        nth = rollout.draw_in_step.flatten()[view.plan.places].index_fill(0, stayed_at, width)  # left: drawn later
-        logps = logps + order.drawn_logprobs(scores, _blocks(rollout, view.plan), nth, drawn, width)
-        return out.to(logps.dtype).index_copy(0, view.plan.places[drawn], logps).view(scored.shape)
-    logps, confidences = order.token_logprobs_and_confidences(policy, view.states[drawn], view.tokens[drawn], params)
-    stayed = order.left_logprobs(policy, view.states[stayed_at], *_bounds(rollout, view, confidences), params)
-    out = out.to(logps.dtype).index_copy(0, view.plan.places[drawn], logps)
-    return out.index_copy(0, view.plan.places[stayed_at], stayed).view(scored.shape)
 
+    masked: Bool[Tensor, "B T"]
+    scored: Bool[Tensor, "B T"]
+    left: Bool[Tensor, "B T"] | None = None
+    step: Int[Tensor, "B T"] | None = None
+    routes: Routes | None = None
+    packed: bool = False
 
-def backward_view(
-    policy: Policy,
-    rollout: Rollout,
-    masked: Bool[Tensor, "B T"],
-    vector: Float[Tensor, "B T"],
-    *,
-    scored: Bool[Tensor, "B T"] | None = None,
-    left: Bool[Tensor, "B T"] | None = None,
-    step: Int[Tensor, "B T"] | None = None,
-    packed: bool = False,
-    routes: Routes | None = None,
-) -> None:
-    """score_view(...).backward(vector) in one forward and backward; positions where `vector` is 0 are left out.
+    def logprobs(
+        self, policy: Policy, rollout: Rollout, note: Integer[Tensor, "B T M E"] | None = None
+    ) -> Float[Tensor, "B T"]:
+        """One forward: log p of the rollout's tokens at `scored`, in nats, 0 elsewhere. The chosen experts are written
+        into `note`."""
+        scored = self.scored
+        out = torch.zeros(scored.numel(), device=scored.device)
+        forward = self._forward(policy, rollout, scored, note)
+        if forward is None:
+            return out.view(scored.shape)
+        plan, params = forward.plan, rollout.sampling_params
+        if self.left is None:
+            logps = token_logprobs(policy, forward.states, forward.tokens, params, forward.kept)
+            return out.to(logps.dtype).index_copy(0, plan.places, logps).view(scored.shape)
+        drawn = plan.committed
+        states, tokens = forward.states[drawn], forward.tokens[drawn]
+        if rollout.order_rank is not None and rollout.draw_in_step is not None:
+            kept = forward.kept if forward.kept is None else forward.kept[drawn]
+            logps = token_logprobs(policy, states, tokens, params, kept)
+            scores = order.state_scores(policy, forward.states, params, rollout.order_rank)
+            width = rollout.tokens.shape[1]
+            nth = rollout.draw_in_step.flatten()[plan.places].index_fill(0, plan.left, width)  # left: drawn later
+            logps = logps + order.drawn_logprobs(scores, _blocks(rollout, plan), nth, drawn, width)
+            return out.to(logps.dtype).index_copy(0, plan.places[drawn], logps).view(scored.shape)
+        logps, confidences = order.token_logprobs_and_confidences(policy, states, tokens, params)
+        bounds = _bounds(rollout, plan, confidences)
+        stayed = order.left_logprobs(policy, forward.states[plan.left], *bounds, params)
+        out = out.to(logps.dtype).index_copy(0, plan.places[drawn], logps)
+        return out.index_copy(0, plan.places[plan.left], stayed).view(scored.shape)
 
-    scored  as in `score_view`, required with `left`: the committed tokens determine the probability of what was left
-    """
-    moved = vector != 0
-    if left is not None and scored is not None:
-        live = scored & moved.any(-1, keepdim=True)
-        if rollout.order_rank is not None:  # a draw depends on all that its step offered
-            found = score_view(policy, rollout, masked, live, left=left, packed=packed, routes=routes)
-            if found.requires_grad:  # some row moves
-                found.backward(vector)
+    def backward(self, policy: Policy, rollout: Rollout, vector: Float[Tensor, "B T"]) -> None:
+        """`logprobs(...).backward(vector)` in one forward and backward. Only positions that move the loss, where
+        `vector` is not 0, are scored again; where none does, no forward runs."""
+        at = vector != 0
+        if self.left is not None:
+            live = self.scored & at.any(-1, keepdim=True)
+            if rollout.order_rank is not None:  # a draw depends on all that its step offered
+                logps = replace(self, scored=live).logprobs(policy, rollout)
+                if logps.requires_grad:  # some row moves
+                    logps.backward(vector)
+                return
+            at |= live & ~self.left  # the committed tokens determine the probability of what was left
+        forward = self._forward(policy, rollout, at)
+        if forward is None:
             return
-        moved |= live & ~left
-    view = run_view(policy, rollout, masked, moved, left=left, step=step, packed=packed, routes=routes)
-    if view is None:
-        return
-    at = vector.flatten()[view.plan.places]
-    if left is None:
-        backward_token_logprobs(policy, view.states, view.tokens, rollout.sampling_params, at, view.kept)
-    else:
-        _backward_order(policy, rollout, view, at)
+        plan, states, tokens, params = forward.plan, forward.states, forward.tokens, rollout.sampling_params
+        vector = vector.flatten()[plan.places]
+        if self.left is None:
+            backward_token_logprobs(policy, states, tokens, params, vector, forward.kept)
+            return
+        drawn, left = plan.committed, plan.left
+        run = order.score_committed(policy, params)
+        of_drawn, (confidences,) = backward_chunked(run, policy, vector[drawn], states[drawn], tokens[drawn])
+        bounds = _bounds(rollout, plan, confidences)
+        of_left, _ = backward_chunked(order.score_left(policy, params), policy, vector[left], states[left], *bounds)
+        if states.requires_grad:  # the head alone may be trained
+            gradient = torch.zeros_like(states).index_copy(0, drawn, of_drawn)  # one backward through the backbone
+            states.backward(gradient.index_copy(0, left, of_left))
 
-
-def _backward_order(policy: Policy, rollout: Rollout, view: "View", vector: Float[Tensor, " K"]) -> None:
-    states = view.states
-    params = rollout.sampling_params
-    drawn = view.plan.committed
-    left = view.plan.left
-    run = order.score_committed(policy, params)
-    of_drawn, (confidences,) = backward_chunked(run, policy, vector[drawn], states[drawn], view.tokens[drawn])
-    bounds = _bounds(rollout, view, confidences)
-    of_left, _ = backward_chunked(order.score_left(policy, params), policy, vector[left], states[left], *bounds)
-    if states.requires_grad:  # the head alone may be trained
-        gradient = torch.zeros_like(states).index_copy(0, drawn, of_drawn)  # one backward through the backbone
-        states.backward(gradient.index_copy(0, left, of_left))
+    def _forward(
+        self,
+        policy: Policy,
+        rollout: Rollout,
+        at: Bool[Tensor, "B T"],
+        note: Integer[Tensor, "B T M E"] | None = None,
+    ) -> "ViewStates | None":
+        """One forward, and its states `at` these positions; None, and no forward, where there are none."""
+        group = rollout.group_size
+        tokens, drawn = rollout.canvas(self.step)
+        if policy.spec.mask_id is not None:
+            tokens = tokens.masked_fill(self.masked, policy.spec.mask_id)
+        plan = plan_view(rollout, tokens, at, self.left, share=not self.packed and self.routes is None)
+        if plan is None:
+            return None
+        rows = plan.rows
+        noted = None if note is None else torch.zeros_like(note[rows])
+        routes = None if self.routes is None else (self.routes[0][rows], self.routes[1][rows])
+        with routed(policy, routes, noted):
+            if self.packed:
+                read = (self.masked | at)[rows]
+                hidden = packed_hidden(policy, rollout.tokens[rows], tokens[rows], read, rollout.attention_mask[rows])
+            else:
+                hidden = policy.hidden(tokens[rows], rollout.attention_mask[rows])
+        if plan.together:
+            hidden = repeat(hidden, "p t d -> (p g) t d", g=group)
+        if note is not None:
+            assert noted is not None
+            note[plan.live] = noted.repeat_interleave(group, 0)[plan.live] if plan.together else noted
+        kept = rollout.kept_ids if rollout.sampling_params.support == "rollout" else None
+        kept = kept if kept is None else kept.flatten(0, 1)[plan.places]
+        return ViewStates(plan, hidden.flatten(0, 1)[plan.inside], drawn.flatten()[plan.places], kept)
 
 
 def _bounds(
-    rollout: Rollout, view: "View", confidences: Float[Tensor, " C"]
+    rollout: Rollout, plan: "Plan", confidences: Float[Tensor, " C"]
 ) -> tuple[Float[Tensor, " J"], Bool[Tensor, " J"]]:
     """For each left position, the lowest confidence that its block committed, and whether the position follows it."""
-    plan = view.plan
     block = _blocks(rollout, plan)
     column = plan.places % rollout.tokens.shape[1]
     drawn = plan.committed
@@ -174,49 +193,13 @@ class Plan(NamedTuple):
     left: Int[Tensor, " J"]  # which were left
 
 
-class View(NamedTuple):
+class ViewStates(NamedTuple):
+    """What a forward of a view gives: the states at its K scored positions, and the tokens scored there."""
+
     plan: Plan
     states: Float[Tensor, "K D"]
     tokens: Int[Tensor, " K"]
     kept: Int[Tensor, "K C"] | None  # ids that the rollout kept there, if log-probs are normalised over them
-
-
-def run_view(
-    policy: Policy,
-    rollout: Rollout,
-    masked: Bool[Tensor, "B T"],
-    scored: Bool[Tensor, "B T"],
-    *,
-    left: Bool[Tensor, "B T"] | None = None,
-    step: Int[Tensor, "B T"] | None = None,
-    packed: bool = False,
-    routes: Routes | None = None,
-    note: Integer[Tensor, "B T M E"] | None = None,
-) -> View | None:
-    """One forward with `masked` positions hidden from the model; None, and no forward, where nothing is scored."""
-    group = rollout.group_size
-    tokens, drawn = rollout.canvas(step)
-    if policy.spec.mask_id is not None:
-        tokens = tokens.masked_fill(masked, policy.spec.mask_id)
-    plan = plan_view(rollout, tokens, scored, left, share=not packed and routes is None)
-    if plan is None:
-        return None
-    rows = plan.rows
-    noted = None if note is None else torch.zeros_like(note[rows])
-    with routed(policy, None if routes is None else (routes[0][rows], routes[1][rows]), noted):
-        if packed:
-            read = (masked | scored)[rows]
-            hidden = packed_hidden(policy, rollout.tokens[rows], tokens[rows], read, rollout.attention_mask[rows])
-        else:
-            hidden = policy.hidden(tokens[rows], rollout.attention_mask[rows])
-    if plan.together:
-        hidden = repeat(hidden, "p t d -> (p g) t d", g=group)
-    if note is not None:
-        assert noted is not None
-        note[plan.live] = noted.repeat_interleave(group, 0)[plan.live] if plan.together else noted
-    kept = rollout.kept_ids if rollout.sampling_params.support == "rollout" else None
-    kept = kept if kept is None else kept.flatten(0, 1)[plan.places]
-    return View(plan, hidden.flatten(0, 1)[plan.inside], drawn.flatten()[plan.places], kept)
 
 
 def plan_view(

@@ -21,7 +21,7 @@ from dllm_rl.device import send
 from dllm_rl.distributed.collectives import Metrics, gather_on_host, local, reduce_metrics, sum_gradients, waited
 from dllm_rl.distributed.sharding import in_pace
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
-from dllm_rl.likelihoods.scoring import backward_view, row_chunks
+from dllm_rl.likelihoods.scoring import row_chunks
 from dllm_rl.models.base import Policy, trained_of, whole
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
@@ -299,12 +299,7 @@ def accumulate_gradients(
         return metrics
     with in_pace(policy, backward=True):
         for chunk in row_chunks(batch.rollout, batch.noise, micro_batch_size):
-            part, masks = chunk.of(batch.rollout, batch.noise)
-            for n, masked in enumerate(masks.masked):
-                # Only positions that move the loss are scored again; with none left in this view, no forward runs.
-                vector = vectors[n, chunk.rows][:, chunk.columns]
-                back = partial(backward_view, policy, part, masked, vector, packed=likelihood.packed is not None)
-                if masks.left is not None:
-                    back = partial(back, scored=masks.weight[n] != 0, left=masks.left[n])
-                back(step=None if masks.step is None else masks.step[n], routes=masks.routes(n))
+            rollout, noise = chunk.of(batch.rollout, batch.noise)
+            for view, vector in zip(likelihood.views(noise), vectors[:, chunk.rows][:, :, chunk.columns], strict=True):
+                view.backward(policy, rollout, vector)
     return metrics

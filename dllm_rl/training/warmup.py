@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from dllm_rl.distributed.collectives import local, reduce_metrics, sum_gradients
 from dllm_rl.distributed.sharding import in_pace
-from dllm_rl.likelihoods.scoring import score_view
+from dllm_rl.likelihoods.scoring import View
 from dllm_rl.models.base import Policy, whole
 from dllm_rl.models.tokens import ordinary_ids, prompt_ids, text_ids
 from dllm_rl.monitoring.log import RunLog
@@ -119,7 +119,7 @@ def supervised_loss(
     written = torch.stack([seen, batch.tokens], dim=-1)
     steps = torch.tensor([0, 1], device=policy.device).expand_as(written)
     batch = replace(batch, event_step=steps, event_token=written)
-    logps = score_view(policy, batch, masked, weight != 0, step=torch.ones_like(seen))
+    logps = View(masked, weight != 0, step=torch.ones_like(seen)).logprobs(policy, batch)
     return -(logps * weight).sum() / batch.completion_mask.sum()
 
 

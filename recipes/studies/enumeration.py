@@ -20,7 +20,6 @@ from torch import Generator, Tensor
 from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, trajectory
-from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import DIFFUSION_LM
 from dllm_rl.types import Batch, Noise, Rollout, SamplingParams
@@ -77,10 +76,8 @@ def contributions(
     policy: ToyPolicy, rollout: Rollout, noise: Noise, estimator: LikelihoodEstimator
 ) -> Float[Tensor, "B T"]:
     """The estimator's contributions, nats, differentiable and in fp64."""
-    lefts = [None] * len(noise.masked) if noise.left is None else list(noise.left)
-    views = zip(noise.masked, noise.weight != 0, lefts, strict=True)
     scored = cast(Policy, policy)  # it has what scoring asks of one
-    scores = [score_view(scored, rollout, masked, where, left=left) for masked, where, left in views]
+    scores = [view.logprobs(scored, rollout) for view in estimator.views(noise)]
     return estimator.combine(torch.stack(scores), noise)
 
 

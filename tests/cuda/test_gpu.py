@@ -16,7 +16,6 @@ from dllm_rl import train
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.likelihoods.estimators import one_step, trajectory
-from dllm_rl.likelihoods.scoring import backward_view, score_view
 from dllm_rl.models.forward.float32_head import float32_linear
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_llama
@@ -135,15 +134,14 @@ def test_the_host_waits_as_often_as_the_simulated_device_says():
         assert waits[1] - waits[0] <= 6, cuda.report()
         for likelihood in (one_step(), trajectory()):
             noise = likelihood.draw(rollout, torch.Generator().manual_seed(0))
-            for what, work in (
-                ("forward", lambda m, w: score_view(policy, rollout, m, w != 0)),
-                ("backward", lambda m, w: backward_view(policy, rollout, m, w)),
-            ):
-                name = f"{likelihood.name}, {what}"
-                with cuda.phase(name):
-                    for masked, weight in zip(noise.masked, noise.weight, strict=True):
-                        work(masked, weight)
-                assert cuda.waits(name) <= 2 * len(noise.masked), cuda.report()
+            forward, backward = (f"{likelihood.name}, {what}" for what in ("forward", "backward"))
+            with cuda.phase(forward):
+                for view in likelihood.views(noise):
+                    view.logprobs(policy, rollout)
+            with cuda.phase(backward):
+                for view, weight in zip(likelihood.views(noise), noise.weight, strict=True):
+                    view.backward(policy, rollout, weight)
+            assert max(cuda.waits(forward), cuda.waits(backward)) <= 2 * len(noise.masked), cuda.report()
         rollout_policy = quantized_copy(policy, schemes.float8_weight_only())
         with cuda.phase("sync"):
             sync_weights(policy, rollout_policy)

@@ -12,7 +12,6 @@ from tiny_recipe import tiny_recipe
 from dllm_rl import load_policy
 from dllm_rl.algorithms.correctors import ais, compose, reject
 from dllm_rl.likelihoods.estimators import elbo, one_step, trajectory
-from dllm_rl.likelihoods.scoring import backward_view, score_view
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
@@ -80,15 +79,14 @@ def test_a_scored_view_waits_twice_at_most(name, tmp_path):
         rollout = unmask(policy, prompts, generator, rank=rank, **options)
         rollout = rollout.with_support("rollout" if "support" in name else "own")
         noise = likelihood.draw(rollout, generator)
-        views, packed = len(noise.masked), likelihood.packed is not None
-        lefts = [None] * views if noise.left is None else noise.left
+        views = len(noise.masked)
         assert (noise.left is None) == (name not in ("trajectory", "packed", "noisy order"))
         with cuda.phase("forward"):
-            for masked, weight, left in zip(noise.masked, noise.weight, lefts, strict=True):
-                score_view(policy, rollout, masked, weight != 0, left=left, packed=packed)
+            for view in likelihood.views(noise):
+                view.logprobs(policy, rollout)
         with cuda.phase("backward"):
-            for masked, weight, left in zip(noise.masked, noise.weight, lefts, strict=True):
-                backward_view(policy, rollout, masked, weight, scored=weight != 0, left=left, packed=packed)
+            for view, weight in zip(likelihood.views(noise), noise.weight, strict=True):
+                view.backward(policy, rollout, weight)
         with cuda.phase("all views"):
             likelihood.scores(policy, rollout, noise)
         assert 0 < cuda.waits("forward") <= 2 * views and 0 < cuda.waits("backward") <= 2 * views, cuda.report()

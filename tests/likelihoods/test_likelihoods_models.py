@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.scoring import row_chunks, score_view
+from dllm_rl.likelihoods.scoring import View, row_chunks
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.rules import max_prob
@@ -126,8 +126,9 @@ def test_rows_of_a_group_that_attend_to_other_columns_are_scored_apart():
     mask, alike = rollout.attention_mask.clone(), rollout.tokens[:1].repeat(2, 1)
     mask[1, 0] = False
     rollout, scored = replace(rollout, tokens=alike, attention_mask=mask), rollout.completion_mask
-    together = score_view(policy, rollout, scored, scored)
-    torch.testing.assert_close(together, score_view(policy, replace(rollout, group_size=1), scored, scored))
+    view = View(scored, scored)
+    together = view.logprobs(policy, rollout)
+    torch.testing.assert_close(together, view.logprobs(policy, replace(rollout, group_size=1)))
     assert not torch.allclose(together[0], together[1], atol=1e-4)
 
 
@@ -204,7 +205,7 @@ def test_rows_without_a_scored_position_are_left_out(monkeypatch):
     lik.trajectory().logprobs(policy, ragged, noise)
     assert rows == [3, 3, 3, 2, 2, 1, 1, 1]
     nothing = torch.zeros_like(rollout.completion_mask)
-    assert torch.equal(score_view(policy, rollout, nothing, nothing), torch.zeros(rollout.tokens.shape))
+    assert torch.equal(View(nothing, nothing).logprobs(policy, rollout), torch.zeros(rollout.tokens.shape))
     assert len(rows) == 8
 
 

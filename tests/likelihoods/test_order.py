@@ -11,7 +11,6 @@ from order_toys import as_rollout, missing_order, outcomes, total
 
 from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.scoring import backward_view, score_view
 from dllm_rl.models.order import LEAST, left_logprobs
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import unmask
@@ -99,14 +98,11 @@ def test_only_what_moves_is_scored_again(fp64):
     noise = estimator.draw(rollout, GENERATOR)
     vectors = torch.randn(noise.weight.shape, generator=GENERATOR.manual_seed(3)) * (noise.weight != 0)
     vectors = vectors * (torch.rand(vectors.shape, generator=GENERATOR) < 0.3)
-    scores = [
-        score_view(policy, rollout, m, w != 0, left=left)
-        for m, w, left in zip(noise.masked, noise.weight, noise.left, strict=True)
-    ]
+    scores = [view.logprobs(policy, rollout) for view in estimator.views(noise)]
     (expected,) = torch.autograd.grad((torch.stack(scores) * vectors).sum(), policy.table)
     policy.table.grad = None
-    for masked, weight, left, vector in zip(noise.masked, noise.weight, noise.left, vectors, strict=True):
-        backward_view(policy, rollout, masked, vector, scored=weight != 0, left=left)
+    for view, vector in zip(estimator.views(noise), vectors, strict=True):
+        view.backward(policy, rollout, vector)
     torch.testing.assert_close(policy.table.grad, expected, rtol=0, atol=1e-12)
 
 

@@ -21,7 +21,6 @@ from dllm_rl.likelihoods.replay import (
     routing_counts,
     routing_metrics,
 )
-from dllm_rl.likelihoods.scoring import backward_view, score_view
 from dllm_rl.models.forward import routing
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -138,17 +137,16 @@ def test_scores_and_gradients_under_replay_are_those_of_routers_by_hand(estimato
         estimator.scores(policy, rollout, replay), scores, atol=1e-5
     )
     vector = torch.randn(noise.weight.shape, generator=torch.Generator().manual_seed(1)) * (noise.weight != 0)
-    for n, masked in enumerate(noise.masked):
-        backward_view(policy, rollout, masked, vector[n], routes=replay.routes(n))
+    for n, view in enumerate(estimator.views(replay)):
+        view.backward(policy, rollout, vector[n])
     ours = [p.grad.clone() for p in policy.module.parameters() if p.grad is not None]
     policy.module.zero_grad()
-    for n, masked in enumerate(noise.masked):
-        scored = noise.weight[n] != 0
-        live = scored.any(-1)  # the others are not run
+    for n, view in enumerate(estimator.views(noise)):
+        live = view.scored.any(-1)  # the others are not run
         by_hand(policy, note[n][live], rollout.attention_mask[live])
-        view = score_view(policy, replace(rollout, group_size=1), masked, scored)
-        torch.testing.assert_close(view.detach(), scores[n], rtol=1e-4, atol=1e-5)
-        view.backward(vector[n])
+        logps = view.logprobs(policy, replace(rollout, group_size=1))
+        torch.testing.assert_close(logps.detach(), scores[n], rtol=1e-4, atol=1e-5)
+        logps.backward(vector[n])
     theirs = [p.grad for p in policy.module.parameters() if p.grad is not None]
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
@@ -161,26 +159,21 @@ def test_an_update_replays_where_the_order_has_a_law(rank):
     rollout; with the learner's own experts it would be another one."""
     policy = moe()
     rollout = sampled(quantized_copy(policy, int3_emulated()), rank=rank)
-    noise = as_sampled(lik.trajectory().draw(rollout, GENERATOR), rollout)
+    estimator = lik.trajectory()
+    noise = as_sampled(estimator.draw(rollout, GENERATOR), rollout)
     assert noise.left is not None
-    vector = torch.randn(noise.weight.shape, generator=torch.Generator().manual_seed(1)) * (noise.weight != 0)
+    vectors = torch.randn(noise.weight.shape, generator=torch.Generator().manual_seed(1)) * (noise.weight != 0)
 
     def gradient(update):
         policy.module.zero_grad()
-        for n, masked in enumerate(noise.masked):
-            update(n, masked, noise.weight[n] != 0)
+        for view, vector in zip(estimator.views(noise), vectors, strict=True):
+            update(view, vector)
         return torch.cat([p.grad.flatten() for p in policy.module.parameters() if p.grad is not None])
 
-    def through_the_scores(n, masked, scored, routes):
-        score_view(policy, rollout, masked, scored, left=noise.left[n], routes=routes).backward(vector[n])
-
-    def through_an_update(n, masked, scored):
-        given = {"scored": scored, "left": noise.left[n], "routes": noise.routes(n)}
-        backward_view(policy, rollout, masked, vector[n], **given)
-
-    replayed = gradient(lambda *view: through_the_scores(*view, routes=noise.routes(view[0])))
-    own = gradient(lambda *view: through_the_scores(*view, routes=None))
-    torch.testing.assert_close(gradient(through_an_update), replayed, rtol=1e-3, atol=1e-5)
+    replayed = gradient(lambda view, vector: view.logprobs(policy, rollout).backward(vector))
+    own = gradient(lambda view, vector: replace(view, routes=None).logprobs(policy, rollout).backward(vector))
+    updated = gradient(lambda view, vector: view.backward(policy, rollout, vector))
+    torch.testing.assert_close(updated, replayed, rtol=1e-3, atol=1e-5)
     assert (own - replayed).norm() > 0.1 * replayed.norm()
 
 

@@ -19,7 +19,6 @@ from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.replay import as_sampled
-from dllm_rl.likelihoods.scoring import backward_view, score_view
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import revise, rules
@@ -225,13 +224,11 @@ def test_blocks_at_once_score_what_steps_one_by_one_do(rule, cache):
         noise = estimator.draw(rollout, torch.Generator())
         logps = estimator.logprobs(policy, rollout, noise)
         torch.testing.assert_close(logps, lik.recorded(rollout, noise), atol=5e-6, rtol=1e-5)
-        packed = estimator.packed is not None
         policy.module.zero_grad()
-        for masked, weight, step in zip(noise.masked, noise.weight, noise.step, strict=True):
-            backward_view(policy, rollout, masked, vector * weight, step=step, packed=packed)
+        for view, weight in zip(estimator.views(noise), noise.weight, strict=True):
+            view.backward(policy, rollout, vector * weight)
         by_hand = torch.cat([p.grad.flatten() for p in policy.module.parameters() if p.grad is not None])
-        parts = zip(noise.masked, noise.weight, noise.step, strict=True)
-        logps = sum(score_view(policy, rollout, m, w != 0, step=s, packed=packed) for m, w, s in parts)
+        logps = sum(view.logprobs(policy, rollout) for view in estimator.views(noise))
         used = [p for p in policy.module.parameters() if p.grad is not None]
         autograd = torch.cat([g.flatten() for g in torch.autograd.grad((logps * vector).sum(), used)])
         assert (by_hand - autograd).norm() < 1e-5 * autograd.norm()

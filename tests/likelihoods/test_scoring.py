@@ -11,7 +11,7 @@ from tiny_recipe import Wrapped, tiny_recipe
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimators import causal, coupled, elbo, one_step, recorded
-from dllm_rl.likelihoods.scoring import backward_view, packed_mask, row_chunks, score_view
+from dllm_rl.likelihoods.scoring import packed_mask, row_chunks
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.models.tokens import encode
@@ -60,9 +60,7 @@ def test_scores_are_those_of_the_padded_batch_and_of_each_row_alone(kind, monkey
     policy, rollout = ragged(kind)
     estimator = causal() if kind == "causal" else elbo()
     noise = estimator.draw(rollout, generator_for(1))
-    padded = torch.stack(
-        [score_view(policy, rollout, m, w != 0) for m, w in zip(noise.masked, noise.weight, strict=True)]
-    )
+    padded = torch.stack([view.logprobs(policy, rollout) for view in estimator.views(noise)])
     tokens, hidden = [], policy.hidden
     monkeypatch.setattr(policy, "hidden", lambda x, mask: (tokens.append(x.numel()), hidden(x, mask))[1])
     ours = estimator.scores(policy, rollout, noise)
@@ -88,8 +86,8 @@ def test_the_gradient_is_that_of_the_padded_batch():
     for update in ("padded", "buckets", "kept"):
         policy.module.zero_grad()
         if update == "padded":
-            for masked, weight in zip(noise.masked, noise.weight, strict=True):
-                backward_view(policy, rollout, masked, vector * weight)
+            for view, weight in zip(estimator.views(noise), noise.weight, strict=True):
+                view.backward(policy, rollout, vector * weight)
         else:
             given = estimator.scores(policy, rollout, noise, keep_graphs=update == "kept")
             accumulate_gradients(policy, batch, given, loss=lambda logps, batch: (0, {}, vector), likelihood=estimator)
@@ -185,9 +183,7 @@ def test_packed_gradient_is_that_of_the_steps_one_by_one():
     parameters, gradients = list(policy.module.parameters()), []
     for estimator in (lik.trajectory(), lik.trajectory(block_size=SIZE)):
         noise = estimator.draw(rollout, torch.Generator())
-        packed = estimator.packed is not None
-        views = zip(noise.masked, noise.weight, strict=True)
-        logps = sum(score_view(policy, rollout, m, w != 0, packed=packed) for m, w in views)
+        logps = sum(view.logprobs(policy, rollout) for view in estimator.views(noise))
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad((logps * vector).sum(), parameters)]))
     assert gradients[0].norm() > 0.1
     assert ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item() < 1e-5

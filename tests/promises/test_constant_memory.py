@@ -13,7 +13,6 @@ from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.scoring import score_view
 from dllm_rl.models import logprobs as head_module
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
@@ -106,7 +105,7 @@ def loss_of(corrector, aggregate, *, beta: float = 0.0, entropy: float = 0.0) ->
 
 def plain_logps(policy, estimator, rollout, noise) -> torch.Tensor:
     """One graph through every view."""
-    views = [score_view(policy, rollout, m, w != 0) for m, w in zip(noise.masked, noise.weight, strict=True)]
+    views = [view.logprobs(policy, rollout) for view in estimator.views(noise)]
     return estimator.combine(torch.stack(views), noise)
 
 

@@ -13,7 +13,7 @@ from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import train
 from dllm_rl.likelihoods.estimators import causal, trajectory
-from dllm_rl.likelihoods.scoring import backward_view, score_view
+from dllm_rl.likelihoods.scoring import View
 from dllm_rl.models.logprobs import process, token_logprobs
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers import rules, sampler_for
@@ -223,13 +223,14 @@ def test_another_policy_scores_under_each_convention(support):
     sets = {"own": own, "unfiltered": torch.ones_like(own), "rollout": torch.zeros_like(own).scatter(-1, kept, True)}
     inside = sets[support].scatter(-1, y[:, None], True)
     expected = logits.gather(-1, y[:, None])[:, 0] - logits.masked_fill(~inside, -torch.inf).logsumexp(-1)
+    view = View(torch.zeros_like(chosen), chosen)
     with torch.no_grad():
-        found = score_view(policy, rollout, torch.zeros_like(chosen), chosen)[chosen]
+        found = view.logprobs(policy, rollout)[chosen]
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
     weight = policy.module.lm_head.weight
     vector = torch.linspace(-1, 1, len(y))
     (wanted,) = torch.autograd.grad((expected * vector).sum(), weight)
-    backward_view(policy, rollout, torch.zeros_like(chosen), torch.zeros(chosen.shape).masked_scatter(chosen, vector))
+    view.backward(policy, rollout, torch.zeros(chosen.shape).masked_scatter(chosen, vector))
     torch.testing.assert_close(weight.grad, wanted, rtol=1e-4, atol=1e-5)
 
 

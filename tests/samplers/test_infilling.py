@@ -9,7 +9,6 @@ from repetitions import few
 
 from dllm_rl.likelihoods import estimators
 from dllm_rl.likelihoods.masks import block_index
-from dllm_rl.likelihoods.scoring import backward_view
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.autoregress import autoregress
@@ -173,10 +172,11 @@ def test_one_step_and_elbo_score_the_open_positions():
 
 def test_gradients_are_those_of_the_open_positions(policy):
     rollout = fill(policy, IDS[:2], range(2))
-    noise = estimators.trajectory(order="given").draw(rollout, torch.Generator())
+    estimator = estimators.trajectory(order="given")
+    noise = estimator.draw(rollout, torch.Generator())
     policy.module.zero_grad()
-    for masked, weight in zip(noise.masked, noise.weight, strict=True):
-        backward_view(policy, rollout, masked, weight)
+    for view, weight in zip(estimator.views(noise), noise.weight, strict=True):
+        view.backward(policy, rollout, weight)
     found = [p.grad.clone() for p in policy.module.parameters() if p.grad is not None]
     policy.module.zero_grad()
     total = 0.0
