@@ -220,7 +220,10 @@ def test_the_global_generators_are_untouched_and_draws_repeat(name):
     assert torch.equal(first.masked, second.masked) and torch.equal(first.weight, second.weight)
 
 
-OTHERS = {"one_step, prompts whole": lik.one_step(prompt_mask=0.0), "trajectory, sampled": lik.trajectory(num_sampled=2)}
+OTHERS = {
+    "one_step, prompts whole": lik.one_step(prompt_mask=0.0),
+    "trajectory, sampled": lik.trajectory(num_sampled=2),
+}
 
 
 @pytest.mark.parametrize("name", [*ESTIMATORS, *OTHERS])
