@@ -95,7 +95,7 @@ def test_a_row_of_a_product_does_not_depend_on_how_many_there_are(shape, dtype):
         for rows in (1, 2, 3, 15, 64, 65):
             assert torch.equal(F.linear(x[:rows], w), whole[:rows])
             assert torch.equal(torch.addmm(torch.zeros(shape[0]).to(dtype), x[:rows], w.T), whole[:rows])
-    torch.testing.assert_close(whole, F.linear(x, w), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
+    torch.testing.assert_close(whole, F.linear(x, w), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
 
 
 def test_attention_row_by_row_is_the_attention():

@@ -96,7 +96,8 @@ def test_a_mixture_in_bf16_stays_in_bf16():
     products = ([partial(F.linear, weight=weight) for weight in stack] for stack in (gate_up, down))
     found = mixture(x, index, weights, *products, act_fn=F.silu)
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-3)  # rounded once, to 8 bits
+    # The products round to 8 bits, and a row alone may round otherwise than among others.
+    torch.testing.assert_close(found.float(), expected, rtol=2**-6, atol=2**-6 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("scheme", FEW)

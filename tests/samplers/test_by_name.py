@@ -40,4 +40,4 @@ def test_a_rule_has_the_rank_that_its_documentation_asks_for():
     `entropy_bound` adds up entropies. The others want the most confident positions."""
     own = {"origin": "random", "remask=0.1": "random", "entropy_bound=1": "entropy"}
     for text in ("schedule", "late_schedule", "threshold=0.9", "factor=1.5", "edit=0.5", "soft_edit=0.1", *own):
-        assert by_name.own_rank(text) == own.get(text, "confidence")
+        assert by_name.rank_for(text) == own.get(text, "confidence")
