@@ -17,8 +17,9 @@ Made = TypeVar("Made", bound=Callable[..., Any])
 
 
 def maker(function: Made) -> Made:
-    """Make a function's record store in `made_by` the function and its keywords, so that a keyword can be changed. It
-    declares `made_by: partial | None = field(default=None, init=False, repr=False, compare=False)`."""
+    """Remember, in the record that a function returns, the function and its keywords: a command line changes a keyword
+    by making the record again. The record declares
+    `made_by: partial | None = field(default=None, init=False, repr=False, compare=False)`."""
 
     @wraps(function)
     def make(**keywords: Any) -> Any:

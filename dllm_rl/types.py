@@ -193,7 +193,7 @@ class Rollout(_Movable):
     event_step: Int[Tensor, "B T W"] | None = None  # None: a position is written once
     event_token: Int[Tensor, "B T W"] | None = None
     event_logprobs: Float[Tensor, "B T W"] | None = None
-    by_draws: bool = False  # what is rewritten depends on the tokens drawn: events are not all of the law
+    by_draws: bool = False  # rewrites depend on the drawn tokens, so events alone do not give the likelihood
     batch_row: Int[Tensor, " B"] | None = None  # in the global batch, by which noise is drawn; None: rows are in order
 
     def with_support(self, support: Support) -> "Rollout":

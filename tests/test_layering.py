@@ -170,8 +170,3 @@ def test_start_up_chatter_of_libraries_is_dropped():
     program = "import dllm_rl, torchao, transformers; from transformers import LlamaForCausalLM"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "Failed to load" not in done.stderr and "Enum subclass" not in done.stderr
-
-
-def test_no_file_is_longer_than_400_lines():
-    long = {path: n for path, source in sources().items() if (n := len(source.splitlines())) > 400}
-    assert not long

@@ -76,8 +76,12 @@ def part_like(value: Any, tensor: Tensor) -> Any:
 
 @contextmanager
 def in_pace(policy: Any, *, backward: bool = False) -> Iterator[None]:
-    """Let each process run a sharded policy as often as its rows need; all enter and leave together. backward: every
-    forward has one; without it, none needs gradients. An unsharded policy is left alone."""
+    """Within the block, processes may need different numbers of forwards of a sharded policy: one that has no rows left
+    joins the others' forwards with dummy rows. All processes enter and leave the block together. An unsharded policy is
+    left alone.
+
+    backward  True: every forward is followed by its backward. False: no forward needs gradients
+    """
     shards = sharding_of(policy.module)
     if shards is None:
         yield

@@ -15,7 +15,7 @@ Module = Any  # transformers' or custom; nn.Module would type every member as Te
 Tokenizer = Any  # transformers' or custom: `make_policy` lists what it needs
 Attention = Literal["full", "block_causal", "causal"]
 Tokens = Int[Tensor, "B T"]
-# False on padding, over the cache's columns and then T; of four axes: the whole mask, in the family's place.
+# Two axes: False on padding, over the cache's columns and then the T new ones. Four axes replace the family's own mask.
 Mask = Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"]
 States = Float[Tensor, "B T D"]
 

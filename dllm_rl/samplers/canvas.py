@@ -67,7 +67,8 @@ class Canvas:
     ) -> None:
         """Commit tokens at places (within the completion) of rows; all are (K,). kept: what `kept_set` gave, if any."""
         self.tokens[rows, self.columns[rows, places]] = tokens
-        self.masked[rows, places] = torch.zeros_like(rows, dtype=torch.bool)  # a number is copied, which is waited for
+        # A tensor of False: a Python False would be copied to the GPU, and the host would wait for it.
+        self.masked[rows, places] = torch.zeros_like(rows, dtype=torch.bool)
         self.logprobs[rows, places] = logprobs
         self.unmask_step[rows, places] = steps
         if self.revised:

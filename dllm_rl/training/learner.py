@@ -42,8 +42,8 @@ from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 
 @dataclass(frozen=True)
 class Step:
-    """What a step learned from, and its metrics, in balanced rows: not all are those that this process sampled. Of
-    several sets of masks, `logps` and all metrics but the update's are of the first."""
+    """What a step learned from, and its metrics. After load balancing, some rows come from other processes. With
+    several sets of masks, `logps` and all metrics but the update's are of the first set."""
 
     rollout: Rollout
     advantages: Float[Tensor, "P G"]
@@ -146,7 +146,8 @@ class Rows:
 def gather_rows(
     recipe: Recipe, rollout: Rollout, logps: Logprobs, advantages: Tensor, groups: Tensor, accelerator: Accelerator
 ) -> Rows:
-    """The one transfer of one set of masks' log-probs, of tokens in scored rows. An exchange of all processes."""
+    """The rows of all processes, with one set of masks' log-probs, on the host: the step's only transfer of them. A
+    collective: every process must call it."""
     mask = logps.noise.scored(rollout.completion_mask)
     apart = torch.where(mask, logps.old - logps.rollout, 0)
     parts = (apart, mask, rollout.completion_mask, logps.old, rollout.tokens)

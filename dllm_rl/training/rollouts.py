@@ -50,7 +50,7 @@ def collect(
     """This process's rollout and answers, the rewards of all processes (on the host), `parts_of` them, and metrics.
 
     With max_num_gen_batches > 1, groups of equal rewards are drawn again with other prompts, at most that many draws
-    (DAPO's dynamic sampling [paper]). A place keeps its own draw [ours]; DAPO pools the draws.
+    (DAPO's dynamic sampling [paper]). Each group is drawn again on its own [ours]; DAPO pools the draws.
 
     num_tokens  TRL's: tokens of the run so far, of all processes, of each completion and of the prompt before it. The
                 completions that dynamic sampling replaces were sampled, and count
@@ -186,7 +186,7 @@ def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:
 def reward_metrics(
     rewards: Float[Tensor, "P G"], answers: Sequence[Answer], accelerator: Accelerator
 ) -> dict[str, float]:
-    """TRL's reward and length metrics over all processes; a name's mean is over the completions that have it."""
+    """TRL's reward and length metrics over all processes. Completions without a metric are left out of its mean."""
     added = [addends(answer.reward) for answer in answers]
     mine = sorted({name for each in added for name in each} - {"reward", "parsed"})
     names = sorted(set(gather_objects(mine, accelerator)))  # all reduce the same names, in the same order

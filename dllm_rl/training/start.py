@@ -58,7 +58,7 @@ def start(recipe: Recipe) -> Run[Recipe]:
     for caution in cautions(recipe):
         log.say(f"warning: {caution}")
 
-    # 4. The state of the first step: weights, adapters, moments, log and record are of one step.
+    # 4. The state of the first step. Weights, adapters, moments, log and record all come from the same checkpoint.
     if folder:
         policy = resumed_policy(recipe, folder, saved, accelerator)
         check_prompts(recipe, policy)
