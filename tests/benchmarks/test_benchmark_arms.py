@@ -34,6 +34,7 @@ def write_beside_what_is_held(device, repeats):
     return measured
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_run():
     # In a new process: in this one, memory that earlier tests freed may hold all that the run writes.
     measured = measure.in_fresh_process(write_beside_what_is_held, repeats=1, device="cpu")

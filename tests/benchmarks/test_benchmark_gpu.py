@@ -35,6 +35,7 @@ def test_the_whole_queue_runs_at_toy_size(monkeypatch, tmp_path):
     assert {"exact", "FP8, dual cache, compiled", "plain: the published algorithm"} <= names
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_named_and_takes_nothing_with_it(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "QUEUE", ("roofline", "no such part"))
     assert queue(monkeypatch, tmp_path, "--minutes", "5") == 1

@@ -81,6 +81,7 @@ def test_a_step_learns_from_the_filled_text(tmp_path, capsys):
         assert all(p in ("_", c) for p, c in zip(prompt, text, strict=True)) and "_" not in text
 
 
+@pytest.mark.slow
 def test_rewards_rise(tmp_path):
     train(recipe_of(tmp_path / "run", num_steps=24, train_batch_size=16, num_generations=8, learning_rate=1e-2))
     rewards = [row["reward"] for row in metrics_of(tmp_path / "run")]

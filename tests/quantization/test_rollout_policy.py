@@ -89,7 +89,7 @@ def equal(a, b):
     [
         pytest.param(masked_lm, id="masked_lm", marks=pytest.mark.slow),
         pytest.param(llada, id="untied", marks=pytest.mark.slow),
-        pytest.param(lambda: llada(tied=True), id="tied"),
+        pytest.param(lambda: llada(tied=True), id="tied", marks=pytest.mark.slow),
         pytest.param(adapted, id="lora"),
     ],
 )

@@ -445,7 +445,9 @@ def test_three_steps_then_resume_and_merge(tmp_path, kind, fields):
     assert all(torch.equal(again[name], last[name]) for name in last)
 
 
-@pytest.mark.parametrize("corrector", [aligned(), qarl(eps_high=0.1, neg_low=0.1, neg_high=0.1)])
+@pytest.mark.parametrize(
+    "corrector", [aligned(), pytest.param(qarl(eps_high=0.1, neg_low=0.1, neg_high=0.1), marks=pytest.mark.slow)]
+)
 def test_adapters_are_trained_through_the_rollouts_quantised_operands(tmp_path, corrector):
     fields = {"rollout_quantization": int3_emulated, "num_iterations": 2, "beta": 0.0, "save_total_limit": 9}
     run = recipe(tmp_path, "run", lora=partial(Lora, r=4), corrector=corrector, **fields)

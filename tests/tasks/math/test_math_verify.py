@@ -89,6 +89,7 @@ def test_what_is_too_long_is_not_asked(monkeypatch, pool) -> None:
 
 
 @needs_proc
+@pytest.mark.slow
 def test_a_comparison_ends_by_its_processor_time_after_two_tries(monkeypatch, own_pool) -> None:
     """The kernel's account of all workers: a comparison without an end takes twice SECONDS, and is not asked again."""
     monkeypatch.setattr(math_check, "SECONDS", 0.3)
