@@ -28,6 +28,9 @@ from accelerate.state import AcceleratorState, PartialState
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import dllm_rl
+
+PACKAGE = dllm_rl.__path__[0] + os.sep  # and not by name: a clone's own folder is called dllm_rl too
 DEVICE = torch.device("cuda", 0)
 INDEXING = {"aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_"}
 TWO_DEVICES = {"aten::_to_copy", "aten::set_"}  # kernels that may see both sides, as copy_ may
@@ -272,12 +275,12 @@ class SimulatedCuda(TorchFunctionMode):
     def count(self, kind: str) -> None:
         """Note a wait, at the innermost line of the library, and where below it that line waits, outside of torch."""
         frame, below = sys._getframe(1), ""
-        while frame is not None and "/dllm_rl/" not in frame.f_code.co_filename:
+        while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
             file = frame.f_code.co_filename
             if not below and "/torch/" not in file and file != __file__:
                 below = f" <- {'/'.join(file.split('/')[-2:])}:{frame.f_lineno}"
             frame = frame.f_back
-        file = "" if frame is None else frame.f_code.co_filename.split("/dllm_rl/")[-1]
+        file = "" if frame is None else frame.f_code.co_filename.removeprefix(PACKAGE)
         place = "outside" if frame is None else f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
         self.counts[self.current, kind, place + below] += 1
 
