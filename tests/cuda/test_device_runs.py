@@ -290,6 +290,7 @@ def test_a_run_in_bf16_with_adapters_resumes(tmp_path):
     resumes(recipe, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_of_all_weights_with_a_warm_up_resumes(tmp_path):
     fields = {"corrector": correctors.qarl(), "rollout_quantization": schemes.int8_weight_only, "beta": 0.1}
     recipe = partial(small, warmup_steps=2, warmup_batch_size=2, max_num_gen_batches=2, entropy_coeff=0.01, **fields)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from loop_configurations import CONFIGURATIONS, run
+from repetitions import few
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loop.json"
 STORED = json.loads(GOLDEN.read_text())
@@ -57,7 +58,10 @@ def out_of_bounds(rows: Rows, stored: Rows) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+OFTEN = ["golden", "coupled, KL", "sandwich, tis, rejection", "qarl", "dynamic sampling"]
+
+
+@pytest.mark.parametrize("name", few(CONFIGURATIONS, OFTEN))
 def test_a_run_is_the_stored_one_within_rounding(name, tmp_path):
     stored = STORED["curves"][name]
     assert stored[0]["grad_norm"] > 0, "a curve of zeros would prove nothing"

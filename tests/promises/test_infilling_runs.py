@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from repetitions import few
 from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
@@ -88,7 +89,10 @@ def test_rewards_rise(tmp_path):
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
 
 
-@pytest.mark.parametrize("changes", [{"likelihood": one_step()}, {"rollout_batch_size": 4}, {"max_num_gen_batches": 2}])
+OTHERS = [{"likelihood": one_step()}, {"rollout_batch_size": 4}, {"max_num_gen_batches": 2}]
+
+
+@pytest.mark.parametrize("changes", few(OTHERS, OTHERS[2:]))
 def test_other_ways_of_a_step_take_it(tmp_path, changes):
     train(recipe_of(tmp_path / "run", num_steps=1, **changes))
     assert metrics_of(tmp_path / "run")[0]["grad_norm"] > 0

@@ -293,7 +293,7 @@ def test_ties_with_the_kth_are_kept_and_recorded():
 
 
 @pytest.mark.parametrize("support", ["own", "unfiltered", "rollout"])
-@pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])
+@pytest.mark.parametrize("make", [tiny_recipe, pytest.param(tiny_recipe_ar, marks=pytest.mark.slow)])
 def test_a_run_under_each_convention(tmp_path, make, support):
     """Unquantised and on-policy, the first step has no mismatch under any of them."""
     recipe = make(tmp_path, sampling_support=support, rollout_quantization=None, num_steps=1)

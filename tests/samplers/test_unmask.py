@@ -63,7 +63,7 @@ def published(policy, prompt, *, length, steps, block_length):
 
 @torch.no_grad()
 @pytest.mark.parametrize("block_length", [8, 16, 32, None])
-@pytest.mark.parametrize("steps", [32, 16, 20, 12])
+@pytest.mark.parametrize("steps", few([32, 16, 20, 12], [32, 20]))
 def test_equals_published_algorithm(policy, block_length, steps):
     """Blocks of 8, 16 and 32, and one open block; steps equal to, below, and not dividing the length; batch 1 and 8."""
     ids = IDS if block_length in (8, 32) else IDS[:1]
@@ -144,7 +144,7 @@ def test_replay_gives_recorded_logprobs_bitwise(policy, name):
     assert_replayed(policy, name, atol=0)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", few(RULES, ["confidence", "entropy", "plackett_luce", "origin", "factor", "greedy"]))
 def test_replay_gives_recorded_logprobs_to_rounding(policy, name):
     assert_replayed(policy, name, atol=1e-5)
 

@@ -26,7 +26,8 @@ FULL = ("llada", "illada", "llada_moe", "dream", "rnd1", "a2d_qwen2", "a2d_qwen3
 BLOCKS = ("llada2", "sdar", "sdar_moe", "stable_diffcoder", "a2d_blocks", "nemotron")
 CAUSAL = ("llama", "qwen3", "smollm2", "nemotron_ar")
 OTHERS = [
-    *((family, None) for family in (*FULL, *BLOCKS, *CAUSAL[1:], "roberta", "modernbert")),
+    *((family, None) for family in (*FULL, *BLOCKS, *CAUSAL[1:], "bert", "roberta", "modernbert")),
+    ("llada", prefix_cache()),
     *((family, dual_cache(refresh=3)) for family in FULL[1:]),
     *((family, block_cache()) for family in BLOCKS if family != "sdar"),
 ]
@@ -93,10 +94,8 @@ def graphs():
     ("family", "cache"),
     [
         ("llada", dual_cache(refresh=3)),
-        ("llada", prefix_cache()),
         ("sdar", block_cache()),
         ("llama", None),
-        ("bert", None),
         *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS),
     ],
     ids=str,

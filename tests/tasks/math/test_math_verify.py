@@ -212,6 +212,7 @@ def test_cores_are_shared_by_the_processes_of_a_launcher(monkeypatch) -> None:
         assert math_check.cores() == cores
 
 
+@pytest.mark.slow
 def test_an_undecided_answer_is_wrong_and_says_so(monkeypatch, own_pool) -> None:
     monkeypatch.setattr(math_check, "SECONDS", 0.2)
     graded = math500_math_verify({"answer": "2"}, f"\\boxed{{{ENDLESS}}}")

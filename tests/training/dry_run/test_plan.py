@@ -134,6 +134,7 @@ def test_what_is_held_is_counted_by_hand(monkeypatch):
     assert memory(small, policy, 256).held["weights"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_each_way_to_save_memory_saves_it(monkeypatch):
     recipe = recipe_of("llada_8b_sudoku")
     base = replace(recipe, gradient_checkpointing=False, rollout_batch_size=None, micro_batch_size=12)
