@@ -3,7 +3,6 @@
 from functools import partial
 
 import pytest
-from repetitions import few
 
 from dllm_rl.evaluation.budget import NUMBERS, within_budget
 from dllm_rl.evaluation.evaluate import evaluate
@@ -31,7 +30,8 @@ def forwards(policy, commit):
     return evaluate(policy, TASK, sampler).summary["forwards_per_answer"]
 
 
-@pytest.mark.parametrize("name", few(NUMBERS, []))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NUMBERS)
 def test_no_number_tried_comes_closer_to_the_budget_from_below(policy, name):
     tried = [forwards(policy, f"{name}={NUMBERS[name](10 ** (fifth / 5 - 4)):.9g}") for fifth in range(30)]
     for budget in (1, 3, 6):
