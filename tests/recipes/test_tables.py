@@ -401,6 +401,13 @@ def test_supervision_beats_rl_on_sudoku():
     assert f"RL takes at least {least} s on two threads, about {2 * least} CPU seconds." in page
 
 
+def test_what_one_file_learns_is_what_was_stored():
+    runs = json.loads((STUDIES.parent / "results.json").read_text())["one_file"]
+    rates = ", ".join(run.replace(" -> ", "→") for run in runs["solve rate before -> after, seeds 0, 1, 2"])
+    page = " ".join((STUDIES.parent / "README.md").read_text().split())
+    assert f"before→after 100 RL steps, seeds 0, 1, 2: {rates}." in page
+
+
 def test_ess_of_the_converted_model():
     found = json.loads((STUDIES.parent / "results.json").read_text())["smollm2_diffusion_ess"]
     ess, apart = found["ESS"], found["mean abs log-ratio, nats"]
