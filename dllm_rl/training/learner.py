@@ -301,6 +301,6 @@ def accumulate_gradients(
     with in_pace(policy, backward=True):
         for chunk in row_chunks(batch.rollout, batch.noise, micro_batch_size):
             rollout, noise = chunk.of(batch.rollout, batch.noise)
-            for view, vector in zip(likelihood.views(noise), vectors[:, chunk.rows][:, :, chunk.columns], strict=True):
-                view.backward(policy, rollout, vector)
+            for view, vector in zip(likelihood.views(noise), vectors, strict=True):
+                view.backward(policy, rollout, vector[chunk.rows][:, chunk.columns])
     return metrics
